@@ -1,0 +1,101 @@
+"""The engine's configuration: one frozen object, validated once, never written back.
+
+A field's name is the CLI flag and the key of model.json. Knows nothing of how a value is used.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key, what it was, what is allowed."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to run one model. Keys that vLLM also has carry vLLM's name and meaning."""
+
+    model: str  # a directory; relative to model.json's own
+    tokenizer: str | None = None  # a directory; default: the model's
+    device: Literal["auto", "cpu"] = "auto"
+    # auto: float32 on CPUs, the checkpoint's own type on GPUs
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None  # tokens; default: what the checkpoint was trained for
+    max_num_seqs: int = 256  # sequences in one step
+    max_num_batched_tokens: int = 2048  # tokens in one step
+    max_waiting: int = 4096  # sequences queued; one more is refused as "queue full"
+    page_size: int = 16  # tokens
+    num_pages: int | None = None  # default: as many as kv_cache_gib holds
+    kv_cache_gib: float = 1.0
+    enable_prefix_caching: bool = True
+    plans_in_flight: int = 1  # 1: a step is planned when the one before has ended
+    schedule_policy: Literal["chunked_prefill"] = "chunked_prefill"
+    cpu_threads: int = 0  # for tensor work; 0: torch's default
+    drain_timeout_s: float = 30.0  # a reload waits so long for running work of the old engine
+    log_requests: bool = True
+
+    def __post_init__(self) -> None:
+        for key, (low, high) in _RANGES.items():
+            value = getattr(self, key)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{key}: {value} is outside [{low}, {high}]")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens: {self.max_num_batched_tokens} is less than "
+                f"max_num_seqs={self.max_num_seqs}, so not every sequence could advance in a step"
+            )
+        if self.page_size & (self.page_size - 1):
+            raise ConfigError(f"page_size: {self.page_size} is not a power of two")
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_model_len": (1, 2**24),
+    "max_num_seqs": (1, 16384),
+    "max_num_batched_tokens": (1, 2**20),
+    "max_waiting": (0, 2**20),
+    "page_size": (1, 256),
+    "num_pages": (1, 2**30),
+    "kv_cache_gib": (0.001, 4096.0),
+    "plans_in_flight": (1, 64),
+    "cpu_threads": (0, 1024),
+    "drain_timeout_s": (0.0, 3600.0),
+}
+
+
+def make_config(values: dict[str, Any], directory: Path | None = None) -> EngineConfig:
+    """Validate `values` (model.json, CLI flags). Relative paths are taken from `directory`.
+
+    Raises ConfigError for an unknown key, a wrong type, a value out of range, a missing model.
+    """
+    unknown = sorted(set(values) - set(EngineConfig.__struct_fields__))
+    if unknown:
+        known = ", ".join(EngineConfig.__struct_fields__)
+        raise ConfigError(f"unknown key {unknown[0]!r}; known keys are {known}")
+    values = dict(values)
+    for key in ("model", "tokenizer"):
+        if directory is not None and isinstance(values.get(key), str):
+            values[key] = str((directory / values[key]).resolve())
+    try:
+        config = msgspec.convert(values, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("`", "")) from None
+    if not Path(config.model).is_dir():
+        raise ConfigError(f"model: {config.model} is not a directory")
+    return config
+
+
+def read_config(path: Path) -> EngineConfig:
+    """Read model.json; relative paths in it are relative to the file's directory."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    return make_config(values, path.parent)

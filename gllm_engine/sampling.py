@@ -1,0 +1,189 @@
+"""Sampling parameters: every field, its range and its default, checked once at the door.
+
+Owns what a user may ask of a generation and the sentence they get when it is out of range.
+Knows nothing of tokens, text or tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, get_type_hints
+
+import msgspec
+
+MAX_LOGPROBS = 20
+MAX_N = 64
+MAX_STOPS = 64
+MAX_LOGIT_BIAS = 1024
+UNBOUNDED = 2**62
+
+
+class InvalidField(ValueError):
+    """A request field that cannot be honoured; the message names the field and its limit."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Exactly one of the four is set."""
+
+    json: str | None = None  # a JSON schema, as JSON text
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None  # Lark
+
+
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """How to choose tokens and when to stop. Defaults are those of vLLM's SamplingParams.
+
+    `max_tokens` None: until the model's length. `temperature` 0: greedy. `top_k` 0 or -1: off.
+    `seed` None: drawn at random. `priority`: lower is served sooner. `cache_salt`: prompts with
+    different salts never share prefix-cache pages.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    bad_words: tuple[str, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
+    structured_outputs: StructuredOutputs | None = None
+
+    def __post_init__(self) -> None:
+        for field, (low, high) in _RANGES.items():
+            value = getattr(self, field)
+            if value is not None and not low <= value <= high:
+                raise InvalidField(field, f"{value} is outside {_interval(field, low, high)}")
+        for field in ("stop", "bad_words"):
+            values = getattr(self, field)
+            if len(values) > MAX_STOPS:
+                raise InvalidField(field, f"{len(values)} strings given, at most {MAX_STOPS}")
+            if "" in values:
+                raise InvalidField(field, "an empty string is not allowed")
+        for field in ("top_p", "repetition_penalty"):
+            if getattr(self, field) == 0:
+                raise InvalidField(field, "0 is not allowed, it must be greater than 0")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidField(
+                "min_tokens", f"{self.min_tokens} is greater than max_tokens={self.max_tokens}"
+            )
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidField(
+                "logit_bias", f"{len(self.logit_bias)} entries given, at most {MAX_LOGIT_BIAS}"
+            )
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise InvalidField("logit_bias", f"{bias} for token {token} is outside [-100, 100]")
+        if self.structured_outputs is not None:
+            given = [f for f in StructuredOutputs.__struct_fields__
+                     if getattr(self.structured_outputs, f) is not None]
+            if len(given) != 1:
+                raise InvalidField(
+                    "structured_outputs",
+                    f"exactly one of json, regex, choice, grammar is needed, got {given or 'none'}",
+                )
+            if self.structured_outputs.choice == ():
+                raise InvalidField("structured_outputs", "choice is empty")
+
+
+# Inclusive bounds. NaN compares false with both, so it is refused too.
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, UNBOUNDED),
+    "min_tokens": (0, UNBOUNDED),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, UNBOUNDED),
+    "min_p": (0.0, 1.0),
+    "seed": (-(2**63), 2**63 - 1),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.0, 100.0),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "n": (1, MAX_N),
+    "priority": (-(2**31), 2**31 - 1),
+}
+
+
+def _interval(field: str, low: float, high: float) -> str:
+    return f"[{low}, infinity)" if high == UNBOUNDED else f"[{low}, {high}]"
+
+
+def parse_sampling(values: dict[str, Any]) -> SamplingParams:
+    """Build SamplingParams from loosely typed values (JSON, request parameters).
+
+    Numbers and booleans may come as strings ("temperature": "0"); lists as one string or as JSON
+    text. Raises InvalidField naming the field for an unknown key, a wrong type, or a value out
+    of range.
+    """
+    known = SamplingParams.__struct_fields__
+    converted: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise InvalidField(key, f"unknown sampling parameter; known are {', '.join(known)}")
+        if value is None:  # JSON null is "not given", as in vLLM
+            continue
+        converted[key] = _coerce(key, value)
+    return SamplingParams(**converted)
+
+
+def _coerce(key: str, value: Any) -> Any:
+    loose = _loosen(key, value)
+    try:
+        return msgspec.convert(loose, _HINTS[key], strict=False)
+    except (msgspec.ValidationError, OverflowError) as error:
+        problem = str(error).replace("`", "").rstrip(".")
+        raise InvalidField(key, f"{_shorten(value)} is not valid ({problem})") from None
+
+
+def _loosen(key: str, value: Any) -> Any:
+    """Undo what JSON-in-a-string and one-string-for-a-list did to a value."""
+    if isinstance(value, bool) and key not in _BOOLEANS:
+        raise InvalidField(key, f"{value} is not valid (expected a number, got a boolean)")
+    if key in ("stop", "bad_words") and isinstance(value, str):
+        return [value]
+    if key in ("stop_token_ids", "logit_bias", "structured_outputs") and isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InvalidField(key, f"not valid JSON ({error})") from None
+    if key == "stop_token_ids" and isinstance(value, int):
+        value = [value]
+    if key == "structured_outputs" and isinstance(value, dict):
+        schema = value.get("json")
+        if schema is not None and not isinstance(schema, str):
+            value = value | {"json": json.dumps(schema)}
+    if isinstance(value, float) and key in _INTEGERS and math.isfinite(value) and value == int(value):
+        return int(value)
+    return value
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_HINTS = get_type_hints(SamplingParams)
+_BOOLEANS = {name for name, hint in _HINTS.items() if hint is bool}
+_INTEGERS = {name for name, hint in _HINTS.items() if hint in (int, int | None)}
