@@ -1,0 +1,45 @@
+"""gllm_engine: an LLM inference engine. These names are public; everything else is internal.
+
+They are imported on first use, so that a front end or a scheduler test never pays for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConfigError": "config",
+    "EngineConfig": "config",
+    "make_config": "config",
+    "read_config": "config",
+    "InvalidField": "sampling",
+    "SamplingParams": "sampling",
+    "parse_sampling": "sampling",
+    "Finish": "types",
+    "ModelInfo": "types",
+    "Outputs": "types",
+    "Request": "types",
+    "Stats": "types",
+    "TokenLogprobs": "types",
+    "Completion": "engine.completion",
+    "Delta": "engine.completion",
+    "EngineClient": "engine.client",
+    "EngineError": "engine.client",
+    "EngineUnavailable": "engine.client",
+    "front_ends": "engine.attach",
+    "LLM": "engine.llm",
+    "RequestOutput": "engine.llm",
+    "TextError": "engine.text",
+    "Tokenizer": "engine.text",
+    "write_tiny_model": "model.tiny",
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gllm_engine' has no attribute {name!r}")
+    return getattr(import_module(f"gllm_engine.{_HOME[name]}"), name)

@@ -1,0 +1,242 @@
+"""A Triton request -> a checked request, or one sentence saying which field is wrong.
+
+Owns the input tensors and request parameters. Pure: it must not know of tokenizers, the engine or
+how an answer is sent, and touches Triton's request object only to read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from gllm_engine import InvalidField, SamplingParams, parse_sampling
+
+# Name -> (Triton type, dims). Every one is optional to Triton, so that ours says what is missing.
+INPUTS: dict[str, tuple[str, list[int]]] = {
+    "text_input": ("TYPE_STRING", [1]),
+    "input_ids": ("TYPE_INT32", [-1]),
+    "messages": ("TYPE_STRING", [1]),
+    "image": ("TYPE_STRING", [-1]),
+    "stream": ("TYPE_BOOL", [1]),
+    "sampling_parameters": ("TYPE_STRING", [1]),
+    "exclude_input_in_output": ("TYPE_BOOL", [1]),
+    "return_finish_reason": ("TYPE_BOOL", [1]),
+    "return_cumulative_logprob": ("TYPE_BOOL", [1]),
+    "return_logprobs": ("TYPE_BOOL", [1]),
+    "return_num_input_tokens": ("TYPE_BOOL", [1]),
+    "return_num_output_tokens": ("TYPE_BOOL", [1]),
+    "return_token_ids": ("TYPE_BOOL", [1]),
+}
+OUTPUTS: dict[str, tuple[str, list[int]]] = {
+    "text_output": ("TYPE_STRING", [-1]),
+    "finish_reason": ("TYPE_STRING", [-1]),
+    "cumulative_logprob": ("TYPE_FP32", [-1]),
+    "logprobs": ("TYPE_STRING", [-1]),
+    "num_input_tokens": ("TYPE_UINT32", [1]),
+    "num_output_tokens": ("TYPE_UINT32", [-1]),
+    "token_ids": ("TYPE_INT32", [-1]),
+    "prompt_logprobs": ("TYPE_STRING", [1]),
+}
+PROMPTS = ("text_input", "input_ids", "messages")
+_DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32}
+_TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
+
+
+@dataclass(frozen=True)
+class ParsedRequest:
+    """A valid request. Filled by `parse_request`."""
+
+    prompt: str | list[int] | list[dict[str, Any]]  # text, token ids or chat messages
+    stream: bool
+    prepend_prompt: bool  # the answer begins with the prompt's text
+    sampling: SamplingParams
+    show_logprobs: bool  # false: log probabilities serve only cumulative_logprob
+    outputs: frozenset[str]  # names in OUTPUTS to build
+    timeout_us: int | None
+
+
+def parse_request(request: Any) -> ParsedRequest:
+    """Read and check all of a Triton InferenceRequest.
+
+    Raises InvalidField naming the first field that cannot be honoured.
+    """
+    tensors = {tensor.name(): _array(tensor) for tensor in request.inputs()}
+    if "image" in tensors and tensors["image"].size:
+        raise InvalidField("image", "this model takes no images")
+    prompt = _prompt(tensors)
+    parameters = _parameters(request)
+    timeout_us = _timeout(request, parameters.pop("timeout", None))
+    sampling = _sampling(tensors, parameters)
+    stream = bool(_flag(tensors, "stream"))
+    exclude = _flag(tensors, "exclude_input_in_output")
+    if stream and exclude is False:
+        # This sentence is the vLLM backend's own; its clients compare it.
+        raise InvalidStream("When streaming, `exclude_input_in_output` = False is not allowed.")
+    if exclude is None:  # only a text prompt has a text to give back unasked
+        exclude = stream or not isinstance(prompt, str)
+    outputs = _outputs(tensors, set(request.requested_output_names()), sampling)
+    show_logprobs = sampling.logprobs is not None
+    if "cumulative_logprob" in outputs and not show_logprobs:
+        sampling = replace(sampling, logprobs=0)
+    return ParsedRequest(
+        prompt=prompt,
+        stream=stream,
+        prepend_prompt=not exclude,
+        sampling=sampling,
+        show_logprobs=show_logprobs,
+        outputs=outputs,
+        timeout_us=timeout_us,
+    )
+
+
+class InvalidStream(InvalidField):
+    """`stream` and `exclude_input_in_output` contradict each other; the message is given whole."""
+
+    def __init__(self, message: str) -> None:
+        ValueError.__init__(self, message)
+        self.field = "exclude_input_in_output"
+
+
+def _array(tensor: Any) -> np.ndarray:
+    name = tensor.name()
+    if name not in INPUTS:
+        raise InvalidField(name, f"unknown input; known are {', '.join(INPUTS)}")
+    kind, dims = INPUTS[name]
+    array = tensor.as_numpy()
+    if array.dtype != _DTYPES[kind]:
+        raise InvalidField(name, f"data type {array.dtype} given, {_TYPE_NAMES[kind]} expected")
+    if array.ndim != 1 or (dims == [1] and array.size != 1):
+        what = f"shape {list(array.shape)} given, {dims} expected"
+        if name in PROMPTS and name != "input_ids":
+            what += " (a request carries exactly one prompt)"
+        raise InvalidField(name, what)
+    return array
+
+
+def _text(tensors: Mapping[str, np.ndarray], name: str) -> str:
+    value = tensors[name][0]
+    if isinstance(value, str):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        problem = f"not valid UTF-8 (byte 0x{byte:02x} at offset {error.start})"
+        raise InvalidField(name, problem) from None
+
+
+def _flag(tensors: Mapping[str, np.ndarray], name: str) -> bool | None:
+    return bool(tensors[name][0]) if name in tensors else None
+
+
+def _prompt(tensors: Mapping[str, np.ndarray]) -> str | list[int] | list[dict[str, Any]]:
+    given = [name for name in PROMPTS if name in tensors]
+    if not given:
+        raise InvalidField("text_input", "no prompt; give text_input, input_ids or messages")
+    if len(given) > 1:
+        what = f"a request carries exactly one prompt, this one has {' and '.join(given)}"
+        raise InvalidField(given[1], what)
+    if given == ["input_ids"]:
+        if not tensors["input_ids"].size:
+            raise InvalidField("input_ids", "the prompt is empty, at least one token is needed")
+        return tensors["input_ids"].tolist()
+    text = _text(tensors, given[0])
+    if not text:
+        raise InvalidField(given[0], "the prompt is empty, at least one character is needed")
+    return text if given == ["text_input"] else _messages(text)
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
+    messages = _json("messages", text)
+    if not isinstance(messages, list) or not messages:
+        raise InvalidField("messages", "a JSON list of at least one message is expected")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InvalidField("messages", f"message {i} is not a JSON object")
+        if not isinstance(message.get("role"), str):
+            raise InvalidField("messages", f"message {i} has no role (a string)")
+        if not isinstance(message.get("content"), str):
+            raise InvalidField("messages", f"message {i} has no content (a string)")
+    return messages
+
+
+def _json(name: str, text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise InvalidField(name, f"key {twice!r} is given twice")
+        return values
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+        # An escaped half of a surrogate pair is JSON but no text: it could not be tokenized.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except InvalidField:
+        raise
+    except UnicodeEncodeError:
+        raise InvalidField(name, "contains half of a surrogate pair") from None
+    except RecursionError:
+        raise InvalidField(name, "nested too deeply") from None
+    except ValueError as error:
+        raise InvalidField(name, f"not valid JSON ({error})") from None
+    return value
+
+
+def _parameters(request: Any) -> dict[str, Any]:
+    # Keys that begin with triton_ are Triton's own and say nothing about sampling.
+    parameters = _json("parameters", request.parameters() or "{}")
+    return {key: value for key, value in parameters.items() if not key.startswith("triton_")}
+
+
+def _timeout(request: Any, parameter: Any) -> int | None:
+    """The stricter of gRPC's timeout and the parameter, in microseconds; 0 is none."""
+    try:
+        value = int(parameter if parameter is not None else 0)
+    except (TypeError, ValueError, OverflowError):
+        value = -1
+    if value < 0 or isinstance(parameter, bool):
+        problem = f"{parameter!r} is not valid (a whole number of microseconds, 0 for none)"
+        raise InvalidField("timeout", problem)
+    return min((t for t in (value, request.timeout()) if t), default=None)
+
+
+def _sampling(
+    tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]
+) -> SamplingParams:
+    if "sampling_parameters" not in tensors:
+        return parse_sampling(parameters)
+    values = _json("sampling_parameters", _text(tensors, "sampling_parameters"))
+    if not isinstance(values, dict):
+        raise InvalidField("sampling_parameters", "a JSON object is expected")
+    for key in values:
+        if key in parameters:
+            problem = "given both in sampling_parameters and as a request parameter"
+            raise InvalidField(key, problem)
+    return parse_sampling(values | parameters)
+
+
+def _outputs(
+    tensors: Mapping[str, np.ndarray], requested: set[str], sampling: SamplingParams
+) -> frozenset[str]:
+    """The outputs to build: asked for by its flag, or named by a client that names some.
+
+    A client that names no output gets all of them requested, so that says nothing.
+    """
+    named = requested < set(OUTPUTS)
+    wanted = {"text_output"}
+    for name in OUTPUTS:
+        flag = _flag(tensors, f"return_{name}")
+        if flag or (flag is None and named):
+            wanted.add(name)
+    if sampling.prompt_logprobs is None:
+        wanted.discard("prompt_logprobs")
+    else:
+        wanted.add("prompt_logprobs")
+    return frozenset(wanted & requested)

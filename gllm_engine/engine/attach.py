@@ -1,0 +1,291 @@
+"""Which engine process serves a model, and who may join or replace it.
+
+All front ends of one loaded model share one engine process. They agree through a record in a
+private directory, changed only under a file lock:
+
+    <root>/<owner pid>.<its start time>/<scope hash>/
+        lock  record.json  <generation>/{config.json, engine.sock, error}
+
+The owner is the process that the engine must not outlive (tritonserver). A front end *joins* the
+engine on record when it serves the same files and configuration; it starts the next generation
+when that engine is dead, serves something else, or belongs to an earlier load of the model. The
+earlier engine then finishes what it runs, for a bounded time, before the next one starts: both
+would need the same memory.
+
+Knows processes and files; nothing of messages or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from gllm_engine.config import EngineConfig
+
+
+class AttachError(RuntimeError):
+    """No engine can be joined or started; the message says why."""
+
+
+class StaleFrontEnd(AttachError):
+    """A newer load of the same model is serving; this front end must not attach again."""
+
+
+class Process(msgspec.Struct, frozen=True):
+    """A process, told apart from a later one with the same pid by its start time."""
+
+    pid: int
+    start: int  # clock ticks since boot
+
+    @staticmethod
+    def of(pid: int) -> Process | None:
+        """The running process with this pid; None when there is none or only a zombie."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        fields = stat.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else Process(pid, int(fields[19]))
+
+    @property
+    def alive(self) -> bool:
+        return Process.of(self.pid) == self
+
+
+class Record(msgspec.Struct):
+    """What record.json holds: the current engine and the front ends attached to it."""
+
+    scope: str
+    generation: int = 0
+    engine: Process | None = None
+    fingerprint: str = ""
+    front_ends: dict[str, Process] = {}  # by instance name
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The engine that a front end is to talk to, and how to see it die."""
+
+    directory: Path
+    engine: Process
+    pidfd: int  # readable once the engine has ended; the caller closes it
+    child: subprocess.Popen[bytes] | None  # set in the front end that started it
+
+    @property
+    def address(self) -> str:
+        return f"ipc://{self.directory}/engine.sock"
+
+    def why_it_died(self) -> str:
+        """The sentence the engine left behind, or that it left none."""
+        code = self.child.wait() if self.child is not None else None
+        with contextlib.suppress(FileNotFoundError):
+            return (self.directory / "error").read_text()
+        return "the engine process died" + ("" if code is None else f" (exit status {code})")
+
+
+def attach(config: EngineConfig, scope: str, instance: str, owner_pid: int) -> Attached:
+    """Join the engine of `scope`, or start it. `instance` names this front end among its peers.
+
+    Raises StaleFrontEnd when a newer load of the model has taken over, AttachError when no engine
+    can be started. Blocks while an earlier engine finishes its work.
+    """
+    me = Process.of(os.getpid())
+    owner = Process.of(owner_pid)
+    if me is None or owner is None:
+        raise AttachError(f"process {owner_pid}, which the engine should live with, has ended")
+    home = _home(owner, scope)
+    with _locked(home):
+        record = _read(home, scope)
+        holder = record.front_ends.get(instance)
+        if holder is not None and holder != me and holder.alive and holder.start > me.start:
+            raise StaleFrontEnd("a newer load of this model is serving")
+        new_load = holder not in (None, me)
+        fingerprint = _fingerprint(config)
+        child = None
+        if new_load or record.fingerprint != fingerprint or not _running(record):
+            _retire(record.engine, config.drain_timeout_s)
+            _discard(home / str(record.generation))
+            record.generation += 1
+            if new_load:
+                record.front_ends = {}
+            child = _start(home / str(record.generation), config, owner)
+            started = Process.of(child.pid)
+            if started is None:
+                raise AttachError(f"the engine process ended at once (status {child.wait()})")
+            record.engine, record.fingerprint = started, fingerprint
+        assert record.engine is not None
+        try:
+            pidfd = os.pidfd_open(record.engine.pid)
+        except ProcessLookupError:
+            raise AttachError("the engine process died while a front end was joining") from None
+        record.front_ends[instance] = me
+        _write(home, record)
+        return Attached(home / str(record.generation), record.engine, pidfd, child)
+
+
+def detach(
+    attached: Attached, instance: str, say_goodbye: Callable[[], None], patience_s: float = 10.0
+) -> None:
+    """Take this front end off the record; the last one waits for the engine's end, or ends it.
+
+    `say_goodbye` tells the engine; it runs under the lock, so that nobody joins an engine that is
+    about to end.
+    """
+    home = attached.directory.parent
+    if not home.is_dir():
+        return
+    with _locked(home):
+        record = _read(home, "")
+        if record.front_ends.get(instance) == Process.of(os.getpid()):
+            del record.front_ends[instance]
+            _write(home, record)
+        say_goodbye()
+        current = record.engine == attached.engine
+        if not current or any(front.alive for front in record.front_ends.values()):
+            return
+        if not _ended(attached.pidfd, patience_s):
+            os.kill(attached.engine.pid, signal.SIGKILL)
+            _ended(attached.pidfd, patience_s)
+        if attached.child is not None:
+            attached.child.wait()
+        _discard(attached.directory)
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """A front end on record, for whoever watches over them."""
+
+    scope: str
+    instance: str
+    process: Process
+
+
+def front_ends(owner_pid: int) -> list[FrontEnd]:
+    """Every front end on record under an owner. One whose process is not alive has crashed."""
+    owner = Process.of(owner_pid)
+    if owner is None:
+        return []
+    found = []
+    for path in _root().glob(f"{owner.pid}.{owner.start}/*/record.json"):
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=Record)
+        except FileNotFoundError:
+            continue
+        found += [FrontEnd(record.scope, name, p) for name, p in record.front_ends.items()]
+    return found
+
+
+def sweep() -> None:
+    """Remove what owners that no longer live have left in the private directory."""
+    for path in _root().iterdir():
+        pid, _, start = path.name.partition(".")
+        if pid.isdigit() and start.isdigit() and not Process(int(pid), int(start)).alive:
+            _discard(path)
+
+
+def discard_owner(owner: Process) -> None:
+    """Remove all that is kept for an owner that has ended."""
+    _discard(_root() / f"{owner.pid}.{owner.start}")
+
+
+def _root() -> Path:
+    """A directory that only this user can enter; short, since socket paths hold 107 bytes."""
+    root = Path(tempfile.gettempdir()) / f"gllm-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    status = root.lstat()
+    if root.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise AttachError(f"{root} must be a directory of this user with mode 0700")
+    return root
+
+
+def _home(owner: Process, scope: str) -> Path:
+    name = hashlib.sha256(scope.encode()).hexdigest()[:12]
+    home = _root() / f"{owner.pid}.{owner.start}" / name
+    if not home.is_dir():
+        sweep()
+        home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+@contextlib.contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    with (home / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(home: Path, scope: str) -> Record:
+    try:
+        return msgspec.json.decode((home / "record.json").read_bytes(), type=Record)
+    except FileNotFoundError:
+        return Record(scope)
+
+
+def _write(home: Path, record: Record) -> None:
+    fresh = home / "record.json.new"
+    fresh.write_bytes(msgspec.json.encode(record))
+    fresh.rename(home / "record.json")
+
+
+def _fingerprint(config: EngineConfig) -> str:
+    """Changes when the configuration or any file of the checkpoint does."""
+    digest = hashlib.sha256(msgspec.json.encode(config))
+    for directory in {config.model, config.tokenizer or config.model}:
+        for path in sorted(Path(directory).iterdir()):
+            status = path.stat()
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _running(record: Record) -> bool:
+    return record.engine is not None and record.engine.alive
+
+
+def _retire(engine: Process | None, patience_s: float) -> None:
+    """Let an engine finish what it runs, at most `patience_s`; then end it."""
+    if engine is None or not engine.alive:
+        return
+    try:
+        pidfd = os.pidfd_open(engine.pid)
+    except ProcessLookupError:
+        return
+    try:
+        os.kill(engine.pid, signal.SIGTERM)
+        if not _ended(pidfd, patience_s):
+            os.kill(engine.pid, signal.SIGKILL)
+            _ended(pidfd, 5.0)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(pidfd)
+
+
+def _ended(pidfd: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:
+    directory.mkdir(mode=0o700)
+    (directory / "config.json").write_bytes(msgspec.json.encode(config))
+    command = [sys.executable, "-m", "gllm_engine.engine.server", str(directory), str(owner.pid)]
+    # A session of its own: Ctrl-C at the server's terminal must not end it before the streams do.
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _discard(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,231 @@
+"""A front end's connection to the engine: starts or joins it, and comes back after its death.
+
+Owns one thread, which alone touches the socket and makes every callback. Knows nothing of text
+or of Triton.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from gllm_engine.config import EngineConfig
+from gllm_engine.engine import wire
+from gllm_engine.engine.attach import Attached, AttachError, StaleFrontEnd, attach, detach
+from gllm_engine.types import ModelInfo, Outputs, Request, Stats
+
+RETRY_S = (0.1, 1.0, 5.0, 10.0)  # pauses between attempts to get an engine back
+JOIN_TRIES = 3
+GOODBYE_MS = 1000
+
+log = logging.getLogger("gllm.client")
+
+
+class EngineError(RuntimeError):
+    """The engine could not be started or joined; the message says why."""
+
+
+class EngineUnavailable(RuntimeError):
+    """There is no engine at the moment; the message says why and whether one is coming."""
+
+
+class EngineClient:
+    """Submits sequences to the engine that serves `scope`, and hands its outputs back.
+
+    `scope`: names the model among those of the owner; front ends of one scope share one engine.
+    `instance`: names this front end among its peers. `owner_pid`: the process that the engine
+    must not outlive; default: this process's parent. `on_outputs`, `on_stats` and `on_lost` are
+    called on the client's own thread. `on_lost(sentence)`: every sequence submitted so far is gone.
+
+    Raises EngineError when the engine cannot be started.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        scope: str,
+        instance: str,
+        on_outputs: Callable[[Outputs], None],
+        on_stats: Callable[[Stats], None],
+        on_lost: Callable[[str], None],
+        owner_pid: int | None = None,
+    ) -> None:
+        self._config, self._scope, self._instance = config, scope, instance
+        self._owner_pid = os.getppid() if owner_pid is None else owner_pid
+        self._handlers = {Outputs: on_outputs, Stats: on_stats}
+        self._on_lost = on_lost
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._lock = threading.Lock()  # guards the three below
+        self._outgoing: deque[Any] = deque()
+        self._trouble: str | None = None  # why there is no engine now
+        self._closing = False
+        self._attached, self._socket = self._join()
+        self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: list[Request]) -> None:
+        """Hand sequences to the engine. Raises EngineUnavailable; then none was handed over."""
+        self._send(wire.Submit(requests))
+
+    def abort(self, ids: list[int]) -> None:
+        """Tell the engine that nothing more is wanted of these sequences."""
+        try:
+            self._send(wire.Abort(ids))
+        except EngineUnavailable:
+            return  # they died with the engine
+
+    def close(self) -> None:
+        """Leave. The engine ends with its last front end. Idempotent."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+
+    def _send(self, message: Any) -> None:
+        with self._lock:
+            if self._closing:
+                raise EngineUnavailable("the model is being unloaded")
+            if self._trouble is not None:
+                raise EngineUnavailable(self._trouble)
+            self._outgoing.append(message)
+        os.eventfd_write(self._wake, 1)
+
+    # ------------------------------------------------------------ the client's thread
+
+    def _run(self) -> None:
+        while self._converse() and self._rejoin():
+            continue
+        detach(self._attached, self._instance, self._say_goodbye)
+        self._socket.close(GOODBYE_MS)
+        os.close(self._attached.pidfd)
+        os.close(self._wake)
+
+    def _say_goodbye(self) -> None:
+        if self._trouble is None:
+            self._socket.send_multipart(wire.encode(wire.Goodbye()))
+
+    def _converse(self) -> bool:
+        """Pass messages both ways. True when the engine died, False when closing."""
+        poller = zmq.Poller()
+        for source in (self._socket, self._wake, self._attached.pidfd):
+            poller.register(source, zmq.POLLIN)
+        while True:
+            events = dict(poller.poll())
+            if self._wake in events:
+                os.eventfd_read(self._wake)
+            self._flush()
+            if self._socket in events:
+                self._receive()
+            if self._closing:
+                self._flush()
+                return False
+            if self._attached.pidfd in events:
+                self._receive()  # what it sent before it died
+                return True
+
+    def _flush(self) -> None:
+        while self._outgoing:
+            self._socket.send_multipart(wire.encode(self._outgoing.popleft()))
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                message = wire.decode(self._socket.recv_multipart(zmq.DONTWAIT))
+            except zmq.Again:
+                return
+            handler = self._handlers[type(message)]
+            try:
+                handler(message)
+            except Exception:  # one bad callback must not cut off every other stream
+                log.exception("a front end's callback failed")
+
+    def _rejoin(self) -> bool:
+        """Get an engine again after one died. False when closing or when there is no point."""
+        self._lose(f"{self._attached.why_it_died()}; it is being restarted")
+        attempt = 0
+        while not self._closing:
+            dead = self._socket, self._attached.pidfd
+            try:
+                self._attached, self._socket = self._join()
+            except StaleFrontEnd as error:
+                self._lose(str(error))
+                return False
+            except EngineError as error:
+                self._lose(str(error))
+                self._pause(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+                attempt += 1
+                continue
+            dead[0].close(0)
+            os.close(dead[1])
+            with self._lock:
+                self._trouble = None
+            log.info("attached to a new engine")
+            return True
+        return False
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, but not through close()."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.poll(seconds * 1000)
+
+    def _lose(self, trouble: str) -> None:
+        with self._lock:
+            news = self._trouble is None
+            self._trouble = trouble
+            self._outgoing.clear()
+        if news:
+            log.warning("%s", trouble)
+            self._on_lost(trouble)
+
+    def _join(self) -> tuple[Attached, zmq.Socket[bytes]]:
+        """Attach and wait for the model to be loaded, or for the engine's last words.
+
+        An engine on record may have been about to end; then there is another to join or start.
+        """
+        for _ in range(JOIN_TRIES):
+            try:
+                attached = attach(self._config, self._scope, self._instance, self._owner_pid)
+            except StaleFrontEnd:
+                raise
+            except (AttachError, OSError) as error:
+                raise EngineError(str(error)) from error
+            socket = self._greet(attached)
+            if socket is not None:
+                return attached, socket
+            why = attached.why_it_died()
+            os.close(attached.pidfd)
+            if attached.child is not None:
+                break
+        raise EngineError(why)
+
+    def _greet(self, attached: Attached) -> zmq.Socket[bytes] | None:
+        """Say hello and wait for the answer; None when the engine ended instead."""
+        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.set(zmq.RECONNECT_IVL, 20)
+        socket.connect(attached.address)
+        socket.send_multipart(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid())))
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(attached.pidfd, zmq.POLLIN)
+        events = dict(poller.poll())
+        answer = wire.decode(socket.recv_multipart()) if socket in events else None
+        if isinstance(answer, wire.Welcome):
+            self.info: ModelInfo = answer.info
+            return socket
+        socket.close(0)
+        if isinstance(answer, wire.Refusal):
+            raise EngineError(answer.message)
+        return None
