@@ -207,6 +207,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    hardware = f"one {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
     text = args.text.read_text()
     cut = int(len(text) * 0.9)
     cut = text.rindex("\n\n", 0, cut) + 2
@@ -214,6 +215,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(train_text)
 
     # BPE dropout: many tokenisations of the one short text, against overfitting.
+    # Its draws cannot be seeded: a second training comes out close, not the same.
     # Plays and chats alternate, so that a sample is one or the other with the same odds.
     copies = [t for _ in range(args.variants) for t in (train_text, dialogues(train_text, rng))]
     tokenizer.model.dropout = args.bpe_dropout
@@ -259,9 +261,7 @@ def train(args: argparse.Namespace) -> None:
                     "held_out_chat_nats_per_token": round(chat, 4),
                     "step": step + 1,
                     "arguments": {k: v for k, v in vars(args).items() if k not in ("text", "out")},
-                    "hardware": f"one {torch.cuda.get_device_name()}"
-                    if device == "cuda"
-                    else "CPU",
+                    "hardware": hardware,
                 }
                 save(args.out, model, tokenizer, summary)
     print(json.dumps(summary))
@@ -295,13 +295,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="the plays, one file")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint's directory")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens a sequence")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--bpe-dropout", type=float, default=0.1)
-    parser.add_argument("--variants", type=int, default=24, help="tokenisations of the text")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--dropout", type=float, default=0.35)
+    parser.add_argument("--weight-decay", type=float, default=2.0)
+    parser.add_argument("--bpe-dropout", type=float, default=0.05)
+    parser.add_argument("--variants", type=int, default=12, help="tokenisations of the text")
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 
