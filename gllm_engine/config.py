@@ -21,7 +21,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str  # a directory; relative to model.json's own
     tokenizer: str | None = None  # a directory; default: the model's
-    device: Literal["auto", "cpu"] = "auto"
+    # none: no model is run, tokens are made up at once; for measuring what is around the model
+    device: Literal["auto", "cpu", "none"] = "auto"
     # auto: float32 on CPUs, the checkpoint's own type on GPUs
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = None  # tokens; default: what the checkpoint was trained for
@@ -56,7 +57,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_model_len": (1, 2**24),
     "max_num_seqs": (1, 16384),
     "max_num_batched_tokens": (1, 2**20),
-    "max_waiting": (0, 2**20),
+    "max_waiting": (1, 2**20),
     "page_size": (1, 256),
     "num_pages": (1, 2**30),
     "kv_cache_gib": (0.001, 4096.0),

@@ -96,8 +96,11 @@ class SamplingParams(
             if not -100 <= bias <= 100:
                 raise InvalidField("logit_bias", f"{bias} for token {token} is outside [-100, 100]")
         if self.structured_outputs is not None:
-            given = [f for f in StructuredOutputs.__struct_fields__
-                     if getattr(self.structured_outputs, f) is not None]
+            given = [
+                f
+                for f in StructuredOutputs.__struct_fields__
+                if getattr(self.structured_outputs, f) is not None
+            ]
             if len(given) != 1:
                 raise InvalidField(
                     "structured_outputs",
@@ -174,7 +177,12 @@ def _loosen(key: str, value: Any) -> Any:
         schema = value.get("json")
         if schema is not None and not isinstance(schema, str):
             value = value | {"json": json.dumps(schema)}
-    if isinstance(value, float) and key in _INTEGERS and math.isfinite(value) and value == int(value):
+    if (
+        isinstance(value, float)
+        and key in _INTEGERS
+        and math.isfinite(value)
+        and value == int(value)
+    ):
         return int(value)
     return value
 

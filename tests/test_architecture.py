@@ -43,7 +43,7 @@ OTHERS = {
     "gllm_engine/ops": {"torch"},
     "gllm_engine/layers": {"torch"},
     "gllm_engine/model": {"torch", "safetensors", "tokenizers"},
-    "gllm_engine/runner": {"torch"},
+    "gllm_engine/runner": {"torch", "numpy"},
     "gllm_engine/engine": {
         "torch", "msgspec", "zmq", "tokenizers", "transformers", "llguidance", "tqdm", "numpy",
         "jinja2",

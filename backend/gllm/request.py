@@ -51,7 +51,8 @@ _TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32
 class ParsedRequest:
     """A valid request. Filled by `parse_request`."""
 
-    prompt: str | list[int] | list[dict[str, Any]]  # text, token ids or chat messages
+    kind: str  # one of PROMPTS
+    prompt: Any  # by kind: text, token ids, or chat messages as parsed JSON (not yet checked)
     stream: bool
     prepend_prompt: bool  # the answer begins with the prompt's text
     sampling: SamplingParams
@@ -68,7 +69,7 @@ def parse_request(request: Any) -> ParsedRequest:
     tensors = {tensor.name(): _array(tensor) for tensor in request.inputs()}
     if "image" in tensors and tensors["image"].size:
         raise InvalidField("image", "this model takes no images")
-    prompt = _prompt(tensors)
+    kind, prompt = _prompt(tensors)
     parameters = _parameters(request)
     timeout_us = _timeout(request, parameters.pop("timeout", None))
     sampling = _sampling(tensors, parameters)
@@ -78,12 +79,13 @@ def parse_request(request: Any) -> ParsedRequest:
         # This sentence is the vLLM backend's own; its clients compare it.
         raise InvalidStream("When streaming, `exclude_input_in_output` = False is not allowed.")
     if exclude is None:  # only a text prompt has a text to give back unasked
-        exclude = stream or not isinstance(prompt, str)
+        exclude = stream or kind != "text_input"
     outputs = _outputs(tensors, set(request.requested_output_names()), sampling)
     show_logprobs = sampling.logprobs is not None
     if "cumulative_logprob" in outputs and not show_logprobs:
         sampling = replace(sampling, logprobs=0)
     return ParsedRequest(
+        kind=kind,
         prompt=prompt,
         stream=stream,
         prepend_prompt=not exclude,
@@ -134,7 +136,7 @@ def _flag(tensors: Mapping[str, np.ndarray], name: str) -> bool | None:
     return bool(tensors[name][0]) if name in tensors else None
 
 
-def _prompt(tensors: Mapping[str, np.ndarray]) -> str | list[int] | list[dict[str, Any]]:
+def _prompt(tensors: Mapping[str, np.ndarray]) -> tuple[str, Any]:
     given = [name for name in PROMPTS if name in tensors]
     if not given:
         raise InvalidField("text_input", "no prompt; give text_input, input_ids or messages")
@@ -144,25 +146,11 @@ def _prompt(tensors: Mapping[str, np.ndarray]) -> str | list[int] | list[dict[st
     if given == ["input_ids"]:
         if not tensors["input_ids"].size:
             raise InvalidField("input_ids", "the prompt is empty, at least one token is needed")
-        return tensors["input_ids"].tolist()
+        return given[0], tensors["input_ids"].tolist()
     text = _text(tensors, given[0])
     if not text:
         raise InvalidField(given[0], "the prompt is empty, at least one character is needed")
-    return text if given == ["text_input"] else _messages(text)
-
-
-def _messages(text: str) -> list[dict[str, Any]]:
-    messages = _json("messages", text)
-    if not isinstance(messages, list) or not messages:
-        raise InvalidField("messages", "a JSON list of at least one message is expected")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise InvalidField("messages", f"message {i} is not a JSON object")
-        if not isinstance(message.get("role"), str):
-            raise InvalidField("messages", f"message {i} has no role (a string)")
-        if not isinstance(message.get("content"), str):
-            raise InvalidField("messages", f"message {i} has no content (a string)")
-    return messages
+    return given[0], text if given == ["text_input"] else _json("messages", text)
 
 
 def _json(name: str, text: str) -> Any:
@@ -207,9 +195,7 @@ def _timeout(request: Any, parameter: Any) -> int | None:
     return min((t for t in (value, request.timeout()) if t), default=None)
 
 
-def _sampling(
-    tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]
-) -> SamplingParams:
+def _sampling(tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]) -> SamplingParams:
     if "sampling_parameters" not in tensors:
         return parse_sampling(parameters)
     values = _json("sampling_parameters", _text(tensors, "sampling_parameters"))

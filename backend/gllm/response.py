@@ -14,15 +14,19 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from gllm_backend.gllm.request import ParsedRequest
-from gllm_engine import Completion, Finish, TokenLogprobs, Tokenizer
+from gllm_engine import Finish, TokenLogprobs
+
+if TYPE_CHECKING:  # they bring transformers; this module is imported in a throw-away process too
+    from gllm_engine import Completion, Tokenizer
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+LEAST_LOGPROB = -9999.0  # instead of minus infinity, which JSON cannot say
 
 
 class Arrival(NamedTuple):
@@ -49,34 +53,33 @@ class Choice:
         self.sequence_id = sequence_id
         self.completion = completion
         self.running = True  # the engine may still produce for it
+        self.num_tokens = 0
         self.finish_reason: str | None = None
         self.cumulative_logprob = 0.0
-        self.num_tokens = 0
         self.clear()
 
     def clear(self) -> None:
         """Forget what has been sent."""
         self.text = ""
         self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[dict[int, dict[str, Any]]] = []  # one a token, when asked for
 
     def feed(self, arrivals: list[Arrival]) -> None:
         """Take in new tokens, in order. What comes after the end is ignored."""
         finish = arrivals[-1].finish
         self.running = self.running and finish is None
-        if self.finish_reason is not None:
-            return
         tokens = [a.token for a in arrivals if a.token is not None]
         logprobs = [a.logprobs for a in arrivals if a.logprobs is not None]
         delta = self.completion.feed(tokens, logprobs, finish)
-        if delta is None:
+        if delta is None:  # it had ended
             return
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.num_tokens += len(delta.token_ids)
-        self.logprobs += delta.logprobs or []
-        self.cumulative_logprob += sum(entry.logprobs[0] for entry in delta.logprobs or [])
         self.finish_reason = delta.finish_reason
+        if delta.logprobs is not None:
+            self.logprobs += delta.logprobs
+            self.cumulative_logprob = delta.cumulative_logprob
 
 
 class Stream:
@@ -101,11 +104,12 @@ class Stream:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.deadline: float | None = None
-        self.failure: Failure | None = None  # guarded by the sender's lock
+        self.failure: Failure | None = None  # to be sent; guarded by the sender's lock
+        self.error: Failure | None = None  # what the user was told instead of an answer
         self.inbox: list[Arrival] = []  # guarded by the sender's lock
         self.scheduled = False  # guarded by the sender's lock
         self.closed = False  # FINAL is sent; guarded by _end
-        self.problem: str | None = None  # a traceback or the error of a send, for the log
+        self.problem: str | None = None  # a traceback, for the log
         self.parsed: ParsedRequest | None = None
         self.num_prompt_tokens = 0
         self.choices: list[Choice] = []
@@ -140,16 +144,16 @@ class Stream:
         """Put an arrival into the inbox. True when the sender should look at it now."""
         if self.closed or self.failure is not None:
             return False
+        finish = arrival.finish
+        if finish is not None and finish.reason in ("error", "abort"):
+            message = finish.message or f"the engine ended the sequence ({finish.reason})"
+            self.failure = Failure(finish.status or "internal", message)
+            arrival = arrival._replace(finish=None)  # its text is given out, then the error
         self.inbox.append(arrival)
         if arrival.token is not None:
             self.last_token_at = now
             if self.first_token_at is None:
                 self.first_token_at = now
-        finish = arrival.finish
-        if finish is not None and finish.reason in ("error", "abort"):
-            default = "internal" if finish.reason == "error" else "cancelled"
-            message = finish.message or f"the engine ended the sequence ({finish.reason})"
-            self.failure = Failure(finish.status or default, message)
         assert self.parsed is not None
         # A whole answer in one response can wait for its end, unless the text may end it.
         wanted = self.parsed.stream and arrival.token is not None
@@ -169,14 +173,15 @@ class Stream:
     # ------------------------------------------------------------ the sender's thread
 
     def answer(self, inbox: list[Arrival], failure: Failure | None, coalesce: bool) -> None:
-        """Send what there is to send. Raises nothing: whatever goes wrong ends this request."""
+        """Send what there is to send. Whatever goes wrong doing so ends this request alone."""
         if self.closed:
             return
         try:
-            if failure is None or failure.status != "cancelled":
+            if self.choices and (failure is None or failure.status != "cancelled"):
                 for part in [inbox] if coalesce else one_token_each(inbox):
-                    self._feed(part)
-                    self._send_chunk()
+                    if not self.closed:
+                        self._feed(part)
+                        self._send_chunk()
             if failure is not None and not self.closed:
                 self._send_error(failure)
         except Exception:  # a bug or a vanished client must cost one request, not the thread
@@ -192,10 +197,6 @@ class Stream:
             self._prompt_logprobs += arrival.prompt_logprobs or []
             arrivals.setdefault(arrival.index, []).append(arrival)
         for index, mine in arrivals.items():
-            if mine[-1].finish is not None and mine[-1].finish.status is not None:
-                # It ended in an error: its text so far is given out, the error follows.
-                self.choices[index].running = False
-                mine[-1] = mine[-1]._replace(finish=None)
             self.choices[index].feed(mine)
 
     def _send_chunk(self) -> None:
@@ -210,7 +211,7 @@ class Stream:
             self._send(pb_utils.InferenceResponse(output_tensors=tensors), final)
 
     def _send_error(self, failure: Failure) -> None:
-        self.failure = failure
+        self.error = failure
         error = pb_utils.TritonError(failure.message, _code(failure.status))
         self._send(pb_utils.InferenceResponse(output_tensors=[], error=error), True)
 
@@ -221,18 +222,20 @@ class Stream:
         if final:
             with self._end:
                 self.closed = True
-                self._response_sender.send(response, flags=FINAL)
+                # While a reference to Triton's sender lives, the model cannot be unloaded.
+                last, self._response_sender = self._response_sender, None
+                last.send(response, flags=FINAL)
         else:
             self._response_sender.send(response)
 
     def _give_up(self) -> None:
-        """After something failed: an error with FINAL if it can be sent, else FINAL alone."""
+        """After something failed: say so with FINAL, if anything can be sent at all."""
         failure = Failure("internal", "Error generating stream: an internal error, see the log")
         if self.closed:  # FINAL itself failed: Triton has noted it and takes no second one
-            self.failure = self.failure or failure
+            self.error = self.error or failure
             return
         try:
-            self._send_error(self.failure or failure)
+            self._send_error(failure)
         except Exception:  # nobody is left to be told
             self.problem = f"{self.problem}\n{traceback.format_exc()}"
 
@@ -260,8 +263,7 @@ class Stream:
                 [c.cumulative_logprob for c in choices], np.float32
             ),
             "logprobs": lambda: _bytes(
-                json.dumps([self._entry(e) for e in c.logprobs] if parsed.show_logprobs else None)
-                for c in choices
+                _logprobs_json(c.logprobs if parsed.show_logprobs else None) for c in choices
             ),
             "num_input_tokens": lambda: np.array([self.num_prompt_tokens], np.uint32),
             "num_output_tokens": lambda: np.array([len(c.token_ids) for c in choices], np.uint32),
@@ -270,22 +272,12 @@ class Stream:
         tensors = [pb_utils.Tensor(name, m()) for name, m in make.items() if name in parsed.outputs]
         if "prompt_logprobs" in parsed.outputs and self._num_sent == 0:
             # The first token has nothing before it, so its entry is null.
-            entries = [None, *(self._entry(entry) for entry in self._prompt_logprobs)]
-            tensors.append(pb_utils.Tensor("prompt_logprobs", _bytes([json.dumps(entries)])))
-        return tensors
+            from gllm_engine import render_logprobs
 
-    def _entry(self, entry: TokenLogprobs) -> dict[str, dict[str, Any]]:
-        """{token id: {logprob, rank, decoded_token}} of one position."""
-        return {
-            str(token): {
-                "logprob": logprob,
-                "rank": rank,
-                "decoded_token": self._tokenizer.decode([token]),
-            }
-            for token, logprob, rank in zip(
-                entry.token_ids, entry.logprobs, entry.ranks, strict=True
-            )
-        }
+            rendered = [render_logprobs(self._tokenizer, e) for e in self._prompt_logprobs]
+            text = _logprobs_json([None, *rendered])
+            tensors.append(pb_utils.Tensor("prompt_logprobs", _bytes([text])))
+        return tensors
 
 
 class Sender:
@@ -325,13 +317,12 @@ class Sender:
         if threading.get_ident() != self._thread.ident:
             raise RuntimeError("a response may be sent only by the sender its request is pinned to")
 
-    def close(self, timeout_s: float) -> bool:
-        """Send what is waiting, then end the thread. False when that took too long."""
+    def close(self, timeout_s: float) -> None:
+        """Send what is waiting, then end the thread."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     def _schedule(self, stream: Stream) -> None:
         if not stream.scheduled:
@@ -348,7 +339,11 @@ class Sender:
                     self._wake.wait()
                 stream = (self._first or self._line).popleft()
                 inbox, failure = stream.take()
-            stream.answer(inbox, failure, self._coalesce)
+            try:
+                stream.answer(inbox, failure, self._coalesce)
+            except Exception:  # a callback's bug; the other streams must not pay for it
+                traceback.print_exc()
+            del stream, inbox, failure  # else they live until the next one comes
 
 
 def one_token_each(inbox: list[Arrival]) -> Iterator[list[Arrival]]:
@@ -360,6 +355,14 @@ def one_token_each(inbox: list[Arrival]) -> Iterator[list[Arrival]]:
             part = []
         part.append(arrival)
     yield part
+
+
+def _logprobs_json(entries: list[dict[int, dict[str, Any]] | None] | None) -> str:
+    """JSON of {token id: {logprob, rank, decoded_token}} a token; "null" if not computed."""
+    for entry in entries or []:
+        for about in (entry or {}).values():
+            about["logprob"] = max(about["logprob"], LEAST_LOGPROB)
+    return json.dumps(entries)
 
 
 def _bytes(values: Iterable[str]) -> np.ndarray:

@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,13 @@ class Attached:
         return "the engine process died" + ("" if code is None else f" (exit status {code})")
 
 
-def attach(config: EngineConfig, scope: str, instance: str, owner_pid: int) -> Attached:
+def attach(
+    config: EngineConfig, scope: str, instance: str, owner_pid: int, again: bool = False
+) -> Attached:
     """Join the engine of `scope`, or start it. `instance` names this front end among its peers.
+
+    `again`: this front end was attached before and lost its engine. Only a first attachment, which
+    is a load of the model, may replace a running engine.
 
     Raises StaleFrontEnd when a newer load of the model has taken over, AttachError when no engine
     can be started. Blocks while an earlier engine finishes its work.
@@ -109,23 +115,15 @@ def attach(config: EngineConfig, scope: str, instance: str, owner_pid: int) -> A
     home = _home(owner, scope)
     with _locked(home):
         record = _read(home, scope)
-        holder = record.front_ends.get(instance)
-        if holder is not None and holder != me and holder.alive and holder.start > me.start:
-            raise StaleFrontEnd("a newer load of this model is serving")
-        new_load = holder not in (None, me)
         fingerprint = _fingerprint(config)
+        _refuse_stale(record, instance, me, fingerprint, again)
+        holder = record.front_ends.get(instance)
         child = None
-        if new_load or record.fingerprint != fingerprint or not _running(record):
+        if holder not in (None, me) or record.fingerprint != fingerprint or not _running(record):
             _retire(record.engine, config.drain_timeout_s)
-            _discard(home / str(record.generation))
-            record.generation += 1
-            if new_load:
-                record.front_ends = {}
-            child = _start(home / str(record.generation), config, owner)
-            started = Process.of(child.pid)
-            if started is None:
-                raise AttachError(f"the engine process ended at once (status {child.wait()})")
-            record.engine, record.fingerprint = started, fingerprint
+            record.front_ends = _same_load(record, holder, me, fingerprint)
+            child = _replace(home, record, config, owner)
+            record.fingerprint = fingerprint
         assert record.engine is not None
         try:
             pidfd = os.pidfd_open(record.engine.pid)
@@ -134,6 +132,48 @@ def attach(config: EngineConfig, scope: str, instance: str, owner_pid: int) -> A
         record.front_ends[instance] = me
         _write(home, record)
         return Attached(home / str(record.generation), record.engine, pidfd, child)
+
+
+def _refuse_stale(
+    record: Record, instance: str, me: Process, fingerprint: str, again: bool
+) -> None:
+    """Raise StaleFrontEnd if the record belongs to a load of the model newer than ours."""
+    holder = record.front_ends.get(instance)
+    if again:
+        stale = holder != me or (_running(record) and record.fingerprint != fingerprint)
+    else:
+        stale = holder not in (None, me) and holder.alive and holder.start > me.start
+    if stale:
+        raise StaleFrontEnd("a newer load of this model is serving")
+
+
+def _same_load(
+    record: Record, holder: Process | None, me: Process, fingerprint: str
+) -> dict[str, Process]:
+    """The front ends on record that stay when their engine is replaced.
+
+    All of them after a mere death. When a new load takes over (another process holds our name, or
+    the files changed) those of the old one go; a peer of ours that came first had joined the old
+    engine, and is known by being younger than the process whose name we take.
+    """
+    if record.fingerprint != fingerprint:
+        return {}
+    if holder in (None, me):
+        return record.front_ends
+    return {name: p for name, p in record.front_ends.items() if p.start > holder.start}
+
+
+def _replace(
+    home: Path, record: Record, config: EngineConfig, owner: Process
+) -> subprocess.Popen[bytes]:
+    """Start the next generation's engine and put it on record."""
+    _discard(home / str(record.generation))
+    record.generation += 1
+    child = _start(home / str(record.generation), config, owner)
+    record.engine = Process.of(child.pid)
+    if record.engine is None:
+        raise AttachError(f"the engine process ended at once (status {child.wait()})")
+    return child
 
 
 def detach(
@@ -284,7 +324,10 @@ def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
     command = [sys.executable, "-m", "gllm_engine.engine.server", str(directory), str(owner.pid)]
     # A session of its own: Ctrl-C at the server's terminal must not end it before the streams do.
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    # It may outlive this front end's interest in it, and must not stay a zombie then.
+    threading.Thread(target=child.wait, name="engine-reaper", daemon=True).start()
+    return child
 
 
 def _discard(path: Path) -> None:

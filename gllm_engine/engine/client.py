@@ -67,7 +67,7 @@ class EngineClient:
         self._outgoing: deque[Any] = deque()
         self._trouble: str | None = None  # why there is no engine now
         self._closing = False
-        self._attached, self._socket = self._join()
+        self._attached, self._socket = self._join(again=False)
         self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
         self._thread.start()
 
@@ -156,7 +156,7 @@ class EngineClient:
         while not self._closing:
             dead = self._socket, self._attached.pidfd
             try:
-                self._attached, self._socket = self._join()
+                self._attached, self._socket = self._join(again=True)
             except StaleFrontEnd as error:
                 self._lose(str(error))
                 return False
@@ -188,14 +188,14 @@ class EngineClient:
             log.warning("%s", trouble)
             self._on_lost(trouble)
 
-    def _join(self) -> tuple[Attached, zmq.Socket[bytes]]:
+    def _join(self, again: bool) -> tuple[Attached, zmq.Socket[bytes]]:
         """Attach and wait for the model to be loaded, or for the engine's last words.
 
         An engine on record may have been about to end; then there is another to join or start.
         """
         for _ in range(JOIN_TRIES):
             try:
-                attached = attach(self._config, self._scope, self._instance, self._owner_pid)
+                attached = attach(self._config, self._scope, self._instance, self._owner_pid, again)
             except StaleFrontEnd:
                 raise
             except (AttachError, OSError) as error:

@@ -5,12 +5,16 @@ Owns where a text ends. Knows nothing of the engine's scheduling or of how delta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import secrets
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from gllm_engine.engine.text import Detokenizer, Tokenizer
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import Finish, TokenLogprobs
+from gllm_engine.types import Finish, Request, TokenLogprobs
 
 Logprobs = dict[int, dict[str, float | int | str]]
 
@@ -97,9 +101,7 @@ class Completion:
             and tokens[-1] == finish.stop_token
         )
 
-    def _search(
-        self, stops: _StopStrings, delta: Delta, tokens: Sequence[int], hidden: int
-    ) -> int:
+    def _search(self, stops: _StopStrings, delta: Delta, tokens: Sequence[int], hidden: int) -> int:
         """Feed token by token up to a stop string; the number of tokens used."""
         texts = []
         for index in range(len(tokens) - hidden):
@@ -136,6 +138,31 @@ def render_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> Logprobs:
         id: {"logprob": logprob, "rank": rank, "decoded_token": tokenizer.token_text(id)}
         for id, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
     }
+
+
+def make_requests(
+    tokenizer: Tokenizer, prompt: list[int], sampling: SamplingParams, ids: Iterable[int]
+) -> list[Request]:
+    """The sampling.n sequences of one prompt, with ids taken from `ids`.
+
+    The first has the seed that was asked for (a random one if none was), so that it is what n=1
+    would give; the others have seeds derived from it. Only the first computes prompt logprobs.
+    """
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    bad_words = tokenizer.bad_words(sampling.bad_words)
+    requests = []
+    for index, id in zip(range(sampling.n), ids, strict=False):
+        requests.append(Request(id, prompt, sampling, _derive_seed(seed, index), bad_words))
+        if index == 0:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+    return requests
+
+
+def _derive_seed(seed: int, index: int) -> int:
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class _StopStrings:

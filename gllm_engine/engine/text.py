@@ -43,7 +43,9 @@ class Tokenizer:
         self.has_chat_template: bool = self._outer.chat_template is not None
         added = self._inner.get_added_tokens_decoder()
         self._special = frozenset(id for id, token in added.items() if token.special)
-        rules = _decoder_rules(json.loads(self._inner.to_str())["decoder"])
+        decoder = self._inner.decoder
+        # Its pickled state is its part of tokenizer.json; the whole would take a second to write.
+        rules = _decoder_rules(None if decoder is None else json.loads(decoder.__getstate__()))
         self.leading_spaces = _leading_spaces(rules)
         spell = _speller(rules)
         self._shown = _Pieces(lambda id: self._spell(spell, id))
@@ -53,8 +55,9 @@ class Tokenizer:
         """Token ids of `text`, with the special tokens transformers adds (such as the bos)."""
         try:
             return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError:
-            raise InvalidField("text_input", "it holds a lone surrogate, which is no text") from None
+        except TypeError:
+            problem = "not text" if not isinstance(text, str) else "holds a lone surrogate"
+            raise InvalidField("prompt", problem) from None
 
     def chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
@@ -95,7 +98,9 @@ class Tokenizer:
         for word in words:
             single = self._inner.token_to_id(word)
             spellings = [] if single is None else [[single]]
-            spellings += [self.encode(text, add_special_tokens=False) for text in (word, " " + word)]
+            spellings += [
+                self.encode(text, add_special_tokens=False) for text in (word, " " + word)
+            ]
             found |= dict.fromkeys(tuple(ids) for ids in spellings if ids)
         return tuple(found)
 
@@ -185,8 +190,8 @@ def _convert(path: Path) -> PreTrainedTokenizerFast:
     settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
     if "auto_map" in settings:
         raise TextError(
-            f"tokenizer: {path} has only a tokenizer that is Python code of its own, which is never "
-            "run; put a converted tokenizer.json beside it"
+            f"tokenizer: {path} has only a tokenizer that is Python code of its own, which is "
+            "never run; put a converted tokenizer.json beside it"
         )
     from transformers import AutoTokenizer  # imports torch
 
@@ -233,7 +238,9 @@ def _decoder_rules(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     for rule in rules:
         if rule["type"] not in _RULES:
             known = ", ".join(_RULES)
-            raise TextError(f"tokenizer: decoder {rule['type']} is not supported; known are {known}")
+            raise TextError(
+                f"tokenizer: decoder {rule['type']} is not supported; known are {known}"
+            )
     return rules
 
 

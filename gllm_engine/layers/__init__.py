@@ -1,0 +1,14 @@
+"""The parts a decoder is made of; each is built from its description in spec.
+
+A layer owns its weights and lists them, canonical name -> tensor, so that loading needs no table
+of its own. Knows no checkpoints and no scheduling.
+"""
+
+from __future__ import annotations
+
+from gllm_engine.layers.attention import GqaAttention
+from gllm_engine.layers.dense import DenseFfn
+from gllm_engine.layers.rope import RopeTable
+from gllm_engine.layers.step import Step
+
+__all__ = ["DenseFfn", "GqaAttention", "RopeTable", "Step"]

@@ -1,0 +1,7 @@
+"""Device state, batch building and sampling: turns a StepPlan into a StepResult."""
+
+from gllm_engine.runner.instant import InstantRunner
+from gllm_engine.runner.runner import Launched, Runner
+from gllm_engine.runner.state import PlanError
+
+__all__ = ["InstantRunner", "Launched", "PlanError", "Runner"]

@@ -1,0 +1,13 @@
+"""The scheduler: which tokens of which sequences each step computes, and on which pages.
+
+Pure Python: it exchanges StepPlan and StepResult with a runner it never sees, and never imports
+torch.
+"""
+
+from __future__ import annotations
+
+from gllm_engine.sched.pages import IntegrityError
+from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
+from gllm_engine.sched.sequence import Constraint, Sequence
+
+__all__ = ["Committed", "Constraint", "IntegrityError", "Refused", "Scheduler", "Sequence"]

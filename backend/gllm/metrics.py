@@ -1,0 +1,151 @@
+"""Metrics on Triton's /metrics page: counted in the process, written by one side thread.
+
+Every update is a round trip of 20-80 us to the server, so nothing here is called per token and
+nobody but the side thread makes one. Front ends of one model share the families: each adds what
+it counted; only the one that receives engine statistics sets gauges. Must not know of requests'
+contents or how they are answered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from gllm_engine import Stats
+
+FLUSH_S = 0.1
+_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
+
+# Name after "gllm:" -> (kind, help).
+FAMILIES = {
+    "num_requests_running": ("GAUGE", "Sequences being computed."),
+    "num_requests_waiting": ("GAUGE", "Sequences waiting for their first step or for pages."),
+    "kv_cache_usage": ("GAUGE", "Share of KV-cache pages that live sequences use, 0 to 1."),
+    "prefix_cache_queries_total": ("COUNTER", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits_total": ("COUNTER", "Prompt tokens found in the prefix cache."),
+    "num_preemptions_total": ("COUNTER", "Sequences that lost their pages to others."),
+    "prompt_tokens_total": ("COUNTER", "Prompt tokens of accepted requests."),
+    "generation_tokens_total": ("COUNTER", "Tokens generated."),
+    "request_success_total": ("COUNTER", "Sequences completed, by finish reason."),
+    "request_cancellations_total": ("COUNTER", "Requests cancelled by their client."),
+    "request_errors_total": ("COUNTER", "Requests ended by an error, by status."),
+    "time_to_first_token_seconds": ("HISTOGRAM", "From a request's arrival to its first token."),
+    "time_per_output_token_seconds": (
+        "HISTOGRAM",
+        "Mean time between a sequence's tokens after the first; one observation a request.",
+    ),
+    "e2e_request_latency_seconds": ("HISTOGRAM", "From a request's arrival to its last response."),
+}
+Labels = tuple[tuple[str, str], ...]
+
+
+class Metrics:
+    """Counts for one front end. `warn(sentence)` is told, once, when Triton takes no metrics."""
+
+    def __init__(self, model: str, version: str, warn: Any) -> None:
+        self._base: Labels = (("model", model), ("version", version))
+        self._warn = warn
+        self._lock = threading.Lock()  # guards the four below
+        self._counts: dict[tuple[str, Labels], float] = defaultdict(float)
+        self._gauges: dict[str, float] = {}
+        self._observed: list[tuple[str, float]] = []
+        self._last = Stats()
+        self._has_stats = False
+        self._metrics: dict[tuple[str, Labels], Any] = {}
+        self._families: dict[str, Any] = {}
+        self._stop = threading.Event()
+        try:
+            for name, (kind, text) in FAMILIES.items():
+                self._families[name] = pb_utils.MetricFamily(
+                    name=f"gllm:{name}",
+                    description=text,
+                    kind=getattr(pb_utils.MetricFamily, kind),
+                )
+                if name not in ("request_success_total", "request_errors_total"):
+                    self._metric(name, ())  # shown from the start, at 0
+        except Exception as error:
+            self._families.clear()
+            warn(f"no metrics: {error}")
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        with self._lock:
+            self._counts[name, tuple(sorted(labels.items()))] += amount
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Add an observation to a histogram."""
+        with self._lock:
+            self._observed.append((name, seconds))
+
+    def engine(self, stats: Stats) -> None:
+        """Take the engine's statistics, its counters from 0 since it picked this front end."""
+        names = {
+            "prefix_queries": "prefix_cache_queries_total",
+            "prefix_hits": "prefix_cache_hits_total",
+            "preemptions": "num_preemptions_total",
+        }
+        with self._lock:
+            self._has_stats = True
+            for field, name in names.items():
+                self._counts[name, ()] += getattr(stats, field) - getattr(self._last, field)
+            self._set_gauges(stats)
+            self._last = stats
+
+    def engine_lost(self) -> None:
+        """The engine is gone: nothing runs, and the next one counts from 0."""
+        with self._lock:
+            self._last = Stats()
+            if self._has_stats:
+                self._set_gauges(Stats())
+
+    def close(self, timeout_s: float) -> None:
+        """Gauges to 0, one last flush, end of the thread."""
+        self.engine_lost()
+        self._stop.set()
+        self._thread.join(timeout_s)
+
+    def _set_gauges(self, stats: Stats) -> None:
+        self._gauges["num_requests_running"] = stats.running
+        self._gauges["num_requests_waiting"] = stats.waiting
+        self._gauges["kv_cache_usage"] = stats.kv_usage
+
+    def _run(self) -> None:
+        while not self._stop.wait(FLUSH_S):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
+            counts, self._counts = self._counts, defaultdict(float)
+            gauges, self._gauges = self._gauges, {}
+            observed, self._observed = self._observed, []
+        if not self._families:
+            return
+        try:
+            for (name, labels), amount in counts.items():
+                if amount > 0:
+                    self._metric(name, labels).increment(amount)
+            for name, value in gauges.items():
+                self._metric(name, ()).set(value)
+            for name, seconds in observed:
+                self._metric(name, ()).observe(seconds)
+        except Exception as error:  # metrics may go, requests must not
+            self._families.clear()
+            self._warn(f"metrics stopped: {error}")
+
+    def _metric(self, name: str, labels: Labels) -> Any:
+        key = (name, labels)
+        if key not in self._metrics:
+            family, everything = self._families[name], dict(self._base + labels)
+            histogram = FAMILIES[name][0] == "HISTOGRAM"
+            self._metrics[key] = (
+                family.Metric(labels=everything, buckets=_SECONDS)
+                if histogram
+                else family.Metric(labels=everything)
+            )
+        return self._metrics[key]

@@ -1,0 +1,272 @@
+"""The model that Triton's Python stub runs: requests in, one engine client, responses out.
+
+Thin by design: sends starve beside a busy thread and a dead stub is never restarted, so no engine
+code runs here. Owns the threads' lifetimes and which sequence belongs to which stream. Heavy
+imports are in `initialize`: Triton reads `auto_complete_config` in a process it throws away.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from gllm_backend.gllm.metrics import Metrics
+from gllm_backend.gllm.request import INPUTS, OUTPUTS, ParsedRequest, parse_request
+from gllm_backend.gllm.response import Arrival, Choice, Sender, Stream
+from gllm_engine import InvalidField, Outputs
+
+SWEEP_S = 0.05  # between two looks for cancelled and overdue requests
+SWEEP_SHARE = 4  # a sweep that takes long is followed by a pause so many times as long
+CLOSE_S = 10.0  # for a thread to finish its last work
+SWITCH_S = 1e-4  # a busy thread gives up the interpreter to senders so often
+DEFAULTS = {"sender_threads": "2", "coalesce": "true"}  # config.pbtxt parameters
+# config.pbtxt parameters that mean something to Triton's Python backend itself.
+TRITONS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
+
+
+class TritonPythonModel:
+    """One front end (Triton: one model instance). All front ends of a model share its engine."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        """Declare the tensors, so that config.pbtxt needs three lines."""
+        config = auto_complete_model_config
+        for name, (kind, dims) in INPUTS.items():
+            config.add_input({"name": name, "data_type": kind, "dims": dims, "optional": True})
+        for name, (kind, dims) in OUTPUTS.items():
+            config.add_output({"name": name, "data_type": kind, "dims": dims})
+        config.set_model_transaction_policy({"decoupled": True})
+        config.set_max_batch_size(0)
+        return config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Start or join the engine. Raises with a sentence when the model cannot be served."""
+        from gllm_engine import EngineClient, EngineUnavailable, Tokenizer, read_config
+
+        self._unavailable = EngineUnavailable
+        name, version = args["model_name"], args["model_version"]
+        threads, coalesce = _parameters(json.loads(args["model_config"]))
+        sys.setswitchinterval(SWITCH_S)
+        self.config = read_config(Path(args["model_repository"]) / version / "model.json")
+        self.tokenizer = Tokenizer(Path(self.config.tokenizer or self.config.model))
+        self._lock = threading.Lock()  # guards the two below
+        self.live: set[Stream] = set()
+        self._sequences: dict[int, tuple[Stream, int]] = {}  # sequence id -> stream, index
+        self._ids = count()
+        self._turns = count()
+        self._stopping = threading.Event()
+        self.senders = [Sender(f"sender-{i}", coalesce) for i in range(threads)]
+        self.metrics = Metrics(name, version, pb_utils.Logger.log_warn)
+        self.client = EngineClient(
+            self.config,
+            scope=f"{name}/{version}",
+            instance=args["model_instance_name"],
+            on_outputs=self._on_outputs,
+            on_stats=self.metrics.engine,
+            on_lost=self._on_lost,
+        )
+        self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+        self._sweeper.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Check, tokenize and hand over each request; answers come from the sender threads."""
+        for request in requests:
+            stream = Stream(
+                request.request_id(),
+                request.get_response_sender(),
+                self.senders[next(self._turns) % len(self.senders)],
+                self.tokenizer,
+                self.client.abort,
+                self._on_close,
+            )
+            with self._lock:
+                self.live.add(stream)
+            try:
+                self._start(stream, parse_request(request))
+            except InvalidField as error:
+                stream.fail("invalid", str(error))
+            except self._unavailable as error:
+                stream.fail("unavailable", str(error))
+            except Exception:  # a bug must cost one request only
+                stream.problem = traceback.format_exc()
+                stream.fail("internal", "an internal error, see the server's log")
+
+    def finalize(self) -> None:
+        """Let running requests end, for a bounded time; then end everything."""
+        limit = time.monotonic() + self.config.drain_timeout_s
+        while self.live and time.monotonic() < limit:
+            time.sleep(0.01)
+        for stream in self._snapshot():
+            stream.fail("unavailable", "the model is being unloaded")
+        for sender in self.senders:
+            sender.close(CLOSE_S)
+        self._stopping.set()
+        self._sweeper.join(CLOSE_S)
+        self.client.close()
+        self.metrics.close(CLOSE_S)
+
+    # ------------------------------------------------------------ a request's beginning
+
+    def _start(self, stream: Stream, parsed: ParsedRequest) -> None:
+        from gllm_engine import Completion, make_requests
+
+        sampling = parsed.sampling
+        ids, text = self._tokenize(parsed)
+        for field in ("stop_token_ids", "logit_bias"):  # beyond 64 bits they could not be sent
+            _check_ids(field, getattr(sampling, field), self.client.info.vocab_size)
+        requests = make_requests(self.tokenizer, ids, sampling, self._ids)
+        choices = [Choice(r.id, Completion(self.tokenizer, ids, sampling)) for r in requests]
+        stream.open(parsed, text, len(ids), choices)
+        with self._lock:
+            self._sequences |= {r.id: (stream, i) for i, r in enumerate(requests)}
+        self.client.submit(requests)
+        self.metrics.count("prompt_tokens_total", len(ids))
+        if stream.failure is not None:  # maybe before the engine could know of it
+            self._forget(stream)
+            self.client.abort([request.id for request in requests])
+
+    def _tokenize(self, parsed: ParsedRequest) -> tuple[list[int], str]:
+        """The prompt as token ids, and as text where the answer is to begin with it."""
+        if parsed.kind == "text_input":
+            ids, text = self.tokenizer.encode(parsed.prompt), parsed.prompt
+            if not ids:
+                raise InvalidField("text_input", "the prompt has no tokens, at least one is needed")
+            return ids, text
+        ids = parsed.prompt if parsed.kind == "input_ids" else self.tokenizer.chat(parsed.prompt)
+        return ids, self.tokenizer.decode(ids) if parsed.prepend_prompt else ""
+
+    # ------------------------------------------------------------ the client's thread
+
+    def _on_outputs(self, outputs: Outputs) -> None:
+        now = time.monotonic()
+        batches: dict[Sender, list[tuple[Stream, Arrival]]] = {s: [] for s in self.senders}
+        tokens = dict(zip(outputs.ids, outputs.tokens, strict=True))
+        known = 0
+        with self._lock:  # what was aborted meanwhile has no owner any more
+            owners = {
+                sequence_id: self._sequences[sequence_id]
+                for sequence_id in tokens | outputs.prompt_logprobs | outputs.finished
+                if sequence_id in self._sequences
+            }
+        for sequence_id, (stream, index) in owners.items():
+            arrival = Arrival(
+                index,
+                tokens.get(sequence_id),
+                outputs.logprobs.get(sequence_id),
+                outputs.prompt_logprobs.get(sequence_id),
+                outputs.finished.get(sequence_id),
+            )
+            known += arrival.token is not None
+            batches[stream.sender].append((stream, arrival))
+        for sender, batch in batches.items():
+            if batch:
+                sender.deliver(batch, now)
+        if known:
+            self.metrics.count("generation_tokens_total", known)
+
+    def _on_lost(self, sentence: str) -> None:
+        self.metrics.engine_lost()
+        for stream in self._snapshot():
+            stream.fail("unavailable", sentence)
+
+    # ------------------------------------------------------------ the sweep's thread
+
+    def _sweep(self) -> None:
+        pause = SWEEP_S
+        while not self._stopping.wait(pause):
+            began = time.monotonic()
+            for stream in self._snapshot():
+                self._look_after(stream, began)
+            pause = max(SWEEP_S, SWEEP_SHARE * (time.monotonic() - began))
+
+    def _look_after(self, stream: Stream, now: float) -> None:
+        try:
+            if stream.is_cancelled():
+                stream.fail("cancelled", "Request was cancelled")
+            elif stream.deadline is not None and now > stream.deadline:
+                stream.fail(
+                    "deadline", f"timeout: {stream.parsed.timeout_us} microseconds are over"
+                )
+        except Exception:  # one request's trouble must not end the watch over the others
+            traceback.print_exc()
+
+    # ------------------------------------------------------------ a request's end
+
+    def _on_close(self, stream: Stream) -> None:
+        """On the sender's thread, after FINAL."""
+        self._forget(stream)
+        with self._lock:
+            self.live.discard(stream)
+        self._measure(stream)
+        self._report(stream)
+
+    def _forget(self, stream: Stream) -> None:
+        with self._lock:
+            for choice in stream.choices:
+                self._sequences.pop(choice.sequence_id, None)
+
+    def _measure(self, stream: Stream) -> None:
+        metrics, first, last = self.metrics, stream.first_token_at, stream.last_token_at
+        if first is not None:
+            metrics.observe("time_to_first_token_seconds", first - stream.began)
+        if stream.error is not None and stream.error.status == "cancelled":
+            metrics.count("request_cancellations_total")
+        elif stream.error is not None:
+            metrics.count("request_errors_total", status=stream.error.status)
+        else:
+            for choice in stream.choices:
+                metrics.count("request_success_total", finished_reason=str(choice.finish_reason))
+            later = max(choice.num_tokens for choice in stream.choices) - 1
+            if later > 0:
+                metrics.observe("time_per_output_token_seconds", (last - first) / later)
+            metrics.observe("e2e_request_latency_seconds", time.monotonic() - stream.began)
+
+    def _report(self, stream: Stream) -> None:
+        """One line a request: a call costs 50-80 us, so never more."""
+        name = f"request {stream.request_id!r}"
+        if stream.error is not None:
+            line = f"{name}: {stream.error.status}: {' '.join(stream.error.message.split())}"
+        else:
+            ends = ", ".join(f"{c.num_tokens} tokens ({c.finish_reason})" for c in stream.choices)
+            seconds = time.monotonic() - stream.began
+            line = f"{name}: {stream.num_prompt_tokens} tokens in, {ends} out, {seconds:.3f} s"
+        if stream.problem is not None:
+            pb_utils.Logger.log_error(f"{line}\n{stream.problem}")
+        elif self.config.log_requests:
+            pb_utils.Logger.log_info(line)
+
+    def _snapshot(self) -> list[Stream]:
+        with self._lock:
+            return list(self.live)
+
+
+def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise InvalidField(field, f"token {token} is outside the vocabulary [0, {vocab_size})")
+
+
+def _parameters(model_config: dict[str, Any]) -> tuple[int, bool]:
+    """sender_threads and coalesce, from the parameters of config.pbtxt. Raises ValueError."""
+    given = {k: v["string_value"] for k, v in model_config.get("parameters", {}).items()}
+    for key in given:
+        if key not in (*DEFAULTS, *TRITONS):
+            raise ValueError(
+                f"config.pbtxt: unknown parameter {key}; known are {', '.join(DEFAULTS)}"
+            )
+    given = DEFAULTS | given
+    threads, coalesce = given["sender_threads"], given["coalesce"]
+    if not threads.isdecimal() or not 1 <= int(threads) <= 64:
+        raise ValueError(f"config.pbtxt: sender_threads: {threads!r} is not a number from 1 to 64")
+    if coalesce not in ("true", "false"):
+        raise ValueError(f"config.pbtxt: coalesce: {coalesce!r} is neither 'true' nor 'false'")
+    return int(threads), coalesce == "true"

@@ -1,0 +1,365 @@
+"""The `gllm` command: what can be asked of it, and how errors come out.
+
+Owns the command line alone; each command's work is in its own module, imported when it is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
+from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
+
+CHAT_MAX_TOKENS = 1024
+
+_ABOUT = """\
+gllm-triton: an LLM inference engine inside NVIDIA Triton Inference Server.
+
+  gllm serve model_repository                  serve a model repository, or one checkpoint
+  gllm chat --url localhost:8001               talk to a served model
+  gllm generate --model DIRECTORY "Once upon"  answer one prompt in this process, no server
+  gllm batch in.jsonl out.jsonl --url ...      answer a file of prompts; run again to resume
+  gllm tiny-model DIRECTORY                    write a small random checkpoint to try things with
+  gllm tritonserver ARGUMENT...                the plain tritonserver with the gllm backend
+
+Errors are one sentence on stderr; exit status 2: wrong usage, 1: failed. With GLLM_TRACEBACK=1
+in the environment they show where they come from."""
+
+_SERVE = """\
+Start tritonserver with the gllm backend, load the models and watch over them.
+
+PATH is a Triton model repository (NAME/config.pbtxt), one model of one, or a bare checkpoint
+directory (config.json), which is served under its directory's name. Once all is ready one line
+with the addresses appears on stdout; the server's log goes to stderr. A front end that dies is
+noticed and its model loaded anew. SIGTERM and Ctrl-C let running answers end, a second one does
+not. What follows `--` goes to tritonserver: gllm serve PATH -- --log-verbose=1
+
+tritonserver is looked for in $TRITON_SERVER_DIR, /opt/tritonserver and the nvidia-pytriton wheel.
+"""
+
+_BATCH = """\
+Answer every line of INPUT, one JSON object a line:
+
+  {"id": "a1", "prompt": "Once upon", "sampling_parameters": {"max_tokens": 50}}
+  {"id": "a2", "messages": [{"role": "user", "content": "Hello"}]}
+
+OUTPUT gets a line for each, in the order in which they finish:
+
+  {"id": "a1", "text": " a time", "finish_reason": "length", "num_output_tokens": 50, ...}
+  {"id": "a2", "error": "messages: ..."}
+
+`id` (a string or a whole number) is by default the line's number. Sampling flags hold for lines
+that do not say otherwise. Broken off, the same command continues: ids with an answer in OUTPUT
+are skipped. The exit status is 1 if any line ended in an error.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given[0] if given and not given[0].startswith("-") else ""
+    prefix = f"gllm {name}".strip()
+    try:
+        if name == "tritonserver":  # its flags are tritonserver's own, --help included
+            return _tritonserver(given[1:])
+        rest = []
+        if name == "serve" and "--" in given:
+            end = given.index("--")
+            given, rest = given[:end], given[end + 1 :]
+        options = make_parser().parse_args(dashed(given), argparse.Namespace(rest=rest))
+        return int(options.run(options))
+    except (UsageError, ConfigError, InvalidField) as error:
+        return _explain(prefix, str(error), 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _explain(prefix, reason, 1)
+    except (ValueError, RuntimeError) as error:  # every error of ours that is for people is one
+        return _explain(prefix, str(error), 1)
+
+
+def _explain(prefix: str, problem: str, status: int) -> int:
+    if os.environ.get("GLLM_TRACEBACK"):
+        raise  # noqa: PLE0704  # called while the error is handled
+    print(f"{prefix}: {problem}", file=sys.stderr)
+    return status
+
+
+def make_parser() -> Parser:
+    """The whole command line but `tritonserver`'s."""
+    parser = Parser(prog="gllm", description=_ABOUT)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for add in (_add_serve, _add_generate, _add_chat, _add_batch, _add_tiny_model):
+        add(commands)
+    commands.add_parser("tritonserver", help="the plain tritonserver with the gllm backend")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[Any], int], brief: str, text: str) -> Any:
+    parser = commands.add_parser(name, help=brief, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(commands, "serve", _serve, "start tritonserver and watch over it", _SERVE)
+    parser.add_argument("path", metavar="PATH", type=Path, help="what to serve")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    for kind, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        parser.add_argument(
+            f"--{kind}-port", type=int, default=port, metavar="PORT", help=f"default: {port}"
+        )
+    parser.add_argument(
+        "--exit-timeout",
+        type=int,
+        default=30,
+        metavar="SECONDS",
+        help="at a stop, running answers have so long to end (%(default)s)",
+    )
+    parser.add_argument("--name", help="a checkpoint's name as a model (its directory's)")
+    parser.add_argument(
+        "--front-ends",
+        type=int,
+        default=1,
+        metavar="INT",
+        help="processes that tokenize and send for a checkpoint's one engine (%(default)s)",
+    )
+    add_struct(parser, "engine, for a bare checkpoint", EngineConfig, skip="model")
+
+
+def _add_source(parser: Any) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a checkpoint directory; with --url, a model's name (needed if there are several)",
+    )
+    parser.add_argument(
+        "--url",
+        help="ask a server: HOST:PORT or grpc://HOST:PORT, or http://HOST:PORT. "
+        "Without it the engine runs in this process",
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="for one answer of a server"
+    )
+    add_struct(parser, "sampling", SamplingParams)
+    add_struct(parser, "engine, in this process", EngineConfig, skip="model")
+
+
+def _add_generate(commands: Any) -> None:
+    brief = "answer one prompt"
+    parser = _command(commands, "generate", _generate, brief, "Answer one prompt, as it comes.")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads stdin")
+    _add_source(parser)
+
+
+def _add_chat(commands: Any) -> None:
+    from gllm_client.chat import HINT
+
+    text = f"Talk to a model. {HINT}\n--max-tokens is {CHAT_MAX_TOKENS} unless given."
+    parser = _command(commands, "chat", _chat, "talk to a model", text)
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_source(parser)
+
+
+def _add_batch(commands: Any) -> None:
+    parser = _command(commands, "batch", _batch, "answer a file of prompts", _BATCH)
+    parser.add_argument("input", metavar="INPUT", type=Path)
+    parser.add_argument("output", metavar="OUTPUT", type=Path)
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=64,
+        metavar="INT",
+        help="requests under way at a time (%(default)s)",
+    )
+    parser.add_argument(
+        "--retry-errors", action="store_true", help="ask lines again that ended in an error"
+    )
+    _add_source(parser)
+
+
+def _add_tiny_model(commands: Any) -> None:
+    brief = "write a small random checkpoint"
+    text = (
+        "Write a complete checkpoint of a few hundred kB: random weights, a tokenizer, a chat\n"
+        "template. Nothing is downloaded. What it says is noise, and always the same noise."
+    )
+    parser = _command(commands, "tiny-model", _tiny_model, brief, text)
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path)
+    parser.add_argument(
+        "--family",
+        default="LlamaForCausalLM",
+        metavar="NAME",
+        help="the architecture, as config.json names it (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="default: 0")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=JSON",
+        help="change a key of config.json, such as num_hidden_layers=4",
+    )
+
+
+def _tritonserver(arguments: list[str]) -> int:
+    from gllm_client.server import exec_server
+
+    exec_server(arguments)
+    raise AssertionError("exec does not return")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from gllm_client.serve import Serving, serve
+    from gllm_engine import make_config
+
+    path = options.path
+    engine = struct_values(options, EngineConfig)
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory")
+    if (path / "config.json").is_file():
+        make_config({"model": str(path)} | engine)  # a wrong value is better said now
+    if engine.get("tokenizer"):
+        engine["tokenizer"] = str(Path(engine["tokenizer"]).resolve())
+    for name in ("front_ends", "exit_timeout"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: at least 1")
+    return serve(
+        Serving(
+            path=path,
+            name=options.name,
+            engine=engine,
+            front_ends=options.front_ends,
+            host=options.host,
+            http_port=options.http_port,
+            grpc_port=options.grpc_port,
+            metrics_port=options.metrics_port,
+            exit_timeout_s=options.exit_timeout,
+            arguments=tuple(options.rest),
+        )
+    )
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling flags as plain values, checked. Raises InvalidField."""
+    import msgspec
+
+    return dict(msgspec.to_builtins(parse_sampling(struct_texts(options, SamplingParams))))
+
+
+def _source(options: argparse.Namespace) -> Any:
+    from gllm_client.source import Local, Remote
+
+    engine = struct_values(options, EngineConfig)
+    if options.url is None:
+        if options.model is None:
+            raise UsageError("either --model DIRECTORY or --url is needed")
+        if options.timeout is not None:
+            raise UsageError("--timeout is for a server, give --url as well")
+        return Local({"model": options.model} | engine)
+    if engine:
+        name = next(iter(engine)).replace("_", "-")
+        raise UsageError(f"--{name} is for an engine in this process, it cannot go with --url")
+    return Remote(options.url, options.model, options.timeout)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    sampling = _sampling(options)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    source = _source(options)
+    try:
+        for chunk in source.stream(prompt, sampling):
+            print("\n---\n".join(o.text for o in chunk.outputs), end="", flush=True)
+        print()
+    finally:
+        source.close()
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    import contextlib
+
+    from gllm_client.chat import Chat
+
+    sampling = {"max_tokens": CHAT_MAX_TOKENS} | _sampling(options)
+    if sampling.get("n", 1) != 1:
+        raise UsageError("--n: a conversation has one answer at a time")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() its line editing
+    source = _source(options)
+    try:
+        answer = lambda messages: source.stream(messages, sampling)  # noqa: E731
+        Chat(answer, options.system, source.refusals).run()
+    finally:
+        source.close()
+    return 0
+
+
+def _batch(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from gllm_client.batch import Item, Tally, run_batch
+
+    if options.concurrency < 1:
+        raise UsageError("--concurrency: at least 1")
+    if options.output.exists() and options.output.samefile(options.input):
+        raise UsageError("INPUT and OUTPUT are the same file")
+    sampling = _sampling(options)
+    source = _source(options)
+
+    def answers(items: list[Item]) -> Any:
+        filled = (replace(item, sampling=sampling | item.sampling) for item in items)
+        return source.answers(filled, options.concurrency)
+
+    with tqdm(unit="request", disable=None) as bar:
+
+        def show(tally: Tally) -> None:
+            bar.total = tally.total
+            bar.update(tally.skipped + tally.answered + tally.failed - bar.n)
+
+        try:
+            tally = run_batch(
+                options.input,
+                options.output,
+                answers,
+                retry_errors=options.retry_errors,
+                on_progress=show,
+            )
+        finally:
+            source.close()
+    print(
+        f"{tally.answered} answered, {tally.failed} failed, {tally.skipped} done before",
+        file=sys.stderr,
+    )
+    return 1 if tally.failed else 0
+
+
+def _tiny_model(options: argparse.Namespace) -> int:
+    from gllm_engine import write_tiny_model
+
+    over = {}
+    for text in options.set:
+        key, separator, value = text.partition("=")
+        try:
+            over[key] = json.loads(value)
+        except ValueError:
+            raise UsageError(f"--set: {text!r} is not KEY=JSON") from None
+    write_tiny_model(options.directory, options.family, options.seed, **over)
+    print(options.directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

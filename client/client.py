@@ -1,0 +1,289 @@
+"""Clients over gRPC, the primary way to stream: asyncio (`Client`) and blocking (`SyncClient`).
+
+Owns the KServe messages. One channel a client, one gRPC stream a request: on a shared stream an
+error names no request, and cancelling one would cancel all. Knows nothing of models or text.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from gllm_client.http import HttpClient
+from gllm_client.protocol import (
+    Chunk,
+    GenerateError,
+    Value,
+    merge,
+    pick_model,
+    request_inputs,
+    to_chunk,
+)
+
+_CHANNEL = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # a new client begins without another's back-off
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+_FORMATS = {"INT32": "i", "UINT32": "I", "FP32": "f"}
+# With this key Triton ends a failed stream with the real status code, else with a bare message.
+_STATUS_METADATA = (("triton_grpc_error", "true"),)
+
+
+def connect(url: str, model: str | None = None) -> SyncClient | HttpClient:
+    """A blocking client for `grpc://host:port`, `http://host:port` or `host:port` (gRPC).
+
+    Raises ValueError for any other scheme.
+    """
+    scheme, separator, address = url.rpartition("://")
+    if scheme == "http":
+        return HttpClient(address, model)
+    if scheme == "grpc" or not separator:
+        return SyncClient(address, model)
+    raise ValueError(f"url: {url} has scheme {scheme}; known are grpc and http")
+
+
+class SyncClient:
+    """A blocking gRPC client; its methods may be called from any thread.
+
+    `model`: the one to ask, where a call names none.
+    `with_status`: failed requests carry their gRPC status in GenerateError.status. Off by
+    default, because servers before 26.03 can crash on an error in that mode.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        model: str | None = None,
+        *,
+        with_status: bool = False,
+    ) -> None:
+        self._model = model
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._metadata = _STATUS_METADATA if with_status else ()
+
+    def __enter__(self) -> SyncClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel; running requests are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Any,
+    ) -> Iterator[Chunk]:
+        """The answer in chunks, as they come; closing the iterator cancels the request.
+
+        `options` are those of `request_inputs`. `timeout`: seconds for the whole answer. Raises
+        ValueError at once for contradicting options; the iterator raises GenerateError.
+        """
+        inputs = request_inputs(prompt, **options)
+        request = _request(pick_model(model, self._model), request_id, inputs)
+        return self._stream(request, timeout)
+
+    def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
+        """The whole answer as one chunk; options as `generate`'s."""
+        return merge(self.generate(prompt, **{"stream": False} | options))
+
+    def _stream(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[Chunk]:
+        call = self._stub.ModelStreamInfer(
+            iter([request]), timeout=timeout, metadata=self._metadata
+        )
+        try:
+            for response in call:
+                yield _chunk(response)
+        except grpc.RpcError as error:
+            raise _refusal(error, timeout) from None
+        finally:
+            call.cancel()
+
+    def is_live(self, timeout: float = 5.0) -> bool:
+        """Whether a server answers."""
+        return self._is("ServerLive", pb.ServerLiveRequest(), "live", timeout)
+
+    def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
+        """Whether the server, or one of its models, takes requests."""
+        if model is None:
+            return self._is("ServerReady", pb.ServerReadyRequest(), "ready", timeout)
+        return self._is("ModelReady", pb.ModelReadyRequest(name=model), "ready", timeout)
+
+    def load(self, model: str, timeout: float | None = None) -> None:
+        """Load a model, or load it anew if its files have changed; returns when it is ready."""
+        self._call("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=model), timeout)
+
+    def unload(self, model: str, timeout: float | None = None) -> None:
+        """Take a model out of service; returns before its running requests end."""
+        request = pb.RepositoryModelUnloadRequest(model_name=model)
+        self._call("RepositoryModelUnload", request, timeout)
+
+    def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
+        """The models in the repository: name, version, state ("READY", ...) and reason."""
+        answer = self._call("RepositoryIndex", pb.RepositoryIndexRequest(), timeout)
+        keys = ("name", "version", "state", "reason")
+        return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
+
+    def num_instances(self, model: str, timeout: float | None = 5.0) -> int:
+        """How many instances the server runs of a loaded model."""
+        answer = self._call("ModelConfig", pb.ModelConfigRequest(name=model), timeout)
+        return sum(group.count * max(1, len(group.gpus)) for group in answer.config.instance_group)
+
+    def _is(self, method: str, request: Any, field: str, timeout: float) -> bool:
+        try:
+            return bool(getattr(self._call(method, request, timeout), field))
+        except GenerateError:
+            return False
+
+    def _call(self, method: str, request: Any, timeout: float | None) -> Any:
+        try:
+            return getattr(self._stub, method)(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise _refusal(error, timeout) from None
+
+
+class Client:
+    """An asyncio gRPC client; make and use it within one running event loop.
+
+    `model` and `with_status`: as `SyncClient`'s.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        model: str | None = None,
+        *,
+        with_status: bool = False,
+    ) -> None:
+        self._model = model
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._metadata = _STATUS_METADATA if with_status else ()
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the channel; running requests are cancelled."""
+        await self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Any,
+    ) -> AsyncIterator[Chunk]:
+        """The answer in chunks, as they come: `async for chunk in client.generate(...)`.
+
+        Options, errors and cancellation: as `SyncClient.generate`; cancelling the task that
+        iterates cancels the request too.
+        """
+        inputs = request_inputs(prompt, **options)
+        request = _request(pick_model(model, self._model), request_id, inputs)
+        return self._stream(request, timeout)
+
+    async def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
+        """The whole answer as one chunk; options as `generate`'s."""
+        options = {"stream": False} | options
+        return merge([chunk async for chunk in self.generate(prompt, **options)])
+
+    async def _stream(
+        self, request: pb.ModelInferRequest, timeout: float | None
+    ) -> AsyncIterator[Chunk]:
+        call = self._stub.ModelStreamInfer([request], timeout=timeout, metadata=self._metadata)
+        try:
+            async for response in call:
+                yield _chunk(response)
+        except grpc.RpcError as error:
+            raise _refusal(error, timeout) from None
+        finally:
+            call.cancel()
+
+    async def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
+        """Whether the server, or one of its models, takes requests."""
+        try:
+            if model is None:
+                answer = await self._stub.ServerReady(pb.ServerReadyRequest(), timeout=timeout)
+            else:
+                request = pb.ModelReadyRequest(name=model)
+                answer = await self._stub.ModelReady(request, timeout=timeout)
+        except grpc.RpcError:
+            return False
+        return bool(answer.ready)
+
+
+def _request(model: str, request_id: str, inputs: dict[str, Value]) -> pb.ModelInferRequest:
+    """The message of one request; every tensor has one dimension."""
+    request = pb.ModelInferRequest(model_name=model, id=request_id)
+    for name, value in inputs.items():
+        values = value if isinstance(value, list) else [value]
+        tensor = request.inputs.add(name=name, shape=[len(values)])
+        if isinstance(values[0] if values else 0, str):
+            tensor.datatype = "BYTES"
+            tensor.contents.bytes_contents.extend(text.encode("utf-8") for text in values)
+        elif isinstance(value, bool):
+            tensor.datatype = "BOOL"
+            tensor.contents.bool_contents.append(value)
+        else:
+            tensor.datatype = "INT32"
+            tensor.contents.int_contents.extend(values)
+    return request
+
+
+def _chunk(response: pb.ModelStreamInferResponse) -> Chunk:
+    if response.error_message:
+        raise GenerateError(response.error_message)
+    answer = response.infer_response
+    pairs = zip(answer.outputs, answer.raw_output_contents, strict=True)
+    tensors = {output.name: _decode(output.datatype, raw) for output, raw in pairs}
+    return to_chunk(tensors, answer.id)
+
+
+def _decode(datatype: str, raw: bytes) -> tuple[Any, ...]:
+    if datatype == "BYTES":
+        return tuple(_texts(raw))
+    if datatype not in _FORMATS:
+        raise GenerateError(f"the server sent a tensor of type {datatype}, which has no meaning")
+    return struct.unpack(f"<{len(raw) // 4}{_FORMATS[datatype]}", raw)
+
+
+def _texts(raw: bytes) -> Iterable[str]:
+    """Elements of a BYTES tensor: each its length as 4 bytes, little-endian, then its bytes."""
+    start = 0
+    while start < len(raw):
+        (size,) = struct.unpack_from("<I", raw, start)
+        start += 4
+        yield raw[start : start + size].decode("utf-8")
+        start += size
+
+
+def _refusal(error: grpc.RpcError, timeout: float | None) -> GenerateError:
+    status = error.code().name
+    if status == "DEADLINE_EXCEEDED" and timeout is not None:
+        return GenerateError(f"no whole answer within the timeout of {timeout:g} s", status)
+    details = error.details() or status
+    if status == "UNAVAILABLE" and "onnect" in details:
+        details = f"the server cannot be reached ({details.rpartition('error: ')[2]})"
+    return GenerateError(details, status)

@@ -1,0 +1,124 @@
+"""Command-line flags out of configuration structs, so that a field is spelled in one place.
+
+Owns how a field's text becomes its value and where a flag's help comes from (the field's own
+comment). Knows no field by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+
+class UsageError(Exception):
+    """The command line is wrong; the message is one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, and takes no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": formatter} | options)
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def dashed(arguments: list[str]) -> list[str]:
+    """`--max_num_seqs=8` is `--max-num-seqs=8`; what follows `--` is left alone."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [_dash(argument) for argument in arguments[:end]] + arguments[end:]
+
+
+def add_struct(parser: argparse.ArgumentParser, title: str, struct: Any, skip: str = "") -> None:
+    """One flag for each field of `struct` but `skip`, in a help group of their own."""
+    group = parser.add_argument_group(title)
+    comments = field_comments(struct)
+    hints = get_type_hints(struct)
+    for field in msgspec.structs.fields(struct):
+        if field.name == skip:
+            continue
+        options: dict[str, Any] = {"metavar": _metavar(hints[field.name])}
+        if hints[field.name] is bool:
+            options |= {"nargs": "?", "const": "true"}
+        elif get_origin(hints[field.name]) is tuple:
+            options |= {"action": "append"}
+        words = [comments.get(field.name, "")]
+        if "default:" not in words[0]:
+            words.append(f"default: {_default(field)}")
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=_dest(struct, field.name),
+            default=argparse.SUPPRESS,
+            help="; ".join(word for word in words if word).replace("%", "%%"),
+            **options,
+        )
+
+
+def struct_texts(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
+    """The fields that were given, as text (a list of texts for a field that repeats)."""
+    given = vars(options)
+    names = [name for name in struct.__struct_fields__ if _dest(struct, name) in given]
+    return {name: given[_dest(struct, name)] for name in names}
+
+
+def struct_values(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
+    """The fields that were given, each converted to its type. Raises UsageError naming a flag."""
+    values = {}
+    hints = get_type_hints(struct)
+    for name, text in struct_texts(options, struct).items():
+        try:
+            values[name] = msgspec.convert(text, hints[name], strict=False)
+        except msgspec.ValidationError as error:
+            problem = str(error).replace("`", "")
+            raise UsageError(f"--{name.replace('_', '-')}: {text!r}: {problem}") from None
+    return values
+
+
+def field_comments(struct: Any) -> dict[str, str]:
+    """What the source says of each field: the comment lines above it, else the one beside it."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(struct).splitlines():
+        if match := re.fullmatch(r"    # (.*)", line):
+            above.append(match[1])
+            continue
+        if match := re.fullmatch(r"    (\w+): .*?(?:  # (.*))?", line):
+            comments[match[1]] = " ".join([*above, match[2] or ""]).strip()
+        above = []
+    return comments
+
+
+def _dash(argument: str) -> str:
+    name, separator, value = argument.partition("=")
+    return name.replace("_", "-") + separator + value if name.startswith("--") else argument
+
+
+def _dest(struct: Any, name: str) -> str:
+    return f"{struct.__name__}.{name}"
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, get_args(hint))) + "}"
+    if get_origin(hint) is tuple:
+        return _metavar(get_args(hint)[0])
+    members = [member for member in get_args(hint) if member is not type(None)]
+    if len(members) == 1:
+        return _metavar(members[0])
+    names = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}
+    return names.get(hint, "JSON")
+
+
+def _default(field: Any) -> str:
+    default = field.default
+    if default is msgspec.NODEFAULT:
+        default = field.default_factory()
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "none" if default in (None, "", ()) or default == {} else str(default)

@@ -1,0 +1,225 @@
+"""A client over HTTP: Triton's generate and generate_stream. For tools and networks without gRPC.
+
+Owns the JSON bodies and server-sent events. Meant for a moderate rate: tritonserver's HTTP side
+can lose events when many fast streams share it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+from gllm_client.protocol import (
+    Chunk,
+    GenerateError,
+    Value,
+    merge,
+    pick_model,
+    request_inputs,
+    to_chunk,
+)
+
+# Triton answers 400 for whatever its gRPC side distinguishes, so that code says nothing.
+_STATUS = {404: "NOT_FOUND", 503: "UNAVAILABLE", 500: "INTERNAL", 499: "CANCELLED"}
+_READ_SIZE = 65536  # bytes
+
+
+class EventParser:
+    """Server-sent events out of a byte stream that may be cut anywhere."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[str] = []
+
+    def feed(self, data: bytes) -> list[str]:
+        """The data of every event that is complete now."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        events = []
+        for line in lines:
+            field, _, value = line.removesuffix(b"\r").decode("utf-8").partition(":")
+            if field == "data":
+                self._data.append(value.removeprefix(" "))
+            elif not field and not value and self._data:  # a blank line; ": x" is a comment
+                events.append("\n".join(self._data))
+                self._data = []
+        return events
+
+
+class HttpClient:
+    """A blocking HTTP client with the methods of `SyncClient`; one connection a request."""
+
+    def __init__(self, address: str = "127.0.0.1:8000", model: str | None = None) -> None:
+        self._address, self._model = address, model
+
+    def __enter__(self) -> HttpClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is kept open between requests."""
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Any,
+    ) -> Iterator[Chunk]:
+        """The answer in chunks, as they come; closing the iterator cancels the request.
+
+        `options` are those of `request_inputs`. `timeout`: seconds for the whole answer. Raises
+        ValueError at once for contradicting options; the iterator raises GenerateError.
+        """
+        inputs = request_inputs(prompt, **options)
+        return self._stream(pick_model(model, self._model), inputs, request_id, timeout)
+
+    def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
+        """The whole answer as one chunk; options as `generate`'s."""
+        return merge(self.generate(prompt, **{"stream": False} | options))
+
+    def _stream(
+        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
+    ) -> Iterator[Chunk]:
+        kind = "generate_stream" if inputs["stream"] else "generate"
+        body: dict[str, Any] = dict(inputs)
+        if request_id:
+            body["id"] = request_id
+        deadline = None if timeout is None else time.monotonic() + timeout
+        parser = EventParser()
+        path = f"/v2/models/{quote(model)}/{kind}"
+        with self._exchange("POST", path, body, timeout) as (answer, connected):
+            if answer.getheader("Content-Type", "").partition(";")[0] != "text/event-stream":
+                yield _chunk(answer.read(), answer.status, request_id)
+                return
+            last = None
+            while data := _read(answer, connected, deadline):
+                for event in parser.feed(data):
+                    last = _chunk(event, answer.status, request_id)
+                    yield last
+            if last is None or ("return_finish_reason" in inputs and not _is_final(last)):
+                raise GenerateError("the stream ended before the answer did", "UNAVAILABLE")
+
+    def is_live(self, timeout: float = 5.0) -> bool:
+        """Whether a server answers."""
+        return self._is("/v2/health/live", timeout)
+
+    def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
+        """Whether the server, or one of its models, takes requests."""
+        path = "/v2/health/ready" if model is None else f"/v2/models/{quote(model)}/ready"
+        return self._is(path, timeout)
+
+    def load(self, model: str, timeout: float | None = None) -> None:
+        """Load a model, or load it anew if its files have changed; returns when it is ready."""
+        self._ask("POST", f"/v2/repository/models/{quote(model)}/load", timeout)
+
+    def unload(self, model: str, timeout: float | None = None) -> None:
+        """Take a model out of service; returns before its running requests end."""
+        self._ask("POST", f"/v2/repository/models/{quote(model)}/unload", timeout)
+
+    def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
+        """The models in the repository: name, version, state ("READY", ...) and reason."""
+        entries = json.loads(self._ask("POST", "/v2/repository/index", timeout))
+        keys = ("name", "version", "state", "reason")
+        return [{key: entry.get(key, "") for key in keys} for entry in entries]
+
+    def metrics(self, timeout: float | None = 5.0) -> dict[str, float]:
+        """Prometheus samples, by name with labels; ask at the server's metrics address."""
+        return _samples(self._ask("GET", "/metrics", timeout).decode("utf-8"))
+
+    def _is(self, path: str, timeout: float) -> bool:
+        try:
+            self._ask("GET", path, timeout)
+        except GenerateError:
+            return False
+        return True
+
+    def _ask(self, method: str, path: str, timeout: float | None) -> bytes:
+        with self._exchange(method, path, {}, timeout) as (answer, _):
+            data = answer.read()
+            if answer.status != 200:
+                raise _refusal(data, answer.status)
+            return data
+
+    @contextmanager
+    def _exchange(
+        self, method: str, path: str, body: dict[str, Any], timeout: float | None
+    ) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
+        """Send a request; leaving the block closes the connection, which cancels the request."""
+        connection = http.client.HTTPConnection(self._address, timeout=timeout)
+        try:
+            connection.connect()
+            connected = connection.sock
+            connection.request(method, path, json.dumps(body) if method == "POST" else None)
+            with connection.getresponse() as answer:
+                yield answer, connected
+        except TimeoutError:
+            problem = f"no whole answer within the timeout of {timeout:g} s"
+            raise GenerateError(problem, "DEADLINE_EXCEEDED") from None
+        except ConnectionRefusedError:
+            raise GenerateError(f"no server listens at {self._address}", "UNAVAILABLE") from None
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"the connection to {self._address} failed ({error or type(error).__name__})"
+            raise GenerateError(problem, "UNAVAILABLE") from None
+        finally:
+            connection.close()
+
+
+def read_metrics(address: str = "127.0.0.1:8002", timeout: float | None = 5.0) -> dict[str, float]:
+    """Prometheus samples of a server, by name with labels (`nv_gpu_utilization{gpu="0"}`)."""
+    return HttpClient(address).metrics(timeout)
+
+
+def _is_final(chunk: Chunk) -> bool:
+    return all(output.finish_reason is not None for output in chunk.outputs)
+
+
+def _read(
+    answer: http.client.HTTPResponse, connected: socket.socket, deadline: float | None
+) -> bytes:
+    """What has come in, at least one byte; nothing at the end. Raises TimeoutError."""
+    if deadline is not None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connected.settimeout(left)
+    return answer.read1(_READ_SIZE)
+
+
+def _chunk(data: str | bytes, status: int, request_id: str) -> Chunk:
+    try:
+        answer = json.loads(data)
+    except ValueError:
+        raise _refusal(data, status) from None
+    if "error" in answer:
+        raise _refusal(data, status)
+    # One element comes as a plain value, any other number as a list.
+    tensors = {key: v if isinstance(v, list) else [v] for key, v in answer.items()}
+    return to_chunk(tensors, request_id)
+
+
+def _refusal(data: str | bytes, status: int) -> GenerateError:
+    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+    try:
+        message = json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError):
+        message = f"the server answered {status} {http.client.responses.get(status, '')}: {text}"
+    return GenerateError(message.strip().rstrip(":"), _STATUS.get(status))
+
+
+def _samples(text: str) -> dict[str, float]:
+    samples = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            samples[name] = float(value)
+    return samples

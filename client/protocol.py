@@ -1,0 +1,234 @@
+"""What a generate request and its answer are, whichever transport carries them.
+
+Owns the names of the input and output tensors and what their values mean to a caller. Knows
+nothing of sockets: gRPC and HTTP each turn `request_inputs` into bytes and bytes into `to_chunk`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+# An input tensor's value: BYTES, BOOL, or a list: INT32 or BYTES.
+Value = str | bool | list[int] | list[str]
+
+
+class GenerateError(RuntimeError):
+    """The server refused or failed. `status`: the gRPC status name, where the transport tells."""
+
+    def __init__(self, message: str, status: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Output:
+    """One of a request's n answers, or what a chunk adds to it."""
+
+    text: str = ""
+    finish_reason: str | None = None  # "stop", "length"; None while there is more to come
+    token_ids: tuple[int, ...] = ()
+    # For each token: {token id: {"logprob", "rank", "decoded_token"}}; None unless asked for.
+    logprobs: list[dict[str, Any]] | None = None
+    cumulative_logprob: float | None = None  # of all tokens so far
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One response: all of the answer, or the next part of a streamed one."""
+
+    outputs: tuple[Output, ...]  # one for each of n
+    num_input_tokens: int | None = None
+    prompt_logprobs: list[Any] | None = None
+    request_id: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.outputs[0].token_ids
+
+    @property
+    def logprobs(self) -> list[dict[str, Any]] | None:
+        return self.outputs[0].logprobs
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        return self.outputs[0].cumulative_logprob
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all n answers together."""
+        return sum(output.num_tokens for output in self.outputs)
+
+
+def request_inputs(
+    prompt: str | None = None,
+    *,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    input_ids: Sequence[int] | None = None,
+    images: Sequence[str | bytes] = (),
+    stream: bool = True,
+    sampling: Any = None,
+    exclude_input_in_output: bool = True,
+    return_finish_reason: bool = True,
+    return_num_input_tokens: bool = True,
+    return_num_output_tokens: bool = True,
+    return_token_ids: bool = True,
+    return_logprobs: bool | None = None,
+    return_cumulative_logprob: bool = False,
+    **sampling_fields: Any,
+) -> dict[str, Value]:
+    """The input tensors of one request, by name. These are the options of every `generate`.
+
+    Exactly one of `prompt` (text), `messages` (for the model's chat template) and `input_ids`.
+    `images`: encoded files, as bytes or already base64. `sampling`: a mapping or a
+    SamplingParams; single fields may also be given by keyword (`max_tokens=20, stop=["\\n"]`).
+    `return_logprobs`: default: when `logprobs` is among the sampling parameters.
+    Raises ValueError when the options contradict each other; the server checks their values.
+    """
+    prompts: dict[str, Value] = {}
+    if prompt is not None:
+        prompts["text_input"] = prompt
+    if messages is not None:
+        prompts["messages"] = json.dumps(list(messages))
+    if input_ids is not None:
+        prompts["input_ids"] = [int(token) for token in input_ids]
+    if len(prompts) != 1:
+        given = " and ".join(prompts) or "none"
+        raise ValueError(f"exactly one of prompt, messages and input_ids is needed, got {given}")
+    parameters = _sampling(sampling, sampling_fields)
+    several = int(parameters.get("n") or 1) > 1
+    if several and return_token_ids and not return_num_output_tokens:
+        raise ValueError("n > 1 with return_token_ids needs return_num_output_tokens as well")
+    if return_logprobs is None:
+        return_logprobs = parameters.get("logprobs") is not None
+    flags: dict[str, Value] = {
+        "return_finish_reason": return_finish_reason,
+        "return_num_input_tokens": return_num_input_tokens,
+        "return_num_output_tokens": return_num_output_tokens,
+        "return_token_ids": return_token_ids,
+        "return_logprobs": return_logprobs,
+        "return_cumulative_logprob": return_cumulative_logprob,
+    }
+    inputs = prompts | {name: True for name, wanted in flags.items() if wanted}
+    if stream or exclude_input_in_output:
+        inputs["exclude_input_in_output"] = exclude_input_in_output
+    inputs["stream"] = stream
+    if parameters:
+        inputs["sampling_parameters"] = json.dumps(parameters)
+    if images:
+        inputs["image"] = [
+            image if isinstance(image, str) else base64.b64encode(image).decode("ascii")
+            for image in images
+        ]
+    return inputs
+
+
+def pick_model(named: str | None, usual: str | None) -> str:
+    """The model that a call names, else the client's own. Raises ValueError without either."""
+    model = named or usual
+    if not model:
+        raise ValueError("model: none given, neither to the client nor to the call")
+    return model
+
+
+def _sampling(sampling: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    given = {} if sampling is None else msgspec.to_builtins(sampling)
+    if not isinstance(given, dict):
+        raise ValueError(f"sampling: a mapping is expected, got {type(sampling).__name__}")
+    twice = sorted(set(given) & set(fields))
+    if twice:
+        raise ValueError(f"{twice[0]}: given both in sampling and by keyword")
+    return given | msgspec.to_builtins(fields)
+
+
+def to_chunk(tensors: Mapping[str, Sequence[Any]], request_id: str = "") -> Chunk:
+    """A chunk from output tensors, by name; BYTES values are str. Absent outputs are defaults.
+
+    `token_ids` holds the tokens of all n answers one after another; `num_output_tokens` says how
+    many belong to each.
+    """
+    texts = tensors.get("text_output", ())
+    size = len(texts)
+    reasons = [None if r == "None" else r for r in tensors.get("finish_reason", ())]
+    logprobs = [json.loads(text) for text in tensors.get("logprobs", ())]
+    cumulative = tensors.get("cumulative_logprob", ())
+    token_ids = tensors.get("token_ids", ())
+    counts = tensors.get("num_output_tokens", ())
+    outputs = []
+    start = 0
+    for i in range(size):
+        end = start + int(counts[i]) if counts and size > 1 else len(token_ids)
+        outputs.append(
+            Output(
+                text=texts[i],
+                finish_reason=reasons[i] if reasons else None,
+                token_ids=tuple(token_ids[start:end]),
+                logprobs=logprobs[i] if logprobs else None,
+                cumulative_logprob=float(cumulative[i]) if cumulative else None,
+                num_tokens=int(counts[i]) if counts else 0,
+            )
+        )
+        start = end
+    num_input = tensors.get("num_input_tokens", ())
+    prompt_logprobs = tensors.get("prompt_logprobs", ())
+    return Chunk(
+        outputs=tuple(outputs),
+        num_input_tokens=int(num_input[0]) if num_input else None,
+        prompt_logprobs=json.loads(prompt_logprobs[0]) if prompt_logprobs else None,
+        request_id=request_id,
+    )
+
+
+def merge(chunks: Iterable[Chunk]) -> Chunk:
+    """The whole answer, from the chunks of a stream (or the single one of a request without).
+
+    Raises GenerateError when there is no chunk.
+    """
+    whole: Chunk | None = None
+    for chunk in chunks:
+        if whole is None:
+            whole = chunk
+            continue
+        pairs = zip(whole.outputs, chunk.outputs, strict=True)
+        whole = Chunk(
+            outputs=tuple(_join(a, b) for a, b in pairs),
+            num_input_tokens=_latest(whole.num_input_tokens, chunk.num_input_tokens),
+            prompt_logprobs=_latest(whole.prompt_logprobs, chunk.prompt_logprobs),
+            request_id=whole.request_id,
+        )
+    if whole is None:
+        raise GenerateError("the answer ended before it began")
+    return whole
+
+
+def _join(a: Output, b: Output) -> Output:
+    logprobs = a.logprobs
+    if b.logprobs is not None:
+        logprobs = (a.logprobs or []) + b.logprobs
+    return replace(
+        b,
+        text=a.text + b.text,
+        finish_reason=_latest(a.finish_reason, b.finish_reason),
+        token_ids=a.token_ids + b.token_ids,
+        logprobs=logprobs,
+        cumulative_logprob=_latest(a.cumulative_logprob, b.cumulative_logprob),
+        num_tokens=a.num_tokens + b.num_tokens,
+    )
+
+
+def _latest(old: Any, new: Any) -> Any:
+    return old if new is None else new

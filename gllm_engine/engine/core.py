@@ -1,0 +1,341 @@
+"""The step loop's body: requests in, plans to the runner, tokens out, grouped by front end.
+
+Owns the live sequences and the plans in flight. Knows nothing of text, sockets or processes; one
+thread drives it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import torch
+
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.engine.constraints import Constraint, Grammars
+from gllm_engine.model import load_model
+from gllm_engine.runner import InstantRunner, Runner
+from gllm_engine.sampling import InvalidField
+from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
+from gllm_engine.spec import Model, read_spec
+from gllm_engine.types import (
+    Finish,
+    ModelInfo,
+    Outputs,
+    Request,
+    Stats,
+    Status,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+
+# While grammars compile and nothing else is to do, step() waits so long and comes back.
+COMPILE_WAIT_S = 0.005
+
+log = logging.getLogger(__name__)
+
+Client = Hashable
+Key = tuple[Client, int]  # client, sequence id
+
+
+class Launch(Protocol):
+    """A step under way."""
+
+    def wait(self) -> StepResult: ...
+
+
+class StepRunner(Protocol):
+    """What runs plans, strictly in the order of launch."""
+
+    num_pages: int
+
+    def launch(self, plan: StepPlan) -> Launch: ...
+
+
+@dataclass(slots=True)
+class _Box:
+    """The outputs of one client while a step's results are sorted."""
+
+    ids: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    finished: dict[int, Finish] = field(default_factory=dict)
+
+    def seal(self) -> Outputs:
+        return Outputs(self.ids, self.tokens, self.logprobs, self.prompt_logprobs, self.finished)
+
+
+class Engine:
+    """One model, its scheduler and its runner. Clients are any hashable names of front ends.
+
+    A sequence is live from add() until its Finish is in the outputs of a step, or until abort()
+    or drop(), after which nothing more comes for it.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        make_runner: Callable[[EngineConfig, Model], StepRunner] | None = None,
+    ) -> None:
+        """Load the model and get ready. Raises ConfigError, SpecError or LoadError.
+
+        `make_runner`: what to run plans with, in place of the model in `config.model`.
+        """
+        path = Path(config.model)
+        spec = read_spec(path)
+        max_model_len = config.max_model_len or spec.max_len
+        if max_model_len > spec.max_len:
+            raise ConfigError(
+                f"max_model_len: {max_model_len} is more than the {spec.max_len} tokens this model "
+                "was trained for"
+            )
+        # First, because it works on a thread of its own while the model loads.
+        tokenizer = Path(config.tokenizer or config.model)
+        self._grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
+        self._runner = (make_runner or _load_runner)(config, spec)
+        self._scheduler = Scheduler(
+            config, self._runner.num_pages, max_model_len, spec.eos_token_ids
+        )
+        self.info = ModelInfo(
+            vocab_size=spec.vocab,
+            max_model_len=max_model_len,
+            num_pages=self._runner.num_pages,
+            page_size=config.page_size,
+            eos_token_ids=spec.eos_token_ids,
+        )
+        self._depth = config.plans_in_flight
+        self._max_waiting = config.max_waiting
+        self._launched: deque[Launch] = deque()
+        self._live: dict[Key, Sequence] = {}
+        self._constrained: dict[Key, Constraint] = {}
+        self._compiling: dict[Key, tuple[Request, Future[Constraint]]] = {}
+        self._boxes: dict[Client, _Box] = {}
+        # What is loaded stays: the collector need not look at it again in every full pass.
+        gc.collect()
+        gc.freeze()
+
+    # ------------------------------------------------------------ requests come and go
+
+    def add(self, request: Request, client: Client = None) -> None:
+        """Take a request. One that cannot be served gets its error in the next step's outputs."""
+        key = (client, request.id)
+        if key in self._live or key in self._compiling:
+            self._refuse(key, "invalid", f"A sequence with id {request.id} is already live.")
+            return
+        try:
+            self._check(request)
+        except InvalidField as error:
+            self._refuse(key, "invalid", str(error))
+            return
+        constraint = self._grammars.constrain(request)
+        if not isinstance(constraint, Future):
+            self._admit(key, request, constraint)
+        elif len(self._compiling) >= self._max_waiting:
+            constraint.cancel()
+            waiting = len(self._compiling)
+            self._refuse(key, "unavailable", f"The queue is full: {waiting} grammars are waiting.")
+        else:
+            self._compiling[key] = request, constraint
+
+    def abort(self, id: int, client: Client = None) -> None:
+        """End a sequence now; its pages are free at once. One that has ended is left alone."""
+        self._forget((client, id))
+
+    def num_cached_tokens(self, id: int, client: Client = None) -> int:
+        """Prompt tokens of a live sequence that the prefix cache held; 0 for any other."""
+        sequence = self._live.get((client, id))
+        return 0 if sequence is None else max(0, sequence.num_cached_tokens)
+
+    def drop(self, client: Client) -> None:
+        """Abort all sequences of a client, and forget what was to be told to it."""
+        for key in [*self._live, *self._compiling]:
+            if key[0] == client:
+                self._forget(key)
+        self._boxes.pop(client, None)
+
+    def _forget(self, key: Key) -> None:
+        sequence = self._live.pop(key, None)
+        if sequence is not None:
+            self._scheduler.abort(sequence)
+        self._constrained.pop(key, None)
+        _, compiling = self._compiling.pop(key, (None, None))
+        if compiling is not None:
+            compiling.cancel()
+
+    def _check(self, request: Request) -> None:
+        """Raise InvalidField for a token id that the model does not have."""
+        sampling = request.sampling
+        self._check_ids("input_ids", request.prompt)
+        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        self._check_ids("logit_bias", list(sampling.logit_bias))
+        for words in request.bad_words:
+            self._check_ids("bad_words", words)
+
+    def _check_ids(self, field: str, ids: list[int] | tuple[int, ...]) -> None:
+        vocab = self.info.vocab_size
+        if ids and not (min(ids) >= 0 and max(ids) < vocab):
+            bad = next(id for id in ids if not 0 <= id < vocab)
+            raise InvalidField(field, f"token id {bad} is outside [0, {vocab - 1}]")
+
+    def _admit(self, key: Key, request: Request, constraint: Constraint | None) -> None:
+        sequence = Sequence(key, request.prompt, request.sampling, request.seed, constraint)
+        try:
+            self._scheduler.add(sequence)
+        except Refused as refused:
+            self._refuse(key, refused.status, refused.message)
+            return
+        self._live[key] = sequence
+        if constraint is not None:
+            self._constrained[key] = constraint
+
+    def _admit_compiled(self) -> None:
+        if not self._scheduler.has_work and not self._boxes:
+            futures = [future for _, future in self._compiling.values()]
+            wait(futures, COMPILE_WAIT_S, FIRST_COMPLETED)
+        for key, (request, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[key]
+            error = future.exception()
+            if error is None:
+                self._admit(key, request, future.result())
+            elif isinstance(error, InvalidField):
+                self._refuse(key, "invalid", str(error))
+            else:
+                log.error("a grammar could not be compiled", exc_info=error)
+                self._refuse(key, "internal", "structured_outputs: the grammar compiler failed.")
+
+    def _refuse(self, key: Key, status: Status, message: str) -> None:
+        client, id = key
+        finish = Finish("error", status=status, message=message)
+        self._boxes.setdefault(client, _Box()).finished[id] = finish
+
+    # ------------------------------------------------------------ steps
+
+    def step(self) -> dict[Client, Outputs]:
+        """One turn: plan and launch a step if the deque has room, take in the oldest if not.
+
+        Returns what is new for each client. Never raises for a failed step: it fails the live
+        sequences instead, and the engine goes on.
+        """
+        if self._compiling:
+            self._admit_compiled()
+        try:
+            plan = self._scheduler.schedule() if len(self._launched) < self._depth else None
+            if plan is not None:
+                self._launched.append(self._runner.launch(plan))
+            if self._launched and (plan is None or len(self._launched) >= self._depth):
+                self._sort(self._scheduler.commit(self._launched.popleft().wait()))
+        except Exception as error:  # whatever a kernel or a worker raises
+            self._fail(error)
+        if self._constrained:
+            self._fail_constrained()
+        boxes, self._boxes = self._boxes, {}
+        return {client: box.seal() for client, box in boxes.items()}
+
+    def _sort(self, committed: Committed) -> None:
+        """Put the results of one step into the boxes of their clients."""
+        boxes = self._boxes
+        for sequence, token in committed.tokens:
+            client, id = sequence.key
+            box = boxes.get(client)
+            if box is None:
+                box = boxes[client] = _Box()
+            box.ids.append(id)
+            box.tokens.append(token)
+        for sequence, entry in committed.logprobs:
+            client, id = sequence.key
+            boxes.setdefault(client, _Box()).logprobs[id] = entry
+        for sequence, entries in committed.prompt_logprobs:
+            client, id = sequence.key
+            boxes.setdefault(client, _Box()).prompt_logprobs[id] = entries
+        for sequence, finish in committed.finished:
+            client, id = sequence.key
+            boxes.setdefault(client, _Box()).finished[id] = finish
+            self._live.pop(sequence.key)
+            self._constrained.pop(sequence.key, None)
+
+    def _fail(self, error: Exception) -> None:
+        """Fail every live sequence after a step that raised, and begin anew."""
+        log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
+        self._scheduler.reset()
+        self._launched.clear()
+        message = (
+            f"The engine failed in a step that computed this request ({type(error).__name__})."
+        )
+        for key in self._live:
+            self._refuse(key, "internal", message)
+        self._live.clear()
+        self._constrained.clear()
+
+    def _fail_constrained(self) -> None:
+        broken = [(key, c.error) for key, c in self._constrained.items() if c.error is not None]
+        for key, message in broken:
+            self._forget(key)
+            self._refuse(key, "internal", str(message))
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() has anything to do or to tell."""
+        return self._scheduler.has_work or bool(self._compiling or self._boxes)
+
+    def stats(self) -> Stats:
+        stats = self._scheduler.stats()
+        return msgspec.structs.replace(stats, waiting=stats.waiting + len(self._compiling))
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError with a sentence if the bookkeeping contradicts itself."""
+        self._scheduler.check_integrity()
+        if len(self._launched) != self._scheduler.num_in_flight:
+            raise IntegrityError("The engine and the scheduler disagree on the plans in flight.")
+        for key, sequence in self._live.items():
+            if sequence.queue is None:
+                raise IntegrityError(f"Sequence {key} is live but not scheduled.")
+        if not self._constrained.keys() <= self._live.keys():
+            raise IntegrityError("A constraint has outlived its sequence.")
+
+    def close(self) -> None:
+        """End all sequences. The model's memory is freed with this object. Idempotent."""
+        for key in [*self._live, *self._compiling]:
+            self._forget(key)
+        self._launched.clear()
+        self._boxes.clear()
+        self._grammars.close()
+        gc.unfreeze()
+
+
+def _load_runner(config: EngineConfig, spec: Model) -> StepRunner:
+    if config.device == "none":
+        return InstantRunner(spec.vocab, config.num_pages)
+    device = torch.device(
+        "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
+    )
+    path, max_model_len = Path(config.model), config.max_model_len or spec.max_len
+    dtype = _dtype(config, device)
+    decoder = load_model(path, spec, dtype=dtype, device=device, max_model_len=max_model_len)
+    return Runner(config, spec, decoder)
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    settings: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_text())
+    stored = settings.get("dtype") or settings.get("torch_dtype") or "bfloat16"
+    return _DTYPES.get(stored, torch.bfloat16)
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,0 +1,298 @@
+"""The offline API: a model in this process, prompts in, whole outputs or a stream out.
+
+Owns nothing but the book-keeping between prompts and sequences. Runs the engine on the caller's
+thread, so one thread at a time may use an LLM.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from tqdm import tqdm
+
+from gllm_engine.config import make_config
+from gllm_engine.engine.completion import (
+    Completion,
+    Delta,
+    Logprobs,
+    make_requests,
+    render_logprobs,
+)
+from gllm_engine.engine.core import Engine
+from gllm_engine.engine.text import Message, Tokenizer
+from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
+from gllm_engine.types import Finish, Outputs, Request, TokenLogprobs
+
+Prompt = str | list[int]  # text, or token ids
+
+
+@dataclass
+class CompletionOutput:
+    """One of the n outputs of a prompt; fields as in vLLM."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[Logprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = [*(self.logprobs or []), *delta.logprobs]
+        self.cumulative_logprob = delta.cumulative_logprob
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+@dataclass
+class RequestOutput:
+    """What became of one prompt. `error`: a sentence if it failed, which fails no other prompt.
+
+    `prompt`: None for a prompt of token ids. `prompt_logprobs`: one entry a prompt token, None
+    for the first; None altogether unless asked for.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or all(o.finish_reason is not None for o in self.outputs)
+
+
+@dataclass
+class _Sequence:
+    """A live sequence: where its tokens go and, for a stream, the deltas not yet taken."""
+
+    completion: Completion
+    output: CompletionOutput
+    parent: RequestOutput
+    deltas: deque[Delta] | None = None
+
+
+class RequestFailed(RuntimeError):
+    """A streamed request that the engine could not serve; the message says why."""
+
+
+class LLM:
+    """A model to generate text with, in this process."""
+
+    def __init__(self, model: str, **config: Any) -> None:
+        """`config`: the fields of EngineConfig. Raises ConfigError and what Engine raises."""
+        self.config = make_config({"model": str(model)} | config)
+        self.tokenizer = Tokenizer(self.config.tokenizer or self.config.model)
+        self.engine = Engine(self.config)
+        self._ids = itertools.count()
+        self._sequences: dict[int, _Sequence] = {}
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs. Idempotent."""
+        self._sequences.clear()
+        self.engine.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Generate for all prompts together; one output for each, in their order.
+
+        `sampling_params`: for all prompts, or one for each.
+        """
+        listed = _as_prompts(prompts)
+        params = sampling_params or SamplingParams()
+        each = [params] * len(listed) if isinstance(params, SamplingParams) else params
+        if len(each) != len(listed):
+            raise ValueError(f"{len(each)} sampling_params for {len(listed)} prompts")
+        outputs = [self._open(prompt) for prompt in listed]
+        queue = deque(
+            (output, self._split(output, _checked(params)))
+            for output, params in zip(outputs, each, strict=True)
+        )
+        mine: set[int] = set()
+        with tqdm(total=len(outputs), disable=not use_tqdm, unit="prompt") as bar:
+            try:
+                while queue or mine:
+                    self._submit(queue, mine)
+                    self._pump()
+                    mine &= self._sequences.keys()
+                    bar.update(sum(output.finished for output in outputs) - bar.n)
+            finally:
+                self._abort(mine)
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several. `options` go to the chat template."""
+        several = bool(messages) and not isinstance(messages[0], dict)
+        conversations: Any = messages if several else [messages]
+        prompts = [self.tokenizer.chat(conversation, **options) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """Deltas of one output as they come; closing the iterator ends the generation.
+
+        Raises InvalidField or RequestFailed. Streams and generate() may be interleaved.
+        """
+        params = _checked(sampling_params or SamplingParams())
+        if params.n != 1:
+            raise InvalidField("n", f"{params.n} outputs cannot be streamed, use generate()")
+        output = self._open(prompt)
+        requests = self._split(output, params)
+        if output.error is not None:
+            raise RequestFailed(output.error)
+        return self._stream(output, requests)
+
+    def _stream(self, output: RequestOutput, requests: list[Request]) -> Iterator[Delta]:
+        ids: set[int] = set()
+        self._submit(deque([(output, requests)]), ids)
+        (id,) = ids
+        deltas = self._sequences[id].deltas = deque[Delta]()
+        try:
+            while True:
+                while not deltas:
+                    self._pump()
+                delta = deltas.popleft()
+                if output.error is not None and not deltas:
+                    raise RequestFailed(output.error)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self._abort(ids & self._sequences.keys())
+
+    # ------------------------------------------------------------ between prompts and sequences
+
+    def _open(self, prompt: Prompt) -> RequestOutput:
+        output = RequestOutput(next(self._ids), None, [])
+        if not isinstance(prompt, str):
+            output.prompt_token_ids = list(prompt)
+            return output
+        output.prompt = prompt
+        try:
+            output.prompt_token_ids = self.tokenizer.encode(prompt)
+        except InvalidField as error:
+            output.error = str(error)
+        return output
+
+    def _split(self, output: RequestOutput, params: SamplingParams) -> list[Request]:
+        """The requests of a prompt; none if it has an error already."""
+        if output.error is not None:
+            return []
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None]
+        output.outputs = [CompletionOutput(index) for index in range(params.n)]
+        return make_requests(self.tokenizer, output.prompt_token_ids, params, self._ids)
+
+    def _submit(self, queue: deque[tuple[RequestOutput, list[Request]]], mine: set[int]) -> None:
+        """Hand over as many prompts as the engine's queue takes."""
+        while queue:
+            output, requests = queue[0]
+            room = self.config.max_waiting - self.engine.stats().waiting
+            if len(requests) > room and self._sequences:
+                return  # and if nothing runs, it never will have room: let the engine say so
+            queue.popleft()
+            for request, completion in zip(requests, output.outputs, strict=True):
+                text = Completion(self.tokenizer, request.prompt, request.sampling)
+                self._sequences[request.id] = _Sequence(text, completion, output)
+                mine.add(request.id)
+                self.engine.add(request)
+
+    def _pump(self) -> None:
+        """One step of the engine, its outputs passed on."""
+        outputs = self.engine.step().get(None)
+        if outputs is None:
+            return
+        for id, entries in outputs.prompt_logprobs.items():
+            self._take_prompt_logprobs(id, entries)
+        for id, token in zip(outputs.ids, outputs.tokens, strict=True):
+            self._feed(id, [token], outputs)
+        for id in outputs.finished.keys() - outputs.ids:
+            self._feed(id, [], outputs)
+
+    def _take_prompt_logprobs(self, id: int, entries: list[TokenLogprobs]) -> None:
+        sequence = self._sequences.get(id)
+        if sequence is not None and sequence.parent.prompt_logprobs is not None:
+            rendered = [render_logprobs(self.tokenizer, entry) for entry in entries]
+            sequence.parent.prompt_logprobs += rendered
+
+    def _feed(self, id: int, tokens: list[int], outputs: Outputs) -> None:
+        sequence = self._sequences.get(id)
+        if sequence is None:  # aborted while its token was in flight
+            return
+        finish = outputs.finished.get(id)
+        entry = outputs.logprobs.get(id)
+        delta = sequence.completion.feed(tokens, () if entry is None else (entry,), finish)
+        assert delta is not None  # a finished sequence leaves the table
+        sequence.output.add(delta)
+        if sequence.deltas is not None:
+            sequence.deltas.append(delta)
+        if finish is not None:
+            self._note(sequence, finish)
+        if sequence.completion.finished:
+            del self._sequences[id]
+        if sequence.completion.wants_abort:
+            if sequence.output.index == 0:
+                sequence.parent.num_cached_tokens = self.engine.num_cached_tokens(id)
+            self.engine.abort(id)
+
+    def _note(self, sequence: _Sequence, finish: Finish) -> None:
+        parent = sequence.parent
+        if sequence.output.index == 0:
+            parent.num_cached_tokens = finish.num_cached_tokens
+        if finish.reason == "error" and parent.error is None:
+            parent.error = finish.message
+
+    def _abort(self, ids: set[int]) -> None:
+        for id in ids:
+            self.engine.abort(id)
+            self._sequences.pop(id, None)
+
+
+def _checked(params: SamplingParams) -> SamplingParams:
+    """What a caller constructed may hold lists for tuples, or wrong types: the door's check."""
+    return parse_sampling(msgspec.to_builtins(params))
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Several prompts; a string, and a list of integers, is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    one = bool(prompts) and all(isinstance(item, int) for item in prompts)
+    listed: list[Any] = [prompts] if one else list(prompts)
+    return listed

@@ -1,0 +1,57 @@
+"""Grouped-query attention over the paged cache, as a Gqa describes it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.step import Step
+from gllm_engine.spec.model import Gqa
+
+
+class GqaAttention:
+    """Projects, normalises and rotates heads, writes K and V to the cache, attends, projects."""
+
+    def __init__(
+        self,
+        spec: Gqa,
+        dim: int,
+        eps: float,
+        ops: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._spec, self._eps, self._ops = spec, eps, ops
+        shapes = spec.weights(dim)
+        names = [f"self_attn.{part}_proj" for part in "qkv"]
+        self._qkv = Linear(names, shapes, dtype, device)
+        self._out = Linear(["self_attn.o_proj"], shapes, dtype, device)
+        self._heads = spec.heads + 2 * spec.kv_heads
+        # One row for each query and key head, so that both are normalised at once.
+        self._qk_norm: Tensor | None = None
+        if spec.qk_norm:
+            size = (spec.heads + spec.kv_heads, spec.head_dim)
+            self._qk_norm = torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
+        """x, result: [tokens, dim]. cache: [num_pages, 2, page_size, kv_heads, head_dim]."""
+        spec, plan = self._spec, step.plans[self._spec.window]
+        qkv = self._qkv(x).view(-1, self._heads, spec.head_dim)
+        qk = qkv[:, : spec.heads + spec.kv_heads]
+        if self._qk_norm is not None:
+            qk.copy_(self._ops.rms_norm(qk, self._qk_norm, self._eps))
+        self._ops.rotate(qk, *step.rotations[spec.rope], spec.rope.interleaved)
+        kv = qkv[:, spec.heads :].unflatten(1, (2, spec.kv_heads))
+        self._ops.write_kv(cache, kv, plan)
+        return self._out(self._ops.attend(qkv[:, : spec.heads], cache, plan))
+
+    def weights(self) -> dict[str, Tensor]:
+        views = self._qkv.weights() | self._out.weights()
+        if self._qk_norm is not None:
+            q, k = self._qk_norm.split((self._spec.heads, self._spec.kv_heads))
+            # [heads, head_dim], where the weight is [head_dim]: copying it in fills every row.
+            views |= {"self_attn.q_norm.weight": q, "self_attn.k_norm.weight": k}
+        return views

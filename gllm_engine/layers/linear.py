@@ -1,0 +1,42 @@
+"""A matrix product whose rows may come from several weights (q, k, v; gate, up), as one GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gllm_engine.spec.model import Shapes
+
+
+class Linear:
+    """y = x W' + b for the projections `names` stacked along the output dimension.
+
+    `shapes` gives every name's "NAME.weight" [out, in] and, for all or none, "NAME.bias" [out].
+    """
+
+    def __init__(
+        self, names: Sequence[str], shapes: Shapes, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
+        rows, width = sum(self._sizes.values()), shapes[f"{names[0]}.weight"][1]
+        self._weight = torch.empty(rows, width, dtype=dtype, device=device)
+        self._bias: Tensor | None = None
+        if f"{names[0]}.bias" in shapes:
+            self._bias = torch.empty(rows, dtype=dtype, device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Views to load into."""
+        sizes = tuple(self._sizes.values())
+        views = {
+            f"{k}.weight": v for k, v in zip(self._sizes, self._weight.split(sizes), strict=True)
+        }
+        if self._bias is not None:
+            parts = zip(self._sizes, self._bias.split(sizes), strict=True)
+            views |= {f"{name}.bias": part for name, part in parts}
+        return views

@@ -1,0 +1,85 @@
+"""Rotary position embedding: the table of angles that a Rope describes.
+
+Frequencies are computed in float32 with transformers' order of operations, so that far positions
+agree with the reference and not only near ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gllm_engine.spec.rope import Dynamic, Linear, Llama3, Rope, Yarn
+
+
+class RopeTable:
+    """cos and sin, [max_model_len, dim / 2] in float32, for positions 0 .. max_model_len - 1."""
+
+    def __init__(self, rope: Rope, max_model_len: int, device: torch.device) -> None:
+        frequencies, factor = _frequencies(rope, max_model_len)
+        angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
+        self._cos = (angles.cos() * factor).to(device)
+        self._sin = (angles.sin() * factor).to(device)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [tokens, dim / 2] each."""
+        return self._cos[positions], self._sin[positions]
+
+
+def _frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:
+    """Radians a position for each pair of channels, and a factor on cos and sin."""
+    scaling, theta = rope.scaling, rope.theta
+    if isinstance(scaling, Dynamic):
+        theta = _dynamic_theta(scaling, theta, rope.dim, max_model_len)
+    powers = theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    plain = 1.0 / powers
+    if scaling is None or isinstance(scaling, Dynamic):
+        return plain, 1.0
+    if isinstance(scaling, Linear):
+        return plain / scaling.factor, 1.0
+    if isinstance(scaling, Llama3):
+        return _llama3(scaling, plain), 1.0
+    return _yarn(scaling, rope, powers), _yarn_attention_factor(scaling)
+
+
+def _dynamic_theta(scaling: Dynamic, theta: float, dim: int, max_model_len: int) -> float:
+    stretch = max(max_model_len, scaling.original_len) / scaling.original_len
+    return theta * (scaling.factor * stretch - (scaling.factor - 1)) ** (dim / (dim - 2))
+
+
+def _llama3(scaling: Llama3, plain: Tensor) -> Tensor:
+    wavelength = 2 * math.pi / plain
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # 0 where a wave is longer than original_len / low, 1 where it is shorter than ... / high.
+    keep = ((scaling.original_len / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * plain / scaling.factor + keep * plain
+
+
+def _yarn(scaling: Yarn, rope: Rope, powers: Tensor) -> Tensor:
+    def pair_that_turns(rotations: float) -> float:
+        """The (fractional) pair of channels that turns so often over the original length."""
+        wavelength = scaling.original_len / (rotations * 2 * math.pi)
+        return rope.dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    if low == high:
+        high += 0.001
+    pairs = torch.arange(rope.dim // 2, dtype=torch.float32)
+    stretch = ((pairs - low) / (high - low)).clamp(0, 1)
+    return stretch / (scaling.factor * powers) + (1 - stretch) / powers
+
+
+def _yarn_attention_factor(scaling: Yarn) -> float:
+    def scale(weight: float) -> float:
+        return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
+    return scale(1.0)

@@ -1,0 +1,134 @@
+"""Writes a complete tiny model of any family: random weights, a tokenizer, a chat template.
+
+Nothing is downloaded. Tensors go by the family's own checkpoint names, and norms and biases are
+random too, so a model that leaves one out gives other text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from gllm_engine.spec.model import Model
+from gllm_engine.spec.names import checkpoint_tensors
+from gllm_engine.spec.tiny import tiny_config
+from gllm_engine.spec.zoo import make_spec
+
+# Their ids are 0, 1, 2. Generation ends at the first and the last.
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MIN_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte is a token
+MAX_TOKENIZER_VOCAB = 384
+
+_SENTENCES = (
+    "The quick brown fox jumps over the lazy dog while the rain keeps falling on the hills.",
+    "A language model reads some text and then says which token is likely to come next.",
+    "Once upon a time there was a small engine that wanted to serve a great many requests.",
+    "What is the capital of France? The capital of France is Paris, a city on the river Seine.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))  # 3\n",
+    "Counting: 0 1 2 3 4 5 6 7 8 9 10 11 12 100 1000. The answer, they say, is 42.",
+    "Où est la bibliothèque? Ça va très bien, merci. Straße, señor, naïve, coöperate.",
+    "你好,世界。今天天气很好。こんにちは世界。안녕하세요. Привет, мир! 🙂🚀👩‍💻",
+)
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tiny_model(
+    directory: Path | str,
+    family: str = "LlamaForCausalLM",
+    seed: int = 0,
+    dtype: str = "float32",
+    **over: Any,
+) -> Path:
+    """Write config, weights, tokenizer and generation config to `directory`; returns its path.
+
+    `family`: an architecture name, one of spec.FAMILIES. `dtype`: float32, bfloat16 or float16.
+    `over`: keys of config.json to change. Raises SpecError for a config that is not supported,
+    ValueError for a vocabulary too small for the tokenizer.
+    """
+    directory = Path(directory)
+    config = tiny_config(family, **over) | {"dtype": dtype}
+    spec = make_spec(config)
+    if spec.vocab < MIN_VOCAB:
+        raise ValueError(f"vocabulary of {spec.vocab} tokens: at least {MIN_VOCAB} are needed")
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", {"eos_token_id": [2, 0]})
+    _write_tokenizer(directory, min(spec.vocab, MAX_TOKENIZER_VOCAB), spec.max_len)
+    tensors = random_checkpoint(spec, seed)
+    tensors = {name: t.to(_dtype(dtype)) for name, t in tensors.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def random_checkpoint(spec: Model, seed: int) -> dict[str, Tensor]:
+    """Random float32 checkpoint tensors, scaled so that hidden states and logits stay lively."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = spec.weights()
+    return {
+        name: torch.cat([_random_weight(part, shapes[part], spec, generator) for part in parts])
+        for name, parts in checkpoint_tensors(spec).items()
+    }
+
+
+def _random_weight(
+    name: str, shape: tuple[int, ...], spec: Model, generator: torch.Generator
+) -> Tensor:
+    noise = torch.randn(shape, generator=generator)
+    if name == "model.norm.weight":
+        return noise  # of either sign: else a tied model would repeat its input for ever
+    if name.endswith("norm.weight"):
+        return 1 + 0.3 * noise
+    if name.endswith(".bias"):
+        return 0.3 * noise
+    # An embedding row is read as it is; a row of the output projection meets `dim` numbers about 1
+    # in size, and logits about 3 apart make text that varies, yet prefers some tokens.
+    is_input = name.startswith("model.embed_tokens") and not spec.tie
+    is_output = name.startswith(("lm_head", "model.embed_tokens"))
+    gain = 3.0 if is_output else 1.0
+    return noise if is_input else noise * gain * shape[-1] ** -0.5
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"dtype {name!r} is not supported; supported: {', '.join(known)}")
+    return known[name]
+
+
+def _write_tokenizer(directory: Path, vocab: int, max_len: int) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": max_len,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    _write_json(directory / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,193 @@
+"""Every operation in plain torch: the CPU backend, and the oracle that kernels are tested against.
+
+Knows shapes and arithmetic; no models, no scheduling.
+
+Paged attention gathers the K and V of several rows into one padded tensor, then attends at once.
+Beyond a row's context the gather repeats a token of that row, so whatever unused cache pages hold
+(NaN included) is never read: a masked NaN in V would still reach the output as 0 * NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gllm_engine.ops.batch import Batch
+
+# Numbers gathered at once: 1 MiB of float32, so that attention finds them in a CPU's cache.
+_GATHER_NUMBERS = 1 << 18
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, the mean taken in float32."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) where s = x + residual. Overwrites `residual` with s."""
+    residual.add_(x)
+    return rms_norm(residual, weight, eps), residual
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for a last dimension of [gate, up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Rotate the first channels of every head of x [tokens, heads, head_dim], in place.
+
+    `cos`, `sin`: [tokens, 1, dim] as `expand_rotation` makes them.
+    """
+    x = x[..., : cos.shape[-1]]
+    if interleaved:
+        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        partner = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).addcmul_(partner, sin)
+
+
+def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """[tokens, dim/2] to [tokens, 1, dim], laid out for `rotate`; sin carries the pair's sign."""
+    if interleaved:
+        cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+    else:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return cos[:, None], sin[:, None]
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Decode rows that attend together."""
+
+    rows: Tensor  # [n]
+    gather: Tensor  # [2 * n * len] rows of the flat cache: all K, then all V
+    mask: Tensor  # [n, 1, 1, len] 0 or -inf, in the cache's dtype
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One row of several tokens."""
+
+    tokens: slice
+    gather: Tensor  # [2 * len]
+    mask: Tensor | None  # [tokens, len]; None: causal from position 0
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What attention over the pages needs to know of a batch; the same for all its layers."""
+
+    write: Tensor  # [2 * tokens] rows of the flat cache, K and V of a token after each other
+    padded: list[_Padded]
+    chunks: list[_Chunk]
+
+
+def plan_attention(batch: Batch, cache: Tensor, window: int | None) -> AttentionPlan:
+    """Prepare attention for one step.
+
+    `cache`: any layer's [num_pages, 2, page_size, kv_heads, head_dim]; only its shape is used.
+    `window`: a token sees itself and the window - 1 tokens before it; None: all before it.
+    """
+    page_size, kv_width = cache.shape[2], cache.shape[3] * cache.shape[4]
+    lens = batch.context_lens.tolist()
+    key = batch.cache_index // page_size * page_size + batch.cache_index  # page * 2 * page_size + o
+    write = torch.stack((key, key + page_size), 1).flatten()
+    spans = [min(n, window or n) for n in lens[: batch.num_decode]]
+    padded = [
+        _plan_padded(batch, rows, spans[rows[0]], cache, window)
+        for rows in _group_rows(spans, _GATHER_NUMBERS // (2 * kv_width))
+    ]
+    chunks, first = [], batch.num_decode
+    for row in range(batch.num_decode, len(batch.query_lens)):
+        num = batch.query_lens[row]
+        chunks.append(_plan_chunk(batch, row, first, num, lens[row], page_size, window))
+        first += num
+    return AttentionPlan(write, padded, chunks)
+
+
+def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
+    """Split rows into groups, longest row first, of at most `max_tokens` with padding (or one row)
+    and with rows at least half as long as the longest.
+    """
+    group: list[int] = []
+    for row in sorted(range(len(spans)), key=spans.__getitem__, reverse=True):
+        longest = spans[group[0]] if group else spans[row]
+        if group and (2 * spans[row] < longest or (len(group) + 1) * longest > max_tokens):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _gather_index(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """Rows of the flat cache holding `positions` [n, len] of sequences with `pages` [n, pages]."""
+    key = pages.gather(1, positions // page_size) * (2 * page_size) + positions % page_size
+    return torch.stack((key, key + page_size)).flatten()
+
+
+def _plan_padded(
+    batch: Batch, row_ids: list[int], span: int, cache: Tensor, window: int | None
+) -> _Padded:
+    rows = torch.tensor(row_ids, device=batch.context_lens.device)
+    lens = batch.context_lens[rows, None]
+    start = (lens - window).clamp_(min=0) if window else torch.zeros_like(lens)
+    positions = start + torch.arange(span, device=rows.device)
+    mask = cache.new_zeros(positions.shape).masked_fill_(positions >= lens, float("-inf"))
+    gather = _gather_index(batch.page_table[rows], positions.minimum(lens - 1), cache.shape[2])
+    return _Padded(rows, gather, mask[:, None, None])
+
+
+def _plan_chunk(
+    batch: Batch, row: int, first: int, num: int, context: int, page_size: int, window: int | None
+) -> _Chunk:
+    start = max(0, context - num - window + 1) if window else 0
+    keys = torch.arange(start, context, device=batch.page_table.device)
+    gather = _gather_index(batch.page_table[row : row + 1], keys[None], page_size)
+    if context == num and (window is None or window >= num):
+        return _Chunk(slice(first, first + num), gather, None)
+    ahead = keys[context - num - start :, None] - keys  # [num, len] how far the key lies behind
+    mask = ahead >= 0
+    if window:
+        mask &= ahead < window
+    return _Chunk(slice(first, first + num), gather, mask)
+
+
+def write_kv(cache: Tensor, kv: Tensor, plan: AttentionPlan) -> None:
+    """Store kv [tokens, 2, kv_heads, head_dim] (0: K, 1: V) where the batch says."""
+    cache.flatten(0, 2).index_copy_(0, plan.write, kv.flatten(0, 1))
+
+
+def attend(q: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v over each row's pages.
+
+    q: [tokens, heads, head_dim]. Returns [tokens, heads * head_dim].
+    """
+    kv_heads, head_dim = cache.shape[3:]
+    flat = cache.flatten(0, 2).flatten(1)  # [num_pages * 2 * page_size, kv_heads * head_dim]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grouped = (-1, kv_heads, q.shape[1] // kv_heads, head_dim)
+    for part in plan.padded:
+        n = len(part.rows)
+        k, v = flat.index_select(0, part.gather).view(2, n, -1, kv_heads, head_dim).transpose(2, 3)
+        # The query heads that share a K/V head stand where SDPA expects several queries.
+        o = F.scaled_dot_product_attention(q[part.rows].view(grouped), k, v, attn_mask=part.mask)
+        out[part.rows] = o.flatten(1, 2)
+    for chunk in plan.chunks:
+        k, v = flat.index_select(0, chunk.gather).view(2, 1, -1, kv_heads, head_dim).transpose(2, 3)
+        o = F.scaled_dot_product_attention(
+            *(q[None, chunk.tokens].transpose(1, 2), k, v),
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            enable_gqa=True,
+        )
+        out[chunk.tokens] = o[0].transpose(0, 1)
+    return out.flatten(1)

@@ -1,0 +1,221 @@
+"""Logits to tokens, on batched tensors: every sampling parameter, and log probabilities.
+
+Owns the order in which parameters act and how a token is drawn. Knows nothing of slots, plans or
+the model: it gets logits [rows, vocab] and one SamplingBatch that already speaks of those rows.
+
+Order: logit_bias, min_tokens, masks, penalties, temperature, min_p, top_k, top_p. The three last
+only ever find a probability below which tokens are dropped: equal tokens share their fate, and
+neither the vocabulary's order nor the rest of the batch decides who is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# Added to a token that min_tokens forbids. Finite, so that it still is chosen where a mask allows
+# nothing else (a grammar that can only end here): all minus infinity would be no distribution.
+FORBIDDEN = -1e30
+# The inverse CDF first finds a group of so many tokens, then the token in it. A scan of the whole
+# vocabulary in float64 would cost several times the rest of the sampler.
+GROUP_LEN = 128
+# Rows whose top_k is at most this share a partial sort, others may have to sort the vocabulary.
+MAX_PARTIAL_SORT = 1024
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Presence, frequency and repetition penalties of the m rows that have any."""
+
+    rows: Tensor  # [m] int64, rows of the batch
+    in_prompt: Tensor | None  # [m, vocab] bool; None: no row has a repetition penalty
+    output_counts: Tensor  # [m, vocab] int32
+    presence: Tensor  # [m] float32
+    frequency: Tensor  # [m] float32
+    repetition: Tensor  # [m] float32
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """How to choose a token for each row; the runner's state fills it.
+
+    Whether any row uses a feature is known to the host, so asking it never waits for a device.
+    """
+
+    temperature: Tensor  # [rows] float32; 0: the most likely token
+    min_p: Tensor  # [rows] float32
+    top_p: Tensor  # [rows] float64
+    top_k: Tensor  # [rows] int64, at least 1
+    seeds: Tensor  # [rows] int64
+    output_lens: Tensor  # [rows] int64: tokens of the output before this one
+    has_random: bool
+    has_greedy: bool
+    has_min_p: bool
+    # Groups of rows with top_k or top_p, and how many of the largest scores decide about them.
+    truncations: tuple[tuple[Tensor, int], ...] = ()
+    # logit_bias and what min_tokens forbids: rows [m], token ids [m, n], what to add [m, n].
+    added: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+    masks: tuple[Tensor, Tensor] | None = None  # rows [m], uint8 [m, bytes]: one bit a token
+    penalties: Penalties | None = None
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """One token for each row [rows] int64. Overwrites `logits` [rows, vocab] float32."""
+    _adjust(logits, batch)
+    if not batch.has_random:
+        return logits.argmax(-1)
+    temperature, greedy = batch.temperature, None
+    if batch.has_greedy:
+        temperature, greedy = torch.where(temperature > 0, temperature, 1.0), logits.argmax(-1)
+    weights = logits.div_(temperature[:, None]).softmax(-1)
+    if batch.has_min_p:
+        weights *= weights >= batch.min_p[:, None] * weights.amax(-1, keepdim=True)
+    _truncate(weights, batch)
+    tokens = draw(weights, uniforms(batch.seeds, batch.output_lens))
+    return tokens if greedy is None else torch.where(batch.temperature > 0, tokens, greedy)
+
+
+def _adjust(logits: Tensor, batch: SamplingBatch) -> None:
+    for rows, ids, values in batch.added:
+        logits.index_put_((rows[:, None], ids), values, accumulate=True)
+    if batch.masks is not None:
+        rows, packed = batch.masks
+        bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+        banned = (bits & 1).flatten(1)[:, : logits.shape[1]] == 0
+        logits.index_copy_(0, rows, logits[rows].masked_fill_(banned, -torch.inf))
+    if batch.penalties is not None:
+        _penalize(logits, batch.penalties)
+
+
+def _penalize(logits: Tensor, penalties: Penalties) -> None:
+    """Repetition (Keskar et al. 2019) on prompt and output; the others on the output alone."""
+    rows, counts = penalties.rows, penalties.output_counts
+    scores = logits.index_select(0, rows)
+    in_output = counts > 0
+    if penalties.in_prompt is not None:
+        seen = in_output | penalties.in_prompt
+        # Products with booleans: on a CPU several times faster than torch.where.
+        divisor = seen * penalties.repetition[:, None] + ~seen
+        scores = scores.clamp(min=0) / divisor + scores.clamp(max=0) * divisor
+    scores -= penalties.frequency[:, None] * counts
+    scores -= penalties.presence[:, None] * in_output
+    logits.index_copy_(0, rows, scores)
+
+
+def _truncate(weights: Tensor, batch: SamplingBatch) -> None:
+    """Make the weights 0 that top_k and top_p leave out, in rows that have these."""
+    for rows, num_ranked in batch.truncations:
+        if num_ranked > MAX_PARTIAL_SORT and weights.device.type == "cpu":
+            rows = _truncate_peaked(weights, rows, batch)
+        if len(rows):
+            chosen = weights.index_select(0, rows)
+            if num_ranked < weights.shape[1]:
+                ranked = chosen.topk(num_ranked).values
+            else:
+                ranked = chosen.sort(descending=True).values
+            lowest = _lowest_kept(ranked, batch.top_k[rows], batch.top_p[rows], None)
+            weights.index_copy_(0, rows, chosen.mul_(chosen >= lowest))
+
+
+def _truncate_peaked(weights: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+    """Do those rows whose top_p mass lies in a few tokens; returns the rest.
+
+    Which rows these are must be looked at: free on a CPU, where sorting is what costs.
+    """
+    chosen, top_k, top_p = weights.index_select(0, rows), batch.top_k[rows], batch.top_p[rows]
+    ranked = chosen.topk(MAX_PARTIAL_SORT).values
+    total = chosen.sum(-1).double()
+    enough = (ranked.double().sum(-1) > top_p * total) & (top_k >= weights.shape[1])
+    lowest = _lowest_kept(ranked, top_k, top_p, total).masked_fill_(~enough[:, None], 0)
+    weights.index_copy_(0, rows, chosen.mul_(chosen >= lowest))
+    return rows[~enough]
+
+
+def _lowest_kept(ranked: Tensor, top_k: Tensor, top_p: Tensor, total: Tensor | None) -> Tensor:
+    """[rows, 1]: the smallest weight to keep, from the n largest, ranked [rows, n].
+
+    top_p keeps the shortest run of the top_k whose mass reaches it, the most likely token always
+    (nucleus sampling, Holtzman et al. 2019). `total`: the mass top_p is a share of, by default
+    that of the top_k. float64, so that n, which the batch decides, never moves a boundary.
+    """
+    within = torch.arange(ranked.shape[1], device=ranked.device) < top_k[:, None]
+    counted = ranked.double() * within
+    running = counted.cumsum(-1)
+    mass = torch.where(top_p < 1, top_p * (running[:, -1] if total is None else total), torch.inf)
+    kept = (running - counted < mass[:, None]) & within
+    last = kept.sum(-1, keepdim=True).clamp_(min=1) - 1
+    return ranked.gather(1, last)
+
+
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """[rows] float64 in [0, 1), a function of nothing but (seed, position), both int64.
+
+    Element `position` of the splitmix64 sequence (Steele et al. 2014) started at the mixed seed.
+    """
+    return (_shift(_mix(_mix(seeds) + (positions + 1) * _GOLDEN), 11)).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Inverse CDF in vocabulary order: [rows] int64 from weights [rows, vocab] and u [rows].
+
+    Weights are not negative, need not sum to 1, and have a positive one in each row. A token of
+    weight 0 is never returned.
+    """
+    rows, vocab = weights.shape
+    if vocab % GROUP_LEN:
+        weights = pad(weights, (0, -vocab % GROUP_LEN))
+    groups = weights.view(rows, -1, GROUP_LEN)
+    sums = groups.sum(-1).double()
+    running = sums.cumsum(-1)
+    target = u[:, None] * running[:, -1:]
+    group = _first_above(sums, running, target)
+    # Rounding may put the target just outside the group; below 0 it would accept a weight 0.
+    rest = (target - (running - sums).gather(1, group)).clamp_(min=0)
+    index = group[:, :, None].expand(-1, -1, GROUP_LEN)
+    members = groups.gather(1, index).squeeze(1).double()
+    member = _first_above(members, members.cumsum(-1), rest)
+    return (group * GROUP_LEN + member).squeeze(1)
+
+
+def _first_above(weights: Tensor, running: Tensor, target: Tensor) -> Tensor:
+    """[rows, 1]: the first positive weight whose running sum exceeds target [rows, 1].
+
+    Where rounding put the target at the total or above it: the one that reaches the total.
+    """
+    reached = running.masked_fill(weights <= 0, -1.0)
+    below_total = torch.nextafter(reached.amax(-1, keepdim=True), torch.zeros_like(target))
+    above = reached > torch.minimum(target, below_total)
+    return above.to(torch.uint8).argmax(-1, keepdim=True)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, ...]:
+    """Token ids, log probabilities and ranks, each [rows, 1 + num_top], of the raw logits.
+
+    Column 0 is `tokens` [rows], the others the most likely tokens (fewer if the vocabulary is
+    smaller). Rank 1 is the most likely; tokens of equal probability share the better rank.
+    """
+    scores = logits.log_softmax(-1)
+    actual = scores.gather(1, tokens[:, None])
+    rank = (scores > actual).sum(-1, keepdim=True) + 1
+    top = scores.topk(min(num_top, scores.shape[1]))
+    ranks = torch.arange(1, top.indices.shape[1] + 1, device=logits.device).expand_as(top.indices)
+    return (
+        torch.cat([tokens[:, None], top.indices], 1),
+        torch.cat([actual, top.values], 1),
+        torch.cat([rank, ranks], 1),
+    )

@@ -1,0 +1,456 @@
+"""Continuous batching: makes the plan of each step and takes in what the step sampled.
+
+Owns every live sequence, its slot and its pages. Knows nothing of text, clients, tensors or how
+a step is run; it only relies on steps being run one after another, in the order planned.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from gllm_engine.config import EngineConfig
+from gllm_engine.sched.pages import IntegrityError, PagePool, Pages
+from gllm_engine.sched.policy import POLICIES, Load
+from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
+from gllm_engine.types import (
+    Chunk,
+    Finish,
+    Grown,
+    NewSequence,
+    Stats,
+    Status,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+
+
+class Refused(Exception):
+    """A sequence that is not taken; `message` is a sentence for the user."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What one step made of the sequences that are still wanted."""
+
+    tokens: list[tuple[Sequence, int]] = field(default_factory=list)
+    finished: list[tuple[Sequence, Finish]] = field(default_factory=list)
+    logprobs: list[tuple[Sequence, TokenLogprobs]] = field(default_factory=list)
+    # Consecutive prompt positions, from 1 on; each position is reported once.
+    prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan while it is made. `decodes` and `chunked`: whose rows its rows are."""
+
+    new: list[NewSequence] = field(default_factory=list)
+    grown: list[Grown] = field(default_factory=list)
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    chunked: list[Sequence] = field(default_factory=list)
+    masks: dict[int, bytes] = field(default_factory=dict)
+
+
+class _Flight(NamedTuple):
+    """A plan whose result is to come.
+
+    It names the owners of its rows, because a slot may have another owner by then.
+    """
+
+    plan: StepPlan
+    sampling: list[Sequence]  # owners of the rows that sample, in the order of rows
+    chunked: list[Sequence]  # owners of plan.chunks
+
+
+class Scheduler:
+    """Call schedule() to get the next plan, commit() with each result, in the order of plans.
+
+    Any number of plans may be in flight. Running sequences are in `_prefilling` or `_decoding`,
+    hold a slot, and hold the pages of all they have planned. Between the two calls every live
+    sequence is in one of three queues; one that is in none gets nothing more, so results in
+    flight for it are dropped.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_pages: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self._pool = PagePool(num_pages, config.page_size, config.enable_prefix_caching)
+        self._page_size = config.page_size
+        self._capacity = num_pages * config.page_size  # tokens
+        self._max_model_len = max_model_len
+        self._max_tokens = config.max_num_batched_tokens
+        self._max_slots = config.max_num_seqs
+        self._max_waiting = config.max_waiting
+        self._eos_token_ids = eos_token_ids
+        self._policy = POLICIES[config.schedule_policy]
+        self._waiting = Queue()
+        self._prefilling = Queue()
+        self._decoding = Queue()
+        self._backlog = 0  # sum over live sequences of Sequence.backlog
+        self._slots = list(range(config.max_num_seqs - 1, -1, -1))  # free ones
+        self._flights: deque[_Flight] = deque()
+        self._arrivals = self._steps = self._preemptions = 0
+        self._prefix_queries = self._prefix_hits = 0
+
+    # ------------------------------------------------------------ sequences come and go
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Raises Refused if the queue is full or it can never fit."""
+        if sequence.rank[1]:
+            raise ValueError(f"sequence {sequence.key!r} was added before")
+        length, wanted = sequence.prompt_len, self._wanted(sequence)
+        if not length:
+            raise Refused("invalid", "The prompt is empty.")
+        if length >= self._max_model_len:
+            raise Refused(
+                "invalid",
+                f"The prompt has {length} tokens, which leaves no room for output: prompt and "
+                f"output together are limited to {self._max_model_len} tokens.",
+            )
+        if min(length + 1, wanted - 1) > self._capacity:  # the last token is never computed
+            raise Refused(
+                "invalid",
+                f"The prompt has {length} tokens and does not fit the KV cache, which holds "
+                f"{self._capacity} tokens.",
+            )
+        if len(self._waiting) >= self._max_waiting:
+            raise Refused(
+                "unavailable", f"The queue is full: {len(self._waiting)} requests are waiting."
+            )
+        self._arrivals += 1
+        sampling = sequence.sampling
+        sequence.rank = (sampling.priority, self._arrivals)
+        sequence.limit = min(wanted, self._capacity + 1)
+        eos = () if sampling.ignore_eos else self._eos_token_ids
+        sequence.stops = frozenset(eos + sampling.stop_token_ids)
+        sequence.pages = Pages(self._pool, sampling.cache_salt)
+        sequence.commit_check = self._next_commit_check(sequence)
+        self._waiting.put(sequence)
+        self._backlog += length
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence now. One that has ended, or was never added, is left alone."""
+        if sequence.queue is not None:
+            self._remove(sequence)
+
+    def reset(self) -> list[Sequence]:
+        """After a failed step: end every sequence, forget plans in flight and the cache."""
+        dropped = [*self._decoding, *self._prefilling, *self._waiting]
+        for sequence in dropped:
+            self._remove(sequence)
+        self._flights.clear()
+        self._pool.forget()
+        return dropped
+
+    def _wanted(self, sequence: Sequence) -> int:
+        """Prompt and output tokens that were asked for and that the model can do."""
+        max_tokens = sequence.sampling.max_tokens
+        if max_tokens is None:
+            return self._max_model_len
+        return min(sequence.prompt_len + max_tokens, self._max_model_len)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of its queue; its slot and pages are free for the next plan.
+
+        Plans in flight may still write to those pages, but before any later plan does.
+        """
+        assert sequence.queue is not None
+        sequence.queue.take(sequence)
+        self._backlog -= sequence.backlog
+        sequence.pages.release()
+        if sequence.slot != NO_SLOT:
+            self._slots.append(sequence.slot)
+            sequence.slot = NO_SLOT
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to waiting, to be computed again; tokens in flight are still taken in."""
+        self._remove(sequence)
+        sequence.prefill_len = max(len(sequence.tokens), sequence.planned + 1)
+        sequence.planned = sequence.plan_check = 0
+        self._backlog += sequence.prefill_len
+        self._waiting.put(sequence)
+        self._preemptions += 1
+
+    # ------------------------------------------------------------ plan
+
+    def schedule(self) -> StepPlan | None:
+        """The next step; None if nothing can be done before a commit or an add."""
+        draft = _Draft()
+        load = Load(
+            max_tokens=self._max_tokens,
+            num_decoding=len(self._decoding),
+            backlog=self._backlog,
+            num_free_pages=self._pool.num_free,
+            num_pages=self._pool.num_pages,
+        )
+        budget = self._policy(load)
+        self._plan_decodes(draft, budget.decodes)
+        left = min(budget.prefill_tokens, self._max_tokens - len(draft.decodes))
+        while self._prefilling and left > 0:
+            left -= self._plan_chunk(draft, self._prefilling[0], left)
+        while left > 0 and self._admit(draft):
+            left -= self._plan_chunk(draft, self._prefilling[0], left)
+        if not draft.decodes and not draft.chunks:
+            return None
+        self._steps += 1
+        slots = [sequence.slot for sequence in draft.decodes]
+        plan = StepPlan(self._steps, draft.new, draft.grown, slots, draft.chunks, draft.masks)
+        sampling = draft.decodes + [s for s in draft.chunked if s.queue is self._decoding]
+        self._flights.append(_Flight(plan, sampling, draft.chunked))
+        return plan
+
+    def _plan_decodes(self, draft: _Draft, max_decodes: int) -> None:
+        """One token for each decoding sequence that has one to compute, best rank first.
+
+        A victim is the worst of all that run, so its row is never in this plan already: the loop
+        has not come to it, or it is not decoding. Queues shrink at the end while being iterated.
+        """
+        decoding: list[Sequence] = self._decoding
+        if max_decodes < len(decoding):
+            decoding = [s for s in decoding if s.planned < len(s.tokens)][:max_decodes]
+        append = draft.decodes.append
+        for sequence in decoding:
+            planned = sequence.planned
+            if planned == sequence.plan_check and not self._may_decode(draft, sequence):
+                continue
+            sequence.planned = planned + 1
+            append(sequence)
+
+    def _may_decode(self, draft: _Draft, sequence: Sequence) -> bool:
+        """Whether to decode at `planned`, where a page begins or the sequence asks for a look.
+
+        Gives it a page if it needs one, and sets where to look again.
+        """
+        planned, last = sequence.planned, sequence.limit - 1
+        if planned == last or sequence.queue is not self._decoding:
+            return False  # all its tokens are planned; or it was just preempted
+        constraint = sequence.constraint
+        if constraint is not None and planned == len(sequence.tokens):
+            return False  # the mask depends on a token in flight
+        if planned % self._page_size == 0:
+            if not self._make_room(sequence):
+                return False
+            first = len(sequence.pages.ids)
+            draft.grown.append(Grown(sequence.slot, first, [sequence.pages.grow()]))
+        if constraint is None:
+            sequence.plan_check = min(last, planned - planned % self._page_size + self._page_size)
+        else:
+            sequence.plan_check = planned + 1
+            self._add_mask(draft, sequence)
+        return True
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Preempt the worst running sequences until a page is free; False if that is itself.
+
+        The best of those running is never preempted while others run, and alone it fits, so it
+        always gets on.
+        """
+        while not self._pool.num_free:
+            victim = max(q[-1] for q in (self._decoding, self._prefilling) if q)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _admit(self, draft: _Draft) -> bool:
+        """Give the next waiting sequence a slot and pages for all its known tokens.
+
+        Pages for all of them, so that prefill never runs out of pages halfway. And not the last
+        free pages: a decoding sequence takes its next one within page_size steps, so without a
+        spare page each, whoever is admitted is soon preempted and computed again. 5 % of the pool
+        is enough, and is not missed where sequences are too short to need a next page.
+        """
+        if not self._waiting or not self._slots:
+            return False
+        sequence = self._waiting[0]
+        reserve = min(len(self._decoding), self._pool.num_pages // 20)
+        if len(sequence.tokens) < sequence.prefill_len or self._pool.num_free <= reserve:
+            return False
+        tokens, pages = sequence.tokens, sequence.pages
+        looks_up = sequence.sampling.prompt_logprobs is None  # these need every position computed
+        cached = pages.find_cached(tokens) if looks_up else []
+        if pages.cost(cached, len(tokens)) > self._pool.num_free - reserve:
+            return False
+        self._waiting.take(sequence)
+        self._prefilling.put(sequence)
+        pages.open(cached, len(tokens))
+        sequence.slot = self._slots.pop()
+        sequence.planned = len(cached) * self._page_size
+        self._backlog -= sequence.planned
+        if sequence.num_cached_tokens < 0:
+            sequence.num_cached_tokens = sequence.planned
+            self._prefix_hits += sequence.planned
+            self._prefix_queries += sequence.prompt_len if looks_up and self._pool.caching else 0
+        known = list(tokens) if _has_penalty(sequence) else []
+        draft.new.append(
+            NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sequence.sampling, known)
+        )
+        draft.grown.append(Grown(sequence.slot, 0, list(pages.ids)))
+        return True
+
+    def _plan_chunk(self, draft: _Draft, sequence: Sequence, max_tokens: int) -> int:
+        """Plan up to max_tokens known tokens of a prefilling sequence; returns how many."""
+        tokens, start = sequence.tokens, sequence.planned
+        end = min(start + max_tokens, sequence.prefill_len)
+        samples = end == sequence.prefill_len
+        targets: list[int] = []
+        if sequence.sampling.prompt_logprobs is not None:
+            if end > sequence.num_prompt_logprobs:
+                targets = tokens[start + 1 : min(end + 1, sequence.prompt_len)]
+        draft.chunks.append(Chunk(sequence.slot, start, tokens[start:end], samples, targets))
+        draft.chunked.append(sequence)
+        sequence.planned = end
+        self._backlog -= end - start
+        sequence.pages.publish(tokens, end)
+        if samples:
+            self._prefilling.take(sequence)
+            self._decoding.put(sequence)
+            sequence.plan_check = end  # decoding begins with a look
+            if sequence.constraint is not None:
+                self._add_mask(draft, sequence)
+        return end - start
+
+    def _add_mask(self, draft: _Draft, sequence: Sequence) -> None:
+        assert sequence.constraint is not None
+        mask = sequence.constraint(sequence.tokens)
+        if mask is not None:
+            draft.masks[sequence.slot] = mask
+
+    # ------------------------------------------------------------ commit
+
+    def commit(self, result: StepResult) -> Committed:
+        """Take in the result of the oldest plan in flight.
+
+        Raises ValueError, and changes nothing, if it is not that plan's.
+        """
+        flight = self._flights[0] if self._flights else None
+        if flight is None or flight.plan.step != result.step:
+            expected = "none" if flight is None else f"step {flight.plan.step}"
+            raise ValueError(f"got the result of step {result.step}, expected {expected}")
+        if len(result.tokens) != len(flight.sampling):
+            raise ValueError(
+                f"step {result.step} has {len(result.tokens)} tokens for "
+                f"{len(flight.sampling)} sampling rows"
+            )
+        self._flights.popleft()
+        committed = Committed()
+        if result.logprobs or result.prompt_logprobs:
+            self._take_logprobs(flight, result, committed)
+        append = committed.tokens.append
+        for sequence, token in zip(flight.sampling, result.tokens, strict=True):
+            if sequence.queue is None:
+                continue  # it ended while this was in flight
+            tokens = sequence.tokens
+            tokens.append(token)
+            append((sequence, token))
+            if token in sequence.stops or len(tokens) == sequence.commit_check:
+                finish = self._look(sequence, token)
+                if finish is not None:
+                    self._remove(sequence)
+                    committed.finished.append((sequence, finish))
+        return committed
+
+    def _look(self, sequence: Sequence, token: int) -> Finish | None:
+        """After a token that ends the sequence, or completes a page: what it means."""
+        length, cached = len(sequence.tokens), sequence.num_cached_tokens
+        if sequence.slot != NO_SLOT:
+            # The newest token was sampled by computing the one before it, so those are planned.
+            sequence.pages.publish(sequence.tokens, length - 1)
+        if token in sequence.stops:
+            return Finish("stop", stop_token=token, num_cached_tokens=cached)
+        if length == sequence.limit:
+            if length == self._wanted(sequence):
+                return Finish("length", num_cached_tokens=cached)
+            return Finish(
+                "error",
+                status="invalid",
+                message=f"The KV cache holds {self._capacity} tokens, too few for the prompt of "
+                f"{sequence.prompt_len} tokens and more than {length - sequence.prompt_len} "
+                "tokens of output.",
+                num_cached_tokens=cached,
+            )
+        sequence.commit_check = self._next_commit_check(sequence)
+        return None
+
+    def _next_commit_check(self, sequence: Sequence) -> int:
+        """The next length at which a page is complete (one token more than fills it), or limit."""
+        if not self._pool.caching:
+            return sequence.limit
+        pages = -(-len(sequence.tokens) // self._page_size)
+        return min(sequence.limit, pages * self._page_size + 1)
+
+    def _take_logprobs(self, flight: _Flight, result: StepResult, committed: Committed) -> None:
+        plan = flight.plan
+        slots = plan.decode_slots + [chunk.slot for chunk in plan.chunks if chunk.samples]
+        for slot, sequence in zip(slots, flight.sampling, strict=True):
+            if sequence.queue is not None and slot in result.logprobs:
+                committed.logprobs.append((sequence, result.logprobs[slot]))
+        for chunk, sequence in zip(plan.chunks, flight.chunked, strict=True):
+            if sequence.queue is not None and chunk.slot in result.prompt_logprobs:
+                known = max(0, sequence.num_prompt_logprobs - chunk.start)  # before a preemption
+                fresh = result.prompt_logprobs[chunk.slot][known:]
+                sequence.num_prompt_logprobs += len(fresh)
+                if fresh:
+                    committed.prompt_logprobs.append((sequence, fresh))
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence is live or a plan in flight."""
+        return bool(self._waiting or self._prefilling or self._decoding or self._flights)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans whose results are to come."""
+        return len(self._flights)
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=len(self._prefilling) + len(self._decoding),
+            waiting=len(self._waiting),
+            kv_usage=1 - self._pool.num_free / self._pool.num_pages,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            preemptions=self._preemptions,
+            steps=self._steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError with a sentence if the bookkeeping contradicts itself."""
+        running = [*self._prefilling, *self._decoding]
+        live = [*self._waiting, *running]
+        self._pool.check_integrity(sequence.pages for sequence in live)
+        for queue in (self._waiting, self._prefilling, self._decoding):
+            if any(sequence.queue is not queue for sequence in queue):
+                raise IntegrityError("A sequence is in a queue it does not know of.")
+            if queue != sorted(queue) or len({s.rank for s in queue}) < len(queue):
+                raise IntegrityError("A queue is out of order.")
+        for sequence in running:
+            if len(sequence.pages.ids) * self._page_size < sequence.planned:
+                raise IntegrityError(f"Sequence {sequence.key!r} has too few pages.")
+        slots = sorted(self._slots + [sequence.slot for sequence in running])
+        if slots != list(range(self._max_slots)):
+            raise IntegrityError(f"Slots are lost or owned twice: free and owned are {slots}.")
+        backlog = sum(sequence.backlog for sequence in live)
+        if backlog != self._backlog:
+            raise IntegrityError(f"The backlog is {backlog} tokens, but {self._backlog} counted.")
+
+
+def _has_penalty(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return bool(sampling.presence_penalty or sampling.frequency_penalty) or (
+        sampling.repetition_penalty != 1
+    )

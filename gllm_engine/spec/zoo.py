@@ -1,0 +1,248 @@
+"""From a Hugging Face config.json to a Model: one short function per family, relatives derived.
+
+Defaults for absent keys are those of transformers' config classes. Knows no weights and imports
+no transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gllm_engine.spec.fields import Fields, SpecError
+from gllm_engine.spec.model import Dense, Gqa, Layer, Model, SandwichLayer
+from gllm_engine.spec.rope import Dynamic, Rope, Yarn, read_rope
+
+Reader = Callable[[Fields], Model]
+
+FAMILIES: dict[str, tuple[Reader, dict[str, Any]]] = {}
+
+
+def family(*architectures: str, defaults: dict[str, Any]) -> Callable[[Reader], Reader]:
+    """Register a reader for architecture names, with the values of keys a config may omit."""
+
+    def register(reader: Reader) -> Reader:
+        FAMILIES.update(dict.fromkeys(architectures, (reader, defaults)))
+        return reader
+
+    return register
+
+
+_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 2,
+}
+
+
+@family("LlamaForCausalLM", defaults=_LLAMA)
+def llama(c: Fields) -> Model:
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c), qkv_bias=bias, out_bias=bias)
+    return _decoder(c, mixer, Dense(c.count("intermediate_size"), c.flag("mlp_bias")))
+
+
+_MISTRAL = _LLAMA | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
+@family("MistralForCausalLM", defaults=_MISTRAL)
+def mistral(c: Fields) -> Model:
+    window = c.optional_count("sliding_window")
+    c.require(layer_types=None)
+    return llama(c).each(mixer=lambda _, layer: replace(layer.mixer, window=window))
+
+
+_QWEN2 = _LLAMA | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "eos_token_id": None,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+
+@family("Qwen2ForCausalLM", defaults=_QWEN2)
+def qwen2(c: Fields) -> Model:
+    model = _decoder(c, replace(_gqa(c), qkv_bias=True), Dense(c.count("intermediate_size")))
+    return _with_windows(c, model)
+
+
+@family("Qwen3ForCausalLM", defaults=_QWEN2 | {"head_dim": 128})
+def qwen3(c: Fields) -> Model:
+    model = llama(c).each(mixer=lambda _, layer: replace(layer.mixer, qk_norm=True))
+    return _with_windows(c, model)
+
+
+_GLM = _LLAMA | {
+    "vocab_size": 151552,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+    "eos_token_id": [151329, 151336, 151338],
+}
+
+
+@family("GlmForCausalLM", defaults=_GLM)
+def glm(c: Fields) -> Model:
+    mixer = _gqa(c)
+    rope = replace(mixer.rope, interleaved=True)
+    mixer = replace(mixer, rope=rope, qkv_bias=c.flag("attention_bias"))
+    return replace(_decoder(c, mixer, Dense(c.count("intermediate_size"))), names="glm")
+
+
+@family("Glm4ForCausalLM", defaults=_GLM)
+def glm4(c: Fields) -> Model:
+    model = glm(c)
+    layers = tuple(SandwichLayer(layer.mixer, layer.ffn) for layer in model.layers)
+    return replace(model, layers=layers)
+
+
+_CHATGLM = {
+    "padded_vocab_size": 65024,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 13696,
+    "num_layers": 28,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "seq_length": 2048,
+    "layernorm_epsilon": 1e-5,
+    "multi_query_attention": False,
+    "multi_query_group_num": 1,
+    "rope_ratio": 1,
+}
+
+
+# ChatGLM2, ChatGLM3 and the first releases of GLM-4, whose code came with the checkpoint.
+@family("ChatGLMModel", "ChatGLMForConditionalGeneration", defaults=_CHATGLM)
+def chatglm(c: Fields) -> Model:
+    c.require(multi_query_attention=True, rmsnorm=True, post_layer_norm=True, original_rope=True)
+    c.require(apply_residual_connection_post_layernorm=False, vision_config=None)
+    c.require(pre_seq_len=None, prefix_projection=False, quantization_bit=0)
+    bias, head_dim = c.flag("add_bias_linear"), c.count("kv_channels")
+    mixer = Gqa(
+        heads=c.count("num_attention_heads"),
+        kv_heads=c.count("multi_query_group_num"),
+        head_dim=head_dim,
+        rope=Rope(head_dim // 2, 10_000.0 * c.real("rope_ratio"), interleaved=True),
+        qkv_bias=bias or c.flag("add_qkv_bias"),
+        out_bias=bias,
+    )
+    return Model(
+        dim=c.count("hidden_size"),
+        vocab=c.count("padded_vocab_size"),
+        layers=(Layer(mixer, Dense(c.count("ffn_hidden_size"), bias)),) * c.count("num_layers"),
+        eps=c.real("layernorm_epsilon"),
+        tie=c.flag("tie_word_embeddings"),
+        max_len=c.count("seq_length"),
+        eos_token_ids=c.token_ids("eos_token_id"),
+        names="chatglm",
+    )
+
+
+def read_spec(path: Path) -> Model:
+    """Read `path`/config.json, and generation_config.json for the end-of-sequence ids.
+
+    Raises SpecError: unreadable or not JSON, an architecture, switch or value not supported.
+    """
+    model = make_spec(_read_json(path / "config.json"), str(path / "config.json"))
+    generation = path / "generation_config.json"
+    if generation.exists():
+        eos = Fields(_read_json(generation), str(generation), {}).token_ids("eos_token_id")
+        model = replace(model, eos_token_ids=eos or model.eos_token_ids)
+    return replace(model, eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab))
+
+
+def make_spec(config: dict[str, Any], name: str = "config.json") -> Model:
+    """The Model that a config.json object describes; `name` goes before every complaint."""
+    architectures = config.get("architectures")
+    known = [a for a in FAMILIES if isinstance(architectures, list) and a in architectures]
+    if not known:
+        raise SpecError(
+            f"{name}: architectures is {architectures}; supported are {', '.join(FAMILIES)}"
+        )
+    reader, defaults = FAMILIES[known[0]]
+    fields = Fields(config, name, defaults)
+    fields.require(hidden_act="silu", quantization_config=None)
+    model = reader(fields)
+    if not any(layer.mixer.window for layer in model.layers):
+        fields.choices("layer_types", len(model.layers), ("full_attention",))
+    mixer = model.layers[0].mixer
+    if mixer.heads % mixer.kv_heads:
+        raise SpecError(
+            f"{name}: {mixer.heads} attention heads cannot share {mixer.kv_heads} "
+            "key/value heads evenly"
+        )
+    return model
+
+
+def _gqa(c: Fields) -> Gqa:
+    heads = c.count("num_attention_heads")
+    head_dim = c.count("head_dim", c.count("hidden_size") // heads)
+    return Gqa(heads, c.count("num_key_value_heads", heads), head_dim, read_rope(c, head_dim))
+
+
+def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
+    return Model(
+        dim=c.count("hidden_size"),
+        vocab=c.count("vocab_size"),
+        layers=(Layer(mixer, ffn),) * c.count("num_hidden_layers"),
+        eps=c.real("rms_norm_eps"),
+        tie=c.flag("tie_word_embeddings"),
+        max_len=_max_len(c.count("max_position_embeddings"), mixer.rope),
+        eos_token_ids=c.token_ids("eos_token_id"),
+    )
+
+
+def _max_len(positions: int, rope: Rope) -> int:
+    """`max_position_embeddings` counts the stretch of linear and llama3 scaling, not of these."""
+    scaling = rope.scaling
+    if isinstance(scaling, Dynamic):
+        return int(scaling.original_len * scaling.factor)
+    if isinstance(scaling, Yarn):
+        return max(positions, int(scaling.original_len * scaling.factor))
+    return positions
+
+
+def _with_windows(c: Fields, model: Model) -> Model:
+    """Qwen's windows: on layers from `max_window_layers` on, unless `layer_types` says which."""
+    full, sliding, num_layers = "full_attention", "sliding_attention", len(model.layers)
+    if not c.flag("use_sliding_window"):
+        return model
+    first, window = c.count("max_window_layers"), c.optional_count("sliding_window")
+    kinds = c.choices("layer_types", num_layers, (full, sliding))
+    kinds = kinds or [sliding if i >= first else full for i in range(num_layers)]
+    return model.each(
+        mixer=lambda i, layer: replace(layer.mixer, window=window if kinds[i] == sliding else None)
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise SpecError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"{path}: a JSON object is expected")
+    return values

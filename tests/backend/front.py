@@ -1,0 +1,168 @@
+"""A front end for tests: the real model.py with a byte tokenizer and an engine in our hands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import fake_triton
+import numpy as np
+
+import gllm_engine
+from gllm_backend.gllm.model import TritonPythonModel
+from gllm_backend.gllm.request import OUTPUTS
+from gllm_engine import EngineUnavailable, Finish, InvalidField, ModelInfo, Outputs, Request, Stats
+
+VOCAB = 300
+
+
+class ByteTokenizer:
+    """Token id = byte; 256 and above are special and have no text."""
+
+    leading_spaces = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pieces = {i: bytes([i]) if i < 256 else b"" for i in range(VOCAB)}
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self._pieces[i] for i in ids).decode("utf-8", "replace")
+
+    def chat(self, messages: Any) -> list[int]:
+        if not isinstance(messages, list) or not messages:
+            raise InvalidField("messages", "expected a non-empty list")
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+    def token_text(self, token: int) -> str:
+        return self.decode([token])
+
+    def pieces(self, skip_special_tokens: bool) -> dict[int, bytes]:
+        return self._pieces
+
+    def bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(word.encode()) for word in words)
+
+
+class HandClient:
+    """EngineClient's interface; the test plays the engine."""
+
+    info = ModelInfo(
+        vocab_size=VOCAB, max_model_len=1000, num_pages=10, page_size=16, eos_token_ids=(256,)
+    )
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        scope: str,
+        instance: str,
+        on_outputs: Callable[[Outputs], None],
+        on_stats: Callable[[Stats], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.config, self.scope, self.instance = config, scope, instance
+        self.on_outputs, self.on_stats, self.on_lost = on_outputs, on_stats, on_lost
+        self.submitted: list[Request] = []
+        self.aborted: list[int] = []
+        self.unavailable: str | None = None
+        self.on_submit: Callable[[], None] = lambda: None
+        self.closed = False
+
+    def submit(self, requests: list[Request]) -> None:
+        if self.unavailable is not None:
+            raise EngineUnavailable(self.unavailable)
+        self.submitted += requests
+        self.on_submit()
+
+    def abort(self, ids: list[int]) -> None:
+        self.aborted += ids
+
+    def close(self) -> None:
+        self.closed = True
+
+    def say(self, ids: int | list[int], text: str = "", finish: Finish | None = None) -> None:
+        """One step a byte of `text` for sequences that all say the same."""
+        ids = [ids] if isinstance(ids, int) else ids
+        steps = list(text.encode())
+        for i, token in enumerate(steps):
+            last = finish if i == len(steps) - 1 else None
+            ended = dict.fromkeys(ids, last) if last else {}
+            self.on_outputs(Outputs(ids, [token] * len(ids), finished=ended))
+        if not steps and finish:
+            self.on_outputs(Outputs([], [], finished=dict.fromkeys(ids, finish)))
+
+
+@contextmanager
+def front_end(
+    tmp_path: Path, parameters: dict[str, str] | None = None, **config: Any
+) -> Iterator[tuple[TritonPythonModel, HandClient]]:
+    """A running model; finalized at the end unless the test did."""
+    version = tmp_path / "1"
+    version.mkdir(exist_ok=True)
+    (version / "model.json").write_text(json.dumps({"model": ".", "drain_timeout_s": 0} | config))
+    given = {key: {"string_value": value} for key, value in (parameters or {}).items()}
+    args = {
+        "model_name": "m",
+        "model_version": "1",
+        "model_repository": str(tmp_path),
+        "model_instance_name": "m_0_0",
+        "model_config": json.dumps({"parameters": given}),
+    }
+    interval = sys.getswitchinterval()
+    names = {"EngineClient": HandClient, "Tokenizer": ByteTokenizer}
+    with mock.patch.multiple(gllm_engine, create=True, **names):
+        model = TritonPythonModel()
+        model.initialize(args)
+    try:
+        yield model, model.client
+    finally:
+        if not model.client.closed:
+            model.finalize()
+        sys.setswitchinterval(interval)
+
+
+def text(*values: str | bytes) -> np.ndarray:
+    return np.array([v.encode() if isinstance(v, str) else v for v in values], np.object_)
+
+
+def flag(value: bool) -> np.ndarray:
+    return np.array([value])
+
+
+def request(
+    prompt: str | None = "Hi",
+    *,
+    stream: bool = False,
+    sampling: dict[str, Any] | str | None = None,
+    outputs: set[str] | None = None,
+    request_id: str = "r1",
+    parameters: dict[str, Any] | None = None,
+    timeout: int = 0,
+    **tensors: Any,
+) -> fake_triton.InferenceRequest:
+    """A request; keyword arguments are further tensors, booleans become BOOL [1]."""
+    inputs: dict[str, np.ndarray] = {}
+    if prompt is not None:
+        inputs["text_input"] = text(prompt)
+    if stream:
+        inputs["stream"] = flag(True)
+    if sampling is not None:
+        given = sampling if isinstance(sampling, str) else json.dumps(sampling)
+        inputs["sampling_parameters"] = text(given)
+    for name, value in tensors.items():
+        inputs[name] = flag(value) if isinstance(value, bool) else value
+    return fake_triton.InferenceRequest(
+        inputs,
+        request_id=request_id,
+        parameters=parameters,
+        outputs=set(OUTPUTS) if outputs is None else outputs,
+        timeout=timeout,
+    )

@@ -1,0 +1,164 @@
+"""Every bad input is refused with a sentence that names the field; every good one is understood."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from front import request, text
+
+from gllm_backend.gllm.request import OUTPUTS, parse_request
+from gllm_engine import InvalidField
+
+STREAM_SENTENCE = "When streaming, `exclude_input_in_output` = False is not allowed."
+
+
+def refused(given) -> str:
+    with pytest.raises(InvalidField) as caught:
+        parse_request(given)
+    return str(caught.value)
+
+
+def ids(*values: int, dtype: type = np.int32) -> np.ndarray:
+    return np.array(values, dtype)
+
+
+BAD_INPUTS = [
+    (request(None), "text_input", "no prompt"),
+    (request(None, text_input=text("a", "b")), "text_input", "[2]"),
+    (request(None, text_input=text()), "text_input", "[0]"),
+    (request(None, text_input=text("a").reshape(1, 1)), "text_input", "[1, 1]"),
+    (request(""), "text_input", "empty"),
+    (request(None, text_input=text(b"ab\xffcd")), "text_input", "0xff at offset 2"),
+    (request(None, text_input=ids(1)), "text_input", "BYTES"),
+    (request("a", input_ids=ids(1)), "input_ids", "exactly one prompt"),
+    (request("a", messages=text("[]")), "messages", "exactly one prompt"),
+    (request(None, input_ids=ids()), "input_ids", "empty"),
+    (request(None, input_ids=ids(1, dtype=np.int64)), "input_ids", "INT32"),
+    (request(None, input_ids=ids(1, 2).reshape(1, 2)), "input_ids", "[1, 2]"),
+    (request(None, messages=text("{")), "messages", "not valid JSON"),
+    (request(None, messages=text(b"\xc3")), "messages", "UTF-8"),
+    (request(stream=True, image=text("aGk=")), "image", "takes no images"),
+    (request(exclude_input_in_output=ids(1)), "exclude_input_in_output", "BOOL"),
+    (request(return_logprobs=np.array([True, False])), "return_logprobs", "[2]"),
+    (request(surprise=text("x")), "surprise", "unknown input"),
+    (request(sampling="{"), "sampling_parameters", "not valid JSON"),
+    (request(sampling="[" * 100_000), "sampling_parameters", "too deeply"),
+    (request(sampling="[1]"), "sampling_parameters", "JSON object"),
+    (request(sampling="null"), "sampling_parameters", "JSON object"),
+    (request(sampling='{"stop": "\\ud800"}'), "sampling_parameters", "surrogate"),
+    (request(sampling='{"seed": 1, "seed": 2}'), "sampling_parameters", "'seed' is given twice"),
+    (request(sampling={"seed": 1}, parameters={"seed": 1}), "seed", "both"),
+    (request(sampling={"top_q": 1}), "top_q", "unknown"),
+    (request(parameters={"sequence_id": 7}), "sequence_id", "unknown"),
+    (request(parameters={"timeout": -1}), "timeout", "-1"),
+    (request(parameters={"timeout": "soon"}), "timeout", "soon"),
+    (request(parameters={"timeout": True}), "timeout", "True"),
+    (request(parameters={"timeout": float("inf")}), "timeout", "inf"),
+]
+
+
+@pytest.mark.parametrize(("given", "field", "words"), BAD_INPUTS)
+def test_bad_input_is_named(given, field: str, words: str) -> None:
+    sentence = refused(given)
+    assert sentence.startswith(field)
+    assert words in sentence
+
+
+OUT_OF_RANGE = [
+    ("max_tokens", [0, -1, "NaN", "Infinity", "1.5", '"x"', "true", "[1]"]),
+    ("min_tokens", [-1, 17, "NaN"]),
+    ("temperature", [-0.1, 100.1, "NaN", "Infinity", "-Infinity", "1e400", '"nan"']),
+    ("top_p", [0, -0.1, 1.1, "NaN", "Infinity"]),
+    ("top_k", [-2, "NaN", "Infinity", "2.5"]),
+    ("min_p", [-0.1, 1.1, "NaN"]),
+    ("seed", [2**63, -(2**63) - 1, "NaN"]),
+    ("presence_penalty", [-2.1, 2.1, "NaN"]),
+    ("frequency_penalty", [-2.1, 2.1, "-Infinity"]),
+    ("repetition_penalty", [0, -1, 101, "NaN"]),
+    ("logit_bias", ['{"1": 101}', '{"1": NaN}', '{"x": 1}', "[1]"]),
+    ("logprobs", [-1, 21, "NaN"]),
+    ("prompt_logprobs", [-1, 21]),
+    ("n", [0, 65, "NaN", "Infinity"]),
+    ("priority", [2**31, "NaN"]),
+    ("stop", ['[""]', "[1]", "5"]),
+    ("bad_words", ['[""]']),
+    ("stop_token_ids", ['["a"]', '"["']),
+    ("ignore_eos", ["2", '"maybe"']),
+    ("structured_outputs", ["{}", '{"regex": "a", "grammar": "b"}', '{"xml": "a"}']),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in OUT_OF_RANGE for v in values])
+def test_out_of_range_is_named(field: str, value: object) -> None:
+    assert refused(request(sampling=f'{{"{field}": {value}}}')).startswith(f"{field}: ")
+
+
+def test_streaming_with_the_prompt_is_refused_in_the_vllm_backends_words() -> None:
+    given = request(stream=True, exclude_input_in_output=False)
+    assert refused(given) == STREAM_SENTENCE
+
+
+def test_parameters_are_the_sampling_parameters_without_the_tensor() -> None:
+    parameters = {
+        "temperature": "0",
+        "max_tokens": 7,
+        "triton_enable_empty_final_response": True,
+        "timeout": 1000,
+    }
+    parsed = parse_request(request(parameters=parameters))
+    assert (parsed.sampling.temperature, parsed.sampling.max_tokens) == (0.0, 7)
+    assert parsed.timeout_us == 1000
+
+
+def test_parameters_are_merged_with_the_tensor() -> None:
+    parsed = parse_request(request(sampling={"max_tokens": 5}, parameters={"seed": 3}))
+    assert (parsed.sampling.max_tokens, parsed.sampling.seed) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "grpc", "expected"),
+    [(None, 0, None), (0, 0, None), (5, 0, 5), (0, 9, 9), (5, 9, 5), ("12", 9, 9)],
+)
+def test_the_stricter_timeout_counts(parameter, grpc: int, expected: int | None) -> None:
+    parameters = {} if parameter is None else {"timeout": parameter}
+    assert parse_request(request(parameters=parameters, timeout=grpc)).timeout_us == expected
+
+
+@pytest.mark.parametrize(
+    ("stream", "exclude", "prepend"),
+    [(False, None, True), (False, True, False), (False, False, True)]
+    + [(True, None, False), (True, True, False)],
+)
+def test_when_the_prompt_is_prepended(stream: bool, exclude: bool | None, prepend: bool) -> None:
+    tensors = {} if exclude is None else {"exclude_input_in_output": exclude}
+    assert parse_request(request(stream=stream, **tensors)).prepend_prompt is prepend
+
+
+def test_token_prompts_are_given_back_only_when_asked() -> None:
+    assert not parse_request(request(None, input_ids=ids(1, 2))).prepend_prompt
+    asked = request(None, input_ids=ids(1, 2), exclude_input_in_output=False)
+    assert parse_request(asked).prepend_prompt
+
+
+def test_outputs_come_by_flag_or_by_name() -> None:
+    def outputs(**kwargs) -> set[str]:
+        return set(parse_request(request(**kwargs)).outputs)
+
+    assert outputs() == {"text_output"}
+    assert outputs(return_finish_reason=True) == {"text_output", "finish_reason"}
+    assert outputs(outputs={"text_output", "token_ids"}) == {"text_output", "token_ids"}
+    assert outputs(outputs={"text_output", "token_ids"}, return_token_ids=False) == {"text_output"}
+    assert outputs(outputs={"token_ids"}, return_finish_reason=True) == {"token_ids"}
+    assert outputs(sampling={"prompt_logprobs": 1}) == {"text_output", "prompt_logprobs"}
+    flags = {f"return_{name}": True for name in OUTPUTS if name not in ("text_output",)}
+    del flags["return_prompt_logprobs"]
+    assert outputs(**flags) == set(OUTPUTS) - {"prompt_logprobs"}
+
+
+def test_cumulative_logprob_makes_the_engine_compute_logprobs_without_showing_them() -> None:
+    parsed = parse_request(request(return_cumulative_logprob=True))
+    assert parsed.sampling.logprobs == 0
+    assert not parsed.show_logprobs
+    parsed = parse_request(request(return_cumulative_logprob=True, sampling={"logprobs": 2}))
+    assert parsed.sampling.logprobs == 2
+    assert parsed.show_logprobs

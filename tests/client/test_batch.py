@@ -1,0 +1,184 @@
+"""`gllm batch`: its files, and that a batch broken off anywhere can be continued."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gllm_client.batch import BatchError, Failed, Item, parse_line, run_batch, to_line
+from gllm_client.protocol import Chunk, Output
+
+
+class Stop(Exception):
+    """The machine is switched off."""
+
+
+class Answers:
+    """Echoes prompts; "fail" fails; stops dead after `limit` answers."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit, self.asked = limit, Counter[str | int]()
+
+    def __call__(self, items: Iterable[Item]) -> Iterator[tuple[Item, Chunk | Failed]]:
+        for item in items:
+            if self.asked.total() == self.limit:
+                raise Stop
+            self.asked[item.id] += 1
+            if item.prompt == "fail":
+                yield item, Failed("it failed")
+            else:
+                yield item, Chunk((Output(f"é {item.prompt}", "stop", num_tokens=2),), 5)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
+    return path
+
+
+def test_each_line_gets_its_answer(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "in",
+        {"prompt": "a"},
+        "",
+        {"id": "x", "messages": [{"role": "user", "content": "b"}]},
+        {"id": 9, "prompt": "fail"},
+        "not json",
+        {"id": "u", "promt": "typo"},
+    )
+    tally = run_batch(source, tmp_path / "deep/out", Answers())
+    found = {line["id"]: line for line in lines_of(tmp_path / "deep/out")}
+    assert found[1] == {
+        "id": 1,
+        "text": "é a",
+        "finish_reason": "stop",
+        "num_input_tokens": 5,
+        "num_output_tokens": 2,
+    }
+    assert "'content': 'b'" in found["x"]["text"]
+    assert found[9] == {"id": 9, "error": "it failed"}
+    assert found[5]["error"].startswith("line 5: not valid JSON")
+    assert found["u"]["error"].startswith("promt: unknown key; known are id, prompt")
+    assert (tally.total, tally.answered, tally.failed, tally.skipped) == (5, 2, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("[1]", "line 4: a JSON object is expected"),
+        ('{"id": 1.5, "prompt": "a"}', "id: 1.5 is not a string or a whole number"),
+        ('{"id": true, "prompt": "a"}', "id: true is not"),
+        ('{"id": "a"}', "exactly one of prompt and messages"),
+        ('{"prompt": "a", "messages": []}', "exactly one of prompt and messages"),
+        ('{"prompt": 3}', "a string is expected"),
+        ('{"messages": "x"}', "a string is expected (or messages: a list)"),
+        ('{"prompt": "a", "sampling_parameters": "x"}', "sampling_parameters: a JSON object"),
+        ("\xff\xfe", "line 4: not valid JSON"),
+    ],
+)
+def test_a_bad_line_says_what_is_wrong(line: str, problem: str) -> None:
+    _, item = parse_line(4, line.encode("latin-1"))
+    assert isinstance(item, Failed) and problem in item.message
+
+
+def test_sampling_parameters_reach_the_item() -> None:
+    id, item = parse_line(4, b'{"prompt": "a", "sampling_parameters": {"seed": 1}}')
+    assert (id, item) == (4, Item(4, "a", {"seed": 1}))
+
+
+def test_several_answers_are_listed() -> None:
+    line = to_line(Chunk((Output("a", "stop", num_tokens=1), Output("b", "length")), 3))
+    assert [o["text"] for o in line["outputs"]] == ["a", "b"]
+    assert line["num_input_tokens"] == 3 and "text" not in line
+
+
+def test_an_id_that_comes_twice_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"id": 2, "prompt": "a"}, {"prompt": "b"})
+    answers = Answers()
+    with pytest.raises(BatchError, match="lines 1 and 2 have the same id 2"):
+        run_batch(source, tmp_path / "out", answers)
+    assert not answers.asked and not (tmp_path / "out").exists()
+
+
+def test_1_and_the_text_1_are_different_ids(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"})
+    run_batch(source, tmp_path / "out", Answers(limit=2))
+    assert [line["id"] for line in lines_of(tmp_path / "out")] == [1, "1"]
+
+
+@given(st.data())
+def test_a_batch_broken_off_anywhere_is_continued(data: st.DataObject) -> None:
+    """Stop after any number of answers, lose any tail of the last write, run again; repeat."""
+    with tempfile.TemporaryDirectory() as directory:
+        source, target = Path(directory) / "in", Path(directory) / "out"
+        size = data.draw(st.integers(0, 6))
+        prompts = [data.draw(st.sampled_from(["a", "fail", "é\n"])) for _ in range(size)]
+        write(source, *({"id": f"i{k}", "prompt": p} for k, p in enumerate(prompts)))
+        kept: list[dict] = []
+        for _ in range(data.draw(st.integers(0, 3))):
+            answers = Answers(data.draw(st.integers(0, size)))
+            with contextlib.suppress(Stop):
+                run_batch(source, target, answers)
+            assert not answers.asked.keys() & {line["id"] for line in kept}
+            *whole, last = target.read_bytes().splitlines(keepends=True) or [b""]
+            target.write_bytes(b"".join(whole) + last[: data.draw(st.integers(0, len(last)))])
+            kept = [json.loads(line) for line in whole]
+        tally = run_batch(source, target, Answers())
+        found = lines_of(target)
+        assert sorted(line["id"] for line in found) == sorted(f"i{k}" for k in range(size))
+        for line in found:
+            prompt = prompts[int(line["id"][1:])]
+            assert line.get("text") == (None if prompt == "fail" else f"é {prompt}")
+        assert tally.answered + tally.failed + tally.skipped == tally.total == size
+        before = target.read_bytes()
+        again = Answers()
+        run_batch(source, target, again)
+        assert target.read_bytes() == before and not again.asked
+
+
+def test_errors_are_kept_unless_they_are_to_be_tried_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"id": 1, "prompt": "a"}, {"id": 2, "prompt": "b"})
+    target = write(tmp_path / "out", {"id": 2, "error": "busy"}, {"id": 1, "text": "kept"})
+    answers = Answers()
+    run_batch(source, target, answers)
+    assert not answers.asked
+    tally = run_batch(source, target, answers, retry_errors=True)
+    assert answers.asked == {2: 1} and (tally.answered, tally.skipped) == (1, 1)
+    assert [(line["id"], line["text"]) for line in lines_of(target)] == [(1, "kept"), (2, "é b")]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "out"]
+
+
+def test_a_file_that_is_something_else_is_not_touched(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"id": 1, "prompt": "a"})
+    target = write(tmp_path / "out", {"id": 7, "text": "x"}, "my diary", {"id": 8, "text": "x"})
+    before = target.read_bytes()
+    with pytest.raises(BatchError, match="line 2 is not an answer"):
+        run_batch(source, target, Answers())
+    assert target.read_bytes() == before
+
+
+def test_two_batches_cannot_write_to_one_file(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"id": 1, "prompt": "a"})
+    with (tmp_path / "out").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BatchError, match="another gllm batch"):
+            run_batch(source, tmp_path / "out", Answers())
+
+
+def test_progress_is_told_after_each_answer(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", *({"prompt": "a"} for _ in range(3)))
+    seen: list[int] = []
+    run_batch(source, tmp_path / "out", Answers(), on_progress=lambda t: seen.append(t.answered))
+    assert seen == [0, 1, 2, 3]

@@ -1,0 +1,81 @@
+"""`gllm chat`: the history and the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gllm_client.chat import HINT, Chat, Message
+from gllm_client.protocol import Chunk, GenerateError, Output
+
+
+class Model:
+    """Answers in two chunks; remembers what it was asked and which iterators were closed."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[Message]] = []
+        self.closed = 0
+
+    def __call__(self, messages: list[Message]) -> Iterator[Chunk]:
+        self.asked.append(messages)
+        try:
+            yield Chunk((Output("Well, "),))
+            if messages[-1]["content"] == "interrupt":
+                raise KeyboardInterrupt
+            if messages[-1]["content"] == "refuse":
+                raise GenerateError("too long")
+            yield Chunk((Output("yes."),))
+        finally:
+            self.closed += 1
+
+
+class Keyboard:
+    def __init__(self, *keys: str | type[BaseException]) -> None:
+        self._keys = [*keys, EOFError]
+
+    def __call__(self, prompt: str) -> str:
+        key = self._keys.pop(0)
+        if not isinstance(key, str):
+            raise key
+        return key
+
+
+def run(*keys: str | type[BaseException], system: str | None = None) -> tuple[Model, Chat, str]:
+    model, written = Model(), []
+    chat = Chat(model, system, write=written.append)
+    chat.run(Keyboard(*keys))
+    return model, chat, "".join(written)
+
+
+def said(*contents: str) -> list[Message]:
+    roles = ["user", "assistant"] * len(contents)
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+
+
+def test_the_history_is_kept() -> None:
+    model, chat, written = run("Hi", "  ", "And?", system="Be kind.")
+    system = [{"role": "system", "content": "Be kind."}]
+    assert model.asked == [system + said("Hi"), system + said("Hi", "Well, yes.", "And?")]
+    assert chat.messages == system + said("Hi", "Well, yes.", "And?", "Well, yes.")
+    assert written == f"{HINT}\nWell, yes.\nWell, yes.\n\n"
+
+
+def test_ctrl_c_stops_the_answer_not_the_program() -> None:
+    model, chat, written = run("interrupt", "Hi")
+    assert chat.messages == said("interrupt", "Well, ", "Hi", "Well, yes.")
+    assert "Well,  [stopped]\n" in written and model.closed == 2
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave() -> None:
+    _, chat, written = run(KeyboardInterrupt, "Hi")
+    assert written.count(HINT) == 2 and chat.messages == said("Hi", "Well, yes.")
+
+
+def test_a_refused_question_is_forgotten() -> None:
+    model, chat, written = run("refuse", "Hi")
+    assert "[too long]\n" in written
+    assert chat.messages == said("Hi", "Well, yes.") and model.closed == 2
+
+
+def test_clear_forgets_all_but_the_system_message() -> None:
+    _, chat, _ = run("Hi", "/clear", system="Be kind.")
+    assert chat.messages == [{"role": "system", "content": "Be kind."}]

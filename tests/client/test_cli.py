@@ -1,0 +1,222 @@
+"""The command line: flags out of structs, exit statuses, errors in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from gllm_client import serve as serve_module
+from gllm_client.__main__ import main, make_parser
+from gllm_client.flags import (
+    Parser,
+    UsageError,
+    add_struct,
+    dashed,
+    field_comments,
+    struct_texts,
+    struct_values,
+)
+from gllm_engine import EngineConfig, SamplingParams
+
+
+class Sample(msgspec.Struct):
+    """A struct with a field of each kind."""
+
+    # what it is
+    # called
+    name: str
+    max_size: int | None = None  # bytes
+    share: float = 0.5
+    is_on: bool = True
+    words: tuple[str, ...] = ()
+    extra: dict[int, float] = {}
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = Parser(prog="x")
+    add_struct(parser, "sample", Sample)
+    return parser.parse_args(dashed(list(arguments)))
+
+
+def test_flags_have_the_types_of_their_fields() -> None:
+    options = parse("--name=a_b", "--max_size", "3", "--share=1", "--is-on", "false")
+    assert struct_values(options, Sample) == {
+        "name": "a_b",
+        "max_size": 3,
+        "share": 1.0,
+        "is_on": False,
+    }
+    assert struct_values(parse("--is_on"), Sample) == {"is_on": True}
+    assert struct_values(parse("--words", "a", "--words", "b"), Sample) == {"words": ("a", "b")}
+    assert struct_values(parse(), Sample) == {}
+    assert struct_texts(parse("--share", "x"), Sample) == {"share": "x"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--max-size", "x"], "--max-size: 'x'"),
+        (["--is-on=perhaps"], "--is-on: 'perhaps'"),
+        (["--max-siz=1"], "unrecognized arguments: --max-siz=1"),
+    ],
+)
+def test_wrong_values_name_the_flag(arguments: list[str], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        struct_values(parse(*arguments), Sample)
+
+
+def test_help_comes_from_the_fields() -> None:
+    assert field_comments(Sample)["name"] == "what it is called"
+    assert field_comments(Sample)["max_size"] == "bytes"
+    comments = field_comments(EngineConfig)
+    assert comments["max_num_seqs"] == "sequences in one step"
+    assert set(comments) == set(EngineConfig.__struct_fields__)
+
+
+def test_what_follows_two_dashes_is_left_alone() -> None:
+    given = ["--a_b=c_d", "e_f", "--", "--g_h"]
+    assert dashed(given) == ["--a-b=c_d", "e_f", "--", "--g_h"]
+
+
+def test_every_engine_and_sampling_field_is_a_flag() -> None:
+    serve, generate = help_of("serve"), help_of("generate")
+    for name in EngineConfig.__struct_fields__:
+        if name != "model":
+            assert f"--{name.replace('_', '-')} " in serve
+    for name in SamplingParams.__struct_fields__:
+        assert f"--{name.replace('_', '-')} " in generate
+
+
+def help_of(command: str) -> str:
+    parser = make_parser()
+    (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return commands.choices[command].format_help()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["chat", "--help"]])
+def test_help_ends_well(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0 and "usage: gllm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        ([], 2, "gllm: the following arguments are required: COMMAND (see gllm --help)"),
+        (["srve"], 2, "gllm srve: argument COMMAND: invalid choice: 'srve'"),
+        (["serve", "/no/such"], 2, "gllm serve: /no/such is not a directory"),
+        (["serve", "/", "--max-num-seqs=x"], 2, "gllm serve: --max-num-seqs: 'x'"),
+        (["serve", "/", "--http-port=x"], 2, "gllm serve: argument --http-port: invalid int"),
+        (["serve", "/", "--front-ends=0"], 2, "gllm serve: --front-ends: at least 1"),
+        (["generate", "hi"], 2, "gllm generate: either --model DIRECTORY or --url is needed"),
+        (["generate", "hi", "--model=/no"], 2, "gllm generate: model: /no is not a directory"),
+        (["generate", "hi", "--model=m", "--top-p=3"], 2, "gllm generate: top_p: 3.0 is outside"),
+        (["generate", "hi", "--model=m", "--timeout=3"], 2, "gllm generate: --timeout is for"),
+        (["generate", "hi", "--url=x:1", "--page-size=8"], 2, "gllm generate: --page-size is for"),
+        (["generate", "hi", "--url=ftp://x", "--model=m"], 1, "gllm generate: url: ftp://x has"),
+        (["generate", "hi", "--url=127.0.0.1:9"], 1, "gllm generate: the server cannot be reached"),
+        (["chat", "--url=x:1", "--n=2"], 2, "gllm chat: --n: a conversation has one answer"),
+        (["batch", "/no", "/tmp/o", "--concurrency=0"], 2, "gllm batch: --concurrency: at least"),
+        (["batch", "/no", "/no/o", "--url=x:1", "--model=m"], 1, "gllm batch: /no: No such file"),
+        (["tiny-model", "/tmp/x", "--set", "a"], 2, "gllm tiny-model: --set: 'a' is not KEY=JSON"),
+    ],
+)
+def test_errors_are_one_sentence(
+    arguments: list[str], status: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == status
+    printed = capsys.readouterr()
+    assert printed.err.startswith(sentence), printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
+
+
+def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLLM_TRACEBACK", "1")
+    with pytest.raises(UsageError):
+        main(["generate", "hi"])
+
+
+def test_serve_is_told_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    seen: list[Any] = []
+    monkeypatch.setattr(serve_module, "serve", lambda serving: seen.append(serving) or 7)
+    arguments = [str(tmp_path), "--grpc-port=5", "--max_num_seqs", "8", "--front-ends=2"]
+    assert main(["serve", *arguments, "--", "--log-verbose=1", "--x_y"]) == 7
+    (serving,) = seen
+    assert (serving.path, serving.grpc_port, serving.http_port) == (tmp_path, 5, 8000)
+    assert serving.engine == {"max_num_seqs": 8} and serving.front_ends == 2
+    assert serving.arguments == ("--log-verbose=1", "--x_y")
+
+
+def test_a_wrong_engine_value_is_said_before_the_server_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["serve", str(tmp_path), "--page-size=3"]) == 2
+    assert capsys.readouterr().err == "gllm serve: page_size: 3 is not a power of two\n"
+
+
+def test_tritonserver_without_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_SERVER_DIR", str(tmp_path))
+    assert main(["tritonserver", "--help"]) == 1
+    assert "has no bin/tritonserver" in capsys.readouterr().err
+
+
+def test_the_commands_work_in_this_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tiny-model, generate, chat and batch, on one small checkpoint."""
+    model = str(tmp_path / "tiny")
+    assert main(["tiny-model", model, "--set", "num_hidden_layers=1", "--seed", "3"]) == 0
+    assert capfd.readouterr().out == f"{model}\n"
+    greedy = ["--model", model, "--temperature", "0", "--ignore-eos", "--max_tokens"]
+    assert main(["generate", "Once", *greedy, "6"]) == 0
+    text = capfd.readouterr().out
+    assert text.endswith("\n") and len(text) > 1
+    assert main(["generate", "Once", *greedy, "6", "--n", "2"]) == 0
+    assert capfd.readouterr().out == f"{text[:-1]}\n---\n{text}"
+    keys = iter(["Hi", "/clear", "Hi"])
+
+    def read(prompt: str) -> str:
+        for key in keys:
+            return key
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", *greedy, "5"]) == 0
+    first, second = capfd.readouterr().out.splitlines()[1:3]
+    assert first == second
+    lines = [
+        {"id": "same", "prompt": "Once"},
+        {"id": "long", "prompt": "Once", "sampling_parameters": {"max_tokens": 9}},
+        {"id": "bad", "prompt": "Once", "sampling_parameters": {"top_p": 9}},
+        {"id": "two", "prompt": "Once", "sampling_parameters": {"n": 2}},
+    ]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)))
+    batch = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--concurrency", "2"]
+    assert main([*batch, *greedy, "6"]) == 1
+    found = {a["id"]: a for a in map(json.loads, (tmp_path / "out").read_text().splitlines())}
+    assert found["same"]["text"] == text[:-1] and found["same"]["num_output_tokens"] == 6
+    assert found["long"]["num_output_tokens"] == 9 and found["long"]["num_input_tokens"] > 0
+    assert found["bad"]["error"].startswith("top_p: 9.0 is outside")
+    assert [o["text"] for o in found["two"]["outputs"]] == [text[:-1]] * 2
+
+
+def test_help_imports_neither_torch_nor_grpc() -> None:
+    code = (
+        "import sys; from gllm_client.__main__ import main\n"
+        "try: main(['serve', '--help'])\n"
+        "except SystemExit: print({'torch', 'grpc', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "set()\n"

@@ -1,0 +1,362 @@
+"""The engine around a mock runner whose next token depends on the last one and its position."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+import zlib
+from collections import defaultdict
+
+import pytest
+
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.engine.core import Engine
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.sampling import SamplingParams, StructuredOutputs
+from gllm_engine.types import Request, StepResult, TokenLogprobs
+
+VOCAB = 384
+LONG = SamplingParams(max_tokens=None, ignore_eos=True)
+
+
+def follow(last: int, position: int) -> int:
+    return 3 + zlib.crc32(b"%d %d" % (last, position)) % (VOCAB - 3)
+
+
+def expected(prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(follow(tokens[-1], len(tokens) - 1))
+    return tokens[len(prompt) :]
+
+
+class Broken(Exception):
+    """What a device might raise."""
+
+
+class MockRunner:
+    """Breaks at launch or at wait when told to; notes how many steps were under way at once."""
+
+    def __init__(self, config, spec):
+        self.num_pages = config.num_pages
+        self.state: dict[int, tuple[int, int]] = {}  # slot -> (length, last token)
+        self.break_at: str | None = None
+        self.under_way = self.most_under_way = 0
+
+    def launch(self, plan):
+        if self.break_at == "launch":
+            self.break_at = None
+            raise Broken("at launch")
+        for new in plan.new:
+            self.state[new.slot] = (0, -1)
+        made = {}
+        for slot in plan.decode_slots:
+            length, last = self.state[slot]
+            made[slot] = self._next(slot, length, last, plan)
+            self.state[slot] = (length + 1, made[slot])
+        for chunk in plan.chunks:
+            end = chunk.start + len(chunk.tokens)
+            self.state[chunk.slot] = (end, -1)
+            if chunk.samples:
+                made[chunk.slot] = self._next(chunk.slot, end - 1, chunk.tokens[-1], plan)
+                self.state[chunk.slot] = (end, made[chunk.slot])
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        logprobs = {slot: TokenLogprobs([token], [-1.0], [1]) for slot, token in made.items()}
+        return MockLaunch(self, StepResult(plan.step, list(made.values()), logprobs))
+
+    def _next(self, slot, position, last, plan):
+        token = follow(last, position)
+        mask = plan.masks.get(slot)
+        if mask is None or mask[token >> 3] >> (token & 7) & 1:
+            return token
+        return next(id for id in range(VOCAB) if mask[id >> 3] >> (id & 7) & 1)
+
+
+class MockLaunch:
+    def __init__(self, runner, result):
+        self.runner, self.result = runner, result
+
+    def wait(self):
+        self.runner.under_way -= 1
+        if self.runner.break_at == "wait":
+            self.runner.break_at = None
+            raise Broken("at wait")
+        return self.result
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def make(model):
+    made = []
+
+    def make(**over):
+        defaults = {"num_pages": 64, "max_model_len": 256, "max_num_seqs": 16}
+        engine = Engine(EngineConfig(model=model, **(defaults | over)), MockRunner)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+def collect(engine, limit=5000):
+    """Step until there is nothing to do: tokens and finishes by (client, id)."""
+    tokens, finished = defaultdict(list), {}
+    for _ in range(limit):
+        if not engine.has_work:
+            engine.check_integrity()
+            return tokens, finished
+        gather(engine.step(), tokens, finished)
+        engine.check_integrity()
+    pytest.fail("the engine does not come to rest")
+
+
+def gather(outputs, tokens, finished):
+    for client, output in outputs.items():
+        assert len(output.ids) == len(output.tokens) == len(set(output.ids))
+        for id, token in zip(output.ids, output.tokens, strict=True):
+            assert (client, id) not in finished
+            tokens[client, id].append(token)
+        for id, finish in output.finished.items():
+            assert (client, id) not in finished
+            finished[client, id] = finish
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_each_client_gets_its_own_tokens(make, depth):
+    engine = make(plans_in_flight=depth, num_pages=12)
+    rng = random.Random(depth)
+    wanted = {}
+    for client in ("a", "b", None):
+        for id in range(8):  # the same ids from different clients never meet
+            prompt = [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 60))]
+            count = rng.randrange(1, 30)
+            wanted[client, id] = expected(prompt, count)
+            sampling = SamplingParams(max_tokens=count, ignore_eos=True)
+            engine.add(Request(id, prompt, sampling, 0), client)
+    tokens, finished = collect(engine)
+    assert tokens == wanted
+    assert {finish.reason for finish in finished.values()} == {"length"}
+    assert engine.stats().kv_usage == 0 and engine.stats().preemptions > 0
+    assert engine._runner.most_under_way == depth
+
+
+def test_logprobs_come_with_their_tokens(make):
+    engine = make()
+    engine.add(Request(4, [5, 6], SamplingParams(max_tokens=1, logprobs=0), 0), "a")
+    outputs = engine.step()["a"]
+    assert outputs.logprobs[4].token_ids == outputs.tokens == expected([5, 6], 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "bad_words", "sentence"),
+    [
+        ([], {}, (), "The prompt is empty."),
+        ([3, VOCAB], {}, (), "input_ids: token id 384 is outside [0, 383]"),
+        ([-1], {}, (), "input_ids: token id -1 is outside [0, 383]"),
+        ([3], {"stop_token_ids": (5, 999)}, (), "stop_token_ids: token id 999 is outside [0, 383]"),
+        ([3], {"logit_bias": {-7: 1.0}}, (), "logit_bias: token id -7 is outside [0, 383]"),
+        ([3], {}, ((4, 500),), "bad_words: token id 500 is outside [0, 383]"),
+        ([3] * 256, {}, (), "limited to 256 tokens"),
+        ([3] * 100, {}, (), "does not fit the KV cache"),
+        (
+            [3],
+            {"structured_outputs": StructuredOutputs(regex="((")},
+            (),
+            "structured_outputs: the grammar is not usable",
+        ),
+    ],
+)
+def test_a_bad_request_gets_its_sentence_and_harms_nobody(
+    make, prompt, sampling, bad_words, sentence
+):
+    engine = make(num_pages=4)
+    engine.add(Request(1, [7, 8], SamplingParams(max_tokens=9, ignore_eos=True), 0), "good")
+    engine.add(Request(1, prompt, SamplingParams(**sampling), 0, bad_words), "bad")
+    tokens, finished = collect(engine)
+    finish = finished["bad", 1]
+    assert (finish.reason, finish.status) == ("error", "invalid") and sentence in finish.message
+    assert tokens == {("good", 1): expected([7, 8], 9)}
+
+
+def test_a_full_queue_is_said_to_be_full(make):
+    engine = make(max_waiting=2, max_num_seqs=1)
+    for id in range(4):
+        engine.add(Request(id, [3], SamplingParams(max_tokens=2), 0))
+    _, finished = collect(engine)
+    assert [id for (_, id), f in finished.items() if f.status == "unavailable"] == [2, 3]
+    assert "queue is full" in finished[None, 2].message
+
+
+def test_an_id_in_use_is_refused(make):
+    engine = make()
+    engine.add(Request(1, [3], LONG, 0))
+    engine.step()
+    engine.add(Request(1, [3], LONG, 0))
+    finish = engine.step()[None].finished[1]
+    assert finish.status == "invalid" and "already live" in finish.message
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_abort_frees_pages_at_once_and_silences(make, depth):
+    engine = make(plans_in_flight=depth, num_pages=20)
+    engine.add(Request(1, [3] * 40, LONG, 0), "a")
+    engine.add(Request(2, [4] * 40, LONG, 0), "a")
+    for _ in range(5):
+        engine.step()
+    used = engine.stats().kv_usage
+    engine.abort(1, "a")
+    assert engine.stats().kv_usage == used / 2 and engine.stats().running == 1
+    engine.abort(1, "a")  # a second time, and of what never was
+    engine.abort(9, "a")
+    for _ in range(5):
+        assert all(output.ids == [2] for output in engine.step().values())
+    engine.drop("a")
+    assert engine.stats().kv_usage == 0
+    assert collect(engine) == ({}, {})
+
+
+def test_drop_ends_one_client_only(make):
+    engine = make()
+    for client in ("a", "b"):
+        for id in range(3):
+            engine.add(
+                Request(id, [3 + id], SamplingParams(max_tokens=5, ignore_eos=True), 0), client
+            )
+    engine.add(Request(7, [999], LONG, 0), "a")  # its refusal has nobody to go to either
+    engine.drop("a")
+    tokens, finished = collect(engine)
+    assert {client for client, _ in tokens} == {client for client, _ in finished} == {"b"}
+    assert len(finished) == 3
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_a_failed_step_fails_the_live_and_spares_the_next(make, depth, where, caplog):
+    engine = make(plans_in_flight=depth, max_num_seqs=2)
+    for id in range(4):
+        engine.add(Request(id, [3, 4 + id], LONG, 0), "a")
+    for _ in range(3):
+        engine.step()
+    engine._runner.break_at = where
+    outputs = engine.step()["a"]
+    engine.check_integrity()
+    assert set(outputs.finished) == {0, 1, 2, 3}
+    for finish in outputs.finished.values():
+        assert (finish.reason, finish.status) == ("error", "internal")
+        assert "The engine failed in a step" in finish.message and "Broken" in finish.message
+    assert "Traceback" in caplog.text and "Broken" in caplog.text
+    assert not engine.has_work and engine.stats().kv_usage == 0
+    engine._runner.under_way = 0
+    engine.add(Request(0, [3, 4], SamplingParams(max_tokens=40, ignore_eos=True), 0), "a")
+    tokens, finished = collect(engine)
+    assert tokens["a", 0] == expected([3, 4], 40) and finished["a", 0].reason == "length"
+
+
+def test_grammars_compile_aside(make):
+    """A sequence with a grammar waits for it; others are served meanwhile."""
+    engine = make()
+    choice = StructuredOutputs(choice=("yes", "no"))
+    engine.add(Request(1, [3], SamplingParams(structured_outputs=choice, max_tokens=20), 0))
+    engine.add(Request(2, [3], SamplingParams(max_tokens=20, ignore_eos=True), 0))
+    assert engine.stats().waiting == 2
+    tokens, finished = collect(engine)
+    assert finished[None, 1].reason == "stop" and len(tokens[None, 2]) == 20
+    # Aborted while it compiles: it never begins.
+    engine.add(Request(3, [3], SamplingParams(structured_outputs=choice), 0), "a")
+    engine.abort(3, "a")
+    assert not engine.has_work
+    assert collect(engine) == ({}, {})
+
+
+def test_a_grammar_that_cannot_be_followed_fails_its_sequence_only(make):
+    engine = make()
+    sampling = SamplingParams(structured_outputs=StructuredOutputs(regex="[0-9]+"), max_tokens=9)
+    engine.add(Request(1, [3], sampling, 0), "a")
+    engine.add(Request(2, [3], SamplingParams(max_tokens=9, ignore_eos=True), 0), "a")
+    tokens, finished = defaultdict(list), {}
+    while ("a", 1) not in engine._constrained:
+        gather(engine.step(), tokens, finished)
+    engine._runner._next = lambda slot, position, last, plan: 5  # ignores masks
+    finished |= collect(engine)[1]
+    assert finished["a", 1].status == "internal"
+    assert finished["a", 1].message.startswith("structured_outputs: the grammar cannot be")
+    assert finished["a", 2].reason == "length"
+
+
+def test_a_model_length_beyond_the_trained_one_is_refused(make):
+    with pytest.raises(ConfigError, match="max_model_len: 4096 is more than the 2048 tokens"):
+        make(max_model_len=4096)
+
+
+def test_random_comings_and_goings(make):
+    engine = make(plans_in_flight=2, num_pages=10, max_num_seqs=4, max_waiting=12)
+    rng = random.Random(3)
+    tokens, finished, wanted = defaultdict(list), {}, {}
+    for id in range(300):
+        if rng.random() < 0.5:
+            client, count = rng.choice("ab"), rng.randrange(1, 40)
+            prompt = [rng.randrange(3, 6) for _ in range(rng.randrange(1, 50))]
+            wanted[client, id] = expected(prompt, count)
+            engine.add(
+                Request(id, prompt, SamplingParams(max_tokens=count, ignore_eos=True), 0), client
+            )
+        if rng.random() < 0.1 and wanted:
+            client, gone = rng.choice(list(wanted))
+            engine.abort(gone, client)
+        if rng.random() < 0.02:
+            engine._runner.break_at = rng.choice(["launch", "wait"])
+        gather(engine.step(), tokens, finished)
+        engine.check_integrity()
+    more = collect(engine)
+    for key, made in more[0].items():
+        tokens[key] += made
+    finished |= more[1]
+    for key, finish in finished.items():
+        if finish.reason == "length":
+            assert tokens[key] == wanted[key]
+    for key, made in tokens.items():
+        assert wanted[key][: len(made)] == made
+    assert sum(finish.reason == "length" for finish in finished.values()) > 30
+    assert engine.stats().kv_usage == 0
+
+
+def test_the_engine_itself_is_cheap(make):
+    """A step of 256 sequences costs core little beside the scheduler and the runner."""
+    engine = make(max_num_seqs=256, num_pages=4096, max_num_batched_tokens=2048)
+    for id in range(256):
+        engine.add(Request(id, [3, 4], LONG, 0), id % 4)
+    for _ in range(5):
+        engine.step()
+    outer, inner = [], 0.0
+
+    def timed(function):
+        def call(*args):
+            nonlocal inner
+            begin = time.thread_time()
+            result = function(*args)
+            inner += time.thread_time() - begin
+            return result
+
+        return call
+
+    engine._runner.launch = timed(engine._runner.launch)
+    engine._scheduler.schedule = timed(engine._scheduler.schedule)
+    engine._scheduler.commit = timed(engine._scheduler.commit)
+    gc.disable()
+    try:
+        for _ in range(60):
+            inner, begin = 0.0, time.thread_time()
+            outputs = engine.step()
+            outer.append(time.thread_time() - begin - inner)
+            assert sum(len(output.ids) for output in outputs.values()) == 256
+    finally:
+        gc.enable()
+    assert min(outer) < 200e-6, f"{min(outer) * 1e6:.0f} us a step"

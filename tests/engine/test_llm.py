@@ -1,0 +1,295 @@
+"""The whole engine on real (tiny) models: however a text is computed, it is the same text."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from gllm_engine.engine.llm import LLM, RequestFailed
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.sampling import InvalidField, SamplingParams, StructuredOutputs
+
+FAMILIES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "Glm4ForCausalLM"]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=60, min_p=0.01, seed=7, max_tokens=24,
+                        ignore_eos=True)  # fmt: skip
+PENALIZED = SamplingParams(seed=11, max_tokens=24, ignore_eos=True, repetition_penalty=1.3,
+                           presence_penalty=0.4, frequency_penalty=0.3)  # fmt: skip
+KINDS = [GREEDY, SEEDED, PENALIZED]
+SMALL = {"max_model_len": 512, "num_pages": 200, "max_num_seqs": 16}
+# Longer than Mistral's window of 48 tokens, with a common beginning of several pages.
+PROMPTS = [
+    "the quick brown fox jumps over the lazy dog, " * 4 + ending
+    for ending in ("and the cat sleeps", "世界 and more", "!", "which is a longer ending of it all")
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made: dict[str, str] = {}
+
+    def model(family: str = FAMILIES[0]) -> str:
+        if family not in made:
+            made[family] = str(write_tiny_model(tmp_path_factory.mktemp(family), family, seed=3))
+        return made[family]
+
+    return model
+
+
+@pytest.fixture
+def load(models):
+    made = []
+
+    def load(family: str = FAMILIES[0], **over):
+        made.append(LLM(models(family), **(SMALL | over)))
+        return made[-1]
+
+    yield load
+    for llm in made:
+        assert not llm.engine.has_work
+        llm.engine.check_integrity()
+        assert llm.engine.stats().kv_usage == 0
+        llm.close()
+
+
+def tokens_of(outputs):
+    assert [output.error for output in outputs] == [None] * len(outputs)
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """The slow twin: one sequence at a time, whole prompt in one chunk, no prefix cache."""
+    made = {}
+
+    def alone(family, kind):
+        if (family, kind.seed) not in made:
+            with LLM(models(family), **SMALL, enable_prefix_caching=False) as llm:
+                made[family, kind.seed] = [tokens_of(llm.generate(p, kind))[0] for p in PROMPTS]
+        return made[family, kind.seed]
+
+    return alone
+
+
+WAYS = {
+    "batched": {},
+    "chunked": {"max_num_batched_tokens": 16, "enable_prefix_caching": False},
+    "two plans in flight": {"plans_in_flight": 2, "enable_prefix_caching": False},
+    "three plans, chunks, cache": {"plans_in_flight": 3, "max_num_batched_tokens": 24},
+    "preempted": {"num_pages": 126, "page_size": 2, "enable_prefix_caching": False},
+    "preempted, two plans, cache": {"num_pages": 104, "page_size": 2, "plans_in_flight": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_same_tokens(load, alone, family, way):
+    llm = load(family, **WAYS[way])
+    for kind in KINDS:
+        assert tokens_of(llm.generate(PROMPTS, kind)) == alone(family, kind)
+    if "preempted" in way:
+        assert llm.engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_hit_gives_the_same_tokens(load, alone, family):
+    llm = load(family)
+    for kind in KINDS:
+        outputs = [llm.generate(prompt, kind)[0] for prompt in PROMPTS]
+        assert tokens_of(outputs) == alone(family, kind)
+        assert all(output.num_cached_tokens >= 32 for output in outputs[1:])
+    again = llm.generate(PROMPTS[0], GREEDY)[0]
+    assert again.num_cached_tokens >= len(again.prompt_token_ids) - 17
+
+
+def test_logprobs_are_the_same_however_computed(load):
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=1)
+    whole = load().generate(PROMPTS, params)
+    chunked = load(max_num_batched_tokens=16, plans_in_flight=2).generate(PROMPTS, params)
+    for one, other in zip(whole, chunked, strict=True):
+        assert one.prompt_logprobs[0] is None
+        assert len(one.prompt_logprobs) == len(one.prompt_token_ids)
+        for position, id in enumerate(one.prompt_token_ids[1:], 1):
+            entry = one.prompt_logprobs[position]
+            assert next(iter(entry)) == id
+            assert entry.keys() == other.prompt_logprobs[position].keys()
+            assert entry[id]["logprob"] == pytest.approx(
+                other.prompt_logprobs[position][id]["logprob"], abs=1e-4
+            )
+        made = one.outputs[0]
+        assert len(made.logprobs) == len(made.token_ids)
+        actual = [entry[id] for entry, id in zip(made.logprobs, made.token_ids, strict=True)]
+        assert all(entry["rank"] == 1 for entry in actual)
+        assert made.cumulative_logprob == pytest.approx(sum(entry["logprob"] for entry in actual))
+
+
+def test_n_outputs_differ_and_the_first_is_that_of_one(load):
+    llm = load()
+    three = llm.generate("Hello", SamplingParams(n=3, seed=5, max_tokens=12))[0].outputs
+    assert [output.index for output in three] == [0, 1, 2]
+    assert len({tuple(output.token_ids) for output in three}) == 3
+    one = llm.generate("Hello", SamplingParams(seed=5, max_tokens=12))[0].outputs[0]
+    assert one == three[0]
+    again = llm.generate("Hello", SamplingParams(n=3, seed=5, max_tokens=12))[0].outputs
+    assert again == three
+    unseeded = [llm.generate("Hello", SamplingParams(max_tokens=12))[0] for _ in range(2)]
+    assert unseeded[0].outputs[0].token_ids != unseeded[1].outputs[0].token_ids
+
+
+def test_a_stream_is_what_generate_gives(load):
+    llm = load(plans_in_flight=2)
+    whole = llm.generate("Hello", SEEDED)[0].outputs[0]
+    deltas = list(llm.stream("Hello", SEEDED))
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert [id for delta in deltas for id in delta.token_ids] == whole.token_ids
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+
+
+def test_streams_may_be_mixed_and_left(load):
+    llm = load()
+    left, kept = llm.stream("Hello", SEEDED), llm.stream("the fox", GREEDY)
+    start = next(left)
+    assert len(start.token_ids) == 1
+    texts = [next(kept).text]
+    between = llm.generate("the fox", GREEDY)[0].outputs[0].text
+    left.close()
+    texts += [delta.text for delta in kept]
+    assert "".join(texts) == between
+    assert not llm.engine.has_work
+
+
+def test_a_stop_string_ends_the_sequence_in_the_engine(load):
+    llm = load(plans_in_flight=2)
+    text = llm.generate("Hello", GREEDY)[0].outputs[0].text
+    stop = next(text[at : at + 2] for at in range(4, len(text)) if text[at : at + 2].isalpha())
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop=(stop,))
+    output = llm.generate("Hello", params)[0].outputs[0]
+    assert output.text == text[: text.index(stop)]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert "".join(delta.text for delta in llm.stream("Hello", params)) == output.text
+    # Lists and single strings are taken as well as tuples.
+    loose = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop=[stop])
+    assert llm.generate("Hello", loose)[0].outputs[0] == output
+    while llm.engine.has_work:  # what was in flight when it ended
+        assert llm.engine.step() == {}
+
+
+def test_end_of_sequence_and_stop_tokens(load):
+    llm = load()
+    third = llm.generate("Hello", GREEDY)[0].outputs[0].token_ids[2]
+    params = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(third,))
+    output = llm.generate("Hello", params)[0].outputs[0]
+    assert output.token_ids[-1] == third and len(output.token_ids) <= 3
+    assert (output.finish_reason, output.stop_reason) == ("stop", third)
+    waits = SamplingParams(temperature=0, max_tokens=8, stop_token_ids=(third,), min_tokens=8)
+    assert third not in llm.generate("Hello", waits)[0].outputs[0].token_ids[:7]
+    eos = llm.engine.info.eos_token_ids[0]
+    forced = SamplingParams(logit_bias={eos: 100.0}, max_tokens=5)
+    output = llm.generate("Hello", forced)[0].outputs[0]
+    assert (output.text, output.token_ids, output.stop_reason) == ("", [eos], None)
+
+
+def test_errors_of_one_prompt_lose_no_other(load):
+    llm = load()
+    prompts = ["Hello", [5, 100_000], [], "a" * 3000, "bad \ud800", [5, 6, 7]]
+    outputs = llm.generate(prompts, GREEDY)
+    errors = [output.error for output in outputs]
+    assert errors[0] is None and errors[5] is None
+    assert errors[1] == "input_ids: token id 100000 is outside [0, 383]"
+    assert errors[2] == "The prompt is empty."
+    assert "limited to 512 tokens" in errors[3]
+    assert errors[4] == "prompt: holds a lone surrogate"
+    assert all(output.finished for output in outputs)
+    assert len(outputs[0].outputs[0].token_ids) == len(outputs[5].outputs[0].token_ids) == 24
+    with pytest.raises(RequestFailed, match="outside"):
+        list(llm.stream([100_000]))
+    with pytest.raises(InvalidField, match="n: 2 outputs cannot be streamed"):
+        llm.stream("Hello", SamplingParams(n=2))
+    with pytest.raises(InvalidField, match="temperature"):
+        llm.generate("Hello", SamplingParams(stop_token_ids=["x"], temperature=True))
+    with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
+        llm.generate("Hello", [GREEDY, GREEDY])
+
+
+def test_more_prompts_than_the_queue_takes(load):
+    llm = load(max_waiting=3, max_num_seqs=2)
+    params = [SamplingParams(temperature=0, max_tokens=1 + i % 5, n=1 + i % 3) for i in range(20)]
+    outputs = llm.generate([[5, 6, 7 + i] for i in range(20)], params)
+    assert [output.error for output in outputs] == [None] * 20
+    assert [output.prompt_token_ids[2] for output in outputs] == list(range(7, 27))
+    # One that could never be queued whole says so, and does not hang.
+    (output,) = llm.generate("Hello", SamplingParams(n=8, max_tokens=2))
+    assert "queue is full" in output.error
+
+
+def test_chat_answers_one_or_several_conversations(load):
+    llm = load()
+    one = [{"role": "user", "content": "Hello"}]
+    output = llm.chat(one, GREEDY)[0]
+    assert output.prompt_token_ids == llm.tokenizer.chat(one)
+    both = llm.chat([one, one], GREEDY)
+    assert [o.outputs[0].token_ids for o in both] == [output.outputs[0].token_ids] * 2
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_structured_outputs_hold_beside_free_ones(load, alone, family, depth):
+    llm = load(family, plans_in_flight=depth, max_num_batched_tokens=32)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0},
+                       "b": {"enum": ["x", "日本", True]}},
+        "required": ["a", "b"], "additionalProperties": False, "x-guidance":
+        {"whitespace_flexible": False},
+    }  # fmt: skip
+    as_json = SamplingParams(
+        structured_outputs=StructuredOutputs(json=json.dumps(schema)), max_tokens=99, seed=1
+    )
+    regex = r"[a-f]{3}-(\d\d|日本)!"
+    as_regex = SamplingParams(
+        structured_outputs=StructuredOutputs(regex=regex), max_tokens=99, seed=1, min_tokens=1
+    )
+    outputs = llm.generate(
+        [PROMPTS[0], *PROMPTS[:2], PROMPTS[1]], [as_json, GREEDY, GREEDY, as_regex]
+    )
+    value = json.loads(outputs[0].outputs[0].text)
+    assert set(value) == {"a", "b"} and 0 <= value["a"] <= 99 and value["b"] in ("x", "日本", True)
+    assert re.fullmatch(regex, outputs[3].outputs[0].text)
+    assert outputs[0].outputs[0].finish_reason == outputs[3].outputs[0].finish_reason == "stop"
+    assert tokens_of(outputs[1:3]) == alone(family, GREEDY)[:2]
+
+
+def test_structured_outputs_survive_preemption(load):
+    regex = "([a-f]{2} ){30}"
+    params = SamplingParams(
+        structured_outputs=StructuredOutputs(regex=regex), max_tokens=200, temperature=0
+    )
+    whole = load().generate(PROMPTS, params)
+    llm = load(num_pages=64, page_size=4, enable_prefix_caching=False)
+    pressed = llm.generate(PROMPTS, params)
+    assert llm.engine.stats().preemptions > 0
+    assert tokens_of(pressed) == tokens_of(whole)
+    assert all(re.fullmatch(regex, output.outputs[0].text) for output in pressed)
+
+
+def test_bad_words_never_appear(load):
+    llm = load()
+    free = llm.generate("Hello", GREEDY)[0].outputs[0]
+    words = sorted(set(re.findall(r"[A-Za-z]{2,}", free.text)))
+    assert words
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, bad_words=tuple(words))
+    output = llm.generate("Hello", params)[0].outputs[0]
+    banned = llm.tokenizer.bad_words(words)
+    ids = output.token_ids
+    for sequence in banned:
+        size = len(sequence)
+        assert all(tuple(ids[at : at + size]) != sequence for at in range(len(ids)))
+    assert ids[:24] != free.token_ids
+
+
+def test_a_closed_llm_is_closed_twice(models):
+    with LLM(models(), **SMALL) as llm:
+        llm.generate("Hello", GREEDY)
+    llm.close()

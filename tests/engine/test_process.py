@@ -1,0 +1,285 @@
+"""The engine as a process: joined, shared, replaced, killed, outlived by nobody.
+
+Each test is an owner of its own (a sleeping process), so that scopes never meet. Front ends are
+threads of this process or, where one must die, processes that run this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gllm_engine import (
+    EngineClient,
+    EngineError,
+    EngineUnavailable,
+    Request,
+    SamplingParams,
+    front_ends,
+    make_config,
+    write_tiny_model,
+)
+from gllm_engine.engine.attach import Process, _root
+
+WAIT_S = 30.0
+DRAIN_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path, "Qwen3ForCausalLM")
+    return str(path)
+
+
+@pytest.fixture
+def owner() -> Iterator[int]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process.pid
+        process.kill()
+
+
+@contextlib.contextmanager
+def running_elsewhere(model: str, owner: int, instance: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A front end in a process of its own, with an endless sequence; killed at the end."""
+    command = [sys.executable, __file__, model, str(owner), instance]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"running\n"
+            yield process
+        finally:
+            process.kill()
+
+
+class Front:
+    """A front end that keeps what it is told."""
+
+    def __init__(self, model: str, owner: int, instance: str = "m_0_0", **config: Any) -> None:
+        self.outputs: queue.Queue[Any] = queue.Queue()
+        self.stats: list[Any] = []
+        self.lost: list[str] = []
+        self.client = EngineClient(
+            make_config({"model": model, "device": "none", "drain_timeout_s": DRAIN_S, **config}),
+            scope="m/1",
+            instance=instance,
+            owner_pid=owner,
+            on_outputs=self.outputs.put,
+            on_stats=self.stats.append,
+            on_lost=self.lost.append,
+        )
+
+    @property
+    def engine(self) -> Process:
+        return self.client._attached.engine
+
+    def generate(self, id: int = 1, num: int = 5) -> list[int]:
+        params = SamplingParams(max_tokens=num, ignore_eos=True)
+        self.client.submit([Request(id, [3, 4, 5], params, 7)])
+        return self.collect(id)
+
+    def collect(self, id: int) -> list[int]:
+        tokens: list[int] = []
+        while True:
+            outputs = self.outputs.get(timeout=WAIT_S)
+            tokens += [t for i, t in zip(outputs.ids, outputs.tokens, strict=True) if i == id]
+            if id in outputs.finished:
+                return tokens
+
+
+def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> float:
+    """Wait for it; returns the seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout_s, "waited in vain"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def test_generates_and_ends_with_its_only_front_end(model: str, owner: int) -> None:
+    front = Front(model, owner)
+    assert front.client.info.vocab_size == 384
+    assert len(front.generate(1, 5)) == 5
+    assert len(front.generate(2, 7)) == 7
+    engine = front.engine
+    directory = front.client._attached.directory
+    assert directory.stat().st_mode & 0o777 == 0o700
+    front.client.close()
+    assert not engine.alive
+    assert not directory.exists()
+    assert front.lost == []
+    with pytest.raises(EngineUnavailable, match="unloaded"):
+        front.client.submit([])
+
+
+def test_front_ends_share_one_engine_until_the_last_leaves(model: str, owner: int) -> None:
+    a, b = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
+    assert a.engine == b.engine
+    assert {f.instance for f in front_ends(owner)} == {"m_0_0", "m_0_1"}
+    assert len(a.generate(1)) == len(b.generate(1)) == 5  # ids are each front end's own
+    a.client.close()
+    assert a.engine.alive
+    assert len(b.generate(2)) == 5
+    b.client.close()
+    assert not b.engine.alive
+    assert front_ends(owner) == []
+
+
+def test_statistics_go_to_one_front_end_and_start_at_zero(model: str, owner: int) -> None:
+    a, b = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
+    a.generate(1, 50)
+    until(lambda: bool(a.stats) and a.stats[-1].steps >= 50)
+    assert not b.stats
+    a.client.close()
+    b.generate(1, 5)
+    until(lambda: bool(b.stats))
+    assert b.stats[-1].steps < 50
+    b.client.close()
+
+
+def test_a_killed_engine_is_lost_at_once_and_comes_back(model: str, owner: int) -> None:
+    a, b = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
+    a.client.submit([Request(1, [3], SamplingParams(max_tokens=None, ignore_eos=True), 7)])
+    old = a.engine
+    os.kill(old.pid, signal.SIGKILL)
+    assert until(lambda: bool(a.lost and b.lost)) < 2.0
+    assert "restarted" in a.lost[0]
+
+    def serves(front: Front) -> bool:
+        try:
+            return len(front.generate(2)) == 5
+        except EngineUnavailable as error:
+            assert "restarted" in str(error)
+            return False
+
+    until(lambda: serves(a))
+    until(lambda: serves(b))
+    assert a.engine == b.engine != old
+    assert len(a.lost) == len(b.lost) == 1
+    a.client.close()
+    b.client.close()
+
+
+def test_the_engine_dies_with_its_owner(model: str) -> None:
+    sleeper = subprocess.Popen(["sleep", "600"])
+    front = Front(model, sleeper.pid)
+    directory = front.client._attached.directory
+    front.client.submit([Request(1, [3], SamplingParams(max_tokens=None, ignore_eos=True), 7)])
+    sleeper.kill()
+    sleeper.wait()
+    assert until(lambda: not front.engine.alive) < 2.0
+    until(lambda: not directory.exists())
+    front.client.close()
+
+
+def test_a_front_end_that_dies_takes_only_its_own_sequences(model: str, owner: int) -> None:
+    ours = Front(model, owner, "m_0_0")
+    with running_elsewhere(model, owner, "m_0_1"):
+        until(lambda: bool(ours.stats) and ours.stats[-1].running == 1)
+    until(lambda: ours.stats[-1].running == 0)
+    assert ours.stats[-1].kv_usage == 0
+    assert len(ours.generate(1)) == 5
+    crashed = [f for f in front_ends(owner) if not f.process.alive]
+    assert [f.instance for f in crashed] == ["m_0_1"]
+    ours.client.close()
+    assert not ours.engine.alive
+
+
+def test_a_reload_waits_for_running_work_and_gets_a_new_engine(model: str, owner: int) -> None:
+    with running_elsewhere(model, owner, "m_0_0") as older:
+        start = time.monotonic()
+        with running_elsewhere(model, owner, "m_0_0") as newer:
+            assert time.monotonic() - start >= DRAIN_S  # the other's endless work was waited for
+            assert older.stdout is not None and older.stdout.readline() == b"lost\n"
+            assert older.stdout.readline() == b"stale: a newer load of this model is serving\n"
+            assert [f.process.pid for f in front_ends(owner)] == [newer.pid]
+
+
+def test_changed_files_mean_another_engine(tmp_path: Path, owner: int) -> None:
+    write_tiny_model(tmp_path, "Qwen3ForCausalLM")
+    a = Front(str(tmp_path), owner, "m_0_0")
+    first = a.engine
+    (tmp_path / "model.safetensors").touch()
+    b = Front(str(tmp_path), owner, "m_0_1")
+    assert b.engine != first
+
+    def stale() -> bool:
+        with pytest.raises(EngineUnavailable) as caught:
+            a.client.submit([])
+        return "a newer load" in str(caught.value)
+
+    until(lambda: bool(a.lost) and stale())
+    assert len(b.generate()) == 5
+    a.client.close()
+    b.client.close()
+    assert not b.engine.alive
+
+
+def test_sigterm_lets_work_end_first(model: str, owner: int) -> None:
+    front = Front(model, owner, drain_timeout_s=30)
+    params = SamplingParams(max_tokens=1500, ignore_eos=True)
+    front.client.submit([Request(1, [3], params, 7)])
+    engine = front.engine
+    front.outputs.get(timeout=WAIT_S)
+    os.kill(engine.pid, signal.SIGTERM)
+    assert len(front.collect(1)) == 1499
+    until(lambda: not engine.alive)
+    front.client.close()
+
+
+def test_a_model_that_cannot_load_says_why(tmp_path: Path, owner: int) -> None:
+    write_tiny_model(tmp_path, "Qwen3ForCausalLM")
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
+    with pytest.raises(EngineError, match="NoSuchForCausalLM.*Qwen3ForCausalLM"):
+        Front(str(tmp_path), owner)
+
+
+def test_the_private_directory_is_refused_when_it_is_not_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, owner: int
+) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    _root().chmod(0o755)
+    with pytest.raises(EngineError, match="0700"):
+        Front(model, owner)
+
+
+def _run_as_front_end(model: str, owner: int, instance: str) -> None:
+    """A front end with one endless sequence; tells what happens to it."""
+    front = Front(model, owner, instance)
+    params = SamplingParams(max_tokens=None, ignore_eos=True)
+    front.client.submit([Request(1, [3], params, 7)])
+    front.outputs.get(timeout=WAIT_S)
+    print("running", flush=True)
+    number = 2
+    while not front.lost:
+        try:
+            outputs = front.outputs.get(timeout=0.05)
+        except queue.Empty:
+            continue
+        if outputs.finished:
+            with contextlib.suppress(EngineUnavailable):
+                front.client.submit([Request(number, [3], params, 7)])
+            number += 1
+    print("lost", flush=True)
+    while True:
+        try:
+            front.client.submit([])
+        except EngineUnavailable as error:
+            if "newer" in str(error):
+                print(f"stale: {error}", flush=True)
+                break
+        time.sleep(0.01)
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    _run_as_front_end(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,52 @@
+"""The parts of a decoder, each by itself."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gllm_engine.layers import RopeTable
+from gllm_engine.layers.linear import Linear
+from gllm_engine.spec.rope import Dynamic, Rope
+
+CPU = torch.device("cpu")
+
+
+def test_linear_is_its_projections_side_by_side() -> None:
+    shapes = {"a.weight": (3, 4), "a.bias": (3,), "b.weight": (2, 4), "b.bias": (2,)}
+    linear = Linear(["a", "b"], shapes, torch.float32, CPU)
+    views = linear.weights()
+    assert {name: tuple(view.shape) for name, view in views.items()} == shapes
+    for view in views.values():
+        view.normal_()
+    x = torch.randn(5, 4)
+    a = x @ views["a.weight"].T + views["a.bias"]
+    b = x @ views["b.weight"].T + views["b.bias"]
+    torch.testing.assert_close(linear(x), torch.cat((a, b), 1))
+
+
+def test_linear_without_bias() -> None:
+    linear = Linear(["a"], {"a.weight": (3, 4)}, torch.float32, CPU)
+    (weight,) = linear.weights().values()
+    weight.fill_(2.0)
+    assert linear(torch.ones(1, 4)).tolist() == [[8.0, 8.0, 8.0]]
+
+
+def test_rope_table_holds_the_angles() -> None:
+    cos, sin = RopeTable(Rope(6, 100.0), 50, CPU).at(torch.tensor([0, 7, 49]))
+    for row, position in enumerate((0, 7, 49)):
+        for pair in range(3):
+            angle = position * 100.0 ** (-2 * pair / 6)
+            assert math.isclose(cos[row, pair], math.cos(angle), abs_tol=1e-5)
+            assert math.isclose(sin[row, pair], math.sin(angle), abs_tol=1e-5)
+
+
+def test_dynamic_rope_depends_on_the_configured_length_alone() -> None:
+    plain, scaled = Rope(8, 100.0), Rope(8, 100.0, scaling=Dynamic(2.0, 32))
+    at = torch.arange(16)
+    short, trained = RopeTable(scaled, 16, CPU).at(at), RopeTable(scaled, 32, CPU).at(at)
+    torch.testing.assert_close(short, trained)
+    torch.testing.assert_close(short, RopeTable(plain, 16, CPU).at(at))
+    stretched = RopeTable(scaled, 64, CPU).at(at)
+    assert (stretched[0] - short[0]).abs().max() > 1e-2

@@ -1,0 +1,177 @@
+"""fp32 logits against transformers: every family, every RoPE scaling, both ways of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import all_logits, load, reference_logits, some_tokens
+from torch import Tensor
+
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.spec import FAMILIES, read_spec
+
+TOLERANCE = 2e-5  # of logits up to about 12
+HF_FAMILIES = [name for name in FAMILIES if not name.startswith("ChatGLM")]
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in HF_FAMILIES),
+    ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    ("LlamaForCausalLM", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("LlamaForCausalLM", {"num_key_value_heads": 1, "head_dim": 24}),
+    ("LlamaForCausalLM", {"rms_norm_eps": 0.5}),
+    ("MistralForCausalLM", {"sliding_window": None}),
+    ("MistralForCausalLM", {"sliding_window": 5}),
+    ("MistralForCausalLM", {"head_dim": 32}),
+    ("Qwen2ForCausalLM", {"tie_word_embeddings": False}),
+    (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    (
+        "Qwen3ForCausalLM",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    ("Qwen3ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("GlmForCausalLM", {"attention_bias": False}),
+    ("GlmForCausalLM", {"partial_rotary_factor": 1.0, "rope_theta": 5000.0}),
+    ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
+]
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+# Every scaling, in the old form (beside rope_theta) and in the new one.
+ROPES: list[dict[str, Any]] = [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_scaling": LLAMA3, "rope_theta": 500_000.0},
+    {"rope_scaling": YARN},
+    {"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2}},
+    {"rope_scaling": YARN | {"truncate": False}},
+    {"rope_scaling": YARN | {"attention_factor": 0.75}},
+    {"rope_scaling": YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": 64},
+    {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+    {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 500.0}},
+    {"rope_theta": None, "rope_parameters": YARN | {"rope_theta": 1e6}},
+]
+
+
+def label(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+@pytest.mark.parametrize(("family", "over"), CASES, ids=label)
+def test_logits_agree(tmp_path: Path, family: str, over: dict[str, Any]) -> None:
+    check(tmp_path, family, over)
+
+
+@pytest.mark.parametrize("over", ROPES, ids=label)
+def test_rope_scaling_agrees(tmp_path: Path, over: dict[str, Any]) -> None:
+    check(tmp_path, "LlamaForCausalLM", {"head_dim": 32} | over)
+
+
+def test_scaled_partial_interleaved_rope_agrees(tmp_path: Path) -> None:
+    check(tmp_path, "GlmForCausalLM", {"rope_scaling": YARN})
+
+
+def check(path: Path, family: str, over: dict[str, Any]) -> None:
+    write_tiny_model(path, family, seed=3, **over)
+    tokens = some_tokens(90)
+    ours, theirs = all_logits(load(path), tokens), reference_logits(path, tokens)
+    assert theirs.std() > 1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_dynamic_rope_agrees_at_the_configured_length(tmp_path: Path) -> None:
+    """transformers scales for the sequence it sees; we, for the configured model length."""
+    over = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 32}
+    write_tiny_model(tmp_path, "LlamaForCausalLM", seed=3, **over)
+    tokens = some_tokens(90)
+    theirs = reference_logits(tmp_path, tokens)
+    ours = all_logits(load(tmp_path, max_model_len=90), tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    assert (all_logits(load(tmp_path), tokens) - theirs).abs().max() > 1e-3
+    # Within the trained length nothing is scaled.
+    ours = all_logits(load(tmp_path, max_model_len=32), tokens[:32])
+    theirs = reference_logits(tmp_path, tokens[:32])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", HF_FAMILIES)
+def test_a_checkpoint_that_transformers_saved(tmp_path: Path, family: str) -> None:
+    """In transformers' own config format, in several files."""
+    write_tiny_model(tmp_path / "ours", family)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    assert read_spec(tmp_path / "theirs") == read_spec(tmp_path / "ours")
+    tokens = some_tokens(40)
+    ours = all_logits(load(tmp_path / "theirs"), tokens)
+    theirs = reference_logits(tmp_path / "theirs", tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def to_chatglm(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """A GlmForCausalLM's weights by the names, and in the layout, of ChatGLM's own code."""
+    out = {
+        "transformer.embedding.word_embeddings.weight": state["model.embed_tokens.weight"],
+        "transformer.encoder.final_layernorm.weight": state["model.norm.weight"],
+        "transformer.output_layer.weight": state["lm_head.weight"],
+        "transformer.rotary_pos_emb.inv_freq": torch.ones(4),
+    }
+    for i in range(num_layers):
+        old, new = f"model.layers.{i}.", f"transformer.encoder.layers.{i}."
+        for leaf in ("weight", "bias"):
+            parts = [state[f"{old}self_attn.{p}_proj.{leaf}"] for p in "qkv"]
+            out[f"{new}self_attention.query_key_value.{leaf}"] = torch.cat(parts)
+        out[f"{new}self_attention.dense.weight"] = state[f"{old}self_attn.o_proj.weight"]
+        out[f"{new}mlp.dense_h_to_4h.weight"] = state[f"{old}mlp.gate_up_proj.weight"]
+        out[f"{new}mlp.dense_4h_to_h.weight"] = state[f"{old}mlp.down_proj.weight"]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            out[f"{new}{norm}.weight"] = state[f"{old}{norm}.weight"]
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+@pytest.mark.parametrize("architecture", ["ChatGLMModel", "ChatGLMForConditionalGeneration"])
+@pytest.mark.parametrize("rope_ratio", [1, 50, 500.0])
+def test_chatglm_agrees_with_glm(tmp_path: Path, architecture: str, rope_ratio: float) -> None:
+    glm, chatglm = tmp_path / "glm", tmp_path / "chatglm"
+    write_tiny_model(glm, "GlmForCausalLM", rope_theta=10_000.0 * rope_ratio)
+    write_tiny_model(chatglm, architecture, rope_ratio=rope_ratio)
+    state = to_chatglm(load_file(glm / "model.safetensors"), num_layers=2)
+    save_file(state, chatglm / "model.safetensors")
+    tokens = some_tokens(70)
+    ours, theirs = all_logits(load(chatglm), tokens), reference_logits(glm, tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_half_precision_follows(tmp_path: Path) -> None:
+    """bfloat16 is coarse (3 decimal digits): it must come near, which float errors would not."""
+    from gllm_engine.model import load_model
+
+    write_tiny_model(tmp_path, "Qwen3ForCausalLM", dtype="bfloat16")
+    tokens = some_tokens(40)
+    decoder = load_model(
+        tmp_path,
+        read_spec(tmp_path),
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        max_model_len=64,
+    )
+    difference = all_logits(decoder, tokens) - all_logits(load(tmp_path), tokens)
+    assert difference.abs().mean() < 0.1

@@ -1,0 +1,139 @@
+"""Every field of a spec matters: with one flipped, logits are wrong by more than 1e-3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CPU, all_logits, load, some_tokens
+
+from gllm_engine.model import Decoder
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.spec import Layer, Model, read_spec
+
+Change = Callable[[Model], Model]
+
+
+def mixer(**change: Any) -> Change:
+    return lambda m: m.each(mixer=lambda _, layer: replace(layer.mixer, **change))
+
+
+def ffn(**change: Any) -> Change:
+    return lambda m: m.each(ffn=lambda _, layer: replace(layer.ffn, **change))
+
+
+def rope(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.mixer, rope=replace(layer.mixer.rope, **change))
+
+    return lambda m: m.each(mixer=changed)
+
+
+def scaling(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        old = layer.mixer.rope
+        return replace(layer.mixer, rope=replace(old, scaling=replace(old.scaling, **change)))
+
+    return lambda m: m.each(mixer=changed)
+
+
+def plain_layers(m: Model) -> Model:
+    return replace(m, layers=tuple(Layer(layer.mixer, layer.ffn) for layer in m.layers))
+
+
+LLAMA, GLM, QWEN3 = "LlamaForCausalLM", "GlmForCausalLM", "Qwen3ForCausalLM"
+BIASED = {"attention_bias": True, "mlp_bias": True}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+WIDE = {"head_dim": 32}  # enough pairs of channels for YaRN's ramp to start and end within
+MSCALE = YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}
+
+CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
+    "qk_norm": (QWEN3, {}, mixer(qk_norm=False)),
+    "qkv_bias": (LLAMA, BIASED, mixer(qkv_bias=False)),
+    "qkv_bias qwen2": ("Qwen2ForCausalLM", {}, mixer(qkv_bias=False)),
+    "out_bias": (LLAMA, BIASED, mixer(out_bias=False)),
+    "mlp bias": (LLAMA, BIASED, ffn(bias=False)),
+    "eps": (LLAMA, {}, lambda m: replace(m, eps=m.eps * 1000)),
+    "theta": (LLAMA, {}, rope(theta=20_000.0)),
+    "rope_ratio": ("ChatGLMModel", {}, rope(theta=10_000.0)),
+    "interleaved": (GLM, {}, rope(interleaved=False)),
+    "partial": (GLM, {}, rope(dim=16)),
+    "linear": (LLAMA, {"rope_scaling": {"type": "linear", "factor": 4.0}}, rope(scaling=None)),
+    "linear factor": (
+        LLAMA,
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        scaling(factor=5.0),
+    ),
+    "dynamic": (
+        LLAMA,
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 32},
+        rope(scaling=None),
+    ),
+    "dynamic length": (
+        LLAMA,
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 32},
+        scaling(original_len=16),
+    ),
+    "llama3": (LLAMA, {"rope_scaling": LLAMA3}, rope(scaling=None)),
+    "llama3 low": (LLAMA, {"rope_scaling": LLAMA3}, scaling(low_freq_factor=2.0)),
+    "llama3 high": (LLAMA, {"rope_scaling": LLAMA3}, scaling(high_freq_factor=2.0)),
+    "llama3 length": (LLAMA, {"rope_scaling": LLAMA3}, scaling(original_len=64)),
+    "yarn": (LLAMA, WIDE | {"rope_scaling": YARN}, rope(scaling=None)),
+    "yarn attention": (LLAMA, WIDE | {"rope_scaling": YARN}, scaling(attention_factor=1.0)),
+    "yarn mscale": (LLAMA, WIDE | {"rope_scaling": MSCALE}, scaling(mscale=0.5)),
+    "yarn beta_fast": (LLAMA, WIDE | {"rope_scaling": YARN}, scaling(beta_fast=4.0)),
+    "yarn beta_slow": (LLAMA, WIDE | {"rope_scaling": YARN}, scaling(beta_slow=0.1)),
+    "yarn truncate": (LLAMA, WIDE | {"rope_scaling": YARN}, scaling(truncate=False)),
+    "window": ("MistralForCausalLM", {}, mixer(window=None)),
+    "window by one": ("MistralForCausalLM", {}, mixer(window=47)),
+    "sandwich": ("Glm4ForCausalLM", {}, plain_layers),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_changed_spec_gives_other_logits(tmp_path: Path, name: str) -> None:
+    family, over, change = CASES[name]
+    write_tiny_model(tmp_path, family, **over)
+    right = load(tmp_path)
+    wrong_spec = change(right.spec)
+    assert wrong_spec != right.spec
+    length = right.spec.max_len
+    wrong = Decoder(wrong_spec, dtype=torch.float32, device=CPU, max_model_len=length)
+    source = right.weights()
+    for weight, view in wrong.weights().items():
+        view.copy_(source[weight])
+    tokens = some_tokens(90)
+    assert (all_logits(right, tokens) - all_logits(wrong, tokens)).abs().max() > 1e-3
+
+
+def test_tie_matters(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "untied", LLAMA)
+    write_tiny_model(tmp_path / "tied", LLAMA, tie_word_embeddings=True)
+    assert "lm_head.weight" in read_spec(tmp_path / "untied").weights()
+    assert "lm_head.weight" not in read_spec(tmp_path / "tied").weights()
+    untied, tied = load(tmp_path / "untied"), load(tmp_path / "tied")
+    source = untied.weights()
+    for weight, view in tied.weights().items():
+        view.copy_(source[weight])
+    tokens = some_tokens(20)
+    assert (all_logits(untied, tokens) - all_logits(tied, tokens)).abs().max() > 1e-3
+
+
+def test_every_weight_matters(tmp_path: Path) -> None:
+    """Zeroing any one weight changes the logits: none is loaded and then forgotten."""
+    write_tiny_model(tmp_path, "Glm4ForCausalLM", num_hidden_layers=1)
+    decoder, tokens = load(tmp_path), some_tokens(30)
+    right = all_logits(decoder, tokens)
+    for name, view in decoder.weights().items():
+        saved = view.clone()
+        view.zero_()
+        changed = (all_logits(decoder, tokens) - right).abs().max()
+        assert changed > 1e-3, name
+        view.copy_(saved)
+    torch.testing.assert_close(all_logits(decoder, tokens), right)

@@ -1,0 +1,65 @@
+"""Weights derived from a spec are those of transformers, for full-size configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from gllm_engine.spec import make_spec
+from gllm_engine.spec.names import checkpoint_tensors
+
+LARGE: dict[str, dict[str, Any]] = {
+    "Llama-3.1-8B": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "Mistral-7B": {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+    "Qwen2.5-0.5B": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "Qwen3-32B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "glm-4-9b": {"architectures": ["GlmForCausalLM"], "model_type": "glm"},
+    "GLM-4-0414": {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_weights_are_those_of_transformers(name: str) -> None:
+    values = LARGE[name]
+    config = transformers.AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        reference = getattr(transformers, values["architectures"][0])(config)
+    spec = make_spec(values)
+    assert spec.num_params() == sum(p.numel() for p in reference.parameters())
+    shapes, expected = spec.weights(), {}
+    for tensor, weights in checkpoint_tensors(spec).items():
+        rows = sum(shapes[weight][0] for weight in weights)
+        expected[tensor] = (rows, *shapes[weights[0]][1:])
+    assert expected == {k: tuple(p.shape) for k, p in reference.named_parameters()}

@@ -1,0 +1,73 @@
+"""Loading tiny models in ours and in transformers, and running one sequence through ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from gllm_engine.model import Decoder, load_model
+from gllm_engine.ops import Batch
+from gllm_engine.spec import Model, read_spec
+
+CPU = torch.device("cpu")
+PAGE = 4
+
+
+def load(path: Path, spec: Model | None = None, max_model_len: int | None = None) -> Decoder:
+    spec = spec or read_spec(path)
+    length = max_model_len or spec.max_len
+    return load_model(path, spec, dtype=torch.float32, device=CPU, max_model_len=length)
+
+
+def poisoned_cache(decoder: Decoder, num_pages: int, page_size: int = PAGE) -> list[Tensor]:
+    """Every number is NaN until the decoder writes it."""
+    cache = decoder.new_cache(num_pages, page_size)
+    for tensor in cache:
+        tensor.fill_(float("nan"))
+    return cache
+
+
+def make_batch(rows: list[dict[str, Any]], page_size: int = PAGE) -> Batch:
+    """A batch that wants all logits. A row: tokens, start, pages; one-token rows first."""
+    lens = [len(row["tokens"]) for row in rows]
+    positions = [torch.arange(r["start"], r["start"] + n) for r, n in zip(rows, lens, strict=True)]
+    width = max(len(row["pages"]) for row in rows)
+    table = torch.tensor([r["pages"] + [0] * (width - len(r["pages"])) for r in rows])
+    index = [table[i, p // page_size] * page_size + p % page_size for i, p in enumerate(positions)]
+    num_decode = next((i for i, n in enumerate(lens) if n > 1), len(lens))
+    return Batch(
+        tokens=torch.cat([torch.as_tensor(row["tokens"]) for row in rows]),
+        positions=torch.cat(positions),
+        cache_index=torch.cat(index),
+        page_table=table,
+        context_lens=torch.tensor([row["start"] + n for row, n in zip(rows, lens, strict=True)]),
+        query_lens=lens,
+        num_decode=num_decode,
+        logit_index=torch.arange(sum(lens)),
+    )
+
+
+def run(decoder: Decoder, batch: Batch, cache: list[Tensor]) -> Tensor:
+    return decoder.logits(decoder.forward(batch, cache))
+
+
+def all_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Logits of every position of one sequence, computed whole."""
+    num_pages = -(-len(tokens) // PAGE)
+    batch = make_batch([{"tokens": tokens, "start": 0, "pages": list(range(num_pages))}])
+    return run(decoder, batch, poisoned_cache(decoder, num_pages))
+
+
+def reference_logits(path: Path, tokens: Tensor) -> Tensor:
+    """The same from transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(tokens[None], use_cache=False).logits[0]
+
+
+def some_tokens(count: int, vocab: int = 384, seed: int = 1) -> Tensor:
+    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed))

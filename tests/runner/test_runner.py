@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from drive import Drive, Job, greedy
+
+from gllm_engine.config import EngineConfig
+from gllm_engine.model import load_model
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.runner import PlanError, Runner
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.spec import read_spec
+from gllm_engine.types import Chunk, Grown, NewSequence, StepPlan
+
+PAGE_SIZE = 4
+FAMILIES = ["LlamaForCausalLM", "Qwen3ForCausalLM"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def path(request, tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), request.param, seed=3)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM", seed=1)
+
+
+def make_runner(path: Path, **over: object) -> Runner:
+    values = {"max_num_seqs": 8, "page_size": PAGE_SIZE, "num_pages": 200, "max_model_len": 96}
+    config = EngineConfig(model=str(path), **{**values, **over})
+    spec = read_spec(path)
+    cpu = torch.device("cpu")
+    length = config.max_model_len or spec.max_len
+    decoder = load_model(path, spec, dtype=torch.float32, device=cpu, max_model_len=length)
+    return Runner(config, spec, decoder)
+
+
+def prompts(lens: list[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(384) for _ in range(n)] for n in lens]
+
+
+def jobs_for(lens: list[int], sampling: SamplingParams) -> list[Job]:
+    return [Job(i, p, sampling, seed=100 + i) for i, p in enumerate(prompts(lens))]
+
+
+def transformers_logits(path: Path, tokens: list[int]) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0]
+
+
+def test_greedy_equals_transformers(path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    jobs = jobs_for([1, 5, 18, 33], greedy())
+    outputs = Drive(make_runner(path), PAGE_SIZE).run(jobs, 20, chunk_len=7)
+    for job, output in zip(jobs, outputs, strict=True):
+        tokens = torch.tensor([job.prompt])
+        expected = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=20,
+            min_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert output == expected[0, len(job.prompt) :].tolist()
+
+
+@pytest.mark.parametrize("sampling", [greedy(), SamplingParams(temperature=1.0, top_p=0.95)])
+def test_chunks_pages_depth_and_company_do_not_change_tokens(path, sampling):
+    lens = [2, 9, 30, 17]
+    expected = [
+        Drive(make_runner(path), PAGE_SIZE).run([job], 12)[0] for job in jobs_for(lens, sampling)
+    ]
+    for chunk_len, depth, pages in ((1000, 1, None), (5, 1, 7), (1, 2, 8), (4, 3, None)):
+        drive = Drive(make_runner(path), PAGE_SIZE, pages)
+        assert drive.run(jobs_for(lens, sampling), 12, chunk_len, depth) == expected
+
+
+def test_every_parameter_together_is_independent_of_depth_and_resumption(llama):
+    """A sequence that is preempted after any number of tokens goes on as if it had not been."""
+    sampling = SamplingParams(
+        temperature=0.8,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.01,
+        presence_penalty=0.5,
+        frequency_penalty=0.4,
+        repetition_penalty=1.2,
+        logit_bias={5: 3.0, 6: -100.0},
+        min_tokens=6,
+        max_tokens=None,
+        stop_token_ids=(9, 10),
+    )
+    runner = make_runner(llama)
+    drive = Drive(runner, PAGE_SIZE, 1)
+    whole = drive.run(jobs_for([3, 11], sampling), 14)
+    assert drive.run(jobs_for([3, 11], sampling), 14, chunk_len=2, depth=2) == whole
+    for cut in (1, 5, 13):
+        resumed = jobs_for([3, 11], sampling)
+        again = [
+            Job(5 + i, job.prompt, sampling, job.seed, output=whole[i][:cut])
+            for i, job in enumerate(resumed)
+        ]
+        assert drive.run(again, 14 - cut, chunk_len=4) == whole
+
+
+def test_a_slot_keeps_nothing_of_its_previous_owner(llama):
+    loud = SamplingParams(
+        temperature=2.0,
+        top_k=3,
+        min_p=0.3,
+        presence_penalty=2.0,
+        repetition_penalty=3.0,
+        logit_bias=dict.fromkeys(range(30), 50.0),
+        min_tokens=50,
+        max_tokens=None,
+        stop_token_ids=tuple(range(40, 60)),
+        logprobs=3,
+    )
+    quiet = [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, presence_penalty=0.1),
+        SamplingParams(temperature=1.0, logit_bias={3: 1.0}),
+        SamplingParams(temperature=1.0, min_tokens=2),
+        greedy(repetition_penalty=1.3),
+    ]
+
+    def jobs() -> list[Job]:
+        return [Job(i, [7 * i + 1, 2, 3], one, seed=i) for i, one in enumerate(quiet)]
+
+    expected = Drive(make_runner(llama), PAGE_SIZE).run(jobs(), 10)
+    drive = Drive(make_runner(llama), PAGE_SIZE)
+    drive.run([Job(i, [9] * 20, loud, seed=77) for i in range(len(quiet))], 25)
+    after = jobs()
+    assert drive.run(after, 10) == expected
+    assert not any(job.logprobs for job in after)
+
+
+def test_penalties_count_prompt_and_output_apart(llama):
+    """A prompt token leads by 1: presence leaves it until it is output, repetition does not."""
+    prompt = [11, 12, 13, 14]
+    logits = transformers_logits(llama, prompt)[-1]
+    lead = {11: (logits.max() - logits[11]).item() + 1}
+
+    def first(**penalties: float) -> int:
+        job = Job(0, prompt, greedy(logit_bias=lead, **penalties))
+        return Drive(make_runner(llama), PAGE_SIZE).run([job], 1)[0][0]
+
+    assert logits.argmax() != 11 and logits.max() > 0
+    assert first() == first(presence_penalty=2.0, frequency_penalty=2.0) == 11
+    assert first(repetition_penalty=50.0) == logits.argmax()
+    # The same context, its last token now output: the other penalties reach that token alone.
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        lead = {14: (logits.max() - logits[14]).item() + 1}
+        job = Job(0, prompt[:3], greedy(logit_bias=lead, **{penalty: 2.0}), output=[14])
+        (output,) = Drive(make_runner(llama), PAGE_SIZE).run([job], 1)
+        assert first() == 14 and output[1] == logits.argmax()
+
+
+def test_a_frequency_penalty_bans_each_sampled_token_in_turn(llama):
+    sampling = greedy(frequency_penalty=2.0, logit_bias=dict.fromkeys(range(1, 9), 30.0))
+    job = Job(0, [1, 2, 3], sampling)
+    (output,) = Drive(make_runner(llama), PAGE_SIZE).run([job], 80, depth=2)
+    counts = [output.count(i) for i in range(1, 9)]
+    assert max(counts) - min(counts) <= 10 and sum(counts) == 80
+    assert len(set(output)) == 8
+
+
+def test_min_tokens_forbids_eos_until_reached(llama):
+    eos = read_spec(llama).eos_token_ids[0]
+    sampling = greedy(logit_bias={eos: 100.0}, min_tokens=5, max_tokens=None)
+    (output,) = Drive(make_runner(llama), PAGE_SIZE).run([Job(0, [4, 5], sampling)], 8)
+    assert eos not in output[:5] and output[5:] == [eos] * 3
+
+
+@pytest.mark.parametrize("chunk_len", [1000, 6, 1])
+def test_prompt_logprobs_equal_a_whole_forward(path, chunk_len):
+    (prompt,) = prompts([23])
+    job = Job(2, prompt, SamplingParams(temperature=1.0, prompt_logprobs=4))
+    other = Job(0, prompt[:9], SamplingParams(prompt_logprobs=0))
+    drive = Drive(make_runner(path), PAGE_SIZE, 3)
+    drive.run([other, job], 3, chunk_len)
+    expected = transformers_logits(path, prompt).log_softmax(-1)
+    assert len(job.prompt_logprobs) == len(prompt) - 1
+    for position, entry in enumerate(job.prompt_logprobs):
+        scores = expected[position]
+        assert entry.token_ids[0] == prompt[position + 1]
+        assert entry.token_ids[1:] == scores.topk(4).indices.tolist()
+        assert entry.ranks == [int((scores > scores[entry.token_ids[0]]).sum()) + 1, 1, 2, 3, 4]
+        close = torch.tensor(entry.logprobs)
+        torch.testing.assert_close(close, scores[entry.token_ids], atol=1e-4, rtol=1e-4)
+    assert [entry.token_ids for entry in other.prompt_logprobs] == [[t] for t in prompt[1:9]]
+
+
+def test_prompt_logprobs_are_the_same_in_slices(llama, monkeypatch):
+    sampling = SamplingParams(prompt_logprobs=2)
+    whole, sliced = (Job(0, prompts([23])[0], sampling) for _ in range(2))
+    Drive(make_runner(llama), PAGE_SIZE).run([whole], 1)
+    monkeypatch.setattr("gllm_engine.runner.runner.MAX_SCORED_LOGITS", 5 * 384)
+    Drive(make_runner(llama), PAGE_SIZE).run([sliced], 1)
+    assert [e.token_ids for e in whole.prompt_logprobs] == [
+        e.token_ids for e in sliced.prompt_logprobs
+    ]
+
+
+def test_logprobs_are_of_the_raw_logits(path):
+    """Neither the temperature nor a bias shows in them; each row gets as many as it asked for."""
+    (prompt,) = prompts([12])
+    jobs = [
+        Job(0, prompt, SamplingParams(temperature=3.0, logit_bias={8: 9.0}, logprobs=5), seed=1),
+        Job(1, prompt, SamplingParams(temperature=0.5, logprobs=0), seed=2),
+        Job(2, prompt, greedy(), seed=3),
+    ]
+    Drive(make_runner(path), PAGE_SIZE).run(jobs, 6, depth=2)
+    assert [len(job.logprobs) for job in jobs] == [6, 6, 0]
+    for job, num_top in zip(jobs[:2], (5, 0), strict=True):
+        expected = transformers_logits(path, prompt + job.output).log_softmax(-1)
+        for i, entry in enumerate(job.logprobs):
+            scores = expected[len(prompt) - 1 + i]
+            assert entry.token_ids == [job.output[i], *scores.topk(num_top).indices.tolist()]
+            close = torch.tensor(entry.logprobs)
+            torch.testing.assert_close(close, scores[entry.token_ids], atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_rules_its_slot_only(llama):
+    runner = make_runner(llama)
+    allowed = bytearray(48)
+    allowed[300 // 8] = 1 << (300 % 8)
+    new = [NewSequence(s, s, 2, SamplingParams(), []) for s in (1, 3)]
+    grown = [Grown(1, 0, [5]), Grown(3, 0, [6])]
+    chunks = [Chunk(1, 0, [1, 2], True), Chunk(3, 0, [1, 2], True)]
+    result = runner.launch(StepPlan(1, new, grown, [], chunks, {3: bytes(allowed)})).wait()
+    free = runner.launch(StepPlan(2, new, grown, [], chunks)).wait()
+    assert result.tokens == [free.tokens[0], 300] and free.tokens[1] != 300
+    for mask, problem in ((b"", "allows no token"), (bytes(48), "allows no token")):
+        with pytest.raises(PlanError, match=problem):
+            runner.launch(StepPlan(3, [], [], [1, 3], [], {1: mask}))
+
+
+def test_a_mask_for_a_slot_that_samples_nothing_is_an_error(llama):
+    runner = make_runner(llama)
+    new, grown = [NewSequence(1, 0, 1, SamplingParams(), [])], [Grown(1, 0, [0])]
+    with pytest.raises(PlanError, match="slot 2: a token mask"):
+        runner.launch(StepPlan(1, new, grown, [], [Chunk(1, 0, [4], True)], {2: b"\xff"}))
+
+
+def test_a_plan_without_sampling_rows(llama):
+    runner = make_runner(llama)
+    (prompt,) = prompts([10])
+    new, grown = [NewSequence(0, 0, 10, greedy(), [])], [Grown(0, 0, [4, 2, 0])]
+    first = runner.launch(StepPlan(1, new, grown, [], [Chunk(0, 0, prompt[:6], False)])).wait()
+    assert (first.step, first.tokens, first.logprobs, first.prompt_logprobs) == (1, [], {}, {})
+    second = runner.launch(StepPlan(2, [], [], [], [Chunk(0, 6, prompt[6:], True)])).wait()
+    expected = transformers_logits(llama, prompt)[-1].argmax().item()
+    assert second.tokens == [expected]
+    assert runner.launch(StepPlan(3, [], [], [], [])).wait().tokens == []
+
+
+def test_a_chunk_may_begin_in_pages_another_sequence_wrote(llama):
+    """A prefix hit: the shared pages come with Grown, the first chunk starts behind them."""
+    runner = make_runner(llama)
+    (prompt,) = prompts([14])
+    sampling = greedy()
+    new, grown = [NewSequence(0, 0, 14, sampling, [])], [Grown(0, 0, [9, 3, 7, 1])]
+    first = runner.launch(StepPlan(1, new, grown, [], [Chunk(0, 0, prompt, True)])).wait()
+    new, grown = [NewSequence(5, 0, 14, sampling, [])], [Grown(5, 0, [9, 3, 7, 20])]
+    second = runner.launch(StepPlan(2, new, grown, [0], [Chunk(5, 12, prompt[12:], True)])).wait()
+    assert second.tokens[1] == first.tokens[0]
+    third = runner.launch(StepPlan(3, [], [], [5, 0], [])).wait()
+    assert third.tokens[0] == second.tokens[0]
+
+
+def test_plans_that_overrun_their_pages_are_refused(llama):
+    runner = make_runner(llama)
+    new = [NewSequence(0, 0, 3, greedy(), [])]
+    with pytest.raises(PlanError, match="slot 0: 5 tokens, its pages hold 4"):
+        runner.launch(StepPlan(1, new, [Grown(0, 0, [1])], [], [Chunk(0, 0, [1] * 5, True)]))
+    with pytest.raises(PlanError, match="slot 0: 1 pages at index 2, it has 0 of at most 24"):
+        runner.launch(StepPlan(1, new, [Grown(0, 2, [1])], [], []))
+    with pytest.raises(PlanError, match="25 pages at index 0"):
+        runner.launch(StepPlan(1, new, [Grown(0, 0, list(range(25)))], [], []))
+
+
+def test_the_cache_fills_kv_cache_gib_or_holds_one_sequence(llama, caplog):
+    per_token = read_spec(llama).kv_bytes_per_token(4)
+    gib = 2000 * PAGE_SIZE * per_token / 2**30
+    assert make_runner(llama, num_pages=None, kv_cache_gib=gib).num_pages == 2000
+    assert not caplog.records
+    assert (
+        make_runner(llama, num_pages=None, kv_cache_gib=0.001, max_model_len=90000).num_pages
+        == 22500
+    )
+    assert "kv_cache_gib=0.001 holds" in caplog.text
+    assert make_runner(llama, num_pages=3).num_pages == 3
+
+
+def test_cpu_threads_is_honoured(llama):
+    before = torch.get_num_threads()
+    try:
+        make_runner(llama, cpu_threads=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_seeds_beyond_64_bits_wrap(llama):
+    outputs = [
+        Drive(make_runner(llama), PAGE_SIZE).run([Job(0, [1, 2], SamplingParams(), seed=seed)], 5)
+        for seed in (7, 7 + 2**64, 7 - 2**64, 8)
+    ]
+    assert outputs[0] == outputs[1] == outputs[2] != outputs[3]

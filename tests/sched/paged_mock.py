@@ -1,0 +1,174 @@
+"""A runner without a model, which believes nothing: it checks each plan as it runs it.
+
+It keeps what the real one keeps for each slot (page table, length, last token) and, for each
+cache cell, the (token, position) written there. "Attention" reads the cells through the page
+table and demands exactly the row's own history; the next token is a function of that history.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import msgspec
+
+from gllm_engine.config import EngineConfig
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.sched import Constraint
+from gllm_engine.types import NewSequence, StepPlan, StepResult, TokenLogprobs
+
+VOCAB = 24
+EOS = (0, 1)
+STEP_BYTES = msgspec.msgpack.Encoder()
+STEP_PLAN = msgspec.msgpack.Decoder(StepPlan)
+
+
+def next_token(history: list[int], seed: int, mask: bytes | None) -> int:
+    """Deterministic. Seeds of equal parity agree, so that outputs can be shared, too."""
+    allowed = range(VOCAB)
+    if mask is not None:
+        allowed = [t for t in allowed if mask[t // 8] >> t % 8 & 1]
+    return allowed[zlib.crc32(bytes(history), seed % 2) % len(allowed)]
+
+
+def odd_or_even(tokens: list[int]) -> bytes | None:
+    """A constraint that depends on the whole history; None now and then."""
+    turn = sum(tokens) % 3
+    return None if turn == 2 else bytes([0b01010101 << turn] * (VOCAB // 8))
+
+
+def reference(
+    prompt: list[int],
+    sampling: SamplingParams,
+    seed: int,
+    constraint: Constraint | None,
+    *,
+    max_model_len: int,
+    capacity: int,
+) -> tuple[list[int], str]:
+    """Output tokens and reason of one sequence alone, with no scheduler."""
+    tokens = list(prompt)
+    limit = max_model_len
+    if sampling.max_tokens is not None:
+        limit = min(limit, len(prompt) + sampling.max_tokens)
+    while True:
+        tokens.append(next_token(tokens, seed, constraint(tokens) if constraint else None))
+        last = tokens[-1]
+        if last in sampling.stop_token_ids or (last in EOS and not sampling.ignore_eos):
+            return tokens[len(prompt) :], "stop"
+        if len(tokens) == limit:
+            return tokens[len(prompt) :], "length"
+        if len(tokens) == capacity + 1:
+            return tokens[len(prompt) :], "error"
+
+
+@dataclass
+class Slot:
+    owner: NewSequence
+    table: list[int] = field(default_factory=list)
+    length: int = 0
+    last: int | None = None
+
+
+class PagedMock:
+    def __init__(self, config: EngineConfig, num_pages: int) -> None:
+        self.config = config
+        self.num_pages = num_pages
+        self.slots: dict[int, Slot] = {}
+        self.cells: dict[int, tuple[int, int]] = {}  # page * page_size + offset
+        self.step = 0
+        self.num_computed = 0
+
+    def run(self, made: StepPlan) -> StepResult:
+        plan = STEP_PLAN.decode(STEP_BYTES.encode(made))  # as it would arrive on another process
+        assert plan.step == self.step + 1
+        self.step = plan.step
+        self._apply(plan)
+        rows = self._rows(plan)
+        for slot, start, tokens, _ in rows:
+            state = self.slots[slot]
+            for position, token in enumerate(tokens, start):
+                self.cells[self._cell(state, position)] = (token, position)
+        result = StepResult(plan.step, [])
+        for slot, start, tokens, samples in rows:
+            state = self.slots[slot]
+            state.length = start + len(tokens)
+            history = self._attend(state)
+            assert history[start:] == tokens
+            state.last = None
+            if samples:
+                self._sample(state, history, plan.masks.get(slot), result)
+        self._score_prompts(plan, result)
+        assert set(plan.masks) <= {slot for slot, _, _, samples in rows if samples}
+        return result
+
+    def _apply(self, plan: StepPlan) -> None:
+        assert len({new.slot for new in plan.new}) == len(plan.new)
+        for new in plan.new:
+            assert 0 <= new.slot < self.config.max_num_seqs
+            self.slots[new.slot] = Slot(new)
+        for grown in plan.grown:
+            table = self.slots[grown.slot].table
+            assert grown.first == len(table)
+            assert all(0 <= page < self.num_pages for page in grown.pages)
+            table += grown.pages
+            assert len(set(table)) == len(table)
+
+    def _rows(self, plan: StepPlan) -> list[tuple[int, int, list[int], bool]]:
+        """(slot, start, tokens, samples) of each row, decode rows first."""
+        rows = []
+        for slot in plan.decode_slots:
+            state = self.slots[slot]
+            assert state.last is not None, "a decode row for a slot that has not just sampled"
+            rows.append((slot, state.length, [state.last], True))
+        fresh = {new.slot for new in plan.new}
+        for chunk in plan.chunks:
+            state = self.slots[chunk.slot]
+            assert chunk.tokens and state.last is None
+            # Only a new owner may start further on: where its cached pages end.
+            assert chunk.start == state.length or chunk.slot in fresh
+            assert chunk.start % self.config.page_size == 0 or chunk.slot not in fresh
+            rows.append((chunk.slot, chunk.start, chunk.tokens, chunk.samples))
+        slots = [row[0] for row in rows]
+        assert slots and len(set(slots)) == len(slots) and fresh <= set(slots)
+        num_tokens = sum(len(row[2]) for row in rows)
+        assert num_tokens <= self.config.max_num_batched_tokens
+        assert len(rows) <= self.config.max_num_seqs
+        self.num_computed += num_tokens
+        return rows
+
+    def _cell(self, state: Slot, position: int) -> int:
+        size = self.config.page_size
+        return state.table[position // size] * size + position % size
+
+    def _attend(self, state: Slot) -> list[int]:
+        history = []
+        for position in range(state.length):
+            token, written_for = self.cells[self._cell(state, position)]
+            assert written_for == position
+            history.append(token)
+        return history
+
+    def _sample(
+        self, state: Slot, history: list[int], mask: bytes | None, result: StepResult
+    ) -> None:
+        owner = state.owner
+        token = next_token(history, owner.seed, mask)
+        state.last = token
+        result.tokens.append(token)
+        if owner.tokens:  # for penalties: exactly what is known when it gets the slot
+            assert history[: len(owner.tokens)] == owner.tokens
+            assert len(owner.tokens) >= owner.prompt_len
+        if owner.sampling.logprobs is not None:
+            result.logprobs[owner.slot] = TokenLogprobs([token], [-float(len(history))], [1])
+
+    def _score_prompts(self, plan: StepPlan, result: StepResult) -> None:
+        for chunk in plan.chunks:
+            if chunk.targets:
+                owner = self.slots[chunk.slot].owner
+                assert owner.sampling.prompt_logprobs is not None
+                assert chunk.start + len(chunk.targets) < owner.prompt_len
+                result.prompt_logprobs[chunk.slot] = [
+                    TokenLogprobs([target], [-float(position)], [1])
+                    for position, target in enumerate(chunk.targets, chunk.start + 1)
+                ]

@@ -1,0 +1,295 @@
+"""Random schedules against the mock runner: whatever happens, every sequence gets its tokens."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from unittest.mock import patch
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from paged_mock import EOS, VOCAB, PagedMock, odd_or_even, reference
+
+from gllm_engine.config import EngineConfig
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.sched import Refused, Scheduler, Sequence
+from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
+from gllm_engine.types import Finish, StepResult
+
+MODEL_LEN = 48
+MAX_WAITING = 8
+STEMS = ([2, 3, 4, 5] * 12, [7] * 48, [*range(2, 20), *range(2, 20), *range(2, 14)])
+
+
+def shares(load: Load) -> Budget:
+    """Half of the decodes, half of the prefill tokens: plans take turns."""
+    return Budget((load.num_decoding + 1) // 2, (load.max_tokens + 1) // 2)
+
+
+class World:
+    """A scheduler, a runner that checks every plan, and what came of each sequence."""
+
+    def __init__(
+        self,
+        page_size: int,
+        num_pages: int,
+        num_slots: int,
+        extra_tokens: int,
+        caching: bool,
+        depth: int,
+        policy: Policy,
+    ) -> None:
+        config = EngineConfig(
+            model=".",
+            max_num_seqs=num_slots,
+            max_num_batched_tokens=num_slots + extra_tokens,
+            max_waiting=MAX_WAITING,
+            page_size=page_size,
+            enable_prefix_caching=caching,
+        )
+        with patch.dict(POLICIES, chunked_prefill=policy):
+            self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS)
+        self.runner = PagedMock(config, num_pages)
+        self.capacity = num_pages * page_size
+        self.depth = depth
+        self.results: deque[StepResult] = deque()  # of plans in flight
+        self.sequences: list[Sequence] = []
+        self.output: dict[Sequence, list[int]] = {}
+        self.prompt_logprobs: dict[Sequence, list[float]] = {}
+        self.finished: dict[Sequence, Finish] = {}
+        self.aborted: set[Sequence] = set()
+
+    def add(self, prompt: list[int], sampling: SamplingParams, constrained: bool) -> None:
+        number = len(self.sequences)
+        constraint = odd_or_even if constrained else None
+        sequence = Sequence(number, prompt, sampling, number, constraint)
+        full = self.scheduler.stats().waiting >= MAX_WAITING
+        needs = len(prompt) + (sampling.max_tokens != 1)  # as far as anyone can know now
+        fits = 0 < len(prompt) < MODEL_LEN and min(needs, MODEL_LEN - 1) <= self.capacity
+        try:
+            self.scheduler.add(sequence)
+        except Refused as refused:
+            assert refused.status == ("unavailable" if fits else "invalid")
+            assert full or not fits
+            return
+        assert fits and not full
+        self.sequences.append(sequence)
+        self.output[sequence] = []
+        self.prompt_logprobs[sequence] = []
+
+    def abort(self, choice: int) -> None:
+        if self.sequences:
+            sequence = self.sequences[choice % len(self.sequences)]
+            self.scheduler.abort(sequence)
+            if sequence not in self.finished:
+                self.aborted.add(sequence)
+
+    def plan(self) -> None:
+        if len(self.results) < self.depth:
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                self.results.append(self.runner.run(plan))
+
+    def commit(self) -> None:
+        if not self.results:
+            return
+        committed = self.scheduler.commit(self.results.popleft())
+        scored = dict(committed.logprobs)
+        assert len({sequence for sequence, _ in committed.tokens}) == len(committed.tokens)
+        for sequence, token in committed.tokens:
+            assert sequence not in self.aborted and sequence not in self.finished
+            if sequence.sampling.logprobs is not None:
+                assert scored.pop(sequence).token_ids == [token]
+            self.output[sequence].append(token)
+        assert not scored
+        for sequence, entries in committed.prompt_logprobs:
+            assert sequence not in self.aborted
+            self.prompt_logprobs[sequence] += [entry.logprobs[0] for entry in entries]
+        for sequence, finish in committed.finished:
+            assert sequence not in self.aborted and sequence not in self.finished
+            self.finished[sequence] = finish
+            self.check_finished(sequence, finish)
+
+    def turn(self) -> None:
+        self.plan()
+        if len(self.results) == self.depth:
+            self.commit()
+
+    def fail(self) -> None:
+        """A step failed: everything is dropped, and the engine goes on with an empty cache."""
+        dropped = self.scheduler.reset()
+        live = [s for s in self.sequences if s not in self.finished and s not in self.aborted]
+        assert sorted(s.key for s in dropped) == [s.key for s in live]
+        self.aborted.update(dropped)
+        self.results.clear()
+        self.runner.cells.clear()
+        assert not self.scheduler.has_work
+
+    def check_finished(self, sequence: Sequence, finish: Finish) -> None:
+        tokens, reason = reference(
+            sequence.tokens[: sequence.prompt_len],
+            sequence.sampling,
+            sequence.seed,
+            sequence.constraint,
+            max_model_len=MODEL_LEN,
+            capacity=self.capacity,
+        )
+        assert self.output[sequence] == tokens
+        assert finish.reason == reason
+        assert finish.stop_token == (tokens[-1] if reason == "stop" else None)
+        assert (finish.status is not None) == (reason == "error") == bool(finish.message)
+        assert 0 <= finish.num_cached_tokens < sequence.prompt_len
+        if sequence.sampling.prompt_logprobs is not None:
+            positions = range(1, sequence.prompt_len)
+            assert self.prompt_logprobs[sequence] == [-float(p) for p in positions]
+            assert finish.num_cached_tokens == 0
+
+    def check(self) -> None:
+        self.scheduler.check_integrity()
+        assert self.scheduler.num_in_flight == len(self.results)
+
+    def drain(self) -> None:
+        turns = 0
+        while self.scheduler.has_work:
+            self.plan()
+            assert self.results, "there is work, but nothing is planned and nothing in flight"
+            if len(self.results) == self.depth or turns % 3 == 0:
+                self.commit()
+            turns += 1
+            assert turns < 5000, "livelock"
+        self.check()
+        assert self.scheduler.schedule() is None
+        stats = self.scheduler.stats()
+        assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0.0)
+        assert len(self.finished) + len(self.aborted) == len(self.sequences)
+
+
+class Schedules(RuleBasedStateMachine):
+    """Short schedules that hypothesis chooses, and shrinks when one fails."""
+
+    world: World | None = None
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4, 8]),
+        num_pages=st.integers(1, 20),
+        num_slots=st.integers(1, 5),
+        extra_tokens=st.integers(0, 20),
+        caching=st.booleans(),
+        depth=st.integers(1, 3),
+        policy=st.sampled_from([POLICIES["chunked_prefill"], shares]),
+    )
+    def begin(self, **setup: object) -> None:
+        self.world = World(**setup)
+
+    @rule(
+        stem=st.sampled_from(STEMS),
+        shared=st.integers(0, 40),
+        own=st.lists(st.integers(2, VOCAB - 1), max_size=6),
+        constrained=st.sampled_from([False, False, True]),
+        sampling=st.builds(
+            SamplingParams,
+            max_tokens=st.one_of(st.none(), st.integers(1, 30)),
+            ignore_eos=st.sampled_from([True, True, False]),  # EOS is 2 of 24 tokens
+            stop_token_ids=st.sampled_from([(), (), (9,), (0, 5)]),
+            priority=st.sampled_from([0, 0, 0, -1, 1]),
+            cache_salt=st.sampled_from(["", "", "other"]),
+            presence_penalty=st.sampled_from([0.0, 0.5]),
+            logprobs=st.sampled_from([None, 0]),
+            prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        ),
+    )
+    def add(
+        self,
+        stem: list[int],
+        shared: int,
+        own: list[int],
+        constrained: bool,
+        sampling: SamplingParams,
+    ) -> None:
+        self.world.add(stem[:shared] + own, sampling, constrained)
+
+    @rule(choice=st.integers(0, 1000))
+    def abort(self, choice: int) -> None:
+        self.world.abort(choice)
+
+    @rule()
+    def plan(self) -> None:
+        self.world.plan()
+
+    @rule()
+    def commit(self) -> None:
+        self.world.commit()
+
+    @rule()
+    def turns(self) -> None:
+        for _ in range(6):
+            self.world.turn()
+
+    @rule(luck=st.integers(0, 30))
+    def fail(self, luck: int) -> None:
+        if luck == 13:  # rarely, or no sequence would get far
+            self.world.fail()
+
+    @invariant()
+    def integrity(self) -> None:
+        if self.world is not None:
+            self.world.check()
+
+    def teardown(self) -> None:
+        if self.world is not None:
+            self.world.drain()
+
+
+Schedules.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestSchedules = Schedules.TestCase
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_long_schedules(seed: int) -> None:
+    """Long ones under load, where sequences are preempted again and again."""
+    rng = random.Random(seed)
+    world = World(
+        page_size=rng.choice([1, 2, 4, 8]),
+        num_pages=rng.choice([6, 10, 16, 30, 50]),
+        num_slots=rng.randint(1, 6),
+        extra_tokens=rng.choice([0, 4, 30]),
+        caching=rng.random() < 0.7,
+        depth=rng.randint(1, 3),
+        policy=rng.choice([POLICIES["chunked_prefill"], shares]),
+    )
+    aborts = rng.choice([0, 0.01, 0.05])
+    for _ in range(rng.randint(100, 250)):
+        draw = rng.random()
+        if draw < 0.3:
+            own = [rng.randrange(2, VOCAB) for _ in range(rng.randint(0, 6))]
+            sampling = SamplingParams(
+                max_tokens=rng.choice([None, 3, 8, 20, 40]),
+                ignore_eos=rng.random() < 0.8,
+                stop_token_ids=rng.choice([(), (), (9,)]),
+                priority=rng.choice([0, 0, 0, -1, 1]),
+                cache_salt=rng.choice(["", "", "", "other"]),
+                repetition_penalty=rng.choice([1.0, 1.2]),
+                logprobs=rng.choice([None, 0]),
+                prompt_logprobs=rng.choice([None, None, None, 0]),
+            )
+            prompt = rng.choice(STEMS)[: rng.randint(0, 30)] + own
+            world.add(prompt, sampling, constrained=rng.random() < 0.2)
+        elif draw < 0.3 + aborts:
+            world.abort(rng.randrange(1000))
+        elif draw < 0.352:
+            if draw > 0.35:
+                world.fail()
+        elif draw < 0.7:
+            world.plan()
+        else:
+            world.commit()
+        world.check()
+    world.drain()
