@@ -90,6 +90,7 @@ class EngineClient:
             self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
+        os.close(self._wake)  # here, not in the thread: nobody may write to a number used again
 
     def _send(self, message: Any) -> None:
         with self._lock:
@@ -108,7 +109,6 @@ class EngineClient:
         detach(self._attached, self._instance, self._say_goodbye)
         self._socket.close(GOODBYE_MS)
         os.close(self._attached.pidfd)
-        os.close(self._wake)
 
     def _say_goodbye(self) -> None:
         if self._trouble is None:

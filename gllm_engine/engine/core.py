@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -119,7 +119,7 @@ class Engine:
         self._live: dict[Key, Sequence] = {}
         self._constrained: dict[Key, Constraint] = {}
         self._compiling: dict[Key, tuple[Request, Future[Constraint]]] = {}
-        self._boxes: dict[Client, _Box] = {}
+        self._boxes: defaultdict[Client, _Box] = defaultdict(_Box)
         # What is loaded stays: the collector need not look at it again in every full pass.
         gc.collect()
         gc.freeze()
@@ -218,7 +218,7 @@ class Engine:
     def _refuse(self, key: Key, status: Status, message: str) -> None:
         client, id = key
         finish = Finish("error", status=status, message=message)
-        self._boxes.setdefault(client, _Box()).finished[id] = finish
+        self._boxes[client].finished[id] = finish
 
     # ------------------------------------------------------------ steps
 
@@ -240,7 +240,7 @@ class Engine:
             self._fail(error)
         if self._constrained:
             self._fail_constrained()
-        boxes, self._boxes = self._boxes, {}
+        boxes, self._boxes = self._boxes, defaultdict(_Box)
         return {client: box.seal() for client, box in boxes.items()}
 
     def _sort(self, committed: Committed) -> None:
@@ -248,20 +248,18 @@ class Engine:
         boxes = self._boxes
         for sequence, token in committed.tokens:
             client, id = sequence.key
-            box = boxes.get(client)
-            if box is None:
-                box = boxes[client] = _Box()
+            box = boxes[client]
             box.ids.append(id)
             box.tokens.append(token)
         for sequence, entry in committed.logprobs:
             client, id = sequence.key
-            boxes.setdefault(client, _Box()).logprobs[id] = entry
+            boxes[client].logprobs[id] = entry
         for sequence, entries in committed.prompt_logprobs:
             client, id = sequence.key
-            boxes.setdefault(client, _Box()).prompt_logprobs[id] = entries
+            boxes[client].prompt_logprobs[id] = entries
         for sequence, finish in committed.finished:
             client, id = sequence.key
-            boxes.setdefault(client, _Box()).finished[id] = finish
+            boxes[client].finished[id] = finish
             self._live.pop(sequence.key)
             self._constrained.pop(sequence.key, None)
 

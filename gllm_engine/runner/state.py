@@ -91,7 +91,7 @@ class TokenCounts:
         device = self.output.device
         arrays = (np.asarray(tokens, np.int64) for tokens in (prompt, output))
         prompt_ids, output_ids = to_device(device, *arrays)
-        self.in_prompt[row].index_fill_(0, prompt_ids, True)
+        self.in_prompt[row].zero_().index_fill_(0, prompt_ids, True)
         ones = torch.ones(len(output), dtype=torch.int32, device=device)
         self.output[row].zero_().index_add_(0, output_ids, ones)
 
