@@ -71,6 +71,10 @@ class SamplingParams(
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
+        for field in ("stop", "bad_words"):  # one string, or a list, from Python callers
+            value = getattr(self, field)
+            strings = (value,) if isinstance(value, str) else tuple(value)
+            msgspec.structs.force_setattr(self, field, strings)
         for field, (low, high) in _RANGES.items():
             value = getattr(self, field)
             if value is not None and not low <= value <= high:

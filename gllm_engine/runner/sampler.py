@@ -184,8 +184,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     running = sums.cumsum(-1)
     target = u[:, None] * running[:, -1:]
     group = _first_above(sums, running, target)
-    # Rounding may put the target just outside the group; below 0 it would accept a weight 0.
-    rest = (target - (running - sums).gather(1, group)).clamp_(min=0)
+    rest = target - (running - sums).gather(1, group)  # rounding may put it outside the group
     index = group[:, :, None].expand(-1, -1, GROUP_LEN)
     members = groups.gather(1, index).squeeze(1).double()
     member = _first_above(members, members.cumsum(-1), rest)
@@ -195,7 +194,8 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 def _first_above(weights: Tensor, running: Tensor, target: Tensor) -> Tensor:
     """[rows, 1]: the first positive weight whose running sum exceeds target [rows, 1].
 
-    Where rounding put the target at the total or above it: the one that reaches the total.
+    Where rounding put the target at the total or above, the one that reaches the total; where it
+    put it below 0, the first positive one.
     """
     reached = running.masked_fill(weights <= 0, -1.0)
     below_total = torch.nextafter(reached.amax(-1, keepdim=True), torch.zeros_like(target))

@@ -1,0 +1,77 @@
+"""How a benchmark reports: a table for people, then one JSON line with all that made the figures.
+
+Knows nothing of what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--save", action="store_true", help="keep the JSON line in benchmarks/results/"
+    )
+
+
+def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
+    """A Markdown table, so that it can be pasted where results are told."""
+    lines = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    print(f"\n{title}\n")
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print(f"| {' | '.join(cells)} |")
+
+
+def record(name: str, figures: dict[str, Any], save: bool) -> None:
+    """Print the JSON line; with `save`, also write it to results/<name>.json."""
+    line = {
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "hardware": _hardware(),
+        "python": platform.python_version(),
+        "figures": figures,
+    }
+    print(f"\n{json.dumps(line)}")
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=2) + "\n")
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if dirty else "")
+
+
+def _hardware() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{os.cpu_count()} x {line.partition(': ')[2]}"
+    return f"{os.cpu_count()} x {platform.machine()}"
