@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
+from gllm_client.server import Serving
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
 
 CHAT_MAX_TOKENS = 1024
@@ -114,27 +115,8 @@ def _command(commands: Any, name: str, run: Callable[[Any], int], brief: str, te
 def _add_serve(commands: Any) -> None:
     parser = _command(commands, "serve", _serve, "start tritonserver and watch over it", _SERVE)
     parser.add_argument("path", metavar="PATH", type=Path, help="what to serve")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
-    for kind, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
-        parser.add_argument(
-            f"--{kind}-port", type=int, default=port, metavar="PORT", help=f"default: {port}"
-        )
-    parser.add_argument(
-        "--exit-timeout",
-        type=int,
-        default=30,
-        metavar="SECONDS",
-        help="at a stop, running answers have so long to end (%(default)s)",
-    )
-    parser.add_argument("--name", help="a checkpoint's name as a model (its directory's)")
-    parser.add_argument(
-        "--front-ends",
-        type=int,
-        default=1,
-        metavar="INT",
-        help="processes that tokenize and send for a checkpoint's one engine (%(default)s)",
-    )
-    add_struct(parser, "engine, for a bare checkpoint", EngineConfig, skip="model")
+    add_struct(parser, "server", Serving, skip=("path", "engine", "arguments"))
+    add_struct(parser, "engine, for a bare checkpoint", EngineConfig, skip=("model",))
 
 
 def _add_source(parser: Any) -> None:
@@ -151,8 +133,8 @@ def _add_source(parser: Any) -> None:
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="for one answer of a server"
     )
-    add_struct(parser, "sampling", SamplingParams)
-    add_struct(parser, "engine, in this process", EngineConfig, skip="model")
+    add_struct(parser, "sampling", SamplingParams, skip=())
+    add_struct(parser, "engine, in this process", EngineConfig, skip=("model",))
 
 
 def _add_generate(commands: Any) -> None:
@@ -220,34 +202,19 @@ def _tritonserver(arguments: list[str]) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from gllm_client.serve import Serving, serve
+    from gllm_client.serve import serve
     from gllm_engine import make_config
 
     path = options.path
     engine = struct_values(options, EngineConfig)
+    given = struct_values(options, Serving)
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory")
-    if (path / "config.json").is_file():
-        make_config({"model": str(path)} | engine)  # a wrong value is better said now
     if engine.get("tokenizer"):
         engine["tokenizer"] = str(Path(engine["tokenizer"]).resolve())
-    for name in ("front_ends", "exit_timeout"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: at least 1")
-    return serve(
-        Serving(
-            path=path,
-            name=options.name,
-            engine=engine,
-            front_ends=options.front_ends,
-            host=options.host,
-            http_port=options.http_port,
-            grpc_port=options.grpc_port,
-            metrics_port=options.metrics_port,
-            exit_timeout_s=options.exit_timeout,
-            arguments=tuple(options.rest),
-        )
-    )
+    if (path / "config.json").is_file():
+        make_config({"model": str(path)} | engine)  # a wrong value is better said now
+    return serve(Serving(path=path, engine=engine, arguments=tuple(options.rest), **given))
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -258,18 +225,20 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _source(options: argparse.Namespace) -> Any:
-    from gllm_client.source import Local, Remote
-
     engine = struct_values(options, EngineConfig)
     if options.url is None:
         if options.model is None:
             raise UsageError("either --model DIRECTORY or --url is needed")
         if options.timeout is not None:
             raise UsageError("--timeout is for a server, give --url as well")
+        from gllm_client.local import Local
+
         return Local({"model": options.model} | engine)
     if engine:
         name = next(iter(engine)).replace("_", "-")
         raise UsageError(f"--{name} is for an engine in this process, it cannot go with --url")
+    from gllm_client.source import Remote
+
     return Remote(options.url, options.model, options.timeout)
 
 
@@ -299,7 +268,7 @@ def _chat(options: argparse.Namespace) -> int:
     source = _source(options)
     try:
         answer = lambda messages: source.stream(messages, sampling)  # noqa: E731
-        Chat(answer, options.system, source.refusals).run()
+        Chat(answer, options.system, source.refusals).run(input)
     finally:
         source.close()
     return 0

@@ -142,26 +142,36 @@ def open_target(path: Path, retry_errors: bool) -> tuple[IO[bytes], set[str | in
     Raises BatchError for any other line that is no answer: it is not ours to overwrite.
     """
     file = _lock(path.open("a+b"), path)
+    try:
+        finished, errors = _repair(file, path, retry_errors)
+        return (_without_errors(file, path) if errors else file), finished
+    except BatchError:
+        file.close()
+        raise
+
+
+def _repair(file: IO[bytes], path: Path, retry_errors: bool) -> tuple[set[str | int], bool]:
+    """The ids to skip, and whether there are lines to take out."""
     file.seek(0)
     finished: set[str | int] = set()
     errors = False
-    end, raw = 0, b"\n"  # bytes of whole lines; the last one
+    end, last = 0, b"\n"  # bytes of whole lines; the last of them
     for number, line in enumerate(file, 1):
         answer = _parse_answer(line)
         if answer is None and line.endswith(b"\n"):
             raise BatchError(f"{path}: line {number} is not an answer of gllm batch")
         if answer is None:
             break
-        end, raw = end + len(line), line
+        end, last = end + len(line), line
         if retry_errors and "error" in answer:
             errors = True
         else:
             finished.add(answer["id"])
     file.truncate(end)
-    if not raw.endswith(b"\n"):
+    if not last.endswith(b"\n"):
         file.write(b"\n")
         file.flush()
-    return (_without_errors(file, path) if errors else file), finished
+    return finished, errors
 
 
 def _without_errors(file: IO[bytes], path: Path) -> IO[bytes]:

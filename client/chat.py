@@ -30,7 +30,7 @@ class Chat:
         self._start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._start)
 
-    def run(self, read: Callable[[str], str] = input) -> None:
+    def run(self, read: Callable[[str], str]) -> None:
         """Ask and answer until the input ends."""
         self._write(f"{HINT}\n")
         while True:

@@ -140,10 +140,12 @@ class SyncClient:
         keys = ("name", "version", "state", "reason")
         return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
 
-    def num_instances(self, model: str, timeout: float | None = 5.0) -> int:
-        """How many instances the server runs of a loaded model."""
-        answer = self._call("ModelConfig", pb.ModelConfigRequest(name=model), timeout)
-        return sum(group.count * max(1, len(group.gpus)) for group in answer.config.instance_group)
+    def num_stubs(self, model: str, timeout: float | None = 5.0) -> int:
+        """How many Python processes the server runs for a loaded model; 0 if it is no Python."""
+        config = self._call("ModelConfig", pb.ModelConfigRequest(name=model), timeout).config
+        if config.backend != "python" and not config.runtime.endswith(".py"):
+            return 0
+        return sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)
 
     def _is(self, method: str, request: Any, field: str, timeout: float) -> bool:
         try:

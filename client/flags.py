@@ -35,13 +35,15 @@ def dashed(arguments: list[str]) -> list[str]:
     return [_dash(argument) for argument in arguments[:end]] + arguments[end:]
 
 
-def add_struct(parser: argparse.ArgumentParser, title: str, struct: Any, skip: str = "") -> None:
-    """One flag for each field of `struct` but `skip`, in a help group of their own."""
+def add_struct(
+    parser: argparse.ArgumentParser, title: str, struct: Any, skip: tuple[str, ...]
+) -> None:
+    """One flag for each field of `struct` but those in `skip`, in a help group of their own."""
     group = parser.add_argument_group(title)
     comments = field_comments(struct)
     hints = get_type_hints(struct)
     for field in msgspec.structs.fields(struct):
-        if field.name == skip:
+        if field.name in skip:
             continue
         options: dict[str, Any] = {"metavar": _metavar(hints[field.name])}
         if hints[field.name] is bool:
@@ -49,7 +51,7 @@ def add_struct(parser: argparse.ArgumentParser, title: str, struct: Any, skip: s
         elif get_origin(hints[field.name]) is tuple:
             options |= {"action": "append"}
         words = [comments.get(field.name, "")]
-        if "default:" not in words[0]:
+        if "default:" not in words[0] and not field.required:
             words.append(f"default: {_default(field)}")
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
@@ -70,7 +72,7 @@ def struct_texts(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
 def struct_values(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
     """The fields that were given, each converted to its type. Raises UsageError naming a flag."""
     values = {}
-    hints = get_type_hints(struct)
+    hints = get_type_hints(struct, include_extras=True)
     for name, text in struct_texts(options, struct).items():
         try:
             values[name] = msgspec.convert(text, hints[name], strict=False)

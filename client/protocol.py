@@ -99,16 +99,7 @@ def request_inputs(
     `return_logprobs`: default: when `logprobs` is among the sampling parameters.
     Raises ValueError when the options contradict each other; the server checks their values.
     """
-    prompts: dict[str, Value] = {}
-    if prompt is not None:
-        prompts["text_input"] = prompt
-    if messages is not None:
-        prompts["messages"] = json.dumps(list(messages))
-    if input_ids is not None:
-        prompts["input_ids"] = [int(token) for token in input_ids]
-    if len(prompts) != 1:
-        given = " and ".join(prompts) or "none"
-        raise ValueError(f"exactly one of prompt, messages and input_ids is needed, got {given}")
+    inputs = _prompt(prompt, messages, input_ids)
     parameters = _sampling(sampling, sampling_fields)
     several = int(parameters.get("n") or 1) > 1
     if several and return_token_ids and not return_num_output_tokens:
@@ -123,7 +114,7 @@ def request_inputs(
         "return_logprobs": return_logprobs,
         "return_cumulative_logprob": return_cumulative_logprob,
     }
-    inputs = prompts | {name: True for name, wanted in flags.items() if wanted}
+    inputs |= {name: True for name, wanted in flags.items() if wanted}
     if stream or exclude_input_in_output:
         inputs["exclude_input_in_output"] = exclude_input_in_output
     inputs["stream"] = stream
@@ -143,6 +134,24 @@ def pick_model(named: str | None, usual: str | None) -> str:
     if not model:
         raise ValueError("model: none given, neither to the client nor to the call")
     return model
+
+
+def _prompt(
+    prompt: str | None,
+    messages: Sequence[Mapping[str, Any]] | None,
+    input_ids: Sequence[int] | None,
+) -> dict[str, Value]:
+    prompts: dict[str, Value] = {}
+    if prompt is not None:
+        prompts["text_input"] = prompt
+    if messages is not None:
+        prompts["messages"] = json.dumps(list(messages))
+    if input_ids is not None:
+        prompts["input_ids"] = [int(token) for token in input_ids]
+    if len(prompts) != 1:
+        given = " and ".join(prompts) or "none"
+        raise ValueError(f"exactly one of prompt, messages and input_ids is needed, got {given}")
+    return prompts
 
 
 def _sampling(sampling: Any, fields: dict[str, Any]) -> dict[str, Any]:

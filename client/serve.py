@@ -18,17 +18,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_client.client import SyncClient
 from gllm_client.protocol import GenerateError
 from gllm_client.server import (
-    EXIT_TIMEOUT_S,
     SHM,
     STUB,
     ServerError,
+    Serving,
     assemble_backends,
     discard,
     find_server,
@@ -39,6 +38,7 @@ from gllm_client.server import (
     sweep,
 )
 
+PORTS = ("http", "grpc", "metrics")
 TICK_S = 0.1  # how often a signal or the server's death is looked for
 WATCH_S = 0.5  # how often the stubs are counted; a second count confirms that one is missing
 LOAD_TRIES = 3
@@ -55,22 +55,6 @@ if os.getppid() == int(parent):
 """
 
 
-@dataclass(frozen=True)
-class Serving:
-    """What to serve, and where. The command line fills it."""
-
-    path: Path  # a model repository, one model of one, or a bare checkpoint
-    name: str | None = None  # of the model, when `path` is a checkpoint
-    engine: dict[str, Any] = field(default_factory=dict)  # EngineConfig fields for a checkpoint
-    front_ends: int = 1
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    exit_timeout_s: int = EXIT_TIMEOUT_S
-    arguments: tuple[str, ...] = ()  # for tritonserver itself
-
-
 def serve(serving: Serving) -> int:
     """Serve until SIGTERM, SIGINT or the server's end; returns the exit status."""
     check_ports(serving)
@@ -83,16 +67,7 @@ def serve(serving: Serving) -> int:
             (directory / name).mkdir()
         assemble_backends(installation, directory / "backends")
         repository, models = prepare_repository(serving, directory / "models")
-        given = [
-            f"--model-repository={repository}",
-            "--model-control-mode=explicit",
-            f"--exit-timeout-secs={serving.exit_timeout_s}",
-            *(f"--{kind}-address={serving.host}" for kind in ("http", "grpc", "metrics")),
-            f"--http-port={serving.http_port}",
-            f"--grpc-port={serving.grpc_port}",
-            f"--metrics-port={serving.metrics_port}",
-            *serving.arguments,
-        ]
+        given = server_flags(serving, repository)
         arguments = server_arguments(directory / "backends", prefix, given)
         environment = server_environment(installation)
         with caught_signals() as signals:
@@ -104,10 +79,26 @@ def serve(serving: Serving) -> int:
             discard(region)
 
 
+def server_flags(serving: Serving, repository: Path) -> list[str]:
+    """tritonserver's flags. Raises ServerError for one given that is ours to set."""
+    ours = {
+        "--model-repository": repository,
+        "--model-control-mode": "explicit",
+        "--exit-timeout-secs": serving.exit_timeout_s,
+        **{f"--{kind}-address": serving.host for kind in PORTS},
+        **{f"--{kind}-port": getattr(serving, f"{kind}_port") for kind in PORTS},
+    }
+    for argument in serving.arguments:
+        name = argument.partition("=")[0]
+        if name in ours:
+            raise ServerError(f"{name} is set by gllm serve, it cannot be given after --")
+    return [*(f"{name}={value}" for name, value in ours.items()), *serving.arguments]
+
+
 def check_ports(serving: Serving) -> None:
     """Raises ServerError naming a port that is taken, given twice or not ours to use."""
     seen: dict[int, str] = {}
-    for kind in ("http", "grpc", "metrics"):
+    for kind in PORTS:
         port = getattr(serving, f"{kind}_port")
         if port in seen:
             raise ServerError(f"port {port} is given for both {seen[port]} and {kind}")
@@ -331,7 +322,8 @@ class Supervisor:
         self._address = f"{self._host}:{serving.grpc_port}"
         self._client = SyncClient(self._address)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="gllm-serve")
-        self._settled: dict[str, set[ProcessRow]] = {}  # the stubs when all was last seen well
+        # The stubs when all was last seen well; None: not looked at yet.
+        self._settled: dict[str, set[ProcessRow]] | None = None
         # Stubs of loads that were given up. A request lost with its stub never ends for the
         # server, so the rest of that load stays until the server does; it serves nothing new.
         self._retired: set[ProcessRow] = set()
@@ -372,7 +364,6 @@ class Supervisor:
             self._client = SyncClient(self._address)
         for model in self._models:
             self._load(model)
-        self._settled = self._stubs()
         at = self._serving
         print(
             f"ready: {', '.join(self._models)} at http://{self._host}:{at.http_port} "
@@ -413,14 +404,12 @@ class Supervisor:
 
     def _missing(self, stubs: dict[str, set[ProcessRow]]) -> set[str]:
         """Models that are in service with fewer front ends than instances."""
-        missing = set()
-        for entry in self._await(self._client.index):
-            model = entry["name"]
-            if entry["state"] != "READY" or model not in self._settled.keys() | stubs.keys():
-                continue
-            if len(stubs.get(model, ())) < self._await(self._client.num_instances, model):
-                missing.add(model)
-        return missing
+        ready = [e["name"] for e in self._await(self._client.index) if e["state"] == "READY"]
+        return {
+            model
+            for model in ready
+            if len(stubs.get(model, ())) < self._await(self._client.num_stubs, model)
+        }
 
     def _recover(self, model: str) -> None:
         """Unload and load; the one way in which tritonserver starts a front end anew."""
@@ -437,7 +426,7 @@ class Supervisor:
                     raise
                 _log(f"{error}; trying again")
                 self._pause(1.0)
-        self._settled = self._stubs()
+        self._settled = None
         _log(f"model {model} is back after {time.monotonic() - began:.1f} s")
 
     def _pause(self, seconds: float) -> None:

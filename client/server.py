@@ -20,6 +20,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
 
 SHM = Path("/dev/shm")
 SHM_BYTES = 16 << 20  # of each front end's region, and the step it grows by; never shrinks
@@ -29,6 +32,10 @@ _LIBRARY = "libtriton_python.so"
 _UTILS = "triton_python_backend_utils.py"
 # Mounts of one /dev/shm or /tmp may be shared by containers that do not see each other's pids.
 _OWNED = re.compile(r"gllm-(?P<namespace>\d+)-(?P<pid>\d+)-")
+
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class ServerError(RuntimeError):
@@ -43,6 +50,23 @@ class Installation:
     backends: Path  # one directory a backend
     stub: Path  # the Python stub for this Python
     libraries: tuple[Path, ...]  # directories the dynamic linker must know
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """What `gllm serve` is to serve, and where. The fields but the first three are its flags."""
+
+    path: Path  # a model repository, one model of one, or a bare checkpoint
+    engine: dict[str, Any] = {}  # EngineConfig fields, for a checkpoint
+    arguments: tuple[str, ...] = ()  # for tritonserver itself
+    host: str = "127.0.0.1"  # address to listen at
+    http_port: Port = 8000
+    grpc_port: Port = 8001
+    metrics_port: Port = 8002
+    # at a stop, running answers have so long to end
+    exit_timeout_s: AtLeastOne = EXIT_TIMEOUT_S
+    name: str | None = None  # a checkpoint's name as a model; default: its directory's
+    # processes that tokenize and send for a checkpoint's one engine
+    front_ends: AtLeastOne = 1
 
 
 def find_server(environ: Mapping[str, str] = os.environ) -> Installation:

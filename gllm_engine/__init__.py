@@ -33,7 +33,6 @@ _HOME = {
     "Completion": "engine.completion",
     "Delta": "engine.completion",
     "make_requests": "engine.completion",
-    "make_requests": "engine.completion",
     "render_logprobs": "engine.completion",
     "EngineClient": "engine.client",
     "EngineError": "engine.client",

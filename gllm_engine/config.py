@@ -35,7 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_prefix_caching: bool = True
     plans_in_flight: int = 1  # 1: a step is planned when the one before has ended
     schedule_policy: Literal["chunked_prefill"] = "chunked_prefill"
-    cpu_threads: int = 0  # for tensor work; 0: torch's default
+    cpu_threads: int = 0  # for tensor work; 0: all cores but one, which the server needs
     drain_timeout_s: float = 30.0  # a reload waits so long for running work of the old engine
     log_requests: bool = True
 

@@ -183,15 +183,15 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     sums = groups.sum(-1).double()
     running = sums.cumsum(-1)
     target = u[:, None] * running[:, -1:]
-    group = _first_above(sums, running, target)
+    group = first_above(sums, running, target)
     rest = target - (running - sums).gather(1, group)  # rounding may put it outside the group
     index = group[:, :, None].expand(-1, -1, GROUP_LEN)
     members = groups.gather(1, index).squeeze(1).double()
-    member = _first_above(members, members.cumsum(-1), rest)
+    member = first_above(members, members.cumsum(-1), rest)
     return (group * GROUP_LEN + member).squeeze(1)
 
 
-def _first_above(weights: Tensor, running: Tensor, target: Tensor) -> Tensor:
+def first_above(weights: Tensor, running: Tensor, target: Tensor) -> Tensor:
     """[rows, 1]: the first positive weight whose running sum exceeds target [rows, 1].
 
     Where rounding put the target at the total or above, the one that reaches the total; where it

@@ -167,7 +167,7 @@ class State:
     def _describe(self, new: NewSequence) -> None:
         """Fill what the host keeps of a slot, and the rare tables."""
         slot, sampling = new.slot, new.sampling
-        None
+        self.counts.release(slot)
         top_k = min(sampling.top_k, self.vocab) if sampling.top_k > 0 else self.vocab
         features = RANDOM if sampling.temperature >= SMALLEST else GREEDY
         if sampling.min_p > 0:

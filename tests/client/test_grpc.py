@@ -93,7 +93,12 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             model_config_pb2.ModelInstanceGroup(count=2, gpus=[0, 1]),
             model_config_pb2.ModelInstanceGroup(count=3),
         ]
-        config = model_config_pb2.ModelConfig(name="m", instance_group=groups)
+        backend = {"m": ("gllm", "model.py"), "p": ("python", "")}.get(
+            request.name, ("onnx", "x.so")
+        )
+        config = model_config_pb2.ModelConfig(
+            name=request.name, backend=backend[0], runtime=backend[1], instance_group=groups
+        )
         return pb.ModelConfigResponse(config=config)
 
 
@@ -245,7 +250,7 @@ def test_the_repository(served: tuple[str, Servicer]) -> None:
         assert client.is_live() and client.is_ready() and client.is_ready("m")
         assert not client.is_ready("other")
         assert client.index() == [{"name": "m", "version": "1", "state": "READY", "reason": ""}]
-        assert client.num_instances("m") == 7
+        assert [client.num_stubs(name) for name in ("m", "p", "other")] == [7, 7, 0]
         client.load("m")
         client.unload("m")
         with pytest.raises(GenerateError, match="failed to load 'broken'") as caught:

@@ -20,7 +20,6 @@ from gllm_client.protocol import GenerateError
 from gllm_client.serve import (
     ProcessRow,
     Server,
-    Serving,
     Signals,
     Supervisor,
     caught_signals,
@@ -29,8 +28,9 @@ from gllm_client.serve import (
     find_stubs,
     prepare_repository,
     process_table,
+    server_flags,
 )
-from gllm_client.server import STUB, ServerError
+from gllm_client.server import STUB, ServerError, Serving
 
 SLEEP = ["/bin/sleep", "60"]
 
@@ -48,20 +48,30 @@ def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServerError, match=f"port {port} on 127.0.0.1 is in use.*--grpc-port"):
-            check_ports(Serving(Path(), http_port=0, grpc_port=port, metrics_port=1))
-    check_ports(Serving(Path(), http_port=0, grpc_port=port, metrics_port=18999))
+            check_ports(Serving(path=Path(), http_port=0, grpc_port=port, metrics_port=1))
+    check_ports(Serving(path=Path(), http_port=0, grpc_port=port, metrics_port=18999))
+
+
+def test_flags_of_ours_cannot_be_given_behind_our_back() -> None:
+    flags = server_flags(
+        Serving(path=Path(), grpc_port=5, arguments=("--log-verbose=1",)), Path("/r")
+    )
+    assert "--model-repository=/r" in flags and "--grpc-port=5" in flags
+    assert flags[-1] == "--log-verbose=1"
+    with pytest.raises(ServerError, match="--grpc-port is set by gllm serve"):
+        server_flags(Serving(path=Path(), arguments=("--grpc-port=5",)), Path("/r"))
 
 
 def test_a_port_given_twice_is_named() -> None:
     with pytest.raises(ServerError, match="port 0 is given for both http and metrics"):
-        check_ports(Serving(Path(), http_port=0, grpc_port=18998, metrics_port=0))
+        check_ports(Serving(path=Path(), http_port=0, grpc_port=18998, metrics_port=0))
 
 
 def test_a_checkpoint_becomes_a_repository(tmp_path: Path) -> None:
     checkpoint, private = tmp_path / "tiny", tmp_path / "private"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
-    serving = Serving(checkpoint, engine={"max_num_seqs": 8}, front_ends=3)
+    serving = Serving(path=checkpoint, engine={"max_num_seqs": 8}, front_ends=3)
     assert prepare_repository(serving, private) == (private, ["tiny"])
     assert json.loads((private / "tiny/1/model.json").read_text()) == {
         "model": str(checkpoint),
@@ -70,9 +80,9 @@ def test_a_checkpoint_becomes_a_repository(tmp_path: Path) -> None:
     config = (private / "tiny/config.pbtxt").read_text().splitlines()
     assert config[0] == 'backend: "gllm"' and len(config) == 3
     assert config[2] == "instance_group [{ count: 3 kind: KIND_MODEL }]"
-    assert prepare_repository(Serving(checkpoint, name="other"), private)[1] == ["other"]
+    assert prepare_repository(Serving(path=checkpoint, name="other"), private)[1] == ["other"]
     with pytest.raises(ServerError, match="'a b' cannot be a model's name"):
-        prepare_repository(Serving(checkpoint, name="a b"), private)
+        prepare_repository(Serving(path=checkpoint, name="a b"), private)
 
 
 def test_a_repository_is_served_as_it_is(tmp_path: Path) -> None:
@@ -82,15 +92,15 @@ def test_a_repository_is_served_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "repo/notes").mkdir()
     (tmp_path / "private").mkdir()
     repository = tmp_path / "repo"
-    found = prepare_repository(Serving(repository), tmp_path / "private")
+    found = prepare_repository(Serving(path=repository), tmp_path / "private")
     assert found == (repository, ["a", "b"])
-    one = prepare_repository(Serving(repository / "a"), tmp_path / "private")
+    one = prepare_repository(Serving(path=repository / "a"), tmp_path / "private")
     assert one == (tmp_path / "private", ["a"])
     assert (tmp_path / "private/a/1").is_dir()
     with pytest.raises(ServerError, match="is not a checkpoint .*model.json"):
-        prepare_repository(Serving(repository, engine={"page_size": 8}), tmp_path)
+        prepare_repository(Serving(path=repository, engine={"page_size": 8}), tmp_path)
     with pytest.raises(ServerError, match="neither a checkpoint"):
-        prepare_repository(Serving(tmp_path / "private/a/1"), tmp_path)
+        prepare_repository(Serving(path=tmp_path / "private/a/1"), tmp_path)
 
 
 def test_the_family_of_a_process_is_found() -> None:
@@ -248,7 +258,7 @@ class FakeClient:
     def index(self) -> list[dict[str, str]]:
         return [{"name": "m", "state": self.state}]
 
-    def num_instances(self, model: str) -> int:
+    def num_stubs(self, model: str) -> int:
         return 2
 
     def close(self) -> None: ...
@@ -259,7 +269,7 @@ class Watched:
 
     def __init__(self, client: FakeClient) -> None:
         self.client, self.server, self.signals = client, FakeServer(), Signals()
-        self.supervisor = Supervisor(self.server, Serving(Path()), ["m"], self.signals)  # type: ignore[arg-type]
+        self.supervisor = Supervisor(self.server, Serving(path=Path()), ["m"], self.signals)  # type: ignore[arg-type]
         self.status: int | None = None
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

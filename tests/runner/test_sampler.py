@@ -10,6 +10,7 @@ from slow_sampler import SlowRow, acceptable, uniform
 from gllm_engine.runner.sampler import (
     SamplingBatch,
     draw,
+    first_above,
     log_probabilities,
     sample,
     uniforms,
@@ -186,6 +187,15 @@ def test_draw_at_the_ends_takes_the_first_and_the_last_possible_token():
     ]
 
 
+@pytest.mark.parametrize(
+    ("target", "index"), [(-1e-18, 2), (0.0, 2), (0.999, 2), (1.0, 3), (2.9, 3), (3.0, 3), (3.1, 3)]
+)
+def test_rounding_of_the_target_never_reaches_a_weight_of_zero(target, index):
+    weights = torch.tensor([[0.0, 0.0, 1.0, 2.0, 0.0]], dtype=torch.float64)
+    found = first_above(weights, weights.cumsum(1), torch.tensor([[target]], dtype=torch.float64))
+    assert found.tolist() == [[index]]
+
+
 def test_one_token_left_is_chosen_whatever_else_is_asked():
     vocab, rows = 50, []
     for sampling in (
@@ -226,6 +236,7 @@ def test_partial_and_full_sorts_in_one_batch(spread, vocab):
         {"top_k": 1024},
         {"top_k": vocab - 1, "top_p": 0.5},
         {"top_k": vocab - 1},
+        {"top_k": 1100, "top_p": 0.3},  # a share of the 1100, not of all
     ]
     rows = [SlowRow(SamplingParams(**one), seed=s) for s in range(8) for one in params]
     logits = np.random.default_rng(3).normal(0, spread, (len(rows), vocab)).astype(np.float32)

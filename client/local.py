@@ -1,0 +1,104 @@
+"""Answers from an engine in this process, as source.py's `Source`.
+
+Owns turning the offline API's parts into Chunks, and Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from gllm_client.batch import Failed, Item
+from gllm_client.protocol import Chunk, Output, merge
+from gllm_client.source import Prompt
+from gllm_engine import LLM, InvalidField, RequestFailed, parse_sampling
+
+
+@dataclass
+class _Running:
+    item: Item
+    chunks: Iterator[Chunk]
+    taken: list[Chunk]
+
+
+class Local:
+    """An engine in this process. One thread may use it."""
+
+    refusals = (InvalidField, RequestFailed)
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """`config`: fields of EngineConfig. Raises what LLM raises."""
+        self._llm = LLM(**config)
+
+    def stream(self, prompt: Prompt, sampling: dict[str, Any]) -> Iterator[Chunk]:
+        params = parse_sampling(sampling)
+        tokenizer = self._llm.tokenizer
+        encode = tokenizer.encode if isinstance(prompt, str) else tokenizer.chat
+        ids = encode(prompt)
+        if params.n == 1:
+            deltas = self._llm.stream(ids, params)
+            while (delta := _uninterrupted(deltas)) is not None:
+                yield Chunk((_output(delta),), num_input_tokens=len(ids))
+        else:
+            (whole,) = self._llm.generate([ids], params)
+            if whole.error is not None:
+                raise RequestFailed(whole.error)
+            yield Chunk(tuple(map(_output, whole.outputs)), num_input_tokens=len(ids))
+
+    def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
+        """As Source's. Taking a delta of one stream advances them all, as they share each step."""
+        waiting = iter(items)
+        running: deque[_Running] = deque()
+        while True:
+            while len(running) < concurrency and (item := next(waiting, None)) is not None:
+                running.append(_Running(item, self.stream(item.prompt, item.sampling), []))
+            if not running:
+                return
+            turn = running.popleft()
+            try:
+                chunk = next(turn.chunks, None)
+            except self.refusals as error:
+                yield turn.item, Failed(str(error))
+                continue
+            if chunk is None:
+                yield turn.item, merge(turn.taken)
+            else:
+                turn.taken.append(chunk)
+                running.append(turn)
+
+    def close(self) -> None:
+        self._llm.close()
+
+
+def _output(part: Any) -> Output:
+    """From what LLM calls a delta or an output."""
+    return Output(
+        text=part.text,
+        finish_reason=part.finish_reason,
+        token_ids=tuple(part.token_ids),
+        logprobs=part.logprobs,
+        cumulative_logprob=part.cumulative_logprob,
+        num_tokens=len(part.token_ids),
+    )
+
+
+def _uninterrupted(deltas: Iterator[Any]) -> Any:
+    """The next delta or None; Ctrl-C waits until the engine's step is whole."""
+    with _deferred_interrupt():
+        return next(deltas, None)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[None]:
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt

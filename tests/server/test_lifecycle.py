@@ -1,0 +1,265 @@
+"""Through the real tritonserver: models come and go, front ends and engines die, work goes on.
+
+What becomes of everything when the server itself ends is test_serve_cli's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live import Server, wait_for
+from streams import Streams
+from traces import Traces, wait_gone
+
+from gllm_client import GenerateError, HttpClient, SyncClient
+from gllm_engine import write_tiny_model
+
+pytestmark = pytest.mark.server
+
+NUM_STREAMS = 8
+LONG = 1500  # tokens: seconds of work for all streams together
+# Files of a checkpoint, so that a change of one is a change of that model alone.
+ENGINE = {"model": ".", "cpu_threads": 1, "num_pages": 2048, "max_model_len": 8192}
+
+
+def write_model(repository: Path, name: str, front_ends: int, **engine: Any) -> Path:
+    """A model of the gllm backend around a tiny checkpoint; returns its version directory."""
+    directory = repository / name / "1"
+    write_tiny_model(directory, "Qwen3ForCausalLM", max_position_embeddings=8192)
+    (directory / "model.json").write_text(json.dumps(ENGINE | engine))
+    (repository / name / "config.pbtxt").write_text(
+        f'backend: "gllm"\ninstance_group [{{ count: {front_ends} kind: KIND_MODEL }}]\n'
+    )
+    return directory
+
+
+class Pair:
+    """`gllm serve` with model "tiny" on two front ends and "quick", which computes nothing."""
+
+    def __init__(self, repository: Path, traces: Traces, serve: Callable[..., Server]) -> None:
+        self.repository, self.traces = repository, traces
+        self.tiny = write_model(repository, "tiny", 2)
+        self.quick = write_model(repository, "quick", 1, device="none")
+        self.server = serve(repository, "--exit-timeout=20")
+
+    def client(self, kind: str = "grpc") -> SyncClient | HttpClient:
+        return self.server.http_client() if kind == "http" else self.server.client()
+
+    def engine(self, model: Path) -> int:
+        """The pid of the one engine process of a model."""
+        (pid,) = self.traces.engines(model)
+        return pid
+
+    def answers(self, model: str = "tiny", num: int = 4) -> bool:
+        """Whether the model answers `num` requests at a time: as many as front ends, twice."""
+        with Streams(self.server, model, num, max_tokens=8) as streams:
+            streams.wait()
+            return streams.whole == streams.all
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, serve_for: Callable[[ExitStack], Any]
+) -> Iterator[Pair]:
+    with ExitStack() as stack:
+        traces = Traces().begin()
+        stack.callback(traces.end)
+        yield Pair(tmp_path_factory.mktemp("pair"), traces, serve_for(stack))
+
+
+def test_front_ends_of_a_model_share_one_engine(pair: Pair) -> None:
+    stubs = pair.server.stubs()
+    assert {model: len(rows) for model, rows in stubs.items()} == {"tiny": 2, "quick": 1}
+    assert len(pair.traces.engines()) == 2
+    assert pair.engine(pair.tiny) != pair.engine(pair.quick)
+    assert pair.answers("tiny")
+
+
+def test_two_models_at_once(pair: Pair) -> None:
+    with (
+        Streams(pair.server, "tiny", 4, max_tokens=200) as tiny,
+        Streams(pair.server, "quick", 4, max_tokens=2000) as quick,
+    ):
+        tiny.wait_whole()
+        quick.wait_whole()
+    for model in ("tiny", "quick"):
+        pair.server.wait_idle(model)
+
+
+@pytest.mark.parametrize("kind", ["grpc", "http"])
+def test_unload_and_load(pair: Pair, kind: str) -> None:
+    old = pair.engine(pair.quick)
+    with pair.client(kind) as client:
+        assert client.is_ready("quick")
+        client.unload("quick")
+        wait_for(lambda: not pair.traces.engines(pair.quick), "the engine has ended")
+        assert len(pair.server.stubs()) == 1
+        assert not client.is_ready("quick")
+        with pytest.raises(GenerateError, match="quick.*not (found|ready)|no available versions"):
+            client.complete("Once", model="quick", max_tokens=4)
+        assert pair.answers("tiny")  # is not concerned
+        client.load("quick")
+        assert client.is_ready("quick")
+        assert client.complete("Once", model="quick", max_tokens=4).finish_reason == "length"
+    assert pair.engine(pair.quick) != old
+
+
+def test_unload_lets_running_streams_end(pair: Pair) -> None:
+    engine = pair.engine(pair.tiny)
+    with pair.client() as client, Streams(pair.server, "tiny", NUM_STREAMS, LONG) as streams:
+        client.unload("tiny")
+        assert len(streams.open) == NUM_STREAMS
+        with pytest.raises(GenerateError):
+            client.complete("Once", model="tiny", max_tokens=4)
+        assert pair.engine(pair.tiny) == engine
+        streams.wait_whole()
+        wait_for(lambda: not pair.traces.engines(pair.tiny), "the engine has ended")
+        wait_for(lambda: "tiny" not in pair.server.stubs(), "its front ends have ended")
+        client.load("tiny")
+    assert pair.answers("tiny")
+
+
+def test_reload_lets_running_streams_end(pair: Pair) -> None:
+    """Triton brings up the new load beside the old one; the engines follow one another."""
+    engine = pair.engine(pair.tiny)
+    with pair.client() as client, Streams(pair.server, "tiny", NUM_STREAMS, LONG) as streams:
+        (pair.tiny / "model.json").write_text(json.dumps(ENGINE | {"max_model_len": 64}))
+        client.load("tiny")
+        streams.wait_whole()
+        answer = client.complete("Once", model="tiny", ignore_eos=True)
+        assert answer.num_output_tokens + answer.num_input_tokens == 64
+    wait_for(lambda: len(pair.traces.engines(pair.tiny)) == 1, "the old engine has ended")
+    assert pair.engine(pair.tiny) != engine
+    wait_for(lambda: len(pair.server.stubs()["tiny"]) == 2, "the old front ends have ended")
+    assert pair.answers("tiny")
+    (pair.tiny / "model.json").write_text(json.dumps(ENGINE))
+    with pair.client() as client:
+        client.load("tiny")
+
+
+def _unknown_key(version: Path) -> None:
+    (version / "model.json").write_text(json.dumps(ENGINE | {"max_sequences": 8}))
+
+
+def _bad_json(version: Path) -> None:
+    (version / "model.json").write_text('{"model": ".",')
+
+
+def _no_weights(version: Path) -> None:
+    (version / "model.safetensors").unlink()
+
+
+def _truncated_weights(version: Path) -> None:
+    weights = version / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+
+
+def _unknown_architecture(version: Path) -> None:
+    config = json.loads((version / "config.json").read_text())
+    config["architectures"] = ["AbacusForCausalLM"]
+    (version / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "sentence"),
+    [
+        (_unknown_key, "grpc", "unknown key 'max_sequences'; known keys are model, tokenizer,"),
+        (_bad_json, "http", "model.json: not valid JSON"),
+        (_no_weights, "http", "neither model.safetensors nor model.safetensors.index.json"),
+        (_truncated_weights, "grpc", "model.safetensors: not a complete safetensors file"),
+        (_unknown_architecture, "http", "AbacusForCausalLM.*supported are LlamaForCausalLM, "),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_says_why(
+    pair: Pair, spoil: Callable[[Path], None], kind: str, sentence: str
+) -> None:
+    name = spoil.__name__.strip("_")
+    version = write_model(pair.repository, name, 1)
+    spoil(version)
+    try:
+        with Streams(pair.server, "tiny", 2, LONG) as others, pair.client(kind) as client:
+            with pytest.raises(GenerateError, match=sentence):
+                client.load(name)
+            (entry,) = [e for e in client.index() if e["name"] == name]
+            assert entry["state"] == "UNAVAILABLE"
+            assert not client.is_ready(name)
+            others.wait_whole()
+        wait_for(lambda: not pair.traces.engines(version), "no engine of it is left")
+        wait_for(lambda: name not in pair.server.stubs(), "no front end of it is left")
+    finally:
+        shutil.rmtree(pair.repository / name)
+
+
+def test_a_killed_engine_ends_streams_at_once_and_comes_back(pair: Pair) -> None:
+    old, start = pair.engine(pair.tiny), pair.server.log_size()
+    with Streams(pair.server, "tiny", NUM_STREAMS, LONG) as streams:
+        os.kill(old, signal.SIGKILL)
+        killed = time.monotonic()
+        streams.wait()
+        assert streams.failed == streams.all
+        for stream in streams.all:
+            assert stream.ended_at is not None and stream.ended_at - killed < 2.0
+            assert "the engine process died" in str(stream.error)
+            assert "it is being restarted" in str(stream.error)
+    for i in range(NUM_STREAMS):  # the status code, which a stream of errors does not show
+        assert f"request 'stream-{i}': unavailable: " in pair.server.log(start)
+    wait_for(lambda: pair.answers("tiny"), "both front ends answer again")
+    assert pair.engine(pair.tiny) != old
+    assert len(pair.server.stubs()["tiny"]) == 2
+    assert "a front end of model" not in pair.server.log(start)  # no reload was needed
+    pair.server.wait_idle("tiny")
+
+
+@pytest.fixture(scope="module")
+def doomed(
+    tmp_path_factory: pytest.TempPathFactory, serve_for: Callable[[ExitStack], Any]
+) -> Iterator[Pair]:
+    """Another one, to be left in a state in which tritonserver no longer stops by itself."""
+    with ExitStack() as stack:
+        traces = Traces().begin()
+        stack.callback(traces.end)
+        yield Pair(tmp_path_factory.mktemp("doomed"), traces, serve_for(stack))
+
+
+def test_a_killed_front_end_costs_its_own_streams_alone(doomed: Pair) -> None:
+    server, old = doomed.server, doomed.engine(doomed.tiny)
+    victim, survivor = sorted(server.stubs()["tiny"])
+    start = server.log_size()
+    with Streams(server, "tiny", NUM_STREAMS, LONG) as streams:
+        os.kill(victim.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        # The engine has dropped the dead one's sequences, and with them their pages.
+        share = NUM_STREAMS // 2
+        running = lambda: server.metric("num_requests_running", "tiny")  # noqa: E731
+        wait_for(lambda: running() == share, "the others are being computed", 2.0)
+        noticed = "a front end of model tiny died; loading the model anew"
+        wait_for(lambda: noticed in server.log(start), "gllm serve has noticed", 2.0)
+        assert time.monotonic() - killed < 2.0
+        wait_for(lambda: len(streams.open) == share, "the others have ended")
+        assert len(streams.whole) == share and not streams.failed
+        wait_for(lambda: "model tiny is back" in server.log(start), "the model is back")
+        assert doomed.answers("tiny")
+    engine = doomed.engine(doomed.tiny)  # the only one: the old load's has ended
+    assert engine != old
+    serving = server.stubs()["tiny"] - {survivor}
+    assert len(serving) == 2 and victim not in serving
+    assert doomed.answers("quick")
+    server.wait_idle("tiny")
+
+
+def test_sigkill_of_gllm_serve_ends_everything(doomed: Pair) -> None:
+    """Also what a killed front end has left behind."""
+    assert len(doomed.traces.processes()) >= 6  # gllm serve, tritonserver, 2 engines, stubs
+    doomed.server.process.kill()
+    wait_gone(doomed.traces, 5.0)
+    left = doomed.traces.directory / f"gllm-{os.getuid()}"
+    assert not list(left.iterdir())
