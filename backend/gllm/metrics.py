@@ -27,7 +27,7 @@ FAMILIES = {
     "prefix_cache_queries_total": ("COUNTER", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits_total": ("COUNTER", "Prompt tokens found in the prefix cache."),
     "num_preemptions_total": ("COUNTER", "Sequences that lost their pages to others."),
-    "prompt_tokens_total": ("COUNTER", "Prompt tokens of accepted requests."),
+    "prompt_tokens_total": ("COUNTER", "Prompt tokens of ended requests that got a token."),
     "generation_tokens_total": ("COUNTER", "Tokens generated."),
     "request_success_total": ("COUNTER", "Sequences completed, by finish reason."),
     "request_cancellations_total": ("COUNTER", "Requests cancelled by their client."),

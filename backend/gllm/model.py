@@ -129,7 +129,6 @@ class TritonPythonModel:
         with self._lock:
             self._sequences |= {r.id: (stream, i) for i, r in enumerate(requests)}
         self.client.submit(requests)
-        self.metrics.count("prompt_tokens_total", len(ids))
         if stream.failure is not None:  # maybe before the engine could know of it
             self._forget(stream)
             self.client.abort([request.id for request in requests])
@@ -217,6 +216,7 @@ class TritonPythonModel:
     def _measure(self, stream: Stream) -> None:
         metrics, first, last = self.metrics, stream.first_token_at, stream.last_token_at
         if first is not None:
+            metrics.count("prompt_tokens_total", stream.num_prompt_tokens)
             metrics.observe("time_to_first_token_seconds", first - stream.began)
         if stream.error is not None and stream.error.status == "cancelled":
             metrics.count("request_cancellations_total")

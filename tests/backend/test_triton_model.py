@@ -646,22 +646,23 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
     with front_end(tmp_path) as (model, client):
         client.on_stats(Stats(running=1, prefix_queries=10, prefix_hits=4, preemptions=1, steps=3))
         one, two = request("abc"), request("de", sampling={"n": 2}, stream=True)
-        bad = request("")
-        model.execute([one, two, bad])
-        a, b, c = (r.id for r in client.submitted)
+        bad, long = request(""), request("x" * 100)
+        model.execute([one, two, bad, long])
+        a, b, c, d = (r.id for r in client.submitted)
+        client.say(d, "", Finish("error", status="invalid", message="too long"))
         client.say(a, "wxyz", LENGTH)
         client.say([b, c], "12", STOP)
         client.on_stats(Stats(prefix_queries=30, prefix_hits=14, preemptions=1, steps=9))
         client.on_lost("gone")
         client.on_stats(Stats(prefix_queries=5, prefix_hits=5, steps=1))
-        for given in (one, two, bad):
+        for given in (one, two, bad, long):
             given.record.wait()
     model_label = {"model": "m", "version": "1"}
     assert server.value("gllm:prompt_tokens_total", **model_label) == 5
     assert server.value("gllm:generation_tokens_total") == 8
     assert server.value("gllm:request_success_total", finished_reason="length") == 1
     assert server.value("gllm:request_success_total", finished_reason="stop") == 2
-    assert server.value("gllm:request_errors_total", status="invalid") == 1
+    assert server.value("gllm:request_errors_total", status="invalid") == 2
     assert server.value("gllm:prefix_cache_queries_total") == 35
     assert server.value("gllm:prefix_cache_hits_total") == 19
     assert server.value("gllm:num_preemptions_total") == 1

@@ -49,7 +49,7 @@ class Pair:
         self.repository, self.traces = repository, traces
         self.tiny = write_model(repository, "tiny", 2)
         self.quick = write_model(repository, "quick", 1, device="none")
-        self.server = serve(repository, "--exit-timeout=20")
+        self.server = serve(repository)
 
     def client(self, kind: str = "grpc") -> SyncClient | HttpClient:
         return self.server.http_client() if kind == "http" else self.server.client()
