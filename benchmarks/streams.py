@@ -16,6 +16,13 @@ from typing import Any
 
 from gllm_client import Client
 
+# Ask for the text and its token count, nothing else.
+LEAN = {
+    "return_token_ids": False,
+    "return_finish_reason": False,
+    "return_num_input_tokens": False,
+}
+
 
 async def stream_all(
     address: str, model: str, num_streams: int, sampling: dict[str, Any]
@@ -26,7 +33,7 @@ async def stream_all(
     async def one(client: Client, number: int) -> None:
         nonlocal tokens, responses
         prompt = f"{number}. First Citizen:\nBefore we proceed"
-        async for chunk in client.generate(prompt, return_token_ids=False, **sampling):
+        async for chunk in client.generate(prompt, **LEAN, **sampling):
             responses += 1
             tokens += chunk.num_output_tokens
 

@@ -155,7 +155,7 @@ def _prompt(
 
 
 def _sampling(sampling: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    given = {} if sampling is None else msgspec.to_builtins(sampling)
+    given: Any = {} if sampling is None else msgspec.to_builtins(sampling)
     if not isinstance(given, dict):
         raise ValueError(f"sampling: a mapping is expected, got {type(sampling).__name__}")
     twice = sorted(set(given) & set(fields))

@@ -376,7 +376,7 @@ class Supervisor:
         try:
             self._await(self._client.load, model)
         except GenerateError as error:
-            reason = str(error).strip().rstrip(";")
+            reason = str(error).partition("\n\nAt:")[0].strip().rstrip(";")  # no Python stack
             raise GenerateError(f"model {model} cannot be loaded: {reason}") from None
 
     def _watch(self) -> None:

@@ -140,7 +140,11 @@ class TritonPythonModel:
             if not ids:
                 raise InvalidField("text_input", "the prompt has no tokens, at least one is needed")
             return ids, text
-        ids = parsed.prompt if parsed.kind == "input_ids" else self.tokenizer.chat(parsed.prompt)
+        if parsed.kind == "input_ids":  # before anything remembers how they are spelled
+            ids = parsed.prompt
+            _check_ids("input_ids", ids, self.client.info.vocab_size)
+        else:
+            ids = self.tokenizer.chat(parsed.prompt)
         return ids, self.tokenizer.decode(ids) if parsed.prepend_prompt else ""
 
     # ------------------------------------------------------------ the client's thread

@@ -143,7 +143,7 @@ class Engine:
         elif len(self._compiling) >= self._max_waiting:
             constraint.cancel()
             waiting = len(self._compiling)
-            self._refuse(key, "unavailable", f"The queue is full: {waiting} grammars are waiting.")
+            self._refuse(key, "unavailable", f"the queue is full: {waiting} grammars are waiting")
         else:
             self._compiling[key] = request, constraint
 

@@ -109,7 +109,7 @@ class Tokenizer:
         return self._inner.to_str()
 
     def _spell(self, spell: Callable[[str], bytes], id: int) -> bytes:
-        token = self._inner.id_to_token(id)
+        token = self._inner.id_to_token(id) if 0 <= id < 2**32 else None  # it takes no others
         return b"" if token is None else spell(token)
 
 

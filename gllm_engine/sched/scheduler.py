@@ -112,22 +112,23 @@ class Scheduler:
             raise ValueError(f"sequence {sequence.key!r} was added before")
         length, wanted = sequence.prompt_len, self._wanted(sequence)
         if not length:
-            raise Refused("invalid", "The prompt is empty.")
+            raise Refused("invalid", "prompt: it is empty, at least one token is needed")
         if length >= self._max_model_len:
             raise Refused(
                 "invalid",
-                f"The prompt has {length} tokens, which leaves no room for output: prompt and "
-                f"output together are limited to {self._max_model_len} tokens.",
+                f"prompt: its {length} tokens leave no room for output; prompt and output together "
+                f"are limited to {self._max_model_len} tokens (max_model_len)",
             )
         if min(length + 1, wanted - 1) > self._capacity:  # the last token is never computed
             raise Refused(
                 "invalid",
-                f"The prompt has {length} tokens and does not fit the KV cache, which holds "
-                f"{self._capacity} tokens.",
+                f"prompt: its {length} tokens do not fit the KV cache, which holds "
+                f"{self._capacity} tokens",
             )
         if len(self._waiting) >= self._max_waiting:
             raise Refused(
-                "unavailable", f"The queue is full: {len(self._waiting)} requests are waiting."
+                "unavailable",
+                f"the queue is full: {len(self._waiting)} requests are waiting (max_waiting)",
             )
         self._arrivals += 1
         sampling = sequence.sampling

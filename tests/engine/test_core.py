@@ -158,14 +158,14 @@ def test_logprobs_come_with_their_tokens(make):
 @pytest.mark.parametrize(
     ("prompt", "sampling", "bad_words", "sentence"),
     [
-        ([], {}, (), "The prompt is empty."),
+        ([], {}, (), "prompt: it is empty, at least one token is needed"),
         ([3, VOCAB], {}, (), "input_ids: token id 384 is outside [0, 383]"),
         ([-1], {}, (), "input_ids: token id -1 is outside [0, 383]"),
         ([3], {"stop_token_ids": (5, 999)}, (), "stop_token_ids: token id 999 is outside [0, 383]"),
         ([3], {"logit_bias": {-7: 1.0}}, (), "logit_bias: token id -7 is outside [0, 383]"),
         ([3], {}, ((4, 500),), "bad_words: token id 500 is outside [0, 383]"),
         ([3] * 256, {}, (), "limited to 256 tokens"),
-        ([3] * 100, {}, (), "does not fit the KV cache"),
+        ([3] * 100, {}, (), "do not fit the KV cache"),
         (
             [3],
             {"structured_outputs": StructuredOutputs(regex="((")},

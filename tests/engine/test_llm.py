@@ -193,13 +193,15 @@ def test_end_of_sequence_and_stop_tokens(load):
 
 def test_errors_of_one_prompt_lose_no_other(load):
     llm = load()
-    prompts = ["Hello", [5, 100_000], [], "a" * 3000, "bad \ud800", [5, 6, 7]]
+    prompts = ["Hello", [5, 100_000], [], "a" * 3000, "bad \ud800", [5, 6, 7], [5, -1], [2**40]]
     outputs = llm.generate(prompts, GREEDY)
     errors = [output.error for output in outputs]
     assert errors[0] is None and errors[5] is None
     assert errors[1] == "input_ids: token id 100000 is outside [0, 383]"
-    assert errors[2] == "The prompt is empty."
+    assert errors[2] == "prompt: it is empty, at least one token is needed"
     assert "limited to 512 tokens" in errors[3]
+    assert errors[6] == "input_ids: token id -1 is outside [0, 383]"
+    assert errors[7] == f"input_ids: token id {2**40} is outside [0, 383]"
     assert errors[4] == "prompt: holds a lone surrogate"
     assert all(output.finished for output in outputs)
     assert len(outputs[0].outputs[0].token_ids) == len(outputs[5].outputs[0].token_ids) == 24

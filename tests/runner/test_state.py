@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gllm_engine.runner.state import Additions, State, TokenCounts
+from gllm_engine.runner.sampler import sample
+from gllm_engine.runner.state import Additions, PlanError, State, TokenCounts
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import Grown, NewSequence
 
@@ -61,9 +62,21 @@ def test_a_new_owner_empties_the_page_table():
     new = [NewSequence(1, 0, 1, SamplingParams(), [])]
     state.apply(new, [Grown(1, 0, [8, 9]), Grown(1, 2, [5])])
     assert state.page_table.tolist() == [[0] * 4, [8, 9, 5, 0], [0] * 4]
+    state.lengths[1] = 33
+    state.lengths_cpu[1] = 33
     state.apply(new, [Grown(1, 0, [3])])
     assert state.page_table[1].tolist() == [3, 0, 0, 0]
-    assert (state.num_pages_cpu[1], state.lengths_cpu[1]) == (1, 0)
+    assert (state.num_pages_cpu[1], state.lengths_cpu[1], state.lengths[1].item()) == (1, 0, 0)
+
+
+def test_a_mask_that_allows_only_what_is_beyond_the_vocabulary_allows_nothing():
+    state = State(1, 4, 16, 50, (), CPU)
+    state.apply([NewSequence(0, 0, 1, SamplingParams(), [])], [])
+    slots_cpu, slots = np.array([0]), torch.tensor([0])
+    with pytest.raises(PlanError, match="slot 0: its token mask allows no token"):
+        state.sampling_batch(slots_cpu, slots, {0: bytes(6) + b"\xfc" + b"\xff" * 9})
+    batch = state.sampling_batch(slots_cpu, slots, {0: bytes(6) + b"\xfe"})
+    assert sample(torch.zeros(1, 50), batch).tolist() == [49]
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(0, 50), (-1, 50), (7, 7), (10**9, 50)])

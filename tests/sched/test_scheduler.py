@@ -166,8 +166,8 @@ def test_a_preempted_sequence_waits_for_its_tokens_in_flight() -> None:
     ("prompt_len", "sampling", "status", "message"),
     [
         (0, {}, "invalid", "empty"),
-        (200, {}, "invalid", "has 200 tokens.* limited to 200 tokens"),
-        (40, {}, "invalid", "has 40 tokens and does not fit the KV cache, which holds 40 tokens"),
+        (200, {}, "invalid", "its 200 tokens.* limited to 200 tokens"),
+        (40, {}, "invalid", "its 40 tokens do not fit the KV cache, which holds 40 tokens"),
         (41, {"max_tokens": 1}, "invalid", "holds 40 tokens"),
     ],
 )
