@@ -178,9 +178,13 @@ def _json(name: str, text: str) -> Any:
 
 
 def _parameters(request: Any) -> dict[str, Any]:
-    # Keys that begin with triton_ are Triton's own and say nothing about sampling.
+    # Keys that begin with triton_ are Triton's own and say nothing about sampling. So is the "id"
+    # of a generate body: Triton makes it the request's id and passes it on as a parameter too.
     parameters = _json("parameters", request.parameters() or "{}")
-    return {key: value for key, value in parameters.items() if not key.startswith("triton_")}
+    own = {key for key in parameters if key.startswith("triton_")}
+    if parameters.get("id") == request.request_id():
+        own.add("id")
+    return {key: value for key, value in parameters.items() if key not in own}
 
 
 def _timeout(request: Any, parameter: Any) -> int | None:

@@ -191,13 +191,17 @@ def test_a_model_that_fails_to_load(tmp_path: Path) -> None:
 def test_errors_of_the_server_are_generate_errors(serve: Serve) -> None:
     assert serve.ready().startswith("ready")
     http, grpc, _ = serve.ports
-    with SyncClient(f"127.0.0.1:{grpc}", with_status=True) as client:
+    with HttpClient(f"127.0.0.1:{http}") as client:
         with pytest.raises(GenerateError, match="unknown model") as caught:
             client.complete("x", model="nope")
         assert caught.value.status == "NOT_FOUND"
-        with pytest.raises(GenerateError, match="unexpected inference input"):
+    with SyncClient(f"127.0.0.1:{grpc}") as client:
+        with pytest.raises(GenerateError, match="unknown model"):
+            client.complete("x", model="nope")
+        with pytest.raises(GenerateError, match="expected number of inputs"):
             client.complete("x", model="echo", return_logprobs=True)
         client.unload("echo")
         assert wait_for(lambda: client.index()[0]["state"] == "UNAVAILABLE", 10)
         client.load("echo")
+        assert client.num_stubs("echo") == 2
     assert serve.echo("back") == "back"

@@ -5,13 +5,17 @@ A failed test's report carries what its servers said during it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live import SHIPPED, Server
+from live import MODEL, SHIPPED, Server
+
+from gllm_engine import LLM
+from gllm_engine.model.tiny import write_tiny_model
 
 Serve = Callable[..., Server]
 _SERVERS = pytest.StashKey[dict[Server, int]]()  # servers alive -> log size when a test began
@@ -67,6 +71,35 @@ def serve(serve_for: Callable[[ExitStack], Serve]) -> Iterator[Serve]:
     """`serve(repository, *flags) -> Server`, ready; all are stopped when the test ends."""
     with ExitStack() as stack:
         yield serve_for(stack)
+
+
+@pytest.fixture(scope="session")
+def narrow(
+    tmp_path_factory: pytest.TempPathFactory, serve_for: Callable[[ExitStack], Serve]
+) -> Iterator[Server]:
+    """A server of the tiny model `narrow`: one runs, two wait, 16,384 tokens fit its KV pool.
+
+    Its 16,000 tokens take some ten seconds, and each is a response of its own.
+    """
+    repository = tmp_path_factory.mktemp("repository")
+    checkpoint = repository / "narrow/1"
+    write_tiny_model(checkpoint, "Qwen3ForCausalLM", seed=1, max_position_embeddings=32768)
+    engine = {"model": ".", "max_num_seqs": 1, "max_waiting": 2, "num_pages": 1024}
+    (checkpoint / "model.json").write_text(json.dumps(engine))
+    (repository / "narrow/config.pbtxt").write_text(
+        'backend: "gllm"\n'
+        "instance_group [{ count: 1 kind: KIND_MODEL }]\n"
+        'parameters { key: "coalesce" value { string_value: "false" } }\n'
+    )
+    with ExitStack() as stack:
+        yield serve_for(stack)(repository)
+
+
+@pytest.fixture(scope="session")
+def offline() -> Iterator[LLM]:
+    """The shipped model in this process: what every answer is compared with."""
+    with LLM(model=str(SHIPPED / MODEL / "1")) as llm:
+        yield llm
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gllm_client import HttpClient, SyncClient, read_metrics
-from gllm_client.serve import ProcessRow, descendants, find_stubs
+from gllm_client.serve import ProcessRow, descendants, find_stubs, process_table
 
 SHIPPED = Path(__file__).parents[2] / "model_repository"
 MODEL = "shakespeare"
@@ -105,6 +105,10 @@ class Server:
         """The front ends that live, by model."""
         return find_stubs(self.triton_pid)
 
+    def address(self, scheme: str) -> str:
+        """host:port by scheme, grpc or http."""
+        return {"grpc": self.grpc, "http": self.http}[scheme]
+
     def client(self, model: str = MODEL, *, with_status: bool = False) -> SyncClient:
         """A blocking gRPC client; close it, or use it in a with statement."""
         return SyncClient(self.grpc, model, with_status=with_status)
@@ -156,8 +160,6 @@ class Server:
 
 def _still_running(family: set[ProcessRow], patience_s: float = 5.0) -> list[ProcessRow]:
     """Those of `family` that have not ended by themselves after a while."""
-    from gllm_client.serve import process_table
-
     end = time.monotonic() + patience_s
     while True:
         rows = process_table()
