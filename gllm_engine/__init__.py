@@ -37,6 +37,7 @@ _HOME = {
     "EngineClient": "engine.client",
     "EngineError": "engine.client",
     "EngineUnavailable": "engine.client",
+    "end_with_parent": "engine.attach",
     "front_ends": "engine.attach",
     "LLM": "engine.llm",
     "RequestFailed": "engine.llm",

@@ -50,8 +50,16 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start or join the engine. Raises with a sentence when the model cannot be served."""
-        from gllm_engine import EngineClient, EngineUnavailable, Tokenizer, read_config
+        from gllm_engine import (
+            EngineClient,
+            EngineUnavailable,
+            Tokenizer,
+            end_with_parent,
+            read_config,
+        )
 
+        # A stub whose server was killed hangs in its next call to it.
+        end_with_parent()
         self._unavailable = EngineUnavailable
         name, version = args["model_name"], args["model_version"]
         threads, coalesce = _parameters(json.loads(args["model_config"]))

@@ -228,6 +228,32 @@ def front_ends(owner_pid: int) -> list[FrontEnd]:
     return found
 
 
+def end_with(owner: Process, last: Callable[[], None]) -> None:
+    """End this process, whatever it is doing, as soon as `owner` has ended; after calling `last`.
+
+    By a thread of its own, which alone can end a process whose other threads wait for the dead.
+    """
+    try:
+        pidfd = os.pidfd_open(owner.pid)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        _ended(pidfd, None)
+        last()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """For a front end: end this process as soon as its parent, tritonserver, has ended."""
+    parent = Process.of(os.getppid())
+    if parent is None:
+        os._exit(1)
+    end_with(parent, lambda: None)
+
+
 def sweep() -> None:
     """Remove what owners that no longer live have left in the private directory."""
     for path in _root().iterdir():
@@ -313,10 +339,10 @@ def _retire(engine: Process | None, patience_s: float) -> None:
         os.close(pidfd)
 
 
-def _ended(pidfd: int, timeout_s: float) -> bool:
+def _ended(pidfd: int, timeout_s: float | None) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:

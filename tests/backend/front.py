@@ -117,7 +117,11 @@ def front_end(
         "model_config": json.dumps({"parameters": given}),
     }
     interval = sys.getswitchinterval()
-    names = {"EngineClient": HandClient, "Tokenizer": ByteTokenizer}
+    names = {
+        "EngineClient": HandClient,
+        "Tokenizer": ByteTokenizer,
+        "end_with_parent": lambda: None,  # the parent is not a tritonserver here
+    }
     with mock.patch.multiple(gllm_engine, create=True, **names):
         model = TritonPythonModel()
         model.initialize(args)

@@ -110,6 +110,11 @@ def test_parameters_are_the_sampling_parameters_without_the_tensor() -> None:
     assert parsed.timeout_us == 1000
 
 
+def test_the_id_of_a_generate_body_is_no_sampling_parameter() -> None:
+    assert parse_request(request("a", request_id="r7", parameters={"id": "r7"})).prompt == "a"
+    assert refused(request("a", request_id="r7", parameters={"id": "r8"})).startswith("id: unknown")
+
+
 def test_parameters_are_merged_with_the_tensor() -> None:
     parsed = parse_request(request(sampling={"max_tokens": 5}, parameters={"seed": 3}))
     assert (parsed.sampling.max_tokens, parsed.sampling.seed) == (5, 3)

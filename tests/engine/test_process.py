@@ -7,32 +7,42 @@ threads of this process or, where one must die, processes that run this file.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from gllm_engine import (
     EngineClient,
     EngineError,
     EngineUnavailable,
+    ModelInfo,
+    Outputs,
     Request,
     SamplingParams,
+    Stats,
     front_ends,
     make_config,
     write_tiny_model,
 )
-from gllm_engine.engine.attach import Process, _root
+from gllm_engine.engine import wire
+from gllm_engine.engine.attach import Process, _root, detach
+from gllm_engine.engine.server import EngineServer
 
 WAIT_S = 30.0
 DRAIN_S = 1.0
+LONG = 5_000_000  # tokens in a message that is not sent in no time
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +246,47 @@ def test_sigterm_lets_work_end_first(model: str, owner: int) -> None:
     front.client.close()
 
 
+def test_what_an_engine_said_last_is_heard(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/socket"
+    with subprocess.Popen([sys.executable, __file__, address]) as engine, zmq.Context() as context:
+        with context.socket(zmq.DEALER) as socket:
+            socket.connect(address)
+            socket.send_multipart(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid())))
+            assert isinstance(wire.decode(socket.recv_multipart()), wire.Welcome)
+            engine.wait(WAIT_S)
+            assert socket.poll(1000)
+            assert len(wire.decode(socket.recv_multipart()).ids) == LONG
+
+
+def test_a_message_that_cannot_be_sent_harms_nobody(model: str, owner: int) -> None:
+    front = Front(model, owner)
+    with pytest.raises(UnicodeEncodeError):
+        front.client.submit([Request(1, [3], SamplingParams(cache_salt="\ud800"), 7)])
+    assert len(front.generate(2)) == 5
+    front.client.close()
+
+
+def test_close_does_not_wait_for_an_engine_that_is_being_restarted(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gllm_engine.engine.client.detach", partial(detach, patience_s=0.2))
+    front = Front(model, owner)
+    record = front.client._attached.directory.parent / "record.json"
+    old = front.engine
+    os.kill(old.pid, signal.SIGKILL)
+
+    def engine() -> Process:
+        return Process(**json.loads(record.read_bytes())["engine"])
+
+    until(lambda: engine() != old)
+    os.kill(engine().pid, signal.SIGSTOP)  # it never says that it is ready
+    closing = threading.Thread(target=front.client.close, daemon=True)
+    closing.start()
+    closing.join(timeout=WAIT_S / 2)
+    assert not closing.is_alive()
+    assert not engine().alive
+
+
 def test_a_model_that_cannot_load_says_why(tmp_path: Path, owner: int) -> None:
     write_tiny_model(tmp_path, "Qwen3ForCausalLM")
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
@@ -281,5 +332,27 @@ def _run_as_front_end(model: str, owner: int, instance: str) -> None:
     time.sleep(600)
 
 
+class _LastWords:
+    """An engine that has one long message for its front end, and then no work."""
+
+    info = ModelInfo(10, 10, 10, 16, ())
+    has_work = True
+
+    def step(self) -> dict[bytes, Outputs]:
+        if not server.front_ends:
+            return {}
+        self.has_work = False
+        return dict.fromkeys(server.front_ends, Outputs([0] * LONG, [0] * LONG))
+
+    def stats(self) -> Stats:
+        return Stats()
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        server = EngineServer(_LastWords(), sys.argv[1])  # type: ignore[arg-type]
+        server.draining = True
+        server.run()
+        server.close()
+        os._exit(0)
     _run_as_front_end(sys.argv[1], int(sys.argv[2]), sys.argv[3])
