@@ -109,6 +109,9 @@ class SyncClient:
         )
         try:
             for response in call:
+                if _is_last(response):
+                    for _ in call:  # to the stream's own end, see _is_last
+                        continue
                 yield _chunk(response)
         except grpc.RpcError as error:
             raise _refusal(error, timeout) from None
@@ -217,6 +220,9 @@ class Client:
         call = self._stub.ModelStreamInfer([request], timeout=timeout, metadata=self._metadata)
         try:
             async for response in call:
+                if _is_last(response):
+                    async for _ in call:  # to the stream's own end, see _is_last
+                        continue
                 yield _chunk(response)
         except grpc.RpcError as error:
             raise _refusal(error, timeout) from None
@@ -252,6 +258,18 @@ def _request(model: str, request_id: str, inputs: dict[str, Value]) -> pb.ModelI
             tensor.datatype = "INT32"
             tensor.contents.int_contents.extend(values)
     return request
+
+
+def _is_last(response: pb.ModelStreamInferResponse) -> bool:
+    """Whether no other response follows: Triton ends the stream by itself then.
+
+    That end is waited for, because a stream cancelled between its last response and its end can
+    leave tritonserver with a request it never lets go of: the model can then not be unloaded, and
+    the server not be stopped but by its exit timeout (seen with 2.51).
+    """
+    if response.error_message:
+        return True
+    return response.infer_response.parameters["triton_final_response"].bool_param
 
 
 def _chunk(response: pb.ModelStreamInferResponse) -> Chunk:

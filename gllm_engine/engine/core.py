@@ -21,7 +21,7 @@ import torch
 
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.engine.constraints import Constraint, Grammars
-from gllm_engine.model import load_model
+from gllm_engine.model import best_device, load_model
 from gllm_engine.runner import InstantRunner, Runner
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
@@ -317,9 +317,7 @@ class Engine:
 def _load_runner(config: EngineConfig, spec: Model) -> StepRunner:
     if config.device == "none":
         return InstantRunner(spec.vocab, config.num_pages)
-    device = torch.device(
-        "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
-    )
+    device = best_device() if config.device == "auto" else torch.device(config.device)
     path, max_model_len = Path(config.model), config.max_model_len or spec.max_len
     dtype = _dtype(config, device)
     decoder = load_model(path, spec, dtype=dtype, device=device, max_model_len=max_model_len)

@@ -12,9 +12,15 @@ import torch
 from gllm_engine.ops import reference
 from gllm_engine.ops.batch import Batch
 
-__all__ = ["Batch", "select_ops"]
+__all__ = ["Batch", "best_device", "select_ops"]
 
 _BY_DEVICE: dict[str, ModuleType] = {"cpu": reference}
+
+
+def best_device() -> torch.device:
+    """The fastest device that is there and has operations."""
+    fast = "cuda" in _BY_DEVICE and torch.cuda.is_available()
+    return torch.device("cuda" if fast else "cpu")
 
 
 def select_ops(device: torch.device) -> ModuleType:

@@ -122,7 +122,7 @@ class Watch:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        server.wait_idle(MODEL)
+        server.settle(MODEL)
         self._before = {name: self._now(name) for name in ("cancellations", "errors")}
         self._tokens = self._now("tokens")
 
@@ -255,7 +255,7 @@ def test_a_cancellation_is_logged_with_the_requests_id(narrow: Server) -> None:
 
 def test_many_leave_at_once(server: Server) -> None:
     """The shipped model, on two front ends: of 40 streams every second one is cancelled."""
-    server.wait_idle()
+    server.settle()
     before = server.metric("request_cancellations_total")
     fields = sampled(max_tokens=900, ignore_eos=True, temperature=0)
     leavers = [GrpcStream(server) for _ in range(20)]

@@ -26,7 +26,7 @@ def cases(count: int) -> list[tuple[str, dict[str, Any]]]:
             {
                 "temperature": 0.0 if i % 2 else 0.8,
                 "seed": 1000 + i,
-                "max_tokens": 6 + i % 13,
+                "max_tokens": 4 + i % 7,
                 "ignore_eos": True,
             },
         )
@@ -34,13 +34,19 @@ def cases(count: int) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def alone(offline: LLM, prompt: str, fields: dict[str, Any]) -> tuple[str, list[int]]:
-    """What the offline engine makes of one prompt while it has nothing else to do."""
-    output = offline.generate([prompt], SamplingParams(**fields))[0].outputs[0]
-    return output.text, output.token_ids
+@pytest.fixture(scope="module")
+def alone(offline: LLM) -> list[tuple[str, list[int]]]:
+    """What the offline engine makes of each while it has nothing else to do."""
+    answers = []
+    for prompt, fields in cases(64):
+        output = offline.generate([prompt], SamplingParams(**fields))[0].outputs[0]
+        answers.append((output.text, output.token_ids))
+    return answers
 
 
-def test_64_grpc_streams_each_as_if_it_were_alone(server: Server, offline: LLM) -> None:
+def test_64_grpc_streams_each_as_if_it_were_alone(
+    server: Server, alone: list[tuple[str, list[int]]]
+) -> None:
     asked = cases(64)
 
     async def one(client: Client, prompt: str, fields: dict[str, Any]) -> list[Chunk]:
@@ -51,8 +57,7 @@ def test_64_grpc_streams_each_as_if_it_were_alone(server: Server, offline: LLM) 
             return await asyncio.gather(*(one(client, *case) for case in asked))
 
     answers = asyncio.run(run())
-    for (prompt, fields), chunks in zip(asked, answers, strict=True):
-        text, token_ids = alone(offline, prompt, fields)
+    for (_, fields), (text, token_ids), chunks in zip(asked, alone, answers, strict=True):
         assert sum(chunk.num_output_tokens for chunk in chunks) == fields["max_tokens"]
         assert [token for chunk in chunks for token in chunk.token_ids] == token_ids
         assert "".join(chunk.text for chunk in chunks) == text
@@ -61,7 +66,7 @@ def test_64_grpc_streams_each_as_if_it_were_alone(server: Server, offline: LLM) 
     server.wait_idle()
 
 
-def test_32_http_streams_lose_no_chunk(server: Server, offline: LLM) -> None:
+def test_32_http_streams_lose_no_chunk(server: Server, alone: list[tuple[str, list[int]]]) -> None:
     """Every chunk carries tokens, so none is lost when all tokens are there."""
     asked = cases(32)
 
@@ -72,8 +77,7 @@ def test_32_http_streams_lose_no_chunk(server: Server, offline: LLM) -> None:
 
     with ThreadPoolExecutor(len(asked)) as threads:
         answers = list(threads.map(one, asked))
-    for (prompt, fields), events in zip(asked, answers, strict=True):
-        text, token_ids = alone(offline, prompt, fields)
+    for (_, fields), (text, token_ids), events in zip(asked, alone[:32], answers, strict=True):
         counts = joined(events, "num_output_tokens")
         assert len(counts) == len(events) and min(counts) > 0
         assert sum(counts) == fields["max_tokens"]
@@ -119,7 +123,7 @@ def test_every_metric_is_there_and_labelled(server: Server) -> None:
 
 
 def test_known_work_is_counted_exactly(server: Server, offline: LLM) -> None:
-    server.wait_idle()
+    server.settle()
     counted = (
         *COUNTERS,
         *(f"{name}_count" for name in HISTOGRAMS),
@@ -154,14 +158,14 @@ def test_known_work_is_counted_exactly(server: Server, offline: LLM) -> None:
         return all(now[name] - before[name] == value for name, value in wanted.items())
 
     wait_for(is_counted, f"{wanted} more than {before}")
-    server.wait_idle()
+    server.settle()
     assert is_counted()  # and no more came
 
 
 def test_latencies_add_up(server: Server) -> None:
     """TTFT lies within the whole latency, and TPOT times tokens is about the rest."""
     sums = [f"{name}_sum" for name in HISTOGRAMS]
-    server.wait_idle()
+    server.settle()
     before = [server.metric(name) for name in sums]
     count = server.metric("e2e_request_latency_seconds_count")
     ask(server, {"text_input": "ROMEO:", "stream": True} | sampled(max_tokens=51, ignore_eos=True))
@@ -177,7 +181,7 @@ def test_a_second_prompt_comes_out_of_the_prefix_cache(server: Server, offline: 
     prompt = "Now is the winter of our discontent made glorious summer by this sun of York; " * 4
     length = len(offline.tokenizer.encode(prompt))
     fields = sampled(max_tokens=4, temperature=0, cache_salt="winter")
-    server.wait_idle()
+    server.settle()
     names = ("prefix_cache_queries_total", "prefix_cache_hits_total")
     before = [server.metric(name) for name in names]
     texts = [text_of(ask(server, {"text_input": prompt} | fields)) for _ in range(2)]

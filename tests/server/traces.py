@@ -71,10 +71,14 @@ class Traces:
     def stubs(self) -> list[int]:
         return [pid for pid, command in self.processes().items() if Path(command[0]).name == STUB]
 
+    @property
+    def private(self) -> Path:
+        """The directory under which engines keep what is theirs; it may stay once it is empty."""
+        return self.directory / f"gllm-{os.getuid()}"
+
     def files(self) -> list[Path]:
-        """All in the temporary directory but the private root, which may stay once it is empty."""
-        root = self.directory / f"gllm-{os.getuid()}"
-        return [path for path in self.directory.rglob("*") if path != root]
+        """All in the temporary directory but `private` itself."""
+        return [path for path in self.directory.rglob("*") if path != self.private]
 
 
 def regions(pid: int, shm: Path = SHM) -> list[Path]:
