@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -150,7 +150,8 @@ def parse_sampling(values: dict[str, Any]) -> SamplingParams:
     """Build SamplingParams from loosely typed values (JSON, request parameters).
 
     Numbers and booleans may come as strings ("temperature": "0"); lists as one string or as JSON
-    text. Raises InvalidField naming the field for an unknown key, a wrong type, or a value out
+    text. None (JSON null) is a value where a field has it (max_tokens: no limit), else not given.
+    Raises InvalidField naming the field for an unknown key, a wrong type, or a value out
     of range.
     """
     known = SamplingParams.__struct_fields__
@@ -159,7 +160,7 @@ def parse_sampling(values: dict[str, Any]) -> SamplingParams:
         if key not in known:
             problem = f"unknown sampling parameter; known are {', '.join(known)}"
             raise InvalidField(_shorten(key), problem)
-        if value is None:  # JSON null is "not given", as in vLLM
+        if value is None and key not in _NULLABLE:  # JSON null is "not given"
             continue
         converted[key] = _coerce(key, value)
     return SamplingParams(**converted)
@@ -210,5 +211,6 @@ def _shorten(text: str) -> str:
 
 
 _HINTS = get_type_hints(SamplingParams)
+_NULLABLE = {name for name, hint in _HINTS.items() if type(None) in get_args(hint)}
 _BOOLEANS = {name for name, hint in _HINTS.items() if hint is bool}
 _INTEGERS = {name for name, hint in _HINTS.items() if hint in (int, int | None)}

@@ -80,9 +80,12 @@ def violations(part: str, names: set[str]) -> list[str]:
         top, _, rest = name.partition(".")
         if top == "gllm_engine":
             # "from gllm_engine import X" reaches a public name; anything deeper is a package.
-            inside = rest.split(".")[0] if (ROOT / "gllm_engine" / rest.split(".")[0]).exists() or (
-                ROOT / "gllm_engine" / f"{rest.split('.')[0]}.py"
-            ).exists() else ""
+            inside = (
+                rest.split(".")[0]
+                if (ROOT / "gllm_engine" / rest.split(".")[0]).exists()
+                or (ROOT / "gllm_engine" / f"{rest.split('.')[0]}.py").exists()
+                else ""
+            )
             if inside not in OURS[part]:
                 bad.append(name)
         elif top.startswith("gllm_"):

@@ -201,7 +201,7 @@ def detach(
             _ended(attached.pidfd, patience_s)
         if attached.child is not None:
             attached.child.wait()
-        _discard(attached.directory)
+        _remove(home)
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,28 @@ def _home(owner: Process, scope: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    with (home / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Alone with `home`, which the last front end removes: so it may have to be made again."""
+    path = home / "lock"
+    while True:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except (FileNotFoundError, FileExistsError):  # mkdir's, of a directory just moved away
+            continue
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # else it was removed while we waited for it
+                yield
+                return
+
+
+def _remove(home: Path) -> None:
+    """End the use of a locked directory. Moved first: it is another's as soon as it can be made."""
+    gone = Path(tempfile.mkdtemp(prefix=f"{home.name}.", dir=home.parent))
+    home.rename(gone)
+    _discard(gone)
+    with contextlib.suppress(OSError):  # there is another model's
+        home.parent.rmdir()
 
 
 def _read(home: Path, scope: str) -> Record:

@@ -206,6 +206,8 @@ class EngineClient:
             if socket is not None:
                 return attached, socket
             why = attached.why_it_died()
+            if attached.child is not None and not again:  # a failed load leaves nothing behind
+                detach(attached, self._instance, lambda: None)
             os.close(attached.pidfd)
             if attached.child is not None:
                 break

@@ -180,7 +180,7 @@ def _grammar(asked: StructuredOutputs) -> str:
     if asked.regex is not None:
         return LLMatcher.grammar_from_regex(asked.regex)
     if asked.choice is not None:
-        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in asked.choice)
+        choices = " | ".join(json.dumps(choice) for choice in asked.choice)
         return LLMatcher.grammar_from_lark(f"start: {choices}")
     assert asked.grammar is not None  # SamplingParams takes care of "exactly one"
     return LLMatcher.grammar_from_lark(asked.grammar)

@@ -236,8 +236,10 @@ class Engine:
                 self._launched.append(self._runner.launch(plan))
             if self._launched and (plan is None or len(self._launched) >= self._depth):
                 self._sort(self._scheduler.commit(self._launched.popleft().wait()))
-        except Exception as error:  # whatever a kernel or a worker raises
+        except BaseException as error:  # whatever a kernel or a worker raises
             self._fail(error)
+            if not isinstance(error, Exception):  # Ctrl-C: ours to survive, not to swallow
+                raise
         if self._constrained:
             self._fail_constrained()
         boxes, self._boxes = self._boxes, defaultdict(_Box)
@@ -263,7 +265,7 @@ class Engine:
             self._live.pop(sequence.key)
             self._constrained.pop(sequence.key, None)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Fail every live sequence after a step that raised, and begin anew."""
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()

@@ -126,6 +126,11 @@ def test_parameters_are_the_sampling_parameters_without_the_tensor() -> None:
     assert parsed.timeout_us == 1000
 
 
+def test_null_is_no_limit_where_there_is_one_and_else_the_default() -> None:
+    sampling = parse_request(request(sampling='{"max_tokens": null, "top_p": null}')).sampling
+    assert (sampling.max_tokens, sampling.top_p) == (None, 1.0)
+
+
 def test_the_id_of_a_generate_body_is_no_sampling_parameter() -> None:
     assert parse_request(request("a", request_id="r7", parameters={"id": "r7"})).prompt == "a"
     assert refused(request("a", request_id="r7", parameters={"id": "r8"})).startswith("id: unknown")

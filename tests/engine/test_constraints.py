@@ -95,7 +95,7 @@ def test_a_regex_is_matched(grammars, tokenizer, vocab_size, regex, seed):
 
 
 def test_choices_are_taken_literally(grammars, tokenizer, vocab_size):
-    choices = ("yes", "no", 'quo"te\\d', "new\nline\x01", "日本 🙂", "/slash/i")
+    choices = ("yes", "no", 'quo"te\\d', "new\nline\x01\x7f", "日本 🙂", "/slash/i")
     made = {walk(make(grammars, choice=choices), tokenizer, vocab_size, seed) for seed in range(40)}
     assert made <= set(choices) and len(made) > 2
 

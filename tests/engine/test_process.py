@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,12 @@ from gllm_engine import (
     write_tiny_model,
 )
 from gllm_engine.engine import wire
-from gllm_engine.engine.attach import Process, _root, detach
+from gllm_engine.engine.attach import Process, _locked, _remove, _root, detach
 from gllm_engine.engine.server import EngineServer
 
 WAIT_S = 30.0
 DRAIN_S = 1.0
-LONG = 5_000_000  # tokens in a message that is not sent in no time
+MANY, LONG = 2000, 20_000  # messages that are not sent in no time, and characters in each
 
 
 @pytest.fixture(scope="module")
@@ -250,12 +251,16 @@ def test_what_an_engine_said_last_is_heard(tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/socket"
     with subprocess.Popen([sys.executable, __file__, address]) as engine, zmq.Context() as context:
         with context.socket(zmq.DEALER) as socket:
+            socket.set(zmq.RCVHWM, 0)
             socket.connect(address)
             socket.send_multipart(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid())))
             assert isinstance(wire.decode(socket.recv_multipart()), wire.Welcome)
             engine.wait(WAIT_S)
-            assert socket.poll(1000)
-            assert len(wire.decode(socket.recv_multipart()).ids) == LONG
+            heard = 0
+            while socket.poll(1000):
+                message = wire.decode(socket.recv_multipart())
+                heard += isinstance(message, wire.Refusal)
+            assert heard == MANY
 
 
 def test_a_message_that_cannot_be_sent_harms_nobody(model: str, owner: int) -> None:
@@ -279,12 +284,14 @@ def test_close_does_not_wait_for_an_engine_that_is_being_restarted(
         return Process(**json.loads(record.read_bytes())["engine"])
 
     until(lambda: engine() != old)
-    os.kill(engine().pid, signal.SIGSTOP)  # it never says that it is ready
+    new = engine()
+    os.kill(new.pid, signal.SIGSTOP)  # it never says that it is ready
     closing = threading.Thread(target=front.client.close, daemon=True)
     closing.start()
     closing.join(timeout=WAIT_S / 2)
     assert not closing.is_alive()
-    assert not engine().alive
+    assert not new.alive
+    assert not record.parent.parent.exists()  # the last front end leaves nothing
 
 
 def test_a_model_that_cannot_load_says_why(tmp_path: Path, owner: int) -> None:
@@ -292,6 +299,24 @@ def test_a_model_that_cannot_load_says_why(tmp_path: Path, owner: int) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
     with pytest.raises(EngineError, match="NoSuchForCausalLM.*Qwen3ForCausalLM"):
         Front(str(tmp_path), owner)
+    assert not list(_root().glob(f"{owner}.*"))
+
+
+def test_whoever_waits_for_a_directory_that_is_removed_makes_it_again(tmp_path: Path) -> None:
+    home, inside = tmp_path / "owner" / "scope", 0
+
+    def come_and_go() -> None:
+        nonlocal inside
+        for _ in range(200):
+            with _locked(home):
+                inside += 1
+                assert inside == 1 and home.is_dir()
+                inside -= 1
+                _remove(home)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(come_and_go) for _ in range(4)]:
+            done.result(WAIT_S)
 
 
 def test_the_private_directory_is_refused_when_it_is_not_private(
@@ -333,16 +358,17 @@ def _run_as_front_end(model: str, owner: int, instance: str) -> None:
 
 
 class _LastWords:
-    """An engine that has one long message for its front end, and then no work."""
+    """An engine that has MANY long messages for its front end, and then no work."""
 
     info = ModelInfo(10, 10, 10, 16, ())
     has_work = True
 
     def step(self) -> dict[bytes, Outputs]:
-        if not server.front_ends:
-            return {}
-        self.has_work = False
-        return dict.fromkeys(server.front_ends, Outputs([0] * LONG, [0] * LONG))
+        for client in server.front_ends:
+            for _ in range(MANY):
+                server._send(client, wire.Refusal("x" * LONG))
+            self.has_work = False
+        return {}
 
     def stats(self) -> Stats:
         return Stats()

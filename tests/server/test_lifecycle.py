@@ -236,23 +236,25 @@ def test_a_killed_front_end_costs_its_own_streams_alone(doomed: Pair) -> None:
     stub that dies while it holds one of the locks it shares with tritonserver takes that along."""
     server, old = doomed.server, doomed.engine(doomed.tiny)
     victim, survivor = sorted(server.stubs()["tiny"])
-    start, share = server.log_size(), NUM_STREAMS // 2
-    with Streams(server, "tiny", NUM_STREAMS, LONG) as streams:
+    start = server.log_size()
+    running = lambda: server.metric("num_requests_running", "tiny")  # noqa: E731
+    with Streams(server, "tiny", NUM_STREAMS, 2 * LONG) as streams:
+        wait_for(lambda: running() == NUM_STREAMS, "the metrics know of all streams")
         os.kill(old, signal.SIGSTOP)
         streams.wait_still()
         os.kill(victim.pid, signal.SIGKILL)
         killed = time.monotonic()
         os.kill(old, signal.SIGCONT)
-        # The engine has dropped the dead one's sequences, and with them their pages.
-        running = lambda: server.metric("num_requests_running", "tiny")  # noqa: E731
-        wait_for(lambda: running() == share, "the others are being computed", 2.0)
+        # The engine drops the dead one's sequences, and with them their pages.
+        wait_for(lambda: running() != NUM_STREAMS, "the engine has dropped some", 2.0)
+        left = running()
         noticed = "a front end of model tiny died; loading the model anew"
         wait_for(lambda: noticed in server.log(start), "gllm serve has noticed", 2.0)
         assert time.monotonic() - killed < 2.0
-        wait_for(lambda: len(streams.open) == share, "the others have ended")
-        assert len(streams.whole) == share and not streams.failed
         wait_for(lambda: "model tiny is back" in server.log(start), "the model is back")
         assert doomed.answers("tiny")
+        assert 0 < len(streams.whole) == left < NUM_STREAMS
+        assert not streams.failed  # the rest hangs: tritonserver does not tell of a stub's death
     engine = doomed.engine(doomed.tiny)  # the only one: the old load's has ended
     assert engine != old
     serving = server.stubs()["tiny"] - {survivor}
@@ -265,5 +267,6 @@ def test_sigkill_of_gllm_serve_ends_everything(doomed: Pair) -> None:
     """Also what a killed front end has left behind."""
     assert len(doomed.traces.processes()) >= 6  # gllm serve, tritonserver, 2 engines, stubs
     doomed.server.process.kill()
+    doomed.server.process.wait()
     wait_gone(doomed.traces, 5.0)
     assert not list(doomed.traces.private.iterdir())

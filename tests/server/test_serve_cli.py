@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from live import WAIT_S, Server, free_ports, wait_for
+from live import WAIT_S, Server, free_ports
 from repository import write_model
 from streams import Streams
 from traces import Launched, Traces, regions, wait_gone
@@ -126,6 +126,7 @@ def test_sigkill_of_a_plain_tritonserver_leaves_no_orphan(
     assert len(traces.processes()) == 4
     with Streams(server, "quick", 2, max_tokens=8000):
         server.process.kill()
+        server.process.wait()
         wait_gone(traces, 5.0)
     assert not list(traces.private.iterdir())  # the engine has seen to it
     next_start(server)

@@ -124,4 +124,5 @@ class Launched(Server):
 
     def wait_ended(self, timeout_s: float) -> int:
         """Its exit status; AssertionError when it does not end by itself."""
-        return wait_for(lambda: self.process.poll(), "the command has ended", timeout_s)
+        wait_for(lambda: self.process.poll() is not None, "the command has ended", timeout_s)
+        return self.process.wait()
