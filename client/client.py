@@ -242,6 +242,13 @@ class Client:
         return bool(answer.ready)
 
 
+def _utf8(name: str, text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: not text that UTF-8 can say ({error.reason})") from None
+
+
 def _request(model: str, request_id: str, inputs: dict[str, Value]) -> pb.ModelInferRequest:
     """The message of one request; every tensor has one dimension."""
     request = pb.ModelInferRequest(model_name=model, id=request_id)
@@ -250,7 +257,7 @@ def _request(model: str, request_id: str, inputs: dict[str, Value]) -> pb.ModelI
         tensor = request.inputs.add(name=name, shape=[len(values)])
         if isinstance(values[0] if values else 0, str):
             tensor.datatype = "BYTES"
-            tensor.contents.bytes_contents.extend(text.encode("utf-8") for text in values)
+            tensor.contents.bytes_contents.extend(_utf8(name, text) for text in values)
         elif isinstance(value, bool):
             tensor.datatype = "BOOL"
             tensor.contents.bool_contents.append(value)

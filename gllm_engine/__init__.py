@@ -38,7 +38,6 @@ _HOME = {
     "EngineError": "engine.client",
     "EngineUnavailable": "engine.client",
     "end_with_parent": "engine.attach",
-    "front_ends": "engine.attach",
     "LLM": "engine.llm",
     "RequestFailed": "engine.llm",
     "RequestOutput": "engine.llm",

@@ -204,30 +204,6 @@ def detach(
         _remove(home)
 
 
-@dataclass(frozen=True)
-class FrontEnd:
-    """A front end on record, for whoever watches over them."""
-
-    scope: str
-    instance: str
-    process: Process
-
-
-def front_ends(owner_pid: int) -> list[FrontEnd]:
-    """Every front end on record under an owner. One whose process is not alive has crashed."""
-    owner = Process.of(owner_pid)
-    if owner is None:
-        return []
-    found = []
-    for path in _root().glob(f"{owner.pid}.{owner.start}/*/record.json"):
-        try:
-            record = msgspec.json.decode(path.read_bytes(), type=Record)
-        except FileNotFoundError:
-            continue
-        found += [FrontEnd(record.scope, name, p) for name, p in record.front_ends.items()]
-    return found
-
-
 def end_with(owner: Process, last: Callable[[], None]) -> None:
     """End this process, whatever it is doing, as soon as `owner` has ended; after calling `last`.
 
@@ -269,7 +245,8 @@ def discard_owner(owner: Process) -> None:
 
 def _root() -> Path:
     """A directory that only this user can enter; short, since socket paths hold 107 bytes."""
-    root = Path(tempfile.gettempdir()) / f"gllm-{os.getuid()}"
+    namespace = os.stat("/proc/self/ns/pid").st_ino  # pids mean nothing in another container
+    root = Path(tempfile.gettempdir()) / f"gllm-{os.getuid()}-{namespace}"
     root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()
     if root.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
@@ -367,9 +344,13 @@ def _ended(pidfd: int, timeout_s: float | None) -> bool:
 def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:
     directory.mkdir(mode=0o700)
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
+    # -P would say it shorter, from Python 3.11 on: what lies in the server's working directory must
+    # not be importable, so the engine works in its own, which holds no code.
     command = [sys.executable, "-m", "gllm_engine.engine.server", str(directory), str(owner.pid)]
     # A session of its own: Ctrl-C at the server's terminal must not end it before the streams do.
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command, cwd=directory, stdin=subprocess.DEVNULL, start_new_session=True
+    )
     # It may outlive this front end's interest in it, and must not stay a zombie then.
     threading.Thread(target=child.wait, name="engine-reaper", daemon=True).start()
     return child

@@ -82,7 +82,11 @@ class EngineServer:
                     client, *frames = self.socket.recv_multipart(zmq.DONTWAIT)
                 except zmq.Again:
                     break
-                self._handle(client, wire.decode(frames))
+                try:
+                    self._handle(client, wire.decode(frames))
+                except ValueError:  # one front end's nonsense must not end the others' engine
+                    log.exception("a front end sent what is not a message; it is dropped")
+                    self.engine.drop(client)
         for client, pidfd in list(self.front_ends.items()):
             if pidfd in events:
                 log.warning("a front end died; its sequences are dropped")

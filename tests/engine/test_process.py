@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
@@ -33,12 +34,11 @@ from gllm_engine import (
     Request,
     SamplingParams,
     Stats,
-    front_ends,
     make_config,
     write_tiny_model,
 )
 from gllm_engine.engine import wire
-from gllm_engine.engine.attach import Process, _locked, _remove, _root, detach
+from gllm_engine.engine.attach import Process, Record, _locked, _remove, _root, detach
 from gllm_engine.engine.server import EngineServer
 
 WAIT_S = 30.0
@@ -70,6 +70,15 @@ def running_elsewhere(model: str, owner: int, instance: str) -> Iterator[subproc
             yield process
         finally:
             process.kill()
+
+
+def front_ends(owner: int) -> dict[str, Process]:
+    """Those on record, by instance name."""
+    process = Process.of(owner)
+    assert process is not None
+    records = _root().glob(f"{process.pid}.{process.start}/*/record.json")
+    found = [msgspec.json.decode(path.read_bytes(), type=Record) for path in records]
+    return {name: front for record in found for name, front in record.front_ends.items()}
 
 
 class Front:
@@ -135,14 +144,14 @@ def test_generates_and_ends_with_its_only_front_end(model: str, owner: int) -> N
 def test_front_ends_share_one_engine_until_the_last_leaves(model: str, owner: int) -> None:
     a, b = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
     assert a.engine == b.engine
-    assert {f.instance for f in front_ends(owner)} == {"m_0_0", "m_0_1"}
+    assert front_ends(owner).keys() == {"m_0_0", "m_0_1"}
     assert len(a.generate(1)) == len(b.generate(1)) == 5  # ids are each front end's own
     a.client.close()
     assert a.engine.alive
     assert len(b.generate(2)) == 5
     b.client.close()
     assert not b.engine.alive
-    assert front_ends(owner) == []
+    assert front_ends(owner) == {}
 
 
 def test_statistics_go_to_one_front_end_and_start_at_zero(model: str, owner: int) -> None:
@@ -199,8 +208,7 @@ def test_a_front_end_that_dies_takes_only_its_own_sequences(model: str, owner: i
     until(lambda: ours.stats[-1].running == 0)
     assert ours.stats[-1].kv_usage == 0
     assert len(ours.generate(1)) == 5
-    crashed = [f for f in front_ends(owner) if not f.process.alive]
-    assert [f.instance for f in crashed] == ["m_0_1"]
+    assert [name for name, f in front_ends(owner).items() if not f.alive] == ["m_0_1"]
     ours.client.close()
     assert not ours.engine.alive
 
@@ -212,7 +220,7 @@ def test_a_reload_waits_for_running_work_and_gets_a_new_engine(model: str, owner
             assert time.monotonic() - start >= DRAIN_S  # the other's endless work was waited for
             assert older.stdout is not None and older.stdout.readline() == b"lost\n"
             assert older.stdout.readline() == b"stale: a newer load of this model is serving\n"
-            assert [f.process.pid for f in front_ends(owner)] == [newer.pid]
+            assert [f.pid for f in front_ends(owner).values()] == [newer.pid]
 
 
 def test_changed_files_mean_another_engine(tmp_path: Path, owner: int) -> None:

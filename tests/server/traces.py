@@ -74,7 +74,8 @@ class Traces:
     @property
     def private(self) -> Path:
         """The directory under which engines keep what is theirs; it may stay once it is empty."""
-        return self.directory / f"gllm-{os.getuid()}"
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        return self.directory / f"gllm-{os.getuid()}-{namespace}"
 
     def files(self) -> list[Path]:
         """All in the temporary directory but `private` itself."""
