@@ -5,16 +5,17 @@ Knows no models. `reference` is plain torch: the CPU backend, and the oracle of 
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
 
-from gllm_engine.ops import reference
 from gllm_engine.ops.batch import Batch
 
 __all__ = ["Batch", "select_ops"]
 
-_BY_DEVICE: dict[str, ModuleType] = {"cpu": reference}
+# Imported on demand: the kernels of a GPU are not installed where there is none.
+_BY_DEVICE = {"cpu": "reference", "cuda": "flashinfer"}
 
 
 def select_ops(device: torch.device) -> ModuleType:
@@ -24,4 +25,4 @@ def select_ops(device: torch.device) -> ModuleType:
     """
     if device.type not in _BY_DEVICE:
         raise ValueError(f"device {device} has no operations; supported: {', '.join(_BY_DEVICE)}")
-    return _BY_DEVICE[device.type]
+    return import_module(f"gllm_engine.ops.{_BY_DEVICE[device.type]}")
