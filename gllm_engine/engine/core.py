@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.constraints import Constraint, Grammars
-from gllm_engine.model import load_model
+from gllm_engine.model import load_model, make_dummy
 from gllm_engine.runner import InstantRunner, Runner
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
@@ -91,6 +91,7 @@ class Engine:
 
         `make_runner`: what to run plans with, in place of the model in `config.model`.
         """
+        config = settle(config, on_gpu=_device(config).type == "cuda")
         path = Path(config.model)
         spec = read_spec(path)
         max_model_len = config.max_model_len or spec.max_len
@@ -317,13 +318,20 @@ class Engine:
 def _load_runner(config: EngineConfig, spec: Model) -> StepRunner:
     if config.device == "none":
         return InstantRunner(spec.vocab, config.num_pages)
-    device = torch.device(
-        "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
-    )
+    device = _device(config)
     path, max_model_len = Path(config.model), config.max_model_len or spec.max_len
     dtype = _dtype(config, device)
-    decoder = load_model(path, spec, dtype=dtype, device=device, max_model_len=max_model_len)
+    load = load_model if config.load_format == "auto" else make_dummy
+    decoder = load(path, spec, dtype=dtype, device=device, max_model_len=max_model_len)
     return Runner(config, spec, decoder)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: it is cuda, but torch finds no GPU here")
+    return torch.device("cuda" if config.device == "cuda" else "cpu")
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from gllm_engine.model.decoder import Decoder
-from gllm_engine.model.load import LoadError, load_model
+from gllm_engine.model.load import LoadError, load_model, make_dummy
 
-__all__ = ["Decoder", "LoadError", "load_model"]
+__all__ = ["Decoder", "LoadError", "load_model", "make_dummy"]
