@@ -34,6 +34,7 @@ _HOME = {
     "Delta": "engine.completion",
     "make_requests": "engine.completion",
     "render_logprobs": "engine.completion",
+    "Engine": "engine.core",
     "EngineClient": "engine.client",
     "EngineError": "engine.client",
     "EngineUnavailable": "engine.client",

@@ -22,18 +22,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str  # a directory; relative to model.json's own
     tokenizer: str | None = None  # a directory; default: the model's
     # none: no model is run, tokens are made up at once; for measuring what is around the model
-    device: Literal["auto", "cpu", "none"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "none"] = "auto"
     # auto: float32 on CPUs, the checkpoint's own type on GPUs
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # dummy: random weights, and only config.json is read; for benchmarks
+    load_format: Literal["auto", "dummy"] = "auto"
+    enforce_eager: bool = False  # no CUDA graphs
     max_model_len: int | None = None  # tokens; default: what the checkpoint was trained for
-    max_num_seqs: int = 256  # sequences in one step
-    max_num_batched_tokens: int = 2048  # tokens in one step
+    max_num_seqs: int = 0  # sequences in one step; default: 256, on GPUs 1024
+    max_num_batched_tokens: int = 0  # tokens in one step; default: 2048, on GPUs 8192
     max_waiting: int = 4096  # sequences queued; one more is refused as "queue full"
     page_size: int = 16  # tokens
     num_pages: int | None = None  # default: as many as kv_cache_gib holds
-    kv_cache_gib: float = 1.0
+    # default: 1 on CPUs; on GPUs what gpu_memory_utilization leaves
+    kv_cache_gib: float | None = None
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory to use for everything
     enable_prefix_caching: bool = True
-    plans_in_flight: int = 1  # 1: a step is planned when the one before has ended
+    # 1: a step is planned when the one before has ended; default: 1, on GPUs 2
+    plans_in_flight: int = 0
     schedule_policy: Literal["chunked_prefill"] = "chunked_prefill"
     cpu_threads: int = 0  # for tensor work; 0: all cores but one, which the server needs
     drain_timeout_s: float = 30.0  # a reload waits so long for running work of the old engine
@@ -44,7 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
                 raise ConfigError(f"{key}: {value} is outside [{low}, {high}]")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if 0 < self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is less than "
                 f"max_num_seqs={self.max_num_seqs}, so not every sequence could advance in a step"
@@ -55,16 +61,29 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 _RANGES: dict[str, tuple[float, float]] = {
     "max_model_len": (1, 2**24),
-    "max_num_seqs": (1, 16384),
-    "max_num_batched_tokens": (1, 2**20),
+    "max_num_seqs": (0, 16384),
+    "max_num_batched_tokens": (0, 2**20),
     "max_waiting": (1, 2**20),
     "page_size": (1, 256),
     "num_pages": (1, 2**30),
     "kv_cache_gib": (0.001, 4096.0),
-    "plans_in_flight": (1, 64),
+    "gpu_memory_utilization": (0.01, 1.0),
+    "plans_in_flight": (0, 64),
     "cpu_threads": (0, 1024),
     "drain_timeout_s": (0.0, 3600.0),
 }
+
+
+def settle(config: EngineConfig, on_gpu: bool) -> EngineConfig:
+    """A copy in which what was left to the device is chosen: every 0 that means "default"."""
+    tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
+    tokens = max(tokens, config.max_num_seqs)
+    return msgspec.structs.replace(
+        config,
+        max_num_batched_tokens=tokens,
+        max_num_seqs=config.max_num_seqs or min(tokens, 1024 if on_gpu else 256),
+        plans_in_flight=config.plans_in_flight or (2 if on_gpu else 1),
+    )
 
 
 def make_config(values: dict[str, Any], directory: Path | None = None) -> EngineConfig:

@@ -40,7 +40,7 @@ OTHERS = {
     "gllm_engine/types.py": {"msgspec"},
     "gllm_engine/spec": {"msgspec"},
     "gllm_engine/sched": {"msgspec"},
-    "gllm_engine/ops": {"torch"},
+    "gllm_engine/ops": {"torch", "numpy", "triton", "flashinfer"},
     "gllm_engine/layers": {"torch"},
     "gllm_engine/model": {"torch", "safetensors", "tokenizers"},
     "gllm_engine/runner": {"torch", "numpy"},

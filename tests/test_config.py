@@ -14,9 +14,12 @@ from gllm_engine import ConfigError, make_config, read_config
     [
         ('{"model": ".", "gpu_memory": 1}', "unknown key 'gpu_memory'; known keys are model,"),
         ('{"model": ".", "page_size": 24}', "page_size: 24 is not a power of two"),
-        ('{"model": ".", "max_num_seqs": 0}', r"max_num_seqs: 0 is outside \[1, 16384\]"),
+        ('{"model": ".", "max_num_seqs": -1}', r"max_num_seqs: -1 is outside \[0, 16384\]"),
         ('{"model": ".", "max_num_seqs": "many"}', "Expected int, got str - at $.max_num_seqs"),
-        ('{"model": ".", "max_num_seqs": 4096}', "max_num_batched_tokens: 2048 is less than"),
+        (
+            '{"model": ".", "max_num_seqs": 8, "max_num_batched_tokens": 4}',
+            "max_num_batched_tokens: 4 is less than max_num_seqs=8",
+        ),
         ('{"model": ".", "seed": 1, "seed": 2}', "key 'seed' comes twice"),
         ('{"model": "nowhere"}', "nowhere is not a directory"),
         ("{}", "missing required field model"),

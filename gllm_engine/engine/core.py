@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.constraints import Constraint, Grammars
-from gllm_engine.model import best_device, load_model
+from gllm_engine.model import best_device, load_model, make_dummy
 from gllm_engine.runner import InstantRunner, Runner
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
@@ -91,18 +91,19 @@ class Engine:
 
         `make_runner`: what to run plans with, in place of the model in `config.model`.
         """
+        config = settle(config, on_gpu=_device(config).type == "cuda")
         path = Path(config.model)
         spec = read_spec(path)
-        max_model_len = config.max_model_len or spec.max_len
-        if max_model_len > spec.max_len:
+        if (config.max_model_len or 0) > spec.max_len:
             raise ConfigError(
-                f"max_model_len: {max_model_len} is more than the {spec.max_len} tokens this model "
-                "was trained for"
+                f"max_model_len: {config.max_model_len} is more than the {spec.max_len} tokens "
+                "this model was trained for"
             )
         # First, because it works on a thread of its own while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
         self._runner = (make_runner or _load_runner)(config, spec)
+        max_model_len = _model_len(config, spec, self._runner.num_pages)
         self._scheduler = Scheduler(
             config, self._runner.num_pages, max_model_len, spec.eos_token_ids
         )
@@ -316,14 +317,36 @@ class Engine:
         gc.unfreeze()
 
 
+def _model_len(config: EngineConfig, spec: Model, num_pages: int) -> int:
+    """Tokens a sequence may have: what was asked for, else what the model and the cache can do."""
+    if config.max_model_len is not None:
+        return config.max_model_len
+    capacity = num_pages * config.page_size
+    if capacity < spec.max_len:
+        log.warning(
+            "the KV cache holds %d tokens, so sequences are limited to them; the model was trained "
+            "for %d (kv_cache_gib, num_pages)", capacity, spec.max_len
+        )  # fmt: skip
+    return min(spec.max_len, capacity)
+
+
 def _load_runner(config: EngineConfig, spec: Model) -> StepRunner:
     if config.device == "none":
         return InstantRunner(spec.vocab, config.num_pages)
-    device = best_device() if config.device == "auto" else torch.device(config.device)
+    device = _device(config)
     path, max_model_len = Path(config.model), config.max_model_len or spec.max_len
     dtype = _dtype(config, device)
-    decoder = load_model(path, spec, dtype=dtype, device=device, max_model_len=max_model_len)
+    load = load_model if config.load_format == "auto" else make_dummy
+    decoder = load(path, spec, dtype=dtype, device=device, max_model_len=max_model_len)
     return Runner(config, spec, decoder)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "auto":
+        return best_device()
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: it is cuda, but torch finds no GPU here")
+    return torch.device("cuda" if config.device == "cuda" else "cpu")
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

@@ -39,14 +39,17 @@ class GqaAttention:
     def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
         """x, result: [tokens, dim]. cache: [num_pages, 2, page_size, kv_heads, head_dim]."""
         spec, plan = self._spec, step.plans[self._spec.window]
-        qkv = self._qkv(x).view(-1, self._heads, spec.head_dim)
-        qk = qkv[:, : spec.heads + spec.kv_heads]
-        if self._qk_norm is not None:
-            qk.copy_(self._ops.rms_norm(qk, self._qk_norm, self._eps))
-        self._ops.rotate(qk, *step.rotations[spec.rope], spec.rope.interleaved)
-        kv = qkv[:, spec.heads :].unflatten(1, (2, spec.kv_heads))
-        self._ops.write_kv(cache, kv, plan)
-        return self._out(self._ops.attend(qkv[:, : spec.heads], cache, plan))
+        q = self._ops.rotate_and_store(
+            self._qkv(x).view(-1, self._heads, spec.head_dim),
+            spec.heads,
+            self._qk_norm,
+            self._eps,
+            step.rotations[spec.rope],
+            spec.rope.interleaved,
+            cache,
+            plan,
+        )
+        return self._out(self._ops.attend(q, cache, plan))
 
     def weights(self) -> dict[str, Tensor]:
         views = self._qkv.weights() | self._out.weights()

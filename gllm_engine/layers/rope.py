@@ -20,12 +20,8 @@ class RopeTable:
     def __init__(self, rope: Rope, max_model_len: int, device: torch.device) -> None:
         frequencies, factor = _frequencies(rope, max_model_len)
         angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
-        self._cos = (angles.cos() * factor).to(device)
-        self._sin = (angles.sin() * factor).to(device)
-
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [tokens, dim / 2] each."""
-        return self._cos[positions], self._sin[positions]
+        self.cos = (angles.cos() * factor).to(device)
+        self.sin = (angles.sin() * factor).to(device)
 
 
 def _frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:

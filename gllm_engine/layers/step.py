@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from gllm_engine.spec.rope import Rope
 
 
@@ -15,4 +13,4 @@ class Step:
     """Filled by the decoder at the start of a forward pass."""
 
     plans: dict[int | None, Any]  # window -> the backend's attention plan
-    rotations: dict[Rope, tuple[Tensor, Tensor]]  # cos, sin: [tokens, 1, rope.dim]
+    rotations: dict[Rope, Any]  # what the backend's rotation() made of the positions

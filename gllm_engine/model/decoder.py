@@ -7,6 +7,7 @@ scheduling: it is told which tokens stand where in the cache.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from gllm_engine.layers import DenseFfn, GqaAttention, RopeTable, Step
 from gllm_engine.ops import Batch, select_ops
 from gllm_engine.spec.model import Layer, Model, SandwichLayer
+from gllm_engine.spec.rope import Rope
 
 
 class PreNormBlock:
@@ -86,16 +88,18 @@ class Decoder:
     ) -> None:
         """`max_model_len`: no position reaches it. Dynamic RoPE scaling depends on it."""
         self.spec, self.dtype, self.device = spec, dtype, device
-        self._ops = select_ops(device)
+        self.ops = select_ops(device)
+        self._planner = self.ops.Planner(device)
         self._blocks = [
-            _BLOCKS[type(layer)](layer, spec, self._ops, dtype, device) for layer in spec.layers
+            _BLOCKS[type(layer)](layer, spec, self.ops, dtype, device) for layer in spec.layers
         ]
         self._embedding = torch.empty(spec.vocab, spec.dim, dtype=dtype, device=device)
         self._norm = torch.empty(spec.dim, dtype=dtype, device=device)
         self._head = self._embedding if spec.tie else torch.empty_like(self._embedding)
         ropes = dict.fromkeys(layer.mixer.rope for layer in spec.layers)
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
-        self._windows = tuple(dict.fromkeys(layer.mixer.window for layer in spec.layers))
+        # Heads are told once for each window: layers that share it are planned as one.
+        self._windows = {layer.mixer.window: layer.mixer.heads for layer in spec.layers}
 
     def new_cache(self, num_pages: int, page_size: int) -> list[Tensor]:
         """One [num_pages, 2, page_size, kv_heads, head_dim] a layer (0: K, 1: V), not cleared."""
@@ -108,21 +112,52 @@ class Decoder:
             for layer in self.spec.layers
         ]
 
-    def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:
+    def plan(self, batch: Batch, cache: list[Tensor]) -> dict[int | None, Any]:
+        """What `forward` needs to know of the batch beforehand: attention's plan by window."""
+        return {
+            window: self._planner.plan(batch, cache[0], heads, window)
+            for window, heads in self._windows.items()
+        }
+
+    def has_fixed_plans(self, cache: list[Tensor]) -> bool:
+        """Whether attention over such a cache can be in a CUDA graph."""
+        return self._planner.has_fixed(cache[0])
+
+    def fixed_plans(self, num_rows: int, max_pages: int) -> dict[int | None, Any]:
+        """Attention of decode steps of always `num_rows` rows, by window, for a CUDA graph."""
+        return {w: self._planner.fixed(num_rows, max_pages, w) for w in self._windows}
+
+    def refresh(
+        self, plans: dict[int | None, Any], context_lens: list[int], cache: list[Tensor]
+    ) -> None:
+        """Prepare what `fixed_plans` gave for the next step, whose rows are so long after it."""
+        for window, plan in plans.items():
+            plan.refresh(context_lens, cache[0], self._windows[window])
+
+    def forward(
+        self, batch: Batch, cache: list[Tensor], plans: dict[int | None, Any] | None = None
+    ) -> Tensor:
         """Write the batch's K and V to the cache and give the final normed hidden states, [n, dim],
-        of the tokens at `batch.logit_index`.
+        of the tokens at `batch.logit_index`. `plans`: what `plan` made of this batch.
         """
-        step = self._begin(batch, cache)
+        step = Step(self.plan(batch, cache) if plans is None else plans, self._rotations(batch))
         residual, added = F.embedding(batch.tokens, self._embedding), None
         for block, layer_cache in zip(self._blocks, cache, strict=True):
             added, residual = block(added, residual, step, layer_cache)
         assert added is not None  # there is at least one layer
-        last, before = added[batch.logit_index], residual[batch.logit_index]
-        return self._ops.add_rms_norm(last, before, self._norm, self.spec.eps)[0]
+        if batch.logit_index is not None:
+            added, residual = added[batch.logit_index], residual[batch.logit_index]
+        return self.ops.add_rms_norm(added, residual, self._norm, self.spec.eps)[0]
+
+    def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n, dim] hidden states to [n, vocab] logits in the model's dtype, into `out` if given."""
+        if out is None:
+            return F.linear(hidden, self._head)
+        return torch.mm(hidden, self._head.T, out=out)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, dim] hidden states to [n, vocab] float32."""
-        return F.linear(hidden, self._head).float()
+        return self.scores(hidden).float()
 
     def weights(self) -> dict[str, Tensor]:
         """Canonical weight name -> the tensor (often a view) to copy it into.
@@ -134,10 +169,10 @@ class Decoder:
             views |= {f"model.layers.{i}.{name}": view for name, view in block.weights().items()}
         return views if self.spec.tie else views | {"lm_head.weight": self._head}
 
-    def _begin(self, batch: Batch, cache: list[Tensor]) -> Step:
-        plans = {w: self._ops.plan_attention(batch, cache[0], w) for w in self._windows}
-        rotations = {}
-        for rope, table in self._ropes.items():
-            cos, sin = (t.to(self.dtype) for t in table.at(batch.positions))
-            rotations[rope] = self._ops.expand_rotation(cos, sin, rope.interleaved)
-        return Step(plans, rotations)
+    def _rotations(self, batch: Batch) -> dict[Rope, Any]:
+        return {
+            rope: self.ops.rotation(
+                table.cos, table.sin, batch.positions, self.dtype, rope.interleaved
+            )
+            for rope, table in self._ropes.items()
+        }

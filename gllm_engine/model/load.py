@@ -43,6 +43,25 @@ def load_model(
     return decoder
 
 
+def make_dummy(
+    path: Path, spec: Model, *, dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> Decoder:
+    """Build the decoder for `spec` with random weights, always the same; `path` is not read.
+
+    They are of a trained model's size, so that numbers stay in range, and none is constant:
+    kernels run faster on zeros.
+    """
+    del path
+    decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, view in decoder.weights().items():
+        if name.endswith("norm.weight"):
+            view.uniform_(0.5, 1.5, generator=generator)
+        else:
+            view.normal_(0, 0.02, generator=generator)
+    return decoder
+
+
 class _Loader:
     """Checks each checkpoint tensor and copies it to where its weights live."""
 

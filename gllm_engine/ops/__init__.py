@@ -5,21 +5,23 @@ Knows no models. `reference` is plain torch: the CPU backend, and the oracle of 
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
-from gllm_engine.ops import reference
 from gllm_engine.ops.batch import Batch
 
 __all__ = ["Batch", "best_device", "select_ops"]
 
-_BY_DEVICE: dict[str, ModuleType] = {"cpu": reference}
+# Imported on demand: the kernels of a GPU are not installed where there is none.
+_BY_DEVICE = {"cpu": "reference", "cuda": "flashinfer"}
 
 
 def best_device() -> torch.device:
-    """The fastest device that is there and has operations."""
-    fast = "cuda" in _BY_DEVICE and torch.cuda.is_available()
+    """The fastest device that is there and whose operations are installed (the [gpu] extra)."""
+    fast = torch.cuda.is_available() and find_spec("flashinfer") and find_spec("triton")
     return torch.device("cuda" if fast else "cpu")
 
 
@@ -30,4 +32,4 @@ def select_ops(device: torch.device) -> ModuleType:
     """
     if device.type not in _BY_DEVICE:
         raise ValueError(f"device {device} has no operations; supported: {', '.join(_BY_DEVICE)}")
-    return _BY_DEVICE[device.type]
+    return import_module(f"gllm_engine.ops.{_BY_DEVICE[device.type]}")

@@ -14,6 +14,8 @@ from torch import Tensor
 class Batch:
     """One step. The runner fills every field. All tensors are int64 and on the model's device.
 
+    What the host knows too comes twice, so that nothing ever has to wait for the device to tell.
+
     Rows are sequences: `num_decode` rows of one token first, then chunks. The tokens of a row are
     consecutive, rows follow each other, and a row's last token is the last one of its context.
     """
@@ -21,8 +23,10 @@ class Batch:
     tokens: Tensor  # [tokens]
     positions: Tensor  # [tokens]
     cache_index: Tensor  # [tokens] page * page_size + offset: where the token's K and V go
-    page_table: Tensor  # [rows, pages] any valid page beyond a row's own; never read there
+    page_table: Tensor  # [slots, pages] any number beyond a sequence's own pages; unused there
+    slots: Tensor  # [rows] which row of page_table is a row's
     context_lens: Tensor  # [rows] tokens of the sequence in the cache after this step
+    context_lens_cpu: list[int]  # the same
     query_lens: list[int]  # [rows] tokens of the row in this step
     num_decode: int
-    logit_index: Tensor  # [n] which of `tokens` need logits
+    logit_index: Tensor | None  # [n] which of `tokens` need logits; None: all of them

@@ -20,6 +20,10 @@ from gllm_engine.ops.batch import Batch
 
 # Numbers gathered at once: 1 MiB of float32, so that attention finds them in a CPU's cache.
 _GATHER_NUMBERS = 1 << 18
+# The inverse CDF first finds a group of so many tokens, then the token in it. A scan of the whole
+# vocabulary in float64 would cost several times the rest of the sampler.
+GROUP_LEN = 128
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,6 +43,42 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for a last dimension of [gate, up]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def rotation(
+    cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """What `rotate_and_store` needs to turn heads of `dtype`, the same for all layers of a step.
+
+    `cos`, `sin`: float32 tables [positions, dim / 2]. Opaque to the caller.
+    """
+    turns = cos[positions].to(dtype), sin[positions].to(dtype)
+    return expand_rotation(*turns, interleaved)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    heads: int,
+    norm: Tensor | None,
+    eps: float,
+    turn: tuple[Tensor, Tensor],
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> Tensor:
+    """Normalise and rotate the q and k heads of qkv, store k and v in the cache, return q.
+
+    qkv: [tokens, heads + 2 * kv_heads, head_dim], contiguous; its contents are used up.
+    norm: [heads + kv_heads, head_dim], the RMS norm's weight for every head, or None.
+    turn: what `rotation` gave. Returns [tokens, heads, head_dim].
+    """
+    kv_heads = (qkv.shape[1] - heads) // 2
+    qk = qkv[:, : heads + kv_heads]
+    if norm is not None:
+        qk.copy_(rms_norm(qk, norm, eps))
+    rotate(qk, *turn, interleaved)
+    write_kv(cache, qkv[:, heads:].unflatten(1, (2, kv_heads)), plan)
+    return qkv[:, :heads]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -90,6 +130,23 @@ class AttentionPlan:
     chunks: list[_Chunk]
 
 
+class Planner:
+    """Prepares attention of one step after another; the reference keeps nothing in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        del device
+
+    def plan(self, batch: Batch, cache: Tensor, heads: int, window: int | None) -> AttentionPlan:
+        """As `plan_attention`. `heads`: query heads, for kernels that divide the work ahead."""
+        del heads
+        return plan_attention(batch, cache, window)
+
+    def has_fixed(self, cache: Tensor) -> bool:
+        """Whether a plan's tensors can keep their addresses; here they never do."""
+        del cache
+        return False
+
+
 def plan_attention(batch: Batch, cache: Tensor, window: int | None) -> AttentionPlan:
     """Prepare attention for one step.
 
@@ -97,18 +154,21 @@ def plan_attention(batch: Batch, cache: Tensor, window: int | None) -> Attention
     `window`: a token sees itself and the window - 1 tokens before it; None: all before it.
     """
     page_size, kv_width = cache.shape[2], cache.shape[3] * cache.shape[4]
-    lens = batch.context_lens.tolist()
+    lens = batch.context_lens_cpu
+    num_pages = -(-max(lens) // page_size)
+    table = batch.page_table[:, :num_pages].index_select(0, batch.slots)
     key = batch.cache_index // page_size * page_size + batch.cache_index  # page * 2 * page_size + o
     write = torch.stack((key, key + page_size), 1).flatten()
     spans = [min(n, window or n) for n in lens[: batch.num_decode]]
     padded = [
-        _plan_padded(batch, rows, spans[rows[0]], cache, window)
+        _plan_padded(batch, table, rows, spans[rows[0]], cache, window)
         for rows in _group_rows(spans, _GATHER_NUMBERS // (2 * kv_width))
     ]
     chunks, first = [], batch.num_decode
     for row in range(batch.num_decode, len(batch.query_lens)):
         num = batch.query_lens[row]
-        chunks.append(_plan_chunk(batch, row, first, num, lens[row], page_size, window))
+        pages = table[row : row + 1]
+        chunks.append(_plan_chunk(pages, first, num, lens[row], page_size, window))
         first += num
     return AttentionPlan(write, padded, chunks)
 
@@ -135,23 +195,23 @@ def _gather_index(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
 
 
 def _plan_padded(
-    batch: Batch, row_ids: list[int], span: int, cache: Tensor, window: int | None
+    batch: Batch, table: Tensor, row_ids: list[int], span: int, cache: Tensor, window: int | None
 ) -> _Padded:
     rows = torch.tensor(row_ids, device=batch.context_lens.device)
     lens = batch.context_lens[rows, None]
     start = (lens - window).clamp_(min=0) if window else torch.zeros_like(lens)
     positions = start + torch.arange(span, device=rows.device)
     mask = cache.new_zeros(positions.shape).masked_fill_(positions >= lens, float("-inf"))
-    gather = _gather_index(batch.page_table[rows], positions.minimum(lens - 1), cache.shape[2])
+    gather = _gather_index(table[rows], positions.minimum(lens - 1), cache.shape[2])
     return _Padded(rows, gather, mask[:, None, None])
 
 
 def _plan_chunk(
-    batch: Batch, row: int, first: int, num: int, context: int, page_size: int, window: int | None
+    pages: Tensor, first: int, num: int, context: int, page_size: int, window: int | None
 ) -> _Chunk:
     start = max(0, context - num - window + 1) if window else 0
-    keys = torch.arange(start, context, device=batch.page_table.device)
-    gather = _gather_index(batch.page_table[row : row + 1], keys[None], page_size)
+    keys = torch.arange(start, context, device=pages.device)
+    gather = _gather_index(pages, keys[None], page_size)
     if context == num and (window is None or window >= num):
         return _Chunk(slice(first, first + num), gather, None)
     ahead = keys[context - num - start :, None] - keys  # [num, len] how far the key lies behind
@@ -191,3 +251,83 @@ def attend(q: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
         )
         out[chunk.tokens] = o[0].transpose(0, 1)
     return out.flatten(1)
+
+
+def list_pages(
+    page_table: Tensor, slots: Tensor, starts: Tensor, max_pages: int, out: Tensor
+) -> None:
+    """Write row r's pages, page_table[slots[r], :n], to out[starts[r] : starts[r + 1]].
+
+    page_table: [slots, width] int64; slots: [rows] int64; starts: [rows + 1] int32; out: int32.
+    No row has more than `max_pages`.
+    """
+    firsts = starts.tolist()
+    for row, slot in enumerate(slots.tolist()):
+        count = firsts[row + 1] - firsts[row]
+        assert count <= max_pages
+        out[firsts[row] : firsts[row + 1]] = page_table[slot, :count]
+
+
+def sample(scores: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """One token for each row of scores [rows, vocab]: drawn with its softmax at `temperature`
+    [rows] float32, or the most likely one where that is 0. The random number is `uniforms` of
+    `seeds` and `positions` [rows] int64. Returns [rows] int64.
+    """
+    greedy = temperature <= 0
+    if greedy.all():
+        return scores.argmax(-1)
+    weights = (scores.float() / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
+    tokens = draw(weights, uniforms(seeds, positions))
+    return torch.where(greedy, scores.argmax(-1), tokens)
+
+
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """[rows] float64 in [0, 1), a function of nothing but (seed, position), both int64.
+
+    Element `position` of the splitmix64 sequence (Steele et al. 2014) started at the mixed seed.
+    """
+    return (_shift(_mix(_mix(seeds) + (positions + 1) * _GOLDEN), 11)).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Inverse CDF in vocabulary order: [rows] int64 from weights [rows, vocab] and u [rows].
+
+    Weights are not negative, need not sum to 1, and have a positive one in each row. A token of
+    weight 0 is never returned.
+    """
+    rows, vocab = weights.shape
+    if vocab % GROUP_LEN:
+        weights = F.pad(weights, (0, -vocab % GROUP_LEN))
+    groups = weights.view(rows, -1, GROUP_LEN)
+    sums = groups.sum(-1).double()
+    running = sums.cumsum(-1)
+    target = u[:, None] * running[:, -1:]
+    group = first_above(sums, running, target)
+    rest = target - (running - sums).gather(1, group)  # rounding may put it outside the group
+    index = group[:, :, None].expand(-1, -1, GROUP_LEN)
+    members = groups.gather(1, index).squeeze(1).double()
+    member = first_above(members, members.cumsum(-1), rest)
+    return (group * GROUP_LEN + member).squeeze(1)
+
+
+def first_above(weights: Tensor, running: Tensor, target: Tensor) -> Tensor:
+    """[rows, 1]: the first positive weight whose running sum exceeds target [rows, 1].
+
+    Where rounding put the target at the total or above, the one that reaches the total; where it
+    put it below 0, the first positive one.
+    """
+    reached = running.masked_fill(weights <= 0, -1.0)
+    below_total = torch.nextafter(reached.amax(-1, keepdim=True), torch.zeros_like(target))
+    above = reached > torch.minimum(target, below_total)
+    return above.to(torch.uint8).argmax(-1, keepdim=True)

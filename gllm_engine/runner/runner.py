@@ -6,9 +6,9 @@ Launched.wait() does. Knows nothing of requests, of scheduling, or of what token
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder
-from gllm_engine.runner.batch import Step, build_step
+from gllm_engine.runner.batch import Step, build_step, count_rows
+from gllm_engine.runner.graphs import DecodeGraphs
+from gllm_engine.runner.memory import fitting_pages
 from gllm_engine.runner.sampler import log_probabilities, sample
 from gllm_engine.runner.state import State, to_device
 from gllm_engine.spec import Model
@@ -24,8 +26,6 @@ from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
 
 # Prompt positions are scored so many logits at a time: their log probabilities are wide.
 MAX_SCORED_LOGITS = 2**24
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,27 +68,30 @@ class Launched:
 
 
 class Runner:
-    """`num_pages`: config.num_pages, else what kv_cache_gib holds but at least one sequence."""
+    """`num_pages`: of the KV cache, as the configuration asks or the device has room for."""
 
+    @torch.inference_mode()
     def __init__(self, config: EngineConfig, spec: Model, decoder: Decoder) -> None:
-        if decoder.device.type == "cpu":
+        on_gpu = decoder.device.type == "cuda"
+        if not on_gpu:
             torch.set_num_threads(config.cpu_threads or default_threads())
         self.decoder = decoder
         self.device = decoder.device
         max_pages = -(-(config.max_model_len or spec.max_len) // config.page_size)
-        itemsize = torch.empty(0, dtype=decoder.dtype).itemsize
-        page_bytes = spec.kv_bytes_per_token(itemsize) * config.page_size
-        self.num_pages = config.num_pages or _pages_that_fit(config, page_bytes, max_pages)
-        with torch.inference_mode():
-            self.cache = decoder.new_cache(self.num_pages, config.page_size)
-            self.state = State(
-                config.max_num_seqs,
-                max_pages,
-                config.page_size,
-                spec.vocab,
-                spec.eos_token_ids,
-                self.device,
-            )
+        self.num_pages = fitting_pages(config, decoder, max_pages)
+        # On a GPU one slot and one page more, for the spare rows of decode graphs.
+        self.cache = decoder.new_cache(self.num_pages + on_gpu, config.page_size)
+        self.state = State(
+            config.max_num_seqs + on_gpu,
+            max_pages,
+            config.page_size,
+            spec.vocab,
+            spec.eos_token_ids,
+            self.device,
+        )
+        self._graphs: DecodeGraphs | None = None
+        if on_gpu and not config.enforce_eager and decoder.has_fixed_plans(self.cache):
+            self._graphs = DecodeGraphs(decoder, self.cache, self.state, config.max_num_seqs)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -100,35 +103,62 @@ class Runner:
         self.state.apply(plan.new, plan.grown)
         if not plan.decode_slots and not plan.chunks:
             return Launched(plan.step, None, None, [], None)
-        step = build_step(plan, self.state)
+        rows = count_rows(plan, self.state)
+        if self._graphs is not None and not plan.chunks:
+            slots, scores = self._graphs.forward(rows)
+            tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, self._graphs)
+            return Launched(plan.step, tokens, logprobs, [], self._done())
+        step = build_step(plan, self.state, rows)
         hidden = self.decoder.forward(step.batch, self.cache)
         num_sampling = len(step.sampling_cpu)
-        tokens, scores = None, None
+        tokens, logprobs = None, None
         if num_sampling:
-            tokens, scores = self._sample(step, plan, self.decoder.logits(hidden[:num_sampling]))
+            scores = self.decoder.scores(hidden[:num_sampling])
+            tokens, logprobs = self._sample(step.sampling_cpu, step.sampling, scores, plan, None)
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
-        done = None
-        if self.device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record()
-        return Launched(plan.step, tokens, scores, prompt_scores, done)
+        return Launched(plan.step, tokens, logprobs, prompt_scores, self._done())
 
-    def _sample(self, step: Step, plan: StepPlan, logits: Tensor) -> tuple[Tensor, Scores | None]:
-        state, slots_cpu = self.state, step.sampling_cpu
+    def _done(self) -> torch.cuda.Event | None:
+        if self.device.type == "cpu":
+            return None
+        done = torch.cuda.Event()
+        done.record()
+        return done
+
+    def _sample(
+        self,
+        slots_cpu: np.ndarray[Any, Any],
+        slots: Tensor,
+        scores: Tensor,
+        plan: StepPlan,
+        graphs: DecodeGraphs | None,
+    ) -> tuple[Tensor, Scores | None]:
+        """Choose, remember and send home the tokens of `slots` (the same on host and device).
+
+        `graphs`: if these logits are a decode graph's.
+        """
+        state = self.state
         num_top = state.logprobs_cpu[slots_cpu]
         asked = np.flatnonzero(num_top >= 0)
         raw = rows = None
-        if len(asked):  # taken before sampling, which overwrites the logits
+        if len(asked):  # taken before sampling, which may overwrite the logits
             (rows,) = to_device(self.device, asked)
-            raw = logits[rows]
-        tokens = sample(logits, state.sampling_batch(slots_cpu, step.sampling, plan.masks))
-        state.record(slots_cpu, step.sampling, tokens)
-        scores = None
+            raw = scores[rows].float()
+        if not state.is_plain(slots_cpu, plan.masks):
+            batch = state.sampling_batch(slots_cpu, slots, plan.masks)
+            tokens = sample(scores.float(), batch)
+            state.record(slots_cpu, slots, tokens)
+        elif graphs is not None:
+            tokens = graphs.sample(len(slots_cpu))
+        else:
+            tokens = self.decoder.ops.sample(scores, *state.draws(slots))
+            state.record(slots_cpu, slots, tokens)
+        logprobs = None
         if raw is not None and rows is not None:
             widths = num_top[asked].tolist()
             columns = log_probabilities(raw, tokens[rows], max(widths))
-            scores = Scores(slots_cpu[asked].tolist(), widths, _to_host(*columns))
-        return _to_host(tokens)[0], scores
+            logprobs = Scores(slots_cpu[asked].tolist(), widths, _to_host(*columns))
+        return _to_host(tokens)[0], logprobs
 
     def _score_prompts(self, step: Step, hidden: Tensor) -> list[Scores]:
         found = []
@@ -160,17 +190,3 @@ def _to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     return copies
-
-
-def _pages_that_fit(config: EngineConfig, page_bytes: int, max_pages: int) -> int:
-    num_pages = int(config.kv_cache_gib * 2**30) // page_bytes
-    if num_pages < max_pages:
-        _log.warning(
-            "kv_cache_gib=%g holds %d pages, one sequence of the model's length needs %d: "
-            "the cache takes %.2f GiB instead; set max_model_len or num_pages for a smaller one",
-            config.kv_cache_gib,
-            num_pages,
-            max_pages,
-            max_pages * page_bytes / 2**30,
-        )
-    return max(num_pages, max_pages)

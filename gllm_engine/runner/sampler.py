@@ -14,17 +14,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from gllm_engine.ops.reference import draw, uniforms
 
 # Added to a token that min_tokens forbids. Finite, so that it still is chosen where a mask allows
 # nothing else (a grammar that can only end here): all minus infinity would be no distribution.
 FORBIDDEN = -1e30
-# The inverse CDF first finds a group of so many tokens, then the token in it. A scan of the whole
-# vocabulary in float64 would cost several times the rest of the sampler.
-GROUP_LEN = 128
 # Rows whose top_k is at most this share a partial sort, others may have to sort the vocabulary.
 MAX_PARTIAL_SORT = 1024
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+# So many scores are ranked at once.
+MAX_RANKED = 2**24
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,19 @@ def _truncate(weights: Tensor, batch: SamplingBatch) -> None:
     for rows, num_ranked in batch.truncations:
         if num_ranked > MAX_PARTIAL_SORT and weights.device.type == "cpu":
             rows = _truncate_peaked(weights, rows, batch)
-        if len(rows):
-            chosen = weights.index_select(0, rows)
-            if num_ranked < weights.shape[1]:
-                ranked = chosen.topk(num_ranked).values
-            else:
-                ranked = chosen.sort(descending=True).values
-            lowest = _lowest_kept(ranked, batch.top_k[rows], batch.top_p[rows], None)
-            weights.index_copy_(0, rows, chosen.mul_(chosen >= lowest))
+        # In parts, because ranks and their sums take several times the memory of the weights.
+        for part in rows.split(max(1, MAX_RANKED // num_ranked)) if len(rows) else ():
+            _truncate_rows(weights, part, num_ranked, batch)
+
+
+def _truncate_rows(weights: Tensor, rows: Tensor, num_ranked: int, batch: SamplingBatch) -> None:
+    chosen = weights.index_select(0, rows)
+    if num_ranked < weights.shape[1]:
+        ranked = chosen.topk(num_ranked).values
+    else:
+        ranked = chosen.sort(descending=True).values
+    lowest = _lowest_kept(ranked, batch.top_k[rows], batch.top_p[rows], None)
+    weights.index_copy_(0, rows, chosen.mul_(chosen >= lowest))
 
 
 def _truncate_peaked(weights: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
@@ -149,58 +153,6 @@ def _lowest_kept(ranked: Tensor, top_k: Tensor, top_p: Tensor, total: Tensor | N
     kept = (running - counted < mass[:, None]) & within
     last = kept.sum(-1, keepdim=True).clamp_(min=1) - 1
     return ranked.gather(1, last)
-
-
-def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
-    """[rows] float64 in [0, 1), a function of nothing but (seed, position), both int64.
-
-    Element `position` of the splitmix64 sequence (Steele et al. 2014) started at the mixed seed.
-    """
-    return (_shift(_mix(_mix(seeds) + (positions + 1) * _GOLDEN), 11)).double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - 2**64)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def draw(weights: Tensor, u: Tensor) -> Tensor:
-    """Inverse CDF in vocabulary order: [rows] int64 from weights [rows, vocab] and u [rows].
-
-    Weights are not negative, need not sum to 1, and have a positive one in each row. A token of
-    weight 0 is never returned.
-    """
-    rows, vocab = weights.shape
-    if vocab % GROUP_LEN:
-        weights = pad(weights, (0, -vocab % GROUP_LEN))
-    groups = weights.view(rows, -1, GROUP_LEN)
-    sums = groups.sum(-1).double()
-    running = sums.cumsum(-1)
-    target = u[:, None] * running[:, -1:]
-    group = first_above(sums, running, target)
-    rest = target - (running - sums).gather(1, group)  # rounding may put it outside the group
-    index = group[:, :, None].expand(-1, -1, GROUP_LEN)
-    members = groups.gather(1, index).squeeze(1).double()
-    member = first_above(members, members.cumsum(-1), rest)
-    return (group * GROUP_LEN + member).squeeze(1)
-
-
-def first_above(weights: Tensor, running: Tensor, target: Tensor) -> Tensor:
-    """[rows, 1]: the first positive weight whose running sum exceeds target [rows, 1].
-
-    Where rounding put the target at the total or above, the one that reaches the total; where it
-    put it below 0, the first positive one.
-    """
-    reached = running.masked_fill(weights <= 0, -1.0)
-    below_total = torch.nextafter(reached.amax(-1, keepdim=True), torch.zeros_like(target))
-    above = reached > torch.minimum(target, below_total)
-    return above.to(torch.uint8).argmax(-1, keepdim=True)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, ...]:

@@ -226,6 +226,18 @@ class State:
 
     # ------------------------------------------------------------ sampling
 
+    def is_plain(self, slots_cpu: np.ndarray[Any, Any], masks: dict[int, bytes]) -> bool:
+        """Whether `slots` ask for nothing but a temperature, or the most likely token."""
+        special = self.features_cpu[slots_cpu] & ~(RANDOM | GREEDY)
+        too_short = self.lengths_cpu[slots_cpu] < self.min_len_cpu[slots_cpu]
+        return not (masks or special.any() or too_short.any())
+
+    def draws(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What plain sampling needs: temperatures, seeds and output lengths of `slots`."""
+        integers = self.integers[slots]
+        output_lens = self.lengths[slots] - integers[:, 2]
+        return self.reals[slots, 0].float(), integers[:, 1].contiguous(), output_lens
+
     def sampling_batch(
         self, slots_cpu: np.ndarray[Any, Any], slots: Tensor, masks: dict[int, bytes]
     ) -> SamplingBatch:

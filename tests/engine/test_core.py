@@ -277,6 +277,14 @@ def test_an_interrupted_step_is_a_failed_one_and_is_raised(make, where):
     assert tokens[None, 0] == expected([3, 4], 9)
 
 
+def test_a_cache_smaller_than_the_model_limits_its_length(make, caplog):
+    engine = make(num_pages=3, max_model_len=None)
+    assert engine.info.max_model_len == 48 and "holds 48 tokens" in caplog.text
+    engine.add(Request(0, [3, 4], SamplingParams(max_tokens=None, ignore_eos=True), 0))
+    tokens, finished = collect(engine)
+    assert finished[None, 0].reason == "length" and len(tokens[None, 0]) == 46
+
+
 def test_grammars_compile_aside(make):
     """A sequence with a grammar waits for it; others are served meanwhile."""
     engine = make()

@@ -34,19 +34,19 @@ def test_linear_without_bias() -> None:
 
 
 def test_rope_table_holds_the_angles() -> None:
-    cos, sin = RopeTable(Rope(6, 100.0), 50, CPU).at(torch.tensor([0, 7, 49]))
-    for row, position in enumerate((0, 7, 49)):
+    table = RopeTable(Rope(6, 100.0), 50, CPU)
+    assert table.cos.shape == table.sin.shape == (50, 3)
+    for position in (0, 7, 49):
         for pair in range(3):
             angle = position * 100.0 ** (-2 * pair / 6)
-            assert math.isclose(cos[row, pair], math.cos(angle), abs_tol=1e-5)
-            assert math.isclose(sin[row, pair], math.sin(angle), abs_tol=1e-5)
+            assert math.isclose(table.cos[position, pair], math.cos(angle), abs_tol=1e-5)
+            assert math.isclose(table.sin[position, pair], math.sin(angle), abs_tol=1e-5)
 
 
 def test_dynamic_rope_depends_on_the_configured_length_alone() -> None:
     plain, scaled = Rope(8, 100.0), Rope(8, 100.0, scaling=Dynamic(2.0, 32))
-    at = torch.arange(16)
-    short, trained = RopeTable(scaled, 16, CPU).at(at), RopeTable(scaled, 32, CPU).at(at)
+    short, trained = (RopeTable(scaled, n, CPU).cos[:16] for n in (16, 32))
     torch.testing.assert_close(short, trained)
-    torch.testing.assert_close(short, RopeTable(plain, 16, CPU).at(at))
-    stretched = RopeTable(scaled, 64, CPU).at(at)
-    assert (stretched[0] - short[0]).abs().max() > 1e-2
+    torch.testing.assert_close(short, RopeTable(plain, 16, CPU).cos)
+    stretched = RopeTable(scaled, 64, CPU).cos[:16]
+    assert (stretched - short).abs().max() > 1e-2

@@ -14,7 +14,11 @@ HEAD_DIM = 8
 
 
 def make_case(
-    rows: list[tuple[int, int]], page_size: int, kv_heads: int, seed: int = 0
+    rows: list[tuple[int, int]],
+    page_size: int,
+    kv_heads: int,
+    seed: int = 0,
+    head_dim: int = HEAD_DIM,
 ) -> tuple[Batch, Tensor, Tensor]:
     """(batch, kv of its tokens, cache) for rows of (context, tokens in this step).
 
@@ -23,7 +27,7 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-context // page_size) for context, _ in rows]
     order = torch.randperm(sum(counts) + 3, generator=generator)  # 3 pages stay unused
-    shape = (len(order), 2, page_size, kv_heads, HEAD_DIM)
+    shape = (len(order), 2, page_size, kv_heads, head_dim)
     cache = torch.full(shape, float("nan"))
     # Padding points at a page that is nobody's: NaN.
     table = torch.full((len(rows), max(counts) + 2), int(order[-1]))
@@ -43,12 +47,14 @@ def make_case(
         positions=torch.cat(positions),
         cache_index=torch.cat(index),
         page_table=table,
+        slots=torch.arange(len(rows)),
         context_lens=torch.tensor([context for context, _ in rows]),
+        context_lens_cpu=[context for context, _ in rows],
         query_lens=lens,
         num_decode=next((i for i, n in enumerate(lens) if n > 1), len(lens)),
         logit_index=torch.arange(sum(lens)),
     )
-    kv = torch.randn((sum(lens), 2, kv_heads, HEAD_DIM), generator=generator)
+    kv = torch.randn((sum(lens), 2, kv_heads, head_dim), generator=generator)
     return batch, kv, cache
 
 
@@ -114,8 +120,11 @@ def test_many_rows_attend_in_parts() -> None:
     for row in (0, 57, 99):
         alone = Batch(
             *(batch.tokens[:1], batch.positions[:1], batch.cache_index[row : row + 1]),
-            *(batch.page_table[row : row + 1], batch.context_lens[row : row + 1], [1], 1),
-            logit_index=torch.zeros(1, dtype=torch.long),
+            *(batch.page_table, batch.slots[row : row + 1], batch.context_lens[row : row + 1]),
+            context_lens_cpu=batch.context_lens_cpu[row : row + 1],
+            query_lens=[1],
+            num_decode=1,
+            logit_index=None,
         )
         own = reference.plan_attention(alone, cache, None)
         rows_alone.append(reference.attend(q[row : row + 1], cache, own)[0])
@@ -164,6 +173,6 @@ def test_select_ops() -> None:
 
 
 def test_a_device_without_operations_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ops._BY_DEVICE, "cuda", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
     assert ops.best_device().type == "cpu"

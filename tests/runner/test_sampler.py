@@ -7,14 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_sampler import SlowRow, acceptable, uniform
 
-from gllm_engine.runner.sampler import (
-    SamplingBatch,
-    draw,
-    first_above,
-    log_probabilities,
-    sample,
-    uniforms,
-)
+from gllm_engine.ops.reference import draw, first_above, uniforms
+from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample
 from gllm_engine.runner.state import State
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import NewSequence

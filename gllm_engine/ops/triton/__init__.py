@@ -1,0 +1,13 @@
+"""Kernels written in Triton: what FlashInfer lacks, and what pays to do in one pass over memory.
+
+Knows shapes and arithmetic. Each kernel has its slow twin in ops/reference.py.
+"""
+
+from __future__ import annotations
+
+from gllm_engine.ops.triton.heads import rotate_and_store
+from gllm_engine.ops.triton.pages import list_pages
+from gllm_engine.ops.triton.rows import add_rms_norm, rms_norm, silu_mul
+from gllm_engine.ops.triton.sampling import sample
+
+__all__ = ["add_rms_norm", "list_pages", "rms_norm", "rotate_and_store", "sample", "silu_mul"]

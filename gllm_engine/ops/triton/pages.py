@@ -1,0 +1,33 @@
+"""Page tables to the flat list of pages that FlashInfer reads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _list_pages(page_table, slots, starts, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    first = tl.load(starts + row)
+    count = tl.load(starts + row + 1) - first
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = page_table + tl.load(slots + row) * width
+    pages = tl.load(source + at, mask=at < count, other=0)
+    tl.store(out + first + at, pages.to(tl.int32), mask=at < count)
+
+
+def list_pages(
+    page_table: Tensor, slots: Tensor, starts: Tensor, max_pages: int, out: Tensor
+) -> None:
+    """Write row r's pages, page_table[slots[r], :n], to out[starts[r] : starts[r + 1]].
+
+    page_table: [slots, width] int64; slots: [rows] int64; starts: [rows + 1] int32; out: int32.
+    No row has more than `max_pages`.
+    """
+    blocks = max(triton.cdiv(min(max_pages, page_table.shape[1]), _BLOCK), 1)
+    grid = (slots.shape[0], blocks)
+    _list_pages[grid](page_table, slots, starts, out, page_table.shape[1], BLOCK=_BLOCK)

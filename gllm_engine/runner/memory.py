@@ -1,0 +1,104 @@
+"""How many pages the KV cache may have.
+
+On a GPU a step as large as the configuration allows is run once, and what it took is left free.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.model import Decoder
+from gllm_engine.ops.batch import Batch
+from gllm_engine.runner.sampler import SamplingBatch, sample
+
+# For what the trial step does not take: decode graphs, and kernels that are loaded later.
+_RESERVE_BYTES = 2 << 30
+
+_log = logging.getLogger(__name__)
+
+
+def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
+    """Pages for the KV cache: config.num_pages, or what the device has room for.
+
+    `max_pages`: of one sequence of the model's length. Raises ConfigError if a GPU has no room for
+    one page.
+    """
+    if config.num_pages is not None:
+        return config.num_pages
+    itemsize = torch.empty(0, dtype=decoder.dtype).itemsize
+    page_bytes = decoder.spec.kv_bytes_per_token(itemsize) * config.page_size
+    if config.kv_cache_gib is not None or decoder.device.type == "cpu":
+        return _pages_of(config.kv_cache_gib or 1.0, page_bytes)
+    total = torch.cuda.mem_get_info(decoder.device)[1]
+    peak = _trial(config, decoder, max_pages * config.page_size)
+    torch.cuda.empty_cache()
+    used = total - torch.cuda.mem_get_info(decoder.device)[0]
+    free = int(total * config.gpu_memory_utilization) - used - peak - _RESERVE_BYTES
+    gib = 1 << 30
+    _log.info(
+        "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for the KV cache, of %.1f",
+        *(used / gib, (peak + _RESERVE_BYTES) / gib, free / gib, total / gib),
+    )
+    if free < page_bytes:
+        raise ConfigError(
+            f"gpu_memory_utilization: {config.gpu_memory_utilization} of {total / gib:.1f} GiB "
+            f"leaves no room for a KV cache: {used / gib:.1f} are in use and a step takes "
+            f"{(peak + _RESERVE_BYTES) / gib:.1f}"
+        )
+    return free // page_bytes
+
+
+def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
+    """Bytes that the largest step takes beyond what is allocated now."""
+    num_tokens, page_size, device = config.max_num_batched_tokens, config.page_size, decoder.device
+    longest = min(num_tokens, max_len)
+    lens = [longest] * (num_tokens // longest)
+    lens += [num_tokens - sum(lens)] if num_tokens % longest else []
+    # All rows write to the same pages: what they hold does not matter here.
+    cache = decoder.new_cache(-(-longest // page_size), page_size)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    positions = torch.cat([torch.arange(n, device=device) for n in lens])
+    batch = Batch(
+        tokens=torch.zeros_like(positions),
+        positions=positions,
+        cache_index=positions,
+        page_table=torch.arange(cache[0].shape[0], device=device)[None],
+        slots=torch.zeros(len(lens), dtype=torch.int64, device=device),
+        context_lens=torch.tensor(lens, device=device),
+        context_lens_cpu=lens,
+        query_lens=lens,
+        num_decode=0,
+        logit_index=torch.arange(min(config.max_num_seqs, num_tokens), device=device),
+    )
+    logits = decoder.logits(decoder.forward(batch, cache))
+    sample(logits, _costly(logits.shape[0], logits.shape[1], device))
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _costly(rows: int, vocab: int, device: torch.device) -> SamplingBatch:
+    """Sampling that sorts the whole vocabulary in every row."""
+
+    def column(value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((rows,), value, dtype=dtype, device=device)
+
+    return SamplingBatch(
+        temperature=column(1, torch.float32),
+        min_p=column(0, torch.float32),
+        top_p=column(0.9, torch.float64),
+        top_k=column(vocab, torch.int64),
+        seeds=column(1, torch.int64),
+        output_lens=column(1, torch.int64),
+        has_random=True,
+        has_greedy=True,
+        has_min_p=False,
+        truncations=((torch.arange(rows, device=device), vocab),),
+    )
+
+
+def _pages_of(gib: float, page_bytes: int) -> int:
+    return max(1, int(gib * 2**30) // page_bytes)

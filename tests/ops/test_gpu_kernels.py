@@ -1,0 +1,181 @@
+"""Every kernel against its slow twin, on fresh random inputs, with outputs that begin as NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_reference import make_case
+from torch import Tensor
+
+from gllm_engine.ops import Batch, reference, select_ops
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """New numbers in every run, and NaN in the memory that empty tensors will get."""
+    torch.seed()
+    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27):
+        torch.full((size // 4,), float("nan"), device=CUDA)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=CUDA).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 64), (7, 96), (33, 4096), (3, 5120)])
+def test_norms_and_activation(rows: int, dim: int, dtype: torch.dtype) -> None:
+    ops, limit = select_ops(CUDA), TOLERANCE[dtype]
+    x, residual = randn(rows, dim, dtype=dtype), randn(rows, dim, dtype=dtype)
+    weight, wide = randn(dim, dtype=dtype), randn(rows, 2 * dim, dtype=dtype)
+    expected = reference.add_rms_norm(x.cpu(), residual.cpu(), weight.cpu(), 1e-5)
+    out, total = ops.add_rms_norm(x, residual, weight, 1e-5)
+    near(total, expected[1], limit)
+    near(out, expected[0], limit)
+    near(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), limit)
+    near(ops.silu_mul(wide), reference.silu_mul(wide.cpu()), limit)
+
+
+def near(out: Tensor, expected: Tensor, limit: float) -> None:
+    """By norm: one element may be off by a rounding step, many may not."""
+    out, expected = out.double().cpu(), expected.double().cpu()
+    assert out.shape == expected.shape and out.isfinite().all()
+    assert (out - expected).norm() <= limit * expected.norm()
+
+
+def on_gpu(batch: Batch) -> Batch:
+    moved = {k: v.to(CUDA) for k, v in vars(batch).items() if isinstance(v, Tensor)}
+    return replace(batch, **moved)
+
+
+DECODE = [(1, 1), (17, 1), (16, 1), (300, 1), (33, 1), (2049, 1)]
+CHUNKS = [(5, 5), (16, 16), (21, 4), (640, 517), (33, 1)]
+MIXES = {"decode": DECODE, "chunks": CHUNKS, "both": DECODE + CHUNKS, "one": [(1, 1)]}
+
+
+def run_attention(
+    mix: str, dtype: torch.dtype, heads: tuple[int, int, int], window: int | None, page_size: int
+) -> None:
+    num_heads, kv_heads, dim = heads
+    ops, limit = select_ops(CUDA), TOLERANCE[dtype]
+    seed = int(torch.randint(1 << 30, ()))
+    rows = MIXES[mix]
+    batch, kv, cache = make_case(rows, page_size, kv_heads, seed, dim)
+    # Chunks of one token stand among the chunks here.
+    batch = replace(batch, num_decode=min(batch.num_decode, len(DECODE)))
+    cache, kv = cache.to(dtype), kv.to(dtype)
+    q = torch.randn(len(batch.tokens), num_heads, dim).to(dtype)
+    qkv = torch.cat((q, kv.flatten(1, 2)), 1)
+    cos, sin = torch.rand(2, 3000, dim // 2)
+    moved, there = on_gpu(batch), cache.to(CUDA)
+    planner = ops.Planner(CUDA)
+    plan = planner.plan(moved, there, num_heads, window)
+    turn = ops.rotation(cos.to(CUDA), sin.to(CUDA), moved.positions, dtype, False)
+    out_q = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, 1e-5, turn, False, there, plan)
+    out = ops.attend(out_q, there, plan)
+    # The twin in float32, from what the kernel stored: attention by itself.
+    wide = there.float().cpu()
+    slow = reference.plan_attention(batch, wide, window)
+    near(out, reference.attend(out_q.float().cpu(), wide, slow), limit)
+    # And what it stored.
+    exact = cache.float()
+    slow = reference.plan_attention(batch, exact, window)
+    slow_turn = reference.rotation(cos, sin, batch.positions, torch.float32, False)
+    args = (qkv.float(), num_heads, None, 1e-5, slow_turn, False, exact, slow)
+    near(out_q, reference.rotate_and_store(*args), limit)
+    page, offset = batch.cache_index // page_size, batch.cache_index % page_size
+    near(wide[page, :, offset], exact[page, :, offset], limit)
+    wide[page, :, offset] = exact[page, :, offset]
+    torch.testing.assert_close(wide, exact, equal_nan=True)  # nothing else was touched
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_attention(mix: str, dim: int) -> None:
+    run_attention(mix, torch.bfloat16, (8, 2, dim), None, 16)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_attention_with_a_window(mix: str) -> None:
+    run_attention(mix, torch.bfloat16, (4, 2, 64), 20, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_kernels(dtype: torch.dtype) -> None:
+    run_attention("both", dtype, (4, 2, 24), 7, 4)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "turn_dim"), [(64, 64), (128, 64), (16, 16), (80, 40)])
+def test_rotation(norm: bool, interleaved: bool, dim: int, turn_dim: int) -> None:
+    batch, kv, cache = make_case([(9, 1), (70, 61)], 16, 3, head_dim=dim)
+    ops, heads = select_ops(CUDA), 6
+    qkv = torch.randn(62, heads + 6, dim)
+    gain = torch.rand(heads + 3, dim) + 0.5 if norm else None
+    angles = torch.rand(100, turn_dim // 2) * 6
+    plan = reference.plan_attention(batch, cache, None)
+    turn = reference.rotation(
+        angles.cos(), angles.sin(), batch.positions, torch.float32, interleaved
+    )
+    there, moved = cache.to(CUDA), on_gpu(batch)
+    turn_there = ops.rotation(
+        angles.cos().to(CUDA), angles.sin().to(CUDA), moved.positions, torch.float32, interleaved
+    )
+    out = ops.rotate_and_store(
+        *(qkv.to(CUDA), heads, None if gain is None else gain.to(CUDA), 1e-5),
+        *(turn_there, interleaved, there, ops.AttentionPlan(moved.cache_index, 1)),
+    )
+    args = (qkv, heads, gain, 1e-5, turn, interleaved, cache, plan)
+    near(out, reference.rotate_and_store(*args), 1e-5)
+    torch.testing.assert_close(there.cpu(), cache, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_list_pages() -> None:
+    from gllm_engine.ops import triton
+
+    table = torch.randint(0, 1 << 20, (40, 3000))
+    counts = [0, 1, 3000, 17, 1024, 1025]
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    slots = torch.randperm(40)[: len(counts)]
+    out = torch.full((sum(counts) + 5,), -1, dtype=torch.int32)
+    there = out.to(CUDA)
+    triton.list_pages(table.to(CUDA), slots.to(CUDA), starts.to(CUDA), 3000, there)
+    reference.list_pages(table, slots, starts, 3000, out)
+    assert torch.equal(there.cpu(), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 9), (64, 2048), (300, 5000), (40, 128256)])
+def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    """The same tokens as the slow twin, but where the random number hits a boundary."""
+    scores = (randn(rows, vocab, dtype=torch.float32) * 4).to(dtype)
+    scores[::3, ::2] = -float("inf")
+    temperature = torch.rand(rows, device=CUDA) * 2 + 0.01
+    temperature[::4] = 0
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), device=CUDA)
+    positions = torch.randint(0, 4000, (rows,), device=CUDA)
+    tokens = select_ops(CUDA).sample(scores, temperature, seeds, positions)
+    expected = reference.sample(scores, temperature, seeds, positions)
+    cold = temperature == 0
+    assert torch.equal(tokens[cold], expected[cold])
+    heat = torch.where(cold, 1.0, temperature)[:, None].double()
+    weights = (scores.double() / heat).softmax(-1)
+    above = weights.cumsum(-1).gather(1, tokens[:, None])[:, 0]
+    below = above - weights.gather(1, tokens[:, None])[:, 0]
+    u = reference.uniforms(seeds, positions)
+    assert ((below - 1e-5 <= u) & (u <= above + 1e-5) | cold).all()
+    assert (tokens == expected).float().mean() > 0.97
+    assert (weights.gather(1, tokens[:, None]) > 0).all()
+
+
+def test_no_rows() -> None:
+    ops = select_ops(CUDA)
+    empty = randn(0, 64)
+    assert ops.add_rms_norm(empty, empty.clone(), randn(64), 1e-5)[0].shape == (0, 64)
