@@ -109,6 +109,9 @@ class SyncClient:
         )
         try:
             for response in call:
+                if _is_last(response):
+                    for _ in call:  # to the stream's own end, see _is_last
+                        continue
                 yield _chunk(response)
         except grpc.RpcError as error:
             raise _refusal(error, timeout) from None
@@ -217,6 +220,9 @@ class Client:
         call = self._stub.ModelStreamInfer([request], timeout=timeout, metadata=self._metadata)
         try:
             async for response in call:
+                if _is_last(response):
+                    async for _ in call:  # to the stream's own end, see _is_last
+                        continue
                 yield _chunk(response)
         except grpc.RpcError as error:
             raise _refusal(error, timeout) from None
@@ -236,6 +242,13 @@ class Client:
         return bool(answer.ready)
 
 
+def _utf8(name: str, text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: not text that UTF-8 can say ({error.reason})") from None
+
+
 def _request(model: str, request_id: str, inputs: dict[str, Value]) -> pb.ModelInferRequest:
     """The message of one request; every tensor has one dimension."""
     request = pb.ModelInferRequest(model_name=model, id=request_id)
@@ -244,7 +257,7 @@ def _request(model: str, request_id: str, inputs: dict[str, Value]) -> pb.ModelI
         tensor = request.inputs.add(name=name, shape=[len(values)])
         if isinstance(values[0] if values else 0, str):
             tensor.datatype = "BYTES"
-            tensor.contents.bytes_contents.extend(text.encode("utf-8") for text in values)
+            tensor.contents.bytes_contents.extend(_utf8(name, text) for text in values)
         elif isinstance(value, bool):
             tensor.datatype = "BOOL"
             tensor.contents.bool_contents.append(value)
@@ -252,6 +265,18 @@ def _request(model: str, request_id: str, inputs: dict[str, Value]) -> pb.ModelI
             tensor.datatype = "INT32"
             tensor.contents.int_contents.extend(values)
     return request
+
+
+def _is_last(response: pb.ModelStreamInferResponse) -> bool:
+    """Whether no other response follows: Triton ends the stream by itself then.
+
+    That end is waited for, because a stream cancelled between its last response and its end can
+    leave tritonserver with a request it never lets go of: the model can then not be unloaded, and
+    the server not be stopped but by its exit timeout (seen with 2.51).
+    """
+    if response.error_message:
+        return True
+    return response.infer_response.parameters["triton_final_response"].bool_param
 
 
 def _chunk(response: pb.ModelStreamInferResponse) -> Chunk:

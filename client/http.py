@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -94,7 +95,10 @@ class HttpClient:
         body: dict[str, Any] = dict(inputs)
         if request_id:
             body["id"] = request_id
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None
+        if timeout is not None:  # for the server too: it may not notice that nobody waits any more
+            deadline = time.monotonic() + timeout
+            body["timeout"] = math.ceil(timeout * 1e6)
         parser = EventParser()
         path = f"/v2/models/{quote(model)}/{kind}"
         with self._exchange("POST", path, body, timeout) as (answer, connected):

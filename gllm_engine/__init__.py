@@ -38,7 +38,7 @@ _HOME = {
     "EngineClient": "engine.client",
     "EngineError": "engine.client",
     "EngineUnavailable": "engine.client",
-    "front_ends": "engine.attach",
+    "end_with_parent": "engine.attach",
     "LLM": "engine.llm",
     "RequestFailed": "engine.llm",
     "RequestOutput": "engine.llm",

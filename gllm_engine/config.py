@@ -97,8 +97,8 @@ def make_config(values: dict[str, Any], directory: Path | None = None) -> Engine
         raise ConfigError(f"unknown key {unknown[0]!r}; known keys are {known}")
     values = dict(values)
     for key in ("model", "tokenizer"):
-        if directory is not None and isinstance(values.get(key), str):
-            values[key] = str((directory / values[key]).resolve())
+        if isinstance(values.get(key), str):
+            values[key] = str(((directory or Path()) / values[key]).resolve())
     try:
         config = msgspec.convert(values, EngineConfig)
     except msgspec.ValidationError as error:
@@ -108,10 +108,18 @@ def make_config(values: dict[str, Any], directory: Path | None = None) -> Engine
     return config
 
 
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} comes twice")
+    return values
+
+
 def read_config(path: Path) -> EngineConfig:
     """Read model.json; relative paths in it are relative to the file's directory."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(), object_pairs_hook=_no_twice)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -16,6 +16,8 @@ MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_STOPS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_CHOICES = 1024  # ten thousand take seconds to compile
 UNBOUNDED = 2**62
 
 
@@ -79,10 +81,10 @@ class SamplingParams(
             value = getattr(self, field)
             if value is not None and not low <= value <= high:
                 raise InvalidField(field, f"{value} is outside {_interval(field, low, high)}")
-        for field in ("stop", "bad_words"):
+        for field, most in _MOST.items():
             values = getattr(self, field)
-            if len(values) > MAX_STOPS:
-                raise InvalidField(field, f"{len(values)} strings given, at most {MAX_STOPS}")
+            if len(values) > most:
+                raise InvalidField(field, f"{len(values)} entries given, at most {most}")
             if "" in values:
                 raise InvalidField(field, "an empty string is not allowed")
         for field in ("top_p", "repetition_penalty"):
@@ -91,10 +93,6 @@ class SamplingParams(
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidField(
                 "min_tokens", f"{self.min_tokens} is greater than max_tokens={self.max_tokens}"
-            )
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidField(
-                "logit_bias", f"{len(self.logit_bias)} entries given, at most {MAX_LOGIT_BIAS}"
             )
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
@@ -112,7 +110,18 @@ class SamplingParams(
                 )
             if self.structured_outputs.choice == ():
                 raise InvalidField("structured_outputs", "choice is empty")
+            num_choices = len(self.structured_outputs.choice or ())
+            if num_choices > MAX_CHOICES:
+                problem = f"choice has {num_choices} entries, at most {MAX_CHOICES} are allowed"
+                raise InvalidField("structured_outputs", problem)
 
+
+_MOST = {
+    "stop": MAX_STOPS,
+    "bad_words": MAX_STOPS,
+    "stop_token_ids": MAX_STOP_TOKEN_IDS,
+    "logit_bias": MAX_LOGIT_BIAS,
+}
 
 # Inclusive bounds. NaN compares false with both, so it is refused too.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -141,15 +150,17 @@ def parse_sampling(values: dict[str, Any]) -> SamplingParams:
     """Build SamplingParams from loosely typed values (JSON, request parameters).
 
     Numbers and booleans may come as strings ("temperature": "0"); lists as one string or as JSON
-    text. Raises InvalidField naming the field for an unknown key, a wrong type, or a value out
+    text. None (JSON null) is a value where a field has it (max_tokens: no limit), else not given.
+    Raises InvalidField naming the field for an unknown key, a wrong type, or a value out
     of range.
     """
     known = SamplingParams.__struct_fields__
     converted: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise InvalidField(key, f"unknown sampling parameter; known are {', '.join(known)}")
-        if value is None:  # JSON null is "not given", as in vLLM
+            problem = f"unknown sampling parameter; known are {', '.join(known)}"
+            raise InvalidField(_shorten(key), problem)
+        if value is None and key not in _NULLABLE:  # JSON null is "not given"
             continue
         converted[key] = _coerce(key, value)
     return SamplingParams(**converted)
@@ -161,7 +172,7 @@ def _coerce(key: str, value: Any) -> Any:
         return msgspec.convert(loose, _HINTS[key], strict=False)
     except (msgspec.ValidationError, OverflowError) as error:
         problem = str(error).replace("`", "").rstrip(".")
-        raise InvalidField(key, f"{_shorten(value)} is not valid ({problem})") from None
+        raise InvalidField(key, f"{_shorten(repr(value))} is not valid ({problem})") from None
 
 
 def _loosen(key: str, value: Any) -> Any:
@@ -173,6 +184,10 @@ def _loosen(key: str, value: Any) -> Any:
     if key in ("stop_token_ids", "logit_bias", "structured_outputs") and isinstance(value, str):
         try:
             value = json.loads(value)
+            # Half of a surrogate pair can be escaped, but not be sent to the engine.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except RecursionError:
+            raise InvalidField(key, "nested too deeply") from None
         except ValueError as error:
             raise InvalidField(key, f"not valid JSON ({error})") from None
     if key == "stop_token_ids" and isinstance(value, int):
@@ -191,11 +206,11 @@ def _loosen(key: str, value: Any) -> Any:
     return value
 
 
-def _shorten(value: Any) -> str:
-    text = repr(value)
+def _shorten(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 _HINTS = get_type_hints(SamplingParams)
+_NULLABLE = {name for name, hint in _HINTS.items() if type(None) in get_args(hint)}
 _BOOLEANS = {name for name, hint in _HINTS.items() if hint is bool}
 _INTEGERS = {name for name, hint in _HINTS.items() if hint in (int, int | None)}

@@ -1,10 +1,51 @@
-"""What the configuration leaves to the device."""
+"""EngineConfig: what is refused, with which sentence, and what is left to the device."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from gllm_engine.config import ConfigError, EngineConfig, make_config, settle
+from gllm_engine import ConfigError, EngineConfig, make_config, read_config
+from gllm_engine.config import settle
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"model": ".", "gpu_memory": 1}', "unknown key 'gpu_memory'; known keys are model,"),
+        ('{"model": ".", "page_size": 24}', "page_size: 24 is not a power of two"),
+        ('{"model": ".", "max_num_seqs": -1}', r"max_num_seqs: -1 is outside \[0, 16384\]"),
+        ('{"model": ".", "max_num_seqs": "many"}', "Expected int, got str - at $.max_num_seqs"),
+        (
+            '{"model": ".", "max_num_seqs": 4096, "max_num_batched_tokens": 2048}',
+            "max_num_batched_tokens: 2048 is less than",
+        ),
+        ('{"model": ".", "seed": 1, "seed": 2}', "key 'seed' comes twice"),
+        ('{"model": "nowhere"}', "nowhere is not a directory"),
+        ("{}", "missing required field model"),
+        ("[]", "expected a JSON object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_bad_model_json_is_refused_with_a_sentence(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ConfigError, match=problem.replace("$", r"\$")):
+        read_config(tmp_path / "model.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.json: cannot be read"):
+        read_config(tmp_path / "model.json")
+
+
+def test_paths_are_taken_from_the_files_directory(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "model.json").write_text('{"model": "weights"}')
+    assert read_config(tmp_path / "model.json").model == str(tmp_path / "weights")
+    assert make_config({"model": "."}).model == str(Path.cwd())
 
 
 def chosen(on_gpu: bool, **values: int) -> tuple[int, int, int]:
@@ -26,9 +67,3 @@ def test_what_was_asked_for_stays(on_gpu: bool) -> None:
 def test_one_default_gives_way_to_the_other_number() -> None:
     assert chosen(False, max_num_batched_tokens=16)[:2] == (16, 16)
     assert chosen(False, max_num_seqs=4096)[:2] == (4096, 4096)
-
-
-def test_too_few_tokens_are_refused(tmp_path) -> None:
-    values = {"model": str(tmp_path), "max_num_seqs": 8, "max_num_batched_tokens": 7}
-    with pytest.raises(ConfigError, match="max_num_batched_tokens: 7 is less than"):
-        make_config(values)

@@ -43,9 +43,12 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Metrics:
-    """Counts for one front end. `warn(sentence)` is told, once, when Triton takes no metrics."""
+    """Counts for one front end. `warn(sentence)` is told, once, when Triton takes no metrics.
 
-    def __init__(self, model: str, version: str, warn: Any) -> None:
+    `shown` False: nothing appears on the page.
+    """
+
+    def __init__(self, model: str, version: str, warn: Any, shown: bool = True) -> None:
         self._base: Labels = (("model", model), ("version", version))
         self._warn = warn
         self._lock = threading.Lock()  # guards the four below
@@ -58,7 +61,7 @@ class Metrics:
         self._families: dict[str, Any] = {}
         self._stop = threading.Event()
         try:
-            for name, (kind, text) in FAMILIES.items():
+            for name, (kind, text) in FAMILIES.items() if shown else ():
                 self._families[name] = pb_utils.MetricFamily(
                     name=f"gllm:{name}",
                     description=text,

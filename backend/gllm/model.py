@@ -28,9 +28,11 @@ SWEEP_S = 0.05  # between two looks for cancelled and overdue requests
 SWEEP_SHARE = 4  # a sweep that takes long is followed by a pause so many times as long
 CLOSE_S = 10.0  # for a thread to finish its last work
 SWITCH_S = 1e-4  # a busy thread gives up the interpreter to senders so often
-DEFAULTS = {"sender_threads": "2", "coalesce": "true"}  # config.pbtxt parameters
-# config.pbtxt parameters that mean something to Triton's Python backend itself.
-TRITONS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
+# config.pbtxt parameters; the name of the last is the vLLM backend's.
+DEFAULTS = {"sender_threads": "2", "coalesce": "true", "REPORT_CUSTOM_METRICS": "true"}
+# Those that mean something to Triton's Python backend itself, and one of the vLLM backend's whose
+# check of the engine is always made here.
+OTHERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "ENABLE_VLLM_HEALTH_CHECK")
 
 
 class TritonPythonModel:
@@ -50,11 +52,19 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start or join the engine. Raises with a sentence when the model cannot be served."""
-        from gllm_engine import EngineClient, EngineUnavailable, Tokenizer, read_config
+        from gllm_engine import (
+            EngineClient,
+            EngineUnavailable,
+            Tokenizer,
+            end_with_parent,
+            read_config,
+        )
 
+        # A stub whose server was killed hangs in its next call to it.
+        end_with_parent()
         self._unavailable = EngineUnavailable
         name, version = args["model_name"], args["model_version"]
-        threads, coalesce = _parameters(json.loads(args["model_config"]))
+        threads, coalesce, measure = _parameters(json.loads(args["model_config"]))
         sys.setswitchinterval(SWITCH_S)
         self.config = read_config(Path(args["model_repository"]) / version / "model.json")
         self.tokenizer = Tokenizer(Path(self.config.tokenizer or self.config.model))
@@ -65,7 +75,7 @@ class TritonPythonModel:
         self._turns = count()
         self._stopping = threading.Event()
         self.senders = [Sender(f"sender-{i}", coalesce) for i in range(threads)]
-        self.metrics = Metrics(name, version, pb_utils.Logger.log_warn)
+        self.metrics = Metrics(name, version, pb_utils.Logger.log_warn, measure)
         self.client = EngineClient(
             self.config,
             scope=f"{name}/{version}",
@@ -120,7 +130,7 @@ class TritonPythonModel:
         from gllm_engine import Completion, make_requests
 
         sampling = parsed.sampling
-        ids, text = self._tokenize(parsed)
+        ids, text = self._tokenize(parsed, self.client.info.max_model_len)
         for field in ("stop_token_ids", "logit_bias"):  # beyond 64 bits they could not be sent
             _check_ids(field, getattr(sampling, field), self.client.info.vocab_size)
         requests = make_requests(self.tokenizer, ids, sampling, self._ids)
@@ -133,18 +143,24 @@ class TritonPythonModel:
             self._forget(stream)
             self.client.abort([request.id for request in requests])
 
-    def _tokenize(self, parsed: ParsedRequest) -> tuple[list[int], str]:
-        """The prompt as token ids, and as text where the answer is to begin with it."""
+    def _tokenize(self, parsed: ParsedRequest, max_len: int) -> tuple[list[int], str]:
+        """The prompt as token ids, and as text where the answer is to begin with it.
+
+        A prompt that is too long is refused here, before it is copied for n sequences.
+        """
         if parsed.kind == "text_input":
-            ids, text = self.tokenizer.encode(parsed.prompt), parsed.prompt
+            ids, text = self.tokenizer.encode(parsed.prompt, max_tokens=max_len), parsed.prompt
             if not ids:
                 raise InvalidField("text_input", "the prompt has no tokens, at least one is needed")
+            _check_len(len(ids), max_len)
             return ids, text
         if parsed.kind == "input_ids":  # before anything remembers how they are spelled
-            ids = parsed.prompt
+            _check_len(len(parsed.prompt), max_len)
+            ids = parsed.prompt.tolist()
             _check_ids("input_ids", ids, self.client.info.vocab_size)
         else:
-            ids = self.tokenizer.chat(parsed.prompt)
+            ids = self.tokenizer.chat(parsed.prompt, max_tokens=max_len)
+            _check_len(len(ids), max_len)
         return ids, self.tokenizer.decode(ids) if parsed.prepend_prompt else ""
 
     # ------------------------------------------------------------ the client's thread
@@ -253,24 +269,31 @@ class TritonPythonModel:
             return list(self.live)
 
 
+def _check_len(length: int, max_len: int) -> None:
+    if length >= max_len:
+        problem = f"its {length} tokens leave no room for output; prompt and output together"
+        raise InvalidField("prompt", f"{problem} are limited to {max_len} tokens (max_model_len)")
+
+
 def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
     for token in ids:
         if not 0 <= token < vocab_size:
             raise InvalidField(field, f"token {token} is outside the vocabulary [0, {vocab_size})")
 
 
-def _parameters(model_config: dict[str, Any]) -> tuple[int, bool]:
-    """sender_threads and coalesce, from the parameters of config.pbtxt. Raises ValueError."""
+def _parameters(model_config: dict[str, Any]) -> tuple[int, bool, bool]:
+    """The values of DEFAULTS, as config.pbtxt has them. Raises ValueError."""
     given = {k: v["string_value"] for k, v in model_config.get("parameters", {}).items()}
     for key in given:
-        if key not in (*DEFAULTS, *TRITONS):
+        if key not in (*DEFAULTS, *OTHERS):
             raise ValueError(
                 f"config.pbtxt: unknown parameter {key}; known are {', '.join(DEFAULTS)}"
             )
     given = DEFAULTS | given
-    threads, coalesce = given["sender_threads"], given["coalesce"]
+    threads = given["sender_threads"]
     if not threads.isdecimal() or not 1 <= int(threads) <= 64:
         raise ValueError(f"config.pbtxt: sender_threads: {threads!r} is not a number from 1 to 64")
-    if coalesce not in ("true", "false"):
-        raise ValueError(f"config.pbtxt: coalesce: {coalesce!r} is neither 'true' nor 'false'")
-    return int(threads), coalesce == "true"
+    for key in ("coalesce", "REPORT_CUSTOM_METRICS"):
+        if given[key] not in ("true", "false"):
+            raise ValueError(f"config.pbtxt: {key}: {given[key]!r} is neither 'true' nor 'false'")
+    return int(threads), given["coalesce"] == "true", given["REPORT_CUSTOM_METRICS"] == "true"

@@ -7,6 +7,7 @@ how an answer is sent, and touches Triton's request object only to read it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "token_ids": ("TYPE_INT32", [-1]),
     "prompt_logprobs": ("TYPE_STRING", [1]),
 }
+# Stop strings, grammars and all: n sequences carry it, so 1 MiB is 64 MiB at most.
+MAX_PARAMETERS_LEN = 1 << 20  # characters of JSON
 PROMPTS = ("text_input", "input_ids", "messages")
 _DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32}
 _TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
@@ -52,7 +55,7 @@ class ParsedRequest:
     """A valid request. Filled by `parse_request`."""
 
     kind: str  # one of PROMPTS
-    prompt: Any  # by kind: text, token ids, or chat messages as parsed JSON (not yet checked)
+    prompt: Any  # by kind: text, an array of token ids, or messages as parsed JSON, not checked
     stream: bool
     prepend_prompt: bool  # the answer begins with the prompt's text
     sampling: SamplingParams
@@ -146,7 +149,7 @@ def _prompt(tensors: Mapping[str, np.ndarray]) -> tuple[str, Any]:
     if given == ["input_ids"]:
         if not tensors["input_ids"].size:
             raise InvalidField("input_ids", "the prompt is empty, at least one token is needed")
-        return given[0], tensors["input_ids"].tolist()
+        return given[0], tensors["input_ids"]
     text = _text(tensors, given[0])
     if not text:
         raise InvalidField(given[0], "the prompt is empty, at least one character is needed")
@@ -157,8 +160,7 @@ def _json(name: str, text: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise InvalidField(name, f"key {twice!r} is given twice")
         return values
 
@@ -178,6 +180,7 @@ def _json(name: str, text: str) -> Any:
 
 
 def _parameters(request: Any) -> dict[str, Any]:
+    _check_len("parameters", request.parameters())
     # Keys that begin with triton_ are Triton's own and say nothing about sampling. So is the "id"
     # of a generate body: Triton makes it the request's id and passes it on as a parameter too.
     parameters = _json("parameters", request.parameters() or "{}")
@@ -185,6 +188,12 @@ def _parameters(request: Any) -> dict[str, Any]:
     if parameters.get("id") == request.request_id():
         own.add("id")
     return {key: value for key, value in parameters.items() if key not in own}
+
+
+def _check_len(name: str, text: str) -> None:
+    if len(text) > MAX_PARAMETERS_LEN:
+        problem = f"{len(text)} characters given, at most {MAX_PARAMETERS_LEN}"
+        raise InvalidField(name, problem)
 
 
 def _timeout(request: Any, parameter: Any) -> int | None:
@@ -202,7 +211,9 @@ def _timeout(request: Any, parameter: Any) -> int | None:
 def _sampling(tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]) -> SamplingParams:
     if "sampling_parameters" not in tensors:
         return parse_sampling(parameters)
-    values = _json("sampling_parameters", _text(tensors, "sampling_parameters"))
+    text = _text(tensors, "sampling_parameters")
+    _check_len("sampling_parameters", text)
+    values = _json("sampling_parameters", text)
     if not isinstance(values, dict):
         raise InvalidField("sampling_parameters", "a JSON object is expected")
     for key in values:

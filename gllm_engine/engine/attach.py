@@ -201,31 +201,33 @@ def detach(
             _ended(attached.pidfd, patience_s)
         if attached.child is not None:
             attached.child.wait()
-        _discard(attached.directory)
+        _remove(home)
 
 
-@dataclass(frozen=True)
-class FrontEnd:
-    """A front end on record, for whoever watches over them."""
+def end_with(owner: Process, last: Callable[[], None]) -> None:
+    """End this process, whatever it is doing, as soon as `owner` has ended; after calling `last`.
 
-    scope: str
-    instance: str
-    process: Process
+    By a thread of its own, which alone can end a process whose other threads wait for the dead.
+    """
+    try:
+        pidfd = os.pidfd_open(owner.pid)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        _ended(pidfd, None)
+        last()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
 
 
-def front_ends(owner_pid: int) -> list[FrontEnd]:
-    """Every front end on record under an owner. One whose process is not alive has crashed."""
-    owner = Process.of(owner_pid)
-    if owner is None:
-        return []
-    found = []
-    for path in _root().glob(f"{owner.pid}.{owner.start}/*/record.json"):
-        try:
-            record = msgspec.json.decode(path.read_bytes(), type=Record)
-        except FileNotFoundError:
-            continue
-        found += [FrontEnd(record.scope, name, p) for name, p in record.front_ends.items()]
-    return found
+def end_with_parent() -> None:
+    """For a front end: end this process as soon as its parent, tritonserver, has ended."""
+    parent = Process.of(os.getppid())
+    if parent is None:
+        os._exit(1)
+    end_with(parent, lambda: None)
 
 
 def sweep() -> None:
@@ -243,7 +245,8 @@ def discard_owner(owner: Process) -> None:
 
 def _root() -> Path:
     """A directory that only this user can enter; short, since socket paths hold 107 bytes."""
-    root = Path(tempfile.gettempdir()) / f"gllm-{os.getuid()}"
+    namespace = os.stat("/proc/self/ns/pid").st_ino  # pids mean nothing in another container
+    root = Path(tempfile.gettempdir()) / f"gllm-{os.getuid()}-{namespace}"
     root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()
     if root.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
@@ -262,9 +265,28 @@ def _home(owner: Process, scope: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    with (home / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Alone with `home`, which the last front end removes: so it may have to be made again."""
+    path = home / "lock"
+    while True:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except (FileNotFoundError, FileExistsError):  # mkdir's, of a directory just moved away
+            continue
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # else it was removed while we waited for it
+                yield
+                return
+
+
+def _remove(home: Path) -> None:
+    """End the use of a locked directory. Moved first: it is another's as soon as it can be made."""
+    gone = Path(tempfile.mkdtemp(prefix=f"{home.name}.", dir=home.parent))
+    home.rename(gone)
+    _discard(gone)
+    with contextlib.suppress(OSError):  # there is another model's
+        home.parent.rmdir()
 
 
 def _read(home: Path, scope: str) -> Record:
@@ -313,18 +335,22 @@ def _retire(engine: Process | None, patience_s: float) -> None:
         os.close(pidfd)
 
 
-def _ended(pidfd: int, timeout_s: float) -> bool:
+def _ended(pidfd: int, timeout_s: float | None) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:
     directory.mkdir(mode=0o700)
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
+    # -P would say it shorter, from Python 3.11 on: what lies in the server's working directory must
+    # not be importable, so the engine works in its own, which holds no code.
     command = [sys.executable, "-m", "gllm_engine.engine.server", str(directory), str(owner.pid)]
     # A session of its own: Ctrl-C at the server's terminal must not end it before the streams do.
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command, cwd=directory, stdin=subprocess.DEVNULL, start_new_session=True
+    )
     # It may outlive this front end's interest in it, and must not stay a zombie then.
     threading.Thread(target=child.wait, name="engine-reaper", daemon=True).start()
     return child

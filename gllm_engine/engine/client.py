@@ -64,7 +64,7 @@ class EngineClient:
         self._on_lost = on_lost
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._lock = threading.Lock()  # guards the three below
-        self._outgoing: deque[Any] = deque()
+        self._outgoing: deque[list[bytes]] = deque()
         self._trouble: str | None = None  # why there is no engine now
         self._closing = False
         self._attached, self._socket = self._join(again=False)
@@ -93,13 +93,14 @@ class EngineClient:
         os.close(self._wake)  # here, not in the thread: nobody may write to a number used again
 
     def _send(self, message: Any) -> None:
+        frames = wire.encode(message)  # what cannot be encoded is its caller's problem alone
         with self._lock:
             if self._closing:
                 raise EngineUnavailable("the model is being unloaded")
             if self._trouble is not None:
                 raise EngineUnavailable(self._trouble)
-            self._outgoing.append(message)
-        os.eventfd_write(self._wake, 1)
+            self._outgoing.append(frames)
+            os.eventfd_write(self._wake, 1)  # under the lock: close() closes it
 
     # ------------------------------------------------------------ the client's thread
 
@@ -135,7 +136,7 @@ class EngineClient:
 
     def _flush(self) -> None:
         while self._outgoing:
-            self._socket.send_multipart(wire.encode(self._outgoing.popleft()))
+            self._socket.send_multipart(self._outgoing.popleft())
 
     def _receive(self) -> None:
         while True:
@@ -177,7 +178,8 @@ class EngineClient:
         """Sleep, but not through close()."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        poll.poll(seconds * 1000)
+        if poll.poll(seconds * 1000):
+            os.eventfd_read(self._wake)  # close(), or the echo of a message that is lost
 
     def _lose(self, trouble: str) -> None:
         with self._lock:
@@ -204,13 +206,18 @@ class EngineClient:
             if socket is not None:
                 return attached, socket
             why = attached.why_it_died()
+            if attached.child is not None and not again:  # a failed load leaves nothing behind
+                detach(attached, self._instance, lambda: None)
             os.close(attached.pidfd)
             if attached.child is not None:
                 break
         raise EngineError(why)
 
     def _greet(self, attached: Attached) -> zmq.Socket[bytes] | None:
-        """Say hello and wait for the answer; None when the engine ended instead."""
+        """Say hello and wait for the answer; None when the engine ended instead.
+
+        close() does not wait for a model to be loaded: the socket is returned without an answer.
+        """
         socket = zmq.Context.instance().socket(zmq.DEALER)
         socket.set(zmq.SNDHWM, 0)
         socket.set(zmq.RCVHWM, 0)
@@ -218,9 +225,12 @@ class EngineClient:
         socket.connect(attached.address)
         socket.send_multipart(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid())))
         poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(attached.pidfd, zmq.POLLIN)
-        events = dict(poller.poll())
+        for source in (socket, attached.pidfd, self._wake):
+            poller.register(source, zmq.POLLIN)
+        while self._wake in (events := dict(poller.poll())):
+            if self._closing:
+                return socket
+            os.eventfd_read(self._wake)
         answer = wire.decode(socket.recv_multipart()) if socket in events else None
         if isinstance(answer, wire.Welcome):
             self.info: ModelInfo = answer.info

@@ -21,6 +21,9 @@ from gllm_engine.types import Request
 FIELD = "structured_outputs"
 MAX_CACHED_GRAMMARS = 64
 MAX_ERROR_LEN = 200
+# Between the tokens of JSON: what pretty printing needs, but an end. JSON itself sets none, and
+# small models then write blanks until max_tokens.
+JSON_WHITESPACE = r"\n?[ \t]{0,16}"
 
 
 class Constraint:
@@ -168,14 +171,16 @@ def _load(directory: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> L
 def _grammar(asked: StructuredOutputs) -> str:
     if asked.json is not None:
         try:
-            json.loads(asked.json)
+            schema = json.loads(asked.json)
         except (ValueError, RecursionError) as error:
             raise InvalidField(FIELD, f"json is not JSON ({error})") from None
-        return LLMatcher.grammar_from_json_schema(asked.json)
+        # A schema that is no object has no place for them: true, false, or a mistake.
+        defaults = {"whitespace_pattern": JSON_WHITESPACE} if isinstance(schema, dict) else None
+        return LLMatcher.grammar_from_json_schema(asked.json, defaults=defaults)
     if asked.regex is not None:
         return LLMatcher.grammar_from_regex(asked.regex)
     if asked.choice is not None:
-        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in asked.choice)
+        choices = " | ".join(json.dumps(choice) for choice in asked.choice)
         return LLMatcher.grammar_from_lark(f"start: {choices}")
     assert asked.grammar is not None  # SamplingParams takes care of "exactly one"
     return LLMatcher.grammar_from_lark(asked.grammar)

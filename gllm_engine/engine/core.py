@@ -21,7 +21,7 @@ import torch
 
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.constraints import Constraint, Grammars
-from gllm_engine.model import load_model, make_dummy
+from gllm_engine.model import best_device, load_model, make_dummy
 from gllm_engine.runner import InstantRunner, Runner
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
@@ -237,8 +237,10 @@ class Engine:
                 self._launched.append(self._runner.launch(plan))
             if self._launched and (plan is None or len(self._launched) >= self._depth):
                 self._sort(self._scheduler.commit(self._launched.popleft().wait()))
-        except Exception as error:  # whatever a kernel or a worker raises
+        except BaseException as error:  # whatever a kernel or a worker raises
             self._fail(error)
+            if not isinstance(error, Exception):  # Ctrl-C: ours to survive, not to swallow
+                raise
         if self._constrained:
             self._fail_constrained()
         boxes, self._boxes = self._boxes, defaultdict(_Box)
@@ -264,7 +266,7 @@ class Engine:
             self._live.pop(sequence.key)
             self._constrained.pop(sequence.key, None)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Fail every live sequence after a step that raised, and begin anew."""
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()
@@ -328,7 +330,7 @@ def _load_runner(config: EngineConfig, spec: Model) -> StepRunner:
 
 def _device(config: EngineConfig) -> torch.device:
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return best_device()
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: it is cuda, but torch finds no GPU here")
     return torch.device("cuda" if config.device == "cuda" else "cpu")

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,15 @@ import zmq
 
 from gllm_engine.config import EngineConfig
 from gllm_engine.engine import wire
-from gllm_engine.engine.attach import Process, discard_owner
+from gllm_engine.engine.attach import Process, discard_owner, end_with
 from gllm_engine.engine.core import Engine
 from gllm_engine.types import Stats
 
 STATS_EVERY_S = 0.1
 # Nobody attached for so long after the start: whoever started this engine is gone.
 LONELY_S = 60.0
+# At the end, front ends have so long to take what was sent to them.
+LINGER_MS = 5000
 
 log = logging.getLogger("gllm.engine")
 
@@ -40,7 +40,8 @@ class EngineServer:
         self.front_ends: dict[bytes, int] = {}  # socket identity -> pidfd
         self.draining = False
         self.deadline = time.monotonic() + LONELY_S
-        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
         # Nothing is dropped: a slow front end is given memory, not loss.
         self.socket.set(zmq.SNDHWM, 0)
         self.socket.set(zmq.RCVHWM, 0)
@@ -60,6 +61,11 @@ class EngineServer:
             self._report()
         log.info("no front end is left or the work is done; the engine ends")
 
+    def close(self) -> None:
+        """End the connection once what was sent has been taken: an exit would throw it away."""
+        self.socket.close(LINGER_MS)
+        self.context.term()
+
     def _done(self) -> bool:
         if self.draining and not self.engine.has_work:
             return True
@@ -76,7 +82,11 @@ class EngineServer:
                     client, *frames = self.socket.recv_multipart(zmq.DONTWAIT)
                 except zmq.Again:
                     break
-                self._handle(client, wire.decode(frames))
+                try:
+                    self._handle(client, wire.decode(frames))
+                except ValueError:  # one front end's nonsense must not end the others' engine
+                    log.exception("a front end sent what is not a message; it is dropped")
+                    self.engine.drop(client)
         for client, pidfd in list(self.front_ends.items()):
             if pidfd in events:
                 log.warning("a front end died; its sequences are dropped")
@@ -166,29 +176,12 @@ class _StatsFeed:
         )
 
 
-def _die_with(owner: Process) -> None:
-    """End this process, whatever it is doing, as soon as the owner has ended."""
-    try:
-        pidfd = os.pidfd_open(owner.pid)
-    except ProcessLookupError:
-        os._exit(1)
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll()
-        discard_owner(owner)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
-
-
 def main() -> int:
     """`python -m gllm_engine.engine.server DIRECTORY OWNER_PID`, started by attach.py."""
     directory, owner = Path(sys.argv[1]), Process.of(int(sys.argv[2]))
     if owner is None:
         return 1
-    _die_with(owner)
+    end_with(owner, lambda: discard_owner(owner))
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the parent's mask is inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -206,6 +199,7 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, drain)
     server.run()
+    server.close()
     engine.close()
     return 0
 

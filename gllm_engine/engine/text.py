@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from gllm_engine.sampling import InvalidField
@@ -39,6 +38,7 @@ class Tokenizer:
         self._inner.no_padding()
         self._inner.no_truncation()
         self.vocab_size: int = self._inner.get_vocab_size(with_added_tokens=True)
+        self._longest = max(map(len, self._inner.get_vocab(with_added_tokens=True)))  # characters
         self.eos_token_id: int | None = self._outer.eos_token_id
         self.has_chat_template: bool = self._outer.chat_template is not None
         added = self._inner.get_added_tokens_decoder()
@@ -51,19 +51,32 @@ class Tokenizer:
         self._shown = _Pieces(lambda id: self._spell(spell, id))
         self._plain = _Pieces(lambda id: b"" if id in self._special else self._shown[id])
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens transformers adds (such as the bos)."""
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of `text`, with the special tokens transformers adds (such as the bos).
+
+        Raises InvalidField("prompt"), at once for a text that no `max_tokens` tokens can spell.
+        """
+        if max_tokens is not None and len(text) > max_tokens * self._longest:
+            problem = f"its {len(text)} characters are more than {max_tokens} tokens can spell"
+            raise InvalidField("prompt", f"{problem} (max_model_len)")
         try:
-            return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+            # As a batch, because that alone lets other threads run: a megabyte takes a second.
+            (found,) = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return found.ids
         except TypeError:
             problem = "not text" if not isinstance(text, str) else "holds a lone surrogate"
             raise InvalidField("prompt", problem) from None
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+    def chat(
+        self, messages: Sequence[Message], max_tokens: int | None = None, **options: Any
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 
         `messages`: [{"role": ..., "content": ...}, ...]; other keys and `options` (such as tools
-        or enable_thinking) go to the checkpoint's template. Raises InvalidField("messages").
+        or enable_thinking) go to the checkpoint's template. Raises InvalidField("messages"), and
+        what `encode` raises.
         """
         conversation = _check_messages(messages)
         if not self.has_chat_template:
@@ -71,9 +84,9 @@ class Tokenizer:
         options = {"add_generation_prompt": True} | options
         try:
             text = self._outer.apply_chat_template(conversation, tokenize=False, **options)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # the template is a program; what it raises is about them
             raise InvalidField("messages", f"the chat template refused them ({error})") from None
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, False, max_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`: what a Detokenizer makes of them without a prompt.
@@ -175,7 +188,9 @@ def _load(path: Path) -> PreTrainedTokenizerFast:
         raise TextError(f"tokenizer: {path} is not a directory")
     try:
         if (path / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            _restore_bos(tokenizer, _settings(path))
+            return tokenizer
         return _convert(path)
     except TextError:
         raise
@@ -184,11 +199,22 @@ def _load(path: Path) -> PreTrainedTokenizerFast:
         raise TextError(f"tokenizer: {path} cannot be loaded ({reason})") from None
 
 
+def _restore_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> None:
+    """Begin texts as the class that the checkpoint names did: by its own switch, whatever
+    tokenizer.json says. DeepSeek's says nothing; transformers 5 reads no more than that."""
+    wanted = settings.get("add_bos_token") and "Llama" in str(settings.get("tokenizer_class"))
+    if wanted and tokenizer.encode("")[:1] != [tokenizer.bos_token_id]:
+        tokenizer.add_bos_token = True
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    file = path / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def _convert(path: Path) -> PreTrainedTokenizerFast:
     """A checkpoint without tokenizer.json: transformers converts what it has, or refuses."""
-    settings_file = path / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-    if "auto_map" in settings:
+    if "auto_map" in _settings(path):
         raise TextError(
             f"tokenizer: {path} has only a tokenizer that is Python code of its own, which is "
             "never run; put a converted tokenizer.json beside it"

@@ -6,16 +6,24 @@ Knows no models. `reference` is plain torch: the CPU backend, and the oracle of 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
 from gllm_engine.ops.batch import Batch
 
-__all__ = ["Batch", "select_ops"]
+__all__ = ["Batch", "best_device", "select_ops"]
 
 # Imported on demand: the kernels of a GPU are not installed where there is none.
 _BY_DEVICE = {"cpu": "reference", "cuda": "flashinfer"}
+
+
+def best_device() -> torch.device:
+    """The fastest device that is there and has operations."""
+    kernels = "cuda" in _BY_DEVICE and find_spec("flashinfer") is not None
+    fast = kernels and torch.cuda.is_available()
+    return torch.device("cuda" if fast else "cpu")
 
 
 def select_ops(device: torch.device) -> ModuleType:

@@ -182,7 +182,7 @@ def make_spec(config: dict[str, Any], name: str = "config.json") -> Model:
         )
     reader, defaults = FAMILIES[known[0]]
     fields = Fields(config, name, defaults)
-    fields.require(hidden_act="silu", quantization_config=None)
+    fields.require(hidden_act="silu", quantization_config=None, dual_chunk_attention_config=None)
     model = reader(fields)
     if not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))

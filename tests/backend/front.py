@@ -30,13 +30,13 @@ class ByteTokenizer:
         self.path = path
         self._pieces = {i: bytes([i]) if i < 256 else b"" for i in range(VOCAB)}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
         return b"".join(self._pieces[i] for i in ids).decode("utf-8", "replace")
 
-    def chat(self, messages: Any) -> list[int]:
+    def chat(self, messages: Any, max_tokens: int | None = None) -> list[int]:
         if not isinstance(messages, list) or not messages:
             raise InvalidField("messages", "expected a non-empty list")
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
@@ -117,7 +117,11 @@ def front_end(
         "model_config": json.dumps({"parameters": given}),
     }
     interval = sys.getswitchinterval()
-    names = {"EngineClient": HandClient, "Tokenizer": ByteTokenizer}
+    names = {
+        "EngineClient": HandClient,
+        "Tokenizer": ByteTokenizer,
+        "end_with_parent": lambda: None,  # the parent is not a tritonserver here
+    }
     with mock.patch.multiple(gllm_engine, create=True, **names):
         model = TritonPythonModel()
         model.initialize(args)

@@ -218,11 +218,17 @@ def test_token_ids_in_and_bad_words(front) -> None:
 # ---------------------------------------------------------------- refusals
 
 
+LONG = [{"role": "user", "content": "a" * 1000}]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         (request(sampling={"temperature": -1}), "temperature: -1"),
         (request(None, messages=text("{}")), "messages: "),
+        (request("a" * 1000), "prompt: its 1000 tokens leave no room for output"),
+        (request(None, input_ids=np.zeros(1000, np.int32)), "limited to 1000 tokens"),
+        (request(None, messages=text(json.dumps(LONG))), "prompt: its 1006 tokens leave no room"),
         (request(sampling={"stop_token_ids": [2**70]}), "stop_token_ids: token"),
         (request(sampling={"logit_bias": {"300": 1}}), "logit_bias: token 300"),
     ],
@@ -283,7 +289,7 @@ def test_an_error_of_one_sequence_fails_the_request_and_frees_the_others(
 
 def test_a_bug_in_parsing_costs_one_request(front, server, monkeypatch) -> None:
     model, client = front
-    monkeypatch.setattr(model.tokenizer, "encode", lambda text: 1 / 0)
+    monkeypatch.setattr(model.tokenizer, "encode", lambda *_, **options: 1 / 0)
     given = request()
     model.execute([given])
     record = given.record.wait()
@@ -415,7 +421,7 @@ def test_a_request_that_failed_early_leaves_no_orphan(front, monkeypatch, when: 
         client.on_lost("gone")
         given.record.wait()
 
-    def encode(prompt: str) -> list[int]:
+    def encode(prompt: str, max_tokens: int) -> list[int]:
         lose()
         return [*prompt.encode()]
 
@@ -601,6 +607,7 @@ def test_auto_complete_declares_every_tensor() -> None:
         ({"sender_threads": "0"}, "sender_threads"),
         ({"sender_threads": "two"}, "sender_threads"),
         ({"coalesce": "yes"}, "coalesce"),
+        ({"REPORT_CUSTOM_METRICS": "yes"}, "REPORT_CUSTOM_METRICS: 'yes'"),
         ({"sender_thread": "2"}, "unknown parameter sender_thread"),
     ],
 )
@@ -689,6 +696,16 @@ def test_two_front_ends_share_families_and_only_one_sets_gauges(tmp_path, server
         assert server.value("gllm:num_requests_running") == 3
         assert server.value("gllm:kv_cache_usage") == 0.25
     assert server.value("gllm:num_requests_running") == 0
+
+
+def test_the_vllm_backends_parameters_are_obeyed(tmp_path, server) -> None:
+    parameters = {"REPORT_CUSTOM_METRICS": "false", "ENABLE_VLLM_HEALTH_CHECK": "true"}
+    with front_end(tmp_path, parameters) as (model, client):
+        given = request()
+        model.execute([given])
+        client.say(client.submitted[0].id, "abc", STOP)
+        given.record.wait()
+    assert not server.metric_threads and not [line for _, line in server.log if "metrics" in line]
 
 
 def test_metrics_disabled_is_no_hindrance(tmp_path, server) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from front import request, text
@@ -47,6 +49,13 @@ BAD_INPUTS = [
     (request(sampling="null"), "sampling_parameters", "JSON object"),
     (request(sampling='{"stop": "\\ud800"}'), "sampling_parameters", "surrogate"),
     (request(sampling='{"seed": 1, "seed": 2}'), "sampling_parameters", "'seed' is given twice"),
+    (request(sampling='{"stop": "' + "a" * 2**20 + '"}'), "sampling_parameters", "at most 1048576"),
+    (request(parameters={"stop": "a" * 2**20}), "parameters", "at most 1048576"),
+    (request(sampling={"structured_outputs": '{"regex": "\\ud800"}'}), "structured", "surrogates"),
+    (request(sampling={"structured_outputs": "[" * 100_000}), "structured_outputs", "too deeply"),
+    (request(sampling={"structured_outputs": {"choice": ["a"] * 1025}}), "structured", "most 1024"),
+    (request(sampling={"stop_token_ids": [1] * 1025}), "stop_token_ids", "at most 1024"),
+    (request(sampling={"k" * 1000: 1}), "kkk", "...: unknown"),
     (request(sampling={"seed": 1}, parameters={"seed": 1}), "seed", "both"),
     (request(sampling={"top_q": 1}), "top_q", "unknown"),
     (request(parameters={"sequence_id": 7}), "sequence_id", "unknown"),
@@ -62,6 +71,13 @@ def test_bad_input_is_named(given, field: str, words: str) -> None:
     sentence = refused(given)
     assert sentence.startswith(field)
     assert words in sentence
+
+
+def test_a_key_given_twice_is_found_in_time() -> None:
+    keys = ",".join(f'"k{i}": 0' for i in range(50_000))
+    began = time.monotonic()
+    assert "'k49999' is given twice" in refused(request(sampling=f'{{{keys}, "k49999": 1}}'))
+    assert time.monotonic() - began < 5  # minutes when each is compared with every other
 
 
 OUT_OF_RANGE = [
@@ -108,6 +124,16 @@ def test_parameters_are_the_sampling_parameters_without_the_tensor() -> None:
     parsed = parse_request(request(parameters=parameters))
     assert (parsed.sampling.temperature, parsed.sampling.max_tokens) == (0.0, 7)
     assert parsed.timeout_us == 1000
+
+
+def test_null_is_no_limit_where_there_is_one_and_else_the_default() -> None:
+    sampling = parse_request(request(sampling='{"max_tokens": null, "top_p": null}')).sampling
+    assert (sampling.max_tokens, sampling.top_p) == (None, 1.0)
+
+
+def test_the_id_of_a_generate_body_is_no_sampling_parameter() -> None:
+    assert parse_request(request("a", request_id="r7", parameters={"id": "r7"})).prompt == "a"
+    assert refused(request("a", request_id="r7", parameters={"id": "r8"})).startswith("id: unknown")
 
 
 def test_parameters_are_merged_with_the_tensor() -> None:

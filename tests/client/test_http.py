@@ -200,7 +200,10 @@ def test_closing_the_iterator_closes_the_connection() -> None:
 
 
 def test_the_timeout_is_for_the_whole_answer() -> None:
+    bodies = []
+
     def serve(handler: BaseHTTPRequestHandler, body: dict) -> None:
+        bodies.append(body)
         write = begin_events(handler)
         try:
             while True:
@@ -215,6 +218,7 @@ def test_the_timeout_is_for_the_whole_answer() -> None:
             HttpClient(address, "m").complete("x", stream=True, timeout=0.3)
         assert 0.25 < time.monotonic() - began < 3
     assert caught.value.status == "DEADLINE_EXCEEDED"
+    assert [body["timeout"] for body in bodies] == [300_000]  # the server is to end it too
 
 
 def test_no_server() -> None:

@@ -50,9 +50,10 @@ def allowed(mask: bytes) -> list[int]:
     return [id for id in range(len(mask) * 8) if mask[id >> 3] >> (id & 7) & 1]
 
 
-def walk(constraint, tokenizer, vocab_size, seed, prompt=(5, 6), max_tokens=400) -> str:
+def walk(constraint, tokenizer, vocab_size, seed, *, blanks=False, max_tokens=400) -> str:
     """Text of a random way through the masks to the end; each token as likely as the others,
-    but white space, of which JSON allows any amount, and the end is taken when allowed."""
+    but the end is taken when allowed, and white space never unless it must be (or: always)."""
+    prompt = (5, 6)
     rng, tokens, eos = random.Random(seed), list(prompt), {tokenizer.eos_token_id, vocab_size - 1}
     for _ in range(max_tokens):
         mask = constraint(tokens)
@@ -63,8 +64,8 @@ def walk(constraint, tokenizer, vocab_size, seed, prompt=(5, 6), max_tokens=400)
         assert ends in (set(), eos)  # all ways to end, or none
         if ends:
             break
-        dense = [id for id in ids if tokenizer.token_text(id).strip()]
-        tokens.append(rng.choice(dense or ids))
+        wanted = [id for id in ids if bool(tokenizer.token_text(id).strip()) is not blanks]
+        tokens.append(rng.choice(wanted or ids))
     else:
         pytest.fail("the grammar did not end")
     return tokenizer.decode([*prompt, *tokens[len(prompt) :]])[len(tokenizer.decode(prompt)) :]
@@ -80,6 +81,12 @@ def test_a_schema_gives_valid_json(grammars, tokenizer, vocab_size, seed):
     assert all(tag in ("a", "日本", None) for tag in value.get("tags", []))
 
 
+def test_white_space_in_json_has_an_end(grammars, tokenizer, vocab_size):
+    constraint = make(grammars, json=json.dumps(SCHEMA))
+    text = walk(constraint, tokenizer, vocab_size, 0, blanks=True, max_tokens=1000)
+    assert {"name", "age"} <= json.loads(text).keys()
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("regex", [r"[0-9]{3}-[a-c]{1,4}x", r"(日|🙂){2}", r"\w{2} the (fox|dog)"])
 def test_a_regex_is_matched(grammars, tokenizer, vocab_size, regex, seed):
@@ -88,7 +95,7 @@ def test_a_regex_is_matched(grammars, tokenizer, vocab_size, regex, seed):
 
 
 def test_choices_are_taken_literally(grammars, tokenizer, vocab_size):
-    choices = ("yes", "no", 'quo"te\\d', "new\nline\x01", "日本 🙂", "/slash/i")
+    choices = ("yes", "no", 'quo"te\\d', "new\nline\x01\x7f", "日本 🙂", "/slash/i")
     made = {walk(make(grammars, choice=choices), tokenizer, vocab_size, seed) for seed in range(40)}
     assert made <= set(choices) and len(made) > 2
 

@@ -38,6 +38,8 @@ class Broken(Exception):
 class MockRunner:
     """Breaks at launch or at wait when told to; notes how many steps were under way at once."""
 
+    error: type[BaseException] = Broken
+
     def __init__(self, config, spec):
         self.num_pages = config.num_pages
         self.state: dict[int, tuple[int, int]] = {}  # slot -> (length, last token)
@@ -47,7 +49,7 @@ class MockRunner:
     def launch(self, plan):
         if self.break_at == "launch":
             self.break_at = None
-            raise Broken("at launch")
+            raise self.error("at launch")
         for new in plan.new:
             self.state[new.slot] = (0, -1)
         made = {}
@@ -82,7 +84,7 @@ class MockLaunch:
         self.runner.under_way -= 1
         if self.runner.break_at == "wait":
             self.runner.break_at = None
-            raise Broken("at wait")
+            raise self.runner.error("at wait")
         return self.result
 
 
@@ -258,6 +260,21 @@ def test_a_failed_step_fails_the_live_and_spares_the_next(make, depth, where, ca
     engine.add(Request(0, [3, 4], SamplingParams(max_tokens=40, ignore_eos=True), 0), "a")
     tokens, finished = collect(engine)
     assert tokens["a", 0] == expected([3, 4], 40) and finished["a", 0].reason == "length"
+
+
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_an_interrupted_step_is_a_failed_one_and_is_raised(make, where):
+    engine = make(plans_in_flight=2)
+    engine.add(Request(0, [3, 4], LONG, 0))
+    engine.step()
+    engine._runner.break_at, engine._runner.error = where, KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine.check_integrity()
+    assert engine.step()[None].finished[0].status == "internal"
+    engine.add(Request(0, [3, 4], SamplingParams(max_tokens=9, ignore_eos=True), 0))
+    tokens, _ = collect(engine)
+    assert tokens[None, 0] == expected([3, 4], 9)
 
 
 def test_grammars_compile_aside(make):

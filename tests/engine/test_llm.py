@@ -176,6 +176,13 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(load):
         assert llm.engine.step() == {}
 
 
+def test_no_max_tokens_means_the_models_length(load):
+    unlimited = SamplingParams(max_tokens=None, ignore_eos=True)
+    (output,) = load(max_model_len=64).generate([[5] * 20], unlimited)
+    assert len(output.outputs[0].token_ids) == 44
+    assert output.outputs[0].finish_reason == "length"
+
+
 def test_end_of_sequence_and_stop_tokens(load):
     llm = load()
     third = llm.generate("Hello", GREEDY)[0].outputs[0].token_ids[2]

@@ -7,32 +7,43 @@ threads of this process or, where one must die, processes that run this file.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import zmq
 
 from gllm_engine import (
     EngineClient,
     EngineError,
     EngineUnavailable,
+    ModelInfo,
+    Outputs,
     Request,
     SamplingParams,
-    front_ends,
+    Stats,
     make_config,
     write_tiny_model,
 )
-from gllm_engine.engine.attach import Process, _root
+from gllm_engine.engine import wire
+from gllm_engine.engine.attach import Process, Record, _locked, _remove, _root, detach
+from gllm_engine.engine.server import EngineServer
 
 WAIT_S = 30.0
 DRAIN_S = 1.0
+MANY, LONG = 2000, 20_000  # messages that are not sent in no time, and characters in each
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +70,15 @@ def running_elsewhere(model: str, owner: int, instance: str) -> Iterator[subproc
             yield process
         finally:
             process.kill()
+
+
+def front_ends(owner: int) -> dict[str, Process]:
+    """Those on record, by instance name."""
+    process = Process.of(owner)
+    assert process is not None
+    records = _root().glob(f"{process.pid}.{process.start}/*/record.json")
+    found = [msgspec.json.decode(path.read_bytes(), type=Record) for path in records]
+    return {name: front for record in found for name, front in record.front_ends.items()}
 
 
 class Front:
@@ -124,14 +144,14 @@ def test_generates_and_ends_with_its_only_front_end(model: str, owner: int) -> N
 def test_front_ends_share_one_engine_until_the_last_leaves(model: str, owner: int) -> None:
     a, b = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
     assert a.engine == b.engine
-    assert {f.instance for f in front_ends(owner)} == {"m_0_0", "m_0_1"}
+    assert front_ends(owner).keys() == {"m_0_0", "m_0_1"}
     assert len(a.generate(1)) == len(b.generate(1)) == 5  # ids are each front end's own
     a.client.close()
     assert a.engine.alive
     assert len(b.generate(2)) == 5
     b.client.close()
     assert not b.engine.alive
-    assert front_ends(owner) == []
+    assert front_ends(owner) == {}
 
 
 def test_statistics_go_to_one_front_end_and_start_at_zero(model: str, owner: int) -> None:
@@ -188,8 +208,7 @@ def test_a_front_end_that_dies_takes_only_its_own_sequences(model: str, owner: i
     until(lambda: ours.stats[-1].running == 0)
     assert ours.stats[-1].kv_usage == 0
     assert len(ours.generate(1)) == 5
-    crashed = [f for f in front_ends(owner) if not f.process.alive]
-    assert [f.instance for f in crashed] == ["m_0_1"]
+    assert [name for name, f in front_ends(owner).items() if not f.alive] == ["m_0_1"]
     ours.client.close()
     assert not ours.engine.alive
 
@@ -201,7 +220,7 @@ def test_a_reload_waits_for_running_work_and_gets_a_new_engine(model: str, owner
             assert time.monotonic() - start >= DRAIN_S  # the other's endless work was waited for
             assert older.stdout is not None and older.stdout.readline() == b"lost\n"
             assert older.stdout.readline() == b"stale: a newer load of this model is serving\n"
-            assert [f.process.pid for f in front_ends(owner)] == [newer.pid]
+            assert [f.pid for f in front_ends(owner).values()] == [newer.pid]
 
 
 def test_changed_files_mean_another_engine(tmp_path: Path, owner: int) -> None:
@@ -236,11 +255,76 @@ def test_sigterm_lets_work_end_first(model: str, owner: int) -> None:
     front.client.close()
 
 
+def test_what_an_engine_said_last_is_heard(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/socket"
+    with subprocess.Popen([sys.executable, __file__, address]) as engine, zmq.Context() as context:
+        with context.socket(zmq.DEALER) as socket:
+            socket.set(zmq.RCVHWM, 0)
+            socket.connect(address)
+            socket.send_multipart(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid())))
+            assert isinstance(wire.decode(socket.recv_multipart()), wire.Welcome)
+            engine.wait(WAIT_S)
+            heard = 0
+            while socket.poll(1000):
+                message = wire.decode(socket.recv_multipart())
+                heard += isinstance(message, wire.Refusal)
+            assert heard == MANY
+
+
+def test_a_message_that_cannot_be_sent_harms_nobody(model: str, owner: int) -> None:
+    front = Front(model, owner)
+    with pytest.raises(UnicodeEncodeError):
+        front.client.submit([Request(1, [3], SamplingParams(cache_salt="\ud800"), 7)])
+    assert len(front.generate(2)) == 5
+    front.client.close()
+
+
+def test_close_does_not_wait_for_an_engine_that_is_being_restarted(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gllm_engine.engine.client.detach", partial(detach, patience_s=0.2))
+    front = Front(model, owner)
+    record = front.client._attached.directory.parent / "record.json"
+    old = front.engine
+    os.kill(old.pid, signal.SIGKILL)
+
+    def engine() -> Process:
+        return Process(**json.loads(record.read_bytes())["engine"])
+
+    until(lambda: engine() != old)
+    new = engine()
+    os.kill(new.pid, signal.SIGSTOP)  # it never says that it is ready
+    closing = threading.Thread(target=front.client.close, daemon=True)
+    closing.start()
+    closing.join(timeout=WAIT_S / 2)
+    assert not closing.is_alive()
+    assert not new.alive
+    assert not record.parent.parent.exists()  # the last front end leaves nothing
+
+
 def test_a_model_that_cannot_load_says_why(tmp_path: Path, owner: int) -> None:
     write_tiny_model(tmp_path, "Qwen3ForCausalLM")
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
     with pytest.raises(EngineError, match="NoSuchForCausalLM.*Qwen3ForCausalLM"):
         Front(str(tmp_path), owner)
+    assert not list(_root().glob(f"{owner}.*"))
+
+
+def test_whoever_waits_for_a_directory_that_is_removed_makes_it_again(tmp_path: Path) -> None:
+    home, inside = tmp_path / "owner" / "scope", 0
+
+    def come_and_go() -> None:
+        nonlocal inside
+        for _ in range(200):
+            with _locked(home):
+                inside += 1
+                assert inside == 1 and home.is_dir()
+                inside -= 1
+                _remove(home)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(come_and_go) for _ in range(4)]:
+            done.result(WAIT_S)
 
 
 def test_the_private_directory_is_refused_when_it_is_not_private(
@@ -281,5 +365,28 @@ def _run_as_front_end(model: str, owner: int, instance: str) -> None:
     time.sleep(600)
 
 
+class _LastWords:
+    """An engine that has MANY long messages for its front end, and then no work."""
+
+    info = ModelInfo(10, 10, 10, 16, ())
+    has_work = True
+
+    def step(self) -> dict[bytes, Outputs]:
+        for client in server.front_ends:
+            for _ in range(MANY):
+                server._send(client, wire.Refusal("x" * LONG))
+            self.has_work = False
+        return {}
+
+    def stats(self) -> Stats:
+        return Stats()
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        server = EngineServer(_LastWords(), sys.argv[1])  # type: ignore[arg-type]
+        server.draining = True
+        server.run()
+        server.close()
+        os._exit(0)
     _run_as_front_end(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -56,6 +57,36 @@ def test_auto_tokenizer_agrees(tokenizer, tokenizer_dir):
     assert tokenizer.eos_token_id == auto.eos_token_id
 
 
+def test_a_text_that_no_tokens_can_spell_is_refused_at_once(tokenizer):
+    began = time.monotonic()
+    with pytest.raises(InvalidField, match="prompt: its 50000000 characters are more than 100 tok"):
+        tokenizer.encode("a" * 50_000_000, max_tokens=100)
+    with pytest.raises(InvalidField, match="prompt: its"):
+        tokenizer.chat([{"role": "user", "content": "a" * 10_000_000}], max_tokens=100)
+    assert time.monotonic() - began < 5
+    assert len(tokenizer.encode("Hello " * 50, max_tokens=60)) > 60  # only what is certain
+
+
+def test_a_long_text_does_not_stop_other_threads(tokenizer):
+    text = "Hello world, hello there! " * 40_000
+    pauses, ended = [], threading.Event()
+
+    def tick():
+        while not ended.is_set():
+            began = time.monotonic()
+            time.sleep(0.001)
+            pauses.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    began = time.monotonic()
+    tokenizer.encode(text)
+    took = time.monotonic() - began
+    ended.set()
+    thread.join()
+    assert max(pauses) < took / 2
+
+
 def test_loading_needs_no_torch(tokenizer_dir):
     code = (
         "import sys; from gllm_engine.engine.text import Tokenizer;"
@@ -97,6 +128,28 @@ def test_bad_messages_get_a_sentence(tokenizer, messages, sentence):
     with pytest.raises(InvalidField) as caught:
         tokenizer.chat(messages)
     assert str(caught.value) == sentence
+
+
+def test_whatever_a_template_raises_is_about_the_messages(tokenizer):
+    template = "{% for i in range(10 ** 9) %}{% endfor %}"  # OverflowError, in the sandbox
+    with pytest.raises(InvalidField, match="messages: the chat template refused them"):
+        tokenizer.chat([{"role": "user", "content": "a"}], chat_template=template)
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("LlamaTokenizerFast", True), ("Qwen2", False)])
+def test_the_llama_class_of_old_adds_a_bos_that_tokenizer_json_lacks(
+    tokenizer_dir, reference, tmp_path, kind, begins
+):
+    changes = {
+        "tokenizer.json": {"post_processor": None},  # DeepSeek's are so
+        "tokenizer_config.json": {"tokenizer_class": kind, "add_bos_token": True},
+    }
+    for name, change in changes.items():
+        content = json.loads((tokenizer_dir / name).read_text()) | change
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer, bos = Tokenizer(tmp_path), [reference.bos_token_id]
+    assert (tokenizer.encode("fox")[:1] == bos) is begins
+    assert tokenizer.encode("fox", add_special_tokens=False)[:1] != bos
 
 
 def test_a_model_without_template_says_so(tokenizer_dir, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from naive_attention import attention
 from torch import Tensor
 
+from gllm_engine import ops
 from gllm_engine.ops import Batch, reference, select_ops
 
 HEAD_DIM = 8
@@ -169,3 +170,9 @@ def test_select_ops() -> None:
     assert select_ops(torch.device("cpu")) is reference
     with pytest.raises(ValueError, match="device meta has no operations; supported: cpu"):
         select_ops(torch.device("meta"))
+
+
+def test_a_device_without_operations_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ops._BY_DEVICE, "cuda", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ops.best_device().type == "cpu"

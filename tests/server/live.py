@@ -24,6 +24,7 @@ MODEL = "shakespeare"
 START_S = 110.0  # a cold start on a loaded machine with two cores
 STOP_S = 60.0
 WAIT_S = 30.0
+QUIET_S = 0.35  # without news on /metrics, which front ends write every 0.1 s
 LOG_TAIL = 20_000  # characters shown of a failed test's server
 T = TypeVar("T")
 
@@ -139,6 +140,17 @@ class Server:
 
     def wait_idle(self, model: str = MODEL, timeout_s: float = WAIT_S) -> None:
         wait_for(lambda: self.is_idle(model), f"{model} is idle again", timeout_s)
+
+    def settle(self, model: str = MODEL) -> None:
+        """Wait until a model is idle and what it did is on /metrics, which follows after 0.1 s."""
+        self.wait_idle(model)
+        before, since, end = {}, time.monotonic(), time.monotonic() + WAIT_S
+        while time.monotonic() - since < QUIET_S:
+            now = {name: value for name, value in self.metrics().items() if "gllm:" in name}
+            if now != before:
+                before, since = now, time.monotonic()
+            assert since < end, "the metrics do not come to rest"
+            time.sleep(0.05)
 
     def stop(self, number: int = signal.SIGTERM, timeout_s: float = STOP_S) -> int:
         """Send a signal, wait, kill what is left; the exit status of `gllm serve`. Idempotent."""

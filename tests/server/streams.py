@@ -88,6 +88,19 @@ class Streams:
         """Until all have ended, in whichever way."""
         wait_for(lambda: not self.open, "every stream has ended", timeout_s)
 
+    def wait_still(self, still_s: float = 0.3) -> None:
+        """Until no stream has got anything for a while, as when the engine is stopped."""
+        last, since = -1, 0.0
+
+        def still() -> bool:
+            nonlocal last, since
+            count = sum(stream.num_tokens for stream in self.all)
+            if count != last:
+                last, since = count, time.monotonic()
+            return time.monotonic() - since > still_s
+
+        wait_for(still, "the streams stand still")
+
     def wait_whole(self, timeout_s: float = WAIT_S) -> None:
         """Until all have ended, none short of its last token and none with an error."""
         self.wait(timeout_s)

@@ -29,7 +29,7 @@ from tritonclient.utils import InferenceServerException
 from gllm_client import connect
 from gllm_engine import LLM, SamplingParams
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 PROMPT = "ROMEO:"
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -428,8 +428,8 @@ def test_a_stop_string_ends_the_text_before_it(
 def test_structured_outputs(server: Server) -> None:
     schema = {
         "type": "object",
-        "properties": {"name": {"enum": ["Romeo", "Juliet"]}, "age": {"enum": [13, 16]}},
-        "required": ["name", "age"],
+        "properties": {"age": {"enum": [13, 16]}},
+        "required": ["age"],
         "additionalProperties": False,
     }
     texts = {}
@@ -439,13 +439,12 @@ def test_structured_outputs(server: Server) -> None:
         ("choice", ["to be", "not to be"]),
     ):
         for written in ({kind: rule}, json.dumps({kind: rule})):  # JSON in JSON is vLLM's way
-            fields = sampled(structured_outputs=written, max_tokens=100, seed=2)
+            fields = sampled(structured_outputs=written, max_tokens=120, seed=2)
             tensors = {"text_input": PROMPT, "exclude_input_in_output": True}
             (response,) = ask(server, tensors | {"return_finish_reason": True} | fields)
             assert response.outputs["finish_reason"] == ["stop"]
             assert texts.setdefault(kind, response.text) == response.text
-    answer = json.loads(texts["json"])
-    assert answer["name"] in ("Romeo", "Juliet") and answer["age"] in (13, 16)
+    assert json.loads(texts["json"]) in ({"age": 13}, {"age": 16})
     assert re.fullmatch("[0-9]{4}-[a-f]{2}", texts["regex"])
     assert texts["choice"] in ("to be", "not to be")
 

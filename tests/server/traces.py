@@ -71,10 +71,15 @@ class Traces:
     def stubs(self) -> list[int]:
         return [pid for pid, command in self.processes().items() if Path(command[0]).name == STUB]
 
+    @property
+    def private(self) -> Path:
+        """The directory under which engines keep what is theirs; it may stay once it is empty."""
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        return self.directory / f"gllm-{os.getuid()}-{namespace}"
+
     def files(self) -> list[Path]:
-        """All in the temporary directory but the private root, which may stay once it is empty."""
-        root = self.directory / f"gllm-{os.getuid()}"
-        return [path for path in self.directory.rglob("*") if path != root]
+        """All in the temporary directory but `private` itself."""
+        return [path for path in self.directory.rglob("*") if path != self.private]
 
 
 def regions(pid: int, shm: Path = SHM) -> list[Path]:
@@ -120,4 +125,5 @@ class Launched(Server):
 
     def wait_ended(self, timeout_s: float) -> int:
         """Its exit status; AssertionError when it does not end by itself."""
-        return wait_for(lambda: self.process.poll(), "the command has ended", timeout_s)
+        wait_for(lambda: self.process.poll() is not None, "the command has ended", timeout_s)
+        return self.process.wait()

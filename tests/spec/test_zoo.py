@@ -228,6 +228,11 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
             "a whole even number from 2 to 16 is needed",
         ),
         (
+            {"dual_chunk_attention_config": {"chunk_size": 1}},
+            "config.json: dual_chunk_attention_config is {'chunk_size': 1}, "
+            "but only null is supported",
+        ),
+        (
             {"hidden_act": "gelu"},
             "config.json: hidden_act is 'gelu', but only \"silu\" is supported",
         ),
