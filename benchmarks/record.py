@@ -71,7 +71,22 @@ def _commit() -> str:
 
 
 def _hardware() -> str:
+    return " and ".join([*_gpus(), f"{os.cpu_count()} x {_processor()}"])
+
+
+def _gpus() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [f"{names.count(name)} x {name}" for name in dict.fromkeys(filter(None, names))]
+
+
+def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
-            return f"{os.cpu_count()} x {line.partition(': ')[2]}"
-    return f"{os.cpu_count()} x {platform.machine()}"
+            return line.partition(": ")[2]
+    return platform.machine()

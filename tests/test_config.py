@@ -1,4 +1,4 @@
-"""EngineConfig: what is refused, and with which sentence."""
+"""EngineConfig: what is refused, with which sentence, and what is left to the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gllm_engine import ConfigError, make_config, read_config
+from gllm_engine import ConfigError, EngineConfig, make_config, read_config
+from gllm_engine.config import settle
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,24 @@ def test_paths_are_taken_from_the_files_directory(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text('{"model": "weights"}')
     assert read_config(tmp_path / "model.json").model == str(tmp_path / "weights")
     assert make_config({"model": "."}).model == str(Path.cwd())
+
+
+def chosen(on_gpu: bool, **values: int) -> tuple[int, int, int]:
+    config = settle(EngineConfig(model=".", **values), on_gpu)
+    return config.max_num_seqs, config.max_num_batched_tokens, config.plans_in_flight
+
+
+def test_defaults_fit_the_device() -> None:
+    assert chosen(False) == (256, 2048, 1)
+    assert chosen(True) == (1024, 8192, 2)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_was_asked_for_stays(on_gpu: bool) -> None:
+    asked = {"max_num_seqs": 7, "max_num_batched_tokens": 70, "plans_in_flight": 3}
+    assert chosen(on_gpu, **asked) == (7, 70, 3)
+
+
+def test_one_default_gives_way_to_the_other_number() -> None:
+    assert chosen(False, max_num_batched_tokens=16)[:2] == (16, 16)
+    assert chosen(False, max_num_seqs=4096)[:2] == (4096, 4096)

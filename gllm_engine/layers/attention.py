@@ -39,7 +39,7 @@ class GqaAttention:
     def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
         """x, result: [tokens, dim]. cache: [num_pages, 2, page_size, kv_heads, head_dim]."""
         spec, plan = self._spec, step.plans[self._spec.window]
-        q = self._ops.rotate_and_store(
+        heads = self._ops.rotate_and_store(
             self._qkv(x).view(-1, self._heads, spec.head_dim),
             spec.heads,
             self._qk_norm,
@@ -49,7 +49,7 @@ class GqaAttention:
             cache,
             plan,
         )
-        return self._out(self._ops.attend(q, cache, plan))
+        return self._out(self._ops.attend(heads, cache, plan))
 
     def weights(self) -> dict[str, Tensor]:
         views = self._qkv.weights() | self._out.weights()

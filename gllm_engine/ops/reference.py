@@ -66,11 +66,11 @@ def rotate_and_store(
     cache: Tensor,
     plan: AttentionPlan,
 ) -> Tensor:
-    """Normalise and rotate the q and k heads of qkv, store k and v in the cache, return q.
+    """Normalise and rotate the q and k heads of qkv, store k and v in the cache; what attend takes.
 
     qkv: [tokens, heads + 2 * kv_heads, head_dim], contiguous; its contents are used up.
     norm: [heads + kv_heads, head_dim], the RMS norm's weight for every head, or None.
-    turn: what `rotation` gave. Returns [tokens, heads, head_dim].
+    turn: what `rotation` gave. Here it is q that is returned, [tokens, heads, head_dim].
     """
     kv_heads = (qkv.shape[1] - heads) // 2
     qk = qkv[:, : heads + kv_heads]

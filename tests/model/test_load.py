@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import all_logits, load, some_tokens
 from torch import Tensor
 
-from gllm_engine.model import LoadError
+from gllm_engine.model import LoadError, make_dummy
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.spec import read_spec
 
 Tensors = dict[str, Tensor]
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -186,3 +187,14 @@ def test_fused_tensor_misshaped(tmp_path: Path) -> None:
     name = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
     rewrite(model, lambda t: t.update({name: torch.ones(64, 64)}))
     assert f"tensor {name} has shape [64, 64], the config asks for [128, 64]" in refusal(model)
+
+
+def test_dummy_weights_are_random_and_always_the_same(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    spec = read_spec(model)
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "max_model_len": 64}
+    first, second = (make_dummy(model, spec, **options).weights() for _ in range(2))
+    assert first.keys() == spec.weights().keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name])
+        assert weight.isfinite().all() and weight.std() > 0.01

@@ -56,7 +56,11 @@ def on_gpu(batch: Batch) -> Batch:
 
 DECODE = [(1, 1), (17, 1), (16, 1), (300, 1), (33, 1), (2049, 1)]
 CHUNKS = [(5, 5), (16, 16), (21, 4), (640, 517), (33, 1)]
-MIXES = {"decode": DECODE, "chunks": CHUNKS, "both": DECODE + CHUNKS, "one": [(1, 1)]}
+FRESH = [(300, 300), (1, 1), (17, 17)]  # these need not be read from pages
+MIXES = {
+    "decode": DECODE, "chunks": CHUNKS, "both": DECODE + CHUNKS, "one": [(1, 1)],
+    "fresh": FRESH, "all": DECODE + CHUNKS + FRESH,
+}  # fmt: skip
 
 
 def run_attention(
@@ -77,8 +81,8 @@ def run_attention(
     planner = ops.Planner(CUDA)
     plan = planner.plan(moved, there, num_heads, window)
     turn = ops.rotation(cos.to(CUDA), sin.to(CUDA), moved.positions, dtype, False)
-    out_q = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, 1e-5, turn, False, there, plan)
-    out = ops.attend(out_q, there, plan)
+    found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, 1e-5, turn, False, there, plan)
+    out, out_q = ops.attend(found, there, plan), found.q
     # The twin in float32, from what the kernel stored: attention by itself.
     wide = there.float().cpu()
     slow = reference.plan_attention(batch, wide, window)
@@ -133,7 +137,7 @@ def test_rotation(norm: bool, interleaved: bool, dim: int, turn_dim: int) -> Non
         *(turn_there, interleaved, there, ops.AttentionPlan(moved.cache_index, 1)),
     )
     args = (qkv, heads, gain, 1e-5, turn, interleaved, cache, plan)
-    near(out, reference.rotate_and_store(*args), 1e-5)
+    near(out.q, reference.rotate_and_store(*args), 1e-5)
     torch.testing.assert_close(there.cpu(), cache, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 

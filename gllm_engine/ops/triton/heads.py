@@ -15,9 +15,9 @@ _HEADS = 16
 
 @triton.jit
 def _rotate_and_store(
-    qkv, norm, cos, sin, positions, cache_index, q, cache, eps,
+    qkv, norm, cos, sin, positions, cache_index, q, kv, cache, eps,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
-    PAGE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PAGE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -52,7 +52,10 @@ def _rotate_and_store(
     is_v = head >= HEADS + KV
     line = (place // PAGE * 2 + tl.where(is_v, 1, 0)) * PAGE + place % PAGE
     kv_head = head - HEADS - tl.where(is_v, KV, 0)
-    tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=inside & (head >= HEADS))
+    is_kv = inside & (head >= HEADS)
+    tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
+    if KEEP:
+        tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
 
 
 def rotate_and_store(
@@ -65,18 +68,24 @@ def rotate_and_store(
     interleaved: bool,
     cache: Tensor,
     cache_index: Tensor,
-) -> Tensor:
+    keeps_kv: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """As reference.rotate_and_store, with `tables` (cos, sin: [positions, dim / 2] float32),
     `positions` [tokens] and `cache_index` [tokens] for its turn and plan. Leaves qkv as it is.
+
+    Returns q [tokens, heads, head_dim] and, if `keeps_kv`, what went to the cache, [tokens,
+    2 * kv_heads, head_dim].
     """
     tokens, total, dim = qkv.shape
     q = qkv.new_empty(tokens, heads, dim)
+    kv = qkv.new_empty(tokens, total - heads, dim) if keeps_kv else None
     cos, sin = tables
     _rotate_and_store[(tokens, triton.cdiv(total, _HEADS))](
-        qkv, qkv if norm is None else norm, cos, sin, positions, cache_index, q, cache, eps,
+        qkv, qkv if norm is None else norm, cos, sin, positions, cache_index, q,
+        q if kv is None else kv, cache, eps,
         HEADS=heads, KV=(total - heads) // 2, DIM=dim, TURN=2 * cos.shape[1],
-        PAGE=cache.shape[2], NORM=norm is not None, INTERLEAVED=interleaved,
+        PAGE=cache.shape[2], NORM=norm is not None, INTERLEAVED=interleaved, KEEP=keeps_kv,
         BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
         BLOCK_DIM=triton.next_power_of_2(dim),
     )  # fmt: skip
-    return q
+    return q, kv
