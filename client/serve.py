@@ -249,9 +249,16 @@ class Server:
             start_new_session=True,
         )
         self.pid = self._process.pid
+        # Who must be gone at the end: orphans are found no more once the server has died.
+        self._family: set[ProcessRow] = set()
+        self._look_again = 0.0
 
     def poll(self) -> int | None:
-        """The exit status once the process has ended; 128 + n after signal n."""
+        """The exit status once the process has ended; 128 + n after signal n. To be asked often."""
+        now = time.monotonic()
+        if now > self._look_again:
+            self._family = descendants(self.pid) or self._family
+            self._look_again = now + WATCH_S
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
 
@@ -260,7 +267,7 @@ class Server:
 
         SIGTERM first; SIGKILL after `timeout_s`, or as soon as `impatient()`.
         """
-        family = descendants(self.pid)
+        family = self._family | descendants(self.pid)
         graceful = True
         if self.poll() is None:
             self._process.terminate()

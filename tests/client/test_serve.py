@@ -198,6 +198,18 @@ def test_stopping_leaves_nothing(stubborn: bool) -> None:
     assert server.poll() == (128 + signal.SIGKILL if stubborn else 128 + signal.SIGTERM)
 
 
+def test_a_server_that_dies_by_itself_leaves_nothing() -> None:
+    server = Server(["/bin/sh", "-c", "setsid sleep 60 & wait"], dict(os.environ))
+    assert wait_for(lambda: len(descendants(server.pid)) == 1)
+    (orphan,) = descendants(server.pid)
+    assert wait_for(lambda: server.poll() is None and server._family == {orphan})
+    os.kill(server.pid, signal.SIGKILL)
+    assert wait_for(lambda: server.poll() is not None)
+    assert orphan.pid in process_table()
+    server.stop(0.5, lambda: False)
+    assert orphan.pid not in process_table()
+
+
 def test_impatience_cuts_the_wait_short() -> None:
     server = Server(["/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"], {})
     assert wait_for(lambda: descendants(server.pid))

@@ -133,8 +133,10 @@ def test_a_batch_with_bad_lines_answers_the_others(server: Server, tmp_path: Pat
 
 def test_ctrl_c_ends_a_command_quietly(server: Server) -> None:
     command = ["generate", PROMPT, "--url", server.grpc, "--max-tokens=1000", "--ignore-eos"]
+    # A test run in a shell's background has SIGINT ignored, and its children with it.
+    foreground = ["env", "--default-signal=INT"]
     with subprocess.Popen(
-        [*GLLM, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*foreground, *GLLM, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as running:
         assert running.stdout is not None and running.stderr is not None
         assert running.stdout.read(1)
