@@ -84,7 +84,9 @@ def narrow(
     repository = tmp_path_factory.mktemp("repository")
     checkpoint = repository / "narrow/1"
     write_tiny_model(checkpoint, "Qwen3ForCausalLM", seed=1, max_position_embeddings=32768)
+    # The model's length is given: else it would be what the pool holds.
     engine = {"model": ".", "max_num_seqs": 1, "max_waiting": 2, "num_pages": 1024}
+    engine |= {"max_model_len": 32768}
     (checkpoint / "model.json").write_text(json.dumps(engine))
     (repository / "narrow/config.pbtxt").write_text(
         'backend: "gllm"\n'
