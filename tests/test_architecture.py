@@ -46,7 +46,6 @@ OTHERS = {
     "gllm_engine/runner": {"torch", "numpy"},
     "gllm_engine/engine": {
         "torch", "msgspec", "zmq", "tokenizers", "transformers", "llguidance", "tqdm", "numpy",
-        "jinja2",
     },
     "backend": {"msgspec", "numpy", "triton_python_backend_utils"},
     "client": {"msgspec", "numpy", "tritonclient", "grpc", "tqdm", "yaml"},

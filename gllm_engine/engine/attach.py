@@ -259,7 +259,6 @@ def _home(owner: Process, scope: str) -> Path:
     home = _root() / f"{owner.pid}.{owner.start}" / name
     if not home.is_dir():
         sweep()
-        home.mkdir(parents=True, exist_ok=True)
     return home
 
 
@@ -344,8 +343,8 @@ def _ended(pidfd: int, timeout_s: float | None) -> bool:
 def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:
     directory.mkdir(mode=0o700)
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
-    # -P would say it shorter, from Python 3.11 on: what lies in the server's working directory must
-    # not be importable, so the engine works in its own, which holds no code.
+    # What lies in the server's working directory must not be importable, so the engine works in
+    # its own, which holds no code.
     command = [sys.executable, "-m", "gllm_engine.engine.server", str(directory), str(owner.pid)]
     # A session of its own: Ctrl-C at the server's terminal must not end it before the streams do.
     child = subprocess.Popen(
