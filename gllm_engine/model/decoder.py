@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.layers import DenseFfn, GqaAttention, RopeTable, Step
-from gllm_engine.ops import Batch, select_ops
+from gllm_engine.ops import Batch, HostInts, select_ops
 from gllm_engine.spec.model import Layer, Model, SandwichLayer
 from gllm_engine.spec.rope import Rope
 
@@ -128,7 +128,7 @@ class Decoder:
         return {w: self._planner.fixed(num_rows, max_pages, w) for w in self._windows}
 
     def refresh(
-        self, plans: dict[int | None, Any], context_lens: list[int], cache: list[Tensor]
+        self, plans: dict[int | None, Any], context_lens: HostInts, cache: list[Tensor]
     ) -> None:
         """Prepare what `fixed_plans` gave for the next step, whose rows are so long after it."""
         for window, plan in plans.items():

@@ -6,8 +6,13 @@ Knows no models and no sequences: rows, pages and tokens only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from torch import Tensor
+
+# Integers that the host knows, one a row.
+HostInts = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Batch:
     page_table: Tensor  # [slots, pages] any number beyond a sequence's own pages; unused there
     slots: Tensor  # [rows] which row of page_table is a row's
     context_lens: Tensor  # [rows] tokens of the sequence in the cache after this step
-    context_lens_cpu: list[int]  # the same
+    context_lens_cpu: HostInts  # the same
     query_lens: list[int]  # [rows] tokens of the row in this step
     num_decode: int
     logit_index: Tensor | None  # [n] which of `tokens` need logits; None: all of them

@@ -24,12 +24,12 @@ from flashinfer import (
 from torch import Tensor
 
 from gllm_engine.ops import reference, triton
-from gllm_engine.ops.batch import Batch
-from gllm_engine.ops.triton import add_rms_norm, rms_norm, sample, silu_mul
+from gllm_engine.ops.batch import Batch, HostInts
+from gllm_engine.ops.triton import add_rms_norm, lay_out, rms_norm, sample, silu_mul
 
 __all__ = [
-    "Planner", "add_rms_norm", "attend", "rms_norm", "rotate_and_store", "rotation", "sample",
-    "silu_mul",
+    "Planner", "add_rms_norm", "attend", "lay_out", "rms_norm", "rotate_and_store", "rotation",
+    "sample", "silu_mul",
 ]  # fmt: skip
 
 _HEAD_DIMS = (64, 128, 256)
@@ -264,7 +264,7 @@ class _Pages:
         triton.list_pages(batch.page_table, batch.slots, starts, longest, self.listed)
 
 
-def count_pages(context_lens: list[int], page_size: int) -> tuple[Tensor, Tensor, int]:
+def count_pages(context_lens: HostInts, page_size: int) -> tuple[Tensor, Tensor, int]:
     """(where each row's pages start [rows + 1], tokens in its last page [rows], most pages of a
     row). Both int32 in pinned memory, so that copying them to the device waits for nothing.
     """
@@ -328,7 +328,7 @@ class FixedDecode:
         )
         self.wrapper.reset_workspace_buffer(partials, plans)
 
-    def refresh(self, context_lens: list[int], cache: Tensor, heads: int) -> None:
+    def refresh(self, context_lens: HostInts, cache: Tensor, heads: int) -> None:
         """Plan for rows of these lengths; as many as the graph has."""
         starts, lasts, _ = count_pages(context_lens, cache.shape[2])
         shape = _shape(cache, heads, self._window)

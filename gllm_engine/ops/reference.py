@@ -154,7 +154,7 @@ def plan_attention(batch: Batch, cache: Tensor, window: int | None) -> Attention
     `window`: a token sees itself and the window - 1 tokens before it; None: all before it.
     """
     page_size, kv_width = cache.shape[2], cache.shape[3] * cache.shape[4]
-    lens = batch.context_lens_cpu
+    lens = batch.context_lens_cpu.tolist()
     num_pages = -(-max(lens) // page_size)
     table = batch.page_table[:, :num_pages].index_select(0, batch.slots)
     key = batch.cache_index // page_size * page_size + batch.cache_index  # page * 2 * page_size + o
@@ -253,6 +253,43 @@ def attend(q: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
     return out.flatten(1)
 
 
+def lay_out(
+    page_table: Tensor,
+    page_size: int,
+    lengths: Tensor,
+    last_tokens: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    known: Tensor,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tokens of a step, and where they go: (tokens, positions, cache_index [tokens],
+    context_lens [rows]) of a Batch. All tensors are int64.
+
+    State, one row a slot: page_table [slots, pages], lengths [slots] tokens in the cache, which
+    become the rows' context_lens, and last_tokens [slots]. Rows are `slots` [rows], none twice:
+    decode rows, which compute the slot's last token, then chunks. Chunk c computes
+    known[ends[c - 1] : ends[c]], where ends[-1] is 0, at positions starts[c] onward; starts, ends
+    [chunks]. No chunk is longer than `longest`.
+    """
+    decode, chunked = slots[: len(slots) - len(starts)], slots[len(slots) - len(starts) :]
+    positions, context_lens, tokens = lengths[decode], lengths[decode] + 1, last_tokens[decode]
+    token_slots = decode
+    if len(starts):
+        lens = ends.diff(prepend=ends.new_zeros(1))
+        assert (lens <= longest).all()
+        chunk = torch.arange(len(starts)).repeat_interleave(lens, output_size=len(known))
+        chunk_positions = torch.arange(len(known)) + (starts + lens - ends)[chunk]
+        positions = torch.cat([positions, chunk_positions])
+        context_lens = torch.cat([context_lens, starts + lens])
+        tokens = torch.cat([tokens, known])
+        token_slots = torch.cat([decode, chunked[chunk]])
+    lengths[slots] = context_lens
+    pages = page_table[token_slots, positions // page_size]
+    return tokens, positions, pages * page_size + positions % page_size, context_lens
+
+
 def list_pages(
     page_table: Tensor, slots: Tensor, starts: Tensor, max_pages: int, out: Tensor
 ) -> None:
@@ -268,17 +305,33 @@ def list_pages(
         out[firsts[row] : firsts[row + 1]] = page_table[slot, :count]
 
 
-def sample(scores: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One token for each row of scores [rows, vocab]: drawn with its softmax at `temperature`
-    [rows] float32, or the most likely one where that is 0. The random number is `uniforms` of
-    `seeds` and `positions` [rows] int64. Returns [rows] int64.
+def sample(
+    scores: Tensor,
+    slots: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    prompt_lens: Tensor,
+    lengths: Tensor,
+    last_tokens: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One token for each row of scores [rows, vocab], the logits of `slots` [rows], into `out`
+    [rows] int64 if given: drawn with its softmax at the slot's temperature, or the most likely
+    one where that is 0. The random number is `uniforms` of the slot's seed and output length.
+
+    State, one row a slot, int64 but for `temperature` (float64): `lengths` tokens in the cache,
+    `prompt_lens` of them the prompt; the token becomes the slot's last one in `last_tokens`.
     """
-    greedy = temperature <= 0
+    heat = temperature[slots].float()
+    greedy = heat <= 0
     if greedy.all():
-        return scores.argmax(-1)
-    weights = (scores.float() / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
-    tokens = draw(weights, uniforms(seeds, positions))
-    return torch.where(greedy, scores.argmax(-1), tokens)
+        tokens = scores.argmax(-1)
+    else:
+        weights = (scores.float() / torch.where(greedy, 1.0, heat)[:, None]).softmax(-1)
+        drawn = draw(weights, uniforms(seeds[slots], lengths[slots] - prompt_lens[slots]))
+        tokens = torch.where(greedy, scores.argmax(-1), drawn)
+    last_tokens[slots] = tokens
+    return tokens if out is None else out.copy_(tokens)
 
 
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:

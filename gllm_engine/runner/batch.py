@@ -6,14 +6,13 @@ Owns the order of rows, tokens and logits in a step. Knows nothing of the model 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from gllm_engine.ops.batch import Batch
-from gllm_engine.runner.state import State, to_device
+from gllm_engine.ops.batch import Batch, HostInts
+from gllm_engine.runner.state import State, int_array, to_device
 from gllm_engine.types import Chunk, StepPlan
 
 
@@ -22,7 +21,7 @@ class Step:
     """A batch and what its logits are for: the sampling rows', then those of prompt positions."""
 
     batch: Batch
-    sampling_cpu: np.ndarray[Any, Any]  # slots, in the plan's order of rows
+    sampling_cpu: HostInts  # slots, in the plan's order of rows
     sampling: Tensor  # the same on the device
     scored: list[Chunk]  # chunks with targets: one logit row for each target
 
@@ -31,9 +30,8 @@ class Step:
 class Rows:
     """What the host knows of a step: whose rows it has and how long they are after it."""
 
-    slots_cpu: np.ndarray[Any, Any]  # in the plan's order of rows
-    query_lens: list[int]
-    context_lens_cpu: list[int]
+    slots_cpu: HostInts  # in the plan's order of rows
+    context_lens_cpu: HostInts
 
 
 def count_rows(plan: StepPlan, state: State) -> Rows:
@@ -41,88 +39,83 @@ def count_rows(plan: StepPlan, state: State) -> Rows:
 
     A plan has at least one row. Raises PlanError for a slot whose pages do not hold its tokens.
     """
-    num_decode = len(plan.decode_slots)
-    slots_cpu = np.array([*plan.decode_slots, *(chunk.slot for chunk in plan.chunks)], np.int64)
-    query_lens = [1] * num_decode + [len(chunk.tokens) for chunk in plan.chunks]
-    state.lengths_cpu[slots_cpu[num_decode:]] = [chunk.start for chunk in plan.chunks]
-    contexts_cpu = state.lengths_cpu[slots_cpu] + query_lens
+    num_decode, chunks = len(plan.decode_slots), plan.chunks
+    slots_cpu = int_array(plan.decode_slots, [chunk.slot for chunk in chunks])
+    contexts_cpu = state.lengths_cpu[slots_cpu] + 1
+    contexts_cpu[num_decode:] = [chunk.start + len(chunk.tokens) for chunk in chunks]
     state.check_room(slots_cpu, contexts_cpu)
     state.lengths_cpu[slots_cpu] = contexts_cpu
-    return Rows(slots_cpu, query_lens, contexts_cpu.tolist())
+    return Rows(slots_cpu, contexts_cpu)
 
 
-def build_step(plan: StepPlan, state: State, rows: Rows) -> Step:
+def build_step(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
     """Lay out one step whose rows have been counted."""
     if plan.chunks:
-        return _mixed(plan, state, rows)
+        return _mixed(plan, state, rows, ops)
     (slots,) = to_device(state.device, rows.slots_cpu)
-    batch = decode_batch(state, slots, rows.context_lens_cpu)
+    batch = decode_batch(state, slots, rows.context_lens_cpu, ops)
     return Step(batch, rows.slots_cpu, slots, [])
 
 
-def decode_batch(state: State, slots: Tensor, context_lens_cpu: list[int]) -> Batch:
+def decode_batch(state: State, slots: Tensor, context_lens_cpu: HostInts, ops: ModuleType) -> Batch:
     """One token for each of `slots`, counted into their lengths. Needs nothing from the host but
     `context_lens_cpu`, which only goes into the batch, so a graph of this fits any step.
     """
-    positions = state.lengths[slots]
-    context_lens = positions + 1
-    state.lengths[slots] = context_lens
+    none = slots[:0]
+    return _batch(state, ops, slots, (none, none, none), context_lens_cpu, [], None)
+
+
+def _mixed(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
+    num_decode, chunks, slots_cpu = len(plan.decode_slots), plan.chunks, rows.slots_cpu
+    lens = [len(chunk.tokens) for chunk in chunks]
+    ends = np.cumsum(lens, dtype=np.int64)
+    starts = np.array([chunk.start for chunk in chunks], np.int64)
+    known = int_array(*(chunk.tokens for chunk in chunks))
+    samples = np.ones(len(slots_cpu), bool)
+    samples[num_decode:] = [chunk.samples for chunk in chunks]
+    lasts = np.arange(len(slots_cpu))  # each row's last token
+    lasts[num_decode:] = num_decode - 1 + ends
+    scored = [chunk for chunk in chunks if chunk.targets]
+    scored_at = [
+        num_decode + end - len(chunk.tokens) + np.arange(len(chunk.targets))
+        for end, chunk in zip(ends, chunks, strict=True)
+        if chunk.targets
+    ]
+    sampling_cpu = slots_cpu[samples]
+    # Slots come first, where the packed numbers begin: kernels are compiled for aligned ones.
+    slots, sampling, starts_there, ends_there, known_there, logit_index = to_device(
+        *(state.device, slots_cpu, sampling_cpu, starts, ends, known),
+        np.concatenate([lasts[samples], *scored_at]),
+    )
+    chunked = (starts_there, ends_there, known_there)
+    batch = _batch(state, ops, slots, chunked, rows.context_lens_cpu, lens, logit_index)
+    return Step(batch, sampling_cpu, sampling, scored)
+
+
+def _batch(
+    state: State,
+    ops: ModuleType,
+    slots: Tensor,
+    chunked: tuple[Tensor, Tensor, Tensor],
+    context_lens_cpu: HostInts,
+    chunk_lens: list[int],
+    logit_index: Tensor | None,
+) -> Batch:
+    """The batch of `slots`, the last of them with `chunked`: starts, ends and tokens of chunks."""
+    num_decode = len(slots) - len(chunk_lens)
+    tokens, positions, cache_index, context_lens = ops.lay_out(
+        *(state.page_table, state.page_size, state.lengths, state.last_tokens),
+        *(slots, *chunked, max(chunk_lens, default=0)),
+    )
     return Batch(
-        tokens=state.last_tokens[slots],
+        tokens=tokens,
         positions=positions,
-        cache_index=_cache_index(state, slots, positions),
+        cache_index=cache_index,
         page_table=state.page_table,
         slots=slots,
         context_lens=context_lens,
         context_lens_cpu=context_lens_cpu,
-        query_lens=[1] * len(slots),
-        num_decode=len(slots),
-        logit_index=None,
-    )
-
-
-def _mixed(plan: StepPlan, state: State, rows: Rows) -> Step:
-    slots_cpu, query_lens = rows.slots_cpu, rows.query_lens
-    num_decode, num_rows, num_tokens = len(plan.decode_slots), len(slots_cpu), sum(query_lens)
-    lens_cpu = np.array(query_lens)
-    starts = np.array([chunk.start for chunk in plan.chunks], np.int64)
-    known = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in plan.chunks])
-    ends = lens_cpu.cumsum()
-    samples = np.array([True] * num_decode + [chunk.samples for chunk in plan.chunks])
-    scored = [chunk for chunk in plan.chunks if chunk.targets]
-    firsts = (ends - lens_cpu)[num_decode:]
-    scored_at = [
-        first + np.arange(len(chunk.targets))
-        for first, chunk in zip(firsts, plan.chunks, strict=True)
-    ]
-    logit_at = np.concatenate([ends[samples] - 1, *scored_at])
-    sampling_cpu = slots_cpu[samples]
-    slots, lens, chunk_starts, known_ids, logit_index, sampling = to_device(
-        state.device, slots_cpu, lens_cpu, starts, known, logit_at, sampling_cpu
-    )
-    state.lengths[slots[num_decode:]] = chunk_starts
-    row_starts = state.lengths[slots]
-    row_ids = torch.arange(num_rows, device=state.device)
-    token_rows = row_ids.repeat_interleave(lens, output_size=num_tokens)
-    # Token i of row r is at row_starts[r] + (i - tokens of the rows before r).
-    shift = row_starts - (lens.cumsum(0) - lens)
-    positions = torch.arange(num_tokens, device=state.device) + shift[token_rows]
-    batch = Batch(
-        tokens=torch.cat([state.last_tokens[slots[:num_decode]], known_ids]),
-        positions=positions,
-        cache_index=_cache_index(state, slots[token_rows], positions),
-        page_table=state.page_table,
-        slots=slots,
-        context_lens=row_starts + lens,
-        context_lens_cpu=rows.context_lens_cpu,
-        query_lens=query_lens,
+        query_lens=[1] * num_decode + chunk_lens,
         num_decode=num_decode,
         logit_index=logit_index,
     )
-    state.lengths[slots] = batch.context_lens
-    return Step(batch, sampling_cpu, sampling, scored)
-
-
-def _cache_index(state: State, token_slots: Tensor, positions: Tensor) -> Tensor:
-    pages = state.page_table[token_slots, positions // state.page_size]
-    return pages * state.page_size + positions % state.page_size

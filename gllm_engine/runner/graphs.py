@@ -1,8 +1,9 @@
 """CUDA graphs of the decode step: what takes hundreds of launches becomes one.
 
-Owns, for each of some row counts, the graph of a step from the slots' state to the logits, and that
-of plain sampling after it. A step runs on the next larger graph; its spare rows compute a slot and
-write to a page that are nobody's. Knows nothing of plans or requests.
+Owns, for each of some row counts, the graph of a step from the slots' state to the logits and to
+plainly sampled tokens: who asks for more samples again from the logits, and plain sampling, which
+costs little beside that, has done no harm. A step runs on the next larger graph; its spare rows
+compute a slot and write to a page that are nobody's. Knows nothing of plans or requests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from gllm_engine.model import Decoder
 from gllm_engine.runner.batch import Rows, decode_batch
-from gllm_engine.runner.state import State, to_device
+from gllm_engine.runner.state import State, pack
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +39,7 @@ def row_counts(max_rows: int) -> list[int]:
 class _Graph:
     slots: Tensor  # [rows]
     plans: dict[int | None, Any]
-    forward: torch.cuda.CUDAGraph
-    sampling: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph
 
 
 class DecodeGraphs:
@@ -63,24 +63,19 @@ class DecodeGraphs:
         seconds = time.perf_counter() - start
         _log.info("captured decode graphs for %s rows in %.1f s", self._counts, seconds)
 
-    def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Run the decode step of `rows`: (their slots [n], logits [n, vocab]) on the device.
-
-        Both are overwritten by the next call.
+    def forward(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the decode step of `rows`: their slots [n], logits [n, vocab] and plainly sampled
+        tokens [n], recorded as the slots' last ones. All are overwritten by the next call.
         """
         n = len(rows.slots_cpu)
         graph = self._graph(n)
-        spare = len(graph.slots) - n
-        slots = np.pad(rows.slots_cpu, (0, spare), constant_values=self._spare)
-        graph.slots.copy_(to_device(self._decoder.device, slots)[0])
-        self._decoder.refresh(graph.plans, rows.context_lens_cpu + [1] * spare, self._cache)
-        graph.forward.replay()
-        return graph.slots[:n], self._scores[:n]
-
-    def sample(self, num_rows: int) -> Tensor:
-        """Plain sampling after `forward`: tokens [n], recorded as the slots' last ones."""
-        self._graph(num_rows).sampling.replay()
-        return self._tokens[:num_rows]
+        slots = np.full(len(graph.slots), self._spare)
+        context_lens = np.ones(len(slots), np.int64)
+        slots[:n], context_lens[:n] = rows.slots_cpu, rows.context_lens_cpu
+        graph.slots.copy_(pack(self._decoder.device, slots), non_blocking=True)
+        self._decoder.refresh(graph.plans, context_lens, self._cache)
+        graph.graph.replay()
+        return graph.slots[:n], self._scores[:n], self._tokens[:n]
 
     def _graph(self, num_rows: int) -> _Graph:
         return self._graphs[bisect_left(self._counts, num_rows)]
@@ -90,10 +85,8 @@ class DecodeGraphs:
         slots = torch.full((num_rows,), self._spare, dtype=torch.int64, device=device)
         max_pages = self._state.page_table.shape[1]
         plans = self._decoder.fixed_plans(num_rows, max_pages)
-        self._decoder.refresh(plans, [1] * num_rows, self._cache)
-        forward = self._record(lambda: self._forward(slots, plans))
-        sampling = self._record(lambda: self._sample(slots))
-        return _Graph(slots, plans, forward, sampling)
+        self._decoder.refresh(plans, np.ones(num_rows, np.int64), self._cache)
+        return _Graph(slots, plans, self._record(lambda: self._step(slots, plans)))
 
     def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         body()  # compiles kernels and creates handles, which must not happen while recording
@@ -103,18 +96,14 @@ class DecodeGraphs:
             body()
         return graph
 
-    def _forward(self, slots: Tensor, plans: dict[int | None, Any]) -> None:
-        batch = decode_batch(self._state, slots, [])
-        self._state.lengths[self._spare].zero_()
+    def _step(self, slots: Tensor, plans: dict[int | None, Any]) -> None:
+        decoder, state = self._decoder, self._state
+        batch = decode_batch(state, slots, np.zeros(0, np.int64), decoder.ops)
+        state.lengths[self._spare].zero_()
         listed = {
             window: plan.listing(batch.page_table, slots, batch.cache_index)
             for window, plan in plans.items()
         }
-        hidden = self._decoder.forward(batch, self._cache, listed)
-        self._decoder.scores(hidden, out=self._scores[: len(slots)])
-
-    def _sample(self, slots: Tensor) -> None:
-        num_rows = len(slots)
-        tokens = self._decoder.ops.sample(self._scores[:num_rows], *self._state.draws(slots))
-        self._tokens[:num_rows] = tokens
-        self._state.last_tokens[slots] = tokens
+        hidden = decoder.forward(batch, self._cache, listed)
+        scores = decoder.scores(hidden, out=self._scores[: len(slots)])
+        decoder.ops.sample(scores, slots, *state.draws, out=self._tokens[: len(slots)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
 from gllm_engine.config import ConfigError, EngineConfig
@@ -69,7 +70,7 @@ def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
         page_table=torch.arange(cache[0].shape[0], device=device)[None],
         slots=torch.zeros(len(lens), dtype=torch.int64, device=device),
         context_lens=torch.tensor(lens, device=device),
-        context_lens_cpu=lens,
+        context_lens_cpu=np.array(lens),
         query_lens=lens,
         num_decode=0,
         logit_index=torch.arange(min(config.max_num_seqs, num_tokens), device=device),

@@ -105,10 +105,10 @@ class Runner:
             return Launched(plan.step, None, None, [], None)
         rows = count_rows(plan, self.state)
         if self._graphs is not None and not plan.chunks:
-            slots, scores = self._graphs.forward(rows)
-            tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, self._graphs)
+            slots, scores, plain = self._graphs.forward(rows)
+            tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, plain)
             return Launched(plan.step, tokens, logprobs, [], self._done())
-        step = build_step(plan, self.state, rows)
+        step = build_step(plan, self.state, rows, self.decoder.ops)
         hidden = self.decoder.forward(step.batch, self.cache)
         num_sampling = len(step.sampling_cpu)
         tokens, logprobs = None, None
@@ -131,11 +131,11 @@ class Runner:
         slots: Tensor,
         scores: Tensor,
         plan: StepPlan,
-        graphs: DecodeGraphs | None,
+        plain: Tensor | None,
     ) -> tuple[Tensor, Scores | None]:
         """Choose, remember and send home the tokens of `slots` (the same on host and device).
 
-        `graphs`: if these logits are a decode graph's.
+        `plain`: what plain sampling chose, if it has been done.
         """
         state = self.state
         num_top = state.logprobs_cpu[slots_cpu]
@@ -148,11 +148,10 @@ class Runner:
             batch = state.sampling_batch(slots_cpu, slots, plan.masks)
             tokens = sample(scores.float(), batch)
             state.record(slots_cpu, slots, tokens)
-        elif graphs is not None:
-            tokens = graphs.sample(len(slots_cpu))
+        elif plain is not None:
+            tokens = plain
         else:
-            tokens = self.decoder.ops.sample(scores, *state.draws(slots))
-            state.record(slots_cpu, slots, tokens)
+            tokens = self.decoder.ops.sample(scores, slots, *state.draws)
         logprobs = None
         if raw is not None and rows is not None:
             widths = num_top[asked].tolist()

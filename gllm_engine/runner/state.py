@@ -7,6 +7,7 @@ to choose a path without waiting for the device. Knows nothing of the model or o
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,25 @@ class PlanError(ValueError):
     """A plan contradicts what the runner was told before; the message names the slot."""
 
 
+def int_array(*lists: list[int]) -> np.ndarray[Any, Any]:
+    """An int64 array of all lists, read-only; np.array takes two to three times as long."""
+    packed = [struct.pack(f"{len(values)}q", *values) for values in lists]
+    return np.frombuffer(b"".join(packed), np.int64)
+
+
+def pack(device: torch.device, *arrays: np.ndarray[Any, Any]) -> Tensor:
+    """Arrays of one type and one dimension after each other on the host, in memory from which
+    copies to `device` need not be waited for."""
+    dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    packed = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=device.type != "cpu")
+    np.concatenate(arrays, out=packed.numpy())
+    return packed
+
+
 def to_device(device: torch.device, *arrays: np.ndarray[Any, Any]) -> tuple[Tensor, ...]:
     """Arrays of one type and one dimension, in a single copy that the host does not wait for."""
-    packed = torch.from_numpy(np.concatenate(arrays))
-    if device.type != "cpu":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    return packed.split([len(array) for array in arrays])
+    there = pack(device, *arrays).to(device, non_blocking=True)
+    return there.split([len(array) for array in arrays])
 
 
 class Additions:
@@ -101,7 +115,7 @@ class TokenCounts:
 
 
 class State:
-    """One row a slot: the tensors below are [slots, ...].
+    """One row a slot: the tensors below are [slots, ...] or [..., slots].
 
     `max_pages` is the room of a page table row. Token ids of a bias or a stop that are not below
     `vocab` have no effect here; the engine refuses such requests.
@@ -123,8 +137,10 @@ class State:
         self.lengths = torch.zeros(num_slots, **long)  # tokens in the cache
         self.last_tokens = torch.zeros(num_slots, **long)
         # temperature, min_p, top_p, presence, frequency, repetition
-        self.reals = torch.zeros(num_slots, 6, dtype=torch.float64, device=device)
-        self.integers = torch.zeros(num_slots, 3, **long)  # top_k, seed, prompt_len
+        self.reals = torch.zeros(6, num_slots, dtype=torch.float64, device=device)
+        self.integers = torch.zeros(3, num_slots, **long)  # top_k, seed, prompt_len
+        # What plain sampling reads and writes, as ops.sample takes it.
+        self.draws = (self.reals[0], *self.integers[1:], self.lengths, self.last_tokens)
         self.bias = Additions(num_slots, device)
         self.stops = Additions(num_slots, device)  # what min_tokens forbids
         self.counts = TokenCounts(num_slots, vocab, device)
@@ -148,17 +164,18 @@ class State:
     def _own(self, new: list[NewSequence]) -> None:
         for sequence in new:
             self._describe(sequence)
-        slots_cpu = np.array([sequence.slot for sequence in new])
-        reals = np.array([_reals(sequence.sampling) for sequence in new])
+        slots_cpu = np.array([one.slot for one in new])
+        reals = np.array([_reals(one.sampling) for one in new]).T.ravel()
         # Seeds wrap, so that counting up from any seed is fine.
         integers = [
             (self.top_k_cpu[one.slot], (one.seed + 2**63) % 2**64 - 2**63, one.prompt_len)
             for one in new
         ]
-        columns = np.array(integers, np.int64)
-        slots, packed = to_device(self.device, slots_cpu, columns.ravel())
-        self.integers[slots] = packed.view(columns.shape)
-        self.reals[slots] = to_device(self.device, reals.ravel())[0].view(reals.shape)
+        slots, there, bits = to_device(
+            self.device, slots_cpu, np.array(integers, np.int64).T.ravel(), reals.view(np.int64)
+        )
+        self.integers.index_copy_(1, slots, there.view(3, -1))
+        self.reals.index_copy_(1, slots, bits.view(torch.float64).view(6, -1))
         self.page_table.index_fill_(0, slots, 0)
         self.lengths.index_fill_(0, slots, 0)
         self.lengths_cpu[slots_cpu] = 0
@@ -201,17 +218,20 @@ class State:
 
     def _grow(self, grown: list[Grown]) -> None:
         max_pages = self.page_table.shape[1]
+        places: list[int] = []
+        pages: list[int] = []
         for one in grown:
-            if one.first != self.num_pages_cpu[one.slot] or one.first + len(one.pages) > max_pages:
+            slot, first, end = one.slot, one.first, one.first + len(one.pages)
+            if first != self.num_pages_cpu[slot] or end > max_pages:
                 raise PlanError(
-                    f"slot {one.slot}: {len(one.pages)} pages at index {one.first}, it has "
-                    f"{self.num_pages_cpu[one.slot]} of at most {max_pages}"
+                    f"slot {slot}: {len(one.pages)} pages at index {first}, it has "
+                    f"{self.num_pages_cpu[slot]} of at most {max_pages}"
                 )
-            self.num_pages_cpu[one.slot] += len(one.pages)
-        places = [np.arange(len(one.pages)) + (one.slot * max_pages + one.first) for one in grown]
-        pages = [np.asarray(one.pages, np.int64) for one in grown]
-        index, values = to_device(self.device, np.concatenate(places), np.concatenate(pages))
-        self.page_table.view(-1)[index] = values
+            self.num_pages_cpu[slot] = end
+            places += range(slot * max_pages + first, slot * max_pages + end)
+            pages += one.pages
+        index, values = to_device(self.device, int_array(places), int_array(pages))
+        self.page_table.view(-1).index_copy_(0, index, values)
 
     def check_room(
         self, slots_cpu: np.ndarray[Any, Any], contexts_cpu: np.ndarray[Any, Any]
@@ -232,25 +252,19 @@ class State:
         too_short = self.lengths_cpu[slots_cpu] < self.min_len_cpu[slots_cpu]
         return not (masks or special.any() or too_short.any())
 
-    def draws(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What plain sampling needs: temperatures, seeds and output lengths of `slots`."""
-        integers = self.integers[slots]
-        output_lens = self.lengths[slots] - integers[:, 2]
-        return self.reals[slots, 0].float(), integers[:, 1].contiguous(), output_lens
-
     def sampling_batch(
         self, slots_cpu: np.ndarray[Any, Any], slots: Tensor, masks: dict[int, bytes]
     ) -> SamplingBatch:
         """What `slots` (the same on host and device) ask for at their present lengths."""
         features = self.features_cpu[slots_cpu]
         used = int(np.bitwise_or.reduce(features))
-        reals, integers = self.reals[slots], self.integers[slots]
+        reals = self.reals[:, slots]
         singles = reals.float()
-        top_k, seeds, prompt_lens = integers.unbind(1)
+        top_k, seeds, prompt_lens = self.integers[:, slots].unbind()
         return SamplingBatch(
-            temperature=singles[:, 0],
-            min_p=singles[:, 1],
-            top_p=reals[:, 2],
+            temperature=singles[0],
+            min_p=singles[1],
+            top_p=reals[2],
             top_k=top_k,
             seeds=seeds,
             output_lens=self.lengths[slots] - prompt_lens,
@@ -312,7 +326,7 @@ class State:
 
     def _penalties(self, slots_cpu: np.ndarray[Any, Any], singles: Tensor, used: int) -> Penalties:
         rows, count_rows = self._counted(slots_cpu)
-        presence, frequency, repetition = singles[rows, 3:].unbind(1)
+        presence, frequency, repetition = singles[3:, rows].unbind()
         return Penalties(
             rows=rows,
             in_prompt=self.counts.in_prompt[count_rows] if used & REPETITION else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -46,7 +47,7 @@ def make_batch(rows: list[dict[str, Any]], page_size: int = PAGE) -> Batch:
         page_table=table,
         slots=torch.arange(len(rows)),
         context_lens=torch.tensor([row["start"] + n for row, n in zip(rows, lens, strict=True)]),
-        context_lens_cpu=[row["start"] + n for row, n in zip(rows, lens, strict=True)],
+        context_lens_cpu=np.array([row["start"] + n for row, n in zip(rows, lens, strict=True)]),
         query_lens=lens,
         num_decode=num_decode,
         logit_index=torch.arange(sum(lens)),

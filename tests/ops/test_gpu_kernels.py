@@ -161,19 +161,26 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     """The same tokens as the slow twin, but where the random number hits a boundary."""
     scores = (randn(rows, vocab, dtype=torch.float32) * 4).to(dtype)
     scores[::3, ::2] = -float("inf")
-    temperature = torch.rand(rows, device=CUDA) * 2 + 0.01
-    temperature[::4] = 0
-    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), device=CUDA)
-    positions = torch.randint(0, 4000, (rows,), device=CUDA)
-    tokens = select_ops(CUDA).sample(scores, temperature, seeds, positions)
-    expected = reference.sample(scores, temperature, seeds, positions)
-    cold = temperature == 0
+    num_slots = rows + 7
+    slots = torch.randperm(num_slots, device=CUDA)[:rows]
+    temperature = torch.rand(num_slots, dtype=torch.float64, device=CUDA) * 2 + 0.01
+    temperature[slots[::4]] = 0
+    seeds = torch.randint(-(2**63), 2**63 - 1, (num_slots,), device=CUDA)
+    prompt_lens = torch.randint(0, 4000, (num_slots,), device=CUDA)
+    lengths = prompt_lens + torch.randint(0, 4000, (num_slots,), device=CUDA)
+    last, last_expected = torch.full((2, num_slots), -5, device=CUDA)
+    state = (slots, temperature, seeds, prompt_lens, lengths)
+    tokens = select_ops(CUDA).sample(scores, *state, last)
+    expected = reference.sample(scores, *state, last_expected)
+    last_expected[slots] = tokens
+    assert torch.equal(last, last_expected)
+    cold = temperature[slots] == 0
     assert torch.equal(tokens[cold], expected[cold])
-    heat = torch.where(cold, 1.0, temperature)[:, None].double()
+    heat = torch.where(cold, 1.0, temperature[slots].float())[:, None].double()
     weights = (scores.double() / heat).softmax(-1)
     above = weights.cumsum(-1).gather(1, tokens[:, None])[:, 0]
     below = above - weights.gather(1, tokens[:, None])[:, 0]
-    u = reference.uniforms(seeds, positions)
+    u = reference.uniforms(seeds[slots], (lengths - prompt_lens)[slots])
     assert ((below - 1e-5 <= u) & (u <= above + 1e-5) | cold).all()
     assert (tokens == expected).float().mean() > 0.97
     assert (weights.gather(1, tokens[:, None]) > 0).all()

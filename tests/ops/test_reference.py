@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from naive_attention import attention
@@ -49,7 +50,7 @@ def make_case(
         page_table=table,
         slots=torch.arange(len(rows)),
         context_lens=torch.tensor([context for context, _ in rows]),
-        context_lens_cpu=[context for context, _ in rows],
+        context_lens_cpu=np.array([context for context, _ in rows]),
         query_lens=lens,
         num_decode=next((i for i, n in enumerate(lens) if n > 1), len(lens)),
         logit_index=torch.arange(sum(lens)),

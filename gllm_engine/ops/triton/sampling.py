@@ -16,11 +16,12 @@ from torch import Tensor
 _GROUP = 2048
 
 
-@triton.jit
-def _look(scores, temperature, peaks, masses, bests, vocab, GROUP: tl.constexpr):
+# A step's slots may begin anywhere among its packed numbers: one kernel for all alignments.
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def _look(scores, slots, temperature, peaks, masses, bests, vocab, GROUP: tl.constexpr):
     row, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = group * GROUP + tl.arange(0, GROUP)
-    heat = tl.load(temperature + row)
+    heat = tl.load(temperature + tl.load(slots + row)).to(tl.float32)
     x = tl.load(scores + row.to(tl.int64) * vocab + at, mask=at < vocab, other=-float("inf"))
     x = x.to(tl.float32) / tl.where(heat > 0, heat, 1.0)
     peak, best = tl.max(x, 0, return_indices=True)
@@ -44,19 +45,22 @@ def _first_above(weights, target, at):
     return tl.minimum(passed, tl.max(tl.where(weights > 0, at, 0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _choose(
-    scores, temperature, seeds, positions, peaks, masses, bests, tokens, vocab, groups,
+    scores, slots, temperature, seeds, prompt_lens, lengths, last_tokens,
+    peaks, masses, bests, tokens, vocab, groups,
     GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     peak = tl.load(peaks + row * groups + group, mask=group < groups, other=-float("inf"))
     top, likely = tl.max(peak, 0, return_indices=True)
-    heat = tl.load(temperature + row)
+    slot = tl.load(slots + row)
+    heat = tl.load(temperature + slot).to(tl.float32)
     if heat > 0:
-        seed = _mix(tl.load(seeds + row).to(tl.uint64))
-        step = (tl.load(positions + row) + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+        seed = _mix(tl.load(seeds + slot).to(tl.uint64))
+        position = tl.load(lengths + slot) - tl.load(prompt_lens + slot)
+        step = (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
         uniform = (_mix(seed + step) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
         mass = tl.load(masses + row * groups + group, mask=group < groups, other=0.0)
         weights = (mass * tl.exp(peak - top)).to(tl.float64)
@@ -71,18 +75,31 @@ def _choose(
     else:
         token = tl.load(bests + row * groups + likely)
     tl.store(tokens + row, token.to(tl.int64))
+    tl.store(last_tokens + slot, token.to(tl.int64))
 
 
-def sample(scores: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample(
+    scores: Tensor,
+    slots: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    prompt_lens: Tensor,
+    lengths: Tensor,
+    last_tokens: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
     """One token for each row of scores [rows, vocab]; see reference.sample."""
     rows, vocab = scores.shape
     groups = triton.cdiv(vocab, _GROUP)
     peaks = torch.empty(rows, groups, dtype=torch.float32, device=scores.device)
     masses, bests = torch.empty_like(peaks), torch.empty_like(peaks, dtype=torch.int32)
-    tokens = torch.empty(rows, dtype=torch.int64, device=scores.device)
-    _look[(rows, groups)](scores, temperature, peaks, masses, bests, vocab, GROUP=_GROUP)
+    tokens = torch.empty_like(slots) if out is None else out
+    _look[(rows, groups)](
+        scores, slots, temperature, peaks, masses, bests, vocab, GROUP=_GROUP,
+    )  # fmt: skip
     _choose[(rows,)](
-        scores, temperature, seeds, positions, peaks, masses, bests, tokens, vocab, groups,
+        scores, slots, temperature, seeds, prompt_lens, lengths, last_tokens,
+        peaks, masses, bests, tokens, vocab, groups,
         GROUP=_GROUP, GROUPS=triton.next_power_of_2(groups),
     )  # fmt: skip
     return tokens
