@@ -89,7 +89,7 @@ class Decoder:
         """`max_model_len`: no position reaches it. Dynamic RoPE scaling depends on it."""
         self.spec, self.dtype, self.device = spec, dtype, device
         self.ops = select_ops(device)
-        self._planner = self.ops.Planner(device)
+        self._planner = self.ops.Planner(device, dtype)
         self._blocks = [
             _BLOCKS[type(layer)](layer, spec, self.ops, dtype, device) for layer in spec.layers
         ]
@@ -101,12 +101,17 @@ class Decoder:
         # Heads are told once for each window: layers that share it are planned as one.
         self._windows = {layer.mixer.window: layer.mixer.heads for layer in spec.layers}
 
-    def new_cache(self, num_pages: int, page_size: int) -> list[Tensor]:
-        """One [num_pages, 2, page_size, kv_heads, head_dim] a layer (0: K, 1: V), not cleared."""
+    def new_cache(
+        self, num_pages: int, page_size: int, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """One [num_pages, 2, page_size, kv_heads, head_dim] a layer (0: K, 1: V), not cleared.
+
+        `dtype`: the model's, which is the default, or float8_e4m3fn.
+        """
         return [
             torch.empty(
                 (num_pages, 2, page_size, layer.mixer.kv_heads, layer.mixer.head_dim),
-                dtype=self.dtype,
+                dtype=dtype or self.dtype,
                 device=self.device,
             )
             for layer in self.spec.layers

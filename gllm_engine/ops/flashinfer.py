@@ -5,6 +5,10 @@ the multiprocessors ahead, on the host (`plan`); what it then launches is the sa
 Decode rows go to its tensor-core decode kernel, chunks to its FlashAttention-3 kernel; chunks at
 the beginning of a sequence read K and V as they come, not from pages, which is a fifth faster.
 
+Over a float8 cache queries keep their dtype, which FlashInfer's FlashAttention-3 kernel cannot do:
+chunks that read pages go to its FlashAttention-2 kernel there. Chunks at the beginning of a
+sequence attend to K and V before they are rounded, where the reference attends to the cache.
+
 What FlashInfer has no kernel for (float32, unusual head sizes) attends as on a CPU, in plain torch:
 right, but slow, and not in a CUDA graph.
 """
@@ -150,8 +154,9 @@ class Planner:
     A plan is valid until the next one for the same window; steps run in the order of their plans.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        """`dtype`: of the queries, and of the cache unless that is float8."""
+        self._device, self._dtype = device, dtype
         self._stages = _Stages()
         self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._decode: dict[int | None, BatchDecodeWithPagedKVCacheWrapper] = {}
@@ -168,9 +173,9 @@ class Planner:
         """
         plan = AttentionPlan(batch.cache_index, batch.num_decode)
         if not self.has_fixed(cache):
-            plan.slow = reference.plan_attention(batch, cache, window)
+            plan.slow = reference.plan_attention(batch, cache, window, self._dtype)
             return plan
-        pages, shape = _Pages(batch, cache.shape[2]), _shape(cache, heads, window)
+        pages, shape = _Pages(batch, cache.shape[2]), _shape(cache, heads, window, self._dtype)
         n, end = batch.num_decode, len(batch.query_lens)
         first = end
         while first > n and batch.query_lens[first - 1] == batch.context_lens_cpu[first - 1]:
@@ -181,18 +186,20 @@ class Planner:
             arguments = (pages.starts_cpu[: n + 1], pages.listed, pages.lasts_cpu[:n])
             self._stages.plan(plan.decode, *arguments, **shape)
         if first > n:
-            plan.chunks = self._chunk_wrapper(window)
+            plan.chunks = self._chunk_wrapper(window, cache.dtype)
             self._plan_chunks(plan.chunks, batch.query_lens[n:first], pages, n, shape)
         if end > first:
             plan.fresh = self._fresh_wrapper(window)
             starts = _starts(batch.query_lens[first:])
-            shape = _for_chunks({k: v for k, v in shape.items() if k != "page_size"})
+            # Without a dtype of their own, keys and values have the queries'.
+            paged = ("page_size", "kv_data_type")
+            shape = _for_chunks({k: v for k, v in shape.items() if k not in paged})
             self._stages.plan(plan.fresh, starts, starts, causal=True, **shape)
         return plan
 
     def has_fixed(self, cache: Tensor) -> bool:
         """Whether FlashInfer attends over this cache, so that `fixed` may be used for it."""
-        return cache.dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
+        return self._dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
 
     def fixed(self, num_rows: int, max_pages: int, window: int | None) -> FixedDecode:
         """Decode of always `num_rows` rows on memory that stays where it is, for a CUDA graph.
@@ -204,7 +211,7 @@ class Planner:
             self._listed = self._listed.new_zeros(size)
         plans = self._plan_memory("decode", window)
         memory = self._partials, plans, self._listed[:size]
-        return FixedDecode(num_rows, max_pages, window, memory, self._stages)
+        return FixedDecode(num_rows, max_pages, window, self._dtype, memory, self._stages)
 
     def _plan_chunks(
         self, wrapper: Any, lens: list[int], pages: _Pages, row: int, shape: dict[str, Any]
@@ -230,9 +237,13 @@ class Planner:
             self._decode[window] = wrapper
         return self._decode[window]
 
-    def _chunk_wrapper(self, window: int | None) -> BatchPrefillWithPagedKVCacheWrapper:
+    def _chunk_wrapper(
+        self, window: int | None, dtype: torch.dtype
+    ) -> BatchPrefillWithPagedKVCacheWrapper:
+        """`dtype`: the cache's, always the same."""
         if window not in self._chunks:
-            wrapper = BatchPrefillWithPagedKVCacheWrapper(self._partials, backend="fa3")
+            backend = "fa3" if dtype == self._dtype else "fa2"
+            wrapper = BatchPrefillWithPagedKVCacheWrapper(self._partials, backend=backend)
             wrapper.reset_workspace_buffer(self._partials, self._plan_memory("chunks", window))
             self._chunks[window] = wrapper
         return self._chunks[window]
@@ -277,13 +288,13 @@ def count_pages(context_lens: HostInts, page_size: int) -> tuple[Tensor, Tensor,
     return pinned[: len(lens) + 1], pinned[len(lens) + 1 :], int(counts.max())
 
 
-def _shape(cache: Tensor, heads: int, window: int | None) -> dict[str, Any]:
+def _shape(cache: Tensor, heads: int, window: int | None, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "num_qo_heads": heads,
         "num_kv_heads": cache.shape[3],
         "head_dim": cache.shape[4],
         "page_size": cache.shape[2],
-        "q_data_type": cache.dtype,
+        "q_data_type": dtype,
         "kv_data_type": cache.dtype,
         "window_left": -1 if window is None else window - 1,
     }
@@ -310,13 +321,15 @@ class FixedDecode:
         num_rows: int,
         max_pages: int,
         window: int | None,
+        dtype: torch.dtype,
         memory: tuple[Tensor, Tensor, Tensor],
         stages: _Stages,
     ) -> None:
         partials, plans, self._listed = memory
         integers = {"dtype": torch.int32, "device": partials.device}
         self._starts = torch.zeros(num_rows + 1, **integers)
-        self._max_pages, self._window, self._stages = max_pages, window, stages
+        self._max_pages, self._window, self._dtype = max_pages, window, dtype
+        self._stages = stages
         self.wrapper = BatchDecodeWithPagedKVCacheWrapper(
             partials,
             use_cuda_graph=True,
@@ -331,7 +344,7 @@ class FixedDecode:
     def refresh(self, context_lens: HostInts, cache: Tensor, heads: int) -> None:
         """Plan for rows of these lengths; as many as the graph has."""
         starts, lasts, _ = count_pages(context_lens, cache.shape[2])
-        shape = _shape(cache, heads, self._window)
+        shape = _shape(cache, heads, self._window, self._dtype)
         self._stages.plan(self.wrapper, starts, self._listed[:0], lasts, **shape)
 
     def listing(self, page_table: Tensor, slots: Tensor, cache_index: Tensor) -> AttentionPlan:
