@@ -167,7 +167,8 @@ def _replace(
     home: Path, record: Record, config: EngineConfig, owner: Process
 ) -> subprocess.Popen[bytes]:
     """Start the next generation's engine and put it on record."""
-    _discard(home / str(record.generation))
+    # The last one's directory stays: other front ends may still come to read why it ended.
+    _discard(home / str(record.generation - 1))
     record.generation += 1
     child = _start(home / str(record.generation), config, owner)
     record.engine = Process.of(child.pid)

@@ -40,6 +40,8 @@ from gllm_engine.types import (
 
 # While grammars compile and nothing else is to do, step() waits so long and comes back.
 COMPILE_WAIT_S = 0.005
+# So many steps that fail, with none between them that succeeds, are no accident.
+MAX_FAILED_STEPS = 3
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,14 @@ class StepRunner(Protocol):
 
     def launch(self, plan: StepPlan) -> Launch: ...
 
+    def is_alive(self) -> bool:
+        """Whether it can run another plan after one that failed."""
+        ...
+
+
+class EngineBroken(RuntimeError):
+    """The engine can compute nothing any more; the message says why."""
+
 
 @dataclass(slots=True)
 class _Box:
@@ -77,6 +87,8 @@ class _Box:
 
 class Engine:
     """One model, its scheduler and its runner. Clients are any hashable names of front ends.
+
+    `broken`: None, or why no step can succeed any more; whoever drives the engine must end it.
 
     A sequence is live from add() until its Finish is in the outputs of a step, or until abort()
     or drop(), after which nothing more comes for it.
@@ -116,6 +128,8 @@ class Engine:
         )
         self._depth = config.plans_in_flight
         self._max_waiting = config.max_waiting
+        self._failed_steps = 0  # since the last that succeeded
+        self.broken: str | None = None
         self._launched: deque[Launch] = deque()
         self._live: dict[Key, Sequence] = {}
         self._constrained: dict[Key, Constraint] = {}
@@ -132,6 +146,9 @@ class Engine:
         key = (client, request.id)
         if key in self._live or key in self._compiling:
             self._refuse(key, "invalid", f"A sequence with id {request.id} is already live.")
+            return
+        if self.broken is not None:
+            self._refuse(key, "unavailable", self.broken)
             return
         try:
             self._check(request)
@@ -227,7 +244,7 @@ class Engine:
         """One turn: plan and launch a step if the deque has room, take in the oldest if not.
 
         Returns what is new for each client. Never raises for a failed step: it fails the live
-        sequences instead, and the engine goes on.
+        sequences instead, and the engine goes on unless it is `broken` then.
         """
         if self._compiling:
             self._admit_compiled()
@@ -237,10 +254,12 @@ class Engine:
                 self._launched.append(self._runner.launch(plan))
             if self._launched and (plan is None or len(self._launched) >= self._depth):
                 self._sort(self._scheduler.commit(self._launched.popleft().wait()))
+                self._failed_steps = 0
         except BaseException as error:  # whatever a kernel or a worker raises
             self._fail(error)
             if not isinstance(error, Exception):  # Ctrl-C: ours to survive, not to swallow
                 raise
+            self._judge(error)
         if self._constrained:
             self._fail_constrained()
         boxes, self._boxes = self._boxes, defaultdict(_Box)
@@ -278,6 +297,19 @@ class Engine:
             self._refuse(key, "internal", message)
         self._live.clear()
         self._constrained.clear()
+
+    def _judge(self, error: Exception) -> None:
+        """After a failed step: whether to go on. If not, what waits for a grammar fails too."""
+        self._failed_steps += 1
+        kind = type(error).__name__
+        if not self._runner.is_alive():
+            self.broken = f"the engine's device can compute nothing any more ({kind})"
+        elif self._failed_steps >= MAX_FAILED_STEPS:
+            self.broken = f"{self._failed_steps} steps of the engine failed in a row ({kind})"
+        if self.broken is not None:
+            for key in list(self._compiling):
+                self._forget(key)
+                self._refuse(key, "unavailable", self.broken)
 
     def _fail_constrained(self) -> None:
         broken = [(key, c.error) for key, c in self._constrained.items() if c.error is not None]

@@ -1,11 +1,12 @@
 """The engine process: one Engine, its front ends on a socket, and the end of its own life.
 
-It ends when the owner (tritonserver) dies, when the last front end has left or died, or, once
-asked by SIGTERM, when its work is done. Knows nothing of Triton.
+It ends when the owner (tritonserver) dies, when the last front end has left or died, when the
+engine is broken, or, once asked by SIGTERM, when its work is done. Knows nothing of Triton.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -28,6 +29,8 @@ STATS_EVERY_S = 0.1
 LONELY_S = 60.0
 # At the end, front ends have so long to take what was sent to them.
 LINGER_MS = 5000
+# The exit status of a process whose engine is broken.
+BROKEN = 70
 
 log = logging.getLogger("gllm.engine")
 
@@ -52,14 +55,15 @@ class EngineServer:
         self.stats = _StatsFeed()
 
     def run(self) -> None:
-        """Serve until there is no reason to."""
-        while not self._done():
+        """Serve until there is no reason to, or the engine is broken."""
+        while self.engine.broken is None and not self._done():
             self._listen(timeout_ms=0 if self.engine.has_work else int(STATS_EVERY_S * 1000))
             if self.engine.has_work:
                 for client, outputs in self.engine.step().items():
                     self._send(client, outputs)
             self._report()
-        log.info("no front end is left or the work is done; the engine ends")
+        if self.engine.broken is None:
+            log.info("no front end is left or the work is done; the engine ends")
 
     def close(self) -> None:
         """End the connection once what was sent has been taken: an exit would throw it away."""
@@ -199,6 +203,12 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, drain)
     server.run()
+    if engine.broken is not None:
+        log.critical("%s; this process ends, a front end starts another", engine.broken)
+        with contextlib.suppress(FileNotFoundError):  # who would have read it has left
+            (directory / "error").write_text(engine.broken)
+        server.close()
+        os._exit(BROKEN)  # an orderly end would call upon the device again
     server.close()
     engine.close()
     return 0

@@ -46,6 +46,9 @@ class InstantRunner:
         prompts = {c.slot: [self._score(t) for t in c.targets] for c in plan.chunks if c.targets}
         return InstantLaunch(StepResult(plan.step, tokens, logprobs, prompts))
 
+    def is_alive(self) -> bool:
+        return True
+
     def _draw(self) -> int:
         self._last = (self._last * 1_103_515_245 + 12_345) & 0x7FFF_FFFF
         return (self._last >> 8) % self._vocab

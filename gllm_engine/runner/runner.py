@@ -119,6 +119,17 @@ class Runner:
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
         return Launched(plan.step, tokens, logprobs, prompt_scores, self._done())
 
+    def is_alive(self) -> bool:
+        """Whether the device can compute. A fault in a kernel ends that for this process: every
+        later call then fails like the first.
+        """
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return False
+        return True
+
     def _done(self) -> torch.cuda.Event | None:
         if self.device.type == "cpu":
             return None

@@ -7,6 +7,7 @@ import random
 import time
 import zlib
 from collections import defaultdict
+from concurrent.futures import Future
 
 import pytest
 
@@ -44,6 +45,7 @@ class MockRunner:
         self.num_pages = config.num_pages
         self.state: dict[int, tuple[int, int]] = {}  # slot -> (length, last token)
         self.break_at: str | None = None
+        self.alive = True
         self.under_way = self.most_under_way = 0
 
     def launch(self, plan):
@@ -67,6 +69,9 @@ class MockRunner:
         self.most_under_way = max(self.most_under_way, self.under_way)
         logprobs = {slot: TokenLogprobs([token], [-1.0], [1]) for slot, token in made.items()}
         return MockLaunch(self, StepResult(plan.step, list(made.values()), logprobs))
+
+    def is_alive(self):
+        return self.alive
 
     def _next(self, slot, position, last, plan):
         token = follow(last, position)
@@ -260,6 +265,56 @@ def test_a_failed_step_fails_the_live_and_spares_the_next(make, depth, where, ca
     engine.add(Request(0, [3, 4], SamplingParams(max_tokens=40, ignore_eos=True), 0), "a")
     tokens, finished = collect(engine)
     assert tokens["a", 0] == expected([3, 4], 40) and finished["a", 0].reason == "length"
+
+
+def fail_one(engine, where="launch", id=0):
+    engine.add(Request(id, [3, 4], LONG, 0))
+    engine._runner.break_at = where
+    return engine.step()[None].finished[id]
+
+
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_three_failed_steps_in_a_row_break_the_engine(make, where):
+    engine = make()
+    for _ in range(2):  # a step that succeeds begins the count anew
+        for _ in range(2):
+            assert fail_one(engine, where).status == "internal"
+        engine.add(Request(1, [3, 4], SamplingParams(max_tokens=2, ignore_eos=True), 0))
+        assert collect(engine)[1][None, 1].reason == "length"
+    for _ in range(3):
+        assert engine.broken is None
+        assert fail_one(engine, where).status == "internal"
+    assert engine.broken == "3 steps of the engine failed in a row (Broken)"
+    engine.add(Request(2, [3], LONG, 0))
+    finish = engine.step()[None].finished[2]
+    assert (finish.status, finish.message) == ("unavailable", engine.broken)
+    assert not engine.has_work
+    engine.check_integrity()
+
+
+def test_a_dead_device_breaks_the_engine_at_once(make):
+    engine = make()
+    choice = StructuredOutputs(choice=("yes", "no"))
+    engine.add(Request(1, [3], SamplingParams(structured_outputs=choice), 0), "a")
+    for key, (request, _) in engine._compiling.items():
+        engine._compiling[key] = request, Future()  # its grammar is never done
+    engine.add(Request(2, [3], LONG, 0), "a")
+    engine._runner.alive, engine._runner.break_at = False, "launch"
+    finished = engine.step()["a"].finished
+    assert engine.broken == "the engine's device can compute nothing any more (Broken)"
+    assert finished[2].status == "internal"
+    finish = finished[1]
+    assert (finish.status, finish.message) == ("unavailable", engine.broken)
+    assert not engine.has_work
+
+
+def test_interrupted_steps_do_not_break_the_engine(make):
+    engine = make()
+    engine._runner.error = KeyboardInterrupt
+    for id in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            fail_one(engine, id=id)
+    assert engine.broken is None
 
 
 @pytest.mark.parametrize("where", ["launch", "wait"])

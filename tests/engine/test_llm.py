@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from gllm_engine.engine.core import EngineBroken
 from gllm_engine.engine.llm import LLM, RequestFailed
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import InvalidField, SamplingParams, StructuredOutputs
@@ -318,3 +319,21 @@ def test_a_closed_llm_is_closed_twice(models):
     with LLM(models(), **SMALL) as llm:
         llm.generate("Hello", GREEDY)
     llm.close()
+
+
+def test_a_broken_engine_is_raised(load, monkeypatch):
+    llm = load()
+
+    def fail(plan):
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine._runner, "launch", fail)
+        for _ in range(2):
+            (output,) = llm.generate("a", GREEDY)
+            assert "ValueError" in output.error
+        for _ in range(2):
+            with pytest.raises(EngineBroken, match=r"3 steps of the engine failed in a row \(Val"):
+                llm.generate("a", GREEDY)
+    with pytest.raises(EngineBroken):
+        list(llm.stream("a", GREEDY))

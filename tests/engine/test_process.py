@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -37,9 +38,11 @@ from gllm_engine import (
     make_config,
     write_tiny_model,
 )
-from gllm_engine.engine import wire
+from gllm_engine.engine import core, wire
 from gllm_engine.engine.attach import Process, Record, _locked, _remove, _root, detach
-from gllm_engine.engine.server import EngineServer
+from gllm_engine.engine.server import BROKEN, EngineServer, main
+from gllm_engine.runner.instant import InstantLaunch, InstantRunner
+from gllm_engine.types import StepPlan
 
 WAIT_S = 30.0
 DRAIN_S = 1.0
@@ -187,6 +190,47 @@ def test_a_killed_engine_is_lost_at_once_and_comes_back(model: str, owner: int) 
     assert len(a.lost) == len(b.lost) == 1
     a.client.close()
     b.client.close()
+
+
+def popen_fragile(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """In place of attach's Popen: an engine with the runner _Fragile."""
+    return subprocess.Popen([command[0], __file__, "fragile", *command[-2:]], **options)
+
+
+@pytest.mark.parametrize("bad", [1, 3], ids=["dead device", "failing steps"])
+def test_a_broken_engine_ends_and_another_comes(
+    model: str, owner: int, bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bad`: the token that breaks it, which is also after how many failed steps it ends."""
+    fragile = SimpleNamespace(Popen=popen_fragile, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("gllm_engine.engine.attach.subprocess", fragile)
+    front, other = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
+    first, child = front.engine, front.client._attached.child
+    assert child is not None and len(front.generate(1)) == 5
+    endless = SamplingParams(max_tokens=None, ignore_eos=True)
+    for id in range(2, 2 + bad):
+        assert first.alive and not front.lost
+        front.client.submit([Request(id, [bad], endless, 7)])
+        while not (outputs := front.outputs.get(timeout=WAIT_S)).finished:
+            continue
+        assert outputs.finished[id].status == "internal"
+        assert "The engine failed in a step" in outputs.finished[id].message
+    until(lambda: bool(front.lost and other.lost))
+    sentences = {
+        1: "the engine's device can compute nothing any more (Fault)",
+        3: "3 steps of the engine failed in a row (Fault)",
+    }
+    assert front.lost == other.lost == [f"{sentences[bad]}; it is being restarted"]
+
+    def serves() -> bool:
+        with contextlib.suppress(EngineUnavailable):
+            return len(front.generate(9)) == 5
+        return False
+
+    until(serves)
+    assert front.engine != first and child.wait() == BROKEN
+    front.client.close()
+    other.client.close()
 
 
 def test_the_engine_dies_with_its_owner(model: str) -> None:
@@ -370,6 +414,7 @@ class _LastWords:
 
     info = ModelInfo(10, 10, 10, 16, ())
     has_work = True
+    broken = None
 
     def step(self) -> dict[bytes, Outputs]:
         for client in server.front_ends:
@@ -382,7 +427,31 @@ class _LastWords:
         return Stats()
 
 
+class _Fragile(InstantRunner):
+    """Fails for good after a step with the token 1, its device dead, or for steps with a 3."""
+
+    alive = True
+
+    def launch(self, plan: StepPlan) -> InstantLaunch:
+        tokens = {token for chunk in plan.chunks for token in chunk.tokens[:1]}
+        self.alive = self.alive and 1 not in tokens
+        if not self.alive or tokens == {3} and len(plan.chunks[0].tokens) == 1:
+            raise Fault
+        return super().launch(plan)
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+
+class Fault(Exception):
+    pass
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "fragile":
+        del sys.argv[1]
+        core.InstantRunner = _Fragile  # type: ignore[misc]
+        sys.exit(main())
     if len(sys.argv) == 2:
         server = EngineServer(_LastWords(), sys.argv[1])  # type: ignore[arg-type]
         server.draining = True
