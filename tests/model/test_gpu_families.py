@@ -52,3 +52,5 @@ def test_family(tmp_path: Path, family: str, dtype: torch.dtype, limit: float, u
         found = run(there, replace(batch, **moved), caches[1]).double().cpu()
         assert found.isfinite().all()
         assert (found - expected).norm() <= limit * expected.norm()
+        # And no position is worse than the rest; in bfloat16 on a CPU the worst is off by 0.025.
+        assert ((found - expected).norm(dim=1) <= 2 * limit * expected.norm(dim=1)).all()
