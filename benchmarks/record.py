@@ -53,6 +53,9 @@ def record(name: str, figures: dict[str, Any], save: bool) -> None:
 
 
 def _commit() -> str:
+    """What was measured: GLLM_COMMIT where the code came without its repository."""
+    if given := os.environ.get("GLLM_COMMIT"):
+        return given
     root = Path(__file__).parent
     git = ["git", "-C", str(root)]
     try:

@@ -31,6 +31,7 @@ OURS = {
     },
     "backend": {"", "gllm_backend"},
     "client": {"", "gllm_client"},
+    "benchmarks/peer.py": set(),
     "benchmarks": {"", "gllm_client", "gllm_benchmarks"},
 }  # fmt: skip
 # What a part may import of others.
@@ -49,6 +50,7 @@ OTHERS = {
     },
     "backend": {"msgspec", "numpy", "triton_python_backend_utils"},
     "client": {"msgspec", "numpy", "tritonclient", "grpc", "tqdm", "yaml"},
+    "benchmarks/peer.py": {"vllm"},
     "benchmarks": {"numpy", "tritonclient", "tqdm", "torch", "msgspec"},
 }  # fmt: skip
 
