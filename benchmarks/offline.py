@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.record import add_arguments, print_table, record
-from gllm_benchmarks.workloads import WORKLOADS, Job, lengths, make_jobs
+from gllm_benchmarks.workloads import WORKLOADS, Job, lengths, make_jobs, warm_up
 
 MODELS = Path(__file__).parent / "models"
-WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of every size that matters
-WARM_UP_OUTPUT_LEN = 8
 OURS = {"load_format": "dummy", "enable_prefix_caching": False}
 VLLM = {
     "load_format": "dummy",
@@ -70,18 +68,6 @@ def configure(engine: str, ours: dict[str, Any], peer: dict[str, Any], longest: 
         return OURS | ours
     shared = {key: ours[key] for key in SHARED if key in ours}
     return VLLM | {"max_model_len": -(-longest // 1024) * 1024} | shared | peer
-
-
-def warm_up(jobs: list[Job]) -> list[Job]:
-    """The first jobs of a workload, with short outputs."""
-    chosen: list[Job] = []
-    total = 0
-    for job in jobs:
-        total += len(job.prompt)
-        if chosen and total > WARM_UP_PROMPT_TOKENS:
-            break
-        chosen.append(Job(job.prompt, min(job.output_len, WARM_UP_OUTPUT_LEN)))
-    return chosen
 
 
 def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: float) -> Any:

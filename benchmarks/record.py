@@ -44,12 +44,21 @@ def record(name: str, figures: dict[str, Any], save: bool) -> None:
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "hardware": _hardware(),
         "python": platform.python_version(),
-        "figures": figures,
+        "figures": _rounded(figures),
     }
     print(f"\n{json.dumps(line)}")
     if save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=2) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """The same with floats of five significant digits: no figure here is known any better."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _commit() -> str:

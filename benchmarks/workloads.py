@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of every size that matters
+WARM_UP_OUTPUT_LEN = 8
 Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) of each request
 
 
@@ -40,10 +42,22 @@ def lengths(name: str) -> Lengths:
     return [(prompt_len, output_len)] * count
 
 
-def make_jobs(pairs: Lengths, vocab: int) -> list[Job]:
+def make_jobs(pairs: Lengths, vocab: int, seed: int = 1) -> list[Job]:
     """Requests of these lengths, with prompts of ids below `vocab`."""
-    ids = random.Random(1)
+    ids = random.Random(seed)
     return [Job(ids.choices(range(vocab), k=p), n) for p, n in pairs]
+
+
+def warm_up(jobs: list[Job]) -> list[Job]:
+    """The first jobs of a workload, with short outputs."""
+    chosen: list[Job] = []
+    total = 0
+    for job in jobs:
+        total += len(job.prompt)
+        if chosen and total > WARM_UP_PROMPT_TOKENS:
+            break
+        chosen.append(Job(job.prompt, min(job.output_len, WARM_UP_OUTPUT_LEN)))
+    return chosen
 
 
 def read_azure(path: Path, limit: int | None = None) -> tuple[list[float], Lengths]:

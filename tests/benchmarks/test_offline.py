@@ -17,9 +17,8 @@ from gllm_benchmarks.offline import (
     model_directory,
     parse_pairs,
     summarize,
-    warm_up,
 )
-from gllm_benchmarks.workloads import lengths, make_jobs
+from gllm_benchmarks.workloads import lengths, make_jobs, warm_up
 from gllm_engine import write_tiny_model
 from gllm_engine.spec import read_spec
 
