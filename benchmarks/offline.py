@@ -151,6 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer-config", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one engine")
+    parser.add_argument("--name", help="of the result; default: offline-MODEL")
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.engine != "ours" and not (arguments.peer_site or Path()).joinpath("vllm").is_dir():
@@ -185,7 +186,7 @@ def main() -> None:
             figures[engine] = {"config": config, **found}
     header = [*HEADER, "ours / vllm"] if len(figures) == 2 else HEADER
     print_table(model.name, header, make_rows(work, figures))
-    record(f"offline-{model.name}", figures, arguments.save)
+    record(arguments.name or f"offline-{model.name}", figures, arguments.save)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
+def table_lines(header: list[str], rows: list[list[Any]]) -> list[str]:
     """A Markdown table, so that it can be pasted where results are told."""
     lines = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
-    print(f"\n{title}\n")
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print(f"| {' | '.join(cells)} |")
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    return [f"| {' | '.join(cells)} |" for cells in padded]
+
+
+def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
+    print("\n".join(["", title, "", *table_lines(header, rows)]))
 
 
 def record(name: str, figures: dict[str, Any], save: bool) -> None:
