@@ -78,6 +78,7 @@ def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: fl
     environment, driver = dict(os.environ), ["-m", "gllm_benchmarks.ours"]
     if engine == "vllm":
         environment |= {"PYTHONPATH": str(peer_site), "VLLM_NO_USAGE_STATS": "1"}
+        environment["HF_HUB_OFFLINE"] = "1"
         driver = [str(Path(__file__).with_name("peer.py"))]
     figures = Path(task["figures"])
     figures.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ def record(name: str, figures: dict[str, Any], save: bool) -> None:
         "benchmark": name,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": _command(),
         "hardware": _hardware(),
         "python": platform.python_version(),
         "figures": _rounded(figures),
@@ -52,6 +52,12 @@ def record(name: str, figures: dict[str, Any], save: bool) -> None:
     if save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=2) + "\n")
+
+
+def _command() -> str:
+    """As it was given, but where the files are is left out: that is nobody else's business."""
+    given = [Path(sys.executable).name, *sys.orig_argv[1:]]
+    return " ".join(Path(word).name if word.startswith("/") else word for word in given)
 
 
 def _rounded(value: Any) -> Any:

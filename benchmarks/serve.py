@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,11 +32,7 @@ TIMES = ("ttft", "tpot", "itl", "e2e")
 LIMITED = ("ttft", "tpot", "e2e")  # what an SLO may limit
 
 
-class Pattern(NamedTuple):
-    """When requests come: seconds from the beginning for each, or how many at a time."""
-
-    name: str
-    arrivals: list[float] | int
+Arrivals = list[float] | int  # seconds from the beginning for each, or how many at a time
 
 
 def times_of(one: Record) -> dict[str, list[float]]:
@@ -111,24 +107,21 @@ def parse_slo(text: str) -> dict[str, float]:
     return slo
 
 
-def patterns(arguments: argparse.Namespace, recorded: list[float], count: int) -> list[Pattern]:
-    """The runs asked for. `recorded`: arrivals of the trace, if there is one."""
-    found = [Pattern(f"{n} at a time", n) for n in arguments.concurrency]
+def patterns(
+    arguments: argparse.Namespace, recorded: list[float], count: int
+) -> dict[str, Arrivals]:
+    """The runs asked for, by name. `recorded`: arrivals of the trace, if there is one."""
+    found: dict[str, list[float]] = {}
     if arguments.all:
-        found.append(Pattern("all at once", [0.0] * count))
+        found["all at once"] = [0.0] * count
     for rate in arguments.rate:
         arrivals = at_rate(recorded, rate) if recorded else poisson(count, rate)
-        found.append(Pattern(f"{rate:g} requests/s", arrivals))
-    if not found and recorded:
-        found.append(Pattern("as recorded", recorded))
-    if arguments.seconds is not None:
-        found = [
-            pattern
-            if isinstance(pattern.arrivals, int)
-            else Pattern(pattern.name, [at for at in pattern.arrivals if at <= arguments.seconds])
-            for pattern in found
-        ]
-    return found
+        found[f"{rate:g} requests/s"] = arrivals
+    if recorded and not (found or arguments.concurrency):
+        found["as recorded"] = recorded
+    end = arguments.seconds or float("inf")
+    early = {name: [at for at in arrivals if at <= end] for name, arrivals in found.items()}
+    return {f"{n} at a time": n for n in arguments.concurrency} | early
 
 
 def print_runs(title: str, runs: dict[str, dict[str, Any]]) -> None:
@@ -223,11 +216,10 @@ def main() -> None:
         some = warm_up(make_jobs(pairs, vocab, seed=0))
         run_load(address, model, some, len(some), arguments.clients, timeout=arguments.timeout)
         seed = 0
-        for pattern in patterns(arguments, recorded, len(pairs)):
+        for name, arrivals in patterns(arguments, recorded, len(pairs)).items():
             found = []
             for _ in range(arguments.repeat):
                 seed += 1  # new prompts, which no cache can know
-                arrivals = pattern.arrivals
                 count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
                 jobs = make_jobs(pairs[:count], vocab, seed)
                 options = {"clients": arguments.clients, "timeout": arguments.timeout}
@@ -235,17 +227,16 @@ def main() -> None:
                 found.append(summarize(records, arguments.slo))
             found.sort(key=lambda run: run["seconds"])
             middle = found[len(found) // 2]
-            runs[pattern.name] = middle | {"all_seconds": [run["seconds"] for run in found]}
-            print_runs(pattern.name, {pattern.name: runs[pattern.name]})
+            runs[name] = middle | {"all_seconds": [run["seconds"] for run in found]}
+            print_runs(name, {name: runs[name]})
     print_runs(f"{title}, {len(pairs)} requests, {arguments.clients} clients", runs)
     name = arguments.name or f"serve-{title}"
     plots = [arguments.plot] if arguments.plot else []
     plots += [RESULTS / f"{name}.svg"] if arguments.save and len(runs) > 1 else []
     for path in plots:
         path.write_text(draw(title, list(runs.values())))
-    record(
-        name, {"workload": str(arguments.trace or arguments.workload), "runs": runs}, arguments.save
-    )
+    workload = arguments.trace.name if arguments.trace else arguments.workload
+    record(name, {"workload": workload, "runs": runs}, arguments.save)
     if any(run["failed"] for run in runs.values()):
         raise SystemExit("requests have failed")
 

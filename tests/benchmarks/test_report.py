@@ -138,8 +138,10 @@ def test_a_record(
     assert line["commit"] == "0123abc" and line["benchmark"] == "serve-x"
     assert line["figures"] == {"a": [1.2346, {"b": 1234600.0}], "n": 1234567}
     monkeypatch.delenv("GLLM_COMMIT")
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "x", "--trace", "/home/me/t.csv", "a/b"])
     record("serve-x", {}, save=False)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["commit"] != "0123abc"
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["commit"] != "0123abc" and line["command"].endswith("-m x --trace t.csv a/b")
 
 
 def test_tables_are_aligned() -> None:

@@ -73,26 +73,26 @@ def test_slo() -> None:
             parse_slo(text)
 
 
-def loads(**given: Any) -> list[Any]:
+def loads(**given: Any) -> dict[str, Any]:
     options = {"concurrency": [], "all": False, "rate": [], "seconds": None} | given
     return patterns(argparse.Namespace(**options), given.pop("recorded", []), 50)
 
 
 def test_patterns() -> None:
-    closed, burst, slow, fast = loads(concurrency=[4], all=True, rate=[1.0, 10.0])
-    assert closed == ("4 at a time", 4)
-    assert burst == ("all at once", [0.0] * 50)
-    assert len(slow.arrivals) == len(fast.arrivals) == 50
-    assert slow.arrivals == pytest.approx([10 * at for at in fast.arrivals])
-    (short,) = loads(rate=[10.0], seconds=2.0)
-    assert short.arrivals == [at for at in fast.arrivals if at <= 2] and short.arrivals
+    found = loads(concurrency=[4], all=True, rate=[1.0, 10.0])
+    assert list(found) == ["4 at a time", "all at once", "1 requests/s", "10 requests/s"]
+    closed, burst, slow, fast = found.values()
+    assert closed == 4 and burst == [0.0] * 50 and len(slow) == len(fast) == 50
+    assert slow == pytest.approx([10 * at for at in fast])
+    short = loads(rate=[10.0], seconds=2.0)["10 requests/s"]
+    assert short == [at for at in fast if at <= 2] and 5 < len(short) < 50
 
 
 def test_patterns_of_a_trace() -> None:
     recorded = [0.0, 1.0, 5.0]
-    assert loads(recorded=recorded) == [("as recorded", recorded)]
-    (twice,) = loads(recorded=recorded, rate=[0.8])
-    assert twice == ("0.8 requests/s", pytest.approx([0.0, 0.5, 2.5]))
+    assert loads(recorded=recorded) == {"as recorded": recorded}
+    assert loads(recorded=recorded, rate=[0.8])["0.8 requests/s"] == pytest.approx([0, 0.5, 2.5])
+    assert loads(recorded=recorded, concurrency=[2]) == {"2 at a time": 2}
 
 
 @pytest.mark.parametrize("text", ["", "1,x", "0", "2,-1"])
