@@ -91,7 +91,7 @@ class Runner:
             self.device,
         )
         self._graphs: DecodeGraphs | None = None
-        if on_gpu and not config.enforce_eager and decoder.has_fixed_plans(self.cache):
+        if on_gpu and not config.enforce_eager:
             self._graphs = DecodeGraphs(decoder, self.cache, self.state, config.max_num_seqs)
 
     @torch.inference_mode()
