@@ -25,6 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: Literal["auto", "cpu", "cuda", "none"] = "auto"
     # auto: float32 on CPUs, the checkpoint's own type on GPUs
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # fp8: K and V are rounded to float8_e4m3fn, one byte a number; auto: they have dtype
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     # dummy: random weights, and only config.json is read; for benchmarks
     load_format: Literal["auto", "dummy"] = "auto"
     enforce_eager: bool = False  # no CUDA graphs

@@ -16,6 +16,10 @@ from gllm_engine.config import settle
         ('{"model": ".", "gpu_memory": 1}', "unknown key 'gpu_memory'; known keys are model,"),
         ('{"model": ".", "page_size": 24}', "page_size: 24 is not a power of two"),
         ('{"model": ".", "max_num_seqs": -1}', r"max_num_seqs: -1 is outside \[0, 16384\]"),
+        (
+            '{"model": ".", "kv_cache_dtype": "int8"}',
+            "Invalid enum value 'int8' - at $.kv_cache_dtype",
+        ),
         ('{"model": ".", "max_num_seqs": "many"}', "Expected int, got str - at $.max_num_seqs"),
         (
             '{"model": ".", "max_num_seqs": 8, "max_num_batched_tokens": 4}',

@@ -5,7 +5,7 @@ Knows no models and no sequences: rows, pages and tokens only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -30,3 +30,6 @@ class Batch:
     query_lens: list[int]  # [rows] tokens of the row in this step
     num_decode: int
     logit_index: Tensor | None  # [n] which of `tokens` need logits; None: all of them
+    # If each of these is the last token of a row: which rows; the host knows them too.
+    logit_rows: Tensor | None = None  # [n]
+    logit_rows_cpu: list[int] = field(default_factory=list)

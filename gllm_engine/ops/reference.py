@@ -5,6 +5,9 @@ Knows shapes and arithmetic; no models, no scheduling.
 Paged attention gathers the K and V of several rows into one padded tensor, then attends at once.
 Beyond a row's context the gather repeats a token of that row, so whatever unused cache pages hold
 (NaN included) is never read: a masked NaN in V would still reach the output as 0 * NaN.
+
+A cache may be float8_e4m3fn whatever the dtype of q, k and v. Every token then attends to K and V
+as they were rounded, those of its own step too, so that it does not matter how a prompt is cut.
 """
 
 from __future__ import annotations
@@ -26,23 +29,49 @@ GROUP_LEN = 128
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, the mean taken in float32."""
+def rms_norm(x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
+    """x / rms(x) * gain over the last dimension, the mean taken in float32.
+
+    With `add_to`, that is added to, and returned.
+    """
     if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype).mul_(weight)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) where s = x + residual. Overwrites `residual` with s."""
-    residual.add_(x)
-    return rms_norm(residual, weight, eps), residual
+        normed = F.rms_norm(x, x.shape[-1:], None, eps).mul_(gain)
+    else:
+        normed = F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype).mul_(gain)
+    return normed if add_to is None else add_to.add_(normed)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for a last dimension of [gate, up]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x W' + b: [rows, width] of x [rows, depth], weight [width, depth] and bias [width].
+
+    `norm`: (gain, eps) of an RMS norm that x goes through first. `out`: where the result goes.
+    """
+    y = F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
+    return y if out is None else out.copy_(y)
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float]
+) -> Tensor:
+    """silu(gate) * up, [rows, width / 2], where [gate, up] = linear(x, weight, bias, norm)."""
+    return silu_mul(linear(x, weight, bias, norm))
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Add linear(x, weight, bias) to `total` [rows, width], and return that."""
+    return total.add_(F.linear(x, weight, bias))
 
 
 def rotation(
@@ -109,7 +138,7 @@ class _Padded:
 
     rows: Tensor  # [n]
     gather: Tensor  # [2 * n * len] rows of the flat cache: all K, then all V
-    mask: Tensor  # [n, 1, 1, len] 0 or -inf, in the cache's dtype
+    mask: Tensor  # [n, 1, 1, len] 0 or -inf, in the queries' dtype
 
 
 @dataclass(frozen=True)
@@ -133,25 +162,25 @@ class AttentionPlan:
 class Planner:
     """Prepares attention of one step after another; the reference keeps nothing in between."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        """`dtype`: of the queries."""
         del device
+        self._dtype = dtype
 
     def plan(self, batch: Batch, cache: Tensor, heads: int, window: int | None) -> AttentionPlan:
         """As `plan_attention`. `heads`: query heads, for kernels that divide the work ahead."""
         del heads
-        return plan_attention(batch, cache, window)
-
-    def has_fixed(self, cache: Tensor) -> bool:
-        """Whether a plan's tensors can keep their addresses; here they never do."""
-        del cache
-        return False
+        return plan_attention(batch, cache, window, self._dtype)
 
 
-def plan_attention(batch: Batch, cache: Tensor, window: int | None) -> AttentionPlan:
+def plan_attention(
+    batch: Batch, cache: Tensor, window: int | None, dtype: torch.dtype | None = None
+) -> AttentionPlan:
     """Prepare attention for one step.
 
-    `cache`: any layer's [num_pages, 2, page_size, kv_heads, head_dim]; only its shape is used.
+    `cache`: any layer's [num_pages, 2, page_size, kv_heads, head_dim]; its numbers are not read.
     `window`: a token sees itself and the window - 1 tokens before it; None: all before it.
+    `dtype`: of the queries; default: the cache's.
     """
     page_size, kv_width = cache.shape[2], cache.shape[3] * cache.shape[4]
     lens = batch.context_lens_cpu
@@ -161,7 +190,7 @@ def plan_attention(batch: Batch, cache: Tensor, window: int | None) -> Attention
     write = torch.stack((key, key + page_size), 1).flatten()
     spans = [min(n, window or n) for n in lens[: batch.num_decode]]
     padded = [
-        _plan_padded(batch, table, rows, spans[rows[0]], cache, window)
+        _plan_padded(batch, table, rows, spans[rows[0]], cache, window, dtype)
         for rows in _group_rows(spans, _GATHER_NUMBERS // (2 * kv_width))
     ]
     chunks, first = [], batch.num_decode
@@ -195,13 +224,20 @@ def _gather_index(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
 
 
 def _plan_padded(
-    batch: Batch, table: Tensor, row_ids: list[int], span: int, cache: Tensor, window: int | None
+    batch: Batch,
+    table: Tensor,
+    row_ids: list[int],
+    span: int,
+    cache: Tensor,
+    window: int | None,
+    dtype: torch.dtype | None,
 ) -> _Padded:
     rows = torch.tensor(row_ids, device=batch.context_lens.device)
     lens = batch.context_lens[rows, None]
     start = (lens - window).clamp_(min=0) if window else torch.zeros_like(lens)
     positions = start + torch.arange(span, device=rows.device)
-    mask = cache.new_zeros(positions.shape).masked_fill_(positions >= lens, float("-inf"))
+    mask = cache.new_zeros(positions.shape, dtype=dtype)
+    mask.masked_fill_(positions >= lens, float("-inf"))
     gather = _gather_index(table[rows], positions.minimum(lens - 1), cache.shape[2])
     return _Padded(rows, gather, mask[:, None, None])
 
@@ -223,26 +259,38 @@ def _plan_chunk(
 
 def write_kv(cache: Tensor, kv: Tensor, plan: AttentionPlan) -> None:
     """Store kv [tokens, 2, kv_heads, head_dim] (0: K, 1: V) where the batch says."""
-    cache.flatten(0, 2).index_copy_(0, plan.write, kv.flatten(0, 1))
+    if kv.dtype != cache.dtype:  # float8, which has no infinity: 448 is its largest number
+        limit = torch.finfo(cache.dtype).max
+        kv = kv.clamp(-limit, limit).to(cache.dtype)
+    cache.flatten(0, 2)[plan.write] = kv.flatten(0, 1)
 
 
-def attend(q: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v over each row's pages.
+def _read(flat: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Those rows of the flat cache, in `dtype`."""
+    if flat.dtype == dtype:
+        return flat.index_select(0, rows)
+    # As bytes, which every device can gather.
+    return flat.view(torch.uint8).index_select(0, rows).view(flat.dtype).to(dtype)
 
-    q: [tokens, heads, head_dim]. Returns [tokens, heads * head_dim].
+
+def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v over each row's pages: [tokens, heads * head_dim].
+
+    q: what `rotate_and_store` gave. `tokens`: which of its tokens the plan is for; None: all.
     """
+    q = q if tokens is None else q[tokens]
     kv_heads, head_dim = cache.shape[3:]
     flat = cache.flatten(0, 2).flatten(1)  # [num_pages * 2 * page_size, kv_heads * head_dim]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     grouped = (-1, kv_heads, q.shape[1] // kv_heads, head_dim)
     for part in plan.padded:
         n = len(part.rows)
-        k, v = flat.index_select(0, part.gather).view(2, n, -1, kv_heads, head_dim).transpose(2, 3)
+        k, v = _read(flat, part.gather, q.dtype).view(2, n, -1, kv_heads, head_dim).transpose(2, 3)
         # The query heads that share a K/V head stand where SDPA expects several queries.
         o = F.scaled_dot_product_attention(q[part.rows].view(grouped), k, v, attn_mask=part.mask)
         out[part.rows] = o.flatten(1, 2)
     for chunk in plan.chunks:
-        k, v = flat.index_select(0, chunk.gather).view(2, 1, -1, kv_heads, head_dim).transpose(2, 3)
+        k, v = _read(flat, chunk.gather, q.dtype).view(2, 1, -1, kv_heads, head_dim).transpose(2, 3)
         o = F.scaled_dot_product_attention(
             *(q[None, chunk.tokens].transpose(1, 2), k, v),
             attn_mask=chunk.mask,

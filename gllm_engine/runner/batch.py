@@ -88,17 +88,17 @@ def _mixed(plan: StepPlan, state: State, rows: Rows) -> Step:
     starts = np.array([chunk.start for chunk in plan.chunks], np.int64)
     known = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in plan.chunks])
     ends = lens_cpu.cumsum()
-    samples = np.array([True] * num_decode + [chunk.samples for chunk in plan.chunks])
+    sampling_rows = np.flatnonzero([True] * num_decode + [chunk.samples for chunk in plan.chunks])
     scored = [chunk for chunk in plan.chunks if chunk.targets]
     firsts = (ends - lens_cpu)[num_decode:]
     scored_at = [
         first + np.arange(len(chunk.targets))
         for first, chunk in zip(firsts, plan.chunks, strict=True)
     ]
-    logit_at = np.concatenate([ends[samples] - 1, *scored_at])
-    sampling_cpu = slots_cpu[samples]
-    slots, lens, chunk_starts, known_ids, logit_index, sampling = to_device(
-        state.device, slots_cpu, lens_cpu, starts, known, logit_at, sampling_cpu
+    logit_at = np.concatenate([ends[sampling_rows] - 1, *scored_at])
+    sampling_cpu = slots_cpu[sampling_rows]
+    slots, lens, chunk_starts, known_ids, logit_index, sampling, logit_rows = to_device(
+        *(state.device, slots_cpu, lens_cpu, starts, known, logit_at, sampling_cpu, sampling_rows)
     )
     state.lengths[slots[num_decode:]] = chunk_starts
     row_starts = state.lengths[slots]
@@ -118,6 +118,8 @@ def _mixed(plan: StepPlan, state: State, rows: Rows) -> Step:
         query_lens=query_lens,
         num_decode=num_decode,
         logit_index=logit_index,
+        logit_rows=None if scored else logit_rows,
+        logit_rows_cpu=sampling_rows.tolist(),
     )
     state.lengths[slots] = batch.context_lens
     return Step(batch, sampling_cpu, sampling, scored)

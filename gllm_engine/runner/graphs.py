@@ -12,7 +12,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +36,6 @@ def row_counts(max_rows: int) -> list[int]:
 @dataclass(frozen=True)
 class _Graph:
     slots: Tensor  # [rows]
-    plans: dict[int | None, Any]
     forward: torch.cuda.CUDAGraph
     sampling: torch.cuda.CUDAGraph
 
@@ -73,7 +71,6 @@ class DecodeGraphs:
         spare = len(graph.slots) - n
         slots = np.pad(rows.slots_cpu, (0, spare), constant_values=self._spare)
         graph.slots.copy_(to_device(self._decoder.device, slots)[0])
-        self._decoder.refresh(graph.plans, rows.context_lens_cpu + [1] * spare, self._cache)
         graph.forward.replay()
         return graph.slots[:n], self._scores[:n]
 
@@ -88,12 +85,9 @@ class DecodeGraphs:
     def _capture(self, num_rows: int) -> _Graph:
         device = self._decoder.device
         slots = torch.full((num_rows,), self._spare, dtype=torch.int64, device=device)
-        max_pages = self._state.page_table.shape[1]
-        plans = self._decoder.fixed_plans(num_rows, max_pages)
-        self._decoder.refresh(plans, [1] * num_rows, self._cache)
-        forward = self._record(lambda: self._forward(slots, plans))
+        forward = self._record(lambda: self._forward(slots))
         sampling = self._record(lambda: self._sample(slots))
-        return _Graph(slots, plans, forward, sampling)
+        return _Graph(slots, forward, sampling)
 
     def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         body()  # compiles kernels and creates handles, which must not happen while recording
@@ -103,14 +97,10 @@ class DecodeGraphs:
             body()
         return graph
 
-    def _forward(self, slots: Tensor, plans: dict[int | None, Any]) -> None:
+    def _forward(self, slots: Tensor) -> None:
         batch = decode_batch(self._state, slots, [])
         self._state.lengths[self._spare].zero_()
-        listed = {
-            window: plan.listing(batch.page_table, slots, batch.cache_index)
-            for window, plan in plans.items()
-        }
-        hidden = self._decoder.forward(batch, self._cache, listed)
+        hidden = self._decoder.forward(batch, self._cache)
         self._decoder.scores(hidden, out=self._scores[: len(slots)])
 
     def _sample(self, slots: Tensor) -> None:

@@ -28,8 +28,8 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     """
     if config.num_pages is not None:
         return config.num_pages
-    itemsize = torch.empty(0, dtype=decoder.dtype).itemsize
-    page_bytes = decoder.spec.kv_bytes_per_token(itemsize) * config.page_size
+    per_token = decoder.spec.kv_bytes_per_token(cache_dtype(config, decoder).itemsize)
+    page_bytes = per_token * config.page_size
     if config.kv_cache_gib is not None or decoder.device.type == "cpu":
         return _pages_of(config.kv_cache_gib or 1.0, page_bytes)
     total = torch.cuda.mem_get_info(decoder.device)[1]
@@ -51,6 +51,11 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     return free // page_bytes
 
 
+def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
+    """Of the numbers in the KV cache."""
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else decoder.dtype
+
+
 def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
     """Bytes that the largest step takes beyond what is allocated now."""
     num_tokens, page_size, device = config.max_num_batched_tokens, config.page_size, decoder.device
@@ -58,7 +63,8 @@ def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
     lens = [longest] * (num_tokens // longest)
     lens += [num_tokens - sum(lens)] if num_tokens % longest else []
     # All rows write to the same pages: what they hold does not matter here.
-    cache = decoder.new_cache(-(-longest // page_size), page_size)
+    num_pages = -(-longest // page_size)
+    cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     positions = torch.cat([torch.arange(n, device=device) for n in lens])

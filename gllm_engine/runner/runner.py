@@ -18,7 +18,7 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.runner.batch import Step, build_step, count_rows
 from gllm_engine.runner.graphs import DecodeGraphs
-from gllm_engine.runner.memory import fitting_pages
+from gllm_engine.runner.memory import cache_dtype, fitting_pages
 from gllm_engine.runner.sampler import log_probabilities, sample
 from gllm_engine.runner.state import State, to_device
 from gllm_engine.spec import Model
@@ -80,7 +80,8 @@ class Runner:
         max_pages = -(-(config.max_model_len or spec.max_len) // config.page_size)
         self.num_pages = fitting_pages(config, decoder, max_pages)
         # On a GPU one slot and one page more, for the spare rows of decode graphs.
-        self.cache = decoder.new_cache(self.num_pages + on_gpu, config.page_size)
+        num_pages, dtype = self.num_pages + on_gpu, cache_dtype(config, decoder)
+        self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
         self.state = State(
             config.max_num_seqs + on_gpu,
             max_pages,
@@ -90,7 +91,7 @@ class Runner:
             self.device,
         )
         self._graphs: DecodeGraphs | None = None
-        if on_gpu and not config.enforce_eager and decoder.has_fixed_plans(self.cache):
+        if on_gpu and not config.enforce_eager:
             self._graphs = DecodeGraphs(decoder, self.cache, self.state, config.max_num_seqs)
 
     @torch.inference_mode()

@@ -55,6 +55,17 @@ def test_greedy_tokens_in_bfloat16(cpu: list[list[int]]) -> None:
     assert share > 0.4
 
 
+def test_greedy_tokens_over_a_float8_cache() -> None:
+    """Without FlashInfer's kernels as on the CPU; with them, a prompt attends to unrounded K, V."""
+    float8 = {"kv_cache_dtype": "fp8"}
+    expected = generate(params(temperature=0), device="cpu", dtype="float32", **float8)
+    for dtype, least in (("float32", 0.7), ("bfloat16", 0.3)):
+        found = generate(params(temperature=0), dtype=dtype, **float8)
+        share = agreement(expected, found)
+        print(f"{dtype} with a float8 cache agrees with the CPU on {share:.1%} of the tokens")
+        assert share > least
+
+
 SAMPLINGS = {
     "greedy": {"temperature": 0},
     "random": {"temperature": 1.0},
@@ -63,13 +74,22 @@ SAMPLINGS = {
 }
 
 
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_graphs_overlap_and_chunks_change_nothing(sampling: str) -> None:
-    wanted = params(**SAMPLINGS[sampling])
-    plain = generate(wanted, enforce_eager=True, plans_in_flight=1)
-    assert generate(wanted, plans_in_flight=1) == plain
-    assert generate(wanted) == plain
-    assert generate(wanted, plans_in_flight=3) == plain
+def test_graphs_overlap_and_chunks_change_nothing(sampling: str, cache: str) -> None:
+    wanted, config = params(**SAMPLINGS[sampling]), {"kv_cache_dtype": cache}
+    plain = generate(wanted, enforce_eager=True, plans_in_flight=1, **config)
+    assert generate(wanted, plans_in_flight=1, **config) == plain
+    assert generate(wanted, **config) == plain
+    assert generate(wanted, plans_in_flight=3, **config) == plain
+
+
+def test_a_float8_cache_has_twice_the_pages() -> None:
+    config = {"num_pages": None, "kv_cache_gib": 0.1, "dtype": "bfloat16"}
+    with LLM(SHAKESPEARE, **SMALL | config) as llm:
+        plain = llm.engine.info.num_pages
+    with LLM(SHAKESPEARE, **SMALL | config, kv_cache_dtype="fp8") as llm:
+        assert llm.engine.info.num_pages in (2 * plain, 2 * plain + 1)
 
 
 def test_logprobs_come_with_graphs() -> None:

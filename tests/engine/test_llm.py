@@ -104,6 +104,22 @@ def test_a_prefix_hit_gives_the_same_tokens(load, alone, family):
     assert again.num_cached_tokens >= len(again.prompt_token_ids) - 17
 
 
+def test_a_float8_cache_changes_nothing_but_numbers(load, alone):
+    """Chunks, preemption and prefix hits over it give one text, though another than without it."""
+    family, float8 = "Qwen3ForCausalLM", {"kv_cache_dtype": "fp8"}
+    plain = load(family, **float8, enable_prefix_caching=False)
+    expected = [tokens_of(plain.generate(prompt, GREEDY))[0] for prompt in PROMPTS]
+    assert expected != alone(family, GREEDY)
+    for way in ("three plans, chunks, cache", "preempted, two plans, cache"):
+        llm = load(family, **float8, **WAYS[way])
+        assert tokens_of(llm.generate(PROMPTS, GREEDY)) == expected
+        assert llm.engine.stats().preemptions > 0 or "preempted" not in way
+    llm = load(family, **float8)
+    outputs = [llm.generate(prompt, GREEDY)[0] for prompt in PROMPTS]
+    assert tokens_of(outputs) == expected
+    assert all(output.num_cached_tokens >= 32 for output in outputs[1:])
+
+
 def test_logprobs_are_the_same_however_computed(load):
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=1)
     whole = load().generate(PROMPTS, params)

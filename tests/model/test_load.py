@@ -78,6 +78,14 @@ def test_left_over(model: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_scales_of_a_quantised_cache(model: Path, name: str) -> None:
+    """A float8 KV cache has none; leaving them out would change the numbers."""
+    name = f"model.layers.0.self_attn.{name}"
+    rewrite(model, lambda t: t.update({name: torch.tensor(0.02)}))
+    assert f"tensor {name} is left over; the model has no place for it" in refusal(model)
+
+
 def test_rope_tables_of_old_checkpoints_are_known(model: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(model, lambda t: t.update({name: torch.ones(8)}))

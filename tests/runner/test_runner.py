@@ -301,6 +301,15 @@ def test_the_cache_fills_kv_cache_gib_and_no_more(llama):
     assert make_runner(llama, num_pages=3).num_pages == 3
 
 
+def test_a_float8_cache_has_a_byte_a_number(llama):
+    """So a quarter of float32's bytes, and four times its pages."""
+    gib = 2000 * PAGE_SIZE * read_spec(llama).kv_bytes_per_token(4) / 2**30
+    runner = make_runner(llama, num_pages=None, kv_cache_gib=gib, kv_cache_dtype="fp8")
+    assert runner.num_pages == 8000
+    assert {tensor.dtype for tensor in runner.cache} == {torch.float8_e4m3fn}
+    assert sum(tensor.nbytes for tensor in runner.cache) <= gib * 2**30
+
+
 def test_cpu_threads_is_honoured(llama):
     before = torch.get_num_threads()
     try:

@@ -5,9 +5,12 @@ Knows the cache's layout, [num_pages, 2, page_size, kv_heads, head_dim].
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
 
 # Heads of one program.
 _HEADS = 16
@@ -18,7 +21,8 @@ def _rotate_and_store(
     qkv, norm, cos, sin, positions, cache_index, q, kv, cache, eps,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
     PAGE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
@@ -32,6 +36,7 @@ def _rotate_and_store(
     turned = at < TURN
     partner, pair = tl.where(turned, partner, at), tl.where(turned, pair, 0)
 
+    begin(OVERLAPS)
     inside = (head < HEADS + 2 * KV) & (at < DIM)
     row = qkv + token * (HEADS + 2 * KV) * DIM + head * DIM
     raw = tl.load(row + at, mask=inside, other=0.0)
@@ -53,9 +58,13 @@ def _rotate_and_store(
     line = (place // PAGE * 2 + tl.where(is_v, 1, 0)) * PAGE + place % PAGE
     kv_head = head - HEADS - tl.where(is_v, KV, 0)
     is_kv = inside & (head >= HEADS)
-    tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
     if KEEP:
         tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
+    if FLOAT8:  # it has no infinity: 448 is its largest number
+        x = result.to(tl.float32)
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        result = x.to(cache.dtype.element_ty)
+    tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
 
 
 def rotate_and_store(
@@ -73,8 +82,8 @@ def rotate_and_store(
     """As reference.rotate_and_store, with `tables` (cos, sin: [positions, dim / 2] float32),
     `positions` [tokens] and `cache_index` [tokens] for its turn and plan. Leaves qkv as it is.
 
-    Returns q [tokens, heads, head_dim] and, if `keeps_kv`, what went to the cache, [tokens,
-    2 * kv_heads, head_dim].
+    Returns q [tokens, heads, head_dim] and, if `keeps_kv`, what went to the cache, before it was
+    rounded to the cache's dtype, [tokens, 2 * kv_heads, head_dim].
     """
     tokens, total, dim = qkv.shape
     q = qkv.new_empty(tokens, heads, dim)
@@ -85,7 +94,8 @@ def rotate_and_store(
         q if kv is None else kv, cache, eps,
         HEADS=heads, KV=(total - heads) // 2, DIM=dim, TURN=2 * cos.shape[1],
         PAGE=cache.shape[2], NORM=norm is not None, INTERLEAVED=interleaved, KEEP=keeps_kv,
+        FLOAT8=cache.dtype == torch.float8_e4m3fn,
         BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
-        BLOCK_DIM=triton.next_power_of_2(dim),
+        BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
     return q, kv
