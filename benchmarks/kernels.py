@@ -12,11 +12,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_benchmarks.offline import model_directory
@@ -56,11 +56,13 @@ class Case(NamedTuple):
 class Shape:
     """Makes cases for one model on one device; all of its layers are like the first."""
 
-    def __init__(self, spec: Model, device: torch.device, dtype: torch.dtype) -> None:
-        self.spec, self.device, self.dtype = spec, device, dtype
+    def __init__(
+        self, spec: Model, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
+    ) -> None:
+        self.spec, self.device, self.dtype, self.cache_dtype = spec, device, dtype, cache_dtype
         self.mixer: Gqa = spec.layers[0].mixer
         self.ops: ModuleType = select_ops(device)
-        self.planner = self.ops.Planner(device)
+        self.planner = self.ops.Planner(device, dtype)
         self.item = dtype.itemsize
 
     def randn(self, *size: int) -> Tensor:
@@ -72,23 +74,28 @@ class Shape:
         ops, eps, item = self.ops, self.spec.eps, self.item
 
         def norm() -> Callable[[], Any]:
-            x, residual, weight = self.randn(tokens, dim), self.randn(tokens, dim), self.randn(dim)
-            return lambda: ops.add_rms_norm(x, residual, weight, eps)
+            x, gain = self.randn(tokens, dim), self.randn(dim)
+            return lambda: ops.rms_norm(x, gain, eps)
 
         def activation() -> Callable[[], Any]:
             both = self.randn(tokens, 2 * hidden)
             return lambda: ops.silu_mul(both)
 
         size = f"{tokens} tokens"
-        yield Case("add_rms_norm", size, (4 * tokens + 1) * dim * item, 0, norm)
+        yield Case("rms_norm", size, (2 * tokens + 1) * dim * item, 0, norm)
         yield Case("silu_mul", size, 3 * tokens * hidden * item, 0, activation)
         batch = self.batch([(1, 1)] * tokens if tokens <= max(ROWS) else [(tokens, tokens)])
         store = self.attention(batch, attends=False)
-        # Read and written: q, k and v. Read: the cosines and sines of a position, the index.
-        moved = 2 * (m.heads + 2 * m.kv_heads) * m.head_dim * item + m.head_dim * 4 + 16
-        yield Case("rotate_and_store", size, tokens * moved, 0, store)
+        # q, k and v come, q goes; k and v go to the cache. A position's cosines and sines come too.
+        numbers = (2 * m.heads + 2 * m.kv_heads) * item
+        numbers += 2 * m.kv_heads * self.cache_dtype.itemsize + 4
+        yield Case("rotate_and_store", size, tokens * numbers * m.head_dim, 0, store)
 
     def gemm_cases(self, tokens: int) -> Iterator[Case]:
+        """The products as layers ask for them: those after attention and activation add to a sum.
+
+        For one token, norm and activation are done in the same kernel, so they are in the call.
+        """
         m, dim, hidden = self.mixer, self.spec.dim, self.spec.layers[0].ffn.hidden
         q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
         products = {"qkv": (q + 2 * kv, dim), "out": (dim, q), "gate_up": (2 * hidden, dim)}
@@ -96,15 +103,23 @@ class Shape:
         for name, (n, k) in products.items():
             if name == "logits" and tokens > max(ROWS):
                 continue
+            adds, gates = name in ("out", "down"), name == "gate_up" and tokens == 1
+            moved = n * k + tokens * (k + (n // 2 if gates else n) + n * adds)
+            make = partial(self.product, name, tokens, n, k)
+            size = f"{tokens} x {k} x {n}"
+            yield Case(f"GEMM {name}", size, moved * self.item, 2 * tokens * n * k, make)
 
-            def product(n: int = n, k: int = k) -> Callable[[], Any]:
-                x, weight = self.randn(tokens, k), self.randn(n, k)
-                return lambda: F.linear(x, weight)
-
-            num_bytes = (n * k + tokens * (n + k)) * self.item
-            yield Case(
-                f"GEMM {name}", f"{tokens} x {k} x {n}", num_bytes, 2 * tokens * n * k, product
-            )
+    def product(self, name: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
+        x, weight, ops = self.randn(tokens, k), self.randn(n, k), self.ops
+        if name in ("out", "down"):
+            total = self.randn(tokens, n)
+            return lambda: ops.add_linear(total, x, weight, None)
+        if tokens > 1 or name == "logits":
+            return lambda: ops.linear(x, weight)
+        norm = self.randn(k), self.spec.eps
+        if name == "gate_up":
+            return lambda: ops.gated_linear(x, weight, None, norm)
+        return lambda: ops.linear(x, weight, None, norm)
 
     def sample_case(self, rows: int) -> Case:
         vocab, device = self.spec.vocab, self.device
@@ -118,22 +133,22 @@ class Shape:
         return Case("sample", f"{rows} x {vocab}", rows * vocab * self.item, 0, draw)
 
     def decode_case(self, rows: int, context: int) -> Case:
-        m, read = self.mixer, rows * min(context, self.mixer.window or context)
-        batch = self.batch([(context, 1)] * rows)
-        size = f"{rows} rows x {context}"
-        moved = (2 * read * m.kv_heads + 2 * rows * m.heads) * m.head_dim * self.item
-        num_ops = 4 * read * m.heads * m.head_dim
-        return Case("attention, decode", size, moved, num_ops, self.attention(batch))
+        return self.attention_case("decode", f"{rows} rows x {context}", rows, context, 1)
 
     def prefill_case(self, rows: int, context: int, chunk: int) -> Case:
-        m, window = self.mixer, self.mixer.window or context
-        batch = self.batch([(context, chunk)] * rows)
-        read = rows * min(context, chunk + window)
-        pairs = rows * sum(min(p + 1, window) for p in range(context - chunk, context))
         size = f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
-        moved = (2 * read * m.kv_heads + 2 * rows * chunk * m.heads) * m.head_dim * self.item
-        num_ops = 4 * pairs * m.heads * m.head_dim
-        return Case("attention, prefill", size, moved, num_ops, self.attention(batch))
+        return self.attention_case("prefill", size, rows, context, chunk)
+
+    def attention_case(self, kind: str, size: str, rows: int, context: int, chunk: int) -> Case:
+        """Causal attention of the last `chunk` tokens of each of some rows."""
+        m, window = self.mixer, self.mixer.window or context
+        # A whole prompt attends to its K and V as they are, the rest to what the cache has.
+        kv_item = self.item if chunk == context > 1 else self.cache_dtype.itemsize
+        read = 2 * m.kv_heads * min(context, chunk - 1 + window) * kv_item
+        moved = rows * m.head_dim * (read + 2 * m.heads * chunk * self.item)
+        pairs = rows * sum(min(p + 1, window) for p in range(context - chunk, context))
+        make = self.attention(self.batch([(context, chunk)] * rows))
+        return Case(f"attention, {kind}", size, moved, 4 * pairs * m.heads * m.head_dim, make)
 
     def batch(self, rows: list[tuple[int, int]]) -> Batch:
         """A step of rows of (context, tokens in this step), on pages in no order."""
@@ -165,14 +180,16 @@ class Shape:
         m, ops = self.mixer, self.ops
         num_pages = int(batch.page_table.max()) + 1
         shape = (num_pages, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
-        plan = self.plan(batch, torch.empty(shape, dtype=self.dtype, device=self.device))
+        like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+        plan = self.planner.plan(batch, like, m.heads, m.window)
         cos, sin = torch.rand(2, max(batch.context_lens_cpu), m.head_dim // 2, device=self.device)
         turn = ops.rotation(cos, sin, batch.positions, self.dtype, m.rope.interleaved)
         num_heads = m.heads + 2 * m.kv_heads
         norm = self.randn(m.heads + m.kv_heads, m.head_dim) if m.qk_norm else None
 
         def make() -> Callable[[], Any]:
-            cache, qkv = self.randn(*shape), self.randn(len(batch.tokens), num_heads, m.head_dim)
+            cache = self.randn(*shape).to(self.cache_dtype)
+            qkv = self.randn(len(batch.tokens), num_heads, m.head_dim)
             options = (m.heads, norm, self.spec.eps, turn, m.rope.interleaved, cache, plan)
             if not attends:
                 return lambda: ops.rotate_and_store(qkv, *options)
@@ -180,15 +197,6 @@ class Shape:
             return lambda: ops.attend(heads, cache, plan)
 
         return make
-
-    def plan(self, batch: Batch, cache: Tensor) -> Any:
-        """As in the product: decode steps have plans for CUDA graphs where there are any."""
-        m, lens = self.mixer, batch.context_lens_cpu
-        if not batch.num_decode or not self.planner.has_fixed(cache):
-            return self.planner.plan(batch, cache, m.heads, m.window)
-        fixed = self.planner.fixed(len(lens), batch.page_table.shape[1], m.window)
-        fixed.refresh(lens, cache, m.heads)
-        return fixed.listing(batch.page_table, batch.slots, batch.cache_index)
 
     def cases(self) -> Iterator[Case]:
         """All of them. A case is to be timed before the next one is made: plans share memory."""
@@ -260,13 +268,16 @@ def make_row(about: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench kernels", description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help="a directory or a known shape")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--only", default="", help="kernels with one of these words: GEMM,sample")
     add_arguments(parser)
     arguments = parser.parse_args()
     path, device = model_directory(arguments.model), best_device()
     if device.type != "cuda":
         parser.error("no GPU with its kernels installed is here")
-    shape = Shape(read_spec(path), device, torch.bfloat16)
+    dtype = torch.bfloat16
+    cache_dtype = torch.float8_e4m3fn if arguments.kv_cache_dtype == "fp8" else dtype
+    shape = Shape(read_spec(path), device, dtype, cache_dtype)
     words, found = arguments.only.split(","), []
     for case in shape.cases():
         if any(word in case.kernel for word in words):
@@ -274,7 +285,8 @@ def main() -> None:
             print(" | ".join(make_row(found[-1])), flush=True)
     header = ["kernel", "size", "us", "TB/s", "TFLOP/s", "floor us", "of the floor"]
     print_table(path.name, header, [make_row(about) for about in found])
-    record(f"kernels-{path.name}", {"kernels": found}, arguments.save)
+    suffix = "" if cache_dtype == dtype else "-fp8-kv"
+    record(f"kernels-{path.name}{suffix}", {"kernels": found}, arguments.save)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from gllm_engine import Engine, Request, SamplingParams, make_config
 
 # A kernel belongs to the first kind one of whose words is in its name.
 KINDS = {
-    "attention": ("PrefillWith", "DecodeWith", "PersistentVariableLength", "MergeState"),
+    "attention": ("PrefillWith", "DecodeWith", "PersistentVariableLength", "MergeState", "_decode"),
     "norms": ("_rms_norm",),
     "rotation and KV store": ("_rotate_and_store",),
     "activation": ("_silu_mul",),
