@@ -23,10 +23,12 @@ _EXTRA_PARTS = 64
 # Tokens: joining parts that are shorter costs more than it saves.
 _MIN_PART = 256
 # Tokens of one turn of the loop over a part, at most, and bytes of their K: several such tiles are
-# in shared memory at once. Parts that are joined at once.
+# in shared memory at once.
 _BLOCK = 128
 _TILE_BYTES = 1 << 15
-_JOINED = 16
+_WARPS, _STAGES = 4, 3
+# Numbers of parts that are joined at once.
+_JOINED = 8192
 _LOG2_E = 1.4426950408889634
 
 
@@ -43,7 +45,8 @@ class Parts:
     share: Tensor  # [1] int32: tokens of a part
 
 
-@triton.jit
+# A kernel compiled for a number divisible by 16 would be compiled again for others.
+@triton.jit(do_not_specialize=["rows", "capacity"])
 def _split(
     lens, items, arrived, share_out, rows, capacity, kv_heads,
     EXTRA: tl.constexpr, MIN: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
@@ -95,7 +98,7 @@ def split(
 
 @triton.jit
 def _attend_part(
-    x, table, cache, first, end, kv_head, scale, head_mask,
+    x, table, cache, first, end, kv_head, scale,
     KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -127,37 +130,41 @@ def _attend_part(
 
 @triton.jit
 def _join(
-    parts, peaks, sums, out, part, head, used,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, STEP: tl.constexpr, JOINED: tl.constexpr,
+    parts, peaks, sums, out, part, first_head, used,
+    GROUP: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
+    JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One head's parts, of which `part` is the first, to `out`. They lie STEP heads apart."""
-    number, d = tl.arange(0, JOINED), tl.arange(0, BLOCK_DIM)
-    top, denominator = -float("inf"), 0.0
-    acc = tl.zeros((BLOCK_DIM,), tl.float32)
+    """Parts from number `part` on of a group of heads to `out`. Parts lie STEP heads apart."""
+    number, head, d = tl.arange(0, JOINED), tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
+    wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
+    top = tl.full((BLOCK_GROUP,), -1e30, tl.float32)  # finite: heads of no group join nothing
+    denominator = tl.zeros((BLOCK_GROUP,), tl.float32)
+    acc = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
     for start in range(0, used, JOINED):
-        there = start + number < used
-        at = (part + start + number) * STEP + head
+        at = ((part + start + number) * STEP + first_head)[:, None] + head[None, :]
+        there = (start + number < used)[:, None] & (head < GROUP)[None, :]
         peak = tl.load(peaks + at, mask=there, other=-float("inf"), cache_modifier=".cg")
         total = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
-        mask = there[:, None] & (d < DIM)[None, :]
         values = tl.load(
-            parts + at[:, None] * DIM + d[None, :], mask=mask, other=0.0, cache_modifier=".cg"
-        )
+            parts + at[:, :, None] * DIM + d[None, None, :],
+            mask=there[:, :, None] & (d < DIM)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
         higher = tl.maximum(top, tl.max(peak, 0))
-        weight, decay = tl.exp2(peak - higher), tl.exp2(top - higher)
+        weight, decay = tl.exp2(peak - higher[None, :]), tl.exp2(top - higher)
         denominator = denominator * decay + tl.sum(total * weight, 0)
-        acc = acc * decay + tl.sum(values * weight[:, None], 0)
+        acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
         top = higher
-    tl.store(out + d, (acc / denominator).to(out.dtype.element_ty), mask=d < DIM)
+    place = out + head[:, None] * DIM + d[None, :]
+    tl.store(place, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _decode(
     q, cache, page_table, slots, lens, items, arrived, share_in, out, parts, peaks, sums,
     capacity, width, scale,
     KV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    JOINED: tl.constexpr, OVERLAPS: tl.constexpr,
+    JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
     row = tl.load(items + item)
@@ -173,7 +180,7 @@ def _decode(
         place = ((row * KV + kv_head).to(tl.int64) * GROUP + head)[:, None] * DIM + d[None, :]
         x = tl.load(q + place, mask=wanted, other=0.0)
         acc, peak, total = _attend_part(
-            x, table, cache, first, tl.minimum(first + share, length), kv_head, scale, wanted,
+            x, table, cache, first, tl.minimum(first + share, length), kv_head, scale,
             KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK,
         )  # fmt: skip
         if used == 1:
@@ -188,12 +195,11 @@ def _decode(
             tl.debug_barrier()
             if before == used - 1:
                 tl.store(arrived + row * KV + kv_head, 0)
-                for one in tl.static_range(GROUP):
-                    _join(
-                        parts, peaks, sums, out + ((row * KV + kv_head) * GROUP + one) * DIM,
-                        item - part, kv_head * GROUP + one, used,
-                        DIM, BLOCK_DIM, KV * GROUP, JOINED,
-                    )  # fmt: skip
+                _join(
+                    parts, peaks, sums, out + (row * KV + kv_head) * GROUP * DIM,
+                    item - part, kv_head * GROUP, used,
+                    GROUP, DIM, KV * GROUP, JOINED, BLOCK_GROUP, BLOCK_DIM,
+                )  # fmt: skip
     else:
         begin(OVERLAPS)
 
@@ -206,7 +212,7 @@ def decode(q: Tensor, cache: Tensor, plan: Parts, out: Tensor | None = None) -> 
     rows, heads, dim = q.shape
     kv_heads, page_size = cache.shape[3], cache.shape[2]
     group, capacity = heads // kv_heads, plan.items.shape[1]
-    block_dim = max(16, triton.next_power_of_2(dim))
+    block_dim, block_group = max(16, triton.next_power_of_2(dim)), triton.next_power_of_2(group)
     out = torch.empty_like(q) if out is None else out
     reals = {"dtype": torch.float32, "device": q.device}
     parts = torch.empty(capacity, heads, dim, **reals)
@@ -214,10 +220,10 @@ def decode(q: Tensor, cache: Tensor, plan: Parts, out: Tensor | None = None) -> 
     _decode[(capacity, kv_heads)](
         q, cache, plan.page_table, plan.slots, plan.lens, plan.items, plan.arrived, plan.share,
         out, parts, peaks, sums, capacity, plan.page_table.shape[1], dim**-0.5 * _LOG2_E,
-        KV=kv_heads, GROUP=group, HEADS=max(16, triton.next_power_of_2(group)), DIM=dim,
+        KV=kv_heads, GROUP=group, HEADS=max(16, block_group), DIM=dim,
         BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0,
-        BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())), JOINED=_JOINED,
-        OVERLAPS=OVERLAP,
-        num_warps=4, num_stages=3, **overlapping(),
+        BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
+        JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
+        OVERLAPS=OVERLAP, num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out
