@@ -68,14 +68,13 @@ def filling(decoder: Decoder, path: Path) -> Iterator[None]:
 
 
 def make_dummy(
-    path: Path, spec: Model, *, dtype: torch.dtype, device: torch.device, max_model_len: int
+    spec: Model, *, dtype: torch.dtype, device: torch.device, max_model_len: int
 ) -> Decoder:
-    """Build the decoder for `spec` with random weights, always the same; `path` is not read.
+    """Build the decoder for `spec` with random weights, always the same.
 
     They are of a trained model's size, so that numbers stay in range, and none is constant:
     kernels run faster on zeros.
     """
-    del path
     decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
     generator = torch.Generator(device).manual_seed(0)
     for name, view in decoder.weights().items():

@@ -57,13 +57,15 @@ def reading(targets: list[tuple[Source, Tensor]], device: torch.device) -> Itera
     """
     pieces = deque(piece for source, into in targets for piece in _cut(source, into))
     num_bytes = sum(piece.into.shape[1] * piece.source.dtype.itemsize for piece in pieces)
+    stream = None
     if device.type == "cuda":
         # The memory to be filled may have been another tensor's, whose work is still under way.
         torch.cuda.current_stream(device).synchronize()
+        stream = torch.cuda.Stream(device)
     start = time.perf_counter()
     with ThreadPoolExecutor(_NUM_READERS, "weights") as pool:
         num_readers = min(_NUM_READERS, len(pieces))
-        readers = [pool.submit(_read, pieces, device) for _ in range(num_readers)]
+        readers = [pool.submit(_read, pieces, stream) for _ in range(num_readers)]
         try:
             yield
             ends = [reader.result() for reader in readers]
@@ -83,21 +85,24 @@ def _cut(source: Source, into: Tensor) -> Iterator[_Piece]:
 
 
 @torch.inference_mode()
-def _read(pieces: deque[_Piece], device: torch.device) -> float:
-    """Take and move pieces until there are none; when that was. An error ends all readers."""
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if on_gpu else None
+def _read(pieces: deque[_Piece], stream: torch.cuda.Stream | None) -> float:
+    """Take and move pieces until there are none; when that was. An error ends all readers.
+
+    `stream`: of a GPU, to copy on.
+    """
     try:
-        buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
-        with torch.cuda.stream(stream) if on_gpu else nullcontext():
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=stream is not None)
             while pieces:
                 try:
                     piece = pieces.popleft()
                 except IndexError:  # another reader took the last one
                     break
                 _move(piece, buffer)
-                if stream is not None:
-                    stream.synchronize()  # the buffer is free again
+                if stream is not None:  # wait until the buffer is free; others need the core
+                    copied = torch.cuda.Event(blocking=True)
+                    copied.record(stream)
+                    copied.synchronize()
     except BaseException:
         pieces.clear()
         raise
