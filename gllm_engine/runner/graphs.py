@@ -92,8 +92,8 @@ class DecodeGraphs:
     def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         body()  # compiles kernels and creates handles, which must not happen while recording
         graph = torch.cuda.CUDAGraph()
-        # What torch.cuda.graph() does, but for giving all unused memory back to the driver before
-        # each graph, which takes longer than recording it.
+        # What torch.cuda.graph() does, but that one waits for the device and gives all unused
+        # memory back to the driver before each graph, only for the next body() to ask for it again.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
