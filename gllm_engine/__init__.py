@@ -35,6 +35,7 @@ _HOME = {
     "make_requests": "engine.completion",
     "render_logprobs": "engine.completion",
     "Engine": "engine.core",
+    "fill_caches": "engine.core",
     "EngineClient": "engine.client",
     "EngineError": "engine.client",
     "EngineUnavailable": "engine.client",

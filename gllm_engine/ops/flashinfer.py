@@ -24,12 +24,13 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRagg
 from torch import Tensor
 
 from gllm_engine.ops import reference, triton
+from gllm_engine.ops.ahead import plan_all, tiny_chunk
 from gllm_engine.ops.batch import Batch
 from gllm_engine.ops.triton import gemv, is_single, rms_norm, sample, silu_mul
 
 __all__ = [
-    "Planner", "add_linear", "attend", "gated_linear", "linear", "rms_norm", "rotate_and_store",
-    "rotation", "sample", "silu_mul",
+    "Planner", "add_linear", "attend", "gated_linear", "linear", "prepare", "rms_norm",
+    "rotate_and_store", "rotation", "sample", "silu_mul",
 ]  # fmt: skip
 
 _HEAD_DIMS = (64, 128, 256)
@@ -155,6 +156,25 @@ def attend(
     return out.flatten(1)
 
 
+def prepare(cache: Tensor, dtype: torch.dtype, heads: dict[int | None, int]) -> None:
+    """Compile what FlashInfer needs for queries of `dtype` over such a cache and for each window
+    (`heads`: query heads of its layers), unless it is in ahead.cache_dirs()[0] already.
+    """
+    if not _has_kernels(cache, dtype):
+        return
+    # What is compiled is the same for all windows, and for all chunks unless the cache is float8.
+    windows = {window is None: window for window in heads}.values()
+    chunks = [tiny_chunk(0, cache.device)]
+    chunks += [tiny_chunk(2, cache.device)] if cache.dtype != dtype else []
+
+    def plan(batch: Batch, window: int | None) -> None:
+        torch.cuda.set_device(cache.device)
+        Planner(cache.device, dtype).plan(batch, cache, heads[window], window)
+
+    what = f"attention of chunks, heads of {cache.shape[4]}, {dtype} over {cache.dtype}"
+    plan_all(what, plan, [(chunk, window) for chunk in chunks for window in windows])
+
+
 class _Stages:
     """Pinned memory that plans are written to before they are copied to the device.
 
@@ -203,7 +223,7 @@ class Planner:
         """
         plan = AttentionPlan(batch.cache_index, batch.num_decode)
         n, end = batch.num_decode, len(batch.query_lens)
-        if end > n and not self._has_kernels(cache):
+        if end > n and not _has_kernels(cache, self._dtype):
             plan.slow = reference.plan_attention(batch, cache, window, self._dtype)
             return plan
         if n:
@@ -222,10 +242,6 @@ class Planner:
             starts = _starts(batch.query_lens[first:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
-
-    def _has_kernels(self, cache: Tensor) -> bool:
-        """Whether FlashInfer attends over this cache."""
-        return self._dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
 
     def _plan_chunks(
         self, batch: Batch, rows: slice, cache: Tensor, window: int | None, shape: dict[str, Any]
@@ -265,6 +281,11 @@ class Planner:
     def _plan_memory(self) -> Tensor:
         """Device memory for one wrapper's plans: each is used up before the next overwrites it."""
         return torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=self._device)
+
+
+def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
+    """Whether FlashInfer attends over this cache with queries of `dtype`."""
+    return dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
 
 
 def count_pages(context_lens: Sequence[int], page_size: int) -> tuple[Tensor, Tensor, int]:

@@ -53,7 +53,7 @@ class DecodeGraphs:
         self._scores = torch.empty(max_rows, vocab, dtype=decoder.dtype, device=device)
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._counts = row_counts(max_rows)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         start = time.perf_counter()
         # The largest first: the others fit the memory that it leaves in the pool.
         captured = [self._capture(n) for n in reversed(self._counts)]
@@ -91,10 +91,15 @@ class DecodeGraphs:
 
     def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         body()  # compiles kernels and creates handles, which must not happen while recording
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            body()
+        # What torch.cuda.graph() does, but that one waits for the device and gives all unused
+        # memory back to the driver before each graph, only for the next body() to ask for it again.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                body()
+            finally:
+                graph.capture_end()
         return graph
 
     def _forward(self, slots: Tensor) -> None:
