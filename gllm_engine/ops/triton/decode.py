@@ -19,7 +19,7 @@ from torch import Tensor
 from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
 
 # Parts beyond one a row. Times the K/V heads, these keep the chip busy where rows are few.
-_EXTRA_PARTS = 64
+_EXTRA_PARTS = 32
 # Tokens: joining parts that are shorter costs more than it saves.
 _MIN_PART = 256
 # Tokens of one turn of the loop over a part, at most, and bytes of their K: several such tiles are
@@ -27,8 +27,9 @@ _MIN_PART = 256
 _BLOCK = 128
 _TILE_BYTES = 1 << 15
 _WARPS, _STAGES = 4, 3
-# Numbers of parts that are joined at once.
-_JOINED = 8192
+# Numbers of parts that are joined at once. More would take registers from the loop over a part: with
+# 168 of them, three programs share a multiprocessor.
+_JOINED = 2048
 _LOG2_E = 1.4426950408889634
 
 
