@@ -27,8 +27,8 @@ _MIN_PART = 256
 _BLOCK = 128
 _TILE_BYTES = 1 << 15
 _WARPS, _STAGES = 4, 3
-# Numbers of parts that are joined at once. More would take registers from the loop over a part: with
-# 168 of them, three programs share a multiprocessor.
+# Numbers of parts that are joined at once. More would take registers from the loop over a part:
+# with 168 of them, three programs share a multiprocessor.
 _JOINED = 2048
 _LOG2_E = 1.4426950408889634
 
