@@ -8,28 +8,23 @@ once. Each comparison is made in one run, on the same work.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gllm_benchmarks.load import run_load
 from gllm_benchmarks.record import add_arguments, print_table, record
-from gllm_benchmarks.streams import run_streams
-from gllm_client import SyncClient
+from gllm_benchmarks.server import MODEL, server
+from gllm_benchmarks.workloads import Job, make_jobs
 from gllm_engine import LLM, EngineConfig, SamplingParams, Scheduler, Sequence, StepResult
 
 SHAKESPEARE = Path("model_repository/shakespeare/1")
-START_TIMEOUT_S = 120.0
+VOCAB = 2048
+PROMPT_LEN = 12
+SAMPLING: dict[str, Any] = {"ignore_eos": True, "temperature": 0.8, "top_p": 0.95}
 
 
 def step_cost(num_sequences: int, num_steps: int) -> float:
@@ -61,62 +56,14 @@ def step_cost(num_sequences: int, num_steps: int) -> float:
     return statistics.median(turn() for _ in range(num_steps)) * 1e6
 
 
-@contextlib.contextmanager
-def server(
-    model: Path, front_ends: int, parameters: dict[str, str], config: dict[str, Any]
-) -> Iterator[str]:
-    """A plain tritonserver on `model`, under the name "m"; gives its gRPC address."""
-    with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
-        repository = Path(directory)
-        version = repository / "m" / "1"
-        version.mkdir(parents=True)
-        (version / "model.json").write_text(json.dumps({"model": str(model.resolve())} | config))
-        settings = "".join(
-            f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
-            for key, value in parameters.items()
-        )
-        (repository / "m" / "config.pbtxt").write_text(
-            f'backend: "gllm"\n{settings}'
-            f"instance_group [{{ count: {front_ends}, kind: KIND_MODEL }}]\n"
-        )
-        http, grpc, metrics = free_ports(3)
-        command = [sys.executable, "-m", "gllm_client", "tritonserver"]
-        command += [f"--model-repository={repository}", f"--http-port={http}"]
-        command += [f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
-        log = (repository / "log").open("w+")
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            await_ready(process, f"127.0.0.1:{grpc}", Path(log.name))
-            yield f"127.0.0.1:{grpc}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-            log.close()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports: list[int] = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def await_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    with SyncClient(address) as client:
-        while not client.is_ready("m"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
-            time.sleep(0.1)
+def make_prompts(streams: int, tokens: int) -> list[Job]:
+    return make_jobs([(PROMPT_LEN, tokens)] * streams, VOCAB)
 
 
 def offline_speed(streams: int, tokens: int, config: dict[str, Any]) -> float:
     """Output tokens per second of the engine called in this process, best of three."""
-    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.8, top_p=0.95)
-    prompts = [f"{i}. First Citizen:\nBefore we proceed" for i in range(streams)]
+    sampling = SamplingParams(max_tokens=tokens, **SAMPLING)
+    prompts = [job.prompt for job in make_prompts(streams, tokens)]
     speeds = []
     with LLM(model=str(SHAKESPEARE), **config) as llm:
         llm.generate(prompts, SamplingParams(max_tokens=4))
@@ -132,18 +79,19 @@ def served_speed(
     streams: int, tokens: int, front_ends: int, coalesce: bool, config: dict[str, Any]
 ) -> dict[str, float]:
     """What `streams` gRPC streams receive, best of three: tokens/s and tokens a response."""
-    sampling = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "top_p": 0.95}
     parameters = {"coalesce": "true" if coalesce else "false"}
     with server(SHAKESPEARE, front_ends, parameters, config) as address:
-        run_streams(address, "m", streams, sampling | {"max_tokens": 4})
-        runs = [run_streams(address, "m", streams, sampling) for _ in range(3)]
-    for run in runs:
-        assert run["tokens"] == streams * tokens, f"tokens were lost: {run}"
-    best = min(runs, key=lambda run: run["seconds"])
-    return {
-        "tokens_per_s": round(best["tokens"] / best["seconds"]),
-        "tokens_per_response": round(best["tokens"] / best["responses"], 1),
-    }
+        run_load(address, MODEL, make_prompts(streams, 4), streams)
+        jobs = make_prompts(streams, tokens)
+        runs = [run_load(address, MODEL, jobs, streams, sampling=SAMPLING) for _ in range(3)]
+    found = []
+    for records in runs:
+        assert all(record.is_complete for record in records), "tokens were lost"
+        seconds = max(r.times[-1] for r in records) - min(r.sent for r in records)
+        num_responses = sum(len(record.times) for record in records)
+        found.append((streams * tokens / seconds, streams * tokens / num_responses))
+    speed, per_response = max(found)
+    return {"tokens_per_s": round(speed), "tokens_per_response": round(per_response, 1)}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

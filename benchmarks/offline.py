@@ -1,134 +1,193 @@
-"""How fast the engine is with every request queued at once: scripts/bench offline --model DIR.
+"""How fast an engine is with every request queued at once: scripts/bench offline --model NAME.
 
 Runs workloads of workloads.py on random weights of the model's shape (only config.json is read),
-temperature 1, no prefix cache. With --profile, also where a step's time goes on the GPU.
+temperature 1, no prefix cache, every output to its full length. The engine is ours, vLLM, or both
+one after the other, each in a process of its own. With --profile, also where a step's time goes on
+the GPU (ours alone).
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.record import add_arguments, print_table, record
-from gllm_benchmarks.workloads import WORKLOADS, Job, make_jobs
-from gllm_engine import Engine, Request, SamplingParams, make_config
+from gllm_benchmarks.workloads import WORKLOADS, Job, lengths, make_jobs, warm_up
 
-# A kernel belongs to the first kind one of whose words is in its name.
-KINDS = {
-    "attention": ("PrefillWith", "DecodeWith", "PersistentVariableLength", "MergeState"),
-    "norms": ("_rms_norm",),
-    "rotation and KV store": ("_rotate_and_store",),
-    "activation": ("_silu_mul",),
-    "sampling": ("_look", "_choose"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitK", "cublas"),
-    "copies": ("Memcpy", "Memset"),
+MODELS = Path(__file__).parent / "models"
+OURS = {"load_format": "dummy", "enable_prefix_caching": False}
+VLLM = {
+    "load_format": "dummy",
+    "enable_prefix_caching": False,
+    "dtype": "bfloat16",
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # nothing of the model's directory but config.json
+    "max_num_seqs": 1024,
+    "gpu_memory_utilization": 0.9,
 }
-
-# Steps before the profile, where it is not 60: amid the workload's usual work.
-SKIPPED = {"prefill": 20, "1k1k": 500}
-
-
-def submit(engine: Engine, jobs: list[Job]) -> None:
-    for id, job in enumerate(jobs):
-        sampling = SamplingParams(max_tokens=job.output_len, ignore_eos=True)
-        engine.add(Request(id, job.prompt, sampling, seed=id))
+# What both must be told alike; the rest of --config is our engine's alone.
+SHARED = ("gpu_memory_utilization", "max_model_len", "max_num_seqs")
+HEADER = ["workload", "engine", "s", "out tok/s", "tok/s", "ms/token", "first ms", "steps"]
 
 
-def run(engine: Engine, jobs: list[Job]) -> dict[str, float]:
-    """Serve the jobs; seconds in all, until the first token, and steps."""
-    before = engine.stats().steps
-    start = time.perf_counter()
-    submit(engine, jobs)
-    num_tokens, first = 0, 0.0
-    while engine.has_work:
-        outputs = engine.step().get(None)
-        if outputs is None:
-            continue
-        num_tokens += len(outputs.tokens)
-        first = first or time.perf_counter() - start
-        for finish in outputs.finished.values():
-            if finish.reason != "length":
-                raise RuntimeError(f"a request failed: {finish.message or finish.reason}")
-    seconds = time.perf_counter() - start
-    if num_tokens != sum(job.output_len for job in jobs):
-        raise RuntimeError(f"{num_tokens} tokens came, not what was asked for")
-    steps = engine.stats().steps - before
-    return {"seconds": seconds, "first_token": first, "steps": steps, "tokens": num_tokens}
+def model_directory(model: str) -> Path:
+    """A directory as given, or one of MODELS by its name. Raises SystemExit with a sentence."""
+    for path in (Path(model), MODELS / model):
+        if (path / "config.json").is_file():
+            return path.resolve()
+    known = ", ".join(sorted(path.name for path in MODELS.iterdir()))
+    raise SystemExit(f"--model: {model} has no config.json, and is none of {known}")
 
 
-def describe(name: str, jobs: list[Job], figures: dict[str, float]) -> list[Any]:
-    seconds = figures["seconds"]
-    prompts = sum(len(job.prompt) for job in jobs)
-    per_token = 1000 * seconds / jobs[0].output_len if name.startswith("lat") else None
+def parse_pairs(pairs: list[str]) -> dict[str, Any]:
+    """KEY=VALUE, the value being JSON where it can be read so, else text."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise SystemExit(f"{pair!r} is not KEY=VALUE")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
+    return values
+
+
+def configure(engine: str, ours: dict[str, Any], peer: dict[str, Any], longest: int) -> Any:
+    """What an engine is started with. `longest`: tokens of the longest prompt with its output."""
+    if engine == "ours":
+        return OURS | ours
+    shared = {key: ours[key] for key in SHARED if key in ours}
+    return VLLM | {"max_model_len": -(-longest // 1024) * 1024} | shared | peer
+
+
+def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: float) -> Any:
+    """The figures of one engine, which runs in a process of its own that this one outlives.
+
+    Raises SystemExit when it fails or takes longer than `timeout` seconds.
+    """
+    environment, driver = dict(os.environ), ["-m", "gllm_benchmarks.ours"]
+    if engine == "vllm":
+        environment |= {"PYTHONPATH": str(peer_site), "VLLM_NO_USAGE_STATS": "1"}
+        environment["HF_HUB_OFFLINE"] = "1"
+        driver = [str(Path(__file__).with_name("peer.py"))]
+    figures = Path(task["figures"])
+    figures.unlink(missing_ok=True)
+    task = task | {"started": time.monotonic()}  # a clock that all processes share
+    command = [sys.executable, *driver, json.dumps(task)]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        status = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{engine}: not done after {timeout:g} s") from None
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes it started, if any is left
+        except ProcessLookupError:
+            pass
+        process.wait()
+    if status or not figures.is_file():
+        raise SystemExit(f"{engine}: its process ended with status {status} and no figures")
+    return json.loads(figures.read_text())
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of median time (of two, the slower one), with the times of all."""
+    times = [run["seconds"] for run in runs]
+    middle = statistics.median_high(times)
+    return runs[times.index(middle)] | {"all_seconds": times}
+
+
+def make_rows(work: list[dict[str, Any]], figures: dict[str, Any]) -> list[list[Any]]:
+    """A row of HEADER for each workload and engine; with two engines, also our speed by theirs."""
+    rows = []
+    for each in [None, *work]:
+        name = each["name"] if each else "start"
+        seconds = {e: f[name]["seconds"] if each else f["start_s"] for e, f in figures.items()}
+        for engine, about in figures.items():
+            row = [name, engine, f"{seconds[engine]:.2f}"]
+            row += describe(each["jobs"], about[name]) if each else [""] * 5
+            if len(figures) == 2:
+                row.append(f"{seconds['vllm'] / seconds['ours']:.3f}" if engine == "ours" else "")
+            rows.append(row)
+    return rows
+
+
+def describe(jobs: list[Job], run: dict[str, Any]) -> list[str]:
+    """Cells of HEADER from the speeds on. A latency is told where all requests run as one batch."""
+    seconds, num_steps = run["seconds"], jobs[0].output_len
+    together = len(jobs) <= 64 and len({job.output_len for job in jobs}) == 1
     return [
-        name,
-        f"{seconds:.2f}",
-        f"{figures['tokens'] / seconds:,.0f}",
-        f"{(prompts + figures['tokens']) / seconds:,.0f}",
-        "" if per_token is None else f"{per_token:.2f}",
-        f"{1000 * figures['first_token']:.0f}",
-        f"{figures['steps']:.0f}",
+        f"{run['tokens'] / seconds:,.0f}",
+        f"{(run['tokens'] + sum(len(job.prompt) for job in jobs)) / seconds:,.0f}",
+        f"{1000 * seconds / num_steps:.2f}" if together else "",
+        "" if run["first_token"] is None else f"{1000 * run['first_token']:.0f}",
+        "" if run["steps"] is None else f"{run['steps']:.0f}",
     ]
 
 
-def profile(engine: Engine, jobs: list[Job], skip: int, count: int) -> dict[str, float]:
-    """Milliseconds a step on the GPU by kind of kernel, over `count` steps after `skip`."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as trace
-
-    submit(engine, jobs)
-    for _ in range(skip):
-        engine.step()
-    with trace(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(count):
-            engine.step()
-    for id in range(len(jobs)):
-        engine.abort(id)
-    while engine.has_work:
-        engine.step()
-    spans = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
-    times = dict.fromkeys([*KINDS, "other"], 0.0)
-    for span in spans:
-        found = (kind for kind, words in KINDS.items() if any(w in span.name for w in words))
-        times[next(found, "other")] += span.time_range.elapsed_us() / 1000 / count
-    wall = max(s.time_range.end for s in spans) - min(s.time_range.start for s in spans)
-    return times | {"gaps": wall / 1000 / count - sum(times.values())}
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench offline", description=__doc__)
+    known = ", ".join(sorted(path.name for path in MODELS.iterdir()))
+    parser.add_argument(
+        "--model", required=True, help=f"a directory with a config.json, or {known}"
+    )
+    parser.add_argument("--engine", choices=("ours", "vllm", "both"), default="ours")
+    parser.add_argument("--peer-site", type=Path, help="a directory with vLLM's packages")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="also fixed:COUNT:IN:OUT")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each; the median is told")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="KEY=VALUE",
+        help=f"of our engine; {', '.join(SHARED)} of vLLM too",
+    )  # fmt: skip
+    parser.add_argument("--peer-config", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one engine")
+    parser.add_argument("--name", help="of the result; default: offline-MODEL")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.engine != "ours" and not (arguments.peer_site or Path()).joinpath("vllm").is_dir():
+        parser.error("--peer-site: a directory in which there is vllm is needed for this engine")
+    if arguments.repeat < 1:
+        parser.error(f"--repeat: {arguments.repeat} is less than 1")
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench offline", description=__doc__)
-    parser.add_argument("--model", required=True, help="a directory with a config.json")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS))
-    parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--profile", action="store_true")
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    values: dict[str, Any] = {"load_format": "dummy", "enable_prefix_caching": False}
-    for pair in arguments.config:
-        key, _, value = pair.partition("=")
-        values[key] = int(value) if value.isdigit() else float(value) if "." in value else value
-    start = time.perf_counter()
-    engine = Engine(make_config({"model": arguments.model} | values))
-    figures: dict[str, Any] = {"start_s": time.perf_counter() - start}
-    print(f"ready after {figures['start_s']:.1f} s, {engine.info.num_pages} pages", flush=True)
-    rows = []
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no engine is left behind
+    model = model_directory(arguments.model)
+    ours, peer = parse_pairs(arguments.config), parse_pairs(arguments.peer_config)
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    work = []
     for name in arguments.workloads.split(","):
-        jobs = make_jobs(name, engine.info.vocab_size)
-        run(engine, [Job(job.prompt, min(job.output_len, 8)) for job in jobs[:4]])  # warm
-        figures[name] = run(engine, jobs)
-        rows.append(describe(name, jobs, figures[name]))
-        print(rows[-1], flush=True)
-        if arguments.profile:
-            figures[f"{name} profile"] = times = profile(engine, jobs, SKIPPED.get(name, 60), 20)
-            print({kind: round(ms, 3) for kind, ms in times.items()}, flush=True)
-    header = ["workload", "s", "out tok/s", "tok/s", "ms/token", "first ms", "steps"]
-    print_table(f"{arguments.model}, ours", header, rows)
-    record("offline", figures, arguments.save)
-    engine.close()
+        jobs = make_jobs(lengths(name), vocab)
+        work.append({"name": name, "warm_up": warm_up(jobs), "jobs": jobs})
+    longest = max(len(job.prompt) + job.output_len for each in work for job in each["jobs"])
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
+        paths = {key: str(Path(directory, key)) for key in ("work", "figures")}
+        Path(paths["work"]).write_text(json.dumps(work))
+        for engine in ("ours", "vllm") if arguments.engine == "both" else (arguments.engine,):
+            config = configure(engine, ours, peer, longest)
+            task = {"model": str(model), "vocab": vocab, "config": config, **paths}
+            task |= {"repeat": arguments.repeat, "profile": arguments.profile}
+            found = drive(engine, task, arguments.peer_site, arguments.timeout)
+            for each in work:
+                found[each["name"]] = summarize(found[each["name"]])
+            figures[engine] = {"config": config, **found}
+    header = [*HEADER, "ours / vllm"] if len(figures) == 2 else HEADER
+    print_table(model.name, header, make_rows(work, figures))
+    record(arguments.name or f"offline-{model.name}", figures, arguments.save)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
+def table_lines(header: list[str], rows: list[list[Any]]) -> list[str]:
     """A Markdown table, so that it can be pasted where results are told."""
     lines = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
-    print(f"\n{title}\n")
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print(f"| {' | '.join(cells)} |")
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    return [f"| {' | '.join(cells)} |" for cells in padded]
+
+
+def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
+    print("\n".join(["", title, "", *table_lines(header, rows)]))
 
 
 def record(name: str, figures: dict[str, Any], save: bool) -> None:
@@ -41,10 +43,10 @@ def record(name: str, figures: dict[str, Any], save: bool) -> None:
         "benchmark": name,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": _command(),
         "hardware": _hardware(),
         "python": platform.python_version(),
-        "figures": figures,
+        "figures": _rounded(figures),
     }
     print(f"\n{json.dumps(line)}")
     if save:
@@ -52,7 +54,25 @@ def record(name: str, figures: dict[str, Any], save: bool) -> None:
         (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=2) + "\n")
 
 
+def _command() -> str:
+    """As it was given, but where the files are is left out: that is nobody else's business."""
+    given = [Path(sys.executable).name, *sys.orig_argv[1:]]
+    return " ".join(Path(word).name if word.startswith("/") else word for word in given)
+
+
+def _rounded(value: Any) -> Any:
+    """The same with floats of five significant digits: no figure here is known any better."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def _commit() -> str:
+    """What was measured: GLLM_COMMIT where the code came without its repository."""
+    if given := os.environ.get("GLLM_COMMIT"):
+        return given
     root = Path(__file__).parent
     git = ["git", "-C", str(root)]
     try:

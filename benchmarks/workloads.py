@@ -1,37 +1,107 @@
-"""What the offline benchmarks compute: lengths of prompts and outputs, always the same.
+"""What the benchmarks compute: lengths of prompts and outputs and times of arrival, reproducible.
 
 Knows no engine. Prompts are random token ids, so that nothing is shared between them.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 import random
+from datetime import datetime
+from pathlib import Path
 from typing import NamedTuple
+
+WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of every size that matters
+WARM_UP_OUTPUT_LEN = 8
+Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) of each request
 
 
 class Job(NamedTuple):
-    """One request, all queued at once; the output has exactly `output_len` tokens."""
+    """One request; the output has exactly `output_len` tokens."""
 
     prompt: list[int]
     output_len: int
 
 
-def lengths(name: str) -> list[tuple[int, int]]:
-    """(prompt tokens, output tokens) of each request of a workload of WORKLOADS."""
+def lengths(name: str) -> Lengths:
+    """The requests of a workload of WORKLOADS, or of one spelled out: fixed:COUNT:IN:OUT.
+
+    Raises ValueError for any other name.
+    """
     if name == "share":
         return _share()
-    count, prompt_len, output_len = _FIXED[name]
+    kind, *numbers = name.split(":")
+    if kind == "fixed" and len(numbers) == 3 and all(n.isdecimal() and int(n) for n in numbers):
+        count, prompt_len, output_len = map(int, numbers)
+    elif name in _FIXED:
+        count, prompt_len, output_len = _FIXED[name]
+    else:
+        known = ", ".join(WORKLOADS)
+        raise ValueError(f"workload {name!r} is unknown; known are {known}, fixed:COUNT:IN:OUT")
     return [(prompt_len, output_len)] * count
 
 
-def make_jobs(name: str, vocab: int) -> list[Job]:
-    """The requests of a workload, with prompts of ids below `vocab`."""
-    ids = random.Random(1)
-    return [Job(ids.choices(range(vocab), k=p), n) for p, n in lengths(name)]
+def make_jobs(pairs: Lengths, vocab: int, seed: int = 1) -> list[Job]:
+    """Requests of these lengths, with prompts of ids below `vocab`."""
+    ids = random.Random(seed)
+    return [Job(ids.choices(range(vocab), k=p), n) for p, n in pairs]
 
 
-def _share() -> list[tuple[int, int]]:
+def warm_up(jobs: list[Job]) -> list[Job]:
+    """The first jobs of a workload, with short outputs."""
+    chosen: list[Job] = []
+    total = 0
+    for job in jobs:
+        total += len(job.prompt)
+        if chosen and total > WARM_UP_PROMPT_TOKENS:
+            break
+        chosen.append(Job(job.prompt, min(job.output_len, WARM_UP_OUTPUT_LEN)))
+    return chosen
+
+
+def read_azure(path: Path, limit: int | None = None) -> tuple[list[float], Lengths]:
+    """Arrivals (seconds since the first) and lengths of an Azure LLM inference trace.
+
+    `path`: a CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens (Azure public
+    dataset, 2023). `limit`: only so many requests of its beginning. Raises ValueError for a file
+    that is none.
+    """
+    arrivals: list[float] = []
+    pairs: Lengths = []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if len(pairs) == limit:
+                break
+            try:
+                # Python before 3.11 reads no more than six digits of a second.
+                at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+                pair = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}: request {len(pairs) + 1}: {error!r}") from None
+            arrivals.append(at)
+            pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"{path}: holds no request")
+    return [at - arrivals[0] for at in arrivals], pairs
+
+
+def at_rate(arrivals: list[float], rate: float) -> list[float]:
+    """The same arrivals, sped up or slowed down to `rate` requests a second on the whole."""
+    factor = (len(arrivals) - 1) / rate / (arrivals[-1] or 1.0)
+    return [at * factor for at in arrivals]
+
+
+def poisson(count: int, rate: float, seed: int = 0) -> list[float]:
+    """Arrivals of independent users: `rate` requests a second in the mean, the first at 0."""
+    draws = random.Random(seed)
+    arrivals = [0.0]
+    for _ in range(count - 1):
+        arrivals.append(arrivals[-1] + draws.expovariate(rate))
+    return arrivals
+
+
+def _share() -> Lengths:
     """2,000 requests whose lengths are spread like those of conversations."""
     draws = random.Random(0)
 

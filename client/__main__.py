@@ -26,6 +26,7 @@ gllm-triton: an LLM inference engine inside NVIDIA Triton Inference Server.
   gllm chat --url localhost:8001               talk to a served model
   gllm generate --model DIRECTORY "Once upon"  answer one prompt in this process, no server
   gllm batch in.jsonl out.jsonl --url ...      answer a file of prompts; run again to resume
+  gllm warmup MODEL                            compile the kernels that serving it on this GPU needs
   gllm tiny-model DIRECTORY                    write a small random checkpoint to try things with
   gllm tritonserver ARGUMENT...                the plain tritonserver with the gllm backend
 
@@ -42,6 +43,15 @@ noticed and its model loaded anew. SIGTERM and Ctrl-C let running answers end, a
 not. What follows `--` goes to tritonserver: gllm serve PATH -- --log-verbose=1
 
 tritonserver is looked for in $TRITON_SERVER_DIR, /opt/tritonserver and the nvidia-pytriton wheel.
+"""
+
+_WARMUP = """\
+Compile the kernels that serving MODEL on this machine's GPU needs, so that no later start has to.
+
+MODEL is a model.json, or a checkpoint directory, of which only config.json is needed; with that,
+give the flags it will be served with. Takes minutes the first time. Prints the directories that
+hold what was compiled, and their sizes: keep them (in a volume, an image), and starts are short.
+FLASHINFER_WORKSPACE_BASE and TRITON_CACHE_DIR in the environment say where they are to be.
 """
 
 _BATCH = """\
@@ -100,7 +110,7 @@ def make_parser() -> Parser:
     """The whole command line but `tritonserver`'s."""
     parser = Parser(prog="gllm", description=_ABOUT)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (_add_serve, _add_generate, _add_chat, _add_batch, _add_tiny_model):
+    for add in (_add_serve, _add_generate, _add_chat, _add_batch, _add_warmup, _add_tiny_model):
         add(commands)
     commands.add_parser("tritonserver", help="the plain tritonserver with the gllm backend")
     return parser
@@ -168,6 +178,12 @@ def _add_batch(commands: Any) -> None:
         "--retry-errors", action="store_true", help="ask lines again that ended in an error"
     )
     _add_source(parser)
+
+
+def _add_warmup(commands: Any) -> None:
+    parser = _command(commands, "warmup", _warmup, "compile a model's kernels ahead", _WARMUP)
+    parser.add_argument("model", metavar="MODEL", type=Path)
+    add_struct(parser, "engine", EngineConfig, skip=("model",))
 
 
 def _add_tiny_model(commands: Any) -> None:
@@ -313,6 +329,25 @@ def _batch(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 1 if tally.failed else 0
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    import logging
+
+    from msgspec.structs import replace
+
+    from gllm_engine import fill_caches, make_config, read_config
+
+    given, path = struct_values(options, EngineConfig), options.model
+    if path.is_file():
+        config = replace(read_config(path), **given)
+    else:
+        config = make_config({"model": str(path)} | given)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for directory in fill_caches(config):
+        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        print(f"{directory}  {size / 1e6:.1f} MB")
+    return 0
 
 
 def _tiny_model(options: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ _HOME = {
     "render_logprobs": "engine.completion",
     "Engine": "engine.core",
     "EngineBroken": "engine.core",
+    "fill_caches": "engine.core",
     "EngineClient": "engine.client",
     "EngineError": "engine.client",
     "EngineUnavailable": "engine.client",

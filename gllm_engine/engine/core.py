@@ -9,10 +9,12 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +23,8 @@ import torch
 
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.constraints import Constraint, Grammars
-from gllm_engine.model import best_device, load_model, make_dummy
-from gllm_engine.runner import InstantRunner, Runner
+from gllm_engine.model import Decoder, best_device, filling, make_dummy
+from gllm_engine.runner import InstantRunner, Runner, cache_dirs
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
 from gllm_engine.spec import Model, read_spec
@@ -42,6 +44,9 @@ from gllm_engine.types import (
 COMPILE_WAIT_S = 0.005
 # So many steps that fail, with none between them that succeeds, are no accident.
 MAX_FAILED_STEPS = 3
+
+# Kernels do not depend on how many there are.
+_PAGES_TO_COMPILE = 64
 
 log = logging.getLogger(__name__)
 
@@ -365,12 +370,44 @@ def _model_len(config: EngineConfig, spec: Model, num_pages: int) -> int:
 def _load_runner(config: EngineConfig, spec: Model) -> StepRunner:
     if config.device == "none":
         return InstantRunner(spec.vocab, config.num_pages)
-    device = _device(config)
-    path, max_model_len = Path(config.model), config.max_model_len or spec.max_len
-    dtype = _dtype(config, device)
-    load = load_model if config.load_format == "auto" else make_dummy
-    decoder = load(path, spec, dtype=dtype, device=device, max_model_len=max_model_len)
-    return Runner(config, spec, decoder)
+    start = time.perf_counter()
+    device, path = _device(config), Path(config.model)
+    is_dummy = config.load_format == "dummy"
+    make = make_dummy if is_dummy else Decoder
+    decoder = make(
+        spec,
+        dtype=_dtype(config, device),
+        device=device,
+        max_model_len=config.max_model_len or spec.max_len,
+    )
+    made = time.perf_counter()
+    # Graphs and kernels need the weights' addresses, not the weights.
+    with nullcontext() if is_dummy else filling(decoder, path):
+        runner = Runner(config, spec, decoder)
+        done = time.perf_counter()
+    end = time.perf_counter()
+    parts = {"decoder": made - start, **runner.took, "rest of the weights": end - done}
+    told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+    log.info("the model is ready in %.1f s: %s", end - start, told)
+    return runner
+
+
+def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
+    """Compile every kernel that an engine of this configuration needs; returns where they are.
+
+    Of the model only config.json is read. Goes the way of a start, with one layer of each kind and
+    weights made up. Raises ConfigError where there is no GPU, and what Engine raises.
+    """
+    if _device(config).type != "cuda":
+        raise ConfigError(
+            "device: kernels are compiled on the GPU they are for; there is none here that torch "
+            "finds, or the [gpu] extra is not installed"
+        )
+    config = msgspec.structs.replace(config, load_format="dummy", num_pages=_PAGES_TO_COMPILE)
+    spec = read_spec(Path(config.model))
+    kinds = replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
+    _load_runner(settle(config, on_gpu=True), kinds)
+    return cache_dirs()
 
 
 def _device(config: EngineConfig) -> torch.device:

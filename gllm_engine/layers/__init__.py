@@ -9,6 +9,6 @@ from __future__ import annotations
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.rope import RopeTable
-from gllm_engine.layers.step import Step
+from gllm_engine.layers.step import Norm, Step, Wanted
 
-__all__ = ["DenseFfn", "GqaAttention", "RopeTable", "Step"]
+__all__ = ["DenseFfn", "GqaAttention", "Norm", "RopeTable", "Step", "Wanted"]

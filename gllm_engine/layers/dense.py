@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.step import Norm
 from gllm_engine.spec.model import Dense
 
 
@@ -18,13 +19,13 @@ class DenseFfn:
         self, spec: Dense, dim: int, ops: ModuleType, dtype: torch.dtype, device: torch.device
     ) -> None:
         shapes = spec.weights(dim)
-        self._ops = ops
-        self._gate_up = Linear(["mlp.gate_proj", "mlp.up_proj"], shapes, dtype, device)
-        self._down = Linear(["mlp.down_proj"], shapes, dtype, device)
+        self._gate_up = Linear(["mlp.gate_proj", "mlp.up_proj"], shapes, ops, dtype, device)
+        self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[tokens, dim] to [tokens, dim]."""
-        return self._down(self._ops.silu_mul(self._gate_up(x)))
+    def __call__(self, x: Tensor, norm: Norm, total: Tensor | None = None) -> Tensor:
+        """[tokens, dim] to [tokens, dim]; added to `total`, in place, if that is given."""
+        x = self._gate_up.gated(x, norm)
+        return self._down(x) if total is None else self._down.add_to(total, x)
 
     def weights(self) -> dict[str, Tensor]:
         return self._gate_up.weights() | self._down.weights()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gllm_engine.layers.step import Norm
 from gllm_engine.spec.model import Shapes
 
 
@@ -18,8 +19,14 @@ class Linear:
     """
 
     def __init__(
-        self, names: Sequence[str], shapes: Shapes, dtype: torch.dtype, device: torch.device
+        self,
+        names: Sequence[str],
+        shapes: Shapes,
+        ops: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        self._ops = ops
         self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
         rows, width = sum(self._sizes.values()), shapes[f"{names[0]}.weight"][1]
         self._weight = torch.empty(rows, width, dtype=dtype, device=device)
@@ -27,8 +34,17 @@ class Linear:
         if f"{names[0]}.bias" in shapes:
             self._bias = torch.empty(rows, dtype=dtype, device=device)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+    def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """`norm`: what x goes through first."""
+        return self._ops.linear(x, self._weight, self._bias, norm)
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """total + y, in the memory of `total`."""
+        return self._ops.add_linear(total, x, self._weight, self._bias)
+
+    def gated(self, x: Tensor, norm: Norm) -> Tensor:
+        """silu(gate) * up, where [gate, up] = y."""
+        return self._ops.gated_linear(x, self._weight, self._bias, norm)
 
     def weights(self) -> dict[str, Tensor]:
         """Views to load into."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from gllm_engine.spec.rope import Rope
+
+Norm = tuple[Tensor, float]  # gain [dim] and epsilon of an RMS norm
 
 
 @dataclass(frozen=True)
@@ -14,3 +18,13 @@ class Step:
 
     plans: dict[int | None, Any]  # window -> the backend's attention plan
     rotations: dict[Rope, Any]  # what the backend's rotation() made of the positions
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The tokens of a step whose result somebody looks at. The others still leave K and V in the
+    cache, and in the last layer nothing else.
+    """
+
+    index: Tensor  # [n] which tokens
+    plans: dict[int | None, Any]  # as in Step, for these alone; empty if n is 0

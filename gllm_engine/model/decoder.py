@@ -6,6 +6,7 @@ scheduling: it is told which tokens stand where in the cache.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -13,65 +14,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.layers import DenseFfn, GqaAttention, RopeTable, Step
-from gllm_engine.ops import Batch, HostInts, select_ops
+from gllm_engine.layers import DenseFfn, GqaAttention, RopeTable, Step, Wanted
+from gllm_engine.ops import Batch, select_ops
 from gllm_engine.spec.model import Layer, Model, SandwichLayer
 from gllm_engine.spec.rope import Rope
 
 
 class PreNormBlock:
-    """Interprets Layer.
-
-    A block takes and gives the residual stream as two terms, what the last block added and what
-    was there before, so that each addition is fused with the norm that follows it.
-    """
+    """Interprets Layer. A block adds to the residual stream in place."""
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
     def __init__(
         self, spec: Layer, model: Model, ops: ModuleType, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._ops, self._eps = ops, model.eps
+        self._ops = ops
         self._mixer = GqaAttention(spec.mixer, model.dim, model.eps, ops, dtype, device)
         self._ffn = DenseFfn(spec.ffn, model.dim, ops, dtype, device)
-        self._norms = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
+        gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
+        self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
 
     def __call__(
-        self, added: Tensor | None, residual: Tensor, step: Step, cache: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = self._norm("input_layernorm", added, residual)
-        x = self._mix(x, step, cache)
-        x, residual = self._norm("post_attention_layernorm", x, residual)
-        return self._feed(x), residual
-
-    def _mix(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
-        return self._mixer(x, step, cache)
-
-    def _feed(self, x: Tensor) -> Tensor:
-        return self._ffn(x)
-
-    def _norm(self, name: str, added: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if added is None:  # the embedding, before any block
-            return self._ops.rms_norm(residual, self._norms[name], self._eps), residual
-        return self._ops.add_rms_norm(added, residual, self._norms[name], self._eps)
+        self, x: Tensor, step: Step, cache: Tensor, wanted: Wanted | None = None
+    ) -> Tensor:
+        """x: [tokens, dim]. Returns it, or new memory with the `wanted` tokens' alone."""
+        norms, total = self._norms, x if wanted is None else x[wanted.index]
+        total = self._mixer(x, norms["input_layernorm"], step, cache, wanted, total)
+        return self._ffn(total, norms["post_attention_layernorm"], total)
 
     def weights(self) -> dict[str, Tensor]:
-        norms = {f"{name}.weight": tensor for name, tensor in self._norms.items()}
-        return norms | self._mixer.weights() | self._ffn.weights()
+        gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
+        return gains | self._mixer.weights() | self._ffn.weights()
 
 
 class SandwichBlock(PreNormBlock):
-    """Interprets SandwichLayer."""
+    """Interprets SandwichLayer: what is added goes through a norm first."""
 
     norms = (*PreNormBlock.norms, "post_self_attn_layernorm", "post_mlp_layernorm")
 
-    def _mix(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
-        x = super()._mix(x, step, cache)
-        return self._ops.rms_norm(x, self._norms["post_self_attn_layernorm"], self._eps)
-
-    def _feed(self, x: Tensor) -> Tensor:
-        x = super()._feed(x)
-        return self._ops.rms_norm(x, self._norms["post_mlp_layernorm"], self._eps)
+    def __call__(
+        self, x: Tensor, step: Step, cache: Tensor, wanted: Wanted | None = None
+    ) -> Tensor:
+        norms, total = self._norms, x if wanted is None else x[wanted.index]
+        x = self._mixer(x, norms["input_layernorm"], step, cache, wanted)
+        total = self._ops.rms_norm(x, *norms["post_self_attn_layernorm"], add_to=total)
+        x = self._ffn(total, norms["post_attention_layernorm"])
+        return self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total)
 
 
 _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
@@ -117,51 +105,49 @@ class Decoder:
             for layer in self.spec.layers
         ]
 
-    def plan(self, batch: Batch, cache: list[Tensor]) -> dict[int | None, Any]:
-        """What `forward` needs to know of the batch beforehand: attention's plan by window."""
-        return {
-            window: self._planner.plan(batch, cache[0], heads, window)
-            for window, heads in self._windows.items()
-        }
-
-    def has_fixed_plans(self, cache: list[Tensor]) -> bool:
-        """Whether attention over such a cache can be in a CUDA graph."""
-        return self._planner.has_fixed(cache[0])
-
-    def fixed_plans(self, num_rows: int, max_pages: int) -> dict[int | None, Any]:
-        """Attention of decode steps of always `num_rows` rows, by window, for a CUDA graph."""
-        return {w: self._planner.fixed(num_rows, max_pages, w) for w in self._windows}
-
-    def refresh(
-        self, plans: dict[int | None, Any], context_lens: HostInts, cache: list[Tensor]
-    ) -> None:
-        """Prepare what `fixed_plans` gave for the next step, whose rows are so long after it."""
-        for window, plan in plans.items():
-            plan.refresh(context_lens, cache[0], self._windows[window])
-
-    def forward(
-        self, batch: Batch, cache: list[Tensor], plans: dict[int | None, Any] | None = None
-    ) -> Tensor:
-        """Write the batch's K and V to the cache and give the final normed hidden states, [n, dim],
-        of the tokens at `batch.logit_index`. `plans`: what `plan` made of this batch.
+    def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:
+        """Write the batch's K and V to the cache and give the last layer's residual stream,
+        [n, dim], of the tokens at `batch.logit_index`. A batch of nothing but decode rows may be
+        recorded in a CUDA graph.
         """
-        step = Step(self.plan(batch, cache) if plans is None else plans, self._rotations(batch))
-        residual, added = F.embedding(batch.tokens, self._embedding), None
-        for block, layer_cache in zip(self._blocks, cache, strict=True):
-            added, residual = block(added, residual, step, layer_cache)
-        assert added is not None  # there is at least one layer
-        if batch.logit_index is not None:
-            added, residual = added[batch.logit_index], residual[batch.logit_index]
-        return self.ops.add_rms_norm(added, residual, self._norm, self.spec.eps)[0]
+        plans = {w: self._planner.plan(batch, cache[0], h, w) for w, h in self._windows.items()}
+        step = Step(plans, self._rotations(batch))
+        x = F.embedding(batch.tokens, self._embedding)
+        for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
+            x = block(x, step, layer_cache)
+        wanted = self._wanted(batch, cache[-1])
+        x = self._blocks[-1](x, step, cache[-1], wanted)
+        return x if wanted or batch.logit_index is None else x[batch.logit_index]
+
+    def _wanted(self, batch: Batch, cache: Tensor) -> Wanted | None:
+        """The last tokens of the rows whose logits are asked for; None if other tokens' are too,
+        or every token's. To attention, such a token is a decode row.
+        """
+        rows = batch.logit_rows_cpu
+        if batch.logit_index is None or batch.logit_rows is None or rows is None:
+            return None
+        if not len(rows):
+            return Wanted(batch.logit_index, {})
+        ends = replace(
+            batch,
+            slots=batch.slots[batch.logit_rows],
+            context_lens=batch.context_lens[batch.logit_rows],
+            context_lens_cpu=batch.context_lens_cpu[rows],
+            query_lens=[1] * len(rows),
+            num_decode=len(rows),
+        )
+        window = self.spec.layers[-1].mixer.window
+        plan = self._planner.plan(ends, cache, self._windows[window], window)
+        return Wanted(batch.logit_index, {window: plan})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n, dim] hidden states to [n, vocab] logits in the model's dtype, into `out` if given."""
-        if out is None:
-            return F.linear(hidden, self._head)
-        return torch.mm(hidden, self._head.T, out=out)
+        """What `forward` gave, [n, dim], to [n, vocab] logits in the model's dtype; into `out` if
+        given.
+        """
+        return self.ops.linear(hidden, self._head, None, (self._norm, self.spec.eps), out)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, dim] hidden states to [n, vocab] float32."""
+        """What `forward` gave, [n, dim], to [n, vocab] logits in float32."""
         return self.scores(hidden).float()
 
     def weights(self) -> dict[str, Tensor]:

@@ -1,30 +1,34 @@
-"""From a safetensors checkpoint to a decoder: streaming, one tensor in memory at a time.
+"""From a safetensors checkpoint to a decoder: what goes where, and whether all of it fits.
 
 Everything that does not fit exactly is an error: missing, left over, twice, another shape, another
-kind of number, a file cut short. Names come from spec/names.py.
+kind of number, a file cut short. Names come from spec/names.py; read.py moves the numbers.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gllm_engine.model.decoder import Decoder
+from gllm_engine.model.read import LoadError, Source, reading
 from gllm_engine.spec.model import Model
 from gllm_engine.spec.names import checkpoint_name, checkpoint_tensors, is_left_over
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = ("F64", "F32", "F16", "BF16")
-
-
-class LoadError(ValueError):
-    """The checkpoint does not fit its config; the message names the file and the tensor."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def load_model(
@@ -35,23 +39,42 @@ def load_model(
     Raises LoadError with one sentence that names the file and the tensor.
     """
     decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
-    loader = _Loader(spec, decoder.weights())
-    for file in _files(path):
-        for name, stored in _tensors(file):
-            loader.take(file, name, stored)
-    loader.finish(path)
+    with filling(decoder, path):
+        pass
     return decoder
 
 
+@contextmanager
+def filling(decoder: Decoder, path: Path) -> Iterator[None]:
+    """Fill the decoder from the checkpoint in `path` while the block runs, and wait for the rest.
+
+    On a GPU the block may compute with the decoder. The results mean nothing, but are finite:
+    weights that have not come yet are zero. Raises LoadError: before the block for what the files'
+    headers tell, at its end for what only reading them can tell.
+    """
+    loader = _Loader(decoder)
+    with ExitStack() as opened:
+        for place in _files(path):
+            file = opened.enter_context(_open(place))
+            for name, stored, offset in _tensors(place, file):
+                loader.take(place, name, stored, file.fileno(), offset)
+        loader.check_complete(path)
+        if decoder.device.type == "cuda":
+            for weight in decoder.weights().values():
+                weight.zero_()
+        with reading(loader.targets, decoder.device):
+            yield
+    loader.check_tied()
+
+
 def make_dummy(
-    path: Path, spec: Model, *, dtype: torch.dtype, device: torch.device, max_model_len: int
+    spec: Model, *, dtype: torch.dtype, device: torch.device, max_model_len: int
 ) -> Decoder:
-    """Build the decoder for `spec` with random weights, always the same; `path` is not read.
+    """Build the decoder for `spec` with random weights, always the same.
 
     They are of a trained model's size, so that numbers stay in range, and none is constant:
     kernels run faster on zeros.
     """
-    del path
     decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
     generator = torch.Generator(device).manual_seed(0)
     for name, view in decoder.weights().items():
@@ -63,52 +86,62 @@ def make_dummy(
 
 
 class _Loader:
-    """Checks each checkpoint tensor and copies it to where its weights live."""
+    """Checks each checkpoint tensor and says where its numbers go."""
 
-    def __init__(self, spec: Model, weights: dict[str, Tensor]) -> None:
-        self._shapes, self._weights = spec.weights(), weights
+    def __init__(self, decoder: Decoder) -> None:
+        spec = decoder.spec
+        self.targets: list[tuple[Source, Tensor]] = []
+        self._shapes, self._weights = spec.weights(), decoder.weights()
         self._missing = checkpoint_tensors(spec)
         self._seen: set[str] = set()
         # A tied model's checkpoint may carry its output projection too, if it is the embedding.
         self._tied = checkpoint_name(spec, "lm_head.weight") if spec.tie else None
         self._tied_copy: tuple[Path, Tensor] | None = None
 
-    def take(self, file: Path, name: str, stored: Any) -> None:
-        """`stored`: a safetensors slice; its numbers are read only once it is known to fit."""
+    def take(self, file: Path, name: str, stored: Any, descriptor: int, offset: int) -> None:
+        """`stored`: a safetensors slice, whose numbers are at `offset` of the open file."""
         if is_left_over(name):
             return
         if name in self._seen:
             raise LoadError(f"{file}: tensor {name} is in the checkpoint twice")
         self._seen.add(name)
         if name == self._tied:
-            _check(file, name, stored, self._shapes["model.embed_tokens.weight"])
-            self._tied_copy = file, stored[:]
+            embedding = self._weights["model.embed_tokens.weight"]
+            dtype = _check(file, name, stored, self._shapes["model.embed_tokens.weight"])
+            self._tied_copy = file, torch.empty_like(embedding)
+            source = Source(file, descriptor, offset, dtype)
+            self.targets.append((source, self._tied_copy[1].view(1, -1)))
             return
         if name not in self._missing:
             raise LoadError(f"{file}: tensor {name} is left over; the model has no place for it")
         parts = self._missing.pop(name)
         shapes = [self._shapes[part] for part in parts]
-        rows = [shape[0] for shape in shapes]
-        _check(file, name, stored, (sum(rows), *shapes[0][1:]))
-        for part, numbers in zip(parts, stored[:].split(rows), strict=True):
-            self._weights[part].copy_(numbers)
+        rows = sum(shape[0] for shape in shapes)
+        dtype = _check(file, name, stored, (rows, *shapes[0][1:]))
+        for part, shape in zip(parts, shapes, strict=True):
+            source = Source(file, descriptor, offset, dtype)
+            self.targets.append((source, self._weights[part].view(-1, prod(shape))))
+            offset += prod(shape) * dtype.itemsize
 
-    def finish(self, path: Path) -> None:
+    def check_complete(self, path: Path) -> None:
         if self._missing:
             name = next(iter(self._missing))
             more = f" (and {len(self._missing) - 1} more)" if len(self._missing) > 1 else ""
             raise LoadError(f"{path}: tensor {name} is missing{more}")
+
+    def check_tied(self) -> None:
+        """After reading."""
         if self._tied_copy is not None:
             file, copy = self._tied_copy
-            embedding = self._weights["model.embed_tokens.weight"]
-            if not torch.equal(copy.to(embedding), embedding):
+            if not torch.equal(copy, self._weights["model.embed_tokens.weight"]):
                 raise LoadError(
                     f"{file}: tensor {self._tied} differs from the embedding, but the config says "
                     "tie_word_embeddings=true"
                 )
 
 
-def _check(file: Path, name: str, stored: Any, shape: tuple[int, ...]) -> None:
+def _check(file: Path, name: str, stored: Any, shape: tuple[int, ...]) -> torch.dtype:
+    """The tensor's kind of number, if it is as it must be."""
     found = tuple(stored.get_shape())
     if found != shape:
         raise LoadError(
@@ -118,14 +151,28 @@ def _check(file: Path, name: str, stored: Any, shape: tuple[int, ...]) -> None:
         raise LoadError(
             f"{file}: tensor {name} has dtype {stored.get_dtype()}; supported: {', '.join(_DTYPES)}"
         )
+    return _DTYPES[stored.get_dtype()]
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Any]]:
+def _open(file: Path) -> BinaryIO:
     try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                yield name, opened.get_slice(name)
-    except (SafetensorError, OSError) as error:
+        return file.open("rb", buffering=0)
+    except OSError as error:
+        raise LoadError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _tensors(file: Path, opened: BinaryIO) -> Iterator[tuple[str, Any, int]]:
+    """Each tensor's name, its safetensors slice, and the offset in the file of its first byte."""
+    try:
+        with safe_open(file, framework="pt") as checked:
+            # The library has compared the header with the file's length, and each tensor's bytes
+            # with its shape; only it does not tell where they are.
+            header_len = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(header_len))
+            for name in checked.keys():  # noqa: SIM118 - not a dict
+                offset = 8 + header_len + header[name]["data_offsets"][0]
+                yield name, checked.get_slice(name), offset
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise LoadError(f"{file}: not a complete safetensors file ({error})") from None
 
 

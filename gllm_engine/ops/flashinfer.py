@@ -1,16 +1,14 @@
-"""The operations of an NVIDIA GPU: attention by FlashInfer, the rest by our Triton kernels.
+"""The operations of an NVIDIA GPU: attention of chunks by FlashInfer, the rest by Triton kernels.
 
 Knows shapes and arithmetic; no models, no scheduling. FlashInfer divides a step's attention among
 the multiprocessors ahead, on the host (`plan`); what it then launches is the same for all layers.
-Decode rows go to its tensor-core decode kernel, chunks to its FlashAttention-3 kernel; chunks at
-the beginning of a sequence read K and V as they come, not from pages, which is a fifth faster.
-
-Over a float8 cache queries keep their dtype, which FlashInfer's FlashAttention-3 kernel cannot do:
-chunks that read pages go to its FlashAttention-2 kernel there. Chunks at the beginning of a
-sequence attend to K and V before they are rounded, where the reference attends to the cache.
+Decode rows go to our own kernel, which needs no plan; chunks to FlashInfer's FlashAttention-3
+kernel. Chunks at the beginning of a sequence read K and V as they come, not from pages, which is a
+fifth faster, and before they were rounded, if the cache is float8. Other chunks over a float8 cache
+go to its FlashAttention-2 kernel: its FlashAttention-3 wants queries in float8 too.
 
 What FlashInfer has no kernel for (float32, unusual head sizes) attends as on a CPU, in plain torch:
-right, but slow, and not in a CUDA graph.
+right, but slow.
 """
 
 from __future__ import annotations
@@ -20,20 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from flashinfer import (
-    BatchDecodeWithPagedKVCacheWrapper,
-    BatchPrefillWithPagedKVCacheWrapper,
-    BatchPrefillWithRaggedKVCacheWrapper,
-)
+import torch.nn.functional as F
+from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 from torch import Tensor
 
 from gllm_engine.ops import reference, triton
+from gllm_engine.ops.ahead import plan_all, tiny_chunk
 from gllm_engine.ops.batch import Batch, HostInts
-from gllm_engine.ops.triton import add_rms_norm, lay_out, rms_norm, sample, silu_mul
+from gllm_engine.ops.triton import gemv, is_single, lay_out, rms_norm, sample, silu_mul
 
 __all__ = [
-    "Planner", "add_rms_norm", "attend", "lay_out", "rms_norm", "rotate_and_store", "rotation",
-    "sample", "silu_mul",
+    "Planner", "add_linear", "attend", "gated_linear", "lay_out", "linear", "prepare", "rms_norm",
+    "rotate_and_store", "rotation", "sample", "silu_mul",
 ]  # fmt: skip
 
 _HEAD_DIMS = (64, 128, 256)
@@ -67,17 +63,49 @@ class Heads:
 class AttentionPlan:
     """Attention of one batch, the same for all layers that share a window.
 
-    Rows are decode rows, then chunks with K and V in the cache already, then `fresh` ones: wrappers
+    Rows are decode rows, then chunks with K and V in the cache already, then `fresh` ones: plans
     for the tokens up to `num_decode`, `first_fresh`, and the rest. With `slow`, that alone.
     """
 
     cache_index: Tensor  # [tokens] where K and V go
     num_decode: int
     first_fresh: int = 0
-    decode: BatchDecodeWithPagedKVCacheWrapper | None = None
+    decode: triton.Parts | None = None
     chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     slow: reference.AttentionPlan | None = None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As reference.linear."""
+    if is_single(x):
+        return gemv(x, weight, bias, norm, out=out)
+    x = x if norm is None else rms_norm(x, *norm)
+    return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.T, out=out)
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float]
+) -> Tensor:
+    """As reference.gated_linear."""
+    if is_single(x):
+        return gemv(x, weight, bias, norm, gated=True)
+    return silu_mul(F.linear(rms_norm(x, *norm), weight, bias))
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As reference.add_linear; the sum is rounded once."""
+    if is_single(x):
+        return gemv(x, weight, bias, out=total, add=True)
+    if bias is not None:
+        total += bias
+    return total.addmm_(x, weight.T)
 
 
 def rotation(
@@ -106,21 +134,44 @@ def rotate_and_store(
     return Heads(q, kv)
 
 
-def attend(heads: Heads, cache: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v over each row's pages: [tokens, heads * head_dim]."""
-    q = heads.q
+def attend(
+    heads: Heads, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+) -> Tensor:
+    """As reference.attend."""
+    q = heads.q if tokens is None else heads.q[tokens]
     if plan.slow is not None:
         return reference.attend(q, cache, plan.slow)
-    out = torch.empty_like(q)
     n, f = plan.num_decode, plan.first_fresh
+    if plan.decode is not None and n == len(q):
+        return triton.decode(q, cache, plan.decode).flatten(1)
+    out = torch.empty_like(q)
     if plan.decode is not None:
-        plan.decode.run(q[:n], cache, out=out[:n])
+        triton.decode(q[:n], cache, plan.decode, out[:n])
     if plan.chunks is not None:
         plan.chunks.run(q[n:f], cache, out=out[n:f])
     if plan.fresh is not None and heads.kv is not None:
         k, v = heads.kv[f:].chunk(2, 1)
         plan.fresh.run(q[f:], k, v, out=out[f:])
     return out.flatten(1)
+
+
+def prepare(cache: Tensor, dtype: torch.dtype, heads: dict[int | None, int]) -> None:
+    """Compile what FlashInfer needs for queries of `dtype` over such a cache and for each window
+    (`heads`: query heads of its layers), unless it is in ahead.cache_dirs()[0] already.
+    """
+    if not _has_kernels(cache, dtype):
+        return
+    # What is compiled is the same for all windows, and for all chunks unless the cache is float8.
+    windows = {window is None: window for window in heads}.values()
+    chunks = [tiny_chunk(0, cache.device)]
+    chunks += [tiny_chunk(2, cache.device)] if cache.dtype != dtype else []
+
+    def plan(batch: Batch, window: int | None) -> None:
+        torch.cuda.set_device(cache.device)
+        Planner(cache.device, dtype).plan(batch, cache, heads[window], window)
+
+    what = f"attention of chunks, heads of {cache.shape[4]}, {dtype} over {cache.dtype}"
+    plan_all(what, plan, [(chunk, window) for chunk in chunks for window in windows])
 
 
 class _Stages:
@@ -151,7 +202,8 @@ class _Stages:
 class Planner:
     """Prepares attention of one step after another. Owns FlashInfer's workspaces and wrappers.
 
-    A plan is valid until the next one for the same window; steps run in the order of their plans.
+    A plan with chunks is valid until the next one for the same window; steps run in the order of
+    their plans. One without is nobody's but the caller's, and may be made in a CUDA graph.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -159,11 +211,8 @@ class Planner:
         self._device, self._dtype = device, dtype
         self._stages = _Stages()
         self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
-        self._decode: dict[int | None, BatchDecodeWithPagedKVCacheWrapper] = {}
         self._chunks: dict[int | None, BatchPrefillWithPagedKVCacheWrapper] = {}
         self._fresh: dict[int | None, BatchPrefillWithRaggedKVCacheWrapper] = {}
-        self._plans: dict[tuple[str, int | None], Tensor] = {}
-        self._listed = torch.empty(0, dtype=torch.int32, device=device)
 
     def plan(self, batch: Batch, cache: Tensor, heads: int, window: int | None) -> AttentionPlan:
         """Prepare attention for one step.
@@ -172,70 +221,43 @@ class Planner:
         `window`: a token sees itself and the window - 1 tokens before it; None: all before it.
         """
         plan = AttentionPlan(batch.cache_index, batch.num_decode)
-        if not self.has_fixed(cache):
+        n, end = batch.num_decode, len(batch.query_lens)
+        if end > n and not _has_kernels(cache, self._dtype):
             plan.slow = reference.plan_attention(batch, cache, window, self._dtype)
             return plan
-        pages, shape = _Pages(batch, cache.shape[2]), _shape(cache, heads, window, self._dtype)
-        n, end = batch.num_decode, len(batch.query_lens)
+        if n:
+            lens = batch.context_lens[:n]
+            kv_heads = cache.shape[3]
+            plan.decode = triton.split(batch.page_table, batch.slots[:n], lens, kv_heads, window)
         first = end
         while first > n and batch.query_lens[first - 1] == batch.context_lens_cpu[first - 1]:
             first -= 1
         plan.first_fresh = sum(batch.query_lens[:first])
-        if n:
-            plan.decode = self._decode_wrapper(window)
-            arguments = (pages.starts_cpu[: n + 1], pages.listed, pages.lasts_cpu[:n])
-            self._stages.plan(plan.decode, *arguments, **shape)
+        shape = _shape(cache, heads, window, self._dtype)
         if first > n:
-            plan.chunks = self._chunk_wrapper(window, cache.dtype)
-            self._plan_chunks(plan.chunks, batch.query_lens[n:first], pages, n, shape)
+            plan.chunks = self._plan_chunks(batch, slice(n, first), cache, window, shape)
         if end > first:
             plan.fresh = self._fresh_wrapper(window)
             starts = _starts(batch.query_lens[first:])
-            # Without a dtype of their own, keys and values have the queries'.
-            paged = ("page_size", "kv_data_type")
-            shape = _for_chunks({k: v for k, v in shape.items() if k not in paged})
-            self._stages.plan(plan.fresh, starts, starts, causal=True, **shape)
+            self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
 
-    def has_fixed(self, cache: Tensor) -> bool:
-        """Whether FlashInfer attends over this cache, so that `fixed` may be used for it."""
-        return self._dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
-
-    def fixed(self, num_rows: int, max_pages: int, window: int | None) -> FixedDecode:
-        """Decode of always `num_rows` rows on memory that stays where it is, for a CUDA graph.
-
-        Such plans share memory, so each must be refreshed before use; ask for the largest first.
-        """
-        size = num_rows * max_pages
-        if len(self._listed) < size:
-            self._listed = self._listed.new_zeros(size)
-        plans = self._plan_memory("decode", window)
-        memory = self._partials, plans, self._listed[:size]
-        return FixedDecode(num_rows, max_pages, window, self._dtype, memory, self._stages)
-
     def _plan_chunks(
-        self, wrapper: Any, lens: list[int], pages: _Pages, row: int, shape: dict[str, Any]
-    ) -> None:
-        """Plan chunks of `lens` tokens, which are the rows from `row` on."""
-        starts = pages.starts_cpu[row : row + len(lens) + 1]
+        self, batch: Batch, rows: slice, cache: Tensor, window: int | None, shape: dict[str, Any]
+    ) -> BatchPrefillWithPagedKVCacheWrapper:
+        wrapper, page_size = self._chunk_wrapper(window, cache.dtype), cache.shape[2]
+        starts, lasts, longest = count_pages(batch.context_lens_cpu[rows], page_size)
+        listed = torch.empty(int(starts[-1]), dtype=torch.int32, device=self._device)
+        there = starts.to(self._device, non_blocking=True)
+        triton.list_pages(batch.page_table, batch.slots[rows], there, longest, listed)
         self._stages.plan(
             wrapper,
-            _starts(lens),
-            (starts - starts[0]).pin_memory(),
-            pages.listed[int(starts[0]) : int(starts[-1])],
-            pages.lasts_cpu[row : row + len(lens)],
-            causal=True,
-            **_for_chunks(shape),
+            *(_starts(batch.query_lens[rows]), starts, listed, lasts),
+            page_size=page_size,
+            kv_data_type=cache.dtype,
+            **shape,
         )
-
-    def _decode_wrapper(self, window: int | None) -> BatchDecodeWithPagedKVCacheWrapper:
-        if window not in self._decode:
-            wrapper = BatchDecodeWithPagedKVCacheWrapper(
-                self._partials, use_tensor_cores=True, backend="fa2"
-            )
-            wrapper.reset_workspace_buffer(self._partials, self._plan_memory("decode", window))
-            self._decode[window] = wrapper
-        return self._decode[window]
+        return wrapper
 
     def _chunk_wrapper(
         self, window: int | None, dtype: torch.dtype
@@ -244,42 +266,32 @@ class Planner:
         if window not in self._chunks:
             backend = "fa3" if dtype == self._dtype else "fa2"
             wrapper = BatchPrefillWithPagedKVCacheWrapper(self._partials, backend=backend)
-            wrapper.reset_workspace_buffer(self._partials, self._plan_memory("chunks", window))
+            wrapper.reset_workspace_buffer(self._partials, self._plan_memory())
             self._chunks[window] = wrapper
         return self._chunks[window]
 
     def _fresh_wrapper(self, window: int | None) -> BatchPrefillWithRaggedKVCacheWrapper:
         if window not in self._fresh:
             wrapper = BatchPrefillWithRaggedKVCacheWrapper(self._partials, backend="fa3")
-            wrapper.reset_workspace_buffer(self._partials, self._plan_memory("fresh", window))
+            wrapper.reset_workspace_buffer(self._partials, self._plan_memory())
             self._fresh[window] = wrapper
         return self._fresh[window]
 
-    def _plan_memory(self, kind: str, window: int | None) -> Tensor:
-        """Device memory for plans of one kind: each is used up before the next overwrites it."""
-        key = kind, window
-        if key not in self._plans:
-            self._plans[key] = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=self._device)
-        return self._plans[key]
+    def _plan_memory(self) -> Tensor:
+        """Device memory for one wrapper's plans: each is used up before the next overwrites it."""
+        return torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=self._device)
 
 
-class _Pages:
-    """The pages of a batch's rows in FlashInfer's form: one list, and where each row begins."""
-
-    def __init__(self, batch: Batch, page_size: int) -> None:
-        self.starts_cpu, self.lasts_cpu, longest = count_pages(batch.context_lens_cpu, page_size)
-        device = batch.page_table.device
-        total = int(self.starts_cpu[-1])
-        self.listed = torch.empty(total, dtype=torch.int32, device=device)
-        starts = self.starts_cpu.to(device, non_blocking=True)
-        triton.list_pages(batch.page_table, batch.slots, starts, longest, self.listed)
+def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
+    """Whether FlashInfer attends over this cache with queries of `dtype`."""
+    return dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
 
 
 def count_pages(context_lens: HostInts, page_size: int) -> tuple[Tensor, Tensor, int]:
     """(where each row's pages start [rows + 1], tokens in its last page [rows], most pages of a
     row). Both int32 in pinned memory, so that copying them to the device waits for nothing.
     """
-    lens = np.asarray(context_lens, np.int32)
+    lens = context_lens.astype(np.int32)
     counts = (lens + (page_size - 1)) // page_size
     packed = np.zeros(2 * len(lens) + 1, np.int32)
     counts.cumsum(out=packed[1 : len(lens) + 1])
@@ -292,62 +304,13 @@ def _shape(cache: Tensor, heads: int, window: int | None, dtype: torch.dtype) ->
     return {
         "num_qo_heads": heads,
         "num_kv_heads": cache.shape[3],
-        "head_dim": cache.shape[4],
-        "page_size": cache.shape[2],
+        "head_dim_qk": cache.shape[4],
+        "causal": True,
         "q_data_type": dtype,
-        "kv_data_type": cache.dtype,
         "window_left": -1 if window is None else window - 1,
     }
-
-
-def _for_chunks(shape: dict[str, Any]) -> dict[str, Any]:
-    """The same in the words of FlashInfer's prefill."""
-    return {"head_dim_qk" if key == "head_dim" else key: value for key, value in shape.items()}
 
 
 def _starts(lens: list[int]) -> Tensor:
     """Where each of some rows of `lens` tokens begins, and where the last ends; pinned int32."""
     return torch.from_numpy(np.array([0, *lens]).cumsum(dtype=np.int32)).pin_memory()
-
-
-class FixedDecode:
-    """A decode plan whose tensors keep their addresses, so that a graph may have them inside.
-
-    `listing` belongs inside the graph, `refresh` before each replay.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        max_pages: int,
-        window: int | None,
-        dtype: torch.dtype,
-        memory: tuple[Tensor, Tensor, Tensor],
-        stages: _Stages,
-    ) -> None:
-        partials, plans, self._listed = memory
-        integers = {"dtype": torch.int32, "device": partials.device}
-        self._starts = torch.zeros(num_rows + 1, **integers)
-        self._max_pages, self._window, self._dtype = max_pages, window, dtype
-        self._stages = stages
-        self.wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            partials,
-            use_cuda_graph=True,
-            use_tensor_cores=True,
-            paged_kv_indptr_buffer=self._starts,
-            paged_kv_indices_buffer=self._listed,
-            paged_kv_last_page_len_buffer=torch.zeros(num_rows, **integers),
-            backend="fa2",
-        )
-        self.wrapper.reset_workspace_buffer(partials, plans)
-
-    def refresh(self, context_lens: HostInts, cache: Tensor, heads: int) -> None:
-        """Plan for rows of these lengths; as many as the graph has."""
-        starts, lasts, _ = count_pages(context_lens, cache.shape[2])
-        shape = _shape(cache, heads, self._window, self._dtype)
-        self._stages.plan(self.wrapper, starts, self._listed[:0], lasts, **shape)
-
-    def listing(self, page_table: Tensor, slots: Tensor, cache_index: Tensor) -> AttentionPlan:
-        """List the rows' pages; the plan to attend with."""
-        triton.list_pages(page_table, slots, self._starts, self._max_pages, self._listed)
-        return AttentionPlan(cache_index, slots.shape[0], decode=self.wrapper)

@@ -29,23 +29,49 @@ GROUP_LEN = 128
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, the mean taken in float32."""
+def rms_norm(x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
+    """x / rms(x) * gain over the last dimension, the mean taken in float32.
+
+    With `add_to`, that is added to, and returned.
+    """
     if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype).mul_(weight)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) where s = x + residual. Overwrites `residual` with s."""
-    residual.add_(x)
-    return rms_norm(residual, weight, eps), residual
+        normed = F.rms_norm(x, x.shape[-1:], None, eps).mul_(gain)
+    else:
+        normed = F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype).mul_(gain)
+    return normed if add_to is None else add_to.add_(normed)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for a last dimension of [gate, up]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x W' + b: [rows, width] of x [rows, depth], weight [width, depth] and bias [width].
+
+    `norm`: (gain, eps) of an RMS norm that x goes through first. `out`: where the result goes.
+    """
+    y = F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
+    return y if out is None else out.copy_(y)
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float]
+) -> Tensor:
+    """silu(gate) * up, [rows, width / 2], where [gate, up] = linear(x, weight, bias, norm)."""
+    return silu_mul(linear(x, weight, bias, norm))
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Add linear(x, weight, bias) to `total` [rows, width], and return that."""
+    return total.add_(F.linear(x, weight, bias))
 
 
 def rotation(
@@ -145,11 +171,6 @@ class Planner:
         """As `plan_attention`. `heads`: query heads, for kernels that divide the work ahead."""
         del heads
         return plan_attention(batch, cache, window, self._dtype)
-
-    def has_fixed(self, cache: Tensor) -> bool:
-        """Whether a plan's tensors can keep their addresses; here they never do."""
-        del cache
-        return False
 
 
 def plan_attention(
@@ -252,11 +273,12 @@ def _read(flat: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return flat.view(torch.uint8).index_select(0, rows).view(flat.dtype).to(dtype)
 
 
-def attend(q: Tensor, cache: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v over each row's pages.
+def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v over each row's pages: [tokens, heads * head_dim].
 
-    q: [tokens, heads, head_dim]. Returns [tokens, heads * head_dim].
+    q: what `rotate_and_store` gave. `tokens`: which of its tokens the plan is for; None: all.
     """
+    q = q if tokens is None else q[tokens]
     kv_heads, head_dim = cache.shape[3:]
     flat = cache.flatten(0, 2).flatten(1)  # [num_pages * 2 * page_size, kv_heads * head_dim]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -5,7 +5,7 @@ Owns the order of rows, tokens and logits in a step. Knows nothing of the model 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -62,7 +62,7 @@ def decode_batch(state: State, slots: Tensor, context_lens_cpu: HostInts, ops: M
     `context_lens_cpu`, which only goes into the batch, so a graph of this fits any step.
     """
     none = slots[:0]
-    return _batch(state, ops, slots, (none, none, none), context_lens_cpu, [], None)
+    return _batch(state, ops, slots, (none, none, none), context_lens_cpu, [])
 
 
 def _mixed(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
@@ -71,8 +71,7 @@ def _mixed(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
     ends = np.cumsum(lens, dtype=np.int64)
     starts = np.array([chunk.start for chunk in chunks], np.int64)
     known = int_array(*(chunk.tokens for chunk in chunks))
-    samples = np.ones(len(slots_cpu), bool)
-    samples[num_decode:] = [chunk.samples for chunk in chunks]
+    sampling_rows = np.flatnonzero([True] * num_decode + [chunk.samples for chunk in chunks])
     lasts = np.arange(len(slots_cpu))  # each row's last token
     lasts[num_decode:] = num_decode - 1 + ends
     scored = [chunk for chunk in chunks if chunk.targets]
@@ -81,14 +80,20 @@ def _mixed(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
         for end, chunk in zip(ends, chunks, strict=True)
         if chunk.targets
     ]
-    sampling_cpu = slots_cpu[samples]
+    sampling_cpu = slots_cpu[sampling_rows]
     # Slots come first, where the packed numbers begin: kernels are compiled for aligned ones.
-    slots, sampling, starts_there, ends_there, known_there, logit_index = to_device(
-        *(state.device, slots_cpu, sampling_cpu, starts, ends, known),
-        np.concatenate([lasts[samples], *scored_at]),
+    slots, sampling, starts_there, ends_there, known_there, logit_rows, logit_index = to_device(
+        *(state.device, slots_cpu, sampling_cpu, starts, ends, known, sampling_rows),
+        np.concatenate([lasts[sampling_rows], *scored_at]),
     )
     chunked = (starts_there, ends_there, known_there)
-    batch = _batch(state, ops, slots, chunked, rows.context_lens_cpu, lens, logit_index)
+    batch = _batch(state, ops, slots, chunked, rows.context_lens_cpu, lens)
+    batch = replace(
+        batch,
+        logit_index=logit_index,
+        logit_rows=None if scored else logit_rows,
+        logit_rows_cpu=sampling_rows,
+    )
     return Step(batch, sampling_cpu, sampling, scored)
 
 
@@ -99,9 +104,10 @@ def _batch(
     chunked: tuple[Tensor, Tensor, Tensor],
     context_lens_cpu: HostInts,
     chunk_lens: list[int],
-    logit_index: Tensor | None,
 ) -> Batch:
-    """The batch of `slots`, the last of them with `chunked`: starts, ends and tokens of chunks."""
+    """The batch of `slots`, the last of them with `chunked`: starts, ends and tokens of chunks. It
+    wants the logits of all tokens.
+    """
     num_decode = len(slots) - len(chunk_lens)
     tokens, positions, cache_index, context_lens = ops.lay_out(
         *(state.page_table, state.page_size, state.lengths, state.last_tokens),
@@ -117,5 +123,5 @@ def _batch(
         context_lens_cpu=context_lens_cpu,
         query_lens=[1] * num_decode + chunk_lens,
         num_decode=num_decode,
-        logit_index=logit_index,
+        logit_index=None,
     )

@@ -13,7 +13,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +37,7 @@ def row_counts(max_rows: int) -> list[int]:
 @dataclass(frozen=True)
 class _Graph:
     slots: Tensor  # [rows]
-    plans: dict[int | None, Any]
-    graph: torch.cuda.CUDAGraph
+    recorded: torch.cuda.CUDAGraph
 
 
 class DecodeGraphs:
@@ -55,7 +53,7 @@ class DecodeGraphs:
         self._scores = torch.empty(max_rows, vocab, dtype=decoder.dtype, device=device)
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._counts = row_counts(max_rows)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         start = time.perf_counter()
         # The largest first: the others fit the memory that it leaves in the pool.
         captured = [self._capture(n) for n in reversed(self._counts)]
@@ -69,12 +67,10 @@ class DecodeGraphs:
         """
         n = len(rows.slots_cpu)
         graph = self._graph(n)
-        slots = np.full(len(graph.slots), self._spare)
-        context_lens = np.ones(len(slots), np.int64)
-        slots[:n], context_lens[:n] = rows.slots_cpu, rows.context_lens_cpu
-        graph.slots.copy_(pack(self._decoder.device, slots), non_blocking=True)
-        self._decoder.refresh(graph.plans, context_lens, self._cache)
-        graph.graph.replay()
+        spare = np.full(len(graph.slots) - n, self._spare)
+        slots = pack(self._decoder.device, rows.slots_cpu, spare)
+        graph.slots.copy_(slots, non_blocking=True)
+        graph.recorded.replay()
         return graph.slots[:n], self._scores[:n], self._tokens[:n]
 
     def _graph(self, num_rows: int) -> _Graph:
@@ -83,27 +79,25 @@ class DecodeGraphs:
     def _capture(self, num_rows: int) -> _Graph:
         device = self._decoder.device
         slots = torch.full((num_rows,), self._spare, dtype=torch.int64, device=device)
-        max_pages = self._state.page_table.shape[1]
-        plans = self._decoder.fixed_plans(num_rows, max_pages)
-        self._decoder.refresh(plans, np.ones(num_rows, np.int64), self._cache)
-        return _Graph(slots, plans, self._record(lambda: self._step(slots, plans)))
+        return _Graph(slots, self._record(lambda: self._step(slots)))
 
     def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         body()  # compiles kernels and creates handles, which must not happen while recording
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            body()
+        # What torch.cuda.graph() does, but that one waits for the device and gives all unused
+        # memory back to the driver before each graph, only for the next body() to ask for it again.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                body()
+            finally:
+                graph.capture_end()
         return graph
 
-    def _step(self, slots: Tensor, plans: dict[int | None, Any]) -> None:
+    def _step(self, slots: Tensor) -> None:
         decoder, state = self._decoder, self._state
         batch = decode_batch(state, slots, np.zeros(0, np.int64), decoder.ops)
         state.lengths[self._spare].zero_()
-        listed = {
-            window: plan.listing(batch.page_table, slots, batch.cache_index)
-            for window, plan in plans.items()
-        }
-        hidden = decoder.forward(batch, self._cache, listed)
+        hidden = decoder.forward(batch, self._cache)
         scores = decoder.scores(hidden, out=self._scores[: len(slots)])
         decoder.ops.sample(scores, slots, *state.draws, out=self._tokens[: len(slots)])

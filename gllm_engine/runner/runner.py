@@ -7,6 +7,9 @@ Launched.wait() does. Knows nothing of requests, of scheduling, or of what token
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.memory import cache_dtype, fitting_pages
 from gllm_engine.runner.sampler import log_probabilities, sample
 from gllm_engine.runner.state import State, to_device
+from gllm_engine.runner.warm import tiny_plans
 from gllm_engine.spec import Model
 from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
 
@@ -68,7 +72,10 @@ class Launched:
 
 
 class Runner:
-    """`num_pages`: of the KV cache, as the configuration asks or the device has room for."""
+    """`num_pages`: of the KV cache, as the configuration asks or the device has room for.
+
+    `took`: seconds of each part of the start.
+    """
 
     @torch.inference_mode()
     def __init__(self, config: EngineConfig, spec: Model, decoder: Decoder) -> None:
@@ -77,22 +84,43 @@ class Runner:
             torch.set_num_threads(config.cpu_threads or default_threads())
         self.decoder = decoder
         self.device = decoder.device
-        max_pages = -(-(config.max_model_len or spec.max_len) // config.page_size)
-        self.num_pages = fitting_pages(config, decoder, max_pages)
-        # On a GPU one slot and one page more, for the spare rows of decode graphs.
-        num_pages, dtype = self.num_pages + on_gpu, cache_dtype(config, decoder)
-        self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
-        self.state = State(
-            config.max_num_seqs + on_gpu,
-            max_pages,
-            config.page_size,
-            spec.vocab,
-            spec.eos_token_ids,
-            self.device,
-        )
+        self.took: dict[str, float] = {}
+        max_len = config.max_model_len or spec.max_len
+        max_pages = -(-max_len // config.page_size)
+        with self._timed("kernels"):
+            if on_gpu:
+                heads = {layer.mixer.window: layer.mixer.heads for layer in spec.layers}
+                cache = decoder.new_cache(1, config.page_size, cache_dtype(config, decoder))
+                decoder.ops.prepare(cache[0], decoder.dtype, heads)
+        with self._timed("memory"):
+            self.num_pages = fitting_pages(config, decoder, max_pages)
+            # On a GPU one slot and one page more, for the spare rows of decode graphs.
+            num_pages, dtype = self.num_pages + on_gpu, cache_dtype(config, decoder)
+            self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
+            self.state = State(
+                config.max_num_seqs + on_gpu,
+                max_pages,
+                config.page_size,
+                spec.vocab,
+                spec.eos_token_ids,
+                self.device,
+            )
         self._graphs: DecodeGraphs | None = None
-        if on_gpu and not config.enforce_eager and decoder.has_fixed_plans(self.cache):
-            self._graphs = DecodeGraphs(decoder, self.cache, self.state, config.max_num_seqs)
+        with self._timed("graphs"):
+            if on_gpu and not config.enforce_eager:
+                self._graphs = DecodeGraphs(decoder, self.cache, self.state, config.max_num_seqs)
+        with self._timed("first steps"):
+            if on_gpu:
+                rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
+                room = min(max_len, self.num_pages * config.page_size)
+                for plan in tiny_plans(rows, tokens, room, config.page_size):
+                    self.launch(plan).wait()
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.took[part] = time.perf_counter() - start
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:

@@ -25,6 +25,7 @@ from gllm_client.flags import (
     struct_values,
 )
 from gllm_engine import EngineConfig, SamplingParams
+from gllm_engine.engine import core
 
 
 class Sample(msgspec.Struct):
@@ -127,6 +128,8 @@ def test_help_ends_well(arguments: list[str], capsys: pytest.CaptureFixture[str]
         (["chat", "--url=x:1", "--n=2"], 2, "gllm chat: --n: a conversation has one answer"),
         (["batch", "/no", "/tmp/o", "--concurrency=0"], 2, "gllm batch: --concurrency: at least"),
         (["batch", "/no", "/no/o", "--url=x:1", "--model=m"], 1, "gllm batch: /no: No such file"),
+        (["warmup", "/no/such"], 2, "gllm warmup: model: /no/such is not a directory"),
+        (["warmup", "/", "--device=cpu"], 2, "gllm warmup: device: kernels are compiled on the"),
         (["tiny-model", "/tmp/x", "--set", "a"], 2, "gllm tiny-model: --set: 'a' is not KEY=JSON"),
     ],
 )
@@ -155,6 +158,26 @@ def test_serve_is_told_what_was_given(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (serving.path, serving.grpc_port, serving.http_port) == (tmp_path, 5, 8000)
     assert serving.engine == {"max_num_seqs": 8} and serving.front_ends == 2
     assert serving.arguments == ("--log-verbose=1", "--x_y")
+
+
+def test_warmup_is_told_what_was_given_and_tells_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.json").write_text('{"model": ".", "page_size": 32, "max_num_seqs": 8}')
+    (tmp_path / "cache/deep").mkdir(parents=True)
+    (tmp_path / "cache/deep/kernel.so").write_bytes(bytes(1_500_000))
+    seen: list[Any] = []
+    caches = (tmp_path / "cache", tmp_path / "none")
+    monkeypatch.setattr(core, "fill_caches", lambda config: seen.append(config) or caches)
+    assert main(["warmup", str(tmp_path), "--page-size=64"]) == 0
+    assert main(["warmup", str(tmp_path / "model.json"), "--max-num-seqs=4"]) == 0
+    first, second = seen
+    assert first.model == second.model == str(tmp_path)
+    assert (first.page_size, first.max_num_seqs) == (64, 0)
+    assert (second.page_size, second.max_num_seqs) == (32, 4)
+    told = f"{tmp_path}/cache  1.5 MB\n{tmp_path}/none  0.0 MB\n"
+    assert capsys.readouterr().out == told * 2
 
 
 def test_a_wrong_engine_value_is_said_before_the_server_starts(

@@ -8,6 +8,7 @@ import torch
 
 from gllm_engine.layers import RopeTable
 from gllm_engine.layers.linear import Linear
+from gllm_engine.ops import reference
 from gllm_engine.spec.rope import Dynamic, Rope
 
 CPU = torch.device("cpu")
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 
 def test_linear_is_its_projections_side_by_side() -> None:
     shapes = {"a.weight": (3, 4), "a.bias": (3,), "b.weight": (2, 4), "b.bias": (2,)}
-    linear = Linear(["a", "b"], shapes, torch.float32, CPU)
+    linear = Linear(["a", "b"], shapes, reference, torch.float32, CPU)
     views = linear.weights()
     assert {name: tuple(view.shape) for name, view in views.items()} == shapes
     for view in views.values():
@@ -24,10 +25,14 @@ def test_linear_is_its_projections_side_by_side() -> None:
     a = x @ views["a.weight"].T + views["a.bias"]
     b = x @ views["b.weight"].T + views["b.bias"]
     torch.testing.assert_close(linear(x), torch.cat((a, b), 1))
+    total = torch.randn(5, 5)
+    expected = total + torch.cat((a, b), 1)
+    assert linear.add_to(total, x) is total
+    torch.testing.assert_close(total, expected)
 
 
 def test_linear_without_bias() -> None:
-    linear = Linear(["a"], {"a.weight": (3, 4)}, torch.float32, CPU)
+    linear = Linear(["a"], {"a.weight": (3, 4)}, reference, torch.float32, CPU)
     (weight,) = linear.weights().values()
     weight.fill_(2.0)
     assert linear(torch.ones(1, 4)).tolist() == [[8.0, 8.0, 8.0]]

@@ -201,7 +201,7 @@ def test_dummy_weights_are_random_and_always_the_same(model: Path) -> None:
     (model / "model.safetensors").unlink()
     spec = read_spec(model)
     options = {"dtype": torch.float32, "device": torch.device("cpu"), "max_model_len": 64}
-    first, second = (make_dummy(model, spec, **options).weights() for _ in range(2))
+    first, second = (make_dummy(spec, **options).weights() for _ in range(2))
     assert first.keys() == spec.weights().keys()
     for name, weight in first.items():
         assert torch.equal(weight, second[name])

@@ -35,12 +35,40 @@ def test_norms_and_activation(rows: int, dim: int, dtype: torch.dtype) -> None:
     ops, limit = select_ops(CUDA), TOLERANCE[dtype]
     x, residual = randn(rows, dim, dtype=dtype), randn(rows, dim, dtype=dtype)
     weight, wide = randn(dim, dtype=dtype), randn(rows, 2 * dim, dtype=dtype)
-    expected = reference.add_rms_norm(x.cpu(), residual.cpu(), weight.cpu(), 1e-5)
-    out, total = ops.add_rms_norm(x, residual, weight, 1e-5)
-    near(total, expected[1], limit)
-    near(out, expected[0], limit)
-    near(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), limit)
+    expected = reference.rms_norm(x.cpu(), weight.cpu(), 1e-5)
+    near(ops.rms_norm(x, weight, 1e-5), expected, limit)
+    total = residual.clone()
+    assert ops.rms_norm(x, weight, 1e-5, add_to=total) is total
+    near(total, residual.cpu() + expected, limit)
     near(ops.silu_mul(wide), reference.silu_mul(wide.cpu()), limit)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "depth", "width"), [(1, 64, 24), (1, 4096, 6144), (1, 14336, 4096), (5, 160, 50)]
+)
+def test_linear_and_what_rides_along(
+    rows: int, depth: int, width: int, bias: bool, dtype: torch.dtype
+) -> None:
+    ops, limit = select_ops(CUDA), TOLERANCE[dtype]
+    x, total, gain = (randn(*s, dtype=dtype) for s in ((rows, depth), (rows, width), (depth,)))
+    weight = (randn(width, depth, dtype=torch.float32) / depth**0.5).to(dtype)
+    b = randn(width, dtype=dtype) if bias else None
+    wide = [None if t is None else t.double().cpu() for t in (x, weight, b, total, gain)]
+    x64, weight64, b64, total64, gain64 = wide
+    norm, norm64 = (gain, 1e-5), (gain64, 1e-5)
+    near(ops.linear(x, weight, b), reference.linear(x64, weight64, b64), limit)
+    near(ops.linear(x, weight, b, norm), reference.linear(x64, weight64, b64, norm64), limit)
+    gated = reference.gated_linear(x64, weight64, b64, norm64)
+    near(ops.gated_linear(x, weight, b, norm), gated, 3 * limit)
+    expected = reference.add_linear(total64, x64, weight64, b64)
+    assert ops.add_linear(total, x, weight, b) is total
+    near(total, expected, limit)
+    if b is None:
+        out = torch.full((rows, width), torch.nan, dtype=dtype, device=CUDA)
+        assert ops.linear(x, weight, None, norm, out) is out
+        near(out, reference.linear(x64, weight64, None, norm64), limit)
 
 
 def near(out: Tensor, expected: Tensor, limit: float) -> None:
@@ -56,11 +84,12 @@ def on_gpu(batch: Batch) -> Batch:
 
 
 DECODE = [(1, 1), (17, 1), (16, 1), (300, 1), (33, 1), (2049, 1)]
+LONG = [(2900, 1), (257, 1), (256, 1)]  # several parts each
 CHUNKS = [(5, 5), (16, 16), (21, 4), (640, 517), (33, 1)]
 FRESH = [(300, 300), (1, 1), (17, 17)]  # these need not be read from pages
 MIXES = {
-    "decode": DECODE, "chunks": CHUNKS, "both": DECODE + CHUNKS, "one": [(1, 1)],
-    "fresh": FRESH, "all": DECODE + CHUNKS + FRESH,
+    "decode": DECODE, "long": LONG, "many": DECODE * 30, "one": [(1, 1)],
+    "chunks": CHUNKS, "both": DECODE + CHUNKS, "fresh": FRESH, "all": DECODE + CHUNKS + FRESH,
 }  # fmt: skip
 
 
@@ -78,7 +107,8 @@ def run_attention(
     rows = MIXES[mix]
     batch, kv, cache = make_case(rows, page_size, kv_heads, seed, dim)
     # Chunks of one token stand among the chunks here.
-    batch = replace(batch, num_decode=min(batch.num_decode, len(DECODE)))
+    num_decode = next((i for i, (_, n) in enumerate(rows) if n > 1), len(rows))
+    batch = replace(batch, num_decode=num_decode)
     cache, kv = cache.to(cache_dtype or dtype), kv.to(dtype)
     q = torch.randn(len(batch.tokens), num_heads, dim).to(dtype)
     qkv = torch.cat((q, kv.flatten(1, 2)), 1)
@@ -99,6 +129,7 @@ def run_attention(
         unrounded = found.kv[at].float().cpu().unflatten(1, (2, kv_heads))
         attended[page[at], :, offset[at]] = unrounded
     near(out, reference.attend(out_q.float().cpu(), attended, slow), limit)
+    assert torch.equal(ops.attend(found, there, plan), out)  # whoever came last in a joined row
     # And what it stored.
     exact = cache.float()
     slow = reference.plan_attention(batch, exact, window)
@@ -128,10 +159,14 @@ def test_attention_without_kernels(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("heads", "window"),
-    [((8, 2, 64), None), ((32, 8, 128), None), ((8, 1, 256), None), ((4, 2, 64), 20)],
+    ("dtype", "heads", "window"),
+    [
+        (torch.bfloat16, (8, 2, 64), None),
+        (torch.bfloat16, (32, 8, 128), None),
+        (torch.bfloat16, (4, 2, 64), 20),
+        (torch.float16, (8, 1, 64), None),
+    ],
 )
 def test_attention_over_a_float8_cache(
     mix: str, dtype: torch.dtype, heads: tuple[int, int, int], window: int | None
@@ -241,4 +276,7 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
 def test_no_rows() -> None:
     ops = select_ops(CUDA)
     empty = randn(0, 64)
-    assert ops.add_rms_norm(empty, empty.clone(), randn(64), 1e-5)[0].shape == (0, 64)
+    norm = randn(64), 1e-5
+    assert ops.rms_norm(empty, *norm).shape == (0, 64)
+    assert ops.gated_linear(empty, randn(20, 64), None, norm).shape == (0, 10)
+    assert ops.add_linear(randn(0, 20), empty, randn(20, 64), None).shape == (0, 20)

@@ -139,11 +139,27 @@ def test_rms_norm(dtype: torch.dtype) -> None:
     total = (x + residual).double()
     expected = total / (total.pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * weight.double()
     atol = 1e-6 if dtype == torch.float32 else 0.03
-    normed, stream = reference.add_rms_norm(x, residual.clone(), weight, 0.1)
-    torch.testing.assert_close(normed.double(), expected, rtol=0, atol=atol)
-    torch.testing.assert_close(stream, x + residual)
     normed = reference.rms_norm(x + residual, weight, 0.1)
     torch.testing.assert_close(normed.double(), expected, rtol=0, atol=atol)
+    stream = residual.clone()
+    assert reference.rms_norm(x + residual, weight, 0.1, add_to=stream) is stream
+    torch.testing.assert_close(stream, residual + normed)
+
+
+def test_linear_and_what_rides_along() -> None:
+    x, weight, bias = torch.randn(3, 8), torch.randn(10, 8), torch.randn(10)
+    norm, total = (torch.rand(8), 0.1), torch.randn(3, 10)
+    normed = reference.rms_norm(x, *norm)
+    y = normed @ weight.T + bias
+    torch.testing.assert_close(reference.linear(x, weight, bias, norm), y)
+    out = torch.full((3, 10), torch.nan)
+    assert reference.linear(x, weight, bias, norm, out) is out
+    torch.testing.assert_close(out, y)
+    gated = y[:, :5] * y[:, :5].sigmoid() * y[:, 5:]
+    torch.testing.assert_close(reference.gated_linear(x, weight, bias, norm), gated)
+    expected = total + x @ weight.T
+    assert reference.add_linear(total, x, weight, None) is total
+    torch.testing.assert_close(total, expected)
 
 
 def test_silu_mul() -> None:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
+
 # Heads of one program.
 _HEADS = 16
 
@@ -20,6 +22,7 @@ def _rotate_and_store(
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
     PAGE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
     FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
@@ -33,6 +36,7 @@ def _rotate_and_store(
     turned = at < TURN
     partner, pair = tl.where(turned, partner, at), tl.where(turned, pair, 0)
 
+    begin(OVERLAPS)
     inside = (head < HEADS + 2 * KV) & (at < DIM)
     row = qkv + token * (HEADS + 2 * KV) * DIM + head * DIM
     raw = tl.load(row + at, mask=inside, other=0.0)
@@ -92,6 +96,6 @@ def rotate_and_store(
         PAGE=cache.shape[2], NORM=norm is not None, INTERLEAVED=interleaved, KEEP=keeps_kv,
         FLOAT8=cache.dtype == torch.float8_e4m3fn,
         BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
-        BLOCK_DIM=triton.next_power_of_2(dim),
+        BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
     return q, kv

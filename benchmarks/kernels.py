@@ -1,0 +1,293 @@
+"""How near each kernel comes to what an H200 can do: scripts/bench kernels --model NAME.
+
+Times the operations of a model's layers at the sizes they have in decode and prefill, each on
+fresh inputs in turn, of more bytes than the L2 cache holds, so that they come from memory. On a GPU
+the calls are replayed from a CUDA graph, without the host. A kernel's floor is the time in which
+the chip could move its bytes or do its arithmetic, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gllm_benchmarks.offline import model_directory
+from gllm_benchmarks.record import add_arguments, print_table, record
+from gllm_engine.ops import Batch, best_device, select_ops
+from gllm_engine.spec import Gqa, Model, read_spec
+
+# Of one H200, measured: a copy in memory, and a bf16 product of random matrices.
+BYTES_PER_S = 4.3e12
+OPS_PER_S = 790e12
+ROTATED_BYTES = 256 << 20  # several times the L2 cache
+MAX_CALLS = 1000  # what is smaller than that is bounded by its launch
+MIN_CALLS, REPLAYS = 8, 15
+PAGE_SIZE = 16
+TOKENS = (1, 64, 256, 1024, 8192)
+GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
+ROWS = (1, 64, 512, 1024)  # sampled at once
+DECODE = ((1, 1024), (64, 1024), (256, 4096), (512, 1536), (1024, 512))  # rows, context
+# Rows, context, tokens of it in this step.
+PREFILL = ((1, 8192, 8192), (2, 8192, 8192), (16, 1024, 1024), (64, 256, 256), (4, 8192, 2048))
+
+
+class Case(NamedTuple):
+    """`make` gives a call on inputs of its own; `bytes` and `ops` are the least one call takes."""
+
+    kernel: str
+    size: str
+    bytes: float
+    ops: float
+    make: Callable[[], Callable[[], Any]]
+
+    @property
+    def floor_s(self) -> float:
+        return max(self.bytes / BYTES_PER_S, self.ops / OPS_PER_S)
+
+
+class Shape:
+    """Makes cases for one model on one device; all of its layers are like the first."""
+
+    def __init__(
+        self, spec: Model, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
+    ) -> None:
+        self.spec, self.device, self.dtype, self.cache_dtype = spec, device, dtype, cache_dtype
+        self.mixer: Gqa = spec.layers[0].mixer
+        self.ops: ModuleType = select_ops(device)
+        self.planner = self.ops.Planner(device, dtype)
+        self.item = dtype.itemsize
+
+    def randn(self, *size: int) -> Tensor:
+        return torch.randn(size, dtype=self.dtype, device=self.device)
+
+    def rows_cases(self, tokens: int) -> Iterator[Case]:
+        """What works on each token by itself."""
+        dim, hidden, m = self.spec.dim, self.spec.layers[0].ffn.hidden, self.mixer
+        ops, eps, item = self.ops, self.spec.eps, self.item
+
+        def norm() -> Callable[[], Any]:
+            x, gain = self.randn(tokens, dim), self.randn(dim)
+            return lambda: ops.rms_norm(x, gain, eps)
+
+        def activation() -> Callable[[], Any]:
+            both = self.randn(tokens, 2 * hidden)
+            return lambda: ops.silu_mul(both)
+
+        size = f"{tokens} tokens"
+        yield Case("rms_norm", size, (2 * tokens + 1) * dim * item, 0, norm)
+        yield Case("silu_mul", size, 3 * tokens * hidden * item, 0, activation)
+        batch = self.batch([(1, 1)] * tokens if tokens <= max(ROWS) else [(tokens, tokens)])
+        store = self.attention(batch, attends=False)
+        # q, k and v come, q goes; k and v go to the cache. A position's cosines and sines come too.
+        numbers = (2 * m.heads + 2 * m.kv_heads) * item
+        numbers += 2 * m.kv_heads * self.cache_dtype.itemsize + 4
+        yield Case("rotate_and_store", size, tokens * numbers * m.head_dim, 0, store)
+
+    def gemm_cases(self, tokens: int) -> Iterator[Case]:
+        """The products as layers ask for them: those after attention and activation add to a sum.
+
+        For one token, norm and activation are done in the same kernel, so they are in the call.
+        """
+        m, dim, hidden = self.mixer, self.spec.dim, self.spec.layers[0].ffn.hidden
+        q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
+        products = {"qkv": (q + 2 * kv, dim), "out": (dim, q), "gate_up": (2 * hidden, dim)}
+        products |= {"down": (dim, hidden), "logits": (self.spec.vocab, dim)}
+        for name, (n, k) in products.items():
+            if name == "logits" and tokens > max(ROWS):
+                continue
+            adds, gates = name in ("out", "down"), name == "gate_up" and tokens == 1
+            moved = n * k + tokens * (k + (n // 2 if gates else n) + n * adds)
+            make = partial(self.product, name, tokens, n, k)
+            size = f"{tokens} x {k} x {n}"
+            yield Case(f"GEMM {name}", size, moved * self.item, 2 * tokens * n * k, make)
+
+    def product(self, name: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
+        x, weight, ops = self.randn(tokens, k), self.randn(n, k), self.ops
+        if name in ("out", "down"):
+            total = self.randn(tokens, n)
+            return lambda: ops.add_linear(total, x, weight, None)
+        if tokens > 1 or name == "logits":
+            return lambda: ops.linear(x, weight)
+        norm = self.randn(k), self.spec.eps
+        if name == "gate_up":
+            return lambda: ops.gated_linear(x, weight, None, norm)
+        return lambda: ops.linear(x, weight, None, norm)
+
+    def sample_case(self, rows: int) -> Case:
+        vocab, device = self.spec.vocab, self.device
+
+        def draw() -> Callable[[], Any]:
+            scores, ops = self.randn(rows, vocab), self.ops
+            heat = torch.ones(rows, device=device)
+            seeds = torch.randint(1 << 60, (rows,), device=device)
+            return lambda: ops.sample(scores, heat, seeds, seeds)
+
+        return Case("sample", f"{rows} x {vocab}", rows * vocab * self.item, 0, draw)
+
+    def decode_case(self, rows: int, context: int) -> Case:
+        return self.attention_case("decode", f"{rows} rows x {context}", rows, context, 1)
+
+    def prefill_case(self, rows: int, context: int, chunk: int) -> Case:
+        size = f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
+        return self.attention_case("prefill", size, rows, context, chunk)
+
+    def attention_case(self, kind: str, size: str, rows: int, context: int, chunk: int) -> Case:
+        """Causal attention of the last `chunk` tokens of each of some rows."""
+        m, window = self.mixer, self.mixer.window or context
+        # A whole prompt attends to its K and V as they are, the rest to what the cache has.
+        kv_item = self.item if chunk == context > 1 else self.cache_dtype.itemsize
+        read = 2 * m.kv_heads * min(context, chunk - 1 + window) * kv_item
+        moved = rows * m.head_dim * (read + 2 * m.heads * chunk * self.item)
+        pairs = rows * sum(min(p + 1, window) for p in range(context - chunk, context))
+        make = self.attention(self.batch([(context, chunk)] * rows))
+        return Case(f"attention, {kind}", size, moved, 4 * pairs * m.heads * m.head_dim, make)
+
+    def batch(self, rows: list[tuple[int, int]]) -> Batch:
+        """A step of rows of (context, tokens in this step), on pages in no order."""
+        counts = [-(-context // PAGE_SIZE) for context, _ in rows]
+        pages = torch.randperm(sum(counts)).split(counts)
+        table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
+        places = [torch.arange(context - num, context) for context, num in rows]
+        index = [
+            table[row, at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
+            for row, at in enumerate(places)
+        ]
+        lens, query_lens = [context for context, _ in rows], [num for _, num in rows]
+        positions = torch.cat(places)
+        return Batch(
+            tokens=torch.zeros_like(positions, device=self.device),
+            positions=positions.to(self.device),
+            cache_index=torch.cat(index).to(self.device),
+            page_table=table.to(self.device),
+            slots=torch.arange(len(rows), device=self.device),
+            context_lens=torch.tensor(lens, device=self.device),
+            context_lens_cpu=lens,
+            query_lens=query_lens,
+            num_decode=len(rows) if max(query_lens) == 1 else 0,
+            logit_index=None,
+        )
+
+    def attention(self, batch: Batch, attends: bool = True) -> Callable[[], Callable[[], Any]]:
+        """Makes calls that attend over caches of their own, or rotate and store into them."""
+        m, ops = self.mixer, self.ops
+        num_pages = int(batch.page_table.max()) + 1
+        shape = (num_pages, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
+        like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+        plan = self.planner.plan(batch, like, m.heads, m.window)
+        cos, sin = torch.rand(2, max(batch.context_lens_cpu), m.head_dim // 2, device=self.device)
+        turn = ops.rotation(cos, sin, batch.positions, self.dtype, m.rope.interleaved)
+        num_heads = m.heads + 2 * m.kv_heads
+        norm = self.randn(m.heads + m.kv_heads, m.head_dim) if m.qk_norm else None
+
+        def make() -> Callable[[], Any]:
+            cache = self.randn(*shape).to(self.cache_dtype)
+            qkv = self.randn(len(batch.tokens), num_heads, m.head_dim)
+            options = (m.heads, norm, self.spec.eps, turn, m.rope.interleaved, cache, plan)
+            if not attends:
+                return lambda: ops.rotate_and_store(qkv, *options)
+            heads = ops.rotate_and_store(qkv, *options)
+            return lambda: ops.attend(heads, cache, plan)
+
+        return make
+
+    def cases(self) -> Iterator[Case]:
+        """All of them. A case is to be timed before the next one is made: plans share memory."""
+        for tokens in TOKENS:
+            yield from self.rows_cases(tokens)
+        yield from map(self.sample_case, ROWS)
+        for rows, context in DECODE:
+            yield self.decode_case(rows, context)
+        for row in PREFILL:
+            yield self.prefill_case(*row)
+        for tokens in GEMM_TOKENS:
+            yield from self.gemm_cases(tokens)
+
+
+def seconds_of(case: Case, on_gpu: bool) -> float:
+    """Median seconds of one call."""
+    count = min(MAX_CALLS, -(-ROTATED_BYTES // int(case.bytes))) if on_gpu else 1
+    calls = [case.make() for _ in range(count)]
+    calls *= -(-MIN_CALLS // count)
+    calls[0]()  # compiles, which must not happen while a graph is recorded
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    replay = record_graph(run) if on_gpu else run
+    times = []
+    for _ in range(REPLAYS + 2):
+        start = time.perf_counter()
+        seconds = replay()
+        times.append(time.perf_counter() - start if seconds is None else seconds)
+    return statistics.median(times[2:]) / len(calls)
+
+
+def record_graph(run: Callable[[], None]) -> Callable[[], float]:
+    """`run` as a CUDA graph; gives the seconds that the GPU took for it."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay() -> float:
+        graph.replay()  # the GPU is busy while the host prepares what is timed
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    return replay
+
+
+def describe(case: Case, seconds: float) -> dict[str, Any]:
+    about = {"kernel": case.kernel, "size": case.size, "us": seconds * 1e6}
+    about |= {"bytes": case.bytes, "ops": case.ops, "floor_us": case.floor_s * 1e6}
+    return about | {"share": case.floor_s / seconds}
+
+
+def make_row(about: dict[str, Any]) -> list[str]:
+    seconds = about["us"] / 1e6
+    speeds = about["bytes"] / seconds / 1e12, about["ops"] / seconds / 1e12
+    row = [about["kernel"], about["size"], f"{about['us']:,.1f}", f"{speeds[0]:.2f}"]
+    row += [f"{speeds[1]:.0f}" if about["ops"] else "", f"{about['floor_us']:,.1f}"]
+    return [*row, f"{about['share']:.0%}"]
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench kernels", description=__doc__)
+    parser.add_argument("--model", default="llama-3.1-8b", help="a directory or a known shape")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
+    parser.add_argument("--only", default="", help="kernels with one of these words: GEMM,sample")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    path, device = model_directory(arguments.model), best_device()
+    if device.type != "cuda":
+        parser.error("no GPU with its kernels installed is here")
+    dtype = torch.bfloat16
+    cache_dtype = torch.float8_e4m3fn if arguments.kv_cache_dtype == "fp8" else dtype
+    shape = Shape(read_spec(path), device, dtype, cache_dtype)
+    words, found = arguments.only.split(","), []
+    for case in shape.cases():
+        if any(word in case.kernel for word in words):
+            found.append(describe(case, seconds_of(case, on_gpu=True)))
+            print(" | ".join(make_row(found[-1])), flush=True)
+    header = ["kernel", "size", "us", "TB/s", "TFLOP/s", "floor us", "of the floor"]
+    print_table(path.name, header, [make_row(about) for about in found])
+    suffix = "" if cache_dtype == dtype else "-fp8-kv"
+    record(f"kernels-{path.name}{suffix}", {"kernels": found}, arguments.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""One run of our engine for offline.py, in a process of its own; peer.py is its counterpart.
+
+Owns how our engine is driven and profiled. Knows nothing of tables or of what is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from gllm_engine import Engine, Request, SamplingParams, make_config
+
+# A kernel belongs to the first kind one of whose words is in its name.
+KINDS = {
+    "attention": ("PrefillWith", "DecodeWith", "PersistentVariableLength", "MergeState", "_decode"),
+    "norms": ("_rms_norm",),
+    "rotation and KV store": ("_rotate_and_store",),
+    "activation": ("_silu_mul",),
+    "sampling": ("_look", "_choose"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitK", "cublas"),
+    "copies": ("Memcpy", "Memset"),
+}
+
+# Steps before the profile, where it is not 60: amid the workload's usual work.
+SKIPPED = {"prefill": 20, "1k1k": 500}
+Jobs = list[tuple[list[int], int]]  # prompts and output tokens
+
+
+def submit(engine: Engine, jobs: Jobs) -> None:
+    for id, (prompt, output_len) in enumerate(jobs):
+        engine.add(Request(id, prompt, SamplingParams(max_tokens=output_len, ignore_eos=True), id))
+
+
+def run(engine: Engine, jobs: Jobs) -> dict[str, float]:
+    """Serve the jobs; seconds in all, until the first token, steps and output tokens.
+
+    Raises RuntimeError when a request has not got what it asked for.
+    """
+    before = engine.stats().steps
+    start = time.perf_counter()
+    submit(engine, jobs)
+    ids: list[int] = []
+    tokens: list[int] = []
+    first = 0.0
+    while engine.has_work:
+        outputs = engine.step().get(None)
+        if outputs is None:
+            continue
+        ids += outputs.ids
+        tokens += outputs.tokens
+        first = first or time.perf_counter() - start
+        for finish in outputs.finished.values():
+            if finish.reason != "length":
+                raise RuntimeError(f"a request failed: {finish.message or finish.reason}")
+    seconds = time.perf_counter() - start
+    if Counter(ids) != {id: output_len for id, (_, output_len) in enumerate(jobs)}:
+        raise RuntimeError("a request got more or fewer tokens than it asked for")
+    if not 0 <= min(tokens) <= max(tokens) < engine.info.vocab_size:
+        raise RuntimeError("a token is outside the vocabulary")
+    steps = engine.stats().steps - before
+    return {"seconds": seconds, "first_token": first, "steps": steps, "tokens": len(tokens)}
+
+
+def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, float]:
+    """Milliseconds a step on the GPU by kind of kernel, over `count` steps after `skip`."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as trace
+
+    submit(engine, jobs)
+    for _ in range(skip):
+        engine.step()
+    with trace(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(count):
+            engine.step()
+    for id in range(len(jobs)):
+        engine.abort(id)
+    while engine.has_work:
+        engine.step()
+    spans = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    times = dict.fromkeys([*KINDS, "other"], 0.0)
+    for span in spans:
+        found = (kind for kind, words in KINDS.items() if any(w in span.name for w in words))
+        times[next(found, "other")] += span.time_range.elapsed_us() / 1000 / count
+    wall = max(s.time_range.end for s in spans) - min(s.time_range.start for s in spans)
+    return times | {"gaps": wall / 1000 / count - sum(times.values())}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    task: dict[str, Any] = json.loads(sys.argv[1])
+    engine = Engine(make_config({"model": task["model"]} | task["config"]))
+    figures: dict[str, Any] = {
+        "start_s": time.monotonic() - task["started"],
+        "kv_tokens": engine.info.num_pages * engine.info.page_size,
+    }
+    print(f"ready: {figures}", flush=True)
+    for work in json.loads(Path(task["work"]).read_text()):
+        name = work["name"]
+        run(engine, work["warm_up"])
+        figures[name] = [run(engine, work["jobs"]) for _ in range(task["repeat"])]
+        print(f"{name}: {figures[name]}", flush=True)
+        if task["profile"]:
+            times = profile(engine, work["jobs"], SKIPPED.get(name, 60), 20)
+            figures[f"{name} profile"] = times
+            print({kind: round(ms, 3) for kind, ms in times.items()}, flush=True)
+    engine.close()
+    Path(task["figures"]).write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

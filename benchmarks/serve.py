@@ -1,0 +1,245 @@
+"""How a model is served under load, over gRPC: scripts/bench serve --start MODEL --rate 2,4,8.
+
+Requests of a workload (or of an Azure trace) go to tritonserver as token ids, from several client
+processes, and every output has its full length. They come all at once, in a closed loop, at random
+as from independent users (Poisson), or when the trace says. Every time is taken at the client, and
+counts from when a request was due, whether or not the client could send it then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gllm_benchmarks.load import Record, run_load
+from gllm_benchmarks.offline import OURS, model_directory, parse_pairs
+from gllm_benchmarks.plot import draw
+from gllm_benchmarks.record import RESULTS, add_arguments, print_table, record
+from gllm_benchmarks.server import MODEL, server
+from gllm_benchmarks.workloads import at_rate, lengths, make_jobs, poisson, read_azure, warm_up
+
+PERCENTILES = (50, 90, 99)
+# Per request, seconds: first token, each later token, gap between responses, last token.
+TIMES = ("ttft", "tpot", "itl", "e2e")
+LIMITED = ("ttft", "tpot", "e2e")  # what an SLO may limit
+
+
+Arrivals = list[float] | int  # seconds from the beginning for each, or how many at a time
+
+
+def times_of(one: Record) -> dict[str, list[float]]:
+    """By name of TIMES, the values that one complete request has, in seconds."""
+    first, last, later = one.times[0], one.times[-1], one.wanted - 1
+    return {
+        "ttft": [first - one.due],
+        "tpot": [(last - first) / later] if later else [],
+        "itl": np.diff(one.times).tolist(),
+        "e2e": [last - one.due],
+    }
+
+
+def meets(slo: dict[str, float], one: Record) -> bool:
+    """Whether a request is complete and within every limit; what it has no value for is met."""
+    if not one.is_complete:
+        return False
+    times = times_of(one)
+    return all(value <= limit for name, limit in slo.items() for value in times[name])
+
+
+def summarize(records: list[Record], slo: dict[str, float]) -> dict[str, Any]:
+    """What a run's records amount to; times in milliseconds."""
+    complete = [one for one in records if one.is_complete]
+    failed = [one for one in records if not one.is_complete]
+    begin, end = min(r.sent for r in records), max([0.0, *(t for r in records for t in r.times)])
+    seconds = max(end - begin, 1e-9)
+    tokens, num_responses = sum(sum(r.tokens) for r in records), sum(len(r.times) for r in records)
+    figures: dict[str, Any] = {
+        "seconds": seconds,
+        "requests": len(records),
+        "completed": len(complete),
+        "failed": len(failed),
+        "first_failure": failed[0].error or "tokens are missing" if failed else None,
+        "output_tokens": tokens,
+        "output_tokens_per_s": tokens / seconds,
+        "requests_per_s": len(complete) / seconds,
+        "tokens_per_response": tokens / max(num_responses, 1),
+        # How late the clients sent: more than some milliseconds, and they were what was measured.
+        "client_lag_ms": 1000 * max(one.sent - one.due for one in records),
+    }
+    found = [times_of(one) for one in complete]
+    for name in TIMES:
+        figures[f"{name}_ms"] = distribution([value for each in found for value in each[name]])
+    if slo:
+        good = sum(meets(slo, one) for one in records)
+        share = good / len(records)
+        figures["goodput"] = {"slo": slo, "share": share, "requests_per_s": good / seconds}
+    return figures
+
+
+def distribution(values: list[float]) -> dict[str, float] | None:
+    """Mean and percentiles in milliseconds of values in seconds; None of none."""
+    if not values:
+        return None
+    points = np.percentile(values, PERCENTILES) * 1000
+    named = zip(PERCENTILES, points.tolist(), strict=True)
+    return {"mean": float(np.mean(values)) * 1000} | {f"p{p}": value for p, value in named}
+
+
+def parse_slo(text: str) -> dict[str, float]:
+    """ttft=2,tpot=0.1: limits in seconds. Raises ArgumentTypeError."""
+    slo = {}
+    for pair in text.split(","):
+        name, _, limit = pair.partition("=")
+        try:
+            slo[name] = float(limit)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{pair!r} is not NAME=SECONDS") from None
+        if name not in LIMITED:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(LIMITED)}")
+    return slo
+
+
+def patterns(
+    arguments: argparse.Namespace, recorded: list[float], count: int
+) -> dict[str, Arrivals]:
+    """The runs asked for, by name. `recorded`: arrivals of the trace, if there is one."""
+    found: dict[str, list[float]] = {}
+    if arguments.all:
+        found["all at once"] = [0.0] * count
+    for rate in arguments.rate:
+        arrivals = at_rate(recorded, rate) if recorded else poisson(count, rate)
+        found[f"{rate:g} requests/s"] = arrivals
+    if recorded and not (found or arguments.concurrency):
+        found["as recorded"] = recorded
+    end = arguments.seconds or float("inf")
+    early = {name: [at for at in arrivals if at <= end] for name, arrivals in found.items()}
+    return {f"{n} at a time": n for n in arguments.concurrency} | early
+
+
+def print_runs(title: str, runs: dict[str, dict[str, Any]]) -> None:
+    header = ["load", "done", "failed", "out tok/s", "req/s", "tok/response"]
+    header += [f"{name} {p}" for name in TIMES for p in ("p50", "p99")] + ["goodput req/s"]
+    rows = []
+    for name, run in runs.items():
+        row = [name, run["completed"], run["failed"], f"{run['output_tokens_per_s']:,.0f}"]
+        row += [f"{run['requests_per_s']:.2f}", f"{run['tokens_per_response']:.1f}"]
+        for key in TIMES:
+            about = run[f"{key}_ms"]
+            row += [f"{about[p]:,.1f}" if about else "" for p in ("p50", "p99")]
+        good = run.get("goodput")
+        row.append(f"{good['requests_per_s']:.2f} ({good['share']:.0%})" if good else "")
+        rows.append(row)
+    print_table(f"{title}; times in ms", header, rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench serve", description=__doc__)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--start", metavar="MODEL", help="start a server on a directory or a shape")
+    where.add_argument("--address", help="gRPC address of a server that runs, with --model")
+    parser.add_argument("--model", help="the model's name there")
+    parser.add_argument("--vocab", type=int, default=1000, help="prompts there are of ids below it")
+    parser.add_argument("--front-ends", type=int, default=2, help="of a server to start")
+    parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
+    parser.add_argument("--trace", type=Path, help="an Azure CSV file, in place of a workload")
+    parser.add_argument("--limit", type=int, help="only so many requests")
+    parser.add_argument("--seconds", type=float, help="what comes later is left out")
+    parser.add_argument("--rate", type=numbers(float), default=[], help="requests/s: 2,4,8")
+    parser.add_argument("--concurrency", type=numbers(int), default=[], help="under way at a time")
+    parser.add_argument("--all", action="store_true", help="all requests at once")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each; the median is told")
+    parser.add_argument("--clients", type=int, default=4, help="client processes")
+    parser.add_argument("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one run")
+    parser.add_argument("--name", help="of the result; default: serve-MODEL")
+    parser.add_argument("--plot", type=Path, help="an SVG file; with --save also in results")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.address and not arguments.model:
+        parser.error("--address: --model is needed too")
+    if not (arguments.all or arguments.rate or arguments.concurrency or arguments.trace):
+        parser.error("no load: give --rate, --concurrency, --all or --trace")
+    return arguments
+
+
+def numbers(kind: type) -> Any:
+    """A parser of positive numbers separated by commas."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            values = [kind(each) for each in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 2,4,8") from None
+        if min(values) <= 0:
+            raise argparse.ArgumentTypeError(f"{text!r} has a number that is not above 0")
+        return values
+
+    return parse
+
+
+@contextlib.contextmanager
+def serving(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """The address, the model's name there and how many token ids it has."""
+    if arguments.address:
+        yield arguments.address, arguments.model, arguments.vocab
+        return
+    path = model_directory(arguments.start)
+    config = dict(OURS)
+    if any(path.glob("*.safetensors")):
+        del config["load_format"]
+    config |= parse_pairs(arguments.config)
+    vocab = json.loads((path / "config.json").read_text())["vocab_size"]
+    with server(path, arguments.front_ends, {}, config) as address:
+        yield address, MODEL, vocab
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
+    recorded: list[float] = []
+    if arguments.trace:
+        recorded, pairs = read_azure(arguments.trace, arguments.limit)
+    else:
+        pairs = lengths(arguments.workload)[: arguments.limit]
+    title = Path(arguments.start or arguments.model).name
+    runs: dict[str, dict[str, Any]] = {}
+    with serving(arguments) as (address, model, vocab):
+        some = warm_up(make_jobs(pairs, vocab, seed=0))
+        run_load(address, model, some, len(some), arguments.clients, timeout=arguments.timeout)
+        seed = 0
+        for name, arrivals in patterns(arguments, recorded, len(pairs)).items():
+            found = []
+            for _ in range(arguments.repeat):
+                seed += 1  # new prompts, which no cache can know
+                count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
+                jobs = make_jobs(pairs[:count], vocab, seed)
+                options = {"clients": arguments.clients, "timeout": arguments.timeout}
+                records = run_load(address, model, jobs, arrivals, **options)
+                found.append(summarize(records, arguments.slo))
+            found.sort(key=lambda run: run["seconds"])
+            middle = found[len(found) // 2]
+            runs[name] = middle | {"all_seconds": [run["seconds"] for run in found]}
+            print_runs(name, {name: runs[name]})
+    print_runs(f"{title}, {len(pairs)} requests, {arguments.clients} clients", runs)
+    name = arguments.name or f"serve-{title}"
+    plots = [arguments.plot] if arguments.plot else []
+    plots += [RESULTS / f"{name}.svg"] if arguments.save and len(runs) > 1 else []
+    for path in plots:
+        path.write_text(draw(title, list(runs.values())))
+    workload = arguments.trace.name if arguments.trace else arguments.workload
+    record(name, {"workload": workload, "runs": runs}, arguments.save)
+    if any(run["failed"] for run in runs.values()):
+        raise SystemExit("requests have failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""A tritonserver for a benchmark: one model, free ports, gone at the end.
+
+Owns the model repository made for it, and what a shape without a tokenizer is served with. Knows
+nothing of load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gllm_client import SyncClient
+
+MODEL = "m"  # its name in the server
+STOP_S = 60.0
+
+
+@contextlib.contextmanager
+def server(
+    model: Path,
+    front_ends: int,
+    parameters: dict[str, str],
+    config: dict[str, Any],
+    timeout: float = 300.0,
+) -> Iterator[str]:
+    """A plain tritonserver that serves `model` as MODEL; gives its gRPC address.
+
+    `parameters`: of config.pbtxt. `config`: keys of model.json. A model without a tokenizer gets
+    one made up. Raises RuntimeError with the server's log when it is not ready after `timeout` s.
+    """
+    with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
+        repository = Path(directory, "repository")
+        write_repository(repository / MODEL, model.resolve(), front_ends, parameters, config)
+        http, grpc, metrics = free_ports(3)
+        command = [sys.executable, "-m", "gllm_client", "tritonserver"]
+        command += [f"--model-repository={repository}", f"--http-port={http}"]
+        command += [f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+        with Path(directory, "log").open("w+") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            try:
+                await_ready(process, f"127.0.0.1:{grpc}", Path(log.name), timeout)
+                yield f"127.0.0.1:{grpc}"
+            finally:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(STOP_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()  # its front ends and its engine end with it
+                    process.wait()
+
+
+def write_repository(
+    directory: Path,
+    model: Path,
+    front_ends: int,
+    parameters: dict[str, str],
+    config: dict[str, Any],
+) -> None:
+    """The files of one model: config.pbtxt and 1/model.json."""
+    version = directory / "1"
+    version.mkdir(parents=True)
+    if not (model / "tokenizer.json").is_file() and "tokenizer" not in config:
+        vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+        (version / "tokenizer.json").write_text(json.dumps(made_up_tokenizer(vocab)))
+        config = {"tokenizer": "."} | config
+    (version / "model.json").write_text(json.dumps({"model": str(model)} | config))
+    settings = "".join(
+        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
+        for key, value in parameters.items()
+    )
+    (directory / "config.pbtxt").write_text(
+        f'backend: "gllm"\n{settings}instance_group [{{ count: {front_ends}, kind: KIND_MODEL }}]\n'
+    )
+
+
+def made_up_tokenizer(vocab: int) -> dict[str, Any]:
+    """A tokenizer.json whose every token is a short word, so that text costs what text costs."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    byte_level["trim_offsets"] = True
+    words = {f"\u0120{id:x}": id for id in range(vocab)}  # U+0120 spells a space
+    model = {"type": "BPE", "vocab": words, "merges": []}
+    both = {"pre_tokenizer": byte_level, "decoder": byte_level}
+    return {"version": "1.0", "added_tokens": [], "model": model} | both
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports: list[int] = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def await_ready(process: subprocess.Popen[bytes], address: str, log: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    with SyncClient(address) as client:
+        while not client.is_ready(MODEL):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
+            time.sleep(0.1)

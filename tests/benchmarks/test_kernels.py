@@ -1,0 +1,111 @@
+"""The cases of the kernel benchmark: they run, and count the bytes and operations there are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import approx
+
+from gllm_benchmarks.kernels import Shape, describe, make_row, seconds_of
+from gllm_benchmarks.offline import MODELS
+from gllm_engine import write_tiny_model
+from gllm_engine.spec import read_spec
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> Shape:
+    """Tiny, with norms of query and key heads."""
+    write_tiny_model(tmp_path, "Qwen3ForCausalLM")
+    return Shape(read_spec(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
+
+
+class Counted(Shape):
+    """Of a full size, for the arithmetic alone: nothing of that size is made."""
+
+    def attention(self, batch, attends=True):  # type: ignore[no-untyped-def]
+        return lambda: None
+
+
+def llama(cache_dtype: torch.dtype = torch.bfloat16) -> Counted:
+    spec = read_spec(MODELS / "llama-3.1-8b")
+    return Counted(spec, torch.device("cpu"), torch.bfloat16, cache_dtype)
+
+
+def test_all_cases_run(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"TOKENS": (1, 5), "GEMM_TOKENS": (1, 3, 2000), "ROWS": (1, 4)}
+    small |= {"DECODE": ((1, 40), (3, 17)), "PREFILL": ((2, 33, 33), (2, 40, 7)), "REPLAYS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(f"gllm_benchmarks.kernels.{name}", value)
+    found = []
+    for case in shape.cases():
+        seconds = seconds_of(case, on_gpu=False)
+        assert seconds > 0 and case.bytes > 0
+        found.append(describe(case, seconds))
+    # Logits are made for sampled rows only, never for 2,000.
+    assert len(found) == 2 * 3 + 2 + 2 + 2 + (3 * 5 - 1)
+    kernels = {about["kernel"] for about in found}
+    assert kernels == {
+        "rms_norm", "silu_mul", "rotate_and_store", "sample", "attention, decode",
+        "attention, prefill", "GEMM qkv", "GEMM out", "GEMM gate_up", "GEMM down", "GEMM logits",
+    }  # fmt: skip
+    assert all(len(make_row(about)) == 7 for about in json.loads(json.dumps(found)))
+
+
+@pytest.mark.parametrize("rows", [[(40, 1), (33, 1), (7, 1)], [(33, 33), (16, 16)], [(40, 7)]])
+def test_steps_are_what_the_product_would_run(shape: Shape, rows: list[tuple[int, int]]) -> None:
+    batch = shape.batch(rows)
+    assert batch.num_decode == (3 if len(rows) == 3 else 0)
+    counts = [-(-context // 16) for context, _ in rows]
+    own = [batch.page_table[row, :count].tolist() for row, count in enumerate(counts)]
+    assert sorted(sum(own, [])) == list(range(sum(counts)))  # no page is in two places
+    first = 0
+    for row, (context, num) in enumerate(rows):
+        positions = list(range(context - num, context))
+        assert batch.positions[first : first + num].tolist() == positions
+        places = [own[row][p // 16] * 16 + p % 16 for p in positions]
+        assert batch.cache_index[first : first + num].tolist() == places
+        first += num
+    out = shape.attention(batch)()()
+    assert out.shape == (first, shape.mixer.heads * shape.mixer.head_dim) and out.isfinite().all()
+
+
+def test_decode_attention_reads_k_and_v_once() -> None:
+    case = llama().decode_case(512, 1536)
+    kv, rest = 512 * 1536 * 2 * 8 * 128, 512 * 2 * 32 * 128 * 2
+    assert case.bytes == kv * 2 + rest
+    assert case.floor_s == approx(0.749e-3 + 2e-6, rel=5e-3)
+    assert describe(case, 0.746e-3)["share"] == approx(1.0, abs=0.01)
+    assert llama(torch.float8_e4m3fn).decode_case(512, 1536).bytes == kv + rest
+
+
+def test_prefill_attention_is_causal() -> None:
+    case = llama().prefill_case(2, 8192, 8192)
+    assert case.ops == 4 * 32 * 128 * 2 * 8192 * 8193 / 2
+    assert case.ops / 1.684e-3 == approx(653e12, rel=2e-3)  # what FA3 was measured at
+    late = llama().prefill_case(1, 8192, 2048)
+    assert late.ops == 4 * 32 * 128 * sum(range(8192 - 2048 + 1, 8193))
+    assert late.size == "1 x 2048 after 6144"
+    # Over a float8 cache a whole prompt still reads what it has just made.
+    small = llama(torch.float8_e4m3fn)
+    assert small.prefill_case(2, 8192, 8192).bytes == case.bytes
+    assert late.bytes - small.prefill_case(1, 8192, 2048).bytes == 8192 * 2 * 8 * 128
+
+
+def test_products_and_norms() -> None:
+    products = {case.kernel: case for case in llama().gemm_cases(1)}
+    gate_up = products["GEMM gate_up"]
+    assert gate_up.ops == 2 * 28672 * 4096 and gate_up.size == "1 x 4096 x 28672"
+    assert gate_up.floor_s == approx(54.6e-6, rel=1e-3)  # one token: the weight's bytes
+    # All weights on a token's way: 8.03 billion parameters but for the embedding.
+    layers = sum(c.ops / 2 for name, c in products.items() if name != "GEMM logits")
+    assert 32 * layers + products["GEMM logits"].ops / 2 == approx(7.5e9, rel=1e-2)
+    (out,) = (case for case in llama().gemm_cases(64) if case.kernel == "GEMM out")
+    assert out.bytes == 2 * (4096 * 4096 + 64 * 3 * 4096)  # its sum is read and written
+    norm, activation, store = llama().rows_cases(1024)
+    assert norm.bytes == (2 * 1024 + 1) * 4096 * 2
+    assert activation.bytes == 3 * 1024 * 14336 * 2
+    assert store.bytes == 1024 * (2 * 48 * 128 * 2 + 512)
+    assert llama().sample_case(512).bytes == 512 * 128256 * 2

@@ -1,0 +1,205 @@
+"""Offline runs of both engines, each in a process of its own; vLLM's part is played by a fake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gllm_benchmarks.offline import (
+    MODELS,
+    configure,
+    model_directory,
+    parse_pairs,
+    summarize,
+)
+from gllm_benchmarks.workloads import lengths, make_jobs, warm_up
+from gllm_engine import write_tiny_model
+from gllm_engine.spec import read_spec
+
+# Answers at once with token 7, and notes what it was asked; `WRONG` tells it to misbehave.
+FAKE = """
+import json, os, sys, types
+from pathlib import Path
+
+__version__ = "0.24.0"
+NOTES = Path(__file__).with_name("notes")
+
+
+def note(**what):
+    with NOTES.open("a") as file:
+        file.write(json.dumps(what) + "\\n")
+
+
+class SamplingParams:
+    def __init__(self, **fields):
+        self.fields = fields
+
+
+class LLM:
+    def __init__(self, **config):
+        note(config=config, path=sys.path, gllm="gllm_engine" in sys.modules)
+        cache = types.SimpleNamespace(num_gpu_blocks=10, block_size=16)
+        config = types.SimpleNamespace(cache_config=cache)
+        self.llm_engine = types.SimpleNamespace(vllm_config=config)
+
+    def generate(self, prompts, sampling, use_tqdm):
+        note(prompts=prompts, sampling=[each.fields for each in sampling])
+        wrong = os.environ.get("WRONG")
+        if wrong == "exit":
+            os._exit(3)
+        if wrong == "hang":
+            __import__("time").sleep(600)
+        answers = []
+        for each in sampling:
+            n = each.fields["max_tokens"]
+            ids = [10**6 if wrong == "id" else 7] * (n - 1 if wrong == "short" else n)
+            output = types.SimpleNamespace(token_ids=tuple(ids))
+            answers.append(types.SimpleNamespace(outputs=[output]))
+        return answers
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path, "Qwen3ForCausalLM")
+    return path
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    package = tmp_path / "site" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE)
+    return package.parent
+
+
+def offline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gllm_benchmarks.offline", *arguments]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_both_engines_do_the_same_work(model: Path, site: Path) -> None:
+    done = offline(
+        *("--engine", "both", "--model", str(model), "--peer-site", str(site), "--repeat", "2"),
+        *("--workloads", "fixed:3:9:5,fixed:1:4:2", "--config", "cpu_threads=1"),
+        *("--config", "num_pages=64", "--config", "max_num_seqs=2"),
+        *("--peer-config", "block_size=32", "--peer-config", 'attention_config={"a": 1}'),
+        GLLM_COMMIT="abc",
+    )
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == f"offline-{model.name}" and line["commit"] == "abc"
+    for engine, about in line["figures"].items():
+        assert about["start_s"] > 0 and about["config"]["load_format"] == "dummy"
+        for name, tokens in (("fixed:3:9:5", 15), ("fixed:1:4:2", 2)):
+            run = about[name]
+            assert run["tokens"] == tokens and len(run["all_seconds"]) == 2, engine
+            assert run["seconds"] == max(run["all_seconds"])
+    assert list(line["figures"]) == ["ours", "vllm"]
+    assert line["figures"]["ours"]["fixed:1:4:2"]["steps"] == 2
+    assert line["figures"]["vllm"]["version"] == "0.24.0"
+    assert line["figures"]["ours"]["kv_tokens"] == 64 * 16
+    assert line["figures"]["vllm"]["kv_tokens"] == 10 * 16
+    rows = [r.split("|")[1:-1] for r in done.stdout.splitlines() if r.startswith("| ")]
+    assert [cell.strip() for cell in rows[0]][-1] == "ours / vllm"
+    told = {(row[0].strip(), row[1].strip()): row for row in rows[2:]}
+    assert len(told) == 6
+    ours, vllm = (line["figures"][e]["fixed:3:9:5"]["seconds"] for e in ("ours", "vllm"))
+    assert float(told["fixed:3:9:5", "ours"][-1]) == pytest.approx(vllm / ours, abs=1e-3)
+
+
+def test_what_the_peer_is_asked(model: Path, site: Path) -> None:
+    done = offline(
+        *("--engine", "vllm", "--model", str(model), "--peer-site", str(site)),
+        *("--workloads", "fixed:40:1000:20", "--config", "gpu_memory_utilization=0.5"),
+    )
+    assert done.returncode == 0, done.stderr
+    notes = [json.loads(n) for n in (site / "vllm/notes").read_text().splitlines()]
+    start, warm, run = notes
+    assert not start["gllm"] and str(Path(__file__).parents[2] / "benchmarks") not in start["path"]
+    assert str(site) in start["path"]
+    assert start["config"] == {
+        "model": str(model),
+        "load_format": "dummy",
+        "enable_prefix_caching": False,
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "max_num_seqs": 1024,
+        "gpu_memory_utilization": 0.5,
+        "max_model_len": 1024,
+    }
+    assert len(warm["prompts"]) == 32 and warm["sampling"][0]["max_tokens"] == 8
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    jobs = make_jobs(lengths("fixed:40:1000:20"), vocab)
+    assert [each["prompt_token_ids"] for each in run["prompts"]] == [job.prompt for job in jobs]
+    expected = {"temperature": 1.0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
+    assert run["sampling"] == [expected] * 40
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("short", "more or fewer tokens"),
+        ("id", "outside the vocabulary"),
+        ("exit", "vllm: its process ended with status 3"),
+        ("hang", "vllm: not done after 3 s"),
+    ],
+)
+def test_a_peer_that_cheats_or_fails_is_told(
+    model: Path, site: Path, wrong: str, sentence: str
+) -> None:
+    done = offline(
+        *("--engine", "vllm", "--model", str(model), "--peer-site", str(site)),
+        *("--workloads", "fixed:2:5:4", "--timeout", "3"),
+        WRONG=wrong,
+    )
+    assert done.returncode and sentence in done.stderr and "figures" not in done.stdout
+
+
+def test_a_peer_must_be_there(model: Path, tmp_path: Path) -> None:
+    done = offline("--engine", "both", "--model", str(model), "--peer-site", str(tmp_path))
+    assert done.returncode == 2 and "in which there is vllm" in done.stderr
+
+
+def test_the_models_by_name() -> None:
+    sizes = {path.name: read_spec(path) for path in MODELS.iterdir()}
+    assert {name: spec.vocab for name, spec in sizes.items()} == {
+        "llama-3.1-8b": 128_256,
+        "qwen3-0.6b": 151_936,
+    }
+    assert model_directory("qwen3-0.6b") == (MODELS / "qwen3-0.6b").resolve()
+    with pytest.raises(SystemExit, match="none of llama-3.1-8b, qwen3-0.6b"):
+        model_directory("gpt")
+
+
+def test_configurations() -> None:
+    ours = parse_pairs(["max_num_seqs=512", "enforce_eager=true", "dtype=float16"])
+    assert ours == {"max_num_seqs": 512, "enforce_eager": True, "dtype": "float16"}
+    peer: dict[str, Any] = configure("vllm", ours, {"max_num_batched_tokens": 8192}, 8208)
+    assert peer["max_model_len"] == 9216 and peer["max_num_seqs"] == 512
+    assert peer["max_num_batched_tokens"] == 8192 and "enforce_eager" not in peer
+    assert configure("ours", ours, {}, 8208)["enforce_eager"] is True
+    with pytest.raises(SystemExit, match="'eager' is not KEY=VALUE"):
+        parse_pairs(["eager"])
+
+
+def test_warm_up_is_bounded() -> None:
+    jobs = make_jobs(lengths("prefill")[:6], 100)
+    assert [(len(p), n) for p, n in warm_up(jobs)] == [(8192, 8)] * 4
+    assert [(len(p), n) for p, n in warm_up(make_jobs([(10**5, 3)], 100))] == [(10**5, 3)]
+
+
+def test_the_median_is_told() -> None:
+    runs = [{"seconds": s, "tokens": 1} for s in (5.0, 1.0, 3.0)]
+    assert summarize(runs) == {"seconds": 3.0, "tokens": 1, "all_seconds": [5.0, 1.0, 3.0]}
+    assert summarize(runs[:2])["seconds"] == 5.0

@@ -1,0 +1,59 @@
+"""A start tells where its time went, and `fill_caches` goes the same way with less of a model."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gllm_engine import LLM, ConfigError, fill_caches, make_config
+from gllm_engine.engine import core
+from gllm_engine.model import LoadError
+from gllm_engine.model.tiny import write_tiny_model
+
+
+def test_the_log_divides_the_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny_model(tmp_path)
+    with caplog.at_level(logging.INFO), LLM(str(tmp_path), device="cpu", num_pages=200):
+        pass
+    (line,) = [line for line in caplog.messages if line.startswith("the model is ready in")]
+    parts = "decoder kernels memory graphs first_steps rest_of_the_weights".split()
+    times = ", ".join(part.replace("_", " ") + r" \d+\.\d" for part in parts)
+    assert re.fullmatch(rf"the model is ready in \d+\.\d s: {times}", line), line
+
+
+def test_an_error_of_a_reader_fails_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file turns out to be cut short only when it is read."""
+    write_tiny_model(tmp_path)
+    monkeypatch.setattr("os.preadv", lambda *_: 0)
+    with pytest.raises(LoadError, match="it ends at byte"):
+        LLM(str(tmp_path), device="cpu")
+
+
+def test_caches_need_a_gpu(tmp_path: Path) -> None:
+    for device in ("cpu", "none"):
+        with pytest.raises(ConfigError, match="compiled on the GPU they are for"):
+            fill_caches(make_config({"model": str(tmp_path), "device": device}))
+
+
+def test_caches_take_the_config_and_one_layer_of_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path / "whole", num_hidden_layers=5)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "whole/config.json", tmp_path / "bare")
+    started: list[Any] = []
+    monkeypatch.setattr(core, "_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(core, "_load_runner", lambda *given: started.append(given))
+    config = make_config({"model": str(tmp_path / "bare"), "page_size": 32})
+    assert len(fill_caches(config)) == 2
+    ((settled, spec),) = started
+    assert (settled.load_format, settled.page_size, settled.max_num_seqs) == ("dummy", 32, 1024)
+    assert len(spec.layers) == 1 and spec.dim == 64

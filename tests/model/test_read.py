@@ -1,0 +1,221 @@
+"""Weights read by threads, in pieces, are what a simple reading gives; what fails ends them all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CPU, load
+from torch import Tensor
+
+from gllm_engine.model import Decoder, LoadError, filling, load_model, read
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.spec import Model, read_spec
+from gllm_engine.spec.names import checkpoint_tensors
+
+# Qwen3: a norm that is stored for every head; Glm, ChatGLM: several weights in one tensor.
+FAMILIES = ["LlamaForCausalLM", "Qwen3ForCausalLM", "GlmForCausalLM", "ChatGLMModel"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def simply_read(path: Path, spec: Model, dtype: torch.dtype) -> dict[str, Tensor]:
+    stored: dict[str, Tensor] = {}
+    for file in path.glob("*.safetensors"):
+        stored |= load_file(file)
+    shapes, weights = spec.weights(), {}
+    for name, parts in checkpoint_tensors(spec).items():
+        rows = [shapes[part][0] for part in parts]
+        weights |= dict(zip(parts, stored[name].to(dtype).split(rows), strict=True))
+    return weights
+
+
+def assert_same_weights(decoder: Decoder, path: Path) -> None:
+    expected = simply_read(path, decoder.spec, decoder.dtype)
+    found = decoder.weights()
+    assert found.keys() == expected.keys()
+    for name, view in found.items():
+        assert torch.equal(view.cpu(), expected[name].expand_as(view)), name
+
+
+def no_reader_is_left() -> bool:
+    return not any(thread.name.startswith("weights") for thread in threading.enumerate())
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor fits in one piece, and few are a multiple of it."""
+    monkeypatch.setattr(read, "_PIECE_BYTES", 72)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_over_many_pieces(
+    tmp_path: Path, family: str, device: str, small_pieces: None
+) -> None:
+    write_tiny_model(tmp_path, family, num_hidden_layers=1, vocab_size=263)
+    decoder = load_model(
+        tmp_path,
+        read_spec(tmp_path),
+        dtype=torch.float32,
+        device=torch.device(device),
+        max_model_len=64,
+    )
+    assert_same_weights(decoder, tmp_path)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kind_of_number(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, device: str
+) -> None:
+    write_tiny_model(tmp_path, "Qwen3ForCausalLM")
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file)
+    decoder = load_model(
+        tmp_path,
+        read_spec(tmp_path),
+        dtype=dtype,
+        device=torch.device(device),
+        max_model_len=64,
+    )
+    assert_same_weights(decoder, tmp_path)
+
+
+def test_many_files(tmp_path: Path, small_pieces: None) -> None:
+    write_tiny_model(tmp_path)
+    whole = tmp_path / "model.safetensors"
+    weight_map = {}
+    for i, (name, tensor) in enumerate(load_file(whole).items()):
+        weight_map[name] = f"{i}.safetensors"
+        save_file({name: tensor.clone()}, tmp_path / weight_map[name])
+    whole.unlink()
+    index = str({"weight_map": weight_map}).replace("'", '"')
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert_same_weights(load(tmp_path), tmp_path)
+
+
+def test_tied_output_projection_over_many_pieces(tmp_path: Path, small_pieces: None) -> None:
+    write_tiny_model(tmp_path, tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    assert_same_weights(load(tmp_path), tmp_path)
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, file)
+    with pytest.raises(LoadError, match="differs from the embedding"):
+        load(tmp_path)
+
+
+def test_memory_is_bounded(
+    tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path)
+    readers, sizes, preadv = set(), set(), os.preadv
+
+    def watched(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        readers.add(threading.get_ident())
+        sizes.add(len(buffers[0]))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", watched)
+    load(tmp_path)
+    assert len(readers) <= 16 and max(sizes) <= 72
+
+
+def test_reads_that_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:1001]], at))
+    assert_same_weights(load(tmp_path), tmp_path)
+
+
+def test_file_cut_short_while_it_is_read(
+    tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    preadv = os.preadv
+
+    def cut_then_read(descriptor: int, into: list[memoryview], offset: int) -> int:
+        os.truncate(file, 20_000)
+        return preadv(descriptor, into, offset)
+
+    monkeypatch.setattr(os, "preadv", cut_then_read)
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: not a complete safetensors file (it ends at byte ")
+    assert no_reader_is_left()
+
+
+def test_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path)
+
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert str(caught.value) == f"{file}: cannot be read (Input/output error)"
+    assert no_reader_is_left()
+
+
+def empty_decoder(path: Path) -> Decoder:
+    return Decoder(read_spec(path), dtype=torch.float32, device=CPU, max_model_len=64)
+
+
+def test_reads_while_the_block_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = empty_decoder(write_tiny_model(tmp_path))
+    in_block, begun, preadv = threading.Event(), threading.Event(), os.preadv
+
+    def waiting(descriptor: int, into: list[memoryview], offset: int) -> int:
+        begun.set()
+        assert in_block.wait(10)
+        return preadv(descriptor, into, offset)
+
+    monkeypatch.setattr(os, "preadv", waiting)
+    with caplog.at_level(logging.INFO), filling(decoder, tmp_path):
+        assert begun.wait(10)
+        in_block.set()
+    assert_same_weights(decoder, tmp_path)
+    assert "GB of weights in" in caplog.text
+    assert no_reader_is_left()
+
+
+def test_a_block_that_fails_ends_the_reading(
+    tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = empty_decoder(write_tiny_model(tmp_path))
+    failing, preadv, count = threading.Event(), os.preadv, [0]
+
+    def waiting(descriptor: int, into: list[memoryview], offset: int) -> int:
+        assert failing.wait(10)
+        count[0] += 1
+        return preadv(descriptor, into, offset)
+
+    monkeypatch.setattr(os, "preadv", waiting)
+    with pytest.raises(RuntimeError, match="no memory"), filling(decoder, tmp_path):
+        threading.Timer(0.2, failing.set).start()
+        raise RuntimeError("no memory")
+    assert no_reader_is_left()
+    assert count[0] <= 16  # the piece each reader had in hand
+
+
+def test_headers_are_checked_before_the_block(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    decoder = empty_decoder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(LoadError, match="not a complete"), filling(decoder, tmp_path):
+        raise AssertionError("the block ran")

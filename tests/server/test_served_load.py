@@ -1,0 +1,93 @@
+"""The serving benchmark against the real server: every pattern of load, and what it tells."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live import MODEL, Server
+
+from gllm_benchmarks.load import run_load
+from gllm_benchmarks.workloads import Job, make_jobs
+from gllm_engine import write_tiny_model
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,37,4
+2023-11-16 18:15:46.8009906,39,10
+2023-11-16 18:15:46.9805900,879,5
+"""
+
+
+def bench(*arguments: str, status: int = 0) -> dict[str, Any]:
+    command = [sys.executable, "-m", "gllm_benchmarks.serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == status, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_each_pattern(server: Server, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.svg"
+    line = bench(
+        *("--address", server.grpc, "--model", MODEL, "--workload", "fixed:8:20:12"),
+        *("--all", "--rate", "20,40", "--concurrency", "3", "--clients", "2"),
+        *("--slo", "ttft=60,tpot=60", "--plot", str(plot)),
+    )
+    runs = line["figures"]["runs"]
+    assert list(runs) == ["3 at a time", "all at once", "20 requests/s", "40 requests/s"]
+    for run in runs.values():
+        assert (run["completed"], run["failed"], run["output_tokens"]) == (8, 0, 96)
+        assert run["goodput"]["share"] == 1
+        assert 0 < run["ttft_ms"]["p50"] < run["e2e_ms"]["p50"] <= 1000 * run["seconds"]
+        assert 1 <= run["tokens_per_response"] <= 12
+    assert line["benchmark"] == f"serve-{MODEL}" and plot.read_text().startswith("<svg")
+    server.wait_idle()
+
+
+def test_a_trace_and_what_the_model_cannot_take(server: Server, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(TRACE)
+    where = ("--address", server.grpc, "--model", MODEL, "--trace", str(trace))
+    (run,) = bench(*where)["figures"]["runs"].values()
+    assert run["completed"] == 3 and run["output_tokens"] == 19 and run["seconds"] > 0.3
+    trace.write_text(TRACE + "2023-11-16 18:15:46.9905900,2000,5\n")
+    (run,) = bench(*where, status=1)["figures"]["runs"].values()
+    assert (run["completed"], run["failed"]) == (3, 1) and "max_model_len" in run["first_failure"]
+
+
+def test_records_are_in_the_order_of_jobs(server: Server) -> None:
+    jobs = [Job(job.prompt, 3 + i) for i, job in enumerate(make_jobs([(5, 1)] * 7, 2048))]
+    for arrivals in (3, [0.02 * i for i in range(7)]):
+        records = run_load(server.grpc, MODEL, jobs, arrivals, clients=3)
+        assert [sum(record.tokens) for record in records] == [3 + i for i in range(7)]
+        assert all(record.is_complete for record in records)
+        for one in records:
+            assert one.due <= one.sent < one.times[0] and one.times == sorted(one.times)
+    assert [one.due - records[0].due for one in records] == pytest.approx(arrivals)
+    # In a closed loop of one client, so many at a time: the fourth waits for one of the first.
+    records = run_load(server.grpc, MODEL, jobs, 3)
+    assert sorted(r.sent for r in records)[3] >= min(r.times[-1] for r in records)
+    server.wait_idle()
+
+
+def test_a_server_of_its_own_for_a_mere_shape(tmp_path: Path) -> None:
+    """Random weights, a tokenizer made up, the server gone at the end."""
+    write_tiny_model(tmp_path / "tiny", "Qwen3ForCausalLM")
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_text((tmp_path / "tiny/config.json").read_text())
+    line = bench(
+        *("--start", str(shape), "--workload", "fixed:4:9:6", "--all", "--front-ends", "1"),
+        *("--config", "cpu_threads=1", "--config", "num_pages=64"),
+    )
+    assert line["figures"]["runs"]["all at once"]["output_tokens"] == 24
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(RuntimeError, match="before it began"):
+        run_load("127.0.0.1:9", MODEL, [Job([1], 1)], 1)
