@@ -126,9 +126,11 @@ class Shape:
 
         def draw() -> Callable[[], Any]:
             scores, ops = self.randn(rows, vocab), self.ops
-            heat = torch.ones(rows, device=device)
+            heat = torch.ones(rows, dtype=torch.float64, device=device)
             seeds = torch.randint(1 << 60, (rows,), device=device)
-            return lambda: ops.sample(scores, heat, seeds, seeds)
+            slots = torch.arange(rows, device=device)
+            lens, last = torch.zeros(2, rows, dtype=torch.int64, device=device)
+            return lambda: ops.sample(scores, slots, heat, seeds, lens, lens, last)
 
         return Case("sample", f"{rows} x {vocab}", rows * vocab * self.item, 0, draw)
 
@@ -169,7 +171,7 @@ class Shape:
             page_table=table.to(self.device),
             slots=torch.arange(len(rows), device=self.device),
             context_lens=torch.tensor(lens, device=self.device),
-            context_lens_cpu=lens,
+            context_lens_cpu=torch.tensor(lens).numpy(),
             query_lens=query_lens,
             num_decode=len(rows) if max(query_lens) == 1 else 0,
             logit_index=None,
@@ -182,7 +184,7 @@ class Shape:
         shape = (num_pages, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
         like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
         plan = self.planner.plan(batch, like, m.heads, m.window)
-        cos, sin = torch.rand(2, max(batch.context_lens_cpu), m.head_dim // 2, device=self.device)
+        cos, sin = torch.rand(2, batch.context_lens_cpu.max(), m.head_dim // 2, device=self.device)
         turn = ops.rotation(cos, sin, batch.positions, self.dtype, m.rope.interleaved)
         num_heads = m.heads + 2 * m.kv_heads
         norm = self.randn(m.heads + m.kv_heads, m.head_dim) if m.qk_norm else None
