@@ -71,7 +71,9 @@ def _mixed(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
     ends = np.cumsum(lens, dtype=np.int64)
     starts = np.array([chunk.start for chunk in chunks], np.int64)
     known = int_array(*(chunk.tokens for chunk in chunks))
-    sampling_rows = np.flatnonzero([True] * num_decode + [chunk.samples for chunk in chunks])
+    samples = np.ones(len(slots_cpu), bool)
+    samples[num_decode:] = [chunk.samples for chunk in chunks]
+    sampling_rows = samples.nonzero()[0]
     lasts = np.arange(len(slots_cpu))  # each row's last token
     lasts[num_decode:] = num_decode - 1 + ends
     scored = [chunk for chunk in chunks if chunk.targets]
