@@ -321,9 +321,9 @@ def lay_out(
     known[ends[c - 1] : ends[c]], where ends[-1] is 0, at positions starts[c] onward; starts, ends
     [chunks]. No chunk is longer than `longest`.
     """
-    decode, chunked = slots[: len(slots) - len(starts)], slots[len(slots) - len(starts) :]
-    positions, context_lens, tokens = lengths[decode], lengths[decode] + 1, last_tokens[decode]
-    token_slots = decode
+    decode, chunked = slots.split([len(slots) - len(starts), len(starts)])
+    token_slots, positions, tokens = decode, lengths[decode], last_tokens[decode]
+    context_lens = positions + 1
     if len(starts):
         lens = ends.diff(prepend=ends.new_zeros(1))
         assert (lens <= longest).all()
