@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +197,13 @@ def test_decode_steps_are_graphs_unless_forbidden(monkeypatch: pytest.MonkeyPatc
         return forward(graphs, rows)
 
     monkeypatch.setattr(DecodeGraphs, "forward", counted)
-    tokens = generate(params(temperature=0))
-    # All steps but the first, which computes the prompts; one row fewer whenever a text ends.
-    assert len(steps) == max(LENGTHS) - 1 and sum(steps) == sum(map(len, tokens)) - len(PROMPTS)
-    assert len(set(steps)) > 4
-    steps.clear()
-    assert generate(params(temperature=0), enforce_eager=True) and not steps
+    for eager in (False, True):
+        with LLM(SHAKESPEARE, **SMALL, enforce_eager=eager) as llm:
+            steps.clear()  # the start's own
+            llm.generate(PROMPTS, params(temperature=0))
+        # Each token but the first of a text, which the step that computes the prompts makes.
+        assert sum(steps) == (0 if eager else sum(LENGTHS) - len(PROMPTS))
+        assert len(set(steps)) == (0 if eager else len(PROMPTS))
 
 
 def test_a_float8_cache_has_twice_the_pages() -> None:
@@ -224,3 +227,26 @@ def test_nothing_leaks_when_requests_are_dropped() -> None:
         llm.engine.check_integrity()
         assert not llm.engine.has_work
         assert llm.engine.stats().kv_usage == 0
+
+
+FAULT = """
+import os, sys, torch
+from gllm_engine import LLM, EngineBroken, SamplingParams
+
+llm = LLM(sys.argv[1], max_model_len=512, num_pages=100, max_num_seqs=4)
+assert llm.generate("ROMEO:", SamplingParams(max_tokens=5))[0].error is None
+torch.zeros(4, device="cuda")[torch.tensor([9], device="cuda")]  # outside: the context is lost
+try:
+    llm.generate("ROMEO:", SamplingParams(max_tokens=5))
+except EngineBroken as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_fault_on_the_gpu_breaks_the_engine_at_once() -> None:
+    """In a process of its own, whose context is lost."""
+    command = [sys.executable, "-c", FAULT, SHAKESPEARE]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    expected = "the engine's device can compute nothing any more"
+    assert ended.stdout.startswith(expected), ended.stdout + ended.stderr
