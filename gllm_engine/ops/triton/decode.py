@@ -168,6 +168,7 @@ def _decode(
     JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
+    begin(OVERLAPS)
     row = tl.load(items + item)
     if row >= 0:
         part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)
@@ -175,7 +176,6 @@ def _decode(
         table = page_table + tl.load(slots + row) * width
         first = tl.maximum(length - WINDOW, 0) if WINDOW else 0
         first += part * share
-        begin(OVERLAPS)
         head, d = tl.arange(0, HEADS), tl.arange(0, BLOCK_DIM)
         wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
         place = ((row * KV + kv_head).to(tl.int64) * GROUP + head)[:, None] * DIM + d[None, :]
@@ -201,8 +201,6 @@ def _decode(
                     item - part, kv_head * GROUP, used,
                     GROUP, DIM, KV * GROUP, JOINED, BLOCK_GROUP, BLOCK_DIM,
                 )  # fmt: skip
-    else:
-        begin(OVERLAPS)
 
 
 def decode(q: Tensor, cache: Tensor, plan: Parts, out: Tensor | None = None) -> Tensor:

@@ -1,9 +1,9 @@
 """Programmatic dependent launch: a kernel that begins while the one before it still runs.
 
 A kernel launched with `overlapping()` calls `begin` once, in every program. Before that it may read
-what the kernel just before it does not write, and write nothing; after it, anything. No more than
-two kernels overlap, because each lets the next one begin only when the one before it has ended.
-From CUDA's programming guide, "Programmatic Dependent Launch and Synchronization".
+what no kernel writes (weights), and write nothing; after it, anything: several kernels may be
+waiting, but each runs on only when the one before has ended and its writes are to be seen. From
+CUDA's programming guide, "Programmatic Dependent Launch and Synchronization".
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ OVERLAP = torch.cuda.is_available()
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """Wait until the kernel before has ended, then let the next one begin."""
+    """Let the next kernel begin, and wait until the one before has ended."""
     if OVERLAPS:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
 
 
 def overlapping() -> dict[str, Any]:
