@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.overlap import OVERLAP, begin_alone, overlapping
 
 # Parts beyond one a row. Times the K/V heads, these keep the chip busy where rows are few.
 _EXTRA_PARTS = 32
@@ -168,7 +168,7 @@ def _decode(
     JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
-    begin(OVERLAPS)
+    begin_alone(OVERLAPS)
     row = tl.load(items + item)
     if row >= 0:
         part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)

@@ -16,7 +16,7 @@ from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
 
 # Numbers of the weight that one program holds.
 _HELD = 16384
-_WARPS = 8
+_WARPS = 4
 _DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.overlap import OVERLAP, begin_alone, overlapping
 
 # Heads of one program.
 _HEADS = 16
@@ -36,7 +36,7 @@ def _rotate_and_store(
     turned = at < TURN
     partner, pair = tl.where(turned, partner, at), tl.where(turned, pair, 0)
 
-    begin(OVERLAPS)
+    begin_alone(OVERLAPS)
     inside = (head < HEADS + 2 * KV) & (at < DIM)
     row = qkv + token * (HEADS + 2 * KV) * DIM + head * DIM
     raw = tl.load(row + at, mask=inside, other=0.0)
