@@ -78,7 +78,8 @@ def distribution(x: np.ndarray, sampling: SamplingParams, slack: float = 0.0) ->
 
 def acceptable(logits: np.ndarray, row: SlowRow, eos: tuple[int, ...] = ()) -> set[int]:
     """The tokens a correct sampler may return: one, or two where float32 may round either way."""
-    x = adjusted(logits, row, eos)
+    # Scores that are equal in float32 are tied, however little a penalty lies between them.
+    x = adjusted(logits, row, eos).astype(np.float32).astype(np.float64)
     if row.sampling.temperature < 1e-5:
         return set(np.flatnonzero(x >= x.max() - 1e-4 * max(1, abs(x.max()))).tolist())
     found: set[int] = set()
