@@ -305,7 +305,7 @@ def _write(home: Path, record: Record) -> None:
 def _fingerprint(config: EngineConfig) -> str:
     """Changes when the configuration or any file of the checkpoint does."""
     digest = hashlib.sha256(msgspec.json.encode(config))
-    for directory in {config.model, config.tokenizer or config.model}:
+    for directory in sorted({config.model, config.tokenizer or config.model}):
         for path in sorted(Path(directory).iterdir()):
             status = path.stat()
             digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())

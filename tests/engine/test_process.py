@@ -287,6 +287,30 @@ def test_changed_files_mean_another_engine(tmp_path: Path, owner: int) -> None:
     assert not b.engine.alive
 
 
+def test_processes_agree_on_what_they_serve(tmp_path: Path) -> None:
+    """A tokenizer of its own directory: strings hash differently in every process."""
+    for name in ("model", "tokenizer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    script = (
+        "import sys; from gllm_engine import make_config; from gllm_engine.engine import attach\n"
+        "config = make_config({'model': sys.argv[1], 'tokenizer': sys.argv[2]})\n"
+        "print(attach._fingerprint(config))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "tokenizer")]
+    found = {
+        subprocess.run(
+            command,
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in range(5)
+    }
+    assert len(found) == 1
+
+
 def test_sigterm_lets_work_end_first(model: str, owner: int) -> None:
     front = Front(model, owner, drain_timeout_s=30)
     params = SamplingParams(max_tokens=1500, ignore_eos=True)
