@@ -16,12 +16,12 @@ from tritonclient.grpc import service_pb2_grpc
 
 from gllm_client.http import HttpClient
 from gllm_client.protocol import (
+    Asking,
+    BlockingAsking,
     Chunk,
     GenerateError,
     Value,
     merge,
-    pick_model,
-    request_inputs,
     to_chunk,
 )
 
@@ -51,7 +51,7 @@ def connect(url: str, model: str | None = None) -> SyncClient | HttpClient:
     raise ValueError(f"url: {url} has scheme {scheme}; known are grpc and http")
 
 
-class SyncClient:
+class SyncClient(BlockingAsking):
     """A blocking gRPC client; its methods may be called from any thread.
 
     `model`: the one to ask, where a call names none.
@@ -81,29 +81,12 @@ class SyncClient:
         """Close the channel; running requests are cancelled."""
         self._channel.close()
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        request_id: str = "",
-        **options: Any,
+    def _stream(
+        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
     ) -> Iterator[Chunk]:
-        """The answer in chunks, as they come; closing the iterator cancels the request.
+        return self._chunks(_request(model, request_id, inputs), timeout)
 
-        `options` are those of `request_inputs`. `timeout`: seconds for the whole answer. Raises
-        ValueError at once for contradicting options; the iterator raises GenerateError.
-        """
-        inputs = request_inputs(prompt, **options)
-        request = _request(pick_model(model, self._model), request_id, inputs)
-        return self._stream(request, timeout)
-
-    def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
-        """The whole answer as one chunk; options as `generate`'s."""
-        return merge(self.generate(prompt, **{"stream": False} | options))
-
-    def _stream(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[Chunk]:
+    def _chunks(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[Chunk]:
         call = self._stub.ModelStreamInfer(
             iter([request]), timeout=timeout, metadata=self._metadata
         )
@@ -163,7 +146,7 @@ class SyncClient:
             raise _refusal(error, timeout) from None
 
 
-class Client:
+class Client(Asking[AsyncIterator[Chunk]]):
     """An asyncio gRPC client; make and use it within one running event loop.
 
     `model` and `with_status`: as `SyncClient`'s.
@@ -191,30 +174,17 @@ class Client:
         """Close the channel; running requests are cancelled."""
         await self._channel.close()
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        request_id: str = "",
-        **options: Any,
-    ) -> AsyncIterator[Chunk]:
-        """The answer in chunks, as they come: `async for chunk in client.generate(...)`.
-
-        Options, errors and cancellation: as `SyncClient.generate`; cancelling the task that
-        iterates cancels the request too.
-        """
-        inputs = request_inputs(prompt, **options)
-        request = _request(pick_model(model, self._model), request_id, inputs)
-        return self._stream(request, timeout)
-
     async def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
         """The whole answer as one chunk; options as `generate`'s."""
         options = {"stream": False} | options
         return merge([chunk async for chunk in self.generate(prompt, **options)])
 
-    async def _stream(
+    def _stream(
+        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
+    ) -> AsyncIterator[Chunk]:
+        return self._chunks(_request(model, request_id, inputs), timeout)
+
+    async def _chunks(
         self, request: pb.ModelInferRequest, timeout: float | None
     ) -> AsyncIterator[Chunk]:
         call = self._stub.ModelStreamInfer([request], timeout=timeout, metadata=self._metadata)

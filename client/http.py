@@ -16,15 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from gllm_client.protocol import (
-    Chunk,
-    GenerateError,
-    Value,
-    merge,
-    pick_model,
-    request_inputs,
-    to_chunk,
-)
+from gllm_client.protocol import BlockingAsking, Chunk, GenerateError, Value, to_chunk
 
 # Triton answers 400 for whatever its gRPC side distinguishes, so that code says nothing.
 _STATUS = {404: "NOT_FOUND", 503: "UNAVAILABLE", 500: "INTERNAL", 499: "CANCELLED"}
@@ -52,7 +44,7 @@ class EventParser:
         return events
 
 
-class HttpClient:
+class HttpClient(BlockingAsking):
     """A blocking HTTP client with the methods of `SyncClient`; one connection a request."""
 
     def __init__(self, address: str = "127.0.0.1:8000", model: str | None = None) -> None:
@@ -66,27 +58,6 @@ class HttpClient:
 
     def close(self) -> None:
         """Nothing is kept open between requests."""
-
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        request_id: str = "",
-        **options: Any,
-    ) -> Iterator[Chunk]:
-        """The answer in chunks, as they come; closing the iterator cancels the request.
-
-        `options` are those of `request_inputs`. `timeout`: seconds for the whole answer. Raises
-        ValueError at once for contradicting options; the iterator raises GenerateError.
-        """
-        inputs = request_inputs(prompt, **options)
-        return self._stream(pick_model(model, self._model), inputs, request_id, timeout)
-
-    def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
-        """The whole answer as one chunk; options as `generate`'s."""
-        return merge(self.generate(prompt, **{"stream": False} | options))
 
     def _stream(
         self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None

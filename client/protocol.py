@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 # An input tensor's value: BYTES, BOOL, or a list: INT32 or BYTES.
 Value = str | bool | list[int] | list[str]
+Chunks = TypeVar("Chunks")
 
 
 class GenerateError(RuntimeError):
@@ -241,3 +243,41 @@ def _join(a: Output, b: Output) -> Output:
 
 def _latest(old: Any, new: Any) -> Any:
     return old if new is None else new
+
+
+class Asking(ABC, Generic[Chunks]):
+    """Asking for an answer in chunks; what comes back, an iterator or an async one, is `Chunks`."""
+
+    _model: str | None  # the one to ask, where a call names none
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Any,
+    ) -> Chunks:
+        """The answer in chunks, as they come; closing the iterator cancels the request, as does
+        cancelling the task that iterates.
+
+        `options` are those of `request_inputs`. `timeout`: seconds for the whole answer. Raises
+        ValueError at once for contradicting options; the iterator raises GenerateError.
+        """
+        inputs = request_inputs(prompt, **options)
+        return self._stream(pick_model(model, self._model), inputs, request_id, timeout)
+
+    @abstractmethod
+    def _stream(
+        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
+    ) -> Chunks:
+        """Send the request and give its chunks. Raises ValueError for inputs it cannot say."""
+
+
+class BlockingAsking(Asking[Iterator[Chunk]]):
+    """Asking, and waiting for what comes."""
+
+    def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
+        """The whole answer as one chunk; options as `generate`'s."""
+        return merge(self.generate(prompt, **{"stream": False} | options))
