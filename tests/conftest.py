@@ -8,3 +8,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402 - it reads its variables when it is imported
+
+if not torch.cuda.is_available():  # then Triton's kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")

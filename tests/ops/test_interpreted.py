@@ -1,0 +1,132 @@
+"""The Triton kernels against their slow twins without a GPU, in Triton's interpreter.
+
+Small shapes: the interpreter is slow. Outputs begin as NaN. On a GPU, test_gpu_kernels.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_reference import make_case
+from torch import Tensor
+
+from gllm_engine.ops import reference
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels are compiled here", allow_module_level=True)
+from gllm_engine.ops import triton  # noqa: E402
+
+pytestmark = [
+    # The interpreter's own, in a loop whose length a kernel has loaded.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    # Heads that only fill a group up; nothing of theirs is stored.
+    pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning"),
+]
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What torch.empty gives is NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def near(out: Tensor, expected: Tensor, limit: float) -> None:
+    out, expected = out.double(), expected.double()
+    assert out.shape == expected.shape and out.isfinite().all()
+    assert (out - expected).norm() <= limit * expected.norm()
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1, 64), (5, 96)])
+def test_norm_and_activation(rows: int, dim: int) -> None:
+    x, total, gain = torch.randn(rows, dim), torch.randn(rows, dim), torch.rand(dim)
+    expected = reference.rms_norm(x, gain, 1e-5)
+    near(triton.rms_norm(x, gain, 1e-5), expected, 1e-6)
+    near(triton.rms_norm(x, gain, 1e-5, add_to=total.clone()), total + expected, 1e-6)
+    wide = torch.randn(rows, 2 * dim)
+    near(triton.silu_mul(wide), reference.silu_mul(wide), 1e-6)
+    assert triton.rms_norm(x[:0], gain, 1e-5).shape == (0, dim)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("depth", "width"), [(64, 24), (160, 10), (200, 6)])
+def test_gemv_and_what_rides_along(depth: int, width: int, bias: bool) -> None:
+    x, gain = torch.randn(1, depth).to(BF16), torch.rand(depth).to(BF16)
+    weight = (torch.randn(width, depth) / depth**0.5).to(BF16)
+    b = torch.randn(width).to(BF16) if bias else None
+    wide = [None if t is None else t.double() for t in (x, weight, b, gain)]
+    x64, weight64, b64, gain64 = wide
+    norm, norm64 = (gain, 1e-5), (gain64, 1e-5)
+    near(triton.gemv(x, weight, b), reference.linear(x64, weight64, b64), 1e-2)
+    # The interpreter cuts numbers to bfloat16 where a GPU rounds them.
+    y = reference.linear(x64, weight64, b64, norm64)
+    near(triton.gemv(x, weight, b, norm), y, 3e-2)
+    gated = reference.gated_linear(x64, weight64, b64, norm64)
+    near(triton.gemv(x, weight, b, norm, gated=True), gated, 5e-2)
+    total = torch.randn(1, width).to(BF16)
+    expected = reference.add_linear(total.double(), x64, weight64, b64)
+    assert triton.gemv(x, weight, b, out=total, add=True) is total
+    near(total, expected, 1e-2)
+
+
+@pytest.mark.parametrize("window", [None, 20, 500])
+@pytest.mark.parametrize(("heads", "dim"), [((8, 2), 32), ((3, 3), 24), ((7, 1), 16)])
+def test_decode_attention(heads: tuple[int, int], dim: int, window: int | None) -> None:
+    """Rows of one part and of several; parts that only a window leaves."""
+    num_heads, kv_heads = heads
+    contexts = [1, 17, 256, 300, 900, 257]
+    batch, kv, cache = make_case([(n, 1) for n in contexts], 16, kv_heads, 1, dim)
+    q = torch.randn(len(contexts), num_heads, dim)
+    plan = reference.plan_attention(batch, cache, window)
+    reference.write_kv(cache, kv, plan)
+    parts = triton.split(batch.page_table, batch.slots, batch.context_lens, kv_heads, window)
+    rows = [row for row in parts.items[0].tolist() if row >= 0]
+    assert sorted(set(rows)) == list(range(len(contexts)))
+    assert (len(rows) > len(contexts)) == (window != 20)
+    expected = reference.attend(q, cache, plan).view_as(q)
+    near(triton.decode(q, cache, parts), expected, 1e-5)
+    out = torch.full_like(q, torch.nan)
+    assert triton.decode(q, cache, parts, out) is out  # nothing is left over from the first time
+    near(out, expected, 1e-5)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_and_store(norm: bool, interleaved: bool) -> None:
+    heads, kv_heads, dim = 6, 3, 24
+    batch, _, cache = make_case([(9, 1), (20, 11)], 16, kv_heads, head_dim=dim)
+    qkv = torch.randn(12, heads + 2 * kv_heads, dim)
+    gain = torch.rand(heads + kv_heads, dim) + 0.5 if norm else None
+    angles = torch.rand(100, 8) * 6
+    tables = angles.cos(), angles.sin()
+    there = cache.clone()
+    q, kept = triton.rotate_and_store(
+        *(qkv, heads, gain, 1e-5, tables, batch.positions, interleaved, there),
+        *(batch.cache_index, True),
+    )
+    turn = reference.rotation(*tables, batch.positions, torch.float32, interleaved)
+    plan = reference.plan_attention(batch, cache, None)
+    args = (qkv, heads, gain, 1e-5, turn, interleaved, cache, plan)
+    near(q, reference.rotate_and_store(*args), 1e-5)
+    torch.testing.assert_close(there, cache, rtol=1e-4, atol=1e-5, equal_nan=True)
+    page, offset = batch.cache_index // 16, batch.cache_index % 16
+    near(kept.unflatten(1, (2, kv_heads)), cache[page, :, offset], 1e-5)
+
+
+def test_list_pages() -> None:
+    table = torch.randint(0, 1 << 20, (9, 1100))
+    counts = [0, 1, 1100, 17]
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    slots = torch.randperm(9)[: len(counts)]
+    out = torch.full((sum(counts) + 5,), -1, dtype=torch.int32)
+    expected = out.clone()
+    triton.list_pages(table, slots, starts, 1100, out)
+    reference.list_pages(table, slots, starts, 1100, expected)
+    assert torch.equal(out, expected)
