@@ -66,6 +66,7 @@ def test_what_is_stored(dtype: torch.dtype) -> None:
 def test_attention_reads_what_is_stored(
     dtype: torch.dtype, page_size: int, window: int | None
 ) -> None:
+    torch.manual_seed(0)  # how far off unrounded numbers are depends on the queries
     batch, kv, cache = make_case(DECODE + CHUNKS, page_size, kv_heads=2)
     cache, kv = cache.to(FLOAT8), kv.to(dtype)
     q = torch.randn(len(batch.tokens), 4, HEAD_DIM).to(dtype)
