@@ -71,6 +71,9 @@ class Constraint:
             mask[id >> 3] &= ~(1 << (id & 7))
         if not any(mask):
             self._allow_end(mask)
+        if not any(mask):
+            self.error = "bad_words: they forbid every token, and this model has none that ends"
+            return None
         return bytes(mask)
 
     def _completing(self, tokens: list[int]) -> list[int]:

@@ -111,11 +111,7 @@ class Engine:
         config = settle(config, on_gpu=_device(config).type == "cuda")
         path = Path(config.model)
         spec = read_spec(path)
-        if (config.max_model_len or 0) > spec.max_len:
-            raise ConfigError(
-                f"max_model_len: {config.max_model_len} is more than the {spec.max_len} tokens "
-                "this model was trained for"
-            )
+        _check_len(config, spec)
         # First, because it works on a thread of its own while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
@@ -354,6 +350,14 @@ class Engine:
         gc.unfreeze()
 
 
+def _check_len(config: EngineConfig, spec: Model) -> None:
+    if (config.max_model_len or 0) > spec.max_len:
+        raise ConfigError(
+            f"max_model_len: {config.max_model_len} is more than the {spec.max_len} tokens this "
+            "model was trained for"
+        )
+
+
 def _model_len(config: EngineConfig, spec: Model, num_pages: int) -> int:
     """Tokens a sequence may have: what was asked for, else what the model and the cache can do."""
     if config.max_model_len is not None:
@@ -405,6 +409,7 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
         )
     config = msgspec.structs.replace(config, load_format="dummy", num_pages=_PAGES_TO_COMPILE)
     spec = read_spec(Path(config.model))
+    _check_len(config, spec)
     kinds = replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
     _load_runner(settle(config, on_gpu=True), kinds)
     return cache_dirs()

@@ -205,7 +205,7 @@ def main() -> int:
     server.run()
     if engine.broken is not None:
         log.critical("%s; this process ends, a front end starts another", engine.broken)
-        with contextlib.suppress(FileNotFoundError):  # who would have read it has left
+        with contextlib.suppress(OSError):  # who would have read it has left
             (directory / "error").write_text(engine.broken)
         server.close()
         os._exit(BROKEN)  # an orderly end would call upon the device again

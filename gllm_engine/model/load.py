@@ -108,7 +108,8 @@ class _Loader:
         if name == self._tied:
             embedding = self._weights["model.embed_tokens.weight"]
             dtype = _check(file, name, stored, self._shapes["model.embed_tokens.weight"])
-            self._tied_copy = file, torch.empty_like(embedding)
+            # On the host: to be compared, not to take the device's memory.
+            self._tied_copy = file, torch.empty_like(embedding, device="cpu")
             source = Source(file, descriptor, offset, dtype)
             self.targets.append((source, self._tied_copy[1].view(1, -1)))
             return
@@ -133,7 +134,7 @@ class _Loader:
         """After reading."""
         if self._tied_copy is not None:
             file, copy = self._tied_copy
-            if not torch.equal(copy, self._weights["model.embed_tokens.weight"]):
+            if not torch.equal(copy, self._weights["model.embed_tokens.weight"].cpu()):
                 raise LoadError(
                     f"{file}: tensor {self._tied} differs from the embedding, but the config says "
                     "tie_word_embeddings=true"

@@ -56,7 +56,9 @@ class Heads:
     """Normed and rotated heads of a step's tokens."""
 
     q: Tensor  # [tokens, heads, head_dim]
-    kv: Tensor | None  # [tokens, 2 * kv_heads, head_dim], as in the cache; None: nobody asks
+    kv: (
+        Tensor | None
+    )  # [tokens, 2 * kv_heads, head_dim], before the cache rounds it; None: nobody asks
 
 
 @dataclass
@@ -87,7 +89,11 @@ def linear(
     if is_single(x):
         return gemv(x, weight, bias, norm, out=out)
     x = x if norm is None else rms_norm(x, *norm)
-    return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.T, out=out)
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def gated_linear(
@@ -100,7 +106,7 @@ def gated_linear(
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As reference.add_linear; the sum is rounded once."""
+    """As reference.add_linear; without a bias the sum is rounded once."""
     if is_single(x):
         return gemv(x, weight, bias, out=total, add=True)
     if bias is not None:

@@ -94,7 +94,7 @@ def _mixed(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
         batch,
         logit_index=logit_index,
         logit_rows=None if scored else logit_rows,
-        logit_rows_cpu=sampling_rows,
+        logit_rows_cpu=None if scored else sampling_rows,
     )
     return Step(batch, sampling_cpu, sampling, scored)
 

@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 
 
 def row_counts(max_rows: int) -> list[int]:
-    """For which numbers of rows there are graphs, ascending; at most an eighth is spare from 64 on
-    (and where it is more, reading the weights takes all the time anyway).
+    """For which numbers of rows there are graphs, ascending. Less than a fifth of the rows is spare
+    from 64 to 2,048 of them; where it is more, reading the weights takes all the time anyway.
     """
     counts = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32)]
     counts += range(512, 2049, 64)

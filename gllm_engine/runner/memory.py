@@ -15,7 +15,8 @@ from gllm_engine.model import Decoder
 from gllm_engine.ops.batch import Batch
 from gllm_engine.runner.sampler import SamplingBatch, sample
 
-# For what the trial step does not take: decode graphs, and kernels that are loaded later.
+# For what the trial step does not take and does not grow with the number of sequences: the graphs'
+# own memory, and kernels that are loaded later.
 _RESERVE_BYTES = 2 << 30
 
 _log = logging.getLogger(__name__)
@@ -34,22 +35,32 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     if config.kv_cache_gib is not None or decoder.device.type == "cpu":
         return _pages_of(config.kv_cache_gib or 1.0, page_bytes)
     total = torch.cuda.mem_get_info(decoder.device)[1]
-    peak = _trial(config, decoder, max_pages * config.page_size)
+    reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
+    peak = reserved + _trial(config, decoder, max_pages * config.page_size)
     torch.cuda.empty_cache()
     used = total - torch.cuda.mem_get_info(decoder.device)[0]
-    free = int(total * config.gpu_memory_utilization) - used - peak - _RESERVE_BYTES
+    free = int(total * config.gpu_memory_utilization) - used - peak
     gib = 1 << 30
     _log.info(
         "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for the KV cache, of %.1f",
-        *(used / gib, (peak + _RESERVE_BYTES) / gib, free / gib, total / gib),
+        *(used / gib, peak / gib, free / gib, total / gib),
     )
     if free < page_bytes:
         raise ConfigError(
             f"gpu_memory_utilization: {config.gpu_memory_utilization} of {total / gib:.1f} GiB "
             f"leaves no room for a KV cache: {used / gib:.1f} are in use and a step takes "
-            f"{(peak + _RESERVE_BYTES) / gib:.1f}"
+            f"{peak / gib:.1f}"
         )
     return free // page_bytes
+
+
+def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """What decode steps of all sequences take beside that: the graphs' logits, and the parts of
+    split contexts in float32.
+    """
+    itemsize = torch.empty(0, dtype=decoder.dtype).itemsize
+    widest = max(layer.mixer.heads * layer.mixer.head_dim for layer in decoder.spec.layers)
+    return config.max_num_seqs * (decoder.spec.vocab * itemsize + 4 * widest)
 
 
 def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
@@ -81,8 +92,9 @@ def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
         num_decode=0,
         logit_index=torch.arange(min(config.max_num_seqs, num_tokens), device=device),
     )
-    logits = decoder.logits(decoder.forward(batch, cache))
-    sample(logits, _costly(logits.shape[0], logits.shape[1], device))
+    scores = decoder.scores(decoder.forward(batch, cache))
+    raw = scores.float()  # as for log probabilities, which outlive sampling
+    sample(raw.clone(), _costly(*raw.shape, device))
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 

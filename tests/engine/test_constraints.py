@@ -177,6 +177,14 @@ def test_single_bad_words_are_never_allowed(grammars, vocab_size):
     assert max(allowed(mask)) == vocab_size - 1
 
 
+def test_bad_words_that_leave_nothing_fail_the_sequence_alone(tokenizer_dir, vocab_size):
+    endless = Grammars(tokenizer_dir, vocab_size, ())
+    constraint = make(endless, bad_words=tuple((id,) for id in range(vocab_size)))
+    endless.close()
+    assert constraint([5, 6]) is None
+    assert constraint.error is not None and "bad_words" in constraint.error
+
+
 def test_long_bad_words_are_stopped_at_their_last_token(grammars, vocab_size):
     constraint = make(grammars, bad_words=((7, 8), (7, 8, 9)), prompt=(5, 7))
     everything = set(range(vocab_size))

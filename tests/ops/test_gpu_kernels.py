@@ -65,10 +65,9 @@ def test_linear_and_what_rides_along(
     expected = reference.add_linear(total64, x64, weight64, b64)
     assert ops.add_linear(total, x, weight, b) is total
     near(total, expected, limit)
-    if b is None:
-        out = torch.full((rows, width), torch.nan, dtype=dtype, device=CUDA)
-        assert ops.linear(x, weight, None, norm, out) is out
-        near(out, reference.linear(x64, weight64, None, norm64), limit)
+    out = torch.full((rows, width), torch.nan, dtype=dtype, device=CUDA)
+    assert ops.linear(x, weight, b, norm, out) is out
+    near(out, reference.linear(x64, weight64, b64, norm64), limit)
 
 
 def near(out: Tensor, expected: Tensor, limit: float) -> None:
@@ -273,10 +272,24 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     assert (weights.gather(1, tokens[:, None]) > 0).all()
 
 
+@pytest.mark.parametrize("vocab", [5000, 4096])
+def test_scores_that_are_no_numbers_still_give_a_token(vocab: int) -> None:
+    scores = randn(4, vocab)
+    scores[0], scores[1, 7], scores[2], scores[3, -1] = torch.nan, torch.nan, -torch.inf, torch.nan
+    for heat in (0.0, 1.0):
+        zeros = torch.zeros(4, dtype=torch.int64, device=CUDA)
+        temperature = torch.full((4,), heat, dtype=torch.float64, device=CUDA)
+        slots = torch.arange(4, device=CUDA)
+        state = (slots, temperature, zeros, zeros, zeros.clone())
+        tokens = select_ops(CUDA).sample(scores, *state, zeros.clone())
+        assert ((tokens >= 0) & (tokens < vocab)).all()
+
+
 def test_no_rows() -> None:
     ops = select_ops(CUDA)
     empty = randn(0, 64)
     norm = randn(64), 1e-5
     assert ops.rms_norm(empty, *norm).shape == (0, 64)
+    assert ops.linear(empty, randn(20, 64), randn(20)).shape == (0, 20)
     assert ops.gated_linear(empty, randn(20, 64), None, norm).shape == (0, 10)
     assert ops.add_linear(randn(0, 20), empty, randn(20, 64), None).shape == (0, 20)

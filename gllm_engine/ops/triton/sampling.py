@@ -24,7 +24,8 @@ def _look(scores, slots, temperature, peaks, masses, bests, vocab, GROUP: tl.con
     heat = tl.load(temperature + tl.load(slots + row)).to(tl.float32)
     x = tl.load(scores + row.to(tl.int64) * vocab + at, mask=at < vocab, other=-float("inf"))
     x = x.to(tl.float32) / tl.where(heat > 0, heat, 1.0)
-    peak, best = tl.max(x, 0, return_indices=True)
+    # No comparison with NaN is true: as the largest it would bring an index beyond the row.
+    peak, best = tl.max(tl.where(x == x, x, -float("inf")), 0, return_indices=True)
     mass = tl.sum(tl.exp(x - tl.where(peak == -float("inf"), 0.0, peak)), 0)
     tl.store(peaks + row * groups + group, peak)
     tl.store(masses + row * groups + group, mass)
