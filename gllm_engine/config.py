@@ -42,7 +42,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_prefix_caching: bool = True
     # 1: a step is planned when the one before has ended; default: 1, on GPUs 2
     plans_in_flight: int = 0
-    schedule_policy: Literal["chunked_prefill"] = "chunked_prefill"
+    schedule_policy: Literal["chunked_prefill", "token_throttling"] = "chunked_prefill"
+    # token_throttling only: one in so many of the tokens waiting for prefill is in a step ...
+    prefill_drain_steps: int = 8
+    min_prefill_tokens: int = 32  # ... but at least so many are, as far as they fit
     cpu_threads: int = 0  # for tensor work; 0: all cores but one, which the server needs
     drain_timeout_s: float = 30.0  # a reload waits so long for running work of the old engine
     log_requests: bool = True
@@ -71,6 +74,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "kv_cache_gib": (0.001, 4096.0),
     "gpu_memory_utilization": (0.01, 1.0),
     "plans_in_flight": (0, 64),
+    "prefill_drain_steps": (1, 1024),
+    "min_prefill_tokens": (1, 2**20),
     "cpu_threads": (0, 1024),
     "drain_timeout_s": (0.0, 3600.0),
 }

@@ -17,6 +17,18 @@ from gllm_engine.config import settle
         ('{"model": ".", "page_size": 24}', "page_size: 24 is not a power of two"),
         ('{"model": ".", "max_num_seqs": -1}', r"max_num_seqs: -1 is outside \[0, 16384\]"),
         (
+            '{"model": ".", "prefill_drain_steps": 0}',
+            r"prefill_drain_steps: 0 is outside \[1, 1024\]",
+        ),
+        (
+            '{"model": ".", "min_prefill_tokens": 0}',
+            r"min_prefill_tokens: 0 is outside \[1, 1048576\]",
+        ),
+        (
+            '{"model": ".", "schedule_policy": "throttled"}',
+            "Invalid enum value 'throttled' - at $.schedule_policy",
+        ),
+        (
             '{"model": ".", "kv_cache_dtype": "int8"}',
             "Invalid enum value 'int8' - at $.kv_cache_dtype",
         ),

@@ -16,8 +16,14 @@ class Load(NamedTuple):
     max_tokens: int  # in one step
     num_decoding: int  # sequences that have all their known tokens planned
     backlog: int  # tokens that chunks have still to compute, waiting sequences included
-    num_free_pages: int
+    num_free_pages: int  # also those given to chunks that are not planned yet
+    num_reserved_pages: int  # free pages that admission leaves to those decoding
     num_pages: int
+    step: int  # steps planned so far
+    # Of the configuration.
+    plans_in_flight: int
+    prefill_drain_steps: int
+    min_prefill_tokens: int
 
 
 class Budget(NamedTuple):
@@ -40,4 +46,33 @@ def chunked_prefill(load: Load) -> Budget:
     return Budget(decodes=load.num_decoding, prefill_tokens=load.max_tokens)
 
 
-POLICIES: dict[str, Policy] = {"chunked_prefill": chunked_prefill}
+def token_throttling(load: Load) -> Budget:
+    """Even steps: a share of the decodes, and prefill by what waits and by what memory is free.
+
+    gLLM (SC'25, arXiv 2504.14775), in its terms: #T = prefill_drain_steps, #MinP =
+    min_prefill_tokens, #MaxP = max_tokens, #WP = backlog, #RD = num_decoding, #PP_depth =
+    plans_in_flight, KV_thresh = num_reserved_pages / num_pages (5 % when many decode), and
+
+        #P = max(min(#WP / #T, #MaxP (KV_free - KV_thresh) / (1 - KV_thresh)), #MinP)
+        #D = #RD / #PP_depth
+
+    Three things differ. #D is rounded down in some steps and up in others, so that any
+    plans_in_flight steps in a row take #RD together; always up would starve the last of them.
+    Below KV_thresh #P is #MinP and not 0: nobody is admitted then, and those who were hold their
+    pages already. With nobody decoding there is nobody to slow down, so prefill fills the step.
+    """
+    if not load.num_decoding:
+        return Budget(decodes=0, prefill_tokens=load.max_tokens)
+    depth = load.plans_in_flight
+    decodes = max(1, (load.num_decoding + load.step % depth) // depth)
+    by_waiting = -(-load.backlog // load.prefill_drain_steps)
+    spare = max(0, load.num_free_pages - load.num_reserved_pages)
+    by_memory = load.max_tokens * spare // (load.num_pages - load.num_reserved_pages)
+    prefill_tokens = max(min(by_waiting, by_memory), load.min_prefill_tokens)
+    return Budget(decodes, min(prefill_tokens, load.max_tokens))
+
+
+POLICIES: dict[str, Policy] = {
+    "chunked_prefill": chunked_prefill,
+    "token_throttling": token_throttling,
+}

@@ -95,6 +95,9 @@ class Scheduler:
         self._max_waiting = config.max_waiting
         self._eos_token_ids = eos_token_ids
         self._policy = POLICIES[config.schedule_policy]
+        self._depth = config.plans_in_flight or 1  # 0, "default", is settled by who runs steps
+        self._drain_steps = config.prefill_drain_steps
+        self._min_prefill = config.min_prefill_tokens
         self._waiting = Queue()
         self._prefilling = Queue()
         self._decoding = Queue()
@@ -189,14 +192,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step; None if nothing can be done before a commit or an add."""
         draft = _Draft()
-        load = Load(
-            max_tokens=self._max_tokens,
-            num_decoding=len(self._decoding),
-            backlog=self._backlog,
-            num_free_pages=self._pool.num_free,
-            num_pages=self._pool.num_pages,
-        )
-        budget = self._policy(load)
+        budget = self._policy(self._load())
         self._plan_decodes(draft, budget.decodes)
         left = min(budget.prefill_tokens, self._max_tokens - len(draft.decodes))
         while self._prefilling and left > 0:
@@ -211,6 +207,31 @@ class Scheduler:
         sampling = draft.decodes + [s for s in draft.chunked if s.queue is self._decoding]
         self._flights.append(_Flight(plan, sampling, draft.chunked))
         return plan
+
+    def _load(self) -> Load:
+        unplanned = sum(sequence.backlog for sequence in self._prefilling)  # one sequence or so
+        return Load(
+            max_tokens=self._max_tokens,
+            num_decoding=len(self._decoding),
+            backlog=self._backlog,
+            num_free_pages=self._pool.num_free + unplanned // self._page_size,
+            num_reserved_pages=self._num_reserved,
+            num_pages=self._pool.num_pages,
+            step=self._steps,
+            plans_in_flight=self._depth,
+            prefill_drain_steps=self._drain_steps,
+            min_prefill_tokens=self._min_prefill,
+        )
+
+    @property
+    def _num_reserved(self) -> int:
+        """Free pages that admission leaves to those decoding.
+
+        A decoding sequence takes its next page within page_size steps, so without a spare one
+        each, whoever is admitted is soon preempted and computed again. 5 % of the pool is enough,
+        and is not missed where sequences are too short to need a next page.
+        """
+        return min(len(self._decoding), self._pool.num_pages // 20)
 
     def _plan_decodes(self, draft: _Draft, max_decodes: int) -> None:
         """One token for each decoding sequence that has one to compute, best rank first.
@@ -269,14 +290,12 @@ class Scheduler:
         """Give the next waiting sequence a slot and pages for all its known tokens.
 
         Pages for all of them, so that prefill never runs out of pages halfway. And not the last
-        free pages: a decoding sequence takes its next one within page_size steps, so without a
-        spare page each, whoever is admitted is soon preempted and computed again. 5 % of the pool
-        is enough, and is not missed where sequences are too short to need a next page.
+        free pages, which are reserved.
         """
         if not self._waiting or not self._slots:
             return False
         sequence = self._waiting[0]
-        reserve = min(len(self._decoding), self._pool.num_pages // 20)
+        reserve = self._num_reserved
         if len(sequence.tokens) < sequence.prefill_len or self._pool.num_free <= reserve:
             return False
         tokens, pages = sequence.tokens, sequence.pages

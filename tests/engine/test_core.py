@@ -15,6 +15,7 @@ from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.engine.core import Engine
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import SamplingParams, StructuredOutputs
+from gllm_engine.sched.policy import POLICIES
 from gllm_engine.types import Request, StepResult, TokenLogprobs
 
 VOCAB = 384
@@ -136,9 +137,10 @@ def gather(outputs, tokens, finished):
             finished[client, id] = finish
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_each_client_gets_its_own_tokens(make, depth):
-    engine = make(plans_in_flight=depth, num_pages=12)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_each_client_gets_its_own_tokens(make, depth, policy):
+    engine = make(plans_in_flight=depth, num_pages=12, schedule_policy=policy)
     rng = random.Random(depth)
     wanted = {}
     for client in ("a", "b", None):

@@ -74,6 +74,11 @@ def alone(models):
     return alone
 
 
+THROTTLED = {
+    "schedule_policy": "token_throttling",
+    "max_num_batched_tokens": 32,
+    "min_prefill_tokens": 4,
+}
 WAYS = {
     "batched": {},
     "chunked": {"max_num_batched_tokens": 16, "enable_prefix_caching": False},
@@ -81,6 +86,10 @@ WAYS = {
     "three plans, chunks, cache": {"plans_in_flight": 3, "max_num_batched_tokens": 24},
     "preempted": {"num_pages": 126, "page_size": 2, "enable_prefix_caching": False},
     "preempted, two plans, cache": {"num_pages": 104, "page_size": 2, "plans_in_flight": 2},
+    "throttled": THROTTLED | {"plans_in_flight": 1},
+    "throttled, two plans": THROTTLED | {"plans_in_flight": 2},
+    "preempted, throttled, four plans": THROTTLED
+    | {"plans_in_flight": 4, "num_pages": 104, "page_size": 2},
 }
 
 

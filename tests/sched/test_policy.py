@@ -1,27 +1,301 @@
+"""Policies as numbers, and what a policy makes of whole runs with the real scheduler."""
+
 from __future__ import annotations
 
-from typing import get_args, get_type_hints
+from collections import deque
+from typing import Any, get_args, get_type_hints
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_mock import EOS, VOCAB, PagedMock, reference
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.sched.policy import POLICIES, Budget, Load, chunked_prefill
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.sched import Scheduler, Sequence
+from gllm_engine.sched.policy import POLICIES, Budget, Load, chunked_prefill, token_throttling
+from gllm_engine.types import StepPlan, StepResult
+
+MODEL_LEN = 400
 
 
-@given(
-    st.builds(
-        Load,
-        max_tokens=st.integers(1, 4096),
-        num_decoding=st.integers(0, 4096),
-        backlog=st.integers(0, 100_000),
-        num_free_pages=st.integers(0, 1000),
-        num_pages=st.just(1000),
+@st.composite
+def loads(draw: st.DrawFn, max_decoding: int = 4096) -> Load:
+    """Any load that a scheduler can be under."""
+    num_pages = draw(st.integers(1, 10_000))
+    num_decoding = draw(st.integers(0, max_decoding))
+    return Load(
+        max_tokens=draw(st.integers(1, 8192)),
+        num_decoding=num_decoding,
+        backlog=draw(st.integers(0, 200_000)),
+        num_free_pages=draw(st.integers(0, num_pages)),
+        num_reserved_pages=min(num_decoding, num_pages // 20),
+        num_pages=num_pages,
+        step=draw(st.integers(0, 1000)),
+        plans_in_flight=draw(st.integers(1, 64)),
+        prefill_drain_steps=draw(st.integers(1, 1024)),
+        min_prefill_tokens=draw(st.integers(1, 4096)),
     )
-)
-def test_chunked_prefill_takes_all_decodes_and_fills_the_step(load: Load) -> None:
-    assert chunked_prefill(load) == Budget(load.num_decoding, load.max_tokens)
 
 
 def test_every_policy_of_the_config_exists() -> None:
     assert set(POLICIES) == set(get_args(get_type_hints(EngineConfig)["schedule_policy"]))
+
+
+@given(loads())
+def test_chunked_prefill_takes_all_decodes_and_fills_the_step(load: Load) -> None:
+    assert chunked_prefill(load) == Budget(load.num_decoding, load.max_tokens)
+
+
+# ------------------------------------------------------------ token throttling as numbers
+
+# gLLM's defaults; 2,000 pages of which 100 (5 %) are reserved, so 1,900 are the whole.
+USUAL = Load(
+    max_tokens=2048,
+    num_decoding=200,
+    backlog=8000,
+    num_free_pages=2000,
+    num_reserved_pages=100,
+    num_pages=2000,
+    step=0,
+    plans_in_flight=4,
+    prefill_drain_steps=8,
+    min_prefill_tokens=32,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "prefill_tokens"),
+    [
+        ({}, 1000),  # 8000 / 8
+        ({"backlog": 8001}, 1001),  # the last one is not left behind
+        ({"backlog": 100}, 32),  # 100 / 8 = 12.5, less than the least
+        ({"backlog": 20_000}, 2048),  # 2500, more than a step
+        ({"backlog": 8000, "prefill_drain_steps": 4}, 2000),
+        ({"num_free_pages": 575}, 512),  # 2048 (0.2875 - 0.05) / 0.95 = 2048 / 4
+        ({"num_free_pages": 575, "backlog": 4000}, 500),  # now the waiting tokens bind
+        ({"num_free_pages": 119}, 32),  # 2048 * 19 / 1900 = 20.48
+        ({"num_free_pages": 100}, 32),  # at the threshold
+        ({"num_free_pages": 0}, 32),  # and below
+        ({"num_free_pages": 0, "max_tokens": 16}, 16),
+        ({"num_decoding": 0, "num_reserved_pages": 0, "num_free_pages": 0}, 2048),
+    ],
+)
+def test_prefill_by_hand(change: dict[str, int], prefill_tokens: int) -> None:
+    assert token_throttling(USUAL._replace(**change)).prefill_tokens == prefill_tokens
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "depth", "decodes"),
+    [
+        (200, 4, [50, 50, 50, 50]),
+        (10, 4, [2, 2, 3, 3]),
+        (9, 2, [4, 5]),
+        (9, 1, [9]),
+        (2, 4, [1, 1, 1, 1]),  # never none, or nothing would move
+        (0, 4, [0, 0, 0, 0]),
+    ],
+)
+def test_decodes_by_hand(num_decoding: int, depth: int, decodes: list[int]) -> None:
+    load = USUAL._replace(num_decoding=num_decoding, plans_in_flight=depth)
+    assert [token_throttling(load._replace(step=k)).decodes for k in range(depth)] == decodes
+
+
+@given(loads())
+def test_throttled_budgets_are_bounded(load: Load) -> None:
+    budget = token_throttling(load)
+    least = min(load.min_prefill_tokens, load.max_tokens)
+    assert 1 <= least <= budget.prefill_tokens <= load.max_tokens
+    assert min(1, load.num_decoding) <= budget.decodes <= load.num_decoding
+    if load.plans_in_flight == 1:
+        assert budget.decodes == load.num_decoding
+
+
+@given(loads(), st.integers(0, 200_000), st.integers(0, 10_000))
+def test_more_waiting_or_more_memory_never_means_less_prefill(
+    load: Load, waiting: int, pages: int
+) -> None:
+    budget = token_throttling(load)
+    more = token_throttling(load._replace(backlog=load.backlog + waiting))
+    assert more.prefill_tokens >= budget.prefill_tokens
+    fewer_pages = max(0, load.num_free_pages - pages)
+    less = token_throttling(load._replace(num_free_pages=fewer_pages))
+    assert less.prefill_tokens <= budget.prefill_tokens
+    assert less.decodes == more.decodes == budget.decodes
+
+
+@given(loads())
+def test_the_plans_in_flight_share_the_decodes_evenly(load: Load) -> None:
+    depth = load.plans_in_flight
+    shares = [token_throttling(load._replace(step=load.step + k)).decodes for k in range(depth)]
+    assert max(shares) - min(shares) <= 1
+    if load.num_decoding >= depth:
+        assert sum(shares) == load.num_decoding
+
+
+# ------------------------------------------------------------ whole runs
+
+
+class Run:
+    """A scheduler and a runner that checks every plan, with `depth` plans in flight."""
+
+    def __init__(self, policy: str, depth: int, num_pages: int = 1000, **config: Any) -> None:
+        values = {"max_num_seqs": 32, "max_num_batched_tokens": 64, "min_prefill_tokens": 4}
+        self.config = EngineConfig(
+            model=".", schedule_policy=policy, plans_in_flight=depth, **{**values, **config}
+        )
+        self.scheduler = Scheduler(self.config, num_pages, MODEL_LEN, EOS)
+        self.runner = PagedMock(self.config, num_pages)
+        self.results: deque[StepResult] = deque()
+        self.plans: list[StepPlan] = []
+        self.sequences: list[Sequence] = []
+        self.finished: set[Sequence] = set()
+
+    def add(self, prompt_len: int, max_tokens: int) -> Sequence:
+        number = len(self.sequences)
+        prompt = [2 + (number + i) % (VOCAB - 2) for i in range(prompt_len)]
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        self.sequences.append(Sequence(number, prompt, sampling, number))
+        self.scheduler.add(self.sequences[-1])
+        return self.sequences[-1]
+
+    def turn(self) -> None:
+        """As the engine's: plan if there is room; take in the oldest if not, or if nothing."""
+        plan = (
+            self.scheduler.schedule() if len(self.results) < self.config.plans_in_flight else None
+        )
+        if plan is not None:
+            self.plans.append(plan)
+            self.results.append(self.runner.run(plan))
+        if plan is None or len(self.results) == self.config.plans_in_flight:
+            assert self.results, "there is work, but nothing is planned and nothing in flight"
+            committed = self.scheduler.commit(self.results.popleft())
+            self.finished.update(sequence for sequence, _ in committed.finished)
+        self.scheduler.check_integrity()
+
+    def finish(self) -> list[list[int]]:
+        """The outputs, after as many turns as it takes."""
+        for _ in range(5000):
+            if not self.scheduler.has_work:
+                assert self.finished == set(self.sequences)
+                return [s.tokens[s.prompt_len :] for s in self.sequences]
+            self.turn()
+        raise AssertionError("livelock")
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 150), st.integers(1, 40), st.integers(0, 6)),
+        min_size=1,
+        max_size=20,
+    ),
+    depth=st.sampled_from([1, 2, 4]),
+    num_pages=st.sampled_from([12, 30, 1000]),  # 12 x 16 tokens just hold the longest request
+    max_num_seqs=st.sampled_from([2, 32]),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_whatever_the_policy_every_request_ends_with_its_tokens(
+    requests: list[tuple[int, int, int]], depth: int, num_pages: int, max_num_seqs: int
+) -> None:
+    for policy in POLICIES:
+        run = Run(policy, depth, num_pages, max_num_seqs=max_num_seqs, enable_prefix_caching=False)
+        for prompt_len, max_tokens, turns_before_the_next in requests:
+            run.add(prompt_len, max_tokens)
+            for _ in range(turns_before_the_next):
+                if run.scheduler.has_work:
+                    run.turn()
+        assert run.finish() == [
+            reference(
+                sequence.tokens[: sequence.prompt_len],
+                sequence.sampling,
+                sequence.seed,
+                None,
+                max_model_len=MODEL_LEN,
+                capacity=num_pages * run.config.page_size,
+            )[0]
+            for sequence in run.sequences
+        ]
+        if not run.scheduler.stats().preemptions:  # then nothing was computed twice, or left out
+            needed = sum(prompt_len + max_tokens - 1 for prompt_len, max_tokens, _ in requests)
+            assert run.runner.num_computed == needed
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+@pytest.mark.parametrize("num_sequences", [4, 7, 10, 25])
+def test_in_steady_state_plans_in_flight_are_of_one_size(depth: int, num_sequences: int) -> None:
+    run = Run("token_throttling", depth)
+    for i in range(num_sequences):
+        run.add(1 + 5 * i % 23, 100)
+    while run.scheduler.stats().waiting or run.scheduler._prefilling:
+        run.turn()
+    begin = len(run.plans) + depth  # by then all that are in flight were planned under this load
+    for _ in range(10 * depth):
+        run.turn()
+    assert not run.finished
+    plans = run.plans[begin:]
+    for i in range(len(plans) - depth + 1):
+        rows = [plan.decode_slots for plan in plans[i : i + depth]]
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+        assert len(set().union(*rows)) == sum(map(len, rows)) == num_sequences
+
+
+def test_a_prompt_beside_decodes_takes_the_steps_of_the_equations() -> None:
+    for waiting, least in ((150, 4), (300, 1), (64, 32)):
+        run = Run("token_throttling", 1, prefill_drain_steps=8, min_prefill_tokens=least)
+        run.add(1, 300)
+        run.turn()
+        late = run.add(waiting, 10)
+        left, sizes = waiting, []
+        while left:
+            sizes.append(min(max(-(-left // 8), least), left))
+            left -= sizes[-1]
+        while late.planned < waiting:
+            run.turn()
+        assert [len(plan.chunks[0].tokens) for plan in run.plans[1:]] == sizes
+        assert all(plan.decode_slots for plan in run.plans[1:])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 5)), min_size=1, max_size=6),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_alone_a_request_takes_no_more_steps_than_with_chunked_prefill(
+    requests: list[tuple[int, int]],
+) -> None:
+    steps = []
+    for policy in POLICIES:
+        run = Run(policy, 1)
+        for prompt_len, max_tokens in requests:
+            run.add(prompt_len, max_tokens)
+            run.finish()
+        steps.append(len(run.plans))
+    assert steps[0] == steps[1]
+
+
+def test_a_prompt_that_fills_the_cache_is_not_slowed_by_the_pages_it_holds_itself() -> None:
+    """Its pages are all taken at admission, but what is not planned yet counts as free."""
+    run = Run("token_throttling", 1, num_pages=22, prefill_drain_steps=1, min_prefill_tokens=1)
+    run.add(1, 300)
+    run.turn()
+    long = run.add(300, 2)  # 19 of the 22 pages
+    run.turn()
+    assert run.scheduler.stats().kv_usage > 0.9
+    # 21 pages free, 1 reserved, of 21 that are not: 64 * 20 / 21 = 60.95
+    assert long.planned == 60
+    run.turn()
+    # 2 free ones, and 240 tokens = 15 pages to come: 64 * 16 / 21 = 48.8
+    assert long.planned == 60 + 48
+
+
+def test_a_waiting_request_gets_in_however_many_others_decode() -> None:
+    run = Run("token_throttling", 4, num_pages=200)
+    for _ in range(31):
+        run.add(8, 300)
+    for _ in range(20):
+        run.turn()
+    late = run.add(40, 1)
+    planned = len(run.plans)
+    while late not in run.finished:
+        run.turn()
+    # 40 / 8 = 5, then 5, ... down to the least of 4 a step
+    assert len(run.plans) - planned <= 40 // 4 + 4

@@ -28,6 +28,9 @@ def shares(load: Load) -> Budget:
     return Budget((load.num_decoding + 1) // 2, (load.max_tokens + 1) // 2)
 
 
+ANY_POLICY = [*POLICIES.values(), shares]
+
+
 class World:
     """A scheduler, a runner that checks every plan, and what came of each sequence."""
 
@@ -48,6 +51,9 @@ class World:
             max_waiting=MAX_WAITING,
             page_size=page_size,
             enable_prefix_caching=caching,
+            plans_in_flight=depth,
+            prefill_drain_steps=3,
+            min_prefill_tokens=2,
         )
         with patch.dict(POLICIES, chunked_prefill=policy):
             self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS)
@@ -177,8 +183,8 @@ class Schedules(RuleBasedStateMachine):
         num_slots=st.integers(1, 5),
         extra_tokens=st.integers(0, 20),
         caching=st.booleans(),
-        depth=st.integers(1, 3),
-        policy=st.sampled_from([POLICIES["chunked_prefill"], shares]),
+        depth=st.integers(1, 4),
+        policy=st.sampled_from(ANY_POLICY),
     )
     def begin(self, **setup: object) -> None:
         self.world = World(**setup)
@@ -262,8 +268,8 @@ def test_long_schedules(seed: int) -> None:
         num_slots=rng.randint(1, 6),
         extra_tokens=rng.choice([0, 4, 30]),
         caching=rng.random() < 0.7,
-        depth=rng.randint(1, 3),
-        policy=rng.choice([POLICIES["chunked_prefill"], shares]),
+        depth=rng.randint(1, 4),
+        policy=rng.choice(ANY_POLICY),
     )
     aborts = rng.choice([0, 0.01, 0.05])
     for _ in range(rng.randint(100, 250)):
