@@ -30,7 +30,12 @@ def render(results: Results) -> str:
     parts = []
     if "host" in results:
         parts += ["## What the host costs", host_part(results["host"])]
-    makers = {"offline-": offline_part, "serve-": serve_part, "kernels-": kernels_part}
+    makers = {
+        "offline-": offline_part,
+        "start-": start_part,
+        "serve-": serve_part,
+        "kernels-": kernels_part,
+    }
     found = [
         maker(name.removeprefix(prefix), results)
         for prefix, maker in makers.items()
@@ -121,6 +126,15 @@ def ratio(engines: dict[str, dict[str, Any]], name: str | None) -> str:
     """The second engine's time by the first's; `name`: of a workload, None: to start."""
     times = [f["start_s"] if name is None else f[name]["seconds"] for f in engines.values()]
     return f"{times[1] / times[0]:.2f}" if len(times) == 2 else ""
+
+
+def start_part(model: str, results: Results) -> str:
+    """A sentence: seconds of each start, in order."""
+    result = results[f"start-{model}"]
+    figures = result["figures"]
+    times = ", ".join(f"{seconds:.1f}" for seconds in figures["start_s"])
+    size = f"{figures['checkpoint_gb']:.1f} GB of weights"
+    return f"**{model}, cold starts** one after the other, {size}: {times} s. {source(result)}"
 
 
 def serve_part(model: str, results: Results) -> str:
