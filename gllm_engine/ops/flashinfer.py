@@ -3,9 +3,10 @@
 Knows shapes and arithmetic; no models, no scheduling. FlashInfer divides a step's attention among
 the multiprocessors ahead, on the host (`plan`); what it then launches is the same for all layers.
 Decode rows go to our own kernel, which needs no plan; chunks to FlashInfer's FlashAttention-3
-kernel. Chunks at the beginning of a sequence read K and V as they come, not from pages, which is a
-fifth faster, and before they were rounded, if the cache is float8. Other chunks over a float8 cache
-go to its FlashAttention-2 kernel: its FlashAttention-3 wants queries in float8 too.
+kernel, or on other GPUs than Hopper's to its FlashAttention-2. Chunks at the beginning of a
+sequence read K and V as they come, not from pages, which is a fifth faster, and before they were
+rounded, if the cache is float8. Other chunks over a float8 cache go to FlashAttention-2 too, for
+FlashAttention-3 wants queries in float8 then.
 
 What FlashInfer has no kernel for (float32, unusual head sizes) attends as on a CPU, in plain torch:
 right, but slow.
@@ -270,7 +271,7 @@ class Planner:
     ) -> BatchPrefillWithPagedKVCacheWrapper:
         """`dtype`: the cache's, always the same."""
         if window not in self._chunks:
-            backend = "fa3" if dtype == self._dtype else "fa2"
+            backend = _best_backend() if dtype == self._dtype else "fa2"
             wrapper = BatchPrefillWithPagedKVCacheWrapper(self._partials, backend=backend)
             wrapper.reset_workspace_buffer(self._partials, self._plan_memory())
             self._chunks[window] = wrapper
@@ -278,7 +279,7 @@ class Planner:
 
     def _fresh_wrapper(self, window: int | None) -> BatchPrefillWithRaggedKVCacheWrapper:
         if window not in self._fresh:
-            wrapper = BatchPrefillWithRaggedKVCacheWrapper(self._partials, backend="fa3")
+            wrapper = BatchPrefillWithRaggedKVCacheWrapper(self._partials, backend=_best_backend())
             wrapper.reset_workspace_buffer(self._partials, self._plan_memory())
             self._fresh[window] = wrapper
         return self._fresh[window]
@@ -286,6 +287,11 @@ class Planner:
     def _plan_memory(self) -> Tensor:
         """Device memory for one wrapper's plans: each is used up before the next overwrites it."""
         return torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=self._device)
+
+
+def _best_backend() -> str:
+    """FlashInfer's FlashAttention-3 kernels are for Hopper alone."""
+    return "fa3" if torch.cuda.get_device_capability()[0] == 9 else "fa2"
 
 
 def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:

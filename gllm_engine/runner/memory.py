@@ -64,8 +64,17 @@ def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
 
 
 def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
-    """Of the numbers in the KV cache."""
-    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else decoder.dtype
+    """Of the numbers in the KV cache. Raises ConfigError for one that the GPU does not have."""
+    if config.kv_cache_dtype != "fp8":
+        return decoder.dtype
+    if decoder.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(decoder.device)
+        if (major, minor) < (8, 9):
+            raise ConfigError(
+                "kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or later; this one has "
+                f"{major}.{minor}"
+            )
+    return torch.float8_e4m3fn
 
 
 def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:

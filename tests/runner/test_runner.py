@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from drive import Drive, Job, greedy
 
-from gllm_engine.config import EngineConfig
+from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import load_model
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.runner import PlanError, Runner
+from gllm_engine.runner.memory import cache_dtype
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.spec import read_spec
 from gllm_engine.types import Chunk, Grown, NewSequence, StepPlan
@@ -325,3 +327,13 @@ def test_seeds_beyond_64_bits_wrap(llama):
         for seed in (7, 7 + 2**64, 7 - 2**64, 8)
     ]
     assert outputs[0] == outputs[1] == outputs[2] != outputs[3]
+
+
+def test_float8_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    config = EngineConfig(model=".", kv_cache_dtype="fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match="kv_cache_dtype: fp8 needs .* 8.9 .* has 8.0"):
+        cache_dtype(config, decoder)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert cache_dtype(config, decoder) == torch.float8_e4m3fn

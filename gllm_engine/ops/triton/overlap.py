@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Where there is no GPU (Triton's interpreter) there is nothing to overlap with.
-OVERLAP = torch.cuda.is_available()
+# Hopper's and later GPUs can; where there is none (Triton's interpreter) nothing overlaps.
+OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @triton.jit
