@@ -105,6 +105,10 @@ class Decoder:
             for layer in self.spec.layers
         ]
 
+    def prepare(self, page_size: int, dtype: torch.dtype) -> None:
+        """On a GPU: compile what attention over such a cache needs, unless that is done already."""
+        self.ops.prepare(self.new_cache(1, page_size, dtype)[0], self.dtype, self._windows)
+
     def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:
         """Write the batch's K and V to the cache and give the last layer's residual stream,
         [n, dim], of the tokens at `batch.logit_index`. A batch of nothing but decode rows may be
@@ -124,7 +128,7 @@ class Decoder:
         or every token's. To attention, such a token is a decode row.
         """
         rows = batch.logit_rows_cpu
-        if batch.logit_index is None or batch.logit_rows is None or rows is None:
+        if rows is None:
             return None
         if not len(rows):
             return Wanted(batch.logit_index, {})

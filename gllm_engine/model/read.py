@@ -50,10 +50,11 @@ class _Piece:
 
 @contextmanager
 def reading(targets: list[tuple[Source, Tensor]], device: torch.device) -> Iterator[None]:
-    """Fill each tensor, [copies, n] on `device`, with n numbers of its source, row by row the same.
+    """Fill each tensor, [copies, n], with n numbers of its source, row by row the same.
 
-    Reads while the block runs and has read everything when it ends; a block that raises ends the
-    reading. Raises LoadError for a file that cannot be read or ends too soon.
+    Tensors are on `device`, or on the host. Reads while the block runs and has read everything when
+    it ends; a block that raises ends the reading. Raises LoadError for a file that cannot be read
+    or ends too soon.
     """
     pieces = deque(piece for source, into in targets for piece in _cut(source, into))
     num_bytes = sum(piece.into.shape[1] * piece.source.dtype.itemsize for piece in pieces)

@@ -35,6 +35,7 @@ class Batch:
     query_lens: list[int]  # [rows] tokens of the row in this step
     num_decode: int
     logit_index: Tensor | None  # [n] which of `tokens` need logits; None: all of them
-    # If each of these is the last token of a row: which rows; the host knows them too.
+    # If each of these is the last token of a row: which rows; the host knows them too. All three
+    # are there, or these two are not.
     logit_rows: Tensor | None = None  # [n]
     logit_rows_cpu: HostInts | None = None  # the same

@@ -57,9 +57,8 @@ class Heads:
     """Normed and rotated heads of a step's tokens."""
 
     q: Tensor  # [tokens, heads, head_dim]
-    kv: (
-        Tensor | None
-    )  # [tokens, 2 * kv_heads, head_dim], before the cache rounds it; None: nobody asks
+    # [tokens, 2 * kv_heads, head_dim], before the cache rounds it; None: nobody asks.
+    kv: Tensor | None
 
 
 @dataclass
@@ -149,8 +148,6 @@ def attend(
     if plan.slow is not None:
         return reference.attend(q, cache, plan.slow)
     n, f = plan.num_decode, plan.first_fresh
-    if plan.decode is not None and n == len(q):
-        return triton.decode(q, cache, plan.decode).flatten(1)
     out = torch.empty_like(q)
     if plan.decode is not None:
         triton.decode(q[:n], cache, plan.decode, out[:n])

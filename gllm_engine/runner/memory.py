@@ -58,9 +58,8 @@ def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
     """What decode steps of all sequences take beside that: the graphs' logits, and the parts of
     split contexts in float32.
     """
-    itemsize = torch.empty(0, dtype=decoder.dtype).itemsize
     widest = max(layer.mixer.heads * layer.mixer.head_dim for layer in decoder.spec.layers)
-    return config.max_num_seqs * (decoder.spec.vocab * itemsize + 4 * widest)
+    return config.max_num_seqs * (decoder.spec.vocab * decoder.dtype.itemsize + 4 * widest)
 
 
 def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:

@@ -89,9 +89,7 @@ class Runner:
         max_pages = -(-max_len // config.page_size)
         with self._timed("kernels"):
             if on_gpu:
-                heads = {layer.mixer.window: layer.mixer.heads for layer in spec.layers}
-                cache = decoder.new_cache(1, config.page_size, cache_dtype(config, decoder))
-                decoder.ops.prepare(cache[0], decoder.dtype, heads)
+                decoder.prepare(config.page_size, cache_dtype(config, decoder))
         with self._timed("memory"):
             self.num_pages = fitting_pages(config, decoder, max_pages)
             # On a GPU one slot and one page more, for the spare rows of decode graphs.
