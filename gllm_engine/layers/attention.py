@@ -39,7 +39,7 @@ class GqaAttention:
     def __call__(
         self,
         x: Tensor,
-        norm: Norm,
+        norm: Norm | None,
         step: Step,
         cache: Tensor,
         wanted: Wanted | None = None,

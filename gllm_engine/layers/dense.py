@@ -22,7 +22,7 @@ class DenseFfn:
         self._gate_up = Linear(["mlp.gate_proj", "mlp.up_proj"], shapes, ops, dtype, device)
         self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device)
 
-    def __call__(self, x: Tensor, norm: Norm, total: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; added to `total`, in place, if that is given."""
         x = self._gate_up.gated(x, norm)
         return self._down(x) if total is None else self._down.add_to(total, x)

@@ -42,7 +42,7 @@ class Linear:
         """total + y, in the memory of `total`."""
         return self._ops.add_linear(total, x, self._weight, self._bias)
 
-    def gated(self, x: Tensor, norm: Norm) -> Tensor:
+    def gated(self, x: Tensor, norm: Norm | None) -> Tensor:
         """silu(gate) * up, where [gate, up] = y."""
         return self._ops.gated_linear(x, self._weight, self._bias, norm)
 

@@ -1,4 +1,4 @@
-"""One decoder interprets every spec.
+"""One decoder interprets every spec, or the share of it that one rank holds.
 
 Owns the order of layers and norms and the residual stream. Knows no family, no checkpoint and no
 scheduling: it is told which tokens stand where in the cache.
@@ -7,6 +7,7 @@ scheduling: it is told which tokens stand where in the cache.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -14,10 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.layers import DenseFfn, GqaAttention, RopeTable, Step, Wanted
+from gllm_engine.dist import ALONE, TensorParallel
+from gllm_engine.layers import (
+    DenseFfn,
+    GqaAttention,
+    Joiner,
+    Norm,
+    Residual,
+    RopeTable,
+    Step,
+    Wanted,
+)
 from gllm_engine.ops import Batch, select_ops
 from gllm_engine.spec.model import Layer, Model, SandwichLayer
 from gllm_engine.spec.rope import Rope
+from gllm_engine.spec.share import Share
 
 
 class PreNormBlock:
@@ -26,21 +38,37 @@ class PreNormBlock:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
     def __init__(
-        self, spec: Layer, model: Model, ops: ModuleType, dtype: torch.dtype, device: torch.device
+        self,
+        spec: Layer,
+        model: Model,
+        ops: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
+        join: Joiner,
     ) -> None:
-        self._ops = ops
+        self._ops, self._join = ops, join
         self._mixer = GqaAttention(spec.mixer, model.dim, model.eps, ops, dtype, device)
         self._ffn = DenseFfn(spec.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
+        self.next_norm: Norm | None = None  # the next block's first, if there is one
+
+    @property
+    def first_norm(self) -> Norm:
+        return self._norms["input_layernorm"]
 
     def __call__(
-        self, x: Tensor, step: Step, cache: Tensor, wanted: Wanted | None = None
-    ) -> Tensor:
-        """x: [tokens, dim]. Returns it, or new memory with the `wanted` tokens' alone."""
-        norms, total = self._norms, x if wanted is None else x[wanted.index]
-        total = self._mixer(x, norms["input_layernorm"], step, cache, wanted, total)
-        return self._ffn(total, norms["post_attention_layernorm"], total)
+        self, stream: Residual, step: Step, cache: Tensor, wanted: Wanted | None = None
+    ) -> Residual:
+        """stream: of [tokens, dim]. Returns it, or new memory with the `wanted` tokens' alone."""
+        total = stream.total if wanted is None else stream.total[wanted.index]
+        x, norm = stream.under(self.first_norm)
+        second = self._norms["post_attention_layernorm"]
+        stream = self._join(
+            total, lambda into: self._mixer(x, norm, step, cache, wanted, into), second
+        )
+        y, left = stream.under(second)
+        return self._join(stream.total, lambda into: self._ffn(y, left, into), self.next_norm)
 
     def weights(self) -> dict[str, Tensor]:
         gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
@@ -53,13 +81,14 @@ class SandwichBlock(PreNormBlock):
     norms = (*PreNormBlock.norms, "post_self_attn_layernorm", "post_mlp_layernorm")
 
     def __call__(
-        self, x: Tensor, step: Step, cache: Tensor, wanted: Wanted | None = None
-    ) -> Tensor:
-        norms, total = self._norms, x if wanted is None else x[wanted.index]
-        x = self._mixer(x, norms["input_layernorm"], step, cache, wanted)
+        self, stream: Residual, step: Step, cache: Tensor, wanted: Wanted | None = None
+    ) -> Residual:
+        norms, x = self._norms, stream.total
+        total = x if wanted is None else x[wanted.index]
+        x = self._join.sum(self._mixer(x, self.first_norm, step, cache, wanted))
         total = self._ops.rms_norm(x, *norms["post_self_attn_layernorm"], add_to=total)
-        x = self._ffn(total, norms["post_attention_layernorm"])
-        return self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total)
+        x = self._join.sum(self._ffn(total, norms["post_attention_layernorm"]))
+        return Residual(self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total))
 
 
 _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
@@ -69,25 +98,55 @@ _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
 
 
 class Decoder:
-    """A model whose weights are still to be filled in (load.py); `weights()` says where."""
+    """A model whose weights are still to be filled in (load.py); `weights()` says where.
+
+    `layers`: what this rank computes of it, all of them by default.
+    """
 
     def __init__(
-        self, spec: Model, *, dtype: torch.dtype, device: torch.device, max_model_len: int
+        self,
+        spec: Model,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        share: Share | None = None,
+        ranks: TensorParallel = ALONE,
     ) -> None:
-        """`max_model_len`: no position reaches it. Dynamic RoPE scaling depends on it."""
+        """`max_model_len`: no position reaches it. Dynamic RoPE scaling depends on it.
+
+        `share`: what is this rank's; `ranks`: those that have the other shares of its layers.
+        """
         self.spec, self.dtype, self.device = spec, dtype, device
-        self.ops = select_ops(device)
+        self.share = share or Share(0, len(spec.layers))
+        self.layers = self.share.of(spec)
+        self.is_first, self.is_last = self.share.first == 0, self.share.end == len(spec.layers)
+        self.ops, self._ranks = select_ops(device), ranks
         self._planner = self.ops.Planner(device, dtype)
+        join = Joiner(self.ops, ranks, spec.dim, dtype)
         self._blocks = [
-            _BLOCKS[type(layer)](layer, spec, self.ops, dtype, device) for layer in spec.layers
+            _BLOCKS[type(layer)](layer, spec, self.ops, dtype, device, join)
+            for layer in self.layers
         ]
-        self._embedding = torch.empty(spec.vocab, spec.dim, dtype=dtype, device=device)
-        self._norm = torch.empty(spec.dim, dtype=dtype, device=device)
-        self._head = self._embedding if spec.tie else torch.empty_like(self._embedding)
-        ropes = dict.fromkeys(layer.mixer.rope for layer in spec.layers)
+        for block, after in pairwise(self._blocks):
+            block.next_norm = after.first_norm
+        self._made = {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, shape in self.share.weights(spec).items()
+            if not name.startswith("model.layers.")
+        }
+        ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
         # Heads are told once for each window: layers that share it are planned as one.
-        self._windows = {layer.mixer.window: layer.mixer.heads for layer in spec.layers}
+        self._windows = {layer.mixer.window: layer.mixer.heads for layer in self.layers}
+
+    @property
+    def _embedding(self) -> Tensor:
+        return self._made["model.embed_tokens.weight"]
+
+    @property
+    def _head(self) -> Tensor:
+        return self._embedding if self.spec.tie else self._made["lm_head.weight"]
 
     def new_cache(
         self, num_pages: int, page_size: int, dtype: torch.dtype | None = None
@@ -102,26 +161,39 @@ class Decoder:
                 dtype=dtype or self.dtype,
                 device=self.device,
             )
-            for layer in self.spec.layers
+            for layer in self.layers
         ]
 
     def prepare(self, page_size: int, dtype: torch.dtype) -> None:
         """On a GPU: compile what attention over such a cache needs, unless that is done already."""
         self.ops.prepare(self.new_cache(1, page_size, dtype)[0], self.dtype, self._windows)
 
-    def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:
+    def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
         """Write the batch's K and V to the cache and give the last layer's residual stream,
-        [n, dim], of the tokens at `batch.logit_index`. A batch of nothing but decode rows may be
-        recorded in a CUDA graph.
+        [n, dim], of the tokens at `batch.logit_index`; or, if the model goes on elsewhere, of all
+        tokens. A batch of nothing but decode rows may be recorded in a CUDA graph.
+
+        `x`: where this is not the beginning of the model, what came out of the layers before,
+        [tokens, dim]; it is written to.
         """
         plans = {w: self._planner.plan(batch, cache[0], h, w) for w, h in self._windows.items()}
         step = Step(plans, self._rotations(batch))
-        x = F.embedding(batch.tokens, self._embedding)
+        stream = Residual(self._embed(batch.tokens) if x is None else x)
         for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
-            x = block(x, step, layer_cache)
-        wanted = self._wanted(batch, cache[-1])
-        x = self._blocks[-1](x, step, cache[-1], wanted)
-        return x if wanted or batch.logit_index is None else x[batch.logit_index]
+            stream = block(stream, step, layer_cache)
+        wanted = self._wanted(batch, cache[-1]) if self.is_last else None
+        total = self._blocks[-1](stream, step, cache[-1], wanted).total
+        if wanted or batch.logit_index is None or not self.is_last:
+            return total
+        return total[batch.logit_index]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        table = self._embedding
+        if self._ranks.size == 1:
+            return F.embedding(tokens, table)
+        at = tokens - self._ranks.rank * len(table)
+        here = (at >= 0) & (at < len(table))
+        return self._ranks.sum(F.embedding(at * here, table) * here[:, None])
 
     def _wanted(self, batch: Batch, cache: Tensor) -> Wanted | None:
         """The last tokens of the rows whose logits are asked for; None if other tokens' are too,
@@ -140,29 +212,38 @@ class Decoder:
             query_lens=[1] * len(rows),
             num_decode=len(rows),
         )
-        window = self.spec.layers[-1].mixer.window
+        window = self.layers[-1].mixer.window
         plan = self._planner.plan(ends, cache, self._windows[window], window)
         return Wanted(batch.logit_index, {window: plan})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """What `forward` gave, [n, dim], to [n, vocab] logits in the model's dtype; into `out` if
-        given.
+        """What `forward` gave, [n, dim], to this rank's share of the logits, [n, vocab / ranks] in
+        the model's dtype; into `out` if given.
         """
-        return self.ops.linear(hidden, self._head, None, (self._norm, self.spec.eps), out)
+        norm = self._made["model.norm.weight"], self.spec.eps
+        return self.ops.linear(hidden, self._head, None, norm, out)
+
+    def whole(self, scores: Tensor) -> Tensor:
+        """All ranks' `scores` of the same rows: [n, vocab]."""
+        return self._ranks.gather(scores)
+
+    def sample(self, scores: Tensor, slots: Tensor, *state: Tensor, out: Tensor | None = None):
+        """One token for each row of `scores`, [n] int64; see ops.sample."""
+        return self.ops.sample(scores, slots, *state, out=out, ranks=self._ranks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `forward` gave, [n, dim], to [n, vocab] logits in float32."""
-        return self.scores(hidden).float()
+        return self.whole(self.scores(hidden)).float()
 
     def weights(self) -> dict[str, Tensor]:
-        """Canonical weight name -> the tensor (often a view) to copy it into.
+        """Canonical weight name -> the tensor (often a view) to copy this rank's share of it into.
 
         A view may have a leading dimension more than the weight: copying broadcasts over it.
         """
-        views = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self._norm}
-        for i, block in enumerate(self._blocks):
+        views = dict(self._made)
+        for i, block in enumerate(self._blocks, self.share.first):
             views |= {f"model.layers.{i}.{name}": view for name, view in block.weights().items()}
-        return views if self.spec.tie else views | {"lm_head.weight": self._head}
+        return views
 
     def _rotations(self, batch: Batch) -> dict[Rope, Any]:
         return {

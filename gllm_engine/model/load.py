@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,16 +68,14 @@ def filling(decoder: Decoder, path: Path) -> Iterator[None]:
     loader.check_tied()
 
 
-def make_dummy(
-    spec: Model, *, dtype: torch.dtype, device: torch.device, max_model_len: int
-) -> Decoder:
-    """Build the decoder for `spec` with random weights, always the same.
+def make_dummy(spec: Model, **options: Any) -> Decoder:
+    """Build the decoder for `spec` with random weights, always the same; `options` as Decoder's.
 
     They are of a trained model's size, so that numbers stay in range, and none is constant:
     kernels run faster on zeros.
     """
-    decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
-    generator = torch.Generator(device).manual_seed(0)
+    decoder = Decoder(spec, **options)
+    generator = torch.Generator(decoder.device).manual_seed(0)
     for name, view in decoder.weights().items():
         if name.endswith("norm.weight"):
             view.uniform_(0.5, 1.5, generator=generator)
@@ -91,6 +90,7 @@ class _Loader:
     def __init__(self, decoder: Decoder) -> None:
         spec = decoder.spec
         self.targets: list[tuple[Source, Tensor]] = []
+        self._share = decoder.share
         self._shapes, self._weights = spec.weights(), decoder.weights()
         self._missing = checkpoint_tensors(spec)
         self._seen: set[str] = set()
@@ -106,12 +106,13 @@ class _Loader:
             raise LoadError(f"{file}: tensor {name} is in the checkpoint twice")
         self._seen.add(name)
         if name == self._tied:
-            embedding = self._weights["model.embed_tokens.weight"]
-            dtype = _check(file, name, stored, self._shapes["model.embed_tokens.weight"])
-            # On the host: to be compared, not to take the device's memory.
-            self._tied_copy = file, torch.empty_like(embedding, device="cpu")
-            source = Source(file, descriptor, offset, dtype)
-            self.targets.append((source, self._tied_copy[1].view(1, -1)))
+            embedding = self._weights.get("model.embed_tokens.weight")
+            shape = self._shapes["model.embed_tokens.weight"]
+            dtype = _check(file, name, stored, shape)
+            if embedding is not None:
+                # On the host: to be compared, not to take the device's memory.
+                self._tied_copy = file, torch.empty_like(embedding, device="cpu")
+                self._aim(Source(file, descriptor, offset, dtype), shape, self._tied_copy[1])
             return
         if name not in self._missing:
             raise LoadError(f"{file}: tensor {name} is left over; the model has no place for it")
@@ -120,9 +121,22 @@ class _Loader:
         rows = sum(shape[0] for shape in shapes)
         dtype = _check(file, name, stored, (rows, *shapes[0][1:]))
         for part, shape in zip(parts, shapes, strict=True):
-            source = Source(file, descriptor, offset, dtype)
-            self.targets.append((source, self._weights[part].view(-1, prod(shape))))
+            if part in self._weights:  # else it is another rank's
+                self._aim(Source(file, descriptor, offset, dtype), shape, self._weights[part])
             offset += prod(shape) * dtype.itemsize
+
+    def _aim(self, whole: Source, shape: tuple[int, ...], into: Tensor) -> None:
+        """Have this rank's share of a whole weight of `shape` read. `into`: of the share's shape,
+        which is smaller in one dimension at most; or the same once more for each of some copies.
+        """
+        width = prod(shape[1:])
+        share = into.shape[-len(shape) :]
+        count, start = prod(share[1:]), self._share.start
+        offset = whole.offset + start(shape[0], share[0]) * width * whole.dtype.itemsize
+        source = replace(whole, offset=offset)
+        if count < width:
+            source = replace(source, width=width, first=start(width, count), count=count)
+        self.targets.append((source, into.view(-1, prod(share))))
 
     def check_complete(self, path: Path) -> None:
         if self._missing:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,12 +34,18 @@ class LoadError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """Consecutive numbers in a file that stays open; `offset` of the first, in bytes."""
+    """Rows of numbers in a file that stays open; `offset` of the first row's first, in bytes.
+
+    Of each row of `width` numbers those from `first` on are wanted, `count` of them.
+    """
 
     path: Path
     descriptor: int
     offset: int
     dtype: torch.dtype
+    width: int = 1
+    first: int = 0
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def reading(targets: list[tuple[Source, Tensor]], device: torch.device) -> Itera
     or ends too soon.
     """
     pieces = deque(piece for source, into in targets for piece in _cut(source, into))
-    num_bytes = sum(piece.into.shape[1] * piece.source.dtype.itemsize for piece in pieces)
+    num_bytes = sum(_num_bytes(piece) for piece in pieces)
     stream = None
     if device.type == "cuda":
         # The memory to be filled may have been another tensor's, whose work is still under way.
@@ -78,11 +84,17 @@ def reading(targets: list[tuple[Source, Tensor]], device: torch.device) -> Itera
 
 
 def _cut(source: Source, into: Tensor) -> Iterator[_Piece]:
-    step = _PIECE_BYTES // source.dtype.itemsize
-    for first in range(0, into.shape[1], step):
-        offset = source.offset + first * source.dtype.itemsize
-        piece = Source(source.path, source.descriptor, offset, source.dtype)
-        yield _Piece(piece, into[:, first : first + step])
+    row_bytes = source.width * source.dtype.itemsize
+    rows, num_rows = max(1, _PIECE_BYTES // row_bytes), into.shape[1] // source.count
+    for row in range(0, num_rows, rows):
+        piece = replace(source, offset=source.offset + row * row_bytes)
+        yield _Piece(piece, into[:, row * source.count : (row + rows) * source.count])
+
+
+def _num_bytes(piece: _Piece) -> int:
+    """Of the rows as they are in the file."""
+    rows = piece.into.shape[1] // piece.source.count
+    return rows * piece.source.width * piece.source.dtype.itemsize
 
 
 @torch.inference_mode()
@@ -112,12 +124,14 @@ def _read(pieces: deque[_Piece], stream: torch.cuda.Stream | None) -> float:
 
 def _move(piece: _Piece, buffer: Tensor) -> None:
     source, into = piece.source, piece.into
-    raw = buffer[: into.shape[1] * source.dtype.itemsize]
+    num_bytes = _num_bytes(piece)
+    raw = buffer[:num_bytes]
     _fill(memoryview(raw.numpy()), source)
-    numbers = raw.view(source.dtype)
-    if numbers.dtype != into.dtype:  # converted where they go: a GPU does it in no time
-        numbers = numbers.to(into.device, non_blocking=True)
-    into.copy_(numbers, non_blocking=True)
+    numbers = raw.view(source.dtype).view(-1, source.width)
+    if numbers.dtype != into.dtype or source.count < source.width:
+        numbers = numbers.to(into.device, non_blocking=True)  # a GPU does the rest in no time
+    wanted = numbers[:, source.first : source.first + source.count]
+    into.unflatten(1, (-1, source.count)).copy_(wanted, non_blocking=True)
 
 
 def _fill(memory: memoryview, source: Source) -> None:

@@ -6,13 +6,30 @@ Knows no models and no sequences: rows, pages and tokens only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 # Integers that the host knows, one a row.
 HostInts = np.ndarray[Any, Any]
+
+
+class Ranks(Protocol):
+    """Processes that hold a share each of the same tensors; this one is number `rank`."""
+
+    rank: int
+    size: int
+    group: Any  # torch.distributed's; None for a single one
+    same_node: bool
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, in its place."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[n, width] of each rank to [n, size * width]: rank after rank in every row."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,19 @@ from torch import Tensor
 from gllm_engine.ops import reference, triton
 from gllm_engine.ops.ahead import plan_all, tiny_chunk
 from gllm_engine.ops.batch import Batch, HostInts
-from gllm_engine.ops.triton import gemv, is_single, lay_out, rms_norm, sample, silu_mul
+from gllm_engine.ops.triton import (
+    gemv,
+    is_single,
+    lay_out,
+    one_shot_sum,
+    rms_norm,
+    sample,
+    silu_mul,
+)
 
 __all__ = [
-    "Planner", "add_linear", "attend", "gated_linear", "lay_out", "linear", "prepare", "rms_norm",
-    "rotate_and_store", "rotation", "sample", "silu_mul",
+    "Planner", "add_linear", "attend", "gated_linear", "lay_out", "linear", "one_shot_sum",
+    "prepare", "rms_norm", "rotate_and_store", "rotation", "sample", "silu_mul",
 ]  # fmt: skip
 
 _HEAD_DIMS = (64, 128, 256)
@@ -97,12 +105,12 @@ def linear(
 
 
 def gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float]
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None
 ) -> Tensor:
     """As reference.gated_linear."""
     if is_single(x):
         return gemv(x, weight, bias, norm, gated=True)
-    return silu_mul(F.linear(rms_norm(x, *norm), weight, bias))
+    return silu_mul(linear(x, weight, bias, norm))
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

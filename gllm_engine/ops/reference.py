@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.ops.batch import Batch
+from gllm_engine.ops.batch import Batch, Ranks
 
 # Numbers gathered at once: 1 MiB of float32, so that attention finds them in a CPU's cache.
 _GATHER_NUMBERS = 1 << 18
@@ -63,7 +63,7 @@ def linear(
 
 
 def gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float]
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None
 ) -> Tensor:
     """silu(gate) * up, [rows, width / 2], where [gate, up] = linear(x, weight, bias, norm)."""
     return silu_mul(linear(x, weight, bias, norm))
@@ -72,6 +72,11 @@ def gated_linear(
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Add linear(x, weight, bias) to `total` [rows, width], and return that."""
     return total.add_(F.linear(x, weight, bias))
+
+
+def one_shot_sum(ranks: Ranks, dim: int, dtype: torch.dtype) -> None:
+    """On a GPU: a kernel that sums all ranks' parts of [rows, dim]; here there is none."""
+    del ranks, dim, dtype
 
 
 def rotation(
@@ -362,6 +367,7 @@ def sample(
     lengths: Tensor,
     last_tokens: Tensor,
     out: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """One token for each row of scores [rows, vocab], the logits of `slots` [rows], into `out`
     [rows] int64 if given: drawn with its softmax at the slot's temperature, or the most likely
@@ -369,7 +375,9 @@ def sample(
 
     State, one row a slot, int64 but for `temperature` (float64): `lengths` tokens in the cache,
     `prompt_lens` of them the prompt; the token becomes the slot's last one in `last_tokens`.
+    `ranks`: those that have a share of the logits each, [rows, vocab / ranks]; each gets the token.
     """
+    scores = scores if ranks is None else ranks.gather(scores)
     heat = temperature[slots].float()
     greedy = heat <= 0
     if greedy.all():

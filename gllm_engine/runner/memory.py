@@ -30,7 +30,8 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     """
     if config.num_pages is not None:
         return config.num_pages
-    per_token = decoder.spec.kv_bytes_per_token(cache_dtype(config, decoder).itemsize)
+    itemsize = cache_dtype(config, decoder).itemsize
+    per_token = itemsize * sum(layer.mixer.kv_elements_per_token() for layer in decoder.layers)
     page_bytes = per_token * config.page_size
     if config.kv_cache_gib is not None or decoder.device.type == "cpu":
         return _pages_of(config.kv_cache_gib or 1.0, page_bytes)
@@ -58,7 +59,7 @@ def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
     """What decode steps of all sequences take beside that: the graphs' logits, and the parts of
     split contexts in float32.
     """
-    widest = max(layer.mixer.heads * layer.mixer.head_dim for layer in decoder.spec.layers)
+    widest = max(layer.mixer.heads * layer.mixer.head_dim for layer in decoder.layers)
     return config.max_num_seqs * (decoder.spec.vocab * decoder.dtype.itemsize + 4 * widest)
 
 

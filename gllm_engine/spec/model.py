@@ -54,12 +54,13 @@ class Dense:
     """down(silu(gate(x)) * up(x))."""
 
     hidden: int
-    bias: bool = False
+    bias: bool = False  # of gate and up
+    out_bias: bool = False
 
     def weights(self, dim: int) -> Shapes:
         shapes = _linear("mlp.gate_proj", self.hidden, dim, self.bias)
         shapes |= _linear("mlp.up_proj", self.hidden, dim, self.bias)
-        return shapes | _linear("mlp.down_proj", dim, self.hidden, self.bias)
+        return shapes | _linear("mlp.down_proj", dim, self.hidden, self.out_bias)
 
 
 @dataclass(frozen=True)

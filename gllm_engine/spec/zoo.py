@@ -47,7 +47,8 @@ _LLAMA = {
 def llama(c: Fields) -> Model:
     bias = c.flag("attention_bias")
     mixer = replace(_gqa(c), qkv_bias=bias, out_bias=bias)
-    return _decoder(c, mixer, Dense(c.count("intermediate_size"), c.flag("mlp_bias")))
+    mlp_bias = c.flag("mlp_bias")
+    return _decoder(c, mixer, Dense(c.count("intermediate_size"), mlp_bias, mlp_bias))
 
 
 _MISTRAL = _LLAMA | {
@@ -147,10 +148,11 @@ def chatglm(c: Fields) -> Model:
         qkv_bias=bias or c.flag("add_qkv_bias"),
         out_bias=bias,
     )
+    ffn = Dense(c.count("ffn_hidden_size"), bias, bias)
     return Model(
         dim=c.count("hidden_size"),
         vocab=c.count("padded_vocab_size"),
-        layers=(Layer(mixer, Dense(c.count("ffn_hidden_size"), bias)),) * c.count("num_layers"),
+        layers=(Layer(mixer, ffn),) * c.count("num_layers"),
         eps=c.real("layernorm_epsilon"),
         tie=c.flag("tie_word_embeddings"),
         max_len=c.count("seq_length"),

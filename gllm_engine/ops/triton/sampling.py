@@ -4,6 +4,9 @@ The first pass reads every logit once and leaves, for each group of tokens, its 
 mass and its most likely token. The second finds the group where the inverse CDF passes the row's
 random number, and then the token in it. Arithmetic as reference.sample: vocabulary order, sums of
 groups and tokens in float64, the random number a function of (seed, position) alone.
+
+Ranks that hold a share of the vocabulary each exchange what the first pass left, which is small
+beside the logits; the one that has the chosen group finds the token.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.batch import Ranks
+
 _GROUP = 2048
 
 
 # A step's slots may begin anywhere among its packed numbers: one kernel for all alignments.
 @triton.jit(do_not_specialize_on_alignment=["slots"])
-def _look(scores, slots, temperature, peaks, masses, bests, vocab, GROUP: tl.constexpr):
+def _look(scores, slots, temperature, peaks, masses, bests, vocab, base, GROUP: tl.constexpr):
     row, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = group * GROUP + tl.arange(0, GROUP)
     heat = tl.load(temperature + tl.load(slots + row)).to(tl.float32)
@@ -29,7 +34,7 @@ def _look(scores, slots, temperature, peaks, masses, bests, vocab, GROUP: tl.con
     mass = tl.sum(tl.exp(x - tl.where(peak == -float("inf"), 0.0, peak)), 0)
     tl.store(peaks + row * groups + group, peak)
     tl.store(masses + row * groups + group, mass)
-    tl.store(bests + row * groups + group, group * GROUP + best)
+    tl.store(bests + row * groups + group, base + group * GROUP + best)
 
 
 @triton.jit
@@ -49,7 +54,7 @@ def _first_above(weights, target, at):
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def _choose(
     scores, slots, temperature, seeds, prompt_lens, lengths, last_tokens,
-    peaks, masses, bests, tokens, vocab, groups,
+    peaks, masses, bests, tokens, vocab, groups, rank, ranks,
     GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -58,6 +63,9 @@ def _choose(
     top, likely = tl.max(peak, 0, return_indices=True)
     slot = tl.load(slots + row)
     heat = tl.load(temperature + slot).to(tl.float32)
+    chosen = likely
+    token = tl.load(bests + row * groups + likely)
+    ours = groups // ranks  # of the groups, the rank-th run
     if heat > 0:
         seed = _mix(tl.load(seeds + slot).to(tl.uint64))
         position = tl.load(lengths + slot) - tl.load(prompt_lens + slot)
@@ -69,14 +77,18 @@ def _choose(
         chosen = _first_above(weights, target, group)
         rest = tl.maximum(target - tl.sum(tl.where(group < chosen, weights, 0.0), 0), 0.0)
         member = tl.arange(0, GROUP)
-        at = chosen * GROUP + member
-        x = tl.load(scores + row.to(tl.int64) * vocab + at, mask=at < vocab, other=-float("inf"))
+        at = (chosen - rank * ours) * GROUP + member
+        x = tl.load(
+            scores + row.to(tl.int64) * vocab + at,
+            mask=(at >= 0) & (at < vocab), other=-float("inf"),
+        )  # fmt: skip
         members = tl.exp(x.to(tl.float32) / heat - top).to(tl.float64)
-        token = chosen * GROUP + _first_above(members, rest, member)
-    else:
-        token = tl.load(bests + row * groups + likely)
-    tl.store(tokens + row, token.to(tl.int64))
-    tl.store(last_tokens + slot, token.to(tl.int64))
+        first = rank * vocab + (chosen - rank * ours) * GROUP
+        token = first + _first_above(members, rest, member)
+    token = tl.where(chosen // ours == rank, token, 0).to(tl.int64)
+    tl.store(tokens + row, token)
+    if ranks == 1:
+        tl.store(last_tokens + slot, token)
 
 
 def sample(
@@ -88,19 +100,27 @@ def sample(
     lengths: Tensor,
     last_tokens: Tensor,
     out: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """One token for each row of scores [rows, vocab]; see reference.sample."""
     rows, vocab = scores.shape
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     groups = triton.cdiv(vocab, _GROUP)
-    peaks = torch.empty(rows, groups, dtype=torch.float32, device=scores.device)
-    masses, bests = torch.empty_like(peaks), torch.empty_like(peaks, dtype=torch.int32)
+    left = torch.empty(3 * rows, groups, dtype=torch.float32, device=scores.device)
+    peaks, masses, bests = left.chunk(3)
     tokens = torch.empty_like(slots) if out is None else out
     _look[(rows, groups)](
-        scores, slots, temperature, peaks, masses, bests, vocab, GROUP=_GROUP,
+        scores, slots, temperature, peaks, masses, bests.view(torch.int32), vocab, rank * vocab,
+        GROUP=_GROUP,
     )  # fmt: skip
+    if ranks is not None:
+        peaks, masses, bests = ranks.gather(left).chunk(3)
     _choose[(rows,)](
         scores, slots, temperature, seeds, prompt_lens, lengths, last_tokens,
-        peaks, masses, bests, tokens, vocab, groups,
-        GROUP=_GROUP, GROUPS=triton.next_power_of_2(groups),
+        peaks, masses, bests.view(torch.int32), tokens, vocab, size * groups, rank, size,
+        GROUP=_GROUP, GROUPS=triton.next_power_of_2(size * groups),
     )  # fmt: skip
+    if size > 1:
+        ranks.sum(tokens)
+        last_tokens.index_copy_(0, slots, tokens)
     return tokens

@@ -1,0 +1,43 @@
+"""The ranks that hold a share each of every weight of the same layers.
+
+Each computes with its share; sums and gathers make one result of it, the same on all of them.
+Knows tensors and nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class TensorParallel:
+    """`size` ranks, this one is number `rank`. With a size of 1 nothing is ever sent."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        same_node: bool,
+    ) -> None:
+        self.rank, self.size, self.device, self.group = rank, size, device, group
+        self.same_node = same_node
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, in its place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[n, width] of each rank to [n, size * width]: rank after rank in every row."""
+        if self.size == 1:
+            return x
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=self.group)
+        return parts.transpose(0, 1).reshape(len(x), -1)
+
+
+ALONE = TensorParallel(0, 1, torch.device("cpu"), None, True)

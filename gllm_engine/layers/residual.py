@@ -1,0 +1,56 @@
+"""The residual stream, and how what a layer gives is added to it where several ranks share a layer.
+
+Each rank's layers give a part of what is to be added; the parts are summed on the way. With the
+sum, where it is one kernel, comes the norm that follows, which would read it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gllm_engine.dist import TensorParallel
+from gllm_engine.layers.step import Norm
+
+
+@dataclass(frozen=True)
+class Residual:
+    """`total`: [tokens, dim]; `normed`: the same after the norm that comes next, if it is there."""
+
+    total: Tensor
+    normed: Tensor | None = None
+
+    def under(self, norm: Norm) -> tuple[Tensor, Norm | None]:
+        """What a layer whose input norm is `norm` is to take: a tensor, and what it lacks."""
+        return (self.total, norm) if self.normed is None else (self.normed, None)
+
+
+class Joiner:
+    """Adds layers' results to the residual stream, over the ranks that share the layers."""
+
+    def __init__(self, ops: ModuleType, ranks: TensorParallel, dim: int, dtype: torch.dtype):
+        self._ranks = ranks
+        self._one_shot = ops.one_shot_sum(ranks, dim, dtype)
+
+    def __call__(
+        self, total: Tensor, layer: Callable[[Tensor | None], Tensor], norm: Norm | None
+    ) -> Residual:
+        """`layer(into)`: its result, [tokens, dim], added to `into`, in place, if that is given.
+
+        `norm`: what comes next, if anybody knows. `total` is written to.
+        """
+        if self._ranks.size == 1:
+            return Residual(layer(total))
+        part = layer(None)
+        if self._one_shot is not None and self._one_shot.takes(part):
+            return Residual(total, self._one_shot(part, total, norm))
+        total += self._ranks.sum(part)
+        return Residual(total)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """All ranks' parts, summed in the memory of this one's."""
+        return self._ranks.sum(part)
