@@ -40,9 +40,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_gib: float | None = None
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory to use for everything
     enable_prefix_caching: bool = True
-    # 1: a step is planned when the one before has ended; default: 1, on GPUs 2
+    # 1: a step is planned when the one before has ended; default: 1, on GPUs 2, of a pipeline one
+    # more than it has stages
     plans_in_flight: int = 0
-    schedule_policy: Literal["chunked_prefill", "token_throttling"] = "chunked_prefill"
+    pipeline_parallel_size: int = 1  # stages, each a run of layers
+    tensor_parallel_size: int = 1  # ranks that share each layer
+    # Mixture-of-experts models: a rank has whole experts, not a part of each
+    enable_expert_parallel: bool = False
+    assigned_layers: str | None = None  # of each stage, as in 16,16,17,15; default: cut by cost
+    nnodes: int = 1  # machines that the ranks are on, evenly; others join by gllm_engine.worker
+    master_addr: str | None = None  # of this machine, where workers of other nodes find it
+    master_port: int = 29500  # and the next one, for torch.distributed
+    cluster_key_file: str | None = None  # a secret of at least 32 bytes, the same on every node
+    # auto: token_throttling in a pipeline, else chunked_prefill
+    schedule_policy: Literal["auto", "chunked_prefill", "token_throttling"] = "auto"
     # token_throttling only: one in so many of the tokens waiting for prefill is in a step ...
     prefill_drain_steps: int = 8
     min_prefill_tokens: int = 32  # ... but at least so many are, as far as they fit
@@ -62,6 +73,38 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size: {self.page_size} is not a power of two")
+        if self.num_ranks % self.nnodes:
+            raise ConfigError(
+                f"nnodes: {self.num_ranks} ranks (pipeline_parallel_size x tensor_parallel_size) "
+                f"are not shared out evenly among {self.nnodes} nodes"
+            )
+        for key in ("master_addr", "cluster_key_file"):
+            if self.nnodes > 1 and getattr(self, key) is None:
+                raise ConfigError(f"{key}: it is needed with nnodes={self.nnodes}")
+        self.stage_layers()
+
+    @property
+    def num_ranks(self) -> int:
+        return self.pipeline_parallel_size * self.tensor_parallel_size
+
+    @property
+    def policy(self) -> str:
+        """The schedule policy that is meant."""
+        if self.schedule_policy != "auto":
+            return self.schedule_policy
+        return "token_throttling" if self.pipeline_parallel_size > 1 else "chunked_prefill"
+
+    def stage_layers(self) -> tuple[int, ...] | None:
+        """assigned_layers as numbers; None: to be chosen. Raises ConfigError."""
+        if self.assigned_layers is None:
+            return None
+        words, stages = self.assigned_layers.split(","), self.pipeline_parallel_size
+        if len(words) != stages or not all(w.strip().isdecimal() and int(w) for w in words):
+            raise ConfigError(
+                f"assigned_layers: {self.assigned_layers!r} is not {stages} numbers above 0 with "
+                "commas between, one for each stage (pipeline_parallel_size)"
+            )
+        return tuple(map(int, words))
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -74,6 +117,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "kv_cache_gib": (0.001, 4096.0),
     "gpu_memory_utilization": (0.01, 1.0),
     "plans_in_flight": (0, 64),
+    "pipeline_parallel_size": (1, 64),
+    "tensor_parallel_size": (1, 64),
+    "nnodes": (1, 64),
+    "master_port": (1, 65534),
     "prefill_drain_steps": (1, 1024),
     "min_prefill_tokens": (1, 2**20),
     "cpu_threads": (0, 1024),
@@ -85,11 +132,13 @@ def settle(config: EngineConfig, on_gpu: bool) -> EngineConfig:
     """A copy in which what was left to the device is chosen: every 0 that means "default"."""
     tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     tokens = max(tokens, config.max_num_seqs)
+    stages = config.pipeline_parallel_size
+    depth = stages + 1 if on_gpu or stages > 1 else 1
     return msgspec.structs.replace(
         config,
         max_num_batched_tokens=tokens,
         max_num_seqs=config.max_num_seqs or min(tokens, 1024 if on_gpu else 256),
-        plans_in_flight=config.plans_in_flight or (2 if on_gpu else 1),
+        plans_in_flight=config.plans_in_flight or depth,
     )
 
 
@@ -103,7 +152,7 @@ def make_config(values: dict[str, Any], directory: Path | None = None) -> Engine
         known = ", ".join(EngineConfig.__struct_fields__)
         raise ConfigError(f"unknown key {unknown[0]!r}; known keys are {known}")
     values = dict(values)
-    for key in ("model", "tokenizer"):
+    for key in ("model", "tokenizer", "cluster_key_file"):
         if isinstance(values.get(key), str):
             values[key] = str(((directory or Path()) / values[key]).resolve())
     try:

@@ -5,7 +5,10 @@ Owns their making. Every rank makes all groups in the same order, as torch.distr
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import struct
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,6 +22,7 @@ from gllm_engine.dist.tensor import TensorParallel
 # What a collective waits for a rank that does not come. Lost ranks are noticed elsewhere, and much
 # sooner; ranks that load weights are slow to come.
 _PATIENCE = timedelta(minutes=30)
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,19 @@ def join_ranks(
     return Ranks(mesh, rank, tensor, pipe)
 
 
-def stay_local() -> None:
-    """Before joining: where all ranks are on this machine, none of them listens to any other."""
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, "lo")
+def talk_through(host: str) -> None:
+    """Before joining: let ranks listen on and send through the network that leads to `host` alone.
+
+    What the user has set stays.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an address
+                continue
+            if answer[20:24] == own:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

@@ -36,7 +36,7 @@ class TensorParallel:
         if self.size == 1:
             return x
         parts = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=self.group)
+        dist.all_gather(list(parts), x.contiguous(), group=self.group)
         return parts.transpose(0, 1).reshape(len(x), -1)
 
 

@@ -7,24 +7,21 @@ thread drives it.
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
-import torch
 
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.constraints import Constraint, Grammars
-from gllm_engine.model import Decoder, best_device, filling, make_dummy
-from gllm_engine.runner import InstantRunner, Runner, cache_dirs
+from gllm_engine.engine.group import GroupLost, WorkerGroup
+from gllm_engine.engine.loading import device_of, load_runner
+from gllm_engine.runner import InstantRunner, cache_dirs
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
 from gllm_engine.spec import Model, read_spec
@@ -71,6 +68,14 @@ class StepRunner(Protocol):
         """Whether it can run another plan after one that failed."""
         ...
 
+    def check(self) -> None:
+        """Raise what a launch would, if that is known already. Costs next to nothing."""
+        ...
+
+    def close(self) -> None:
+        """Give up what it holds; it is not used again."""
+        ...
+
 
 class EngineBroken(RuntimeError):
     """The engine can compute nothing any more; the message says why."""
@@ -108,14 +113,14 @@ class Engine:
 
         `make_runner`: what to run plans with, in place of the model in `config.model`.
         """
-        config = settle(config, on_gpu=_device(config).type == "cuda")
+        config = settle(config, on_gpu=device_of(config).type == "cuda")
         path = Path(config.model)
         spec = read_spec(path)
         _check_len(config, spec)
         # First, because it works on a thread of its own while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
-        self._runner = (make_runner or _load_runner)(config, spec)
+        self._runner = (make_runner or _make_runner)(config, spec)
         max_model_len = _model_len(config, spec, self._runner.num_pages)
         self._scheduler = Scheduler(
             config, self._runner.num_pages, max_model_len, spec.eos_token_ids
@@ -266,6 +271,14 @@ class Engine:
         boxes, self._boxes = self._boxes, defaultdict(_Box)
         return {client: box.seal() for client, box in boxes.items()}
 
+    def watch(self) -> None:
+        """Between steps: find out whether the runner has died. Then the engine is `broken`."""
+        try:
+            self._runner.check()
+        except GroupLost as error:
+            self._fail(error)
+            self._judge(error)
+
     def _sort(self, committed: Committed) -> None:
         """Put the results of one step into the boxes of their clients."""
         boxes = self._boxes
@@ -291,9 +304,8 @@ class Engine:
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()
         self._launched.clear()
-        message = (
-            f"The engine failed in a step that computed this request ({type(error).__name__})."
-        )
+        why = str(error) if isinstance(error, GroupLost) else type(error).__name__
+        message = f"The engine failed in a step that computed this request ({why})."
         for key in self._live:
             self._refuse(key, "internal", message)
         self._live.clear()
@@ -303,7 +315,9 @@ class Engine:
         """After a failed step: whether to go on. If not, what waits for a grammar fails too."""
         self._failed_steps += 1
         kind = type(error).__name__
-        if not self._runner.is_alive():
+        if isinstance(error, GroupLost):
+            self.broken = str(error)
+        elif not self._runner.is_alive():
             self.broken = f"the engine's device can compute nothing any more ({kind})"
         elif self._failed_steps >= MAX_FAILED_STEPS:
             self.broken = f"{self._failed_steps} steps of the engine failed in a row ({kind})"
@@ -347,6 +361,7 @@ class Engine:
         self._launched.clear()
         self._boxes.clear()
         self._grammars.close()
+        self._runner.close()
         gc.unfreeze()
 
 
@@ -371,29 +386,12 @@ def _model_len(config: EngineConfig, spec: Model, num_pages: int) -> int:
     return min(spec.max_len, capacity)
 
 
-def _load_runner(config: EngineConfig, spec: Model) -> StepRunner:
+def _make_runner(config: EngineConfig, spec: Model) -> StepRunner:
     if config.device == "none":
         return InstantRunner(spec.vocab, config.num_pages)
-    start = time.perf_counter()
-    device, path = _device(config), Path(config.model)
-    is_dummy = config.load_format == "dummy"
-    make = make_dummy if is_dummy else Decoder
-    decoder = make(
-        spec,
-        dtype=_dtype(config, device),
-        device=device,
-        max_model_len=config.max_model_len or spec.max_len,
-    )
-    made = time.perf_counter()
-    # Graphs and kernels need the weights' addresses, not the weights.
-    with nullcontext() if is_dummy else filling(decoder, path):
-        runner = Runner(config, spec, decoder)
-        done = time.perf_counter()
-    end = time.perf_counter()
-    parts = {"decoder": made - start, **runner.took, "rest of the weights": end - done}
-    told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
-    log.info("the model is ready in %.1f s: %s", end - start, told)
-    return runner
+    if config.num_ranks > 1:
+        return WorkerGroup(config)
+    return load_runner(config, spec, device_of(config))
 
 
 def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
@@ -402,7 +400,7 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
     Of the model only config.json is read. Goes the way of a start, with one layer of each kind and
     weights made up. Raises ConfigError where there is no GPU, and what Engine raises.
     """
-    if _device(config).type != "cuda":
+    if device_of(config).type != "cuda":
         raise ConfigError(
             "device: kernels are compiled on the GPU they are for; there is none here that torch "
             "finds, or the [gpu] extra is not installed"
@@ -411,26 +409,5 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
     spec = read_spec(Path(config.model))
     _check_len(config, spec)
     kinds = replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
-    _load_runner(settle(config, on_gpu=True), kinds)
+    load_runner(settle(config, on_gpu=True), kinds, device_of(config))
     return cache_dirs()
-
-
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "auto":
-        return best_device()
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: it is cuda, but torch finds no GPU here")
-    return torch.device("cuda" if config.device == "cuda" else "cpu")
-
-
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    if device.type == "cpu":
-        return torch.float32
-    settings: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_text())
-    stored = settings.get("dtype") or settings.get("torch_dtype") or "bfloat16"
-    return _DTYPES.get(stored, torch.bfloat16)
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

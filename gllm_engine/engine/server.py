@@ -58,6 +58,7 @@ class EngineServer:
         """Serve until there is no reason to, or the engine is broken."""
         while self.engine.broken is None and not self._done():
             self._listen(timeout_ms=0 if self.engine.has_work else int(STATS_EVERY_S * 1000))
+            self.engine.watch()
             if self.engine.has_work:
                 for client, outputs in self.engine.step().items():
                     self._send(client, outputs)

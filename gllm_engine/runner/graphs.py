@@ -1,9 +1,10 @@
 """CUDA graphs of the decode step: what takes hundreds of launches becomes one.
 
 Owns, for each of some row counts, the graph of a step from the slots' state to the logits and to
-plainly sampled tokens: who asks for more samples again from the logits, and plain sampling, which
-costs little beside that, has done no harm. A step runs on the next larger graph; its spare rows
-compute a slot and write to a page that are nobody's. Knows nothing of plans or requests.
+plainly sampled tokens, or of a stage's part of it. Who asks for more samples again from the logits,
+and plain sampling, which costs little beside that, has done no harm. A step runs on the next larger
+graph; its spare rows compute a slot and write to a page that are nobody's. Knows nothing of plans
+or requests.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,17 @@ def row_counts(max_rows: int) -> list[int]:
 class _Graph:
     slots: Tensor  # [rows]
     recorded: torch.cuda.CUDAGraph
+    hidden: Tensor  # [rows, dim] what the layers give
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decode step of n rows leaves; all of it is overwritten by the next one."""
+
+    slots: Tensor  # [n]
+    hidden: Tensor  # [n, dim]
+    scores: Tensor  # [n, vocab], or a rank's share of it; on the last stage only, like the next
+    tokens: Tensor  # [n] plainly sampled ones
 
 
 class DecodeGraphs:
@@ -49,9 +60,13 @@ class DecodeGraphs:
         self._spare = state.lengths.shape[0] - 1
         # The cache's last page, which the scheduler does not know of.
         state.page_table[self._spare] = cache[0].shape[0] - 1
-        vocab, device = state.vocab, decoder.device
-        self._scores = torch.empty(max_rows, vocab, dtype=decoder.dtype, device=device)
-        self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        device, like = decoder.device, {"dtype": decoder.dtype, "device": decoder.device}
+        rows = max_rows if decoder.is_last else 0
+        self._scores = torch.empty(rows, state.vocab // decoder.share.size, **like)
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._inputs = None
+        if not decoder.is_first:
+            self._inputs = torch.zeros(max_rows, decoder.spec.dim, **like)
         self._counts = row_counts(max_rows)
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         start = time.perf_counter()
@@ -61,17 +76,21 @@ class DecodeGraphs:
         seconds = time.perf_counter() - start
         _log.info("captured decode graphs for %s rows in %.1f s", self._counts, seconds)
 
-    def forward(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the decode step of `rows`: their slots [n], logits [n, vocab] and plainly sampled
-        tokens [n], recorded as the slots' last ones. All are overwritten by the next call.
+    def forward(self, rows: Rows, x: Tensor | None) -> Decoded:
+        """Run the decode step of `rows`; plainly sampled tokens are recorded as the slots' last.
+
+        `x`: [n, dim] from the stage before, if there is one.
         """
         n = len(rows.slots_cpu)
         graph = self._graph(n)
         spare = np.full(len(graph.slots) - n, self._spare)
         slots = pack(self._decoder.device, rows.slots_cpu, spare)
         graph.slots.copy_(slots, non_blocking=True)
+        if x is not None and self._inputs is not None:
+            self._inputs[:n].copy_(x)
+            self._inputs[n : len(graph.slots)].zero_()
         graph.recorded.replay()
-        return graph.slots[:n], self._scores[:n], self._tokens[:n]
+        return Decoded(graph.slots[:n], graph.hidden[:n], self._scores[:n], self._tokens[:n])
 
     def _graph(self, num_rows: int) -> _Graph:
         return self._graphs[bisect_left(self._counts, num_rows)]
@@ -79,25 +98,25 @@ class DecodeGraphs:
     def _capture(self, num_rows: int) -> _Graph:
         device = self._decoder.device
         slots = torch.full((num_rows,), self._spare, dtype=torch.int64, device=device)
-        return _Graph(slots, self._record(lambda: self._step(slots)))
-
-    def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        body()  # compiles kernels and creates handles, which must not happen while recording
+        self._step(slots)  # compiles kernels and creates handles, which must not happen below
         graph = torch.cuda.CUDAGraph()
         # What torch.cuda.graph() does, but that one waits for the device and gives all unused
-        # memory back to the driver before each graph, only for the next body() to ask for it again.
+        # memory back to the driver before each graph, only for the next step to ask for it again.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                body()
+                hidden = self._step(slots)
             finally:
                 graph.capture_end()
-        return graph
+        return _Graph(slots, graph, hidden)
 
-    def _step(self, slots: Tensor) -> None:
-        decoder, state = self._decoder, self._state
+    def _step(self, slots: Tensor) -> Tensor:
+        decoder, state, n = self._decoder, self._state, len(slots)
         batch = decode_batch(state, slots, np.zeros(0, np.int64), decoder.ops)
         state.lengths[self._spare].zero_()
-        hidden = decoder.forward(batch, self._cache)
-        scores = decoder.scores(hidden, out=self._scores[: len(slots)])
-        decoder.ops.sample(scores, slots, *state.draws, out=self._tokens[: len(slots)])
+        x = None if self._inputs is None else self._inputs[:n]
+        hidden = decoder.forward(batch, self._cache, x)
+        if decoder.is_last:
+            scores = decoder.scores(hidden, out=self._scores[:n])
+            decoder.sample(scores, slots, *state.draws, out=self._tokens[:n])
+        return hidden

@@ -49,6 +49,12 @@ class InstantRunner:
     def is_alive(self) -> bool:
         return True
 
+    def check(self) -> None:
+        """It never fails."""
+
+    def close(self) -> None:
+        self._sampling.clear()
+
     def _draw(self) -> int:
         self._last = (self._last * 1_103_515_245 + 12_345) & 0x7FFF_FFFF
         return (self._last >> 8) % self._vocab

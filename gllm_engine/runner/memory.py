@@ -101,9 +101,13 @@ def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
         num_decode=0,
         logit_index=torch.arange(min(config.max_num_seqs, num_tokens), device=device),
     )
-    scores = decoder.scores(decoder.forward(batch, cache))
-    raw = scores.float()  # as for log probabilities, which outlive sampling
-    sample(raw.clone(), _costly(*raw.shape, device))
+    x = None
+    if not decoder.is_first:
+        x = torch.zeros(num_tokens, decoder.spec.dim, dtype=decoder.dtype, device=device)
+    hidden = decoder.forward(batch, cache, x)
+    if decoder.is_last:
+        raw = decoder.logits(hidden)  # as for log probabilities, which outlive sampling
+        sample(raw.clone(), _costly(*raw.shape, device))
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 

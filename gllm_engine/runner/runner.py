@@ -1,7 +1,8 @@
-"""Runs plans: applies the diff, computes the forward pass, samples. One Runner a model.
+"""Runs plans: applies the diff, computes the forward pass, samples. One Runner a rank.
 
 Owns the KV cache and the order of work in a step. launch() never waits for the device; only
-Launched.wait() does. Knows nothing of requests, of scheduling, or of what tokens mean.
+Launched.wait() does. Of several ranks every one is given every plan; stages hand activations on,
+and the last one samples. Knows nothing of requests, of scheduling, or of what tokens mean.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 
 from gllm_engine.config import EngineConfig
+from gllm_engine.dist import Pipe, Ranks
 from gllm_engine.model import Decoder
 from gllm_engine.runner.batch import Step, build_step, count_rows
 from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.memory import cache_dtype, fitting_pages
+from gllm_engine.runner.returned import ReturnedTokens
 from gllm_engine.runner.sampler import log_probabilities, sample
-from gllm_engine.runner.state import State, to_device
+from gllm_engine.runner.state import State, int_array, to_device
 from gllm_engine.runner.warm import tiny_plans
 from gllm_engine.spec import Model
 from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
@@ -53,10 +56,10 @@ class Launched:
     """A step under way. Its tensors are copies on the host, complete once `done` has happened."""
 
     step: int
-    tokens: Tensor | None  # [sampling rows] int64
-    scores: Scores | None
-    prompt_scores: list[Scores]
-    done: torch.cuda.Event | None  # None on a CPU, where launch() has computed everything
+    tokens: Tensor | None = None  # [sampling rows] int64
+    scores: Scores | None = None
+    prompt_scores: list[Scores] = field(default_factory=list)
+    done: torch.cuda.Event | None = None  # None on a CPU, where launch() has computed everything
 
     def wait(self) -> StepResult:
         """The only place where the host waits for the device."""
@@ -78,20 +81,25 @@ class Runner:
     """
 
     @torch.inference_mode()
-    def __init__(self, config: EngineConfig, spec: Model, decoder: Decoder) -> None:
+    def __init__(
+        self, config: EngineConfig, spec: Model, decoder: Decoder, ranks: Ranks | None = None
+    ) -> None:
+        """`ranks`: this one's place among several; None: it is the only one."""
         on_gpu = decoder.device.type == "cuda"
         if not on_gpu:
             torch.set_num_threads(config.cpu_threads or default_threads())
         self.decoder = decoder
         self.device = decoder.device
         self.took: dict[str, float] = {}
+        self.pipe = Pipe() if ranks is None else ranks.pipe
         max_len = config.max_model_len or spec.max_len
         max_pages = -(-max_len // config.page_size)
         with self._timed("kernels"):
             if on_gpu:
                 decoder.prepare(config.page_size, cache_dtype(config, decoder))
         with self._timed("memory"):
-            self.num_pages = fitting_pages(config, decoder, max_pages)
+            fitting = fitting_pages(config, decoder, max_pages)
+            self.num_pages = fitting if ranks is None else ranks.least(fitting)
             # On a GPU one slot and one page more, for the spare rows of decode graphs.
             num_pages, dtype = self.num_pages + on_gpu, cache_dtype(config, decoder)
             self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
@@ -103,6 +111,9 @@ class Runner:
                 spec.eos_token_ids,
                 self.device,
             )
+        self._returned: ReturnedTokens | None = None
+        if self.pipe.is_first and not self.pipe.is_last:
+            self._returned = ReturnedTokens(self.pipe, self.state, config.plans_in_flight)
         self._graphs: DecodeGraphs | None = None
         with self._timed("graphs"):
             if on_gpu and not config.enforce_eager:
@@ -129,14 +140,22 @@ class Runner:
         """
         self.state.apply(plan.new, plan.grown)
         if not plan.decode_slots and not plan.chunks:
-            return Launched(plan.step, None, None, [], None)
+            return Launched(plan.step)
         rows = count_rows(plan, self.state)
+        if self._returned is not None:
+            self._returned.settle(plan.decode_slots)
+        x = self._receive(plan)
         if self._graphs is not None and not plan.chunks:
-            slots, scores, plain = self._graphs.forward(rows)
+            decoded = self._graphs.forward(rows, x)
+            if not self.pipe.is_last:
+                return self._hand_on(decoded.hidden.clone(), plan)
+            slots, scores, plain = decoded.slots, decoded.scores, decoded.tokens
             tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, plain)
             return Launched(plan.step, tokens, logprobs, [], self._done())
         step = build_step(plan, self.state, rows, self.decoder.ops)
-        hidden = self.decoder.forward(step.batch, self.cache)
+        hidden = self.decoder.forward(step.batch, self.cache, x)
+        if not self.pipe.is_last:
+            return self._hand_on(hidden, plan)
         num_sampling = len(step.sampling_cpu)
         tokens, logprobs = None, None
         if num_sampling:
@@ -144,6 +163,24 @@ class Runner:
             tokens, logprobs = self._sample(step.sampling_cpu, step.sampling, scores, plan, None)
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
         return Launched(plan.step, tokens, logprobs, prompt_scores, self._done())
+
+    def _receive(self, plan: StepPlan) -> Tensor | None:
+        """What the stage before made of the step; None on the first."""
+        if self.pipe.is_first:
+            return None
+        num_tokens = len(plan.decode_slots) + sum(len(chunk.tokens) for chunk in plan.chunks)
+        x = torch.empty(
+            num_tokens, self.decoder.spec.dim, dtype=self.decoder.dtype, device=self.device
+        )
+        return self.pipe.receive(x)
+
+    def _hand_on(self, hidden: Tensor, plan: StepPlan) -> Launched:
+        """Give the next stage what this one made of a step, in memory that is nobody else's."""
+        self.pipe.send(hidden)
+        if self._returned is not None:
+            sampling = [chunk.slot for chunk in plan.chunks if chunk.samples]
+            self._returned.expect(int_array(plan.decode_slots, sampling))
+        return Launched(plan.step, done=self._done())
 
     def is_alive(self) -> bool:
         """Whether the device can compute. A fault in a kernel ends that for this process: every
@@ -155,6 +192,13 @@ class Runner:
         except RuntimeError:
             return False
         return True
+
+    def check(self) -> None:
+        """A device that has failed is noticed by the next step."""
+
+    def close(self) -> None:
+        self._graphs = None
+        self.cache.clear()
 
     def _done(self) -> torch.cuda.Event | None:
         if self.device.type == "cpu":
@@ -181,15 +225,17 @@ class Runner:
         raw = rows = None
         if len(asked):  # taken before sampling, which may overwrite the logits
             (rows,) = to_device(self.device, asked)
-            raw = scores[rows].float()
+            raw = self.decoder.whole(scores[rows]).float()
         if not state.is_plain(slots_cpu, plan.masks):
             batch = state.sampling_batch(slots_cpu, slots, plan.masks)
-            tokens = sample(scores.float(), batch)
+            tokens = sample(self.decoder.whole(scores).float(), batch)
             state.record(slots_cpu, slots, tokens)
         elif plain is not None:
             tokens = plain
         else:
-            tokens = self.decoder.ops.sample(scores, slots, *state.draws)
+            tokens = self.decoder.sample(scores, slots, *state.draws)
+        if not self.pipe.is_first:
+            self.pipe.return_tokens(tokens.clone())  # the next step may overwrite them
         logprobs = None
         if raw is not None and rows is not None:
             widths = num_top[asked].tolist()

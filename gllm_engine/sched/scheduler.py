@@ -94,7 +94,7 @@ class Scheduler:
         self._max_slots = config.max_num_seqs
         self._max_waiting = config.max_waiting
         self._eos_token_ids = eos_token_ids
-        self._policy = POLICIES[config.schedule_policy]
+        self._policy = POLICIES[config.policy]
         self._depth = config.plans_in_flight or 1  # 0, "default", is settled by who runs steps
         self._drain_steps = config.prefill_drain_steps
         self._min_prefill = config.min_prefill_tokens

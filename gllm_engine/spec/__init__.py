@@ -5,6 +5,7 @@ from __future__ import annotations
 from gllm_engine.spec.fields import SpecError
 from gllm_engine.spec.model import Dense, Gqa, Layer, Model, SandwichLayer
 from gllm_engine.spec.rope import Rope
+from gllm_engine.spec.share import Share
 from gllm_engine.spec.zoo import FAMILIES, make_spec, read_spec
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Model",
     "Rope",
     "SandwichLayer",
+    "Share",
     "SpecError",
     "make_spec",
     "read_spec",

@@ -1,0 +1,130 @@
+"""How the engine and its workers reach each other: sockets, keys, and what must agree.
+
+On one machine an ipc socket in a private directory. Between machines TCP on the address that was
+given, encrypted and authenticated by CURVE with keys that both sides derive from one secret file;
+who does not have it gets no word in. Peers that stop answering, stopped or cut off, are noticed by
+ZeroMQ's own heartbeats, which need no thread of ours. Knows nothing of steps or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+import gllm_engine
+from gllm_engine.config import ConfigError
+
+MIN_SECRET = 32  # bytes
+# A heartbeat every so often; a peer that answers none for so long is lost. Milliseconds.
+_HEARTBEAT = 300
+LOCAL_TIMEOUT = 1_200
+REMOTE_TIMEOUT = 3_000
+
+
+def software() -> str:
+    """What must be the same on all ranks."""
+    return f"gllm {gllm_engine.__version__}, torch {torch.__version__.partition('+')[0]}"
+
+
+def digest(model: Path) -> str:
+    """Of the model's configuration, which must be the same on all ranks. Raises ConfigError."""
+    try:
+        return hashlib.sha256((model / "config.json").read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise ConfigError(f"model: {model}/config.json cannot be read ({error.strerror})") from None
+
+
+def read_secret(path: Path) -> bytes:
+    """The cluster's secret. Raises ConfigError for a file that others may read, or a short one."""
+    try:
+        secret, mode = path.read_bytes().strip(), path.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"cluster_key_file: {path} cannot be read ({error.strerror})") from None
+    if mode & 0o077:
+        raise ConfigError(f"cluster_key_file: others may read {path}; its mode must be 0600")
+    if len(secret) < MIN_SECRET:
+        raise ConfigError(
+            f"cluster_key_file: {path} holds {len(secret)} bytes, at least {MIN_SECRET} are needed"
+        )
+    return secret
+
+
+def _key_pair(secret: bytes, side: bytes) -> tuple[bytes, bytes]:
+    """CURVE's public and secret key of one side, as ZeroMQ takes them."""
+    own = z85.encode(hashlib.blake2b(secret, digest_size=32, person=side).digest())
+    return zmq.curve_public(own), own
+
+
+class _OnlyOurs:
+    """Lets those in who hold the secret: their key follows from it."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._public, _ = _key_pair(secret, b"worker")
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        del domain
+        return key == self._public
+
+
+def listen(
+    context: zmq.Context[Any], address: str, secret: bytes | None
+) -> tuple[zmq.Socket[bytes], ThreadAuthenticator | None]:
+    """The engine's side, bound to `address`; with a secret only its holders can talk to it.
+
+    The authenticator must be stopped in the end.
+    """
+    socket = context.socket(zmq.ROUTER)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    authenticator = None
+    if secret is not None:
+        authenticator = ThreadAuthenticator(context)
+        authenticator.start()
+        authenticator.configure_curve_callback("*", _OnlyOurs(secret))
+        socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"engine")
+        socket.curve_server = True
+    _watch_peers(socket, LOCAL_TIMEOUT if secret is None else REMOTE_TIMEOUT)
+    socket.bind(address)
+    return socket, authenticator
+
+
+def connect(context: zmq.Context[Any], address: str, secret: bytes | None) -> zmq.Socket[bytes]:
+    """A worker's side."""
+    socket = context.socket(zmq.DEALER)
+    if secret is not None:
+        socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"worker")
+        socket.curve_serverkey = _key_pair(secret, b"engine")[0]
+    _watch_peers(socket, LOCAL_TIMEOUT if secret is None else REMOTE_TIMEOUT)
+    socket.connect(address)
+    return socket
+
+
+def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
+    socket.set(zmq.SNDHWM, 0)
+    socket.set(zmq.RCVHWM, 0)
+    socket.set(zmq.LINGER, 1000)
+    socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, timeout)
+    if timeout == REMOTE_TIMEOUT:
+        # One who tries to reach a machine that has gone does not wait for the system's minutes.
+        socket.set(zmq.CONNECT_TIMEOUT, timeout)
+
+
+def watch(socket: zmq.Socket[bytes]) -> zmq.Socket[Any]:
+    """A socket that is readable once the connection to a peer has been lost; see `lost`."""
+    return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+
+def lost(monitor: zmq.Socket[Any]) -> bool:
+    """Whether a peer was lost since the last call."""
+    any_lost = False
+    while monitor.poll(0):
+        recv_monitor_message(monitor)
+        any_lost = True
+    return any_lost

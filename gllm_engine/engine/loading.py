@@ -1,0 +1,100 @@
+"""From a configuration to a runner: which device, which numbers, which share of the model.
+
+Knows nothing of requests, sockets or processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import nullcontext
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.dist import Ranks
+from gllm_engine.model import Decoder, best_device, filling, make_dummy
+from gllm_engine.runner import Runner, measure_cut
+from gllm_engine.spec import Model, Share
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_runner(
+    config: EngineConfig, spec: Model, device: torch.device, ranks: Ranks | None = None
+) -> Runner:
+    """The model in `config.model`, or what the rank has of it, ready to run plans.
+
+    Raises ConfigError, SpecError or LoadError.
+    """
+    start = time.perf_counter()
+    path, is_dummy = Path(config.model), config.load_format == "dummy"
+    options: dict[str, Any] = {
+        "dtype": _dtype(config, device),
+        "device": device,
+        "max_model_len": config.max_model_len or spec.max_len,
+    }
+    if ranks is not None:
+        options |= {"share": _share(config, spec, ranks, options), "ranks": ranks.tensor}
+    decoder = (make_dummy if is_dummy else Decoder)(spec, **options)
+    made = time.perf_counter()
+    # Graphs and kernels need the weights' addresses, not the weights.
+    with nullcontext() if is_dummy else filling(decoder, path):
+        runner = Runner(config, spec, decoder, ranks)
+        done = time.perf_counter()
+    end = time.perf_counter()
+    parts = {"decoder": made - start, **runner.took, "rest of the weights": end - done}
+    told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+    log.info("the model is ready in %.1f s: %s", end - start, told)
+    return runner
+
+
+def _share(config: EngineConfig, spec: Model, ranks: Ranks, options: dict[str, Any]) -> Share:
+    """Which part of the model is this rank's. Raises ConfigError for layers that do not add up."""
+    num_layers, stages = len(spec.layers), ranks.mesh.pp
+    if num_layers < stages:
+        raise ConfigError(
+            f"pipeline_parallel_size: {stages} is more than the {num_layers} layers of the model"
+        )
+    cut = config.stage_layers() or ((num_layers,) if stages == 1 else None)
+    cut = cut or measure_cut(config, spec, ranks, **options)
+    if sum(cut) != num_layers:
+        raise ConfigError(
+            f"assigned_layers: {config.assigned_layers} is {sum(cut)} layers, the model has "
+            f"{num_layers}"
+        )
+    first, end = list(accumulate(cut, initial=0))[ranks.stage : ranks.stage + 2]
+    log.info("rank %d: layers %d to %d of %s", ranks.rank, first, end - 1, cut)
+    apart = config.enable_expert_parallel
+    return Share(first, end, ranks.tensor.rank, ranks.tensor.size, experts_apart=apart)
+
+
+def device_of(config: EngineConfig, index: int = 0) -> torch.device:
+    """The device to run on; `index`: which GPU of the node. Raises ConfigError where none is."""
+    kind = best_device().type if config.device == "auto" else config.device
+    if kind != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device: it is cuda, but torch finds no GPU here")
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: rank {index} of this node needs a GPU of its own, and torch finds "
+            f"{torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", index)
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    settings: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_text())
+    stored = settings.get("dtype") or settings.get("torch_dtype") or "bfloat16"
+    return _DTYPES.get(stored, torch.bfloat16)

@@ -1,0 +1,179 @@
+"""A worker: one rank of a group, run by the engine's plans.
+
+Started by the engine on its own machine, by torchrun on others. It joins, is told what it is, loads
+its share of the model and runs each plan it is sent. When the engine is lost a worker of the
+engine's machine ends; one of another machine begins anew, in the same process but with nothing left
+of what it was, and waits for the next engine. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+import zmq
+from msgspec.structs import replace
+
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.dist import Mesh, Ranks, join_ranks, talk_through
+from gllm_engine.engine import cluster, wire
+from gllm_engine.engine.attach import end_with_parent
+from gllm_engine.engine.loading import device_of, load_runner
+from gllm_engine.runner import Launched, Runner
+from gllm_engine.spec import read_spec
+from gllm_engine.types import StepPlan, StepResult
+
+_REFUSED = 78  # exit status: os.EX_CONFIG
+# Before it tries again, so that one who is refused again and again is no burden.
+_REFUSED_PAUSE_S = 5.0
+
+log = logging.getLogger("gllm.worker")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m gllm_engine.worker`; see docs in --help."""
+    options = _parser().parse_args(arguments)
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        return _Member(options).run()
+    except (ConfigError, _Refused) as error:
+        log.error("%s", error)
+        if not _is_local(options.engine):
+            time.sleep(_REFUSED_PAUSE_S)
+        return _REFUSED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchrun --standalone --nproc-per-node N -m gllm_engine.worker",
+        description="The workers of a node that is not the engine's, one a GPU.",
+    )
+    parser.add_argument("--engine", required=True, help="tcp://HOST:PORT, the engine's master_addr")
+    parser.add_argument("--model", required=True, help="directory of the checkpoint on this node")
+    parser.add_argument("--node", type=int, default=0, help="number of this node, from 1")
+    parser.add_argument("--nnodes", type=int, default=2, help="as the engine's")
+    parser.add_argument("--cluster-key-file", help="the secret that the engine has too")
+    return parser
+
+
+def _is_local(address: str) -> bool:
+    return address.startswith("ipc:")
+
+
+class _Refused(RuntimeError):
+    """The engine does not take this worker; the message says why."""
+
+
+class _Member:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self._local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._secret = None
+        if not _is_local(options.engine):
+            if options.cluster_key_file is None:
+                raise ConfigError("--cluster-key-file: it is needed to join another machine")
+            self._secret = cluster.read_secret(Path(options.cluster_key_file))
+        self._context = zmq.Context()
+        self._plans = cluster.connect(self._context, options.engine, self._secret)
+
+    def run(self) -> int:
+        assigned = self._join()
+        self._rank = assigned.rank
+        try:
+            runner, ranks = self._load(assigned)
+            self._plans.send_multipart(wire.encode(wire.Ready(runner.num_pages)))
+            self._work(runner, ranks)
+        except Exception as error:  # whatever a kernel, a peer or a checkpoint does
+            log.exception("rank %d fails", self._rank)
+            self._fail(error)
+        return 1
+
+    def _join(self) -> wire.Assigned:
+        options = self._options
+        # The engine sees to it that its last words are read; ours are the log's.
+        threading.Thread(
+            target=self._begin_anew_once_lost,
+            args=(cluster.watch(self._plans),),
+            name="engine-watch",
+            daemon=True,
+        ).start()
+        join = wire.Join(
+            wire.PROTOCOL, cluster.software(), cluster.digest(Path(options.model)),
+            options.node, options.nnodes, self._local_rank, self._local_size,
+        )  # fmt: skip
+        self._plans.send_multipart(wire.encode(join))
+        answer = self._receive()
+        if isinstance(answer, wire.Refusal):
+            raise _Refused(answer.message)
+        return answer
+
+    def _receive(self) -> Any:
+        while True:
+            message = wire.decode(self._plans.recv_multipart())
+            if not isinstance(message, wire.Ping):
+                return message
+
+    def _begin_anew_once_lost(self, monitor: zmq.Socket[Any]) -> NoReturn:
+        """Whatever the other threads wait for, which may be for ever."""
+        monitor.poll()
+        if _is_local(self._options.engine):
+            os._exit(1)
+        log.warning("the engine is lost; this worker waits for another")
+        time.sleep(1)  # for who else has lost it
+        os.execv(sys.executable, [sys.executable, "-m", "gllm_engine.worker", *sys.argv[1:]])
+
+    def _load(self, assigned: wire.Assigned) -> tuple[Runner, Ranks]:
+        config: EngineConfig = replace(assigned.config, model=self._options.model)
+        device = device_of(config, self._local_rank)
+        mesh = Mesh(config.pipeline_parallel_size, config.tensor_parallel_size)
+        store: dist.Store
+        if config.nnodes == 1:
+            talk_through("127.0.0.1")
+            store = dist.FileStore(assigned.store, mesh.world)
+        else:
+            host, _, port = assigned.store.rpartition(":")
+            talk_through(host)
+            store = dist.TCPStore(host, int(port), is_master=False)
+        ranks = join_ranks(mesh, assigned.rank, self._local_size, store, device)
+        return load_runner(config, read_spec(Path(config.model)), device, ranks), ranks
+
+    def _work(self, runner: Runner, ranks: Ranks) -> NoReturn:
+        launched: SimpleQueue[Launched] = SimpleQueue()
+        threading.Thread(
+            target=self._report, args=(launched, ranks.reports), name="results", daemon=True
+        ).start()
+        while True:
+            plan: StepPlan = self._receive()
+            launched.put(runner.launch(plan))
+
+    def _report(self, launched: SimpleQueue[Launched], tells: bool) -> None:
+        """Wait for each step in turn, where a fault of the device shows, and tell its result."""
+        socket = cluster.connect(self._context, self._options.engine, self._secret)
+        try:
+            while True:
+                result: StepResult = launched.get().wait()
+                if tells:
+                    socket.send_multipart(wire.encode(result))
+        except Exception as error:
+            log.exception("a step failed")
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """Tell the engine, and wait for the end that it makes of this group."""
+        socket = cluster.connect(self._context, self._options.engine, self._secret)
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        socket.send_multipart(wire.encode(wire.Failed(self._rank, message)))
+        threading.Event().wait()
+        raise AssertionError

@@ -1,0 +1,10 @@
+"""`python -m gllm_engine.worker`: a rank of an engine, on its machine or on another."""
+
+from __future__ import annotations
+
+import sys
+
+from gllm_engine.engine.member import main
+
+if __name__ == "__main__":
+    sys.exit(main())
