@@ -13,6 +13,7 @@ import pytest
 
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.engine.core import Engine
+from gllm_engine.engine.group import GroupLost
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import SamplingParams, StructuredOutputs
 from gllm_engine.sched.policy import POLICIES
@@ -47,6 +48,8 @@ class MockRunner:
         self.state: dict[int, tuple[int, int]] = {}  # slot -> (length, last token)
         self.break_at: str | None = None
         self.alive = True
+        self.lost: str | None = None
+        self.closed = False
         self.under_way = self.most_under_way = 0
 
     def launch(self, plan):
@@ -73,6 +76,13 @@ class MockRunner:
 
     def is_alive(self):
         return self.alive
+
+    def check(self):
+        if self.lost is not None:
+            raise GroupLost(self.lost)
+
+    def close(self):
+        self.closed = True
 
     def _next(self, slot, position, last, plan):
         token = follow(last, position)
@@ -332,6 +342,21 @@ def test_an_interrupted_step_is_a_failed_one_and_is_raised(make, where):
     engine.add(Request(0, [3, 4], SamplingParams(max_tokens=9, ignore_eos=True), 0))
     tokens, _ = collect(engine)
     assert tokens[None, 0] == expected([3, 4], 9)
+
+
+def test_a_lost_group_breaks_the_engine_also_between_steps(make):
+    engine = make()
+    engine.watch()
+    assert engine.broken is None
+    engine.add(Request(1, [3], LONG, 0), "a")
+    engine._runner.lost = "worker 1 (node 0) is lost: it was stopped or cut off"
+    engine.watch()
+    assert engine.broken == engine._runner.lost
+    finish = engine.step()["a"].finished[1]
+    assert finish.status == "internal" and "worker 1 (node 0) is lost" in finish.message
+    runner = engine._runner
+    engine.close()
+    assert runner.closed
 
 
 def test_a_cache_smaller_than_the_model_limits_its_length(make, caplog):

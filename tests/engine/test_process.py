@@ -440,6 +440,9 @@ class _LastWords:
     has_work = True
     broken = None
 
+    def watch(self) -> None:
+        pass
+
     def step(self) -> dict[bytes, Outputs]:
         for client in server.front_ends:
             for _ in range(MANY):

@@ -50,10 +50,10 @@ def test_caches_take_the_config_and_one_layer_of_each_kind(
     (tmp_path / "bare").mkdir()
     shutil.copy(tmp_path / "whole/config.json", tmp_path / "bare")
     started: list[Any] = []
-    monkeypatch.setattr(core, "_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(core, "_load_runner", lambda *given: started.append(given))
+    monkeypatch.setattr(core, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(core, "load_runner", lambda *given: started.append(given))
     config = make_config({"model": str(tmp_path / "bare"), "page_size": 32})
     assert len(fill_caches(config)) == 2
-    ((settled, spec),) = started
+    ((settled, spec, _),) = started
     assert (settled.load_format, settled.page_size, settled.max_num_seqs) == ("dummy", 32, 1024)
     assert len(spec.layers) == 1 and spec.dim == 64
