@@ -35,7 +35,10 @@ VLLM = {
     "gpu_memory_utilization": 0.9,
 }
 # What both must be told alike; the rest of --config is our engine's alone.
-SHARED = ("gpu_memory_utilization", "max_model_len", "max_num_seqs")
+SHARED = (
+    "gpu_memory_utilization", "max_model_len", "max_num_seqs",
+    "pipeline_parallel_size", "tensor_parallel_size", "enable_expert_parallel",
+)  # fmt: skip
 HEADER = ["workload", "engine", "s", "out tok/s", "tok/s", "ms/token", "first ms", "steps"]
 
 
