@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
+from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.rope import RopeTable
 from gllm_engine.layers.step import Norm, Step, Wanted
 
-__all__ = ["DenseFfn", "GqaAttention", "Norm", "RopeTable", "Step", "Wanted"]
+__all__ = ["DenseFfn", "GqaAttention", "MoeFfn", "Norm", "RopeTable", "Step", "Wanted"]

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.layers import DenseFfn, GqaAttention, RopeTable, Step, Wanted
+from gllm_engine.layers import DenseFfn, GqaAttention, MoeFfn, RopeTable, Step, Wanted
 from gllm_engine.ops import Batch, select_ops
-from gllm_engine.spec.model import Layer, Model, SandwichLayer
+from gllm_engine.spec.model import Dense, Layer, Model, Moe, SandwichLayer
 from gllm_engine.spec.rope import Rope
 
 
@@ -30,7 +30,7 @@ class PreNormBlock:
     ) -> None:
         self._ops = ops
         self._mixer = GqaAttention(spec.mixer, model.dim, model.eps, ops, dtype, device)
-        self._ffn = DenseFfn(spec.ffn, model.dim, ops, dtype, device)
+        self._ffn = _FFNS[type(spec.ffn)](spec.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
 
@@ -62,6 +62,7 @@ class SandwichBlock(PreNormBlock):
         return self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total)
 
 
+_FFNS: dict[type, type[DenseFfn] | type[MoeFfn]] = {Dense: DenseFfn, Moe: MoeFfn}
 _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
     Layer: PreNormBlock,
     SandwichLayer: SandwichBlock,

@@ -74,6 +74,46 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return total.add_(F.linear(x, weight, bias))
 
 
+def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
+    """The `top_k` experts of each token, most likely first: (weights in float32, experts in int32),
+    both [tokens, top_k], from a router's logits [tokens, experts].
+
+    Weights are the softmax over all experts, divided by their sum with `renorm`. Of equally likely
+    experts the first is taken.
+    """
+    chances, experts = logits.float().softmax(-1).sort(stable=True, descending=True)
+    weights = chances[:, :top_k]
+    if renorm:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, experts[:, :top_k].int()
+
+
+def sum_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    first: int,
+    total: Tensor | None = None,
+) -> Tensor:
+    """Sum of weights * down(silu(gate(x)) * up(x)) over each token's experts: [tokens, dim] of x
+    [tokens, dim]; added to `total`, in place, if given.
+
+    weights, experts: [tokens, top_k] as `route` gives them. gate_up: [held, 2 * hidden, dim] and
+    down: [held, dim, hidden], of the experts from `first` on; others add nothing.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    parts = x.new_zeros(*experts.shape, x.shape[1], dtype=dtype)
+    for i in range(len(gate_up)):
+        chosen = experts == first + i
+        tokens = chosen.nonzero()[:, 0]
+        if len(tokens):
+            parts[chosen] = F.linear(silu_mul(F.linear(x[tokens], gate_up[i])), down[i]).to(dtype)
+    summed = torch.einsum("tkd,tk->td", parts, weights.to(dtype)).to(x.dtype)
+    return summed if total is None else total.add_(summed)
+
+
 def rotation(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
