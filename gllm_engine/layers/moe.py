@@ -36,9 +36,10 @@ class MoeFfn:
         """[tokens, dim] to [tokens, dim]; added to `total`, in place, if that is given."""
         normed = self._ops.rms_norm(x, *norm)
         shared = None if self._shared is None else self._shared(x, norm)  # before x is added to
-        routing = self._ops.route(self._router(normed), self._spec.top_k, self._spec.renorm)
-        first = self._spec.experts.start
-        out = self._ops.sum_experts(normed, *routing, self._gate_up, self._down, first, total)
+        spec, matrices = self._spec, (self._gate_up, self._down)
+        routing = self._ops.route(self._router(normed), spec.top_k, spec.renorm)
+        first, num = spec.experts.start, spec.num_experts
+        out = self._ops.sum_experts(normed, *routing, *matrices, first, num, total)
         if shared is not None:
             out.addcmul_(self._shared_gate(normed).sigmoid_(), shared)
         return out

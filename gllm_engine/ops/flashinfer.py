@@ -27,10 +27,11 @@ from gllm_engine.ops import reference, triton
 from gllm_engine.ops.ahead import plan_all, tiny_chunk
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.triton import gemv, is_single, lay_out, rms_norm, sample, silu_mul
+from gllm_engine.ops.triton.moe import route, sum_experts
 
 __all__ = [
     "Planner", "add_linear", "attend", "gated_linear", "lay_out", "linear", "prepare", "rms_norm",
-    "rotate_and_store", "rotation", "sample", "silu_mul",
+    "rotate_and_store", "rotation", "route", "sample", "silu_mul", "sum_experts",
 ]  # fmt: skip
 
 _HEAD_DIMS = (64, 128, 256)

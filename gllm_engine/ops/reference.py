@@ -76,16 +76,15 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
     """The `top_k` experts of each token, most likely first: (weights in float32, experts in int32),
-    both [tokens, top_k], from a router's logits [tokens, experts].
+    both [tokens, top_k] and contiguous, from a router's logits [tokens, experts].
 
     Weights are the softmax over all experts, divided by their sum with `renorm`. Of equally likely
     experts the first is taken.
     """
     chances, experts = logits.float().softmax(-1).sort(stable=True, descending=True)
     weights = chances[:, :top_k]
-    if renorm:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights, experts[:, :top_k].int()
+    scale = weights.sum(-1, keepdim=True) if renorm else 1.0
+    return weights / scale, experts[:, :top_k].int()
 
 
 def sum_experts(
@@ -95,14 +94,17 @@ def sum_experts(
     gate_up: Tensor,
     down: Tensor,
     first: int,
+    num_experts: int,
     total: Tensor | None = None,
 ) -> Tensor:
     """Sum of weights * down(silu(gate(x)) * up(x)) over each token's experts: [tokens, dim] of x
     [tokens, dim]; added to `total`, in place, if given.
 
     weights, experts: [tokens, top_k] as `route` gives them. gate_up: [held, 2 * hidden, dim] and
-    down: [held, dim, hidden], of the experts from `first` on; others add nothing.
+    down: [held, dim, hidden], of the experts from `first` on; others add nothing. `num_experts`:
+    all of them, for kernels that expect their share of the tokens.
     """
+    del num_experts
     dtype = torch.promote_types(x.dtype, torch.float32)
     parts = x.new_zeros(*experts.shape, x.shape[1], dtype=dtype)
     for i in range(len(gate_up)):
