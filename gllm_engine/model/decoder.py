@@ -42,6 +42,11 @@ class PreNormBlock:
         total = self._mixer(x, norms["input_layernorm"], step, cache, wanted, total)
         return self._ffn(total, norms["post_attention_layernorm"], total)
 
+    def prepare(self) -> None:
+        """On a GPU: compile what no step of a few tokens would."""
+        if isinstance(self._ffn, MoeFfn):
+            self._ffn.prepare(self._norms["post_attention_layernorm"])
+
     def weights(self) -> dict[str, Tensor]:
         gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
         return gains | self._mixer.weights() | self._ffn.weights()
@@ -107,8 +112,13 @@ class Decoder:
         ]
 
     def prepare(self, page_size: int, dtype: torch.dtype) -> None:
-        """On a GPU: compile what attention over such a cache needs, unless that is done already."""
+        """On a GPU: compile what attention over such a cache, and experts, need, unless that is
+        done already.
+        """
         self.ops.prepare(self.new_cache(1, page_size, dtype)[0], self.dtype, self._windows)
+        kinds = zip((layer.ffn for layer in self.spec.layers), self._blocks, strict=True)
+        for block in dict(kinds).values():
+            block.prepare()
 
     def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:
         """Write the batch's K and V to the cache and give the last layer's residual stream,

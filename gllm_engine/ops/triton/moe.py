@@ -18,8 +18,11 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.overlap import OVERLAP, begin_alone, overlapping
 
-# Numbers that one program of routing or sorting holds: (tokens, experts) tiles.
-_HELD, _MAX_ROWS = 8192, 1024
+# Numbers that one program of routing or sorting holds, of (tokens, experts); more do not fit the
+# registers of so many warps.
+_HELD, _WARPS = 4096, 8
+# Tokens of such a program, at most.
+_MAX_ROWS = 1024
 # Columns of one program of the last sum.
 _COLUMNS = 1024
 
@@ -94,7 +97,7 @@ def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
         _route[(triton.cdiv(tokens, rows),)](
             logits, weights, experts, tokens, num_experts,
             TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k), RENORM=renorm, ROWS=rows,
-            EXPERTS=columns, OVERLAPS=OVERLAP, **overlapping(),
+            EXPERTS=columns, OVERLAPS=OVERLAP, num_warps=_WARPS, **overlapping(),
         )  # fmt: skip
     return weights, experts
 
@@ -163,12 +166,13 @@ def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tens
     blocks = triton.cdiv(tokens, rows)
     order = torch.empty(tokens * top_k, dtype=torch.int32, device=experts.device)
     groups, counts = order.new_empty(3, columns), order.new_empty(blocks, columns)
-    size = {"TOP_K": top_k, "ROWS": rows, "EXPERTS": columns, "OVERLAPS": OVERLAP, "num_warps": 8}
+    size = {"TOP_K": top_k, "ROWS": rows, "EXPERTS": columns, "OVERLAPS": OVERLAP}
+    size |= {"num_warps": _WARPS} | overlapping()
     if blocks > 1:
-        _count[(blocks,)](experts, counts, tokens, first, held, **size, **overlapping())
+        _count[(blocks,)](experts, counts, tokens, first, held, **size)
     _place[(blocks,)](
         experts, counts, order, groups, tokens, first, held, blocks,
-        BLOCK=block, SINGLE=blocks == 1, **size, **overlapping(),
+        BLOCK=block, SINGLE=blocks == 1, **size,
     )  # fmt: skip
     return order, groups
 
