@@ -39,6 +39,8 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_near(tmp_path: Path, family: str) -> None:
     over = {"sliding_window": 11} if family.startswith("Mistral") else {}
+    if "Moe" in family or family.startswith("Mixtral"):
+        over["num_experts_per_tok"] = 8  # all: else a little makes a token change its experts
     decoder, tokens = load(write_tiny_model(tmp_path, family, **over)), some_tokens(41)
     whole = float8_logits(decoder, tokens, [41])
     assert LEAST < distance(whole, all_logits(decoder, tokens)) < MOST
