@@ -12,7 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_engine.ops import Batch, best_device, select_ops
-from gllm_engine.spec import Gqa, Model, read_spec
+from gllm_engine.spec import Gqa, Model, Moe, read_spec
 
 # Of one H200, measured: a copy in memory, and a bf16 product of random matrices.
 BYTES_PER_S = 4.3e12
@@ -33,6 +33,7 @@ MIN_CALLS, REPLAYS = 8, 15
 PAGE_SIZE = 16
 TOKENS = (1, 64, 256, 1024, 8192)
 GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
+MOE_TOKENS = (1, 16, 64, 512, 4096, 16384)
 ROWS = (1, 64, 512, 1024)  # sampled at once
 DECODE = ((1, 1024), (64, 1024), (256, 4096), (512, 1536), (1024, 512))  # rows, context
 # Rows, context, tokens of it in this step.
@@ -61,6 +62,7 @@ class Shape:
     ) -> None:
         self.spec, self.device, self.dtype, self.cache_dtype = spec, device, dtype, cache_dtype
         self.mixer: Gqa = spec.layers[0].mixer
+        self.ffn = spec.layers[0].ffn
         self.ops: ModuleType = select_ops(device)
         self.planner = self.ops.Planner(device, dtype)
         self.item = dtype.itemsize
@@ -70,7 +72,7 @@ class Shape:
 
     def rows_cases(self, tokens: int) -> Iterator[Case]:
         """What works on each token by itself."""
-        dim, hidden, m = self.spec.dim, self.spec.layers[0].ffn.hidden, self.mixer
+        dim, hidden, m = self.spec.dim, self.ffn.hidden, self.mixer
         ops, eps, item = self.ops, self.spec.eps, self.item
 
         def norm() -> Callable[[], Any]:
@@ -83,7 +85,8 @@ class Shape:
 
         size = f"{tokens} tokens"
         yield Case("rms_norm", size, (2 * tokens + 1) * dim * item, 0, norm)
-        yield Case("silu_mul", size, 3 * tokens * hidden * item, 0, activation)
+        if not isinstance(self.ffn, Moe):
+            yield Case("silu_mul", size, 3 * tokens * hidden * item, 0, activation)
         batch = self.batch([(1, 1)] * tokens if tokens <= max(ROWS) else [(tokens, tokens)])
         store = self.attention(batch, attends=False)
         # q, k and v come, q goes; k and v go to the cache. A position's cosines and sines come too.
@@ -96,10 +99,12 @@ class Shape:
 
         For one token, norm and activation are done in the same kernel, so they are in the call.
         """
-        m, dim, hidden = self.mixer, self.spec.dim, self.spec.layers[0].ffn.hidden
+        m, dim, hidden = self.mixer, self.spec.dim, self.ffn.hidden
         q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-        products = {"qkv": (q + 2 * kv, dim), "out": (dim, q), "gate_up": (2 * hidden, dim)}
-        products |= {"down": (dim, hidden), "logits": (self.spec.vocab, dim)}
+        products = {"qkv": (q + 2 * kv, dim), "out": (dim, q)}
+        if not isinstance(self.ffn, Moe):
+            products |= {"gate_up": (2 * hidden, dim), "down": (dim, hidden)}
+        products["logits"] = (self.spec.vocab, dim)
         for name, (n, k) in products.items():
             if name == "logits" and tokens > max(ROWS):
                 continue
@@ -120,6 +125,36 @@ class Shape:
         if name == "gate_up":
             return lambda: ops.gated_linear(x, weight, None, norm)
         return lambda: ops.linear(x, weight, None, norm)
+
+    def moe_case(self, moe: Moe, tokens: int) -> Case:
+        """Router, routing and experts, added to a sum; each expert as likely as any other."""
+        dim, num, ops = self.spec.dim, moe.num_experts, self.ops
+
+        def mixture() -> Callable[[], Any]:
+            x, total, router = (
+                self.randn(tokens, dim),
+                self.randn(tokens, dim),
+                self.randn(num, dim),
+            )
+            matrices = self.experts  # of which every call reads others
+
+            def call() -> Tensor:
+                routing = ops.route(ops.linear(x, router), moe.top_k, moe.renorm)
+                return ops.sum_experts(x, *routing, *matrices, 0, num, total)
+
+            return call
+
+        expert = 3 * moe.hidden * dim
+        read = num * (1 - (1 - moe.top_k / num) ** tokens)  # experts that some token chooses
+        moved = round(read * expert + num * dim + 3 * tokens * dim) * self.item
+        done = 2 * tokens * (moe.top_k * expert + num * dim)
+        return Case("experts", f"{tokens} tokens", moved, done, mixture)
+
+    @cached_property
+    def experts(self) -> tuple[Tensor, Tensor]:
+        """One layer's matrices, larger than the L2 cache."""
+        num, dim, hidden = self.ffn.num_experts, self.spec.dim, self.ffn.hidden
+        return self.randn(num, 2 * hidden, dim), self.randn(num, dim, hidden)
 
     def sample_case(self, rows: int) -> Case:
         vocab, device = self.spec.vocab, self.device
@@ -211,6 +246,9 @@ class Shape:
             yield self.prefill_case(*row)
         for tokens in GEMM_TOKENS:
             yield from self.gemm_cases(tokens)
+        if isinstance(self.ffn, Moe):
+            for tokens in MOE_TOKENS:
+                yield self.moe_case(self.ffn, tokens)
 
 
 def seconds_of(case: Case, on_gpu: bool) -> float:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
+from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.residual import Joiner, Residual
 from gllm_engine.layers.rope import RopeTable
 from gllm_engine.layers.step import Norm, Step, Wanted
 
 __all__ = [
-    "DenseFfn", "GqaAttention", "Joiner", "Norm", "Residual", "RopeTable", "Step", "Wanted",
+    "DenseFfn", "GqaAttention", "Joiner", "MoeFfn", "Norm", "Residual", "RopeTable", "Step",
+    "Wanted",
 ]  # fmt: skip

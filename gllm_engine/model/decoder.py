@@ -20,6 +20,7 @@ from gllm_engine.layers import (
     DenseFfn,
     GqaAttention,
     Joiner,
+    MoeFfn,
     Norm,
     Residual,
     RopeTable,
@@ -27,7 +28,7 @@ from gllm_engine.layers import (
     Wanted,
 )
 from gllm_engine.ops import Batch, select_ops
-from gllm_engine.spec.model import Layer, Model, SandwichLayer
+from gllm_engine.spec.model import Dense, Layer, Model, Moe, SandwichLayer
 from gllm_engine.spec.rope import Rope
 from gllm_engine.spec.share import Share
 
@@ -48,7 +49,7 @@ class PreNormBlock:
     ) -> None:
         self._ops, self._join = ops, join
         self._mixer = GqaAttention(spec.mixer, model.dim, model.eps, ops, dtype, device)
-        self._ffn = DenseFfn(spec.ffn, model.dim, ops, dtype, device)
+        self._ffn = _FFNS[type(spec.ffn)](spec.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
         self.next_norm: Norm | None = None  # the next block's first, if there is one
@@ -69,6 +70,11 @@ class PreNormBlock:
         )
         y, left = stream.under(second)
         return self._join(stream.total, lambda into: self._ffn(y, left, into), self.next_norm)
+
+    def prepare(self) -> None:
+        """On a GPU: compile what no step of a few tokens would."""
+        if isinstance(self._ffn, MoeFfn):
+            self._ffn.prepare(self._norms["post_attention_layernorm"])
 
     def weights(self) -> dict[str, Tensor]:
         gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
@@ -91,6 +97,7 @@ class SandwichBlock(PreNormBlock):
         return Residual(self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total))
 
 
+_FFNS: dict[type, type[DenseFfn] | type[MoeFfn]] = {Dense: DenseFfn, Moe: MoeFfn}
 _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
     Layer: PreNormBlock,
     SandwichLayer: SandwichBlock,
@@ -165,8 +172,13 @@ class Decoder:
         ]
 
     def prepare(self, page_size: int, dtype: torch.dtype) -> None:
-        """On a GPU: compile what attention over such a cache needs, unless that is done already."""
+        """On a GPU: compile what attention over such a cache, and experts, need, unless that is
+        done already.
+        """
         self.ops.prepare(self.new_cache(1, page_size, dtype)[0], self.dtype, self._windows)
+        kinds = zip((layer.ffn for layer in self.layers), self._blocks, strict=True)
+        for block in dict(kinds).values():
+            block.prepare()
 
     def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
         """Write the batch's K and V to the cache and give the last layer's residual stream,

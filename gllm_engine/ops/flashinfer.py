@@ -35,10 +35,12 @@ from gllm_engine.ops.triton import (
     sample,
     silu_mul,
 )
+from gllm_engine.ops.triton.moe import route, sum_experts
 
 __all__ = [
     "Planner", "add_linear", "attend", "gated_linear", "lay_out", "linear", "one_shot_sum",
-    "prepare", "rms_norm", "rotate_and_store", "rotation", "sample", "silu_mul",
+    "prepare", "rms_norm", "rotate_and_store", "rotation", "route", "sample", "silu_mul",
+    "sum_experts",
 ]  # fmt: skip
 
 _HEAD_DIMS = (64, 128, 256)

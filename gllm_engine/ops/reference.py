@@ -79,6 +79,48 @@ def one_shot_sum(ranks: Ranks, dim: int, dtype: torch.dtype) -> None:
     del ranks, dim, dtype
 
 
+def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
+    """The `top_k` experts of each token, most likely first: (weights in float32, experts in int32),
+    both [tokens, top_k] and contiguous, from a router's logits [tokens, experts].
+
+    Weights are the softmax over all experts, divided by their sum with `renorm`. Of equally likely
+    experts the first is taken.
+    """
+    chances, experts = logits.float().softmax(-1).sort(stable=True, descending=True)
+    weights = chances[:, :top_k]
+    scale = weights.sum(-1, keepdim=True) if renorm else 1.0
+    return weights / scale, experts[:, :top_k].int()
+
+
+def sum_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    first: int,
+    num_experts: int,
+    total: Tensor | None = None,
+) -> Tensor:
+    """Sum of weights * down(silu(gate(x)) * up(x)) over each token's experts: [tokens, dim] of x
+    [tokens, dim]; added to `total`, in place, if given.
+
+    weights, experts: [tokens, top_k] as `route` gives them. gate_up: [held, 2 * hidden, dim] and
+    down: [held, dim, hidden], of the experts from `first` on; others add nothing. `num_experts`:
+    all of them, for kernels that expect their share of the tokens.
+    """
+    del num_experts
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    parts = x.new_zeros(*experts.shape, x.shape[1], dtype=dtype)
+    for i in range(len(gate_up)):
+        chosen = experts == first + i
+        tokens = chosen.nonzero()[:, 0]
+        if len(tokens):
+            parts[chosen] = F.linear(silu_mul(F.linear(x[tokens], gate_up[i])), down[i]).to(dtype)
+    summed = torch.einsum("tkd,tk->td", parts, weights.to(dtype)).to(x.dtype)
+    return summed if total is None else total.add_(summed)
+
+
 def rotation(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> tuple[Tensor, Tensor]:

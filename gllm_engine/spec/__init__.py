@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gllm_engine.spec.fields import SpecError
-from gllm_engine.spec.model import Dense, Gqa, Layer, Model, SandwichLayer
+from gllm_engine.spec.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.spec.rope import Rope
 from gllm_engine.spec.share import Share
 from gllm_engine.spec.zoo import FAMILIES, make_spec, read_spec
@@ -14,6 +14,7 @@ __all__ = [
     "Gqa",
     "Layer",
     "Model",
+    "Moe",
     "Rope",
     "SandwichLayer",
     "Share",

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from gllm_engine.spec.rope import Rope
 
 Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
+T = TypeVar("T")
 
 
 def _linear(name: str, out: int, width: int, bias: bool) -> Shapes:
@@ -64,11 +65,48 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Moe:
+    """Mixture of experts: sum of p[e] * expert[e](x) over the `top_k` largest p = softmax(gate x).
+
+    An expert is a Dense. A rank that holds some experts alone, or a slice of every `hidden`, routes
+    over all of them, and gives the part of the sum that it holds: ranks' parts sum to the whole.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int  # of one expert
+    renorm: bool  # divide the chosen p by their sum
+    # Hidden size of an expert for every token, times sigmoid(shared_expert_gate x); 0: none.
+    shared: int = 0
+    held: tuple[int, int] | None = None  # first expert here, and how many are; None: all
+
+    @property
+    def experts(self) -> range:
+        """Those whose weights are here."""
+        first, count = self.held or (0, self.num_experts)
+        return range(first, first + count)
+
+    def weights(self, dim: int) -> Shapes:
+        shapes: Shapes = {"mlp.gate.weight": (self.num_experts, dim)}
+        for expert in self.experts:
+            shapes |= within(f"experts.{expert}", Dense(self.hidden).weights(dim))
+        if self.shared:
+            shapes |= within("shared_expert", Dense(self.shared).weights(dim))
+            shapes["mlp.shared_expert_gate.weight"] = (1, dim)
+        return shapes
+
+
+def within(part: str, weights: dict[str, T]) -> dict[str, T]:
+    """A Dense's weights, by the names they have as `part` of a Moe."""
+    return {name.replace("mlp.", f"mlp.{part}.", 1): value for name, value in weights.items()}
+
+
+@dataclass(frozen=True)
 class Layer:
     """x += mixer(norm(x)); x += ffn(norm(x))."""
 
     mixer: Gqa
-    ffn: Dense
+    ffn: Dense | Moe
 
     def weights(self, dim: int) -> Shapes:
         norms: Shapes = {

@@ -14,6 +14,12 @@ from gllm_engine.spec.model import Model
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
     "glm": (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj")),
+    "mixtral": (
+        ("mlp.", "block_sparse_moe."),
+        ("gate_proj", "w1"),
+        ("up_proj", "w3"),
+        ("down_proj", "w2"),
+    ),
     "chatglm": (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),
         ("model.layers.", "transformer.encoder.layers."),

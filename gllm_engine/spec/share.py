@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gllm_engine.spec.fields import SpecError
-from gllm_engine.spec.model import Dense, Gqa, Layer, Model, Shapes
+from gllm_engine.spec.model import Dense, Gqa, Layer, Model, Moe, Shapes
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Share:
         return self.rank * (whole // part) // self.size * part
 
     def _layer(self, layer: Layer) -> Layer:
-        return replace(layer, mixer=self._gqa(layer.mixer), ffn=self._dense(layer.ffn))
+        return replace(layer, mixer=self._gqa(layer.mixer), ffn=self._ffn(layer.ffn))
 
     def _gqa(self, mixer: Gqa) -> Gqa:
         heads = self._divide("num_attention_heads", mixer.heads)
@@ -64,7 +64,14 @@ class Share:
         bias = mixer.out_bias and not self.rank  # what all ranks give is summed
         return replace(mixer, heads=heads, kv_heads=kv_heads, out_bias=bias)
 
-    def _dense(self, ffn: Dense) -> Dense:
+    def _ffn(self, ffn: Dense | Moe) -> Dense | Moe:
+        if isinstance(ffn, Moe):
+            shared = self._divide("shared_expert_intermediate_size", ffn.shared)
+            if self.experts_apart:
+                held = self._divide("num_experts", ffn.num_experts)
+                return replace(ffn, shared=shared, held=(self.rank * held, held))
+            hidden = self._divide("moe_intermediate_size", ffn.hidden)
+            return replace(ffn, shared=shared, hidden=hidden)
         hidden = self._divide("intermediate_size", ffn.hidden)
         return replace(ffn, hidden=hidden, out_bias=ffn.out_bias and not self.rank)
 

@@ -23,6 +23,14 @@ _HF = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+_QWEN_MOE = _HF | {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 _GLM = _HF | {
     "pad_token_id": 0,
     "head_dim": 16,
@@ -54,6 +62,16 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": _HF | {"model_type": "mistral", "sliding_window": 48},
     "Qwen2ForCausalLM": _HF | {"model_type": "qwen2", "tie_word_embeddings": True},
     "Qwen3ForCausalLM": _HF | {"model_type": "qwen3", "head_dim": 32},
+    "MixtralForCausalLM": _HF
+    | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
+    "Qwen2MoeForCausalLM": _QWEN_MOE
+    | {
+        "model_type": "qwen2_moe",
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 2,
+    },
+    "Qwen3MoeForCausalLM": _QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 32},
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},
     "ChatGLMModel": _CHATGLM,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_engine.spec.fields import Fields, SpecError
-from gllm_engine.spec.model import Dense, Gqa, Layer, Model, SandwichLayer
+from gllm_engine.spec.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.spec.rope import Dynamic, Rope, Yarn, read_rope
 
 Reader = Callable[[Fields], Model]
@@ -87,6 +87,56 @@ def qwen2(c: Fields) -> Model:
 def qwen3(c: Fields) -> Model:
     model = llama(c).each(mixer=lambda _, layer: replace(layer.mixer, qk_norm=True))
     return _with_windows(c, model)
+
+
+_MIXTRAL = _MISTRAL | {
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "rope_theta": 1e6,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+@family("MixtralForCausalLM", defaults=_MIXTRAL)
+def mixtral(c: Fields) -> Model:
+    moe = _moe(c, c.count("intermediate_size"), renorm=True)
+    return replace(mistral(c).each(ffn=lambda _, layer: moe), names="mixtral")
+
+
+_QWEN2_MOE = _QWEN2 | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_local_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
+
+
+@family("Qwen2MoeForCausalLM", defaults=_QWEN2_MOE)
+def qwen2_moe(c: Fields) -> Model:
+    bias = c.flag("qkv_bias", True)
+    model = qwen2(c).each(mixer=lambda _, layer: replace(layer.mixer, qkv_bias=bias))
+    return _with_experts(c, model, shared=c.count("shared_expert_intermediate_size"))
+
+
+_QWEN3_MOE = _QWEN2_MOE | {
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+
+
+@family("Qwen3MoeForCausalLM", defaults=_QWEN3_MOE)
+def qwen3_moe(c: Fields) -> Model:
+    return _with_experts(c, qwen3(c))
 
 
 _GLM = _LLAMA | {
@@ -236,6 +286,28 @@ def _with_windows(c: Fields, model: Model) -> Model:
     return model.each(
         mixer=lambda i, layer: replace(layer.mixer, window=window if kinds[i] == sliding else None)
     )
+
+
+def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
+    """Qwen's: experts in every `decoder_sparse_step`-th layer but those in `mlp_only_layers`."""
+    c.require(use_sliding_window=False)
+    step, dense = c.count("decoder_sparse_step", 1), c.layer_ids("mlp_only_layers")
+    moe = _moe(c, c.count("moe_intermediate_size"), c.flag("norm_topk_prob"), shared)
+    return model.each(
+        ffn=lambda i, layer: layer.ffn if i in dense or (i + 1) % step else moe,
+    )
+
+
+def _moe(c: Fields, hidden: int, renorm: bool, shared: int = 0) -> Moe:
+    # Newer releases of transformers save Qwen3's num_experts as num_local_experts.
+    num_experts = c.count("num_experts", c.count("num_local_experts"))
+    top_k = c.count("num_experts_per_tok")
+    if top_k > num_experts:
+        raise SpecError(
+            f"{c.name}: num_experts_per_tok is {top_k}, but only 1 to {num_experts} is supported, "
+            "the number of experts"
+        )
+    return Moe(num_experts, top_k, hidden, renorm, shared)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -54,6 +54,30 @@ def test_all_cases_run(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(make_row(about)) == 7 for about in json.loads(json.dumps(found)))
 
 
+def test_experts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path, "Qwen3MoeForCausalLM")
+    shape = Shape(read_spec(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
+    small = {"TOKENS": (1,), "GEMM_TOKENS": (1,), "ROWS": (1,), "DECODE": (), "PREFILL": ()}
+    for name, value in (small | {"MOE_TOKENS": (1, 9), "REPLAYS": 1}).items():
+        monkeypatch.setattr(f"gllm_benchmarks.kernels.{name}", value)
+    cases = list(shape.cases())
+    assert all(seconds_of(case, on_gpu=False) > 0 for case in cases)
+    gemms = ["GEMM qkv", "GEMM out", "GEMM logits"]
+    kernels = ["rms_norm", "rotate_and_store", "sample", *gemms, "experts", "experts"]
+    assert [case.kernel for case in cases] == kernels
+
+
+def test_experts_read_what_is_chosen() -> None:
+    spec = read_spec(MODELS / "qwen3-30b-a3b")
+    shape = Counted(spec, torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    one, many = (shape.moe_case(shape.ffn, tokens) for tokens in (1, 16384))
+    expert, router = 3 * 768 * 2048, 128 * 2048
+    assert one.bytes == 2 * (8 * expert + router + 3 * 2048)
+    assert many.bytes == approx(2 * (128 * expert + router + 3 * 16384 * 2048))
+    assert many.ops == 2 * 16384 * (8 * expert + router)
+    assert many.floor_s == approx(1.58e-3, rel=1e-2)  # bound by arithmetic
+
+
 @pytest.mark.parametrize("rows", [[(40, 1), (33, 1), (7, 1)], [(33, 33), (16, 16)], [(40, 7)]])
 def test_steps_are_what_the_product_would_run(shape: Shape, rows: list[tuple[int, int]]) -> None:
     batch = shape.batch(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gllm_engine import LLM, SamplingParams
+from gllm_engine import LLM, SamplingParams, write_tiny_model
 
 pytestmark = pytest.mark.gpu
 SHAKESPEARE = Path(__file__).parents[2] / "model_repository/shakespeare/1"
@@ -25,15 +25,22 @@ SAMPLINGS = [
 ]
 
 
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_no_request_compiles(enforce_eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_compiles(
+    enforce_eager: bool, experts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import triton
     from flashinfer.prefill import get_batch_prefill_module
 
     config = {"max_num_seqs": 7, "max_num_batched_tokens": 96, "num_pages": 100}
     config |= {"page_size": PAGE_SIZE[enforce_eager], "enforce_eager": enforce_eager}
     compiled: list[str] = []
-    with LLM(str(SHAKESPEARE), **config) as llm:
+    model = SHAKESPEARE
+    if experts:  # so many are chosen in no other test
+        over = {"head_dim": 64, "num_experts_per_tok": 6 + enforce_eager}
+        model = write_tiny_model(tmp_path, "Qwen3MoeForCausalLM", **over)
+    with LLM(str(model), **config) as llm:
         modules = get_batch_prefill_module.cache_info().misses
         monkeypatch.setattr(
             triton.knobs.runtime, "jit_cache_hook", lambda **call: compiled.append(call["repr"])

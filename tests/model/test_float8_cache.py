@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import PAGE, all_logits, load, make_batch, run, some_tokens
+from tiny_models import PAGE, all_logits, every_expert, load, make_batch, run, some_tokens
 from torch import Tensor
 
 from gllm_engine.model import Decoder, load_model
@@ -39,6 +39,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_near(tmp_path: Path, family: str) -> None:
     over = {"sliding_window": 11} if family.startswith("Mistral") else {}
+    over |= every_expert(family)
     decoder, tokens = load(write_tiny_model(tmp_path, family, **over)), some_tokens(41)
     whole = float8_logits(decoder, tokens, [41])
     assert LEAST < distance(whole, all_logits(decoder, tokens)) < MOST

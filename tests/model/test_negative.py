@@ -50,6 +50,8 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
+SPARSE = {"decoder_sparse_step": 1}
 WIDE = {"head_dim": 32}  # enough pairs of channels for YaRN's ramp to start and end within
 MSCALE = YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}
 
@@ -92,6 +94,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "yarn truncate": (LLAMA, WIDE | {"rope_scaling": YARN}, scaling(truncate=False)),
     "window": ("MistralForCausalLM", {}, mixer(window=None)),
     "window by one": ("MistralForCausalLM", {}, mixer(window=47)),
+    "renorm": (QWEN3_MOE, {}, ffn(renorm=False)),
+    "renorm mixtral": ("MixtralForCausalLM", {}, ffn(renorm=False)),
+    "no renorm": (QWEN2_MOE, SPARSE, ffn(renorm=True)),
+    "top_k": (QWEN3_MOE, {}, ffn(top_k=3)),
+    "held": (QWEN3_MOE, {}, ffn(held=(0, 7))),
+    "shared": (QWEN2_MOE, SPARSE, ffn(shared=0)),
     "sandwich": ("Glm4ForCausalLM", {}, plain_layers),
 }
 
@@ -125,9 +133,10 @@ def test_tie_matters(tmp_path: Path) -> None:
     assert (all_logits(untied, tokens) - all_logits(tied, tokens)).abs().max() > 1e-3
 
 
-def test_every_weight_matters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "over"), [("Glm4ForCausalLM", {}), (QWEN2_MOE, SPARSE)])
+def test_every_weight_matters(tmp_path: Path, family: str, over: dict[str, Any]) -> None:
     """Zeroing any one weight changes the logits: none is loaded and then forgotten."""
-    write_tiny_model(tmp_path, "Glm4ForCausalLM", num_hidden_layers=1)
+    write_tiny_model(tmp_path, family, num_hidden_layers=1, **over)
     decoder, tokens = load(tmp_path), some_tokens(30)
     right = all_logits(decoder, tokens)
     for name, view in decoder.weights().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,6 +46,15 @@ LARGE: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
+    "Mixtral-8x7B": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"},
+    "Qwen1.5-MoE-A2.7B": {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"},
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 48,
+        "head_dim": 128,
+        "norm_topk_prob": True,
+    },
     "glm-4-9b": {"architectures": ["GlmForCausalLM"], "model_type": "glm"},
     "GLM-4-0414": {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
 }
@@ -62,4 +72,25 @@ def test_weights_are_those_of_transformers(name: str) -> None:
     for tensor, weights in checkpoint_tensors(spec).items():
         rows = sum(shapes[weight][0] for weight in weights)
         expected[tensor] = (rows, *shapes[weights[0]][1:])
-    assert expected == {k: tuple(p.shape) for k, p in reference.named_parameters()}
+    assert expected == per_expert(reference.named_parameters(), values["architectures"][0])
+
+
+def per_expert(
+    parameters: Iterator[tuple[str, torch.Tensor]], family: str
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as published checkpoints have them, where transformers stacks experts."""
+    moe, parts = "mlp.", ("gate_proj", "up_proj", "down_proj")
+    if family.startswith("Mixtral"):
+        moe, parts = "block_sparse_moe.", ("w1", "w3", "w2")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in parameters:
+        name, shape = name.replace("mlp.", moe), tuple(parameter.shape)
+        if ".experts." not in name:
+            shapes[name] = shape
+            continue
+        stem, _, stacked = name.rpartition(".")
+        width = shape[1] // 2 if stacked == "gate_up_proj" else shape[1]
+        for part in parts[:2] if stacked == "gate_up_proj" else parts[2:]:
+            names = [f"{stem}.{expert}.{part}.weight" for expert in range(shape[0])]
+            shapes |= dict.fromkeys(names, (width, shape[2]))
+    return shapes

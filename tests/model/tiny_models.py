@@ -13,6 +13,7 @@ from torch import Tensor
 from gllm_engine.model import Decoder, load_model
 from gllm_engine.ops import Batch
 from gllm_engine.spec import Model, read_spec
+from gllm_engine.spec.tiny import tiny_config
 
 CPU = torch.device("cpu")
 PAGE = 4
@@ -52,6 +53,11 @@ def make_batch(rows: list[dict[str, Any]], page_size: int = PAGE) -> Batch:
         num_decode=num_decode,
         logit_index=torch.arange(sum(lens)),
     )
+
+
+def every_expert(family: str) -> dict[str, int]:
+    """Of a config, so that no rounding makes a token choose other experts; {} if it has none."""
+    return {"num_experts_per_tok": 8} if "num_experts_per_tok" in tiny_config(family) else {}
 
 
 def run(decoder: Decoder, batch: Batch, cache: list[Tensor]) -> Tensor:

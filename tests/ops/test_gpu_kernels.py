@@ -70,6 +70,71 @@ def test_linear_and_what_rides_along(
     near(out, reference.linear(x64, weight64, b64, norm64), limit)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("renorm", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts"), [(1, (128, 8)), (70, (60, 4)), (5000, (128, 8)), (2049, (8, 2))]
+)
+def test_route(tokens: int, experts: tuple[int, int], renorm: bool, dtype: torch.dtype) -> None:
+    """In 16 bits many experts are equally likely; then too it is the first ones that are taken."""
+    num_experts, top_k = experts
+    logits = randn(tokens, num_experts, dtype=dtype)
+    weights, chosen = select_ops(CUDA).route(logits, top_k, renorm)
+    expected_weights, expected = reference.route(logits.cpu(), top_k, renorm)
+    near(weights, expected_weights, 1e-5)
+    same = chosen.cpu() == expected
+    # Two chances an ulp apart may be one to the other's exp().
+    assert same.float().mean() > (0.999 if dtype == torch.float32 else 0.97)
+    picked = logits.cpu().float().gather(1, chosen.cpu().long())
+    torch.testing.assert_close(picked, logits.cpu().float().gather(1, expected.long()))
+    assert all(len(set(row)) == top_k for row in chosen.tolist())
+
+
+# Tokens, (experts, chosen), dim, hidden, (first held, number of held).
+MIXTURES = {
+    "one": (1, (128, 8), 2048, 768, (0, 128)),
+    "few": (9, (128, 8), 2048, 768, (0, 128)),
+    "sorted in several programs": (300, (128, 8), 512, 768, (0, 128)),
+    "blocks of 64": (1000, (128, 8), 512, 256, (0, 128)),
+    "blocks of 128": (4000, (128, 8), 512, 768, (0, 128)),
+    "a part": (500, (60, 4), 1024, 352, (15, 15)),
+    "mixtral": (700, (8, 2), 1024, 1792, (0, 8)),
+    "one of eight": (700, (8, 2), 1024, 1792, (7, 1)),
+    "sizes that no tile divides": (2500, (20, 3), 200, 72, (3, 11)),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("likely", [0.0, 6.0], ids=["even", "uneven"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts(name: str, likely: float, dtype: torch.dtype) -> None:
+    """Against float64, from the same routing; a second time the same bits; and in a graph."""
+    tokens, (num_experts, top_k), dim, hidden, (first, held) = MIXTURES[name]
+    ops, limit = select_ops(CUDA), 2 * TOLERANCE[dtype]
+    logits = randn(tokens, num_experts)
+    logits[:, first] += likely  # most tokens choose that one
+    routing = ops.route(logits, top_k, True)
+    x = randn(tokens, dim, dtype=dtype)
+    gate_up = (randn(held, 2 * hidden, dim, dtype=torch.float32) / dim**0.5).to(dtype)
+    down = (randn(held, dim, hidden, dtype=torch.float32) / hidden**0.5).to(dtype)
+    args = (x, *routing, gate_up, down, first, num_experts)
+    wide = x.double(), *routing, gate_up.double(), down.double(), first, num_experts
+    expected = reference.sum_experts(*wide)
+    out = ops.sum_experts(*args)
+    near(out, expected, limit)
+    assert torch.equal(ops.sum_experts(*args), out)
+    total = randn(tokens, dim, dtype=dtype)
+    graph, before = torch.cuda.CUDAGraph(), total.clone()
+    ops.sum_experts(*args, total.clone())
+    with torch.cuda.graph(graph):
+        ops.sum_experts(*args, total)
+    other = ops.route(logits.roll(1, 0), top_k, False)  # another routing, in the same memory
+    for there, new in zip(routing, other, strict=True):
+        there.copy_(new)
+    graph.replay()
+    near(total, before.double() + reference.sum_experts(*wide), limit)
+
+
 def near(out: Tensor, expected: Tensor, limit: float) -> None:
     """By norm: one element may be off by a rounding step, many may not."""
     out, expected = out.double().cpu(), expected.double().cpu()

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are compiled here", allow_module_level=True)
 from gllm_engine.ops import triton  # noqa: E402
+from gllm_engine.ops.triton import moe  # noqa: E402
 
 pytestmark = [
     # The interpreter's own, in a loop whose length a kernel has loaded.
@@ -118,6 +119,113 @@ def test_rotation_and_store(norm: bool, interleaved: bool) -> None:
     torch.testing.assert_close(there, cache, rtol=1e-4, atol=1e-5, equal_nan=True)
     page, offset = batch.cache_index // 16, batch.cache_index % 16
     near(kept.unflatten(1, (2, kv_heads)), cache[page, :, offset], 1e-5)
+
+
+def some_logits(tokens: int, num_experts: int, likely: float) -> Tensor:
+    """Router's logits that make the first expert the more popular, the larger `likely` is."""
+    logits = torch.randn(tokens, num_experts)
+    logits[:, 0] += likely
+    return logits
+
+
+@pytest.mark.parametrize("renorm", [False, True])
+@pytest.mark.parametrize("experts", [(8, 2), (5, 5), (60, 4), (3, 1)])
+def test_route(experts: tuple[int, int], renorm: bool) -> None:
+    num_experts, top_k = experts
+    for tokens in (1, 3, 150):
+        logits = torch.randn(tokens, num_experts)
+        weights, chosen = triton.route(logits, top_k, renorm)
+        expected_weights, expected = reference.route(logits, top_k, renorm)
+        near(weights, expected_weights, 1e-6)
+        assert chosen.dtype == torch.int32 and torch.equal(chosen, expected)
+    assert triton.route(logits[:0], top_k, renorm)[1].shape == (0, top_k)
+
+
+def test_of_equally_likely_experts_the_first_are_taken() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]])
+    for route in (triton.route, reference.route):
+        assert route(logits, 3, True)[1].tolist() == [[1, 3, 0]]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_logits_that_are_no_numbers_still_give_experts() -> None:
+    logits = torch.randn(4, 6)
+    logits[0], logits[1, 2], logits[2, 3] = torch.nan, torch.nan, -torch.inf
+    _, chosen = triton.route(logits, 3, True)
+    assert all(len(set(row)) == 3 and set(row) <= set(range(6)) for row in chosen.tolist())
+
+
+@pytest.mark.parametrize("held", [(0, 6), (2, 3), (5, 1)])
+@pytest.mark.parametrize("tokens", [1, 7, 2500])
+def test_pairs_are_sorted_by_expert(tokens: int, held: tuple[int, int]) -> None:
+    """In one program and in several."""
+    (first, count), block = held, 16
+    experts = torch.rand(tokens, 5).argsort(1)[:, :2].int()  # and nobody's is the last one
+    order, groups = moe.sort_pairs(experts, first, count, block)
+    blocks = 0
+    for i in range(count):
+        begin, end, last = groups[:, i].tolist()
+        pairs = (experts.flatten() == first + i).nonzero()[:, 0]
+        assert order[begin:end].tolist() == pairs.tolist()
+        blocks += -(-len(pairs) // block)
+        assert last == blocks
+    assert (groups[2, count:] == blocks).all()  # programs beyond the last block must find no expert
+
+
+# Sizes that no tile divides; and, of one expert, no token, one, and several blocks of tokens.
+@pytest.mark.parametrize(("held", "add"), [((0, 6), True), ((1, 3), False), ((5, 1), True)])
+@pytest.mark.parametrize(("tokens", "likely"), [(1, 0.0), (9, 0.0), (40, 9.0)])
+@pytest.mark.parametrize(("dim", "hidden"), [(40, 24), (72, 80)])
+def test_experts(
+    dim: int, hidden: int, tokens: int, likely: float, held: tuple[int, int], add: bool
+) -> None:
+    x, total = torch.randn(tokens, dim), torch.randn(tokens, dim)
+    routing = reference.route(some_logits(tokens, 6, likely), 2, True)
+    gate_up = torch.randn(held[1], 2 * hidden, dim) / dim**0.5
+    down = torch.randn(held[1], dim, hidden) / hidden**0.5
+    args = (x, *routing, gate_up, down, held[0], 6)
+    expected = reference.sum_experts(*args, total.clone() if add else None)
+    out = triton.sum_experts(*args, total if add else None)
+    assert (out is total) == add
+    near(out, expected, 1e-5)
+
+
+@pytest.mark.parametrize("tiles", [tiles for _, tiles in moe._TILES], ids=str)
+def test_every_size_of_a_block(tiles: moe.Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "_EXACT_TILES", tiles)
+    x, gate_up, down = torch.randn(150, 80), torch.randn(3, 96, 80) / 9, torch.randn(3, 80, 48) / 7
+    args = (x, *reference.route(some_logits(150, 3, 4.0), 2, False), gate_up, down, 0, 3)
+    near(triton.sum_experts(*args), reference.sum_experts(*args), 1e-5)
+
+
+def test_experts_in_half_precision() -> None:
+    """In float16: of bfloat16 the interpreter has no products."""
+    x, gate_up, down = torch.randn(9, 64), torch.randn(4, 96, 64) / 8, torch.randn(4, 64, 48) / 7
+    routing = reference.route(torch.randn(9, 4), 2, True)
+    x, gate_up, down = (t.half() for t in (x, gate_up, down))
+    wide = x.double(), *routing, gate_up.double(), down.double()
+    near(
+        triton.sum_experts(x, *routing, gate_up, down, 0, 4),
+        reference.sum_experts(*wide, 0, 4),
+        2e-3,
+    )
+
+
+def test_no_experts_and_no_tokens() -> None:
+    x, total = torch.randn(3, 8), torch.randn(3, 8)
+    routing = reference.route(torch.randn(3, 4), 2, True)
+    none = torch.randn(0, 12, 8), torch.randn(0, 8, 6), 4, 4
+    assert torch.equal(triton.sum_experts(x, *routing, *none), torch.zeros(3, 8))
+    assert triton.sum_experts(x, *routing, *none, total) is total
+    empty = [t[:0] for t in (x, *routing)]
+    some = torch.randn(4, 12, 8), torch.randn(4, 8, 6), 0, 4
+    assert triton.sum_experts(*empty, *some).shape == (0, 8)
+
+
+def test_powers_of_two_of_tokens_meet_every_size_of_a_block() -> None:
+    for top_k, num_experts in ((8, 128), (2, 8), (4, 60), (8, 64), (1, 16)):
+        powers = {moe.choose_tiles(2**i, top_k, num_experts) for i in range(14)}
+        assert powers == {moe.choose_tiles(n, top_k, num_experts) for n in range(1, 8193)}
 
 
 def test_list_pages() -> None:

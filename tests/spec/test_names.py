@@ -15,6 +15,14 @@ ENDS = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
 MLP = [f"{LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
 BIASES = [f"{LAYER}self_attn.{part}_proj.bias" for part in "qkv"]
 GLM_MLP = [f"{LAYER}mlp.gate_up_proj.weight", f"{LAYER}mlp.down_proj.weight"]
+PARTS = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = [f"{LAYER}mlp.experts.{e}.{part}.weight" for e in range(8) for part in PARTS]
+EXPERTS += [f"{LAYER}mlp.gate.weight"]
+SHARED = [f"{LAYER}mlp.shared_expert.{part}.weight" for part in PARTS]
+SHARED += [f"{LAYER}mlp.shared_expert_gate.weight"]
+MIXTRAL = f"{LAYER}block_sparse_moe."
+MIXTRAL_EXPERTS = [f"{MIXTRAL}experts.{e}.w{i}.weight" for e in range(8) for i in (1, 2, 3)]
+MIXTRAL_EXPERTS += [f"{MIXTRAL}gate.weight"]
 CHATGLM = [
     "transformer.embedding.word_embeddings.weight",
     "transformer.encoder.layers.0.input_layernorm.weight",
@@ -36,6 +44,13 @@ EXPECTED = {
     + ATTENTION
     + MLP
     + [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"],
+    "MixtralForCausalLM": ENDS + NORMS + ATTENTION + MIXTRAL_EXPERTS,
+    "Qwen2MoeForCausalLM": ENDS + NORMS + ATTENTION + BIASES + EXPERTS + SHARED,
+    "Qwen3MoeForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + EXPERTS
+    + [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"],
     "GlmForCausalLM": ENDS + NORMS + ATTENTION + BIASES + GLM_MLP,
     "Glm4ForCausalLM": ENDS
     + NORMS
@@ -51,7 +66,9 @@ EXPECTED = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names(family: str) -> None:
     one_layer = "num_layers" if family.startswith("ChatGLM") else "num_hidden_layers"
-    spec = make_spec(tiny_config(family, **{one_layer: 1}))
+    # Qwen2-MoE's own tiny config has experts in its second layer alone.
+    over = {"decoder_sparse_step": 1} if "Moe" in family else {}
+    spec = make_spec(tiny_config(family, **{one_layer: 1}, **over))
     tensors = checkpoint_tensors(spec)
     assert sorted(tensors) == sorted(EXPECTED[family])
     held = [weight for weights in tensors.values() for weight in weights]
@@ -68,6 +85,14 @@ def test_order_within_a_fused_tensor() -> None:
     assert tensors[f"{layer}self_attention.query_key_value.bias"] == tuple(
         f"model.layers.1.self_attn.{part}_proj.bias" for part in "qkv"
     )
+
+
+def test_mixtral_counts_its_weights_from_the_gate() -> None:
+    tensors = checkpoint_tensors(make_spec(tiny_config("MixtralForCausalLM")))
+    names = {1: "gate_proj", 3: "up_proj", 2: "down_proj"}
+    for i, name in names.items():
+        canonical = f"{LAYER}mlp.experts.5.{name}.weight"
+        assert tensors[f"{MIXTRAL}experts.5.w{i}.weight"] == (canonical,)
 
 
 def test_left_overs() -> None:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gllm_engine.spec import FAMILIES, Model, SandwichLayer, SpecError, make_spec, read_spec
+from gllm_engine.spec import (
+    FAMILIES,
+    Dense,
+    Model,
+    Moe,
+    SandwichLayer,
+    SpecError,
+    make_spec,
+    read_spec,
+)
 from gllm_engine.spec.rope import Dynamic, Linear, Llama3, Rope, Yarn
 from gllm_engine.spec.tiny import tiny_config
 
@@ -160,6 +170,72 @@ def test_glm4_is_glm_with_sandwich_norms() -> None:
     glm, glm4 = tiny("GlmForCausalLM"), tiny("Glm4ForCausalLM")
     assert all(type(layer) is SandwichLayer for layer in glm4.layers)
     assert [layer.mixer for layer in glm4.layers] == [layer.mixer for layer in glm.layers]
+
+
+def test_qwen3_30b_a3b() -> None:
+    model = read_spec(Path(__file__).parents[2] / "benchmarks/models/qwen3-30b-a3b")
+    assert {layer.ffn for layer in model.layers} == {Moe(128, 8, 768, renorm=True)}
+    assert model.num_params() == 30_532_122_624
+
+
+def test_experts() -> None:
+    def ffns(family: str, **over: Any) -> list[Dense | Moe]:
+        return [layer.ffn for layer in tiny(family, **over).layers]
+
+    moe, shared = Moe(8, 2, 32, renorm=True), Moe(8, 2, 32, renorm=False, shared=48)
+    assert ffns("MixtralForCausalLM") == [Moe(8, 2, 96, renorm=True)] * 2
+    assert ffns("Qwen3MoeForCausalLM") == [moe] * 2
+    assert ffns("Qwen3MoeForCausalLM", norm_topk_prob=None) == [replace(moe, renorm=False)] * 2
+    assert ffns("Qwen3MoeForCausalLM", mlp_only_layers=[0]) == [Dense(96), moe]
+    assert ffns("Qwen2MoeForCausalLM") == [Dense(96), shared]
+    assert ffns("Qwen2MoeForCausalLM", decoder_sparse_step=None) == [shared] * 2
+    # As transformers 5 saves them.
+    renamed = {"num_experts": None, "num_local_experts": 4}
+    assert ffns("Qwen3MoeForCausalLM", **renamed) == [replace(moe, num_experts=4)] * 2
+    bare = make_spec({"architectures": ["Qwen3MoeForCausalLM"]})
+    assert bare.layers[0].ffn == Moe(128, 8, 768, renorm=False)
+    assert not tiny("Qwen2MoeForCausalLM", qkv_bias=False).layers[0].mixer.qkv_bias
+
+
+def test_a_rank_lists_the_experts_it_holds_by_their_global_numbers() -> None:
+    moe = Moe(8, 2, 16, renorm=True, shared=12, held=(5, 2))
+    shapes = moe.weights(64)
+    experts = {name.split(".")[2] for name in shapes if ".experts." in name}
+    assert experts == {"5", "6"}
+    assert shapes["mlp.gate.weight"] == (8, 64)
+    assert shapes["mlp.experts.6.down_proj.weight"] == (64, 16)
+    assert shapes["mlp.shared_expert.up_proj.weight"] == (12, 64)
+    assert len(shapes) == 1 + 2 * 3 + 4
+    assert len(replace(moe, held=None, shared=0).weights(64)) == 1 + 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (
+            {"num_experts_per_tok": 9},
+            "config.json: num_experts_per_tok is 9, but only 1 to 8 is supported, "
+            "the number of experts",
+        ),
+        (
+            {"mlp_only_layers": ["0"]},
+            "config.json: mlp_only_layers is ['0'], "
+            "but only a layer number or a list of them is supported",
+        ),
+        (
+            {"use_sliding_window": True},
+            "config.json: use_sliding_window is True, but only false is supported",
+        ),
+        (
+            {"moe_intermediate_size": 0},
+            "config.json: moe_intermediate_size is 0, "
+            "but only a whole number of at least 1 is supported",
+        ),
+    ],
+)
+@pytest.mark.parametrize("family", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_refused(family: str, over: dict[str, Any], message: str) -> None:
+    assert refusal(family, **over) == message
 
 
 OLD = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2}}

@@ -10,11 +10,12 @@ from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.heads import rotate_and_store
 from gllm_engine.ops.triton.joined import one_shot_sum
 from gllm_engine.ops.triton.layout import lay_out
+from gllm_engine.ops.triton.moe import route, sum_experts
 from gllm_engine.ops.triton.pages import list_pages
 from gllm_engine.ops.triton.rows import rms_norm, silu_mul
 from gllm_engine.ops.triton.sampling import sample
 
 __all__ = [
     "Parts", "decode", "gemv", "is_single", "lay_out", "list_pages", "one_shot_sum",
-    "rms_norm", "rotate_and_store", "sample", "silu_mul", "split",
+    "rms_norm", "rotate_and_store", "route", "sample", "silu_mul", "split", "sum_experts",
 ]  # fmt: skip

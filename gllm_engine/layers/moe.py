@@ -1,0 +1,61 @@
+"""A mixture of experts, as a Moe describes it: the part of it whose weights are here."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gllm_engine.layers.dense import DenseFfn
+from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.step import Norm
+from gllm_engine.spec.model import Dense, Moe, within
+
+
+class MoeFfn:
+    """Routes tokens over all experts and sums up what the experts held here make of them.
+
+    A token all of whose experts are elsewhere gets zeros.
+    """
+
+    def __init__(
+        self, spec: Moe, dim: int, ops: ModuleType, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._spec, self._ops = spec, ops
+        shapes, held = spec.weights(dim), len(spec.experts)
+        self._router = Linear(["mlp.gate"], shapes, ops, dtype, device)
+        self._gate_up = torch.empty(held, 2 * spec.hidden, dim, dtype=dtype, device=device)
+        self._down = torch.empty(held, dim, spec.hidden, dtype=dtype, device=device)
+        self._shared: DenseFfn | None = None
+        if spec.shared:
+            self._shared = DenseFfn(Dense(spec.shared), dim, ops, dtype, device)
+            self._shared_gate = Linear(["mlp.shared_expert_gate"], shapes, ops, dtype, device)
+
+    def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
+        """[tokens, dim] to [tokens, dim]; added to `total`, in place, if that is given."""
+        normed = x if norm is None else self._ops.rms_norm(x, *norm)
+        shared = None if self._shared is None else self._shared(x, norm)  # before x is added to
+        spec, matrices = self._spec, (self._gate_up, self._down)
+        routing = self._ops.route(self._router(normed), spec.top_k, spec.renorm)
+        first, num = spec.experts.start, spec.num_experts
+        out = self._ops.sum_experts(normed, *routing, *matrices, first, num, total)
+        if shared is not None:
+            out.addcmul_(self._shared_gate(normed).sigmoid_(), shared)
+        return out
+
+    def prepare(self, norm: Norm) -> None:
+        """On a GPU: compile what any number of tokens needs. Powers of two meet every kernel."""
+        for tokens in (1 << i for i in range(14)):
+            x = torch.zeros(tokens, norm[0].shape[0], dtype=norm[0].dtype, device=norm[0].device)
+            self(x, norm, x)
+
+    def weights(self) -> dict[str, Tensor]:
+        views = self._router.weights()
+        for i, expert in enumerate(self._spec.experts):
+            gate, up = self._gate_up[i].chunk(2)
+            dense = {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+            views |= within(f"experts.{expert}", dense | {"mlp.down_proj.weight": self._down[i]})
+        if self._shared is not None:
+            views |= within("shared_expert", self._shared.weights()) | self._shared_gate.weights()
+        return views

@@ -1,0 +1,321 @@
+"""A mixture of experts: routing, and one GEMM for every expert in two launches.
+
+Pairs of a token and one of its experts are sorted by expert, so that a block of rows meets one
+expert's matrix. How many rows an expert has is known to the device alone: grids are as large as
+they could have to be, programs beyond the last block end at once, and the host waits for nothing.
+Every sum is taken in a fixed order. All tensors are contiguous. Knows shapes and arithmetic.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gllm_engine.ops.triton.overlap import OVERLAP, begin_alone, overlapping
+
+# Numbers that one program of routing or sorting holds, of (tokens, experts); more do not fit the
+# registers of so many warps.
+_HELD, _WARPS = 4096, 8
+# Tokens of such a program, at most.
+_MAX_ROWS = 1024
+# Columns of one program of the last sum.
+_COLUMNS = 1024
+
+
+class Tiles(NamedTuple):
+    """What one program of a grouped product computes, and how."""
+
+    rows: int  # pairs, all of one expert
+    columns: int  # of the matrix's rows; half of them gate's and half up's
+    depth: int  # of one turn of the loop
+    warps: int
+    stages: int
+
+
+# Up to so many pairs an expert. Few: reading matrices takes all the time, and the smallest rows
+# that tensor cores take waste none of it; narrow blocks keep every multiprocessor reading, two or
+# three programs on each. From 64 rows on, Hopper's products of whole warpgroups. Limits at least
+# double, so that powers of two of tokens meet every one.
+_TILES = (
+    (0.25, Tiles(16, 32, 256, 4, 3)),
+    (8, Tiles(16, 64, 128, 4, 4)),
+    (24, Tiles(32, 128, 64, 4, 4)),
+    (96, Tiles(64, 128, 64, 4, 4)),
+    (inf, Tiles(128, 256, 64, 8, 3)),
+)
+_EXACT_TILES = Tiles(16, 64, 32, 4, 2)  # float32, which tensor cores would round
+
+
+def choose_tiles(tokens: int, top_k: int, num_experts: int) -> Tiles:
+    """For 16-bit numbers, were all experts equally likely."""
+    return next(tiles for limit, tiles in _TILES if tokens * top_k <= limit * num_experts)
+
+
+# Counts of tokens and blocks are never the same twice; see layout.py.
+@triton.jit(do_not_specialize=["tokens"])
+def _route(
+    logits, weights, experts, tokens, num_experts,
+    TOP_K: tl.constexpr, CHOSEN: tl.constexpr, RENORM: tl.constexpr, ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    begin_alone(OVERLAPS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, EXPERTS)[None, :]
+    inside = (row < tokens) & (at < num_experts)
+    x = tl.load(logits + row * num_experts + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(at < num_experts, x, -float("inf"))
+    chance = tl.exp(x - tl.max(x, 1)[:, None])
+    # NaN is no expert's chance, or none would be the largest.
+    chance = tl.where(chance == chance, chance, 0.0)
+    left = tl.where(at < num_experts, chance, -1.0)
+    k = tl.arange(0, CHOSEN)[None, :]
+    weight = tl.zeros([ROWS, CHOSEN], tl.float32)
+    expert = tl.zeros([ROWS, CHOSEN], tl.int32)
+    for i in tl.static_range(TOP_K):
+        best, index = tl.max(left, 1, return_indices=True)
+        weight = tl.where(k == i, best[:, None], weight)
+        expert = tl.where(k == i, index[:, None], expert)
+        left = tl.where(at == index[:, None], -1.0, left)
+    weight /= tl.sum(weight if RENORM else chance, 1)[:, None]
+    stored = (row < tokens) & (k < TOP_K)
+    tl.store(weights + row * TOP_K + k, weight, mask=stored)
+    tl.store(experts + row * TOP_K + k, expert, mask=stored)
+
+
+def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
+    """As reference.route."""
+    tokens, num_experts = logits.shape
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    experts = torch.empty_like(weights, dtype=torch.int32)
+    rows, columns = _row_tile(tokens, num_experts)
+    if tokens:
+        _route[(triton.cdiv(tokens, rows),)](
+            logits, weights, experts, tokens, num_experts,
+            TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k), RENORM=renorm, ROWS=rows,
+            EXPERTS=columns, OVERLAPS=OVERLAP, num_warps=_WARPS, **overlapping(),
+        )  # fmt: skip
+    return weights, experts
+
+
+@triton.jit
+def _find(experts, row, at, tokens, first, held, TOP_K: tl.constexpr):
+    """Which of a token's choices each expert is, [rows, experts]; -1: none, or not held."""
+    choice = tl.full([row.shape[0], at.shape[1]], -1, tl.int32)
+    for i in tl.static_range(TOP_K):
+        expert = tl.load(experts + row * TOP_K + i, mask=row < tokens, other=-1)
+        choice = tl.where((expert - first == at) & (at < held) & (row < tokens), i, choice)
+    return choice
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _count(
+    experts, counts, tokens, first, held,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    begin_alone(OVERLAPS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, EXPERTS)
+    chosen = (_find(experts, row, at[None, :], tokens, first, held, TOP_K) >= 0).to(tl.int32)
+    tl.store(counts + tl.program_id(0) * EXPERTS + at, tl.sum(chosen, 0))
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def _place(
+    experts, counts, order, groups, tokens, first, held, blocks,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """`counts`: [blocks, EXPERTS] of all programs, of which there is one if SINGLE."""
+    begin_alone(OVERLAPS)
+    program = tl.program_id(0)
+    row = program * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, EXPERTS)
+    choice = _find(experts, row, at[None, :], tokens, first, held, TOP_K)
+    chosen = (choice >= 0).to(tl.int32)
+    count, before = tl.sum(chosen, 0), tl.zeros([EXPERTS], tl.int32)
+    if not SINGLE:
+        count = tl.zeros([EXPERTS], tl.int32)
+        for start in range(0, blocks, 32):
+            block = start + tl.arange(0, 32)[:, None]
+            there = block < blocks
+            some = tl.load(counts + block * EXPERTS + at[None, :], mask=there, other=0)
+            count += tl.sum(some, 0)
+            before += tl.sum(tl.where(block < program, some, 0), 0)
+    end = tl.cumsum(count, 0)
+    place = (end - count + before)[None, :] + tl.cumsum(chosen, 0) - chosen
+    tl.store(order + place, row * TOP_K + choice, mask=choice >= 0)
+    if program == 0:
+        tl.store(groups + at, end - count)
+        tl.store(groups + EXPERTS + at, end)
+        tl.store(groups + 2 * EXPERTS + at, tl.cumsum(tl.cdiv(count, BLOCK), 0))
+
+
+def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tensor, Tensor]:
+    """(order, groups), int32. order: [tokens * top_k], the pairs token * top_k + choice whose
+    expert is one of `held` from `first` on, by expert, then by token; what follows them is nothing.
+    groups: [3, at least held]: where in it an expert's pairs begin, where they end, and how many
+    blocks of up to `block` pairs, each of one expert, there are up to these.
+    """
+    tokens, top_k = experts.shape
+    rows, columns = _row_tile(tokens, held)
+    blocks = triton.cdiv(tokens, rows)
+    order = torch.empty(tokens * top_k, dtype=torch.int32, device=experts.device)
+    groups, counts = order.new_empty(3, columns), order.new_empty(blocks, columns)
+    size = {"TOP_K": top_k, "ROWS": rows, "EXPERTS": columns, "OVERLAPS": OVERLAP}
+    size |= {"num_warps": _WARPS} | overlapping()
+    if blocks > 1:
+        _count[(blocks,)](experts, counts, tokens, first, held, **size)
+    _place[(blocks,)](
+        experts, counts, order, groups, tokens, first, held, blocks,
+        BLOCK=block, SINGLE=blocks == 1, **size,
+    )  # fmt: skip
+    return order, groups
+
+
+@triton.jit
+def _load(at, inside, EVEN: tl.constexpr):
+    if EVEN:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _grouped(
+    x, matrix, order, groups, out, width, depth,
+    TOP_K: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """GATED: silu(gate) * up of a pair's token, in the order of the sort; else from that order to
+    the pairs' own. Programs of a block of rows follow each other: x stays in the cache, and the
+    expert's matrix until its next block.
+    """
+    begin_alone(OVERLAPS)
+    turns = tl.cdiv(width, COLUMNS)
+    block = tl.program_id(0) // turns
+    expert = tl.sum((tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS)) <= block).to(tl.int32))
+    if expert == EXPERTS:
+        return
+    start, end = tl.load(groups + expert), tl.load(groups + EXPERTS + expert)
+    block -= tl.load(groups + 2 * EXPERTS + expert) - tl.cdiv(end - start, ROWS)
+    row = start + block * ROWS + tl.arange(0, ROWS)
+    # Rows beyond the last repeat it; nothing of theirs is stored.
+    known = tl.minimum(row, end - 1)
+    pair = tl.load(order + known)
+    if GATED:
+        source, target = pair // TOP_K, row
+    else:
+        source, target = known, pair
+    column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
+    at = tl.arange(0, DEPTH)
+    lines = x + source.to(tl.int64)[:, None] * depth + at[None, :]
+    size = width * depth
+    matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
+    matrix += tl.minimum(column, width - 1)[None, :] * depth + at[:, None]
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    ups = sums
+    for k in range(0, depth, DEPTH):
+        inside = at < depth - k
+        v = _load(lines + k, inside[None, :], EVEN)
+        w = _load(matrix + k, inside[:, None], EVEN)
+        sums = tl.dot(v, w, sums, input_precision="ieee")
+        if GATED:
+            up = _load(matrix + size + k, inside[:, None], EVEN)
+            ups = tl.dot(v, up, ups, input_precision="ieee")
+    if GATED:
+        sums = sums / (1.0 + tl.exp(-sums)) * ups
+    to = out + target.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
+
+
+def grouped_product(
+    x: Tensor,
+    matrix: Tensor,
+    order: Tensor,
+    groups: Tensor,
+    top_k: int,
+    tiles: Tiles,
+    gated: bool = False,
+) -> Tensor:
+    """The product of each pair's row and its expert's matrix; `order` and `groups` of sort_pairs.
+
+    `gated`: from tokens, x [tokens, depth], by [gate, up] matrices [held, 2 * width, depth], to
+    silu(gate) * up, [pairs, width], in the sort's order. Else from such rows x [pairs, depth], by
+    matrices [held, width, depth], to [pairs, width] in the pairs' own order. Rows of pairs whose
+    expert is not held are not written.
+    """
+    (pairs,), (held, width, depth) = order.shape, matrix.shape
+    width = width // 2 if gated else width
+    columns = tiles.columns // 2 if gated else tiles.columns
+    some = min(held, pairs)
+    most_blocks = some + (pairs - some) // tiles.rows
+    out = x.new_empty(pairs, width)
+    _grouped[(most_blocks * triton.cdiv(width, columns),)](
+        x, matrix, order, groups, out, width, depth,
+        TOP_K=top_k, GATED=gated, EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns,
+        DEPTH=tiles.depth, EVEN=depth % tiles.depth == 0, OVERLAPS=OVERLAP,
+        num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _sum(
+    parts, weights, experts, out, dim, first, held,
+    TOP_K: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    begin_alone(OVERLAPS)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < dim
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        pair = token * TOP_K + i
+        expert = tl.load(experts + pair) - first
+        here = inside & (expert >= 0) & (expert < held)
+        part = tl.load(parts + pair * dim + at, mask=here, other=0.0)
+        total += tl.load(weights + pair) * part.to(tl.float32)
+    if ADD:
+        total += tl.load(out + token * dim + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * dim + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    first: int,
+    num_experts: int,
+    total: Tensor | None = None,
+) -> Tensor:
+    """As reference.sum_experts, the sum rounded once."""
+    (tokens, top_k), (held, dim, _) = experts.shape, down.shape
+    if not tokens or not held:
+        return torch.zeros_like(x) if total is None else total
+    exact = x.dtype == torch.float32
+    tiles = _EXACT_TILES if exact else choose_tiles(tokens, top_k, num_experts)
+    order, groups = sort_pairs(experts, first, held, tiles.rows)
+    hidden = grouped_product(x, gate_up, order, groups, top_k, tiles, gated=True)
+    parts = grouped_product(hidden, down, order, groups, top_k, tiles)
+    out = torch.empty_like(x) if total is None else total
+    _sum[(tokens, triton.cdiv(dim, _COLUMNS))](
+        parts, weights, experts, out, dim, first, held,
+        TOP_K=top_k, ADD=total is not None, BLOCK=min(_COLUMNS, triton.next_power_of_2(dim)),
+        OVERLAPS=OVERLAP, **overlapping(),
+    )  # fmt: skip
+    return out
+
+
+def _row_tile(tokens: int, num_experts: int) -> tuple[int, int]:
+    """Tokens and experts that one program holds, powers of two."""
+    columns = triton.next_power_of_2(num_experts)
+    most = max(1, min(_MAX_ROWS, _HELD // columns))
+    return min(triton.next_power_of_2(tokens), most), columns

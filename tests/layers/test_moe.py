@@ -1,0 +1,104 @@
+"""A mixture of experts by itself: what it is, and the parts that ranks hold of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gllm_engine.layers import MoeFfn
+from gllm_engine.ops import reference
+from gllm_engine.spec import Moe
+
+CPU = torch.device("cpu")
+DIM = 24
+WHOLE = Moe(num_experts=6, top_k=2, hidden=16, renorm=True, shared=8)
+NORM = torch.rand(DIM) + 0.5, 1e-5
+
+
+def make(spec: Moe, source: dict[str, Tensor] | None = None, hidden: slice = slice(None)) -> MoeFfn:
+    """`hidden`: of every expert, those channels of the source's weights."""
+    layer = MoeFfn(spec, DIM, reference, torch.float32, CPU)
+    for name, view in layer.weights().items():
+        weight = torch.randn(view.shape) if source is None else source[name]
+        if "expert" in name and "shared_expert_gate" not in name:
+            weight = weight[:, hidden] if "down_proj" in name else weight[hidden]
+        view.copy_(weight)
+    return layer
+
+
+def by_hand(spec: Moe, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Token by token, straight from the definition."""
+
+    def gated(part: str, y: Tensor) -> Tensor:
+        gate, up, down = (weights[f"mlp.{part}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+        return down @ (F.silu(gate @ y) * (up @ y))
+
+    rows = []
+    for row in F.rms_norm(x, (DIM,), *NORM):
+        chances = (weights["mlp.gate.weight"] @ row).softmax(0)
+        best = sorted(range(spec.num_experts), key=lambda e: -chances[e])[: spec.top_k]
+        scale = chances[best].sum() if spec.renorm else 1.0
+        out = sum(chances[e] / scale * gated(f"experts.{e}", row) for e in best)
+        if spec.shared:
+            share = torch.sigmoid(weights["mlp.shared_expert_gate.weight"] @ row)
+            out = out + share * gated("shared_expert", row)
+        rows.append(out)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("spec", [WHOLE, replace(WHOLE, shared=0, top_k=3, renorm=False)])
+def test_the_definition(spec: Moe) -> None:
+    layer, x = make(spec), torch.randn(5, DIM)
+    assert {k: v.shape for k, v in layer.weights().items()} == spec.weights(DIM)
+    expected = by_hand(spec, layer.weights(), x)
+    torch.testing.assert_close(layer(x, NORM), expected, rtol=1e-4, atol=1e-4)
+    total = x.clone()  # as in the decoder: what comes in is what is added to
+    assert layer(total, NORM, total) is total
+    torch.testing.assert_close(total, x + expected, rtol=1e-4, atol=1e-4)
+    assert layer(x[:0], NORM).shape == (0, DIM)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 6), max_size=4),
+    shared_at=st.integers(0, 2),
+    tokens=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_parts_of_ranks_sum_to_the_whole(
+    cuts: list[int], shared_at: int, tokens: int, seed: int
+) -> None:
+    """Any cut of the experts into ranges, some of them empty; one rank has the shared expert."""
+    torch.manual_seed(seed)
+    whole, x = make(WHOLE), torch.randn(tokens, DIM)
+    edges = [0, *sorted(cuts), 6]
+    parts = []
+    for rank, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        shared = WHOLE.shared if rank == min(shared_at, len(cuts)) else 0
+        spec = replace(WHOLE, held=(first, end - first), shared=shared)
+        parts.append(make(spec, whole.weights())(x, NORM))
+    torch.testing.assert_close(sum(parts), whole(x, NORM), rtol=1e-4, atol=1e-4)
+
+
+def test_slices_of_every_hidden_sum_to_the_whole() -> None:
+    whole, x = make(replace(WHOLE, shared=16)), torch.randn(7, DIM)
+    parts = [
+        make(replace(WHOLE, hidden=n, shared=n), whole.weights(), slice(at, at + n))(x, NORM)
+        for at, n in ((0, 4), (4, 12))
+    ]
+    torch.testing.assert_close(sum(parts), whole(x, NORM), rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_whose_experts_are_elsewhere_gets_zeros() -> None:
+    weights = make(WHOLE).weights()
+    layer, x = make(replace(WHOLE, held=(2, 1), shared=0), weights), torch.randn(40, DIM)
+    logits = F.rms_norm(x, (DIM,), *NORM) @ weights["mlp.gate.weight"].T
+    here = (logits.topk(2).indices == 2).any(1)
+    assert 0 < here.sum() < 40
+    assert torch.equal(layer(x, NORM).abs().sum(1) > 0, here)
