@@ -56,7 +56,9 @@ def test_norm_and_activation(rows: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("depth", "width"), [(64, 24), (160, 10), (200, 6)])
+@pytest.mark.parametrize(
+    ("depth", "width"), [(64, 24), (160, 10), (2048, 12), (2501, 7), (9000, 3)]
+)
 def test_gemv_and_what_rides_along(depth: int, width: int, bias: bool) -> None:
     x, gain = torch.randn(1, depth).to(BF16), torch.rand(depth).to(BF16)
     weight = (torch.randn(width, depth) / depth**0.5).to(BF16)
