@@ -12,8 +12,9 @@ from gllm_engine.ops.triton.layout import lay_out
 from gllm_engine.ops.triton.pages import list_pages
 from gllm_engine.ops.triton.rows import rms_norm, silu_mul
 from gllm_engine.ops.triton.sampling import sample
+from gllm_engine.ops.triton.skinny import is_skinny, skinny
 
 __all__ = [
-    "Parts", "decode", "gemv", "is_single", "lay_out", "list_pages", "rms_norm",
-    "rotate_and_store", "sample", "silu_mul", "split",
+    "Parts", "decode", "gemv", "is_single", "is_skinny", "lay_out", "list_pages", "rms_norm",
+    "rotate_and_store", "sample", "silu_mul", "skinny", "split",
 ]  # fmt: skip
