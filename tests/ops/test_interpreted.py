@@ -94,6 +94,7 @@ def test_gemv_and_what_rides_along(depth: int, width: int, bias: bool) -> None:
 def test_skinny_and_what_rides_along(
     rows: int, depth: int, width: int, tiling: Tiling | None, bias: bool
 ) -> None:
+    """In float16: of bfloat16 the interpreter's dot would multiply the bits."""
     x, gain = torch.randn(rows, depth).half(), torch.rand(depth).half()
     weight = (torch.randn(width, depth) / depth**0.5).half()
     b = torch.randn(width).half() if bias else None

@@ -65,13 +65,12 @@ def _gemv(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < width
     # Rows beyond the last one repeat it; their results are not stored.
-    row = n if EVEN else tl.minimum(n, width - 1)
-    rows = weight + (row.to(tl.int64) * DEPTH)[None, :, None]
+    row = (n if EVEN else tl.minimum(n, width - 1)).to(tl.int64)[None, :, None]
     w, up, g, v = (), (), (), ()
     for i in tl.static_range(CHUNKS):
-        w += (_load_chunk(rows, i, DEPTH, LANES, True),)
+        w += (_load_chunk(weight + row * DEPTH, i, DEPTH, LANES, True),)
         if GATED:
-            up += (_load_chunk(rows + width.to(tl.int64) * DEPTH, i, DEPTH, LANES, True),)
+            up += (_load_chunk(weight + (row + width) * DEPTH, i, DEPTH, LANES, True),)
     if NORM:
         for i in tl.static_range(CHUNKS):
             g += (_load_chunk(gain + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False),)

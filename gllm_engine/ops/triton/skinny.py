@@ -98,8 +98,8 @@ def _skinny(
     n, m = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     # Rows beyond the last one repeat it; their results are not stored.
-    w_rows = weight + tl.minimum(n, width - 1).to(tl.int64)[:, None] * depth
-    up_rows = w_rows + width.to(tl.int64) * depth
+    row = tl.minimum(n, width - 1).to(tl.int64)[:, None]
+    w_rows, up_rows = weight + row * depth, weight + (row + width) * depth
     x_rows = x + (tl.minimum(m, rows - 1) * depth)[None, :]
     if OVERLAPS:
         _prefetch(w_rows, first, end, AHEAD)
