@@ -22,7 +22,7 @@ KINDS = {
     "rotation and KV store": ("_rotate_and_store",),
     "activation": ("_silu_mul",),
     "sampling": ("_look", "_choose"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitK", "cublas"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "skinny", "splitK", "cublas"),
     "copies": ("Memcpy", "Memset"),
 }
 

@@ -14,6 +14,7 @@ right, but slow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,8 @@ __all__ = [
 
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16)
+# Rows up to which `skinny` beats cuBLAS, whose result silu_mul would have to read, if gated.
+_SKINNY_ROWS, _SKINNY_GATED_ROWS = 32, 64
 # Bytes for the partial results of rows that several multiprocessors share.
 _PARTIALS_BYTES = 384 << 20
 # Bytes of one plan; FlashInfer's own figure.
@@ -88,6 +91,15 @@ class AttentionPlan:
     slow: reference.AttentionPlan | None = None
 
 
+def _own_product(x: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
+    """Our kernel for products with x [rows, depth], where it beats cuBLAS's."""
+    if is_single(x):
+        return gemv
+    most = _SKINNY_GATED_ROWS if gated else _SKINNY_ROWS
+    beats = x.shape[0] <= most and triton.is_skinny(x) and _is_hopper()
+    return triton.skinny if beats else None
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -96,8 +108,8 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     """As reference.linear."""
-    if is_single(x):
-        return gemv(x, weight, bias, norm, out=out)
+    if product := _own_product(x):
+        return product(x, weight, bias, norm, out=out)
     x = x if norm is None else rms_norm(x, *norm)
     if out is None:
         return F.linear(x, weight, bias)
@@ -110,15 +122,15 @@ def gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None
 ) -> Tensor:
     """As reference.gated_linear."""
-    if is_single(x):
-        return gemv(x, weight, bias, norm, gated=True)
+    if product := _own_product(x, gated=True):
+        return product(x, weight, bias, norm, gated=True)
     return silu_mul(linear(x, weight, bias, norm))
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As reference.add_linear; without a bias the sum is rounded once."""
-    if is_single(x):
-        return gemv(x, weight, bias, out=total, add=True)
+    if product := _own_product(x):
+        return product(x, weight, bias, out=total, add=True)
     if bias is not None:
         total += bias
     return total.addmm_(x, weight.T)
@@ -298,7 +310,11 @@ class Planner:
 
 def _best_backend() -> str:
     """FlashInfer's FlashAttention-3 kernels are for Hopper alone."""
-    return "fa3" if torch.cuda.get_device_capability()[0] == 9 else "fa2"
+    return "fa3" if _is_hopper() else "fa2"
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:

@@ -46,7 +46,11 @@ def test_norms_and_activation(rows: int, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "depth", "width"), [(1, 64, 24), (1, 4096, 6144), (1, 14336, 4096), (5, 160, 50)]
+    ("rows", "depth", "width"),
+    [
+        *[(1, 64, 24), (1, 4096, 6144), (1, 14336, 4096), (1, 5120, 1280), (1, 2501, 1002)],
+        *[(5, 160, 50), (2, 4096, 6144), (33, 6400, 5120), (64, 14336, 4096), (65, 4096, 4096)],
+    ],
 )
 def test_linear_and_what_rides_along(
     rows: int, depth: int, width: int, bias: bool, dtype: torch.dtype
@@ -133,6 +137,47 @@ def test_experts(name: str, likely: float, dtype: torch.dtype) -> None:
         there.copy_(new)
     graph.replay()
     near(total, before.double() + reference.sum_experts(*wide), limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize(
+    ("depth", "width"), [(4096, 6144), (14336, 4096), (6400, 5120), (1001, 70), (200, 28672)]
+)
+def test_products_of_few_rows(
+    rows: int, depth: int, width: int, bias: bool, dtype: torch.dtype
+) -> None:
+    """Whether or not the dispatch prefers them: near the truth, and the same bits every time."""
+    from gllm_engine.ops import triton
+
+    product, limit = triton.gemv if rows == 1 else triton.skinny, TOLERANCE[dtype]
+    x, total, gain = (randn(*s, dtype=dtype) for s in ((rows, depth), (rows, width), (depth,)))
+    weight = (randn(width, depth, dtype=torch.float32) / depth**0.5).to(dtype)
+    b = randn(width, dtype=dtype) if bias else None
+    wide = [None if t is None else t.double() for t in (x, weight, b, total, gain)]
+    x64, weight64, b64, total64, gain64 = wide
+    norm, norm64 = (gain, 1e-5), (gain64, 1e-5)
+    added = torch.empty_like(total)
+
+    def run() -> list[Tensor]:
+        added.copy_(total)
+        product(x, weight, b, out=added, add=True)
+        return [added, product(x, weight, b, norm), product(x, weight, b, norm, gated=True)]
+
+    first = [t.clone() for t in run()]
+    near(first[0], reference.add_linear(total64, x64, weight64, b64), limit)
+    near(first[1], reference.linear(x64, weight64, b64, norm64), limit)
+    near(first[2], reference.gated_linear(x64, weight64, b64, norm64), 3 * limit)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    for _ in range(20):
+        for t in recorded:
+            t.fill_(torch.nan)
+        graph.replay()
+        assert all(map(torch.equal, recorded, first))
 
 
 def near(out: Tensor, expected: Tensor, limit: float) -> None:

@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are compiled here", allow_module_level=True)
 from gllm_engine.ops import triton  # noqa: E402
 from gllm_engine.ops.triton import moe  # noqa: E402
+from gllm_engine.ops.triton.skinny import Tiling, choose_tiling  # noqa: E402
 
 pytestmark = [
     # The interpreter's own, in a loop whose length a kernel has loaded.
@@ -57,7 +58,9 @@ def test_norm_and_activation(rows: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("depth", "width"), [(64, 24), (160, 10), (200, 6)])
+@pytest.mark.parametrize(
+    ("depth", "width"), [(64, 24), (160, 10), (2048, 12), (2501, 14), (9000, 6)]
+)
 def test_gemv_and_what_rides_along(depth: int, width: int, bias: bool) -> None:
     x, gain = torch.randn(1, depth).to(BF16), torch.rand(depth).to(BF16)
     weight = (torch.randn(width, depth) / depth**0.5).to(BF16)
@@ -75,6 +78,55 @@ def test_gemv_and_what_rides_along(depth: int, width: int, bias: bool) -> None:
     expected = reference.add_linear(total.double(), x64, weight64, b64)
     assert triton.gemv(x, weight, b, out=total, add=True) is total
     near(total, expected, 1e-2)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "depth", "width", "tiling"),
+    [
+        (2, 64, 48, Tiling(16, 32, 1, 3)),
+        (5, 100, 38, Tiling(32, 32, 1, 3)),  # neither depth nor width fills its last tile
+        (17, 192, 70, Tiling(16, 32, 3, 3)),
+        (33, 200, 18, Tiling(16, 16, 4, 3)),  # the last part is shorter
+        (3, 40, 6, Tiling(16, 16, 4, 3)),  # and here it has nothing to do
+        (7, 1100, 66, None),
+    ],
+)
+def test_skinny_and_what_rides_along(
+    rows: int, depth: int, width: int, tiling: Tiling | None, bias: bool
+) -> None:
+    """In float16: of bfloat16 the interpreter's dot would multiply the bits."""
+    x, gain = torch.randn(rows, depth).half(), torch.rand(depth).half()
+    weight = (torch.randn(width, depth) / depth**0.5).half()
+    b = torch.randn(width).half() if bias else None
+    wide = [None if t is None else t.double() for t in (x, weight, b, gain)]
+    x64, weight64, b64, gain64 = wide
+    norm, norm64 = (gain, 1e-5), (gain64, 1e-5)
+    expected = reference.linear(x64, weight64, b64)
+    for _ in range(2):  # nothing is left over from the first time
+        near(triton.skinny(x, weight, b, tiling=tiling), expected, 1e-3)
+    out = torch.full((rows, width), torch.nan).half()
+    assert triton.skinny(x, weight, b, norm, out=out, tiling=tiling) is out
+    near(out, reference.linear(x64, weight64, b64, norm64), 2e-3)
+    gated = reference.gated_linear(x64, weight64, b64, norm64)
+    near(triton.skinny(x, weight, b, norm, gated=True, tiling=tiling), gated, 4e-3)
+    total = torch.randn(rows, width).half()
+    expected = reference.add_linear(total.double(), x64, weight64, b64)
+    assert triton.skinny(x, weight, b, out=total, add=True, tiling=tiling) is total
+    near(total, expected, 1e-3)
+
+
+def test_tilings() -> None:
+    """Parts keep the chip busy, are deep enough to be worth it, and fit what they are put in."""
+    for rows in (16, 32, 64):
+        for gated in (False, True):
+            for depth in (64, 2048, 4096, 5120, 14336):
+                for width in (64, 2560, 4096, 6144, 14336, 128256):
+                    n, k, parts, stages, _ = choose_tiling(rows, width, depth, gated)
+                    assert 3 <= stages and stages * (n * (1 + gated) + rows) * k * 2 <= 100 << 10
+                    assert parts == 1 or depth >= 512 * parts
+                    assert parts == 1 or width <= n * 1024  # room for arrivals
+                    assert width // n * parts >= 100 or depth < 1024 * parts
 
 
 @pytest.mark.parametrize("window", [None, 20, 500])

@@ -14,8 +14,10 @@ from gllm_engine.ops.triton.moe import route, sum_experts
 from gllm_engine.ops.triton.pages import list_pages
 from gllm_engine.ops.triton.rows import rms_norm, silu_mul
 from gllm_engine.ops.triton.sampling import sample
+from gllm_engine.ops.triton.skinny import is_skinny, skinny
 
 __all__ = [
-    "Parts", "decode", "gemv", "is_single", "lay_out", "list_pages", "one_shot_sum",
-    "rms_norm", "rotate_and_store", "route", "sample", "silu_mul", "split", "sum_experts",
+    "Parts", "decode", "gemv", "is_single", "is_skinny", "lay_out", "list_pages", "one_shot_sum",
+    "rms_norm", "rotate_and_store", "route", "sample", "silu_mul", "skinny", "split",
+    "sum_experts",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 A program holds some rows of the weight at once, all of whose loads are under way together, and asks
 for them before the kernel that makes x has ended. Norm, activation and residual sum ride along.
+Instructions are scarce here, not only bytes: a row is cut into chunks, of which a thread gets the
+16 bytes of one load, and nothing is masked but a last chunk that the row does not fill.
 Knows shapes and arithmetic.
 """
 
@@ -14,47 +16,96 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
 
-# Numbers of the weight that one program holds.
-_HELD = 16384
-_WARPS = 4
+# Numbers of the weight that a thread asks for at once, and holds at most.
+_LOADED: tl.constexpr = tl.constexpr(8)
+_HELD = 128
+# Warps of a program, for rows of up to so many numbers and for longer ones.
+_SHORT, _WARPS, _LONG_WARPS = 8192, 4, 8
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _gemv(
-    x, gain, weight, bias, out, width, depth, eps,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, ADD: tl.constexpr, OVERLAPS: tl.constexpr,
+def _load_chunk(
+    rows, i: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, ONCE: tl.constexpr
 ):  # fmt: skip
+    """Chunk i, [LANES, n, _LOADED], of n rows of DEPTH numbers that begin at `rows` [1, n, 1].
+
+    ONCE: no other program reads them.
+    """
+    policy: tl.constexpr = "evict_first" if ONCE else ""
+    at = (tl.arange(0, LANES) * _LOADED)[:, None, None] + tl.arange(0, _LOADED)[None, None, :]
+    at += i * LANES * _LOADED
+    if (i + 1) * LANES * _LOADED <= DEPTH:
+        numbers = tl.load(rows + at, eviction_policy=policy)
+    else:
+        numbers = tl.load(rows + at, mask=at < DEPTH, other=0.0, eviction_policy=policy)
+    return numbers
+
+
+@triton.jit
+def _widen(numbers, PAIRS: tl.constexpr):
+    """To float32. PAIRS: of bfloat16 on a GPU, by one instruction each, where Triton needs two."""
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [numbers],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return numbers.to(tl.float32)
+
+
+@triton.jit
+def _gemv(
+    x, gain, weight, bias, out, width, eps,
+    DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    CHUNKS: tl.constexpr = (DEPTH + LANES * _LOADED - 1) // (LANES * _LOADED)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = tl.arange(0, BLOCK_K)[None, :]
-    inside = (at < depth) & (n < width)[:, None]
-    line = weight + n.to(tl.int64)[:, None] * depth + at
-    w = tl.load(line, mask=inside, other=0.0, eviction_policy="evict_first")
-    if GATED:
-        line += width.to(tl.int64) * depth
-        up = tl.load(line, mask=inside, other=0.0, eviction_policy="evict_first")
+    inside = n < width
+    # Rows beyond the last one repeat it; their results are not stored.
+    row = (n if EVEN else tl.minimum(n, width - 1)).to(tl.int64)[None, :, None]
+    w, up, g, v = (), (), (), ()
+    for i in tl.static_range(CHUNKS):
+        w += (_load_chunk(weight + row * DEPTH, i, DEPTH, LANES, True),)
+        if GATED:
+            up += (_load_chunk(weight + (row + width) * DEPTH, i, DEPTH, LANES, True),)
     if NORM:
-        g = tl.load(gain + at, mask=at < depth, other=0.0).to(tl.float32)
+        for i in tl.static_range(CHUNKS):
+            g += (_load_chunk(gain + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False),)
     begin(OVERLAPS)
     kind: tl.constexpr = out.dtype.element_ty
-    v = tl.load(x + at, mask=at < depth, other=0.0).to(tl.float32)
+    PAIRS: tl.constexpr = OVERLAPS and kind == tl.bfloat16
+    for i in tl.static_range(CHUNKS):
+        v += (_load_chunk(x + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False),)
     if NORM:
-        v *= tl.rsqrt(tl.sum(v * v, 1) / depth + eps)[:, None]
-        v = (v.to(kind).to(tl.float32) * g).to(kind).to(tl.float32)
-    y = tl.sum(w.to(tl.float32) * v, 1)
+        squares = tl.zeros((LANES, 1), tl.float32)
+        for i in tl.static_range(CHUNKS):
+            squares += tl.sum(_widen(v[i], PAIRS) * _widen(v[i], PAIRS), 2)
+        scale = tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)[None, :, None]
+    y, z = tl.zeros((LANES, BLOCK_N), tl.float32), tl.zeros((LANES, BLOCK_N), tl.float32)
+    for i in tl.static_range(CHUNKS):
+        number = _widen(v[i], PAIRS)
+        if NORM:
+            number = _widen((number * scale).to(kind), PAIRS) * _widen(g[i], PAIRS)
+            number = _widen(number.to(kind), PAIRS)
+        y += tl.sum(_widen(w[i], PAIRS) * number, 2)
+        if GATED:
+            z += tl.sum(_widen(up[i], PAIRS) * number, 2)
+    y = tl.sum(y, 0)
     if BIAS:
-        y += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)
+        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        z = tl.sum(up.to(tl.float32) * v, 1)
+        z = tl.sum(z, 0)
         if BIAS:
-            z += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)
+            z += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
         y = y.to(kind).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32)
         y *= z.to(kind).to(tl.float32)
     if ADD:
-        y += tl.load(out + n, mask=n < width, other=0.0).to(tl.float32)
-    tl.store(out + n, y.to(kind), mask=n < width)
+        y += tl.load(out + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n, y.to(kind), mask=inside)
 
 
 def is_single(x: Tensor) -> bool:
@@ -79,13 +130,15 @@ def gemv(
     depth = x.shape[1]
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(1, width) if out is None else out
-    block_k = triton.next_power_of_2(depth)
-    block_n = max(1, _HELD // block_k // (1 + gated))
+    warps = _WARPS if depth <= _SHORT else _LONG_WARPS
+    lanes = min(32 * warps, triton.next_power_of_2(triton.cdiv(depth, _LOADED.value)))
+    held = max(1, 32 * warps * _HELD // (depth * (1 + gated)))
+    block_n = 1 << (held.bit_length() - 1)
     gain, eps = (x, 0.0) if norm is None else norm
     _gemv[(triton.cdiv(width, block_n),)](
-        x, gain, weight, x if bias is None else bias, out, width, depth, eps,
-        BLOCK_N=block_n, BLOCK_K=block_k, NORM=norm is not None, GATED=gated,
-        BIAS=bias is not None, ADD=add, OVERLAPS=OVERLAP,
-        num_warps=_WARPS, **overlapping(),
+        x, gain, weight, x if bias is None else bias, out, width, eps,
+        DEPTH=depth, BLOCK_N=block_n, LANES=lanes, EVEN=width % block_n == 0,
+        NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=add, OVERLAPS=OVERLAP,
+        num_warps=warps, **overlapping(),
     )  # fmt: skip
     return out

@@ -1,0 +1,192 @@
+"""Matrix products with 2 to 64 rows, where reading the weight takes most of the time.
+
+A program multiplies a tile of the weight's rows with all rows of x on tensor cores, weight first:
+so few rows would fill only part of a tensor core's first operand. Where there are fewer tiles than
+the chip has room for, several programs share a tile, each a part of its depth (split-K); the last
+of them to finish adds the parts, always in the same order, so that the result does not depend on
+who was last. Activation, bias and residual sum ride along. Knows shapes and arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.rows import rms_norm
+
+_MAX_ROWS = 64
+_DTYPES = (torch.bfloat16, torch.float16)
+# Programs that keep the memory busy, and the least depth of a part.
+_PROGRAMS, _MIN_DEPTH = 112, 512
+# Shared memory of one program's tiles under way, so that two share a multiprocessor.
+_TILE_BYTES = 96 << 10
+# Numbers of each row of the weight that are asked for before x is there.
+_AHEAD = 256
+# Numbers of arrivals, of tiles that several programs share: there are fewer than _PROGRAMS.
+_arrived: dict[torch.device, Tensor] = {}
+
+
+class Tiling(NamedTuple):
+    """How a product is divided."""
+
+    block_n: int  # rows of the weight in a tile; gated, of gate and up each
+    block_k: int
+    parts: int  # of the depth
+    stages: int  # steps of block_k in shared memory at once
+    warps: int = 4
+
+
+@triton.jit
+def _prefetch(rows, first, end, NUMBERS: tl.constexpr):
+    """Ask for numbers `first` onward of some rows [n, 1] of 16-bit ones, at most to `end`, into the
+    L2 cache, by sectors of 32 bytes.
+    """
+    at = first + tl.arange(0, NUMBERS // 16)[None, :] * 16
+    address = (rows + tl.minimum(at, end - 1)).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load(rows, at, end, EVEN: tl.constexpr):
+    if EVEN:
+        numbers = tl.load(rows + at)
+    else:
+        numbers = tl.load(rows + at, mask=at < end, other=0.0)
+    return numbers
+
+
+@triton.jit
+def _store(
+    y, z, bias, out, n, m, rows, width,
+    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """y and with GATED z, sums [n, m] in float32, to rows m and columns n of out."""
+    kind: tl.constexpr = out.dtype.element_ty
+    if BIAS:
+        y += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if BIAS:
+            z += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
+        y = y.to(kind).to(tl.float32)
+        y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * z.to(kind).to(tl.float32)
+    place = out + m[None, :].to(tl.int64) * width + n[:, None]
+    inside = (m < rows)[None, :] & (n < width)[:, None]
+    if ADD:
+        y += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, y.to(kind), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _skinny(
+    x, weight, bias, out, sums, arrived, rows, width, depth,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    AHEAD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    tile, part = tl.program_id(0), tl.program_id(1)
+    first = tl.cdiv(tl.cdiv(depth, PARTS), BLOCK_K) * BLOCK_K
+    end = tl.minimum((part + 1) * first, depth)
+    first *= part
+    n, m = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    # Rows beyond the last one repeat it; their results are not stored.
+    row = tl.minimum(n, width - 1).to(tl.int64)[:, None]
+    w_rows, up_rows = weight + row * depth, weight + (row + width) * depth
+    x_rows = x + (tl.minimum(m, rows - 1) * depth)[None, :]
+    if OVERLAPS:
+        _prefetch(w_rows, first, end, AHEAD)
+        if GATED:
+            _prefetch(up_rows, first, end, AHEAD)
+    begin(OVERLAPS)
+    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    z = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        v = _load(x_rows, start + k[:, None], end, EVEN)
+        y = tl.dot(_load(w_rows, start + k[None, :], end, EVEN), v, y)
+        if GATED:
+            z = tl.dot(_load(up_rows, start + k[None, :], end, EVEN), v, z)
+    if PARTS == 1:
+        _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        tile_sums = sums + tile * PARTS * (1 + GATED) * SIZE + at
+        tl.store(tile_sums + part * SIZE, y)
+        if GATED:
+            tl.store(tile_sums + (PARTS + part) * SIZE, z)
+        tl.debug_barrier()  # all stores of this program come before its arrival
+        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
+        tl.debug_barrier()
+        if before == PARTS - 1:
+            tl.store(arrived + tile, 0)
+            y = tl.load(tile_sums, cache_modifier=".cg")
+            for i in tl.static_range(1, PARTS):
+                y += tl.load(tile_sums + i * SIZE, cache_modifier=".cg")
+            if GATED:
+                z = tl.load(tile_sums + PARTS * SIZE, cache_modifier=".cg")
+                for i in tl.static_range(1, PARTS):
+                    z += tl.load(tile_sums + (PARTS + i) * SIZE, cache_modifier=".cg")
+            _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
+
+
+def is_skinny(x: Tensor) -> bool:
+    """Whether `skinny` takes x [rows, depth]."""
+    return 0 < x.shape[0] <= _MAX_ROWS and x.dtype in _DTYPES and x.is_contiguous()
+
+
+def choose_tiling(block_m: int, width: int, depth: int, gated: bool) -> Tiling:
+    """The tiling for up to `block_m` rows of `depth` and a result of `width` columns."""
+    # Wide results have tiles enough even if they are larger, and x is read less often.
+    block_n = 128 if block_m == 64 and not gated and width >= 128 * _PROGRAMS else 64
+    block_k, parts = 128 if block_n * (1 + gated) + block_m <= 96 else 64, 1
+    while triton.cdiv(width, block_n) * parts < _PROGRAMS and depth >= 2 * parts * _MIN_DEPTH:
+        parts *= 2
+    step_bytes = (block_n * (1 + gated) + block_m) * block_k * 2
+    return Tiling(block_n, block_k, parts, _TILE_BYTES // step_bytes)
+
+
+def skinny(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    out: Tensor | None = None,
+    add: bool = False,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """As gemv, for x [rows, depth] with 1 to 64 rows; a norm goes before, in a kernel of its own.
+
+    `tiling`: default, what `choose_tiling` says. Not for two streams of a device at once.
+    """
+    x = x if norm is None else rms_norm(x, *norm)
+    rows, depth = x.shape
+    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = x.new_empty(rows, width) if out is None else out
+    block_m = max(16, triton.next_power_of_2(rows))
+    tiling = tiling or choose_tiling(block_m, width, depth, gated)
+    block_n, block_k, parts, stages, warps = tiling
+    tiles = triton.cdiv(width, block_n)
+    sums = arrived = x
+    if parts > 1:
+        sums = x.new_empty(tiles * parts * (1 + gated) * block_n * block_m, dtype=torch.float32)
+        if x.device not in _arrived:
+            _arrived[x.device] = torch.zeros(1024, dtype=torch.int32, device=x.device)
+        arrived = _arrived[x.device]
+        assert tiles <= len(arrived)
+    _skinny[(tiles, parts)](
+        x, weight, x if bias is None else bias, out, sums, arrived, rows, width, depth,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts, AHEAD=_AHEAD,
+        GATED=gated, BIAS=bias is not None, ADD=add,
+        EVEN=depth % block_k == 0, OVERLAPS=OVERLAP,
+        num_warps=warps, num_stages=stages, **overlapping(),
+    )  # fmt: skip
+    return out
