@@ -42,8 +42,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_prefix_caching: bool = True
     # 1: a step is planned when the one before has ended; default: 1, on GPUs 2
     plans_in_flight: int = 0
-    schedule_policy: Literal["chunked_prefill", "token_throttling"] = "chunked_prefill"
-    # token_throttling only: one in so many of the tokens waiting for prefill is in a step ...
+    schedule_policy: Literal["chunked_prefill", "token_throttling", "cost_throttling"] = (
+        "chunked_prefill"
+    )
+    # The throttling policies: one in so many of the tokens waiting for prefill is in a step ...
     prefill_drain_steps: int = 8
     min_prefill_tokens: int = 32  # ... but at least so many are, as far as they fit
     cpu_threads: int = 0  # for tensor work; 0: all cores but one, which the server needs

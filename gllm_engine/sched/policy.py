@@ -7,7 +7,10 @@ sees numbers and answers with numbers, and the scheduler obeys.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import NamedTuple
+
+from gllm_engine.sched.cost import PRIOR, CostModel, Work
 
 
 class Load(NamedTuple):
@@ -24,6 +27,9 @@ class Load(NamedTuple):
     plans_in_flight: int
     prefill_drain_steps: int
     min_prefill_tokens: int
+    # What a step's time is made of.
+    cost: CostModel = PRIOR
+    context: int = 0  # tokens computed so far of the sequences decoding, together
 
 
 class Budget(NamedTuple):
@@ -32,10 +38,16 @@ class Budget(NamedTuple):
     With fewer `decodes` than sequences decoding, those with no token in flight are taken, so that
     plans in flight share the sequences out among themselves. Must not be (0, 0) while there is
     work of either kind and nothing in flight, or nothing would ever move again.
+
+    With seconds, only sequences with no token in flight are taken, however many `decodes` there
+    are; `min_prefill_tokens` of the first chunk and the first decode are, whatever their seconds.
     """
 
     decodes: int
     prefill_tokens: int
+    # Of what `cost` predicts for the rows, without the time that every step takes.
+    decode_seconds: float | None = None
+    seconds: float = inf  # the decodes' included: prefill gets what they leave
 
 
 Policy = Callable[[Load], Budget]
@@ -72,7 +84,33 @@ def token_throttling(load: Load) -> Budget:
     return Budget(decodes, min(prefill_tokens, load.max_tokens))
 
 
+def cost_throttling(load: Load) -> Budget:
+    """Token throttling in predicted seconds: steps in flight take the same time, not tokens.
+
+    The decodes of a step are its share of the time that one token of every decoding sequence
+    takes. Prefill is throttled as above, with its tokens priced at context 0, but at least takes
+    the time that the step takes anyhow, or most of it would be spent on that. With nobody decoding
+    it is divided among the steps in flight. The scheduler fills the sum: a chunk is the shorter
+    the longer the context before it, and gets what decodes leave.
+
+    As there, shares are rounded down in some steps and up in others, by a sequence of mean length.
+    """
+    cost, depth, count = load.cost, load.plans_in_flight, load.num_decoding
+    context = load.context + count  # what the next token of each attends to
+    decoding = cost.rows(Work(count, context, context, count))
+    dither = (load.step % depth + 0.5) / depth / max(1, count)
+    spare = max(0, load.num_free_pages - load.num_reserved_pages)
+    by_memory = load.max_tokens * spare / (load.num_pages - load.num_reserved_pages)
+    tokens = min(load.backlog / load.prefill_drain_steps, by_memory)
+    if not count:
+        tokens = load.backlog / depth
+    prefill = min(max(cost.token * tokens, cost.step), cost.token * load.max_tokens)
+    share = decoding / depth
+    return Budget(count, load.max_tokens, share + decoding * dither, share + prefill)
+
+
 POLICIES: dict[str, Policy] = {
     "chunked_prefill": chunked_prefill,
     "token_throttling": token_throttling,
+    "cost_throttling": cost_throttling,
 }
