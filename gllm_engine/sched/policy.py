@@ -7,7 +7,7 @@ sees numbers and answers with numbers, and the scheduler obeys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import inf, sqrt
 from typing import NamedTuple
 
 from gllm_engine.sched.cost import PRIOR, CostModel, Work
@@ -87,25 +87,31 @@ def token_throttling(load: Load) -> Budget:
 def cost_throttling(load: Load) -> Budget:
     """Token throttling in predicted seconds: steps in flight take the same time, not tokens.
 
-    The decodes of a step are its share of the time that one token of every decoding sequence
-    takes. Prefill is throttled as above, with its tokens priced at context 0, but at least takes
-    the time that the step takes anyhow, or most of it would be spent on that. With nobody decoding
-    it is divided among the steps in flight. The scheduler fills the sum: a chunk is the shorter
-    the longer the context before it, and gets what decodes leave.
+    A step takes its share of the time that one token of every decoding sequence takes, so the
+    fewer sequences the longer their contexts. To that it adds P seconds of prefill: a chunk is the
+    shorter the longer the context before it, and gets what the decodes leave of the sum.
 
-    As there, shares are rounded down in some steps and up in others, by a sequence of mean length.
+    With Q the seconds of all that waits for prefill, and R those of a step without any, P = Q / #T
+    as above makes a step grow with the queue though beyond R there is little to win: to work it
+    off takes Q (1 + R / P). So P minimises that plus #T times the step's own time R + P, which is
+    at P = sqrt(Q R / #T). As above, P shrinks with the pages that are free. With nobody decoding,
+    what counts besides Q (1 + R / P) is the time until the last stage has a step, which is
+    plans_in_flight - 2 steps: a prompt alone is computed by all stages at once.
+
+    Shares are rounded down in some steps and up in others, by a sequence of mean length.
     """
     cost, depth, count = load.cost, load.plans_in_flight, load.num_decoding
     context = load.context + count  # what the next token of each attends to
     decoding = cost.rows(Work(count, context, context, count))
-    dither = (load.step % depth + 0.5) / depth / max(1, count)
-    spare = max(0, load.num_free_pages - load.num_reserved_pages)
-    by_memory = load.max_tokens * spare / (load.num_pages - load.num_reserved_pages)
-    tokens = min(load.backlog / load.prefill_drain_steps, by_memory)
-    if not count:
-        tokens = load.backlog / depth
-    prefill = min(max(cost.token * tokens, cost.step), cost.token * load.max_tokens)
-    share = decoding / depth
+    share, dither = decoding / depth, (load.step % depth + 0.5) / depth / max(1, count)
+    most = prefill = cost.token * load.max_tokens
+    weight = load.prefill_drain_steps if count else depth - 2
+    if weight > 0:
+        waiting, rest = cost.token * load.backlog, cost.step + share
+        prefill = min(prefill, sqrt(waiting * rest / weight))
+    if count:
+        spare = max(0, load.num_free_pages - load.num_reserved_pages)
+        prefill = min(prefill, most * spare / (load.num_pages - load.num_reserved_pages))
     return Budget(count, load.max_tokens, share + decoding * dither, share + prefill)
 
 
