@@ -1,10 +1,10 @@
-"""Pipelines that nobody has yet: scripts/bench simulate --pp 4 --params 8e9 --kv-bytes 65536 ...
+"""Pipelines that nobody has yet: scripts/bench simulate --pp 4 --stage params=8e9 kv_bytes=65536
 
 The scheduler and its policies are the real ones; in place of GPUs there is a cost for each stage,
 and time is only counted. What stages cost comes from measured steps (--steps FILE), from a model's
-config.json (--model DIR), or from numbers on the command line. A step passes through the stages in
-order, each stage computes one step at a time, and between two of them its activations travel. The
-host takes no time. The same seed gives the same figures.
+config.json (--model DIR), or from numbers (--stage: fields of Roofline). A step passes through the
+stages in order, each stage computes one step at a time, and between two of them its activations
+travel. The host takes no time. The same seed gives the same figures.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import argparse
 import json
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.load import Record
 from gllm_benchmarks.offline import parse_pairs
-
 from gllm_benchmarks.plot import draw_policies
 from gllm_benchmarks.record import RESULTS, add_arguments, print_table, record
 from gllm_benchmarks.serve import numbers, parse_slo, summarize
@@ -48,6 +46,7 @@ Cost = Callable[[Work], float]  # seconds
 BASELINES: dict[str, Policy] = {
     "sarathi": lambda load: Budget(load.num_decoding, load.max_tokens, decode_seconds=inf)
 }
+_PASSES = 20  # over measured steps, for the fit to settle
 GOOD_SHARE = 0.9  # of requests within the SLO, for a rate to count as served
 DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 1024,
@@ -63,7 +62,7 @@ class Roofline(NamedTuple):
     bandwidth: float  # bytes/s that are reached
     flops: float  # per second that are reached
     params: float  # stored
-    active: float  # of these, used for one token
+    active: float = inf  # of these, used for one token; at most all
     param_bytes: float = 2.0
     kv_bytes: float = 0.0  # of one token
     pair_flops: float = 0.0  # for one token that attends to one
@@ -71,8 +70,9 @@ class Roofline(NamedTuple):
 
     def seconds(self, work: Work) -> float:
         """Weights are read while they are used; attention comes after."""
-        read = min(self.params, self.active * work.tokens) * self.param_bytes / self.bandwidth
-        weights = max(read, 2 * self.active * work.tokens / self.flops)
+        used = min(self.params, self.active) * work.tokens
+        read = min(self.params, used) * self.param_bytes / self.bandwidth
+        weights = max(read, 2 * used / self.flops)
         attention = self.kv_bytes * work.kv / self.bandwidth
         return self.step + weights + attention + self.pair_flops * work.context / self.flops
 
@@ -107,18 +107,14 @@ class Pipeline:
         return at, StepResult(plan.step, [0] * len(slots), seconds=seconds)
 
     def _work(self, plan: StepPlan) -> Work:
-        lengths, context = self._lengths, 0
+        lengths, context, count = self._lengths, 0, len(plan.decode_slots)
         for slot in plan.decode_slots:
             lengths[slot] += 1
             context += lengths[slot]
-        kv, tokens = context, len(plan.decode_slots)
         for chunk in plan.chunks:
-            count = len(chunk.tokens)
-            tokens += count
-            context += count * chunk.start + count * (count + 1) // 2
-            kv += chunk.start + count
-            lengths[chunk.slot] = chunk.start + count
-        return Work(tokens, context, kv, len(plan.decode_slots) + len(plan.chunks))
+            lengths[chunk.slot] = chunk.start + len(chunk.tokens)
+        chunks = [Work.row(chunk.start, len(chunk.tokens)) for chunk in plan.chunks]
+        return Work(count, context, context, count).plus(*chunks)
 
 
 class Run(NamedTuple):
@@ -177,37 +173,32 @@ def read_cost(about: Any) -> Cost:
     try:
         if isinstance(about, dict):
             return CostModel(**about).seconds
-        fit = Fit()
-        for each in about:
+        fit = Fit(kept=1.0)
+        for each in about * _PASSES:
             fit.observe(Work(*(each[key] for key in Work._fields)), each["seconds"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"neither coefficients nor measured steps: {error!r}") from None
     return fit.model.seconds
 
 
-def make_stages(arguments: argparse.Namespace) -> tuple[list[Cost], Cost]:
-    """The cost of each stage, and of the head."""
-    pp, gpus = arguments.pp, arguments.gpus_per_stage
+def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
+    """Of a stage, and of the head."""
     if arguments.steps:
         about = json.loads(arguments.steps.read_text())
         parts = about if isinstance(about, dict) and "stage" in about else {"stage": about}
-        head = read_cost(parts["head"]) if "head" in parts else lambda work: 0.0
-        return [read_cost(parts["stage"])] * pp, head
-    chip = partial(Roofline, arguments.bandwidth * gpus, arguments.flops * gpus)
+        return read_cost(parts["stage"]), read_cost(parts.get("head", {"step": 0.0}))
+    gpus = arguments.gpus_per_stage
+    chip = {"bandwidth": arguments.bandwidth * gpus, "flops": arguments.flops * gpus}
+    stage, head = parse_pairs(arguments.stage), {"params": 0.0}
     if arguments.model:
-        spec = read_spec(arguments.model)
-        inside = spec.num_params() - spec.vocab * spec.dim * (1 if spec.tie else 2)
-        heads = [layer.mixer.heads * layer.mixer.head_dim for layer in spec.layers]
-        params = active = inside / pp
-        kv_bytes, pair_flops = spec.kv_bytes_per_token(2) / pp, 4 * sum(heads) / pp
-        head_params = spec.vocab * spec.dim
-    else:
-        active, params = arguments.active or arguments.params, arguments.params
-        kv_bytes, pair_flops = arguments.kv_bytes, arguments.pair_flops
-        head_params = arguments.head_params
-    size, step = arguments.param_bytes, arguments.overhead
-    stage = chip(params, active, size, kv_bytes, pair_flops, step)
-    return [stage.seconds] * pp, chip(head_params, head_params).seconds
+        spec, pp = read_spec(arguments.model), arguments.pp
+        size = spec.vocab * spec.dim
+        width = sum(layer.mixer.heads * layer.mixer.head_dim for layer in spec.layers)
+        found = {"params": (spec.num_params() - size * (1 if spec.tie else 2)) / pp}
+        found |= {"kv_bytes": spec.kv_bytes_per_token(2) / pp, "pair_flops": 4 * width / pp}
+        stage, head = found | stage, {"params": size}
+    head |= parse_pairs(arguments.head)
+    return Roofline(**chip, **stage).seconds, Roofline(**chip, **head).seconds
 
 
 def served_rate(runs: dict[str, dict[str, Any]]) -> float | None:
@@ -238,16 +229,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench simulate", description=__doc__)
     add = parser.add_argument
     add("--pp", type=int, default=4, help="stages; one step more than that is in flight")
-    add("--steps", type=Path, help="a JSON file: coefficients or measured steps of a stage, or "
-        '{"stage": either, "head": either}')  # fmt: skip
+    add("--steps", type=Path, help="JSON: coefficients or measured steps; or as stage and head")
     add("--model", type=Path, help="a directory with a config.json, cut into equal stages")
-    add("--params", type=float, help="of a stage, all its GPUs together")
-    add("--active", type=float, help="of these, for one token; default: all")
-    add("--param-bytes", type=float, default=2.0)
-    add("--kv-bytes", type=float, default=0.0, help="K and V of one token in a stage")
-    add("--pair-flops", type=float, default=0.0, help="for a token that attends to one, a stage")
-    add("--head-params", type=float, default=0.0)
-    add("--overhead", type=float, default=0.0, help="seconds of a stage in every step")
+    pairs: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}
+    add("--stage", **pairs, help=f"numbers of a stage: {', '.join(Roofline._fields[2:])}")
+    add("--head", **pairs, help="of what the last stage does besides, for rows that sample")
     add("--gpus-per-stage", type=int, default=1)
     add("--bandwidth", type=float, default=4.3e12, help="bytes/s that a GPU reaches")
     add("--flops", type=float, default=6.5e14, help="a second that a GPU reaches")
@@ -256,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--latency", type=float, default=20e-6, help="seconds between stages")
     add("--policies", default="sarathi,token_throttling,cost_throttling",
         help=", ".join([*BASELINES, *POLICIES]))  # fmt: skip
-    add("--config", action="append", default=[], metavar="KEY=VALUE")
+    add("--config", **pairs, help="of the engine")
     add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
     add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
     add("--limit", type=int, help="only so many requests")
@@ -270,16 +256,16 @@ def parse_arguments() -> argparse.Namespace:
     unknown = set(arguments.policies.split(",")) - {*BASELINES, *POLICIES}
     if unknown:
         parser.error(f"--policies: {', '.join(unknown)} is none of {[*BASELINES, *POLICIES]}")
-    if not (arguments.steps or arguments.model or arguments.params):
-        parser.error("no costs: give --steps, --model or --params")
+    if not (arguments.steps or arguments.model or arguments.stage):
+        parser.error("no costs: give --steps, --model or --stage")
     return arguments
 
 
 def sweep(
-    arguments: argparse.Namespace, recorded: list[float], pairs: Lengths
+    arguments: argparse.Namespace, costs: tuple[Cost, Cost], recorded: list[float], pairs: Lengths
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """By policy and load, what summarize makes of the run, and a little more."""
-    stages, head = make_stages(arguments)
+    stage, head = costs
     values = DEFAULTS | {"plans_in_flight": arguments.pp + 1, "max_waiting": len(pairs)}
     values |= parse_pairs(arguments.config)
 
@@ -296,7 +282,7 @@ def sweep(
                 arrivals = at_rate(recorded, rate)
             elif rate is not None:
                 arrivals = poisson(len(pairs), rate, arguments.seed)
-            pipeline = Pipeline(stages, head, travel)
+            pipeline = Pipeline([stage] * arguments.pp, head, travel)
             config = EngineConfig(model=".", **values)
             run = simulate(config, policy, pipeline, pairs, arrivals)
             figures = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
@@ -312,7 +298,11 @@ def main() -> None:
         recorded, pairs = read_azure(arguments.trace, arguments.limit)
     else:
         pairs = lengths(arguments.workload)[: arguments.limit]
-    found = sweep(arguments, recorded, pairs)
+    try:
+        costs = make_costs(arguments)
+    except (OSError, TypeError, ValueError) as error:  # a file or a name that is none
+        raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
+    found = sweep(arguments, costs, recorded, pairs)
     workload = arguments.trace.name if arguments.trace else arguments.workload
     title = f"{len(pairs)} requests of {workload}, {arguments.pp} stages, simulated"
     print_runs(title, found)

@@ -7,12 +7,11 @@ for they are about equal, and policies only compare.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import sqrt
 from operator import mul
 from typing import NamedTuple
 
-_FORGETTING = 0.995  # so many of the past observations count after one more: about 200 in all
+_KEPT = 0.995  # so observations count as much as 200
 # The prior counts as much as so many observations, always: that holds what steps that all look
 # alike say nothing of.
 _PRIOR_WEIGHT = 0.01
@@ -30,14 +29,13 @@ class Work(NamedTuple):
     kv: int  # tokens whose K and V are loaded: s + n
     sequences: int  # 1: a row is a sequence's
 
+    @staticmethod
+    def row(start: int, count: int) -> Work:
+        """Of one row: `count` tokens from position `start`."""
+        return Work(count, count * start + count * (count + 1) // 2, start + count, 1)
 
-def row(start: int, count: int) -> Work:
-    """Of one row: `count` tokens from position `start`."""
-    return Work(count, count * start + count * (count + 1) // 2, start + count, 1)
-
-
-def add(parts: Iterable[Work]) -> Work:
-    return Work(*map(sum, zip(*parts, strict=True)))
+    def plus(self, *more: Work) -> Work:
+        return Work(*map(sum, zip(self, *more, strict=True)))
 
 
 class CostModel(NamedTuple):
@@ -59,9 +57,9 @@ class CostModel(NamedTuple):
 
     def longest(self, start: int, seconds: float, most: int) -> int:
         """Tokens from position `start`, at most `most`, of the longest row within `seconds`."""
-        if most <= 0 or self.rows(row(start, most)) <= seconds:
+        if most <= 0 or self.rows(Work.row(start, most)) <= seconds:
             return most
-        # The larger root of rows(row(start, n)) = seconds, in the form that stands a context of 0.
+        # The n of rows(Work.row(start, n)) = seconds, in the form that stands a context of 0.
         half = self.context / 2
         linear = self.token + self.kv + self.context * start + half
         rest = seconds - self.sequence - self.kv * start
@@ -84,9 +82,10 @@ class Fit:
     larger: so neither a step that was held up nor a long one outweighs the others.
     """
 
-    def __init__(self, prior: CostModel = PRIOR) -> None:
+    def __init__(self, prior: CostModel = PRIOR, kept: float = _KEPT) -> None:
+        """`kept`: the share of what observations count that is left after one more."""
         self.model = prior
-        self._prior = prior
+        self._prior, self._kept = prior, kept
         size = range(len(prior))
         self._scale = [1.0 for _ in size]  # of the prior's coefficients
         self._products = [[_PRIOR_WEIGHT * (i == j) for j in size] for i in size]
@@ -97,7 +96,7 @@ class Fit:
         unit = max(seconds, self.model.seconds(work))
         parts = [c * x / unit for c, x in zip(self._prior, (1, *work), strict=True)]
         target = seconds / unit
-        kept, again = _FORGETTING, (1 - _FORGETTING) * _PRIOR_WEIGHT
+        kept, again = self._kept, (1 - self._kept) * _PRIOR_WEIGHT
         for i, (part, row) in enumerate(zip(parts, self._products, strict=True)):
             row[:] = [kept * old + part * other for old, other in zip(row, parts, strict=True)]
             row[i] += again

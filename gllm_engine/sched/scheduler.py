@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.sched.cost import Fit, Work, add, row
+from gllm_engine.sched.cost import Fit, Work
 from gllm_engine.sched.pages import IntegrityError, PagePool, Pages
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
@@ -363,8 +363,8 @@ class Scheduler:
             fits = cost.longest(start, seconds, left)
             count = self._plan_chunk(draft, sequence, max(fits, min(left, least)))
             if work is not None:
-                chunk = row(start, count)
-                draft.work = work = add([work, chunk])
+                chunk = Work.row(start, count)
+                draft.work = work = work.plus(chunk)
                 seconds -= cost.rows(chunk)
             if seconds <= 0 or sequence.queue is self._prefilling:
                 break
