@@ -79,13 +79,14 @@ class Fit:
     in information form: sums of products of the observations, not an inverse that winds up when
     all look alike. The coefficients are found by coordinate descent with none below 0, in units of
     the prior's. Errors count relative to the step's time, observed or predicted, whichever is the
-    larger: so neither a step that was held up nor a long one outweighs the others.
+    larger: so neither a step that was held up nor a long one outweighs the others. The first
+    observation says how fast the machine is, so of the prior only the proportions matter.
     """
 
     def __init__(self, prior: CostModel = PRIOR, kept: float = _KEPT) -> None:
         """`kept`: the share of what observations count that is left after one more."""
         self.model = prior
-        self._prior, self._kept = prior, kept
+        self._prior, self._kept, self._observed = prior, kept, False
         size = range(len(prior))
         self._scale = [1.0 for _ in size]  # of the prior's coefficients
         self._products = [[_PRIOR_WEIGHT * (i == j) for j in size] for i in size]
@@ -93,6 +94,9 @@ class Fit:
 
     def observe(self, work: Work, seconds: float) -> None:
         """Take in that a step of this work took so long; `seconds` must be above 0."""
+        if not self._observed:
+            self._observed, ratio = True, seconds / self._prior.seconds(work)
+            self._prior = self.model = CostModel(*(ratio * c for c in self._prior))
         unit = max(seconds, self.model.seconds(work))
         parts = [c * x / unit for c, x in zip(self._prior, (1, *work), strict=True)]
         target = seconds / unit

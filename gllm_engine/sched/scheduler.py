@@ -277,9 +277,10 @@ class Scheduler:
         cost = self._fit.model
         each = cost.context + cost.kv
         first = cost.token + cost.sequence + each
-        ends = list(accumulate([first + each * s.planned for s in ready]))
-        if not ends or ends[-1] <= seconds * (1 + LEEWAY):
+        planned = [s.planned for s in ready]
+        if first * len(ready) + each * sum(planned) <= seconds * (1 + LEEWAY):
             return ready
+        ends = list(accumulate([first + each * tokens for tokens in planned]))
         return ready[: max(1, bisect_right(ends, seconds))]
 
     def _may_decode(self, draft: _Draft, sequence: Sequence) -> bool:
