@@ -53,8 +53,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     master_port: int = 29500  # and the next one, for torch.distributed
     cluster_key_file: str | None = None  # a secret of at least 32 bytes, the same on every node
     # auto: token_throttling in a pipeline, else chunked_prefill
-    schedule_policy: Literal["auto", "chunked_prefill", "token_throttling"] = "auto"
-    # token_throttling only: one in so many of the tokens waiting for prefill is in a step ...
+    schedule_policy: Literal["auto", "chunked_prefill", "token_throttling", "cost_throttling"] = (
+        "auto"
+    )
+    # The throttling policies: one in so many of the tokens waiting for prefill is in a step ...
     prefill_drain_steps: int = 8
     min_prefill_tokens: int = 32  # ... but at least so many are, as far as they fit
     cpu_threads: int = 0  # for tensor work; 0: all cores but one, which the server needs

@@ -148,3 +148,4 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     logprobs: dict[int, TokenLogprobs] = {}  # by slot, for rows whose sampling asks
     # By slot: one entry for each entry of the chunk's `targets`.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    seconds: float = 0.0  # that the step took on the stage which replies; 0: not measured

@@ -6,8 +6,24 @@ torch.
 
 from __future__ import annotations
 
+from gllm_engine.sched.cost import CostModel, Fit, Work
 from gllm_engine.sched.pages import IntegrityError
+from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
 from gllm_engine.sched.sequence import Constraint, Sequence
 
-__all__ = ["Committed", "Constraint", "IntegrityError", "Refused", "Scheduler", "Sequence"]
+__all__ = [
+    "POLICIES",
+    "Budget",
+    "Committed",
+    "Constraint",
+    "CostModel",
+    "Fit",
+    "IntegrityError",
+    "Load",
+    "Policy",
+    "Refused",
+    "Scheduler",
+    "Sequence",
+    "Work",
+]

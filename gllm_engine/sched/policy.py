@@ -7,7 +7,10 @@ sees numbers and answers with numbers, and the scheduler obeys.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf, sqrt
 from typing import NamedTuple
+
+from gllm_engine.sched.cost import PRIOR, CostModel, Work
 
 
 class Load(NamedTuple):
@@ -24,6 +27,9 @@ class Load(NamedTuple):
     plans_in_flight: int
     prefill_drain_steps: int
     min_prefill_tokens: int
+    # What a step's time is made of.
+    cost: CostModel = PRIOR
+    context: int = 0  # tokens computed so far of the sequences decoding, together
 
 
 class Budget(NamedTuple):
@@ -32,10 +38,16 @@ class Budget(NamedTuple):
     With fewer `decodes` than sequences decoding, those with no token in flight are taken, so that
     plans in flight share the sequences out among themselves. Must not be (0, 0) while there is
     work of either kind and nothing in flight, or nothing would ever move again.
+
+    With seconds, only sequences with no token in flight are taken, however many `decodes` there
+    are; `min_prefill_tokens` of the first chunk and the first decode are, whatever their seconds.
     """
 
     decodes: int
     prefill_tokens: int
+    # Of what `cost` predicts for the rows, without the time that every step takes.
+    decode_seconds: float | None = None
+    seconds: float = inf  # the decodes' included: prefill gets what they leave
 
 
 Policy = Callable[[Load], Budget]
@@ -72,7 +84,39 @@ def token_throttling(load: Load) -> Budget:
     return Budget(decodes, min(prefill_tokens, load.max_tokens))
 
 
+def cost_throttling(load: Load) -> Budget:
+    """Token throttling in predicted seconds: steps in flight take the same time, not tokens.
+
+    A step takes its share of the time that one token of every decoding sequence takes, so the
+    fewer sequences the longer their contexts. To that it adds P seconds of prefill: a chunk is the
+    shorter the longer the context before it, and gets what the decodes leave of the sum.
+
+    With Q the seconds of all that waits for prefill, and R those of a step without any, P = Q / #T
+    as above makes a step grow with the queue though beyond R there is little to win: to work it
+    off takes Q (1 + R / P). So P minimises that plus #T times the step's own time R + P, which is
+    at P = sqrt(Q R / #T). As above, P shrinks with the pages that are free. With nobody decoding,
+    what counts besides Q (1 + R / P) is the time until the last stage has a step, which is
+    plans_in_flight - 2 steps: a prompt alone is computed by all stages at once.
+
+    Shares are rounded down in some steps and up in others, by a sequence of mean length.
+    """
+    cost, depth, count = load.cost, load.plans_in_flight, load.num_decoding
+    context = load.context + count  # what the next token of each attends to
+    decoding = cost.rows(Work(count, context, context, count))
+    share, dither = decoding / depth, (load.step % depth + 0.5) / depth / max(1, count)
+    most = prefill = cost.token * load.max_tokens
+    weight = load.prefill_drain_steps if count else depth - 2
+    if weight > 0:
+        waiting, rest = cost.token * load.backlog, cost.step + share
+        prefill = min(prefill, sqrt(waiting * rest / weight))
+    if count:
+        spare = max(0, load.num_free_pages - load.num_reserved_pages)
+        prefill = min(prefill, most * spare / (load.num_pages - load.num_reserved_pages))
+    return Budget(count, load.max_tokens, share + decoding * dither, share + prefill)
+
+
 POLICIES: dict[str, Policy] = {
     "chunked_prefill": chunked_prefill,
     "token_throttling": token_throttling,
+    "cost_throttling": cost_throttling,
 }

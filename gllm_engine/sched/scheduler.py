@@ -6,13 +6,16 @@ a step is run; it only relies on steps being run one after another, in the order
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 from gllm_engine.config import EngineConfig
+from gllm_engine.sched.cost import Fit, Work
 from gllm_engine.sched.pages import IntegrityError, PagePool, Pages
-from gllm_engine.sched.policy import POLICIES, Load
+from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
 from gllm_engine.types import (
     Chunk,
@@ -25,6 +28,9 @@ from gllm_engine.types import (
     StepResult,
     TokenLogprobs,
 )
+
+# A step takes every decode that is due where that exceeds its share by no more than this.
+LEEWAY = 1 / 16
 
 
 class Refused(Exception):
@@ -57,6 +63,7 @@ class _Draft:
     chunks: list[Chunk] = field(default_factory=list)
     chunked: list[Sequence] = field(default_factory=list)
     masks: dict[int, bytes] = field(default_factory=dict)
+    work: Work | None = None  # where the policy reckons in seconds
 
 
 class _Flight(NamedTuple):
@@ -68,6 +75,7 @@ class _Flight(NamedTuple):
     plan: StepPlan
     sampling: list[Sequence]  # owners of the rows that sample, in the order of rows
     chunked: list[Sequence]  # owners of plan.chunks
+    work: Work | None
 
 
 class Scheduler:
@@ -85,7 +93,9 @@ class Scheduler:
         num_pages: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
+        policy: Policy | None = None,
     ) -> None:
+        """`policy`: in place of the one that the configuration names."""
         self._pool = PagePool(num_pages, config.page_size, config.enable_prefix_caching)
         self._page_size = config.page_size
         self._capacity = num_pages * config.page_size  # tokens
@@ -94,7 +104,8 @@ class Scheduler:
         self._max_slots = config.max_num_seqs
         self._max_waiting = config.max_waiting
         self._eos_token_ids = eos_token_ids
-        self._policy = POLICIES[config.policy]
+        self._policy = policy or POLICIES[config.policy]
+        self._fit = Fit()
         self._depth = config.plans_in_flight or 1  # 0, "default", is settled by who runs steps
         self._drain_steps = config.prefill_drain_steps
         self._min_prefill = config.min_prefill_tokens
@@ -102,6 +113,7 @@ class Scheduler:
         self._prefilling = Queue()
         self._decoding = Queue()
         self._backlog = 0  # sum over live sequences of Sequence.backlog
+        self._context = 0  # sum over decoding sequences of Sequence.planned
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))  # free ones
         self._flights: deque[_Flight] = deque()
         self._arrivals = self._steps = self._preemptions = 0
@@ -171,6 +183,8 @@ class Scheduler:
         Plans in flight may still write to those pages, but before any later plan does.
         """
         assert sequence.queue is not None
+        if sequence.queue is self._decoding:
+            self._context -= sequence.planned
         sequence.queue.take(sequence)
         self._backlog -= sequence.backlog
         sequence.pages.release()
@@ -193,19 +207,15 @@ class Scheduler:
         """The next step; None if nothing can be done before a commit or an add."""
         draft = _Draft()
         budget = self._policy(self._load())
-        self._plan_decodes(draft, budget.decodes)
-        left = min(budget.prefill_tokens, self._max_tokens - len(draft.decodes))
-        while self._prefilling and left > 0:
-            left -= self._plan_chunk(draft, self._prefilling[0], left)
-        while left > 0 and self._admit(draft):
-            left -= self._plan_chunk(draft, self._prefilling[0], left)
+        self._plan_decodes(draft, budget)
+        self._plan_chunks(draft, budget)
         if not draft.decodes and not draft.chunks:
             return None
         self._steps += 1
         slots = [sequence.slot for sequence in draft.decodes]
         plan = StepPlan(self._steps, draft.new, draft.grown, slots, draft.chunks, draft.masks)
         sampling = draft.decodes + [s for s in draft.chunked if s.queue is self._decoding]
-        self._flights.append(_Flight(plan, sampling, draft.chunked))
+        self._flights.append(_Flight(plan, sampling, draft.chunked, draft.work))
         return plan
 
     def _load(self) -> Load:
@@ -221,6 +231,8 @@ class Scheduler:
             plans_in_flight=self._depth,
             prefill_drain_steps=self._drain_steps,
             min_prefill_tokens=self._min_prefill,
+            cost=self._fit.model,
+            context=self._context,
         )
 
     @property
@@ -233,15 +245,17 @@ class Scheduler:
         """
         return min(len(self._decoding), self._pool.num_pages // 20)
 
-    def _plan_decodes(self, draft: _Draft, max_decodes: int) -> None:
+    def _plan_decodes(self, draft: _Draft, budget: Budget) -> None:
         """One token for each decoding sequence that has one to compute, best rank first.
 
         A victim is the worst of all that run, so its row is never in this plan already: the loop
         has not come to it, or it is not decoding. Queues shrink at the end while being iterated.
         """
         decoding: list[Sequence] = self._decoding
-        if max_decodes < len(decoding):
-            decoding = [s for s in decoding if s.planned < len(s.tokens)][:max_decodes]
+        if budget.decode_seconds is not None or budget.decodes < len(decoding):
+            decoding = [s for s in decoding if s.planned < len(s.tokens)][: budget.decodes]
+            if budget.decode_seconds is not None:
+                decoding = self._first_within(decoding, budget.decode_seconds)
         append = draft.decodes.append
         for sequence in decoding:
             planned = sequence.planned
@@ -249,6 +263,25 @@ class Scheduler:
                 continue
             sequence.planned = planned + 1
             append(sequence)
+        self._context += len(draft.decodes)
+        if budget.decode_seconds is not None:
+            context = sum([sequence.planned for sequence in draft.decodes])
+            draft.work = Work(len(draft.decodes), context, context, len(draft.decodes))
+
+    def _first_within(self, ready: list[Sequence], seconds: float) -> list[Sequence]:
+        """As many of `ready` as are predicted to take so long; all if that is hardly longer.
+
+        Whom a step leaves behind waits for the next one, and so has one token less in a round;
+        that a step is a little longer than others costs less.
+        """
+        cost = self._fit.model
+        each = cost.context + cost.kv
+        first = cost.token + cost.sequence + each
+        planned = [s.planned for s in ready]
+        if first * len(ready) + each * sum(planned) <= seconds * (1 + LEEWAY):
+            return ready
+        ends = list(accumulate([first + each * tokens for tokens in planned]))
+        return ready[: max(1, bisect_right(ends, seconds))]
 
     def _may_decode(self, draft: _Draft, sequence: Sequence) -> bool:
         """Whether to decode at `planned`, where a page begins or the sequence asks for a look.
@@ -320,6 +353,24 @@ class Scheduler:
         draft.grown.append(Grown(sequence.slot, 0, list(pages.ids)))
         return True
 
+    def _plan_chunks(self, draft: _Draft, budget: Budget) -> None:
+        """Chunks of prefilling sequences, best rank first, then of those that can be admitted."""
+        cost, work = self._fit.model, draft.work
+        left = min(budget.prefill_tokens, self._max_tokens - len(draft.decodes))
+        least, seconds = self._min_prefill, budget.seconds - (cost.rows(work) if work else 0.0)
+        while left > 0 and (self._prefilling or self._admit(draft)):
+            sequence = self._prefilling[0]
+            start = sequence.planned
+            fits = cost.longest(start, seconds, left)
+            count = self._plan_chunk(draft, sequence, max(fits, min(left, least)))
+            if work is not None:
+                chunk = Work.row(start, count)
+                draft.work = work = work.plus(chunk)
+                seconds -= cost.rows(chunk)
+            if seconds <= 0 or sequence.queue is self._prefilling:
+                break
+            least, left = 1, left - count
+
     def _plan_chunk(self, draft: _Draft, sequence: Sequence, max_tokens: int) -> int:
         """Plan up to max_tokens known tokens of a prefilling sequence; returns how many."""
         tokens, start = sequence.tokens, sequence.planned
@@ -337,6 +388,7 @@ class Scheduler:
         if samples:
             self._prefilling.take(sequence)
             self._decoding.put(sequence)
+            self._context += end
             sequence.plan_check = end  # decoding begins with a look
             if sequence.constraint is not None:
                 self._add_mask(draft, sequence)
@@ -365,6 +417,8 @@ class Scheduler:
                 f"{len(flight.sampling)} sampling rows"
             )
         self._flights.popleft()
+        if flight.work is not None and result.seconds > 0:
+            self._fit.observe(flight.work, result.seconds)
         committed = Committed()
         if result.logprobs or result.prompt_logprobs:
             self._take_logprobs(flight, result, committed)
@@ -467,6 +521,9 @@ class Scheduler:
         backlog = sum(sequence.backlog for sequence in live)
         if backlog != self._backlog:
             raise IntegrityError(f"The backlog is {backlog} tokens, but {self._backlog} counted.")
+        context = sum(sequence.planned for sequence in self._decoding)
+        if context != self._context:
+            raise IntegrityError(f"The context is {context} tokens, but {self._context} counted.")
 
 
 def _has_penalty(sequence: Sequence) -> bool:

@@ -39,7 +39,8 @@ def loads(draw: st.DrawFn, max_decoding: int = 4096) -> Load:
 
 
 def test_every_policy_of_the_config_exists() -> None:
-    assert set(POLICIES) == set(get_args(get_type_hints(EngineConfig)["schedule_policy"]))
+    asked = set(get_args(get_type_hints(EngineConfig)["schedule_policy"]))
+    assert {"auto", *POLICIES} == asked
 
 
 @given(loads())
@@ -220,10 +221,13 @@ def test_whatever_the_policy_every_request_ends_with_its_tokens(
             assert run.runner.num_computed == needed
 
 
+@pytest.mark.parametrize("policy", ["token_throttling", "cost_throttling"])
 @pytest.mark.parametrize("depth", [2, 3, 4])
 @pytest.mark.parametrize("num_sequences", [4, 7, 10, 25])
-def test_in_steady_state_plans_in_flight_are_of_one_size(depth: int, num_sequences: int) -> None:
-    run = Run("token_throttling", depth)
+def test_in_steady_state_plans_in_flight_are_of_one_size(
+    policy: str, depth: int, num_sequences: int
+) -> None:
+    run = Run(policy, depth)
     for i in range(num_sequences):
         run.add(1 + 5 * i % 23, 100)
     while run.scheduler.stats().waiting or run.scheduler._prefilling:
@@ -287,8 +291,9 @@ def test_a_prompt_that_fills_the_cache_is_not_slowed_by_the_pages_it_holds_itsel
     assert long.planned == 60 + 48
 
 
-def test_a_waiting_request_gets_in_however_many_others_decode() -> None:
-    run = Run("token_throttling", 4, num_pages=200)
+@pytest.mark.parametrize("policy", ["token_throttling", "cost_throttling"])
+def test_a_waiting_request_gets_in_however_many_others_decode(policy: str) -> None:
+    run = Run(policy, 4, num_pages=200)
     for _ in range(31):
         run.add(8, 300)
     for _ in range(20):

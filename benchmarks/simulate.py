@@ -1,0 +1,329 @@
+"""Pipelines that nobody has yet: scripts/bench simulate --pp 4 --stage params=8e9 kv_bytes=65536
+
+The scheduler and its policies are the real ones; in place of GPUs there is a cost for each stage,
+and time is only counted. What stages cost comes from measured steps (--steps FILE), from a model's
+config.json (--model DIR), or from numbers (--stage: fields of Roofline). A step passes through the
+stages in order, each stage computes one step at a time, and between two of them its activations
+travel. The host takes no time. The same seed gives the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import deque
+from collections.abc import Callable
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gllm_benchmarks.load import Record
+from gllm_benchmarks.offline import parse_pairs
+from gllm_benchmarks.plot import draw_policies
+from gllm_benchmarks.record import RESULTS, add_arguments, print_table, record
+from gllm_benchmarks.serve import numbers, parse_slo, summarize
+from gllm_benchmarks.workloads import Lengths, at_rate, lengths, poisson, read_azure
+from gllm_engine import (
+    POLICIES,
+    Budget,
+    CostModel,
+    EngineConfig,
+    Fit,
+    Policy,
+    SamplingParams,
+    Scheduler,
+    Sequence,
+    StepPlan,
+    StepResult,
+    Work,
+    read_spec,
+)
+
+Cost = Callable[[Work], float]  # seconds
+
+# Sarathi-Serve as pipelines run it: the first step takes all decodes that have no token in flight.
+# chunked_prefill itself takes the others too, which only one device can compute without waiting.
+BASELINES: dict[str, Policy] = {
+    "sarathi": lambda load: Budget(load.num_decoding, load.max_tokens, decode_seconds=inf)
+}
+_PASSES = 20  # over measured steps, for the fit to settle
+GOOD_SHARE = 0.9  # of requests within the SLO, for a rate to count as served
+DEFAULTS: dict[str, Any] = {
+    "max_num_seqs": 1024,
+    "max_num_batched_tokens": 2048,
+    "num_pages": 65_536,
+    "enable_prefix_caching": False,
+}
+
+
+class Roofline(NamedTuple):
+    """Seconds of a part of a model by what memory and arithmetic need at least."""
+
+    bandwidth: float  # bytes/s that are reached
+    flops: float  # per second that are reached
+    params: float  # stored
+    active: float = inf  # of these, used for one token; at most all
+    param_bytes: float = 2.0
+    kv_bytes: float = 0.0  # of one token
+    pair_flops: float = 0.0  # for one token that attends to one
+    step: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """Weights are read while they are used; attention comes after."""
+        used = min(self.params, self.active) * work.tokens
+        read = min(self.params, used) * self.param_bytes / self.bandwidth
+        weights = max(read, 2 * used / self.flops)
+        attention = self.kv_bytes * work.kv / self.bandwidth
+        return self.step + weights + attention + self.pair_flops * work.context / self.flops
+
+
+class Pipeline:
+    """Stages in a row, first come first served; all of a step's times are known at its launch.
+
+    `head`: what the last stage does besides, for rows that sample. `travel`: from one stage to the
+    next, in seconds; it keeps no stage busy. A decode row waits for the token that it computes.
+    """
+
+    def __init__(self, stages: list[Cost], head: Cost, travel: Cost) -> None:
+        self.busy = [0.0] * len(stages)
+        self._stages, self._head, self._travel = stages, head, travel
+        self._free = [0.0] * len(stages)
+        self._lengths: dict[int, int] = {}  # by slot, of what is computed
+        self._sampled: dict[int, float] = {}  # by slot, when its last token is known
+
+    def launch(self, plan: StepPlan, now: float) -> tuple[float, StepResult]:
+        """When the step ends, and its result."""
+        work = self._work(plan)
+        slots = plan.decode_slots + [chunk.slot for chunk in plan.chunks if chunk.samples]
+        head = self._head(Work(len(slots), 0, 0, len(slots))) if slots else 0.0
+        at, travel = max([now, *(self._sampled[s] for s in plan.decode_slots)]), self._travel(work)
+        for i, cost in enumerate(self._stages):
+            is_last = i + 1 == len(self._stages)
+            seconds = cost(work) + (head if is_last else 0.0)
+            self._free[i] = max(at, self._free[i]) + seconds
+            self.busy[i] += seconds
+            at = self._free[i] + (0.0 if is_last else travel)
+        self._sampled.update(dict.fromkeys(slots, at))
+        return at, StepResult(plan.step, [0] * len(slots), seconds=seconds)
+
+    def _work(self, plan: StepPlan) -> Work:
+        lengths, context, count = self._lengths, 0, len(plan.decode_slots)
+        for slot in plan.decode_slots:
+            lengths[slot] += 1
+            context += lengths[slot]
+        for chunk in plan.chunks:
+            lengths[chunk.slot] = chunk.start + len(chunk.tokens)
+        chunks = [Work.row(chunk.start, len(chunk.tokens)) for chunk in plan.chunks]
+        return Work(count, context, context, count).plus(*chunks)
+
+
+class Run(NamedTuple):
+    records: list[Record]
+    idle: list[float]  # share of the time from the first arrival to the last token, by stage
+    steps: int
+    preemptions: int
+
+
+def simulate(
+    config: EngineConfig,
+    policy: Policy,
+    pipeline: Pipeline,
+    pairs: Lengths,
+    arrivals: list[float],
+) -> Run:
+    """The engine's loop, in simulated time. Every request's output has its full length."""
+    assert config.num_pages is not None
+    scheduler = Scheduler(config, config.num_pages, max(map(sum, pairs)) + 1, (), policy)
+    times: list[list[float]] = [[] for _ in pairs]
+    flights: deque[tuple[float, StepResult]] = deque()
+    now, arrived = 0.0, 0
+    while True:
+        while arrived < len(pairs) and arrivals[arrived] <= now:
+            prompt_len, output_len = pairs[arrived]
+            sampling = SamplingParams(max_tokens=output_len, ignore_eos=True)
+            scheduler.add(Sequence(arrived, [0] * prompt_len, sampling, seed=0))
+            arrived += 1
+        plan = scheduler.schedule() if len(flights) < config.plans_in_flight else None
+        if plan is not None:
+            flights.append(pipeline.launch(plan, now))
+        if flights and (plan is None or len(flights) == config.plans_in_flight):
+            end, result = flights.popleft()
+            now = max(now, end)
+            for sequence, _ in scheduler.commit(result).tokens:
+                times[sequence.key].append(now)
+        elif plan is None:
+            if arrived == len(pairs):
+                break
+            now = arrivals[arrived]
+    records = [
+        Record(due, due, at, [1] * len(at), pair[1], None)
+        for due, at, pair in zip(arrivals, times, pairs, strict=True)
+    ]
+    stats = scheduler.stats()
+    idle = [1 - busy / (now - arrivals[0] or 1.0) for busy in pipeline.busy]
+    return Run(records, idle, stats.steps, stats.preemptions)
+
+
+def read_cost(about: Any) -> Cost:
+    """Of one stage: a CostModel's coefficients, or measured steps that it is fitted to.
+
+    `about`: an object {"step": ..., "token": ...}, or a list of objects with the counts of Work
+    and "seconds". Raises ValueError for anything else.
+    """
+    try:
+        if isinstance(about, dict):
+            return CostModel(**about).seconds
+        fit = Fit(kept=1.0)
+        for each in about * _PASSES:
+            fit.observe(Work(*(each[key] for key in Work._fields)), each["seconds"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"neither coefficients nor measured steps: {error!r}") from None
+    return fit.model.seconds
+
+
+def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
+    """Of a stage, and of the head."""
+    if arguments.steps:
+        about = json.loads(arguments.steps.read_text())
+        parts = about if isinstance(about, dict) and "stage" in about else {"stage": about}
+        return read_cost(parts["stage"]), read_cost(parts.get("head", {"step": 0.0}))
+    gpus = arguments.gpus_per_stage
+    chip = {"bandwidth": arguments.bandwidth * gpus, "flops": arguments.flops * gpus}
+    stage, head = parse_pairs(arguments.stage), {"params": 0.0}
+    if arguments.model:
+        spec, pp = read_spec(arguments.model), arguments.pp
+        size = spec.vocab * spec.dim
+        width = sum(layer.mixer.heads * layer.mixer.head_dim for layer in spec.layers)
+        found = {"params": (spec.num_params() - size * (1 if spec.tie else 2)) / pp}
+        found |= {"kv_bytes": spec.kv_bytes_per_token(2) / pp, "pair_flops": 4 * width / pp}
+        stage, head = found | stage, {"params": size}
+    head |= parse_pairs(arguments.head)
+    return Roofline(**chip, **stage).seconds, Roofline(**chip, **head).seconds
+
+
+def served_rate(runs: dict[str, dict[str, Any]]) -> float | None:
+    """The highest rate at which, as at all lower ones, GOOD_SHARE of requests meet the SLO."""
+    best = None
+    for run in sorted(runs.values(), key=lambda run: run["rate"]):
+        if run["goodput"]["share"] < GOOD_SHARE:
+            break
+        best = run["rate"]
+    return best
+
+
+def print_runs(title: str, found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    header = ["policy", "load", "out tok/s"]
+    header += [f"{name} {p}" for name in ("TTFT", "TPOT", "E2E") for p in ("p50", "p99")]
+    rows = []
+    for policy, load, run in [(p, n, r) for p, runs in found.items() for n, r in runs.items()]:
+        row = [policy, load, f"{run['output_tokens_per_s']:,.0f}"]
+        for key in ("ttft_ms", "tpot_ms", "e2e_ms"):
+            row += [f"{run[key][p]:,.0f}" if run[key] else "" for p in ("p50", "p99")]
+        row.append(f"{run['goodput']['share']:.1%}" if "goodput" in run else "")
+        rows.append([*row, " ".join(f"{share:.0%}" for share in run["idle"]), run["preemptions"]])
+    header += ["within the SLO", "stages idle", "preempted"]
+    print_table(f"{title}; times in ms", header, rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench simulate", description=__doc__)
+    add = parser.add_argument
+    add("--pp", type=int, default=4, help="stages; one step more than that is in flight")
+    add("--steps", type=Path, help="JSON: coefficients or measured steps; or as stage and head")
+    add("--model", type=Path, help="a directory with a config.json, cut into equal stages")
+    pairs: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}
+    add("--stage", **pairs, help=f"numbers of a stage: {', '.join(Roofline._fields[2:])}")
+    add("--head", **pairs, help="of what the last stage does besides, for rows that sample")
+    add("--gpus-per-stage", type=int, default=1)
+    add("--bandwidth", type=float, default=4.3e12, help="bytes/s that a GPU reaches")
+    add("--flops", type=float, default=6.5e14, help="a second that a GPU reaches")
+    add("--activation-bytes", type=float, default=0.0, help="of a token, between stages")
+    add("--link", type=float, default=5e10, help="bytes/s between stages")
+    add("--latency", type=float, default=20e-6, help="seconds between stages")
+    add("--policies", default="sarathi,token_throttling,cost_throttling",
+        help=", ".join([*BASELINES, *POLICIES]))  # fmt: skip
+    add("--config", **pairs, help="of the engine")
+    add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
+    add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
+    add("--limit", type=int, help="only so many requests")
+    add("--rate", type=numbers(float), default=[], help="requests/s; default: all at once")
+    add("--seed", type=int, default=0, help="of the arrivals")
+    add("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
+    add("--name", default="simulate", help="of the result: simulate-NAME")
+    add("--plot", type=Path, help="an SVG file; with --save also in results")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    unknown = set(arguments.policies.split(",")) - {*BASELINES, *POLICIES}
+    if unknown:
+        parser.error(f"--policies: {', '.join(unknown)} is none of {[*BASELINES, *POLICIES]}")
+    if not (arguments.steps or arguments.model or arguments.stage):
+        parser.error("no costs: give --steps, --model or --stage")
+    return arguments
+
+
+def sweep(
+    arguments: argparse.Namespace, costs: tuple[Cost, Cost], recorded: list[float], pairs: Lengths
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By policy and load, what summarize makes of the run, and a little more."""
+    stage, head = costs
+    values = DEFAULTS | {"plans_in_flight": arguments.pp + 1, "max_waiting": len(pairs)}
+    values |= parse_pairs(arguments.config)
+
+    def travel(work: Work) -> float:
+        return arguments.latency + work.tokens * arguments.activation_bytes / arguments.link
+
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in arguments.policies.split(","):
+        found[name] = {}
+        policy = BASELINES.get(name) or POLICIES[name]
+        for rate in arguments.rate or [None]:
+            arrivals = [0.0] * len(pairs)
+            if rate is not None and recorded:
+                arrivals = at_rate(recorded, rate)
+            elif rate is not None:
+                arrivals = poisson(len(pairs), rate, arguments.seed)
+            pipeline = Pipeline([stage] * arguments.pp, head, travel)
+            config = EngineConfig(model=".", **values)
+            run = simulate(config, policy, pipeline, pairs, arrivals)
+            figures = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
+            del figures["records"]
+            found[name]["all at once" if rate is None else f"{rate:g} requests/s"] = figures
+    return found
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    recorded: list[float] = []
+    if arguments.trace:
+        recorded, pairs = read_azure(arguments.trace, arguments.limit)
+    else:
+        pairs = lengths(arguments.workload)[: arguments.limit]
+    try:
+        costs = make_costs(arguments)
+    except (OSError, TypeError, ValueError) as error:  # a file or a name that is none
+        raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
+    found = sweep(arguments, costs, recorded, pairs)
+    workload = arguments.trace.name if arguments.trace else arguments.workload
+    title = f"{len(pairs)} requests of {workload}, {arguments.pp} stages, simulated"
+    print_runs(title, found)
+    name = f"simulate-{arguments.name}"
+    figures: dict[str, Any] = {"simulated": True, "workload": workload, "policies": found}
+    if arguments.slo and arguments.rate:
+        best = {policy: served_rate(runs) for policy, runs in found.items()}
+        figures["served_rate"] = best
+        limits = f"{GOOD_SHARE:.0%} within {arguments.slo}"
+        print_table(
+            f"the highest of these rates with {limits}",
+            ["policy", "requests/s"],
+            [[policy, rate or "none"] for policy, rate in best.items()],
+        )
+        plots = [arguments.plot] if arguments.plot else []
+        plots += [RESULTS / f"{name}.svg"] if arguments.save else []
+        for path in plots:
+            by_policy = {policy: list(runs.values()) for policy, runs in found.items()}
+            path.write_text(draw_policies(title, by_policy))
+    record(name, figures, arguments.save)
+
+
+if __name__ == "__main__":
+    main()
