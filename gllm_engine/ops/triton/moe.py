@@ -56,7 +56,7 @@ def choose_tiles(tokens: int, top_k: int, num_experts: int) -> Tiles:
     return next(tiles for limit, tiles in _TILES if tokens * top_k <= limit * num_experts)
 
 
-# Counts of tokens and blocks are never the same twice; see layout.py.
+# A kernel for each divisibility of counts of tokens and blocks would be compiled amid serving.
 @triton.jit(do_not_specialize=["tokens"])
 def _route(
     logits, weights, experts, tokens, num_experts,
@@ -126,9 +126,9 @@ def _count(
 
 @triton.jit(do_not_specialize=["tokens", "blocks"])
 def _place(
-    experts, counts, order, groups, tokens, first, held, blocks,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
-    SINGLE: tl.constexpr, OVERLAPS: tl.constexpr,
+    experts, counts, order, groups, tokens, first, held, blocks, block_rows,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, SINGLE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """`counts`: [blocks, EXPERTS] of all programs, of which there is one if SINGLE."""
     begin_alone(OVERLAPS)
@@ -152,7 +152,7 @@ def _place(
     if program == 0:
         tl.store(groups + at, end - count)
         tl.store(groups + EXPERTS + at, end)
-        tl.store(groups + 2 * EXPERTS + at, tl.cumsum(tl.cdiv(count, BLOCK), 0))
+        tl.store(groups + 2 * EXPERTS + at, tl.cumsum(tl.cdiv(count, block_rows), 0))
 
 
 def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tensor, Tensor]:
@@ -171,8 +171,8 @@ def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tens
     if blocks > 1:
         _count[(blocks,)](experts, counts, tokens, first, held, **size)
     _place[(blocks,)](
-        experts, counts, order, groups, tokens, first, held, blocks,
-        BLOCK=block, SINGLE=blocks == 1, **size,
+        experts, counts, order, groups, tokens, first, held, blocks, block,
+        SINGLE=blocks == 1, **size,
     )  # fmt: skip
     return order, groups
 
@@ -252,14 +252,15 @@ def grouped_product(
     """
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
-    columns = tiles.columns // 2 if gated else tiles.columns
+    columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
+    turn = _fit(tiles.depth, depth)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
     out = x.new_empty(pairs, width)
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
         x, matrix, order, groups, out, width, depth,
         TOP_K=top_k, GATED=gated, EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns,
-        DEPTH=tiles.depth, EVEN=depth % tiles.depth == 0, OVERLAPS=OVERLAP,
+        DEPTH=turn, EVEN=depth % turn == 0, OVERLAPS=OVERLAP,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
@@ -314,8 +315,12 @@ def sum_experts(
     return out
 
 
+def _fit(tile: int, size: int) -> int:
+    """No more of a tile than there is, but a product's least."""
+    return max(16, min(tile, triton.next_power_of_2(size)))
+
+
 def _row_tile(tokens: int, num_experts: int) -> tuple[int, int]:
     """Tokens and experts that one program holds, powers of two."""
     columns = triton.next_power_of_2(num_experts)
-    most = max(1, min(_MAX_ROWS, _HELD // columns))
-    return min(triton.next_power_of_2(tokens), most), columns
+    return max(1, min(_MAX_ROWS, _HELD // columns)) if tokens > 1 else 1, columns
