@@ -18,7 +18,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-import gllm_engine
+from gllm_engine import __version__
 from gllm_engine.config import ConfigError
 
 MIN_SECRET = 32  # bytes
@@ -30,7 +30,7 @@ REMOTE_TIMEOUT = 3_000
 
 def software() -> str:
     """What must be the same on all ranks."""
-    return f"gllm {gllm_engine.__version__}, torch {torch.__version__.partition('+')[0]}"
+    return f"gllm {__version__}, torch {torch.__version__.partition('+')[0]}"
 
 
 def digest(model: Path) -> str:
