@@ -35,6 +35,9 @@ from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
 MAX_SCORED_LOGITS = 2**24
 
 
+Moment = torch.cuda.Event | float
+
+
 @dataclass(frozen=True)
 class Scores:
     """Log probabilities of the rows of some slots, on the host or on their way to it."""
@@ -53,17 +56,21 @@ class Scores:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way. Its tensors are copies on the host, complete once `done` has happened."""
+    """A step under way. Its tensors are copies on the host, complete once `done` has happened.
+
+    `began`: when it had all it needed; both are moments of the device, on a CPU in seconds.
+    """
 
     step: int
     tokens: Tensor | None = None  # [sampling rows] int64
     scores: Scores | None = None
     prompt_scores: list[Scores] = field(default_factory=list)
-    done: torch.cuda.Event | None = None  # None on a CPU, where launch() has computed everything
+    began: Moment | None = None  # None: there was nothing to compute
+    done: Moment | None = None
 
     def wait(self) -> StepResult:
         """The only place where the host waits for the device."""
-        if self.done is not None:
+        if isinstance(self.done, torch.cuda.Event):
             self.done.synchronize()
         logprobs, prompt_logprobs = {}, {}
         if self.scores is not None:
@@ -71,7 +78,12 @@ class Launched:
         for scores in self.prompt_scores:
             prompt_logprobs.setdefault(scores.slots[0], []).extend(scores.rows())
         tokens = [] if self.tokens is None else self.tokens.tolist()
-        return StepResult(self.step, tokens, logprobs, prompt_logprobs)
+        return StepResult(self.step, tokens, logprobs, prompt_logprobs, self._seconds())
+
+    def _seconds(self) -> float:
+        if isinstance(self.began, torch.cuda.Event):
+            return self.began.elapsed_time(self.done) / 1000
+        return 0.0 if self.began is None else self.done - self.began
 
 
 class Runner:
@@ -144,25 +156,25 @@ class Runner:
         rows = count_rows(plan, self.state)
         if self._returned is not None:
             self._returned.settle(plan.decode_slots)
-        x = self._receive(plan)
+        x, began = self._receive(plan), self._now()
         if self._graphs is not None and not plan.chunks:
             decoded = self._graphs.forward(rows, x)
             if not self.pipe.is_last:
-                return self._hand_on(decoded.hidden.clone(), plan)
+                return self._hand_on(decoded.hidden.clone(), plan, began)
             slots, scores, plain = decoded.slots, decoded.scores, decoded.tokens
             tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, plain)
-            return Launched(plan.step, tokens, logprobs, [], self._done())
+            return Launched(plan.step, tokens, logprobs, [], began, self._now())
         step = build_step(plan, self.state, rows, self.decoder.ops)
         hidden = self.decoder.forward(step.batch, self.cache, x)
         if not self.pipe.is_last:
-            return self._hand_on(hidden, plan)
+            return self._hand_on(hidden, plan, began)
         num_sampling = len(step.sampling_cpu)
         tokens, logprobs = None, None
         if num_sampling:
             scores = self.decoder.scores(hidden[:num_sampling])
             tokens, logprobs = self._sample(step.sampling_cpu, step.sampling, scores, plan, None)
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
-        return Launched(plan.step, tokens, logprobs, prompt_scores, self._done())
+        return Launched(plan.step, tokens, logprobs, prompt_scores, began, self._now())
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
         """What the stage before made of the step; None on the first."""
@@ -174,13 +186,14 @@ class Runner:
         )
         return self.pipe.receive(x)
 
-    def _hand_on(self, hidden: Tensor, plan: StepPlan) -> Launched:
+    def _hand_on(self, hidden: Tensor, plan: StepPlan, began: Moment) -> Launched:
         """Give the next stage what this one made of a step, in memory that is nobody else's."""
+        done = self._now()
         self.pipe.send(hidden)
         if self._returned is not None:
             sampling = [chunk.slot for chunk in plan.chunks if chunk.samples]
             self._returned.expect(int_array(plan.decode_slots, sampling))
-        return Launched(plan.step, done=self._done())
+        return Launched(plan.step, began=began, done=done)
 
     def is_alive(self) -> bool:
         """Whether the device can compute. A fault in a kernel ends that for this process: every
@@ -200,12 +213,12 @@ class Runner:
         self._graphs = None
         self.cache.clear()
 
-    def _done(self) -> torch.cuda.Event | None:
+    def _now(self) -> Moment:
         if self.device.type == "cpu":
-            return None
-        done = torch.cuda.Event()
-        done.record()
-        return done
+            return time.perf_counter()
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        return now
 
     def _sample(
         self,
