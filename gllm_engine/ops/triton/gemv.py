@@ -32,14 +32,13 @@ def _load_chunk(
 
     ONCE: no other program reads them.
     """
-    policy: tl.constexpr = "evict_first" if ONCE else ""
     at = (tl.arange(0, LANES) * _LOADED)[:, None, None] + tl.arange(0, _LOADED)[None, None, :]
     at += i * LANES * _LOADED
-    if (i + 1) * LANES * _LOADED <= DEPTH:
-        numbers = tl.load(rows + at, eviction_policy=policy)
-    else:
-        numbers = tl.load(rows + at, mask=at < DEPTH, other=0.0, eviction_policy=policy)
-    return numbers
+    FULL: tl.constexpr = (i + 1) * LANES * _LOADED <= DEPTH
+    return tl.load(
+        rows + at, mask=None if FULL else at < DEPTH, other=None if FULL else 0.0,
+        eviction_policy="evict_first" if ONCE else "",
+    )  # fmt: skip
 
 
 @triton.jit

@@ -56,11 +56,7 @@ def _prefetch(rows, first, end, NUMBERS: tl.constexpr):
 
 @triton.jit
 def _load(rows, at, end, EVEN: tl.constexpr):
-    if EVEN:
-        numbers = tl.load(rows + at)
-    else:
-        numbers = tl.load(rows + at, mask=at < end, other=0.0)
-    return numbers
+    return tl.load(rows + at, mask=None if EVEN else at < end, other=None if EVEN else 0.0)
 
 
 @triton.jit
@@ -113,9 +109,8 @@ def _skinny(
         y = tl.dot(_load(w_rows, start + k[None, :], end, EVEN), v, y)
         if GATED:
             z = tl.dot(_load(up_rows, start + k[None, :], end, EVEN), v, z)
-    if PARTS == 1:
-        _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
-    else:
+    last = True
+    if PARTS > 1:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
         tile_sums = sums + tile * PARTS * (1 + GATED) * SIZE + at
@@ -125,16 +120,16 @@ def _skinny(
         tl.debug_barrier()  # all stores of this program come before its arrival
         before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
         tl.debug_barrier()
-        if before == PARTS - 1:
+        last = before == PARTS - 1
+    if last:
+        if PARTS > 1:
             tl.store(arrived + tile, 0)
-            y = tl.load(tile_sums, cache_modifier=".cg")
-            for i in tl.static_range(1, PARTS):
+            y, z = tl.zeros_like(y), tl.zeros_like(z)
+            for i in tl.static_range(PARTS):
                 y += tl.load(tile_sums + i * SIZE, cache_modifier=".cg")
-            if GATED:
-                z = tl.load(tile_sums + PARTS * SIZE, cache_modifier=".cg")
-                for i in tl.static_range(1, PARTS):
+                if GATED:
                     z += tl.load(tile_sums + (PARTS + i) * SIZE, cache_modifier=".cg")
-            _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
+        _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
 
 
 def is_skinny(x: Tensor) -> bool:
