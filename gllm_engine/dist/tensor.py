@@ -32,12 +32,12 @@ class TensorParallel:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n, width] of each rank to [n, size * width]: rank after rank in every row."""
+        """[n, width] of each rank to [n, size * width]: rank after rank in every row. Contiguous."""
         if self.size == 1:
             return x
-        parts = x.new_empty(self.size, *x.shape)
-        dist.all_gather(list(parts), x.contiguous(), group=self.group)
-        return parts.transpose(0, 1).reshape(len(x), -1)
+        parts = list(x.new_empty(self.size, *x.shape))
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, 1)
 
 
 ALONE = TensorParallel(0, 1, torch.device("cpu"), None, True)
