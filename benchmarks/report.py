@@ -199,7 +199,8 @@ def simulate_part(name: str, results: Results) -> str:
     for load in next(iter(policies.values())):
         cells = []
         for run in (runs[load] for runs in policies.values()):
-            times = (run[key][p] for key in ("ttft_ms", "tpot_ms") for p in ("p50", "p99"))
+            keys = [key for key in ("ttft_ms", "tpot_ms") if run[key]]
+            times = (run[key][p] for key in keys for p in ("p50", "p99"))
             good = f", {run['goodput']['share']:.0%}" if "goodput" in run else ""
             cells.append(slashed(times) + good)
         rows.append([load, *cells])

@@ -258,7 +258,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.policies = arguments.policies.split(",")
     for name in arguments.policies:
-        if name.partition(":")[0] not in {*BASELINES, *POLICIES}:
+        bare, _, most = name.partition(":")
+        if bare not in {*BASELINES, *POLICIES} or not (most or "1").isdecimal():
             parser.error(f"--policies: {name} is none of {', '.join([*BASELINES, *POLICIES])}")
     if not (arguments.steps or arguments.model or arguments.stage):
         parser.error("no costs: give --steps, --model or --stage")
@@ -285,16 +286,17 @@ def sweep(
         sizes = {"max_num_batched_tokens": most, "max_num_seqs": min(most, values["max_num_seqs"])}
         config = EngineConfig(model=".", **values | sizes)
         for rate in arguments.rate or [None]:
-            arrivals = [0.0] * len(pairs)
-            if rate is not None and recorded:
-                arrivals = at_rate(recorded, rate)
-            elif rate is not None:
-                arrivals = poisson(len(pairs), rate, arguments.seed)
+            arrivals = recorded or [0.0] * len(pairs)
+            load = "as recorded" if recorded else "all at once"
+            if rate is not None:
+                load = f"{rate:g} requests/s"
+                random = poisson(len(pairs), rate, arguments.seed)
+                arrivals = at_rate(recorded, rate) if recorded else random
             pipeline = Pipeline([stage] * arguments.pp, head, travel)
             run = simulate(config, policy, pipeline, pairs, arrivals)
             figures = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
             del figures["records"]
-            found[name]["all at once" if rate is None else f"{rate:g} requests/s"] = figures
+            found[name][load] = figures
     return found
 
 
