@@ -208,7 +208,10 @@ def simulate_part(name: str, results: Results) -> str:
         f"**{name}.** The scheduler is the real one, the stages are cost models: nothing of this"
     )
     lines = table_lines(["load", *policies], rows)
-    closing = "TTFT p50 / p99 / TPOT p50 / p99 in ms, and the share of requests within the SLO."
+    closing = (
+        "TTFT p50 / p99 / TPOT p50 / p99 in ms, and the share of requests within the SLO. "
+        "A number after a policy is the most tokens in its steps, in place of what the command says."
+    )
     return "\n\n".join([f"{title} was measured. {source(result)} {closing}", "\n".join(lines)])
 
 
