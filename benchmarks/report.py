@@ -210,7 +210,7 @@ def simulate_part(name: str, results: Results) -> str:
     lines = table_lines(["load", *policies], rows)
     closing = (
         "TTFT p50 / p99 / TPOT p50 / p99 in ms, and the share of requests within the SLO. "
-        "A number after a policy is the most tokens in its steps, in place of what the command says."
+        "With NAME:TOKENS its steps have so many tokens at most, not 2,048 (or as --config says)."
     )
     return "\n\n".join([f"{title} was measured. {source(result)} {closing}", "\n".join(lines)])
 
