@@ -7,6 +7,7 @@ recorded, and says of each table by which command, at which commit and on what i
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,23 @@ def render(results: Results) -> str:
         "serve-": serve_part,
         "kernels-": kernels_part,
     }
-    found = [
+    found = told(makers, results)
+    if found:
+        parts += ["## On GPUs", *found]
+    found = told({"simulate-": simulate_part}, results)
+    if found:
+        parts += ["## Simulated, on no GPU", *found]
+    return "\n\n".join(parts)
+
+
+def told(makers: dict[str, Callable[[str, Results], str]], results: Results) -> list[str]:
+    """A part for each result whose name begins with a maker's prefix."""
+    return [
         maker(name.removeprefix(prefix), results)
         for prefix, maker in makers.items()
         for name in sorted(results)
         if name.startswith(prefix)
     ]
-    if found:
-        parts += ["## On GPUs", *found]
-    return "\n\n".join(parts)
 
 
 def source(result: dict[str, Any]) -> str:
@@ -180,6 +189,30 @@ def kernels_part(model: str, results: Results) -> str:
     title = f"**{model}, single kernels**, and how near each is to the least time the chip needs."
     lines = table_lines(["kernel", "size: time, share of the floor"], rows)
     return "\n\n".join([f"{title} {source(result)}", "\n".join(lines)])
+
+
+def simulate_part(name: str, results: Results) -> str:
+    """A row a load, a column a policy."""
+    result = results[f"simulate-{name}"]
+    policies = result["figures"]["policies"]
+    rows = []
+    for load in next(iter(policies.values())):
+        cells = []
+        for run in (runs[load] for runs in policies.values()):
+            keys = [key for key in ("ttft_ms", "tpot_ms") if run[key]]
+            times = (run[key][p] for key in keys for p in ("p50", "p99"))
+            good = f", {run['goodput']['share']:.0%}" if "goodput" in run else ""
+            cells.append(slashed(times) + good)
+        rows.append([load, *cells])
+    title = (
+        f"**{name}.** The scheduler is the real one, the stages are cost models: nothing of this"
+    )
+    lines = table_lines(["load", *policies], rows)
+    closing = (
+        "TTFT p50 / p99 / TPOT p50 / p99 in ms, and the share of requests within the SLO. "
+        "With NAME:TOKENS its steps have so many tokens at most, not 2,048 (or as --config says)."
+    )
+    return "\n\n".join([f"{title} was measured. {source(result)} {closing}", "\n".join(lines)])
 
 
 def insert(readme: str, text: str) -> str:

@@ -240,8 +240,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--activation-bytes", type=float, default=0.0, help="of a token, between stages")
     add("--link", type=float, default=5e10, help="bytes/s between stages")
     add("--latency", type=float, default=20e-6, help="seconds between stages")
-    add("--policies", default="sarathi,token_throttling,cost_throttling",
-        help=", ".join([*BASELINES, *POLICIES]))  # fmt: skip
+    add(
+        "--policies",
+        default="sarathi,token_throttling,cost_throttling",
+        help=f"{', '.join([*BASELINES, *POLICIES])}; each as NAME or as NAME:TOKENS, in a step",
+    )
     add("--config", **pairs, help="of the engine")
     add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
     add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
@@ -253,9 +256,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--plot", type=Path, help="an SVG file; with --save also in results")
     add_arguments(parser)
     arguments = parser.parse_args()
-    unknown = set(arguments.policies.split(",")) - {*BASELINES, *POLICIES}
-    if unknown:
-        parser.error(f"--policies: {', '.join(unknown)} is none of {[*BASELINES, *POLICIES]}")
+    arguments.policies = arguments.policies.split(",")
+    for name in arguments.policies:
+        bare, _, most = name.partition(":")
+        if bare not in {*BASELINES, *POLICIES} or not (most or "1").isdecimal():
+            parser.error(f"--policies: {name} is none of {', '.join([*BASELINES, *POLICIES])}")
     if not (arguments.steps or arguments.model or arguments.stage):
         parser.error("no costs: give --steps, --model or --stage")
     return arguments
@@ -273,21 +278,25 @@ def sweep(
         return arguments.latency + work.tokens * arguments.activation_bytes / arguments.link
 
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in arguments.policies.split(","):
+    for name in arguments.policies:
         found[name] = {}
-        policy = BASELINES.get(name) or POLICIES[name]
+        bare, _, text = name.partition(":")
+        policy = BASELINES.get(bare) or POLICIES[bare]
+        most = int(text or values["max_num_batched_tokens"])
+        sizes = {"max_num_batched_tokens": most, "max_num_seqs": min(most, values["max_num_seqs"])}
+        config = EngineConfig(model=".", **values | sizes)
         for rate in arguments.rate or [None]:
-            arrivals = [0.0] * len(pairs)
-            if rate is not None and recorded:
-                arrivals = at_rate(recorded, rate)
-            elif rate is not None:
-                arrivals = poisson(len(pairs), rate, arguments.seed)
+            arrivals = recorded or [0.0] * len(pairs)
+            load = "as recorded" if recorded else "all at once"
+            if rate is not None:
+                load = f"{rate:g} requests/s"
+                random = poisson(len(pairs), rate, arguments.seed)
+                arrivals = at_rate(recorded, rate) if recorded else random
             pipeline = Pipeline([stage] * arguments.pp, head, travel)
-            config = EngineConfig(model=".", **values)
             run = simulate(config, policy, pipeline, pairs, arrivals)
             figures = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
             del figures["records"]
-            found[name]["all at once" if rate is None else f"{rate:g} requests/s"] = figures
+            found[name][load] = figures
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gllm_engine.sched.cost import CostModel, Fit, Work
 from gllm_engine.sched.pages import IntegrityError
-from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
+from gllm_engine.sched.policy import POLICIES, Budget, Policy
 from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
 from gllm_engine.sched.sequence import Constraint, Sequence
 
@@ -20,7 +20,6 @@ __all__ = [
     "CostModel",
     "Fit",
     "IntegrityError",
-    "Load",
     "Policy",
     "Refused",
     "Scheduler",

@@ -121,6 +121,18 @@ def test_kernels() -> None:
     assert "`scripts/bench kernels --save` at abc1234 on 1 x GPU." in told
 
 
+def test_what_was_simulated_is_told_as_such() -> None:
+    times = {"ttft_ms": {"p50": 71.4, "p99": 1303.0}, "tpot_ms": {"p50": 27.0, "p99": 35.0}}
+    policies = {"a": {"12 requests/s": times}}
+    policies["b"] = {"12 requests/s": times | {"goodput": {"share": 0.97}}}
+    told = render({"simulate-m": result("simulate-m", {"policies": policies})})
+    assert told.startswith("## Simulated, on no GPU\n\n**m.**") and "nothing of this" in told
+    rows = cells(told)
+    assert rows["load"] == ["a", "b"]
+    assert rows["12 requests/s"] == ["71 / 1,303 / 27 / 35", "71 / 1,303 / 27 / 35, 97%"]
+    assert "`scripts/bench simulate --save` at abc1234" in told
+
+
 def test_sections_are_there_for_what_was_measured() -> None:
     assert render({}) == ""
     assert render(served("share", 25.5)).startswith("## On GPUs\n\n**m, through tritonserver")

@@ -261,11 +261,14 @@ def test_the_command(
     plot = tmp_path / "plot.svg"
     words = "simulate --pp 2 --stage params=1e9 kv_bytes=1000 --limit 12 --rate 5,50"
     words += f" --slo ttft=1,tpot=0.1 --plot {plot} --config max_num_batched_tokens=1024"
+    words += " --policies sarathi:8,sarathi,cost_throttling"
     monkeypatch.setattr(sys, "argv", words.split())
     simulate.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
     assert figures["simulated"] is True
-    assert list(figures["policies"]) == ["sarathi", "token_throttling", "cost_throttling"]
+    assert list(figures["policies"]) == ["sarathi:8", "sarathi", "cost_throttling"]
+    small, large, _ = (runs["50 requests/s"]["steps"] for runs in figures["policies"].values())
+    assert small > 1.2 * large  # in steps of 8 tokens
     for runs in figures["policies"].values():
         assert [run["rate"] for run in runs.values()] == [5, 50]
         assert all(run["completed"] == 12 and len(run["idle"]) == 2 for run in runs.values())

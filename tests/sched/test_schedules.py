@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -55,8 +54,7 @@ class World:
             prefill_drain_steps=3,
             min_prefill_tokens=2,
         )
-        with patch.dict(POLICIES, chunked_prefill=policy):
-            self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS)
+        self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy)
         self.runner = PagedMock(config, num_pages)
         self.capacity = num_pages * page_size
         self.depth = depth
