@@ -25,7 +25,6 @@ from gllm_benchmarks.serve import numbers, parse_slo, summarize
 from gllm_benchmarks.workloads import Lengths, at_rate, lengths, poisson, read_azure
 from gllm_engine import (
     POLICIES,
-    Budget,
     CostModel,
     EngineConfig,
     Fit,
@@ -41,11 +40,6 @@ from gllm_engine import (
 
 Cost = Callable[[Work], float]  # seconds
 
-# Sarathi-Serve as pipelines run it: the first step takes all decodes that have no token in flight.
-# chunked_prefill itself takes the others too, which only one device can compute without waiting.
-BASELINES: dict[str, Policy] = {
-    "sarathi": lambda load: Budget(load.num_decoding, load.max_tokens, decode_seconds=inf)
-}
 _PASSES = 20  # over measured steps, for the fit to settle
 GOOD_SHARE = 0.9  # of requests within the SLO, for a rate to count as served
 DEFAULTS: dict[str, Any] = {
@@ -242,8 +236,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--latency", type=float, default=20e-6, help="seconds between stages")
     add(
         "--policies",
-        default="sarathi,token_throttling,cost_throttling",
-        help=f"{', '.join([*BASELINES, *POLICIES])}; each as NAME or as NAME:TOKENS, in a step",
+        default="chunked_prefill,token_throttling,cost_throttling",
+        help=f"{', '.join(POLICIES)}; each as NAME or as NAME:TOKENS, in a step",
     )
     add("--config", **pairs, help="of the engine")
     add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
@@ -259,8 +253,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments.policies = arguments.policies.split(",")
     for name in arguments.policies:
         bare, _, most = name.partition(":")
-        if bare not in {*BASELINES, *POLICIES} or not (most or "1").isdecimal():
-            parser.error(f"--policies: {name} is none of {', '.join([*BASELINES, *POLICIES])}")
+        if bare not in POLICIES or not (most or "1").isdecimal():
+            parser.error(f"--policies: {name} is none of {', '.join(POLICIES)}")
     if not (arguments.steps or arguments.model or arguments.stage):
         parser.error("no costs: give --steps, --model or --stage")
     return arguments
@@ -281,7 +275,7 @@ def sweep(
     for name in arguments.policies:
         found[name] = {}
         bare, _, text = name.partition(":")
-        policy = BASELINES.get(bare) or POLICIES[bare]
+        policy = POLICIES[bare]
         most = int(text or values["max_num_batched_tokens"])
         sizes = {"max_num_batched_tokens": most, "max_num_seqs": min(most, values["max_num_seqs"])}
         config = EngineConfig(model=".", **values | sizes)

@@ -22,6 +22,13 @@ from gllm_engine.dist.tensor import TensorParallel
 # What a collective waits for a rank that does not come. Lost ranks are noticed elsewhere, and much
 # sooner; ranks that load weights are slow to come.
 _PATIENCE = timedelta(minutes=30)
+_NCCL = {
+    # What is sent one way on a group of two is in order anyway; see the groups below.
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+    # A process that multicasts over NVLink and ends badly can put a host's GPUs out of service.
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
@@ -70,6 +77,8 @@ def join_ranks(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        for name, value in _NCCL.items():
+            os.environ.setdefault(name, value)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=mesh.world, timeout=_PATIENCE,

@@ -32,7 +32,7 @@ class TensorParallel:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n, width] of each rank to [n, size * width]: rank after rank in every row. Contiguous."""
+        """[n, width] of each rank to [n, size * width], contiguous: rank after rank in a row."""
         if self.size == 1:
             return x
         parts = list(x.new_empty(self.size, *x.shape))

@@ -28,7 +28,7 @@ class Ranks(Protocol):
         ...
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n, width] of each rank to [n, size * width]: rank after rank in every row. Contiguous."""
+        """[n, width] of each rank to [n, size * width], contiguous: rank after rank in a row."""
         ...
 
 

@@ -54,8 +54,13 @@ Policy = Callable[[Load], Budget]
 
 
 def chunked_prefill(load: Load) -> Budget:
-    """All decodes, then prefill fills the step (Sarathi-Serve, arXiv 2403.02310, section 4)."""
-    return Budget(decodes=load.num_decoding, prefill_tokens=load.max_tokens)
+    """All decodes, then prefill fills the step (Sarathi-Serve, arXiv 2403.02310, section 4).
+
+    In a pipeline (more than two plans in flight) only those with no token in flight: to wait for
+    one, a step would keep the first stage idle until the last has sampled it.
+    """
+    ready_only = inf if load.plans_in_flight > 2 else None
+    return Budget(load.num_decoding, load.max_tokens, decode_seconds=ready_only)
 
 
 def token_throttling(load: Load) -> Budget:

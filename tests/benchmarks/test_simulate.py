@@ -14,7 +14,6 @@ import pytest
 
 from gllm_benchmarks import simulate
 from gllm_benchmarks.simulate import (
-    BASELINES,
     DEFAULTS,
     Pipeline,
     Roofline,
@@ -57,7 +56,7 @@ def play(
     **config: Any,
 ) -> Run:
     depth = config.pop("depth", len(pipeline.busy) + 1)
-    rule = BASELINES.get(policy) or POLICIES[policy]
+    rule = POLICIES[policy]
     return simulate.simulate(configure(depth, **config), rule, pipeline, pairs, arrivals)
 
 
@@ -112,7 +111,7 @@ def test_chunks_that_do_not_sample_need_no_head() -> None:
 def test_two_requests_on_two_stages_by_hand() -> None:
     """A second a step and stage. Each alone: prefill 2 s, then 2 s a token, in turns."""
     pipeline = Pipeline([CostModel(1.0).seconds] * 2, free, free)
-    run = play("sarathi", pipeline, [(4, 3), (4, 3)], [0.0, 0.5])
+    run = play("chunked_prefill", pipeline, [(4, 3), (4, 3)], [0.0, 0.5])
     # The first is launched at 0. The second is seen when that ends, at 2; both go on then.
     assert run.records[0].times == [2.0, 4.0, 6.0]
     assert run.records[1].times == [4.0, 6.0, 8.0]
@@ -152,7 +151,7 @@ def test_at_no_cost_it_takes_the_steps_of_the_scheduler_alone(policy: str, depth
     assert all(record.is_complete for record in run.records)
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, *BASELINES])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_every_request_ends_and_the_same_seed_gives_the_same_times(policy: str) -> None:
     pairs, arrivals = lengths("share")[:40], poisson(40, 20.0, seed=3)
     cost = CostModel(3e-3, 25e-6, 1e-9, 15e-9, 1e-6).seconds
@@ -182,13 +181,13 @@ def test_under_load_of_mixed_contexts_cost_throttling_is_sooner_in_everything() 
     pairs = [(20_000, 200) if i % 16 == 0 else (300, 200) for i in range(160)]
     cost = Roofline(4.3e12, 6.5e14, 8e9, kv_bytes=65_536, pair_flops=524_288).seconds
     idle, first, later = {}, {}, {}
-    for name in ("sarathi", "token_throttling", "cost_throttling"):
+    for name in ("chunked_prefill", "token_throttling", "cost_throttling"):
         run = play(name, Pipeline([cost] * 4, free, free), pairs, poisson(160, 16.0))
         idle[name] = run.idle[0]
         first[name] = mean(r.times[0] - r.due for r in run.records)
         later[name] = mean(r.times[-1] - r.times[0] for r in run.records)
     for figure, factor in ((idle, 0.5), (first, 0.9), (later, 0.92)):
-        sooner = factor * min(figure["token_throttling"], figure["sarathi"])
+        sooner = factor * min(figure["token_throttling"], figure["chunked_prefill"])
         assert figure["cost_throttling"] < sooner
 
 
@@ -261,12 +260,12 @@ def test_the_command(
     plot = tmp_path / "plot.svg"
     words = "simulate --pp 2 --stage params=1e9 kv_bytes=1000 --limit 12 --rate 5,50"
     words += f" --slo ttft=1,tpot=0.1 --plot {plot} --config max_num_batched_tokens=1024"
-    words += " --policies sarathi:8,sarathi,cost_throttling"
+    words += " --policies chunked_prefill:8,chunked_prefill,cost_throttling"
     monkeypatch.setattr(sys, "argv", words.split())
     simulate.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
     assert figures["simulated"] is True
-    assert list(figures["policies"]) == ["sarathi:8", "sarathi", "cost_throttling"]
+    assert list(figures["policies"]) == ["chunked_prefill:8", "chunked_prefill", "cost_throttling"]
     small, large, _ = (runs["50 requests/s"]["steps"] for runs in figures["policies"].values())
     assert small > 1.2 * large  # in steps of 8 tokens
     for runs in figures["policies"].values():

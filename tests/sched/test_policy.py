@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -45,7 +46,8 @@ def test_every_policy_of_the_config_exists() -> None:
 
 @given(loads())
 def test_chunked_prefill_takes_all_decodes_and_fills_the_step(load: Load) -> None:
-    assert chunked_prefill(load) == Budget(load.num_decoding, load.max_tokens)
+    ready_only = inf if load.plans_in_flight > 2 else None
+    assert chunked_prefill(load) == Budget(load.num_decoding, load.max_tokens, ready_only)
 
 
 # ------------------------------------------------------------ token throttling as numbers

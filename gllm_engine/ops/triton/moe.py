@@ -42,11 +42,11 @@ class Tiles(NamedTuple):
 # three programs on each. From 64 rows on, Hopper's products of whole warpgroups. Limits at least
 # double, so that powers of two of tokens meet every one.
 _TILES = (
-    (0.25, Tiles(16, 32, 256, 4, 3)),
-    (8, Tiles(16, 64, 128, 4, 4)),
+    (0.25, Tiles(16, 128, 128, 4, 3)),
+    (8, Tiles(16, 64, 256, 4, 3)),
     (24, Tiles(32, 128, 64, 4, 4)),
-    (96, Tiles(64, 128, 64, 4, 4)),
-    (inf, Tiles(128, 256, 64, 8, 3)),
+    (96, Tiles(64, 128, 128, 4, 3)),
+    (inf, Tiles(128, 256, 64, 8, 4)),
 )
 _EXACT_TILES = Tiles(16, 64, 32, 4, 2)  # float32, which tensor cores would round
 

@@ -22,9 +22,11 @@ from gllm_engine.ops.triton.rows import rms_norm
 _MAX_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16)
 # Programs that keep the memory busy, and the least depth of a part.
-_PROGRAMS, _MIN_DEPTH = 112, 512
-# Shared memory of one program's tiles under way, so that two share a multiprocessor.
-_TILE_BYTES = 96 << 10
+_PROGRAMS, _MIN_DEPTH = 96, 512
+# Shared memory for one program's tiles under way: nearly all of a multiprocessor's. More than so
+# many steps ahead bring nothing.
+_TILE_BYTES, _MAX_STAGES = 226 << 10, 8
+_BLOCK_K = 128
 # Numbers of each row of the weight that are asked for before x is there.
 _AHEAD = 256
 # Numbers of arrivals, of tiles that several programs share: there are fewer than _PROGRAMS.
@@ -140,12 +142,13 @@ def is_skinny(x: Tensor) -> bool:
 def choose_tiling(block_m: int, width: int, depth: int, gated: bool) -> Tiling:
     """The tiling for up to `block_m` rows of `depth` and a result of `width` columns."""
     # Wide results have tiles enough even if they are larger, and x is read less often.
-    block_n = 128 if block_m == 64 and not gated and width >= 128 * _PROGRAMS else 64
-    block_k, parts = 128 if block_n * (1 + gated) + block_m <= 96 else 64, 1
+    wide = block_m == 64 and not gated and width >= 128 * _PROGRAMS
+    block_n, parts = 128 if wide else 64, 1
     while triton.cdiv(width, block_n) * parts < _PROGRAMS and depth >= 2 * parts * _MIN_DEPTH:
         parts *= 2
-    step_bytes = (block_n * (1 + gated) + block_m) * block_k * 2
-    return Tiling(block_n, block_k, parts, _TILE_BYTES // step_bytes)
+    step_bytes = (block_n * (1 + gated) + block_m) * _BLOCK_K * 2
+    stages = min(_MAX_STAGES, _TILE_BYTES // step_bytes)
+    return Tiling(block_n, _BLOCK_K, parts, stages, warps=8 if wide else 4)
 
 
 def skinny(
