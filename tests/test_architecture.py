@@ -27,6 +27,7 @@ OURS = {
     "gllm_engine/layers": {"ops", "dist", "spec", "layers"},
     "gllm_engine/model": {"layers", "ops", "dist", "spec", "model"},
     "gllm_engine/runner": {"model", "ops", "dist", "types", "sampling", "spec", "config", "runner"},
+    "gllm_engine/engine/cluster.py": {"", "config"},
     "gllm_engine/engine": {
         "types", "config", "sampling", "spec", "sched", "dist", "model", "runner", "engine",
     },
@@ -51,6 +52,7 @@ OTHERS = {
     "gllm_engine/layers": {"torch"},
     "gllm_engine/model": {"torch", "safetensors", "tokenizers"},
     "gllm_engine/runner": {"torch", "numpy"},
+    "gllm_engine/engine/cluster.py": {"torch", "zmq"},
     "gllm_engine/engine": {
         "torch", "msgspec", "zmq", "tokenizers", "transformers", "llguidance", "tqdm", "numpy",
     },
