@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +76,24 @@ class _OnlyOurs:
 
 
 def listen(
-    context: zmq.Context[Any], address: str, secret: bytes | None
-) -> tuple[zmq.Socket[bytes], ThreadAuthenticator | None]:
+    context: zmq.Context[Any], address: str, secret: bytes | None, closing: ExitStack
+) -> zmq.Socket[bytes]:
     """The engine's side, bound to `address`; with a secret only its holders can talk to it.
 
-    The authenticator must be stopped in the end.
+    `closing`: to be closed before the context is.
     """
     socket = context.socket(zmq.ROUTER)
     socket.set(zmq.ROUTER_MANDATORY, 1)
-    authenticator = None
     if secret is not None:
         authenticator = ThreadAuthenticator(context)
         authenticator.start()
+        closing.callback(authenticator.stop)
         authenticator.configure_curve_callback("*", _OnlyOurs(secret))
         socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"engine")
         socket.curve_server = True
     _watch_peers(socket, LOCAL_TIMEOUT if secret is None else REMOTE_TIMEOUT)
     socket.bind(address)
-    return socket, authenticator
+    return socket
 
 
 def connect(

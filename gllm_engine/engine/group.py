@@ -90,11 +90,13 @@ class WorkerGroup:
         self._context = zmq.Context()
         self._directory = Path(tempfile.mkdtemp(prefix="gllm-workers-"))
         local = f"ipc://{self._directory}/engine.sock"
-        self._authenticator: Any = None
-        self._sockets = [cluster.listen(self._context, local, None)[0]]
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(self._context.destroy, 0)
+        self._sockets = [cluster.listen(self._context, local, None, self._closing)]
         self._monitors: list[zmq.Socket[Any]] = []
         self._children: list[subprocess.Popen[bytes]] = []
-        self._end = weakref.finalize(self, _end, self._children, self._directory)
+        self._closing.callback(_end, self._children, self._directory)
+        self._end = weakref.finalize(self, self._closing.close)
         self._poller = zmq.Poller()
         try:
             if config.nnodes > 1:
@@ -127,28 +129,22 @@ class WorkerGroup:
     def result_of(self, step: int) -> StepResult:
         """What came of a plan; results of earlier ones are thrown away. Raises GroupLost."""
         while True:
+            with self._in_one_go():
+                self.check()
             while self._results:
                 result = self._results.popleft()
                 if result.step == step:
                     return result
             self._poller.poll(_TICK_MS)
-            with self._in_one_go():
-                self.check()
 
     def is_alive(self) -> bool:
         return self._error is None
 
     def check(self) -> None:
         """Raises GroupLost once a worker is lost or has failed."""
-        self._listen(0)
-        if self._failure is not None:
-            time.sleep(_BLAME_S)
-            self._look_for_lost()
-        for child, rank in zip(self._children, range(self._per_node), strict=True):
-            if child.poll() is not None:
-                self._lose(rank, f"its process ended with status {child.returncode}")
-        if self._failure is not None:
-            self._lose(self._failure.rank, self._failure.message)
+        if self._error is None:
+            self._listen(0)
+            self._look_at_processes()
         if self._error is not None:
             self._end()  # what is left of the group waits for what is lost
             raise GroupLost(self._error)
@@ -165,15 +161,6 @@ class WorkerGroup:
     def close(self) -> None:
         """End the workers of this machine; others notice that the engine has gone. Idempotent."""
         self._end()
-        for socket in self._sockets:
-            socket.disable_monitor()
-        for socket in (*self._sockets, *self._monitors):
-            socket.close(0)
-        self._sockets, self._monitors = [], []
-        if self._authenticator is not None:
-            self._authenticator.stop()
-            self._authenticator = None
-        self._context.term()
 
     # ------------------------------------------------------------ the start
 
@@ -182,7 +169,7 @@ class WorkerGroup:
         secret = cluster.read_secret(Path(config.cluster_key_file))
         address = f"tcp://{config.master_addr}:{config.master_port}"
         try:
-            socket, self._authenticator = cluster.listen(self._context, address, secret)
+            socket = cluster.listen(self._context, address, secret, self._closing)
         except zmq.ZMQError as error:
             raise ConfigError(f"master_addr: cannot listen on {address} ({error})") from None
         self._sockets.append(socket)
@@ -234,7 +221,7 @@ class WorkerGroup:
     # ------------------------------------------------------------ what workers say
 
     def _listen(self, timeout_ms: int) -> None:
-        events = dict(self._poller.poll(timeout_ms)) if self._sockets else {}
+        events = dict(self._poller.poll(timeout_ms))
         for socket in self._sockets:
             while socket in events:
                 try:
@@ -300,6 +287,16 @@ class WorkerGroup:
         raise ValueError("its sender has not joined")
 
     # ------------------------------------------------------------ loss
+
+    def _look_at_processes(self) -> None:
+        if self._failure is not None:
+            time.sleep(_BLAME_S)
+            self._look_for_lost()
+        for child, rank in zip(self._children, range(self._per_node), strict=True):
+            if child.poll() is not None:
+                self._lose(rank, f"its process ended with status {child.returncode}")
+        if self._failure is not None:
+            self._lose(self._failure.rank, self._failure.message)
 
     def _look_for_lost(self) -> None:
         """Whether a member is gone: then nothing can be sent to it."""

@@ -44,7 +44,8 @@ log = logging.getLogger("gllm.worker")
 def main(arguments: list[str] | None = None) -> int:
     """`python -m gllm_engine.worker`; see docs in --help."""
     options = _parser().parse_args(arguments)
-    _end_with_owner(options)
+    owner = Process.of(options.owner or os.getppid())
+    end_with(owner, lambda: _clear_away(options.engine))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
@@ -74,14 +75,10 @@ def _is_local(address: str) -> bool:
     return address.startswith("ipc:")
 
 
-def _end_with_owner(options: argparse.Namespace) -> None:
-    """An engine that was killed cannot clear its directory away, where its own workers live."""
-
-    def last() -> None:
-        if _is_local(options.engine):
-            shutil.rmtree(Path(options.engine.removeprefix("ipc://")).parent, ignore_errors=True)
-
-    end_with(Process.of(options.owner or os.getppid()), last)
+def _clear_away(address: str) -> None:
+    """An engine that was killed cannot do it: its directory, where its own workers live."""
+    if _is_local(address):
+        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 class _Refused(RuntimeError):
@@ -149,6 +146,7 @@ class _Member:
         """Whatever the other threads wait for, which may be for ever."""
         cluster.await_loss(self._monitor, self._not_heard)
         if _is_local(self._options.engine):
+            _clear_away(self._options.engine)
             os._exit(1)
         log.warning("the engine is lost; this worker waits for another")
         time.sleep(1)  # for who else has lost it
