@@ -6,6 +6,7 @@ A field's name is the CLI flag and the key of model.json. Knows nothing of how a
 from __future__ import annotations
 
 import json
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for key in ("master_addr", "cluster_key_file"):
             if self.nnodes > 1 and getattr(self, key) is None:
                 raise ConfigError(f"{key}: it is needed with nnodes={self.nnodes}")
+        if self.master_addr is not None and not _is_address(self.master_addr):
+            raise ConfigError(
+                f"master_addr: {self.master_addr!r} is not an IPv4 address of this machine such as "
+                "10.0.0.1"
+            )
         self.stage_layers()
 
     @property
@@ -107,6 +113,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "commas between, one for each stage (pipeline_parallel_size)"
             )
         return tuple(map(int, words))
+
+
+def _is_address(text: str) -> bool:
+    """Whether it is one machine's: 0.0.0.0 would be any network's."""
+    try:
+        return not IPv4Address(text).is_unspecified
+    except ValueError:
+        return False
 
 
 _RANGES: dict[str, tuple[float, float]] = {

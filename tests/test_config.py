@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gllm_engine import ConfigError, EngineConfig, make_config, read_config
@@ -37,6 +38,33 @@ from gllm_engine.config import settle
             '{"model": ".", "max_num_seqs": 8, "max_num_batched_tokens": 4}',
             "max_num_batched_tokens: 4 is less than max_num_seqs=8",
         ),
+        (
+            '{"model": ".", "pipeline_parallel_size": 0}',
+            r"pipeline_parallel_size: 0 is outside \[1, 64\]",
+        ),
+        (
+            '{"model": ".", "tensor_parallel_size": 3, "nnodes": 2}',
+            "nnodes: 3 ranks .* are not shared out evenly among 2 nodes",
+        ),
+        (
+            '{"model": ".", "tensor_parallel_size": 2, "nnodes": 2}',
+            "master_addr: it is needed with nnodes=2",
+        ),
+        (
+            '{"model": ".", "tensor_parallel_size": 2, "nnodes": 2, "master_addr": "10.0.0.1"}',
+            "cluster_key_file: it is needed with nnodes=2",
+        ),
+        *(
+            (f'{{"model": ".", "master_addr": "{address}"}}', f"'{address}' is not an IPv4 address")
+            for address in ("0.0.0.0", "leader.example", "::1", "10.0.0.1:29500")
+        ),
+        *(
+            (
+                f'{{"model": ".", "pipeline_parallel_size": 2, "assigned_layers": "{layers}"}}',
+                f"assigned_layers: '{layers}' is not 2 numbers above 0 with commas between",
+            )
+            for layers in ("", "4", "1,2,3", "4,0", "4,-1", "4,x", "4,1.5", "4,,4", "4;4")
+        ),
         ('{"model": ".", "seed": 1, "seed": 2}', "key 'seed' comes twice"),
         ('{"model": "nowhere"}', "nowhere is not a directory"),
         ("{}", "missing required field model"),
@@ -62,6 +90,25 @@ def test_paths_are_taken_from_the_files_directory(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text('{"model": "weights"}')
     assert read_config(tmp_path / "model.json").model == str(tmp_path / "weights")
     assert make_config({"model": "."}).model == str(Path.cwd())
+    config = make_config({"model": ".", "cluster_key_file": "key"}, tmp_path)
+    assert config.cluster_key_file == str(tmp_path / "key")
+
+
+def test_layers_of_stages() -> None:
+    def stage_layers(text: str | None) -> tuple[int, ...] | None:
+        config = {"model": ".", "pipeline_parallel_size": 3, "assigned_layers": text}
+        return make_config(config).stage_layers()
+
+    assert stage_layers(None) is None
+    assert stage_layers("16,17, 15") == (16, 17, 15)
+
+
+def test_the_policy_of_a_pipeline_is_throttling() -> None:
+    assert EngineConfig(model=".", tensor_parallel_size=2).policy == "chunked_prefill"
+    pipeline = EngineConfig(model=".", pipeline_parallel_size=2)
+    assert pipeline.policy == "token_throttling"
+    chosen = msgspec.structs.replace(pipeline, schedule_policy="chunked_prefill")
+    assert chosen.policy == "chunked_prefill"
 
 
 def chosen(on_gpu: bool, **values: int) -> tuple[int, int, int]:
@@ -72,6 +119,8 @@ def chosen(on_gpu: bool, **values: int) -> tuple[int, int, int]:
 def test_defaults_fit_the_device() -> None:
     assert chosen(False) == (256, 2048, 1)
     assert chosen(True) == (1024, 8192, 2)
+    assert chosen(False, pipeline_parallel_size=3)[2] == 4
+    assert chosen(True, pipeline_parallel_size=3)[2] == 4
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -14,6 +14,9 @@ from torch import Tensor
 
 Peer = tuple[int, dist.ProcessGroup | None]  # a rank, and the group shared with it
 
+# More steps than this are never under way; config.py sees to it.
+_MOST_SENDING = 64
+
 
 class Pipe:
     """This rank's neighbours. A pipe of one stage sends nothing."""
@@ -57,6 +60,8 @@ class Pipe:
     def _isend(self, x: Tensor, peer: Peer) -> None:
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
+        while len(self._sending) > _MOST_SENDING:  # gloo's are not completed until waited for
+            self._sending.popleft()[0].wait()
         rank, group = peer
         x = x.contiguous()
         self._sending.append((_under_way(dist.isend(x, rank, group)), x))

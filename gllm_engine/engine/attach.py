@@ -31,6 +31,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -205,30 +206,32 @@ def detach(
         _remove(home)
 
 
-def end_with(owner: Process, last: Callable[[], None]) -> None:
+def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> None:
     """End this process, whatever it is doing, as soon as `owner` has ended; after calling `last`.
 
     By a thread of its own, which alone can end a process whose other threads wait for the dead.
     """
-    try:
-        pidfd = os.pidfd_open(owner.pid)
-    except ProcessLookupError:
-        os._exit(1)
 
-    def watch() -> None:
-        _ended(pidfd, None)
+    def end() -> NoReturn:
         last()
         os._exit(1)
 
-    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
+    def watch(pidfd: int) -> NoReturn:
+        _ended(pidfd, None)
+        end()
+
+    if owner is None:
+        end()
+    try:
+        pidfd = os.pidfd_open(owner.pid)
+    except ProcessLookupError:
+        end()
+    threading.Thread(target=watch, args=(pidfd,), name="owner-watch", daemon=True).start()
 
 
 def end_with_parent() -> None:
     """For a front end: end this process as soon as its parent, tritonserver, has ended."""
-    parent = Process.of(os.getppid())
-    if parent is None:
-        os._exit(1)
-    end_with(parent, lambda: None)
+    end_with(Process.of(os.getppid()))
 
 
 def sweep() -> None:

@@ -9,6 +9,8 @@ ZeroMQ's own heartbeats, which need no thread of ours. Knows nothing of steps or
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,35 +76,39 @@ class _OnlyOurs:
 
 
 def listen(
-    context: zmq.Context[Any], address: str, secret: bytes | None
-) -> tuple[zmq.Socket[bytes], ThreadAuthenticator | None]:
+    context: zmq.Context[Any], address: str, secret: bytes | None, closing: ExitStack
+) -> zmq.Socket[bytes]:
     """The engine's side, bound to `address`; with a secret only its holders can talk to it.
 
-    The authenticator must be stopped in the end.
+    `closing`: to be closed before the context is.
     """
     socket = context.socket(zmq.ROUTER)
     socket.set(zmq.ROUTER_MANDATORY, 1)
-    authenticator = None
     if secret is not None:
         authenticator = ThreadAuthenticator(context)
         authenticator.start()
+        closing.callback(authenticator.stop)
         authenticator.configure_curve_callback("*", _OnlyOurs(secret))
         socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"engine")
         socket.curve_server = True
     _watch_peers(socket, LOCAL_TIMEOUT if secret is None else REMOTE_TIMEOUT)
     socket.bind(address)
-    return socket, authenticator
+    return socket
 
 
-def connect(context: zmq.Context[Any], address: str, secret: bytes | None) -> zmq.Socket[bytes]:
-    """A worker's side."""
+def connect(
+    context: zmq.Context[Any], address: str, secret: bytes | None
+) -> tuple[zmq.Socket[bytes], zmq.Socket[Any]]:
+    """A worker's side, and what tells of it from the very beginning; see `await_loss`."""
     socket = context.socket(zmq.DEALER)
     if secret is not None:
         socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"worker")
         socket.curve_serverkey = _key_pair(secret, b"engine")[0]
     _watch_peers(socket, LOCAL_TIMEOUT if secret is None else REMOTE_TIMEOUT)
+    events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+    monitor = socket.get_monitor_socket(events)
     socket.connect(address)
-    return socket
+    return socket, monitor
 
 
 def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
@@ -111,6 +117,7 @@ def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
     socket.set(zmq.LINGER, 1000)
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT)
     socket.set(zmq.HEARTBEAT_TIMEOUT, timeout)
+    socket.set(zmq.RECONNECT_IVL_MAX, timeout)  # twice as long after each failure
     if timeout == REMOTE_TIMEOUT:
         # One who tries to reach a machine that has gone does not wait for the system's minutes.
         socket.set(zmq.CONNECT_TIMEOUT, timeout)
@@ -119,6 +126,21 @@ def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
 def watch(socket: zmq.Socket[bytes]) -> zmq.Socket[Any]:
     """A socket that is readable once the connection to a peer has been lost; see `lost`."""
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+
+def await_loss(monitor: zmq.Socket[Any], not_heard: Callable[[], None]) -> None:
+    """For a worker: return once the engine that it has reached is lost. Until one is reached,
+    `not_heard` is called whenever one breaks off the greeting: it has another secret.
+    """
+    reached = False
+    while True:
+        event = recv_monitor_message(monitor)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            reached = True
+        elif reached:
+            return
+        else:
+            not_heard()
 
 
 def lost(monitor: zmq.Socket[Any]) -> bool:

@@ -20,7 +20,7 @@ import msgspec
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.constraints import Constraint, Grammars
 from gllm_engine.engine.group import GroupLost, WorkerGroup
-from gllm_engine.engine.loading import device_of, load_runner
+from gllm_engine.engine.loading import check_shares, device_of, load_runner
 from gllm_engine.runner import InstantRunner, cache_dirs
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
@@ -389,6 +389,7 @@ def _model_len(config: EngineConfig, spec: Model, num_pages: int) -> int:
 def _make_runner(config: EngineConfig, spec: Model) -> StepRunner:
     if config.device == "none":
         return InstantRunner(spec.vocab, config.num_pages)
+    check_shares(config, spec)
     if config.num_ranks > 1:
         return WorkerGroup(config)
     return load_runner(config, spec, device_of(config))

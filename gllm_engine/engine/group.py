@@ -19,6 +19,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ from gllm_engine.types import StepPlan, StepResult
 _REMIND_S = 10.0
 # A look at the processes of this machine, while a step is awaited.
 _TICK_MS = 100
+# A connection has ended somewhat before messages to its peer can no longer be sent.
+_DOUBT_S = 0.5
+# A rank that fails may do so because another is gone; that shows so much later, if it does.
+_BLAME_S = 0.2
 
 log = logging.getLogger("gllm.group")
 
@@ -59,9 +64,10 @@ class _Worker:
 @dataclass(frozen=True)
 class _Launch:
     group: WorkerGroup
+    step: int
 
     def wait(self) -> StepResult:
-        return self.group.next_result()
+        return self.group.result_of(self.step)
 
 
 class WorkerGroup:
@@ -78,27 +84,31 @@ class WorkerGroup:
         self._members: dict[int, _Worker] = {}  # by rank
         self._results: deque[StepResult] = deque()
         self._ready: dict[int, int] = {}  # rank -> pages
+        self._failure: wire.Failed | None = None
         self._error: str | None = None
+        self._doubt_until = 0.0  # whether all are there
         self._context = zmq.Context()
         self._directory = Path(tempfile.mkdtemp(prefix="gllm-workers-"))
         local = f"ipc://{self._directory}/engine.sock"
-        self._authenticator: Any = None
-        self._sockets = [cluster.listen(self._context, local, None)[0]]
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(self._context.destroy, 0)
+        self._sockets = [cluster.listen(self._context, local, None, self._closing)]
         self._monitors: list[zmq.Socket[Any]] = []
         self._children: list[subprocess.Popen[bytes]] = []
-        self._end = weakref.finalize(self, _end, self._children, self._directory)
-        if config.nnodes > 1:
-            self._open_to_others(config)
-        self._monitors = [cluster.watch(socket) for socket in self._sockets]
+        self._closing.callback(_end, self._children, self._directory)
+        self._end = weakref.finalize(self, self._closing.close)
         self._poller = zmq.Poller()
-        for source in (*self._sockets, *self._monitors):
-            self._poller.register(source, zmq.POLLIN)
         try:
+            if config.nnodes > 1:
+                self._open_to_others(config)
+            self._monitors = [cluster.watch(socket) for socket in self._sockets]
+            for source in (*self._sockets, *self._monitors):
+                self._poller.register(source, zmq.POLLIN)
             self._start_workers(local)
             self._gather(lambda: len(self._members) == config.num_ranks, "to come")
             self._store, place = self._open_store()
-            for rank, member in self._members.items():
-                member.send(wire.encode(wire.Assigned(rank, config, place)))
+            for rank in self._members:
+                self._tell(rank, wire.encode(wire.Assigned(rank, config, place)))
             self._gather(lambda: len(self._ready) == config.num_ranks, "to load the model")
         except BaseException:
             self.close()
@@ -109,45 +119,48 @@ class WorkerGroup:
 
     def launch(self, plan: StepPlan) -> _Launch:
         """Raises GroupLost."""
-        self.check()
         frames = wire.encode(plan)
-        for rank in self._members:
-            self._tell(rank, frames)
-        return _Launch(self)
-
-    def next_result(self) -> StepResult:
-        """Of the oldest plan whose result has not been taken. Raises GroupLost."""
-        while not self._results:
-            self._listen(_TICK_MS)
+        with self._in_one_go():
             self.check()
-        return self._results.popleft()
+            for rank in self._members:
+                self._tell(rank, frames)
+        return _Launch(self, plan.step)
+
+    def result_of(self, step: int) -> StepResult:
+        """What came of a plan; results of earlier ones are thrown away. Raises GroupLost."""
+        while True:
+            with self._in_one_go():
+                self.check()
+            while self._results:
+                result = self._results.popleft()
+                if result.step == step:
+                    return result
+            self._poller.poll(_TICK_MS)
 
     def is_alive(self) -> bool:
         return self._error is None
 
     def check(self) -> None:
         """Raises GroupLost once a worker is lost or has failed."""
-        self._listen(0)
         if self._error is None:
-            for child, rank in zip(self._children, range(self._per_node), strict=True):
-                if child.poll() is not None:
-                    self._lose(rank, f"its process ended with status {child.returncode}")
+            self._listen(0)
+            self._look_at_processes()
         if self._error is not None:
             self._end()  # what is left of the group waits for what is lost
             raise GroupLost(self._error)
 
+    @contextlib.contextmanager
+    def _in_one_go(self) -> Iterator[None]:
+        """What some workers have been told and others have not is the end of a group."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self._error = self._error or "the group of workers was interrupted within a message"
+            raise
+
     def close(self) -> None:
         """End the workers of this machine; others notice that the engine has gone. Idempotent."""
         self._end()
-        for socket in self._sockets:
-            socket.disable_monitor()
-        for socket in (*self._sockets, *self._monitors):
-            socket.close(0)
-        self._sockets, self._monitors = [], []
-        if self._authenticator is not None:
-            self._authenticator.stop()
-            self._authenticator = None
-        self._context.term()
 
     # ------------------------------------------------------------ the start
 
@@ -156,7 +169,7 @@ class WorkerGroup:
         secret = cluster.read_secret(Path(config.cluster_key_file))
         address = f"tcp://{config.master_addr}:{config.master_port}"
         try:
-            socket, self._authenticator = cluster.listen(self._context, address, secret)
+            socket = cluster.listen(self._context, address, secret, self._closing)
         except zmq.ZMQError as error:
             raise ConfigError(f"master_addr: cannot listen on {address} ({error})") from None
         self._sockets.append(socket)
@@ -165,11 +178,14 @@ class WorkerGroup:
     def _start_workers(self, address: str) -> None:
         command = [sys.executable, "-m", "gllm_engine.worker", "--engine", address]
         command += ["--model", self._config.model, "--nnodes", str(self._config.nnodes)]
+        command += ["--owner", str(os.getpid())]
         for local_rank in range(self._per_node):
             own = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(self._per_node)}
+            # A session of its own: Ctrl-C at a terminal is the engine's to understand.
             child = subprocess.Popen(
-                command, cwd=self._directory, env=os.environ | own, stdin=subprocess.DEVNULL
-            )
+                command, cwd=self._directory, env=os.environ | own,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
             self._children.append(child)
 
     def _open_store(self) -> tuple[dist.Store | None, str]:
@@ -178,8 +194,10 @@ class WorkerGroup:
             return None, str(self._directory / "ranks")
         host, port = self._config.master_addr, self._config.master_port + 1
         assert host is not None
-        family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
-        listener = sockets.create_server((host, port), family=family)
+        try:
+            listener = sockets.create_server((host, port))
+        except OSError as error:
+            raise ConfigError(f"master_port: cannot listen on {host}:{port} ({error})") from None
         # The store takes the listening socket over; by itself it would listen on every address.
         store = dist.TCPStore(
             host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -203,7 +221,7 @@ class WorkerGroup:
     # ------------------------------------------------------------ what workers say
 
     def _listen(self, timeout_ms: int) -> None:
-        events = dict(self._poller.poll(timeout_ms)) if self._sockets else {}
+        events = dict(self._poller.poll(timeout_ms))
         for socket in self._sockets:
             while socket in events:
                 try:
@@ -216,7 +234,9 @@ class WorkerGroup:
                     log.warning("a worker sent what is not a message: %s", error)
         for monitor in self._monitors:
             if monitor in events and cluster.lost(monitor):
-                self._look_for_lost()
+                self._doubt_until = time.monotonic() + _DOUBT_S
+        if time.monotonic() < self._doubt_until:
+            self._look_for_lost()
 
     def _handle(self, socket: zmq.Socket[bytes], identity: bytes, message: Any) -> None:
         if isinstance(message, StepResult):
@@ -224,7 +244,7 @@ class WorkerGroup:
         elif isinstance(message, wire.Ready):
             self._ready[self._rank_of(socket, identity)] = message.num_pages
         elif isinstance(message, wire.Failed):
-            self._lose(message.rank, message.message)
+            self._failure = self._failure or message
         elif isinstance(message, wire.Join):
             problem = self._problem(message)
             if problem is None:
@@ -268,8 +288,18 @@ class WorkerGroup:
 
     # ------------------------------------------------------------ loss
 
+    def _look_at_processes(self) -> None:
+        if self._failure is not None:
+            time.sleep(_BLAME_S)
+            self._look_for_lost()
+        for child, rank in zip(self._children, range(self._per_node), strict=True):
+            if child.poll() is not None:
+                self._lose(rank, f"its process ended with status {child.returncode}")
+        if self._failure is not None:
+            self._lose(self._failure.rank, self._failure.message)
+
     def _look_for_lost(self) -> None:
-        """A connection ended: was it a member's?"""
+        """Whether a member is gone: then nothing can be sent to it."""
         for rank in list(self._members):
             self._tell(rank, wire.encode(wire.Ping()))
 
@@ -280,7 +310,7 @@ class WorkerGroup:
             complete = len(self._members) == self._config.num_ranks
             node = self._members[rank].node
             if complete or not node:
-                self._lose(rank, "it was stopped or cut off")
+                self._lose(rank, "it was killed, stopped or cut off")
             else:  # it had come too early, and comes again
                 log.info("worker %d left before the others came", rank)
                 del self._members[rank]

@@ -55,20 +55,26 @@ def load_runner(
     return runner
 
 
-def _share(config: EngineConfig, spec: Model, ranks: Ranks, options: dict[str, Any]) -> Share:
-    """Which part of the model is this rank's. Raises ConfigError for layers that do not add up."""
-    num_layers, stages = len(spec.layers), ranks.mesh.pp
+def check_shares(config: EngineConfig, spec: Model) -> None:
+    """Raise ConfigError or SpecError where the model cannot be shared out as is asked for."""
+    num_layers, stages = len(spec.layers), config.pipeline_parallel_size
+    cut = config.stage_layers()
     if num_layers < stages:
         raise ConfigError(
             f"pipeline_parallel_size: {stages} is more than the {num_layers} layers of the model"
         )
-    cut = config.stage_layers() or ((num_layers,) if stages == 1 else None)
-    cut = cut or measure_cut(config, spec, ranks, **options)
-    if sum(cut) != num_layers:
+    if cut is not None and sum(cut) != num_layers:
         raise ConfigError(
             f"assigned_layers: {config.assigned_layers} is {sum(cut)} layers, the model has "
             f"{num_layers}"
         )
+    Share(0, num_layers, 0, config.tensor_parallel_size).of(spec)
+
+
+def _share(config: EngineConfig, spec: Model, ranks: Ranks, options: dict[str, Any]) -> Share:
+    """Which part of the model is this rank's."""
+    cut = config.stage_layers() or ((len(spec.layers),) if ranks.mesh.pp == 1 else None)
+    cut = cut or measure_cut(config, spec, ranks, **options)
     first, end = list(accumulate(cut, initial=0))[ranks.stage : ranks.stage + 2]
     log.info("rank %d: layers %d to %d of %s", ranks.rank, first, end - 1, cut)
     apart = config.enable_expert_parallel

@@ -9,8 +9,10 @@ of what it was, and waits for the next engine. Knows nothing of requests.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -26,7 +28,7 @@ from msgspec.structs import replace
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.dist import Mesh, Ranks, join_ranks, talk_through
 from gllm_engine.engine import cluster, wire
-from gllm_engine.engine.attach import end_with_parent
+from gllm_engine.engine.attach import Process, end_with
 from gllm_engine.engine.loading import device_of, load_runner
 from gllm_engine.runner import Launched, Runner
 from gllm_engine.spec import read_spec
@@ -42,7 +44,8 @@ log = logging.getLogger("gllm.worker")
 def main(arguments: list[str] | None = None) -> int:
     """`python -m gllm_engine.worker`; see docs in --help."""
     options = _parser().parse_args(arguments)
-    end_with_parent()
+    owner = Process.of(options.owner or os.getppid())
+    end_with(owner, lambda: _clear_away(options.engine))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
@@ -64,11 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--node", type=int, default=0, help="number of this node, from 1")
     parser.add_argument("--nnodes", type=int, default=2, help="as the engine's")
     parser.add_argument("--cluster-key-file", help="the secret that the engine has too")
+    parser.add_argument("--owner", type=int, help="pid to end with; default: the parent's")
     return parser
 
 
 def _is_local(address: str) -> bool:
     return address.startswith("ipc:")
+
+
+def _clear_away(address: str) -> None:
+    """An engine that was killed cannot do it: its directory, where its own workers live."""
+    if _is_local(address):
+        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 class _Refused(RuntimeError):
@@ -86,7 +96,7 @@ class _Member:
                 raise ConfigError("--cluster-key-file: it is needed to join another machine")
             self._secret = cluster.read_secret(Path(options.cluster_key_file))
         self._context = zmq.Context()
-        self._plans = cluster.connect(self._context, options.engine, self._secret)
+        self._plans, self._monitor = self._connect()
 
     def run(self) -> int:
         assigned = self._join()
@@ -104,10 +114,7 @@ class _Member:
         options = self._options
         # The engine sees to it that its last words are read; ours are the log's.
         threading.Thread(
-            target=self._begin_anew_once_lost,
-            args=(cluster.watch(self._plans),),
-            name="engine-watch",
-            daemon=True,
+            target=self._begin_anew_once_lost, name="engine-watch", daemon=True
         ).start()
         join = wire.Join(
             wire.PROTOCOL, cluster.software(), cluster.digest(Path(options.model)),
@@ -125,13 +132,28 @@ class _Member:
             if not isinstance(message, wire.Ping):
                 return message
 
-    def _begin_anew_once_lost(self, monitor: zmq.Socket[Any]) -> NoReturn:
+    def _connect(self) -> tuple[zmq.Socket[bytes], zmq.Socket[Any]]:
+        return cluster.connect(self._context, self._options.engine, self._secret)
+
+    def _not_heard(self) -> None:
+        address, key_file = self._options.engine, self._options.cluster_key_file
+        log.warning(
+            "%s breaks off the greeting: it is no engine, or its key is not the one in %s; "
+            "this worker tries again", address, key_file
+        )  # fmt: skip
+
+    def _begin_anew_once_lost(self) -> NoReturn:
         """Whatever the other threads wait for, which may be for ever."""
-        monitor.poll()
+        cluster.await_loss(self._monitor, self._not_heard)
         if _is_local(self._options.engine):
+            _clear_away(self._options.engine)
             os._exit(1)
         log.warning("the engine is lost; this worker waits for another")
         time.sleep(1)  # for who else has lost it
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2:  # libraries leave theirs open to the next program
+                with contextlib.suppress(OSError):
+                    os.set_inheritable(number, False)
         os.execv(sys.executable, [sys.executable, "-m", "gllm_engine.worker", *sys.argv[1:]])
 
     def _load(self, assigned: wire.Assigned) -> tuple[Runner, Ranks]:
@@ -160,7 +182,7 @@ class _Member:
 
     def _report(self, launched: SimpleQueue[Launched], tells: bool) -> None:
         """Wait for each step in turn, where a fault of the device shows, and tell its result."""
-        socket = cluster.connect(self._context, self._options.engine, self._secret)
+        socket, _ = self._connect()
         try:
             while True:
                 result: StepResult = launched.get().wait()
@@ -172,7 +194,7 @@ class _Member:
 
     def _fail(self, error: Exception) -> NoReturn:
         """Tell the engine, and wait for the end that it makes of this group."""
-        socket = cluster.connect(self._context, self._options.engine, self._secret)
+        socket, _ = self._connect()
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         socket.send_multipart(wire.encode(wire.Failed(self._rank, message)))
         threading.Event().wait()

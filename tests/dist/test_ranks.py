@@ -1,0 +1,156 @@
+"""However many ranks compute a text, and whatever else goes on, it is one rank's text.
+
+Real processes on the CPU. A start takes seconds, so each group of workers is started once and asked
+everything. A pipeline computes the very same numbers as one rank; ranks that share layers sum in
+another order, so there what is drawn at random is not compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gllm_engine import LLM, RequestOutput, SamplingParams, StructuredOutputs, write_tiny_model
+
+SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 512, "max_num_seqs": 16}
+# Little enough for preemption, and chunks of prompts.
+TIGHT = SMALL | {"num_pages": 104, "page_size": 2, "max_num_batched_tokens": 24}
+BEGINNING = "the quick brown fox jumps over the lazy dog, " * 4
+PROMPTS = [
+    BEGINNING + ending
+    for ending in ("and the cat sleeps", "世界 and more", "!", "which is a longer ending of it all")
+]
+FORM = r"[a-f]{3}(yes|no)"
+BASE = {"max_tokens": 16, "ignore_eos": True}
+GREEDY = SamplingParams(temperature=0, **BASE)
+PENALIZED = SamplingParams(
+    temperature=0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, **BASE
+)
+SCORED = SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2, **BASE)
+STRICT = SamplingParams(
+    temperature=0, max_tokens=60, structured_outputs=StructuredOutputs(regex=FORM)
+)
+SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=60, min_p=0.01, seed=7, **BASE)
+PLAIN = SamplingParams(temperature=1.0, seed=3, **BASE)
+FIRM = [GREEDY, PENALIZED, SCORED, STRICT]
+DRAWN = [SEEDED, PLAIN, SamplingParams(seed=11, repetition_penalty=1.3, **BASE)]
+
+WAYS: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor_parallel_size": 2, "plans_in_flight": 2},
+    "tp2, throttled": {"tensor_parallel_size": 2, "schedule_policy": "token_throttling"},
+    "pp2": {"pipeline_parallel_size": 2, "min_prefill_tokens": 4},
+    "pp3, uneven": {
+        "pipeline_parallel_size": 3,
+        "assigned_layers": "1,3,1",
+        "schedule_policy": "chunked_prefill",
+    },
+    "tp2 x pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "tp4": {"tensor_parallel_size": 4},  # of 2 key/value heads
+}
+LAYERS = {"num_hidden_layers": 5}
+# Family, what is different in its config, and how it is shared out.
+FAMILIES: list[tuple[str, dict[str, Any], str]] = [
+    ("Qwen2ForCausalLM", {}, "tp2 x pp2"),  # tied: both ends of the pipeline have the embedding
+    ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}, "tp4"),
+    ("Glm4ForCausalLM", {}, "tp2"),
+    ("ChatGLMModel", {"add_bias_linear": True}, "tp2, throttled"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "Qwen3ForCausalLM", seed=3, **LAYERS)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> Iterator[LLM]:
+    """One rank, with room for everything."""
+    with LLM(str(model), num_pages=400, **SMALL) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module", params=["tp2", "pp2", "pp3, uneven"])
+def group(model: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(str(model), **TIGHT, **WAYS[request.param]) as llm:
+        yield llm
+        settle(llm)
+
+
+def settle(llm: LLM) -> None:
+    while llm.engine.has_work:
+        llm.engine.step()
+    llm.engine.check_integrity()
+    assert llm.engine.stats().kv_usage == 0
+
+
+def compare(found: list[RequestOutput], expected: list[RequestOutput]) -> None:
+    for ours, twin in zip(found, expected, strict=True):
+        assert ours.error is None
+        for one, other in zip(ours.outputs, twin.outputs, strict=True):
+            assert (one.token_ids, one.text) == (other.token_ids, other.text)
+            assert one.finish_reason == other.finish_reason
+            compare_scores(one.logprobs, other.logprobs)
+        compare_scores(ours.prompt_logprobs, twin.prompt_logprobs)
+
+
+def compare_scores(found: Any, expected: Any) -> None:
+    assert (found is None) == (expected is None)
+    for ours, twin in zip(found or (), expected or (), strict=True):
+        assert (ours is None) == (twin is None)
+        for token, score in (ours or {}).items():
+            assert score["logprob"] == pytest.approx(twin[token]["logprob"], abs=1e-4)
+
+
+def can_draw(llm: LLM) -> bool:
+    return llm.config.tensor_parallel_size == 1
+
+
+def test_every_kind_of_request_at_once(group: LLM, alone: LLM) -> None:
+    kinds = FIRM + (DRAWN if can_draw(group) else [])
+    prompts, params = zip(*((p, kind) for kind in kinds for p in PROMPTS), strict=True)
+    before = group.engine.stats().preemptions
+    found = group.generate(list(prompts), list(params))
+    compare(found, alone.generate(list(prompts), list(params)))
+    assert group.engine.stats().preemptions > before
+    answers = [o.outputs[0].text for o, kind in zip(found, params, strict=True) if kind is STRICT]
+    assert all(re.fullmatch(FORM, answer) for answer in answers), answers
+    settle(group)
+
+
+def test_what_is_cached_is_not_computed_again(group: LLM, alone: LLM) -> None:
+    for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[0]):
+        (found,) = group.generate(prompt, GREEDY)
+        compare([found], alone.generate(prompt, GREEDY))
+    assert found.num_cached_tokens >= len(found.prompt_token_ids) - 3
+
+
+def test_cancelled_in_the_middle(group: LLM, alone: LLM) -> None:
+    """The slot and pages of one that was cancelled go to others while its steps are under way."""
+    endless = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    expected = alone.generate(PROMPTS[2], endless)[0].outputs[0].token_ids
+    for taken in (1, 2, 5):
+        streams = [group.stream(PROMPTS[2], endless) for _ in range(3)]
+        for stream in streams:
+            tokens = [id for delta in islice(stream, taken) for id in delta.token_ids]
+            assert tokens == expected[: len(tokens)] and len(tokens) >= taken
+        for stream in streams:
+            stream.close()
+        compare(group.generate(PROMPTS, GREEDY), alone.generate(PROMPTS, GREEDY))
+    settle(group)
+
+
+@pytest.mark.parametrize(("family", "over", "way"), FAMILIES)
+def test_families(tmp_path: Path, family: str, over: dict[str, Any], way: str) -> None:
+    write_tiny_model(tmp_path, family, seed=3, **over)
+    kinds = [GREEDY, SCORED]
+    prompts, params = zip(*((p, kind) for kind in kinds for p in PROMPTS), strict=True)
+    with LLM(str(tmp_path), **SMALL, num_pages=400) as llm:
+        expected = llm.generate(list(prompts), list(params))
+    with LLM(str(tmp_path), **TIGHT, **WAYS[way]) as llm:
+        compare(llm.generate(list(prompts), list(params)), expected)
+        settle(llm)
