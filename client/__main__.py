@@ -10,11 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
-from gllm_client.server import Serving
+from gllm_client.server import Serving, exec_server
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
 
 CHAT_MAX_TOKENS = 1024
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     prefix = f"gllm {name}".strip()
     try:
         if name == "tritonserver":  # its flags are tritonserver's own, --help included
-            return _tritonserver(given[1:])
+            exec_server(given[1:])
         rest = []
         if name == "serve" and "--" in given:
             end = given.index("--")
@@ -210,13 +211,6 @@ def _add_tiny_model(commands: Any) -> None:
     )
 
 
-def _tritonserver(arguments: list[str]) -> int:
-    from gllm_client.server import exec_server
-
-    exec_server(arguments)
-    raise AssertionError("exec does not return")
-
-
 def _serve(options: argparse.Namespace) -> int:
     from gllm_client.serve import serve
     from gllm_engine import make_config
@@ -261,32 +255,24 @@ def _source(options: argparse.Namespace) -> Any:
 def _generate(options: argparse.Namespace) -> int:
     sampling = _sampling(options)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    source = _source(options)
-    try:
+    with closing(_source(options)) as source:
         for chunk in source.stream(prompt, sampling):
             print("\n---\n".join(o.text for o in chunk.outputs), end="", flush=True)
         print()
-    finally:
-        source.close()
     return 0
 
 
 def _chat(options: argparse.Namespace) -> int:
-    import contextlib
-
     from gllm_client.chat import Chat
 
     sampling = {"max_tokens": CHAT_MAX_TOKENS} | _sampling(options)
     if sampling.get("n", 1) != 1:
         raise UsageError("--n: a conversation has one answer at a time")
-    with contextlib.suppress(ImportError):
+    with suppress(ImportError):
         import readline  # noqa: F401  # gives input() its line editing
-    source = _source(options)
-    try:
+    with closing(_source(options)) as source:
         answer = lambda messages: source.stream(messages, sampling)  # noqa: E731
         Chat(answer, options.system, source.refusals).run(input)
-    finally:
-        source.close()
     return 0
 
 
@@ -302,28 +288,23 @@ def _batch(options: argparse.Namespace) -> int:
     if options.output.exists() and options.output.samefile(options.input):
         raise UsageError("INPUT and OUTPUT are the same file")
     sampling = _sampling(options)
-    source = _source(options)
+    with closing(_source(options)) as source, tqdm(unit="request", disable=None) as bar:
 
-    def answers(items: list[Item]) -> Any:
-        filled = (replace(item, sampling=sampling | item.sampling) for item in items)
-        return source.answers(filled, options.concurrency)
-
-    with tqdm(unit="request", disable=None) as bar:
+        def answers(items: list[Item]) -> Any:
+            filled = (replace(item, sampling=sampling | item.sampling) for item in items)
+            return source.answers(filled, options.concurrency)
 
         def show(tally: Tally) -> None:
             bar.total = tally.total
             bar.update(tally.skipped + tally.answered + tally.failed - bar.n)
 
-        try:
-            tally = run_batch(
-                options.input,
-                options.output,
-                answers,
-                retry_errors=options.retry_errors,
-                on_progress=show,
-            )
-        finally:
-            source.close()
+        tally = run_batch(
+            options.input,
+            options.output,
+            answers,
+            retry_errors=options.retry_errors,
+            on_progress=show,
+        )
     print(
         f"{tally.answered} answered, {tally.failed} failed, {tally.skipped} done before",
         file=sys.stderr,

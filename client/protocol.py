@@ -18,6 +18,7 @@ import msgspec
 # An input tensor's value: BYTES, BOOL, or a list: INT32 or BYTES.
 Value = str | bool | list[int] | list[str]
 Chunks = TypeVar("Chunks")
+Self = TypeVar("Self", bound="BlockingAsking")
 
 
 class GenerateError(RuntimeError):
@@ -277,6 +278,16 @@ class Asking(ABC, Generic[Chunks]):
 
 class BlockingAsking(Asking[Iterator[Chunk]]):
     """Asking, and waiting for what comes."""
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what is kept open; running requests are cancelled."""
 
     def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
         """The whole answer as one chunk; options as `generate`'s."""
