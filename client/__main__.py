@@ -14,6 +14,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
 from gllm_client.server import Serving, exec_server
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
@@ -70,6 +72,25 @@ OUTPUT gets a line for each, in the order in which they finish:
 that do not say otherwise. Broken off, the same command continues: ids with an answer in OUTPUT
 are skipped. The exit status is 1 if any line ended in an error.
 """
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """Who answers: the fields are flags of `generate`, `chat` and `batch`."""
+
+    # a checkpoint directory; with --url, a model's name (needed if there are several)
+    model: str | None = None
+    # ask a server: HOST:PORT or grpc://HOST:PORT, or http://HOST:PORT. Without it the engine runs
+    # in this process
+    url: str | None = None
+    timeout: float | None = None  # seconds, for one answer of a server
+
+
+class Tiny(msgspec.Struct, frozen=True):
+    """What `tiny-model` writes: the fields are its flags."""
+
+    family: str = "LlamaForCausalLM"  # the architecture, as config.json names it
+    seed: int = 0  # of the random weights
+    set: tuple[str, ...] = ()  # KEY=JSON changes config.json, such as num_hidden_layers=4
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,19 +152,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_source(parser: Any) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="a checkpoint directory; with --url, a model's name (needed if there are several)",
-    )
-    parser.add_argument(
-        "--url",
-        help="ask a server: HOST:PORT or grpc://HOST:PORT, or http://HOST:PORT. "
-        "Without it the engine runs in this process",
-    )
-    parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for one answer of a server"
-    )
+    add_struct(parser, "who answers", Asked, skip=())
     add_struct(parser, "sampling", SamplingParams, skip=())
     add_struct(parser, "engine, in this process", EngineConfig, skip=("model",))
 
@@ -195,20 +204,7 @@ def _add_tiny_model(commands: Any) -> None:
     )
     parser = _command(commands, "tiny-model", _tiny_model, brief, text)
     parser.add_argument("directory", metavar="DIRECTORY", type=Path)
-    parser.add_argument(
-        "--family",
-        default="LlamaForCausalLM",
-        metavar="NAME",
-        help="the architecture, as config.json names it (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="default: 0")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=JSON",
-        help="change a key of config.json, such as num_hidden_layers=4",
-    )
+    add_struct(parser, "model", Tiny, skip=())
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -229,27 +225,26 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling flags as plain values, checked. Raises InvalidField."""
-    import msgspec
-
     return dict(msgspec.to_builtins(parse_sampling(struct_texts(options, SamplingParams))))
 
 
 def _source(options: argparse.Namespace) -> Any:
     engine = struct_values(options, EngineConfig)
-    if options.url is None:
-        if options.model is None:
+    asked = Asked(**struct_values(options, Asked))
+    if asked.url is None:
+        if asked.model is None:
             raise UsageError("either --model DIRECTORY or --url is needed")
-        if options.timeout is not None:
+        if asked.timeout is not None:
             raise UsageError("--timeout is for a server, give --url as well")
         from gllm_client.local import Local
 
-        return Local({"model": options.model} | engine)
+        return Local({"model": asked.model} | engine)
     if engine:
         name = next(iter(engine)).replace("_", "-")
         raise UsageError(f"--{name} is for an engine in this process, it cannot go with --url")
     from gllm_client.source import Remote
 
-    return Remote(options.url, options.model, options.timeout)
+    return Remote(asked.url, asked.model, asked.timeout)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -334,14 +329,14 @@ def _warmup(options: argparse.Namespace) -> int:
 def _tiny_model(options: argparse.Namespace) -> int:
     from gllm_engine import write_tiny_model
 
-    over = {}
-    for text in options.set:
+    tiny, over = Tiny(**struct_values(options, Tiny)), {}
+    for text in tiny.set:
         key, separator, value = text.partition("=")
         try:
             over[key] = json.loads(value)
         except ValueError:
             raise UsageError(f"--set: {text!r} is not KEY=JSON") from None
-    write_tiny_model(options.directory, options.family, options.seed, **over)
+    write_tiny_model(options.directory, tiny.family, tiny.seed, **over)
     print(options.directory)
     return 0
 

@@ -9,6 +9,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from gllm_client.batch import Failed, Item
@@ -54,7 +55,7 @@ class Local:
         waiting = iter(items)
         running: deque[_Running] = deque()
         while True:
-            while len(running) < concurrency and (item := next(waiting, None)) is not None:
+            for item in islice(waiting, concurrency - len(running)):
                 running.append(_Running(item, self.stream(item.prompt, item.sampling), []))
             if not running:
                 return
