@@ -131,14 +131,6 @@ def request_inputs(
     return inputs
 
 
-def pick_model(named: str | None, usual: str | None) -> str:
-    """The model that a call names, else the client's own. Raises ValueError without either."""
-    model = named or usual
-    if not model:
-        raise ValueError("model: none given, neither to the client nor to the call")
-    return model
-
-
 def _prompt(
     prompt: str | None,
     messages: Sequence[Mapping[str, Any]] | None,
@@ -264,10 +256,14 @@ class Asking(ABC, Generic[Chunks]):
         cancelling the task that iterates.
 
         `options` are those of `request_inputs`. `timeout`: seconds for the whole answer. Raises
-        ValueError at once for contradicting options; the iterator raises GenerateError.
+        ValueError at once for contradicting options, or when neither the call nor the client
+        names a model; the iterator raises GenerateError.
         """
         inputs = request_inputs(prompt, **options)
-        return self._stream(pick_model(model, self._model), inputs, request_id, timeout)
+        model = model or self._model
+        if not model:
+            raise ValueError("model: none given, neither to the client nor to the call")
+        return self._stream(model, inputs, request_id, timeout)
 
     @abstractmethod
     def _stream(
