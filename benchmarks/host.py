@@ -17,6 +17,7 @@ from typing import Any
 
 from gllm_benchmarks.load import run_load
 from gllm_benchmarks.record import add_arguments, print_table, record
+from gllm_benchmarks.serve import summarize
 from gllm_benchmarks.server import MODEL, server
 from gllm_benchmarks.workloads import Job, make_jobs
 from gllm_engine import LLM, EngineConfig, SamplingParams, Scheduler, Sequence, StepResult
@@ -84,13 +85,10 @@ def served_speed(
         run_load(address, MODEL, make_prompts(streams, 4), streams)
         jobs = make_prompts(streams, tokens)
         runs = [run_load(address, MODEL, jobs, streams, sampling=SAMPLING) for _ in range(3)]
-    found = []
-    for records in runs:
-        assert all(record.is_complete for record in records), "tokens were lost"
-        seconds = max(r.times[-1] for r in records) - min(r.sent for r in records)
-        num_responses = sum(len(record.times) for record in records)
-        found.append((streams * tokens / seconds, streams * tokens / num_responses))
-    speed, per_response = max(found)
+    found = [summarize(records, {}) for records in runs]
+    assert not any(run["failed"] for run in found), "tokens were lost"
+    best = max(found, key=lambda run: run["output_tokens_per_s"])
+    speed, per_response = best["output_tokens_per_s"], best["tokens_per_response"]
     return {"tokens_per_s": round(speed), "tokens_per_response": round(per_response, 1)}
 
 

@@ -73,21 +73,8 @@ def _commit() -> str:
     """What was measured: GLLM_COMMIT where the code came without its repository."""
     if given := os.environ.get("GLLM_COMMIT"):
         return given
-    root = Path(__file__).parent
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+changes" if dirty else "")
+    describe = ("describe", "--always", "--exclude=*", "--dirty=+changes")
+    return _output("git", "-C", str(Path(__file__).parent), *describe).strip() or "unknown"
 
 
 def _hardware() -> str:
@@ -95,14 +82,16 @@ def _hardware() -> str:
 
 
 def _gpus() -> list[str]:
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
-            "\n"
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return []
+    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     return [f"{names.count(name)} x {name}" for name in dict.fromkeys(filter(None, names))]
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing where there is no such program or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _processor() -> str:

@@ -21,10 +21,11 @@ import numpy as np
 
 from gllm_benchmarks.load import Record, run_load
 from gllm_benchmarks.offline import OURS, model_directory, parse_pairs
+from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import RESULTS, add_arguments, print_table, record
 from gllm_benchmarks.server import MODEL, server
-from gllm_benchmarks.workloads import at_rate, lengths, make_jobs, poisson, read_azure, warm_up
+from gllm_benchmarks.workloads import at_rate, make_jobs, poisson, read_load, warm_up
 
 PERCENTILES = (50, 90, 99)
 # Per request, seconds: first token, each later token, gap between responses, last token.
@@ -149,26 +150,37 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=1000, help="prompts there are of ids below it")
     parser.add_argument("--front-ends", type=int, default=2, help="of a server to start")
     parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
-    parser.add_argument("--trace", type=Path, help="an Azure CSV file, in place of a workload")
-    parser.add_argument("--limit", type=int, help="only so many requests")
     parser.add_argument("--seconds", type=float, help="what comes later is left out")
-    parser.add_argument("--rate", type=numbers(float), default=[], help="requests/s: 2,4,8")
     parser.add_argument("--concurrency", type=numbers(int), default=[], help="under way at a time")
     parser.add_argument("--all", action="store_true", help="all requests at once")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; the median is told")
     parser.add_argument("--clients", type=int, default=4, help="client processes")
-    parser.add_argument("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one run")
     parser.add_argument("--name", help="of the result; default: serve-MODEL")
-    parser.add_argument("--plot", type=Path, help="an SVG file; with --save also in results")
-    add_arguments(parser)
+    add_load_arguments(parser)
     arguments = parser.parse_args()
     if arguments.address and not arguments.model:
         parser.error("--address: --model is needed too")
     if not (arguments.all or arguments.rate or arguments.concurrency or arguments.trace):
         parser.error("no load: give --rate, --concurrency, --all or --trace")
     return arguments
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a real server and a simulated one are asked alike."""
+    add = parser.add_argument
+    add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
+    add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
+    add("--limit", type=int, help="only so many requests")
+    add(
+        "--rate",
+        type=numbers(float),
+        default=[],
+        help="requests/s: 2,4,8; simulated, by default all at once",
+    )
+    add("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
+    add("--plot", type=Path, help="an SVG file; with --save also in results")
+    add_arguments(parser)
 
 
 def numbers(kind: type) -> Any:
@@ -205,11 +217,7 @@ def serving(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 def main() -> None:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
-    recorded: list[float] = []
-    if arguments.trace:
-        recorded, pairs = read_azure(arguments.trace, arguments.limit)
-    else:
-        pairs = lengths(arguments.workload)[: arguments.limit]
+    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     title = Path(arguments.start or arguments.model).name
     runs: dict[str, dict[str, Any]] = {}
     with serving(arguments) as (address, model, vocab):
@@ -225,9 +233,7 @@ def main() -> None:
                 options = {"clients": arguments.clients, "timeout": arguments.timeout}
                 records = run_load(address, model, jobs, arrivals, **options)
                 found.append(summarize(records, arguments.slo))
-            found.sort(key=lambda run: run["seconds"])
-            middle = found[len(found) // 2]
-            runs[name] = middle | {"all_seconds": [run["seconds"] for run in found]}
+            runs[name] = median_run(found)
             print_runs(name, {name: runs[name]})
     print_runs(f"{title}, {len(pairs)} requests, {arguments.clients} clients", runs)
     name = arguments.name or f"serve-{title}"
@@ -235,7 +241,6 @@ def main() -> None:
     plots += [RESULTS / f"{name}.svg"] if arguments.save and len(runs) > 1 else []
     for path in plots:
         path.write_text(draw(title, list(runs.values())))
-    workload = arguments.trace.name if arguments.trace else arguments.workload
     record(name, {"workload": workload, "runs": runs}, arguments.save)
     if any(run["failed"] for run in runs.values()):
         raise SystemExit("requests have failed")

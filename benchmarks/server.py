@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from select import select
 from typing import Any
 
-from gllm_client import SyncClient
-
 MODEL = "m"  # its name in the server
-STOP_S = 60.0
 
 
 @contextlib.contextmanager
@@ -32,7 +28,7 @@ def server(
     config: dict[str, Any],
     timeout: float = 300.0,
 ) -> Iterator[str]:
-    """A plain tritonserver that serves `model` as MODEL; gives its gRPC address.
+    """A `gllm serve` that serves `model` as MODEL; gives its gRPC address.
 
     `parameters`: of config.pbtxt. `config`: keys of model.json. A model without a tokenizer gets
     one made up. Raises RuntimeError with the server's log when it is not ready after `timeout` s.
@@ -41,21 +37,20 @@ def server(
         repository = Path(directory, "repository")
         write_repository(repository / MODEL, model.resolve(), front_ends, parameters, config)
         http, grpc, metrics = free_ports(3)
-        command = [sys.executable, "-m", "gllm_client", "tritonserver"]
-        command += [f"--model-repository={repository}", f"--http-port={http}"]
-        command += [f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
-        with Path(directory, "log").open("w+") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
+        command = [sys.executable, "-m", "gllm_client", "serve", str(repository)]
+        command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+        log = Path(directory, "log")
+        with (
+            log.open("w") as file,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file) as process,
+        ):  # whose end is waited for; if need be it ends the server by force
             try:
-                await_ready(process, f"127.0.0.1:{grpc}", Path(log.name), timeout)
+                ready, _, _ = select([process.stdout], [], [], timeout)
+                if not ready or not process.stdout.readline():  # no line: it has ended
+                    raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
                 yield f"127.0.0.1:{grpc}"
             finally:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(STOP_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()  # its front ends and its engine end with it
-                    process.wait()
+                process.terminate()
 
 
 def write_repository(
@@ -100,12 +95,3 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
-
-
-def await_ready(process: subprocess.Popen[bytes], address: str, log: Path, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    with SyncClient(address) as client:
-        while not client.is_ready(MODEL):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
-            time.sleep(0.1)

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from gllm_benchmarks.load import Record
 from gllm_benchmarks.offline import parse_pairs
 from gllm_benchmarks.plot import draw_policies
-from gllm_benchmarks.record import RESULTS, add_arguments, print_table, record
-from gllm_benchmarks.serve import numbers, parse_slo, summarize
-from gllm_benchmarks.workloads import Lengths, at_rate, lengths, poisson, read_azure
+from gllm_benchmarks.record import RESULTS, print_table, record
+from gllm_benchmarks.serve import add_load_arguments, summarize
+from gllm_benchmarks.workloads import Lengths, at_rate, poisson, read_load
 from gllm_engine import (
     POLICIES,
     CostModel,
@@ -240,15 +240,9 @@ def parse_arguments() -> argparse.Namespace:
         help=f"{', '.join(POLICIES)}; each as NAME or as NAME:TOKENS, in a step",
     )
     add("--config", **pairs, help="of the engine")
-    add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
-    add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
-    add("--limit", type=int, help="only so many requests")
-    add("--rate", type=numbers(float), default=[], help="requests/s; default: all at once")
     add("--seed", type=int, default=0, help="of the arrivals")
-    add("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
     add("--name", default="simulate", help="of the result: simulate-NAME")
-    add("--plot", type=Path, help="an SVG file; with --save also in results")
-    add_arguments(parser)
+    add_load_arguments(parser)
     arguments = parser.parse_args()
     arguments.policies = arguments.policies.split(",")
     for name in arguments.policies:
@@ -296,17 +290,12 @@ def sweep(
 
 def main() -> None:
     arguments = parse_arguments()
-    recorded: list[float] = []
-    if arguments.trace:
-        recorded, pairs = read_azure(arguments.trace, arguments.limit)
-    else:
-        pairs = lengths(arguments.workload)[: arguments.limit]
+    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     try:
         costs = make_costs(arguments)
     except (OSError, TypeError, ValueError) as error:  # a file or a name that is none
         raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
     found = sweep(arguments, costs, recorded, pairs)
-    workload = arguments.trace.name if arguments.trace else arguments.workload
     title = f"{len(pairs)} requests of {workload}, {arguments.pp} stages, simulated"
     print_runs(title, found)
     name = f"simulate-{arguments.name}"

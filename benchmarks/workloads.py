@@ -86,6 +86,15 @@ def read_azure(path: Path, limit: int | None = None) -> tuple[list[float], Lengt
     return [at - arrivals[0] for at in arrivals], pairs
 
 
+def read_load(
+    workload: str, trace: Path | None, limit: int | None
+) -> tuple[str, list[float], Lengths]:
+    """The name of what was chosen, its arrivals if it is a trace, and its lengths."""
+    if trace is not None:
+        return trace.name, *read_azure(trace, limit)
+    return workload, [], lengths(workload)[:limit]
+
+
 def at_rate(arrivals: list[float], rate: float) -> list[float]:
     """The same arrivals, sped up or slowed down to `rate` requests a second on the whole."""
     factor = (len(arrivals) - 1) / rate / (arrivals[-1] or 1.0)

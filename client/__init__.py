@@ -8,17 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {
-    "Chunk": "protocol",
-    "GenerateError": "protocol",
-    "Output": "protocol",
-    "merge": "protocol",
-    "Client": "client",
-    "SyncClient": "client",
-    "connect": "client",
-    "HttpClient": "http",
-    "read_metrics": "http",
+_PUBLIC = {
+    "protocol": ("Chunk", "GenerateError", "Output", "merge"),
+    "client": ("Client", "SyncClient", "connect"),
+    "http": ("HttpClient", "read_metrics"),
 }
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [*_HOME]
 
 

@@ -10,11 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
-from gllm_client.server import Serving
+from gllm_client.server import Serving, exec_server
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
 
 CHAT_MAX_TOKENS = 1024
@@ -71,6 +74,25 @@ are skipped. The exit status is 1 if any line ended in an error.
 """
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """Who answers: the fields are flags of `generate`, `chat` and `batch`."""
+
+    # a checkpoint directory; with --url, a model's name (needed if there are several)
+    model: str | None = None
+    # ask a server: HOST:PORT or grpc://HOST:PORT, or http://HOST:PORT. Without it the engine runs
+    # in this process
+    url: str | None = None
+    timeout: float | None = None  # seconds, for one answer of a server
+
+
+class Tiny(msgspec.Struct, frozen=True):
+    """What `tiny-model` writes: the fields are its flags."""
+
+    family: str = "LlamaForCausalLM"  # the architecture, as config.json names it
+    seed: int = 0  # of the random weights
+    set: tuple[str, ...] = ()  # KEY=JSON changes config.json, such as num_hidden_layers=4
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -78,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     prefix = f"gllm {name}".strip()
     try:
         if name == "tritonserver":  # its flags are tritonserver's own, --help included
-            return _tritonserver(given[1:])
+            exec_server(given[1:])
         rest = []
         if name == "serve" and "--" in given:
             end = given.index("--")
@@ -130,19 +152,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_source(parser: Any) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="a checkpoint directory; with --url, a model's name (needed if there are several)",
-    )
-    parser.add_argument(
-        "--url",
-        help="ask a server: HOST:PORT or grpc://HOST:PORT, or http://HOST:PORT. "
-        "Without it the engine runs in this process",
-    )
-    parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for one answer of a server"
-    )
+    add_struct(parser, "who answers", Asked, skip=())
     add_struct(parser, "sampling", SamplingParams, skip=())
     add_struct(parser, "engine, in this process", EngineConfig, skip=("model",))
 
@@ -194,27 +204,7 @@ def _add_tiny_model(commands: Any) -> None:
     )
     parser = _command(commands, "tiny-model", _tiny_model, brief, text)
     parser.add_argument("directory", metavar="DIRECTORY", type=Path)
-    parser.add_argument(
-        "--family",
-        default="LlamaForCausalLM",
-        metavar="NAME",
-        help="the architecture, as config.json names it (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="default: 0")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=JSON",
-        help="change a key of config.json, such as num_hidden_layers=4",
-    )
-
-
-def _tritonserver(arguments: list[str]) -> int:
-    from gllm_client.server import exec_server
-
-    exec_server(arguments)
-    raise AssertionError("exec does not return")
+    add_struct(parser, "model", Tiny, skip=())
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -235,58 +225,49 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling flags as plain values, checked. Raises InvalidField."""
-    import msgspec
-
     return dict(msgspec.to_builtins(parse_sampling(struct_texts(options, SamplingParams))))
 
 
 def _source(options: argparse.Namespace) -> Any:
     engine = struct_values(options, EngineConfig)
-    if options.url is None:
-        if options.model is None:
+    asked = Asked(**struct_values(options, Asked))
+    if asked.url is None:
+        if asked.model is None:
             raise UsageError("either --model DIRECTORY or --url is needed")
-        if options.timeout is not None:
+        if asked.timeout is not None:
             raise UsageError("--timeout is for a server, give --url as well")
         from gllm_client.local import Local
 
-        return Local({"model": options.model} | engine)
+        return Local({"model": asked.model} | engine)
     if engine:
         name = next(iter(engine)).replace("_", "-")
         raise UsageError(f"--{name} is for an engine in this process, it cannot go with --url")
     from gllm_client.source import Remote
 
-    return Remote(options.url, options.model, options.timeout)
+    return Remote(asked.url, asked.model, asked.timeout)
 
 
 def _generate(options: argparse.Namespace) -> int:
     sampling = _sampling(options)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    source = _source(options)
-    try:
+    with closing(_source(options)) as source:
         for chunk in source.stream(prompt, sampling):
             print("\n---\n".join(o.text for o in chunk.outputs), end="", flush=True)
         print()
-    finally:
-        source.close()
     return 0
 
 
 def _chat(options: argparse.Namespace) -> int:
-    import contextlib
-
     from gllm_client.chat import Chat
 
     sampling = {"max_tokens": CHAT_MAX_TOKENS} | _sampling(options)
     if sampling.get("n", 1) != 1:
         raise UsageError("--n: a conversation has one answer at a time")
-    with contextlib.suppress(ImportError):
+    with suppress(ImportError):
         import readline  # noqa: F401  # gives input() its line editing
-    source = _source(options)
-    try:
+    with closing(_source(options)) as source:
         answer = lambda messages: source.stream(messages, sampling)  # noqa: E731
         Chat(answer, options.system, source.refusals).run(input)
-    finally:
-        source.close()
     return 0
 
 
@@ -302,28 +283,23 @@ def _batch(options: argparse.Namespace) -> int:
     if options.output.exists() and options.output.samefile(options.input):
         raise UsageError("INPUT and OUTPUT are the same file")
     sampling = _sampling(options)
-    source = _source(options)
+    with closing(_source(options)) as source, tqdm(unit="request", disable=None) as bar:
 
-    def answers(items: list[Item]) -> Any:
-        filled = (replace(item, sampling=sampling | item.sampling) for item in items)
-        return source.answers(filled, options.concurrency)
-
-    with tqdm(unit="request", disable=None) as bar:
+        def answers(items: list[Item]) -> Any:
+            filled = (replace(item, sampling=sampling | item.sampling) for item in items)
+            return source.answers(filled, options.concurrency)
 
         def show(tally: Tally) -> None:
             bar.total = tally.total
             bar.update(tally.skipped + tally.answered + tally.failed - bar.n)
 
-        try:
-            tally = run_batch(
-                options.input,
-                options.output,
-                answers,
-                retry_errors=options.retry_errors,
-                on_progress=show,
-            )
-        finally:
-            source.close()
+        tally = run_batch(
+            options.input,
+            options.output,
+            answers,
+            retry_errors=options.retry_errors,
+            on_progress=show,
+        )
     print(
         f"{tally.answered} answered, {tally.failed} failed, {tally.skipped} done before",
         file=sys.stderr,
@@ -353,14 +329,14 @@ def _warmup(options: argparse.Namespace) -> int:
 def _tiny_model(options: argparse.Namespace) -> int:
     from gllm_engine import write_tiny_model
 
-    over = {}
-    for text in options.set:
+    tiny, over = Tiny(**struct_values(options, Tiny)), {}
+    for text in tiny.set:
         key, separator, value = text.partition("=")
         try:
             over[key] = json.loads(value)
         except ValueError:
             raise UsageError(f"--set: {text!r} is not KEY=JSON") from None
-    write_tiny_model(options.directory, options.family, options.seed, **over)
+    write_tiny_model(options.directory, tiny.family, tiny.seed, **over)
     print(options.directory)
     return 0
 

@@ -7,12 +7,13 @@ error names no request, and cancelling one would cancel all. Knows nothing of mo
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
+from tritonclient.utils import deserialize_bytes_tensor
 
 from gllm_client.http import HttpClient
 from gllm_client.protocol import (
@@ -51,13 +52,11 @@ def connect(url: str, model: str | None = None) -> SyncClient | HttpClient:
     raise ValueError(f"url: {url} has scheme {scheme}; known are grpc and http")
 
 
-class SyncClient(BlockingAsking):
-    """A blocking gRPC client; its methods may be called from any thread.
+class _Connected:
+    """A channel and what is asked over it; `model`, `with_status`: as `SyncClient`'s."""
 
-    `model`: the one to ask, where a call names none.
-    `with_status`: failed requests carry their gRPC status in GenerateError.status. Off by
-    default, because servers before 26.03 can crash on an error in that mode.
-    """
+    _open: Callable[..., Any]  # the channel, blocking or not
+    _chunks: Callable[[pb.ModelInferRequest, float | None], Any]
 
     def __init__(
         self,
@@ -67,24 +66,29 @@ class SyncClient(BlockingAsking):
         with_status: bool = False,
     ) -> None:
         self._model = model
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL)
+        self._channel = self._open(address, options=_CHANNEL)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._metadata = _STATUS_METADATA if with_status else ()
 
-    def __enter__(self) -> SyncClient:
-        return self
+    def _stream(
+        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
+    ) -> Any:
+        return self._chunks(_request(model, request_id, inputs), timeout)
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+
+class SyncClient(_Connected, BlockingAsking):
+    """A blocking gRPC client; its methods may be called from any thread.
+
+    `model`: the one to ask, where a call names none.
+    `with_status`: failed requests carry their gRPC status in GenerateError.status. Off by
+    default, because servers before 26.03 can crash on an error in that mode.
+    """
+
+    _open = staticmethod(grpc.insecure_channel)
 
     def close(self) -> None:
         """Close the channel; running requests are cancelled."""
         self._channel.close()
-
-    def _stream(
-        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
-    ) -> Iterator[Chunk]:
-        return self._chunks(_request(model, request_id, inputs), timeout)
 
     def _chunks(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[Chunk]:
         call = self._stub.ModelStreamInfer(
@@ -107,9 +111,7 @@ class SyncClient(BlockingAsking):
 
     def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
         """Whether the server, or one of its models, takes requests."""
-        if model is None:
-            return self._is("ServerReady", pb.ServerReadyRequest(), "ready", timeout)
-        return self._is("ModelReady", pb.ModelReadyRequest(name=model), "ready", timeout)
+        return self._is(*_readiness(model), "ready", timeout)
 
     def load(self, model: str, timeout: float | None = None) -> None:
         """Load a model, or load it anew if its files have changed; returns when it is ready."""
@@ -146,23 +148,13 @@ class SyncClient(BlockingAsking):
             raise _refusal(error, timeout) from None
 
 
-class Client(Asking[AsyncIterator[Chunk]]):
+class Client(_Connected, Asking[AsyncIterator[Chunk]]):
     """An asyncio gRPC client; make and use it within one running event loop.
 
     `model` and `with_status`: as `SyncClient`'s.
     """
 
-    def __init__(
-        self,
-        address: str = "127.0.0.1:8001",
-        model: str | None = None,
-        *,
-        with_status: bool = False,
-    ) -> None:
-        self._model = model
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._metadata = _STATUS_METADATA if with_status else ()
+    _open = staticmethod(grpc.aio.insecure_channel)
 
     async def __aenter__(self) -> Client:
         return self
@@ -178,11 +170,6 @@ class Client(Asking[AsyncIterator[Chunk]]):
         """The whole answer as one chunk; options as `generate`'s."""
         options = {"stream": False} | options
         return merge([chunk async for chunk in self.generate(prompt, **options)])
-
-    def _stream(
-        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
-    ) -> AsyncIterator[Chunk]:
-        return self._chunks(_request(model, request_id, inputs), timeout)
 
     async def _chunks(
         self, request: pb.ModelInferRequest, timeout: float | None
@@ -201,15 +188,19 @@ class Client(Asking[AsyncIterator[Chunk]]):
 
     async def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
         """Whether the server, or one of its models, takes requests."""
+        method, request = _readiness(model)
         try:
-            if model is None:
-                answer = await self._stub.ServerReady(pb.ServerReadyRequest(), timeout=timeout)
-            else:
-                request = pb.ModelReadyRequest(name=model)
-                answer = await self._stub.ModelReady(request, timeout=timeout)
+            answer = await getattr(self._stub, method)(request, timeout=timeout)
         except grpc.RpcError:
             return False
         return bool(answer.ready)
+
+
+def _readiness(model: str | None) -> tuple[str, Any]:
+    """The method that tells whether the server, or a model, is ready, and its request."""
+    if model is None:
+        return "ServerReady", pb.ServerReadyRequest()
+    return "ModelReady", pb.ModelReadyRequest(name=model)
 
 
 def _utf8(name: str, text: str) -> bytes:
@@ -260,20 +251,10 @@ def _chunk(response: pb.ModelStreamInferResponse) -> Chunk:
 
 def _decode(datatype: str, raw: bytes) -> tuple[Any, ...]:
     if datatype == "BYTES":
-        return tuple(_texts(raw))
+        return tuple(text.decode("utf-8") for text in deserialize_bytes_tensor(raw))
     if datatype not in _FORMATS:
         raise GenerateError(f"the server sent a tensor of type {datatype}, which has no meaning")
     return struct.unpack(f"<{len(raw) // 4}{_FORMATS[datatype]}", raw)
-
-
-def _texts(raw: bytes) -> Iterable[str]:
-    """Elements of a BYTES tensor: each its length as 4 bytes, little-endian, then its bytes."""
-    start = 0
-    while start < len(raw):
-        (size,) = struct.unpack_from("<I", raw, start)
-        start += 4
-        yield raw[start : start + size].decode("utf-8")
-        start += size
 
 
 def _refusal(error: grpc.RpcError, timeout: float | None) -> GenerateError:

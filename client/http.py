@@ -50,12 +50,6 @@ class HttpClient(BlockingAsking):
     def __init__(self, address: str = "127.0.0.1:8000", model: str | None = None) -> None:
         self._address, self._model = address, model
 
-    def __enter__(self) -> HttpClient:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Nothing is kept open between requests."""
 

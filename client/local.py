@@ -8,12 +8,13 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from gllm_client.batch import Failed, Item
 from gllm_client.protocol import Chunk, Output, merge
+from gllm_client.signals import caught_signals
 from gllm_client.source import Prompt
 from gllm_engine import LLM, InvalidField, RequestFailed, parse_sampling
 
@@ -54,7 +55,7 @@ class Local:
         waiting = iter(items)
         running: deque[_Running] = deque()
         while True:
-            while len(running) < concurrency and (item := next(waiting, None)) is not None:
+            for item in islice(waiting, concurrency - len(running)):
                 running.append(_Running(item, self.stream(item.prompt, item.sampling), []))
             if not running:
                 return
@@ -88,17 +89,8 @@ def _output(part: Any) -> Output:
 
 def _uninterrupted(deltas: Iterator[Any]) -> Any:
     """The next delta or None; Ctrl-C waits until the engine's step is whole."""
-    with _deferred_interrupt():
-        return next(deltas, None)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[None]:
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
+    with caught_signals(signal.SIGINT) as caught:
+        delta = next(deltas, None)
+    if caught.count:
         raise KeyboardInterrupt
+    return delta

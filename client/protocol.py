@@ -18,6 +18,7 @@ import msgspec
 # An input tensor's value: BYTES, BOOL, or a list: INT32 or BYTES.
 Value = str | bool | list[int] | list[str]
 Chunks = TypeVar("Chunks")
+Self = TypeVar("Self", bound="BlockingAsking")
 
 
 class GenerateError(RuntimeError):
@@ -128,14 +129,6 @@ def request_inputs(
             for image in images
         ]
     return inputs
-
-
-def pick_model(named: str | None, usual: str | None) -> str:
-    """The model that a call names, else the client's own. Raises ValueError without either."""
-    model = named or usual
-    if not model:
-        raise ValueError("model: none given, neither to the client nor to the call")
-    return model
 
 
 def _prompt(
@@ -263,10 +256,14 @@ class Asking(ABC, Generic[Chunks]):
         cancelling the task that iterates.
 
         `options` are those of `request_inputs`. `timeout`: seconds for the whole answer. Raises
-        ValueError at once for contradicting options; the iterator raises GenerateError.
+        ValueError at once for contradicting options, or when neither the call nor the client
+        names a model; the iterator raises GenerateError.
         """
         inputs = request_inputs(prompt, **options)
-        return self._stream(pick_model(model, self._model), inputs, request_id, timeout)
+        model = model or self._model
+        if not model:
+            raise ValueError("model: none given, neither to the client nor to the call")
+        return self._stream(model, inputs, request_id, timeout)
 
     @abstractmethod
     def _stream(
@@ -277,6 +274,16 @@ class Asking(ABC, Generic[Chunks]):
 
 class BlockingAsking(Asking[Iterator[Chunk]]):
     """Asking, and waiting for what comes."""
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what is kept open; running requests are cancelled."""
 
     def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
         """The whole answer as one chunk; options as `generate`'s."""

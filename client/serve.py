@@ -15,9 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from gllm_client.server import (
     server_environment,
     sweep,
 )
+from gllm_client.signals import Signals, caught_signals
 
 PORTS = ("http", "grpc", "metrics")
 TICK_S = 0.1  # how often a signal or the server's death is looked for
@@ -158,28 +158,6 @@ def write_model(directory: Path, engine: dict[str, Any], front_ends: int) -> Non
         "max_batch_size: 0\n"
         f"instance_group [{{ count: {front_ends} kind: KIND_MODEL }}]\n"
     )
-
-
-class Signals:
-    """Which stop signals have come."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, number: int, frame: object) -> None:
-        self.count += 1
-
-
-@contextmanager
-def caught_signals() -> Iterator[Signals]:
-    """SIGTERM and SIGINT are counted instead of ending the program."""
-    signals = Signals()
-    before = {n: signal.signal(n, signals) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class ProcessRow(NamedTuple):

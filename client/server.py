@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 
@@ -202,7 +202,7 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def exec_server(arguments: Sequence[str]) -> None:
+def exec_server(arguments: Sequence[str]) -> NoReturn:
     """Become tritonserver with the gllm backend; `arguments` are its own. Does not return."""
     installation = find_server()
     sweep()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import Any, Protocol
 
 from gllm_client.batch import Failed, Item
@@ -50,31 +51,23 @@ class Remote:
         return ready[0]
 
     def stream(self, prompt: Prompt, sampling: dict[str, Any]) -> Iterator[Chunk]:
-        streamed = int(sampling.get("n", 1)) == 1
-        return self._ask(prompt, sampling, stream=streamed)
+        return self._ask(prompt, sampling, stream=int(sampling.get("n", 1)) == 1)
 
     def _ask(self, prompt: Prompt, sampling: dict[str, Any], stream: bool) -> Iterator[Chunk]:
-        kind = "prompt" if isinstance(prompt, str) else "messages"
-        options: dict[str, Any] = {kind: prompt}
-        return self._client.generate(
-            model=self._model,
-            sampling=sampling,
-            stream=stream,
-            timeout=self._timeout,
-            **options,
-        )
+        options: dict[str, Any] = {"sampling": sampling, "stream": stream}
+        options["prompt" if isinstance(prompt, str) else "messages"] = prompt
+        return self._client.generate(model=self._model, timeout=self._timeout, **options)
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
         """As Source's. Raises GenerateError once the server is gone: no item is to blame."""
-        pool = ThreadPoolExecutor(concurrency)
+        pool, waiting = ThreadPoolExecutor(concurrency), iter(items)
         pending: set[Future[tuple[Item, Any]]] = set()
         try:
-            for item in items:
-                pending.add(pool.submit(self._answer, item))
-                if len(pending) == concurrency:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while pending:
+            while True:
+                for item in islice(waiting, concurrency - len(pending)):
+                    pending.add(pool.submit(self._answer, item))
+                if not pending:
+                    return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         finally:

@@ -190,12 +190,20 @@ def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_config(path: Path) -> EngineConfig:
     """Read model.json; relative paths in it are relative to the file's directory."""
+    return make_config(read_object(path, ConfigError, _no_twice), path.parent)
+
+
+def read_object(path: Path, wrong: type[ValueError], hook: Any = None) -> dict[str, Any]:
+    """The JSON object in a file. Raises `wrong` with a sentence for any other content, or none.
+
+    `hook`: json's `object_pairs_hook`.
+    """
     try:
-        values = json.loads(path.read_text(), object_pairs_hook=_no_twice)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        raise wrong(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+        raise wrong(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object")
-    return make_config(values, path.parent)
+        raise wrong(f"{path}: a JSON object is expected")
+    return values

@@ -68,7 +68,7 @@ from gllm_engine.config import settle
         ('{"model": ".", "seed": 1, "seed": 2}', "key 'seed' comes twice"),
         ('{"model": "nowhere"}', "nowhere is not a directory"),
         ("{}", "missing required field model"),
-        ("[]", "expected a JSON object"),
+        ("[]", "a JSON object is expected"),
         ("{", "not valid JSON"),
     ],
 )

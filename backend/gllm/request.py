@@ -17,22 +17,7 @@ from msgspec.structs import replace
 
 from gllm_engine import InvalidField, SamplingParams, parse_sampling
 
-# Name -> (Triton type, dims). Every one is optional to Triton, so that ours says what is missing.
-INPUTS: dict[str, tuple[str, list[int]]] = {
-    "text_input": ("TYPE_STRING", [1]),
-    "input_ids": ("TYPE_INT32", [-1]),
-    "messages": ("TYPE_STRING", [1]),
-    "image": ("TYPE_STRING", [-1]),
-    "stream": ("TYPE_BOOL", [1]),
-    "sampling_parameters": ("TYPE_STRING", [1]),
-    "exclude_input_in_output": ("TYPE_BOOL", [1]),
-    "return_finish_reason": ("TYPE_BOOL", [1]),
-    "return_cumulative_logprob": ("TYPE_BOOL", [1]),
-    "return_logprobs": ("TYPE_BOOL", [1]),
-    "return_num_input_tokens": ("TYPE_BOOL", [1]),
-    "return_num_output_tokens": ("TYPE_BOOL", [1]),
-    "return_token_ids": ("TYPE_BOOL", [1]),
-}
+# Name -> (Triton type, dims).
 OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "text_output": ("TYPE_STRING", [-1]),
     "finish_reason": ("TYPE_STRING", [-1]),
@@ -42,6 +27,19 @@ OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "num_output_tokens": ("TYPE_UINT32", [-1]),
     "token_ids": ("TYPE_INT32", [-1]),
     "prompt_logprobs": ("TYPE_STRING", [1]),
+}
+# The others come always, or when a sampling parameter asks for them.
+_FLAGGED = [name for name in OUTPUTS if name not in ("text_output", "prompt_logprobs")]
+# Every one is optional to Triton, so that ours says what is missing.
+INPUTS: dict[str, tuple[str, list[int]]] = {
+    "text_input": ("TYPE_STRING", [1]),
+    "input_ids": ("TYPE_INT32", [-1]),
+    "messages": ("TYPE_STRING", [1]),
+    "image": ("TYPE_STRING", [-1]),
+    "stream": ("TYPE_BOOL", [1]),
+    "sampling_parameters": ("TYPE_STRING", [1]),
+    "exclude_input_in_output": ("TYPE_BOOL", [1]),
+    **{f"return_{name}": ("TYPE_BOOL", [1]) for name in _FLAGGED},
 }
 # Stop strings, grammars and all: n sequences carry it, so 1 MiB is 64 MiB at most.
 MAX_PARAMETERS_LEN = 1 << 20  # characters of JSON
@@ -232,12 +230,10 @@ def _outputs(
     """
     named = requested < set(OUTPUTS)
     wanted = {"text_output"}
-    for name in OUTPUTS:
+    for name in _FLAGGED:
         flag = _flag(tensors, f"return_{name}")
         if flag or (flag is None and named):
             wanted.add(name)
-    if sampling.prompt_logprobs is None:
-        wanted.discard("prompt_logprobs")
-    else:
+    if sampling.prompt_logprobs is not None:
         wanted.add("prompt_logprobs")
     return frozenset(wanted & requested)

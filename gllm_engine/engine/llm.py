@@ -10,7 +10,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -33,16 +32,10 @@ Prompt = str | list[int]  # text, or token ids
 
 
 @dataclass
-class CompletionOutput:
-    """One of the n outputs of a prompt; fields as in vLLM."""
+class CompletionOutput(Delta):
+    """One of the n outputs of a prompt: all its deltas in one; fields as in vLLM."""
 
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[Logprobs] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
+    index: int = 0
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
@@ -102,12 +95,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -218,7 +206,7 @@ class LLM:
             return []
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
-        output.outputs = [CompletionOutput(index) for index in range(params.n)]
+        output.outputs = [CompletionOutput(index=index) for index in range(params.n)]
         return make_requests(self.tokenizer, output.prompt_token_ids, params, self._ids)
 
     def _submit(self, queue: deque[tuple[RequestOutput, list[Request]]], mine: set[int]) -> None:

@@ -6,12 +6,12 @@ no transformers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gllm_engine.config import read_object
 from gllm_engine.spec.fields import Fields, SpecError
 from gllm_engine.spec.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.spec.rope import Dynamic, Rope, Yarn, read_rope
@@ -216,10 +216,12 @@ def read_spec(path: Path) -> Model:
 
     Raises SpecError: unreadable or not JSON, an architecture, switch or value not supported.
     """
-    model = make_spec(_read_json(path / "config.json"), str(path / "config.json"))
+    model = make_spec(read_object(path / "config.json", SpecError), str(path / "config.json"))
     generation = path / "generation_config.json"
     if generation.exists():
-        eos = Fields(_read_json(generation), str(generation), {}).token_ids("eos_token_id")
+        eos = Fields(read_object(generation, SpecError), str(generation), {}).token_ids(
+            "eos_token_id"
+        )
         model = replace(model, eos_token_ids=eos or model.eos_token_ids)
     return replace(model, eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab))
 
@@ -308,15 +310,3 @@ def _moe(c: Fields, hidden: int, renorm: bool, shared: int = 0) -> Moe:
             "the number of experts"
         )
     return Moe(num_experts, top_k, hidden, renorm, shared)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise SpecError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise SpecError(f"{path}: a JSON object is expected")
-    return values
