@@ -37,11 +37,11 @@ import msgspec
 from gllm_engine.config import EngineConfig
 
 
-class AttachError(RuntimeError):
-    """No engine can be joined or started; the message says why."""
+class EngineError(RuntimeError):
+    """The engine could not be started or joined; the message says why."""
 
 
-class StaleFrontEnd(AttachError):
+class StaleFrontEnd(EngineError):
     """A newer load of the same model is serving; this front end must not attach again."""
 
 
@@ -105,13 +105,13 @@ def attach(
     `again`: this front end was attached before and lost its engine. Only a first attachment, which
     is a load of the model, may replace a running engine.
 
-    Raises StaleFrontEnd when a newer load of the model has taken over, AttachError when no engine
+    Raises StaleFrontEnd when a newer load of the model has taken over, EngineError when no engine
     can be started. Blocks while an earlier engine finishes its work.
     """
     me = Process.of(os.getpid())
     owner = Process.of(owner_pid)
     if me is None or owner is None:
-        raise AttachError(f"process {owner_pid}, which the engine should live with, has ended")
+        raise EngineError(f"process {owner_pid}, which the engine should live with, has ended")
     home = _home(owner, scope)
     with _locked(home):
         record = _read(home, scope)
@@ -128,7 +128,7 @@ def attach(
         try:
             pidfd = os.pidfd_open(record.engine.pid)
         except ProcessLookupError:
-            raise AttachError("the engine process died while a front end was joining") from None
+            raise EngineError("the engine process died while a front end was joining") from None
         record.front_ends[instance] = me
         _write(home, record)
         return Attached(home / str(record.generation), record.engine, pidfd, child)
@@ -173,7 +173,7 @@ def _replace(
     child = _start(home / str(record.generation), config, owner)
     record.engine = Process.of(child.pid)
     if record.engine is None:
-        raise AttachError(f"the engine process ended at once (status {child.wait()})")
+        raise EngineError(f"the engine process ended at once (status {child.wait()})")
     return child
 
 
@@ -205,13 +205,13 @@ def detach(
         _remove(home)
 
 
-def end_with(owner: Process, last: Callable[[], None]) -> None:
-    """End this process, whatever it is doing, as soon as `owner` has ended; after calling `last`.
+def end_with(owner_pid: int, last: Callable[[], None]) -> None:
+    """End this process, whatever it is doing, as soon as another has ended; after calling `last`.
 
     By a thread of its own, which alone can end a process whose other threads wait for the dead.
     """
     try:
-        pidfd = os.pidfd_open(owner.pid)
+        pidfd = os.pidfd_open(owner_pid)
     except ProcessLookupError:
         os._exit(1)
 
@@ -225,10 +225,7 @@ def end_with(owner: Process, last: Callable[[], None]) -> None:
 
 def end_with_parent() -> None:
     """For a front end: end this process as soon as its parent, tritonserver, has ended."""
-    parent = Process.of(os.getppid())
-    if parent is None:
-        os._exit(1)
-    end_with(parent, lambda: None)
+    end_with(os.getppid(), lambda: None)
 
 
 def sweep() -> None:
@@ -251,7 +248,7 @@ def _root() -> Path:
     root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()
     if root.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise AttachError(f"{root} must be a directory of this user with mode 0700")
+        raise EngineError(f"{root} must be a directory of this user with mode 0700")
     return root
 
 
@@ -320,19 +317,15 @@ def _retire(engine: Process | None, patience_s: float) -> None:
     """Let an engine finish what it runs, at most `patience_s`; then end it."""
     if engine is None or not engine.alive:
         return
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it ends by itself meanwhile
         pidfd = os.pidfd_open(engine.pid)
-    except ProcessLookupError:
-        return
-    try:
-        os.kill(engine.pid, signal.SIGTERM)
-        if not _ended(pidfd, patience_s):
-            os.kill(engine.pid, signal.SIGKILL)
-            _ended(pidfd, 5.0)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(pidfd)
+        try:
+            os.kill(engine.pid, signal.SIGTERM)
+            if not _ended(pidfd, patience_s):
+                os.kill(engine.pid, signal.SIGKILL)
+                _ended(pidfd, 5.0)
+        finally:
+            os.close(pidfd)
 
 
 def _ended(pidfd: int, timeout_s: float | None) -> bool:
