@@ -205,13 +205,13 @@ def detach(
         _remove(home)
 
 
-def end_with(owner_pid: int, last: Callable[[], None]) -> None:
-    """End this process, whatever it is doing, as soon as another has ended; after calling `last`.
+def end_with(owner: Process, last: Callable[[], None]) -> None:
+    """End this process, whatever it is doing, as soon as `owner` has ended; after calling `last`.
 
     By a thread of its own, which alone can end a process whose other threads wait for the dead.
     """
     try:
-        pidfd = os.pidfd_open(owner_pid)
+        pidfd = os.pidfd_open(owner.pid)
     except ProcessLookupError:
         os._exit(1)
 
@@ -225,7 +225,10 @@ def end_with(owner_pid: int, last: Callable[[], None]) -> None:
 
 def end_with_parent() -> None:
     """For a front end: end this process as soon as its parent, tritonserver, has ended."""
-    end_with(os.getppid(), lambda: None)
+    parent = Process.of(os.getppid())
+    if parent is None:
+        os._exit(1)
+    end_with(parent, lambda: None)
 
 
 def sweep() -> None:

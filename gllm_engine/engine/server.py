@@ -186,7 +186,7 @@ def main() -> int:
     directory, owner = Path(sys.argv[1]), Process.of(int(sys.argv[2]))
     if owner is None:
         return 1
-    end_with(owner.pid, lambda: discard_owner(owner))
+    end_with(owner, lambda: discard_owner(owner))
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the parent's mask is inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
