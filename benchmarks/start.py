@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -76,15 +75,11 @@ def main() -> None:
         num_bytes = write_checkpoint(model, Path(directory))
         paths = {key: str(Path(directory, f"{key}.json")) for key in ("work", "figures")}
         Path(paths["work"]).write_text(json.dumps(work))
-        task: dict[str, Any] = {
-            "model": directory,
-            "config": parse_pairs(arguments.config),
-            **paths,
-        }
-        task |= {"repeat": 1, "profile": False}
+        config = parse_pairs(arguments.config)
+        task = {"model": directory, "config": config, "repeat": 1, "profile": False, **paths}
         for _ in range(arguments.repeat):
             starts.append(drive("ours", task, None, arguments.timeout)["start_s"])
-    figures = {"checkpoint_gb": num_bytes / 1e9, "config": task["config"], "start_s": starts}
+    figures = {"checkpoint_gb": num_bytes / 1e9, "config": config, "start_s": starts}
     rows = [[number, f"{seconds:.1f}"] for number, seconds in enumerate(starts, 1)]
     print_table(f"{model.name}, {num_bytes / 1e9:.2f} GB of weights", ["start", "s"], rows)
     record(f"start-{model.name}", figures, arguments.save)

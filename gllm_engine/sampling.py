@@ -97,20 +97,16 @@ class SamplingParams(
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise InvalidField("logit_bias", f"{bias} for token {token} is outside [-100, 100]")
-        if self.structured_outputs is not None:
-            given = [
-                f
-                for f in StructuredOutputs.__struct_fields__
-                if getattr(self.structured_outputs, f) is not None
-            ]
+        if (asked := self.structured_outputs) is not None:
+            given = [f for f in asked.__struct_fields__ if getattr(asked, f) is not None]
             if len(given) != 1:
                 raise InvalidField(
                     "structured_outputs",
                     f"exactly one of json, regex, choice, grammar is needed, got {given or 'none'}",
                 )
-            if self.structured_outputs.choice == ():
+            if asked.choice == ():
                 raise InvalidField("structured_outputs", "choice is empty")
-            num_choices = len(self.structured_outputs.choice or ())
+            num_choices = len(asked.choice or ())
             if num_choices > MAX_CHOICES:
                 problem = f"choice has {num_choices} entries, at most {MAX_CHOICES} are allowed"
                 raise InvalidField("structured_outputs", problem)

@@ -38,11 +38,11 @@ import msgspec
 from gllm_engine.config import EngineConfig
 
 
-class AttachError(RuntimeError):
-    """No engine can be joined or started; the message says why."""
+class EngineError(RuntimeError):
+    """The engine could not be started or joined; the message says why."""
 
 
-class StaleFrontEnd(AttachError):
+class StaleFrontEnd(EngineError):
     """A newer load of the same model is serving; this front end must not attach again."""
 
 
@@ -106,13 +106,13 @@ def attach(
     `again`: this front end was attached before and lost its engine. Only a first attachment, which
     is a load of the model, may replace a running engine.
 
-    Raises StaleFrontEnd when a newer load of the model has taken over, AttachError when no engine
+    Raises StaleFrontEnd when a newer load of the model has taken over, EngineError when no engine
     can be started. Blocks while an earlier engine finishes its work.
     """
     me = Process.of(os.getpid())
     owner = Process.of(owner_pid)
     if me is None or owner is None:
-        raise AttachError(f"process {owner_pid}, which the engine should live with, has ended")
+        raise EngineError(f"process {owner_pid}, which the engine should live with, has ended")
     home = _home(owner, scope)
     with _locked(home):
         record = _read(home, scope)
@@ -129,7 +129,7 @@ def attach(
         try:
             pidfd = os.pidfd_open(record.engine.pid)
         except ProcessLookupError:
-            raise AttachError("the engine process died while a front end was joining") from None
+            raise EngineError("the engine process died while a front end was joining") from None
         record.front_ends[instance] = me
         _write(home, record)
         return Attached(home / str(record.generation), record.engine, pidfd, child)
@@ -174,7 +174,7 @@ def _replace(
     child = _start(home / str(record.generation), config, owner)
     record.engine = Process.of(child.pid)
     if record.engine is None:
-        raise AttachError(f"the engine process ended at once (status {child.wait()})")
+        raise EngineError(f"the engine process ended at once (status {child.wait()})")
     return child
 
 
@@ -254,7 +254,7 @@ def _root() -> Path:
     root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()
     if root.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise AttachError(f"{root} must be a directory of this user with mode 0700")
+        raise EngineError(f"{root} must be a directory of this user with mode 0700")
     return root
 
 
@@ -323,19 +323,15 @@ def _retire(engine: Process | None, patience_s: float) -> None:
     """Let an engine finish what it runs, at most `patience_s`; then end it."""
     if engine is None or not engine.alive:
         return
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it ends by itself meanwhile
         pidfd = os.pidfd_open(engine.pid)
-    except ProcessLookupError:
-        return
-    try:
-        os.kill(engine.pid, signal.SIGTERM)
-        if not _ended(pidfd, patience_s):
-            os.kill(engine.pid, signal.SIGKILL)
-            _ended(pidfd, 5.0)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(pidfd)
+        try:
+            os.kill(engine.pid, signal.SIGTERM)
+            if not _ended(pidfd, patience_s):
+                os.kill(engine.pid, signal.SIGKILL)
+                _ended(pidfd, 5.0)
+        finally:
+            os.close(pidfd)
 
 
 def _ended(pidfd: int, timeout_s: float | None) -> bool:

@@ -18,7 +18,7 @@ import zmq
 
 from gllm_engine.config import EngineConfig
 from gllm_engine.engine import wire
-from gllm_engine.engine.attach import Attached, AttachError, StaleFrontEnd, attach, detach
+from gllm_engine.engine.attach import Attached, EngineError, StaleFrontEnd, attach, detach
 from gllm_engine.types import ModelInfo, Outputs, Request, Stats
 
 RETRY_S = (0.1, 1.0, 5.0, 10.0)  # pauses between attempts to get an engine back
@@ -26,10 +26,6 @@ JOIN_TRIES = 3
 GOODBYE_MS = 1000
 
 log = logging.getLogger("gllm.client")
-
-
-class EngineError(RuntimeError):
-    """The engine could not be started or joined; the message says why."""
 
 
 class EngineUnavailable(RuntimeError):
@@ -198,9 +194,7 @@ class EngineClient:
         for _ in range(JOIN_TRIES):
             try:
                 attached = attach(self._config, self._scope, self._instance, self._owner_pid, again)
-            except StaleFrontEnd:
-                raise
-            except (AttachError, OSError) as error:
+            except OSError as error:
                 raise EngineError(str(error)) from error
             socket = self._greet(attached)
             if socket is not None:
