@@ -1,0 +1,315 @@
+"""Two machines, as two network namespaces: who may join, what is heard where, and a cable cut.
+
+Run as a program, this file is a front end on a node of its own, or a worker of other software.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import pytest
+import zmq
+from network import ADDRESSES, Node, two_nodes
+from traced import WAIT_S, Traces, traced, wait_for
+
+from gllm_engine import LLM, Request, SamplingParams, make_config, write_tiny_model
+from gllm_engine.engine import client, cluster, member, wire
+
+SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 4096, "num_pages": 1024}
+PORT = 29500
+ENGINE = f"tcp://{ADDRESSES[0]}:{PORT}"
+PROMPT = [5, 6, 7]
+SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+LOST_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    return write_tiny_model(path, "Qwen3ForCausalLM", seed=3, max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[int]:
+    with LLM(str(model), **SMALL) as llm:
+        return llm.generate(PROMPT, SHORT)[0].outputs[0].token_ids
+
+
+@pytest.fixture
+def traces() -> Iterator[Traces]:
+    with traced() as traces:
+        yield traces
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[Node, Node]]:
+    try:
+        made = two_nodes()
+        nodes = made.__enter__()
+    except OSError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    try:
+        yield nodes
+    finally:
+        while Program.all:
+            Program.all.pop().end()
+        made.__exit__(None, None, None)
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    return write_key(tmp_path / "key", "a secret of two machines, thirty-two bytes at least")
+
+
+def write_key(path: Path, secret: str) -> Path:
+    path.touch(0o600)
+    path.write_text(secret)
+    return path
+
+
+class Program:
+    """A command on a node: its lines on stdout by and by, stderr in a file."""
+
+    all: ClassVar[list[Program]] = []  # to be ended with the nodes
+
+    def __init__(self, node: Node, command: list[Any], log: Path) -> None:
+        self.log_path, self.lines = log, queue.Queue[str]()
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [*node.inside, *map(str, command)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        self.all.append(self)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.reader.join()
+        with self.process:
+            return
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self.lines.put(line)
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def wait_log(self, words: str, timeout_s: float = WAIT_S) -> None:
+        wait_for(lambda: words in self.log(), f"{words!r} in\n{self.log()}", timeout_s)
+
+    def hear(self) -> Any:
+        try:
+            return json.loads(self.lines.get(timeout=WAIT_S))
+        except queue.Empty:
+            raise AssertionError(f"nothing is heard:\n{self.log()}") from None
+
+    def say(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def ask(self) -> Any:
+        self.say("ask")
+        return self.hear()
+
+
+def front_end(node: Node, model: Path, key: Path, **config: Any) -> Program:
+    config |= SMALL | {"model": str(model), "nnodes": 2, "cluster_key_file": str(key)}
+    config |= {"master_addr": node.address, "master_port": PORT}
+    command = [sys.executable, __file__, "front", json.dumps(config)]
+    return Program(node, command, key.parent / "front.log")
+
+
+def worker_options(model: Path, key: Path, nnodes: int = 2) -> list[Any]:
+    options = ["--engine", ENGINE, "--model", model, "--node-rank", 1, "--nnodes", nnodes]
+    return [*options, "--cluster-key-file", key]
+
+
+def torchrun(node: Node, model: Path, key: Path) -> Program:
+    launcher = [sys.executable, "-m", "torch.distributed.run"]  # which is torchrun
+    command = [
+        *launcher,
+        "--standalone",
+        "--nproc-per-node",
+        1,
+        "-m",
+        "gllm_engine.worker",
+        *worker_options(model, key),
+    ]
+    return Program(node, command, key.parent / "torchrun.log")
+
+
+def one_worker(node: Node, log: Path, options: list[Any], how: str = "worker") -> Program:
+    return Program(node, [sys.executable, __file__, how, *options], log)
+
+
+def join_in_the_clear(model: Path) -> bool:
+    """Whether the engine answers one who joins without a key, as a worker would."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as plain:
+        plain.set(zmq.LINGER, 0)
+        plain.connect(ENGINE)
+        version, digest = cluster.software(), cluster.digest(model)
+        plain.send_multipart(wire.encode(wire.Join(wire.PROTOCOL, version, digest, 1, 2, 0, 1)))
+        return bool(plain.poll(1000))
+
+
+def test_a_pipeline_over_two_nodes(
+    model: Path, expected: list[int], key: Path, nodes: tuple[Node, Node], traces: Traces,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    first, second = nodes
+    front = front_end(first, model, key, pipeline_parallel_size=2)
+    front.wait_log("workers of other nodes join at")
+    refuse_strangers(second, model, key, tmp_path)
+    assert not second.run(lambda: join_in_the_clear(model))
+    launcher = torchrun(second, model, key)
+    assert front.hear() == "ready"
+    assert front.ask() == expected
+
+    # The loopback device is nobody else's; torchrun's own store is torchrun's (see docker/k8s).
+    assert first.listening() <= {first.address, "127.0.0.1"}
+    assert second.listening() - {"0" * 32} <= {second.address, "127.0.0.1"}
+
+    front.say("stream")
+    assert front.hear() == "streaming"
+    first.plug(False)
+    cut = time.monotonic()
+    when, why = front.hear()
+    assert when - cut < LOST_S
+    assert "worker 1 (node 1) is lost: it was killed, stopped or cut off" in why
+    assert "it is being restarted" in why
+    launcher.wait_log("the engine is lost; this worker waits for another", LOST_S)
+    assert "is being restarted" in front.ask()
+    first.plug(True)
+    wait_for(lambda: front.ask() == expected, "it is served again")
+    assert launcher.process.poll() is None
+
+    front.process.terminate()
+    launcher.process.terminate()
+    launcher.process.wait(WAIT_S)
+    traces.wait_gone(5.0)
+
+
+def refuse_strangers(node: Node, model: Path, key: Path, directory: Path) -> None:
+    """Each of these is kept out, and the log of each says why."""
+    other_key = write_key(directory / "other", "another secret, which is as long as the first one")
+    other_model = directory / "model"
+    shutil.copytree(model, other_model)
+    config = json.loads((model / "config.json").read_text())
+    (other_model / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    cases = [
+        ("worker", worker_options(model, other_key), "its key is not the one in"),
+        ("worker", worker_options(other_model, key), "has a model whose config.json has digest"),
+        ("worker", worker_options(model, key, nnodes=3), "number of nodes of 3, the engine expe"),
+        ("older", worker_options(model, key), "the worker runs gllm 0.0, torch 1.0, the engine ex"),
+    ]
+    programs = [
+        one_worker(node, directory / f"stranger{i}.log", options, how)
+        for i, (how, options, _) in enumerate(cases)
+    ]
+    for program, (_, _, sentence) in zip(programs, cases, strict=True):
+        program.wait_log(sentence)
+    for program in programs[1:]:
+        assert program.process.wait(WAIT_S) == os.EX_CONFIG
+    assert programs[0].process.poll() is None  # in case it is the engine that is a stranger
+    programs[0].process.kill()
+
+
+def test_a_layer_over_two_nodes(
+    model: Path, expected: list[int], key: Path, nodes: tuple[Node, Node], traces: Traces
+) -> None:
+    """Its workers are there first, and they stay when the engine goes."""
+    launcher = torchrun(nodes[1], model, key)
+    front = front_end(nodes[0], model, key, tensor_parallel_size=2)
+    assert front.hear() == "ready"
+    assert front.ask() == expected
+    front.process.kill()
+    launcher.wait_log("the engine is lost; this worker waits for another")
+    front = front_end(nodes[0], model, key, tensor_parallel_size=2)
+    assert front.hear() == "ready"
+    assert front.ask() == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "secret", "sentence"),
+    [
+        (0o640, "x" * 40, "others may read .*; its mode must be 0600"),
+        (0o600, "x" * 31, "holds 31 bytes, at least 32 are needed"),
+        (None, "", "cannot be read"),
+    ],
+)
+def test_a_bad_key_file_is_refused(
+    model: Path, tmp_path: Path, mode: int | None, secret: str, sentence: str
+) -> None:
+    path = tmp_path / "key"
+    if mode is not None:
+        path.write_text(secret)
+        path.chmod(mode)
+    config = {"tensor_parallel_size": 2, "nnodes": 2, "master_addr": "127.0.0.1"}
+    with pytest.raises(member.ConfigError, match=f"cluster_key_file: .*{sentence}"):
+        LLM(str(model), **SMALL, **config, cluster_key_file=str(path))
+
+
+def test_an_address_of_another_machine_is_refused(model: Path, key: Path) -> None:
+    config = {"tensor_parallel_size": 2, "nnodes": 2, "master_addr": "192.0.2.1"}
+    with pytest.raises(member.ConfigError, match="master_addr: cannot listen on tcp://192.0.2.1"):
+        LLM(str(model), **SMALL, **config, cluster_key_file=str(key))
+
+
+def _serve(config: dict[str, Any]) -> None:
+    """A front end: tells what happens, a JSON value a line, and does as it is told."""
+    outputs: queue.Queue[Any] = queue.Queue()
+    tell = lambda value: print(json.dumps(value), flush=True)  # noqa: E731
+    engine = client.EngineClient(
+        make_config(config),
+        scope="m/1",
+        instance="m_0_0",
+        owner_pid=os.getpid(),
+        on_outputs=outputs.put,
+        on_stats=lambda _: None,
+        on_lost=lambda why: tell([time.monotonic(), why]),
+    )
+    tell("ready")
+    for line in sys.stdin:
+        params = ENDLESS if line.strip() == "stream" else SHORT
+        try:
+            engine.submit([Request(2, PROMPT, msgspec.convert(params, SamplingParams), 7)])
+        except client.EngineUnavailable as error:
+            tell(str(error))
+            time.sleep(0.1)
+            continue
+        if params is ENDLESS:
+            outputs.get(timeout=WAIT_S)
+            tell("streaming")
+            continue
+        while outputs.qsize():  # a stream's
+            outputs.get()
+        tokens: list[int] = []
+        while len(tokens) < SHORT.max_tokens:  # type: ignore[operator]
+            tokens += outputs.get(timeout=WAIT_S).tokens
+        tell(tokens)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "front":
+        _serve(json.loads(sys.argv[2]))
+    if sys.argv[1] == "older":
+        cluster.software = lambda: "gllm 0.0, torch 1.0"
+    sys.exit(member.main(sys.argv[2:]))
