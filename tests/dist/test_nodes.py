@@ -48,7 +48,8 @@ def expected(model: Path) -> list[int]:
 
 
 @pytest.fixture
-def traces() -> Iterator[Traces]:
+def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # torchrun's, another listener
     with traced() as traces:
         yield traces
 
@@ -183,9 +184,8 @@ def test_a_pipeline_over_two_nodes(
     assert front.hear() == "ready"
     assert front.ask() == expected
 
-    # The loopback device is nobody else's; torchrun's own store is torchrun's (see docker/k8s).
     assert first.listening() <= {first.address, "127.0.0.1"}
-    assert second.listening() - {"0" * 32} <= {second.address, "127.0.0.1"}
+    assert second.listening() <= {second.address, "127.0.0.1"}
 
     front.say("stream")
     assert front.hear() == "streaming"
