@@ -325,8 +325,10 @@ class WorkerGroup:
 
 def _end(children: list[subprocess.Popen[bytes]], directory: Path) -> None:
     """Also of children that are stopped, or wait for the dead: nobody asks them."""
+    # This process may itself be ended at any point; as long as they live, they would clear away.
+    shutil.rmtree(directory, ignore_errors=True)
     for child in children:
         child.kill()
     for child in children:
         child.wait()
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)  # what they were just putting there

@@ -144,17 +144,11 @@ def worker_options(model: Path, key: Path, nnodes: int = 2) -> list[Any]:
 
 
 def torchrun(node: Node, model: Path, key: Path) -> Program:
-    launcher = [sys.executable, "-m", "torch.distributed.run"]  # which is torchrun
-    command = [
-        *launcher,
-        "--standalone",
-        "--nproc-per-node",
-        1,
-        "-m",
-        "gllm_engine.worker",
-        *worker_options(model, key),
-    ]
-    return Program(node, command, key.parent / "torchrun.log")
+    """With --standalone its own store would listen on every address."""
+    launcher: list[Any] = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 1]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
+    launcher += ["--rdzv-endpoint", key.parent / "rendezvous", "-m", "gllm_engine.worker"]
+    return Program(node, launcher + worker_options(model, key), key.parent / "torchrun.log")
 
 
 def one_worker(node: Node, log: Path, options: list[Any], how: str = "worker") -> Program:
