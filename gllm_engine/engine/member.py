@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--engine", required=True, help="tcp://HOST:PORT, the engine's master_addr")
     parser.add_argument("--model", required=True, help="directory of the checkpoint on this node")
-    parser.add_argument("--node-rank", type=int, default=0, help="of this node, from 1 on")
+    parser.add_argument("--node-rank", type=int, default=0, help="of this node, the engine's is 0")
     parser.add_argument("--nnodes", type=int, default=2, help="as the engine's")
     parser.add_argument("--cluster-key-file", help="the secret that the engine has too")
     parser.add_argument("--owner", type=int, help="pid to end with; default: the parent's")

@@ -1,6 +1,6 @@
 """Two machines, as two network namespaces: who may join, what is heard where, and a cable cut.
 
-Run as a program, this file is a front end on a node of its own, or a worker of other software.
+Run as a program, this file is a front end.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import zmq
 from network import ADDRESSES, Node, two_nodes
 from traced import WAIT_S, Traces, traced, wait_for
 
-from gllm_engine import LLM, Request, SamplingParams, make_config, write_tiny_model
-from gllm_engine.engine import client, cluster, member, wire
+from gllm_engine import LLM, ConfigError, Request, SamplingParams, make_config, write_tiny_model
+from gllm_engine.engine import client, cluster, wire
 
 SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 4096, "num_pages": 1024}
 PORT = 29500
@@ -134,12 +134,12 @@ class Program:
 def front_end(node: Node, model: Path, key: Path, **config: Any) -> Program:
     config |= SMALL | {"model": str(model), "nnodes": 2, "cluster_key_file": str(key)}
     config |= {"master_addr": node.address, "master_port": PORT}
-    command = [sys.executable, __file__, "front", json.dumps(config)]
+    command = [sys.executable, __file__, json.dumps(config)]
     return Program(node, command, key.parent / "front.log")
 
 
-def worker_options(model: Path, key: Path, nnodes: int = 2) -> list[Any]:
-    options = ["--engine", ENGINE, "--model", model, "--node-rank", 1, "--nnodes", nnodes]
+def worker_options(model: Path, key: Path) -> list[Any]:
+    options = ["--engine", ENGINE, "--model", model, "--node-rank", 1, "--nnodes", 2]
     return [*options, "--cluster-key-file", key]
 
 
@@ -151,18 +151,23 @@ def torchrun(node: Node, model: Path, key: Path) -> Program:
     return Program(node, launcher + worker_options(model, key), key.parent / "torchrun.log")
 
 
-def one_worker(node: Node, log: Path, options: list[Any], how: str = "worker") -> Program:
-    return Program(node, [sys.executable, __file__, how, *options], log)
+def one_worker(node: Node, log: Path, options: list[Any]) -> Program:
+    return Program(node, [sys.executable, "-m", "gllm_engine.worker", *options], log)
 
 
-def join_in_the_clear(model: Path) -> bool:
-    """Whether the engine answers one who joins without a key, as a worker would."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as plain:
-        plain.set(zmq.LINGER, 0)
-        plain.connect(ENGINE)
-        version, digest = cluster.software(), cluster.digest(model)
-        plain.send_multipart(wire.encode(wire.Join(wire.PROTOCOL, version, digest, 1, 2, 0, 1)))
-        return bool(plain.poll(1000))
+def join(model: Path, secret: bytes | None, **different: Any) -> Any:
+    """What the engine answers to one who joins as a worker of node 1 would, but for something."""
+    fields = {"protocol": wire.PROTOCOL, "software": cluster.software(), "node": 1, "nnodes": 2}
+    fields |= {"model": cluster.digest(model), "local_rank": 0, "local_size": 1}
+    with zmq.Context() as context:
+        socket, monitor = cluster.connect(context, ENGINE, secret)
+        socket.set(zmq.LINGER, 0)
+        socket.send_multipart(wire.encode(wire.Join(**fields | different)))
+        try:
+            return wire.decode(socket.recv_multipart()) if socket.poll(3000 if secret else 1000) else None
+        finally:
+            monitor.close()
+            socket.close()
 
 
 def test_a_pipeline_over_two_nodes(
@@ -173,7 +178,6 @@ def test_a_pipeline_over_two_nodes(
     front = front_end(first, model, key, pipeline_parallel_size=2)
     front.wait_log("workers of other nodes join at")
     refuse_strangers(second, model, key, tmp_path)
-    assert not second.run(lambda: join_in_the_clear(model))
     launcher = torchrun(second, model, key)
     assert front.hear() == "ready"
     assert front.ask() == expected
@@ -202,29 +206,35 @@ def test_a_pipeline_over_two_nodes(
     traces.wait_gone(5.0)
 
 
+DIFFERENT = [
+    ({"protocol": 0}, "the worker speaks protocol 0, the engine expects "),
+    ({"software": "gllm 0.0, torch 1.0"}, "the worker runs gllm 0.0, torch 1.0, the engine exp"),
+    ({"nnodes": 3}, "was started for a number of nodes of 3, the engine expects 2"),
+    ({"local_size": 8}, "was started with a number of workers a node of 8, the engine expects 1"),
+    ({"node": 0}, "the worker's node rank is 0; the engine's own node is 0, others are 1 to 1"),
+    ({"node": 2}, "the worker's node rank is 2; the engine's own node is 0, others are 1 to 1"),
+    ({"local_rank": 1}, "the worker is number 1 of 1, counted from 0"),
+]
+
+
 def refuse_strangers(node: Node, model: Path, key: Path, directory: Path) -> None:
-    """Each of these is kept out, and the log of each says why."""
-    other_key = write_key(directory / "other", "another secret, which is as long as the first one")
+    """Each of these is kept out, and told why, or its log says so."""
     other_model = directory / "model"
     shutil.copytree(model, other_model)
     config = json.loads((model / "config.json").read_text())
     (other_model / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
-    cases = [
-        ("worker", worker_options(model, other_key), "its key is not the one in"),
-        ("worker", worker_options(other_model, key), "has a model whose config.json has digest"),
-        ("worker", worker_options(model, key, nnodes=3), "number of nodes of 3, the engine expe"),
-        ("older", worker_options(model, key), "the worker runs gllm 0.0, torch 1.0, the engine ex"),
-    ]
-    programs = [
-        one_worker(node, directory / f"stranger{i}.log", options, how)
-        for i, (how, options, _) in enumerate(cases)
-    ]
-    for program, (_, _, sentence) in zip(programs, cases, strict=True):
-        program.wait_log(sentence)
-    for program in programs[1:]:
-        assert program.process.wait(WAIT_S) == os.EX_CONFIG
-    assert programs[0].process.poll() is None  # in case it is the engine that is a stranger
-    programs[0].process.kill()
+    other_key = write_key(directory / "other", "another secret, which is as long as the first one")
+    elsewhere = one_worker(node, directory / "one.log", worker_options(other_model, key))
+    locked_out = one_worker(node, directory / "two.log", worker_options(model, other_key))
+    for different, sentence in DIFFERENT:
+        answer = node.run(lambda: join(model, key.read_bytes(), **different))  # noqa: B023
+        assert isinstance(answer, wire.Refusal) and sentence in answer.message
+    assert node.run(lambda: join(model, None)) is None
+    elsewhere.wait_log("the worker has a model whose config.json has digest")
+    assert elsewhere.process.wait(WAIT_S) == os.EX_CONFIG
+    locked_out.wait_log("its key is not the one in")
+    assert locked_out.process.poll() is None  # in case it is the engine that is a stranger
+    locked_out.process.kill()
 
 
 def test_a_layer_over_two_nodes(
@@ -253,13 +263,13 @@ def test_a_bad_key_file_is_refused(
         path.write_text(secret)
         path.chmod(mode)
     config = {"tensor_parallel_size": 2, "nnodes": 2, "master_addr": "127.0.0.1"}
-    with pytest.raises(member.ConfigError, match=f"cluster_key_file: .*{sentence}"):
+    with pytest.raises(ConfigError, match=f"cluster_key_file: .*{sentence}"):
         LLM(str(model), **SMALL, **config, cluster_key_file=str(path))
 
 
 def test_an_address_of_another_machine_is_refused(model: Path, key: Path) -> None:
     config = {"tensor_parallel_size": 2, "nnodes": 2, "master_addr": "192.0.2.1"}
-    with pytest.raises(member.ConfigError, match="master_addr: cannot listen on tcp://192.0.2.1"):
+    with pytest.raises(ConfigError, match="master_addr: cannot listen on tcp://192.0.2.1"):
         LLM(str(model), **SMALL, **config, cluster_key_file=str(key))
 
 
@@ -298,8 +308,4 @@ def _serve(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "front":
-        _serve(json.loads(sys.argv[2]))
-    if sys.argv[1] == "older":
-        cluster.software = lambda: "gllm 0.0, torch 1.0"
-    sys.exit(member.main(sys.argv[2:]))
+    _serve(json.loads(sys.argv[1]))
