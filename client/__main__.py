@@ -216,8 +216,9 @@ def _serve(options: argparse.Namespace) -> int:
     given = struct_values(options, Serving)
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory")
-    if engine.get("tokenizer"):
-        engine["tokenizer"] = str(Path(engine["tokenizer"]).resolve())
+    for key in ("tokenizer", "cluster_key_file"):
+        if engine.get(key):
+            engine[key] = str(Path(engine[key]).resolve())
     if (path / "config.json").is_file():
         make_config({"model": str(path)} | engine)  # a wrong value is better said now
     return serve(Serving(path=path, engine=engine, arguments=tuple(options.rest), **given))

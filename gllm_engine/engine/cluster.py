@@ -117,8 +117,8 @@ def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
     socket.set(zmq.LINGER, 1000)
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT)
     socket.set(zmq.HEARTBEAT_TIMEOUT, timeout)
-    socket.set(zmq.RECONNECT_IVL_MAX, timeout)  # twice as long after each failure
     if timeout == REMOTE_TIMEOUT:
+        socket.set(zmq.RECONNECT_IVL, 1000)
         # One who tries to reach a machine that has gone does not wait for the system's minutes.
         socket.set(zmq.CONNECT_TIMEOUT, timeout)
 
@@ -129,18 +129,19 @@ def watch(socket: zmq.Socket[bytes]) -> zmq.Socket[Any]:
 
 
 def await_loss(monitor: zmq.Socket[Any], not_heard: Callable[[], None]) -> None:
-    """For a worker: return once the engine that it has reached is lost. Until one is reached,
-    `not_heard` is called whenever one breaks off the greeting: it has another secret.
+    """For a worker: return once the engine that it has reached is lost. Before one is reached,
+    `not_heard` is called when one breaks off the greeting, for the first time: it has another
+    secret.
     """
-    reached = False
+    events: set[int] = set()
     while True:
         event = recv_monitor_message(monitor)["event"]
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            reached = True
-        elif reached:
-            return
-        else:
-            not_heard()
+        if event == zmq.EVENT_DISCONNECTED:
+            if zmq.EVENT_HANDSHAKE_SUCCEEDED in events:
+                return
+            if event not in events:
+                not_heard()
+        events.add(event)
 
 
 def lost(monitor: zmq.Socket[Any]) -> bool:

@@ -161,6 +161,7 @@ class WorkerGroup:
     def close(self) -> None:
         """End the workers of this machine; others notice that the engine has gone. Idempotent."""
         self._end()
+        self._store = None
 
     # ------------------------------------------------------------ the start
 
@@ -246,7 +247,7 @@ class WorkerGroup:
         elif isinstance(message, wire.Failed):
             self._failure = self._failure or message
         elif isinstance(message, wire.Join):
-            problem = self._problem(message)
+            problem = self._problem(message, is_own=socket is self._sockets[0])
             if problem is None:
                 rank = message.node * self._per_node + message.local_rank
                 self._members[rank] = _Worker(message.node, message.local_rank, socket, identity)
@@ -256,7 +257,7 @@ class WorkerGroup:
             with contextlib.suppress(zmq.ZMQError):  # it may have left
                 socket.send_multipart([identity, *wire.encode(wire.Refusal(problem))])
 
-    def _problem(self, join: wire.Join) -> str | None:
+    def _problem(self, join: wire.Join, is_own: bool) -> str | None:
         """Why a worker may not join, in a sentence."""
         config = self._config
         ours: dict[str, Any] = {
@@ -270,11 +271,13 @@ class WorkerGroup:
         for (what, expected), got in zip(ours.items(), theirs, strict=True):
             if got != expected:
                 return f"the worker {what} {got}, the engine expects {expected}"
-        if not 0 <= join.node < config.nnodes or not 0 <= join.local_rank < self._per_node:
+        if is_own != (join.node == 0) or not 0 <= join.node < config.nnodes:
             return (
-                f"the worker is number {join.local_rank} of node {join.node}; there are "
-                f"{config.nnodes} nodes of {self._per_node}, both counted from 0"
+                f"the worker's node rank is {join.node}; the engine's own node is 0, others are 1 "
+                f"to {config.nnodes - 1}"
             )
+        if not 0 <= join.local_rank < self._per_node:
+            return f"the worker is number {join.local_rank} of {self._per_node}, counted from 0"
         if join.node * self._per_node + join.local_rank in self._members:
             return f"worker {join.local_rank} of node {join.node} is here already"
         return None
@@ -325,8 +328,10 @@ class WorkerGroup:
 
 def _end(children: list[subprocess.Popen[bytes]], directory: Path) -> None:
     """Also of children that are stopped, or wait for the dead: nobody asks them."""
+    # This process may itself be ended at any point; as long as they live, they would clear away.
+    shutil.rmtree(directory, ignore_errors=True)
     for child in children:
         child.kill()
     for child in children:
         child.wait()
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)  # what they were just putting there

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--engine", required=True, help="tcp://HOST:PORT, the engine's master_addr")
     parser.add_argument("--model", required=True, help="directory of the checkpoint on this node")
-    parser.add_argument("--node", type=int, default=0, help="number of this node, from 1")
+    parser.add_argument("--node-rank", type=int, default=0, help="of this node, the engine's is 0")
     parser.add_argument("--nnodes", type=int, default=2, help="as the engine's")
     parser.add_argument("--cluster-key-file", help="the secret that the engine has too")
     parser.add_argument("--owner", type=int, help="pid to end with; default: the parent's")
@@ -118,7 +118,7 @@ class _Member:
         ).start()
         join = wire.Join(
             wire.PROTOCOL, cluster.software(), cluster.digest(Path(options.model)),
-            options.node, options.nnodes, self._local_rank, self._local_size,
+            options.node_rank, options.nnodes, self._local_rank, self._local_size,
         )  # fmt: skip
         self._plans.send_multipart(wire.encode(join))
         answer = self._receive()
@@ -139,7 +139,7 @@ class _Member:
         address, key_file = self._options.engine, self._options.cluster_key_file
         log.warning(
             "%s breaks off the greeting: it is no engine, or its key is not the one in %s; "
-            "this worker tries again", address, key_file
+            "this worker goes on trying", address, key_file
         )  # fmt: skip
 
     def _begin_anew_once_lost(self) -> NoReturn:

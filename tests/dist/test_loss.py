@@ -104,9 +104,9 @@ class Front:
 def test_whoever_dies_is_missed_and_another_comes(
     model: str, expected: list[int], traces: Traces
 ) -> None:
+    """A worker that is killed: tests/server/test_served_ranks.py."""
     front = Front(model, **PAIR)
     losses = [
-        ("worker 1 is killed", signal.SIGKILL, 1, True),
         ("worker 0 is stopped while there is nothing to do", signal.SIGSTOP, 0, False),
         ("the engine is killed", signal.SIGKILL, None, True),
     ]
