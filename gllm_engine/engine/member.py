@@ -30,7 +30,7 @@ from gllm_engine.dist import Mesh, Ranks, join_ranks, talk_through
 from gllm_engine.engine import cluster, wire
 from gllm_engine.engine.attach import Process, end_with
 from gllm_engine.engine.loading import device_of, load_runner
-from gllm_engine.runner import Launched, Runner
+from gllm_engine.runner import Launched, Runner, default_threads
 from gllm_engine.spec import read_spec
 from gllm_engine.types import StepPlan, StepResult
 
@@ -157,7 +157,10 @@ class _Member:
         os.execv(sys.executable, [sys.executable, "-m", "gllm_engine.worker", *sys.argv[1:]])
 
     def _load(self, assigned: wire.Assigned) -> tuple[Runner, Ranks]:
-        config: EngineConfig = replace(assigned.config, model=self._options.model)
+        threads = assigned.config.cpu_threads or max(1, default_threads() // self._local_size)
+        config: EngineConfig = replace(
+            assigned.config, model=self._options.model, cpu_threads=threads
+        )
         device = device_of(config, self._local_rank)
         mesh = Mesh(config.pipeline_parallel_size, config.tensor_parallel_size)
         store: dist.Store

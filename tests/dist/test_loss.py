@@ -39,6 +39,8 @@ from gllm_engine.engine import member
 from gllm_engine.engine.group import GroupLost
 from gllm_engine.spec import SpecError
 
+pytestmark = pytest.mark.timeout(300)
+
 SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 4096, "num_pages": 1024}
 PAIR = SMALL | {"tensor_parallel_size": 2}
 PIPE = SMALL | {"pipeline_parallel_size": 2, "assigned_layers": "1,1"}

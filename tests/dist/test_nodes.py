@@ -26,6 +26,8 @@ from traced import WAIT_S, Traces, traced, wait_for
 from gllm_engine import LLM, ConfigError, Request, SamplingParams, make_config, write_tiny_model
 from gllm_engine.engine import client, cluster, wire
 
+pytestmark = pytest.mark.timeout(300)
+
 SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 4096, "num_pages": 1024}
 PORT = 29500
 ENGINE = f"tcp://{ADDRESSES[0]}:{PORT}"

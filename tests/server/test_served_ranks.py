@@ -16,7 +16,7 @@ from traces import Traces
 
 from gllm_engine import LLM, SamplingParams
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 PROMPTS = ["Once upon a time", "def add(a, b):", "你好,世界。", "The capital of France"]
 WORKER = "gllm_engine.worker"
