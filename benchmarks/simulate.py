@@ -259,7 +259,11 @@ def sweep(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """By policy and load, what summarize makes of the run, and a little more."""
     stage, head = costs
-    values = DEFAULTS | {"plans_in_flight": arguments.pp + 1, "max_waiting": len(pairs)}
+    values = DEFAULTS | {
+        "pipeline_parallel_size": arguments.pp,
+        "plans_in_flight": arguments.pp + 1,
+        "max_waiting": len(pairs),
+    }
     values |= parse_pairs(arguments.config)
 
     def travel(work: Work) -> float:

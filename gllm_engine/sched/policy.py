@@ -24,7 +24,7 @@ class Load(NamedTuple):
     num_pages: int
     step: int  # steps planned so far
     # Of the configuration.
-    plans_in_flight: int
+    stages: int  # of the pipeline; so many steps are computed at the same time
     prefill_drain_steps: int
     min_prefill_tokens: int
     # What a step's time is made of.
@@ -35,12 +35,11 @@ class Load(NamedTuple):
 class Budget(NamedTuple):
     """Upper bounds for one step; the step never exceeds max_tokens whatever they are.
 
-    With fewer `decodes` than sequences decoding, those with no token in flight are taken, so that
-    plans in flight share the sequences out among themselves. Must not be (0, 0) while there is
+    In a pipeline a step takes only sequences whose last token is known or about to be, so that
+    steps under way share the sequences out among themselves. Must not be (0, 0) while there is
     work of either kind and nothing in flight, or nothing would ever move again.
 
-    With seconds, only sequences with no token in flight are taken, however many `decodes` there
-    are; `min_prefill_tokens` of the first chunk and the first decode are, whatever their seconds.
+    Whatever the seconds, `min_prefill_tokens` of the first chunk and the first decode are taken.
     """
 
     decodes: int
@@ -54,13 +53,8 @@ Policy = Callable[[Load], Budget]
 
 
 def chunked_prefill(load: Load) -> Budget:
-    """All decodes, then prefill fills the step (Sarathi-Serve, arXiv 2403.02310, section 4).
-
-    In a pipeline (more than two plans in flight) only those with no token in flight: to wait for
-    one, a step would keep the first stage idle until the last has sampled it.
-    """
-    ready_only = inf if load.plans_in_flight > 2 else None
-    return Budget(load.num_decoding, load.max_tokens, decode_seconds=ready_only)
+    """All decodes, then prefill fills the step (Sarathi-Serve, arXiv 2403.02310, section 4)."""
+    return Budget(decodes=load.num_decoding, prefill_tokens=load.max_tokens)
 
 
 def token_throttling(load: Load) -> Budget:
@@ -68,20 +62,20 @@ def token_throttling(load: Load) -> Budget:
 
     gLLM (SC'25, arXiv 2504.14775), in its terms: #T = prefill_drain_steps, #MinP =
     min_prefill_tokens, #MaxP = max_tokens, #WP = backlog, #RD = num_decoding, #PP_depth =
-    plans_in_flight, KV_thresh = num_reserved_pages / num_pages (5 % when many decode), and
+    stages, KV_thresh = num_reserved_pages / num_pages (5 % when many decode), and
 
         #P = max(min(#WP / #T, #MaxP (KV_free - KV_thresh) / (1 - KV_thresh)), #MinP)
         #D = #RD / #PP_depth
 
     Three things differ. #D is rounded down in some steps and up in others, so that any
-    plans_in_flight steps in a row take #RD together; always up would starve the last of them.
+    `stages` steps in a row take #RD together; always up would starve the last of them.
     Below KV_thresh #P is #MinP and not 0: nobody is admitted then, and those who were hold their
     pages already. With nobody decoding there is nobody to slow down, so prefill fills the step.
     """
     if not load.num_decoding:
         return Budget(decodes=0, prefill_tokens=load.max_tokens)
-    depth = load.plans_in_flight
-    decodes = max(1, (load.num_decoding + load.step % depth) // depth)
+    stages = load.stages
+    decodes = max(1, (load.num_decoding + load.step % stages) // stages)
     by_waiting = -(-load.backlog // load.prefill_drain_steps)
     spare = max(0, load.num_free_pages - load.num_reserved_pages)
     by_memory = load.max_tokens * spare // (load.num_pages - load.num_reserved_pages)
@@ -101,16 +95,16 @@ def cost_throttling(load: Load) -> Budget:
     off takes Q (1 + R / P). So P minimises that plus #T times the step's own time R + P, which is
     at P = sqrt(Q R / #T). As above, P shrinks with the pages that are free. With nobody decoding,
     what counts besides Q (1 + R / P) is the time until the last stage has a step, which is
-    plans_in_flight - 2 steps: a prompt alone is computed by all stages at once.
+    stages - 1 steps: a prompt alone is computed by all stages at once.
 
     Shares are rounded down in some steps and up in others, by a sequence of mean length.
     """
-    cost, depth, count = load.cost, load.plans_in_flight, load.num_decoding
+    cost, stages, count = load.cost, load.stages, load.num_decoding
     context = load.context + count  # what the next token of each attends to
     decoding = cost.rows(Work(count, context, context, count))
-    share, dither = decoding / depth, (load.step % depth + 0.5) / depth / max(1, count)
+    share, dither = decoding / stages, (load.step % stages + 0.5) / stages / max(1, count)
     most = prefill = cost.token * load.max_tokens
-    weight = load.prefill_drain_steps if count else depth - 2
+    weight = load.prefill_drain_steps if count else stages - 1
     if weight > 0:
         waiting, rest = cost.token * load.backlog, cost.step + share
         prefill = min(prefill, sqrt(waiting * rest / weight))

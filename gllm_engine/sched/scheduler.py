@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import attrgetter
 from typing import NamedTuple
 
 from gllm_engine.config import EngineConfig
@@ -31,6 +32,9 @@ from gllm_engine.types import (
 
 # A step takes every decode that is due where that exceeds its share by no more than this.
 LEEWAY = 1 / 16
+
+
+_PLANNED_BY = attrgetter("planned_by")
 
 
 class Refused(Exception):
@@ -106,7 +110,7 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._policy = policy or POLICIES[config.policy]
         self._fit = Fit()
-        self._depth = config.plans_in_flight or 1  # 0, "default", is settled by who runs steps
+        self._stages = config.pipeline_parallel_size
         self._drain_steps = config.prefill_drain_steps
         self._min_prefill = config.min_prefill_tokens
         self._waiting = Queue()
@@ -205,12 +209,13 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step; None if nothing can be done before a commit or an add."""
-        draft = _Draft()
+        draft, preemptions = _Draft(), self._preemptions
         budget = self._policy(self._load())
         self._plan_decodes(draft, budget)
         self._plan_chunks(draft, budget)
         if not draft.decodes and not draft.chunks:
-            return None
+            # Whoever was to go has made room for others, who go now.
+            return self.schedule() if self._preemptions > preemptions else None
         self._steps += 1
         slots = [sequence.slot for sequence in draft.decodes]
         plan = StepPlan(self._steps, draft.new, draft.grown, slots, draft.chunks, draft.masks)
@@ -228,7 +233,7 @@ class Scheduler:
             num_reserved_pages=self._num_reserved,
             num_pages=self._pool.num_pages,
             step=self._steps,
-            plans_in_flight=self._depth,
+            stages=self._stages,
             prefill_drain_steps=self._drain_steps,
             min_prefill_tokens=self._min_prefill,
             cost=self._fit.model,
@@ -252,21 +257,47 @@ class Scheduler:
         has not come to it, or it is not decoding. Queues shrink at the end while being iterated.
         """
         decoding: list[Sequence] = self._decoding
-        if budget.decode_seconds is not None or budget.decodes < len(decoding):
-            decoding = [s for s in decoding if s.planned < len(s.tokens)][: budget.decodes]
-            if budget.decode_seconds is not None:
-                decoding = self._first_within(decoding, budget.decode_seconds)
-        append = draft.decodes.append
+        if self._stages > 1 or budget.decodes < len(decoding) or budget.decode_seconds is not None:
+            decoding = self._next_to_decode(budget)
+        append, step = draft.decodes.append, self._steps + 1
         for sequence in decoding:
             planned = sequence.planned
             if planned == sequence.plan_check and not self._may_decode(draft, sequence):
                 continue
-            sequence.planned = planned + 1
+            sequence.planned, sequence.planned_by = planned + 1, step
             append(sequence)
         self._context += len(draft.decodes)
         if budget.decode_seconds is not None:
             context = sum([sequence.planned for sequence in draft.decodes])
             draft.work = Work(len(draft.decodes), context, context, len(draft.decodes))
+
+    def _next_to_decode(self, budget: Budget) -> list[Sequence]:
+        """Of those that are ready as many as the budget allows, whoever has waited longest first;
+        by rank.
+        """
+        ready = self._ready()
+        turns = sorted(ready, key=_PLANNED_BY)[: budget.decodes]
+        if budget.decode_seconds is not None:
+            turns = self._first_within(turns, budget.decode_seconds)
+        chosen = set(turns)
+        return ready if len(turns) == len(ready) else [s for s in ready if s in chosen]
+
+    def _ready(self) -> list[Sequence]:
+        """Those decoding whose last token is known, or will be before the first stage is idle.
+
+        A token comes back from the last stage once as many steps have followed it as there are
+        stages. Fewer sequences than that leave stages idle anyway; they go ahead of their tokens
+        too, which spares the host's way, but only while nobody waits, who would wait behind them.
+        """
+        spread, decoding = self._stages, self._decoding
+        if not self._waiting and not self._prefilling:
+            spread = min(spread, len(decoding))
+        latest = self._steps + 1 - spread
+        return [
+            s
+            for s in decoding
+            if (ahead := s.planned - len(s.tokens)) < 0 or ahead == 0 and s.planned_by <= latest
+        ]
 
     def _first_within(self, ready: list[Sequence], seconds: float) -> list[Sequence]:
         """As many of `ready` as are predicted to take so long; all if that is hardly longer.
@@ -382,7 +413,7 @@ class Scheduler:
                 targets = tokens[start + 1 : min(end + 1, sequence.prompt_len)]
         draft.chunks.append(Chunk(sequence.slot, start, tokens[start:end], samples, targets))
         draft.chunked.append(sequence)
-        sequence.planned = end
+        sequence.planned, sequence.planned_by = end, self._steps + 1
         self._backlog -= end - start
         sequence.pages.publish(tokens, end)
         if samples:

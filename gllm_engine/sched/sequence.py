@@ -44,8 +44,10 @@ class Sequence:
         # Where it is: `queue` is None before add and after its end.
         "queue",
         "slot",
-        # Tokens 0..planned-1 are computed by plans already made.
+        # Tokens 0..planned-1 are computed by plans already made, the last of them by plan number
+        # `planned_by`.
         "planned",
+        "planned_by",
         # Tokens that chunks compute. Fixed when the sequence begins to wait, and then counts its
         # tokens in flight too: it is admitted once all of these are known.
         "prefill_len",
@@ -77,7 +79,7 @@ class Sequence:
         self.pages: Pages
         self.queue: Queue | None = None
         self.slot = NO_SLOT
-        self.planned = 0
+        self.planned = self.planned_by = 0
         self.prefill_len = self.prompt_len
         self.plan_check = 0
         self.commit_check = 0

@@ -44,8 +44,9 @@ def free(work: Work) -> float:
     return 0.0
 
 
-def configure(depth: int, **values: Any) -> EngineConfig:
-    return EngineConfig(model=".", **DEFAULTS | {"plans_in_flight": depth} | values)
+def configure(depth: int, stages: int = 1, **values: Any) -> EngineConfig:
+    ranks = {"plans_in_flight": depth, "pipeline_parallel_size": stages}
+    return EngineConfig(model=".", **DEFAULTS | ranks | values)
 
 
 def play(
@@ -55,9 +56,10 @@ def play(
     arrivals: list[float],
     **config: Any,
 ) -> Run:
-    depth = config.pop("depth", len(pipeline.busy) + 1)
+    stages = len(pipeline.busy)
+    depth = config.pop("depth", stages + 1)
     rule = POLICIES[policy]
-    return simulate.simulate(configure(depth, **config), rule, pipeline, pairs, arrivals)
+    return simulate.simulate(configure(depth, stages, **config), rule, pipeline, pairs, arrivals)
 
 
 def prompts(step: int, *slots_and_lengths: tuple[int, int]) -> StepPlan:
@@ -109,14 +111,15 @@ def test_chunks_that_do_not_sample_need_no_head() -> None:
 
 
 def test_two_requests_on_two_stages_by_hand() -> None:
-    """A second a step and stage. Each alone: prefill 2 s, then 2 s a token, in turns."""
+    """A second a step and stage: of each request a token every 2 s."""
     pipeline = Pipeline([CostModel(1.0).seconds] * 2, free, free)
     run = play("chunked_prefill", pipeline, [(4, 3), (4, 3)], [0.0, 0.5])
-    # The first is launched at 0. The second is seen when that ends, at 2; both go on then.
+    # The first is launched at 0, its second step behind it. The second is seen when the first
+    # step ends, at 2, and goes behind that second step; from then on they take turns.
     assert run.records[0].times == [2.0, 4.0, 6.0]
-    assert run.records[1].times == [4.0, 6.0, 8.0]
-    assert (run.steps, run.preemptions) == (4, 0)
-    assert run.idle == [0.5, 0.5]
+    assert run.records[1].times == [5.0, 7.0, 9.0]
+    assert (run.steps, run.preemptions) == (6, 0)
+    assert run.idle == [pytest.approx(1 / 3)] * 2
 
 
 def test_stages_idle_by_what_the_slowest_takes() -> None:
@@ -260,14 +263,14 @@ def test_the_command(
     plot = tmp_path / "plot.svg"
     words = "simulate --pp 2 --stage params=1e9 kv_bytes=1000 --limit 12 --rate 5,50"
     words += f" --slo ttft=1,tpot=0.1 --plot {plot} --config max_num_batched_tokens=1024"
-    words += " --policies chunked_prefill:8,chunked_prefill,cost_throttling"
+    words += " --policies chunked_prefill:4,chunked_prefill,cost_throttling"
     monkeypatch.setattr(sys, "argv", words.split())
     simulate.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
     assert figures["simulated"] is True
-    assert list(figures["policies"]) == ["chunked_prefill:8", "chunked_prefill", "cost_throttling"]
+    assert list(figures["policies"]) == ["chunked_prefill:4", "chunked_prefill", "cost_throttling"]
     small, large, _ = (runs["50 requests/s"]["steps"] for runs in figures["policies"].values())
-    assert small > 1.2 * large  # in steps of 8 tokens
+    assert small > 1.2 * large  # in steps of 4 tokens
     for runs in figures["policies"].values():
         assert [run["rate"] for run in runs.values()] == [5, 50]
         assert all(run["completed"] == 12 and len(run["idle"]) == 2 for run in runs.values())

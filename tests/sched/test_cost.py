@@ -138,7 +138,7 @@ def test_budgets_are_bounded(load: object, cost: CostModel, context: int) -> Non
     assert budget.decode_seconds >= 0
     count = load.num_decoding
     whole = cost.rows(Work(count, load.context + count, load.context + count, count))
-    share = whole / load.plans_in_flight
+    share = whole / load.stages
     assert share <= budget.seconds <= share + cost.token * load.max_tokens
     assert share <= budget.decode_seconds <= share + whole / max(1, count)
 
@@ -171,33 +171,32 @@ def test_prefill_by_hand() -> None:
     few_pages = load._replace(num_free_pages=290)  # 190 of the 1,900
     assert cost_throttling(few_pages).seconds == pytest.approx(share + 2048 * 25e-6 / 10)
     assert cost_throttling(load._replace(num_free_pages=0)).seconds == pytest.approx(share)
-    # Nobody decodes: two steps' time until the fourth stage has one; at one device, all at once.
+    # Nobody decodes: three steps' time until the fourth stage has one; at one device, all at once.
     alone = load._replace(num_decoding=0, context=0, backlog=1000)
-    assert cost_throttling(alone).seconds == pytest.approx((25e-3 * 5e-3 / 2) ** 0.5)
-    for depth in (1, 2):
-        one = alone._replace(plans_in_flight=depth)
-        assert cost_throttling(one).seconds == pytest.approx(2048 * 25e-6)
+    assert cost_throttling(alone).seconds == pytest.approx((25e-3 * 5e-3 / 3) ** 0.5)
+    assert cost_throttling(alone._replace(stages=1)).seconds == pytest.approx(2048 * 25e-6)
 
 
 # ------------------------------------------------------------ whole runs
 
 
 class Decoding:
-    """Sequences of these contexts, all decoding under TRUE costs, `depth` steps in flight."""
+    """Sequences of these contexts, all decoding under TRUE costs on so many stages."""
 
-    def __init__(self, policy: str, contexts: list[int], depth: int, room: int = 0) -> None:
+    def __init__(self, policy: str, contexts: list[int], stages: int, room: int = 0) -> None:
         most = sum(contexts) + room
         config = EngineConfig(
             model=".",
             schedule_policy=policy,
-            plans_in_flight=depth,
+            pipeline_parallel_size=stages,
+            plans_in_flight=stages + 1,
             max_num_seqs=len(contexts) + 1,
             max_num_batched_tokens=max(most, 4096),
             prefill_drain_steps=1,
             enable_prefix_caching=False,
         )
         self.scheduler = Scheduler(config, most // 16 + 100 * len(contexts), 2**20, ())
-        self.depth, self.contexts = depth, contexts
+        self.stages, self.contexts = stages, contexts
         self.plans: list[StepPlan] = []
         self.results: deque[StepResult] = deque()
         self.lengths: dict[int, int] = {}  # by slot
@@ -207,7 +206,7 @@ class Decoding:
             self.scheduler.add(Sequence(number, [0] * length, sampling, 0))
         while len(self.lengths) < len(contexts) or self.plans[-1].chunks:
             self.turn()
-        self.turns(10 * depth)
+        self.turns(10 * stages)
         self.plans.clear()
         self.works.clear()
 
@@ -229,13 +228,14 @@ class Decoding:
             sampled = len(plan.decode_slots) + sum(chunk.samples for chunk in plan.chunks)
             seconds = TRUE.seconds(self.works[-1])
             self.results.append(StepResult(plan.step, [0] * sampled, seconds=seconds))
-        if plan is None or len(self.results) == self.depth:
+        if plan is None or len(self.results) > self.stages:
             self.scheduler.commit(self.results.popleft())
 
     def spreads(self) -> list[float]:
-        """Of each `depth` steps in a row, how much longer the longest is than the shortest."""
+        """Of each `stages` steps in a row, how much longer the longest is than the shortest."""
         times = [TRUE.seconds(work) for work in self.works]
-        rounds = [times[i : i + self.depth] for i in range(len(times) - self.depth + 1)]
+        count = len(times) - self.stages + 1
+        rounds = [times[i : i + self.stages] for i in range(count)]
         return [max(times) / min(times) - 1 for times in rounds]
 
     def gaps(self) -> set[int]:
@@ -257,29 +257,31 @@ CONTEXTS = st.lists(
 @given(CONTEXTS, st.integers(2, 5))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_steps_of_mixed_contexts_take_the_same_time_and_serve_everyone(
-    contexts: list[int], depth: int
+    contexts: list[int], stages: int
 ) -> None:
-    run = Decoding("cost_throttling", contexts, depth)
-    run.turns(20 * depth)
-    assert run.gaps() <= {depth, depth + 1}
+    run = Decoding("cost_throttling", contexts, stages)
+    run.turns(20 * stages)
+    assert run.gaps() <= {stages, stages + 1}
     assert max(run.spreads()) < 0.12
 
 
-@pytest.mark.parametrize("depth", [2, 3, 5])
-def test_the_steps_are_more_even_than_by_token_throttling(depth: int) -> None:
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_the_steps_are_more_even_than_by_token_throttling(stages: int) -> None:
     """The longest contexts arrived first, as where long prompts have long outputs."""
     contexts = [20_000] * 10 + [1000] * 90
     by_count, by_cost = (
-        Decoding(policy, contexts, depth) for policy in ("token_throttling", "cost_throttling")
+        Decoding(policy, contexts, stages) for policy in ("token_throttling", "cost_throttling")
     )
     for run in (by_count, by_cost):
-        run.turns(20 * depth)
+        run.turns(20 * stages)
     assert mean(by_cost.spreads()) < 0.1 and mean(by_count.spreads()) > 0.5
-    assert by_cost.gaps() == {depth}
+    assert by_cost.gaps() == {stages}
 
 
 def test_only_measured_steps_are_learned_from() -> None:
     run = Decoding("cost_throttling", [500] * 8, 1)
+    while run.results:
+        run.scheduler.commit(run.results.popleft())
     before = run.scheduler._fit.model
     assert before != PRIOR
     plan = run.scheduler.schedule()

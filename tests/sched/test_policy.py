@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from math import inf
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -33,7 +32,7 @@ def loads(draw: st.DrawFn, max_decoding: int = 4096) -> Load:
         num_reserved_pages=min(num_decoding, num_pages // 20),
         num_pages=num_pages,
         step=draw(st.integers(0, 1000)),
-        plans_in_flight=draw(st.integers(1, 64)),
+        stages=draw(st.integers(1, 64)),
         prefill_drain_steps=draw(st.integers(1, 1024)),
         min_prefill_tokens=draw(st.integers(1, 4096)),
     )
@@ -46,8 +45,7 @@ def test_every_policy_of_the_config_exists() -> None:
 
 @given(loads())
 def test_chunked_prefill_takes_all_decodes_and_fills_the_step(load: Load) -> None:
-    ready_only = inf if load.plans_in_flight > 2 else None
-    assert chunked_prefill(load) == Budget(load.num_decoding, load.max_tokens, ready_only)
+    assert chunked_prefill(load) == Budget(load.num_decoding, load.max_tokens)
 
 
 # ------------------------------------------------------------ token throttling as numbers
@@ -61,7 +59,7 @@ USUAL = Load(
     num_reserved_pages=100,
     num_pages=2000,
     step=0,
-    plans_in_flight=4,
+    stages=4,
     prefill_drain_steps=8,
     min_prefill_tokens=32,
 )
@@ -89,7 +87,7 @@ def test_prefill_by_hand(change: dict[str, int], prefill_tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_decoding", "depth", "decodes"),
+    ("num_decoding", "stages", "decodes"),
     [
         (200, 4, [50, 50, 50, 50]),
         (10, 4, [2, 2, 3, 3]),
@@ -99,9 +97,9 @@ def test_prefill_by_hand(change: dict[str, int], prefill_tokens: int) -> None:
         (0, 4, [0, 0, 0, 0]),
     ],
 )
-def test_decodes_by_hand(num_decoding: int, depth: int, decodes: list[int]) -> None:
-    load = USUAL._replace(num_decoding=num_decoding, plans_in_flight=depth)
-    assert [token_throttling(load._replace(step=k)).decodes for k in range(depth)] == decodes
+def test_decodes_by_hand(num_decoding: int, stages: int, decodes: list[int]) -> None:
+    load = USUAL._replace(num_decoding=num_decoding, stages=stages)
+    assert [token_throttling(load._replace(step=k)).decodes for k in range(stages)] == decodes
 
 
 @given(loads())
@@ -110,7 +108,7 @@ def test_throttled_budgets_are_bounded(load: Load) -> None:
     least = min(load.min_prefill_tokens, load.max_tokens)
     assert 1 <= least <= budget.prefill_tokens <= load.max_tokens
     assert min(1, load.num_decoding) <= budget.decodes <= load.num_decoding
-    if load.plans_in_flight == 1:
+    if load.stages == 1:
         assert budget.decodes == load.num_decoding
 
 
@@ -128,11 +126,11 @@ def test_more_waiting_or_more_memory_never_means_less_prefill(
 
 
 @given(loads())
-def test_the_plans_in_flight_share_the_decodes_evenly(load: Load) -> None:
-    depth = load.plans_in_flight
-    shares = [token_throttling(load._replace(step=load.step + k)).decodes for k in range(depth)]
+def test_the_stages_share_the_decodes_evenly(load: Load) -> None:
+    stages = load.stages
+    shares = [token_throttling(load._replace(step=load.step + k)).decodes for k in range(stages)]
     assert max(shares) - min(shares) <= 1
-    if load.num_decoding >= depth:
+    if load.num_decoding >= stages:
         assert sum(shares) == load.num_decoding
 
 
@@ -140,12 +138,16 @@ def test_the_plans_in_flight_share_the_decodes_evenly(load: Load) -> None:
 
 
 class Run:
-    """A scheduler and a runner that checks every plan, with `depth` plans in flight."""
+    """A scheduler and a runner that checks every plan; in a pipeline one more than its stages."""
 
-    def __init__(self, policy: str, depth: int, num_pages: int = 1000, **config: Any) -> None:
+    def __init__(self, policy: str, stages: int, num_pages: int = 1000, **config: Any) -> None:
         values = {"max_num_seqs": 32, "max_num_batched_tokens": 64, "min_prefill_tokens": 4}
         self.config = EngineConfig(
-            model=".", schedule_policy=policy, plans_in_flight=depth, **{**values, **config}
+            model=".",
+            schedule_policy=policy,
+            pipeline_parallel_size=stages,
+            plans_in_flight=stages + (stages > 1),
+            **{**values, **config},
         )
         self.scheduler = Scheduler(self.config, num_pages, MODEL_LEN, EOS)
         self.runner = PagedMock(self.config, num_pages)
@@ -192,16 +194,16 @@ class Run:
         min_size=1,
         max_size=20,
     ),
-    depth=st.sampled_from([1, 2, 4]),
+    stages=st.sampled_from([1, 2, 4]),
     num_pages=st.sampled_from([12, 30, 1000]),  # 12 x 16 tokens just hold the longest request
     max_num_seqs=st.sampled_from([2, 32]),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_whatever_the_policy_every_request_ends_with_its_tokens(
-    requests: list[tuple[int, int, int]], depth: int, num_pages: int, max_num_seqs: int
+    requests: list[tuple[int, int, int]], stages: int, num_pages: int, max_num_seqs: int
 ) -> None:
     for policy in POLICIES:
-        run = Run(policy, depth, num_pages, max_num_seqs=max_num_seqs, enable_prefix_caching=False)
+        run = Run(policy, stages, num_pages, max_num_seqs=max_num_seqs, enable_prefix_caching=False)
         for prompt_len, max_tokens, turns_before_the_next in requests:
             run.add(prompt_len, max_tokens)
             for _ in range(turns_before_the_next):
@@ -224,23 +226,23 @@ def test_whatever_the_policy_every_request_ends_with_its_tokens(
 
 
 @pytest.mark.parametrize("policy", ["token_throttling", "cost_throttling"])
-@pytest.mark.parametrize("depth", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("num_sequences", [4, 7, 10, 25])
-def test_in_steady_state_plans_in_flight_are_of_one_size(
-    policy: str, depth: int, num_sequences: int
+def test_in_steady_state_steps_under_way_are_of_one_size(
+    policy: str, stages: int, num_sequences: int
 ) -> None:
-    run = Run(policy, depth)
+    run = Run(policy, stages)
     for i in range(num_sequences):
         run.add(1 + 5 * i % 23, 100)
     while run.scheduler.stats().waiting or run.scheduler._prefilling:
         run.turn()
-    begin = len(run.plans) + depth  # by then all that are in flight were planned under this load
-    for _ in range(10 * depth):
+    begin = len(run.plans) + 2 * stages  # by then all were planned under this load
+    for _ in range(10 * stages):
         run.turn()
     assert not run.finished
     plans = run.plans[begin:]
-    for i in range(len(plans) - depth + 1):
-        rows = [plan.decode_slots for plan in plans[i : i + depth]]
+    for i in range(len(plans) - stages + 1):
+        rows = [plan.decode_slots for plan in plans[i : i + stages]]
         assert max(map(len, rows)) - min(map(len, rows)) <= 1
         assert len(set().union(*rows)) == sum(map(len, rows)) == num_sequences
 
@@ -304,5 +306,5 @@ def test_a_waiting_request_gets_in_however_many_others_decode(policy: str) -> No
     planned = len(run.plans)
     while late not in run.finished:
         run.turn()
-    # 40 / 8 = 5, then 5, ... down to the least of 4 a step
-    assert len(run.plans) - planned <= 40 // 4 + 4
+    # 40 / 8 = 5, then 5, ... down to the least of 4 a step, and the plans in flight
+    assert len(run.plans) - planned <= 40 // 4 + 5

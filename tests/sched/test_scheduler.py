@@ -385,10 +385,32 @@ def test_a_policy_can_share_out_the_decodes(monkeypatch: pytest.MonkeyPatch) -> 
     commit(scheduler, made)
     slots = [sequence.slot for sequence in sequences]
     a, b = plan(scheduler), plan(scheduler)
-    assert (a.decode_slots, b.decode_slots) == (slots[:2], slots[2:])
-    assert scheduler.schedule() is None
+    assert (a.decode_slots, b.decode_slots) == (slots[::2], slots[1::2])  # who waited longest
+    assert plan(scheduler).decode_slots == slots[::2]  # whose turn it is, known token or not
     commit(scheduler, a)
-    assert plan(scheduler).decode_slots == slots[:2]
+    assert plan(scheduler).decode_slots == slots[1::2]
+
+
+def test_in_a_pipeline_a_step_waits_for_no_token_that_is_still_far_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(
+        POLICIES, "chunked_prefill", lambda load: Budget(-(-load.num_decoding // 2), 4)
+    )
+    scheduler = make(pipeline_parallel_size=2, schedule_policy="chunked_prefill")
+    sequences = [add(scheduler, [9 + i]) for i in range(4)]
+    commit(scheduler, plan(scheduler))
+    slots = [sequence.slot for sequence in sequences]
+    a, b, c = (plan(scheduler) for _ in range(3))
+    # The third step's tokens come back while the second step is on the last stage.
+    assert [each.decode_slots for each in (a, b, c)] == [slots[:2], slots[2:], slots[:2]]
+    scheduler.abort(sequences[2])
+    scheduler.abort(sequences[3])
+    # Two are left, a step each, and both are in the newest step: only one that knows its token.
+    assert scheduler.schedule() is None
+    for made in (a, b, c):
+        commit(scheduler, made)
+    assert plan(scheduler).decode_slots == slots[:1]
 
 
 def test_admission_leaves_spare_pages_to_those_decoding() -> None:
