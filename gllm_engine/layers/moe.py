@@ -44,12 +44,6 @@ class MoeFfn:
             out.addcmul_(self._shared_gate(normed).sigmoid_(), shared)
         return out
 
-    def prepare(self, norm: Norm) -> None:
-        """On a GPU: compile what any number of tokens needs. Powers of two meet every kernel."""
-        for tokens in (1 << i for i in range(14)):
-            x = torch.zeros(tokens, norm[0].shape[0], dtype=norm[0].dtype, device=norm[0].device)
-            self(x, norm, x)
-
     def weights(self) -> dict[str, Tensor]:
         views = self._router.weights()
         for i, expert in enumerate(self._spec.experts):

@@ -71,11 +71,6 @@ class PreNormBlock:
         y, left = stream.under(second)
         return self._join(stream.total, lambda into: self._ffn(y, left, into), self.next_norm)
 
-    def prepare(self) -> None:
-        """On a GPU: compile what no step of a few tokens would."""
-        if isinstance(self._ffn, MoeFfn):
-            self._ffn.prepare(self._norms["post_attention_layernorm"])
-
     def weights(self) -> dict[str, Tensor]:
         gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
         return gains | self._mixer.weights() | self._ffn.weights()
@@ -172,13 +167,8 @@ class Decoder:
         ]
 
     def prepare(self, page_size: int, dtype: torch.dtype) -> None:
-        """On a GPU: compile what attention over such a cache, and experts, need, unless that is
-        done already.
-        """
+        """On a GPU: compile what attention over such a cache needs, unless that is done already."""
         self.ops.prepare(self.new_cache(1, page_size, dtype)[0], self.dtype, self._windows)
-        kinds = zip((layer.ffn for layer in self.layers), self._blocks, strict=True)
-        for block in dict(kinds).values():
-            block.prepare()
 
     def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
         """Write the batch's K and V to the cache and give the last layer's residual stream,

@@ -46,8 +46,6 @@ __all__ = [
 
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16)
-# Rows up to which `skinny` beats cuBLAS, whose result silu_mul would have to read, if gated.
-_SKINNY_ROWS, _SKINNY_GATED_ROWS = 32, 64
 # Bytes for the partial results of rows that several multiprocessors share.
 _PARTIALS_BYTES = 384 << 20
 # Bytes of one plan; FlashInfer's own figure.
@@ -91,13 +89,11 @@ class AttentionPlan:
     slow: reference.AttentionPlan | None = None
 
 
-def _own_product(x: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
+def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
     """Our kernel for products with x [rows, depth], where it beats cuBLAS's."""
     if is_single(x):
         return gemv
-    most = _SKINNY_GATED_ROWS if gated else _SKINNY_ROWS
-    beats = x.shape[0] <= most and triton.is_skinny(x) and _is_hopper()
-    return triton.skinny if beats else None
+    return triton.skinny if triton.is_skinny(x, weight, gated) and _is_hopper() else None
 
 
 def linear(
@@ -108,7 +104,7 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     """As reference.linear."""
-    if product := _own_product(x):
+    if product := _own_product(x, weight):
         return product(x, weight, bias, norm, out=out)
     x = x if norm is None else rms_norm(x, *norm)
     if out is None:
@@ -122,14 +118,14 @@ def gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None
 ) -> Tensor:
     """As reference.gated_linear."""
-    if product := _own_product(x, gated=True):
+    if product := _own_product(x, weight, gated=True):
         return product(x, weight, bias, norm, gated=True)
     return silu_mul(linear(x, weight, bias, norm))
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As reference.add_linear; without a bias the sum is rounded once."""
-    if product := _own_product(x):
+    if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
     if bias is not None:
         total += bias

@@ -19,7 +19,8 @@ _CONTEXT = 4
 def tiny_plans(
     max_rows: int, max_tokens: int, max_context: int, page_size: int
 ) -> Iterator[StepPlan]:
-    """Decode rows alone, chunks with and without a context, alone and beside decode rows.
+    """Decode rows alone, chunks with and without a context, alone and beside decode rows; and of
+    every size.
 
     None if a step of `max_tokens` or a sequence of `max_context` tokens has no room for that. All
     sequences share their pages, for what is computed means nothing; the first step writes what the
@@ -27,17 +28,17 @@ def tiny_plans(
     """
     if max_tokens <= _CHUNK or max_context < _CONTEXT:
         return
-    pages = list(range(-(-_CONTEXT // page_size)))
 
-    def plan(num_decode: int, starts: list[int], **asked: float) -> StepPlan:
+    def plan(num_decode: int, starts: list[int], length: int = _CHUNK, **asked: float) -> StepPlan:
         slots = range(num_decode + len(starts))
+        pages = list(range(-(-max(length, _CONTEXT) // page_size)))
         sampling = SamplingParams(**asked)
         return StepPlan(
             0,
             new=[NewSequence(slot, 0, 0, sampling, []) for slot in slots],
             grown=[Grown(slot, 0, pages) for slot in slots],
             decode_slots=list(range(num_decode)),
-            chunks=[Chunk(num_decode + i, s, [0] * _CHUNK, True) for i, s in enumerate(starts)],
+            chunks=[Chunk(num_decode + i, s, [0] * length, True) for i, s in enumerate(starts)],
         )
 
     yield plan(0, [0])
@@ -50,8 +51,18 @@ def tiny_plans(
         for num_decode in rows_to_try(min(max_rows - 1, max_tokens - _CHUNK)):
             yield plan(num_decode, [0])
         yield plan(max_rows, [])
+    for num_tokens in tokens_to_try(max_tokens):
+        length = min(num_tokens, max_context)
+        yield plan(0, [0] * min(num_tokens // length, max_rows), length)
     unused = [NewSequence(slot, 0, 0, SamplingParams(), []) for slot in range(max_rows)]
     yield StepPlan(0, unused, [], [], [])
+
+
+def tokens_to_try(most: int) -> list[int]:
+    """Numbers of tokens up to `most` for which a product may be divided differently: every power of
+    two, and the most.
+    """
+    return sorted({1 << i for i in range(3, most.bit_length())} | {most})
 
 
 def rows_to_try(most: int) -> list[int]:

@@ -51,6 +51,12 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "tp2 x pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     "tp4": {"tensor_parallel_size": 4},  # of 2 key/value heads
+    "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "ep2 x pp2": {
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "pipeline_parallel_size": 2,
+    },
 }
 LAYERS = {"num_hidden_layers": 5}
 # Family, what is different in its config, and how it is shared out.
@@ -59,6 +65,9 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}, "tp4"),
     ("Glm4ForCausalLM", {}, "tp2"),
     ("ChatGLMModel", {"add_bias_linear": True}, "tp2, throttled"),
+    ("Qwen3MoeForCausalLM", {}, "tp2"),
+    ("MixtralForCausalLM", {}, "ep2"),
+    ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),
 ]
 
 

@@ -27,6 +27,7 @@ _PROGRAMS, _MIN_DEPTH = 96, 512
 # many steps ahead bring nothing.
 _TILE_BYTES, _MAX_STAGES = 226 << 10, 8
 _BLOCK_K = 128
+_MULTIPROCESSORS, _SHARED_ROWS = 132, 32
 # Numbers of each row of the weight that are asked for before x is there.
 _AHEAD = 256
 # Numbers of arrivals, of tiles that several programs share: there are fewer than _PROGRAMS.
@@ -134,9 +135,21 @@ def _skinny(
         _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
 
 
-def is_skinny(x: Tensor) -> bool:
-    """Whether `skinny` takes x [rows, depth]."""
-    return 0 < x.shape[0] <= _MAX_ROWS and x.dtype in _DTYPES and x.is_contiguous()
+def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
+    """Whether `skinny` takes x [rows, depth] and beats cuBLAS on Hopper, as measured: not where
+    programs that share a tile are more than the chip runs at once, or have many rows.
+    """
+    rows, depth = x.shape
+    if not 0 < rows <= _MAX_ROWS or x.dtype not in _DTYPES or not x.is_contiguous():
+        return False
+    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    tiling = choose_tiling(_block_m(rows), width, depth, gated)
+    programs = triton.cdiv(width, tiling.block_n) * tiling.parts
+    return tiling.parts == 1 or rows <= _SHARED_ROWS and programs <= _MULTIPROCESSORS
+
+
+def _block_m(rows: int) -> int:
+    return max(16, triton.next_power_of_2(rows))
 
 
 def choose_tiling(block_m: int, width: int, depth: int, gated: bool) -> Tiling:
@@ -169,7 +182,7 @@ def skinny(
     rows, depth = x.shape
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, width) if out is None else out
-    block_m = max(16, triton.next_power_of_2(rows))
+    block_m = _block_m(rows)
     tiling = tiling or choose_tiling(block_m, width, depth, gated)
     block_n, block_k, parts, stages, warps = tiling
     tiles = triton.cdiv(width, block_n)
