@@ -31,7 +31,8 @@ def load_runner(
 ) -> Runner:
     """The model in `config.model`, or what the rank has of it, ready to run plans.
 
-    Raises ConfigError, SpecError or LoadError.
+    Without `ranks` it is the first one's share of every layer: of several ranks that computes
+    nothing sensible, but it has all the shapes. Raises ConfigError, SpecError or LoadError.
     """
     start = time.perf_counter()
     path, is_dummy = Path(config.model), config.load_format == "dummy"
@@ -42,6 +43,9 @@ def load_runner(
     }
     if ranks is not None:
         options |= {"share": _share(config, spec, ranks, options), "ranks": ranks.tensor}
+    else:  # all of it, or what one of several ranks would have of every layer
+        size, apart = config.tensor_parallel_size, config.enable_expert_parallel
+        options["share"] = Share(0, len(spec.layers), size=size, experts_apart=apart)
     decoder = (make_dummy if is_dummy else Decoder)(spec, **options)
     made = time.perf_counter()
     # Graphs and kernels need the weights' addresses, not the weights.
@@ -68,7 +72,8 @@ def check_shares(config: EngineConfig, spec: Model) -> None:
             f"assigned_layers: {config.assigned_layers} is {sum(cut)} layers, the model has "
             f"{num_layers}"
         )
-    Share(0, num_layers, 0, config.tensor_parallel_size).of(spec)
+    size, apart = config.tensor_parallel_size, config.enable_expert_parallel
+    Share(0, num_layers, size=size, experts_apart=apart).of(spec)
 
 
 def _share(config: EngineConfig, spec: Model, ranks: Ranks, options: dict[str, Any]) -> Share:
