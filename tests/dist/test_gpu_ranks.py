@@ -73,7 +73,12 @@ def test_in_bfloat16_the_chances_are_close(way: str, tmp_path: Path) -> None:
         with LLM(str(model), dtype="bfloat16", **CONFIG, **config) as llm:
             answers = llm.generate(PROMPTS, asked)
             scored.append([list(a.outputs[0].token_ids) for a in answers])
-            scored.append([[e.logprobs[0] for e in a.outputs[0].logprobs] for a in answers])
+            scored.append(
+                [
+                    [entry[id]["logprob"] for id, entry in zip(one.token_ids, one.logprobs, strict=True)]
+                    for one in (answer.outputs[0] for answer in answers)
+                ]
+            )
     off = [
         abs(a - b)
         for ids, values, ids2, values2 in zip(*scored, strict=True)
