@@ -189,8 +189,8 @@ def prepare(cache: Tensor, dtype: torch.dtype, heads: dict[int | None, int]) -> 
         return
     # What is compiled is the same for all windows, and for all chunks unless the cache is float8.
     windows = {window is None: window for window in heads}.values()
-    chunks = [tiny_chunk(0, cache.device)]
-    chunks += [tiny_chunk(2, cache.device)] if cache.dtype != dtype else []
+    starts = (0,) if cache.dtype == dtype else (0, 2)
+    chunks = [tiny_chunk(start, cache.shape[2], cache.device) for start in starts]
 
     def plan(batch: Batch, window: int | None) -> None:
         torch.cuda.set_device(cache.device)
