@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from types import ModuleType
@@ -22,6 +21,8 @@ from torch import Tensor
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_engine.ops import Batch, best_device, select_ops
+from gllm_engine.ops.batch import made_up_step
+from gllm_engine.ops.timing import times
 from gllm_engine.spec import Gqa, Model, Moe, read_spec
 
 # Of one H200, measured: a copy in memory, and a bf16 product of random matrices.
@@ -192,25 +193,7 @@ class Shape:
         counts = [-(-context // PAGE_SIZE) for context, _ in rows]
         pages = torch.randperm(sum(counts)).split(counts)
         table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
-        places = [torch.arange(context - num, context) for context, num in rows]
-        index = [
-            table[row, at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
-            for row, at in enumerate(places)
-        ]
-        lens, query_lens = [context for context, _ in rows], [num for _, num in rows]
-        positions = torch.cat(places)
-        return Batch(
-            tokens=torch.zeros_like(positions, device=self.device),
-            positions=positions.to(self.device),
-            cache_index=torch.cat(index).to(self.device),
-            page_table=table.to(self.device),
-            slots=torch.arange(len(rows), device=self.device),
-            context_lens=torch.tensor(lens, device=self.device),
-            context_lens_cpu=torch.tensor(lens).numpy(),
-            query_lens=query_lens,
-            num_decode=len(rows) if max(query_lens) == 1 else 0,
-            logit_index=None,
-        )
+        return made_up_step(rows, table.to(self.device), PAGE_SIZE)
 
     def attention(self, batch: Batch, attends: bool = True) -> Callable[[], Callable[[], Any]]:
         """Makes calls that attend over caches of their own, or rotate and store into them."""
@@ -251,43 +234,18 @@ class Shape:
                 yield self.moe_case(self.ffn, tokens)
 
 
-def seconds_of(case: Case, on_gpu: bool) -> float:
+def seconds_of(case: Case, device: torch.device) -> float:
     """Median seconds of one call."""
+    on_gpu = device.type == "cuda"
     count = min(MAX_CALLS, -(-ROTATED_BYTES // int(case.bytes))) if on_gpu else 1
     calls = [case.make() for _ in range(count)]
     calls *= -(-MIN_CALLS // count)
-    calls[0]()  # compiles, which must not happen while a graph is recorded
 
     def run() -> None:
         for call in calls:
             call()
 
-    replay = record_graph(run) if on_gpu else run
-    times = []
-    for _ in range(REPLAYS + 2):
-        start = time.perf_counter()
-        seconds = replay()
-        times.append(time.perf_counter() - start if seconds is None else seconds)
-    return statistics.median(times[2:]) / len(calls)
-
-
-def record_graph(run: Callable[[], None]) -> Callable[[], float]:
-    """`run` as a CUDA graph; gives the seconds that the GPU took for it."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def replay() -> float:
-        graph.replay()  # the GPU is busy while the host prepares what is timed
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
-
-    return replay
+    return statistics.median(times(run, device, REPLAYS + 2)[2:]) / len(calls)
 
 
 def describe(case: Case, seconds: float) -> dict[str, Any]:
@@ -321,7 +279,7 @@ def main() -> None:
     words, found = arguments.only.split(","), []
     for case in shape.cases():
         if any(word in case.kernel for word in words):
-            found.append(describe(case, seconds_of(case, on_gpu=True)))
+            found.append(describe(case, seconds_of(case, device)))
             print(" | ".join(make_row(found[-1])), flush=True)
     header = ["kernel", "size", "us", "TB/s", "TFLOP/s", "floor us", "of the floor"]
     print_table(path.name, header, [make_row(about) for about in found])

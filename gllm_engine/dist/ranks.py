@@ -54,19 +54,15 @@ class Ranks:
 
     def least(self, number: int) -> int:
         """The smallest of all ranks' numbers."""
-        return self._agree(number, dist.ReduceOp.MIN)
+        there = torch.tensor(number, device=self.tensor.device)
+        dist.all_reduce(there, dist.ReduceOp.MIN)
+        return int(there)
 
     def from_first(self, numbers: list[float]) -> list[float]:
         """Rank 0's numbers, on every rank; all give as many."""
         there = torch.tensor(numbers, dtype=torch.float64, device=self.tensor.device)
         dist.broadcast(there, 0)
         return there.tolist()
-
-    def _agree(self, number: int, how: dist.ReduceOp.RedOpType) -> int:
-        there = torch.tensor(number, device=self.tensor.device)
-        dist.all_reduce(there, how)
-        return int(there)
-
 
 def join_ranks(
     mesh: Mesh, rank: int, per_node: int, store: dist.Store, device: torch.device

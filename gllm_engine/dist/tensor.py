@@ -6,24 +6,22 @@ Knows tensors and nothing of what they mean.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+@dataclass
 class TensorParallel:
     """`size` ranks, this one is number `rank`. With a size of 1 nothing is ever sent."""
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        device: torch.device,
-        group: dist.ProcessGroup | None,
-        same_node: bool,
-    ) -> None:
-        self.rank, self.size, self.device, self.group = rank, size, device, group
-        self.same_node = same_node
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+    same_node: bool
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, in its place."""

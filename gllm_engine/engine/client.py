@@ -135,11 +135,8 @@ class EngineClient:
             self._socket.send_multipart(self._outgoing.popleft())
 
     def _receive(self) -> None:
-        while True:
-            try:
-                message = wire.decode(self._socket.recv_multipart(zmq.DONTWAIT))
-            except zmq.Again:
-                return
+        while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            message = wire.decode(self._socket.recv_multipart())
             handler = self._handlers[type(message)]
             try:
                 handler(message)

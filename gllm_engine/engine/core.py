@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -34,7 +34,6 @@ from gllm_engine.types import (
     Status,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
 
 # While grammars compile and nothing else is to do, step() waits so long and comes back.
@@ -79,20 +78,6 @@ class StepRunner(Protocol):
 
 class EngineBroken(RuntimeError):
     """The engine can compute nothing any more; the message says why."""
-
-
-@dataclass(slots=True)
-class _Box:
-    """The outputs of one client while a step's results are sorted."""
-
-    ids: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    finished: dict[int, Finish] = field(default_factory=dict)
-
-    def seal(self) -> Outputs:
-        return Outputs(self.ids, self.tokens, self.logprobs, self.prompt_logprobs, self.finished)
 
 
 class Engine:
@@ -140,7 +125,7 @@ class Engine:
         self._live: dict[Key, Sequence] = {}
         self._constrained: dict[Key, Constraint] = {}
         self._compiling: dict[Key, tuple[Request, Future[Constraint]]] = {}
-        self._boxes: defaultdict[Client, _Box] = defaultdict(_Box)
+        self._boxes: defaultdict[Client, Outputs] = defaultdict(_nothing)
         # What is loaded stays: the collector need not look at it again in every full pass.
         gc.collect()
         gc.freeze()
@@ -268,8 +253,8 @@ class Engine:
             self._judge(error)
         if self._constrained:
             self._fail_constrained()
-        boxes, self._boxes = self._boxes, defaultdict(_Box)
-        return {client: box.seal() for client, box in boxes.items()}
+        boxes, self._boxes = self._boxes, defaultdict(_nothing)
+        return dict(boxes)
 
     def watch(self) -> None:
         """Between steps: find out whether the runner has died. Then the engine is `broken`."""
@@ -363,6 +348,10 @@ class Engine:
         self._grammars.close()
         self._runner.close()
         gc.unfreeze()
+
+
+def _nothing() -> Outputs:
+    return Outputs([], [])
 
 
 def _check_len(config: EngineConfig, spec: Model) -> None:

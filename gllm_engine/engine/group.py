@@ -224,11 +224,8 @@ class WorkerGroup:
     def _listen(self, timeout_ms: int) -> None:
         events = dict(self._poller.poll(timeout_ms))
         for socket in self._sockets:
-            while socket in events:
-                try:
-                    identity, *frames = socket.recv_multipart(zmq.DONTWAIT)
-                except zmq.Again:
-                    break
+            while socket.get(zmq.EVENTS) & zmq.POLLIN:
+                identity, *frames = socket.recv_multipart()
                 try:
                     self._handle(socket, identity, wire.decode(frames))
                 except ValueError as error:

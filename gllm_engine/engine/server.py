@@ -81,17 +81,13 @@ class EngineServer:
 
     def _listen(self, timeout_ms: int) -> None:
         events = dict(self.poller.poll(timeout_ms))
-        if self.socket in events:
-            while True:
-                try:
-                    client, *frames = self.socket.recv_multipart(zmq.DONTWAIT)
-                except zmq.Again:
-                    break
-                try:
-                    self._handle(client, wire.decode(frames))
-                except ValueError:  # one front end's nonsense must not end the others' engine
-                    log.exception("a front end sent what is not a message; it is dropped")
-                    self.engine.drop(client)
+        while self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            client, *frames = self.socket.recv_multipart()
+            try:
+                self._handle(client, wire.decode(frames))
+            except ValueError:  # one front end's nonsense must not end the others' engine
+                log.exception("a front end sent what is not a message; it is dropped")
+                self.engine.drop(client)
         for client, pidfd in list(self.front_ends.items()):
             if pidfd in events:
                 log.warning("a front end died; its sequences are dropped")

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from gllm_engine.ops.batch import Batch
+from gllm_engine.ops.batch import Batch, made_up_step
 
 # Columns of the page table; like those of real ones, a multiple of 16.
 _MAX_PAGES = 16
@@ -42,22 +41,10 @@ def plan_all(
     _log.info("%s: ready after %.1f s", what, time.perf_counter() - start)
 
 
-def tiny_chunk(start: int, device: torch.device) -> Batch:
+def tiny_chunk(start: int, page_size: int, device: torch.device) -> Batch:
     """A step of one chunk: two tokens after `start` others of their sequence."""
-    end = start + 2
-    positions = torch.arange(start, end, device=device)
-    return Batch(
-        tokens=torch.zeros_like(positions),
-        positions=positions,
-        cache_index=positions,
-        page_table=torch.zeros(1, _MAX_PAGES, dtype=torch.int64, device=device),
-        slots=torch.zeros(1, dtype=torch.int64, device=device),
-        context_lens=torch.tensor([end], device=device),
-        context_lens_cpu=np.array([end]),
-        query_lens=[2],
-        num_decode=0,
-        logit_index=None,
-    )
+    table = torch.zeros(1, _MAX_PAGES, dtype=torch.int64, device=device)
+    return made_up_step([(start + 2, 2)], table, page_size)
 
 
 def cache_dirs() -> tuple[Path, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # Integers that the host knows, one a row.
@@ -56,3 +57,34 @@ class Batch:
     # are there, or these two are not.
     logit_rows: Tensor | None = None  # [n]
     logit_rows_cpu: HostInts | None = None  # the same
+
+
+def made_up_step(
+    rows: list[tuple[int, int]],
+    page_table: Tensor,
+    page_size: int,
+    logit_index: Tensor | None = None,
+) -> Batch:
+    """A step of no sequences, to be measured or compiled for: what it computes means nothing.
+
+    `rows`: (tokens in the cache after it, how many of them in it) of each, all chunks unless every
+    row has one token. They take turns with the rows of `page_table` [slots, pages].
+    """
+    device = page_table.device
+    lens, query_lens = np.array([n for n, _ in rows]), [num for _, num in rows]
+    positions = torch.cat([torch.arange(n - num, n) for n, num in rows]).to(device)
+    slots = torch.arange(len(rows), device=device) % len(page_table)
+    of_tokens = slots.repeat_interleave(torch.tensor(query_lens, device=device))
+    pages = page_table[of_tokens, positions // page_size]
+    return Batch(
+        tokens=torch.zeros_like(positions),
+        positions=positions,
+        cache_index=pages * page_size + positions % page_size,
+        page_table=page_table,
+        slots=slots,
+        context_lens=torch.tensor(lens, device=device),
+        context_lens_cpu=lens,
+        query_lens=query_lens,
+        num_decode=len(rows) if max(query_lens) == 1 else 0,
+        logit_index=logit_index,
+    )

@@ -185,8 +185,8 @@ def prepare(cache: Tensor, dtype: torch.dtype, heads: dict[int | None, int]) -> 
         return
     # What is compiled is the same for all windows, and for all chunks unless the cache is float8.
     windows = {window is None: window for window in heads}.values()
-    chunks = [tiny_chunk(0, cache.device)]
-    chunks += [tiny_chunk(2, cache.device)] if cache.dtype != dtype else []
+    starts = (0,) if cache.dtype == dtype else (0, 2)
+    chunks = [tiny_chunk(start, cache.shape[2], cache.device) for start in starts]
 
     def plan(batch: Batch, window: int | None) -> None:
         torch.cuda.set_device(cache.device)
@@ -233,8 +233,7 @@ class Planner:
         self._device, self._dtype = device, dtype
         self._stages = _Stages()
         self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
-        self._chunks: dict[int | None, BatchPrefillWithPagedKVCacheWrapper] = {}
-        self._fresh: dict[int | None, BatchPrefillWithRaggedKVCacheWrapper] = {}
+        self._wrappers: dict[tuple[type, int | None], Any] = {}
 
     def plan(self, batch: Batch, cache: Tensor, heads: int, window: int | None) -> AttentionPlan:
         """Prepare attention for one step.
@@ -259,7 +258,8 @@ class Planner:
         if first > n:
             plan.chunks = self._plan_chunks(batch, slice(n, first), cache, window, shape)
         if end > first:
-            plan.fresh = self._fresh_wrapper(window)
+            kind = BatchPrefillWithRaggedKVCacheWrapper
+            plan.fresh = self._wrapper(kind, window, _best_backend())
             starts = _starts(batch.query_lens[first:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
@@ -267,7 +267,9 @@ class Planner:
     def _plan_chunks(
         self, batch: Batch, rows: slice, cache: Tensor, window: int | None, shape: dict[str, Any]
     ) -> BatchPrefillWithPagedKVCacheWrapper:
-        wrapper, page_size = self._chunk_wrapper(window, cache.dtype), cache.shape[2]
+        backend = _best_backend() if cache.dtype == self._dtype else "fa2"
+        wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, window, backend)
+        page_size = cache.shape[2]
         starts, lasts, longest = count_pages(batch.context_lens_cpu[rows], page_size)
         listed = torch.empty(int(starts[-1]), dtype=torch.int32, device=self._device)
         there = starts.to(self._device, non_blocking=True)
@@ -281,27 +283,15 @@ class Planner:
         )
         return wrapper
 
-    def _chunk_wrapper(
-        self, window: int | None, dtype: torch.dtype
-    ) -> BatchPrefillWithPagedKVCacheWrapper:
-        """`dtype`: the cache's, always the same."""
-        if window not in self._chunks:
-            backend = _best_backend() if dtype == self._dtype else "fa2"
-            wrapper = BatchPrefillWithPagedKVCacheWrapper(self._partials, backend=backend)
-            wrapper.reset_workspace_buffer(self._partials, self._plan_memory())
-            self._chunks[window] = wrapper
-        return self._chunks[window]
-
-    def _fresh_wrapper(self, window: int | None) -> BatchPrefillWithRaggedKVCacheWrapper:
-        if window not in self._fresh:
-            wrapper = BatchPrefillWithRaggedKVCacheWrapper(self._partials, backend=_best_backend())
-            wrapper.reset_workspace_buffer(self._partials, self._plan_memory())
-            self._fresh[window] = wrapper
-        return self._fresh[window]
-
-    def _plan_memory(self) -> Tensor:
-        """Device memory for one wrapper's plans: each is used up before the next overwrites it."""
-        return torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=self._device)
+    def _wrapper(self, kind: type, window: int | None, backend: str) -> Any:
+        """The one of its kind for a window; `backend`: with that kind always the same."""
+        if (kind, window) not in self._wrappers:
+            wrapper = kind(self._partials, backend=backend)
+            # For its plans: each is used up before the next overwrites it.
+            memory = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=self._device)
+            wrapper.reset_workspace_buffer(self._partials, memory)
+            self._wrappers[kind, window] = wrapper
+        return self._wrappers[kind, window]
 
 
 def _best_backend() -> str:

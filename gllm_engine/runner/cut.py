@@ -7,18 +7,16 @@ time. Knows nothing of plans.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from gllm_engine.config import EngineConfig
 from gllm_engine.dist import Ranks, cut_layers
 from gllm_engine.model import make_dummy
-from gllm_engine.ops.batch import Batch
+from gllm_engine.ops.batch import made_up_step
+from gllm_engine.ops.timing import times
 from gllm_engine.runner.memory import cache_dtype
 from gllm_engine.spec import Layer, Model, Share
 
@@ -57,51 +55,20 @@ def _measure(
     context = min(_CONTEXT, options["max_model_len"])
     for kind in kinds:
         decoder = make_dummy(replace(spec, layers=(kind,)), **options)
-        cache = decoder.new_cache(
-            -(-context // config.page_size), config.page_size, cache_dtype(config, decoder)
-        )
+        page_size, dtype = config.page_size, cache_dtype(config, decoder)
+        cache = decoder.new_cache(-(-context // page_size), page_size, dtype)
         if device.type == "cuda":
-            decoder.prepare(config.page_size, cache_dtype(config, decoder))
-        batch = _decode_rows(rows, context, cache[0].shape[0], device)
-        costs.append(_seconds(lambda: decoder.forward(batch, cache), device))  # noqa: B023
+            decoder.prepare(page_size, dtype)
+        # All rows read, and write, the same pages: what they hold means nothing.
+        table = torch.arange(len(cache[0]), device=device)[None]
+        batch = made_up_step([(context, 1)] * rows, table, page_size)
+        costs.append(min(times(lambda: decoder.forward(batch, cache), device, _REPEATS)))  # noqa: B023
         hidden = decoder.forward(batch, cache)
         state = [torch.ones(rows, dtype=torch.int64, device=device) for _ in range(5)]
         slots, state[0] = torch.arange(rows, device=device), state[0].double()
-        tail = _seconds(lambda: decoder.sample(decoder.scores(hidden), slots, *state), device)  # noqa: B023
+        sampling = times(
+            lambda: decoder.sample(decoder.scores(hidden), slots, *state),  # noqa: B023
+            *(device, _REPEATS),
+        )
+        tail = min(sampling)
     return [*costs, tail]
-
-
-def _decode_rows(rows: int, context: int, num_pages: int, device: torch.device) -> Batch:
-    """All rows read, and write, the same pages: what they hold means nothing."""
-    ones = torch.ones(rows, dtype=torch.int64, device=device)
-    return Batch(
-        tokens=ones,
-        positions=ones * (context - 1),
-        cache_index=ones * (context - 1),
-        page_table=torch.arange(num_pages, device=device)[None],
-        slots=ones * 0,
-        context_lens=ones * context,
-        context_lens_cpu=np.full(rows, context),
-        query_lens=[1] * rows,
-        num_decode=rows,
-        logit_index=None,
-    )
-
-
-def _seconds(body: Callable[[], object], device: torch.device) -> float:
-    """The least that `body` takes, on a GPU without the launches."""
-    body()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            body()
-        body = graph.replay
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        body()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder
-from gllm_engine.ops.batch import Batch
+from gllm_engine.ops.batch import made_up_step
 from gllm_engine.runner.sampler import SamplingBatch, sample
 
 # For what the trial step does not take and does not grow with the number of sequences: the graphs'
@@ -88,19 +87,9 @@ def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
     cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    positions = torch.cat([torch.arange(n, device=device) for n in lens])
-    batch = Batch(
-        tokens=torch.zeros_like(positions),
-        positions=positions,
-        cache_index=positions,
-        page_table=torch.arange(cache[0].shape[0], device=device)[None],
-        slots=torch.zeros(len(lens), dtype=torch.int64, device=device),
-        context_lens=torch.tensor(lens, device=device),
-        context_lens_cpu=np.array(lens),
-        query_lens=lens,
-        num_decode=0,
-        logit_index=torch.arange(min(config.max_num_seqs, num_tokens), device=device),
-    )
+    table = torch.arange(num_pages, device=device)[None]
+    wanted = torch.arange(min(config.max_num_seqs, num_tokens), device=device)
+    batch = made_up_step([(n, n) for n in lens], table, page_size, logit_index=wanted)
     x = None
     if not decoder.is_first:
         x = torch.zeros(num_tokens, decoder.spec.dim, dtype=decoder.dtype, device=device)

@@ -41,7 +41,7 @@ def test_all_cases_run(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"gllm_benchmarks.kernels.{name}", value)
     found = []
     for case in shape.cases():
-        seconds = seconds_of(case, on_gpu=False)
+        seconds = seconds_of(case, shape.device)
         assert seconds > 0 and case.bytes > 0
         found.append(describe(case, seconds))
     # Logits are made for sampled rows only, never for 2,000.
@@ -61,7 +61,7 @@ def test_experts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     for name, value in (small | {"MOE_TOKENS": (1, 9), "REPLAYS": 1}).items():
         monkeypatch.setattr(f"gllm_benchmarks.kernels.{name}", value)
     cases = list(shape.cases())
-    assert all(seconds_of(case, on_gpu=False) > 0 for case in cases)
+    assert all(seconds_of(case, shape.device) > 0 for case in cases)
     gemms = ["GEMM qkv", "GEMM out", "GEMM logits"]
     kernels = ["rms_norm", "rotate_and_store", "sample", *gemms, "experts", "experts"]
     assert [case.kernel for case in cases] == kernels

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_a_tiny_chunk_can_be_planned_and_attended(start: int, page_size: int) -> None:
-    batch = tiny_chunk(start, CPU)
+    batch = tiny_chunk(start, page_size, CPU)
     assert (batch.query_lens[0] == batch.context_lens_cpu[0]) == (start == 0)
     cache, q = torch.ones(4, 2, page_size, 2, 8), torch.ones(2, 4, 8)
     plan = reference.Planner(CPU, torch.float32).plan(batch, cache, 4, None)
@@ -31,7 +31,7 @@ def test_all_are_planned_at_the_same_time(caplog: pytest.LogCaptureFixture) -> N
         together.wait()  # raises unless the others are under way
         planned.add((batch.context_lens_cpu[0], window))
 
-    jobs = [(tiny_chunk(start, CPU), window) for start in (0, 2) for window in (None, 20)]
+    jobs = [(tiny_chunk(start, 16, CPU), window) for start in (0, 2) for window in (None, 20)]
     with caplog.at_level(logging.INFO):
         plan_all("attention", plan, jobs)
     assert planned == {(2, None), (2, 20), (4, None), (4, 20)}
@@ -49,7 +49,7 @@ def test_an_error_comes_out_when_all_have_ended() -> None:
         ended.add(window)
 
     with pytest.raises(RuntimeError, match="Ninja build failed"):
-        plan_all("attention", plan, [(tiny_chunk(0, CPU), window) for window in (None, 20, 30)])
+        plan_all("attention", plan, [(tiny_chunk(0, 16, CPU), window) for window in (None, 20, 30)])
     assert ended == {20, 30}
 
 
