@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
-from gllm_engine.ops.triton.rows import store_product
 
 # Numbers of the weight that a thread asks for at once, and holds at most.
 _LOADED: tl.constexpr = tl.constexpr(8)
@@ -63,6 +62,7 @@ def _gemv(
 ):  # fmt: skip
     CHUNKS: tl.constexpr = (DEPTH + LANES * _LOADED - 1) // (LANES * _LOADED)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < width
     # Rows beyond the last one repeat it; their results are not stored.
     row = (n if EVEN else tl.minimum(n, width - 1)).to(tl.int64)[None, :, None]
     w, up, g, v = (), (), (), ()
@@ -93,9 +93,18 @@ def _gemv(
         if GATED:
             z += tl.sum(_widen(up[i], PAIRS) * number, 2)
     y = tl.sum(y, 0)
-    z = tl.sum(z, 0)
-    # As a matrix of one column, which is the one row of out.
-    store_product(y[:, None], z[:, None], bias, out, n, tl.arange(0, 1), 1, width, GATED, BIAS, ADD)
+    if BIAS:
+        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        z = tl.sum(z, 0)
+        if BIAS:
+            z += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
+        y = y.to(kind).to(tl.float32)
+        y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32)
+        y *= z.to(kind).to(tl.float32)
+    if ADD:
+        y += tl.load(out + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n, y.to(kind), mask=inside)
 
 
 def is_single(x: Tensor) -> bool:

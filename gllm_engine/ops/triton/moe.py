@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.overlap import OVERLAP, begin_alone, overlapping
-from gllm_engine.ops.triton.rows import load_tile
 
 # Numbers that one program of routing or sorting holds, of (tokens, experts); more do not fit the
 # registers of so many warps.
@@ -179,6 +178,15 @@ def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tens
 
 
 @triton.jit
+def _load(at, inside, EVEN: tl.constexpr):
+    if EVEN:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
 def _grouped(
     x, matrix, order, groups, out, width, depth,
     TOP_K: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
@@ -214,11 +222,11 @@ def _grouped(
     ups = sums
     for k in range(0, depth, DEPTH):
         inside = at < depth - k
-        v = load_tile(lines + k, inside[None, :], EVEN)
-        w = load_tile(matrix + k, inside[:, None], EVEN)
+        v = _load(lines + k, inside[None, :], EVEN)
+        w = _load(matrix + k, inside[:, None], EVEN)
         sums = tl.dot(v, w, sums, input_precision="ieee")
         if GATED:
-            up = load_tile(matrix + size + k, inside[:, None], EVEN)
+            up = _load(matrix + size + k, inside[:, None], EVEN)
             ups = tl.dot(v, up, ups, input_precision="ieee")
     if GATED:
         sums = sums / (1.0 + tl.exp(-sums)) * ups

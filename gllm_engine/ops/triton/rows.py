@@ -1,5 +1,4 @@
-"""Kernels that work on the rows of a matrix: RMS norms and the gated activation; and the two ends
-of a matrix product, which several kernels share.
+"""Kernels that work on the rows of a matrix: RMS norms and the gated activation.
 
 All tensors are contiguous. Sums are taken in float32; what torch would round in between is rounded.
 """
@@ -15,33 +14,6 @@ from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
 
 # Columns of one program of silu_mul.
 _COLUMNS = 1024
-
-
-@triton.jit
-def load_tile(at, inside, EVEN: tl.constexpr):
-    """Numbers at some addresses, 0 where not `inside`; EVEN: all are."""
-    return tl.load(at, mask=None if EVEN else inside, other=None if EVEN else 0.0)
-
-
-@triton.jit
-def store_product(
-    y, z, bias, out, n, m, rows, width,
-    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """y and with GATED z, sums [n, m] in float32, to rows m and columns n of out."""
-    kind: tl.constexpr = out.dtype.element_ty
-    if BIAS:
-        y += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        if BIAS:
-            z += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
-        y = y.to(kind).to(tl.float32)
-        y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * z.to(kind).to(tl.float32)
-    place = out + m[None, :].to(tl.int64) * width + n[:, None]
-    inside = (m < rows)[None, :] & (n < width)[:, None]
-    if ADD:
-        y += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, y.to(kind), mask=inside)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
-from gllm_engine.ops.triton.rows import load_tile, rms_norm, store_product
+from gllm_engine.ops.triton.rows import rms_norm
 
 _MAX_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -57,6 +57,32 @@ def _prefetch(rows, first, end, NUMBERS: tl.constexpr):
     )  # fmt: skip
 
 
+@triton.jit
+def _load(rows, at, end, EVEN: tl.constexpr):
+    return tl.load(rows + at, mask=None if EVEN else at < end, other=None if EVEN else 0.0)
+
+
+@triton.jit
+def _store(
+    y, z, bias, out, n, m, rows, width,
+    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """y and with GATED z, sums [n, m] in float32, to rows m and columns n of out."""
+    kind: tl.constexpr = out.dtype.element_ty
+    if BIAS:
+        y += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if BIAS:
+            z += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
+        y = y.to(kind).to(tl.float32)
+        y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * z.to(kind).to(tl.float32)
+    place = out + m[None, :].to(tl.int64) * width + n[:, None]
+    inside = (m < rows)[None, :] & (n < width)[:, None]
+    if ADD:
+        y += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, y.to(kind), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _skinny(
     x, weight, bias, out, sums, arrived, rows, width, depth,
@@ -82,11 +108,10 @@ def _skinny(
     y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     z = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(first, end, BLOCK_K):
-        at, down = start + k[None, :], start + k[:, None]
-        v = load_tile(x_rows + down, down < end, EVEN)
-        y = tl.dot(load_tile(w_rows + at, at < end, EVEN), v, y)
+        v = _load(x_rows, start + k[:, None], end, EVEN)
+        y = tl.dot(_load(w_rows, start + k[None, :], end, EVEN), v, y)
         if GATED:
-            z = tl.dot(load_tile(up_rows + at, at < end, EVEN), v, z)
+            z = tl.dot(_load(up_rows, start + k[None, :], end, EVEN), v, z)
     last = True
     if PARTS > 1:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
@@ -107,7 +132,7 @@ def _skinny(
                 y += tl.load(tile_sums + i * SIZE, cache_modifier=".cg")
                 if GATED:
                     z += tl.load(tile_sums + (PARTS + i) * SIZE, cache_modifier=".cg")
-        store_product(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
+        _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
 
 
 def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
