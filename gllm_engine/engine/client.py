@@ -210,8 +210,7 @@ class EngineClient:
         close() does not wait for a model to be loaded: the socket is returned without an answer.
         """
         socket = zmq.Context.instance().socket(zmq.DEALER)
-        socket.set(zmq.SNDHWM, 0)
-        socket.set(zmq.RCVHWM, 0)
+        socket.hwm = 0
         socket.set(zmq.RECONNECT_IVL, 20)
         socket.connect(attached.address)
         socket.send_multipart(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid())))

@@ -112,8 +112,7 @@ def connect(
 
 
 def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
-    socket.set(zmq.SNDHWM, 0)
-    socket.set(zmq.RCVHWM, 0)
+    socket.hwm = 0
     socket.set(zmq.LINGER, 1000)
     socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT)
     socket.set(zmq.HEARTBEAT_TIMEOUT, timeout)

@@ -46,8 +46,7 @@ class EngineServer:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
         # Nothing is dropped: a slow front end is given memory, not loss.
-        self.socket.set(zmq.SNDHWM, 0)
-        self.socket.set(zmq.RCVHWM, 0)
+        self.socket.hwm = 0
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
         self.socket.bind(address)
         self.poller = zmq.Poller()

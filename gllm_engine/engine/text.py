@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gllm_engine.sampling import InvalidField
 
@@ -317,15 +318,8 @@ def _replace(rule: dict[str, Any]) -> Callable[[str], str]:
     return lambda token: token.replace(pattern["String"], content)
 
 
-def _bytes_by_char() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 is itself, the rest follow from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    spelled = {chr(value): value for value in printable}
-    return spelled | {chr(0x100 + i): value for i, value in enumerate(others)}
-
-
-_BYTE_OF = _bytes_by_char()
+# GPT-2's spelling of bytes.
+_BYTE_OF = {char: value for value, char in bytes_to_unicode().items()}
 
 # Steps that change single tokens, by the "type" in tokenizer.json; None: nothing to do a token.
 _RULES: dict[str, Callable[[dict[str, Any]], Callable[[str], Any] | None]] = {

@@ -48,10 +48,8 @@ class Source:
     count: int = 1
 
 
-@dataclass(frozen=True)
-class _Piece:
-    source: Source
-    into: Tensor  # [copies, n]: n numbers, the same in every row
+# As many numbers of a file as fit a buffer, and [copies, n] to fill with them, every row the same.
+_Piece = tuple[Source, Tensor]
 
 
 @contextmanager
@@ -88,13 +86,13 @@ def _cut(source: Source, into: Tensor) -> Iterator[_Piece]:
     rows, num_rows = max(1, _PIECE_BYTES // row_bytes), into.shape[1] // source.count
     for row in range(0, num_rows, rows):
         piece = replace(source, offset=source.offset + row * row_bytes)
-        yield _Piece(piece, into[:, row * source.count : (row + rows) * source.count])
+        yield piece, into[:, row * source.count : (row + rows) * source.count]
 
 
 def _num_bytes(piece: _Piece) -> int:
     """Of the rows as they are in the file."""
-    rows = piece.into.shape[1] // piece.source.count
-    return rows * piece.source.width * piece.source.dtype.itemsize
+    source, into = piece
+    return into.shape[1] // source.count * source.width * source.dtype.itemsize
 
 
 @torch.inference_mode()
@@ -123,7 +121,7 @@ def _read(pieces: deque[_Piece], stream: torch.cuda.Stream | None) -> float:
 
 
 def _move(piece: _Piece, buffer: Tensor) -> None:
-    source, into = piece.source, piece.into
+    source, into = piece
     num_bytes = _num_bytes(piece)
     raw = buffer[:num_bytes]
     _fill(memoryview(raw.numpy()), source)

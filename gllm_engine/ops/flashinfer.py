@@ -55,21 +55,12 @@ _PLAN_BYTES = 8 << 20
 _NUM_STAGES = 8
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Where to find each token's cosines and sines."""
-
-    tables: tuple[Tensor, Tensor]  # [positions, dim / 2] float32
-    positions: Tensor  # [tokens] int64
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Normed and rotated heads of a step's tokens."""
-
-    q: Tensor  # [tokens, heads, head_dim]
-    # [tokens, 2 * kv_heads, head_dim], before the cache rounds it; None: nobody asks.
-    kv: Tensor | None
+# Where to find each token's cosines and sines: tables [positions, dim / 2] float32 of both, and
+# positions [tokens] int64.
+Turn = tuple[tuple[Tensor, Tensor], Tensor]
+# Normed and rotated heads of a step's tokens: q [tokens, heads, head_dim], and k and v
+# [tokens, 2 * kv_heads, head_dim] before the cache rounds them; None: nobody asks.
+Heads = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -137,7 +128,7 @@ def rotation(
 ) -> Turn:
     """As reference.rotation; nothing is computed ahead."""
     del dtype, interleaved
-    return Turn((cos, sin), positions)
+    return (cos, sin), positions
 
 
 def rotate_and_store(
@@ -151,18 +142,18 @@ def rotate_and_store(
     plan: AttentionPlan,
 ) -> Heads:
     """As reference.rotate_and_store."""
-    tables, positions, keeps_kv = turn.tables, turn.positions, plan.fresh is not None
-    q, kv = triton.rotate_and_store(
-        qkv, heads, norm, eps, tables, positions, interleaved, cache, plan.cache_index, keeps_kv
+    keeps_kv = plan.fresh is not None
+    return triton.rotate_and_store(
+        qkv, heads, norm, eps, *turn, interleaved, cache, plan.cache_index, keeps_kv
     )
-    return Heads(q, kv)
 
 
 def attend(
     heads: Heads, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
 ) -> Tensor:
     """As reference.attend."""
-    q = heads.q if tokens is None else heads.q[tokens]
+    q, kv = heads
+    q = q if tokens is None else q[tokens]
     if plan.slow is not None:
         return reference.attend(q, cache, plan.slow)
     n, f = plan.num_decode, plan.first_fresh
@@ -171,8 +162,8 @@ def attend(
         triton.decode(q[:n], cache, plan.decode, out[:n])
     if plan.chunks is not None:
         plan.chunks.run(q[n:f], cache, out=out[n:f])
-    if plan.fresh is not None and heads.kv is not None:
-        k, v = heads.kv[f:].chunk(2, 1)
+    if plan.fresh is not None and kv is not None:
+        k, v = kv[f:].chunk(2, 1)
         plan.fresh.run(q[f:], k, v, out=out[f:])
     return out.flatten(1)
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.runner.sampler import SamplingBatch, sample
+from gllm_engine.runner.state import State
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.types import NewSequence
 
 # For what the trial step does not take and does not grow with the number of sequences: the graphs'
 # own memory, and kernels that are loaded later.
@@ -104,21 +108,11 @@ def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
 def _costly(rows: int, vocab: int, device: torch.device) -> SamplingBatch:
     """Sampling that sorts the whole vocabulary in every row."""
 
-    def column(value: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((rows,), value, dtype=dtype, device=device)
-
-    return SamplingBatch(
-        temperature=column(1, torch.float32),
-        min_p=column(0, torch.float32),
-        top_p=column(0.9, torch.float64),
-        top_k=column(vocab, torch.int64),
-        seeds=column(1, torch.int64),
-        output_lens=column(1, torch.int64),
-        has_random=True,
-        has_greedy=True,
-        has_min_p=False,
-        truncations=((torch.arange(rows, device=device), vocab),),
-    )
+    state, slots_cpu = State(rows, 1, 1, vocab, (), device), np.arange(rows)
+    # The first one at random, the others also the most likely token.
+    each = [SamplingParams(top_p=0.9, temperature=float(not slot)) for slot in range(rows)]
+    state.apply([NewSequence(slot, 0, 0, one, []) for slot, one in enumerate(each)], [])
+    return state.sampling_batch(slots_cpu, torch.arange(rows, device=device), {})
 
 
 def _pages_of(gib: float, page_bytes: int) -> int:

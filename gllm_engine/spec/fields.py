@@ -76,13 +76,13 @@ class Fields:
             raise self._wrong(key, value, "a string")
         return value
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """One id or a list of ids; empty when absent."""
-        return self._numbers(key, "token id")
-
-    def layer_ids(self, key: str) -> tuple[int, ...]:
-        """Layers, counted from 0; empty when absent."""
-        return self._numbers(key, "layer number")
+    def numbers(self, key: str, kind: str = "token id") -> tuple[int, ...]:
+        """One number from 0 on, or a list of them; empty when absent. `kind`: for complaints."""
+        value = self._values.get(key, [])
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in numbers):
+            raise self._wrong(key, value, f"a {kind} or a list of them")
+        return tuple(dict.fromkeys(numbers))
 
     def require(self, **expected: Any) -> None:
         """Refuse switches that are set to something else; absent ones are fine."""
@@ -102,13 +102,6 @@ class Fields:
         if value is None:
             raise SpecError(f"{self.name}: {key} is missing")
         return value
-
-    def _numbers(self, key: str, kind: str) -> tuple[int, ...]:
-        value = self._values.get(key, [])
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in numbers):
-            raise self._wrong(key, value, f"a {kind} or a list of them")
-        return tuple(dict.fromkeys(numbers))
 
     def _wrong(self, key: str, value: Any, allowed: str) -> SpecError:
         shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."

@@ -149,10 +149,13 @@ class Model:
         )
         return replace(self, layers=tuple(layers))
 
-    def weights(self) -> Shapes:
-        """Every weight's canonical name and shape, in the order of the forward pass."""
+    def weights(self, first: int = 0) -> Shapes:
+        """Every weight's canonical name and shape, in the order of the forward pass.
+
+        `first`: the number of the first layer.
+        """
         shapes: Shapes = {"model.embed_tokens.weight": (self.vocab, self.dim)}
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers, first):
             shapes |= {f"model.layers.{i}.{k}": v for k, v in layer.weights(self.dim).items()}
         shapes["model.norm.weight"] = (self.dim,)
         return shapes if self.tie else shapes | {"lm_head.weight": (self.vocab, self.dim)}

@@ -30,17 +30,13 @@ class Share:
 
     def weights(self, model: Model) -> Shapes:
         """Every weight this rank holds, by its canonical name: the shape of its share."""
-        shapes: Shapes = {}
-        rows = model.vocab // self.size
-        embedding = "model.embed_tokens.weight"
-        last = self.end == len(model.layers)
-        if self.first == 0 or (last and model.tie):
-            shapes[embedding] = (rows, model.dim)
-        for i, layer in enumerate(self.of(model), self.first):
-            shapes |= {f"model.layers.{i}.{k}": v for k, v in layer.weights(model.dim).items()}
-        if last:
-            shapes["model.norm.weight"] = (model.dim,)
-            shapes |= {} if model.tie else {"lm_head.weight": (rows, model.dim)}
+        part = replace(model, vocab=model.vocab // self.size, layers=self.of(model))
+        shapes, last = part.weights(self.first), self.end == len(model.layers)
+        if self.first and not (last and model.tie):
+            del shapes["model.embed_tokens.weight"]
+        if not last:
+            del shapes["model.norm.weight"]
+            shapes.pop("lm_head.weight", None)
         return shapes
 
     def start(self, whole: int, part: int) -> int:

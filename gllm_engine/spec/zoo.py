@@ -206,7 +206,7 @@ def chatglm(c: Fields) -> Model:
         eps=c.real("layernorm_epsilon"),
         tie=c.flag("tie_word_embeddings"),
         max_len=c.count("seq_length"),
-        eos_token_ids=c.token_ids("eos_token_id"),
+        eos_token_ids=c.numbers("eos_token_id"),
         names="chatglm",
     )
 
@@ -219,7 +219,7 @@ def read_spec(path: Path) -> Model:
     model = make_spec(read_object(path / "config.json", SpecError), str(path / "config.json"))
     generation = path / "generation_config.json"
     if generation.exists():
-        eos = Fields(read_object(generation, SpecError), str(generation), {}).token_ids(
+        eos = Fields(read_object(generation, SpecError), str(generation), {}).numbers(
             "eos_token_id"
         )
         model = replace(model, eos_token_ids=eos or model.eos_token_ids)
@@ -263,7 +263,7 @@ def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
         eps=c.real("rms_norm_eps"),
         tie=c.flag("tie_word_embeddings"),
         max_len=_max_len(c.count("max_position_embeddings"), mixer.rope),
-        eos_token_ids=c.token_ids("eos_token_id"),
+        eos_token_ids=c.numbers("eos_token_id"),
     )
 
 
@@ -293,7 +293,7 @@ def _with_windows(c: Fields, model: Model) -> Model:
 def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
     """Qwen's: experts in every `decoder_sparse_step`-th layer but those in `mlp_only_layers`."""
     c.require(use_sliding_window=False)
-    step, dense = c.count("decoder_sparse_step", 1), c.layer_ids("mlp_only_layers")
+    step, dense = c.count("decoder_sparse_step", 1), c.numbers("mlp_only_layers", "layer number")
     moe = _moe(c, c.count("moe_intermediate_size"), c.flag("norm_topk_prob"), shared)
     return model.each(
         ffn=lambda i, layer: layer.ffn if i in dense or (i + 1) % step else moe,

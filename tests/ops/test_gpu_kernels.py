@@ -227,15 +227,15 @@ def run_attention(
     plan = planner.plan(moved, there, num_heads, window)
     turn = ops.rotation(cos.to(CUDA), sin.to(CUDA), moved.positions, dtype, False)
     found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, 1e-5, turn, False, there, plan)
-    out, out_q = ops.attend(found, there, plan), found.q
+    out, (out_q, kept) = ops.attend(found, there, plan), found
     # The twin in float32, from what the kernel stored: attention by itself.
     wide = there.float().cpu()
     page, offset = batch.cache_index // page_size, batch.cache_index % page_size
     slow = reference.plan_attention(batch, wide, window)
     attended = wide.clone()
-    if found.kv is not None:  # fresh chunks attend to what was not rounded yet
+    if kept is not None:  # fresh chunks attend to what was not rounded yet
         at = slice(plan.first_fresh, None)
-        unrounded = found.kv[at].float().cpu().unflatten(1, (2, kv_heads))
+        unrounded = kept[at].float().cpu().unflatten(1, (2, kv_heads))
         attended[page[at], :, offset[at]] = unrounded
     near(out, reference.attend(out_q.float().cpu(), attended, slow), limit)
     assert torch.equal(ops.attend(found, there, plan), out)  # whoever came last in a joined row
