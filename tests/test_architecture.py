@@ -36,7 +36,6 @@ OURS = {
     "client": {"", "gllm_client"},
     "benchmarks/peer.py": set(),
     "benchmarks/kernels.py": {"", "ops", "spec", "gllm_benchmarks"},
-    "benchmarks/start.py": {"spec", "gllm_benchmarks"},
     "benchmarks": {"", "gllm_client", "gllm_benchmarks"},
 }  # fmt: skip
 # What a part may import of others.
@@ -60,7 +59,6 @@ OTHERS = {
     "client": {"msgspec", "numpy", "tritonclient", "grpc", "tqdm", "yaml"},
     "benchmarks/peer.py": {"vllm"},
     "benchmarks/kernels.py": {"torch"},
-    "benchmarks/start.py": {"torch", "safetensors"},
     "benchmarks": {"numpy", "tritonclient", "tqdm", "torch", "msgspec"},
 }  # fmt: skip
 
