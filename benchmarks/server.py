@@ -17,6 +17,8 @@ from pathlib import Path
 from select import select
 from typing import Any
 
+from gllm_client.serve import write_model
+
 MODEL = "m"  # its name in the server
 
 
@@ -61,20 +63,15 @@ def write_repository(
     config: dict[str, Any],
 ) -> None:
     """The files of one model: config.pbtxt and 1/model.json."""
-    version = directory / "1"
-    version.mkdir(parents=True)
-    if not (model / "tokenizer.json").is_file() and "tokenizer" not in config:
+    has_tokenizer = (model / "tokenizer.json").is_file() or "tokenizer" in config
+    made_up = {} if has_tokenizer else {"tokenizer": "."}
+    write_model(directory, {"model": str(model)} | made_up | config, front_ends)
+    if made_up:
         vocab = json.loads((model / "config.json").read_text())["vocab_size"]
-        (version / "tokenizer.json").write_text(json.dumps(made_up_tokenizer(vocab)))
-        config = {"tokenizer": "."} | config
-    (version / "model.json").write_text(json.dumps({"model": str(model)} | config))
-    settings = "".join(
-        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
-        for key, value in parameters.items()
-    )
-    (directory / "config.pbtxt").write_text(
-        f'backend: "gllm"\n{settings}instance_group [{{ count: {front_ends}, kind: KIND_MODEL }}]\n'
-    )
+        (directory / "1/tokenizer.json").write_text(json.dumps(made_up_tokenizer(vocab)))
+    with (directory / "config.pbtxt").open("a") as file:
+        for key, value in parameters.items():
+            file.write(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n')
 
 
 def made_up_tokenizer(vocab: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,13 +16,6 @@ from gllm_client.protocol import Chunk, Output, merge
 from gllm_client.signals import caught_signals
 from gllm_client.source import Prompt
 from gllm_engine import LLM, InvalidField, RequestFailed, parse_sampling
-
-
-@dataclass
-class _Running:
-    item: Item
-    chunks: Iterator[Chunk]
-    taken: list[Chunk]
 
 
 class Local:
@@ -53,23 +45,24 @@ class Local:
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
         """As Source's. Taking a delta of one stream advances them all, as they share each step."""
         waiting = iter(items)
-        running: deque[_Running] = deque()
+        # Of each its item, the chunks to come and those that came.
+        running: deque[tuple[Item, Iterator[Chunk], list[Chunk]]] = deque()
         while True:
             for item in islice(waiting, concurrency - len(running)):
-                running.append(_Running(item, self.stream(item.prompt, item.sampling), []))
+                running.append((item, self.stream(item.prompt, item.sampling), []))
             if not running:
                 return
-            turn = running.popleft()
+            item, chunks, taken = running.popleft()
             try:
-                chunk = next(turn.chunks, None)
+                chunk = next(chunks, None)
             except self.refusals as error:
-                yield turn.item, Failed(str(error))
+                yield item, Failed(str(error))
                 continue
             if chunk is None:
-                yield turn.item, merge(turn.taken)
+                yield item, merge(taken)
             else:
-                turn.taken.append(chunk)
-                running.append(turn)
+                taken.append(chunk)
+                running.append((item, chunks, taken))
 
     def close(self) -> None:
         self._llm.close()

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,17 +65,6 @@ def _key_pair(secret: bytes, side: bytes) -> tuple[bytes, bytes]:
     return zmq.curve_public(own), own
 
 
-class _OnlyOurs:
-    """Lets those in who hold the secret: their key follows from it."""
-
-    def __init__(self, secret: bytes) -> None:
-        self._public, _ = _key_pair(secret, b"worker")
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        del domain
-        return key == self._public
-
-
 def listen(
     context: zmq.Context[Any], address: str, secret: bytes | None, closing: ExitStack
 ) -> zmq.Socket[bytes]:
@@ -88,7 +78,10 @@ def listen(
         authenticator = ThreadAuthenticator(context)
         authenticator.start()
         closing.callback(authenticator.stop)
-        authenticator.configure_curve_callback("*", _OnlyOurs(secret))
+        # Those are let in who hold the secret: their key follows from it.
+        worker, _ = _key_pair(secret, b"worker")
+        check = SimpleNamespace(callback=lambda domain, key: key == worker)
+        authenticator.configure_curve_callback("*", check)
         socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"engine")
         socket.curve_server = True
     _watch_peers(socket, LOCAL_TIMEOUT if secret is None else REMOTE_TIMEOUT)

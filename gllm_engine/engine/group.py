@@ -48,20 +48,6 @@ class GroupLost(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Worker:
-    """A member: its rank follows from node and local_rank. `address`: whom to send to, by which."""
-
-    node: int
-    local_rank: int
-    socket: zmq.Socket[bytes]
-    identity: bytes
-
-    def send(self, frames: list[bytes]) -> None:
-        """Raises zmq.ZMQError for one that is gone."""
-        self.socket.send_multipart([self.identity, *frames])
-
-
-@dataclass(frozen=True)
 class _Launch:
     group: WorkerGroup
     step: int
@@ -81,7 +67,8 @@ class WorkerGroup:
         self._config = config
         self._per_node = config.num_ranks // config.nnodes
         self._digest = cluster.digest(Path(config.model))
-        self._members: dict[int, _Worker] = {}  # by rank
+        # By rank: whom to send to, by which.
+        self._members: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
         self._results: deque[StepResult] = deque()
         self._ready: dict[int, int] = {}  # rank -> pages
         self._failure: wire.Failed | None = None
@@ -247,7 +234,7 @@ class WorkerGroup:
             problem = self._problem(message, is_own=socket is self._sockets[0])
             if problem is None:
                 rank = message.node * self._per_node + message.local_rank
-                self._members[rank] = _Worker(message.node, message.local_rank, socket, identity)
+                self._members[rank] = socket, identity
                 log.info("worker %d of node %d has come", message.local_rank, message.node)
                 return
             log.warning("a worker of node %d is refused: %s", message.node, problem)
@@ -282,7 +269,7 @@ class WorkerGroup:
     def _rank_of(self, socket: zmq.Socket[bytes], identity: bytes) -> int:
         """Raises ValueError for one that has not joined."""
         for rank, member in self._members.items():
-            if member.socket is socket and member.identity == identity:
+            if member == (socket, identity):
                 return rank
         raise ValueError("its sender has not joined")
 
@@ -304,12 +291,12 @@ class WorkerGroup:
             self._tell(rank, wire.encode(wire.Ping()))
 
     def _tell(self, rank: int, frames: list[bytes]) -> None:
+        socket, identity = self._members[rank]
         try:
-            self._members[rank].send(frames)
+            socket.send_multipart([identity, *frames])
         except zmq.ZMQError:
             complete = len(self._members) == self._config.num_ranks
-            node = self._members[rank].node
-            if complete or not node:
+            if complete or rank < self._per_node:
                 self._lose(rank, "it was killed, stopped or cut off")
             else:  # it had come too early, and comes again
                 log.info("worker %d left before the others came", rank)
@@ -317,9 +304,7 @@ class WorkerGroup:
 
     def _lose(self, rank: int, why: str) -> None:
         if self._error is None:
-            member = self._members.get(rank)
-            node = rank // self._per_node if member is None else member.node
-            self._error = f"worker {rank} (node {node}) is lost: {why}"
+            self._error = f"worker {rank} (node {rank // self._per_node}) is lost: {why}"
             log.error("%s", self._error)
 
 

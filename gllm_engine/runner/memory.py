@@ -37,7 +37,7 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     per_token = itemsize * sum(layer.mixer.kv_elements_per_token() for layer in decoder.layers)
     page_bytes = per_token * config.page_size
     if config.kv_cache_gib is not None or decoder.device.type == "cpu":
-        return _pages_of(config.kv_cache_gib or 1.0, page_bytes)
+        return max(1, int((config.kv_cache_gib or 1.0) * 2**30) // page_bytes)
     total = torch.cuda.mem_get_info(decoder.device)[1]
     reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
     peak = reserved + _trial(config, decoder, max_pages * config.page_size)
@@ -113,7 +113,3 @@ def _costly(rows: int, vocab: int, device: torch.device) -> SamplingBatch:
     each = [SamplingParams(top_p=0.9, temperature=float(not slot)) for slot in range(rows)]
     state.apply([NewSequence(slot, 0, 0, one, []) for slot, one in enumerate(each)], [])
     return state.sampling_batch(slots_cpu, torch.arange(rows, device=device), {})
-
-
-def _pages_of(gib: float, page_bytes: int) -> int:
-    return max(1, int(gib * 2**30) // page_bytes)

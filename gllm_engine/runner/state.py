@@ -195,12 +195,7 @@ class State:
         if bias:
             features |= BIAS
             self.bias.set(slot, bias)
-        penalties = (
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-            sampling.repetition_penalty,
-        )
-        if penalties != (0.0, 0.0, 1.0):
+        if _reals(sampling)[3:] != (0.0, 0.0, 1.0):
             features |= PENALTIES
             if sampling.repetition_penalty != 1:
                 features |= REPETITION
@@ -280,14 +275,13 @@ class State:
     def _truncations(self, slots_cpu: np.ndarray[Any, Any]) -> tuple[tuple[Tensor, int], ...]:
         top_k = self.top_k_cpu[slots_cpu]
         truncated = (self.features_cpu[slots_cpu] & TRUNCATED) > 0
-        partial = np.flatnonzero(truncated & (top_k <= MAX_PARTIAL_SORT))
-        whole = np.flatnonzero(truncated & (top_k > MAX_PARTIAL_SORT))
-        groups = []
-        if len(partial):
-            groups.append((to_device(self.device, partial)[0], int(top_k[partial].max())))
-        if len(whole):
-            groups.append((to_device(self.device, whole)[0], self.vocab))
-        return tuple(groups)
+        partial = truncated & (top_k <= MAX_PARTIAL_SORT)
+        groups = (partial, int(top_k[partial].max(initial=0))), (truncated & ~partial, self.vocab)
+        return tuple(
+            (to_device(self.device, np.flatnonzero(rows))[0], num_ranked)
+            for rows, num_ranked in groups
+            if rows.any()
+        )
 
     def _added(
         self, slots_cpu: np.ndarray[Any, Any], used: int

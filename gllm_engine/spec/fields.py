@@ -21,17 +21,14 @@ class Fields:
         self.name = name
         self._values = {k: v for k, v in (defaults | values).items() if v is not None}
 
-    def empty(self) -> Fields:
+    def child(self, *keys: str) -> Fields:
+        """The object under the first of `keys` that is there and not empty; else an empty one."""
+        for key in keys:
+            if value := self._values.get(key):
+                if not isinstance(value, dict):
+                    raise self._wrong(key, value, "an object")
+                return Fields(value, f"{self.name}: {key}", {})
         return Fields({}, self.name, {})
-
-    def child(self, key: str) -> Fields | None:
-        """The object under `key`; None when it is absent or empty."""
-        value = self._values.get(key)
-        if not value:
-            return None
-        if not isinstance(value, dict):
-            raise self._wrong(key, value, "an object")
-        return Fields(value, f"{self.name}: {key}", {})
 
     def choices(self, key: str, length: int, allowed: tuple[str, ...]) -> list[str] | None:
         """A list of `length` words, each one of `allowed`; None when absent."""

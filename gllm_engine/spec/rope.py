@@ -79,7 +79,7 @@ def read_rope(config: Fields, head_dim: int) -> Rope:
 
     Inside the object beats beside it, as in transformers. Raises SpecError for an unknown type.
     """
-    rope = config.child("rope_scaling") or config.child("rope_parameters") or config.empty()
+    rope = config.child("rope_scaling", "rope_parameters")
     theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0))
     share = rope.real("partial_rotary_factor", config.real("partial_rotary_factor", 1.0))
     dim = head_dim * share
