@@ -36,6 +36,7 @@ OURS = {
     "client": {"", "gllm_client"},
     "benchmarks/peer.py": set(),
     "benchmarks/kernels.py": {"", "ops", "spec", "gllm_benchmarks"},
+    "benchmarks/plot.py": set(),
     "benchmarks": {"", "gllm_client", "gllm_benchmarks"},
 }  # fmt: skip
 # What a part may import of others.
@@ -59,6 +60,7 @@ OTHERS = {
     "client": {"msgspec", "numpy", "tritonclient", "grpc", "tqdm", "yaml"},
     "benchmarks/peer.py": {"vllm"},
     "benchmarks/kernels.py": {"torch"},
+    "benchmarks/plot.py": {"matplotlib"},
     "benchmarks": {"numpy", "tritonclient", "tqdm", "torch", "msgspec"},
 }  # fmt: skip
 

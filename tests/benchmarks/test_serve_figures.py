@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import xml.etree.ElementTree as ET
 from typing import Any
 
@@ -109,20 +110,54 @@ def test_plot() -> None:
         return {"output_tokens_per_s": speed, "ttft_ms": ttfts, "tpot_ms": tpots}
 
     runs = [run(2000, 80, 20), run(1000, 40, 10), run(10, 1, None)]
-    tree = ET.fromstring(draw("a < b & c", runs))
+    svg = draw("a < b & c$", runs)
+    assert svg == draw("a < b & c$", runs) and "<dc:date>" not in svg
+    tree = ET.fromstring(svg)
     name = "{http://www.w3.org/2000/svg}"
-    assert "a < b & c" in [each.text for each in tree.iter(f"{name}text")]
-    assert len(tree.findall(f"{name}g")) == 2
-    lines = [line.get("points", "").split() for line in tree.iter(f"{name}polyline")]
-    assert [len(points) for points in lines] == [3, 3, 2, 2]
-    width, height = float(tree.get("width", 0)), float(tree.get("height", 0))
-    for points in lines:
-        places = [tuple(map(float, point.split(","))) for point in points]
-        assert places == sorted(places) and all(0 <= x < width for x, _ in places)
-        heights = [y for _, y in places]
-        assert heights == sorted(heights, reverse=True) and all(0 <= y < height for y in heights)
-    # Twice the time is twice as high: from the axis at the bottom, p99 over p50.
-    (_, p50), (_, p99) = (tuple(map(float, line[-1].split(","))) for line in lines[:2])
-    bottom = float(next(tree.iter(f"{name}path")).get("d", "").split("V")[1].split("H")[0])
-    assert (bottom - p99) == pytest.approx(2 * (bottom - p50), rel=0.01)
+    words = [each.text for each in tree.iter(f"{name}text")]
+    assert "a < b & c$" in words and words.count("output tokens/s") == 2
+    assert words.count("p50") == words.count("p99") == 2
+    assert {"time to first token, ms", "time per output token, ms"} < set(words)
+    # What is clipped to the axes is drawn from data: lines, and a group of markers for each.
+    (left, left99, right, right99), dots = curves(tree)
+    assert [len(line) for line in (left, left99, right, right99)] == [3, 3, 2, 2]
+    assert [left, left99, right, right99] == dots
+    frames = [panel(tree, number) for number in (1, 2)]
+    for line, frame in zip(dots, [frames[0], frames[0], frames[1], frames[1]], strict=True):
+        (x0, y0), (x1, y1) = frame
+        assert all(x0 < x < x1 and y0 < y < y1 for x, y in line)
+        # From the origin in the lower left corner, both axes are linear.
+        times = [(x - x0, y1 - y) for x, y in line]
+        assert times == sorted(times)
+        (x_1000, y_1000), (x_2000, y_2000) = times[-2:]
+        assert x_2000 == pytest.approx(2 * x_1000, rel=0.01)
+        assert y_2000 == pytest.approx(2 * y_1000, rel=0.01)
+    for half, whole, frame in ((left, left99, frames[0]), (right, right99, frames[1])):
+        bottom = frame[1][1]
+        assert bottom - whole[-1][1] == pytest.approx(2 * (bottom - half[-1][1]), rel=0.01)
     ET.fromstring(draw("nothing", []))
+
+
+Line = list[tuple[float, ...]]
+
+
+def curves(tree: ET.Element) -> tuple[list[Line], list[Line]]:
+    """The corners of each line, and the places of its markers, in the order of drawing."""
+    name = "{http://www.w3.org/2000/svg}"
+    paths = (path for path in tree.iter(f"{name}path") if "clip-path" in path.keys())
+    groups = (group for group in tree.iter(f"{name}g") if "clip-path" in group.keys())
+    return [corners(path) for path in paths], [
+        [(float(use.get("x", "")), float(use.get("y", ""))) for use in group] for group in groups
+    ]
+
+
+def corners(path: ET.Element) -> Line:
+    parts = re.split("[MLz]", path.get("d", ""))
+    return [tuple(map(float, part.split())) for part in parts if part.strip()]
+
+
+def panel(tree: ET.Element, number: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The upper left and the lower right corner of a panel: of the first thing that is in it."""
+    (axes,) = (each for each in tree.iter() if each.get("id") == f"axes_{number}")
+    places = corners(axes[0][0])
+    return min(places), max(places)

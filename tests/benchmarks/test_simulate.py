@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import deque
 from pathlib import Path
@@ -275,7 +276,9 @@ def test_the_command(
         assert [run["rate"] for run in runs.values()] == [5, 50]
         assert all(run["completed"] == 12 and len(run["idle"]) == 2 for run in runs.values())
     assert figures["served_rate"] == dict.fromkeys(figures["policies"], 50)
-    assert plot.read_text().count("<polyline") == 3 * 3
+    curves = re.findall('<path d="([^"]*)" clip-path', plot.read_text())
+    assert [len(re.findall("[ML]", curve)) for curve in curves] == [2] * 3 * 3
+    assert all(plot.read_text().count(f">{name}<") == 3 for name in figures["policies"])
     for words, problem in (
         ("simulate --pp 2", "no costs"),
         ("simulate --stage params=1 --policies best", "best is none of"),

@@ -45,7 +45,7 @@ def test_each_pattern(server: Server, tmp_path: Path) -> None:
         assert run["goodput"]["share"] == 1
         assert 0 < run["ttft_ms"]["p50"] < run["e2e_ms"]["p50"] <= 1000 * run["seconds"]
         assert 1 <= run["tokens_per_response"] <= 12
-    assert line["benchmark"] == f"serve-{MODEL}" and plot.read_text().startswith("<svg")
+    assert line["benchmark"] == f"serve-{MODEL}" and "<svg" in plot.read_text()
     server.wait_idle()
 
 
