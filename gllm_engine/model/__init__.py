@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gllm_engine.model.decoder import Decoder
-from gllm_engine.model.load import filling, load_model, make_dummy
+from gllm_engine.model.load import filling, make_dummy
 from gllm_engine.model.read import LoadError
 from gllm_engine.ops import best_device
 
-__all__ = ["Decoder", "LoadError", "best_device", "filling", "load_model", "make_dummy"]
+__all__ = ["Decoder", "LoadError", "best_device", "filling", "make_dummy"]

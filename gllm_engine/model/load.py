@@ -32,19 +32,6 @@ _DTYPES = {
 }
 
 
-def load_model(
-    path: Path, spec: Model, *, dtype: torch.dtype, device: torch.device, max_model_len: int
-) -> Decoder:
-    """Build the decoder for `spec` and fill it from the checkpoint in `path`.
-
-    Raises LoadError with one sentence that names the file and the tensor.
-    """
-    decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
-    with filling(decoder, path):
-        pass
-    return decoder
-
-
 @contextmanager
 def filling(decoder: Decoder, path: Path) -> Iterator[None]:
     """Fill the decoder from the checkpoint in `path` while the block runs, and wait for the rest.

@@ -177,6 +177,7 @@ def test_the_models_by_name() -> None:
         "llama-3.1-8b": 128_256,
         "qwen3-0.6b": 151_936,
         "qwen3-30b-a3b": 151_936,
+        "qwen3-32b": 151_936,
     }
     assert model_directory("qwen3-0.6b") == (MODELS / "qwen3-0.6b").resolve()
     with pytest.raises(SystemExit, match="none of llama-3.1-8b, qwen3-0.6b, qwen3-30b-a3b"):

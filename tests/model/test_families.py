@@ -168,7 +168,7 @@ def test_chatglm_agrees_with_glm(tmp_path: Path, architecture: str, rope_ratio: 
 
 def test_half_precision_follows(tmp_path: Path) -> None:
     """bfloat16 is coarse (3 decimal digits): it must come near, which float errors would not."""
-    from gllm_engine.model import load_model
+    from loaded import load_model
 
     write_tiny_model(tmp_path, "Qwen3ForCausalLM", dtype="bfloat16")
     tokens = some_tokens(40)

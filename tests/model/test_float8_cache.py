@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded import load_model
 from tiny_models import PAGE, all_logits, every_expert, load, make_batch, run, some_tokens
 from torch import Tensor
 
-from gllm_engine.model import Decoder, load_model
+from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.spec import FAMILIES, read_spec
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded import load_model
 from tiny_models import every_expert, load, make_batch, poisoned_cache, run, some_tokens
 from torch import Tensor
 
-from gllm_engine.model import load_model
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.spec import FAMILIES, read_spec
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded import load_model
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, load
 from torch import Tensor
 
-from gllm_engine.model import Decoder, LoadError, filling, load_model, read
+from gllm_engine.model import Decoder, LoadError, filling, read
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.spec import Model, read_spec
 from gllm_engine.spec.names import checkpoint_tensors

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from loaded import load_model
 from torch import Tensor
 
-from gllm_engine.model import Decoder, load_model
+from gllm_engine.model import Decoder
 from gllm_engine.ops import Batch
 from gllm_engine.spec import Model, read_spec
 from gllm_engine.spec.tiny import tiny_config

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from drive import Drive, Job, greedy
+from loaded import load_model
 
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.model import load_model
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.runner import PlanError, Runner
 from gllm_engine.runner.memory import cache_dtype

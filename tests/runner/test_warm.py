@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from drive import Drive, Job, greedy
+from loaded import load_model
 
 from gllm_engine.config import EngineConfig
 from gllm_engine.engine.core import Engine
-from gllm_engine.model import load_model
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.runner import PlanError, Runner
 from gllm_engine.runner.warm import rows_to_try, tiny_plans
