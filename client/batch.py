@@ -10,6 +10,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,17 +71,11 @@ def run_batch(
     with file:
         tally = Tally(total=len(lines), skipped=len(finished & set(lines)))
         on_progress(tally)
-        items = []
-        for id, line in lines.items():
-            if id in finished:
-                continue
-            if isinstance(line, Item):
-                items.append(line)
-            else:
-                _record(file, tally, id, line)
-                on_progress(tally)
-        for item, answer in answers(items):
-            _record(file, tally, item.id, answer)
+        waiting = {id: line for id, line in lines.items() if id not in finished}
+        bad = [(id, line) for id, line in waiting.items() if isinstance(line, Failed)]
+        items = [line for line in waiting.values() if isinstance(line, Item)]
+        for id, answer in chain(bad, ((item.id, answer) for item, answer in answers(items))):
+            _record(file, tally, id, answer)
             on_progress(tally)
     return tally
 
@@ -97,10 +92,9 @@ def read_source(path: Path) -> dict[str | int, Item | Failed]:
             if not raw.strip():
                 continue
             id, item = parse_line(number, raw)
-            if id in numbers:
-                first = numbers[id]
+            first = numbers.setdefault(id, number)
+            if first != number:
                 raise BatchError(f"{path}: lines {first} and {number} have the same id {id!r}")
-            numbers[id] = number
             items[id] = item
     return items
 
@@ -120,8 +114,7 @@ def parse_line(number: int, raw: bytes) -> tuple[str | int, Item | Failed]:
 
 
 def _item(id: str | int, line: dict[str, Any]) -> Item | Failed:
-    unknown = sorted(set(line) - set(KEYS))
-    if unknown:
+    if unknown := sorted(set(line) - set(KEYS)):
         return Failed(f"{unknown[0]}: unknown key; known are {', '.join(KEYS)}")
     sampling = line.get("sampling_parameters", {})
     if not isinstance(sampling, dict):
@@ -214,12 +207,8 @@ def _record(file: IO[bytes], tally: Tally, id: str | int, answer: Chunk | Failed
 def to_line(answer: Chunk) -> dict[str, Any]:
     """An output line without its id; with n > 1 the answers are listed under "outputs"."""
     outputs = [
-        {
-            "text": output.text,
-            "finish_reason": output.finish_reason,
-            "num_output_tokens": output.num_tokens,
-        }
-        for output in answer.outputs
+        {"text": o.text, "finish_reason": o.finish_reason, "num_output_tokens": o.num_tokens}
+        for o in answer.outputs
     ]
     first = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
     return first | {"num_input_tokens": answer.num_input_tokens}

@@ -21,7 +21,7 @@ from gllm_client.protocol import (
     BlockingAsking,
     Chunk,
     GenerateError,
-    Value,
+    Inputs,
     merge,
     to_chunk,
 )
@@ -70,9 +70,7 @@ class _Connected:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._metadata = _STATUS_METADATA if with_status else ()
 
-    def _stream(
-        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
-    ) -> Any:
+    def _stream(self, model: str, inputs: Inputs, request_id: str, timeout: float | None) -> Any:
         return self._chunks(_request(model, request_id, inputs), timeout)
 
 
@@ -210,7 +208,7 @@ def _utf8(name: str, text: str) -> bytes:
         raise ValueError(f"{name}: not text that UTF-8 can say ({error.reason})") from None
 
 
-def _request(model: str, request_id: str, inputs: dict[str, Value]) -> pb.ModelInferRequest:
+def _request(model: str, request_id: str, inputs: Inputs) -> pb.ModelInferRequest:
     """The message of one request; every tensor has one dimension."""
     request = pb.ModelInferRequest(model_name=model, id=request_id)
     for name, value in inputs.items():

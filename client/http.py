@@ -11,37 +11,31 @@ import json
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from gllm_client.protocol import BlockingAsking, Chunk, GenerateError, Value, to_chunk
+from gllm_client.protocol import BlockingAsking, Chunk, GenerateError, Inputs, to_chunk
 
 # Triton answers 400 for whatever its gRPC side distinguishes, so that code says nothing.
 _STATUS = {404: "NOT_FOUND", 503: "UNAVAILABLE", 500: "INTERNAL", 499: "CANCELLED"}
 _READ_SIZE = 65536  # bytes
 
 
-class EventParser:
-    """Server-sent events out of a byte stream that may be cut anywhere."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._data: list[str] = []
-
-    def feed(self, data: bytes) -> list[str]:
-        """The data of every event that is complete now."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        events = []
+def read_events(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The data of each server-sent event once it is whole; the stream may be cut anywhere."""
+    rest, event = b"", []
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
-            field, _, value = line.removesuffix(b"\r").decode("utf-8").partition(":")
-            if field == "data":
-                self._data.append(value.removeprefix(" "))
-            elif not field and not value and self._data:  # a blank line; ": x" is a comment
-                events.append("\n".join(self._data))
-                self._data = []
-        return events
+            field, _, value = line.removesuffix(b"\r").partition(b":")
+            if field == b"data":
+                event.append(value.removeprefix(b" "))
+            elif not field and not value and event:  # a blank line; ": x" is a comment
+                yield b"\n".join(event)
+                event = []
 
 
 class HttpClient(BlockingAsking):
@@ -54,27 +48,22 @@ class HttpClient(BlockingAsking):
         """Nothing is kept open between requests."""
 
     def _stream(
-        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
+        self, model: str, inputs: Inputs, request_id: str, timeout: float | None
     ) -> Iterator[Chunk]:
         kind = "generate_stream" if inputs["stream"] else "generate"
-        body: dict[str, Any] = dict(inputs)
-        if request_id:
-            body["id"] = request_id
-        deadline = None
+        body: dict[str, Any] = inputs | ({"id": request_id} if request_id else {})
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         if timeout is not None:  # for the server too: it may not notice that nobody waits any more
-            deadline = time.monotonic() + timeout
             body["timeout"] = math.ceil(timeout * 1e6)
-        parser = EventParser()
         path = f"/v2/models/{quote(model)}/{kind}"
         with self._exchange("POST", path, body, timeout) as (answer, connected):
             if answer.getheader("Content-Type", "").partition(";")[0] != "text/event-stream":
                 yield _chunk(answer.read(), answer.status, request_id)
                 return
             last = None
-            while data := _read(answer, connected, deadline):
-                for event in parser.feed(data):
-                    last = _chunk(event, answer.status, request_id)
-                    yield last
+            for event in read_events(iter(partial(_read, answer, connected, deadline), b"")):
+                last = _chunk(event, answer.status, request_id)
+                yield last
             if last is None or ("return_finish_reason" in inputs and not _is_final(last)):
                 raise GenerateError("the stream ended before the answer did", "UNAVAILABLE")
 
@@ -103,7 +92,9 @@ class HttpClient(BlockingAsking):
 
     def metrics(self, timeout: float | None = 5.0) -> dict[str, float]:
         """Prometheus samples, by name with labels; ask at the server's metrics address."""
-        return _samples(self._ask("GET", "/metrics", timeout).decode("utf-8"))
+        lines = self._ask("GET", "/metrics", timeout).decode("utf-8").splitlines()
+        samples = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
 
     def _is(self, path: str, timeout: float) -> bool:
         try:
@@ -152,19 +143,16 @@ def _is_final(chunk: Chunk) -> bool:
     return all(output.finish_reason is not None for output in chunk.outputs)
 
 
-def _read(
-    answer: http.client.HTTPResponse, connected: socket.socket, deadline: float | None
-) -> bytes:
+def _read(answer: http.client.HTTPResponse, connected: socket.socket, deadline: float) -> bytes:
     """What has come in, at least one byte; nothing at the end. Raises TimeoutError."""
-    if deadline is not None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        connected.settimeout(left)
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    connected.settimeout(left if left < math.inf else None)
     return answer.read1(_READ_SIZE)
 
 
-def _chunk(data: str | bytes, status: int, request_id: str) -> Chunk:
+def _chunk(data: bytes, status: int, request_id: str) -> Chunk:
     try:
         answer = json.loads(data)
     except ValueError:
@@ -176,19 +164,10 @@ def _chunk(data: str | bytes, status: int, request_id: str) -> Chunk:
     return to_chunk(tensors, request_id)
 
 
-def _refusal(data: str | bytes, status: int) -> GenerateError:
-    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+def _refusal(data: bytes, status: int) -> GenerateError:
+    text = data.decode("utf-8", "replace")
     try:
         message = json.loads(text)["error"]
     except (ValueError, KeyError, TypeError):
         message = f"the server answered {status} {http.client.responses.get(status, '')}: {text}"
     return GenerateError(message.strip().rstrip(":"), _STATUS.get(status))
-
-
-def _samples(text: str) -> dict[str, float]:
-    samples = {}
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            samples[name] = float(value)
-    return samples

@@ -9,14 +9,16 @@ from __future__ import annotations
 import base64
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, repeat
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
 # An input tensor's value: BYTES, BOOL, or a list: INT32 or BYTES.
 Value = str | bool | list[int] | list[str]
+Inputs = dict[str, Value]  # by name
 Chunks = TypeVar("Chunks")
 Self = TypeVar("Self", bound="BlockingAsking")
 
@@ -93,7 +95,7 @@ def request_inputs(
     return_logprobs: bool | None = None,
     return_cumulative_logprob: bool = False,
     **sampling_fields: Any,
-) -> dict[str, Value]:
+) -> Inputs:
     """The input tensors of one request, by name. These are the options of every `generate`.
 
     Exactly one of `prompt` (text), `messages` (for the model's chat template) and `input_ids`.
@@ -109,7 +111,7 @@ def request_inputs(
         raise ValueError("n > 1 with return_token_ids needs return_num_output_tokens as well")
     if return_logprobs is None:
         return_logprobs = parameters.get("logprobs") is not None
-    flags: dict[str, Value] = {
+    flags = {
         "return_finish_reason": return_finish_reason,
         "return_num_input_tokens": return_num_input_tokens,
         "return_num_output_tokens": return_num_output_tokens,
@@ -135,8 +137,8 @@ def _prompt(
     prompt: str | None,
     messages: Sequence[Mapping[str, Any]] | None,
     input_ids: Sequence[int] | None,
-) -> dict[str, Value]:
-    prompts: dict[str, Value] = {}
+) -> Inputs:
+    prompts: Inputs = {}
     if prompt is not None:
         prompts["text_input"] = prompt
     if messages is not None:
@@ -153,8 +155,7 @@ def _sampling(sampling: Any, fields: dict[str, Any]) -> dict[str, Any]:
     given: Any = {} if sampling is None else msgspec.to_builtins(sampling)
     if not isinstance(given, dict):
         raise ValueError(f"sampling: a mapping is expected, got {type(sampling).__name__}")
-    twice = sorted(set(given) & set(fields))
-    if twice:
+    if twice := sorted(set(given) & set(fields)):
         raise ValueError(f"{twice[0]}: given both in sampling and by keyword")
     return given | msgspec.to_builtins(fields)
 
@@ -165,36 +166,28 @@ def to_chunk(tensors: Mapping[str, Sequence[Any]], request_id: str = "") -> Chun
     `token_ids` holds the tokens of all n answers one after another; `num_output_tokens` says how
     many belong to each.
     """
+
+    def each(name: str, convert: Callable[[Any], Any]) -> Iterator[Any]:
+        """A tensor's values; if it is absent, None for each answer."""
+        return map(convert, tensors[name]) if tensors.get(name) else repeat(None, len(texts))
+
     texts = tensors.get("text_output", ())
-    size = len(texts)
-    reasons = [None if r == "None" else r for r in tensors.get("finish_reason", ())]
-    logprobs = [json.loads(text) for text in tensors.get("logprobs", ())]
-    cumulative = tensors.get("cumulative_logprob", ())
-    token_ids = tensors.get("token_ids", ())
-    counts = tensors.get("num_output_tokens", ())
-    outputs = []
-    start = 0
-    for i in range(size):
-        end = start + int(counts[i]) if counts and size > 1 else len(token_ids)
-        outputs.append(
-            Output(
-                text=texts[i],
-                finish_reason=reasons[i] if reasons else None,
-                token_ids=tuple(token_ids[start:end]),
-                logprobs=logprobs[i] if logprobs else None,
-                cumulative_logprob=float(cumulative[i]) if cumulative else None,
-                num_tokens=int(counts[i]) if counts else 0,
-            )
-        )
-        start = end
-    num_input = tensors.get("num_input_tokens", ())
-    prompt_logprobs = tensors.get("prompt_logprobs", ())
-    return Chunk(
-        outputs=tuple(outputs),
-        num_input_tokens=int(num_input[0]) if num_input else None,
-        prompt_logprobs=json.loads(prompt_logprobs[0]) if prompt_logprobs else None,
-        request_id=request_id,
+    tokens = iter(tensors.get("token_ids", ()))
+    columns = zip(
+        texts,
+        each("finish_reason", lambda reason: None if reason == "None" else reason),
+        each("logprobs", json.loads),
+        each("cumulative_logprob", float),
+        each("num_output_tokens", int),
+        strict=True,
     )
+    outputs = []
+    for text, reason, logprobs, cumulative, count in columns:
+        ids = tuple(islice(tokens, count if len(texts) > 1 else None))
+        outputs.append(Output(text, reason, ids, logprobs, cumulative, count or 0))
+    num_input = next(each("num_input_tokens", int), None)
+    prompt_logprobs = next(each("prompt_logprobs", json.loads), None)
+    return Chunk(tuple(outputs), num_input, prompt_logprobs, request_id)
 
 
 def merge(chunks: Iterable[Chunk]) -> Chunk:
@@ -204,31 +197,25 @@ def merge(chunks: Iterable[Chunk]) -> Chunk:
     """
     whole: Chunk | None = None
     for chunk in chunks:
-        if whole is None:
-            whole = chunk
-            continue
-        pairs = zip(whole.outputs, chunk.outputs, strict=True)
-        whole = Chunk(
-            outputs=tuple(_join(a, b) for a, b in pairs),
-            num_input_tokens=_latest(whole.num_input_tokens, chunk.num_input_tokens),
-            prompt_logprobs=_latest(whole.prompt_logprobs, chunk.prompt_logprobs),
-            request_id=whole.request_id,
-        )
+        whole = _join_chunks(whole, chunk) if whole else chunk
     if whole is None:
         raise GenerateError("the answer ended before it began")
     return whole
 
 
+def _join_chunks(a: Chunk, b: Chunk) -> Chunk:
+    outputs = tuple(_join(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+    num_input = _latest(a.num_input_tokens, b.num_input_tokens)
+    return Chunk(outputs, num_input, _latest(a.prompt_logprobs, b.prompt_logprobs), a.request_id)
+
+
 def _join(a: Output, b: Output) -> Output:
-    logprobs = a.logprobs
-    if b.logprobs is not None:
-        logprobs = (a.logprobs or []) + b.logprobs
     return replace(
         b,
         text=a.text + b.text,
         finish_reason=_latest(a.finish_reason, b.finish_reason),
         token_ids=a.token_ids + b.token_ids,
-        logprobs=logprobs,
+        logprobs=a.logprobs if b.logprobs is None else (a.logprobs or []) + b.logprobs,
         cumulative_logprob=_latest(a.cumulative_logprob, b.cumulative_logprob),
         num_tokens=a.num_tokens + b.num_tokens,
     )
@@ -266,9 +253,7 @@ class Asking(ABC, Generic[Chunks]):
         return self._stream(model, inputs, request_id, timeout)
 
     @abstractmethod
-    def _stream(
-        self, model: str, inputs: dict[str, Value], request_id: str, timeout: float | None
-    ) -> Chunks:
+    def _stream(self, model: str, inputs: Inputs, request_id: str, timeout: float | None) -> Chunks:
         """Send the request and give its chunks. Raises ValueError for inputs it cannot say."""
 
 

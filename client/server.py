@@ -74,8 +74,7 @@ def find_server(environ: Mapping[str, str] = os.environ) -> Installation:
 
     Raises ServerError when there is none, or none that can run this Python.
     """
-    chosen = environ.get("TRITON_SERVER_DIR")
-    if chosen:
+    if chosen := environ.get("TRITON_SERVER_DIR"):
         if not (Path(chosen) / "bin/tritonserver").is_file():
             raise ServerError(f"TRITON_SERVER_DIR: {chosen} has no bin/tritonserver")
         return read_installation(Path(chosen))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_client import GenerateError, HttpClient, merge, read_metrics
-from gllm_client.http import EventParser
+from gllm_client.http import read_events
 
 Serve = Callable[[BaseHTTPRequestHandler, dict], None]
 
@@ -84,19 +84,19 @@ def test_events_survive_any_cut(events: list[list[str]], newline: str, data: st.
         "".join(f"data: {line}{newline}" for line in lines) + f": comment{newline}{newline}"
         for lines in events
     ).encode()
-    parser, found, rest = EventParser(), [], stream
+    pieces, rest = [], stream
     while rest:
         size = data.draw(st.integers(1, len(rest)))
-        found += parser.feed(rest[:size])
+        pieces.append(rest[:size])
         rest = rest[size:]
-    assert found == ["\n".join(lines) for lines in events]
+    assert list(read_events(pieces)) == ["\n".join(lines).encode() for lines in events]
 
 
 def test_an_event_is_given_out_as_soon_as_it_is_whole() -> None:
-    parser = EventParser()
-    assert parser.feed(b"data: one\n") == []
-    assert parser.feed(b"\ndata: tw") == ["one"]
-    assert parser.feed(b"o\n\n") == ["two"]
+    pieces = iter([b"data: one\n", b"\ndata: tw", b"o\n\n", b"data: cut off\n"])
+    found = read_events(pieces)
+    assert next(found) == b"one" and next(pieces) == b"o\n\n"  # no more was taken than needed
+    assert list(read_events([b"\r\n\r\n", b"data: a\rb\r\ndata\r\ndatum: c\n\n"])) == [b"a\rb\n"]
 
 
 def test_a_stream_comes_in_chunks() -> None:
