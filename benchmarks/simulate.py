@@ -121,11 +121,7 @@ class Run(NamedTuple):
 
 
 def simulate(
-    config: EngineConfig,
-    policy: Policy,
-    pipeline: Pipeline,
-    pairs: Lengths,
-    arrivals: list[float],
+    config: EngineConfig, policy: Policy, pipeline: Pipeline, pairs: Lengths, arrivals: list[float]
 ) -> Run:
     """The engine's loop, in simulated time. Every request's output has its full length."""
     assert config.num_pages is not None
@@ -248,12 +244,8 @@ def sweep(
     `loads`: seconds of all arrivals, by name.
     """
     stage, head = costs
-    values = DEFAULTS | {
-        "pipeline_parallel_size": arguments.pp,
-        "plans_in_flight": arguments.pp + 1,
-        "max_waiting": len(pairs),
-    }
-    values |= parse_pairs(arguments.config)
+    depth = {"pipeline_parallel_size": arguments.pp, "plans_in_flight": arguments.pp + 1}
+    values = DEFAULTS | depth | {"max_waiting": len(pairs)} | parse_pairs(arguments.config)
 
     def travel(work: Work) -> float:
         return arguments.latency + work.tokens * arguments.activation_bytes / arguments.link
