@@ -89,48 +89,39 @@ def served_speed(
     assert not any(run["failed"] for run in found), "tokens were lost"
     best = max(found, key=lambda run: run["output_tokens_per_s"])
     speed, per_response = best["output_tokens_per_s"], best["tokens_per_response"]
-    return {"tokens_per_s": round(speed), "tokens_per_response": round(per_response, 1)}
+    return {"tokens_per_s": speed, "tokens_per_response": per_response}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "scheduler_us_per_step": {
-            str(n): round(step_cost(n, args.steps), 1) for n in (16, 256, 1024)
-        }
-    }
-    rows = [[n, us, round(us / int(n), 2)] for n, us in figures["scheduler_us_per_step"].items()]
+    steps = {str(n): step_cost(n, args.steps) for n in (16, 256, 1024)}
+    rows = [[n, f"{us:.1f}", f"{us / int(n):.2f}"] for n, us in steps.items()]
     print_table("Scheduler, schedule + commit", ["running", "us a step", "us a sequence"], rows)
 
     # One thread of tensor work in both, so that server and client have a core in the second.
     config = {"cpu_threads": 1}
     offline = offline_speed(args.streams, args.tokens, config)
     served = served_speed(args.streams, args.tokens, args.front_ends, True, config)
-    share = served["tokens_per_s"] / offline
-    figures["offline_tokens_per_s"] = round(offline)
-    figures["through_triton"] = served | {"share_of_offline": round(share, 3)}
-    print_table(
-        f"The shipped model, {args.streams} streams of {args.tokens} tokens",
-        ["", "tokens/s", "of offline", "tokens a response"],
-        [
-            ["offline", round(offline), "", ""],
-            ["gRPC streams", served["tokens_per_s"], f"{share:.0%}", served["tokens_per_response"]],
-        ],
-    )
-
-    instant = {"device": "none"}
-    figures["instant_engine"] = {
+    served["share_of_offline"] = served["tokens_per_s"] / offline
+    instant = {
         f"F={f} {'coalesced' if c else 'one token a response'}": served_speed(
-            args.streams, args.tokens if not c else 4 * args.tokens, f, c, instant
+            args.streams, args.tokens if not c else 4 * args.tokens, f, c, {"device": "none"}
         )
         for f in (1, 2)
         for c in (False, True)
     }
-    print_table(
-        f"An engine that answers at once, {args.streams} streams",
-        ["front ends", "tokens/s", "tokens a response"],
-        [[name, *run.values()] for name, run in figures["instant_engine"].items()],
-    )
-    return figures
+    runs = {f"gRPC streams, {served['share_of_offline']:.0%} of offline": served}
+    runs |= {f"an engine that answers at once, {name}": run for name, run in instant.items()}
+    rows = [["offline", f"{offline:.0f}", ""]]
+    for name, run in runs.items():
+        rows.append([name, f"{run['tokens_per_s']:.0f}", f"{run['tokens_per_response']:.1f}"])
+    title = f"The shipped model, {args.streams} requests at a time"
+    print_table(title, ["", "tokens/s", "tokens a response"], rows)
+    return {
+        "scheduler_us_per_step": steps,
+        "offline_tokens_per_s": offline,
+        "through_triton": served,
+        "instant_engine": instant,
+    }
 
 
 def main() -> None:

@@ -132,11 +132,8 @@ class Shape:
         dim, num, ops = self.spec.dim, moe.num_experts, self.ops
 
         def mixture() -> Callable[[], Any]:
-            x, total, router = (
-                self.randn(tokens, dim),
-                self.randn(tokens, dim),
-                self.randn(num, dim),
-            )
+            x, total = self.randn(2, tokens, dim)
+            router = self.randn(num, dim)
             matrices = self.experts  # of which every call reads others
 
             def call() -> Tensor:

@@ -140,22 +140,19 @@ def describe(jobs: list[Job], run: dict[str, Any]) -> list[str]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench offline", description=__doc__)
+    add = parser.add_argument
     known = ", ".join(sorted(path.name for path in MODELS.iterdir()))
-    parser.add_argument(
-        "--model", required=True, help=f"a directory with a config.json, or {known}"
-    )
-    parser.add_argument("--engine", choices=("ours", "vllm", "both"), default="ours")
-    parser.add_argument("--peer-site", type=Path, help="a directory with vLLM's packages")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="also fixed:COUNT:IN:OUT")
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each; the median is told")
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="KEY=VALUE",
-        help=f"of our engine; {', '.join(SHARED)} of vLLM too",
-    )  # fmt: skip
-    parser.add_argument("--peer-config", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one engine")
-    parser.add_argument("--name", help="of the result; default: offline-MODEL")
+    add("--model", required=True, help=f"a directory with a config.json, or {known}")
+    add("--engine", choices=("ours", "vllm", "both"), default="ours")
+    add("--peer-site", type=Path, help="a directory with vLLM's packages")
+    add("--workloads", default=",".join(WORKLOADS), help="also fixed:COUNT:IN:OUT")
+    add("--repeat", type=int, default=1, help="runs of each; the median is told")
+    pairs: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    add("--config", **pairs, help=f"of our engine; {', '.join(SHARED)} of vLLM too")
+    add("--peer-config", **pairs)
+    add("--profile", action="store_true")
+    add("--timeout", type=float, default=1800, help="seconds for one engine")
+    add("--name", help="of the result; default: offline-MODEL")
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.engine != "ours" and not (arguments.peer_site or Path()).joinpath("vllm").is_dir():

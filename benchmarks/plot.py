@@ -23,12 +23,13 @@ def draw(title: str, runs: list[dict[str, Any]]) -> str:
     return drawing(title, "output tokens/s", panels)
 
 
-def draw_policies(title: str, policies: dict[str, list[dict[str, Any]]]) -> str:
+def draw_policies(title: str, policies: dict[str, dict[str, dict[str, Any]]]) -> str:
     """By requests/s, a line a policy: the share within the SLO, and the median of each PANELS."""
-    shares = {n: [(r["rate"], 100 * r["goodput"]["share"]) for r in policies[n]] for n in policies}
+    lines = {policy: list(runs.values()) for policy, runs in policies.items()}
+    shares = {n: [(r["rate"], 100 * r["goodput"]["share"]) for r in lines[n]] for n in lines}
     panels: dict[str, dict[str, Points]] = {"requests within the SLO, %": shares}
     for key, name in PANELS.items():
-        panels[f"{name}, p50"] = {n: points(r, "rate", key, "p50") for n, r in policies.items()}
+        panels[f"{name}, p50"] = {n: points(r, "rate", key, "p50") for n, r in lines.items()}
     return drawing(title, "requests/s", panels)
 
 

@@ -19,9 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--save", action="store_true", help="keep the JSON line in benchmarks/results/"
-    )
+    parser.add_argument("--save", action="store_true", help="in benchmarks/results, as JSON")
 
 
 def table_lines(header: list[str], rows: list[list[Any]]) -> list[str]:
@@ -78,12 +76,13 @@ def _commit() -> str:
 
 
 def _hardware() -> str:
-    return " and ".join([*_gpus(), f"{os.cpu_count()} x {_processor()}"])
-
-
-def _gpus() -> list[str]:
-    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    return [f"{names.count(name)} x {name}" for name in dict.fromkeys(filter(None, names))]
+    """How many of each chip: GPUs, then processors."""
+    chips = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    chips += [line.partition(": ")[2] for line in cpuinfo if line.startswith("model name")] or [
+        platform.machine()
+    ]
+    return " and ".join(f"{chips.count(chip)} x {chip}" for chip in dict.fromkeys(chips))
 
 
 def _output(*command: str) -> str:
@@ -92,10 +91,3 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()

@@ -7,7 +7,7 @@ recorded, and says of each table by which command, at which commit and on what i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +29,43 @@ def read_results(directory: Path = RESULTS) -> Results:
 def render(results: Results) -> str:
     """All sections, in an order of their own; a benchmark without a result has none."""
     parts = []
-    if "host" in results:
-        parts += ["## What the host costs", host_part(results["host"])]
-    makers = {
-        "offline-": offline_part,
-        "start-": start_part,
-        "serve-": serve_part,
-        "kernels-": kernels_part,
-    }
-    found = told(makers, results)
-    if found:
-        parts += ["## On GPUs", *found]
-    found = told({"simulate-": simulate_part}, results)
-    if found:
-        parts += ["## Simulated, on no GPU", *found]
+    for title, makers in SECTIONS.items():
+        found = [
+            maker(name.removeprefix(prefix), results)
+            for prefix, maker in makers.items()
+            for name in sorted(results)
+            if name.startswith(prefix)
+        ]
+        parts += [f"## {title}", *found] if found else []
     return "\n\n".join(parts)
 
 
-def told(makers: dict[str, Callable[[str, Results], str]], results: Results) -> list[str]:
-    """A part for each result whose name begins with a maker's prefix."""
-    return [
-        maker(name.removeprefix(prefix), results)
-        for prefix, maker in makers.items()
-        for name in sorted(results)
-        if name.startswith(prefix)
-    ]
-
-
-def source(result: dict[str, Any]) -> str:
+def part(
+    title: str, result: dict[str, Any], header: list[str], rows: list[list[Any]], *closing: str
+) -> str:
+    """What was measured and how, the table, and what is to be said below it."""
     command = result["command"].partition("gllm_benchmarks.")[2]
-    note = f" {result['note']}." if "note" in result else ""
-    return f"`scripts/bench {command}` at {result['commit']} on {result['hardware']}.{note}"
+    source = f"`scripts/bench {command}` at {result['commit']} on {result['hardware']}."
+    words = [title, source, f"{result['note']}." if "note" in result else ""]
+    about = " ".join(filter(None, words))
+    return "\n\n".join([about, "\n".join(table_lines(header, rows)), *closing])
 
 
-def host_part(result: dict[str, Any]) -> str:
-    figures = result["figures"]
+def slashed(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:,.0f}" for value in values)
+
+
+def host_part(_: str, results: Results) -> str:
+    figures = results["host"]["figures"]
     steps, served = figures["scheduler_us_per_step"], figures["through_triton"]
-    counts = " / ".join(f"{int(n):,}" for n in steps)
+    what = f"scheduler, a step at {slashed(map(int, steps))} running sequences"
+    share = f"{served['share_of_offline']:.0%} of offline"
     rows = [
-        [f"scheduler, a step at {counts} running sequences", f"{slashed(steps.values())} us"],
-        ["the shipped model, offline", f"{figures['offline_tokens_per_s']:,} tokens/s"],
+        [what, f"{slashed(steps.values())} us"],
+        ["the shipped model, offline", f"{figures['offline_tokens_per_s']:,.0f} tokens/s"],
         [
             "the same through Triton, gRPC streams",
-            f"{served['tokens_per_s']:,} tokens/s, {served['share_of_offline']:.0%} of offline",
+            f"{served['tokens_per_s']:,.0f} tokens/s, {share}",
         ],
     ]
     for kind in ("one token a response", "coalesced"):
@@ -80,33 +74,28 @@ def host_part(result: dict[str, Any]) -> str:
         speeds = slashed(run["tokens_per_s"] for run in runs.values())
         what = f"an engine that answers at once, {kind}, {names} front ends"
         rows.append([what, f"{speeds} tokens/s"])
-    closing = "Single runs differ by about a tenth."
-    return "\n\n".join([source(result), "\n".join(table_lines(["", ""], rows)), closing])
-
-
-def slashed(values: Any) -> str:
-    return " / ".join(f"{value:,.0f}" for value in values)
+    return part("", results["host"], ["", ""], rows, "Single runs differ by about a tenth.")
 
 
 def offline_part(model: str, results: Results) -> str:
     """One table a model: what each engine makes of each workload, and how they compare."""
     result = results[f"offline-{model}"]
-    engines: dict[str, dict[str, Any]] = result["figures"]
-    first = next(iter(engines.values()))
-    rows = []
-    for name, run in first.items():
-        if isinstance(run, dict) and "seconds" in run:
-            told = [speed(name, figures[name]) for figures in engines.values()]
-            rows.append([f"`{name}`: {sizes(name)}", *told, ratio(engines, name)])
-    starts = [f"{figures['start_s']:.1f} s" for figures in engines.values()]
-    rows.append(["start", *starts, ratio(engines, None)])
-    versions = [f"{e} {f.get('version', '')}".strip() for e, f in engines.items()]
-    header = ["workload", *versions]
+    header, engines = ["workload"], []
+    for engine, figures in result["figures"].items():
+        header.append(f"{engine} {figures.get('version', '')}".strip())
+        engines.append(figures | {"start": {"seconds": figures["start_s"]}})
     if len(engines) == 2:
         header.append("ours is faster by")
-    lines = table_lines(header, [row[: len(header)] for row in rows])
+    rows = []
+    for name, run in engines[0].items():
+        if isinstance(run, dict) and "seconds" in run:
+            runs = [figures[name] for figures in engines]
+            row = ["start" if name == "start" else f"`{name}`: {sizes(name)}"]
+            row += [speed(name, run) for run in runs]
+            row += [f"{peer['seconds'] / run['seconds']:.2f}" for peer in runs[1:]]
+            rows.append(row)
     title = f"**{model}, offline**, random weights, every request queued at once."
-    return "\n\n".join([f"{title} {source(result)}", "\n".join(lines)])
+    return part(title, result, header, rows)
 
 
 def sizes(name: str) -> str:
@@ -120,9 +109,11 @@ def sizes(name: str) -> str:
 
 
 def speed(name: str, run: dict[str, Any]) -> str:
-    """In the unit that matters for a workload: latency, prefill or output."""
-    pairs = lengths(name)
+    """In the unit that matters for a workload: latency, prefill or output; of a start, its time."""
     seconds = run["seconds"]
+    if name == "start":
+        return f"{seconds:.1f} s"
+    pairs = lengths(name)
     tokens_in = sum(prompt_len for prompt_len, _ in pairs)
     if name.startswith("lat"):
         return f"{1000 * seconds / pairs[0][1]:.2f} ms a token"
@@ -131,41 +122,29 @@ def speed(name: str, run: dict[str, Any]) -> str:
     return f"{run['tokens'] / seconds:,.0f} output tokens/s"
 
 
-def ratio(engines: dict[str, dict[str, Any]], name: str | None) -> str:
-    """The second engine's time by the first's; `name`: of a workload, None: to start."""
-    times = [f["start_s"] if name is None else f[name]["seconds"] for f in engines.values()]
-    return f"{times[1] / times[0]:.2f}" if len(times) == 2 else ""
-
-
-def start_part(model: str, results: Results) -> str:
-    """A sentence: seconds of each start, in order."""
-    result = results[f"start-{model}"]
-    figures = result["figures"]
-    times = ", ".join(f"{seconds:.1f}" for seconds in figures["start_s"])
-    size = f"{figures['checkpoint_gb']:.1f} GB of weights"
-    return f"**{model}, cold starts** one after the other, {size}: {times} s. {source(result)}"
+def latencies(run: dict[str, Any], *keys: str) -> str:
+    """The p50 and p99 of each that the run has."""
+    return slashed(run[key][p] for key in keys if run[key] for p in ("p50", "p99"))
 
 
 def serve_part(model: str, results: Results) -> str:
     result = results[f"serve-{model}"]
-    figures = result["figures"]
     rows = []
-    for name, run in figures["runs"].items():
-        row = [name, f"{run['output_tokens_per_s']:,.0f}"]
-        for key in ("ttft_ms", "tpot_ms"):
-            row.append(slashed(run[key][p] for p in ("p50", "p99")) if run[key] else "")
+    for name, run in result["figures"]["runs"].items():
+        row = [name, slashed([run["output_tokens_per_s"]])]
+        row += [latencies(run, "ttft_ms"), latencies(run, "tpot_ms")]
         good = run.get("goodput")
         row.append(f"{good['requests_per_s']:.2f}/s, {good['share']:.0%}" if good else "")
-        rows.append([*row, str(run["failed"])])
+        rows.append([*row, run["failed"]])
     header = ["load", "output tokens/s", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms"]
-    lines = table_lines([*header, "within the SLO", "failed"], rows)
-    parts = [f"**{model}, through tritonserver by gRPC.** {source(result)}", "\n".join(lines)]
+    header += ["within the SLO", "failed"]
+    closing = []
     share = share_of_offline(model, results)
     if share is not None:
-        parts.append(f"All at once, that is {share:.1%} of what the engine does offline.")
+        closing.append(f"All at once, that is {share:.1%} of what the engine does offline.")
     if (RESULTS / f"serve-{model}.svg").is_file():
-        parts.append(f"![latency by throughput](benchmarks/results/serve-{model}.svg)")
-    return "\n\n".join(parts)
+        closing.append(f"![latency by throughput](benchmarks/results/serve-{model}.svg)")
+    return part(f"**{model}, through tritonserver by gRPC.**", result, header, rows, *closing)
 
 
 def share_of_offline(model: str, results: Results) -> float | None:
@@ -187,32 +166,33 @@ def kernels_part(model: str, results: Results) -> str:
         by_kernel.setdefault(about["kernel"], []).append(told)
     rows = [[kernel, "; ".join(told)] for kernel, told in by_kernel.items()]
     title = f"**{model}, single kernels**, and how near each is to the least time the chip needs."
-    lines = table_lines(["kernel", "size: time, share of the floor"], rows)
-    return "\n\n".join([f"{title} {source(result)}", "\n".join(lines)])
+    return part(title, result, ["kernel", "size: time, share of the floor"], rows)
 
 
 def simulate_part(name: str, results: Results) -> str:
     """A row a load, a column a policy."""
     result = results[f"simulate-{name}"]
     policies = result["figures"]["policies"]
-    rows = []
-    for load in next(iter(policies.values())):
-        cells = []
-        for run in (runs[load] for runs in policies.values()):
-            keys = [key for key in ("ttft_ms", "tpot_ms") if run[key]]
-            times = (run[key][p] for key in keys for p in ("p50", "p99"))
-            good = f", {run['goodput']['share']:.0%}" if "goodput" in run else ""
-            cells.append(slashed(times) + good)
-        rows.append([load, *cells])
+    rows: dict[str, list[str]] = {}
+    for load, run in (pair for runs in policies.values() for pair in runs.items()):
+        good = f", {run['goodput']['share']:.0%}" if "goodput" in run else ""
+        rows.setdefault(load, [load]).append(latencies(run, "ttft_ms", "tpot_ms") + good)
     title = (
-        f"**{name}.** The scheduler is the real one, the stages are cost models: nothing of this"
+        f"**{name}.** The scheduler is the real one, the stages are cost models: nothing of this "
+        "was measured."
     )
-    lines = table_lines(["load", *policies], rows)
     closing = (
         "TTFT p50 / p99 / TPOT p50 / p99 in ms, and the share of requests within the SLO. "
         "With NAME:TOKENS its steps have so many tokens at most, not 2,048 (or as --config says)."
     )
-    return "\n\n".join([f"{title} was measured. {source(result)} {closing}", "\n".join(lines)])
+    return part(title, result, ["load", *policies], list(rows.values()), closing)
+
+
+SECTIONS: dict[str, dict[str, Callable[[str, Results], str]]] = {
+    "What the host costs": {"host": host_part},
+    "On GPUs": {"offline-": offline_part, "serve-": serve_part, "kernels-": kernels_part},
+    "Simulated, on no GPU": {"simulate-": simulate_part},
+}
 
 
 def insert(readme: str, text: str) -> str:

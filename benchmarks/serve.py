@@ -49,10 +49,7 @@ def times_of(one: Record) -> dict[str, list[float]]:
 
 def meets(slo: dict[str, float], one: Record) -> bool:
     """Whether a request is complete and within every limit; what it has no value for is met."""
-    if not one.is_complete:
-        return False
-    times = times_of(one)
-    return all(value <= limit for name, limit in slo.items() for value in times[name])
+    return one.is_complete and all(max(times_of(one)[name], default=0) <= slo[name] for name in slo)
 
 
 def summarize(records: list[Record], slo: dict[str, float]) -> dict[str, Any]:
@@ -116,8 +113,8 @@ def patterns(
     if arguments.all:
         found["all at once"] = [0.0] * count
     for rate in arguments.rate:
-        arrivals = at_rate(recorded, rate) if recorded else poisson(count, rate)
-        found[f"{rate:g} requests/s"] = arrivals
+        random = poisson(count, rate, arguments.seed)
+        found[f"{rate:g} requests/s"] = at_rate(recorded, rate) if recorded else random
     if recorded and not (found or arguments.concurrency):
         found["as recorded"] = recorded
     end = arguments.seconds or float("inf")
@@ -125,10 +122,13 @@ def patterns(
     return {f"{n} at a time": n for n in arguments.concurrency} | early
 
 
-def print_runs(title: str, runs: dict[str, dict[str, Any]]) -> None:
+def print_runs(
+    title: str, runs: dict[str, dict[str, Any]], more: dict[str, list[Any]] | None = None
+) -> None:
+    """A row a run. `more`: columns besides, by header."""
     header = ["load", "done", "failed", "out tok/s", "req/s", "tok/response"]
     header += [f"{name} {p}" for name in TIMES for p in ("p50", "p99")] + ["goodput req/s"]
-    rows = []
+    rows: list[list[Any]] = []
     for name, run in runs.items():
         row = [name, run["completed"], run["failed"], f"{run['output_tokens_per_s']:,.0f}"]
         row += [f"{run['requests_per_s']:.2f}", f"{run['tokens_per_response']:.1f}"]
@@ -137,8 +137,8 @@ def print_runs(title: str, runs: dict[str, dict[str, Any]]) -> None:
             row += [f"{about[p]:,.1f}" if about else "" for p in ("p50", "p99")]
         good = run.get("goodput")
         row.append(f"{good['requests_per_s']:.2f} ({good['share']:.0%})" if good else "")
-        rows.append(row)
-    print_table(f"{title}; times in ms", header, rows)
+        rows.append(row + [cells[len(rows)] for cells in (more or {}).values()])
+    print_table(f"{title}; times in ms", [*header, *(more or {})], rows)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -172,12 +172,8 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
     add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
     add("--limit", type=int, help="only so many requests")
-    add(
-        "--rate",
-        type=numbers(float),
-        default=[],
-        help="requests/s: 2,4,8; simulated, by default all at once",
-    )
+    add("--rate", type=numbers(float), default=[], help="requests/s, such as 2,4,8")
+    add("--seed", type=int, default=0, help="of random arrivals")
     add("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
     add("--plot", type=Path, help="an SVG file; with --save also in results")
     add_arguments(parser)
@@ -222,7 +218,8 @@ def main() -> None:
     runs: dict[str, dict[str, Any]] = {}
     with serving(arguments) as (address, model, vocab):
         some = warm_up(make_jobs(pairs, vocab, seed=0))
-        run_load(address, model, some, len(some), arguments.clients, timeout=arguments.timeout)
+        options = {"clients": arguments.clients, "timeout": arguments.timeout}
+        run_load(address, model, some, len(some), **options)
         seed = 0
         for name, arrivals in patterns(arguments, recorded, len(pairs)).items():
             found = []
@@ -230,18 +227,16 @@ def main() -> None:
                 seed += 1  # new prompts, which no cache can know
                 count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
                 jobs = make_jobs(pairs[:count], vocab, seed)
-                options = {"clients": arguments.clients, "timeout": arguments.timeout}
                 records = run_load(address, model, jobs, arrivals, **options)
                 found.append(summarize(records, arguments.slo))
             runs[name] = median_run(found)
             print_runs(name, {name: runs[name]})
     print_runs(f"{title}, {len(pairs)} requests, {arguments.clients} clients", runs)
     name = arguments.name or f"serve-{title}"
-    plots = [arguments.plot] if arguments.plot else []
-    plots += [RESULTS / f"{name}.svg"] if arguments.save and len(runs) > 1 else []
-    for path in plots:
-        path.write_text(draw(title, list(runs.values())))
     record(name, {"workload": workload, "runs": runs}, arguments.save)
+    saved = RESULTS / f"{name}.svg" if arguments.save and len(runs) > 1 else None
+    for path in filter(None, (arguments.plot, saved)):
+        path.write_text(draw(title, list(runs.values())))
     if any(run["failed"] for run in runs.values()):
         raise SystemExit("requests have failed")
 

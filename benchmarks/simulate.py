@@ -4,7 +4,8 @@ The scheduler and its policies are the real ones; in place of GPUs there is a co
 and time is only counted. What stages cost comes from measured steps (--steps FILE), from a model's
 config.json (--model DIR), or from numbers (--stage: fields of Roofline). A step passes through the
 stages in order, each stage computes one step at a time, and between two of them its activations
-travel. The host takes no time. The same seed gives the same figures.
+travel. The host takes no time. Without --rate, requests come as the trace says, or all at once.
+The same seed gives the same figures.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 from collections import deque
 from collections.abc import Callable
+from itertools import takewhile
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +23,8 @@ from gllm_benchmarks.load import Record
 from gllm_benchmarks.offline import parse_pairs
 from gllm_benchmarks.plot import draw_policies
 from gllm_benchmarks.record import RESULTS, print_table, record
-from gllm_benchmarks.serve import add_load_arguments, summarize
-from gllm_benchmarks.workloads import Lengths, at_rate, poisson, read_load
+from gllm_benchmarks.serve import add_load_arguments, patterns, print_runs, summarize
+from gllm_benchmarks.workloads import Lengths, read_load
 from gllm_engine import (
     POLICIES,
     CostModel,
@@ -119,11 +121,7 @@ class Run(NamedTuple):
 
 
 def simulate(
-    config: EngineConfig,
-    policy: Policy,
-    pipeline: Pipeline,
-    pairs: Lengths,
-    arrivals: list[float],
+    config: EngineConfig, policy: Policy, pipeline: Pipeline, pairs: Lengths, arrivals: list[float]
 ) -> Run:
     """The engine's loop, in simulated time. Every request's output has its full length."""
     assert config.num_pages is not None
@@ -197,26 +195,9 @@ def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
 
 def served_rate(runs: dict[str, dict[str, Any]]) -> float | None:
     """The highest rate at which, as at all lower ones, GOOD_SHARE of requests meet the SLO."""
-    best = None
-    for run in sorted(runs.values(), key=lambda run: run["rate"]):
-        if run["goodput"]["share"] < GOOD_SHARE:
-            break
-        best = run["rate"]
-    return best
-
-
-def print_runs(title: str, found: dict[str, dict[str, dict[str, Any]]]) -> None:
-    header = ["policy", "load", "out tok/s"]
-    header += [f"{name} {p}" for name in ("TTFT", "TPOT", "E2E") for p in ("p50", "p99")]
-    rows = []
-    for policy, load, run in [(p, n, r) for p, runs in found.items() for n, r in runs.items()]:
-        row = [policy, load, f"{run['output_tokens_per_s']:,.0f}"]
-        for key in ("ttft_ms", "tpot_ms", "e2e_ms"):
-            row += [f"{run[key][p]:,.0f}" if run[key] else "" for p in ("p50", "p99")]
-        row.append(f"{run['goodput']['share']:.1%}" if "goodput" in run else "")
-        rows.append([*row, " ".join(f"{share:.0%}" for share in run["idle"]), run["preemptions"]])
-    header += ["within the SLO", "stages idle", "preempted"]
-    print_table(f"{title}; times in ms", header, rows)
+    by_rate = sorted(runs.values(), key=lambda run: run["rate"])
+    good = takewhile(lambda run: run["goodput"]["share"] >= GOOD_SHARE, by_rate)
+    return max((run["rate"] for run in good), default=None)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -234,16 +215,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--activation-bytes", type=float, default=0.0, help="of a token, between stages")
     add("--link", type=float, default=5e10, help="bytes/s between stages")
     add("--latency", type=float, default=20e-6, help="seconds between stages")
-    add(
-        "--policies",
-        default="chunked_prefill,token_throttling,cost_throttling",
-        help=f"{', '.join(POLICIES)}; each as NAME or as NAME:TOKENS, in a step",
-    )
+    known = ",".join(POLICIES)
+    add("--policies", default=known, help=f"of {known}; as NAME or as NAME:TOKENS, in a step")
     add("--config", **pairs, help="of the engine")
-    add("--seed", type=int, default=0, help="of the arrivals")
     add("--name", default="simulate", help="of the result: simulate-NAME")
     add_load_arguments(parser)
+    parser.set_defaults(concurrency=[], seconds=None)  # what patterns knows besides
     arguments = parser.parse_args()
+    arguments.all = not (arguments.rate or arguments.trace)
     arguments.policies = arguments.policies.split(",")
     for name in arguments.policies:
         bare, _, most = name.partition(":")
@@ -255,40 +234,33 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sweep(
-    arguments: argparse.Namespace, costs: tuple[Cost, Cost], recorded: list[float], pairs: Lengths
+    arguments: argparse.Namespace,
+    costs: tuple[Cost, Cost],
+    loads: dict[str, list[float]],
+    pairs: Lengths,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """By policy and load, what summarize makes of the run, and a little more."""
+    """By policy and load, what summarize makes of the run, and a little more.
+
+    `loads`: seconds of all arrivals, by name.
+    """
     stage, head = costs
-    values = DEFAULTS | {
-        "pipeline_parallel_size": arguments.pp,
-        "plans_in_flight": arguments.pp + 1,
-        "max_waiting": len(pairs),
-    }
-    values |= parse_pairs(arguments.config)
+    depth = {"pipeline_parallel_size": arguments.pp, "plans_in_flight": arguments.pp + 1}
+    values = DEFAULTS | depth | {"max_waiting": len(pairs)} | parse_pairs(arguments.config)
 
     def travel(work: Work) -> float:
         return arguments.latency + work.tokens * arguments.activation_bytes / arguments.link
 
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in arguments.policies:
-        found[name] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in arguments.policies}
+    for name, runs in found.items():
         bare, _, text = name.partition(":")
-        policy = POLICIES[bare]
         most = int(text or values["max_num_batched_tokens"])
         sizes = {"max_num_batched_tokens": most, "max_num_seqs": min(most, values["max_num_seqs"])}
         config = EngineConfig(model=".", **values | sizes)
-        for rate in arguments.rate or [None]:
-            arrivals = recorded or [0.0] * len(pairs)
-            load = "as recorded" if recorded else "all at once"
-            if rate is not None:
-                load = f"{rate:g} requests/s"
-                random = poisson(len(pairs), rate, arguments.seed)
-                arrivals = at_rate(recorded, rate) if recorded else random
+        for (load, arrivals), rate in zip(loads.items(), arguments.rate or [None], strict=True):
             pipeline = Pipeline([stage] * arguments.pp, head, travel)
-            run = simulate(config, policy, pipeline, pairs, arrivals)
-            figures = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
-            del figures["records"]
-            found[name][load] = figures
+            run = simulate(config, POLICIES[bare], pipeline, pairs, arrivals)
+            runs[load] = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
+            del runs[load]["records"]
     return found
 
 
@@ -299,9 +271,12 @@ def main() -> None:
         costs = make_costs(arguments)
     except (OSError, TypeError, ValueError) as error:  # a file or a name that is none
         raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
-    found = sweep(arguments, costs, recorded, pairs)
+    found = sweep(arguments, costs, patterns(arguments, recorded, len(pairs)), pairs)
     title = f"{len(pairs)} requests of {workload}, {arguments.pp} stages, simulated"
-    print_runs(title, found)
+    runs = {f"{policy}, {load}": run for policy in found for load, run in found[policy].items()}
+    idle = [" ".join(f"{share:.0%}" for share in run["idle"]) for run in runs.values()]
+    preempted = [run["preemptions"] for run in runs.values()]
+    print_runs(title, runs, {"stages idle": idle, "preempted": preempted})
     name = f"simulate-{arguments.name}"
     figures: dict[str, Any] = {"simulated": True, "workload": workload, "policies": found}
     if arguments.slo and arguments.rate:
@@ -313,12 +288,11 @@ def main() -> None:
             ["policy", "requests/s"],
             [[policy, rate or "none"] for policy, rate in best.items()],
         )
-        plots = [arguments.plot] if arguments.plot else []
-        plots += [RESULTS / f"{name}.svg"] if arguments.save else []
-        for path in plots:
-            by_policy = {policy: list(runs.values()) for policy, runs in found.items()}
-            path.write_text(draw_policies(title, by_policy))
     record(name, figures, arguments.save)
+    if "served_rate" in figures:
+        svg = RESULTS / f"{name}.svg" if arguments.save else None
+        for path in filter(None, (arguments.plot, svg)):
+            path.write_text(draw_policies(title, found))
 
 
 if __name__ == "__main__":

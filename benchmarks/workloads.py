@@ -9,6 +9,7 @@ import csv
 import math
 import random
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,10 +105,7 @@ def at_rate(arrivals: list[float], rate: float) -> list[float]:
 def poisson(count: int, rate: float, seed: int = 0) -> list[float]:
     """Arrivals of independent users: `rate` requests a second in the mean, the first at 0."""
     draws = random.Random(seed)
-    arrivals = [0.0]
-    for _ in range(count - 1):
-        arrivals.append(arrivals[-1] + draws.expovariate(rate))
-    return arrivals
+    return list(accumulate((draws.expovariate(rate) for _ in range(count - 1)), initial=0.0))
 
 
 def _share() -> Lengths:

@@ -22,7 +22,6 @@ from gllm_benchmarks.report import (
     share_of_offline,
     sizes,
     speed,
-    start_part,
 )
 
 
@@ -102,12 +101,6 @@ def test_serving_is_compared_with_the_same_work_offline() -> None:
     assert share_of_offline("m", served("share", 25.5)) is None
     fewer = {"offline-m": result("offline-m", {"ours": OURS | {"share": run(25.0, 9)}})}
     assert share_of_offline("m", served("share", 25.5) | fewer) is None
-
-
-def test_starts_are_told_in_order() -> None:
-    figures = {"checkpoint_gb": 16.06, "config": {}, "start_s": [40.04, 9.21]}
-    told = start_part("m", {"start-m": result("start-m", figures)})
-    assert "16.1 GB" in told and "40.0, 9.2 s" in told and "abc1234" in told
 
 
 def test_kernels() -> None:

@@ -75,7 +75,7 @@ def test_slo() -> None:
 
 
 def loads(**given: Any) -> dict[str, Any]:
-    options = {"concurrency": [], "all": False, "rate": [], "seconds": None} | given
+    options = {"concurrency": [], "all": False, "rate": [], "seconds": None, "seed": 0} | given
     return patterns(argparse.Namespace(**options), given.pop("recorded", []), 50)
 
 
