@@ -33,7 +33,6 @@ from gllm_engine.types import (
 # A step takes every decode that is due where that exceeds its share by no more than this.
 LEEWAY = 1 / 16
 
-
 _PLANNED_BY = attrgetter("planned_by")
 
 
