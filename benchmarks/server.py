@@ -20,20 +20,17 @@ from typing import Any
 from gllm_client.serve import write_model
 
 MODEL = "m"  # its name in the server
+START_S = 300.0
 
 
 @contextlib.contextmanager
 def server(
-    model: Path,
-    front_ends: int,
-    parameters: dict[str, str],
-    config: dict[str, Any],
-    timeout: float = 300.0,
+    model: Path, front_ends: int, parameters: dict[str, str], config: dict[str, Any]
 ) -> Iterator[str]:
     """A `gllm serve` that serves `model` as MODEL; gives its gRPC address.
 
     `parameters`: of config.pbtxt. `config`: keys of model.json. A model without a tokenizer gets
-    one made up. Raises RuntimeError with the server's log when it is not ready after `timeout` s.
+    one made up. Raises RuntimeError with the server's log when it is not ready after START_S.
     """
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
         repository = Path(directory, "repository")
@@ -47,7 +44,7 @@ def server(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file) as process,
         ):  # whose end is waited for; if need be it ends the server by force
             try:
-                ready, _, _ = select([process.stdout], [], [], timeout)
+                ready, _, _ = select([process.stdout], [], [], START_S)
                 if not ready or not process.stdout.readline():  # no line: it has ended
                     raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
                 yield f"127.0.0.1:{grpc}"
