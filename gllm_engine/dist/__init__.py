@@ -10,4 +10,13 @@ from gllm_engine.dist.pipe import Pipe
 from gllm_engine.dist.ranks import Ranks, join_ranks, talk_through
 from gllm_engine.dist.tensor import ALONE, TensorParallel
 
-__all__ = ["ALONE", "Mesh", "Pipe", "Ranks", "TensorParallel", "cut_layers", "join_ranks", "talk_through"]
+__all__ = [
+    "ALONE",
+    "Mesh",
+    "Pipe",
+    "Ranks",
+    "TensorParallel",
+    "cut_layers",
+    "join_ranks",
+    "talk_through",
+]

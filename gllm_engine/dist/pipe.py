@@ -31,7 +31,6 @@ class Pipe:
         last: Peer = (0, None),
     ) -> None:
         self.is_first, self.is_last = stage == 0, stage == stages - 1
-        self.stages = stages
         self._before, self._after, self._first, self._last = before, after, first, last
         # A tensor under way must not be freed, nor written to: it is kept until it has been sent.
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()

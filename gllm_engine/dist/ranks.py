@@ -64,6 +64,7 @@ class Ranks:
         dist.broadcast(there, 0)
         return there.tolist()
 
+
 def join_ranks(
     mesh: Mesh, rank: int, per_node: int, store: dist.Store, device: torch.device
 ) -> Ranks:

@@ -75,7 +75,10 @@ def test_in_bfloat16_the_chances_are_close(way: str, tmp_path: Path) -> None:
             scored.append([list(a.outputs[0].token_ids) for a in answers])
             scored.append(
                 [
-                    [entry[id]["logprob"] for id, entry in zip(one.token_ids, one.logprobs, strict=True)]
+                    [
+                        entry[id]["logprob"]
+                        for id, entry in zip(one.token_ids, one.logprobs, strict=True)
+                    ]
                     for one in (answer.outputs[0] for answer in answers)
                 ]
             )

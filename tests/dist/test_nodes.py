@@ -166,7 +166,11 @@ def join(model: Path, secret: bytes | None, **different: Any) -> Any:
         socket.set(zmq.LINGER, 0)
         socket.send_multipart(wire.encode(wire.Join(**fields | different)))
         try:
-            return wire.decode(socket.recv_multipart()) if socket.poll(3000 if secret else 1000) else None
+            return (
+                wire.decode(socket.recv_multipart())
+                if socket.poll(3000 if secret else 1000)
+                else None
+            )
         finally:
             monitor.close()
             socket.close()
