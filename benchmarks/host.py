@@ -18,7 +18,7 @@ from typing import Any
 from gllm_benchmarks.load import run_load
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_benchmarks.serve import summarize
-from gllm_benchmarks.server import MODEL, server
+from gllm_benchmarks.served_model import MODEL, server
 from gllm_benchmarks.workloads import Job, make_jobs
 from gllm_engine import LLM, EngineConfig, SamplingParams, Scheduler, Sequence, StepResult
 

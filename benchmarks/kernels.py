@@ -20,10 +20,10 @@ from torch import Tensor
 
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
+from gllm_engine.arch import Gqa, Model, Moe, read_arch
 from gllm_engine.ops import Batch, best_device, select_ops
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.ops.timing import times
-from gllm_engine.spec import Gqa, Model, Moe, read_spec
 
 # Of one H200, measured: a copy in memory, and a bf16 product of random matrices.
 BYTES_PER_S = 4.3e12
@@ -59,11 +59,11 @@ class Shape:
     """Makes cases for one model on one device; all of its layers are like the first."""
 
     def __init__(
-        self, spec: Model, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
+        self, arch: Model, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
     ) -> None:
-        self.spec, self.device, self.dtype, self.cache_dtype = spec, device, dtype, cache_dtype
-        self.mixer: Gqa = spec.layers[0].mixer
-        self.ffn = spec.layers[0].ffn
+        self.arch, self.device, self.dtype, self.cache_dtype = arch, device, dtype, cache_dtype
+        self.mixer: Gqa = arch.layers[0].mixer
+        self.ffn = arch.layers[0].ffn
         self.ops: ModuleType = select_ops(device)
         self.planner = self.ops.Planner(device, dtype)
         self.item = dtype.itemsize
@@ -73,8 +73,8 @@ class Shape:
 
     def rows_cases(self, tokens: int) -> Iterator[Case]:
         """What works on each token by itself."""
-        dim, hidden, m = self.spec.dim, self.ffn.hidden, self.mixer
-        ops, eps, item = self.ops, self.spec.eps, self.item
+        dim, hidden, m = self.arch.dim, self.ffn.hidden, self.mixer
+        ops, eps, item = self.ops, self.arch.eps, self.item
 
         def norm() -> Callable[[], Any]:
             x, gain = self.randn(tokens, dim), self.randn(dim)
@@ -100,12 +100,12 @@ class Shape:
 
         For one token, norm and activation are done in the same kernel, so they are in the call.
         """
-        m, dim, hidden = self.mixer, self.spec.dim, self.ffn.hidden
+        m, dim, hidden = self.mixer, self.arch.dim, self.ffn.hidden
         q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
         products = {"qkv": (q + 2 * kv, dim), "out": (dim, q)}
         if not isinstance(self.ffn, Moe):
             products |= {"gate_up": (2 * hidden, dim), "down": (dim, hidden)}
-        products["logits"] = (self.spec.vocab, dim)
+        products["logits"] = (self.arch.vocab, dim)
         for name, (n, k) in products.items():
             if name == "logits" and tokens > max(ROWS):
                 continue
@@ -122,14 +122,14 @@ class Shape:
             return lambda: ops.add_linear(total, x, weight, None)
         if tokens > 1 or name == "logits":
             return lambda: ops.linear(x, weight)
-        norm = self.randn(k), self.spec.eps
+        norm = self.randn(k), self.arch.eps
         if name == "gate_up":
             return lambda: ops.gated_linear(x, weight, None, norm)
         return lambda: ops.linear(x, weight, None, norm)
 
     def moe_case(self, moe: Moe, tokens: int) -> Case:
         """Router, routing and experts, added to a sum; each expert as likely as any other."""
-        dim, num, ops = self.spec.dim, moe.num_experts, self.ops
+        dim, num, ops = self.arch.dim, moe.num_experts, self.ops
 
         def mixture() -> Callable[[], Any]:
             x, total = self.randn(2, tokens, dim)
@@ -151,11 +151,11 @@ class Shape:
     @cached_property
     def experts(self) -> tuple[Tensor, Tensor]:
         """One layer's matrices, larger than the L2 cache."""
-        num, dim, hidden = self.ffn.num_experts, self.spec.dim, self.ffn.hidden
+        num, dim, hidden = self.ffn.num_experts, self.arch.dim, self.ffn.hidden
         return self.randn(num, 2 * hidden, dim), self.randn(num, dim, hidden)
 
     def sample_case(self, rows: int) -> Case:
-        vocab, device = self.spec.vocab, self.device
+        vocab, device = self.arch.vocab, self.device
 
         def draw() -> Callable[[], Any]:
             scores, ops = self.randn(rows, vocab), self.ops
@@ -163,7 +163,7 @@ class Shape:
             seeds = torch.randint(1 << 60, (rows,), device=device)
             slots = torch.arange(rows, device=device)
             lens, last = torch.zeros(2, rows, dtype=torch.int64, device=device)
-            return lambda: ops.sample(scores, slots, heat, seeds, lens, lens, last)
+            return lambda: ops.sample_plain(scores, slots, heat, seeds, lens, lens, last)
 
         return Case("sample", f"{rows} x {vocab}", rows * vocab * self.item, 0, draw)
 
@@ -207,7 +207,7 @@ class Shape:
         def make() -> Callable[[], Any]:
             cache = self.randn(*shape).to(self.cache_dtype)
             qkv = self.randn(len(batch.tokens), num_heads, m.head_dim)
-            options = (m.heads, norm, self.spec.eps, turn, m.rope.interleaved, cache, plan)
+            options = (m.heads, norm, self.arch.eps, turn, m.rope.interleaved, cache, plan)
             if not attends:
                 return lambda: ops.rotate_and_store(qkv, *options)
             heads = ops.rotate_and_store(qkv, *options)
@@ -272,7 +272,7 @@ def main() -> None:
         parser.error("no GPU with its kernels installed is here")
     dtype = torch.bfloat16
     cache_dtype = torch.float8_e4m3fn if arguments.kv_cache_dtype == "fp8" else dtype
-    shape = Shape(read_spec(path), device, dtype, cache_dtype)
+    shape = Shape(read_arch(path), device, dtype, cache_dtype)
     words, found = arguments.only.split(","), []
     for case in shape.cases():
         if any(word in case.kernel for word in words):

@@ -32,7 +32,7 @@ BEGIN_AFTER_S = 0.25
 GIVE_UP_S = 30.0  # beyond the timeout of requests
 
 
-class Record(NamedTuple):
+class RequestRecord(NamedTuple):
     """One request: when it was due (closed loops: sent) and sent, and each of its responses."""
 
     due: float
@@ -55,7 +55,7 @@ def run_load(
     clients: int = 1,
     sampling: dict[str, Any] | None = None,
     timeout: float = 600.0,
-) -> list[Record]:
+) -> list[RequestRecord]:
     """Send all jobs and wait for their ends, in this order of jobs.
 
     `arrivals`: seconds from the beginning for each, or how many are under way at a time.
@@ -76,7 +76,7 @@ def run_load(
         _run_clients(tasks, timeout)
         found = [json.loads(task.with_suffix(".out").read_text()) for task in tasks]
     # Client i had jobs i, i + clients, ...
-    return [Record(*found[i % clients][i // clients]) for i in range(len(jobs))]
+    return [RequestRecord(*found[i % clients][i // clients]) for i in range(len(jobs))]
 
 
 def _run_clients(tasks: list[Path], timeout: float) -> None:
@@ -102,10 +102,10 @@ def _run_clients(tasks: list[Path], timeout: float) -> None:
                 raise RuntimeError(f"a load client ended with status {process.returncode}")
 
 
-async def play(task: dict[str, Any]) -> list[Record]:
+async def play(task: dict[str, Any]) -> list[RequestRecord]:
     """A client's part."""
     jobs = [Job(*job) for job in task["jobs"]]
-    records: dict[int, Record] = {}
+    records: dict[int, RequestRecord] = {}
 
     async def one(client: Client, number: int, due: float | None) -> None:
         job, times, tokens, error = jobs[number], [], [], None
@@ -122,7 +122,7 @@ async def play(task: dict[str, Any]) -> list[Record]:
         except GenerateError as problem:
             error = str(problem)
         due = sent if due is None else due
-        records[number] = Record(due, sent, times, tokens, job.output_len, error)
+        records[number] = RequestRecord(due, sent, times, tokens, job.output_len, error)
 
     async def slot(client: Client, numbers: Iterator[int]) -> None:
         for number in numbers:

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from gllm_benchmarks.load import Record, run_load
+from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import OURS, model_directory, parse_pairs
 from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import RESULTS, add_arguments, print_table, record
-from gllm_benchmarks.server import MODEL, server
+from gllm_benchmarks.served_model import MODEL, server
 from gllm_benchmarks.workloads import at_rate, make_jobs, poisson, read_load, warm_up
 
 PERCENTILES = (50, 90, 99)
@@ -36,7 +36,7 @@ LIMITED = ("ttft", "tpot", "e2e")  # what an SLO may limit
 Arrivals = list[float] | int  # seconds from the beginning for each, or how many at a time
 
 
-def times_of(one: Record) -> dict[str, list[float]]:
+def times_of(one: RequestRecord) -> dict[str, list[float]]:
     """By name of TIMES, the values that one complete request has, in seconds."""
     first, last, later = one.times[0], one.times[-1], one.wanted - 1
     return {
@@ -47,12 +47,12 @@ def times_of(one: Record) -> dict[str, list[float]]:
     }
 
 
-def meets(slo: dict[str, float], one: Record) -> bool:
+def meets(slo: dict[str, float], one: RequestRecord) -> bool:
     """Whether a request is complete and within every limit; what it has no value for is met."""
     return one.is_complete and all(max(times_of(one)[name], default=0) <= slo[name] for name in slo)
 
 
-def summarize(records: list[Record], slo: dict[str, float]) -> dict[str, Any]:
+def summarize(records: list[RequestRecord], slo: dict[str, float]) -> dict[str, Any]:
     """What a run's records amount to; times in milliseconds."""
     complete = [one for one in records if one.is_complete]
     failed = [one for one in records if not one.is_complete]

@@ -19,7 +19,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gllm_benchmarks.load import Record
+from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.offline import parse_pairs
 from gllm_benchmarks.plot import draw_policies
 from gllm_benchmarks.record import RESULTS, print_table, record
@@ -37,7 +37,7 @@ from gllm_engine import (
     StepPlan,
     StepResult,
     Work,
-    read_spec,
+    read_arch,
 )
 
 Cost = Callable[[Work], float]  # seconds
@@ -114,7 +114,7 @@ class Pipeline:
 
 
 class Run(NamedTuple):
-    records: list[Record]
+    records: list[RequestRecord]
     idle: list[float]  # share of the time from the first arrival to the last token, by stage
     steps: int
     preemptions: int
@@ -148,7 +148,7 @@ def simulate(
                 break
             now = arrivals[arrived]
     records = [
-        Record(due, due, at, [1] * len(at), pair[1], None)
+        RequestRecord(due, due, at, [1] * len(at), pair[1], None)
         for due, at, pair in zip(arrivals, times, pairs, strict=True)
     ]
     stats = scheduler.stats()
@@ -183,11 +183,11 @@ def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
     chip = {"bandwidth": arguments.bandwidth * gpus, "flops": arguments.flops * gpus}
     stage, head = parse_pairs(arguments.stage), {"params": 0.0}
     if arguments.model:
-        spec, pp = read_spec(arguments.model), arguments.pp
-        size = spec.vocab * spec.dim
-        width = sum(layer.mixer.heads * layer.mixer.head_dim for layer in spec.layers)
-        found = {"params": (spec.num_params() - size * (1 if spec.tie else 2)) / pp}
-        found |= {"kv_bytes": spec.kv_bytes_per_token(2) / pp, "pair_flops": 4 * width / pp}
+        arch, pp = read_arch(arguments.model), arguments.pp
+        size = arch.vocab * arch.dim
+        width = sum(layer.mixer.heads * layer.mixer.head_dim for layer in arch.layers)
+        found = {"params": (arch.num_params() - size * (1 if arch.tie else 2)) / pp}
+        found |= {"kv_bytes": arch.kv_bytes_per_token(2) / pp, "pair_flops": 4 * width / pp}
         stage, head = found | stage, {"params": size}
     head |= parse_pairs(arguments.head)
     return Roofline(**chip, **stage).seconds, Roofline(**chip, **head).seconds

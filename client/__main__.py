@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
-from gllm_client.server import Serving, exec_server
+from gllm_client.tritonserver import Serving, exec_server
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
 
 CHAT_MAX_TOKENS = 1024
@@ -208,7 +208,7 @@ def _add_tiny_model(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from gllm_client.serve import serve
+    from gllm_client.supervisor import serve
     from gllm_engine import make_config
 
     path = options.path
@@ -237,15 +237,15 @@ def _source(options: argparse.Namespace) -> Any:
             raise UsageError("either --model DIRECTORY or --url is needed")
         if asked.timeout is not None:
             raise UsageError("--timeout is for a server, give --url as well")
-        from gllm_client.local import Local
+        from gllm_client.local_answers import LocalAnswers
 
-        return Local({"model": asked.model} | engine)
+        return LocalAnswers({"model": asked.model} | engine)
     if engine:
         name = next(iter(engine)).replace("_", "-")
         raise UsageError(f"--{name} is for an engine in this process, it cannot go with --url")
-    from gllm_client.source import Remote
+    from gllm_client.answers import RemoteAnswers
 
-    return Remote(asked.url, asked.model, asked.timeout)
+    return RemoteAnswers(asked.url, asked.model, asked.timeout)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ _PUBLIC = {
     "sched.policy": ("POLICIES", "Budget", "Load", "Policy"),
     "sched.scheduler": ("Scheduler",),
     "sched.sequence": ("Sequence",),
-    "spec": ("Model", "read_spec"),
+    "arch": ("Model", "read_arch"),
     "types": (
         "Finish",
         "ModelInfo",
@@ -28,12 +28,12 @@ _PUBLIC = {
         "StepResult",
         "TokenLogprobs",
     ),
-    "engine.attach": ("end_with_parent",),
+    "os_process": ("end_with_parent",),
     "engine.client": ("EngineClient", "EngineError", "EngineUnavailable"),
-    "engine.completion": ("Completion", "Delta", "make_requests", "render_logprobs"),
+    "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs"),
     "engine.core": ("Engine", "EngineBroken", "fill_caches"),
     "engine.llm": ("LLM", "CompletionOutput", "RequestFailed", "RequestOutput"),
-    "engine.text": ("TextError", "Tokenizer"),
+    "text.tokenizer": ("TextError", "Tokenizer"),
     "model.tiny": ("write_tiny_model",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

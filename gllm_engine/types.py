@@ -114,7 +114,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     targets: list[int] = []
 
 
-class Grown(msgspec.Struct, frozen=True, array_like=True):
+class NewPages(msgspec.Struct, frozen=True, array_like=True):
     """Scheduler -> runner: `pages` are appended to a slot's page table at index `first`."""
 
     slot: int
@@ -125,7 +125,7 @@ class Grown(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """Scheduler -> runner: one step, as a diff against the state the runner keeps for each slot.
 
-    Apply `new` first (it empties the slot's page table and sets its length to 0), then `grown`.
+    Apply `new` first (it empties the slot's page table and sets its length to 0), then `new_pages`.
     Rows of the batch are `decode_slots`, then `chunks`. A decode row computes one token: the one
     the runner sampled last for that slot (which the host may not know yet), at position = the
     length the runner keeps. Each row then adds its token count to that length.
@@ -133,7 +133,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     new: list[NewSequence]
-    grown: list[Grown]
+    new_pages: list[NewPages]
     decode_slots: list[int]
     chunks: list[Chunk]
     # Allowed next tokens by slot, one bit a token id, least significant bit first. Rare.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from gllm_engine.engine.member import main
+from gllm_engine.workers.worker import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gllm_engine.arch import Model
 from gllm_engine.model import Decoder, filling
-from gllm_engine.spec import Model
 
 
-def load_model(path: Path, spec: Model, **options: Any) -> Decoder:
+def load_model(path: Path, arch: Model, **options: Any) -> Decoder:
     """`options` as Decoder's. Raises LoadError."""
-    decoder = Decoder(spec, **options)
+    decoder = Decoder(arch, **options)
     with filling(decoder, path):
         return decoder

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from gllm_engine import EngineConfig, SamplingParams
-from gllm_engine.spec import FAMILIES
+from gllm_engine.arch import FAMILIES
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 

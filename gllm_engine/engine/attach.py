@@ -21,7 +21,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -31,11 +30,11 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
 from gllm_engine.config import EngineConfig
+from gllm_engine.os_process import Process, wait_end
 
 
 class EngineError(RuntimeError):
@@ -46,28 +45,7 @@ class StaleFrontEnd(EngineError):
     """A newer load of the same model is serving; this front end must not attach again."""
 
 
-class Process(msgspec.Struct, frozen=True):
-    """A process, told apart from a later one with the same pid by its start time."""
-
-    pid: int
-    start: int  # clock ticks since boot
-
-    @staticmethod
-    def of(pid: int) -> Process | None:
-        """The running process with this pid; None when there is none or only a zombie."""
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        fields = stat.rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else Process(pid, int(fields[19]))
-
-    @property
-    def alive(self) -> bool:
-        return Process.of(self.pid) == self
-
-
-class Record(msgspec.Struct):
+class EngineRecord(msgspec.Struct):
     """What record.json holds: the current engine and the front ends attached to it."""
 
     scope: str
@@ -136,7 +114,7 @@ def attach(
 
 
 def _refuse_stale(
-    record: Record, instance: str, me: Process, fingerprint: str, again: bool
+    record: EngineRecord, instance: str, me: Process, fingerprint: str, again: bool
 ) -> None:
     """Raise StaleFrontEnd if the record belongs to a load of the model newer than ours."""
     holder = record.front_ends.get(instance)
@@ -149,7 +127,7 @@ def _refuse_stale(
 
 
 def _same_load(
-    record: Record, holder: Process | None, me: Process, fingerprint: str
+    record: EngineRecord, holder: Process | None, me: Process, fingerprint: str
 ) -> dict[str, Process]:
     """The front ends on record that stay when their engine is replaced.
 
@@ -165,7 +143,7 @@ def _same_load(
 
 
 def _replace(
-    home: Path, record: Record, config: EngineConfig, owner: Process
+    home: Path, record: EngineRecord, config: EngineConfig, owner: Process
 ) -> subprocess.Popen[bytes]:
     """Start the next generation's engine and put it on record."""
     # The last one's directory stays: other front ends may still come to read why it ended.
@@ -198,40 +176,12 @@ def detach(
         current = record.engine == attached.engine
         if not current or any(front.alive for front in record.front_ends.values()):
             return
-        if not _ended(attached.pidfd, patience_s):
+        if not wait_end(attached.pidfd, patience_s):
             os.kill(attached.engine.pid, signal.SIGKILL)
-            _ended(attached.pidfd, patience_s)
+            wait_end(attached.pidfd, patience_s)
         if attached.child is not None:
             attached.child.wait()
         _remove(home)
-
-
-def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> None:
-    """End this process, whatever it is doing, as soon as `owner` has ended; after calling `last`.
-
-    By a thread of its own, which alone can end a process whose other threads wait for the dead.
-    """
-
-    def end() -> NoReturn:
-        last()
-        os._exit(1)
-
-    def watch(pidfd: int) -> NoReturn:
-        _ended(pidfd, None)
-        end()
-
-    if owner is None:
-        end()
-    try:
-        pidfd = os.pidfd_open(owner.pid)
-    except ProcessLookupError:
-        end()
-    threading.Thread(target=watch, args=(pidfd,), name="owner-watch", daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """For a front end: end this process as soon as its parent, tritonserver, has ended."""
-    end_with(Process.of(os.getppid()))
 
 
 def sweep() -> None:
@@ -292,14 +242,14 @@ def _remove(home: Path) -> None:
         home.parent.rmdir()
 
 
-def _read(home: Path, scope: str) -> Record:
+def _read(home: Path, scope: str) -> EngineRecord:
     try:
-        return msgspec.json.decode((home / "record.json").read_bytes(), type=Record)
+        return msgspec.json.decode((home / "record.json").read_bytes(), type=EngineRecord)
     except FileNotFoundError:
-        return Record(scope)
+        return EngineRecord(scope)
 
 
-def _write(home: Path, record: Record) -> None:
+def _write(home: Path, record: EngineRecord) -> None:
     fresh = home / "record.json.new"
     fresh.write_bytes(msgspec.json.encode(record))
     fresh.rename(home / "record.json")
@@ -315,7 +265,7 @@ def _fingerprint(config: EngineConfig) -> str:
     return digest.hexdigest()
 
 
-def _running(record: Record) -> bool:
+def _running(record: EngineRecord) -> bool:
     return record.engine is not None and record.engine.alive
 
 
@@ -327,17 +277,11 @@ def _retire(engine: Process | None, patience_s: float) -> None:
         pidfd = os.pidfd_open(engine.pid)
         try:
             os.kill(engine.pid, signal.SIGTERM)
-            if not _ended(pidfd, patience_s):
+            if not wait_end(pidfd, patience_s):
                 os.kill(engine.pid, signal.SIGKILL)
-                _ended(pidfd, 5.0)
+                wait_end(pidfd, 5.0)
         finally:
             os.close(pidfd)
-
-
-def _ended(pidfd: int, timeout_s: float | None) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:
@@ -345,7 +289,7 @@ def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
     # What lies in the server's working directory must not be importable, so the engine works in
     # its own, which holds no code.
-    command = [sys.executable, "-m", "gllm_engine.engine.server", str(directory), str(owner.pid)]
+    command = [sys.executable, "-m", "gllm_engine.engine.process", str(directory), str(owner.pid)]
     # A session of its own: Ctrl-C at the server's terminal must not end it before the streams do.
     child = subprocess.Popen(
         command, cwd=directory, stdin=subprocess.DEVNULL, start_new_session=True

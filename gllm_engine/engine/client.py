@@ -16,8 +16,8 @@ from typing import Any
 
 import zmq
 
+from gllm_engine import wire
 from gllm_engine.config import EngineConfig
-from gllm_engine.engine import wire
 from gllm_engine.engine.attach import Attached, EngineError, StaleFrontEnd, attach, detach
 from gllm_engine.types import ModelInfo, Outputs, Request, Stats
 

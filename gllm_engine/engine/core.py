@@ -17,14 +17,12 @@ from typing import Protocol
 
 import msgspec
 
+from gllm_engine.arch import Model, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
-from gllm_engine.engine.constraints import Constraint, Grammars
-from gllm_engine.engine.group import GroupLost, WorkerGroup
-from gllm_engine.engine.loading import check_shares, device_of, load_runner
-from gllm_engine.runner import InstantRunner, cache_dirs
+from gllm_engine.runner import NullRunner, cache_dirs
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
-from gllm_engine.spec import Model, read_spec
+from gllm_engine.text.constraints import Constraint, Grammars
 from gllm_engine.types import (
     Finish,
     ModelInfo,
@@ -35,6 +33,8 @@ from gllm_engine.types import (
     StepPlan,
     StepResult,
 )
+from gllm_engine.workers.build_runner import check_shards, device_of, load_runner
+from gllm_engine.workers.group import GroupLost, WorkerGroup
 
 # While grammars compile and nothing else is to do, step() waits so long and comes back.
 COMPILE_WAIT_S = 0.005
@@ -50,7 +50,7 @@ Client = Hashable
 Key = tuple[Client, int]  # client, sequence id
 
 
-class Launch(Protocol):
+class StepHandle(Protocol):
     """A step under way."""
 
     def wait(self) -> StepResult: ...
@@ -61,7 +61,7 @@ class StepRunner(Protocol):
 
     num_pages: int
 
-    def launch(self, plan: StepPlan) -> Launch: ...
+    def launch(self, plan: StepPlan) -> StepHandle: ...
 
     def is_alive(self) -> bool:
         """Whether it can run another plan after one that failed."""
@@ -94,38 +94,38 @@ class Engine:
         config: EngineConfig,
         make_runner: Callable[[EngineConfig, Model], StepRunner] | None = None,
     ) -> None:
-        """Load the model and get ready. Raises ConfigError, SpecError or LoadError.
+        """Load the model and get ready. Raises ConfigError, ArchError or LoadError.
 
         `make_runner`: what to run plans with, in place of the model in `config.model`.
         """
         config = settle(config, on_gpu=device_of(config).type == "cuda")
         path = Path(config.model)
-        spec = read_spec(path)
-        _check_len(config, spec)
+        arch = read_arch(path)
+        _check_len(config, arch)
         # First, because it works on a thread of its own while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
-        self._grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
-        self._runner = (make_runner or _make_runner)(config, spec)
-        max_model_len = _model_len(config, spec, self._runner.num_pages)
+        self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
+        self._runner = (make_runner or _make_runner)(config, arch)
+        max_model_len = _model_len(config, arch, self._runner.num_pages)
         self._scheduler = Scheduler(
-            config, self._runner.num_pages, max_model_len, spec.eos_token_ids
+            config, self._runner.num_pages, max_model_len, arch.eos_token_ids
         )
         self.info = ModelInfo(
-            vocab_size=spec.vocab,
+            vocab_size=arch.vocab,
             max_model_len=max_model_len,
             num_pages=self._runner.num_pages,
             page_size=config.page_size,
-            eos_token_ids=spec.eos_token_ids,
+            eos_token_ids=arch.eos_token_ids,
         )
         self._depth = config.plans_in_flight
         self._max_waiting = config.max_waiting
         self._failed_steps = 0  # since the last that succeeded
         self.broken: str | None = None
-        self._launched: deque[Launch] = deque()
+        self._launched: deque[StepHandle] = deque()
         self._live: dict[Key, Sequence] = {}
         self._constrained: dict[Key, Constraint] = {}
         self._compiling: dict[Key, tuple[Request, Future[Constraint]]] = {}
-        self._boxes: defaultdict[Client, Outputs] = defaultdict(_nothing)
+        self._outboxes: defaultdict[Client, Outputs] = defaultdict(_nothing)
         # What is loaded stays: the collector need not look at it again in every full pass.
         gc.collect()
         gc.freeze()
@@ -170,7 +170,7 @@ class Engine:
         for key in [*self._live, *self._compiling]:
             if key[0] == client:
                 self._forget(key)
-        self._boxes.pop(client, None)
+        self._outboxes.pop(client, None)
 
     def _forget(self, key: Key) -> None:
         sequence = self._live.pop(key, None)
@@ -208,7 +208,7 @@ class Engine:
             self._constrained[key] = constraint
 
     def _admit_compiled(self) -> None:
-        if not self._scheduler.has_work and not self._boxes:
+        if not self._scheduler.has_work and not self._outboxes:
             futures = [future for _, future in self._compiling.values()]
             wait(futures, COMPILE_WAIT_S, FIRST_COMPLETED)
         for key, (request, future) in list(self._compiling.items()):
@@ -227,7 +227,7 @@ class Engine:
     def _refuse(self, key: Key, status: Status, message: str) -> None:
         client, id = key
         finish = Finish("error", status=status, message=message)
-        self._boxes[client].finished[id] = finish
+        self._outboxes[client].finished[id] = finish
 
     # ------------------------------------------------------------ steps
 
@@ -253,8 +253,8 @@ class Engine:
             self._judge(error)
         if self._constrained:
             self._fail_constrained()
-        boxes, self._boxes = self._boxes, defaultdict(_nothing)
-        return dict(boxes)
+        outboxes, self._outboxes = self._outboxes, defaultdict(_nothing)
+        return dict(outboxes)
 
     def watch(self) -> None:
         """Between steps: find out whether the runner has died. Then the engine is `broken`."""
@@ -265,22 +265,22 @@ class Engine:
             self._judge(error)
 
     def _sort(self, committed: Committed) -> None:
-        """Put the results of one step into the boxes of their clients."""
-        boxes = self._boxes
+        """Put the results of one step into the outboxes of their clients."""
+        outboxes = self._outboxes
         for sequence, token in committed.tokens:
             client, id = sequence.key
-            box = boxes[client]
-            box.ids.append(id)
-            box.tokens.append(token)
+            outbox = outboxes[client]
+            outbox.ids.append(id)
+            outbox.tokens.append(token)
         for sequence, entry in committed.logprobs:
             client, id = sequence.key
-            boxes[client].logprobs[id] = entry
+            outboxes[client].logprobs[id] = entry
         for sequence, entries in committed.prompt_logprobs:
             client, id = sequence.key
-            boxes[client].prompt_logprobs[id] = entries
+            outboxes[client].prompt_logprobs[id] = entries
         for sequence, finish in committed.finished:
             client, id = sequence.key
-            boxes[client].finished[id] = finish
+            outboxes[client].finished[id] = finish
             self._live.pop(sequence.key)
             self._constrained.pop(sequence.key, None)
 
@@ -322,7 +322,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether step() has anything to do or to tell."""
-        return self._scheduler.has_work or bool(self._compiling or self._boxes)
+        return self._scheduler.has_work or bool(self._compiling or self._outboxes)
 
     def stats(self) -> Stats:
         stats = self._scheduler.stats()
@@ -344,7 +344,7 @@ class Engine:
         for key in [*self._live, *self._compiling]:
             self._forget(key)
         self._launched.clear()
-        self._boxes.clear()
+        self._outboxes.clear()
         self._grammars.close()
         self._runner.close()
         gc.unfreeze()
@@ -354,34 +354,34 @@ def _nothing() -> Outputs:
     return Outputs([], [])
 
 
-def _check_len(config: EngineConfig, spec: Model) -> None:
-    if (config.max_model_len or 0) > spec.max_len:
+def _check_len(config: EngineConfig, arch: Model) -> None:
+    if (config.max_model_len or 0) > arch.max_len:
         raise ConfigError(
-            f"max_model_len: {config.max_model_len} is more than the {spec.max_len} tokens this "
+            f"max_model_len: {config.max_model_len} is more than the {arch.max_len} tokens this "
             "model was trained for"
         )
 
 
-def _model_len(config: EngineConfig, spec: Model, num_pages: int) -> int:
+def _model_len(config: EngineConfig, arch: Model, num_pages: int) -> int:
     """Tokens a sequence may have: what was asked for, else what the model and the cache can do."""
     if config.max_model_len is not None:
         return config.max_model_len
     capacity = num_pages * config.page_size
-    if capacity < spec.max_len:
+    if capacity < arch.max_len:
         log.warning(
             "the KV cache holds %d tokens, so sequences are limited to them; the model was trained "
-            "for %d (kv_cache_gib, num_pages)", capacity, spec.max_len
+            "for %d (kv_cache_gib, num_pages)", capacity, arch.max_len
         )  # fmt: skip
-    return min(spec.max_len, capacity)
+    return min(arch.max_len, capacity)
 
 
-def _make_runner(config: EngineConfig, spec: Model) -> StepRunner:
+def _make_runner(config: EngineConfig, arch: Model) -> StepRunner:
     if config.device == "none":
-        return InstantRunner(spec.vocab, config.num_pages)
-    check_shares(config, spec)
+        return NullRunner(arch.vocab, config.num_pages)
+    check_shards(config, arch)
     if config.num_ranks > 1:
         return WorkerGroup(config)
-    return load_runner(config, spec, device_of(config))
+    return load_runner(config, arch, device_of(config))
 
 
 def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
@@ -396,8 +396,8 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
             "finds, or the [gpu] extra is not installed"
         )
     config = msgspec.structs.replace(config, load_format="dummy", num_pages=_PAGES_TO_COMPILE)
-    spec = read_spec(Path(config.model))
-    _check_len(config, spec)
-    kinds = replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
+    arch = read_arch(Path(config.model))
+    _check_len(config, arch)
+    kinds = replace(arch, layers=tuple(dict.fromkeys(arch.layers)))
     load_runner(settle(config, on_gpu=True), kinds, device_of(config))
     return cache_dirs()

@@ -16,16 +16,16 @@ import msgspec
 from tqdm import tqdm
 
 from gllm_engine.config import make_config
-from gllm_engine.engine.completion import (
+from gllm_engine.engine.core import Engine, EngineBroken
+from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
+from gllm_engine.text.completion import (
     Completion,
     Delta,
     Logprobs,
     make_requests,
     render_logprobs,
 )
-from gllm_engine.engine.core import Engine, EngineBroken
-from gllm_engine.engine.text import Message, Tokenizer
-from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
+from gllm_engine.text.tokenizer import Message, Tokenizer
 from gllm_engine.types import Finish, Outputs, Request, TokenLogprobs
 
 Prompt = str | list[int]  # text, or token ids

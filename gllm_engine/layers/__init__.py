@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, Norm
 from gllm_engine.layers.moe import MoeFfn
-from gllm_engine.layers.residual import Joiner, Residual
+from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
-from gllm_engine.layers.step import Norm, Step, Wanted
 
 __all__ = [
-    "DenseFfn", "GqaAttention", "Joiner", "MoeFfn", "Norm", "Residual", "RopeTable", "Step",
-    "Wanted",
-]  # fmt: skip
+    "DenseFfn",
+    "ForwardContext",
+    "GqaAttention",
+    "LogitTokens",
+    "MoeFfn",
+    "Norm",
+    "Residual",
+    "ResidualReducer",
+    "RopeTable",
+]

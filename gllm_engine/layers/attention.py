@@ -7,9 +7,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.model import Gqa
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, Norm
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.step import Norm, Step, Wanted
-from gllm_engine.spec.model import Gqa
 
 
 class GqaAttention:
@@ -17,55 +17,56 @@ class GqaAttention:
 
     def __init__(
         self,
-        spec: Gqa,
+        arch: Gqa,
         dim: int,
         eps: float,
         ops: ModuleType,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._spec, self._eps, self._ops = spec, eps, ops
-        shapes = spec.weights(dim)
+        self._spec, self._eps, self._ops = arch, eps, ops
+        shapes = arch.weights(dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
         self._qkv = Linear(names, shapes, ops, dtype, device)
         self._out = Linear(["self_attn.o_proj"], shapes, ops, dtype, device)
-        self._heads = spec.heads + 2 * spec.kv_heads
+        self._heads = arch.heads + 2 * arch.kv_heads
         # One row for each query and key head, so that both are normalised at once.
         self._qk_norm: Tensor | None = None
-        if spec.qk_norm:
-            size = (spec.heads + spec.kv_heads, spec.head_dim)
+        if arch.qk_norm:
+            size = (arch.heads + arch.kv_heads, arch.head_dim)
             self._qk_norm = torch.empty(size, dtype=dtype, device=device)
 
     def __call__(
         self,
         x: Tensor,
         norm: Norm | None,
-        step: Step,
+        context: ForwardContext,
         cache: Tensor,
-        wanted: Wanted | None = None,
+        logit_tokens: LogitTokens | None = None,
         total: Tensor | None = None,
     ) -> Tensor:
         """x: [tokens, dim]. cache: [num_pages, 2, page_size, kv_heads, head_dim].
 
         Returns [tokens, dim], or that of the `wanted` tokens; added to `total`, in place, if given.
         """
-        spec, plan = self._spec, step.plans[self._spec.window]
+        arch, plan = self._spec, context.plans[self._spec.window]
         heads = self._ops.rotate_and_store(
-            self._qkv(x, norm).view(-1, self._heads, spec.head_dim),
-            spec.heads,
+            self._qkv(x, norm).view(-1, self._heads, arch.head_dim),
+            arch.heads,
             self._qk_norm,
             self._eps,
-            step.rotations[spec.rope],
-            spec.rope.interleaved,
+            context.rotations[arch.rope],
+            arch.rope.interleaved,
             cache,
             plan,
         )
-        if wanted is None:
+        if logit_tokens is None:
             attended = self._ops.attend(heads, cache, plan)
-        elif wanted.plans:
-            attended = self._ops.attend(heads, cache, wanted.plans[spec.window], wanted.index)
+        elif logit_tokens.plans:
+            plan = logit_tokens.plans[arch.window]
+            attended = self._ops.attend(heads, cache, plan, logit_tokens.index)
         else:
-            attended = x.new_empty(0, spec.heads * spec.head_dim)
+            attended = x.new_empty(0, arch.heads * arch.head_dim)
         return self._out(attended) if total is None else self._out.add_to(total, attended)
 
     def weights(self) -> dict[str, Tensor]:

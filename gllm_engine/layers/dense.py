@@ -7,18 +7,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.model import Dense
+from gllm_engine.layers.forward_context import Norm
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.step import Norm
-from gllm_engine.spec.model import Dense
 
 
 class DenseFfn:
     """down(silu(gate(x)) * up(x)), gate and up in one product."""
 
     def __init__(
-        self, spec: Dense, dim: int, ops: ModuleType, dtype: torch.dtype, device: torch.device
+        self, arch: Dense, dim: int, ops: ModuleType, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shapes = spec.weights(dim)
+        shapes = arch.weights(dim)
         self._gate_up = Linear(["mlp.gate_proj", "mlp.up_proj"], shapes, ops, dtype, device)
         self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device)
 

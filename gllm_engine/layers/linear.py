@@ -8,8 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gllm_engine.layers.step import Norm
-from gllm_engine.spec.model import Shapes
+from gllm_engine.arch.model import Shapes
+from gllm_engine.layers.forward_context import Norm
 
 
 class Linear:

@@ -7,10 +7,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.model import Dense, Moe, within
 from gllm_engine.layers.dense import DenseFfn
+from gllm_engine.layers.forward_context import Norm
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.step import Norm
-from gllm_engine.spec.model import Dense, Moe, within
 
 
 class MoeFfn:
@@ -20,25 +20,25 @@ class MoeFfn:
     """
 
     def __init__(
-        self, spec: Moe, dim: int, ops: ModuleType, dtype: torch.dtype, device: torch.device
+        self, arch: Moe, dim: int, ops: ModuleType, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._spec, self._ops = spec, ops
-        shapes, held = spec.weights(dim), len(spec.experts)
+        self._spec, self._ops = arch, ops
+        shapes, local_experts = arch.weights(dim), len(arch.experts)
         self._router = Linear(["mlp.gate"], shapes, ops, dtype, device)
-        self._gate_up = torch.empty(held, 2 * spec.hidden, dim, dtype=dtype, device=device)
-        self._down = torch.empty(held, dim, spec.hidden, dtype=dtype, device=device)
+        self._gate_up = torch.empty(local_experts, 2 * arch.hidden, dim, dtype=dtype, device=device)
+        self._down = torch.empty(local_experts, dim, arch.hidden, dtype=dtype, device=device)
         self._shared: DenseFfn | None = None
-        if spec.shared:
-            self._shared = DenseFfn(Dense(spec.shared), dim, ops, dtype, device)
+        if arch.shared:
+            self._shared = DenseFfn(Dense(arch.shared), dim, ops, dtype, device)
             self._shared_gate = Linear(["mlp.shared_expert_gate"], shapes, ops, dtype, device)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; added to `total`, in place, if that is given."""
         normed = x if norm is None else self._ops.rms_norm(x, *norm)
         shared = None if self._shared is None else self._shared(x, norm)  # before x is added to
-        spec, matrices = self._spec, (self._gate_up, self._down)
-        routing = self._ops.route(self._router(normed), spec.top_k, spec.renorm)
-        first, num = spec.experts.start, spec.num_experts
+        arch, matrices = self._spec, (self._gate_up, self._down)
+        routing = self._ops.route(self._router(normed), arch.top_k, arch.renorm)
+        first, num = arch.experts.start, arch.num_experts
         out = self._ops.sum_experts(normed, *routing, *matrices, first, num, total)
         if shared is not None:
             out.addcmul_(self._shared_gate(normed).sigmoid_(), shared)

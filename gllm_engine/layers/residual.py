@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gllm_engine.dist import TensorParallel
-from gllm_engine.layers.step import Norm
+from gllm_engine.layers.forward_context import Norm
+from gllm_engine.parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Residual:
         return (self.total, norm) if self.normed is None else (self.normed, None)
 
 
-class Joiner:
+class ResidualReducer:
     """Adds layers' results to the residual stream, over the ranks that share the layers."""
 
     def __init__(self, ops: ModuleType, ranks: TensorParallel, dim: int, dtype: torch.dtype):
         self._ranks = ranks
-        self._one_shot = ops.one_shot_sum(ranks, dim, dtype)
+        self._one_shot = ops.make_one_shot_allreduce(ranks, dim, dtype)
 
     def __call__(
         self, total: Tensor, layer: Callable[[Tensor | None], Tensor], norm: Norm | None

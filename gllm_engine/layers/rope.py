@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from gllm_engine.spec.rope import Dynamic, Linear, Llama3, Rope, Yarn
+from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 
 
 class RopeTable:
@@ -27,25 +27,25 @@ class RopeTable:
 def _frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:
     """Radians a position for each pair of channels, and a factor on cos and sin."""
     scaling, theta = rope.scaling, rope.theta
-    if isinstance(scaling, Dynamic):
+    if isinstance(scaling, DynamicScaling):
         theta = _dynamic_theta(scaling, theta, rope.dim, max_model_len)
     powers = theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
     plain = 1.0 / powers
-    if scaling is None or isinstance(scaling, Dynamic):
+    if scaling is None or isinstance(scaling, DynamicScaling):
         return plain, 1.0
-    if isinstance(scaling, Linear):
+    if isinstance(scaling, LinearScaling):
         return plain / scaling.factor, 1.0
-    if isinstance(scaling, Llama3):
+    if isinstance(scaling, Llama3Scaling):
         return _llama3(scaling, plain), 1.0
     return _yarn(scaling, rope, powers), _yarn_attention_factor(scaling)
 
 
-def _dynamic_theta(scaling: Dynamic, theta: float, dim: int, max_model_len: int) -> float:
+def _dynamic_theta(scaling: DynamicScaling, theta: float, dim: int, max_model_len: int) -> float:
     stretch = max(max_model_len, scaling.original_len) / scaling.original_len
     return theta * (scaling.factor * stretch - (scaling.factor - 1)) ** (dim / (dim - 2))
 
 
-def _llama3(scaling: Llama3, plain: Tensor) -> Tensor:
+def _llama3(scaling: Llama3Scaling, plain: Tensor) -> Tensor:
     wavelength = 2 * math.pi / plain
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     # 0 where a wave is longer than original_len / low, 1 where it is shorter than ... / high.
@@ -53,7 +53,7 @@ def _llama3(scaling: Llama3, plain: Tensor) -> Tensor:
     return (1 - keep) * plain / scaling.factor + keep * plain
 
 
-def _yarn(scaling: Yarn, rope: Rope, powers: Tensor) -> Tensor:
+def _yarn(scaling: YarnScaling, rope: Rope, powers: Tensor) -> Tensor:
     def pair_that_turns(rotations: float) -> float:
         """The (fractional) pair of channels that turns so often over the original length."""
         wavelength = scaling.original_len / (rotations * 2 * math.pi)
@@ -70,7 +70,7 @@ def _yarn(scaling: Yarn, rope: Rope, powers: Tensor) -> Tensor:
     return stretch / (scaling.factor * powers) + (1 - stretch) / powers
 
 
-def _yarn_attention_factor(scaling: Yarn) -> float:
+def _yarn_attention_factor(scaling: YarnScaling) -> float:
     def scale(weight: float) -> float:
         return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
 

@@ -15,22 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.dist import ALONE, TensorParallel
+from gllm_engine.arch.model import Dense, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.rope import Rope
+from gllm_engine.arch.shard import Shard
 from gllm_engine.layers import (
     DenseFfn,
+    ForwardContext,
     GqaAttention,
-    Joiner,
+    LogitTokens,
     MoeFfn,
     Norm,
     Residual,
+    ResidualReducer,
     RopeTable,
-    Step,
-    Wanted,
 )
 from gllm_engine.ops import Batch, select_ops
-from gllm_engine.spec.model import Dense, Layer, Model, Moe, SandwichLayer
-from gllm_engine.spec.rope import Rope
-from gllm_engine.spec.share import Share
+from gllm_engine.parallel import ALONE, TensorParallel
 
 
 class PreNormBlock:
@@ -40,16 +40,16 @@ class PreNormBlock:
 
     def __init__(
         self,
-        spec: Layer,
+        arch: Layer,
         model: Model,
         ops: ModuleType,
         dtype: torch.dtype,
         device: torch.device,
-        join: Joiner,
+        join: ResidualReducer,
     ) -> None:
         self._ops, self._join = ops, join
-        self._mixer = GqaAttention(spec.mixer, model.dim, model.eps, ops, dtype, device)
-        self._ffn = _FFNS[type(spec.ffn)](spec.ffn, model.dim, ops, dtype, device)
+        self._mixer = GqaAttention(arch.mixer, model.dim, model.eps, ops, dtype, device)
+        self._ffn = _FFNS[type(arch.ffn)](arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
         self.next_norm: Norm | None = None  # the next block's first, if there is one
@@ -59,14 +59,18 @@ class PreNormBlock:
         return self._norms["input_layernorm"]
 
     def __call__(
-        self, stream: Residual, step: Step, cache: Tensor, wanted: Wanted | None = None
+        self,
+        stream: Residual,
+        context: ForwardContext,
+        cache: Tensor,
+        logit_tokens: LogitTokens | None = None,
     ) -> Residual:
-        """stream: of [tokens, dim]. Returns it, or new memory with the `wanted` tokens' alone."""
-        total = stream.total if wanted is None else stream.total[wanted.index]
+        """stream: of [tokens, dim]. Returns it, or new memory with the `logit_tokens` alone."""
+        total = stream.total if logit_tokens is None else stream.total[logit_tokens.index]
         x, norm = stream.under(self.first_norm)
         second = self._norms["post_attention_layernorm"]
         stream = self._join(
-            total, lambda into: self._mixer(x, norm, step, cache, wanted, into), second
+            total, lambda into: self._mixer(x, norm, context, cache, logit_tokens, into), second
         )
         y, left = stream.under(second)
         return self._join(stream.total, lambda into: self._ffn(y, left, into), self.next_norm)
@@ -82,11 +86,15 @@ class SandwichBlock(PreNormBlock):
     norms = (*PreNormBlock.norms, "post_self_attn_layernorm", "post_mlp_layernorm")
 
     def __call__(
-        self, stream: Residual, step: Step, cache: Tensor, wanted: Wanted | None = None
+        self,
+        stream: Residual,
+        context: ForwardContext,
+        cache: Tensor,
+        logit_tokens: LogitTokens | None = None,
     ) -> Residual:
         norms, x = self._norms, stream.total
-        total = x if wanted is None else x[wanted.index]
-        x = self._join.sum(self._mixer(x, self.first_norm, step, cache, wanted))
+        total = x if logit_tokens is None else x[logit_tokens.index]
+        x = self._join.sum(self._mixer(x, self.first_norm, context, cache, logit_tokens))
         total = self._ops.rms_norm(x, *norms["post_self_attn_layernorm"], add_to=total)
         x = self._join.sum(self._ffn(total, norms["post_attention_layernorm"]))
         return Residual(self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total))
@@ -107,34 +115,34 @@ class Decoder:
 
     def __init__(
         self,
-        spec: Model,
+        arch: Model,
         *,
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int,
-        share: Share | None = None,
+        shard: Shard | None = None,
         ranks: TensorParallel = ALONE,
     ) -> None:
         """`max_model_len`: no position reaches it. Dynamic RoPE scaling depends on it.
 
         `share`: what is this rank's; `ranks`: those that have the other shares of its layers.
         """
-        self.spec, self.dtype, self.device = spec, dtype, device
-        self.share = share or Share(0, len(spec.layers))
-        self.layers = self.share.of(spec)
-        self.is_first, self.is_last = self.share.first == 0, self.share.end == len(spec.layers)
+        self.arch, self.dtype, self.device = arch, dtype, device
+        self.shard = shard or Shard(0, len(arch.layers))
+        self.layers = self.shard.of(arch)
+        self.is_first, self.is_last = self.shard.first == 0, self.shard.end == len(arch.layers)
         self.ops, self._ranks = select_ops(device), ranks
         self._planner = self.ops.Planner(device, dtype)
-        join = Joiner(self.ops, ranks, spec.dim, dtype)
+        join = ResidualReducer(self.ops, ranks, arch.dim, dtype)
         self._blocks = [
-            _BLOCKS[type(layer)](layer, spec, self.ops, dtype, device, join)
+            _BLOCKS[type(layer)](layer, arch, self.ops, dtype, device, join)
             for layer in self.layers
         ]
         for block, after in pairwise(self._blocks):
             block.next_norm = after.first_norm
         self._made = {
             name: torch.empty(shape, dtype=dtype, device=device)
-            for name, shape in self.share.weights(spec).items()
+            for name, shape in self.shard.weights(arch).items()
             if not name.startswith("model.layers.")
         }
         ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
@@ -148,7 +156,7 @@ class Decoder:
 
     @property
     def _head(self) -> Tensor:
-        return self._embedding if self.spec.tie else self._made["lm_head.weight"]
+        return self._embedding if self.arch.tie else self._made["lm_head.weight"]
 
     def new_cache(
         self, num_pages: int, page_size: int, dtype: torch.dtype | None = None
@@ -179,13 +187,13 @@ class Decoder:
         [tokens, dim]; it is written to.
         """
         plans = {w: self._planner.plan(batch, cache[0], h, w) for w, h in self._windows.items()}
-        step = Step(plans, self._rotations(batch))
+        context = ForwardContext(plans, self._rotations(batch))
         stream = Residual(self._embed(batch.tokens) if x is None else x)
         for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
-            stream = block(stream, step, layer_cache)
-        wanted = self._wanted(batch, cache[-1]) if self.is_last else None
-        total = self._blocks[-1](stream, step, cache[-1], wanted).total
-        if wanted or batch.logit_index is None or not self.is_last:
+            stream = block(stream, context, layer_cache)
+        logit_tokens = self._logit_tokens(batch, cache[-1]) if self.is_last else None
+        total = self._blocks[-1](stream, context, cache[-1], logit_tokens).total
+        if logit_tokens or batch.logit_index is None or not self.is_last:
             return total
         return total[batch.logit_index]
 
@@ -197,7 +205,7 @@ class Decoder:
         here = (at >= 0) & (at < len(table))
         return self._ranks.sum(F.embedding(at * here, table) * here[:, None])
 
-    def _wanted(self, batch: Batch, cache: Tensor) -> Wanted | None:
+    def _logit_tokens(self, batch: Batch, cache: Tensor) -> LogitTokens | None:
         """The last tokens of the rows whose logits are asked for; None if other tokens' are too,
         or every token's. To attention, such a token is a decode row.
         """
@@ -205,7 +213,7 @@ class Decoder:
         if rows is None:
             return None
         if not len(rows):
-            return Wanted(batch.logit_index, {})
+            return LogitTokens(batch.logit_index, {})
         ends = replace(
             batch,
             slots=batch.slots[batch.logit_rows],
@@ -216,22 +224,24 @@ class Decoder:
         )
         window = self.layers[-1].mixer.window
         plan = self._planner.plan(ends, cache, self._windows[window], window)
-        return Wanted(batch.logit_index, {window: plan})
+        return LogitTokens(batch.logit_index, {window: plan})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """What `forward` gave, [n, dim], to this rank's share of the logits, [n, vocab / ranks] in
         the model's dtype; into `out` if given.
         """
-        norm = self._made["model.norm.weight"], self.spec.eps
+        norm = self._made["model.norm.weight"], self.arch.eps
         return self.ops.linear(hidden, self._head, None, norm, out)
 
     def whole(self, scores: Tensor) -> Tensor:
         """All ranks' `scores` of the same rows: [n, vocab]."""
         return self._ranks.gather(scores)
 
-    def sample(self, scores: Tensor, slots: Tensor, *state: Tensor, out: Tensor | None = None):
-        """One token for each row of `scores`, [n] int64; see ops.sample."""
-        return self.ops.sample(scores, slots, *state, out=out, ranks=self._ranks)
+    def sample_plain(
+        self, scores: Tensor, slots: Tensor, *state: Tensor, out: Tensor | None = None
+    ):
+        """One token for each row of `scores`, [n] int64; see ops.sample_plain."""
+        return self.ops.sample_plain(scores, slots, *state, out=out, ranks=self._ranks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `forward` gave, [n, dim], to [n, vocab] logits in float32."""
@@ -243,7 +253,7 @@ class Decoder:
         A view may have a leading dimension more than the weight: copying broadcasts over it.
         """
         views = dict(self._made)
-        for i, block in enumerate(self._blocks, self.share.first):
+        for i, block in enumerate(self._blocks, self.shard.first):
             views |= {f"model.layers.{i}.{name}": view for name, view in block.weights().items()}
         return views
 

@@ -1,7 +1,7 @@
 """From a safetensors checkpoint to a decoder: what goes where, and whether all of it fits.
 
 Everything that does not fit exactly is an error: missing, left over, twice, another shape, another
-kind of number, a file cut short. Names come from spec/names.py; read.py moves the numbers.
+kind of number, a file cut short. Names come from arch/names.py; read.py moves the numbers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gllm_engine.arch.model import Model
+from gllm_engine.arch.names import checkpoint_name, checkpoint_tensors, is_left_over
 from gllm_engine.model.decoder import Decoder
-from gllm_engine.model.read import LoadError, Source, reading
-from gllm_engine.spec.model import Model
-from gllm_engine.spec.names import checkpoint_name, checkpoint_tensors, is_left_over
+from gllm_engine.model.read import LoadError, TensorSlice, reading
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
@@ -55,13 +55,13 @@ def filling(decoder: Decoder, path: Path) -> Iterator[None]:
     loader.check_tied()
 
 
-def make_dummy(spec: Model, **options: Any) -> Decoder:
+def make_dummy(arch: Model, **options: Any) -> Decoder:
     """Build the decoder for `spec` with random weights, always the same; `options` as Decoder's.
 
     They are of a trained model's size, so that numbers stay in range, and none is constant:
     kernels run faster on zeros.
     """
-    decoder = Decoder(spec, **options)
+    decoder = Decoder(arch, **options)
     generator = torch.Generator(decoder.device).manual_seed(0)
     for name, view in decoder.weights().items():
         if name.endswith("norm.weight"):
@@ -75,14 +75,14 @@ class _Loader:
     """Checks each checkpoint tensor and says where its numbers go."""
 
     def __init__(self, decoder: Decoder) -> None:
-        spec = decoder.spec
-        self.targets: list[tuple[Source, Tensor]] = []
-        self._share = decoder.share
-        self._shapes, self._weights = spec.weights(), decoder.weights()
-        self._missing = checkpoint_tensors(spec)
+        arch = decoder.arch
+        self.targets: list[tuple[TensorSlice, Tensor]] = []
+        self._shard = decoder.shard
+        self._shapes, self._weights = arch.weights(), decoder.weights()
+        self._missing = checkpoint_tensors(arch)
         self._seen: set[str] = set()
         # A tied model's checkpoint may carry its output projection too, if it is the embedding.
-        self._tied = checkpoint_name(spec, "lm_head.weight") if spec.tie else None
+        self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
         self._tied_copy: tuple[Path, Tensor] | None = None
 
     def take(self, file: Path, name: str, stored: Any, descriptor: int, offset: int) -> None:
@@ -99,7 +99,7 @@ class _Loader:
             if embedding is not None:
                 # On the host: to be compared, not to take the device's memory.
                 self._tied_copy = file, torch.empty_like(embedding, device="cpu")
-                self._aim(Source(file, descriptor, offset, dtype), shape, self._tied_copy[1])
+                self._aim(TensorSlice(file, descriptor, offset, dtype), shape, self._tied_copy[1])
             return
         if name not in self._missing:
             raise LoadError(f"{file}: tensor {name} is left over; the model has no place for it")
@@ -109,21 +109,21 @@ class _Loader:
         dtype = _check(file, name, stored, (rows, *shapes[0][1:]))
         for part, shape in zip(parts, shapes, strict=True):
             if part in self._weights:  # else it is another rank's
-                self._aim(Source(file, descriptor, offset, dtype), shape, self._weights[part])
+                self._aim(TensorSlice(file, descriptor, offset, dtype), shape, self._weights[part])
             offset += prod(shape) * dtype.itemsize
 
-    def _aim(self, whole: Source, shape: tuple[int, ...], into: Tensor) -> None:
+    def _aim(self, whole: TensorSlice, shape: tuple[int, ...], into: Tensor) -> None:
         """Have this rank's share of a whole weight of `shape` read. `into`: of the share's shape,
         which is smaller in one dimension at most; or the same once more for each of some copies.
         """
         width = prod(shape[1:])
-        share = into.shape[-len(shape) :]
-        count, start = prod(share[1:]), self._share.start
-        offset = whole.offset + start(shape[0], share[0]) * width * whole.dtype.itemsize
+        shard = into.shape[-len(shape) :]
+        count, start = prod(shard[1:]), self._shard.start
+        offset = whole.offset + start(shape[0], shard[0]) * width * whole.dtype.itemsize
         source = replace(whole, offset=offset)
         if count < width:
             source = replace(source, width=width, first=start(width, count), count=count)
-        self.targets.append((source, into.view(-1, prod(share))))
+        self.targets.append((source, into.view(-1, prod(shard))))
 
     def check_complete(self, path: Path) -> None:
         if self._missing:

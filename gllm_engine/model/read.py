@@ -33,7 +33,7 @@ class LoadError(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSlice:
     """Rows of numbers in a file that stays open; `offset` of the first row's first, in bytes.
 
     Of each row of `width` numbers those from `first` on are wanted, `count` of them.
@@ -49,11 +49,11 @@ class Source:
 
 
 # As many numbers of a file as fit a buffer, and [copies, n] to fill with them, every row the same.
-_Piece = tuple[Source, Tensor]
+_Piece = tuple[TensorSlice, Tensor]
 
 
 @contextmanager
-def reading(targets: list[tuple[Source, Tensor]], device: torch.device) -> Iterator[None]:
+def reading(targets: list[tuple[TensorSlice, Tensor]], device: torch.device) -> Iterator[None]:
     """Fill each tensor, [copies, n], with n numbers of its source, row by row the same.
 
     Tensors are on `device`, or on the host. Reads while the block runs and has read everything when
@@ -81,7 +81,7 @@ def reading(targets: list[tuple[Source, Tensor]], device: torch.device) -> Itera
     _log.info("read %.2f GB of weights in %.1f s, %.1f GB/s", num_bytes / 1e9, seconds, speed)
 
 
-def _cut(source: Source, into: Tensor) -> Iterator[_Piece]:
+def _cut(source: TensorSlice, into: Tensor) -> Iterator[_Piece]:
     row_bytes = source.width * source.dtype.itemsize
     rows, num_rows = max(1, _PIECE_BYTES // row_bytes), into.shape[1] // source.count
     for row in range(0, num_rows, rows):
@@ -132,7 +132,7 @@ def _move(piece: _Piece, buffer: Tensor) -> None:
     into.unflatten(1, (-1, source.count)).copy_(wanted, non_blocking=True)
 
 
-def _fill(memory: memoryview, source: Source) -> None:
+def _fill(memory: memoryview, source: TensorSlice) -> None:
     """Read as many bytes as `memory` has."""
     offset = source.offset
     try:

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from gllm_engine.spec.model import Model
-from gllm_engine.spec.names import checkpoint_tensors
-from gllm_engine.spec.tiny import tiny_config
-from gllm_engine.spec.zoo import make_spec
+from gllm_engine.arch.model import Model
+from gllm_engine.arch.names import checkpoint_tensors
+from gllm_engine.arch.tiny import tiny_config
+from gllm_engine.arch.zoo import make_arch
 
 # Their ids are 0, 1, 2. Generation ends at the first and the last.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -54,36 +54,36 @@ def write_tiny_model(
     """Write config, weights, tokenizer and generation config to `directory`; returns its path.
 
     `family`: an architecture name, one of spec.FAMILIES. `dtype`: float32, bfloat16 or float16.
-    `over`: keys of config.json to change. Raises SpecError for a config that is not supported,
+    `over`: keys of config.json to change. Raises ArchError for a config that is not supported,
     ValueError for a vocabulary too small for the tokenizer.
     """
     directory = Path(directory)
     config = tiny_config(family, **over) | {"dtype": dtype}
-    spec = make_spec(config)
-    if spec.vocab < MIN_VOCAB:
-        raise ValueError(f"vocabulary of {spec.vocab} tokens: at least {MIN_VOCAB} are needed")
+    arch = make_arch(config)
+    if arch.vocab < MIN_VOCAB:
+        raise ValueError(f"vocabulary of {arch.vocab} tokens: at least {MIN_VOCAB} are needed")
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"eos_token_id": [2, 0]})
-    _write_tokenizer(directory, min(spec.vocab, MAX_TOKENIZER_VOCAB), spec.max_len)
-    tensors = random_checkpoint(spec, seed)
+    _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len)
+    tensors = random_checkpoint(arch, seed)
     tensors = {name: t.to(_dtype(dtype)) for name, t in tensors.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
-def random_checkpoint(spec: Model, seed: int) -> dict[str, Tensor]:
+def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
     """Random float32 checkpoint tensors, scaled so that hidden states and logits stay lively."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = spec.weights()
+    shapes = arch.weights()
     return {
-        name: torch.cat([_random_weight(part, shapes[part], spec, generator) for part in parts])
-        for name, parts in checkpoint_tensors(spec).items()
+        name: torch.cat([_random_weight(part, shapes[part], arch, generator) for part in parts])
+        for name, parts in checkpoint_tensors(arch).items()
     }
 
 
 def _random_weight(
-    name: str, shape: tuple[int, ...], spec: Model, generator: torch.Generator
+    name: str, shape: tuple[int, ...], arch: Model, generator: torch.Generator
 ) -> Tensor:
     noise = torch.randn(shape, generator=generator)
     if name == "model.norm.weight":
@@ -94,7 +94,7 @@ def _random_weight(
         return 0.3 * noise
     # An embedding row is read as it is; a row of the output projection meets `dim` numbers about 1
     # in size, and logits about 3 apart make text that varies, yet prefers some tokens.
-    is_input = name.startswith("model.embed_tokens") and not spec.tie
+    is_input = name.startswith("model.embed_tokens") and not arch.tie
     is_output = name.startswith(("lm_head", "model.embed_tokens"))
     gain = 3.0 if is_output else 1.0
     return noise if is_input else noise * gain * shape[-1] ** -0.5

@@ -11,9 +11,9 @@ from types import ModuleType
 
 import torch
 
-from gllm_engine.ops.batch import Batch, HostInts, Ranks
+from gllm_engine.ops.batch import Batch, HostInts, TensorGroup
 
-__all__ = ["Batch", "HostInts", "Ranks", "best_device", "select_ops"]
+__all__ = ["Batch", "HostInts", "TensorGroup", "best_device", "select_ops"]
 
 # Imported on demand: the kernels of a GPU are not installed where there is none.
 _BY_DEVICE = {"cpu": "reference", "cuda": "flashinfer"}

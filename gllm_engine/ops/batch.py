@@ -16,7 +16,7 @@ from torch import Tensor
 HostInts = np.ndarray[Any, Any]
 
 
-class Ranks(Protocol):
+class TensorGroup(Protocol):
     """Processes that hold a share each of the same tensors; this one is number `rank`."""
 
     rank: int

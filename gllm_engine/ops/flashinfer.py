@@ -25,24 +25,36 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRagg
 from torch import Tensor
 
 from gllm_engine.ops import reference, triton
-from gllm_engine.ops.ahead import plan_all, tiny_chunk
 from gllm_engine.ops.batch import Batch, HostInts
+from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
 from gllm_engine.ops.triton import (
     gemv,
     is_single,
-    lay_out,
-    one_shot_sum,
+    make_one_shot_allreduce,
+    prepare_inputs,
     rms_norm,
-    sample,
+    sample_plain,
     silu_mul,
 )
 from gllm_engine.ops.triton.moe import route, sum_experts
 
 __all__ = [
-    "Planner", "add_linear", "attend", "gated_linear", "lay_out", "linear", "one_shot_sum",
-    "prepare", "rms_norm", "rotate_and_store", "rotation", "route", "sample", "silu_mul",
+    "Planner",
+    "add_linear",
+    "attend",
+    "gated_linear",
+    "linear",
+    "make_one_shot_allreduce",
+    "prepare",
+    "prepare_inputs",
+    "rms_norm",
+    "rotate_and_store",
+    "rotation",
+    "route",
+    "sample_plain",
+    "silu_mul",
     "sum_experts",
-]  # fmt: skip
+]
 
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -57,7 +69,7 @@ _NUM_STAGES = 8
 
 # Where to find each token's cosines and sines: tables [positions, dim / 2] float32 of both, and
 # positions [tokens] int64.
-Turn = tuple[tuple[Tensor, Tensor], Tensor]
+RotaryInputs = tuple[tuple[Tensor, Tensor], Tensor]
 # Normed and rotated heads of a step's tokens: q [tokens, heads, head_dim], and k and v
 # [tokens, 2 * kv_heads, head_dim] before the cache rounds them; None: nobody asks.
 Heads = tuple[Tensor, Tensor | None]
@@ -74,7 +86,7 @@ class AttentionPlan:
     cache_index: Tensor  # [tokens] where K and V go
     num_decode: int
     first_fresh: int = 0
-    decode: triton.Parts | None = None
+    decode: triton.KvSplits | None = None
     chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     slow: reference.AttentionPlan | None = None
@@ -125,7 +137,7 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 def rotation(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
-) -> Turn:
+) -> RotaryInputs:
     """As reference.rotation; nothing is computed ahead."""
     del dtype, interleaved
     return (cos, sin), positions
@@ -136,7 +148,7 @@ def rotate_and_store(
     heads: int,
     norm: Tensor | None,
     eps: float,
-    turn: Turn,
+    turn: RotaryInputs,
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
@@ -159,7 +171,7 @@ def attend(
     n, f = plan.num_decode, plan.first_fresh
     out = torch.empty_like(q)
     if plan.decode is not None:
-        triton.decode(q[:n], cache, plan.decode, out[:n])
+        triton.decode_attention(q[:n], cache, plan.decode, out[:n])
     if plan.chunks is not None:
         plan.chunks.run(q[n:f], cache, out=out[n:f])
     if plan.fresh is not None and kv is not None:
@@ -170,7 +182,7 @@ def attend(
 
 def prepare(cache: Tensor, dtype: torch.dtype, heads: dict[int | None, int]) -> None:
     """Compile what FlashInfer needs for queries of `dtype` over such a cache and for each window
-    (`heads`: query heads of its layers), unless it is in ahead.cache_dirs()[0] already.
+    (`heads`: query heads of its layers), unless it is in jit_cache.cache_dirs()[0] already.
     """
     if not _has_kernels(cache, dtype):
         return
@@ -184,7 +196,7 @@ def prepare(cache: Tensor, dtype: torch.dtype, heads: dict[int | None, int]) -> 
         Planner(cache.device, dtype).plan(batch, cache, heads[window], window)
 
     what = f"attention of chunks, heads of {cache.shape[4]}, {dtype} over {cache.dtype}"
-    plan_all(what, plan, [(chunk, window) for chunk in chunks for window in windows])
+    compile_all(what, plan, [(chunk, window) for chunk in chunks for window in windows])
 
 
 class _Stages:
@@ -240,7 +252,7 @@ class Planner:
         if n:
             lens = batch.context_lens[:n]
             kv_heads = cache.shape[3]
-            plan.decode = triton.split(batch.page_table, batch.slots[:n], lens, kv_heads, window)
+            plan.decode = triton.split_kv(batch.page_table, batch.slots[:n], lens, kv_heads, window)
         first = end
         while first > n and batch.query_lens[first - 1] == batch.context_lens_cpu[first - 1]:
             first -= 1

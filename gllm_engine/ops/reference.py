@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.ops.batch import Batch, Ranks
+from gllm_engine.ops.batch import Batch, TensorGroup
 
 # Numbers gathered at once: 1 MiB of float32, so that attention finds them in a CPU's cache.
 _GATHER_NUMBERS = 1 << 18
@@ -74,7 +74,7 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return total.add_(F.linear(x, weight, bias))
 
 
-def one_shot_sum(ranks: Ranks, dim: int, dtype: torch.dtype) -> None:
+def make_one_shot_allreduce(ranks: TensorGroup, dim: int, dtype: torch.dtype) -> None:
     """On a GPU: a kernel that sums all ranks' parts of [rows, dim]; here there is none."""
     del ranks, dim, dtype
 
@@ -348,7 +348,7 @@ def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None 
     return out.flatten(1)
 
 
-def lay_out(
+def prepare_inputs(
     page_table: Tensor,
     page_size: int,
     lengths: Tensor,
@@ -400,7 +400,7 @@ def list_pages(
         out[firsts[row] : firsts[row + 1]] = page_table[slot, :count]
 
 
-def sample(
+def sample_plain(
     scores: Tensor,
     slots: Tensor,
     temperature: Tensor,
@@ -409,7 +409,7 @@ def sample(
     lengths: Tensor,
     last_tokens: Tensor,
     out: Tensor | None = None,
-    ranks: Ranks | None = None,
+    ranks: TensorGroup | None = None,
 ) -> Tensor:
     """One token for each row of scores [rows, vocab], the logits of `slots` [rows], into `out`
     [rows] int64 if given: drawn with its softmax at the slot's temperature, or the most likely

@@ -1,12 +1,12 @@
 """Device state, batch building and sampling: turns a StepPlan into a StepResult."""
 
-from gllm_engine.ops.ahead import cache_dirs
-from gllm_engine.runner.cut import measure_cut
-from gllm_engine.runner.instant import InstantRunner
-from gllm_engine.runner.runner import Launched, Runner, default_threads
+from gllm_engine.ops.jit_cache import cache_dirs
+from gllm_engine.runner.null_runner import NullRunner
+from gllm_engine.runner.pp_partition import measure_partition
+from gllm_engine.runner.runner import Runner, RunnerStep, default_threads
 from gllm_engine.runner.state import PlanError
 
 __all__ = [
-    "InstantRunner", "Launched", "PlanError", "Runner", "cache_dirs", "default_threads",
-    "measure_cut",
+    "NullRunner", "RunnerStep", "PlanError", "Runner", "cache_dirs", "default_threads",
+    "measure_partition",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from gllm_engine.types import Chunk, StepPlan
 
 
 @dataclass(frozen=True)
-class Step:
+class StepInputs:
     """A batch and what its logits are for: the sampling rows', then those of prompt positions."""
 
     batch: Batch
@@ -27,14 +27,14 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Rows:
+class StepRows:
     """What the host knows of a step: whose rows it has and how long they are after it."""
 
     slots_cpu: HostInts  # in the plan's order of rows
     context_lens_cpu: HostInts
 
 
-def count_rows(plan: StepPlan, state: State) -> Rows:
+def count_rows(plan: StepPlan, state: State) -> StepRows:
     """Count a step's tokens into the lengths that the host keeps of its slots.
 
     A plan has at least one row. Raises PlanError for a slot whose pages do not hold its tokens.
@@ -45,16 +45,16 @@ def count_rows(plan: StepPlan, state: State) -> Rows:
     contexts_cpu[num_decode:] = [chunk.start + len(chunk.tokens) for chunk in chunks]
     state.check_room(slots_cpu, contexts_cpu)
     state.lengths_cpu[slots_cpu] = contexts_cpu
-    return Rows(slots_cpu, contexts_cpu)
+    return StepRows(slots_cpu, contexts_cpu)
 
 
-def build_step(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
+def build_step(plan: StepPlan, state: State, rows: StepRows, ops: ModuleType) -> StepInputs:
     """Lay out one step whose rows have been counted."""
     if plan.chunks:
         return _mixed(plan, state, rows, ops)
     (slots,) = to_device(state.device, rows.slots_cpu)
     batch = decode_batch(state, slots, rows.context_lens_cpu, ops)
-    return Step(batch, rows.slots_cpu, slots, [])
+    return StepInputs(batch, rows.slots_cpu, slots, [])
 
 
 def decode_batch(state: State, slots: Tensor, context_lens_cpu: HostInts, ops: ModuleType) -> Batch:
@@ -65,7 +65,7 @@ def decode_batch(state: State, slots: Tensor, context_lens_cpu: HostInts, ops: M
     return _batch(state, ops, slots, (none, none, none), context_lens_cpu, [])
 
 
-def _mixed(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
+def _mixed(plan: StepPlan, state: State, rows: StepRows, ops: ModuleType) -> StepInputs:
     num_decode, chunks, slots_cpu = len(plan.decode_slots), plan.chunks, rows.slots_cpu
     lens = [len(chunk.tokens) for chunk in chunks]
     ends = np.cumsum(lens, dtype=np.int64)
@@ -96,7 +96,7 @@ def _mixed(plan: StepPlan, state: State, rows: Rows, ops: ModuleType) -> Step:
         logit_rows=None if scored else logit_rows,
         logit_rows_cpu=None if scored else sampling_rows,
     )
-    return Step(batch, sampling_cpu, sampling, scored)
+    return StepInputs(batch, sampling_cpu, sampling, scored)
 
 
 def _batch(
@@ -111,7 +111,7 @@ def _batch(
     wants the logits of all tokens.
     """
     num_decode = len(slots) - len(chunk_lens)
-    tokens, positions, cache_index, context_lens = ops.lay_out(
+    tokens, positions, cache_index, context_lens = ops.prepare_inputs(
         *(state.page_table, state.page_size, state.lengths, state.last_tokens),
         *(slots, *chunked, max(chunk_lens, default=0)),
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.model import Decoder
-from gllm_engine.runner.batch import Rows, decode_batch
+from gllm_engine.runner.batch import StepRows, decode_batch
 from gllm_engine.runner.state import State, pack
 
 _log = logging.getLogger(__name__)
@@ -62,11 +62,11 @@ class DecodeGraphs:
         state.page_table[self._spare] = cache[0].shape[0] - 1
         device, like = decoder.device, {"dtype": decoder.dtype, "device": decoder.device}
         rows = max_rows if decoder.is_last else 0
-        self._scores = torch.empty(rows, state.vocab // decoder.share.size, **like)
+        self._scores = torch.empty(rows, state.vocab // decoder.shard.size, **like)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._inputs = None
         if not decoder.is_first:
-            self._inputs = torch.zeros(max_rows, decoder.spec.dim, **like)
+            self._inputs = torch.zeros(max_rows, decoder.arch.dim, **like)
         self._counts = row_counts(max_rows)
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         start = time.perf_counter()
@@ -76,7 +76,7 @@ class DecodeGraphs:
         seconds = time.perf_counter() - start
         _log.info("captured decode graphs for %s rows in %.1f s", self._counts, seconds)
 
-    def forward(self, rows: Rows, x: Tensor | None) -> Decoded:
+    def forward(self, rows: StepRows, x: Tensor | None) -> Decoded:
         """Run the decode step of `rows`; plainly sampled tokens are recorded as the slots' last.
 
         `x`: [n, dim] from the stage before, if there is one.
@@ -118,5 +118,5 @@ class DecodeGraphs:
         hidden = decoder.forward(batch, self._cache, x)
         if decoder.is_last:
             scores = decoder.scores(hidden, out=self._scores[:n])
-            decoder.sample(scores, slots, *state.draws, out=self._tokens[:n])
+            decoder.sample_plain(scores, slots, *state.draws, out=self._tokens[:n])
         return hidden

@@ -1,7 +1,7 @@
 """Runs plans: applies the diff, computes the forward pass, samples. One Runner a rank.
 
 Owns the KV cache and the order of work in a step. launch() never waits for the device; only
-Launched.wait() does. Of several ranks every one is given every plan; stages hand activations on,
+RunnerStep.wait() does. Of several ranks every one is given every plan; stages hand activations on,
 and the last one samples. Knows nothing of requests, of scheduling, or of what tokens mean.
 """
 
@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gllm_engine.arch import Model
 from gllm_engine.config import EngineConfig
-from gllm_engine.dist import Pipe, Ranks
 from gllm_engine.model import Decoder
-from gllm_engine.runner.batch import Step, build_step, count_rows
+from gllm_engine.parallel import Pipe, RankGroups
+from gllm_engine.runner.batch import StepInputs, build_step, count_rows
 from gllm_engine.runner.graphs import DecodeGraphs
-from gllm_engine.runner.memory import cache_dtype, fitting_pages
-from gllm_engine.runner.returned import ReturnedTokens
+from gllm_engine.runner.kv_sizing import cache_dtype, fitting_pages
 from gllm_engine.runner.sampler import log_probabilities, sample
 from gllm_engine.runner.state import State, int_array, to_device
-from gllm_engine.runner.warm import tiny_plans
-from gllm_engine.spec import Model
+from gllm_engine.runner.token_return import TokenReturn
+from gllm_engine.runner.warmup import tiny_plans
 from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
 
 # Prompt positions are scored so many logits at a time: their log probabilities are wide.
@@ -39,7 +39,7 @@ Moment = torch.cuda.Event | float
 
 
 @dataclass(frozen=True)
-class Scores:
+class LogprobRows:
     """Log probabilities of the rows of some slots, on the host or on their way to it."""
 
     slots: list[int]
@@ -55,7 +55,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Launched:
+class RunnerStep:
     """A step under way. Its tensors are copies on the host, complete once `done` has happened.
 
     `began`: when it had all it needed; both are moments of the device, on a CPU in seconds.
@@ -63,8 +63,8 @@ class Launched:
 
     step: int
     tokens: Tensor | None = None  # [sampling rows] int64
-    scores: Scores | None = None
-    prompt_scores: list[Scores] = field(default_factory=list)
+    scores: LogprobRows | None = None
+    prompt_scores: list[LogprobRows] = field(default_factory=list)
     began: Moment | None = None  # None: there was nothing to compute
     done: Moment | None = None
 
@@ -94,7 +94,7 @@ class Runner:
 
     @torch.inference_mode()
     def __init__(
-        self, config: EngineConfig, spec: Model, decoder: Decoder, ranks: Ranks | None = None
+        self, config: EngineConfig, arch: Model, decoder: Decoder, ranks: RankGroups | None = None
     ) -> None:
         """`ranks`: this one's place among several; None: it is the only one."""
         on_gpu = decoder.device.type == "cuda"
@@ -104,7 +104,7 @@ class Runner:
         self.device = decoder.device
         self.took: dict[str, float] = {}
         self.pipe = Pipe() if ranks is None else ranks.pipe
-        max_len = config.max_model_len or spec.max_len
+        max_len = config.max_model_len or arch.max_len
         max_pages = -(-max_len // config.page_size)
         with self._timed("kernels"):
             if on_gpu:
@@ -119,13 +119,13 @@ class Runner:
                 config.max_num_seqs + on_gpu,
                 max_pages,
                 config.page_size,
-                spec.vocab,
-                spec.eos_token_ids,
+                arch.vocab,
+                arch.eos_token_ids,
                 self.device,
             )
-        self._returned: ReturnedTokens | None = None
+        self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
-            self._returned = ReturnedTokens(self.pipe, self.state, config.plans_in_flight)
+            self._returned = TokenReturn(self.pipe, self.state, config.plans_in_flight)
         self._graphs: DecodeGraphs | None = None
         with self._timed("graphs"):
             if on_gpu and not config.enforce_eager:
@@ -144,15 +144,15 @@ class Runner:
         self.took[part] = time.perf_counter() - start
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> RunnerStep:
         """Start one step; the state is as after it, and the next plan may be launched.
 
         Raises PlanError for a plan that contradicts earlier ones. After any error the state of
         the plan's slots is undefined until they get new owners.
         """
-        self.state.apply(plan.new, plan.grown)
+        self.state.apply(plan.new, plan.new_pages)
         if not plan.decode_slots and not plan.chunks:
-            return Launched(plan.step)
+            return RunnerStep(plan.step)
         rows = count_rows(plan, self.state)
         if self._returned is not None:
             self._returned.settle(plan.decode_slots)
@@ -163,7 +163,7 @@ class Runner:
                 return self._hand_on(decoded.hidden.clone(), plan, began)
             slots, scores, plain = decoded.slots, decoded.scores, decoded.tokens
             tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, plain)
-            return Launched(plan.step, tokens, logprobs, [], began, self._now())
+            return RunnerStep(plan.step, tokens, logprobs, [], began, self._now())
         step = build_step(plan, self.state, rows, self.decoder.ops)
         hidden = self.decoder.forward(step.batch, self.cache, x)
         if not self.pipe.is_last:
@@ -174,7 +174,7 @@ class Runner:
             scores = self.decoder.scores(hidden[:num_sampling])
             tokens, logprobs = self._sample(step.sampling_cpu, step.sampling, scores, plan, None)
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
-        return Launched(plan.step, tokens, logprobs, prompt_scores, began, self._now())
+        return RunnerStep(plan.step, tokens, logprobs, prompt_scores, began, self._now())
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
         """What the stage before made of the step; None on the first."""
@@ -182,18 +182,18 @@ class Runner:
             return None
         num_tokens = len(plan.decode_slots) + sum(len(chunk.tokens) for chunk in plan.chunks)
         x = torch.empty(
-            num_tokens, self.decoder.spec.dim, dtype=self.decoder.dtype, device=self.device
+            num_tokens, self.decoder.arch.dim, dtype=self.decoder.dtype, device=self.device
         )
         return self.pipe.receive(x)
 
-    def _hand_on(self, hidden: Tensor, plan: StepPlan, began: Moment) -> Launched:
+    def _hand_on(self, hidden: Tensor, plan: StepPlan, began: Moment) -> RunnerStep:
         """Give the next stage what this one made of a step, in memory that is nobody else's."""
         done = self._now()
         self.pipe.send(hidden)
         if self._returned is not None:
             sampling = [chunk.slot for chunk in plan.chunks if chunk.samples]
             self._returned.expect(int_array(plan.decode_slots, sampling))
-        return Launched(plan.step, began=began, done=done)
+        return RunnerStep(plan.step, began=began, done=done)
 
     def is_alive(self) -> bool:
         """Whether the device can compute. A fault in a kernel ends that for this process: every
@@ -227,7 +227,7 @@ class Runner:
         scores: Tensor,
         plan: StepPlan,
         plain: Tensor | None,
-    ) -> tuple[Tensor, Scores | None]:
+    ) -> tuple[Tensor, LogprobRows | None]:
         """Choose, remember and send home the tokens of `slots` (the same on host and device).
 
         `plain`: what plain sampling chose, if it has been done.
@@ -246,17 +246,17 @@ class Runner:
         elif plain is not None:
             tokens = plain
         else:
-            tokens = self.decoder.sample(scores, slots, *state.draws)
+            tokens = self.decoder.sample_plain(scores, slots, *state.draws)
         if not self.pipe.is_first:
             self.pipe.return_tokens(tokens.clone())  # the next step may overwrite them
         logprobs = None
         if raw is not None and rows is not None:
             widths = num_top[asked].tolist()
             columns = log_probabilities(raw, tokens[rows], max(widths))
-            logprobs = Scores(slots_cpu[asked].tolist(), widths, _to_host(*columns))
+            logprobs = LogprobRows(slots_cpu[asked].tolist(), widths, _to_host(*columns))
         return _to_host(tokens)[0], logprobs
 
-    def _score_prompts(self, step: Step, hidden: Tensor) -> list[Scores]:
+    def _score_prompts(self, step: StepInputs, hidden: Tensor) -> list[LogprobRows]:
         found = []
         num_rows = max(1, MAX_SCORED_LOGITS // self.state.vocab)
         for chunk in step.scored:
@@ -267,7 +267,7 @@ class Runner:
                 ids = target_ids[first : first + num_rows]
                 logits = self.decoder.logits(hidden[first : first + len(ids)])
                 columns = _to_host(*log_probabilities(logits, ids, num_top))
-                found.append(Scores([chunk.slot], [num_top] * len(ids), columns))
+                found.append(LogprobRows([chunk.slot], [num_top] * len(ids), columns))
             hidden = hidden[len(targets) :]
         return found
 

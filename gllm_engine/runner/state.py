@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from gllm_engine.runner.sampler import FORBIDDEN, MAX_PARTIAL_SORT, Penalties, SamplingBatch
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import Grown, NewSequence
+from gllm_engine.types import NewPages, NewSequence
 
 # A lower temperature means greedy (vLLM's limit); a lower repetition penalty acts like this one:
 # it would carry scores out of float32.
@@ -139,7 +139,7 @@ class State:
         # temperature, min_p, top_p, presence, frequency, repetition
         self.reals = torch.zeros(6, num_slots, dtype=torch.float64, device=device)
         self.integers = torch.zeros(3, num_slots, **long)  # top_k, seed, prompt_len
-        # What plain sampling reads and writes, as ops.sample takes it.
+        # What plain sampling reads and writes, as ops.sample_plain takes it.
         self.draws = (self.reals[0], *self.integers[1:], self.lengths, self.last_tokens)
         self.bias = Additions(num_slots, device)
         self.stops = Additions(num_slots, device)  # what min_tokens forbids
@@ -154,12 +154,12 @@ class State:
 
     # ------------------------------------------------------------ the plan's diff
 
-    def apply(self, new: list[NewSequence], grown: list[Grown]) -> None:
+    def apply(self, new: list[NewSequence], new_pages: list[NewPages]) -> None:
         """Give slots their new owners, then append pages."""
         if new:
             self._own(new)
-        if grown:
-            self._grow(grown)
+        if new_pages:
+            self._grow(new_pages)
 
     def _own(self, new: list[NewSequence]) -> None:
         for sequence in new:
@@ -211,11 +211,11 @@ class State:
         self.logprobs_cpu[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self.prompt_logprobs_cpu[slot] = sampling.prompt_logprobs or 0
 
-    def _grow(self, grown: list[Grown]) -> None:
+    def _grow(self, new_pages: list[NewPages]) -> None:
         max_pages = self.page_table.shape[1]
         places: list[int] = []
         pages: list[int] = []
-        for one in grown:
+        for one in new_pages:
             slot, first, end = one.slot, one.first, one.first + len(one.pages)
             if first != self.num_pages_cpu[slot] or end > max_pages:
                 raise PlanError(

@@ -21,7 +21,7 @@ from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
 from gllm_engine.types import (
     Chunk,
     Finish,
-    Grown,
+    NewPages,
     NewSequence,
     Stats,
     Status,
@@ -61,7 +61,7 @@ class _Draft:
     """A plan while it is made. `decodes` and `chunked`: whose rows its rows are."""
 
     new: list[NewSequence] = field(default_factory=list)
-    grown: list[Grown] = field(default_factory=list)
+    new_pages: list[NewPages] = field(default_factory=list)
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     chunked: list[Sequence] = field(default_factory=list)
@@ -217,7 +217,7 @@ class Scheduler:
             return self.schedule() if self._preemptions > preemptions else None
         self._steps += 1
         slots = [sequence.slot for sequence in draft.decodes]
-        plan = StepPlan(self._steps, draft.new, draft.grown, slots, draft.chunks, draft.masks)
+        plan = StepPlan(self._steps, draft.new, draft.new_pages, slots, draft.chunks, draft.masks)
         sampling = draft.decodes + [s for s in draft.chunked if s.queue is self._decoding]
         self._flights.append(_Flight(plan, sampling, draft.chunked, draft.work))
         return plan
@@ -328,7 +328,7 @@ class Scheduler:
             if not self._make_room(sequence):
                 return False
             first = len(sequence.pages.ids)
-            draft.grown.append(Grown(sequence.slot, first, [sequence.pages.grow()]))
+            draft.new_pages.append(NewPages(sequence.slot, first, [sequence.pages.grow()]))
         if constraint is None:
             sequence.plan_check = min(last, planned - planned % self._page_size + self._page_size)
         else:
@@ -380,7 +380,7 @@ class Scheduler:
         draft.new.append(
             NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sequence.sampling, known)
         )
-        draft.grown.append(Grown(sequence.slot, 0, list(pages.ids)))
+        draft.new_pages.append(NewPages(sequence.slot, 0, list(pages.ids)))
         return True
 
     def _plan_chunks(self, draft: _Draft, budget: Budget) -> None:

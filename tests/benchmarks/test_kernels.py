@@ -12,14 +12,14 @@ from pytest import approx
 from gllm_benchmarks.kernels import Shape, describe, make_row, seconds_of
 from gllm_benchmarks.offline import MODELS
 from gllm_engine import write_tiny_model
-from gllm_engine.spec import read_spec
+from gllm_engine.arch import read_arch
 
 
 @pytest.fixture
 def shape(tmp_path: Path) -> Shape:
     """Tiny, with norms of query and key heads."""
     write_tiny_model(tmp_path, "Qwen3ForCausalLM")
-    return Shape(read_spec(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
+    return Shape(read_arch(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
 
 
 class Counted(Shape):
@@ -30,8 +30,8 @@ class Counted(Shape):
 
 
 def llama(cache_dtype: torch.dtype = torch.bfloat16) -> Counted:
-    spec = read_spec(MODELS / "llama-3.1-8b")
-    return Counted(spec, torch.device("cpu"), torch.bfloat16, cache_dtype)
+    arch = read_arch(MODELS / "llama-3.1-8b")
+    return Counted(arch, torch.device("cpu"), torch.bfloat16, cache_dtype)
 
 
 def test_all_cases_run(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_all_cases_run(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_experts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_model(tmp_path, "Qwen3MoeForCausalLM")
-    shape = Shape(read_spec(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
+    shape = Shape(read_arch(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
     small = {"TOKENS": (1,), "GEMM_TOKENS": (1,), "ROWS": (1,), "DECODE": (), "PREFILL": ()}
     for name, value in (small | {"MOE_TOKENS": (1, 9), "REPLAYS": 1}).items():
         monkeypatch.setattr(f"gllm_benchmarks.kernels.{name}", value)
@@ -68,8 +68,8 @@ def test_experts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_experts_read_what_is_chosen() -> None:
-    spec = read_spec(MODELS / "qwen3-30b-a3b")
-    shape = Counted(spec, torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    arch = read_arch(MODELS / "qwen3-30b-a3b")
+    shape = Counted(arch, torch.device("cpu"), torch.bfloat16, torch.bfloat16)
     one, many = (shape.moe_case(shape.ffn, tokens) for tokens in (1, 16384))
     expert, router = 3 * 768 * 2048, 128 * 2048
     assert one.bytes == 2 * (8 * expert + router + 3 * 2048)

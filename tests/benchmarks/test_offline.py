@@ -20,7 +20,7 @@ from gllm_benchmarks.offline import (
 )
 from gllm_benchmarks.workloads import lengths, make_jobs, warm_up
 from gllm_engine import write_tiny_model
-from gllm_engine.spec import read_spec
+from gllm_engine.arch import read_arch
 
 # Answers at once with token 7, and notes what it was asked; `WRONG` tells it to misbehave.
 FAKE = """
@@ -172,8 +172,8 @@ def test_a_peer_must_be_there(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_models_by_name() -> None:
-    sizes = {path.name: read_spec(path) for path in MODELS.iterdir()}
-    assert {name: spec.vocab for name, spec in sizes.items()} == {
+    sizes = {path.name: read_arch(path) for path in MODELS.iterdir()}
+    assert {name: arch.vocab for name, arch in sizes.items()} == {
         "llama-3.1-8b": 128_256,
         "qwen3-0.6b": 151_936,
         "qwen3-30b-a3b": 151_936,

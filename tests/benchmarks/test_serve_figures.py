@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from gllm_benchmarks.load import Record
+from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.serve import meets, numbers, parse_slo, patterns, summarize, times_of
 
 
-def made(due: float, times: list[float], tokens: list[int], **over: Any) -> Record:
+def made(due: float, times: list[float], tokens: list[int], **over: Any) -> RequestRecord:
     fields: dict[str, Any] = {"sent": due, "wanted": sum(tokens), "error": None}
-    return Record(due=due, times=times, tokens=tokens, **fields | over)
+    return RequestRecord(due=due, times=times, tokens=tokens, **fields | over)
 
 
 def test_times_of_one_request() -> None:

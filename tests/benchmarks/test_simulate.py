@@ -34,7 +34,7 @@ from gllm_engine import (
     StepPlan,
     StepResult,
     Work,
-    read_spec,
+    read_arch,
 )
 from gllm_engine.types import Chunk
 
@@ -233,13 +233,13 @@ def arguments(tmp_path: Path, **given: Any) -> argparse.Namespace:
 
 def test_costs_of_a_shape(tmp_path: Path) -> None:
     stage, head = make_costs(arguments(tmp_path, model=SHAPE))
-    spec = read_spec(SHAPE)
-    inside = spec.num_params() - spec.vocab * spec.dim  # tied
+    arch = read_arch(SHAPE)
+    inside = arch.num_params() - arch.vocab * arch.dim  # tied
     assert stage(Work(1, 0, 0, 1)) == pytest.approx(2 * inside / 4 / 2e12)
     # 28 layers of 8 heads of 128, K and V of 2 bytes each
     pages = stage(Work(1, 0, 1000, 1)) - stage(Work(1, 0, 0, 1))
     assert pages == pytest.approx(1000 * 28 * 8 * 128 * 2 * 2 / 4 / 2e12)
-    assert head(Work(1, 0, 0, 1)) == pytest.approx(2 * spec.vocab * spec.dim / 2e12)
+    assert head(Work(1, 0, 0, 1)) == pytest.approx(2 * arch.vocab * arch.dim / 2e12)
     path = tmp_path / "costs.json"
     path.write_text(json.dumps({"stage": {"step": 1.0}, "head": {"step": 2.0}}))
     stage, head = make_costs(arguments(tmp_path, steps=path))

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gllm_client import serve as serve_module
+from gllm_client import supervisor as serve_module
 from gllm_client.__main__ import main, make_parser
 from gllm_client.chat import HINT
 from gllm_client.flags import (
@@ -241,7 +241,7 @@ def test_nothing_heavy_is_imported_without_need() -> None:
         "import sys; from gllm_client.__main__ import main\n"
         "try: main(['serve', '--help'])\n"
         "except SystemExit: print({'torch', 'grpc', 'numpy'} & set(sys.modules), file=sys.stderr)\n"
-        "import gllm_client.source, gllm_client.serve\n"
+        "import gllm_client.answers, gllm_client.supervisor\n"
         "print('torch' in sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from gllm_client import GenerateError, HttpClient, SyncClient
-from gllm_client.serve import descendants, find_stubs, process_table
-from gllm_client.server import SHM, owned_prefix
+from gllm_client.supervisor import descendants, find_stubs, process_table
+from gllm_client.tritonserver import SHM, owned_prefix
 
 pytestmark = pytest.mark.server
 

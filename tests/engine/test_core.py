@@ -13,11 +13,11 @@ import pytest
 
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.engine.core import Engine
-from gllm_engine.engine.group import GroupLost
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import SamplingParams, StructuredOutputs
 from gllm_engine.sched.policy import POLICIES
 from gllm_engine.types import Request, StepResult, TokenLogprobs
+from gllm_engine.workers.group import GroupLost
 
 VOCAB = 384
 LONG = SamplingParams(max_tokens=None, ignore_eos=True)
@@ -43,7 +43,7 @@ class MockRunner:
 
     error: type[BaseException] = Broken
 
-    def __init__(self, config, spec):
+    def __init__(self, config, arch):
         self.num_pages = config.num_pages
         self.state: dict[int, tuple[int, int]] = {}  # slot -> (length, last token)
         self.break_at: str | None = None

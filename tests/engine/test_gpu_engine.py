@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, write_tiny_model
+from gllm_engine.arch import FAMILIES
 from gllm_engine.runner.graphs import DecodeGraphs
-from gllm_engine.spec import FAMILIES
 
 pytestmark = pytest.mark.gpu
 SHAKESPEARE = str(Path(__file__).parents[2] / "model_repository/shakespeare/1")

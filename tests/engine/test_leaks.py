@@ -19,9 +19,9 @@ import torch
 from test_process import WAIT_S, Front, owner, until
 
 from gllm_engine import Engine, EngineConfig, Outputs, Request, SamplingParams, StructuredOutputs
-from gllm_engine.engine.constraints import Constraint
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sched import Sequence
+from gllm_engine.text.constraints import Constraint
 
 __all__ = ["owner"]  # a fixture
 

@@ -36,12 +36,14 @@ from gllm_engine import (
     SamplingParams,
     Stats,
     make_config,
+    wire,
     write_tiny_model,
 )
-from gllm_engine.engine import core, wire
-from gllm_engine.engine.attach import Process, Record, _locked, _remove, _root, detach
-from gllm_engine.engine.server import BROKEN, EngineServer, main
-from gllm_engine.runner.instant import InstantLaunch, InstantRunner
+from gllm_engine.engine import core
+from gllm_engine.engine.attach import EngineRecord, _locked, _remove, _root, detach
+from gllm_engine.engine.process import BROKEN, EngineProcess, main
+from gllm_engine.os_process import Process
+from gllm_engine.runner.null_runner import NullRunner, NullStep
 from gllm_engine.types import StepPlan
 
 WAIT_S = 30.0
@@ -80,7 +82,7 @@ def front_ends(owner: int) -> dict[str, Process]:
     process = Process.of(owner)
     assert process is not None
     records = _root().glob(f"{process.pid}.{process.start}/*/record.json")
-    found = [msgspec.json.decode(path.read_bytes(), type=Record) for path in records]
+    found = [msgspec.json.decode(path.read_bytes(), type=EngineRecord) for path in records]
     return {name: front for record in found for name, front in record.front_ends.items()}
 
 
@@ -454,12 +456,12 @@ class _LastWords:
         return Stats()
 
 
-class _Fragile(InstantRunner):
+class _Fragile(NullRunner):
     """Fails for good after a step with the token 1, its device dead, or for steps with a 3."""
 
     alive = True
 
-    def launch(self, plan: StepPlan) -> InstantLaunch:
+    def launch(self, plan: StepPlan) -> NullStep:
         tokens = {token for chunk in plan.chunks for token in chunk.tokens[:1]}
         self.alive = self.alive and 1 not in tokens
         if not self.alive or tokens == {3} and len(plan.chunks[0].tokens) == 1:
@@ -477,10 +479,10 @@ class Fault(Exception):
 if __name__ == "__main__":
     if sys.argv[1] == "fragile":
         del sys.argv[1]
-        core.InstantRunner = _Fragile  # type: ignore[misc]
+        core.NullRunner = _Fragile  # type: ignore[misc]
         sys.exit(main())
     if len(sys.argv) == 2:
-        server = EngineServer(_LastWords(), sys.argv[1])  # type: ignore[arg-type]
+        server = EngineProcess(_LastWords(), sys.argv[1])  # type: ignore[arg-type]
         server.draining = True
         server.run()
         server.close()

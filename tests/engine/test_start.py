@@ -54,6 +54,6 @@ def test_caches_take_the_config_and_one_layer_of_each_kind(
     monkeypatch.setattr(core, "load_runner", lambda *given: started.append(given))
     config = make_config({"model": str(tmp_path / "bare"), "page_size": 32})
     assert len(fill_caches(config)) == 2
-    ((settled, spec, _),) = started
+    ((settled, arch, _),) = started
     assert (settled.load_format, settled.page_size, settled.max_num_seqs) == ("dummy", 32, 1024)
-    assert len(spec.layers) == 1 and spec.dim == 64
+    assert len(arch.layers) == 1 and arch.dim == 64

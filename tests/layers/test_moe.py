@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gllm_engine.arch import Moe
 from gllm_engine.layers import MoeFfn
 from gllm_engine.ops import reference
-from gllm_engine.spec import Moe
 
 CPU = torch.device("cpu")
 DIM = 24
@@ -21,9 +21,9 @@ WHOLE = Moe(num_experts=6, top_k=2, hidden=16, renorm=True, shared=8)
 NORM = torch.rand(DIM) + 0.5, 1e-5
 
 
-def make(spec: Moe, source: dict[str, Tensor] | None = None, hidden: slice = slice(None)) -> MoeFfn:
+def make(arch: Moe, source: dict[str, Tensor] | None = None, hidden: slice = slice(None)) -> MoeFfn:
     """`hidden`: of every expert, those channels of the source's weights."""
-    layer = MoeFfn(spec, DIM, reference, torch.float32, CPU)
+    layer = MoeFfn(arch, DIM, reference, torch.float32, CPU)
     for name, view in layer.weights().items():
         weight = torch.randn(view.shape) if source is None else source[name]
         if "expert" in name and "shared_expert_gate" not in name:
@@ -32,7 +32,7 @@ def make(spec: Moe, source: dict[str, Tensor] | None = None, hidden: slice = sli
     return layer
 
 
-def by_hand(spec: Moe, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+def by_hand(arch: Moe, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     """Token by token, straight from the definition."""
 
     def gated(part: str, y: Tensor) -> Tensor:
@@ -42,21 +42,21 @@ def by_hand(spec: Moe, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     rows = []
     for row in F.rms_norm(x, (DIM,), *NORM):
         chances = (weights["mlp.gate.weight"] @ row).softmax(0)
-        best = sorted(range(spec.num_experts), key=lambda e: -chances[e])[: spec.top_k]
-        scale = chances[best].sum() if spec.renorm else 1.0
+        best = sorted(range(arch.num_experts), key=lambda e: -chances[e])[: arch.top_k]
+        scale = chances[best].sum() if arch.renorm else 1.0
         out = sum(chances[e] / scale * gated(f"experts.{e}", row) for e in best)
-        if spec.shared:
+        if arch.shared:
             share = torch.sigmoid(weights["mlp.shared_expert_gate.weight"] @ row)
             out = out + share * gated("shared_expert", row)
         rows.append(out)
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("spec", [WHOLE, replace(WHOLE, shared=0, top_k=3, renorm=False)])
-def test_the_definition(spec: Moe) -> None:
-    layer, x = make(spec), torch.randn(5, DIM)
-    assert {k: v.shape for k, v in layer.weights().items()} == spec.weights(DIM)
-    expected = by_hand(spec, layer.weights(), x)
+@pytest.mark.parametrize("arch", [WHOLE, replace(WHOLE, shared=0, top_k=3, renorm=False)])
+def test_the_definition(arch: Moe) -> None:
+    layer, x = make(arch), torch.randn(5, DIM)
+    assert {k: v.shape for k, v in layer.weights().items()} == arch.weights(DIM)
+    expected = by_hand(arch, layer.weights(), x)
     torch.testing.assert_close(layer(x, NORM), expected, rtol=1e-4, atol=1e-4)
     total = x.clone()  # as in the decoder: what comes in is what is added to
     assert layer(total, NORM, total) is total
@@ -81,8 +81,8 @@ def test_parts_of_ranks_sum_to_the_whole(
     parts = []
     for rank, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
         shared = WHOLE.shared if rank == min(shared_at, len(cuts)) else 0
-        spec = replace(WHOLE, held=(first, end - first), shared=shared)
-        parts.append(make(spec, whole.weights())(x, NORM))
+        arch = replace(WHOLE, local_experts=(first, end - first), shared=shared)
+        parts.append(make(arch, whole.weights())(x, NORM))
     torch.testing.assert_close(sum(parts), whole(x, NORM), rtol=1e-4, atol=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_slices_of_every_hidden_sum_to_the_whole() -> None:
 
 def test_a_token_whose_experts_are_elsewhere_gets_zeros() -> None:
     weights = make(WHOLE).weights()
-    layer, x = make(replace(WHOLE, held=(2, 1), shared=0), weights), torch.randn(40, DIM)
+    layer, x = make(replace(WHOLE, local_experts=(2, 1), shared=0), weights), torch.randn(40, DIM)
     logits = F.rms_norm(x, (DIM,), *NORM) @ weights["mlp.gate.weight"].T
     here = (logits.topk(2).indices == 2).any(1)
     assert 0 < here.sum() < 40

@@ -6,10 +6,10 @@ import math
 
 import torch
 
+from gllm_engine.arch.rope import DynamicScaling, Rope
 from gllm_engine.layers import RopeTable
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import reference
-from gllm_engine.spec.rope import Dynamic, Rope
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_rope_table_holds_the_angles() -> None:
 
 
 def test_dynamic_rope_depends_on_the_configured_length_alone() -> None:
-    plain, scaled = Rope(8, 100.0), Rope(8, 100.0, scaling=Dynamic(2.0, 32))
+    plain, scaled = Rope(8, 100.0), Rope(8, 100.0, scaling=DynamicScaling(2.0, 32))
     short, trained = (RopeTable(scaled, n, CPU).cos[:16] for n in (16, 32))
     torch.testing.assert_close(short, trained)
     torch.testing.assert_close(short, RopeTable(plain, 16, CPU).cos)

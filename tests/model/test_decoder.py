@@ -10,10 +10,10 @@ import torch
 from tiny_models import CPU, PAGE, all_logits, load, make_batch, poisoned_cache, run, some_tokens
 from torch import Tensor
 
+from gllm_engine.arch import FAMILIES, make_arch
+from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.spec import FAMILIES, make_spec
-from gllm_engine.spec.tiny import tiny_config
 
 ATOL = 2e-5
 OVER: dict[str, dict[str, Any]] = {
@@ -85,17 +85,17 @@ def test_no_logits_wanted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_and_cache_follow_the_spec(family: str) -> None:
-    spec = make_spec(tiny_config(family))
-    decoder = Decoder(spec, dtype=torch.bfloat16, device=CPU, max_model_len=8)
-    shapes, views = spec.weights(), decoder.weights()
+    arch = make_arch(tiny_config(family))
+    decoder = Decoder(arch, dtype=torch.bfloat16, device=CPU, max_model_len=8)
+    shapes, views = arch.weights(), decoder.weights()
     assert views.keys() == shapes.keys()
     for name, view in views.items():
         assert view.shape[-len(shapes[name]) :] == shapes[name], name
     cache = decoder.new_cache(num_pages=3, page_size=4)
-    heads = (spec.layers[0].mixer.kv_heads, spec.layers[0].mixer.head_dim)
-    assert [tuple(tensor.shape) for tensor in cache] == [(3, 2, 4, *heads)] * len(spec.layers)
+    heads = (arch.layers[0].mixer.kv_heads, arch.layers[0].mixer.head_dim)
+    assert [tuple(tensor.shape) for tensor in cache] == [(3, 2, 4, *heads)] * len(arch.layers)
     size = sum(tensor.numel() * tensor.element_size() for tensor in cache)
-    assert size == 12 * spec.kv_bytes_per_token(itemsize=2)
+    assert size == 12 * arch.kv_bytes_per_token(itemsize=2)
 
 
 def test_dynamic_rope_in_pieces(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_dynamic_rope_in_pieces(tmp_path: Path) -> None:
     scaling = {"type": "dynamic", "factor": 4.0}
     write_tiny_model(tmp_path, "LlamaForCausalLM", rope_scaling=scaling, max_position_embeddings=16)
     decoder, tokens = load(tmp_path), some_tokens(40)
-    assert decoder.spec.max_len == 64
+    assert decoder.arch.max_len == 64
     cache, pages = poisoned_cache(decoder, 10), list(range(10))
     parts: list[Tensor] = []
     for start in (0, 10, 20, 30):

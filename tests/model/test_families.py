@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import all_logits, load, reference_logits, some_tokens
 from torch import Tensor
 
+from gllm_engine.arch import FAMILIES, read_arch
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.spec import FAMILIES, read_spec
 
 TOLERANCE = 2e-5  # of logits up to about 12
 HF_FAMILIES = [name for name in FAMILIES if not name.startswith("ChatGLM")]
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_transformers_saved(tmp_path: Path, family: str) -> No
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
-    assert read_spec(tmp_path / "theirs") == read_spec(tmp_path / "ours")
+    assert read_arch(tmp_path / "theirs") == read_arch(tmp_path / "ours")
     tokens = some_tokens(40)
     ours = all_logits(load(tmp_path / "theirs"), tokens)
     theirs = reference_logits(tmp_path / "theirs", tokens)
@@ -174,7 +174,7 @@ def test_half_precision_follows(tmp_path: Path) -> None:
     tokens = some_tokens(40)
     decoder = load_model(
         tmp_path,
-        read_spec(tmp_path),
+        read_arch(tmp_path),
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
         max_model_len=64,

@@ -10,9 +10,9 @@ from loaded import load_model
 from tiny_models import PAGE, all_logits, every_expert, load, make_batch, run, some_tokens
 from torch import Tensor
 
+from gllm_engine.arch import FAMILIES, read_arch
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.spec import FAMILIES, read_spec
 
 # Of logits, by norm. A number of 3 mantissa bits is off by up to 1/16, by 1/40 in the mean.
 LEAST, MOST = 0.005, 0.08
@@ -52,7 +52,7 @@ def test_logits_are_near(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(tmp_path: Path, dtype: torch.dtype) -> None:
     write_tiny_model(tmp_path, "Qwen3ForCausalLM")
-    spec, cpu, tokens = read_spec(tmp_path), torch.device("cpu"), some_tokens(41)
-    half = load_model(tmp_path, spec, dtype=dtype, device=cpu, max_model_len=64)
+    arch, cpu, tokens = read_arch(tmp_path), torch.device("cpu"), some_tokens(41)
+    half = load_model(tmp_path, arch, dtype=dtype, device=cpu, max_model_len=64)
     found = float8_logits(half, tokens, [30, 1, 1, 9])
     assert LEAST < distance(found, all_logits(load(tmp_path), tokens)) < MOST

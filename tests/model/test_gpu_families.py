@@ -11,8 +11,8 @@ from loaded import load_model
 from tiny_models import every_expert, load, make_batch, poisoned_cache, run, some_tokens
 from torch import Tensor
 
+from gllm_engine.arch import FAMILIES, read_arch
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.spec import FAMILIES, read_spec
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -33,9 +33,9 @@ def test_family(tmp_path: Path, family: str, dtype: torch.dtype, limit: float, u
     """A prompt in two chunks, beside a decode row: logits by norm."""
     over = every_expert(family) if dtype == torch.bfloat16 else {}
     write_tiny_model(tmp_path, family, **over, **(head_dim(family) if usual else {}))
-    spec = read_spec(tmp_path)
-    here = load(tmp_path, spec)
-    there = load_model(tmp_path, spec, dtype=dtype, device=CUDA, max_model_len=spec.max_len)
+    arch = read_arch(tmp_path)
+    here = load(tmp_path, arch)
+    there = load_model(tmp_path, arch, dtype=dtype, device=CUDA, max_model_len=arch.max_len)
     tokens, other = some_tokens(130), some_tokens(70, seed=2)
     first = [
         {"tokens": tokens[:60], "start": 0, "pages": [3, 5, 7, 9]},

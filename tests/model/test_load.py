@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import all_logits, load, some_tokens
 from torch import Tensor
 
+from gllm_engine.arch import read_arch
 from gllm_engine.model import LoadError, make_dummy
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.spec import read_spec
 
 Tensors = dict[str, Tensor]
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -199,10 +199,10 @@ def test_fused_tensor_misshaped(tmp_path: Path) -> None:
 
 def test_dummy_weights_are_random_and_always_the_same(model: Path) -> None:
     (model / "model.safetensors").unlink()
-    spec = read_spec(model)
+    arch = read_arch(model)
     options = {"dtype": torch.float32, "device": torch.device("cpu"), "max_model_len": 64}
-    first, second = (make_dummy(spec, **options).weights() for _ in range(2))
-    assert first.keys() == spec.weights().keys()
+    first, second = (make_dummy(arch, **options).weights() for _ in range(2))
+    assert first.keys() == arch.weights().keys()
     for name, weight in first.items():
         assert torch.equal(weight, second[name])
         assert weight.isfinite().all() and weight.std() > 0.01

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_models import CPU, all_logits, load, some_tokens
 
+from gllm_engine.arch import Layer, Model, read_arch
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.spec import Layer, Model, read_spec
 
 Change = Callable[[Model], Model]
 
@@ -98,7 +98,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "renorm mixtral": ("MixtralForCausalLM", {}, ffn(renorm=False)),
     "no renorm": (QWEN2_MOE, SPARSE, ffn(renorm=True)),
     "top_k": (QWEN3_MOE, {}, ffn(top_k=3)),
-    "held": (QWEN3_MOE, {}, ffn(held=(0, 7))),
+    "local_experts": (QWEN3_MOE, {}, ffn(local_experts=(0, 7))),
     "shared": (QWEN2_MOE, SPARSE, ffn(shared=0)),
     "sandwich": ("Glm4ForCausalLM", {}, plain_layers),
 }
@@ -109,10 +109,10 @@ def test_a_changed_spec_gives_other_logits(tmp_path: Path, name: str) -> None:
     family, over, change = CASES[name]
     write_tiny_model(tmp_path, family, **over)
     right = load(tmp_path)
-    wrong_spec = change(right.spec)
-    assert wrong_spec != right.spec
-    length = right.spec.max_len
-    wrong = Decoder(wrong_spec, dtype=torch.float32, device=CPU, max_model_len=length)
+    wrong_arch = change(right.arch)
+    assert wrong_arch != right.arch
+    length = right.arch.max_len
+    wrong = Decoder(wrong_arch, dtype=torch.float32, device=CPU, max_model_len=length)
     source = right.weights()
     for weight, view in wrong.weights().items():
         view.copy_(source[weight])
@@ -123,8 +123,8 @@ def test_a_changed_spec_gives_other_logits(tmp_path: Path, name: str) -> None:
 def test_tie_matters(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "untied", LLAMA)
     write_tiny_model(tmp_path / "tied", LLAMA, tie_word_embeddings=True)
-    assert "lm_head.weight" in read_spec(tmp_path / "untied").weights()
-    assert "lm_head.weight" not in read_spec(tmp_path / "tied").weights()
+    assert "lm_head.weight" in read_arch(tmp_path / "untied").weights()
+    assert "lm_head.weight" not in read_arch(tmp_path / "tied").weights()
     untied, tied = load(tmp_path / "untied"), load(tmp_path / "tied")
     source = untied.weights()
     for weight, view in tied.weights().items():

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from gllm_engine.spec import make_spec
-from gllm_engine.spec.names import checkpoint_tensors
+from gllm_engine.arch import make_arch
+from gllm_engine.arch.names import checkpoint_tensors
 
 LARGE: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": {
@@ -66,10 +66,10 @@ def test_weights_are_those_of_transformers(name: str) -> None:
     config = transformers.AutoConfig.for_model(**values)
     with torch.device("meta"):
         reference = getattr(transformers, values["architectures"][0])(config)
-    spec = make_spec(values)
-    assert spec.num_params() == sum(p.numel() for p in reference.parameters())
-    shapes, expected = spec.weights(), {}
-    for tensor, weights in checkpoint_tensors(spec).items():
+    arch = make_arch(values)
+    assert arch.num_params() == sum(p.numel() for p in reference.parameters())
+    shapes, expected = arch.weights(), {}
+    for tensor, weights in checkpoint_tensors(arch).items():
         rows = sum(shapes[weight][0] for weight in weights)
         expected[tensor] = (rows, *shapes[weights[0]][1:])
     assert expected == per_expert(reference.named_parameters(), values["architectures"][0])

@@ -14,29 +14,29 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CPU, load
 from torch import Tensor
 
+from gllm_engine.arch import Model, read_arch
+from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.model import Decoder, LoadError, filling, read
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.spec import Model, read_spec
-from gllm_engine.spec.names import checkpoint_tensors
 
 # Qwen3: a norm that is stored for every head; Glm, ChatGLM: several weights in one tensor.
 FAMILIES = ["LlamaForCausalLM", "Qwen3ForCausalLM", "GlmForCausalLM", "ChatGLMModel"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def simply_read(path: Path, spec: Model, dtype: torch.dtype) -> dict[str, Tensor]:
+def simply_read(path: Path, arch: Model, dtype: torch.dtype) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for file in path.glob("*.safetensors"):
         stored |= load_file(file)
-    shapes, weights = spec.weights(), {}
-    for name, parts in checkpoint_tensors(spec).items():
+    shapes, weights = arch.weights(), {}
+    for name, parts in checkpoint_tensors(arch).items():
         rows = [shapes[part][0] for part in parts]
         weights |= dict(zip(parts, stored[name].to(dtype).split(rows), strict=True))
     return weights
 
 
 def assert_same_weights(decoder: Decoder, path: Path) -> None:
-    expected = simply_read(path, decoder.spec, decoder.dtype)
+    expected = simply_read(path, decoder.arch, decoder.dtype)
     found = decoder.weights()
     assert found.keys() == expected.keys()
     for name, view in found.items():
@@ -61,7 +61,7 @@ def test_every_family_over_many_pieces(
     write_tiny_model(tmp_path, family, num_hidden_layers=1, vocab_size=263)
     decoder = load_model(
         tmp_path,
-        read_spec(tmp_path),
+        read_arch(tmp_path),
         dtype=torch.float32,
         device=torch.device(device),
         max_model_len=64,
@@ -80,7 +80,7 @@ def test_every_kind_of_number(
     save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file)
     decoder = load_model(
         tmp_path,
-        read_spec(tmp_path),
+        read_arch(tmp_path),
         dtype=dtype,
         device=torch.device(device),
         max_model_len=64,
@@ -171,7 +171,7 @@ def test_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def empty_decoder(path: Path) -> Decoder:
-    return Decoder(read_spec(path), dtype=torch.float32, device=CPU, max_model_len=64)
+    return Decoder(read_arch(path), dtype=torch.float32, device=CPU, max_model_len=64)
 
 
 def test_reads_while_the_block_runs(

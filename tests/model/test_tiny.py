@@ -11,8 +11,8 @@ from tiny_models import load, make_batch, run, some_tokens
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from gllm_engine.arch import FAMILIES, ArchError, read_arch
 from gllm_engine.model.tiny import MIN_VOCAB, SPECIAL_TOKENS, write_tiny_model
-from gllm_engine.spec import FAMILIES, SpecError, read_spec
 
 TEXTS = (
     "The quick brown fox",
@@ -87,12 +87,12 @@ def test_dtype(tmp_path: Path) -> None:
 
 
 def test_unknown_family(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"family 'Gpt2' is not supported; supported are Llama"):
+    with pytest.raises(ArchError, match=r"family 'Gpt2' is not supported; supported are Llama"):
         write_tiny_model(tmp_path, "Gpt2")
 
 
 def test_end_of_sequence_ids(tmp_path: Path) -> None:
-    assert read_spec(write_tiny_model(tmp_path)).eos_token_ids == (2, 0)
+    assert read_arch(write_tiny_model(tmp_path)).eos_token_ids == (2, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

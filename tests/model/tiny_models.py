@@ -11,19 +11,19 @@ import transformers
 from loaded import load_model
 from torch import Tensor
 
+from gllm_engine.arch import Model, read_arch
+from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder
 from gllm_engine.ops import Batch
-from gllm_engine.spec import Model, read_spec
-from gllm_engine.spec.tiny import tiny_config
 
 CPU = torch.device("cpu")
 PAGE = 4
 
 
-def load(path: Path, spec: Model | None = None, max_model_len: int | None = None) -> Decoder:
-    spec = spec or read_spec(path)
-    length = max_model_len or spec.max_len
-    return load_model(path, spec, dtype=torch.float32, device=CPU, max_model_len=length)
+def load(path: Path, arch: Model | None = None, max_model_len: int | None = None) -> Decoder:
+    arch = arch or read_arch(path)
+    length = max_model_len or arch.max_len
+    return load_model(path, arch, dtype=torch.float32, device=CPU, max_model_len=length)
 
 
 def poisoned_cache(decoder: Decoder, num_pages: int, page_size: int = PAGE) -> list[Tensor]:

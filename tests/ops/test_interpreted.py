@@ -139,14 +139,15 @@ def test_decode_attention(heads: tuple[int, int], dim: int, window: int | None) 
     q = torch.randn(len(contexts), num_heads, dim)
     plan = reference.plan_attention(batch, cache, window)
     reference.write_kv(cache, kv, plan)
-    parts = triton.split(batch.page_table, batch.slots, batch.context_lens, kv_heads, window)
+    parts = triton.split_kv(batch.page_table, batch.slots, batch.context_lens, kv_heads, window)
     rows = [row for row in parts.items[0].tolist() if row >= 0]
     assert sorted(set(rows)) == list(range(len(contexts)))
     assert (len(rows) > len(contexts)) == (window != 20)
     expected = reference.attend(q, cache, plan).view_as(q)
-    near(triton.decode(q, cache, parts), expected, 1e-5)
+    near(triton.decode_attention(q, cache, parts), expected, 1e-5)
     out = torch.full_like(q, torch.nan)
-    assert triton.decode(q, cache, parts, out) is out  # nothing is left over from the first time
+    # Nothing is left over from the first time.
+    assert triton.decode_attention(q, cache, parts, out) is out
     near(out, expected, 1e-5)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gllm_engine.runner import Runner
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import Chunk, Grown, NewSequence, StepPlan, StepResult
+from gllm_engine.types import Chunk, NewPages, NewSequence, StepPlan, StepResult
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Drive:
         )
 
     def plan(self, jobs, num_tokens, chunk_len, new) -> tuple[StepPlan | None, list[Job]]:
-        grown, decodes, chunks, sampling, chunked = [], [], [], [], []
+        new_pages, decodes, chunks, sampling, chunked = [], [], [], [], []
         for job in jobs:
             prompt_len = len(job.prompt)
             if job.known - prompt_len - job.resumed >= num_tokens:
@@ -97,12 +97,12 @@ class Drive:
             missing = -(-job.computed // self.page_size) - len(job.pages)
             if missing:
                 pages = [self.free.pop() for _ in range(missing)]
-                grown.append(Grown(job.slot, len(job.pages), pages))
+                new_pages.append(NewPages(job.slot, len(job.pages), pages))
                 job.pages.extend(pages)
         if not decodes and not chunks:
             return None, []
         self.step += 1
-        return StepPlan(self.step, new, grown, decodes, chunks), sampling + chunked
+        return StepPlan(self.step, new, new_pages, decodes, chunks), sampling + chunked
 
     def commit(self, result: StepResult, sampling: list[Job], jobs: list[Job]) -> None:
         assert len(result.tokens) == len(sampling)

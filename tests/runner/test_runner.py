@@ -9,13 +9,13 @@ import torch
 from drive import Drive, Job, greedy
 from loaded import load_model
 
+from gllm_engine.arch import read_arch
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.runner import PlanError, Runner
-from gllm_engine.runner.memory import cache_dtype
+from gllm_engine.runner.kv_sizing import cache_dtype
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.spec import read_spec
-from gllm_engine.types import Chunk, Grown, NewSequence, StepPlan
+from gllm_engine.types import Chunk, NewPages, NewSequence, StepPlan
 
 PAGE_SIZE = 4
 FAMILIES = ["LlamaForCausalLM", "Qwen3ForCausalLM"]
@@ -34,11 +34,11 @@ def llama(tmp_path_factory) -> Path:
 def make_runner(path: Path, **over: object) -> Runner:
     values = {"max_num_seqs": 8, "page_size": PAGE_SIZE, "num_pages": 200, "max_model_len": 96}
     config = EngineConfig(model=str(path), **{**values, **over})
-    spec = read_spec(path)
+    arch = read_arch(path)
     cpu = torch.device("cpu")
-    length = config.max_model_len or spec.max_len
-    decoder = load_model(path, spec, dtype=torch.float32, device=cpu, max_model_len=length)
-    return Runner(config, spec, decoder)
+    length = config.max_model_len or arch.max_len
+    decoder = load_model(path, arch, dtype=torch.float32, device=cpu, max_model_len=length)
+    return Runner(config, arch, decoder)
 
 
 def prompts(lens: list[int], seed: int = 0) -> list[list[int]]:
@@ -180,7 +180,7 @@ def test_a_frequency_penalty_bans_each_sampled_token_in_turn(llama):
 
 
 def test_min_tokens_forbids_eos_until_reached(llama):
-    eos = read_spec(llama).eos_token_ids[0]
+    eos = read_arch(llama).eos_token_ids[0]
     sampling = greedy(logit_bias={eos: 100.0}, min_tokens=5, max_tokens=None)
     (output,) = Drive(make_runner(llama), PAGE_SIZE).run([Job(0, [4, 5], sampling)], 8)
     assert eos not in output[:5] and output[5:] == [eos] * 3
@@ -240,10 +240,10 @@ def test_a_mask_rules_its_slot_only(llama):
     allowed = bytearray(48)
     allowed[300 // 8] = 1 << (300 % 8)
     new = [NewSequence(s, s, 2, SamplingParams(), []) for s in (1, 3)]
-    grown = [Grown(1, 0, [5]), Grown(3, 0, [6])]
+    new_pages = [NewPages(1, 0, [5]), NewPages(3, 0, [6])]
     chunks = [Chunk(1, 0, [1, 2], True), Chunk(3, 0, [1, 2], True)]
-    result = runner.launch(StepPlan(1, new, grown, [], chunks, {3: bytes(allowed)})).wait()
-    free = runner.launch(StepPlan(2, new, grown, [], chunks)).wait()
+    result = runner.launch(StepPlan(1, new, new_pages, [], chunks, {3: bytes(allowed)})).wait()
+    free = runner.launch(StepPlan(2, new, new_pages, [], chunks)).wait()
     assert result.tokens == [free.tokens[0], 300] and free.tokens[1] != 300
     for mask, problem in ((b"", "allows no token"), (bytes(48), "allows no token")):
         with pytest.raises(PlanError, match=problem):
@@ -252,16 +252,16 @@ def test_a_mask_rules_its_slot_only(llama):
 
 def test_a_mask_for_a_slot_that_samples_nothing_is_an_error(llama):
     runner = make_runner(llama)
-    new, grown = [NewSequence(1, 0, 1, SamplingParams(), [])], [Grown(1, 0, [0])]
+    new, new_pages = [NewSequence(1, 0, 1, SamplingParams(), [])], [NewPages(1, 0, [0])]
     with pytest.raises(PlanError, match="slot 2: a token mask"):
-        runner.launch(StepPlan(1, new, grown, [], [Chunk(1, 0, [4], True)], {2: b"\xff"}))
+        runner.launch(StepPlan(1, new, new_pages, [], [Chunk(1, 0, [4], True)], {2: b"\xff"}))
 
 
 def test_a_plan_without_sampling_rows(llama):
     runner = make_runner(llama)
     (prompt,) = prompts([10])
-    new, grown = [NewSequence(0, 0, 10, greedy(), [])], [Grown(0, 0, [4, 2, 0])]
-    first = runner.launch(StepPlan(1, new, grown, [], [Chunk(0, 0, prompt[:6], False)])).wait()
+    new, new_pages = [NewSequence(0, 0, 10, greedy(), [])], [NewPages(0, 0, [4, 2, 0])]
+    first = runner.launch(StepPlan(1, new, new_pages, [], [Chunk(0, 0, prompt[:6], False)])).wait()
     assert (first.step, first.tokens, first.logprobs, first.prompt_logprobs) == (1, [], {}, {})
     second = runner.launch(StepPlan(2, [], [], [], [Chunk(0, 6, prompt[6:], True)])).wait()
     expected = transformers_logits(llama, prompt)[-1].argmax().item()
@@ -270,14 +270,16 @@ def test_a_plan_without_sampling_rows(llama):
 
 
 def test_a_chunk_may_begin_in_pages_another_sequence_wrote(llama):
-    """A prefix hit: the shared pages come with Grown, the first chunk starts behind them."""
+    """A prefix hit: the shared pages come with NewPages, the first chunk starts behind them."""
     runner = make_runner(llama)
     (prompt,) = prompts([14])
     sampling = greedy()
-    new, grown = [NewSequence(0, 0, 14, sampling, [])], [Grown(0, 0, [9, 3, 7, 1])]
-    first = runner.launch(StepPlan(1, new, grown, [], [Chunk(0, 0, prompt, True)])).wait()
-    new, grown = [NewSequence(5, 0, 14, sampling, [])], [Grown(5, 0, [9, 3, 7, 20])]
-    second = runner.launch(StepPlan(2, new, grown, [0], [Chunk(5, 12, prompt[12:], True)])).wait()
+    new, new_pages = [NewSequence(0, 0, 14, sampling, [])], [NewPages(0, 0, [9, 3, 7, 1])]
+    first = runner.launch(StepPlan(1, new, new_pages, [], [Chunk(0, 0, prompt, True)])).wait()
+    new, new_pages = [NewSequence(5, 0, 14, sampling, [])], [NewPages(5, 0, [9, 3, 7, 20])]
+    second = runner.launch(
+        StepPlan(2, new, new_pages, [0], [Chunk(5, 12, prompt[12:], True)])
+    ).wait()
     assert second.tokens[1] == first.tokens[0]
     third = runner.launch(StepPlan(3, [], [], [5, 0], [])).wait()
     assert third.tokens[0] == second.tokens[0]
@@ -287,15 +289,15 @@ def test_plans_that_overrun_their_pages_are_refused(llama):
     runner = make_runner(llama)
     new = [NewSequence(0, 0, 3, greedy(), [])]
     with pytest.raises(PlanError, match="slot 0: 5 tokens, its pages hold 4"):
-        runner.launch(StepPlan(1, new, [Grown(0, 0, [1])], [], [Chunk(0, 0, [1] * 5, True)]))
+        runner.launch(StepPlan(1, new, [NewPages(0, 0, [1])], [], [Chunk(0, 0, [1] * 5, True)]))
     with pytest.raises(PlanError, match="slot 0: 1 pages at index 2, it has 0 of at most 24"):
-        runner.launch(StepPlan(1, new, [Grown(0, 2, [1])], [], []))
+        runner.launch(StepPlan(1, new, [NewPages(0, 2, [1])], [], []))
     with pytest.raises(PlanError, match="25 pages at index 0"):
-        runner.launch(StepPlan(1, new, [Grown(0, 0, list(range(25)))], [], []))
+        runner.launch(StepPlan(1, new, [NewPages(0, 0, list(range(25)))], [], []))
 
 
 def test_the_cache_fills_kv_cache_gib_and_no_more(llama):
-    per_token = read_spec(llama).kv_bytes_per_token(4)
+    per_token = read_arch(llama).kv_bytes_per_token(4)
     gib = 2000 * PAGE_SIZE * per_token / 2**30
     assert make_runner(llama, num_pages=None, kv_cache_gib=gib).num_pages == 2000
     small = make_runner(llama, num_pages=None, kv_cache_gib=0.001, max_model_len=90000)
@@ -305,7 +307,7 @@ def test_the_cache_fills_kv_cache_gib_and_no_more(llama):
 
 def test_a_float8_cache_has_a_byte_a_number(llama):
     """So a quarter of float32's bytes, and four times its pages."""
-    gib = 2000 * PAGE_SIZE * read_spec(llama).kv_bytes_per_token(4) / 2**30
+    gib = 2000 * PAGE_SIZE * read_arch(llama).kv_bytes_per_token(4) / 2**30
     runner = make_runner(llama, num_pages=None, kv_cache_gib=gib, kv_cache_dtype="fp8")
     assert runner.num_pages == 8000
     assert {tensor.dtype for tensor in runner.cache} == {torch.float8_e4m3fn}

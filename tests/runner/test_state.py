@@ -7,7 +7,7 @@ import torch
 from gllm_engine.runner.sampler import sample
 from gllm_engine.runner.state import Additions, PlanError, State, TokenCounts
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import Grown, NewSequence
+from gllm_engine.types import NewPages, NewSequence
 
 CPU = torch.device("cpu")
 
@@ -60,11 +60,11 @@ def test_additions_keep_short_rows_neutral_when_a_longer_one_comes():
 def test_a_new_owner_empties_the_page_table():
     state = State(3, 4, 16, 50, (), CPU)
     new = [NewSequence(1, 0, 1, SamplingParams(), [])]
-    state.apply(new, [Grown(1, 0, [8, 9]), Grown(1, 2, [5])])
+    state.apply(new, [NewPages(1, 0, [8, 9]), NewPages(1, 2, [5])])
     assert state.page_table.tolist() == [[0] * 4, [8, 9, 5, 0], [0] * 4]
     state.lengths[1] = 33
     state.lengths_cpu[1] = 33
-    state.apply(new, [Grown(1, 0, [3])])
+    state.apply(new, [NewPages(1, 0, [3])])
     assert state.page_table[1].tolist() == [3, 0, 0, 0]
     assert (state.num_pages_cpu[1], state.lengths_cpu[1], state.lengths[1].item()) == (1, 0, 0)
 

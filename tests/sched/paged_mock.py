@@ -107,11 +107,11 @@ class PagedMock:
         for new in plan.new:
             assert 0 <= new.slot < self.config.max_num_seqs
             self.slots[new.slot] = Slot(new)
-        for grown in plan.grown:
-            table = self.slots[grown.slot].table
-            assert grown.first == len(table)
-            assert all(0 <= page < self.num_pages for page in grown.pages)
-            table += grown.pages
+        for new_pages in plan.new_pages:
+            table = self.slots[new_pages.slot].table
+            assert new_pages.first == len(table)
+            assert all(0 <= page < self.num_pages for page in new_pages.pages)
+            table += new_pages.pages
             assert len(set(table)) == len(table)
 
     def _rows(self, plan: StepPlan) -> list[tuple[int, int, list[int], bool]]:

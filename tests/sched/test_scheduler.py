@@ -11,7 +11,7 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
 from gllm_engine.sched.policy import POLICIES, Budget
-from gllm_engine.types import Finish, Grown, NewSequence, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import Finish, NewPages, NewSequence, StepPlan, StepResult, TokenLogprobs
 
 PAGE = 4
 
@@ -51,20 +51,20 @@ def test_the_first_plans_of_a_sequence() -> None:
     first, made = step(scheduler)
     assert first.step == 1 and not made.tokens
     assert first.new == [NewSequence(0, 7, 10, sequence.sampling, [])]
-    assert first.grown == [Grown(0, 0, [0, 1, 2])]
+    assert first.new_pages == [NewPages(0, 0, [0, 1, 2])]
     (chunk,) = first.chunks
     assert (chunk.slot, chunk.start, chunk.tokens, chunk.samples, chunk.targets) == (
         0, 0, [10, 11, 12, 13, 14, 15], False, [],
     )  # fmt: skip
     second, made = step(scheduler, token=21)
-    assert (second.new, second.grown, second.decode_slots) == ([], [], [])
+    assert (second.new, second.new_pages, second.decode_slots) == ([], [], [])
     assert (second.chunks[0].start, second.chunks[0].samples) == (6, True)
     assert made.tokens == [(sequence, 21)] and sequence.tokens[10:] == [21]
     third, _ = step(scheduler)
-    assert (third.decode_slots, third.chunks, third.grown) == ([0], [], [])
+    assert (third.decode_slots, third.chunks, third.new_pages) == ([0], [], [])
     step(scheduler)
     fifth, _ = step(scheduler)  # position 12 begins a page
-    assert fifth.grown == [Grown(0, 3, [3])]
+    assert fifth.new_pages == [NewPages(0, 3, [3])]
 
 
 def test_decodes_go_before_prefill_and_prefill_fills_the_step() -> None:
@@ -296,7 +296,7 @@ def test_a_prefix_is_shared_by_sequences_of_the_same_step_and_outputs_are_shared
     add(scheduler, [9] * 9, max_tokens=1)
     made, _ = step(scheduler)
     assert [chunk.start for chunk in made.chunks] == [0, 8]
-    assert made.grown[1].pages[:2] == made.grown[0].pages[:2]
+    assert made.new_pages[1].pages[:2] == made.new_pages[0].pages[:2]
     for _ in range(7):
         step(scheduler)
     assert not scheduler.has_work and len(first.tokens) == 17

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gllm_client import HttpClient, SyncClient, read_metrics
-from gllm_client.serve import ProcessRow, descendants, find_stubs, process_table
+from gllm_client.supervisor import ProcessRow, descendants, find_stubs, process_table
 
 SHIPPED = Path(__file__).parents[2] / "model_repository"
 MODEL = "shakespeare"

@@ -15,7 +15,7 @@ from live import MODEL, SHIPPED, WAIT_S, Server, wait_for
 
 from gllm_client.__main__ import main
 from gllm_client.chat import HINT
-from gllm_engine.spec import FAMILIES
+from gllm_engine.arch import FAMILIES
 
 pytestmark = pytest.mark.server
 

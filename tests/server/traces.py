@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 from live import START_S, Server, free_ports, wait_for
 
-from gllm_client.serve import STUB
-from gllm_client.server import SHM, owned_prefix
+from gllm_client.supervisor import STUB
+from gllm_client.tritonserver import SHM, owned_prefix
 
 MARK = "GLLM_TEST_MARK"
-ENGINE = "gllm_engine.engine.server"
+ENGINE = "gllm_engine.engine.process"
 
 
 class Traces:

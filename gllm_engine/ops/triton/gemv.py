@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
 
 # Numbers of the weight that a thread asks for at once, and holds at most.
 _LOADED: tl.constexpr = tl.constexpr(8)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.overlap import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Numbers that one program of routing or sorting holds, of (tokens, experts); more do not fit the
 # registers of so many warps.

@@ -2,8 +2,8 @@
 
 The first pass reads every logit once and leaves, for each group of tokens, its largest logit, its
 mass and its most likely token. The second finds the group where the inverse CDF passes the row's
-random number, and then the token in it. Arithmetic as reference.sample: vocabulary order, sums of
-groups and tokens in float64, the random number a function of (seed, position) alone.
+random number, and then the token in it. Arithmetic as reference.sample_plain: vocabulary order,
+sums of groups and tokens in float64, the random number a function of (seed, position) alone.
 
 Ranks that hold a share of the vocabulary each exchange what the first pass left, which is small
 beside the logits; the one that has the chosen group finds the token.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.batch import Ranks
+from gllm_engine.ops.batch import TensorGroup
 
 _GROUP = 2048
 
@@ -91,7 +91,7 @@ def _choose(
         tl.store(last_tokens + slot, token)
 
 
-def sample(
+def sample_plain(
     scores: Tensor,
     slots: Tensor,
     temperature: Tensor,
@@ -100,9 +100,9 @@ def sample(
     lengths: Tensor,
     last_tokens: Tensor,
     out: Tensor | None = None,
-    ranks: Ranks | None = None,
+    ranks: TensorGroup | None = None,
 ) -> Tensor:
-    """One token for each row of scores [rows, vocab]; see reference.sample."""
+    """One token for each row of scores [rows, vocab]; see reference.sample_plain."""
     rows, vocab = scores.shape
     rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     groups = triton.cdiv(vocab, _GROUP)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.overlap import OVERLAP, begin, overlapping
-from gllm_engine.ops.triton.rows import rms_norm
+from gllm_engine.ops.triton.norm_act import rms_norm
+from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
 
 _MAX_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16)

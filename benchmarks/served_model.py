@@ -1,0 +1,89 @@
+"""A tritonserver for a benchmark: one model, free ports, gone at the end.
+
+Owns the model repository made for it, and what a shape without a tokenizer is served with. Knows
+nothing of load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from select import select
+from typing import Any
+
+from gllm_client.supervisor import write_model
+
+MODEL = "m"  # its name in the server
+START_S = 300.0
+
+
+@contextlib.contextmanager
+def server(
+    model: Path, front_ends: int, parameters: dict[str, str], config: dict[str, Any]
+) -> Iterator[str]:
+    """A `gllm serve` that serves `model` as MODEL; gives its gRPC address.
+
+    `parameters`: of config.pbtxt. `config`: keys of model.json. A model without a tokenizer gets
+    one made up. Raises RuntimeError with the server's log when it is not ready after START_S.
+    """
+    with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
+        repository = Path(directory, "repository")
+        write_repository(repository / MODEL, model.resolve(), front_ends, parameters, config)
+        http, grpc, metrics = free_ports(3)
+        command = [sys.executable, "-m", "gllm_client", "serve", str(repository)]
+        command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+        log = Path(directory, "log")
+        with (
+            log.open("w") as file,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file) as process,
+        ):  # whose end is waited for; if need be it ends the server by force
+            try:
+                ready, _, _ = select([process.stdout], [], [], START_S)
+                if not ready or not process.stdout.readline():  # no line: it has ended
+                    raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
+                yield f"127.0.0.1:{grpc}"
+            finally:
+                process.terminate()
+
+
+def write_repository(
+    directory: Path,
+    model: Path,
+    front_ends: int,
+    parameters: dict[str, str],
+    config: dict[str, Any],
+) -> None:
+    """The files of one model: config.pbtxt and 1/model.json."""
+    has_tokenizer = (model / "tokenizer.json").is_file() or "tokenizer" in config
+    made_up = {} if has_tokenizer else {"tokenizer": "."}
+    write_model(directory, {"model": str(model)} | made_up | config, front_ends)
+    if made_up:
+        vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+        (directory / "1/tokenizer.json").write_text(json.dumps(made_up_tokenizer(vocab)))
+    with (directory / "config.pbtxt").open("a") as file:
+        for key, value in parameters.items():
+            file.write(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n')
+
+
+def made_up_tokenizer(vocab: int) -> dict[str, Any]:
+    """A tokenizer.json whose every token is a short word, so that text costs what text costs."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    byte_level["trim_offsets"] = True
+    words = {f"\u0120{id:x}": id for id in range(vocab)}  # U+0120 spells a space
+    model = {"type": "BPE", "vocab": words, "merges": []}
+    both = {"pre_tokenizer": byte_level, "decoder": byte_level}
+    return {"version": "1.0", "added_tokens": [], "model": model} | both
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

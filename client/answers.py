@@ -1,0 +1,85 @@
+"""Where the commands get answers from: a server (`RemoteAnswers`) or an engine (local_answers.py).
+
+Both give Chunks, so that `generate`, `chat` and `batch` do not know which it is. Never imports
+the engine: asking a server must not cost the seconds that takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import Any, Protocol
+
+from gllm_client.batch import Failed, Item
+from gllm_client.client import connect
+from gllm_client.protocol import Chunk, GenerateError, merge
+
+Prompt = str | list[dict[str, Any]]  # text, or chat messages
+
+
+class AnswerSource(Protocol):
+    """Answers to prompts; `refusals` are the errors that concern one prompt alone."""
+
+    refusals: tuple[type[Exception], ...]
+
+    def stream(self, prompt: Prompt, sampling: dict[str, Any]) -> Iterator[Chunk]:
+        """One answer as it comes; closing the iterator ends it."""
+
+    def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
+        """Each item with its Chunk, or Failed; as they finish, `concurrency` at a time."""
+
+    def close(self) -> None: ...
+
+
+class RemoteAnswers:
+    """A model behind a URL."""
+
+    refusals = (GenerateError,)
+
+    def __init__(self, url: str, model: str | None, timeout: float | None = None) -> None:
+        """`model`: None for the only one that the server has. Raises GenerateError, ValueError."""
+        self._client = connect(url)
+        self._timeout = timeout
+        self._model = model or self._only_model(url)
+
+    def _only_model(self, url: str) -> str:
+        ready = sorted({e["name"] for e in self._client.index() if e["state"] == "READY"})
+        if len(ready) != 1:
+            have = ", ".join(ready) or "none"
+            raise GenerateError(f"--model is needed to choose among the models at {url}: {have}")
+        return ready[0]
+
+    def stream(self, prompt: Prompt, sampling: dict[str, Any]) -> Iterator[Chunk]:
+        return self._ask(prompt, sampling, stream=int(sampling.get("n", 1)) == 1)
+
+    def _ask(self, prompt: Prompt, sampling: dict[str, Any], stream: bool) -> Iterator[Chunk]:
+        options: dict[str, Any] = {"sampling": sampling, "stream": stream}
+        options["prompt" if isinstance(prompt, str) else "messages"] = prompt
+        return self._client.generate(model=self._model, timeout=self._timeout, **options)
+
+    def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
+        """As AnswerSource's. Raises GenerateError once the server is gone: no item is to blame."""
+        pool, waiting = ThreadPoolExecutor(concurrency), iter(items)
+        pending: set[Future[tuple[Item, Any]]] = set()
+        try:
+            while True:
+                for item in islice(waiting, concurrency - len(pending)):
+                    pending.add(pool.submit(self._answer, item))
+                if not pending:
+                    return
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, item: Item) -> tuple[Item, Any]:
+        try:
+            return item, merge(self._ask(item.prompt, item.sampling, stream=False))
+        except GenerateError as error:
+            if error.status == "UNAVAILABLE":
+                raise
+            return item, Failed(str(error))
+
+    def close(self) -> None:
+        self._client.close()

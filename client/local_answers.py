@@ -1,0 +1,89 @@
+"""Answers from an engine in this process, as answers.py's `AnswerSource`.
+
+Owns turning the offline API's parts into Chunks, and Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from gllm_client.answers import Prompt
+from gllm_client.batch import Failed, Item
+from gllm_client.protocol import Chunk, Output, merge
+from gllm_client.signals import caught_signals
+from gllm_engine import LLM, InvalidField, RequestFailed, parse_sampling
+
+
+class LocalAnswers:
+    """An engine in this process. One thread may use it."""
+
+    refusals = (InvalidField, RequestFailed)
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """`config`: fields of EngineConfig. Raises what LLM raises."""
+        self._llm = LLM(**config)
+
+    def stream(self, prompt: Prompt, sampling: dict[str, Any]) -> Iterator[Chunk]:
+        params = parse_sampling(sampling)
+        tokenizer = self._llm.tokenizer
+        encode = tokenizer.encode if isinstance(prompt, str) else tokenizer.chat
+        ids = encode(prompt)
+        if params.n == 1:
+            deltas = self._llm.stream(ids, params)
+            while (delta := _uninterrupted(deltas)) is not None:
+                yield Chunk((_output(delta),), num_input_tokens=len(ids))
+        else:
+            (whole,) = self._llm.generate([ids], params)
+            if whole.error is not None:
+                raise RequestFailed(whole.error)
+            yield Chunk(tuple(map(_output, whole.outputs)), num_input_tokens=len(ids))
+
+    def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
+        """As AnswerSource's. A delta of one stream advances them all: they share each step."""
+        waiting = iter(items)
+        # Of each its item, the chunks to come and those that came.
+        running: deque[tuple[Item, Iterator[Chunk], list[Chunk]]] = deque()
+        while True:
+            for item in islice(waiting, concurrency - len(running)):
+                running.append((item, self.stream(item.prompt, item.sampling), []))
+            if not running:
+                return
+            item, chunks, taken = running.popleft()
+            try:
+                chunk = next(chunks, None)
+            except self.refusals as error:
+                yield item, Failed(str(error))
+                continue
+            if chunk is None:
+                yield item, merge(taken)
+            else:
+                taken.append(chunk)
+                running.append((item, chunks, taken))
+
+    def close(self) -> None:
+        self._llm.close()
+
+
+def _output(part: Any) -> Output:
+    """From what LLM calls a delta or an output."""
+    return Output(
+        text=part.text,
+        finish_reason=part.finish_reason,
+        token_ids=tuple(part.token_ids),
+        logprobs=part.logprobs,
+        cumulative_logprob=part.cumulative_logprob,
+        num_tokens=len(part.token_ids),
+    )
+
+
+def _uninterrupted(deltas: Iterator[Any]) -> Any:
+    """The next delta or None; Ctrl-C waits until the engine's step is whole."""
+    with caught_signals(signal.SIGINT) as caught:
+        delta = next(deltas, None)
+    if caught.count:
+        raise KeyboardInterrupt
+    return delta

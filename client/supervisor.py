@@ -1,0 +1,443 @@
+"""`gllm serve`: start tritonserver, load the models, watch over them, stop without a trace.
+
+Owns the server process and what must be true when it is gone. tritonserver never restarts a front
+end (stub) that died: requests to it hang while the model stays READY. Unloading and loading the
+model does, so that is what the watch over the stubs is for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gllm_client.client import SyncClient
+from gllm_client.protocol import GenerateError
+from gllm_client.signals import Signals, caught_signals
+from gllm_client.tritonserver import (
+    SHM,
+    STUB,
+    ServerError,
+    Serving,
+    assemble_backends,
+    discard,
+    find_server,
+    make_directory,
+    owned_prefix,
+    server_arguments,
+    server_environment,
+    sweep,
+)
+
+PORTS = ("http", "grpc", "metrics")
+TICK_S = 0.1  # how often a signal or the server's death is looked for
+WATCH_S = 0.5  # how often the stubs are counted; a second count confirms that one is missing
+LOAD_TRIES = 3
+KILL_AFTER_S = 5.0  # beyond the server's own exit timeout
+
+# Runs as the child: it becomes the server, and is killed when `gllm serve` dies, however it dies.
+_EXEC = """
+import ctypes, os, sys
+parent, *command = sys.argv[1:]
+PR_SET_PDEATHSIG, SIGKILL = 1, 9
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+if os.getppid() == int(parent):
+    os.execv(command[0], command)
+"""
+
+
+def serve(serving: Serving) -> int:
+    """Serve until SIGTERM, SIGINT or the server's end; returns the exit status."""
+    check_ports(serving)
+    installation = find_server()
+    sweep()
+    directory = make_directory()
+    prefix = owned_prefix(os.getpid())
+    try:
+        for name in ("backends", "models"):
+            (directory / name).mkdir()
+        assemble_backends(installation, directory / "backends")
+        repository, models = prepare_repository(serving, directory / "models")
+        given = server_flags(serving, repository)
+        arguments = server_arguments(directory / "backends", prefix, given)
+        environment = server_environment(installation)
+        with caught_signals() as signals:
+            server = Server([str(installation.binary), *arguments], environment)
+            return Supervisor(server, serving, models, signals).run()
+    finally:
+        discard(directory)
+        for region in SHM.glob(f"{prefix}*"):
+            discard(region)
+
+
+def server_flags(serving: Serving, repository: Path) -> list[str]:
+    """tritonserver's flags. Raises ServerError for one given that is ours to set."""
+    ours = {
+        "--model-repository": repository,
+        "--model-control-mode": "explicit",
+        "--exit-timeout-secs": serving.exit_timeout_s,
+        **{f"--{kind}-address": serving.host for kind in PORTS},
+        **{f"--{kind}-port": getattr(serving, f"{kind}_port") for kind in PORTS},
+    }
+    for argument in serving.arguments:
+        name = argument.partition("=")[0]
+        if name in ours:
+            raise ServerError(f"{name} is set by gllm serve, it cannot be given after --")
+    return [*(f"{name}={value}" for name, value in ours.items()), *serving.arguments]
+
+
+def check_ports(serving: Serving) -> None:
+    """Raises ServerError naming a port that is taken, given twice or not ours to use."""
+    seen: dict[int, str] = {}
+    for kind in PORTS:
+        port = getattr(serving, f"{kind}_port")
+        if port in seen:
+            raise ServerError(f"port {port} is given for both {seen[port]} and {kind}")
+        seen[port] = kind
+        family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((serving.host, port))
+                probe.listen()
+            except OSError as error:
+                reason = "is in use" if error.errno == 98 else f"cannot be used ({error.strerror})"
+                raise ServerError(
+                    f"port {port} on {serving.host} {reason}; choose another with --{kind}-port"
+                ) from None
+
+
+def prepare_repository(serving: Serving, directory: Path) -> tuple[Path, list[str]]:
+    """The model repository to serve and its models; `directory` holds one made for `path`.
+
+    Raises ServerError when `path` is none of the three kinds.
+    """
+    path = serving.path.resolve()
+    if (path / "config.json").is_file():
+        name = serving.name or path.name
+        write_model(directory / name, {"model": str(path)} | serving.engine, serving.front_ends)
+        return directory, [name]
+    if serving.engine or serving.name or serving.front_ends != 1:
+        raise ServerError(
+            f"{serving.path} is not a checkpoint (it has no config.json); engine options, --name "
+            "and --front-ends are for one. Those of a repository are in its model.json and "
+            "config.pbtxt"
+        )
+    if (path / "config.pbtxt").is_file():
+        (directory / path.name).symlink_to(path)
+        return directory, [path.name]
+    models = sorted(config.parent.name for config in path.glob("*/config.pbtxt"))
+    if not models:
+        raise ServerError(
+            f"{serving.path} is neither a checkpoint (config.json) nor a model repository "
+            "(NAME/config.pbtxt)"
+        )
+    return path, models
+
+
+def write_model(directory: Path, engine: dict[str, Any], front_ends: int) -> None:
+    """A model of the gllm backend: config.pbtxt and 1/model.json."""
+    if not re.fullmatch(r"[\w.-]+", directory.name):
+        raise ServerError(
+            f"{directory.name!r} cannot be a model's name (letters, digits, '_', '-' and '.'); "
+            "give one with --name"
+        )
+    (directory / "1").mkdir(parents=True)
+    (directory / "1/model.json").write_text(json.dumps(engine, indent=2))
+    (directory / "config.pbtxt").write_text(
+        'backend: "gllm"\n'
+        "max_batch_size: 0\n"
+        f"instance_group [{{ count: {front_ends} kind: KIND_MODEL }}]\n"
+    )
+
+
+class ProcessRow(NamedTuple):
+    """A running process; `start` (clock ticks since boot) tells it from a later one."""
+
+    pid: int
+    parent: int
+    start: int
+
+
+def process_table() -> dict[int, ProcessRow]:
+    """Every process that runs; zombies do not."""
+    rows = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, *rest = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state not in "ZX":
+            pid = int(path.parent.name)
+            rows[pid] = ProcessRow(pid, int(parent), int(rest[17]))
+    return rows
+
+
+def descendants(pid: int) -> set[ProcessRow]:
+    """Children of a process, their children, and so on."""
+    rows = process_table().values()
+    found: set[ProcessRow] = set()
+    ancestors = {pid}
+    while ancestors:
+        children = {row for row in rows if row.parent in ancestors} - found
+        found |= children
+        ancestors = {row.pid for row in children}
+    return found
+
+
+def find_stubs(server_pid: int) -> dict[str, set[ProcessRow]]:
+    """The front ends that live, by model.
+
+    A stub is a child of the server; its first argument is <repository>/<model>/<version>/model.py.
+    """
+    stubs: dict[str, set[ProcessRow]] = {}
+    for row in process_table().values():
+        if row.parent != server_pid:
+            continue
+        try:
+            command = Path(f"/proc/{row.pid}/cmdline").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        model = Path(command[1]).parts[-3:-2] if len(command) > 1 else ()
+        if model and Path(command[0]).name == STUB:
+            stubs.setdefault(model[0], set()).add(row)
+    return stubs
+
+
+class Server:
+    """A tritonserver process that ends with this one. Its output goes to our stderr."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        wrapped = [sys.executable, "-ISc", _EXEC, str(os.getpid()), *command]
+        # A session of its own: Ctrl-C at the terminal comes to us, and we stop the server.
+        self._process = subprocess.Popen(
+            wrapped,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        # Who must be gone at the end: orphans are found no more once the server has died.
+        self._family: set[ProcessRow] = set()
+        self._look_again = 0.0
+
+    def poll(self) -> int | None:
+        """The exit status once the process has ended; 128 + n after signal n. To be asked often."""
+        now = time.monotonic()
+        if now > self._look_again:
+            self._family = descendants(self.pid) or self._family
+            self._look_again = now + WATCH_S
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def stop(self, timeout_s: float, impatient: Callable[[], bool]) -> bool:
+        """End the server and all that it started; True when it went by itself.
+
+        SIGTERM first; SIGKILL after `timeout_s`, or as soon as `impatient()`.
+        """
+        family = self._family | descendants(self.pid)
+        graceful = True
+        if self.poll() is None:
+            self._process.terminate()
+            end = time.monotonic() + timeout_s
+            while self.poll() is None and time.monotonic() < end and not impatient():
+                family |= descendants(self.pid)
+                time.sleep(TICK_S)
+            if self.poll() is None:
+                graceful = False
+                self._process.kill()
+                self._process.wait()
+        _outlive(family)
+        return graceful
+
+
+def _outlive(family: set[ProcessRow], patience_s: float = 3.0) -> None:
+    """Wait for orphans to end by themselves (engines and stubs notice), then kill them."""
+    end = time.monotonic() + patience_s
+    while left := _still_there(family):
+        if time.monotonic() > end:
+            for row in left:
+                try:
+                    os.kill(row.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            end += patience_s
+        time.sleep(TICK_S / 2)
+
+
+def _still_there(family: set[ProcessRow]) -> list[ProcessRow]:
+    rows = process_table()
+    return [row for row in family if row.pid in rows and rows[row.pid].start == row.start]
+
+
+class Stopped(Exception):
+    """A signal asked for the end."""
+
+
+class Exited(Exception):
+    """The server ended by itself, with this exit status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Supervisor:
+    """Brings the models up and keeps them up until the end.
+
+    Every wait is a series of ticks, and every tick looks for a signal and for the server's death.
+    """
+
+    def __init__(
+        self, server: Server, serving: Serving, models: list[str], signals: Signals
+    ) -> None:
+        self._server, self._serving, self._models, self._signals = server, serving, models, signals
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serving.host, serving.host)
+        self._host = f"[{host}]" if ":" in host else host
+        self._address = f"{self._host}:{serving.grpc_port}"
+        self._client = SyncClient(self._address)
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="gllm-serve")
+        # The stubs when all was last seen well; None: not looked at yet.
+        self._settled: dict[str, set[ProcessRow]] | None = None
+        # Stubs of loads that were given up. A request lost with its stub never ends for the
+        # server, so the rest of that load stays until the server does; it serves nothing new.
+        self._retired: set[ProcessRow] = set()
+
+    def run(self) -> int:
+        """The exit status of `gllm serve`."""
+        status, problem = 1, ""
+        try:
+            self._bring_up()
+            self._watch()
+        except Stopped:
+            status = 0
+        except Exited as exited:
+            status = exited.status
+            problem = f"tritonserver ended by itself with status {status}"
+        except GenerateError as error:
+            problem = str(error)
+        finally:
+            graceful = self._stop()
+        if problem:  # said last, after all that the server has to say about its own end
+            _log(problem)
+        return status if graceful else status or 1
+
+    def _stop(self) -> bool:
+        before = self._signals.count
+        timeout_s = self._serving.exit_timeout_s + KILL_AFTER_S
+        graceful = self._server.stop(timeout_s, lambda: self._signals.count > before)
+        self._client.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        if not graceful:
+            _log("tritonserver was killed before it had stopped")
+        return graceful
+
+    def _bring_up(self) -> None:
+        while not self._client.is_live(timeout=1.0):
+            self._tick()
+            self._client.close()  # one that was refused waits for seconds before the next attempt
+            self._client = SyncClient(self._address)
+        for model in self._models:
+            self._load(model)
+        at = self._serving
+        print(
+            f"ready: {', '.join(self._models)} at http://{self._host}:{at.http_port} "
+            f"grpc://{self._host}:{at.grpc_port} "
+            f"metrics http://{self._host}:{at.metrics_port}/metrics",
+            flush=True,
+        )
+
+    def _load(self, model: str) -> None:
+        try:
+            self._await(self._client.load, model)
+        except GenerateError as error:
+            reason = str(error).partition("\n\nAt:")[0].strip().rstrip(";")  # no Python stack
+            raise GenerateError(f"model {model} cannot be loaded: {reason}") from None
+
+    def _watch(self) -> None:
+        suspects: set[str] = set()
+        while True:
+            self._pause(WATCH_S)
+            stubs = self._stubs()
+            if stubs == self._settled:
+                suspects = set()
+                continue
+            try:
+                missing = self._missing(stubs)
+            except GenerateError:  # a model came or went while it was looked at
+                continue
+            for model in sorted(missing & suspects):
+                self._recover(model)
+            suspects = missing - suspects
+            if not missing:
+                self._settled = stubs
+
+    def _stubs(self) -> dict[str, set[ProcessRow]]:
+        found = find_stubs(self._server.pid)
+        serving = {model: stubs - self._retired for model, stubs in found.items()}
+        return {model: stubs for model, stubs in serving.items() if stubs}
+
+    def _missing(self, stubs: dict[str, set[ProcessRow]]) -> set[str]:
+        """Models that are in service with fewer front ends than instances."""
+        ready = [e["name"] for e in self._await(self._client.index) if e["state"] == "READY"]
+        return {
+            model
+            for model in ready
+            if len(stubs.get(model, ())) < self._await(self._client.num_stubs, model)
+        }
+
+    def _recover(self, model: str) -> None:
+        """Unload and load; the one way in which tritonserver starts a front end anew."""
+        _log(f"a front end of model {model} died; loading the model anew")
+        began = time.monotonic()
+        self._retired |= self._stubs().get(model, set())
+        for left in reversed(range(LOAD_TRIES)):
+            try:
+                self._await(self._client.unload, model)
+                self._load(model)
+                break
+            except GenerateError as error:
+                if not left:
+                    raise
+                _log(f"{error}; trying again")
+                self._pause(1.0)
+        self._settled = None
+        _log(f"model {model} is back after {time.monotonic() - began:.1f} s")
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._tick()
+
+    def _await(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call something that blocks on the server, on the thread kept for that."""
+        future: Future[Any] = self._threads.submit(function, *arguments)
+        while not future.done():
+            self._tick()
+        self._check()
+        return future.result()
+
+    def _tick(self) -> None:
+        self._check()
+        time.sleep(TICK_S)
+
+    def _check(self) -> None:
+        if self._signals.count:
+            raise Stopped
+        status = self._server.poll()
+        if status is not None:
+            raise Exited(status)
+
+
+def _log(message: str) -> None:
+    print(f"gllm serve: {message}", file=sys.stderr, flush=True)

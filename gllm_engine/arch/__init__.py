@@ -1,0 +1,24 @@
+"""What a model is, as data: families, layers, RoPE, checkpoint names. No torch."""
+
+from __future__ import annotations
+
+from gllm_engine.arch.fields import ArchError
+from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.rope import Rope
+from gllm_engine.arch.shard import Shard
+from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
+
+__all__ = [
+    "FAMILIES",
+    "Dense",
+    "Gqa",
+    "Layer",
+    "Model",
+    "Moe",
+    "Rope",
+    "SandwichLayer",
+    "Shard",
+    "ArchError",
+    "make_arch",
+    "read_arch",
+]

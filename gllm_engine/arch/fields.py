@@ -1,0 +1,105 @@
+"""Typed reading of a config.json: every complaint names the key, what it was, what is allowed.
+
+Knows JSON and nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from math import inf
+from typing import Any
+
+
+class ArchError(ValueError):
+    """The model cannot be described; the message is one sentence for the user."""
+
+
+class Fields:
+    """A JSON object with a family's defaults for absent keys. JSON null: no value, no default."""
+
+    def __init__(self, values: dict[str, Any], name: str, defaults: dict[str, Any]) -> None:
+        self.name = name
+        self._values = {k: v for k, v in (defaults | values).items() if v is not None}
+
+    def child(self, *keys: str) -> Fields:
+        """The object under the first of `keys` that is there and not empty; else an empty one."""
+        for key in keys:
+            if value := self._values.get(key):
+                if not isinstance(value, dict):
+                    raise self._wrong(key, value, "an object")
+                return Fields(value, f"{self.name}: {key}", {})
+        return Fields({}, self.name, {})
+
+    def choices(self, key: str, length: int, allowed: tuple[str, ...]) -> list[str] | None:
+        """A list of `length` words, each one of `allowed`; None when absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length or not set(value) <= set(allowed):
+            raise self._wrong(key, value, f"a list of {length} of {', '.join(allowed)}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self._get(key, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(key, value, "a whole number of at least 1")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
+            raise self._wrong(key, value, "a number above 0")
+        return float(value)
+
+    def optional_real(self, key: str) -> float | None:
+        return self.real(key) if key in self._values else None
+
+    def optional_count(self, key: str) -> int | None:
+        return self.count(key) if key in self._values else None
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a string")
+        return value
+
+    def numbers(self, key: str, kind: str = "token id") -> tuple[int, ...]:
+        """One number from 0 on, or a list of them; empty when absent. `kind`: for complaints."""
+        value = self._values.get(key, [])
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in numbers):
+            raise self._wrong(key, value, f"a {kind} or a list of them")
+        return tuple(dict.fromkeys(numbers))
+
+    def require(self, **expected: Any) -> None:
+        """Refuse switches that are set to something else; absent ones are fine."""
+        for key, allowed in expected.items():
+            value = self._values.get(key, allowed)
+            if value != allowed:
+                raise self._wrong(key, value, json.dumps(allowed))
+
+    def allow_only(self, keys: set[str]) -> None:
+        """Refuse any other key: it could be a switch that changes the mathematics."""
+        unknown = sorted(set(self._values) - keys)
+        if unknown:
+            raise ArchError(f"{self.name}: key {unknown[0]!r} is not supported")
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self._values.get(key, default)
+        if value is None:
+            raise ArchError(f"{self.name}: {key} is missing")
+        return value
+
+    def _wrong(self, key: str, value: Any, allowed: str) -> ArchError:
+        shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+        return ArchError(f"{self.name}: {key} is {shown}, but only {allowed} is supported")

@@ -1,0 +1,62 @@
+"""How checkpoints spell the weights: renames and fusions. The only place that knows such quirks.
+
+Knows names only; model/load.py moves the numbers.
+"""
+
+from __future__ import annotations
+
+import re
+
+from gllm_engine.arch.model import Model
+
+# Replacements made in a canonical name, in order. Weights that come to share a name are stored as
+# one tensor, stacked along dimension 0 in canonical order (q, k, v; gate, up).
+_RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "hf": (),
+    "glm": (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj")),
+    "mixtral": (
+        ("mlp.", "block_sparse_moe."),
+        ("gate_proj", "w1"),
+        ("up_proj", "w3"),
+        ("down_proj", "w2"),
+    ),
+    "chatglm": (
+        ("model.embed_tokens", "transformer.embedding.word_embeddings"),
+        ("model.layers.", "transformer.encoder.layers."),
+        ("model.norm", "transformer.encoder.final_layernorm"),
+        ("lm_head", "transformer.output_layer"),
+        ("self_attn.q_proj", "self_attention.query_key_value"),
+        ("self_attn.k_proj", "self_attention.query_key_value"),
+        ("self_attn.v_proj", "self_attention.query_key_value"),
+        ("self_attn.o_proj", "self_attention.dense"),
+        ("mlp.gate_proj", "mlp.dense_h_to_4h"),
+        ("mlp.up_proj", "mlp.dense_h_to_4h"),
+        ("mlp.down_proj", "mlp.dense_4h_to_h"),
+    ),
+}
+
+# Tables of RoPE frequencies that old checkpoints carry; they follow from the config.
+_LEFT_OVERS = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|transformer\.rotary_pos_emb\.inv_freq"
+)
+
+
+def checkpoint_name(model: Model, canonical: str) -> str:
+    """The name of the checkpoint tensor that holds a weight."""
+    for old, new in _RENAMES[model.names]:
+        canonical = canonical.replace(old, new)
+    return canonical
+
+
+def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
+    """Checkpoint tensor name -> the canonical weights it holds, stacked along dimension 0."""
+    tensors: dict[str, tuple[str, ...]] = {}
+    for weight in model.weights():
+        name = checkpoint_name(model, weight)
+        tensors[name] = (*tensors.get(name, ()), weight)
+    return tensors
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a checkpoint tensor is known to carry nothing that the config does not."""
+    return _LEFT_OVERS.fullmatch(name) is not None

@@ -1,0 +1,123 @@
+"""Rotary position embedding as data, and how a Hugging Face config spells it.
+
+Owns the variants of RoPE scaling. Knows no tensors: layers/rope.py turns these into frequencies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gllm_engine.arch.fields import ArchError, Fields
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation: every frequency divided by `factor` (kaiokendev, 2023)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """NTK-aware scaling of theta (bloc97, emozilla, 2023).
+
+    The published form changes theta as a sequence grows, so a key cached early would disagree with
+    one computed later. Here theta is set once, for the model length the engine is configured with:
+    a prompt gives the same result in chunks, from the prefix cache, and whole.
+    """
+
+    factor: float
+    original_len: int  # tokens; up to here nothing is scaled
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_len: int
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN, arXiv 2309.00071. `attention_factor` multiplies cos and sin."""
+
+    factor: float
+    original_len: int
+    attention_factor: float | None  # None: derived from factor, mscale and mscale_all_dim
+    mscale: float | None
+    mscale_all_dim: float | None
+    beta_fast: float
+    beta_slow: float
+    truncate: bool  # round the ramp's ends to whole dimensions
+
+
+_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
+    *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    *("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
+    "finetuned",  # early YaRN checkpoints: a remark, not a switch
+}
+
+Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotates the first `dim` channels of a head; pairs are (i, i + dim/2), or (2i, 2i + 1)."""
+
+    dim: int
+    theta: float
+    interleaved: bool = False
+    scaling: Scaling | None = None
+
+
+def read_rope(config: Fields, head_dim: int) -> Rope:
+    """Read `rope_parameters`, or the older `rope_theta` + `rope_scaling`.
+
+    Inside the object beats beside it, as in transformers. Raises ArchError for an unknown type.
+    """
+    rope = config.child("rope_scaling", "rope_parameters")
+    theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0))
+    share = rope.real("partial_rotary_factor", config.real("partial_rotary_factor", 1.0))
+    dim = head_dim * share
+    if dim % 2 or dim > head_dim:
+        raise ArchError(
+            f"{config.name}: partial_rotary_factor={share} of head_dim={head_dim} is {dim} "
+            f"channels; a whole even number from 2 to {head_dim} is needed"
+        )
+    return Rope(
+        int(dim), theta, scaling=_read_scaling(rope, config.count("max_position_embeddings"))
+    )
+
+
+def _read_scaling(rope: Fields, max_len: int) -> Scaling | None:
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
+        raise ArchError(
+            f"{rope.name}: RoPE type {kind!r} is not supported; "
+            "supported are default, linear, dynamic, llama3, yarn"
+        )
+    rope.allow_only(_KEYS)
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(rope.real("factor"))
+    if kind == "dynamic":
+        return DynamicScaling(rope.real("factor"), max_len)
+    original = rope.count("original_max_position_embeddings", max_len)
+    if kind == "llama3":
+        low, high = rope.real("low_freq_factor"), rope.real("high_freq_factor")
+        return Llama3Scaling(rope.real("factor"), low, high, original)
+    return YarnScaling(
+        factor=rope.real("factor", max_len / original),
+        original_len=original,
+        attention_factor=rope.optional_real("attention_factor"),
+        mscale=rope.optional_real("mscale"),
+        mscale_all_dim=rope.optional_real("mscale_all_dim"),
+        beta_fast=rope.real("beta_fast", 32.0),
+        beta_slow=rope.real("beta_slow", 1.0),
+        truncate=rope.flag("truncate", True),
+    )

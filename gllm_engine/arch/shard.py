@@ -1,0 +1,79 @@
+"""What one rank holds of a model: a run of layers, and of each a share of its heads and channels.
+
+A share of a layer is a layer with smaller numbers, so whatever is built from a spec is built for a
+rank in the same way. Where a weight of the share lies in the whole weight follows from the two
+shapes alone. The sum of what the shares of a mixer or an ffn give is what the whole one gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gllm_engine.arch.fields import ArchError
+from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, Shapes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Layers `first` .. `end` - 1; of each the share of rank `rank` among `size`."""
+
+    first: int
+    end: int
+    rank: int = 0
+    size: int = 1
+    experts_apart: bool = False  # whole experts, shared out among ranks, not a part of each expert
+
+    def of(self, model: Model) -> tuple[Layer, ...]:
+        """The layers this rank computes. Raises ArchError where the numbers do not divide."""
+        self._divide("vocab_size", model.vocab)
+        return tuple(self._layer(layer) for layer in model.layers[self.first : self.end])
+
+    def weights(self, model: Model) -> Shapes:
+        """Every weight this rank holds, by its canonical name: the shape of its share."""
+        part = replace(model, vocab=model.vocab // self.size, layers=self.of(model))
+        shapes, last = part.weights(self.first), self.end == len(model.layers)
+        if self.first and not (last and model.tie):
+            del shapes["model.embed_tokens.weight"]
+        if not last:
+            del shapes["model.norm.weight"]
+            shapes.pop("lm_head.weight", None)
+        return shapes
+
+    def start(self, whole: int, part: int) -> int:
+        """Where along a dimension of `whole` numbers the `part` numbers of this rank begin.
+
+        Ranks that are more than the parts share them: two ranks may hold the same K/V head.
+        """
+        return self.rank * (whole // part) // self.size * part
+
+    def _layer(self, layer: Layer) -> Layer:
+        return replace(layer, mixer=self._gqa(layer.mixer), ffn=self._ffn(layer.ffn))
+
+    def _gqa(self, mixer: Gqa) -> Gqa:
+        heads = self._divide("num_attention_heads", mixer.heads)
+        if mixer.kv_heads % self.size and self.size % mixer.kv_heads:
+            raise ArchError(
+                f"tensor_parallel_size: {self.size} ranks can neither share out the model's "
+                f"{mixer.kv_heads} key/value heads evenly nor be shared out among them"
+            )
+        kv_heads = max(1, mixer.kv_heads // self.size)
+        bias = mixer.out_bias and not self.rank  # what all ranks give is summed
+        return replace(mixer, heads=heads, kv_heads=kv_heads, out_bias=bias)
+
+    def _ffn(self, ffn: Dense | Moe) -> Dense | Moe:
+        if isinstance(ffn, Moe):
+            shared = self._divide("shared_expert_intermediate_size", ffn.shared)
+            if self.experts_apart:
+                count = self._divide("num_experts", ffn.num_experts)
+                return replace(ffn, shared=shared, local_experts=(self.rank * count, count))
+            hidden = self._divide("moe_intermediate_size", ffn.hidden)
+            return replace(ffn, shared=shared, hidden=hidden)
+        hidden = self._divide("intermediate_size", ffn.hidden)
+        return replace(ffn, hidden=hidden, out_bias=ffn.out_bias and not self.rank)
+
+    def _divide(self, what: str, number: int) -> int:
+        if number % self.size:
+            raise ArchError(
+                f"tensor_parallel_size: {self.size} does not divide the model's {what}={number}"
+            )
+        return number // self.size

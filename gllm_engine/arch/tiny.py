@@ -1,0 +1,89 @@
+"""A tiny config.json for every supported family: the models that tests and demos run on.
+
+Knows configs; model/tiny.py makes checkpoints of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gllm_engine.arch.fields import ArchError
+from gllm_engine.arch.zoo import FAMILIES
+
+_HF = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+_QWEN_MOE = _HF | {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_GLM = _HF | {
+    "pad_token_id": 0,
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+}
+_CHATGLM = {
+    "model_type": "chatglm",
+    "padded_vocab_size": 384,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 16,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "seq_length": 2048,
+    "layernorm_epsilon": 1e-5,
+    "rope_ratio": 50,
+    "add_qkv_bias": True,
+    "add_bias_linear": False,
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "original_rope": True,
+    "tie_word_embeddings": False,
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": _HF | {"model_type": "llama"},
+    "MistralForCausalLM": _HF | {"model_type": "mistral", "sliding_window": 48},
+    "Qwen2ForCausalLM": _HF | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "Qwen3ForCausalLM": _HF | {"model_type": "qwen3", "head_dim": 32},
+    "MixtralForCausalLM": _HF
+    | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
+    "Qwen2MoeForCausalLM": _QWEN_MOE
+    | {
+        "model_type": "qwen2_moe",
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 2,
+    },
+    "Qwen3MoeForCausalLM": _QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 32},
+    "GlmForCausalLM": _GLM | {"model_type": "glm"},
+    "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},
+    "ChatGLMModel": _CHATGLM,
+    "ChatGLMForConditionalGeneration": _CHATGLM,
+}
+
+
+def tiny_config(family: str, **over: Any) -> dict[str, Any]:
+    """The config.json of a tiny model of `family` (an architecture name), `over` applied to it.
+
+    Raises ArchError for a family that is not supported.
+    """
+    if family not in _CONFIGS:
+        raise ArchError(f"family {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return _CONFIGS[family] | {"architectures": [family], "eos_token_id": 2} | over

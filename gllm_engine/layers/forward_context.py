@@ -1,0 +1,30 @@
+"""What all layers of one forward pass share: computed once a step, not once a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gllm_engine.arch.rope import Rope
+
+Norm = tuple[Tensor, float]  # gain [dim] and epsilon of an RMS norm
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """Filled by the decoder at the start of a forward pass."""
+
+    plans: dict[int | None, Any]  # window -> the backend's attention plan
+    rotations: dict[Rope, Any]  # what the backend's rotation() made of the positions
+
+
+@dataclass(frozen=True)
+class LogitTokens:
+    """The tokens of a step whose result somebody looks at. The others still leave K and V in the
+    cache, and in the last layer nothing else.
+    """
+
+    index: Tensor  # [n] which tokens
+    plans: dict[int | None, Any]  # as in Step, for these alone; empty if n is 0

@@ -1,0 +1,98 @@
+"""A step's tokens laid out from the slots' state: one launch, whatever the step.
+
+Knows slots, pages and rows; nothing of what is then computed with them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Tokens of one program: of decode rows, or of one chunk.
+_BLOCK = 512
+
+
+@triton.jit
+def _place(page_table, width, slot, position, token, at, inside, tokens, positions, cache_index,
+           PAGE: tl.constexpr):  # fmt: skip
+    page = tl.load(page_table + slot * width + position // PAGE, mask=inside, other=0)
+    tl.store(tokens + at, token, mask=inside)
+    tl.store(positions + at, position, mask=inside)
+    tl.store(cache_index + at, page * PAGE + position % PAGE, mask=inside)
+
+
+# Slices of a step's packed numbers begin anywhere, and counts are never the same twice: a kernel
+# for each kind of alignment and divisibility would be compiled amid serving.
+@triton.jit(
+    do_not_specialize=["width", "num_decode", "num_decode_blocks"],
+    do_not_specialize_on_alignment=[
+        "slots", "starts", "ends", "known", "tokens", "positions", "cache_index", "context_lens",
+    ],
+)  # fmt: skip
+def _prepare_inputs(
+    page_table, width, lengths, last_tokens, slots, starts, ends, known,
+    tokens, positions, cache_index, context_lens, num_decode, num_decode_blocks,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Programs (i, 0) with i < num_decode_blocks: BLOCK decode rows; (j, k) after them: the k-th
+    BLOCK tokens of a chunk. Each length is read and written by one program alone.
+    """
+    program, block = tl.program_id(0), tl.program_id(1)
+    lanes = tl.arange(0, BLOCK)
+    if program < num_decode_blocks:
+        row = program * BLOCK + lanes
+        inside = (row < num_decode) & (block == 0)
+        slot = tl.load(slots + row, mask=inside, other=0)
+        position = tl.load(lengths + slot, mask=inside, other=0)
+        token = tl.load(last_tokens + slot, mask=inside, other=0)
+        _place(page_table, width, slot, position, token, row, inside, tokens, positions,
+               cache_index, PAGE)  # fmt: skip
+        tl.store(lengths + slot, position + 1, mask=inside)
+        tl.store(context_lens + row, position + 1, mask=inside)
+    else:
+        chunk = program - num_decode_blocks
+        owner = tl.load(slots + num_decode + chunk)
+        start = tl.load(starts + chunk)
+        first = tl.load(ends + chunk - 1, mask=chunk > 0, other=0)
+        count = tl.load(ends + chunk) - first
+        i = block * BLOCK + lanes
+        token = tl.load(known + first + i, mask=i < count, other=0)
+        _place(page_table, width, owner, start + i, token, num_decode + first + i, i < count,
+               tokens, positions, cache_index, PAGE)  # fmt: skip
+        if block == 0:
+            tl.store(lengths + owner, start + count)
+            tl.store(context_lens + num_decode + chunk, start + count)
+
+
+def prepare_inputs(
+    page_table: Tensor,
+    page_size: int,
+    lengths: Tensor,
+    last_tokens: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    known: Tensor,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As reference.prepare_inputs. The tensors begin at addresses that are multiples of 16."""
+    num_rows, num_chunks = len(slots), len(starts)
+    num_decode = num_rows - num_chunks
+    num_tokens = num_decode + len(known)
+    # One allocation. Kernels that read it are compiled for aligned rows.
+    made = torch.empty(
+        4, max(num_tokens, num_rows) + 1 & -2, dtype=torch.int64, device=slots.device
+    )
+    tokens, positions, cache_index, context_lens = made.unbind()
+    num_decode_blocks = triton.cdiv(num_decode, _BLOCK)
+    _prepare_inputs[(num_decode_blocks + num_chunks, max(triton.cdiv(longest, _BLOCK), 1))](
+        page_table, page_table.stride(0), lengths, last_tokens, slots, starts, ends, known,
+        tokens, positions, cache_index, context_lens, num_decode, num_decode_blocks,
+        PAGE=page_size, BLOCK=_BLOCK,
+    )  # fmt: skip
+    return (
+        *(tokens[:num_tokens], positions[:num_tokens], cache_index[:num_tokens]),
+        context_lens[:num_rows],
+    )

@@ -1,0 +1,101 @@
+"""From the QKV product to attention's inputs in one pass: norm, rotation, and K and V to the cache.
+
+Knows the cache's layout, [num_pages, 2, page_size, kv_heads, head_dim].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+
+# Heads of one program.
+_HEADS = 16
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv, norm, cos, sin, positions, cache_index, q, kv, cache, eps,
+    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
+    PAGE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
+    FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    at = tl.arange(0, BLOCK_DIM)[None, :]
+    half: tl.constexpr = TURN // 2
+    if INTERLEAVED:
+        partner, pair, second = at ^ 1, at // 2, at % 2 == 1
+    else:
+        second = at >= half
+        partner, pair = tl.where(second, at - half, at + half), tl.where(second, at - half, at)
+    turned = at < TURN
+    partner, pair = tl.where(turned, partner, at), tl.where(turned, pair, 0)
+
+    begin_alone(OVERLAPS)
+    inside = (head < HEADS + 2 * KV) & (at < DIM)
+    row = qkv + token * (HEADS + 2 * KV) * DIM + head * DIM
+    raw = tl.load(row + at, mask=inside, other=0.0)
+    x = raw.to(tl.float32)
+    y = tl.load(row + partner, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+        gains = inside & (head < HEADS + KV)
+        x = x * scale * tl.load(norm + head * DIM + at, mask=gains, other=0.0).to(tl.float32)
+        y = y * scale * tl.load(norm + head * DIM + partner, mask=gains, other=0.0).to(tl.float32)
+    angle = tl.load(positions + token) * half + pair
+    c, s = tl.load(cos + angle), tl.load(sin + angle)
+    x = tl.where(turned, x * c + y * tl.where(second, s, -s), x)
+    result = tl.where(head < HEADS + KV, x.to(raw.dtype), raw)
+
+    tl.store(q + (token * HEADS + head) * DIM + at, result, mask=inside & (head < HEADS))
+    place = tl.load(cache_index + token)
+    is_v = head >= HEADS + KV
+    line = (place // PAGE * 2 + tl.where(is_v, 1, 0)) * PAGE + place % PAGE
+    kv_head = head - HEADS - tl.where(is_v, KV, 0)
+    is_kv = inside & (head >= HEADS)
+    if KEEP:
+        tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
+    if FLOAT8:  # it has no infinity: 448 is its largest number
+        x = result.to(tl.float32)
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        result = x.to(cache.dtype.element_ty)
+    tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    heads: int,
+    norm: Tensor | None,
+    eps: float,
+    tables: tuple[Tensor, Tensor],
+    positions: Tensor,
+    interleaved: bool,
+    cache: Tensor,
+    cache_index: Tensor,
+    keeps_kv: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As reference.rotate_and_store, with `tables` (cos, sin: [positions, dim / 2] float32),
+    `positions` [tokens] and `cache_index` [tokens] for its turn and plan. Leaves qkv as it is.
+
+    Returns q [tokens, heads, head_dim] and, if `keeps_kv`, what went to the cache, before it was
+    rounded to the cache's dtype, [tokens, 2 * kv_heads, head_dim].
+    """
+    tokens, total, dim = qkv.shape
+    q = qkv.new_empty(tokens, heads, dim)
+    kv = qkv.new_empty(tokens, total - heads, dim) if keeps_kv else None
+    cos, sin = tables
+    _rotate_and_store[(tokens, triton.cdiv(total, _HEADS))](
+        qkv, qkv if norm is None else norm, cos, sin, positions, cache_index, q,
+        q if kv is None else kv, cache, eps,
+        HEADS=heads, KV=(total - heads) // 2, DIM=dim, TURN=2 * cos.shape[1],
+        PAGE=cache.shape[2], NORM=norm is not None, INTERLEAVED=interleaved, KEEP=keeps_kv,
+        FLOAT8=cache.dtype == torch.float8_e4m3fn,
+        BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
+        BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP, **overlapping(),
+    )  # fmt: skip
+    return q, kv

@@ -1,0 +1,22 @@
+"""Ranks and what they say to each other: the mesh, collectives, the pipeline.
+
+Built on torch.distributed: NCCL between GPUs, gloo between CPUs. Knows no models and no scheduling.
+"""
+
+from __future__ import annotations
+
+from gllm_engine.parallel.mesh import Mesh, partition_layers
+from gllm_engine.parallel.pipe import Pipe
+from gllm_engine.parallel.rank_groups import RankGroups, join_ranks, talk_through
+from gllm_engine.parallel.tensor_parallel import ALONE, TensorParallel
+
+__all__ = [
+    "ALONE",
+    "Mesh",
+    "Pipe",
+    "RankGroups",
+    "TensorParallel",
+    "partition_layers",
+    "join_ranks",
+    "talk_through",
+]

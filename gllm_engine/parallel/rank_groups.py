@@ -1,0 +1,128 @@
+"""One process's place among the ranks, and torch.distributed's groups that it belongs to.
+
+Owns their making. Every rank makes all groups in the same order, as torch.distributed demands.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from gllm_engine.parallel.mesh import Mesh
+from gllm_engine.parallel.pipe import Pipe
+from gllm_engine.parallel.tensor_parallel import TensorParallel
+
+# What a collective waits for a rank that does not come. Lost ranks are noticed elsewhere, and much
+# sooner; ranks that load weights are slow to come.
+_PATIENCE = timedelta(minutes=30)
+_NCCL = {
+    # What is sent one way on a group of two is in order anyway; see the groups below.
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+    # A process that multicasts over NVLink and ends badly can put a host's GPUs out of service.
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
+
+
+@dataclass(frozen=True)
+class RankGroups:
+    """What this process shares with others: `tensor` with those of its stage, `pipe` with other
+    stages.
+    """
+
+    mesh: Mesh
+    rank: int
+    tensor: TensorParallel
+    pipe: Pipe
+
+    @property
+    def stage(self) -> int:
+        return self.mesh.stage(self.rank)
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank tells what the steps have sampled."""
+        return self.rank == self.mesh.at(self.mesh.pp - 1, 0)
+
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        there = torch.tensor(number, device=self.tensor.device)
+        dist.all_reduce(there, dist.ReduceOp.MIN)
+        return int(there)
+
+    def from_first(self, numbers: list[float]) -> list[float]:
+        """Rank 0's numbers, on every rank; all give as many."""
+        there = torch.tensor(numbers, dtype=torch.float64, device=self.tensor.device)
+        dist.broadcast(there, 0)
+        return there.tolist()
+
+
+def join_ranks(
+    mesh: Mesh, rank: int, per_node: int, store: dist.Store, device: torch.device
+) -> RankGroups:
+    """Meet the other ranks, through a store that all of them see. Blocks until all have come.
+
+    `per_node`: ranks of a node, which follow each other.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        for name, value in _NCCL.items():
+            os.environ.setdefault(name, value)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=mesh.world, timeout=_PATIENCE,
+        device_id=device if device.type == "cuda" else None,
+    )  # fmt: skip
+    stages = [
+        dist.new_group([mesh.at(stage, i) for i in range(mesh.tp)]) for stage in range(mesh.pp)
+    ]
+    # A pair of ranks may talk in both directions at once, and what is sent on one communicator
+    # goes in order: so tokens, which go back, have others than activations.
+    forward = {
+        (stage, i): dist.new_group([mesh.at(stage, i), mesh.at(stage + 1, i)])
+        for stage in range(mesh.pp - 1)
+        for i in range(mesh.tp)
+    }
+    back = [
+        dist.new_group([mesh.at(0, i), mesh.at(mesh.pp - 1, i)]) if mesh.pp > 1 else None
+        for i in range(mesh.tp)
+    ]
+    stage, i = mesh.stage(rank), mesh.tp_rank(rank)
+    nodes = {mesh.at(stage, i) // per_node for i in range(mesh.tp)}
+    group = stages[stage] if mesh.tp > 1 else None
+    tensor = TensorParallel(i, mesh.tp, device, group, same_node=len(nodes) == 1)
+    pipe = Pipe(
+        stage=stage,
+        stages=mesh.pp,
+        before=(mesh.at(stage - 1, i), forward[stage - 1, i]) if stage else None,
+        after=(mesh.at(stage + 1, i), forward[stage, i]) if stage < mesh.pp - 1 else None,
+        first=(mesh.at(0, i), back[i]),
+        last=(mesh.at(mesh.pp - 1, i), back[i]),
+    )
+    return RankGroups(mesh, rank, tensor, pipe)
+
+
+def talk_through(host: str) -> None:
+    """Before joining: let ranks listen on and send through the network that leads to `host` alone.
+
+    What the user has set stays.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an address
+                continue
+            if answer[20:24] == own:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

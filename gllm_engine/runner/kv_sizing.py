@@ -1,0 +1,115 @@
+"""How many pages the KV cache may have.
+
+On a GPU a step as large as the configuration allows is run once, and what it took is left free.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.model import Decoder
+from gllm_engine.ops.batch import made_up_step
+from gllm_engine.runner.sampler import SamplingBatch, sample
+from gllm_engine.runner.state import State
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.types import NewSequence
+
+# For what the trial step does not take and does not grow with the number of sequences: the graphs'
+# own memory, and kernels that are loaded later.
+_RESERVE_BYTES = 2 << 30
+
+_log = logging.getLogger(__name__)
+
+
+def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
+    """Pages for the KV cache: config.num_pages, or what the device has room for.
+
+    `max_pages`: of one sequence of the model's length. Raises ConfigError if a GPU has no room for
+    one page.
+    """
+    if config.num_pages is not None:
+        return config.num_pages
+    itemsize = cache_dtype(config, decoder).itemsize
+    per_token = itemsize * sum(layer.mixer.kv_elements_per_token() for layer in decoder.layers)
+    page_bytes = per_token * config.page_size
+    if config.kv_cache_gib is not None or decoder.device.type == "cpu":
+        return max(1, int((config.kv_cache_gib or 1.0) * 2**30) // page_bytes)
+    total = torch.cuda.mem_get_info(decoder.device)[1]
+    reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
+    peak = reserved + _trial(config, decoder, max_pages * config.page_size)
+    torch.cuda.empty_cache()
+    used = total - torch.cuda.mem_get_info(decoder.device)[0]
+    free = int(total * config.gpu_memory_utilization) - used - peak
+    gib = 1 << 30
+    _log.info(
+        "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for the KV cache, of %.1f",
+        *(used / gib, peak / gib, free / gib, total / gib),
+    )
+    if free < page_bytes:
+        raise ConfigError(
+            f"gpu_memory_utilization: {config.gpu_memory_utilization} of {total / gib:.1f} GiB "
+            f"leaves no room for a KV cache: {used / gib:.1f} are in use and a step takes "
+            f"{peak / gib:.1f}"
+        )
+    return free // page_bytes
+
+
+def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """What decode steps of all sequences take beside that: the graphs' logits, and the parts of
+    split contexts in float32.
+    """
+    widest = max(layer.mixer.heads * layer.mixer.head_dim for layer in decoder.layers)
+    return config.max_num_seqs * (decoder.arch.vocab * decoder.dtype.itemsize + 4 * widest)
+
+
+def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
+    """Of the numbers in the KV cache. Raises ConfigError for one that the GPU does not have."""
+    if config.kv_cache_dtype != "fp8":
+        return decoder.dtype
+    if decoder.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(decoder.device)
+        if (major, minor) < (8, 9):
+            raise ConfigError(
+                "kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or later; this one has "
+                f"{major}.{minor}"
+            )
+    return torch.float8_e4m3fn
+
+
+def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
+    """Bytes that the largest step takes beyond what is allocated now."""
+    num_tokens, page_size, device = config.max_num_batched_tokens, config.page_size, decoder.device
+    longest = min(num_tokens, max_len)
+    lens = [longest] * (num_tokens // longest)
+    lens += [num_tokens - sum(lens)] if num_tokens % longest else []
+    # All rows write to the same pages: what they hold does not matter here.
+    num_pages = -(-longest // page_size)
+    cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    table = torch.arange(num_pages, device=device)[None]
+    wanted = torch.arange(min(config.max_num_seqs, num_tokens), device=device)
+    batch = made_up_step([(n, n) for n in lens], table, page_size, logit_index=wanted)
+    x = None
+    if not decoder.is_first:
+        x = torch.zeros(num_tokens, decoder.arch.dim, dtype=decoder.dtype, device=device)
+    hidden = decoder.forward(batch, cache, x)
+    if decoder.is_last:
+        raw = decoder.logits(hidden)  # as for log probabilities, which outlive sampling
+        sample(raw.clone(), _costly(*raw.shape, device))
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _costly(rows: int, vocab: int, device: torch.device) -> SamplingBatch:
+    """Sampling that sorts the whole vocabulary in every row."""
+
+    state, slots_cpu = State(rows, 1, 1, vocab, (), device), np.arange(rows)
+    # The first one at random, the others also the most likely token.
+    each = [SamplingParams(top_p=0.9, temperature=float(not slot)) for slot in range(rows)]
+    state.apply([NewSequence(slot, 0, 0, one, []) for slot, one in enumerate(each)], [])
+    return state.sampling_batch(slots_cpu, torch.arange(rows, device=device), {})

@@ -1,0 +1,63 @@
+"""A runner with no model behind it: every step is answered at once, with tokens made up.
+
+For measuring everything around the model (`device: "none"`): scheduler, channels, front ends,
+tritonserver. Keeps to the runner's contract, logprobs included, and to nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
+
+DEFAULT_PAGES = 65_536
+
+
+@dataclass(frozen=True)
+class NullStep:
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        return self.result
+
+
+class NullRunner:
+    """Draws from a fixed linear congruential sequence over the vocabulary, all tokens alike."""
+
+    def __init__(self, vocab: int, num_pages: int | None) -> None:
+        self.num_pages = num_pages or DEFAULT_PAGES
+        self._vocab = vocab
+        self._last = 1
+        self._sampling: dict[int, SamplingParams] = {}  # by slot
+
+    def launch(self, plan: StepPlan) -> NullStep:
+        for new in plan.new:
+            self._sampling[new.slot] = new.sampling
+        slots = plan.decode_slots + [chunk.slot for chunk in plan.chunks if chunk.samples]
+        tokens = [self._draw() for _ in slots]
+        scored = zip(slots, tokens, strict=True)
+        logprobs = {
+            slot: self._score(token)
+            for slot, token in scored
+            if self._sampling[slot].logprobs is not None
+        }
+        prompts = {c.slot: [self._score(t) for t in c.targets] for c in plan.chunks if c.targets}
+        return NullStep(StepResult(plan.step, tokens, logprobs, prompts))
+
+    def is_alive(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        """It never fails."""
+
+    def close(self) -> None:
+        self._sampling.clear()
+
+    def _draw(self) -> int:
+        self._last = (self._last * 1_103_515_245 + 12_345) & 0x7FFF_FFFF
+        return (self._last >> 8) % self._vocab
+
+    def _score(self, token: int) -> TokenLogprobs:
+        return TokenLogprobs([token], [-math.log(self._vocab)], [1])

@@ -1,0 +1,111 @@
+"""From a configuration to a runner: which device, which numbers, which share of the model.
+
+Knows nothing of requests, sockets or processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import nullcontext
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gllm_engine.arch import Model, Shard
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.model import Decoder, best_device, filling, make_dummy
+from gllm_engine.parallel import RankGroups
+from gllm_engine.runner import Runner, measure_partition
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_runner(
+    config: EngineConfig, arch: Model, device: torch.device, ranks: RankGroups | None = None
+) -> Runner:
+    """The model in `config.model`, or what the rank has of it, ready to run plans.
+
+    Without `ranks` it is the first one's share of every layer: of several ranks that computes
+    nothing sensible, but it has all the shapes. Raises ConfigError, ArchError or LoadError.
+    """
+    start = time.perf_counter()
+    path, is_dummy = Path(config.model), config.load_format == "dummy"
+    options: dict[str, Any] = {
+        "dtype": _dtype(config, device),
+        "device": device,
+        "max_model_len": config.max_model_len or arch.max_len,
+    }
+    if ranks is not None:
+        options |= {"share": _shard(config, arch, ranks, options), "ranks": ranks.tensor}
+    else:  # all of it, or what one of several ranks would have of every layer
+        size, apart = config.tensor_parallel_size, config.enable_expert_parallel
+        options["share"] = Shard(0, len(arch.layers), size=size, experts_apart=apart)
+    decoder = (make_dummy if is_dummy else Decoder)(arch, **options)
+    made = time.perf_counter()
+    # Graphs and kernels need the weights' addresses, not the weights.
+    with nullcontext() if is_dummy else filling(decoder, path):
+        runner = Runner(config, arch, decoder, ranks)
+        done = time.perf_counter()
+    end = time.perf_counter()
+    parts = {"decoder": made - start, **runner.took, "rest of the weights": end - done}
+    told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+    log.info("the model is ready in %.1f s: %s", end - start, told)
+    return runner
+
+
+def check_shards(config: EngineConfig, arch: Model) -> None:
+    """Raise ConfigError or ArchError where the model cannot be shared out as is asked for."""
+    num_layers, stages = len(arch.layers), config.pipeline_parallel_size
+    cut = config.stage_layers()
+    if num_layers < stages:
+        raise ConfigError(
+            f"pipeline_parallel_size: {stages} is more than the {num_layers} layers of the model"
+        )
+    if cut is not None and sum(cut) != num_layers:
+        raise ConfigError(
+            f"assigned_layers: {config.assigned_layers} is {sum(cut)} layers, the model has "
+            f"{num_layers}"
+        )
+    size, apart = config.tensor_parallel_size, config.enable_expert_parallel
+    Shard(0, num_layers, size=size, experts_apart=apart).of(arch)
+
+
+def _shard(config: EngineConfig, arch: Model, ranks: RankGroups, options: dict[str, Any]) -> Shard:
+    """Which part of the model is this rank's."""
+    cut = config.stage_layers() or ((len(arch.layers),) if ranks.mesh.pp == 1 else None)
+    cut = cut or measure_partition(config, arch, ranks, **options)
+    first, end = list(accumulate(cut, initial=0))[ranks.stage : ranks.stage + 2]
+    log.info("rank %d: layers %d to %d of %s", ranks.rank, first, end - 1, cut)
+    apart = config.enable_expert_parallel
+    return Shard(first, end, ranks.tensor.rank, ranks.tensor.size, experts_apart=apart)
+
+
+def device_of(config: EngineConfig, index: int = 0) -> torch.device:
+    """The device to run on; `index`: which GPU of the node. Raises ConfigError where none is."""
+    kind = best_device().type if config.device == "auto" else config.device
+    if kind != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device: it is cuda, but torch finds no GPU here")
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: rank {index} of this node needs a GPU of its own, and torch finds "
+            f"{torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", index)
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    settings: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_text())
+    stored = settings.get("dtype") or settings.get("torch_dtype") or "bfloat16"
+    return _DTYPES.get(stored, torch.bfloat16)

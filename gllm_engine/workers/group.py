@@ -1,0 +1,320 @@
+"""The engine's side of its workers: starts those of this machine, waits for those of others, hands
+each plan to all of them and takes in what the last stage sampled.
+
+A group lives and dies as one: when a worker is lost, or fails, nothing it was part of can go on.
+The engine then ends, and with it all workers; its successor starts or awaits them anew. Knows
+nothing of requests, of tensors, or of what workers do with a plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket as sockets
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import zmq
+
+from gllm_engine import wire
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.types import StepPlan, StepResult
+from gllm_engine.workers import channel
+
+# How often the log says who is awaited.
+_REMIND_S = 10.0
+# A look at the processes of this machine, while a step is awaited.
+_TICK_MS = 100
+# A connection has ended somewhat before messages to its peer can no longer be sent.
+_DOUBT_S = 0.5
+# A rank that fails may do so because another is gone; that shows so much later, if it does.
+_BLAME_S = 0.2
+
+log = logging.getLogger("gllm.group")
+
+
+class GroupLost(RuntimeError):
+    """A worker is lost or has failed, and the group with it; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class _GroupStep:
+    group: WorkerGroup
+    step: int
+
+    def wait(self) -> StepResult:
+        return self.group.result_of(self.step)
+
+
+class WorkerGroup:
+    """Runs plans on `config.num_ranks` workers; as a StepRunner. All of it is one thread's.
+
+    Its start blocks until every worker has come and has its share of the model. Raises ConfigError
+    for what the configuration says that cannot be, GroupLost for a worker that cannot start.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._per_node = config.num_ranks // config.nnodes
+        self._digest = channel.digest(Path(config.model))
+        # By rank: whom to send to, by which.
+        self._members: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
+        self._results: deque[StepResult] = deque()
+        self._ready: dict[int, int] = {}  # rank -> pages
+        self._failure: wire.Failed | None = None
+        self._error: str | None = None
+        self._doubt_until = 0.0  # whether all are there
+        self._context = zmq.Context()
+        self._directory = Path(tempfile.mkdtemp(prefix="gllm-workers-"))
+        local = f"ipc://{self._directory}/engine.sock"
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(self._context.destroy, 0)
+        self._sockets = [channel.listen(self._context, local, None, self._closing)]
+        self._monitors: list[zmq.Socket[Any]] = []
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._closing.callback(_end, self._children, self._directory)
+        self._end = weakref.finalize(self, self._closing.close)
+        self._poller = zmq.Poller()
+        try:
+            if config.nnodes > 1:
+                self._open_to_others(config)
+            self._monitors = [channel.watch(socket) for socket in self._sockets]
+            for source in (*self._sockets, *self._monitors):
+                self._poller.register(source, zmq.POLLIN)
+            self._start_workers(local)
+            self._gather(lambda: len(self._members) == config.num_ranks, "to come")
+            self._store, place = self._open_store()
+            for rank in self._members:
+                self._tell(rank, wire.encode(wire.Assigned(rank, config, place)))
+            self._gather(lambda: len(self._ready) == config.num_ranks, "to load the model")
+        except BaseException:
+            self.close()
+            raise
+        self.num_pages = min(self._ready.values())
+
+    # ------------------------------------------------------------ as a StepRunner
+
+    def launch(self, plan: StepPlan) -> _GroupStep:
+        """Raises GroupLost."""
+        frames = wire.encode(plan)
+        with self._in_one_go():
+            self.check()
+            for rank in self._members:
+                self._tell(rank, frames)
+        return _GroupStep(self, plan.step)
+
+    def result_of(self, step: int) -> StepResult:
+        """What came of a plan; results of earlier ones are thrown away. Raises GroupLost."""
+        while True:
+            with self._in_one_go():
+                self.check()
+            while self._results:
+                result = self._results.popleft()
+                if result.step == step:
+                    return result
+            self._poller.poll(_TICK_MS)
+
+    def is_alive(self) -> bool:
+        return self._error is None
+
+    def check(self) -> None:
+        """Raises GroupLost once a worker is lost or has failed."""
+        if self._error is None:
+            self._listen(0)
+            self._look_at_processes()
+        if self._error is not None:
+            self._end()  # what is left of the group waits for what is lost
+            raise GroupLost(self._error)
+
+    @contextlib.contextmanager
+    def _in_one_go(self) -> Iterator[None]:
+        """What some workers have been told and others have not is the end of a group."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self._error = self._error or "the group of workers was interrupted within a message"
+            raise
+
+    def close(self) -> None:
+        """End the workers of this machine; others notice that the engine has gone. Idempotent."""
+        self._end()
+        self._store = None
+
+    # ------------------------------------------------------------ the start
+
+    def _open_to_others(self, config: EngineConfig) -> None:
+        assert config.cluster_key_file is not None
+        secret = channel.read_secret(Path(config.cluster_key_file))
+        address = f"tcp://{config.master_addr}:{config.master_port}"
+        try:
+            socket = channel.listen(self._context, address, secret, self._closing)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"master_addr: cannot listen on {address} ({error})") from None
+        self._sockets.append(socket)
+        log.info("workers of other nodes join at %s", address)
+
+    def _start_workers(self, address: str) -> None:
+        command = [sys.executable, "-m", "gllm_engine.worker", "--engine", address]
+        command += ["--model", self._config.model, "--nnodes", str(self._config.nnodes)]
+        command += ["--owner", str(os.getpid())]
+        for local_rank in range(self._per_node):
+            own = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(self._per_node)}
+            # A session of its own: Ctrl-C at a terminal is the engine's to understand.
+            child = subprocess.Popen(
+                command, cwd=self._directory, env=os.environ | own,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            self._children.append(child)
+
+    def _open_store(self) -> tuple[dist.Store | None, str]:
+        """Where ranks meet: on one machine a file; else a port of the address that was given."""
+        if self._config.nnodes == 1:
+            return None, str(self._directory / "ranks")
+        host, port = self._config.master_addr, self._config.master_port + 1
+        assert host is not None
+        try:
+            listener = sockets.create_server((host, port))
+        except OSError as error:
+            raise ConfigError(f"master_port: cannot listen on {host}:{port} ({error})") from None
+        # The store takes the listening socket over; by itself it would listen on every address.
+        store = dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return store, f"{host}:{port}"
+
+    def _gather(self, complete: Any, what: str) -> None:
+        """Listen until all workers have done something. Raises GroupLost."""
+        remind = time.monotonic() + _REMIND_S
+        while not complete():
+            self._listen(_TICK_MS)
+            self.check()
+            if time.monotonic() > remind:
+                remind += _REMIND_S
+                done = (
+                    self._ready if len(self._members) == self._config.num_ranks else self._members
+                )
+                missing = [rank for rank in range(self._config.num_ranks) if rank not in done]
+                log.info("waiting for workers %s: ranks %s", what, missing)
+
+    # ------------------------------------------------------------ what workers say
+
+    def _listen(self, timeout_ms: int) -> None:
+        events = dict(self._poller.poll(timeout_ms))
+        for socket in self._sockets:
+            while socket.get(zmq.EVENTS) & zmq.POLLIN:
+                identity, *frames = socket.recv_multipart()
+                try:
+                    self._handle(socket, identity, wire.decode(frames))
+                except ValueError as error:
+                    log.warning("a worker sent what is not a message: %s", error)
+        for monitor in self._monitors:
+            if monitor in events and channel.lost(monitor):
+                self._doubt_until = time.monotonic() + _DOUBT_S
+        if time.monotonic() < self._doubt_until:
+            self._look_for_lost()
+
+    def _handle(self, socket: zmq.Socket[bytes], identity: bytes, message: Any) -> None:
+        if isinstance(message, StepResult):
+            self._results.append(message)
+        elif isinstance(message, wire.Ready):
+            self._ready[self._rank_of(socket, identity)] = message.num_pages
+        elif isinstance(message, wire.Failed):
+            self._failure = self._failure or message
+        elif isinstance(message, wire.Join):
+            problem = self._problem(message, is_own=socket is self._sockets[0])
+            if problem is None:
+                rank = message.node * self._per_node + message.local_rank
+                self._members[rank] = socket, identity
+                log.info("worker %d of node %d has come", message.local_rank, message.node)
+                return
+            log.warning("a worker of node %d is refused: %s", message.node, problem)
+            with contextlib.suppress(zmq.ZMQError):  # it may have left
+                socket.send_multipart([identity, *wire.encode(wire.Refusal(problem))])
+
+    def _problem(self, join: wire.Join, is_own: bool) -> str | None:
+        """Why a worker may not join, in a sentence."""
+        config = self._config
+        ours: dict[str, Any] = {
+            "speaks protocol": wire.PROTOCOL,
+            "runs": channel.software(),
+            "has a model whose config.json has digest": self._digest,
+            "was started for a number of nodes of": config.nnodes,
+            "was started with a number of workers a node of": self._per_node,
+        }
+        theirs = (join.protocol, join.software, join.model, join.nnodes, join.local_size)
+        for (what, expected), got in zip(ours.items(), theirs, strict=True):
+            if got != expected:
+                return f"the worker {what} {got}, the engine expects {expected}"
+        if is_own != (join.node == 0) or not 0 <= join.node < config.nnodes:
+            return (
+                f"the worker's node rank is {join.node}; the engine's own node is 0, others are 1 "
+                f"to {config.nnodes - 1}"
+            )
+        if not 0 <= join.local_rank < self._per_node:
+            return f"the worker is number {join.local_rank} of {self._per_node}, counted from 0"
+        if join.node * self._per_node + join.local_rank in self._members:
+            return f"worker {join.local_rank} of node {join.node} is here already"
+        return None
+
+    def _rank_of(self, socket: zmq.Socket[bytes], identity: bytes) -> int:
+        """Raises ValueError for one that has not joined."""
+        for rank, member in self._members.items():
+            if member == (socket, identity):
+                return rank
+        raise ValueError("its sender has not joined")
+
+    # ------------------------------------------------------------ loss
+
+    def _look_at_processes(self) -> None:
+        if self._failure is not None:
+            time.sleep(_BLAME_S)
+            self._look_for_lost()
+        for child, rank in zip(self._children, range(self._per_node), strict=True):
+            if child.poll() is not None:
+                self._lose(rank, f"its process ended with status {child.returncode}")
+        if self._failure is not None:
+            self._lose(self._failure.rank, self._failure.message)
+
+    def _look_for_lost(self) -> None:
+        """Whether a member is gone: then nothing can be sent to it."""
+        for rank in list(self._members):
+            self._tell(rank, wire.encode(wire.Ping()))
+
+    def _tell(self, rank: int, frames: list[bytes]) -> None:
+        socket, identity = self._members[rank]
+        try:
+            socket.send_multipart([identity, *frames])
+        except zmq.ZMQError:
+            complete = len(self._members) == self._config.num_ranks
+            if complete or rank < self._per_node:
+                self._lose(rank, "it was killed, stopped or cut off")
+            else:  # it had come too early, and comes again
+                log.info("worker %d left before the others came", rank)
+                del self._members[rank]
+
+    def _lose(self, rank: int, why: str) -> None:
+        if self._error is None:
+            self._error = f"worker {rank} (node {rank // self._per_node}) is lost: {why}"
+            log.error("%s", self._error)
+
+
+def _end(children: list[subprocess.Popen[bytes]], directory: Path) -> None:
+    """Also of children that are stopped, or wait for the dead: nobody asks them."""
+    # This process may itself be ended at any point; as long as they live, they would clear away.
+    shutil.rmtree(directory, ignore_errors=True)
+    for child in children:
+        child.kill()
+    for child in children:
+        child.wait()
+    shutil.rmtree(directory, ignore_errors=True)  # what they were just putting there

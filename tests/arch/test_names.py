@@ -1,0 +1,102 @@
+"""Checkpoint names of every family, written out by hand for one layer."""
+
+from __future__ import annotations
+
+import pytest
+
+from gllm_engine.arch import FAMILIES, make_arch
+from gllm_engine.arch.names import checkpoint_tensors, is_left_over
+from gllm_engine.arch.tiny import tiny_config
+
+LAYER = "model.layers.0."
+ATTENTION = [f"{LAYER}self_attn.{part}_proj.weight" for part in "qkvo"]
+NORMS = [f"{LAYER}input_layernorm.weight", f"{LAYER}post_attention_layernorm.weight"]
+ENDS = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+MLP = [f"{LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+BIASES = [f"{LAYER}self_attn.{part}_proj.bias" for part in "qkv"]
+GLM_MLP = [f"{LAYER}mlp.gate_up_proj.weight", f"{LAYER}mlp.down_proj.weight"]
+PARTS = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = [f"{LAYER}mlp.experts.{e}.{part}.weight" for e in range(8) for part in PARTS]
+EXPERTS += [f"{LAYER}mlp.gate.weight"]
+SHARED = [f"{LAYER}mlp.shared_expert.{part}.weight" for part in PARTS]
+SHARED += [f"{LAYER}mlp.shared_expert_gate.weight"]
+MIXTRAL = f"{LAYER}block_sparse_moe."
+MIXTRAL_EXPERTS = [f"{MIXTRAL}experts.{e}.w{i}.weight" for e in range(8) for i in (1, 2, 3)]
+MIXTRAL_EXPERTS += [f"{MIXTRAL}gate.weight"]
+CHATGLM = [
+    "transformer.embedding.word_embeddings.weight",
+    "transformer.encoder.layers.0.input_layernorm.weight",
+    "transformer.encoder.layers.0.post_attention_layernorm.weight",
+    "transformer.encoder.layers.0.self_attention.query_key_value.weight",
+    "transformer.encoder.layers.0.self_attention.query_key_value.bias",
+    "transformer.encoder.layers.0.self_attention.dense.weight",
+    "transformer.encoder.layers.0.mlp.dense_h_to_4h.weight",
+    "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight",
+    "transformer.encoder.final_layernorm.weight",
+    "transformer.output_layer.weight",
+]
+EXPECTED = {
+    "LlamaForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "MistralForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "Qwen2ForCausalLM": ENDS[:2] + NORMS + ATTENTION + BIASES + MLP,  # tied
+    "Qwen3ForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + MLP
+    + [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"],
+    "MixtralForCausalLM": ENDS + NORMS + ATTENTION + MIXTRAL_EXPERTS,
+    "Qwen2MoeForCausalLM": ENDS + NORMS + ATTENTION + BIASES + EXPERTS + SHARED,
+    "Qwen3MoeForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + EXPERTS
+    + [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"],
+    "GlmForCausalLM": ENDS + NORMS + ATTENTION + BIASES + GLM_MLP,
+    "Glm4ForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + BIASES
+    + GLM_MLP
+    + [f"{LAYER}post_self_attn_layernorm.weight", f"{LAYER}post_mlp_layernorm.weight"],
+    "ChatGLMModel": CHATGLM,
+    "ChatGLMForConditionalGeneration": CHATGLM,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names(family: str) -> None:
+    one_layer = "num_layers" if family.startswith("ChatGLM") else "num_hidden_layers"
+    # Qwen2-MoE's own tiny config has experts in its second layer alone.
+    over = {"decoder_sparse_step": 1} if "Moe" in family else {}
+    arch = make_arch(tiny_config(family, **{one_layer: 1}, **over))
+    tensors = checkpoint_tensors(arch)
+    assert sorted(tensors) == sorted(EXPECTED[family])
+    held = [weight for weights in tensors.values() for weight in weights]
+    assert sorted(held) == sorted(arch.weights())
+
+
+def test_order_within_a_fused_tensor() -> None:
+    tensors = checkpoint_tensors(make_arch(tiny_config("ChatGLMModel")))
+    layer = "transformer.encoder.layers.1."
+    assert tensors[f"{layer}mlp.dense_h_to_4h.weight"] == (
+        "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+    )
+    assert tensors[f"{layer}self_attention.query_key_value.bias"] == tuple(
+        f"model.layers.1.self_attn.{part}_proj.bias" for part in "qkv"
+    )
+
+
+def test_mixtral_counts_its_weights_from_the_gate() -> None:
+    tensors = checkpoint_tensors(make_arch(tiny_config("MixtralForCausalLM")))
+    names = {1: "gate_proj", 3: "up_proj", 2: "down_proj"}
+    for i, name in names.items():
+        canonical = f"{LAYER}mlp.experts.5.{name}.weight"
+        assert tensors[f"{MIXTRAL}experts.5.w{i}.weight"] == (canonical,)
+
+
+def test_left_overs() -> None:
+    assert is_left_over("model.layers.11.self_attn.rotary_emb.inv_freq")
+    assert is_left_over("transformer.rotary_pos_emb.inv_freq")
+    assert not is_left_over("model.layers.11.self_attn.rotary_emb.inv_freq.weight")
+    assert not is_left_over("model.layers.11.self_attn.q_proj.weight")

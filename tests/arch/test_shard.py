@@ -1,0 +1,129 @@
+"""Shares of a model: together they are the whole, by their shapes and by what the loader reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gllm_engine.arch import FAMILIES, ArchError, Model, Shard, make_arch, read_arch
+from gllm_engine.arch.names import checkpoint_tensors
+from gllm_engine.arch.tiny import tiny_config
+from gllm_engine.model import Decoder, filling
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.parallel import TensorParallel
+
+CPU = torch.device("cpu")
+BIASED: list[tuple[str, dict[str, Any]]] = [
+    ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    ("ChatGLMModel", {"add_bias_linear": True}),
+]
+HAS_EXPERTS = {"num_experts", "num_local_experts"}
+CASES = [
+    *((family, {}, False) for family in FAMILIES),
+    *((family, {}, True) for family in FAMILIES if HAS_EXPERTS & tiny_config(family).keys()),
+    *((family, over, False) for family, over in BIASED),
+]
+# Every rank has these whole: what they work on is the same on all.
+EVERYWHERE = ("norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
+
+
+def shards(model: Model, size: int, apart: bool) -> Iterator[list[Shard]]:
+    """Of two stages, uneven where there are layers enough: those of the ranks of each."""
+    cut = len(model.layers) - 1
+    for first, end in ((0, cut), (cut, len(model.layers))):
+        yield [Shard(first, end, rank, size, apart) for rank in range(size)]
+
+
+def whole_of(shape: tuple[int, ...], parts: list[Tensor], starts: list[list[int]]) -> Tensor:
+    """Put parts where they begin in the whole. What no part covers stays NaN; where several do,
+    they must agree.
+    """
+    whole = torch.full(shape, float("nan"))
+    for part, start in zip(parts, starts, strict=True):
+        place = whole[tuple(slice(at, at + n) for at, n in zip(start, part.shape, strict=True))]
+        assert torch.equal(place[~place.isnan()], part[~place.isnan()])
+        place.copy_(part)
+    return whole
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("family", "over", "apart"), CASES)
+def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int) -> None:
+    model = make_arch(tiny_config(family, **over))
+    seen = set()
+    for stage in shards(model, size, apart):
+        held = [shard.weights(model) for shard in stage]
+        for name in {name for each in held for name in each}:
+            seen.add(name)
+            whole, parts = model.weights()[name], [each[name] for each in held if name in each]
+            copies = size if name.endswith(EVERYWHERE) else 1
+            if size == 4 and (".k_proj." in name or ".v_proj." in name):
+                copies = 2
+            assert len(set(parts)) == 1
+            assert sum(map(prod, parts)) == copies * prod(whole), name
+    assert seen == model.weights().keys()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("family", "over", "apart"), CASES)
+def test_what_all_ranks_load_is_the_checkpoint(
+    tmp_path: Path, family: str, over: dict[str, Any], apart: bool, size: int
+) -> None:
+    write_tiny_model(tmp_path, family, **over)
+    model, stored = read_arch(tmp_path), load_file(tmp_path / "model.safetensors")
+    found: dict[str, Tensor] = {}
+    for stage in shards(model, size, apart):
+        loaded = []
+        for shard in stage:
+            ranks = TensorParallel(shard.rank, size, CPU, None, True)
+            options = {"dtype": torch.float32, "device": CPU, "max_model_len": 64}
+            decoder = Decoder(model, shard=shard, ranks=ranks, **options)
+            with filling(decoder, tmp_path):
+                pass
+            views = decoder.weights()
+            shapes = {name: shape_of(view, name, model) for name, view in views.items()}
+            assert shapes == shard.weights(model)
+            loaded.append((shard, views))
+        for name in {name for _, weights in loaded for name in weights}:
+            whole = model.weights()[name]
+            parts, starts = [], []
+            for shard, weights in loaded:
+                if name in weights:
+                    for copy in weights[name].reshape(-1, *shape_of(weights[name], name, model)):
+                        parts.append(copy)
+                        starts.append(list(map(shard.start, whole, copy.shape)))
+            found[name] = whole_of(whole, parts, starts)
+    for name, parts in checkpoint_tensors(model).items():
+        assert torch.equal(torch.cat([found[part] for part in parts]), stored[name]), name
+
+
+def shape_of(view: Tensor, name: str, model: Model) -> tuple[int, ...]:
+    """Of one copy: a view may have a leading dimension more than the weight."""
+    return tuple(view.shape[-len(model.weights()[name]) :])
+
+
+@pytest.mark.parametrize(
+    ("size", "over", "sentence"),
+    [
+        (3, {}, "3 does not divide the model's num_attention_heads=4"),
+        (2, {"vocab_size": 385}, "2 does not divide the model's vocab_size=385"),
+        (4, {"intermediate_size": 98}, "4 does not divide the model's intermediate_size=98"),
+        (
+            4,
+            {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16},
+            "4 ranks can neither share out the model's 6 key/value heads evenly nor be shared out",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused(size: int, over: dict[str, Any], sentence: str) -> None:
+    model = make_arch(tiny_config("LlamaForCausalLM", **over))
+    with pytest.raises(ArchError, match=f"tensor_parallel_size: {sentence}"):
+        Shard(0, 2, 0, size).of(model)

@@ -1,0 +1,92 @@
+"""Answers for the commands from a server, and how errors of one request stay with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gllm_client import answers as module
+from gllm_client.answers import RemoteAnswers
+from gllm_client.batch import Failed, Item
+from gllm_client.protocol import Chunk, GenerateError, Output
+
+
+class FakeClient:
+    """Echoes; knows how many requests were under way at a time."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.requests = names, list[dict[str, Any]]()
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+        self.together = threading.Barrier(3)
+
+    def index(self) -> list[dict[str, str]]:
+        unready = {"name": "loading", "state": "LOADING"}
+        return [unready, *({"name": name, "state": "READY"} for name in self.names)]
+
+    def generate(self, prompt: str | None = None, **options: Any) -> Iterator[Chunk]:
+        with self.lock:
+            self.requests.append({"prompt": prompt} | options)
+            self.now += 1
+            self.most = max(self.most, self.now)
+        if prompt in ("a", "b", "c"):
+            self.together.wait(5)
+        with self.lock:
+            self.now -= 1
+        if prompt == "bad":
+            raise GenerateError("seed: no")
+        if prompt == "gone":
+            raise GenerateError("connection refused", "UNAVAILABLE")
+        yield Chunk((Output(str(prompt)),))
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    client = FakeClient(["m"])
+    monkeypatch.setattr(module, "connect", lambda url: client)
+    return client
+
+
+def test_the_only_model_is_found(client: FakeClient) -> None:
+    list(RemoteAnswers("u", None).stream("x", {}))
+    assert client.requests[-1]["model"] == "m"
+    client.names = ["m", "n"]
+    with pytest.raises(GenerateError, match="choose among the models at u: m, n"):
+        RemoteAnswers("u", None)
+    list(RemoteAnswers("u", "n").stream("x", {}))
+    assert client.requests[-1]["model"] == "n"
+
+
+def test_text_and_messages_are_told_apart(client: FakeClient) -> None:
+    remote = RemoteAnswers("u", "m", timeout=3)
+    list(remote.stream("x", {"seed": 1}))
+    list(remote.stream([{"role": "user", "content": "x"}], {"n": 2}))
+    first, second = client.requests
+    assert (first["prompt"], first["stream"], first["timeout"]) == ("x", True, 3)
+    assert first["sampling"] == {"seed": 1}
+    assert second["messages"][0]["content"] == "x" and second["stream"] is False
+
+
+def items(*prompts: str) -> Iterator[Item]:
+    return (Item(i, prompt, {}) for i, prompt in enumerate(prompts))
+
+
+def test_a_batch_is_answered_so_many_at_a_time(client: FakeClient) -> None:
+    answers = RemoteAnswers("u", "m").answers(items("a", "b", "c", "d", "e", "f"), 3)
+    found = {item.id: answer.text for item, answer in answers}
+    assert found == dict(enumerate("abcdef"))
+    assert client.most == 3  # the barrier proves three at once, this that there were no more
+
+
+def test_a_refused_item_fails_alone(client: FakeClient) -> None:
+    answers = {item.id: a for item, a in RemoteAnswers("u", "m").answers(items("x", "bad", "y"), 2)}
+    assert answers[1] == Failed("seed: no") and answers[0].text == "x" and answers[2].text == "y"
+
+
+def test_a_server_that_is_gone_ends_the_batch(client: FakeClient) -> None:
+    with pytest.raises(GenerateError, match="refused"):
+        list(RemoteAnswers("u", "m").answers(items("x", "gone", "y"), 1))

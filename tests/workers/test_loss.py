@@ -1,0 +1,275 @@
+"""Workers that die, stop, cannot start or fail: noticed, named, cleared away, and begun anew.
+
+Run as a program, this file is a worker with a fault of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from traced import WAIT_S, Traces, traced, wait_for
+
+from gllm_engine import (
+    LLM,
+    ConfigError,
+    EngineBroken,
+    EngineClient,
+    EngineError,
+    EngineUnavailable,
+    Request,
+    SamplingParams,
+    make_config,
+    write_tiny_model,
+)
+from gllm_engine.arch import ArchError
+from gllm_engine.parallel import pipe
+from gllm_engine.workers import group as groups
+from gllm_engine.workers import worker as member
+from gllm_engine.workers.group import GroupLost
+
+pytestmark = pytest.mark.timeout(300)
+
+SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 4096, "num_pages": 1024}
+PAIR = SMALL | {"tensor_parallel_size": 2}
+PIPE = SMALL | {"pipeline_parallel_size": 2, "assigned_layers": "1,1"}
+SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+FAULTY = 1  # the token at which a faulty worker fails
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path, "Qwen3ForCausalLM", seed=3, max_position_embeddings=4096)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def expected(model: str) -> list[int]:
+    with LLM(model, **SMALL) as llm:
+        return llm.generate([5, 6, 7], SHORT)[0].outputs[0].token_ids
+
+
+@pytest.fixture
+def traces() -> Iterator[Traces]:
+    with traced() as traces:
+        yield traces
+
+
+class Front:
+    """A front end of an engine process."""
+
+    def __init__(self, model: str, **config: Any) -> None:
+        self.outputs: queue.Queue[Any] = queue.Queue()
+        self.lost: list[tuple[float, str]] = []  # when, and why
+        self.client = EngineClient(
+            make_config({"model": model, **config}),
+            scope="m/1",
+            instance="m_0_0",
+            owner_pid=os.getpid(),
+            on_outputs=self.outputs.put,
+            on_stats=lambda _: None,
+            on_lost=lambda why: self.lost.append((time.monotonic(), why)),
+        )
+
+    def begin(self) -> None:
+        """Have an endless sequence run."""
+        self.client.submit([Request(1, [3, 4, 5], ENDLESS, 7)])
+        self.outputs.get(timeout=WAIT_S)
+
+    def answer(self) -> list[int] | None:
+        """What it generates; None while there is no engine."""
+        with contextlib.suppress(EngineUnavailable):
+            self.client.submit([Request(2, [5, 6, 7], SHORT, 7)])
+            tokens: list[int] = []
+            while True:
+                outputs = self.outputs.get(timeout=WAIT_S)
+                pairs = zip(outputs.ids, outputs.tokens, strict=True)
+                tokens += [token for id, token in pairs if id == 2]
+                if 2 in outputs.finished:
+                    return tokens
+        return None
+
+
+def test_whoever_dies_is_missed_and_another_comes(
+    model: str, expected: list[int], traces: Traces
+) -> None:
+    """A worker that is killed: tests/server/test_served_ranks.py."""
+    front = Front(model, **PAIR)
+    losses = [
+        ("worker 0 is stopped while there is nothing to do", signal.SIGSTOP, 0, False),
+        ("the engine is killed", signal.SIGKILL, None, True),
+    ]
+    for times, (what, number, rank, busy) in enumerate(losses, 1):
+        assert front.answer() == expected, what
+        if busy:
+            front.begin()
+        engine = front.client._attached.engine
+        workers = traces.workers()
+        assert len(workers) == 2
+        directory = traces.directories()
+        os.kill(engine.pid if rank is None else by_rank(workers)[rank], number)
+        killed = time.monotonic()
+        wait_for(lambda: len(front.lost) == times, f"{what}: noticed")  # noqa: B023
+        when, why = front.lost[-1]
+        assert when - killed < 2.0, what
+        name = "the engine process died" if rank is None else f"worker {rank} (node 0) is lost: "
+        assert name in why and "it is being restarted" in why
+        gone = lambda: not engine.alive and not set(workers) & set(traces.processes())  # noqa: E731, B023
+        wait_for(gone, f"{what}: nobody is left", 2.0)
+        wait_for(lambda: not directory[0].exists(), "its directory is gone", 2.0)  # noqa: B023
+        while not front.outputs.empty():
+            front.outputs.get()
+        wait_for(front.answer, f"{what}: served again")
+    assert front.answer() == expected
+    front.client.close()
+    traces.wait_gone()
+
+
+def by_rank(workers: list[int]) -> dict[int, int]:
+    found = {}
+    for pid in workers:
+        settings = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        (rank,) = [s.removeprefix("LOCAL_RANK=") for s in settings if s.startswith("LOCAL_RANK=")]
+        found[int(rank)] = pid
+    return found
+
+
+def test_a_checkpoint_that_does_not_load_is_told_to_who_started(
+    tmp_path: Path, traces: Traces
+) -> None:
+    write_tiny_model(tmp_path, "Qwen3ForCausalLM", max_position_embeddings=4096)
+    weights = tmp_path / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    sentence = r"worker \d \(node 0\) is lost: LoadError: .*not a complete safetensors file"
+    with pytest.raises(EngineError, match=f"the engine cannot start: {sentence}"):
+        Front(str(tmp_path), **PAIR)
+    assert not traces.processes()
+    traces.wait_gone()
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"tensor_parallel_size": 3}, "3 does not divide the model's num_attention_heads=4"),
+        ({"pipeline_parallel_size": 3}, "3 is more than the 2 layers of the model"),
+        (
+            {"pipeline_parallel_size": 2, "assigned_layers": "1,2"},
+            "assigned_layers: 1,2 is 3 layers, the model has 2",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused_before_anybody_is_started(
+    model: str, config: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises((ConfigError, ArchError), match=sentence):
+        LLM(model, **SMALL | config)
+
+
+def faulty(fault: str) -> SimpleNamespace:
+    """In place of group.py's subprocess: workers with a fault."""
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        assert command[1:3] == ["-m", "gllm_engine.worker"]
+        return subprocess.Popen([command[0], __file__, fault, *command[3:]], **options)
+
+    return SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
+
+
+def test_a_step_that_fails_names_the_rank(
+    model: str, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not its neighbours, whose connections to it break."""
+    monkeypatch.setattr(groups, "subprocess", faulty("step"))
+    with LLM(model, **PIPE) as llm:
+        assert llm.generate([5, 6, 7], SHORT)[0].error is None
+        why = r"worker 1 \(node 0\) is lost: ValueError: broken on purpose"
+        with pytest.raises(EngineBroken, match=why):
+            llm.generate([[FAULTY, 5], [5, 6]], SHORT)
+        with pytest.raises(EngineBroken, match=why):
+            llm.generate([5, 6, 7], SHORT)
+        traces.wait_gone()
+
+
+def test_a_worker_that_ends_while_it_starts(
+    model: str, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "subprocess", faulty("start"))
+    with pytest.raises(GroupLost, match=r"worker \d \(node 0\) is lost: .* ended with status 3"):
+        LLM(model, **PAIR)
+    traces.wait_gone()
+
+
+def test_ctrl_c_costs_what_runs_and_no_more(
+    model: str, expected: list[int], traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps under way go on in the workers: what they sample is nobody's."""
+    llm = LLM(model, **PIPE)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            stream = llm.stream([3, 4, 5], ENDLESS)
+            next(stream)
+            patch.setattr(groups._GroupStep, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                for _ in stream:
+                    pass
+        assert llm.generate([5, 6, 7], SHORT)[0].outputs[0].token_ids == expected
+    llm.engine.check_integrity()
+    monkeypatch.setattr(groups.WorkerGroup, "_tell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([5, 6, 7], SHORT)
+    monkeypatch.undo()
+    with pytest.raises(EngineBroken, match="interrupted within a message"):
+        llm.generate([5, 6, 7], SHORT)
+    del llm, stream  # it was not closed
+    gc.collect()
+    traces.wait_gone()
+
+
+def test_a_send_that_never_says_it_is_done_is_waited_for_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As gloo's: else every tensor ever sent would be kept."""
+    waited = []
+    work = SimpleNamespace(is_completed=lambda: False, wait=lambda: waited.append(1))
+    monkeypatch.setattr(pipe.dist, "isend", lambda *_: work)
+    sender = pipe.Pipe(stage=0, stages=2, after=(1, None))
+    tensor = SimpleNamespace(contiguous=lambda: None)
+    for _ in range(200):
+        sender.send(tensor)  # type: ignore[arg-type]
+    assert len(sender._sending) == pipe._MOST_SENDING + 1
+    assert len(waited) == 200 - len(sender._sending)
+
+
+def _work_with_a_fault(fault: str) -> int:
+    if fault == "start":
+        return 3
+    launch = member.Runner.launch
+
+    def launch_or_fail(runner: Any, plan: Any) -> Any:
+        if not runner.pipe.is_first and any(FAULTY in chunk.tokens for chunk in plan.chunks):
+            raise ValueError("broken on purpose")
+        return launch(runner, plan)
+
+    member.Runner.launch = launch_or_fail  # type: ignore[method-assign]
+    return member.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(_work_with_a_fault(sys.argv[1]))
