@@ -206,7 +206,7 @@ def test_a_rank_lists_the_experts_it_holds_by_their_global_numbers() -> None:
     assert shapes["mlp.experts.6.down_proj.weight"] == (64, 16)
     assert shapes["mlp.shared_expert.up_proj.weight"] == (12, 64)
     assert len(shapes) == 1 + 2 * 3 + 4
-    assert len(replace(moe, held=None, shared=0).weights(64)) == 1 + 8 * 3
+    assert len(replace(moe, local_experts=None, shared=0).weights(64)) == 1 + 8 * 3
 
 
 @pytest.mark.parametrize(
