@@ -1,4 +1,4 @@
-"""One decoder interprets every spec, or the share of it that one rank holds.
+"""One decoder interprets every architecture, or the shard of it that one rank holds.
 
 Owns the order of layers and norms and the residual stream. Knows no family, no checkpoint and no
 scheduling: it is told which tokens stand where in the cache.
@@ -125,7 +125,7 @@ class Decoder:
     ) -> None:
         """`max_model_len`: no position reaches it. Dynamic RoPE scaling depends on it.
 
-        `share`: what is this rank's; `ranks`: those that have the other shares of its layers.
+        `shard`: what is this rank's; `ranks`: those that have the other shares of its layers.
         """
         self.arch, self.dtype, self.device = arch, dtype, device
         self.shard = shard or Shard(0, len(arch.layers))

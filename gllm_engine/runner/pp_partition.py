@@ -39,7 +39,7 @@ def measure_partition(
     costs = [0.0] * (len(kinds) + 1)
     if ranks.rank == 0:
         shard = Shard(0, 1, 0, ranks.mesh.tp, config.enable_expert_parallel)
-        costs = _measure(config, arch, kinds, options | {"share": shard})
+        costs = _measure(config, arch, kinds, options | {"shard": shard})
         told = ", ".join(f"{1e6 * cost:.0f}" for cost in costs)
         _log.info("us of each kind of layer, and of logits and sampling: %s", told)
     *layers, tail = ranks.from_first(costs)

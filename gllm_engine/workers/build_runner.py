@@ -42,10 +42,10 @@ def load_runner(
         "max_model_len": config.max_model_len or arch.max_len,
     }
     if ranks is not None:
-        options |= {"share": _shard(config, arch, ranks, options), "ranks": ranks.tensor}
+        options |= {"shard": _shard(config, arch, ranks, options), "ranks": ranks.tensor}
     else:  # all of it, or what one of several ranks would have of every layer
         size, apart = config.tensor_parallel_size, config.enable_expert_parallel
-        options["share"] = Shard(0, len(arch.layers), size=size, experts_apart=apart)
+        options["shard"] = Shard(0, len(arch.layers), size=size, experts_apart=apart)
     decoder = (make_dummy if is_dummy else Decoder)(arch, **options)
     made = time.perf_counter()
     # Graphs and kernels need the weights' addresses, not the weights.
