@@ -1,6 +1,6 @@
-"""The README's tables of measurements, made from benchmarks/results: scripts/bench report.
+"""The tables of measurements in README and docs, from benchmarks/results: scripts/bench report.
 
-Owns what stands between the README's two markers. Takes every figure from a result as it was
+Owns what stands between the two markers of each page. Takes every figure from a result as it was
 recorded, and says of each table by which command, at which commit and on what it was measured.
 """
 
@@ -14,11 +14,12 @@ from typing import Any
 from gllm_benchmarks.record import RESULTS, table_lines
 from gllm_benchmarks.workloads import lengths
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- Measurements: written by scripts/bench report from benchmarks/results. -->"
 END = "<!-- The end of measurements. -->"
 
 Results = dict[str, dict[str, Any]]  # by benchmark: what record.py wrote
+Sections = dict[str, dict[str, Callable[[str, Results], str]]]
 
 
 def read_results(directory: Path = RESULTS) -> Results:
@@ -26,10 +27,10 @@ def read_results(directory: Path = RESULTS) -> Results:
     return {result["benchmark"]: result for result in found}
 
 
-def render(results: Results) -> str:
-    """All sections, in an order of their own; a benchmark without a result has none."""
+def render(sections: Sections, results: Results) -> str:
+    """The sections of a page, in their order; a benchmark without a result has none."""
     parts = []
-    for title, makers in SECTIONS.items():
+    for title, makers in sections.items():
         found = [
             maker(name.removeprefix(prefix), results)
             for prefix, maker in makers.items()
@@ -143,7 +144,7 @@ def serve_part(model: str, results: Results) -> str:
     if share is not None:
         closing.append(f"All at once, that is {share:.1%} of what the engine does offline.")
     if (RESULTS / f"serve-{model}.svg").is_file():
-        closing.append(f"![latency by throughput](benchmarks/results/serve-{model}.svg)")
+        closing.append(f"![latency by throughput](../benchmarks/results/serve-{model}.svg)")
     return part(f"**{model}, through tritonserver by gRPC.**", result, header, rows, *closing)
 
 
@@ -188,24 +189,32 @@ def simulate_part(name: str, results: Results) -> str:
     return part(title, result, ["load", *policies], list(rows.values()), closing)
 
 
-SECTIONS: dict[str, dict[str, Callable[[str, Results], str]]] = {
-    "What the host costs": {"host": host_part},
-    "On GPUs": {"offline-": offline_part, "serve-": serve_part, "kernels-": kernels_part},
-    "Simulated, on no GPU": {"simulate-": simulate_part},
+# By page and heading: which benchmarks are told, by the beginning of their names.
+PAGES: dict[str, Sections] = {
+    "README.md": {"Speed": {"offline-": offline_part}},
+    "docs/benchmarks.md": {
+        "Through tritonserver": {"serve-": serve_part},
+        "Single kernels": {"kernels-": kernels_part},
+        "What the host costs": {"host": host_part},
+        "Simulated, on no GPU": {"simulate-": simulate_part},
+    },
 }
 
 
-def insert(readme: str, text: str) -> str:
-    """The README with `text` between its markers. Raises ValueError where they are not there."""
-    before, begin, rest = readme.partition(BEGIN)
+def insert(page: str, text: str) -> str:
+    """The page with `text` between its markers. Raises ValueError where they are not there."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError("README.md has lost a marker of scripts/bench report")
+        raise ValueError("a page has lost a marker of scripts/bench report")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
 def main() -> None:
-    README.write_text(insert(README.read_text(), render(read_results())))
+    results = read_results()
+    for name, sections in PAGES.items():
+        page = ROOT / name
+        page.write_text(insert(page.read_text(), render(sections, results)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,14 @@ from gllm_engine.arch import Model, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.runner import NullRunner, cache_dirs
 from gllm_engine.sampling import InvalidField
-from gllm_engine.sched import Committed, IntegrityError, Refused, Scheduler, Sequence
+from gllm_engine.sched import (
+    Committed,
+    IntegrityError,
+    Policy,
+    Refused,
+    Scheduler,
+    Sequence,
+)
 from gllm_engine.text.constraints import Constraint, Grammars
 from gllm_engine.types import (
     Finish,
@@ -93,10 +100,12 @@ class Engine:
         self,
         config: EngineConfig,
         make_runner: Callable[[EngineConfig, Model], StepRunner] | None = None,
+        policy: Policy | None = None,
     ) -> None:
         """Load the model and get ready. Raises ConfigError, ArchError or LoadError.
 
-        `make_runner`: what to run plans with, in place of the model in `config.model`.
+        `make_runner`: what to run plans with, in place of the model in `config.model`. `policy`:
+        in place of the schedule policy that the configuration names.
         """
         config = settle(config, on_gpu=device_of(config).type == "cuda")
         path = Path(config.model)
@@ -108,7 +117,7 @@ class Engine:
         self._runner = (make_runner or _make_runner)(config, arch)
         max_model_len = _model_len(config, arch, self._runner.num_pages)
         self._scheduler = Scheduler(
-            config, self._runner.num_pages, max_model_len, arch.eos_token_ids
+            config, self._runner.num_pages, max_model_len, arch.eos_token_ids, policy
         )
         self.info = ModelInfo(
             vocab_size=arch.vocab,

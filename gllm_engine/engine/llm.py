@@ -18,6 +18,7 @@ from tqdm import tqdm
 from gllm_engine.config import make_config
 from gllm_engine.engine.core import Engine, EngineBroken
 from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
+from gllm_engine.sched import Policy
 from gllm_engine.text.completion import (
     Completion,
     Delta,
@@ -84,11 +85,13 @@ class RequestFailed(RuntimeError):
 class LLM:
     """A model to generate text with, in this process."""
 
-    def __init__(self, model: str, **config: Any) -> None:
-        """`config`: the fields of EngineConfig. Raises ConfigError and what Engine raises."""
+    def __init__(self, model: str, *, policy: Policy | None = None, **config: Any) -> None:
+        """`config`: the fields of EngineConfig. `policy`: in place of the schedule policy that it
+        names. Raises ConfigError and what Engine raises.
+        """
         self.config = make_config({"model": str(model)} | config)
         self.tokenizer = Tokenizer(self.config.tokenizer or self.config.model)
-        self.engine = Engine(self.config)
+        self.engine = Engine(self.config, policy=policy)
         self._ids = itertools.count()
         self._sequences: dict[int, _Sequence] = {}
 

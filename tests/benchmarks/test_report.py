@@ -12,7 +12,8 @@ from gllm_benchmarks.record import RESULTS, record, table_lines
 from gllm_benchmarks.report import (
     BEGIN,
     END,
-    README,
+    PAGES,
+    ROOT,
     insert,
     kernels_part,
     offline_part,
@@ -45,15 +46,17 @@ def cells(text: str) -> dict[str, list[str]]:
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = README.read_text()
-    assert insert(text, render(read_results())) == text, "run scripts/bench report"
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_up_to_date(name: str) -> None:
+    text = (ROOT / name).read_text()
+    told = render(PAGES[name], read_results())
+    assert insert(text, told) == text, "run scripts/bench report"
 
 
 def test_every_result_is_told() -> None:
     results = read_results()
     assert sorted(results) == sorted(path.stem for path in RESULTS.glob("*.json"))
-    told = render(results)
+    told = "".join(render(sections, results) for sections in PAGES.values())
     assert all(about["commit"] in told for about in results.values())
 
 
@@ -118,7 +121,8 @@ def test_what_was_simulated_is_told_as_such() -> None:
     times = {"ttft_ms": {"p50": 71.4, "p99": 1303.0}, "tpot_ms": {"p50": 27.0, "p99": 35.0}}
     policies = {"a": {"12 requests/s": times}}
     policies["b"] = {"12 requests/s": times | {"goodput": {"share": 0.97}}}
-    told = render({"simulate-m": result("simulate-m", {"policies": policies})})
+    results = {"simulate-m": result("simulate-m", {"policies": policies})}
+    told = render(PAGES["docs/benchmarks.md"], results)
     assert told.startswith("## Simulated, on no GPU\n\n**m.**") and "nothing of this" in told
     rows = cells(told)
     assert rows["load"] == ["a", "b"]
@@ -127,8 +131,10 @@ def test_what_was_simulated_is_told_as_such() -> None:
 
 
 def test_sections_are_there_for_what_was_measured() -> None:
-    assert render({}) == ""
-    assert render(served("share", 25.5)).startswith("## On GPUs\n\n**m, through tritonserver")
+    sections = PAGES["docs/benchmarks.md"]
+    assert render(sections, {}) == ""
+    told = render(sections, served("share", 25.5))
+    assert told.startswith("## Through tritonserver\n\n**m, through tritonserver")
 
 
 def test_markers() -> None:
