@@ -260,16 +260,20 @@ def make_row(about: dict[str, Any]) -> list[str]:
 
 
 @torch.inference_mode()
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench kernels", description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help="a directory or a known shape")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--only", default="", help="kernels with one of these words: GEMM,sample")
     add_arguments(parser)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     path, device = model_directory(arguments.model), best_device()
     if device.type != "cuda":
-        parser.error("no GPU with its kernels installed is here")
+        raise SystemExit("scripts/bench kernels: no GPU with its kernels installed is here")
     dtype = torch.bfloat16
     cache_dtype = torch.float8_e4m3fn if arguments.kv_cache_dtype == "fp8" else dtype
     shape = Shape(read_arch(path), device, dtype, cache_dtype)

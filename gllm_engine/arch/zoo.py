@@ -211,11 +211,12 @@ def chatglm(c: Fields) -> Model:
     )
 
 
-def read_arch(path: Path) -> Model:
-    """Read `path`/config.json, and generation_config.json for the end-of-sequence ids.
+def read_arch(directory: str | Path) -> Model:
+    """Read a checkpoint directory's config.json and the end-of-text ids of generation_config.json.
 
     Raises ArchError: unreadable or not JSON, an architecture, switch or value not supported.
     """
+    path = Path(directory)
     model = make_arch(read_object(path / "config.json", ArchError), str(path / "config.json"))
     generation = path / "generation_config.json"
     if generation.exists():

@@ -1,0 +1,65 @@
+"""What README and docs say that a machine can hold against the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from gllm_engine import EngineConfig, SamplingParams
+from gllm_engine.arch import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_configuration_key_is_in_the_table_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", section("Configuration"), re.MULTILINE))
+    assert list(rows) == list(EngineConfig.__struct_fields__)
+    config = EngineConfig(model=".")
+    for key, told in rows.items():
+        default = getattr(config, key)
+        if default not in (None, ".", 0):  # these defaults are told in words
+            spelled = f"{default:g}" if key == "drain_timeout_s" else str(default)
+            assert told.strip("` ").lower() == spelled.lower(), key
+
+
+def test_every_sampling_parameter_is_named() -> None:
+    told = set(re.findall(r"`(\w+)`", (ROOT / "docs/requests.md").read_text()))
+    assert set(SamplingParams.__struct_fields__) <= told
+
+
+def test_every_family_is_in_the_table() -> None:
+    told = set(re.findall(r"`(\w+)`", section("Models").split("RoPE scaling")[0]))
+    assert told == set(FAMILIES)
+
+
+def table(page: str, title: str) -> list[list[str]]:
+    """Cells of the rows of the table under a heading."""
+    text = (ROOT / page).read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in re.split(r" \| ", line.strip("|"))] for line in lines]
+
+
+def test_every_metric_is_in_the_table() -> None:
+    """Read from the source: the module needs what only a Triton stub has."""
+    tree = ast.parse((ROOT / "backend/gllm/metrics.py").read_text())
+    assigned = {ast.unparse(n.targets[0]): n for n in tree.body if isinstance(n, ast.Assign)}
+    families = ast.literal_eval(assigned["FAMILIES"].value)
+    expected = [[f"`gllm:{n}`", kind.lower(), text] for n, (kind, text) in families.items()]
+    assert table("docs/operations.md", "Metrics") == expected
+
+
+def test_every_log_line_is_in_the_source() -> None:
+    """The words between what changes (N, ..., a letter) stand in the product's code."""
+    files = [p for top in ("gllm_engine", "client", "backend") for p in (ROOT / top).rglob("*.py")]
+    code = "".join(path.read_text() for path in files)
+    rows = table("docs/operations.md", "Log lines")
+    assert len(rows) > 5
+    for line, _ in rows:
+        for words in re.split(r"\.\.\.|\b[A-Z]\b|[\[\]():]", line.strip("`")):
+            assert words.strip(" ,") in code, f"{line}: {words!r}"
