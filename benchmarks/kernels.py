@@ -12,7 +12,6 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_engine.arch import Gqa, Model, Moe, read_arch
-from gllm_engine.ops import Batch, best_device, select_ops
+from gllm_engine.ops import Batch, PlainSampling, best_device, select_ops
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.ops.timing import times
 
@@ -64,8 +63,8 @@ class Shape:
         self.arch, self.device, self.dtype, self.cache_dtype = arch, device, dtype, cache_dtype
         self.mixer: Gqa = arch.layers[0].mixer
         self.ffn = arch.layers[0].ffn
-        self.ops: ModuleType = select_ops(device)
-        self.planner = self.ops.Planner(device, dtype)
+        self.ops = select_ops(device)
+        self.planner = self.ops.make_planner(device, dtype)
         self.item = dtype.itemsize
 
     def randn(self, *size: int) -> Tensor:
@@ -163,7 +162,8 @@ class Shape:
             seeds = torch.randint(1 << 60, (rows,), device=device)
             slots = torch.arange(rows, device=device)
             lens, last = torch.zeros(2, rows, dtype=torch.int64, device=device)
-            return lambda: ops.sample_plain(scores, slots, heat, seeds, lens, lens, last)
+            state = PlainSampling(heat, seeds, lens, lens, last)
+            return lambda: ops.sample_plain(scores, slots, state)
 
         return Case("sample", f"{rows} x {vocab}", rows * vocab * self.item, 0, draw)
 
@@ -200,18 +200,18 @@ class Shape:
         like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
         plan = self.planner.plan(batch, like, m.heads, m.window)
         cos, sin = torch.rand(2, batch.context_lens_cpu.max(), m.head_dim // 2, device=self.device)
-        turn = ops.rotation(cos, sin, batch.positions, self.dtype, m.rope.interleaved)
+        rotary = ops.rotary_inputs(cos, sin, batch.positions, self.dtype, m.rope.interleaved)
         num_heads = m.heads + 2 * m.kv_heads
         norm = self.randn(m.heads + m.kv_heads, m.head_dim) if m.qk_norm else None
 
         def make() -> Callable[[], Any]:
             cache = self.randn(*shape).to(self.cache_dtype)
             qkv = self.randn(len(batch.tokens), num_heads, m.head_dim)
-            options = (m.heads, norm, self.arch.eps, turn, m.rope.interleaved, cache, plan)
+            options = (m.heads, norm, self.arch.eps, rotary, m.rope.interleaved, cache, plan)
             if not attends:
                 return lambda: ops.rotate_and_store(qkv, *options)
-            heads = ops.rotate_and_store(qkv, *options)
-            return lambda: ops.attend(heads, cache, plan)
+            inputs = ops.rotate_and_store(qkv, *options)
+            return lambda: ops.attend(inputs, cache, plan)
 
         return make
 

@@ -1,4 +1,4 @@
-"""The parts a decoder is made of; each is built from its description in spec.
+"""The parts a decoder is made of; each is built from its description in arch.
 
 A layer owns its weights and lists them, canonical name -> tensor, so that loading needs no table
 of its own. Knows no checkpoints and no scheduling.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
-from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, Norm
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
@@ -19,7 +19,6 @@ __all__ = [
     "GqaAttention",
     "LogitTokens",
     "MoeFfn",
-    "Norm",
     "Residual",
     "ResidualReducer",
     "RopeTable",

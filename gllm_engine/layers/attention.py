@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Gqa
-from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, Norm
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens
 from gllm_engine.layers.linear import Linear
+from gllm_engine.ops import Norm, Ops
 
 
 class GqaAttention:
@@ -20,16 +19,16 @@ class GqaAttention:
         arch: Gqa,
         dim: int,
         eps: float,
-        ops: ModuleType,
+        ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._spec, self._eps, self._ops = arch, eps, ops
+        self._arch, self._eps, self._ops = arch, eps, ops
         shapes = arch.weights(dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
         self._qkv = Linear(names, shapes, ops, dtype, device)
         self._out = Linear(["self_attn.o_proj"], shapes, ops, dtype, device)
-        self._heads = arch.heads + 2 * arch.kv_heads
+        self._num_qkv_heads = arch.heads + 2 * arch.kv_heads
         # One row for each query and key head, so that both are normalised at once.
         self._qk_norm: Tensor | None = None
         if arch.qk_norm:
@@ -47,24 +46,25 @@ class GqaAttention:
     ) -> Tensor:
         """x: [tokens, dim]. cache: [num_pages, 2, page_size, kv_heads, head_dim].
 
-        Returns [tokens, dim], or that of the `wanted` tokens; added to `total`, in place, if given.
+        Returns [tokens, dim], or [n, dim] of the `logit_tokens`; added to `total`, in place, if
+        that is given.
         """
-        arch, plan = self._spec, context.plans[self._spec.window]
-        heads = self._ops.rotate_and_store(
-            self._qkv(x, norm).view(-1, self._heads, arch.head_dim),
+        arch, plan = self._arch, context.plans[self._arch.window]
+        inputs = self._ops.rotate_and_store(
+            self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim),
             arch.heads,
             self._qk_norm,
             self._eps,
-            context.rotations[arch.rope],
+            context.rotary[arch.rope],
             arch.rope.interleaved,
             cache,
             plan,
         )
         if logit_tokens is None:
-            attended = self._ops.attend(heads, cache, plan)
+            attended = self._ops.attend(inputs, cache, plan)
         elif logit_tokens.plans:
             plan = logit_tokens.plans[arch.window]
-            attended = self._ops.attend(heads, cache, plan, logit_tokens.index)
+            attended = self._ops.attend(inputs, cache, plan, logit_tokens.index)
         else:
             attended = x.new_empty(0, arch.heads * arch.head_dim)
         return self._out(attended) if total is None else self._out.add_to(total, attended)
@@ -72,7 +72,7 @@ class GqaAttention:
     def weights(self) -> dict[str, Tensor]:
         views = self._qkv.weights() | self._out.weights()
         if self._qk_norm is not None:
-            q, k = self._qk_norm.split((self._spec.heads, self._spec.kv_heads))
+            q, k = self._qk_norm.split((self._arch.heads, self._arch.kv_heads))
             # [heads, head_dim], where the weight is [head_dim]: copying it in fills every row.
             views |= {"self_attn.q_norm.weight": q, "self_attn.k_norm.weight": k}
         return views

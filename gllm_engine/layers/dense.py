@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Dense
-from gllm_engine.layers.forward_context import Norm
 from gllm_engine.layers.linear import Linear
+from gllm_engine.ops import Norm, Ops
 
 
 class DenseFfn:
     """down(silu(gate(x)) * up(x)), gate and up in one product."""
 
     def __init__(
-        self, arch: Dense, dim: int, ops: ModuleType, dtype: torch.dtype, device: torch.device
+        self, arch: Dense, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
     ) -> None:
         shapes = arch.weights(dim)
         self._gate_up = Linear(["mlp.gate_proj", "mlp.up_proj"], shapes, ops, dtype, device)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from gllm_engine.arch.rope import Rope
-
-Norm = tuple[Tensor, float]  # gain [dim] and epsilon of an RMS norm
+from gllm_engine.ops import AttentionPlan, RotaryInputs
 
 
 @dataclass(frozen=True)
 class ForwardContext:
     """Filled by the decoder at the start of a forward pass."""
 
-    plans: dict[int | None, Any]  # window -> the backend's attention plan
-    rotations: dict[Rope, Any]  # what the backend's rotation() made of the positions
+    plans: dict[int | None, AttentionPlan]  # by window
+    rotary: dict[Rope, RotaryInputs]
 
 
 @dataclass(frozen=True)
@@ -27,4 +25,4 @@ class LogitTokens:
     """
 
     index: Tensor  # [n] which tokens
-    plans: dict[int | None, Any]  # as in Step, for these alone; empty if n is 0
+    plans: dict[int | None, AttentionPlan]  # by window, for these alone; empty if n is 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Shapes
-from gllm_engine.layers.forward_context import Norm
+from gllm_engine.ops import Norm, Ops
 
 
 class Linear:
@@ -22,7 +21,7 @@ class Linear:
         self,
         names: Sequence[str],
         shapes: Shapes,
-        ops: ModuleType,
+        ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Dense, Moe, within
 from gllm_engine.layers.dense import DenseFfn
-from gllm_engine.layers.forward_context import Norm
 from gllm_engine.layers.linear import Linear
+from gllm_engine.ops import Norm, Ops
 
 
 class MoeFfn:
@@ -20,9 +18,9 @@ class MoeFfn:
     """
 
     def __init__(
-        self, arch: Moe, dim: int, ops: ModuleType, dtype: torch.dtype, device: torch.device
+        self, arch: Moe, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._spec, self._ops = arch, ops
+        self._arch, self._ops = arch, ops
         shapes, local_experts = arch.weights(dim), len(arch.experts)
         self._router = Linear(["mlp.gate"], shapes, ops, dtype, device)
         self._gate_up = torch.empty(local_experts, 2 * arch.hidden, dim, dtype=dtype, device=device)
@@ -36,17 +34,25 @@ class MoeFfn:
         """[tokens, dim] to [tokens, dim]; added to `total`, in place, if that is given."""
         normed = x if norm is None else self._ops.rms_norm(x, *norm)
         shared = None if self._shared is None else self._shared(x, norm)  # before x is added to
-        arch, matrices = self._spec, (self._gate_up, self._down)
-        routing = self._ops.route(self._router(normed), arch.top_k, arch.renorm)
-        first, num = arch.experts.start, arch.num_experts
-        out = self._ops.sum_experts(normed, *routing, *matrices, first, num, total)
+        arch = self._arch
+        weights, experts = self._ops.route(self._router(normed), arch.top_k, arch.renorm)
+        out = self._ops.sum_experts(
+            normed,
+            weights,
+            experts,
+            self._gate_up,
+            self._down,
+            first=arch.experts.start,
+            num_experts=arch.num_experts,
+            total=total,
+        )
         if shared is not None:
             out.addcmul_(self._shared_gate(normed).sigmoid_(), shared)
         return out
 
     def weights(self) -> dict[str, Tensor]:
         views = self._router.weights()
-        for i, expert in enumerate(self._spec.experts):
+        for i, expert in enumerate(self._arch.experts):
             gate, up = self._gate_up[i].chunk(2)
             dense = {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
             views |= within(f"experts.{expert}", dense | {"mlp.down_proj.weight": self._down[i]})

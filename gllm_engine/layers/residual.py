@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from gllm_engine.layers.forward_context import Norm
+from gllm_engine.ops import Norm, Ops
 from gllm_engine.parallel import TensorParallel
 
 
@@ -32,7 +31,7 @@ class Residual:
 class ResidualReducer:
     """Adds layers' results to the residual stream, over the ranks that share the layers."""
 
-    def __init__(self, ops: ModuleType, ranks: TensorParallel, dim: int, dtype: torch.dtype):
+    def __init__(self, ops: Ops, ranks: TensorParallel, dim: int, dtype: torch.dtype) -> None:
         self._ranks = ranks
         self._one_shot = ops.make_one_shot_allreduce(ranks, dim, dtype)
 

@@ -42,7 +42,8 @@ def _frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:
 
 def _dynamic_theta(scaling: DynamicScaling, theta: float, dim: int, max_model_len: int) -> float:
     stretch = max(max_model_len, scaling.original_len) / scaling.original_len
-    return theta * (scaling.factor * stretch - (scaling.factor - 1)) ** (dim / (dim - 2))
+    base = scaling.factor * stretch - (scaling.factor - 1)
+    return theta * math.pow(base, dim / (dim - 2))
 
 
 def _llama3(scaling: Llama3Scaling, plain: Tensor) -> Tensor:

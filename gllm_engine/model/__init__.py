@@ -1,10 +1,10 @@
-"""The decoder that interprets a spec, and how checkpoints get into and out of it."""
+"""The decoder that interprets a Model, and how checkpoints get into and out of it."""
 
 from __future__ import annotations
 
 from gllm_engine.model.decoder import Decoder
-from gllm_engine.model.load import filling, make_dummy
+from gllm_engine.model.load import fill_randomly, filling
 from gllm_engine.model.read import LoadError
 from gllm_engine.ops import best_device
 
-__all__ = ["Decoder", "LoadError", "best_device", "filling", "make_dummy"]
+__all__ = ["Decoder", "LoadError", "best_device", "fill_randomly", "filling"]

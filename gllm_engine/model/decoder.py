@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +22,20 @@ from gllm_engine.layers import (
     GqaAttention,
     LogitTokens,
     MoeFfn,
-    Norm,
     Residual,
     ResidualReducer,
     RopeTable,
 )
-from gllm_engine.ops import Batch, select_ops
+from gllm_engine.ops import Batch, Norm, Ops, PlainSampling, RotaryInputs, select_ops
 from gllm_engine.parallel import ALONE, TensorParallel
+
+
+def _make_ffn(
+    arch: Dense | Moe, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
+) -> DenseFfn | MoeFfn:
+    if isinstance(arch, Moe):
+        return MoeFfn(arch, dim, ops, dtype, device)
+    return DenseFfn(arch, dim, ops, dtype, device)
 
 
 class PreNormBlock:
@@ -42,14 +47,14 @@ class PreNormBlock:
         self,
         arch: Layer,
         model: Model,
-        ops: ModuleType,
+        ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
-        join: ResidualReducer,
+        reduce: ResidualReducer,
     ) -> None:
-        self._ops, self._join = ops, join
+        self._ops, self._reduce = ops, reduce
         self._mixer = GqaAttention(arch.mixer, model.dim, model.eps, ops, dtype, device)
-        self._ffn = _FFNS[type(arch.ffn)](arch.ffn, model.dim, ops, dtype, device)
+        self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
         self.next_norm: Norm | None = None  # the next block's first, if there is one
@@ -69,11 +74,11 @@ class PreNormBlock:
         total = stream.total if logit_tokens is None else stream.total[logit_tokens.index]
         x, norm = stream.under(self.first_norm)
         second = self._norms["post_attention_layernorm"]
-        stream = self._join(
+        stream = self._reduce(
             total, lambda into: self._mixer(x, norm, context, cache, logit_tokens, into), second
         )
         y, left = stream.under(second)
-        return self._join(stream.total, lambda into: self._ffn(y, left, into), self.next_norm)
+        return self._reduce(stream.total, lambda into: self._ffn(y, left, into), self.next_norm)
 
     def weights(self) -> dict[str, Tensor]:
         gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
@@ -94,13 +99,12 @@ class SandwichBlock(PreNormBlock):
     ) -> Residual:
         norms, x = self._norms, stream.total
         total = x if logit_tokens is None else x[logit_tokens.index]
-        x = self._join.sum(self._mixer(x, self.first_norm, context, cache, logit_tokens))
+        x = self._reduce.sum(self._mixer(x, self.first_norm, context, cache, logit_tokens))
         total = self._ops.rms_norm(x, *norms["post_self_attn_layernorm"], add_to=total)
-        x = self._join.sum(self._ffn(total, norms["post_attention_layernorm"]))
+        x = self._reduce.sum(self._ffn(total, norms["post_attention_layernorm"]))
         return Residual(self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total))
 
 
-_FFNS: dict[type, type[DenseFfn] | type[MoeFfn]] = {Dense: DenseFfn, Moe: MoeFfn}
 _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
     Layer: PreNormBlock,
     SandwichLayer: SandwichBlock,
@@ -110,7 +114,7 @@ _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
 class Decoder:
     """A model whose weights are still to be filled in (load.py); `weights()` says where.
 
-    `layers`: what this rank computes of it, all of them by default.
+    `layers`: what this rank computes of it.
     """
 
     def __init__(
@@ -132,15 +136,15 @@ class Decoder:
         self.layers = self.shard.of(arch)
         self.is_first, self.is_last = self.shard.first == 0, self.shard.end == len(arch.layers)
         self.ops, self._ranks = select_ops(device), ranks
-        self._planner = self.ops.Planner(device, dtype)
-        join = ResidualReducer(self.ops, ranks, arch.dim, dtype)
+        self._planner = self.ops.make_planner(device, dtype)
+        reduce = ResidualReducer(self.ops, ranks, arch.dim, dtype)
         self._blocks = [
-            _BLOCKS[type(layer)](layer, arch, self.ops, dtype, device, join)
+            _BLOCKS[type(layer)](layer, arch, self.ops, dtype, device, reduce)
             for layer in self.layers
         ]
         for block, after in pairwise(self._blocks):
             block.next_norm = after.first_norm
-        self._made = {
+        self._outer_weights = {
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, shape in self.shard.weights(arch).items()
             if not name.startswith("model.layers.")
@@ -152,11 +156,11 @@ class Decoder:
 
     @property
     def _embedding(self) -> Tensor:
-        return self._made["model.embed_tokens.weight"]
+        return self._outer_weights["model.embed_tokens.weight"]
 
     @property
     def _head(self) -> Tensor:
-        return self._embedding if self.arch.tie else self._made["lm_head.weight"]
+        return self._embedding if self.arch.tie else self._outer_weights["lm_head.weight"]
 
     def new_cache(
         self, num_pages: int, page_size: int, dtype: torch.dtype | None = None
@@ -174,9 +178,11 @@ class Decoder:
             for layer in self.layers
         ]
 
-    def prepare(self, page_size: int, dtype: torch.dtype) -> None:
-        """On a GPU: compile what attention over such a cache needs, unless that is done already."""
-        self.ops.prepare(self.new_cache(1, page_size, dtype)[0], self.dtype, self._windows)
+    def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
+        """Compile what attention over such a cache needs, unless that is done already."""
+        self.ops.compile_attention(
+            self.new_cache(1, page_size, dtype)[0], self.dtype, self._windows
+        )
 
     def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
         """Write the batch's K and V to the cache and give the last layer's residual stream,
@@ -187,7 +193,7 @@ class Decoder:
         [tokens, dim]; it is written to.
         """
         plans = {w: self._planner.plan(batch, cache[0], h, w) for w, h in self._windows.items()}
-        context = ForwardContext(plans, self._rotations(batch))
+        context = ForwardContext(plans, self._rotary_inputs(batch))
         stream = Residual(self._embed(batch.tokens) if x is None else x)
         for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
             stream = block(stream, context, layer_cache)
@@ -209,28 +215,28 @@ class Decoder:
         """The last tokens of the rows whose logits are asked for; None if other tokens' are too,
         or every token's. To attention, such a token is a decode row.
         """
-        rows = batch.logit_rows_cpu
-        if rows is None:
+        index, rows, rows_cpu = batch.logit_index, batch.logit_rows, batch.logit_rows_cpu
+        if index is None or rows is None or rows_cpu is None:
             return None
-        if not len(rows):
-            return LogitTokens(batch.logit_index, {})
+        if not len(rows_cpu):
+            return LogitTokens(index, {})
         ends = replace(
             batch,
-            slots=batch.slots[batch.logit_rows],
-            context_lens=batch.context_lens[batch.logit_rows],
-            context_lens_cpu=batch.context_lens_cpu[rows],
-            query_lens=[1] * len(rows),
-            num_decode=len(rows),
+            slots=batch.slots[rows],
+            context_lens=batch.context_lens[rows],
+            context_lens_cpu=batch.context_lens_cpu[rows_cpu],
+            query_lens=[1] * len(rows_cpu),
+            num_decode=len(rows_cpu),
         )
         window = self.layers[-1].mixer.window
         plan = self._planner.plan(ends, cache, self._windows[window], window)
-        return LogitTokens(batch.logit_index, {window: plan})
+        return LogitTokens(index, {window: plan})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """What `forward` gave, [n, dim], to this rank's share of the logits, [n, vocab / ranks] in
         the model's dtype; into `out` if given.
         """
-        norm = self._made["model.norm.weight"], self.arch.eps
+        norm = self._outer_weights["model.norm.weight"], self.arch.eps
         return self.ops.linear(hidden, self._head, None, norm, out)
 
     def whole(self, scores: Tensor) -> Tensor:
@@ -238,10 +244,10 @@ class Decoder:
         return self._ranks.gather(scores)
 
     def sample_plain(
-        self, scores: Tensor, slots: Tensor, *state: Tensor, out: Tensor | None = None
-    ):
-        """One token for each row of `scores`, [n] int64; see ops.sample_plain."""
-        return self.ops.sample_plain(scores, slots, *state, out=out, ranks=self._ranks)
+        self, scores: Tensor, slots: Tensor, state: PlainSampling, out: Tensor | None = None
+    ) -> Tensor:
+        """One token for each row of `scores`, [n] int64; see Ops.sample_plain."""
+        return self.ops.sample_plain(scores, slots, state, out=out, ranks=self._ranks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `forward` gave, [n, dim], to [n, vocab] logits in float32."""
@@ -252,14 +258,14 @@ class Decoder:
 
         A view may have a leading dimension more than the weight: copying broadcasts over it.
         """
-        views = dict(self._made)
+        views = dict(self._outer_weights)
         for i, block in enumerate(self._blocks, self.shard.first):
             views |= {f"model.layers.{i}.{name}": view for name, view in block.weights().items()}
         return views
 
-    def _rotations(self, batch: Batch) -> dict[Rope, Any]:
+    def _rotary_inputs(self, batch: Batch) -> dict[Rope, RotaryInputs]:
         return {
-            rope: self.ops.rotation(
+            rope: self.ops.rotary_inputs(
                 table.cos, table.sin, batch.positions, self.dtype, rope.interleaved
             )
             for rope, table in self._ropes.items()

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import checkpoint_name, checkpoint_tensors, is_left_over
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
@@ -55,20 +54,18 @@ def filling(decoder: Decoder, path: Path) -> Iterator[None]:
     loader.check_tied()
 
 
-def make_dummy(arch: Model, **options: Any) -> Decoder:
-    """Build the decoder for `spec` with random weights, always the same; `options` as Decoder's.
+def fill_randomly(decoder: Decoder) -> None:
+    """Random weights, for the same decoder always the same.
 
     They are of a trained model's size, so that numbers stay in range, and none is constant:
     kernels run faster on zeros.
     """
-    decoder = Decoder(arch, **options)
     generator = torch.Generator(decoder.device).manual_seed(0)
     for name, view in decoder.weights().items():
         if name.endswith("norm.weight"):
             view.uniform_(0.5, 1.5, generator=generator)
         else:
             view.normal_(0, 0.02, generator=generator)
-    return decoder
 
 
 class _Loader:

@@ -124,7 +124,7 @@ def _move(piece: _Piece, buffer: Tensor) -> None:
     source, into = piece
     num_bytes = _num_bytes(piece)
     raw = buffer[:num_bytes]
-    _fill(memoryview(raw.numpy()), source)
+    _fill(raw.numpy().data, source)
     numbers = raw.view(source.dtype).view(-1, source.width)
     if numbers.dtype != into.dtype or source.count < source.width:
         numbers = numbers.to(into.device, non_blocking=True)  # a GPU does the rest in no time

@@ -5,18 +5,33 @@ Knows no models. `reference` is plain torch: the CPU backend, and the oracle of 
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 
 from gllm_engine.ops.batch import Batch, HostInts, TensorGroup
+from gllm_engine.ops.protocol import (
+    AttentionInputs,
+    AttentionPlan,
+    Norm,
+    Ops,
+    PlainSampling,
+    RotaryInputs,
+)
 
-__all__ = ["Batch", "HostInts", "TensorGroup", "best_device", "select_ops"]
-
-# Imported on demand: the kernels of a GPU are not installed where there is none.
-_BY_DEVICE = {"cpu": "reference", "cuda": "flashinfer"}
+__all__ = [
+    "AttentionInputs",
+    "AttentionPlan",
+    "Batch",
+    "HostInts",
+    "Norm",
+    "Ops",
+    "PlainSampling",
+    "RotaryInputs",
+    "TensorGroup",
+    "best_device",
+    "select_ops",
+]
 
 
 def best_device() -> torch.device:
@@ -25,11 +40,17 @@ def best_device() -> torch.device:
     return torch.device("cuda" if fast else "cpu")
 
 
-def select_ops(device: torch.device) -> ModuleType:
+def select_ops(device: torch.device) -> Ops:
     """The implementation for a device; chosen once, when a model is built.
 
     Raises ValueError for a kind of device that has none.
     """
-    if device.type not in _BY_DEVICE:
-        raise ValueError(f"device {device} has no operations; supported: {', '.join(_BY_DEVICE)}")
-    return import_module(f"gllm_engine.ops.{_BY_DEVICE[device.type]}")
+    if device.type == "cpu":
+        from gllm_engine.ops import reference
+
+        return reference
+    if device.type == "cuda":  # its kernels are not installed where there is no GPU
+        from gllm_engine.ops import flashinfer
+
+        return flashinfer
+    raise ValueError(f"device {device} has no operations; supported: cpu, cuda")

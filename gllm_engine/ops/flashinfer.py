@@ -1,6 +1,7 @@
 """The operations of an NVIDIA GPU: attention of chunks by FlashInfer, the rest by Triton kernels.
 
-Knows shapes and arithmetic; no models, no scheduling. FlashInfer divides a step's attention among
+Knows shapes and arithmetic; no models, no scheduling. A function of `Ops` is described there, and
+here what is particular to it. FlashInfer divides a step's attention among
 the multiprocessors ahead, on the host (`plan`); what it then launches is the same for all layers.
 Decode rows go to our own kernel, which needs no plan; chunks to FlashInfer's FlashAttention-3
 kernel, or on other GPUs than Hopper's to its FlashAttention-2. Chunks at the beginning of a
@@ -14,7 +15,7 @@ right, but slow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from gllm_engine.ops import reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
+from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, Norm, RotaryInputs
 from gllm_engine.ops.triton import (
     gemv,
     is_single,
@@ -39,17 +41,17 @@ from gllm_engine.ops.triton import (
 from gllm_engine.ops.triton.moe import route, sum_experts
 
 __all__ = [
-    "Planner",
     "add_linear",
     "attend",
+    "compile_attention",
     "gated_linear",
     "linear",
     "make_one_shot_allreduce",
-    "prepare",
+    "make_planner",
     "prepare_inputs",
     "rms_norm",
+    "rotary_inputs",
     "rotate_and_store",
-    "rotation",
     "route",
     "sample_plain",
     "silu_mul",
@@ -67,19 +69,9 @@ _PLAN_BYTES = 8 << 20
 _NUM_STAGES = 8
 
 
-# Where to find each token's cosines and sines: tables [positions, dim / 2] float32 of both, and
-# positions [tokens] int64.
-RotaryInputs = tuple[tuple[Tensor, Tensor], Tensor]
-# Normed and rotated heads of a step's tokens: q [tokens, heads, head_dim], and k and v
-# [tokens, 2 * kv_heads, head_dim] before the cache rounds them; None: nobody asks.
-Heads = tuple[Tensor, Tensor | None]
-
-
 @dataclass
-class AttentionPlan:
-    """Attention of one batch, the same for all layers that share a window.
-
-    Rows are decode rows, then chunks with K and V in the cache already, then `fresh` ones: plans
+class FlashInferPlan(AttentionPlan):
+    """Rows are decode rows, then chunks with K and V in the cache already, then `fresh` ones: plans
     for the tokens up to `num_decode`, `first_fresh`, and the rest. With `slow`, that alone.
     """
 
@@ -89,7 +81,7 @@ class AttentionPlan:
     decode: triton.KvSplits | None = None
     chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
-    slow: reference.AttentionPlan | None = None
+    slow: reference.ReferencePlan | None = None
 
 
 def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
@@ -103,10 +95,10 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm: tuple[Tensor, float] | None = None,
+    norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As reference.linear."""
+    """See Ops.linear."""
     if product := _own_product(x, weight):
         return product(x, weight, bias, norm, out=out)
     x = x if norm is None else rms_norm(x, *norm)
@@ -117,17 +109,15 @@ def linear(
     return torch.addmm(bias, x, weight.T, out=out)
 
 
-def gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None
-) -> Tensor:
-    """As reference.gated_linear."""
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+    """See Ops.gated_linear."""
     if product := _own_product(x, weight, gated=True):
         return product(x, weight, bias, norm, gated=True)
     return silu_mul(linear(x, weight, bias, norm))
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As reference.add_linear; without a bias the sum is rounded once."""
+    """See Ops.add_linear; without a bias the sum is rounded once."""
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
     if bias is not None:
@@ -135,55 +125,64 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return total.addmm_(x, weight.T)
 
 
-def rotation(
+def rotary_inputs(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> RotaryInputs:
-    """As reference.rotation; nothing is computed ahead."""
+    """See Ops.rotary_inputs; nothing is computed ahead: (cos, sin, positions) as given."""
     del dtype, interleaved
-    return (cos, sin), positions
+    return cos, sin, positions
 
 
 def rotate_and_store(
     qkv: Tensor,
-    heads: int,
+    num_heads: int,
     norm: Tensor | None,
     eps: float,
-    turn: RotaryInputs,
+    rotary: RotaryInputs,
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
-) -> Heads:
-    """As reference.rotate_and_store."""
-    keeps_kv = plan.fresh is not None
-    return triton.rotate_and_store(
-        qkv, heads, norm, eps, *turn, interleaved, cache, plan.cache_index, keeps_kv
+) -> AttentionInputs:
+    """See Ops.rotate_and_store."""
+    assert isinstance(plan, FlashInferPlan)
+    cos, sin, positions = rotary
+    q, kv = triton.rotate_and_store(
+        qkv,
+        num_heads,
+        norm,
+        eps,
+        (cos, sin),
+        positions,
+        interleaved,
+        cache,
+        plan.cache_index,
+        keeps_kv=plan.fresh is not None,
     )
+    return AttentionInputs(q, kv)
 
 
 def attend(
-    heads: Heads, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+    inputs: AttentionInputs, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
 ) -> Tensor:
-    """As reference.attend."""
-    q, kv = heads
-    q = q if tokens is None else q[tokens]
+    """See Ops.attend."""
+    assert isinstance(plan, FlashInferPlan)
     if plan.slow is not None:
-        return reference.attend(q, cache, plan.slow)
+        return reference.attend(inputs, cache, plan.slow, tokens)
+    q = inputs.q if tokens is None else inputs.q[tokens]
     n, f = plan.num_decode, plan.first_fresh
     out = torch.empty_like(q)
     if plan.decode is not None:
         triton.decode_attention(q[:n], cache, plan.decode, out[:n])
     if plan.chunks is not None:
         plan.chunks.run(q[n:f], cache, out=out[n:f])
-    if plan.fresh is not None and kv is not None:
-        k, v = kv[f:].chunk(2, 1)
+    if plan.fresh is not None and inputs.kv is not None:
+        k, v = inputs.kv[f:].chunk(2, 1)
         plan.fresh.run(q[f:], k, v, out=out[f:])
     return out.flatten(1)
 
 
-def prepare(cache: Tensor, dtype: torch.dtype, heads: dict[int | None, int]) -> None:
-    """Compile what FlashInfer needs for queries of `dtype` over such a cache and for each window
-    (`heads`: query heads of its layers), unless it is in jit_cache.cache_dirs()[0] already.
-    """
+def compile_attention(cache: Tensor, dtype: torch.dtype, heads: Mapping[int | None, int]) -> None:
+    """See Ops.compile_attention; what has been compiled is in jit_cache.cache_dirs()[0]."""
     if not _has_kernels(cache, dtype):
         return
     # What is compiled is the same for all windows, and for all chunks unless the cache is float8.
@@ -193,7 +192,7 @@ def prepare(cache: Tensor, dtype: torch.dtype, heads: dict[int | None, int]) -> 
 
     def plan(batch: Batch, window: int | None) -> None:
         torch.cuda.set_device(cache.device)
-        Planner(cache.device, dtype).plan(batch, cache, heads[window], window)
+        FlashInferPlanner(cache.device, dtype).plan(batch, cache, heads[window], window)
 
     what = f"attention of chunks, heads of {cache.shape[4]}, {dtype} over {cache.dtype}"
     compile_all(what, plan, [(chunk, window) for chunk in chunks for window in windows])
@@ -224,12 +223,8 @@ class _Stages:
         self._copied[stage].record()
 
 
-class Planner:
-    """Prepares attention of one step after another. Owns FlashInfer's workspaces and wrappers.
-
-    A plan with chunks is valid until the next one for the same window; steps run in the order of
-    their plans. One without is nobody's but the caller's, and may be made in a CUDA graph.
-    """
+class FlashInferPlanner:
+    """An AttentionPlanner that owns FlashInfer's workspaces and wrappers."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         """`dtype`: of the queries, and of the cache unless that is float8."""
@@ -238,13 +233,11 @@ class Planner:
         self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[type, int | None], Any] = {}
 
-    def plan(self, batch: Batch, cache: Tensor, heads: int, window: int | None) -> AttentionPlan:
-        """Prepare attention for one step.
-
-        `cache`: any layer's; only its shape and dtype are used. `heads`: query heads.
-        `window`: a token sees itself and the window - 1 tokens before it; None: all before it.
-        """
-        plan = AttentionPlan(batch.cache_index, batch.num_decode)
+    def plan(
+        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None
+    ) -> FlashInferPlan:
+        """See AttentionPlanner.plan."""
+        plan = FlashInferPlan(batch.cache_index, batch.num_decode)
         n, end = batch.num_decode, len(batch.query_lens)
         if end > n and not _has_kernels(cache, self._dtype):
             plan.slow = reference.plan_attention(batch, cache, window, self._dtype)
@@ -257,7 +250,7 @@ class Planner:
         while first > n and batch.query_lens[first - 1] == batch.context_lens_cpu[first - 1]:
             first -= 1
         plan.first_fresh = sum(batch.query_lens[:first])
-        shape = _shape(cache, heads, window, self._dtype)
+        shape = _shape(cache, num_heads, window, self._dtype)
         if first > n:
             plan.chunks = self._plan_chunks(batch, slice(n, first), cache, window, shape)
         if end > first:
@@ -297,6 +290,11 @@ class Planner:
         return self._wrappers[kind, window]
 
 
+def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
+    """See Ops.make_planner."""
+    return FlashInferPlanner(device, dtype)
+
+
 def _best_backend() -> str:
     """FlashInfer's FlashAttention-3 kernels are for Hopper alone."""
     return "fa3" if _is_hopper() else "fa2"
@@ -324,9 +322,9 @@ def count_pages(context_lens: HostInts, page_size: int) -> tuple[Tensor, Tensor,
     return pinned[: len(lens) + 1], pinned[len(lens) + 1 :], int(counts.max())
 
 
-def _shape(cache: Tensor, heads: int, window: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def _shape(cache: Tensor, num_heads: int, window: int | None, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "num_qo_heads": heads,
+        "num_qo_heads": num_heads,
         "num_kv_heads": cache.shape[3],
         "head_dim_qk": cache.shape[4],
         "causal": True,

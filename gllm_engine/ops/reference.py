@@ -1,6 +1,6 @@
 """Every operation in plain torch: the CPU backend, and the oracle that kernels are tested against.
 
-Knows shapes and arithmetic; no models, no scheduling.
+Knows shapes and arithmetic; no models, no scheduling. A function of `Ops` is described there.
 
 Paged attention gathers the K and V of several rows into one padded tensor, then attends at once.
 Beyond a row's context the gather repeats a token of that row, so whatever unused cache pages hold
@@ -12,7 +12,7 @@ as they were rounded, those of its own step too, so that it does not matter how 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, TensorGroup
+from gllm_engine.ops.protocol import (
+    AttentionInputs,
+    AttentionPlan,
+    Norm,
+    PlainSampling,
+    RotaryInputs,
+)
 
 # Numbers gathered at once: 1 MiB of float32, so that attention finds them in a CPU's cache.
 _GATHER_NUMBERS = 1 << 18
@@ -30,10 +37,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
-    """x / rms(x) * gain over the last dimension, the mean taken in float32.
-
-    With `add_to`, that is added to, and returned.
-    """
+    """See Ops.rms_norm; x of any shape."""
     if x.dtype == torch.float32:
         normed = F.rms_norm(x, x.shape[-1:], None, eps).mul_(gain)
     else:
@@ -42,7 +46,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) 
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for a last dimension of [gate, up]."""
+    """See Ops.silu_mul; gate_up of any shape."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -51,41 +55,31 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm: tuple[Tensor, float] | None = None,
+    norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x W' + b: [rows, width] of x [rows, depth], weight [width, depth] and bias [width].
-
-    `norm`: (gain, eps) of an RMS norm that x goes through first. `out`: where the result goes.
-    """
+    """See Ops.linear."""
     y = F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
     return y if out is None else out.copy_(y)
 
 
-def gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None
-) -> Tensor:
-    """silu(gate) * up, [rows, width / 2], where [gate, up] = linear(x, weight, bias, norm)."""
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+    """See Ops.gated_linear."""
     return silu_mul(linear(x, weight, bias, norm))
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Add linear(x, weight, bias) to `total` [rows, width], and return that."""
+    """See Ops.add_linear."""
     return total.add_(F.linear(x, weight, bias))
 
 
 def make_one_shot_allreduce(ranks: TensorGroup, dim: int, dtype: torch.dtype) -> None:
-    """On a GPU: a kernel that sums all ranks' parts of [rows, dim]; here there is none."""
+    """See Ops.make_one_shot_allreduce; a CPU has none."""
     del ranks, dim, dtype
 
 
 def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
-    """The `top_k` experts of each token, most likely first: (weights in float32, experts in int32),
-    both [tokens, top_k] and contiguous, from a router's logits [tokens, experts].
-
-    Weights are the softmax over all experts, divided by their sum with `renorm`. Of equally likely
-    experts the first is taken.
-    """
+    """See Ops.route."""
     chances, experts = logits.float().softmax(-1).sort(stable=True, descending=True)
     weights = chances[:, :top_k]
     scale = weights.sum(-1, keepdim=True) if renorm else 1.0
@@ -102,13 +96,7 @@ def sum_experts(
     num_experts: int,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Sum of weights * down(silu(gate(x)) * up(x)) over each token's experts: [tokens, dim] of x
-    [tokens, dim]; added to `total`, in place, if given.
-
-    weights, experts: [tokens, top_k] as `route` gives them. gate_up: [held, 2 * hidden, dim] and
-    down: [held, dim, hidden], of the experts from `first` on; others add nothing. `num_experts`:
-    all of them, for kernels that expect their share of the tokens.
-    """
+    """See Ops.sum_experts."""
     del num_experts
     dtype = torch.promote_types(x.dtype, torch.float32)
     parts = x.new_zeros(*experts.shape, x.shape[1], dtype=dtype)
@@ -121,40 +109,33 @@ def sum_experts(
     return summed if total is None else total.add_(summed)
 
 
-def rotation(
+def rotary_inputs(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    """What `rotate_and_store` needs to turn heads of `dtype`, the same for all layers of a step.
-
-    `cos`, `sin`: float32 tables [positions, dim / 2]. Opaque to the caller.
-    """
-    turns = cos[positions].to(dtype), sin[positions].to(dtype)
-    return expand_rotation(*turns, interleaved)
+) -> RotaryInputs:
+    """See Ops.rotary_inputs; here (cos, sin) as `rotate` takes them."""
+    return expand_rotation(cos[positions].to(dtype), sin[positions].to(dtype), interleaved)
 
 
 def rotate_and_store(
     qkv: Tensor,
-    heads: int,
+    num_heads: int,
     norm: Tensor | None,
     eps: float,
-    turn: tuple[Tensor, Tensor],
+    rotary: RotaryInputs,
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
-) -> Tensor:
-    """Normalise and rotate the q and k heads of qkv, store k and v in the cache; what attend takes.
-
-    qkv: [tokens, heads + 2 * kv_heads, head_dim], contiguous; its contents are used up.
-    norm: [heads + kv_heads, head_dim], the RMS norm's weight for every head, or None.
-    turn: what `rotation` gave. Here it is q that is returned, [tokens, heads, head_dim].
-    """
-    kv_heads = (qkv.shape[1] - heads) // 2
-    qk = qkv[:, : heads + kv_heads]
+) -> AttentionInputs:
+    """See Ops.rotate_and_store; K and V are always read from the cache."""
+    assert isinstance(plan, ReferencePlan)
+    kv_heads = (qkv.shape[1] - num_heads) // 2
+    qk = qkv[:, : num_heads + kv_heads]
     if norm is not None:
         qk.copy_(rms_norm(qk, norm, eps))
-    rotate(qk, *turn, interleaved)
-    write_kv(cache, qkv[:, heads:].unflatten(1, (2, kv_heads)), plan)
-    return qkv[:, :heads]
+    cos, sin = rotary
+    rotate(qk, cos, sin, interleaved)
+    write_kv(cache, qkv[:, num_heads:].unflatten(1, (2, kv_heads)), plan)
+    return AttentionInputs(qkv[:, :num_heads])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -198,37 +179,44 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """What attention over the pages needs to know of a batch; the same for all its layers."""
+class ReferencePlan(AttentionPlan):
+    """Where a batch's K and V go, and where attention gathers them."""
 
     write: Tensor  # [2 * tokens] rows of the flat cache, K and V of a token after each other
     padded: list[_Padded]
     chunks: list[_Chunk]
 
 
-class Planner:
-    """Prepares attention of one step after another; the reference keeps nothing in between."""
+class ReferencePlanner:
+    """An AttentionPlanner that keeps nothing between steps."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         """`dtype`: of the queries."""
         del device
         self._dtype = dtype
 
-    def plan(self, batch: Batch, cache: Tensor, heads: int, window: int | None) -> AttentionPlan:
-        """As `plan_attention`. `heads`: query heads, for kernels that divide the work ahead."""
-        del heads
+    def plan(
+        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None
+    ) -> ReferencePlan:
+        """See AttentionPlanner.plan."""
+        del num_heads
         return plan_attention(batch, cache, window, self._dtype)
+
+
+def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
+    """See Ops.make_planner."""
+    return ReferencePlanner(device, dtype)
+
+
+def compile_attention(cache: Tensor, dtype: torch.dtype, heads: Mapping[int | None, int]) -> None:
+    """See Ops.compile_attention; torch brings its own kernels."""
+    del cache, dtype, heads
 
 
 def plan_attention(
     batch: Batch, cache: Tensor, window: int | None, dtype: torch.dtype | None = None
-) -> AttentionPlan:
-    """Prepare attention for one step.
-
-    `cache`: any layer's [num_pages, 2, page_size, kv_heads, head_dim]; its numbers are not read.
-    `window`: a token sees itself and the window - 1 tokens before it; None: all before it.
-    `dtype`: of the queries; default: the cache's.
-    """
+) -> ReferencePlan:
+    """As AttentionPlanner.plan. `dtype`: of the queries; default: the cache's."""
     page_size, kv_width = cache.shape[2], cache.shape[3] * cache.shape[4]
     lens = batch.context_lens_cpu.tolist()
     num_pages = -(-max(lens) // page_size)
@@ -246,7 +234,7 @@ def plan_attention(
         pages = table[row : row + 1]
         chunks.append(_plan_chunk(pages, first, num, lens[row], page_size, window))
         first += num
-    return AttentionPlan(write, padded, chunks)
+    return ReferencePlan(write, padded, chunks)
 
 
 def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
@@ -304,7 +292,7 @@ def _plan_chunk(
     return _Chunk(slice(first, first + num), gather, mask)
 
 
-def write_kv(cache: Tensor, kv: Tensor, plan: AttentionPlan) -> None:
+def write_kv(cache: Tensor, kv: Tensor, plan: ReferencePlan) -> None:
     """Store kv [tokens, 2, kv_heads, head_dim] (0: K, 1: V) where the batch says."""
     if kv.dtype != cache.dtype:  # float8, which has no infinity: 448 is its largest number
         limit = torch.finfo(cache.dtype).max
@@ -320,12 +308,12 @@ def _read(flat: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return flat.view(torch.uint8).index_select(0, rows).view(flat.dtype).to(dtype)
 
 
-def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v over each row's pages: [tokens, heads * head_dim].
-
-    q: what `rotate_and_store` gave. `tokens`: which of its tokens the plan is for; None: all.
-    """
-    q = q if tokens is None else q[tokens]
+def attend(
+    inputs: AttentionInputs, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+) -> Tensor:
+    """See Ops.attend."""
+    assert isinstance(plan, ReferencePlan)
+    q = inputs.q if tokens is None else inputs.q[tokens]
     kv_heads, head_dim = cache.shape[3:]
     flat = cache.flatten(0, 2).flatten(1)  # [num_pages * 2 * page_size, kv_heads * head_dim]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -359,15 +347,7 @@ def prepare_inputs(
     known: Tensor,
     longest: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tokens of a step, and where they go: (tokens, positions, cache_index [tokens],
-    context_lens [rows]) of a Batch. All tensors are int64.
-
-    State, one row a slot: page_table [slots, pages], lengths [slots] tokens in the cache, which
-    become the rows' context_lens, and last_tokens [slots]. Rows are `slots` [rows], none twice:
-    decode rows, which compute the slot's last token, then chunks. Chunk c computes
-    known[ends[c - 1] : ends[c]], where ends[-1] is 0, at positions starts[c] onward; starts, ends
-    [chunks]. No chunk is longer than `longest`.
-    """
+    """See Ops.prepare_inputs."""
     decode, chunked = slots.split([len(slots) - len(starts), len(starts)])
     token_slots, positions, tokens = decode, lengths[decode], last_tokens[decode]
     context_lens = positions + 1
@@ -403,32 +383,22 @@ def list_pages(
 def sample_plain(
     scores: Tensor,
     slots: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    prompt_lens: Tensor,
-    lengths: Tensor,
-    last_tokens: Tensor,
+    state: PlainSampling,
     out: Tensor | None = None,
     ranks: TensorGroup | None = None,
 ) -> Tensor:
-    """One token for each row of scores [rows, vocab], the logits of `slots` [rows], into `out`
-    [rows] int64 if given: drawn with its softmax at the slot's temperature, or the most likely
-    one where that is 0. The random number is `uniforms` of the slot's seed and output length.
-
-    State, one row a slot, int64 but for `temperature` (float64): `lengths` tokens in the cache,
-    `prompt_lens` of them the prompt; the token becomes the slot's last one in `last_tokens`.
-    `ranks`: those that have a share of the logits each, [rows, vocab / ranks]; each gets the token.
-    """
+    """See Ops.sample_plain; the random number is `uniforms` of seed and output length."""
     scores = scores if ranks is None else ranks.gather(scores)
-    heat = temperature[slots].float()
+    heat = state.temperature[slots].float()
     greedy = heat <= 0
     if greedy.all():
         tokens = scores.argmax(-1)
     else:
         weights = (scores.float() / torch.where(greedy, 1.0, heat)[:, None]).softmax(-1)
-        drawn = draw(weights, uniforms(seeds[slots], lengths[slots] - prompt_lens[slots]))
+        output_lens = state.lengths[slots] - state.prompt_lens[slots]
+        drawn = draw(weights, uniforms(state.seeds[slots], output_lens))
         tokens = torch.where(greedy, scores.argmax(-1), drawn)
-    last_tokens[slots] = tokens
+    state.last_tokens[slots] = tokens
     return tokens if out is None else out.copy_(tokens)
 
 

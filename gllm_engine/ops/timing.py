@@ -42,6 +42,6 @@ def _record(run: Callable[[], object]) -> Callable[[], float]:
         graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1000
+        return float(begin.elapsed_time(end)) / 1000
 
     return replay

@@ -6,12 +6,11 @@ Owns the order of rows, tokens and logits in a step. Knows nothing of the model 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import numpy as np
 from torch import Tensor
 
-from gllm_engine.ops.batch import Batch, HostInts
+from gllm_engine.ops import Batch, HostInts, Ops
 from gllm_engine.runner.state import State, int_array, to_device
 from gllm_engine.types import Chunk, StepPlan
 
@@ -48,7 +47,7 @@ def count_rows(plan: StepPlan, state: State) -> StepRows:
     return StepRows(slots_cpu, contexts_cpu)
 
 
-def build_step(plan: StepPlan, state: State, rows: StepRows, ops: ModuleType) -> StepInputs:
+def build_step(plan: StepPlan, state: State, rows: StepRows, ops: Ops) -> StepInputs:
     """Lay out one step whose rows have been counted."""
     if plan.chunks:
         return _mixed(plan, state, rows, ops)
@@ -57,7 +56,7 @@ def build_step(plan: StepPlan, state: State, rows: StepRows, ops: ModuleType) ->
     return StepInputs(batch, rows.slots_cpu, slots, [])
 
 
-def decode_batch(state: State, slots: Tensor, context_lens_cpu: HostInts, ops: ModuleType) -> Batch:
+def decode_batch(state: State, slots: Tensor, context_lens_cpu: HostInts, ops: Ops) -> Batch:
     """One token for each of `slots`, counted into their lengths. Needs nothing from the host but
     `context_lens_cpu`, which only goes into the batch, so a graph of this fits any step.
     """
@@ -65,7 +64,7 @@ def decode_batch(state: State, slots: Tensor, context_lens_cpu: HostInts, ops: M
     return _batch(state, ops, slots, (none, none, none), context_lens_cpu, [])
 
 
-def _mixed(plan: StepPlan, state: State, rows: StepRows, ops: ModuleType) -> StepInputs:
+def _mixed(plan: StepPlan, state: State, rows: StepRows, ops: Ops) -> StepInputs:
     num_decode, chunks, slots_cpu = len(plan.decode_slots), plan.chunks, rows.slots_cpu
     lens = [len(chunk.tokens) for chunk in chunks]
     ends = np.cumsum(lens, dtype=np.int64)
@@ -101,7 +100,7 @@ def _mixed(plan: StepPlan, state: State, rows: StepRows, ops: ModuleType) -> Ste
 
 def _batch(
     state: State,
-    ops: ModuleType,
+    ops: Ops,
     slots: Tensor,
     chunked: tuple[Tensor, Tensor, Tensor],
     context_lens_cpu: HostInts,

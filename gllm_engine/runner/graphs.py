@@ -118,5 +118,5 @@ class DecodeGraphs:
         hidden = decoder.forward(batch, self._cache, x)
         if decoder.is_last:
             scores = decoder.scores(hidden, out=self._scores[:n])
-            decoder.sample_plain(scores, slots, *state.draws, out=self._tokens[:n])
+            decoder.sample_plain(scores, slots, state.plain_sampling, out=self._tokens[:n])
         return hidden

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from gllm_engine.arch import Layer, Model, Shard
 from gllm_engine.config import EngineConfig
-from gllm_engine.model import make_dummy
+from gllm_engine.model import Decoder, fill_randomly
+from gllm_engine.ops import PlainSampling
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.ops.timing import times
 from gllm_engine.parallel import RankGroups, partition_layers
@@ -29,17 +31,16 @@ _log = logging.getLogger(__name__)
 
 
 def measure_partition(
-    config: EngineConfig, arch: Model, ranks: RankGroups, **options: Any
+    config: EngineConfig, arch: Model, ranks: RankGroups, dtype: torch.dtype
 ) -> tuple[int, ...]:
-    """How many layers each stage is to have, on every rank the same. `options`: as Decoder's.
+    """How many layers each stage is to have, on every rank the same. `dtype`: of the weights.
 
     Rank 0 measures; the others wait for it.
     """
     kinds = list(dict.fromkeys(arch.layers))
     costs = [0.0] * (len(kinds) + 1)
     if ranks.rank == 0:
-        shard = Shard(0, 1, 0, ranks.mesh.tp, config.enable_expert_parallel)
-        costs = _measure(config, arch, kinds, options | {"shard": shard})
+        costs = _measure(config, arch, kinds, ranks, dtype)
         told = ", ".join(f"{1e6 * cost:.0f}" for cost in costs)
         _log.info("us of each kind of layer, and of logits and sampling: %s", told)
     *layers, tail = ranks.from_first(costs)
@@ -49,28 +50,42 @@ def measure_partition(
 
 @torch.inference_mode()
 def _measure(
-    config: EngineConfig, arch: Model, kinds: list[Layer], options: dict[str, Any]
+    config: EngineConfig, arch: Model, kinds: list[Layer], ranks: RankGroups, dtype: torch.dtype
 ) -> list[float]:
     """Seconds of one layer of each kind, and of logits and sampling; without other ranks."""
     rows = min(_ROWS, config.max_num_seqs)
-    device, costs, tail = options["device"], [], 0.0
-    context = min(_CONTEXT, options["max_model_len"])
+    device, costs, tail = ranks.tensor.device, [], 0.0
+    max_model_len = config.max_model_len or arch.max_len
+    context = min(_CONTEXT, max_model_len)
+    shard = Shard(0, 1, 0, ranks.mesh.tp, config.enable_expert_parallel)
     for kind in kinds:
-        decoder = make_dummy(replace(arch, layers=(kind,)), **options)
-        page_size, dtype = config.page_size, cache_dtype(config, decoder)
-        cache = decoder.new_cache(-(-context // page_size), page_size, dtype)
-        if device.type == "cuda":
-            decoder.prepare(page_size, dtype)
+        decoder = Decoder(
+            replace(arch, layers=(kind,)),
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            shard=shard,
+        )
+        fill_randomly(decoder)
+        page_size, kv_dtype = config.page_size, cache_dtype(config, decoder)
+        cache = decoder.new_cache(-(-context // page_size), page_size, kv_dtype)
+        decoder.compile_kernels(page_size, kv_dtype)
         # All rows read, and write, the same pages: what they hold means nothing.
         table = torch.arange(len(cache[0]), device=device)[None]
         batch = made_up_step([(context, 1)] * rows, table, page_size)
-        costs.append(min(times(lambda: decoder.forward(batch, cache), device, _REPEATS)))  # noqa: B023
+        costs.append(min(times(partial(decoder.forward, batch, cache), device, _REPEATS)))
         hidden = decoder.forward(batch, cache)
-        state = [torch.ones(rows, dtype=torch.int64, device=device) for _ in range(5)]
-        slots, state[0] = torch.arange(rows, device=device), state[0].double()
-        sampling = times(
-            lambda: decoder.sample_plain(decoder.scores(hidden), slots, *state),  # noqa: B023
-            *(device, _REPEATS),
-        )
-        tail = min(sampling)
+        tail = _measure_tail(decoder, hidden)
     return [*costs, tail]
+
+
+def _measure_tail(decoder: Decoder, hidden: Tensor) -> float:
+    """Seconds of logits and plain sampling of every row."""
+    slots = torch.arange(len(hidden), device=hidden.device)
+    ones = torch.ones_like(slots)
+    state = PlainSampling(ones.double(), ones, ones, ones, last_tokens=ones.clone())
+
+    def tail() -> Tensor:
+        return decoder.sample_plain(decoder.scores(hidden), slots, state)
+
+    return min(times(tail, hidden.device, _REPEATS))

@@ -107,8 +107,7 @@ class Runner:
         max_len = config.max_model_len or arch.max_len
         max_pages = -(-max_len // config.page_size)
         with self._timed("kernels"):
-            if on_gpu:
-                decoder.prepare(config.page_size, cache_dtype(config, decoder))
+            decoder.compile_kernels(config.page_size, cache_dtype(config, decoder))
         with self._timed("memory"):
             fitting = fitting_pages(config, decoder, max_pages)
             self.num_pages = fitting if ranks is None else ranks.least(fitting)
@@ -246,7 +245,7 @@ class Runner:
         elif plain is not None:
             tokens = plain
         else:
-            tokens = self.decoder.sample_plain(scores, slots, *state.draws)
+            tokens = self.decoder.sample_plain(scores, slots, state.plain_sampling)
         if not self.pipe.is_first:
             self.pipe.return_tokens(tokens.clone())  # the next step may overwrite them
         logprobs = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gllm_engine.ops import PlainSampling
 from gllm_engine.runner.sampler import FORBIDDEN, MAX_PARTIAL_SORT, Penalties, SamplingBatch
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import NewPages, NewSequence
@@ -139,8 +140,13 @@ class State:
         # temperature, min_p, top_p, presence, frequency, repetition
         self.reals = torch.zeros(6, num_slots, dtype=torch.float64, device=device)
         self.integers = torch.zeros(3, num_slots, **long)  # top_k, seed, prompt_len
-        # What plain sampling reads and writes, as ops.sample_plain takes it.
-        self.draws = (self.reals[0], *self.integers[1:], self.lengths, self.last_tokens)
+        self.plain_sampling = PlainSampling(
+            temperature=self.reals[0],
+            seeds=self.integers[1],
+            prompt_lens=self.integers[2],
+            lengths=self.lengths,
+            last_tokens=self.last_tokens,
+        )
         self.bias = Additions(num_slots, device)
         self.stops = Additions(num_slots, device)  # what min_tokens forbids
         self.counts = TokenCounts(num_slots, vocab, device)

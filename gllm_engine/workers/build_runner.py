@@ -17,8 +17,8 @@ import torch
 
 from gllm_engine.arch import Model, Shard
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.model import Decoder, best_device, filling, make_dummy
-from gllm_engine.parallel import RankGroups
+from gllm_engine.model import Decoder, best_device, fill_randomly, filling
+from gllm_engine.parallel import ALONE, RankGroups
 from gllm_engine.runner import Runner, measure_partition
 
 log = logging.getLogger(__name__)
@@ -35,21 +35,21 @@ def load_runner(
     nothing sensible, but it has all the shapes. Raises ConfigError, ArchError or LoadError.
     """
     start = time.perf_counter()
-    path, is_dummy = Path(config.model), config.load_format == "dummy"
-    options: dict[str, Any] = {
-        "dtype": _dtype(config, device),
-        "device": device,
-        "max_model_len": config.max_model_len or arch.max_len,
-    }
-    if ranks is not None:
-        options |= {"shard": _shard(config, arch, ranks, options), "ranks": ranks.tensor}
-    else:  # all of it, or what one of several ranks would have of every layer
-        size, apart = config.tensor_parallel_size, config.enable_expert_parallel
-        options["shard"] = Shard(0, len(arch.layers), size=size, experts_apart=apart)
-    decoder = (make_dummy if is_dummy else Decoder)(arch, **options)
+    is_dummy = config.load_format == "dummy"
+    dtype = _dtype(config, device)
+    decoder = Decoder(
+        arch,
+        dtype=dtype,
+        device=device,
+        max_model_len=config.max_model_len or arch.max_len,
+        shard=_shard(config, arch, ranks, dtype),
+        ranks=ALONE if ranks is None else ranks.tensor,
+    )
+    if is_dummy:
+        fill_randomly(decoder)
     made = time.perf_counter()
     # Graphs and kernels need the weights' addresses, not the weights.
-    with nullcontext() if is_dummy else filling(decoder, path):
+    with nullcontext() if is_dummy else filling(decoder, Path(config.model)):
         runner = Runner(config, arch, decoder, ranks)
         done = time.perf_counter()
     end = time.perf_counter()
@@ -76,13 +76,18 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
     Shard(0, num_layers, size=size, experts_apart=apart).of(arch)
 
 
-def _shard(config: EngineConfig, arch: Model, ranks: RankGroups, options: dict[str, Any]) -> Shard:
-    """Which part of the model is this rank's."""
+def _shard(
+    config: EngineConfig, arch: Model, ranks: RankGroups | None, dtype: torch.dtype
+) -> Shard:
+    """Which part of the model is this rank's; without `ranks` the first one's of every layer."""
+    apart = config.enable_expert_parallel
+    if ranks is None:
+        size = config.tensor_parallel_size
+        return Shard(0, len(arch.layers), size=size, experts_apart=apart)
     cut = config.stage_layers() or ((len(arch.layers),) if ranks.mesh.pp == 1 else None)
-    cut = cut or measure_partition(config, arch, ranks, **options)
+    cut = cut or measure_partition(config, arch, ranks, dtype)
     first, end = list(accumulate(cut, initial=0))[ranks.stage : ranks.stage + 2]
     log.info("rank %d: layers %d to %d of %s", ranks.rank, first, end - 1, cut)
-    apart = config.enable_expert_parallel
     return Shard(first, end, ranks.tensor.rank, ranks.tensor.size, experts_apart=apart)
 
 

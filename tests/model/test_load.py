@@ -13,7 +13,7 @@ from tiny_models import all_logits, load, some_tokens
 from torch import Tensor
 
 from gllm_engine.arch import read_arch
-from gllm_engine.model import LoadError, make_dummy
+from gllm_engine.model import Decoder, LoadError, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
 
 Tensors = dict[str, Tensor]
@@ -201,7 +201,10 @@ def test_dummy_weights_are_random_and_always_the_same(model: Path) -> None:
     (model / "model.safetensors").unlink()
     arch = read_arch(model)
     options = {"dtype": torch.float32, "device": torch.device("cpu"), "max_model_len": 64}
-    first, second = (make_dummy(arch, **options).weights() for _ in range(2))
+    decoders = [Decoder(arch, **options) for _ in range(2)]
+    for decoder in decoders:
+        fill_randomly(decoder)
+    first, second = (decoder.weights() for decoder in decoders)
     assert first.keys() == arch.weights().keys()
     for name, weight in first.items():
         assert torch.equal(weight, second[name])

@@ -31,17 +31,17 @@ def check(dtype: torch.dtype) -> None:
     cache = torch.randint(0, 127, (4, 2, PAGE, KV_HEADS, DIM), dtype=torch.uint8).view(FLOAT8)
     places, found = torch.tensor([2, 15, 4, 8, 7]), cache.clone()
     write = places // PAGE * PAGE + places
-    plan = reference.AttentionPlan(torch.stack((write, write + PAGE), 1).flatten(), [], [])
+    plan = reference.ReferencePlan(torch.stack((write, write + PAGE), 1).flatten(), [], [])
     ones, zeros, positions = torch.ones(9, DIM // 2), torch.zeros(9, DIM // 2), torch.arange(TOKENS)
     q, kept = triton.rotate_and_store(
         *(qkv, HEADS, None, 0.0, (ones, zeros), positions, False, found, places, True)
     )
-    turn = reference.rotation(ones, zeros, positions, dtype, False)
+    rotary = reference.rotary_inputs(ones, zeros, positions, dtype, False)
     before = bits(cache).clone()
-    expected_q = reference.rotate_and_store(
-        *(qkv.clone(), HEADS, None, 0.0, turn, False, cache, plan)
+    expected = reference.rotate_and_store(
+        *(qkv.clone(), HEADS, None, 0.0, rotary, False, cache, plan)
     )
-    assert torch.equal(q, expected_q) and torch.equal(kept, qkv[:, HEADS:])
+    assert torch.equal(q, expected.q) and torch.equal(kept, qkv[:, HEADS:])
     assert torch.equal(bits(found), bits(cache)) and not torch.equal(before, bits(cache))
     assert found.float().abs().max() == 448
 

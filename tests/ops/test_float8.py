@@ -14,7 +14,7 @@ from naive_attention import attention
 from test_reference import CHUNKS, DECODE, HEAD_DIM, make_case
 from torch import Tensor
 
-from gllm_engine.ops import reference
+from gllm_engine.ops import AttentionInputs, reference
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -72,7 +72,7 @@ def test_attention_reads_what_is_stored(
     q = torch.randn(len(batch.tokens), 4, HEAD_DIM).to(dtype)
     plan = reference.plan_attention(batch, cache, window, dtype)
     reference.write_kv(cache, kv, plan)
-    out = reference.attend(q, cache, plan)
+    out = reference.attend(AttentionInputs(q), cache, plan)
     assert out.dtype == dtype
     expected = attention(q, cache, batch, window)
     limit = 2e-6 if dtype == torch.float32 else 3e-2

@@ -9,7 +9,7 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import Batch, reference, select_ops
+from gllm_engine.ops import AttentionInputs, Batch, PlainSampling, reference, select_ops
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -223,10 +223,10 @@ def run_attention(
     qkv = torch.cat((q, kv.flatten(1, 2)), 1)
     cos, sin = torch.rand(2, 3000, dim // 2)
     moved, there = on_gpu(batch), cache.to(CUDA)
-    planner = ops.Planner(CUDA, dtype)
+    planner = ops.make_planner(CUDA, dtype)
     plan = planner.plan(moved, there, num_heads, window)
-    turn = ops.rotation(cos.to(CUDA), sin.to(CUDA), moved.positions, dtype, False)
-    found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, 1e-5, turn, False, there, plan)
+    rotary = ops.rotary_inputs(cos.to(CUDA), sin.to(CUDA), moved.positions, dtype, False)
+    found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, 1e-5, rotary, False, there, plan)
     out, (out_q, kept) = ops.attend(found, there, plan), found
     # The twin in float32, from what the kernel stored: attention by itself.
     wide = there.float().cpu()
@@ -237,14 +237,14 @@ def run_attention(
         at = slice(plan.first_fresh, None)
         unrounded = kept[at].float().cpu().unflatten(1, (2, kv_heads))
         attended[page[at], :, offset[at]] = unrounded
-    near(out, reference.attend(out_q.float().cpu(), attended, slow), limit)
+    near(out, reference.attend(AttentionInputs(out_q.float().cpu()), attended, slow), limit)
     assert torch.equal(ops.attend(found, there, plan), out)  # whoever came last in a joined row
     # And what it stored.
     exact = cache.float()
     slow = reference.plan_attention(batch, exact, window)
-    slow_turn = reference.rotation(cos, sin, batch.positions, torch.float32, False)
-    args = (qkv.float(), num_heads, None, 1e-5, slow_turn, False, exact, slow)
-    near(out_q, reference.rotate_and_store(*args), limit)
+    slow_rotary = reference.rotary_inputs(cos, sin, batch.positions, torch.float32, False)
+    args = (qkv.float(), num_heads, None, 1e-5, slow_rotary, False, exact, slow)
+    near(out_q, reference.rotate_and_store(*args).q, limit)
     # Numbers beside a border may be rounded to either side.
     near(wide[page, :, offset], exact[page, :, offset], 4e-2 if cache_dtype else limit)
     wide[page, :, offset] = exact[page, :, offset]
@@ -301,12 +301,12 @@ def test_rounding_to_float8(dtype: torch.dtype) -> None:
     qkv = torch.cat((torch.zeros(256, 2, 64, dtype=dtype), qkv), 1)
     cache, ones, zeros = cache.to(FLOAT8), torch.ones(300, 32), torch.zeros(300, 32)
     there, moved, ops = cache.to(CUDA), on_gpu(batch), select_ops(CUDA)
-    turn = ops.rotation(ones.to(CUDA), zeros.to(CUDA), moved.positions, dtype, False)
-    plan = ops.AttentionPlan(moved.cache_index, 0)
-    ops.rotate_and_store(qkv.to(CUDA), 2, None, 0.0, turn, False, there, plan)
-    turn = reference.rotation(ones, zeros, batch.positions, dtype, False)
+    rotary = ops.rotary_inputs(ones.to(CUDA), zeros.to(CUDA), moved.positions, dtype, False)
+    plan = ops.FlashInferPlan(moved.cache_index, 0)
+    ops.rotate_and_store(qkv.to(CUDA), 2, None, 0.0, rotary, False, there, plan)
+    rotary = reference.rotary_inputs(ones, zeros, batch.positions, dtype, False)
     slow = reference.plan_attention(batch, cache, None, dtype)
-    reference.rotate_and_store(qkv, 2, None, 0.0, turn, False, cache, slow)
+    reference.rotate_and_store(qkv, 2, None, 0.0, rotary, False, cache, slow)
     assert cache.float().nan_to_num().abs().max() == 448 and cache.float().isnan().any()
     torch.testing.assert_close(there.cpu().float(), cache.float(), rtol=0, atol=0, equal_nan=True)
 
@@ -321,19 +321,19 @@ def test_rotation(norm: bool, interleaved: bool, dim: int, turn_dim: int) -> Non
     gain = torch.rand(heads + 3, dim) + 0.5 if norm else None
     angles = torch.rand(100, turn_dim // 2) * 6
     plan = reference.plan_attention(batch, cache, None)
-    turn = reference.rotation(
+    rotary = reference.rotary_inputs(
         angles.cos(), angles.sin(), batch.positions, torch.float32, interleaved
     )
     there, moved = cache.to(CUDA), on_gpu(batch)
-    turn_there = ops.rotation(
+    rotary_there = ops.rotary_inputs(
         angles.cos().to(CUDA), angles.sin().to(CUDA), moved.positions, torch.float32, interleaved
     )
     out = ops.rotate_and_store(
         *(qkv.to(CUDA), heads, None if gain is None else gain.to(CUDA), 1e-5),
-        *(turn_there, interleaved, there, ops.AttentionPlan(moved.cache_index, 1)),
+        *(rotary_there, interleaved, there, ops.FlashInferPlan(moved.cache_index, 1)),
     )
-    args = (qkv, heads, gain, 1e-5, turn, interleaved, cache, plan)
-    near(out.q, reference.rotate_and_store(*args), 1e-5)
+    args = (qkv, heads, gain, 1e-5, rotary, interleaved, cache, plan)
+    near(out.q, reference.rotate_and_store(*args).q, 1e-5)
     torch.testing.assert_close(there.cpu(), cache, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -365,9 +365,10 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     prompt_lens = torch.randint(0, 4000, (num_slots,), device=CUDA)
     lengths = prompt_lens + torch.randint(0, 4000, (num_slots,), device=CUDA)
     last, last_expected = torch.full((2, num_slots), -5, device=CUDA)
-    state = (slots, temperature, seeds, prompt_lens, lengths)
-    tokens = select_ops(CUDA).sample_plain(scores, *state, last)
-    expected = reference.sample_plain(scores, *state, last_expected)
+    state = PlainSampling(temperature, seeds, prompt_lens, lengths, last)
+    tokens = select_ops(CUDA).sample_plain(scores, slots, state)
+    twin = state._replace(last_tokens=last_expected)
+    expected = reference.sample_plain(scores, slots, twin)
     last_expected[slots] = tokens
     assert torch.equal(last, last_expected)
     cold = temperature[slots] == 0
@@ -390,8 +391,8 @@ def test_scores_that_are_no_numbers_still_give_a_token(vocab: int) -> None:
         zeros = torch.zeros(4, dtype=torch.int64, device=CUDA)
         temperature = torch.full((4,), heat, dtype=torch.float64, device=CUDA)
         slots = torch.arange(4, device=CUDA)
-        state = (slots, temperature, zeros, zeros, zeros.clone())
-        tokens = select_ops(CUDA).sample_plain(scores, *state, zeros.clone())
+        state = PlainSampling(temperature, zeros, zeros, zeros.clone(), zeros.clone())
+        tokens = select_ops(CUDA).sample_plain(scores, slots, state)
         assert ((tokens >= 0) & (tokens < vocab)).all()
 
 

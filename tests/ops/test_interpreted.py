@@ -13,7 +13,7 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import reference
+from gllm_engine.ops import AttentionInputs, reference
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -143,7 +143,7 @@ def test_decode_attention(heads: tuple[int, int], dim: int, window: int | None) 
     rows = [row for row in parts.items[0].tolist() if row >= 0]
     assert sorted(set(rows)) == list(range(len(contexts)))
     assert (len(rows) > len(contexts)) == (window != 20)
-    expected = reference.attend(q, cache, plan).view_as(q)
+    expected = reference.attend(AttentionInputs(q), cache, plan).view_as(q)
     near(triton.decode_attention(q, cache, parts), expected, 1e-5)
     out = torch.full_like(q, torch.nan)
     # Nothing is left over from the first time.
@@ -165,10 +165,10 @@ def test_rotation_and_store(norm: bool, interleaved: bool) -> None:
         *(qkv, heads, gain, 1e-5, tables, batch.positions, interleaved, there),
         *(batch.cache_index, True),
     )
-    turn = reference.rotation(*tables, batch.positions, torch.float32, interleaved)
+    rotary = reference.rotary_inputs(*tables, batch.positions, torch.float32, interleaved)
     plan = reference.plan_attention(batch, cache, None)
-    args = (qkv, heads, gain, 1e-5, turn, interleaved, cache, plan)
-    near(q, reference.rotate_and_store(*args), 1e-5)
+    args = (qkv, heads, gain, 1e-5, rotary, interleaved, cache, plan)
+    near(q, reference.rotate_and_store(*args).q, 1e-5)
     torch.testing.assert_close(there, cache, rtol=1e-4, atol=1e-5, equal_nan=True)
     page, offset = batch.cache_index // 16, batch.cache_index % 16
     near(kept.unflatten(1, (2, kv_heads)), cache[page, :, offset], 1e-5)

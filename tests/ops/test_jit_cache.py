@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gllm_engine.ops import Batch, reference
+from gllm_engine.ops import AttentionInputs, Batch, reference
 from gllm_engine.ops.jit_cache import cache_dirs, compile_all, tiny_chunk
 
 CPU = torch.device("cpu")
@@ -19,8 +19,8 @@ def test_a_tiny_chunk_can_be_planned_and_attended(start: int, page_size: int) ->
     batch = tiny_chunk(start, page_size, CPU)
     assert (batch.query_lens[0] == batch.context_lens_cpu[0]) == (start == 0)
     cache, q = torch.ones(4, 2, page_size, 2, 8), torch.ones(2, 4, 8)
-    plan = reference.Planner(CPU, torch.float32).plan(batch, cache, 4, None)
-    torch.testing.assert_close(reference.attend(q, cache, plan), torch.ones(2, 32))
+    plan = reference.make_planner(CPU, torch.float32).plan(batch, cache, 4, None)
+    torch.testing.assert_close(reference.attend(AttentionInputs(q), cache, plan), torch.ones(2, 32))
 
 
 def test_all_are_planned_at_the_same_time(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from naive_attention import attention
 from torch import Tensor
 
 from gllm_engine import ops
-from gllm_engine.ops import Batch, reference, select_ops
+from gllm_engine.ops import AttentionInputs, Batch, reference, select_ops
 
 HEAD_DIM = 8
 
@@ -77,7 +77,7 @@ def test_paged_attention(
     )
     plan = reference.plan_attention(batch, cache, window)
     reference.write_kv(cache, kv, plan)
-    out = reference.attend(q, cache, plan)
+    out = reference.attend(AttentionInputs(q), cache, plan)
     expected = attention(q, cache, batch, window)
     assert expected.isfinite().all()
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
@@ -101,7 +101,7 @@ def test_rows_of_very_different_length_attend_apart() -> None:
     assert sum(part.mask.numel() for part in plan.padded) <= 2 * sum(n for n, _ in rows)
     reference.write_kv(cache, kv, plan)
     q = torch.randn(5, 4, HEAD_DIM)
-    out = reference.attend(q, cache, plan)
+    out = reference.attend(AttentionInputs(q), cache, plan)
     expected = attention(q, cache, batch, None)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
 
@@ -128,8 +128,8 @@ def test_many_rows_attend_in_parts() -> None:
             logit_index=None,
         )
         own = reference.plan_attention(alone, cache, None)
-        rows_alone.append(reference.attend(q[row : row + 1], cache, own)[0])
-    together = reference.attend(q, cache, plan)[[0, 57, 99]]
+        rows_alone.append(reference.attend(AttentionInputs(q[row : row + 1]), cache, own)[0])
+    together = reference.attend(AttentionInputs(q), cache, plan)[[0, 57, 99]]
     torch.testing.assert_close(together, torch.stack(rows_alone), rtol=0, atol=2e-6)
 
 

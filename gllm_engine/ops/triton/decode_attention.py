@@ -85,10 +85,9 @@ def split_kv(
     """
     rows = slots.shape[0]
     capacity = rows + _EXTRA_PARTS
-    integers = {"dtype": torch.int32, "device": slots.device}
-    items = torch.empty(3, capacity, **integers)
-    arrived = torch.empty(rows, kv_heads, **integers)
-    share = torch.empty(1, **integers)
+    items = slots.new_empty(3, capacity, dtype=torch.int32)
+    arrived = items.new_empty(rows, kv_heads)
+    share = items.new_empty(1)
     _split[(1,)](
         lens, items, arrived, share, rows, capacity, kv_heads, EXTRA=_EXTRA_PARTS,
         MIN=_MIN_PART, WINDOW=window or 0, BLOCK=_BLOCK, ROWS=triton.next_power_of_2(rows),
@@ -213,9 +212,8 @@ def decode_attention(q: Tensor, cache: Tensor, plan: KvSplits, out: Tensor | Non
     group, capacity = heads // kv_heads, plan.items.shape[1]
     block_dim, block_group = max(16, triton.next_power_of_2(dim)), triton.next_power_of_2(group)
     out = torch.empty_like(q) if out is None else out
-    reals = {"dtype": torch.float32, "device": q.device}
-    parts = torch.empty(capacity, heads, dim, **reals)
-    peaks, sums = torch.empty(2, capacity, heads, **reals)
+    parts = q.new_empty(capacity, heads, dim, dtype=torch.float32)
+    peaks, sums = parts.new_empty(2, capacity, heads)
     _decode_attention[(capacity, kv_heads)](
         q, cache, plan.page_table, plan.slots, plan.lens, plan.items, plan.arrived, plan.share,
         out, parts, peaks, sums, capacity, plan.page_table.shape[1], dim**-0.5 * _LOG2_E,

@@ -88,7 +88,7 @@ def _route(
 
 
 def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
-    """As reference.route."""
+    """See Ops.route."""
     tokens, num_experts = logits.shape
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty_like(weights, dtype=torch.int32)
@@ -297,7 +297,7 @@ def sum_experts(
     num_experts: int,
     total: Tensor | None = None,
 ) -> Tensor:
-    """As reference.sum_experts, the sum rounded once."""
+    """See Ops.sum_experts; the sum rounded once."""
     (tokens, top_k), (held, dim, _) = experts.shape, down.shape
     if not tokens or not held:
         return torch.zeros_like(x) if total is None else total
@@ -317,7 +317,8 @@ def sum_experts(
 
 def _fit(tile: int, size: int) -> int:
     """No more of a tile than there is, but a product's least."""
-    return max(16, min(tile, triton.next_power_of_2(size)))
+    whole: int = triton.next_power_of_2(size)
+    return max(16, min(tile, whole))
 
 
 def _row_tile(tokens: int, num_experts: int) -> tuple[int, int]:

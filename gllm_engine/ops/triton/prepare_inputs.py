@@ -77,7 +77,7 @@ def prepare_inputs(
     known: Tensor,
     longest: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As reference.prepare_inputs. The tensors begin at addresses that are multiples of 16."""
+    """See Ops.prepare_inputs. The tensors begin at addresses that are multiples of 16."""
     num_rows, num_chunks = len(slots), len(starts)
     num_decode = num_rows - num_chunks
     num_tokens = num_decode + len(known)

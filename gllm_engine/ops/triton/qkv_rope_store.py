@@ -79,8 +79,8 @@ def rotate_and_store(
     cache_index: Tensor,
     keeps_kv: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As reference.rotate_and_store, with `tables` (cos, sin: [positions, dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] for its turn and plan. Leaves qkv as it is.
+    """As Ops.rotate_and_store, with `tables` (cos, sin: [max_model_len, dim / 2] float32),
+    `positions` [tokens] and `cache_index` [tokens] for rotary and plan. Leaves qkv as it is.
 
     Returns q [tokens, heads, head_dim] and, if `keeps_kv`, what went to the cache, before it was
     rounded to the cache's dtype, [tokens, 2 * kv_heads, head_dim].

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
+from gllm_engine.ops.protocol import PlainSampling
 
 _GROUP = 2048
 
@@ -94,15 +95,11 @@ def _choose(
 def sample_plain(
     scores: Tensor,
     slots: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    prompt_lens: Tensor,
-    lengths: Tensor,
-    last_tokens: Tensor,
+    state: PlainSampling,
     out: Tensor | None = None,
     ranks: TensorGroup | None = None,
 ) -> Tensor:
-    """One token for each row of scores [rows, vocab]; see reference.sample_plain."""
+    """One token for each row of scores [rows, vocab]; see Ops.sample_plain."""
     rows, vocab = scores.shape
     rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     groups = triton.cdiv(vocab, _GROUP)
@@ -110,17 +107,17 @@ def sample_plain(
     peaks, masses, bests = left.chunk(3)
     tokens = torch.empty_like(slots) if out is None else out
     _look[(rows, groups)](
-        scores, slots, temperature, peaks, masses, bests.view(torch.int32), vocab, rank * vocab,
-        GROUP=_GROUP,
+        scores, slots, state.temperature, peaks, masses, bests.view(torch.int32), vocab,
+        rank * vocab, GROUP=_GROUP,
     )  # fmt: skip
     if ranks is not None:
         peaks, masses, bests = ranks.gather(left).chunk(3)
     _choose[(rows,)](
-        scores, slots, temperature, seeds, prompt_lens, lengths, last_tokens,
-        peaks, masses, bests.view(torch.int32), tokens, vocab, size * groups, rank, size,
+        scores, slots, *state, peaks, masses, bests.view(torch.int32), tokens, vocab,
+        size * groups, rank, size,
         GROUP=_GROUP, GROUPS=triton.next_power_of_2(size * groups),
     )  # fmt: skip
-    if size > 1:
+    if ranks is not None and size > 1:
         ranks.sum(tokens)
-        last_tokens.index_copy_(0, slots, tokens)
+        state.last_tokens.index_copy_(0, slots, tokens)
     return tokens

@@ -149,7 +149,8 @@ def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
 
 
 def _block_m(rows: int) -> int:
-    return max(16, triton.next_power_of_2(rows))
+    size: int = triton.next_power_of_2(rows)
+    return max(16, size)
 
 
 def choose_tiling(block_m: int, width: int, depth: int, gated: bool) -> Tiling:
