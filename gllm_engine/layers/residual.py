@@ -18,13 +18,17 @@ from gllm_engine.parallel import TensorParallel
 
 @dataclass(frozen=True)
 class Residual:
-    """`total`: [tokens, dim]; `normed`: the same after the norm that comes next, if it is there."""
+    """The stream after a layer.
+
+    `total`: [tokens, dim]. `normed`: the same after the norm of the layer that follows, where the
+    kernel that summed the ranks' parts did that too.
+    """
 
     total: Tensor
     normed: Tensor | None = None
 
-    def under(self, norm: Norm) -> tuple[Tensor, Norm | None]:
-        """What a layer whose input norm is `norm` is to take: a tensor, and what it lacks."""
+    def input_for(self, norm: Norm) -> tuple[Tensor, Norm | None]:
+        """The input of a layer that begins with `norm`, and the norm that it still has to do."""
         return (self.total, norm) if self.normed is None else (self.normed, None)
 
 
@@ -38,9 +42,10 @@ class ResidualReducer:
     def __call__(
         self, total: Tensor, layer: Callable[[Tensor | None], Tensor], norm: Norm | None
     ) -> Residual:
-        """`layer(into)`: its result, [tokens, dim], added to `into`, in place, if that is given.
+        """The stream `total`, which is written to, with a layer's result added to it.
 
-        `norm`: what comes next, if anybody knows. `total` is written to.
+        `layer(into)` gives this rank's part, [tokens, dim], or adds it to `into`, in place. `norm`:
+        with which the layer that follows begins; None: it is not known, or there is none.
         """
         if self._ranks.size == 1:
             return Residual(layer(total))

@@ -72,13 +72,13 @@ class PreNormBlock:
     ) -> Residual:
         """stream: of [tokens, dim]. Returns it, or new memory with the `logit_tokens` alone."""
         total = stream.total if logit_tokens is None else stream.total[logit_tokens.index]
-        x, norm = stream.under(self.first_norm)
+        x, norm = stream.input_for(self.first_norm)
         second = self._norms["post_attention_layernorm"]
         stream = self._reduce(
             total, lambda into: self._mixer(x, norm, context, cache, logit_tokens, into), second
         )
-        y, left = stream.under(second)
-        return self._reduce(stream.total, lambda into: self._ffn(y, left, into), self.next_norm)
+        y, ffn_norm = stream.input_for(second)
+        return self._reduce(stream.total, lambda into: self._ffn(y, ffn_norm, into), self.next_norm)
 
     def weights(self) -> dict[str, Tensor]:
         gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}

@@ -28,8 +28,8 @@ class Mesh:
     def tp_rank(self, rank: int) -> int:
         return rank % self.tp
 
-    def at(self, stage: int, tp_rank: int) -> int:
-        """The rank there."""
+    def rank_at(self, stage: int, tp_rank: int) -> int:
+        """The rank that is number `tp_rank` of a stage."""
         return stage * self.tp + tp_rank
 
 

@@ -50,19 +50,19 @@ class RankGroups:
     @property
     def reports(self) -> bool:
         """Whether this rank tells what the steps have sampled."""
-        return self.rank == self.mesh.at(self.mesh.pp - 1, 0)
+        return self.rank == self.mesh.rank_at(self.mesh.pp - 1, 0)
 
-    def least(self, number: int) -> int:
+    def min_over_ranks(self, number: int) -> int:
         """The smallest of all ranks' numbers."""
-        there = torch.tensor(number, device=self.tensor.device)
-        dist.all_reduce(there, dist.ReduceOp.MIN)
-        return int(there)
+        smallest = torch.tensor(number, device=self.tensor.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
 
-    def from_first(self, numbers: list[float]) -> list[float]:
-        """Rank 0's numbers, on every rank; all give as many."""
-        there = torch.tensor(numbers, dtype=torch.float64, device=self.tensor.device)
-        dist.broadcast(there, 0)
-        return there.tolist()
+    def broadcast(self, numbers: list[float]) -> list[float]:
+        """Rank 0's numbers, on every rank; every rank gives as many."""
+        shared = torch.tensor(numbers, dtype=torch.float64, device=self.tensor.device)
+        dist.broadcast(shared, 0)
+        return [float(number) for number in shared.tolist()]
 
 
 def join_ranks(
@@ -82,30 +82,30 @@ def join_ranks(
         device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
     stages = [
-        dist.new_group([mesh.at(stage, i) for i in range(mesh.tp)]) for stage in range(mesh.pp)
+        dist.new_group([mesh.rank_at(stage, i) for i in range(mesh.tp)]) for stage in range(mesh.pp)
     ]
     # A pair of ranks may talk in both directions at once, and what is sent on one communicator
     # goes in order: so tokens, which go back, have others than activations.
     forward = {
-        (stage, i): dist.new_group([mesh.at(stage, i), mesh.at(stage + 1, i)])
+        (stage, i): dist.new_group([mesh.rank_at(stage, i), mesh.rank_at(stage + 1, i)])
         for stage in range(mesh.pp - 1)
         for i in range(mesh.tp)
     }
     back = [
-        dist.new_group([mesh.at(0, i), mesh.at(mesh.pp - 1, i)]) if mesh.pp > 1 else None
+        dist.new_group([mesh.rank_at(0, i), mesh.rank_at(mesh.pp - 1, i)]) if mesh.pp > 1 else None
         for i in range(mesh.tp)
     ]
     stage, i = mesh.stage(rank), mesh.tp_rank(rank)
-    nodes = {mesh.at(stage, i) // per_node for i in range(mesh.tp)}
+    nodes = {mesh.rank_at(stage, i) // per_node for i in range(mesh.tp)}
     group = stages[stage] if mesh.tp > 1 else None
     tensor = TensorParallel(i, mesh.tp, device, group, same_node=len(nodes) == 1)
     pipe = Pipe(
         stage=stage,
         stages=mesh.pp,
-        before=(mesh.at(stage - 1, i), forward[stage - 1, i]) if stage else None,
-        after=(mesh.at(stage + 1, i), forward[stage, i]) if stage < mesh.pp - 1 else None,
-        first=(mesh.at(0, i), back[i]),
-        last=(mesh.at(mesh.pp - 1, i), back[i]),
+        before=(mesh.rank_at(stage - 1, i), forward[stage - 1, i]) if stage else None,
+        after=(mesh.rank_at(stage + 1, i), forward[stage, i]) if stage < mesh.pp - 1 else None,
+        first=(mesh.rank_at(0, i), back[i]),
+        last=(mesh.rank_at(mesh.pp - 1, i), back[i]),
     )
     return RankGroups(mesh, rank, tensor, pipe)
 

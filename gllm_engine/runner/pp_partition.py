@@ -43,7 +43,7 @@ def measure_partition(
         costs = _measure(config, arch, kinds, ranks, dtype)
         told = ", ".join(f"{1e6 * cost:.0f}" for cost in costs)
         _log.info("us of each kind of layer, and of logits and sampling: %s", told)
-    *layers, tail = ranks.from_first(costs)
+    *layers, tail = ranks.broadcast(costs)
     by_kind = dict(zip(kinds, layers, strict=True))
     return partition_layers([by_kind[layer] for layer in arch.layers], tail, ranks.mesh.pp)
 

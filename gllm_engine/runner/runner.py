@@ -110,7 +110,7 @@ class Runner:
             decoder.compile_kernels(config.page_size, cache_dtype(config, decoder))
         with self._timed("memory"):
             fitting = fitting_pages(config, decoder, max_pages)
-            self.num_pages = fitting if ranks is None else ranks.least(fitting)
+            self.num_pages = fitting if ranks is None else ranks.min_over_ranks(fitting)
             # On a GPU one slot and one page more, for the spare rows of decode graphs.
             num_pages, dtype = self.num_pages + on_gpu, cache_dtype(config, decoder)
             self.cache = decoder.new_cache(num_pages, config.page_size, dtype)

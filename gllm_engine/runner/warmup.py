@@ -29,10 +29,12 @@ def tiny_plans(
     if max_tokens <= _CHUNK or max_context < _CONTEXT:
         return
 
-    def plan(num_decode: int, starts: list[int], length: int = _CHUNK, **asked: float) -> StepPlan:
+    def plan(
+        num_decode: int, starts: list[int], length: int = _CHUNK, top_p: float = 1.0
+    ) -> StepPlan:
         slots = range(num_decode + len(starts))
         pages = list(range(-(-max(length, _CONTEXT) // page_size)))
-        sampling = SamplingParams(**asked)
+        sampling = SamplingParams(top_p=top_p)
         return StepPlan(
             0,
             new=[NewSequence(slot, 0, 0, sampling, []) for slot in slots],

@@ -15,7 +15,7 @@ def test_ranks_and_places_are_one_to_one(pp: int, tp: int) -> None:
     mesh = Mesh(pp, tp)
     places = [(mesh.stage(rank), mesh.tp_rank(rank)) for rank in range(mesh.world)]
     assert places == [(stage, i) for stage in range(pp) for i in range(tp)]
-    assert [mesh.at(*place) for place in places] == list(range(mesh.world))
+    assert [mesh.rank_at(*place) for place in places] == list(range(mesh.world))
 
 
 def stage_costs(costs: list[float], tail: float, cut: tuple[int, ...]) -> list[float]:
