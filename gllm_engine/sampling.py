@@ -29,13 +29,25 @@ class InvalidField(ValueError):
         self.field = field
 
 
-class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Exactly one of the four is set."""
+class StructuredOutputs(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """What form a text must have: exactly one of the first six is set.
+
+    The two about white space go with `json` and `json_object`.
+    """
 
     json: str | None = None  # a JSON schema, as JSON text
     regex: str | None = None
     choice: tuple[str, ...] | None = None
-    grammar: str | None = None  # Lark
+    grammar: str | None = None  # Lark, or GBNF (root ::= ...)
+    json_object: bool = False  # any JSON object
+    structural_tag: str | None = None  # JSON text: {"structures": [...], "triggers": [...]}
+    whitespace_pattern: str | None = None  # a regex: what may stand between JSON's tokens
+    disable_any_whitespace: bool = False
+
+
+FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 class SamplingParams(
@@ -97,19 +109,28 @@ class SamplingParams(
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise InvalidField("logit_bias", f"{bias} for token {token} is outside [-100, 100]")
-        if (asked := self.structured_outputs) is not None:
-            given = [f for f in asked.__struct_fields__ if getattr(asked, f) is not None]
-            if len(given) != 1:
-                raise InvalidField(
-                    "structured_outputs",
-                    f"exactly one of json, regex, choice, grammar is needed, got {given or 'none'}",
-                )
-            if asked.choice == ():
-                raise InvalidField("structured_outputs", "choice is empty")
-            num_choices = len(asked.choice or ())
-            if num_choices > MAX_CHOICES:
-                problem = f"choice has {num_choices} entries, at most {MAX_CHOICES} are allowed"
-                raise InvalidField("structured_outputs", problem)
+        if self.structured_outputs is not None:
+            _check_structured(self.structured_outputs)
+
+
+def _check_structured(asked: StructuredOutputs) -> None:
+    given = [form for form in FORMS if getattr(asked, form) not in (None, False)]
+    if len(given) != 1:
+        problem = f"exactly one of {', '.join(FORMS)} is needed, got {given or 'none'}"
+        raise InvalidField("structured_outputs", problem)
+    if asked.choice == ():
+        raise InvalidField("structured_outputs", "choice is empty")
+    num_choices = len(asked.choice or ())
+    if num_choices > MAX_CHOICES:
+        problem = f"choice has {num_choices} entries, at most {MAX_CHOICES} are allowed"
+        raise InvalidField("structured_outputs", problem)
+    for field in ("whitespace_pattern", "disable_any_whitespace"):
+        if getattr(asked, field) and given[0] not in ("json", "json_object"):
+            problem = f"{field} goes with json or json_object, not with {given[0]}"
+            raise InvalidField("structured_outputs", problem)
+    if asked.whitespace_pattern is not None and asked.disable_any_whitespace:
+        problem = "whitespace_pattern and disable_any_whitespace exclude each other"
+        raise InvalidField("structured_outputs", problem)
 
 
 _MOST = {
@@ -189,9 +210,7 @@ def _loosen(key: str, value: Any) -> Any:
     if key == "stop_token_ids" and isinstance(value, int):
         value = [value]
     if key == "structured_outputs" and isinstance(value, dict):
-        schema = value.get("json")
-        if schema is not None and not isinstance(schema, str):
-            value = value | {"json": json.dumps(schema)}
+        return _loosen_structured(value)
     if (
         isinstance(value, float)
         and key in _INTEGERS
@@ -200,6 +219,24 @@ def _loosen(key: str, value: Any) -> Any:
     ):
         return int(value)
     return value
+
+
+def _loosen_structured(given: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null, and without the fields of vLLM that mean nothing here.
+
+    Clients of vLLM send all of its fields.
+    """
+    fields = {field: value for field, value in given.items() if value is not None}
+    fields.pop("disable_fallback", None)  # no other compiler ever takes over
+    for field in ("disable_additional_properties", "_backend", "_backend_was_auto"):
+        value = fields.pop(field, False)
+        if value is not False:
+            problem = f"{field} {_shorten(repr(value))} is not supported; leave it out"
+            raise InvalidField("structured_outputs", problem)
+    for field in ("json", "structural_tag"):
+        if not isinstance(fields.get(field, ""), str):
+            fields[field] = json.dumps(fields[field])
+    return fields
 
 
 def _shorten(text: str) -> str:

@@ -37,7 +37,7 @@ OURS = {
     "gllm_engine/workers/channel.py": {"", "config"},
     "gllm_engine/wire.py": {"types", "config", "sampling"},
     "gllm_engine/os_process.py": set(),
-    "gllm_engine/text": {"types", "config", "sampling", "text"},
+    "gllm_engine/text": {"types", "config", "sampling", "os_process", "text"},
     "gllm_engine/workers": {
         "types", "config", "sampling", "arch", "parallel", "model", "runner", "wire",
         "os_process", "workers",

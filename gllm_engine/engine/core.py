@@ -250,6 +250,8 @@ class Engine:
             self._admit_compiled()
         try:
             plan = self._scheduler.schedule() if len(self._launched) < self._depth else None
+            if self._constrained:  # before the plan's token for them can count as theirs
+                self._fail_constrained()
             if plan is not None:
                 self._launched.append(self._runner.launch(plan))
             if self._launched and (plan is None or len(self._launched) >= self._depth):
@@ -260,8 +262,6 @@ class Engine:
             if not isinstance(error, Exception):  # Ctrl-C: ours to survive, not to swallow
                 raise
             self._judge(error)
-        if self._constrained:
-            self._fail_constrained()
         outboxes, self._outboxes = self._outboxes, defaultdict(_nothing)
         return dict(outboxes)
 
@@ -324,7 +324,7 @@ class Engine:
         broken = [(key, c.error) for key, c in self._constrained.items() if c.error is not None]
         for key, message in broken:
             self._forget(key)
-            self._refuse(key, "internal", str(message))
+            self._refuse(key, "invalid", str(message))
 
     # ------------------------------------------------------------ state
 

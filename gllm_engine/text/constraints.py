@@ -6,24 +6,24 @@ tokens of its sequence whenever it plans the next one. Nothing here raises while
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher
 
 from gllm_engine.sampling import InvalidField, StructuredOutputs
+from gllm_engine.text.grammar import GrammarError, Vocabulary, reason
+from gllm_engine.text.grammar_trial import Compiler
 from gllm_engine.text.tokenizer import TextError, Tokenizer
 from gllm_engine.types import Request
 
 FIELD = "structured_outputs"
 MAX_CACHED_GRAMMARS = 64
-MAX_ERROR_LEN = 200
-# Between the tokens of JSON: what pretty printing needs, but an end. JSON itself sets none, and
-# small models then write blanks until max_tokens.
-JSON_WHITESPACE = r"\n?[ \t]{0,16}"
+# Processor time for one mask. All sequences wait for it; most masks take less than 1 ms.
+MAX_MASK_S = 0.25
 
 
 class Constraint:
@@ -31,8 +31,8 @@ class Constraint:
 
     Known tokens only ever grow; a second call with the same ones (after a preemption) gives the
     same mask. A mask has one bit a token id, least significant bit first, (vocab_size + 7) // 8
-    bytes, and never forbids everything: where bad words leave a grammar no way on, the sequence
-    may end. `error`: once set, the sequence cannot be continued as asked and must be failed.
+    bytes, and never forbids everything. `error`: once set, the sequence cannot be continued as
+    asked; the mask of that call is None, and the token chosen by it must not be taken.
     """
 
     def __init__(
@@ -66,13 +66,18 @@ class Constraint:
         banned = self._banned + self._completing(tokens)
         if self._matcher is None and not banned:
             return None
-        mask = bytearray(self._all if self._matcher is None else self._grammatical(tokens))
+        allowed = bytearray(self._all) if self._matcher is None else self._grammatical(tokens)
+        if self.error is not None:
+            return None
+        mask = allowed.copy()
         for id in banned:
             mask[id >> 3] &= ~(1 << (id & 7))
+        if not any(mask):  # the end is no word: where it is allowed, it always is
+            for id in self._eos:
+                mask[id >> 3] |= allowed[id >> 3] & 1 << (id & 7)
         if not any(mask):
-            self._allow_end(mask)
-        if not any(mask):
-            self.error = "bad_words: they forbid every token, and this model has none that ends"
+            what = "every token" if self._matcher is None else "all that the grammar allows here"
+            self.error = f"bad_words: they forbid {what}"
             return None
         return bytes(mask)
 
@@ -86,9 +91,10 @@ class Constraint:
         ]
 
     def _grammatical(self, tokens: list[int]) -> bytearray:
-        """What the grammar allows after `tokens`; the end alone once it has failed."""
+        """What the grammar allows after `tokens`; sets `error` where that is nothing."""
         matcher = self._matcher
         assert matcher is not None
+        start = time.thread_time()
         for token in tokens[self._known :]:
             self._ended = self._ended or token in self._eos
             if not self._ended:
@@ -96,10 +102,12 @@ class Constraint:
         self._known = len(tokens)
         bits = b"" if self._ended else matcher.compute_bitmask()[: self._mask_len]
         if matcher.is_error():
-            self.error = f"{FIELD}: the grammar cannot be followed further ({_reason(matcher)})"
-            bits = b""
+            self.error = f"{FIELD}: the grammar cannot be followed further ({reason(matcher)})"
+        elif time.thread_time() - start > MAX_MASK_S:
+            took = f"one token took more than {MAX_MASK_S:g} s"
+            self.error = f"{FIELD}: the grammar is too complex to be followed further ({took})"
         mask = bytearray(bits.ljust(self._mask_len, b"\0"))
-        if self._ended or matcher.is_error() or matcher.is_accepting():
+        if self._ended or matcher.is_accepting():
             self._allow_end(mask)
         return mask
 
@@ -111,15 +119,16 @@ class Constraint:
 class Grammars:
     """Compiles the constraints of requests, on a thread of its own.
 
-    A grammar may take a second to compile and a tokenizer to load; sequences that run meanwhile
-    must not wait. Compiled grammars are kept, since most users send the same schema again.
+    A grammar may take seconds to compile and a tokenizer to load; sequences that run meanwhile
+    must not wait. Compiled grammars are kept, since most users send the same schema again, and so
+    are failures, since a request may send one n times.
     """
 
     def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         """`tokenizer`: its directory. `vocab_size`: the model's, which may be padded."""
         self._vocab_size, self._eos = vocab_size, eos_token_ids
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._tokenizer = self._thread.submit(_load, tokenizer, vocab_size, eos_token_ids)
+        self._compiler = self._thread.submit(_load, tokenizer, vocab_size, eos_token_ids)
         self._compiled = lru_cache(MAX_CACHED_GRAMMARS)(self._compile)
 
     def constrain(self, request: Request) -> Constraint | Future[Constraint] | None:
@@ -129,70 +138,48 @@ class Grammars:
         """
         asked = request.sampling.structured_outputs
         if asked is not None:
-            return self._thread.submit(lambda: self._build(request, self._compiled(asked)))
+            return self._thread.submit(self._constrain, request, asked)
         return self._build(request, None) if request.bad_words else None
 
     def close(self) -> None:
+        """End what compiles, after the grammar or the tokenizer that it is at."""
         self._thread.shutdown(cancel_futures=True)
+        if not self._compiler.cancelled():
+            compiler = self._compiler.result()
+            if isinstance(compiler, Compiler):
+                compiler.close()
+
+    def _constrain(self, request: Request, asked: StructuredOutputs) -> Constraint:
+        compiled = self._compiled(asked)
+        if isinstance(compiled, str):
+            raise InvalidField(FIELD, compiled)
+        return self._build(request, compiled)
 
     def _build(self, request: Request, matcher: LLMatcher | None) -> Constraint:
         own = None if matcher is None else matcher.deep_copy()
         return Constraint(self._vocab_size, self._eos, len(request.prompt), own, request.bad_words)
 
-    def _compile(self, asked: StructuredOutputs) -> LLMatcher:
-        """A matcher at the beginning of the grammar; to be copied, never advanced."""
-        tokenizer = self._tokenizer.result()
-        if isinstance(tokenizer, str):
-            raise InvalidField(FIELD, tokenizer)
-        matcher = LLMatcher(
-            tokenizer, _grammar(asked), log_level=0, limits=LLParserLimits(verbose_errors=False)
-        )
-        if matcher.is_error():
-            raise InvalidField(FIELD, f"the grammar is not usable ({_reason(matcher)})")
-        if not any(matcher.compute_bitmask()):
-            raise InvalidField(FIELD, "the grammar allows no text at all")
-        return matcher
+    def _compile(self, asked: StructuredOutputs) -> LLMatcher | str:
+        """A matcher to be copied, never advanced; or what is wrong."""
+        compiler = self._compiler.result()
+        if isinstance(compiler, str):
+            return compiler
+        try:
+            return compiler.compile(asked)
+        except GrammarError as error:
+            return str(error)
 
 
-def _load(directory: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer | str:
-    """The tokenizer as llguidance needs it, or why there is none."""
+def _load(directory: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Compiler | str:
+    """What compiles grammars for this model, or why nothing does."""
     try:
         tokenizer = Tokenizer(directory)
     except TextError as error:
         return f"not available for this model ({error})"
-    if not eos_token_ids or tokenizer.eos_token_id is None:
+    if not eos_token_ids:
         return "not available for this model, which has no end-of-sequence token"
-    # An end token that the tokenizer lacks still ends: Constraint sets its bit itself.
-    eos = [id for id in eos_token_ids if id < tokenizer.vocab_size] or [tokenizer.eos_token_id]
-    n_vocab = max(vocab_size, tokenizer.vocab_size)
-    try:
-        return LLTokenizer(tokenizer.to_json(), n_vocab=n_vocab, eos_token=eos)
-    except ValueError as error:
-        return f"not available for this model's tokenizer ({_shorten(str(error))})"
-
-
-def _grammar(asked: StructuredOutputs) -> str:
-    if asked.json is not None:
-        try:
-            schema = json.loads(asked.json)
-        except (ValueError, RecursionError) as error:
-            raise InvalidField(FIELD, f"json is not JSON ({error})") from None
-        # A schema that is no object has no place for them: true, false, or a mistake.
-        defaults = {"whitespace_pattern": JSON_WHITESPACE} if isinstance(schema, dict) else None
-        return LLMatcher.grammar_from_json_schema(asked.json, defaults=defaults)
-    if asked.regex is not None:
-        return LLMatcher.grammar_from_regex(asked.regex)
-    if asked.choice is not None:
-        choices = " | ".join(json.dumps(choice) for choice in asked.choice)
-        return LLMatcher.grammar_from_lark(f"start: {choices}")
-    assert asked.grammar is not None  # SamplingParams takes care of "exactly one"
-    return LLMatcher.grammar_from_lark(asked.grammar)
-
-
-def _reason(matcher: LLMatcher) -> str:
-    return _shorten(matcher.get_error() or matcher.stop_reason())
-
-
-def _shorten(message: str) -> str:
-    line = " ".join(message.split())
-    return line if len(line) <= MAX_ERROR_LEN else line[: MAX_ERROR_LEN - 3] + "..."
+    spelled, plain = tokenizer.pieces(False), tokenizer.pieces(True)
+    tokens = [spelled[id] for id in range(vocab_size)]
+    special = {id for id, token in enumerate(tokens) if token and not plain[id]}
+    special.update(eos_token_ids)
+    return Compiler(Vocabulary(tokens, sorted(special), list(eos_token_ids)))

@@ -1,0 +1,207 @@
+"""Tries grammars in a process of its own, which may take too long, grow too large, or crash.
+
+Owns that process and what it is asked. llguidance's compiler recurses without a limit (a chain of
+3,000 rules ends the process that compiles it), and cannot be interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO
+
+import msgspec
+from llguidance import LLMatcher
+
+from gllm_engine.os_process import Process, end_with
+from gllm_engine.sampling import StructuredOutputs
+from gllm_engine.text.grammar import (
+    GrammarError,
+    Vocabulary,
+    compile_grammar,
+    ll_tokenizer,
+    translate,
+)
+
+MAX_COMPILE_S = 10.0  # of the wall clock
+MAX_START_S = 60.0
+_TRIES = 2  # what an earlier grammar left behind must not count against this one
+_LENGTH = struct.Struct("!I")
+# What a trial may need on top of the vocabulary. Compiled grammars are kept.
+MAX_MEMORY = 256 * 2**20
+# Of the thread that compiles, a quarter of what the engine's threads have: what is harmless here
+# is harmless there.
+STACK = 2 * 2**20
+
+
+class Translated(msgspec.Struct, frozen=True, tag="grammar"):
+    """A grammar for compile_grammar that is known to be harmless."""
+
+    grammar: str
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """A grammar that is not usable, and why."""
+
+    problem: str
+
+
+class Compiler:
+    """Compiles grammars for a vocabulary: first in a trial, then, where that was well, here."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._trial = Trial(vocabulary)
+        self._tokenizer = ll_tokenizer(vocabulary)
+
+    def compile(self, asked: StructuredOutputs) -> LLMatcher:
+        """A matcher at the beginning of the grammar. Raises what Trial.run raises."""
+        return compile_grammar(self._tokenizer, self._trial.run(asked))
+
+    def close(self) -> None:
+        self._trial.close()
+
+
+class Trial:
+    """The process that tries grammars; started when it is first needed, and again after a death."""
+
+    def __init__(self, vocabulary: Vocabulary, max_compile_s: float = MAX_COMPILE_S) -> None:
+        self._vocabulary = vocabulary
+        self._max_compile_s = max_compile_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def run(self, asked: StructuredOutputs) -> str:
+        """What `translate` makes of it, once that has been compiled.
+
+        Raises GrammarError; RuntimeError if that fails for another reason than the grammar.
+        """
+        for _ in range(_TRIES):
+            try:
+                child = self._child or self._start()
+                frame = _exchange(child, msgspec.msgpack.encode(asked), self._max_compile_s)
+            except TimeoutError:
+                self.close()
+                took = f"it takes more than {self._max_compile_s:g} s to compile"
+                raise GrammarError(f"the grammar is too complex ({took})") from None
+            except _Died:
+                if self.close() >= 0:  # not by a signal: a mistake of ours
+                    raise
+                continue
+            answer = msgspec.msgpack.decode(frame, type=Translated | Rejected)
+            if isinstance(answer, Rejected):
+                raise GrammarError(answer.problem)
+            return answer.grammar
+        raise GrammarError(
+            "the grammar is too complex (it is nested too deeply, or needs more than "
+            f"{MAX_MEMORY >> 20} MiB to compile)"
+        )
+
+    def close(self) -> int:
+        """End the process; another run() starts a new one. Returns its exit status, or 0."""
+        child, self._child = self._child, None
+        if child is None:
+            return 0
+        with child:  # closes the pipes, at which it ends
+            pass
+        return child.returncode
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "gllm_engine.text.grammar_trial", str(os.getpid())]
+        # A session of its own: Ctrl-C at a terminal is the engine's to understand.
+        child = self._child = subprocess.Popen(
+            command, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        _exchange(child, msgspec.msgpack.encode(self._vocabulary), MAX_START_S)
+        return child
+
+
+class _Died(RuntimeError):
+    """The process has ended before it answered."""
+
+
+def _exchange(child: subprocess.Popen[bytes], message: bytes, max_s: float) -> bytes:
+    """Send a message and wait for the answer. Raises _Died, or TimeoutError after its end."""
+    assert child.stdin is not None and child.stdout is not None
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(max_s, end)
+    timer.start()
+    try:
+        _write(child.stdin, message)
+        return _read(child.stdout)
+    except (OSError, EOFError):
+        if late.is_set():
+            raise TimeoutError from None
+        raise _Died("the process that compiles grammars ended") from None
+    finally:
+        timer.cancel()
+
+
+def _write(pipe: IO[bytes], message: bytes) -> None:
+    pipe.write(_LENGTH.pack(len(message)) + message)
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> bytes:
+    """One message; raises EOFError where there is none any more."""
+    length = pipe.read(_LENGTH.size)
+    if len(length) < _LENGTH.size:
+        raise EOFError
+    message = pipe.read(*_LENGTH.unpack(length))
+    if len(message) < _LENGTH.unpack(length)[0]:
+        raise EOFError
+    return message
+
+
+def main() -> None:
+    """The process: a vocabulary comes first, then grammars; each message has its answer."""
+    end_with(Process.of(int(sys.argv[1])))
+    # What a library prints must not come between answers.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    threading.stack_size(STACK)
+    thread = threading.Thread(target=_serve, args=(sys.stdin.buffer, answers))
+    thread.start()
+    thread.join()
+
+
+def _serve(messages: IO[bytes], answers: IO[bytes]) -> None:
+    vocabulary = msgspec.msgpack.decode(_read(messages), type=Vocabulary)
+    tokenizer = ll_tokenizer(vocabulary)
+    _limit_memory()
+    _write(answers, b"")
+    while True:
+        try:
+            message = _read(messages)
+        except EOFError:
+            return
+        asked = msgspec.msgpack.decode(message, type=StructuredOutputs)
+        answer: Translated | Rejected
+        try:
+            grammar = translate(asked, vocabulary)
+            compile_grammar(tokenizer, grammar)
+            answer = Translated(grammar)
+        except GrammarError as error:
+            answer = Rejected(str(error))
+        except MemoryError:
+            answer = Rejected("the grammar needs too much memory to compile")
+        _write(answers, msgspec.msgpack.encode(answer))
+
+
+def _limit_memory() -> None:
+    status = Path("/proc/self/status").read_text()
+    kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+    limit = kib * 1024 + MAX_MEMORY
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()
