@@ -181,5 +181,7 @@ def _load(directory: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> C
     spelled, plain = tokenizer.pieces(False), tokenizer.pieces(True)
     tokens = [spelled[id] for id in range(vocab_size)]
     special = {id for id, token in enumerate(tokens) if token and not plain[id]}
-    special.update(eos_token_ids)
+    for id in eos_token_ids:
+        special.add(id)
+        tokens[id] = tokens[id] or b"<[%d]>" % id  # llguidance needs a name
     return Compiler(Vocabulary(tokens, sorted(special), list(eos_token_ids)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import time
 import zlib
@@ -383,8 +384,60 @@ def test_grammars_compile_aside(make):
     assert collect(engine) == ({}, {})
 
 
-def test_a_grammar_that_cannot_be_followed_fails_its_sequence_only(make):
-    engine = make()
+def eager_to_end(engine):
+    """The runner takes an end of text wherever the mask has one, or else what comes first."""
+
+    def choose(slot, position, last, plan):
+        mask = plan.masks.get(slot, b"\xff" * ((VOCAB + 7) // 8))
+        ids = [id for id in range(VOCAB) if mask[id >> 3] >> (id & 7) & 1]
+        return next((id for id in ids if id in engine.info.eos_token_ids), ids[0])
+
+    engine._runner._next = choose
+
+
+# Optional properties in any order are more than the parser follows, once the first one begins.
+BROAD = json.dumps({"type": "object", "properties": {f"p{i}": {} for i in range(600)}})
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_grammar_that_fails_on_the_way_is_an_error_and_no_end(make, depth):
+    """Of each of the sequences of a request, and of no other request."""
+    engine = make(plans_in_flight=depth)
+    eager_to_end(engine)
+    forms = {
+        "broad": StructuredOutputs(json=BROAD, disable_any_whitespace=True),
+        "closed": StructuredOutputs(choice=("yes",)),
+        "good": StructuredOutputs(choice=("no",)),
+    }
+    wants = {"ends": {}, "goes on": {"ignore_eos": True}, "long": {"min_tokens": 9}}
+    every_token = tuple((id,) for id in range(VOCAB))
+    for want, more in wants.items():
+        for form, structured in forms.items():
+            sampling = SamplingParams(structured_outputs=structured, max_tokens=20, **more)
+            words = every_token if form == "closed" else ()
+            for id in (1, 2):
+                engine.add(Request(id, [3], sampling, 0, words), (form, want))
+    tokens, finished = collect(engine)
+    for ((form, want), id), finish in finished.items():
+        # min_tokens holds back an end where there is another way on; a complete text has none.
+        expected = "error" if form != "good" else "length" if want == "goes on" else "stop"
+        assert (finish.reason, finish.status) == (
+            expected,
+            "invalid" if expected == "error" else None,
+        )
+        if form == "broad":
+            assert finish.message.startswith("structured_outputs: the grammar cannot be followed")
+            assert tokens[(form, want), id] == tokens[(form, "ends"), 1] != []
+        elif form == "closed":
+            assert finish.message == "bad_words: they forbid all that the grammar allows here"
+            assert ((form, want), id) not in tokens
+    assert len(finished) == 18
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_grammar_that_cannot_be_followed_fails_its_sequence_only(make, depth):
+    engine = make(plans_in_flight=depth)
     sampling = SamplingParams(structured_outputs=StructuredOutputs(regex="[0-9]+"), max_tokens=9)
     engine.add(Request(1, [3], sampling, 0), "a")
     engine.add(Request(2, [3], SamplingParams(max_tokens=9, ignore_eos=True), 0), "a")
@@ -393,7 +446,7 @@ def test_a_grammar_that_cannot_be_followed_fails_its_sequence_only(make):
         gather(engine.step(), tokens, finished)
     engine._runner._next = lambda slot, position, last, plan: 5  # ignores masks
     finished |= collect(engine)[1]
-    assert finished["a", 1].status == "internal"
+    assert finished["a", 1].status == "invalid"
     assert finished["a", 1].message.startswith("structured_outputs: the grammar cannot be")
     assert finished["a", 2].reason == "length"
 

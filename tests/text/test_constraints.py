@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from concurrent.futures import Future
 
 import pytest
+from byte_vocabulary import END, TOOL, accepts
+from tokenizers import AddedToken, normalizers
+from tokenizers import Tokenizer as Inner
 
 from gllm_engine.sampling import InvalidField, SamplingParams, StructuredOutputs
+from gllm_engine.text import constraints
 from gllm_engine.text.constraints import Constraint, Grammars
+from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.types import Request
 
 PADDING = 13  # token ids of the model that the tokenizer does not have
@@ -36,6 +42,24 @@ def grammars(tokenizer, tokenizer_dir, vocab_size):
     # The second end token is one that only the padded model knows.
     made = Grammars(tokenizer_dir, vocab_size, (tokenizer.eos_token_id, vocab_size - 1))
     yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def added(tokenizer_dir, tmp_path_factory):
+    """Grammars and tokenizer of a model with tokens for thinking and calls, and a normalizer."""
+    directory = tmp_path_factory.mktemp("added") / "tokenizer"
+    shutil.copytree(tokenizer_dir, directory)
+    inner = Inner.from_file(str(directory / "tokenizer.json"))
+    inner.add_tokens([AddedToken("<think>", normalized=False)])
+    inner.add_special_tokens(["<call>"])
+    old = [] if inner.normalizer is None else [inner.normalizer]
+    inner.normalizer = normalizers.Sequence([normalizers.NFC(), *old])
+    inner.save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(directory)
+    vocab_size = tokenizer.vocab_size + PADDING
+    made = Grammars(directory, vocab_size, (tokenizer.eos_token_id, vocab_size - 1))
+    yield made, tokenizer, vocab_size
     made.close()
 
 
@@ -100,6 +124,41 @@ def test_choices_are_taken_literally(grammars, tokenizer, vocab_size):
     assert made <= set(choices) and len(made) > 2
 
 
+# An added token, a special one, the end itself, and a text that the normalizer would change.
+@pytest.mark.parametrize("word", ["<think>", "<call>", "</s>", "e\u0301"])
+@pytest.mark.parametrize("kind", ["regex", "choice", "lark", "gbnf", "key", "enum", "const"])
+def test_any_literal_can_be_spelled(added, kind, word):
+    grammars, tokenizer, vocab_size = added
+    key = {"properties": {word: {"type": "null"}}, "required": [word]}
+    key |= {"type": "object", "additionalProperties": False}
+    asked, texts = {
+        "regex": ({"regex": f"{word}[ab]{word}(yes|no)"}, f"{word}[ab]{word}(yes|no)"),
+        "choice": ({"choice": (word, f"{word}!")}, f"{word}!?"),
+        "lark": ({"grammar": f'start: "{word}" ("a" | "b")'}, f"{word}[ab]"),
+        "gbnf": ({"grammar": f'root ::= "{word}a" | "(" root ")"'}, rf"\(*{word}a\)*"),
+        "key": ({"json": json.dumps(key)}, rf'{{\s*"{word}"\s*:.*}}'),
+        "enum": ({"json": json.dumps({"enum": [word, f"{word} b"]})}, f'"{word}( b)?"'),
+        "const": ({"json": json.dumps({"const": word})}, f'"{word}"'),
+    }[kind]
+    for seed in range(4):
+        text = walk(make(grammars, **asked), tokenizer, vocab_size, seed)
+        assert re.fullmatch(texts, text), text
+
+
+def test_an_added_token_may_spell_itself_and_a_special_one_may_not(added):
+    grammars, tokenizer, _ = added
+    ids = {word: tokenizer.encode(word, False)[-1] for word in ("<think>", "<call>", "</s>")}
+    for word, id in ids.items():
+        assert (id in allowed(make(grammars, choice=(word,))([5, 6]))) == (word == "<think>")
+    # In Lark any of them can be named.
+    for word, id in ids.items():
+        constraint = make(grammars, grammar=f'start: "<x>" /<y>/ {word} // {word}')
+        tokens = [5, 6]
+        while id not in (ways := allowed(constraint(tokens))):
+            tokens.append(ways[0])
+        assert ways == [id]
+
+
 def test_a_lark_grammar_is_followed(grammars, tokenizer, vocab_size):
     grammar = 'start: "<" item ("," item)? ">"\nitem: "x" | NUMBER\nNUMBER: /[0-9]{2}/'
     for seed in range(5):
@@ -120,6 +179,17 @@ def test_a_lark_grammar_is_followed(grammars, tokenizer, vocab_size):
         ({"regex": "(?=look)ahead"}, "look-around"),
         ({"grammar": "start: nothing"}, 'unknown name: "nothing"'),
         ({"grammar": "no start"}, ""),
+        ({"grammar": "root ::= a"}, "the GBNF grammar is not usable (rule root uses a"),
+        ({"grammar": "root ::= root"}, "allows no text at all"),
+        ({"json_object": True, "whitespace_pattern": "["}, "unclosed character class"),
+        ({"json": '{"x-guidance": 1}'}, "x-guidance in the schema is not an object"),
+        ({"structural_tag": "{}"}, "structural_tag is not JSON with structures and triggers"),
+        ({"structural_tag": '{"type": "structural_tag", "format": {}}'}, "unknown field `format`"),
+        ({"structural_tag": '{"structures": [], "triggers": []}'}, "has no structures"),
+        (
+            {"structural_tag": '{"structures": [{"begin": "a", "end": ""}], "triggers": ["b"]}'},
+            "no trigger is a beginning of 'a'",
+        ),
     ],
 )
 def test_a_bad_grammar_gets_a_sentence(grammars, asked, sentence):
@@ -150,9 +220,18 @@ def test_a_token_against_the_grammar_sets_the_error(grammars, tokenizer, vocab_s
     constraint = make(grammars, regex="[0-9]{3}")
     constraint([5, 6])
     wrong = tokenizer.encode("x", add_special_tokens=False)[-1]
-    mask = constraint([5, 6, wrong])
+    assert constraint([5, 6, wrong]) is None
     assert constraint.error is not None and constraint.error.startswith("structured_outputs: ")
-    assert allowed(mask) == sorted({tokenizer.eos_token_id, vocab_size - 1})
+
+
+def test_a_mask_that_takes_too_long_fails_the_sequence(grammars, monkeypatch):
+    monkeypatch.setattr(constraints, "MAX_MASK_S", -1.0)
+    constraint = make(grammars, regex="[0-9]{3}")
+    assert constraint([5, 6]) is None
+    assert constraint.error == (
+        "structured_outputs: the grammar is too complex to be followed further "
+        "(one token took more than -1 s)"
+    )
 
 
 def test_after_an_ignored_end_only_ends_follow(grammars, tokenizer, vocab_size):
@@ -198,6 +277,62 @@ def test_bad_words_and_grammar_together(grammars, tokenizer, vocab_size):
     yes = tokenizer.bad_words(["y", "yes", "ye"])
     constraint = make(grammars, bad_words=yes, choice=("yes", "no"))
     assert walk(constraint, tokenizer, vocab_size, 1) == "no"
-    # A way on that bad words close is an end, never an empty mask.
-    closed = make(grammars, bad_words=yes, choice=("yes",))
-    assert walk(closed, tokenizer, vocab_size, 1) == ""
+    # A way on that bad words close is an error, not an end.
+    ways = allowed(make(grammars, choice=("yes",))([5, 6]))
+    closed = make(grammars, bad_words=tuple((id,) for id in ways), choice=("yes",))
+    assert closed([5, 6]) is None
+    assert closed.error == "bad_words: they forbid all that the grammar allows here"
+
+
+def test_a_complete_text_ends_even_if_its_end_is_a_bad_word(grammars, tokenizer, vocab_size):
+    ends = (tokenizer.eos_token_id, vocab_size - 1)
+    constraint = make(grammars, bad_words=tuple((id,) for id in ends), regex="[ab]")
+    a = tokenizer.encode("a", add_special_tokens=False)[-1]
+    assert not set(ends) & set(allowed(constraint([5, 6])))
+    assert set(allowed(constraint([5, 6, a]))) == set(ends)
+
+
+@pytest.mark.parametrize(
+    ("regex", "matching", "others"),
+    [
+        (r"\d[\d]\D", ["12x", "12٣"], ["٣2x", "1٣x", "123"]),
+        (r"\w+", ["a_Z9"], ["é", "日", "-"]),
+        (r"\W\S", ["éé", "-a"], ["aa", "- "]),
+        (r"\s", [" ", "\n", "\t"], ["\u00a0", "a"]),
+        (r"^a/b$", ["a/b"], ["a"]),
+    ],
+)
+def test_classes_of_a_regex_are_ascii(regex, matching, others):
+    assert all(accepts(text, regex=regex) for text in matching)
+    assert not any(accepts(text, regex=regex) for text in others)
+
+
+def test_any_json_object():
+    assert accepts('{"a": [1, {}],\n "b": null}', json_object=True)
+    assert not any(accepts(text, json_object=True) for text in ("[]", "1", "{", '"a"'))
+
+
+def test_white_space_of_json():
+    spaced, dense = '{ "a":1}', '{"a":1}'
+    assert accepts(spaced, json_object=True) and accepts(dense, json_object=True)
+    assert not accepts(spaced, json_object=True, disable_any_whitespace=True)
+    assert accepts(dense, json='{"type": "object"}', disable_any_whitespace=True)
+    assert not accepts(spaced, json="{}", whitespace_pattern="_?")
+    assert accepts('{_"a"_:1_}', json="{}", whitespace_pattern="_?")
+
+
+def test_a_structural_tag_begins_at_its_trigger():
+    structures = [
+        {"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"},
+        {"begin": "<f=b>", "schema": None, "end": "!"},
+    ]
+    tag = json.dumps({"type": "structural_tag", "structures": structures, "triggers": ["<f="]})
+    for text in ("", "no call", "a <f=a>12</f> and <f=b>[null]! then", "<f"):
+        assert accepts(text, structural_tag=tag)
+    for text in ("<f=a>x</f>", "<f=c>1</f>", "<f=a>1"):
+        assert not accepts(text, structural_tag=tag)
+    # A special token is no text, so it is named; and it is not the end.
+    structures[0]["begin"] = "<tool>"
+    tag = json.dumps({"structures": structures[:1], "triggers": ["<tool>"]})
+    assert accepts([*b"so ", TOOL, *b"12</f>"], structural_tag=tag)
+    assert not accepts([TOOL, *b"x"], structural_tag=tag) and TOOL != END
