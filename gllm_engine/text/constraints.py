@@ -142,12 +142,11 @@ class Grammars:
         return self._build(request, None) if request.bad_words else None
 
     def close(self) -> None:
-        """End what compiles, after the grammar or the tokenizer that it is at."""
+        """End what compiles; wait only for the tokenizer, or for a grammar tried with success."""
+        self._compiler.add_done_callback(_stop)
         self._thread.shutdown(cancel_futures=True)
-        if not self._compiler.cancelled():
-            compiler = self._compiler.result()
-            if isinstance(compiler, Compiler):
-                compiler.close()
+        if (compiler := _made(self._compiler)) is not None:
+            compiler.close()
 
     def _constrain(self, request: Request, asked: StructuredOutputs) -> Constraint:
         compiled = self._compiled(asked)
@@ -168,6 +167,19 @@ class Grammars:
             return compiler.compile(asked)
         except GrammarError as error:
             return str(error)
+
+
+def _made(future: Future[Compiler | str]) -> Compiler | None:
+    """The compiler of a future that is done, if there is one."""
+    if future.cancelled() or future.exception() is not None:
+        return None
+    compiler = future.result()
+    return compiler if isinstance(compiler, Compiler) else None
+
+
+def _stop(future: Future[Compiler | str]) -> None:
+    if (compiler := _made(future)) is not None:
+        compiler.stop()
 
 
 def _load(directory: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Compiler | str:

@@ -11,7 +11,14 @@ import re
 from typing import Any, Literal, NoReturn
 
 import msgspec
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, regex_to_lark
+from llguidance import (
+    LLMatcher,
+    LLParserLimits,
+    LLTokenizer,
+    StructTag,
+    TokenizerWrapper,
+    regex_to_lark,
+)
 
 from gllm_engine.sampling import StructuredOutputs
 from gllm_engine.text.gbnf import GbnfError, gbnf_to_lark, is_gbnf
@@ -58,10 +65,9 @@ class _StructuralTag(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["structural_tag"] = "structural_tag"
 
 
-class _Wrapper:
+class _Tokens:
     """A vocabulary by the names that llguidance reads."""
 
-    is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -70,11 +76,11 @@ class _Wrapper:
         self.eos_token_id = vocabulary.ends[0]
 
     def __call__(self, text: str) -> NoReturn:
-        raise NotImplementedError("grammars are unforced, so nothing is to be tokenized")
+        raise NotImplementedError("grammars are unforced, so no text is to be tokenized")
 
 
 def ll_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
-    return LLTokenizer(_Wrapper(vocabulary), eos_token=vocabulary.ends)
+    return LLTokenizer(TokenizerWrapper(_Tokens(vocabulary)), eos_token=vocabulary.ends)
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:

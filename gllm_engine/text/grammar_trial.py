@@ -6,6 +6,7 @@ Owns that process and what it is asked. llguidance's compiler recurses without a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import struct
@@ -62,6 +63,10 @@ class Compiler:
         """A matcher at the beginning of the grammar. Raises what Trial.run raises."""
         return compile_grammar(self._tokenizer, self._trial.run(asked))
 
+    def stop(self) -> None:
+        """From any thread: let a trial under way fail, and later ones."""
+        self._trial.stop()
+
     def close(self) -> None:
         self._trial.close()
 
@@ -73,6 +78,7 @@ class Trial:
         self._vocabulary = vocabulary
         self._max_compile_s = max_compile_s
         self._child: subprocess.Popen[bytes] | None = None
+        self._stopped = False
 
     def run(self, asked: StructuredOutputs) -> str:
         """What `translate` makes of it, once that has been compiled.
@@ -88,7 +94,7 @@ class Trial:
                 took = f"it takes more than {self._max_compile_s:g} s to compile"
                 raise GrammarError(f"the grammar is too complex ({took})") from None
             except _Died:
-                if self.close() >= 0:  # not by a signal: a mistake of ours
+                if self.close() >= 0 or self._stopped:  # not by a signal: a mistake of ours
                     raise
                 continue
             answer = msgspec.msgpack.decode(frame, type=Translated | Rejected)
@@ -100,12 +106,17 @@ class Trial:
             f"{MAX_MEMORY >> 20} MiB to compile)"
         )
 
+    def stop(self) -> None:
+        self._stopped = True
+        if (child := self._child) is not None:
+            child.kill()
+
     def close(self) -> int:
         """End the process; another run() starts a new one. Returns its exit status, or 0."""
         child, self._child = self._child, None
         if child is None:
             return 0
-        with child:  # closes the pipes, at which it ends
+        with contextlib.suppress(BrokenPipeError), child:  # closes the pipes, and waits
             pass
         return child.returncode
 
@@ -115,7 +126,10 @@ class Trial:
         child = self._child = subprocess.Popen(
             command, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        _exchange(child, msgspec.msgpack.encode(self._vocabulary), MAX_START_S)
+        try:
+            _exchange(child, msgspec.msgpack.encode(self._vocabulary), MAX_START_S)
+        except TimeoutError:
+            raise RuntimeError("the process that compiles grammars does not start") from None
         return child
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_compiler_gives_what_the_trial_allowed():
             compiler.compile(StructuredOutputs(regex="(("))
     finally:
         compiler.close()
+
+
+def test_a_trial_under_way_can_be_stopped(trial):
+    trial.run(HARMLESS)
+    with ThreadPoolExecutor(1) as thread:
+        under_way = thread.submit(trial.run, StructuredOutputs(json=MULTIPLES))
+        trial.stop()  # before it has begun, or on the way
+        with pytest.raises(RuntimeError, match="the process that compiles grammars ended"):
+            under_way.result(60)
 
 
 def test_the_process_ends_with_its_owner():
