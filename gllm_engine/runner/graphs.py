@@ -26,11 +26,16 @@ _log = logging.getLogger(__name__)
 
 
 def row_counts(max_rows: int) -> list[int]:
-    """For which numbers of rows there are graphs, ascending. Less than a fifth of the rows is spare
-    from 64 to 2,048 of them; where it is more, reading the weights takes all the time anyway.
+    """For which numbers of rows there are graphs, ascending. Less than a fifth of a graph's rows is
+    spare from 64 rows on, and less than a ninth from 512 on; with fewer rows, reading the weights
+    takes all the time anyway. Above 2,048, eight graphs for each doubling.
     """
     counts = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32)]
-    counts += range(512, 2049, 64)
+    counts += range(512, 2048, 64)
+    power = 2048
+    while power < max_rows:
+        counts += range(power, 2 * power, power // 8)
+        power *= 2
     return [n for n in counts if n < max_rows] + [max_rows]
 
 
