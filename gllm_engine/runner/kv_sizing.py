@@ -14,7 +14,8 @@ from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.runner.sampler import SamplingBatch, sample
-from gllm_engine.runner.state import State
+from gllm_engine.runner.sampling_state import SamplingState
+from gllm_engine.runner.slot_table import SlotTable
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import NewSequence
 
@@ -108,8 +109,8 @@ def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
 def _costly(rows: int, vocab: int, device: torch.device) -> SamplingBatch:
     """Sampling that sorts the whole vocabulary in every row."""
 
-    state, slots_cpu = State(rows, 1, 1, vocab, (), device), np.arange(rows)
+    sampling = SamplingState(SlotTable(rows, 1, 1, device), vocab, ())
     # The first one at random, the others also the most likely token.
     each = [SamplingParams(top_p=0.9, temperature=float(not slot)) for slot in range(rows)]
-    state.apply([NewSequence(slot, 0, 0, one, []) for slot, one in enumerate(each)], [])
-    return state.sampling_batch(slots_cpu, torch.arange(rows, device=device), {})
+    sampling.set_owners([NewSequence(slot, 0, 0, one, []) for slot, one in enumerate(each)])
+    return sampling.batch(np.arange(rows), torch.arange(rows, device=device), {})

@@ -40,7 +40,7 @@ class Penalties:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """How to choose a token for each row; the runner's state fills it.
+    """How to choose a token for each row; SamplingState fills it.
 
     Whether any row uses a feature is known to the host, so asking it never waits for a device.
     """

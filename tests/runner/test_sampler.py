@@ -9,7 +9,8 @@ from slow_sampler import SlowRow, acceptable, uniform
 
 from gllm_engine.ops.reference import draw, first_above, uniforms
 from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample
-from gllm_engine.runner.state import State
+from gllm_engine.runner.sampling_state import SamplingState
+from gllm_engine.runner.slot_table import SlotTable
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import NewSequence
 
@@ -24,17 +25,18 @@ def fast(
 ) -> list[int]:
     """Sample all rows in one batch; row i lives in slot order[i]."""
     slots = order or list(range(len(rows)))
-    state = State(max(slots) + 1, 1, 16, logits.shape[1], eos, CPU)
+    table = SlotTable(max(slots) + 1, 1, 16, CPU)
+    sampling = SamplingState(table, logits.shape[1], eos)
     new = [
         NewSequence(slot, row.seed, len(row.prompt), row.sampling, row.prompt + row.output)
         for slot, row in zip(slots, rows, strict=True)
     ]
-    state.apply(new, [])
+    sampling.set_owners(new)
     lengths = [len(row.prompt) + len(row.output) for row in rows]
-    state.lengths_cpu[slots] = lengths
-    state.lengths[slots] = torch.tensor(lengths)
+    table.lengths_cpu[slots] = lengths
+    table.lengths[slots] = torch.tensor(lengths)
     masks = {s: row.mask for s, row in zip(slots, rows, strict=True) if row.mask is not None}
-    batch = state.sampling_batch(np.array(slots), torch.tensor(slots), masks)
+    batch = sampling.batch(np.array(slots), torch.tensor(slots), masks)
     return sample(torch.tensor(logits, dtype=torch.float32), batch).tolist()
 
 

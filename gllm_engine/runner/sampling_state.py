@@ -1,24 +1,23 @@
-"""What the runner remembers of each slot, on the device: one row a slot, changed only by diffs.
+"""How each slot's owner wants its tokens sampled, on the device: one row a slot.
 
-Owns the page table, lengths, last tokens, sampling parameters and token counts, and turns the
-parameters of some slots into a SamplingBatch. Arrays that end in _cpu are what the host must know
-to choose a path without waiting for the device. Knows nothing of the model or of who asks.
+Owns the sampling parameters and the token counts, and turns the parameters of some slots into a
+SamplingBatch. Arrays that end in _cpu are what the host must know to choose a path without waiting
+for the device. Knows nothing of the model.
 """
 
 from __future__ import annotations
-
-import struct
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gllm_engine.ops import PlainSampling
+from gllm_engine.ops import HostInts, PlainSampling
+from gllm_engine.runner.host_arrays import to_device
 from gllm_engine.runner.sampler import FORBIDDEN, MAX_PARTIAL_SORT, Penalties, SamplingBatch
+from gllm_engine.runner.slot_table import PlanError, SlotTable
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import NewPages, NewSequence
+from gllm_engine.types import NewSequence
 
 # A lower temperature means greedy (vLLM's limit); a lower repetition penalty acts like this one:
 # it would carry scores out of float32.
@@ -26,31 +25,6 @@ SMALLEST = 1e-5
 
 # Bits of features_cpu: what a slot's sampling asks for.
 RANDOM, GREEDY, MIN_P, TRUNCATED, BIAS, PENALTIES, REPETITION = (1 << bit for bit in range(7))
-
-
-class PlanError(ValueError):
-    """A plan contradicts what the runner was told before; the message names the slot."""
-
-
-def int_array(*lists: list[int]) -> np.ndarray[Any, Any]:
-    """An int64 array of all lists, read-only; np.array takes two to three times as long."""
-    packed = [struct.pack(f"{len(values)}q", *values) for values in lists]
-    return np.frombuffer(b"".join(packed), np.int64)
-
-
-def pack(device: torch.device, *arrays: np.ndarray[Any, Any]) -> Tensor:
-    """Arrays of one type and one dimension after each other on the host, in memory from which
-    copies to `device` need not be waited for."""
-    dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
-    packed = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=device.type != "cpu")
-    np.concatenate(arrays, out=packed.numpy())
-    return packed
-
-
-def to_device(device: torch.device, *arrays: np.ndarray[Any, Any]) -> tuple[Tensor, ...]:
-    """Arrays of one type and one dimension, in a single copy that the host does not wait for."""
-    there = pack(device, *arrays).to(device, non_blocking=True)
-    return there.split([len(array) for array in arrays])
 
 
 class Additions:
@@ -115,59 +89,41 @@ class TokenCounts:
         self.output[rows, tokens] += 1
 
 
-class State:
-    """One row a slot: the tensors below are [slots, ...] or [..., slots].
+class SamplingState:
+    """One row a slot: the tensors below are [..., slots].
 
-    `max_pages` is the room of a page table row. Token ids of a bias or a stop that are not below
-    `vocab` have no effect here; the engine refuses such requests.
+    Token ids of a bias or a stop that are not below `vocab` have no effect here; the engine refuses
+    such requests.
     """
 
-    def __init__(
-        self,
-        num_slots: int,
-        max_pages: int,
-        page_size: int,
-        vocab: int,
-        eos_token_ids: tuple[int, ...],
-        device: torch.device,
-    ) -> None:
-        self.page_size, self.vocab, self.device = page_size, vocab, device
-        self.eos_token_ids = eos_token_ids
-        long = {"dtype": torch.int64, "device": device}
-        self.page_table = torch.zeros(num_slots, max_pages, **long)
-        self.lengths = torch.zeros(num_slots, **long)  # tokens in the cache
-        self.last_tokens = torch.zeros(num_slots, **long)
+    def __init__(self, table: SlotTable, vocab: int, eos_token_ids: tuple[int, ...]) -> None:
+        num_slots, device = len(table.lengths), table.device
+        self.vocab = vocab
+        self._table, self._device, self._eos_token_ids = table, device, eos_token_ids
         # temperature, min_p, top_p, presence, frequency, repetition
-        self.reals = torch.zeros(6, num_slots, dtype=torch.float64, device=device)
-        self.integers = torch.zeros(3, num_slots, **long)  # top_k, seed, prompt_len
-        self.plain_sampling = PlainSampling(
-            temperature=self.reals[0],
-            seeds=self.integers[1],
-            prompt_lens=self.integers[2],
-            lengths=self.lengths,
-            last_tokens=self.last_tokens,
+        self._reals = torch.zeros(6, num_slots, dtype=torch.float64, device=device)
+        # top_k, seed, prompt_len
+        self._integers = torch.zeros(3, num_slots, dtype=torch.int64, device=device)
+        self.plain = PlainSampling(
+            temperature=self._reals[0],
+            seeds=self._integers[1],
+            prompt_lens=self._integers[2],
+            lengths=table.lengths,
+            last_tokens=table.last_tokens,
         )
         self.bias = Additions(num_slots, device)
         self.stops = Additions(num_slots, device)  # what min_tokens forbids
         self.counts = TokenCounts(num_slots, vocab, device)
-        self.lengths_cpu = np.zeros(num_slots, np.int64)
-        self.num_pages_cpu = np.zeros(num_slots, np.int64)
         self.features_cpu = np.zeros(num_slots, np.int64)
         self.top_k_cpu = np.zeros(num_slots, np.int64)
         self.min_len_cpu = np.zeros(num_slots, np.int64)  # stops are forbidden below this length
         self.logprobs_cpu = np.full(num_slots, -1, np.int64)  # -1: not asked for
         self.prompt_logprobs_cpu = np.zeros(num_slots, np.int64)
 
-    # ------------------------------------------------------------ the plan's diff
-
-    def apply(self, new: list[NewSequence], new_pages: list[NewPages]) -> None:
-        """Give slots their new owners, then append pages."""
-        if new:
-            self._own(new)
-        if new_pages:
-            self._grow(new_pages)
-
-    def _own(self, new: list[NewSequence]) -> None:
+    def set_owners(self, new: list[NewSequence]) -> None:
+        """Keep what the new owners of some slots ask for."""
+        if not new:
+            return
         for sequence in new:
             self._describe(sequence)
         slots_cpu = np.array([one.slot for one in new])
@@ -178,14 +134,10 @@ class State:
             for one in new
         ]
         slots, there, bits = to_device(
-            self.device, slots_cpu, np.array(integers, np.int64).T.ravel(), reals.view(np.int64)
+            self._device, slots_cpu, np.array(integers, np.int64).T.ravel(), reals.view(np.int64)
         )
-        self.integers.index_copy_(1, slots, there.view(3, -1))
-        self.reals.index_copy_(1, slots, bits.view(torch.float64).view(6, -1))
-        self.page_table.index_fill_(0, slots, 0)
-        self.lengths.index_fill_(0, slots, 0)
-        self.lengths_cpu[slots_cpu] = 0
-        self.num_pages_cpu[slots_cpu] = 0
+        self._integers.index_copy_(1, slots, there.view(3, -1))
+        self._reals.index_copy_(1, slots, bits.view(torch.float64).view(6, -1))
 
     def _describe(self, new: NewSequence) -> None:
         """Fill what the host keeps of a slot, and the rare tables."""
@@ -206,7 +158,7 @@ class State:
             if sampling.repetition_penalty != 1:
                 features |= REPETITION
             self.counts.start(slot, new.tokens[: new.prompt_len], new.tokens[new.prompt_len :])
-        ids = (*self.eos_token_ids, *sampling.stop_token_ids)
+        ids = (*self._eos_token_ids, *sampling.stop_token_ids)
         stops = {i: FORBIDDEN for i in ids if 0 <= i < self.vocab}
         self.min_len_cpu[slot] = 0
         if sampling.min_tokens and stops:
@@ -217,58 +169,28 @@ class State:
         self.logprobs_cpu[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self.prompt_logprobs_cpu[slot] = sampling.prompt_logprobs or 0
 
-    def _grow(self, new_pages: list[NewPages]) -> None:
-        max_pages = self.page_table.shape[1]
-        places: list[int] = []
-        pages: list[int] = []
-        for one in new_pages:
-            slot, first, end = one.slot, one.first, one.first + len(one.pages)
-            if first != self.num_pages_cpu[slot] or end > max_pages:
-                raise PlanError(
-                    f"slot {slot}: {len(one.pages)} pages at index {first}, it has "
-                    f"{self.num_pages_cpu[slot]} of at most {max_pages}"
-                )
-            self.num_pages_cpu[slot] = end
-            places += range(slot * max_pages + first, slot * max_pages + end)
-            pages += one.pages
-        index, values = to_device(self.device, int_array(places), int_array(pages))
-        self.page_table.view(-1).index_copy_(0, index, values)
+    # ------------------------------------------------------------ one step
 
-    def check_room(
-        self, slots_cpu: np.ndarray[Any, Any], contexts_cpu: np.ndarray[Any, Any]
-    ) -> None:
-        """Raise PlanError where a slot's pages do not hold its tokens: page 0 is not its own."""
-        room = self.num_pages_cpu[slots_cpu] * self.page_size
-        if (contexts_cpu > room).any():
-            row = int((contexts_cpu > room).argmax())
-            raise PlanError(
-                f"slot {slots_cpu[row]}: {contexts_cpu[row]} tokens, its pages hold {room[row]}"
-            )
-
-    # ------------------------------------------------------------ sampling
-
-    def is_plain(self, slots_cpu: np.ndarray[Any, Any], masks: dict[int, bytes]) -> bool:
+    def is_plain(self, slots_cpu: HostInts, masks: dict[int, bytes]) -> bool:
         """Whether `slots` ask for nothing but a temperature, or the most likely token."""
         special = self.features_cpu[slots_cpu] & ~(RANDOM | GREEDY)
-        too_short = self.lengths_cpu[slots_cpu] < self.min_len_cpu[slots_cpu]
+        too_short = self._table.lengths_cpu[slots_cpu] < self.min_len_cpu[slots_cpu]
         return not (masks or special.any() or too_short.any())
 
-    def sampling_batch(
-        self, slots_cpu: np.ndarray[Any, Any], slots: Tensor, masks: dict[int, bytes]
-    ) -> SamplingBatch:
+    def batch(self, slots_cpu: HostInts, slots: Tensor, masks: dict[int, bytes]) -> SamplingBatch:
         """What `slots` (the same on host and device) ask for at their present lengths."""
         features = self.features_cpu[slots_cpu]
         used = int(np.bitwise_or.reduce(features))
-        reals = self.reals[:, slots]
+        reals = self._reals[:, slots]
         singles = reals.float()
-        top_k, seeds, prompt_lens = self.integers[:, slots].unbind()
+        top_k, seeds, prompt_lens = self._integers[:, slots].unbind()
         return SamplingBatch(
             temperature=singles[0],
             min_p=singles[1],
             top_p=reals[2],
             top_k=top_k,
             seeds=seeds,
-            output_lens=self.lengths[slots] - prompt_lens,
+            output_lens=self._table.lengths[slots] - prompt_lens,
             has_random=bool(used & RANDOM),
             has_greedy=bool(used & GREEDY),
             has_min_p=bool(used & MIN_P),
@@ -278,37 +200,33 @@ class State:
             penalties=self._penalties(slots_cpu, singles, used) if used & PENALTIES else None,
         )
 
-    def _truncations(self, slots_cpu: np.ndarray[Any, Any]) -> tuple[tuple[Tensor, int], ...]:
+    def _truncations(self, slots_cpu: HostInts) -> tuple[tuple[Tensor, int], ...]:
         top_k = self.top_k_cpu[slots_cpu]
         truncated = (self.features_cpu[slots_cpu] & TRUNCATED) > 0
         partial = truncated & (top_k <= MAX_PARTIAL_SORT)
         groups = (partial, int(top_k[partial].max(initial=0))), (truncated & ~partial, self.vocab)
         return tuple(
-            (to_device(self.device, np.flatnonzero(rows))[0], num_ranked)
+            (to_device(self._device, np.flatnonzero(rows))[0], num_ranked)
             for rows, num_ranked in groups
             if rows.any()
         )
 
-    def _added(
-        self, slots_cpu: np.ndarray[Any, Any], used: int
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+    def _added(self, slots_cpu: HostInts, used: int) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
         """The bias, and the stops of slots that are still shorter than min_tokens demands."""
         tables = []
         if used & BIAS:
             tables.append((self.bias, self.features_cpu[slots_cpu] & BIAS))
-        too_short = self.lengths_cpu[slots_cpu] < self.min_len_cpu[slots_cpu]
+        too_short = self._table.lengths_cpu[slots_cpu] < self.min_len_cpu[slots_cpu]
         if too_short.any():
             tables.append((self.stops, too_short))
         added = []
         for table, chosen in tables:
             at = np.flatnonzero(chosen)
-            rows, slots = to_device(self.device, at, slots_cpu[at])
+            rows, slots = to_device(self._device, at, slots_cpu[at])
             added.append((rows, table.ids[slots], table.values[slots]))
         return tuple(added)
 
-    def _masks(
-        self, slots_cpu: np.ndarray[Any, Any], masks: dict[int, bytes]
-    ) -> tuple[Tensor, Tensor]:
+    def _masks(self, slots_cpu: HostInts, masks: dict[int, bytes]) -> tuple[Tensor, Tensor]:
         """Bits beyond the vocabulary are dropped; tokens beyond a short mask are not allowed."""
         at = np.flatnonzero(np.isin(slots_cpu, list(masks)))
         if len(at) != len(masks):
@@ -321,10 +239,10 @@ class State:
             row[-1] &= 0xFF >> (-self.vocab % 8)
             if not row.any():
                 raise PlanError(f"slot {slot}: its token mask allows no token")
-        (bits,) = to_device(self.device, packed.ravel())
-        return to_device(self.device, at)[0], bits.view(packed.shape)
+        (bits,) = to_device(self._device, packed.ravel())
+        return to_device(self._device, at)[0], bits.view(packed.shape)
 
-    def _penalties(self, slots_cpu: np.ndarray[Any, Any], singles: Tensor, used: int) -> Penalties:
+    def _penalties(self, slots_cpu: HostInts, singles: Tensor, used: int) -> Penalties:
         rows, count_rows = self._counted(slots_cpu)
         presence, frequency, repetition = singles[3:, rows].unbind()
         return Penalties(
@@ -336,15 +254,15 @@ class State:
             repetition=repetition,
         )
 
-    def _counted(self, slots_cpu: np.ndarray[Any, Any]) -> tuple[Tensor, ...]:
+    def _counted(self, slots_cpu: HostInts) -> tuple[Tensor, ...]:
         """Rows of the batch with penalties, and their rows of the counts."""
         count_rows = self.counts.rows_cpu[slots_cpu]
         at = np.flatnonzero(count_rows >= 0)
-        return to_device(self.device, at, count_rows[at])
+        return to_device(self._device, at, count_rows[at])
 
-    def record(self, slots_cpu: np.ndarray[Any, Any], slots: Tensor, tokens: Tensor) -> None:
+    def record(self, slots_cpu: HostInts, slots: Tensor, tokens: Tensor) -> None:
         """Remember what was sampled, one token a slot."""
-        self.last_tokens[slots] = tokens
+        self._table.last_tokens[slots] = tokens
         if (self.features_cpu[slots_cpu] & PENALTIES).any():
             rows, count_rows = self._counted(slots_cpu)
             self.counts.add(count_rows, tokens[rows])
