@@ -92,7 +92,7 @@ def _batch(
     chunk_lens: list[int],
 ) -> Batch:
     """The batch of `slots`, the last of them with `chunked`: starts, ends and tokens of chunks. It
-    wants the logits of all tokens.
+    wants the logits of all tokens, and these are put down in the table.
     """
     num_decode = len(slots) - len(chunk_lens)
     tokens, positions, cache_index, context_lens = ops.prepare_inputs(
@@ -104,6 +104,7 @@ def _batch(
         *chunked,
         max(chunk_lens, default=0),
     )
+    table.cached_tokens.index_copy_(0, cache_index, tokens)
     return Batch(
         tokens=tokens,
         positions=positions,

@@ -117,7 +117,7 @@ class Runner:
             num_pages, dtype = self.num_pages + on_gpu, cache_dtype(config, decoder)
             self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
             num_slots = config.max_num_seqs + on_gpu
-            self.table = SlotTable(num_slots, max_pages, config.page_size, self.device)
+            self.table = SlotTable(num_slots, max_pages, num_pages, config.page_size, self.device)
             self.sampling = SamplingState(self.table, arch.vocab, arch.eos_token_ids)
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
@@ -240,7 +240,7 @@ class Runner:
         if not sampling.is_plain(slots_cpu, plan.masks):
             batch = sampling.batch(slots_cpu, slots, plan.masks)
             tokens = sample(self.decoder.whole(scores).float(), batch)
-            sampling.record(slots_cpu, slots, tokens)
+            self.table.last_tokens[slots] = tokens
         elif plain is not None:
             tokens = plain
         else:

@@ -1,8 +1,8 @@
 """How each slot's owner wants its tokens sampled, on the device: one row a slot.
 
-Owns the sampling parameters and the token counts, and turns the parameters of some slots into a
-SamplingBatch. Arrays that end in _cpu are what the host must know to choose a path without waiting
-for the device. Knows nothing of the model.
+Owns the sampling parameters, and turns those of some slots into a SamplingBatch. Arrays that end in
+_cpu are what the host must know to choose a path without waiting for the device. Knows nothing of
+the model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from gllm_engine.ops import HostInts, PlainSampling
 from gllm_engine.runner.host_arrays import to_device
 from gllm_engine.runner.sampler import FORBIDDEN, MAX_PARTIAL_SORT, Penalties, SamplingBatch
 from gllm_engine.runner.slot_table import PlanError, SlotTable
+from gllm_engine.runner.token_history import TokenHistory
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import NewSequence
 
@@ -49,46 +50,6 @@ class Additions:
         self.values[slot] = to_device(self.ids.device, values)[0]
 
 
-class TokenCounts:
-    """Which tokens a prompt has and how often its output has each, for slots with penalties.
-
-    A row as long as the vocabulary is expensive: only such slots have one, until the slot's next
-    owner needs none. Repetition looks at both tables, the other penalties at `output` alone.
-    """
-
-    def __init__(self, num_slots: int, vocab: int, device: torch.device) -> None:
-        self.rows_cpu = np.full(num_slots, -1, np.int64)
-        self.free: list[int] = []
-        self.in_prompt = torch.zeros(0, vocab, dtype=torch.bool, device=device)
-        self.output = torch.zeros(0, vocab, dtype=torch.int32, device=device)
-
-    def release(self, slot: int) -> None:
-        if self.rows_cpu[slot] >= 0:
-            self.free.append(int(self.rows_cpu[slot]))
-            self.rows_cpu[slot] = -1
-
-    def start(self, slot: int, prompt: list[int], output: list[int]) -> None:
-        """Count these tokens, and nothing before them, for `slot`, which has no row."""
-        if not self.free:
-            num_rows, vocab = self.output.shape
-            more = max(1, num_rows)
-            self.in_prompt = torch.cat([self.in_prompt, self.in_prompt.new_zeros(more, vocab)])
-            self.output = torch.cat([self.output, self.output.new_zeros(more, vocab)])
-            self.free.extend(range(num_rows, num_rows + more))
-        row = self.free.pop()
-        self.rows_cpu[slot] = row
-        device = self.output.device
-        arrays = (np.asarray(tokens, np.int64) for tokens in (prompt, output))
-        prompt_ids, output_ids = to_device(device, *arrays)
-        self.in_prompt[row].zero_().index_fill_(0, prompt_ids, True)
-        ones = torch.ones(len(output), dtype=torch.int32, device=device)
-        self.output[row].zero_().index_add_(0, output_ids, ones)
-
-    def add(self, rows: Tensor, tokens: Tensor) -> None:
-        """One more of tokens[i] in the output of rows[i]; no row twice."""
-        self.output[rows, tokens] += 1
-
-
 class SamplingState:
     """One row a slot: the tensors below are [..., slots].
 
@@ -113,9 +74,9 @@ class SamplingState:
         )
         self.bias = Additions(num_slots, device)
         self.stops = Additions(num_slots, device)  # what min_tokens forbids
-        self.counts = TokenCounts(num_slots, vocab, device)
         self.features_cpu = np.zeros(num_slots, np.int64)
         self.top_k_cpu = np.zeros(num_slots, np.int64)
+        self.prompt_lens_cpu = np.zeros(num_slots, np.int64)
         self.min_len_cpu = np.zeros(num_slots, np.int64)  # stops are forbidden below this length
         self.logprobs_cpu = np.full(num_slots, -1, np.int64)  # -1: not asked for
         self.prompt_logprobs_cpu = np.zeros(num_slots, np.int64)
@@ -142,7 +103,6 @@ class SamplingState:
     def _describe(self, new: NewSequence) -> None:
         """Fill what the host keeps of a slot, and the rare tables."""
         slot, sampling = new.slot, new.sampling
-        self.counts.release(slot)
         top_k = min(sampling.top_k, self.vocab) if sampling.top_k > 0 else self.vocab
         features = RANDOM if sampling.temperature >= SMALLEST else GREEDY
         if sampling.min_p > 0:
@@ -157,7 +117,6 @@ class SamplingState:
             features |= PENALTIES
             if sampling.repetition_penalty != 1:
                 features |= REPETITION
-            self.counts.start(slot, new.tokens[: new.prompt_len], new.tokens[new.prompt_len :])
         ids = (*self._eos_token_ids, *sampling.stop_token_ids)
         stops = {i: FORBIDDEN for i in ids if 0 <= i < self.vocab}
         self.min_len_cpu[slot] = 0
@@ -166,6 +125,7 @@ class SamplingState:
             self.stops.set(slot, stops)
         self.features_cpu[slot] = features
         self.top_k_cpu[slot] = top_k
+        self.prompt_lens_cpu[slot] = new.prompt_len
         self.logprobs_cpu[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self.prompt_logprobs_cpu[slot] = sampling.prompt_logprobs or 0
 
@@ -184,6 +144,9 @@ class SamplingState:
         reals = self._reals[:, slots]
         singles = reals.float()
         top_k, seeds, prompt_lens = self._integers[:, slots].unbind()
+        penalties = None
+        if used & PENALTIES:
+            penalties = self._penalties(slots_cpu, slots, prompt_lens, singles, used)
         return SamplingBatch(
             temperature=singles[0],
             min_p=singles[1],
@@ -197,7 +160,7 @@ class SamplingState:
             truncations=self._truncations(slots_cpu) if used & TRUNCATED else (),
             added=self._added(slots_cpu, used),
             masks=self._masks(slots_cpu, masks) if masks else None,
-            penalties=self._penalties(slots_cpu, singles, used) if used & PENALTIES else None,
+            penalties=penalties,
         )
 
     def _truncations(self, slots_cpu: HostInts) -> tuple[tuple[Tensor, int], ...]:
@@ -242,30 +205,37 @@ class SamplingState:
         (bits,) = to_device(self._device, packed.ravel())
         return to_device(self._device, at)[0], bits.view(packed.shape)
 
-    def _penalties(self, slots_cpu: HostInts, singles: Tensor, used: int) -> Penalties:
-        rows, count_rows = self._counted(slots_cpu)
+    def _penalties(
+        self,
+        slots_cpu: HostInts,
+        slots: Tensor,
+        prompt_lens: Tensor,
+        singles: Tensor,
+        used: int,
+    ) -> Penalties:
+        """`slots`, `prompt_lens` and `singles`, float32 of _reals: of all rows."""
+        table = self._table
+        at = np.flatnonzero(self.features_cpu[slots_cpu] & PENALTIES)
+        (rows,) = to_device(self._device, at)
         presence, frequency, repetition = singles[3:, rows].unbind()
+        history = TokenHistory(
+            cached_tokens=table.cached_tokens,
+            page_table=table.page_table,
+            page_size=table.page_size,
+            slots=slots[rows],
+            prompt_lens=prompt_lens[rows],
+            lens=table.lengths[slots[rows]],
+            prompt_lens_cpu=self.prompt_lens_cpu[slots_cpu[at]],
+            lens_cpu=table.lengths_cpu[slots_cpu[at]],
+        )
         return Penalties(
             rows=rows,
-            in_prompt=self.counts.in_prompt[count_rows] if used & REPETITION else None,
-            output_counts=self.counts.output[count_rows],
+            history=history,
+            has_repetition=bool(used & REPETITION),
             presence=presence,
             frequency=frequency,
             repetition=repetition,
         )
-
-    def _counted(self, slots_cpu: HostInts) -> tuple[Tensor, ...]:
-        """Rows of the batch with penalties, and their rows of the counts."""
-        count_rows = self.counts.rows_cpu[slots_cpu]
-        at = np.flatnonzero(count_rows >= 0)
-        return to_device(self._device, at, count_rows[at])
-
-    def record(self, slots_cpu: HostInts, slots: Tensor, tokens: Tensor) -> None:
-        """Remember what was sampled, one token a slot."""
-        self._table.last_tokens[slots] = tokens
-        if (self.features_cpu[slots_cpu] & PENALTIES).any():
-            rows, count_rows = self._counted(slots_cpu)
-            self.counts.add(count_rows, tokens[rows])
 
 
 def _reals(sampling: SamplingParams) -> tuple[float, ...]:

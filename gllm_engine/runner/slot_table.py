@@ -1,4 +1,5 @@
-"""Where each sequence of the runner stands: its pages, its length and its last token.
+"""Where each sequence of the runner stands: its pages and the tokens in them, its length and its
+last token.
 
 A sequence has a slot, and a slot is a row of the tensors here; plans change rows by diffs. Arrays
 that end in _cpu are what the host must know to check a plan without waiting for the device. Knows
@@ -30,16 +31,21 @@ class StepRows:
 
 
 class SlotTable:
-    """One row a slot: the tensors are [slots] or, the page table, [slots, max_pages]; int64."""
+    """One row a slot: the tensors are [slots] or, the page table, [slots, max_pages]; int64.
+
+    `cached_tokens` has the token of every place in the cache, [num_pages * page_size].
+    """
 
     def __init__(
-        self, num_slots: int, max_pages: int, page_size: int, device: torch.device
+        self, num_slots: int, max_pages: int, num_pages: int, page_size: int, device: torch.device
     ) -> None:
-        """`max_pages`: of one sequence."""
+        """`max_pages`: of one sequence; `num_pages`: of the cache."""
         self.page_size, self.device = page_size, device
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # in the cache
         self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        # Shared, freed and found again by other sequences with the pages.
+        self.cached_tokens = torch.zeros(num_pages * page_size, dtype=torch.int64, device=device)
         self.lengths_cpu = np.zeros(num_slots, np.int64)
         self.num_pages_cpu = np.zeros(num_slots, np.int64)
 

@@ -10,8 +10,8 @@ CPU = torch.device("cpu")
 
 
 def test_a_new_owner_empties_the_page_table():
-    table = SlotTable(3, 4, 16, CPU)
-    new = [NewSequence(1, 0, 1, SamplingParams(), [])]
+    table = SlotTable(3, 4, 8, 16, CPU)
+    new = [NewSequence(1, 0, 1, SamplingParams())]
     table.begin(StepPlan(1, new, [NewPages(1, 0, [8, 9]), NewPages(1, 2, [5])], [], []))
     assert table.page_table.tolist() == [[0] * 4, [8, 9, 5, 0], [0] * 4]
     table.lengths[1] = 33
