@@ -249,6 +249,10 @@ class Decoder:
         """One token for each row of `scores`, [n] int64; see Ops.sample_plain."""
         return self.ops.sample_plain(scores, slots, state, out=out, ranks=self._ranks)
 
+    def broadcast(self, tokens: Tensor) -> Tensor:
+        """What the first of the ranks has sampled, [n] int64, in the place of this one's tokens."""
+        return self._ranks.broadcast(tokens)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """What `forward` gave, [n, dim], to [n, vocab] logits in float32."""
         return self.whole(self.scores(hidden)).float()

@@ -249,7 +249,7 @@ class Ops(Protocol):
         [rows] int64 if given: drawn with its softmax at the slot's temperature, or the most likely
         one where that is 0. The random number is a function of the slot's seed and output length.
 
-        `ranks`: those that have a share of the logits each, [rows, vocab / ranks]; each gets the
-        token.
+        `ranks`: those that have a share of the logits each, [rows, vocab / ranks]. All of them get
+        the same tokens, even if they would not choose the same.
         """
         ...

@@ -398,6 +398,7 @@ def sample_plain(
         output_lens = state.lengths[slots] - state.prompt_lens[slots]
         drawn = draw(weights, uniforms(state.seeds[slots], output_lens))
         tokens = torch.where(greedy, scores.argmax(-1), drawn)
+    tokens = tokens if ranks is None else ranks.broadcast(tokens)
     state.last_tokens[slots] = tokens
     return tokens if out is None else out.copy_(tokens)
 

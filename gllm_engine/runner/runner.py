@@ -240,6 +240,7 @@ class Runner:
         if not sampling.is_plain(slots_cpu, plan.masks):
             batch = sampling.batch(slots_cpu, slots, plan.masks)
             tokens = sample(self.decoder.whole(scores).float(), batch)
+            tokens = self.decoder.broadcast(tokens)
             self.table.last_tokens[slots] = tokens
         elif plain is not None:
             tokens = plain
