@@ -12,7 +12,7 @@ as they were rounded, those of its own step too, so that it does not matter how 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -208,9 +208,9 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
     return ReferencePlanner(device, dtype)
 
 
-def compile_attention(cache: Tensor, dtype: torch.dtype, heads: Mapping[int | None, int]) -> None:
+def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
     """See Ops.compile_attention; torch brings its own kernels."""
-    del cache, dtype, heads
+    del layers, dtype
 
 
 def plan_attention(
