@@ -14,7 +14,7 @@ from torch import Tensor
 from gllm_engine.arch import Model, make_arch
 from gllm_engine.arch.model import Gqa
 from gllm_engine.arch.tiny import tiny_config
-from gllm_engine.model import Decoder, make_dummy
+from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.ops import reference
 
 # (heads, kv_heads, head_dim, window) of each layer; the third is as the first.
@@ -37,7 +37,9 @@ def arch() -> Model:
 
 @pytest.fixture
 def decoder(arch: Model) -> Decoder:
-    return make_dummy(arch, dtype=torch.float32, device=CPU, max_model_len=64)
+    decoder = Decoder(arch, dtype=torch.float32, device=CPU, max_model_len=64)
+    fill_randomly(decoder)
+    return decoder
 
 
 def plain_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
@@ -103,18 +105,18 @@ def test_a_plan_is_for_layers_of_one_shape(
     """What kernels that divide their work ahead rely on; those on a CPU would not mind."""
     planned: dict[int, tuple[int, ...]] = {}
     attended: list[tuple[int, tuple[int, ...]]] = []
-    real_plan, real_attend = reference.Planner.plan, reference.attend
+    real_plan, real_attend = reference.ReferencePlanner.plan, reference.attend
 
     def plan(self: Any, batch: Any, cache: Tensor, heads: int, window: int | None) -> Any:
         made = real_plan(self, batch, cache, heads, window)
         planned[id(made)] = (heads, *cache.shape[3:])
         return made
 
-    def attend(q: Tensor, cache: Tensor, plan: Any, tokens: Tensor | None = None) -> Tensor:
-        attended.append((id(plan), (q.shape[1], *cache.shape[3:])))
-        return real_attend(q, cache, plan, tokens)
+    def attend(inputs: Any, cache: Tensor, plan: Any, tokens: Tensor | None = None) -> Tensor:
+        attended.append((id(plan), (inputs.q.shape[1], *cache.shape[3:])))
+        return real_attend(inputs, cache, plan, tokens)
 
-    monkeypatch.setattr(reference.Planner, "plan", plan)
+    monkeypatch.setattr(reference.ReferencePlanner, "plan", plan)
     monkeypatch.setattr(reference, "attend", attend)
     batch = make_batch([{"tokens": some_tokens(9), "start": 0, "pages": [0, 1, 2]}])
     if ends_only:

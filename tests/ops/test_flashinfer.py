@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from gllm_engine import ops
 
 pytest.importorskip("triton")
 NAME = "gllm_engine.ops.flashinfer"
@@ -35,23 +36,23 @@ class Renamed(Wrapper):
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     library: Any = ModuleType("flashinfer")
     library.__version__ = "9.9"
     library.BatchPrefillWithPagedKVCacheWrapper = Wrapper
     library.BatchPrefillWithRaggedKVCacheWrapper = type("Ragged", (Wrapper,), {})
     monkeypatch.setitem(sys.modules, "flashinfer", library)
-    real = sys.modules.pop(NAME, None)
-    yield importlib.import_module(NAME)
-    del sys.modules[NAME]
-    if real is not None:
-        sys.modules[NAME] = real
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    monkeypatch.setattr(ops, "flashinfer", None, raising=False)  # put back with the rest
+    module = importlib.import_module(NAME)
+    monkeypatch.delitem(sys.modules, NAME)
+    return module
 
 
 @pytest.fixture
 def planner(backend: ModuleType) -> Any:
     """Without the memory that only a GPU has."""
-    planner = object.__new__(backend.Planner)
+    planner = object.__new__(backend.FlashInferPlanner)
     planner._device, planner._partials, planner._wrappers = torch.device("cpu"), torch.empty(1), {}
     return planner
 

@@ -9,7 +9,7 @@ import torch
 
 from gllm_engine.arch import read_arch
 from gllm_engine.config import EngineConfig
-from gllm_engine.model import make_dummy
+from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.runner import Runner
 from gllm_engine.runner.kv_sizing import _trial, costly_sampling
@@ -50,8 +50,9 @@ def test_a_step_takes_no_more_than_the_trial(tmp_path: Path) -> None:
         plans_in_flight=2,
         enforce_eager=True,
     )
-    decoder = make_dummy(arch, dtype=torch.bfloat16, device=device, max_model_len=4096)
-    decoder.prepare(page_size, torch.bfloat16)
+    decoder = Decoder(arch, dtype=torch.bfloat16, device=device, max_model_len=4096)
+    fill_randomly(decoder)
+    decoder.compile_kernels(page_size, torch.bfloat16)
     with torch.inference_mode():
         allowed = _trial(config, decoder, 4096 // page_size)
     runner = Runner(config, arch, decoder)
