@@ -20,7 +20,7 @@ from gllm_engine.ops.batch import Batch, made_up_step
 # Columns of the page table; like those of real ones, a multiple of 16.
 _MAX_PAGES = 16
 
-Attention = TypeVar("Attention")  # whatever the planner takes it for
+Attention = TypeVar("Attention")  # what a job plans attention for, beside the batch
 
 _log = logging.getLogger(__name__)
 

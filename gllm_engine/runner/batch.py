@@ -92,7 +92,7 @@ def _batch(
     chunk_lens: list[int],
 ) -> Batch:
     """The batch of `slots`, the last of them with `chunked`: starts, ends and tokens of chunks. It
-    wants the logits of all tokens, and these are put down in the table.
+    wants the logits of all tokens. The table learns which tokens are in the cache.
     """
     num_decode = len(slots) - len(chunk_lens)
     tokens, positions, cache_index, context_lens = ops.prepare_inputs(
