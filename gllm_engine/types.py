@@ -95,8 +95,6 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     prompt_len: int
     sampling: SamplingParams
-    # Known tokens, prompt first. Filled only when a penalty needs their counts, else empty.
-    tokens: list[int]
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):

@@ -23,6 +23,16 @@ def _linear(name: str, out: int, width: int, bias: bool) -> Shapes:
 
 
 @dataclass(frozen=True)
+class AttentionShape:
+    """What attention over the cache is planned for: mixers that agree in this share a plan."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+
+@dataclass(frozen=True)
 class Gqa:
     """Softmax attention in which heads // kv_heads query heads share one key/value head."""
 
@@ -45,6 +55,10 @@ class Gqa:
             shapes["self_attn.q_norm.weight"] = (self.head_dim,)
             shapes["self_attn.k_norm.weight"] = (self.head_dim,)
         return shapes
+
+    @property
+    def attention(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.window)
 
     def kv_elements_per_token(self) -> int:
         return 2 * self.kv_heads * self.head_dim

@@ -49,7 +49,7 @@ class GqaAttention:
         Returns [tokens, dim], or [n, dim] of the `logit_tokens`; added to `total`, in place, if
         that is given.
         """
-        arch, plan = self._arch, context.plans[self._arch.window]
+        arch, plan = self._arch, context.plans[self._arch.attention]
         inputs = self._ops.rotate_and_store(
             self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim),
             arch.heads,
@@ -63,7 +63,7 @@ class GqaAttention:
         if logit_tokens is None:
             attended = self._ops.attend(inputs, cache, plan)
         elif logit_tokens.plans:
-            plan = logit_tokens.plans[arch.window]
+            plan = logit_tokens.plans[arch.attention]
             attended = self._ops.attend(inputs, cache, plan, logit_tokens.index)
         else:
             attended = x.new_empty(0, arch.heads * arch.head_dim)

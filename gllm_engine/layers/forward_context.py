@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gllm_engine.arch.model import AttentionShape
 from gllm_engine.arch.rope import Rope
 from gllm_engine.ops import AttentionPlan, RotaryInputs
 
@@ -14,7 +15,7 @@ from gllm_engine.ops import AttentionPlan, RotaryInputs
 class ForwardContext:
     """Filled by the decoder at the start of a forward pass."""
 
-    plans: dict[int | None, AttentionPlan]  # by window
+    plans: dict[AttentionShape, AttentionPlan]
     rotary: dict[Rope, RotaryInputs]
 
 
@@ -25,4 +26,4 @@ class LogitTokens:
     """
 
     index: Tensor  # [n] which tokens
-    plans: dict[int | None, AttentionPlan]  # by window, for these alone; empty if n is 0
+    plans: dict[AttentionShape, AttentionPlan]  # for these alone; empty if n is 0

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.arch.model import Dense, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.model import AttentionShape, Dense, Layer, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.layers import (
@@ -151,8 +151,10 @@ class Decoder:
         }
         ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
-        # Heads are told once for each window: layers that share it are planned as one.
-        self._windows = {layer.mixer.window: layer.mixer.heads for layer in self.layers}
+        # Of each shape of attention the first layer: those that share a shape are planned as one.
+        self._planned: dict[AttentionShape, int] = {}
+        for i, layer in enumerate(self.layers):
+            self._planned.setdefault(layer.mixer.attention, i)
 
     @property
     def _embedding(self) -> Tensor:
@@ -180,9 +182,9 @@ class Decoder:
 
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
         """Compile what attention over such a cache needs, unless that is done already."""
-        self.ops.compile_attention(
-            self.new_cache(1, page_size, dtype)[0], self.dtype, self._windows
-        )
+        cache = self.new_cache(1, page_size, dtype)
+        kinds = [(cache[i], shape.heads, shape.window) for shape, i in self._planned.items()]
+        self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
         """Write the batch's K and V to the cache and give the last layer's residual stream,
@@ -192,7 +194,10 @@ class Decoder:
         `x`: where this is not the beginning of the model, what came out of the layers before,
         [tokens, dim]; it is written to.
         """
-        plans = {w: self._planner.plan(batch, cache[0], h, w) for w, h in self._windows.items()}
+        plans = {
+            shape: self._planner.plan(batch, cache[i], shape.heads, shape.window)
+            for shape, i in self._planned.items()
+        }
         context = ForwardContext(plans, self._rotary_inputs(batch))
         stream = Residual(self._embed(batch.tokens) if x is None else x)
         for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
@@ -228,9 +233,9 @@ class Decoder:
             query_lens=[1] * len(rows_cpu),
             num_decode=len(rows_cpu),
         )
-        window = self.layers[-1].mixer.window
-        plan = self._planner.plan(ends, cache, self._windows[window], window)
-        return LogitTokens(index, {window: plan})
+        shape = self.layers[-1].mixer.attention
+        plan = self._planner.plan(ends, cache, shape.heads, shape.window)
+        return LogitTokens(index, {shape: plan})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """What `forward` gave, [n, dim], to this rank's share of the logits, [n, vocab / ranks] in
@@ -248,6 +253,10 @@ class Decoder:
     ) -> Tensor:
         """One token for each row of `scores`, [n] int64; see Ops.sample_plain."""
         return self.ops.sample_plain(scores, slots, state, out=out, ranks=self._ranks)
+
+    def broadcast(self, tokens: Tensor) -> Tensor:
+        """What the first of the ranks has sampled, [n] int64, in the place of this one's tokens."""
+        return self._ranks.broadcast(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `forward` gave, [n, dim], to [n, vocab] logits in float32."""

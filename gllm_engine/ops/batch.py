@@ -28,6 +28,14 @@ class TensorGroup(Protocol):
         """The sum of all ranks' x, in its place."""
         ...
 
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of all ranks' x, number by number, in its place."""
+        ...
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, in the place of this rank's."""
+        ...
+
     def gather(self, x: Tensor) -> Tensor:
         """[n, width] of each rank to [n, size * width], contiguous: rank after rank in a row."""
         ...

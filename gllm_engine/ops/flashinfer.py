@@ -15,10 +15,11 @@ right, but slow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flashinfer
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,8 @@ _PLAN_BYTES = 8 << 20
 # Plans on their way to the device at once. More than a runner has steps in flight: then the host
 # never waits for a copy.
 _NUM_STAGES = 8
+# A wrapper's buffer on the host: plans are written there, and copied from there to the device.
+PINNED_BUFFER = "_pin_memory_int_workspace_buffer"
 
 
 @dataclass
@@ -181,21 +184,29 @@ def attend(
     return out.flatten(1)
 
 
-def compile_attention(cache: Tensor, dtype: torch.dtype, heads: Mapping[int | None, int]) -> None:
+def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
     """See Ops.compile_attention; what has been compiled is in jit_cache.cache_dirs()[0]."""
-    if not _has_kernels(cache, dtype):
+    # What is compiled is the same for all numbers of heads and for all windows.
+    kinds = {
+        (cache.shape[4], window is None): (cache, num_heads, window)
+        for cache, num_heads, window in layers
+        if _has_kernels(cache, dtype)
+    }
+    if not kinds:
         return
-    # What is compiled is the same for all windows, and for all chunks unless the cache is float8.
-    windows = {window is None: window for window in heads}.values()
+
+    def plan(batch: Batch, layer: tuple[Tensor, int, int | None]) -> None:
+        cache, num_heads, window = layer
+        torch.cuda.set_device(cache.device)
+        FlashInferPlanner(cache.device, dtype).plan(batch, cache, num_heads, window)
+
+    cache = layers[0][0]
+    # And for all chunks, unless the cache is float8.
     starts = (0,) if cache.dtype == dtype else (0, 2)
     chunks = [tiny_chunk(start, cache.shape[2], cache.device) for start in starts]
-
-    def plan(batch: Batch, window: int | None) -> None:
-        torch.cuda.set_device(cache.device)
-        FlashInferPlanner(cache.device, dtype).plan(batch, cache, heads[window], window)
-
-    what = f"attention of chunks, heads of {cache.shape[4]}, {dtype} over {cache.dtype}"
-    compile_all(what, plan, [(chunk, window) for chunk in chunks for window in windows])
+    dims = sorted({dim for dim, _ in kinds})
+    what = f"attention of chunks, heads of {dims}, {dtype} over {cache.dtype}"
+    compile_all(what, plan, [(chunk, layer) for chunk in chunks for layer in kinds.values()])
 
 
 class _Stages:
@@ -218,9 +229,22 @@ class _Stages:
         self._copied[stage].synchronize()
         # FlashInfer has one such buffer a wrapper and expects each plan to be complete before the
         # next; it offers no other way to change it.
-        wrapper._pin_memory_int_workspace_buffer = self._buffers[stage]
+        setattr(wrapper, PINNED_BUFFER, self._buffers[stage])
         wrapper.plan(*args, **options)
         self._copied[stage].record()
+
+
+def check_pinned_buffer(wrapper: Any) -> None:
+    """Raise RuntimeError if FlashInfer keeps its plans on the host elsewhere than _Stages thinks.
+
+    Then the plans of two steps in flight would share a buffer, and one step would attend by the
+    other's plan.
+    """
+    if not isinstance(getattr(wrapper, PINNED_BUFFER, None), Tensor):
+        raise RuntimeError(
+            f"flashinfer {flashinfer.__version__}: its {type(wrapper).__name__} has no "
+            f"{PINNED_BUFFER}, which keeps the plans of steps in flight apart; version 0.7.2 has it"
+        )
 
 
 class FlashInferPlanner:
@@ -231,7 +255,7 @@ class FlashInferPlanner:
         self._device, self._dtype = device, dtype
         self._stages = _Stages()
         self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
-        self._wrappers: dict[tuple[type, int | None], Any] = {}
+        self._wrappers: dict[tuple[Any, ...], Any] = {}
 
     def plan(
         self, batch: Batch, cache: Tensor, num_heads: int, window: int | None
@@ -252,19 +276,19 @@ class FlashInferPlanner:
         plan.first_fresh = sum(batch.query_lens[:first])
         shape = _shape(cache, num_heads, window, self._dtype)
         if first > n:
-            plan.chunks = self._plan_chunks(batch, slice(n, first), cache, window, shape)
+            plan.chunks = self._plan_chunks(batch, slice(n, first), cache, shape)
         if end > first:
             kind = BatchPrefillWithRaggedKVCacheWrapper
-            plan.fresh = self._wrapper(kind, window, _best_backend())
+            plan.fresh = self._wrapper(kind, shape, _best_backend())
             starts = _starts(batch.query_lens[first:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
 
     def _plan_chunks(
-        self, batch: Batch, rows: slice, cache: Tensor, window: int | None, shape: dict[str, Any]
+        self, batch: Batch, rows: slice, cache: Tensor, shape: dict[str, Any]
     ) -> BatchPrefillWithPagedKVCacheWrapper:
         backend = _best_backend() if cache.dtype == self._dtype else "fa2"
-        wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, window, backend)
+        wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, shape, backend)
         page_size = cache.shape[2]
         starts, lasts, longest = count_pages(batch.context_lens_cpu[rows], page_size)
         listed = torch.empty(int(starts[-1]), dtype=torch.int32, device=self._device)
@@ -272,22 +296,29 @@ class FlashInferPlanner:
         triton.list_pages(batch.page_table, batch.slots[rows], there, longest, listed)
         self._stages.plan(
             wrapper,
-            *(_starts(batch.query_lens[rows]), starts, listed, lasts),
+            _starts(batch.query_lens[rows]),
+            starts,
+            listed,
+            lasts,
             page_size=page_size,
             kv_data_type=cache.dtype,
             **shape,
         )
         return wrapper
 
-    def _wrapper(self, kind: type, window: int | None, backend: str) -> Any:
-        """The one of its kind for a window; `backend`: with that kind always the same."""
-        if (kind, window) not in self._wrappers:
+    def _wrapper(self, kind: type, shape: dict[str, Any], backend: str) -> Any:
+        """The one of its kind for a shape, as _shape gives it; `backend`: with that kind always the
+        same.
+        """
+        key = (kind, *shape.values())
+        if key not in self._wrappers:
             wrapper = kind(self._partials, backend=backend)
+            check_pinned_buffer(wrapper)
             # For its plans: each is used up before the next overwrites it.
             memory = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=self._device)
             wrapper.reset_workspace_buffer(self._partials, memory)
-            self._wrappers[kind, window] = wrapper
-        return self._wrappers[kind, window]
+            self._wrappers[key] = wrapper
+        return self._wrappers[key]
 
 
 def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:

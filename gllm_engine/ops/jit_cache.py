@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -19,13 +20,15 @@ from gllm_engine.ops.batch import Batch, made_up_step
 # Columns of the page table; like those of real ones, a multiple of 16.
 _MAX_PAGES = 16
 
+Attention = TypeVar("Attention")  # what a job plans attention for, beside the batch
+
 _log = logging.getLogger(__name__)
 
 
 def compile_all(
-    what: str, plan: Callable[[Batch, int | None], None], jobs: list[tuple[Batch, int | None]]
+    what: str, plan: Callable[[Batch, Attention], None], jobs: list[tuple[Batch, Attention]]
 ) -> None:
-    """plan(batch, window) for all jobs, each on a thread of its own.
+    """plan(batch, attention) for all jobs, each on a thread of its own.
 
     Compilers are processes, so all run at the same time; no two jobs may need the same one. `what`:
     for the log. Raises what a job raises, once all have ended.

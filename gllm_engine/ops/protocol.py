@@ -9,7 +9,7 @@ Whoever holds one hands it on, to the same implementation, and never looks into 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -50,8 +50,8 @@ class PlainSampling(NamedTuple):
 class AttentionPlanner(Protocol):
     """Plans attention of one step after another; may keep memory in between.
 
-    A plan with chunks is valid until the next one for the same window; steps run in the order of
-    their plans. A plan without chunks stays valid, and may be made in a CUDA graph.
+    A plan with chunks is valid until the next one for layers that are alike; steps run in the order
+    of their plans. A plan without chunks stays valid, and may be made in a CUDA graph.
     """
 
     def plan(
@@ -207,10 +207,11 @@ class Ops(Protocol):
         ...
 
     def compile_attention(
-        self, cache: Tensor, dtype: torch.dtype, heads: Mapping[int | None, int]
+        self, layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype
     ) -> None:
-        """Compile what attention needs for queries of `dtype` over such a cache, unless that has
-        been done; may take minutes. `heads`: for each window, the query heads of its layers.
+        """Compile what attention needs for queries of `dtype`, unless that has been done; may take
+        minutes. `layers`: (cache, num_heads, window), as in AttentionPlanner.plan, of one layer of
+        each kind.
         """
         ...
 
@@ -249,7 +250,7 @@ class Ops(Protocol):
         [rows] int64 if given: drawn with its softmax at the slot's temperature, or the most likely
         one where that is 0. The random number is a function of the slot's seed and output length.
 
-        `ranks`: those that have a share of the logits each, [rows, vocab / ranks]; each gets the
-        token.
+        `ranks`: those that have a share of the logits each, [rows, vocab / ranks]. All of them get
+        the same tokens, even if they would not choose the same.
         """
         ...

@@ -12,7 +12,7 @@ as they were rounded, those of its own step too, so that it does not matter how 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -208,9 +208,9 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
     return ReferencePlanner(device, dtype)
 
 
-def compile_attention(cache: Tensor, dtype: torch.dtype, heads: Mapping[int | None, int]) -> None:
+def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
     """See Ops.compile_attention; torch brings its own kernels."""
-    del cache, dtype, heads
+    del layers, dtype
 
 
 def plan_attention(
@@ -398,6 +398,7 @@ def sample_plain(
         output_lens = state.lengths[slots] - state.prompt_lens[slots]
         drawn = draw(weights, uniforms(state.seeds[slots], output_lens))
         tokens = torch.where(greedy, scores.argmax(-1), drawn)
+    tokens = tokens if ranks is None else ranks.broadcast(tokens)
     state.last_tokens[slots] = tokens
     return tokens if out is None else out.copy_(tokens)
 

@@ -29,6 +29,18 @@ class TensorParallel:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of all ranks' x, number by number, in its place."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, in the place of this rank's."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
     def gather(self, x: Tensor) -> Tensor:
         """[n, width] of each rank to [n, size * width], contiguous: rank after rank in a row."""
         if self.size == 1:

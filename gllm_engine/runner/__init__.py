@@ -4,7 +4,7 @@ from gllm_engine.ops.jit_cache import cache_dirs
 from gllm_engine.runner.null_runner import NullRunner
 from gllm_engine.runner.pp_partition import measure_partition
 from gllm_engine.runner.runner import Runner, RunnerStep, default_threads
-from gllm_engine.runner.state import PlanError
+from gllm_engine.runner.slot_table import PlanError
 
 __all__ = [
     "NullRunner", "RunnerStep", "PlanError", "Runner", "cache_dirs", "default_threads",

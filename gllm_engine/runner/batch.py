@@ -1,4 +1,4 @@
-"""From a plan and the runner's state to the tensors of one forward pass.
+"""From a plan and the runner's slots to the tensors of one forward pass.
 
 Owns the order of rows, tokens and logits in a step. Knows nothing of the model or of sampling.
 """
@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from gllm_engine.ops import Batch, HostInts, Ops
-from gllm_engine.runner.state import State, int_array, to_device
+from gllm_engine.runner.host_arrays import int_array, to_device
+from gllm_engine.runner.slot_table import SlotTable, StepRows
 from gllm_engine.types import Chunk, StepPlan
 
 
@@ -25,46 +26,24 @@ class StepInputs:
     scored: list[Chunk]  # chunks with targets: one logit row for each target
 
 
-@dataclass(frozen=True)
-class StepRows:
-    """What the host knows of a step: whose rows it has and how long they are after it."""
-
-    slots_cpu: HostInts  # in the plan's order of rows
-    context_lens_cpu: HostInts
-
-
-def count_rows(plan: StepPlan, state: State) -> StepRows:
-    """Count a step's tokens into the lengths that the host keeps of its slots.
-
-    A plan has at least one row. Raises PlanError for a slot whose pages do not hold its tokens.
-    """
-    num_decode, chunks = len(plan.decode_slots), plan.chunks
-    slots_cpu = int_array(plan.decode_slots, [chunk.slot for chunk in chunks])
-    contexts_cpu = state.lengths_cpu[slots_cpu] + 1
-    contexts_cpu[num_decode:] = [chunk.start + len(chunk.tokens) for chunk in chunks]
-    state.check_room(slots_cpu, contexts_cpu)
-    state.lengths_cpu[slots_cpu] = contexts_cpu
-    return StepRows(slots_cpu, contexts_cpu)
-
-
-def build_step(plan: StepPlan, state: State, rows: StepRows, ops: Ops) -> StepInputs:
-    """Lay out one step whose rows have been counted."""
+def build_step(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepInputs:
+    """Lay out one step that SlotTable.begin has been told."""
     if plan.chunks:
-        return _mixed(plan, state, rows, ops)
-    (slots,) = to_device(state.device, rows.slots_cpu)
-    batch = decode_batch(state, slots, rows.context_lens_cpu, ops)
+        return _mixed(plan, table, rows, ops)
+    (slots,) = to_device(table.device, rows.slots_cpu)
+    batch = decode_batch(table, slots, rows.context_lens_cpu, ops)
     return StepInputs(batch, rows.slots_cpu, slots, [])
 
 
-def decode_batch(state: State, slots: Tensor, context_lens_cpu: HostInts, ops: Ops) -> Batch:
+def decode_batch(table: SlotTable, slots: Tensor, context_lens_cpu: HostInts, ops: Ops) -> Batch:
     """One token for each of `slots`, counted into their lengths. Needs nothing from the host but
     `context_lens_cpu`, which only goes into the batch, so a graph of this fits any step.
     """
     none = slots[:0]
-    return _batch(state, ops, slots, (none, none, none), context_lens_cpu, [])
+    return _batch(table, ops, slots, (none, none, none), context_lens_cpu, [])
 
 
-def _mixed(plan: StepPlan, state: State, rows: StepRows, ops: Ops) -> StepInputs:
+def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepInputs:
     num_decode, chunks, slots_cpu = len(plan.decode_slots), plan.chunks, rows.slots_cpu
     lens = [len(chunk.tokens) for chunk in chunks]
     ends = np.cumsum(lens, dtype=np.int64)
@@ -84,11 +63,17 @@ def _mixed(plan: StepPlan, state: State, rows: StepRows, ops: Ops) -> StepInputs
     sampling_cpu = slots_cpu[sampling_rows]
     # Slots come first, where the packed numbers begin: kernels are compiled for aligned ones.
     slots, sampling, starts_there, ends_there, known_there, logit_rows, logit_index = to_device(
-        *(state.device, slots_cpu, sampling_cpu, starts, ends, known, sampling_rows),
+        table.device,
+        slots_cpu,
+        sampling_cpu,
+        starts,
+        ends,
+        known,
+        sampling_rows,
         np.concatenate([lasts[sampling_rows], *scored_at]),
     )
     chunked = (starts_there, ends_there, known_there)
-    batch = _batch(state, ops, slots, chunked, rows.context_lens_cpu, lens)
+    batch = _batch(table, ops, slots, chunked, rows.context_lens_cpu, lens)
     batch = replace(
         batch,
         logit_index=logit_index,
@@ -99,7 +84,7 @@ def _mixed(plan: StepPlan, state: State, rows: StepRows, ops: Ops) -> StepInputs
 
 
 def _batch(
-    state: State,
+    table: SlotTable,
     ops: Ops,
     slots: Tensor,
     chunked: tuple[Tensor, Tensor, Tensor],
@@ -107,18 +92,24 @@ def _batch(
     chunk_lens: list[int],
 ) -> Batch:
     """The batch of `slots`, the last of them with `chunked`: starts, ends and tokens of chunks. It
-    wants the logits of all tokens.
+    wants the logits of all tokens. The table learns which tokens are in the cache.
     """
     num_decode = len(slots) - len(chunk_lens)
     tokens, positions, cache_index, context_lens = ops.prepare_inputs(
-        *(state.page_table, state.page_size, state.lengths, state.last_tokens),
-        *(slots, *chunked, max(chunk_lens, default=0)),
+        table.page_table,
+        table.page_size,
+        table.lengths,
+        table.last_tokens,
+        slots,
+        *chunked,
+        max(chunk_lens, default=0),
     )
+    table.cached_tokens.index_copy_(0, cache_index, tokens)
     return Batch(
         tokens=tokens,
         positions=positions,
         cache_index=cache_index,
-        page_table=state.page_table,
+        page_table=table.page_table,
         slots=slots,
         context_lens=context_lens,
         context_lens_cpu=context_lens_cpu,

@@ -1,6 +1,6 @@
 """CUDA graphs of the decode step: what takes hundreds of launches becomes one.
 
-Owns, for each of some row counts, the graph of a step from the slots' state to the logits and to
+Owns, for each of some row counts, the graph of a step from the slots' rows to the logits and to
 plainly sampled tokens, or of a stage's part of it. Who asks for more samples again from the logits,
 and plain sampling, which costs little beside that, has done no harm. A step runs on the next larger
 graph; its spare rows compute a slot and write to a page that are nobody's. Knows nothing of plans
@@ -19,18 +19,25 @@ import torch
 from torch import Tensor
 
 from gllm_engine.model import Decoder
-from gllm_engine.runner.batch import StepRows, decode_batch
-from gllm_engine.runner.state import State, pack
+from gllm_engine.runner.batch import decode_batch
+from gllm_engine.runner.host_arrays import pack
+from gllm_engine.runner.sampling_state import SamplingState
+from gllm_engine.runner.slot_table import SlotTable, StepRows
 
 _log = logging.getLogger(__name__)
 
 
 def row_counts(max_rows: int) -> list[int]:
-    """For which numbers of rows there are graphs, ascending. Less than a fifth of the rows is spare
-    from 64 to 2,048 of them; where it is more, reading the weights takes all the time anyway.
+    """For which numbers of rows there are graphs, ascending. Less than a fifth of a graph's rows is
+    spare from 64 rows on, and less than a ninth from 512 on; with fewer rows, reading the weights
+    takes all the time anyway. Above 2,048, eight graphs for each doubling.
     """
     counts = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32)]
-    counts += range(512, 2049, 64)
+    counts += range(512, 2048, 64)
+    power = 2048
+    while power < max_rows:
+        counts += range(power, 2 * power, power // 8)
+        power *= 2
     return [n for n in counts if n < max_rows] + [max_rows]
 
 
@@ -52,17 +59,24 @@ class Decoded:
 
 
 class DecodeGraphs:
-    """Graphs for up to `max_rows` decode rows. The state's last slot is the spare rows'."""
+    """Graphs for up to `max_rows` decode rows. The last slot is the spare rows'."""
 
-    def __init__(self, decoder: Decoder, cache: list[Tensor], state: State, max_rows: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: list[Tensor],
+        table: SlotTable,
+        sampling: SamplingState,
+        max_rows: int,
+    ) -> None:
         self.max_rows = max_rows
-        self._decoder, self._cache, self._state = decoder, cache, state
-        self._spare = state.lengths.shape[0] - 1
+        self._decoder, self._cache, self._table, self._sampling = decoder, cache, table, sampling
+        self._spare = len(table.lengths) - 1
         # The cache's last page, which the scheduler does not know of.
-        state.page_table[self._spare] = cache[0].shape[0] - 1
+        table.page_table[self._spare] = cache[0].shape[0] - 1
         device, like = decoder.device, {"dtype": decoder.dtype, "device": decoder.device}
         rows = max_rows if decoder.is_last else 0
-        self._scores = torch.empty(rows, state.vocab // decoder.shard.size, **like)
+        self._scores = torch.empty(rows, sampling.vocab // decoder.shard.size, **like)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._inputs = None
         if not decoder.is_first:
@@ -111,12 +125,12 @@ class DecodeGraphs:
         return _Graph(slots, graph, hidden)
 
     def _step(self, slots: Tensor) -> Tensor:
-        decoder, state, n = self._decoder, self._state, len(slots)
-        batch = decode_batch(state, slots, np.zeros(0, np.int64), decoder.ops)
-        state.lengths[self._spare].zero_()
+        decoder, table, n = self._decoder, self._table, len(slots)
+        batch = decode_batch(table, slots, np.zeros(0, np.int64), decoder.ops)
+        table.lengths[self._spare].zero_()
         x = None if self._inputs is None else self._inputs[:n]
         hidden = decoder.forward(batch, self._cache, x)
         if decoder.is_last:
             scores = decoder.scores(hidden, out=self._scores[:n])
-            decoder.sample_plain(scores, slots, state.plain_sampling, out=self._tokens[:n])
+            decoder.sample_plain(scores, slots, self._sampling.plain, out=self._tokens[:n])
         return hidden

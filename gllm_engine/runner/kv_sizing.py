@@ -13,9 +13,10 @@ import torch
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.ops.batch import made_up_step
-from gllm_engine.runner.sampler import SamplingBatch, sample
-from gllm_engine.runner.state import State
-from gllm_engine.sampling import SamplingParams
+from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample
+from gllm_engine.runner.sampling_state import SamplingState
+from gllm_engine.runner.slot_table import SlotTable
+from gllm_engine.sampling import MAX_LOGPROBS, SamplingParams
 from gllm_engine.types import NewSequence
 
 # For what the trial step does not take and does not grow with the number of sequences: the graphs'
@@ -40,7 +41,8 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
         return max(1, int((config.kv_cache_gib or 1.0) * 2**30) // page_bytes)
     total = torch.cuda.mem_get_info(decoder.device)[1]
     reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
-    peak = reserved + _trial(config, decoder, max_pages * config.page_size)
+    peak = reserved + _trial(config, decoder, max_pages)
+    page_bytes += config.page_size * torch.int64.itemsize  # SlotTable.cached_tokens
     torch.cuda.empty_cache()
     used = total - torch.cuda.mem_get_info(decoder.device)[0]
     free = int(total * config.gpu_memory_utilization) - used - peak
@@ -80,10 +82,12 @@ def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
-    """Bytes that the largest step takes beyond what is allocated now."""
+def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
+    """Bytes that the largest step, and what the runner keeps of each slot, take beyond what is
+    allocated now. `max_pages`: of one sequence.
+    """
     num_tokens, page_size, device = config.max_num_batched_tokens, config.page_size, decoder.device
-    longest = min(num_tokens, max_len)
+    longest = min(num_tokens, max_pages * page_size)
     lens = [longest] * (num_tokens // longest)
     lens += [num_tokens - sum(lens)] if num_tokens % longest else []
     # All rows write to the same pages: what they hold does not matter here.
@@ -91,25 +95,48 @@ def _trial(config: EngineConfig, decoder: Decoder, max_len: int) -> int:
     cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    table = torch.arange(num_pages, device=device)[None]
-    wanted = torch.arange(min(config.max_num_seqs, num_tokens), device=device)
-    batch = made_up_step([(n, n) for n in lens], table, page_size, logit_index=wanted)
+    rows = min(config.max_num_seqs, num_tokens)
+    table = SlotTable(rows, max_pages, 1, page_size, device)
+    sampling = costly_sampling(table, decoder.arch.vocab)
+    pages = torch.arange(num_pages, device=device)[None]
+    wanted = torch.arange(rows, device=device)
+    batch = made_up_step([(n, n) for n in lens], pages, page_size, logit_index=wanted)
     x = None
     if not decoder.is_first:
         x = torch.zeros(num_tokens, decoder.arch.dim, dtype=decoder.dtype, device=device)
     hidden = decoder.forward(batch, cache, x)
     if decoder.is_last:
-        raw = decoder.logits(hidden)  # as for log probabilities, which outlive sampling
-        sample(raw.clone(), _costly(*raw.shape, device))
+        scores = decoder.scores(hidden)
+        raw = decoder.whole(scores).float()  # for log probabilities, which outlives sampling
+        tokens = sample(decoder.whole(scores).float(), sampling)
+        log_probabilities(raw, tokens, MAX_LOGPROBS)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _costly(rows: int, vocab: int, device: torch.device) -> SamplingBatch:
-    """Sampling that sorts the whole vocabulary in every row."""
-
-    state, slots_cpu = State(rows, 1, 1, vocab, (), device), np.arange(rows)
-    # The first one at random, the others also the most likely token.
-    each = [SamplingParams(top_p=0.9, temperature=float(not slot)) for slot in range(rows)]
-    state.apply([NewSequence(slot, 0, 0, one, []) for slot, one in enumerate(each)], [])
-    return state.sampling_batch(slots_cpu, torch.arange(rows, device=device), {})
+def costly_sampling(table: SlotTable, vocab: int) -> SamplingBatch:
+    """Sampling that does all there is, in a row for each slot: it sorts the whole vocabulary, and
+    penalizes and masks it for the longest sequences.
+    """
+    num_slots, max_pages = table.page_table.shape
+    length = max_pages * table.page_size
+    table.lengths.fill_(length)
+    table.lengths_cpu.fill(length)
+    sampling = SamplingState(table, vocab, ())
+    each = [
+        SamplingParams(
+            temperature=float(not slot),  # the first one at random, the others the most likely
+            top_p=0.9,
+            min_p=0.1,
+            logit_bias={0: 1.0},
+            presence_penalty=0.5,
+            frequency_penalty=0.5,
+            repetition_penalty=1.5,
+        )
+        for slot in range(num_slots)
+    ]
+    new = [NewSequence(slot, 0, length // 2, params) for slot, params in enumerate(each)]
+    sampling.set_owners(new)
+    masks = dict.fromkeys(range(num_slots), b"\xff" * -(-vocab // 8))
+    slots = torch.arange(num_slots, device=table.device)
+    return sampling.batch(np.arange(num_slots), slots, masks)

@@ -22,11 +22,13 @@ from gllm_engine.arch import Model
 from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.parallel import Pipe, RankGroups
-from gllm_engine.runner.batch import StepInputs, build_step, count_rows
+from gllm_engine.runner.batch import StepInputs, build_step
 from gllm_engine.runner.graphs import DecodeGraphs
+from gllm_engine.runner.host_arrays import int_array, to_device
 from gllm_engine.runner.kv_sizing import cache_dtype, fitting_pages
 from gllm_engine.runner.sampler import log_probabilities, sample
-from gllm_engine.runner.state import State, int_array, to_device
+from gllm_engine.runner.sampling_state import SamplingState
+from gllm_engine.runner.slot_table import SlotTable
 from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
 from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
@@ -114,21 +116,18 @@ class Runner:
             # On a GPU one slot and one page more, for the spare rows of decode graphs.
             num_pages, dtype = self.num_pages + on_gpu, cache_dtype(config, decoder)
             self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
-            self.state = State(
-                config.max_num_seqs + on_gpu,
-                max_pages,
-                config.page_size,
-                arch.vocab,
-                arch.eos_token_ids,
-                self.device,
-            )
+            num_slots = config.max_num_seqs + on_gpu
+            self.table = SlotTable(num_slots, max_pages, num_pages, config.page_size, self.device)
+            self.sampling = SamplingState(self.table, arch.vocab, arch.eos_token_ids)
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
-            self._returned = TokenReturn(self.pipe, self.state, config.plans_in_flight)
+            self._returned = TokenReturn(self.pipe, self.table, config.plans_in_flight)
         self._graphs: DecodeGraphs | None = None
         with self._timed("graphs"):
             if on_gpu and not config.enforce_eager:
-                self._graphs = DecodeGraphs(decoder, self.cache, self.state, config.max_num_seqs)
+                self._graphs = DecodeGraphs(
+                    decoder, self.cache, self.table, self.sampling, config.max_num_seqs
+                )
         with self._timed("first steps"):
             if on_gpu:
                 rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
@@ -149,10 +148,10 @@ class Runner:
         Raises PlanError for a plan that contradicts earlier ones. After any error the state of
         the plan's slots is undefined until they get new owners.
         """
-        self.state.apply(plan.new, plan.new_pages)
-        if not plan.decode_slots and not plan.chunks:
+        self.sampling.set_owners(plan.new)
+        rows = self.table.begin(plan)
+        if rows is None:
             return RunnerStep(plan.step)
-        rows = count_rows(plan, self.state)
         if self._returned is not None:
             self._returned.settle(plan.decode_slots)
         x, began = self._receive(plan), self._now()
@@ -163,7 +162,7 @@ class Runner:
             slots, scores, plain = decoded.slots, decoded.scores, decoded.tokens
             tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, plain)
             return RunnerStep(plan.step, tokens, logprobs, [], began, self._now())
-        step = build_step(plan, self.state, rows, self.decoder.ops)
+        step = build_step(plan, self.table, rows, self.decoder.ops)
         hidden = self.decoder.forward(step.batch, self.cache, x)
         if not self.pipe.is_last:
             return self._hand_on(hidden, plan, began)
@@ -231,21 +230,22 @@ class Runner:
 
         `plain`: what plain sampling chose, if it has been done.
         """
-        state = self.state
-        num_top = state.logprobs_cpu[slots_cpu]
+        sampling = self.sampling
+        num_top = sampling.logprobs_cpu[slots_cpu]
         asked = np.flatnonzero(num_top >= 0)
         raw = rows = None
         if len(asked):  # taken before sampling, which may overwrite the logits
             (rows,) = to_device(self.device, asked)
             raw = self.decoder.whole(scores[rows]).float()
-        if not state.is_plain(slots_cpu, plan.masks):
-            batch = state.sampling_batch(slots_cpu, slots, plan.masks)
+        if not sampling.is_plain(slots_cpu, plan.masks):
+            batch = sampling.batch(slots_cpu, slots, plan.masks)
             tokens = sample(self.decoder.whole(scores).float(), batch)
-            state.record(slots_cpu, slots, tokens)
+            tokens = self.decoder.broadcast(tokens)
+            self.table.last_tokens[slots] = tokens
         elif plain is not None:
             tokens = plain
         else:
-            tokens = self.decoder.sample_plain(scores, slots, state.plain_sampling)
+            tokens = self.decoder.sample_plain(scores, slots, sampling.plain)
         if not self.pipe.is_first:
             self.pipe.return_tokens(tokens.clone())  # the next step may overwrite them
         logprobs = None
@@ -257,9 +257,9 @@ class Runner:
 
     def _score_prompts(self, step: StepInputs, hidden: Tensor) -> list[LogprobRows]:
         found = []
-        num_rows = max(1, MAX_SCORED_LOGITS // self.state.vocab)
+        num_rows = max(1, MAX_SCORED_LOGITS // self.sampling.vocab)
         for chunk in step.scored:
-            num_top = int(self.state.prompt_logprobs_cpu[chunk.slot])
+            num_top = int(self.sampling.prompt_logprobs_cpu[chunk.slot])
             targets = np.asarray(chunk.targets, np.int64)
             (target_ids,) = to_device(self.device, targets)
             for first in range(0, len(targets), num_rows):

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops.reference import draw, uniforms
+from gllm_engine.runner.token_history import TokenHistory
 
 # Added to a token that min_tokens forbids. Finite, so that it still is chosen where a mask allows
 # nothing else (a grammar that can only end here): all minus infinity would be no distribution.
 FORBIDDEN = -1e30
 # Rows whose top_k is at most this share a partial sort, others may have to sort the vocabulary.
 MAX_PARTIAL_SORT = 1024
-# So many scores are ranked at once.
-MAX_RANKED = 2**24
+# So many scores are ranked, masked or penalized at once: it takes several times their memory.
+MAX_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Penalties:
     """Presence, frequency and repetition penalties of the m rows that have any."""
 
     rows: Tensor  # [m] int64, rows of the batch
-    in_prompt: Tensor | None  # [m, vocab] bool; None: no row has a repetition penalty
-    output_counts: Tensor  # [m, vocab] int32
+    history: TokenHistory  # of these rows
+    has_repetition: bool  # whether any row has a repetition penalty
     presence: Tensor  # [m] float32
     frequency: Tensor  # [m] float32
     repetition: Tensor  # [m] float32
@@ -40,7 +41,7 @@ class Penalties:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """How to choose a token for each row; the runner's state fills it.
+    """How to choose a token for each row; SamplingState fills it.
 
     Whether any row uses a feature is known to the host, so asking it never waits for a device.
     """
@@ -83,25 +84,41 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> None:
         logits.index_put_((rows[:, None], ids), values, accumulate=True)
     if batch.masks is not None:
         rows, packed = batch.masks
-        bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
-        banned = (bits & 1).flatten(1)[:, : logits.shape[1]] == 0
-        logits.index_copy_(0, rows, logits[rows].masked_fill_(banned, -torch.inf))
+        for part in _parts(len(rows), logits.shape[1]):
+            _mask(logits, rows[part], packed[part])
     if batch.penalties is not None:
-        _penalize(logits, batch.penalties)
+        for part in _parts(len(batch.penalties.rows), logits.shape[1]):
+            _penalize(logits, batch.penalties, part)
 
 
-def _penalize(logits: Tensor, penalties: Penalties) -> None:
-    """Repetition (Keskar et al. 2019) on prompt and output; the others on the output alone."""
-    rows, counts = penalties.rows, penalties.output_counts
+def _parts(num_rows: int, width: int) -> list[slice]:
+    """Rows 0 .. num_rows - 1, so many at a time that these have MAX_AT_ONCE numbers of `width`."""
+    size = max(1, MAX_AT_ONCE // width)
+    return [slice(first, first + size) for first in range(0, num_rows, size)]
+
+
+def _mask(logits: Tensor, rows: Tensor, packed: Tensor) -> None:
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    banned = (bits & 1).flatten(1)[:, : logits.shape[1]] == 0
+    logits.index_copy_(0, rows, logits[rows].masked_fill_(banned, -torch.inf))
+
+
+def _penalize(logits: Tensor, penalties: Penalties, part: slice) -> None:
+    """Repetition (Keskar et al. 2019) on prompt and output; the others on the output alone.
+
+    `part`: which of the rows with penalties.
+    """
+    rows, vocab = penalties.rows[part], logits.shape[1]
     scores = logits.index_select(0, rows)
+    counts = penalties.history.count_output(part, vocab)
     in_output = counts > 0
-    if penalties.in_prompt is not None:
-        seen = in_output | penalties.in_prompt
+    if penalties.has_repetition:
+        seen = penalties.history.find_in_prompt(part, vocab).logical_or_(in_output)
         # Products with booleans: on a CPU several times faster than torch.where.
-        divisor = seen * penalties.repetition[:, None] + ~seen
+        divisor = seen * penalties.repetition[part, None] + ~seen
         scores = scores.clamp(min=0) / divisor + scores.clamp(max=0) * divisor
-    scores -= penalties.frequency[:, None] * counts
-    scores -= penalties.presence[:, None] * in_output
+    scores -= penalties.frequency[part, None] * counts
+    scores -= penalties.presence[part, None] * in_output
     logits.index_copy_(0, rows, scores)
 
 
@@ -110,9 +127,8 @@ def _truncate(weights: Tensor, batch: SamplingBatch) -> None:
     for rows, num_ranked in batch.truncations:
         if num_ranked > MAX_PARTIAL_SORT and weights.device.type == "cpu":
             rows = _truncate_peaked(weights, rows, batch)
-        # In parts, because ranks and their sums take several times the memory of the weights.
-        for part in rows.split(max(1, MAX_RANKED // num_ranked)) if len(rows) else ():
-            _truncate_rows(weights, part, num_ranked, batch)
+        for part in _parts(len(rows), num_ranked):
+            _truncate_rows(weights, rows[part], num_ranked, batch)
 
 
 def _truncate_rows(weights: Tensor, rows: Tensor, num_ranked: int, batch: SamplingBatch) -> None:

@@ -37,7 +37,7 @@ def tiny_plans(
         sampling = SamplingParams(top_p=top_p)
         return StepPlan(
             0,
-            new=[NewSequence(slot, 0, 0, sampling, []) for slot in slots],
+            new=[NewSequence(slot, 0, 0, sampling) for slot in slots],
             new_pages=[NewPages(slot, 0, pages) for slot in slots],
             decode_slots=list(range(num_decode)),
             chunks=[Chunk(num_decode + i, s, [0] * length, True) for i, s in enumerate(starts)],
@@ -56,7 +56,7 @@ def tiny_plans(
     for num_tokens in tokens_to_try(max_tokens):
         length = min(num_tokens, max_context)
         yield plan(0, [0] * min(num_tokens // length, max_rows), length)
-    unused = [NewSequence(slot, 0, 0, SamplingParams(), []) for slot in range(max_rows)]
+    unused = [NewSequence(slot, 0, 0, SamplingParams()) for slot in range(max_rows)]
     yield StepPlan(0, unused, [], [], [])
 
 

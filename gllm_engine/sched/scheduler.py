@@ -376,9 +376,8 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.planned
             self._prefix_hits += sequence.planned
             self._prefix_queries += sequence.prompt_len if looks_up and self._pool.caching else 0
-        known = list(tokens) if _has_penalty(sequence) else []
         draft.new.append(
-            NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sequence.sampling, known)
+            NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sequence.sampling)
         )
         draft.new_pages.append(NewPages(sequence.slot, 0, list(pages.ids)))
         return True
@@ -554,10 +553,3 @@ class Scheduler:
         context = sum(sequence.planned for sequence in self._decoding)
         if context != self._context:
             raise IntegrityError(f"The context is {context} tokens, but {self._context} counted.")
-
-
-def _has_penalty(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
-    return bool(sampling.presence_penalty or sampling.frequency_penalty) or (
-        sampling.repetition_penalty != 1
-    )

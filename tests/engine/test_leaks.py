@@ -173,7 +173,6 @@ def run(model: str, **config: Any) -> None:
         # Tables of what slots ask for may still grow, to a row a slot.
         assert after[0] - before[0] < (64 if on_gpu else 8) << 20
         assert after[1] - before[1] < 2 << 20
-        assert len(engine._runner.state.counts.output) <= 2 * SMALL["max_num_seqs"]
     finally:
         engine.close()
 

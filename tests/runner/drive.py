@@ -66,9 +66,7 @@ class Drive:
         return [job.output for job in jobs]
 
     def begin(self, job: Job) -> NewSequence:
-        return NewSequence(
-            job.slot, job.seed, len(job.prompt), job.sampling, job.prompt + job.output
-        )
+        return NewSequence(job.slot, job.seed, len(job.prompt), job.sampling)
 
     def plan(self, jobs, num_tokens, chunk_len, new) -> tuple[StepPlan | None, list[Job]]:
         new_pages, decodes, chunks, sampling, chunked = [], [], [], [], []

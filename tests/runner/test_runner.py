@@ -239,7 +239,7 @@ def test_a_mask_rules_its_slot_only(llama):
     runner = make_runner(llama)
     allowed = bytearray(48)
     allowed[300 // 8] = 1 << (300 % 8)
-    new = [NewSequence(s, s, 2, SamplingParams(), []) for s in (1, 3)]
+    new = [NewSequence(s, s, 2, SamplingParams()) for s in (1, 3)]
     new_pages = [NewPages(1, 0, [5]), NewPages(3, 0, [6])]
     chunks = [Chunk(1, 0, [1, 2], True), Chunk(3, 0, [1, 2], True)]
     result = runner.launch(StepPlan(1, new, new_pages, [], chunks, {3: bytes(allowed)})).wait()
@@ -252,7 +252,7 @@ def test_a_mask_rules_its_slot_only(llama):
 
 def test_a_mask_for_a_slot_that_samples_nothing_is_an_error(llama):
     runner = make_runner(llama)
-    new, new_pages = [NewSequence(1, 0, 1, SamplingParams(), [])], [NewPages(1, 0, [0])]
+    new, new_pages = [NewSequence(1, 0, 1, SamplingParams())], [NewPages(1, 0, [0])]
     with pytest.raises(PlanError, match="slot 2: a token mask"):
         runner.launch(StepPlan(1, new, new_pages, [], [Chunk(1, 0, [4], True)], {2: b"\xff"}))
 
@@ -260,7 +260,7 @@ def test_a_mask_for_a_slot_that_samples_nothing_is_an_error(llama):
 def test_a_plan_without_sampling_rows(llama):
     runner = make_runner(llama)
     (prompt,) = prompts([10])
-    new, new_pages = [NewSequence(0, 0, 10, greedy(), [])], [NewPages(0, 0, [4, 2, 0])]
+    new, new_pages = [NewSequence(0, 0, 10, greedy())], [NewPages(0, 0, [4, 2, 0])]
     first = runner.launch(StepPlan(1, new, new_pages, [], [Chunk(0, 0, prompt[:6], False)])).wait()
     assert (first.step, first.tokens, first.logprobs, first.prompt_logprobs) == (1, [], {}, {})
     second = runner.launch(StepPlan(2, [], [], [], [Chunk(0, 6, prompt[6:], True)])).wait()
@@ -274,9 +274,9 @@ def test_a_chunk_may_begin_in_pages_another_sequence_wrote(llama):
     runner = make_runner(llama)
     (prompt,) = prompts([14])
     sampling = greedy()
-    new, new_pages = [NewSequence(0, 0, 14, sampling, [])], [NewPages(0, 0, [9, 3, 7, 1])]
+    new, new_pages = [NewSequence(0, 0, 14, sampling)], [NewPages(0, 0, [9, 3, 7, 1])]
     first = runner.launch(StepPlan(1, new, new_pages, [], [Chunk(0, 0, prompt, True)])).wait()
-    new, new_pages = [NewSequence(5, 0, 14, sampling, [])], [NewPages(5, 0, [9, 3, 7, 20])]
+    new, new_pages = [NewSequence(5, 0, 14, sampling)], [NewPages(5, 0, [9, 3, 7, 20])]
     second = runner.launch(
         StepPlan(2, new, new_pages, [0], [Chunk(5, 12, prompt[12:], True)])
     ).wait()
@@ -285,9 +285,47 @@ def test_a_chunk_may_begin_in_pages_another_sequence_wrote(llama):
     assert third.tokens[0] == second.tokens[0]
 
 
+def test_penalties_see_a_prefix_that_another_sequence_computed(llama):
+    """In the same step too; and what the pages' owners before had in them is not seen."""
+    prompt = prompts([14])[0]
+    # So that a token of the prefix is chosen, unless it is known to be in the prompt.
+    likely = dict.fromkeys(prompt[:12], 40.0)
+    sampling = greedy(repetition_penalty=100.0, logit_bias=likely)
+    (alone,) = Drive(make_runner(llama), PAGE_SIZE).run([Job(0, prompt, sampling)], 3)
+    (free,) = Drive(make_runner(llama), PAGE_SIZE).run(
+        [Job(0, prompt, greedy(logit_bias=likely))], 3
+    )
+    assert set(free) <= set(prompt[:12]) and not set(alone) & set(prompt[:12])
+    runner = make_runner(llama)
+    Drive(runner, PAGE_SIZE).run([Job(7, [5] * 60, greedy())], 20)
+    new = [NewSequence(0, 0, 14, greedy()), NewSequence(5, 0, 14, sampling)]
+    new_pages = [NewPages(0, 0, [9, 3, 7, 1]), NewPages(5, 0, [9, 3, 7, 20, 21])]
+    chunks = [Chunk(0, 0, prompt, True), Chunk(5, 12, prompt[12:], True)]
+    found = [runner.launch(StepPlan(1, new, new_pages, [], chunks)).wait().tokens[1]]
+    for step in (2, 3):
+        found += runner.launch(StepPlan(step, [], [], [5], [])).wait().tokens
+    assert found == alone
+
+
+def test_penalties_keep_no_memory(llama):
+    """Whoever asks for them: the runner's tensors are as large as at the start."""
+
+    def sizes(runner: Runner) -> dict[str, int]:
+        owners = (runner.table, runner.sampling)
+        tensors = [(name, x) for owner in owners for name, x in vars(owner).items()]
+        return {name: x.nbytes for name, x in tensors if isinstance(x, torch.Tensor)}
+
+    runner = make_runner(llama)
+    before = sizes(runner)
+    assert before["cached_tokens"] == 200 * PAGE_SIZE * 8
+    sampling = SamplingParams(presence_penalty=0.1, repetition_penalty=1.1)
+    Drive(runner, PAGE_SIZE).run(jobs_for([9] * 8, sampling), 12)
+    assert sizes(runner) == before
+
+
 def test_plans_that_overrun_their_pages_are_refused(llama):
     runner = make_runner(llama)
-    new = [NewSequence(0, 0, 3, greedy(), [])]
+    new = [NewSequence(0, 0, 3, greedy())]
     with pytest.raises(PlanError, match="slot 0: 5 tokens, its pages hold 4"):
         runner.launch(StepPlan(1, new, [NewPages(0, 0, [1])], [], [Chunk(0, 0, [1] * 5, True)]))
     with pytest.raises(PlanError, match="slot 0: 1 pages at index 2, it has 0 of at most 24"):

@@ -9,11 +9,15 @@ from slow_sampler import SlowRow, acceptable, uniform
 
 from gllm_engine.ops.reference import draw, first_above, uniforms
 from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample
-from gllm_engine.runner.state import State
+from gllm_engine.runner.sampling_state import SamplingState
+from gllm_engine.runner.slot_table import SlotTable
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import NewSequence
 
 CPU = torch.device("cpu")
+
+
+PAGE_SIZE, MAX_PAGES = 3, 4
 
 
 def fast(
@@ -24,18 +28,29 @@ def fast(
 ) -> list[int]:
     """Sample all rows in one batch; row i lives in slot order[i]."""
     slots = order or list(range(len(rows)))
-    state = State(max(slots) + 1, 1, 16, logits.shape[1], eos, CPU)
-    new = [
-        NewSequence(slot, row.seed, len(row.prompt), row.sampling, row.prompt + row.output)
-        for slot, row in zip(slots, rows, strict=True)
-    ]
-    state.apply(new, [])
-    lengths = [len(row.prompt) + len(row.output) for row in rows]
-    state.lengths_cpu[slots] = lengths
-    state.lengths[slots] = torch.tensor(lengths)
+    table = make_table(slots, [row.prompt + row.output for row in rows])
+    sampling = SamplingState(table, logits.shape[1], eos)
+    sampling.set_owners(
+        [
+            NewSequence(slot, row.seed, len(row.prompt), row.sampling)
+            for slot, row in zip(slots, rows, strict=True)
+        ]
+    )
     masks = {s: row.mask for s, row in zip(slots, rows, strict=True) if row.mask is not None}
-    batch = state.sampling_batch(np.array(slots), torch.tensor(slots), masks)
+    batch = sampling.batch(np.array(slots), torch.tensor(slots), masks)
     return sample(torch.tensor(logits, dtype=torch.float32), batch).tolist()
+
+
+def make_table(slots: list[int], known: list[list[int]]) -> SlotTable:
+    """After a step that has computed all `known` tokens of the slots' sequences."""
+    num_slots = max(slots) + 1
+    table = SlotTable(num_slots, MAX_PAGES, num_slots * MAX_PAGES, PAGE_SIZE, CPU)
+    table.page_table[:] = torch.randperm(num_slots * MAX_PAGES).view(num_slots, MAX_PAGES)
+    for slot, tokens in zip(slots, known, strict=True):
+        places = table.page_table[slot, :, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+        table.cached_tokens[places.flatten()[: len(tokens)]] = torch.tensor(tokens)
+        table.lengths[slot] = table.lengths_cpu[slot] = len(tokens)
+    return table
 
 
 @st.composite
@@ -93,6 +108,27 @@ def test_every_feature_agrees_with_the_slow_twin(case):
     logits, rows, eos = case
     for i, token in enumerate(fast(logits, rows, eos)):
         assert token in acceptable(logits[i], rows[i], eos), (i, rows[i])
+
+
+def test_rows_with_penalties_and_masks_in_parts(monkeypatch):
+    """As in one part: few numbers and few tokens are worked on at once."""
+    vocab, rng = 40, np.random.default_rng(4)
+    logits = rng.normal(0, 3, (9, vocab))
+    rows = [
+        SlowRow(
+            SamplingParams(temperature=0, presence_penalty=1.5, repetition_penalty=1 + i % 3),
+            prompt=rng.integers(0, vocab, 6).tolist(),
+            output=rng.integers(0, vocab, i % 6).tolist(),
+            mask=pack(set(rng.integers(0, vocab, 30).tolist()), vocab),
+        )
+        for i in range(len(logits))
+    ]
+    whole = fast(logits, rows)
+    monkeypatch.setattr("gllm_engine.runner.sampler.MAX_AT_ONCE", 2 * vocab)
+    monkeypatch.setattr("gllm_engine.runner.token_history.MAX_LOOKED_UP", 5)
+    assert fast(logits, rows) == whole
+    for i, token in enumerate(whole):
+        assert token in acceptable(logits[i], rows[i])
 
 
 @settings(max_examples=60, deadline=None)

@@ -102,12 +102,12 @@ def test_no_room_no_steps() -> None:
 def test_slots_have_no_owner_afterwards(path: Path, page_size: int, max_num_seqs: int) -> None:
     config = make_config(path, page_size, max_num_seqs)
     runner = warmed(config, read_arch(path))
-    fresh = make_runner(config, read_arch(path)).state
+    fresh = make_runner(config, read_arch(path)).table
     for name in ("page_table", "lengths"):
-        assert torch.equal(getattr(runner.state, name), getattr(fresh, name)), name
-    for name in ("lengths_cpu", "num_pages_cpu", "min_len_cpu"):
-        assert (getattr(runner.state, name) == getattr(fresh, name)).all(), name
-    assert (runner.state.counts.rows_cpu == -1).all()
+        assert torch.equal(getattr(runner.table, name), getattr(fresh, name)), name
+    for name in ("lengths_cpu", "num_pages_cpu"):
+        assert (getattr(runner.table, name) == getattr(fresh, name)).all(), name
+    assert not runner.sampling.min_len_cpu.any()
     with pytest.raises(PlanError, match="its pages hold 0"):
         runner.launch(StepPlan(1, [], [], [0], []))
 

@@ -156,9 +156,6 @@ class PagedMock:
         token = next_token(history, owner.seed, mask)
         state.last = token
         result.tokens.append(token)
-        if owner.tokens:  # for penalties: exactly what is known when it gets the slot
-            assert history[: len(owner.tokens)] == owner.tokens
-            assert len(owner.tokens) >= owner.prompt_len
         if owner.sampling.logprobs is not None:
             result.logprobs[owner.slot] = TokenLogprobs([token], [-float(len(history))], [1])
 

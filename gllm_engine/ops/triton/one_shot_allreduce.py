@@ -7,6 +7,22 @@ number of exchanges that costs and not the bytes (a one-shot all-reduce, as Fast
 
 Programs meet their namesakes on the other ranks, so all of a launch must fit the GPU at once. The
 memory is torch's symmetric memory, by plain peer pointers; NVLink multicast is not used.
+
+What one row's programs do, of two ranks, in epoch e:
+
+    rank 0                                          rank 1
+    1. buffer 0 [e & 1, row] = its part             1. buffer 1 [e & 1, row] = its part
+    2. flags 0 [from 0, row] = e (release)          2. flags 0 [from 1, row] = e (release)
+       flags 1 [from 0, row] = e (release)             flags 1 [from 1, row] = e (release)
+    3. wait for e in all of flags 0 [.., row]       3. wait for e in all of flags 1 [.., row]
+    4. sum = buffer 0 [e & 1, row]                  4. sum = buffer 0 [e & 1, row]
+           + buffer 1 [e & 1, row]                         + buffer 1 [e & 1, row]
+
+A rank may be in epoch e + 1 while another still reads in step 4 of e, for it then writes to the
+other half of its buffer. It cannot be in e + 2: for step 3 of e + 1 it needs that rank's flag of
+e + 1, which comes after step 4 of e. So a flag that is seen is e - 1, e or e + 1, and two halves
+are enough. Epochs are 32-bit numbers that wrap around; the difference of two that are so close
+tells which is the later one, and the halves keep taking turns, because 2^32 is even.
 """
 
 from __future__ import annotations
@@ -34,19 +50,20 @@ def _join(
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     inside = at < dim
-    # How often this row has met before, on every rank the same. Two buffers take turns: who writes
-    # to one again has met, in between, everybody who read it.
+    # How often this row has been summed, on every rank the same.
     epoch = tl.load(epochs + row) + 1
     place = ((epoch & 1) * ROWS + row).to(tl.int64) * dim
     mine = tl.load(buffers + rank).to(tl.pointer_type(KIND)) + place
     tl.store(mine + at, tl.load(part + row * dim + at, mask=inside, other=0.0), mask=inside)
-    tl.debug_barrier()  # all of the row is written before anybody is told
+    tl.debug_barrier()  # all of the row is written before the other ranks are told
     for peer in tl.static_range(RANKS):
         theirs = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
         tl.atomic_xchg(theirs + rank * ROWS + row, epoch, sem="release", scope="sys")
     ours = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
     for peer in tl.static_range(RANKS):
-        while tl.atomic_add(ours + peer * ROWS + row, 0, sem="acquire", scope="sys") < epoch:
+        flag = ours + peer * ROWS + row
+        # Not flag < epoch: these numbers wrap around, and their difference does not.
+        while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
             pass
     tl.debug_barrier()
     y = tl.zeros([BLOCK], tl.float32)

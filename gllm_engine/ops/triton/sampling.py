@@ -6,7 +6,15 @@ random number, and then the token in it. Arithmetic as reference.sample_plain: v
 sums of groups and tokens in float64, the random number a function of (seed, position) alone.
 
 Ranks that hold a share of the vocabulary each exchange what the first pass left, which is small
-beside the logits; the one that has the chosen group finds the token.
+beside the logits; the one that has the chosen group finds the token, and tells the others.
+
+    gather         peaks, masses and most likely tokens of all groups   the same on every rank
+    choose         a group: whose it is offers its token, marked        one mark a row
+                   the other ranks offer the most likely token
+    max            of the offers                                        the same on every rank
+
+Ranks that round differently may find different groups, and mark two tokens or none. They still go
+on with the same one, a token of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +28,10 @@ from gllm_engine.ops.batch import TensorGroup
 from gllm_engine.ops.protocol import PlainSampling
 
 _GROUP = 2048
+# Beyond every token: added to the one that counts.
+_MARK = tl.constexpr(1 << 40)
+# Rows of one program that records tokens.
+_RECORDED = 256
 
 
 # A step's slots may begin anywhere among its packed numbers: one kernel for all alignments.
@@ -86,10 +98,23 @@ def _choose(
         members = tl.exp(x.to(tl.float32) / heat - top).to(tl.float64)
         first = rank * vocab + (chosen - rank * ours) * GROUP
         token = first + _first_above(members, rest, member)
-    token = tl.where(chosen // ours == rank, token, 0).to(tl.int64)
-    tl.store(tokens + row, token)
     if ranks == 1:
-        tl.store(last_tokens + slot, token)
+        tl.store(tokens + row, token.to(tl.int64))
+        tl.store(last_tokens + slot, token.to(tl.int64))
+    else:
+        most_likely = tl.load(bests + row * groups + likely).to(tl.int64)
+        offer = tl.where(chosen // ours == rank, token.to(tl.int64) + _MARK, most_likely)
+        tl.store(tokens + row, offer)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots"])
+def _record(offers, slots, last_tokens, rows, BLOCK: tl.constexpr):
+    """Of the offers, which become tokens: remember each slot's."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    token = tl.load(offers + row, mask=inside, other=0) & (_MARK - 1)
+    tl.store(offers + row, token, mask=inside)
+    tl.store(last_tokens + tl.load(slots + row, mask=inside, other=0), token, mask=inside)
 
 
 def sample_plain(
@@ -118,6 +143,8 @@ def sample_plain(
         GROUP=_GROUP, GROUPS=triton.next_power_of_2(size * groups),
     )  # fmt: skip
     if ranks is not None and size > 1:
-        ranks.sum(tokens)
-        state.last_tokens.index_copy_(0, slots, tokens)
+        ranks.max(tokens)
+        _record[(triton.cdiv(rows, _RECORDED),)](
+            tokens, slots, state.last_tokens, rows, BLOCK=_RECORDED
+        )
     return tokens

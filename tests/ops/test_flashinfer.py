@@ -1,0 +1,86 @@
+"""The FlashInfer backend as far as it needs no GPU: a stand-in takes the place of the library."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gllm_engine import ops
+
+pytest.importorskip("triton")
+NAME = "gllm_engine.ops.flashinfer"
+
+
+class Wrapper:
+    """Of FlashInfer's, as far as it is used here."""
+
+    def __init__(self, partials: Tensor, backend: str) -> None:
+        self._pin_memory_int_workspace_buffer = torch.empty(8, dtype=torch.uint8)
+        self.backend = backend
+
+    def reset_workspace_buffer(self, partials: Tensor, memory: Tensor) -> None:
+        self.memory = memory
+
+
+class Renamed(Wrapper):
+    """As it might be in a later version."""
+
+    def __init__(self, partials: Tensor, backend: str) -> None:
+        self._pinned_workspace = torch.empty(8, dtype=torch.uint8)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    library: Any = ModuleType("flashinfer")
+    library.__version__ = "9.9"
+    library.BatchPrefillWithPagedKVCacheWrapper = Wrapper
+    library.BatchPrefillWithRaggedKVCacheWrapper = type("Ragged", (Wrapper,), {})
+    monkeypatch.setitem(sys.modules, "flashinfer", library)
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    monkeypatch.setattr(ops, "flashinfer", None, raising=False)  # put back with the rest
+    module = importlib.import_module(NAME)
+    monkeypatch.delitem(sys.modules, NAME)
+    return module
+
+
+@pytest.fixture
+def planner(backend: ModuleType) -> Any:
+    """Without the memory that only a GPU has."""
+    planner = object.__new__(backend.FlashInferPlanner)
+    planner._device, planner._partials, planner._wrappers = torch.device("cpu"), torch.empty(1), {}
+    return planner
+
+
+def test_a_version_that_keeps_plans_elsewhere_is_refused(planner: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"^flashinfer 9\.9: its Renamed has no _pin_memory_int"):
+        planner._wrapper(Renamed, {"num_qo_heads": 4}, "fa2")
+    assert planner._wrapper(Wrapper, {"num_qo_heads": 4}, "fa2").memory.numel() == 8 << 20
+
+
+def test_each_shape_of_attention_has_a_wrapper_of_its_own(
+    backend: ModuleType, planner: Any
+) -> None:
+    """For a wrapper holds one plan, and a step has one for each shape."""
+
+    def wrapper(kind: type, heads: int, kv_heads: int, dim: int, window: int | None) -> Any:
+        cache = torch.empty(1, 2, 16, kv_heads, dim)
+        return planner._wrapper(kind, backend._shape(cache, heads, window, torch.float16), "fa2")
+
+    ragged = backend.BatchPrefillWithRaggedKVCacheWrapper
+    base = (Wrapper, 8, 2, 64, None)
+    others = [
+        (ragged, 8, 2, 64, None),
+        (Wrapper, 4, 2, 64, None),
+        (Wrapper, 8, 4, 64, None),
+        (Wrapper, 8, 2, 128, None),
+        (Wrapper, 8, 2, 64, 512),
+    ]
+    made = [wrapper(*shape) for shape in (base, *others)]
+    assert len(set(map(id, made))) == len(made) == len({id(one.memory) for one in made})
+    assert [wrapper(*shape) for shape in (base, *others)] == made

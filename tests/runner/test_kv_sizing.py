@@ -1,0 +1,88 @@
+"""What is left free for a step is enough for any step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gllm_engine.arch import read_arch
+from gllm_engine.config import EngineConfig
+from gllm_engine.model import Decoder, fill_randomly
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.runner import Runner
+from gllm_engine.runner.kv_sizing import _trial, costly_sampling
+from gllm_engine.runner.sampler import sample
+from gllm_engine.runner.slot_table import SlotTable
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.types import Chunk, NewPages, NewSequence, StepPlan
+
+VOCAB = 151_936
+
+
+def test_the_trial_samples_in_every_way() -> None:
+    rows, vocab = 5, 2000
+    table = SlotTable(rows, 7, 1, 16, torch.device("cpu"))
+    batch = costly_sampling(table, vocab)
+    assert batch.has_random and batch.has_greedy and batch.has_min_p and batch.added
+    assert [(len(part), ranked) for part, ranked in batch.truncations] == [(rows, vocab)]
+    assert batch.masks is not None and len(batch.masks[0]) == rows
+    penalties = batch.penalties
+    assert penalties is not None and len(penalties.rows) == rows and penalties.has_repetition
+    assert penalties.history.lens_cpu.tolist() == [7 * 16] * rows
+    assert sample(torch.zeros(rows, vocab), batch).shape == (rows,)
+
+
+@pytest.mark.gpu
+def test_a_step_takes_no_more_than_the_trial(tmp_path: Path) -> None:
+    """All sequences want penalties, a mask, log probabilities and a sort, of a large vocabulary."""
+    rows, length, page_size = 1024, 8, 16
+    path = write_tiny_model(tmp_path, "Qwen3ForCausalLM", vocab_size=VOCAB)
+    arch, device = read_arch(path), torch.device("cuda")
+    config = EngineConfig(
+        model=str(path),
+        max_num_seqs=rows,
+        max_num_batched_tokens=rows * length,
+        max_model_len=4096,
+        num_pages=rows + 1,
+        page_size=page_size,
+        plans_in_flight=2,
+        enforce_eager=True,
+    )
+    decoder = Decoder(arch, dtype=torch.bfloat16, device=device, max_model_len=4096)
+    fill_randomly(decoder)
+    decoder.compile_kernels(page_size, torch.bfloat16)
+    with torch.inference_mode():
+        allowed = _trial(config, decoder, 4096 // page_size)
+    runner = Runner(config, arch, decoder)
+    kept = sum(
+        x.nbytes
+        for owner in (runner.table, runner.sampling)
+        for x in vars(owner).values()
+        if isinstance(x, torch.Tensor)
+    )
+    asked = SamplingParams(
+        top_p=0.9,
+        min_p=0.01,
+        logprobs=20,
+        presence_penalty=0.5,
+        frequency_penalty=0.5,
+        repetition_penalty=1.2,
+    )
+    slots = range(rows)
+    plan = StepPlan(
+        1,
+        new=[NewSequence(slot, slot, length, asked) for slot in slots],
+        new_pages=[NewPages(slot, 0, [slot]) for slot in slots],
+        decode_slots=[],
+        chunks=[Chunk(slot, 0, [slot] * length, True) for slot in slots],
+        masks=dict.fromkeys(slots, b"\xff" * (VOCAB // 8)),
+    )
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert len(runner.launch(plan).wait().tokens) == rows
+    took = torch.cuda.max_memory_allocated() - before + kept
+    assert 0.5 * allowed < took <= allowed, (took, allowed)
