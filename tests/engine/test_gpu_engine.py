@@ -194,9 +194,9 @@ def test_decode_steps_are_graphs_unless_forbidden(monkeypatch: pytest.MonkeyPatc
     """So the test above compares two different things."""
     steps, forward = [], DecodeGraphs.forward
 
-    def counted(graphs: DecodeGraphs, rows: Any) -> Any:
+    def counted(graphs: DecodeGraphs, rows: Any, x: Any) -> Any:
         steps.append(len(rows.slots_cpu))
-        return forward(graphs, rows)
+        return forward(graphs, rows, x)
 
     monkeypatch.setattr(DecodeGraphs, "forward", counted)
     for eager in (False, True):
