@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ Answer every line of INPUT, one JSON object a line:
 
   {"id": "a1", "prompt": "Once upon", "sampling_parameters": {"max_tokens": 50}}
   {"id": "a2", "messages": [{"role": "user", "content": "Hello"}]}
+
+With messages go `tools` and `chat_template_kwargs`, such as {"enable_thinking": false}.
 
 OUTPUT gets a line for each, in the order in which they finish:
 
@@ -170,6 +173,12 @@ def _add_chat(commands: Any) -> None:
     text = f"Talk to a model. {HINT}\n--max-tokens is {CHAT_MAX_TOKENS} unless given."
     parser = _command(commands, "chat", _chat, "talk to a model", text)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        default="{}",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     _add_source(parser)
 
 
@@ -264,10 +273,14 @@ def _chat(options: argparse.Namespace) -> int:
     sampling = {"max_tokens": CHAT_MAX_TOKENS} | _sampling(options)
     if sampling.get("n", 1) != 1:
         raise UsageError("--n: a conversation has one answer at a time")
+    try:
+        variables = json.loads(options.chat_template_kwargs) or None
+    except (ValueError, RecursionError):
+        raise UsageError("--chat-template-kwargs: not valid JSON") from None
     with suppress(ImportError):
         import readline  # noqa: F401  # gives input() its line editing
     with closing(_source(options)) as source:
-        answer = lambda messages: source.stream(messages, sampling)  # noqa: E731
+        answer = partial(source.stream, sampling=sampling, chat_template_kwargs=variables)
         Chat(answer, options.system, source.refusals).run(input)
     return 0
 

@@ -23,8 +23,11 @@ class AnswerSource(Protocol):
 
     refusals: tuple[type[Exception], ...]
 
-    def stream(self, prompt: Prompt, sampling: dict[str, Any]) -> Iterator[Chunk]:
-        """One answer as it comes; closing the iterator ends it."""
+    def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
+        """One answer as it comes; closing the iterator ends it.
+
+        `template`: tools and chat_template_kwargs, with chat messages.
+        """
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
         """Each item with its Chunk, or Failed; as they finish, `concurrency` at a time."""
@@ -50,11 +53,13 @@ class RemoteAnswers:
             raise GenerateError(f"--model is needed to choose among the models at {url}: {have}")
         return ready[0]
 
-    def stream(self, prompt: Prompt, sampling: dict[str, Any]) -> Iterator[Chunk]:
-        return self._ask(prompt, sampling, stream=int(sampling.get("n", 1)) == 1)
+    def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
+        return self._ask(prompt, sampling, template, stream=int(sampling.get("n", 1)) == 1)
 
-    def _ask(self, prompt: Prompt, sampling: dict[str, Any], stream: bool) -> Iterator[Chunk]:
-        options: dict[str, Any] = {"sampling": sampling, "stream": stream}
+    def _ask(
+        self, prompt: Prompt, sampling: dict[str, Any], template: dict[str, Any], stream: bool
+    ) -> Iterator[Chunk]:
+        options: dict[str, Any] = template | {"sampling": sampling, "stream": stream}
         options["prompt" if isinstance(prompt, str) else "messages"] = prompt
         return self._client.generate(model=self._model, timeout=self._timeout, **options)
 
@@ -75,7 +80,7 @@ class RemoteAnswers:
 
     def _answer(self, item: Item) -> tuple[Item, Any]:
         try:
-            return item, merge(self._ask(item.prompt, item.sampling, stream=False))
+            return item, merge(self._ask(item.prompt, item.sampling, item.template, stream=False))
         except GenerateError as error:
             if error.status == "UNAVAILABLE":
                 raise

@@ -9,14 +9,16 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from gllm_client.protocol import Chunk
 
-KEYS = ("id", "prompt", "messages", "sampling_parameters")
+# For the chat template of a line with messages: a list, an object.
+TEMPLATE_KEYS = {"tools": list, "chat_template_kwargs": dict}
+KEYS = ("id", "prompt", "messages", *TEMPLATE_KEYS, "sampling_parameters")
 
 
 class BatchError(RuntimeError):
@@ -30,6 +32,7 @@ class Item:
     id: str | int
     prompt: str | list[dict[str, Any]]  # text, or chat messages
     sampling: dict[str, Any]
+    template: dict[str, Any] = field(default_factory=dict)  # by TEMPLATE_KEYS, what was given
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,14 @@ def _item(id: str | int, line: dict[str, Any]) -> Item | Failed:
     prompt = line.get("prompt", line.get("messages"))
     if not isinstance(prompt, kind):
         return Failed("prompt: a string is expected (or messages: a list)")
-    return Item(id, prompt, sampling)
+    template = {key: line[key] for key in TEMPLATE_KEYS if line.get(key) is not None}
+    for key, value in template.items():
+        expected = TEMPLATE_KEYS[key]
+        if not isinstance(value, expected):
+            return Failed(f"{key}: {'a list' if expected is list else 'an object'} is expected")
+        if kind is str:
+            return Failed(f"{key}: it is for the chat template, so it goes with messages")
+    return Item(id, prompt, sampling, template)
 
 
 def open_target(path: Path, retry_errors: bool) -> tuple[IO[bytes], set[str | int]]:

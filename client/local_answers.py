@@ -27,11 +27,13 @@ class LocalAnswers:
         """`config`: fields of EngineConfig. Raises what LLM raises."""
         self._llm = LLM(**config)
 
-    def stream(self, prompt: Prompt, sampling: dict[str, Any]) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
         params = parse_sampling(sampling)
         tokenizer = self._llm.tokenizer
-        encode = tokenizer.encode if isinstance(prompt, str) else tokenizer.chat
-        ids = encode(prompt)
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = tokenizer.chat(prompt, **template)
         if params.n == 1:
             deltas = self._llm.stream(ids, params)
             while (delta := _uninterrupted(deltas)) is not None:
@@ -49,7 +51,7 @@ class LocalAnswers:
         running: deque[tuple[Item, Iterator[Chunk], list[Chunk]]] = deque()
         while True:
             for item in islice(waiting, concurrency - len(running)):
-                running.append((item, self.stream(item.prompt, item.sampling), []))
+                running.append((item, self.stream(item.prompt, item.sampling, **item.template), []))
             if not running:
                 return
             item, chunks, taken = running.popleft()

@@ -83,6 +83,8 @@ def request_inputs(
     prompt: str | None = None,
     *,
     messages: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     input_ids: Sequence[int] | None = None,
     images: Sequence[str | bytes] = (),
     stream: bool = True,
@@ -99,12 +101,17 @@ def request_inputs(
     """The input tensors of one request, by name. These are the options of every `generate`.
 
     Exactly one of `prompt` (text), `messages` (for the model's chat template) and `input_ids`.
-    `images`: encoded files, as bytes or already base64. `sampling`: a mapping or a
-    SamplingParams; single fields may also be given by keyword (`max_tokens=20, stop=["\\n"]`).
-    `return_logprobs`: default: when `logprobs` is among the sampling parameters.
+    `tools` (functions that the model may call) and `chat_template_kwargs` (variables of the chat
+    template, such as enable_thinking) go with `messages`. `images`: encoded files, as bytes or
+    already base64. `sampling`: a mapping or a SamplingParams; single fields may also be given by
+    keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when `logprobs` is among
+    the sampling parameters.
     Raises ValueError when the options contradict each other; the server checks their values.
     """
     inputs = _prompt(prompt, messages, input_ids)
+    for name, value in {"tools": tools, "chat_template_kwargs": chat_template_kwargs}.items():
+        if value is not None:
+            inputs[name] = json.dumps(value)
     parameters = _sampling(sampling, sampling_fields)
     several = int(parameters.get("n") or 1) > 1
     if several and return_token_ids and not return_num_output_tokens:

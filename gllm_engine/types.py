@@ -95,6 +95,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     prompt_len: int
     sampling: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()  # filled only when min_tokens forbids them, else empty
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):

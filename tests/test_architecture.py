@@ -37,6 +37,8 @@ OURS = {
     "gllm_engine/workers/channel.py": {"", "config"},
     "gllm_engine/wire.py": {"types", "config", "sampling"},
     "gllm_engine/os_process.py": set(),
+    "gllm_engine/text/template_source.py": set(),
+    "gllm_engine/text/template_renderer.py": {"text"},
     "gllm_engine/text": {"types", "config", "sampling", "os_process", "text"},
     "gllm_engine/workers": {
         "types", "config", "sampling", "arch", "parallel", "model", "runner", "wire",
@@ -70,6 +72,8 @@ OTHERS = {
     "gllm_engine/workers/channel.py": {"torch", "zmq"},
     "gllm_engine/wire.py": {"msgspec"},
     "gllm_engine/os_process.py": {"msgspec"},
+    "gllm_engine/text/template_source.py": {"jinja2"},
+    "gllm_engine/text/template_renderer.py": set(),
     "gllm_engine/text": {"msgspec", "tokenizers", "transformers", "llguidance", "numpy"},
     "gllm_engine/workers": {"torch", "zmq", "msgspec"},
     "gllm_engine/engine": {"torch", "msgspec", "zmq", "tqdm"},

@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,9 @@ class TritonPythonModel:
         sys.setswitchinterval(SWITCH_S)
         self.config = read_config(Path(args["model_repository"]) / version / "model.json")
         self.tokenizer = Tokenizer(Path(self.config.tokenizer or self.config.model))
+        if self.tokenizer.chat_template is not None:
+            self.tokenizer.chat_template.start()
+        self._chats = ThreadPoolExecutor(1, thread_name_prefix="chats")
         self._lock = threading.Lock()  # guards the two below
         self.live: set[Stream] = set()
         self._sequences: dict[int, tuple[Stream, int]] = {}  # sequence id -> stream, index
@@ -84,6 +89,8 @@ class TritonPythonModel:
             on_stats=self.metrics.engine,
             on_lost=self._on_lost,
         )
+        if self.tokenizer.chat_template is not None:
+            self.tokenizer.chat_template.warm_up()
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
         self._sweeper.start()
 
@@ -100,21 +107,14 @@ class TritonPythonModel:
             )
             with self._lock:
                 self.live.add(stream)
-            try:
-                self._start(stream, parse_request(request))
-            except InvalidField as error:
-                stream.fail("invalid", str(error))
-            except self._unavailable as error:
-                stream.fail("unavailable", str(error))
-            except Exception:  # a bug must cost one request only
-                stream.problem = traceback.format_exc()
-                stream.fail("internal", "an internal error, see the server's log")
+            self._take(stream, request)
 
     def finalize(self) -> None:
         """Let running requests end, for a bounded time; then end everything."""
         limit = time.monotonic() + self.config.drain_timeout_s
         while self.live and time.monotonic() < limit:
             time.sleep(0.01)
+        self._chats.shutdown(cancel_futures=True)
         for stream in self._snapshot():
             stream.fail("unavailable", "the model is being unloaded")
         for sender in self.senders:
@@ -125,6 +125,33 @@ class TritonPythonModel:
         self.metrics.close(CLOSE_S)
 
     # ------------------------------------------------------------ a request's beginning
+
+    def _take(self, stream: Stream, request: Any) -> None:
+        with self._failing(stream):
+            parsed = parse_request(request)
+            if parsed.kind == "messages":
+                # A chat template may take seconds; those who need none do not wait for it.
+                self._chats.submit(self._start_chat, stream, parsed)
+            else:
+                self._start(stream, parsed)
+
+    def _start_chat(self, stream: Stream, parsed: ParsedRequest) -> None:
+        with self._failing(stream):
+            if stream.failure is None:  # else it was cancelled meanwhile
+                self._start(stream, parsed)
+
+    @contextmanager
+    def _failing(self, stream: Stream) -> Iterator[None]:
+        """What is raised within is this request's end, and nobody else's."""
+        try:
+            yield
+        except InvalidField as error:
+            stream.fail("invalid", str(error))
+        except self._unavailable as error:
+            stream.fail("unavailable", str(error))
+        except Exception:  # a bug must cost one request only
+            stream.problem = traceback.format_exc()
+            stream.fail("internal", "an internal error, see the server's log")
 
     def _start(self, stream: Stream, parsed: ParsedRequest) -> None:
         from gllm_engine import Completion, make_requests
@@ -159,7 +186,7 @@ class TritonPythonModel:
             ids = parsed.prompt.tolist()
             _check_ids("input_ids", ids, self.client.info.vocab_size)
         else:
-            ids = self.tokenizer.chat(parsed.prompt, max_tokens=max_len)
+            ids = self.tokenizer.chat(parsed.prompt, max_len, **parsed.template)
             _check_len(len(ids), max_len)
         return ids, self.tokenizer.decode(ids) if parsed.prepend_prompt else ""
 

@@ -35,6 +35,8 @@ INPUTS: dict[str, tuple[str, list[int]]] = {
     "text_input": ("TYPE_STRING", [1]),
     "input_ids": ("TYPE_INT32", [-1]),
     "messages": ("TYPE_STRING", [1]),
+    "tools": ("TYPE_STRING", [1]),
+    "chat_template_kwargs": ("TYPE_STRING", [1]),
     "image": ("TYPE_STRING", [-1]),
     "stream": ("TYPE_BOOL", [1]),
     "sampling_parameters": ("TYPE_STRING", [1]),
@@ -44,6 +46,8 @@ INPUTS: dict[str, tuple[str, list[int]]] = {
 # Stop strings, grammars and all: n sequences carry it, so 1 MiB is 64 MiB at most.
 MAX_PARAMETERS_LEN = 1 << 20  # characters of JSON
 PROMPTS = ("text_input", "input_ids", "messages")
+# What goes to the chat template, beside the messages.
+TEMPLATE_INPUTS = ("tools", "chat_template_kwargs")
 _DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32}
 _TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
 
@@ -54,6 +58,7 @@ class ParsedRequest:
 
     kind: str  # one of PROMPTS
     prompt: Any  # by kind: text, an array of token ids, or messages as parsed JSON, not checked
+    template: dict[str, Any]  # by name in TEMPLATE_INPUTS, what was given: parsed JSON, not checked
     stream: bool
     prepend_prompt: bool  # the answer begins with the prompt's text
     sampling: SamplingParams
@@ -71,6 +76,7 @@ def parse_request(request: Any) -> ParsedRequest:
     if "image" in tensors and tensors["image"].size:
         raise InvalidField("image", "this model takes no images")
     kind, prompt = _prompt(tensors)
+    template = _template(tensors, kind)
     parameters = _parameters(request)
     timeout_us = _timeout(request, parameters.pop("timeout", None))
     sampling = _sampling(tensors, parameters)
@@ -88,6 +94,7 @@ def parse_request(request: Any) -> ParsedRequest:
     return ParsedRequest(
         kind=kind,
         prompt=prompt,
+        template=template,
         stream=stream,
         prepend_prompt=not exclude,
         sampling=sampling,
@@ -152,6 +159,14 @@ def _prompt(tensors: Mapping[str, np.ndarray]) -> tuple[str, Any]:
     if not text:
         raise InvalidField(given[0], "the prompt is empty, at least one character is needed")
     return given[0], text if given == ["text_input"] else _json("messages", text)
+
+
+def _template(tensors: Mapping[str, np.ndarray], kind: str) -> dict[str, Any]:
+    given = [name for name in TEMPLATE_INPUTS if name in tensors]
+    if given and kind != "messages":
+        problem = f"it is for the chat template, so it goes with messages and not with {kind}"
+        raise InvalidField(given[0], problem)
+    return {name: _json(name, _text(tensors, name)) for name in given}
 
 
 def _json(name: str, text: str) -> Any:

@@ -35,9 +35,10 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# Tables of RoPE frequencies that old checkpoints carry; they follow from the config.
+# Tables of RoPE that old checkpoints carry; they follow from the config.
 _LEFT_OVERS = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|transformer\.rotary_pos_emb\.inv_freq"
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+    r"|transformer\.rotary_pos_emb\.inv_freq"
 )
 
 

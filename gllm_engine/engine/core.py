@@ -116,15 +116,17 @@ class Engine:
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
         self._runner = (make_runner or _make_runner)(config, arch)
         max_model_len = _model_len(config, arch, self._runner.num_pages)
+        # Known by now: the model takes longer to load than the tokenizer.
+        eos_token_ids = self._grammars.eos_token_ids
         self._scheduler = Scheduler(
-            config, self._runner.num_pages, max_model_len, arch.eos_token_ids, policy
+            config, self._runner.num_pages, max_model_len, eos_token_ids, policy
         )
         self.info = ModelInfo(
             vocab_size=arch.vocab,
             max_model_len=max_model_len,
             num_pages=self._runner.num_pages,
             page_size=config.page_size,
-            eos_token_ids=arch.eos_token_ids,
+            eos_token_ids=eos_token_ids,
         )
         self._depth = config.plans_in_flight
         self._max_waiting = config.max_waiting

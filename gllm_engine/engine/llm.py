@@ -19,6 +19,7 @@ from gllm_engine.config import make_config
 from gllm_engine.engine.core import Engine, EngineBroken
 from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
 from gllm_engine.sched import Policy
+from gllm_engine.text.chat_template import Message
 from gllm_engine.text.completion import (
     Completion,
     Delta,
@@ -26,7 +27,7 @@ from gllm_engine.text.completion import (
     make_requests,
     render_logprobs,
 )
-from gllm_engine.text.tokenizer import Message, Tokenizer
+from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.types import Finish, Outputs, Request, TokenLogprobs
 
 Prompt = str | list[int]  # text, or token ids
@@ -146,13 +147,22 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         use_tqdm: bool = False,
-        **options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several. `options` go to the chat template."""
+        """Answer one conversation or several.
+
+        `tools`: functions that the model may call, as OpenAI's clients describe them.
+        `chat_template_kwargs`: variables of the chat template, such as enable_thinking. Raises
+        InvalidField for what the template does not take.
+        """
         several = bool(messages) and not isinstance(messages[0], dict)
         conversations: Any = messages if several else [messages]
-        prompts = [self.tokenizer.chat(conversation, **options) for conversation in conversations]
+        prompts = [
+            self.tokenizer.chat(one, tools=tools, chat_template_kwargs=chat_template_kwargs)
+            for one in conversations
+        ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(

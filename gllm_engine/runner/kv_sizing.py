@@ -122,7 +122,7 @@ def costly_sampling(table: SlotTable, vocab: int) -> SamplingBatch:
     length = max_pages * table.page_size
     table.lengths.fill_(length)
     table.lengths_cpu.fill(length)
-    sampling = SamplingState(table, vocab, ())
+    sampling = SamplingState(table, vocab)
     each = [
         SamplingParams(
             temperature=float(not slot),  # the first one at random, the others the most likely

@@ -118,7 +118,7 @@ class Runner:
             self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
             num_slots = config.max_num_seqs + on_gpu
             self.table = SlotTable(num_slots, max_pages, num_pages, config.page_size, self.device)
-            self.sampling = SamplingState(self.table, arch.vocab, arch.eos_token_ids)
+            self.sampling = SamplingState(self.table, arch.vocab)
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
             self._returned = TokenReturn(self.pipe, self.table, config.plans_in_flight)

@@ -57,10 +57,10 @@ class SamplingState:
     such requests.
     """
 
-    def __init__(self, table: SlotTable, vocab: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, table: SlotTable, vocab: int) -> None:
         num_slots, device = len(table.lengths), table.device
         self.vocab = vocab
-        self._table, self._device, self._eos_token_ids = table, device, eos_token_ids
+        self._table, self._device = table, device
         # temperature, min_p, top_p, presence, frequency, repetition
         self._reals = torch.zeros(6, num_slots, dtype=torch.float64, device=device)
         # top_k, seed, prompt_len
@@ -117,7 +117,7 @@ class SamplingState:
             features |= PENALTIES
             if sampling.repetition_penalty != 1:
                 features |= REPETITION
-        ids = (*self._eos_token_ids, *sampling.stop_token_ids)
+        ids = (*new.eos_token_ids, *sampling.stop_token_ids)
         stops = {i: FORBIDDEN for i in ids if 0 <= i < self.vocab}
         self.min_len_cpu[slot] = 0
         if sampling.min_tokens and stops:

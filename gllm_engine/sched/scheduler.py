@@ -376,8 +376,10 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.planned
             self._prefix_hits += sequence.planned
             self._prefix_queries += sequence.prompt_len if looks_up and self._pool.caching else 0
+        sampling = sequence.sampling
+        eos = self._eos_token_ids if sampling.min_tokens else ()
         draft.new.append(
-            NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sequence.sampling)
+            NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sampling, eos)
         )
         draft.new_pages.append(NewPages(sequence.slot, 0, list(pages.ids)))
         return True

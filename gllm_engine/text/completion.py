@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.text.tokenizer import Detokenizer, Tokenizer
+from gllm_engine.text.detokenizer import Detokenizer
+from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.types import Finish, Request, TokenLogprobs
 
 Logprobs = dict[int, dict[str, float | int | str]]
@@ -54,7 +55,9 @@ class Completion:
     ) -> None:
         self._tokenizer = tokenizer
         self._sampling = sampling
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer.spelling, prompt_ids, sampling.skip_special_tokens
+        )
         self._stops = _StopStrings(sampling.stop) if sampling.stop else None
         self._cumulative = 0.0
         self.num_tokens = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from llguidance import LLMatcher
@@ -17,7 +17,7 @@ from llguidance import LLMatcher
 from gllm_engine.sampling import InvalidField, StructuredOutputs
 from gllm_engine.text.grammar import GrammarError, Vocabulary, reason
 from gllm_engine.text.grammar_trial import Compiler
-from gllm_engine.text.tokenizer import TextError, Tokenizer
+from gllm_engine.text.tokenizer import TextError, Tokenizer, end_token_ids
 from gllm_engine.types import Request
 
 FIELD = "structured_outputs"
@@ -125,10 +125,15 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        """`tokenizer`: its directory. `vocab_size`: the model's, which may be padded."""
-        self._vocab_size, self._eos = vocab_size, eos_token_ids
+        """`tokenizer`: its directory. `vocab_size`: the model's, which may be padded.
+
+        `eos_token_ids`: those of the checkpoint's configuration.
+        """
+        self._vocab_size = vocab_size
+        self._configured_ids = eos_token_ids
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._compiler = self._thread.submit(_load, tokenizer, vocab_size, eos_token_ids)
+        self._tokenizer = self._thread.submit(_load, tokenizer)
+        self._compiler = self._thread.submit(self._make_compiler)
         self._compiled = lru_cache(MAX_CACHED_GRAMMARS)(self._compile)
 
     def constrain(self, request: Request) -> Constraint | Future[Constraint] | None:
@@ -140,6 +145,13 @@ class Grammars:
         if asked is not None:
             return self._thread.submit(self._constrain, request, asked)
         return self._build(request, None) if request.bad_words else None
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text. Waits for the tokenizer, which knows of one too."""
+        tokenizer = self._tokenizer.result()
+        known = None if isinstance(tokenizer, str) else tokenizer
+        return end_token_ids(self._configured_ids, known, self._vocab_size)
 
     def close(self) -> None:
         """End what compiles; wait only for the tokenizer, or for a grammar tried with success."""
@@ -156,7 +168,9 @@ class Grammars:
 
     def _build(self, request: Request, matcher: LLMatcher | None) -> Constraint:
         own = None if matcher is None else matcher.deep_copy()
-        return Constraint(self._vocab_size, self._eos, len(request.prompt), own, request.bad_words)
+        return Constraint(
+            self._vocab_size, self.eos_token_ids, len(request.prompt), own, request.bad_words
+        )
 
     def _compile(self, asked: StructuredOutputs) -> LLMatcher | str:
         """A matcher to be copied, never advanced; or what is wrong."""
@@ -167,6 +181,22 @@ class Grammars:
             return compiler.compile(asked)
         except GrammarError as error:
             return str(error)
+
+    def _make_compiler(self) -> Compiler | str:
+        """What compiles grammars for this model, or why nothing does."""
+        tokenizer = self._tokenizer.result()
+        if isinstance(tokenizer, str):
+            return tokenizer
+        if not self.eos_token_ids:
+            return "not available for this model, which has no end-of-sequence token"
+        spelled = tokenizer.spelling.pieces(skip_special_tokens=False)
+        plain = tokenizer.spelling.pieces(skip_special_tokens=True)
+        tokens = [spelled[id] for id in range(self._vocab_size)]
+        special = {id for id, token in enumerate(tokens) if token and not plain[id]}
+        for id in self.eos_token_ids:
+            special.add(id)
+            tokens[id] = tokens[id] or b"<[%d]>" % id  # llguidance needs a name
+        return Compiler(Vocabulary(tokens, sorted(special), list(self.eos_token_ids)))
 
 
 def _made(future: Future[Compiler | str]) -> Compiler | None:
@@ -182,18 +212,9 @@ def _stop(future: Future[Compiler | str]) -> None:
         compiler.stop()
 
 
-def _load(directory: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Compiler | str:
-    """What compiles grammars for this model, or why nothing does."""
+def _load(directory: Path) -> Tokenizer | str:
+    """The tokenizer, or why there is none."""
     try:
-        tokenizer = Tokenizer(directory)
+        return Tokenizer(directory)
     except TextError as error:
         return f"not available for this model ({error})"
-    if not eos_token_ids:
-        return "not available for this model, which has no end-of-sequence token"
-    spelled, plain = tokenizer.pieces(False), tokenizer.pieces(True)
-    tokens = [spelled[id] for id in range(vocab_size)]
-    special = {id for id, token in enumerate(tokens) if token and not plain[id]}
-    for id in eos_token_ids:
-        special.add(id)
-        tokens[id] = tokens[id] or b"<[%d]>" % id  # llguidance needs a name
-    return Compiler(Vocabulary(tokens, sorted(special), list(eos_token_ids)))

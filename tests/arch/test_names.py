@@ -97,6 +97,8 @@ def test_mixtral_counts_its_weights_from_the_gate() -> None:
 
 def test_left_overs() -> None:
     assert is_left_over("model.layers.11.self_attn.rotary_emb.inv_freq")
+    assert is_left_over("model.layers.0.self_attn.rotary_emb.cos_cached")
+    assert is_left_over("model.layers.0.self_attn.rotary_emb.sin_cached")
     assert is_left_over("transformer.rotary_pos_emb.inv_freq")
     assert not is_left_over("model.layers.11.self_attn.rotary_emb.inv_freq.weight")
     assert not is_left_over("model.layers.11.self_attn.q_proj.weight")

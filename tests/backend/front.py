@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,31 +22,56 @@ from gllm_engine import EngineUnavailable, Finish, InvalidField, ModelInfo, Outp
 VOCAB = 300
 
 
-class ByteTokenizer:
+class ByteSpelling:
     """Token id = byte; 256 and above are special and have no text."""
 
     leading_spaces = 0
 
+    def __init__(self) -> None:
+        self._pieces = {i: bytes([i]) if i < 256 else b"" for i in range(VOCAB)}
+
+    def pieces(self, skip_special_tokens: bool) -> dict[int, bytes]:
+        return self._pieces
+
+    def first_piece(self, token: int) -> bytes:
+        return self._pieces[token]
+
+
+class ByteTokenizer:
+    """A tokenizer of bytes. Its chat template writes roles and tools into the text."""
+
+    chat_template = None
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._pieces = {i: bytes([i]) if i < 256 else b"" for i in range(VOCAB)}
+        self.spelling = ByteSpelling()
+        self.holding = threading.Event()  # a conversation is under way when it is set ...
+        self.held = threading.Event()  # ... and goes on when this is
+        self.held.set()
 
     def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
-        return b"".join(self._pieces[i] for i in ids).decode("utf-8", "replace")
+        return b"".join(map(self.spelling.first_piece, ids)).decode("utf-8", "replace")
 
-    def chat(self, messages: Any, max_tokens: int | None = None) -> list[int]:
+    def chat(
+        self,
+        messages: Any,
+        max_tokens: int | None = None,
+        tools: Any = None,
+        chat_template_kwargs: Any = None,
+    ) -> list[int]:
         if not isinstance(messages, list) or not messages:
             raise InvalidField("messages", "expected a non-empty list")
-        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+        self.holding.set()
+        self.held.wait()
+        given = [value for value in (tools, chat_template_kwargs) if value]
+        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        return self.encode(text + "".join(map(json.dumps, given)))
 
     def token_text(self, token: int) -> str:
         return self.decode([token])
-
-    def pieces(self, skip_special_tokens: bool) -> dict[int, bytes]:
-        return self._pieces
 
     def bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(word.encode()) for word in words)

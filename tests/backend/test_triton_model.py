@@ -201,9 +201,59 @@ def test_messages_go_through_the_chat_template(front) -> None:
     messages = [{"role": "user", "content": "é"}]
     given = request(None, messages=text(json.dumps(messages)))
     model.execute([given])
+    wait_for(lambda: client.submitted)
     assert bytes(client.submitted[0].prompt).decode() == "<user>é"
     client.say(client.submitted[0].id, "ok", STOP)
     assert given.record.wait().text() == "ok"
+
+
+def test_tools_and_template_variables_go_with_messages(front) -> None:
+    model, client = front
+    messages = text(json.dumps([{"role": "user", "content": "a"}]))
+    tools, variables = [{"type": "function"}], {"enable_thinking": False}
+    given = request(
+        None,
+        messages=messages,
+        tools=text(json.dumps(tools)),
+        chat_template_kwargs=text(json.dumps(variables)),
+    )
+    model.execute([given])
+    wait_for(lambda: client.submitted)
+    said = '<user>a[{"type": "function"}]{"enable_thinking": false}'
+    assert bytes(client.submitted[0].prompt).decode() == said
+
+
+def test_a_slow_chat_template_holds_up_conversations_only(front) -> None:
+    model, client = front
+    model.tokenizer.held.clear()
+    chats = [text(json.dumps([{"role": "user", "content": c}])) for c in "abc"]
+    slow, cancelled, later = (request(None, messages=chat) for chat in chats)
+    model.execute([slow, cancelled, later])
+    assert model.tokenizer.holding.wait(5)
+    plain = request("plain")
+    model.execute([plain])
+    assert [bytes(r.prompt) for r in client.submitted] == [b"plain"]
+    client.say(client.submitted[0].id, "ok", STOP)
+    assert plain.record.wait().error is None
+    cancelled.record.cancelled = True
+    assert cancelled.record.wait().error.code() == TritonError.CANCELLED
+    model.tokenizer.held.set()
+    wait_for(lambda: len(client.submitted) == 3)
+    assert [bytes(r.prompt) for r in client.submitted[1:]] == [b"<user>a", b"<user>c"]
+
+
+def test_unloading_ends_conversations_that_wait(front) -> None:
+    model, client = front
+    model.tokenizer.held.clear()
+    chat = text(json.dumps([{"role": "user", "content": "a"}]))
+    slow, waiting = request(None, messages=chat), request(None, messages=chat)
+    model.execute([slow, waiting])
+    assert model.tokenizer.holding.wait(5)
+    threading.Timer(0.2, model.tokenizer.held.set).start()
+    model.finalize()
+    for given in (slow, waiting):
+        assert given.record.wait().error.message() == "the model is being unloaded"
+    assert client.closed
 
 
 def test_token_ids_in_and_bad_words(front) -> None:

@@ -39,6 +39,13 @@ BAD_INPUTS = [
     (request(None, input_ids=ids(1, 2).reshape(1, 2)), "input_ids", "[1, 2]"),
     (request(None, messages=text("{")), "messages", "not valid JSON"),
     (request(None, messages=text(b"\xc3")), "messages", "UTF-8"),
+    (request(None, messages=text("[1]"), tools=text("{")), "tools", "not valid JSON"),
+    (request("a", tools=text("[]")), "tools", "goes with messages and not with text_input"),
+    (
+        request(None, input_ids=ids(1), chat_template_kwargs=text("{}")),
+        "chat_template_kwargs",
+        "goes with messages and not with input_ids",
+    ),
     (request(stream=True, image=text("aGk=")), "image", "takes no images"),
     (request(exclude_input_in_output=ids(1)), "exclude_input_in_output", "BOOL"),
     (request(return_logprobs=np.array([True, False])), "return_logprobs", "[2]"),

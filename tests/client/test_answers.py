@@ -71,6 +71,15 @@ def test_text_and_messages_are_told_apart(client: FakeClient) -> None:
     assert second["messages"][0]["content"] == "x" and second["stream"] is False
 
 
+def test_what_goes_to_the_chat_template_is_passed_on(client: FakeClient) -> None:
+    remote, messages = RemoteAnswers("u", "m"), [{"role": "user", "content": "x"}]
+    template = {"tools": [{"type": "function"}], "chat_template_kwargs": {"thinking": False}}
+    list(remote.stream(messages, {}, **template))
+    list(remote.answers([Item(1, messages, {}, template)], 1))
+    for request in client.requests:
+        assert {key: request[key] for key in template} == template
+
+
 def items(*prompts: str) -> Iterator[Item]:
     return (Item(i, prompt, {}) for i, prompt in enumerate(prompts))
 

@@ -84,6 +84,9 @@ def test_each_line_gets_its_answer(tmp_path: Path) -> None:
         ('{"prompt": "a", "messages": []}', "exactly one of prompt and messages"),
         ('{"prompt": 3}', "a string is expected"),
         ('{"messages": "x"}', "a string is expected (or messages: a list)"),
+        ('{"messages": [], "tools": {}}', "tools: a list is expected"),
+        ('{"messages": [], "chat_template_kwargs": 1}', "chat_template_kwargs: an object is expe"),
+        ('{"prompt": "a", "tools": []}', "tools: it is for the chat template, so it goes with me"),
         ('{"prompt": "a", "sampling_parameters": "x"}', "sampling_parameters: a JSON object"),
         ("\xff\xfe", "line 4: not valid JSON"),
     ],
@@ -91,6 +94,12 @@ def test_each_line_gets_its_answer(tmp_path: Path) -> None:
 def test_a_bad_line_says_what_is_wrong(line: str, problem: str) -> None:
     _, item = parse_line(4, line.encode("latin-1"))
     assert isinstance(item, Failed) and problem in item.message
+
+
+def test_what_is_for_the_chat_template_reaches_the_item() -> None:
+    line = {"messages": [{"role": "user"}], "tools": [1], "chat_template_kwargs": None}
+    _, item = parse_line(4, json.dumps(line).encode())
+    assert item == Item(4, [{"role": "user"}], {}, {"tools": [1]})
 
 
 def test_sampling_parameters_reach_the_item() -> None:

@@ -126,6 +126,7 @@ def test_help_ends_well(arguments: list[str], capsys: pytest.CaptureFixture[str]
         (["generate", "hi", "--url=ftp://x", "--model=m"], 1, "gllm generate: url: ftp://x has"),
         (["generate", "hi", "--url=127.0.0.1:9"], 1, "gllm generate: the server cannot be reached"),
         (["chat", "--url=x:1", "--n=2"], 2, "gllm chat: --n: a conversation has one answer"),
+        (["chat", "--url=x:1", "--chat-template-kwargs={"], 2, "gllm chat: --chat-template-kwarg"),
         (["batch", "/no", "/tmp/o", "--concurrency=0"], 2, "gllm batch: --concurrency: at least"),
         (["batch", "/no", "/no/o", "--url=x:1", "--model=m"], 1, "gllm batch: /no: No such file"),
         (["warmup", "/no/such"], 2, "gllm warmup: model: /no/such is not a directory"),
@@ -225,12 +226,19 @@ def test_the_commands_work_in_this_process(
         {"id": "long", "prompt": "Once", "sampling_parameters": {"max_tokens": 9}},
         {"id": "bad", "prompt": "Once", "sampling_parameters": {"top_p": 9}},
         {"id": "two", "prompt": "Once", "sampling_parameters": {"n": 2}},
+        {"id": "chat", "messages": [{"role": "user", "content": "a"}]},
+        {
+            "id": "bare",
+            "messages": [{"role": "user", "content": "a"}],
+            "chat_template_kwargs": {"add_generation_prompt": False},
+        },
     ]
     (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)))
     batch = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--concurrency", "2"]
     assert main([*batch, *greedy, "6"]) == 1
     found = {a["id"]: a for a in map(json.loads, (tmp_path / "out").read_text().splitlines())}
     assert found["same"]["text"] == text[:-1] and found["same"]["num_output_tokens"] == 6
+    assert found["bare"]["num_input_tokens"] < found["chat"]["num_input_tokens"]
     assert found["long"]["num_output_tokens"] == 9 and found["long"]["num_input_tokens"] > 0
     assert found["bad"]["error"].startswith("top_p: 9.0 is outside")
     assert [o["text"] for o in found["two"]["outputs"]] == [text[:-1]] * 2

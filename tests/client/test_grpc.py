@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 import threading
 import time
@@ -147,6 +148,22 @@ def test_chunks_and_the_request_they_answer(kind: str, served: tuple[str, Servic
     assert tensors["messages"].contents.bytes_contents == [b'[{"role": "user"}]']
     assert tensors["stream"].datatype == "BOOL" and tensors["stream"].contents.bool_contents[0]
     assert "triton_grpc_error" not in servicer.metadata[-1]
+
+
+def test_what_goes_to_the_chat_template_is_sent_as_json(served: tuple[str, Servicer]) -> None:
+    address, servicer = served
+    tools, variables = [{"type": "function"}], {"enable_thinking": False}
+    ask(
+        "sync",
+        address,
+        messages=[{"role": "user"}],
+        tools=tools,
+        chat_template_kwargs=variables,
+        max_tokens=3,
+    )
+    tensors = {tensor.name: tensor for tensor in servicer.requests[-1].inputs}
+    assert json.loads(tensors["tools"].contents.bytes_contents[0]) == tools
+    assert json.loads(tensors["chat_template_kwargs"].contents.bytes_contents[0]) == variables
 
 
 def test_token_ids_are_sent_as_int32(served: tuple[str, Servicer]) -> None:

@@ -268,6 +268,47 @@ def test_chat_answers_one_or_several_conversations(load):
     assert [o.outputs[0].token_ids for o in both] == [output.outputs[0].token_ids] * 2
 
 
+def test_chat_takes_tools_and_template_variables(load):
+    llm = load()
+    one = [{"role": "user", "content": "Hello"}]
+    bare = llm.chat(one, GREEDY, chat_template_kwargs={"add_generation_prompt": False})[0]
+    asked = llm.chat(one, GREEDY)[0]
+    assert asked.prompt_token_ids[: len(bare.prompt_token_ids)] == bare.prompt_token_ids
+    assert len(bare.prompt_token_ids) < len(asked.prompt_token_ids)
+    with pytest.raises(InvalidField, match="tools: this model's chat template takes no tools"):
+        llm.chat(one, GREEDY, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(InvalidField, match="chat_template_kwargs: 'thinking' means nothing to"):
+        llm.chat(one, GREEDY, chat_template_kwargs={"thinking": True})
+
+
+@pytest.mark.parametrize("configured", [5, None])
+def test_the_tokenizers_end_token_ends_a_text_too(tmp_path, configured):
+    """The configuration says another one, or none: chat models are often published so."""
+    directory = write_tiny_model(tmp_path, seed=3, eos_token_id=configured)
+    (directory / "generation_config.json").unlink()
+    with LLM(str(directory), **SMALL) as llm:
+        end = llm.tokenizer.eos_token_id
+        assert end == 2
+        assert llm.engine.info.eos_token_ids == ((5, 2) if configured else (2,))
+        likely = {"logit_bias": {end: 100.0}, "temperature": 0, "max_tokens": 8}
+        ended, later, never = llm.generate(
+            ["Hello"] * 3,
+            [
+                SamplingParams(**likely),
+                SamplingParams(**likely, min_tokens=4),
+                SamplingParams(**likely, ignore_eos=True),
+            ],
+        )
+        assert ended.outputs[0].token_ids == [end] and ended.outputs[0].finish_reason == "stop"
+        assert len(later.outputs[0].token_ids) == 5 and later.outputs[0].token_ids[4:] == [end]
+        assert end not in later.outputs[0].token_ids[:4]
+        assert never.outputs[0].token_ids == [end] * 8
+        choice = StructuredOutputs(choice=("yes", "no"))
+        (chosen,) = llm.generate("Hello", SamplingParams(structured_outputs=choice))
+        assert chosen.error is None and chosen.outputs[0].text in ("yes", "no")
+        assert chosen.outputs[0].finish_reason == "stop"
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES[:2])
 def test_structured_outputs_hold_beside_free_ones(load, alone, family, depth):

@@ -89,6 +89,9 @@ def test_scales_of_a_quantised_cache(model: Path, name: str) -> None:
 def test_rope_tables_of_old_checkpoints_are_known(model: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(model, lambda t: t.update({name: torch.ones(8)}))
+    for table in ("cos_cached", "sin_cached"):
+        cached = name.replace("inv_freq", table)
+        rewrite(model, lambda t, cached=cached: t.update({cached: torch.ones(1, 1, 64, 16)}))
     load(model)
     rewrite(model, lambda t: t.update({name + "_2": torch.ones(8)}))
     assert "is left over" in refusal(model)

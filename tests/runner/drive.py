@@ -19,6 +19,7 @@ class Job:
     prompt: list[int]
     sampling: SamplingParams
     seed: int = 0
+    eos: tuple[int, ...] = ()  # forbidden while min_tokens says so
     output: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     prompt_logprobs: list = field(default_factory=list)
@@ -66,7 +67,7 @@ class Drive:
         return [job.output for job in jobs]
 
     def begin(self, job: Job) -> NewSequence:
-        return NewSequence(job.slot, job.seed, len(job.prompt), job.sampling)
+        return NewSequence(job.slot, job.seed, len(job.prompt), job.sampling, job.eos)
 
     def plan(self, jobs, num_tokens, chunk_len, new) -> tuple[StepPlan | None, list[Job]]:
         new_pages, decodes, chunks, sampling, chunked = [], [], [], [], []

@@ -182,7 +182,8 @@ def test_a_frequency_penalty_bans_each_sampled_token_in_turn(llama):
 def test_min_tokens_forbids_eos_until_reached(llama):
     eos = read_arch(llama).eos_token_ids[0]
     sampling = greedy(logit_bias={eos: 100.0}, min_tokens=5, max_tokens=None)
-    (output,) = Drive(make_runner(llama), PAGE_SIZE).run([Job(0, [4, 5], sampling)], 8)
+    job = Job(0, [4, 5], sampling, eos=(eos,))
+    (output,) = Drive(make_runner(llama), PAGE_SIZE).run([job], 8)
     assert eos not in output[:5] and output[5:] == [eos] * 3
 
 

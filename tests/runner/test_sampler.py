@@ -29,10 +29,10 @@ def fast(
     """Sample all rows in one batch; row i lives in slot order[i]."""
     slots = order or list(range(len(rows)))
     table = make_table(slots, [row.prompt + row.output for row in rows])
-    sampling = SamplingState(table, logits.shape[1], eos)
+    sampling = SamplingState(table, logits.shape[1])
     sampling.set_owners(
         [
-            NewSequence(slot, row.seed, len(row.prompt), row.sampling)
+            NewSequence(slot, row.seed, len(row.prompt), row.sampling, eos)
             for slot, row in zip(slots, rows, strict=True)
         ]
     )

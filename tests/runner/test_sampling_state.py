@@ -13,9 +13,9 @@ from gllm_engine.types import NewSequence
 CPU = torch.device("cpu")
 
 
-def make_state(num_slots: int, eos: tuple[int, ...] = ()) -> SamplingState:
+def make_state(num_slots: int) -> SamplingState:
     """With a vocabulary of 50 tokens."""
-    return SamplingState(SlotTable(num_slots, 4, 8, 16, CPU), 50, eos)
+    return SamplingState(SlotTable(num_slots, 4, 8, 16, CPU), 50)
 
 
 def test_additions_keep_short_rows_neutral_when_a_longer_one_comes():
@@ -52,7 +52,7 @@ def test_top_k_off_means_the_whole_vocabulary(top_k, kept):
 
 
 def test_tokens_outside_the_vocabulary_are_harmless_in_biases_and_stops():
-    state = make_state(1, (60,))
+    state = make_state(1)
     sampling = SamplingParams(logit_bias={50: 1.0, -1: 1.0}, stop_token_ids=(99, -3), min_tokens=3)
-    state.set_owners([NewSequence(0, 0, 1, sampling)])
+    state.set_owners([NewSequence(0, 0, 1, sampling, (60,))])
     assert state.batch(np.array([0]), torch.tensor([0]), {}).added == ()

@@ -249,6 +249,14 @@ def test_nothing_is_planned_past_the_end() -> None:
     assert not scheduler.has_work and scheduler.stats().kv_usage == 0
 
 
+def test_the_runner_hears_which_tokens_min_tokens_forbids() -> None:
+    scheduler = make()
+    add(scheduler, [1, 2], min_tokens=3)
+    add(scheduler, [1, 2], min_tokens=3, ignore_eos=True)
+    add(scheduler, [1, 2])
+    assert [new.eos_token_ids for new in plan(scheduler).new] == [EOS, EOS, ()]
+
+
 def test_tokens_after_a_stop_are_dropped_and_never_credited_to_the_next_owner() -> None:
     scheduler = make(max_num_seqs=1)
     first, second = add(scheduler, [9] * 3), add(scheduler, [8] * 3)

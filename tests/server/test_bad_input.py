@@ -88,6 +88,17 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "messages are empty": ({"messages": "[]"}, ("messages: ", "non-empty list")),
     "no role": ({"messages": '[{"content": "a"}]'}, ("messages: ", "role")),
     "no content": ({"messages": '[{"role": "user"}]'}, ("messages: ", "content")),
+    "tools for a template without": (
+        {"messages": '[{"role": "user", "content": "a"}]', "tools": '[{"type": "function"}]'},
+        ("tools: this model's chat template takes no tools",),
+    ),
+    "a variable that the template lacks": (
+        {
+            "messages": '[{"role": "user", "content": "a"}]',
+            "chat_template_kwargs": '{"enable_thinking": false}',
+        },
+        ("chat_template_kwargs: 'enable_thinking' means nothing", "add_generation_prompt"),
+    ),
     "an image": ({"text_input": "a", "image": "aGk="}, ("image: this model takes no images",)),
     "malformed JSON": (
         {"text_input": "a", "sampling_parameters": "{temperature: 1}"},

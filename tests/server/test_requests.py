@@ -190,6 +190,10 @@ def test_messages_go_through_the_chat_template(
     (response,) = ONE_SHOT[transport](server, tensors)
     assert response.text == output.outputs[0].text
     assert response.outputs["num_input_tokens"] == [len(output.prompt_token_ids)]
+    bare = {"add_generation_prompt": False}
+    (response,) = ONE_SHOT[transport](server, tensors | {"chat_template_kwargs": json.dumps(bare)})
+    ids = offline.tokenizer.chat(messages, chat_template_kwargs=bare)
+    assert response.outputs["num_input_tokens"] == [len(ids)] < [len(output.prompt_token_ids)]
 
 
 def test_request_parameters_are_sampling_parameters(server: Server, offline: LLM) -> None:

@@ -23,10 +23,14 @@ class Spelled:
     leading_spaces = 0
 
     def __init__(self, spelling: list[str]) -> None:
+        self.spelling = self
         self._pieces = {id: text.encode() for id, text in enumerate(spelling)}
 
     def pieces(self, skip_special_tokens):
         return self._pieces
+
+    def first_piece(self, id):
+        return self._pieces[id]
 
     def token_text(self, id):
         return self._pieces[id].decode()
@@ -185,8 +189,8 @@ def test_cost_a_token(tokenizer):
     best = 1.0
     for _ in range(5):
         completion = Completion(tokenizer, output[:5], SamplingParams(stop=stops))
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for id in output:
             completion.feed((id,))
-        best = min(best, (time.perf_counter() - begin) / len(output))
+        best = min(best, (time.thread_time() - begin) / len(output))
     assert best < 20e-6

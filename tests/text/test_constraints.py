@@ -256,10 +256,21 @@ def test_single_bad_words_are_never_allowed(grammars, vocab_size):
     assert max(allowed(mask)) == vocab_size - 1
 
 
-def test_bad_words_that_leave_nothing_fail_the_sequence_alone(tokenizer_dir, vocab_size):
-    endless = Grammars(tokenizer_dir, vocab_size, ())
-    constraint = make(endless, bad_words=tuple((id,) for id in range(vocab_size)))
-    endless.close()
+def test_the_tokenizers_end_token_is_enough(tokenizer_dir, tokenizer, vocab_size):
+    made = Grammars(tokenizer_dir, vocab_size, ())
+    try:
+        assert made.eos_token_ids == (tokenizer.eos_token_id,)
+        constraint = make(made, choice=("yes",))
+        word = tokenizer.bad_words(["yes"])[0]  # as the beginning of a text
+        assert constraint([5, 6]) is not None
+        assert allowed(constraint([5, 6, *word])) == [tokenizer.eos_token_id]
+    finally:
+        made.close()
+
+
+def test_bad_words_that_leave_nothing_fail_the_sequence_alone(vocab_size):
+    everything = [(id,) for id in range(vocab_size)]
+    constraint = Constraint(vocab_size, (), 2, None, everything)
     assert constraint([5, 6]) is None
     assert constraint.error is not None and "bad_words" in constraint.error
 

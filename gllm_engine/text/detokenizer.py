@@ -1,0 +1,221 @@
+"""Token ids to text, as they come.
+
+Owns how each token of a vocabulary reads, and where a character or a text begins. Knows nothing of
+encoding, chat or requests.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+class DecoderError(ValueError):
+    """The decoder of a tokenizer.json is of a kind that is not supported; the message names it."""
+
+
+class Spelling:
+    """How every token reads, as the decoder's rules make it. Nothing changes but caches."""
+
+    def __init__(self, tokenizer: Tokenizer, special_tokens: Container[str] = ()) -> None:
+        """`special_tokens`: more than those that the library skips. Raises DecoderError."""
+        self._tokenizer = tokenizer
+        decoder = tokenizer.decoder
+        # Its pickled state is its part of tokenizer.json; the whole would take a second to write.
+        rules = _decoder_rules(None if decoder is None else json.loads(decoder.__getstate__()))
+        self.leading_spaces = _leading_spaces(rules)
+        self._special = _special_ids(tokenizer, special_tokens)
+        self._spell = _speller(rules, first=False)
+        self._spell_first = _speller(rules, first=True)
+        self._shown = _Pieces(lambda id: self._piece(self._spell, id))
+        self._plain = _Pieces(lambda id: b"" if id in self._special else self._shown[id])
+
+    def pieces(self, skip_special_tokens: bool) -> dict[int, bytes]:
+        """UTF-8 bytes by token id; they add up to the text of a sequence. Filled on demand.
+
+        b"" for a special token that is skipped, and for an id that names no token.
+        """
+        return self._plain if skip_special_tokens else self._shown
+
+    def first_piece(self, id: int) -> bytes:
+        """The bytes of a token that begins a text: some decoders drop its word markers."""
+        return self._piece(self._spell_first, id)
+
+    def _piece(self, spell: Callable[[str], bytes], id: int) -> bytes:
+        known = 0 <= id < 2**32  # the library raises OverflowError for others
+        token = self._tokenizer.id_to_token(id) if known else None
+        return b"" if token is None else spell(token)
+
+
+class Detokenizer:
+    """Turns token ids into text as they come, after a prompt.
+
+    Pieces add up to decode(prompt + output) without decode(prompt). A character whose bytes have
+    not all come is held back. Cost: a table look-up and a UTF-8 decode of the new bytes.
+    """
+
+    __slots__ = ("_begun", "_leading", "_pieces", "_spelling", "_split", "_utf8")
+
+    def __init__(
+        self, spelling: Spelling, prompt_ids: Sequence[int], skip_special_tokens: bool = True
+    ) -> None:
+        self._spelling = spelling
+        self._pieces = spelling.pieces(skip_special_tokens)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        tail = b""
+        for id in reversed(prompt_ids):
+            tail = self._pieces[id] + tail
+            if len(tail) >= 3:  # an incomplete character has at most three bytes
+                break
+        self._utf8.decode(tail[-3:])
+        # The prompt may end inside a character. If the output does not complete it, the
+        # replacement character it gives belongs to the prompt.
+        self._split = self._utf8.getstate()[0] != b""
+        self._begun = tail != b""  # whether a token has begun the text
+        self._leading = 0 if self._begun else spelling.leading_spaces
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The text that `ids` complete; "" when they end inside a character."""
+        pieces = map(self._pieces.__getitem__, ids)
+        data = b"".join(pieces) if self._begun else self._begin(ids)
+        return self._trim(self._utf8.decode(data))
+
+    def flush(self) -> str:
+        """The end of the text: a replacement character if it ends inside a character."""
+        return self._trim(self._utf8.decode(b"", True))
+
+    def _begin(self, ids: Sequence[int]) -> bytes:
+        """The bytes of tokens that come before or with the first one of the text."""
+        for index, id in enumerate(ids):
+            if self._pieces[id]:
+                self._begun = True
+                later = map(self._pieces.__getitem__, ids[index + 1 :])
+                return self._spelling.first_piece(id) + b"".join(later)
+        return b""
+
+    def _trim(self, text: str) -> str:
+        if self._split and text:
+            text = text.removeprefix("\ufffd")
+            self._split = False
+        while self._leading and text:
+            if text[0] != " ":
+                self._leading = 0
+                break
+            text = text[1:]
+            self._leading -= 1
+        return text
+
+
+class _Pieces(dict[int, bytes]):
+    """A table filled as it is read: a front end starts without spelling 150,000 tokens."""
+
+    def __init__(self, spell: Callable[[int], bytes]) -> None:
+        self._spell = spell
+
+    def __missing__(self, id: int) -> bytes:
+        piece = self[id] = self._spell(id)
+        return piece
+
+
+def _special_ids(tokenizer: Tokenizer, special_tokens: Container[str]) -> frozenset[int]:
+    """The tokens that the library skips, and `special_tokens`.
+
+    The library is asked, because what it says of an added token is only what was said last.
+    """
+
+    def is_skipped(id: int) -> bool:
+        shown = tokenizer.decode([id], skip_special_tokens=False)
+        return bool(shown) and not tokenizer.decode([id], skip_special_tokens=True)
+
+    added = tokenizer.get_added_tokens_decoder().items()
+    return frozenset(id for id, token in added if token.content in special_tokens or is_skipped(id))
+
+
+def _decoder_rules(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a tokenizer.json's decoder; all must work on each token by itself."""
+    rules = [{"type": None}] if decoder is None else decoder.get("decoders", [decoder])
+    for index, rule in enumerate(rules):
+        if rule["type"] not in _RULES:
+            known = ", ".join(_RULES)
+            raise DecoderError(f"decoder {rule['type']} is not supported; known are {known}")
+        if rule["type"] == "Strip":
+            fused = any(earlier["type"] == "Fuse" for earlier in rules[:index])
+            if not fused or rule["content"] != " " or rule["stop"]:
+                raise DecoderError(
+                    "a decoder Strip is supported that comes after Fuse and takes spaces from the "
+                    f"left; this one is {rule}"
+                )
+    return rules
+
+
+def _leading_spaces(rules: list[dict[str, Any]]) -> int:
+    """How many spaces a text loses at its very start."""
+    return sum(rule["start"] for rule in rules if rule["type"] == "Strip")
+
+
+def _speller(rules: list[dict[str, Any]], first: bool) -> Callable[[str], bytes]:
+    """A function from a token as the vocabulary spells it to its UTF-8 bytes.
+
+    `first`: for the first token of a text.
+    """
+    steps = [step for rule in rules if (step := _RULES[rule["type"]](rule, first)) is not None]
+
+    def spell(token: str) -> bytes:
+        piece: str | bytes = token
+        for step in steps:
+            if isinstance(piece, str):
+                piece = step(piece)
+        return piece if isinstance(piece, bytes) else piece.encode()
+
+    return spell
+
+
+def _byte_level(rule: dict[str, Any], first: bool) -> Callable[[str], bytes]:
+    def step(token: str) -> bytes:
+        try:
+            return bytes([_BYTE_OF[char] for char in token])
+        except KeyError:  # an added token is spelled in plain characters
+            return token.encode()
+
+    return step
+
+
+def _byte_fallback(rule: dict[str, Any], first: bool) -> Callable[[str], str | bytes]:
+    byte_tokens = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
+    return lambda token: byte_tokens.get(token, token)
+
+
+def _replace(rule: dict[str, Any], first: bool) -> Callable[[str], str]:
+    pattern, content = rule["pattern"], rule["content"]
+    if "String" not in pattern:
+        raise DecoderError("a decoder that replaces by regular expression is not supported")
+    return lambda token: token.replace(pattern["String"], content)
+
+
+def _metaspace(rule: dict[str, Any], first: bool) -> Callable[[str], str]:
+    """Word markers become spaces. In the first token all go, those within it too."""
+    dropped = first and rule.get("prepend_scheme", "always") != "never"
+    return lambda token: token.replace(rule["replacement"], "" if dropped else " ")
+
+
+def _nothing(rule: dict[str, Any], first: bool) -> None:
+    return None
+
+
+# GPT-2's spelling of bytes.
+_BYTE_OF = {char: value for value, char in bytes_to_unicode().items()}
+
+# Steps that change single tokens, by the "type" in tokenizer.json; None: nothing to do a token.
+_RULES: dict[str, Callable[[dict[str, Any], bool], Callable[[str], Any] | None]] = {
+    "ByteLevel": _byte_level,
+    "ByteFallback": _byte_fallback,
+    "Replace": _replace,
+    "Metaspace": _metaspace,
+    "Fuse": _nothing,
+    "Strip": _nothing,
+}

@@ -1,0 +1,219 @@
+"""The source of a chat template: its environment, and what its syntax tree tells of it.
+
+For the renderer's process alone: a hostile template may take as much to parse as to render.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class Template:
+    """One chat template. Its properties raise what Jinja does for a source that it cannot parse."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """Raises whatever the template does: it is a program."""
+        return self._compiled.render(variables)
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        return _ENVIRONMENT.from_string(self._source)
+
+    @cached_property
+    def _tree(self) -> nodes.Template:
+        return _ENVIRONMENT.parse(self._source)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Variables that it reads, those among them that it sets itself."""
+        found = self._tree.find_all(nodes.Name)
+        return frozenset(name.name for name in found if name.ctx == "load")
+
+    @cached_property
+    def variables(self) -> set[str]:
+        """Variables that only a caller can set."""
+        return find_undeclared_variables(self._tree)
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether it iterates over the content of messages, so that content may be parts."""
+        names = _ContentNames(self._tree)
+        return any(names.is_content(loop.iter) for loop in self._tree.find_all(nodes.For))
+
+    @cached_property
+    def tells_strings(self) -> bool:
+        """Whether it asks what is a string: then content that is one may stay one."""
+        return any(test.name == "string" for test in self._tree.find_all(nodes.Test))
+
+
+class _Generation(Extension):
+    """{% generation %}: marks what the assistant said, for training. Here only its body counts."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _dict(*args: Any, **values: Any) -> dict[Any, Any]:
+    """For `dict`: a function has no methods that lead elsewhere."""
+    return dict(*args, **values)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is: Jinja's own filter writes it for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _environment() -> Environment:
+    """What templates are written for: transformers' environment; tests compare the two."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    del environment.globals["lipsum"]
+    environment.globals["dict"] = _dict
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.filters["tojson"] = _tojson
+    return environment
+
+
+_ENVIRONMENT = _environment()
+
+
+class _ContentNames:
+    """The names by which a template knows conversations, messages and contents of messages.
+
+    They spread from `messages`: by loops over it, by assignments, and by calls of macros. Scopes
+    are not heeded: a name that ever means content always does.
+    """
+
+    def __init__(self, tree: nodes.Template) -> None:
+        self._conversations = {"messages"}
+        self._messages: set[str] = set()
+        self._contents: set[str] = set()
+        loops = list(tree.find_all(nodes.For))
+        assignments = list(_assignments(tree))
+        grew = True
+        while grew:
+            grew = self._learn(loops, assignments)
+
+    def is_content(self, value: nodes.Node) -> bool:
+        """A name for the content of a message, or message.content."""
+        return any(
+            _is_name(source, self._contents)
+            or (_key(source) == "content" and self._is_message(source.node))
+            for source in _sources(value)
+        )
+
+    def _learn(self, loops: list[nodes.For], assignments: list[tuple[str, nodes.Expr]]) -> bool:
+        """Follow every loop and assignment once; whether there are more names now."""
+        before = len(self)
+        for loop in loops:
+            if isinstance(loop.target, nodes.Name) and self._is_conversation(loop.iter):
+                self._messages.add(loop.target.name)
+        for name, value in assignments:
+            if self.is_content(value):
+                self._contents.add(name)
+            elif self._is_message(value):
+                self._messages.add(name)
+            elif self._is_conversation(value):
+                self._conversations.add(name)
+        return len(self) > before
+
+    def __len__(self) -> int:
+        return len(self._conversations) + len(self._messages) + len(self._contents)
+
+    def _is_conversation(self, value: nodes.Node) -> bool:
+        return any(_is_name(source, self._conversations) for source in _sources(value))
+
+    def _is_message(self, value: nodes.Node) -> bool:
+        """A name for a message, or messages[0]."""
+        return any(
+            _is_name(source, self._messages)
+            or (_is_element(source) and self._is_conversation(source.node))
+            for source in _sources(value)
+        )
+
+
+def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Expr]]:
+    """Each name with an expression that it is given: by {% set %}, or by the call of a macro."""
+    for assignment in tree.find_all(nodes.Assign):
+        if isinstance(assignment.target, nodes.Name):
+            yield assignment.target.name, assignment.node
+    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name) and call.node.name in macros:
+            for parameter, value in zip(macros[call.node.name].args, call.args, strict=False):
+                yield parameter.name, value
+
+
+def _sources(value: nodes.Node | None) -> Iterator[nodes.Node]:
+    """What an expression takes its value from, past filters, slices and alternatives."""
+    if isinstance(value, nodes.Filter) or _is_slice(value):
+        yield from _sources(value.node)
+    elif isinstance(value, nodes.CondExpr):
+        yield from _sources(value.expr1)
+        yield from _sources(value.expr2)
+    elif isinstance(value, nodes.Or):
+        yield from _sources(value.left)
+        yield from _sources(value.right)
+    elif value is not None:
+        yield value
+
+
+def _is_name(value: nodes.Node, names: set[str]) -> bool:
+    return isinstance(value, nodes.Name) and value.name in names
+
+
+def _is_slice(value: nodes.Node | None) -> bool:
+    return isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Slice)
+
+
+def _is_element(value: nodes.Node) -> bool:
+    """messages[0], but not message["content"]."""
+    return isinstance(value, nodes.Getitem) and _key(value) is None
+
+
+def _key(value: nodes.Node) -> str | None:
+    """ "content" of both message.content and message["content"]; None of anything else."""
+    if isinstance(value, nodes.Getattr):
+        return value.attr
+    if isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Const):
+        return value.arg.value if isinstance(value.arg.value, str) else None
+    return None
