@@ -12,7 +12,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "config": ("ConfigError", "EngineConfig", "make_config", "read_config"),
-    "sampling": ("InvalidField", "SamplingParams", "StructuredOutputs", "parse_sampling"),
+    "sampling": (
+        "InvalidField",
+        "SamplingParams",
+        "StructuredOutputs",
+        "decode_json",
+        "parse_sampling",
+        "shorten",
+    ),
     "sched.cost": ("CostModel", "Fit", "Work"),
     "sched.policy": ("POLICIES", "Budget", "Load", "Policy"),
     "sched.scheduler": ("Scheduler",),

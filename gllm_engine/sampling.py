@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 import msgspec
@@ -92,7 +94,8 @@ class SamplingParams(
         for field, (low, high) in _RANGES.items():
             value = getattr(self, field)
             if value is not None and not low <= value <= high:
-                raise InvalidField(field, f"{value} is outside {_interval(field, low, high)}")
+                limit = "2**62" if high == UNBOUNDED else high
+                raise InvalidField(field, f"{shorten(str(value))} is outside [{low}, {limit}]")
         for field, most in _MOST.items():
             values = getattr(self, field)
             if len(values) > most:
@@ -159,10 +162,6 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def _interval(field: str, low: float, high: float) -> str:
-    return f"[{low}, infinity)" if high == UNBOUNDED else f"[{low}, {high}]"
-
-
 def parse_sampling(values: dict[str, Any]) -> SamplingParams:
     """Build SamplingParams from loosely typed values (JSON, request parameters).
 
@@ -176,7 +175,7 @@ def parse_sampling(values: dict[str, Any]) -> SamplingParams:
     for key, value in values.items():
         if key not in known:
             problem = f"unknown sampling parameter; known are {', '.join(known)}"
-            raise InvalidField(_shorten(key), problem)
+            raise InvalidField(shorten(key), problem)
         if value is None and key not in _NULLABLE:  # JSON null is "not given"
             continue
         converted[key] = _coerce(key, value)
@@ -189,7 +188,7 @@ def _coerce(key: str, value: Any) -> Any:
         return msgspec.convert(loose, _HINTS[key], strict=False)
     except (msgspec.ValidationError, OverflowError) as error:
         problem = str(error).replace("`", "").rstrip(".")
-        raise InvalidField(key, f"{_shorten(repr(value))} is not valid ({problem})") from None
+        raise InvalidField(key, f"{shorten(repr(value))} is not valid ({problem})") from None
 
 
 def _loosen(key: str, value: Any) -> Any:
@@ -199,14 +198,7 @@ def _loosen(key: str, value: Any) -> Any:
     if key in ("stop", "bad_words") and isinstance(value, str):
         return [value]
     if key in ("stop_token_ids", "logit_bias", "structured_outputs") and isinstance(value, str):
-        try:
-            value = json.loads(value)
-            # Half of a surrogate pair can be escaped, but not be sent to the engine.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except RecursionError:
-            raise InvalidField(key, "nested too deeply") from None
-        except ValueError as error:
-            raise InvalidField(key, f"not valid JSON ({error})") from None
+        value = decode_json(key, value)
     if key == "stop_token_ids" and isinstance(value, int):
         value = [value]
     if key == "structured_outputs" and isinstance(value, dict):
@@ -231,7 +223,7 @@ def _loosen_structured(given: dict[str, Any]) -> dict[str, Any]:
     for field in ("disable_additional_properties", "_backend", "_backend_was_auto"):
         value = fields.pop(field, False)
         if value is not False:
-            problem = f"{field} {_shorten(repr(value))} is not supported; leave it out"
+            problem = f"{field} {shorten(repr(value))} is not supported; leave it out"
             raise InvalidField("structured_outputs", problem)
     for field in ("json", "structural_tag"):
         if not isinstance(fields.get(field, ""), str):
@@ -239,7 +231,33 @@ def _loosen_structured(given: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _shorten(text: str) -> str:
+def decode_json(
+    field: str, text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """The value of a JSON text; `make_object(pairs)` makes its objects, else they are dicts.
+
+    Raises InvalidField when the text is not JSON, is nested too deeply, has a whole number of more
+    digits than Python takes, or holds half of a surrogate pair, which is JSON but cannot be sent.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=make_object)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except InvalidField:
+        raise
+    except RecursionError:
+        raise InvalidField(field, "nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InvalidField(field, "contains half of a surrogate pair") from None
+    except json.JSONDecodeError as error:
+        raise InvalidField(field, f"not valid JSON ({error})") from None
+    except ValueError:
+        limit = sys.get_int_max_str_digits()
+        raise InvalidField(field, f"a number has more than {limit} digits") from None
+    return value
+
+
+def shorten(text: str) -> str:
+    """The beginning of a user's value, for an error message."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -1,15 +1,19 @@
 """Metrics on Triton's /metrics page: counted in the process, written by one side thread.
 
 Every update is a round trip of 20-80 us to the server, so nothing here is called per token and
-nobody but the side thread makes one. Front ends of one model share the families: each adds what
-it counted; only the one that receives engine statistics sets gauges. Must not know of requests'
-contents or how they are answered.
+nobody but the side thread makes one. It writes every FLUSH_S, and at once for an answer that is
+about to leave, so that what an answer tells is on the page when it arrives: the answer waits for
+the write, no thread does, and answers that end meanwhile share the next write. Front ends of one
+model share the families: each adds what it counted; only the one that receives engine statistics
+sets gauges. Must not know of requests' contents or how they are answered.
 """
 
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -18,6 +22,16 @@ from gllm_engine import Stats
 
 FLUSH_S = 0.1
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
+_TOKENS = [step * 10**power for power in range(6) for step in (1, 2, 5)] + [10**6]
+# Bounds of a histogram's buckets, by name.
+BUCKETS: dict[str, list[float]] = {
+    "time_to_first_token_seconds": _SECONDS,
+    "time_per_output_token_seconds": _SECONDS,
+    "e2e_request_latency_seconds": _SECONDS,
+    "request_prompt_tokens": _TOKENS,
+    "request_generation_tokens": _TOKENS,
+    "request_params_n": [1, 2, 5, 10, 20, 50],
+}
 
 # Name after "gllm:" -> (kind, help).
 FAMILIES = {
@@ -38,6 +52,9 @@ FAMILIES = {
         "Mean time between a sequence's tokens after the first; one observation a request.",
     ),
     "e2e_request_latency_seconds": ("HISTOGRAM", "From a request's arrival to its last response."),
+    "request_prompt_tokens": ("HISTOGRAM", "Prompt tokens of a request, once it is answered."),
+    "request_generation_tokens": ("HISTOGRAM", "Tokens of a request's answers together."),
+    "request_params_n": ("HISTOGRAM", "Answers that a request asked for, once it has them."),
 }
 Labels = tuple[tuple[str, str], ...]
 
@@ -51,15 +68,17 @@ class Metrics:
     def __init__(self, model: str, version: str, warn: Any, shown: bool = True) -> None:
         self._base: Labels = (("model", model), ("version", version))
         self._warn = warn
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the six below
         self._counts: dict[tuple[str, Labels], float] = defaultdict(float)
         self._gauges: dict[str, float] = {}
         self._observed: list[tuple[str, float]] = []
+        self._after_flush: list[Callable[[], None]] = []
         self._last = Stats()
         self._has_stats = False
         self._metrics: dict[tuple[str, Labels], Any] = {}
         self._families: dict[str, Any] = {}
-        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._stopping = False
         try:
             for name, (kind, text) in FAMILIES.items() if shown else ():
                 self._families[name] = pb_utils.MetricFamily(
@@ -80,10 +99,19 @@ class Metrics:
         with self._lock:
             self._counts[name, tuple(sorted(labels.items()))] += amount
 
-    def observe(self, name: str, seconds: float) -> None:
+    def observe(self, name: str, value: float) -> None:
         """Add an observation to a histogram."""
         with self._lock:
-            self._observed.append((name, seconds))
+            self._observed.append((name, value))
+
+    def after_flush(self, call: Callable[[], None]) -> None:
+        """Have the side thread write now all that was counted, then make a call that is quick.
+
+        The call is made whether or not Triton takes metrics.
+        """
+        with self._lock:
+            self._after_flush.append(call)
+        self._wake.set()
 
     def engine(self, stats: Stats) -> None:
         """Take the engine's statistics, its counters from 0 since it picked this front end."""
@@ -109,7 +137,8 @@ class Metrics:
     def close(self, timeout_s: float) -> None:
         """Gauges to 0, one last flush, end of the thread."""
         self.engine_lost()
-        self._stop.set()
+        self._stopping = True
+        self._wake.set()
         self._thread.join(timeout_s)
 
     def _set_gauges(self, stats: Stats) -> None:
@@ -118,8 +147,13 @@ class Metrics:
         self._gauges["kv_cache_usage"] = stats.kv_usage
 
     def _run(self) -> None:
-        while not self._stop.wait(FLUSH_S):
-            self._flush()
+        while not self._stopping:
+            self._wake.wait(FLUSH_S)
+            self._wake.clear()
+            try:
+                self._flush()
+            except Exception:  # without this thread no answer would ever leave
+                traceback.print_exc()
         self._flush()
 
     def _flush(self) -> None:
@@ -127,28 +161,38 @@ class Metrics:
             counts, self._counts = self._counts, defaultdict(float)
             gauges, self._gauges = self._gauges, {}
             observed, self._observed = self._observed, []
-        if not self._families:
-            return
+            calls, self._after_flush = self._after_flush, []
         try:
-            for (name, labels), amount in counts.items():
-                if amount > 0:
-                    self._metric(name, labels).increment(amount)
-            for name, value in gauges.items():
-                self._metric(name, ()).set(value)
-            for name, seconds in observed:
-                self._metric(name, ()).observe(seconds)
+            if self._families:
+                self._write(counts, gauges, observed)
         except Exception as error:  # metrics may go, requests must not
             self._families.clear()
             self._warn(f"metrics stopped: {error}")
+        finally:  # answers wait for it
+            for call in calls:
+                call()
+
+    def _write(
+        self,
+        counts: dict[tuple[str, Labels], float],
+        gauges: dict[str, float],
+        observed: list[tuple[str, float]],
+    ) -> None:
+        for (name, labels), amount in counts.items():
+            if amount > 0:
+                self._metric(name, labels).increment(amount)
+        for name, value in gauges.items():
+            self._metric(name, ()).set(value)
+        for name, value in observed:
+            self._metric(name, ()).observe(value)
 
     def _metric(self, name: str, labels: Labels) -> Any:
         key = (name, labels)
         if key not in self._metrics:
             family, everything = self._families[name], dict(self._base + labels)
-            histogram = FAMILIES[name][0] == "HISTOGRAM"
             self._metrics[key] = (
-                family.Metric(labels=everything, buckets=_SECONDS)
-                if histogram
+                family.Metric(labels=everything, buckets=BUCKETS[name])
+                if name in BUCKETS
                 else family.Metric(labels=everything)
             )
         return self._metrics[key]

@@ -8,6 +8,7 @@ imports are in `initialize`: Triton reads `auto_complete_config` in a process it
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ import triton_python_backend_utils as pb_utils
 from gllm_backend.gllm.metrics import Metrics
 from gllm_backend.gllm.request import INPUTS, OUTPUTS, ParsedRequest, parse_request
 from gllm_backend.gllm.response import Arrival, Choice, Sender, Stream
-from gllm_engine import InvalidField, Outputs
+from gllm_engine import InvalidField, Outputs, shorten
 
 SWEEP_S = 0.05  # between two looks for cancelled and overdue requests
 SWEEP_SHARE = 4  # a sweep that takes long is followed by a pause so many times as long
@@ -103,6 +104,7 @@ class TritonPythonModel:
                 self.senders[next(self._turns) % len(self.senders)],
                 self.tokenizer,
                 self.client.abort,
+                self._on_end,
                 self._on_close,
             )
             with self._lock:
@@ -213,11 +215,11 @@ class TritonPythonModel:
             )
             known += arrival.token is not None
             batches[stream.sender].append((stream, arrival))
+        if known:  # first, for an answer's tokens are on the page when it arrives
+            self.metrics.count("generation_tokens_total", known)
         for sender, batch in batches.items():
             if batch:
                 sender.deliver(batch, now)
-        if known:
-            self.metrics.count("generation_tokens_total", known)
 
     def _on_lost(self, sentence: str) -> None:
         self.metrics.engine_lost()
@@ -247,12 +249,16 @@ class TritonPythonModel:
 
     # ------------------------------------------------------------ a request's end
 
+    def _on_end(self, stream: Stream) -> None:
+        """On the sender's thread, before the last response: what it tells is to be on the page."""
+        self._forget(stream)
+        self._measure(stream)
+        self.metrics.after_flush(lambda: stream.sender.release(stream))
+
     def _on_close(self, stream: Stream) -> None:
         """On the sender's thread, after FINAL."""
-        self._forget(stream)
         with self._lock:
             self.live.discard(stream)
-        self._measure(stream)
         self._report(stream)
 
     def _forget(self, stream: Stream) -> None:
@@ -272,10 +278,14 @@ class TritonPythonModel:
         else:
             for choice in stream.choices:
                 metrics.count("request_success_total", finished_reason=str(choice.finish_reason))
-            later = max(choice.num_tokens for choice in stream.choices) - 1
+            num_tokens = [choice.num_tokens for choice in stream.choices]
+            later = max(num_tokens) - 1
             if later > 0:
                 metrics.observe("time_per_output_token_seconds", (last - first) / later)
             metrics.observe("e2e_request_latency_seconds", time.monotonic() - stream.began)
+            metrics.observe("request_prompt_tokens", stream.num_prompt_tokens)
+            metrics.observe("request_generation_tokens", sum(num_tokens))
+            metrics.observe("request_params_n", len(stream.choices))
 
     def _report(self, stream: Stream) -> None:
         """One line a request: a call costs 50-80 us, so never more."""
@@ -305,7 +315,8 @@ def _check_len(length: int, max_len: int) -> None:
 def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise InvalidField(field, f"token {token} is outside the vocabulary [0, {vocab_size})")
+            problem = f"token {shorten(str(token))} is outside the vocabulary [0, {vocab_size})"
+            raise InvalidField(field, problem)
 
 
 def _parameters(model_config: dict[str, Any]) -> tuple[int, bool, bool]:
@@ -318,9 +329,10 @@ def _parameters(model_config: dict[str, Any]) -> tuple[int, bool, bool]:
             )
     given = DEFAULTS | given
     threads = given["sender_threads"]
-    if not threads.isdecimal() or not 1 <= int(threads) <= 64:
+    if not re.fullmatch("[0-9]{1,2}", threads) or not 1 <= int(threads) <= 64:
         raise ValueError(f"config.pbtxt: sender_threads: {threads!r} is not a number from 1 to 64")
     for key in ("coalesce", "REPORT_CUSTOM_METRICS"):
-        if given[key] not in ("true", "false"):
+        if given[key].lower() not in ("true", "false"):
             raise ValueError(f"config.pbtxt: {key}: {given[key]!r} is neither 'true' nor 'false'")
-    return int(threads), given["coalesce"] == "true", given["REPORT_CUSTOM_METRICS"] == "true"
+    measure = given["REPORT_CUSTOM_METRICS"].lower() == "true"
+    return int(threads), given["coalesce"].lower() == "true", measure

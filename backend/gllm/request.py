@@ -6,16 +6,16 @@ how an answer is sent, and touches Triton's request object only to read it.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import ValidationError, convert
 from msgspec.structs import replace
 
-from gllm_engine import InvalidField, SamplingParams, parse_sampling
+from gllm_engine import InvalidField, SamplingParams, decode_json, parse_sampling, shorten
 
 # Name -> (Triton type, dims).
 OUTPUTS: dict[str, tuple[str, list[int]]] = {
@@ -28,7 +28,7 @@ OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "token_ids": ("TYPE_INT32", [-1]),
     "prompt_logprobs": ("TYPE_STRING", [1]),
 }
-# The others come always, or when a sampling parameter asks for them.
+# text_output comes always, prompt_logprobs when a sampling parameter asks for them.
 _FLAGGED = [name for name in OUTPUTS if name not in ("text_output", "prompt_logprobs")]
 # Every one is optional to Triton, so that ours says what is missing.
 INPUTS: dict[str, tuple[str, list[int]]] = {
@@ -45,6 +45,7 @@ INPUTS: dict[str, tuple[str, list[int]]] = {
 }
 # Stop strings, grammars and all: n sequences carry it, so 1 MiB is 64 MiB at most.
 MAX_PARAMETERS_LEN = 1 << 20  # characters of JSON
+MAX_TIMEOUT_US = 2**63 - 1
 PROMPTS = ("text_input", "input_ids", "messages")
 # What goes to the chat template, beside the messages.
 TEMPLATE_INPUTS = ("tools", "chat_template_kwargs")
@@ -83,8 +84,8 @@ def parse_request(request: Any) -> ParsedRequest:
     stream = bool(_flag(tensors, "stream"))
     exclude = _flag(tensors, "exclude_input_in_output")
     if stream and exclude is False:
-        # This sentence is the vLLM backend's own; its clients compare it.
-        raise InvalidStream("When streaming, `exclude_input_in_output` = False is not allowed.")
+        what = "When streaming, `exclude_input_in_output` = False is not allowed."
+        raise VllmError("exclude_input_in_output", f"Error generating stream: {what}")
     if exclude is None:  # only a text prompt has a text to give back unasked
         exclude = stream or kind != "text_input"
     outputs = _outputs(tensors, set(request.requested_output_names()), sampling)
@@ -104,12 +105,12 @@ def parse_request(request: Any) -> ParsedRequest:
     )
 
 
-class InvalidStream(InvalidField):
-    """`stream` and `exclude_input_in_output` contradict each other; the message is given whole."""
+class VllmError(InvalidField):
+    """A refusal in the very words of the vLLM backend, because its clients compare them."""
 
-    def __init__(self, message: str) -> None:
-        ValueError.__init__(self, message)
-        self.field = "exclude_input_in_output"
+    def __init__(self, field: str, sentence: str) -> None:
+        ValueError.__init__(self, sentence)
+        self.field = field
 
 
 def _array(tensor: Any) -> np.ndarray:
@@ -174,22 +175,10 @@ def _json(name: str, text: str) -> Any:
         values = dict(pairs)
         if len(values) < len(pairs):
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise InvalidField(name, f"key {twice!r} is given twice")
+            raise InvalidField(name, f"key {shorten(twice)!r} is given twice")
         return values
 
-    try:
-        value = json.loads(text, object_pairs_hook=once)
-        # An escaped half of a surrogate pair is JSON but no text: it could not be tokenized.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except InvalidField:
-        raise
-    except UnicodeEncodeError:
-        raise InvalidField(name, "contains half of a surrogate pair") from None
-    except RecursionError:
-        raise InvalidField(name, "nested too deeply") from None
-    except ValueError as error:
-        raise InvalidField(name, f"not valid JSON ({error})") from None
-    return value
+    return decode_json(name, text, once)
 
 
 def _parameters(request: Any) -> dict[str, Any]:
@@ -211,29 +200,37 @@ def _check_len(name: str, text: str) -> None:
 
 def _timeout(request: Any, parameter: Any) -> int | None:
     """The stricter of gRPC's timeout and the parameter, in microseconds; 0 is none."""
+    given = [_microseconds(value) for value in (parameter, request.timeout()) if value is not None]
+    return min((value for value in given if value), default=None)
+
+
+def _microseconds(value: Any) -> int:
     try:
-        value = int(parameter if parameter is not None else 0)
-    except (TypeError, ValueError, OverflowError):
-        value = -1
-    if value < 0 or isinstance(parameter, bool):
-        problem = f"{parameter!r} is not valid (a whole number of microseconds, 0 for none)"
-        raise InvalidField("timeout", problem)
-    return min((t for t in (value, request.timeout()) if t), default=None)
+        number: int = convert(value, int, strict=False)
+    except (ValidationError, OverflowError):
+        number = -1
+    if not 0 <= number <= MAX_TIMEOUT_US:
+        what = "a whole number of microseconds from 0, for none, to 2**63 - 1"
+        raise InvalidField("timeout", f"{shorten(repr(value))} is not valid ({what})")
+    return number
 
 
 def _sampling(tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]) -> SamplingParams:
-    if "sampling_parameters" not in tensors:
-        return parse_sampling(parameters)
-    text = _text(tensors, "sampling_parameters")
-    _check_len("sampling_parameters", text)
-    values = _json("sampling_parameters", text)
-    if not isinstance(values, dict):
-        raise InvalidField("sampling_parameters", "a JSON object is expected")
-    for key in values:
-        if key in parameters:
-            problem = "given both in sampling_parameters and as a request parameter"
-            raise InvalidField(key, problem)
-    return parse_sampling(values | parameters)
+    """Sampling parameters of the tensor and of the request; where both have a key, the tensor's.
+
+    So does the vLLM backend, whose clients send the same values in both.
+    """
+    values = dict(parameters)
+    if "sampling_parameters" in tensors:
+        text = _text(tensors, "sampling_parameters")
+        _check_len("sampling_parameters", text)
+        given = _json("sampling_parameters", text)
+        if not isinstance(given, dict):
+            raise InvalidField("sampling_parameters", "a JSON object is expected")
+        values |= given
+    if values.pop("lora_name", None) is not None:
+        raise VllmError("lora_name", "LoRA feature is not enabled.")
+    return parse_sampling(values)
 
 
 def _outputs(
@@ -249,6 +246,6 @@ def _outputs(
         flag = _flag(tensors, f"return_{name}")
         if flag or (flag is None and named):
             wanted.add(name)
-    if sampling.prompt_logprobs is not None:
+    if sampling.prompt_logprobs is not None or named:
         wanted.add("prompt_logprobs")
     return frozenset(wanted & requested)

@@ -85,8 +85,11 @@ class Choice:
 class Stream:
     """One request being answered: any number of data responses, FINAL exactly once.
 
-    `on_abort(ids)`: the engine may stop these sequences. `on_close(stream)`: FINAL is sent, or
-    can no longer be sent. Both are called on the sender's thread.
+    It ends (`ended`) when its last response is made, and is closed when that one is sent with
+    FINAL, for which it waits for `sender.release`. In between nothing changes its answer.
+    `on_abort(ids)`: the engine may stop these sequences. `on_end(stream)`: it has ended; whoever
+    is told releases it. `on_close(stream)`: FINAL is sent, or can no longer be sent. All three are
+    called on the sender's thread.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Stream:
         sender: Sender,
         tokenizer: Tokenizer,
         on_abort: Callable[[list[int]], None],
+        on_end: Callable[[Stream], None],
         on_close: Callable[[Stream], None],
     ) -> None:
         self.request_id = request_id
@@ -107,15 +111,20 @@ class Stream:
         self.failure: Failure | None = None  # to be sent; guarded by the sender's lock
         self.error: Failure | None = None  # what the user was told instead of an answer
         self.inbox: list[Arrival] = []  # guarded by the sender's lock
-        self.scheduled = False  # guarded by the sender's lock
+        self.scheduled = False  # guarded by the sender's lock, as the two below
+        self.ended = False
+        self.released = False
         self.closed = False  # FINAL is sent; guarded by _end
         self.problem: str | None = None  # a traceback, for the log
         self.parsed: ParsedRequest | None = None
         self.num_prompt_tokens = 0
         self.choices: list[Choice] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
+        self._gave_prompt_logprobs = False
         self._num_sent = 0
-        self._tokenizer, self._on_abort, self._on_close = tokenizer, on_abort, on_close
+        self._last_response: Any = None  # from its end until FINAL
+        self._tokenizer = tokenizer
+        self._on_abort, self._on_end, self._on_close = on_abort, on_end, on_close
         self._response_sender = response_sender
         self._end = threading.Lock()
 
@@ -142,7 +151,7 @@ class Stream:
 
     def accept(self, arrival: Arrival, now: float) -> bool:
         """Put an arrival into the inbox. True when the sender should look at it now."""
-        if self.closed or self.failure is not None:
+        if self.ended or self.failure is not None:
             return False
         finish = arrival.finish
         if finish is not None and finish.reason in ("error", "abort"):
@@ -167,8 +176,8 @@ class Stream:
 
     @property
     def is_urgent(self) -> bool:
-        """Nothing sent yet, or nothing but an error left to send."""
-        return self._num_sent == 0 or self.failure is not None
+        """Nothing sent yet, or nothing but the last response or an error left to send."""
+        return self._num_sent == 0 or self.ended or self.failure is not None
 
     # ------------------------------------------------------------ the sender's thread
 
@@ -177,19 +186,26 @@ class Stream:
         if self.closed:
             return
         try:
-            if self.choices and (failure is None or failure.status != "cancelled"):
-                for part in [inbox] if coalesce else one_token_each(inbox):
-                    if not self.closed:
-                        self._feed(part)
-                        self._send_chunk()
-            if failure is not None and not self.closed:
-                self._send_error(failure)
+            if not self.ended:
+                self._answer(inbox, failure, coalesce)
+            elif self.released:
+                response, self._last_response = self._last_response, None
+                self._send(response, True)
         except Exception:  # a bug or a vanished client must cost one request, not the thread
             self.problem = traceback.format_exc()
             self._give_up()
         self._stop_idle_sequences()
         if self.closed:
             self._on_close(self)
+
+    def _answer(self, inbox: list[Arrival], failure: Failure | None, coalesce: bool) -> None:
+        if self.choices and (failure is None or failure.status != "cancelled"):
+            for part in [inbox] if coalesce else one_token_each(inbox):
+                if not self.ended:
+                    self._feed(part)
+                    self._send_chunk()
+        if failure is not None and not self.ended:
+            self._end_with_error(failure)
 
     def _feed(self, inbox: list[Arrival]) -> None:
         arrivals: dict[int, list[Arrival]] = {}
@@ -208,12 +224,26 @@ class Stream:
             tensors = self._tensors(self.parsed)
             for choice in self.choices:
                 choice.clear()
-            self._send(pb_utils.InferenceResponse(output_tensors=tensors), final)
+            response = pb_utils.InferenceResponse(output_tensors=tensors)
+            if final:
+                self._end_with(response)
+            else:
+                self._send(response, False)
 
-    def _send_error(self, failure: Failure) -> None:
+    def _end_with_error(self, failure: Failure) -> None:
         self.error = failure
         error = pb_utils.TritonError(failure.message, _code(failure.status))
-        self._send(pb_utils.InferenceResponse(output_tensors=[], error=error), True)
+        self._end_with(pb_utils.InferenceResponse(output_tensors=[], error=error))
+
+    def _end_with(self, response: Any) -> None:
+        """Keep the last response until it is released."""
+        self._last_response = response
+        self.sender.hold(self)
+        try:
+            self._on_end(self)
+        except Exception:  # a bug there must not keep the answer back
+            self.problem = traceback.format_exc()
+            self.sender.release(self)
 
     def _send(self, response: Any, final: bool) -> None:
         """The one place where a response leaves, on the one thread allowed to let it."""
@@ -233,15 +263,12 @@ class Stream:
         failure = Failure("internal", "Error generating stream: an internal error, see the log")
         if self.closed:  # FINAL itself failed: Triton has noted it and takes no second one
             self.error = self.error or failure
-            return
-        try:
-            self._send_error(failure)
-        except Exception:  # nobody is left to be told
-            self.problem = f"{self.problem}\n{traceback.format_exc()}"
+        elif not self.ended:
+            self._end_with_error(failure)
 
     def _stop_idle_sequences(self) -> None:
         """Tell the engine of sequences whose further tokens nobody will see."""
-        over = [c for c in self.choices if c.running and (self.closed or c.finish_reason)]
+        over = [c for c in self.choices if c.running and (self.ended or c.finish_reason)]
         for choice in over:
             choice.running = False
         if over:
@@ -270,14 +297,23 @@ class Stream:
             "token_ids": lambda: np.array([t for c in choices for t in c.token_ids], np.int32),
         }
         tensors = [pb_utils.Tensor(name, m()) for name, m in make.items() if name in parsed.outputs]
-        if "prompt_logprobs" in parsed.outputs and self._num_sent == 0:
-            # The first token has nothing before it, so its entry is null.
-            from gllm_engine import render_logprobs
-
-            rendered = [render_logprobs(self._tokenizer, e) for e in self._prompt_logprobs]
-            text = _logprobs_json([None, *rendered])
+        # All of them are here with the first token of the sequence that they were computed for.
+        here = choices[0].num_tokens > 0 or choices[0].finish_reason is not None
+        due = "prompt_logprobs" in parsed.outputs and not self._gave_prompt_logprobs
+        if due and here:
+            text = self._prompt_logprobs_json(parsed)
             tensors.append(pb_utils.Tensor("prompt_logprobs", _bytes([text])))
+            self._gave_prompt_logprobs = True
         return tensors
+
+    def _prompt_logprobs_json(self, parsed: ParsedRequest) -> str:
+        from gllm_engine import render_logprobs
+
+        if parsed.sampling.prompt_logprobs is None:
+            return _logprobs_json(None)
+        rendered = [render_logprobs(self._tokenizer, e) for e in self._prompt_logprobs]
+        # The first token has nothing before it, so its entry is null.
+        return _logprobs_json([None, *rendered])
 
 
 class Sender:
@@ -285,15 +321,19 @@ class Sender:
 
     A stream waits in line once, however much arrives for it meanwhile: all of it goes into one
     response when its turn comes. So responses are one token each while the thread keeps up, and
-    merge by themselves when it does not. Streams that have sent nothing yet go first.
+    merge by themselves when it does not. Streams that have sent nothing yet, or have only their end
+    left to send, are urgent: they go first, but one that runs goes after each of them that it has
+    waited for, so that neither kind can starve the other.
     `coalesce` False keeps one token a response, for measurements.
     """
 
     def __init__(self, name: str, coalesce: bool = True) -> None:
         self._coalesce = coalesce
         self._wake = threading.Condition()
-        self._first: deque[Stream] = deque()
+        self._urgent: deque[Stream] = deque()
         self._line: deque[Stream] = deque()
+        self._overtaken = False  # the line has waited for the last urgent stream
+        self._num_held = 0  # streams that have ended and wait for their release
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -308,9 +348,22 @@ class Sender:
     def fail(self, stream: Stream, failure: Failure) -> None:
         """End a stream with an error; the first one given counts."""
         with self._wake:
-            if stream.failure is None and not stream.closed:
+            if stream.failure is None and not stream.ended:
                 stream.failure = failure
                 self._schedule(stream)
+
+    def hold(self, stream: Stream) -> None:
+        """Note that a stream has ended and waits for its release."""
+        with self._wake:
+            stream.ended = True
+            self._num_held += 1
+
+    def release(self, stream: Stream) -> None:
+        """Let a stream that has ended send its last response. Any thread, no waiting."""
+        with self._wake:
+            stream.released = True
+            self._num_held -= 1
+            self._schedule(stream)
 
     def check_thread(self) -> None:
         """Raises RuntimeError anywhere but on this sender's thread."""
@@ -318,7 +371,7 @@ class Sender:
             raise RuntimeError("a response may be sent only by the sender its request is pinned to")
 
     def close(self, timeout_s: float) -> None:
-        """Send what is waiting, then end the thread."""
+        """Send what is waiting, the last responses too, then end the thread."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -327,17 +380,24 @@ class Sender:
     def _schedule(self, stream: Stream) -> None:
         if not stream.scheduled:
             stream.scheduled = True
-            (self._first if stream.is_urgent else self._line).append(stream)
+            (self._urgent if stream.is_urgent else self._line).append(stream)
             self._wake.notify()
+
+    def _next(self) -> Stream:
+        if self._urgent and not (self._line and self._overtaken):
+            self._overtaken = bool(self._line)
+            return self._urgent.popleft()
+        self._overtaken = False
+        return self._line.popleft()
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._first or self._line):
-                    if self._closing:
+                while not (self._urgent or self._line):
+                    if self._closing and not self._num_held:
                         return
                     self._wake.wait()
-                stream = (self._first or self._line).popleft()
+                stream = self._next()
                 inbox, failure = stream.take()
             try:
                 stream.answer(inbox, failure, self._coalesce)

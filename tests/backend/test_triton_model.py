@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import weakref
+from unittest import mock
 
 import fake_triton
 import numpy as np
@@ -129,6 +130,30 @@ def test_logprobs_not_computed_are_null(front) -> None:
     tensors = given.record.wait().data[0].tensors
     assert decode(tensors["logprobs"]) == ["null"]
     assert tensors["cumulative_logprob"].tolist() == [-0.5]
+
+
+def test_prompt_logprobs_wait_for_the_sequence_that_has_them(front) -> None:
+    model, client = front
+    given = request(stream=True, sampling={"n": 2, "prompt_logprobs": 0})
+    model.execute([given])
+    one, two = (r.id for r in client.submitted)
+    client.say(two, "x")
+    wait_for(lambda: len(given.record.data) == 1)
+    entries = {one: [TokenLogprobs([105], [-2.0], [3])]}
+    client.on_outputs(Outputs([one], [97], prompt_logprobs=entries))
+    client.say([one, two], "y", STOP)
+    found = [r.tensors.get("prompt_logprobs") for r in given.record.wait().data]
+    assert found[0] is None and sum(each is not None for each in found) == 1
+    assert json.loads(next(each for each in found if each is not None)[0])[1].keys() == {"105"}
+
+
+def test_a_named_output_that_was_not_computed_is_null(front) -> None:
+    model, client = front
+    given = request(outputs={"text_output", "logprobs", "prompt_logprobs"})
+    model.execute([given])
+    client.say(client.submitted[0].id, "x", STOP)
+    tensors = given.record.wait().data[0].tensors
+    assert decode(tensors["logprobs"]) == decode(tensors["prompt_logprobs"]) == ["null"]
 
 
 def test_n_sequences_end_one_by_one(front) -> None:
@@ -280,6 +305,11 @@ LONG = [{"role": "user", "content": "a" * 1000}]
         (request(None, input_ids=np.zeros(1000, np.int32)), "limited to 1000 tokens"),
         (request(None, messages=text(json.dumps(LONG))), "prompt: its 1006 tokens leave no room"),
         (request(sampling={"stop_token_ids": [2**70]}), "stop_token_ids: token"),
+        (request(sampling={"stop_token_ids": [10**400]}), "... is outside the vocabulary [0, 300)"),
+        (
+            request(sampling={"logit_bias": {"9" * 400: 1}}),
+            "... is outside the vocabulary [0, 300)",
+        ),
         (request(sampling={"logit_bias": {"300": 1}}), "logit_bias: token 300"),
     ],
 )
@@ -290,7 +320,7 @@ def test_invalid_requests_get_one_error_with_final(front, given, words: str) -> 
     record = given.record.wait()
     record.check()
     assert record.error.code() == TritonError.INVALID_ARG
-    assert words in record.error.message()
+    assert words in record.error.message() and len(record.error.message()) < 250
     assert record.data == []
     assert len(client.submitted) == 1
     client.say(client.submitted[0].id, "fine", STOP)
@@ -613,6 +643,38 @@ def test_first_tokens_go_before_later_ones(tmp_path, server) -> None:
             r.record.wait().check()
 
 
+def test_a_flood_of_first_tokens_leaves_running_streams_their_share(tmp_path, server) -> None:
+    """A stream that runs has its turn after each first token, however many of these wait."""
+    with front_end(tmp_path, {"sender_threads": "1"}) as (model, client):
+        order: list[str] = []
+        old = [request(stream=True, request_id=f"old{i}") for i in range(3)]
+        new = [request(stream=True, request_id=f"new{i}") for i in range(20)]
+        sending, go_on = threading.Event(), threading.Event()
+
+        def note(kind: str, number: int) -> None:
+            order.append(kind)
+            if len(order) == len(old) + 1:
+                sending.set()
+                assert go_on.wait(5)
+
+        for kind, those in (("old", old), ("new", new)):
+            for r in those:
+                r.record.before_send = lambda number, kind=kind: note(kind, number)
+        model.execute(old + new)
+        ids = [r.id for r in client.submitted]
+        client.say(ids[:3], "a")
+        wait_for(lambda: len(order) == 3)
+        client.say(ids[3], "a")
+        assert sending.wait(5)  # the sender is held by the first of the new ones
+        client.say(ids, "b")
+        go_on.set()
+        wait_for(lambda: len(order) == 3 + 1 + 3 + 20)
+        assert order[4:10] == ["new", "old"] * 3
+        client.say(ids, "z", STOP)
+        for r in old + new:
+            r.record.wait().check()
+
+
 def test_a_send_from_another_thread_is_refused(front) -> None:
     model, client = front
     given = request(stream=True)
@@ -728,8 +790,125 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
         "gllm:time_to_first_token_seconds": 2,
         "gllm:time_per_output_token_seconds": 2,
         "gllm:e2e_request_latency_seconds": 2,
+        "gllm:request_prompt_tokens": 2,
+        "gllm:request_generation_tokens": 2,
+        "gllm:request_params_n": 2,
     }
+    assert sorted(server.observed["gllm:request_prompt_tokens"]) == [2, 3]
+    assert sorted(server.observed["gllm:request_generation_tokens"]) == [4, 4]
+    assert sorted(server.observed["gllm:request_params_n"]) == [1, 2]
     assert server.metric_threads == {"metrics"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_an_answer_tells_is_on_the_page_when_it_arrives(tmp_path, server, stream) -> None:
+    """Looked up within the send of FINAL, with a side thread that never wakes by itself."""
+    with (
+        mock.patch("gllm_backend.gllm.metrics.FLUSH_S", 3600),
+        front_end(tmp_path) as (model, client),
+    ):
+        good, bad = request("abc", stream=stream, request_id="good"), request("")
+        seen: dict[str, tuple[float, ...]] = {}
+        names = ("prompt_tokens_total", "generation_tokens_total", "request_success_total")
+
+        def look(number: int) -> None:
+            seen["good"] = *(server.value(f"gllm:{name}") for name in names), len(server.observed)
+
+        def look_at_errors(number: int) -> None:
+            seen["bad"] = (server.value("gllm:request_errors_total", status="invalid"),)
+
+        good.record.before_send, bad.record.before_send = look, look_at_errors
+        model.execute([good])
+        client.say(client.submitted[0].id, "wxyz", LENGTH)
+        good.record.wait().check()
+        assert seen["good"] == (3, 4, 1, 6)  # and every histogram
+        model.execute([bad])
+        bad.record.wait().check()
+        assert seen["bad"] == (1,)
+
+
+class HeldMetrics:
+    """Takes the place of a front end's after_flush: answers wait until the test lets them go."""
+
+    def __init__(self, model) -> None:
+        self._calls: list = []
+        self.asked = threading.Semaphore(0)
+        model.metrics.after_flush = self._hold
+
+    def _hold(self, call) -> None:
+        self._calls.append(call)
+        self.asked.release()
+
+    def let_go(self) -> None:
+        for call in self._calls:
+            call()
+
+
+@pytest.mark.parametrize("what", ["cancel", "lost", "more tokens"])
+def test_nothing_changes_an_answer_that_has_ended(front, what: str) -> None:
+    """While it waits for its metrics no thread waits with it, and other streams go on."""
+    model, client = front
+    held = HeldMetrics(model)
+    given, other = request(stream=True), request(stream=True, request_id="other")
+    model.senders = model.senders[:1]
+    model.execute([given, other])
+    sequence, another = (r.id for r in client.submitted)
+    client.say(sequence, "abc", STOP)
+    assert held.asked.acquire(timeout=5)
+    polled = threading.Event()
+    given.record.during_poll = polled.set
+    if what == "cancel":
+        given.record.cancelled = True
+        assert polled.wait(5)
+    elif what == "lost":
+        (stream,) = [s for s in model.live if s.request_id == "r1"]
+        stream.fail("unavailable", "lost")
+    else:
+        client.say(sequence, "def")
+    client.say(another, "x")
+    wait_for(lambda: other.record.text() == "x")
+    assert not given.record.final.is_set()
+    held.let_go()
+    record = given.record.wait()
+    record.check()
+    assert (record.text(), record.error) == ("abc", None)
+    client.say(another, "y", STOP)
+    assert held.asked.acquire(timeout=5)
+    held._calls[-1]()
+    other.record.wait().check()
+
+
+def test_finalize_sends_what_waits_for_its_metrics(tmp_path, server) -> None:
+    with front_end(tmp_path) as (model, client):
+        held = HeldMetrics(model)
+        given = request()
+        model.execute([given])
+        client.say(client.submitted[0].id, "abc", STOP)
+        assert held.asked.acquire(timeout=5)
+        ending = threading.Timer(0.1, held.let_go)
+        ending.start()
+        model.finalize()
+        given.record.check()
+        assert given.record.text() == "Hiabc"
+        ending.join()
+
+
+@pytest.mark.parametrize("broken", ["metrics", "log", "measuring"])
+def test_answers_do_not_depend_on_metrics(tmp_path, server, monkeypatch, broken: str) -> None:
+    with front_end(tmp_path) as (model, client):
+        monkeypatch.setattr(fake_triton.Metric, "increment", lambda self, amount: 1 / 0)
+        if broken == "log":
+            monkeypatch.setattr(model.metrics, "_warn", lambda sentence: 1 / 0)
+        if broken == "measuring":
+            monkeypatch.setattr(model, "_measure", lambda stream: 1 / 0)
+        for _ in range(2):
+            given = request()
+            model.execute([given])
+            client.say(client.submitted[-1].id, "abc", STOP)
+            record = given.record.wait()
+            record.check()
+            assert record.text() == "Hiabc"
+        wait_for(lambda: not model.live and not model._sequences)
 
 
 def test_two_front_ends_share_families_and_only_one_sets_gauges(tmp_path, server) -> None:
@@ -749,7 +928,7 @@ def test_two_front_ends_share_families_and_only_one_sets_gauges(tmp_path, server
 
 
 def test_the_vllm_backends_parameters_are_obeyed(tmp_path, server) -> None:
-    parameters = {"REPORT_CUSTOM_METRICS": "false", "ENABLE_VLLM_HEALTH_CHECK": "true"}
+    parameters = {"REPORT_CUSTOM_METRICS": "False", "ENABLE_VLLM_HEALTH_CHECK": "true"}
     with front_end(tmp_path, parameters) as (model, client):
         given = request()
         model.execute([given])

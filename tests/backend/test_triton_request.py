@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from front import request, text
 
 from gllm_backend.gllm.request import OUTPUTS, parse_request
-from gllm_engine import InvalidField
+from gllm_engine import InvalidField, SamplingParams
 
-STREAM_SENTENCE = "When streaming, `exclude_input_in_output` = False is not allowed."
+STREAM_SENTENCE = (
+    "Error generating stream: When streaming, `exclude_input_in_output` = False is not allowed."
+)
 
 
 def refused(given) -> str:
@@ -58,18 +62,20 @@ BAD_INPUTS = [
     (request(sampling='{"seed": 1, "seed": 2}'), "sampling_parameters", "'seed' is given twice"),
     (request(sampling='{"stop": "' + "a" * 2**20 + '"}'), "sampling_parameters", "at most 1048576"),
     (request(parameters={"stop": "a" * 2**20}), "parameters", "at most 1048576"),
-    (request(sampling={"structured_outputs": '{"regex": "\\ud800"}'}), "structured", "surrogates"),
+    (request(sampling={"structured_outputs": '{"regex": "\\ud800"}'}), "structured", "surrogate"),
     (request(sampling={"structured_outputs": "[" * 100_000}), "structured_outputs", "too deeply"),
     (request(sampling={"structured_outputs": {"choice": ["a"] * 1025}}), "structured", "most 1024"),
     (request(sampling={"stop_token_ids": [1] * 1025}), "stop_token_ids", "at most 1024"),
     (request(sampling={"k" * 1000: 1}), "kkk", "...: unknown"),
-    (request(sampling={"seed": 1}, parameters={"seed": 1}), "seed", "both"),
     (request(sampling={"top_q": 1}), "top_q", "unknown"),
     (request(parameters={"sequence_id": 7}), "sequence_id", "unknown"),
     (request(parameters={"timeout": -1}), "timeout", "-1"),
     (request(parameters={"timeout": "soon"}), "timeout", "soon"),
     (request(parameters={"timeout": True}), "timeout", "True"),
     (request(parameters={"timeout": float("inf")}), "timeout", "inf"),
+    (request(parameters={"timeout": 1.5}), "timeout", "1.5 is not valid (a whole number"),
+    (request(parameters={"timeout": 2**63}), "timeout", "to 2**63 - 1"),
+    (request(timeout=2**64 - 1), "timeout", "18446744073709551615 is not valid"),
 ]
 
 
@@ -111,6 +117,28 @@ OUT_OF_RANGE = [
 ]
 
 
+NUMBERS = {
+    name
+    for name, hint in get_type_hints(SamplingParams).items()
+    if {int, float} & {hint, *get_args(hint)} and name != "stop_token_ids"  # that is the vocabulary
+}
+EXTREMES = [f"{sign}{number}" for sign in ("", "-") for number in ("9" * 400, "1e400", "9" * 5000)]
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["number", "text"])
+@pytest.mark.parametrize("number", EXTREMES, ids=lambda text: f"{text[:5]}:{len(text)}")
+@pytest.mark.parametrize("field", sorted(NUMBERS | {"timeout"}))
+def test_every_number_has_a_range(field: str, number: str, as_text: bool) -> None:
+    """Also one that Python would not turn into a float, or into digits again."""
+    json_text = f'{{"{field}": {json.dumps(number) if as_text else number}}}'
+    given = request()
+    given._parameters = json_text
+    for one in (given, request(sampling=json_text))[: 1 if field == "timeout" else 2]:
+        sentence = refused(one)
+        assert sentence.startswith((f"{field}: ", "parameters: a number", "sampling_parameters: a"))
+        assert len(sentence) < 250 and "sys." not in sentence, sentence
+
+
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in OUT_OF_RANGE for v in values])
 def test_out_of_range_is_named(field: str, value: object) -> None:
     assert refused(request(sampling=f'{{"{field}": {value}}}')).startswith(f"{field}: ")
@@ -143,9 +171,19 @@ def test_the_id_of_a_generate_body_is_no_sampling_parameter() -> None:
     assert refused(request("a", request_id="r7", parameters={"id": "r8"})).startswith("id: unknown")
 
 
-def test_parameters_are_merged_with_the_tensor() -> None:
-    parsed = parse_request(request(sampling={"max_tokens": 5}, parameters={"seed": 3}))
+def test_parameters_are_merged_with_the_tensor_which_counts_where_both_have_a_key() -> None:
+    parameters = {"seed": 3, "max_tokens": "many", "top_p": 0.5}
+    parsed = parse_request(
+        request(sampling={"max_tokens": 5, "top_p": None}, parameters=parameters)
+    )
     assert (parsed.sampling.max_tokens, parsed.sampling.seed) == (5, 3)
+    assert parsed.sampling.top_p == 1.0  # null in the tensor is a value too
+
+
+@pytest.mark.parametrize("where", ["sampling", "parameters"])
+def test_an_adapter_is_refused_in_the_vllm_backends_words(where: str) -> None:
+    assert refused(request(**{where: {"lora_name": "doll"}})) == "LoRA feature is not enabled."
+    assert parse_request(request(**{where: {"lora_name": None}})).sampling == SamplingParams()
 
 
 @pytest.mark.parametrize(
@@ -183,6 +221,7 @@ def test_outputs_come_by_flag_or_by_name() -> None:
     assert outputs(outputs={"text_output", "token_ids"}, return_token_ids=False) == {"text_output"}
     assert outputs(outputs={"token_ids"}, return_finish_reason=True) == {"token_ids"}
     assert outputs(sampling={"prompt_logprobs": 1}) == {"text_output", "prompt_logprobs"}
+    assert outputs(outputs={"prompt_logprobs"}) == {"prompt_logprobs"}
     flags = {f"return_{name}": True for name in OUTPUTS if name not in ("text_output",)}
     del flags["return_prompt_logprobs"]
     assert outputs(**flags) == set(OUTPUTS) - {"prompt_logprobs"}

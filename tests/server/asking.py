@@ -106,6 +106,10 @@ class GrpcStream:
             raise answer
         return answer
 
+    def is_empty(self) -> bool:
+        """Whether all that has come was taken."""
+        return self._answers.empty()
+
     def close(self, *, cancel: bool = False) -> None:
         self.client.stop_stream(cancel_requests=cancel)
         self.client.close()

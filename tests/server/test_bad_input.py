@@ -146,13 +146,13 @@ def test_a_bad_request(server: Server, good: None, name: str) -> None:
 INF, NAN = float("inf"), float("nan")
 # Field, value, what the sentence says of the limit.
 OUT_OF_RANGE: list[tuple[str, Any, str]] = [
-    ("max_tokens", 0, "[1, infinity)"),
-    ("max_tokens", -1, "[1, infinity)"),
+    ("max_tokens", 0, "[1, 2**62]"),
+    ("max_tokens", -1, "[1, 2**62]"),
     ("max_tokens", 1.5, "Expected "),
     ("max_tokens", "many", "int"),
     ("max_tokens", True, "expected a number"),
     ("max_tokens", INF, "int"),
-    ("min_tokens", -1, "[0, infinity)"),
+    ("min_tokens", -1, "[0, 2**62]"),
     ("min_tokens", 17, "greater than max_tokens=16"),
     ("temperature", -0.1, "[0.0, 100.0]"),
     ("temperature", 100.1, "[0.0, 100.0]"),
@@ -164,7 +164,7 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("top_p", 0, "greater than 0"),
     ("top_p", 1.01, "[0.0, 1.0]"),
     ("top_p", NAN, "[0.0, 1.0]"),
-    ("top_k", -2, "[-1, infinity)"),
+    ("top_k", -2, "[-1, 2**62]"),
     ("top_k", NAN, "int"),
     ("min_p", -0.01, "[0.0, 1.0]"),
     ("min_p", 1.01, "[0.0, 1.0]"),
@@ -243,16 +243,14 @@ def test_request_parameters_are_checked_as_the_tensor_is(server: Server, good: N
     for parameters, parts in (
         ({"temperature": "-1"}, ("temperature: ", "[0.0, 100.0]")),
         ({"temperature": "nan"}, ("temperature: ", "[0.0, 100.0]")),
-        ({"max_tokens": 0}, ("max_tokens: ", "[1, infinity)")),
+        ({"max_tokens": 0}, ("max_tokens: ", "[1, 2**62]")),
         ({"wide": True}, ("wide: unknown sampling parameter",)),
         ({"stop_token_ids": "[1"}, ("stop_token_ids: not valid JSON",)),
     ):
         message = refused(server, {"text_input": "a"}, parameters=parameters)
         check_sentence(message, *parts)
         assert generate(server, {"text_input": "a"} | parameters) == (400, {"error": message})
-    both = {"text_input": "a"} | sampled(seed=1)
-    check_sentence(refused(server, both, parameters={"seed": 1}), "seed: given both")
-    for timeout in (-1, "soon", True):
+    for timeout in (-1, "soon", True, 1.5, 2**63, "9" * 400, 1e300):
         status, answer = generate(server, {"text_input": "a", "timeout": timeout})
         assert status == 400
         check_sentence(answer["error"], "timeout: ", "whole number of microseconds")

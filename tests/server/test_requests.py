@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -34,7 +33,9 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 PROMPT = "ROMEO:"
 GREEDY = {"temperature": 0, "max_tokens": 24}
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 1234, "max_tokens": 24}
-STREAM_ERROR = "When streaming, `exclude_input_in_output` = False is not allowed."
+STREAM_ERROR = (
+    "Error generating stream: When streaming, `exclude_input_in_output` = False is not allowed."
+)
 
 
 def expected(offline: LLM, prompt: Any = PROMPT, **fields: Any) -> Any:
@@ -268,55 +269,6 @@ FLAGS = (
 )
 
 
-def test_every_combination_of_flags(server: Server, offline: LLM) -> None:
-    """Streaming or not, each flag unset, false or true: an output is there only if asked for."""
-    fields = {"temperature": 0, "max_tokens": 2, "ignore_eos": True, "logprobs": 1}
-    answer = expected(offline, **fields)
-    asked: dict[str, tuple[bool, dict[str, bool]]] = {}
-    found: dict[str, list[Response]] = {}
-    with GrpcStream(server) as stream:
-        for stream_flag in (False, True):
-            for values in itertools.product((None, False, True), repeat=len(FLAGS)):
-                pairs = zip(FLAGS, values, strict=True)
-                flags = {f"return_{f}": v for f, v in pairs if v is not None}
-                request_id = str(len(asked))
-                asked[request_id] = stream_flag, flags
-                tensors = {"text_input": PROMPT, "stream": stream_flag}
-                tensors |= {"exclude_input_in_output": True} | flags | sampled(**fields)
-                stream.send(tensors, request_id=request_id)
-        left = set(asked)
-        while left:
-            response = stream.take()
-            found.setdefault(response.request_id, []).append(response)
-            if response.final:
-                left.remove(response.request_id)
-    assert len(found) == 2 * 3 ** len(FLAGS) == 1458
-    for request_id, (streaming, flags) in asked.items():
-        responses = found[request_id]
-        wanted = {"text_output"} | {f for f in FLAGS if flags.get(f"return_{f}")}
-        assert all(r.outputs.keys() == wanted for r in responses), flags
-        assert text_of(responses) == answer.text and (streaming or len(responses) == 1)
-        check_outputs(responses, wanted, answer)
-
-
-def check_outputs(responses: list[Response], wanted: set[str], answer: Any) -> None:
-    if "finish_reason" in wanted:
-        reasons = joined(responses, "finish_reason")
-        assert reasons == ["None"] * (len(responses) - 1) + ["length"]
-    if "cumulative_logprob" in wanted:
-        last = responses[-1].outputs["cumulative_logprob"]
-        assert last == [pytest.approx(answer.cumulative_logprob, abs=1e-3)]
-    if "logprobs" in wanted:
-        entries = [e for text in joined(responses, "logprobs") for e in json.loads(text)]
-        assert len(entries) == len(answer.token_ids)
-    if "num_input_tokens" in wanted:
-        assert joined(responses, "num_input_tokens") == [2] * len(responses)
-    if "num_output_tokens" in wanted:
-        assert sum(joined(responses, "num_output_tokens")) == len(answer.token_ids)
-    if "token_ids" in wanted:
-        assert joined(responses, "token_ids") == answer.token_ids
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_flags_over_http(server: Server, streaming: bool) -> None:
     body = {"text_input": PROMPT, "stream": streaming, "max_tokens": 3}
@@ -333,10 +285,12 @@ def test_flags_over_http(server: Server, streaming: bool) -> None:
 
 
 def test_outputs_may_be_named_instead(server: Server) -> None:
-    outputs = [triton.InferRequestedOutput(name) for name in ("text_output", "finish_reason")]
     tensors = {"text_input": PROMPT} | sampled(**GREEDY)
-    (response,) = ask(server, tensors, outputs=outputs)
-    assert response.outputs.keys() == {"text_output", "finish_reason"}
+    for names in (("text_output", "finish_reason"), ("prompt_logprobs", "logprobs")):
+        outputs = [triton.InferRequestedOutput(name) for name in names]
+        (response,) = ask(server, tensors, outputs=outputs)
+        assert response.outputs.keys() == {*names}
+    assert [*response.outputs.values()] == [["null"], ["null"]]  # there, though not computed
 
 
 def test_three_answers_at_once(server: Server, offline: LLM) -> None:
@@ -398,12 +352,20 @@ def test_logprobs_that_were_not_computed_are_null(server: Server) -> None:
     assert response.outputs["cumulative_logprob"][0] < 0  # this alone makes them be computed
 
 
-def test_prompt_logprobs(server: Server, offline: LLM) -> None:
+@pytest.mark.parametrize(
+    ("streaming", "transport"),
+    [(False, name) for name in ONE_SHOT] + [(True, name) for name in STREAMING],
+)
+def test_prompt_logprobs_come_with_the_first_response(
+    server: Server, offline: LLM, streaming: bool, transport: str
+) -> None:
     prompt = "ROMEO:\nBut, soft!"
-    output = offline.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=1))[0]
-    tensors = {"text_input": prompt} | sampled(max_tokens=1, prompt_logprobs=1)
-    (response,) = ask(server, tensors)
-    entries = json.loads(response.outputs["prompt_logprobs"][0])
+    output = offline.generate([prompt], SamplingParams(max_tokens=3, prompt_logprobs=1))[0]
+    fields = sampled(max_tokens=3, prompt_logprobs=1, ignore_eos=True)
+    send = (STREAMING if streaming else ONE_SHOT)[transport]
+    first, *others = send(server, {"text_input": prompt, "stream": streaming} | fields)
+    assert not any("prompt_logprobs" in response.outputs for response in others)
+    entries = json.loads(first.outputs["prompt_logprobs"][0])
     assert entries[0] is None and len(entries) == len(output.prompt_token_ids)
     for entry, token, known in zip(
         entries[1:], output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
