@@ -72,7 +72,7 @@ class Attached:
         """The sentence the engine left behind, or that it left none."""
         code = self.child.wait() if self.child is not None else None
         with contextlib.suppress(FileNotFoundError):
-            return (self.directory / "error").read_text()
+            return (self.directory / "error").read_text(encoding="utf-8")
         return "the engine process died" + ("" if code is None else f" (exit status {code})")
 
 
@@ -259,10 +259,22 @@ def _fingerprint(config: EngineConfig) -> str:
     """Changes when the configuration or any file of the checkpoint does."""
     digest = hashlib.sha256(msgspec.json.encode(config))
     for directory in sorted({config.model, config.tokenizer or config.model}):
-        for path in sorted(Path(directory).iterdir()):
-            status = path.stat()
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        try:
+            paths = sorted(Path(directory).iterdir())
+        except OSError as error:
+            raise EngineError(f"{directory}: cannot be read ({error.strerror})") from None
+        for path in paths:
+            digest.update(os.fsencode(path) + _state(path) + b"\n")
     return digest.hexdigest()
+
+
+def _state(path: Path) -> bytes:
+    """What tells that a file has changed; of a link to nothing, the link's own."""
+    for follow in (True, False):
+        with contextlib.suppress(OSError):
+            status = path.stat(follow_symlinks=follow)
+            return b" %d %d" % (status.st_size, status.st_mtime_ns)
+    return b" gone"
 
 
 def _running(record: EngineRecord) -> bool:
