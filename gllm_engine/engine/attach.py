@@ -104,12 +104,16 @@ def attach(
             child = _replace(home, record, config, owner)
             record.fingerprint = fingerprint
         assert record.engine is not None
+        record.front_ends[instance] = me
         try:
+            _write(home, record)
             pidfd = os.pidfd_open(record.engine.pid)
         except ProcessLookupError:
             raise EngineError("the engine process died while a front end was joining") from None
-        record.front_ends[instance] = me
-        _write(home, record)
+        except OSError:
+            if child is not None:
+                child.kill()  # nobody else could find it
+            raise
         return Attached(home / str(record.generation), record.engine, pidfd, child)
 
 
@@ -297,6 +301,7 @@ def _retire(engine: Process | None, patience_s: float) -> None:
 
 
 def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:
+    _discard(directory)  # of an attempt that failed before it was on record
     directory.mkdir(mode=0o700)
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
     # What lies in the server's working directory must not be importable, so the engine works in
