@@ -1,10 +1,10 @@
 """What becomes of a served model when a part of it breaks: scripts/bench faults.
 
-For each fault a server of its own is started on a tiny model, on CPU ranks, with streams under way.
-Then one process is killed or stopped, or something runs out. Owns how that is done and watched, and
-the figures: what clients saw, the seconds to the last error, the seconds until requests are answered
-again, what is left once the server has been told to stop. Needs root, for mount namespaces: each
-server has a /dev/shm and a temporary directory of its own, which can be filled.
+For each fault a server of its own is started on a tiny model, on CPU ranks, with streams under
+way. Then one process is killed or stopped, or something runs out. Owns how that is done and
+watched, and the figures: what clients saw, the seconds to the last error, the seconds until
+requests are answered again, what is left once the server has been told to stop. Needs root, for
+mount namespaces: each server has a /dev/shm and a temporary directory of its own, to be filled.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RANKS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline_parallel_size": 2},
 }
 ENGINE = {"device": "cpu", "cpu_threads": 1, "num_pages": 4096, "max_model_len": 16384}
-NUM_STREAMS, STREAM_TOKENS = 4, 12_000
+NUM_STREAMS, STREAM_TOKENS = 4, 3_000
 MANY, MANY_TOKENS, FEW_FILES = 300, 16, 256
 FRONT_ENDS = 2
 SHM_BYTES, DISK_BYTES = 256 << 20, 16 << 20
