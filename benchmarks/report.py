@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gllm_benchmarks import faults
 from gllm_benchmarks.record import RESULTS, table_lines
 from gllm_benchmarks.workloads import lengths
 
@@ -189,6 +190,16 @@ def simulate_part(name: str, results: Results) -> str:
     return part(title, result, ["load", *policies], list(rows.values()), closing)
 
 
+def faults_part(_: str, results: Results) -> str:
+    """A row a fault and kind of ranks."""
+    result = results["faults"]
+    title = (
+        "A tiny model on CPU ranks, so that the time to serve again is that of starting processes: "
+        "add the time that your model takes to load."
+    )
+    return part(title, result, faults.HEADER, faults.rows(result["figures"]))
+
+
 # By page and heading: which benchmarks are told, by the beginning of their names.
 PAGES: dict[str, Sections] = {
     "README.md": {"Speed": {"offline-": offline_part}},
@@ -198,6 +209,7 @@ PAGES: dict[str, Sections] = {
         "What the host costs": {"host": host_part},
         "Simulated, on no GPU": {"simulate-": simulate_part},
     },
+    "docs/operations.md": {"When a part breaks": {"faults": faults_part}},
 }
 
 

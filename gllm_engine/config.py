@@ -5,12 +5,14 @@ A field's name is the CLI flag and the key of model.json. Knows nothing of how a
 
 from __future__ import annotations
 
-import json
+import os
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+
+from gllm_engine.files import read_object, shown
 
 
 class ConfigError(ValueError):
@@ -166,44 +168,45 @@ def make_config(values: dict[str, Any], directory: Path | None = None) -> Engine
     unknown = sorted(set(values) - set(EngineConfig.__struct_fields__))
     if unknown:
         known = ", ".join(EngineConfig.__struct_fields__)
-        raise ConfigError(f"unknown key {unknown[0]!r}; known keys are {known}")
+        raise ConfigError(f"unknown key {shown(repr(unknown[0]))}; known keys are {known}")
+    for key, value in values.items():
+        if isinstance(value, str) and not _is_text(value):
+            raise ConfigError(f"{key}: {shown(value)} holds a lone surrogate")
     values = dict(values)
     for key in ("model", "tokenizer", "cluster_key_file"):
         if isinstance(values.get(key), str):
-            values[key] = str(((directory or Path()) / values[key]).resolve())
+            values[key] = _resolve(key, (directory or Path()) / values[key])
     try:
         config = msgspec.convert(values, EngineConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(str(error).replace("`", "")) from None
-    if not Path(config.model).is_dir():
-        raise ConfigError(f"model: {config.model} is not a directory")
+        raise ConfigError(shown(str(error).replace("`", ""), most=500)) from None
+    if not os.path.isdir(config.model):
+        raise ConfigError(f"model: {shown(config.model, most=500)} is not a directory")
     return config
 
 
-def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} comes twice")
-    return values
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _resolve(key: str, path: Path) -> str:
+    try:
+        return str(path.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; no name of a file
+        raise ConfigError(f"{key}: {shown(str(path))} is no path ({error})") from None
 
 
 def read_config(path: Path) -> EngineConfig:
-    """Read model.json; relative paths in it are relative to the file's directory."""
-    return make_config(read_object(path, ConfigError, _no_twice), path.parent)
+    """Read model.json; relative paths in it are relative to the file's directory.
 
-
-def read_object(path: Path, wrong: type[ValueError], hook: Any = None) -> dict[str, Any]:
-    """The JSON object in a file. Raises `wrong` with a sentence for any other content, or none.
-
-    `hook`: json's `object_pairs_hook`.
+    Raises ConfigError, which names the file.
     """
+    values = read_object(path, ConfigError)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
-    except OSError as error:
-        raise wrong(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise wrong(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise wrong(f"{path}: a JSON object is expected")
-    return values
+        return make_config(values, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from gllm_engine.arch import Model
-from gllm_engine.model import Decoder, filling
+from gllm_engine.model import Decoder, filling, open_checkpoint
 
 
 def load_model(path: Path, arch: Model, **options: Any) -> Decoder:
     """`options` as Decoder's. Raises LoadError."""
-    decoder = Decoder(arch, **options)
-    with filling(decoder, path):
-        return decoder
+    with open_checkpoint(arch, path) as checkpoint:
+        decoder = Decoder(arch, **options)
+        with filling(decoder, checkpoint):
+            return decoder

@@ -6,8 +6,11 @@ Knows JSON and nothing of models.
 from __future__ import annotations
 
 import json
-from math import inf
 from typing import Any
+
+from gllm_engine.files import shown
+
+_MAX_FLOAT32 = 3.4e38
 
 
 class ArchError(ValueError):
@@ -35,23 +38,28 @@ class Fields:
         value = self._values.get(key)
         if value is None:
             return None
-        if not isinstance(value, list) or len(value) != length or not set(value) <= set(allowed):
+        if (
+            not isinstance(value, list)
+            or len(value) != length
+            or any(v not in allowed for v in value)
+        ):
             raise self._wrong(key, value, f"a list of {length} of {', '.join(allowed)}")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+    def count(self, key: str, default: int | None = None, most: int = 2**24) -> int:
+        """A whole number from 1 to `most`: what is enumerated has a smaller one than a width."""
         value = self._get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong(key, value, "a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self._wrong(key, value, f"a whole number from 1 to {most}")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """A number above 0 that a float32 can hold."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= _MAX_FLOAT32:
             raise self._wrong(key, value, "a number above 0")
         return float(value)
 
@@ -92,7 +100,7 @@ class Fields:
         """Refuse any other key: it could be a switch that changes the mathematics."""
         unknown = sorted(set(self._values) - keys)
         if unknown:
-            raise ArchError(f"{self.name}: key {unknown[0]!r} is not supported")
+            raise ArchError(f"{self.name}: key {shown(repr(unknown[0]))} is not supported")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self._values.get(key, default)
@@ -101,5 +109,6 @@ class Fields:
         return value
 
     def _wrong(self, key: str, value: Any, allowed: str) -> ArchError:
-        shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-        return ArchError(f"{self.name}: {key} is {shown}, but only {allowed} is supported")
+        return ArchError(
+            f"{self.name}: {key} is {shown(repr(value))}, but only {allowed} is supported"
+        )

@@ -88,9 +88,12 @@ def read_rope(config: Fields, head_dim: int) -> Rope:
             f"{config.name}: partial_rotary_factor={share} of head_dim={head_dim} is {dim} "
             f"channels; a whole even number from 2 to {head_dim} is needed"
         )
-    return Rope(
-        int(dim), theta, scaling=_read_scaling(rope, config.count("max_position_embeddings"))
-    )
+    scaling = _read_scaling(rope, config.count("max_position_embeddings"))
+    if isinstance(scaling, DynamicScaling) and dim < 4:
+        raise ArchError(f"{rope.name}: dynamic RoPE scaling needs 4 channels, there are {dim:g}")
+    if isinstance(scaling, YarnScaling) and theta <= 1:
+        raise ArchError(f"{config.name}: rope_theta is {theta}, but YaRN needs more than 1")
+    return Rope(int(dim), theta, scaling=scaling)
 
 
 def _read_scaling(rope: Fields, max_len: int) -> Scaling | None:
@@ -110,6 +113,11 @@ def _read_scaling(rope: Fields, max_len: int) -> Scaling | None:
     original = rope.count("original_max_position_embeddings", max_len)
     if kind == "llama3":
         low, high = rope.real("low_freq_factor"), rope.real("high_freq_factor")
+        if low >= high:
+            raise ArchError(
+                f"{rope.name}: low_freq_factor is {low}, but only less than "
+                f"high_freq_factor={high} is supported"
+            )
         return Llama3Scaling(rope.real("factor"), low, high, original)
     return YarnScaling(
         factor=rope.real("factor", max_len / original),

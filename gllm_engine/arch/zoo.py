@@ -6,6 +6,7 @@ no transformers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,14 @@ from typing import Any
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
-from gllm_engine.config import read_object
+from gllm_engine.files import read_object, shown
 
 Reader = Callable[[Fields], Model]
+
+# Beyond what any model has. A number without a limit could make a description without an end.
+MAX_LAYERS = 512
+MAX_EXPERTS = 2048
+MAX_LEN = 2**24  # tokens
 
 FAMILIES: dict[str, tuple[Reader, dict[str, Any]]] = {}
 
@@ -190,6 +196,8 @@ def chatglm(c: Fields) -> Model:
     c.require(apply_residual_connection_post_layernorm=False, vision_config=None)
     c.require(pre_seq_len=None, prefix_projection=False, quantization_bit=0)
     bias, head_dim = c.flag("add_bias_linear"), c.count("kv_channels")
+    if head_dim % 4:
+        raise ArchError(f"{c.name}: kv_channels is {head_dim}, but half of it must be even")
     mixer = Gqa(
         heads=c.count("num_attention_heads"),
         kv_heads=c.count("multi_query_group_num"),
@@ -202,7 +210,7 @@ def chatglm(c: Fields) -> Model:
     return Model(
         dim=c.count("hidden_size"),
         vocab=c.count("padded_vocab_size"),
-        layers=(Layer(mixer, ffn),) * c.count("num_layers"),
+        layers=(Layer(mixer, ffn),) * c.count("num_layers", most=MAX_LAYERS),
         eps=c.real("layernorm_epsilon"),
         tie=c.flag("tie_word_embeddings"),
         max_len=c.count("seq_length"),
@@ -219,7 +227,7 @@ def read_arch(directory: str | Path) -> Model:
     path = Path(directory)
     model = make_arch(read_object(path / "config.json", ArchError), str(path / "config.json"))
     generation = path / "generation_config.json"
-    if generation.exists():
+    if os.path.lexists(generation):  # a link to nothing is not nothing
         eos = Fields(read_object(generation, ArchError), str(generation), {}).numbers(
             "eos_token_id"
         )
@@ -233,7 +241,8 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
     known = [a for a in FAMILIES if isinstance(architectures, list) and a in architectures]
     if not known:
         raise ArchError(
-            f"{name}: architectures is {architectures}; supported are {', '.join(FAMILIES)}"
+            f"{name}: architectures is {shown(repr(architectures))}; "
+            f"supported are {', '.join(FAMILIES)}"
         )
     reader, defaults = FAMILIES[known[0]]
     fields = Fields(config, name, defaults)
@@ -241,6 +250,11 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
     model = reader(fields)
     if not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))
+    if model.max_len > MAX_LEN:
+        raise ArchError(
+            f"{name}: the model's length is {model.max_len} tokens with its RoPE scaling, but only "
+            f"up to {MAX_LEN} is supported"
+        )
     mixer = model.layers[0].mixer
     if mixer.heads % mixer.kv_heads:
         raise ArchError(
@@ -260,7 +274,7 @@ def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
     return Model(
         dim=c.count("hidden_size"),
         vocab=c.count("vocab_size"),
-        layers=(Layer(mixer, ffn),) * c.count("num_hidden_layers"),
+        layers=(Layer(mixer, ffn),) * c.count("num_hidden_layers", most=MAX_LAYERS),
         eps=c.real("rms_norm_eps"),
         tie=c.flag("tie_word_embeddings"),
         max_len=_max_len(c.count("max_position_embeddings"), mixer.rope),
@@ -303,7 +317,8 @@ def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
 
 def _moe(c: Fields, hidden: int, renorm: bool, shared: int = 0) -> Moe:
     # Newer releases of transformers save Qwen3's num_experts as num_local_experts.
-    num_experts = c.count("num_experts", c.count("num_local_experts"))
+    num_experts = c.count("num_local_experts", most=MAX_EXPERTS)
+    num_experts = c.count("num_experts", num_experts, most=MAX_EXPERTS)
     top_k = c.count("num_experts_per_tok")
     if top_k > num_experts:
         raise ArchError(

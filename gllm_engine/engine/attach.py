@@ -72,7 +72,7 @@ class Attached:
         """The sentence the engine left behind, or that it left none."""
         code = self.child.wait() if self.child is not None else None
         with contextlib.suppress(FileNotFoundError):
-            return (self.directory / "error").read_text()
+            return (self.directory / "error").read_text(encoding="utf-8")
         return "the engine process died" + ("" if code is None else f" (exit status {code})")
 
 
@@ -104,12 +104,16 @@ def attach(
             child = _replace(home, record, config, owner)
             record.fingerprint = fingerprint
         assert record.engine is not None
+        record.front_ends[instance] = me
         try:
+            _write(home, record)
             pidfd = os.pidfd_open(record.engine.pid)
         except ProcessLookupError:
             raise EngineError("the engine process died while a front end was joining") from None
-        record.front_ends[instance] = me
-        _write(home, record)
+        except OSError:
+            if child is not None:
+                child.kill()  # nobody else could find it
+            raise
         return Attached(home / str(record.generation), record.engine, pidfd, child)
 
 
@@ -259,10 +263,22 @@ def _fingerprint(config: EngineConfig) -> str:
     """Changes when the configuration or any file of the checkpoint does."""
     digest = hashlib.sha256(msgspec.json.encode(config))
     for directory in sorted({config.model, config.tokenizer or config.model}):
-        for path in sorted(Path(directory).iterdir()):
-            status = path.stat()
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        try:
+            paths = sorted(Path(directory).iterdir())
+        except OSError as error:
+            raise EngineError(f"{directory}: cannot be read ({error.strerror})") from None
+        for path in paths:
+            digest.update(os.fsencode(path) + _state(path) + b"\n")
     return digest.hexdigest()
+
+
+def _state(path: Path) -> bytes:
+    """What tells that a file has changed; of a link to nothing, the link's own."""
+    for follow in (True, False):
+        with contextlib.suppress(OSError):
+            status = path.stat(follow_symlinks=follow)
+            return b" %d %d" % (status.st_size, status.st_mtime_ns)
+    return b" gone"
 
 
 def _running(record: EngineRecord) -> bool:
@@ -285,6 +301,7 @@ def _retire(engine: Process | None, patience_s: float) -> None:
 
 
 def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:
+    _discard(directory)  # of an attempt that failed before it was on record
     directory.mkdir(mode=0o700)
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
     # What lies in the server's working directory must not be importable, so the engine works in

@@ -19,9 +19,11 @@ import msgspec
 import zmq
 
 from gllm_engine import wire
-from gllm_engine.config import EngineConfig
+from gllm_engine.arch import ArchError
+from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.engine.attach import discard_owner
 from gllm_engine.engine.core import Engine
+from gllm_engine.model import LoadError
 from gllm_engine.os_process import Process, end_with
 from gllm_engine.types import Stats
 
@@ -177,6 +179,11 @@ class _StatsFeed:
         )
 
 
+def _leave_word(directory: Path, sentence: str) -> None:
+    """For the front ends. A path in it may be no text, as any bytes can be a file's name."""
+    (directory / "error").write_bytes(sentence.encode(errors="backslashreplace"))
+
+
 def main() -> int:
     """`python -m gllm_engine.engine.process DIRECTORY OWNER_PID`, started by attach.py."""
     directory, owner = Path(sys.argv[1]), Process.of(int(sys.argv[2]))
@@ -191,8 +198,9 @@ def main() -> int:
         engine = Engine(config)
         server = EngineProcess(engine, f"ipc://{directory}/engine.sock")
     except Exception as error:  # the last words of a failed start, for the front ends to repeat
-        log.exception("the engine cannot start")
-        (directory / "error").write_text(f"the engine cannot start: {error}")
+        is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # and no bug of ours
+        log.error("the engine cannot start: %s", error, exc_info=not is_theirs)
+        _leave_word(directory, f"the engine cannot start: {error}")
         return 1
 
     def drain(*_: object) -> None:
@@ -203,7 +211,7 @@ def main() -> int:
     if engine.broken is not None:
         log.critical("%s; this process ends, a front end starts another", engine.broken)
         with contextlib.suppress(OSError):  # who would have read it has left
-            (directory / "error").write_text(engine.broken)
+            _leave_word(directory, engine.broken)
         server.close()
         os._exit(BROKEN)  # an orderly end would call upon the device again
     server.close()

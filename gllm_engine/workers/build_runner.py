@@ -5,19 +5,18 @@ Knows nothing of requests, sockets or processes.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gllm_engine.arch import Model, Shard
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.model import Decoder, best_device, fill_randomly, filling
+from gllm_engine.files import read_object
+from gllm_engine.model import Decoder, best_device, fill_randomly, filling, open_checkpoint
 from gllm_engine.parallel import ALONE, RankGroups
 from gllm_engine.runner import Runner, measure_partition
 
@@ -36,22 +35,27 @@ def load_runner(
     """
     start = time.perf_counter()
     is_dummy = config.load_format == "dummy"
-    dtype = _dtype(config, device)
-    decoder = Decoder(
-        arch,
-        dtype=dtype,
-        device=device,
-        max_model_len=config.max_model_len or arch.max_len,
-        shard=_shard(config, arch, ranks, dtype),
-        ranks=ALONE if ranks is None else ranks.tensor,
-    )
-    if is_dummy:
-        fill_randomly(decoder)
-    made = time.perf_counter()
-    # Graphs and kernels need the weights' addresses, not the weights.
-    with nullcontext() if is_dummy else filling(decoder, Path(config.model)):
-        runner = Runner(config, arch, decoder, ranks)
-        done = time.perf_counter()
+    with ExitStack() as opened:
+        checkpoint = None
+        if not is_dummy:
+            # First, so that one that does not fit its config costs neither time nor memory.
+            checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
+        dtype = _dtype(config, device)
+        decoder = Decoder(
+            arch,
+            dtype=dtype,
+            device=device,
+            max_model_len=config.max_model_len or arch.max_len,
+            shard=_shard(config, arch, ranks, dtype),
+            ranks=ALONE if ranks is None else ranks.tensor,
+        )
+        if is_dummy:
+            fill_randomly(decoder)
+        made = time.perf_counter()
+        # Graphs and kernels need the weights' addresses, not the weights.
+        with nullcontext() if checkpoint is None else filling(decoder, checkpoint):
+            runner = Runner(config, arch, decoder, ranks)
+            done = time.perf_counter()
     end = time.perf_counter()
     parts = {"decoder": made - start, **runner.took, "rest of the weights": end - done}
     told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
@@ -111,6 +115,6 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
         return _DTYPES[config.dtype]
     if device.type == "cpu":
         return torch.float32
-    settings: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_text())
-    stored = settings.get("dtype") or settings.get("torch_dtype") or "bfloat16"
-    return _DTYPES.get(stored, torch.bfloat16)
+    settings = read_object(Path(config.model) / "config.json", ConfigError)
+    stored = settings.get("dtype") or settings.get("torch_dtype")
+    return _DTYPES.get(str(stored), torch.bfloat16)

@@ -9,6 +9,7 @@ ZeroMQ's own heartbeats, which need no thread of ours. Knows nothing of steps or
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,8 +24,9 @@ from zmq.utils.monitor import recv_monitor_message
 
 from gllm_engine import __version__
 from gllm_engine.config import ConfigError
+from gllm_engine.files import open_file, read_file
 
-MIN_SECRET = 32  # bytes
+MIN_SECRET, MAX_SECRET = 32, 1 << 16  # bytes
 # A heartbeat every so often; a peer that answers none for so long is lost. Milliseconds.
 _HEARTBEAT = 300
 LOCAL_TIMEOUT = 1_200
@@ -38,18 +40,16 @@ def software() -> str:
 
 def digest(model: Path) -> str:
     """Of the model's configuration, which must be the same on all ranks. Raises ConfigError."""
-    try:
-        return hashlib.sha256((model / "config.json").read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise ConfigError(f"model: {model}/config.json cannot be read ({error.strerror})") from None
+    return hashlib.sha256(read_file(model / "config.json", ConfigError)).hexdigest()[:16]
 
 
 def read_secret(path: Path) -> bytes:
     """The cluster's secret. Raises ConfigError for a file that others may read, or a short one."""
     try:
-        secret, mode = path.read_bytes().strip(), path.stat().st_mode
-    except OSError as error:
-        raise ConfigError(f"cluster_key_file: {path} cannot be read ({error.strerror})") from None
+        with open_file(path, ConfigError) as file:
+            secret, mode = file.read(MAX_SECRET).strip(), os.fstat(file.fileno()).st_mode
+    except ConfigError as error:
+        raise ConfigError(f"cluster_key_file: {error}") from None
     if mode & 0o077:
         raise ConfigError(f"cluster_key_file: others may read {path}; its mode must be 0600")
     if len(secret) < MIN_SECRET:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gllm_engine.arch import FAMILIES, ArchError, Model, Shard, make_arch, read_arch
 from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
-from gllm_engine.model import Decoder, filling
+from gllm_engine.model import Decoder, filling, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.parallel import TensorParallel
 
@@ -86,7 +86,7 @@ def test_what_all_ranks_load_is_the_checkpoint(
             ranks = TensorParallel(shard.rank, size, CPU, None, True)
             options = {"dtype": torch.float32, "device": CPU, "max_model_len": 64}
             decoder = Decoder(model, shard=shard, ranks=ranks, **options)
-            with filling(decoder, tmp_path):
+            with open_checkpoint(model, tmp_path) as checkpoint, filling(decoder, checkpoint):
                 pass
             views = decoder.weights()
             shapes = {name: shape_of(view, name, model) for name, view in views.items()}

@@ -229,7 +229,7 @@ def test_a_rank_lists_the_experts_it_holds_by_their_global_numbers() -> None:
         (
             {"moe_intermediate_size": 0},
             "config.json: moe_intermediate_size is 0, "
-            "but only a whole number of at least 1 is supported",
+            "but only a whole number from 1 to 16777216 is supported",
         ),
     ],
 )
@@ -325,12 +325,13 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         ),
         (
             {"hidden_size": "64"},
-            "config.json: hidden_size is '64', but only a whole number of at least 1 is supported",
+            "config.json: hidden_size is '64', "
+            "but only a whole number from 1 to 16777216 is supported",
         ),
         (
             {"num_hidden_layers": 0},
             "config.json: num_hidden_layers is 0, "
-            "but only a whole number of at least 1 is supported",
+            "but only a whole number from 1 to 512 is supported",
         ),
         (
             {"rms_norm_eps": True},
@@ -386,12 +387,12 @@ def test_unsupported_architecture() -> None:
         f"config.json: architectures is ['GPT2LMHeadModel']; supported are {', '.join(FAMILIES)}"
     )
     for value in (None, [], 3, [{}], "LlamaForCausalLM"):
-        assert f"architectures is {value}; supported" in refusal(architectures=value)
+        assert f"architectures is {value!r}; supported" in refusal(architectures=value)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 0, 1.5, True, [1]])
 def test_not_a_count(value: Any) -> None:
-    assert "but only a whole number of at least 1 is supported" in refusal(hidden_size=value)
+    assert "but only a whole number from 1 to 16777216 is supported" in refusal(hidden_size=value)
     if value not in (1.5,):
         assert "but only a number above 0 is supported" in refusal(rms_norm_eps=value)
 

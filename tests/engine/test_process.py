@@ -7,6 +7,7 @@ threads of this process or, where one must die, processes that run this file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import queue
@@ -370,6 +371,44 @@ def test_close_does_not_wait_for_an_engine_that_is_being_restarted(
     assert not closing.is_alive()
     assert not new.alive
     assert not record.parent.parent.exists()  # the last front end leaves nothing
+
+
+def engines(owner: int) -> list[int]:
+    """Pids of the engine processes that live with `owner`, on record or not."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_text().split("\0")
+            if "gllm_engine.engine.process" in words and words[-2] == str(owner):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("file", ["config.json", "record.json.new"])
+def test_a_full_disk_delays_the_next_engine(
+    model: str, owner: int, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what was half made nor an engine that nobody knows of stands in the way later."""
+    front = Front(model, owner)
+    attempts, is_full, write = [], True, Path.write_bytes
+
+    def written(path: Path, data: bytes) -> int:
+        if path.name == file and is_full:
+            attempts.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    monkeypatch.setattr("gllm_engine.engine.client.RETRY_S", (0.05,))
+    monkeypatch.setattr(Path, "write_bytes", written)
+    os.kill(front.engine.pid, signal.SIGKILL)
+    until(lambda: len(attempts) > 2)
+    with pytest.raises(EngineUnavailable, match="No space left on device"):
+        front.generate()
+    is_full = False
+    until(lambda: front.client._trouble is None)
+    assert len(front.generate()) == 5
+    assert engines(owner) == [front.engine.pid]
+    front.client.close()
 
 
 def test_a_model_that_cannot_load_says_why(tmp_path: Path, owner: int) -> None:

@@ -115,7 +115,7 @@ def test_dtype(model: Path) -> None:
     assert f"tensor {DOWN} has dtype I8; supported: F64, F32, F16, BF16" in refusal(model)
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+@pytest.mark.parametrize("keep", [4, 100, 5000, -1])
 def test_truncated(model: Path, keep: int) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
@@ -162,14 +162,23 @@ def test_index_outside_the_directory(model: Path) -> None:
     (model / "b.safetensors").rename(model.parent / "b.safetensors")
     outside = {name: f.replace("b.", "../b.") for name, f in weight_map.items()}
     write_index(model, outside)
-    assert "names b.safetensors, which is not a file in" in refusal(model)
+    assert "names ../b.safetensors, which is not a file in" in refusal(model)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
-def test_broken_index(model: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "not valid JSON ("),
+        ("[]", "a JSON object is expected"),
+        ("{}", "its weight_map names no file for each tensor"),
+        ('{"weight_map": 3}', "its weight_map names no file for each tensor"),
+        ('{"weight_map": {"a": 1}}', "its weight_map names no file for each tensor"),
+    ],
+)
+def test_broken_index(model: Path, text: str, problem: str) -> None:
     index = model / "model.safetensors.index.json"
     index.write_text(text)
-    assert refusal(model).startswith(f"{index}: not a safetensors index (")
+    assert refusal(model).startswith(f"{index}: {problem}")
 
 
 def test_tied_and_present(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from gllm_engine.arch import Model, read_arch
 from gllm_engine.arch.names import checkpoint_tensors
-from gllm_engine.model import Decoder, LoadError, filling, read
+from gllm_engine.model import Decoder, LoadError, filling, open_checkpoint, read
 from gllm_engine.model.tiny import write_tiny_model
 
 # Qwen3: a norm that is stored for every head; Glm, ChatGLM: several weights in one tensor.
@@ -170,14 +172,20 @@ def test_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert no_reader_is_left()
 
 
-def empty_decoder(path: Path) -> Decoder:
-    return Decoder(read_arch(path), dtype=torch.float32, device=CPU, max_model_len=64)
+@contextmanager
+def filled(path: Path) -> Iterator[Decoder]:
+    """While the block runs, a decoder is filled from the checkpoint."""
+    arch = read_arch(path)
+    with open_checkpoint(arch, path) as checkpoint:
+        decoder = Decoder(arch, dtype=torch.float32, device=CPU, max_model_len=64)
+        with filling(decoder, checkpoint):
+            yield decoder
 
 
 def test_reads_while_the_block_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    decoder = empty_decoder(write_tiny_model(tmp_path))
+    write_tiny_model(tmp_path)
     in_block, begun, preadv = threading.Event(), threading.Event(), os.preadv
 
     def waiting(descriptor: int, into: list[memoryview], offset: int) -> int:
@@ -186,7 +194,7 @@ def test_reads_while_the_block_runs(
         return preadv(descriptor, into, offset)
 
     monkeypatch.setattr(os, "preadv", waiting)
-    with caplog.at_level(logging.INFO), filling(decoder, tmp_path):
+    with caplog.at_level(logging.INFO), filled(tmp_path) as decoder:
         assert begun.wait(10)
         in_block.set()
     assert_same_weights(decoder, tmp_path)
@@ -197,7 +205,7 @@ def test_reads_while_the_block_runs(
 def test_a_block_that_fails_ends_the_reading(
     tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = empty_decoder(write_tiny_model(tmp_path))
+    write_tiny_model(tmp_path)
     failing, preadv, count = threading.Event(), os.preadv, [0]
 
     def waiting(descriptor: int, into: list[memoryview], offset: int) -> int:
@@ -206,17 +214,17 @@ def test_a_block_that_fails_ends_the_reading(
         return preadv(descriptor, into, offset)
 
     monkeypatch.setattr(os, "preadv", waiting)
-    with pytest.raises(RuntimeError, match="no memory"), filling(decoder, tmp_path):
+    with pytest.raises(RuntimeError, match="no memory"), filled(tmp_path):
         threading.Timer(0.2, failing.set).start()
         raise RuntimeError("no memory")
     assert no_reader_is_left()
     assert count[0] <= 16  # the piece each reader had in hand
 
 
-def test_headers_are_checked_before_the_block(tmp_path: Path) -> None:
+def test_headers_are_checked_before_a_decoder_is_made(tmp_path: Path) -> None:
     write_tiny_model(tmp_path)
-    decoder = empty_decoder(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(LoadError, match="not a complete"), filling(decoder, tmp_path):
+    arch = read_arch(tmp_path)
+    with pytest.raises(LoadError, match="not a complete"), open_checkpoint(arch, tmp_path):
         raise AssertionError("the block ran")

@@ -15,6 +15,7 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live import START_S, Server, free_ports, wait_for
@@ -35,9 +36,14 @@ class Traces:
         self.directory = Path(tempfile.mkdtemp(prefix="gt-", dir="/tmp"))
         self._environment = pytest.MonkeyPatch()
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What a process has in its environment while this is in force."""
+        return {MARK: self.mark, "TMPDIR": str(self.directory)}
+
     def begin(self) -> Traces:
-        self._environment.setenv(MARK, self.mark)
-        self._environment.setenv("TMPDIR", str(self.directory))
+        for name, value in self.variables.items():
+            self._environment.setenv(name, value)
         return self
 
     def end(self) -> None:
@@ -93,9 +99,19 @@ def wait_gone(traces: Traces, timeout_s: float) -> None:
 
 
 class Launched(Server):
-    """A command of ours that becomes a server, given the three ports; by default `gllm`'s."""
+    """A command that becomes a server, given the three ports; by default `gllm`'s.
 
-    def __init__(self, *command: str, log: Path, before: Sequence[str] = ()) -> None:
+    `options`: as Popen's.
+    """
+
+    def __init__(
+        self,
+        *command: str,
+        log: Path,
+        before: Sequence[str] = (),
+        program: Sequence[str] = (sys.executable, "-m", "gllm_client"),
+        **options: Any,
+    ) -> None:
         http, grpc, metrics = free_ports(3)
         self.http, self.grpc = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
         self.metrics_address = f"127.0.0.1:{metrics}"
@@ -103,11 +119,12 @@ class Launched(Server):
         ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*before, sys.executable, "-m", "gllm_client", *command, *ports],
+                [*before, *program, *command, *ports],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                **options,
             )
         self.pid = self.process.pid
 

@@ -1,0 +1,403 @@
+"""What becomes of a served model when a part of it breaks: scripts/bench faults.
+
+For each fault a server of its own is started on a tiny model, on CPU ranks, with streams under
+way. Then one process is killed or stopped, or something runs out. Owns how that is done and
+watched, and the figures: what clients saw, the seconds to the last error, the seconds until
+requests are answered again, what is left once the server has been told to stop. Needs root, for
+mount namespaces: each server has a /dev/shm and a temporary directory of its own, to be filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from gllm_benchmarks.record import add_arguments, print_table, record
+from gllm_benchmarks.served_model import MODEL, free_ports, write_repository
+from gllm_client import GenerateError, SyncClient
+from gllm_client.supervisor import find_stubs
+from gllm_engine import write_tiny_model
+
+RANKS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "TP2": {"tensor_parallel_size": 2},
+    "PP2": {"pipeline_parallel_size": 2},
+}
+ENGINE = {"device": "cpu", "cpu_threads": 1, "num_pages": 4096, "max_model_len": 16384}
+NUM_STREAMS, STREAM_TOKENS = 4, 3_000
+MANY, MANY_TOKENS, FEW_FILES = 300, 16, 256
+FRONT_ENDS = 2
+SHM_BYTES, DISK_BYTES = 256 << 20, 16 << 20
+START_S, STOP_S = 180.0, 90.0
+PATIENCE_S = 30.0  # a stream that has not ended then hangs
+AGAIN_S = 60.0
+_MARK = "GLLM_FAULTS_MARK"
+
+# Holds a mount namespace open: what servers leave in it can be looked at when they have ended.
+_HOLD = """\
+mount -t tmpfs -o size="$0" tmpfs /dev/shm && mount -t tmpfs -o size="$1" tmpfs "$2" &&
+echo held && exec sleep infinity
+"""
+
+
+class FaultsError(RuntimeError):
+    """The faults cannot be made here, or a server did not start; the message says why."""
+
+
+class Stream(threading.Thread):
+    """One answer being read. `outcome` is set once it has ended."""
+
+    def __init__(self, address: str, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.num_tokens, self.ended_at = 0, 0.0
+        self.outcome: str | None = None
+        self._address, self._max_tokens = address, max_tokens
+
+    def run(self) -> None:
+        client = SyncClient(self._address, MODEL)
+        options: dict[str, Any] = {"max_tokens": self._max_tokens, "ignore_eos": True}
+        outcome = "cut off without an error"
+        try:
+            for chunk in client.generate("Once upon", **options):
+                self.num_tokens += chunk.num_output_tokens
+            if self.num_tokens == self._max_tokens:
+                outcome = "whole"
+        except GenerateError as error:
+            outcome = _sentence(str(error))
+        finally:
+            client.close()
+        self.ended_at = time.monotonic()
+        self.outcome = outcome
+
+
+class Site:
+    """A `gllm serve` on a tiny model with a /dev/shm and a temporary directory of its own.
+
+    Use it in a with statement. `max_files`: how many each process may open.
+    """
+
+    def __init__(self, engine: dict[str, Any], max_files: int | None = None) -> None:
+        self._engine, self._max_files = ENGINE | engine, max_files
+        self._mark = uuid.uuid4().hex
+        http, self._grpc, metrics = free_ports(3)
+        self.address = f"127.0.0.1:{self._grpc}"
+        self._ports = [f"--http-port={http}", f"--grpc-port={self._grpc}"]
+        self._ports += [f"--metrics-port={metrics}", "--exit-timeout-s=10"]
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Site:
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            directory = Path(enter(tempfile.TemporaryDirectory(prefix="gf-", dir="/tmp")))
+            self._log, self._tmp = directory / "log", directory / "t"
+            self._tmp.mkdir()
+            write_tiny_model(
+                directory / "model", "Qwen3ForCausalLM", num_hidden_layers=4,
+                max_position_embeddings=16384,
+            )  # fmt: skip
+            write_repository(
+                directory / f"r/{MODEL}", directory / "model", FRONT_ENDS, {}, self._engine
+            )
+            self._holder = self._hold()
+            stack.callback(self._end, self._holder)
+            stack.callback(self._kill_all)
+            self.process = self._start(directory / "r")
+            self._await_ready()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    @property
+    def shm(self) -> Path:
+        return Path(f"/proc/{self._holder.pid}/root/dev/shm")
+
+    @property
+    def tmp(self) -> Path:
+        """The temporary directory, as the server sees it."""
+        return Path(f"/proc/{self._holder.pid}/root{self._tmp}")
+
+    def processes(self) -> dict[int, str]:
+        """The command line of every process of this server, orphans included, by pid."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{_MARK}={self._mark}\0".encode() in (path / "environ").read_bytes():
+                    found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # it has ended
+                continue
+        return found
+
+    def pids(self, part: str) -> list[int]:
+        """Those of the engine, the workers, the front ends ("stub") or tritonserver."""
+        if part == "stub":
+            (server,) = self.pids("tritonserver")
+            return sorted(row.pid for row in find_stubs(server)[MODEL])
+        sought = {"engine": " gllm_engine.engine.process ", "worker": " gllm_engine.worker "}
+        pattern = sought.get(part, "bin/tritonserver ")
+        return sorted(pid for pid, command in self.processes().items() if pattern in command)
+
+    def streams(self, count: int, max_tokens: int) -> list[Stream]:
+        streams = [Stream(self.address, max_tokens) for _ in range(count)]
+        for stream in streams:
+            stream.start()
+        return streams
+
+    def answers(self) -> bool:
+        """Whether twice as many requests as there are front ends are answered one by one."""
+        client = SyncClient(self.address, MODEL)
+        try:
+            for _ in range(2 * FRONT_ENDS):
+                client.complete("Once", max_tokens=4, ignore_eos=True, timeout=5.0)
+        except GenerateError:
+            return False
+        finally:
+            client.close()
+        return True
+
+    def stop(self) -> str:
+        """Tell `gllm serve` to stop, unless it has ended; how it ended and what is left of it."""
+        told = self.process.poll() is None
+        if told:
+            self.process.terminate()
+        try:
+            status = str(self.process.wait(STOP_S))
+        except subprocess.TimeoutExpired:
+            status = f"still there after {STOP_S:g} s"
+        left = [f"process {_program(command)}" for command in self.processes().values()]
+        left += [f"/dev/shm/{_name(path)}" for path in self.shm.iterdir() if path.name != "filled"]
+        for path in self.tmp.iterdir():
+            if path.name != "filled" and (not path.is_dir() or any(path.iterdir())):
+                left.append(f"$TMPDIR/{_name(path)}")
+        counted = [f"{n} x {what}" if n > 1 else what for what, n in Counter(left).items()]
+        ended = "stops with" if told else "has ended with"
+        return f"{ended} status {status}; left: {', '.join(counted) or 'nothing'}"
+
+    def _hold(self) -> subprocess.Popen[str]:
+        command = ["unshare", "--mount", "sh", "-c", _HOLD]
+        command += [str(SHM_BYTES), str(DISK_BYTES), str(self._tmp)]
+        holder = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert holder.stdout is not None and holder.stderr is not None
+        if holder.stdout.readline() != "held\n":
+            raise FaultsError(f"no mount namespace can be made here: {holder.stderr.read()}")
+        return holder
+
+    def _start(self, repository: Path) -> subprocess.Popen[bytes]:
+        limit = "unlimited" if self._max_files is None else str(self._max_files)
+        raised = 'test "$0" = unlimited || ulimit -n "$0"; exec "$@"'
+        command = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
+        command += ["sh", "-c", raised, limit, sys.executable, "-m", "gllm_client"]
+        command += ["serve", str(repository), *self._ports]
+        environment = os.environ | {_MARK: self._mark, "TMPDIR": str(self._tmp)}
+        with self._log.open("wb") as log:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _await_ready(self) -> None:
+        end = time.monotonic() + START_S
+        while "\nready: " not in "\n" + self._log.read_text(errors="replace"):
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise FaultsError(f"the server did not start:\n{self._log.read_text()[-5000:]}")
+            time.sleep(0.05)
+
+    def _kill_all(self) -> None:
+        for pid in self.processes():
+            _signal(pid, signal.SIGKILL)
+        self.process.wait()
+
+    @staticmethod
+    def _end(holder: subprocess.Popen[str]) -> None:
+        holder.kill()
+        holder.communicate()
+
+
+Undo = Callable[[], None]
+
+
+def _kill(part: str) -> Callable[[Site], Undo | None]:
+    def fault(site: Site) -> None:
+        _signal(site.pids(part)[-1], signal.SIGKILL)
+
+    return fault
+
+
+def _stop(part: str) -> Callable[[Site], Undo | None]:
+    def fault(site: Site) -> Undo:
+        pid = site.pids(part)[-1]
+        _signal(pid, signal.SIGSTOP)
+        return lambda: _signal(pid, signal.SIGCONT)
+
+    return fault
+
+
+def _fill(place: str) -> Callable[[Site], Undo | None]:
+    def fault(site: Site) -> Undo:
+        directory: Path = getattr(site, place)
+        with (directory / "filled").open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(1 << 20)):
+                    continue
+            except OSError:  # it is full
+                return (directory / "filled").unlink
+
+    return fault
+
+
+def _kill_engine_on_a_full_disk(site: Site) -> Undo | None:
+    undo = _fill("tmp")(site)
+    _signal(site.pids("engine")[-1], signal.SIGKILL)
+    return undo
+
+
+FAULTS: dict[str, Callable[[Site], Undo | None]] = {
+    "engine killed": _kill("engine"),
+    "engine stopped": _stop("engine"),
+    "worker killed": _kill("worker"),
+    "worker stopped": _stop("worker"),
+    "front end killed": _kill("stub"),
+    "front end stopped": _stop("stub"),
+    "tritonserver killed": _kill("tritonserver"),
+    "tritonserver stopped": _stop("tritonserver"),
+    "/dev/shm full": _fill("shm"),
+    "disk full": _fill("tmp"),
+    "disk full, engine killed": _kill_engine_on_a_full_disk,
+}
+CROWD = f"{MANY} streams, {FEW_FILES} files a process"
+
+
+def cases() -> list[tuple[str, str]]:
+    """(fault, ranks), in the order of the table. One rank has no worker."""
+    return [
+        (fault, ranks)
+        for fault in (*FAULTS, CROWD)
+        for ranks in RANKS
+        if not (fault.startswith("worker") and ranks == "one rank")
+    ]
+
+
+def observe(fault: str, ranks: str) -> dict[str, Any]:
+    """Make one fault and watch. Seconds are None where nothing came within the patience."""
+    crowded = fault == CROWD
+    with Site(RANKS[ranks], FEW_FILES if crowded else None) as site:
+        if not site.answers():
+            raise FaultsError("the server does not answer although it is ready")
+        streams = site.streams(*((MANY, MANY_TOKENS) if crowded else (NUM_STREAMS, STREAM_TOKENS)))
+        if not crowded:
+            _await(lambda: all(s.num_tokens or s.outcome for s in streams), PATIENCE_S)
+        since = time.monotonic()
+        undo = None if crowded else FAULTS[fault](site)
+        _await(lambda: all(stream.outcome for stream in streams), PATIENCE_S)
+        seen = _outcomes(streams)
+        ends = [s.ended_at - since for s in streams if s.outcome not in (None, "whole")]
+        lasts = undo is not None and not site.answers()
+        if undo is not None:
+            undo()
+            since = time.monotonic() if lasts else since
+        served = _await(lambda: site.process.poll() is not None or site.answers(), AGAIN_S)
+        served = served and site.process.poll() is None
+        return {
+            "clients": seen,
+            "error_s": max(ends) if ends and all(s.outcome for s in streams) else None,
+            "refuses_until_undone": lasts,
+            "again_s": time.monotonic() - since if served else None,
+            "end": site.stop(),
+        }
+
+
+def _outcomes(streams: list[Stream]) -> str:
+    counts = Counter(stream.outcome or f"no end in {PATIENCE_S:g} s" for stream in streams)
+    return "; ".join(f"{count} x {outcome}" for outcome, count in counts.most_common(3))
+
+
+def _await(condition: Callable[[], bool], timeout_s: float) -> bool:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _sentence(error: str) -> str:
+    """The first sentence of an error, without what differs from run to run."""
+    text = re.sub(r"/\S*/gf-\S+", "DIRECTORY", error.strip().splitlines()[0])
+    return re.sub(r"127\.0\.0\.1:\d+", "ADDRESS", text)[:200]
+
+
+def _program(command: str) -> str:
+    words = command.split()
+    return words[words.index("-m") + 1] if "-m" in words else Path(words[0]).name
+
+
+def _name(path: Path) -> str:
+    return re.sub(r"\d+", "N", path.name)
+
+
+def rows(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Of the table: a row a case. `figures`: by "fault, ranks"."""
+
+    def seconds(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f} s"
+
+    table = []
+    for name, seen in figures.items():
+        again = seconds(seen["again_s"]) or "never"
+        if seen["refuses_until_undone"]:
+            again += " after it is undone"
+        table.append([name, seen["clients"], seconds(seen["error_s"]), again, seen["end"]])
+    return table
+
+
+HEADER = ["fault", "what clients saw", "error after", "served again after", "gllm serve"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name has it")
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    figures = {}
+    for fault, ranks in cases():
+        name = f"{fault}, {ranks}"
+        if options.only in name:
+            figures[name] = observe(fault, ranks)
+            print(json.dumps({name: figures[name]}), file=sys.stderr, flush=True)
+    if not figures:
+        parser.error(f"--only: no case has {options.only!r} in its name")
+    print_table("Faults", HEADER, rows(figures))
+    record("faults", figures, options.save)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

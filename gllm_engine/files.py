@@ -1,0 +1,115 @@
+"""Reading the files of a checkpoint, which may come from anybody and may be anything.
+
+Every file of a checkpoint is opened here: only if it is regular, so that no FIFO or device makes a
+start wait for ever, and no more of it is read than fits a limit. A link may lead anywhere, as those
+of Hugging Face's cache lead out of the checkpoint's directory; what it leads to must be a regular
+file. Every complaint is one sentence that names the file. Knows nothing of what a file means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# The index of a checkpoint with 150,000 tensors takes 15 MB.
+MAX_JSON_BYTES = 64 << 20
+# Far below what Python's own recursion can follow, also in what is done with the values later.
+MAX_JSON_DEPTH = 100
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_file(path: Path, wrong: type[Exception]) -> BinaryIO:
+    """Open a regular file that is not empty. Raises `wrong` with a sentence for anything else."""
+    try:
+        status = path.stat()
+        kinds = [kind for is_kind, kind in _KINDS if is_kind(status.st_mode)]
+        if kinds:
+            raise wrong(f"{path}: cannot be read (it is {kinds[0]}, not a file)")
+        # So are the files in /proc, some of which wait for what is to come.
+        if not status.st_size:
+            raise wrong(f"{path}: is empty")
+        # What replaces the file at this very moment cannot make the opening wait either.
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    except OSError as error:
+        raise wrong(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_file(path: Path, wrong: type[Exception], max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """All bytes of a regular file of at most `max_bytes`. Raises `wrong` with a sentence."""
+    with open_file(path, wrong) as file:
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise wrong(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > max_bytes:
+        raise wrong(f"{path}: is larger than the {max_bytes >> 20} MiB that such a file may have")
+    return data
+
+
+def read_object(path: Path, wrong: type[Exception]) -> dict[str, Any]:
+    """The JSON object in a file. Raises `wrong` with a sentence for any other content, or none."""
+    return parse_object(path, read_file(path, wrong), wrong)
+
+
+def parse_object(path: Path, data: bytes, wrong: type[Exception]) -> dict[str, Any]:
+    """The JSON object that `data`, which is from the file at `path`, spells.
+
+    Raises `wrong` for what is not JSON in UTF-8, is nested deeper than MAX_JSON_DEPTH, or has a key
+    twice: readers differ in which value they take then. NaN and Infinity, which Python writes, are
+    left to whoever reads the number.
+    """
+    try:
+        values = json.loads(data.decode(), object_pairs_hook=_without_repetition)
+        deep = _is_deeper(values, MAX_JSON_DEPTH)
+    except ValueError as error:
+        raise wrong(f"{path}: not valid JSON ({error})") from None
+    except RecursionError:
+        deep = True
+    if deep:
+        raise wrong(f"{path}: its JSON is nested deeper than {MAX_JSON_DEPTH} levels")
+    if not isinstance(values, dict):
+        raise wrong(f"{path}: a JSON object is expected")
+    return values
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value out of a file, for a sentence: on one line, of at most so many characters, none of
+    which an output refuses. What is too long loses its middle.
+    """
+    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {shown(repr(key))} comes twice")
+            seen.add(key)
+    return values
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [child for each in level for child in _children(each)]
+    return bool(level)
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
