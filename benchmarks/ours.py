@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gllm_engine import Engine, Request, SamplingParams, make_config
+from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
 # A kernel belongs to the first kind one of whose words is in its name.
 KINDS = {
@@ -48,7 +48,7 @@ def run(engine: Engine, jobs: Jobs) -> dict[str, float]:
     tokens: list[int] = []
     first = 0.0
     while engine.has_work:
-        outputs = engine.step().get(None)
+        outputs = engine.step().get(IN_PROCESS)
         if outputs is None:
             continue
         ids += outputs.ids

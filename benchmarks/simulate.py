@@ -133,7 +133,7 @@ def simulate(
         while arrived < len(pairs) and arrivals[arrived] <= now:
             prompt_len, output_len = pairs[arrived]
             sampling = SamplingParams(max_tokens=output_len, ignore_eos=True)
-            scheduler.add(Sequence(arrived, [0] * prompt_len, sampling, seed=0))
+            scheduler.add(Sequence((b"", arrived), [0] * prompt_len, sampling, seed=0))
             arrived += 1
         plan = scheduler.schedule() if len(flights) < config.plans_in_flight else None
         if plan is not None:
@@ -142,7 +142,7 @@ def simulate(
             end, result = flights.popleft()
             now = max(now, end)
             for sequence, _ in scheduler.commit(result).tokens:
-                times[sequence.key].append(now)
+                times[sequence.key[1]].append(now)
         elif plan is None:
             if arrived == len(pairs):
                 break

@@ -38,7 +38,7 @@ _PUBLIC = {
     "os_process": ("end_with_parent",),
     "engine.client": ("EngineClient", "EngineError", "EngineUnavailable"),
     "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs"),
-    "engine.core": ("Engine", "EngineBroken", "fill_caches"),
+    "engine.core": ("IN_PROCESS", "Engine", "EngineBroken", "fill_caches"),
     "engine.llm": ("LLM", "CompletionOutput", "RequestFailed", "RequestOutput"),
     "text.tokenizer": ("TextError", "Tokenizer"),
     "model.tiny": ("write_tiny_model",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from gllm_engine.sched import (
     Refused,
     Scheduler,
     Sequence,
+    SequenceKey,
 )
 from gllm_engine.text.constraints import Constraint, Grammars
 from gllm_engine.types import (
@@ -53,8 +54,8 @@ _PAGES_TO_COMPILE = 64
 
 log = logging.getLogger(__name__)
 
-Client = Hashable
-Key = tuple[Client, int]  # client, sequence id
+Client = bytes  # a front end's name on the engine's socket, which is never empty
+IN_PROCESS: Client = b""  # who calls an engine without a socket
 
 
 class StepHandle(Protocol):
@@ -88,7 +89,7 @@ class EngineBroken(RuntimeError):
 
 
 class Engine:
-    """One model, its scheduler and its runner. Clients are any hashable names of front ends.
+    """One model, its scheduler and its runner. Clients are the names of front ends.
 
     `broken`: None, or why no step can succeed any more; whoever drives the engine must end it.
 
@@ -133,9 +134,9 @@ class Engine:
         self._failed_steps = 0  # since the last that succeeded
         self.broken: str | None = None
         self._launched: deque[StepHandle] = deque()
-        self._live: dict[Key, Sequence] = {}
-        self._constrained: dict[Key, Constraint] = {}
-        self._compiling: dict[Key, tuple[Request, Future[Constraint]]] = {}
+        self._live: dict[SequenceKey, Sequence] = {}
+        self._constrained: dict[SequenceKey, Constraint] = {}
+        self._compiling: dict[SequenceKey, tuple[Request, Future[Constraint]]] = {}
         self._outboxes: defaultdict[Client, Outputs] = defaultdict(_nothing)
         # What is loaded stays: the collector need not look at it again in every full pass.
         gc.collect()
@@ -143,7 +144,7 @@ class Engine:
 
     # ------------------------------------------------------------ requests come and go
 
-    def add(self, request: Request, client: Client = None) -> None:
+    def add(self, request: Request, client: Client = IN_PROCESS) -> None:
         """Take a request. One that cannot be served gets its error in the next step's outputs."""
         key = (client, request.id)
         if key in self._live or key in self._compiling:
@@ -167,11 +168,11 @@ class Engine:
         else:
             self._compiling[key] = request, constraint
 
-    def abort(self, id: int, client: Client = None) -> None:
+    def abort(self, id: int, client: Client = IN_PROCESS) -> None:
         """End a sequence now; its pages are free at once. One that has ended is left alone."""
         self._forget((client, id))
 
-    def num_cached_tokens(self, id: int, client: Client = None) -> int:
+    def num_cached_tokens(self, id: int, client: Client = IN_PROCESS) -> int:
         """Prompt tokens of a live sequence that the prefix cache held; 0 for any other."""
         sequence = self._live.get((client, id))
         return 0 if sequence is None else max(0, sequence.num_cached_tokens)
@@ -183,7 +184,7 @@ class Engine:
                 self._forget(key)
         self._outboxes.pop(client, None)
 
-    def _forget(self, key: Key) -> None:
+    def _forget(self, key: SequenceKey) -> None:
         sequence = self._live.pop(key, None)
         if sequence is not None:
             self._scheduler.abort(sequence)
@@ -207,7 +208,7 @@ class Engine:
             bad = next(id for id in ids if not 0 <= id < vocab)
             raise InvalidField(field, f"token id {bad} is outside [0, {vocab - 1}]")
 
-    def _admit(self, key: Key, request: Request, constraint: Constraint | None) -> None:
+    def _admit(self, key: SequenceKey, request: Request, constraint: Constraint | None) -> None:
         sequence = Sequence(key, request.prompt, request.sampling, request.seed, constraint)
         try:
             self._scheduler.add(sequence)
@@ -235,7 +236,7 @@ class Engine:
                 log.error("a grammar could not be compiled", exc_info=error)
                 self._refuse(key, "internal", "structured_outputs: the grammar compiler failed.")
 
-    def _refuse(self, key: Key, status: Status, message: str) -> None:
+    def _refuse(self, key: SequenceKey, status: Status, message: str) -> None:
         client, id = key
         finish = Finish("error", status=status, message=message)
         self._outboxes[client].finished[id] = finish

@@ -16,7 +16,7 @@ import msgspec
 from tqdm import tqdm
 
 from gllm_engine.config import make_config
-from gllm_engine.engine.core import Engine, EngineBroken
+from gllm_engine.engine.core import IN_PROCESS, Engine, EngineBroken
 from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
 from gllm_engine.sched import Policy
 from gllm_engine.text.chat_template import Message
@@ -238,7 +238,7 @@ class LLM:
 
     def _pump(self) -> None:
         """One step of the engine, its outputs passed on. Raises EngineBroken."""
-        outputs = self.engine.step().get(None)
+        outputs = self.engine.step().get(IN_PROCESS)
         if self.engine.broken is not None:
             raise EngineBroken(self.engine.broken)
         if outputs is None:

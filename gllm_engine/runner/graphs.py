@@ -74,13 +74,14 @@ class DecodeGraphs:
         self._spare = len(table.lengths) - 1
         # The cache's last page, which the scheduler does not know of.
         table.page_table[self._spare] = cache[0].shape[0] - 1
-        device, like = decoder.device, {"dtype": decoder.dtype, "device": decoder.device}
+        device, dtype = decoder.device, decoder.dtype
         rows = max_rows if decoder.is_last else 0
-        self._scores = torch.empty(rows, sampling.vocab // decoder.shard.size, **like)
+        width = sampling.vocab // decoder.shard.size
+        self._scores = torch.empty(rows, width, dtype=dtype, device=device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._inputs = None
+        self._inputs: Tensor | None = None
         if not decoder.is_first:
-            self._inputs = torch.zeros(max_rows, decoder.arch.dim, **like)
+            self._inputs = torch.zeros(max_rows, decoder.arch.dim, dtype=dtype, device=device)
         self._counts = row_counts(max_rows)
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         start = time.perf_counter()

@@ -30,4 +30,4 @@ def pack(device: torch.device, *arrays: HostInts) -> Tensor:
 def to_device(device: torch.device, *arrays: HostInts) -> tuple[Tensor, ...]:
     """Arrays of one type and one dimension, in a single copy that the host does not wait for."""
     there = pack(device, *arrays).to(device, non_blocking=True)
-    return there.split([len(array) for array in arrays])
+    return torch.split(there, [len(array) for array in arrays])

@@ -29,15 +29,13 @@ from gllm_engine.runner.kv_sizing import cache_dtype, fitting_pages
 from gllm_engine.runner.sampler import log_probabilities, sample
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
+from gllm_engine.runner.step_timer import EventTimer, HostTimer, StepTimer
 from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
 from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
 
 # Prompt positions are scored so many logits at a time: their log probabilities are wide.
 MAX_SCORED_LOGITS = 2**24
-
-
-Moment = torch.cuda.Event | float
 
 
 @dataclass(frozen=True)
@@ -58,34 +56,25 @@ class LogprobRows:
 
 @dataclass(frozen=True)
 class RunnerStep:
-    """A step under way. Its tensors are copies on the host, complete once `done` has happened.
-
-    `began`: when it had all it needed; both are moments of the device, on a CPU in seconds.
-    """
+    """A step under way. Its tensors are copies on the host, complete at the end of `timer`."""
 
     step: int
     tokens: Tensor | None = None  # [sampling rows] int64
     scores: LogprobRows | None = None
     prompt_scores: list[LogprobRows] = field(default_factory=list)
-    began: Moment | None = None  # None: there was nothing to compute
-    done: Moment | None = None
+    timer: StepTimer | None = None  # None: there was nothing to compute
 
     def wait(self) -> StepResult:
         """The only place where the host waits for the device."""
-        if isinstance(self.done, torch.cuda.Event):
-            self.done.synchronize()
-        logprobs, prompt_logprobs = {}, {}
+        seconds = 0.0 if self.timer is None else self.timer.seconds()
+        logprobs: dict[int, TokenLogprobs] = {}
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         if self.scores is not None:
             logprobs = dict(zip(self.scores.slots, self.scores.rows(), strict=True))
         for scores in self.prompt_scores:
             prompt_logprobs.setdefault(scores.slots[0], []).extend(scores.rows())
         tokens = [] if self.tokens is None else self.tokens.tolist()
-        return StepResult(self.step, tokens, logprobs, prompt_logprobs, self._seconds())
-
-    def _seconds(self) -> float:
-        if isinstance(self.began, torch.cuda.Event):
-            return self.began.elapsed_time(self.done) / 1000
-        return 0.0 if self.began is None else self.done - self.began
+        return StepResult(self.step, tokens, logprobs, prompt_logprobs, seconds)
 
 
 class Runner:
@@ -154,25 +143,29 @@ class Runner:
             return RunnerStep(plan.step)
         if self._returned is not None:
             self._returned.settle(plan.decode_slots)
-        x, began = self._receive(plan), self._now()
+        x = self._receive(plan)
+        timer = self._timer()
         if self._graphs is not None and not plan.chunks:
             decoded = self._graphs.forward(rows, x)
             if not self.pipe.is_last:
-                return self._hand_on(decoded.hidden.clone(), plan, began)
+                return self._hand_on(decoded.hidden.clone(), plan, timer)
             slots, scores, plain = decoded.slots, decoded.scores, decoded.tokens
             tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, plain)
-            return RunnerStep(plan.step, tokens, logprobs, [], began, self._now())
+            timer.end()
+            return RunnerStep(plan.step, tokens, logprobs, [], timer)
         step = build_step(plan, self.table, rows, self.decoder.ops)
         hidden = self.decoder.forward(step.batch, self.cache, x)
         if not self.pipe.is_last:
-            return self._hand_on(hidden, plan, began)
+            return self._hand_on(hidden, plan, timer)
         num_sampling = len(step.sampling_cpu)
-        tokens, logprobs = None, None
+        sampled: Tensor | None = None
+        logprobs = None
         if num_sampling:
             scores = self.decoder.scores(hidden[:num_sampling])
-            tokens, logprobs = self._sample(step.sampling_cpu, step.sampling, scores, plan, None)
+            sampled, logprobs = self._sample(step.sampling_cpu, step.sampling, scores, plan, None)
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
-        return RunnerStep(plan.step, tokens, logprobs, prompt_scores, began, self._now())
+        timer.end()
+        return RunnerStep(plan.step, sampled, logprobs, prompt_scores, timer)
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
         """What the stage before made of the step; None on the first."""
@@ -184,14 +177,14 @@ class Runner:
         )
         return self.pipe.receive(x)
 
-    def _hand_on(self, hidden: Tensor, plan: StepPlan, began: Moment) -> RunnerStep:
+    def _hand_on(self, hidden: Tensor, plan: StepPlan, timer: StepTimer) -> RunnerStep:
         """Give the next stage what this one made of a step, in memory that is nobody else's."""
-        done = self._now()
+        timer.end()
         self.pipe.send(hidden)
         if self._returned is not None:
             sampling = [chunk.slot for chunk in plan.chunks if chunk.samples]
             self._returned.expect(int_array(plan.decode_slots, sampling))
-        return RunnerStep(plan.step, began=began, done=done)
+        return RunnerStep(plan.step, timer=timer)
 
     def is_alive(self) -> bool:
         """Whether the device can compute. A fault in a kernel ends that for this process: every
@@ -211,12 +204,8 @@ class Runner:
         self._graphs = None
         self.cache.clear()
 
-    def _now(self) -> Moment:
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        now = torch.cuda.Event(enable_timing=True)
-        now.record()
-        return now
+    def _timer(self) -> StepTimer:
+        return HostTimer() if self.device.type == "cpu" else EventTimer()
 
     def _sample(
         self,

@@ -176,7 +176,7 @@ class SamplingState:
 
     def _added(self, slots_cpu: HostInts, used: int) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
         """The bias, and the stops of slots that are still shorter than min_tokens demands."""
-        tables = []
+        tables: list[tuple[Additions, HostInts]] = []
         if used & BIAS:
             tables.append((self.bias, self.features_cpu[slots_cpu] & BIAS))
         too_short = self._table.lengths_cpu[slots_cpu] < self.min_len_cpu[slots_cpu]

@@ -10,7 +10,7 @@ from gllm_engine.sched.cost import CostModel, Fit, Work
 from gllm_engine.sched.pages import IntegrityError
 from gllm_engine.sched.policy import POLICIES, Budget, Policy
 from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
-from gllm_engine.sched.sequence import Constraint, Sequence
+from gllm_engine.sched.sequence import Constraint, Sequence, SequenceKey
 
 __all__ = [
     "POLICIES",
@@ -24,5 +24,6 @@ __all__ = [
     "Refused",
     "Scheduler",
     "Sequence",
+    "SequenceKey",
     "Work",
 ]

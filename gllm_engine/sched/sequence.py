@@ -6,7 +6,7 @@ Owns the per-sequence counters. Knows nothing of slots' or pages' availability, 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gllm_engine.sampling import SamplingParams
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # All known tokens (prompt and output) -> mask of allowed next tokens, one bit a token id, least
 # significant bit first; None: all are allowed. Must not raise and must not change the list.
 Constraint = Callable[[list[int]], "bytes | None"]
+
+# Whose sequence it is, and its number among those of that client.
+SequenceKey = tuple[bytes, int]
 
 NO_SLOT = -1
 
@@ -61,7 +64,7 @@ class Sequence:
 
     def __init__(
         self,
-        key: Hashable,
+        key: SequenceKey,
         prompt: list[int],
         sampling: SamplingParams,
         seed: int,

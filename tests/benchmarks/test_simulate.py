@@ -141,7 +141,7 @@ def test_at_no_cost_it_takes_the_steps_of_the_scheduler_alone(policy: str, depth
     scheduler = Scheduler(config, DEFAULTS["num_pages"], 10_000, ())
     for number, (prompt_len, output_len) in enumerate(pairs):
         sampling = SamplingParams(max_tokens=output_len, ignore_eos=True)
-        scheduler.add(Sequence(number, [0] * prompt_len, sampling, 0))
+        scheduler.add(Sequence((b"", number), [0] * prompt_len, sampling, 0))
     plans: deque[StepPlan] = deque()
     while scheduler.has_work:
         plan = scheduler.schedule() if len(plans) < depth else None

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 import pytest
 
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.engine.core import Engine
+from gllm_engine.engine.core import IN_PROCESS, Engine
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import SamplingParams, StructuredOutputs
 from gllm_engine.sched.policy import POLICIES
@@ -154,7 +154,7 @@ def test_each_client_gets_its_own_tokens(make, depth, policy):
     engine = make(plans_in_flight=depth, num_pages=12, schedule_policy=policy)
     rng = random.Random(depth)
     wanted = {}
-    for client in ("a", "b", None):
+    for client in (b"a", b"b", IN_PROCESS):
         for id in range(8):  # the same ids from different clients never meet
             prompt = [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 60))]
             count = rng.randrange(1, 30)
@@ -170,8 +170,8 @@ def test_each_client_gets_its_own_tokens(make, depth, policy):
 
 def test_logprobs_come_with_their_tokens(make):
     engine = make()
-    engine.add(Request(4, [5, 6], SamplingParams(max_tokens=1, logprobs=0), 0), "a")
-    outputs = engine.step()["a"]
+    engine.add(Request(4, [5, 6], SamplingParams(max_tokens=1, logprobs=0), 0), b"a")
+    outputs = engine.step()[b"a"]
     assert outputs.logprobs[4].token_ids == outputs.tokens == expected([5, 6], 1)
 
 
@@ -212,7 +212,7 @@ def test_a_full_queue_is_said_to_be_full(make):
         engine.add(Request(id, [3], SamplingParams(max_tokens=2), 0))
     _, finished = collect(engine)
     assert [id for (_, id), f in finished.items() if f.status == "unavailable"] == [2, 3]
-    assert "queue is full" in finished[None, 2].message
+    assert "queue is full" in finished[IN_PROCESS, 2].message
 
 
 def test_an_id_in_use_is_refused(make):
@@ -220,40 +220,40 @@ def test_an_id_in_use_is_refused(make):
     engine.add(Request(1, [3], LONG, 0))
     engine.step()
     engine.add(Request(1, [3], LONG, 0))
-    finish = engine.step()[None].finished[1]
+    finish = engine.step()[IN_PROCESS].finished[1]
     assert finish.status == "invalid" and "already live" in finish.message
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_abort_frees_pages_at_once_and_silences(make, depth):
     engine = make(plans_in_flight=depth, num_pages=20)
-    engine.add(Request(1, [3] * 40, LONG, 0), "a")
-    engine.add(Request(2, [4] * 40, LONG, 0), "a")
+    engine.add(Request(1, [3] * 40, LONG, 0), b"a")
+    engine.add(Request(2, [4] * 40, LONG, 0), b"a")
     for _ in range(5):
         engine.step()
     used = engine.stats().kv_usage
-    engine.abort(1, "a")
+    engine.abort(1, b"a")
     assert engine.stats().kv_usage == used / 2 and engine.stats().running == 1
-    engine.abort(1, "a")  # a second time, and of what never was
-    engine.abort(9, "a")
+    engine.abort(1, b"a")  # a second time, and of what never was
+    engine.abort(9, b"a")
     for _ in range(5):
         assert all(output.ids == [2] for output in engine.step().values())
-    engine.drop("a")
+    engine.drop(b"a")
     assert engine.stats().kv_usage == 0
     assert collect(engine) == ({}, {})
 
 
 def test_drop_ends_one_client_only(make):
     engine = make()
-    for client in ("a", "b"):
+    for client in (b"a", b"b"):
         for id in range(3):
             engine.add(
                 Request(id, [3 + id], SamplingParams(max_tokens=5, ignore_eos=True), 0), client
             )
-    engine.add(Request(7, [999], LONG, 0), "a")  # its refusal has nobody to go to either
-    engine.drop("a")
+    engine.add(Request(7, [999], LONG, 0), b"a")  # its refusal has nobody to go to either
+    engine.drop(b"a")
     tokens, finished = collect(engine)
-    assert {client for client, _ in tokens} == {client for client, _ in finished} == {"b"}
+    assert {client for client, _ in tokens} == {client for client, _ in finished} == {b"b"}
     assert len(finished) == 3
 
 
@@ -262,11 +262,11 @@ def test_drop_ends_one_client_only(make):
 def test_a_failed_step_fails_the_live_and_spares_the_next(make, depth, where, caplog):
     engine = make(plans_in_flight=depth, max_num_seqs=2)
     for id in range(4):
-        engine.add(Request(id, [3, 4 + id], LONG, 0), "a")
+        engine.add(Request(id, [3, 4 + id], LONG, 0), b"a")
     for _ in range(3):
         engine.step()
     engine._runner.break_at = where
-    outputs = engine.step()["a"]
+    outputs = engine.step()[b"a"]
     engine.check_integrity()
     assert set(outputs.finished) == {0, 1, 2, 3}
     for finish in outputs.finished.values():
@@ -275,15 +275,15 @@ def test_a_failed_step_fails_the_live_and_spares_the_next(make, depth, where, ca
     assert "Traceback" in caplog.text and "Broken" in caplog.text
     assert not engine.has_work and engine.stats().kv_usage == 0
     engine._runner.under_way = 0
-    engine.add(Request(0, [3, 4], SamplingParams(max_tokens=40, ignore_eos=True), 0), "a")
+    engine.add(Request(0, [3, 4], SamplingParams(max_tokens=40, ignore_eos=True), 0), b"a")
     tokens, finished = collect(engine)
-    assert tokens["a", 0] == expected([3, 4], 40) and finished["a", 0].reason == "length"
+    assert tokens[b"a", 0] == expected([3, 4], 40) and finished[b"a", 0].reason == "length"
 
 
 def fail_one(engine, where="launch", id=0):
     engine.add(Request(id, [3, 4], LONG, 0))
     engine._runner.break_at = where
-    return engine.step()[None].finished[id]
+    return engine.step()[IN_PROCESS].finished[id]
 
 
 @pytest.mark.parametrize("where", ["launch", "wait"])
@@ -293,13 +293,13 @@ def test_three_failed_steps_in_a_row_break_the_engine(make, where):
         for _ in range(2):
             assert fail_one(engine, where).status == "internal"
         engine.add(Request(1, [3, 4], SamplingParams(max_tokens=2, ignore_eos=True), 0))
-        assert collect(engine)[1][None, 1].reason == "length"
+        assert collect(engine)[1][IN_PROCESS, 1].reason == "length"
     for _ in range(3):
         assert engine.broken is None
         assert fail_one(engine, where).status == "internal"
     assert engine.broken == "3 steps of the engine failed in a row (Broken)"
     engine.add(Request(2, [3], LONG, 0))
-    finish = engine.step()[None].finished[2]
+    finish = engine.step()[IN_PROCESS].finished[2]
     assert (finish.status, finish.message) == ("unavailable", engine.broken)
     assert not engine.has_work
     engine.check_integrity()
@@ -308,12 +308,12 @@ def test_three_failed_steps_in_a_row_break_the_engine(make, where):
 def test_a_dead_device_breaks_the_engine_at_once(make):
     engine = make()
     choice = StructuredOutputs(choice=("yes", "no"))
-    engine.add(Request(1, [3], SamplingParams(structured_outputs=choice), 0), "a")
+    engine.add(Request(1, [3], SamplingParams(structured_outputs=choice), 0), b"a")
     for key, (request, _) in engine._compiling.items():
         engine._compiling[key] = request, Future()  # its grammar is never done
-    engine.add(Request(2, [3], LONG, 0), "a")
+    engine.add(Request(2, [3], LONG, 0), b"a")
     engine._runner.alive, engine._runner.break_at = False, "launch"
-    finished = engine.step()["a"].finished
+    finished = engine.step()[b"a"].finished
     assert engine.broken == "the engine's device can compute nothing any more (Broken)"
     assert finished[2].status == "internal"
     finish = finished[1]
@@ -339,21 +339,21 @@ def test_an_interrupted_step_is_a_failed_one_and_is_raised(make, where):
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     engine.check_integrity()
-    assert engine.step()[None].finished[0].status == "internal"
+    assert engine.step()[IN_PROCESS].finished[0].status == "internal"
     engine.add(Request(0, [3, 4], SamplingParams(max_tokens=9, ignore_eos=True), 0))
     tokens, _ = collect(engine)
-    assert tokens[None, 0] == expected([3, 4], 9)
+    assert tokens[IN_PROCESS, 0] == expected([3, 4], 9)
 
 
 def test_a_lost_group_breaks_the_engine_also_between_steps(make):
     engine = make()
     engine.watch()
     assert engine.broken is None
-    engine.add(Request(1, [3], LONG, 0), "a")
+    engine.add(Request(1, [3], LONG, 0), b"a")
     engine._runner.lost = "worker 1 (node 0) is lost: it was stopped or cut off"
     engine.watch()
     assert engine.broken == engine._runner.lost
-    finish = engine.step()["a"].finished[1]
+    finish = engine.step()[b"a"].finished[1]
     assert finish.status == "internal" and "worker 1 (node 0) is lost" in finish.message
     runner = engine._runner
     engine.close()
@@ -365,7 +365,7 @@ def test_a_cache_smaller_than_the_model_limits_its_length(make, caplog):
     assert engine.info.max_model_len == 48 and "holds 48 tokens" in caplog.text
     engine.add(Request(0, [3, 4], SamplingParams(max_tokens=None, ignore_eos=True), 0))
     tokens, finished = collect(engine)
-    assert finished[None, 0].reason == "length" and len(tokens[None, 0]) == 46
+    assert finished[IN_PROCESS, 0].reason == "length" and len(tokens[IN_PROCESS, 0]) == 46
 
 
 def test_grammars_compile_aside(make):
@@ -376,10 +376,10 @@ def test_grammars_compile_aside(make):
     engine.add(Request(2, [3], SamplingParams(max_tokens=20, ignore_eos=True), 0))
     assert engine.stats().waiting == 2
     tokens, finished = collect(engine)
-    assert finished[None, 1].reason == "stop" and len(tokens[None, 2]) == 20
+    assert finished[IN_PROCESS, 1].reason == "stop" and len(tokens[IN_PROCESS, 2]) == 20
     # Aborted while it compiles: it never begins.
-    engine.add(Request(3, [3], SamplingParams(structured_outputs=choice), 0), "a")
-    engine.abort(3, "a")
+    engine.add(Request(3, [3], SamplingParams(structured_outputs=choice), 0), b"a")
+    engine.abort(3, b"a")
     assert not engine.has_work
     assert collect(engine) == ({}, {})
 
@@ -439,16 +439,16 @@ def test_a_grammar_that_fails_on_the_way_is_an_error_and_no_end(make, depth):
 def test_a_grammar_that_cannot_be_followed_fails_its_sequence_only(make, depth):
     engine = make(plans_in_flight=depth)
     sampling = SamplingParams(structured_outputs=StructuredOutputs(regex="[0-9]+"), max_tokens=9)
-    engine.add(Request(1, [3], sampling, 0), "a")
-    engine.add(Request(2, [3], SamplingParams(max_tokens=9, ignore_eos=True), 0), "a")
+    engine.add(Request(1, [3], sampling, 0), b"a")
+    engine.add(Request(2, [3], SamplingParams(max_tokens=9, ignore_eos=True), 0), b"a")
     tokens, finished = defaultdict(list), {}
-    while ("a", 1) not in engine._constrained:
+    while (b"a", 1) not in engine._constrained:
         gather(engine.step(), tokens, finished)
     engine._runner._next = lambda slot, position, last, plan: 5  # ignores masks
     finished |= collect(engine)[1]
-    assert finished["a", 1].status == "invalid"
-    assert finished["a", 1].message.startswith("structured_outputs: the grammar cannot be")
-    assert finished["a", 2].reason == "length"
+    assert finished[b"a", 1].status == "invalid"
+    assert finished[b"a", 1].message.startswith("structured_outputs: the grammar cannot be")
+    assert finished[b"a", 2].reason == "length"
 
 
 def test_a_model_length_beyond_the_trained_one_is_refused(make):
@@ -462,7 +462,7 @@ def test_random_comings_and_goings(make):
     tokens, finished, wanted = defaultdict(list), {}, {}
     for id in range(300):
         if rng.random() < 0.5:
-            client, count = rng.choice("ab"), rng.randrange(1, 40)
+            client, count = rng.choice([b"a", b"b"]), rng.randrange(1, 40)
             prompt = [rng.randrange(3, 6) for _ in range(rng.randrange(1, 50))]
             wanted[client, id] = expected(prompt, count)
             engine.add(

@@ -109,7 +109,7 @@ class Book:
 
 def churn(engine: Engine, traffic: Traffic, first: int, count: int) -> Book:
     """Serve `count` requests of two clients; whatever is cancelled is silent from then on."""
-    books, turn, rng = {"a": Book(), "b": Book()}, 0, traffic.rng
+    books, turn, rng = {b"a": Book(), b"b": Book()}, 0, traffic.rng
     coming = traffic.requests(first, count)
     more = True
     while more or any(book.open for book in books.values()):
@@ -118,7 +118,7 @@ def churn(engine: Engine, traffic: Traffic, first: int, count: int) -> Book:
             if request is None:
                 more = False
                 break
-            client = rng.choice("ab")
+            client = rng.choice([b"a", b"b"])
             books[client].submit(request, turn, after)
             engine.add(request, client)
         for client, book in books.items():

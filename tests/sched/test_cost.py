@@ -203,7 +203,7 @@ class Decoding:
         self.works: list[Work] = []
         for number, length in enumerate(contexts):
             sampling = SamplingParams(max_tokens=1000, ignore_eos=True)
-            self.scheduler.add(Sequence(number, [0] * length, sampling, 0))
+            self.scheduler.add(Sequence((b"", number), [0] * length, sampling, 0))
         while len(self.lengths) < len(contexts) or self.plans[-1].chunks:
             self.turn()
         self.turns(10 * stages)
@@ -296,7 +296,7 @@ def test_only_measured_steps_are_learned_from() -> None:
 
 def test_chunks_of_a_long_prompt_shrink_with_its_context_while_others_decode() -> None:
     run = Decoding("cost_throttling", [500] * 40, 3, room=60_000)
-    late = Sequence("late", [0] * 60_000, SamplingParams(max_tokens=1), 0)
+    late = Sequence((b"late", 0), [0] * 60_000, SamplingParams(max_tokens=1), 0)
     run.scheduler.add(late)
     while late.planned < 60_000:
         run.turn()

@@ -160,7 +160,7 @@ class Run:
         number = len(self.sequences)
         prompt = [2 + (number + i) % (VOCAB - 2) for i in range(prompt_len)]
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.sequences.append(Sequence(number, prompt, sampling, number))
+        self.sequences.append(Sequence((b"", number), prompt, sampling, number))
         self.scheduler.add(self.sequences[-1])
         return self.sequences[-1]
 

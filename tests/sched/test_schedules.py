@@ -68,7 +68,7 @@ class World:
     def add(self, prompt: list[int], sampling: SamplingParams, constrained: bool) -> None:
         number = len(self.sequences)
         constraint = odd_or_even if constrained else None
-        sequence = Sequence(number, prompt, sampling, number, constraint)
+        sequence = Sequence((b"", number), prompt, sampling, number, constraint)
         full = self.scheduler.stats().waiting >= MAX_WAITING
         needs = len(prompt) + (sampling.max_tokens != 1)  # as far as anyone can know now
         fits = 0 < len(prompt) < MODEL_LEN and min(needs, MODEL_LEN - 1) <= self.capacity
