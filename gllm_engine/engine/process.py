@@ -216,6 +216,7 @@ def main() -> int:
         is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # and no bug of ours
         log.error("the engine cannot start: %s", error, exc_info=not is_theirs)
         _leave_word(directory, f"the engine cannot start: {error}")
+        _clear_away(owner)
         return 1
 
     def drain(*_: object) -> None:
@@ -231,9 +232,11 @@ def main() -> int:
         with contextlib.suppress(OSError):  # who would have read it has left
             _leave_word(directory, trouble)
         server.close()
+        _clear_away(owner)
         os._exit(BROKEN)  # an orderly end would call upon the device again
     server.close()
     engine.close()
+    _clear_away(owner)
     return 0
 
 
@@ -245,6 +248,14 @@ def _run(server: EngineProcess) -> str | None:
         log.exception("the engine fails outside a step")
         return f"the engine failed ({type(error).__name__}: {error})"
     return server.engine.broken
+
+
+def _clear_away(owner: Process) -> None:
+    """The last act. When the owner dies its front ends do too, and their end may end this process
+    before the thread that watches the owner has removed what was the owner's.
+    """
+    if not owner.alive:
+        discard_owner(owner)
 
 
 if __name__ == "__main__":
