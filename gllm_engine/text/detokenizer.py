@@ -74,8 +74,8 @@ class Detokenizer:
                 break
         self._utf8.decode(tail[-3:])
         # The prompt may end inside a character. If the output does not complete it, the
-        # replacement character it gives belongs to the prompt.
-        self._split = self._utf8.getstate()[0] != b""
+        # replacement characters it gives belong to the prompt.
+        self._split = len(self._utf8.getstate()[0].decode("utf-8", "replace"))
         self._begun = tail != b""  # whether a token has begun the text
         self._leading = 0 if self._begun else spelling.leading_spaces
 
@@ -100,8 +100,9 @@ class Detokenizer:
 
     def _trim(self, text: str) -> str:
         if self._split and text:
-            text = text.removeprefix("\ufffd")
-            self._split = False
+            begun = len(text) - len(text.lstrip("\ufffd"))
+            text = text[min(begun, self._split) :]
+            self._split = 0
         while self._leading and text:
             if text[0] != " ":
                 self._leading = 0

@@ -102,6 +102,14 @@ def test_a_character_begun_by_the_prompt_is_completed(tokenizer):
         assert "".join(pieces_of(tokenizer, prompt, smile[:1], [1])) == "\ufffd"
 
 
+def test_bytes_of_the_prompt_that_are_no_character_stay_the_prompts(tokenizer):
+    byte_ids = {tokenizer.spelling.pieces(False)[id]: id for id in range(tokenizer.vocab_size)}
+    prompt = [byte_ids[b"\xed"], byte_ids[b"\xa0"]]  # half of a surrogate pair: two of them
+    for output, text in (([], ""), ([byte_ids[b"\x80"]], "\ufffd"), ([byte_ids[b"a"]], "a")):
+        assert tokenizer.decode(prompt + output, False) == "\ufffd\ufffd" + text
+        assert "".join(pieces_of(tokenizer, prompt, output, [1], False)) == text
+
+
 def test_the_space_after_a_prompt_is_kept(tokenizer):
     world = tokenizer.encode(" world", add_special_tokens=False)
     text = "".join(pieces_of(tokenizer, tokenizer.encode("Hello"), world, [1]))
