@@ -178,7 +178,7 @@ def test_a_token_id_beyond_all_tables_is_refused(tokenizer_dir, tmp_path):
 def test_a_file_nested_too_deeply_is_refused(tokenizer_dir, tmp_path, name):
     changed(tokenizer_dir, tmp_path)
     (tmp_path / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(TextError, match="nested too deeply"):
+    with pytest.raises(TextError, match="nested (too deeply|deeper than)"):
         Tokenizer(tmp_path)
 
 
