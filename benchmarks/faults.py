@@ -38,13 +38,14 @@ RANKS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline_parallel_size": 2},
 }
 ENGINE = {"device": "cpu", "cpu_threads": 1, "num_pages": 4096, "max_model_len": 16384}
-NUM_STREAMS, STREAM_TOKENS = 4, 3_000
+NUM_STREAMS, STREAM_TOKENS = 4, 600
 MANY, MANY_TOKENS, FEW_FILES = 300, 16, 256
 FRONT_ENDS = 2
 SHM_BYTES, DISK_BYTES = 256 << 20, 16 << 20
 START_S, STOP_S = 180.0, 90.0
-PATIENCE_S = 30.0  # a stream that has not ended then hangs
+PATIENCE_S = 30.0  # for streams to end after a fault
 AGAIN_S = 60.0
+STILL_S = 5.0  # a stream without a token for so long hangs
 _MARK = "GLLM_FAULTS_MARK"
 
 # Holds a mount namespace open: what servers leave in it can be looked at when they have ended.
@@ -59,29 +60,39 @@ class FaultsError(RuntimeError):
 
 
 class Stream(threading.Thread):
-    """One answer being read. `outcome` is set once it has ended."""
+    """One answer being read. `outcome` is set once it has ended, `news_at` with every token."""
 
     def __init__(self, address: str, max_tokens: int) -> None:
         super().__init__(daemon=True)
-        self.num_tokens, self.ended_at = 0, 0.0
+        self.num_tokens, self.news_at = 0, time.monotonic()
         self.outcome: str | None = None
-        self._address, self._max_tokens = address, max_tokens
+        self._client, self._max_tokens = SyncClient(address, MODEL), max_tokens
 
     def run(self) -> None:
-        client = SyncClient(self._address, MODEL)
         options: dict[str, Any] = {"max_tokens": self._max_tokens, "ignore_eos": True}
         outcome = "cut off without an error"
         try:
-            for chunk in client.generate("Once upon", **options):
+            for chunk in self._client.generate("Once upon", **options):
                 self.num_tokens += chunk.num_output_tokens
+                self.news_at = time.monotonic()
             if self.num_tokens == self._max_tokens:
                 outcome = "whole"
         except GenerateError as error:
             outcome = _sentence(str(error))
-        finally:
-            client.close()
-        self.ended_at = time.monotonic()
+        self.news_at = time.monotonic()
+        self._client.close()
         self.outcome = outcome
+
+    @property
+    def state(self) -> str:
+        if self.outcome is not None:
+            return self.outcome
+        return "hangs" if time.monotonic() - self.news_at > STILL_S else "goes on"
+
+    def close(self) -> None:
+        """Give up, if it has not ended."""
+        self._client.close()
+        self.join(PATIENCE_S)
 
 
 class Site:
@@ -298,6 +309,26 @@ def cases() -> list[tuple[str, str]]:
     ]
 
 
+class Probe(threading.Thread):
+    """Asks a server again and again; `failing` is what its last round met, from `since` on."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(daemon=True)
+        self.failing, self.failed, self.since = False, False, time.monotonic()
+        self._site, self._ended = site, threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.05):
+            failing = not self._site.answers()
+            if failing != self.failing:
+                self.failing, self.since = failing, time.monotonic()
+                self.failed = True
+
+    def close(self) -> None:
+        self._ended.set()
+        self.join()
+
+
 def observe(fault: str, ranks: str) -> dict[str, Any]:
     """Make one fault and watch. Seconds are None where nothing came within the patience."""
     crowded = fault == CROWD
@@ -307,29 +338,40 @@ def observe(fault: str, ranks: str) -> dict[str, Any]:
         streams = site.streams(*((MANY, MANY_TOKENS) if crowded else (NUM_STREAMS, STREAM_TOKENS)))
         if not crowded:
             _await(lambda: all(s.num_tokens or s.outcome for s in streams), PATIENCE_S)
-        since = time.monotonic()
+        began = time.monotonic()
         undo = None if crowded else FAULTS[fault](site)
+        probe = Probe(site)
+        probe.start()
         _await(lambda: all(stream.outcome for stream in streams), PATIENCE_S)
-        seen = _outcomes(streams)
-        ends = [s.ended_at - since for s in streams if s.outcome not in (None, "whole")]
-        lasts = undo is not None and not site.answers()
+        seen = {"clients": _states(streams), "error_s": _last_error(streams, began)}
+        hung = [stream for stream in streams if stream.outcome is None]
+        lasts = undo is not None and probe.failing
         if undo is not None:
             undo()
-            since = time.monotonic() if lasts else since
-        served = _await(lambda: site.process.poll() is not None or site.answers(), AGAIN_S)
-        served = served and site.process.poll() is None
-        return {
-            "clients": seen,
-            "error_s": max(ends) if ends and all(s.outcome for s in streams) else None,
-            "refuses_until_undone": lasts,
-            "again_s": time.monotonic() - since if served else None,
-            "end": site.stop(),
-        }
+            began = time.monotonic() if lasts else began
+        served = lambda: not probe.failing and (probe.since > began or not lasts)  # noqa: E731
+        _await(lambda: site.process.poll() is not None or served(), AGAIN_S)
+        if hung and undo is not None:
+            _await(lambda: all(stream.outcome for stream in hung), PATIENCE_S)
+            seen["clients"] += f"; once that is undone {_states(hung)}"
+        for stream in streams:
+            stream.close()
+        probe.close()
+        is_served = served() and site.process.poll() is None
+        again_s = (probe.since - began if probe.failed else 0.0) if is_served else None
+        return seen | {"again_s": again_s, "refuses_until_undone": lasts, "end": site.stop()}
 
 
-def _outcomes(streams: list[Stream]) -> str:
-    counts = Counter(stream.outcome or f"no end in {PATIENCE_S:g} s" for stream in streams)
-    return "; ".join(f"{count} x {outcome}" for outcome, count in counts.most_common(3))
+def _last_error(streams: list[Stream], began: float) -> float | None:
+    """Seconds until every stream had ended, if all have and some with an error."""
+    if not all(stream.outcome for stream in streams):
+        return None
+    return max((s.news_at - began for s in streams if s.outcome != "whole"), default=None)
+
+
+def _states(streams: list[Stream]) -> str:
+    counts = Counter(stream.state for stream in streams)
+    return "; ".join(f"{count} x {state}" for state, count in counts.most_common(3))
 
 
 def _await(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -371,14 +413,16 @@ def rows(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
 
     table = []
     for name, seen in figures.items():
-        again = seconds(seen["again_s"]) or "never"
+        again = seconds(seen["again_s"]) or f"not in {AGAIN_S:g} s"
+        if seen["again_s"] == 0.0:
+            again = "not interrupted"
         if seen["refuses_until_undone"]:
             again += " after it is undone"
         table.append([name, seen["clients"], seconds(seen["error_s"]), again, seen["end"]])
     return table
 
 
-HEADER = ["fault", "what clients saw", "error after", "served again after", "gllm serve"]
+HEADER = ["fault", "what clients saw", "last error after", "served again after", "gllm serve"]
 
 
 def main(arguments: list[str] | None = None) -> int:

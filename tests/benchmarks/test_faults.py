@@ -17,15 +17,17 @@ def test_every_fault_is_made_for_every_kind_of_ranks() -> None:
 
 def test_a_row_tells_what_did_not_come() -> None:
     seen: dict[str, Any] = {
-        "clients": "4 x no end in 30 s",
+        "clients": "4 x hangs",
         "error_s": None,
         "end": "left: nothing",
     }
     hangs = seen | {"refuses_until_undone": False, "again_s": None}
+    none = hangs | {"again_s": 0.0}
     waits = seen | {"refuses_until_undone": True, "again_s": 0.25, "error_s": 1.0}
-    assert faults.rows({"a": hangs, "b": waits}) == [
-        ["a", "4 x no end in 30 s", "", "never", "left: nothing"],
-        ["b", "4 x no end in 30 s", "1.0 s", "0.2 s after it is undone", "left: nothing"],
+    assert faults.rows({"a": hangs, "b": waits, "c": none}) == [
+        ["a", "4 x hangs", "", "not in 60 s", "left: nothing"],
+        ["b", "4 x hangs", "1.0 s", "0.2 s after it is undone", "left: nothing"],
+        ["c", "4 x hangs", "", "not interrupted", "left: nothing"],
     ]
 
 
