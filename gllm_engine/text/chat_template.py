@@ -135,9 +135,11 @@ def _check_message(where: str, message: Any) -> Message:
 
 
 def _check_part(where: str, part: Any) -> dict[str, Any]:
-    is_text = isinstance(part, dict) and part.get("type") == "text"
-    if not is_text or not isinstance(part.get("text"), str):
-        raise InvalidField("messages", f"{where} has a content part that is not text")
+    problem = f"{where} has a content part that is not text"
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise InvalidField("messages", problem)
+    if not isinstance(part.get("text"), str):
+        raise InvalidField("messages", problem)
     return part
 
 
@@ -217,7 +219,7 @@ class _Renderer:
         home = Path(__file__).parents[2]
         command = [sys.executable, "-W", "ignore", "-m", "gllm_engine.text.template_renderer"]
         with theirs:
-            self._process = subprocess.Popen(command, stdin=theirs, cwd=home)
+            self._process = subprocess.Popen(command, stdin=theirs.fileno(), cwd=home)
         self._socket = ours
         self._replies = ours.makefile("rb", buffering=BUFFER)
         self._end = weakref.finalize(self, _end, self._process, ours)

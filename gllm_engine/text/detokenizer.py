@@ -209,7 +209,7 @@ def _nothing(rule: dict[str, Any], first: bool) -> None:
 
 
 # GPT-2's spelling of bytes.
-_BYTE_OF = {char: value for value, char in bytes_to_unicode().items()}
+_BYTE_OF: dict[str, int] = {char: value for value, char in bytes_to_unicode().items()}
 
 # Steps that change single tokens, by the "type" in tokenizer.json; None: nothing to do a token.
 _RULES: dict[str, Callable[[dict[str, Any], bool], Callable[[str], Any] | None]] = {

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from datetime import datetime
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import jinja2
 from jinja2 import Environment, TemplateError, nodes
@@ -137,11 +137,11 @@ class _ContentNames:
         """A name for the content of a message, or message.content."""
         return any(
             _is_name(source, self._contents)
-            or (_key(source) == "content" and self._is_message(source.node))
+            or (_is_field(source, "content") and self._is_message(source.node))
             for source in _sources(value)
         )
 
-    def _learn(self, loops: list[nodes.For], assignments: list[tuple[str, nodes.Expr]]) -> bool:
+    def _learn(self, loops: list[nodes.For], assignments: list[tuple[str, nodes.Node]]) -> bool:
         """Follow every loop and assignment once; whether there are more names now."""
         before = len(self)
         for loop in loops:
@@ -171,7 +171,7 @@ class _ContentNames:
         )
 
 
-def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Expr]]:
+def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
     """Each name with an expression that it is given: by {% set %}, or by the call of a macro."""
     for assignment in tree.find_all(nodes.Assign):
         if isinstance(assignment.target, nodes.Name):
@@ -201,13 +201,18 @@ def _is_name(value: nodes.Node, names: set[str]) -> bool:
     return isinstance(value, nodes.Name) and value.name in names
 
 
-def _is_slice(value: nodes.Node | None) -> bool:
+def _is_slice(value: nodes.Node | None) -> TypeGuard[nodes.Getitem]:
     return isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Slice)
 
 
-def _is_element(value: nodes.Node) -> bool:
+def _is_element(value: nodes.Node) -> TypeGuard[nodes.Getitem]:
     """messages[0], but not message["content"]."""
     return isinstance(value, nodes.Getitem) and _key(value) is None
+
+
+def _is_field(value: nodes.Node, key: str) -> TypeGuard[nodes.Getattr | nodes.Getitem]:
+    """message.content or message["content"], if `key` is "content"."""
+    return _key(value) == key
 
 
 def _key(value: nodes.Node) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from transformers import PreTrainedTokenizerFast
 
-from gllm_engine.config import read_object
+from gllm_engine.files import read_object
 from gllm_engine.sampling import InvalidField
 from gllm_engine.text.chat_template import ChatTemplate, Message
 from gllm_engine.text.detokenizer import Detokenizer, Spelling
@@ -185,7 +185,9 @@ def _load(path: Path) -> PreTrainedTokenizerFast:
     settings = _object(path / "tokenizer_config.json")
     if not (path / "tokenizer.json").is_file():
         return _convert(path, settings)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+        str(path), local_files_only=True
+    )
     _restore_bos(tokenizer, settings)
     return tokenizer
 
@@ -199,7 +201,8 @@ def _restore_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -
     tokenizer.json says. DeepSeek's says nothing; transformers 5 reads no more than that."""
     wanted = settings.get("add_bos_token") and "Llama" in str(settings.get("tokenizer_class"))
     if wanted and tokenizer.encode("")[:1] != [tokenizer.bos_token_id]:
-        tokenizer.add_bos_token = True
+        # mypy sees no setter that does not follow its getter at once.
+        tokenizer.add_bos_token = True  # type: ignore[misc]
 
 
 def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
