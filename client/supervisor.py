@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_client.client import SyncClient
+from gllm_client.http import read_metrics
 from gllm_client.protocol import GenerateError
 from gllm_client.signals import Signals, caught_signals
 from gllm_client.tritonserver import (
@@ -42,6 +43,8 @@ PORTS = ("http", "grpc", "metrics")
 TICK_S = 0.1  # how often a signal or the server's death is looked for
 WATCH_S = 0.5  # how often the stubs are counted; a second count confirms that one is missing
 LOAD_TRIES = 3
+ENGINES_S = 5.0  # how often the metrics are asked for engines that cannot be got back
+MAX_FAILED_STARTS = 5  # of a lost engine in a row: what keeps it from starting does not pass
 KILL_AFTER_S = 5.0  # beyond the server's own exit timeout
 
 # Runs as the child: it becomes the server, and is killed when `gllm serve` dies, however it dies.
@@ -53,6 +56,9 @@ ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
 if os.getppid() == int(parent):
     os.execv(command[0], command)
 """
+
+
+_FAILED_STARTS = re.compile(r'gllm:engine_failed_starts\{.*\bmodel="(?P<model>[^"]*)"')
 
 
 def serve(serving: Serving) -> int:
@@ -322,8 +328,8 @@ class Supervisor:
         except Stopped:
             status = 0
         except Exited as exited:
-            status = exited.status
-            problem = f"tritonserver ended by itself with status {status}"
+            status = exited.status or 1  # nobody asked for it
+            problem = f"tritonserver ended by itself with status {exited.status}"
         except GenerateError as error:
             problem = str(error)
         finally:
@@ -366,8 +372,12 @@ class Supervisor:
 
     def _watch(self) -> None:
         suspects: set[str] = set()
+        look_at_engines = time.monotonic() + ENGINES_S
         while True:
             self._pause(WATCH_S)
+            if time.monotonic() > look_at_engines:
+                self._look_at_engines()
+                look_at_engines = time.monotonic() + ENGINES_S
             stubs = self._stubs()
             if stubs == self._settled:
                 suspects = set()
@@ -395,6 +405,21 @@ class Supervisor:
             for model in ready
             if len(stubs.get(model, ())) < self._await(self._client.num_stubs, model)
         }
+
+    def _look_at_engines(self) -> None:
+        """Raise GenerateError for a model whose lost engine cannot be started again."""
+        address = f"{self._host}:{self._serving.metrics_port}"
+        try:
+            metrics = self._await(read_metrics, address)
+        except GenerateError:  # it may have been switched off
+            return
+        for sample, count in metrics.items():
+            failing = _FAILED_STARTS.match(sample)
+            if failing and count >= MAX_FAILED_STARTS:
+                raise GenerateError(
+                    f"model {failing['model']} has lost its engine, and {count:.0f} attempts to "
+                    "start another have failed, for reasons given above"
+                )
 
     def _recover(self, model: str) -> None:
         """Unload and load; the one way in which tritonserver starts a front end anew."""

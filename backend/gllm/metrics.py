@@ -37,7 +37,9 @@ BUCKETS: dict[str, list[float]] = {
 FAMILIES = {
     "num_requests_running": ("GAUGE", "Sequences being computed."),
     "num_requests_waiting": ("GAUGE", "Sequences waiting for their first step or for pages."),
+    "num_tokens_waiting": ("GAUGE", "Tokens to be computed before those that wait can go on."),
     "kv_cache_usage": ("GAUGE", "Share of KV-cache pages that live sequences use, 0 to 1."),
+    "engine_failed_starts": ("GAUGE", "Failed attempts, so far, to get a lost engine back."),
     "prefix_cache_queries_total": ("COUNTER", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits_total": ("COUNTER", "Prompt tokens found in the prefix cache."),
     "num_preemptions_total": ("COUNTER", "Sequences that lost their pages to others."),
@@ -113,6 +115,11 @@ class Metrics:
             self._after_flush.append(call)
         self._wake.set()
 
+    def gauge(self, name: str, value: float) -> None:
+        """Set a gauge that is not one of the engine's statistics."""
+        with self._lock:
+            self._gauges[name] = value
+
     def engine(self, stats: Stats) -> None:
         """Take the engine's statistics, its counters from 0 since it picked this front end."""
         names = {
@@ -144,6 +151,7 @@ class Metrics:
     def _set_gauges(self, stats: Stats) -> None:
         self._gauges["num_requests_running"] = stats.running
         self._gauges["num_requests_waiting"] = stats.waiting
+        self._gauges["num_tokens_waiting"] = stats.waiting_tokens
         self._gauges["kv_cache_usage"] = stats.kv_usage
 
     def _run(self) -> None:

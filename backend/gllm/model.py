@@ -31,11 +31,15 @@ SWEEP_S = 0.05  # between two looks for cancelled and overdue requests
 SWEEP_SHARE = 4  # a sweep that takes long is followed by a pause so many times as long
 CLOSE_S = 10.0  # for a thread to finish its last work
 SWITCH_S = 1e-4  # a busy thread gives up the interpreter to senders so often
-# config.pbtxt parameters; the name of the last is the vLLM backend's.
-DEFAULTS = {"sender_threads": "2", "coalesce": "true", "REPORT_CUSTOM_METRICS": "true"}
-# Those that mean something to Triton's Python backend itself, and one of the vLLM backend's whose
-# check of the engine is always made here.
-OTHERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "ENABLE_VLLM_HEALTH_CHECK")
+# config.pbtxt parameters; the names of the last two are the vLLM backend's.
+DEFAULTS = {
+    "sender_threads": "2",
+    "coalesce": "true",
+    "REPORT_CUSTOM_METRICS": "true",
+    "ENABLE_VLLM_HEALTH_CHECK": "false",
+}
+# Those that mean something to Triton's Python backend itself.
+OTHERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
 
 
 class TritonPythonModel:
@@ -67,7 +71,8 @@ class TritonPythonModel:
         end_with_parent()
         self._unavailable = EngineUnavailable
         name, version = args["model_name"], args["model_version"]
-        threads, coalesce, measure = _parameters(json.loads(args["model_config"]))
+        threads, coalesce, measure, check = _parameters(json.loads(args["model_config"]))
+        self._name, self._unloads_unhealthy = name, check
         sys.setswitchinterval(SWITCH_S)
         self.config = read_config(Path(args["model_repository"]) / version / "model.json")
         self.tokenizer = Tokenizer(Path(self.config.tokenizer or self.config.model))
@@ -110,6 +115,19 @@ class TritonPythonModel:
             with self._lock:
                 self.live.add(stream)
             self._take(stream, request)
+
+    def is_ready(self) -> bool:
+        """Whether the engine takes requests now. Triton asks from 26.03 on, for model readiness."""
+        return self.client.trouble is None
+
+    def _unload(self, reason: str) -> None:
+        """As the vLLM backend does with a model whose engine is dead, where that is asked for."""
+        pb_utils.Logger.log_error(f"model {self._name} is unloaded, it has no engine: {reason}")
+        try:
+            pb_utils.unload_model(self._name)
+        except Exception:  # a server that controls its models in another way
+            problem = traceback.format_exc()
+            pb_utils.Logger.log_error(f"model {self._name} cannot be unloaded\n{problem}")
 
     def finalize(self) -> None:
         """Let running requests end, for a bounded time; then end everything."""
@@ -225,13 +243,18 @@ class TritonPythonModel:
         self.metrics.engine_lost()
         for stream in self._snapshot():
             stream.fail("unavailable", sentence)
+        if self._unloads_unhealthy and not self.is_ready():
+            self._unload(sentence)
 
     # ------------------------------------------------------------ the sweep's thread
 
     def _sweep(self) -> None:
-        pause = SWEEP_S
+        pause, failed_starts = SWEEP_S, 0
         while not self._stopping.wait(pause):
             began = time.monotonic()
+            if failed_starts != self.client.failed_starts:
+                failed_starts = self.client.failed_starts
+                self.metrics.gauge("engine_failed_starts", failed_starts)
             for stream in self._snapshot():
                 self._look_after(stream, began)
             pause = max(SWEEP_S, SWEEP_SHARE * (time.monotonic() - began))
@@ -319,7 +342,7 @@ def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
             raise InvalidField(field, problem)
 
 
-def _parameters(model_config: dict[str, Any]) -> tuple[int, bool, bool]:
+def _parameters(model_config: dict[str, Any]) -> tuple[int, bool, bool, bool]:
     """The values of DEFAULTS, as config.pbtxt has them. Raises ValueError."""
     given = {k: v["string_value"] for k, v in model_config.get("parameters", {}).items()}
     for key in given:
@@ -331,8 +354,9 @@ def _parameters(model_config: dict[str, Any]) -> tuple[int, bool, bool]:
     threads = given["sender_threads"]
     if not re.fullmatch("[0-9]{1,2}", threads) or not 1 <= int(threads) <= 64:
         raise ValueError(f"config.pbtxt: sender_threads: {threads!r} is not a number from 1 to 64")
-    for key in ("coalesce", "REPORT_CUSTOM_METRICS"):
+    switches = ("coalesce", "REPORT_CUSTOM_METRICS", "ENABLE_VLLM_HEALTH_CHECK")
+    for key in switches:
         if given[key].lower() not in ("true", "false"):
             raise ValueError(f"config.pbtxt: {key}: {given[key]!r} is neither 'true' nor 'false'")
-    measure = given["REPORT_CUSTOM_METRICS"].lower() == "true"
-    return int(threads), given["coalesce"].lower() == "true", measure
+    coalesce, measure, check = (given[key].lower() == "true" for key in switches)
+    return int(threads), coalesce, measure, check

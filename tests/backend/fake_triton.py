@@ -177,6 +177,8 @@ class Server:
         self.metric_threads: set[str] = set()
         self.metrics_disabled = False
         self.log: list[tuple[str, str]] = []
+        self.unloaded: list[str] = []
+        self.refuses_unload = False
 
     def value(self, name: str, **labels: str) -> float:
         found = [v for (n, ls), v in self.metrics.items() if n == name and labels.items() <= {*ls}]
@@ -239,6 +241,12 @@ class Logger:
         cls.server.log.append(("error", line))
 
 
+def unload_model(name: str) -> None:
+    if Logger.server.refuses_unload:
+        raise RuntimeError("explicit model load / unload is not allowed")
+    Logger.server.unloaded.append(name)
+
+
 def new_server() -> Server:
     MetricFamily.server = Logger.server = Server()
     return MetricFamily.server
@@ -248,5 +256,6 @@ def module() -> types.ModuleType:
     fake = types.ModuleType("triton_python_backend_utils")
     for thing in (Tensor, TritonError, InferenceResponse, MetricFamily, Logger):
         setattr(fake, thing.__name__, thing)
+    fake.unload_model = unload_model
     fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     return fake

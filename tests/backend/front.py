@@ -99,8 +99,13 @@ class HandClient:
         self.submitted: list[Request] = []
         self.aborted: list[int] = []
         self.unavailable: str | None = None
+        self.failed_starts = 0
         self.on_submit: Callable[[], None] = lambda: None
         self.closed = False
+
+    @property
+    def trouble(self) -> str | None:
+        return self.unavailable
 
     def submit(self, requests: list[Request]) -> None:
         if self.unavailable is not None:

@@ -927,6 +927,42 @@ def test_two_front_ends_share_families_and_only_one_sets_gauges(tmp_path, server
     assert server.value("gllm:num_requests_running") == 0
 
 
+def test_a_model_without_an_engine_is_not_ready(tmp_path, server) -> None:
+    with front_end(tmp_path) as (model, client):
+        assert model.is_ready() is True
+        client.unavailable = "the engine process died; it is being restarted"
+        assert model.is_ready() is False
+        given = request()
+        model.execute([given])
+        assert given.record.wait().error.code() == fake_triton.TritonError.UNAVAILABLE
+        assert given.record.error.message() == client.unavailable
+        client.failed_starts = 3
+        wait_for(lambda: server.value("gllm:engine_failed_starts") == 3)
+        client.unavailable, client.failed_starts = None, 0
+        assert model.is_ready() is True
+        wait_for(lambda: server.value("gllm:engine_failed_starts") == 0)
+    assert not server.unloaded
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_vllm_backends_health_check_unloads_a_model_without_an_engine(
+    tmp_path, server, refused
+) -> None:
+    server.refuses_unload = refused
+    with front_end(tmp_path, {"ENABLE_VLLM_HEALTH_CHECK": "true"}) as (model, client):
+        client.on_lost("a message was misunderstood")  # by an engine that goes on
+        assert model.is_ready() and not server.unloaded
+        given = request()
+        model.execute([given])
+        client.unavailable = "the engine process died"
+        client.on_lost(client.unavailable)
+        assert given.record.wait().error.message() == "the engine process died"
+        assert server.unloaded == ([] if refused else ["m"])
+    told = [line for level, line in server.log if level == "error" and "unloaded" in line]
+    assert told[0] == "model m is unloaded, it has no engine: the engine process died"
+    assert len(told) == 1 + refused
+
+
 def test_the_vllm_backends_parameters_are_obeyed(tmp_path, server) -> None:
     parameters = {"REPORT_CUSTOM_METRICS": "False", "ENABLE_VLLM_HEALTH_CHECK": "true"}
     with front_end(tmp_path, parameters) as (model, client):

@@ -295,9 +295,19 @@ class Watched:
 
 
 @pytest.fixture
-def watched(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+def metrics() -> dict[str, float]:
+    """What the server's /metrics tells."""
+    return {}
+
+
+@pytest.fixture
+def watched(
+    stubs: Stubs, metrics: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Watched]:
     client = FakeClient(stubs)
     monkeypatch.setattr(module, "SyncClient", lambda address: client)
+    monkeypatch.setattr(module, "read_metrics", lambda address: metrics)
+    monkeypatch.setattr(module, "ENGINES_S", 0.1)
     watched = Watched(client)
     yield watched
     watched.signals.count += 1
@@ -337,6 +347,35 @@ def test_a_reload_that_keeps_failing_ends_the_program(watched: Watched) -> None:
     assert watched.join() == 1 and watched.server.stopped
 
 
+def test_an_engine_that_cannot_be_got_back_ends_the_program(
+    watched: Watched, metrics: dict[str, float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    sample = 'gllm:engine_failed_starts{model="m",version="1"}'
+    for count in (0.0, module.MAX_FAILED_STARTS - 1.0):
+        metrics |= {sample: count, "nv_gpu_utilization": 99.0}
+        looked = threading.Event()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "read_metrics", lambda address: looked.set() or metrics)  # noqa: B023
+            assert looked.wait(10)
+        assert watched.status is None
+    metrics[sample] = module.MAX_FAILED_STARTS
+    assert watched.join() == 1 and watched.server.stopped
+    assert "model m has lost its engine, and 5 attempts to start another" in capfd.readouterr().err
+
+
+def test_metrics_may_be_switched_off(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def refuse(address: str) -> dict[str, float]:
+        asked.set()
+        raise GenerateError("no server listens")
+
+    monkeypatch.setattr(module, "read_metrics", refuse)
+    assert asked.wait(10)
+    os.kill(watched.client.pids[0], signal.SIGKILL)
+    assert wait_for(lambda: watched.client.calls == ["load", "unload", "load"])
+
+
 def test_a_model_that_was_unloaded_stays_so(watched: Watched) -> None:
     client = watched.client
     assert wait_for(lambda: len(client.pids) == 2)
@@ -347,13 +386,14 @@ def test_a_model_that_was_unloaded_stays_so(watched: Watched) -> None:
     assert client.calls == ["load"] and watched.status is None
 
 
+@pytest.mark.parametrize(("ended_with", "status"), [(7, 7), (0, 1)])
 def test_the_server_ending_by_itself_ends_the_program(
-    watched: Watched, capfd: pytest.CaptureFixture[str]
+    watched: Watched, capfd: pytest.CaptureFixture[str], ended_with: int, status: int
 ) -> None:
     assert wait_for(lambda: watched.client.state == "READY")
-    watched.server.status = 7
-    assert watched.join() == 7
-    assert "ended by itself with status 7" in capfd.readouterr().err
+    watched.server.status = ended_with
+    assert watched.join() == status
+    assert f"ended by itself with status {ended_with}" in capfd.readouterr().err
 
 
 def test_a_signal_ends_the_program(watched: Watched, capfd: pytest.CaptureFixture[str]) -> None:

@@ -206,6 +206,32 @@ def test_a_killed_engine_ends_streams_at_once_and_comes_back(pair: Pair) -> None
     pair.server.wait_idle("tiny")
 
 
+def test_the_vllm_backends_health_check_takes_a_model_without_an_engine_out(pair: Pair) -> None:
+    version = write_model(pair.repository, "checked", 1, device="none")
+    with (version.parent / "config.pbtxt").open("a") as file:
+        file.write(
+            'parameters { key: "ENABLE_VLLM_HEALTH_CHECK" value { string_value: "true" } }\n'
+        )
+    try:
+        with pair.client() as client:
+            client.load("checked")
+            assert client.complete("Once", model="checked", max_tokens=4).num_output_tokens == 4
+            os.kill(pair.engine(version), signal.SIGKILL)
+            wait_for(lambda: not client.is_ready("checked"), "it is not ready any more")
+            (entry,) = [e for e in client.index() if e["name"] == "checked"]
+            assert entry["state"] != "READY"
+            with pytest.raises(GenerateError, match="no available versions|not ready|not found"):
+                client.complete("Once", model="checked", max_tokens=4)
+            wait_for(lambda: "checked" not in pair.server.stubs(), "its front end has ended")
+            assert not pair.traces.engines(version)
+            client.load("checked")
+            assert client.complete("Once", model="checked", max_tokens=4).num_output_tokens == 4
+            client.unload("checked")
+            wait_for(lambda: not pair.traces.engines(version), "the engine has ended")
+    finally:
+        shutil.rmtree(pair.repository / "checked")
+
+
 def test_sigterm_lets_running_streams_end_and_leaves_nothing(pair: Pair) -> None:
     """The last on this server, which has seen models come and go, fail and lose an engine."""
     server, traces = pair.server, pair.traces
