@@ -9,8 +9,10 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ _NCCL = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: a line an address, hexadecimal digits first
 
 
 @dataclass(frozen=True)
@@ -115,14 +118,30 @@ def talk_through(host: str) -> None:
 
     What the user has set stays.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    is_ipv6 = ":" in host
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
-        own = socket.inet_aton(probe.getsockname()[0])
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # an interface without an address
-                continue
-            if answer[20:24] == own:
+        own = socket.inet_pton(family, probe.getsockname()[0])
+        for name, address in _ipv6_addresses() if is_ipv6 else _ipv4_addresses(probe):
+            if address == own:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    if is_ipv6:
+        os.environ.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
+
+
+def _ipv4_addresses(any_socket: socket.socket) -> Iterator[tuple[str, bytes]]:
+    """This machine's network interfaces with their addresses."""
+    for _, name in socket.if_nameindex():
+        request = struct.pack("256s", name.encode()[:15])
+        try:
+            yield name, fcntl.ioctl(any_socket, _SIOCGIFADDR, request)[20:24]
+        except OSError:  # an interface without an address
+            continue
+
+
+def _ipv6_addresses() -> Iterator[tuple[str, bytes]]:
+    for line in _IPV6_ADDRESSES.read_text().splitlines():
+        address, *_, name = line.split()
+        yield name, bytes.fromhex(address)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket as sockets
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,9 +23,9 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from gllm_engine import __version__
 from gllm_engine.config import ConfigError
 from gllm_engine.files import open_file, read_file
+from gllm_engine.software import software
 
 MIN_SECRET, MAX_SECRET = 32, 1 << 16  # bytes
 # A heartbeat every so often; a peer that answers none for so long is lost. Milliseconds.
@@ -33,9 +34,26 @@ LOCAL_TIMEOUT = 1_200
 REMOTE_TIMEOUT = 3_000
 
 
-def software() -> str:
+def rank_software() -> str:
     """What must be the same on all ranks."""
-    return f"gllm {__version__}, torch {torch.__version__.partition('+')[0]}"
+    return f"{software()}, torch {torch.__version__.partition('+')[0]}"
+
+
+def join_host(host: str, port: int) -> str:
+    """HOST:PORT, or [HOST]:PORT of an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_host(address: str) -> tuple[str, int]:
+    """The host and the port of what `join_host` has made."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def listen_at(host: str, port: int) -> sockets.socket:
+    """A TCP socket that listens on that address alone. Raises OSError."""
+    family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
+    return sockets.create_server((host, port), family=family)
 
 
 def digest(model: Path) -> str:
@@ -73,6 +91,7 @@ def listen(
     `closing`: to be closed before the context is.
     """
     socket = context.socket(zmq.ROUTER)
+    socket.set(zmq.IPV6, _is_ipv6(address))
     socket.set(zmq.ROUTER_MANDATORY, 1)
     if secret is not None:
         authenticator = ThreadAuthenticator(context)
@@ -94,6 +113,7 @@ def connect(
 ) -> tuple[zmq.Socket[bytes], zmq.Socket[Any]]:
     """A worker's side, and what tells of it from the very beginning; see `await_loss`."""
     socket = context.socket(zmq.DEALER)
+    socket.set(zmq.IPV6, _is_ipv6(address))
     if secret is not None:
         socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"worker")
         socket.curve_serverkey = _key_pair(secret, b"engine")[0]
@@ -102,6 +122,10 @@ def connect(
     monitor = socket.get_monitor_socket(events)
     socket.connect(address)
     return socket, monitor
+
+
+def _is_ipv6(address: str) -> bool:
+    return "[" in address
 
 
 def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:

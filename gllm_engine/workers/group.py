@@ -2,8 +2,10 @@
 each plan to all of them and takes in what the last stage sampled.
 
 A group lives and dies as one: when a worker is lost, or fails, nothing it was part of can go on.
-The engine then ends, and with it all workers; its successor starts or awaits them anew. Knows
-nothing of requests, of tensors, or of what workers do with a plan.
+The engine then ends, and with it all workers; its successor starts or awaits them anew. Only a step
+that every rank has refused to do costs no more than that step: they agree that it was not done. Of
+any other failure it cannot be known how far other ranks have come. Knows nothing of requests, of
+tensors, or of what workers do with a plan.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import contextlib
 import logging
 import os
 import shutil
-import socket as sockets
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ import zmq
 
 from gllm_engine import wire
 from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import StepPlan, StepResult
 from gllm_engine.workers import channel
 
@@ -40,12 +42,35 @@ _TICK_MS = 100
 _DOUBT_S = 0.5
 # A rank that fails may do so because another is gone; that shows so much later, if it does.
 _BLAME_S = 0.2
+# Workers of this machine are started together: when one has come, the others come within so long,
+# and the first one within so long after the start. Reading torch from a slow disk takes minutes.
+_OTHERS_COME_S = 60.0
+_FIRST_COMES_S = 300.0
+# When a rank refuses a step, all others do so within so long: they may be busy with earlier ones.
+_AGREE_S = 5.0
 
 log = logging.getLogger("gllm.group")
 
 
 class GroupLost(RuntimeError):
     """A worker is lost or has failed, and the group with it; the message says which and why."""
+
+
+class StepRefused(RuntimeError):
+    """No rank has done this step, and all can go on with the next; the message says why."""
+
+
+class _Stranger(Exception):
+    """Who sent this has not joined."""
+
+
+@dataclass(frozen=True)
+class _RefusedStep:
+    """A step that some ranks, or all, have refused to do."""
+
+    message: str
+    until: float  # then all have to have done so
+    ranks: set[int]
 
 
 @dataclass(frozen=True)
@@ -72,11 +97,13 @@ class WorkerGroup:
         self._members: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
         self._results: deque[StepResult] = deque()
         self._ready: dict[int, int] = {}  # rank -> pages
+        self._refused: dict[int, _RefusedStep] = {}  # by step
         self._failure: wire.Failed | None = None
         self._error: str | None = None
         self._doubt_until = 0.0  # whether all are there
         self._context = zmq.Context()
-        self._directory = Path(tempfile.mkdtemp(prefix="gllm-workers-"))
+        parent = socket_parent(below=len("/gllm-workers-12345678/engine.sock"))
+        self._directory = Path(tempfile.mkdtemp(prefix="gllm-workers-", dir=parent))
         local = f"ipc://{self._directory}/engine.sock"
         self._closing = contextlib.ExitStack()
         self._closing.callback(self._context.destroy, 0)
@@ -115,14 +142,22 @@ class WorkerGroup:
         return _GroupStep(self, plan.step)
 
     def result_of(self, step: int) -> StepResult:
-        """What came of a plan; results of earlier ones are thrown away. Raises GroupLost."""
+        """What came of a plan; results of earlier ones are thrown away.
+
+        Raises StepRefused if nothing came of it, GroupLost if nothing will come of any more.
+        """
         while True:
             with self._in_one_go():
                 self.check()
             while self._results:
                 result = self._results.popleft()
                 if result.step == step:
+                    self._forget_refused(step)
                     return result
+            refused = self._refused.get(step)
+            if refused is not None and len(refused.ranks) == self._config.num_ranks:
+                self._forget_refused(step)
+                raise StepRefused(refused.message)
             self._poller.poll(_TICK_MS)
 
     def is_alive(self) -> bool:
@@ -133,6 +168,7 @@ class WorkerGroup:
         if self._error is None:
             self._listen(0)
             self._look_at_processes()
+            self._look_at_refused_steps()
         if self._error is not None:
             self._end()  # what is left of the group waits for what is lost
             raise GroupLost(self._error)
@@ -156,7 +192,8 @@ class WorkerGroup:
     def _open_to_others(self, config: EngineConfig) -> None:
         assert config.cluster_key_file is not None
         secret = channel.read_secret(Path(config.cluster_key_file))
-        address = f"tcp://{config.master_addr}:{config.master_port}"
+        assert config.master_addr is not None
+        address = f"tcp://{channel.join_host(config.master_addr, config.master_port)}"
         try:
             socket = channel.listen(self._context, address, secret, self._closing)
         except zmq.ZMQError as error:
@@ -165,6 +202,7 @@ class WorkerGroup:
         log.info("workers of other nodes join at %s", address)
 
     def _start_workers(self, address: str) -> None:
+        self._late_at = time.monotonic() + _FIRST_COMES_S
         command = [sys.executable, "-m", "gllm_engine.worker", "--engine", address]
         command += ["--model", self._config.model, "--nnodes", str(self._config.nnodes)]
         command += ["--owner", str(os.getpid())]
@@ -183,21 +221,23 @@ class WorkerGroup:
             return None, str(self._directory / "ranks")
         host, port = self._config.master_addr, self._config.master_port + 1
         assert host is not None
+        address = channel.join_host(host, port)
         try:
-            listener = sockets.create_server((host, port))
+            listener = channel.listen_at(host, port)
         except OSError as error:
-            raise ConfigError(f"master_port: cannot listen on {host}:{port} ({error})") from None
+            raise ConfigError(f"master_port: cannot listen on {address} ({error})") from None
         # The store takes the listening socket over; by itself it would listen on every address.
         store = dist.TCPStore(
             host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        return store, f"{host}:{port}"
+        return store, address
 
     def _gather(self, complete: Any, what: str) -> None:
         """Listen until all workers have done something. Raises GroupLost."""
         remind = time.monotonic() + _REMIND_S
         while not complete():
             self._listen(_TICK_MS)
+            self._look_for_late()
             self.check()
             if time.monotonic() > remind:
                 remind += _REMIND_S
@@ -216,8 +256,10 @@ class WorkerGroup:
                 identity, *frames = socket.recv_multipart()
                 try:
                     self._handle(socket, identity, wire.decode(frames))
-                except ValueError as error:
-                    log.warning("a worker sent what is not a message: %s", error)
+                except wire.NotAMessage as error:
+                    self._refuse(socket, identity, error)
+                except _Stranger:
+                    log.warning("a message came from a worker that has not joined")
         for monitor in self._monitors:
             if monitor in events and channel.lost(monitor):
                 self._doubt_until = time.monotonic() + _DOUBT_S
@@ -229,6 +271,9 @@ class WorkerGroup:
             self._results.append(message)
         elif isinstance(message, wire.Ready):
             self._ready[self._rank_of(socket, identity)] = message.num_pages
+        elif isinstance(message, wire.StepFailed):
+            refused = _RefusedStep(message.message, time.monotonic() + _AGREE_S, set())
+            self._refused.setdefault(message.step, refused).ranks.add(message.rank)
         elif isinstance(message, wire.Failed):
             self._failure = self._failure or message
         elif isinstance(message, wire.Join):
@@ -236,18 +281,35 @@ class WorkerGroup:
             if problem is None:
                 rank = message.node * self._per_node + message.local_rank
                 self._members[rank] = socket, identity
+                if message.node == 0:
+                    self._late_at = min(self._late_at, time.monotonic() + _OTHERS_COME_S)
                 log.info("worker %d of node %d has come", message.local_rank, message.node)
                 return
             log.warning("a worker of node %d is refused: %s", message.node, problem)
-            with contextlib.suppress(zmq.ZMQError):  # it may have left
-                socket.send_multipart([identity, *wire.encode(wire.Refusal(problem))])
+            self._send_refusal(socket, identity, problem)
+
+    def _refuse(self, socket: zmq.Socket[bytes], identity: bytes, error: wire.NotAMessage) -> None:
+        """A stranger may be of another version; what a member says must not be missed."""
+        if error.kind is wire.Join:
+            problem = (
+                f"the worker speaks another protocol than the engine, which speaks {wire.PROTOCOL}"
+            )
+            log.warning("a worker is refused: %s", problem)
+            self._send_refusal(socket, identity, problem)
+        elif self._error is None:
+            self._error = f"a worker has sent what is {error}"
+            log.error("%s", self._error)
+
+    def _send_refusal(self, socket: zmq.Socket[bytes], identity: bytes, problem: str) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # it may have left
+            socket.send_multipart([identity, *wire.encode(wire.Refusal(problem))])
 
     def _problem(self, join: wire.Join, is_own: bool) -> str | None:
         """Why a worker may not join, in a sentence."""
         config = self._config
         ours: dict[str, Any] = {
             "speaks protocol": wire.PROTOCOL,
-            "runs": channel.software(),
+            "runs": channel.rank_software(),
             "has a model whose config.json has digest": self._digest,
             "was started for a number of nodes of": config.nnodes,
             "was started with a number of workers a node of": self._per_node,
@@ -268,11 +330,11 @@ class WorkerGroup:
         return None
 
     def _rank_of(self, socket: zmq.Socket[bytes], identity: bytes) -> int:
-        """Raises ValueError for one that has not joined."""
+        """Raises _Stranger for one that has not joined."""
         for rank, member in self._members.items():
             if member == (socket, identity):
                 return rank
-        raise ValueError("its sender has not joined")
+        raise _Stranger
 
     # ------------------------------------------------------------ loss
 
@@ -285,6 +347,28 @@ class WorkerGroup:
                 self._lose(rank, f"its process ended with status {child.returncode}")
         if self._failure is not None:
             self._lose(self._failure.rank, self._failure.message)
+
+    def _look_for_late(self) -> None:
+        """At the start: whether a worker of this machine should have come long since."""
+        late = [rank for rank in range(self._per_node) if rank not in self._members]
+        if late and time.monotonic() > self._late_at:
+            self._lose(late[0], "it was started and has not come: it is stopped, or hangs")
+
+    def _look_at_refused_steps(self) -> None:
+        """What some ranks have refused and others not is the end of a group."""
+        for refused in self._refused.values():
+            if len(refused.ranks) < self._config.num_ranks and time.monotonic() > refused.until:
+                why = f"{refused.message}; other ranks did that step, so they agree no longer"
+                self._lose(min(refused.ranks), why)
+
+    def _forget_refused(self, step: int) -> None:
+        """Refused steps up to this one on which all ranks agree are of no interest any more."""
+        world = self._config.num_ranks
+        self._refused = {
+            number: refused
+            for number, refused in self._refused.items()
+            if number > step or len(refused.ranks) < world
+        }
 
     def _look_for_lost(self) -> None:
         """Whether a member is gone: then nothing can be sent to it."""

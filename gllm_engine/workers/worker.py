@@ -28,9 +28,9 @@ from msgspec.structs import replace
 from gllm_engine import wire
 from gllm_engine.arch import read_arch
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.os_process import Process, end_with
+from gllm_engine.os_process import Process, end_with, end_with_any_thread
 from gllm_engine.parallel import Mesh, RankGroups, join_ranks, talk_through
-from gllm_engine.runner import Runner, RunnerStep, default_threads
+from gllm_engine.runner import PlanError, Runner, RunnerStep, default_threads
 from gllm_engine.types import StepPlan, StepResult
 from gllm_engine.workers import channel
 from gllm_engine.workers.build_runner import device_of, load_runner
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     owner = Process.of(options.owner or os.getppid())
     end_with(owner, lambda: _clear_away(options.engine))
+    end_with_any_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchrun --standalone --nproc-per-node N -m gllm_engine.worker",
         description="The workers of a node that is not the engine's, one a GPU.",
     )
-    parser.add_argument("--engine", required=True, help="tcp://HOST:PORT, the engine's master_addr")
+    parser.add_argument("--engine", required=True, help="tcp://HOST:PORT of the engine's node")
     parser.add_argument("--model", required=True, help="directory of the checkpoint on this node")
     parser.add_argument("--node-rank", type=int, default=0, help="of this node, the engine's is 0")
     parser.add_argument("--nnodes", type=int, default=2, help="as the engine's")
@@ -106,9 +107,9 @@ class _Worker:
             runner, ranks = self._load(assigned)
             self._plans.send_multipart(wire.encode(wire.Ready(runner.num_pages)))
             self._work(runner, ranks)
-        except Exception as error:  # whatever a kernel, a peer or a checkpoint does
+        except Exception as error:  # whatever a peer or a checkpoint does
             log.exception("rank %d fails", self._rank)
-            self._fail(error)
+            self._fail(_in_a_line(error))
         return 1
 
     def _join(self) -> wire.Assigned:
@@ -118,13 +119,18 @@ class _Worker:
             target=self._begin_anew_once_lost, name="engine-watch", daemon=True
         ).start()
         join = wire.Join(
-            wire.PROTOCOL, channel.software(), channel.digest(Path(options.model)),
+            wire.PROTOCOL, channel.rank_software(), channel.digest(Path(options.model)),
             options.node_rank, options.nnodes, self._local_rank, self._local_size,
         )  # fmt: skip
         self._plans.send_multipart(wire.encode(join))
-        answer = self._receive()
+        try:
+            answer = self._receive()
+        except wire.NotAMessage as error:
+            raise _Refused(f"the engine is of another version, its answer is {error}") from None
         if isinstance(answer, wire.Refusal):
             raise _Refused(answer.message)
+        if not isinstance(answer, wire.Assigned):
+            raise _Refused(f"the engine answers with a message of type {type(answer).__name__}")
         return answer
 
     def _receive(self) -> Any:
@@ -169,9 +175,9 @@ class _Worker:
             talk_through("127.0.0.1")
             store = dist.FileStore(assigned.store, mesh.world)
         else:
-            host, _, port = assigned.store.rpartition(":")
+            host, port = channel.split_host(assigned.store)
             talk_through(host)
-            store = dist.TCPStore(host, int(port), is_master=False)
+            store = dist.TCPStore(host, port, is_master=False)
         ranks = join_ranks(mesh, assigned.rank, self._local_size, store, device)
         return load_runner(config, read_arch(Path(config.model)), device, ranks), ranks
 
@@ -182,7 +188,14 @@ class _Worker:
         ).start()
         while True:
             plan: StepPlan = self._receive()
-            launched.put(runner.launch(plan))
+            try:
+                launched.put(runner.launch(plan))
+            except PlanError as error:  # other ranks see the same, before anything is exchanged
+                log.exception("step %d is not done", plan.step)
+                failed = wire.StepFailed(self._rank, plan.step, _in_a_line(error))
+                self._plans.send_multipart(wire.encode(failed))
+            except Exception as error:  # whatever a kernel does
+                self._fail_in_step(error)
 
     def _report(self, launched: SimpleQueue[RunnerStep], tells: bool) -> None:
         """Wait for each step in turn, where a fault of the device shows, and tell its result."""
@@ -193,13 +206,22 @@ class _Worker:
                 if tells:
                     socket.send_multipart(wire.encode(result))
         except Exception as error:
-            log.exception("a step failed")
-            self._fail(error)
+            self._fail_in_step(error)
 
-    def _fail(self, error: Exception) -> NoReturn:
+    def _fail_in_step(self, error: Exception) -> NoReturn:
+        log.exception("a step failed")
+        self._fail(
+            f"{_in_a_line(error)}; how far other ranks have come in that step is not known, so all "
+            "of them begin anew"
+        )
+
+    def _fail(self, message: str) -> NoReturn:
         """Tell the engine, and wait for the end that it makes of this group."""
         socket, _ = self._connect()
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
         socket.send_multipart(wire.encode(wire.Failed(self._rank, message)))
         threading.Event().wait()
         raise AssertionError
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,6 +1,6 @@
 """Two network namespaces joined by a cable, as two machines: made with nothing but the kernel.
 
-Addresses are 10.77.0.1 and 10.77.0.2. Needs root.
+Needs root.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TypeVar
 
 CABLE = "cable"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+IPV6_ADDRESSES = ("fd77::1", "fd77::2")
 T = TypeVar("T")
 
 _CLONE_NEWNET = 0x40000000
@@ -65,35 +66,37 @@ class Node:
         self.run(switch)
 
     def listening(self) -> set[str]:
-        """Addresses on which somebody on this node listens, IPv6 ones in hexadecimal."""
+        """Addresses on which somebody on this node listens."""
         found = set()
-        for table in ("tcp", "tcp6"):
+        for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
             lines = Path(f"/proc/{self.holder.pid}/net/{table}").read_text().splitlines()[1:]
             for line in lines:
                 _, local, _, state = line.split()[:4]
                 address = local.partition(":")[0]
                 if state == "0A":
-                    packed = bytes.fromhex(address)[::-1]
-                    found.add(socket.inet_ntoa(packed) if table == "tcp" else address)
+                    words = [bytes.fromhex(address[i : i + 8]) for i in range(0, len(address), 8)]
+                    packed = b"".join(word[::-1] for word in words)
+                    found.add(socket.inet_ntop(family, packed))
         return found
 
 
 @contextmanager
-def two_nodes() -> Iterator[tuple[Node, Node]]:
+def two_nodes(addresses: tuple[str, str] = ADDRESSES) -> Iterator[tuple[Node, Node]]:
     """Raises OSError where namespaces cannot be made."""
     holders = [
         subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; exec sleep 1000"], stdout=-1)
-        for _ in ADDRESSES
+        for _ in addresses
     ]
     try:
         for holder in holders:
             assert holder.stdout is not None
             if holder.stdout.readline() != b"\n":
                 raise OSError("unshare --net fails")
-        nodes = [Node(*each) for each in zip(holders, ADDRESSES, strict=True)]
+        nodes = [Node(*each) for each in zip(holders, addresses, strict=True)]
         nodes[0].run(lambda: _lay_cable(holders[1].pid))
+        set_address = _set_ipv6_address if ":" in addresses[0] else _set_address
         for node in nodes:
-            node.run(lambda: _set_address(node.address))  # noqa: B023
+            node.run(lambda: set_address(node.address))  # noqa: B023
             node.plug(True)
             node.plug(True, "lo")
         yield nodes[0], nodes[1]
@@ -113,6 +116,15 @@ def _set_address(address: str) -> None:
             name = CABLE.encode()
             packed = struct.pack("16sHH4s8x", name, socket.AF_INET, 0, socket.inet_aton(value))
             _ioctl(any_socket, number, packed)
+
+
+def _set_ipv6_address(address: str) -> None:
+    # Else it cannot be used for a second, while duplicates are looked for.
+    Path(f"/proc/sys/net/ipv6/conf/{CABLE}/accept_dad").write_text("0")
+    request = socket.inet_pton(socket.AF_INET6, address)
+    request += struct.pack("Ii", 64, socket.if_nametoindex(CABLE))
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as any_socket:
+        _ioctl(any_socket, _SIOCSIFADDR, request)
 
 
 def _attribute(kind: int, payload: bytes) -> bytes:

@@ -9,9 +9,11 @@ import contextlib
 import gc
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 from traced import WAIT_S, Traces, traced, wait_for
 
 from gllm_engine import (
@@ -31,10 +34,12 @@ from gllm_engine import (
     Request,
     SamplingParams,
     make_config,
+    wire,
     write_tiny_model,
 )
 from gllm_engine.arch import ArchError
 from gllm_engine.parallel import pipe
+from gllm_engine.runner import PlanError
 from gllm_engine.workers import group as groups
 from gllm_engine.workers import worker as member
 from gllm_engine.workers.group import GroupLost
@@ -46,7 +51,8 @@ PAIR = SMALL | {"tensor_parallel_size": 2}
 PIPE = SMALL | {"pipeline_parallel_size": 2, "assigned_layers": "1,1"}
 SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-FAULTY = 1  # the token at which a faulty worker fails
+# The tokens at which faulty workers fail, or refuse a step.
+FAULTY, REFUSED_BY_ALL, REFUSED_BY_ONE = 1, 1, 2
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +201,7 @@ def test_a_step_that_fails_names_the_rank(
     monkeypatch.setattr(groups, "subprocess", faulty("step"))
     with LLM(model, **PIPE) as llm:
         assert llm.generate([5, 6, 7], SHORT)[0].error is None
-        why = r"worker 1 \(node 0\) is lost: ValueError: broken on purpose"
+        why = r"worker 1 \(node 0\) is lost: ValueError: broken on purpose; how far other ranks"
         with pytest.raises(EngineBroken, match=why):
             llm.generate([[FAULTY, 5], [5, 6]], SHORT)
         with pytest.raises(EngineBroken, match=why):
@@ -210,6 +216,92 @@ def test_a_worker_that_ends_while_it_starts(
     with pytest.raises(GroupLost, match=r"worker \d \(node 0\) is lost: .* ended with status 3"):
         LLM(model, **PAIR)
     traces.wait_gone()
+
+
+def test_a_stopped_worker_that_never_comes_is_named(
+    model: str, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "subprocess", faulty("stop"))
+    monkeypatch.setattr(groups, "_OTHERS_COME_S", 0.5)
+    with pytest.raises(GroupLost, match=r"worker 1 \(node 0\) is lost: it was started and has not"):
+        LLM(model, **PAIR)
+    traces.wait_gone()
+
+
+def test_a_step_that_all_refuse_costs_no_more_and_one_that_some_refuse_the_group(
+    model: str, expected: list[int], traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "subprocess", faulty("refuse"))
+    monkeypatch.setattr(groups, "_AGREE_S", 1.0)
+    with LLM(model, **PIPE) as llm:
+        for _ in range(2):
+            failed, other = llm.generate([[REFUSED_BY_ALL, 5], [5, 6]], SHORT)
+            why = "The engine failed in a step .* \\(PlanError: refused on purpose\\)"
+            assert re.search(why, str(failed.error)) and re.search(why, str(other.error))
+            assert llm.generate([5, 6, 7], SHORT)[0].outputs[0].token_ids == expected
+            llm.engine.check_integrity()
+        assert not llm.engine._runner._refused
+        why = (
+            r"worker 1 \(node 0\) is lost: PlanError: refused on purpose; other ranks did that step"
+        )
+        with pytest.raises(EngineBroken, match=why):
+            llm.generate([[REFUSED_BY_ONE, 5], [5, 6]], SHORT)
+        traces.wait_gone()
+
+
+def greet(address: str, *greetings: list[bytes]) -> Any:
+    """What a group answers to the last of these messages, of one that it does not know; in time."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.connect(address)
+        for frames in greetings:
+            stranger.send_multipart(frames)
+        return wire.decode(stranger.recv_multipart()) if stranger.poll(10_000) else None
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (wire.encode(wire.Join("1", "", "", 0, 1, 0, 2))[1], "the worker speaks protocol 1, the e"),
+        (b"\x91\x01", "the worker speaks another protocol than the engine, which speaks"),
+    ],
+)
+def test_a_worker_of_another_version_is_refused_and_harms_nobody(
+    model: str, monkeypatch: pytest.MonkeyPatch, body: bytes, sentence: str
+) -> None:
+    """And what is no greeting is the end of a group: it may be what a member had to say."""
+
+    def no_workers(group: groups.WorkerGroup, address: str) -> None:
+        group._late_at = float("inf")
+
+        def talk() -> None:
+            answers.append(
+                greet(address, [wire.encode(wire.Join("", "", "", 0, 0, 0, 0))[0], body])
+            )
+            greet(address, [b"\xff", b""])
+
+        threading.Thread(target=talk, daemon=True).start()
+
+    answers: list[Any] = []
+    monkeypatch.setattr(groups.WorkerGroup, "_start_workers", no_workers)
+    monkeypatch.setattr(groups.WorkerGroup, "_look_at_processes", lambda group: None)
+    with pytest.raises(GroupLost, match="a worker has sent what is not a message of protocol"):
+        groups.WorkerGroup(make_config({"model": model, "tensor_parallel_size": 2}))
+    assert isinstance(answers[0], wire.Refusal) and sentence in answers[0].message
+
+
+def test_sockets_of_workers_have_short_paths(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+
+    def note(group: groups.WorkerGroup, address: str) -> None:
+        raise InterruptedError(address)
+
+    monkeypatch.setattr(groups.WorkerGroup, "_start_workers", note)
+    with pytest.raises(InterruptedError, match="ipc:///tmp/gllm-workers-.{8}/engine.sock"):
+        groups.WorkerGroup(make_config({"model": model, **PAIR}))
 
 
 def test_ctrl_c_costs_what_runs_and_no_more(
@@ -260,11 +352,17 @@ def test_a_send_that_never_says_it_is_done_is_waited_for_in_the_end(
 def _work_with_a_fault(fault: str) -> int:
     if fault == "start":
         return 3
+    if fault == "stop" and os.environ["LOCAL_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
     launch = member.Runner.launch
 
     def launch_or_fail(runner: Any, plan: Any) -> Any:
-        if not runner.pipe.is_first and any(FAULTY in chunk.tokens for chunk in plan.chunks):
+        tokens = {token for chunk in plan.chunks for token in chunk.tokens}
+        if not runner.pipe.is_first and FAULTY in tokens and fault == "step":
             raise ValueError("broken on purpose")
+        refused = {REFUSED_BY_ALL} if runner.pipe.is_first else {REFUSED_BY_ALL, REFUSED_BY_ONE}
+        if refused & tokens and fault == "refuse":
+            raise PlanError("refused on purpose")
         return launch(runner, plan)
 
     member.Runner.launch = launch_or_fail  # type: ignore[method-assign]

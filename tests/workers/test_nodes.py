@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 import zmq
-from network import ADDRESSES, Node, two_nodes
+from network import ADDRESSES, IPV6_ADDRESSES, Node, two_nodes
 from traced import WAIT_S, Traces, traced, wait_for
 
 from gllm_engine import (
@@ -66,9 +66,10 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
 
 
 @pytest.fixture
-def nodes() -> Iterator[tuple[Node, Node]]:
+def nodes(request: pytest.FixtureRequest) -> Iterator[tuple[Node, Node]]:
+    """`request.param`: their addresses, if not the usual ones."""
     try:
-        made = two_nodes()
+        made = two_nodes(getattr(request, "param", ADDRESSES))
         nodes = made.__enter__()
     except OSError as error:
         pytest.skip(f"network namespaces cannot be made here: {error}")
@@ -149,17 +150,18 @@ def front_end(node: Node, model: Path, key: Path, **config: Any) -> Program:
     return Program(node, command, key.parent / "front.log")
 
 
-def worker_options(model: Path, key: Path) -> list[Any]:
-    options = ["--engine", ENGINE, "--model", model, "--node-rank", 1, "--nnodes", 2]
+def worker_options(model: Path, key: Path, engine: str = ENGINE) -> list[Any]:
+    options = ["--engine", engine, "--model", model, "--node-rank", 1, "--nnodes", 2]
     return [*options, "--cluster-key-file", key]
 
 
-def torchrun(node: Node, model: Path, key: Path) -> Program:
+def torchrun(node: Node, model: Path, key: Path, engine: str = ENGINE) -> Program:
     """With --standalone its own store would listen on every address."""
     launcher: list[Any] = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 1]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
     launcher += ["--rdzv-endpoint", key.parent / "rendezvous", "-m", "gllm_engine.worker"]
-    return Program(node, launcher + worker_options(model, key), key.parent / "torchrun.log")
+    options = worker_options(model, key, engine)
+    return Program(node, launcher + options, key.parent / "torchrun.log")
 
 
 def one_worker(node: Node, log: Path, options: list[Any]) -> Program:
@@ -168,7 +170,12 @@ def one_worker(node: Node, log: Path, options: list[Any]) -> Program:
 
 def join(model: Path, secret: bytes | None, **different: Any) -> Any:
     """What the engine answers to one who joins as a worker of node 1 would, but for something."""
-    fields = {"protocol": wire.PROTOCOL, "software": channel.software(), "node": 1, "nnodes": 2}
+    fields = {
+        "protocol": wire.PROTOCOL,
+        "software": channel.rank_software(),
+        "node": 1,
+        "nnodes": 2,
+    }
     fields |= {"model": channel.digest(model), "local_rank": 0, "local_size": 1}
     with zmq.Context() as context:
         socket, monitor = channel.connect(context, ENGINE, secret)
@@ -222,7 +229,8 @@ def test_a_pipeline_over_two_nodes(
 
 
 DIFFERENT = [
-    ({"protocol": 0}, "the worker speaks protocol 0, the engine expects "),
+    ({"protocol": "0"}, "the worker speaks protocol 0, the engine expects "),
+    ({"protocol": 1}, "the worker speaks another protocol than the engine, which speaks "),
     ({"software": "gllm 0.0, torch 1.0"}, "the worker runs gllm 0.0, torch 1.0, the engine exp"),
     ({"nnodes": 3}, "was started for a number of nodes of 3, the engine expects 2"),
     ({"local_size": 8}, "was started with a number of workers a node of 8, the engine expects 1"),
@@ -260,6 +268,18 @@ def test_a_layer_over_two_nodes(
     front = front_end(nodes[0], model, key, tensor_parallel_size=2)
     assert front.hear() == "ready"
     assert front.ask() == expected
+
+
+@pytest.mark.parametrize("nodes", [IPV6_ADDRESSES], indirect=True)
+def test_a_pipeline_over_ipv6(
+    model: Path, expected: list[int], key: Path, nodes: tuple[Node, Node], traces: Traces
+) -> None:
+    front = front_end(nodes[0], model, key, pipeline_parallel_size=2)
+    torchrun(nodes[1], model, key, f"tcp://[{IPV6_ADDRESSES[0]}]:{PORT}")
+    assert front.hear() == "ready"
+    assert front.ask() == expected
+    for node in nodes:
+        assert node.address in node.listening() <= {node.address, "127.0.0.1", "::1"}
 
 
 @pytest.mark.parametrize(
