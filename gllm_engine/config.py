@@ -6,7 +6,7 @@ A field's name is the CLI flag and the key of model.json. Knows nothing of how a
 from __future__ import annotations
 
 import os
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: int = 0  # sequences in one step; default: 256, on GPUs 1024
     max_num_batched_tokens: int = 0  # tokens in one step; default: 2048, on GPUs 8192
     max_waiting: int = 4096  # sequences queued; one more is refused as "queue full"
+    # tokens of prompts in that queue, however few; a prompt that would wait alone is always taken
+    max_waiting_tokens: int = 2**23
     page_size: int = 16  # tokens
     num_pages: int | None = None  # default: as many as kv_cache_gib holds
     # default: 1 on CPUs; on GPUs what gpu_memory_utilization leaves
@@ -88,8 +90,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{key}: it is needed with nnodes={self.nnodes}")
         if self.master_addr is not None and not _is_address(self.master_addr):
             raise ConfigError(
-                f"master_addr: {self.master_addr!r} is not an IPv4 address of this machine such as "
-                "10.0.0.1"
+                f"master_addr: {self.master_addr!r} is not an address of this machine such as "
+                "10.0.0.1 or fd00::1"
             )
         self.stage_layers()
 
@@ -118,9 +120,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def _is_address(text: str) -> bool:
-    """Whether it is one machine's: 0.0.0.0 would be any network's."""
+    """Whether it is one machine's: 0.0.0.0 would be any network's, and fe80::1 is every cable's."""
     try:
-        return not IPv4Address(text).is_unspecified
+        address = ip_address(text)
+        return not (address.is_unspecified or address.version == 6 and address.is_link_local)
     except ValueError:
         return False
 
@@ -130,6 +133,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_num_seqs": (0, 16384),
     "max_num_batched_tokens": (0, 2**20),
     "max_waiting": (1, 2**20),
+    "max_waiting_tokens": (1, 2**40),
     "page_size": (1, 256),
     "num_pages": (1, 2**30),
     "kv_cache_gib": (0.001, 4096.0),

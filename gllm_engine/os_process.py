@@ -59,6 +59,19 @@ def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> 
     threading.Thread(target=watch, args=(pidfd,), name="owner-watch", daemon=True).start()
 
 
+def end_with_any_thread() -> None:
+    """From now on a thread that ends by an exception ends this process: its death is noticed by
+    others, a thread's that it has silently lost is not.
+    """
+
+    def end(ended: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(ended)
+        if ended.exc_type is not SystemExit:
+            os._exit(1)
+
+    threading.excepthook = end
+
+
 def end_with_parent() -> None:
     """For a front end: end this process as soon as its parent, tritonserver, has ended."""
     end_with(Process.of(os.getppid()))

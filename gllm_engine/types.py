@@ -83,6 +83,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     prefix_hits: int = 0  # prompt tokens found
     preemptions: int = 0
     steps: int = 0
+    waiting_tokens: int = 0  # to be computed before those that wait can go on
 
 
 # ---------------------------------------------------------------- scheduler <-> runner

@@ -35,7 +35,9 @@ OURS = {
     "gllm_engine/runner": {
         "model", "ops", "parallel", "types", "sampling", "arch", "config", "runner",
     },
-    "gllm_engine/workers/channel.py": {"", "config", "files"},
+    "gllm_engine/software.py": {""},
+    "gllm_engine/socket_directory.py": set(),
+    "gllm_engine/workers/channel.py": {"config", "files", "software"},
     "gllm_engine/wire.py": {"types", "config", "sampling"},
     "gllm_engine/os_process.py": set(),
     "gllm_engine/text/template_source.py": set(),
@@ -43,11 +45,11 @@ OURS = {
     "gllm_engine/text": {"types", "config", "files", "sampling", "os_process", "text"},
     "gllm_engine/workers": {
         "types", "config", "files", "sampling", "arch", "parallel", "model", "runner", "wire",
-        "os_process", "workers",
+        "os_process", "socket_directory", "workers",
     },
     "gllm_engine/engine": {
         "types", "config", "sampling", "arch", "sched", "model", "runner", "text", "wire",
-        "os_process", "workers", "engine",
+        "os_process", "socket_directory", "software", "workers", "engine",
     },
     "gllm_engine/worker.py": {"workers"},
     "backend": {"", "gllm_backend"},
@@ -76,6 +78,8 @@ OTHERS = {
     "gllm_engine/os_process.py": {"msgspec"},
     "gllm_engine/text/template_source.py": {"jinja2"},
     "gllm_engine/text/template_renderer.py": set(),
+    "gllm_engine/software.py": set(),
+    "gllm_engine/socket_directory.py": set(),
     "gllm_engine/text": {"msgspec", "tokenizers", "transformers", "llguidance", "numpy"},
     "gllm_engine/workers": {"torch", "zmq", "msgspec"},
     "gllm_engine/engine": {"torch", "msgspec", "zmq", "tqdm"},

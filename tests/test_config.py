@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -55,8 +56,11 @@ from gllm_engine.config import settle
             "cluster_key_file: it is needed with nnodes=2",
         ),
         *(
-            (f'{{"model": ".", "master_addr": "{address}"}}', f"'{address}' is not an IPv4 address")
-            for address in ("0.0.0.0", "leader.example", "::1", "10.0.0.1:29500")
+            (
+                f'{{"model": ".", "master_addr": "{address}"}}',
+                f"'{re.escape(address)}' is not an address of this machine",
+            )
+            for address in ("0.0.0.0", "::", "fe80::1", "leader.example", "10.0.0.1:1", "[fd00::1]")
         ),
         *(
             (

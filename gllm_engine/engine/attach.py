@@ -7,10 +7,10 @@ private directory, changed only under a file lock:
         lock  record.json  <generation>/{config.json, engine.sock, error}
 
 The owner is the process that the engine must not outlive (tritonserver). A front end *joins* the
-engine on record when it serves the same files and configuration; it starts the next generation
-when that engine is dead, serves something else, or belongs to an earlier load of the model. The
-earlier engine then finishes what it runs, for a bounded time, before the next one starts: both
-would need the same memory.
+engine on record when that is of the same software and serves the same files and configuration; it
+starts the next generation when that engine is dead, serves something else, or belongs to an earlier
+load of the model. The earlier engine then finishes what it runs, for a bounded time, before the
+next one starts: both would need the same memory.
 
 Knows processes and files; nothing of messages or models.
 """
@@ -35,6 +35,14 @@ import msgspec
 
 from gllm_engine.config import EngineConfig
 from gllm_engine.os_process import Process, wait_end
+from gllm_engine.socket_directory import socket_parent
+from gllm_engine.software import software
+
+# Now, because code on disk may change under a process that runs.
+_SOFTWARE = software()
+_SOCKET = "engine.sock"
+# Process ids have at most 7 digits; ten digits of clock ticks are three years.
+_LONGEST_HOME = "4194304.9999999999/0123456789ab/99999"
 
 
 class EngineError(RuntimeError):
@@ -66,7 +74,7 @@ class Attached:
 
     @property
     def address(self) -> str:
-        return f"ipc://{self.directory}/engine.sock"
+        return socket_address(self.directory)
 
     def why_it_died(self) -> str:
         """The sentence the engine left behind, or that it left none."""
@@ -74,6 +82,11 @@ class Attached:
         with contextlib.suppress(FileNotFoundError):
             return (self.directory / "error").read_text(encoding="utf-8")
         return "the engine process died" + ("" if code is None else f" (exit status {code})")
+
+
+def socket_address(directory: Path) -> str:
+    """Where the engine that has this directory listens."""
+    return f"ipc://{directory}/{_SOCKET}"
 
 
 def attach(
@@ -202,9 +215,10 @@ def discard_owner(owner: Process) -> None:
 
 
 def _root() -> Path:
-    """A directory that only this user can enter; short, since socket paths hold 107 bytes."""
+    """A directory that only this user can enter. Raises OSError, or EngineError if others can."""
     namespace = os.stat("/proc/self/ns/pid").st_ino  # pids mean nothing in another container
-    root = Path(tempfile.gettempdir()) / f"gllm-{os.getuid()}-{namespace}"
+    name = f"gllm-{os.getuid()}-{namespace}"
+    root = socket_parent(below=len(f"/{name}/{_LONGEST_HOME}/{_SOCKET}")) / name
     root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()
     if root.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
@@ -247,10 +261,13 @@ def _remove(home: Path) -> None:
 
 
 def _read(home: Path, scope: str) -> EngineRecord:
+    path = home / "record.json"
     try:
-        return msgspec.json.decode((home / "record.json").read_bytes(), type=EngineRecord)
+        return msgspec.json.decode(path.read_bytes(), type=EngineRecord)
     except FileNotFoundError:
         return EngineRecord(scope)
+    except msgspec.DecodeError as error:
+        raise EngineError(f"{path} is not a record of this software ({error})") from None
 
 
 def _write(home: Path, record: EngineRecord) -> None:
@@ -260,8 +277,8 @@ def _write(home: Path, record: EngineRecord) -> None:
 
 
 def _fingerprint(config: EngineConfig) -> str:
-    """Changes when the configuration or any file of the checkpoint does."""
-    digest = hashlib.sha256(msgspec.json.encode(config))
+    """Changes when the software, the configuration or any file of the checkpoint does."""
+    digest = hashlib.sha256(_SOFTWARE.encode() + msgspec.json.encode(config))
     for directory in sorted({config.model, config.tokenizer or config.model}):
         try:
             paths = sorted(Path(directory).iterdir())

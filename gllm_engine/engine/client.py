@@ -56,8 +56,8 @@ class EngineClient:
     ) -> None:
         self._config, self._scope, self._instance = config, scope, instance
         self._owner_pid = os.getppid() if owner_pid is None else owner_pid
-        self._handlers = {Outputs: on_outputs, Stats: on_stats}
-        self._on_lost = on_lost
+        self._on_outputs, self._on_stats, self._on_lost = on_outputs, on_stats, on_lost
+        self.failed_starts = 0  # how often in a row an engine could not be got back
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._lock = threading.Lock()  # guards the three below
         self._outgoing: deque[list[bytes]] = deque()
@@ -77,6 +77,11 @@ class EngineClient:
             self._send(wire.Abort(ids))
         except EngineUnavailable:
             return  # they died with the engine
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be submitted at the moment, in a sentence; None if it can."""
+        return self._trouble
 
     def close(self) -> None:
         """Leave. The engine ends with its last front end. Idempotent."""
@@ -101,9 +106,13 @@ class EngineClient:
     # ------------------------------------------------------------ the client's thread
 
     def _run(self) -> None:
-        while self._converse() and self._rejoin():
-            continue
-        detach(self._attached, self._instance, self._say_goodbye)
+        try:
+            while self._converse() and self._rejoin():
+                continue
+            detach(self._attached, self._instance, self._say_goodbye)
+        except Exception as error:  # a thread that ends in silence would leave streams without end
+            log.exception("the connection to the engine fails")
+            self._lose(f"the connection to the engine failed ({type(error).__name__}: {error})")
         self._socket.close(GOODBYE_MS)
         os.close(self._attached.pidfd)
 
@@ -136,17 +145,40 @@ class EngineClient:
 
     def _receive(self) -> None:
         while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
-            message = wire.decode(self._socket.recv_multipart())
-            handler = self._handlers[type(message)]
+            frames = self._socket.recv_multipart()
             try:
-                handler(message)
-            except Exception:  # one bad callback must not cut off every other stream
-                log.exception("a front end's callback failed")
+                self._handle(wire.decode(frames))
+            except wire.NotAMessage as error:  # whose tokens are in it is not known
+                self._begin_anew(f"the front end got what is {error}")
+
+    def _handle(self, message: Any) -> None:
+        if isinstance(message, wire.Outputs):
+            self._call(self._on_outputs, message)
+        elif isinstance(message, wire.Stats):
+            self._call(self._on_stats, message)
+        elif isinstance(message, wire.Refusal):
+            self._begin_anew(message.message)
+        elif not isinstance(message, wire.Welcome):  # the answer to a Hello that was not the first
+            self._begin_anew(f"the engine sent a message of type {type(message).__name__}")
+
+    def _call(self, callback: Callable[[Any], None], message: Any) -> None:
+        try:
+            callback(message)
+        except Exception:  # one bad callback must not cut off every other stream
+            log.exception("a front end's callback failed")
+
+    def _begin_anew(self, why: str) -> None:
+        """After a misunderstanding: both sides forget every sequence of this front end."""
+        log.error("every sequence of this front end is given up: %s", why)
+        with self._lock:
+            self._outgoing.clear()
+            self._outgoing.append(_hello())
+            os.eventfd_write(self._wake, 1)
+        self._call(self._on_lost, why)
 
     def _rejoin(self) -> bool:
         """Get an engine again after one died. False when closing or when there is no point."""
         self._lose(f"{self._attached.why_it_died()}; it is being restarted")
-        attempt = 0
         while not self._closing:
             dead = self._socket, self._attached.pidfd
             try:
@@ -155,12 +187,14 @@ class EngineClient:
                 self._lose(str(error))
                 return False
             except EngineError as error:
+                self.failed_starts += 1
+                log.error("attempt %d to get an engine back: %s", self.failed_starts, error)
                 self._lose(str(error))
-                self._pause(RETRY_S[min(attempt, len(RETRY_S) - 1)])
-                attempt += 1
+                self._pause(RETRY_S[min(self.failed_starts, len(RETRY_S)) - 1])
                 continue
             dead[0].close(0)
             os.close(dead[1])
+            self.failed_starts = 0
             with self._lock:
                 self._trouble = None
             log.info("attached to a new engine")
@@ -181,7 +215,7 @@ class EngineClient:
             self._outgoing.clear()
         if news:
             log.warning("%s", trouble)
-            self._on_lost(trouble)
+            self._call(self._on_lost, trouble)
 
     def _join(self, again: bool) -> tuple[Attached, zmq.Socket[bytes]]:
         """Attach and wait for the model to be loaded, or for the engine's last words.
@@ -193,18 +227,18 @@ class EngineClient:
                 attached = attach(self._config, self._scope, self._instance, self._owner_pid, again)
             except OSError as error:
                 raise EngineError(str(error)) from error
-            socket = self._greet(attached)
-            if socket is not None:
-                return attached, socket
-            why = attached.why_it_died()
+            answer = self._greet(attached)
+            if isinstance(answer, zmq.Socket):
+                return attached, answer
+            why = attached.why_it_died() if answer is None else answer.message
             if attached.child is not None and not again:  # a failed load leaves nothing behind
-                detach(attached, self._instance, lambda: None)
+                detach(attached, self._instance, lambda: None, 10.0 if answer is None else 0.0)
             os.close(attached.pidfd)
-            if attached.child is not None:
+            if attached.child is not None or answer is not None:
                 break
         raise EngineError(why)
 
-    def _greet(self, attached: Attached) -> zmq.Socket[bytes] | None:
+    def _greet(self, attached: Attached) -> zmq.Socket[bytes] | wire.Refusal | None:
         """Say hello and wait for the answer; None when the engine ended instead.
 
         close() does not wait for a model to be loaded: the socket is returned without an answer.
@@ -213,7 +247,7 @@ class EngineClient:
         socket.hwm = 0
         socket.set(zmq.RECONNECT_IVL, 20)
         socket.connect(attached.address)
-        socket.send_multipart(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid())))
+        socket.send_multipart(_hello())
         poller = zmq.Poller()
         for source in (socket, attached.pidfd, self._wake):
             poller.register(source, zmq.POLLIN)
@@ -221,11 +255,16 @@ class EngineClient:
             if self._closing:
                 return socket
             os.eventfd_read(self._wake)
-        answer = wire.decode(socket.recv_multipart()) if socket in events else None
+        try:
+            answer = wire.decode(socket.recv_multipart()) if socket in events else None
+        except wire.NotAMessage as error:
+            answer = wire.Refusal(f"the engine is of another version, its answer is {error}")
         if isinstance(answer, wire.Welcome):
             self.info: ModelInfo = answer.info
             return socket
         socket.close(0)
-        if isinstance(answer, wire.Refusal):
-            raise EngineError(answer.message)
-        return None
+        return answer
+
+
+def _hello() -> list[bytes]:
+    return wire.encode(wire.Hello(wire.PROTOCOL, os.getpid()))

@@ -6,7 +6,6 @@ thread drives it.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
@@ -41,7 +40,7 @@ from gllm_engine.types import (
     StepResult,
 )
 from gllm_engine.workers.build_runner import check_shards, device_of, load_runner
-from gllm_engine.workers.group import GroupLost, WorkerGroup
+from gllm_engine.workers.group import GroupLost, StepRefused, WorkerGroup
 
 # While grammars compile and nothing else is to do, step() waits so long and comes back.
 COMPILE_WAIT_S = 0.005
@@ -130,6 +129,7 @@ class Engine:
         )
         self._depth = config.plans_in_flight
         self._max_waiting = config.max_waiting
+        self._max_waiting_tokens = config.max_waiting_tokens
         self._failed_steps = 0  # since the last that succeeded
         self.broken: str | None = None
         self._launched: deque[StepHandle] = deque()
@@ -137,9 +137,6 @@ class Engine:
         self._constrained: dict[Key, Constraint] = {}
         self._compiling: dict[Key, tuple[Request, Future[Constraint]]] = {}
         self._outboxes: defaultdict[Client, Outputs] = defaultdict(_nothing)
-        # What is loaded stays: the collector need not look at it again in every full pass.
-        gc.collect()
-        gc.freeze()
 
     # ------------------------------------------------------------ requests come and go
 
@@ -153,19 +150,49 @@ class Engine:
             self._refuse(key, "unavailable", self.broken)
             return
         try:
-            self._check(request)
+            self._take(key, request)
         except InvalidField as error:
             self._refuse(key, "invalid", str(error))
-            return
+        except Exception:  # a fault that one request finds must not cost the others
+            log.exception("a request could not be taken")
+            self._forget(key)
+            self._refuse(key, "internal", "The engine failed on this request, see the log.")
+
+    def _take(self, key: Key, request: Request) -> None:
+        self._check(request)
         constraint = self._grammars.constrain(request)
         if not isinstance(constraint, Future):
             self._admit(key, request, constraint)
-        elif len(self._compiling) >= self._max_waiting:
+        elif not self._may_compile(request):
             constraint.cancel()
             waiting = len(self._compiling)
-            self._refuse(key, "unavailable", f"the queue is full: {waiting} grammars are waiting")
+            self._refuse(
+                key,
+                "unavailable",
+                f"the queue is full: {waiting} requests are waiting for their grammars "
+                "(max_waiting, max_waiting_tokens)",
+            )
         else:
             self._compiling[key] = request, constraint
+
+    def _may_compile(self, request: Request) -> bool:
+        """Whether another request may wait for its grammar."""
+        waiting = len(self._compiling)
+        tokens = self._num_compiling_tokens + len(request.prompt)
+        return not waiting or waiting < self._max_waiting and tokens <= self._max_waiting_tokens
+
+    @property
+    def _num_compiling_tokens(self) -> int:
+        return sum([len(request.prompt) for request, _ in self._compiling.values()])
+
+    def has_room(self, requests: list[Request]) -> bool:
+        """Whether these are not refused for a full queue, if they are added now."""
+        stats = self.stats()
+        tokens = sum([len(request.prompt) for request in requests])
+        alone = len(requests) == 1 and not stats.waiting
+        return stats.waiting + len(requests) <= self._max_waiting and (
+            alone or stats.waiting_tokens + tokens <= self._max_waiting_tokens
+        )
 
     def abort(self, id: int, client: Client = None) -> None:
         """End a sequence now; its pages are free at once. One that has ended is left alone."""
@@ -300,7 +327,8 @@ class Engine:
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()
         self._launched.clear()
-        why = str(error) if isinstance(error, GroupLost) else type(error).__name__
+        told = isinstance(error, (GroupLost, StepRefused))  # what is in other errors is the log's
+        why = str(error) if told else type(error).__name__
         message = f"The engine failed in a step that computed this request ({why})."
         for key in self._live:
             self._refuse(key, "internal", message)
@@ -337,7 +365,11 @@ class Engine:
 
     def stats(self) -> Stats:
         stats = self._scheduler.stats()
-        return msgspec.structs.replace(stats, waiting=stats.waiting + len(self._compiling))
+        return msgspec.structs.replace(
+            stats,
+            waiting=stats.waiting + len(self._compiling),
+            waiting_tokens=stats.waiting_tokens + self._num_compiling_tokens,
+        )
 
     def check_integrity(self) -> None:
         """Raise IntegrityError with a sentence if the bookkeeping contradicts itself."""
@@ -358,7 +390,6 @@ class Engine:
         self._outboxes.clear()
         self._grammars.close()
         self._runner.close()
-        gc.unfreeze()
 
 
 def _nothing() -> Outputs:

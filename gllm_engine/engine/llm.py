@@ -226,8 +226,7 @@ class LLM:
         """Hand over as many prompts as the engine's queue takes."""
         while queue:
             output, requests = queue[0]
-            room = self.config.max_waiting - self.engine.stats().waiting
-            if len(requests) > room and self._sequences:
+            if self._sequences and not self.engine.has_room(requests):
                 return  # and if nothing runs, it never will have room: let the engine say so
             queue.popleft()
             for request, completion in zip(requests, output.outputs, strict=True):

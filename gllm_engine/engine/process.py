@@ -7,6 +7,7 @@ engine is broken, or, once asked by SIGTERM, when its work is done. Knows nothin
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -21,10 +22,10 @@ import zmq
 from gllm_engine import wire
 from gllm_engine.arch import ArchError
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.engine.attach import discard_owner
+from gllm_engine.engine.attach import discard_owner, socket_address
 from gllm_engine.engine.core import Engine
 from gllm_engine.model import LoadError
-from gllm_engine.os_process import Process, end_with
+from gllm_engine.os_process import Process, end_with, end_with_any_thread
 from gllm_engine.types import Stats
 
 STATS_EVERY_S = 0.1
@@ -87,9 +88,8 @@ class EngineProcess:
             client, *frames = self.socket.recv_multipart()
             try:
                 self._handle(client, wire.decode(frames))
-            except ValueError:  # one front end's nonsense must not end the others' engine
-                log.exception("a front end sent what is not a message; it is dropped")
-                self.engine.drop(client)
+            except wire.NotAMessage as error:  # must not end the other front ends' engine
+                self._refuse(client, error)
         for client, pidfd in list(self.front_ends.items()):
             if pidfd in events:
                 log.warning("a front end died; its sequences are dropped")
@@ -99,7 +99,7 @@ class EngineProcess:
         if isinstance(message, wire.Hello):
             self._greet(client, message)
         elif client not in self.front_ends:
-            log.warning("message from an unknown front end ignored")
+            self._send(client, wire.Refusal("a message came from a front end that is not attached"))
         elif isinstance(message, wire.Submit):
             for request in message.requests:
                 self.engine.add(request, client)
@@ -111,21 +111,28 @@ class EngineProcess:
 
     def _greet(self, client: bytes, hello: wire.Hello) -> None:
         if hello.protocol != wire.PROTOCOL:
-            self._send(
-                client,
-                wire.Refusal(
-                    f"the front end speaks protocol {hello.protocol}, the engine {wire.PROTOCOL}: "
-                    "they are of different versions"
-                ),
-            )
+            self._send(client, _different_versions(hello.protocol))
             return
-        try:
-            pidfd = os.pidfd_open(hello.pid)
-        except ProcessLookupError:
-            return
-        self.front_ends[client] = pidfd
-        self.poller.register(pidfd, zmq.POLLIN)
+        if client in self.front_ends:  # it begins anew
+            self.engine.drop(client)
+        else:
+            try:
+                pidfd = os.pidfd_open(hello.pid)
+            except OSError as error:
+                self._send(client, wire.Refusal(f"process {hello.pid}: {error.strerror}"))
+                return
+            self.front_ends[client] = pidfd
+            self.poller.register(pidfd, zmq.POLLIN)
         self._send(client, wire.Welcome(self.engine.info))
+
+    def _refuse(self, client: bytes, error: wire.NotAMessage) -> None:
+        """Which sequences the message was about is not known: so all of its sender's are lost."""
+        log.error("a front end's sequences are dropped, because what it sent is %s", error)
+        self.engine.drop(client)
+        if error.kind is wire.Hello:
+            self._send(client, _different_versions("another"))
+        else:
+            self._send(client, wire.Refusal(f"the engine got what is {error}"))
 
     def _part(self, client: bytes) -> None:
         self.engine.drop(client)
@@ -145,6 +152,13 @@ class EngineProcess:
             message = self.stats.make(client, self.engine.stats())
             if message is not None:
                 self._send(client, message)
+
+
+def _different_versions(protocol: str) -> wire.Refusal:
+    return wire.Refusal(
+        f"the front end speaks protocol {protocol}, the engine {wire.PROTOCOL}: they are of "
+        "different versions; load the model anew"
+    )
 
 
 class _StatsFeed:
@@ -190,13 +204,14 @@ def main() -> int:
     if owner is None:
         return 1
     end_with(owner, lambda: discard_owner(owner))
+    end_with_any_thread()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the parent's mask is inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = msgspec.json.decode((directory / "config.json").read_bytes(), type=EngineConfig)
     try:
+        config = msgspec.json.decode((directory / "config.json").read_bytes(), type=EngineConfig)
         engine = Engine(config)
-        server = EngineProcess(engine, f"ipc://{directory}/engine.sock")
+        server = EngineProcess(engine, socket_address(directory))
     except Exception as error:  # the last words of a failed start, for the front ends to repeat
         is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # and no bug of ours
         log.error("the engine cannot start: %s", error, exc_info=not is_theirs)
@@ -206,17 +221,30 @@ def main() -> int:
     def drain(*_: object) -> None:
         server.draining = True
 
+    # What is loaded stays: the collector need not look at it again in every full pass.
+    gc.collect()
+    gc.freeze()
     signal.signal(signal.SIGTERM, drain)
-    server.run()
-    if engine.broken is not None:
-        log.critical("%s; this process ends, a front end starts another", engine.broken)
+    trouble = _run(server)
+    if trouble is not None:
+        log.critical("%s; this process ends, a front end starts another", trouble)
         with contextlib.suppress(OSError):  # who would have read it has left
-            _leave_word(directory, engine.broken)
+            _leave_word(directory, trouble)
         server.close()
         os._exit(BROKEN)  # an orderly end would call upon the device again
     server.close()
     engine.close()
     return 0
+
+
+def _run(server: EngineProcess) -> str | None:
+    """Serve to the end; why it had to come, or None if its time had come."""
+    try:
+        server.run()
+    except Exception as error:
+        log.exception("the engine fails outside a step")
+        return f"the engine failed ({type(error).__name__}: {error})"
+    return server.engine.broken
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ class Scheduler:
         self._max_tokens = config.max_num_batched_tokens
         self._max_slots = config.max_num_seqs
         self._max_waiting = config.max_waiting
+        self._max_waiting_tokens = config.max_waiting_tokens
         self._eos_token_ids = eos_token_ids
         self._policy = policy or POLICIES[config.policy]
         self._fit = Fit()
@@ -148,6 +149,13 @@ class Scheduler:
                 "unavailable",
                 f"the queue is full: {len(self._waiting)} requests are waiting (max_waiting)",
             )
+        queued = self._num_waiting_tokens
+        if self._waiting and queued + length > self._max_waiting_tokens:
+            raise Refused(
+                "unavailable",
+                f"the queue is full: {queued} tokens are waiting, and with the {length} of this "
+                f"prompt they would be more than {self._max_waiting_tokens} (max_waiting_tokens)",
+            )
         self._arrivals += 1
         sampling = sequence.sampling
         sequence.rank = (sampling.priority, self._arrivals)
@@ -158,6 +166,10 @@ class Scheduler:
         sequence.commit_check = self._next_commit_check(sequence)
         self._waiting.put(sequence)
         self._backlog += length
+
+    @property
+    def _num_waiting_tokens(self) -> int:
+        return self._backlog - sum([sequence.backlog for sequence in self._prefilling])
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now. One that has ended, or was never added, is left alone."""
@@ -531,6 +543,7 @@ class Scheduler:
             prefix_hits=self._prefix_hits,
             preemptions=self._preemptions,
             steps=self._steps,
+            waiting_tokens=self._num_waiting_tokens,
         )
 
     def check_integrity(self) -> None:

@@ -18,7 +18,7 @@ from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import SamplingParams, StructuredOutputs
 from gllm_engine.sched.policy import POLICIES
 from gllm_engine.types import Request, StepResult, TokenLogprobs
-from gllm_engine.workers.group import GroupLost
+from gllm_engine.workers.group import GroupLost, StepRefused
 
 VOCAB = 384
 LONG = SamplingParams(max_tokens=None, ignore_eos=True)
@@ -213,6 +213,69 @@ def test_a_full_queue_is_said_to_be_full(make):
     _, finished = collect(engine)
     assert [id for (_, id), f in finished.items() if f.status == "unavailable"] == [2, 3]
     assert "queue is full" in finished[None, 2].message
+
+
+def test_a_queue_full_of_tokens_is_said_to_be_full(make):
+    engine = make(max_waiting_tokens=100, max_num_seqs=1)
+    lengths = [200, 80, 20, 1, 30]  # the first would wait alone, so it is taken
+    for id, length in enumerate(lengths[:4]):
+        request = Request(id, [3] * length, SamplingParams(max_tokens=2, ignore_eos=True), 0)
+        assert engine.has_room([request]) is (id in (0, 1, 2))
+        engine.add(request)
+        if id == 0:
+            assert engine.stats().waiting_tokens == 200
+            engine.step()  # it runs, and waits no more
+    assert engine.stats().waiting_tokens == 100
+    _, finished = collect(engine)
+    assert [id for (_, id), f in finished.items() if f.status == "unavailable"] == [3]
+    sentence = (
+        "100 tokens are waiting, and with the 1 of this prompt they would be more than 100 (max"
+    )
+    assert sentence in finished[None, 3].message
+    assert engine.stats().waiting_tokens == 0
+
+
+def test_grammars_that_compile_are_bounded_too(make):
+    engine = make(max_waiting_tokens=10)
+    sampling = SamplingParams(structured_outputs=StructuredOutputs(choice=("yes",)), max_tokens=5)
+    for id in (0, 1):
+        engine.add(Request(id, [3] * 6, sampling, 0))
+    assert engine.stats().waiting_tokens == 6
+    _, finished = collect(engine)
+    assert finished[None, 0].reason == "stop"
+    assert "1 requests are waiting for their grammars" in finished[None, 1].message
+
+
+def test_a_request_that_finds_a_fault_costs_itself_alone(make, monkeypatch, caplog):
+    engine = make()
+    engine.add(Request(0, [3, 4], SamplingParams(max_tokens=3, ignore_eos=True), 0))
+    monkeypatch.setattr(engine._grammars, "constrain", lambda request: 1 / 0)
+    engine.add(Request(1, [3], LONG, 0))
+    monkeypatch.undo()
+    tokens, finished = collect(engine)
+    assert finished[None, 1].status == "internal" and "ZeroDivisionError" in caplog.text
+    assert tokens == {(None, 0): expected([3, 4], 3)}
+
+
+def test_the_callers_collector_is_left_alone(make):
+    """An LLM lives in a process whose objects are not ours."""
+    frozen = gc.get_freeze_count()
+    engine = make()
+    assert gc.get_freeze_count() == frozen
+    gc.freeze()
+    engine.close()
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()
+
+
+def test_a_step_that_every_rank_refuses_is_no_lost_group(make):
+    engine = make()
+    engine._runner.error = StepRefused
+    finish = fail_one(engine)
+    assert finish.status == "internal" and "(at launch)" in finish.message
+    assert engine.broken is None
+    engine.add(Request(1, [3, 4], SamplingParams(max_tokens=3, ignore_eos=True), 0))
+    assert collect(engine)[1][None, 1].reason == "length"
 
 
 def test_an_id_in_use_is_refused(make):

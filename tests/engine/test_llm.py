@@ -248,8 +248,9 @@ def test_errors_of_one_prompt_lose_no_other(load):
         llm.generate("Hello", [GREEDY, GREEDY])
 
 
-def test_more_prompts_than_the_queue_takes(load):
-    llm = load(max_waiting=3, max_num_seqs=2)
+@pytest.mark.parametrize("bound", [{"max_waiting": 3}, {"max_waiting_tokens": 9}])
+def test_more_prompts_than_the_queue_takes(load, bound):
+    llm = load(**bound, max_num_seqs=2)
     params = [SamplingParams(temperature=0, max_tokens=1 + i % 5, n=1 + i % 3) for i in range(20)]
     outputs = llm.generate([[5, 6, 7 + i] for i in range(20)], params)
     assert [output.error for output in outputs] == [None] * 20

@@ -14,6 +14,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,14 +42,24 @@ from gllm_engine import (
     write_tiny_model,
 )
 from gllm_engine.engine import core
-from gllm_engine.engine.attach import EngineRecord, _locked, _remove, _root, detach
+from gllm_engine.engine.attach import (
+    _LONGEST_HOME,
+    _SOCKET,
+    EngineRecord,
+    _locked,
+    _remove,
+    _root,
+    detach,
+)
 from gllm_engine.engine.process import BROKEN, EngineProcess, main
 from gllm_engine.os_process import Process
 from gllm_engine.runner.null_runner import NullRunner, NullStep
+from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import StepPlan
 
 WAIT_S = 30.0
 DRAIN_S = 1.0
+ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True)
 MANY, LONG = 2000, 20_000  # messages that are not sent in no time, and characters in each
 
 
@@ -89,6 +100,8 @@ def front_ends(owner: int) -> dict[str, Process]:
 
 class Front:
     """A front end that keeps what it is told."""
+
+    owner: int
 
     def __init__(self, model: str, owner: int, instance: str = "m_0_0", **config: Any) -> None:
         self.outputs: queue.Queue[Any] = queue.Queue()
@@ -437,12 +450,213 @@ def test_whoever_waits_for_a_directory_that_is_removed_makes_it_again(tmp_path: 
 
 
 def test_the_private_directory_is_refused_when_it_is_not_private(
+    monkeypatch: pytest.MonkeyPatch, model: str, owner: int
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="gt-", dir="/tmp") as temporary:
+        monkeypatch.setattr("tempfile.gettempdir", lambda: temporary)
+        assert _root().parent == Path(temporary)
+        _root().chmod(0o755)
+        with pytest.raises(EngineError, match="0700"):
+            Front(model, owner)
+
+
+def test_every_path_of_a_socket_is_short_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest temporary directory that is used: its sockets' paths fit, whatever the pids."""
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    for length in range(1, 107):
+        monkeypatch.setattr("tempfile.gettempdir", lambda: "/" * length)  # noqa: B023
+        assert len(str(socket_parent(below=50))) <= 57
+    name = f"/gllm-{os.getuid()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    longest = f"{name}/4194304.9999999999/{'a' * 12}/99999/engine.sock"
+    assert len(longest) == len(f"{name}/{_LONGEST_HOME}/{_SOCKET}")
+
+
+def test_without_any_directory_for_sockets_a_start_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, owner: int
 ) -> None:
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    _root().chmod(0o755)
-    with pytest.raises(EngineError, match="0700"):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp/" + "x" * 95)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(EngineError, match="TMPDIR: /tmp/x* cannot hold sockets.* and has 100; nei"):
         Front(model, owner)
+
+
+def describe_with(**fields: type) -> str:
+    inner = msgspec.defstruct("Inner", [*fields.items()], array_like=True)
+    return wire.describe([msgspec.defstruct("Outer", [("a", int), ("b", list[inner])])])  # type: ignore[valid-type]
+
+
+def test_the_protocol_changes_with_any_field_of_any_message() -> None:
+    old = describe_with(a=int, b=str)
+    assert old == describe_with(a=int, b=str)
+    for different in ({"a": int}, {"b": str, "a": int}, {"a": int, "c": str}, {"a": int, "b": int}):
+        assert describe_with(**different) != old
+    default = [msgspec.defstruct("S", [("a", int, i)], omit_defaults=True) for i in (1, 2)]
+    assert wire.describe(default[:1]) != wire.describe(default[1:])
+    described = wire.describe(wire._TYPES)
+    for inner in ("Request", "SamplingParams", "StructuredOutputs", "EngineConfig", "Chunk"):
+        assert f"\n{inner} " in described
+
+
+def test_other_software_means_another_engine(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An upgrade under a running server: the next load of the model gets an engine of its own.
+
+    All this with a temporary directory whose path is too long for a socket's.
+    """
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
+    a = Front(model, owner, "m_0_0")
+    first = a.engine
+    monkeypatch.setattr("gllm_engine.engine.attach._SOFTWARE", "gllm 9.9.9 (code 00000000)")
+    b = Front(model, owner, "m_0_1")
+    assert b.engine != first
+    until(lambda: bool(a.lost))
+    assert len(b.generate()) == 5
+    assert b.client._attached.directory.is_relative_to("/tmp") and not list(long.iterdir())
+    a.client.close()
+    b.client.close()
+
+
+def test_an_engine_of_another_protocol_is_not_used(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code was replaced on disk after this process had read its own."""
+    monkeypatch.setattr(wire, "PROTOCOL", "another")
+    with pytest.raises(
+        EngineError, match="the front end speaks protocol another, the engine .*: t"
+    ):
+        Front(model, owner)
+    assert not list(_root().glob(f"{owner}.*"))
+
+
+@pytest.fixture(scope="module")
+def shared(model: str) -> Iterator[Front]:
+    """A front end that others can come to, with the engine that it keeps."""
+    with subprocess.Popen(["sleep", "600"]) as sleeper:
+        front = Front(model, sleeper.pid, "m_0_0")
+        front.owner = sleeper.pid
+        yield front
+        assert len(front.generate()) == 5 and not front.lost  # whatever others have done
+        front.client.close()
+        sleeper.kill()
+
+
+def lose_once(front: Front, misunderstand: Callable[[], None], sentence: str) -> None:
+    """What a front end runs is lost, with a sentence, and nothing else: it goes on."""
+    front.client.submit([Request(1, [3], ENDLESS, 7)])
+    front.outputs.get(timeout=WAIT_S)
+    misunderstand()
+    until(lambda: bool(front.lost))
+    assert sentence in front.lost[0]
+    while not front.outputs.empty():
+        front.outputs.get()
+    assert len(front.generate(2)) == 5
+    assert len(front.lost) == 1 and front.client.trouble is None
+
+
+def test_an_odd_message_costs_its_sender_what_it_runs_and_no_more(
+    model: str, shared: Front
+) -> None:
+    front = Front(model, shared.owner, "m_0_1")
+    for frames in ([b"\xff", b""], [b"\x03", b"\x05"], [b"\x03"], [b"\x00", b"\x91\x01"]):
+        front.lost.clear()
+
+        def send() -> None:
+            with front.client._lock:
+                front.client._outgoing.append(frames)  # noqa: B023
+                os.eventfd_write(front.client._wake, 1)
+
+        sentence = (
+            "different versions" if frames[0] == b"\0" else "the engine got what is not a mess"
+        )
+        lose_once(front, send, sentence)
+        until(lambda: shared.stats[-1].running == 0)  # the engine has dropped it, too
+    assert front.engine == shared.engine
+    front.client.close()
+
+
+@pytest.mark.parametrize("how", ["not a message", "of type Ready"])
+def test_an_odd_answer_costs_the_streams_and_not_the_connection(
+    model: str, shared: Front, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    front = Front(model, shared.owner, "m_0_1")
+
+    def misunderstand() -> None:
+        odd = [b"\xff", b""] if how == "not a message" else wire.encode(wire.Ready(1))
+        handle = front.client._handle
+
+        def handle_odd(message: Any) -> None:
+            monkeypatch.setattr(front.client, "_handle", handle)
+            handle(wire.decode(odd))
+
+        monkeypatch.setattr(front.client, "_handle", handle_odd)
+
+    lose_once(front, misunderstand, how)
+    until(lambda: shared.stats[-1].running == 0)
+    front.client.close()
+
+
+def test_a_connection_that_fails_says_so(
+    model: str, shared: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong on the client's thread: it does not end in silence."""
+    front = Front(model, shared.owner, "m_0_2")
+    monkeypatch.setattr(front.client, "_receive", lambda: 1 / 0)
+    sentence = "the connection to the engine failed (ZeroDivisionError: division by zero)"
+    with contextlib.suppress(EngineUnavailable):
+        front.client.submit([Request(1, [3], ENDLESS, 7)])
+    until(lambda: front.lost == [sentence])
+    with pytest.raises(EngineUnavailable, match="division by zero"):
+        front.client.submit([])
+    assert front.client.trouble == sentence
+    front.client.close()
+
+
+def test_strangers_are_refused_and_harm_nobody(shared: Front) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.connect(shared.client._attached.address)
+        strange = [
+            (wire.encode(wire.Abort([1])), "a front end that is not attached"),
+            (wire.encode(wire.Hello(wire.PROTOCOL, -1)), "process -1: Invalid argument"),
+            (wire.encode(wire.Hello("1", os.getpid())), "protocol 1, the engine"),
+            ([b"\0", b"\x92\x01\x05"], "protocol another, the engine"),  # an integer
+            ([b"\xfe", b""], "the engine got what is not a message of protocol"),
+        ]
+        for frames, sentence in strange:
+            socket.send_multipart(frames)
+            assert sentence in wire.decode(socket.recv_multipart()).message
+
+
+def test_a_dead_thread_ends_its_process() -> None:
+    """A thread of the engine's, or of a worker's, that ends in silence would never be missed."""
+    script = (
+        "import threading, time; from gllm_engine.os_process import end_with_any_thread\n"
+        "end_with_any_thread(); threading.Thread(target=lambda: 1 / 0).start(); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=WAIT_S)
+    assert done.returncode == 1 and b"ZeroDivisionError" in done.stderr
+
+
+def test_an_engine_that_cannot_be_got_back_is_counted(
+    tmp_path: Path, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gllm_engine.engine.client.RETRY_S", (0.0,))
+    config = (write_tiny_model(tmp_path, "Qwen3ForCausalLM") / "config.json").read_text()
+    front = Front(str(tmp_path), owner)
+    assert front.client.failed_starts == 0
+    (tmp_path / "config.json").write_text("{}")
+    os.kill(front.engine.pid, signal.SIGKILL)
+    until(lambda: front.client.failed_starts > 0)
+    assert "the engine cannot start" in str(front.client.trouble) and len(front.lost) == 1
+    (tmp_path / "config.json").write_text(config)
+    until(lambda: front.client.trouble is None)
+    assert front.client.failed_starts == 0 and len(front.generate()) == 5
+    front.client.close()
 
 
 def _run_as_front_end(model: str, owner: int, instance: str) -> None:

@@ -190,6 +190,24 @@ def test_the_queue_is_bounded() -> None:
     add(scheduler, [9])
 
 
+def test_the_tokens_in_the_queue_are_bounded() -> None:
+    scheduler = make(max_waiting_tokens=5)
+    waiting = [add(scheduler, [9] * 7)]  # alone, and so taken
+    with pytest.raises(
+        Refused, match="queue is full: 7 tokens are waiting, and with the 1"
+    ) as full:
+        add(scheduler, [9])
+    assert full.value.status == "unavailable"
+    scheduler.abort(waiting.pop())
+    waiting += [add(scheduler, [9] * 4), add(scheduler, [9])]
+    assert scheduler.stats().waiting_tokens == 5
+    with pytest.raises(Refused, match="more than 5 .max_waiting_tokens"):
+        add(scheduler, [9])
+    scheduler.schedule()  # those that run wait no more
+    assert scheduler.stats().waiting_tokens == 0
+    add(scheduler, [9] * 5)
+
+
 def test_a_sequence_is_added_once() -> None:
     scheduler = make()
     sequence = add(scheduler, [9], "twice")
