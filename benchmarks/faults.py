@@ -38,11 +38,16 @@ RANKS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline_parallel_size": 2},
 }
 ENGINE = {"device": "cpu", "cpu_threads": 1, "num_pages": 4096, "max_model_len": 16384}
-NUM_STREAMS, STREAM_TOKENS = 4, 600
-MANY, MANY_TOKENS, FEW_FILES = 300, 16, 256
+NUM_STREAMS = 4
+STREAM_TOKENS = 600
+MANY = 300
+MANY_TOKENS = 16
+FEW_FILES = 256
 FRONT_ENDS = 2
-SHM_BYTES, DISK_BYTES = 256 << 20, 16 << 20
-START_S, STOP_S = 180.0, 90.0
+SHM_BYTES = 256 << 20
+DISK_BYTES = 16 << 20
+START_S = 180.0
+STOP_S = 90.0
 PATIENCE_S = 30.0  # for streams to end after a fault
 AGAIN_S = 60.0
 STILL_S = 5.0  # a stream without a token for so long hangs
@@ -64,9 +69,11 @@ class Stream(threading.Thread):
 
     def __init__(self, address: str, max_tokens: int) -> None:
         super().__init__(daemon=True)
-        self.num_tokens, self.news_at = 0, time.monotonic()
+        self.num_tokens = 0
+        self.news_at = time.monotonic()
         self.outcome: str | None = None
-        self._client, self._max_tokens = SyncClient(address, MODEL), max_tokens
+        self._client = SyncClient(address, MODEL)
+        self._max_tokens = max_tokens
 
     def run(self) -> None:
         options: dict[str, Any] = {"max_tokens": self._max_tokens, "ignore_eos": True}
@@ -102,7 +109,8 @@ class Site:
     """
 
     def __init__(self, engine: dict[str, Any], max_files: int | None = None) -> None:
-        self._engine, self._max_files = ENGINE | engine, max_files
+        self._engine = ENGINE | engine
+        self._max_files = max_files
         self._mark = uuid.uuid4().hex
         http, self._grpc, metrics = free_ports(3)
         self.address = f"127.0.0.1:{self._grpc}"
@@ -114,12 +122,15 @@ class Site:
         with ExitStack() as stack:
             enter = stack.enter_context
             directory = Path(enter(tempfile.TemporaryDirectory(prefix="gf-", dir="/tmp")))
-            self._log, self._tmp = directory / "log", directory / "t"
+            self._log = directory / "log"
+            self._tmp = directory / "t"
             self._tmp.mkdir()
             write_tiny_model(
-                directory / "model", "Qwen3ForCausalLM", num_hidden_layers=4,
+                directory / "model",
+                "Qwen3ForCausalLM",
+                num_hidden_layers=4,
                 max_position_embeddings=16384,
-            )  # fmt: skip
+            )
             write_repository(
                 directory / f"r/{MODEL}", directory / "model", FRONT_ENDS, {}, self._engine
             )
@@ -314,14 +325,18 @@ class Probe(threading.Thread):
 
     def __init__(self, site: Site) -> None:
         super().__init__(daemon=True)
-        self.failing, self.failed, self.since = False, False, time.monotonic()
-        self._site, self._ended = site, threading.Event()
+        self.failing = False
+        self.failed = False
+        self.since = time.monotonic()
+        self._site = site
+        self._ended = threading.Event()
 
     def run(self) -> None:
         while not self._ended.wait(0.05):
             failing = not self._site.answers()
             if failing != self.failing:
-                self.failing, self.since = failing, time.monotonic()
+                self.failing = failing
+                self.since = time.monotonic()
                 self.failed = True
 
     def close(self) -> None:

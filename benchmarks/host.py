@@ -88,7 +88,8 @@ def served_speed(
     found = [summarize(records, {}) for records in runs]
     assert not any(run["failed"] for run in found), "tokens were lost"
     best = max(found, key=lambda run: run["output_tokens_per_s"])
-    speed, per_response = best["output_tokens_per_s"], best["tokens_per_response"]
+    speed = best["output_tokens_per_s"]
+    per_response = best["tokens_per_response"]
     return {"tokens_per_s": speed, "tokens_per_response": per_response}
 
 

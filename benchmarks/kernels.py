@@ -29,7 +29,8 @@ BYTES_PER_S = 4.3e12
 OPS_PER_S = 790e12
 ROTATED_BYTES = 256 << 20  # several times the L2 cache
 MAX_CALLS = 1000  # what is smaller than that is bounded by its launch
-MIN_CALLS, REPLAYS = 8, 15
+MIN_CALLS = 8
+REPLAYS = 15
 PAGE_SIZE = 16
 TOKENS = (1, 64, 256, 1024, 8192)
 GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
@@ -60,7 +61,10 @@ class Shape:
     def __init__(
         self, arch: Model, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
     ) -> None:
-        self.arch, self.device, self.dtype, self.cache_dtype = arch, device, dtype, cache_dtype
+        self.arch = arch
+        self.device = device
+        self.dtype = dtype
+        self.cache_dtype = cache_dtype
         self.mixer: Gqa = arch.layers[0].mixer
         self.ffn = arch.layers[0].ffn
         self.ops = select_ops(device)
@@ -72,11 +76,16 @@ class Shape:
 
     def rows_cases(self, tokens: int) -> Iterator[Case]:
         """What works on each token by itself."""
-        dim, hidden, m = self.arch.dim, self.ffn.hidden, self.mixer
-        ops, eps, item = self.ops, self.arch.eps, self.item
+        dim = self.arch.dim
+        hidden = self.ffn.hidden
+        m = self.mixer
+        ops = self.ops
+        eps = self.arch.eps
+        item = self.item
 
         def norm() -> Callable[[], Any]:
-            x, gain = self.randn(tokens, dim), self.randn(dim)
+            x = self.randn(tokens, dim)
+            gain = self.randn(dim)
             return lambda: ops.rms_norm(x, gain, eps)
 
         def activation() -> Callable[[], Any]:
@@ -99,8 +108,11 @@ class Shape:
 
         For one token, norm and activation are done in the same kernel, so they are in the call.
         """
-        m, dim, hidden = self.mixer, self.arch.dim, self.ffn.hidden
-        q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
+        m = self.mixer
+        dim = self.arch.dim
+        hidden = self.ffn.hidden
+        q = m.heads * m.head_dim
+        kv = m.kv_heads * m.head_dim
         products = {"qkv": (q + 2 * kv, dim), "out": (dim, q)}
         if not isinstance(self.ffn, Moe):
             products |= {"gate_up": (2 * hidden, dim), "down": (dim, hidden)}
@@ -108,14 +120,17 @@ class Shape:
         for name, (n, k) in products.items():
             if name == "logits" and tokens > max(ROWS):
                 continue
-            adds, gates = name in ("out", "down"), name == "gate_up" and tokens == 1
+            adds = name in ("out", "down")
+            gates = name == "gate_up" and tokens == 1
             moved = n * k + tokens * (k + (n // 2 if gates else n) + n * adds)
             make = partial(self.product, name, tokens, n, k)
             size = f"{tokens} x {k} x {n}"
             yield Case(f"GEMM {name}", size, moved * self.item, 2 * tokens * n * k, make)
 
     def product(self, name: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
-        x, weight, ops = self.randn(tokens, k), self.randn(n, k), self.ops
+        x = self.randn(tokens, k)
+        weight = self.randn(n, k)
+        ops = self.ops
         if name in ("out", "down"):
             total = self.randn(tokens, n)
             return lambda: ops.add_linear(total, x, weight, None)
@@ -128,7 +143,9 @@ class Shape:
 
     def moe_case(self, moe: Moe, tokens: int) -> Case:
         """Router, routing and experts, added to a sum; each expert as likely as any other."""
-        dim, num, ops = self.arch.dim, moe.num_experts, self.ops
+        dim = self.arch.dim
+        num = moe.num_experts
+        ops = self.ops
 
         def mixture() -> Callable[[], Any]:
             x, total = self.randn(2, tokens, dim)
@@ -150,14 +167,18 @@ class Shape:
     @cached_property
     def experts(self) -> tuple[Tensor, Tensor]:
         """One layer's matrices, larger than the L2 cache."""
-        num, dim, hidden = self.ffn.num_experts, self.arch.dim, self.ffn.hidden
+        num = self.ffn.num_experts
+        dim = self.arch.dim
+        hidden = self.ffn.hidden
         return self.randn(num, 2 * hidden, dim), self.randn(num, dim, hidden)
 
     def sample_case(self, rows: int) -> Case:
-        vocab, device = self.arch.vocab, self.device
+        vocab = self.arch.vocab
+        device = self.device
 
         def draw() -> Callable[[], Any]:
-            scores, ops = self.randn(rows, vocab), self.ops
+            scores = self.randn(rows, vocab)
+            ops = self.ops
             heat = torch.ones(rows, dtype=torch.float64, device=device)
             seeds = torch.randint(1 << 60, (rows,), device=device)
             slots = torch.arange(rows, device=device)
@@ -176,7 +197,8 @@ class Shape:
 
     def attention_case(self, kind: str, size: str, rows: int, context: int, chunk: int) -> Case:
         """Causal attention of the last `chunk` tokens of each of some rows."""
-        m, window = self.mixer, self.mixer.window or context
+        m = self.mixer
+        window = self.mixer.window or context
         # A whole prompt attends to its K and V as they are, the rest to what the cache has.
         kv_item = self.item if chunk == context > 1 else self.cache_dtype.itemsize
         read = 2 * m.kv_heads * min(context, chunk - 1 + window) * kv_item
@@ -194,7 +216,8 @@ class Shape:
 
     def attention(self, batch: Batch, attends: bool = True) -> Callable[[], Callable[[], Any]]:
         """Makes calls that attend over caches of their own, or rotate and store into them."""
-        m, ops = self.mixer, self.ops
+        m = self.mixer
+        ops = self.ops
         num_pages = int(batch.page_table.max()) + 1
         shape = (num_pages, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
         like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
@@ -271,13 +294,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    path, device = model_directory(arguments.model), best_device()
+    path = model_directory(arguments.model)
+    device = best_device()
     if device.type != "cuda":
         raise SystemExit("scripts/bench kernels: no GPU with its kernels installed is here")
     dtype = torch.bfloat16
     cache_dtype = torch.float8_e4m3fn if arguments.kv_cache_dtype == "fp8" else dtype
     shape = Shape(read_arch(path), device, dtype, cache_dtype)
-    words, found = arguments.only.split(","), []
+    words = arguments.only.split(",")
+    found = []
     for case in shape.cases():
         if any(word in case.kernel for word in words):
             found.append(describe(case, seconds_of(case, device)))

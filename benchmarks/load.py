@@ -108,7 +108,10 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
     records: dict[int, RequestRecord] = {}
 
     async def one(client: Client, number: int, due: float | None) -> None:
-        job, times, tokens, error = jobs[number], [], [], None
+        job = jobs[number]
+        times = []
+        tokens = []
+        error = None
         if due is not None:
             await asyncio.sleep(due - time.monotonic())
         sent = time.monotonic()

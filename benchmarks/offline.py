@@ -36,9 +36,13 @@ VLLM = {
 }
 # What both must be told alike; the rest of --config is our engine's alone.
 SHARED = (
-    "gpu_memory_utilization", "max_model_len", "max_num_seqs",
-    "pipeline_parallel_size", "tensor_parallel_size", "enable_expert_parallel",
-)  # fmt: skip
+    "gpu_memory_utilization",
+    "max_model_len",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+    "enable_expert_parallel",
+)
 HEADER = ["workload", "engine", "s", "out tok/s", "tok/s", "ms/token", "first ms", "steps"]
 
 
@@ -78,7 +82,8 @@ def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: fl
 
     Raises SystemExit when it fails or takes longer than `timeout` seconds.
     """
-    environment, driver = dict(os.environ), ["-m", "gllm_benchmarks.ours"]
+    environment = dict(os.environ)
+    driver = ["-m", "gllm_benchmarks.ours"]
     if engine == "vllm":
         environment |= {"PYTHONPATH": str(peer_site), "VLLM_NO_USAGE_STATS": "1"}
         environment["HF_HUB_OFFLINE"] = "1"
@@ -127,7 +132,8 @@ def make_rows(work: list[dict[str, Any]], figures: dict[str, Any]) -> list[list[
 
 def describe(jobs: list[Job], run: dict[str, Any]) -> list[str]:
     """Cells of HEADER from the speeds on. A latency is told where all requests run as one batch."""
-    seconds, num_steps = run["seconds"], jobs[0].output_len
+    seconds = run["seconds"]
+    num_steps = jobs[0].output_len
     together = len(jobs) <= 64 and len({job.output_len for job in jobs}) == 1
     return [
         f"{run['tokens'] / seconds:,.0f}",
@@ -164,7 +170,8 @@ def main() -> None:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no engine is left behind
     model = model_directory(arguments.model)
-    ours, peer = parse_pairs(arguments.config), parse_pairs(arguments.peer_config)
+    ours = parse_pairs(arguments.config)
+    peer = parse_pairs(arguments.peer_config)
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     work = []
     for name in arguments.workloads.split(","):

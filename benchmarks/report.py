@@ -59,7 +59,8 @@ def slashed(values: Iterable[float]) -> str:
 
 def host_part(_: str, results: Results) -> str:
     figures = results["host"]["figures"]
-    steps, served = figures["scheduler_us_per_step"], figures["through_triton"]
+    steps = figures["scheduler_us_per_step"]
+    served = figures["through_triton"]
     what = f"scheduler, a step at {slashed(map(int, steps))} running sequences"
     share = f"{served['share_of_offline']:.0%} of offline"
     rows = [
@@ -82,7 +83,8 @@ def host_part(_: str, results: Results) -> str:
 def offline_part(model: str, results: Results) -> str:
     """One table a model: what each engine makes of each workload, and how they compare."""
     result = results[f"offline-{model}"]
-    header, engines = ["workload"], []
+    header = ["workload"]
+    engines = []
     for engine, figures in result["figures"].items():
         header.append(f"{engine} {figures.get('version', '')}".strip())
         engines.append(figures | {"start": {"seconds": figures["start_s"]}})
@@ -103,7 +105,8 @@ def offline_part(model: str, results: Results) -> str:
 def sizes(name: str) -> str:
     pairs = lengths(name)
     if len(set(pairs)) == 1:
-        (prompt_len, output_len), count = pairs[0], len(pairs)
+        (prompt_len, output_len) = pairs[0]
+        count = len(pairs)
         return f"{count:,} x {prompt_len:,} tokens in, {output_len:,} out"
     totals = (sum(column) for column in zip(*pairs, strict=True))
     tokens_in, tokens_out = (f"{round(total, -3) // 1000:,}k" for total in totals)
@@ -153,7 +156,8 @@ def share_of_offline(model: str, results: Results) -> float | None:
     """How much of the offline speed comes through the server, where both did the same work."""
     served = results[f"serve-{model}"]["figures"]
     alone = results.get(f"offline-{model}", {}).get("figures", {}).get("ours", {})
-    run, same = served["runs"].get("all at once"), alone.get(served["workload"])
+    run = served["runs"].get("all at once")
+    same = alone.get(served["workload"])
     if not run or not same or run["output_tokens"] != same["tokens"]:
         return None
     return float(same["seconds"] / run["seconds"])

@@ -38,7 +38,9 @@ Arrivals = list[float] | int  # seconds from the beginning for each, or how many
 
 def times_of(one: RequestRecord) -> dict[str, list[float]]:
     """By name of TIMES, the values that one complete request has, in seconds."""
-    first, last, later = one.times[0], one.times[-1], one.wanted - 1
+    first = one.times[0]
+    last = one.times[-1]
+    later = one.wanted - 1
     return {
         "ttft": [first - one.due],
         "tpot": [(last - first) / later] if later else [],
@@ -56,9 +58,11 @@ def summarize(records: list[RequestRecord], slo: dict[str, float]) -> dict[str, 
     """What a run's records amount to; times in milliseconds."""
     complete = [one for one in records if one.is_complete]
     failed = [one for one in records if not one.is_complete]
-    begin, end = min(r.sent for r in records), max([0.0, *(t for r in records for t in r.times)])
+    begin = min(r.sent for r in records)
+    end = max([0.0, *(t for r in records for t in r.times)])
     seconds = max(end - begin, 1e-9)
-    tokens, num_responses = sum(sum(r.tokens) for r in records), sum(len(r.times) for r in records)
+    tokens = sum(sum(r.tokens) for r in records)
+    num_responses = sum(len(r.times) for r in records)
     figures: dict[str, Any] = {
         "seconds": seconds,
         "requests": len(records),

@@ -82,7 +82,9 @@ class Pipeline:
 
     def __init__(self, stages: list[Cost], head: Cost, travel: Cost) -> None:
         self.busy = [0.0] * len(stages)
-        self._stages, self._head, self._travel = stages, head, travel
+        self._stages = stages
+        self._head = head
+        self._travel = travel
         self._free = [0.0] * len(stages)
         self._lengths: dict[int, int] = {}  # by slot, of what is computed
         self._sampled: dict[int, float] = {}  # by slot, when its last token is known
@@ -92,7 +94,8 @@ class Pipeline:
         work = self._work(plan)
         slots = plan.decode_slots + [chunk.slot for chunk in plan.chunks if chunk.samples]
         head = self._head(Work(len(slots), 0, 0, len(slots))) if slots else 0.0
-        at, travel = max([now, *(self._sampled[s] for s in plan.decode_slots)]), self._travel(work)
+        at = max([now, *(self._sampled[s] for s in plan.decode_slots)])
+        travel = self._travel(work)
         for i, cost in enumerate(self._stages):
             is_last = i + 1 == len(self._stages)
             seconds = cost(work) + (head if is_last else 0.0)
@@ -103,7 +106,9 @@ class Pipeline:
         return at, StepResult(plan.step, [0] * len(slots), seconds=seconds)
 
     def _work(self, plan: StepPlan) -> Work:
-        lengths, context, count = self._lengths, 0, len(plan.decode_slots)
+        lengths = self._lengths
+        context = 0
+        count = len(plan.decode_slots)
         for slot in plan.decode_slots:
             lengths[slot] += 1
             context += lengths[slot]
@@ -128,7 +133,8 @@ def simulate(
     scheduler = Scheduler(config, config.num_pages, max(map(sum, pairs)) + 1, (), policy)
     times: list[list[float]] = [[] for _ in pairs]
     flights: deque[tuple[float, StepResult]] = deque()
-    now, arrived = 0.0, 0
+    now = 0.0
+    arrived = 0
     while True:
         while arrived < len(pairs) and arrivals[arrived] <= now:
             prompt_len, output_len = pairs[arrived]
@@ -181,14 +187,17 @@ def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
         return read_cost(parts["stage"]), read_cost(parts.get("head", {"step": 0.0}))
     gpus = arguments.gpus_per_stage
     chip = {"bandwidth": arguments.bandwidth * gpus, "flops": arguments.flops * gpus}
-    stage, head = parse_pairs(arguments.stage), {"params": 0.0}
+    stage = parse_pairs(arguments.stage)
+    head = {"params": 0.0}
     if arguments.model:
-        arch, pp = read_arch(arguments.model), arguments.pp
+        arch = read_arch(arguments.model)
+        pp = arguments.pp
         size = arch.vocab * arch.dim
         width = sum(layer.mixer.heads * layer.mixer.head_dim for layer in arch.layers)
         found = {"params": (arch.num_params() - size * (1 if arch.tie else 2)) / pp}
         found |= {"kv_bytes": arch.kv_bytes_per_token(2) / pp, "pair_flops": 4 * width / pp}
-        stage, head = found | stage, {"params": size}
+        stage = found | stage
+        head = {"params": size}
     head |= parse_pairs(arguments.head)
     return Roofline(**chip, **stage).seconds, Roofline(**chip, **head).seconds
 

@@ -343,7 +343,8 @@ def _warmup(options: argparse.Namespace) -> int:
 
     from gllm_engine import fill_caches, make_config, read_config
 
-    given, path = struct_values(options, EngineConfig), options.model
+    given = struct_values(options, EngineConfig)
+    path = options.model
     if path.is_file():
         config = replace(read_config(path), **given)
     else:
@@ -358,7 +359,8 @@ def _warmup(options: argparse.Namespace) -> int:
 def _tiny_model(options: argparse.Namespace) -> int:
     from gllm_engine import write_tiny_model
 
-    tiny, over = Tiny(**struct_values(options, Tiny)), {}
+    tiny = Tiny(**struct_values(options, Tiny))
+    over = {}
     for text in tiny.set:
         key, separator, value = text.partition("=")
         try:

@@ -66,7 +66,8 @@ class RemoteAnswers:
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
         """As AnswerSource's. Raises GenerateError once the server is gone: no item is to blame."""
-        pool, waiting = ThreadPoolExecutor(concurrency), iter(items)
+        pool = ThreadPoolExecutor(concurrency)
+        waiting = iter(items)
         pending: set[Future[tuple[Item, Any]]] = set()
         try:
             while True:

@@ -192,14 +192,17 @@ def _repair(file: IO[bytes], path: Path, retry_errors: bool) -> tuple[set[Key], 
     file.seek(0)
     finished: set[Key] = set()
     errors = False
-    end, last = 0, b"\n"  # bytes of whole lines; the last of them
+    # bytes of whole lines; the last of them
+    end = 0
+    last = b"\n"
     for number, line in enumerate(file, 1):
         answer = _parse_answer(line)
         if answer is None and line.endswith(b"\n"):
             raise BatchError(f"{path}: line {number} is not an answer of gllm batch")
         if answer is None:
             break
-        end, last = end + len(line), line
+        end = end + len(line)
+        last = line
         if retry_errors and "error" in answer:
             errors = True
         else:

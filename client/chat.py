@@ -26,7 +26,9 @@ class Chat:
         refusals: tuple[type[Exception], ...] = (GenerateError,),
         write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
     ) -> None:
-        self._answer, self._refusals, self._write = answer, refusals, write
+        self._answer = answer
+        self._refusals = refusals
+        self._write = write
         self._start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._start)
 

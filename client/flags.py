@@ -80,7 +80,8 @@ def struct_values(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
         try:
             values[name] = _convert(text, hints[name])
         except ValueError as error:
-            flag, problem = name.replace("_", "-"), str(error).replace("`", "")
+            flag = name.replace("_", "-")
+            problem = str(error).replace("`", "")
             raise UsageError(f"--{flag}: {shown(text)}: {problem}") from None
     return values
 

@@ -34,7 +34,8 @@ _READ_SIZE = 65536  # bytes
 
 def read_events(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The data of each server-sent event once it is whole; the stream may be cut anywhere."""
-    rest, event = b"", []
+    rest = b""
+    event = []
     for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
@@ -52,7 +53,8 @@ class HttpClient(BlockingAsking):
     def __init__(self, address: str = "127.0.0.1:8000", model: str | None = None) -> None:
         """`model`: the one to ask, where a call names none. Raises ValueError for no address."""
         check_port(address)
-        self._address, self._model = address, model
+        self._address = address
+        self._model = model
 
     def close(self) -> None:
         """Nothing is kept open between requests."""

@@ -307,7 +307,10 @@ class Supervisor:
     def __init__(
         self, server: Server, serving: Serving, models: list[str], signals: Signals
     ) -> None:
-        self._server, self._serving, self._models, self._signals = server, serving, models, signals
+        self._server = server
+        self._serving = serving
+        self._models = models
+        self._signals = signals
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serving.host, serving.host)
         self._host = f"[{host}]" if ":" in host else host
         self._address = f"{self._host}:{serving.grpc_port}"
@@ -321,7 +324,8 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit status of `gllm serve`."""
-        status, problem = 1, ""
+        status = 1
+        problem = ""
         try:
             self._bring_up()
             self._watch()

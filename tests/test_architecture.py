@@ -191,3 +191,45 @@ def test_functions_fit_a_screen(path: Path) -> None:
 def test_every_file_says_what_it_owns(path: Path) -> None:
     source = path.read_text()
     assert source == "" or ast.get_docstring(ast.parse(source)), f"{path} has no docstring"
+
+
+def has_swap(targets: list[ast.expr], values: list[ast.expr]) -> bool:
+    """Whether a value needs what an earlier target was: then one statement is right."""
+    assigned: set[str] = set()
+    for target, value in zip(targets, values, strict=True):
+        if assigned & {ast.unparse(node) for node in ast.walk(value)}:
+            return True
+        assigned.add(ast.unparse(target))
+    return False
+
+
+def squeezed(tree: ast.AST) -> list[int]:
+    """Lines with several assignments in one, or with arguments out of a starred tuple."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            starred = [arg.value for arg in node.args if isinstance(arg, ast.Starred)]
+            if any(isinstance(value, ast.Tuple) for value in starred):
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            target = node.targets[0]
+            if isinstance(target, ast.Tuple) and not has_swap(target.elts, node.value.elts):
+                lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("path", product_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_statements_are_not_squeezed(path: Path) -> None:
+    """One assignment a statement, arguments as they are, layout by the formatter.
+
+    Triton's kernels are let off: they assign vectors in pairs, and lay out long lists of arguments.
+    """
+    if not path.is_relative_to(ROOT / "gllm_engine/ops/triton"):
+        source = path.read_text()
+        assert "# fmt: skip" not in source
+        assert not squeezed(ast.parse(source))
+
+
+def test_a_swap_is_told_from_a_squeezed_statement() -> None:
+    assert not squeezed(ast.parse("a, b = b, a\nf(*args)"))
+    assert squeezed(ast.parse("a, b = 1, 2\nx.a, b = 1, x.a\nf(*(1, 2), 3)")) == [1, 3]

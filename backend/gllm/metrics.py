@@ -166,10 +166,14 @@ class Metrics:
 
     def _flush(self) -> None:
         with self._lock:
-            counts, self._counts = self._counts, defaultdict(float)
-            gauges, self._gauges = self._gauges, {}
-            observed, self._observed = self._observed, []
-            calls, self._after_flush = self._after_flush, []
+            counts = self._counts
+            self._counts = defaultdict(float)
+            gauges = self._gauges
+            self._gauges = {}
+            observed = self._observed
+            self._observed = []
+            calls = self._after_flush
+            self._after_flush = []
         try:
             if self._families:
                 self._write(counts, gauges, observed)
@@ -197,7 +201,8 @@ class Metrics:
     def _metric(self, name: str, labels: Labels) -> Any:
         key = (name, labels)
         if key not in self._metrics:
-            family, everything = self._families[name], dict(self._base + labels)
+            family = self._families[name]
+            everything = dict(self._base + labels)
             self._metrics[key] = (
                 family.Metric(labels=everything, buckets=BUCKETS[name])
                 if name in BUCKETS

@@ -70,9 +70,11 @@ class TritonPythonModel:
         # A stub whose server was killed hangs in its next call to it.
         end_with_parent()
         self._unavailable = EngineUnavailable
-        name, version = args["model_name"], args["model_version"]
+        name = args["model_name"]
+        version = args["model_version"]
         threads, coalesce, measure, check = _parameters(json.loads(args["model_config"]))
-        self._name, self._unloads_unhealthy = name, check
+        self._name = name
+        self._unloads_unhealthy = check
         sys.setswitchinterval(SWITCH_S)
         self.config = read_config(Path(args["model_repository"]) / version / "model.json")
         self.tokenizer = Tokenizer(Path(self.config.tokenizer or self.config.model))
@@ -196,7 +198,8 @@ class TritonPythonModel:
         A prompt that is too long is refused here, before it is copied for n sequences.
         """
         if parsed.kind == "text_input":
-            ids, text = self.tokenizer.encode(parsed.prompt, max_tokens=max_len), parsed.prompt
+            ids = self.tokenizer.encode(parsed.prompt, max_tokens=max_len)
+            text = parsed.prompt
             if not ids:
                 raise InvalidField("text_input", "the prompt has no tokens, at least one is needed")
             _check_len(len(ids), max_len)
@@ -249,7 +252,8 @@ class TritonPythonModel:
     # ------------------------------------------------------------ the sweep's thread
 
     def _sweep(self) -> None:
-        pause, failed_starts = SWEEP_S, 0
+        pause = SWEEP_S
+        failed_starts = 0
         while not self._stopping.wait(pause):
             began = time.monotonic()
             if failed_starts != self.client.failed_starts:
@@ -290,7 +294,9 @@ class TritonPythonModel:
                 self._sequences.pop(choice.sequence_id, None)
 
     def _measure(self, stream: Stream) -> None:
-        metrics, first, last = self.metrics, stream.first_token_at, stream.last_token_at
+        metrics = self.metrics
+        first = stream.first_token_at
+        last = stream.last_token_at
         if first is not None:
             metrics.count("prompt_tokens_total", stream.num_prompt_tokens)
             metrics.observe("time_to_first_token_seconds", first - stream.began)

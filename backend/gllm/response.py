@@ -124,7 +124,9 @@ class Stream:
         self._num_sent = 0
         self._last_response: Any = None  # from its end until FINAL
         self._tokenizer = tokenizer
-        self._on_abort, self._on_end, self._on_close = on_abort, on_end, on_close
+        self._on_abort = on_abort
+        self._on_end = on_end
+        self._on_close = on_close
         self._response_sender = response_sender
         self._end = threading.Lock()
 
@@ -133,7 +135,8 @@ class Stream:
     ) -> None:
         """Say what is to be answered; before the first arrival."""
         self._prompt_text = prompt_text if parsed.prepend_prompt else ""
-        self.num_prompt_tokens, self.choices = num_prompt_tokens, choices
+        self.num_prompt_tokens = num_prompt_tokens
+        self.choices = choices
         self.parsed = parsed
         if parsed.timeout_us is not None:
             self.deadline = self.began + parsed.timeout_us / 1e6
@@ -170,7 +173,8 @@ class Stream:
 
     def take(self) -> tuple[list[Arrival], Failure | None]:
         """All that has arrived since the last time."""
-        inbox, self.inbox = self.inbox, []
+        inbox = self.inbox
+        self.inbox = []
         self.scheduled = False
         return inbox, self.failure
 
@@ -189,7 +193,8 @@ class Stream:
             if not self.ended:
                 self._answer(inbox, failure, coalesce)
             elif self.released:
-                response, self._last_response = self._last_response, None
+                response = self._last_response
+                self._last_response = None
                 self._send(response, True)
         except Exception:  # a bug or a vanished client must cost one request, not the thread
             self.problem = traceback.format_exc()
@@ -253,7 +258,8 @@ class Stream:
             with self._end:
                 self.closed = True
                 # While a reference to Triton's sender lives, the model cannot be unloaded.
-                last, self._response_sender = self._response_sender, None
+                last = self._response_sender
+                self._response_sender = None
                 last.send(response, flags=FINAL)
         else:
             self._response_sender.send(response)

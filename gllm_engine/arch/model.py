@@ -46,7 +46,8 @@ class Gqa:
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
 
     def weights(self, dim: int) -> Shapes:
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q = self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
         shapes = _linear("self_attn.q_proj", q, dim, self.qkv_bias)
         shapes |= _linear("self_attn.k_proj", kv, dim, self.qkv_bias)
         shapes |= _linear("self_attn.v_proj", kv, dim, self.qkv_bias)

@@ -112,7 +112,8 @@ def _read_scaling(rope: Fields, max_len: int) -> Scaling | None:
         return DynamicScaling(rope.real("factor"), max_len)
     original = rope.count("original_max_position_embeddings", max_len)
     if kind == "llama3":
-        low, high = rope.real("low_freq_factor"), rope.real("high_freq_factor")
+        low = rope.real("low_freq_factor")
+        high = rope.real("high_freq_factor")
         if low >= high:
             raise ArchError(
                 f"{rope.name}: low_freq_factor is {low}, but only less than "

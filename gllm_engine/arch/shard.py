@@ -31,7 +31,8 @@ class Shard:
     def weights(self, model: Model) -> Shapes:
         """Every weight this rank holds, by its canonical name: the shape of its share."""
         part = replace(model, vocab=model.vocab // self.size, layers=self.of(model))
-        shapes, last = part.weights(self.first), self.end == len(model.layers)
+        shapes = part.weights(self.first)
+        last = self.end == len(model.layers)
         if self.first and not (last and model.tie):
             del shapes["model.embed_tokens.weight"]
         if not last:

@@ -195,7 +195,8 @@ def chatglm(c: Fields) -> Model:
     c.require(multi_query_attention=True, rmsnorm=True, post_layer_norm=True, original_rope=True)
     c.require(apply_residual_connection_post_layernorm=False, vision_config=None)
     c.require(pre_seq_len=None, prefix_projection=False, quantization_bit=0)
-    bias, head_dim = c.flag("add_bias_linear"), c.count("kv_channels")
+    bias = c.flag("add_bias_linear")
+    head_dim = c.count("kv_channels")
     if head_dim % 4:
         raise ArchError(f"{c.name}: kv_channels is {head_dim}, but half of it must be even")
     mixer = Gqa(
@@ -294,10 +295,13 @@ def _max_len(positions: int, rope: Rope) -> int:
 
 def _with_windows(c: Fields, model: Model) -> Model:
     """Qwen's windows: on layers from `max_window_layers` on, unless `layer_types` says which."""
-    full, sliding, num_layers = "full_attention", "sliding_attention", len(model.layers)
+    full = "full_attention"
+    sliding = "sliding_attention"
+    num_layers = len(model.layers)
     if not c.flag("use_sliding_window"):
         return model
-    first, window = c.count("max_window_layers"), c.optional_count("sliding_window")
+    first = c.count("max_window_layers")
+    window = c.optional_count("sliding_window")
     kinds = c.choices("layer_types", num_layers, (full, sliding))
     kinds = kinds or [sliding if i >= first else full for i in range(num_layers)]
     return model.each(
@@ -308,7 +312,8 @@ def _with_windows(c: Fields, model: Model) -> Model:
 def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
     """Qwen's: experts in every `decoder_sparse_step`-th layer but those in `mlp_only_layers`."""
     c.require(use_sliding_window=False)
-    step, dense = c.count("decoder_sparse_step", 1), c.numbers("mlp_only_layers", "layer number")
+    step = c.count("decoder_sparse_step", 1)
+    dense = c.numbers("mlp_only_layers", "layer number")
     moe = _moe(c, c.count("moe_intermediate_size"), c.flag("norm_topk_prob"), shared)
     return model.each(
         ffn=lambda i, layer: layer.ffn if i in dense or (i + 1) % step else moe,

@@ -54,9 +54,13 @@ class EngineClient:
         on_lost: Callable[[str], None],
         owner_pid: int | None = None,
     ) -> None:
-        self._config, self._scope, self._instance = config, scope, instance
+        self._config = config
+        self._scope = scope
+        self._instance = instance
         self._owner_pid = os.getppid() if owner_pid is None else owner_pid
-        self._on_outputs, self._on_stats, self._on_lost = on_outputs, on_stats, on_lost
+        self._on_outputs = on_outputs
+        self._on_stats = on_stats
+        self._on_lost = on_lost
         self.failed_starts = 0  # how often in a row an engine could not be got back
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._lock = threading.Lock()  # guards the three below

@@ -51,6 +51,10 @@ MAX_FAILED_STEPS = 3
 # Kernels do not depend on how many there are.
 _PAGES_TO_COMPILE = 64
 
+# What a step of a lost device holds, by its error's frames too: freeing its pinned memory would ask
+# the device and abort the process, which is a user's where LLM runs. Never emptied.
+_WRECKAGE: list[tuple[BaseException, list[StepHandle]]] = []
+
 log = logging.getLogger(__name__)
 
 Client = bytes  # a front end's name on the engine's socket, which is never empty
@@ -292,7 +296,8 @@ class Engine:
             if not isinstance(error, Exception):  # Ctrl-C: ours to survive, not to swallow
                 raise
             self._judge(error)
-        outboxes, self._outboxes = self._outboxes, defaultdict(_nothing)
+        outboxes = self._outboxes
+        self._outboxes = defaultdict(_nothing)
         return dict(outboxes)
 
     def watch(self) -> None:
@@ -327,6 +332,8 @@ class Engine:
         """Fail every live sequence after a step that raised, and begin anew."""
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()
+        if not self._runner.is_alive():
+            _WRECKAGE.append((error, list(self._launched)))
         self._launched.clear()
         told = isinstance(error, (GroupLost, StepRefused))  # what is in other errors is the log's
         why = str(error) if told else type(error).__name__
@@ -413,8 +420,10 @@ def _model_len(config: EngineConfig, arch: Model, num_pages: int) -> int:
     if capacity < arch.max_len:
         log.warning(
             "the KV cache holds %d tokens, so sequences are limited to them; the model was trained "
-            "for %d (kv_cache_gib, num_pages)", capacity, arch.max_len
-        )  # fmt: skip
+            "for %d (kv_cache_gib, num_pages)",
+            capacity,
+            arch.max_len,
+        )
     return min(arch.max_len, capacity)
 
 

@@ -180,10 +180,12 @@ class _StatsFeed:
         """The message for `client`, or None when nothing changed since its last."""
         if client != self.client:
             # The one before has already counted what was sent to it.
-            self.client, self.base = client, self.last
+            self.client = client
+            self.base = self.last
         elif stats == self.last:
             return None
-        self.last, base = stats, self.base
+        self.last = stats
+        base = self.base
         return msgspec.structs.replace(
             stats,
             prefix_queries=stats.prefix_queries - base.prefix_queries,
@@ -200,7 +202,8 @@ def _leave_word(directory: Path, sentence: str) -> None:
 
 def main() -> int:
     """`python -m gllm_engine.engine.process DIRECTORY OWNER_PID`, started by attach.py."""
-    directory, owner = Path(sys.argv[1]), Process.of(int(sys.argv[2]))
+    directory = Path(sys.argv[1])
+    owner = Process.of(int(sys.argv[2]))
     if owner is None:
         return 1
     end_with(owner, lambda: discard_owner(owner))

@@ -23,7 +23,9 @@ class GqaAttention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._arch, self._eps, self._ops = arch, eps, ops
+        self._arch = arch
+        self._eps = eps
+        self._ops = ops
         shapes = arch.weights(dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
         self._qkv = Linear(names, shapes, ops, dtype, device)
@@ -49,7 +51,8 @@ class GqaAttention:
         Returns [tokens, dim], or [n, dim] of the `logit_tokens`; added to `total`, in place, if
         that is given.
         """
-        arch, plan = self._arch, context.plans[self._arch.attention]
+        arch = self._arch
+        plan = context.plans[self._arch.attention]
         inputs = self._ops.rotate_and_store(
             self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim),
             arch.heads,

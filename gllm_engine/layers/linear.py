@@ -27,7 +27,8 @@ class Linear:
     ) -> None:
         self._ops = ops
         self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
-        rows, width = sum(self._sizes.values()), shapes[f"{names[0]}.weight"][1]
+        rows = sum(self._sizes.values())
+        width = shapes[f"{names[0]}.weight"][1]
         self._weight = torch.empty(rows, width, dtype=dtype, device=device)
         self._bias: Tensor | None = None
         if f"{names[0]}.bias" in shapes:

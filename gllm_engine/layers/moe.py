@@ -20,8 +20,10 @@ class MoeFfn:
     def __init__(
         self, arch: Moe, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._arch, self._ops = arch, ops
-        shapes, local_experts = arch.weights(dim), len(arch.experts)
+        self._arch = arch
+        self._ops = ops
+        shapes = arch.weights(dim)
+        local_experts = len(arch.experts)
         self._router = Linear(["mlp.gate"], shapes, ops, dtype, device)
         self._gate_up = torch.empty(local_experts, 2 * arch.hidden, dim, dtype=dtype, device=device)
         self._down = torch.empty(local_experts, dim, arch.hidden, dtype=dtype, device=device)

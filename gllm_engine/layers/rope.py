@@ -26,7 +26,8 @@ class RopeTable:
 
 def _frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:
     """Radians a position for each pair of channels, and a factor on cos and sin."""
-    scaling, theta = rope.scaling, rope.theta
+    scaling = rope.scaling
+    theta = rope.theta
     if isinstance(scaling, DynamicScaling):
         theta = _dynamic_theta(scaling, theta, rope.dim, max_model_len)
     powers = theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
@@ -48,7 +49,8 @@ def _dynamic_theta(scaling: DynamicScaling, theta: float, dim: int, max_model_le
 
 def _llama3(scaling: Llama3Scaling, plain: Tensor) -> Tensor:
     wavelength = 2 * math.pi / plain
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
     # 0 where a wave is longer than original_len / low, 1 where it is shorter than ... / high.
     keep = ((scaling.original_len / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * plain / scaling.factor + keep * plain
@@ -60,10 +62,13 @@ def _yarn(scaling: YarnScaling, rope: Rope, powers: Tensor) -> Tensor:
         wavelength = scaling.original_len / (rotations * 2 * math.pi)
         return rope.dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
-    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    low = pair_that_turns(scaling.beta_fast)
+    high = pair_that_turns(scaling.beta_slow)
     if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, rope.dim - 1)
     if low == high:
         high += 0.001
     pairs = torch.arange(rope.dim // 2, dtype=torch.float32)

@@ -52,7 +52,8 @@ class PreNormBlock:
         device: torch.device,
         reduce: ResidualReducer,
     ) -> None:
-        self._ops, self._reduce = ops, reduce
+        self._ops = ops
+        self._reduce = reduce
         self._mixer = GqaAttention(arch.mixer, model.dim, model.eps, ops, dtype, device)
         self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
@@ -97,7 +98,8 @@ class SandwichBlock(PreNormBlock):
         cache: Tensor,
         logit_tokens: LogitTokens | None = None,
     ) -> Residual:
-        norms, x = self._norms, stream.total
+        norms = self._norms
+        x = stream.total
         total = x if logit_tokens is None else x[logit_tokens.index]
         x = self._reduce.sum(self._mixer(x, self.first_norm, context, cache, logit_tokens))
         total = self._ops.rms_norm(x, *norms["post_self_attn_layernorm"], add_to=total)
@@ -131,11 +133,15 @@ class Decoder:
 
         `shard`: what is this rank's; `ranks`: those that have the other shares of its layers.
         """
-        self.arch, self.dtype, self.device = arch, dtype, device
+        self.arch = arch
+        self.dtype = dtype
+        self.device = device
         self.shard = shard or Shard(0, len(arch.layers))
         self.layers = self.shard.of(arch)
-        self.is_first, self.is_last = self.shard.first == 0, self.shard.end == len(arch.layers)
-        self.ops, self._ranks = select_ops(device), ranks
+        self.is_first = self.shard.first == 0
+        self.is_last = self.shard.end == len(arch.layers)
+        self.ops = select_ops(device)
+        self._ranks = ranks
         self._planner = self.ops.make_planner(device, dtype)
         reduce = ResidualReducer(self.ops, ranks, arch.dim, dtype)
         self._blocks = [
@@ -220,7 +226,9 @@ class Decoder:
         """The last tokens of the rows whose logits are asked for; None if other tokens' are too,
         or every token's. To attention, such a token is a decode row.
         """
-        index, rows, rows_cpu = batch.logit_index, batch.logit_rows, batch.logit_rows_cpu
+        index = batch.logit_index
+        rows = batch.logit_rows
+        rows_cpu = batch.logit_rows_cpu
         if index is None or rows is None or rows_cpu is None:
             return None
         if not len(rows_cpu):

@@ -27,7 +27,8 @@ from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DTYPES = {
     "F64": torch.float64,
@@ -178,7 +179,8 @@ def _aim(
     The copy is on the host, so that it takes none of the device's memory.
     """
     arch = decoder.arch
-    shapes, weights = arch.weights(), decoder.weights()
+    shapes = arch.weights()
+    weights = decoder.weights()
     targets = []
     for name, parts in checkpoint_tensors(arch).items():
         source = checkpoint.tensors[name]
@@ -192,7 +194,8 @@ def _aim(
     if checkpoint.tied is None or embedding is None:
         return targets, None
     copy = torch.empty_like(embedding, device="cpu")
-    shape, source = shapes["model.embed_tokens.weight"], checkpoint.tensors[checkpoint.tied]
+    shape = shapes["model.embed_tokens.weight"]
+    source = checkpoint.tensors[checkpoint.tied]
     return [*targets, _share(decoder, source, shape, copy)], copy
 
 
@@ -204,7 +207,8 @@ def _share(
     """
     width = prod(shape[1:])
     shard = into.shape[-len(shape) :]
-    count, start = prod(shard[1:]), decoder.shard.start
+    count = prod(shard[1:])
+    start = decoder.shard.start
     offset = whole.offset + start(shape[0], shard[0]) * width * whole.dtype.itemsize
     source = replace(whole, offset=offset)
     if count < width:

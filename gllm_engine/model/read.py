@@ -83,7 +83,8 @@ def reading(targets: list[tuple[TensorSlice, Tensor]], device: torch.device) -> 
 
 def _cut(source: TensorSlice, into: Tensor) -> Iterator[_Piece]:
     row_bytes = source.width * source.dtype.itemsize
-    rows, num_rows = max(1, _PIECE_BYTES // row_bytes), into.shape[1] // source.count
+    rows = max(1, _PIECE_BYTES // row_bytes)
+    num_rows = into.shape[1] // source.count
     for row in range(0, num_rows, rows):
         piece = replace(source, offset=source.offset + row * row_bytes)
         yield piece, into[:, row * source.count : (row + rows) * source.count]
@@ -142,6 +143,7 @@ def _fill(memory: memoryview, source: TensorSlice) -> None:
                 raise LoadError(
                     f"{source.path}: not a complete safetensors file (it ends at byte {offset})"
                 )
-            memory, offset = memory[count:], offset + count
+            memory = memory[count:]
+            offset = offset + count
     except OSError as error:
         raise LoadError(f"{source.path}: cannot be read ({error.strerror})") from None

@@ -79,7 +79,8 @@ def made_up_step(
     row has one token. They take turns with the rows of `page_table` [slots, pages].
     """
     device = page_table.device
-    lens, query_lens = np.array([n for n, _ in rows]), [num for _, num in rows]
+    lens = np.array([n for n, _ in rows])
+    query_lens = [num for _, num in rows]
     positions = torch.cat([torch.arange(n - num, n) for n, num in rows]).to(device)
     slots = torch.arange(len(rows), device=device) % len(page_table)
     of_tokens = slots.repeat_interleave(torch.tensor(query_lens, device=device))

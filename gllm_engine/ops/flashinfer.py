@@ -172,7 +172,8 @@ def attend(
     if plan.slow is not None:
         return reference.attend(inputs, cache, plan.slow, tokens)
     q = inputs.q if tokens is None else inputs.q[tokens]
-    n, f = plan.num_decode, plan.first_fresh
+    n = plan.num_decode
+    f = plan.first_fresh
     out = torch.empty_like(q)
     if plan.decode is not None:
         triton.decode_attention(q[:n], cache, plan.decode, out[:n])
@@ -252,7 +253,8 @@ class FlashInferPlanner:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         """`dtype`: of the queries, and of the cache unless that is float8."""
-        self._device, self._dtype = device, dtype
+        self._device = device
+        self._dtype = dtype
         self._stages = _Stages()
         self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
@@ -262,7 +264,8 @@ class FlashInferPlanner:
     ) -> FlashInferPlan:
         """See AttentionPlanner.plan."""
         plan = FlashInferPlan(batch.cache_index, batch.num_decode)
-        n, end = batch.num_decode, len(batch.query_lens)
+        n = batch.num_decode
+        end = len(batch.query_lens)
         if end > n and not _has_kernels(cache, self._dtype):
             plan.slow = reference.plan_attention(batch, cache, window, self._dtype)
             return plan

@@ -154,9 +154,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
 def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """[tokens, dim/2] to [tokens, 1, dim], laid out for `rotate`; sin carries the pair's sign."""
     if interleaved:
-        cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+        cos = cos.repeat_interleave(2, -1)
+        sin = torch.stack((-sin, sin), -1).flatten(-2)
     else:
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        cos = torch.cat((cos, cos), -1)
+        sin = torch.cat((-sin, sin), -1)
     return cos[:, None], sin[:, None]
 
 
@@ -217,7 +219,8 @@ def plan_attention(
     batch: Batch, cache: Tensor, window: int | None, dtype: torch.dtype | None = None
 ) -> ReferencePlan:
     """As AttentionPlanner.plan. `dtype`: of the queries; default: the cache's."""
-    page_size, kv_width = cache.shape[2], cache.shape[3] * cache.shape[4]
+    page_size = cache.shape[2]
+    kv_width = cache.shape[3] * cache.shape[4]
     lens = batch.context_lens_cpu.tolist()
     num_pages = -(-max(lens) // page_size)
     table = batch.page_table[:, :num_pages].index_select(0, batch.slots)
@@ -228,7 +231,8 @@ def plan_attention(
         _plan_padded(batch, table, rows, spans[rows[0]], cache, window, dtype)
         for rows in _group_rows(spans, _GATHER_NUMBERS // (2 * kv_width))
     ]
-    chunks, first = [], batch.num_decode
+    chunks = []
+    first = batch.num_decode
     for row in range(batch.num_decode, len(batch.query_lens)):
         num = batch.query_lens[row]
         pages = table[row : row + 1]
@@ -327,7 +331,9 @@ def attend(
     for chunk in plan.chunks:
         k, v = _read(flat, chunk.gather, q.dtype).view(2, 1, -1, kv_heads, head_dim).transpose(2, 3)
         o = F.scaled_dot_product_attention(
-            *(q[None, chunk.tokens].transpose(1, 2), k, v),
+            q[None, chunk.tokens].transpose(1, 2),
+            k,
+            v,
             attn_mask=chunk.mask,
             is_causal=chunk.mask is None,
             enable_gqa=True,
@@ -349,7 +355,9 @@ def prepare_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See Ops.prepare_inputs."""
     decode, chunked = slots.split([len(slots) - len(starts), len(starts)])
-    token_slots, positions, tokens = decode, lengths[decode], last_tokens[decode]
+    token_slots = decode
+    positions = lengths[decode]
+    tokens = last_tokens[decode]
     context_lens = positions + 1
     if len(starts):
         lens = ends.diff(prepend=ends.new_zeros(1))

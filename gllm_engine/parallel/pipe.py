@@ -30,8 +30,12 @@ class Pipe:
         first: Peer = (0, None),
         last: Peer = (0, None),
     ) -> None:
-        self.is_first, self.is_last = stage == 0, stage == stages - 1
-        self._before, self._after, self._first, self._last = before, after, first, last
+        self.is_first = stage == 0
+        self.is_last = stage == stages - 1
+        self._before = before
+        self._after = after
+        self._first = first
+        self._last = last
         # A tensor under way must not be freed, nor written to: it is kept until it has been sent.
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 

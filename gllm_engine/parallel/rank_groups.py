@@ -81,9 +81,13 @@ def join_ranks(
             os.environ.setdefault(name, value)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=mesh.world, timeout=_PATIENCE,
+        backend,
+        store=store,
+        rank=rank,
+        world_size=mesh.world,
+        timeout=_PATIENCE,
         device_id=device if device.type == "cuda" else None,
-    )  # fmt: skip
+    )
     stages = [
         dist.new_group([mesh.rank_at(stage, i) for i in range(mesh.tp)]) for stage in range(mesh.pp)
     ]
@@ -98,7 +102,8 @@ def join_ranks(
         dist.new_group([mesh.rank_at(0, i), mesh.rank_at(mesh.pp - 1, i)]) if mesh.pp > 1 else None
         for i in range(mesh.tp)
     ]
-    stage, i = mesh.stage(rank), mesh.tp_rank(rank)
+    stage = mesh.stage(rank)
+    i = mesh.tp_rank(rank)
     nodes = {mesh.rank_at(stage, i) // per_node for i in range(mesh.tp)}
     group = stages[stage] if mesh.tp > 1 else None
     tensor = TensorParallel(i, mesh.tp, device, group, same_node=len(nodes) == 1)

@@ -7,6 +7,11 @@ from gllm_engine.runner.runner import Runner, RunnerStep, default_threads
 from gllm_engine.runner.slot_table import PlanError
 
 __all__ = [
-    "NullRunner", "RunnerStep", "PlanError", "Runner", "cache_dirs", "default_threads",
+    "NullRunner",
+    "RunnerStep",
+    "PlanError",
+    "Runner",
+    "cache_dirs",
+    "default_threads",
     "measure_partition",
-]  # fmt: skip
+]

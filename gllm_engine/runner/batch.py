@@ -44,7 +44,9 @@ def decode_batch(table: SlotTable, slots: Tensor, context_lens_cpu: HostInts, op
 
 
 def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepInputs:
-    num_decode, chunks, slots_cpu = len(plan.decode_slots), plan.chunks, rows.slots_cpu
+    num_decode = len(plan.decode_slots)
+    chunks = plan.chunks
+    slots_cpu = rows.slots_cpu
     lens = [len(chunk.tokens) for chunk in chunks]
     ends = np.cumsum(lens, dtype=np.int64)
     starts = np.array([chunk.start for chunk in chunks], np.int64)

@@ -70,11 +70,15 @@ class DecodeGraphs:
         max_rows: int,
     ) -> None:
         self.max_rows = max_rows
-        self._decoder, self._cache, self._table, self._sampling = decoder, cache, table, sampling
+        self._decoder = decoder
+        self._cache = cache
+        self._table = table
+        self._sampling = sampling
         self._spare = len(table.lengths) - 1
         # The cache's last page, which the scheduler does not know of.
         table.page_table[self._spare] = cache[0].shape[0] - 1
-        device, dtype = decoder.device, decoder.dtype
+        device = decoder.device
+        dtype = decoder.dtype
         rows = max_rows if decoder.is_last else 0
         width = sampling.vocab // decoder.shard.size
         self._scores = torch.empty(rows, width, dtype=dtype, device=device)
@@ -83,7 +87,8 @@ class DecodeGraphs:
         if not decoder.is_first:
             self._inputs = torch.zeros(max_rows, decoder.arch.dim, dtype=dtype, device=device)
         self._counts = row_counts(max_rows)
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
         start = time.perf_counter()
         # The largest first: the others fit the memory that it leaves in the pool.
         captured = [self._capture(n) for n in reversed(self._counts)]
@@ -126,7 +131,9 @@ class DecodeGraphs:
         return _Graph(slots, graph, hidden)
 
     def _step(self, slots: Tensor) -> Tensor:
-        decoder, table, n = self._decoder, self._table, len(slots)
+        decoder = self._decoder
+        table = self._table
+        n = len(slots)
         batch = decode_batch(table, slots, np.zeros(0, np.int64), decoder.ops)
         table.lengths[self._spare].zero_()
         x = None if self._inputs is None else self._inputs[:n]

@@ -49,7 +49,10 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     gib = 1 << 30
     _log.info(
         "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for the KV cache, of %.1f",
-        *(used / gib, peak / gib, free / gib, total / gib),
+        used / gib,
+        peak / gib,
+        free / gib,
+        total / gib,
     )
     if free < page_bytes:
         raise ConfigError(
@@ -86,7 +89,9 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     """Bytes that the largest step, and what the runner keeps of each slot, take beyond what is
     allocated now. `max_pages`: of one sequence.
     """
-    num_tokens, page_size, device = config.max_num_batched_tokens, config.page_size, decoder.device
+    num_tokens = config.max_num_batched_tokens
+    page_size = config.page_size
+    device = decoder.device
     longest = min(num_tokens, max_pages * page_size)
     lens = [longest] * (num_tokens // longest)
     lens += [num_tokens - sum(lens)] if num_tokens % longest else []

@@ -54,7 +54,9 @@ def _measure(
 ) -> list[float]:
     """Seconds of one layer of each kind, and of logits and sampling; without other ranks."""
     rows = min(_ROWS, config.max_num_seqs)
-    device, costs, tail = ranks.tensor.device, [], 0.0
+    device = ranks.tensor.device
+    costs = []
+    tail = 0.0
     max_model_len = config.max_model_len or arch.max_len
     context = min(_CONTEXT, max_model_len)
     shard = Shard(0, 1, 0, ranks.mesh.tp, config.enable_expert_parallel)
@@ -67,7 +69,8 @@ def _measure(
             shard=shard,
         )
         fill_randomly(decoder)
-        page_size, kv_dtype = config.page_size, cache_dtype(config, decoder)
+        page_size = config.page_size
+        kv_dtype = cache_dtype(config, decoder)
         cache = decoder.new_cache(-(-context // page_size), page_size, kv_dtype)
         decoder.compile_kernels(page_size, kv_dtype)
         # All rows read, and write, the same pages: what they hold means nothing.

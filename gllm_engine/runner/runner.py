@@ -103,7 +103,8 @@ class Runner:
             fitting = fitting_pages(config, decoder, max_pages)
             self.num_pages = fitting if ranks is None else ranks.min_over_ranks(fitting)
             # On a GPU one slot and one page more, for the spare rows of decode graphs.
-            num_pages, dtype = self.num_pages + on_gpu, cache_dtype(config, decoder)
+            num_pages = self.num_pages + on_gpu
+            dtype = cache_dtype(config, decoder)
             self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
             num_slots = config.max_num_seqs + on_gpu
             self.table = SlotTable(num_slots, max_pages, num_pages, config.page_size, self.device)
@@ -119,7 +120,8 @@ class Runner:
                 )
         with self._timed("first steps"):
             if on_gpu:
-                rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
+                rows = config.max_num_seqs
+                tokens = config.max_num_batched_tokens
                 room = min(max_len, self.num_pages * config.page_size)
                 for plan in tiny_plans(rows, tokens, room, config.page_size):
                     self.launch(plan).wait()
@@ -149,7 +151,9 @@ class Runner:
             decoded = self._graphs.forward(rows, x)
             if not self.pipe.is_last:
                 return self._hand_on(decoded.hidden.clone(), plan, timer)
-            slots, scores, plain = decoded.slots, decoded.scores, decoded.tokens
+            slots = decoded.slots
+            scores = decoded.scores
+            plain = decoded.tokens
             tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, plain)
             timer.end()
             return RunnerStep(plan.step, tokens, logprobs, [], timer)

@@ -68,9 +68,11 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     _adjust(logits, batch)
     if not batch.has_random:
         return logits.argmax(-1)
-    temperature, greedy = batch.temperature, None
+    temperature = batch.temperature
+    greedy = None
     if batch.has_greedy:
-        temperature, greedy = torch.where(temperature > 0, temperature, 1.0), logits.argmax(-1)
+        temperature = torch.where(temperature > 0, temperature, 1.0)
+        greedy = logits.argmax(-1)
     weights = logits.div_(temperature[:, None]).softmax(-1)
     if batch.has_min_p:
         weights *= weights >= batch.min_p[:, None] * weights.amax(-1, keepdim=True)
@@ -108,7 +110,8 @@ def _penalize(logits: Tensor, penalties: Penalties, part: slice) -> None:
 
     `part`: which of the rows with penalties.
     """
-    rows, vocab = penalties.rows[part], logits.shape[1]
+    rows = penalties.rows[part]
+    vocab = logits.shape[1]
     scores = logits.index_select(0, rows)
     counts = penalties.history.count_output(part, vocab)
     in_output = counts > 0
@@ -146,7 +149,9 @@ def _truncate_peaked(weights: Tensor, rows: Tensor, batch: SamplingBatch) -> Ten
 
     Which rows these are must be looked at: free on a CPU, where sorting is what costs.
     """
-    chosen, top_k, top_p = weights.index_select(0, rows), batch.top_k[rows], batch.top_p[rows]
+    chosen = weights.index_select(0, rows)
+    top_k = batch.top_k[rows]
+    top_p = batch.top_p[rows]
     ranked = chosen.topk(MAX_PARTIAL_SORT).values
     total = chosen.sum(-1).double()
     enough = (ranked.double().sum(-1) > top_p * total) & (top_k >= weights.shape[1])

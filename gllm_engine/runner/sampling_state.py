@@ -42,7 +42,8 @@ class Additions:
         width = self.ids.shape[1]
         if len(added) > width:
             more = (0, max(len(added), 2 * width) - width)
-            self.ids, self.values = pad(self.ids, more), pad(self.values, more)
+            self.ids = pad(self.ids, more)
+            self.values = pad(self.values, more)
         fill = (0, self.ids.shape[1] - len(added))
         ids = np.pad(np.array(list(added), np.int64), fill)
         values = np.pad(np.array(list(added.values()), np.float32), fill)
@@ -58,9 +59,11 @@ class SamplingState:
     """
 
     def __init__(self, table: SlotTable, vocab: int) -> None:
-        num_slots, device = len(table.lengths), table.device
+        num_slots = len(table.lengths)
+        device = table.device
         self.vocab = vocab
-        self._table, self._device = table, device
+        self._table = table
+        self._device = device
         # temperature, min_p, top_p, presence, frequency, repetition
         self._reals = torch.zeros(6, num_slots, dtype=torch.float64, device=device)
         # top_k, seed, prompt_len
@@ -102,7 +105,8 @@ class SamplingState:
 
     def _describe(self, new: NewSequence) -> None:
         """Fill what the host keeps of a slot, and the rare tables."""
-        slot, sampling = new.slot, new.sampling
+        slot = new.slot
+        sampling = new.sampling
         top_k = min(sampling.top_k, self.vocab) if sampling.top_k > 0 else self.vocab
         features = RANDOM if sampling.temperature >= SMALLEST else GREEDY
         if sampling.min_p > 0:

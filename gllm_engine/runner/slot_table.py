@@ -40,7 +40,8 @@ class SlotTable:
         self, num_slots: int, max_pages: int, num_pages: int, page_size: int, device: torch.device
     ) -> None:
         """`max_pages`: of one sequence; `num_pages`: of the cache."""
-        self.page_size, self.device = page_size, device
+        self.page_size = page_size
+        self.device = device
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # in the cache
         self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -76,7 +77,9 @@ class SlotTable:
         places: list[int] = []
         pages: list[int] = []
         for one in new_pages:
-            slot, first, end = one.slot, one.first, one.first + len(one.pages)
+            slot = one.slot
+            first = one.first
+            end = one.first + len(one.pages)
             if first != self.num_pages_cpu[slot] or end > max_pages:
                 raise PlanError(
                     f"slot {slot}: {len(one.pages)} pages at index {first}, it has "

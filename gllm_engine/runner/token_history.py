@@ -35,7 +35,8 @@ class TokenHistory:
         """How often each token is in the output of `rows`: [n, vocab] int32."""
         num_tokens = int((self.lens_cpu[rows] - self.prompt_lens_cpu[rows]).sum())
         counts = torch.zeros(self._num(rows), vocab, dtype=torch.int32, device=self.slots.device)
-        firsts, ends = self.prompt_lens[rows], self.lens[rows]
+        firsts = self.prompt_lens[rows]
+        ends = self.lens[rows]
         for index in self._find(rows, firsts, ends, num_tokens, vocab):
             counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
         return counts
@@ -58,7 +59,8 @@ class TokenHistory:
         """Indices row * vocab + token for the tokens at positions firsts .. ends - 1 of each row,
         `num_tokens` in all: tensors of at most MAX_LOOKED_UP of them.
         """
-        slots, after = self.slots[rows], (ends - firsts).cumsum(0)
+        slots = self.slots[rows]
+        after = (ends - firsts).cumsum(0)
         for begin in range(0, num_tokens, MAX_LOOKED_UP):
             end = min(begin + MAX_LOOKED_UP, num_tokens)
             at = torch.arange(begin, end, device=slots.device)

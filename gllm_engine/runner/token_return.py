@@ -30,7 +30,9 @@ class TokenReturn:
     """`depth`: a step is launched when the one so many before it has ended, on every stage."""
 
     def __init__(self, pipe: Pipe, table: SlotTable, depth: int) -> None:
-        self._pipe, self._table, self._depth = pipe, table, depth
+        self._pipe = pipe
+        self._table = table
+        self._depth = depth
         self._awaited: deque[_ReturnedTokens] = deque()
         self._steps = 0
         self._sampled_by = np.zeros(len(table.lengths_cpu), np.int64)  # by slot: the last step

@@ -71,7 +71,8 @@ def rows_to_try(most: int) -> list[int]:
     """Numbers of rows up to `most` for which Triton may compile a kernel differently: one for each
     power of two that they are rounded up to, whether they are a multiple of 16 or not.
     """
-    counts, power = set(), 1
+    counts = set()
+    power = 1
     while power < 2 * most:
         top = min(power, most)
         counts |= {n for n in (top, top - 1, top // 16 * 16) if n > power // 2}

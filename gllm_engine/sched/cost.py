@@ -86,7 +86,9 @@ class Fit:
     def __init__(self, prior: CostModel = PRIOR, kept: float = _KEPT) -> None:
         """`kept`: the share of what observations count that is left after one more."""
         self.model = prior
-        self._prior, self._kept, self._observed = prior, kept, False
+        self._prior = prior
+        self._kept = kept
+        self._observed = False
         size = range(len(prior))
         self._scale = [1.0 for _ in size]  # of the prior's coefficients
         self._products = [[_PRIOR_WEIGHT * (i == j) for j in size] for i in size]
@@ -95,12 +97,14 @@ class Fit:
     def observe(self, work: Work, seconds: float) -> None:
         """Take in that a step of this work took so long; `seconds` must be above 0."""
         if not self._observed:
-            self._observed, ratio = True, seconds / self._prior.seconds(work)
+            self._observed = True
+            ratio = seconds / self._prior.seconds(work)
             self._prior = self.model = CostModel(*(ratio * c for c in self._prior))
         unit = max(seconds, self.model.seconds(work))
         parts = [c * x / unit for c, x in zip(self._prior, (1, *work), strict=True)]
         target = seconds / unit
-        kept, again = self._kept, (1 - self._kept) * _PRIOR_WEIGHT
+        kept = self._kept
+        again = (1 - self._kept) * _PRIOR_WEIGHT
         for i, (part, row) in enumerate(zip(parts, self._products, strict=True)):
             row[:] = [kept * old + part * other for old, other in zip(row, parts, strict=True)]
             row[i] += again

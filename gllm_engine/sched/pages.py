@@ -28,8 +28,19 @@ class PagePool:
     first, then idle ones, least recently released first.
     """
 
-    __slots__ = ("num_pages", "page_size", "caching", "_salt_hash", "_page_hash", "_pack",
-                 "_refs", "_hashes", "_index", "_free", "_idle")  # fmt: skip
+    __slots__ = (
+        "num_pages",
+        "page_size",
+        "caching",
+        "_salt_hash",
+        "_page_hash",
+        "_pack",
+        "_refs",
+        "_hashes",
+        "_index",
+        "_free",
+        "_idle",
+    )
 
     def __init__(self, num_pages: int, page_size: int, caching: bool = True) -> None:
         self.num_pages = num_pages
@@ -211,11 +222,13 @@ class Pages:
 
     def release(self) -> None:
         """Give all pages back. Doing it again does nothing."""
-        pages, self.ids = self.ids, []
+        pages = self.ids
+        self.ids = []
         self._pool.give_back(pages)
 
     def _digest(self, tokens: list[int], index: int) -> bytes:
-        chain, size = self._chain, self._pool.page_size
+        chain = self._chain
+        size = self._pool.page_size
         for page in range(len(chain) - 1, index + 1):
             chain.append(self._pool.link(chain[-1], tokens[page * size : (page + 1) * size]))
         return chain[index + 1]

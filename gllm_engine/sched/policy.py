@@ -99,14 +99,18 @@ def cost_throttling(load: Load) -> Budget:
 
     Shares are rounded down in some steps and up in others, by a sequence of mean length.
     """
-    cost, stages, count = load.cost, load.stages, load.num_decoding
+    cost = load.cost
+    stages = load.stages
+    count = load.num_decoding
     context = load.context + count  # what the next token of each attends to
     decoding = cost.rows(Work(count, context, context, count))
-    share, dither = decoding / stages, (load.step % stages + 0.5) / stages / max(1, count)
+    share = decoding / stages
+    dither = (load.step % stages + 0.5) / stages / max(1, count)
     most = prefill = cost.token * load.max_tokens
     weight = load.prefill_drain_steps if count else stages - 1
     if weight > 0:
-        waiting, rest = cost.token * load.backlog, cost.step + share
+        waiting = cost.token * load.backlog
+        rest = cost.step + share
         prefill = min(prefill, sqrt(waiting * rest / weight))
     if count:
         spare = max(0, load.num_free_pages - load.num_reserved_pages)

@@ -129,7 +129,8 @@ class Scheduler:
         """Queue a new sequence. Raises Refused if the queue is full or it can never fit."""
         if sequence.rank[1]:
             raise ValueError(f"sequence {sequence.key!r} was added before")
-        length, wanted = sequence.prompt_len, self._wanted(sequence)
+        length = sequence.prompt_len
+        wanted = self._wanted(sequence)
         if not length:
             raise Refused("invalid", "prompt: it is empty, at least one token is needed")
         if length >= self._max_model_len:
@@ -220,7 +221,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step; None if nothing can be done before a commit or an add."""
-        draft, preemptions = _Draft(), self._preemptions
+        draft = _Draft()
+        preemptions = self._preemptions
         budget = self._policy(self._load())
         self._plan_decodes(draft, budget)
         self._plan_chunks(draft, budget)
@@ -270,12 +272,14 @@ class Scheduler:
         decoding: list[Sequence] = self._decoding
         if self._stages > 1 or budget.decodes < len(decoding) or budget.decode_seconds is not None:
             decoding = self._next_to_decode(budget)
-        append, step = draft.decodes.append, self._steps + 1
+        append = draft.decodes.append
+        step = self._steps + 1
         for sequence in decoding:
             planned = sequence.planned
             if planned == sequence.plan_check and not self._may_decode(draft, sequence):
                 continue
-            sequence.planned, sequence.planned_by = planned + 1, step
+            sequence.planned = planned + 1
+            sequence.planned_by = step
             append(sequence)
         self._context += len(draft.decodes)
         if budget.decode_seconds is not None:
@@ -300,7 +304,8 @@ class Scheduler:
         stages. Fewer sequences than that leave stages idle anyway; they go ahead of their tokens
         too, which spares the host's way, but only while nobody waits, who would wait behind them.
         """
-        spread, decoding = self._stages, self._decoding
+        spread = self._stages
+        decoding = self._decoding
         if not self._waiting and not self._prefilling:
             spread = min(spread, len(decoding))
         latest = self._steps + 1 - spread
@@ -330,7 +335,8 @@ class Scheduler:
 
         Gives it a page if it needs one, and sets where to look again.
         """
-        planned, last = sequence.planned, sequence.limit - 1
+        planned = sequence.planned
+        last = sequence.limit - 1
         if planned == last or sequence.queue is not self._decoding:
             return False  # all its tokens are planned; or it was just preempted
         constraint = sequence.constraint
@@ -373,7 +379,8 @@ class Scheduler:
         reserve = self._num_reserved
         if len(sequence.tokens) < sequence.prefill_len or self._pool.num_free <= reserve:
             return False
-        tokens, pages = sequence.tokens, sequence.pages
+        tokens = sequence.tokens
+        pages = sequence.pages
         looks_up = sequence.sampling.prompt_logprobs is None  # these need every position computed
         cached = pages.find_cached(tokens) if looks_up else []
         if pages.cost(cached, len(tokens)) > self._pool.num_free - reserve:
@@ -398,9 +405,11 @@ class Scheduler:
 
     def _plan_chunks(self, draft: _Draft, budget: Budget) -> None:
         """Chunks of prefilling sequences, best rank first, then of those that can be admitted."""
-        cost, work = self._fit.model, draft.work
+        cost = self._fit.model
+        work = draft.work
         left = min(budget.prefill_tokens, self._max_tokens - len(draft.decodes))
-        least, seconds = self._min_prefill, budget.seconds - (cost.rows(work) if work else 0.0)
+        least = self._min_prefill
+        seconds = budget.seconds - (cost.rows(work) if work else 0.0)
         while left > 0 and (self._prefilling or self._admit(draft)):
             sequence = self._prefilling[0]
             start = sequence.planned
@@ -412,11 +421,13 @@ class Scheduler:
                 seconds -= cost.rows(chunk)
             if seconds <= 0 or sequence.queue is self._prefilling:
                 break
-            least, left = 1, left - count
+            least = 1
+            left = left - count
 
     def _plan_chunk(self, draft: _Draft, sequence: Sequence, max_tokens: int) -> int:
         """Plan up to max_tokens known tokens of a prefilling sequence; returns how many."""
-        tokens, start = sequence.tokens, sequence.planned
+        tokens = sequence.tokens
+        start = sequence.planned
         end = min(start + max_tokens, sequence.prefill_len)
         samples = end == sequence.prefill_len
         targets: list[int] = []
@@ -425,7 +436,8 @@ class Scheduler:
                 targets = tokens[start + 1 : min(end + 1, sequence.prompt_len)]
         draft.chunks.append(Chunk(sequence.slot, start, tokens[start:end], samples, targets))
         draft.chunked.append(sequence)
-        sequence.planned, sequence.planned_by = end, self._steps + 1
+        sequence.planned = end
+        sequence.planned_by = self._steps + 1
         self._backlog -= end - start
         sequence.pages.publish(tokens, end)
         if samples:
@@ -481,7 +493,8 @@ class Scheduler:
 
     def _look(self, sequence: Sequence, token: int) -> Finish | None:
         """After a token that ends the sequence, or completes a page: what it means."""
-        length, cached = len(sequence.tokens), sequence.num_cached_tokens
+        length = len(sequence.tokens)
+        cached = sequence.num_cached_tokens
         if sequence.slot != NO_SLOT:
             # The newest token was sampled by computing the one before it, so those are planned.
             sequence.pages.publish(sequence.tokens, length - 1)

@@ -120,7 +120,8 @@ def check_messages(messages: Any) -> list[Message]:
 def _check_message(where: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise InvalidField("messages", f"{where} is not an object with role and content")
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
+    content = message.get("content")
     if not isinstance(role, str) or not role:
         raise InvalidField("messages", f"{where} has no role (a string such as 'user')")
     calls = message.get("tool_calls")

@@ -117,7 +117,9 @@ class Completion:
             if stop is not None:
                 if self._sampling.include_stop_str_in_output:
                     texts.append(stop)
-                delta.text, delta.finish_reason, delta.stop_reason = "".join(texts), "stop", stop
+                delta.text = "".join(texts)
+                delta.finish_reason = "stop"
+                delta.stop_reason = stop
                 return index + 1
         delta.text = "".join(texts)
         return len(tokens)

@@ -192,7 +192,8 @@ def _byte_fallback(rule: dict[str, Any], first: bool) -> Callable[[str], str | b
 
 
 def _replace(rule: dict[str, Any], first: bool) -> Callable[[str], str]:
-    pattern, content = rule["pattern"], rule["content"]
+    pattern = rule["pattern"]
+    content = rule["content"]
     if "String" not in pattern:
         raise DecoderError("a decoder that replaces by regular expression is not supported")
     return lambda token: token.replace(pattern["String"], content)

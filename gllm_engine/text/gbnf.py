@@ -170,7 +170,8 @@ class _Parser:
 
 
 def _scan(grammar: str) -> Iterator[tuple[str, str, int]]:
-    at, line = 0, 1
+    at = 0
+    line = 1
     while at < len(grammar):
         match = _TOKEN.match(grammar, at)
         if match is None:

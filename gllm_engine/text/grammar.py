@@ -171,7 +171,8 @@ def _structural_tag(text: str, vocabulary: Vocabulary) -> str:
     if not asked.structures:
         raise GrammarError("structural_tag has no structures")
     names = {vocabulary.tokens[id] for id in vocabulary.special}
-    tags, is_token = [], False
+    tags = []
+    is_token = False
     for structure in asked.structures:
         triggers = [text for text in asked.triggers if text and structure.begin.startswith(text)]
         if not triggers:
@@ -182,9 +183,9 @@ def _structural_tag(text: str, vocabulary: Vocabulary) -> str:
         schema = True if structure.schema is None else structure.schema
         grammar = _with_options(schema, {"whitespace_pattern": JSON_WHITESPACE}, {})
         grammar = grammar if isinstance(grammar, dict) else {"anyOf": [grammar]}
-        tags.append(StructTag(
-            trigger=trigger, begin=structure.begin, grammar=grammar, end=structure.end
-        ))  # fmt: skip
+        tags.append(
+            StructTag(trigger=trigger, begin=structure.begin, grammar=grammar, end=structure.end)
+        )
     return StructTag.to_grammar(tags, assume_special=is_token)
 
 

@@ -113,7 +113,8 @@ class Trial:
 
     def close(self) -> int:
         """End the process; another run() starts a new one. Returns its exit status, or 0."""
-        child, self._child = self._child, None
+        child = self._child
+        self._child = None
         if child is None:
             return 0
         with contextlib.suppress(BrokenPipeError), child:  # closes the pipes, and waits

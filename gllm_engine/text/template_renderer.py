@@ -132,7 +132,8 @@ def _with_reasoning(message: Message) -> Message:
 
 def _marked(message: Message) -> Message:
     """A message with a mark after its text. A blank follows, to see whether a template trims."""
-    mark, content = f"{_MARK} ", message.get("content")
+    mark = f"{_MARK} "
+    content = message.get("content")
     if isinstance(content, str):
         return message | {"content": content + mark}
     if not content:
@@ -194,7 +195,8 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     connection = socket.socket(fileno=0)
     setup = json.loads(read_setup(connection))
-    cpu_limit_s, memory_limit = setup.pop("cpu_limit_s"), setup["memory_limit"]
+    cpu_limit_s = setup.pop("cpu_limit_s")
+    memory_limit = setup["memory_limit"]
     renderer = Renderer(**setup)
     limit = f"{cpu_limit_s:g} s of processor time"
     overdue = json.dumps(_refusal(f"the chat template takes more than {limit} for them"))

@@ -65,7 +65,8 @@ def load_runner(
 
 def check_shards(config: EngineConfig, arch: Model) -> None:
     """Raise ConfigError or ArchError where the model cannot be shared out as is asked for."""
-    num_layers, stages = len(arch.layers), config.pipeline_parallel_size
+    num_layers = len(arch.layers)
+    stages = config.pipeline_parallel_size
     cut = config.stage_layers()
     if num_layers < stages:
         raise ConfigError(
@@ -76,7 +77,8 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
             f"assigned_layers: {config.assigned_layers} is {sum(cut)} layers, the model has "
             f"{num_layers}"
         )
-    size, apart = config.tensor_parallel_size, config.enable_expert_parallel
+    size = config.tensor_parallel_size
+    apart = config.enable_expert_parallel
     Shard(0, num_layers, size=size, experts_apart=apart).of(arch)
 
 

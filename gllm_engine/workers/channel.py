@@ -27,7 +27,9 @@ from gllm_engine.config import ConfigError
 from gllm_engine.files import open_file, read_file
 from gllm_engine.software import software
 
-MIN_SECRET, MAX_SECRET = 32, 1 << 16  # bytes
+# bytes
+MIN_SECRET = 32
+MAX_SECRET = 1 << 16
 # A heartbeat every so often; a peer that answers none for so long is lost. Milliseconds.
 _HEARTBEAT = 300
 LOCAL_TIMEOUT = 1_200
@@ -65,7 +67,8 @@ def read_secret(path: Path) -> bytes:
     """The cluster's secret. Raises ConfigError for a file that others may read, or a short one."""
     try:
         with open_file(path, ConfigError) as file:
-            secret, mode = file.read(MAX_SECRET).strip(), os.fstat(file.fileno()).st_mode
+            secret = file.read(MAX_SECRET).strip()
+            mode = os.fstat(file.fileno()).st_mode
     except ConfigError as error:
         raise ConfigError(f"cluster_key_file: {error}") from None
     if mode & 0o077:

@@ -210,16 +210,20 @@ class WorkerGroup:
             own = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(self._per_node)}
             # A session of its own: Ctrl-C at a terminal is the engine's to understand.
             child = subprocess.Popen(
-                command, cwd=self._directory, env=os.environ | own,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                command,
+                cwd=self._directory,
+                env=os.environ | own,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             self._children.append(child)
 
     def _open_store(self) -> tuple[dist.Store | None, str]:
         """Where ranks meet: on one machine a file; else a port of the address that was given."""
         if self._config.nnodes == 1:
             return None, str(self._directory / "ranks")
-        host, port = self._config.master_addr, self._config.master_port + 1
+        host = self._config.master_addr
+        port = self._config.master_port + 1
         assert host is not None
         address = channel.join_host(host, port)
         try:

@@ -128,9 +128,14 @@ class _Worker:
             target=self._begin_anew_once_lost, name="engine-watch", daemon=True
         ).start()
         join = wire.Join(
-            wire.PROTOCOL, channel.rank_software(), channel.digest(Path(options.model)),
-            options.node_rank, options.nnodes, self._local_rank, self._local_size,
-        )  # fmt: skip
+            wire.PROTOCOL,
+            channel.rank_software(),
+            channel.digest(Path(options.model)),
+            options.node_rank,
+            options.nnodes,
+            self._local_rank,
+            self._local_size,
+        )
         self._plans.send_multipart(wire.encode(join))
         try:
             answer = self._receive()
@@ -152,11 +157,14 @@ class _Worker:
         return channel.connect(self._context, self._options.engine, self._secret)
 
     def _not_heard(self) -> None:
-        address, key_file = self._options.engine, self._options.cluster_key_file
+        address = self._options.engine
+        key_file = self._options.cluster_key_file
         log.warning(
             "%s breaks off the greeting: it is no engine, or its key is not the one in %s; "
-            "this worker goes on trying", address, key_file
-        )  # fmt: skip
+            "this worker goes on trying",
+            address,
+            key_file,
+        )
 
     def _begin_anew_once_lost(self) -> NoReturn:
         """Whatever the other threads wait for, which may be for ever."""
