@@ -99,7 +99,7 @@ class Ping(msgspec.Struct, frozen=True, array_like=True):
     """Engine -> worker: nothing; that it can be sent is what is wanted."""
 
 
-_TYPES = (
+_TYPES: tuple[type[msgspec.Struct], ...] = (
     # These three have the same places in every version: it is by them that two of different
     # versions find out that they are.
     Hello,
@@ -119,22 +119,24 @@ _TYPES = (
     StepPlan,
     StepResult,
 )
-_TAGS = {kind: bytes([i]) for i, kind in enumerate(_TYPES)}
-_DECODERS = {tag: msgspec.msgpack.Decoder(kind) for kind, tag in _TAGS.items()}
+_TAGS: dict[type[msgspec.Struct], bytes] = {kind: bytes([i]) for i, kind in enumerate(_TYPES)}
+_DECODERS: dict[bytes, msgspec.msgpack.Decoder[msgspec.Struct]] = {
+    tag: msgspec.msgpack.Decoder(kind) for kind, tag in _TAGS.items()
+}
 _ENCODER = msgspec.msgpack.Encoder()
 
 
-def describe(kinds: Iterable[type]) -> str:
+def describe(kinds: Iterable[type[msgspec.Struct]]) -> str:
     """All that the bytes of these structs depend on, and of those inside them: a line a field."""
     lines: list[str] = []
     left = list(kinds)
-    described: set[type] = set()
+    described: set[type[msgspec.Struct]] = set()
     while left:
         kind = left.pop(0)
         if kind in described:
             continue
         described.add(kind)
-        shape = kind.__struct_config__  # type: ignore[attr-defined]
+        shape = kind.__struct_config__
         lines.append(f"{kind.__name__} {shape.array_like} {shape.omit_defaults} {shape.tag}")
         for field in msgspec.structs.fields(kind):
             default = (field.default, field.default_factory)
@@ -143,7 +145,7 @@ def describe(kinds: Iterable[type]) -> str:
     return "\n".join(lines)
 
 
-def _structs_in(hint: Any) -> list[type]:
+def _structs_in(hint: Any) -> list[type[msgspec.Struct]]:
     """The structs that a type is made of, such as A and B of `dict[int, A] | list[B]`."""
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         return [hint]
@@ -162,12 +164,12 @@ class NotAMessage(ValueError):
         self.kind = kind
 
 
-def encode(message: Any) -> list[bytes]:
+def encode(message: msgspec.Struct) -> list[bytes]:
     """The two frames of a message."""
     return [_TAGS[type(message)], _ENCODER.encode(message)]
 
 
-def decode(frames: Sequence[bytes]) -> Any:
+def decode(frames: Sequence[bytes]) -> msgspec.Struct:
     """The message of two frames. Raises NotAMessage for anything else."""
     decoder = _DECODERS.get(frames[0]) if len(frames) == 2 else None
     if decoder is None:

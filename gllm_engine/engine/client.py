@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import zmq
 
 from gllm_engine import wire
@@ -97,7 +98,7 @@ class EngineClient:
         self._thread.join()
         os.close(self._wake)  # here, not in the thread: nobody may write to a number used again
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: msgspec.Struct) -> None:
         frames = wire.encode(message)  # what cannot be encoded is its caller's problem alone
         with self._lock:
             if self._closing:
@@ -148,17 +149,17 @@ class EngineClient:
             self._socket.send_multipart(self._outgoing.popleft())
 
     def _receive(self) -> None:
-        while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while self._socket.poll(0):
             frames = self._socket.recv_multipart()
             try:
                 self._handle(wire.decode(frames))
             except wire.NotAMessage as error:  # whose tokens are in it is not known
                 self._begin_anew(f"the front end got what is {error}")
 
-    def _handle(self, message: Any) -> None:
-        if isinstance(message, wire.Outputs):
+    def _handle(self, message: msgspec.Struct) -> None:
+        if isinstance(message, Outputs):
             self._call(self._on_outputs, message)
-        elif isinstance(message, wire.Stats):
+        elif isinstance(message, Stats):
             self._call(self._on_stats, message)
         elif isinstance(message, wire.Refusal):
             self._begin_anew(message.message)
@@ -247,7 +248,7 @@ class EngineClient:
 
         close() does not wait for a model to be loaded: the socket is returned without an answer.
         """
-        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         socket.hwm = 0
         socket.set(zmq.RECONNECT_IVL, 20)
         socket.connect(attached.address)
@@ -267,7 +268,9 @@ class EngineClient:
             self.info: ModelInfo = answer.info
             return socket
         socket.close(0)
-        return answer
+        if answer is None or isinstance(answer, wire.Refusal):
+            return answer
+        return wire.Refusal(f"the engine answers with a message of type {type(answer).__name__}")
 
 
 def _hello() -> list[bytes]:

@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
@@ -84,7 +83,7 @@ class EngineProcess:
 
     def _listen(self, timeout_ms: int) -> None:
         events = dict(self.poller.poll(timeout_ms))
-        while self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while self.socket.poll(0):
             client, *frames = self.socket.recv_multipart()
             try:
                 self._handle(client, wire.decode(frames))
@@ -95,7 +94,7 @@ class EngineProcess:
                 log.warning("a front end died; its sequences are dropped")
                 self._part(client)
 
-    def _handle(self, client: bytes, message: Any) -> None:
+    def _handle(self, client: bytes, message: msgspec.Struct) -> None:
         if isinstance(message, wire.Hello):
             self._greet(client, message)
         elif client not in self.front_ends:
@@ -140,7 +139,7 @@ class EngineProcess:
         self.poller.unregister(pidfd)
         os.close(pidfd)
 
-    def _send(self, client: bytes, message: Any) -> None:
+    def _send(self, client: bytes, message: msgspec.Struct) -> None:
         try:
             self.socket.send_multipart([client, *wire.encode(message)])
         except zmq.ZMQError:  # unroutable: its process has died, which its pidfd will tell

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import zmq
@@ -87,7 +86,7 @@ def _key_pair(secret: bytes, side: bytes) -> tuple[bytes, bytes]:
 
 
 def listen(
-    context: zmq.Context[Any], address: str, secret: bytes | None, closing: ExitStack
+    context: zmq.Context[zmq.Socket[bytes]], address: str, secret: bytes | None, closing: ExitStack
 ) -> zmq.Socket[bytes]:
     """The engine's side, bound to `address`; with a secret only its holders can talk to it.
 
@@ -112,8 +111,8 @@ def listen(
 
 
 def connect(
-    context: zmq.Context[Any], address: str, secret: bytes | None
-) -> tuple[zmq.Socket[bytes], zmq.Socket[Any]]:
+    context: zmq.Context[zmq.Socket[bytes]], address: str, secret: bytes | None
+) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
     """A worker's side, and what tells of it from the very beginning; see `await_loss`."""
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.IPV6, _is_ipv6(address))
@@ -142,12 +141,12 @@ def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
         socket.set(zmq.CONNECT_TIMEOUT, timeout)
 
 
-def watch(socket: zmq.Socket[bytes]) -> zmq.Socket[Any]:
+def watch(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     """A socket that is readable once the connection to a peer has been lost; see `lost`."""
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
 
-def await_loss(monitor: zmq.Socket[Any], not_heard: Callable[[], None]) -> None:
+def await_loss(monitor: zmq.Socket[bytes], not_heard: Callable[[], None]) -> None:
     """For a worker: return once the engine that it has reached is lost. Before one is reached,
     `not_heard` is called when one breaks off the greeting, for the first time: it has another
     secret.
@@ -163,7 +162,7 @@ def await_loss(monitor: zmq.Socket[Any], not_heard: Callable[[], None]) -> None:
         events.add(event)
 
 
-def lost(monitor: zmq.Socket[Any]) -> bool:
+def lost(monitor: zmq.Socket[bytes]) -> bool:
     """Whether a peer was lost since the last call."""
     any_lost = False
     while monitor.poll(0):

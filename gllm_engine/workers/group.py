@@ -20,11 +20,12 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch.distributed as dist
 import zmq
 
@@ -108,7 +109,7 @@ class WorkerGroup:
         self._closing = contextlib.ExitStack()
         self._closing.callback(self._context.destroy, 0)
         self._sockets = [channel.listen(self._context, local, None, self._closing)]
-        self._monitors: list[zmq.Socket[Any]] = []
+        self._monitors: list[zmq.Socket[bytes]] = []
         self._children: list[subprocess.Popen[bytes]] = []
         self._closing.callback(_end, self._children, self._directory)
         self._end = weakref.finalize(self, self._closing.close)
@@ -236,7 +237,7 @@ class WorkerGroup:
         )
         return store, address
 
-    def _gather(self, complete: Any, what: str) -> None:
+    def _gather(self, complete: Callable[[], bool], what: str) -> None:
         """Listen until all workers have done something. Raises GroupLost."""
         remind = time.monotonic() + _REMIND_S
         while not complete():
@@ -256,7 +257,7 @@ class WorkerGroup:
     def _listen(self, timeout_ms: int) -> None:
         events = dict(self._poller.poll(timeout_ms))
         for socket in self._sockets:
-            while socket.get(zmq.EVENTS) & zmq.POLLIN:
+            while socket.poll(0):
                 identity, *frames = socket.recv_multipart()
                 try:
                     self._handle(socket, identity, wire.decode(frames))
@@ -270,7 +271,7 @@ class WorkerGroup:
         if time.monotonic() < self._doubt_until:
             self._look_for_lost()
 
-    def _handle(self, socket: zmq.Socket[bytes], identity: bytes, message: Any) -> None:
+    def _handle(self, socket: zmq.Socket[bytes], identity: bytes, message: msgspec.Struct) -> None:
         if isinstance(message, StepResult):
             self._results.append(message)
         elif isinstance(message, wire.Ready):

@@ -19,11 +19,11 @@ import threading
 import time
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NoReturn
+from typing import NoReturn
 
+import msgspec
 import torch.distributed as dist
 import zmq
-from msgspec.structs import replace
 
 from gllm_engine import wire
 from gllm_engine.arch import read_arch
@@ -147,13 +147,13 @@ class _Worker:
             raise _Refused(f"the engine answers with a message of type {type(answer).__name__}")
         return answer
 
-    def _receive(self) -> Any:
+    def _receive(self) -> msgspec.Struct:
         while True:
             message = wire.decode(self._plans.recv_multipart())
             if not isinstance(message, wire.Ping):
                 return message
 
-    def _connect(self) -> tuple[zmq.Socket[bytes], zmq.Socket[Any]]:
+    def _connect(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         return channel.connect(self._context, self._options.engine, self._secret)
 
     def _not_heard(self) -> None:
@@ -182,7 +182,7 @@ class _Worker:
 
     def _load(self, assigned: wire.Assigned) -> tuple[Runner, RankGroups]:
         threads = assigned.config.cpu_threads or max(1, default_threads() // self._local_size)
-        config: EngineConfig = replace(
+        config: EngineConfig = msgspec.structs.replace(
             assigned.config, model=self._options.model, cpu_threads=threads
         )
         device = device_of(config, self._local_rank)
@@ -204,7 +204,9 @@ class _Worker:
             target=self._report, args=(launched, ranks.reports), name="results", daemon=True
         ).start()
         while True:
-            plan: StepPlan = self._receive()
+            plan = self._receive()
+            if not isinstance(plan, StepPlan):
+                raise RuntimeError(f"the engine sent a {type(plan).__name__}, not a plan")
             try:
                 launched.put(runner.launch(plan))
             except PlanError as error:  # other ranks see the same, before anything is exchanged
