@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.load import run_load
-from gllm_benchmarks.record import add_arguments, print_table, record
+from gllm_benchmarks.record import add_arguments, number, print_table, record
 from gllm_benchmarks.serve import summarize
 from gllm_benchmarks.served_model import MODEL, server
 from gllm_benchmarks.workloads import Job, make_jobs
@@ -126,10 +126,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=200, help="output tokens a stream")
-    parser.add_argument("--steps", type=int, default=400, help="scheduler steps timed")
-    parser.add_argument("--front-ends", type=int, default=2)
+    count = number(int, 1, 1e6)
+    parser.add_argument("--streams", type=number(int, 1, 4096), default=64)
+    parser.add_argument("--tokens", type=count, default=200, help="output tokens a stream")
+    parser.add_argument("--steps", type=count, default=400, help="scheduler steps timed")
+    parser.add_argument("--front-ends", type=number(int, 1, 256), default=2)
     add_arguments(parser)
     args = parser.parse_args()
     os.chdir(Path(__file__).resolve().parents[1])

@@ -113,7 +113,7 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
             await asyncio.sleep(due - time.monotonic())
         sent = time.monotonic()
         options = LEAN | {"max_tokens": job.output_len, "ignore_eos": True} | task["sampling"]
-        left = max(begin + task["timeout"] - sent, 0.0)
+        left = max(begin + task["timeout"] - sent, 1e-3)
         try:
             chunks = client.generate(input_ids=job.prompt, timeout=left, **options)
             async for chunk in chunks:

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks.record import add_arguments, print_table, record
+from gllm_benchmarks.record import add_arguments, number, print_table, record
 from gllm_benchmarks.workloads import WORKLOADS, Job, lengths, make_jobs, warm_up
 
 MODELS = Path(__file__).parent / "models"
@@ -146,19 +146,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--engine", choices=("ours", "vllm", "both"), default="ours")
     add("--peer-site", type=Path, help="a directory with vLLM's packages")
     add("--workloads", default=",".join(WORKLOADS), help="also fixed:COUNT:IN:OUT")
-    add("--repeat", type=int, default=1, help="runs of each; the median is told")
+    add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
     pairs: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
     add("--config", **pairs, help=f"of our engine; {', '.join(SHARED)} of vLLM too")
     add("--peer-config", **pairs)
     add("--profile", action="store_true")
-    add("--timeout", type=float, default=1800, help="seconds for one engine")
+    add("--timeout", type=number(float, 1, 1e6), default=1800, help="seconds for one engine")
     add("--name", help="of the result; default: offline-MODEL")
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.engine != "ours" and not (arguments.peer_site or Path()).joinpath("vllm").is_dir():
         parser.error("--peer-site: a directory in which there is vllm is needed for this engine")
-    if arguments.repeat < 1:
-        parser.error(f"--repeat: {arguments.repeat} is less than 1")
     return arguments
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,21 @@ RESULTS = Path(__file__).parent / "results"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", action="store_true", help="in benchmarks/results, as JSON")
+
+
+def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
+    """For argparse: a parser of one number from `low` to `high`; `kind` is int or float."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a number") from None
+        if not low <= value <= high:  # not a number compares false
+            raise argparse.ArgumentTypeError(f"{text[:60]} is outside [{low:g}, {high:g}]")
+        return value
+
+    return parse
 
 
 def table_lines(header: list[str], rows: list[list[Any]]) -> list[str]:

@@ -13,7 +13,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import OURS, model_directory, parse_pairs
 from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.plot import draw
-from gllm_benchmarks.record import RESULTS, add_arguments, print_table, record
+from gllm_benchmarks.record import RESULTS, add_arguments, number, print_table, record
 from gllm_benchmarks.served_model import MODEL, server
 from gllm_benchmarks.workloads import at_rate, make_jobs, poisson, read_load, warm_up
 
@@ -94,12 +94,15 @@ def distribution(values: list[float]) -> dict[str, float] | None:
 def parse_slo(text: str) -> dict[str, float]:
     """ttft=2,tpot=0.1: limits in seconds. Raises ArgumentTypeError."""
     slo = {}
+    seconds = number(float, 0, 1e6)
     for pair in text.split(","):
         name, _, limit = pair.partition("=")
         try:
-            slo[name] = float(limit)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{pair!r} is not NAME=SECONDS") from None
+            slo[name] = seconds(limit)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(
+                f"{pair[:60]!r} is not NAME=SECONDS ({error})"
+            ) from None
         if name not in LIMITED:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(LIMITED)}")
     return slo
@@ -147,15 +150,16 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument("--start", metavar="MODEL", help="start a server on a directory or a shape")
     where.add_argument("--address", help="gRPC address of a server that runs, with --model")
     parser.add_argument("--model", help="the model's name there")
-    parser.add_argument("--vocab", type=int, default=1000, help="prompts there are of ids below it")
-    parser.add_argument("--front-ends", type=int, default=2, help="of a server to start")
+    add = parser.add_argument
+    add("--vocab", type=number(int, 1, 2**24), default=1000, help="prompts are of ids below it")
+    add("--front-ends", type=number(int, 1, 256), default=2, help="of a server to start")
     parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--seconds", type=float, help="what comes later is left out")
-    parser.add_argument("--concurrency", type=numbers(int), default=[], help="under way at a time")
+    add("--seconds", type=number(float, 0, 1e6), help="what comes later is left out")
+    add("--concurrency", type=numbers(int, 1, 65536), default=[], help="under way at a time")
     parser.add_argument("--all", action="store_true", help="all requests at once")
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each; the median is told")
-    parser.add_argument("--clients", type=int, default=4, help="client processes")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one run")
+    add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
+    add("--clients", type=number(int, 1, 256), default=4, help="client processes")
+    add("--timeout", type=number(float, 1, 1e6), default=900, help="seconds for one run")
     parser.add_argument("--name", help="of the result; default: serve-MODEL")
     add_load_arguments(parser)
     arguments = parser.parse_args()
@@ -171,27 +175,18 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
     add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
-    add("--limit", type=int, help="only so many requests")
-    add("--rate", type=numbers(float), default=[], help="requests/s, such as 2,4,8")
-    add("--seed", type=int, default=0, help="of random arrivals")
+    add("--limit", type=number(int, 1, 1e7), help="only so many requests")
+    add("--rate", type=numbers(float, 1e-6, 1e6), default=[], help="requests/s, such as 2,4,8")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of random arrivals")
     add("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
     add("--plot", type=Path, help="an SVG file; with --save also in results")
     add_arguments(parser)
 
 
-def numbers(kind: type) -> Any:
-    """A parser of positive numbers separated by commas."""
-
-    def parse(text: str) -> list[Any]:
-        try:
-            values = [kind(each) for each in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 2,4,8") from None
-        if min(values) <= 0:
-            raise argparse.ArgumentTypeError(f"{text!r} has a number that is not above 0")
-        return values
-
-    return parse
+def numbers(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], list[Any]]:
+    """For argparse: a parser of numbers from `low` to `high`, such as 2,4,8."""
+    parse = number(kind, low, high)
+    return lambda text: [parse(each) for each in text.split(",")]
 
 
 @contextlib.contextmanager

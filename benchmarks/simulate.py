@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.offline import parse_pairs
 from gllm_benchmarks.plot import draw_policies
-from gllm_benchmarks.record import RESULTS, print_table, record
+from gllm_benchmarks.record import RESULTS, number, print_table, record
 from gllm_benchmarks.serve import add_load_arguments, patterns, print_runs, summarize
 from gllm_benchmarks.workloads import Lengths, read_load
 from gllm_engine import (
@@ -203,18 +203,25 @@ def served_rate(runs: dict[str, dict[str, Any]]) -> float | None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench simulate", description=__doc__)
     add = parser.add_argument
-    add("--pp", type=int, default=4, help="stages; one step more than that is in flight")
+    add(
+        "--pp",
+        type=number(int, 1, 64),
+        default=4,
+        help="stages; one step more than that is in flight",
+    )
     add("--steps", type=Path, help="JSON: coefficients or measured steps; or as stage and head")
     add("--model", type=Path, help="a directory with a config.json, cut into equal stages")
     pairs: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}
     add("--stage", **pairs, help=f"numbers of a stage: {', '.join(Roofline._fields[2:])}")
     add("--head", **pairs, help="of what the last stage does besides, for rows that sample")
-    add("--gpus-per-stage", type=int, default=1)
-    add("--bandwidth", type=float, default=4.3e12, help="bytes/s that a GPU reaches")
-    add("--flops", type=float, default=6.5e14, help="a second that a GPU reaches")
-    add("--activation-bytes", type=float, default=0.0, help="of a token, between stages")
-    add("--link", type=float, default=5e10, help="bytes/s between stages")
-    add("--latency", type=float, default=20e-6, help="seconds between stages")
+    speed = number(float, 1, 1e30)
+    add("--gpus-per-stage", type=number(int, 1, 64), default=1)
+    add("--bandwidth", type=speed, default=4.3e12, help="bytes/s that a GPU reaches")
+    add("--flops", type=speed, default=6.5e14, help="a second that a GPU reaches")
+    size = number(float, 0, 1e12)
+    add("--activation-bytes", type=size, default=0.0, help="of a token, between stages")
+    add("--link", type=speed, default=5e10, help="bytes/s between stages")
+    add("--latency", type=number(float, 0, 1e6), default=20e-6, help="seconds between stages")
     known = ",".join(POLICIES)
     add("--policies", default=known, help=f"of {known}; as NAME or as NAME:TOKENS, in a step")
     add("--config", **pairs, help="of the engine")

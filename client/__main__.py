@@ -13,11 +13,12 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
+from gllm_client.protocol import MAX_TIMEOUT_S, asks_for_one, shown
 from gllm_client.tritonserver import Serving, exec_server
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
 
@@ -71,9 +72,13 @@ OUTPUT gets a line for each, in the order in which they finish:
   {"id": "a1", "text": " a time", "finish_reason": "length", "num_output_tokens": 50, ...}
   {"id": "a2", "error": "messages: ..."}
 
+With n > 1 the texts are listed under "outputs". logprobs adds "logprobs" and
+"cumulative_logprob", prompt_logprobs adds "prompt_logprobs".
+
 `id` (a string or a whole number) is by default the line's number. Sampling flags hold for lines
-that do not say otherwise. Broken off, the same command continues: ids with an answer in OUTPUT
-are skipped. The exit status is 1 if any line ended in an error.
+that do not say otherwise. A line that is no request, or has the id of an earlier one, gets an
+error with its number as "line". Broken off, the same command continues: ids with an answer in
+OUTPUT are skipped. The exit status is 1 if any line ended in an error.
 """
 
 
@@ -85,14 +90,21 @@ class Asked(msgspec.Struct, frozen=True):
     # ask a server: HOST:PORT or grpc://HOST:PORT, or http://HOST:PORT. Without it the engine runs
     # in this process
     url: str | None = None
-    timeout: float | None = None  # seconds, for one answer of a server
+    # seconds, for one answer of a server
+    timeout: Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)] | None = None
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How `batch` goes through its lines: the fields are its flags."""
+
+    concurrency: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64  # requests under way at a time
 
 
 class Tiny(msgspec.Struct, frozen=True):
     """What `tiny-model` writes: the fields are its flags."""
 
     family: str = "LlamaForCausalLM"  # the architecture, as config.json names it
-    seed: int = 0  # of the random weights
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0  # of the random weights
     set: tuple[str, ...] = ()  # KEY=JSON changes config.json, such as num_hidden_layers=4
 
 
@@ -186,13 +198,7 @@ def _add_batch(commands: Any) -> None:
     parser = _command(commands, "batch", _batch, "answer a file of prompts", _BATCH)
     parser.add_argument("input", metavar="INPUT", type=Path)
     parser.add_argument("output", metavar="OUTPUT", type=Path)
-    parser.add_argument(
-        "--concurrency",
-        type=int,
-        default=64,
-        metavar="INT",
-        help="requests under way at a time (%(default)s)",
-    )
+    add_struct(parser, "pace", Pace, skip=())
     parser.add_argument(
         "--retry-errors", action="store_true", help="ask lines again that ended in an error"
     )
@@ -238,6 +244,14 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return dict(msgspec.to_builtins(parse_sampling(struct_texts(options, SamplingParams))))
 
 
+def _text_only(sampling: dict[str, Any]) -> None:
+    """Raise UsageError for sampling flags that ask for more than a text to be shown."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if sampling.get(name) is not None:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag}: only text is shown here; gllm batch writes these too")
+
+
 def _source(options: argparse.Namespace) -> Any:
     engine = struct_values(options, EngineConfig)
     asked = Asked(**struct_values(options, Asked))
@@ -259,6 +273,7 @@ def _source(options: argparse.Namespace) -> Any:
 
 def _generate(options: argparse.Namespace) -> int:
     sampling = _sampling(options)
+    _text_only(sampling)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     with closing(_source(options)) as source:
         for chunk in source.stream(prompt, sampling):
@@ -271,7 +286,8 @@ def _chat(options: argparse.Namespace) -> int:
     from gllm_client.chat import Chat
 
     sampling = {"max_tokens": CHAT_MAX_TOKENS} | _sampling(options)
-    if sampling.get("n", 1) != 1:
+    _text_only(sampling)
+    if not asks_for_one(sampling):
         raise UsageError("--n: a conversation has one answer at a time")
     try:
         variables = json.loads(options.chat_template_kwargs) or None
@@ -292,8 +308,7 @@ def _batch(options: argparse.Namespace) -> int:
 
     from gllm_client.batch import Item, Tally, run_batch
 
-    if options.concurrency < 1:
-        raise UsageError("--concurrency: at least 1")
+    pace = Pace(**struct_values(options, Pace))
     if options.output.exists() and options.output.samefile(options.input):
         raise UsageError("INPUT and OUTPUT are the same file")
     sampling = _sampling(options)
@@ -301,7 +316,7 @@ def _batch(options: argparse.Namespace) -> int:
 
         def answers(items: list[Item]) -> Any:
             filled = (replace(item, sampling=sampling | item.sampling) for item in items)
-            return source.answers(filled, options.concurrency)
+            return source.answers(filled, pace.concurrency)
 
         def show(tally: Tally) -> None:
             bar.total = tally.total
@@ -348,8 +363,8 @@ def _tiny_model(options: argparse.Namespace) -> int:
         key, separator, value = text.partition("=")
         try:
             over[key] = json.loads(value)
-        except ValueError:
-            raise UsageError(f"--set: {text!r} is not KEY=JSON") from None
+        except (ValueError, RecursionError):
+            raise UsageError(f"--set: {shown(text)} is not KEY=JSON") from None
     write_tiny_model(options.directory, tiny.family, tiny.seed, **over)
     print(options.directory)
     return 0

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from gllm_client.batch import Failed, Item
 from gllm_client.client import connect
-from gllm_client.protocol import Chunk, GenerateError, merge
+from gllm_client.protocol import Chunk, GenerateError, asks_for_one, merge
 
 Prompt = str | list[dict[str, Any]]  # text, or chat messages
 
@@ -38,7 +38,7 @@ class AnswerSource(Protocol):
 class RemoteAnswers:
     """A model behind a URL."""
 
-    refusals = (GenerateError,)
+    refusals = (GenerateError, ValueError)
 
     def __init__(self, url: str, model: str | None, timeout: float | None = None) -> None:
         """`model`: None for the only one that the server has. Raises GenerateError, ValueError."""
@@ -54,12 +54,13 @@ class RemoteAnswers:
         return ready[0]
 
     def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
-        return self._ask(prompt, sampling, template, stream=int(sampling.get("n", 1)) == 1)
+        return self._ask(prompt, sampling, template, stream=asks_for_one(sampling))
 
     def _ask(
         self, prompt: Prompt, sampling: dict[str, Any], template: dict[str, Any], stream: bool
     ) -> Iterator[Chunk]:
         options: dict[str, Any] = template | {"sampling": sampling, "stream": stream}
+        options["return_cumulative_logprob"] = sampling.get("logprobs") is not None
         options["prompt" if isinstance(prompt, str) else "messages"] = prompt
         return self._client.generate(model=self._model, timeout=self._timeout, **options)
 
@@ -74,7 +75,9 @@ class RemoteAnswers:
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                # Answers first: the server may have gone after it gave them.
+                for future in sorted(done, key=lambda future: future.exception() is not None):
+                    yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -82,9 +85,12 @@ class RemoteAnswers:
         try:
             return item, merge(self._ask(item.prompt, item.sampling, item.template, stream=False))
         except GenerateError as error:
-            if error.status == "UNAVAILABLE":
+            # A single request may be too much for a connection that others can use.
+            if error.status == "UNAVAILABLE" and not self._client.is_live():
                 raise
             return item, Failed(str(error))
+        except Exception as error:  # whatever a line can provoke is that line's
+            return item, Failed(str(error) or type(error).__name__)
 
     def close(self) -> None:
         self._client.close()

@@ -1,24 +1,29 @@
 """`gllm batch`: many requests from a JSONL file, their answers into another, resumable.
 
 Owns the two files. Where answers come from is handed in. An output line is written whole once its
-answer is; a run that was broken off is continued by running it again.
+answer is; a run that was broken off is continued by running it again. No input line, whatever it
+holds, can cost another one its answer.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-from gllm_client.protocol import Chunk
+from gllm_client.protocol import Chunk, Output, shorten, shown
 
 # For the chat template of a line with messages: a list, an object.
 TEMPLATE_KEYS = {"tools": list, "chat_template_kwargs": dict}
 KEYS = ("id", "prompt", "messages", *TEMPLATE_KEYS, "sampling_parameters")
+# What a line is known by from run to run: its id; its number, if it has no id of its own.
+Key = str | int | tuple[Literal["line"], int]
+LEAST_LOGPROB = -9999.0  # instead of minus infinity, which JSON cannot say
 
 
 class BatchError(RuntimeError):
@@ -40,6 +45,10 @@ class Failed:
     """Why an item has no answer."""
 
     message: str
+
+
+class BadLine(ValueError):
+    """An input line that is no request; the message says why."""
 
 
 Answers = Callable[[Iterable[Item]], Iterator[tuple[Item, Chunk | Failed]]]
@@ -66,7 +75,7 @@ def run_batch(
     """Answer every line of `source` that `target` has no answer to; in any order.
 
     `retry_errors`: lines that ended in an error last time are asked again. Raises BatchError when
-    either file is not what it should be; a bad line of `source` is an error in `target`.
+    `target` is no output; a bad line of `source` is an error in `target`.
     """
     lines = read_source(source)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,72 +83,97 @@ def run_batch(
     with file:
         tally = Tally(total=len(lines), skipped=len(finished & set(lines)))
         on_progress(tally)
-        waiting = {id: line for id, line in lines.items() if id not in finished}
-        bad = [(id, line) for id, line in waiting.items() if isinstance(line, Failed)]
+        waiting = {key: line for key, line in lines.items() if key not in finished}
+        bad = [(key, line) for key, line in waiting.items() if isinstance(line, Failed)]
         items = [line for line in waiting.values() if isinstance(line, Item)]
-        for id, answer in chain(bad, ((item.id, answer) for item, answer in answers(items))):
-            _record(file, tally, id, answer)
+        for key, answer in chain(bad, ((item.id, answer) for item, answer in answers(items))):
+            _record(file, tally, key, answer)
             on_progress(tally)
     return tally
 
 
-def read_source(path: Path) -> dict[str | int, Item | Failed]:
-    """Every line by its id, in order. A line without an id has its number, from 1, as one.
+def read_source(path: Path) -> dict[Key, Item | Failed]:
+    """Every line, in order. One without an id has its number, from 1, as one.
 
-    Raises BatchError for an id that comes twice.
+    An id that came before is an error of the later line, which is then known by its number.
     """
-    items: dict[str | int, Item | Failed] = {}
-    numbers: dict[str | int, int] = {}
+    items: dict[Key, Item | Failed] = {}
+    numbers: dict[Key, int] = {}
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
                 continue
-            id, item = parse_line(number, raw)
-            first = numbers.setdefault(id, number)
+            key, item = parse_line(number, raw)
+            first = numbers.setdefault(key, number)
             if first != number:
-                raise BatchError(f"{path}: lines {first} and {number} have the same id {id!r}")
-            items[id] = item
+                item = Failed(f"id: {shown(key)} is the id of line {first} already")
+                key = ("line", number)
+            items[key] = item
     return items
 
 
-def parse_line(number: int, raw: bytes) -> tuple[str | int, Item | Failed]:
-    """The id and the request of one input line, or what is wrong with it."""
+def parse_line(number: int, raw: bytes) -> tuple[Key, Item | Failed]:
+    """The key and the request of one input line, or what is wrong with it."""
     try:
-        line = json.loads(raw)
+        line = _parse_json(raw)
+        if not isinstance(line, dict):
+            raise BadLine("a JSON object is expected")
     except ValueError as error:
-        return number, Failed(f"line {number}: not valid JSON ({error})")
-    if not isinstance(line, dict):
-        return number, Failed(f"line {number}: a JSON object is expected")
+        return ("line", number), Failed(f"line {number}: {error}")
     id = line.get("id", number)
     if isinstance(id, bool) or not isinstance(id, str | int):
-        return number, Failed(f"id: {json.dumps(id)} is not a string or a whole number")
-    return id, _item(id, line)
+        what = "a list or an object" if isinstance(id, list | dict) else json.dumps(id)
+        return ("line", number), Failed(f"id: {what} is not a string or a whole number")
+    try:
+        return id, _item(id, line)
+    except BadLine as error:
+        return id, Failed(str(error))
 
 
-def _item(id: str | int, line: dict[str, Any]) -> Item | Failed:
+def _parse_json(raw: bytes) -> Any:
+    """The JSON value of a line. Raises BadLine where it is none, or a key comes twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise BadLine(f"key {shown(twice)} comes twice")
+        return values
+
+    try:
+        return json.loads(raw, object_pairs_hook=once)
+    except BadLine:
+        raise
+    except RecursionError:
+        raise BadLine("nested too deeply") from None
+    except ValueError as error:
+        raise BadLine(f"not valid JSON ({error})") from None
+
+
+def _item(id: str | int, line: dict[str, Any]) -> Item:
     if unknown := sorted(set(line) - set(KEYS)):
-        return Failed(f"{unknown[0]}: unknown key; known are {', '.join(KEYS)}")
+        raise BadLine(f"{shorten(unknown[0])}: unknown key; known are {', '.join(KEYS)}")
     sampling = line.get("sampling_parameters", {})
     if not isinstance(sampling, dict):
-        return Failed("sampling_parameters: a JSON object is expected")
+        raise BadLine("sampling_parameters: a JSON object is expected")
     if ("prompt" in line) == ("messages" in line):
-        return Failed("prompt: exactly one of prompt and messages is needed")
+        raise BadLine("prompt: exactly one of prompt and messages is needed")
     kind = str if "prompt" in line else list
     prompt = line.get("prompt", line.get("messages"))
     if not isinstance(prompt, kind):
-        return Failed("prompt: a string is expected (or messages: a list)")
+        raise BadLine("prompt: a string is expected (or messages: a list)")
     template = {key: line[key] for key in TEMPLATE_KEYS if line.get(key) is not None}
     for key, value in template.items():
         expected = TEMPLATE_KEYS[key]
         if not isinstance(value, expected):
-            return Failed(f"{key}: {'a list' if expected is list else 'an object'} is expected")
+            raise BadLine(f"{key}: {'a list' if expected is list else 'an object'} is expected")
         if kind is str:
-            return Failed(f"{key}: it is for the chat template, so it goes with messages")
+            raise BadLine(f"{key}: it is for the chat template, so it goes with messages")
     return Item(id, prompt, sampling, template)
 
 
-def open_target(path: Path, retry_errors: bool) -> tuple[IO[bytes], set[str | int]]:
-    """The output, locked and ready for another line, and the ids that it has answers to.
+def open_target(path: Path, retry_errors: bool) -> tuple[IO[bytes], set[Key]]:
+    """The output, locked and ready for another line, and the keys that it has answers to.
 
     A half-written last line is cut off; with `retry_errors` lines with an error are taken out.
     Raises BatchError for any other line that is no answer: it is not ours to overwrite.
@@ -153,10 +187,10 @@ def open_target(path: Path, retry_errors: bool) -> tuple[IO[bytes], set[str | in
         raise
 
 
-def _repair(file: IO[bytes], path: Path, retry_errors: bool) -> tuple[set[str | int], bool]:
-    """The ids to skip, and whether there are lines to take out."""
+def _repair(file: IO[bytes], path: Path, retry_errors: bool) -> tuple[set[Key], bool]:
+    """The keys to skip, and whether there are lines to take out."""
     file.seek(0)
-    finished: set[str | int] = set()
+    finished: set[Key] = set()
     errors = False
     end, last = 0, b"\n"  # bytes of whole lines; the last of them
     for number, line in enumerate(file, 1):
@@ -169,7 +203,7 @@ def _repair(file: IO[bytes], path: Path, retry_errors: bool) -> tuple[set[str | 
         if retry_errors and "error" in answer:
             errors = True
         else:
-            finished.add(answer["id"])
+            finished.add(("line", answer["line"]) if "line" in answer else answer["id"])
     file.truncate(end)
     if not last.endswith(b"\n"):
         file.write(b"\n")
@@ -192,36 +226,64 @@ def _without_errors(file: IO[bytes], path: Path) -> IO[bytes]:
 
 def _parse_answer(raw: bytes) -> dict[str, Any] | None:
     try:
-        answer = json.loads(raw)
-    except ValueError:
+        answer = _parse_json(raw)
+    except BadLine:
         return None
     whole = (
         isinstance(answer, dict)
         and isinstance(answer.get("id"), str | int)
+        and isinstance(answer.get("line", 0), int)
         and not {"error", "text", "outputs"}.isdisjoint(answer)
     )
     return answer if whole else None
 
 
-def _record(file: IO[bytes], tally: Tally, id: str | int, answer: Chunk | Failed) -> None:
+def _record(file: IO[bytes], tally: Tally, key: Key, answer: Chunk | Failed) -> None:
+    known: dict[str, Any] = {"id": key}
+    if isinstance(key, tuple):  # so that it is not taken for the line that has this id
+        known = {"id": key[1], "line": key[1]}
     if isinstance(answer, Failed):
         tally.failed += 1
-        line: dict[str, Any] = {"id": id, "error": answer.message}
+        line = known | {"error": answer.message}
     else:
         tally.answered += 1
-        line = {"id": id} | to_line(answer)
+        line = known | to_line(answer)
     file.write(json.dumps(line).encode("ascii") + b"\n")
     file.flush()
 
 
 def to_line(answer: Chunk) -> dict[str, Any]:
-    """An output line without its id; with n > 1 the answers are listed under "outputs"."""
-    outputs = [
-        {"text": o.text, "finish_reason": o.finish_reason, "num_output_tokens": o.num_tokens}
-        for o in answer.outputs
+    """An output line without its id; with n > 1 the answers are listed under "outputs".
+
+    Log probabilities, of the output and of the prompt, are in it if they were asked for.
+    """
+    outputs = [_output(output) for output in answer.outputs]
+    line = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
+    line["num_input_tokens"] = answer.num_input_tokens
+    if answer.prompt_logprobs is not None:
+        line["prompt_logprobs"] = _finite(answer.prompt_logprobs)
+    return line
+
+
+def _output(output: Output) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "num_output_tokens": output.num_tokens,
+    }
+    if output.logprobs is not None:
+        fields["logprobs"] = _finite(output.logprobs)
+    if output.cumulative_logprob is not None:
+        fields["cumulative_logprob"] = max(output.cumulative_logprob, LEAST_LOGPROB)
+    return fields
+
+
+def _finite(entries: list[Any]) -> list[Any]:
+    """Log probabilities by token, of each position, as JSON can say them; None stays None."""
+    return [
+        entry and {id: t | {"logprob": max(t["logprob"], LEAST_LOGPROB)} for id, t in entry.items()}
+        for entry in entries
     ]
-    first = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
-    return first | {"num_input_tokens": answer.num_input_tokens}
 
 
 def _lock(file: IO[bytes], path: Path) -> IO[bytes]:

@@ -15,13 +15,14 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor
 
-from gllm_client.http import HttpClient
+from gllm_client.http import HttpClient, check_port
 from gllm_client.protocol import (
     Asking,
     BlockingAsking,
     Chunk,
     GenerateError,
     Inputs,
+    check_timeout,
     merge,
     to_chunk,
 )
@@ -42,9 +43,10 @@ _STATUS_METADATA = (("triton_grpc_error", "true"),)
 def connect(url: str, model: str | None = None) -> SyncClient | HttpClient:
     """A blocking client for `grpc://host:port`, `http://host:port` or `host:port` (gRPC).
 
-    Raises ValueError for any other scheme.
+    Raises ValueError for any other scheme, and for a port that is none.
     """
     scheme, separator, address = url.rpartition("://")
+    check_port(address)
     if scheme == "http":
         return HttpClient(address, model)
     if scheme == "grpc" or not separator:
@@ -140,6 +142,7 @@ class SyncClient(_Connected, BlockingAsking):
             return False
 
     def _call(self, method: str, request: Any, timeout: float | None) -> Any:
+        timeout = check_timeout(timeout)
         try:
             return getattr(self._stub, method)(request, timeout=timeout)
         except grpc.RpcError as error:
@@ -187,6 +190,7 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
     async def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
         """Whether the server, or one of its models, takes requests."""
         method, request = _readiness(model)
+        timeout = check_timeout(timeout)
         try:
             answer = await getattr(self._stub, method)(request, timeout=timeout)
         except grpc.RpcError:
@@ -210,7 +214,9 @@ def _utf8(name: str, text: str) -> bytes:
 
 def _request(model: str, request_id: str, inputs: Inputs) -> pb.ModelInferRequest:
     """The message of one request; every tensor has one dimension."""
-    request = pb.ModelInferRequest(model_name=model, id=request_id)
+    request = pb.ModelInferRequest(
+        model_name=_utf8("model", model), id=_utf8("request_id", request_id)
+    )
     for name, value in inputs.items():
         values = value if isinstance(value, list) else [value]
         tensor = request.inputs.add(name=name, shape=[len(values)])

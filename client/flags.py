@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
+
+from gllm_client.protocol import shown
 
 
 class UsageError(Exception):
@@ -75,11 +78,18 @@ def struct_values(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
     hints = get_type_hints(struct, include_extras=True)
     for name, text in struct_texts(options, struct).items():
         try:
-            values[name] = msgspec.convert(text, hints[name], strict=False)
-        except msgspec.ValidationError as error:
-            problem = str(error).replace("`", "")
-            raise UsageError(f"--{name.replace('_', '-')}: {text!r}: {problem}") from None
+            values[name] = _convert(text, hints[name])
+        except ValueError as error:
+            flag, problem = name.replace("_", "-"), str(error).replace("`", "")
+            raise UsageError(f"--{flag}: {shown(text)}: {problem}") from None
     return values
+
+
+def _convert(text: str, hint: Any) -> Any:
+    value = msgspec.convert(text, hint, strict=False)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a finite number is expected")
+    return value
 
 
 def field_comments(struct: Any) -> dict[str, str]:

@@ -17,7 +17,15 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from gllm_client.protocol import BlockingAsking, Chunk, GenerateError, Inputs, to_chunk
+from gllm_client.protocol import (
+    BlockingAsking,
+    Chunk,
+    GenerateError,
+    Inputs,
+    check_timeout,
+    shown,
+    to_chunk,
+)
 
 # Triton answers 400 for whatever its gRPC side distinguishes, so that code says nothing.
 _STATUS = {404: "NOT_FOUND", 503: "UNAVAILABLE", 500: "INTERNAL", 499: "CANCELLED"}
@@ -42,6 +50,8 @@ class HttpClient(BlockingAsking):
     """A blocking HTTP client with the methods of `SyncClient`; one connection a request."""
 
     def __init__(self, address: str = "127.0.0.1:8000", model: str | None = None) -> None:
+        """`model`: the one to ask, where a call names none. Raises ValueError for no address."""
+        check_port(address)
         self._address, self._model = address, model
 
     def close(self) -> None:
@@ -104,6 +114,7 @@ class HttpClient(BlockingAsking):
         return True
 
     def _ask(self, method: str, path: str, timeout: float | None) -> bytes:
+        timeout = check_timeout(timeout)
         with self._exchange(method, path, {}, timeout) as (answer, _):
             data = answer.read()
             if answer.status != 200:
@@ -134,6 +145,16 @@ class HttpClient(BlockingAsking):
             connection.close()
 
 
+def check_port(address: str) -> None:
+    """Raise ValueError when what follows the colon of HOST:PORT is no port."""
+    host, colon, port = address.rpartition(":")
+    if not colon or address.endswith("]"):  # none given, or the end of an IPv6 address
+        return
+    known = port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536
+    if not known:
+        raise ValueError(f"address: {shown(port)} after {host} is not a port (1 to 65535)")
+
+
 def read_metrics(address: str = "127.0.0.1:8002", timeout: float | None = 5.0) -> dict[str, float]:
     """Prometheus samples of a server, by name with labels (`nv_gpu_utilization{gpu="0"}`)."""
     return HttpClient(address).metrics(timeout)
@@ -157,7 +178,7 @@ def _chunk(data: bytes, status: int, request_id: str) -> Chunk:
         answer = json.loads(data)
     except ValueError:
         raise _refusal(data, status) from None
-    if "error" in answer:
+    if not isinstance(answer, dict) or "error" in answer:
         raise _refusal(data, status)
     # One element comes as a plain value, any other number as a list.
     tensors = {key: v if isinstance(v, list) else [v] for key, v in answer.items()}

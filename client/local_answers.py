@@ -15,7 +15,7 @@ from gllm_client.answers import Prompt
 from gllm_client.batch import Failed, Item
 from gllm_client.protocol import Chunk, Output, merge
 from gllm_client.signals import caught_signals
-from gllm_engine import LLM, InvalidField, RequestFailed, parse_sampling
+from gllm_engine import LLM, EngineBroken, InvalidField, RequestFailed, parse_sampling
 
 
 class LocalAnswers:
@@ -37,12 +37,12 @@ class LocalAnswers:
         if params.n == 1:
             deltas = self._llm.stream(ids, params)
             while (delta := _uninterrupted(deltas)) is not None:
-                yield Chunk((_output(delta),), num_input_tokens=len(ids))
+                yield Chunk((_output(delta),), len(ids), delta.prompt_logprobs)
         else:
             (whole,) = self._llm.generate([ids], params)
             if whole.error is not None:
                 raise RequestFailed(whole.error)
-            yield Chunk(tuple(map(_output, whole.outputs)), num_input_tokens=len(ids))
+            yield Chunk(tuple(map(_output, whole.outputs)), len(ids), whole.prompt_logprobs)
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
         """As AnswerSource's. A delta of one stream advances them all: they share each step."""
@@ -57,8 +57,10 @@ class LocalAnswers:
             item, chunks, taken = running.popleft()
             try:
                 chunk = next(chunks, None)
-            except self.refusals as error:
-                yield item, Failed(str(error))
+            except EngineBroken:
+                raise
+            except Exception as error:  # whatever a line can provoke is that line's
+                yield item, Failed(str(error) or type(error).__name__)
                 continue
             if chunk is None:
                 yield item, merge(taken)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ Value = str | bool | list[int] | list[str]
 Inputs = dict[str, Value]  # by name
 Chunks = TypeVar("Chunks")
 Self = TypeVar("Self", bound="BlockingAsking")
+
+MAX_TIMEOUT_S = 1e6  # eleven days; sockets and gRPC can both count them
+_INT32 = range(-(2**31), 2**31)
 
 
 class GenerateError(RuntimeError):
@@ -106,24 +110,22 @@ def request_inputs(
     already base64. `sampling`: a mapping or a SamplingParams; single fields may also be given by
     keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when `logprobs` is among
     the sampling parameters.
-    Raises ValueError when the options contradict each other; the server checks their values.
+    Raises ValueError when the options contradict each other or a request cannot carry them; the
+    server checks their values.
     """
     inputs = _prompt(prompt, messages, input_ids)
     for name, value in {"tools": tools, "chat_template_kwargs": chat_template_kwargs}.items():
         if value is not None:
-            inputs[name] = json.dumps(value)
+            inputs[name] = _to_json(name, value)
     parameters = _sampling(sampling, sampling_fields)
-    several = int(parameters.get("n") or 1) > 1
-    if several and return_token_ids and not return_num_output_tokens:
+    if not asks_for_one(parameters) and return_token_ids and not return_num_output_tokens:
         raise ValueError("n > 1 with return_token_ids needs return_num_output_tokens as well")
-    if return_logprobs is None:
-        return_logprobs = parameters.get("logprobs") is not None
     flags = {
         "return_finish_reason": return_finish_reason,
         "return_num_input_tokens": return_num_input_tokens,
         "return_num_output_tokens": return_num_output_tokens,
         "return_token_ids": return_token_ids,
-        "return_logprobs": return_logprobs,
+        "return_logprobs": _wants_logprobs(return_logprobs, parameters),
         "return_cumulative_logprob": return_cumulative_logprob,
     }
     inputs |= {name: True for name, wanted in flags.items() if wanted}
@@ -131,7 +133,7 @@ def request_inputs(
         inputs["exclude_input_in_output"] = exclude_input_in_output
     inputs["stream"] = stream
     if parameters:
-        inputs["sampling_parameters"] = json.dumps(parameters)
+        inputs["sampling_parameters"] = _to_json("sampling_parameters", parameters)
     if images:
         inputs["image"] = [
             image if isinstance(image, str) else base64.b64encode(image).decode("ascii")
@@ -147,24 +149,93 @@ def _prompt(
 ) -> Inputs:
     prompts: Inputs = {}
     if prompt is not None:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt: text is expected, got {type(prompt).__name__}")
         prompts["text_input"] = prompt
     if messages is not None:
-        prompts["messages"] = json.dumps(list(messages))
+        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+            raise ValueError(f"messages: a list is expected, got {type(messages).__name__}")
+        prompts["messages"] = _to_json("messages", list(messages))
     if input_ids is not None:
-        prompts["input_ids"] = [int(token) for token in input_ids]
+        prompts["input_ids"] = _token_ids(input_ids)
     if len(prompts) != 1:
         given = " and ".join(prompts) or "none"
         raise ValueError(f"exactly one of prompt, messages and input_ids is needed, got {given}")
     return prompts
 
 
+def _token_ids(input_ids: Any) -> list[int]:
+    try:
+        ids = [operator.index(token) for token in input_ids]
+    except TypeError as error:
+        raise ValueError(f"input_ids: whole numbers are expected ({error})") from None
+    for extreme in (min(ids), max(ids)) if ids else ():
+        if extreme not in _INT32:
+            raise ValueError(f"input_ids: {shown(extreme)} does not fit INT32")
+    return ids
+
+
+def _to_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise ValueError(f"{name}: nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: cannot be said in JSON ({error})") from None
+
+
+def shorten(text: str) -> str:
+    """At most 60 characters of a user's text, for an error message."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def shown(value: Any) -> str:
+    """A user's value for an error message."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):  # too many digits, or nested too deeply
+        return f"this {type(value).__name__}"
+
+
+def check_timeout(timeout: Any) -> float | None:
+    """Seconds that can be waited for, or None: no limit. Raises ValueError for anything else."""
+    if timeout is None:
+        return None
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout <= MAX_TIMEOUT_S:
+        limits = f"above 0 and at most {MAX_TIMEOUT_S:.0f} (None: no limit)"
+        raise ValueError(f"timeout: {shown(timeout)} is not a number of seconds {limits}")
+    return float(timeout)
+
+
+def asks_for_one(parameters: Mapping[str, Any]) -> bool:
+    """Whether n is 1. An `n` that means nothing does not: the server says what is wrong with it."""
+    return parameters.get("n") in (None, 1, "1")
+
+
 def _sampling(sampling: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    given: Any = {} if sampling is None else msgspec.to_builtins(sampling)
+    given = {} if sampling is None else _plain("sampling", sampling)
     if not isinstance(given, dict):
         raise ValueError(f"sampling: a mapping is expected, got {type(sampling).__name__}")
     if twice := sorted(set(given) & set(fields)):
         raise ValueError(f"{twice[0]}: given both in sampling and by keyword")
-    return given | msgspec.to_builtins(fields)
+    return given | {name: _plain(name, value) for name, value in fields.items()}
+
+
+def _wants_logprobs(flag: bool | None, parameters: Mapping[str, Any]) -> bool:
+    has_number = parameters.get("logprobs") is not None
+    if flag and not has_number:
+        raise ValueError("return_logprobs: logprobs, how many for each token, is needed as well")
+    return has_number if flag is None else flag
+
+
+def _plain(name: str, value: Any) -> Any:
+    try:
+        return msgspec.to_builtins(value)
+    except RecursionError:
+        raise ValueError(f"{name}: nested too deeply") from None
+    except TypeError as error:
+        raise ValueError(f"{name}: cannot be said in JSON ({error})") from None
 
 
 def to_chunk(tensors: Mapping[str, Sequence[Any]], request_id: str = "") -> Chunk:
@@ -249,11 +320,13 @@ class Asking(ABC, Generic[Chunks]):
         """The answer in chunks, as they come; closing the iterator cancels the request, as does
         cancelling the task that iterates.
 
-        `options` are those of `request_inputs`. `timeout`: seconds for the whole answer. Raises
-        ValueError at once for contradicting options, or when neither the call nor the client
-        names a model; the iterator raises GenerateError.
+        `options` are those of `request_inputs`. `timeout`: seconds for the whole answer, at most
+        MAX_TIMEOUT_S; None: no limit. Raises ValueError at once for options that contradict each
+        other or cannot be sent, or when neither the call nor the client names a model; the
+        iterator raises GenerateError.
         """
         inputs = request_inputs(prompt, **options)
+        timeout = check_timeout(timeout)
         model = model or self._model
         if not model:
             raise ValueError("model: none given, neither to the client nor to the call")

@@ -35,7 +35,8 @@ _OWNED = re.compile(r"gllm-(?P<namespace>\d+)-(?P<pid>\d+)-")
 
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+ExitTimeout = Annotated[int, msgspec.Meta(ge=1, le=86400)]  # seconds: at most a day
+FrontEnds = Annotated[int, msgspec.Meta(ge=1, le=256)]
 
 
 class ServerError(RuntimeError):
@@ -63,10 +64,10 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     grpc_port: Port = 8001
     metrics_port: Port = 8002
     # at a stop, running answers have so long to end
-    exit_timeout_s: AtLeastOne = EXIT_TIMEOUT_S
+    exit_timeout_s: ExitTimeout = EXIT_TIMEOUT_S
     name: str | None = None  # a checkpoint's name as a model; default: its directory's
     # processes that tokenize and send for a checkpoint's one engine
-    front_ends: AtLeastOne = 1
+    front_ends: FrontEnds = 1
 
 
 def find_server(environ: Mapping[str, str] = os.environ) -> Installation:

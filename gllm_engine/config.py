@@ -70,7 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for key, (low, high) in _RANGES.items():
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
-                raise ConfigError(f"{key}: {value} is outside [{low}, {high}]")
+                raise ConfigError(f"{key}: {shown(value)} is outside [{low}, {high}]")
         if 0 < self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is less than "
@@ -88,8 +88,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{key}: it is needed with nnodes={self.nnodes}")
         if self.master_addr is not None and not _is_address(self.master_addr):
             raise ConfigError(
-                f"master_addr: {self.master_addr!r} is not an IPv4 address of this machine such as "
-                "10.0.0.1"
+                f"master_addr: {shown(repr(self.master_addr))} is not an IPv4 address of this "
+                "machine such as 10.0.0.1"
             )
         self.stage_layers()
 
@@ -108,13 +108,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """assigned_layers as numbers; None: to be chosen. Raises ConfigError."""
         if self.assigned_layers is None:
             return None
-        words, stages = self.assigned_layers.split(","), self.pipeline_parallel_size
-        if len(words) != stages or not all(w.strip().isdecimal() and int(w) for w in words):
+        words = [word.strip() for word in self.assigned_layers.split(",")]
+        stages = self.pipeline_parallel_size
+        if len(words) != stages or not all(map(_is_count, words)):
             raise ConfigError(
-                f"assigned_layers: {self.assigned_layers!r} is not {stages} numbers above 0 with "
-                "commas between, one for each stage (pipeline_parallel_size)"
+                f"assigned_layers: {shown(repr(self.assigned_layers))} is not {stages} numbers "
+                "above 0 with commas between, one for each stage (pipeline_parallel_size)"
             )
         return tuple(map(int, words))
+
+
+def _is_count(text: str) -> bool:
+    """Whether it is a number from 1 to 9999."""
+    return text.isdecimal() and len(text) < 5 and int(text) > 0
 
 
 def _is_address(text: str) -> bool:

@@ -86,7 +86,10 @@ def shown(value: object, most: int = 100) -> str:
     """A value out of a file, for a sentence: on one line, of at most so many characters, none of
     which an output refuses. What is too long loses its middle.
     """
-    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    try:
+        text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    except (ValueError, RecursionError):  # too many digits, or nested too deeply
+        return f"this {type(value).__name__}"
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 

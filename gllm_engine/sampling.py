@@ -95,7 +95,7 @@ class SamplingParams(
             value = getattr(self, field)
             if value is not None and not low <= value <= high:
                 limit = "2**62" if high == UNBOUNDED else high
-                raise InvalidField(field, f"{shorten(str(value))} is outside [{low}, {limit}]")
+                raise InvalidField(field, f"{shown(value)} is outside [{low}, {limit}]")
         for field, most in _MOST.items():
             values = getattr(self, field)
             if len(values) > most:
@@ -111,7 +111,8 @@ class SamplingParams(
             )
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
-                raise InvalidField("logit_bias", f"{bias} for token {token} is outside [-100, 100]")
+                problem = f"{bias} for token {shown(token)} is outside [-100, 100]"
+                raise InvalidField("logit_bias", problem)
         if self.structured_outputs is not None:
             _check_structured(self.structured_outputs)
 
@@ -183,12 +184,19 @@ def parse_sampling(values: dict[str, Any]) -> SamplingParams:
 
 
 def _coerce(key: str, value: Any) -> Any:
-    loose = _loosen(key, value)
     try:
-        return msgspec.convert(loose, _HINTS[key], strict=False)
-    except (msgspec.ValidationError, OverflowError) as error:
+        converted = msgspec.convert(_loosen(key, value), _HINTS[key], strict=False)
+        msgspec.json.encode(converted)  # what cannot be said in UTF-8 cannot reach the engine
+        return converted
+    except InvalidField:
+        raise
+    except RecursionError:
+        raise InvalidField(key, "nested too deeply") from None
+    except UnicodeEncodeError:
+        raise InvalidField(key, "contains half of a surrogate pair") from None
+    except (ValueError, OverflowError) as error:
         problem = str(error).replace("`", "").rstrip(".")
-        raise InvalidField(key, f"{shorten(repr(value))} is not valid ({problem})") from None
+        raise InvalidField(key, f"{shown(value)} is not valid ({problem})") from None
 
 
 def _loosen(key: str, value: Any) -> Any:
@@ -223,7 +231,7 @@ def _loosen_structured(given: dict[str, Any]) -> dict[str, Any]:
     for field in ("disable_additional_properties", "_backend", "_backend_was_auto"):
         value = fields.pop(field, False)
         if value is not False:
-            problem = f"{field} {shorten(repr(value))} is not supported; leave it out"
+            problem = f"{field} {shown(value)} is not supported; leave it out"
             raise InvalidField("structured_outputs", problem)
     for field in ("json", "structural_tag"):
         if not isinstance(fields.get(field, ""), str):
@@ -259,6 +267,14 @@ def decode_json(
 def shorten(text: str) -> str:
     """The beginning of a user's value, for an error message."""
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def shown(value: Any) -> str:
+    """How a user's value begins, for an error message; of any value."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):  # too many digits, or nested too deeply
+        return f"this {type(value).__name__}"
 
 
 _HINTS = get_type_hints(SamplingParams)

@@ -10,6 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402 - it reads its variables when it is imported
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("busy machine", deadline=None)  # an example may wait for a processor
+settings.load_profile("busy machine")
 
 if not torch.cuda.is_available():  # then Triton's kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -63,7 +64,18 @@ from gllm_engine.config import settle
                 f'{{"model": ".", "pipeline_parallel_size": 2, "assigned_layers": "{layers}"}}',
                 f"assigned_layers: '{layers}' is not 2 numbers above 0 with commas between",
             )
-            for layers in ("", "4", "1,2,3", "4,0", "4,-1", "4,x", "4,1.5", "4,,4", "4;4")
+            for layers in (
+                "",
+                "4",
+                "1,2,3",
+                "4,0",
+                "4,-1",
+                "4,x",
+                "4,1.5",
+                "4,,4",
+                "4;4",
+                "4,10000",
+            )
         ),
         ('{"model": ".", "seed": 1, "seed": 2}', "key 'seed' comes twice"),
         ('{"model": "nowhere"}', "nowhere is not a directory"),
@@ -78,6 +90,29 @@ def test_a_bad_model_json_is_refused_with_a_sentence(
     (tmp_path / "model.json").write_text(text)
     with pytest.raises(ConfigError, match=problem.replace("$", r"\$")):
         read_config(tmp_path / "model.json")
+
+
+def number_fields() -> list[str]:
+    hints = get_type_hints(EngineConfig)
+    return [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
+
+
+@pytest.mark.parametrize("name", number_fields())
+def test_every_number_has_a_range(tmp_path: Path, name: str) -> None:
+    """Whichever way JSON can say a number that is none of use, the key is named, briefly."""
+    (tmp_path / "model").mkdir()
+    for text in ("NaN", "Infinity", "1e400", "9" * 400, "-" + "9" * 400, "-1", "true", '"8"', "[]"):
+        (tmp_path / "model.json").write_text(f'{{"model": "model", "{name}": {text}}}')
+        with pytest.raises(ConfigError, match=name) as caught:
+            read_config(tmp_path / "model.json")
+        assert len(str(caught.value)) < 200 + len(str(tmp_path))
+    with pytest.raises(ConfigError, match=name):
+        EngineConfig(model="m", **{name: 10**5000})
+
+
+def test_long_layers_are_not_repeated() -> None:
+    with pytest.raises(ConfigError, match=r"assigned_layers: '9{47}\.\.\.9{47}' is not 1 numbers"):
+        EngineConfig(model="m", assigned_layers="9" * 5000)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

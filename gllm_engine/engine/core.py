@@ -20,7 +20,7 @@ import msgspec
 from gllm_engine.arch import Model, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.runner import NullRunner, cache_dirs
-from gllm_engine.sampling import InvalidField
+from gllm_engine.sampling import InvalidField, shown
 from gllm_engine.sched import (
     Committed,
     IntegrityError,
@@ -205,7 +205,7 @@ class Engine:
         vocab = self.info.vocab_size
         if ids and not (min(ids) >= 0 and max(ids) < vocab):
             bad = next(id for id in ids if not 0 <= id < vocab)
-            raise InvalidField(field, f"token id {bad} is outside [0, {vocab - 1}]")
+            raise InvalidField(field, f"token id {shown(bad)} is outside [0, {vocab - 1}]")
 
     def _admit(self, key: Key, request: Request, constraint: Constraint | None) -> None:
         sequence = Sequence(key, request.prompt, request.sampling, request.seed, constraint)

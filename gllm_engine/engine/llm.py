@@ -7,9 +7,12 @@ thread, so one thread at a time may use an LLM.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral
 from typing import Any
 
 import msgspec
@@ -76,6 +79,7 @@ class _Sequence:
     completion: Completion
     output: CompletionOutput
     parent: RequestOutput
+    siblings: list[int]  # ids of the parent's sequences, this one's among them
     deltas: deque[Delta] | None = None
 
 
@@ -95,6 +99,7 @@ class LLM:
         self.engine = Engine(self.config, policy=policy)
         self._ids = itertools.count()
         self._sequences: dict[int, _Sequence] = {}
+        self._closed = False
 
     def __enter__(self) -> LLM:
         return self
@@ -103,7 +108,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End what runs. Idempotent."""
+        """End what runs: an open stream then raises EngineBroken. Idempotent."""
+        self._closed = True
         self._sequences.clear()
         self.engine.close()
 
@@ -119,12 +125,20 @@ class LLM:
         `sampling_params`: for all prompts, or one for each. Raises EngineBroken when the engine
         cannot go on: then a new LLM is needed, and after a fault of the GPU a new process.
         """
-        listed = _as_prompts(prompts)
-        params = sampling_params or SamplingParams()
-        each = [params] * len(listed) if isinstance(params, SamplingParams) else params
-        if len(each) != len(listed):
-            raise ValueError(f"{len(each)} sampling_params for {len(listed)} prompts")
-        outputs = [self._open(prompt) for prompt in listed]
+        outputs = [self._open(prompt) for prompt in _as_prompts(prompts)]
+        return self._run(outputs, sampling_params, use_tqdm)
+
+    def _run(
+        self,
+        outputs: list[RequestOutput],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Fill the outputs of opened prompts."""
+        params = params or SamplingParams()
+        each = [params] * len(outputs) if isinstance(params, SamplingParams) else params
+        if len(each) != len(outputs):
+            raise ValueError(f"{len(each)} sampling_params for {len(outputs)} prompts")
         queue = deque(
             (output, self._split(output, _checked(params)))
             for output, params in zip(outputs, each, strict=True)
@@ -151,26 +165,28 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several.
+        """Answer one conversation or several; outputs and errors as `generate`'s.
 
         `tools`: functions that the model may call, as OpenAI's clients describe them.
         `chat_template_kwargs`: variables of the chat template, such as enable_thinking. Raises
-        InvalidField for what the template does not take.
+        InvalidField for one of these two that the template does not take.
         """
         several = bool(messages) and not isinstance(messages[0], dict)
         conversations: Any = messages if several else [messages]
-        prompts = [
-            self.tokenizer.chat(one, tools=tools, chat_template_kwargs=chat_template_kwargs)
-            for one in conversations
+        options = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        outputs = [
+            self._opened(None, partial(self.tokenizer.chat, conversation, **options))
+            for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self._run(outputs, sampling_params, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[Delta]:
         """Deltas of one output as they come; closing the iterator ends the generation.
 
-        Raises InvalidField or RequestFailed. Streams and generate() may be interleaved.
+        Raises InvalidField or RequestFailed, the latter also when the queue is full. Streams and
+        generate() may be interleaved.
         """
         params = _checked(sampling_params or SamplingParams())
         if params.n != 1:
@@ -183,16 +199,18 @@ class LLM:
 
     def _stream(self, output: RequestOutput, requests: list[Request]) -> Iterator[Delta]:
         ids: set[int] = set()
-        self._submit(deque([(output, requests)]), ids)
-        (id,) = ids
-        deltas = self._sequences[id].deltas = deque[Delta]()
+        deltas = deque[Delta]()
         try:
+            self._hand_over(output, requests, ids, deltas)
             while True:
                 while not deltas:
                     self._pump()
                 delta = deltas.popleft()
                 if output.error is not None and not deltas:
                     raise RequestFailed(output.error)
+                # All of them precede the first token.
+                delta.prompt_logprobs = output.prompt_logprobs
+                output.prompt_logprobs = None
                 yield delta
                 if delta.finish_reason is not None:
                     return
@@ -202,14 +220,18 @@ class LLM:
     # ------------------------------------------------------------ between prompts and sequences
 
     def _open(self, prompt: Prompt) -> RequestOutput:
-        output = RequestOutput(next(self._ids), None, [])
-        if not isinstance(prompt, str):
-            output.prompt_token_ids = list(prompt)
-            return output
-        output.prompt = prompt
+        if isinstance(prompt, str):
+            return self._opened(prompt, partial(self.tokenizer.encode, prompt))
+        return self._opened(None, partial(_token_ids, prompt))
+
+    def _opened(self, text: str | None, encode: Callable[[], list[int]]) -> RequestOutput:
+        """The output of a prompt: its token ids, or its error if it can have none."""
+        output = RequestOutput(next(self._ids), text, [])
         try:
-            output.prompt_token_ids = self.tokenizer.encode(prompt)
+            output.prompt_token_ids = encode()
         except InvalidField as error:
+            if error.field in ("tools", "chat_template_kwargs"):  # the call's, not this prompt's
+                raise
             output.error = str(error)
         return output
 
@@ -230,14 +252,27 @@ class LLM:
             if len(requests) > room and self._sequences:
                 return  # and if nothing runs, it never will have room: let the engine say so
             queue.popleft()
-            for request, completion in zip(requests, output.outputs, strict=True):
-                text = Completion(self.tokenizer, request.prompt, request.sampling)
-                self._sequences[request.id] = _Sequence(text, completion, output)
-                mine.add(request.id)
-                self.engine.add(request)
+            self._hand_over(output, requests, mine)
+
+    def _hand_over(
+        self,
+        parent: RequestOutput,
+        requests: list[Request],
+        mine: set[int],
+        deltas: deque[Delta] | None = None,
+    ) -> None:
+        """Give a prompt's sequences to the engine, which may refuse any of them."""
+        siblings = [request.id for request in requests]
+        mine.update(siblings)
+        for request, output in zip(requests, parent.outputs, strict=True):
+            text = Completion(self.tokenizer, request.prompt, request.sampling)
+            self._sequences[request.id] = _Sequence(text, output, parent, siblings, deltas)
+            self.engine.add(request)
 
     def _pump(self) -> None:
         """One step of the engine, its outputs passed on. Raises EngineBroken."""
+        if self._closed:
+            raise EngineBroken("this LLM was closed")
         outputs = self.engine.step().get(None)
         if self.engine.broken is not None:
             raise EngineBroken(self.engine.broken)
@@ -270,7 +305,7 @@ class LLM:
         if finish is not None:
             self._note(sequence, finish)
         if sequence.completion.finished:
-            del self._sequences[id]
+            self._sequences.pop(id, None)
         if sequence.completion.wants_abort:
             if sequence.output.index == 0:
                 sequence.parent.num_cached_tokens = self.engine.num_cached_tokens(id)
@@ -282,8 +317,9 @@ class LLM:
             parent.num_cached_tokens = finish.num_cached_tokens
         if finish.reason == "error" and parent.error is None:
             parent.error = finish.message
+            self._abort(sequence.siblings)  # nobody will read what they would say
 
-    def _abort(self, ids: set[int]) -> None:
+    def _abort(self, ids: Iterable[int]) -> None:
         for id in ids:
             self.engine.abort(id)
             self._sequences.pop(id, None)
@@ -291,13 +327,27 @@ class LLM:
 
 def _checked(params: SamplingParams) -> SamplingParams:
     """What a caller constructed may hold lists for tuples, or wrong types: the door's check."""
+    if not isinstance(params, SamplingParams):
+        kind = type(params).__name__
+        raise InvalidField("sampling_params", f"a SamplingParams is expected, got {kind}")
     return parse_sampling(msgspec.to_builtins(params))
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Several prompts; a string, and a list of integers, is one."""
-    if isinstance(prompts, str):
+    """Several prompts; text, and a sequence of whole numbers, is one."""
+    if isinstance(prompts, str | bytes):
         return [prompts]
-    one = bool(prompts) and all(isinstance(item, int) for item in prompts)
+    one = len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
     listed: list[Any] = [prompts] if one else list(prompts)
     return listed
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """A prompt that is no text. Raises InvalidField unless it is whole numbers."""
+    expected = "text or a list of token ids (whole numbers) is expected"
+    if isinstance(prompt, bytes):
+        raise InvalidField("prompt", f"{expected}, got bytes")
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise InvalidField("prompt", f"{expected} ({error})") from None

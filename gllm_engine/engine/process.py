@@ -201,6 +201,7 @@ def main() -> int:
         is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # and no bug of ours
         log.error("the engine cannot start: %s", error, exc_info=not is_theirs)
         _leave_word(directory, f"the engine cannot start: {error}")
+        _clear_away(owner)
         return 1
 
     def drain(*_: object) -> None:
@@ -213,10 +214,20 @@ def main() -> int:
         with contextlib.suppress(OSError):  # who would have read it has left
             _leave_word(directory, engine.broken)
         server.close()
+        _clear_away(owner)
         os._exit(BROKEN)  # an orderly end would call upon the device again
     server.close()
     engine.close()
+    _clear_away(owner)
     return 0
+
+
+def _clear_away(owner: Process) -> None:
+    """The last act. When the owner dies its front ends do too, and their end may end this process
+    before the thread that watches the owner has removed what was the owner's.
+    """
+    if not owner.alive:
+        discard_owner(owner)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Delta:
     `cumulative_logprob`: of the whole output so far, None unless log probabilities were asked for.
     `finish_reason`: None, "stop", "length", "abort" or "error"; no delta follows one that has it.
     `stop_reason`: the stop string or the stop token's id; None for end-of-sequence and the rest.
+    `prompt_logprobs`: in the first delta of `LLM.stream`, if asked for: one entry a prompt token,
+    None for the first.
     """
 
     text: str = ""
@@ -38,6 +40,7 @@ class Delta:
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 class Completion:

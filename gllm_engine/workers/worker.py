@@ -65,11 +65,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--engine", required=True, help="tcp://HOST:PORT, the engine's master_addr")
     parser.add_argument("--model", required=True, help="directory of the checkpoint on this node")
-    parser.add_argument("--node-rank", type=int, default=0, help="of this node, the engine's is 0")
-    parser.add_argument("--nnodes", type=int, default=2, help="as the engine's")
+    parser.add_argument("--node-rank", default="0", help="of this node, the engine's is 0")
+    parser.add_argument("--nnodes", default="2", help="as the engine's")
     parser.add_argument("--cluster-key-file", help="the secret that the engine has too")
     parser.add_argument("--owner", type=int, help="pid to end with; default: the parent's")
     return parser
+
+
+def _number(name: str, text: str) -> int:
+    """A number of ranks or nodes. Raises ConfigError."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 5):
+        raise ConfigError(f"{name}: {text[:60]!r} is not a whole number from 0 to 9999")
+    return int(text)
 
 
 def _is_local(address: str) -> bool:
@@ -89,8 +96,10 @@ class _Refused(RuntimeError):
 class _Worker:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self._local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._local_rank = _number("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0"))
+        self._local_size = _number("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        options.node_rank = _number("--node-rank", options.node_rank)
+        options.nnodes = _number("--nnodes", options.nnodes)
         self._secret = None
         if not _is_local(options.engine):
             if options.cluster_key_file is None:

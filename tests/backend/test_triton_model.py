@@ -431,9 +431,9 @@ def test_a_client_that_is_gone_costs_its_request_only(front, server, fail_at: in
     gone.record.fail_at = fail_at
     model.execute([gone, other])
     a, b = (r.id for r in client.submitted)
-    for _ in range(fail_at):
-        client.say([a, b], "x")
-        time.sleep(0.02)
+    for sent in range(1, fail_at + 1):
+        client.say([a, b], "x")  # a response each
+        wait_for(lambda: gone.record.attempts >= len(other.record.data) == sent)  # noqa: B023
     wait_for(lambda: client.aborted == [a])
     wait_for(lambda: len(model.live) == 1)
     client.say([a, b], "yz", STOP)

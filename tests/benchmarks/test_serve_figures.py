@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 
+from gllm_benchmarks import host, offline, serve, simulate
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.plot import draw
+from gllm_benchmarks.record import number
 from gllm_benchmarks.serve import meets, numbers, parse_slo, patterns, summarize, times_of
+
+NUMBER_FLAGS = {
+    *("--streams", "--tokens", "--steps", "--front-ends", "--repeat", "--timeout", "--vocab"),
+    *("--seconds", "--concurrency", "--clients", "--limit", "--rate", "--seed", "--slo", "--pp"),
+    *("--gpus-per-stage", "--bandwidth", "--flops", "--activation-bytes", "--link", "--latency"),
+}
 
 
 def made(due: float, times: list[float], tokens: list[int], **over: Any) -> RequestRecord:
@@ -96,11 +104,38 @@ def test_patterns_of_a_trace() -> None:
     assert loads(recorded=recorded, concurrency=[2]) == {"2 at a time": 2}
 
 
-@pytest.mark.parametrize("text", ["", "1,x", "0", "2,-1"])
-def test_bad_numbers(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
-        numbers(int)(text)
-    assert numbers(float)("0.5,2") == [0.5, 2.0]
+@pytest.mark.parametrize("text", ["", "1,x", "0", "2,-1", "nan", "inf", "1e400", "9" * 400, "101"])
+@pytest.mark.parametrize("kind", [int, float])
+def test_bad_numbers(text: str, kind: Any) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        numbers(kind, 0.1, 100)(text)
+    assert len(str(caught.value)) < 100
+
+
+def test_good_numbers() -> None:
+    assert numbers(float, 0.1, 100)("0.5,2,100") == [0.5, 2.0, 100.0]
+    assert number(int, 1, 5)("5") == 5
+
+
+@pytest.mark.parametrize("module", [host, offline, serve, simulate])
+def test_every_number_flag_of_the_benchmarks_has_a_range(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse = getattr(module, "parse_arguments", module.main)
+    monkeypatch.setattr("sys.argv", ["bench", "--help"])
+    with pytest.raises(SystemExit):
+        parse()
+    flags = NUMBER_FLAGS & {*re.findall(r"--[\w-]+", capsys.readouterr().out)}
+    if module is simulate:  # its steps are a file
+        flags -= {"--steps"}
+    assert len(flags) > 1
+    for flag in flags:
+        for text in ("nan", "1e400", "9" * 400, "-1", "x"):
+            monkeypatch.setattr("sys.argv", ["bench", f"{flag}={text}"])
+            with pytest.raises(SystemExit) as ended:
+                parse()
+            told = capsys.readouterr().err.splitlines()[-1]
+            assert ended.value.code == 2 and f"argument {flag}: " in told and len(told) < 200
 
 
 def test_plot() -> None:

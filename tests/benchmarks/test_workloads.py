@@ -45,7 +45,9 @@ def test_fixed_lengths(name: str, expected: list[tuple[int, int]]) -> None:
     assert lengths(name) == expected
 
 
-@pytest.mark.parametrize("name", ["", "shared", "fixed:1:2", "fixed:1:0:2", "fixed:1:2:-3"])
+@pytest.mark.parametrize(
+    "name", ["", "shared", "fixed:1:2", "fixed:1:0:2", "fixed:1:2:-3", "fixed:10000000:1:1"]
+)
 def test_unknown_workloads_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"workload '{name}' is unknown; known are share, 1k1k"):
         lengths(name)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import wait
 from typing import Any
 
 import pytest
+from patience import SOON_S
 
 from gllm_client import answers as module
 from gllm_client.answers import RemoteAnswers
@@ -21,6 +23,7 @@ class FakeClient:
         self.names, self.requests = names, list[dict[str, Any]]()
         self.lock, self.now, self.most = threading.Lock(), 0, 0
         self.together = threading.Barrier(3)
+        self.live = True
 
     def index(self) -> list[dict[str, str]]:
         unready = {"name": "loading", "state": "LOADING"}
@@ -32,14 +35,22 @@ class FakeClient:
             self.now += 1
             self.most = max(self.most, self.now)
         if prompt in ("a", "b", "c"):
-            self.together.wait(5)
+            self.together.wait(SOON_S)
         with self.lock:
             self.now -= 1
         if prompt == "bad":
             raise GenerateError("seed: no")
         if prompt == "gone":
+            self.live = False
             raise GenerateError("connection refused", "UNAVAILABLE")
+        if prompt == "huge":
+            raise GenerateError("connection reset", "UNAVAILABLE")
+        if prompt == "odd":
+            raise KeyError("bug")
         yield Chunk((Output(str(prompt)),))
+
+    def is_live(self) -> bool:
+        return self.live
 
     def close(self) -> None: ...
 
@@ -92,10 +103,37 @@ def test_a_batch_is_answered_so_many_at_a_time(client: FakeClient) -> None:
 
 
 def test_a_refused_item_fails_alone(client: FakeClient) -> None:
-    answers = {item.id: a for item, a in RemoteAnswers("u", "m").answers(items("x", "bad", "y"), 2)}
-    assert answers[1] == Failed("seed: no") and answers[0].text == "x" and answers[2].text == "y"
+    asked = items("x", "bad", "huge", "odd", "y")
+    answers = {item.id: a for item, a in RemoteAnswers("u", "m").answers(asked, 2)}
+    assert answers[1] == Failed("seed: no") and answers[0].text == "x" and answers[4].text == "y"
+    assert answers[2] == Failed("connection reset") and answers[3] == Failed("'bug'")
+
+
+@pytest.mark.parametrize("n", ["abc", 10**400, [1], None, 1, "1", float("inf")])
+def test_any_n_can_be_asked_for(client: FakeClient, n: Any) -> None:
+    """Whether it makes sense the server says."""
+    list(RemoteAnswers("u", "m").stream("x", {"n": n}))
+    assert client.requests[-1]["sampling"] == {"n": n}
+    assert client.requests[-1]["stream"] is (n in (None, 1, "1"))
+
+
+def test_log_probabilities_are_asked_for_as_a_whole(client: FakeClient) -> None:
+    list(RemoteAnswers("u", "m").stream("x", {"logprobs": 0}))
+    list(RemoteAnswers("u", "m").stream("x", {}))
+    assert [r["return_cumulative_logprob"] for r in client.requests] == [True, False]
 
 
 def test_a_server_that_is_gone_ends_the_batch(client: FakeClient) -> None:
     with pytest.raises(GenerateError, match="refused"):
         list(RemoteAnswers("u", "m").answers(items("x", "gone", "y"), 1))
+
+
+def test_answers_that_came_before_the_server_went_are_given_first(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "wait", lambda pending, return_when: wait(pending))
+    found = []
+    with pytest.raises(GenerateError, match="refused"):
+        for item, _ in RemoteAnswers("u", "m").answers(items("w", "x", "gone", "y", "z"), 5):
+            found.append(item.prompt)
+    assert sorted(found) == ["w", "x", "y", "z"]

@@ -89,6 +89,12 @@ def test_each_line_gets_its_answer(tmp_path: Path) -> None:
         ('{"prompt": "a", "tools": []}', "tools: it is for the chat template, so it goes with me"),
         ('{"prompt": "a", "sampling_parameters": "x"}', "sampling_parameters: a JSON object"),
         ("\xff\xfe", "line 4: not valid JSON"),
+        ('{"id": null, "prompt": "a"}', "id: null is not a string or a whole number"),
+        ('{"id": [1], "prompt": "a"}', "id: a list or an object is not"),
+        ('{"prompt": "a", "prompt": "b"}', "line 4: key 'prompt' comes twice"),
+        (f'{{"prompt": "a", "{"k" * 900}": 1}}', f"{'k' * 57}...: unknown key"),
+        ("[" * 100_000, "line 4: nested too deeply"),
+        (f'{{"id": {"9" * 5000}}}', "line 4: not valid JSON (Exceeds the limit"),
     ],
 )
 def test_a_bad_line_says_what_is_wrong(line: str, problem: str) -> None:
@@ -113,12 +119,47 @@ def test_several_answers_are_listed() -> None:
     assert line["num_input_tokens"] == 3 and "text" not in line
 
 
-def test_an_id_that_comes_twice_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    source = write(tmp_path / "in", {"id": 2, "prompt": "a"}, {"prompt": "b"})
-    answers = Answers()
-    with pytest.raises(BatchError, match="lines 1 and 2 have the same id 2"):
-        run_batch(source, tmp_path / "out", answers)
-    assert not answers.asked and not (tmp_path / "out").exists()
+def test_lines_with_no_id_of_their_own_cost_no_other_its_answer(tmp_path: Path) -> None:
+    """The number of a bad line may be another's id; an id may come twice; a run may end between."""
+    source = write(
+        tmp_path / "in",
+        *({"id": 2, "prompt": "a"}, "not JSON", {"id": 3, "prompt": "b"}, "[]"),
+        *({"id": "x", "prompt": "c"}, {"id": "x", "prompt": "d"}, {"id": 4, "prompt": "e"}),
+    )
+    target = tmp_path / "out"
+    with pytest.raises(Stop):
+        run_batch(source, target, Answers(limit=2))
+    assert run_batch(source, target, Answers()).answered == 2
+    found = lines_of(target)
+    assert {line["id"]: line["text"] for line in found if "text" in line} == {
+        2: "é a",
+        3: "é b",
+        "x": "é c",
+        4: "é e",
+    }
+    errors = {line["line"]: line for line in found if "error" in line}
+    assert errors.keys() == {2, 4, 6} and all(line["id"] == n for n, line in errors.items())
+    assert errors[6]["error"] == "id: 'x' is the id of line 5 already"
+    again = Answers()
+    assert run_batch(source, target, again).skipped == len(found) == 7 and not again.asked
+    write(source, *[""] * 5, {"prompt": "mended"})  # line 6: its number is its id now
+    run_batch(source, target, again)
+    assert lines_of(target)[-1]["text"] == "é mended"
+
+
+def test_what_was_asked_for_is_written() -> None:
+    top = {7: {"logprob": -0.5, "rank": 1}, 8: {"logprob": float("-inf"), "rank": 9}}
+    output = Output("a", "stop", logprobs=[top], cumulative_logprob=-0.5, num_tokens=1)
+    line = to_line(Chunk((output,), 3, prompt_logprobs=[None, top]))
+    written = json.loads(json.dumps(line, allow_nan=False))
+    entry = {"7": {"logprob": -0.5, "rank": 1}, "8": {"logprob": -9999.0, "rank": 9}}
+    assert written["logprobs"] == [entry] and written["cumulative_logprob"] == -0.5
+    assert written["prompt_logprobs"] == [None, entry]
+    several = to_line(Chunk((output, output), 3, prompt_logprobs=[None]))
+    assert [len(o["logprobs"]) for o in several["outputs"]] == [1, 1]
+    assert several["prompt_logprobs"] == [None]
+    plain = to_line(Chunk((Output("a", "stop", num_tokens=1),), 3))
+    assert plain.keys() == {"text", "finish_reason", "num_output_tokens", "num_input_tokens"}
 
 
 def test_1_and_the_text_1_are_different_ids(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
+from odd_lines import check_odd_lines
 
 from gllm_client import supervisor as serve_module
-from gllm_client.__main__ import main, make_parser
+from gllm_client.__main__ import Asked, Pace, Tiny, main, make_parser
 from gllm_client.chat import HINT
 from gllm_client.flags import (
     Parser,
@@ -24,7 +25,8 @@ from gllm_client.flags import (
     struct_texts,
     struct_values,
 )
-from gllm_engine import EngineConfig, SamplingParams
+from gllm_client.tritonserver import Serving
+from gllm_engine import EngineConfig, SamplingParams, write_tiny_model
 from gllm_engine.engine import core
 
 
@@ -127,7 +129,11 @@ def test_help_ends_well(arguments: list[str], capsys: pytest.CaptureFixture[str]
         (["generate", "hi", "--url=127.0.0.1:9"], 1, "gllm generate: the server cannot be reached"),
         (["chat", "--url=x:1", "--n=2"], 2, "gllm chat: --n: a conversation has one answer"),
         (["chat", "--url=x:1", "--chat-template-kwargs={"], 2, "gllm chat: --chat-template-kwarg"),
-        (["batch", "/no", "/tmp/o", "--concurrency=0"], 2, "gllm batch: --concurrency: at least"),
+        (["generate", "hi", "--url=http://x:y", "--model=m"], 1, "gllm generate: address: 'y' aft"),
+        (["generate", "hi", "--url=x:99999", "--model=m"], 1, "gllm generate: address: '99999' a"),
+        (["generate", "hi", "--url=x:1", "--logprobs=1"], 2, "gllm generate: --logprobs: only te"),
+        (["chat", "--url=x:1", "--prompt-logprobs=0"], 2, "gllm chat: --prompt-logprobs: only te"),
+        (["batch", "/no", "/tmp/o", "--concurrency=0"], 2, "gllm batch: --concurrency: '0': Expe"),
         (["batch", "/no", "/no/o", "--url=x:1", "--model=m"], 1, "gllm batch: /no: No such file"),
         (["warmup", "/no/such"], 2, "gllm warmup: model: /no/such is not a directory"),
         (["warmup", "/", "--device=cpu"], 2, "gllm warmup: device: kernels are compiled on the"),
@@ -141,6 +147,43 @@ def test_errors_are_one_sentence(
     printed = capsys.readouterr()
     assert printed.err.startswith(sentence), printed.err
     assert printed.err.count("\n") == 1 and not printed.out
+
+
+COMMANDS = {  # a command with every flag of these structs
+    Serving: ["serve", "/"],
+    EngineConfig: ["generate", "hi", "--model=/"],
+    SamplingParams: ["generate", "hi", "--model=/"],
+    Asked: ["generate", "hi", "--url=x:1", "--model=m"],
+    Pace: ["batch", "/no", "/no/o", "--url=x:1", "--model=m"],
+    Tiny: ["tiny-model", "/no/such/place"],
+}
+NO_NUMBERS = ["nan", "inf", "-Infinity", "1e400", "9" * 400, "-" + "9" * 400, "9" * 5000, "1_0", ""]
+
+
+def number_flags() -> list[tuple[Any, str]]:
+    """Every flag that takes one number. (A token id's range is the model's vocabulary.)"""
+    found = []
+    for struct in COMMANDS:
+        for name, hint in get_type_hints(struct).items():
+            if {int, float} & {hint, *get_args(hint)} and get_origin(hint) not in (dict, tuple):
+                found.append((struct, name))
+    return found
+
+
+@pytest.mark.parametrize(("struct", "name"), number_flags())
+def test_a_flag_takes_no_number_without_a_range(
+    struct: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in NO_NUMBERS:
+        assert main([*COMMANDS[struct], f"--{name}={value}"]) == 2
+        printed = capsys.readouterr().err
+        assert name in printed.replace("-", "_") and printed.count("\n") == 1, printed
+        assert len(printed) < 250, printed
+
+
+def test_every_struct_with_numbers_is_tried() -> None:
+    assert len(number_flags()) > 30
+    assert {(Serving, "http_port"), (Asked, "timeout"), (Pace, "concurrency")} < {*number_flags()}
 
 
 def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +285,11 @@ def test_the_commands_work_in_this_process(
     assert found["long"]["num_output_tokens"] == 9 and found["long"]["num_input_tokens"] > 0
     assert found["bad"]["error"].startswith("top_p: 9.0 is outside")
     assert [o["text"] for o in found["two"]["outputs"]] == [text[:-1]] * 2
+
+
+def test_odd_lines_cost_no_other_its_answer_in_this_process(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny", num_hidden_layers=1)
+    check_odd_lines(tmp_path, "--model", str(model), "--concurrency=8", "--max-model-len=512")
 
 
 def test_nothing_heavy_is_imported_without_need() -> None:

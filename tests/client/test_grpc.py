@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import struct
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from patience import SOON_S
 from tritonclient.grpc import model_config_pb2, service_pb2_grpc
 from tritonclient.grpc import service_pb2 as pb
 
@@ -215,7 +217,7 @@ def test_closing_the_iterator_cancels(served: tuple[str, Servicer]) -> None:
         chunks = client.generate("slow")
         next(chunks)
         chunks.close()
-        assert servicer.cancelled.wait(5)
+        assert servicer.cancelled.wait(SOON_S)
 
 
 @pytest.mark.parametrize("how", ["break", "task"])
@@ -223,11 +225,14 @@ def test_leaving_an_async_iteration_cancels(how: str, served: tuple[str, Service
     address, servicer = served
     servicer.cancelled.clear()
 
+    begun: queue.Queue[bool] = queue.Queue()
+
     async def leave() -> None:
         async with Client(address, "m") as client:
 
             async def forever() -> None:
                 async for _ in client.generate("slow"):
+                    begun.put(True)
                     if how == "break":
                         return
 
@@ -235,11 +240,11 @@ def test_leaving_an_async_iteration_cancels(how: str, served: tuple[str, Service
             if how == "break":
                 await task
             else:
-                await asyncio.sleep(0.1)
+                await asyncio.to_thread(begun.get, timeout=SOON_S)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-            assert await asyncio.to_thread(servicer.cancelled.wait, 5)
+            assert await asyncio.to_thread(servicer.cancelled.wait, SOON_S)
 
     asyncio.run(leave())
 
@@ -276,6 +281,34 @@ def test_the_repository(served: tuple[str, Servicer]) -> None:
     assert servicer.calls[-3:] == [("load", "m"), ("unload", "m"), ("load", "broken")]
 
 
+def test_a_timeout_that_cannot_be_waited_is_an_error_at_once(served: tuple[str, Servicer]) -> None:
+    async def ask_async(timeout: object) -> None:
+        async with Client(served[0], "m") as client:
+            with pytest.raises(ValueError, match="^timeout: "):
+                client.generate("x", timeout=timeout)
+            with pytest.raises(ValueError, match="^timeout: "):
+                await client.is_ready(timeout=timeout)
+
+    with SyncClient(served[0], "m") as client:
+        for timeout in (float("nan"), float("inf"), -1, 0, 10**400, "3"):
+            for call in (client.generate, client.complete, client.load, client.num_stubs):
+                with pytest.raises(ValueError, match="^timeout: "):
+                    call("x", timeout=timeout)
+            for ask in (client.is_live, client.is_ready, client.index):
+                with pytest.raises(ValueError, match="^timeout: "):
+                    ask(timeout=timeout)
+            asyncio.run(ask_async(timeout))
+
+
+@both
+@pytest.mark.parametrize("field", ["prompt", "model", "request_id"])
+def test_what_is_not_text_is_an_error(kind: str, served: tuple[str, Servicer], field: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{field.replace('prompt', 'text_input')}: not text that"
+    ):
+        ask(kind, served[0], **{"prompt": "x", field: "\ud800"})
+
+
 def test_urls() -> None:
     for url, kind in (
         ("localhost:1", SyncClient),
@@ -284,5 +317,7 @@ def test_urls() -> None:
     ):
         with connect(url) as client:
             assert type(client) is kind
+    with pytest.raises(ValueError, match="'99999' after localhost is not a port"):
+        connect("grpc://localhost:99999")
     with pytest.raises(ValueError, match="scheme ftp"):
         connect("ftp://localhost")

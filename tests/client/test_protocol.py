@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gllm_client.protocol import Chunk, GenerateError, Output, merge, request_inputs, to_chunk
+from gllm_client.protocol import (
+    Chunk,
+    GenerateError,
+    Output,
+    check_timeout,
+    merge,
+    request_inputs,
+    to_chunk,
+)
 from gllm_engine import SamplingParams
+
+NAN, INF = float("nan"), float("inf")
+DEEP: list[Any] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
 
 
 def test_a_prompt_becomes_tensors() -> None:
@@ -57,12 +71,43 @@ def test_a_prompt_prepended_is_asked_for_by_leaving_the_flag_out() -> None:
         ({"prompt": "a", "input_ids": [1]}, "text_input and input_ids"),
         ({"prompt": "a", "sampling": {"seed": 1}, "seed": 2}, "seed: given both"),
         ({"prompt": "a", "n": 2, "return_num_output_tokens": False}, "n > 1"),
+        ({"prompt": "a", "n": "abc", "return_num_output_tokens": False}, "n > 1"),
         ({"prompt": "a", "sampling": 3}, "a mapping is expected"),
+        ({"prompt": "a", "return_logprobs": True}, "return_logprobs: logprobs, how many"),
+        ({"prompt": 5}, "prompt: text is expected, got int"),
+        ({"prompt": b"a"}, "prompt: text is expected, got bytes"),
+        ({"messages": 5}, "messages: a list is expected, got int"),
+        ({"messages": "hello"}, "messages: a list is expected, got str"),
+        ({"messages": [object()]}, "messages: cannot be said in JSON"),
+        ({"input_ids": [1, 2.5]}, "input_ids: whole numbers are expected"),
+        ({"input_ids": ["a"]}, "input_ids: whole numbers are expected"),
+        ({"input_ids": 5}, "input_ids: whole numbers are expected"),
+        ({"input_ids": [5, 2**31]}, "input_ids: 2147483648 does not fit INT32"),
+        ({"input_ids": [-(10**5000)]}, "input_ids: this int does not fit INT32"),
+        ({"prompt": "a", "stop": object()}, "stop: cannot be said in JSON"),
+        ({"prompt": "a", "seed": 10**5000}, "sampling_parameters: cannot be said in JSON"),
+        ({"prompt": "a", "stop": DEEP}, "stop: nested too deeply"),
+        ({"prompt": "a", "sampling": {"stop": DEEP}}, "sampling: nested too deeply"),
+        ({"messages": [DEEP]}, "messages: nested too deeply"),
     ],
 )
-def test_contradictions_are_errors(options: dict, words: str) -> None:
+def test_what_cannot_be_sent_is_an_error(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         request_inputs(**options)
+
+
+@pytest.mark.parametrize("n", [None, 1, "1", 2, "abc", 10**400, [1], float("nan")])
+def test_values_are_the_servers_to_judge(n: Any) -> None:
+    inputs = request_inputs("a", n=n, temperature=float("nan"), input_ids=None)
+    assert json.loads(str(inputs["sampling_parameters"])).keys() == {"n", "temperature"}
+
+
+def test_a_timeout_is_seconds_that_can_be_waited() -> None:
+    wrong = [0, -1, NAN, INF, -INF, 1e400, 1e7, 10**400, 10**5000, True, "3", [3], 2 + 1j]
+    for timeout in wrong:
+        with pytest.raises(ValueError, match="^timeout: .{1,60} is not a number of seconds above"):
+            check_timeout(timeout)
+    assert [check_timeout(t) for t in (None, 3, 0.5, 1e6)] == [None, 3.0, 0.5, 1e6]
 
 
 def test_outputs_of_several_answers_are_told_apart() -> None:

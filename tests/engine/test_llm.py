@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 
 from gllm_engine.engine.core import EngineBroken
 from gllm_engine.engine.llm import LLM, RequestFailed
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import InvalidField, SamplingParams, StructuredOutputs
+from gllm_engine.types import Request
 
 FAMILIES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "Glm4ForCausalLM"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -257,6 +259,65 @@ def test_more_prompts_than_the_queue_takes(load):
     # One that could never be queued whole says so, and does not hang.
     (output,) = llm.generate("Hello", SamplingParams(n=8, max_tokens=2))
     assert "queue is full" in output.error
+
+
+def fill_queue(llm, num):
+    """Requests of somebody else, which nobody reads; their ids are not those of an LLM."""
+    for id in range(-num, 0):
+        llm.engine.add(Request(id, [5, 6], GREEDY, seed=0), client="other")
+
+
+def test_a_stream_on_a_full_queue_says_so(load):
+    llm = load(max_waiting=2)
+    running = llm.stream("the fox", GREEDY)
+    next(running)
+    fill_queue(llm, 2)
+    with pytest.raises(RequestFailed, match="the queue is full: 2 requests are waiting"):
+        next(llm.stream("Hello", GREEDY))
+    llm.engine.drop("other")
+    assert len(list(running)) == 23
+    assert len(list(llm.stream("Hello", GREEDY))) == 24
+
+
+def test_a_prompt_refused_in_part_is_not_computed_in_part(load):
+    """Four sequences, of which the queue takes three: all are given up."""
+    llm = load(max_waiting=3)
+    long = SamplingParams(n=4, max_tokens=400, ignore_eos=True)
+    (output,) = llm.generate("Hello", long)
+    assert "the queue is full: 3" in output.error and output.finished
+    assert llm.engine.stats().steps < 5 and not llm.engine.has_work
+
+
+def test_a_stream_of_a_closed_llm_ends(models):
+    with LLM(models(), **SMALL) as llm:
+        stream = llm.stream("Hello", GREEDY)
+        next(stream)
+    with pytest.raises(EngineBroken, match="closed"):
+        list(stream)
+    with pytest.raises(EngineBroken, match="closed"):
+        llm.generate("Hello", GREEDY)
+
+
+def test_token_ids_may_be_any_whole_numbers_and_nothing_else(load):
+    llm = load()
+    (expected,) = tokens_of(llm.generate([[5, 6]], GREEDY))
+    for prompts in (np.array([5, 6]), [np.array([5, 6])], [np.int64(5), np.int32(6)], [(5, 6)]):
+        assert tokens_of(llm.generate(prompts, GREEDY)) == [expected]
+    wrong = [[5, 6.5], ["a"], None, b"ab", [None], 7.5]
+    outputs = llm.generate([*wrong, [5, 6]], GREEDY)
+    for output in outputs[:-1]:
+        assert output.error.startswith("prompt: text or a list of token ids (whole numbers) is")
+    assert tokens_of(outputs[-1:]) == [expected]
+    with pytest.raises(InvalidField, match="sampling_params: a SamplingParams is expected, got d"):
+        llm.generate(["Hello"], [{"max_tokens": 3}])
+
+
+def test_one_bad_conversation_loses_no_other(load):
+    llm = load()
+    good = [{"role": "user", "content": "Hello"}]
+    first, bad, last = llm.chat([good, [{"role": "user", "content": 5}], good], GREEDY)
+    assert bad.error == "messages: message 0 has no content (a string)"
+    assert tokens_of([first]) == tokens_of([last]) == tokens_of(llm.chat(good, GREEDY))
 
 
 def test_chat_answers_one_or_several_conversations(load):

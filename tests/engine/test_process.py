@@ -40,14 +40,15 @@ from gllm_engine import (
     wire,
     write_tiny_model,
 )
-from gllm_engine.engine import core
+from gllm_engine.engine import core, process
 from gllm_engine.engine.attach import EngineRecord, _locked, _remove, _root, detach
 from gllm_engine.engine.process import BROKEN, EngineProcess, main
 from gllm_engine.os_process import Process
 from gllm_engine.runner.null_runner import NullRunner, NullStep
 from gllm_engine.types import StepPlan
 
-WAIT_S = 30.0
+# As patience.py's, which a process that runs this file does not find.
+WAIT_S, SOON_S = 60.0, 15.0
 DRAIN_S = 1.0
 MANY, LONG = 2000, 20_000  # messages that are not sent in no time, and characters in each
 
@@ -177,7 +178,7 @@ def test_a_killed_engine_is_lost_at_once_and_comes_back(model: str, owner: int) 
     a.client.submit([Request(1, [3], SamplingParams(max_tokens=None, ignore_eos=True), 7)])
     old = a.engine
     os.kill(old.pid, signal.SIGKILL)
-    assert until(lambda: bool(a.lost and b.lost)) < 2.0
+    assert until(lambda: bool(a.lost and b.lost)) < SOON_S
     assert "restarted" in a.lost[0]
 
     def serves(front: Front) -> bool:
@@ -243,9 +244,30 @@ def test_the_engine_dies_with_its_owner(model: str) -> None:
     front.client.submit([Request(1, [3], SamplingParams(max_tokens=None, ignore_eos=True), 7)])
     sleeper.kill()
     sleeper.wait()
-    assert until(lambda: not front.engine.alive) < 2.0
+    assert until(lambda: not front.engine.alive) < SOON_S
     until(lambda: not directory.exists())
     front.client.close()
+
+
+@pytest.mark.parametrize("end", ["orderly", "broken"])
+def test_what_is_the_owners_goes_whichever_thread_ends_the_engine(model: str, end: str) -> None:
+    """Its front ends die with the owner, and the main thread may see that before the watch does."""
+    sleeper = subprocess.Popen(["sleep", "600"])
+    owner = Process.of(sleeper.pid)
+    assert owner is not None
+    theirs = _root() / f"{owner.pid}.{owner.start}"
+    directory = theirs / "scope/1"
+    directory.mkdir(parents=True)
+    config = make_config({"model": model, "device": "none"})
+    (directory / "config.json").write_bytes(msgspec.json.encode(config))
+    command = [sys.executable, __file__, f"unwatched {end}", str(directory), str(owner.pid)]
+    engine = subprocess.Popen(command)
+    until((directory / "engine.sock").exists)
+    sleeper.kill()
+    sleeper.wait()
+    engine.terminate()
+    assert engine.wait(WAIT_S) == (BROKEN if end == "broken" else 0)
+    assert not theirs.exists()
 
 
 def test_a_front_end_that_dies_takes_only_its_own_sequences(model: str, owner: int) -> None:
@@ -515,11 +537,27 @@ class Fault(Exception):
     pass
 
 
+def _main_unwatched(how: str) -> int:
+    """An engine's main, whose watch over the owner never gets to run."""
+    process.end_with = lambda *_: None
+    run = EngineProcess.run
+
+    def run_and_break(server: EngineProcess) -> None:
+        run(server)
+        server.engine.broken = "it broke"
+
+    if how.endswith("broken"):
+        EngineProcess.run = run_and_break  # type: ignore[method-assign]
+    return main()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "fragile":
         del sys.argv[1]
         core.NullRunner = _Fragile  # type: ignore[misc]
         sys.exit(main())
+    if sys.argv[1].startswith("unwatched"):
+        sys.exit(_main_unwatched(sys.argv.pop(1)))
     if len(sys.argv) == 2:
         server = EngineProcess(_LastWords(), sys.argv[1])  # type: ignore[arg-type]
         server.draining = True

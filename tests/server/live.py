@@ -16,14 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from patience import WAIT_S
+
 from gllm_client import HttpClient, SyncClient, read_metrics
 from gllm_client.supervisor import ProcessRow, descendants, find_stubs, process_table
 
 SHIPPED = Path(__file__).parents[2] / "model_repository"
 MODEL = "shakespeare"
-START_S = 110.0  # a cold start on a loaded machine with two cores
+START_S = 180.0  # a cold start on a loaded machine with two cores
 STOP_S = 60.0
-WAIT_S = 30.0
 QUIET_S = 0.35  # without news on /metrics, which front ends write every 0.1 s
 LOG_TAIL = 20_000  # characters shown of a failed test's server
 T = TypeVar("T")
@@ -170,7 +171,7 @@ class Server:
                     continue
 
 
-def _still_running(family: set[ProcessRow], patience_s: float = 5.0) -> list[ProcessRow]:
+def _still_running(family: set[ProcessRow], patience_s: float = 15.0) -> list[ProcessRow]:
     """Those of `family` that have not ended by themselves after a while."""
     end = time.monotonic() + patience_s
     while True:

@@ -1,6 +1,6 @@
 """Every way in which a client can go away, before its first token and midway; and timeouts.
 
-After each the engine's gauges are zero again within `QUICK_S`, though the work asked for takes
+After each the engine's gauges are zero again within `SOON_S`, though the work asked for takes
 longer, and the cancellation is counted.
 """
 
@@ -21,6 +21,7 @@ import pytest
 import tritonclient.grpc.aio as triton_aio
 from asking import GrpcStream, ask, generate, generate_stream, sampled, tensor
 from live import Server, wait_for
+from patience import SOON_S
 from tritonclient.utils import InferenceServerException
 
 from gllm_client import GenerateError, connect
@@ -28,7 +29,6 @@ from gllm_client import GenerateError, connect
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 MODEL = "narrow"  # one request runs, others wait
-QUICK_S = 5.0
 LONG = {"max_tokens": 16_000, "ignore_eos": True, "temperature": 0}
 TENSORS = {"text_input": "abc", "stream": True} | sampled(**LONG)
 SHORT = {"text_input": "abc"} | sampled(max_tokens=5, ignore_eos=True, temperature=0)
@@ -143,7 +143,7 @@ class Watch:
         wait_for(lambda: self._now("waiting") == 1, "a request waits")
 
     def none_waits(self) -> None:
-        wait_for(lambda: self._now("waiting") == 0, "the waiting request is gone", QUICK_S)
+        wait_for(lambda: self._now("waiting") == 0, "the waiting request is gone", SOON_S)
 
     def check(self, *, cancellations: int = 0, errors: int = 0) -> None:
         """So many requests were cancelled and failed, not one more."""
@@ -151,7 +151,7 @@ class Watch:
         wait_for(
             lambda: {name: self._now(name) - was for name, was in self._before.items()} == wanted,
             f"counted: {wanted}",
-            QUICK_S,
+            SOON_S,
         )
 
     def num_ended(self) -> float:
@@ -160,7 +160,7 @@ class Watch:
 
     def is_over(self) -> None:
         """Nothing runs, long before all tokens could have been made; and the next one works."""
-        self._server.wait_idle(MODEL, QUICK_S)
+        self._server.wait_idle(MODEL, SOON_S)
         assert self._now("tokens") - self._tokens < LONG["max_tokens"]
         (response,) = ask(self._server, SHORT | {"return_token_ids": True}, MODEL)
         assert len(response.outputs["token_ids"]) == 5
@@ -216,7 +216,7 @@ def test_a_generate_that_was_left_ends_by_its_timeout_at_the_latest(
     body = TENSORS | {"stream": False, "timeout": 2_000_000}
     with busy(narrow) if waits else nullcontext(), unread(narrow, "generate", body):
         watch.one_waits() if waits else watch.is_midway()
-    wait_for(lambda: watch.num_ended() == 1 + waits, "all have ended", QUICK_S)
+    wait_for(lambda: watch.num_ended() == 1 + waits, "all have ended", SOON_S)
     watch.is_over()
 
 
@@ -239,7 +239,7 @@ def test_a_client_that_waits_no_longer_has_cancelled(narrow: Server, scheme: str
         with pytest.raises(GenerateError, match="timeout"):
             client.complete("abc", timeout=0.5, **LONG)
         watch.none_waits()
-    wait_for(lambda: watch.num_ended() == 2, "both have ended", QUICK_S)
+    wait_for(lambda: watch.num_ended() == 2, "both have ended", SOON_S)
     watch.is_over()
 
 
@@ -308,7 +308,7 @@ def test_a_timeout_ends_a_request(
     watch = Watch(narrow)
     began = time.monotonic()
     assert "timeout: 300000 microseconds are over" in by(narrow, streaming)
-    assert 0.3 <= time.monotonic() - began < QUICK_S
+    assert 0.3 <= time.monotonic() - began < SOON_S
     watch.check(errors=1)
     watch.is_over()
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live import WAIT_S, Server, wait_for
+from live import Server, wait_for
+from patience import SOON_S, WAIT_S
 from repository import ENGINE, write_model
 from streams import Streams
 from traces import Traces, regions, wait_gone
@@ -194,7 +195,7 @@ def test_a_killed_engine_ends_streams_at_once_and_comes_back(pair: Pair) -> None
         streams.wait()
         assert streams.failed == streams.all
         for stream in streams.all:
-            assert stream.ended_at is not None and stream.ended_at - killed < 2.0
+            assert stream.ended_at is not None and stream.ended_at - killed < SOON_S
             assert "the engine process died" in str(stream.error)
             assert "it is being restarted" in str(stream.error)
     for i in range(NUM_STREAMS):  # the status code, which a stream of errors does not show
@@ -247,11 +248,11 @@ def test_a_killed_front_end_costs_its_own_streams_alone(doomed: Pair) -> None:
         killed = time.monotonic()
         os.kill(old, signal.SIGCONT)
         # The engine drops the dead one's sequences, and with them their pages.
-        wait_for(lambda: running() != num, "the engine has dropped some", 2.0)
+        wait_for(lambda: running() != num, "the engine has dropped some", SOON_S)
         left = running()
         noticed = "a front end of model tiny died; loading the model anew"
-        wait_for(lambda: noticed in server.log(start), "gllm serve has noticed", 2.0)
-        assert time.monotonic() - killed < 2.0
+        wait_for(lambda: noticed in server.log(start), "gllm serve has noticed", SOON_S)
+        assert time.monotonic() - killed < SOON_S
         wait_for(lambda: "model tiny is back" in server.log(start), "the model is back")
         assert doomed.answers("tiny")
         assert 0 < len(streams.whole) == left < num
@@ -269,5 +270,5 @@ def test_sigkill_of_gllm_serve_ends_everything(doomed: Pair) -> None:
     assert len(doomed.traces.processes()) >= 6  # gllm serve, tritonserver, 2 engines, stubs
     doomed.server.process.kill()
     doomed.server.process.wait()
-    wait_gone(doomed.traces, 5.0)
+    wait_gone(doomed.traces)
     assert not list(doomed.traces.private.iterdir())

@@ -10,13 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from live import WAIT_S, Server, free_ports
+from live import Server, free_ports
+from patience import SOON_S, WAIT_S
 from repository import write_model
 from streams import Streams
 from traces import Launched, Traces, regions, wait_gone
@@ -77,13 +77,12 @@ def test_a_port_in_use_is_named_at_once(repository: Path, kind: str) -> None:
     with socket.create_server(("127.0.0.1", ports[kind])):
         flags = [f"--{name}-port={port}" for name, port in ports.items()]
         command = [sys.executable, "-m", "gllm_client", "serve", str(repository), *flags]
-        began = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
     assert done.returncode == 1 and not done.stdout
+    # Nothing else: no server was begun, no model loaded.
     assert done.stderr.splitlines() == [
         f"gllm serve: port {ports[kind]} on 127.0.0.1 is in use; choose another with --{kind}-port"
     ]
-    assert time.monotonic() - began < 10  # nothing was loaded before it was seen
 
 
 def test_a_plain_tritonserver_names_a_port_in_use(launch: Launch, tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_sigkill_of_a_plain_tritonserver_leaves_no_orphan(
     with Streams(server, "quick", 2, max_tokens=8000):
         server.process.kill()
         server.process.wait()
-        wait_gone(traces, 5.0)
+        wait_gone(traces)
     assert not list(traces.private.iterdir())  # the engine has seen to it
     next_start(server)
     assert not private_directories(server, traces) and not regions(server.pid)
@@ -138,10 +137,8 @@ def test_sigkill_of_tritonserver_ends_gllm_serve(
     launch: Launch, traces: Traces, repository: Path
 ) -> None:
     server = launch("serve", str(repository)).wait_ready()
-    killed = time.monotonic()
     os.kill(server.triton_pid, signal.SIGKILL)
-    assert server.wait_ended(10.0) == 128 + signal.SIGKILL
-    assert time.monotonic() - killed < 5.0
+    assert server.wait_ended(SOON_S) == 128 + signal.SIGKILL
     assert server.log().endswith("tritonserver ended by itself with status 137\n")
     assert not traces.processes() and not traces.files() and not regions(server.pid)
 

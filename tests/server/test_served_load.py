@@ -43,7 +43,9 @@ def test_each_pattern(server: Server, tmp_path: Path) -> None:
     for run in runs.values():
         assert (run["completed"], run["failed"], run["output_tokens"]) == (8, 0, 96)
         assert run["goodput"]["share"] == 1
-        assert 0 < run["ttft_ms"]["p50"] < run["e2e_ms"]["p50"] <= 1000 * run["seconds"]
+        assert 0 < run["ttft_ms"]["p50"] < run["e2e_ms"]["p50"]
+        # Both are rounded to five digits, and all may have ended together.
+        assert run["e2e_ms"]["p50"] <= 1000 * run["seconds"] * 1.0001
         assert 1 <= run["tokens_per_response"] <= 12
     assert line["benchmark"] == f"serve-{MODEL}" and "<svg" in plot.read_text()
     server.wait_idle()

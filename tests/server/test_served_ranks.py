@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from live import Server, wait_for
+from patience import SOON_S
 from repository import ENGINE, write_model
 from streams import Streams
 from traces import Traces
@@ -59,7 +60,7 @@ def ask_killing_one_between(server: Server, traces: Traces, expected: list[str])
         streams.wait()
         assert streams.failed == streams.all
         for stream in streams.all:
-            assert stream.ended_at is not None and stream.ended_at - killed < 2.0
+            assert stream.ended_at is not None and stream.ended_at - killed < SOON_S
             assert "(node 0) is lost: " in str(stream.error)
     wait_for(lambda: len(set(workers(traces)) - set(old)) == 2, "there are two workers again")
 

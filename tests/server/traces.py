@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from live import START_S, Server, free_ports, wait_for
+from patience import SOON_S
 
 from gllm_client.supervisor import STUB
 from gllm_client.tritonserver import SHM, owned_prefix
@@ -93,9 +94,9 @@ def regions(pid: int, shm: Path = SHM) -> list[Path]:
     return list(shm.glob(f"{owned_prefix(pid)}*"))
 
 
-def wait_gone(traces: Traces, timeout_s: float) -> None:
+def wait_gone(traces: Traces) -> None:
     """No process with the mark runs any more."""
-    wait_for(lambda: not traces.processes(), "every process has ended", timeout_s)
+    wait_for(lambda: not traces.processes(), "every process has ended", SOON_S)
 
 
 class Launched(Server):

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from traced import WAIT_S, Traces, traced, wait_for
+from traced import SOON_S, WAIT_S, Traces, traced, wait_for
 
 from gllm_engine import (
     LLM,
@@ -124,12 +124,12 @@ def test_whoever_dies_is_missed_and_another_comes(
         killed = time.monotonic()
         wait_for(lambda: len(front.lost) == times, f"{what}: noticed")  # noqa: B023
         when, why = front.lost[-1]
-        assert when - killed < 2.0, what
+        assert when - killed < SOON_S, what
         name = "the engine process died" if rank is None else f"worker {rank} (node 0) is lost: "
         assert name in why and "it is being restarted" in why
         gone = lambda: not engine.alive and not set(workers) & set(traces.processes())  # noqa: E731, B023
-        wait_for(gone, f"{what}: nobody is left", 2.0)
-        wait_for(lambda: not directory[0].exists(), "its directory is gone", 2.0)  # noqa: B023
+        wait_for(gone, f"{what}: nobody is left", SOON_S)
+        wait_for(lambda: not directory[0].exists(), "its directory is gone", SOON_S)  # noqa: B023
         while not front.outputs.empty():
             front.outputs.get()
         wait_for(front.answer, f"{what}: served again")
@@ -176,6 +176,19 @@ def test_what_cannot_be_shared_out_is_refused_before_anybody_is_started(
 ) -> None:
     with pytest.raises((ConfigError, ArchError), match=sentence):
         LLM(model, **SMALL | config)
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "9" * 400, "1.5", ""])
+def test_numbers_of_ranks_that_are_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, text)
+            with pytest.raises(ConfigError, match=f"^{name}: .* is not a whole number from 0"):
+                member._Worker(member._parser().parse_args(["--engine=ipc:x", "--model=m"]))
+    for name in ("--node-rank", "--nnodes"):
+        arguments = ["--engine=ipc:x", "--model=m", f"{name}={text}"]
+        with pytest.raises(ConfigError, match=f"^{name}: .* is not a whole number from 0"):
+            member._Worker(member._parser().parse_args(arguments))
 
 
 def faulty(fault: str) -> SimpleNamespace:

@@ -21,7 +21,7 @@ import msgspec
 import pytest
 import zmq
 from network import ADDRESSES, Node, two_nodes
-from traced import WAIT_S, Traces, traced, wait_for
+from traced import SOON_S, WAIT_S, Traces, traced, wait_for
 
 from gllm_engine import (
     LLM,
@@ -43,7 +43,6 @@ ENGINE = f"tcp://{ADDRESSES[0]}:{PORT}"
 PROMPT = [5, 6, 7]
 SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-LOST_S = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +204,11 @@ def test_a_pipeline_over_two_nodes(
     first.plug(False)
     cut = time.monotonic()
     when, why = front.hear()
-    assert when - cut < LOST_S
+    assert when - cut < SOON_S
     assert "worker 1 (node 1) is lost: it was killed, stopped or cut off" in why
     assert "it is being restarted" in why
-    launcher.wait_log("the engine is lost; this worker waits for another", LOST_S)
-    wait_for(lambda: not second.listening(), "nothing is left open of what it was", LOST_S)
+    launcher.wait_log("the engine is lost; this worker waits for another", SOON_S)
+    wait_for(lambda: not second.listening(), "nothing is left open of what it was", SOON_S)
     assert "is being restarted" in front.ask()
     first.plug(True)
     wait_for(lambda: front.ask() == expected, "it is served again")
@@ -218,7 +217,7 @@ def test_a_pipeline_over_two_nodes(
     front.process.terminate()
     launcher.process.terminate()
     launcher.process.wait(WAIT_S)
-    traces.wait_gone(5.0)
+    traces.wait_gone()
 
 
 DIFFERENT = [

@@ -19,7 +19,8 @@ from typing import TypeVar
 
 import pytest
 
-WAIT_S = 60.0
+# As patience.py's, which processes that run these files do not find.
+WAIT_S, SOON_S = 60.0, 15.0
 MARK = "GLLM_DIST_TEST_MARK"
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ class Traces:
     def directories(self) -> list[Path]:
         return list(self.directory.glob("gllm-workers-*"))
 
-    def wait_gone(self, timeout_s: float = 2.0) -> None:
+    def wait_gone(self, timeout_s: float = SOON_S) -> None:
         wait_for(lambda: not self.workers(), "the workers have ended", timeout_s)
         wait_for(lambda: not self.directories(), "their directory is gone", timeout_s)
 

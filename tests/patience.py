@@ -1,0 +1,8 @@
+"""How long tests wait: limits that only a broken product reaches, however busy the machine is."""
+
+from __future__ import annotations
+
+WAIT_S = 60.0  # for what must happen at all
+# For what takes a second or two where processors are free. Without the mechanism under test it
+# would come after a timeout of 30 s at least, or never.
+SOON_S = 15.0
