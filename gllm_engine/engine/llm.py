@@ -174,10 +174,9 @@ class LLM:
         """
         several = bool(messages) and not isinstance(messages[0], dict)
         conversations: Any = messages if several else [messages]
-        options = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        chat = partial(self.tokenizer.chat, tools=tools, chat_template_kwargs=chat_template_kwargs)
         outputs = [
-            self._opened(None, partial(self.tokenizer.chat, conversation, **options))
-            for conversation in conversations
+            self._opened(None, partial(chat, conversation)) for conversation in conversations
         ]
         return self._run(outputs, sampling_params, use_tqdm)
 

@@ -231,7 +231,7 @@ def test_a_queue_full_of_tokens_is_said_to_be_full(make):
     sentence = (
         "100 tokens are waiting, and with the 1 of this prompt they would be more than 100 (max"
     )
-    assert sentence in finished[None, 3].message
+    assert sentence in finished[IN_PROCESS, 3].message
     assert engine.stats().waiting_tokens == 0
 
 
@@ -242,8 +242,8 @@ def test_grammars_that_compile_are_bounded_too(make):
         engine.add(Request(id, [3] * 6, sampling, 0))
     assert engine.stats().waiting_tokens == 6
     _, finished = collect(engine)
-    assert finished[None, 0].reason == "stop"
-    assert "1 requests are waiting for their grammars" in finished[None, 1].message
+    assert finished[IN_PROCESS, 0].reason == "stop"
+    assert "1 requests are waiting for their grammars" in finished[IN_PROCESS, 1].message
 
 
 def test_a_request_that_finds_a_fault_costs_itself_alone(make, monkeypatch, caplog):
@@ -253,8 +253,8 @@ def test_a_request_that_finds_a_fault_costs_itself_alone(make, monkeypatch, capl
     engine.add(Request(1, [3], LONG, 0))
     monkeypatch.undo()
     tokens, finished = collect(engine)
-    assert finished[None, 1].status == "internal" and "ZeroDivisionError" in caplog.text
-    assert tokens == {(None, 0): expected([3, 4], 3)}
+    assert finished[IN_PROCESS, 1].status == "internal" and "ZeroDivisionError" in caplog.text
+    assert tokens == {(IN_PROCESS, 0): expected([3, 4], 3)}
 
 
 def test_the_callers_collector_is_left_alone(make):
@@ -275,7 +275,7 @@ def test_a_step_that_every_rank_refuses_is_no_lost_group(make):
     assert finish.status == "internal" and "(at launch)" in finish.message
     assert engine.broken is None
     engine.add(Request(1, [3, 4], SamplingParams(max_tokens=3, ignore_eos=True), 0))
-    assert collect(engine)[1][None, 1].reason == "length"
+    assert collect(engine)[1][IN_PROCESS, 1].reason == "length"
 
 
 def test_an_id_in_use_is_refused(make):
