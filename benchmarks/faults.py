@@ -50,6 +50,7 @@ START_S = 180.0
 STOP_S = 90.0
 PATIENCE_S = 30.0  # for streams to end after a fault
 AGAIN_S = 60.0
+STEADY_S = 3.0
 STILL_S = 5.0  # a stream without a token for so long hangs
 _MARK = "GLLM_FAULTS_MARK"
 
@@ -328,6 +329,7 @@ class Probe(threading.Thread):
         self.failing = False
         self.failed = False
         self.since = time.monotonic()
+        self._asked = self.since  # when the last round of requests had ended
         self._site = site
         self._ended = threading.Event()
 
@@ -338,6 +340,12 @@ class Probe(threading.Thread):
                 self.failing = failing
                 self.since = time.monotonic()
                 self.failed = True
+            self._asked = time.monotonic()
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether it has been served for a while: some faults take a moment to show."""
+        return not self.failing and self._asked - self.since > STEADY_S
 
     def close(self) -> None:
         self._ended.set()
@@ -364,15 +372,14 @@ def observe(fault: str, ranks: str) -> dict[str, Any]:
         if undo is not None:
             undo()
             began = time.monotonic() if lasts else began
-        served = lambda: not probe.failing and (probe.since > began or not lasts)  # noqa: E731
-        _await(lambda: site.process.poll() is not None or served(), AGAIN_S)
+        _await(lambda: site.process.poll() is not None or probe.is_steady, AGAIN_S)
         if hung and undo is not None:
             _await(lambda: all(stream.outcome for stream in hung), PATIENCE_S)
             seen["clients"] += f"; once that is undone {_states(hung)}"
         for stream in streams:
             stream.close()
         probe.close()
-        is_served = served() and site.process.poll() is None
+        is_served = probe.is_steady and site.process.poll() is None
         again_s = (probe.since - began if probe.failed else 0.0) if is_served else None
         return seen | {"again_s": again_s, "refuses_until_undone": lasts, "end": site.stop()}
 
