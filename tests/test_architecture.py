@@ -233,3 +233,9 @@ def test_statements_are_not_squeezed(path: Path) -> None:
 def test_a_swap_is_told_from_a_squeezed_statement() -> None:
     assert not squeezed(ast.parse("a, b = b, a\nf(*args)"))
     assert squeezed(ast.parse("a, b = 1, 2\nx.a, b = 1, x.a\nf(*(1, 2), 3)")) == [1, 3]
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """pytest imports them by their bare names."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names))
