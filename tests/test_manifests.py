@@ -151,7 +151,7 @@ def test_the_worker_joins_the_leader(tmp_path: Path) -> None:
     assert int(run.nproc_per_node) == config.num_ranks // config.nnodes
     assert int(run.nproc_per_node) == container(WORKER)["resources"]["limits"]["nvidia.com/gpu"]
     assert joins.engine == f"tcp://{GIVEN['LWS_LEADER_ADDRESS']}:{config.master_port}"
-    assert (joins.node_rank, joins.nnodes) == (1, config.nnodes)
+    assert (int(joins.node_rank), int(joins.nnodes)) == (1, config.nnodes)
     assert joins.cluster_key_file == config.cluster_key_file
 
 
@@ -203,7 +203,7 @@ def test_commands_in_the_guide_to_several_machines(tmp_path: Path) -> None:
     assert (configs[1].nnodes, configs[1].num_ranks) == (2, 16)
     (torchrun,) = [line for line in commands if "torchrun" in line]
     run, joins = check_torchrun(torchrun[torchrun.index("torchrun") :])
-    assert int(run.nproc_per_node) == 8 and joins.nnodes == 2
+    assert int(run.nproc_per_node) == 8 and int(joins.nnodes) == 2
     assert joins.engine == f"tcp://{configs[1].master_addr}:{configs[1].master_port}"
     for line in commands:
         if line[0] == "kubectl" and "-f" in line:
