@@ -37,8 +37,8 @@ _MAX_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16)
 # Number of programs that saturates the memory bandwidth, and least depth of a part.
 _PROGRAMS, _MIN_DEPTH = 96, 512
-# Shared memory in bytes of one program's pipelined tiles: nearly all that a multiprocessor has. More
-# pipeline stages than _MAX_STAGES bring no speed.
+# Bytes of shared memory for one program's pipelined tiles: nearly all that a multiprocessor has.
+# More pipeline stages than _MAX_STAGES bring no speed.
 _TILE_BYTES, _MAX_STAGES = 226 << 10, 8
 _BLOCK_K = 128
 _MULTIPROCESSORS, _SHARED_ROWS = 132, 32
