@@ -258,7 +258,7 @@ def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
 
 
 def _gather_index(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """[2 * n * len]: rows of the flat cache, all K, then all V, of `positions` [n, len] in `pages`."""
+    """[2 * n * len] rows of the flat cache, K before V, of positions [n, len] in pages [n, _]."""
     key = pages.gather(1, positions // page_size) * (2 * page_size) + positions % page_size
     return torch.stack((key, key + page_size)).flatten()
 

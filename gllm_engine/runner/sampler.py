@@ -48,7 +48,7 @@ class SamplingBatch:
     The has_... fields are host values, so reading them never waits for the device.
     """
 
-    temperature: Tensor  # [rows] float32; 0: the most likely token
+    temperature: Tensor  # [rows] float32; 0: greedy
     min_p: Tensor  # [rows] float32
     top_p: Tensor  # [rows] float64
     top_k: Tensor  # [rows] int64, at least 1
@@ -61,7 +61,7 @@ class SamplingBatch:
     truncations: tuple[tuple[Tensor, int], ...] = ()
     # logit_bias, and tokens that min_tokens forbids: rows [m], token ids [m, n], addends [m, n].
     added: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
-    masks: tuple[Tensor, Tensor] | None = None  # rows [m], uint8 [m, bytes]: one bit a token
+    masks: tuple[Tensor, Tensor] | None = None  # rows [m], uint8 [m, bytes]: one bit per token
     penalties: Penalties | None = None
 
 

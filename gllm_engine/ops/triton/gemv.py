@@ -108,7 +108,7 @@ def _gemv(
 
 
 def is_single(x: Tensor) -> bool:
-    """Whether `gemv` takes x [rows, depth]."""
+    """Whether `gemv` supports x [rows, depth]: one row, of a 16-bit dtype."""
     return x.shape[0] == 1 and x.dtype in _DTYPES
 
 

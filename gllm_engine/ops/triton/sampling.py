@@ -125,7 +125,7 @@ def sample_plain(
     out: Tensor | None = None,
     ranks: TensorGroup | None = None,
 ) -> Tensor:
-    """One token for each row of scores [rows, vocab]; see Ops.sample_plain."""
+    """See Ops.sample_plain."""
     rows, vocab = scores.shape
     rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     groups = triton.cdiv(vocab, _GROUP)
