@@ -4,9 +4,9 @@ A kernel launched with `overlapping()` calls `begin` or `begin_alone` exactly on
 The part of the kernel before that call is its prologue.
 
     kernel A   [prologue|begin|body .................]
-    kernel B             [prologue|begin, waits ......|body .................]
-    kernel C                       [prologue|begin, waits ....................|body ......]
-    time ->                                          ^ A has ended: its writes are visible to B
+    kernel B                  [prologue|begin, waits .|body .............]
+    kernel C                                  [prologue|begin, waits .....|body ......]
+    time ->                                           ^ A has ended: its writes are visible to B
 
     prologue   may read memory that no kernel writes (weights); writes nothing
     begin      lets the next kernel start, then waits until the previous kernel has ended

@@ -5,17 +5,17 @@ the first operand: the few rows of x would fill only part of it. The kernel also
 applies the activation and adds the residual. Knows shapes and arithmetic.
 
 With fewer tiles than the GPU runs programs at once, several programs share a tile, and each program
-takes one part of its depth (split-K). Here a tile has 3 parts, and part 1 is the last to finish:
+takes one part of its depth (split-K). Here a tile has 4 parts, and part 1 is the last to finish:
 
-    depth          |---- part 0 ----|---- part 1 ----|---- part 2 ----|    of tile t
-                           |                |                |
-    store in sums     partial 0         partial 1        partial 2         float32
-                           |                |                |
-    arrived[t]          0 -> 1           2 -> 3           1 -> 2           atomic add, acquire
-                                            |                              and release
-                              the old value is PARTS - 1: part 1 arrived last
-                              sets arrived[t] back to 0 for the next launch
-                              adds partials 0, 1, 2 and writes the tile of the output
+    depth           |-- part 0 --|-- part 1 --|-- part 2 --|-- part 3 --|    of tile t
+                          |            |            |            |
+    store in sums     partial 0    partial 1    partial 2    partial 3       float32
+                          |            |            |            |
+    arrived[t]         0 -> 1       3 -> 4       1 -> 2       2 -> 3         atomic add,
+                                       |                                     acquire and release
+                          the old value is PARTS - 1: part 1 arrived last
+                          sets arrived[t] back to 0 for the next launch
+                          adds partials 0, 1, 2, 3 and writes the tile of the output
 
 The partials are always added in the order of the depth, so the result does not depend on which part
 arrives last. No program waits for another one. A tile of one part is written directly.
