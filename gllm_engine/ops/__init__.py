@@ -1,6 +1,7 @@
-"""Operations on tensors behind one dispatch: the same names for every kind of device.
+"""Tensor operations with one interface, `Ops`, for every kind of device.
 
-Knows no models. `reference` is plain torch: the CPU backend, and the oracle of any other.
+`reference` is plain torch: the CPU backend, and the oracle for the tests of the others. Knows no
+models.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ __all__ = [
 
 
 def best_device() -> torch.device:
-    """The fastest device that is there and whose operations are installed (the [gpu] extra)."""
+    """cuda if a GPU is available and its operations are installed (the [gpu] extra), else cpu."""
     fast = torch.cuda.is_available() and find_spec("flashinfer") and find_spec("triton")
     return torch.device("cuda" if fast else "cpu")
 
 
 def select_ops(device: torch.device) -> Ops:
-    """The implementation for a device; chosen once, when a model is built.
+    """The implementation of `Ops` for a device; chosen once, when a model is built.
 
-    Raises ValueError for a kind of device that has none.
+    Raises ValueError for an unsupported kind of device.
     """
     if device.type == "cpu":
         from gllm_engine.ops import reference
 
         return reference
-    if device.type == "cuda":  # its kernels are not installed where there is no GPU
+    if device.type == "cuda":  # imported late: only the [gpu] extra installs its kernels
         from gllm_engine.ops import flashinfer
 
         return flashinfer

@@ -1,6 +1,6 @@
 """The input of one forward pass, as tensors on the device.
 
-Knows no models and no sequences: rows, pages and tokens only.
+Knows rows, pages and tokens; no models, no sequences.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Integers that the host knows, one a row.
+# Integers in host memory, one per row.
 HostInts = np.ndarray[Any, Any]
 
 
 class TensorGroup(Protocol):
-    """Processes that hold a share each of the same tensors; this one is number `rank`."""
+    """Processes with a shard each of the same tensors; this process is number `rank`."""
 
     rank: int
     size: int
-    group: Any  # torch.distributed's; None for a single one
+    group: Any  # a torch.distributed process group; None for a single process
     same_node: bool
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, in its place."""
+        """Replace x by the sum of all ranks' x; return x."""
         ...
 
     def max(self, x: Tensor) -> Tensor:
-        """The largest of all ranks' x, number by number, in its place."""
+        """Replace x by the element-wise maximum of all ranks' x; return x."""
         ...
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x, in the place of this rank's."""
+        """Replace x by rank 0's x; return x."""
         ...
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n, width] of each rank to [n, size * width], contiguous: rank after rank in a row."""
+        """Concatenate all ranks' x [n, width] to [n, size * width], contiguous, in rank order."""
         ...
 
 
@@ -45,26 +45,25 @@ class TensorGroup(Protocol):
 class Batch:
     """One step. The runner fills every field. All tensors are int64 and on the model's device.
 
-    What the host knows too comes twice, so that nothing ever has to wait for the device to tell.
+    Fields whose names end in _cpu are host copies, so that the host never reads from the device.
 
-    Rows are sequences: `num_decode` rows of one token first, then chunks. The tokens of a row are
-    consecutive, rows follow each other, and a row's last token is the last one of its context.
+    A row is a sequence: first `num_decode` decode rows of one token, then prefill chunks. The
+    tokens of a row are consecutive, in the order of rows. A row's last token ends its context.
     """
 
     tokens: Tensor  # [tokens]
     positions: Tensor  # [tokens]
-    cache_index: Tensor  # [tokens] page * page_size + offset: where the token's K and V go
-    page_table: Tensor  # [slots, pages] any number beyond a sequence's own pages; unused there
-    slots: Tensor  # [rows] which row of page_table is a row's
+    cache_index: Tensor  # [tokens] page * page_size + offset of the token's K and V
+    page_table: Tensor  # [slots, pages] entries after a sequence's last page are unused
+    slots: Tensor  # [rows] row of page_table
     context_lens: Tensor  # [rows] tokens of the sequence in the cache after this step
-    context_lens_cpu: HostInts  # the same
+    context_lens_cpu: HostInts  # [rows] host copy of context_lens
     query_lens: list[int]  # [rows] tokens of the row in this step
     num_decode: int
-    logit_index: Tensor | None  # [n] which of `tokens` need logits; None: all of them
-    # If each of these is the last token of a row: which rows; the host knows them too. All three
-    # are there, or these two are not.
+    logit_index: Tensor | None  # [n] indices of the tokens that need logits; None: all
+    # The rows of logit_index, if it has only last tokens of rows; else both are None.
     logit_rows: Tensor | None = None  # [n]
-    logit_rows_cpu: HostInts | None = None  # the same
+    logit_rows_cpu: HostInts | None = None  # [n] host copy of logit_rows
 
 
 def made_up_step(
@@ -73,10 +72,10 @@ def made_up_step(
     page_size: int,
     logit_index: Tensor | None = None,
 ) -> Batch:
-    """A step of no sequences, to be measured or compiled for: what it computes means nothing.
+    """A step without real sequences, to measure or to compile kernels; its results mean nothing.
 
-    `rows`: (tokens in the cache after it, how many of them in it) of each, all chunks unless every
-    row has one token. They take turns with the rows of `page_table` [slots, pages].
+    `rows`: (context length after the step, tokens of the row in the step). All rows are prefill
+    chunks unless every row has one token. Row i uses row i % slots of `page_table` [slots, pages].
     """
     device = page_table.device
     lens = np.array([n for n, _ in rows])

@@ -1,16 +1,21 @@
-"""The operations of an NVIDIA GPU: attention of chunks by FlashInfer, the rest by Triton kernels.
+"""The operations of an NVIDIA GPU: FlashInfer for attention of prefill chunks, else Triton kernels.
 
-Knows shapes and arithmetic; no models, no scheduling. A function of `Ops` is described there, and
-here what is particular to it. FlashInfer divides a step's attention among
-the multiprocessors ahead, on the host (`plan`); what it then launches is the same for all layers.
-Decode rows go to our own kernel, which needs no plan; chunks to FlashInfer's FlashAttention-3
-kernel, or on other GPUs than Hopper's to its FlashAttention-2. Chunks at the beginning of a
-sequence read K and V as they come, not from pages, which is a fifth faster, and before they were
-rounded, if the cache is float8. Other chunks over a float8 cache go to FlashAttention-2 too, for
-FlashAttention-3 wants queries in float8 then.
+Knows shapes and arithmetic; no models, no scheduling. `Ops` documents the functions; docstrings
+here only add what is particular to this implementation.
 
-What FlashInfer has no kernel for (float32, unusual head sizes) attends as on a CPU, in plain torch:
-right, but slow.
+Attention uses one kernel for each kind of row:
+
+    decode rows              our split-KV kernel, which needs no plan from the host
+    chunks from position 0   FlashInfer, over the K and V of the step itself, not from pages: a
+                             fifth faster, and not rounded if the cache is float8
+    other chunks             FlashInfer, over pages
+    all chunks, if FlashInfer lacks a kernel (float32, unusual head sizes)
+                             plain torch, as on a CPU: right, but slow
+
+FlashInfer plans on the host (`plan`): it divides a step's attention among the multiprocessors
+before the launch, and the plan serves all layers. FlashInfer's FlashAttention-3 kernels run on
+Hopper, its FlashAttention-2 kernels on other GPUs. Chunks over float8 pages always use
+FlashAttention-2, because FlashAttention-3 would need float8 queries.
 """
 
 from __future__ import annotations
@@ -61,24 +66,27 @@ __all__ = [
 
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16)
-# Bytes for the partial results of rows that several multiprocessors share.
+# Bytes for the partial results of rows that FlashInfer splits among multiprocessors.
 _PARTIALS_BYTES = 384 << 20
-# Bytes of one plan; FlashInfer's own figure.
+# Bytes of one plan: FlashInfer's own default.
 _PLAN_BYTES = 8 << 20
-# Plans on their way to the device at once. More than a runner has steps in flight: then the host
+# Plans on their way to the device at once. It exceeds a runner's steps in flight, so that the host
 # never waits for a copy.
 _NUM_STAGES = 8
-# A wrapper's buffer on the host: plans are written there, and copied from there to the device.
+# The wrapper's attribute for its host buffer, from which it copies a plan to the device.
 PINNED_BUFFER = "_pin_memory_int_workspace_buffer"
 
 
 @dataclass
 class FlashInferPlan(AttentionPlan):
-    """Rows are decode rows, then chunks with K and V in the cache already, then `fresh` ones: plans
-    for the tokens up to `num_decode`, `first_fresh`, and the rest. With `slow`, that alone.
+    """A plan for each kind of row; None if the step has no such row.
+
+    Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages, tokens
+    num_decode .. first_fresh - 1; `fresh`, chunks from position 0, all tokens after them. If `slow`
+    is given, it covers all tokens, and the other plans are None.
     """
 
-    cache_index: Tensor  # [tokens] where K and V go
+    cache_index: Tensor  # [tokens] cache place of each K and V
     num_decode: int
     first_fresh: int = 0
     decode: triton.KvSplits | None = None
@@ -88,7 +96,7 @@ class FlashInferPlan(AttentionPlan):
 
 
 def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
-    """Our kernel for products with x [rows, depth], where it beats cuBLAS's."""
+    """Our kernel for products with x [rows, depth] if it beats cuBLAS, else None."""
     if is_single(x):
         return gemv
     return triton.skinny if triton.is_skinny(x, weight, gated) and _is_hopper() else None
@@ -120,7 +128,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | No
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See Ops.add_linear; without a bias the sum is rounded once."""
+    """See Ops.add_linear. Without a bias, the sum is rounded only once."""
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
     if bias is not None:
@@ -131,7 +139,7 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def rotary_inputs(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> RotaryInputs:
-    """See Ops.rotary_inputs; nothing is computed ahead: (cos, sin, positions) as given."""
+    """See Ops.rotary_inputs; returns (cos, sin, positions) unchanged."""
     del dtype, interleaved
     return cos, sin, positions
 
@@ -186,8 +194,8 @@ def attend(
 
 
 def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
-    """See Ops.compile_attention; what has been compiled is in jit_cache.cache_dirs()[0]."""
-    # What is compiled is the same for all numbers of heads and for all windows.
+    """See Ops.compile_attention; the compiled kernels are in jit_cache.cache_dirs()[0]."""
+    # One kernel serves any number of heads; layers with a window, of any size, share another one.
     kinds = {
         (cache.shape[4], window is None): (cache, num_heads, window)
         for cache, num_heads, window in layers
@@ -202,7 +210,7 @@ def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: t
         FlashInferPlanner(cache.device, dtype).plan(batch, cache, num_heads, window)
 
     cache = layers[0][0]
-    # And for all chunks, unless the cache is float8.
+    # One kernel serves chunks with and without a context, unless the cache is float8.
     starts = (0,) if cache.dtype == dtype else (0, 2)
     chunks = [tiny_chunk(start, cache.shape[2], cache.device) for start in starts]
     dims = sorted({dim for dim, _ in kinds})
@@ -211,9 +219,9 @@ def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: t
 
 
 class _Stages:
-    """Pinned memory that plans are written to before they are copied to the device.
+    """A ring of pinned buffers: FlashInfer writes a plan to one and copies it to the device.
 
-    The copy waits its turn behind earlier steps, so the next plan must be written elsewhere.
+    The copy waits on the stream behind earlier steps, so the next plan needs another buffer.
     """
 
     def __init__(self) -> None:
@@ -224,22 +232,22 @@ class _Stages:
         self._next = 0
 
     def plan(self, wrapper: Any, *args: Any, **options: Any) -> None:
-        """wrapper.plan(...), by way of a buffer that no copy under way reads."""
+        """Call wrapper.plan(...) with a buffer that no pending copy reads."""
         stage = self._next
         self._next = (stage + 1) % _NUM_STAGES
         self._copied[stage].synchronize()
-        # FlashInfer has one such buffer a wrapper and expects each plan to be complete before the
-        # next; it offers no other way to change it.
+        # FlashInfer has one such buffer per wrapper, expects each copy to end before the next plan,
+        # and offers no other way to change the buffer.
         setattr(wrapper, PINNED_BUFFER, self._buffers[stage])
         wrapper.plan(*args, **options)
         self._copied[stage].record()
 
 
 def check_pinned_buffer(wrapper: Any) -> None:
-    """Raise RuntimeError if FlashInfer keeps its plans on the host elsewhere than _Stages thinks.
+    """Raise RuntimeError if the wrapper has no host buffer named PINNED_BUFFER.
 
-    Then the plans of two steps in flight would share a buffer, and one step would attend by the
-    other's plan.
+    Then the plans of two steps in flight would share a buffer, and one step would attend with the
+    other step's plan.
     """
     if not isinstance(getattr(wrapper, PINNED_BUFFER, None), Tensor):
         raise RuntimeError(
@@ -252,7 +260,7 @@ class FlashInferPlanner:
     """An AttentionPlanner that owns FlashInfer's workspaces and wrappers."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """`dtype`: of the queries, and of the cache unless that is float8."""
+        """`dtype`: of the queries, and of the cache unless the cache is float8."""
         self._device = device
         self._dtype = dtype
         self._stages = _Stages()
@@ -310,14 +318,14 @@ class FlashInferPlanner:
         return wrapper
 
     def _wrapper(self, kind: type, shape: dict[str, Any], backend: str) -> Any:
-        """The one of its kind for a shape, as _shape gives it; `backend`: with that kind always the
-        same.
+        """The wrapper of a kind for a `shape` from _shape, made at the first call. A kind and shape
+        always come with the same `backend`.
         """
         key = (kind, *shape.values())
         if key not in self._wrappers:
             wrapper = kind(self._partials, backend=backend)
             check_pinned_buffer(wrapper)
-            # For its plans: each is used up before the next overwrites it.
+            # For its plans on the device: the stream overwrites a plan after its last use.
             memory = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=self._device)
             wrapper.reset_workspace_buffer(self._partials, memory)
             self._wrappers[key] = wrapper
@@ -330,7 +338,7 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
 
 
 def _best_backend() -> str:
-    """FlashInfer's FlashAttention-3 kernels are for Hopper alone."""
+    """FlashInfer's FlashAttention-3 kernels run only on Hopper."""
     return "fa3" if _is_hopper() else "fa2"
 
 
@@ -339,13 +347,13 @@ def _is_hopper() -> bool:
 
 
 def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
-    """Whether FlashInfer attends over this cache with queries of `dtype`."""
+    """Whether FlashInfer has kernels for this cache with queries of `dtype`."""
     return dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
 
 
 def count_pages(context_lens: HostInts, page_size: int) -> tuple[Tensor, Tensor, int]:
-    """(where each row's pages start [rows + 1], tokens in its last page [rows], most pages of a
-    row). Both int32 in pinned memory, so that copying them to the device waits for nothing.
+    """(offset of each row's pages and total [rows + 1], tokens in each row's last page [rows], most
+    pages of a row). Both tensors are int32 in pinned memory: copies to the device do not wait.
     """
     lens = context_lens.astype(np.int32)
     counts = (lens + (page_size - 1)) // page_size
@@ -368,5 +376,5 @@ def _shape(cache: Tensor, num_heads: int, window: int | None, dtype: torch.dtype
 
 
 def _starts(lens: list[int]) -> Tensor:
-    """Where each of some rows of `lens` tokens begins, and where the last ends; pinned int32."""
+    """Offsets of rows of `lens` tokens, and the total: [rows + 1] int32, pinned."""
     return torch.from_numpy(np.array([0, *lens]).cumsum(dtype=np.int32)).pin_memory()

@@ -1,6 +1,6 @@
-"""Kernels compiled before they are needed: several at the same time, and where they are kept.
+"""Compiles attention kernels ahead of the first request, several at once; names their directories.
 
-Knows what a step may hold, as a Batch; what is compiled for it is the planner's to know.
+Knows the Batches of small steps. Planning attention for a Batch compiles the kernels it needs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 
 from gllm_engine.ops.batch import Batch, made_up_step
 
-# Columns of the page table; like those of real ones, a multiple of 16.
+# Columns of the page table: a multiple of 16, like a real page table's.
 _MAX_PAGES = 16
 
-Attention = TypeVar("Attention")  # what a job plans attention for, beside the batch
+Attention = TypeVar("Attention")  # a layer's attention, as `plan` takes it
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ _log = logging.getLogger(__name__)
 def compile_all(
     what: str, plan: Callable[[Batch, Attention], None], jobs: list[tuple[Batch, Attention]]
 ) -> None:
-    """plan(batch, attention) for all jobs, each on a thread of its own.
+    """Call plan(batch, attention) for all jobs, each on its own thread.
 
-    Compilers are processes, so all run at the same time; no two jobs may need the same one. `what`:
-    for the log. Raises what a job raises, once all have ended.
+    Compilers are processes, so all of them run at once; no two jobs may need the same kernel.
+    `what`: a description for the log. Raises a job's exception after all jobs have ended.
     """
     _log.info(
         "%s: what is not in %s yet is compiled now, which takes minutes", what, cache_dirs()[0]
@@ -45,13 +45,13 @@ def compile_all(
 
 
 def tiny_chunk(start: int, page_size: int, device: torch.device) -> Batch:
-    """A step of one chunk: two tokens after `start` others of their sequence."""
+    """A step of one prefill chunk: two tokens after a context of `start` tokens."""
     table = torch.zeros(1, _MAX_PAGES, dtype=torch.int64, device=device)
     return made_up_step([(start + 2, 2)], table, page_size)
 
 
 def cache_dirs() -> tuple[Path, ...]:
-    """Where FlashInfer and Triton keep what they have compiled; their variables say otherwise."""
+    """Where FlashInfer and Triton keep compiled kernels; their environment variables apply."""
     home = str(Path.home())
     attention = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", home)) / ".cache/flashinfer"
     ours = Path(os.environ.get("TRITON_HOME", home)) / ".triton/cache"

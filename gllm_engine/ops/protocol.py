@@ -1,10 +1,10 @@
-"""The operations: what they are called, what they take and what they give, on every kind of device.
+"""The interface of the operations: names, arguments and results, the same on every kind of device.
 
 `reference` (plain torch) and `flashinfer` (an NVIDIA GPU) are modules with these functions; mypy
 checks both against `Ops`. Knows shapes and dtypes; no models, no scheduling.
 
-Three values pass from one operation to another: an AttentionPlan, RotaryInputs, AttentionInputs.
-Whoever holds one hands it on, to the same implementation, and never looks into it.
+An operation may return an AttentionPlan, RotaryInputs or AttentionInputs as an argument for another
+operation. Callers pass these values to the same implementation and never look into them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from gllm_engine.ops.batch import Batch, TensorGroup
 
 # Gain [dim] and epsilon of an RMS norm.
 Norm = tuple[Tensor, float]
-# The positions of a step's tokens as `rotate_and_store` takes them.
+# What `rotate_and_store` needs to know of the positions of a step's tokens.
 RotaryInputs = tuple[Tensor, ...]
 
 
 class AttentionPlan:
-    """How one batch attends over the pages; the same for all layers that it was made for."""
+    """How one batch attends over the pages; valid for all layers of one shape and window."""
 
 
 class AttentionInputs(NamedTuple):
-    """A step's heads, normed and rotated: what `attend` takes.
+    """A step's heads after norm and rotation: the input of `attend`.
 
-    `kv`: the keys, then the values, before the cache rounded them; None: `attend` reads the cache.
+    `kv`: the K heads, then the V heads, not rounded to the cache's dtype; None: `attend` reads K
+    and V from the cache.
     """
 
     q: Tensor  # [tokens, heads, head_dim]
@@ -38,58 +39,59 @@ class AttentionInputs(NamedTuple):
 
 
 class PlainSampling(NamedTuple):
-    """What plain sampling reads and writes of the runner's state, one row a slot."""
+    """The part of the runner's state that plain sampling reads and writes, one row per slot."""
 
-    temperature: Tensor  # [slots] float64; 0: the most likely token
+    temperature: Tensor  # [slots] float64; 0: greedy
     seeds: Tensor  # [slots] int64
     prompt_lens: Tensor  # [slots] int64
     lengths: Tensor  # [slots] int64, tokens in the cache
-    last_tokens: Tensor  # [slots] int64; where sampled tokens go
+    last_tokens: Tensor  # [slots] int64; receives the sampled tokens
 
 
 class AttentionPlanner(Protocol):
-    """Plans attention of one step after another; may keep memory in between.
+    """Plans the attention of one step after another; may keep memory between steps.
 
-    A plan with chunks is valid until the next one for layers that are alike; steps run in the order
-    of their plans. A plan without chunks stays valid, and may be made in a CUDA graph.
+    A plan with prefill chunks is valid until the next plan for layers of the same shape and window;
+    steps run in the order of their plans. A plan without chunks stays valid, and may be made inside
+    a CUDA graph.
     """
 
     def plan(
         self, batch: Batch, cache: Tensor, num_heads: int, window: int | None
     ) -> AttentionPlan:
-        """Plan attention of one step, for layers whose query heads, cache and window are alike.
+        """Plan the attention of one step for all layers with these query heads, cache and window.
 
-        `cache`: any such layer's [num_pages, 2, page_size, kv_heads, head_dim]; only its shape and
-        dtype are used. `num_heads`: query heads. `window`: a token sees itself and the window - 1
-        tokens before it; None: all before it.
+        `cache`: of any such layer, [num_pages, 2, page_size, kv_heads, head_dim]; only its shape
+        and dtype are used. `num_heads`: query heads. `window`: a token attends to itself and to the
+        window - 1 tokens before it; None: to all tokens before it.
         """
         ...
 
 
 class AllReduceKernel(Protocol):
-    """Sums all ranks' parts, adds them to the residual stream and norms it, in one kernel."""
+    """All-reduce, residual sum and RMS norm in one kernel."""
 
     def takes(self, part: Tensor) -> bool:
-        """Whether it sums a part of this shape."""
+        """Whether the kernel supports a part of this shape."""
         ...
 
     def __call__(self, part: Tensor, total: Tensor, norm: Norm | None) -> Tensor | None:
-        """Add the ranks' parts [rows, dim] to `total`; returns that after `norm`, if given."""
+        """Add all ranks' parts [rows, dim] to `total`; return norm(total) if `norm` is given."""
         ...
 
 
 class Ops(Protocol):
-    """All operations. Tensors are on one device; weights, activations and results of one dtype."""
+    """All operations. Tensors are on one device; weights, inputs and results have one dtype."""
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
-        """x / rms(x) * gain over the last dimension of x [rows, dim], the mean taken in float32.
+        """x / rms(x) * gain over the last dimension of x [rows, dim], with the mean in float32.
 
-        With `add_to`, that is added to, and returned.
+        With `add_to`, the result is added to `add_to`, which is returned.
         """
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up, [rows, width], of [gate, up], [rows, 2 * width]."""
+        """silu(gate) * up, [rows, width]. `gate_up`: [rows, 2 * width], gate first."""
         ...
 
     def linear(
@@ -100,9 +102,9 @@ class Ops(Protocol):
         norm: Norm | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x W' + b: [rows, width] of x [rows, depth], weight [width, depth] and bias [width].
+        """x W' + b: [rows, width], for x [rows, depth], weight [width, depth] and bias [width].
 
-        `norm`: what x goes through first. `out`: where the result goes.
+        `norm`: an RMS norm applied to x first. `out`: [rows, width] receives the result.
         """
         ...
 
@@ -113,24 +115,24 @@ class Ops(Protocol):
         ...
 
     def add_linear(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Add linear(x, weight, bias) to `total` [rows, width], in place, and return that."""
+        """Add linear(x, weight, bias) to `total` [rows, width] in place; return `total`."""
         ...
 
     def make_one_shot_allreduce(
         self, ranks: TensorGroup, dim: int, dtype: torch.dtype
     ) -> AllReduceKernel | None:
-        """A kernel for parts [rows, dim] of `ranks`, all of which make one at the same time.
+        """The one-shot all-reduce for parts [rows, dim]; all `ranks` must call this together.
 
-        None where there is none: on a CPU, for a single rank, ranks of several nodes, float32.
+        None if it is not supported: on a CPU, for a single rank, ranks on several nodes, float32.
         """
         ...
 
     def route(self, logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
         """The `top_k` experts of each token, most likely first: (weights float32, experts int32),
-        both [tokens, top_k] and contiguous, from a router's logits [tokens, experts].
+        both [tokens, top_k] and contiguous. `logits`: the router's, [tokens, experts].
 
-        Weights are the softmax over all experts, divided by their sum with `renorm`. Of equally
-        likely experts the first is taken.
+        Weights are the softmax over all experts; with `renorm` they are divided by the sum of the
+        chosen ones. Among equally likely experts the one of lower index is chosen.
         """
         ...
 
@@ -145,12 +147,12 @@ class Ops(Protocol):
         num_experts: int,
         total: Tensor | None = None,
     ) -> Tensor:
-        """Sum of weights * down(silu(gate(x)) * up(x)) over each token's experts: [tokens, dim] of
-        x [tokens, dim]; added to `total`, in place, if given.
+        """Sum of weights * down(silu(gate(x)) * up(x)) over each token's experts: [tokens, dim].
 
-        weights, experts: [tokens, top_k] as `route` gives them. gate_up: [local, 2 * hidden, dim]
-        and down: [local, dim, hidden], of the experts from `first` on; others add nothing.
-        `num_experts`: all of them, for kernels that expect their share of the tokens.
+        x: [tokens, dim]. weights, experts: [tokens, top_k] from `route`. gate_up: [local, 2 *
+        hidden, dim] and down: [local, dim, hidden], the matrices of this rank's experts, `first` to
+        first + local - 1; other experts add nothing. `num_experts`: of all ranks; kernels estimate
+        the tokens per expert from it. `total`: [tokens, dim]; the sum is added to it in place.
         """
         ...
 
@@ -162,7 +164,7 @@ class Ops(Protocol):
         dtype: torch.dtype,
         interleaved: bool,
     ) -> RotaryInputs:
-        """The angles of a step's tokens, for all layers that rotate alike.
+        """The rotary angles of a step's tokens, for all layers with the same rotary embedding.
 
         cos, sin: [max_model_len, dim / 2] float32. positions: [tokens] int64. `dtype`: of the
         heads. `interleaved`: pairs of channels are (2i, 2i + 1), not (i, i + dim / 2).
@@ -182,10 +184,10 @@ class Ops(Protocol):
     ) -> AttentionInputs:
         """Norm and rotate the q and k heads of qkv, and store k and v in the cache.
 
-        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous; its contents are used up.
-        norm: [num_heads + kv_heads, head_dim], the gain for every head, or None; `eps` is its
-        epsilon. cache: [num_pages, 2, page_size, kv_heads, head_dim], in the dtype of qkv or in
-        float8_e4m3fn, where numbers beyond 448 become 448.
+        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous; may be overwritten. norm:
+        [num_heads + kv_heads, head_dim], the gain of every head, or None; eps: the norm's epsilon.
+        cache: [num_pages, 2, page_size, kv_heads, head_dim], in the dtype of qkv or in
+        float8_e4m3fn, where values are clamped to -448 .. 448.
         """
         ...
 
@@ -198,18 +200,18 @@ class Ops(Protocol):
     ) -> Tensor:
         """softmax(q k' / sqrt(head_dim)) v over each row's pages: [tokens, heads * head_dim].
 
-        `tokens`: [n] int64, which of the inputs' tokens the plan is for; None: all of them.
+        `tokens`: [n] int64, the indices of the input tokens that the plan covers; None: all tokens.
         """
         ...
 
     def make_planner(self, device: torch.device, dtype: torch.dtype) -> AttentionPlanner:
-        """`dtype`: of the queries."""
+        """A planner for queries of `dtype`."""
         ...
 
     def compile_attention(
         self, layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype
     ) -> None:
-        """Compile what attention needs for queries of `dtype`, unless that has been done; may take
+        """Compile the attention kernels for queries of `dtype` that are not compiled yet; may take
         minutes. `layers`: (cache, num_heads, window), as in AttentionPlanner.plan, of one layer of
         each kind.
         """
@@ -227,14 +229,15 @@ class Ops(Protocol):
         known: Tensor,
         longest: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tokens of a step, and where they go: (tokens, positions, cache_index [tokens],
-        context_lens [rows]) of a Batch. All tensors are int64.
+        """The (tokens, positions, cache_index, context_lens) of a Batch.
 
-        State, one row a slot: page_table [slots, pages], lengths [slots] tokens in the cache, which
-        become the rows' context_lens, and last_tokens [slots]. Rows are `slots` [rows], none twice:
-        decode rows, which compute the slot's last token, then chunks. Chunk c computes
-        known[ends[c - 1] : ends[c]], where ends[-1] is 0, at positions starts[c] onward; starts,
-        ends [chunks]. No chunk is longer than `longest`.
+        All tensors are int64.
+
+        State, one row per slot: page_table [slots, pages]; lengths [slots], tokens in the cache,
+        updated to the rows' context_lens; last_tokens [slots]. `slots`: [rows], all different:
+        decode rows, whose input is the slot's last token, then prefill chunks. starts, ends:
+        [chunks]. Chunk c has the tokens known[ends[c - 1] : ends[c]], where ends[-1] counts as 0,
+        at positions starts[c] onward. `longest`: an upper bound of the tokens in a chunk.
         """
         ...
 
@@ -246,11 +249,12 @@ class Ops(Protocol):
         out: Tensor | None = None,
         ranks: TensorGroup | None = None,
     ) -> Tensor:
-        """One token for each row of scores [rows, vocab], the logits of `slots` [rows], into `out`
-        [rows] int64 if given: drawn with its softmax at the slot's temperature, or the most likely
-        one where that is 0. The random number is a function of the slot's seed and output length.
+        """Sample one token for each row: [rows] int64, also recorded in state.last_tokens.
 
-        `ranks`: those that have a share of the logits each, [rows, vocab / ranks]. All of them get
-        the same tokens, even if they would not choose the same.
+        scores: [rows, vocab] logits of `slots` [rows]. A token is drawn from the softmax at the
+        slot's temperature; at temperature 0 it is the most likely token. The random number is a
+        function of the slot's seed and output length. `out`: [rows] int64 receives the tokens.
+        `ranks`: every rank has a shard of the logits, [rows, vocab / ranks]. All ranks get the same
+        tokens, even if rounding would make their own choices differ.
         """
         ...

@@ -1,13 +1,14 @@
 """Every operation in plain torch: the CPU backend, and the oracle that kernels are tested against.
 
-Knows shapes and arithmetic; no models, no scheduling. A function of `Ops` is described there.
+Knows shapes and arithmetic; no models, no scheduling. `Ops` documents the functions.
 
-Paged attention gathers the K and V of several rows into one padded tensor, then attends at once.
-Beyond a row's context the gather repeats a token of that row, so whatever unused cache pages hold
-(NaN included) is never read: a masked NaN in V would still reach the output as 0 * NaN.
+Paged attention gathers the K and V of several rows into one padded tensor, then computes all these
+rows at once. The padding of a row repeats a token of that row, so unused cache places (which may
+hold NaN) are never read: a masked NaN in V would still reach the output as 0 * NaN.
 
-A cache may be float8_e4m3fn whatever the dtype of q, k and v. Every token then attends to K and V
-as they were rounded, those of its own step too, so that it does not matter how a prompt is cut.
+A cache may be float8_e4m3fn whatever the dtype of q, k and v. Then every token attends to rounded K
+and V, also to those of its own step, so that the result does not depend on the cut of a prompt into
+chunks.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from gllm_engine.ops.protocol import (
     RotaryInputs,
 )
 
-# Numbers gathered at once: 1 MiB of float32, so that attention finds them in a CPU's cache.
+# Most K and V elements gathered at once: 1 MiB of float32, which fits a CPU's cache.
 _GATHER_NUMBERS = 1 << 18
-# The inverse CDF first finds a group of so many tokens, then the token in it. A scan of the whole
-# vocabulary in float64 would cost several times the rest of the sampler.
+# The inverse CDF first finds a group of GROUP_LEN tokens, then the token in it. A scan of the whole
+# vocabulary in float64 would take several times as long as the rest of the sampler.
 GROUP_LEN = 128
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -74,7 +75,7 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def make_one_shot_allreduce(ranks: TensorGroup, dim: int, dtype: torch.dtype) -> None:
-    """See Ops.make_one_shot_allreduce; a CPU has none."""
+    """See Ops.make_one_shot_allreduce; a CPU has no such kernel."""
     del ranks, dim, dtype
 
 
@@ -112,7 +113,7 @@ def sum_experts(
 def rotary_inputs(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> RotaryInputs:
-    """See Ops.rotary_inputs; here (cos, sin) as `rotate` takes them."""
+    """See Ops.rotary_inputs; returns (cos, sin) for `rotate`."""
     return expand_rotation(cos[positions].to(dtype), sin[positions].to(dtype), interleaved)
 
 
@@ -141,7 +142,7 @@ def rotate_and_store(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     """Rotate the first channels of every head of x [tokens, heads, head_dim], in place.
 
-    `cos`, `sin`: [tokens, 1, dim] as `expand_rotation` makes them.
+    `cos`, `sin`: [tokens, 1, dim] from `expand_rotation`.
     """
     x = x[..., : cos.shape[-1]]
     if interleaved:
@@ -152,7 +153,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
 
 
 def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """[tokens, dim/2] to [tokens, 1, dim], laid out for `rotate`; sin carries the pair's sign."""
+    """Expand [tokens, dim / 2] to [tokens, 1, dim] for `rotate`; sin gets the channel's sign."""
     if interleaved:
         cos = cos.repeat_interleave(2, -1)
         sin = torch.stack((-sin, sin), -1).flatten(-2)
@@ -164,16 +165,16 @@ def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class _Padded:
-    """Decode rows that attend together."""
+    """Decode rows whose attention is computed at once, padded to the same length."""
 
     rows: Tensor  # [n]
-    gather: Tensor  # [2 * n * len] rows of the flat cache: all K, then all V
+    gather: Tensor  # [2 * n * len] row indices of the flat cache: all K, then all V
     mask: Tensor  # [n, 1, 1, len] 0 or -inf, in the queries' dtype
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One row of several tokens."""
+    """One prefill chunk."""
 
     tokens: slice
     gather: Tensor  # [2 * len]
@@ -182,15 +183,15 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class ReferencePlan(AttentionPlan):
-    """Where a batch's K and V go, and where attention gathers them."""
+    """Where the cache stores a batch's K and V, and what attention gathers from it."""
 
-    write: Tensor  # [2 * tokens] rows of the flat cache, K and V of a token after each other
+    write: Tensor  # [2 * tokens] rows of the flat cache, K then V of each token
     padded: list[_Padded]
     chunks: list[_Chunk]
 
 
 class ReferencePlanner:
-    """An AttentionPlanner that keeps nothing between steps."""
+    """An AttentionPlanner without memory between steps."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         """`dtype`: of the queries."""
@@ -211,14 +212,14 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
 
 
 def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
-    """See Ops.compile_attention; torch brings its own kernels."""
+    """See Ops.compile_attention; torch needs no compilation."""
     del layers, dtype
 
 
 def plan_attention(
     batch: Batch, cache: Tensor, window: int | None, dtype: torch.dtype | None = None
 ) -> ReferencePlan:
-    """As AttentionPlanner.plan. `dtype`: of the queries; default: the cache's."""
+    """As AttentionPlanner.plan. `dtype`: of the queries; None: the dtype of the cache."""
     page_size = cache.shape[2]
     kv_width = cache.shape[3] * cache.shape[4]
     lens = batch.context_lens_cpu.tolist()
@@ -242,8 +243,8 @@ def plan_attention(
 
 
 def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
-    """Split rows into groups, longest row first, of at most `max_tokens` with padding (or one row)
-    and with rows at least half as long as the longest.
+    """Split rows into groups, longest rows first. A group has one row, or at most `max_tokens`
+    tokens with padding, in rows at least half as long as its longest row.
     """
     group: list[int] = []
     for row in sorted(range(len(spans)), key=spans.__getitem__, reverse=True):
@@ -257,7 +258,7 @@ def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
 
 
 def _gather_index(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """Rows of the flat cache holding `positions` [n, len] of sequences with `pages` [n, pages]."""
+    """[2 * n * len] rows of the flat cache, K before V, of positions [n, len] in pages [n, _]."""
     key = pages.gather(1, positions // page_size) * (2 * page_size) + positions % page_size
     return torch.stack((key, key + page_size)).flatten()
 
@@ -289,7 +290,7 @@ def _plan_chunk(
     gather = _gather_index(pages, keys[None], page_size)
     if context == num and (window is None or window >= num):
         return _Chunk(slice(first, first + num), gather, None)
-    ahead = keys[context - num - start :, None] - keys  # [num, len] how far the key lies behind
+    ahead = keys[context - num - start :, None] - keys  # [num, len] positions from key to query
     mask = ahead >= 0
     if window:
         mask &= ahead < window
@@ -297,18 +298,18 @@ def _plan_chunk(
 
 
 def write_kv(cache: Tensor, kv: Tensor, plan: ReferencePlan) -> None:
-    """Store kv [tokens, 2, kv_heads, head_dim] (0: K, 1: V) where the batch says."""
-    if kv.dtype != cache.dtype:  # float8, which has no infinity: 448 is its largest number
+    """Store kv [tokens, 2, kv_heads, head_dim] (0: K, 1: V) at the rows plan.write."""
+    if kv.dtype != cache.dtype:  # float8_e4m3fn has no infinity: 448 is its largest number
         limit = torch.finfo(cache.dtype).max
         kv = kv.clamp(-limit, limit).to(cache.dtype)
     cache.flatten(0, 2)[plan.write] = kv.flatten(0, 1)
 
 
 def _read(flat: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Those rows of the flat cache, in `dtype`."""
+    """`rows` of the flat cache, converted to `dtype`."""
     if flat.dtype == dtype:
         return flat.index_select(0, rows)
-    # As bytes, which every device can gather.
+    # Gather bytes: not every device can gather float8.
     return flat.view(torch.uint8).index_select(0, rows).view(flat.dtype).to(dtype)
 
 
@@ -325,7 +326,7 @@ def attend(
     for part in plan.padded:
         n = len(part.rows)
         k, v = _read(flat, part.gather, q.dtype).view(2, n, -1, kv_heads, head_dim).transpose(2, 3)
-        # The query heads that share a K/V head stand where SDPA expects several queries.
+        # Query heads that share a K/V head take the place of SDPA's query positions.
         o = F.scaled_dot_product_attention(q[part.rows].view(grouped), k, v, attn_mask=part.mask)
         out[part.rows] = o.flatten(1, 2)
     for chunk in plan.chunks:
@@ -376,7 +377,7 @@ def prepare_inputs(
 def list_pages(
     page_table: Tensor, slots: Tensor, starts: Tensor, max_pages: int, out: Tensor
 ) -> None:
-    """Write row r's pages, page_table[slots[r], :n], to out[starts[r] : starts[r + 1]].
+    """Write the pages of row r, page_table[slots[r], :n], to out[starts[r] : starts[r + 1]].
 
     page_table: [slots, width] int64; slots: [rows] int64; starts: [rows + 1] int32; out: int32.
     No row has more than `max_pages`.
@@ -395,7 +396,7 @@ def sample_plain(
     out: Tensor | None = None,
     ranks: TensorGroup | None = None,
 ) -> Tensor:
-    """See Ops.sample_plain; the random number is `uniforms` of seed and output length."""
+    """See Ops.sample_plain; the random number is uniforms(seed, output length)."""
     scores = scores if ranks is None else ranks.gather(scores)
     heat = state.temperature[slots].float()
     greedy = heat <= 0
@@ -412,7 +413,7 @@ def sample_plain(
 
 
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
-    """[rows] float64 in [0, 1), a function of nothing but (seed, position), both int64.
+    """[rows] float64 in [0, 1), a function of only (seed, position), both int64.
 
     Element `position` of the splitmix64 sequence (Steele et al. 2014) started at the mixed seed.
     """
@@ -426,14 +427,14 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch's own keeps the sign."""
+    """Logical right shift; torch's >> is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """Inverse CDF in vocabulary order: [rows] int64 from weights [rows, vocab] and u [rows].
 
-    Weights are not negative, need not sum to 1, and have a positive one in each row. A token of
+    Weights are not negative and need not sum to 1; every row has a positive weight. A token of
     weight 0 is never returned.
     """
     rows, vocab = weights.shape
@@ -444,7 +445,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     running = sums.cumsum(-1)
     target = u[:, None] * running[:, -1:]
     group = first_above(sums, running, target)
-    rest = target - (running - sums).gather(1, group)  # rounding may put it outside the group
+    rest = target - (running - sums).gather(1, group)  # rounding may move it outside the group
     index = group[:, :, None].expand(-1, -1, GROUP_LEN)
     members = groups.gather(1, index).squeeze(1).double()
     member = first_above(members, members.cumsum(-1), rest)
@@ -452,10 +453,10 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def first_above(weights: Tensor, running: Tensor, target: Tensor) -> Tensor:
-    """[rows, 1]: the first positive weight whose running sum exceeds target [rows, 1].
+    """[rows, 1]: index of the first positive weight whose running sum exceeds target [rows, 1].
 
-    Where rounding put the target at the total or above, the one that reaches the total; where it
-    put it below 0, the first positive one.
+    If rounding moved the target to the total or above, it is the first weight that reaches the
+    total. If rounding moved the target below 0, it is the first positive weight.
     """
     reached = running.masked_fill(weights <= 0, -1.0)
     below_total = torch.nextafter(reached.amax(-1, keepdim=True), torch.zeros_like(target))

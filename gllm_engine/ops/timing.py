@@ -1,6 +1,6 @@
-"""How long a computation takes on a device; on a GPU without the host that launches it.
+"""Measures how long a computation takes on a device; on a GPU without the host's launch time.
 
-Knows nothing of what is computed.
+Knows nothing of the computation.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 
 def times(run: Callable[[], object], device: torch.device, count: int) -> list[float]:
-    """Seconds of each of `count` runs, after one that is not measured.
+    """Seconds of each of `count` runs, after one unmeasured run.
 
-    On a GPU they are replayed from a CUDA graph, so `run` may not wait for the device.
+    On a GPU the runs are replays of a CUDA graph, so `run` must not wait for the device.
     """
-    run()  # compiles, which must not happen while a graph is recorded
+    run()  # compiles kernels, which must not happen in a capture
     if device.type == "cuda":
         replay = _record(run)
         return [replay() for _ in range(count)]
@@ -29,7 +29,7 @@ def times(run: Callable[[], object], device: torch.device, count: int) -> list[f
 
 
 def _record(run: Callable[[], object]) -> Callable[[], float]:
-    """`run` as a CUDA graph; gives the seconds that the GPU took for it."""
+    """Capture `run` in a CUDA graph; return a function that replays it and returns GPU seconds."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -37,7 +37,7 @@ def _record(run: Callable[[], object]) -> Callable[[], float]:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def replay() -> float:
-        graph.replay()  # the GPU is busy while the host prepares what is timed
+        graph.replay()  # keeps the GPU busy while the host launches the timed replay
         begin.record()
         graph.replay()
         end.record()

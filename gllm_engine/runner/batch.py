@@ -1,4 +1,4 @@
-"""From a plan and the runner's slots to the tensors of one forward pass.
+"""Builds the tensors of one forward pass from a plan and the slot table.
 
 Owns the order of rows, tokens and logits in a step. Knows nothing of the model or of sampling.
 """
@@ -18,16 +18,16 @@ from gllm_engine.types import Chunk, StepPlan
 
 @dataclass(frozen=True)
 class StepInputs:
-    """A batch and what its logits are for: the sampling rows', then those of prompt positions."""
+    """A batch and the use of its logits: first the sampling rows, then scored prompt positions."""
 
     batch: Batch
-    sampling_cpu: HostInts  # slots, in the plan's order of rows
-    sampling: Tensor  # the same on the device
-    scored: list[Chunk]  # chunks with targets: one logit row for each target
+    sampling_cpu: HostInts  # slots of the sampling rows, in the plan's order of rows
+    sampling: Tensor  # the same slots on the device
+    scored: list[Chunk]  # chunks with targets; every target has one logit row
 
 
 def build_step(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepInputs:
-    """Lay out one step that SlotTable.begin has been told."""
+    """Build the inputs of a step. `rows`: what SlotTable.begin returned for `plan`."""
     if plan.chunks:
         return _mixed(plan, table, rows, ops)
     (slots,) = to_device(table.device, rows.slots_cpu)
@@ -36,8 +36,10 @@ def build_step(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> St
 
 
 def decode_batch(table: SlotTable, slots: Tensor, context_lens_cpu: HostInts, ops: Ops) -> Batch:
-    """One token for each of `slots`, counted into their lengths. Needs nothing from the host but
-    `context_lens_cpu`, which only goes into the batch, so a graph of this fits any step.
+    """The batch of one decode row for each of `slots`, whose lengths grow by 1.
+
+    `context_lens_cpu` is the only input from the host, and only the batch holds it. So a CUDA graph
+    of this function fits every decode step.
     """
     none = slots[:0]
     return _batch(table, ops, slots, (none, none, none), context_lens_cpu, [])
@@ -54,7 +56,7 @@ def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepIn
     samples = np.ones(len(slots_cpu), bool)
     samples[num_decode:] = [chunk.samples for chunk in chunks]
     sampling_rows = samples.nonzero()[0]
-    lasts = np.arange(len(slots_cpu))  # each row's last token
+    lasts = np.arange(len(slots_cpu))  # [rows] index of each row's last token
     lasts[num_decode:] = num_decode - 1 + ends
     scored = [chunk for chunk in chunks if chunk.targets]
     scored_at = [
@@ -63,7 +65,7 @@ def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepIn
         if chunk.targets
     ]
     sampling_cpu = slots_cpu[sampling_rows]
-    # Slots come first, where the packed numbers begin: kernels are compiled for aligned ones.
+    # `slots` comes first: the packed array starts aligned, and kernels are compiled for that.
     slots, sampling, starts_there, ends_there, known_there, logit_rows, logit_index = to_device(
         table.device,
         slots_cpu,
@@ -93,8 +95,10 @@ def _batch(
     context_lens_cpu: HostInts,
     chunk_lens: list[int],
 ) -> Batch:
-    """The batch of `slots`, the last of them with `chunked`: starts, ends and tokens of chunks. It
-    wants the logits of all tokens. The table learns which tokens are in the cache.
+    """The batch of `slots`: decode rows, then chunks; all its tokens need logits.
+
+    `chunked`: starts, ends and tokens of the chunks, as in Ops.prepare_inputs. Records the step's
+    tokens in table.cached_tokens.
     """
     num_decode = len(slots) - len(chunk_lens)
     tokens, positions, cache_index, context_lens = ops.prepare_inputs(

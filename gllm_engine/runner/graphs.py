@@ -1,10 +1,26 @@
-"""CUDA graphs of the decode step: what takes hundreds of launches becomes one.
+"""CUDA graphs of the decode step: one launch replaces hundreds.
 
-Owns, for each of some row counts, the graph of a step from the slots' rows to the logits and to
-plainly sampled tokens, or of a stage's part of it. Who asks for more samples again from the logits,
-and plain sampling, which costs little beside that, has done no harm. A step runs on the next larger
-graph; its spare rows compute a slot and write to a page that are nobody's. Knows nothing of plans
-or requests.
+Owns one graph for each row count of `row_counts`. A graph holds the decode step from slots to
+logits and plainly sampled tokens, or one pipeline stage's part of that step. If a row needs more
+than plain sampling, the runner samples again from the logits and overwrites the tokens; the plain
+sampling before it is cheap. Knows nothing of plans or requests.
+
+A step runs on the smallest graph that has enough rows. Here 5 decode rows run on the graph of 8:
+
+    start                              each step
+
+    slots   [ S S S S S S S S ]        slots   [ 3 0 7 2 9 S S S ]   copied into the same memory
+    _step(slots)   compiles            graph.replay()
+    _step(slots)   is captured         hidden, scores, tokens: rows 0 .. 4 are valid
+
+    S  the spare slot: the last row of the slot table; no sequence ever owns it
+    P  the spare page: the last page of the cache; the scheduler does not know of it
+
+    page_table[S] = [ P P P ... ]
+    lengths[S]    = 0 before every step: the captured step itself sets it back
+
+So each padding row computes one token of an empty context and writes its K and V to offset 0 of P.
+Many rows may write to that place at once: nothing reads it but padding rows.
 """
 
 from __future__ import annotations
@@ -28,9 +44,11 @@ _log = logging.getLogger(__name__)
 
 
 def row_counts(max_rows: int) -> list[int]:
-    """For which numbers of rows there are graphs, ascending. Less than a fifth of a graph's rows is
-    spare from 64 rows on, and less than a ninth from 512 on; with fewer rows, reading the weights
-    takes all the time anyway. Above 2,048, eight graphs for each doubling.
+    """The row counts that have a graph, ascending; the last one is `max_rows`.
+
+    From 64 rows on, padding is less than a fifth of a graph's rows; from 512 on, less than a ninth.
+    Below 64 rows, reading the weights takes all the time, and padding costs nothing. Above 2,048
+    rows each doubling has eight graphs.
     """
     counts = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32)]
     counts += range(512, 2048, 64)
@@ -45,21 +63,21 @@ def row_counts(max_rows: int) -> list[int]:
 class _Graph:
     slots: Tensor  # [rows]
     recorded: torch.cuda.CUDAGraph
-    hidden: Tensor  # [rows, dim] what the layers give
+    hidden: Tensor  # [rows, dim] output of the layers
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a decode step of n rows leaves; all of it is overwritten by the next one."""
+    """The results of a decode step of n rows. The next decode step overwrites all of them."""
 
     slots: Tensor  # [n]
     hidden: Tensor  # [n, dim]
-    scores: Tensor  # [n, vocab], or a rank's share of it; on the last stage only, like the next
-    tokens: Tensor  # [n] plainly sampled ones
+    scores: Tensor  # [n, vocab] logits, or this rank's shard of them; empty before the last stage
+    tokens: Tensor  # [n] plainly sampled tokens; empty before the last stage
 
 
 class DecodeGraphs:
-    """Graphs for up to `max_rows` decode rows. The last slot is the spare rows'."""
+    """Graphs for up to `max_rows` decode rows. Padding rows use the last slot of `table`."""
 
     def __init__(
         self,
@@ -75,7 +93,7 @@ class DecodeGraphs:
         self._table = table
         self._sampling = sampling
         self._spare = len(table.lengths) - 1
-        # The cache's last page, which the scheduler does not know of.
+        # The spare page: the cache's last page, which the scheduler does not know of.
         table.page_table[self._spare] = cache[0].shape[0] - 1
         device = decoder.device
         dtype = decoder.dtype
@@ -90,16 +108,16 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         start = time.perf_counter()
-        # The largest first: the others fit the memory that it leaves in the pool.
+        # The largest graph comes first: the smaller ones reuse its memory in the pool.
         captured = [self._capture(n) for n in reversed(self._counts)]
         self._graphs = captured[::-1]
         seconds = time.perf_counter() - start
         _log.info("captured decode graphs for %s rows in %.1f s", self._counts, seconds)
 
     def forward(self, rows: StepRows, x: Tensor | None) -> Decoded:
-        """Run the decode step of `rows`; plainly sampled tokens are recorded as the slots' last.
+        """Run the decode step of `rows`, n of them; sampled tokens become the slots' last tokens.
 
-        `x`: [n, dim] from the stage before, if there is one.
+        `x`: [n, dim] from the previous pipeline stage; None on the first stage.
         """
         n = len(rows.slots_cpu)
         graph = self._graph(n)
@@ -118,10 +136,10 @@ class DecodeGraphs:
     def _capture(self, num_rows: int) -> _Graph:
         device = self._decoder.device
         slots = torch.full((num_rows,), self._spare, dtype=torch.int64, device=device)
-        self._step(slots)  # compiles kernels and creates handles, which must not happen below
+        self._step(slots)  # compiles kernels and creates handles: neither may happen in a capture
         graph = torch.cuda.CUDAGraph()
-        # What torch.cuda.graph() does, but that one waits for the device and gives all unused
-        # memory back to the driver before each graph, only for the next step to ask for it again.
+        # As torch.cuda.graph() does, with one difference: that function first waits for the device
+        # and returns all unused memory to the driver, and the next step has to allocate it again.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:

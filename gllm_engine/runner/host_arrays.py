@@ -1,4 +1,4 @@
-"""Numbers that the host makes for the device: packed, and copied without anybody waiting."""
+"""Integers from the host to the device: packed into one array, copied without a wait."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from gllm_engine.ops import HostInts
 
 
 def int_array(*lists: list[int]) -> HostInts:
-    """An int64 array of all lists, read-only; np.array takes two to three times as long."""
+    """One read-only int64 array of all lists in order; np.array is two to three times slower."""
     packed = [struct.pack(f"{len(values)}q", *values) for values in lists]
     return np.frombuffer(b"".join(packed), np.int64)
 
 
 def pack(device: torch.device, *arrays: HostInts) -> Tensor:
-    """Arrays of one type and one dimension after each other on the host, in memory from which
-    copies to `device` need not be waited for.
+    """Concatenate 1-D arrays of one dtype on the host, in pinned memory if `device` is a GPU.
+
+    The host need not wait for a copy from pinned memory.
     """
     dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
     packed = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=device.type != "cpu")
@@ -28,6 +29,6 @@ def pack(device: torch.device, *arrays: HostInts) -> Tensor:
 
 
 def to_device(device: torch.device, *arrays: HostInts) -> tuple[Tensor, ...]:
-    """Arrays of one type and one dimension, in a single copy that the host does not wait for."""
+    """Copy 1-D arrays of one dtype to `device` in a single copy; the host does not wait for it."""
     there = pack(device, *arrays).to(device, non_blocking=True)
     return torch.split(there, [len(array) for array in arrays])

@@ -1,6 +1,7 @@
-"""How many pages the KV cache may have.
+"""Chooses the number of pages of the KV cache.
 
-On a GPU a step as large as the configuration allows is run once, and what it took is left free.
+On a GPU it runs the largest step that the configuration allows, and leaves that step's peak memory
+free.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from gllm_engine.runner.slot_table import SlotTable
 from gllm_engine.sampling import MAX_LOGPROBS, SamplingParams
 from gllm_engine.types import NewSequence
 
-# For what the trial step does not take and does not grow with the number of sequences: the graphs'
-# own memory, and kernels that are loaded later.
+# Memory that the trial step does not use and that does not grow with the number of sequences: the
+# CUDA graphs themselves, and kernels that are loaded later.
 _RESERVE_BYTES = 2 << 30
 
 _log = logging.getLogger(__name__)
 
 
 def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
-    """Pages for the KV cache: config.num_pages, or what the device has room for.
+    """Pages for the KV cache: config.num_pages, or as many as the device has room for.
 
-    `max_pages`: of one sequence of the model's length. Raises ConfigError if a GPU has no room for
-    one page.
+    `max_pages`: pages of a sequence of the greatest length. Raises ConfigError if a GPU has no room
+    for one page.
     """
     if config.num_pages is not None:
         return config.num_pages
@@ -64,15 +65,15 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
 
 
 def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
-    """What decode steps of all sequences take beside that: the graphs' logits, and the parts of
-    split contexts in float32.
+    """Bytes that a decode step of all sequences needs and the trial step does not: the logits of
+    the CUDA graphs, and the float32 partials of split-KV attention.
     """
     widest = max(layer.mixer.heads * layer.mixer.head_dim for layer in decoder.layers)
     return config.max_num_seqs * (decoder.arch.vocab * decoder.dtype.itemsize + 4 * widest)
 
 
 def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
-    """Of the numbers in the KV cache. Raises ConfigError for one that the GPU does not have."""
+    """The dtype of the KV cache. Raises ConfigError if the GPU does not support it."""
     if config.kv_cache_dtype != "fp8":
         return decoder.dtype
     if decoder.device.type == "cuda":
@@ -86,8 +87,8 @@ def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
 
 
 def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
-    """Bytes that the largest step, and what the runner keeps of each slot, take beyond what is
-    allocated now. `max_pages`: of one sequence.
+    """Peak bytes of the largest step and of the runner's state of all slots, beyond the memory
+    allocated now. `max_pages`: pages of one sequence.
     """
     num_tokens = config.max_num_batched_tokens
     page_size = config.page_size
@@ -95,7 +96,7 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     longest = min(num_tokens, max_pages * page_size)
     lens = [longest] * (num_tokens // longest)
     lens += [num_tokens - sum(lens)] if num_tokens % longest else []
-    # All rows write to the same pages: what they hold does not matter here.
+    # All rows write to the same pages: the contents do not matter here.
     num_pages = -(-longest // page_size)
     cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder))
     torch.cuda.reset_peak_memory_stats(device)
@@ -112,7 +113,7 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     hidden = decoder.forward(batch, cache, x)
     if decoder.is_last:
         scores = decoder.scores(hidden)
-        raw = decoder.whole(scores).float()  # for log probabilities, which outlives sampling
+        raw = decoder.whole(scores).float()  # for log probabilities: outlives sampling
         tokens = sample(decoder.whole(scores).float(), sampling)
         log_probabilities(raw, tokens, MAX_LOGPROBS)
     torch.cuda.synchronize(device)
@@ -120,8 +121,8 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
 
 
 def costly_sampling(table: SlotTable, vocab: int) -> SamplingBatch:
-    """Sampling that does all there is, in a row for each slot: it sorts the whole vocabulary, and
-    penalizes and masks it for the longest sequences.
+    """The most expensive sampling, one row per slot: it sorts the whole vocabulary, and applies
+    penalties and masks for sequences of the greatest length.
     """
     num_slots, max_pages = table.page_table.shape
     length = max_pages * table.page_size
@@ -130,7 +131,7 @@ def costly_sampling(table: SlotTable, vocab: int) -> SamplingBatch:
     sampling = SamplingState(table, vocab)
     each = [
         SamplingParams(
-            temperature=float(not slot),  # the first one at random, the others the most likely
+            temperature=float(not slot),  # slot 0 draws at random, the others are greedy
             top_p=0.9,
             min_p=0.1,
             logit_bias={0: 1.0},

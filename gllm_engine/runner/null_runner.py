@@ -1,7 +1,7 @@
-"""A runner with no model behind it: every step is answered at once, with tokens made up.
+"""A runner without a model: it answers every step at once with made-up tokens.
 
-For measuring everything around the model (`device: "none"`): scheduler, channels, front ends,
-tritonserver. Keeps to the runner's contract, logprobs included, and to nothing else.
+It serves to measure everything around the model (`device: "none"`): scheduler, channels, front
+ends, tritonserver. It honours the runner's contract, logprobs included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class NullStep:
 
 
 class NullRunner:
-    """Draws from a fixed linear congruential sequence over the vocabulary, all tokens alike."""
+    """Draws uniform tokens of the vocabulary from a fixed linear congruential sequence."""
 
     def __init__(self, vocab: int, num_pages: int | None) -> None:
         self.num_pages = num_pages or DEFAULT_PAGES
@@ -50,7 +50,7 @@ class NullRunner:
         return True
 
     def check(self) -> None:
-        """It never fails."""
+        """Does nothing: this runner never fails."""
 
     def close(self) -> None:
         self._sampling.clear()

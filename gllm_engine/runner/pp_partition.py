@@ -1,7 +1,8 @@
-"""Where a pipeline is cut: what a layer, and the end of the model, cost on this device.
+"""Chooses how many layers each pipeline stage gets.
 
-Measured on a decode step of made-up weights, so that the stages of a busy pipeline take the same
-time. Knows nothing of plans.
+Measures the time of every kind of layer, and of logits and sampling, in a decode step with made-up
+weights on this device. The cut gives all stages of a busy pipeline about the same time per step.
+Knows nothing of plans.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gllm_engine.ops.timing import times
 from gllm_engine.parallel import RankGroups, partition_layers
 from gllm_engine.runner.kv_sizing import cache_dtype
 
-# Sequences in the step that is measured, and the length of each.
+# Sequences in the measured step, tokens in each context, and measured runs.
 _ROWS = 256
 _CONTEXT = 512
 _REPEATS = 5
@@ -33,9 +34,9 @@ _log = logging.getLogger(__name__)
 def measure_partition(
     config: EngineConfig, arch: Model, ranks: RankGroups, dtype: torch.dtype
 ) -> tuple[int, ...]:
-    """How many layers each stage is to have, on every rank the same. `dtype`: of the weights.
+    """The number of layers of each stage, the same on every rank. `dtype`: of the weights.
 
-    Rank 0 measures; the others wait for it.
+    Rank 0 measures; the other ranks wait for its result.
     """
     kinds = list(dict.fromkeys(arch.layers))
     costs = [0.0] * (len(kinds) + 1)
@@ -52,7 +53,7 @@ def measure_partition(
 def _measure(
     config: EngineConfig, arch: Model, kinds: list[Layer], ranks: RankGroups, dtype: torch.dtype
 ) -> list[float]:
-    """Seconds of one layer of each kind, and of logits and sampling; without other ranks."""
+    """Seconds of one layer of each kind, then of logits and sampling; uses no other rank."""
     rows = min(_ROWS, config.max_num_seqs)
     device = ranks.tensor.device
     costs = []
@@ -73,7 +74,7 @@ def _measure(
         kv_dtype = cache_dtype(config, decoder)
         cache = decoder.new_cache(-(-context // page_size), page_size, kv_dtype)
         decoder.compile_kernels(page_size, kv_dtype)
-        # All rows read, and write, the same pages: what they hold means nothing.
+        # All rows read and write the same pages: the contents do not matter here.
         table = torch.arange(len(cache[0]), device=device)[None]
         batch = made_up_step([(context, 1)] * rows, table, page_size)
         costs.append(min(times(partial(decoder.forward, batch, cache), device, _REPEATS)))
@@ -83,7 +84,7 @@ def _measure(
 
 
 def _measure_tail(decoder: Decoder, hidden: Tensor) -> float:
-    """Seconds of logits and plain sampling of every row."""
+    """Seconds of logits and plain sampling of all rows of `hidden` [rows, dim]."""
     slots = torch.arange(len(hidden), device=hidden.device)
     ones = torch.ones_like(slots)
     state = PlainSampling(ones.double(), ones, ones, ones, last_tokens=ones.clone())

@@ -1,8 +1,9 @@
-"""Runs plans: applies the diff, computes the forward pass, samples. One Runner a rank.
+"""Runs plans: applies the diff, computes the forward pass, samples. One Runner per rank.
 
 Owns the KV cache and the order of work in a step. launch() never waits for the device; only
-RunnerStep.wait() does. Of several ranks every one is given every plan; stages hand activations on,
-and the last one samples. Knows nothing of requests, of scheduling, or of what tokens mean.
+RunnerStep.wait() does. Every rank gets every plan. Each pipeline stage sends hidden states to the
+next stage, and the last stage samples. Knows nothing of requests, of scheduling, or of what tokens
+mean.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
 from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
 
-# Prompt positions are scored so many logits at a time: their log probabilities are wide.
+# Most logits of prompt positions computed at once: a row of them is as wide as the vocabulary.
 MAX_SCORED_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
 class LogprobRows:
-    """Log probabilities of the rows of some slots, on the host or on their way to it."""
+    """Log probabilities of some slots, in host memory; valid once the step has ended."""
 
     slots: list[int]
-    num_top: list[int]  # for each row, how many of the columns after the first it asked for
+    num_top: list[int]  # [rows] requested columns after the first
     columns: tuple[Tensor, ...]  # ids, logprobs, ranks, each [rows, 1 + max(num_top)]
 
     def rows(self) -> list[TokenLogprobs]:
@@ -56,13 +57,13 @@ class LogprobRows:
 
 @dataclass(frozen=True)
 class RunnerStep:
-    """A step under way. Its tensors are copies on the host, complete at the end of `timer`."""
+    """A step under way. Its tensors are host copies, complete when `timer` has ended."""
 
     step: int
     tokens: Tensor | None = None  # [sampling rows] int64
     scores: LogprobRows | None = None
     prompt_scores: list[LogprobRows] = field(default_factory=list)
-    timer: StepTimer | None = None  # None: there was nothing to compute
+    timer: StepTimer | None = None  # None: the plan computes nothing
 
     def wait(self) -> StepResult:
         """The only place where the host waits for the device."""
@@ -78,7 +79,7 @@ class RunnerStep:
 
 
 class Runner:
-    """`num_pages`: of the KV cache, as the configuration asks or the device has room for.
+    """`num_pages`: pages of the KV cache that the scheduler may use, the spare page not included.
 
     `took`: seconds of each part of the start.
     """
@@ -87,7 +88,7 @@ class Runner:
     def __init__(
         self, config: EngineConfig, arch: Model, decoder: Decoder, ranks: RankGroups | None = None
     ) -> None:
-        """`ranks`: this one's place among several; None: it is the only one."""
+        """`ranks`: the process groups of this rank; None: it is the only rank."""
         on_gpu = decoder.device.type == "cuda"
         if not on_gpu:
             torch.set_num_threads(config.cpu_threads or default_threads())
@@ -102,7 +103,7 @@ class Runner:
         with self._timed("memory"):
             fitting = fitting_pages(config, decoder, max_pages)
             self.num_pages = fitting if ranks is None else ranks.min_over_ranks(fitting)
-            # On a GPU one slot and one page more, for the spare rows of decode graphs.
+            # On a GPU one more slot and one more page, for the padding rows of CUDA graphs.
             num_pages = self.num_pages + on_gpu
             dtype = cache_dtype(config, decoder)
             self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
@@ -134,9 +135,9 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> RunnerStep:
-        """Start one step; the state is as after it, and the next plan may be launched.
+        """Start one step. On return, the next plan may be launched.
 
-        Raises PlanError for a plan that contradicts earlier ones. After any error the state of
+        Raises PlanError for a plan that contradicts earlier plans. After any error the state of
         the plan's slots is undefined until they get new owners.
         """
         self.sampling.set_owners(plan.new)
@@ -172,7 +173,7 @@ class Runner:
         return RunnerStep(plan.step, sampled, logprobs, prompt_scores, timer)
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
-        """What the stage before made of the step; None on the first."""
+        """Hidden states [tokens, dim] from the previous stage; None on the first stage."""
         if self.pipe.is_first:
             return None
         num_tokens = len(plan.decode_slots) + sum(len(chunk.tokens) for chunk in plan.chunks)
@@ -182,7 +183,7 @@ class Runner:
         return self.pipe.receive(x)
 
     def _hand_on(self, hidden: Tensor, plan: StepPlan, timer: StepTimer) -> RunnerStep:
-        """Give the next stage what this one made of a step, in memory that is nobody else's."""
+        """Send `hidden` to the next stage. No later step may write to its memory."""
         timer.end()
         self.pipe.send(hidden)
         if self._returned is not None:
@@ -191,8 +192,8 @@ class Runner:
         return RunnerStep(plan.step, timer=timer)
 
     def is_alive(self) -> bool:
-        """Whether the device can compute. A fault in a kernel ends that for this process: every
-        later call then fails like the first.
+        """Whether the device can still compute. After a fault in a kernel it cannot: every later
+        CUDA call of this process fails with the same error.
         """
         try:
             if self.device.type == "cuda":
@@ -202,7 +203,7 @@ class Runner:
         return True
 
     def check(self) -> None:
-        """A device that has failed is noticed by the next step."""
+        """Does nothing: the next step reports a failed device."""
 
     def close(self) -> None:
         self._graphs = None
@@ -219,15 +220,17 @@ class Runner:
         plan: StepPlan,
         plain: Tensor | None,
     ) -> tuple[Tensor, LogprobRows | None]:
-        """Choose, remember and send home the tokens of `slots` (the same on host and device).
+        """Sample a token for each of `slots`, record it as the slot's last token, and return it to
+        the first stage. Returns host copies of tokens [n] and of requested log probabilities.
 
-        `plain`: what plain sampling chose, if it has been done.
+        `slots_cpu`, `slots`: the same slots [n]. `scores`: [n, vocab] logits, or this rank's shard.
+        `plain`: [n] tokens of plain sampling, if it has already run.
         """
         sampling = self.sampling
         num_top = sampling.logprobs_cpu[slots_cpu]
         asked = np.flatnonzero(num_top >= 0)
         raw = rows = None
-        if len(asked):  # taken before sampling, which may overwrite the logits
+        if len(asked):  # copied before sampling, which may overwrite the logits
             (rows,) = to_device(self.device, asked)
             raw = self.decoder.whole(scores[rows]).float()
         if not sampling.is_plain(slots_cpu, plan.masks):
@@ -265,13 +268,13 @@ class Runner:
 
 
 def default_threads() -> int:
-    """All cores but one: tensor threads that share a core wait for each other, and the server
-    and its front ends run too. On two cores, one thread is four times as fast as two."""
+    """All cores but one, which the server and its front ends need: torch threads that share a core
+    wait for each other. On two cores, one thread is four times as fast as two."""
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies that are complete when the device has come so far; the tensors themselves on a CPU."""
+    """Host copies, complete once the device has run them; on a CPU the tensors themselves."""
     if tensors[0].device.type == "cpu":
         return tensors
     copies = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)

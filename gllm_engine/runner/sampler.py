@@ -1,11 +1,12 @@
-"""Logits to tokens, on batched tensors: every sampling parameter, and log probabilities.
+"""Samples tokens from logits on batched tensors: all sampling parameters, and log probabilities.
 
-Owns the order in which parameters act and how a token is drawn. Knows nothing of slots, plans or
-the model: it gets logits [rows, vocab] and one SamplingBatch that already speaks of those rows.
+Owns the order in which parameters act and the draw of a token. Knows nothing of slots, plans or the
+model: its inputs are logits [rows, vocab] and one SamplingBatch for the same rows.
 
-Order: logit_bias, min_tokens, masks, penalties, temperature, min_p, top_k, top_p. The three last
-only ever find a probability below which tokens are dropped: equal tokens share their fate, and
-neither the vocabulary's order nor the rest of the batch decides who is kept.
+Order: logit_bias, min_tokens, masks, penalties, temperature, min_p, top_k, top_p. Each of the last
+three computes a threshold and drops the tokens of lower probability. So tokens of equal probability
+are all kept or all dropped, and neither the vocabulary's order nor the other rows of the batch
+change the result.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from torch import Tensor
 from gllm_engine.ops.reference import draw, uniforms
 from gllm_engine.runner.token_history import TokenHistory
 
-# Added to a token that min_tokens forbids. Finite, so that it still is chosen where a mask allows
-# nothing else (a grammar that can only end here): all minus infinity would be no distribution.
+# Added to the logit of a token that min_tokens forbids. It is finite, so that such a token is still
+# sampled if the mask allows no other token (a grammar that can only end here): a row of only minus
+# infinity has no distribution.
 FORBIDDEN = -1e30
-# Rows whose top_k is at most this share a partial sort, others may have to sort the vocabulary.
+# Rows with top_k up to this share a partial sort; other rows may sort the whole vocabulary.
 MAX_PARTIAL_SORT = 1024
-# So many scores are ranked, masked or penalized at once: it takes several times their memory.
+# Most logits ranked, masked or penalized at once: temporaries take several times their memory.
 MAX_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """Presence, frequency and repetition penalties of the m rows that have any."""
+    """Presence, frequency and repetition penalties of the m rows that have a penalty."""
 
     rows: Tensor  # [m] int64, rows of the batch
     history: TokenHistory  # of these rows
@@ -41,12 +43,12 @@ class Penalties:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """How to choose a token for each row; SamplingState fills it.
+    """The sampling parameters of each row; SamplingState fills them.
 
-    Whether any row uses a feature is known to the host, so asking it never waits for a device.
+    The has_... fields are host values, so reading them never waits for the device.
     """
 
-    temperature: Tensor  # [rows] float32; 0: the most likely token
+    temperature: Tensor  # [rows] float32; 0: greedy
     min_p: Tensor  # [rows] float32
     top_p: Tensor  # [rows] float64
     top_k: Tensor  # [rows] int64, at least 1
@@ -55,16 +57,16 @@ class SamplingBatch:
     has_random: bool
     has_greedy: bool
     has_min_p: bool
-    # Groups of rows with top_k or top_p, and how many of the largest scores decide about them.
+    # Groups of rows [m] with top_k or top_p, and how many of the largest weights to rank for each.
     truncations: tuple[tuple[Tensor, int], ...] = ()
-    # logit_bias and what min_tokens forbids: rows [m], token ids [m, n], what to add [m, n].
+    # logit_bias, and tokens that min_tokens forbids: rows [m], token ids [m, n], addends [m, n].
     added: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
-    masks: tuple[Tensor, Tensor] | None = None  # rows [m], uint8 [m, bytes]: one bit a token
+    masks: tuple[Tensor, Tensor] | None = None  # rows [m], uint8 [m, bytes]: one bit per token
     penalties: Penalties | None = None
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """One token for each row [rows] int64. Overwrites `logits` [rows, vocab] float32."""
+    """Sample one token per row: [rows] int64. Overwrites `logits` [rows, vocab] float32."""
     _adjust(logits, batch)
     if not batch.has_random:
         return logits.argmax(-1)
@@ -94,7 +96,7 @@ def _adjust(logits: Tensor, batch: SamplingBatch) -> None:
 
 
 def _parts(num_rows: int, width: int) -> list[slice]:
-    """Rows 0 .. num_rows - 1, so many at a time that these have MAX_AT_ONCE numbers of `width`."""
+    """Slices of rows 0 .. num_rows - 1, each of at most MAX_AT_ONCE / `width` rows, at least 1."""
     size = max(1, MAX_AT_ONCE // width)
     return [slice(first, first + size) for first in range(0, num_rows, size)]
 
@@ -106,9 +108,10 @@ def _mask(logits: Tensor, rows: Tensor, packed: Tensor) -> None:
 
 
 def _penalize(logits: Tensor, penalties: Penalties, part: slice) -> None:
-    """Repetition (Keskar et al. 2019) on prompt and output; the others on the output alone.
+    """Apply the repetition penalty (Keskar et al. 2019) to tokens of prompt and output, and the
+    presence and frequency penalties to tokens of the output alone.
 
-    `part`: which of the rows with penalties.
+    `part`: a slice of the rows in `penalties`.
     """
     rows = penalties.rows[part]
     vocab = logits.shape[1]
@@ -117,7 +120,7 @@ def _penalize(logits: Tensor, penalties: Penalties, part: slice) -> None:
     in_output = counts > 0
     if penalties.has_repetition:
         seen = penalties.history.find_in_prompt(part, vocab).logical_or_(in_output)
-        # Products with booleans: on a CPU several times faster than torch.where.
+        # Products with booleans are several times faster than torch.where on a CPU.
         divisor = seen * penalties.repetition[part, None] + ~seen
         scores = scores.clamp(min=0) / divisor + scores.clamp(max=0) * divisor
     scores -= penalties.frequency[part, None] * counts
@@ -126,7 +129,7 @@ def _penalize(logits: Tensor, penalties: Penalties, part: slice) -> None:
 
 
 def _truncate(weights: Tensor, batch: SamplingBatch) -> None:
-    """Make the weights 0 that top_k and top_p leave out, in rows that have these."""
+    """Set the weights of tokens outside top_k or top_p to 0, in rows that have either."""
     for rows, num_ranked in batch.truncations:
         if num_ranked > MAX_PARTIAL_SORT and weights.device.type == "cpu":
             rows = _truncate_peaked(weights, rows, batch)
@@ -145,9 +148,10 @@ def _truncate_rows(weights: Tensor, rows: Tensor, num_ranked: int, batch: Sampli
 
 
 def _truncate_peaked(weights: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
-    """Do those rows whose top_p mass lies in a few tokens; returns the rest.
+    """Truncate the rows whose top_p mass lies in their MAX_PARTIAL_SORT largest weights.
 
-    Which rows these are must be looked at: free on a CPU, where sorting is what costs.
+    Returns the other rows. Indexing by a boolean waits for the device: that is free on a CPU, where
+    sorting is the expensive part.
     """
     chosen = weights.index_select(0, rows)
     top_k = batch.top_k[rows]
@@ -161,11 +165,11 @@ def _truncate_peaked(weights: Tensor, rows: Tensor, batch: SamplingBatch) -> Ten
 
 
 def _lowest_kept(ranked: Tensor, top_k: Tensor, top_p: Tensor, total: Tensor | None) -> Tensor:
-    """[rows, 1]: the smallest weight to keep, from the n largest, ranked [rows, n].
+    """[rows, 1]: the smallest weight to keep. `ranked`: [rows, n] the n largest, descending.
 
-    top_p keeps the shortest run of the top_k whose mass reaches it, the most likely token always
-    (nucleus sampling, Holtzman et al. 2019). `total`: the mass top_p is a share of, by default
-    that of the top_k. float64, so that n, which the batch decides, never moves a boundary.
+    top_p keeps the shortest prefix of the top_k weights whose mass reaches top_p * total, but at
+    least the most likely token (nucleus sampling, Holtzman et al. 2019). `total`: [rows], default
+    the mass of the top_k. Sums are float64: n depends on the batch and must not move the threshold.
     """
     within = torch.arange(ranked.shape[1], device=ranked.device) < top_k[:, None]
     counted = ranked.double() * within
@@ -177,10 +181,11 @@ def _lowest_kept(ranked: Tensor, top_k: Tensor, top_p: Tensor, total: Tensor | N
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, ...]:
-    """Token ids, log probabilities and ranks, each [rows, 1 + num_top], of the raw logits.
+    """Token ids, log probabilities and ranks, each [rows, 1 + num_top], of raw `logits`.
 
-    Column 0 is `tokens` [rows], the others the most likely tokens (fewer if the vocabulary is
-    smaller). Rank 1 is the most likely; tokens of equal probability share the better rank.
+    Column 0 is for `tokens` [rows], the other columns for the most likely tokens (fewer if the
+    vocabulary is smaller). Rank 1 is the most likely token. In column 0, tokens of equal
+    probability share the better rank.
     """
     scores = logits.log_softmax(-1)
     actual = scores.gather(1, tokens[:, None])

@@ -1,8 +1,8 @@
-"""How each slot's owner wants its tokens sampled, on the device: one row a slot.
+"""The sampling parameters of every slot, on the device.
 
-Owns the sampling parameters, and turns those of some slots into a SamplingBatch. Arrays that end in
-_cpu are what the host must know to choose a path without waiting for the device. Knows nothing of
-the model.
+Owns these parameters, and builds the SamplingBatch of a step's slots. Arrays whose names end in
+_cpu are host copies: the host uses them to choose a code path without waiting for the device. Knows
+nothing of the model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from gllm_engine.runner.token_history import TokenHistory
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import NewSequence
 
-# A lower temperature means greedy (vLLM's limit); a lower repetition penalty acts like this one:
-# it would carry scores out of float32.
+# A lower temperature means greedy sampling (vLLM's limit). A lower repetition penalty is raised to
+# this value: it would overflow float32 logits.
 SMALLEST = 1e-5
 
-# Bits of features_cpu: what a slot's sampling asks for.
+# Bits of features_cpu: the sampling features that a slot uses.
 RANDOM, GREEDY, MIN_P, TRUNCATED, BIAS, PENALTIES, REPETITION = (1 << bit for bit in range(7))
 
 
 class Additions:
-    """A short list of (token id, number to add to its logit) for some slots.
+    """For each slot a short list of token ids, and of the value to add to each token's logit.
 
-    ids and values are [slots, width], as wide as the longest list; the rest adds 0 to token 0.
+    `ids`, `values`: [slots, width] for the longest list so far. Padding adds 0 to token 0.
     """
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
@@ -52,9 +52,9 @@ class Additions:
 
 
 class SamplingState:
-    """One row a slot: the tensors below are [..., slots].
+    """Tensors of shape [..., slots].
 
-    Token ids of a bias or a stop that are not below `vocab` have no effect here; the engine refuses
+    Token ids of a bias or a stop that are not below `vocab` have no effect here; the engine rejects
     such requests.
     """
 
@@ -76,23 +76,23 @@ class SamplingState:
             last_tokens=table.last_tokens,
         )
         self.bias = Additions(num_slots, device)
-        self.stops = Additions(num_slots, device)  # what min_tokens forbids
+        self.stops = Additions(num_slots, device)  # tokens that min_tokens forbids
         self.features_cpu = np.zeros(num_slots, np.int64)
         self.top_k_cpu = np.zeros(num_slots, np.int64)
         self.prompt_lens_cpu = np.zeros(num_slots, np.int64)
         self.min_len_cpu = np.zeros(num_slots, np.int64)  # stops are forbidden below this length
-        self.logprobs_cpu = np.full(num_slots, -1, np.int64)  # -1: not asked for
+        self.logprobs_cpu = np.full(num_slots, -1, np.int64)  # -1: not requested
         self.prompt_logprobs_cpu = np.zeros(num_slots, np.int64)
 
     def set_owners(self, new: list[NewSequence]) -> None:
-        """Keep what the new owners of some slots ask for."""
+        """Store the sampling parameters of new sequences in their slots."""
         if not new:
             return
         for sequence in new:
             self._describe(sequence)
         slots_cpu = np.array([one.slot for one in new])
         reals = np.array([_reals(one.sampling) for one in new]).T.ravel()
-        # Seeds wrap, so that counting up from any seed is fine.
+        # Seeds wrap around to int64.
         integers = [
             (self.top_k_cpu[one.slot], (one.seed + 2**63) % 2**64 - 2**63, one.prompt_len)
             for one in new
@@ -104,7 +104,7 @@ class SamplingState:
         self._reals.index_copy_(1, slots, bits.view(torch.float64).view(6, -1))
 
     def _describe(self, new: NewSequence) -> None:
-        """Fill what the host keeps of a slot, and the rare tables."""
+        """Fill the host arrays of a slot, and its bias and stops if it has any."""
         slot = new.slot
         sampling = new.sampling
         top_k = min(sampling.top_k, self.vocab) if sampling.top_k > 0 else self.vocab
@@ -136,13 +136,13 @@ class SamplingState:
     # ------------------------------------------------------------ one step
 
     def is_plain(self, slots_cpu: HostInts, masks: dict[int, bytes]) -> bool:
-        """Whether `slots` ask for nothing but a temperature, or the most likely token."""
+        """Whether all slots use plain sampling: a temperature or greedy, and no other feature."""
         special = self.features_cpu[slots_cpu] & ~(RANDOM | GREEDY)
         too_short = self._table.lengths_cpu[slots_cpu] < self.min_len_cpu[slots_cpu]
         return not (masks or special.any() or too_short.any())
 
     def batch(self, slots_cpu: HostInts, slots: Tensor, masks: dict[int, bytes]) -> SamplingBatch:
-        """What `slots` (the same on host and device) ask for at their present lengths."""
+        """The sampling parameters of `slots` (the same on host and device) at their lengths now."""
         features = self.features_cpu[slots_cpu]
         used = int(np.bitwise_or.reduce(features))
         reals = self._reals[:, slots]
@@ -179,7 +179,7 @@ class SamplingState:
         )
 
     def _added(self, slots_cpu: HostInts, used: int) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
-        """The bias, and the stops of slots that are still shorter than min_tokens demands."""
+        """The biases, and the stops of slots whose output is still shorter than min_tokens."""
         tables: list[tuple[Additions, HostInts]] = []
         if used & BIAS:
             tables.append((self.bias, self.features_cpu[slots_cpu] & BIAS))
@@ -194,7 +194,7 @@ class SamplingState:
         return tuple(added)
 
     def _masks(self, slots_cpu: HostInts, masks: dict[int, bytes]) -> tuple[Tensor, Tensor]:
-        """Bits beyond the vocabulary are dropped; tokens beyond a short mask are not allowed."""
+        """Ignores bits beyond the vocabulary. Tokens beyond the end of a short mask are banned."""
         at = np.flatnonzero(np.isin(slots_cpu, list(masks)))
         if len(at) != len(masks):
             unused = sorted(set(masks) - set(slots_cpu[at].tolist()))
@@ -217,7 +217,7 @@ class SamplingState:
         singles: Tensor,
         used: int,
     ) -> Penalties:
-        """`slots`, `prompt_lens` and `singles`, float32 of _reals: of all rows."""
+        """`slots`, `prompt_lens`: [rows]. `singles`: _reals of these slots, [6, rows] float32."""
         table = self._table
         at = np.flatnonzero(self.features_cpu[slots_cpu] & PENALTIES)
         (rows,) = to_device(self._device, at)

@@ -1,9 +1,8 @@
-"""Where each sequence of the runner stands: its pages and the tokens in them, its length and its
-last token.
+"""The runner's state of every sequence: its pages, their tokens, its length and its last token.
 
-A sequence has a slot, and a slot is a row of the tensors here; plans change rows by diffs. Arrays
-that end in _cpu are what the host must know to check a plan without waiting for the device. Knows
-nothing of the model or of sampling.
+A sequence owns a slot, and a slot is a row of these tensors; plans change rows by diffs. Arrays
+whose names end in _cpu are host copies: the host uses them to check a plan without waiting for the
+device. Knows nothing of the model or of sampling.
 """
 
 from __future__ import annotations
@@ -19,42 +18,42 @@ from gllm_engine.types import NewPages, StepPlan
 
 
 class PlanError(ValueError):
-    """A plan contradicts what the runner was told before; the message names the slot."""
+    """A plan contradicts earlier plans; the message names the slot."""
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """What the host knows of a step: whose rows it has and how long they are after it."""
+    """The rows of a step, as host arrays [rows]."""
 
     slots_cpu: HostInts  # in the plan's order of rows
-    context_lens_cpu: HostInts
+    context_lens_cpu: HostInts  # tokens in the cache after the step
 
 
 class SlotTable:
-    """One row a slot: the tensors are [slots] or, the page table, [slots, max_pages]; int64.
+    """int64 tensors [slots]; the page table is [slots, max_pages].
 
-    `cached_tokens` has the token of every place in the cache, [num_pages * page_size].
+    `cached_tokens`: [num_pages * page_size] the token whose K and V each cache place holds.
     """
 
     def __init__(
         self, num_slots: int, max_pages: int, num_pages: int, page_size: int, device: torch.device
     ) -> None:
-        """`max_pages`: of one sequence; `num_pages`: of the cache."""
+        """`max_pages`: pages of one sequence; `num_pages`: pages of the cache."""
         self.page_size = page_size
         self.device = device
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # in the cache
         self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        # Shared, freed and found again by other sequences with the pages.
+        # Belongs to pages and not to slots: sequences that share or reuse a page share its tokens.
         self.cached_tokens = torch.zeros(num_pages * page_size, dtype=torch.int64, device=device)
         self.lengths_cpu = np.zeros(num_slots, np.int64)
         self.num_pages_cpu = np.zeros(num_slots, np.int64)
 
     def begin(self, plan: StepPlan) -> StepRows | None:
-        """Apply a plan's diff, and count its tokens into the lengths that the host keeps.
+        """Apply a plan's diff, and add its tokens to the host's lengths.
 
-        None if the plan computes nothing. Raises PlanError for pages that are not the slot's next
-        ones, and for a slot whose pages do not hold its tokens.
+        Returns None if the plan computes nothing. Raises PlanError for pages that do not follow the
+        slot's pages, and for a slot whose pages have no room for its tokens.
         """
         if plan.new:
             self._clear([one.slot for one in plan.new])
@@ -97,7 +96,7 @@ class SlotTable:
         contexts_cpu = self.lengths_cpu[slots_cpu] + 1
         contexts_cpu[len(plan.decode_slots) :] = [c.start + len(c.tokens) for c in chunks]
         room = self.num_pages_cpu[slots_cpu] * self.page_size
-        if (contexts_cpu > room).any():  # beyond its pages the table has page 0, another's
+        if (contexts_cpu > room).any():  # tokens without a page would go to page 0
             row = int((contexts_cpu > room).argmax())
             raise PlanError(
                 f"slot {slots_cpu[row]}: {contexts_cpu[row]} tokens, its pages hold {room[row]}"

@@ -1,6 +1,6 @@
-"""How long the device computes a step, by the clock of the device.
+"""Measures how long the device computes a step, by the device's clock.
 
-A timer starts when it is made. end() does not wait for the device, seconds() does.
+A timer starts at its construction. end() does not wait for the device; seconds() does.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import torch
 
 
 class StepTimer(Protocol):
-    """The time of one step, from when it has all that it needs to its last result."""
+    """The time of one step, from its complete input to its last result."""
 
     def end(self) -> None:
-        """The step's work has all been launched."""
+        """Mark the end of the step: all its work has been launched."""
         ...
 
     def seconds(self) -> float:
-        """Wait for the device to come to the end; how long the step took."""
+        """Wait until the device has finished the step; return the step's duration."""
         ...
 
 
 class HostTimer:
-    """For a CPU, which has computed what was launched when the call returns."""
+    """For a CPU: a call returns when its result is complete."""
 
     def __init__(self) -> None:
         self._began = self._ended = time.perf_counter()
@@ -37,7 +37,7 @@ class HostTimer:
 
 
 class EventTimer:
-    """For a GPU: two events in its current stream."""
+    """For a GPU: two events in the current stream."""
 
     def __init__(self) -> None:
         self._began = torch.cuda.Event(enable_timing=True)

@@ -1,7 +1,8 @@
-"""The tokens of sequences, counted where they lie: beside their K and V, in the pages of the cache.
+"""Counts the tokens of sequences for penalties. It reads them from the pages of the KV cache.
 
-Owns how tokens are counted for penalties. A count of the whole vocabulary for each slot would be
-large; counts are made in each step for the rows that need them, some rows at a time, and not kept.
+Every cache place has the token id of its K and V in `cached_tokens`. Counts over the vocabulary for
+every slot would take much memory. So each step counts anew, only for rows with penalties, a few
+rows at once, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from torch import Tensor
 
 from gllm_engine.ops.batch import HostInts
 
-# So many tokens are looked up at once; each takes about 60 bytes meanwhile.
+# Most tokens looked up at once; the temporaries take about 60 bytes per token.
 MAX_LOOKED_UP = 2**22
 
 
 @dataclass(frozen=True)
 class TokenHistory:
-    """Prompt and output of m rows of a batch. Tensors are int64."""
+    """The tokens of prompt and output of m rows of a batch. Tensors are int64."""
 
-    cached_tokens: Tensor  # [num_pages * page_size] the token whose K and V are there
+    cached_tokens: Tensor  # [num_pages * page_size] token of each cache place
     page_table: Tensor  # [slots, max_pages]
     page_size: int
     slots: Tensor  # [m]
     prompt_lens: Tensor  # [m]
-    lens: Tensor  # [m] of prompt and output
-    prompt_lens_cpu: HostInts  # [m] what the host knows of the two above
+    lens: Tensor  # [m] tokens of prompt and output
+    prompt_lens_cpu: HostInts  # [m] host copies of the two fields above
     lens_cpu: HostInts
 
     def count_output(self, rows: slice, vocab: int) -> Tensor:
-        """How often each token is in the output of `rows`: [n, vocab] int32."""
+        """The number of occurrences of each token in the output of n `rows`: [n, vocab] int32."""
         num_tokens = int((self.lens_cpu[rows] - self.prompt_lens_cpu[rows]).sum())
         counts = torch.zeros(self._num(rows), vocab, dtype=torch.int32, device=self.slots.device)
         firsts = self.prompt_lens[rows]
@@ -42,7 +43,7 @@ class TokenHistory:
         return counts
 
     def find_in_prompt(self, rows: slice, vocab: int) -> Tensor:
-        """Which tokens are in the prompt of `rows`: [n, vocab] bool."""
+        """Whether each token occurs in the prompt of n `rows`: [n, vocab] bool."""
         num_tokens = int(self.prompt_lens_cpu[rows].sum())
         found = torch.zeros(self._num(rows), vocab, dtype=torch.bool, device=self.slots.device)
         ends = self.prompt_lens[rows]
@@ -56,8 +57,9 @@ class TokenHistory:
     def _find(
         self, rows: slice, firsts: Tensor, ends: Tensor, num_tokens: int, vocab: int
     ) -> Iterator[Tensor]:
-        """Indices row * vocab + token for the tokens at positions firsts .. ends - 1 of each row,
-        `num_tokens` in all: tensors of at most MAX_LOOKED_UP of them.
+        """Yield row * vocab + token for the tokens at positions firsts .. ends - 1 of each row.
+
+        There are `num_tokens` of them in all, and at most MAX_LOOKED_UP in each tensor.
         """
         slots = self.slots[rows]
         after = (ends - firsts).cumsum(0)

@@ -1,7 +1,20 @@
-"""Tokens on their way from the last stage, which samples them, to the first, which computes them.
+"""Sampled tokens on their way from the last pipeline stage back to the first.
 
-Owns which steps' tokens have been put into the slot table. A later step waits, on the device, for
-those it needs and for no others. Knows nothing of the layers between.
+The last stage samples a token; the first stage needs it as the input of the sequence's next decode
+row. Owns the receives under way, in the order of the steps. A step waits, on the device, only for
+the tokens that it needs. Knows nothing of the layers.
+
+    first stage                                    last stage
+
+    step 1   forward  ------- hidden states ----->  forward, sample slots 0 and 1
+             expect(slots 0, 1)  <--- tokens -----  return_tokens
+    step 2   forward  ------- hidden states ----->  forward, sample slots 2 and 3
+             expect(slots 2, 3)  <--- tokens -----  return_tokens
+    step 3   settle(slots 0, 1): wait for the tokens of step 1, not for those of step 2
+                                 last_tokens[0, 1] = tokens of step 1
+             forward of decode rows 0 and 1 reads last_tokens
+
+`expect` only posts the receive, so step 2 starts while step 1 is still on the later stages.
 """
 
 from __future__ import annotations
@@ -22,12 +35,12 @@ from gllm_engine.runner.slot_table import SlotTable
 class _ReturnedTokens(NamedTuple):
     step: int
     slots: Tensor  # [n]
-    tokens: Tensor  # [n], to be filled
+    tokens: Tensor  # [n] filled when `work` has ended
     work: dist.Work
 
 
 class TokenReturn:
-    """`depth`: a step is launched when the one so many before it has ended, on every stage."""
+    """`depth`: steps in flight. Step i starts after step i - `depth` ended on all stages."""
 
     def __init__(self, pipe: Pipe, table: SlotTable, depth: int) -> None:
         self._pipe = pipe
@@ -35,10 +48,10 @@ class TokenReturn:
         self._depth = depth
         self._awaited: deque[_ReturnedTokens] = deque()
         self._steps = 0
-        self._sampled_by = np.zeros(len(table.lengths_cpu), np.int64)  # by slot: the last step
+        self._sampled_by = np.zeros(len(table.lengths_cpu), np.int64)  # by slot: last sampling step
 
     def expect(self, slots_cpu: np.ndarray[Any, Any]) -> None:
-        """Another step samples a token for each of these slots."""
+        """Count one more step and post the receive of its tokens, one for each of these slots."""
         self._steps += 1
         if len(slots_cpu):
             self._sampled_by[slots_cpu] = self._steps
@@ -48,7 +61,10 @@ class TokenReturn:
             self._awaited.append(_ReturnedTokens(self._steps, slots, tokens, work))
 
     def settle(self, decode_slots: list[int]) -> None:
-        """Before a step: let it find the last tokens of these slots in the table."""
+        """Before a step: put the last tokens of its `decode_slots` into the slot table.
+
+        Tokens of steps that have ended are put there too; that wait costs nothing.
+        """
         needed = self._steps - self._depth
         if decode_slots:
             needed = max(needed, int(self._sampled_by[int_array(decode_slots)].max()))

@@ -1,7 +1,7 @@
-"""Plans of tiny steps for a new runner, so that no request is the first to need a kernel.
+"""Plans of tiny steps for a new runner, so that no request has to wait while a kernel compiles.
 
-Owns which kinds of step there are. The steps go the way of any other and leave nothing behind: at
-the end no slot has an owner, and pages hold what nobody has been promised.
+Owns the list of the kinds of step. A runner executes these plans like any others. Afterwards all
+slots are empty, and no later step reads what the pages hold.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import Chunk, NewPages, NewSequence, StepPlan
 
-# Tokens of a chunk, and of the longest context.
+# Tokens of a prefill chunk, and of the longest context.
 _CHUNK = 2
 _CONTEXT = 4
 
@@ -19,12 +19,12 @@ _CONTEXT = 4
 def tiny_plans(
     max_rows: int, max_tokens: int, max_context: int, page_size: int
 ) -> Iterator[StepPlan]:
-    """Decode rows alone, chunks with and without a context, alone and beside decode rows; and of
-    every size.
+    """Plans of decode rows alone, of prefill chunks with and without a context, and of both; then
+    plans of all row counts and token counts for which kernels may differ.
 
-    None if a step of `max_tokens` or a sequence of `max_context` tokens has no room for that. All
-    sequences share their pages, for what is computed means nothing; the first step writes what the
-    others take for the context of a chunk.
+    Yields nothing if a step of `max_tokens` or a sequence of `max_context` tokens is too short for
+    them. All sequences share the same pages, because the results do not matter. The first step
+    writes the context that the later chunks read.
     """
     if max_tokens <= _CHUNK or max_context < _CONTEXT:
         return
@@ -61,15 +61,15 @@ def tiny_plans(
 
 
 def tokens_to_try(most: int) -> list[int]:
-    """Numbers of tokens up to `most` for which a product may be divided differently: every power of
-    two, and the most.
+    """Token counts up to `most` for which a product may be tiled differently: the powers of two
+    from 8 on, and `most`.
     """
     return sorted({1 << i for i in range(3, most.bit_length())} | {most})
 
 
 def rows_to_try(most: int) -> list[int]:
-    """Numbers of rows up to `most` for which Triton may compile a kernel differently: one for each
-    power of two that they are rounded up to, whether they are a multiple of 16 or not.
+    """Row counts up to `most` for which Triton may compile different kernels: for each power of two
+    that counts are rounded up to, a multiple of 16 and a count that is none.
     """
     counts = set()
     power = 1

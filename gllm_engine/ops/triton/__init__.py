@@ -1,6 +1,6 @@
-"""Kernels written in Triton: what FlashInfer lacks, and what pays to do in one pass over memory.
+"""Triton kernels: operations that FlashInfer lacks, and several operations fused into one pass.
 
-Knows shapes and arithmetic. Each kernel has its slow twin in ops/reference.py.
+Knows shapes and arithmetic. Each kernel has a slow twin in ops/reference.py.
 """
 
 from __future__ import annotations

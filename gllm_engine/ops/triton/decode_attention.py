@@ -1,10 +1,24 @@
-"""Attention of decode rows, one query token each, in a kernel that needs no plan of the host.
+"""Attention of decode rows, one query token each, in a kernel that needs no plan from the host.
 
-Long contexts are split into parts, so that all multiprocessors have about as much to do; the last
-part of a row to finish joins them (split-KV attention, Dao et al. 2023, "Flash-Decoding"), always
-in the order of the context, so that the result does not depend on who was last. `split_kv` decides
-about the parts once a step, on the device; all layers use them. Knows the cache's layout,
-[num_pages, 2, page_size, kv_heads, head_dim].
+Long contexts are split into parts, so that all multiprocessors have about equal work (split-KV,
+Dao et al. 2023, "Flash-Decoding"). `split_kv` chooses the parts once per step, on the device; all
+layers use them. Knows the cache layout, [num_pages, 2, page_size, kv_heads, head_dim].
+
+One program computes one part of one row for one K/V head. Here a row has 3 parts, and part 1 is the
+last to finish:
+
+    context    |---- part 0 ----|---- part 1 ----|- part 2 -|    row r, K/V head h
+                       |                |              |
+    store           partial 0       partial 1      partial 2     unnormalised V sum, peak, sum
+                       |                |              |
+    arrived[r, h]    0 -> 1           2 -> 3         1 -> 2      atomic add, acquire and release
+                                        |
+                          the old value is parts - 1: part 1 arrived last
+                          sets arrived[r, h] back to 0 for the next layer
+                          joins partials 0, 1, 2 and writes the row's output
+
+The partials are always joined in the order of the context, so the result does not depend on which
+part arrives last. No program waits for another one. A row of one part writes its output directly.
 """
 
 from __future__ import annotations
@@ -18,35 +32,35 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
-# Parts beyond one a row. Times the K/V heads, these keep the chip busy where rows are few.
+# Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.
 _EXTRA_PARTS = 32
-# Tokens: joining parts that are shorter costs more than it saves.
+# Least tokens of a part: joining shorter parts costs more than splitting saves.
 _MIN_PART = 256
-# Tokens of one turn of the loop over a part, at most, and bytes of their K: several such tiles are
-# in shared memory at once.
+# Most tokens in one iteration of the loop over a part, and most bytes of their K tile: several such
+# tiles are in shared memory at once.
 _BLOCK = 128
 _TILE_BYTES = 1 << 15
 _WARPS, _STAGES = 4, 3
-# Numbers of parts that are joined at once. More would take registers from the loop over a part:
-# with 168 of them, three programs share a multiprocessor.
+# Elements of partials that one iteration of the join loads. More would need more registers than the
+# loop over a part: at 168 registers per thread, three programs share a multiprocessor.
 _JOINED = 2048
 _LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class KvSplits:
-    """How the contexts of some rows are divided; where results of parts meet."""
+    """How the contexts of a step's decode rows are split into parts, and the arrival counters."""
 
     page_table: Tensor  # [slots, pages]
     slots: Tensor  # [rows]
     lens: Tensor  # [rows] context lengths
     window: int | None
-    items: Tensor  # [3, parts] int32: row (-1: no such part), number in the row, parts of the row
-    arrived: Tensor  # [rows, kv_heads] int32: parts that are done; zeros between launches
-    share: Tensor  # [1] int32: tokens of a part
+    items: Tensor  # [3, parts] int32: row (-1: unused), index of the part, number of row's parts
+    arrived: Tensor  # [rows, kv_heads] int32: finished parts; all 0 between launches
+    share: Tensor  # [1] int32: tokens of a full part
 
 
-# A kernel compiled for a number divisible by 16 would be compiled again for others.
+# Without this, Triton compiles one kernel for counts divisible by 16 and another one for the rest.
 @triton.jit(do_not_specialize=["rows", "capacity"])
 def _split(
     lens, items, arrived, share_out, rows, capacity, kv_heads,
@@ -79,9 +93,9 @@ def _split(
 def split_kv(
     page_table: Tensor, slots: Tensor, lens: Tensor, kv_heads: int, window: int | None
 ) -> KvSplits:
-    """Divide contexts of `lens` [rows] tokens, at least 1 each, into parts of about equal length.
+    """Split contexts of `lens` [rows] tokens, at least 1 each, into parts of about equal length.
 
-    `window`: tokens that a row sees, its own included; None: all. Waits for nothing.
+    `window`: tokens that a row attends to, its own included; None: all. The host does not wait.
     """
     rows = slots.shape[0]
     capacity = rows + _EXTRA_PARTS
@@ -102,7 +116,7 @@ def _attend_part(
     KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax-weighted V of tokens first .. end - 1, unnormalised, with its peak and its sum."""
+    """Unnormalised softmax-weighted V of tokens first .. end - 1, peak score and sum of weights."""
     d = tl.arange(0, BLOCK_DIM)
     peak = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
@@ -134,10 +148,13 @@ def _join(
     GROUP: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
     JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Parts from number `part` on of a group of heads to `out`. Parts lie STEP heads apart."""
+    """Join `used` partials from item `part` on into `out`, for the query heads of one K/V head.
+
+    Partials of consecutive items are STEP heads apart.
+    """
     number, head, d = tl.arange(0, JOINED), tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
     wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
-    top = tl.full((BLOCK_GROUP,), -1e30, tl.float32)  # finite: heads of no group join nothing
+    top = tl.full((BLOCK_GROUP,), -1e30, tl.float32)  # finite: else padding heads compute inf - inf
     denominator = tl.zeros((BLOCK_GROUP,), tl.float32)
     acc = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
     for start in range(0, used, JOINED):
@@ -190,7 +207,7 @@ def _decode_attention(
             tl.store(parts + at[:, None] * DIM + d[None, :], acc, mask=wanted)
             tl.store(peaks + at, peak, mask=head < GROUP)
             tl.store(sums + at, total, mask=head < GROUP)
-            tl.debug_barrier()  # all stores of this program come before its arrival
+            tl.debug_barrier()  # all threads have stored their partial before the arrival
             before = tl.atomic_add(arrived + row * KV + kv_head, 1, sem="acq_rel")
             tl.debug_barrier()
             if before == used - 1:
@@ -203,9 +220,9 @@ def _decode_attention(
 
 
 def decode_attention(q: Tensor, cache: Tensor, plan: KvSplits, out: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v over the pages of each row's slot; as q.
+    """softmax(q k' / sqrt(head_dim)) v over the pages of each row's slot; shape and dtype of q.
 
-    q: [rows, heads, head_dim]; cache: of any kind of number that converts to q's.
+    q: [rows, heads, head_dim]; cache: any dtype that converts to q's.
     """
     rows, heads, dim = q.shape
     kv_heads, page_size = cache.shape[3], cache.shape[2]

@@ -1,10 +1,10 @@
-"""Matrix products with one row, where reading the weight takes all the time.
+"""Matrix products with one row of x, where reading the weight takes all the time.
 
-A program holds some rows of the weight at once, all of whose loads are under way together, and asks
-for them before the kernel that makes x has ended. Norm, activation and residual sum ride along.
-Instructions are scarce here, not only bytes: a row is cut into chunks, of which a thread gets the
-16 bytes of one load, and nothing is masked but a last chunk that the row does not fill.
-Knows shapes and arithmetic.
+A program holds a few whole weight rows in registers. It issues all their loads together, before the
+kernel that computes x has ended (see pdl.py). The kernel also applies the RMS norm, adds the bias,
+applies the activation and adds the residual. Not only bytes but also instructions limit its speed:
+a row is cut into chunks in which each thread loads 16 bytes at once, and only a last, incomplete
+chunk is masked. Knows shapes and arithmetic.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
 
-# Numbers of the weight that a thread asks for at once, and holds at most.
+# Weight elements of one load of a thread, and most weight elements in a thread's registers.
 _LOADED: tl.constexpr = tl.constexpr(8)
 _HELD = 128
-# Warps of a program, for rows of up to so many numbers and for longer ones.
+# Longest short row in elements; warps of a program for short rows and for longer rows.
 _SHORT, _WARPS, _LONG_WARPS = 8192, 4, 8
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -28,9 +28,9 @@ _DTYPES = (torch.bfloat16, torch.float16)
 def _load_chunk(
     rows, i: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, ONCE: tl.constexpr
 ):  # fmt: skip
-    """Chunk i, [LANES, n, _LOADED], of n rows of DEPTH numbers that begin at `rows` [1, n, 1].
+    """Chunk i, [LANES, n, _LOADED], of n rows of DEPTH elements; `rows`: [1, n, 1] their starts.
 
-    ONCE: no other program reads them.
+    ONCE: no other program reads these rows.
     """
     at = (tl.arange(0, LANES) * _LOADED)[:, None, None] + tl.arange(0, _LOADED)[None, None, :]
     at += i * LANES * _LOADED
@@ -43,7 +43,7 @@ def _load_chunk(
 
 @triton.jit
 def _widen(numbers, PAIRS: tl.constexpr):
-    """To float32. PAIRS: of bfloat16 on a GPU, by one instruction each, where Triton needs two."""
+    """To float32. PAIRS: bfloat16 on a GPU, by one instruction per element instead of two."""
     if PAIRS:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [numbers],
@@ -63,7 +63,7 @@ def _gemv(
     CHUNKS: tl.constexpr = (DEPTH + LANES * _LOADED - 1) // (LANES * _LOADED)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < width
-    # Rows beyond the last one repeat it; their results are not stored.
+    # Rows past the end repeat the last row; their results are not stored.
     row = (n if EVEN else tl.minimum(n, width - 1)).to(tl.int64)[None, :, None]
     w, up, g, v = (), (), (), ()
     for i in tl.static_range(CHUNKS):
@@ -108,7 +108,7 @@ def _gemv(
 
 
 def is_single(x: Tensor) -> bool:
-    """Whether `gemv` takes x [rows, depth]."""
+    """Whether `gemv` supports x [rows, depth]: one row, of a 16-bit dtype."""
     return x.shape[0] == 1 and x.dtype in _DTYPES
 
 
@@ -121,10 +121,10 @@ def gemv(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """x W' + b, for x [1, depth] and weight [width, depth]: [1, width].
+    """x W' + b: [1, width], for x [1, depth] and weight [width, depth].
 
     `norm`: (gain, eps) of an RMS norm of x. `gated`: the weight is [gate, up], the result
-    silu(gate) * up, [1, width / 2]. `out`: where the result goes; with `add` it is added there.
+    silu(gate) * up, [1, width / 2]. `out`: receives the result; with `add` it is added to `out`.
     """
     depth = x.shape[1]
     width = weight.shape[0] // 2 if gated else weight.shape[0]

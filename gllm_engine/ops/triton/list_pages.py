@@ -1,4 +1,4 @@
-"""Page tables to the flat list of pages that FlashInfer reads."""
+"""Turns page tables into the flat list of pages that FlashInfer reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _list_pages(page_table, slots, starts, out, width, BLOCK: tl.constexpr):
 def list_pages(
     page_table: Tensor, slots: Tensor, starts: Tensor, max_pages: int, out: Tensor
 ) -> None:
-    """Write row r's pages, page_table[slots[r], :n], to out[starts[r] : starts[r + 1]].
+    """Write the pages of row r, page_table[slots[r], :n], to out[starts[r] : starts[r + 1]].
 
     page_table: [slots, width] int64; slots: [rows] int64; starts: [rows + 1] int32; out: int32.
     No row has more than `max_pages`.

@@ -1,9 +1,15 @@
-"""A mixture of experts: routing, and one GEMM for every expert in two launches.
+"""Mixture of experts: routing, and the products of all experts in two launches of a grouped GEMM.
 
-Pairs of a token and one of its experts are sorted by expert, so that a block of rows meets one
-expert's matrix. How many rows an expert has is known to the device alone: grids are as large as
-they could have to be, programs beyond the last block end at once, and the host waits for nothing.
-Every sum is taken in a fixed order. All tensors are contiguous. Knows shapes and arithmetic.
+A pair is a token and one of its experts. Pairs are sorted by expert, so that all rows of a block
+use the same expert's matrix. Here top_k is 2, there are 3 experts and blocks of 2 rows:
+
+    pairs                 0:e2  1:e0  2:e0  3:e2  4:e2  5:e1    pair = token * 2 + choice
+    order, by expert      1     2     5     0     3     4
+    blocks                [e0    e0]  [e1 ]  [e2   e2]  [e2 ]
+
+Only the device knows how many pairs an expert has. So the grid has as many blocks as any routing
+could need, and programs past the last block return at once; the host never waits. Every sum has a
+fixed order. All tensors are contiguous. Knows shapes and arithmetic.
 """
 
 from __future__ import annotations
@@ -18,29 +24,29 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
-# Numbers that one program of routing or sorting holds, of (tokens, experts); more do not fit the
-# registers of so many warps.
+# Most (token, expert) elements that one program of routing or sorting holds in registers, and its
+# warps; more elements would not fit their registers.
 _HELD, _WARPS = 4096, 8
-# Tokens of such a program, at most.
+# Most tokens of such a program.
 _MAX_ROWS = 1024
-# Columns of one program of the last sum.
+# Columns of one program of _sum.
 _COLUMNS = 1024
 
 
 class Tiles(NamedTuple):
-    """What one program of a grouped product computes, and how."""
+    """The tile that one program of a grouped GEMM computes, and its launch parameters."""
 
     rows: int  # pairs, all of one expert
-    columns: int  # of the matrix's rows; half of them gate's and half up's
-    depth: int  # of one turn of the loop
+    columns: int  # output columns; if gated, half are gate's and half are up's
+    depth: int  # depth of one loop iteration
     warps: int
     stages: int
 
 
-# Up to so many pairs an expert. Few: reading matrices takes all the time, and the smallest rows
-# that tensor cores take waste none of it; narrow blocks keep every multiprocessor reading, two or
-# three programs on each. From 64 rows on, Hopper's products of whole warpgroups. Limits at least
-# double, so that powers of two of tokens meet every one.
+# (most pairs per expert, tiles). With few pairs, reading the matrices takes all the time: 16 rows,
+# the least of a tensor core, are enough, and narrow tiles keep two or three programs reading on
+# every multiprocessor. Tiles of 64 rows or more use Hopper's warpgroup products. Each limit is at
+# least twice the one before, so that token counts of powers of two reach all tiles.
 _TILES = (
     (0.25, Tiles(16, 128, 128, 4, 3)),
     (8, Tiles(16, 64, 256, 4, 3)),
@@ -48,15 +54,15 @@ _TILES = (
     (96, Tiles(64, 128, 128, 4, 3)),
     (inf, Tiles(128, 256, 64, 8, 4)),
 )
-_EXACT_TILES = Tiles(16, 64, 32, 4, 2)  # float32, which tensor cores would round
+_EXACT_TILES = Tiles(16, 64, 32, 4, 2)  # for float32, which tensor cores would round
 
 
 def choose_tiles(tokens: int, top_k: int, num_experts: int) -> Tiles:
-    """For 16-bit numbers, were all experts equally likely."""
+    """Tiles for 16-bit dtypes, assuming that all experts are equally likely."""
     return next(tiles for limit, tiles in _TILES if tokens * top_k <= limit * num_experts)
 
 
-# A kernel for each divisibility of counts of tokens and blocks would be compiled amid serving.
+# Else Triton would compile a kernel for each divisibility of a token count amid serving.
 @triton.jit(do_not_specialize=["tokens"])
 def _route(
     logits, weights, experts, tokens, num_experts,
@@ -70,7 +76,7 @@ def _route(
     x = tl.load(logits + row * num_experts + at, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(at < num_experts, x, -float("inf"))
     chance = tl.exp(x - tl.max(x, 1)[:, None])
-    # NaN is no expert's chance, or none would be the largest.
+    # NaN becomes 0: with NaN, the comparisons would find no largest element.
     chance = tl.where(chance == chance, chance, 0.0)
     left = tl.where(at < num_experts, chance, -1.0)
     k = tl.arange(0, CHOSEN)[None, :]
@@ -104,7 +110,7 @@ def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _find(experts, row, at, tokens, first, held, TOP_K: tl.constexpr):
-    """Which of a token's choices each expert is, [rows, experts]; -1: none, or not held."""
+    """[rows, experts]: each expert's index in the token's top_k; -1: not chosen or not held."""
     choice = tl.full([row.shape[0], at.shape[1]], -1, tl.int32)
     for i in tl.static_range(TOP_K):
         expert = tl.load(experts + row * TOP_K + i, mask=row < tokens, other=-1)
@@ -130,7 +136,7 @@ def _place(
     TOP_K: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, SINGLE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """`counts`: [blocks, EXPERTS] of all programs, of which there is one if SINGLE."""
+    """`counts`: [blocks, EXPERTS] from _count; unused if SINGLE, when there is one program."""
     begin_alone(OVERLAPS)
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)[:, None]
@@ -156,10 +162,12 @@ def _place(
 
 
 def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tensor, Tensor]:
-    """(order, groups), int32. order: [tokens * top_k], the pairs token * top_k + choice whose
-    expert is one of `held` from `first` on, by expert, then by token; what follows them is nothing.
-    groups: [3, at least held]: where in it an expert's pairs begin, where they end, and how many
-    blocks of up to `block` pairs, each of one expert, there are up to these.
+    """Sort the pairs of experts first .. first + held - 1. Returns (order, groups), int32.
+
+    order: [tokens * top_k] the pairs token * top_k + choice, by expert, then by token; entries
+    after the last pair are undefined. groups: [3, at least held], for each expert: the start of its
+    pairs in `order`, their end, and the number of blocks of up to `block` pairs of the experts up
+    to this one, inclusive.
     """
     tokens, top_k = experts.shape
     rows, columns = _row_tile(tokens, held)
@@ -192,9 +200,9 @@ def _grouped(
     TOP_K: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """GATED: silu(gate) * up of a pair's token, in the order of the sort; else from that order to
-    the pairs' own. Programs of a block of rows follow each other: x stays in the cache, and the
-    expert's matrix until its next block.
+    """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
+    sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
+    in the L2 cache, and so does the expert's matrix until the expert's next block.
     """
     begin_alone(OVERLAPS)
     turns = tl.cdiv(width, COLUMNS)
@@ -205,7 +213,7 @@ def _grouped(
     start, end = tl.load(groups + expert), tl.load(groups + EXPERTS + expert)
     block -= tl.load(groups + 2 * EXPERTS + expert) - tl.cdiv(end - start, ROWS)
     row = start + block * ROWS + tl.arange(0, ROWS)
-    # Rows beyond the last repeat it; nothing of theirs is stored.
+    # Rows past the end repeat the last row; their results are not stored.
     known = tl.minimum(row, end - 1)
     pair = tl.load(order + known)
     if GATED:
@@ -243,12 +251,12 @@ def grouped_product(
     tiles: Tiles,
     gated: bool = False,
 ) -> Tensor:
-    """The product of each pair's row and its expert's matrix; `order` and `groups` of sort_pairs.
+    """The product of each pair's row with its expert's matrix; order, groups: from sort_pairs.
 
-    `gated`: from tokens, x [tokens, depth], by [gate, up] matrices [held, 2 * width, depth], to
-    silu(gate) * up, [pairs, width], in the sort's order. Else from such rows x [pairs, depth], by
-    matrices [held, width, depth], to [pairs, width] in the pairs' own order. Rows of pairs whose
-    expert is not held are not written.
+    If `gated`, x is [tokens, depth] and `matrix` the [gate, up] matrices [held, 2 * width, depth];
+    returns silu(gate) * up, [pairs, width], in sorted order. Otherwise x is such a result, [pairs,
+    depth], and `matrix` is [held, width, depth]; returns [pairs, width] in pair order. Rows of
+    pairs whose expert is not held are undefined.
     """
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
@@ -297,7 +305,7 @@ def sum_experts(
     num_experts: int,
     total: Tensor | None = None,
 ) -> Tensor:
-    """See Ops.sum_experts; the sum rounded once."""
+    """See Ops.sum_experts; the sum is rounded only once."""
     (tokens, top_k), (held, dim, _) = experts.shape, down.shape
     if not tokens or not held:
         return torch.zeros_like(x) if total is None else total
@@ -316,12 +324,12 @@ def sum_experts(
 
 
 def _fit(tile: int, size: int) -> int:
-    """No more of a tile than there is, but a product's least."""
+    """`tile`, but no larger than the power of two that covers `size`; at least 16, for tl.dot."""
     whole: int = triton.next_power_of_2(size)
     return max(16, min(tile, whole))
 
 
 def _row_tile(tokens: int, num_experts: int) -> tuple[int, int]:
-    """Tokens and experts that one program holds, powers of two."""
+    """Tokens and experts of one program of routing or sorting; powers of two."""
     columns = triton.next_power_of_2(num_experts)
     return max(1, min(_MAX_ROWS, _HELD // columns)) if tokens > 1 else 1, columns

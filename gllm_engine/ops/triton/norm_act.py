@@ -1,6 +1,6 @@
-"""Kernels that work on the rows of a matrix: RMS norms and the gated activation.
+"""Kernels on the rows of a matrix: RMS norms and the gated activation.
 
-All tensors are contiguous. Sums are taken in float32; what torch would round in between is rounded.
+All tensors are contiguous. Sums are float32; intermediate results are rounded where torch rounds.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def _rms_norm(
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
-    """x / rms(x) * gain over the last dimension of x [rows, dim]; into `add_to` if given."""
+    """x / rms(x) * gain over the last dimension of x [rows, dim]; added to `add_to` if given."""
     rows, dim = x.shape
     out = torch.empty_like(x) if add_to is None else add_to
-    if rows:  # else no row of the step needs logits
+    if rows:  # no rows: no row of the step needs logits
         block = triton.next_power_of_2(dim)
         warps = min(max(block // 512, 1), 16)
         _rms_norm[(rows,)](
@@ -63,7 +63,7 @@ def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for a last dimension of [gate, up]."""
+    """silu(gate) * up, [rows, width]. `gate_up`: [rows, 2 * width], gate first."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     if rows:

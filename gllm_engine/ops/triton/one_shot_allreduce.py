@@ -1,28 +1,31 @@
-"""The sum over a few GPUs of one node, with the residual sum and the norm after it, in one kernel.
+"""All-reduce over a few GPUs of one node, fused with the residual sum and the RMS norm after it.
 
-Each rank writes its part where the others can read it, tells them, waits for theirs and adds all up
-itself, in the order of ranks: the result is the same bits everywhere. One kernel instead of three,
-and one exchange instead of the two of a ring: for the few rows of a decode step, where it is the
-number of exchanges that costs and not the bytes (a one-shot all-reduce, as FasterTransformer's).
+Each rank writes its part to a buffer that the other ranks can read, sets a flag on every rank,
+waits for the flags of all ranks, and adds up all parts itself. It adds them in the order of ranks,
+so the result has the same bits on every rank. One kernel replaces three, and one exchange replaces
+the two of a ring: with the few rows of a decode step, exchanges cost time and bytes do not (a
+one-shot all-reduce, as FasterTransformer's).
 
-Programs meet their namesakes on the other ranks, so all of a launch must fit the GPU at once. The
-memory is torch's symmetric memory, by plain peer pointers; NVLink multicast is not used.
+The program of a row waits for the programs of that row on the other ranks, so all programs of a
+launch must fit the GPU at once. Buffers and flags are torch's symmetric memory, accessed by plain
+peer pointers; NVLink multicast is not used.
 
-What one row's programs do, of two ranks, in epoch e:
+The programs of one row on two ranks, in epoch e:
 
     rank 0                                          rank 1
-    1. buffer 0 [e & 1, row] = its part             1. buffer 1 [e & 1, row] = its part
+    1. buffer 0 [e & 1, row] = own part             1. buffer 1 [e & 1, row] = own part
     2. flags 0 [from 0, row] = e (release)          2. flags 0 [from 1, row] = e (release)
        flags 1 [from 0, row] = e (release)             flags 1 [from 1, row] = e (release)
     3. wait for e in all of flags 0 [.., row]       3. wait for e in all of flags 1 [.., row]
     4. sum = buffer 0 [e & 1, row]                  4. sum = buffer 0 [e & 1, row]
            + buffer 1 [e & 1, row]                         + buffer 1 [e & 1, row]
 
-A rank may be in epoch e + 1 while another still reads in step 4 of e, for it then writes to the
-other half of its buffer. It cannot be in e + 2: for step 3 of e + 1 it needs that rank's flag of
-e + 1, which comes after step 4 of e. So a flag that is seen is e - 1, e or e + 1, and two halves
-are enough. Epochs are 32-bit numbers that wrap around; the difference of two that are so close
-tells which is the later one, and the halves keep taking turns, because 2^32 is even.
+A rank may be in epoch e + 1 while another rank still reads in step 4 of epoch e: the faster rank
+then writes to the other half of its buffer. The faster rank cannot reach e + 2: step 3 of e + 1
+needs the slower rank's flag e + 1, which that rank sets after step 4 of e. So a flag read in epoch
+e is e - 1, e or e + 1, and two halves are enough. Epochs are 32-bit integers that wrap around. The
+sign of the difference of two such close epochs tells which one is later, and the halves still
+alternate, because 2^32 is even.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
 
-# A program a row; more would not fit the GPU at once, and NCCL is faster there.
+# One program per row. More rows would not fit the GPU at once, and NCCL is faster for them.
 MAX_ROWS = 64
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -50,19 +53,19 @@ def _join(
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     inside = at < dim
-    # How often this row has been summed, on every rank the same.
+    # Launches that have summed this row, plus one; the same on every rank.
     epoch = tl.load(epochs + row) + 1
     place = ((epoch & 1) * ROWS + row).to(tl.int64) * dim
     mine = tl.load(buffers + rank).to(tl.pointer_type(KIND)) + place
     tl.store(mine + at, tl.load(part + row * dim + at, mask=inside, other=0.0), mask=inside)
-    tl.debug_barrier()  # all of the row is written before the other ranks are told
+    tl.debug_barrier()  # the whole row is written before the flags are set
     for peer in tl.static_range(RANKS):
         theirs = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
         tl.atomic_xchg(theirs + rank * ROWS + row, epoch, sem="release", scope="sys")
     ours = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
     for peer in tl.static_range(RANKS):
         flag = ours + peer * ROWS + row
-        # Not flag < epoch: these numbers wrap around, and their difference does not.
+        # Not flag < epoch: epochs wrap around, but the difference of two close ones is right.
         while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
             pass
     tl.debug_barrier()
@@ -82,7 +85,7 @@ def _join(
 
 
 class OneShotAllReduce:
-    """Adds all ranks' parts to the residual stream. Every rank makes one, at the same time."""
+    """Adds all ranks' parts to the residual stream. All ranks must construct it together."""
 
     def __init__(
         self, ranks: TensorGroup, dim: int, dtype: torch.dtype, device: torch.device
@@ -95,13 +98,13 @@ class OneShotAllReduce:
         self._flags = symmetric.empty(ranks.size * MAX_ROWS, dtype=torch.int32, device=device)
         self._flags.zero_()
         self._epochs = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
-        torch.cuda.synchronize(device)  # the flags are zero before anybody can be told of them
+        torch.cuda.synchronize(device)  # the flags are zero before any rank gets their address
         peers = [
             symmetric.rendezvous(x, group.group_name).buffer_ptrs
             for x in (self._buffer, self._flags)
         ]
         self._peers = torch.tensor(peers, dtype=torch.int64, device=device)
-        ranks.sum(torch.zeros(1, device=device))  # nobody begins before all have come so far
+        ranks.sum(torch.zeros(1, device=device))  # barrier: all ranks are ready
 
     def takes(self, part: Tensor) -> bool:
         return 0 < len(part) <= MAX_ROWS
@@ -109,7 +112,7 @@ class OneShotAllReduce:
     def __call__(
         self, part: Tensor, total: Tensor, norm: tuple[Tensor, float] | None
     ) -> Tensor | None:
-        """Add the ranks' parts [rows, dim] to `total`; returns that after `norm`, if given."""
+        """Add all ranks' parts [rows, dim] to `total`; return norm(total) if `norm` is given."""
         rows, dim = part.shape
         gain, eps = (part, 0.0) if norm is None else norm
         normed = None if norm is None else torch.empty_like(part)
@@ -126,7 +129,7 @@ class OneShotAllReduce:
 def make_one_shot_allreduce(
     ranks: TensorGroup, dim: int, dtype: torch.dtype
 ) -> OneShotAllReduce | None:
-    """None where it has no use: ranks of several nodes, other numbers than 16-bit floats."""
+    """None if the kernel cannot run: a single rank, several nodes, or a dtype not of 16 bits."""
     if ranks.size == 1 or not ranks.same_node or dtype not in _DTYPES:
         return None
     return OneShotAllReduce(ranks, dim, dtype, torch.device("cuda", torch.cuda.current_device()))

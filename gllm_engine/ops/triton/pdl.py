@@ -1,9 +1,20 @@
-"""Programmatic dependent launch: a kernel that begins while the one before it still runs.
+"""Programmatic dependent launch: a kernel starts while the stream's previous kernel still runs.
 
-A kernel launched with `overlapping()` calls `begin` or `begin_alone` once, in every program. Before
-that it may read what no kernel writes (weights), and write nothing; after it, anything: several
-kernels may be waiting, but each runs on only when the one before has ended and its writes are to be
-seen. From CUDA's programming guide, "Programmatic Dependent Launch and Synchronization".
+A kernel launched with `overlapping()` calls `begin` or `begin_alone` exactly once in every program.
+The part of the kernel before that call is its prologue.
+
+    kernel A   [prologue|begin|body .................]
+    kernel B                  [prologue|begin, waits .|body .............]
+    kernel C                                  [prologue|begin, waits .....|body ......]
+    time ->                                           ^ A has ended: its writes are visible to B
+
+    prologue   may read memory that no kernel writes (weights); writes nothing
+    begin      lets the next kernel start, then waits until the previous kernel has ended
+    body       may read and write anything
+
+Several kernels may wait at once, but bodies never overlap: B's wait ends after all of A, and C's
+wait ends after all of B. Therefore no program may skip the call. See "Programmatic Dependent Launch
+and Synchronization" in CUDA's programming guide.
 """
 
 from __future__ import annotations
@@ -15,15 +26,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Hopper's and later GPUs can; where there is none (Triton's interpreter) nothing overlaps.
+# Hopper and later GPUs support it. Elsewhere (Triton's interpreter) kernels do not overlap.
 OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """Let the next kernel begin, and wait until the one before has ended.
+    """Let the next kernel start, then wait until the previous kernel has ended.
 
-    For kernels that read much and long: the next one has time to ask for its weights.
+    For long kernels: the next kernel has time to load its weights in its prologue.
     """
     if OVERLAPS:
         gdc_launch_dependents()
@@ -32,9 +43,9 @@ def begin(OVERLAPS: tl.constexpr):
 
 @triton.jit
 def begin_alone(OVERLAPS: tl.constexpr):
-    """Wait until the kernel before has ended, then let the next one begin.
+    """Wait until the previous kernel has ended, then let the next kernel start.
 
-    For short kernels: programs that wait behind them would take their place on the chip.
+    For short kernels: waiting programs of the next kernel would take up their multiprocessors.
     """
     if OVERLAPS:
         gdc_wait()
@@ -42,5 +53,5 @@ def begin_alone(OVERLAPS: tl.constexpr):
 
 
 def overlapping() -> dict[str, Any]:
-    """Options of such a launch."""
+    """Launch options of a kernel that calls `begin` or `begin_alone`."""
     return {"launch_pdl": True} if OVERLAP else {}

@@ -1,6 +1,6 @@
-"""A step's tokens laid out from the slots' state: one launch, whatever the step.
+"""Builds the token inputs of a step from the slots' state, in one launch for every kind of step.
 
-Knows slots, pages and rows; nothing of what is then computed with them.
+Knows slots, pages and rows; nothing of the model that computes them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens of one program: of decode rows, or of one chunk.
+# Tokens of one program: of decode rows, or of one prefill chunk.
 _BLOCK = 512
 
 
@@ -23,8 +23,8 @@ def _place(page_table, width, slot, position, token, at, inside, tokens, positio
     tl.store(cache_index + at, page * PAGE + position % PAGE, mask=inside)
 
 
-# Slices of a step's packed numbers begin anywhere, and counts are never the same twice: a kernel
-# for each kind of alignment and divisibility would be compiled amid serving.
+# Tensors may start anywhere in a step's packed array, and counts differ from step to step. Without
+# these options, Triton would compile kernels for new alignments and divisibilities amid serving.
 @triton.jit(
     do_not_specialize=["width", "num_decode", "num_decode_blocks"],
     do_not_specialize_on_alignment=[
@@ -36,8 +36,8 @@ def _prepare_inputs(
     tokens, positions, cache_index, context_lens, num_decode, num_decode_blocks,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs (i, 0) with i < num_decode_blocks: BLOCK decode rows; (j, k) after them: the k-th
-    BLOCK tokens of a chunk. Each length is read and written by one program alone.
+    """Program (i, 0) with i < num_decode_blocks computes BLOCK decode rows. Program (i, k) with a
+    larger i computes tokens k * BLOCK onward of one chunk. Only one program accesses each length.
     """
     program, block = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
@@ -77,11 +77,11 @@ def prepare_inputs(
     known: Tensor,
     longest: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See Ops.prepare_inputs. The tensors begin at addresses that are multiples of 16."""
+    """See Ops.prepare_inputs. The returned tensors start at addresses divisible by 16."""
     num_rows, num_chunks = len(slots), len(starts)
     num_decode = num_rows - num_chunks
     num_tokens = num_decode + len(known)
-    # One allocation. Kernels that read it are compiled for aligned rows.
+    # One allocation. Kernels that read its rows are compiled for 16-byte alignment.
     made = torch.empty(
         4, max(num_tokens, num_rows) + 1 & -2, dtype=torch.int64, device=slots.device
     )

@@ -1,6 +1,6 @@
-"""From the QKV product to attention's inputs in one pass: norm, rotation, and K and V to the cache.
+"""Turns the QKV product into attention's inputs in one pass: norm, rotation, K and V to the cache.
 
-Knows the cache's layout, [num_pages, 2, page_size, kv_heads, head_dim].
+Knows the cache layout, [num_pages, 2, page_size, kv_heads, head_dim].
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _rotate_and_store(
     is_kv = inside & (head >= HEADS)
     if KEEP:
         tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
-    if FLOAT8:  # it has no infinity: 448 is its largest number
+    if FLOAT8:  # float8_e4m3fn has no infinity: 448 is its largest number
         x = result.to(tl.float32)
         x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         result = x.to(cache.dtype.element_ty)
@@ -79,11 +79,11 @@ def rotate_and_store(
     cache_index: Tensor,
     keeps_kv: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As Ops.rotate_and_store, with `tables` (cos, sin: [max_model_len, dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] for rotary and plan. Leaves qkv as it is.
+    """As Ops.rotate_and_store, but `tables` (cos, sin: [max_model_len, dim / 2] float32),
+    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan. Does not change qkv.
 
-    Returns q [tokens, heads, head_dim] and, if `keeps_kv`, what went to the cache, before it was
-    rounded to the cache's dtype, [tokens, 2 * kv_heads, head_dim].
+    Returns q [tokens, heads, head_dim] and, if `keeps_kv`, the K and V heads not rounded to the
+    cache's dtype, [tokens, 2 * kv_heads, head_dim].
     """
     tokens, total, dim = qkv.shape
     q = qkv.new_empty(tokens, heads, dim)

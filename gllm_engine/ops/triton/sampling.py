@@ -1,20 +1,21 @@
-"""Drawing a token from raw logits, in two passes and without a sort.
+"""Plain sampling: draws a token from raw logits, in two passes and without a sort.
 
-The first pass reads every logit once and leaves, for each group of tokens, its largest logit, its
-mass and its most likely token. The second finds the group where the inverse CDF passes the row's
-random number, and then the token in it. Arithmetic as reference.sample_plain: vocabulary order,
-sums of groups and tokens in float64, the random number a function of (seed, position) alone.
+The first pass reads every logit once. For each group of _GROUP tokens it stores the largest logit,
+the mass and the most likely token. The second pass finds the group in which the cumulative mass
+passes the row's random number, then the token in that group. The arithmetic is that of
+reference.sample_plain: vocabulary order, sums over groups and tokens in float64, and a random
+number that depends only on (seed, position).
 
-Ranks that hold a share of the vocabulary each exchange what the first pass left, which is small
-beside the logits; the one that has the chosen group finds the token, and tells the others.
+Tensor-parallel ranks each have a shard of the vocabulary. They exchange the results of the first
+pass, which are small beside the logits:
 
-    gather         peaks, masses and most likely tokens of all groups   the same on every rank
-    choose         a group: whose it is offers its token, marked        one mark a row
-                   the other ranks offer the most likely token
-    max            of the offers                                        the same on every rank
+    gather   peaks, masses and most likely tokens of all groups         same on every rank
+    choose   the rank with the chosen group offers its token + _MARK    one marked offer per row
+             every other rank offers the most likely token
+    max      of all ranks' offers                                       same on every rank
 
-Ranks that round differently may find different groups, and mark two tokens or none. They still go
-on with the same one, a token of the vocabulary.
+If ranks round differently, they may choose different groups, and mark two tokens or none. The
+maximum is still the same token of the vocabulary on every rank.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from gllm_engine.ops.batch import TensorGroup
 from gllm_engine.ops.protocol import PlainSampling
 
 _GROUP = 2048
-# Beyond every token: added to the one that counts.
+# Larger than every token id; marks the offer of the rank with the chosen group.
 _MARK = tl.constexpr(1 << 40)
-# Rows of one program that records tokens.
+# Rows of one program of _record.
 _RECORDED = 256
 
 
-# A step's slots may begin anywhere among its packed numbers: one kernel for all alignments.
+# A step's slots may start anywhere in a packed array: one kernel serves all alignments.
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def _look(scores, slots, temperature, peaks, masses, bests, vocab, base, GROUP: tl.constexpr):
     row, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -42,7 +43,7 @@ def _look(scores, slots, temperature, peaks, masses, bests, vocab, base, GROUP: 
     heat = tl.load(temperature + tl.load(slots + row)).to(tl.float32)
     x = tl.load(scores + row.to(tl.int64) * vocab + at, mask=at < vocab, other=-float("inf"))
     x = x.to(tl.float32) / tl.where(heat > 0, heat, 1.0)
-    # No comparison with NaN is true: as the largest it would bring an index beyond the row.
+    # NaN compares false with every number: a NaN peak would give an index past the row's end.
     peak, best = tl.max(tl.where(x == x, x, -float("inf")), 0, return_indices=True)
     mass = tl.sum(tl.exp(x - tl.where(peak == -float("inf"), 0.0, peak)), 0)
     tl.store(peaks + row * groups + group, peak)
@@ -59,7 +60,7 @@ def _mix(x):
 
 @triton.jit
 def _first_above(weights, target, at):
-    """Index of the first positive weight whose running sum exceeds target, or the last one's."""
+    """Index of the first positive weight whose running sum exceeds target, else of the last."""
     passed = tl.sum((tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
     return tl.minimum(passed, tl.max(tl.where(weights > 0, at, 0), 0))
 
@@ -78,7 +79,7 @@ def _choose(
     heat = tl.load(temperature + slot).to(tl.float32)
     chosen = likely
     token = tl.load(bests + row * groups + likely)
-    ours = groups // ranks  # of the groups, the rank-th run
+    ours = groups // ranks  # groups of one rank; this rank has groups rank * ours onward
     if heat > 0:
         seed = _mix(tl.load(seeds + slot).to(tl.uint64))
         position = tl.load(lengths + slot) - tl.load(prompt_lens + slot)
@@ -109,7 +110,7 @@ def _choose(
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots"])
 def _record(offers, slots, last_tokens, rows, BLOCK: tl.constexpr):
-    """Of the offers, which become tokens: remember each slot's."""
+    """Turn offers into tokens, in place, and record them as their slots' last tokens."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     token = tl.load(offers + row, mask=inside, other=0) & (_MARK - 1)
@@ -124,7 +125,7 @@ def sample_plain(
     out: Tensor | None = None,
     ranks: TensorGroup | None = None,
 ) -> Tensor:
-    """One token for each row of scores [rows, vocab]; see Ops.sample_plain."""
+    """See Ops.sample_plain."""
     rows, vocab = scores.shape
     rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     groups = triton.cdiv(vocab, _GROUP)

@@ -1,10 +1,24 @@
 """Matrix products with 2 to 64 rows, where reading the weight takes most of the time.
 
-A program multiplies a tile of the weight's rows with all rows of x on tensor cores, weight first:
-so few rows would fill only part of a tensor core's first operand. Where there are fewer tiles than
-the chip has room for, several programs share a tile, each a part of its depth (split-K); the last
-of them to finish adds the parts, always in the same order, so that the result does not depend on
-who was last. Activation, bias and residual sum ride along. Knows shapes and arithmetic.
+A program multiplies a tile of the weight's rows with all rows of x on tensor cores. The weight is
+the first operand: the few rows of x would fill only part of it. The kernel also adds the bias,
+applies the activation and adds the residual. Knows shapes and arithmetic.
+
+With fewer tiles than the GPU runs programs at once, several programs share a tile, and each program
+takes one part of its depth (split-K). Here a tile has 4 parts, and part 1 is the last to finish:
+
+    depth           |-- part 0 --|-- part 1 --|-- part 2 --|-- part 3 --|    of tile t
+                          |            |            |            |
+    store in sums     partial 0    partial 1    partial 2    partial 3       float32
+                          |            |            |            |
+    arrived[t]         0 -> 1       3 -> 4       1 -> 2       2 -> 3         atomic add,
+                                       |                                     acquire and release
+                          the old value is PARTS - 1: part 1 arrived last
+                          sets arrived[t] back to 0 for the next launch
+                          adds partials 0, 1, 2, 3 and writes the tile of the output
+
+The partials are always added in the order of the depth, so the result does not depend on which part
+arrives last. No program waits for another one. A tile of one part is written directly.
 """
 
 from __future__ import annotations
@@ -21,33 +35,33 @@ from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
 
 _MAX_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16)
-# Programs that keep the memory busy, and the least depth of a part.
+# Number of programs that saturates the memory bandwidth, and least depth of a part.
 _PROGRAMS, _MIN_DEPTH = 96, 512
-# Shared memory for one program's tiles under way: nearly all of a multiprocessor's. More than so
-# many steps ahead bring nothing.
+# Bytes of shared memory for one program's pipelined tiles: nearly all that a multiprocessor has.
+# More pipeline stages than _MAX_STAGES bring no speed.
 _TILE_BYTES, _MAX_STAGES = 226 << 10, 8
 _BLOCK_K = 128
 _MULTIPROCESSORS, _SHARED_ROWS = 132, 32
-# Numbers of each row of the weight that are asked for before x is there.
+# Elements of each weight row that the prologue prefetches, before x is complete.
 _AHEAD = 256
-# Numbers of arrivals, of tiles that several programs share: there are fewer than _PROGRAMS.
+# Arrival counters of tiles that several programs share: fewer than _PROGRAMS tiles.
 _arrived: dict[torch.device, Tensor] = {}
 
 
 class Tiling(NamedTuple):
-    """How a product is divided."""
+    """How a product is divided into programs and loop iterations."""
 
-    block_n: int  # rows of the weight in a tile; gated, of gate and up each
-    block_k: int
-    parts: int  # of the depth
-    stages: int  # steps of block_k in shared memory at once
+    block_n: int  # weight rows in a tile; if gated, as many rows of gate as of up
+    block_k: int  # depth of one loop iteration
+    parts: int  # parts of the depth, one program for each
+    stages: int  # loop iterations whose tiles are in shared memory at once
     warps: int = 4
 
 
 @triton.jit
 def _prefetch(rows, first, end, NUMBERS: tl.constexpr):
-    """Ask for numbers `first` onward of some rows [n, 1] of 16-bit ones, at most to `end`, into the
-    L2 cache, by sectors of 32 bytes.
+    """Prefetch up to NUMBERS 16-bit elements of `rows` [n, 1], from `first` to at most `end`, into
+    the L2 cache, in sectors of 32 bytes.
     """
     at = first + tl.arange(0, NUMBERS // 16)[None, :] * 16
     address = (rows + tl.minimum(at, end - 1)).to(tl.int64)
@@ -67,7 +81,7 @@ def _store(
     y, z, bias, out, n, m, rows, width,
     GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """y and with GATED z, sums [n, m] in float32, to rows m and columns n of out."""
+    """Store the float32 sums y (and z, the up half, if GATED), [n, m], at out[m, n]."""
     kind: tl.constexpr = out.dtype.element_ty
     if BIAS:
         y += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
@@ -96,7 +110,7 @@ def _skinny(
     first *= part
     n, m = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    # Rows beyond the last one repeat it; their results are not stored.
+    # Rows past the end repeat the last row; their results are not stored.
     row = tl.minimum(n, width - 1).to(tl.int64)[:, None]
     w_rows, up_rows = weight + row * depth, weight + (row + width) * depth
     x_rows = x + (tl.minimum(m, rows - 1) * depth)[None, :]
@@ -120,7 +134,7 @@ def _skinny(
         tl.store(tile_sums + part * SIZE, y)
         if GATED:
             tl.store(tile_sums + (PARTS + part) * SIZE, z)
-        tl.debug_barrier()  # all stores of this program come before its arrival
+        tl.debug_barrier()  # all threads have stored their partial before the arrival
         before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
         tl.debug_barrier()
         last = before == PARTS - 1
@@ -136,8 +150,10 @@ def _skinny(
 
 
 def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
-    """Whether `skinny` takes x [rows, depth] and beats cuBLAS on Hopper, as measured: not where
-    programs that share a tile are more than the chip runs at once, or have many rows.
+    """Whether `skinny` takes x [rows, depth] and, as measured on Hopper, beats cuBLAS.
+
+    A product with shared tiles loses if its programs do not all run at once, or if x has more than
+    _SHARED_ROWS rows.
     """
     rows, depth = x.shape
     if not 0 < rows <= _MAX_ROWS or x.dtype not in _DTYPES or not x.is_contiguous():
@@ -155,7 +171,7 @@ def _block_m(rows: int) -> int:
 
 def choose_tiling(block_m: int, width: int, depth: int, gated: bool) -> Tiling:
     """The tiling for up to `block_m` rows of `depth` and a result of `width` columns."""
-    # Wide results have tiles enough even if they are larger, and x is read less often.
+    # A wide result has enough tiles even if they are larger; larger tiles read x less often.
     wide = block_m == 64 and not gated and width >= 128 * _PROGRAMS
     block_n, parts = 128 if wide else 64, 1
     while triton.cdiv(width, block_n) * parts < _PROGRAMS and depth >= 2 * parts * _MIN_DEPTH:
@@ -175,9 +191,10 @@ def skinny(
     add: bool = False,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """As gemv, for x [rows, depth] with 1 to 64 rows; a norm goes before, in a kernel of its own.
+    """As `gemv`, for x [rows, depth] of 1 to 64 rows; the norm runs first, in its own kernel.
 
-    `tiling`: default, what `choose_tiling` says. Not for two streams of a device at once.
+    `tiling`: default `choose_tiling`'s. Two streams of one device must not call this at once: they
+    would share the arrival counters.
     """
     x = x if norm is None else rms_norm(x, *norm)
     rows, depth = x.shape
