@@ -1,4 +1,4 @@
-"""Ranks and what they say to each other: the mesh, collectives, the pipeline.
+"""Communication between ranks: the mesh, collectives, the pipeline.
 
 Built on torch.distributed: NCCL between GPUs, gloo between CPUs. Knows no models and no scheduling.
 """
