@@ -1,4 +1,4 @@
-"""The messages that processes and packages exchange. They are frozen; comments name the sender.
+"""The messages that processes and packages exchange. Docstrings name the sender and receiver.
 
 This module has no behaviour. Every message crosses a socket as msgpack, so it holds only numbers,
 strings, bytes, tuples and the like. The module never imports torch.
