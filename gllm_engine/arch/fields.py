@@ -47,7 +47,7 @@ class Fields:
         return value
 
     def count(self, key: str, default: int | None = None, most: int = 2**24) -> int:
-        """A whole number from 1 to `most`."""
+        """A whole number from 1 to `most`, which is smaller for numbers of layers and experts."""
         value = self._get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)

@@ -125,7 +125,7 @@ class Scheduler:
     # ------------------------------------------------------------ sequences come and go
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Raises Refused if the queue is full or it is too long to ever fit."""
+        """Queue a new sequence. Raises Refused if the queue is full or the prompt never fits."""
         if sequence.rank[1]:
             raise ValueError(f"sequence {sequence.key!r} was added before")
         length = sequence.prompt_len
@@ -383,7 +383,7 @@ class Scheduler:
             return False
         tokens = sequence.tokens
         pages = sequence.pages
-        looks_up = sequence.sampling.prompt_logprobs is None  # else all are computed
+        looks_up = sequence.sampling.prompt_logprobs is None  # else every position is computed
         cached = pages.find_cached(tokens) if looks_up else []
         if pages.cost(cached, len(tokens)) > self._pool.num_free - reserve:
             return False
