@@ -1,10 +1,10 @@
-"""What becomes of a served model when a part of it breaks: scripts/bench faults.
+"""Measures how a served model reacts to faults: scripts/bench faults.
 
-For each fault a server of its own is started on a tiny model, on CPU ranks, with streams under
-way. Then one process is killed or stopped, or something runs out. Owns how that is done and
-watched, and the figures: what clients saw, the seconds to the last error, the seconds until
-requests are answered again, what is left once the server has been told to stop. Needs root, for
-mount namespaces: each server has a /dev/shm and a temporary directory of its own, to be filled.
+Each fault gets a new server on a tiny model, with CPU ranks and open streams. The fault kills or
+stops one process, or exhausts a resource. The figures are: the outcomes at the clients, the seconds
+to the last error, the seconds until requests are answered again, and what is left after the server
+was told to stop. The benchmark needs root for mount namespaces, because each server gets its own
+/dev/shm and temporary directory, which some faults fill.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ SHM_BYTES = 256 << 20
 DISK_BYTES = 16 << 20
 START_S = 180.0
 STOP_S = 90.0
-PATIENCE_S = 30.0  # for streams to end after a fault
+PATIENCE_S = 30.0  # limit for streams to end after a fault
 AGAIN_S = 60.0
 STEADY_S = 3.0
-STILL_S = 5.0  # a stream without a token for so long hangs
+STILL_S = 5.0  # a stream without a token for this long counts as hanging
 _MARK = "GLLM_FAULTS_MARK"
 
-# Holds a mount namespace open: what servers leave in it can be looked at when they have ended.
+# Keeps a mount namespace open, so that files left in it can be examined after a server's end.
 _HOLD = """\
 mount -t tmpfs -o size="$0" tmpfs /dev/shm && mount -t tmpfs -o size="$1" tmpfs "$2" &&
 echo held && exec sleep infinity
@@ -62,11 +62,11 @@ echo held && exec sleep infinity
 
 
 class FaultsError(RuntimeError):
-    """The faults cannot be made here, or a server did not start; the message says why."""
+    """This machine cannot run the faults, or a server did not start; the message says why."""
 
 
 class Stream(threading.Thread):
-    """One answer being read. `outcome` is set once it has ended, `news_at` with every token."""
+    """Reads one response. `outcome` is set at its end, `news_at` at every token."""
 
     def __init__(self, address: str, max_tokens: int) -> None:
         super().__init__(daemon=True)
@@ -98,7 +98,7 @@ class Stream(threading.Thread):
         return "hangs" if time.monotonic() - self.news_at > STILL_S else "goes on"
 
     def close(self) -> None:
-        """Give up, if it has not ended."""
+        """Cancel the request if it has not ended."""
         self._client.close()
         self.join(PATIENCE_S)
 
@@ -106,7 +106,7 @@ class Stream(threading.Thread):
 class Site:
     """A `gllm serve` on a tiny model with a /dev/shm and a temporary directory of its own.
 
-    Use it in a with statement. `max_files`: how many each process may open.
+    Use it in a with statement. `max_files`: the limit of open files of each process.
     """
 
     def __init__(self, engine: dict[str, Any], max_files: int | None = None) -> None:
@@ -152,22 +152,22 @@ class Site:
 
     @property
     def tmp(self) -> Path:
-        """The temporary directory, as the server sees it."""
+        """The server's temporary directory, reached through its mount namespace."""
         return Path(f"/proc/{self._holder.pid}/root{self._tmp}")
 
     def processes(self) -> dict[int, str]:
-        """The command line of every process of this server, orphans included, by pid."""
+        """pid -> command line of every process of this server, including orphans."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 if f"{_MARK}={self._mark}\0".encode() in (path / "environ").read_bytes():
                     found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
         return found
 
     def pids(self, part: str) -> list[int]:
-        """Those of the engine, the workers, the front ends ("stub") or tritonserver."""
+        """Pids of one part: the engine, the workers, the front ends ("stub") or tritonserver."""
         if part == "stub":
             (server,) = self.pids("tritonserver")
             return sorted(row.pid for row in find_stubs(server)[MODEL])
@@ -182,7 +182,7 @@ class Site:
         return streams
 
     def answers(self) -> bool:
-        """Whether twice as many requests as there are front ends are answered one by one."""
+        """Whether two requests per front end are answered, sent one after another."""
         client = SyncClient(self.address, MODEL)
         try:
             for _ in range(2 * FRONT_ENDS):
@@ -194,7 +194,7 @@ class Site:
         return True
 
     def stop(self) -> str:
-        """Tell `gllm serve` to stop, unless it has ended; how it ended and what is left of it."""
+        """Stop `gllm serve` if it still runs; returns how it ended and what it left behind."""
         told = self.process.poll() is None
         if told:
             self.process.terminate()
@@ -283,7 +283,7 @@ def _fill(place: str) -> Callable[[Site], Undo | None]:
             try:
                 while file.write(bytes(1 << 20)):
                     continue
-            except OSError:  # it is full
+            except OSError:  # the file system is full
                 return (directory / "filled").unlink
 
     return fault
@@ -312,7 +312,7 @@ CROWD = f"{MANY} streams, {FEW_FILES} files a process"
 
 
 def cases() -> list[tuple[str, str]]:
-    """(fault, ranks), in the order of the table. One rank has no worker."""
+    """(fault, ranks) in the order of the table. An engine with one rank has no worker."""
     return [
         (fault, ranks)
         for fault in (*FAULTS, CROWD)
@@ -322,14 +322,17 @@ def cases() -> list[tuple[str, str]]:
 
 
 class Probe(threading.Thread):
-    """Asks a server again and again; `failing` is what its last round met, from `since` on."""
+    """Sends requests to a server repeatedly.
+
+    `failing`: whether the last round of requests failed. `since`: the time of its last change.
+    """
 
     def __init__(self, site: Site) -> None:
         super().__init__(daemon=True)
         self.failing = False
         self.failed = False
         self.since = time.monotonic()
-        self._asked = self.since  # when the last round of requests had ended
+        self._asked = self.since  # end of the last round of requests
         self._site = site
         self._ended = threading.Event()
 
@@ -344,7 +347,7 @@ class Probe(threading.Thread):
 
     @property
     def is_steady(self) -> bool:
-        """Whether it has been served for a while: some faults take a moment to show."""
+        """Whether requests have been answered for STEADY_S; some faults show after a moment."""
         return not self.failing and self._asked - self.since > STEADY_S
 
     def close(self) -> None:
@@ -353,7 +356,7 @@ class Probe(threading.Thread):
 
 
 def observe(fault: str, ranks: str) -> dict[str, Any]:
-    """Make one fault and watch. Seconds are None where nothing came within the patience."""
+    """Cause one fault and observe it. Seconds are None if the event did not happen in time."""
     crowded = fault == CROWD
     with Site(RANKS[ranks], FEW_FILES if crowded else None) as site:
         if not site.answers():
@@ -385,7 +388,7 @@ def observe(fault: str, ranks: str) -> dict[str, Any]:
 
 
 def _last_error(streams: list[Stream], began: float) -> float | None:
-    """Seconds until every stream had ended, if all have and some with an error."""
+    """Seconds until all streams had ended; None if one has not, or if none ended with an error."""
     if not all(stream.outcome for stream in streams):
         return None
     return max((s.news_at - began for s in streams if s.outcome != "whole"), default=None)
@@ -413,7 +416,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _sentence(error: str) -> str:
-    """The first sentence of an error, without what differs from run to run."""
+    """The first sentence of an error, without parts that differ from run to run."""
     text = re.sub(r"/\S*/gf-\S+", "DIRECTORY", error.strip().splitlines()[0])
     return re.sub(r"127\.0\.0\.1:\d+", "ADDRESS", text)[:200]
 
@@ -428,7 +431,7 @@ def _name(path: Path) -> str:
 
 
 def rows(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Of the table: a row a case. `figures`: by "fault, ranks"."""
+    """The rows of the table, one per case. `figures`: "fault, ranks" -> figures."""
 
     def seconds(value: float | None) -> str:
         return "" if value is None else f"{value:.1f} s"

@@ -1,8 +1,8 @@
-"""What the host costs, on one machine and with no GPU: scripts/bench host.
+"""Measures the host's cost on one machine without a GPU: scripts/bench host.
 
-Three questions: what does the scheduler take of a step; how much of the engine's offline speed
-arrives at Triton clients; and what do front ends and coalescing carry when the engine answers at
-once. Each comparison is made in one run, on the same work.
+It measures the scheduler's time per step, the share of the engine's offline speed that reaches
+Triton clients, and the throughput of front ends and coalescing with an engine that takes no time.
+Each comparison is made in one run, on the same work.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def step_cost(num_sequences: int, num_steps: int) -> float:
     scheduler = Scheduler(config, num_pages, max_model_len=4096, eos_token_ids=(1, 2))
     sampling = SamplingParams(max_tokens=None, stop_token_ids=(3,))
     for i in range(num_sequences):
-        prompt = [10 + i % 1000] * (32 + i % 16)  # so that pages do not all end at once
+        prompt = [10 + i % 1000] * (32 + i % 16)  # pages fill up at different steps
         scheduler.add(Sequence(i, prompt, sampling, seed=i))
 
     def turn() -> float:
@@ -62,7 +62,7 @@ def make_prompts(streams: int, tokens: int) -> list[Job]:
 
 
 def offline_speed(streams: int, tokens: int, config: dict[str, Any]) -> float:
-    """Output tokens per second of the engine called in this process, best of three."""
+    """Output tokens/s of an engine in this process, best of three runs."""
     sampling = SamplingParams(max_tokens=tokens, **SAMPLING)
     prompts = [job.prompt for job in make_prompts(streams, tokens)]
     speeds = []
@@ -79,7 +79,7 @@ def offline_speed(streams: int, tokens: int, config: dict[str, Any]) -> float:
 def served_speed(
     streams: int, tokens: int, front_ends: int, coalesce: bool, config: dict[str, Any]
 ) -> dict[str, float]:
-    """What `streams` gRPC streams receive, best of three: tokens/s and tokens a response."""
+    """Tokens/s and tokens per response that `streams` gRPC streams receive, best of three runs."""
     parameters = {"coalesce": "true" if coalesce else "false"}
     with server(SHAKESPEARE, front_ends, parameters, config) as address:
         run_load(address, MODEL, make_prompts(streams, 4), streams)
@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = [[n, f"{us:.1f}", f"{us / int(n):.2f}"] for n, us in steps.items()]
     print_table("Scheduler, schedule + commit", ["running", "us a step", "us a sequence"], rows)
 
-    # One thread of tensor work in both, so that server and client have a core in the second.
+    # One thread for tensor work in both runs, so that server and client have a core in the second.
     config = {"cpu_threads": 1}
     offline = offline_speed(args.streams, args.tokens, config)
     served = served_speed(args.streams, args.tokens, args.front_ends, True, config)

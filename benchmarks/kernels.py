@@ -1,9 +1,9 @@
-"""How near each kernel comes to what an H200 can do: scripts/bench kernels --model NAME.
+"""Compares each kernel's time with an H200's limits: scripts/bench kernels --model NAME.
 
-Times the operations of a model's layers at the sizes they have in decode and prefill, each on
-fresh inputs in turn, of more bytes than the L2 cache holds, so that they come from memory. On a GPU
-the calls are replayed from a CUDA graph, without the host. A kernel's floor is the time in which
-the chip could move its bytes or do its arithmetic, whichever is longer.
+Times the operations of a model's layers at their sizes in decode and prefill. Calls rotate through
+inputs that together exceed the L2 cache, so that inputs are read from memory. On a GPU the calls
+are replayed from a CUDA graph, without the host. A kernel's floor is the time in which the chip
+could move its bytes or do its arithmetic, whichever is longer.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from gllm_engine.ops import Batch, PlainSampling, best_device, select_ops
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.ops.timing import times
 
-# Of one H200, measured: a copy in memory, and a bf16 product of random matrices.
+# Measured on one H200: a copy in memory, and a bf16 product of random matrices.
 BYTES_PER_S = 4.3e12
 OPS_PER_S = 790e12
 ROTATED_BYTES = 256 << 20  # several times the L2 cache
-MAX_CALLS = 1000  # what is smaller than that is bounded by its launch
+MAX_CALLS = 1000  # kernels that would need more are bounded by launch latency
 MIN_CALLS = 8
 REPLAYS = 15
 PAGE_SIZE = 16
 TOKENS = (1, 64, 256, 1024, 8192)
 GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
 MOE_TOKENS = (1, 16, 64, 512, 4096, 16384)
-ROWS = (1, 64, 512, 1024)  # sampled at once
+ROWS = (1, 64, 512, 1024)  # rows sampled in one step
 DECODE = ((1, 1024), (64, 1024), (256, 4096), (512, 1536), (1024, 512))  # rows, context
-# Rows, context, tokens of it in this step.
+# Rows, context of a row, tokens of a row in this step.
 PREFILL = ((1, 8192, 8192), (2, 8192, 8192), (16, 1024, 1024), (64, 256, 256), (4, 8192, 2048))
 
 
 class Case(NamedTuple):
-    """`make` gives a call on inputs of its own; `bytes` and `ops` are the least one call takes."""
+    """One kernel at one size. `make` returns a call with its own inputs.
+
+    `bytes` and `ops` are the minimum of bytes moved and arithmetic operations of a call.
+    """
 
     kernel: str
     size: str
@@ -56,7 +59,7 @@ class Case(NamedTuple):
 
 
 class Shape:
-    """Makes cases for one model on one device; all of its layers are like the first."""
+    """Makes cases for one model on one device; every layer is taken to be like the first."""
 
     def __init__(
         self, arch: Model, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
@@ -75,7 +78,7 @@ class Shape:
         return torch.randn(size, dtype=self.dtype, device=self.device)
 
     def rows_cases(self, tokens: int) -> Iterator[Case]:
-        """What works on each token by itself."""
+        """Operations that process each token separately."""
         dim = self.arch.dim
         hidden = self.ffn.hidden
         m = self.mixer
@@ -98,15 +101,15 @@ class Shape:
             yield Case("silu_mul", size, 3 * tokens * hidden * item, 0, activation)
         batch = self.batch([(1, 1)] * tokens if tokens <= max(ROWS) else [(tokens, tokens)])
         store = self.attention(batch, attends=False)
-        # q, k and v come, q goes; k and v go to the cache. A position's cosines and sines come too.
+        # Reads q, k and v and the position's cosines and sines; writes q, and k and v to the cache.
         numbers = (2 * m.heads + 2 * m.kv_heads) * item
         numbers += 2 * m.kv_heads * self.cache_dtype.itemsize + 4
         yield Case("rotate_and_store", size, tokens * numbers * m.head_dim, 0, store)
 
     def gemm_cases(self, tokens: int) -> Iterator[Case]:
-        """The products as layers ask for them: those after attention and activation add to a sum.
+        """Matrix products as in the layers: "out" and "down" add to the residual stream.
 
-        For one token, norm and activation are done in the same kernel, so they are in the call.
+        For one token the same kernel computes norm and activation, so the call includes them.
         """
         m = self.mixer
         dim = self.arch.dim
@@ -142,7 +145,7 @@ class Shape:
         return lambda: ops.linear(x, weight, None, norm)
 
     def moe_case(self, moe: Moe, tokens: int) -> Case:
-        """Router, routing and experts, added to a sum; each expert as likely as any other."""
+        """Router, routing and experts, added to a sum; all experts are equally likely."""
         dim = self.arch.dim
         num = moe.num_experts
         ops = self.ops
@@ -150,7 +153,7 @@ class Shape:
         def mixture() -> Callable[[], Any]:
             x, total = self.randn(2, tokens, dim)
             router = self.randn(num, dim)
-            matrices = self.experts  # of which every call reads others
+            matrices = self.experts  # each call reads another part of them
 
             def call() -> Tensor:
                 routing = ops.route(ops.linear(x, router), moe.top_k, moe.renorm)
@@ -159,14 +162,14 @@ class Shape:
             return call
 
         expert = 3 * moe.hidden * dim
-        read = num * (1 - (1 - moe.top_k / num) ** tokens)  # experts that some token chooses
+        read = num * (1 - (1 - moe.top_k / num) ** tokens)  # expected number of experts in use
         moved = round(read * expert + num * dim + 3 * tokens * dim) * self.item
         done = 2 * tokens * (moe.top_k * expert + num * dim)
         return Case("experts", f"{tokens} tokens", moved, done, mixture)
 
     @cached_property
     def experts(self) -> tuple[Tensor, Tensor]:
-        """One layer's matrices, larger than the L2 cache."""
+        """The expert weights of one layer, which are larger than the L2 cache."""
         num = self.ffn.num_experts
         dim = self.arch.dim
         hidden = self.ffn.hidden
@@ -196,10 +199,10 @@ class Shape:
         return self.attention_case("prefill", size, rows, context, chunk)
 
     def attention_case(self, kind: str, size: str, rows: int, context: int, chunk: int) -> Case:
-        """Causal attention of the last `chunk` tokens of each of some rows."""
+        """Causal attention of the last `chunk` tokens of each of `rows` rows."""
         m = self.mixer
         window = self.mixer.window or context
-        # A whole prompt attends to its K and V as they are, the rest to what the cache has.
+        # A whole prompt attends to its own K and V; other rows attend to the cache's K and V.
         kv_item = self.item if chunk == context > 1 else self.cache_dtype.itemsize
         read = 2 * m.kv_heads * min(context, chunk - 1 + window) * kv_item
         moved = rows * m.head_dim * (read + 2 * m.heads * chunk * self.item)
@@ -208,14 +211,14 @@ class Shape:
         return Case(f"attention, {kind}", size, moved, 4 * pairs * m.heads * m.head_dim, make)
 
     def batch(self, rows: list[tuple[int, int]]) -> Batch:
-        """A step of rows of (context, tokens in this step), on pages in no order."""
+        """A step of rows of (context, tokens in this step), on pages in random order."""
         counts = [-(-context // PAGE_SIZE) for context, _ in rows]
         pages = torch.randperm(sum(counts)).split(counts)
         table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
         return made_up_step(rows, table.to(self.device), PAGE_SIZE)
 
     def attention(self, batch: Batch, attends: bool = True) -> Callable[[], Callable[[], Any]]:
-        """Makes calls that attend over caches of their own, or rotate and store into them."""
+        """Make calls that attend over their own caches, or rotate and store into them."""
         m = self.mixer
         ops = self.ops
         num_pages = int(batch.page_table.max()) + 1
@@ -239,7 +242,7 @@ class Shape:
         return make
 
     def cases(self) -> Iterator[Case]:
-        """All of them. A case is to be timed before the next one is made: plans share memory."""
+        """All cases. Time each case before making the next one, because plans share memory."""
         for tokens in TOKENS:
             yield from self.rows_cases(tokens)
         yield from map(self.sample_case, ROWS)

@@ -1,7 +1,8 @@
-"""Requests over gRPC streams from several client processes, and when each response came.
+"""Sends requests over gRPC streams from several client processes and records response times.
 
-Owns the clients' processes and clocks. Knows nothing of what serves them, nor what is made of the
-times. All times are of the monotonic clock that the machine's processes share.
+This module owns the client processes and their clocks. It knows nothing of the server or of the
+evaluation of the times. All times are from the monotonic clock, which all processes of a machine
+share.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from typing import Any, NamedTuple
 from gllm_benchmarks.workloads import Job
 from gllm_client import Client, GenerateError
 
-# Ask for the text and its token count, nothing else.
+# Request the text and its token count only.
 LEAN = {
     "return_token_ids": False,
     "return_finish_reason": False,
     "return_num_input_tokens": False,
 }
-# Clients begin so many seconds after the last one is connected, for all to hear of it.
+# Seconds from the connection of the last client to the start of the load in all clients.
 BEGIN_AFTER_S = 0.25
-GIVE_UP_S = 30.0  # beyond the timeout of requests
+GIVE_UP_S = 30.0  # in addition to the timeout of requests
 
 
 class RequestRecord(NamedTuple):
-    """One request: when it was due (closed loops: sent) and sent, and each of its responses."""
+    """One request: its due time (in closed loops, its send time), send time and responses."""
 
     due: float
     sent: float
     times: list[float]
-    tokens: list[int]  # in each response
-    wanted: int  # output tokens
+    tokens: list[int]  # number in each response
+    wanted: int  # requested output tokens
     error: str | None
 
     @property
@@ -56,11 +57,11 @@ def run_load(
     sampling: dict[str, Any] | None = None,
     timeout: float = 600.0,
 ) -> list[RequestRecord]:
-    """Send all jobs and wait for their ends, in this order of jobs.
+    """Send all jobs and wait for their ends; returns the records in the order of the jobs.
 
-    `arrivals`: seconds from the beginning for each, or how many are under way at a time.
-    `timeout`: seconds for all; what has not ended then has failed. Raises RuntimeError when a
-    client fails as a whole.
+    `arrivals`: each job's seconds from the start, or the number of concurrent requests.
+    `timeout`: seconds for all jobs together; requests that have not ended then have failed. Raises
+    RuntimeError if a client process fails.
     """
     clients = min(clients, len(jobs), arrivals if isinstance(arrivals, int) else len(jobs))
     with tempfile.TemporaryDirectory(prefix="gllm-load-") as directory:
@@ -103,7 +104,7 @@ def _run_clients(tasks: list[Path], timeout: float) -> None:
 
 
 async def play(task: dict[str, Any]) -> list[RequestRecord]:
-    """A client's part."""
+    """Send one client's share of the jobs."""
     jobs = [Job(*job) for job in task["jobs"]]
     records: dict[int, RequestRecord] = {}
 

@@ -1,9 +1,9 @@
-"""How fast an engine is with every request queued at once: scripts/bench offline --model NAME.
+"""Measures an engine with all requests queued at once: scripts/bench offline --model NAME.
 
 Runs workloads of workloads.py on random weights of the model's shape (only config.json is read),
-temperature 1, no prefix cache, every output to its full length. The engine is ours, vLLM, or both
-one after the other, each in a process of its own. With --profile, also where a step's time goes on
-the GPU (ours alone).
+at temperature 1, without prefix cache, each output at its full length. The engine is ours, vLLM, or
+both in turn, each in a separate process. With --profile it also prints the GPU time of a step by
+kind of kernel (our engine only).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ VLLM = {
     "enable_prefix_caching": False,
     "dtype": "bfloat16",
     "skip_tokenizer_init": True,
-    "generation_config": "vllm",  # nothing of the model's directory but config.json
+    "generation_config": "vllm",  # read only config.json of the model's directory
     "max_num_seqs": 1024,
     "gpu_memory_utilization": 0.9,
 }
-# What both must be told alike; the rest of --config is our engine's alone.
+# Keys of --config that go to both engines; other keys go to our engine only.
 SHARED = (
     "gpu_memory_utilization",
     "max_model_len",
@@ -47,7 +47,7 @@ HEADER = ["workload", "engine", "s", "out tok/s", "tok/s", "ms/token", "first ms
 
 
 def model_directory(model: str) -> Path:
-    """A directory as given, or one of MODELS by its name. Raises SystemExit with a sentence."""
+    """`model` as a directory, or as a name in MODELS. Raises SystemExit with a sentence."""
     for path in (Path(model), MODELS / model):
         if (path / "config.json").is_file():
             return path.resolve()
@@ -56,7 +56,7 @@ def model_directory(model: str) -> Path:
 
 
 def parse_pairs(pairs: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, the value being JSON where it can be read so, else text."""
+    """Parse KEY=VALUE pairs; a value that is not valid JSON is text."""
     values: dict[str, Any] = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
@@ -70,7 +70,7 @@ def parse_pairs(pairs: list[str]) -> dict[str, Any]:
 
 
 def configure(engine: str, ours: dict[str, Any], peer: dict[str, Any], longest: int) -> Any:
-    """What an engine is started with. `longest`: tokens of the longest prompt with its output."""
+    """An engine's configuration. `longest`: most tokens of a prompt plus its output."""
     if engine == "ours":
         return OURS | ours
     shared = {key: ours[key] for key in SHARED if key in ours}
@@ -78,9 +78,10 @@ def configure(engine: str, ours: dict[str, Any], peer: dict[str, Any], longest: 
 
 
 def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: float) -> Any:
-    """The figures of one engine, which runs in a process of its own that this one outlives.
+    """Run one engine in a child process and return its figures.
 
-    Raises SystemExit when it fails or takes longer than `timeout` seconds.
+    Raises SystemExit if the engine fails or takes longer than `timeout` seconds. The child process
+    and its children have ended on return.
     """
     environment = dict(os.environ)
     driver = ["-m", "gllm_benchmarks.ours"]
@@ -90,7 +91,7 @@ def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: fl
         driver = [str(Path(__file__).with_name("peer.py"))]
     figures = Path(task["figures"])
     figures.unlink(missing_ok=True)
-    task = task | {"started": time.monotonic()}  # a clock that all processes share
+    task = task | {"started": time.monotonic()}  # all processes share this clock
     command = [sys.executable, *driver, json.dumps(task)]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
@@ -99,7 +100,7 @@ def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: fl
         raise SystemExit(f"{engine}: not done after {timeout:g} s") from None
     finally:
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes it started, if any is left
+            os.killpg(process.pid, signal.SIGKILL)  # with its remaining child processes
         except ProcessLookupError:
             pass
         process.wait()
@@ -109,14 +110,14 @@ def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: fl
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of median time (of two, the slower one), with the times of all."""
+    """The run with the median time (of two runs, the slower one), and the times of all runs."""
     times = [run["seconds"] for run in runs]
     middle = statistics.median_high(times)
     return runs[times.index(middle)] | {"all_seconds": times}
 
 
 def make_rows(work: list[dict[str, Any]], figures: dict[str, Any]) -> list[list[Any]]:
-    """A row of HEADER for each workload and engine; with two engines, also our speed by theirs."""
+    """One row of HEADER per workload and engine; with two engines, also our speed by vLLM's."""
     rows = []
     for each in [None, *work]:
         name = each["name"] if each else "start"
@@ -131,7 +132,7 @@ def make_rows(work: list[dict[str, Any]], figures: dict[str, Any]) -> list[list[
 
 
 def describe(jobs: list[Job], run: dict[str, Any]) -> list[str]:
-    """Cells of HEADER from the speeds on. A latency is told where all requests run as one batch."""
+    """Cells of HEADER from the speeds on. Latency is given if all requests run as one batch."""
     seconds = run["seconds"]
     num_steps = jobs[0].output_len
     together = len(jobs) <= 64 and len({job.output_len for job in jobs}) == 1
@@ -168,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no engine is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the engine's process too
     model = model_directory(arguments.model)
     ours = parse_pairs(arguments.config)
     peer = parse_pairs(arguments.peer_config)

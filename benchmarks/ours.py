@@ -1,6 +1,6 @@
-"""One run of our engine for offline.py, in a process of its own; peer.py is its counterpart.
+"""One run of our engine for offline.py, in a separate process; peer.py does the same for vLLM.
 
-Owns how our engine is driven and profiled. Knows nothing of tables or of what is compared.
+This module drives and profiles our engine. It knows nothing of tables or comparisons.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
-# A kernel belongs to the first kind one of whose words is in its name.
+# A kernel belongs to the first kind that has a word in the kernel's name.
 KINDS = {
     "attention": ("PrefillWith", "DecodeWith", "PersistentVariableLength", "MergeState", "_decode"),
     "norms": ("_rms_norm",),
@@ -26,7 +26,7 @@ KINDS = {
     "copies": ("Memcpy", "Memset"),
 }
 
-# Steps before the profile, where it is not 60: amid the workload's usual work.
+# Steps before the profile (default 60), so that it covers the workload's typical steps.
 SKIPPED = {"prefill": 20, "1k1k": 500}
 Jobs = list[tuple[list[int], int]]  # prompts and output tokens
 
@@ -37,9 +37,9 @@ def submit(engine: Engine, jobs: Jobs) -> None:
 
 
 def run(engine: Engine, jobs: Jobs) -> dict[str, float]:
-    """Serve the jobs; seconds in all, until the first token, steps and output tokens.
+    """Serve the jobs; returns total seconds, seconds to the first token, steps and output tokens.
 
-    Raises RuntimeError when a request has not got what it asked for.
+    Raises RuntimeError if a request did not get all its output tokens.
     """
     before = engine.stats().steps
     start = time.perf_counter()
@@ -67,7 +67,7 @@ def run(engine: Engine, jobs: Jobs) -> dict[str, float]:
 
 
 def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, float]:
-    """Milliseconds a step on the GPU by kind of kernel, over `count` steps after `skip`."""
+    """GPU milliseconds per step by kind of kernel, over `count` steps after `skip` steps."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace

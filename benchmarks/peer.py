@@ -1,6 +1,7 @@
-"""One run of vLLM for offline.py, in a process of its own; ours.py is its counterpart.
+"""One run of vLLM for offline.py, in a separate process; ours.py does the same for our engine.
 
-Run by its path, with vLLM's packages alone on PYTHONPATH: it imports nothing of this project.
+The script is run by its path with only vLLM's packages on PYTHONPATH, so it imports nothing of this
+project.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 
 
 def run(llm: Any, jobs: list[tuple[list[int], int]], vocab: int) -> dict[str, Any]:
-    """Serve the jobs, all queued at once; figures as ours.py's, None where vLLM does not tell.
+    """Serve the jobs, all queued at once; returns ours.py's figures, None if vLLM lacks a figure.
 
-    Raises RuntimeError when a request has not got what it asked for.
+    Raises RuntimeError if a request did not get all its output tokens.
     """
     from vllm import SamplingParams
 
@@ -37,7 +38,7 @@ def run(llm: Any, jobs: list[tuple[list[int], int]], vocab: int) -> dict[str, An
 
 
 def main() -> None:
-    # The script's own directory is no place for vLLM's packages to find modules in.
+    # vLLM's packages must not import modules from the script's own directory.
     here = Path(__file__).resolve().parent
     sys.path[:] = [each for each in sys.path if Path(each).resolve() != here]
     task: dict[str, Any] = json.loads(sys.argv[1])

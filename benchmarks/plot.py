@@ -1,7 +1,7 @@
-"""Drawings in SVG: panels side by side, each with a line for every name.
+"""Plots in SVG: panels side by side, each with one line per name.
 
-Knows only the figures that serve.py makes of a run. matplotlib is the [bench] extra's, so it is
-imported only where something is drawn.
+This module knows only the figures that serve.py computes from a run. matplotlib belongs to the
+[bench] extra, so it is imported only for drawing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Points = list[tuple[float, float]]
 
 
 def draw(title: str, runs: list[dict[str, Any]]) -> str:
-    """The p50 and p99 of each of PANELS by output tokens/s."""
+    """Plot the p50 and p99 of each of PANELS over output tokens/s."""
     panels = {
         name: {p: points(runs, "output_tokens_per_s", key, p) for p in ("p50", "p99")}
         for key, name in PANELS.items()
@@ -24,7 +24,7 @@ def draw(title: str, runs: list[dict[str, Any]]) -> str:
 
 
 def draw_policies(title: str, policies: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """By requests/s, a line a policy: the share within the SLO, and the median of each PANELS."""
+    """Plot the share within the SLO and the median of each of PANELS over requests/s, by policy."""
     lines = {policy: list(runs.values()) for policy, runs in policies.items()}
     shares = {n: [(r["rate"], 100 * r["goodput"]["share"]) for r in lines[n]] for n in lines}
     panels: dict[str, dict[str, Points]] = {"requests within the SLO, %": shares}
@@ -34,12 +34,12 @@ def draw_policies(title: str, policies: dict[str, dict[str, dict[str, Any]]]) ->
 
 
 def points(runs: list[dict[str, Any]], x: str, key: str, p: str) -> Points:
-    """One for each run that has the figure."""
+    """One (x, figure) point per run that has the figure."""
     return [(run[x], run[key][p]) for run in runs if run[key]]
 
 
 def drawing(title: str, x_name: str, panels: dict[str, dict[str, Points]]) -> str:
-    """SVG, the same for the same points; all axes begin at 0. Raises SystemExit."""
+    """An SVG plot, identical for identical points; all axes begin at 0. Raises SystemExit."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
-"""How a benchmark reports: a table for people, then one JSON line with all that made the figures.
+"""Reports of benchmarks: a table, then one JSON line with the figures and their conditions.
 
-Knows nothing of what was measured.
+This module does not know what was measured.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
-    """For argparse: a parser of one number from `low` to `high`; `kind` is int or float."""
+    """An argparse type: one number from `low` to `high`; `kind` is int or float."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a number") from None
-        if not low <= value <= high:  # not a number compares false
+        if not low <= value <= high:  # NaN compares false
             raise argparse.ArgumentTypeError(f"{text[:60]} is outside [{low:g}, {high:g}]")
         return value
 
@@ -39,7 +39,7 @@ def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[s
 
 
 def table_lines(header: list[str], rows: list[list[Any]]) -> list[str]:
-    """A Markdown table, so that it can be pasted where results are told."""
+    """A Markdown table, which can be pasted into documents."""
     lines = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
@@ -52,7 +52,7 @@ def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
 
 
 def record(name: str, figures: dict[str, Any], save: bool) -> None:
-    """Print the JSON line; with `save`, also write it to results/<name>.json."""
+    """Print the figures as a JSON line; with `save`, also write them to results/<name>.json."""
     line = {
         "benchmark": name,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -69,13 +69,13 @@ def record(name: str, figures: dict[str, Any], save: bool) -> None:
 
 
 def _command() -> str:
-    """As it was given, but where the files are is left out: that is nobody else's business."""
+    """The command line without directories, which are private."""
     given = [Path(sys.executable).name, *sys.orig_argv[1:]]
     return " ".join(Path(word).name if word.startswith("/") else word for word in given)
 
 
 def _rounded(value: Any) -> Any:
-    """The same with floats of five significant digits: no figure here is known any better."""
+    """`value` with floats rounded to five significant digits; no figure is more accurate."""
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -84,7 +84,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _commit() -> str:
-    """What was measured: GLLM_COMMIT where the code came without its repository."""
+    """The measured commit. GLLM_COMMIT overrides it for code without its repository."""
     if given := os.environ.get("GLLM_COMMIT"):
         return given
     describe = ("describe", "--always", "--exclude=*", "--dirty=+changes")
@@ -92,7 +92,7 @@ def _commit() -> str:
 
 
 def _hardware() -> str:
-    """How many of each chip: GPUs, then processors."""
+    """The number and names of GPUs, then of processors."""
     chips = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     chips += [line.partition(": ")[2] for line in cpuinfo if line.startswith("model name")] or [
@@ -102,7 +102,7 @@ def _hardware() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing where there is no such program or it fails."""
+    """A program's output; empty if the program is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -1,7 +1,7 @@
-"""The tables of measurements in README and docs, from benchmarks/results: scripts/bench report.
+"""Writes the tables of measurements in README and docs: scripts/bench report.
 
-Owns what stands between the two markers of each page. Takes every figure from a result as it was
-recorded, and says of each table by which command, at which commit and on what it was measured.
+This module owns the text between the two markers of each page. All figures come from the results
+recorded in benchmarks/results. Each table states its command, commit and hardware.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- Measurements: written by scripts/bench report from benchmarks/results. -->"
 END = "<!-- The end of measurements. -->"
 
-Results = dict[str, dict[str, Any]]  # by benchmark: what record.py wrote
+Results = dict[str, dict[str, Any]]  # benchmark -> the object that record.py wrote
 Sections = dict[str, dict[str, Callable[[str, Results], str]]]
 
 
@@ -29,7 +29,7 @@ def read_results(directory: Path = RESULTS) -> Results:
 
 
 def render(sections: Sections, results: Results) -> str:
-    """The sections of a page, in their order; a benchmark without a result has none."""
+    """The sections of a page in order; a benchmark without a result has no section."""
     parts = []
     for title, makers in sections.items():
         found = [
@@ -45,7 +45,7 @@ def render(sections: Sections, results: Results) -> str:
 def part(
     title: str, result: dict[str, Any], header: list[str], rows: list[list[Any]], *closing: str
 ) -> str:
-    """What was measured and how, the table, and what is to be said below it."""
+    """One section: the measurement's conditions, the table, and the `closing` paragraphs."""
     command = result["command"].partition("gllm_benchmarks.")[2]
     source = f"`scripts/bench {command}` at {result['commit']} on {result['hardware']}."
     words = [title, source, f"{result['note']}." if "note" in result else ""]
@@ -81,7 +81,7 @@ def host_part(_: str, results: Results) -> str:
 
 
 def offline_part(model: str, results: Results) -> str:
-    """One table a model: what each engine makes of each workload, and how they compare."""
+    """One table per model: each engine's speed on each workload, and their ratio."""
     result = results[f"offline-{model}"]
     header = ["workload"]
     engines = []
@@ -114,7 +114,7 @@ def sizes(name: str) -> str:
 
 
 def speed(name: str, run: dict[str, Any]) -> str:
-    """In the unit that matters for a workload: latency, prefill or output; of a start, its time."""
+    """The workload's main figure: latency, prefill speed or output speed; for a start, its time."""
     seconds = run["seconds"]
     if name == "start":
         return f"{seconds:.1f} s"
@@ -128,7 +128,7 @@ def speed(name: str, run: dict[str, Any]) -> str:
 
 
 def latencies(run: dict[str, Any], *keys: str) -> str:
-    """The p50 and p99 of each that the run has."""
+    """The p50 and p99 of each of `keys` that the run has."""
     return slashed(run[key][p] for key in keys if run[key] for p in ("p50", "p99"))
 
 
@@ -153,7 +153,7 @@ def serve_part(model: str, results: Results) -> str:
 
 
 def share_of_offline(model: str, results: Results) -> float | None:
-    """How much of the offline speed comes through the server, where both did the same work."""
+    """The served speed as a share of the offline speed; None if their workloads differ."""
     served = results[f"serve-{model}"]["figures"]
     alone = results.get(f"offline-{model}", {}).get("figures", {}).get("ours", {})
     run = served["runs"].get("all at once")
@@ -164,7 +164,7 @@ def share_of_offline(model: str, results: Results) -> float | None:
 
 
 def kernels_part(model: str, results: Results) -> str:
-    """A row a kernel: microseconds at each size, and which share of the floor that is."""
+    """One row per kernel: microseconds at each size, and the floor as a share of that time."""
     result = results[f"kernels-{model}"]
     by_kernel: dict[str, list[str]] = {}
     for about in result["figures"]["kernels"]:
@@ -176,7 +176,7 @@ def kernels_part(model: str, results: Results) -> str:
 
 
 def simulate_part(name: str, results: Results) -> str:
-    """A row a load, a column a policy."""
+    """One row per load, one column per policy."""
     result = results[f"simulate-{name}"]
     policies = result["figures"]["policies"]
     rows: dict[str, list[str]] = {}
@@ -195,7 +195,7 @@ def simulate_part(name: str, results: Results) -> str:
 
 
 def faults_part(_: str, results: Results) -> str:
-    """A row a fault and kind of ranks."""
+    """One row per fault and number of ranks."""
     result = results["faults"]
     title = (
         "A tiny model on CPU ranks, so that the time to serve again is that of starting processes: "
@@ -204,7 +204,7 @@ def faults_part(_: str, results: Results) -> str:
     return part(title, result, faults.HEADER, faults.rows(result["figures"]))
 
 
-# By page and heading: which benchmarks are told, by the beginning of their names.
+# Page -> heading -> prefix of the names of the benchmarks in that section.
 PAGES: dict[str, Sections] = {
     "README.md": {"Speed": {"offline-": offline_part}},
     "docs/benchmarks.md": {
@@ -218,7 +218,7 @@ PAGES: dict[str, Sections] = {
 
 
 def insert(page: str, text: str) -> str:
-    """The page with `text` between its markers. Raises ValueError where they are not there."""
+    """The page with `text` between its markers. Raises ValueError if a marker is missing."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -1,9 +1,9 @@
-"""How a model is served under load, over gRPC: scripts/bench serve --start MODEL --rate 2,4,8.
+"""Measures a served model under load, over gRPC: scripts/bench serve --start MODEL --rate 2,4,8.
 
-Requests of a workload (or of an Azure trace) go to tritonserver as token ids, from several client
-processes, and every output has its full length. They come all at once, in a closed loop, at random
-as from independent users (Poisson), or when the trace says. Every time is taken at the client, and
-counts from when a request was due, whether or not the client could send it then.
+Several client processes send the requests of a workload (or of an Azure trace) to tritonserver as
+token ids; every output has its full length. Requests arrive all at once, in a closed loop, as a
+Poisson process (independent users), or at the times of the trace. Every time is measured at the
+client, from the request's due time, even if the client sent it later.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from gllm_benchmarks.served_model import MODEL, server
 from gllm_benchmarks.workloads import at_rate, make_jobs, poisson, read_load, warm_up
 
 PERCENTILES = (50, 90, 99)
-# Per request, seconds: first token, each later token, gap between responses, last token.
+# Seconds per request: first token, mean of later tokens, gap between responses, last token.
 TIMES = ("ttft", "tpot", "itl", "e2e")
-LIMITED = ("ttft", "tpot", "e2e")  # what an SLO may limit
+LIMITED = ("ttft", "tpot", "e2e")  # times that an SLO may limit
 
 
-Arrivals = list[float] | int  # seconds from the beginning for each, or how many at a time
+Arrivals = list[float] | int  # seconds from the start for each, or the number of concurrent ones
 
 
 def times_of(one: RequestRecord) -> dict[str, list[float]]:
-    """By name of TIMES, the values that one complete request has, in seconds."""
+    """Name in TIMES -> the values of one complete request, in seconds."""
     first = one.times[0]
     last = one.times[-1]
     later = one.wanted - 1
@@ -50,12 +50,12 @@ def times_of(one: RequestRecord) -> dict[str, list[float]]:
 
 
 def meets(slo: dict[str, float], one: RequestRecord) -> bool:
-    """Whether a request is complete and within every limit; what it has no value for is met."""
+    """Whether a request is complete and within every limit. A time without a value is within it."""
     return one.is_complete and all(max(times_of(one)[name], default=0) <= slo[name] for name in slo)
 
 
 def summarize(records: list[RequestRecord], slo: dict[str, float]) -> dict[str, Any]:
-    """What a run's records amount to; times in milliseconds."""
+    """The figures of a run's records; times are in milliseconds."""
     complete = [one for one in records if one.is_complete]
     failed = [one for one in records if not one.is_complete]
     begin = min(r.sent for r in records)
@@ -73,7 +73,7 @@ def summarize(records: list[RequestRecord], slo: dict[str, float]) -> dict[str, 
         "output_tokens_per_s": tokens / seconds,
         "requests_per_s": len(complete) / seconds,
         "tokens_per_response": tokens / max(num_responses, 1),
-        # How late the clients sent: more than some milliseconds, and they were what was measured.
+        # The largest delay of sending. Above some milliseconds, the clients limited the results.
         "client_lag_ms": 1000 * max(one.sent - one.due for one in records),
     }
     found = [times_of(one) for one in complete]
@@ -87,7 +87,7 @@ def summarize(records: list[RequestRecord], slo: dict[str, float]) -> dict[str, 
 
 
 def distribution(values: list[float]) -> dict[str, float] | None:
-    """Mean and percentiles in milliseconds of values in seconds; None of none."""
+    """Mean and percentiles in milliseconds of values in seconds; None without values."""
     if not values:
         return None
     points = np.percentile(values, PERCENTILES) * 1000
@@ -96,7 +96,7 @@ def distribution(values: list[float]) -> dict[str, float] | None:
 
 
 def parse_slo(text: str) -> dict[str, float]:
-    """ttft=2,tpot=0.1: limits in seconds. Raises ArgumentTypeError."""
+    """Parse limits in seconds such as ttft=2,tpot=0.1. Raises ArgumentTypeError."""
     slo = {}
     seconds = number(float, 0, 1e6)
     for pair in text.split(","):
@@ -115,7 +115,7 @@ def parse_slo(text: str) -> dict[str, float]:
 def patterns(
     arguments: argparse.Namespace, recorded: list[float], count: int
 ) -> dict[str, Arrivals]:
-    """The runs asked for, by name. `recorded`: arrivals of the trace, if there is one."""
+    """Name -> arrivals of each requested run. `recorded`: the trace's arrivals, if any."""
     found: dict[str, list[float]] = {}
     if arguments.all:
         found["all at once"] = [0.0] * count
@@ -132,7 +132,7 @@ def patterns(
 def print_runs(
     title: str, runs: dict[str, dict[str, Any]], more: dict[str, list[Any]] | None = None
 ) -> None:
-    """A row a run. `more`: columns besides, by header."""
+    """Print a table with one row per run. `more`: header -> values of additional columns."""
     header = ["load", "done", "failed", "out tok/s", "req/s", "tok/response"]
     header += [f"{name} {p}" for name in TIMES for p in ("p50", "p99")] + ["goodput req/s"]
     rows: list[list[Any]] = []
@@ -175,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a real server and a simulated one are asked alike."""
+    """Add the load options that serve.py and simulate.py share."""
     add = parser.add_argument
     add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
     add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
@@ -188,14 +188,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def numbers(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], list[Any]]:
-    """For argparse: a parser of numbers from `low` to `high`, such as 2,4,8."""
+    """An argparse type: numbers from `low` to `high`, separated by commas, such as 2,4,8."""
     parse = number(kind, low, high)
     return lambda text: [parse(each) for each in text.split(",")]
 
 
 @contextlib.contextmanager
 def serving(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """The address, the model's name there and how many token ids it has."""
+    """The server's address, the model's name on it and its vocabulary size."""
     if arguments.address:
         yield arguments.address, arguments.model, arguments.vocab
         return
@@ -211,7 +211,7 @@ def serving(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the server too
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     title = Path(arguments.start or arguments.model).name
     runs: dict[str, dict[str, Any]] = {}
@@ -223,7 +223,7 @@ def main() -> None:
         for name, arrivals in patterns(arguments, recorded, len(pairs)).items():
             found = []
             for _ in range(arguments.repeat):
-                seed += 1  # new prompts, which no cache can know
+                seed += 1  # new prompts, which no cache holds
                 count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
                 jobs = make_jobs(pairs[:count], vocab, seed)
                 records = run_load(address, model, jobs, arrivals, **options)

@@ -1,7 +1,7 @@
-"""A tritonserver for a benchmark: one model, free ports, gone at the end.
+"""A tritonserver for a benchmark, with one model and free ports; it is stopped at the end.
 
-Owns the model repository made for it, and what a shape without a tokenizer is served with. Knows
-nothing of load.
+This module owns the server's model repository, and makes a tokenizer for models without one. It
+knows nothing of load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from gllm_client.supervisor import write_model
 
-MODEL = "m"  # its name in the server
+MODEL = "m"  # the model's name on the server
 START_S = 300.0
 
 
@@ -27,10 +27,11 @@ START_S = 300.0
 def server(
     model: Path, front_ends: int, parameters: dict[str, str], config: dict[str, Any]
 ) -> Iterator[str]:
-    """A `gllm serve` that serves `model` as MODEL; gives its gRPC address.
+    """Run `gllm serve` with `model` as MODEL; yields its gRPC address.
 
-    `parameters`: of config.pbtxt. `config`: keys of model.json. A model without a tokenizer gets
-    one made up. Raises RuntimeError with the server's log when it is not ready after START_S.
+    `parameters`: parameters in config.pbtxt. `config`: keys of model.json. A model without a
+    tokenizer gets a generated one. Raises RuntimeError with the server's log if the server is not
+    ready after START_S.
     """
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
         repository = Path(directory, "repository")
@@ -42,10 +43,10 @@ def server(
         with (
             log.open("w") as file,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file) as process,
-        ):  # whose end is waited for; if need be it ends the server by force
+        ):  # leaving the block waits for its end; it kills a server that does not stop
             try:
                 ready, _, _ = select([process.stdout], [], [], START_S)
-                if not ready or not process.stdout.readline():  # no line: it has ended
+                if not ready or not process.stdout.readline():  # no line: the server has ended
                     raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
                 yield f"127.0.0.1:{grpc}"
             finally:
@@ -59,7 +60,7 @@ def write_repository(
     parameters: dict[str, str],
     config: dict[str, Any],
 ) -> None:
-    """The files of one model: config.pbtxt and 1/model.json."""
+    """Write one model's files: config.pbtxt and 1/model.json."""
     has_tokenizer = (model / "tokenizer.json").is_file() or "tokenizer" in config
     made_up = {} if has_tokenizer else {"tokenizer": "."}
     write_model(directory, {"model": str(model)} | made_up | config, front_ends)
@@ -72,10 +73,10 @@ def write_repository(
 
 
 def made_up_tokenizer(vocab: int) -> dict[str, Any]:
-    """A tokenizer.json whose every token is a short word, so that text costs what text costs."""
+    """A tokenizer.json in which every token is a short word, so that text has a realistic cost."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     byte_level["trim_offsets"] = True
-    words = {f"\u0120{id:x}": id for id in range(vocab)}  # U+0120 spells a space
+    words = {f"\u0120{id:x}": id for id in range(vocab)}  # U+0120 stands for a space
     model = {"type": "BPE", "vocab": words, "merges": []}
     both = {"pre_tokenizer": byte_level, "decoder": byte_level}
     return {"version": "1.0", "added_tokens": [], "model": model} | both

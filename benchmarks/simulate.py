@@ -1,10 +1,10 @@
-"""Pipelines that nobody has yet: scripts/bench simulate --pp 4 --stage params=8e9 kv_bytes=65536
+"""Simulates pipelines without GPUs: scripts/bench simulate --pp 4 --stage params=8e9 kv_bytes=65536
 
-The scheduler and its policies are the real ones; in place of GPUs there is a cost for each stage,
-and time is only counted. What stages cost comes from measured steps (--steps FILE), from a model's
-config.json (--model DIR), or from numbers (--stage: fields of Roofline). A step passes through the
-stages in order, each stage computes one step at a time, and between two of them its activations
-travel. The host takes no time. Without --rate, requests come as the trace says, or all at once.
+The scheduler and its policies are the real ones. A cost model for each stage replaces the GPUs, and
+time is simulated. Costs come from measured steps (--steps FILE), from a model's config.json
+(--model DIR), or from numbers (--stage: fields of Roofline). A step passes through the stages in
+order, each stage computes one step at a time, and sending activations to the next stage takes time.
+The host takes no time. Without --rate, requests arrive at the times of the trace, or all at once.
 The same seed gives the same figures.
 """
 
@@ -42,8 +42,8 @@ from gllm_engine import (
 
 Cost = Callable[[Work], float]  # seconds
 
-_PASSES = 20  # over measured steps, for the fit to settle
-GOOD_SHARE = 0.9  # of requests within the SLO, for a rate to count as served
+_PASSES = 20  # passes over the measured steps, so that the fit converges
+GOOD_SHARE = 0.9  # a rate counts as served if this share of requests meets the SLO
 DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 1024,
     "max_num_batched_tokens": 2048,
@@ -53,19 +53,19 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Roofline(NamedTuple):
-    """Seconds of a part of a model by what memory and arithmetic need at least."""
+    """Lower bound of the seconds of a part of a model, by memory and arithmetic."""
 
-    bandwidth: float  # bytes/s that are reached
-    flops: float  # per second that are reached
-    params: float  # stored
-    active: float = inf  # of these, used for one token; at most all
+    bandwidth: float  # achieved bytes/s
+    flops: float  # achieved operations/s
+    params: float  # stored parameters
+    active: float = inf  # parameters used for one token; at most `params` count
     param_bytes: float = 2.0
-    kv_bytes: float = 0.0  # of one token
-    pair_flops: float = 0.0  # for one token that attends to one
+    kv_bytes: float = 0.0  # K and V of one token
+    pair_flops: float = 0.0  # operations for one token to attend to one token
     step: float = 0.0
 
     def seconds(self, work: Work) -> float:
-        """Weights are read while they are used; attention comes after."""
+        """Seconds of a step. Reading weights overlaps with their use; attention does not."""
         used = min(self.params, self.active) * work.tokens
         read = min(self.params, used) * self.param_bytes / self.bandwidth
         weights = max(read, 2 * used / self.flops)
@@ -74,10 +74,10 @@ class Roofline(NamedTuple):
 
 
 class Pipeline:
-    """Stages in a row, first come first served; all of a step's times are known at its launch.
+    """Pipeline stages that serve steps in order; launch() computes all times of a step.
 
-    `head`: what the last stage does besides, for rows that sample. `travel`: from one stage to the
-    next, in seconds; it keeps no stage busy. A decode row waits for the token that it computes.
+    `head`: the last stage's additional cost for rows that sample. `travel`: seconds from one stage
+    to the next, which keep no stage busy. A decode row waits until its input token is sampled.
     """
 
     def __init__(self, stages: list[Cost], head: Cost, travel: Cost) -> None:
@@ -86,11 +86,11 @@ class Pipeline:
         self._head = head
         self._travel = travel
         self._free = [0.0] * len(stages)
-        self._lengths: dict[int, int] = {}  # by slot, of what is computed
-        self._sampled: dict[int, float] = {}  # by slot, when its last token is known
+        self._lengths: dict[int, int] = {}  # slot -> number of computed tokens
+        self._sampled: dict[int, float] = {}  # slot -> time at which its last token is known
 
     def launch(self, plan: StepPlan, now: float) -> tuple[float, StepResult]:
-        """When the step ends, and its result."""
+        """The time at which the step ends, and its result."""
         work = self._work(plan)
         slots = plan.decode_slots + [chunk.slot for chunk in plan.chunks if chunk.samples]
         head = self._head(Work(len(slots), 0, 0, len(slots))) if slots else 0.0
@@ -120,7 +120,7 @@ class Pipeline:
 
 class Run(NamedTuple):
     records: list[RequestRecord]
-    idle: list[float]  # share of the time from the first arrival to the last token, by stage
+    idle: list[float]  # each stage's idle share of the time from first arrival to last token
     steps: int
     preemptions: int
 
@@ -128,7 +128,7 @@ class Run(NamedTuple):
 def simulate(
     config: EngineConfig, policy: Policy, pipeline: Pipeline, pairs: Lengths, arrivals: list[float]
 ) -> Run:
-    """The engine's loop, in simulated time. Every request's output has its full length."""
+    """Run the engine's loop in simulated time. Every request's output has its full length."""
     assert config.num_pages is not None
     scheduler = Scheduler(config, config.num_pages, max(map(sum, pairs)) + 1, (), policy)
     times: list[list[float]] = [[] for _ in pairs]
@@ -163,7 +163,7 @@ def simulate(
 
 
 def read_cost(about: Any) -> Cost:
-    """Of one stage: a CostModel's coefficients, or measured steps that it is fitted to.
+    """The cost of one stage, from a CostModel's coefficients or fitted to measured steps.
 
     `about`: an object {"step": ..., "token": ...}, or a list of objects with the counts of Work
     and "seconds". Raises ValueError for anything else.
@@ -180,7 +180,7 @@ def read_cost(about: Any) -> Cost:
 
 
 def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
-    """Of a stage, and of the head."""
+    """The costs of a stage and of the head."""
     if arguments.steps:
         about = json.loads(arguments.steps.read_text())
         parts = about if isinstance(about, dict) and "stage" in about else {"stage": about}
@@ -203,7 +203,7 @@ def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
 
 
 def served_rate(runs: dict[str, dict[str, Any]]) -> float | None:
-    """The highest rate at which, as at all lower ones, GOOD_SHARE of requests meet the SLO."""
+    """The highest rate up to which GOOD_SHARE of requests meet the SLO at every rate."""
     by_rate = sorted(runs.values(), key=lambda run: run["rate"])
     good = takewhile(lambda run: run["goodput"]["share"] >= GOOD_SHARE, by_rate)
     return max((run["rate"] for run in good), default=None)
@@ -236,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", **pairs, help="of the engine")
     add("--name", default="simulate", help="of the result: simulate-NAME")
     add_load_arguments(parser)
-    parser.set_defaults(concurrency=[], seconds=None)  # what patterns knows besides
+    parser.set_defaults(concurrency=[], seconds=None)  # options that serve.patterns also reads
     arguments = parser.parse_args()
     arguments.all = not (arguments.rate or arguments.trace)
     arguments.policies = arguments.policies.split(",")
@@ -255,9 +255,9 @@ def sweep(
     loads: dict[str, list[float]],
     pairs: Lengths,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """By policy and load, what summarize makes of the run, and a little more.
+    """Policy -> load -> the figures of summarize() and of the simulated run.
 
-    `loads`: seconds of all arrivals, by name.
+    `loads`: name -> arrival times in seconds.
     """
     stage, head = costs
     depth = {"pipeline_parallel_size": arguments.pp, "plans_in_flight": arguments.pp + 1}
@@ -285,7 +285,7 @@ def main() -> None:
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     try:
         costs = make_costs(arguments)
-    except (OSError, TypeError, ValueError) as error:  # a file or a name that is none
+    except (OSError, TypeError, ValueError) as error:  # an unreadable file or an invalid name
         raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
     found = sweep(arguments, costs, patterns(arguments, recorded, len(pairs)), pairs)
     title = f"{len(pairs)} requests of {workload}, {arguments.pp} stages, simulated"

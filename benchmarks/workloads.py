@@ -1,6 +1,6 @@
-"""What the benchmarks compute: lengths of prompts and outputs and times of arrival, reproducible.
+"""The benchmarks' workloads: reproducible prompt lengths, output lengths and arrival times.
 
-Knows no engine. Prompts are random token ids, so that nothing is shared between them.
+This module knows no engine. Prompts are random token ids, so that they share no prefixes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of every size that matters
+WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of all relevant sizes
 WARM_UP_OUTPUT_LEN = 8
 Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) of each request
 
@@ -26,7 +26,7 @@ class Job(NamedTuple):
 
 
 def lengths(name: str) -> Lengths:
-    """The requests of a workload of WORKLOADS, or of one spelled out: fixed:COUNT:IN:OUT.
+    """The lengths of a workload in WORKLOADS, or of fixed:COUNT:IN:OUT.
 
     Raises ValueError for any other name.
     """
@@ -44,7 +44,7 @@ def lengths(name: str) -> Lengths:
 
 
 def _is_count(text: str) -> bool:
-    """Whether it is a number from 1 to 9,999,999."""
+    """Whether `text` is a number from 1 to 9,999,999."""
     return text.isdecimal() and len(text) < 8 and int(text) > 0
 
 
@@ -70,8 +70,8 @@ def read_azure(path: Path, limit: int | None = None) -> tuple[list[float], Lengt
     """Arrivals (seconds since the first) and lengths of an Azure LLM inference trace.
 
     `path`: a CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens (Azure public
-    dataset, 2023). `limit`: only so many requests of its beginning. Raises ValueError for a file
-    that is none.
+    dataset, 2023). `limit`: read only this many requests from its start. Raises ValueError for a
+    file that is no such trace.
     """
     arrivals: list[float] = []
     pairs: Lengths = []
@@ -80,7 +80,7 @@ def read_azure(path: Path, limit: int | None = None) -> tuple[list[float], Lengt
             if len(pairs) == limit:
                 break
             try:
-                # Python before 3.11 reads no more than six digits of a second.
+                # Python before 3.11 parses at most six digits of a second's fraction.
                 at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
                 pair = int(row["ContextTokens"]), int(row["GeneratedTokens"])
             except (KeyError, TypeError, ValueError) as error:
@@ -95,26 +95,26 @@ def read_azure(path: Path, limit: int | None = None) -> tuple[list[float], Lengt
 def read_load(
     workload: str, trace: Path | None, limit: int | None
 ) -> tuple[str, list[float], Lengths]:
-    """The name of what was chosen, its arrivals if it is a trace, and its lengths."""
+    """The name of the workload or trace, the trace's arrivals (else empty), and the lengths."""
     if trace is not None:
         return trace.name, *read_azure(trace, limit)
     return workload, [], lengths(workload)[:limit]
 
 
 def at_rate(arrivals: list[float], rate: float) -> list[float]:
-    """The same arrivals, sped up or slowed down to `rate` requests a second on the whole."""
+    """`arrivals` with time scaled to a mean of `rate` requests per second."""
     factor = (len(arrivals) - 1) / rate / (arrivals[-1] or 1.0)
     return [at * factor for at in arrivals]
 
 
 def poisson(count: int, rate: float, seed: int = 0) -> list[float]:
-    """Arrivals of independent users: `rate` requests a second in the mean, the first at 0."""
+    """Poisson arrivals (independent users): a mean of `rate` requests/s, the first at 0."""
     draws = random.Random(seed)
     return list(accumulate((draws.expovariate(rate) for _ in range(count - 1)), initial=0.0))
 
 
 def _share() -> Lengths:
-    """2,000 requests whose lengths are spread like those of conversations."""
+    """2,000 requests with the length distribution of conversations."""
     draws = random.Random(0)
 
     def draw(mean: float, sigma: float, high: int) -> int:

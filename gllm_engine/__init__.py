@@ -1,6 +1,6 @@
-"""gllm_engine: an LLM inference engine. These names are public; everything else is internal.
+"""gllm_engine: an LLM inference engine. The names below are public; everything else is internal.
 
-They are imported on first use, so that a front end or a scheduler test never pays for torch.
+Each name is imported on first use, so that front ends and scheduler tests do not import torch.
 """
 
 from __future__ import annotations

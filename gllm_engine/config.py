@@ -1,6 +1,7 @@
-"""The engine's configuration: one frozen object, validated once, never written back.
+"""The engine's configuration: one frozen object, validated once and never changed.
 
-A field's name is the CLI flag and the key of model.json. Knows nothing of how a value is used.
+A field's name is the CLI flag and the key in model.json. This module does not know how values are
+used.
 """
 
 from __future__ import annotations
@@ -16,56 +17,56 @@ from gllm_engine.files import read_object, shown
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message names the key, what it was, what is allowed."""
+    """An invalid configuration. The message gives the key, its value and the allowed values."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to run one model. Keys that vLLM also has carry vLLM's name and meaning."""
 
-    model: str  # a directory; relative to model.json's own
-    tokenizer: str | None = None  # a directory; default: the model's
-    # none: no model is run, tokens are made up at once; for measuring what is around the model
+    model: str  # model directory; a relative path starts at the directory of model.json
+    tokenizer: str | None = None  # tokenizer directory; default: the model's directory
+    # none: no model runs and tokens are made up, to measure the cost of everything else
     device: Literal["auto", "cpu", "cuda", "none"] = "auto"
-    # auto: float32 on CPUs, the checkpoint's own type on GPUs
+    # type of weights and activations; auto: float32 on CPUs, the checkpoint's type on GPUs
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # fp8: K and V are rounded to float8_e4m3fn, one byte a number; auto: they have dtype
+    # fp8: K and V are rounded to float8_e4m3fn, one byte a number; auto: same type as dtype
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    # dummy: random weights, and only config.json is read; for benchmarks
+    # dummy: random weights for benchmarks; of the checkpoint only config.json is read
     load_format: Literal["auto", "dummy"] = "auto"
-    enforce_eager: bool = False  # no CUDA graphs
-    max_model_len: int | None = None  # tokens; default: what the checkpoint was trained for
+    enforce_eager: bool = False  # run without CUDA graphs
+    max_model_len: int | None = None  # prompt plus output tokens; default: the checkpoint's limit
     max_num_seqs: int = 0  # sequences in one step; default: 256, on GPUs 1024
     max_num_batched_tokens: int = 0  # tokens in one step; default: 2048, on GPUs 8192
-    max_waiting: int = 4096  # sequences queued; one more is refused as "queue full"
-    # tokens of prompts in that queue, however few; a prompt that would wait alone is always taken
+    max_waiting: int = 4096  # limit of queued sequences; further ones are refused ("queue full")
+    # limit of prompt tokens in the queue; an empty queue accepts a prompt of any length
     max_waiting_tokens: int = 2**23
-    page_size: int = 16  # tokens
-    num_pages: int | None = None  # default: as many as kv_cache_gib holds
-    # default: 1 on CPUs; on GPUs what gpu_memory_utilization leaves
+    page_size: int = 16  # tokens in one KV cache page; a power of two
+    num_pages: int | None = None  # KV cache pages; default: the number that fits kv_cache_gib
+    # KV cache size in GiB; default: 1 on CPUs; on GPUs the memory left by gpu_memory_utilization
     kv_cache_gib: float | None = None
-    gpu_memory_utilization: float = 0.9  # share of the GPU's memory to use for everything
+    gpu_memory_utilization: float = 0.9  # share of GPU memory for weights, KV cache and all else
     enable_prefix_caching: bool = True
-    # 1: a step is planned when the one before has ended; default: 1, on GPUs 2, of a pipeline one
-    # more than it has stages
+    # steps planned before their predecessors end; 1: planning waits for the previous step;
+    # default: 1, on GPUs 2, in a pipeline the number of stages plus 1
     plans_in_flight: int = 0
-    pipeline_parallel_size: int = 1  # stages, each a run of layers
+    pipeline_parallel_size: int = 1  # pipeline stages; each stage has consecutive layers
     tensor_parallel_size: int = 1  # ranks that share each layer
-    # Mixture-of-experts models: a rank has whole experts, not a part of each
+    # mixture-of-experts models: each rank holds whole experts, not a slice of every expert
     enable_expert_parallel: bool = False
-    assigned_layers: str | None = None  # of each stage, as in 16,16,17,15; default: cut by cost
-    nnodes: int = 1  # machines that the ranks are on, evenly; others join by gllm_engine.worker
-    master_addr: str | None = None  # of this machine, where workers of other nodes find it
-    master_port: int = 29500  # and the next one, for torch.distributed
+    assigned_layers: str | None = None  # layers of each stage (16,16,17,15); default: even cost
+    nnodes: int = 1  # machines, with equal numbers of ranks; others run gllm_engine.worker
+    master_addr: str | None = None  # address of this machine; workers on other nodes connect to it
+    master_port: int = 29500  # port for workers; torch.distributed uses the next port
     cluster_key_file: str | None = None  # a secret of at least 32 bytes, the same on every node
-    # auto: token_throttling in a pipeline, else chunked_prefill
+    # auto: token_throttling in a pipeline, otherwise chunked_prefill
     schedule_policy: Literal["auto", "chunked_prefill", "token_throttling", "cost_throttling"] = (
         "auto"
     )
-    # The throttling policies: one in so many of the tokens waiting for prefill is in a step ...
+    # throttling policies: steps over which the prefill backlog is spread
     prefill_drain_steps: int = 8
-    min_prefill_tokens: int = 32  # ... but at least so many are, as far as they fit
-    cpu_threads: int = 0  # for tensor work; 0: all cores but one, which the server needs
-    drain_timeout_s: float = 30.0  # a reload waits so long for running work of the old engine
+    min_prefill_tokens: int = 32  # throttling policies: least prefill tokens in one step
+    cpu_threads: int = 0  # threads for tensor work; 0: all cores but one, which the server needs
+    drain_timeout_s: float = 30.0  # seconds that a reload waits for running requests to finish
     log_requests: bool = True
 
     def __post_init__(self) -> None:
@@ -101,13 +102,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def policy(self) -> str:
-        """The schedule policy that is meant."""
+        """The schedule policy, with "auto" resolved."""
         if self.schedule_policy != "auto":
             return self.schedule_policy
         return "token_throttling" if self.pipeline_parallel_size > 1 else "chunked_prefill"
 
     def stage_layers(self) -> tuple[int, ...] | None:
-        """assigned_layers as numbers; None: to be chosen. Raises ConfigError."""
+        """assigned_layers as numbers; None if it is not set. Raises ConfigError."""
         if self.assigned_layers is None:
             return None
         words = [word.strip() for word in self.assigned_layers.split(",")]
@@ -121,12 +122,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def _is_count(text: str) -> bool:
-    """Whether it is a number from 1 to 9999."""
+    """Whether `text` is a number from 1 to 9999."""
     return text.isdecimal() and len(text) < 5 and int(text) > 0
 
 
 def _is_address(text: str) -> bool:
-    """Whether it is one machine's: 0.0.0.0 would be any network's, and fe80::1 is every cable's."""
+    """Whether `text` is the address of one machine.
+
+    0.0.0.0 stands for every interface. Link-local addresses such as fe80::1 repeat on every link.
+    """
     try:
         address = ip_address(text)
         return not (address.is_unspecified or address.version == 6 and address.is_link_local)
@@ -157,7 +161,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def settle(config: EngineConfig, on_gpu: bool) -> EngineConfig:
-    """A copy in which what was left to the device is chosen: every 0 that means "default"."""
+    """A copy in which every 0 that means "default" is replaced by the device's default."""
     tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     tokens = max(tokens, config.max_num_seqs)
     stages = config.pipeline_parallel_size
@@ -171,9 +175,9 @@ def settle(config: EngineConfig, on_gpu: bool) -> EngineConfig:
 
 
 def make_config(values: dict[str, Any], directory: Path | None = None) -> EngineConfig:
-    """Validate `values` (model.json, CLI flags). Relative paths are taken from `directory`.
+    """Validate `values` (model.json, CLI flags). Relative paths are relative to `directory`.
 
-    Raises ConfigError for an unknown key, a wrong type, a value out of range, a missing model.
+    Raises ConfigError for an unknown key, a wrong type, a value out of range or a missing model.
     """
     unknown = sorted(set(values) - set(EngineConfig.__struct_fields__))
     if unknown:
@@ -206,14 +210,14 @@ def _is_text(value: str) -> bool:
 def _resolve(key: str, path: Path) -> str:
     try:
         return str(path.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; no name of a file
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or an invalid name
         raise ConfigError(f"{key}: {shown(str(path))} is no path ({error})") from None
 
 
 def read_config(path: Path) -> EngineConfig:
-    """Read model.json; relative paths in it are relative to the file's directory.
+    """Read model.json. Relative paths in it are relative to its directory.
 
-    Raises ConfigError, which names the file.
+    Raises ConfigError, whose message names the file.
     """
     values = read_object(path, ConfigError)
     try:

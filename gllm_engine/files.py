@@ -1,9 +1,9 @@
-"""Reading the files of a checkpoint, which may come from anybody and may be anything.
+"""Reads the files of a checkpoint, which is untrusted.
 
-Every file of a checkpoint is opened here: only if it is regular, so that no FIFO or device makes a
-start wait for ever, and no more of it is read than fits a limit. A link may lead anywhere, as those
-of Hugging Face's cache lead out of the checkpoint's directory; what it leads to must be a regular
-file. Every complaint is one sentence that names the file. Knows nothing of what a file means.
+This module opens every file of a checkpoint. It opens regular files only, so that no FIFO or device
+blocks the start, and limits the bytes read. A symbolic link may lead out of the checkpoint's
+directory, as links in Hugging Face's cache do; its target must be a regular file. Every error
+message is one sentence that names the file. This module does not interpret contents except JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 # The index of a checkpoint with 150,000 tensors takes 15 MB.
 MAX_JSON_BYTES = 64 << 20
-# Far below what Python's own recursion can follow, also in what is done with the values later.
+# Far below Python's recursion limit, also for later code that walks the values.
 MAX_JSON_DEPTH = 100
 
 _KINDS = (
@@ -35,10 +35,10 @@ def open_file(path: Path, wrong: type[Exception]) -> BinaryIO:
         kinds = [kind for is_kind, kind in _KINDS if is_kind(status.st_mode)]
         if kinds:
             raise wrong(f"{path}: cannot be read (it is {kinds[0]}, not a file)")
-        # So are the files in /proc, some of which wait for what is to come.
+        # Files in /proc have size 0 too, and reading some of them blocks.
         if not status.st_size:
             raise wrong(f"{path}: is empty")
-        # What replaces the file at this very moment cannot make the opening wait either.
+        # O_NONBLOCK: open() does not block even if a FIFO replaces the file after the check.
         return os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     except OSError as error:
         raise wrong(f"{path}: cannot be read ({error.strerror})") from None
@@ -57,16 +57,16 @@ def read_file(path: Path, wrong: type[Exception], max_bytes: int = MAX_JSON_BYTE
 
 
 def read_object(path: Path, wrong: type[Exception]) -> dict[str, Any]:
-    """The JSON object in a file. Raises `wrong` with a sentence for any other content, or none."""
+    """The JSON object in a file. Raises `wrong` with a sentence for any other content."""
     return parse_object(path, read_file(path, wrong), wrong)
 
 
 def parse_object(path: Path, data: bytes, wrong: type[Exception]) -> dict[str, Any]:
-    """The JSON object that `data`, which is from the file at `path`, spells.
+    """Parse `data`, the content of the file at `path`, as a JSON object.
 
-    Raises `wrong` for what is not JSON in UTF-8, is nested deeper than MAX_JSON_DEPTH, or has a key
-    twice: readers differ in which value they take then. NaN and Infinity, which Python writes, are
-    left to whoever reads the number.
+    Raises `wrong` if it is not JSON in UTF-8, is nested deeper than MAX_JSON_DEPTH, or repeats a
+    key, because JSON readers differ in which value they take. NaN and Infinity, which Python
+    writes, are accepted; callers check numbers.
     """
     try:
         values = json.loads(data.decode(), object_pairs_hook=_without_repetition)
@@ -83,8 +83,9 @@ def parse_object(path: Path, data: bytes, wrong: type[Exception]) -> dict[str, A
 
 
 def shown(value: object, most: int = 100) -> str:
-    """A value out of a file, for a sentence: on one line, of at most so many characters, none of
-    which an output refuses. What is too long loses its middle.
+    """Format a file's value for a message: one line of at most `most` printable characters.
+
+    The middle of a longer value is cut out.
     """
     try:
         text = value if isinstance(value, str) and value.isprintable() else ascii(value)

@@ -1,6 +1,6 @@
-"""Processes of this machine: telling them apart, waiting for their end, ending with them.
+"""Processes of this machine: identify them, wait for their end, end this process with another.
 
-Knows pids; nothing of what a process does.
+This module knows pids and nothing of what a process does.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import msgspec
 
 
 class Process(msgspec.Struct, frozen=True):
-    """A process, told apart from a later one with the same pid by its start time."""
+    """A process. The start time distinguishes it from a later process with the same pid."""
 
     pid: int
     start: int  # clock ticks since boot
 
     @staticmethod
     def of(pid: int) -> Process | None:
-        """The running process with this pid; None when there is none or only a zombie."""
+        """The running process with this pid; None if there is none or it is a zombie."""
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
@@ -37,9 +37,9 @@ class Process(msgspec.Struct, frozen=True):
 
 
 def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> None:
-    """End this process, whatever it is doing, as soon as `owner` has ended; after calling `last`.
+    """Call `last` and end this process as soon as `owner` has ended, whatever this process does.
 
-    By a thread of its own, which alone can end a process whose other threads wait for the dead.
+    A separate thread watches, because all other threads may be waiting for the dead process.
     """
 
     def end() -> NoReturn:
@@ -60,8 +60,9 @@ def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> 
 
 
 def end_with_any_thread() -> None:
-    """From now on a thread that ends by an exception ends this process: its death is noticed by
-    others, a thread's that it has silently lost is not.
+    """From now on, end this process when an exception ends one of its threads.
+
+    Other processes notice the death of a process, but not the loss of a thread in it.
     """
 
     def end(ended: threading.ExceptHookArgs) -> None:
@@ -73,12 +74,12 @@ def end_with_any_thread() -> None:
 
 
 def end_with_parent() -> None:
-    """For a front end: end this process as soon as its parent, tritonserver, has ended."""
+    """End this process, a front end, as soon as its parent, tritonserver, has ended."""
     end_with(Process.of(os.getppid()))
 
 
 def wait_end(pidfd: int, timeout_s: float | None) -> bool:
-    """Wait at most `timeout_s` seconds, or for ever if None: whether the process has ended."""
+    """Whether the process ends within `timeout_s` seconds; None waits without limit."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))

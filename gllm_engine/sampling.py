@@ -1,7 +1,7 @@
-"""Sampling parameters: every field, its range and its default, checked once at the door.
+"""Sampling parameters: every field, its range and its default, validated once on arrival.
 
-Owns what a user may ask of a generation and the sentence they get when it is out of range.
-Knows nothing of tokens, text or tensors.
+This module owns the validation of a request's parameters and its error messages. It knows nothing
+of tokens, text or tensors.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MAX_N = 64
 MAX_STOPS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 1024
-MAX_CHOICES = 1024  # ten thousand take seconds to compile
+MAX_CHOICES = 1024  # compiling 10,000 choices takes seconds
 UNBOUNDED = 2**62
 
 
 class InvalidField(ValueError):
-    """A request field that cannot be honoured; the message names the field and its limit."""
+    """An invalid request field; the message names the field and its limit."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -34,9 +34,9 @@ class InvalidField(ValueError):
 class StructuredOutputs(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """What form a text must have: exactly one of the first six is set.
+    """The form that the output must have. Exactly one of the first six fields is set.
 
-    The two about white space go with `json` and `json_object`.
+    The two white space fields are allowed only with `json` or `json_object`.
     """
 
     json: str | None = None  # a JSON schema, as JSON text
@@ -45,7 +45,7 @@ class StructuredOutputs(
     grammar: str | None = None  # Lark, or GBNF (root ::= ...)
     json_object: bool = False  # any JSON object
     structural_tag: str | None = None  # JSON text: {"structures": [...], "triggers": [...]}
-    whitespace_pattern: str | None = None  # a regex: what may stand between JSON's tokens
+    whitespace_pattern: str | None = None  # regex for white space between JSON tokens
     disable_any_whitespace: bool = False
 
 
@@ -55,11 +55,11 @@ FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 class SamplingParams(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """How to choose tokens and when to stop. Defaults are those of vLLM's SamplingParams.
+    """How tokens are chosen and when generation stops. Defaults are those of vLLM.
 
-    `max_tokens` None: until the model's length. `temperature` 0: greedy. `top_k` 0 or -1: off.
-    `seed` None: drawn at random. `priority`: lower is served sooner. `cache_salt`: prompts with
-    different salts never share prefix-cache pages.
+    `max_tokens` None: up to the model's length. `temperature` 0: greedy. `top_k` 0 or -1: off.
+    `seed` None: a random seed. `priority`: lower values are served sooner. `cache_salt`: prompts
+    with different salts never share prefix-cache pages.
     """
 
     max_tokens: int | None = 16
@@ -87,7 +87,7 @@ class SamplingParams(
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
-        for field in ("stop", "bad_words"):  # one string, or a list, from Python callers
+        for field in ("stop", "bad_words"):  # Python callers may give one string or a list
             value = getattr(self, field)
             strings = (value,) if isinstance(value, str) else tuple(value)
             msgspec.structs.force_setattr(self, field, strings)
@@ -144,7 +144,7 @@ _MOST = {
     "logit_bias": MAX_LOGIT_BIAS,
 }
 
-# Inclusive bounds. NaN compares false with both, so it is refused too.
+# Inclusive bounds. NaN compares false with both bounds, so it is refused too.
 _RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (1, UNBOUNDED),
     "min_tokens": (0, UNBOUNDED),
@@ -166,10 +166,10 @@ _RANGES: dict[str, tuple[float, float]] = {
 def parse_sampling(values: dict[str, Any]) -> SamplingParams:
     """Build SamplingParams from loosely typed values (JSON, request parameters).
 
-    Numbers and booleans may come as strings ("temperature": "0"); lists as one string or as JSON
-    text. None (JSON null) is a value where a field has it (max_tokens: no limit), else not given.
-    Raises InvalidField naming the field for an unknown key, a wrong type, or a value out
-    of range.
+    Numbers and booleans may be strings ("temperature": "0"). Lists may be one string or JSON text.
+    None (JSON null) is a value for fields that allow None (max_tokens: no limit); for other fields
+    it means "not given". Raises InvalidField, which names the field, for an unknown key, a wrong
+    type or a value out of range.
     """
     known = SamplingParams.__struct_fields__
     converted: dict[str, Any] = {}
@@ -177,7 +177,7 @@ def parse_sampling(values: dict[str, Any]) -> SamplingParams:
         if key not in known:
             problem = f"unknown sampling parameter; known are {', '.join(known)}"
             raise InvalidField(shorten(key), problem)
-        if value is None and key not in _NULLABLE:  # JSON null is "not given"
+        if value is None and key not in _NULLABLE:  # JSON null means "not given"
             continue
         converted[key] = _coerce(key, value)
     return SamplingParams(**converted)
@@ -186,7 +186,7 @@ def parse_sampling(values: dict[str, Any]) -> SamplingParams:
 def _coerce(key: str, value: Any) -> Any:
     try:
         converted = msgspec.convert(_loosen(key, value), _HINTS[key], strict=False)
-        msgspec.json.encode(converted)  # what cannot be said in UTF-8 cannot reach the engine
+        msgspec.json.encode(converted)  # the engine gets UTF-8; raises for a lone surrogate
         return converted
     except InvalidField:
         raise
@@ -200,7 +200,7 @@ def _coerce(key: str, value: Any) -> Any:
 
 
 def _loosen(key: str, value: Any) -> Any:
-    """Undo what JSON-in-a-string and one-string-for-a-list did to a value."""
+    """Undo loose typing: JSON in a string, one value for a list, a whole number as a float."""
     if isinstance(value, bool) and key not in _BOOLEANS:
         raise InvalidField(key, f"{value} is not valid (expected a number, got a boolean)")
     if key in ("stop", "bad_words") and isinstance(value, str):
@@ -222,12 +222,12 @@ def _loosen(key: str, value: Any) -> Any:
 
 
 def _loosen_structured(given: dict[str, Any]) -> dict[str, Any]:
-    """Without what is null, and without the fields of vLLM that mean nothing here.
+    """The fields that are not null, without vLLM's fields that have no meaning here.
 
-    Clients of vLLM send all of its fields.
+    vLLM's clients send all of vLLM's fields, so these are accepted at their default values.
     """
     fields = {field: value for field, value in given.items() if value is not None}
-    fields.pop("disable_fallback", None)  # no other compiler ever takes over
+    fields.pop("disable_fallback", None)  # there is only one compiler
     for field in ("disable_additional_properties", "_backend", "_backend_was_auto"):
         value = fields.pop(field, False)
         if value is not False:
@@ -242,10 +242,10 @@ def _loosen_structured(given: dict[str, Any]) -> dict[str, Any]:
 def decode_json(
     field: str, text: str, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """The value of a JSON text; `make_object(pairs)` makes its objects, else they are dicts.
+    """Decode JSON text. `make_object(pairs)` makes its objects; without it they are dicts.
 
-    Raises InvalidField when the text is not JSON, is nested too deeply, has a whole number of more
-    digits than Python takes, or holds half of a surrogate pair, which is JSON but cannot be sent.
+    Raises InvalidField if the text is not JSON, is nested too deeply, has an integer with more
+    digits than Python accepts, or has half of a surrogate pair, which UTF-8 cannot encode.
     """
     try:
         value = json.loads(text, object_pairs_hook=make_object)
@@ -265,12 +265,12 @@ def decode_json(
 
 
 def shorten(text: str) -> str:
-    """The beginning of a user's value, for an error message."""
+    """The first 60 characters of a user's value, for an error message."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def shown(value: Any) -> str:
-    """How a user's value begins, for an error message; of any value."""
+    """The beginning of any value's repr, for an error message."""
     try:
         return shorten(repr(value))
     except (ValueError, RecursionError):  # too many digits, or nested too deeply

@@ -1,6 +1,6 @@
-"""Where sockets of this machine can be: a directory whose path is short enough for them.
+"""Finds a directory for Unix sockets whose path is short enough.
 
-Knows nothing of what is put there or who may enter it.
+This module does not create anything in it and does not set its permissions.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import os
 import tempfile
 from pathlib import Path
 
-# Bytes of a socket's path, which Linux keeps in 108 with a zero at the end.
+# Longest path of a socket in bytes. Linux stores paths in 108 bytes, with a zero at the end.
 MAX_SOCKET_PATH = 107
 
 
 def socket_parent(below: int) -> Path:
-    """The directory to make a private one in, for sockets whose paths are `below` bytes longer.
+    """The directory in which to create a private directory for sockets.
 
-    The one for temporary files (TMPDIR) if its path is short enough, else /tmp, else the user's
-    XDG_RUNTIME_DIR. Raises OSError with a sentence when none of them can be used.
+    `below`: bytes by which the sockets' paths are longer than this directory's path. The result is
+    TMPDIR if its path is short enough, else /tmp, else the user's XDG_RUNTIME_DIR. Raises OSError
+    with a sentence if none of them can be used.
     """
     temporary = tempfile.gettempdir()
     for place in (temporary, "/tmp", os.environ.get("XDG_RUNTIME_DIR", "")):

@@ -1,6 +1,7 @@
-"""Which software this is: told apart by what its files say, whatever its version is called.
+"""Identifies this software by a digest of its code, because versions of one name may differ.
 
-Read when it is first asked for; what is on disk may change later, what runs does not.
+The digest is computed once, at the first call: files on disk may change later, running code does
+not.
 """
 
 from __future__ import annotations

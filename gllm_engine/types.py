@@ -1,7 +1,7 @@
-"""The messages that processes and packages exchange. Frozen; each field says who fills it.
+"""The messages that processes and packages exchange. Docstrings name the sender and receiver.
 
-Owns no behaviour. Everything here crosses a socket as msgpack, so it holds plain numbers, strings,
-bytes and tuples; it never imports torch.
+This module has no behaviour. Every message crosses a socket as msgpack, so it holds only numbers,
+strings, bytes, tuples and the like. The module never imports torch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import msgspec
 
 from gllm_engine.sampling import SamplingParams
 
-# How an error is to be reported; the backend maps each to a Triton status.
+# The kind of an error; the backend maps it to a Triton status.
 Status = Literal["invalid", "unavailable", "internal", "cancelled", "deadline"]
 # "stop": end-of-sequence, stop token or stop string; "length": max_tokens or the model's length.
 Reason = Literal["stop", "length", "abort", "error"]
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What a front end must know of the model; the engine fills it once it is ready."""
+    """Facts about the model for front ends; the engine fills it when it is ready."""
 
     vocab_size: int
     max_model_len: int  # tokens, prompt and output together
@@ -35,14 +35,14 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     """Front end -> engine: one sequence to generate. A request with n > 1 becomes n of these."""
 
     id: int  # front end: unique among its live sequences
-    prompt: list[int]  # token ids, at least one
+    prompt: list[int]  # at least one token id
     sampling: SamplingParams
     seed: int  # front end: resolved (never None), different for each of the n sequences
     bad_words: tuple[tuple[int, ...], ...] = ()  # front end: sampling.bad_words as token ids
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities at one position. Entry 0 is the actual token, the rest the top ones."""
+    """Log probabilities at one position. Entry 0 is the actual token, then the top tokens."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -50,7 +50,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
-    """Why a sequence ended. `stop_token`: the token id that ended it, when one did."""
+    """Why a sequence ended. `stop_token`: the id of the token that ended it, if a token did."""
 
     reason: Reason
     stop_token: int | None = None
@@ -60,16 +60,16 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True):
-    """Engine -> front end: what one step made for the sequences of that front end.
+    """Engine -> front end: the outputs of one step for the sequences of that front end.
 
-    `ids[i]` got token `tokens[i]`; at most one token a sequence a step. A sequence in `finished`
-    gets nothing more. A sequence may be in `finished` without a token (error, abort).
+    Sequence `ids[i]` got token `tokens[i]`; a step gives a sequence at most one token. A sequence
+    in `finished` gets no further output. It may be in `finished` without a token (error, abort).
     """
 
     ids: list[int]
     tokens: list[int]
-    logprobs: dict[int, TokenLogprobs] = {}  # by sequence id, when asked for
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # prompt positions 1.., when asked for
+    logprobs: dict[int, TokenLogprobs] = {}  # by sequence id, when requested
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # positions from 1 on, when requested
     finished: dict[int, Finish] = {}
 
 
@@ -83,7 +83,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     prefix_hits: int = 0  # prompt tokens found
     preemptions: int = 0
     steps: int = 0
-    waiting_tokens: int = 0  # to be computed before those that wait can go on
+    waiting_tokens: int = 0  # prefill backlog of waiting sequences
 
 
 # ---------------------------------------------------------------- scheduler <-> runner
@@ -96,15 +96,15 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     prompt_len: int
     sampling: SamplingParams
-    eos_token_ids: tuple[int, ...] = ()  # filled only when min_tokens forbids them, else empty
+    eos_token_ids: tuple[int, ...] = ()  # empty unless min_tokens forbids these ids
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
-    """Scheduler -> runner: known tokens of one sequence to compute, positions start.. onward.
+    """Scheduler -> runner: known tokens of one sequence to compute, from position `start` on.
 
     `samples`: the chunk ends at the last known token, so the next token is sampled after it.
-    `wants_prompt_logprobs`: return log probabilities of the tokens after each position of the
-    chunk that are still prompt (`targets`: the token after each position; empty if not wanted).
+    `targets`: the prompt tokens that follow the chunk's positions, if their log probabilities are
+    requested; empty otherwise. The runner returns one entry for each target.
     """
 
     slot: int
@@ -115,7 +115,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class NewPages(msgspec.Struct, frozen=True, array_like=True):
-    """Scheduler -> runner: `pages` are appended to a slot's page table at index `first`."""
+    """Scheduler -> runner: put `pages` into a slot's page table from index `first` on."""
 
     slot: int
     first: int
@@ -123,12 +123,12 @@ class NewPages(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """Scheduler -> runner: one step, as a diff against the state the runner keeps for each slot.
+    """Scheduler -> runner: one step, as a change of the state that the runner keeps for each slot.
 
-    Apply `new` first (it empties the slot's page table and sets its length to 0), then `new_pages`.
-    Rows of the batch are `decode_slots`, then `chunks`. A decode row computes one token: the one
-    the runner sampled last for that slot (which the host may not know yet), at position = the
-    length the runner keeps. Each row then adds its token count to that length.
+    The runner applies `new` first (which empties the slot's page table and sets its length to 0),
+    then `new_pages`. The rows of the batch are `decode_slots`, then `chunks`. A decode row computes
+    the token that the runner sampled last for its slot, which the host may not know yet. The
+    token's position is the slot's length. Each row then adds its token count to that length.
     """
 
     step: int
@@ -136,16 +136,16 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     new_pages: list[NewPages]
     decode_slots: list[int]
     chunks: list[Chunk]
-    # Allowed next tokens by slot, one bit a token id, least significant bit first. Rare.
+    # Allowed next tokens by slot: one bit per token id, least significant bit first.
     masks: dict[int, bytes] = {}
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """Runner -> scheduler. `tokens`: one for each sampling row, in the plan's order of rows."""
+    """Runner -> scheduler. `tokens`: one token per sampling row, in the plan's order of rows."""
 
     step: int
     tokens: list[int]
-    logprobs: dict[int, TokenLogprobs] = {}  # by slot, for rows whose sampling asks
-    # By slot: one entry for each entry of the chunk's `targets`.
+    logprobs: dict[int, TokenLogprobs] = {}  # by slot, when requested
+    # By slot: one entry per entry of the chunk's `targets`.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-    seconds: float = 0.0  # that the step took on the stage which replies; 0: not measured
+    seconds: float = 0.0  # duration of the step on the replying stage; 0: not measured

@@ -1,8 +1,8 @@
-"""The messages on the engine's sockets, with front ends and with workers, and their bytes.
+"""The messages between the engine and its front ends and workers, and their encoding.
 
-Every message is two frames: one byte that names its type, and msgpack of the struct. Nothing is
-ever unpickled. Whoever says the first message names the protocol that it speaks, a digest of all
-messages, and is refused by an engine with another one. Knows nothing of sockets.
+Every message is two frames: one byte that names its type, and the struct in msgpack. Pickle is
+never used. The first message of a front end or worker gives its protocol, a digest of all messages.
+The engine refuses a different protocol. This module knows nothing of sockets.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from gllm_engine.types import ModelInfo, Outputs, Request, Stats, StepPlan, Step
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """Front end -> engine, first. Once more: what the front end has sent before is forgotten."""
+    """Front end -> engine, first message. A repeated Hello drops the front end's sequences."""
 
     protocol: str
     pid: int
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True):
-    """Front end -> engine."""
+    """Front end -> engine: new requests."""
 
     requests: list[Request]
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True):
-    """Front end -> engine: these sequences are of no interest any more; no output is owed."""
+    """Front end -> engine: end these sequences without further output."""
 
     ids: list[int]
 
 
 class Goodbye(msgspec.Struct, frozen=True, array_like=True):
-    """Front end -> engine, last: all its sequences are dropped."""
+    """Front end -> engine, last message: drop all sequences of the front end."""
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True):
@@ -47,18 +47,19 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
-    """Engine -> front end or worker: it may not attach, or what it has sent makes no sense. To a
-    front end that is attached: nothing more comes for its sequences.
+    """Engine -> front end or worker: it may not attach, or it has sent an invalid message.
+
+    An attached front end gets no further output for its sequences.
     """
 
     message: str
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True):
-    """Worker -> engine, first: what it is."""
+    """Worker -> engine, first message: the worker's software, model and place."""
 
     protocol: str
-    software: str  # versions of what must be the same on every rank
+    software: str  # versions that must be equal on all ranks
     model: str  # digest of the model's configuration
     node: int
     nnodes: int
@@ -67,21 +68,21 @@ class Join(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True):
-    """Engine -> worker, when all have come: what it is to be."""
+    """Engine -> worker, once all workers have joined: the worker's rank and configuration."""
 
     rank: int
     config: EngineConfig
-    store: str  # where torch.distributed's ranks meet: a file, or HOST:PORT
+    store: str  # torch.distributed's store: a file, or HOST:PORT
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True):
-    """Worker -> engine: it has its share of the model."""
+    """Worker -> engine: the worker has loaded its shard of the model."""
 
     num_pages: int
 
 
 class StepFailed(msgspec.Struct, frozen=True, array_like=True):
-    """Worker -> engine: it did nothing of this step, and can go on with the next."""
+    """Worker -> engine: the worker computed nothing of this step, and can continue."""
 
     rank: int
     step: int
@@ -89,19 +90,19 @@ class StepFailed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
-    """Worker -> engine, last: it can go on no more."""
+    """Worker -> engine, last message: the worker cannot continue."""
 
     rank: int
     message: str
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True):
-    """Engine -> worker: nothing; that it can be sent is what is wanted."""
+    """Engine -> worker: an empty message, which only tests the connection."""
 
 
 _TYPES: tuple[type[msgspec.Struct], ...] = (
-    # These three have the same places in every version: it is by them that two of different
-    # versions find out that they are.
+    # These three keep their places in every version, so that two different versions understand
+    # each other's first message and refusal.
     Hello,
     Join,
     Refusal,
@@ -127,7 +128,10 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 def describe(kinds: Iterable[type[msgspec.Struct]]) -> str:
-    """All that the bytes of these structs depend on, and of those inside them: a line a field."""
+    """Describe everything that determines the encoding of these structs and of structs inside them.
+
+    The description has one line per struct and per field.
+    """
     lines: list[str] = []
     left = list(kinds)
     described: set[type[msgspec.Struct]] = set()
@@ -146,18 +150,18 @@ def describe(kinds: Iterable[type[msgspec.Struct]]) -> str:
 
 
 def _structs_in(hint: Any) -> list[type[msgspec.Struct]]:
-    """The structs that a type is made of, such as A and B of `dict[int, A] | list[B]`."""
+    """The structs that a type contains, such as A and B of `dict[int, A] | list[B]`."""
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         return [hint]
     return [kind for part in get_args(hint) for kind in _structs_in(part)]
 
 
-# Changes with any message; both ends must agree.
+# Changes with any message type. Both ends of a connection must have the same one.
 PROTOCOL = hashlib.sha256(describe(_TYPES).encode()).hexdigest()[:12]
 
 
 class NotAMessage(ValueError):
-    """What came is no message of this protocol. `kind`: the type that it names, if it names one."""
+    """The frames are no message of this protocol. `kind`: the message type, if the tag is valid."""
 
     def __init__(self, problem: str, kind: type | None = None) -> None:
         super().__init__(f"not a message of protocol {PROTOCOL}: {problem}")
@@ -165,12 +169,12 @@ class NotAMessage(ValueError):
 
 
 def encode(message: msgspec.Struct) -> list[bytes]:
-    """The two frames of a message."""
+    """Encode a message as two frames."""
     return [_TAGS[type(message)], _ENCODER.encode(message)]
 
 
 def decode(frames: Sequence[bytes]) -> msgspec.Struct:
-    """The message of two frames. Raises NotAMessage for anything else."""
+    """Decode the two frames of a message. Raises NotAMessage for anything else."""
     decoder = _DECODERS.get(frames[0]) if len(frames) == 2 else None
     if decoder is None:
         raise NotAMessage(f"{len(frames)} frames, the first of which names no type")

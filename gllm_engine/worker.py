@@ -1,4 +1,4 @@
-"""`python -m gllm_engine.worker`: a rank of an engine, on its machine or on another."""
+"""`python -m gllm_engine.worker`: a rank of an engine, on the engine's machine or on another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is, as data: families, layers, RoPE, checkpoint names. No torch."""
+"""Descriptions of models as data: families, layers, RoPE, checkpoint names. No torch."""
 
 from __future__ import annotations
 

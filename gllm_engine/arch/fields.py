@@ -1,6 +1,6 @@
-"""Typed reading of a config.json: every complaint names the key, what it was, what is allowed.
+"""Typed reading of config.json. Every error gives the key, its value and the allowed values.
 
-Knows JSON and nothing of models.
+This module knows JSON and nothing of models.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ _MAX_FLOAT32 = 3.4e38
 
 
 class ArchError(ValueError):
-    """The model cannot be described; the message is one sentence for the user."""
+    """A config that is not supported; the message is one sentence for the user."""
 
 
 class Fields:
-    """A JSON object with a family's defaults for absent keys. JSON null: no value, no default."""
+    """A JSON object with a family's defaults for absent keys. A null key is absent, no default."""
 
     def __init__(self, values: dict[str, Any], name: str, defaults: dict[str, Any]) -> None:
         self.name = name
         self._values = {k: v for k, v in (defaults | values).items() if v is not None}
 
     def child(self, *keys: str) -> Fields:
-        """The object under the first of `keys` that is there and not empty; else an empty one."""
+        """The object at the first of `keys` that is present and not empty, or an empty object."""
         for key in keys:
             if value := self._values.get(key):
                 if not isinstance(value, dict):
@@ -34,7 +34,7 @@ class Fields:
         return Fields({}, self.name, {})
 
     def choices(self, key: str, length: int, allowed: tuple[str, ...]) -> list[str] | None:
-        """A list of `length` words, each one of `allowed`; None when absent."""
+        """A list of `length` words out of `allowed`; None if the key is absent."""
         value = self._values.get(key)
         if value is None:
             return None
@@ -47,7 +47,7 @@ class Fields:
         return value
 
     def count(self, key: str, default: int | None = None, most: int = 2**24) -> int:
-        """A whole number from 1 to `most`: what is enumerated has a smaller one than a width."""
+        """A whole number from 1 to `most`, which is smaller for numbers of layers and experts."""
         value = self._get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -82,7 +82,7 @@ class Fields:
         return value
 
     def numbers(self, key: str, kind: str = "token id") -> tuple[int, ...]:
-        """One number from 0 on, or a list of them; empty when absent. `kind`: for complaints."""
+        """One number from 0 on or a list of them; empty if absent. `kind`: for error messages."""
         value = self._values.get(key, [])
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in numbers):
@@ -90,14 +90,14 @@ class Fields:
         return tuple(dict.fromkeys(numbers))
 
     def require(self, **expected: Any) -> None:
-        """Refuse switches that are set to something else; absent ones are fine."""
+        """Raise ArchError if a key has another value than expected. Absent keys are allowed."""
         for key, allowed in expected.items():
             value = self._values.get(key, allowed)
             if value != allowed:
                 raise self._wrong(key, value, json.dumps(allowed))
 
     def allow_only(self, keys: set[str]) -> None:
-        """Refuse any other key: it could be a switch that changes the mathematics."""
+        """Raise ArchError for any other key, because it could change the model's arithmetic."""
         unknown = sorted(set(self._values) - keys)
         if unknown:
             raise ArchError(f"{self.name}: key {shown(repr(unknown[0]))} is not supported")

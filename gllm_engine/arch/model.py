@@ -1,7 +1,7 @@
-"""A decoder is data: a tuple of (mixer, ffn) layers. No tensors, no checkpoint quirks.
+"""A decoder as data: a tuple of (mixer, ffn) layers. No tensors, no checkpoint formats.
 
-Weights carry Hugging Face's Llama names, one per projection ("canonical"); names.py translates
-for checkpoints that say otherwise.
+Canonical weight names are those of Hugging Face's Llama, one weight per projection; names.py
+translates them for checkpoints with other names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _linear(name: str, out: int, width: int, bias: bool) -> Shapes:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What attention over the cache is planned for: mixers that agree in this share a plan."""
+    """The parameters of an attention plan. Mixers with equal parameters share a plan."""
 
     heads: int
     kv_heads: int
@@ -70,7 +70,7 @@ class Dense:
     """down(silu(gate(x)) * up(x))."""
 
     hidden: int
-    bias: bool = False  # of gate and up
+    bias: bool = False  # bias of gate and up
     out_bias: bool = False
 
     def weights(self, dim: int) -> Shapes:
@@ -83,21 +83,23 @@ class Dense:
 class Moe:
     """Mixture of experts: sum of p[e] * expert[e](x) over the `top_k` largest p = softmax(gate x).
 
-    An expert is a Dense. A rank that holds some experts alone, or a slice of every `hidden`, routes
-    over all of them, and gives the part of the sum that it holds: ranks' parts sum to the whole.
+    An expert is a Dense. A rank may hold only some experts, or a slice of each expert's `hidden`.
+    Every rank routes over all experts and computes a partial sum; the ranks' partial sums add up to
+    the result.
     """
 
     num_experts: int
     top_k: int
-    hidden: int  # of one expert
+    hidden: int  # hidden size of one expert
     renorm: bool  # divide the chosen p by their sum
-    # Hidden size of an expert for every token, times sigmoid(shared_expert_gate x); 0: none.
+    # Hidden size of the shared expert, which every token uses; its output is multiplied by
+    # sigmoid(shared_expert_gate x). 0: no shared expert.
     shared: int = 0
-    local_experts: tuple[int, int] | None = None  # first expert here, and how many are; None: all
+    local_experts: tuple[int, int] | None = None  # (first, count) on this rank; None: all
 
     @property
     def experts(self) -> range:
-        """Those whose weights are here."""
+        """The experts whose weights this rank holds."""
         first, count = self.local_experts or (0, self.num_experts)
         return range(first, first + count)
 
@@ -112,7 +114,7 @@ class Moe:
 
 
 def within(part: str, weights: dict[str, T]) -> dict[str, T]:
-    """A Dense's weights, by the names they have as `part` of a Moe."""
+    """Rename a Dense's weights to their names as `part` of a Moe."""
     return {name.replace("mlp.", f"mlp.{part}.", 1): value for name, value in weights.items()}
 
 
@@ -145,16 +147,16 @@ class SandwichLayer(Layer):
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder, all of it but the numbers in its weights."""
+    """A decoder's description: everything except the values of its weights."""
 
     dim: int
     vocab: int
     layers: tuple[Layer, ...]
-    eps: float  # of every RMS norm
+    eps: float  # epsilon of every RMS norm
     tie: bool  # the output projection is the embedding
-    max_len: int  # tokens it was trained for, with its RoPE scaling
+    max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
-    names: str = "hf"  # which table of names.py its checkpoints follow
+    names: str = "hf"  # the table in names.py for its checkpoints
 
     def each(self, **parts: Callable[[int, Layer], Any]) -> Model:
         """A copy with `mixer=f(i, layer)` and/or `ffn=f(i, layer)` applied to every layer."""
@@ -165,9 +167,9 @@ class Model:
         return replace(self, layers=tuple(layers))
 
     def weights(self, first: int = 0) -> Shapes:
-        """Every weight's canonical name and shape, in the order of the forward pass.
+        """Canonical name -> shape of every weight, in the order of the forward pass.
 
-        `first`: the number of the first layer.
+        `first`: the index of the first layer.
         """
         shapes: Shapes = {"model.embed_tokens.weight": (self.vocab, self.dim)}
         for i, layer in enumerate(self.layers, first):
@@ -179,5 +181,5 @@ class Model:
         return sum(prod(shape) for shape in self.weights().values())
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of KV cache one token takes over all layers, at `itemsize` bytes a number."""
+        """Bytes of KV cache per token over all layers, at `itemsize` bytes per number."""
         return itemsize * sum(layer.mixer.kv_elements_per_token() for layer in self.layers)

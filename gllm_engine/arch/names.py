@@ -1,6 +1,6 @@
-"""How checkpoints spell the weights: renames and fusions. The only place that knows such quirks.
+"""Checkpoint tensor names: renamed and fused weights. No other module knows these formats.
 
-Knows names only; model/load.py moves the numbers.
+This module knows names only; model/load.py reads the data.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 
 from gllm_engine.arch.model import Model
 
-# Replacements made in a canonical name, in order. Weights that come to share a name are stored as
+# Replacements in a canonical name, applied in order. Weights that get the same name are stored as
 # one tensor, stacked along dimension 0 in canonical order (q, k, v; gate, up).
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
@@ -35,7 +35,7 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# Tables of RoPE that old checkpoints carry; they follow from the config.
+# RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _LEFT_OVERS = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|transformer\.rotary_pos_emb\.inv_freq"
@@ -59,5 +59,5 @@ def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
 
 
 def is_left_over(name: str) -> bool:
-    """Whether a checkpoint tensor is known to carry nothing that the config does not."""
+    """Whether a checkpoint tensor is ignored, because the config determines its values."""
     return _LEFT_OVERS.fullmatch(name) is not None

@@ -1,6 +1,7 @@
-"""Rotary position embedding as data, and how a Hugging Face config spells it.
+"""Rotary position embedding (RoPE) as data, read from a Hugging Face config.
 
-Owns the variants of RoPE scaling. Knows no tensors: layers/rope.py turns these into frequencies.
+This module owns the variants of RoPE scaling. It has no tensors; layers/rope.py computes the
+frequencies.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from gllm_engine.arch.fields import ArchError, Fields
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Position interpolation: every frequency divided by `factor` (kaiokendev, 2023)."""
+    """Position interpolation: every frequency is divided by `factor` (kaiokendev, 2023)."""
 
     factor: float
 
@@ -21,18 +22,18 @@ class LinearScaling:
 class DynamicScaling:
     """NTK-aware scaling of theta (bloc97, emozilla, 2023).
 
-    The published form changes theta as a sequence grows, so a key cached early would disagree with
-    one computed later. Here theta is set once, for the model length the engine is configured with:
-    a prompt gives the same result in chunks, from the prefix cache, and whole.
+    The published form changes theta as a sequence grows, so keys cached early would not match keys
+    computed later. Here theta is fixed for the engine's max_model_len. So a prompt gives the same
+    result in chunks, from the prefix cache and as a whole.
     """
 
     factor: float
-    original_len: int  # tokens; up to here nothing is scaled
+    original_len: int  # tokens; theta is not scaled up to this length
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between."""
+    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, with a ramp between."""
 
     factor: float
     low_freq_factor: float
@@ -58,7 +59,7 @@ _KEYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
-    "finetuned",  # early YaRN checkpoints: a remark, not a switch
+    "finetuned",  # in early YaRN checkpoints; has no effect
 }
 
 Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
@@ -66,7 +67,10 @@ Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotates the first `dim` channels of a head; pairs are (i, i + dim/2), or (2i, 2i + 1)."""
+    """Rotates the first `dim` channels of a head.
+
+    Channel pairs are (i, i + dim/2), or (2i, 2i + 1) if `interleaved`.
+    """
 
     dim: int
     theta: float
@@ -77,7 +81,8 @@ class Rope:
 def read_rope(config: Fields, head_dim: int) -> Rope:
     """Read `rope_parameters`, or the older `rope_theta` + `rope_scaling`.
 
-    Inside the object beats beside it, as in transformers. Raises ArchError for an unknown type.
+    A key inside the object overrides the same key beside it, as in transformers. Raises ArchError
+    for an unknown RoPE type.
     """
     rope = config.child("rope_scaling", "rope_parameters")
     theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0))

@@ -1,8 +1,8 @@
-"""What one rank holds of a model: a run of layers, and of each a share of its heads and channels.
+"""The shard of a model that one rank holds: consecutive layers, with a share of heads and channels.
 
-A share of a layer is a layer with smaller numbers, so whatever is built from a spec is built for a
-rank in the same way. Where a weight of the share lies in the whole weight follows from the two
-shapes alone. The sum of what the shares of a mixer or an ffn give is what the whole one gives.
+A layer's shard is described by a Layer with smaller dimensions, so code that builds layers needs
+no case for shards. The position of a shard's weight in the whole weight follows from their two
+shapes. The outputs of all shards of a mixer or an ffn sum to the output of the whole one.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, Shapes
 
 @dataclass(frozen=True)
 class Shard:
-    """Layers `first` .. `end` - 1; of each the share of rank `rank` among `size`."""
+    """Layers `first` .. `end` - 1, and of these layers the share of rank `rank` among `size`."""
 
     first: int
     end: int
     rank: int = 0
     size: int = 1
-    experts_apart: bool = False  # whole experts, shared out among ranks, not a part of each expert
+    experts_apart: bool = False  # expert parallel: a rank holds whole experts, not a slice of each
 
     def of(self, model: Model) -> tuple[Layer, ...]:
-        """The layers this rank computes. Raises ArchError where the numbers do not divide."""
+        """The layers that this rank computes. Raises ArchError if `size` does not divide them."""
         self._divide("vocab_size", model.vocab)
         return tuple(self._layer(layer) for layer in model.layers[self.first : self.end])
 
     def weights(self, model: Model) -> Shapes:
-        """Every weight this rank holds, by its canonical name: the shape of its share."""
+        """Canonical name -> shape of this rank's shard, for every weight that it holds."""
         part = replace(model, vocab=model.vocab // self.size, layers=self.of(model))
         shapes = part.weights(self.first)
         last = self.end == len(model.layers)
@@ -41,9 +41,9 @@ class Shard:
         return shapes
 
     def start(self, whole: int, part: int) -> int:
-        """Where along a dimension of `whole` numbers the `part` numbers of this rank begin.
+        """The offset of this rank's `part` numbers along a dimension of `whole` numbers.
 
-        Ranks that are more than the parts share them: two ranks may hold the same K/V head.
+        If `size` exceeds the number of parts, several ranks hold the same part, such as a K/V head.
         """
         return self.rank * (whole // part) // self.size * part
 
@@ -58,7 +58,7 @@ class Shard:
                 f"{mixer.kv_heads} key/value heads evenly nor be shared out among them"
             )
         kv_heads = max(1, mixer.kv_heads // self.size)
-        bias = mixer.out_bias and not self.rank  # what all ranks give is summed
+        bias = mixer.out_bias and not self.rank  # outputs are summed over ranks
         return replace(mixer, heads=heads, kv_heads=kv_heads, out_bias=bias)
 
     def _ffn(self, ffn: Dense | Moe) -> Dense | Moe:

@@ -1,6 +1,6 @@
-"""A tiny config.json for every supported family: the models that tests and demos run on.
+"""A tiny config.json for every supported family, for tests and demos.
 
-Knows configs; model/tiny.py makes checkpoints of them.
+This module knows configs only; model/tiny.py writes the checkpoints.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **over: Any) -> dict[str, Any]:
-    """The config.json of a tiny model of `family` (an architecture name), `over` applied to it.
+    """The config.json of a tiny model of `family` (an architecture name). `over`: keys to override.
 
     Raises ArchError for a family that is not supported.
     """

@@ -1,7 +1,7 @@
-"""From a Hugging Face config.json to a Model: one short function per family, relatives derived.
+"""Makes a Model from a Hugging Face config.json: one short function per model family.
 
-Defaults for absent keys are those of transformers' config classes. Knows no weights and imports
-no transformers.
+Related families derive from each other. Defaults for absent keys are those of transformers' config
+classes. This module knows no weights and does not import transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gllm_engine.files import read_object, shown
 
 Reader = Callable[[Fields], Model]
 
-# Beyond what any model has. A number without a limit could make a description without an end.
+# Larger than any known model. A config without limits could describe a model too large to build.
 MAX_LAYERS = 512
 MAX_EXPERTS = 2048
 MAX_LEN = 2**24  # tokens
@@ -28,7 +28,7 @@ FAMILIES: dict[str, tuple[Reader, dict[str, Any]]] = {}
 
 
 def family(*architectures: str, defaults: dict[str, Any]) -> Callable[[Reader], Reader]:
-    """Register a reader for architecture names, with the values of keys a config may omit."""
+    """Register a reader for architecture names, with defaults for keys that a config may omit."""
 
     def register(reader: Reader) -> Reader:
         FAMILIES.update(dict.fromkeys(architectures, (reader, defaults)))
@@ -189,7 +189,7 @@ _CHATGLM = {
 }
 
 
-# ChatGLM2, ChatGLM3 and the first releases of GLM-4, whose code came with the checkpoint.
+# ChatGLM2, ChatGLM3 and the first releases of GLM-4, whose checkpoints include their code.
 @family("ChatGLMModel", "ChatGLMForConditionalGeneration", defaults=_CHATGLM)
 def chatglm(c: Fields) -> Model:
     c.require(multi_query_attention=True, rmsnorm=True, post_layer_norm=True, original_rope=True)
@@ -223,12 +223,12 @@ def chatglm(c: Fields) -> Model:
 def read_arch(directory: str | Path) -> Model:
     """Read a checkpoint directory's config.json and the end-of-text ids of generation_config.json.
 
-    Raises ArchError: unreadable or not JSON, an architecture, switch or value not supported.
+    Raises ArchError for an unreadable file, invalid JSON, or an unsupported architecture or value.
     """
     path = Path(directory)
     model = make_arch(read_object(path / "config.json", ArchError), str(path / "config.json"))
     generation = path / "generation_config.json"
-    if os.path.lexists(generation):  # a link to nothing is not nothing
+    if os.path.lexists(generation):  # a broken link is an error, not absence
         eos = Fields(read_object(generation, ArchError), str(generation), {}).numbers(
             "eos_token_id"
         )
@@ -237,7 +237,7 @@ def read_arch(directory: str | Path) -> Model:
 
 
 def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
-    """The Model that a config.json object describes; `name` goes before every complaint."""
+    """The Model that a config.json object describes. `name`: the prefix of error messages."""
     architectures = config.get("architectures")
     known = [a for a in FAMILIES if isinstance(architectures, list) and a in architectures]
     if not known:
@@ -284,7 +284,11 @@ def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
 
 
 def _max_len(positions: int, rope: Rope) -> int:
-    """`max_position_embeddings` counts the stretch of linear and llama3 scaling, not of these."""
+    """The model's length in tokens, with RoPE scaling.
+
+    `positions` (max_position_embeddings) includes linear and llama3 scaling, but not always
+    dynamic and YaRN scaling.
+    """
     scaling = rope.scaling
     if isinstance(scaling, DynamicScaling):
         return int(scaling.original_len * scaling.factor)
@@ -294,7 +298,7 @@ def _max_len(positions: int, rope: Rope) -> int:
 
 
 def _with_windows(c: Fields, model: Model) -> Model:
-    """Qwen's windows: on layers from `max_window_layers` on, unless `layer_types` says which."""
+    """Add Qwen's sliding windows to the layers in `layer_types`, or from `max_window_layers` on."""
     full = "full_attention"
     sliding = "sliding_attention"
     num_layers = len(model.layers)
@@ -310,7 +314,7 @@ def _with_windows(c: Fields, model: Model) -> Model:
 
 
 def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
-    """Qwen's: experts in every `decoder_sparse_step`-th layer but those in `mlp_only_layers`."""
+    """Add Qwen's experts to every `decoder_sparse_step`-th layer except `mlp_only_layers`."""
     c.require(use_sliding_window=False)
     step = c.count("decoder_sparse_step", 1)
     dense = c.numbers("mlp_only_layers", "layer number")

@@ -1,7 +1,7 @@
-"""The parts a decoder is made of; each is built from its description in arch.
+"""The layers of a decoder; each layer is built from its description in arch.
 
-A layer owns its weights and lists them, canonical name -> tensor, so that loading needs no table
-of its own. Knows no checkpoints and no scheduling.
+A layer owns its weights and lists them as canonical name -> tensor, so that loading needs no table.
+The package knows no checkpoints and no scheduling.
 """
 
 from __future__ import annotations

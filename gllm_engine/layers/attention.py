@@ -1,4 +1,4 @@
-"""Grouped-query attention over the paged cache, as a Gqa describes it."""
+"""Grouped-query attention over the paged KV cache, described by a Gqa."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gllm_engine.ops import Norm, Ops
 
 
 class GqaAttention:
-    """Projects, normalises and rotates heads, writes K and V to the cache, attends, projects."""
+    """Projects, normalises and rotates heads, writes K and V to the cache, attends and projects."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class GqaAttention:
         self._qkv = Linear(names, shapes, ops, dtype, device)
         self._out = Linear(["self_attn.o_proj"], shapes, ops, dtype, device)
         self._num_qkv_heads = arch.heads + 2 * arch.kv_heads
-        # One row for each query and key head, so that both are normalised at once.
+        # One row per query and key head, so that one kernel normalises both.
         self._qk_norm: Tensor | None = None
         if arch.qk_norm:
             size = (arch.heads + arch.kv_heads, arch.head_dim)
@@ -48,8 +48,8 @@ class GqaAttention:
     ) -> Tensor:
         """x: [tokens, dim]. cache: [num_pages, 2, page_size, kv_heads, head_dim].
 
-        Returns [tokens, dim], or [n, dim] of the `logit_tokens`; added to `total`, in place, if
-        that is given.
+        Returns [tokens, dim], or [n, dim] for the `logit_tokens`. If `total` is given, the result
+        is added to it in place.
         """
         arch = self._arch
         plan = context.plans[self._arch.attention]
@@ -76,6 +76,6 @@ class GqaAttention:
         views = self._qkv.weights() | self._out.weights()
         if self._qk_norm is not None:
             q, k = self._qk_norm.split((self._arch.heads, self._arch.kv_heads))
-            # [heads, head_dim], where the weight is [head_dim]: copying it in fills every row.
+            # Views of [heads, head_dim] for weights of [head_dim]: loading fills every row.
             views |= {"self_attn.q_norm.weight": q, "self_attn.k_norm.weight": k}
         return views

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer, as a Dense describes it."""
+"""The gated feed-forward layer, described by a Dense."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gllm_engine.ops import Norm, Ops
 
 
 class DenseFfn:
-    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+    """down(silu(gate(x)) * up(x)); gate and up are one matrix product."""
 
     def __init__(
         self, arch: Dense, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
@@ -21,7 +21,7 @@ class DenseFfn:
         self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
-        """[tokens, dim] to [tokens, dim]; added to `total`, in place, if that is given."""
+        """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
         x = self._gate_up.gated(x, norm)
         return self._down(x) if total is None else self._down.add_to(total, x)
 

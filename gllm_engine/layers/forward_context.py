@@ -1,4 +1,4 @@
-"""What all layers of one forward pass share: computed once a step, not once a layer."""
+"""Inputs that all layers of one forward pass share, computed once per step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class ForwardContext:
 
 @dataclass(frozen=True)
 class LogitTokens:
-    """The tokens of a step whose result somebody looks at. The others still leave K and V in the
-    cache, and in the last layer nothing else.
+    """The tokens of a step whose logits are needed.
+
+    For all other tokens the last layer writes only K and V to the cache.
     """
 
-    index: Tensor  # [n] which tokens
-    plans: dict[AttentionShape, AttentionPlan]  # for these alone; empty if n is 0
+    index: Tensor  # [n] indices of these tokens
+    plans: dict[AttentionShape, AttentionPlan]  # plans for these tokens only; empty if n is 0

@@ -1,4 +1,4 @@
-"""A matrix product whose rows may come from several weights (q, k, v; gate, up), as one GEMM."""
+"""A linear projection whose rows may be several weights (q, k, v; gate, up), as one GEMM."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gllm_engine.ops import Norm, Ops
 
 
 class Linear:
-    """y = x W' + b for the projections `names` stacked along the output dimension.
+    """y = x W' + b for the projections `names`, stacked along the output dimension.
 
-    `shapes` gives every name's "NAME.weight" [out, in] and, for all or none, "NAME.bias" [out].
+    `shapes` has "NAME.weight" [out, in] for every name, and "NAME.bias" [out] for all or none.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Linear:
             self._bias = torch.empty(rows, dtype=dtype, device=device)
 
     def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
-        """`norm`: what x goes through first."""
+        """y, of norm(x) if `norm` is given."""
         return self._ops.linear(x, self._weight, self._bias, norm)
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Linear:
         return self._ops.gated_linear(x, self._weight, self._bias, norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """Views to load into."""
+        """Weight name -> view to load the weight into."""
         sizes = tuple(self._sizes.values())
         views = {
             f"{k}.weight": v for k, v in zip(self._sizes, self._weight.split(sizes), strict=True)

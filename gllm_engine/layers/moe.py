@@ -1,4 +1,4 @@
-"""A mixture of experts, as a Moe describes it: the part of it whose weights are here."""
+"""A mixture of experts, described by a Moe: the experts whose weights this rank holds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gllm_engine.ops import Norm, Ops
 
 
 class MoeFfn:
-    """Routes tokens over all experts and sums up what the experts held here make of them.
+    """Routes tokens over all experts and sums the outputs of this rank's experts.
 
-    A token all of whose experts are elsewhere gets zeros.
+    A token gets zeros if other ranks hold all of its experts.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class MoeFfn:
             self._shared_gate = Linear(["mlp.shared_expert_gate"], shapes, ops, dtype, device)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
-        """[tokens, dim] to [tokens, dim]; added to `total`, in place, if that is given."""
+        """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
         normed = x if norm is None else self._ops.rms_norm(x, *norm)
-        shared = None if self._shared is None else self._shared(x, norm)  # before x is added to
+        shared = None if self._shared is None else self._shared(x, norm)  # before x changes
         arch = self._arch
         weights, experts = self._ops.route(self._router(normed), arch.top_k, arch.renorm)
         out = self._ops.sum_experts(

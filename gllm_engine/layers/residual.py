@@ -1,7 +1,7 @@
-"""The residual stream, and how what a layer gives is added to it where several ranks share a layer.
+"""The residual stream, and the addition of a layer's output when several ranks share the layer.
 
-Each rank's layers give a part of what is to be added; the parts are summed on the way. With the
-sum, where it is one kernel, comes the norm that follows, which would read it again.
+Each rank's layer computes a partial output, and the partial outputs are summed over the ranks. If
+one kernel does the sum, it also computes the next norm, which saves reading the sum again.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from gllm_engine.parallel import TensorParallel
 
 @dataclass(frozen=True)
 class Residual:
-    """The stream after a layer.
+    """The residual stream after a layer.
 
-    `total`: [tokens, dim]. `normed`: the same after the norm of the layer that follows, where the
-    kernel that summed the ranks' parts did that too.
+    `total`: [tokens, dim]. `normed`: `total` after the next layer's norm, if the kernel that summed
+    the ranks' outputs computed it.
     """
 
     total: Tensor
     normed: Tensor | None = None
 
     def input_for(self, norm: Norm) -> tuple[Tensor, Norm | None]:
-        """The input of a layer that begins with `norm`, and the norm that it still has to do."""
+        """The input of a layer that begins with `norm`, and `norm` if the layer must compute it."""
         return (self.total, norm) if self.normed is None else (self.normed, None)
 
 
 class ResidualReducer:
-    """Adds layers' results to the residual stream, over the ranks that share the layers."""
+    """Adds the outputs of layers to the residual stream, summed over the ranks of the layers."""
 
     def __init__(self, ops: Ops, ranks: TensorParallel, dim: int, dtype: torch.dtype) -> None:
         self._ranks = ranks
@@ -42,10 +42,10 @@ class ResidualReducer:
     def __call__(
         self, total: Tensor, layer: Callable[[Tensor | None], Tensor], norm: Norm | None
     ) -> Residual:
-        """The stream `total`, which is written to, with a layer's result added to it.
+        """Add a layer's output to the stream `total`, [tokens, dim], in place.
 
-        `layer(into)` gives this rank's part, [tokens, dim], or adds it to `into`, in place. `norm`:
-        with which the layer that follows begins; None: it is not known, or there is none.
+        `layer(into)` returns this rank's partial output, [tokens, dim], or adds it to `into` in
+        place. `norm`: the norm at the start of the next layer; None if unknown or absent.
         """
         if self._ranks.size == 1:
             return Residual(layer(total))
@@ -56,5 +56,5 @@ class ResidualReducer:
         return Residual(total)
 
     def sum(self, part: Tensor) -> Tensor:
-        """All ranks' parts, summed in the memory of this one's."""
+        """Sum `part` over all ranks, in place."""
         return self._ranks.sum(part)

@@ -1,7 +1,7 @@
-"""Rotary position embedding: the table of angles that a Rope describes.
+"""Rotary position embedding: the table of cosines and sines for a Rope.
 
-Frequencies are computed in float32 with transformers' order of operations, so that far positions
-agree with the reference and not only near ones.
+Frequencies are computed in float32 with transformers' order of operations, so that the results
+agree with the reference at distant positions too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RopeTable:
 
 
 def _frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:
-    """Radians a position for each pair of channels, and a factor on cos and sin."""
+    """Radians per position for each pair of channels, and a factor on cos and sin."""
     scaling = rope.scaling
     theta = rope.theta
     if isinstance(scaling, DynamicScaling):
@@ -51,14 +51,14 @@ def _llama3(scaling: Llama3Scaling, plain: Tensor) -> Tensor:
     wavelength = 2 * math.pi / plain
     low = scaling.low_freq_factor
     high = scaling.high_freq_factor
-    # 0 where a wave is longer than original_len / low, 1 where it is shorter than ... / high.
+    # 0 for wavelengths above original_len / low, 1 for those below original_len / high.
     keep = ((scaling.original_len / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * plain / scaling.factor + keep * plain
 
 
 def _yarn(scaling: YarnScaling, rope: Rope, powers: Tensor) -> Tensor:
     def pair_that_turns(rotations: float) -> float:
-        """The (fractional) pair of channels that turns so often over the original length."""
+        """The (fractional) channel pair that makes `rotations` turns over the original length."""
         wavelength = scaling.original_len / (rotations * 2 * math.pi)
         return rope.dim * math.log(wavelength) / (2 * math.log(rope.theta))
 

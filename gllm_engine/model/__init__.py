@@ -1,4 +1,4 @@
-"""The decoder that interprets a Model, and how checkpoints get into and out of it."""
+"""The decoder that interprets a Model, and the loading of checkpoints into it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One decoder interprets every architecture, or the shard of it that one rank holds.
+"""The decoder: interprets any architecture, or the shard of it that one rank holds.
 
-Owns the order of layers and norms and the residual stream. Knows no family, no checkpoint and no
-scheduling: it is told which tokens stand where in the cache.
+This module owns the order of layers and norms, and the residual stream. It knows no family, no
+checkpoint and no scheduling; a Batch gives the tokens and their positions in the KV cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _make_ffn(
 
 
 class PreNormBlock:
-    """Interprets Layer. A block adds to the residual stream in place."""
+    """Computes a Layer. A block adds to the residual stream in place."""
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
@@ -58,7 +58,7 @@ class PreNormBlock:
         self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
-        self.next_norm: Norm | None = None  # the next block's first, if there is one
+        self.next_norm: Norm | None = None  # the first norm of the next block, if any
 
     @property
     def first_norm(self) -> Norm:
@@ -71,7 +71,7 @@ class PreNormBlock:
         cache: Tensor,
         logit_tokens: LogitTokens | None = None,
     ) -> Residual:
-        """stream: of [tokens, dim]. Returns it, or new memory with the `logit_tokens` alone."""
+        """stream: [tokens, dim]. Returns it, or a new stream of the `logit_tokens` only."""
         total = stream.total if logit_tokens is None else stream.total[logit_tokens.index]
         x, norm = stream.input_for(self.first_norm)
         second = self._norms["post_attention_layernorm"]
@@ -87,7 +87,7 @@ class PreNormBlock:
 
 
 class SandwichBlock(PreNormBlock):
-    """Interprets SandwichLayer: what is added goes through a norm first."""
+    """Computes a SandwichLayer: outputs are normalised before they are added to the stream."""
 
     norms = (*PreNormBlock.norms, "post_self_attn_layernorm", "post_mlp_layernorm")
 
@@ -114,9 +114,9 @@ _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
 
 
 class Decoder:
-    """A model whose weights are still to be filled in (load.py); `weights()` says where.
+    """A model whose weights are not yet loaded; load.py fills the tensors of `weights()`.
 
-    `layers`: what this rank computes of it.
+    `layers`: the layers that this rank computes.
     """
 
     def __init__(
@@ -129,9 +129,9 @@ class Decoder:
         shard: Shard | None = None,
         ranks: TensorParallel = ALONE,
     ) -> None:
-        """`max_model_len`: no position reaches it. Dynamic RoPE scaling depends on it.
+        """`max_model_len`: all positions are smaller. Dynamic RoPE scaling depends on it.
 
-        `shard`: what is this rank's; `ranks`: those that have the other shares of its layers.
+        `shard`: this rank's shard (default: everything). `ranks`: the ranks that share its layers.
         """
         self.arch = arch
         self.dtype = dtype
@@ -157,7 +157,7 @@ class Decoder:
         }
         ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
-        # Of each shape of attention the first layer: those that share a shape are planned as one.
+        # Attention shape -> the first layer of that shape; layers of one shape share a plan.
         self._planned: dict[AttentionShape, int] = {}
         for i, layer in enumerate(self.layers):
             self._planned.setdefault(layer.mixer.attention, i)
@@ -173,9 +173,9 @@ class Decoder:
     def new_cache(
         self, num_pages: int, page_size: int, dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """One [num_pages, 2, page_size, kv_heads, head_dim] a layer (0: K, 1: V), not cleared.
+        """One uninitialised [num_pages, 2, page_size, kv_heads, head_dim] per layer (0: K, 1: V).
 
-        `dtype`: the model's, which is the default, or float8_e4m3fn.
+        `dtype`: the model's dtype (default) or float8_e4m3fn.
         """
         return [
             torch.empty(
@@ -187,18 +187,19 @@ class Decoder:
         ]
 
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
-        """Compile what attention over such a cache needs, unless that is done already."""
+        """Compile the kernels for attention over such a cache, unless they are compiled already."""
         cache = self.new_cache(1, page_size, dtype)
         kinds = [(cache[i], shape.heads, shape.window) for shape, i in self._planned.items()]
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
-        """Write the batch's K and V to the cache and give the last layer's residual stream,
-        [n, dim], of the tokens at `batch.logit_index`; or, if the model goes on elsewhere, of all
-        tokens. A batch of nothing but decode rows may be recorded in a CUDA graph.
+        """Write the batch's K and V to the cache and return the residual stream after the layers.
 
-        `x`: where this is not the beginning of the model, what came out of the layers before,
-        [tokens, dim]; it is written to.
+        The last stage returns [n, dim] for the tokens at `batch.logit_index`; other stages return
+        [tokens, dim]. A batch of decode rows only may be recorded in a CUDA graph.
+
+        `x`: on stages after the first, the previous stage's output, [tokens, dim]; it is
+        overwritten.
         """
         plans = {
             shape: self._planner.plan(batch, cache[i], shape.heads, shape.window)
@@ -223,8 +224,9 @@ class Decoder:
         return self._ranks.sum(F.embedding(at * here, table) * here[:, None])
 
     def _logit_tokens(self, batch: Batch, cache: Tensor) -> LogitTokens | None:
-        """The last tokens of the rows whose logits are asked for; None if other tokens' are too,
-        or every token's. To attention, such a token is a decode row.
+        """The tokens whose logits are needed, if each is the last token of its row; else None.
+
+        Attention treats such a token as a decode row.
         """
         index = batch.logit_index
         rows = batch.logit_rows
@@ -246,14 +248,15 @@ class Decoder:
         return LogitTokens(index, {shape: plan})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """What `forward` gave, [n, dim], to this rank's share of the logits, [n, vocab / ranks] in
-        the model's dtype; into `out` if given.
+        """This rank's share of the logits, [n, vocab / ranks] in the model's dtype.
+
+        `hidden`: the output of `forward`, [n, dim]. `out`: memory for the result.
         """
         norm = self._outer_weights["model.norm.weight"], self.arch.eps
         return self.ops.linear(hidden, self._head, None, norm, out)
 
     def whole(self, scores: Tensor) -> Tensor:
-        """All ranks' `scores` of the same rows: [n, vocab]."""
+        """Gather all ranks' `scores` of the same rows: [n, vocab]."""
         return self._ranks.gather(scores)
 
     def sample_plain(
@@ -263,17 +266,17 @@ class Decoder:
         return self.ops.sample_plain(scores, slots, state, out=out, ranks=self._ranks)
 
     def broadcast(self, tokens: Tensor) -> Tensor:
-        """What the first of the ranks has sampled, [n] int64, in the place of this one's tokens."""
+        """Overwrite `tokens`, [n] int64, with the tokens that the first rank sampled."""
         return self._ranks.broadcast(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What `forward` gave, [n, dim], to [n, vocab] logits in float32."""
+        """Logits, [n, vocab] in float32, from the output of `forward`, [n, dim]."""
         return self.whole(self.scores(hidden)).float()
 
     def weights(self) -> dict[str, Tensor]:
-        """Canonical weight name -> the tensor (often a view) to copy this rank's share of it into.
+        """Canonical weight name -> the tensor (often a view) for this rank's shard of the weight.
 
-        A view may have a leading dimension more than the weight: copying broadcasts over it.
+        A view may have one more leading dimension than the weight; copying broadcasts over it.
         """
         views = dict(self._outer_weights)
         for i, block in enumerate(self._blocks, self.shard.first):

@@ -1,11 +1,11 @@
-"""From a safetensors checkpoint to a decoder: what goes where, and whether all of it fits.
+"""Loads a safetensors checkpoint into a decoder: checks every tensor and maps it to a weight.
 
-Everything that does not fit exactly is an error: missing, left over, twice, another shape, another
-kind of number, a file cut short. All of it is known before a decoder takes memory. Names come from
-arch/names.py; read.py moves the numbers.
+Every mismatch is an error: a missing, unexpected or repeated tensor, a wrong shape or dtype, a
+truncated file. All of these are found before the decoder allocates memory. arch/names.py gives the
+names; read.py reads the data.
 
-The safetensors library is not used: it maps a file into memory, and a process whose mapped file is
-cut short meanwhile is killed; nor does it tell where in the file a tensor is.
+The safetensors library is not used, for two reasons: it maps files into memory, so truncating a
+file kills the process; and it does not tell the offset of a tensor in the file.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The open files of a checkpoint that has exactly the tensors its model asks for."""
+    """The open files of a checkpoint that has exactly the tensors that its model needs."""
 
     path: Path
-    tensors: dict[str, TensorSlice]  # by the checkpoint's name; numbers in a row
-    tied: str | None  # a tensor that must equal the embedding
+    tensors: dict[str, TensorSlice]  # by checkpoint tensor name; each is contiguous
+    tied: str | None  # name of a stored output projection, which must equal the embedding
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a file's header says of a tensor; `begin` and `end` in bytes, in the file's data."""
+    """A tensor's entry in a file's header. `begin`, `end`: byte offsets in the data section."""
 
     dtype: str
     shape: list[int]
@@ -59,9 +59,9 @@ class _Stored:
 
 @contextmanager
 def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
-    """Open the checkpoint in `path`; its files stay open while the block runs.
+    """Open the checkpoint in the directory `path`; its files stay open while the block runs.
 
-    Raises LoadError for all that the files' headers tell: then no memory has been taken.
+    Raises LoadError for every mismatch that the files' headers show, before memory is allocated.
     """
     finder = _Finder(arch)
     with ExitStack() as opened:
@@ -76,10 +76,11 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
 
 @contextmanager
 def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
-    """Fill the decoder from its model's checkpoint while the block runs, and wait for the rest.
+    """Load the checkpoint's weights into the decoder while the block runs; at its end, wait.
 
-    On a GPU the block may compute with the decoder. The results mean nothing, but are finite:
-    weights that have not come yet are zero. Raises LoadError for what only reading can tell.
+    On a GPU the block may compute with the decoder. The results are meaningless but finite, because
+    weights not yet read are zero. Raises LoadError for a file that cannot be read or is truncated,
+    or a stored output projection that differs from the tied embedding.
     """
     targets, tied_copy = _aim(decoder, checkpoint)
     if decoder.device.type == "cuda":
@@ -98,10 +99,10 @@ def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def fill_randomly(decoder: Decoder) -> None:
-    """Random weights, for the same decoder always the same.
+    """Fill the decoder with random weights, always the same ones for the same decoder.
 
-    They are of a trained model's size, so that numbers stay in range, and none is constant:
-    kernels run faster on zeros.
+    The weights are as large as a trained model's, so that activations stay in range. They are not
+    constant, because kernels run faster on zeros.
     """
     generator = torch.Generator(decoder.device).manual_seed(0)
     for name, view in decoder.weights().items():
@@ -112,7 +113,7 @@ def fill_randomly(decoder: Decoder) -> None:
 
 
 class _Finder:
-    """Checks each checkpoint tensor and keeps where its numbers are."""
+    """Checks each checkpoint tensor and records its position in the files."""
 
     def __init__(self, arch: Model) -> None:
         self.found: dict[str, TensorSlice] = {}
@@ -124,11 +125,11 @@ class _Finder:
             self._wanted[name] = (rows, *shapes[parts[0]][1:])
         self._missing = dict.fromkeys(self._wanted)
         self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
-        if self._tied is not None:  # it may be there too, if it is the embedding
+        if self._tied is not None:  # may be stored, if equal to the embedding
             self._wanted[self._tied] = shapes["model.embed_tokens.weight"]
 
     def take(self, file: Path, name: str, stored: _Stored, descriptor: int, start: int) -> None:
-        """`start`: of the data in the open file, in bytes."""
+        """Check and record one tensor. `start`: offset of the file's data section, in bytes."""
         if is_left_over(name):
             return
         if name in self.found:
@@ -151,7 +152,7 @@ class _Finder:
 
 
 def _check(file: Path, name: str, stored: _Stored, shape: tuple[int, ...]) -> torch.dtype:
-    """The tensor's kind of number, if it is as it must be."""
+    """The tensor's dtype. Raises LoadError for a wrong shape or size or an unsupported dtype."""
     if tuple(stored.shape) != shape:
         raise LoadError(
             f"{file}: tensor {name} has shape {shown(repr(stored.shape))}, "
@@ -174,9 +175,9 @@ def _check(file: Path, name: str, stored: _Stored, shape: tuple[int, ...]) -> to
 def _aim(
     decoder: Decoder, checkpoint: Checkpoint
 ) -> tuple[list[tuple[TensorSlice, Tensor]], Tensor | None]:
-    """Which numbers go into which memory of the decoder; and a tied tensor's copy, to be compared.
+    """(source, target) for each read of this rank, and the host tensor for a tied tensor's copy.
 
-    The copy is on the host, so that it takes none of the device's memory.
+    The copy is compared with the embedding. It is on the host, so it takes no device memory.
     """
     arch = decoder.arch
     shapes = arch.weights()
@@ -186,7 +187,7 @@ def _aim(
         source = checkpoint.tensors[name]
         for part in parts:
             shape = shapes[part]
-            if part in weights:  # else it is another rank's
+            if part in weights:  # else another rank holds it
                 targets.append(_share(decoder, source, shape, weights[part]))
             num_bytes = prod(shape) * source.dtype.itemsize
             source = replace(source, offset=source.offset + num_bytes)
@@ -202,8 +203,10 @@ def _aim(
 def _share(
     decoder: Decoder, whole: TensorSlice, shape: tuple[int, ...], into: Tensor
 ) -> tuple[TensorSlice, Tensor]:
-    """What this rank reads of a whole weight of `shape`. `into`: of the share's shape, which is
-    smaller in one dimension at most; or the same once more for each of some copies.
+    """The source slice and target view of this rank's shard of the weight `whole` of shape `shape`.
+
+    `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more
+    leading dimension, for copies of the shard.
     """
     width = prod(shape[1:])
     shard = into.shape[-len(shape) :]
@@ -217,9 +220,9 @@ def _share(
 
 
 def _read_header(file: Path, opened: BinaryIO) -> tuple[dict[str, _Stored], int]:
-    """What the file says of its tensors, and where in it their data begins.
+    """The header's tensor entries by name, and the byte offset of the data section.
 
-    A file is 8 bytes with the header's length, the header in JSON, the data without a gap.
+    A file holds the header's length in 8 bytes, the header in JSON, then the data without gaps.
     """
     size = os.fstat(opened.fileno()).st_size
     try:
@@ -260,7 +263,7 @@ def _incomplete(file: Path, problem: str) -> LoadError:
 
 
 def _files(path: Path) -> list[Path]:
-    """The checkpoint's files, each once, in the order of the index."""
+    """The checkpoint's files without duplicates, in the order of the index."""
     index = path / _INDEX
     if not os.path.lexists(index):
         if not os.path.lexists(path / _SINGLE):
@@ -271,7 +274,7 @@ def _files(path: Path) -> list[Path]:
     if not names or not all(isinstance(name, str) for name in names):
         raise LoadError(f"{index}: its weight_map names no file for each tensor")
     for name in dict.fromkeys(names):
-        # Nothing outside the directory, whatever is there, is a part of the checkpoint.
+        # The index may only name files in the checkpoint's own directory.
         if name != os.path.basename(name) or not os.path.isfile(path / name):
             raise LoadError(f"{index}: names {shown(name)}, which is not a file in {path}")
     return [path / name for name in dict.fromkeys(names)]

@@ -1,8 +1,8 @@
-"""From files to tensors: threads that read pieces, each by way of one buffer of its own.
+"""Reads files into tensors, with threads that each read pieces through a buffer of their own.
 
-The buffer is pinned where the tensors are on a GPU, so that the copy to it needs no further one on
-the host. Memory: at most _NUM_READERS * _PIECE_BYTES, whatever the files hold. Knows no models and
-no file format.
+For tensors on a GPU the buffers are pinned, so that the copy to the GPU needs no other copy on the
+host. The buffers take at most _NUM_READERS * _PIECE_BYTES of memory, whatever the files' size. This
+module knows no models and no file format.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Copying out of the page cache takes one core about 2 ms a piece; on a disk, so many are asked for
-# at a time.
+# To copy a piece out of the page cache takes one core about 2 ms. The number of readers is the
+# queue depth of reads from a disk.
 _NUM_READERS = 16
 _PIECE_BYTES = 16 << 20
 
@@ -29,14 +29,14 @@ _log = logging.getLogger(__name__)
 
 
 class LoadError(ValueError):
-    """The checkpoint does not fit its config; the message names the file and the tensor."""
+    """A checkpoint that does not match its config; the message names the file and the tensor."""
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Rows of numbers in a file that stays open; `offset` of the first row's first, in bytes.
+    """A slice of a matrix in an open file: columns `first` .. `first + count - 1` of `width`.
 
-    Of each row of `width` numbers those from `first` on are wanted, `count` of them.
+    `offset`: byte offset of the first row in the file.
     """
 
     path: Path
@@ -48,23 +48,23 @@ class TensorSlice:
     count: int = 1
 
 
-# As many numbers of a file as fit a buffer, and [copies, n] to fill with them, every row the same.
+# A source slice that fits a buffer, and its target, [copies, n], whose rows all get the same data.
 _Piece = tuple[TensorSlice, Tensor]
 
 
 @contextmanager
 def reading(targets: list[tuple[TensorSlice, Tensor]], device: torch.device) -> Iterator[None]:
-    """Fill each tensor, [copies, n], with n numbers of its source, row by row the same.
+    """Fill each target, [copies, n], with the n numbers of its source slice; all rows get the same.
 
-    Tensors are on `device`, or on the host. Reads while the block runs and has read everything when
-    it ends; a block that raises ends the reading. Raises LoadError for a file that cannot be read
-    or ends too soon.
+    Targets are on `device` or on the host. Reading runs during the block, and is complete when the
+    context ends; an exception in the block stops it. Raises LoadError for a file that cannot be
+    read or is truncated.
     """
     pieces = deque(piece for source, into in targets for piece in _cut(source, into))
     num_bytes = sum(_num_bytes(piece) for piece in pieces)
     stream = None
     if device.type == "cuda":
-        # The memory to be filled may have been another tensor's, whose work is still under way.
+        # Kernels in flight may still use the targets' memory for a tensor that was freed.
         torch.cuda.current_stream(device).synchronize()
         stream = torch.cuda.Stream(device)
     start = time.perf_counter()
@@ -91,16 +91,16 @@ def _cut(source: TensorSlice, into: Tensor) -> Iterator[_Piece]:
 
 
 def _num_bytes(piece: _Piece) -> int:
-    """Of the rows as they are in the file."""
+    """Size in the file of the piece's whole rows."""
     source, into = piece
     return into.shape[1] // source.count * source.width * source.dtype.itemsize
 
 
 @torch.inference_mode()
 def _read(pieces: deque[_Piece], stream: torch.cuda.Stream | None) -> float:
-    """Take and move pieces until there are none; when that was. An error ends all readers.
+    """Read pieces until none are left; returns the end time. An error stops all readers.
 
-    `stream`: of a GPU, to copy on.
+    `stream`: the CUDA stream for copies to a GPU.
     """
     try:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -111,7 +111,7 @@ def _read(pieces: deque[_Piece], stream: torch.cuda.Stream | None) -> float:
                 except IndexError:  # another reader took the last one
                     break
                 _move(piece, buffer)
-                if stream is not None:  # wait until the buffer is free; others need the core
+                if stream is not None:  # free the buffer; block without spinning
                     copied = torch.cuda.Event(blocking=True)
                     copied.record(stream)
                     copied.synchronize()
@@ -128,13 +128,13 @@ def _move(piece: _Piece, buffer: Tensor) -> None:
     _fill(raw.numpy().data, source)
     numbers = raw.view(source.dtype).view(-1, source.width)
     if numbers.dtype != into.dtype or source.count < source.width:
-        numbers = numbers.to(into.device, non_blocking=True)  # a GPU does the rest in no time
+        numbers = numbers.to(into.device, non_blocking=True)  # convert and slice on the GPU
     wanted = numbers[:, source.first : source.first + source.count]
     into.unflatten(1, (-1, source.count)).copy_(wanted, non_blocking=True)
 
 
 def _fill(memory: memoryview, source: TensorSlice) -> None:
-    """Read as many bytes as `memory` has."""
+    """Fill `memory` from the source's offset on. Raises LoadError at the end of the file."""
     offset = source.offset
     try:
         while memory:

@@ -1,7 +1,7 @@
 """Writes a complete tiny model of any family: random weights, a tokenizer, a chat template.
 
-Nothing is downloaded. Tensors go by the family's own checkpoint names, and norms and biases are
-random too, so a model that leaves one out gives other text.
+Nothing is downloaded. Tensors have the family's checkpoint names. Norms and biases are random too,
+so an implementation that omits one generates different text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.arch.zoo import make_arch
 
-# Their ids are 0, 1, 2. Generation ends at the first and the last.
+# Token ids 0, 1, 2. The first and the last token end generation.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MIN_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte is a token
 MAX_TOKENIZER_VOCAB = 384
@@ -53,7 +53,7 @@ def write_tiny_model(
 ) -> Path:
     """Write config, weights, tokenizer and generation config to `directory`; returns its path.
 
-    `family`: an architecture name, one of spec.FAMILIES. `dtype`: float32, bfloat16 or float16.
+    `family`: an architecture name in arch.FAMILIES. `dtype`: float32, bfloat16 or float16.
     `over`: keys of config.json to change. Raises ArchError for a config that is not supported,
     ValueError for a vocabulary too small for the tokenizer.
     """
@@ -73,7 +73,7 @@ def write_tiny_model(
 
 
 def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
-    """Random float32 checkpoint tensors, scaled so that hidden states and logits stay lively."""
+    """Random float32 checkpoint tensors, scaled so that hidden states and logits vary."""
     generator = torch.Generator().manual_seed(seed)
     shapes = arch.weights()
     return {
@@ -87,13 +87,14 @@ def _random_weight(
 ) -> Tensor:
     noise = torch.randn(shape, generator=generator)
     if name == "model.norm.weight":
-        return noise  # of either sign: else a tied model would repeat its input for ever
+        return noise  # both signs: otherwise a tied model repeats its input for ever
     if name.endswith("norm.weight"):
         return 1 + 0.3 * noise
     if name.endswith(".bias"):
         return 0.3 * noise
-    # An embedding row is read as it is; a row of the output projection meets `dim` numbers about 1
-    # in size, and logits about 3 apart make text that varies, yet prefers some tokens.
+    # An embedding row is used unscaled. A row of the output projection is multiplied with `dim`
+    # numbers of size about 1; logits that differ by about 3 give text that varies but prefers some
+    # tokens.
     is_input = name.startswith("model.embed_tokens") and not arch.tie
     is_output = name.startswith(("lm_head", "model.embed_tokens"))
     gain = 3.0 if is_output else 1.0

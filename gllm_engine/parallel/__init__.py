@@ -1,6 +1,7 @@
-"""Ranks and what they say to each other: the mesh, collectives, the pipeline.
+"""Communication between ranks: the mesh, collectives, the pipeline.
 
-Built on torch.distributed: NCCL between GPUs, gloo between CPUs. Knows no models and no scheduling.
+It uses torch.distributed, with NCCL between GPUs and gloo between CPUs. The package knows no models
+and no scheduling.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which rank does what: `pp` stages, each a run of layers, held by `tp` ranks together.
+"""The role of each rank: `pp` pipeline stages of consecutive layers, each held by `tp` ranks.
 
 Pure arithmetic; no tensors, no sockets.
 """
@@ -13,7 +13,7 @@ from math import inf
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks 0 .. pp * tp - 1; those of a stage follow each other, so that they share a node."""
+    """Ranks 0 .. pp * tp - 1. The ranks of a stage are consecutive, so that they share a node."""
 
     pp: int = 1
     tp: int = 1
@@ -29,17 +29,17 @@ class Mesh:
         return rank % self.tp
 
     def rank_at(self, stage: int, tp_rank: int) -> int:
-        """The rank that is number `tp_rank` of a stage."""
+        """The rank with tensor parallel number `tp_rank` in a stage."""
         return stage * self.tp + tp_rank
 
 
 def partition_layers(costs: list[float], tail: float, stages: int) -> tuple[int, ...]:
-    """How many consecutive layers each stage gets, so that the dearest stage is as cheap as can be.
+    """Partition layers into consecutive stages so that the largest cost of a stage is minimal.
 
-    `costs`: of each layer; `tail`: what the last stage does beside its layers. Every stage gets at
-    least one. Of the cuts that are equal in this the most even one. Linear partitioning by dynamic
-    programming (Skiena, "The Algorithm Design Manual", 10.7). Raises ValueError for fewer layers
-    than stages.
+    Returns the number of layers of each stage. `costs`: the cost of each layer. `tail`: the last
+    stage's cost beside its layers. Every stage gets at least one layer. Among partitions with the
+    same maximum, the most even one is chosen. Linear partitioning by dynamic programming (Skiena,
+    "The Algorithm Design Manual", 10.7). Raises ValueError for fewer layers than stages.
     """
     if len(costs) < stages:
         raise ValueError(f"{len(costs)} layers cannot be cut into {stages} stages")
@@ -55,9 +55,9 @@ def partition_layers(costs: list[float], tail: float, stages: int) -> tuple[int,
 def _partition(
     costs: list[float], tail: float, stages: int, fold: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """The least that `fold`, over the stages' costs from 0, can come to, and the sizes for it."""
+    """The smallest result of `fold` over the stages' costs, from 0, and the sizes that give it."""
     ends = [0.0, *accumulate(costs)]
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by layers given away
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by number of layers assigned
     for stage in range(stages):
         extra = tail if stage == stages - 1 else 0.0
         best = {

@@ -1,8 +1,8 @@
-"""The way of a step through the stages: activations to the next one, sampled tokens to the first.
+"""Transfers between pipeline stages: activations to the next stage, sampled tokens to the first.
 
 Sends and receives are asynchronous and in the order of the steps. On GPUs they run on NCCL's own
-streams: what computes on a received tensor waits for it there, never the host. Owns the lifetime of
-tensors under way. Knows tensors and nothing of what they mean.
+streams: kernels that use a received tensor wait for the transfer, the host does not. This module
+owns the lifetime of tensors being sent. It does not interpret tensors.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 Peer = tuple[int, dist.ProcessGroup | None]  # a rank, and the group shared with it
 
-# More steps than this are never under way; config.py sees to it.
+# At least the number of steps that can be in flight, which config.py limits.
 _MOST_SENDING = 64
 
 
 class Pipe:
-    """This rank's neighbours. A pipe of one stage sends nothing."""
+    """This rank's connections to other stages. A pipe of one stage sends nothing."""
 
     def __init__(
         self,
@@ -36,34 +36,35 @@ class Pipe:
         self._after = after
         self._first = first
         self._last = last
-        # A tensor under way must not be freed, nor written to: it is kept until it has been sent.
+        # A tensor must not be freed before it has been sent, so it is kept here until then.
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     def receive(self, x: Tensor) -> Tensor:
-        """Fill x with what the stage before sent next. Whatever computes on x afterwards waits."""
+        """Fill x with the previous stage's next tensor. Later kernels wait for the transfer."""
         assert self._before is not None
         self._irecv(x, self._before).wait()
         return x
 
     def send(self, x: Tensor) -> None:
-        """Hand x to the stage after; it must not be written to any more."""
+        """Send x to the next stage. The caller must not write to x afterwards."""
         assert self._after is not None
         self._isend(x, self._after)
 
     def return_tokens(self, tokens: Tensor) -> None:
-        """On the last stage: send sampled tokens to the first."""
+        """On the last stage: send sampled tokens to the first stage."""
         self._isend(tokens, self._first)
 
     def await_tokens(self, tokens: Tensor) -> dist.Work:
-        """On the first stage: fill `tokens` with what the last stage returns next, at some time;
-        after its wait() they may be read.
+        """On the first stage: start to receive the last stage's next tokens into `tokens`.
+
+        `tokens` may be read after wait() on the returned work.
         """
         return self._irecv(tokens, self._last)
 
     def _isend(self, x: Tensor, peer: Peer) -> None:
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
-        while len(self._sending) > _MOST_SENDING:  # gloo's are not completed until waited for
+        while len(self._sending) > _MOST_SENDING:  # gloo completes only in wait()
             self._sending.popleft()[0].wait()
         rank, group = peer
         x = x.contiguous()

@@ -1,6 +1,7 @@
-"""One process's place among the ranks, and torch.distributed's groups that it belongs to.
+"""The torch.distributed process groups that connect one rank to the other ranks.
 
-Owns their making. Every rank makes all groups in the same order, as torch.distributed demands.
+This module creates the groups. Every rank creates all groups in the same order, which
+torch.distributed requires.
 """
 
 from __future__ import annotations
@@ -21,25 +22,23 @@ from gllm_engine.parallel.mesh import Mesh
 from gllm_engine.parallel.pipe import Pipe
 from gllm_engine.parallel.tensor_parallel import TensorParallel
 
-# What a collective waits for a rank that does not come. Lost ranks are noticed elsewhere, and much
-# sooner; ranks that load weights are slow to come.
+# Timeout of a collective. It is long because loading weights can delay a rank. The engine detects
+# lost ranks by other means, and much sooner.
 _PATIENCE = timedelta(minutes=30)
 _NCCL = {
-    # What is sent one way on a group of two is in order anyway; see the groups below.
+    # Each two-rank group sends in one direction only, so serialized transfers cost nothing.
     "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
-    # A process that multicasts over NVLink and ends badly can put a host's GPUs out of service.
+    # A process that crashes during NVLink multicast can put the host's GPUs out of service.
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
-_IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: a line an address, hexadecimal digits first
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: one address per line, first in hexadecimal
 
 
 @dataclass(frozen=True)
 class RankGroups:
-    """What this process shares with others: `tensor` with those of its stage, `pipe` with other
-    stages.
-    """
+    """This rank's communicators: `tensor` to the ranks of its stage, `pipe` to other stages."""
 
     mesh: Mesh
     rank: int
@@ -52,17 +51,17 @@ class RankGroups:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank tells what the steps have sampled."""
+        """Whether this rank reports the sampled tokens to the engine."""
         return self.rank == self.mesh.rank_at(self.mesh.pp - 1, 0)
 
     def min_over_ranks(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
+        """The minimum of `number` over all ranks."""
         smallest = torch.tensor(number, device=self.tensor.device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
 
     def broadcast(self, numbers: list[float]) -> list[float]:
-        """Rank 0's numbers, on every rank; every rank gives as many."""
+        """Rank 0's numbers, returned on every rank. All ranks must pass lists of equal length."""
         shared = torch.tensor(numbers, dtype=torch.float64, device=self.tensor.device)
         dist.broadcast(shared, 0)
         return [float(number) for number in shared.tolist()]
@@ -71,9 +70,9 @@ class RankGroups:
 def join_ranks(
     mesh: Mesh, rank: int, per_node: int, store: dist.Store, device: torch.device
 ) -> RankGroups:
-    """Meet the other ranks, through a store that all of them see. Blocks until all have come.
+    """Create this rank's process groups. Blocks until all ranks have joined.
 
-    `per_node`: ranks of a node, which follow each other.
+    `store`: shared by all ranks. `per_node`: ranks on one node; their numbers are consecutive.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -91,8 +90,8 @@ def join_ranks(
     stages = [
         dist.new_group([mesh.rank_at(stage, i) for i in range(mesh.tp)]) for stage in range(mesh.pp)
     ]
-    # A pair of ranks may talk in both directions at once, and what is sent on one communicator
-    # goes in order: so tokens, which go back, have others than activations.
+    # Transfers on one communicator run in order, and two ranks may send to each other at the same
+    # time. So tokens, which go back, use other communicators than activations, which go forward.
     forward = {
         (stage, i): dist.new_group([mesh.rank_at(stage, i), mesh.rank_at(stage + 1, i)])
         for stage in range(mesh.pp - 1)
@@ -119,9 +118,9 @@ def join_ranks(
 
 
 def talk_through(host: str) -> None:
-    """Before joining: let ranks listen on and send through the network that leads to `host` alone.
+    """Restrict gloo and NCCL to the network interface that leads to `host`.
 
-    What the user has set stays.
+    Call this before join_ranks. Environment variables that the user has set are kept.
     """
     is_ipv6 = ":" in host
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
@@ -137,7 +136,7 @@ def talk_through(host: str) -> None:
 
 
 def _ipv4_addresses(any_socket: socket.socket) -> Iterator[tuple[str, bytes]]:
-    """This machine's network interfaces with their addresses."""
+    """(name, address) of each network interface of this machine that has an IPv4 address."""
     for _, name in socket.if_nameindex():
         request = struct.pack("256s", name.encode()[:15])
         try:

@@ -1,7 +1,7 @@
-"""The ranks that hold a share each of every weight of the same layers.
+"""Collectives among the tensor parallel ranks, each of which holds a shard of the same layers.
 
-Each computes with its share; sums and gathers make one result of it, the same on all of them.
-Knows tensors and nothing of what they mean.
+Each rank computes with its shard. Sums and gathers combine the results, and all ranks get the same
+result. This module does not interpret tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class TensorParallel:
-    """`size` ranks, this one is number `rank`. With a size of 1 nothing is ever sent."""
+    """A group of `size` ranks, in which this rank has number `rank`. A group of 1 sends nothing."""
 
     rank: int
     size: int
@@ -24,25 +24,25 @@ class TensorParallel:
     same_node: bool
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, in its place."""
+        """Sum x over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        """The largest of all ranks' x, number by number, in its place."""
+        """Elementwise maximum of x over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x, in the place of this rank's."""
+        """Overwrite x with rank 0's x."""
         if self.size > 1:
             dist.broadcast(x, group=self.group, group_src=0)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n, width] of each rank to [n, size * width], contiguous: rank after rank in a row."""
+        """Concatenate every rank's [n, width] along dimension 1: contiguous [n, size * width]."""
         if self.size == 1:
             return x
         parts = list(x.new_empty(self.size, *x.shape))

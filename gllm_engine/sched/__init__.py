@@ -1,7 +1,7 @@
-"""The scheduler: which tokens of which sequences each step computes, and on which pages.
+"""The scheduler: decides which tokens of which sequences each step computes, and on which pages.
 
-Pure Python: it exchanges StepPlan and StepResult with a runner it never sees, and never imports
-torch.
+The package is pure Python and never imports torch. It exchanges StepPlan and StepResult with a
+runner, which it knows nothing else of.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The page pool: which KV pages are free, referenced, or kept for their content.
+"""The pool of KV cache pages: which pages are free, referenced, or idle with cached content.
 
-Owns page numbers, reference counts and the hash of each page's content. Every operation costs
-O(1) a page. Knows nothing of steps, slots or priorities, and never sees the pages themselves.
+This module owns page numbers, reference counts and the hash of each page's content. Every
+operation costs O(1) per page. It knows nothing of steps, slots or priorities, and never accesses
+the KV cache itself.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ class IntegrityError(AssertionError):
 class PagePool:
     """`num_pages` pages of `page_size` tokens; each is free, idle (cached) or referenced.
 
-    A page can be found by its hash from the moment a holder publishes it until it is taken for
-    other content. Of two pages with the same content only the first published can be found; the
-    other is an ordinary page and is free as soon as it is released. Pages are taken never-cached
-    first, then idle ones, least recently released first.
+    A page can be found by its hash from its publication until the page is taken for other content.
+    If two pages have the same content, only the one published first can be found; the other one
+    becomes free on its release. take() prefers free pages, then takes idle pages in the order of
+    their release.
     """
 
     __slots__ = (
@@ -46,30 +47,30 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.caching = caching
-        key = secrets.token_bytes(32)  # so that nobody outside can construct a collision
-        # Never updated, only copied: that is cheaper than keying anew.
+        key = secrets.token_bytes(32)  # secret, so that no client can construct a collision
+        # Copied and never updated: a copy is cheaper than a new keyed hash.
         self._salt_hash = blake2b(digest_size=DIGEST_SIZE, key=key, person=b"salt")
         self._page_hash = blake2b(digest_size=DIGEST_SIZE, key=key, person=b"page")
         self._pack = Struct(f"{page_size}q").pack
         self._refs = [0] * num_pages
-        self._hashes: list[bytes | None] = [None] * num_pages  # set: `_index` has hash -> page
+        self._hashes: list[bytes | None] = [None] * num_pages  # if set, `_index` has it
         self._index: dict[bytes, int] = {}
         self._free = list(range(num_pages - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # next to be taken in front
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the next to be taken first
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken: free and idle."""
+        """Number of pages that can be taken: free plus idle pages."""
         return len(self._free) + len(self._idle)
 
     def root(self, salt: str) -> bytes:
-        """The parent of a sequence's first page: different salts share nothing."""
+        """The parent hash of a sequence's first page. Different salts never share pages."""
         root = self._salt_hash.copy()
         root.update(salt.encode("utf-8", "surrogatepass"))
         return root.digest()
 
     def link(self, parent: bytes, tokens: list[int]) -> bytes:
-        """The hash of one full page and of all before it, which `parent` stands for."""
+        """The hash of one full page and all pages before it, whose hash is `parent`."""
         page = self._page_hash.copy()
         page.update(parent + self._pack(*tokens))
         return page.digest()
@@ -78,12 +79,12 @@ class PagePool:
         return self._index.get(digest)
 
     def num_idle(self, pages: list[int]) -> int:
-        """How many of `pages` nobody references."""
+        """The number of `pages` without a reference."""
         refs = self._refs
         return sum(1 for page in pages if not refs[page])
 
     def take(self, count: int) -> list[int]:
-        """`count` pages of undefined content, each referenced once."""
+        """Take `count` pages of undefined content, each with one reference."""
         if count > self.num_free:
             raise IntegrityError(f"{count} pages were taken while {self.num_free} were free.")
         pages = []
@@ -94,16 +95,16 @@ class PagePool:
         return pages
 
     def share(self, pages: list[int]) -> None:
-        """One more reference to each of `pages`, which were found by hash."""
+        """Add a reference to each of `pages`, which were found by hash."""
         for page in pages:
             if not self._refs[page]:
                 del self._idle[page]
             self._refs[page] += 1
 
     def give_back(self, pages: list[int]) -> None:
-        """One reference less to each page of a sequence, given head first.
+        """Drop a reference to each page of a sequence, whose pages are in order of position.
 
-        The tail becomes idle before the head, so it is evicted before the head.
+        The last page becomes idle first, so it is evicted before the first page.
         """
         for page in reversed(pages):
             left = self._refs[page] - 1
@@ -117,12 +118,12 @@ class PagePool:
                     self._idle[page] = None
 
     def publish(self, page: int, digest: bytes) -> None:
-        """Let a referenced, full page be found; a page that is already found stays the one."""
+        """Make a referenced, full page findable, unless another page already has this hash."""
         if self._index.setdefault(digest, page) == page:
             self._hashes[page] = digest
 
     def forget(self) -> None:
-        """Empty the cache: no page can be found any more."""
+        """Empty the cache: afterwards no page can be found."""
         self._index.clear()
         self._hashes = [None] * self.num_pages
         self._free.extend(self._idle)
@@ -137,7 +138,7 @@ class PagePool:
         return page
 
     def check_integrity(self, handles: Iterable[Pages]) -> None:
-        """Raise IntegrityError unless `handles` hold exactly the references counted."""
+        """Raise IntegrityError unless the pool is consistent with the pages that `handles` hold."""
         held = [0] * self.num_pages
         for handle in handles:
             if len(set(handle.ids)) < len(handle.ids):
@@ -164,8 +165,8 @@ class PagePool:
 class Pages:
     """The pages of one sequence, in order of position, and the hashes of its full pages.
 
-    It is the only owner of its references: what it took, `release` gives back, once. The hashes
-    outlive a release, because a sequence's tokens never change.
+    This object alone owns its references; `release` gives all of them back, once. The hashes are
+    kept after a release, because known tokens never change.
     """
 
     __slots__ = ("ids", "_pool", "_chain", "_num_published")
@@ -177,9 +178,9 @@ class Pages:
         self._num_published = 0
 
     def find_cached(self, tokens: list[int]) -> list[int]:
-        """Pages that hold the longest cached prefix of `tokens`, short of the last token.
+        """Pages that hold the longest cached prefix of `tokens` without the last token.
 
-        The last token is always left to compute, for there is no next token without it.
+        The last token must be computed, because the next token is sampled from its output.
         """
         found: list[int] = []
         if self._pool.caching:
@@ -191,28 +192,29 @@ class Pages:
         return found
 
     def cost(self, cached: list[int], length: int) -> int:
-        """Pages that become unavailable to others by opening `length` tokens on `cached` ones."""
+        """Number of available pages that open(cached, length) would use up."""
         count = -(-length // self._pool.page_size)
         return count - len(cached) + self._pool.num_idle(cached)
 
     def open(self, cached: list[int], length: int) -> None:
-        """Hold pages for tokens 0..length-1, the first of them shared: those just found."""
-        self._pool.share(cached)  # before taking: a page found must not be evicted by it
+        """Hold pages for tokens 0..length-1, the first of which are the shared pages `cached`."""
+        self._pool.share(cached)  # before take(), which could evict cached pages otherwise
         count = -(-length // self._pool.page_size)
         self.ids = cached + self._pool.take(count - len(cached))
         self._num_published = len(cached)
 
     def grow(self) -> int:
-        """One more page; returns it."""
+        """Take one more page and return it."""
         pages = self._pool.take(1)
         self.ids += pages
         return pages[0]
 
     def publish(self, tokens: list[int], length: int) -> None:
-        """Let others find the full pages among tokens 0..length-1, which are held.
+        """Make the full pages among tokens 0..length-1 findable by other sequences.
 
-        All of these must be computed by plans already made: steps run in order, and a step writes
-        all its K and V before it reads any, so whoever finds such a page finds it filled.
+        Plans already made must compute all of these tokens. Steps run in order, and a step writes
+        all its K and V before it reads any, so a published page is filled before another sequence
+        reads it.
         """
         if self._pool.caching:
             full = length // self._pool.page_size
@@ -221,7 +223,7 @@ class Pages:
             self._num_published = max(self._num_published, full)
 
     def release(self) -> None:
-        """Give all pages back. Doing it again does nothing."""
+        """Give all pages back. A second call does nothing."""
         pages = self.ids
         self.ids = []
         self._pool.give_back(pages)

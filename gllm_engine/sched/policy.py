@@ -1,7 +1,7 @@
-"""How many tokens of each kind a step may take: pure functions of the load.
+"""Scheduling policies: pure functions from the load to a step's budget of prefill and decode.
 
-Owns the trade between prefill and decode. Knows nothing of sequences, pages or slots: a policy
-sees numbers and answers with numbers, and the scheduler obeys.
+This module owns the trade between prefill and decode. A policy gets and returns numbers only; it
+knows nothing of sequences, pages or slots. The scheduler keeps to the budget.
 """
 
 from __future__ import annotations
@@ -14,63 +14,65 @@ from gllm_engine.sched.cost import PRIOR, CostModel, Work
 
 
 class Load(NamedTuple):
-    """What a policy may look at; the scheduler fills it before each step."""
+    """The input of a policy; the scheduler fills it before each step."""
 
-    max_tokens: int  # in one step
-    num_decoding: int  # sequences that have all their known tokens planned
-    backlog: int  # tokens that chunks have still to compute, waiting sequences included
-    num_free_pages: int  # also those given to chunks that are not planned yet
-    num_reserved_pages: int  # free pages that admission leaves to those decoding
+    max_tokens: int  # token limit of one step
+    num_decoding: int  # sequences whose prefill is planned completely
+    backlog: int  # tokens that prefill has still to compute, including waiting sequences
+    num_free_pages: int  # includes pages that sequences hold for chunks not yet planned
+    num_reserved_pages: int  # free pages that admission leaves to decoding sequences
     num_pages: int
     step: int  # steps planned so far
-    # Of the configuration.
-    stages: int  # of the pipeline; so many steps are computed at the same time
+    # From the configuration.
+    stages: int  # pipeline stages, and so steps that are computed at the same time
     prefill_drain_steps: int
     min_prefill_tokens: int
-    # What a step's time is made of.
+    # For predicting a step's time.
     cost: CostModel = PRIOR
-    context: int = 0  # tokens computed so far of the sequences decoding, together
+    context: int = 0  # tokens computed so far, summed over decoding sequences
 
 
 class Budget(NamedTuple):
-    """Upper bounds for one step; the step never exceeds max_tokens whatever they are.
+    """Upper bounds for one step. The step never exceeds max_tokens, whatever the bounds are.
 
-    In a pipeline a step takes only sequences whose last token is known or about to be, so that
-    steps under way share the sequences out among themselves. Must not be (0, 0) while there is
-    work of either kind and nothing in flight, or nothing would ever move again.
+    In a pipeline a step takes only sequences whose last token is known or will be soon, so the
+    steps in flight divide the sequences among themselves. The budget must not be (0, 0) while no
+    step is in flight and work remains, or the engine would stall.
 
-    Whatever the seconds, `min_prefill_tokens` of the first chunk and the first decode are taken.
+    The bounds in seconds never exclude the first decode and the first `min_prefill_tokens` of the
+    first chunk.
     """
 
     decodes: int
     prefill_tokens: int
-    # Of what `cost` predicts for the rows, without the time that every step takes.
+    # Predicted seconds of the rows, without the constant cost of a step.
     decode_seconds: float | None = None
-    seconds: float = inf  # the decodes' included: prefill gets what they leave
+    seconds: float = inf  # decodes and prefill together
 
 
 Policy = Callable[[Load], Budget]
 
 
 def chunked_prefill(load: Load) -> Budget:
-    """All decodes, then prefill fills the step (Sarathi-Serve, arXiv 2403.02310, section 4)."""
+    """Take all decodes, then fill the step with prefill (Sarathi-Serve, arXiv 2403.02310, §4)."""
     return Budget(decodes=load.num_decoding, prefill_tokens=load.max_tokens)
 
 
 def token_throttling(load: Load) -> Budget:
-    """Even steps: a share of the decodes, and prefill by what waits and by what memory is free.
+    """Balance steps: each takes a share of the decodes, and prefill by backlog and free memory.
 
     gLLM (SC'25, arXiv 2504.14775), in its terms: #T = prefill_drain_steps, #MinP =
     min_prefill_tokens, #MaxP = max_tokens, #WP = backlog, #RD = num_decoding, #PP_depth =
-    stages, KV_thresh = num_reserved_pages / num_pages (5 % when many decode), and
+    stages, KV_thresh = num_reserved_pages / num_pages (5 % with many decoding sequences), and
 
         #P = max(min(#WP / #T, #MaxP (KV_free - KV_thresh) / (1 - KV_thresh)), #MinP)
         #D = #RD / #PP_depth
 
-    Three things differ. #D is rounded down in some steps and up in others, so that any
-    `stages` steps in a row take #RD together; always up would starve the last of them.
-    Below KV_thresh #P is #MinP and not 0: nobody is admitted then, and those who were hold their
-    pages already. With nobody decoding there is nobody to slow down, so prefill fills the step.
+    This function differs from the paper in three points. #D is rounded down in some steps and up
+    in others, so that `stages` consecutive steps take exactly #RD; rounding up always would starve
+    the last step. Below KV_thresh #P is #MinP and not 0, because no sequence is admitted then, and
+    admitted sequences already hold their pages. While no sequence is decoding, prefill fills the
+    step, because it delays no decode.
     """
     if not load.num_decoding:
         return Budget(decodes=0, prefill_tokens=load.max_tokens)
@@ -84,25 +86,26 @@ def token_throttling(load: Load) -> Budget:
 
 
 def cost_throttling(load: Load) -> Budget:
-    """Token throttling in predicted seconds: steps in flight take the same time, not tokens.
+    """Token throttling in predicted seconds: balances the time of steps and not their tokens.
 
-    A step takes its share of the time that one token of every decoding sequence takes, so the
-    fewer sequences the longer their contexts. To that it adds P seconds of prefill: a chunk is the
-    shorter the longer the context before it, and gets what the decodes leave of the sum.
+    The decode budget is an equal share, 1 / stages, of the predicted time to decode one token of
+    every decoding sequence. So a step takes fewer sequences when their contexts are long. The step
+    adds P seconds of prefill. A chunk after a long context is shorter, and prefill also gets the
+    seconds that the decodes leave unused.
 
-    With Q the seconds of all that waits for prefill, and R those of a step without any, P = Q / #T
-    as above makes a step grow with the queue though beyond R there is little to win: to work it
-    off takes Q (1 + R / P). So P minimises that plus #T times the step's own time R + P, which is
-    at P = sqrt(Q R / #T). As above, P shrinks with the pages that are free. With nobody decoding,
-    what counts besides Q (1 + R / P) is the time until the last stage has a step, which is
-    stages - 1 steps: a prompt alone is computed by all stages at once.
+    Q is the time to compute the whole backlog, and R the time of a step without prefill. To drain
+    the backlog takes Q (1 + R / P). P = Q / #T, as above, would let a step grow with the backlog
+    although P far beyond R gains little. So P minimises Q (1 + R / P) + #T (R + P), where R + P is
+    the step's own time: P = sqrt(Q R / #T). As above, P shrinks with the number of free pages.
+    While no sequence is decoding, stages - 1 takes the place of #T: the last stage gets its first
+    step after stages - 1 steps, so short chunks let all stages compute a single prompt at once.
 
-    Shares are rounded down in some steps and up in others, by a sequence of mean length.
+    Shares are rounded down in some steps and up in others, by one sequence of mean length.
     """
     cost = load.cost
     stages = load.stages
     count = load.num_decoding
-    context = load.context + count  # what the next token of each attends to
+    context = load.context + count  # tokens that the next decodes attend to
     decoding = cost.rows(Work(count, context, context, count))
     share = decoding / stages
     dither = (load.step % stages + 0.5) / stages / max(1, count)

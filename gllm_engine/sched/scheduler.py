@@ -1,7 +1,7 @@
-"""Continuous batching: makes the plan of each step and takes in what the step sampled.
+"""Continuous batching: makes the plan of each step and processes the step's result.
 
-Owns every live sequence, its slot and its pages. Knows nothing of text, clients, tensors or how
-a step is run; it only relies on steps being run one after another, in the order planned.
+This module owns every live sequence, its slot and its pages. It knows nothing of text, clients,
+tensors or how a step runs. It relies on steps running one after another, in the order planned.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from gllm_engine.types import (
     TokenLogprobs,
 )
 
-# A step takes every decode that is due where that exceeds its share by no more than this.
+# A step takes all ready decodes if they exceed the decode budget by at most this fraction of it.
 LEEWAY = 1 / 16
 
 _PLANNED_BY = attrgetter("planned_by")
 
 
 class Refused(Exception):
-    """A sequence that is not taken; `message` is a sentence for the user."""
+    """The scheduler refuses a sequence; `message` is a sentence for the user."""
 
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
@@ -47,18 +47,18 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What one step made of the sequences that are still wanted."""
+    """The outputs of one step for the sequences that are still live."""
 
     tokens: list[tuple[Sequence, int]] = field(default_factory=list)
     finished: list[tuple[Sequence, Finish]] = field(default_factory=list)
     logprobs: list[tuple[Sequence, TokenLogprobs]] = field(default_factory=list)
-    # Consecutive prompt positions, from 1 on; each position is reported once.
+    # Consecutive prompt positions, from 1 on. Each position is reported once.
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _Draft:
-    """A plan while it is made. `decodes` and `chunked`: whose rows its rows are."""
+    """A plan in the making. `decodes` and `chunked` are the owners of decode rows and chunks."""
 
     new: list[NewSequence] = field(default_factory=list)
     new_pages: list[NewPages] = field(default_factory=list)
@@ -66,13 +66,13 @@ class _Draft:
     chunks: list[Chunk] = field(default_factory=list)
     chunked: list[Sequence] = field(default_factory=list)
     masks: dict[int, bytes] = field(default_factory=dict)
-    work: Work | None = None  # where the policy reckons in seconds
+    work: Work | None = None  # set if the policy bounds seconds
 
 
 class _Flight(NamedTuple):
-    """A plan whose result is to come.
+    """A plan in flight.
 
-    It names the owners of its rows, because a slot may have another owner by then.
+    It records the owners of its rows, because a slot may have a new owner when the result arrives.
     """
 
     plan: StepPlan
@@ -82,12 +82,11 @@ class _Flight(NamedTuple):
 
 
 class Scheduler:
-    """Call schedule() to get the next plan, commit() with each result, in the order of plans.
+    """schedule() returns the next plan; commit() takes each result, in the order of the plans.
 
-    Any number of plans may be in flight. Running sequences are in `_prefilling` or `_decoding`,
-    hold a slot, and hold the pages of all they have planned. Between the two calls every live
-    sequence is in one of three queues; one that is in none gets nothing more, so results in
-    flight for it are dropped.
+    Any number of plans may be in flight. Running sequences are in `_prefilling` or `_decoding`;
+    they hold a slot, and pages for all their planned tokens. Between calls every live sequence is
+    in one of three queues. A sequence in no queue has ended, so its results in flight are dropped.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         policy: Policy | None = None,
     ) -> None:
-        """`policy`: in place of the one that the configuration names."""
+        """`policy`: overrides the policy that the configuration names."""
         self._pool = PagePool(num_pages, config.page_size, config.enable_prefix_caching)
         self._page_size = config.page_size
         self._capacity = num_pages * config.page_size  # tokens
@@ -126,7 +125,7 @@ class Scheduler:
     # ------------------------------------------------------------ sequences come and go
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Raises Refused if the queue is full or it can never fit."""
+        """Queue a new sequence. Raises Refused if the queue is full or the prompt never fits."""
         if sequence.rank[1]:
             raise ValueError(f"sequence {sequence.key!r} was added before")
         length = sequence.prompt_len
@@ -173,12 +172,12 @@ class Scheduler:
         return self._backlog - sum([sequence.backlog for sequence in self._prefilling])
 
     def abort(self, sequence: Sequence) -> None:
-        """End a sequence now. One that has ended, or was never added, is left alone."""
+        """End a sequence now. Does nothing for a sequence that has ended or was never added."""
         if sequence.queue is not None:
             self._remove(sequence)
 
     def reset(self) -> list[Sequence]:
-        """After a failed step: end every sequence, forget plans in flight and the cache."""
+        """End every sequence, forget plans in flight and the cache. Used after a failed step."""
         dropped = [*self._decoding, *self._prefilling, *self._waiting]
         for sequence in dropped:
             self._remove(sequence)
@@ -187,16 +186,16 @@ class Scheduler:
         return dropped
 
     def _wanted(self, sequence: Sequence) -> int:
-        """Prompt and output tokens that were asked for and that the model can do."""
+        """Prompt plus requested output tokens, limited by the model's length."""
         max_tokens = sequence.sampling.max_tokens
         if max_tokens is None:
             return self._max_model_len
         return min(sequence.prompt_len + max_tokens, self._max_model_len)
 
     def _remove(self, sequence: Sequence) -> None:
-        """Take a sequence out of its queue; its slot and pages are free for the next plan.
+        """Remove a sequence from its queue and free its slot and pages for the next plan.
 
-        Plans in flight may still write to those pages, but before any later plan does.
+        Plans in flight may still write to those pages, but they run before any later plan.
         """
         assert sequence.queue is not None
         if sequence.queue is self._decoding:
@@ -209,7 +208,7 @@ class Scheduler:
             sequence.slot = NO_SLOT
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to waiting, to be computed again; tokens in flight are still taken in."""
+        """Return a sequence to the waiting queue, to be recomputed. Its tokens in flight count."""
         self._remove(sequence)
         sequence.prefill_len = max(len(sequence.tokens), sequence.planned + 1)
         sequence.planned = sequence.plan_check = 0
@@ -220,14 +219,14 @@ class Scheduler:
     # ------------------------------------------------------------ plan
 
     def schedule(self) -> StepPlan | None:
-        """The next step; None if nothing can be done before a commit or an add."""
+        """The next step's plan; None if no step is possible before a commit or an add."""
         draft = _Draft()
         preemptions = self._preemptions
         budget = self._policy(self._load())
         self._plan_decodes(draft, budget)
         self._plan_chunks(draft, budget)
         if not draft.decodes and not draft.chunks:
-            # Whoever was to go has made room for others, who go now.
+            # Preempted sequences have freed pages, so another sequence can run now.
             return self.schedule() if self._preemptions > preemptions else None
         self._steps += 1
         slots = [sequence.slot for sequence in draft.decodes]
@@ -237,7 +236,7 @@ class Scheduler:
         return plan
 
     def _load(self) -> Load:
-        unplanned = sum(sequence.backlog for sequence in self._prefilling)  # one sequence or so
+        unplanned = sum(sequence.backlog for sequence in self._prefilling)  # usually one sequence
         return Load(
             max_tokens=self._max_tokens,
             num_decoding=len(self._decoding),
@@ -255,19 +254,20 @@ class Scheduler:
 
     @property
     def _num_reserved(self) -> int:
-        """Free pages that admission leaves to those decoding.
+        """Number of free pages that admission leaves to decoding sequences.
 
-        A decoding sequence takes its next page within page_size steps, so without a spare one
-        each, whoever is admitted is soon preempted and computed again. 5 % of the pool is enough,
-        and is not missed where sequences are too short to need a next page.
+        A decoding sequence takes its next page within page_size steps. Without a spare page for
+        each of them, a newly admitted sequence would soon be preempted and recomputed. 5 % of the
+        pool is enough, and costs little if sequences are too short to need another page.
         """
         return min(len(self._decoding), self._pool.num_pages // 20)
 
     def _plan_decodes(self, draft: _Draft, budget: Budget) -> None:
-        """One token for each decoding sequence that has one to compute, best rank first.
+        """Plan one token for each decoding sequence that has a token to compute, in order of rank.
 
-        A victim is the worst of all that run, so its row is never in this plan already: the loop
-        has not come to it, or it is not decoding. Queues shrink at the end while being iterated.
+        Preemption takes the running sequence of the lowest priority. The loop has not reached it
+        yet, or it is not decoding, so its row is never in this plan already. A preemption shortens
+        the queue at its end while the loop iterates over it.
         """
         decoding: list[Sequence] = self._decoding
         if self._stages > 1 or budget.decodes < len(decoding) or budget.decode_seconds is not None:
@@ -287,8 +287,9 @@ class Scheduler:
             draft.work = Work(len(draft.decodes), context, context, len(draft.decodes))
 
     def _next_to_decode(self, budget: Budget) -> list[Sequence]:
-        """Of those that are ready as many as the budget allows, whoever has waited longest first;
-        by rank.
+        """The ready sequences that the budget allows, in order of rank.
+
+        Sequences that were planned least recently are chosen first.
         """
         ready = self._ready()
         turns = sorted(ready, key=_PLANNED_BY)[: budget.decodes]
@@ -298,11 +299,12 @@ class Scheduler:
         return ready if len(turns) == len(ready) else [s for s in ready if s in chosen]
 
     def _ready(self) -> list[Sequence]:
-        """Those decoding whose last token is known, or will be before the first stage is idle.
+        """Decoding sequences whose last token is known, or will be before the first stage is idle.
 
-        A token comes back from the last stage once as many steps have followed it as there are
-        stages. Fewer sequences than that leave stages idle anyway; they go ahead of their tokens
-        too, which spares the host's way, but only while nobody waits, who would wait behind them.
+        A token returns from the last stage after `stages` further steps. Fewer decoding sequences
+        than stages leave stages idle anyway. Such sequences are planned before their tokens return,
+        which saves the latency of the host, but only while no sequence waits or prefills, because
+        these plans would delay it.
         """
         spread = self._stages
         decoding = self._decoding
@@ -316,10 +318,10 @@ class Scheduler:
         ]
 
     def _first_within(self, ready: list[Sequence], seconds: float) -> list[Sequence]:
-        """As many of `ready` as are predicted to take so long; all if that is hardly longer.
+        """The first sequences of `ready` whose predicted decode time fits `seconds`, at least one.
 
-        Whom a step leaves behind waits for the next one, and so has one token less in a round;
-        that a step is a little longer than others costs less.
+        Returns all of them if they exceed `seconds` by at most LEEWAY: a slightly longer step
+        costs less than making a sequence wait for the next step.
         """
         cost = self._fit.model
         each = cost.context + cost.kv
@@ -331,14 +333,14 @@ class Scheduler:
         return ready[: max(1, bisect_right(ends, seconds))]
 
     def _may_decode(self, draft: _Draft, sequence: Sequence) -> bool:
-        """Whether to decode at `planned`, where a page begins or the sequence asks for a look.
+        """Whether to decode the token at `planned`, which equals plan_check.
 
-        Gives it a page if it needs one, and sets where to look again.
+        Takes a page if the token begins a new page, and sets the next plan_check.
         """
         planned = sequence.planned
         last = sequence.limit - 1
         if planned == last or sequence.queue is not self._decoding:
-            return False  # all its tokens are planned; or it was just preempted
+            return False  # all its tokens are planned or it was just preempted
         constraint = sequence.constraint
         if constraint is not None and planned == len(sequence.tokens):
             return False  # the mask depends on a token in flight
@@ -355,10 +357,10 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Preempt the worst running sequences until a page is free; False if that is itself.
+        """Preempt sequences of the lowest priority until a page is free.
 
-        The best of those running is never preempted while others run, and alone it fits, so it
-        always gets on.
+        Returns False if `sequence` itself was preempted. The running sequence of the highest
+        priority is preempted last, and it fits the cache alone, so it always makes progress.
         """
         while not self._pool.num_free:
             victim = max(q[-1] for q in (self._decoding, self._prefilling) if q)
@@ -368,10 +370,10 @@ class Scheduler:
         return True
 
     def _admit(self, draft: _Draft) -> bool:
-        """Give the next waiting sequence a slot and pages for all its known tokens.
+        """Admit the next waiting sequence if a slot and enough pages are free; whether it was.
 
-        Pages for all of them, so that prefill never runs out of pages halfway. And not the last
-        free pages, which are reserved.
+        The sequence gets pages for all its known tokens, so that its prefill never runs out of
+        pages. The reserved pages stay free.
         """
         if not self._waiting or not self._slots:
             return False
@@ -381,7 +383,7 @@ class Scheduler:
             return False
         tokens = sequence.tokens
         pages = sequence.pages
-        looks_up = sequence.sampling.prompt_logprobs is None  # these need every position computed
+        looks_up = sequence.sampling.prompt_logprobs is None  # else every position is computed
         cached = pages.find_cached(tokens) if looks_up else []
         if pages.cost(cached, len(tokens)) > self._pool.num_free - reserve:
             return False
@@ -404,7 +406,7 @@ class Scheduler:
         return True
 
     def _plan_chunks(self, draft: _Draft, budget: Budget) -> None:
-        """Chunks of prefilling sequences, best rank first, then of those that can be admitted."""
+        """Plan chunks of prefilling sequences in order of rank, then of newly admitted ones."""
         cost = self._fit.model
         work = draft.work
         left = min(budget.prefill_tokens, self._max_tokens - len(draft.decodes))
@@ -425,7 +427,7 @@ class Scheduler:
             left = left - count
 
     def _plan_chunk(self, draft: _Draft, sequence: Sequence, max_tokens: int) -> int:
-        """Plan up to max_tokens known tokens of a prefilling sequence; returns how many."""
+        """Plan up to max_tokens known tokens of a prefilling sequence; returns their number."""
         tokens = sequence.tokens
         start = sequence.planned
         end = min(start + max_tokens, sequence.prefill_len)
@@ -444,7 +446,7 @@ class Scheduler:
             self._prefilling.take(sequence)
             self._decoding.put(sequence)
             self._context += end
-            sequence.plan_check = end  # decoding begins with a look
+            sequence.plan_check = end  # the first decode takes the slow path
             if sequence.constraint is not None:
                 self._add_mask(draft, sequence)
         return end - start
@@ -458,9 +460,9 @@ class Scheduler:
     # ------------------------------------------------------------ commit
 
     def commit(self, result: StepResult) -> Committed:
-        """Take in the result of the oldest plan in flight.
+        """Process the result of the oldest plan in flight.
 
-        Raises ValueError, and changes nothing, if it is not that plan's.
+        Raises ValueError, and changes nothing, if the result does not match that plan.
         """
         flight = self._flights[0] if self._flights else None
         if flight is None or flight.plan.step != result.step:
@@ -480,7 +482,7 @@ class Scheduler:
         append = committed.tokens.append
         for sequence, token in zip(flight.sampling, result.tokens, strict=True):
             if sequence.queue is None:
-                continue  # it ended while this was in flight
+                continue  # the sequence ended while this plan was in flight
             tokens = sequence.tokens
             tokens.append(token)
             append((sequence, token))
@@ -492,11 +494,11 @@ class Scheduler:
         return committed
 
     def _look(self, sequence: Sequence, token: int) -> Finish | None:
-        """After a token that ends the sequence, or completes a page: what it means."""
+        """Handle a token that ends the sequence or completes a page; returns its Finish, if any."""
         length = len(sequence.tokens)
         cached = sequence.num_cached_tokens
         if sequence.slot != NO_SLOT:
-            # The newest token was sampled by computing the one before it, so those are planned.
+            # The newest token was sampled from the one before it, so that one is planned.
             sequence.pages.publish(sequence.tokens, length - 1)
         if token in sequence.stops:
             return Finish("stop", stop_token=token, num_cached_tokens=cached)
@@ -515,7 +517,7 @@ class Scheduler:
         return None
 
     def _next_commit_check(self, sequence: Sequence) -> int:
-        """The next length at which a page is complete (one token more than fills it), or limit."""
+        """The next length at which _look is due: one token more than fills a page, or the limit."""
         if not self._pool.caching:
             return sequence.limit
         pages = -(-len(sequence.tokens) // self._page_size)
@@ -539,12 +541,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence is live or a plan in flight."""
+        """Whether a sequence is live or a plan is in flight."""
         return bool(self._waiting or self._prefilling or self._decoding or self._flights)
 
     @property
     def num_in_flight(self) -> int:
-        """Plans whose results are to come."""
+        """Number of plans whose results have not been committed."""
         return len(self._flights)
 
     def stats(self) -> Stats:
@@ -560,7 +562,7 @@ class Scheduler:
         )
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError with a sentence if the bookkeeping contradicts itself."""
+        """Raise IntegrityError if the bookkeeping contradicts itself; the message says how."""
         running = [*self._prefilling, *self._decoding]
         live = [*self._waiting, *running]
         self._pool.check_integrity(sequence.pages for sequence in live)

@@ -1,6 +1,7 @@
-"""A sequence as the scheduler sees it, and lists of sequences kept in order of service.
+"""The scheduler's state of a sequence, and lists of sequences in order of service.
 
-Owns the per-sequence counters. Knows nothing of slots' or pages' availability, text or tensors.
+This module owns the counters of a sequence. It does not know which slots or pages are free, and
+knows nothing of text or tensors.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from gllm_engine.sampling import SamplingParams
 if TYPE_CHECKING:
     from gllm_engine.sched.pages import Pages
 
-# All known tokens (prompt and output) -> mask of allowed next tokens, one bit a token id, least
-# significant bit first; None: all are allowed. Must not raise and must not change the list.
+# Maps all known tokens (prompt and output) to a mask of allowed next tokens: one bit per token id,
+# least significant bit first. None allows every token. Must not raise and must not change the list.
 Constraint = Callable[[list[int]], "bytes | None"]
 
-# Whose sequence it is, and its number among those of that client.
+# The client that owns the sequence, and the sequence's number at that client.
 SequenceKey = tuple[bytes, int]
 
 NO_SLOT = -1
@@ -27,38 +28,38 @@ NO_SLOT = -1
 class Sequence:
     """One prompt and the tokens generated for it so far; the scheduler alone changes it.
 
-    There is no prefill phase: `planned` catches up with the known tokens, by chunks up to
-    `prefill_len`, and from there by decode rows, whose input may be a token still in flight.
+    `planned` follows the number of known tokens: chunks raise it to `prefill_len`, and then each
+    decode row adds one. The input of a decode row may be a token still in flight.
     """
 
     __slots__ = (
-        # The caller's; the scheduler never looks into `key`.
+        # Set by the caller. The scheduler does not interpret `key`.
         "key",
         "prompt_len",
-        "tokens",  # known ones: prompt, then output
+        "tokens",  # known tokens: prompt, then output
         "sampling",
         "seed",
         "constraint",
         # Set once by Scheduler.add.
-        "rank",  # (priority, arrival): the smaller is served sooner
-        "limit",  # tokens: no more than these can ever be known
-        "stops",  # token ids that end it
+        "rank",  # (priority, arrival): smaller ranks are served sooner
+        "limit",  # largest possible number of known tokens
+        "stops",  # token ids that end the sequence
         "pages",
-        # Where it is: `queue` is None before add and after its end.
+        # `queue` is None before Scheduler.add and after the sequence's end.
         "queue",
         "slot",
-        # Tokens 0..planned-1 are computed by plans already made, the last of them by plan number
-        # `planned_by`.
+        # Plans already made compute tokens 0..planned-1; plan number `planned_by` computes the
+        # last one of these.
         "planned",
         "planned_by",
-        # Tokens that chunks compute. Fixed when the sequence begins to wait, and then counts its
-        # tokens in flight too: it is admitted once all of these are known.
+        # Number of tokens that chunks compute. It is fixed when the sequence begins to wait, and
+        # includes tokens in flight then: admission waits until all of them are known.
         "prefill_len",
-        # Where the step loops must stop and think: schedule at planned == plan_check, commit at
-        # len(tokens) == commit_check.
+        # The per-step loops take the slow path for this sequence only when planned == plan_check
+        # (in schedule) or len(tokens) == commit_check (in commit).
         "plan_check",
         "commit_check",
-        "num_cached_tokens",  # at first admission; -1 before
+        "num_cached_tokens",  # set at first admission; -1 before
         "num_prompt_logprobs",  # prompt positions already reported
     )
 
@@ -90,17 +91,17 @@ class Sequence:
         self.num_prompt_logprobs = 0
 
     def __lt__(self, other: Sequence) -> bool:
-        """Served sooner."""
+        """Whether this sequence is served sooner than `other`."""
         return self.rank < other.rank
 
     @property
     def backlog(self) -> int:
-        """Tokens that chunks have still to compute."""
+        """Number of tokens that chunks have still to compute."""
         return max(0, self.prefill_len - self.planned)
 
 
 class Queue(list[Sequence]):
-    """Sequences by rank, the one to serve first in front. A sequence is in at most one queue."""
+    """Sequences in ascending order of rank. A sequence is in at most one queue."""
 
     def put(self, sequence: Sequence) -> None:
         insort(self, sequence)
