@@ -264,7 +264,7 @@ class Stream:
             self.sender.release(self)
 
     def _send(self, response: Any, final: bool) -> None:
-        """Send a response. The only call of Triton's send(), on the sender's thread only."""
+        """Send a response. No other function calls Triton's send(). Sender's thread only."""
         self.sender.check_thread()
         self._num_sent += 1
         if final:
@@ -278,7 +278,7 @@ class Stream:
             self._response_sender.send(response)
 
     def _give_up(self) -> None:
-        """After an exception: end the stream with an error, unless FINAL was attempted."""
+        """After an exception: end the stream with an error, unless it has ended already."""
         failure = Failure("internal", "Error generating stream: an internal error, see the log")
         if self.closed:  # the send of FINAL failed; Triton takes no second FINAL
             self.error = self.error or failure

@@ -54,7 +54,8 @@ log = logging.getLogger("gllm.group")
 
 
 class GroupLost(RuntimeError):
-    """A worker is lost or has failed, so the group is lost; the message names the worker and why."""
+    """A worker is lost or has failed, so the group is lost; the message says which worker and why.
+    """
 
 
 class StepRefused(RuntimeError):
