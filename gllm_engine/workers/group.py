@@ -54,8 +54,7 @@ log = logging.getLogger("gllm.group")
 
 
 class GroupLost(RuntimeError):
-    """A worker is lost or has failed, so the group is lost; the message says which worker and why.
-    """
+    """A worker is lost or has failed, and so is its group; the message says which worker and why"""
 
 
 class StepRefused(RuntimeError):
