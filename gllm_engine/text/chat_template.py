@@ -216,7 +216,7 @@ class _Renderer:
         ours, theirs = socket.socketpair()
         ours.settimeout(PATIENCE_S)
         # The renderer imports from its working directory first. This process's working directory
-        # may hold any code, so the renderer's is the directory of this package.
+        # may hold any code, so the renderer's is the directory that holds this package.
         home = Path(__file__).parents[2]
         command = [sys.executable, "-W", "ignore", "-m", "gllm_engine.text.template_renderer"]
         with theirs:

@@ -57,8 +57,8 @@ class Detokenizer:
     """Turns the output tokens after a prompt into text, incrementally.
 
     The returned texts add up to decode(prompt + output) without its prefix decode(prompt). An
-    incomplete character is held back. Cost: one table look-up for each token, and the UTF-8 decoding
-    of the new bytes.
+    incomplete character is held back. Cost: one table look-up for each token, and the UTF-8
+    decoding of the new bytes.
     """
 
     __slots__ = ("_begun", "_leading", "_pieces", "_spelling", "_split", "_utf8")
@@ -212,7 +212,7 @@ def _nothing(rule: dict[str, Any], first: bool) -> None:
     return None
 
 
-# GPT-2's character for every byte value, inverted.
+# GPT-2's spelling of bytes: character -> byte value.
 _BYTE_OF: dict[str, int] = {char: value for value, char in bytes_to_unicode().items()}
 
 # By "type" in tokenizer.json: makes the step for single tokens; None if tokens do not change.

@@ -85,7 +85,7 @@ def ll_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """Compile a grammar made by `translate`. Returns a matcher at its start. Raises GrammarError."""
+    """Compile a grammar of `translate`; returns a matcher at its start. Raises GrammarError."""
     limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if matcher.is_error():

@@ -131,7 +131,7 @@ def _with_reasoning(message: Message) -> Message:
 
 
 def _marked(message: Message) -> Message:
-    """The message with a mark and a blank after its text. A template that trims drops the blank."""
+    """The message with a mark and a blank after its text; a trimming template drops the blank."""
     mark = f"{_MARK} "
     content = message.get("content")
     if isinstance(content, str):

@@ -79,7 +79,7 @@ def _strftime_now(format: str) -> str:
 
 
 def _dict(*args: Any, **values: Any) -> dict[Any, Any]:
-    """Replaces `dict` in templates: unlike the class, a function exposes no attributes of use."""
+    """Replaces `dict` in templates: a function has no methods that lead to other objects."""
     return dict(*args, **values)
 
 
@@ -119,8 +119,8 @@ _ENVIRONMENT = _environment()
 class _ContentNames:
     """The variables of a template that hold conversations, messages and contents of messages.
 
-    They spread from `messages`: by loops over it, by assignments, and by calls of macros. Scopes
-    are not heeded: a name that ever means content always does.
+    The search starts at `messages` and follows loops, assignments and macro calls. It ignores
+    scopes: a name that holds content anywhere counts as content everywhere.
     """
 
     def __init__(self, tree: nodes.Template) -> None:

@@ -270,7 +270,7 @@ def _check_ids(vocabulary: dict[str, int]) -> None:
 
 
 def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | None:
-    """The tokenizer's own; else that of chat_template.json, where processors keep theirs."""
+    """The tokenizer's chat template, else the one in chat_template.json, written by processors."""
     found = tokenizer.chat_template
     if found is None:
         found = _object(path / "chat_template.json").get("chat_template")
@@ -286,5 +286,5 @@ def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTempla
     return ChatTemplate(templates, tokenizer.special_tokens_map)
 
 
-# What transformers' converters read, beside tokenizer.json.
+# Vocabulary files that transformers' converters read.
 _VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
