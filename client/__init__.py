@@ -1,6 +1,6 @@
 """gllm_client: a typed client of a Triton server that runs gllm models, and the `gllm` command.
 
-These names are public. They are imported on first use, so that `gllm --help` costs nothing.
+The names in `_PUBLIC` are public. Each is imported on first use, so that `gllm --help` is fast.
 """
 
 from __future__ import annotations

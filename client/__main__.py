@@ -1,6 +1,6 @@
-"""The `gllm` command: what can be asked of it, and how errors come out.
+"""The `gllm` command: its command line, and the reporting of errors.
 
-Owns the command line alone; each command's work is in its own module, imported when it is run.
+The work of each command is in a module of its own, imported when the command runs.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ OUTPUT are skipped. The exit status is 1 if any line ended in an error.
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """Who answers: the fields are flags of `generate`, `chat` and `batch`."""
+    """The source of answers: the fields are flags of `generate`, `chat` and `batch`."""
 
     # a checkpoint directory; with --url, a model's name (needed if there are several)
     model: str | None = None
@@ -95,13 +95,13 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 class Pace(msgspec.Struct, frozen=True):
-    """How `batch` goes through its lines: the fields are its flags."""
+    """The concurrency of `batch`: the fields are its flags."""
 
     concurrency: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64  # requests under way at a time
 
 
 class Tiny(msgspec.Struct, frozen=True):
-    """What `tiny-model` writes: the fields are its flags."""
+    """The checkpoint that `tiny-model` writes: the fields are its flags."""
 
     family: str = "LlamaForCausalLM"  # the architecture, as config.json names it
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0  # of the random weights
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _explain(prefix, reason, 1)
-    except (ValueError, RuntimeError) as error:  # every error of ours that is for people is one
+    except (ValueError, RuntimeError) as error:  # the base classes of all our own errors
         return _explain(prefix, str(error), 1)
 
 
@@ -144,7 +144,7 @@ def _explain(prefix: str, problem: str, status: int) -> int:
 
 
 def make_parser() -> Parser:
-    """The whole command line but `tritonserver`'s."""
+    """The parser of all commands; `tritonserver` takes its arguments unparsed."""
     parser = Parser(prog="gllm", description=_ABOUT)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for add in (_add_serve, _add_generate, _add_chat, _add_batch, _add_warmup, _add_tiny_model):
@@ -235,7 +235,7 @@ def _serve(options: argparse.Namespace) -> int:
         if engine.get(key):
             engine[key] = str(Path(engine[key]).resolve())
     if (path / "config.json").is_file():
-        make_config({"model": str(path)} | engine)  # a wrong value is better said now
+        make_config({"model": str(path)} | engine)  # report a wrong value before the server starts
     return serve(Serving(path=path, engine=engine, arguments=tuple(options.rest), **given))
 
 
@@ -245,7 +245,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _text_only(sampling: dict[str, Any]) -> None:
-    """Raise UsageError for sampling flags that ask for more than a text to be shown."""
+    """Raise UsageError for sampling flags that request log probabilities."""
     for name in ("logprobs", "prompt_logprobs"):
         if sampling.get(name) is not None:
             flag = name.replace("_", "-")

@@ -1,7 +1,7 @@
-"""Where the commands get answers from: a server (`RemoteAnswers`) or an engine (local_answers.py).
+"""The commands' sources of answers: a server (`RemoteAnswers`) or an engine (local_answers.py).
 
-Both give Chunks, so that `generate`, `chat` and `batch` do not know which it is. Never imports
-the engine: asking a server must not cost the seconds that takes.
+Both yield Chunks, so `generate`, `chat` and `batch` work with either. Never imports the engine,
+because that import takes seconds and a server needs none of it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Prompt = str | list[dict[str, Any]]  # text, or chat messages
 
 
 class AnswerSource(Protocol):
-    """Answers to prompts; `refusals` are the errors that concern one prompt alone."""
+    """Answers prompts. `refusals`: the errors that concern a single prompt."""
 
     refusals: tuple[type[Exception], ...]
 
     def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
-        """One answer as it comes; closing the iterator ends it.
+        """Stream one answer; closing the iterator cancels it.
 
-        `template`: tools and chat_template_kwargs, with chat messages.
+        `template`: tools and chat_template_kwargs, only with chat messages.
         """
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
-        """Each item with its Chunk, or Failed; as they finish, `concurrency` at a time."""
+        """Yield items with their Chunk or Failed as they finish; runs `concurrency` at a time."""
 
     def close(self) -> None: ...
 
@@ -41,7 +41,7 @@ class RemoteAnswers:
     refusals = (GenerateError, ValueError)
 
     def __init__(self, url: str, model: str | None, timeout: float | None = None) -> None:
-        """`model`: None for the only one that the server has. Raises GenerateError, ValueError."""
+        """`model`: None if the server has only one. Raises GenerateError, ValueError."""
         self._client = connect(url)
         self._timeout = timeout
         self._model = model or self._only_model(url)
@@ -65,7 +65,7 @@ class RemoteAnswers:
         return self._client.generate(model=self._model, timeout=self._timeout, **options)
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
-        """As AnswerSource's. Raises GenerateError once the server is gone: no item is to blame."""
+        """See AnswerSource. Raises GenerateError if the server is gone: no item has caused that."""
         pool = ThreadPoolExecutor(concurrency)
         waiting = iter(items)
         pending: set[Future[tuple[Item, Any]]] = set()
@@ -76,7 +76,7 @@ class RemoteAnswers:
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                # Answers first: the server may have gone after it gave them.
+                # Yield answers before errors: the server may have died after it sent them.
                 for future in sorted(done, key=lambda future: future.exception() is not None):
                     yield future.result()
         finally:
@@ -86,11 +86,11 @@ class RemoteAnswers:
         try:
             return item, merge(self._ask(item.prompt, item.sampling, item.template, stream=False))
         except GenerateError as error:
-            # A single request may be too much for a connection that others can use.
+            # One request alone may break the connection while the server still serves others.
             if error.status == "UNAVAILABLE" and not self._client.is_live():
                 raise
             return item, Failed(str(error))
-        except Exception as error:  # whatever a line can provoke is that line's
+        except Exception as error:  # any error that an input line causes fails that line alone
             return item, Failed(str(error) or type(error).__name__)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""`gllm batch`: many requests from a JSONL file, their answers into another, resumable.
+"""`gllm batch`: answers the requests of a JSONL file into another JSONL file; can be resumed.
 
-Owns the two files. Where answers come from is handed in. An output line is written whole once its
-answer is; a run that was broken off is continued by running it again. No input line, whatever it
-holds, can cost another one its answer.
+Owns the two files; the caller passes the source of answers. An output line is written at once when
+its answer is complete. The same command continues an interrupted run. An input line, whatever its
+content, cannot affect the answer of another line.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import IO, Any, Literal
 
 from gllm_client.protocol import Chunk, Output, shorten, shown
 
-# For the chat template of a line with messages: a list, an object.
+# Arguments of the chat template, for a line with messages, and their JSON types.
 TEMPLATE_KEYS = {"tools": list, "chat_template_kwargs": dict}
 KEYS = ("id", "prompt", "messages", *TEMPLATE_KEYS, "sampling_parameters")
-# What a line is known by from run to run: its id; its number, if it has no id of its own.
+# Identifies an input line in all runs: its id, by default its number; ("line", number) for a line
+# whose id is unreadable or repeated.
 Key = str | int | tuple[Literal["line"], int]
-LEAST_LOGPROB = -9999.0  # instead of minus infinity, which JSON cannot say
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 class BatchError(RuntimeError):
@@ -32,17 +33,17 @@ class BatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Item:
-    """One request. Filled from an input line."""
+    """One request, read from an input line."""
 
     id: str | int
     prompt: str | list[dict[str, Any]]  # text, or chat messages
     sampling: dict[str, Any]
-    template: dict[str, Any] = field(default_factory=dict)  # by TEMPLATE_KEYS, what was given
+    template: dict[str, Any] = field(default_factory=dict)  # the given keys of TEMPLATE_KEYS
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why an item has no answer."""
+    """The reason why an item has no answer."""
 
     message: str
 
@@ -56,10 +57,10 @@ Answers = Callable[[Iterable[Item]], Iterator[tuple[Item, Chunk | Failed]]]
 
 @dataclass
 class Tally:
-    """How a batch went, in items."""
+    """The counts of a batch, in items."""
 
     total: int
-    skipped: int = 0  # had an answer already
+    skipped: int = 0  # items that an earlier run answered
     answered: int = 0
     failed: int = 0
 
@@ -72,10 +73,10 @@ def run_batch(
     retry_errors: bool = False,
     on_progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    """Answer every line of `source` that `target` has no answer to; in any order.
+    """Answer every line of `source` that has no answer in `target`, in any order.
 
-    `retry_errors`: lines that ended in an error last time are asked again. Raises BatchError when
-    `target` is no output; a bad line of `source` is an error in `target`.
+    `retry_errors`: also answer the lines that have an error in `target`. Raises BatchError if
+    `target` is not an output of gllm batch. A bad line of `source` gets an error in `target`.
     """
     lines = read_source(source)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +94,9 @@ def run_batch(
 
 
 def read_source(path: Path) -> dict[Key, Item | Failed]:
-    """Every line, in order. One without an id has its number, from 1, as one.
+    """All lines, in order, by key. The default id of a line is its number, from 1.
 
-    An id that came before is an error of the later line, which is then known by its number.
+    If two lines have the same id, the later line is an error, and its key is its line number.
     """
     items: dict[Key, Item | Failed] = {}
     numbers: dict[Key, int] = {}
@@ -131,7 +132,7 @@ def parse_line(number: int, raw: bytes) -> tuple[Key, Item | Failed]:
 
 
 def _parse_json(raw: bytes) -> Any:
-    """The JSON value of a line. Raises BadLine where it is none, or a key comes twice."""
+    """The JSON value of a line. Raises BadLine for invalid JSON or a repeated key."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -173,10 +174,10 @@ def _item(id: str | int, line: dict[str, Any]) -> Item:
 
 
 def open_target(path: Path, retry_errors: bool) -> tuple[IO[bytes], set[Key]]:
-    """The output, locked and ready for another line, and the keys that it has answers to.
+    """Open and lock the output for appending. Returns the file and the keys of its answers.
 
-    A half-written last line is cut off; with `retry_errors` lines with an error are taken out.
-    Raises BatchError for any other line that is no answer: it is not ours to overwrite.
+    Removes an incomplete last line; with `retry_errors`, also the lines with an error. Raises
+    BatchError for any other line that is not an answer: the file may be another program's.
     """
     file = _lock(path.open("a+b"), path)
     try:
@@ -188,11 +189,11 @@ def open_target(path: Path, retry_errors: bool) -> tuple[IO[bytes], set[Key]]:
 
 
 def _repair(file: IO[bytes], path: Path, retry_errors: bool) -> tuple[set[Key], bool]:
-    """The keys to skip, and whether there are lines to take out."""
+    """The keys to skip, and whether the output has lines with an error to remove."""
     file.seek(0)
     finished: set[Key] = set()
     errors = False
-    # bytes of whole lines; the last of them
+    # The length of all whole lines in bytes, and the last whole line.
     end = 0
     last = b"\n"
     for number, line in enumerate(file, 1):
@@ -215,7 +216,7 @@ def _repair(file: IO[bytes], path: Path, retry_errors: bool) -> tuple[set[Key], 
 
 
 def _without_errors(file: IO[bytes], path: Path) -> IO[bytes]:
-    """Replace the output in one step by one that has only the answers; the new one is locked."""
+    """Replace the output atomically by a file without errors. Returns the new file, locked."""
     fresh_path = path.with_name(path.name + ".new")
     fresh_path.unlink(missing_ok=True)
     fresh = _lock(fresh_path.open("a+b"), fresh_path)
@@ -243,7 +244,7 @@ def _parse_answer(raw: bytes) -> dict[str, Any] | None:
 
 def _record(file: IO[bytes], tally: Tally, key: Key, answer: Chunk | Failed) -> None:
     known: dict[str, Any] = {"id": key}
-    if isinstance(key, tuple):  # so that it is not taken for the line that has this id
+    if isinstance(key, tuple):  # "line" tells this line from a line that has this number as its id
         known = {"id": key[1], "line": key[1]}
     if isinstance(answer, Failed):
         tally.failed += 1
@@ -256,9 +257,9 @@ def _record(file: IO[bytes], tally: Tally, key: Key, answer: Chunk | Failed) -> 
 
 
 def to_line(answer: Chunk) -> dict[str, Any]:
-    """An output line without its id; with n > 1 the answers are listed under "outputs".
+    """An output line without its id. With n > 1 the answers are a list under "outputs".
 
-    Log probabilities, of the output and of the prompt, are in it if they were asked for.
+    Log probabilities of the output and of the prompt are included if they were requested.
     """
     outputs = [_output(output) for output in answer.outputs]
     line = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
@@ -282,7 +283,7 @@ def _output(output: Output) -> dict[str, Any]:
 
 
 def _finite(entries: list[Any]) -> list[Any]:
-    """Log probabilities by token, of each position, as JSON can say them; None stays None."""
+    """Replace minus infinity in the log probabilities of all positions; None stays None."""
     return [
         entry and {id: t | {"logprob": max(t["logprob"], LEAST_LOGPROB)} for id, t in entry.items()}
         for entry in entries

@@ -1,6 +1,7 @@
 """`gllm chat`: a conversation at the terminal.
 
-Owns the history and the keys. Where answers come from is handed in, as are input and output.
+Owns the history and the handling of keys. The caller passes the source of answers, the input and
+the output.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from collections.abc import Callable, Iterator
 from gllm_client.protocol import Chunk, GenerateError
 
 Message = dict[str, str]
-# From a conversation to the chunks of the next message. Closing the iterator stops the answer.
+# Takes a conversation, yields the chunks of the next message. Closing the iterator cancels it.
 Answer = Callable[[list[Message]], Iterator[Chunk]]
 
 HINT = "Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D leaves."
 
 
 class Chat:
-    """A conversation. `refusals`: errors that cost one question, not the conversation."""
+    """A conversation. `refusals`: errors that fail one question but not the conversation."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Chat:
         self.messages = list(self._start)
 
     def run(self, read: Callable[[str], str]) -> None:
-        """Ask and answer until the input ends."""
+        """Read questions and write answers until the input ends."""
         self._write(f"{HINT}\n")
         while True:
             try:
@@ -50,8 +51,8 @@ class Chat:
                 self.ask(line)
 
     def ask(self, question: str) -> None:
-        """One question and its answer, written as it comes. A stopped answer stays as far as it
-        came; a refused question is forgotten."""
+        """Ask one question and write its answer as it arrives. The history keeps the text of a
+        stopped answer, and drops a refused question."""
         self.messages.append({"role": "user", "content": question})
         text = ""
         chunks = self._answer(list(self.messages))

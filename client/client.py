@@ -1,7 +1,8 @@
-"""Clients over gRPC, the primary way to stream: asyncio (`Client`) and blocking (`SyncClient`).
+"""Clients over gRPC, the primary transport: asyncio (`Client`) and blocking (`SyncClient`).
 
-Owns the KServe messages. One channel a client, one gRPC stream a request: on a shared stream an
-error names no request, and cancelling one would cancel all. Knows nothing of models or text.
+Owns the KServe messages. A client has one channel, and every request has its own gRPC stream: on a
+shared stream an error names no request, and cancelling a request would cancel all of them. Knows
+nothing of models or text.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ _CHANNEL = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a new client begins without another's back-off
+    ("grpc.use_local_subchannel_pool", 1),  # a new client does not share another's back-off
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 _FORMATS = {"INT32": "i", "UINT32": "I", "FP32": "f"}
-# With this key Triton ends a failed stream with the real status code, else with a bare message.
+# With this key Triton ends a failed stream with its status code; without it, only with a message.
 _STATUS_METADATA = (("triton_grpc_error", "true"),)
 
 
 def connect(url: str, model: str | None = None) -> SyncClient | HttpClient:
     """A blocking client for `grpc://host:port`, `http://host:port` or `host:port` (gRPC).
 
-    Raises ValueError for any other scheme, and for a port that is none.
+    Raises ValueError for any other scheme, and for an invalid port.
     """
     scheme, separator, address = url.rpartition("://")
     check_port(address)
@@ -55,7 +56,7 @@ def connect(url: str, model: str | None = None) -> SyncClient | HttpClient:
 
 
 class _Connected:
-    """A channel and what is asked over it; `model`, `with_status`: as `SyncClient`'s."""
+    """A channel and the requests on it; `model` and `with_status`: see `SyncClient`."""
 
     _open: Callable[..., Any]  # the channel, blocking or not
     _chunks: Callable[[pb.ModelInferRequest, float | None], Any]
@@ -79,9 +80,9 @@ class _Connected:
 class SyncClient(_Connected, BlockingAsking):
     """A blocking gRPC client; its methods may be called from any thread.
 
-    `model`: the one to ask, where a call names none.
-    `with_status`: failed requests carry their gRPC status in GenerateError.status. Off by
-    default, because servers before 26.03 can crash on an error in that mode.
+    `model`: the default model of calls that name none.
+    `with_status`: GenerateError.status holds the gRPC status of a failed request. Off by default,
+    because servers before 26.03 can crash on an error in that mode.
     """
 
     _open = staticmethod(grpc.insecure_channel)
@@ -129,7 +130,7 @@ class SyncClient(_Connected, BlockingAsking):
         return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
 
     def num_stubs(self, model: str, timeout: float | None = 5.0) -> int:
-        """How many Python processes the server runs for a loaded model; 0 if it is no Python."""
+        """The number of stubs of a loaded model; 0 if it does not use the Python backend."""
         config = self._call("ModelConfig", pb.ModelConfigRequest(name=model), timeout).config
         if config.backend != "python" and not config.runtime.endswith(".py"):
             return 0
@@ -152,7 +153,7 @@ class SyncClient(_Connected, BlockingAsking):
 class Client(_Connected, Asking[AsyncIterator[Chunk]]):
     """An asyncio gRPC client; make and use it within one running event loop.
 
-    `model` and `with_status`: as `SyncClient`'s.
+    `model` and `with_status`: see `SyncClient`.
     """
 
     _open = staticmethod(grpc.aio.insecure_channel)
@@ -199,7 +200,7 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
 
 
 def _readiness(model: str | None) -> tuple[str, Any]:
-    """The method that tells whether the server, or a model, is ready, and its request."""
+    """The gRPC method and the request that check whether the server, or a model, is ready."""
     if model is None:
         return "ServerReady", pb.ServerReadyRequest()
     return "ModelReady", pb.ModelReadyRequest(name=model)
@@ -233,11 +234,11 @@ def _request(model: str, request_id: str, inputs: Inputs) -> pb.ModelInferReques
 
 
 def _is_last(response: pb.ModelStreamInferResponse) -> bool:
-    """Whether no other response follows: Triton ends the stream by itself then.
+    """Whether this is the last response of a stream; Triton then ends the stream by itself.
 
-    That end is waited for, because a stream cancelled between its last response and its end can
-    leave tritonserver with a request it never lets go of: the model can then not be unloaded, and
-    the server not be stopped but by its exit timeout (seen with 2.51).
+    The clients wait for that end. If a stream is cancelled between its last response and its end,
+    tritonserver (2.51) may never free the request. The model can then not be unloaded, and the
+    server stops only after its exit timeout.
     """
     if response.error_message:
         return True

@@ -1,7 +1,7 @@
-"""Command-line flags out of configuration structs, so that a field is spelled in one place.
+"""Makes command-line flags from configuration structs, so that a field is defined in one place.
 
-Owns how a field's text becomes its value and where a flag's help comes from (the field's own
-comment). Knows no field by name.
+Owns the conversion of a flag's text to the field's type. A flag's help text is the comment of its
+field in the source code. Knows no field by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, and takes no abbreviations."""
+    """An argument parser that reports an error as UsageError and refuses abbreviated flags."""
 
     def __init__(self, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def dashed(arguments: list[str]) -> list[str]:
-    """`--max_num_seqs=8` is `--max-num-seqs=8`; what follows `--` is left alone."""
+    """Replace `_` by `-` in flags (`--max_num_seqs=8`). Arguments after `--` do not change."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return [_dash(argument) for argument in arguments[:end]] + arguments[end:]
 
@@ -41,7 +41,7 @@ def dashed(arguments: list[str]) -> list[str]:
 def add_struct(
     parser: argparse.ArgumentParser, title: str, struct: Any, skip: tuple[str, ...]
 ) -> None:
-    """One flag for each field of `struct` but those in `skip`, in a help group of their own."""
+    """Add a flag for every field of `struct` except those in `skip`, in their own help group."""
     group = parser.add_argument_group(title)
     comments = field_comments(struct)
     hints = get_type_hints(struct)
@@ -66,14 +66,14 @@ def add_struct(
 
 
 def struct_texts(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
-    """The fields that were given, as text (a list of texts for a field that repeats)."""
+    """The given fields, as text (a list of texts for a repeatable field)."""
     given = vars(options)
     names = [name for name in struct.__struct_fields__ if _dest(struct, name) in given]
     return {name: given[_dest(struct, name)] for name in names}
 
 
 def struct_values(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
-    """The fields that were given, each converted to its type. Raises UsageError naming a flag."""
+    """The given fields, converted to their types. Raises UsageError, which names the flag."""
     values = {}
     hints = get_type_hints(struct, include_extras=True)
     for name, text in struct_texts(options, struct).items():
@@ -94,7 +94,7 @@ def _convert(text: str, hint: Any) -> Any:
 
 
 def field_comments(struct: Any) -> dict[str, str]:
-    """What the source says of each field: the comment lines above it, else the one beside it."""
+    """The source comment of every field: the lines above the field, then the one beside it."""
     comments: dict[str, str] = {}
     above: list[str] = []
     for line in inspect.getsource(struct).splitlines():

@@ -1,7 +1,7 @@
-"""A client over HTTP: Triton's generate and generate_stream. For tools and networks without gRPC.
+"""A client over HTTP (Triton's generate and generate_stream), for networks without gRPC.
 
-Owns the JSON bodies and server-sent events. Meant for a moderate rate: tritonserver's HTTP side
-can lose events when many fast streams share it.
+Owns the JSON bodies and server-sent events. Use it at a moderate rate: tritonserver's HTTP
+front end can lose events when it serves many fast streams.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gllm_client.protocol import (
     to_chunk,
 )
 
-# Triton answers 400 for whatever its gRPC side distinguishes, so that code says nothing.
+# Triton answers 400 for many different gRPC status codes, so 400 has no status here.
 _STATUS = {404: "NOT_FOUND", 503: "UNAVAILABLE", 500: "INTERNAL", 499: "CANCELLED"}
 _READ_SIZE = 65536  # bytes
 
 
 def read_events(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of each server-sent event once it is whole; the stream may be cut anywhere."""
+    """Yield the data of every complete server-sent event. Pieces may end anywhere."""
     rest = b""
     event = []
     for piece in pieces:
@@ -48,10 +48,10 @@ def read_events(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class HttpClient(BlockingAsking):
-    """A blocking HTTP client with the methods of `SyncClient`; one connection a request."""
+    """A blocking HTTP client with the methods of `SyncClient`. Every request has a connection."""
 
     def __init__(self, address: str = "127.0.0.1:8000", model: str | None = None) -> None:
-        """`model`: the one to ask, where a call names none. Raises ValueError for no address."""
+        """`model`: the default of calls that name none. Raises ValueError for an invalid port."""
         check_port(address)
         self._address = address
         self._model = model
@@ -65,7 +65,7 @@ class HttpClient(BlockingAsking):
         kind = "generate_stream" if inputs["stream"] else "generate"
         body: dict[str, Any] = inputs | ({"id": request_id} if request_id else {})
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        if timeout is not None:  # for the server too: it may not notice that nobody waits any more
+        if timeout is not None:  # for the server too: it may not notice that the client has left
             body["timeout"] = math.ceil(timeout * 1e6)
         path = f"/v2/models/{quote(model)}/{kind}"
         with self._exchange("POST", path, body, timeout) as (answer, connected):
@@ -148,9 +148,9 @@ class HttpClient(BlockingAsking):
 
 
 def check_port(address: str) -> None:
-    """Raise ValueError when what follows the colon of HOST:PORT is no port."""
+    """Raise ValueError if the PORT of HOST:PORT is not a port number."""
     host, colon, port = address.rpartition(":")
-    if not colon or address.endswith("]"):  # none given, or the end of an IPv6 address
+    if not colon or address.endswith("]"):  # no port given; the colon may be of an IPv6 address
         return
     known = port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536
     if not known:
@@ -167,7 +167,7 @@ def _is_final(chunk: Chunk) -> bool:
 
 
 def _read(answer: http.client.HTTPResponse, connected: socket.socket, deadline: float) -> bytes:
-    """What has come in, at least one byte; nothing at the end. Raises TimeoutError."""
+    """Read the available bytes, at least one; b"" at the end. Raises TimeoutError."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -182,7 +182,7 @@ def _chunk(data: bytes, status: int, request_id: str) -> Chunk:
         raise _refusal(data, status) from None
     if not isinstance(answer, dict) or "error" in answer:
         raise _refusal(data, status)
-    # One element comes as a plain value, any other number as a list.
+    # Triton sends a tensor of one element as a plain value, any other tensor as a list.
     tensors = {key: v if isinstance(v, list) else [v] for key, v in answer.items()}
     return to_chunk(tensors, request_id)
 

@@ -1,6 +1,6 @@
-"""Answers from an engine in this process, as answers.py's `AnswerSource`.
+"""An `AnswerSource` (answers.py) that runs an engine in this process.
 
-Owns turning the offline API's parts into Chunks, and Ctrl-C.
+Converts the offline API's deltas and outputs to Chunks, and handles Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gllm_engine import LLM, EngineBroken, InvalidField, RequestFailed, parse_sa
 
 
 class LocalAnswers:
-    """An engine in this process. One thread may use it."""
+    """An engine in this process. Only one thread may use it."""
 
     refusals = (InvalidField, RequestFailed)
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """`config`: fields of EngineConfig. Raises what LLM raises."""
+        """`config`: fields of EngineConfig. Raises the errors of LLM."""
         self._llm = LLM(**config)
 
     def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
@@ -45,9 +45,9 @@ class LocalAnswers:
             yield Chunk(tuple(map(_output, whole.outputs)), len(ids), whole.prompt_logprobs)
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
-        """As AnswerSource's. A delta of one stream advances them all: they share each step."""
+        """See AnswerSource. Reading one stream advances all streams: they share every step."""
         waiting = iter(items)
-        # Of each its item, the chunks to come and those that came.
+        # For each running item: the item, its unread chunks, and its chunks read so far.
         running: deque[tuple[Item, Iterator[Chunk], list[Chunk]]] = deque()
         while True:
             for item in islice(waiting, concurrency - len(running)):
@@ -59,7 +59,7 @@ class LocalAnswers:
                 chunk = next(chunks, None)
             except EngineBroken:
                 raise
-            except Exception as error:  # whatever a line can provoke is that line's
+            except Exception as error:  # any error that an input line causes fails that line alone
                 yield item, Failed(str(error) or type(error).__name__)
                 continue
             if chunk is None:
@@ -73,7 +73,7 @@ class LocalAnswers:
 
 
 def _output(part: Any) -> Output:
-    """From what LLM calls a delta or an output."""
+    """Convert a Delta or a CompletionOutput of LLM."""
     return Output(
         text=part.text,
         finish_reason=part.finish_reason,
@@ -85,7 +85,7 @@ def _output(part: Any) -> Output:
 
 
 def _uninterrupted(deltas: Iterator[Any]) -> Any:
-    """The next delta or None; Ctrl-C waits until the engine's step is whole."""
+    """The next delta or None. Ctrl-C takes effect after the engine's step is complete."""
     with caught_signals(signal.SIGINT) as caught:
         delta = next(deltas, None)
     if caught.count:

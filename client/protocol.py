@@ -1,7 +1,8 @@
-"""What a generate request and its answer are, whichever transport carries them.
+"""Generate requests and answers, independent of the transport.
 
-Owns the names of the input and output tensors and what their values mean to a caller. Knows
-nothing of sockets: gRPC and HTTP each turn `request_inputs` into bytes and bytes into `to_chunk`.
+Owns the names of the input and output tensors and the meaning of their values. Knows nothing of
+sockets: the gRPC and HTTP clients encode the result of `request_inputs`, and pass the decoded
+output tensors to `to_chunk`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-# An input tensor's value: BYTES, BOOL, or a list: INT32 or BYTES.
+# An input tensor's value, of type BYTES, BOOL, INT32 (a list) or BYTES (a list).
 Value = str | bool | list[int] | list[str]
 Inputs = dict[str, Value]  # by name
 Chunks = TypeVar("Chunks")
@@ -28,7 +29,7 @@ _INT32 = range(-(2**31), 2**31)
 
 
 class GenerateError(RuntimeError):
-    """The server refused or failed. `status`: the gRPC status name, where the transport tells."""
+    """A request failed. `status`: the gRPC status name, None if the transport has none."""
 
     def __init__(self, message: str, status: str | None = None) -> None:
         super().__init__(message)
@@ -40,9 +41,9 @@ class Output:
     """One of a request's n answers, or what a chunk adds to it."""
 
     text: str = ""
-    finish_reason: str | None = None  # "stop", "length"; None while there is more to come
+    finish_reason: str | None = None  # "stop", "length"; None before the end of the answer
     token_ids: tuple[int, ...] = ()
-    # For each token: {token id: {"logprob", "rank", "decoded_token"}}; None unless asked for.
+    # For each token: {token id: {"logprob", "rank", "decoded_token"}}; None if not requested.
     logprobs: list[dict[str, Any]] | None = None
     cumulative_logprob: float | None = None  # of all tokens so far
     num_tokens: int = 0
@@ -50,7 +51,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One response: all of the answer, or the next part of a streamed one."""
+    """One response: a whole answer, or the next part of a streamed answer."""
 
     outputs: tuple[Output, ...]  # one for each of n
     num_input_tokens: int | None = None
@@ -198,7 +199,7 @@ def shown(value: Any) -> str:
 
 
 def check_timeout(timeout: Any) -> float | None:
-    """Seconds that can be waited for, or None: no limit. Raises ValueError for anything else."""
+    """A timeout in seconds, or None for no limit. Raises ValueError for an invalid timeout."""
     if timeout is None:
         return None
     number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
@@ -209,7 +210,7 @@ def check_timeout(timeout: Any) -> float | None:
 
 
 def asks_for_one(parameters: Mapping[str, Any]) -> bool:
-    """Whether n is 1. An `n` that means nothing does not: the server says what is wrong with it."""
+    """Whether n is 1. False for an invalid n, which the server then refuses."""
     return parameters.get("n") in (None, 1, "1")
 
 
@@ -239,14 +240,14 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def to_chunk(tensors: Mapping[str, Sequence[Any]], request_id: str = "") -> Chunk:
-    """A chunk from output tensors, by name; BYTES values are str. Absent outputs are defaults.
+    """Make a chunk from output tensors by name. BYTES values are str; missing tensors: defaults.
 
     `token_ids` holds the tokens of all n answers one after another; `num_output_tokens` says how
     many belong to each.
     """
 
     def each(name: str, convert: Callable[[Any], Any]) -> Iterator[Any]:
-        """A tensor's values; if it is absent, None for each answer."""
+        """A tensor's values; None for every answer if the tensor is missing."""
         return map(convert, tensors[name]) if tensors.get(name) else repeat(None, len(texts))
 
     texts = tensors.get("text_output", ())
@@ -269,10 +270,7 @@ def to_chunk(tensors: Mapping[str, Sequence[Any]], request_id: str = "") -> Chun
 
 
 def merge(chunks: Iterable[Chunk]) -> Chunk:
-    """The whole answer, from the chunks of a stream (or the single one of a request without).
-
-    Raises GenerateError when there is no chunk.
-    """
+    """Join the chunks of an answer to one chunk. Raises GenerateError if there is no chunk."""
     whole: Chunk | None = None
     for chunk in chunks:
         whole = _join_chunks(whole, chunk) if whole else chunk
@@ -304,9 +302,9 @@ def _latest(old: Any, new: Any) -> Any:
 
 
 class Asking(ABC, Generic[Chunks]):
-    """Asking for an answer in chunks; what comes back, an iterator or an async one, is `Chunks`."""
+    """The base of all clients. `Chunks`: the type that `generate` returns, an (async) iterator."""
 
-    _model: str | None  # the one to ask, where a call names none
+    _model: str | None  # the default model of calls that name none
 
     def generate(
         self,
@@ -317,8 +315,8 @@ class Asking(ABC, Generic[Chunks]):
         request_id: str = "",
         **options: Any,
     ) -> Chunks:
-        """The answer in chunks, as they come; closing the iterator cancels the request, as does
-        cancelling the task that iterates.
+        """Stream an answer in chunks. Closing the iterator, or cancelling the task that iterates,
+        cancels the request.
 
         `options` are those of `request_inputs`. `timeout`: seconds for the whole answer, at most
         MAX_TIMEOUT_S; None: no limit. Raises ValueError at once for options that contradict each
@@ -334,11 +332,11 @@ class Asking(ABC, Generic[Chunks]):
 
     @abstractmethod
     def _stream(self, model: str, inputs: Inputs, request_id: str, timeout: float | None) -> Chunks:
-        """Send the request and give its chunks. Raises ValueError for inputs it cannot say."""
+        """Send a request, return its chunks. Raises ValueError for inputs it cannot encode."""
 
 
 class BlockingAsking(Asking[Iterator[Chunk]]):
-    """Asking, and waiting for what comes."""
+    """The base of the blocking clients."""
 
     def __enter__(self: Self) -> Self:
         return self
@@ -348,7 +346,7 @@ class BlockingAsking(Asking[Iterator[Chunk]]):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is kept open; running requests are cancelled."""
+        """Close all connections; running requests are cancelled."""
 
     def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
         """The whole answer as one chunk; options as `generate`'s."""

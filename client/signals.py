@@ -1,6 +1,6 @@
-"""Signals counted instead of obeyed, while a block runs that must not be cut short.
+"""Counts signals while a block runs that a signal must not interrupt.
 
-Knows nothing of what is made of the count.
+Knows nothing of how callers use the count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class Signals:
-    """Which stop signals have come."""
+    """The number of stop signals received."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -22,7 +22,7 @@ class Signals:
 
 @contextmanager
 def caught_signals(*numbers: int) -> Iterator[Signals]:
-    """These signals, by default SIGTERM and SIGINT, are counted instead of ending the program."""
+    """Count these signals (default: SIGTERM and SIGINT) while the block runs; do not end."""
     signals = Signals()
     before = {n: signal.signal(n, signals) for n in numbers or (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,8 +1,9 @@
-"""`gllm serve`: start tritonserver, load the models, watch over them, stop without a trace.
+"""`gllm serve`: starts tritonserver, loads the models, replaces dead stubs, stops and cleans up.
 
-Owns the server process and what must be true when it is gone. tritonserver never restarts a front
-end (stub) that died: requests to it hang while the model stays READY. Unloading and loading the
-model does, so that is what the watch over the stubs is for.
+Owns the server process, and the removal of all its processes and files at the end. tritonserver
+never restarts a stub (a front end's process) that died: requests to it hang while the model stays
+READY. Unloading and loading the model starts new stubs, so the supervisor does that when a stub is
+missing.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ from gllm_client.tritonserver import (
 )
 
 PORTS = ("http", "grpc", "metrics")
-TICK_S = 0.1  # how often a signal or the server's death is looked for
-WATCH_S = 0.5  # how often the stubs are counted; a second count confirms that one is missing
+TICK_S = 0.1  # between two checks for a signal or the server's death
+WATCH_S = 0.5  # between two counts of the stubs; the next count confirms that a stub is missing
 LOAD_TRIES = 3
-ENGINES_S = 5.0  # how often the metrics are asked for engines that cannot be got back
-MAX_FAILED_STARTS = 5  # of a lost engine in a row: what keeps it from starting does not pass
-KILL_AFTER_S = 5.0  # beyond the server's own exit timeout
+ENGINES_S = 5.0  # between two reads of the metrics for engines that fail to restart
+MAX_FAILED_STARTS = 5  # consecutive failed restarts of an engine; the cause is then permanent
+KILL_AFTER_S = 5.0  # on top of the server's own exit timeout
 
-# Runs as the child: it becomes the server, and is killed when `gllm serve` dies, however it dies.
+# The child runs this and becomes the server. The kernel kills it when `gllm serve` ends in any way.
 _EXEC = """
 import ctypes, os, sys
 parent, *command = sys.argv[1:]
@@ -86,7 +87,7 @@ def serve(serving: Serving) -> int:
 
 
 def server_flags(serving: Serving, repository: Path) -> list[str]:
-    """tritonserver's flags. Raises ServerError for one given that is ours to set."""
+    """tritonserver's flags. Raises ServerError if the user gives a flag that gllm serve sets."""
     ours = {
         "--model-repository": repository,
         "--model-control-mode": "explicit",
@@ -102,7 +103,7 @@ def server_flags(serving: Serving, repository: Path) -> list[str]:
 
 
 def check_ports(serving: Serving) -> None:
-    """Raises ServerError naming a port that is taken, given twice or not ours to use."""
+    """Raise ServerError for a port that is in use, given twice or not allowed for this user."""
     seen: dict[int, str] = {}
     for kind in PORTS:
         port = getattr(serving, f"{kind}_port")
@@ -123,9 +124,10 @@ def check_ports(serving: Serving) -> None:
 
 
 def prepare_repository(serving: Serving, directory: Path) -> tuple[Path, list[str]]:
-    """The model repository to serve and its models; `directory` holds one made for `path`.
+    """The model repository to serve, and the names of its models.
 
-    Raises ServerError when `path` is none of the three kinds.
+    For a checkpoint or a single model, makes a repository in `directory`. Raises ServerError if
+    `path` is neither of these nor a repository.
     """
     path = serving.path.resolve()
     if (path / "config.json").is_file():
@@ -151,7 +153,7 @@ def prepare_repository(serving: Serving, directory: Path) -> tuple[Path, list[st
 
 
 def write_model(directory: Path, engine: dict[str, Any], front_ends: int) -> None:
-    """A model of the gllm backend: config.pbtxt and 1/model.json."""
+    """Write a model of the gllm backend: config.pbtxt and 1/model.json."""
     if not re.fullmatch(r"[\w.-]+", directory.name):
         raise ServerError(
             f"{directory.name!r} cannot be a model's name (letters, digits, '_', '-' and '.'); "
@@ -167,7 +169,7 @@ def write_model(directory: Path, engine: dict[str, Any], front_ends: int) -> Non
 
 
 class ProcessRow(NamedTuple):
-    """A running process; `start` (clock ticks since boot) tells it from a later one."""
+    """A running process. `start` (clock ticks since boot) tells it from a later one's same pid."""
 
     pid: int
     parent: int
@@ -175,7 +177,7 @@ class ProcessRow(NamedTuple):
 
 
 def process_table() -> dict[int, ProcessRow]:
-    """Every process that runs; zombies do not."""
+    """All running processes by pid, without zombies."""
     rows = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -189,7 +191,7 @@ def process_table() -> dict[int, ProcessRow]:
 
 
 def descendants(pid: int) -> set[ProcessRow]:
-    """Children of a process, their children, and so on."""
+    """All descendants of a process."""
     rows = process_table().values()
     found: set[ProcessRow] = set()
     ancestors = {pid}
@@ -201,7 +203,7 @@ def descendants(pid: int) -> set[ProcessRow]:
 
 
 def find_stubs(server_pid: int) -> dict[str, set[ProcessRow]]:
-    """The front ends that live, by model.
+    """The running stubs of a server, by model.
 
     A stub is a child of the server; its first argument is <repository>/<model>/<version>/model.py.
     """
@@ -220,11 +222,11 @@ def find_stubs(server_pid: int) -> dict[str, set[ProcessRow]]:
 
 
 class Server:
-    """A tritonserver process that ends with this one. Its output goes to our stderr."""
+    """A tritonserver process that ends with this process. Its output goes to our stderr."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         wrapped = [sys.executable, "-ISc", _EXEC, str(os.getpid()), *command]
-        # A session of its own: Ctrl-C at the terminal comes to us, and we stop the server.
+        # A new session: Ctrl-C at the terminal signals only this process, which stops the server.
         self._process = subprocess.Popen(
             wrapped,
             env=environment,
@@ -233,12 +235,16 @@ class Server:
             start_new_session=True,
         )
         self.pid = self._process.pid
-        # Who must be gone at the end: orphans are found no more once the server has died.
+        # Processes that must have ended at the end. After the server's death, its orphans can no
+        # longer be found by their parent.
         self._family: set[ProcessRow] = set()
         self._look_again = 0.0
 
     def poll(self) -> int | None:
-        """The exit status once the process has ended; 128 + n after signal n. To be asked often."""
+        """The exit status once the server has ended, else None; 128 + n after signal n.
+
+        Must be called often: it also records the server's descendants.
+        """
         now = time.monotonic()
         if now > self._look_again:
             self._family = descendants(self.pid) or self._family
@@ -247,9 +253,9 @@ class Server:
         return code if code is None or code >= 0 else 128 - code
 
     def stop(self, timeout_s: float, impatient: Callable[[], bool]) -> bool:
-        """End the server and all that it started; True when it went by itself.
+        """End the server and its descendants. Returns whether it ended without SIGKILL.
 
-        SIGTERM first; SIGKILL after `timeout_s`, or as soon as `impatient()`.
+        Sends SIGTERM, then SIGKILL after `timeout_s` seconds or as soon as `impatient()` is true.
         """
         family = self._family | descendants(self.pid)
         graceful = True
@@ -268,7 +274,7 @@ class Server:
 
 
 def _outlive(family: set[ProcessRow], patience_s: float = 3.0) -> None:
-    """Wait for orphans to end by themselves (engines and stubs notice), then kill them."""
+    """Wait for orphaned engines and stubs to end by themselves, then kill the rest."""
     end = time.monotonic() + patience_s
     while left := _still_there(family):
         if time.monotonic() > end:
@@ -287,7 +293,7 @@ def _still_there(family: set[ProcessRow]) -> list[ProcessRow]:
 
 
 class Stopped(Exception):
-    """A signal asked for the end."""
+    """A signal requested the end."""
 
 
 class Exited(Exception):
@@ -299,9 +305,9 @@ class Exited(Exception):
 
 
 class Supervisor:
-    """Brings the models up and keeps them up until the end.
+    """Loads the models, and reloads a model whose stub died, until the end.
 
-    Every wait is a series of ticks, and every tick looks for a signal and for the server's death.
+    Every wait is a series of ticks. Every tick checks for a signal and for the server's death.
     """
 
     def __init__(
@@ -316,14 +322,14 @@ class Supervisor:
         self._address = f"{self._host}:{serving.grpc_port}"
         self._client = SyncClient(self._address)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="gllm-serve")
-        # The stubs when all was last seen well; None: not looked at yet.
+        # The stubs at the last count without a missing stub; None before the first such count.
         self._settled: dict[str, set[ProcessRow]] | None = None
-        # Stubs of loads that were given up. A request lost with its stub never ends for the
-        # server, so the rest of that load stays until the server does; it serves nothing new.
+        # Stubs of unloaded models. A request lost with its stub never ends for the server, so the
+        # other stubs of that load live as long as the server. They get no new requests.
         self._retired: set[ProcessRow] = set()
 
     def run(self) -> int:
-        """The exit status of `gllm serve`."""
+        """Serve until the end; returns the exit status of `gllm serve`."""
         status = 1
         problem = ""
         try:
@@ -332,13 +338,13 @@ class Supervisor:
         except Stopped:
             status = 0
         except Exited as exited:
-            status = exited.status or 1  # nobody asked for it
+            status = exited.status or 1  # an unrequested end is a failure, even with status 0
             problem = f"tritonserver ended by itself with status {exited.status}"
         except GenerateError as error:
             problem = str(error)
         finally:
             graceful = self._stop()
-        if problem:  # said last, after all that the server has to say about its own end
+        if problem:  # logged last, after the server's own log
             _log(problem)
         return status if graceful else status or 1
 
@@ -355,7 +361,7 @@ class Supervisor:
     def _bring_up(self) -> None:
         while not self._client.is_live(timeout=1.0):
             self._tick()
-            self._client.close()  # one that was refused waits for seconds before the next attempt
+            self._client.close()  # a refused client would wait seconds before its next attempt
             self._client = SyncClient(self._address)
         for model in self._models:
             self._load(model)
@@ -388,7 +394,7 @@ class Supervisor:
                 continue
             try:
                 missing = self._missing(stubs)
-            except GenerateError:  # a model came or went while it was looked at
+            except GenerateError:  # a model was loaded or unloaded during the check
                 continue
             for model in sorted(missing & suspects):
                 self._recover(model)
@@ -402,7 +408,7 @@ class Supervisor:
         return {model: stubs for model, stubs in serving.items() if stubs}
 
     def _missing(self, stubs: dict[str, set[ProcessRow]]) -> set[str]:
-        """Models that are in service with fewer front ends than instances."""
+        """The READY models with fewer stubs than configured instances."""
         ready = [e["name"] for e in self._await(self._client.index) if e["state"] == "READY"]
         return {
             model
@@ -415,7 +421,7 @@ class Supervisor:
         address = f"{self._host}:{self._serving.metrics_port}"
         try:
             metrics = self._await(read_metrics, address)
-        except GenerateError:  # it may have been switched off
+        except GenerateError:  # the metrics page may be switched off
             return
         for sample, count in metrics.items():
             failing = _FAILED_STARTS.match(sample)
@@ -426,7 +432,7 @@ class Supervisor:
                 )
 
     def _recover(self, model: str) -> None:
-        """Unload and load; the one way in which tritonserver starts a front end anew."""
+        """Unload and load a model: the only way to make tritonserver start a new stub."""
         _log(f"a front end of model {model} died; loading the model anew")
         began = time.monotonic()
         self._retired |= self._stubs().get(model, set())
@@ -449,7 +455,7 @@ class Supervisor:
             self._tick()
 
     def _await(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call something that blocks on the server, on the thread kept for that."""
+        """Run a blocking call to the server on the extra thread, with ticks meanwhile."""
         future: Future[Any] = self._threads.submit(function, *arguments)
         while not future.done():
             self._tick()

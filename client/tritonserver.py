@@ -1,11 +1,12 @@
-"""Where tritonserver is and how to start it with the gllm backend.
+"""Finds tritonserver and starts it with the gllm backend.
 
-Owns finding the server, the private backend directory, the environment and the default flags.
-Knows nothing of what happens after the start (supervisor.py) or of models.
+Owns the search, the private backend directory, the environment and the default flags. Knows
+nothing of models or of the time after the start (supervisor.py).
 
-Three things tritonserver is particular about: a backend's library and stub must be real files in
-its directory (only model.py and whole directories may be links); its Python stub must be built
-for the Python it is to run; and that Python is the first `python3` on PATH, not PYTHONPATH.
+tritonserver has three requirements. A backend's library and stub must be real files in the
+backend's directory (only model.py and whole directories may be links). The Python stub must be
+built for the version of Python that it runs. And that Python is the first `python3` on PATH;
+PYTHONPATH does not select it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 
 SHM = Path("/dev/shm")
-SHM_BYTES = 16 << 20  # of each front end's region, and the step it grows by; never shrinks
+SHM_BYTES = 16 << 20  # initial size and growth step of a stub's region, which never shrinks
 EXIT_TIMEOUT_S = 30
 STUB = "triton_python_backend_stub"
 _LIBRARY = "libtriton_python.so"
 _UTILS = "triton_python_backend_utils.py"
-# Mounts of one /dev/shm or /tmp may be shared by containers that do not see each other's pids.
+# Containers may share /dev/shm or /tmp without seeing each other's pids, so names include the pid
+# namespace.
 _OWNED = re.compile(r"gllm-(?P<namespace>\d+)-(?P<pid>\d+)-")
 
 
@@ -45,16 +47,16 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver and what goes with it."""
+    """The files and directories of an installed tritonserver."""
 
     binary: Path
-    backends: Path  # one directory a backend
+    backends: Path  # holds one directory for each backend
     stub: Path  # the Python stub for this Python
     libraries: tuple[Path, ...]  # directories the dynamic linker must know
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """What `gllm serve` is to serve, and where. The fields but the first three are its flags."""
+    """The options of `gllm serve`. All fields except the first three are its flags."""
 
     path: Path  # a model repository, one model of one, or a bare checkpoint
     engine: dict[str, Any] = {}  # EngineConfig fields, for a checkpoint
@@ -73,7 +75,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 def find_server(environ: Mapping[str, str] = os.environ) -> Installation:
     """$TRITON_SERVER_DIR, else /opt/tritonserver, else the one in the nvidia-pytriton wheel.
 
-    Raises ServerError when there is none, or none that can run this Python.
+    Raises ServerError if none is found, or if it cannot run this Python.
     """
     if chosen := environ.get("TRITON_SERVER_DIR"):
         if not (Path(chosen) / "bin/tritonserver").is_file():
@@ -93,7 +95,7 @@ def find_server(environ: Mapping[str, str] = os.environ) -> Installation:
 
 
 def read_installation(directory: Path) -> Installation:
-    """The tritonserver in `directory`, laid out as in its container or in the wheel."""
+    """The tritonserver in `directory`, which has the layout of Triton's container or the wheel."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = directory / "python_backend_stubs" / version / STUB
     if not stub.is_file():
@@ -117,7 +119,7 @@ def read_installation(directory: Path) -> Installation:
 
 
 def assemble_backends(installation: Installation, directory: Path) -> None:
-    """Fill `directory` with backends: the server's own, its Python one made whole, and gllm."""
+    """Fill `directory` with the server's backends (python with the right stub), and gllm."""
     for backend in sorted(installation.backends.iterdir()):
         if backend.is_dir() and backend.name not in ("python", "gllm"):
             (directory / backend.name).symlink_to(backend)
@@ -135,7 +137,7 @@ def assemble_backends(installation: Installation, directory: Path) -> None:
 def server_environment(
     installation: Installation, environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The environment of tritonserver: this Python first on PATH, its libraries findable."""
+    """tritonserver's environment: this Python first on PATH, its libraries on the linker's path."""
     libraries = [str(path) for path in installation.libraries]
     path = [str(Path(sys.executable).parent)]
     return dict(environ) | {
@@ -145,10 +147,10 @@ def server_environment(
 
 
 def server_arguments(backends: Path, prefix: str, given: Sequence[str]) -> list[str]:
-    """Our flags and then those given; one that is given is not set by us.
+    """Our default flags, then the given flags. A given flag replaces our default.
 
-    Loopback addresses, since Triton has no access control of its own; shared-memory regions named
-    after `prefix`, so that servers on one machine stay apart.
+    The default addresses are loopback, because Triton has no access control of its own. The names
+    of shared-memory regions begin with `prefix`, so that servers on one machine do not collide.
     """
     python = {
         "shm-region-prefix-name": prefix,
@@ -172,7 +174,7 @@ def server_arguments(backends: Path, prefix: str, given: Sequence[str]) -> list[
 
 
 def owned_prefix(pid: int) -> str:
-    """What the names of all that is kept for process `pid` begin with."""
+    """The prefix of the names of all directories and regions of process `pid`."""
     return f"gllm-{_namespace()}-{pid}-"
 
 
@@ -191,7 +193,7 @@ def sweep() -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or directory of this user; another's is left alone."""
+    """Remove a file or directory of this user; those of other users stay."""
     try:
         mine = path.lstat().st_uid == os.getuid()
     except FileNotFoundError:

@@ -1,11 +1,20 @@
-"""Metrics on Triton's /metrics page: counted in the process, written by one side thread.
+"""Metrics on Triton's /metrics page: counted in the stub, written to the server by one thread.
 
-Every update is a round trip of 20-80 us to the server, so nothing here is called per token and
-nobody but the side thread makes one. It writes every FLUSH_S, and at once for an answer that is
-about to leave, so that what an answer tells is on the page when it arrives: the answer waits for
-the write, no thread does, and answers that end meanwhile share the next write. Front ends of one
-model share the families: each adds what it counted; only the one that receives engine statistics
-sets gauges. Must not know of requests' contents or how they are answered.
+Every update is a round trip of 20-80 us to the server. So no metric is updated per token, and only
+the metrics thread writes updates. It writes every FLUSH_S seconds, and at once when a request's
+last response is ready, so that the page counts a request before its client has the last response.
+The last response waits for the write; no thread waits. Requests that end meanwhile share the next
+write:
+
+    sender thread                       metrics thread
+    count(), observe()  -- counts -->
+    after_flush(call)   -- call ----->  write all counts to the server, then call():
+    (takes the next stream)               Sender.release puts the stream in line again
+    send(response, FINAL)  <------------
+
+Front ends of one model share the metric families. Each front end adds its own counts; the engine's
+gauges are set only by the front end that receives the engine's statistics. Must not know of
+requests' contents or of how responses are sent.
 """
 
 from __future__ import annotations
@@ -62,9 +71,9 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Metrics:
-    """Counts for one front end. `warn(sentence)` is told, once, when Triton takes no metrics.
+    """Metrics of one front end. `warn(sentence)` is called once if Triton takes no metrics.
 
-    `shown` False: nothing appears on the page.
+    `shown` False: no metric appears on the page.
     """
 
     def __init__(self, model: str, version: str, warn: Any, shown: bool = True) -> None:
@@ -107,9 +116,9 @@ class Metrics:
             self._observed.append((name, value))
 
     def after_flush(self, call: Callable[[], None]) -> None:
-        """Have the side thread write now all that was counted, then make a call that is quick.
+        """Make the metrics thread write all counts now, then call `call`, which must be quick.
 
-        The call is made whether or not Triton takes metrics.
+        The thread calls it even if Triton takes no metrics or the write fails.
         """
         with self._lock:
             self._after_flush.append(call)
@@ -121,7 +130,7 @@ class Metrics:
             self._gauges[name] = value
 
     def engine(self, stats: Stats) -> None:
-        """Take the engine's statistics, its counters from 0 since it picked this front end."""
+        """Take the engine's statistics. Its counters start at 0 when it picks this front end."""
         names = {
             "prefix_queries": "prefix_cache_queries_total",
             "prefix_hits": "prefix_cache_hits_total",
@@ -135,14 +144,14 @@ class Metrics:
             self._last = stats
 
     def engine_lost(self) -> None:
-        """The engine is gone: nothing runs, and the next one counts from 0."""
+        """Set the engine's gauges to 0; the counters of the next engine start at 0."""
         with self._lock:
             self._last = Stats()
             if self._has_stats:
                 self._set_gauges(Stats())
 
     def close(self, timeout_s: float) -> None:
-        """Gauges to 0, one last flush, end of the thread."""
+        """Set the engine's gauges to 0, write a last time, and end the thread."""
         self.engine_lost()
         self._stopping = True
         self._wake.set()
@@ -160,7 +169,7 @@ class Metrics:
             self._wake.clear()
             try:
                 self._flush()
-            except Exception:  # without this thread no answer would ever leave
+            except Exception:  # without this thread no last response would ever be sent
                 traceback.print_exc()
         self._flush()
 
@@ -177,10 +186,10 @@ class Metrics:
         try:
             if self._families:
                 self._write(counts, gauges, observed)
-        except Exception as error:  # metrics may go, requests must not
+        except Exception as error:  # a failure of metrics must not fail requests
             self._families.clear()
             self._warn(f"metrics stopped: {error}")
-        finally:  # answers wait for it
+        finally:  # last responses wait for these calls
             for call in calls:
                 call()
 

@@ -1,8 +1,10 @@
-"""The model that Triton's Python stub runs: requests in, one engine client, responses out.
+"""The model class that Triton's Python stub runs: passes requests to the engine client, and the
+engine's outputs to the streams.
 
-Thin by design: sends starve beside a busy thread and a dead stub is never restarted, so no engine
-code runs here. Owns the threads' lifetimes and which sequence belongs to which stream. Heavy
-imports are in `initialize`: Triton reads `auto_complete_config` in a process it throws away.
+No engine code runs in the stub, because a busy thread delays the response senders, and Triton never
+restarts a dead stub. Owns the lifetimes of the threads, and the mapping from sequences to streams.
+Heavy imports are in `initialize`, because Triton calls `auto_complete_config` in a short-lived
+process of its own.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from gllm_backend.gllm.request import INPUTS, OUTPUTS, ParsedRequest, parse_requ
 from gllm_backend.gllm.response import Arrival, Choice, Sender, Stream
 from gllm_engine import InvalidField, Outputs, shorten
 
-SWEEP_S = 0.05  # between two looks for cancelled and overdue requests
-SWEEP_SHARE = 4  # a sweep that takes long is followed by a pause so many times as long
-CLOSE_S = 10.0  # for a thread to finish its last work
-SWITCH_S = 1e-4  # a busy thread gives up the interpreter to senders so often
+SWEEP_S = 0.05  # between two checks for cancelled and overdue requests
+SWEEP_SHARE = 4  # the pause after a sweep is at least this many times as long as the sweep
+CLOSE_S = 10.0  # the longest wait for a thread to end
+SWITCH_S = 1e-4  # Python's thread switch interval: a busy thread must not delay the senders
 # config.pbtxt parameters; the names of the last two are the vLLM backend's.
 DEFAULTS = {
     "sender_threads": "2",
@@ -38,7 +40,7 @@ DEFAULTS = {
     "REPORT_CUSTOM_METRICS": "true",
     "ENABLE_VLLM_HEALTH_CHECK": "false",
 }
-# Those that mean something to Triton's Python backend itself.
+# Parameters that Triton's Python backend itself reads.
 OTHERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
 
 
@@ -58,7 +60,7 @@ class TritonPythonModel:
         return config
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Start or join the engine. Raises with a sentence when the model cannot be served."""
+        """Start or join the engine. Raises an error with one sentence if the model cannot load."""
         from gllm_engine import (
             EngineClient,
             EngineUnavailable,
@@ -67,7 +69,7 @@ class TritonPythonModel:
             read_config,
         )
 
-        # A stub whose server was killed hangs in its next call to it.
+        # When the server is killed, a stub would hang in its next call to the server.
         end_with_parent()
         self._unavailable = EngineUnavailable
         name = args["model_name"]
@@ -103,7 +105,7 @@ class TritonPythonModel:
         self._sweeper.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Check, tokenize and hand over each request; answers come from the sender threads."""
+        """Check, tokenize and submit each request; the sender threads send the responses."""
         for request in requests:
             stream = Stream(
                 request.request_id(),
@@ -119,20 +121,20 @@ class TritonPythonModel:
             self._take(stream, request)
 
     def is_ready(self) -> bool:
-        """Whether the engine takes requests now. Triton asks from 26.03 on, for model readiness."""
+        """Whether the engine takes requests now. Triton 26.03 and later call it for readiness."""
         return self.client.trouble is None
 
     def _unload(self, reason: str) -> None:
-        """As the vLLM backend does with a model whose engine is dead, where that is asked for."""
+        """Unload the model because its engine is lost, as the vLLM backend does if configured."""
         pb_utils.Logger.log_error(f"model {self._name} is unloaded, it has no engine: {reason}")
         try:
             pb_utils.unload_model(self._name)
-        except Exception:  # a server that controls its models in another way
+        except Exception:  # the server's model control mode is not explicit
             problem = traceback.format_exc()
             pb_utils.Logger.log_error(f"model {self._name} cannot be unloaded\n{problem}")
 
     def finalize(self) -> None:
-        """Let running requests end, for a bounded time; then end everything."""
+        """Wait `drain_timeout_s` for running requests, fail the rest, and end all threads."""
         limit = time.monotonic() + self.config.drain_timeout_s
         while self.live and time.monotonic() < limit:
             time.sleep(0.01)
@@ -152,19 +154,19 @@ class TritonPythonModel:
         with self._failing(stream):
             parsed = parse_request(request)
             if parsed.kind == "messages":
-                # A chat template may take seconds; those who need none do not wait for it.
+                # A chat template may take seconds; requests without one must not wait for it.
                 self._chats.submit(self._start_chat, stream, parsed)
             else:
                 self._start(stream, parsed)
 
     def _start_chat(self, stream: Stream, parsed: ParsedRequest) -> None:
         with self._failing(stream):
-            if stream.failure is None:  # else it was cancelled meanwhile
+            if stream.failure is None:  # else the request was cancelled or failed meanwhile
                 self._start(stream, parsed)
 
     @contextmanager
     def _failing(self, stream: Stream) -> Iterator[None]:
-        """What is raised within is this request's end, and nobody else's."""
+        """Turn an exception in the block into a failure of this stream alone."""
         try:
             yield
         except InvalidField as error:
@@ -180,7 +182,7 @@ class TritonPythonModel:
 
         sampling = parsed.sampling
         ids, text = self._tokenize(parsed, self.client.info.max_model_len)
-        for field in ("stop_token_ids", "logit_bias"):  # beyond 64 bits they could not be sent
+        for field in ("stop_token_ids", "logit_bias"):  # ids beyond 64 bits cannot be encoded
             _check_ids(field, getattr(sampling, field), self.client.info.vocab_size)
         requests = make_requests(self.tokenizer, ids, sampling, self._ids)
         choices = [Choice(r.id, Completion(self.tokenizer, ids, sampling)) for r in requests]
@@ -188,14 +190,14 @@ class TritonPythonModel:
         with self._lock:
             self._sequences |= {r.id: (stream, i) for i, r in enumerate(requests)}
         self.client.submit(requests)
-        if stream.failure is not None:  # maybe before the engine could know of it
+        if stream.failure is not None:  # the stream may have failed before the submit
             self._forget(stream)
             self.client.abort([request.id for request in requests])
 
     def _tokenize(self, parsed: ParsedRequest, max_len: int) -> tuple[list[int], str]:
-        """The prompt as token ids, and as text where the answer is to begin with it.
+        """The prompt's token ids, and its text if the answer must begin with the prompt.
 
-        A prompt that is too long is refused here, before it is copied for n sequences.
+        Refuses a prompt that is too long, before the prompt is copied for n sequences.
         """
         if parsed.kind == "text_input":
             ids = self.tokenizer.encode(parsed.prompt, max_tokens=max_len)
@@ -204,7 +206,7 @@ class TritonPythonModel:
                 raise InvalidField("text_input", "the prompt has no tokens, at least one is needed")
             _check_len(len(ids), max_len)
             return ids, text
-        if parsed.kind == "input_ids":  # before anything remembers how they are spelled
+        if parsed.kind == "input_ids":  # checked before the detokenizer caches their spelling
             _check_len(len(parsed.prompt), max_len)
             ids = parsed.prompt.tolist()
             _check_ids("input_ids", ids, self.client.info.vocab_size)
@@ -220,7 +222,7 @@ class TritonPythonModel:
         batches: dict[Sender, list[tuple[Stream, Arrival]]] = {s: [] for s in self.senders}
         tokens = dict(zip(outputs.ids, outputs.tokens, strict=True))
         known = 0
-        with self._lock:  # what was aborted meanwhile has no owner any more
+        with self._lock:  # an aborted sequence has no stream any more
             owners = {
                 sequence_id: self._sequences[sequence_id]
                 for sequence_id in tokens | outputs.prompt_logprobs | outputs.finished
@@ -236,7 +238,7 @@ class TritonPythonModel:
             )
             known += arrival.token is not None
             batches[stream.sender].append((stream, arrival))
-        if known:  # first, for an answer's tokens are on the page when it arrives
+        if known:  # counted before delivery, so that the page never lags behind a response
             self.metrics.count("generation_tokens_total", known)
         for sender, batch in batches.items():
             if batch:
@@ -271,13 +273,16 @@ class TritonPythonModel:
                 stream.fail(
                     "deadline", f"timeout: {stream.parsed.timeout_us} microseconds are over"
                 )
-        except Exception:  # one request's trouble must not end the watch over the others
+        except Exception:  # an error with one request must not end the sweep of the others
             traceback.print_exc()
 
     # ------------------------------------------------------------ a request's end
 
     def _on_end(self, stream: Stream) -> None:
-        """On the sender's thread, before the last response: what it tells is to be on the page."""
+        """On the sender's thread: count the request, then release its last response.
+
+        The metrics thread releases it after it has written the counts.
+        """
         self._forget(stream)
         self._measure(stream)
         self.metrics.after_flush(lambda: stream.sender.release(stream))
@@ -317,7 +322,7 @@ class TritonPythonModel:
             metrics.observe("request_params_n", len(stream.choices))
 
     def _report(self, stream: Stream) -> None:
-        """One line a request: a call costs 50-80 us, so never more."""
+        """Log one line for a request. Only one, because a call to the logger takes 50-80 us."""
         name = f"request {stream.request_id!r}"
         if stream.error is not None:
             line = f"{name}: {stream.error.status}: {' '.join(stream.error.message.split())}"
@@ -349,7 +354,7 @@ def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
 
 
 def _parameters(model_config: dict[str, Any]) -> tuple[int, bool, bool, bool]:
-    """The values of DEFAULTS, as config.pbtxt has them. Raises ValueError."""
+    """The parameters of DEFAULTS, with the values in config.pbtxt. Raises ValueError."""
     given = {k: v["string_value"] for k, v in model_config.get("parameters", {}).items()}
     for key in given:
         if key not in (*DEFAULTS, *OTHERS):

@@ -1,7 +1,7 @@
-"""A Triton request -> a checked request, or one sentence saying which field is wrong.
+"""Parses and checks a Triton request; an error is one sentence that names the wrong field.
 
-Owns the input tensors and request parameters. Pure: it must not know of tokenizers, the engine or
-how an answer is sent, and touches Triton's request object only to read it.
+Owns the input tensors and request parameters. Only reads Triton's request object. Must not know of
+tokenizers, the engine or how responses are sent.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "token_ids": ("TYPE_INT32", [-1]),
     "prompt_logprobs": ("TYPE_STRING", [1]),
 }
-# text_output comes always, prompt_logprobs when a sampling parameter asks for them.
+# text_output is always built, prompt_logprobs if a sampling parameter requests them. All other
+# outputs have a return_NAME flag.
 _FLAGGED = [name for name in OUTPUTS if name not in ("text_output", "prompt_logprobs")]
-# Every one is optional to Triton, so that ours says what is missing.
+# All inputs are optional for Triton, so that our own error names a missing input.
 INPUTS: dict[str, tuple[str, list[int]]] = {
     "text_input": ("TYPE_STRING", [1]),
     "input_ids": ("TYPE_INT32", [-1]),
@@ -43,11 +44,11 @@ INPUTS: dict[str, tuple[str, list[int]]] = {
     "exclude_input_in_output": ("TYPE_BOOL", [1]),
     **{f"return_{name}": ("TYPE_BOOL", [1]) for name in _FLAGGED},
 }
-# Stop strings, grammars and all: n sequences carry it, so 1 MiB is 64 MiB at most.
+# Includes stop strings and grammars. Each of the n sequences has a copy, so 64 MiB at most.
 MAX_PARAMETERS_LEN = 1 << 20  # characters of JSON
 MAX_TIMEOUT_US = 2**63 - 1
 PROMPTS = ("text_input", "input_ids", "messages")
-# What goes to the chat template, beside the messages.
+# Inputs for the chat template, beside the messages.
 TEMPLATE_INPUTS = ("tools", "chat_template_kwargs")
 _DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32}
 _TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
@@ -58,20 +59,20 @@ class ParsedRequest:
     """A valid request. Filled by `parse_request`."""
 
     kind: str  # one of PROMPTS
-    prompt: Any  # by kind: text, an array of token ids, or messages as parsed JSON, not checked
-    template: dict[str, Any]  # by name in TEMPLATE_INPUTS, what was given: parsed JSON, not checked
+    prompt: Any  # by kind: text, an array of token ids, or messages as parsed JSON, unchecked
+    template: dict[str, Any]  # given inputs among TEMPLATE_INPUTS: parsed JSON, unchecked
     stream: bool
     prepend_prompt: bool  # the answer begins with the prompt's text
     sampling: SamplingParams
-    show_logprobs: bool  # false: log probabilities serve only cumulative_logprob
+    show_logprobs: bool  # false: logprobs are computed only for cumulative_logprob
     outputs: frozenset[str]  # names in OUTPUTS to build
     timeout_us: int | None
 
 
 def parse_request(request: Any) -> ParsedRequest:
-    """Read and check all of a Triton InferenceRequest.
+    """Read and check a whole Triton InferenceRequest.
 
-    Raises InvalidField naming the first field that cannot be honoured.
+    Raises InvalidField, which names the first invalid field.
     """
     tensors = {tensor.name(): _array(tensor) for tensor in request.inputs()}
     if "image" in tensors and tensors["image"].size:
@@ -86,7 +87,7 @@ def parse_request(request: Any) -> ParsedRequest:
     if stream and exclude is False:
         what = "When streaming, `exclude_input_in_output` = False is not allowed."
         raise VllmError("exclude_input_in_output", f"Error generating stream: {what}")
-    if exclude is None:  # only a text prompt has a text to give back unasked
+    if exclude is None:  # by default, only an unstreamed text prompt is repeated in the answer
         exclude = stream or kind != "text_input"
     outputs = _outputs(tensors, set(request.requested_output_names()), sampling)
     show_logprobs = sampling.logprobs is not None
@@ -106,7 +107,7 @@ def parse_request(request: Any) -> ParsedRequest:
 
 
 class VllmError(InvalidField):
-    """A refusal in the very words of the vLLM backend, because its clients compare them."""
+    """A refusal with the exact text of the vLLM backend, because its clients compare the text."""
 
     def __init__(self, field: str, sentence: str) -> None:
         ValueError.__init__(self, sentence)
@@ -183,8 +184,8 @@ def _json(name: str, text: str) -> Any:
 
 def _parameters(request: Any) -> dict[str, Any]:
     _check_len("parameters", request.parameters())
-    # Keys that begin with triton_ are Triton's own and say nothing about sampling. So is the "id"
-    # of a generate body: Triton makes it the request's id and passes it on as a parameter too.
+    # Keys that begin with triton_ are Triton's own, not sampling parameters. So is the "id" of a
+    # generate body: Triton makes it the request's id and passes it on as a parameter too.
     parameters = _json("parameters", request.parameters() or "{}")
     own = {key for key in parameters if key.startswith("triton_")}
     if parameters.get("id") == request.request_id():
@@ -199,7 +200,7 @@ def _check_len(name: str, text: str) -> None:
 
 
 def _timeout(request: Any, parameter: Any) -> int | None:
-    """The stricter of gRPC's timeout and the parameter, in microseconds; 0 is none."""
+    """The smaller of gRPC's timeout and the parameter, in microseconds; 0 means no timeout."""
     given = [_microseconds(value) for value in (parameter, request.timeout()) if value is not None]
     return min((value for value in given if value), default=None)
 
@@ -216,9 +217,9 @@ def _microseconds(value: Any) -> int:
 
 
 def _sampling(tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]) -> SamplingParams:
-    """Sampling parameters of the tensor and of the request; where both have a key, the tensor's.
+    """Sampling parameters from the tensor and the request. If both have a key, the tensor's counts.
 
-    So does the vLLM backend, whose clients send the same values in both.
+    The vLLM backend does the same, and its clients send the same values in both.
     """
     values = dict(parameters)
     if "sampling_parameters" in tensors:
@@ -236,9 +237,9 @@ def _sampling(tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]) -> 
 def _outputs(
     tensors: Mapping[str, np.ndarray], requested: set[str], sampling: SamplingParams
 ) -> frozenset[str]:
-    """The outputs to build: asked for by its flag, or named by a client that names some.
+    """The outputs to build: those with a return flag, or those that the client named.
 
-    A client that names no output gets all of them requested, so that says nothing.
+    If a client names no output, Triton requests all of them, so that counts as no name.
     """
     named = requested < set(OUTPUTS)
     wanted = {"text_output"}

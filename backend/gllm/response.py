@@ -1,8 +1,13 @@
-"""The answer to one Triton request: what has arrived for it, its tensors, and who sends them.
+"""The responses to a Triton request: detokenizes the engine's tokens, builds tensors, sends them.
 
-Owns detokenizing and sending. Two sends on one request at a time kill tritonserver itself, so:
-a `Stream` is pinned to one `Sender`, only that sender's thread ever sends, and a send from any
-other thread is refused. All other threads only leave things in a stream's inbox.
+Two sends on one request at a time kill tritonserver itself. So a `Stream` is pinned to one
+`Sender`, only that sender's thread sends the stream's responses, and a send from any other thread
+is refused. All other threads only put arrivals or a failure into a stream's inbox:
+
+    client's thread    deliver(arrivals) --+
+    sweep, unload ...  fail(failure) ------+--> inbox --> sender's thread --> response sender
+    metrics thread     release() ----------+     (first: the urgent streams, see Sender)
+
 Must not know of Triton's inputs, the engine's connection or metrics.
 """
 
@@ -22,15 +27,15 @@ import triton_python_backend_utils as pb_utils
 from gllm_backend.gllm.request import ParsedRequest
 from gllm_engine import Finish, TokenLogprobs
 
-if TYPE_CHECKING:  # they bring transformers; this module is imported in a throw-away process too
+if TYPE_CHECKING:  # the import loads transformers, and Triton's auto-complete process ends at once
     from gllm_engine import Completion, Tokenizer
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-LEAST_LOGPROB = -9999.0  # instead of minus infinity, which JSON cannot say
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 class Arrival(NamedTuple):
-    """What one step of the engine made for one sequence of a stream."""
+    """The output of one engine step for one sequence of a stream."""
 
     index: int  # which of the n sequences
     token: int | None
@@ -40,38 +45,38 @@ class Arrival(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why a request ends without a whole answer."""
+    """The reason why a request ends with an error."""
 
     status: str  # gllm_engine.types.Status
     message: str
 
 
 class Choice:
-    """One of the n sequences of a request, as its user sees it. The sender's thread owns it."""
+    """The text side of one of a request's n sequences. Only the sender's thread uses it."""
 
     def __init__(self, sequence_id: int, completion: Completion) -> None:
         self.sequence_id = sequence_id
         self.completion = completion
-        self.running = True  # the engine may still produce for it
+        self.running = True  # the engine may still send tokens for this sequence
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self.cumulative_logprob = 0.0
         self.clear()
 
     def clear(self) -> None:
-        """Forget what has been sent."""
+        """Drop the text, tokens and logprobs that have been sent."""
         self.text = ""
         self.token_ids: list[int] = []
-        self.logprobs: list[dict[int, dict[str, Any]]] = []  # one a token, when asked for
+        self.logprobs: list[dict[int, dict[str, Any]]] = []  # one for each token, if requested
 
     def feed(self, arrivals: list[Arrival]) -> None:
-        """Take in new tokens, in order. What comes after the end is ignored."""
+        """Add new tokens, in order. Tokens after the end of the text are ignored."""
         finish = arrivals[-1].finish
         self.running = self.running and finish is None
         tokens = [a.token for a in arrivals if a.token is not None]
         logprobs = [a.logprobs for a in arrivals if a.logprobs is not None]
         delta = self.completion.feed(tokens, logprobs, finish)
-        if delta is None:  # it had ended
+        if delta is None:  # the text has ended before
             return
         self.text += delta.text
         self.token_ids += delta.token_ids
@@ -83,13 +88,17 @@ class Choice:
 
 
 class Stream:
-    """One request being answered: any number of data responses, FINAL exactly once.
+    """One request being answered: any number of data responses, and the FINAL flag exactly once.
 
-    It ends (`ended`) when its last response is made, and is closed when that one is sent with
-    FINAL, for which it waits for `sender.release`. In between nothing changes its answer.
-    `on_abort(ids)`: the engine may stop these sequences. `on_end(stream)`: it has ended; whoever
-    is told releases it. `on_close(stream)`: FINAL is sent, or can no longer be sent. All three are
-    called on the sender's thread.
+    A stream ends in three steps. Between the first and the last its answer does not change:
+
+        ended     the last response is built and held; `on_end(stream)` is called
+        released  the owner has called `sender.release(stream)`
+        closed    the last response is sent with FINAL, or FINAL can no longer be sent;
+                  `on_close(stream)` is called
+
+    `on_end` must lead to the release. `on_abort(ids)`: the engine may abort these sequences. All
+    three callbacks run on the sender's thread.
     """
 
     def __init__(
@@ -104,12 +113,12 @@ class Stream:
     ) -> None:
         self.request_id = request_id
         self.sender = sender
-        self.began = time.monotonic()  # seconds, as the two below
+        self.began = time.monotonic()  # seconds, as the three below
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.deadline: float | None = None
-        self.failure: Failure | None = None  # to be sent; guarded by the sender's lock
-        self.error: Failure | None = None  # what the user was told instead of an answer
+        self.failure: Failure | None = None  # not yet sent; guarded by the sender's lock
+        self.error: Failure | None = None  # the failure that the last response reports
         self.inbox: list[Arrival] = []  # guarded by the sender's lock
         self.scheduled = False  # guarded by the sender's lock, as the two below
         self.ended = False
@@ -122,7 +131,7 @@ class Stream:
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._gave_prompt_logprobs = False
         self._num_sent = 0
-        self._last_response: Any = None  # from its end until FINAL
+        self._last_response: Any = None  # held while the stream is ended but not closed
         self._tokenizer = tokenizer
         self._on_abort = on_abort
         self._on_end = on_end
@@ -133,7 +142,7 @@ class Stream:
     def open(
         self, parsed: ParsedRequest, prompt_text: str, num_prompt_tokens: int, choices: list[Choice]
     ) -> None:
-        """Say what is to be answered; before the first arrival."""
+        """Set the parsed request and its sequences, before the first arrival."""
         self._prompt_text = prompt_text if parsed.prepend_prompt else ""
         self.num_prompt_tokens = num_prompt_tokens
         self.choices = choices
@@ -146,33 +155,34 @@ class Stream:
         self.sender.fail(self, Failure(status, message))
 
     def is_cancelled(self) -> bool:
-        """Ask Triton (30-80 us). Never after FINAL: Triton's side of the request is gone then."""
+        """Ask Triton, which takes 30-80 us. After FINAL Triton has freed the request: False."""
         with self._end:
             return not self.closed and self._response_sender.is_cancelled()
 
     # ------------------------------------------------------------ under the sender's lock
 
     def accept(self, arrival: Arrival, now: float) -> bool:
-        """Put an arrival into the inbox. True when the sender should look at it now."""
+        """Put an arrival into the inbox. Returns True if the sender should handle it now."""
         if self.ended or self.failure is not None:
             return False
         finish = arrival.finish
         if finish is not None and finish.reason in ("error", "abort"):
             message = finish.message or f"the engine ended the sequence ({finish.reason})"
             self.failure = Failure(finish.status or "internal", message)
-            arrival = arrival._replace(finish=None)  # its text is given out, then the error
+            arrival = arrival._replace(finish=None)  # its text is sent before the error
         self.inbox.append(arrival)
         if arrival.token is not None:
             self.last_token_at = now
             if self.first_token_at is None:
                 self.first_token_at = now
         assert self.parsed is not None
-        # A whole answer in one response can wait for its end, unless the text may end it.
+        # Without streaming, tokens wait for the end of the sequence. With stop strings they do
+        # not, because the text may end the sequence.
         wanted = self.parsed.stream and arrival.token is not None
         return wanted or finish is not None or bool(self.parsed.sampling.stop)
 
     def take(self) -> tuple[list[Arrival], Failure | None]:
-        """All that has arrived since the last time."""
+        """Empty the inbox; returns its arrivals, and the failure if there is one."""
         inbox = self.inbox
         self.inbox = []
         self.scheduled = False
@@ -180,13 +190,13 @@ class Stream:
 
     @property
     def is_urgent(self) -> bool:
-        """Nothing sent yet, or nothing but the last response or an error left to send."""
+        """True if no response was sent yet, or only the last response or an error is unsent."""
         return self._num_sent == 0 or self.ended or self.failure is not None
 
     # ------------------------------------------------------------ the sender's thread
 
     def answer(self, inbox: list[Arrival], failure: Failure | None, coalesce: bool) -> None:
-        """Send what there is to send. Whatever goes wrong doing so ends this request alone."""
+        """Send the new responses of this stream. An exception ends this request alone."""
         if self.closed:
             return
         try:
@@ -196,7 +206,7 @@ class Stream:
                 response = self._last_response
                 self._last_response = None
                 self._send(response, True)
-        except Exception:  # a bug or a vanished client must cost one request, not the thread
+        except Exception:  # a bug or a vanished client must end one request, not the thread
             self.problem = traceback.format_exc()
             self._give_up()
         self._stop_idle_sequences()
@@ -221,7 +231,10 @@ class Stream:
             self.choices[index].feed(mine)
 
     def _send_chunk(self) -> None:
-        """One data response, when there is news that this request wants now."""
+        """Send a data response if the stream has new tokens or text, or end the stream.
+
+        A request without streaming gets one response, at its end.
+        """
         assert self.parsed is not None
         final = all(choice.finish_reason is not None for choice in self.choices)
         news = any(choice.token_ids or choice.text for choice in self.choices)
@@ -241,23 +254,23 @@ class Stream:
         self._end_with(pb_utils.InferenceResponse(output_tensors=[], error=error))
 
     def _end_with(self, response: Any) -> None:
-        """Keep the last response until it is released."""
+        """Hold the last response until the stream is released."""
         self._last_response = response
         self.sender.hold(self)
         try:
             self._on_end(self)
-        except Exception:  # a bug there must not keep the answer back
+        except Exception:  # a bug in on_end must not hold the last response for ever
             self.problem = traceback.format_exc()
             self.sender.release(self)
 
     def _send(self, response: Any, final: bool) -> None:
-        """The one place where a response leaves, on the one thread allowed to let it."""
+        """Send a response. No other function calls Triton's send(). Sender's thread only."""
         self.sender.check_thread()
         self._num_sent += 1
         if final:
             with self._end:
                 self.closed = True
-                # While a reference to Triton's sender lives, the model cannot be unloaded.
+                # The model cannot be unloaded while a reference to its response sender exists.
                 last = self._response_sender
                 self._response_sender = None
                 last.send(response, flags=FINAL)
@@ -265,15 +278,15 @@ class Stream:
             self._response_sender.send(response)
 
     def _give_up(self) -> None:
-        """After something failed: say so with FINAL, if anything can be sent at all."""
+        """After an exception: end the stream with an error, unless it has ended already."""
         failure = Failure("internal", "Error generating stream: an internal error, see the log")
-        if self.closed:  # FINAL itself failed: Triton has noted it and takes no second one
+        if self.closed:  # the send of FINAL failed; Triton takes no second FINAL
             self.error = self.error or failure
         elif not self.ended:
             self._end_with_error(failure)
 
     def _stop_idle_sequences(self) -> None:
-        """Tell the engine of sequences whose further tokens nobody will see."""
+        """Abort the sequences whose further tokens will not be sent."""
         over = [c for c in self.choices if c.running and (self.ended or c.finish_reason)]
         for choice in over:
             choice.running = False
@@ -283,10 +296,11 @@ class Stream:
     # ------------------------------------------------------------ tensors
 
     def _tensors(self, parsed: ParsedRequest) -> list[Any]:
-        """The output tensors of a chunk: one element a sequence, news since the last chunk.
+        """The output tensors of a chunk: what is new since the last chunk, by sequence.
 
-        token_ids: the new tokens of sequence 0, then of sequence 1, ...; num_output_tokens tells
-        how many each has. finish_reason is "None" until a sequence has ended, then stays.
+        Most tensors have one element for each of the n sequences. token_ids: the new tokens of
+        sequence 0, then those of sequence 1, ...; num_output_tokens: the number of new tokens of
+        each sequence. finish_reason is "None" until a sequence has ended, then does not change.
         """
         choices = self.choices
         make: dict[str, Callable[[], np.ndarray]] = {
@@ -303,7 +317,7 @@ class Stream:
             "token_ids": lambda: np.array([t for c in choices for t in c.token_ids], np.int32),
         }
         tensors = [pb_utils.Tensor(name, m()) for name, m in make.items() if name in parsed.outputs]
-        # All of them are here with the first token of the sequence that they were computed for.
+        # Prompt logprobs are computed for sequence 0, and are complete with its first token.
         here = choices[0].num_tokens > 0 or choices[0].finish_reason is not None
         due = "prompt_logprobs" in parsed.outputs and not self._gave_prompt_logprobs
         if due and here:
@@ -318,19 +332,23 @@ class Stream:
         if parsed.sampling.prompt_logprobs is None:
             return _logprobs_json(None)
         rendered = [render_logprobs(self._tokenizer, e) for e in self._prompt_logprobs]
-        # The first token has nothing before it, so its entry is null.
+        # No token precedes the first one, so its entry is null.
         return _logprobs_json([None, *rendered])
 
 
 class Sender:
-    """A thread that sends for the streams pinned to it.
+    """A thread that sends the responses of the streams pinned to it.
 
-    A stream waits in line once, however much arrives for it meanwhile: all of it goes into one
-    response when its turn comes. So responses are one token each while the thread keeps up, and
-    merge by themselves when it does not. Streams that have sent nothing yet, or have only their end
-    left to send, are urgent: they go first, but one that runs goes after each of them that it has
-    waited for, so that neither kind can starve the other.
-    `coalesce` False keeps one token a response, for measurements.
+    A stream stands in one of two queues, and at most once. When its turn comes, all arrivals in its
+    inbox go into one response. So a response holds one token while the thread keeps up with the
+    engine, and several when it does not.
+
+        urgent:  streams that have sent no response yet, or have only their end left to send
+        line:    all other streams
+
+    Urgent streams go first. But if the line was waiting when an urgent stream went, a stream of
+    the line goes next, so that neither queue can starve the other.
+    `coalesce` False: one token for each response, for measurements.
     """
 
     def __init__(self, name: str, coalesce: bool = True) -> None:
@@ -338,46 +356,46 @@ class Sender:
         self._wake = threading.Condition()
         self._urgent: deque[Stream] = deque()
         self._line: deque[Stream] = deque()
-        self._overtaken = False  # the line has waited for the last urgent stream
+        self._overtaken = False  # the line was waiting when the last urgent stream went
         self._num_held = 0  # streams that have ended and wait for their release
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def deliver(self, arrivals: Iterable[tuple[Stream, Arrival]], now: float) -> None:
-        """Hand over one step's arrivals for this sender's streams. Any thread, no waiting."""
+        """Put one step's arrivals into the inboxes of this sender's streams. Any thread."""
         with self._wake:
             for stream, arrival in arrivals:
                 if stream.accept(arrival, now):
                     self._schedule(stream)
 
     def fail(self, stream: Stream, failure: Failure) -> None:
-        """End a stream with an error; the first one given counts."""
+        """End a stream with an error. Only the first failure of a stream counts."""
         with self._wake:
             if stream.failure is None and not stream.ended:
                 stream.failure = failure
                 self._schedule(stream)
 
     def hold(self, stream: Stream) -> None:
-        """Note that a stream has ended and waits for its release."""
+        """Mark a stream as ended; it now waits for its release."""
         with self._wake:
             stream.ended = True
             self._num_held += 1
 
     def release(self, stream: Stream) -> None:
-        """Let a stream that has ended send its last response. Any thread, no waiting."""
+        """Schedule the last response of an ended stream. Any thread; does not block."""
         with self._wake:
             stream.released = True
             self._num_held -= 1
             self._schedule(stream)
 
     def check_thread(self) -> None:
-        """Raises RuntimeError anywhere but on this sender's thread."""
+        """Raise RuntimeError on any thread but this sender's."""
         if threading.get_ident() != self._thread.ident:
             raise RuntimeError("a response may be sent only by the sender its request is pinned to")
 
     def close(self, timeout_s: float) -> None:
-        """Send what is waiting, the last responses too, then end the thread."""
+        """Send all waiting responses, the held ones too, then end the thread."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -407,9 +425,9 @@ class Sender:
                 inbox, failure = stream.take()
             try:
                 stream.answer(inbox, failure, self._coalesce)
-            except Exception:  # a callback's bug; the other streams must not pay for it
+            except Exception:  # a bug in a callback must not affect the other streams
                 traceback.print_exc()
-            del stream, inbox, failure  # else they live until the next one comes
+            del stream, inbox, failure  # else these objects live until the next stream's turn
 
 
 def one_token_each(inbox: list[Arrival]) -> Iterator[list[Arrival]]:
@@ -424,7 +442,7 @@ def one_token_each(inbox: list[Arrival]) -> Iterator[list[Arrival]]:
 
 
 def _logprobs_json(entries: list[dict[int, dict[str, Any]] | None] | None) -> str:
-    """JSON of {token id: {logprob, rank, decoded_token}} a token; "null" if not computed."""
+    """JSON of one {token id: {logprob, rank, decoded_token}} for each token; "null" for None."""
     for entry in entries or []:
         for about in (entry or {}).values():
             about["logprob"] = max(about["logprob"], LEAST_LOGPROB)
@@ -436,7 +454,7 @@ def _bytes(values: Iterable[str]) -> np.ndarray:
 
 
 def _code(status: str) -> int:
-    """Triton has no code for a deadline; its own queue reports an expired timeout so."""
+    """Triton's error code. Triton has none for a deadline; its own queue uses UNAVAILABLE."""
     return {
         "invalid": pb_utils.TritonError.INVALID_ARG,
         "unavailable": pb_utils.TritonError.UNAVAILABLE,

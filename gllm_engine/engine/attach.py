@@ -1,16 +1,25 @@
-"""Which engine process serves a model, and who may join or replace it.
+"""Decides which engine process serves a model, and lets front ends join or replace it.
 
-All front ends of one loaded model share one engine process. They agree through a record in a
-private directory, changed only under a file lock:
+All front ends of one loaded model share one engine process. They agree on it through a record in a
+private directory. A front end changes the record only while it holds a file lock:
 
-    <root>/<owner pid>.<its start time>/<scope hash>/
-        lock  record.json  <generation>/{config.json, engine.sock, error}
+    <root>/<owner pid>.<owner start time>/<scope hash>/
+        lock                file lock around every change
+        record.json         generation, engine process, fingerprint, attached front ends
+        <generation>/       one directory for each engine process
+            config.json     written by the front end that starts the engine
+            engine.sock     the engine's socket
+            error           the sentence an engine leaves when it fails
 
-The owner is the process that the engine must not outlive (tritonserver). A front end *joins* the
-engine on record when that is of the same software and serves the same files and configuration; it
-starts the next generation when that engine is dead, serves something else, or belongs to an earlier
-load of the model. The earlier engine then finishes what it runs, for a bounded time, before the
-next one starts: both would need the same memory.
+The owner is the process that the engine must not outlive (tritonserver). A front end that holds
+the lock either joins the recorded engine or starts the next generation:
+
+    recorded engine alive, same fingerprint, same load   -> join generation N
+    recorded engine dead, other fingerprint or new load  -> end generation N, start N + 1
+
+The fingerprint covers the software, the configuration and the checkpoint's files. The old engine
+finishes its sequences, for a bounded time, before the next engine starts, because both need the
+same memory.
 
 Knows processes and files; nothing of messages or models.
 """
@@ -38,7 +47,7 @@ from gllm_engine.os_process import Process, wait_end
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.software import software
 
-# Now, because code on disk may change under a process that runs.
+# Read at import, because the code on disk may change while this process runs.
 _SOFTWARE = software()
 _SOCKET = "engine.sock"
 # Process ids have at most 7 digits; ten digits of clock ticks are three years.
@@ -65,19 +74,19 @@ class EngineRecord(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Attached:
-    """The engine that a front end is to talk to, and how to see it die."""
+    """The engine that a front end is attached to, and a pidfd that reports the engine's end."""
 
     directory: Path
     engine: Process
     pidfd: int  # readable once the engine has ended; the caller closes it
-    child: subprocess.Popen[bytes] | None  # set in the front end that started it
+    child: subprocess.Popen[bytes] | None  # set only in the front end that started the engine
 
     @property
     def address(self) -> str:
         return socket_address(self.directory)
 
     def why_it_died(self) -> str:
-        """The sentence the engine left behind, or that it left none."""
+        """The sentence in the engine's error file, or a general sentence if there is no file."""
         code = self.child.wait() if self.child is not None else None
         with contextlib.suppress(FileNotFoundError):
             return (self.directory / "error").read_text(encoding="utf-8")
@@ -85,20 +94,20 @@ class Attached:
 
 
 def socket_address(directory: Path) -> str:
-    """Where the engine that has this directory listens."""
+    """The socket address of the engine whose directory this is."""
     return f"ipc://{directory}/{_SOCKET}"
 
 
 def attach(
     config: EngineConfig, scope: str, instance: str, owner_pid: int, again: bool = False
 ) -> Attached:
-    """Join the engine of `scope`, or start it. `instance` names this front end among its peers.
+    """Join the engine of `scope`, or start one. `instance`: this front end's name in the scope.
 
     `again`: this front end was attached before and lost its engine. Only a first attachment, which
     is a load of the model, may replace a running engine.
 
     Raises StaleFrontEnd when a newer load of the model has taken over, EngineError when no engine
-    can be started. Blocks while an earlier engine finishes its work.
+    can be started. Blocks while the old engine finishes its sequences.
     """
     me = Process.of(os.getpid())
     owner = Process.of(owner_pid)
@@ -125,7 +134,7 @@ def attach(
             raise EngineError("the engine process died while a front end was joining") from None
         except OSError:
             if child is not None:
-                child.kill()  # nobody else could find it
+                child.kill()  # the engine is not on record, so no front end could find it
             raise
         return Attached(home / str(record.generation), record.engine, pidfd, child)
 
@@ -133,7 +142,7 @@ def attach(
 def _refuse_stale(
     record: EngineRecord, instance: str, me: Process, fingerprint: str, again: bool
 ) -> None:
-    """Raise StaleFrontEnd if the record belongs to a load of the model newer than ours."""
+    """Raise StaleFrontEnd if the record belongs to a newer load of the model than ours."""
     holder = record.front_ends.get(instance)
     if again:
         stale = holder != me or (_running(record) and record.fingerprint != fingerprint)
@@ -146,11 +155,12 @@ def _refuse_stale(
 def _same_load(
     record: EngineRecord, holder: Process | None, me: Process, fingerprint: str
 ) -> dict[str, Process]:
-    """The front ends on record that stay when their engine is replaced.
+    """The recorded front ends that stay on record when the engine is replaced.
 
-    All of them after a mere death. When a new load takes over (another process holds our name, or
-    the files changed) those of the old one go; a peer of ours that came first had joined the old
-    engine, and is known by being younger than the process whose name we take.
+    If only the engine died, all front ends stay. If a new load takes over (another process holds
+    our instance name, or the fingerprint changed), the old load's front ends leave the record. A
+    front end of the new load may have joined the old engine before us. It stays: it is younger
+    than the process that held our instance name.
     """
     if record.fingerprint != fingerprint:
         return {}
@@ -163,7 +173,7 @@ def _replace(
     home: Path, record: EngineRecord, config: EngineConfig, owner: Process
 ) -> subprocess.Popen[bytes]:
     """Start the next generation's engine and put it on record."""
-    # The last one's directory stays: other front ends may still come to read why it ended.
+    # The previous generation's directory stays: other front ends may still read its error file.
     _discard(home / str(record.generation - 1))
     record.generation += 1
     child = _start(home / str(record.generation), config, owner)
@@ -176,10 +186,10 @@ def _replace(
 def detach(
     attached: Attached, instance: str, say_goodbye: Callable[[], None], patience_s: float = 10.0
 ) -> None:
-    """Take this front end off the record; the last one waits for the engine's end, or ends it.
+    """Take this front end off the record. The last front end waits for the engine to end.
 
-    `say_goodbye` tells the engine; it runs under the lock, so that nobody joins an engine that is
-    about to end.
+    The engine is killed after `patience_s` seconds. `say_goodbye` sends the Goodbye message to the
+    engine. It runs under the lock, so that no front end joins an engine that is about to end.
     """
     home = attached.directory.parent
     if not home.is_dir():
@@ -202,7 +212,7 @@ def detach(
 
 
 def sweep() -> None:
-    """Remove what owners that no longer live have left in the private directory."""
+    """Remove the directories of owners that have ended."""
     for path in _root().iterdir():
         pid, _, start = path.name.partition(".")
         if pid.isdigit() and start.isdigit() and not Process(int(pid), int(start)).alive:
@@ -210,13 +220,13 @@ def sweep() -> None:
 
 
 def discard_owner(owner: Process) -> None:
-    """Remove all that is kept for an owner that has ended."""
+    """Remove the directory of an owner that has ended."""
     _discard(_root() / f"{owner.pid}.{owner.start}")
 
 
 def _root() -> Path:
     """A directory that only this user can enter. Raises OSError, or EngineError if others can."""
-    namespace = os.stat("/proc/self/ns/pid").st_ino  # pids mean nothing in another container
+    namespace = os.stat("/proc/self/ns/pid").st_ino  # pids are valid in one pid namespace only
     name = f"gllm-{os.getuid()}-{namespace}"
     root = socket_parent(below=len(f"/{name}/{_LONGEST_HOME}/{_SOCKET}")) / name
     root.mkdir(mode=0o700, exist_ok=True)
@@ -236,27 +246,27 @@ def _home(owner: Process, scope: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """Alone with `home`, which the last front end removes: so it may have to be made again."""
+    """Hold the lock of `home`. The last front end removes `home`, so it may be created again."""
     path = home / "lock"
     while True:
         try:
             home.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
-        except (FileNotFoundError, FileExistsError):  # mkdir's, of a directory just moved away
+        except (FileNotFoundError, FileExistsError):  # another process has just moved `home` away
             continue
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink:  # else it was removed while we waited for it
+            if os.fstat(file.fileno()).st_nlink:  # 0: the lock file was removed during the wait
                 yield
                 return
 
 
 def _remove(home: Path) -> None:
-    """End the use of a locked directory. Moved first: it is another's as soon as it can be made."""
+    """Remove a locked directory. Move it away first: another process may create it again."""
     gone = Path(tempfile.mkdtemp(prefix=f"{home.name}.", dir=home.parent))
     home.rename(gone)
     _discard(gone)
-    with contextlib.suppress(OSError):  # there is another model's
+    with contextlib.suppress(OSError):  # the directory of another model keeps the parent
         home.parent.rmdir()
 
 
@@ -277,7 +287,7 @@ def _write(home: Path, record: EngineRecord) -> None:
 
 
 def _fingerprint(config: EngineConfig) -> str:
-    """Changes when the software, the configuration or any file of the checkpoint does."""
+    """A hash of the software, the configuration, and each checkpoint file's size and time."""
     digest = hashlib.sha256(_SOFTWARE.encode() + msgspec.json.encode(config))
     for directory in sorted({config.model, config.tokenizer or config.model}):
         try:
@@ -290,7 +300,7 @@ def _fingerprint(config: EngineConfig) -> str:
 
 
 def _state(path: Path) -> bytes:
-    """What tells that a file has changed; of a link to nothing, the link's own."""
+    """A file's size and modification time; for a dangling link, those of the link itself."""
     for follow in (True, False):
         with contextlib.suppress(OSError):
             status = path.stat(follow_symlinks=follow)
@@ -303,10 +313,10 @@ def _running(record: EngineRecord) -> bool:
 
 
 def _retire(engine: Process | None, patience_s: float) -> None:
-    """Let an engine finish what it runs, at most `patience_s`; then end it."""
+    """Let an engine finish its sequences for at most `patience_s` seconds, then kill it."""
     if engine is None or not engine.alive:
         return
-    with contextlib.suppress(ProcessLookupError):  # it ends by itself meanwhile
+    with contextlib.suppress(ProcessLookupError):  # the engine has ended by itself meanwhile
         pidfd = os.pidfd_open(engine.pid)
         try:
             os.kill(engine.pid, signal.SIGTERM)
@@ -318,17 +328,17 @@ def _retire(engine: Process | None, patience_s: float) -> None:
 
 
 def _start(directory: Path, config: EngineConfig, owner: Process) -> subprocess.Popen[bytes]:
-    _discard(directory)  # of an attempt that failed before it was on record
+    _discard(directory)  # left by a start that failed before the engine was on record
     directory.mkdir(mode=0o700)
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
-    # What lies in the server's working directory must not be importable, so the engine works in
-    # its own, which holds no code.
+    # Files in the server's working directory must not be importable, so the engine's working
+    # directory is its own, which holds no code.
     command = [sys.executable, "-m", "gllm_engine.engine.process", str(directory), str(owner.pid)]
-    # A session of its own: Ctrl-C at the server's terminal must not end it before the streams do.
+    # A new session: Ctrl-C at the server's terminal must not end the engine before its streams.
     child = subprocess.Popen(
         command, cwd=directory, stdin=subprocess.DEVNULL, start_new_session=True
     )
-    # It may outlive this front end's interest in it, and must not stay a zombie then.
+    # The engine may end after this front end has detached; the thread then reaps the zombie.
     threading.Thread(target=child.wait, name="engine-reaper", daemon=True).start()
     return child
 

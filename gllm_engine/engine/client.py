@@ -1,6 +1,6 @@
-"""A front end's connection to the engine: starts or joins it, and comes back after its death.
+"""A front end's connection to the engine: starts or joins the engine, and again after its death.
 
-Owns one thread, which alone touches the socket and makes every callback. Knows nothing of text
+Owns one thread. Only this thread uses the socket and calls the callbacks. Knows nothing of text
 or of Triton.
 """
 
@@ -30,16 +30,16 @@ log = logging.getLogger("gllm.client")
 
 
 class EngineUnavailable(RuntimeError):
-    """There is no engine at the moment; the message says why and whether one is coming."""
+    """No engine takes requests now; the message says why and whether one is being started."""
 
 
 class EngineClient:
-    """Submits sequences to the engine that serves `scope`, and hands its outputs back.
+    """Submits sequences to the engine that serves `scope`, and passes its outputs to callbacks.
 
-    `scope`: names the model among those of the owner; front ends of one scope share one engine.
-    `instance`: names this front end among its peers. `owner_pid`: the process that the engine
-    must not outlive; default: this process's parent. `on_outputs`, `on_stats` and `on_lost` are
-    called on the client's own thread. `on_lost(sentence)`: every sequence submitted so far is gone.
+    `scope`: the model's name under the owner; front ends of one scope share one engine.
+    `instance`: this front end's name in the scope. `owner_pid`: the process that the engine must
+    not outlive; default: this process's parent. `on_outputs`, `on_stats` and `on_lost` are
+    called on the client's own thread. `on_lost(sentence)`: every submitted sequence is lost.
 
     Raises EngineError when the engine cannot be started.
     """
@@ -62,51 +62,52 @@ class EngineClient:
         self._on_outputs = on_outputs
         self._on_stats = on_stats
         self._on_lost = on_lost
-        self.failed_starts = 0  # how often in a row an engine could not be got back
+        self.failed_starts = 0  # consecutive failed attempts to replace a lost engine
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._lock = threading.Lock()  # guards the three below
         self._outgoing: deque[list[bytes]] = deque()
-        self._trouble: str | None = None  # why there is no engine now
+        self._trouble: str | None = None  # why no engine takes requests now
         self._closing = False
         self._attached, self._socket = self._join(again=False)
         self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
         self._thread.start()
 
     def submit(self, requests: list[Request]) -> None:
-        """Hand sequences to the engine. Raises EngineUnavailable; then none was handed over."""
+        """Send sequences to the engine. If it raises EngineUnavailable, no sequence was sent."""
         self._send(wire.Submit(requests))
 
     def abort(self, ids: list[int]) -> None:
-        """Tell the engine that nothing more is wanted of these sequences."""
+        """Tell the engine to end these sequences."""
         try:
             self._send(wire.Abort(ids))
         except EngineUnavailable:
-            return  # they died with the engine
+            return  # the sequences were lost with the engine
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing can be submitted at the moment, in a sentence; None if it can."""
+        """A sentence saying why the engine takes no requests now; None if it takes them."""
         return self._trouble
 
     def close(self) -> None:
-        """Leave. The engine ends with its last front end. Idempotent."""
+        """Detach from the engine, which ends with its last front end. Idempotent."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
-        os.close(self._wake)  # here, not in the thread: nobody may write to a number used again
+        # Closed after the thread has ended: no thread may write to a reused file descriptor.
+        os.close(self._wake)
 
     def _send(self, message: msgspec.Struct) -> None:
-        frames = wire.encode(message)  # what cannot be encoded is its caller's problem alone
+        frames = wire.encode(message)  # an encoding error is raised to this caller alone
         with self._lock:
             if self._closing:
                 raise EngineUnavailable("the model is being unloaded")
             if self._trouble is not None:
                 raise EngineUnavailable(self._trouble)
             self._outgoing.append(frames)
-            os.eventfd_write(self._wake, 1)  # under the lock: close() closes it
+            os.eventfd_write(self._wake, 1)  # under the lock, because close() closes the eventfd
 
     # ------------------------------------------------------------ the client's thread
 
@@ -115,7 +116,7 @@ class EngineClient:
             while self._converse() and self._rejoin():
                 continue
             detach(self._attached, self._instance, self._say_goodbye)
-        except Exception as error:  # a thread that ends in silence would leave streams without end
+        except Exception as error:  # if the thread ended silently, the streams would never end
             log.exception("the connection to the engine fails")
             self._lose(f"the connection to the engine failed ({type(error).__name__}: {error})")
         self._socket.close(GOODBYE_MS)
@@ -126,7 +127,7 @@ class EngineClient:
             self._socket.send_multipart(wire.encode(wire.Goodbye()))
 
     def _converse(self) -> bool:
-        """Pass messages both ways. True when the engine died, False when closing."""
+        """Send and receive messages. Returns True when the engine died, False on close()."""
         poller = zmq.Poller()
         for source in (self._socket, self._wake, self._attached.pidfd):
             poller.register(source, zmq.POLLIN)
@@ -141,7 +142,7 @@ class EngineClient:
                 self._flush()
                 return False
             if self._attached.pidfd in events:
-                self._receive()  # what it sent before it died
+                self._receive()  # messages that the engine sent before it died
                 return True
 
     def _flush(self) -> None:
@@ -153,7 +154,7 @@ class EngineClient:
             frames = self._socket.recv_multipart()
             try:
                 self._handle(wire.decode(frames))
-            except wire.NotAMessage as error:  # whose tokens are in it is not known
+            except wire.NotAMessage as error:  # its sequences are unknown, so all are given up
                 self._begin_anew(f"the front end got what is {error}")
 
     def _handle(self, message: msgspec.Struct) -> None:
@@ -163,17 +164,17 @@ class EngineClient:
             self._call(self._on_stats, message)
         elif isinstance(message, wire.Refusal):
             self._begin_anew(message.message)
-        elif not isinstance(message, wire.Welcome):  # the answer to a Hello that was not the first
+        elif not isinstance(message, wire.Welcome):  # Welcome answers a repeated Hello
             self._begin_anew(f"the engine sent a message of type {type(message).__name__}")
 
     def _call(self, callback: Callable[[Any], None], message: Any) -> None:
         try:
             callback(message)
-        except Exception:  # one bad callback must not cut off every other stream
+        except Exception:  # a failed callback must not end the other streams
             log.exception("a front end's callback failed")
 
     def _begin_anew(self, why: str) -> None:
-        """After a misunderstanding: both sides forget every sequence of this front end."""
+        """After an unreadable message: engine and front end drop all its sequences."""
         log.error("every sequence of this front end is given up: %s", why)
         with self._lock:
             self._outgoing.clear()
@@ -182,7 +183,7 @@ class EngineClient:
         self._call(self._on_lost, why)
 
     def _rejoin(self) -> bool:
-        """Get an engine again after one died. False when closing or when there is no point."""
+        """Join or start an engine after one died. False on close() or for a stale front end."""
         self._lose(f"{self._attached.why_it_died()}; it is being restarted")
         while not self._closing:
             dead = self._socket, self._attached.pidfd
@@ -207,11 +208,11 @@ class EngineClient:
         return False
 
     def _pause(self, seconds: float) -> None:
-        """Sleep, but not through close()."""
+        """Sleep; close() ends the sleep."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         if poll.poll(seconds * 1000):
-            os.eventfd_read(self._wake)  # close(), or the echo of a message that is lost
+            os.eventfd_read(self._wake)  # written by close(), or for a message that was dropped
 
     def _lose(self, trouble: str) -> None:
         with self._lock:
@@ -223,9 +224,9 @@ class EngineClient:
             self._call(self._on_lost, trouble)
 
     def _join(self, again: bool) -> tuple[Attached, zmq.Socket[bytes]]:
-        """Attach and wait for the model to be loaded, or for the engine's last words.
+        """Attach, then wait until the model is loaded or the engine has failed.
 
-        An engine on record may have been about to end; then there is another to join or start.
+        A recorded engine may end while this front end joins it; then attach() is tried again.
         """
         for _ in range(JOIN_TRIES):
             try:
@@ -236,7 +237,7 @@ class EngineClient:
             if isinstance(answer, zmq.Socket):
                 return attached, answer
             why = attached.why_it_died() if answer is None else answer.message
-            if attached.child is not None and not again:  # a failed load leaves nothing behind
+            if attached.child is not None and not again:  # a failed load leaves no process or file
                 detach(attached, self._instance, lambda: None, 10.0 if answer is None else 0.0)
             os.close(attached.pidfd)
             if attached.child is not None or answer is not None:
@@ -244,9 +245,9 @@ class EngineClient:
         raise EngineError(why)
 
     def _greet(self, attached: Attached) -> zmq.Socket[bytes] | wire.Refusal | None:
-        """Say hello and wait for the answer; None when the engine ended instead.
+        """Send Hello and wait for the answer; None when the engine ended without one.
 
-        close() does not wait for a model to be loaded: the socket is returned without an answer.
+        close() does not wait for the model to load: it returns the socket without an answer.
         """
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         socket.hwm = 0

@@ -1,7 +1,7 @@
-"""The step loop's body: requests in, plans to the runner, tokens out, grouped by front end.
+"""The engine: takes requests, launches plans on the runner, returns tokens for each front end.
 
-Owns the live sequences and the plans in flight. Knows nothing of text, sockets or processes; one
-thread drives it.
+Owns the live sequences and the plans in flight. Runs on one thread. Knows nothing of text, sockets
+or processes.
 """
 
 from __future__ import annotations
@@ -43,61 +43,61 @@ from gllm_engine.types import (
 from gllm_engine.workers.build_runner import check_shards, device_of, load_runner
 from gllm_engine.workers.group import GroupLost, StepRefused, WorkerGroup
 
-# While grammars compile and nothing else is to do, step() waits so long and comes back.
+# If compiling grammars are the only work, step() waits this long for one and returns.
 COMPILE_WAIT_S = 0.005
-# So many steps that fail, with none between them that succeeds, are no accident.
+# After this many consecutive failed steps the engine is broken.
 MAX_FAILED_STEPS = 3
 
-# Kernels do not depend on how many there are.
+# The compiled kernels do not depend on the number of pages.
 _PAGES_TO_COMPILE = 64
 
-# What a step of a lost device holds, by its error's frames too: freeing its pinned memory would ask
-# the device and abort the process, which is a user's where LLM runs. Never emptied.
+# The errors and step handles of a lost device, never freed. An error's frames hold pinned memory;
+# freeing it calls the device and aborts the process, which with LLM is the user's process.
 _WRECKAGE: list[tuple[BaseException, list[StepHandle]]] = []
 
 log = logging.getLogger(__name__)
 
 Client = bytes  # a front end's name on the engine's socket, which is never empty
-IN_PROCESS: Client = b""  # who calls an engine without a socket
+IN_PROCESS: Client = b""  # the client of an engine that is called without a socket
 
 
 class StepHandle(Protocol):
-    """A step under way."""
+    """A launched step."""
 
     def wait(self) -> StepResult: ...
 
 
 class StepRunner(Protocol):
-    """What runs plans, strictly in the order of launch."""
+    """Runs plans strictly in the order of launch."""
 
     num_pages: int
 
     def launch(self, plan: StepPlan) -> StepHandle: ...
 
     def is_alive(self) -> bool:
-        """Whether it can run another plan after one that failed."""
+        """Whether the runner can run another plan after a failed one."""
         ...
 
     def check(self) -> None:
-        """Raise what a launch would, if that is known already. Costs next to nothing."""
+        """Raise the error that the next launch would raise, if it is known already. Cheap."""
         ...
 
     def close(self) -> None:
-        """Give up what it holds; it is not used again."""
+        """Free the runner's resources; it is not used again."""
         ...
 
 
 class EngineBroken(RuntimeError):
-    """The engine can compute nothing any more; the message says why."""
+    """The engine cannot run another step; the message says why."""
 
 
 class Engine:
     """One model, its scheduler and its runner. Clients are the names of front ends.
 
-    `broken`: None, or why no step can succeed any more; whoever drives the engine must end it.
+    `broken`: None, or why no step can succeed any more; the caller must then close the engine.
 
     A sequence is live from add() until its Finish is in the outputs of a step, or until abort()
-    or drop(), after which nothing more comes for it.
+    or drop(). After that no output for the sequence follows.
     """
 
     def __init__(
@@ -106,21 +106,21 @@ class Engine:
         make_runner: Callable[[EngineConfig, Model], StepRunner] | None = None,
         policy: Policy | None = None,
     ) -> None:
-        """Load the model and get ready. Raises ConfigError, ArchError or LoadError.
+        """Load the model. Raises ConfigError, ArchError or LoadError.
 
-        `make_runner`: what to run plans with, in place of the model in `config.model`. `policy`:
-        in place of the schedule policy that the configuration names.
+        `make_runner`: makes the runner, in place of one that loads `config.model`. `policy`:
+        replaces the schedule policy that the configuration names.
         """
         config = settle(config, on_gpu=device_of(config).type == "cuda")
         path = Path(config.model)
         arch = read_arch(path)
         _check_len(config, arch)
-        # First, because it works on a thread of its own while the model loads.
+        # First, because the tokenizer loads on the grammar thread while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
         self._runner = (make_runner or _make_runner)(config, arch)
         max_model_len = _model_len(config, arch, self._runner.num_pages)
-        # Known by now: the model takes longer to load than the tokenizer.
+        # This wait is short: the model takes longer to load than the tokenizer.
         eos_token_ids = self._grammars.eos_token_ids
         self._scheduler = Scheduler(
             config, self._runner.num_pages, max_model_len, eos_token_ids, policy
@@ -135,7 +135,7 @@ class Engine:
         self._depth = config.plans_in_flight
         self._max_waiting = config.max_waiting
         self._max_waiting_tokens = config.max_waiting_tokens
-        self._failed_steps = 0  # since the last that succeeded
+        self._failed_steps = 0  # since the last successful step
         self.broken: str | None = None
         self._launched: deque[StepHandle] = deque()
         self._live: dict[SequenceKey, Sequence] = {}
@@ -146,7 +146,7 @@ class Engine:
     # ------------------------------------------------------------ requests come and go
 
     def add(self, request: Request, client: Client = IN_PROCESS) -> None:
-        """Take a request. One that cannot be served gets its error in the next step's outputs."""
+        """Take a request. A refused request gets its error in the next step's outputs."""
         key = (client, request.id)
         if key in self._live or key in self._compiling:
             self._refuse(key, "invalid", f"A sequence with id {request.id} is already live.")
@@ -158,7 +158,7 @@ class Engine:
             self._take(key, request)
         except InvalidField as error:
             self._refuse(key, "invalid", str(error))
-        except Exception:  # a fault that one request finds must not cost the others
+        except Exception:  # a bug that one request triggers must not fail the others
             log.exception("a request could not be taken")
             self._forget(key)
             self._refuse(key, "internal", "The engine failed on this request, see the log.")
@@ -191,7 +191,7 @@ class Engine:
         return sum([len(request.prompt) for request, _ in self._compiling.values()])
 
     def has_room(self, requests: list[Request]) -> bool:
-        """Whether these are not refused for a full queue, if they are added now."""
+        """Whether the queue has room for these requests now."""
         stats = self.stats()
         tokens = sum([len(request.prompt) for request in requests])
         alone = len(requests) == 1 and not stats.waiting
@@ -200,7 +200,7 @@ class Engine:
         )
 
     def abort(self, id: int, client: Client = IN_PROCESS) -> None:
-        """End a sequence now; its pages are free at once. One that has ended is left alone."""
+        """End a sequence now and free its pages. Has no effect on an ended sequence."""
         self._forget((client, id))
 
     def num_cached_tokens(self, id: int, client: Client = IN_PROCESS) -> int:
@@ -209,7 +209,7 @@ class Engine:
         return 0 if sequence is None else max(0, sequence.num_cached_tokens)
 
     def drop(self, client: Client) -> None:
-        """Abort all sequences of a client, and forget what was to be told to it."""
+        """Abort all sequences of a client, and discard its unsent outputs."""
         for key in [*self._live, *self._compiling]:
             if key[0] == client:
                 self._forget(key)
@@ -275,25 +275,26 @@ class Engine:
     # ------------------------------------------------------------ steps
 
     def step(self) -> dict[Client, Outputs]:
-        """One turn: plan and launch a step if the deque has room, take in the oldest if not.
+        """Launch the next plan if fewer than `plans_in_flight` steps are in flight.
 
-        Returns what is new for each client. Never raises for a failed step: it fails the live
-        sequences instead, and the engine goes on unless it is `broken` then.
+        Then, if no plan was launched or that number is reached, wait for the oldest step and commit
+        its result. Returns the new outputs of each client. A failed step does not raise: it fails
+        the live sequences, and the engine goes on unless it is now `broken`.
         """
         if self._compiling:
             self._admit_compiled()
         try:
             plan = self._scheduler.schedule() if len(self._launched) < self._depth else None
-            if self._constrained:  # before the plan's token for them can count as theirs
+            if self._constrained:  # before the plan can sample a token for a failed constraint
                 self._fail_constrained()
             if plan is not None:
                 self._launched.append(self._runner.launch(plan))
             if self._launched and (plan is None or len(self._launched) >= self._depth):
                 self._sort(self._scheduler.commit(self._launched.popleft().wait()))
                 self._failed_steps = 0
-        except BaseException as error:  # whatever a kernel or a worker raises
+        except BaseException as error:  # any error of a kernel or a worker
             self._fail(error)
-            if not isinstance(error, Exception):  # Ctrl-C: ours to survive, not to swallow
+            if not isinstance(error, Exception):  # Ctrl-C: clean up, then pass it on
                 raise
             self._judge(error)
         outboxes = self._outboxes
@@ -301,7 +302,7 @@ class Engine:
         return dict(outboxes)
 
     def watch(self) -> None:
-        """Between steps: find out whether the runner has died. Then the engine is `broken`."""
+        """Check between steps whether the runner has died. Then the engine is `broken`."""
         try:
             self._runner.check()
         except GroupLost as error:
@@ -329,13 +330,14 @@ class Engine:
             self._constrained.pop(sequence.key, None)
 
     def _fail(self, error: BaseException) -> None:
-        """Fail every live sequence after a step that raised, and begin anew."""
+        """Fail every live sequence after a failed step, and reset the scheduler."""
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()
         if not self._runner.is_alive():
             _WRECKAGE.append((error, list(self._launched)))
         self._launched.clear()
-        told = isinstance(error, (GroupLost, StepRefused))  # what is in other errors is the log's
+        # Only these errors are written for users. The text of other errors goes to the log alone.
+        told = isinstance(error, (GroupLost, StepRefused))
         why = str(error) if told else type(error).__name__
         message = f"The engine failed in a step that computed this request ({why})."
         for key in self._live:
@@ -344,7 +346,7 @@ class Engine:
         self._constrained.clear()
 
     def _judge(self, error: Exception) -> None:
-        """After a failed step: whether to go on. If not, what waits for a grammar fails too."""
+        """Set `broken` after a fatal step; requests that wait for a grammar then fail too."""
         self._failed_steps += 1
         kind = type(error).__name__
         if isinstance(error, GroupLost):
@@ -368,7 +370,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether step() has anything to do or to tell."""
+        """Whether step() has a step to run or outputs to return."""
         return self._scheduler.has_work or bool(self._compiling or self._outboxes)
 
     def stats(self) -> Stats:
@@ -413,7 +415,7 @@ def _check_len(config: EngineConfig, arch: Model) -> None:
 
 
 def _model_len(config: EngineConfig, arch: Model, num_pages: int) -> int:
-    """Tokens a sequence may have: what was asked for, else what the model and the cache can do."""
+    """Tokens of the longest sequence: as configured, else limited by the model and the cache."""
     if config.max_model_len is not None:
         return config.max_model_len
     capacity = num_pages * config.page_size
@@ -437,10 +439,10 @@ def _make_runner(config: EngineConfig, arch: Model) -> StepRunner:
 
 
 def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
-    """Compile every kernel that an engine of this configuration needs; returns where they are.
+    """Compile every kernel that an engine of this configuration needs; returns the cache dirs.
 
-    Of the model only config.json is read. Goes the way of a start, with one layer of each kind and
-    weights made up. Raises ConfigError where there is no GPU, and what Engine raises.
+    Builds a runner as a start does, with random weights and one layer of each kind. Reads only the
+    model's config.json. Raises ConfigError without a GPU, and the errors of Engine.
     """
     if device_of(config).type != "cuda":
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""The offline API: a model in this process, prompts in, whole outputs or a stream out.
+"""The offline API: runs a model in this process and returns whole outputs or a stream.
 
-Owns nothing but the book-keeping between prompts and sequences. Runs the engine on the caller's
-thread, so one thread at a time may use an LLM.
+Owns the mapping between prompts and sequences. Runs the engine on the caller's thread, so only
+one thread at a time may use an LLM.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Prompt = str | list[int]  # text, or token ids
 
 @dataclass
 class CompletionOutput(Delta):
-    """One of the n outputs of a prompt: all its deltas in one; fields as in vLLM."""
+    """One of the n outputs of a prompt: the sum of its deltas. The fields are named as in vLLM."""
 
     index: int = 0
 
@@ -54,10 +54,10 @@ class CompletionOutput(Delta):
 
 @dataclass
 class RequestOutput:
-    """What became of one prompt. `error`: a sentence if it failed, which fails no other prompt.
+    """The result of one prompt. `error`: a sentence if this prompt failed; other prompts go on.
 
-    `prompt`: None for a prompt of token ids. `prompt_logprobs`: one entry a prompt token, None
-    for the first; None altogether unless asked for.
+    `prompt`: None for a prompt of token ids. `prompt_logprobs`: one entry for each prompt token,
+    None for the first token; None if not requested.
     """
 
     request_id: int
@@ -75,12 +75,12 @@ class RequestOutput:
 
 @dataclass
 class _Sequence:
-    """A live sequence: where its tokens go and, for a stream, the deltas not yet taken."""
+    """A live sequence, the output it fills and, for a stream, its unread deltas."""
 
     completion: Completion
     output: CompletionOutput
     parent: RequestOutput
-    siblings: list[int]  # ids of the parent's sequences, this one's among them
+    siblings: list[int]  # ids of all sequences of the parent, including this one
     deltas: deque[Delta] | None = None
 
 
@@ -89,11 +89,11 @@ class RequestFailed(RuntimeError):
 
 
 class LLM:
-    """A model to generate text with, in this process."""
+    """A model that generates text in this process."""
 
     def __init__(self, model: str, *, policy: Policy | None = None, **config: Any) -> None:
-        """`config`: the fields of EngineConfig. `policy`: in place of the schedule policy that it
-        names. Raises ConfigError and what Engine raises.
+        """`config`: the fields of EngineConfig. `policy`: replaces the schedule policy that
+        `config` names. Raises ConfigError and the errors of Engine.
         """
         self.config = make_config({"model": str(model)} | config)
         self.tokenizer = Tokenizer(self.config.tokenizer or self.config.model)
@@ -109,7 +109,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End what runs: an open stream then raises EngineBroken. Idempotent."""
+        """End all sequences; an open stream then raises EngineBroken. Idempotent."""
         self._closed = True
         self._sequences.clear()
         self.engine.close()
@@ -121,10 +121,10 @@ class LLM:
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Generate for all prompts together; one output for each, in their order.
+        """Generate for all prompts together. Returns one output for each prompt, in order.
 
-        `sampling_params`: for all prompts, or one for each. Raises EngineBroken when the engine
-        cannot go on: then a new LLM is needed, and after a fault of the GPU a new process.
+        `sampling_params`: one for all prompts, or one for each prompt. Raises EngineBroken when the
+        engine cannot go on; make a new LLM then, and a new process after a GPU fault.
         """
         outputs = [self._open(prompt) for prompt in _as_prompts(prompts)]
         return self._run(outputs, sampling_params, use_tqdm)
@@ -183,10 +183,10 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[Delta]:
-        """Deltas of one output as they come; closing the iterator ends the generation.
+        """Yield the deltas of one output; closing the iterator ends the generation.
 
-        Raises InvalidField or RequestFailed, the latter also when the queue is full. Streams and
-        generate() may be interleaved.
+        Raises InvalidField, or RequestFailed (also for a full queue). Several streams and
+        generate() calls may be interleaved.
         """
         params = _checked(sampling_params or SamplingParams())
         if params.n != 1:
@@ -208,7 +208,7 @@ class LLM:
                 delta = deltas.popleft()
                 if output.error is not None and not deltas:
                     raise RequestFailed(output.error)
-                # All of them precede the first token.
+                # All prompt logprobs are complete before the first token.
                 delta.prompt_logprobs = output.prompt_logprobs
                 output.prompt_logprobs = None
                 yield delta
@@ -225,12 +225,12 @@ class LLM:
         return self._opened(None, partial(_token_ids, prompt))
 
     def _opened(self, text: str | None, encode: Callable[[], list[int]]) -> RequestOutput:
-        """The output of a prompt: its token ids, or its error if it can have none."""
+        """A new output with the prompt's token ids, or with an error for an invalid prompt."""
         output = RequestOutput(next(self._ids), text, [])
         try:
             output.prompt_token_ids = encode()
         except InvalidField as error:
-            if error.field in ("tools", "chat_template_kwargs"):  # the call's, not this prompt's
+            if error.field in ("tools", "chat_template_kwargs"):  # arguments of the whole call
                 raise
             output.error = str(error)
         return output
@@ -249,7 +249,7 @@ class LLM:
         while queue:
             output, requests = queue[0]
             if self._sequences and not self.engine.has_room(requests):
-                return  # and if nothing runs, it never will have room: let the engine say so
+                return  # if no sequence runs, room never comes: the engine refuses the requests
             queue.popleft()
             self._hand_over(output, requests, mine)
 
@@ -260,7 +260,7 @@ class LLM:
         mine: set[int],
         deltas: deque[Delta] | None = None,
     ) -> None:
-        """Give a prompt's sequences to the engine, which may refuse any of them."""
+        """Add a prompt's sequences to the engine, which may refuse some of them."""
         siblings = [request.id for request in requests]
         mine.update(siblings)
         for request, output in zip(requests, parent.outputs, strict=True):
@@ -269,7 +269,7 @@ class LLM:
             self.engine.add(request)
 
     def _pump(self) -> None:
-        """One step of the engine, its outputs passed on. Raises EngineBroken."""
+        """Run one engine step and distribute its outputs. Raises EngineBroken."""
         if self._closed:
             raise EngineBroken("this LLM was closed")
         outputs = self.engine.step().get(IN_PROCESS)
@@ -316,7 +316,7 @@ class LLM:
             parent.num_cached_tokens = finish.num_cached_tokens
         if finish.reason == "error" and parent.error is None:
             parent.error = finish.message
-            self._abort(sequence.siblings)  # nobody will read what they would say
+            self._abort(sequence.siblings)  # the prompt has failed, so their tokens are unused
 
     def _abort(self, ids: Iterable[int]) -> None:
         for id in ids:
@@ -325,7 +325,7 @@ class LLM:
 
 
 def _checked(params: SamplingParams) -> SamplingParams:
-    """What a caller constructed may hold lists for tuples, or wrong types: the door's check."""
+    """Validated parameters: a caller's struct may hold lists for tuples, or wrong types."""
     if not isinstance(params, SamplingParams):
         kind = type(params).__name__
         raise InvalidField("sampling_params", f"a SamplingParams is expected, got {kind}")
@@ -333,7 +333,7 @@ def _checked(params: SamplingParams) -> SamplingParams:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Several prompts; text, and a sequence of whole numbers, is one."""
+    """A list of prompts. Text, or a sequence of whole numbers, is a single prompt."""
     if isinstance(prompts, str | bytes):
         return [prompts]
     one = len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
@@ -342,7 +342,7 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _token_ids(prompt: Any) -> list[int]:
-    """A prompt that is no text. Raises InvalidField unless it is whole numbers."""
+    """The token ids of a prompt that is not text. Raises InvalidField unless all are integers."""
     expected = "text or a list of token ids (whole numbers) is expected"
     if isinstance(prompt, bytes):
         raise InvalidField("prompt", f"{expected}, got bytes")

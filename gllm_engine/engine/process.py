@@ -1,7 +1,7 @@
-"""The engine process: one Engine, its front ends on a socket, and the end of its own life.
+"""The engine process: serves one Engine to its front ends over a socket.
 
-It ends when the owner (tritonserver) dies, when the last front end has left or died, when the
-engine is broken, or, once asked by SIGTERM, when its work is done. Knows nothing of Triton.
+The process ends when the owner (tritonserver) dies, when the last front end has left or died, when
+the engine is broken, or after SIGTERM once all sequences are done. Knows nothing of Triton.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from gllm_engine.os_process import Process, end_with, end_with_any_thread
 from gllm_engine.types import Stats
 
 STATS_EVERY_S = 0.1
-# Nobody attached for so long after the start: whoever started this engine is gone.
+# An engine ends if no front end attaches in this time: the front end that started it is gone.
 LONELY_S = 60.0
-# At the end, front ends have so long to take what was sent to them.
+# At the end, the engine waits at most this long for front ends to receive its messages.
 LINGER_MS = 5000
 # The exit status of a process whose engine is broken.
 BROKEN = 70
@@ -39,7 +39,7 @@ log = logging.getLogger("gllm.engine")
 
 
 class EngineProcess:
-    """Serves one engine to its front ends. All of it runs on one thread."""
+    """Serves one engine to its front ends. Runs on one thread."""
 
     def __init__(self, engine: Engine, address: str) -> None:
         self.engine = engine
@@ -48,7 +48,7 @@ class EngineProcess:
         self.deadline = time.monotonic() + LONELY_S
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
-        # Nothing is dropped: a slow front end is given memory, not loss.
+        # No message is dropped: the queue of a slow front end grows without a limit.
         self.socket.hwm = 0
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
         self.socket.bind(address)
@@ -57,7 +57,7 @@ class EngineProcess:
         self.stats = _StatsFeed()
 
     def run(self) -> None:
-        """Serve until there is no reason to, or the engine is broken."""
+        """Serve until the engine is broken or `_done()` is true."""
         while self.engine.broken is None and not self._done():
             self._listen(timeout_ms=0 if self.engine.has_work else int(STATS_EVERY_S * 1000))
             self.engine.watch()
@@ -69,7 +69,7 @@ class EngineProcess:
             log.info("no front end is left or the work is done; the engine ends")
 
     def close(self) -> None:
-        """End the connection once what was sent has been taken: an exit would throw it away."""
+        """Close the socket after front ends have received their messages; exit would drop them."""
         self.socket.close(LINGER_MS)
         self.context.term()
 
@@ -77,7 +77,7 @@ class EngineProcess:
         if self.draining and not self.engine.has_work:
             return True
         if self.front_ends:
-            self.deadline = 0.0  # from now on, the end comes with the last front end
+            self.deadline = 0.0  # from now on, the process ends with its last front end
             return False
         return time.monotonic() > self.deadline
 
@@ -87,7 +87,7 @@ class EngineProcess:
             client, *frames = self.socket.recv_multipart()
             try:
                 self._handle(client, wire.decode(frames))
-            except wire.NotAMessage as error:  # must not end the other front ends' engine
+            except wire.NotAMessage as error:  # must not end the engine for other front ends
                 self._refuse(client, error)
         for client, pidfd in list(self.front_ends.items()):
             if pidfd in events:
@@ -112,7 +112,7 @@ class EngineProcess:
         if hello.protocol != wire.PROTOCOL:
             self._send(client, _different_versions(hello.protocol))
             return
-        if client in self.front_ends:  # it begins anew
+        if client in self.front_ends:  # a repeated Hello drops the front end's sequences
             self.engine.drop(client)
         else:
             try:
@@ -125,7 +125,7 @@ class EngineProcess:
         self._send(client, wire.Welcome(self.engine.info))
 
     def _refuse(self, client: bytes, error: wire.NotAMessage) -> None:
-        """Which sequences the message was about is not known: so all of its sender's are lost."""
+        """Answer an unreadable message. Its sequences are unknown, so drop all of its front end."""
         log.error("a front end's sequences are dropped, because what it sent is %s", error)
         self.engine.drop(client)
         if error.kind is wire.Hello:
@@ -142,7 +142,7 @@ class EngineProcess:
     def _send(self, client: bytes, message: msgspec.Struct) -> None:
         try:
             self.socket.send_multipart([client, *wire.encode(message)])
-        except zmq.ZMQError:  # unroutable: its process has died, which its pidfd will tell
+        except zmq.ZMQError:  # unroutable: the front end has died; its pidfd reports that next
             self.engine.drop(client)
 
     def _report(self) -> None:
@@ -161,7 +161,7 @@ def _different_versions(protocol: str) -> wire.Refusal:
 
 
 class _StatsFeed:
-    """Statistics for one front end at a time, its counters starting at 0 when it is chosen."""
+    """Sends statistics to one front end at a time, with counters from 0 since it was chosen."""
 
     def __init__(self) -> None:
         self.client: bytes | None = None
@@ -176,9 +176,9 @@ class _StatsFeed:
         return True
 
     def make(self, client: bytes, stats: Stats) -> Stats | None:
-        """The message for `client`, or None when nothing changed since its last."""
+        """The message for `client`, or None if the statistics have not changed."""
         if client != self.client:
-            # The one before has already counted what was sent to it.
+            # The previous front end has already counted the statistics that it received.
             self.client = client
             self.base = self.last
         elif stats == self.last:
@@ -195,7 +195,7 @@ class _StatsFeed:
 
 
 def _leave_word(directory: Path, sentence: str) -> None:
-    """For the front ends. A path in it may be no text, as any bytes can be a file's name."""
+    """Write the error file that front ends read. A path in `sentence` may be no valid UTF-8."""
     (directory / "error").write_bytes(sentence.encode(errors="backslashreplace"))
 
 
@@ -214,8 +214,8 @@ def main() -> int:
         config = msgspec.json.decode((directory / "config.json").read_bytes(), type=EngineConfig)
         engine = Engine(config)
         server = EngineProcess(engine, socket_address(directory))
-    except Exception as error:  # the last words of a failed start, for the front ends to repeat
-        is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # and no bug of ours
+    except Exception as error:  # front ends report the sentence in the error file
+        is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # not a bug of ours
         log.error("the engine cannot start: %s", error, exc_info=not is_theirs)
         _leave_word(directory, f"the engine cannot start: {error}")
         _clear_away(owner)
@@ -224,18 +224,18 @@ def main() -> int:
     def drain(*_: object) -> None:
         server.draining = True
 
-    # What is loaded stays: the collector need not look at it again in every full pass.
+    # Loaded objects live as long as the process, so the garbage collector need not scan them.
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGTERM, drain)
     trouble = _run(server)
     if trouble is not None:
         log.critical("%s; this process ends, a front end starts another", trouble)
-        with contextlib.suppress(OSError):  # who would have read it has left
+        with contextlib.suppress(OSError):  # the directory is gone if all front ends have left
             _leave_word(directory, trouble)
         server.close()
         _clear_away(owner)
-        os._exit(BROKEN)  # an orderly end would call upon the device again
+        os._exit(BROKEN)  # a normal exit would call the failed device again
     server.close()
     engine.close()
     _clear_away(owner)
@@ -243,7 +243,7 @@ def main() -> int:
 
 
 def _run(server: EngineProcess) -> str | None:
-    """Serve to the end; why it had to come, or None if its time had come."""
+    """Serve until the end. Returns the reason if the engine broke, else None."""
     try:
         server.run()
     except Exception as error:
@@ -253,8 +253,8 @@ def _run(server: EngineProcess) -> str | None:
 
 
 def _clear_away(owner: Process) -> None:
-    """The last act. When the owner dies its front ends do too, and their end may end this process
-    before the thread that watches the owner has removed what was the owner's.
+    """Remove the directory of a dead owner. The front ends die with the owner, and their end may
+    end this process before the thread that watches the owner has removed the directory.
     """
     if not owner.alive:
         discard_owner(owner)

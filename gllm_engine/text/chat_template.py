@@ -1,7 +1,7 @@
-"""A conversation to the text that a model reads: its checks, and the renderer's life.
+"""Renders a conversation to the model's prompt text: checks messages, runs the renderer process.
 
-Owns what a message is. The template itself is run by template_renderer.py, in a process of its own,
-so that it can be stopped.
+Owns the format of messages. The chat template itself runs in the process of template_renderer.py,
+because a process can be stopped.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from gllm_engine.sampling import InvalidField
 
 Message = dict[str, Any]
 
-# Of the renderer, for one conversation. Processor time: ordinary ones take a thousandth of it.
+# Processor time of the renderer for one conversation; most take a thousandth of this.
 CPU_LIMIT_S = 2.0
-MEMORY_LIMIT = 1 << 30  # bytes, beyond what its libraries take
-# Seconds of this machine's clock, in case the renderer gets no processor at all.
+MEMORY_LIMIT = 1 << 30  # bytes, on top of the renderer's libraries
+# Seconds of the wall clock, in case the renderer gets no processor time at all.
 PATIENCE_S = 60.0
 BUFFER = 1 << 20  # bytes read at a time
 MAX_CHARS = 1 << 26  # of a conversation, as JSON and as text
 
 
 class ChatTemplate:
-    """The chat template of a checkpoint. May be shared by threads; they take turns.
+    """The chat template of a checkpoint. Threads may share it; a lock makes them take turns.
 
-    The renderer starts with the first conversation, or with start(), and ends with this object or
+    The renderer process starts with the first conversation or start(). It ends with this object or
     this process.
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        """`templates`: Jinja sources; "default", and maybe "tool_use" for requests with tools.
+        """`templates`: Jinja sources by name: "default", and "tool_use" for requests with tools.
 
-        `special_tokens`: texts by the names that templates know them by, such as bos_token.
+        `special_tokens`: token texts by their names in templates, such as bos_token.
         """
         setup = {
             "templates": dict(templates),
@@ -53,13 +53,13 @@ class ChatTemplate:
         self._renderer: _Renderer | None = None
 
     def start(self) -> None:
-        """Start the renderer if none runs. Does not wait until it has."""
+        """Start the renderer process if none runs. Does not wait for it."""
         with self._turn:
             self._running()
 
     def warm_up(self) -> None:
-        """Render something, so that no conversation waits for the start or for a compilation."""
-        with suppress(InvalidField):  # it may want other roles
+        """Render a first message, so that no request waits for the start or the compilation."""
+        with suppress(InvalidField):  # the template may require other roles
             self.render([{"role": "user", "content": "Hello"}])
 
     def render(
@@ -73,8 +73,8 @@ class ChatTemplate:
 
         `messages`: as OpenAI's clients send them. `tools`: functions that the model may call.
         `kwargs`: variables of the template, such as enable_thinking; and add_generation_prompt
-        (default true) and continue_final_message (default false). A text of more than `max_chars`
-        characters is refused, as whatever else meets a limit. Raises InvalidField.
+        (default true) and continue_final_message (default false). Raises InvalidField, also for a
+        text of more than `max_chars` characters and for a template that exceeds another limit.
         """
         max_chars = min(max_chars, MAX_CHARS)
         request = {
@@ -97,7 +97,7 @@ class ChatTemplate:
         try:
             return self._running().ask(line)
         except _RendererEnded as error:
-            self._renderer = _Renderer(self._setup)  # it starts while nobody waits
+            self._renderer = _Renderer(self._setup)  # started now, before the next request
             raise InvalidField("messages", str(error)) from None
 
     def _running(self) -> _Renderer:
@@ -107,10 +107,10 @@ class ChatTemplate:
 
 
 def check_messages(messages: Any) -> list[Message]:
-    """Messages as chat templates know them, from what OpenAI's clients send.
+    """Convert messages of OpenAI's clients to the format of chat templates.
 
-    Keys without a value go, as in transformers; arguments of tool calls become objects. Raises
-    InvalidField.
+    Removes keys whose value is None, as transformers does, and parses the arguments of tool calls
+    to objects. Raises InvalidField.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise InvalidField("messages", "expected a non-empty list of {role, content} objects")
@@ -158,7 +158,7 @@ def _check_calls(where: str, calls: Any) -> list[dict[str, Any]]:
 
 
 def _arguments(where: str, arguments: Any) -> dict[str, Any]:
-    """The arguments of a call as an object: OpenAI's API has them as its JSON text."""
+    """The arguments of a tool call as an object; OpenAI's API sends them as JSON text."""
     if not arguments:
         return {}
     if isinstance(arguments, str):
@@ -189,7 +189,7 @@ def _check_kwargs(kwargs: Any) -> dict[str, Any]:
 
 
 def _to_line(request: dict[str, Any]) -> bytes:
-    """One line of JSON. Raises InvalidField for what JSON cannot say."""
+    """The request as one line of JSON. Raises InvalidField for a value that JSON does not have."""
     parts = []
     for field, value in request.items():
         try:
@@ -206,17 +206,17 @@ def _to_line(request: dict[str, Any]) -> bytes:
 
 
 class _RendererEnded(RuntimeError):
-    """The renderer ended, or was ended, before it gave an answer; the message says why."""
+    """The renderer process ended or was killed before it replied; the message says why."""
 
 
 class _Renderer:
-    """The processes that render, and the line to them. One thread at a time."""
+    """The renderer process and the socket to it. Used by one thread at a time."""
 
     def __init__(self, setup: bytes) -> None:
         ours, theirs = socket.socketpair()
         ours.settimeout(PATIENCE_S)
-        # From where this package comes its libraries come too; the working directory of this
-        # process may hold anything.
+        # The renderer imports from its working directory first. This process's working directory
+        # may hold any code, so the renderer's is the directory that holds this package.
         home = Path(__file__).parents[2]
         command = [sys.executable, "-W", "ignore", "-m", "gllm_engine.text.template_renderer"]
         with theirs:
@@ -224,21 +224,21 @@ class _Renderer:
         self._socket = ours
         self._replies = ours.makefile("rb", buffering=BUFFER)
         self._end = weakref.finalize(self, _end, self._process, ours)
-        with suppress(OSError):  # it has ended, which ask() will tell
+        with suppress(OSError):  # the process has ended; ask() will raise _RendererEnded
             ours.sendall(len(setup).to_bytes(8, "big") + setup)
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
     def ask(self, line: bytes) -> dict[str, Any]:
-        """Send a request and wait for its answer. Raises _RendererEnded."""
+        """Send a request and wait for the reply. Raises _RendererEnded."""
         try:
             self._socket.sendall(line)
             reply = self._replies.readline()
         except TimeoutError:
             self._end()
             raise _RendererEnded(f"the chat template gave nothing in {PATIENCE_S:g} s") from None
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             reply = b""
         if not reply.endswith(b"\n"):
             status = self._process.wait()

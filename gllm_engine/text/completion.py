@@ -1,6 +1,6 @@
-"""From the tokens of one sequence to what its user sees: text, stop strings, log probabilities.
+"""Turns the tokens of one sequence into its output: text, stop strings and log probabilities.
 
-Owns where a text ends. Knows nothing of the engine's scheduling or of how deltas are sent.
+Decides where the text ends. Knows nothing of the engine's scheduling or of how deltas are sent.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Logprobs = dict[int, dict[str, float | int | str]]
 
 @dataclass(slots=True)
 class Delta:
-    """What is new since the last one.
+    """The new part of a sequence's output since the last delta.
 
-    `token_ids`: the new tokens, up to and with the one that completed a stop string or is a stop
-    token; text may come later than its tokens (half a character, the beginning of a stop string).
-    `logprobs`: one {token id: {logprob, rank, decoded_token}} for each of them, or None.
-    `cumulative_logprob`: of the whole output so far, None unless log probabilities were asked for.
-    `finish_reason`: None, "stop", "length", "abort" or "error"; no delta follows one that has it.
-    `stop_reason`: the stop string or the stop token's id; None for end-of-sequence and the rest.
-    `prompt_logprobs`: in the first delta of `LLM.stream`, if asked for: one entry a prompt token,
-    None for the first.
+    `token_ids`: the new tokens, including a stop token or the token that completed a stop string.
+    Text may come later than its tokens (half a character, the beginning of a stop string).
+    `logprobs`: one {token id: {logprob, rank, decoded_token}} for each new token, or None.
+    `cumulative_logprob`: of the whole output so far; None if log probabilities are not requested.
+    `finish_reason`: None, "stop", "length", "abort" or "error"; a delta with a reason is the last.
+    `stop_reason`: the stop string or the stop token's id; None for any other end.
+    `prompt_logprobs`: in the first delta of `LLM.stream`, if requested: one entry for each prompt
+    token, None for the first token.
     """
 
     text: str = ""
@@ -46,10 +46,10 @@ class Delta:
 class Completion:
     """The text side of one sequence.
 
-    A stop string ends the text as soon as its last character is there, wherever the borders
-    between tokens are; of two complete at the same character the one that began earlier counts.
-    One that is complete before `min_tokens` tokens are out is ordinary text. The text is cut
-    before the stop string, or after it with `include_stop_str_in_output`, which also shows the
+    A stop string ends the text at its last character, wherever the borders between tokens are. If
+    two stop strings end at the same character, the one that began earlier counts. A stop string
+    that is complete before `min_tokens` tokens is ordinary text. The text is cut before the stop
+    string. With `include_stop_str_in_output` it is cut after the stop string, and it includes the
     text of a stop token.
     """
 
@@ -65,8 +65,8 @@ class Completion:
         self._cumulative = 0.0
         self.num_tokens = 0
         self.finished = False
-        # True once a stop string ended the text while the engine still generates: the caller
-        # then aborts the sequence there, and may feed what still comes (it is dropped).
+        # True once a stop string ended the text while the engine still generates. The caller must
+        # then abort the sequence in the engine; later tokens fed to this object are dropped.
         self.wants_abort = False
 
     def feed(
@@ -75,9 +75,9 @@ class Completion:
         logprobs: Sequence[TokenLogprobs] = (),
         finish: Finish | None = None,
     ) -> Delta | None:
-        """Take the next tokens (one entry in `logprobs` each, when asked for) and the end.
+        """Add tokens, their log probabilities (if requested), and the Finish at the end.
 
-        A stop token must come in the same call as its `finish`. None after the end.
+        A stop token must come in the same call as its `finish`. Returns None after the end.
         """
         if self.finished:
             return None
@@ -108,7 +108,7 @@ class Completion:
         )
 
     def _search(self, stops: _StopStrings, delta: Delta, tokens: Sequence[int], hidden: int) -> int:
-        """Feed token by token up to a stop string; the number of tokens used."""
+        """Feed tokens one by one up to a stop string. Returns the number of tokens used."""
         texts = []
         for index in range(len(tokens) - hidden):
             counts = self.num_tokens + index + 1 >= self._sampling.min_tokens
@@ -141,7 +141,7 @@ class Completion:
 
 
 def render_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> Logprobs:
-    """One position as {token id: {logprob, rank, decoded_token}}, the actual token first."""
+    """One position as {token id: {logprob, rank, decoded_token}}, the sampled token first."""
     return {
         id: {"logprob": logprob, "rank": rank, "decoded_token": tokenizer.token_text(id)}
         for id, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
@@ -151,10 +151,10 @@ def render_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> Logprobs:
 def make_requests(
     tokenizer: Tokenizer, prompt: list[int], sampling: SamplingParams, ids: Iterable[int]
 ) -> list[Request]:
-    """The sampling.n sequences of one prompt, with ids taken from `ids`.
+    """The `sampling.n` requests of one prompt, with ids taken from `ids`.
 
-    The first has the seed that was asked for (a random one if none was), so that it is what n=1
-    would give; the others have seeds derived from it. Only the first computes prompt logprobs.
+    The first request has the requested seed (else a random one), so it equals the request of n=1.
+    The others have seeds derived from that one. Only the first request computes prompt logprobs.
     """
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
     bad_words = tokenizer.bad_words(sampling.bad_words)
@@ -174,10 +174,10 @@ def _derive_seed(seed: int, index: int) -> int:
 
 
 class _StopStrings:
-    """Finds stop strings in a growing text and holds back what may be the beginning of one.
+    """Finds stop strings in a growing text, and holds back text that may begin a stop string.
 
-    Invariant: `held` is the longest end of the text that is a proper beginning of a stop string,
-    so a match that is still to come lies within `held` and the text after it.
+    Invariant: `held` is the longest suffix of the text that is a proper prefix of a stop string.
+    So every later match lies within `held` and the text after it.
     """
 
     __slots__ = ("_firsts", "_longest", "_stops", "held")
@@ -189,9 +189,9 @@ class _StopStrings:
         self.held = ""
 
     def push(self, text: str, counts: bool) -> tuple[str, str | None]:
-        """Add text; returns what can be shown and the stop string it ends before, if any.
+        """Add text. Returns the text that can be shown, and the stop string after it or None.
 
-        `counts` False: a stop string complete within `text` is no stop.
+        `counts` False: a stop string that is complete within `text` does not end the text.
         """
         if not text:
             return "", None
@@ -207,7 +207,7 @@ class _StopStrings:
         return text[:keep], None
 
     def _first(self, text: str, known: int) -> tuple[int, str] | None:
-        """Start and stop string of the match that ends first, beyond `known` characters."""
+        """The start and the stop string of the match that ends first after `known` characters."""
         best: tuple[int, int, str] | None = None  # (end, start, stop)
         for stop in self._stops:
             start = text.find(stop, max(0, known - len(stop) + 1))

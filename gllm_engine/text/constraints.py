@@ -1,7 +1,8 @@
-"""Which tokens may come next: structured outputs (through llguidance) and bad words, as bit masks.
+"""Token masks for structured outputs (through llguidance) and bad words.
 
-Owns the compiled grammars. Knows nothing of the scheduler; it calls a Constraint with the known
-tokens of its sequence whenever it plans the next one. Nothing here raises while a sequence runs.
+Owns the compiled grammars. The scheduler calls a Constraint with the known tokens of its sequence
+whenever it plans the next token. A Constraint never raises; it sets `error`. Knows nothing of the
+scheduler.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from gllm_engine.types import Request
 
 FIELD = "structured_outputs"
 MAX_CACHED_GRAMMARS = 64
-# Processor time for one mask. All sequences wait for it; most masks take less than 1 ms.
+# Processor time for one mask. All sequences wait for a mask; most take less than 1 ms.
 MAX_MASK_S = 0.25
 
 
 class Constraint:
-    """The mask of allowed next tokens of one sequence, given all its known tokens.
+    """The token mask of one sequence: which tokens may come next, given all its known tokens.
 
-    Known tokens only ever grow; a second call with the same ones (after a preemption) gives the
-    same mask. A mask has one bit a token id, least significant bit first, (vocab_size + 7) // 8
-    bytes, and never forbids everything. `error`: once set, the sequence cannot be continued as
-    asked; the mask of that call is None, and the token chosen by it must not be taken.
+    Known tokens are only ever appended. A second call with the same tokens (after a preemption)
+    returns the same mask. A mask has one bit for each token id, least significant bit first,
+    (vocab_size + 7) // 8 bytes, and always allows a token. None allows every token. `error`: once
+    set, the sequence cannot be continued as requested. The mask of that call is None, and the token
+    sampled with it must be dropped.
     """
 
     def __init__(
@@ -51,8 +53,8 @@ class Constraint:
         self._banned = [words[0] for words in bad_words if len(words) == 1]
         self._phrases = [(list(words[:-1]), words[-1]) for words in bad_words if len(words) > 1]
         self._known = prompt_len  # tokens the matcher has seen
-        self._ended = False  # an end token is out, yet the sequence goes on (ignore_eos)
-        self._masked: int | None = None  # len(tokens) that `_mask` is for
+        self._ended = False  # an end token was sampled, but the sequence goes on (ignore_eos)
+        self._masked: int | None = None  # len(tokens) of the call that made `_mask`
         self._mask: bytes | None = None
         self.error: str | None = None
 
@@ -72,7 +74,7 @@ class Constraint:
         mask = allowed.copy()
         for id in banned:
             mask[id >> 3] &= ~(1 << (id & 7))
-        if not any(mask):  # the end is no word: where it is allowed, it always is
+        if not any(mask):  # bad words cannot forbid an end token that the grammar allows
             for id in self._eos:
                 mask[id >> 3] |= allowed[id >> 3] & 1 << (id & 7)
         if not any(mask):
@@ -82,7 +84,7 @@ class Constraint:
         return bytes(mask)
 
     def _completing(self, tokens: list[int]) -> list[int]:
-        """Tokens that would complete a bad word of several tokens, all of them output."""
+        """Tokens that would complete a bad word of several tokens, all of them output tokens."""
         room = len(tokens) - self._prompt_len
         return [
             last
@@ -91,7 +93,7 @@ class Constraint:
         ]
 
     def _grammatical(self, tokens: list[int]) -> bytearray:
-        """What the grammar allows after `tokens`; sets `error` where that is nothing."""
+        """The mask of tokens that the grammar allows after `tokens`; may set `error`."""
         matcher = self._matcher
         assert matcher is not None
         start = time.thread_time()
@@ -119,15 +121,15 @@ class Constraint:
 class Grammars:
     """Compiles the constraints of requests, on a thread of its own.
 
-    A grammar may take seconds to compile and a tokenizer to load; sequences that run meanwhile
-    must not wait. Compiled grammars are kept, since most users send the same schema again, and so
-    are failures, since a request may send one n times.
+    Compiling a grammar or loading a tokenizer may take seconds; running sequences must not wait.
+    Compiled grammars are cached, because most users send the same schema again. Failures are cached
+    too, because the n sequences of a request have the same grammar.
     """
 
     def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        """`tokenizer`: its directory. `vocab_size`: the model's, which may be padded.
+        """`tokenizer`: the tokenizer's directory. `vocab_size`: of the model, may be padded.
 
-        `eos_token_ids`: those of the checkpoint's configuration.
+        `eos_token_ids`: from the checkpoint's configuration.
         """
         self._vocab_size = vocab_size
         self._configured_ids = eos_token_ids
@@ -137,9 +139,9 @@ class Grammars:
         self._compiled = lru_cache(MAX_CACHED_GRAMMARS)(self._compile)
 
     def constrain(self, request: Request) -> Constraint | Future[Constraint] | None:
-        """What restricts this request, if anything; a Future when there is a grammar.
+        """The constraint of a request: a Future for a grammar, None if there is no constraint.
 
-        The future raises InvalidField for one that cannot be compiled.
+        The future raises InvalidField for a grammar that cannot be compiled.
         """
         asked = request.sampling.structured_outputs
         if asked is not None:
@@ -148,13 +150,16 @@ class Grammars:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All tokens that end a text. Waits for the tokenizer, which knows of one too."""
+        """All end tokens, of the configuration and of the tokenizer. Waits for the tokenizer."""
         tokenizer = self._tokenizer.result()
         known = None if isinstance(tokenizer, str) else tokenizer
         return end_token_ids(self._configured_ids, known, self._vocab_size)
 
     def close(self) -> None:
-        """End what compiles; wait only for the tokenizer, or for a grammar tried with success."""
+        """Stop the trial process and end the thread.
+
+        Waits only for a loading tokenizer, or for a grammar whose trial has succeeded.
+        """
         self._compiler.add_done_callback(_stop)
         self._thread.shutdown(cancel_futures=True)
         if (compiler := _made(self._compiler)) is not None:
@@ -173,7 +178,7 @@ class Grammars:
         )
 
     def _compile(self, asked: StructuredOutputs) -> LLMatcher | str:
-        """A matcher to be copied, never advanced; or what is wrong."""
+        """A matcher, or a sentence saying why there is none. Copy the matcher; never advance it."""
         compiler = self._compiler.result()
         if isinstance(compiler, str):
             return compiler
@@ -183,7 +188,7 @@ class Grammars:
             return str(error)
 
     def _make_compiler(self) -> Compiler | str:
-        """What compiles grammars for this model, or why nothing does."""
+        """The compiler of this model's grammars, or a sentence saying why there is none."""
         tokenizer = self._tokenizer.result()
         if isinstance(tokenizer, str):
             return tokenizer
@@ -200,7 +205,7 @@ class Grammars:
 
 
 def _made(future: Future[Compiler | str]) -> Compiler | None:
-    """The compiler of a future that is done, if there is one."""
+    """The compiler of a completed future, or None."""
     if future.cancelled() or future.exception() is not None:
         return None
     compiler = future.result()
@@ -213,7 +218,7 @@ def _stop(future: Future[Compiler | str]) -> None:
 
 
 def _load(directory: Path) -> Tokenizer | str:
-    """The tokenizer, or why there is none."""
+    """The tokenizer, or a sentence saying why it cannot be used."""
     try:
         return Tokenizer(directory)
     except TextError as error:

@@ -1,7 +1,7 @@
-"""Token ids to text, as they come.
+"""An incremental detokenizer: turns token ids into text as they arrive.
 
-Owns how each token of a vocabulary reads, and where a character or a text begins. Knows nothing of
-encoding, chat or requests.
+Owns the bytes of every token, and the handling of partial characters and of a text's first token.
+Knows nothing of encoding, chat or requests.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 class DecoderError(ValueError):
-    """The decoder of a tokenizer.json is of a kind that is not supported; the message names it."""
+    """The decoder type of a tokenizer.json is not supported; the message names the type."""
 
 
 class Spelling:
-    """How every token reads, as the decoder's rules make it. Nothing changes but caches."""
+    """The bytes of every token, made by the decoder's rules. Immutable except for caches."""
 
     def __init__(self, tokenizer: Tokenizer, special_tokens: Container[str] = ()) -> None:
-        """`special_tokens`: more than those that the library skips. Raises DecoderError."""
+        """`special_tokens`: tokens to skip beside those of the library. Raises DecoderError."""
         self._tokenizer = tokenizer
         decoder = tokenizer.decoder
-        # Its pickled state is its part of tokenizer.json; the whole would take a second to write.
+        # The pickled state is the decoder's part of tokenizer.json. Writing the whole tokenizer
+        # would take a second.
         rules = _decoder_rules(None if decoder is None else json.loads(decoder.__getstate__()))
         self.leading_spaces = _leading_spaces(rules)
         self._special = _special_ids(tokenizer, special_tokens)
@@ -36,27 +37,28 @@ class Spelling:
         self._plain = _Pieces(lambda id: b"" if id in self._special else self._shown[id])
 
     def pieces(self, skip_special_tokens: bool) -> dict[int, bytes]:
-        """UTF-8 bytes by token id; they add up to the text of a sequence. Filled on demand.
+        """UTF-8 bytes by token id, filled on demand. A sequence's pieces joined are its text.
 
-        b"" for a special token that is skipped, and for an id that names no token.
+        b"" for a skipped special token, and for an id without a token.
         """
         return self._plain if skip_special_tokens else self._shown
 
     def first_piece(self, id: int) -> bytes:
-        """The bytes of a token that begins a text: some decoders drop its word markers."""
+        """The bytes of a text's first token: some decoders drop its word markers."""
         return self._piece(self._spell_first, id)
 
     def _piece(self, spell: Callable[[str], bytes], id: int) -> bytes:
-        known = 0 <= id < 2**32  # the library raises OverflowError for others
+        known = 0 <= id < 2**32  # for other ids the library raises OverflowError
         token = self._tokenizer.id_to_token(id) if known else None
         return b"" if token is None else spell(token)
 
 
 class Detokenizer:
-    """Turns token ids into text as they come, after a prompt.
+    """Turns the output tokens after a prompt into text, incrementally.
 
-    Pieces add up to decode(prompt + output) without decode(prompt). A character whose bytes have
-    not all come is held back. Cost: a table look-up and a UTF-8 decode of the new bytes.
+    The returned texts add up to decode(prompt + output) without its prefix decode(prompt). An
+    incomplete character is held back. Cost: one table look-up for each token, and the UTF-8
+    decoding of the new bytes.
     """
 
     __slots__ = ("_begun", "_leading", "_pieces", "_spelling", "_split", "_utf8")
@@ -73,24 +75,24 @@ class Detokenizer:
             if len(tail) >= 3:  # an incomplete character has at most three bytes
                 break
         self._utf8.decode(tail[-3:])
-        # The prompt may end inside a character. If the output does not complete it, the
-        # replacement characters it gives belong to the prompt.
+        # The prompt may end inside a character. If the output does not complete that character,
+        # its replacement characters belong to the prompt's text.
         self._split = len(self._utf8.getstate()[0].decode("utf-8", "replace"))
         self._begun = tail != b""  # whether a token has begun the text
         self._leading = 0 if self._begun else spelling.leading_spaces
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete; "" when they end inside a character."""
+        """The new text after adding `ids`; an incomplete character at the end is held back."""
         pieces = map(self._pieces.__getitem__, ids)
         data = b"".join(pieces) if self._begun else self._begin(ids)
         return self._trim(self._utf8.decode(data))
 
     def flush(self) -> str:
-        """The end of the text: a replacement character if it ends inside a character."""
+        """The rest of the text: a replacement character if it ends inside a character, else ""."""
         return self._trim(self._utf8.decode(b"", True))
 
     def _begin(self, ids: Sequence[int]) -> bytes:
-        """The bytes of tokens that come before or with the first one of the text."""
+        """The bytes of `ids` while the text is empty; its first token is spelled differently."""
         for index, id in enumerate(ids):
             if self._pieces[id]:
                 self._begun = True
@@ -113,7 +115,7 @@ class Detokenizer:
 
 
 class _Pieces(dict[int, bytes]):
-    """A table filled as it is read: a front end starts without spelling 150,000 tokens."""
+    """A table that is filled on demand, so a front end's start does not spell 150,000 tokens."""
 
     def __init__(self, spell: Callable[[int], bytes]) -> None:
         self._spell = spell
@@ -124,9 +126,10 @@ class _Pieces(dict[int, bytes]):
 
 
 def _special_ids(tokenizer: Tokenizer, special_tokens: Container[str]) -> frozenset[int]:
-    """The tokens that the library skips, and `special_tokens`.
+    """The ids of the tokens that the library skips, and of `special_tokens`.
 
-    The library is asked, because what it says of an added token is only what was said last.
+    Decoding shows which tokens the library skips. The `special` attribute of an added token does
+    not, because it is the value that was set last.
     """
 
     def is_skipped(id: int) -> bool:
@@ -138,7 +141,7 @@ def _special_ids(tokenizer: Tokenizer, special_tokens: Container[str]) -> frozen
 
 
 def _decoder_rules(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a tokenizer.json's decoder; all must work on each token by itself."""
+    """The steps of a tokenizer.json's decoder. Every step must work on single tokens."""
     rules = [{"type": None}] if decoder is None else decoder.get("decoders", [decoder])
     for index, rule in enumerate(rules):
         if rule["type"] not in _RULES:
@@ -155,14 +158,14 @@ def _decoder_rules(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _leading_spaces(rules: list[dict[str, Any]]) -> int:
-    """How many spaces a text loses at its very start."""
+    """The number of spaces that the decoder strips from the start of a text."""
     return sum(rule["start"] for rule in rules if rule["type"] == "Strip")
 
 
 def _speller(rules: list[dict[str, Any]], first: bool) -> Callable[[str], bytes]:
-    """A function from a token as the vocabulary spells it to its UTF-8 bytes.
+    """A function from a token's spelling in the vocabulary to its UTF-8 bytes.
 
-    `first`: for the first token of a text.
+    `first`: whether it is for the first token of a text.
     """
     steps = [step for rule in rules if (step := _RULES[rule["type"]](rule, first)) is not None]
 
@@ -200,7 +203,7 @@ def _replace(rule: dict[str, Any], first: bool) -> Callable[[str], str]:
 
 
 def _metaspace(rule: dict[str, Any], first: bool) -> Callable[[str], str]:
-    """Word markers become spaces. In the first token all go, those within it too."""
+    """Word markers become spaces. In a text's first token, all word markers are removed."""
     dropped = first and rule.get("prepend_scheme", "always") != "never"
     return lambda token: token.replace(rule["replacement"], "" if dropped else " ")
 
@@ -209,10 +212,10 @@ def _nothing(rule: dict[str, Any], first: bool) -> None:
     return None
 
 
-# GPT-2's spelling of bytes.
+# GPT-2's spelling of bytes: character -> byte value.
 _BYTE_OF: dict[str, int] = {char: value for value, char in bytes_to_unicode().items()}
 
-# Steps that change single tokens, by the "type" in tokenizer.json; None: nothing to do a token.
+# By "type" in tokenizer.json: makes the step for single tokens; None if tokens do not change.
 _RULES: dict[str, Callable[[dict[str, Any], bool], Callable[[str], Any] | None]] = {
     "ByteLevel": _byte_level,
     "ByteFallback": _byte_fallback,

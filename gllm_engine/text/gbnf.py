@@ -1,12 +1,12 @@
-"""GBNF, the grammars of llama.cpp and xgrammar (`root ::= ...`), as Lark grammars.
+"""Translates GBNF, the grammars of llama.cpp and xgrammar (`root ::= ...`), to Lark grammars.
 
-Owns the syntax of GBNF and what becomes a lexeme. GBNF speaks of characters alone, while
-llguidance first cuts a text into lexemes and makes each as long as it can: with `word "x"` and a
+Owns the syntax of GBNF and the choice of lexemes. GBNF matches single characters, but llguidance
+first splits the text into lexemes and makes every lexeme as long as possible. With `word "x"` and a
 lexeme for `word ::= [a-z]+`, the x would always be part of the word, and no text would ever be
-complete. So a grammar without recursion becomes one lexeme, and in any other one a lexeme is a
-single character. Repetitions of many characters ([^"]*, [a-z]+) are the exception, because masks
-of single characters would take milliseconds: they are lexemes, as long as possible, together with
-the literal that follows.
+complete. So a grammar without recursion becomes one lexeme, and in any other grammar every lexeme
+is a single character. The exception is a repetition of a large character set ([^"]*, [a-z]+),
+because token masks for single characters would take milliseconds. It becomes a lexeme, as long as
+possible, together with the literal or set that follows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 # Sets with more characters than hexadecimal digits make masks of single characters slow.
 MAX_NARROW = 22
-# A bounded repetition of more than so many characters is a lexeme too.
+# A bounded repetition of more characters than this is a lexeme too.
 MAX_SHORT = 8
 MAX_DEPTH = 100  # of parentheses
 
@@ -85,12 +85,12 @@ Node = Literal | Chars | Ref | Sequence | Choice | Repeat
 
 
 def is_gbnf(grammar: str) -> bool:
-    """Whether a line begins with `name ::=`, which no Lark grammar has."""
+    """Whether a line begins with `name ::=`, which never occurs in a Lark grammar."""
     return _RULE.search(grammar) is not None
 
 
 def gbnf_to_lark(grammar: str) -> str:
-    """The same grammar for llguidance. Raises GbnfError."""
+    """Translate a GBNF grammar to llguidance's Lark. Raises GbnfError."""
     rules = _Parser(grammar).rules()
     if "root" not in rules:
         raise GbnfError("it has no rule named root, where a text begins")
@@ -257,7 +257,7 @@ class _Writer:
         self._numbers = {name: number for number, name in enumerate(rules)}
         self._regular: set[str] = set()  # rules without recursion
         self._narrow: set[str] = set()  # of these, the ones whose sets have few characters
-        for name in _without_recursion(rules):  # after those that it uses
+        for name in _without_recursion(rules):  # a rule comes after the rules that it uses
             self._regular.add(name)
             if self._is_narrow(rules[name]):
                 self._narrow.add(name)
@@ -277,7 +277,7 @@ class _Writer:
         return "\n".join(lines)
 
     def _name(self, rule: str, prefix: str) -> str:
-        """A rule's name in Lark; upper case makes it a lexeme."""
+        """A rule's name in Lark. A name in upper case is a lexeme."""
         name = f"{prefix}{self._numbers[rule]}"
         if name not in self._lines:
             self._lines[name] = ""
@@ -285,7 +285,7 @@ class _Writer:
         return name
 
     def _is_narrow(self, node: Node) -> bool:
-        """Whether no set of this node, which has no recursion, has many characters."""
+        """Whether all character sets of a node without recursion are small."""
         if isinstance(node, Chars):
             return node.narrow
         if isinstance(node, Ref):
@@ -295,7 +295,7 @@ class _Writer:
         return isinstance(node, Literal) or all(map(self._is_narrow, node.nodes))
 
     def _is_long(self, node: Node) -> bool:
-        """Whether this is a repetition of many characters, without recursion."""
+        """Whether a node without recursion is a long repetition of a large character set."""
         if not isinstance(node, Repeat) or not self._regular.issuperset(_refs(node)):
             return False
         return (node.high is None or node.high > MAX_SHORT) and not self._is_narrow(node)
@@ -326,7 +326,7 @@ class _Writer:
         return self._write_sequence(node)
 
     def _write_sequence(self, sequence: Sequence) -> str:
-        """As a rule; the literal or set after a long repetition becomes a part of its lexeme."""
+        """Write a sequence as a rule. A long repetition and the next literal or set: one lexeme."""
         written: list[str] = []
         nodes = list(sequence.nodes)
         while nodes:
@@ -349,7 +349,7 @@ class _Writer:
 
 
 def _without_recursion(rules: dict[str, Node]) -> Iterator[str]:
-    """The rules that use no recursive rule, those that a rule uses before it."""
+    """The rules that use no recursive rule; a rule comes after the rules that it uses."""
     users = defaultdict(list)
     missing: dict[str, int] = {}
     for name, node in rules.items():

@@ -1,7 +1,8 @@
-"""A user's structured_outputs as a grammar of llguidance, compiled for a vocabulary.
+"""Translates a user's structured_outputs to a grammar of llguidance, and compiles the grammar.
 
-Owns the dialects. Knows nothing of sequences. A hostile grammar may take any time and memory here
-and even end the process, so grammar_trial.py runs it elsewhere first.
+Owns the grammar dialects. Compiling a hostile grammar may take any time and memory, and may even
+end the process. So grammar_trial.py first compiles every grammar in a process of its own. Knows
+nothing of sequences.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from gllm_engine.sampling import StructuredOutputs
 from gllm_engine.text.gbnf import GbnfError, gbnf_to_lark, is_gbnf
 
 MAX_ERROR_LEN = 200
-# Of a lexer, each about 2 KB; a sequence may have a lexer of its own.
+# States of a lexer, about 2 KB each; a sequence may have a lexer of its own.
 MAX_LEXER_STATES = 50_000
-# Between the tokens of JSON: what pretty printing needs, but an end. JSON itself sets none, and
-# small models then write blanks until max_tokens.
+# Between the tokens of JSON: enough for pretty printing, but bounded. JSON itself sets no bound,
+# and small models then write blanks until max_tokens.
 JSON_WHITESPACE = r"\n?[ \t]{0,16}"
 ANY_OBJECT = '{"type": "object"}'
-# Of a regex: \d, \w and \s are ASCII, as in patterns of JSON schemas and in xgrammar.
+# In a regex, \d, \w and \s match ASCII only, as in patterns of JSON schemas and in xgrammar.
 ASCII_CLASSES = "dws"
-# The model chooses how to spell what a grammar leaves no choice about. Else llguidance asks the
-# tokenizer, whose answer may spell another text: with a special token, or a normalized one.
+# If a grammar allows only one text, the model still chooses its tokens. Else llguidance would call
+# the tokenizer, whose tokens may spell another text: with a special token, or normalized.
 UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: ""'}
-# In Lark: strings, comments and regular expressions, else a token's name.
+# Matches Lark's strings, comments and regular expressions; group 1 is a token's name outside them.
 _LARK = re.compile(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*|#[^\n]*|/(?:[^/\\\n]|\\.)+/|(<[^\s<>"]+>)')
 
 
@@ -44,10 +45,10 @@ class GrammarError(ValueError):
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """The model's tokens by id, as a detokenizer spells them; b"" for an id without a token."""
+    """The detokenizer's bytes of every token id; b"" for an id without a token."""
 
     tokens: list[bytes]
-    special: list[int]  # never part of a text: the special tokens, and all that end
+    special: list[int]  # never part of a text: the special tokens, including all end tokens
     ends: list[int]
 
 
@@ -58,7 +59,7 @@ class _Structure(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _StructuralTag(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's and xgrammar's JSON text: free text, and a structure from each trigger on."""
+    """vLLM's and xgrammar's JSON format: free text in which a trigger starts a structure."""
 
     structures: list[_Structure]
     triggers: list[str]
@@ -66,7 +67,7 @@ class _StructuralTag(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Tokens:
-    """A vocabulary by the names that llguidance reads."""
+    """A vocabulary with the attributes that llguidance reads."""
 
     bos_token_id = None
 
@@ -84,7 +85,7 @@ def ll_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """A matcher at the beginning of what `translate` gave. Raises GrammarError."""
+    """Compile a grammar of `translate`; returns a matcher at its start. Raises GrammarError."""
     limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if matcher.is_error():
@@ -96,7 +97,7 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 
 
 def reason(matcher: LLMatcher) -> str:
-    """Why a matcher has failed, for a user."""
+    """The reason why a matcher has failed, for an error message."""
     message = matcher.get_error().removesuffix("<non-verbose/>").strip()
     if message == "NoExtensionBias":
         return "no token can follow"
@@ -109,7 +110,7 @@ def shorten(message: str) -> str:
 
 
 def translate(asked: StructuredOutputs, vocabulary: Vocabulary) -> str:
-    """A grammar as llguidance takes it. Raises GrammarError."""
+    """Translate structured_outputs to llguidance's JSON. Raises GrammarError."""
     try:
         grammar = _translate(asked, vocabulary)
     except GbnfError as error:
@@ -150,9 +151,10 @@ def _schema(asked: StructuredOutputs) -> Any:
 
 
 def _with_options(schema: Any, defaults: dict[str, Any], overrides: dict[str, Any]) -> Any:
-    """The schema with options of llguidance's JSON; one that is no object has no place for them.
+    """The schema with llguidance's JSON options added.
 
-    Not an object: true, false, or a mistake that llguidance names.
+    A schema that is not an object is returned unchanged: true, false, or an invalid value that
+    llguidance refuses.
     """
     if not isinstance(schema, dict):
         return schema
@@ -190,9 +192,9 @@ def _structural_tag(text: str, vocabulary: Vocabulary) -> str:
 
 
 def _name_tokens(lark: str, vocabulary: Vocabulary) -> str:
-    """Tokens that are added but not special, named like these (<think>), by their numbers.
+    """Replace names of added tokens that are not special (such as <think>) by their token ids.
 
-    llguidance knows the names of special tokens alone.
+    llguidance knows only the names of special tokens.
     """
     special = set(vocabulary.special)
 

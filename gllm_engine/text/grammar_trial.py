@@ -1,7 +1,12 @@
-"""Tries grammars in a process of its own, which may take too long, grow too large, or crash.
+"""Compiles every grammar first in a trial process, which may take too long, grow, or crash.
 
-Owns that process and what it is asked. llguidance's compiler recurses without a limit (a chain of
-3,000 rules ends the process that compiles it), and cannot be interrupted.
+Owns the trial process and its messages. llguidance's compiler cannot be interrupted, and recurses
+without a limit: a chain of 3,000 rules ends the process that compiles it.
+
+    engine process                         trial process
+    vocabulary           -- pipe -->       makes a tokenizer, then limits its memory
+    structured_outputs   -- pipe -->       translates and compiles the grammar
+    compiles it too      <-- pipe --       Translated(grammar), or Rejected(problem)
 """
 
 from __future__ import annotations
@@ -31,40 +36,40 @@ from gllm_engine.text.grammar import (
 
 MAX_COMPILE_S = 10.0  # of the wall clock
 MAX_START_S = 60.0
-_TRIES = 2  # what an earlier grammar left behind must not count against this one
+_TRIES = 2  # a new process, in case the memory of earlier grammars caused the first failure
 _LENGTH = struct.Struct("!I")
-# What a trial may need on top of the vocabulary. Compiled grammars are kept.
+# Bytes that trials may need on top of the vocabulary. Compiled grammars are kept.
 MAX_MEMORY = 256 * 2**20
-# Of the thread that compiles, a quarter of what the engine's threads have: what is harmless here
-# is harmless there.
+# Stack bytes of the compiling thread: a quarter of an engine thread's stack, so a grammar that
+# passes the trial cannot overflow the engine's stack.
 STACK = 2 * 2**20
 
 
 class Translated(msgspec.Struct, frozen=True, tag="grammar"):
-    """A grammar for compile_grammar that is known to be harmless."""
+    """A grammar that has passed the trial, for compile_grammar."""
 
     grammar: str
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
-    """A grammar that is not usable, and why."""
+    """A grammar that is not usable, and the reason."""
 
     problem: str
 
 
 class Compiler:
-    """Compiles grammars for a vocabulary: first in a trial, then, where that was well, here."""
+    """Compiles grammars for a vocabulary: first in the trial process, then in this process."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._trial = Trial(vocabulary)
         self._tokenizer = ll_tokenizer(vocabulary)
 
     def compile(self, asked: StructuredOutputs) -> LLMatcher:
-        """A matcher at the beginning of the grammar. Raises what Trial.run raises."""
+        """A matcher at the start of the grammar. Raises the errors of Trial.run."""
         return compile_grammar(self._tokenizer, self._trial.run(asked))
 
     def stop(self) -> None:
-        """From any thread: let a trial under way fail, and later ones."""
+        """Make the running trial and all later ones fail. Any thread."""
         self._trial.stop()
 
     def close(self) -> None:
@@ -72,7 +77,7 @@ class Compiler:
 
 
 class Trial:
-    """The process that tries grammars; started when it is first needed, and again after a death."""
+    """The trial process, started by the first run() and again after its death."""
 
     def __init__(self, vocabulary: Vocabulary, max_compile_s: float = MAX_COMPILE_S) -> None:
         self._vocabulary = vocabulary
@@ -81,9 +86,9 @@ class Trial:
         self._stopped = False
 
     def run(self, asked: StructuredOutputs) -> str:
-        """What `translate` makes of it, once that has been compiled.
+        """Translate and compile in the trial process; returns the translated grammar.
 
-        Raises GrammarError; RuntimeError if that fails for another reason than the grammar.
+        Raises GrammarError, or RuntimeError for a failure that the grammar did not cause.
         """
         for _ in range(_TRIES):
             try:
@@ -94,7 +99,7 @@ class Trial:
                 took = f"it takes more than {self._max_compile_s:g} s to compile"
                 raise GrammarError(f"the grammar is too complex ({took})") from None
             except _Died:
-                if self.close() >= 0 or self._stopped:  # not by a signal: a mistake of ours
+                if self.close() >= 0 or self._stopped:  # no signal ended it: a bug of ours
                     raise
                 continue
             answer = msgspec.msgpack.decode(frame, type=Translated | Rejected)
@@ -112,18 +117,18 @@ class Trial:
             child.kill()
 
     def close(self) -> int:
-        """End the process; another run() starts a new one. Returns its exit status, or 0."""
+        """End the trial process; a later run() starts a new one. Returns the exit status, or 0."""
         child = self._child
         self._child = None
         if child is None:
             return 0
-        with contextlib.suppress(BrokenPipeError), child:  # closes the pipes, and waits
+        with contextlib.suppress(BrokenPipeError), child:  # closes the pipes, waits for the end
             pass
         return child.returncode
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "gllm_engine.text.grammar_trial", str(os.getpid())]
-        # A session of its own: Ctrl-C at a terminal is the engine's to understand.
+        # A new session: the engine alone handles Ctrl-C at the terminal.
         child = self._child = subprocess.Popen(
             command, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -139,7 +144,10 @@ class _Died(RuntimeError):
 
 
 def _exchange(child: subprocess.Popen[bytes], message: bytes, max_s: float) -> bytes:
-    """Send a message and wait for the answer. Raises _Died, or TimeoutError after its end."""
+    """Send a message and wait for the answer, at most `max_s` seconds.
+
+    Raises _Died if the process ended, TimeoutError if it was killed for being late.
+    """
     assert child.stdin is not None and child.stdout is not None
     late = threading.Event()
 
@@ -166,7 +174,7 @@ def _write(pipe: IO[bytes], message: bytes) -> None:
 
 
 def _read(pipe: IO[bytes]) -> bytes:
-    """One message; raises EOFError where there is none any more."""
+    """Read one message. Raises EOFError at the end of the pipe."""
     length = pipe.read(_LENGTH.size)
     if len(length) < _LENGTH.size:
         raise EOFError
@@ -177,9 +185,9 @@ def _read(pipe: IO[bytes]) -> bytes:
 
 
 def main() -> None:
-    """The process: a vocabulary comes first, then grammars; each message has its answer."""
+    """The trial process: answers the first message, a vocabulary, and then one for each grammar."""
     end_with(Process.of(int(sys.argv[1])))
-    # What a library prints must not come between answers.
+    # Output that a library prints must not mix with the answers on stdout.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     threading.stack_size(STACK)

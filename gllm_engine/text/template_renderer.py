@@ -1,10 +1,10 @@
-"""The program that renders chat templates: processes of their own, which may come to any end.
+"""The program that renders chat templates in a process of its own, which may be killed safely.
 
-A template is a program from a checkpoint and its input comes from a user. It may loop or grow
-without bound, and no part of Python can stop that from within. So it runs in a process that the
-kernel ends at a limit of processor time and refuses memory at another, and nobody else's request
-is in there. To have a successor at once, that process is a fork of one that has all libraries
-loaded and runs no template itself.
+A chat template is a program from a checkpoint, and its input comes from a user. It may loop or
+allocate without bound, and Python cannot stop it from within. So it runs in a process with one
+request at a time. The kernel kills this process at a limit of processor time and refuses it memory
+above another limit. The process is a fork of a parent that has loaded all libraries and runs no
+template, so that the parent can replace it at once.
 
     chat_template.py --- socket ---+--- this program: reads the setup, forks, waits
                                    +--- its fork: a line with a request in, a line with a reply out
@@ -26,20 +26,20 @@ from typing import Any
 
 from gllm_engine.text.template_source import Template
 
-MAX_PROBLEM_LEN = 300  # characters of what a template complains of
+MAX_PROBLEM_LEN = 300  # characters of a template's error message
 KWARGS = "chat_template_kwargs"
-_SWITCHES = ("add_generation_prompt", "continue_final_message")  # beside a template's variables
-_RESERVED = ("messages", "tools")  # have a place of their own in a request
-# Names under which templates and clients know what was thought before an answer.
+_SWITCHES = ("add_generation_prompt", "continue_final_message")  # always accepted as kwargs
+_RESERVED = ("messages", "tools")  # fields of the request, refused as kwargs
+# Names of the reasoning text before an answer, in templates and clients.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Stands after the text of a message that is to be continued, while it is rendered.
+# Marks the end of a message that the model continues, while the template renders.
 _MARK = "\ue000continue here\ue001"
 
 Message = dict[str, Any]
 
 
 class Unusable(ValueError):
-    """The request cannot be rendered. `field`: the part of it that is to blame."""
+    """The request cannot be rendered. `field`: the field of the request that is invalid."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(problem)
@@ -47,18 +47,18 @@ class Unusable(ValueError):
 
 
 class Renderer:
-    """The templates of one checkpoint, by name, and the texts of its special tokens."""
+    """Renders with the templates of one checkpoint, by name, and its special tokens' texts."""
 
     def __init__(
         self, templates: dict[str, str], special_tokens: dict[str, str], memory_limit: int
     ) -> None:
-        """`memory_limit`: bytes, for what is said of a MemoryError."""
+        """`memory_limit`: in bytes, for the message of a MemoryError."""
         self._templates = {name: Template(source) for name, source in templates.items()}
         self._special_tokens = special_tokens
         self._memory_limit = memory_limit
 
     def answer(self, line: bytes) -> dict[str, Any]:
-        """The reply to one request; never raises."""
+        """The reply to one request. Never raises."""
         try:
             request = json.loads(line)
             text = self.render(
@@ -69,14 +69,14 @@ class Renderer:
         except MemoryError:
             limit = f"{self._memory_limit >> 20} MiB of memory"
             return _refusal(f"the chat template takes more than {limit} for them")
-        except Exception as error:  # the template is a program; what it raises is about them
+        except Exception as error:  # a template may raise any error about the messages
             return _refusal(f"the chat template refused them ({error!s:.{MAX_PROBLEM_LEN}})")
         return {"text": text} if len(text) <= request["max_chars"] else {"num_chars": len(text)}
 
     def render(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, kwargs: dict[str, Any]
     ) -> str:
-        """The text of a conversation. Raises Unusable, and whatever the template raises."""
+        """The text of a conversation. Raises Unusable, and any error of the template."""
         template = self._choose(tools)
         self._check_kwargs(template, kwargs)
         messages = [_in_format(template, _with_reasoning(message)) for message in messages]
@@ -92,7 +92,7 @@ class Renderer:
         return _cut(template.render(variables))
 
     def _choose(self, tools: list[dict[str, Any]] | None) -> Template:
-        """Some checkpoints have a template of its own for requests with tools."""
+        """The template for a request. Some checkpoints have an extra template for tools."""
         template = self._templates.get("tool_use") if tools else None
         template = template or self._templates.get("default")
         if template is None:
@@ -103,7 +103,7 @@ class Renderer:
         return template
 
     def _check_kwargs(self, template: Template, kwargs: dict[str, Any]) -> None:
-        """A variable that the template never reads would be ignored in silence."""
+        """Refuse a variable that the template never reads: it would be silently ignored."""
         for key, value in kwargs.items():
             if key in _SWITCHES:
                 if not isinstance(value, bool):
@@ -123,7 +123,7 @@ def _refusal(problem: str) -> dict[str, Any]:
 
 
 def _with_reasoning(message: Message) -> Message:
-    """A message whose reasoning has all names that templates know it by, as in transformers."""
+    """The message with its reasoning under every name that templates use, as in transformers."""
     found = [message[key] for key in _REASONING if key in message]
     if not found:
         return message
@@ -131,7 +131,7 @@ def _with_reasoning(message: Message) -> Message:
 
 
 def _marked(message: Message) -> Message:
-    """A message with a mark after its text. A blank follows, to see whether a template trims."""
+    """The message with a mark and a blank after its text; a trimming template drops the blank."""
     mark = f"{_MARK} "
     content = message.get("content")
     if isinstance(content, str):
@@ -143,7 +143,7 @@ def _marked(message: Message) -> Message:
 
 
 def _cut(text: str) -> str:
-    """A rendered conversation up to the mark."""
+    """A rendered conversation up to the mark; trimmed if the template trims."""
     text, found, rest = text.rpartition(_MARK)
     if not found:
         problem = "continue_final_message: the chat template leaves the last message out"
@@ -152,7 +152,7 @@ def _cut(text: str) -> str:
 
 
 def _in_format(template: Template, message: Message) -> Message:
-    """A message with its content as the template expects it: a string, or a list of parts."""
+    """The message with content in the template's format: a string, or a list of parts."""
     content = message.get("content")
     if isinstance(content, list) and not template.takes_parts:
         return message | {"content": "\n".join(part["text"] for part in content)}
@@ -162,7 +162,7 @@ def _in_format(template: Template, message: Message) -> Message:
 
 
 def limit_memory(limit: int) -> None:
-    """From now on this process gets `limit` bytes more, and a MemoryError beyond."""
+    """Limit this process to `limit` more bytes; beyond, allocations raise MemoryError."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
@@ -170,26 +170,26 @@ def limit_memory(limit: int) -> None:
 
 
 def serve(connection: socket.socket, renderer: Renderer, cpu_limit_s: float) -> None:
-    """Answer requests until the other end is closed, or the kernel ends this process."""
+    """Answer requests until the other end is closed, or the kernel kills this process."""
     for line in connection.makefile("rb", buffering=1 << 20):
         signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)  # counts processor time
         reply = json.dumps(renderer.answer(line), ensure_ascii=False) + "\n"
         signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.sendall(reply.encode("utf-8", "surrogatepass"))  # which json.loads takes
+        connection.sendall(reply.encode("utf-8", "surrogatepass"))  # json.loads decodes it
 
 
 def read_setup(connection: socket.socket) -> bytes:
-    """Not a byte more: what follows is for the process that serves."""
+    """Read exactly the setup: the bytes after it are for the forked process."""
     size = connection.recv(8, socket.MSG_WAITALL)
-    if not size:  # never used
+    if not size:  # the other end was closed before it sent the setup
         sys.exit(0)
     return connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
 
 
 def main() -> None:
-    """Fork a process that serves; another one when that has met its limit of processor time."""
-    # Whatever the parent does with signals: here the timer's ends a process, and Ctrl-C at a
-    # terminal is not for it.
+    """Fork a process that serves, and a new one each time the kernel kills it for its time limit."""
+    # Reset inherited signal handling: SIGPROF from the timer must kill the process, and Ctrl-C at
+    # the terminal must not.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -206,8 +206,8 @@ def main() -> None:
             serve(connection, renderer, cpu_limit_s)
             os._exit(0)
         _, status = os.wait()
-        # The timer runs when a request has been read and none of its reply is written: only then
-        # is it clear what comes next in the socket.
+        # The timer runs only after a request is read and before its reply is written. So after
+        # SIGPROF the whole reply is still due, and this process can send it.
         if os.waitstatus_to_exitcode(status) != -signal.SIGPROF:
             sys.exit(os.waitstatus_to_exitcode(status))
         connection.sendall(overdue.encode() + b"\n")

@@ -1,6 +1,6 @@
-"""The source of a chat template: its environment, and what its syntax tree tells of it.
+"""The source of a chat template: its Jinja environment, and the analysis of its syntax tree.
 
-For the renderer's process alone: a hostile template may take as much to parse as to render.
+Only for the renderer process: a hostile template may take as long to parse as to render.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Template:
-    """One chat template. Its properties raise what Jinja does for a source that it cannot parse."""
+    """One chat template. Its properties raise Jinja's errors for a source that cannot be parsed."""
 
     def __init__(self, source: str) -> None:
         self._source = source
 
     def render(self, variables: dict[str, Any]) -> str:
-        """Raises whatever the template does: it is a program."""
+        """Render the template. It is a program and may raise any error."""
         return self._compiled.render(variables)
 
     @cached_property
@@ -39,29 +39,29 @@ class Template:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Variables that it reads, those among them that it sets itself."""
+        """All variables that the template reads, including those that it sets itself."""
         found = self._tree.find_all(nodes.Name)
         return frozenset(name.name for name in found if name.ctx == "load")
 
     @cached_property
     def variables(self) -> set[str]:
-        """Variables that only a caller can set."""
+        """Variables that the template reads but does not set."""
         return find_undeclared_variables(self._tree)
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Whether it iterates over the content of messages, so that content may be parts."""
+        """Whether the template loops over the content of messages, so content may be parts."""
         names = _ContentNames(self._tree)
         return any(names.is_content(loop.iter) for loop in self._tree.find_all(nodes.For))
 
     @cached_property
     def tells_strings(self) -> bool:
-        """Whether it asks what is a string: then content that is one may stay one."""
+        """Whether the template tests for strings, so content may also be a string."""
         return any(test.name == "string" for test in self._tree.find_all(nodes.Test))
 
 
 class _Generation(Extension):
-    """{% generation %}: marks what the assistant said, for training. Here only its body counts."""
+    """{% generation %} marks the assistant's text for training. Here it only renders its body."""
 
     tags = {"generation"}
 
@@ -79,7 +79,7 @@ def _strftime_now(format: str) -> str:
 
 
 def _dict(*args: Any, **values: Any) -> dict[Any, Any]:
-    """For `dict`: a function has no methods that lead elsewhere."""
+    """Replaces `dict` in templates: a function has no methods that lead to other objects."""
     return dict(*args, **values)
 
 
@@ -90,7 +90,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is: Jinja's own filter writes it for HTML."""
+    """Plain JSON; Jinja's own filter escapes it for HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -101,7 +101,7 @@ def _tojson(
 
 
 def _environment() -> Environment:
-    """What templates are written for: transformers' environment; tests compare the two."""
+    """The environment that templates are written for: transformers'. Tests compare the two."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
@@ -117,10 +117,10 @@ _ENVIRONMENT = _environment()
 
 
 class _ContentNames:
-    """The names by which a template knows conversations, messages and contents of messages.
+    """The variables of a template that hold conversations, messages and contents of messages.
 
-    They spread from `messages`: by loops over it, by assignments, and by calls of macros. Scopes
-    are not heeded: a name that ever means content always does.
+    The search starts at `messages` and follows loops, assignments and macro calls. It ignores
+    scopes: a name that holds content anywhere counts as content everywhere.
     """
 
     def __init__(self, tree: nodes.Template) -> None:
@@ -134,7 +134,7 @@ class _ContentNames:
             grew = self._learn(loops, assignments)
 
     def is_content(self, value: nodes.Node) -> bool:
-        """A name for the content of a message, or message.content."""
+        """Whether an expression is the content of a message: a variable, or message.content."""
         return any(
             _is_name(source, self._contents)
             or (_is_field(source, "content") and self._is_message(source.node))
@@ -142,7 +142,7 @@ class _ContentNames:
         )
 
     def _learn(self, loops: list[nodes.For], assignments: list[tuple[str, nodes.Node]]) -> bool:
-        """Follow every loop and assignment once; whether there are more names now."""
+        """Follow every loop and assignment once. Returns whether that added names."""
         before = len(self)
         for loop in loops:
             if isinstance(loop.target, nodes.Name) and self._is_conversation(loop.iter):
@@ -163,7 +163,7 @@ class _ContentNames:
         return any(_is_name(source, self._conversations) for source in _sources(value))
 
     def _is_message(self, value: nodes.Node) -> bool:
-        """A name for a message, or messages[0]."""
+        """Whether an expression is a message: a variable, or messages[0]."""
         return any(
             _is_name(source, self._messages)
             or (_is_element(source) and self._is_conversation(source.node))
@@ -172,7 +172,7 @@ class _ContentNames:
 
 
 def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
-    """Each name with an expression that it is given: by {% set %}, or by the call of a macro."""
+    """Pairs of a variable and its assigned expression, from {% set %} and from macro calls."""
     for assignment in tree.find_all(nodes.Assign):
         if isinstance(assignment.target, nodes.Name):
             yield assignment.target.name, assignment.node
@@ -184,7 +184,7 @@ def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
 
 
 def _sources(value: nodes.Node | None) -> Iterator[nodes.Node]:
-    """What an expression takes its value from, past filters, slices and alternatives."""
+    """The expressions that a value comes from, without filters, slices and conditionals."""
     if isinstance(value, nodes.Filter) or _is_slice(value):
         yield from _sources(value.node)
     elif isinstance(value, nodes.CondExpr):
@@ -206,17 +206,17 @@ def _is_slice(value: nodes.Node | None) -> TypeGuard[nodes.Getitem]:
 
 
 def _is_element(value: nodes.Node) -> TypeGuard[nodes.Getitem]:
-    """messages[0], but not message["content"]."""
+    """Whether an expression is like messages[0], and not like message["content"]."""
     return isinstance(value, nodes.Getitem) and _key(value) is None
 
 
 def _is_field(value: nodes.Node, key: str) -> TypeGuard[nodes.Getattr | nodes.Getitem]:
-    """message.content or message["content"], if `key` is "content"."""
+    """Whether an expression is message.content or message["content"], for the key "content"."""
     return _key(value) == key
 
 
 def _key(value: nodes.Node) -> str | None:
-    """ "content" of both message.content and message["content"]; None of anything else."""
+    """The key: "content" for message.content and message["content"]; None for any other."""
     if isinstance(value, nodes.Getattr):
         return value.attr
     if isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Const):

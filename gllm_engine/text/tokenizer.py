@@ -1,7 +1,7 @@
-"""Text to token ids: a checkpoint's tokenizer, and what it says of special tokens.
+"""Loads a checkpoint's tokenizer, which turns text into token ids.
 
-Owns loading it. Knows nothing of sampling, requests or models. Never runs code from a checkpoint,
-and needs torch only for checkpoints without a tokenizer.json.
+Never runs code from a checkpoint, and imports torch only for checkpoints without a tokenizer.json.
+Knows nothing of sampling, requests or models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gllm_engine.sampling import InvalidField
 from gllm_engine.text.chat_template import ChatTemplate, Message
 from gllm_engine.text.detokenizer import Detokenizer, Spelling
 
-# Tables by token id are this long at most; vocabularies have a few hundred thousand tokens.
+# Limits the length of tables by token id; vocabularies have a few hundred thousand tokens.
 MAX_TOKEN_ID = (1 << 24) - 1
 MAX_TEMPLATE_LEN = 1 << 20  # characters; templates have a few thousand
 
@@ -30,17 +30,17 @@ class TextError(ValueError):
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Shared by threads: nothing changes after construction but caches.
+    """A checkpoint's tokenizer. Threads may share it: after construction only caches change.
 
-    tokenizer.json is taken as it is (transformers' generic class applies tokenizer_config.json:
-    added tokens, beginning-of-sequence token, chat template); a checkpoint without one goes
-    through transformers' own converters.
+    A tokenizer.json is used unchanged. transformers' generic class applies tokenizer_config.json
+    to it: added tokens, beginning-of-sequence token, chat template. For a checkpoint without a
+    tokenizer.json, transformers' converters make one.
 
-    `spelling`: how its tokens read, for a Detokenizer. `chat_template`: None if there is none.
+    `spelling`: the bytes of the tokens, for a Detokenizer. `chat_template`: None if it has none.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Load from directory `path`; raises TextError."""
+        """Load the tokenizer in directory `path`. Raises TextError."""
         path = Path(path)
         with _explained(path):
             outer = _load(path)
@@ -58,15 +58,16 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[int]:
-        """Token ids of `text`, with the special tokens transformers adds (such as the bos).
+        """Token ids of `text`, with the special tokens that transformers adds (such as the bos).
 
-        Raises InvalidField("prompt"), at once for a text that no `max_tokens` tokens can spell.
+        Raises InvalidField("prompt"). A text that is too long for `max_tokens` tokens of any kind
+        is refused before it is tokenized.
         """
         if max_tokens is not None and len(text) > max_tokens * self._longest:
             problem = f"its {len(text)} characters are more than {max_tokens} tokens can spell"
             raise InvalidField("prompt", f"{problem} (max_model_len)")
         try:
-            # As a batch, because that alone lets other threads run: a megabyte takes a second.
+            # A batch, because only a batch releases the GIL: a megabyte of text takes a second.
             (found,) = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return found.ids
         except TypeError:
@@ -86,7 +87,7 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 
-        The rest is as in ChatTemplate.render. Raises InvalidField.
+        The other arguments are those of ChatTemplate.render. Raises InvalidField.
         """
         if self.chat_template is None:
             raise InvalidField("messages", "this model has no chat template; send plain text")
@@ -95,20 +96,20 @@ class Tokenizer:
         return self.encode(text, False, max_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`: what a Detokenizer makes of them without a prompt.
+        """The text of `ids`, as from a Detokenizer without a prompt.
 
-        Equals transformers' decode, but for byte-fallback tokens that are not UTF-8: valid
-        characters beside an invalid byte are kept, where transformers drops the whole run.
+        Equals transformers' decode, except for byte-fallback tokens that are not UTF-8: valid
+        characters beside an invalid byte are kept, while transformers drops the whole run.
         """
         detokenizer = Detokenizer(self.spelling, (), skip_special_tokens)
         return detokenizer.feed(ids) + detokenizer.flush()
 
     def token_text(self, id: int) -> str:
-        """How one token reads on its own, special or not; "" for an id that names no token."""
+        """The text of a single token, special or not; "" for an id without a token."""
         return self.spelling.pieces(skip_special_tokens=False)[id].decode("utf-8", "replace")
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The token sequences that spell each word, at the start of a text and after a space."""
+        """The token sequences of all words, at the start of a text and after a space."""
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             single = self._inner.token_to_id(word)
@@ -127,10 +128,10 @@ class Tokenizer:
 def end_token_ids(
     checkpoint_ids: Sequence[int], tokenizer: Tokenizer | None, vocab_size: int
 ) -> tuple[int, ...]:
-    """The tokens that end a text: those of the checkpoint's configuration, and the tokenizer's.
+    """The end tokens of the checkpoint's configuration, and the tokenizer's end token.
 
-    Many chat-tuned checkpoints have the right one in their tokenizer alone. All below
-    `vocab_size`, the model's; `tokenizer` None: it has none that can be used.
+    Many chat-tuned checkpoints name the right end token only in their tokenizer. Ids outside
+    the model's `vocab_size` are left out. `tokenizer` None: the checkpoint has no usable one.
     """
     ids = list(checkpoint_ids)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -139,13 +140,13 @@ def end_token_ids(
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether it is what the tokenizers library raises where its Rust code gives up."""
+    """Whether an error is a panic in the Rust code of the tokenizers library."""
     return type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Whatever a tokenizer's files make the libraries raise becomes a TextError."""
+    """Turn any error of the libraries that load a tokenizer's files into a TextError."""
     try:
         yield
     except TextError:
@@ -165,14 +166,14 @@ class _AddedToken(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    """What is read here of a tokenizer.json."""
+    """The part of a tokenizer.json that `_special_tokens` reads."""
 
     added_tokens: list[_AddedToken] = []
 
 
 def _special_tokens(file: Path) -> frozenset[str]:
-    """What a tokenizer.json calls special. The library forgets some of it when
-    tokenizer_config.json calls the same token ordinary."""
+    """The special tokens of a tokenizer.json. The library loses some of them when
+    tokenizer_config.json lists the same token as not special."""
     if not file.is_file():
         return frozenset()
     added = msgspec.json.decode(file.read_bytes(), type=_File).added_tokens
@@ -197,8 +198,10 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _restore_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> None:
-    """Begin texts as the class that the checkpoint names did: by its own switch, whatever
-    tokenizer.json says. DeepSeek's says nothing; transformers 5 reads no more than that."""
+    """Add the beginning-of-sequence token if add_bos_token is set and the class is a Llama one.
+
+    Those classes follow add_bos_token. transformers 5 reads only tokenizer.json, and DeepSeek's
+    does not add the token."""
     wanted = settings.get("add_bos_token") and "Llama" in str(settings.get("tokenizer_class"))
     if wanted and tokenizer.encode("")[:1] != [tokenizer.bos_token_id]:
         # mypy sees no setter that does not follow its getter at once.
@@ -206,7 +209,7 @@ def _restore_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -
 
 
 def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """A checkpoint without tokenizer.json: transformers converts what it has, or refuses."""
+    """The tokenizer of a checkpoint without tokenizer.json, converted by transformers."""
     if "auto_map" in settings:
         raise TextError(
             f"tokenizer: {path} has only a tokenizer that is Python code of its own, which is "
@@ -229,8 +232,8 @@ def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def _check_sentencepiece(file: Path) -> None:
-    """Raise TextError if a sentencepiece model cannot be read: transformers would try to read it as
-    tiktoken's then, and say that this is missing."""
+    """Raise TextError if a sentencepiece model cannot be read. Otherwise transformers would read it
+    as a tiktoken file, and report tiktoken as missing."""
     if not file.is_file():
         return
     content = file.read_bytes()
@@ -267,7 +270,7 @@ def _check_ids(vocabulary: dict[str, int]) -> None:
 
 
 def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | None:
-    """The tokenizer's own; else that of chat_template.json, where processors keep theirs."""
+    """The tokenizer's chat template, else the one in chat_template.json, written by processors."""
     found = tokenizer.chat_template
     if found is None:
         found = _object(path / "chat_template.json").get("chat_template")
@@ -283,5 +286,5 @@ def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTempla
     return ChatTemplate(templates, tokenizer.special_tokens_map)
 
 
-# What transformers' converters read, beside tokenizer.json.
+# Vocabulary files that transformers' converters read.
 _VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")

@@ -1,4 +1,4 @@
-"""From a configuration to a runner: which device, which numbers, which share of the model.
+"""Builds a runner from a configuration: chooses the device, the dtype and the rank's shard.
 
 Knows nothing of requests, sockets or processes.
 """
@@ -28,17 +28,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load_runner(
     config: EngineConfig, arch: Model, device: torch.device, ranks: RankGroups | None = None
 ) -> Runner:
-    """The model in `config.model`, or what the rank has of it, ready to run plans.
+    """Load the model in `config.model`, or this rank's shard of it; returns a runner.
 
-    Without `ranks` it is the first one's share of every layer: of several ranks that computes
-    nothing sensible, but it has all the shapes. Raises ConfigError, ArchError or LoadError.
+    Without `ranks` the shard is rank 0's part of every layer. With tensor parallelism its results
+    are meaningless, but its shapes are right. Raises ConfigError, ArchError or LoadError.
     """
     start = time.perf_counter()
     is_dummy = config.load_format == "dummy"
     with ExitStack() as opened:
         checkpoint = None
         if not is_dummy:
-            # First, so that one that does not fit its config costs neither time nor memory.
+            # First: a checkpoint that does not fit its config then fails before any allocation.
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
         dtype = _dtype(config, device)
         decoder = Decoder(
@@ -52,7 +52,7 @@ def load_runner(
         if is_dummy:
             fill_randomly(decoder)
         made = time.perf_counter()
-        # Graphs and kernels need the weights' addresses, not the weights.
+        # CUDA graphs and kernels need the addresses of the weights, but not yet their values.
         with nullcontext() if checkpoint is None else filling(decoder, checkpoint):
             runner = Runner(config, arch, decoder, ranks)
             done = time.perf_counter()
@@ -64,7 +64,7 @@ def load_runner(
 
 
 def check_shards(config: EngineConfig, arch: Model) -> None:
-    """Raise ConfigError or ArchError where the model cannot be shared out as is asked for."""
+    """Raise ConfigError or ArchError if the model cannot be split as configured."""
     num_layers = len(arch.layers)
     stages = config.pipeline_parallel_size
     cut = config.stage_layers()
@@ -85,7 +85,7 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
 def _shard(
     config: EngineConfig, arch: Model, ranks: RankGroups | None, dtype: torch.dtype
 ) -> Shard:
-    """Which part of the model is this rank's; without `ranks` the first one's of every layer."""
+    """This rank's shard of the model; without `ranks`, rank 0's part of every layer."""
     apart = config.enable_expert_parallel
     if ranks is None:
         size = config.tensor_parallel_size
@@ -98,7 +98,7 @@ def _shard(
 
 
 def device_of(config: EngineConfig, index: int = 0) -> torch.device:
-    """The device to run on; `index`: which GPU of the node. Raises ConfigError where none is."""
+    """The device to run on; `index`: which GPU of the node. Raises ConfigError without a GPU."""
     kind = best_device().type if config.device == "auto" else config.device
     if kind != "cuda":
         return torch.device("cpu")

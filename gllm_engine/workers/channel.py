@@ -1,9 +1,9 @@
-"""How the engine and its workers reach each other: sockets, keys, and what must agree.
+"""The sockets between the engine and its workers, their keys, and the versions that must agree.
 
-On one machine an ipc socket in a private directory. Between machines TCP on the address that was
-given, encrypted and authenticated by CURVE with keys that both sides derive from one secret file;
-who does not have it gets no word in. Peers that stop answering, stopped or cut off, are noticed by
-ZeroMQ's own heartbeats, which need no thread of ours. Knows nothing of steps or models.
+On one machine: an ipc socket in a private directory. Between machines: TCP on the configured
+address, encrypted and authenticated by CURVE. Both sides derive the keys from one secret file, and
+a peer without the secret cannot connect. ZeroMQ's heartbeats detect a peer that is stopped or cut
+off; they need no thread of ours. Knows nothing of steps or models.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ from gllm_engine.software import software
 # bytes
 MIN_SECRET = 32
 MAX_SECRET = 1 << 16
-# A heartbeat every so often; a peer that answers none for so long is lost. Milliseconds.
+# Milliseconds between heartbeats, and without an answer until a peer counts as lost.
 _HEARTBEAT = 300
 LOCAL_TIMEOUT = 1_200
 REMOTE_TIMEOUT = 3_000
 
 
 def rank_software() -> str:
-    """What must be the same on all ranks."""
+    """The software versions that must be the same on all ranks."""
     return f"{software()}, torch {torch.__version__.partition('+')[0]}"
 
 
 def join_host(host: str, port: int) -> str:
-    """HOST:PORT, or [HOST]:PORT of an IPv6 address."""
+    """HOST:PORT, or [HOST]:PORT for an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def split_host(address: str) -> tuple[str, int]:
-    """The host and the port of what `join_host` has made."""
+    """The host and the port of an address made by `join_host`."""
     host, _, port = address.rpartition(":")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def listen_at(host: str, port: int) -> sockets.socket:
-    """A TCP socket that listens on that address alone. Raises OSError."""
+    """A TCP socket that listens on this one address. Raises OSError."""
     family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
     return sockets.create_server((host, port), family=family)
 
 
 def digest(model: Path) -> str:
-    """Of the model's configuration, which must be the same on all ranks. Raises ConfigError."""
+    """A digest of the model's config.json, equal on all ranks. Raises ConfigError."""
     return hashlib.sha256(read_file(model / "config.json", ConfigError)).hexdigest()[:16]
 
 
 def read_secret(path: Path) -> bytes:
-    """The cluster's secret. Raises ConfigError for a file that others may read, or a short one."""
+    """The cluster's secret. Raises ConfigError if the file is short, or other users may read it."""
     try:
         with open_file(path, ConfigError) as file:
             secret = file.read(MAX_SECRET).strip()
@@ -80,7 +80,7 @@ def read_secret(path: Path) -> bytes:
 
 
 def _key_pair(secret: bytes, side: bytes) -> tuple[bytes, bytes]:
-    """CURVE's public and secret key of one side, as ZeroMQ takes them."""
+    """The public and the secret CURVE key of one side, encoded for ZeroMQ."""
     own = z85.encode(hashlib.blake2b(secret, digest_size=32, person=side).digest())
     return zmq.curve_public(own), own
 
@@ -88,9 +88,9 @@ def _key_pair(secret: bytes, side: bytes) -> tuple[bytes, bytes]:
 def listen(
     context: zmq.Context[zmq.Socket[bytes]], address: str, secret: bytes | None, closing: ExitStack
 ) -> zmq.Socket[bytes]:
-    """The engine's side, bound to `address`; with a secret only its holders can talk to it.
+    """The engine's socket, bound to `address`. With a secret, only its holders can connect.
 
-    `closing`: to be closed before the context is.
+    `closing`: the caller closes this stack before it closes the context.
     """
     socket = context.socket(zmq.ROUTER)
     socket.set(zmq.IPV6, _is_ipv6(address))
@@ -99,7 +99,7 @@ def listen(
         authenticator = ThreadAuthenticator(context)
         authenticator.start()
         closing.callback(authenticator.stop)
-        # Those are let in who hold the secret: their key follows from it.
+        # Only a holder of the secret can derive the workers' key.
         worker, _ = _key_pair(secret, b"worker")
         check = SimpleNamespace(callback=lambda domain, key: key == worker)
         authenticator.configure_curve_callback("*", check)
@@ -113,7 +113,7 @@ def listen(
 def connect(
     context: zmq.Context[zmq.Socket[bytes]], address: str, secret: bytes | None
 ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-    """A worker's side, and what tells of it from the very beginning; see `await_loss`."""
+    """A worker's socket and its monitor, opened before the connection starts; see `await_loss`."""
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.IPV6, _is_ipv6(address))
     if secret is not None:
@@ -137,19 +137,20 @@ def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
     socket.set(zmq.HEARTBEAT_TIMEOUT, timeout)
     if timeout == REMOTE_TIMEOUT:
         socket.set(zmq.RECONNECT_IVL, 1000)
-        # One who tries to reach a machine that has gone does not wait for the system's minutes.
+        # Without this, a connection to a vanished machine waits minutes for the system's timeout.
         socket.set(zmq.CONNECT_TIMEOUT, timeout)
 
 
 def watch(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
-    """A socket that is readable once the connection to a peer has been lost; see `lost`."""
+    """A monitor socket that is readable once a peer's connection is lost; see `lost`."""
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
 
 def await_loss(monitor: zmq.Socket[bytes], not_heard: Callable[[], None]) -> None:
-    """For a worker: return once the engine that it has reached is lost. Before one is reached,
-    `not_heard` is called when one breaks off the greeting, for the first time: it has another
-    secret.
+    """Block a worker's thread until the engine that it was connected to is lost.
+
+    If a peer ends the handshake before any connection was made, its secret is a different one:
+    `not_heard` is then called, once.
     """
     events: set[int] = set()
     while True:

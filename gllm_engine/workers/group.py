@@ -1,11 +1,10 @@
-"""The engine's side of its workers: starts those of this machine, waits for those of others, hands
-each plan to all of them and takes in what the last stage sampled.
+"""The engine's side of a worker group: starts the workers of this machine, waits for those of other
+machines, sends each plan to all workers and receives the results of the last stage.
 
-A group lives and dies as one: when a worker is lost, or fails, nothing it was part of can go on.
-The engine then ends, and with it all workers; its successor starts or awaits them anew. Only a step
-that every rank has refused to do costs no more than that step: they agree that it was not done. Of
-any other failure it cannot be known how far other ranks have come. Knows nothing of requests, of
-tensors, or of what workers do with a plan.
+If one worker is lost or fails, the whole group is lost: the progress of the other ranks in the step
+is unknown. The engine then ends with all its workers, and the next engine gathers a new group. The
+one exception is a step that every rank has refused: no rank has computed it, so only this step
+fails. Knows nothing of requests, of tensors, or of how workers run a plan.
 """
 
 from __future__ import annotations
@@ -35,42 +34,43 @@ from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import StepPlan, StepResult
 from gllm_engine.workers import channel
 
-# How often the log says who is awaited.
+# The log names the missing workers at this interval.
 _REMIND_S = 10.0
-# A look at the processes of this machine, while a step is awaited.
+# While a step is awaited, this machine's worker processes are checked at this interval.
 _TICK_MS = 100
-# A connection has ended somewhat before messages to its peer can no longer be sent.
+# After a disconnect, sending to the lost peer may still succeed for this long.
 _DOUBT_S = 0.5
-# A rank that fails may do so because another is gone; that shows so much later, if it does.
+# A rank may fail because another rank is gone. The loss of the other rank shows within this time.
 _BLAME_S = 0.2
-# Workers of this machine are started together: when one has come, the others come within so long,
-# and the first one within so long after the start. Reading torch from a slow disk takes minutes.
+# Workers of this machine are started together. The first worker must join within _FIRST_COMES_S
+# after the start (importing torch from a slow disk takes minutes), the others within
+# _OTHERS_COME_S after the first.
 _OTHERS_COME_S = 60.0
 _FIRST_COMES_S = 300.0
-# When a rank refuses a step, all others do so within so long: they may be busy with earlier ones.
+# After one rank refuses a step, all others must within this time; they may run earlier steps.
 _AGREE_S = 5.0
 
 log = logging.getLogger("gllm.group")
 
 
 class GroupLost(RuntimeError):
-    """A worker is lost or has failed, and the group with it; the message says which and why."""
+    """A worker is lost or has failed, and so is its group; the message says which worker and why"""
 
 
 class StepRefused(RuntimeError):
-    """No rank has done this step, and all can go on with the next; the message says why."""
+    """All ranks have refused this step and can run the next one; the message says why."""
 
 
 class _Stranger(Exception):
-    """Who sent this has not joined."""
+    """The sender of a message is not a member of the group."""
 
 
 @dataclass(frozen=True)
 class _RefusedStep:
-    """A step that some ranks, or all, have refused to do."""
+    """A step that some or all ranks have refused."""
 
     message: str
-    until: float  # then all have to have done so
+    until: float  # deadline for the refusals of all ranks, on the monotonic clock
     ranks: set[int]
 
 
@@ -84,24 +84,24 @@ class _GroupStep:
 
 
 class WorkerGroup:
-    """Runs plans on `config.num_ranks` workers; as a StepRunner. All of it is one thread's.
+    """A StepRunner that runs plans on `config.num_ranks` workers. Only one thread may use it.
 
-    Its start blocks until every worker has come and has its share of the model. Raises ConfigError
-    for what the configuration says that cannot be, GroupLost for a worker that cannot start.
+    The constructor blocks until every worker has joined and loaded its shard of the model. Raises
+    ConfigError for an invalid configuration, GroupLost for a worker that cannot start.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._per_node = config.num_ranks // config.nnodes
         self._digest = channel.digest(Path(config.model))
-        # By rank: whom to send to, by which.
+        # rank -> the socket of the worker and its identity on that socket
         self._members: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
         self._results: deque[StepResult] = deque()
         self._ready: dict[int, int] = {}  # rank -> pages
         self._refused: dict[int, _RefusedStep] = {}  # by step
         self._failure: wire.Failed | None = None
         self._error: str | None = None
-        self._doubt_until = 0.0  # whether all are there
+        self._doubt_until = 0.0  # until this time, pings check whether members are lost
         self._context = zmq.Context()
         parent = socket_parent(below=len("/gllm-workers-12345678/engine.sock"))
         self._directory = Path(tempfile.mkdtemp(prefix="gllm-workers-", dir=parent))
@@ -143,9 +143,9 @@ class WorkerGroup:
         return _GroupStep(self, plan.step)
 
     def result_of(self, step: int) -> StepResult:
-        """What came of a plan; results of earlier ones are thrown away.
+        """Wait for the result of a step; results of earlier steps are dropped.
 
-        Raises StepRefused if nothing came of it, GroupLost if nothing will come of any more.
+        Raises StepRefused if all ranks have refused the step, GroupLost if the group is lost.
         """
         while True:
             with self._in_one_go():
@@ -171,12 +171,12 @@ class WorkerGroup:
             self._look_at_processes()
             self._look_at_refused_steps()
         if self._error is not None:
-            self._end()  # what is left of the group waits for what is lost
+            self._end()  # the remaining workers may be blocked waiting for the lost one
             raise GroupLost(self._error)
 
     @contextlib.contextmanager
     def _in_one_go(self) -> Iterator[None]:
-        """What some workers have been told and others have not is the end of a group."""
+        """Lose the group on an interrupt: a plan may have reached only some of the workers."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -184,7 +184,7 @@ class WorkerGroup:
             raise
 
     def close(self) -> None:
-        """End the workers of this machine; others notice that the engine has gone. Idempotent."""
+        """Kill the workers of this machine; remote workers notice the lost engine. Idempotent."""
         self._end()
         self._store = None
 
@@ -209,7 +209,7 @@ class WorkerGroup:
         command += ["--owner", str(os.getpid())]
         for local_rank in range(self._per_node):
             own = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(self._per_node)}
-            # A session of its own: Ctrl-C at a terminal is the engine's to understand.
+            # A new session: the engine alone handles Ctrl-C at the terminal.
             child = subprocess.Popen(
                 command,
                 cwd=self._directory,
@@ -220,7 +220,7 @@ class WorkerGroup:
             self._children.append(child)
 
     def _open_store(self) -> tuple[dist.Store | None, str]:
-        """Where ranks meet: on one machine a file; else a port of the address that was given."""
+        """The torch store and its address: a file on one machine, else `master_port` + 1."""
         if self._config.nnodes == 1:
             return None, str(self._directory / "ranks")
         host = self._config.master_addr
@@ -231,14 +231,14 @@ class WorkerGroup:
             listener = channel.listen_at(host, port)
         except OSError as error:
             raise ConfigError(f"master_port: cannot listen on {address} ({error})") from None
-        # The store takes the listening socket over; by itself it would listen on every address.
+        # The store takes over our listening socket; its own would listen on every address.
         store = dist.TCPStore(
             host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         return store, address
 
     def _gather(self, complete: Callable[[], bool], what: str) -> None:
-        """Listen until all workers have done something. Raises GroupLost."""
+        """Receive messages until `complete()` is true for all workers. Raises GroupLost."""
         remind = time.monotonic() + _REMIND_S
         while not complete():
             self._listen(_TICK_MS)
@@ -294,7 +294,9 @@ class WorkerGroup:
             self._send_refusal(socket, identity, problem)
 
     def _refuse(self, socket: zmq.Socket[bytes], identity: bytes, error: wire.NotAMessage) -> None:
-        """A stranger may be of another version; what a member says must not be missed."""
+        """Handle an unreadable message. A Join may come from another version, so refuse it. Any
+        other message comes from a member and may not be lost, so the group is lost.
+        """
         if error.kind is wire.Join:
             problem = (
                 f"the worker speaks another protocol than the engine, which speaks {wire.PROTOCOL}"
@@ -306,11 +308,11 @@ class WorkerGroup:
             log.error("%s", self._error)
 
     def _send_refusal(self, socket: zmq.Socket[bytes], identity: bytes, problem: str) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # it may have left
+        with contextlib.suppress(zmq.ZMQError):  # the worker may have left
             socket.send_multipart([identity, *wire.encode(wire.Refusal(problem))])
 
     def _problem(self, join: wire.Join, is_own: bool) -> str | None:
-        """Why a worker may not join, in a sentence."""
+        """A sentence saying why a worker may not join; None if it may."""
         config = self._config
         ours: dict[str, Any] = {
             "speaks protocol": wire.PROTOCOL,
@@ -335,7 +337,7 @@ class WorkerGroup:
         return None
 
     def _rank_of(self, socket: zmq.Socket[bytes], identity: bytes) -> int:
-        """Raises _Stranger for one that has not joined."""
+        """The rank of a member. Raises _Stranger for a worker that has not joined."""
         for rank, member in self._members.items():
             if member == (socket, identity):
                 return rank
@@ -354,20 +356,20 @@ class WorkerGroup:
             self._lose(self._failure.rank, self._failure.message)
 
     def _look_for_late(self) -> None:
-        """At the start: whether a worker of this machine should have come long since."""
+        """During the start: lose the group if a worker of this machine has not joined in time."""
         late = [rank for rank in range(self._per_node) if rank not in self._members]
         if late and time.monotonic() > self._late_at:
             self._lose(late[0], "it was started and has not come: it is stopped, or hangs")
 
     def _look_at_refused_steps(self) -> None:
-        """What some ranks have refused and others not is the end of a group."""
+        """Lose the group if some ranks refused a step and others did not before its deadline."""
         for refused in self._refused.values():
             if len(refused.ranks) < self._config.num_ranks and time.monotonic() > refused.until:
                 why = f"{refused.message}; other ranks did that step, so they agree no longer"
                 self._lose(min(refused.ranks), why)
 
     def _forget_refused(self, step: int) -> None:
-        """Refused steps up to this one on which all ranks agree are of no interest any more."""
+        """Drop refused steps up to this one, except those that some ranks have not refused."""
         world = self._config.num_ranks
         self._refused = {
             number: refused
@@ -376,7 +378,7 @@ class WorkerGroup:
         }
 
     def _look_for_lost(self) -> None:
-        """Whether a member is gone: then nothing can be sent to it."""
+        """Ping every member: a message to a lost member cannot be sent."""
         for rank in list(self._members):
             self._tell(rank, wire.encode(wire.Ping()))
 
@@ -388,7 +390,7 @@ class WorkerGroup:
             complete = len(self._members) == self._config.num_ranks
             if complete or rank < self._per_node:
                 self._lose(rank, "it was killed, stopped or cut off")
-            else:  # it had come too early, and comes again
+            else:  # a remote worker left before all had joined; it will join again
                 log.info("worker %d left before the others came", rank)
                 del self._members[rank]
 
@@ -399,11 +401,14 @@ class WorkerGroup:
 
 
 def _end(children: list[subprocess.Popen[bytes]], directory: Path) -> None:
-    """Also of children that are stopped, or wait for the dead: nobody asks them."""
-    # This process may itself be ended at any point; as long as they live, they would clear away.
+    """Kill all workers of this machine and remove the socket directory.
+
+    SIGKILL also ends workers that are stopped, or blocked waiting for a dead worker.
+    """
+    # Removed first: this process may be killed before it reaches the second removal.
     shutil.rmtree(directory, ignore_errors=True)
     for child in children:
         child.kill()
     for child in children:
         child.wait()
-    shutil.rmtree(directory, ignore_errors=True)  # what they were just putting there
+    shutil.rmtree(directory, ignore_errors=True)  # files that a worker created meanwhile

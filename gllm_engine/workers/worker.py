@@ -1,9 +1,9 @@
-"""A worker: one rank of a group, run by the engine's plans.
+"""A worker process: one rank of a worker group, which runs the engine's plans.
 
-Started by the engine on its own machine, by torchrun on others. It joins, is told what it is, loads
-its share of the model and runs each plan it is sent. When the engine is lost a worker of the
-engine's machine ends; one of another machine begins anew, in the same process but with nothing left
-of what it was, and waits for the next engine. Knows nothing of requests.
+The engine starts the workers of its own machine; torchrun starts those of other machines. A worker
+joins the engine, receives its rank, loads its shard of the model and runs every plan it receives.
+When the engine is lost, a worker on the engine's machine ends. A worker on another machine executes
+itself again in the same process and waits for the next engine. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gllm_engine.workers import channel
 from gllm_engine.workers.build_runner import device_of, load_runner
 
 _REFUSED = 78  # exit status: os.EX_CONFIG
-# Before it tries again, so that one who is refused again and again is no burden.
+# A pause before the restart, so that a worker that is always refused causes little load.
 _REFUSED_PAUSE_S = 5.0
 
 log = logging.getLogger("gllm.worker")
@@ -85,7 +85,7 @@ def _is_local(address: str) -> bool:
 
 
 def _clear_away(address: str) -> None:
-    """An engine that was killed cannot do it: its directory, where its own workers live."""
+    """Remove the socket directory of a local engine, because a killed engine cannot do it."""
     if _is_local(address):
         shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
 
@@ -116,14 +116,14 @@ class _Worker:
             runner, ranks = self._load(assigned)
             self._plans.send_multipart(wire.encode(wire.Ready(runner.num_pages)))
             self._work(runner, ranks)
-        except Exception as error:  # whatever a peer or a checkpoint does
+        except Exception as error:  # any error caused by a peer or a checkpoint
             log.exception("rank %d fails", self._rank)
             self._fail(_in_a_line(error))
         return 1
 
     def _join(self) -> wire.Assigned:
         options = self._options
-        # The engine sees to it that its last words are read; ours are the log's.
+        # The engine reports why it ended; the worker only logs the loss.
         threading.Thread(
             target=self._begin_anew_once_lost, name="engine-watch", daemon=True
         ).start()
@@ -167,15 +167,15 @@ class _Worker:
         )
 
     def _begin_anew_once_lost(self) -> NoReturn:
-        """Whatever the other threads wait for, which may be for ever."""
+        """End or restart this process when the engine is lost; other threads may be blocked."""
         channel.await_loss(self._monitor, self._not_heard)
         if _is_local(self._options.engine):
             _clear_away(self._options.engine)
             os._exit(1)
         log.warning("the engine is lost; this worker waits for another")
-        time.sleep(1)  # for who else has lost it
+        time.sleep(1)  # other workers of this node notice the loss in this time
         for number in map(int, os.listdir("/proc/self/fd")):
-            if number > 2:  # libraries leave theirs open to the next program
+            if number > 2:  # libraries leave their file descriptors inheritable
                 with contextlib.suppress(OSError):
                     os.set_inheritable(number, False)
         os.execv(sys.executable, [sys.executable, "-m", "gllm_engine.worker", *sys.argv[1:]])
@@ -209,15 +209,15 @@ class _Worker:
                 raise RuntimeError(f"the engine sent a {type(plan).__name__}, not a plan")
             try:
                 launched.put(runner.launch(plan))
-            except PlanError as error:  # other ranks see the same, before anything is exchanged
+            except PlanError as error:  # all ranks raise it, before they exchange any data
                 log.exception("step %d is not done", plan.step)
                 failed = wire.StepFailed(self._rank, plan.step, _in_a_line(error))
                 self._plans.send_multipart(wire.encode(failed))
-            except Exception as error:  # whatever a kernel does
+            except Exception as error:  # any error of a kernel
                 self._fail_in_step(error)
 
     def _report(self, launched: SimpleQueue[RunnerStep], tells: bool) -> None:
-        """Wait for each step in turn, where a fault of the device shows, and tell its result."""
+        """Wait for each step and send its result if `tells`. A device fault is raised here."""
         socket, _ = self._connect()
         try:
             while True:
@@ -235,7 +235,7 @@ class _Worker:
         )
 
     def _fail(self, message: str) -> NoReturn:
-        """Tell the engine, and wait for the end that it makes of this group."""
+        """Send Failed to the engine, then wait until the engine ends this group."""
         socket, _ = self._connect()
         socket.send_multipart(wire.encode(wire.Failed(self._rank, message)))
         threading.Event().wait()
