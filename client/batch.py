@@ -49,7 +49,7 @@ class Failed:
 
 
 class BadLine(ValueError):
-    """An input line that is no request; the message says why."""
+    """An input line that is not a valid request; the message says why."""
 
 
 Answers = Callable[[Iterable[Item]], Iterator[tuple[Item, Chunk | Failed]]]
@@ -114,7 +114,7 @@ def read_source(path: Path) -> dict[Key, Item | Failed]:
 
 
 def parse_line(number: int, raw: bytes) -> tuple[Key, Item | Failed]:
-    """The key and the request of one input line, or what is wrong with it."""
+    """The key of one input line, and its request, or Failed for an invalid line."""
     try:
         line = _parse_json(raw)
         if not isinstance(line, dict):

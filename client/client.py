@@ -115,7 +115,7 @@ class SyncClient(_Connected, BlockingAsking):
         return self._is(*_readiness(model), "ready", timeout)
 
     def load(self, model: str, timeout: float | None = None) -> None:
-        """Load a model, or load it anew if its files have changed; returns when it is ready."""
+        """Load a model, or reload it if its files have changed; returns when it is ready."""
         self._call("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=model), timeout)
 
     def unload(self, model: str, timeout: float | None = None) -> None:

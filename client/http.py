@@ -89,7 +89,7 @@ class HttpClient(BlockingAsking):
         return self._is(path, timeout)
 
     def load(self, model: str, timeout: float | None = None) -> None:
-        """Load a model, or load it anew if its files have changed; returns when it is ready."""
+        """Load a model, or reload it if its files have changed; returns when it is ready."""
         self._ask("POST", f"/v2/repository/models/{quote(model)}/load", timeout)
 
     def unload(self, model: str, timeout: float | None = None) -> None:

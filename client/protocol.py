@@ -38,7 +38,7 @@ class GenerateError(RuntimeError):
 
 @dataclass(frozen=True)
 class Output:
-    """One of a request's n answers, or what a chunk adds to it."""
+    """One of a request's n answers, or the new part of it in a chunk."""
 
     text: str = ""
     finish_reason: str | None = None  # "stop", "length"; None before the end of the answer
@@ -53,7 +53,7 @@ class Output:
 class Chunk:
     """One response: a whole answer, or the next part of a streamed answer."""
 
-    outputs: tuple[Output, ...]  # one for each of n
+    outputs: tuple[Output, ...]  # the n answers, in order
     num_input_tokens: int | None = None
     prompt_logprobs: list[Any] | None = None
     request_id: str = ""

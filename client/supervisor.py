@@ -169,7 +169,7 @@ def write_model(directory: Path, engine: dict[str, Any], front_ends: int) -> Non
 
 
 class ProcessRow(NamedTuple):
-    """A running process. `start` (clock ticks since boot) tells it from a later one's same pid."""
+    """A running process. `start` (clock ticks since boot) tells it from a later one of its pid."""
 
     pid: int
     parent: int

@@ -73,7 +73,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_server(environ: Mapping[str, str] = os.environ) -> Installation:
-    """$TRITON_SERVER_DIR, else /opt/tritonserver, else the one in the nvidia-pytriton wheel.
+    """Find tritonserver: in $TRITON_SERVER_DIR, /opt/tritonserver or the nvidia-pytriton wheel.
 
     Raises ServerError if none is found, or if it cannot run this Python.
     """

@@ -63,7 +63,7 @@ class StaleFrontEnd(EngineError):
 
 
 class EngineRecord(msgspec.Struct):
-    """What record.json holds: the current engine and the front ends attached to it."""
+    """The content of record.json: the current engine and the front ends attached to it."""
 
     scope: str
     generation: int = 0

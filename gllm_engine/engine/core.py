@@ -143,7 +143,7 @@ class Engine:
         self._compiling: dict[SequenceKey, tuple[Request, Future[Constraint]]] = {}
         self._outboxes: defaultdict[Client, Outputs] = defaultdict(_nothing)
 
-    # ------------------------------------------------------------ requests come and go
+    # ------------------------------------------------------------ requests
 
     def add(self, request: Request, client: Client = IN_PROCESS) -> None:
         """Take a request. A refused request gets its error in the next step's outputs."""

@@ -187,7 +187,7 @@ def _scan(grammar: str) -> Iterator[tuple[str, str, int]]:
 
 
 def _chars(text: str, line: int) -> Iterator[tuple[str, bool]]:
-    """The characters of a literal or a set, and whether each is escaped."""
+    """Yield the characters of a literal or a set, with True for an escaped character."""
     for match in _CHAR.finditer(text):
         kind = match.lastgroup
         if kind is None:
@@ -250,13 +250,13 @@ def _refs(node: Node) -> Iterator[str]:
 
 
 class _Writer:
-    """Writes the rules that root needs, each as a Lark rule, a lexeme, or both."""
+    """Writes every rule that root needs as a Lark rule, a lexeme, or both."""
 
     def __init__(self, rules: dict[str, Node]) -> None:
         self._rules = rules
         self._numbers = {name: number for number, name in enumerate(rules)}
         self._regular: set[str] = set()  # rules without recursion
-        self._narrow: set[str] = set()  # of these, the ones whose sets have few characters
+        self._narrow: set[str] = set()  # rules without recursion whose character sets are small
         for name in _without_recursion(rules):  # a rule comes after the rules that it uses
             self._regular.add(name)
             if self._is_narrow(rules[name]):

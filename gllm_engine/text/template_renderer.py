@@ -131,7 +131,7 @@ def _with_reasoning(message: Message) -> Message:
 
 
 def _marked(message: Message) -> Message:
-    """The message with a mark and a blank after its text; a trimming template drops the blank."""
+    """The message with a mark and a blank after its text. Trimming templates drop the blank."""
     mark = f"{_MARK} "
     content = message.get("content")
     if isinstance(content, str):
@@ -187,7 +187,7 @@ def read_setup(connection: socket.socket) -> bytes:
 
 
 def main() -> None:
-    """Fork a process that serves, and a new one each time the kernel kills it for its time limit."""
+    """Fork a process that serves, and fork again when the kernel kills it for its time limit."""
     # Reset inherited signal handling: SIGPROF from the timer must kill the process, and Ctrl-C at
     # the terminal must not.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

@@ -61,7 +61,7 @@ class Template:
 
 
 class _Generation(Extension):
-    """{% generation %} marks the assistant's text for training. Here it only renders its body."""
+    """{% generation %} marks the assistant's text for training. This tag renders only its body."""
 
     tags = {"generation"}
 

@@ -54,7 +54,7 @@ log = logging.getLogger("gllm.group")
 
 
 class GroupLost(RuntimeError):
-    """A worker is lost or has failed, and so is its group; the message says which worker and why"""
+    """A worker is lost or has failed, so its group is lost. The message names worker and reason."""
 
 
 class StepRefused(RuntimeError):
@@ -252,7 +252,7 @@ class WorkerGroup:
                 missing = [rank for rank in range(self._config.num_ranks) if rank not in done]
                 log.info("waiting for workers %s: ranks %s", what, missing)
 
-    # ------------------------------------------------------------ what workers say
+    # ------------------------------------------------------------ messages of workers
 
     def _listen(self, timeout_ms: int) -> None:
         events = dict(self._poller.poll(timeout_ms))
