@@ -213,6 +213,11 @@ def main() -> int:
     try:
         config = msgspec.json.decode((directory / "config.json").read_bytes(), type=EngineConfig)
         engine = Engine(config)
+        # Loaded objects live as long as the process, so the garbage collector need not scan them.
+        gc.collect()
+        gc.freeze()
+        # From the moment the socket exists, SIGTERM means drain. Until then it ends a start at once.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         server = EngineProcess(engine, socket_address(directory))
     except Exception as error:  # front ends report the sentence in the error file
         is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # not a bug of ours
@@ -224,10 +229,8 @@ def main() -> int:
     def drain(*_: object) -> None:
         server.draining = True
 
-    # Loaded objects live as long as the process, so the garbage collector need not scan them.
-    gc.collect()
-    gc.freeze()
     signal.signal(signal.SIGTERM, drain)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     trouble = _run(server)
     if trouble is not None:
         log.critical("%s; this process ends, a front end starts another", trouble)
