@@ -216,7 +216,7 @@ def main() -> int:
         # Loaded objects live as long as the process, so the garbage collector need not scan them.
         gc.collect()
         gc.freeze()
-        # From the moment the socket exists, SIGTERM means drain. Until then it ends a start at once.
+        # SIGTERM means drain from the moment the socket exists. Before, it ends the start at once.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         server = EngineProcess(engine, socket_address(directory))
     except Exception as error:  # front ends report the sentence in the error file

@@ -116,7 +116,9 @@ def test_blocks_are_marked(page: str) -> None:
 
 def check(command: str) -> None:
     """Raise where a command that cannot run here is not one of ours, or its flags are wrong."""
-    words = [word for word in shlex.split(command, comments=True) if "=" not in word or "-" in word]
+    words = shlex.split(command, comments=True)
+    while re.match(r"[A-Z_]+=", words[0]):  # environment variables
+        del words[0]
     name, *arguments = words
     if name == "gllm":
         make_parser().parse_args(arguments)
