@@ -333,7 +333,7 @@ class Engine:
         """Fail every live sequence after a failed step, and reset the scheduler."""
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()
-        if not self._runner.is_alive():
+        if not isinstance(error, GroupLost) and not self._runner.is_alive():
             _WRECKAGE.append((error, list(self._launched)))
         self._launched.clear()
         # Only these errors are written for users. The text of other errors goes to the log alone.

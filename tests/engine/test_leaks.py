@@ -143,27 +143,35 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_nothing_is_left(engine: Engine) -> None:
+def of_requests() -> list[Any]:
+    """What a request consists of, wherever in this process it is held."""
+    gc.collect()
+    kinds = (Sequence, Constraint, Request)
+    return [thing for thing in gc.get_objects() if type(thing) in kinds]
+
+
+def check_nothing_is_left(engine: Engine, before: list[Any]) -> None:
+    """`before`: what other tests of this process hold."""
     engine.check_integrity()
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0)
     assert sorted(engine._scheduler._slots) == list(range(SMALL["max_num_seqs"]))
-    gc.collect()
-    kinds = (Sequence, Constraint, Request)
-    left = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    theirs = set(map(id, before))
+    left = [thing for thing in of_requests() if id(thing) not in theirs]
     assert not left, f"{len(left)} left, such as {left[:3]}"
 
 
 def run(model: str, **config: Any) -> None:
+    others = of_requests()
     engine = Engine(EngineConfig(model=model, **SMALL, **config))
     on_gpu = engine._runner.device.type == "cuda"
     traffic = Traffic(PLAIN + MASKED)
     try:
         churn(engine, traffic, 0, WARM)
-        check_nothing_is_left(engine)
+        check_nothing_is_left(engine, others)
         before = resident(), torch.cuda.memory_allocated() if on_gpu else 0
         ended = churn(engine, traffic, WARM, COUNT - WARM).ended
-        check_nothing_is_left(engine)
+        check_nothing_is_left(engine, others)
         after = resident(), torch.cuda.memory_allocated() if on_gpu else 0
         print(ended, engine.stats(), [b - a for a, b in zip(before, after, strict=True)])
         assert sum(ended.values()) == COUNT - WARM
