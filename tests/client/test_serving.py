@@ -16,7 +16,7 @@ import pytest
 from patience import WAIT_S
 
 from gllm_client import GenerateError, HttpClient, SyncClient
-from gllm_client.supervisor import descendants, find_stubs, process_table
+from gllm_client.supervisor import ProcessRow, descendants, find_stubs, process_table
 from gllm_client.tritonserver import SHM, owned_prefix
 
 pytestmark = pytest.mark.server
@@ -79,6 +79,12 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def still_there(family: set[ProcessRow]) -> list[ProcessRow]:
+    """Those that run yet, orphans too: their parent is another now."""
+    rows = process_table()
+    return [row for row in family if row.pid in rows and rows[row.pid].start == row.start]
+
+
 class Serve:
     """A `gllm serve` of one model, "echo", of two instances."""
 
@@ -130,7 +136,7 @@ class Serve:
         family = descendants(self.process.pid)
         self.process.kill()
         self.process.communicate()
-        for row in family & set(process_table().values()):
+        for row in still_there(family):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(row.pid, signal.SIGKILL)
         for region in SHM.glob(f"{self.prefix}*"):
@@ -163,7 +169,7 @@ def test_start_lose_a_front_end_and_stop(serve: Serve) -> None:
     family = descendants(serve.process.pid)
     serve.process.send_signal(signal.SIGTERM)
     assert serve.process.wait(WAIT_S) == 0
-    assert not family & set(process_table().values())
+    assert not still_there(family)
     assert not serve.leftovers()
 
 
@@ -171,7 +177,7 @@ def test_its_own_death_takes_the_server_along(serve: Serve) -> None:
     assert serve.ready().startswith("ready")
     family = descendants(serve.process.pid)
     serve.process.kill()
-    assert wait_for(lambda: not family & set(process_table().values()))
+    assert wait_for(lambda: not still_there(family))
 
 
 def test_the_servers_death_ends_it(serve: Serve) -> None:
@@ -180,7 +186,7 @@ def test_the_servers_death_ends_it(serve: Serve) -> None:
     os.kill(serve.server, signal.SIGKILL)
     assert serve.process.wait(WAIT_S) == 128 + signal.SIGKILL
     assert "tritonserver ended by itself with status 137" in serve.log.read_text()
-    assert not family & set(process_table().values()) and not serve.leftovers()
+    assert not still_there(family) and not serve.leftovers()
 
 
 def test_a_model_that_fails_to_load(tmp_path: Path) -> None:
