@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gllm_engine.arch.fields import ArchError
+from gllm_engine.arch.fields import MAX_EOS_TOKEN_IDS, ArchError
 from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
@@ -10,6 +10,7 @@ from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
 
 __all__ = [
     "FAMILIES",
+    "MAX_EOS_TOKEN_IDS",
     "Dense",
     "Gqa",
     "Layer",

@@ -10,6 +10,8 @@ from typing import Any
 
 from gllm_engine.files import shown
 
+# Models have up to ten. Every sequence may forbid all of them, and their memory is reserved.
+MAX_EOS_TOKEN_IDS = 256
 _MAX_FLOAT32 = 3.4e38
 
 
@@ -81,12 +83,18 @@ class Fields:
             raise self._wrong(key, value, "a string")
         return value
 
-    def numbers(self, key: str, kind: str = "token id") -> tuple[int, ...]:
-        """One number from 0 on or a list of them; empty if absent. `kind`: for error messages."""
+    def numbers(
+        self, key: str, kind: str = "token id", most: int = MAX_EOS_TOKEN_IDS
+    ) -> tuple[int, ...]:
+        """One number from 0 on or a list of at most `most`; empty if absent.
+
+        `kind`: what they number, for error messages.
+        """
         value = self._values.get(key, [])
         numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in numbers):
-            raise self._wrong(key, value, f"a {kind} or a list of them")
+        wrong = any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in numbers)
+        if wrong or len(numbers) > most:
+            raise self._wrong(key, value, f"a {kind} or a list of at most {most} of them")
         return tuple(dict.fromkeys(numbers))
 
     def require(self, **expected: Any) -> None:

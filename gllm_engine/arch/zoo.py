@@ -317,7 +317,7 @@ def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
     """Add Qwen's experts to every `decoder_sparse_step`-th layer except `mlp_only_layers`."""
     c.require(use_sliding_window=False)
     step = c.count("decoder_sparse_step", 1)
-    dense = c.numbers("mlp_only_layers", "layer number")
+    dense = c.numbers("mlp_only_layers", "layer number", MAX_LAYERS)
     moe = _moe(c, c.count("moe_intermediate_size"), c.flag("norm_topk_prob"), shared)
     return model.each(
         ffn=lambda i, layer: layer.ffn if i in dense or (i + 1) % step else moe,

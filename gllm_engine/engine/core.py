@@ -296,7 +296,6 @@ class Engine:
             self._fail(error)
             if not isinstance(error, Exception):  # Ctrl-C: clean up, then pass it on
                 raise
-            self._judge(error)
         outboxes = self._outboxes
         self._outboxes = defaultdict(_nothing)
         return dict(outboxes)
@@ -307,7 +306,6 @@ class Engine:
             self._runner.check()
         except GroupLost as error:
             self._fail(error)
-            self._judge(error)
 
     def _sort(self, committed: Committed) -> None:
         """Put the results of one step into the outboxes of their clients."""
@@ -330,10 +328,15 @@ class Engine:
             self._constrained.pop(sequence.key, None)
 
     def _fail(self, error: BaseException) -> None:
-        """Fail every live sequence after a failed step, and reset the scheduler."""
+        """Fail every live sequence after a failed step, and reset the scheduler.
+
+        The engine is `broken` after a fatal error; requests that wait for a grammar then fail too.
+        """
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()
-        if not isinstance(error, GroupLost) and not self._runner.is_alive():
+        # Asked once: a device may die between two answers.
+        is_device_lost = not isinstance(error, GroupLost) and not self._runner.is_alive()
+        if is_device_lost:
             _WRECKAGE.append((error, list(self._launched)))
         self._launched.clear()
         # Only these errors are written for users. The text of other errors goes to the log alone.
@@ -344,14 +347,15 @@ class Engine:
             self._refuse(key, "internal", message)
         self._live.clear()
         self._constrained.clear()
+        if isinstance(error, Exception):  # Ctrl-C says nothing about the runner
+            self._judge(error, is_device_lost)
 
-    def _judge(self, error: Exception) -> None:
-        """Set `broken` after a fatal step; requests that wait for a grammar then fail too."""
+    def _judge(self, error: Exception, is_device_lost: bool) -> None:
         self._failed_steps += 1
         kind = type(error).__name__
         if isinstance(error, GroupLost):
             self.broken = str(error)
-        elif not self._runner.is_alive():
+        elif is_device_lost:
             self.broken = f"the engine's device can compute nothing any more ({kind})"
         elif self._failed_steps >= MAX_FAILED_STEPS:
             self.broken = f"{self._failed_steps} steps of the engine failed in a row ({kind})"

@@ -11,13 +11,19 @@ import logging
 import numpy as np
 import torch
 
+from gllm_engine.arch import MAX_EOS_TOKEN_IDS
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.ops.batch import made_up_step
-from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample
+from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
-from gllm_engine.sampling import MAX_LOGPROBS, SamplingParams
+from gllm_engine.sampling import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from gllm_engine.types import NewSequence
 
 # Memory that the trial step does not use and that does not grow with the number of sequences: the
@@ -103,46 +109,58 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     before = torch.cuda.memory_allocated(device)
     rows = min(config.max_num_seqs, num_tokens)
     table = SlotTable(rows, max_pages, 1, page_size, device)
-    sampling = costly_sampling(table, decoder.arch.vocab)
+    state = SamplingState(table, decoder.arch.vocab)  # alive to the end, as in a runner
+    sampling = costly_sampling(table, state)
     pages = torch.arange(num_pages, device=device)[None]
-    wanted = torch.arange(rows, device=device)
+    scored = min(num_tokens, scored_at_once(decoder.arch.vocab))  # positions of prompts
+    wanted = torch.arange(max(rows, scored), device=device)
     batch = made_up_step([(n, n) for n in lens], pages, page_size, logit_index=wanted)
     x = None
     if not decoder.is_first:
         x = torch.zeros(num_tokens, decoder.arch.dim, dtype=decoder.dtype, device=device)
     hidden = decoder.forward(batch, cache, x)
     if decoder.is_last:
-        scores = decoder.scores(hidden)
+        scores = decoder.scores(hidden[:rows])
         raw = decoder.whole(scores).float()  # for log probabilities: outlives sampling
         tokens = sample(decoder.whole(scores).float(), sampling)
         log_probabilities(raw, tokens, MAX_LOGPROBS)
+        del scores, raw
+        targets = torch.zeros(scored, dtype=torch.int64, device=device)
+        log_probabilities(decoder.logits(hidden[:scored]), targets, MAX_LOGPROBS)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def costly_sampling(table: SlotTable, vocab: int) -> SamplingBatch:
-    """The most expensive sampling, one row per slot: it sorts the whole vocabulary, and applies
-    penalties and masks for sequences of the greatest length.
+def costly_sampling(table: SlotTable, state: SamplingState) -> SamplingBatch:
+    """The most expensive sampling, one row per slot: it sorts the whole vocabulary, applies
+    penalties and masks for sequences of the greatest length, and adds the longest lists of
+    logit_bias and of tokens that min_tokens forbids.
     """
     num_slots, max_pages = table.page_table.shape
     length = max_pages * table.page_size
     table.lengths.fill_(length)
     table.lengths_cpu.fill(length)
-    sampling = SamplingState(table, vocab)
+    ids = range(state.vocab)
+    eos = tuple(ids[MAX_STOP_TOKEN_IDS:][: MAX_EOS_TOKEN_IDS + 1])
+    # Slot 0 draws at random, the others are greedy. Its lists are the longest; all rows of a step
+    # are as wide as the longest list.
     each = [
         SamplingParams(
-            temperature=float(not slot),  # slot 0 draws at random, the others are greedy
+            temperature=float(not slot),
             top_p=0.9,
             min_p=0.1,
-            logit_bias={0: 1.0},
+            logit_bias=dict.fromkeys(ids[: 1 if slot else MAX_LOGIT_BIAS], 1.0),
+            stop_token_ids=tuple(ids[: 1 if slot else MAX_STOP_TOKEN_IDS]),
+            min_tokens=length,
+            max_tokens=length,
             presence_penalty=0.5,
             frequency_penalty=0.5,
             repetition_penalty=1.5,
         )
         for slot in range(num_slots)
     ]
-    new = [NewSequence(slot, 0, length // 2, params) for slot, params in enumerate(each)]
-    sampling.set_owners(new)
-    masks = dict.fromkeys(range(num_slots), b"\xff" * -(-vocab // 8))
+    new = [NewSequence(slot, 0, length // 2, params, eos) for slot, params in enumerate(each)]
+    state.set_owners(new)
+    masks = dict.fromkeys(range(num_slots), b"\xff" * -(-state.vocab // 8))
     slots = torch.arange(num_slots, device=table.device)
-    return sampling.batch(np.arange(num_slots), slots, masks)
+    return state.batch(np.arange(num_slots), slots, masks)

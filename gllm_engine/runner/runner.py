@@ -27,16 +27,13 @@ from gllm_engine.runner.batch import StepInputs, build_step
 from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.host_arrays import int_array, to_device
 from gllm_engine.runner.kv_sizing import cache_dtype, fitting_pages
-from gllm_engine.runner.sampler import log_probabilities, sample
+from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
 from gllm_engine.runner.step_timer import EventTimer, HostTimer, StepTimer
 from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
 from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
-
-# Most logits of prompt positions computed at once: a row of them is as wide as the vocabulary.
-MAX_SCORED_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -137,9 +134,11 @@ class Runner:
     def launch(self, plan: StepPlan) -> RunnerStep:
         """Start one step. On return, the next plan may be launched.
 
-        Raises PlanError for a plan that contradicts earlier plans. After any error the state of
-        the plan's slots is undefined until they get new owners.
+        Raises PlanError for a plan that contradicts earlier plans or itself. Every rank raises it
+        for the same plans, and before the ranks exchange any data for the step. After any error the
+        state of the plan's slots is undefined until they get new owners.
         """
+        self.sampling.check_masks(plan)
         self.sampling.set_owners(plan.new)
         rows = self.table.begin(plan)
         if rows is None:
@@ -253,7 +252,7 @@ class Runner:
 
     def _score_prompts(self, step: StepInputs, hidden: Tensor) -> list[LogprobRows]:
         found = []
-        num_rows = max(1, MAX_SCORED_LOGITS // self.sampling.vocab)
+        num_rows = scored_at_once(self.sampling.vocab)
         for chunk in step.scored:
             num_top = int(self.sampling.prompt_logprobs_cpu[chunk.slot])
             targets = np.asarray(chunk.targets, np.int64)

@@ -27,6 +27,8 @@ FORBIDDEN = -1e30
 MAX_PARTIAL_SORT = 1024
 # Most logits ranked, masked or penalized at once: temporaries take several times their memory.
 MAX_AT_ONCE = 2**24
+# Most logits of prompt positions computed at once.
+MAX_SCORED_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,11 @@ def _lowest_kept(ranked: Tensor, top_k: Tensor, top_p: Tensor, total: Tensor | N
     kept = (running - counted < mass[:, None]) & within
     last = kept.sum(-1, keepdim=True).clamp_(min=1) - 1
     return ranked.gather(1, last)
+
+
+def scored_at_once(vocab: int) -> int:
+    """The most prompt positions whose logits, [positions, vocab], are computed at once."""
+    return max(1, MAX_SCORED_LOGITS // vocab)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, ...]:

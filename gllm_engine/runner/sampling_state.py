@@ -10,15 +10,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from gllm_engine.arch import MAX_EOS_TOKEN_IDS
 from gllm_engine.ops import HostInts, PlainSampling
 from gllm_engine.runner.host_arrays import to_device
 from gllm_engine.runner.sampler import FORBIDDEN, MAX_PARTIAL_SORT, Penalties, SamplingBatch
 from gllm_engine.runner.slot_table import PlanError, SlotTable
 from gllm_engine.runner.token_history import TokenHistory
-from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import NewSequence
+from gllm_engine.sampling import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from gllm_engine.types import NewSequence, StepPlan
 
 # A lower temperature means greedy sampling (vLLM's limit). A lower repetition penalty is raised to
 # this value: it would overflow float32 logits.
@@ -29,26 +29,34 @@ RANDOM, GREEDY, MIN_P, TRUNCATED, BIAS, PENALTIES, REPETITION = (1 << bit for bi
 
 
 class Additions:
-    """For each slot a short list of token ids, and of the value to add to each token's logit.
+    """For each slot a list of at most `width` token ids, and of the value to add to each logit.
 
-    `ids`, `values`: [slots, width] for the longest list so far. Padding adds 0 to token 0.
+    `ids`, `values`: [slots, width]; padding adds 0. All memory is allocated at the start, so that
+    no request's list can exhaust the device's memory later.
     """
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
-        self.ids = torch.zeros(num_slots, 0, dtype=torch.int64, device=device)
-        self.values = torch.zeros(num_slots, 0, dtype=torch.float32, device=device)
+    def __init__(self, num_slots: int, width: int, device: torch.device) -> None:
+        self.ids = torch.zeros(num_slots, width, dtype=torch.int64, device=device)
+        self.values = torch.zeros(num_slots, width, dtype=torch.float32, device=device)
+        self.lens_cpu = np.zeros(num_slots, np.int64)  # of the lists
 
     def set(self, slot: int, added: dict[int, float]) -> None:
+        """Replace a slot's list. Raises PlanError for a list longer than `width`."""
         width = self.ids.shape[1]
-        if len(added) > width:
-            more = (0, max(len(added), 2 * width) - width)
-            self.ids = pad(self.ids, more)
-            self.values = pad(self.values, more)
-        fill = (0, self.ids.shape[1] - len(added))
-        ids = np.pad(np.array(list(added), np.int64), fill)
-        values = np.pad(np.array(list(added.values()), np.float32), fill)
-        self.ids[slot] = to_device(self.ids.device, ids)[0]
-        self.values[slot] = to_device(self.ids.device, values)[0]
+        length = len(added)
+        if length > width:
+            raise PlanError(f"slot {slot}: values for {length} tokens, at most {width} fit")
+        self.lens_cpu[slot] = length
+        ids = np.array(list(added), np.int64)
+        values = np.array(list(added.values()), np.float32)
+        self.values[slot, length:] = 0.0
+        self.ids[slot, :length] = to_device(self.ids.device, ids)[0]
+        self.values[slot, :length] = to_device(self.ids.device, values)[0]
+
+    def of(self, slots_cpu: HostInts, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and values of `slots` (the same on host and device): [slots, longest list]."""
+        longest = int(self.lens_cpu[slots_cpu].max())
+        return self.ids[:, :longest][slots], self.values[:, :longest][slots]
 
 
 class SamplingState:
@@ -75,8 +83,10 @@ class SamplingState:
             lengths=table.lengths,
             last_tokens=table.last_tokens,
         )
-        self.bias = Additions(num_slots, device)
-        self.stops = Additions(num_slots, device)  # tokens that min_tokens forbids
+        self.bias = Additions(num_slots, min(MAX_LOGIT_BIAS, vocab), device)
+        # Tokens that min_tokens forbids: the request's, the checkpoint's, and the tokenizer's one.
+        most_stops = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS + 1
+        self.stops = Additions(num_slots, min(most_stops, vocab), device)
         self.features_cpu = np.zeros(num_slots, np.int64)
         self.top_k_cpu = np.zeros(num_slots, np.int64)
         self.prompt_lens_cpu = np.zeros(num_slots, np.int64)
@@ -135,6 +145,20 @@ class SamplingState:
 
     # ------------------------------------------------------------ one step
 
+    def check_masks(self, plan: StepPlan) -> None:
+        """Raise PlanError for a mask that allows no token, or of a slot that samples nothing.
+
+        Reads nothing but the plan, so all ranks agree; only the last stage uses the masks.
+        """
+        if not plan.masks:
+            return
+        sampling = {*plan.decode_slots, *(chunk.slot for chunk in plan.chunks if chunk.samples)}
+        for slot, mask in plan.masks.items():
+            if slot not in sampling:
+                raise PlanError(f"slot {slot}: a token mask, but no token is sampled for it")
+            if not _allows_any(mask, self.vocab):
+                raise PlanError(f"slot {slot}: its token mask allows no token")
+
     def is_plain(self, slots_cpu: HostInts, masks: dict[int, bytes]) -> bool:
         """Whether all slots use plain sampling: a temperature or greedy, and no other feature."""
         special = self.features_cpu[slots_cpu] & ~(RANDOM | GREEDY)
@@ -190,22 +214,16 @@ class SamplingState:
         for table, chosen in tables:
             at = np.flatnonzero(chosen)
             rows, slots = to_device(self._device, at, slots_cpu[at])
-            added.append((rows, table.ids[slots], table.values[slots]))
+            added.append((rows, *table.of(slots_cpu[at], slots)))
         return tuple(added)
 
     def _masks(self, slots_cpu: HostInts, masks: dict[int, bytes]) -> tuple[Tensor, Tensor]:
         """Ignores bits beyond the vocabulary. Tokens beyond the end of a short mask are banned."""
         at = np.flatnonzero(np.isin(slots_cpu, list(masks)))
-        if len(at) != len(masks):
-            unused = sorted(set(masks) - set(slots_cpu[at].tolist()))
-            raise PlanError(f"slot {unused[0]}: a token mask, but no token is sampled for it")
         packed = np.zeros((len(at), -(-self.vocab // 8)), np.uint8)
         for row, slot in zip(packed, slots_cpu[at].tolist(), strict=True):
             mask = np.frombuffer(masks[slot], np.uint8)[: len(row)]
             row[: len(mask)] = mask
-            row[-1] &= 0xFF >> (-self.vocab % 8)
-            if not row.any():
-                raise PlanError(f"slot {slot}: its token mask allows no token")
         (bits,) = to_device(self._device, packed.ravel())
         return to_device(self._device, at)[0], bits.view(packed.shape)
 
@@ -240,6 +258,15 @@ class SamplingState:
             frequency=frequency,
             repetition=repetition,
         )
+
+
+def _allows_any(mask: bytes, vocab: int) -> bool:
+    """Whether a bit below `vocab` is set."""
+    num_whole, num_bits = divmod(vocab, 8)
+    if np.frombuffer(mask, np.uint8)[:num_whole].any():
+        return True
+    last = mask[num_whole : num_whole + 1]  # the byte in which the vocabulary ends
+    return any(byte & (1 << num_bits) - 1 for byte in last)
 
 
 def _reals(sampling: SamplingParams) -> tuple[float, ...]:

@@ -220,7 +220,7 @@ def test_a_rank_lists_the_experts_it_holds_by_their_global_numbers() -> None:
         (
             {"mlp_only_layers": ["0"]},
             "config.json: mlp_only_layers is ['0'], "
-            "but only a layer number or a list of them is supported",
+            "but only a layer number or a list of at most 512 of them is supported",
         ),
         (
             {"use_sliding_window": True},
@@ -344,7 +344,12 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         (
             {"eos_token_id": [1, -1]},
             "config.json: eos_token_id is [1, -1], "
-            "but only a token id or a list of them is supported",
+            "but only a token id or a list of at most 256 of them is supported",
+        ),
+        (
+            {"eos_token_id": [7] * 257},
+            f"config.json: eos_token_id is [{'7, ' * 15}7,... {'7, ' * 15}7], "
+            "but only a token id or a list of at most 256 of them is supported",
         ),
     ],
 )

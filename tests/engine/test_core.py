@@ -278,6 +278,18 @@ def test_a_step_that_every_rank_refuses_is_no_lost_group(make):
     assert collect(engine)[1][IN_PROCESS, 1].reason == "length"
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_after_a_failed_step_the_runner_is_asked_once_whether_it_lives(make, monkeypatch, alive):
+    """Else a device that dies between two answers would be both kept and given up."""
+    engine = make()
+    answers = iter([alive])
+    monkeypatch.setattr(engine._runner, "is_alive", lambda: next(answers))
+    monkeypatch.setattr("gllm_engine.engine.core._WRECKAGE", wreckage := [])
+    assert fail_one(engine).status == "internal"
+    assert next(answers, None) is None
+    assert (engine.broken is None) == alive == (not wreckage)
+
+
 def test_an_id_in_use_is_refused(make):
     engine = make()
     engine.add(Request(1, [3], LONG, 0))

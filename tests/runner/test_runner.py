@@ -210,7 +210,7 @@ def test_prompt_logprobs_are_the_same_in_slices(llama, monkeypatch):
     sampling = SamplingParams(prompt_logprobs=2)
     whole, sliced = (Job(0, prompts([23])[0], sampling) for _ in range(2))
     Drive(make_runner(llama), PAGE_SIZE).run([whole], 1)
-    monkeypatch.setattr("gllm_engine.runner.runner.MAX_SCORED_LOGITS", 5 * 384)
+    monkeypatch.setattr("gllm_engine.runner.sampler.MAX_SCORED_LOGITS", 5 * 384)
     Drive(make_runner(llama), PAGE_SIZE).run([sliced], 1)
     assert [e.token_ids for e in whole.prompt_logprobs] == [
         e.token_ids for e in sliced.prompt_logprobs

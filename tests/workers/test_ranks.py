@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, StructuredOutputs, write_tiny_model
+from gllm_engine.text.constraints import Constraint
 
 SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 512, "max_num_seqs": 16}
 # Little enough for preemption, and chunks of prompts.
@@ -150,6 +151,24 @@ def test_cancelled_in_the_middle(group: LLM, alone: LLM) -> None:
         for stream in streams:
             stream.close()
         compare(group.generate(PROMPTS, GREEDY), alone.generate(PROMPTS, GREEDY))
+    settle(group)
+
+
+def test_a_mask_that_allows_nothing_costs_its_step_and_not_the_group(
+    group: LLM, alone: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank refuses the step, and not only the last stage, which is the one to use masks."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Constraint, "__call__", lambda constraint, tokens: b"\0")
+        found = group.generate([PROMPTS[2], PROMPTS[1]], [STRICT, GREEDY])
+    sentence = (
+        "The engine failed in a step that computed this request "
+        r"\(PlanError: slot \d+: its token mask allows no token\)"
+    )
+    for output in found:
+        assert re.search(sentence, str(output.error)), output.error
+    settle(group)
+    compare(group.generate(PROMPTS, GREEDY), alone.generate(PROMPTS, GREEDY))
     settle(group)
 
 
