@@ -1,9 +1,10 @@
 """Reads the files of a checkpoint, which is untrusted.
 
-This module opens every file of a checkpoint. It opens regular files only, so that no FIFO or device
-blocks the start, and limits the bytes read. A symbolic link may lead out of the checkpoint's
-directory, as links in Hugging Face's cache do; its target must be a regular file. Every error
-message is one sentence that names the file. This module does not interpret contents except JSON.
+This module opens every file of a checkpoint, or checks it for a library that opens it. It opens
+regular files only, so that no FIFO or device blocks the start, and limits the bytes read. A
+symbolic link may lead out of the checkpoint's directory, as links in Hugging Face's cache do; its
+target must be a regular file. Every error message is one sentence that names the file. This module
+does not interpret contents except JSON.
 """
 
 from __future__ import annotations
@@ -52,8 +53,19 @@ def read_file(path: Path, wrong: type[Exception], max_bytes: int = MAX_JSON_BYTE
         except OSError as error:
             raise wrong(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > max_bytes:
-        raise wrong(f"{path}: is larger than the {max_bytes >> 20} MiB that such a file may have")
+        raise _too_large(path, wrong, max_bytes)
     return data
+
+
+def check_file(path: Path, wrong: type[Exception], max_bytes: int) -> None:
+    """Refuse what `read_file` refuses, without reading: for a file that a library will read."""
+    with open_file(path, wrong) as file:
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise _too_large(path, wrong, max_bytes)
+
+
+def _too_large(path: Path, wrong: type[Exception], max_bytes: int) -> Exception:
+    return wrong(f"{path}: is larger than the {max_bytes >> 20} MiB that such a file may have")
 
 
 def read_object(path: Path, wrong: type[Exception]) -> dict[str, Any]:

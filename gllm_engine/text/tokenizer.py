@@ -6,8 +6,10 @@ Knows nothing of sampling, requests or models.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from typing import Any
 import msgspec
 from transformers import PreTrainedTokenizerFast
 
-from gllm_engine.files import read_object
+from gllm_engine.files import check_file, read_file, read_object
 from gllm_engine.sampling import InvalidField
 from gllm_engine.text.chat_template import ChatTemplate, Message
 from gllm_engine.text.detokenizer import Detokenizer, Spelling
 
 # Limits the length of tables by token id; vocabularies have a few hundred thousand tokens.
 MAX_TOKEN_ID = (1 << 24) - 1
+MAX_FILE_BYTES = 256 << 20  # the largest known tokenizer.json has 40 MB
 MAX_TEMPLATE_LEN = 1 << 20  # characters; templates have a few thousand
 
 
@@ -174,17 +177,20 @@ class _File(msgspec.Struct):
 def _special_tokens(file: Path) -> frozenset[str]:
     """The special tokens of a tokenizer.json. The library loses some of them when
     tokenizer_config.json lists the same token as not special."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return frozenset()
-    added = msgspec.json.decode(file.read_bytes(), type=_File).added_tokens
+    content = read_file(file, TextError, MAX_FILE_BYTES)
+    added = msgspec.json.decode(content, type=_File).added_tokens
     return frozenset(token.content for token in added if token.special)
 
 
 def _load(path: Path) -> PreTrainedTokenizerFast:
     if not path.is_dir():
         raise TextError(f"tokenizer: {path} is not a directory")
+    _check_files(path, _SIDE_FILES)
+    _check_files(path / "additional_chat_templates", ("*.jinja",))
     settings = _object(path / "tokenizer_config.json")
-    if not (path / "tokenizer.json").is_file():
+    if not os.path.lexists(path / "tokenizer.json"):
         return _convert(path, settings)
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
         str(path), local_files_only=True
@@ -193,8 +199,19 @@ def _load(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _check_files(directory: Path, patterns: tuple[str, ...]) -> list[str]:
+    """The names of the files that match a pattern. Raises TextError for one that cannot be read:
+    transformers would take a FIFO, a directory or a broken link for an absent file.
+    """
+    names = sorted(os.listdir(directory)) if os.path.lexists(directory) else []
+    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    for name in found:
+        check_file(directory / name, TextError, MAX_FILE_BYTES)
+    return found
+
+
 def _object(file: Path) -> dict[str, Any]:
-    return read_object(file, TextError) if file.is_file() else {}
+    return read_object(file, TextError) if os.path.lexists(file) else {}
 
 
 def _restore_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> None:
@@ -215,11 +232,12 @@ def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
             f"tokenizer: {path} has only a tokenizer that is Python code of its own, which is "
             "never run; put a converted tokenizer.json beside it"
         )
-    if not any(next(path.glob(pattern), None) for pattern in _VOCABULARIES):
+    if not _check_files(path, _VOCABULARIES):
         raise TextError(
             f"tokenizer: {path} has no tokenizer: neither tokenizer.json nor one to convert "
             f"({', '.join(_VOCABULARIES)})"
         )
+    _check_files(path, ("config.json",))
     _check_sentencepiece(path / "tokenizer.model")
     from transformers import AutoTokenizer  # imports torch
 
@@ -234,9 +252,9 @@ def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
 def _check_sentencepiece(file: Path) -> None:
     """Raise TextError if a sentencepiece model cannot be read. Otherwise transformers would read it
     as a tiktoken file, and report tiktoken as missing."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return
-    content = file.read_bytes()
+    content = read_file(file, TextError, MAX_FILE_BYTES)
     if not content.startswith(b"\n"):  # tiktoken's files are text, this is the first field's tag
         return
     way_out = "or put a converted tokenizer.json beside it"
@@ -286,5 +304,13 @@ def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTempla
     return ChatTemplate(templates, tokenizer.special_tokens_map)
 
 
+# Files beside the vocabulary that transformers and this module read.
+_SIDE_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 # Vocabulary files that transformers' converters read.
 _VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")

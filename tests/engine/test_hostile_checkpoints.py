@@ -24,6 +24,7 @@ from gllm_engine.engine import attach
 from gllm_engine.files import MAX_JSON_BYTES
 from gllm_engine.model import Decoder, LoadError, filling, open_checkpoint, read
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.text.tokenizer import TextError, Tokenizer
 from gllm_engine.workers.channel import digest
 
 pytestmark = pytest.mark.timeout(30)
@@ -153,6 +154,49 @@ def test_what_may_not_be_read(checkpoint: Path, name: str, monkeypatch: pytest.M
     monkeypatch.setattr(os, "open", refusing)
     expected = f"{checkpoint / name}: cannot be read (Permission denied)"
     assert refusal(checkpoint).startswith(expected)
+
+
+SIDE_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/short.jinja",
+]
+# Files that are read if there is no tokenizer.json.
+VOCABULARY_FILES = ["tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "config.json"]
+NO_SIDE_FILES = NO_FILES | {"a terabyte": (_sparse, "is larger than the 256 MiB that such a")}
+del NO_SIDE_FILES["link through a file"]  # it leads through tokenizer.json
+
+
+@pytest.mark.parametrize("name", [*SIDE_FILES, *VOCABULARY_FILES])
+@pytest.mark.parametrize("kind", NO_SIDE_FILES)
+def test_what_is_no_file_beside_the_tokenizer(checkpoint: Path, name: str, kind: str) -> None:
+    """It is not taken for absent: a chat template or an added token would be lost silently."""
+    make, problem = NO_SIDE_FILES[kind]
+    file = checkpoint / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    if name in VOCABULARY_FILES:
+        (checkpoint / "tokenizer.json").unlink()
+        (checkpoint / "vocab.txt").write_text("a")
+    make(file)
+    begin = time.monotonic()
+    with pytest.raises(TextError) as caught:
+        Tokenizer(checkpoint)
+    assert time.monotonic() - begin < SOON_S
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{file}: ") and problem in sentence
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless device", "dangling link"])
+def test_templates_in_what_is_no_directory(checkpoint: Path, kind: str) -> None:
+    make, _ = NO_FILES[kind]
+    make(checkpoint / "additional_chat_templates")
+    with pytest.raises(TextError, match="tokenizer: .* cannot be loaded .*additional_chat_templa"):
+        Tokenizer(checkpoint)
 
 
 @pytest.mark.parametrize("name", FILES)
