@@ -556,6 +556,36 @@ def test_an_engine_of_another_protocol_is_not_used(
     assert not list(_root().glob(f"{owner}.*"))
 
 
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (wire.encode(wire.Ready(1)), "the engine answers with a message of type Ready"),
+        ([b"\xff", b""], "the engine is of another version, its answer is not a message of proto"),
+    ],
+    ids=["Ready", "no message"],
+)
+def test_an_engine_that_answers_a_greeting_oddly_is_not_used(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: list[bytes], sentence: str
+) -> None:
+    pidfd = os.pidfd_open(os.getpid())
+    attached = SimpleNamespace(address=f"ipc://{tmp_path}/engine.sock", pidfd=pidfd, child=None)
+    monkeypatch.setattr("gllm_engine.engine.client.attach", lambda *_: attached)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as engine:
+        engine.bind(attached.address)
+
+        def greet() -> None:
+            identity, *_ = engine.recv_multipart()
+            engine.send_multipart([identity, *answer])
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(EngineError, match=sentence):
+            Front(model, os.getpid())
+        thread.join()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(pidfd)
+
+
 @pytest.fixture(scope="module")
 def shared(model: str) -> Iterator[Front]:
     """A front end that others can come to, with the engine that it keeps."""

@@ -302,6 +302,46 @@ def test_a_worker_of_another_version_is_refused_and_harms_nobody(
     assert isinstance(answers[0], wire.Refusal) and sentence in answers[0].message
 
 
+ODD_ANSWERS = [
+    (wire.encode(wire.Ready(1)), "the engine answers with a message of type Ready"),
+    ([b"\xff", b""], "the engine is of another version, its answer is not a message of protocol"),
+]
+
+
+@pytest.mark.parametrize(("answer", "sentence"), ODD_ANSWERS, ids=["Ready", "no message"])
+def test_a_worker_does_not_join_an_engine_that_answers_oddly(
+    model: str, traces: Traces, monkeypatch: pytest.MonkeyPatch, answer: list[bytes], sentence: str
+) -> None:
+    # The end of this engine would end the process of these tests.
+    monkeypatch.setattr(member._Worker, "_begin_anew_once_lost", lambda worker: None)
+    address = f"ipc://{traces.directory}/engine.sock"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as engine:
+        engine.bind(address)
+
+        def refuse() -> None:
+            identity, *_ = engine.recv_multipart()
+            engine.send_multipart([identity, *answer])
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        worker = member._Worker(
+            member._parser().parse_args(["--engine", address, "--model", model])
+        )
+        with pytest.raises(member._Refused, match=sentence):
+            worker._join()
+        thread.join()
+        worker._context.destroy(0)
+
+
+def test_a_worker_that_gets_no_plan_says_so(model: str, traces: Traces) -> None:
+    with LLM(model, **PAIR) as llm:
+        llm.engine._runner._tell(1, wire.encode(wire.Refusal("this is no plan")))
+        why = r"worker 1 \(node 0\) is lost: RuntimeError: the engine sent a Refusal, not a plan"
+        with pytest.raises(EngineBroken, match=why):
+            llm.generate([5, 6, 7], SHORT)
+        traces.wait_gone()
+
+
 def test_sockets_of_workers_have_short_paths(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
