@@ -9,11 +9,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -21,6 +21,9 @@ from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_tex
 from gllm_client.protocol import MAX_TIMEOUT_S, asks_for_one, shown
 from gllm_client.tritonserver import Serving, exec_server
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
+
+if TYPE_CHECKING:  # its module is imported when a command needs it
+    from gllm_client.answers import AnswerSource
 
 CHAT_MAX_TOKENS = 1024
 
@@ -252,7 +255,7 @@ def _text_only(sampling: dict[str, Any]) -> None:
             raise UsageError(f"--{flag}: only text is shown here; gllm batch writes these too")
 
 
-def _source(options: argparse.Namespace) -> Any:
+def _source(options: argparse.Namespace) -> AnswerSource:
     engine = struct_values(options, EngineConfig)
     asked = Asked(**struct_values(options, Asked))
     if asked.url is None:
@@ -314,7 +317,7 @@ def _batch(options: argparse.Namespace) -> int:
     sampling = _sampling(options)
     with closing(_source(options)) as source, tqdm(unit="request", disable=None) as bar:
 
-        def answers(items: list[Item]) -> Any:
+        def answers(items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
             filled = (replace(item, sampling=sampling | item.sampling) for item in items)
             return source.answers(filled, pace.concurrency)
 

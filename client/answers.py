@@ -38,7 +38,7 @@ class AnswerSource(Protocol):
 class RemoteAnswers:
     """A model behind a URL."""
 
-    refusals = (GenerateError, ValueError)
+    refusals: tuple[type[Exception], ...] = (GenerateError, ValueError)
 
     def __init__(self, url: str, model: str | None, timeout: float | None = None) -> None:
         """`model`: None if the server has only one. Raises GenerateError, ValueError."""

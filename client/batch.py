@@ -262,7 +262,7 @@ def to_line(answer: Chunk) -> dict[str, Any]:
     Log probabilities of the output and of the prompt are included if they were requested.
     """
     outputs = [_output(output) for output in answer.outputs]
-    line = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
+    line: dict[str, Any] = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
     line["num_input_tokens"] = answer.num_input_tokens
     if answer.prompt_logprobs is not None:
         line["prompt_logprobs"] = _finite(answer.prompt_logprobs)

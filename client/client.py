@@ -191,9 +191,9 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
     async def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
         """Whether the server, or one of its models, takes requests."""
         method, request = _readiness(model)
-        timeout = check_timeout(timeout)
+        limit = check_timeout(timeout)
         try:
-            answer = await getattr(self._stub, method)(request, timeout=timeout)
+            answer = await getattr(self._stub, method)(request, timeout=limit)
         except grpc.RpcError:
             return False
         return bool(answer.ready)
@@ -221,9 +221,10 @@ def _request(model: str, request_id: str, inputs: Inputs) -> pb.ModelInferReques
     for name, value in inputs.items():
         values = value if isinstance(value, list) else [value]
         tensor = request.inputs.add(name=name, shape=[len(values)])
-        if isinstance(values[0] if values else 0, str):
+        texts = [text for text in values if isinstance(text, str)]
+        if texts:
             tensor.datatype = "BYTES"
-            tensor.contents.bytes_contents.extend(_utf8(name, text) for text in values)
+            tensor.contents.bytes_contents.extend(_utf8(name, text) for text in texts)
         elif isinstance(value, bool):
             tensor.datatype = "BOOL"
             tensor.contents.bool_contents.append(value)
@@ -242,7 +243,7 @@ def _is_last(response: pb.ModelStreamInferResponse) -> bool:
     """
     if response.error_message:
         return True
-    return response.infer_response.parameters["triton_final_response"].bool_param
+    return bool(response.infer_response.parameters["triton_final_response"].bool_param)
 
 
 def _chunk(response: pb.ModelStreamInferResponse) -> Chunk:

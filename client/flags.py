@@ -25,8 +25,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that reports an error as UsageError and refuses abbreviated flags."""
 
     def __init__(self, **options: Any) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(**{"allow_abbrev": False, "formatter_class": formatter} | options)
+        defaults: dict[str, Any] = {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
+        super().__init__(**defaults | options)
 
     def error(self, message: str) -> Any:
         raise UsageError(f"{message} (see {self.prog} --help)")

@@ -21,7 +21,7 @@ from gllm_engine import LLM, EngineBroken, InvalidField, RequestFailed, parse_sa
 class LocalAnswers:
     """An engine in this process. Only one thread may use it."""
 
-    refusals = (InvalidField, RequestFailed)
+    refusals: tuple[type[Exception], ...] = (InvalidField, RequestFailed)
 
     def __init__(self, config: dict[str, Any]) -> None:
         """`config`: fields of EngineConfig. Raises the errors of LLM."""

@@ -270,6 +270,7 @@ class TritonPythonModel:
             if stream.is_cancelled():
                 stream.fail("cancelled", "Request was cancelled")
             elif stream.deadline is not None and now > stream.deadline:
+                assert stream.parsed is not None  # the deadline comes from it
                 stream.fail(
                     "deadline", f"timeout: {stream.parsed.timeout_us} microseconds are over"
                 )
@@ -314,7 +315,7 @@ class TritonPythonModel:
                 metrics.count("request_success_total", finished_reason=str(choice.finish_reason))
             num_tokens = [choice.num_tokens for choice in stream.choices]
             later = max(num_tokens) - 1
-            if later > 0:
+            if later > 0 and first is not None and last is not None:
                 metrics.observe("time_per_output_token_seconds", (last - first) / later)
             metrics.observe("e2e_request_latency_seconds", time.monotonic() - stream.began)
             metrics.observe("request_prompt_tokens", stream.num_prompt_tokens)

@@ -17,6 +17,8 @@ from msgspec.structs import replace
 
 from gllm_engine import InvalidField, SamplingParams, decode_json, parse_sampling, shorten
 
+Array = np.ndarray[Any, Any]
+
 # Name -> (Triton type, dims).
 OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "text_output": ("TYPE_STRING", [-1]),
@@ -114,12 +116,12 @@ class VllmError(InvalidField):
         self.field = field
 
 
-def _array(tensor: Any) -> np.ndarray:
+def _array(tensor: Any) -> Array:
     name = tensor.name()
     if name not in INPUTS:
         raise InvalidField(name, f"unknown input; known are {', '.join(INPUTS)}")
     kind, dims = INPUTS[name]
-    array = tensor.as_numpy()
+    array: Array = tensor.as_numpy()
     if array.dtype != _DTYPES[kind]:
         raise InvalidField(name, f"data type {array.dtype} given, {_TYPE_NAMES[kind]} expected")
     if array.ndim != 1 or (dims == [1] and array.size != 1):
@@ -130,8 +132,8 @@ def _array(tensor: Any) -> np.ndarray:
     return array
 
 
-def _text(tensors: Mapping[str, np.ndarray], name: str) -> str:
-    value = tensors[name][0]
+def _text(tensors: Mapping[str, Array], name: str) -> str:
+    value: str | bytes = tensors[name][0]
     if isinstance(value, str):
         return value
     try:
@@ -142,11 +144,11 @@ def _text(tensors: Mapping[str, np.ndarray], name: str) -> str:
         raise InvalidField(name, problem) from None
 
 
-def _flag(tensors: Mapping[str, np.ndarray], name: str) -> bool | None:
+def _flag(tensors: Mapping[str, Array], name: str) -> bool | None:
     return bool(tensors[name][0]) if name in tensors else None
 
 
-def _prompt(tensors: Mapping[str, np.ndarray]) -> tuple[str, Any]:
+def _prompt(tensors: Mapping[str, Array]) -> tuple[str, Any]:
     given = [name for name in PROMPTS if name in tensors]
     if not given:
         raise InvalidField("text_input", "no prompt; give text_input, input_ids or messages")
@@ -163,7 +165,7 @@ def _prompt(tensors: Mapping[str, np.ndarray]) -> tuple[str, Any]:
     return given[0], text if given == ["text_input"] else _json("messages", text)
 
 
-def _template(tensors: Mapping[str, np.ndarray], kind: str) -> dict[str, Any]:
+def _template(tensors: Mapping[str, Array], kind: str) -> dict[str, Any]:
     given = [name for name in TEMPLATE_INPUTS if name in tensors]
     if given and kind != "messages":
         problem = f"it is for the chat template, so it goes with messages and not with {kind}"
@@ -216,7 +218,7 @@ def _microseconds(value: Any) -> int:
     return number
 
 
-def _sampling(tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]) -> SamplingParams:
+def _sampling(tensors: Mapping[str, Array], parameters: dict[str, Any]) -> SamplingParams:
     """Sampling parameters from the tensor and the request. If both have a key, the tensor's counts.
 
     The vLLM backend does the same, and its clients send the same values in both.
@@ -235,7 +237,7 @@ def _sampling(tensors: Mapping[str, np.ndarray], parameters: dict[str, Any]) -> 
 
 
 def _outputs(
-    tensors: Mapping[str, np.ndarray], requested: set[str], sampling: SamplingParams
+    tensors: Mapping[str, Array], requested: set[str], sampling: SamplingParams
 ) -> frozenset[str]:
     """The outputs to build: those with a return flag, or those that the client named.
 

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 class Arrival(NamedTuple):
     """The output of one engine step for one sequence of a stream."""
 
-    index: int  # which of the n sequences
+    choice: int  # which of the n sequences
     token: int | None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -226,7 +226,7 @@ class Stream:
         arrivals: dict[int, list[Arrival]] = {}
         for arrival in inbox:
             self._prompt_logprobs += arrival.prompt_logprobs or []
-            arrivals.setdefault(arrival.index, []).append(arrival)
+            arrivals.setdefault(arrival.choice, []).append(arrival)
         for index, mine in arrivals.items():
             self.choices[index].feed(mine)
 
@@ -303,7 +303,7 @@ class Stream:
         each sequence. finish_reason is "None" until a sequence has ended, then does not change.
         """
         choices = self.choices
-        make: dict[str, Callable[[], np.ndarray]] = {
+        make: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
             "text_output": lambda: _bytes(self._prompt_text + c.text for c in choices),
             "finish_reason": lambda: _bytes(str(c.finish_reason) for c in choices),
             "cumulative_logprob": lambda: np.array(
@@ -434,14 +434,14 @@ def one_token_each(inbox: list[Arrival]) -> Iterator[list[Arrival]]:
     """Cut an inbox into parts with at most one token of each sequence."""
     part: list[Arrival] = []
     for arrival in inbox:
-        if any(arrival.index == earlier.index for earlier in part):
+        if any(arrival.choice == earlier.choice for earlier in part):
             yield part
             part = []
         part.append(arrival)
     yield part
 
 
-def _logprobs_json(entries: list[dict[int, dict[str, Any]] | None] | None) -> str:
+def _logprobs_json(entries: Sequence[dict[int, dict[str, Any]] | None] | None) -> str:
     """JSON of one {token id: {logprob, rank, decoded_token}} for each token; "null" for None."""
     for entry in entries or []:
         for about in (entry or {}).values():
@@ -449,15 +449,17 @@ def _logprobs_json(entries: list[dict[int, dict[str, Any]] | None] | None) -> st
     return json.dumps(entries)
 
 
-def _bytes(values: Iterable[str]) -> np.ndarray:
+def _bytes(values: Iterable[str]) -> np.ndarray[Any, Any]:
     return np.array([value.encode("utf-8") for value in values], np.object_)
 
 
 def _code(status: str) -> int:
     """Triton's error code. Triton has none for a deadline; its own queue uses UNAVAILABLE."""
-    return {
+    codes: dict[str, int] = {
         "invalid": pb_utils.TritonError.INVALID_ARG,
         "unavailable": pb_utils.TritonError.UNAVAILABLE,
         "deadline": pb_utils.TritonError.UNAVAILABLE,
         "cancelled": pb_utils.TritonError.CANCELLED,
-    }.get(status, pb_utils.TritonError.INTERNAL)
+    }
+    internal: int = pb_utils.TritonError.INTERNAL
+    return codes.get(status, internal)

@@ -158,10 +158,12 @@ def test_a_tiny_model_of_every_family_generates(
     assert len(capsys.readouterr().out) > 4
 
 
-def test_a_bare_checkpoint_is_served(serve: Any, tmp_path: Path) -> None:
+def test_a_bare_checkpoint_is_served(
+    serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Engine options and front ends come from the command line then."""
     checkpoint = tmp_path / "my-model"
-    gllm("tiny-model", str(checkpoint), "--family=MistralForCausalLM", "--seed=3")
+    assert main(["tiny-model", str(checkpoint), "--family=MistralForCausalLM", "--seed=3"]) == 0
     here = os.listdir(checkpoint)
     server = serve(checkpoint, "--front-ends=2", "--max-model-len=48", "--cpu-threads=1")
     assert [len(rows) for rows in server.stubs().values()] == [2]
@@ -169,6 +171,8 @@ def test_a_bare_checkpoint_is_served(serve: Any, tmp_path: Path) -> None:
         answer = client.complete("Once", max_tokens=1000, ignore_eos=True, temperature=0)
         assert (answer.num_input_tokens or 0) + answer.num_output_tokens == 48
     local = ["--model", str(checkpoint), "--cpu-threads=1", "--temperature=0", "--ignore-eos"]
-    assert gllm("generate", "Once", *local, "--max-tokens=46") == answer.text + "\n"
+    capsys.readouterr()
+    assert main(["generate", "Once", *local, "--max-tokens=46"]) == 0
+    assert capsys.readouterr().out == answer.text + "\n"
     assert os.listdir(checkpoint) == here  # nothing is written into it
     assert server.stop() == 0

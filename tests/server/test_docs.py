@@ -2,7 +2,8 @@
 
 A page's blocks run in their order, in a directory that looks like the repository: its `bash` blocks
 command by command, then its `python` blocks as one program. `gllm serve ... &` serves on free ports
-until the page's end; the ports that the page names are replaced. Blocks marked `bash gpu` and
+until the page's end; the ports that the page names are replaced. The session's server stands for
+`gllm serve model_repository &`, which is how it was started. Blocks marked `bash gpu` and
 `bash kubernetes` do not run here: their commands are parsed.
 """
 
@@ -18,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from live import Server
+from live import SHIPPED, Server
 
 from gllm_client.__main__ import make_parser
 from gllm_engine.workers import worker
@@ -54,12 +55,32 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class Serving:
+    """Servers that a page starts, those of its own and the session's."""
+
+    def __init__(self, shared: pytest.FixtureRequest, directory: Path) -> None:
+        self._shared = shared
+        self._directory = directory
+        self.own: list[Server] = []
+        self.all: list[Server] = []
+
+    def start(self, repository: str, *flags: str) -> None:
+        """`gllm serve REPOSITORY FLAGS`, ready."""
+        path = self._directory / repository
+        if path.resolve() == SHIPPED and not flags:
+            self.all.append(self._shared.getfixturevalue("server"))
+            return
+        server = Server(path, *flags, log=self._directory / f"{len(self.own)}.log")
+        self.own.append(server)
+        self.all.append(server.wait_ready())
+
+
 @pytest.fixture
-def served(copy: Path) -> Iterator[list[Server]]:
-    """Servers that a page starts; all are stopped at the end."""
-    servers: list[Server] = []
-    yield servers
-    for server in servers:
+def serving(copy: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    """The page's own servers are stopped at the end."""
+    serving = Serving(request, copy)
+    yield serving
+    for server in serving.own:
         server.stop()
 
 
@@ -85,7 +106,7 @@ def with_ports(text: str, servers: list[Server]) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_runs(page: str, copy: Path, served: list[Server]) -> None:
+def test_a_page_runs(page: str, copy: Path, serving: Serving) -> None:
     program = ""
     for marker, text in blocks(page):
         if marker == "python":
@@ -95,14 +116,11 @@ def test_a_page_runs(page: str, copy: Path, served: list[Server]) -> None:
                 continue
             serve = re.match(r"gllm serve (\S+)(.*?)\s*&", command)
             if serve:
-                flags = shlex.split(serve[2])
-                server = Server(copy / serve[1], *flags, log=copy / f"{len(served)}.log")
-                served.append(server)
-                server.wait_ready()
+                serving.start(serve[1], *shlex.split(serve[2]))
             else:
-                run(["bash", "-euo", "pipefail"], with_ports(command, served), copy)
+                run(["bash", "-euo", "pipefail"], with_ports(command, serving.all), copy)
     if program:
-        run([sys.executable, "-"], with_ports(program, served), copy)
+        run([sys.executable, "-"], with_ports(program, serving.all), copy)
 
 
 @pytest.mark.parametrize("page", PAGES)

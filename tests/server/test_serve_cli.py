@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -133,10 +134,14 @@ def test_sigkill_of_a_plain_tritonserver_leaves_no_orphan(
     assert not private_directories(server, traces) and not regions(server.pid)
 
 
-def test_sigkill_of_tritonserver_ends_gllm_serve(
+def test_without_metrics_it_serves_too_and_ends_with_its_tritonserver(
     launch: Launch, traces: Traces, repository: Path
 ) -> None:
-    server = launch("serve", str(repository)).wait_ready()
+    server = launch("serve", str(repository), "--", "--allow-metrics=false").wait_ready()
+    with server.client("quick") as client:
+        assert client.complete("Once", max_tokens=5, ignore_eos=True).num_output_tokens == 5
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://{server.metrics_address}/metrics")
     os.kill(server.triton_pid, signal.SIGKILL)
     assert server.wait_ended(SOON_S) == 128 + signal.SIGKILL
     assert server.log().endswith("tritonserver ended by itself with status 137\n")

@@ -26,7 +26,6 @@ import tritonclient.grpc.aio as triton_aio
 from asking import GrpcStream, Response, ask, generate, joined, tensor, text_of, to_response
 from live import MODEL as SHIPPED_MODEL
 from live import SHIPPED, Server, wait_for
-from repository import write_model
 from tritonclient.utils import InferenceServerException
 
 from gllm_engine import LLM, SamplingParams
@@ -509,14 +508,3 @@ def test_a_bad_model_json_fails_the_load(served: Served, name: str, change: dict
     with pytest.raises(InferenceServerException, match="no_model|invalid_attribute"):
         served.control.load_model(name)
     assert not served.is_ready(name)
-
-
-def test_a_server_without_metrics(
-    served: Served, tmp_path: Path, serve: Callable[..., Server]
-) -> None:
-    write_model(tmp_path, "tiny", 1, device="none")
-    server = serve(tmp_path, "--", "--allow-metrics=false")
-    (response,) = ask(server, {"text_input": PROMPTS[0]}, "tiny")
-    assert response.text.startswith(PROMPTS[0])
-    with pytest.raises(OSError):
-        urllib.request.urlopen(f"http://{server.metrics_address}/metrics")

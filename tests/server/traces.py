@@ -102,6 +102,7 @@ def wait_gone(traces: Traces) -> None:
 class Launched(Server):
     """A command that becomes a server, given the three ports; by default `gllm`'s.
 
+    The ports follow its first word: what follows `--` is not for `gllm`.
     `options`: as Popen's.
     """
 
@@ -120,7 +121,7 @@ class Launched(Server):
         ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*before, *program, *command, *ports],
+                [*before, *program, *command[:1], *ports, *command[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
