@@ -95,7 +95,7 @@ def answered(path: Path) -> list[dict[str, Any]]:
 
 def test_a_killed_batch_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    lines = write_batch(source, num=60, max_tokens=40)
+    lines = write_batch(source, num=32, max_tokens=40)
     command = ["batch", str(source), str(target), "--url", server.grpc, "--temperature=0"]
     command += ["--ignore-eos", "--concurrency=4"]
     with subprocess.Popen([*GLLM, *command], stderr=subprocess.DEVNULL) as running:
