@@ -115,17 +115,21 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class NewPages(msgspec.Struct, frozen=True, array_like=True):
-    """Scheduler -> runner: put `pages` into a slot's page table from index `first` on."""
+    """Scheduler -> runner: put `pages` into a slot's page table from index `first` on.
+
+    `group`: the cache group whose table it is. Entries before the group's window are never read.
+    """
 
     slot: int
     first: int
     pages: list[int]
+    group: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """Scheduler -> runner: one step, as a change of the state that the runner keeps for each slot.
 
-    The runner applies `new` first (which empties the slot's page table and sets its length to 0),
+    The runner applies `new` first (which empties the slot's page tables and sets its length to 0),
     then `new_pages`. The rows of the batch are `decode_slots`, then `chunks`. A decode row computes
     the token that the runner sampled last for its slot, which the host may not know yet. The
     token's position is the slot's length. Each row then adds its token count to that length.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gllm_engine.arch.cache import CacheGroup, cache_groups
 from gllm_engine.arch.fields import MAX_EOS_TOKEN_IDS, ArchError
 from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import Rope
@@ -10,7 +11,11 @@ from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
 
 __all__ = [
     "FAMILIES",
+<<<<<<< HEAD
     "MAX_EOS_TOKEN_IDS",
+=======
+    "CacheGroup",
+>>>>>>> c0ebc3c (The scheduler keeps pages by cache group; a group with a window frees what no token sees)
     "Dense",
     "Gqa",
     "Layer",
@@ -20,6 +25,7 @@ __all__ = [
     "SandwichLayer",
     "Shard",
     "ArchError",
+    "cache_groups",
     "make_arch",
     "read_arch",
 ]

@@ -3,15 +3,32 @@
 This module owns page numbers, reference counts and the hash of each page's content. Every
 operation costs O(1) per page. It knows nothing of steps, slots or priorities, and never accesses
 the KV cache itself.
+
+Layers that see different windows are in different groups, and a sequence has a page table for each
+group. With pages of 4 tokens, after 15 tokens:
+
+    tokens                       0..3   4..7   8..11  12..14
+    group 0, all tokens           7      2      9      4       pages of one pool
+    group 1, a window of 5        -      -      3      8
+
+Token 15 needs tokens 11..15 of group 1, so the group's first two pages have been given back. A
+prefix is cached if every group has the pages that the token after the prefix needs.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import OrderedDict
-from collections.abc import Iterable
+import sys
+from bisect import bisect_left
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
+
+from gllm_engine.arch import CacheGroup
+from gllm_engine.arch.cache import num_token_pages
+from gllm_engine.config import EngineConfig
 
 DIGEST_SIZE = 16  # bytes
 
@@ -141,9 +158,10 @@ class PagePool:
         """Raise IntegrityError unless the pool is consistent with the pages that `handles` hold."""
         held = [0] * self.num_pages
         for handle in handles:
-            if len(set(handle.ids)) < len(handle.ids):
-                raise IntegrityError(f"A sequence holds a page twice: {handle.ids}.")
-            for page in handle.ids:
+            ids = [page for p in handle.groups if p.group.pool is self for page in p.ids]
+            if len(set(ids)) < len(ids):
+                raise IntegrityError(f"A sequence holds a page twice: {ids}.")
+            for page in ids:
                 held[page] += 1
         free = set(self._free)
         if len(free) < len(self._free):
@@ -162,52 +180,191 @@ class PagePool:
             raise IntegrityError("A hash leads to a page that does not carry it.")
 
 
+@dataclass(frozen=True)
+class Group:
+    """A page table that every sequence has, over pages of `pool`.
+
+    `window`: a token needs the pages of itself and of the window - 1 tokens before it; None: of all
+    tokens before it. `most_pages`: the most pages that a sequence holds at once. `tag`: tells the
+    content of this group's pages from that of the pool's other groups.
+    """
+
+    pool: PagePool
+    window: int | None = None
+    most_pages: int = sys.maxsize
+    tag: bytes = b""
+
+    def first_needed(self, position: int) -> int:
+        """The index of the first page that a token at `position`, or a later one, needs."""
+        if self.window is None:
+            return 0
+        return max(0, position - self.window + 1) // self.pool.page_size
+
+
+def make_groups(
+    kinds: Sequence[CacheGroup], config: EngineConfig, num_pages: int
+) -> tuple[Group, ...]:
+    """The groups of a model. `num_pages`: of the pool that all groups with layers share."""
+    page_size = config.page_size
+    caching = config.enable_prefix_caching
+    pool = PagePool(num_pages, page_size, caching)
+    groups = []
+    for number, kind in enumerate(kinds):
+        most_pages = sys.maxsize
+        if kind.window is not None:
+            # A chunk of the most tokens needs itself and the tokens that its first token sees.
+            span = kind.window - 1 + config.max_num_batched_tokens
+            most_pages = (span + page_size - 2) // page_size + 1
+        mine = pool if kind.layers else PagePool(num_token_pages(num_pages), page_size, caching)
+        groups.append(Group(mine, kind.window, most_pages, tag=bytes([number]) if number else b""))
+    return tuple(groups)
+
+
+def capacity(groups: Sequence[Group], max_tokens: int) -> int:
+    """The most tokens, at most `max_tokens`, of a sequence that has the pools to itself."""
+
+    def is_too_long(num_pages: int) -> bool:
+        used = Counter[PagePool]()
+        for group in groups:
+            used[group.pool] += min(num_pages, group.most_pages)
+        return any(count > pool.num_pages for pool, count in used.items())
+
+    page_size = groups[0].pool.page_size
+    lengths = range(1, -(-max_tokens // page_size) + 1)
+    num_pages = bisect_left(lengths, True, key=is_too_long)  # the lengths that fit come first
+    return min(num_pages * page_size, max_tokens)
+
+
+class GroupPages:
+    """The pages of one sequence in one group: `ids` are its pages `first`, `first` + 1, ..."""
+
+    __slots__ = ("group", "first", "ids")
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.first = 0
+        self.ids: list[int] = []
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.ids)
+
+    def drop_before(self, index: int) -> None:
+        """Give back the pages before page `index`."""
+        if index > self.first:
+            gone = self.ids[: index - self.first]
+            self.ids = self.ids[index - self.first :]
+            self.first = index
+            self.group.pool.give_back(gone)
+
+
 class Pages:
-    """The pages of one sequence, in order of position, and the hashes of its full pages.
+    """The pages of one sequence in every group, and the hashes of its full pages.
 
     This object alone owns its references; `release` gives all of them back, once. The hashes are
     kept after a release, because known tokens never change.
     """
 
-    __slots__ = ("ids", "_pool", "_chain", "_num_published")
+    __slots__ = ("groups", "_pool", "_page_size", "_chain", "_num_published")
 
-    def __init__(self, pool: PagePool, salt: str) -> None:
-        self.ids: list[int] = []
-        self._pool = pool
-        self._chain = [pool.root(salt)]  # entry k + 1 is the hash of pages 0..k
+    def __init__(self, groups: Sequence[Group], salt: str) -> None:
+        self.groups = [GroupPages(group) for group in groups]
+        self._pool = groups[0].pool  # hashes the pages of all groups
+        self._page_size = self._pool.page_size
+        self._chain = [self._pool.root(salt)]  # entry k + 1 is the hash of pages 0..k
         self._num_published = 0
 
-    def find_cached(self, tokens: list[int]) -> list[int]:
-        """Pages that hold the longest cached prefix of `tokens` without the last token.
+    def find_cached(self, tokens: list[int]) -> int:
+        """The number of pages in the longest prefix of `tokens` that is cached in all groups.
 
-        The last token must be computed, because the next token is sampled from its output.
+        The prefix is without the last token, which must be computed, because the next token is
+        sampled from its output. A group with a window needs only the prefix's last pages.
         """
-        found: list[int] = []
-        if self._pool.caching:
-            for index in range((len(tokens) - 1) // self._pool.page_size):
-                page = self._pool.find(self._digest(tokens, index))
-                if page is None:
-                    break
-                found.append(page)
-        return found
+        if not self._pool.caching:
+            return 0
+        count = (len(tokens) - 1) // self._page_size
+        before = -1
+        while count != before:  # a shorter prefix needs earlier pages of the groups with a window
+            before = count
+            for part in self.groups:
+                count = self._cached_prefix(part.group, tokens, count)
+        return count
 
-    def cost(self, cached: list[int], length: int) -> int:
-        """Number of available pages that open(cached, length) would use up."""
-        count = -(-length // self._pool.page_size)
-        return count - len(cached) + self._pool.num_idle(cached)
+    def _cached_prefix(self, group: Group, tokens: list[int], most: int) -> int:
+        """As find_cached, but of one group and at most `most` pages."""
+        find = group.pool.find
+        if group.window is None:
+            for index in range(most):
+                if find(self._key(group, tokens, index)) is None:
+                    return index
+            return most
+        count = most
+        index = count - 1
+        while index >= group.first_needed(count * self._page_size):
+            if find(self._key(group, tokens, index)) is None:
+                count = index
+            index -= 1
+        return count
 
-    def open(self, cached: list[int], length: int) -> None:
-        """Hold pages for tokens 0..length-1, the first of which are the shared pages `cached`."""
-        self._pool.share(cached)  # before take(), which could evict cached pages otherwise
-        count = -(-length // self._pool.page_size)
-        self.ids = cached + self._pool.take(count - len(cached))
-        self._num_published = len(cached)
+    def fit(self, tokens: list[int], num_cached: int, reserve: int) -> bool:
+        """Whether the pools have the pages for open() and for growing to all `tokens`.
 
-    def grow(self) -> int:
-        """Take one more page and return it."""
-        pages = self._pool.take(1)
-        self.ids += pages
-        return pages[0]
+        `num_cached`: from find_cached. `reserve`: pages of the first group's pool that stay free.
+        """
+        count = -(-len(tokens) // self._page_size)
+        used = Counter({self._pool: reserve})
+        for part in self.groups:
+            group = part.group
+            found = self._found(group, tokens, num_cached)
+            fresh = min(count - num_cached + len(found), group.most_pages) - len(found)
+            used[group.pool] += fresh + group.pool.num_idle(found)
+        return all(count <= pool.num_free for pool, count in used.items())
+
+    def open(self, tokens: list[int], num_cached: int) -> None:
+        """Hold the first `num_cached` pages, as find_cached has found them.
+
+        Groups without a window also get the pages of all other tokens.
+        """
+        for part in self.groups:  # before take(), which could evict cached pages otherwise
+            found = self._found(part.group, tokens, num_cached)
+            part.group.pool.share(found)
+            part.first = num_cached - len(found)
+            part.ids = found
+        self._num_published = num_cached
+        count = -(-len(tokens) // self._page_size)
+        for part in self.groups:
+            if part.group.window is None:
+                part.ids = part.ids + part.group.pool.take(count - num_cached)
+
+    def drop_unneeded(self, position: int) -> None:
+        """Give back the pages that no token at `position` or after it needs.
+
+        Plans in flight may still read them, but they run before any later plan.
+        """
+        for part in self.groups:
+            if part.group.window is not None:
+                part.drop_before(part.group.first_needed(position))
+
+    def can_grow(self, length: int) -> bool:
+        """Whether the pools have the pages that grow(length) takes."""
+        if len(self.groups) == 1:
+            part = self.groups[0]
+            return -(-length // self._page_size) - part.end <= part.group.pool.num_free
+        count = -(-length // self._page_size)
+        used = Counter[PagePool]()
+        for part in self.groups:
+            used[part.group.pool] += max(0, count - part.end)
+        return all(count <= pool.num_free for pool, count in used.items())
+
+    def grow(self, length: int) -> Iterator[tuple[int, int, list[int]]]:
+        """Take pages for tokens up to `length` - 1; yields (group, index of the first, pages)."""
+        count = -(-length // self._page_size)
+        for number, part in enumerate(self.groups):
+            first = part.end
+            if first < count:
+                pages = part.group.pool.take(count - first)
+                part.ids += pages
+                yield number, first, pages
 
     def publish(self, tokens: list[int], length: int) -> None:
         """Make the full pages among tokens 0..length-1 findable by other sequences.
@@ -216,21 +373,36 @@ class Pages:
         all its K and V before it reads any, so a published page is filled before another sequence
         reads it.
         """
-        if self._pool.caching:
-            full = length // self._pool.page_size
-            for index in range(self._num_published, full):
-                self._pool.publish(self.ids[index], self._digest(tokens, index))
-            self._num_published = max(self._num_published, full)
+        if not self._pool.caching:
+            return
+        full = length // self._page_size
+        for index in range(self._num_published, full):
+            for part in self.groups:
+                if index >= part.first:
+                    page = part.ids[index - part.first]
+                    part.group.pool.publish(page, self._key(part.group, tokens, index))
+        self._num_published = max(self._num_published, full)
 
     def release(self) -> None:
         """Give all pages back. A second call does nothing."""
-        pages = self.ids
-        self.ids = []
-        self._pool.give_back(pages)
+        for part in self.groups:
+            pages = part.ids
+            part.ids = []
+            part.first = 0
+            part.group.pool.give_back(pages)
 
-    def _digest(self, tokens: list[int], index: int) -> bytes:
+    def _found(self, group: Group, tokens: list[int], num_cached: int) -> list[int]:
+        """The pages of `group` that a sequence needs after `num_cached` cached pages."""
+        first = group.first_needed(num_cached * self._page_size)
+        found = [
+            group.pool.find(self._key(group, tokens, index)) for index in range(first, num_cached)
+        ]
+        return [page for page in found if page is not None]
+
+    def _key(self, group: Group, tokens: list[int], index: int) -> bytes:
+        """The key in the pool of the group's page `index`."""
         chain = self._chain
-        size = self._pool.page_size
+        size = self._page_size
         for page in range(len(chain) - 1, index + 1):
             chain.append(self._pool.link(chain[-1], tokens[page * size : (page + 1) * size]))
-        return chain[index + 1]
+        return group.tag + chain[index + 1]

@@ -13,9 +13,10 @@ from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple
 
+from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sched.cost import Fit, Work
-from gllm_engine.sched.pages import IntegrityError, PagePool, Pages
+from gllm_engine.sched.pages import IntegrityError, Pages, capacity, make_groups
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
 from gllm_engine.types import (
@@ -96,11 +97,18 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         policy: Policy | None = None,
+        groups: tuple[CacheGroup, ...] = (CacheGroup(),),
     ) -> None:
-        """`policy`: overrides the policy that the configuration names."""
-        self._pool = PagePool(num_pages, config.page_size, config.enable_prefix_caching)
+        """`num_pages`: of the pool of all cache groups that have layers.
+
+        `policy`: overrides the policy that the configuration names.
+        """
+        self._groups = make_groups(groups, config, num_pages)
+        self._pools = list(dict.fromkeys(group.pool for group in self._groups))
+        self._pool = self._groups[0].pool
+        self._num_whole = sum(g.window is None and g.pool is self._pool for g in self._groups)
         self._page_size = config.page_size
-        self._capacity = num_pages * config.page_size  # tokens
+        self._capacity = capacity(self._groups, max_model_len)  # tokens
         self._max_model_len = max_model_len
         self._max_tokens = config.max_num_batched_tokens
         self._max_slots = config.max_num_seqs
@@ -162,7 +170,7 @@ class Scheduler:
         sequence.limit = min(wanted, self._capacity + 1)
         eos = () if sampling.ignore_eos else self._eos_token_ids
         sequence.stops = frozenset(eos + sampling.stop_token_ids)
-        sequence.pages = Pages(self._pool, sampling.cache_salt)
+        sequence.pages = Pages(self._groups, sampling.cache_salt)
         sequence.commit_check = self._next_commit_check(sequence)
         self._waiting.put(sequence)
         self._backlog += length
@@ -182,7 +190,8 @@ class Scheduler:
         for sequence in dropped:
             self._remove(sequence)
         self._flights.clear()
-        self._pool.forget()
+        for pool in self._pools:
+            pool.forget()
         return dropped
 
     def _wanted(self, sequence: Sequence) -> int:
@@ -241,7 +250,7 @@ class Scheduler:
             max_tokens=self._max_tokens,
             num_decoding=len(self._decoding),
             backlog=self._backlog,
-            num_free_pages=self._pool.num_free + unplanned // self._page_size,
+            num_free_pages=self._pool.num_free + self._num_whole * unplanned // self._page_size,
             num_reserved_pages=self._num_reserved,
             num_pages=self._pool.num_pages,
             step=self._steps,
@@ -345,10 +354,10 @@ class Scheduler:
         if constraint is not None and planned == len(sequence.tokens):
             return False  # the mask depends on a token in flight
         if planned % self._page_size == 0:
+            sequence.pages.drop_unneeded(planned)
             if not self._make_room(sequence):
                 return False
-            first = len(sequence.pages.ids)
-            draft.new_pages.append(NewPages(sequence.slot, first, [sequence.pages.grow()]))
+            self._grow(draft, sequence, planned + 1)
         if constraint is None:
             sequence.plan_check = min(last, planned - planned % self._page_size + self._page_size)
         else:
@@ -357,23 +366,29 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Preempt sequences of the lowest priority until a page is free.
+        """Preempt sequences of the lowest priority until pages for the next token are free.
 
         Returns False if `sequence` itself was preempted. The running sequence of the highest
         priority is preempted last, and it fits the cache alone, so it always makes progress.
         """
-        while not self._pool.num_free:
+        while not sequence.pages.can_grow(sequence.planned + 1):
             victim = max(q[-1] for q in (self._decoding, self._prefilling) if q)
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
+    @staticmethod
+    def _grow(draft: _Draft, sequence: Sequence, length: int) -> None:
+        """Take pages for `length` tokens, and put them into the plan."""
+        for group, first, pages in sequence.pages.grow(length):
+            draft.new_pages.append(NewPages(sequence.slot, first, pages, group))
+
     def _admit(self, draft: _Draft) -> bool:
         """Admit the next waiting sequence if a slot and enough pages are free; whether it was.
 
-        The sequence gets pages for all its known tokens, so that its prefill never runs out of
-        pages. The reserved pages stay free.
+        The sequence gets pages for all its known tokens in groups without a window, so that its
+        prefill does not run out of these. The reserved pages stay free.
         """
         if not self._waiting or not self._slots:
             return False
@@ -384,14 +399,14 @@ class Scheduler:
         tokens = sequence.tokens
         pages = sequence.pages
         looks_up = sequence.sampling.prompt_logprobs is None  # else every position is computed
-        cached = pages.find_cached(tokens) if looks_up else []
-        if pages.cost(cached, len(tokens)) > self._pool.num_free - reserve:
+        num_cached = pages.find_cached(tokens) if looks_up else 0
+        if not pages.fit(tokens, num_cached, reserve):
             return False
         self._waiting.take(sequence)
         self._prefilling.put(sequence)
-        pages.open(cached, len(tokens))
+        pages.open(tokens, num_cached)
         sequence.slot = self._slots.pop()
-        sequence.planned = len(cached) * self._page_size
+        sequence.planned = num_cached * self._page_size
         self._backlog -= sequence.planned
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = sequence.planned
@@ -402,7 +417,9 @@ class Scheduler:
         draft.new.append(
             NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sampling, eos)
         )
-        draft.new_pages.append(NewPages(sequence.slot, 0, list(pages.ids)))
+        for group, part in enumerate(pages.groups):
+            if part.ids:
+                draft.new_pages.append(NewPages(sequence.slot, part.first, list(part.ids), group))
         return True
 
     def _plan_chunks(self, draft: _Draft, budget: Budget) -> None:
@@ -417,6 +434,8 @@ class Scheduler:
             start = sequence.planned
             fits = cost.longest(start, seconds, left)
             count = self._plan_chunk(draft, sequence, max(fits, min(left, least)))
+            if not count:
+                break
             if work is not None:
                 chunk = Work.row(start, count)
                 draft.work = work = work.plus(chunk)
@@ -427,10 +446,20 @@ class Scheduler:
             left = left - count
 
     def _plan_chunk(self, draft: _Draft, sequence: Sequence, max_tokens: int) -> int:
-        """Plan up to max_tokens known tokens of a prefilling sequence; returns their number."""
+        """Plan up to max_tokens known tokens of a prefilling sequence; returns their number.
+
+        It is 0 if a group with a window lacks pages. A sequence fits the cache alone, so others
+        are decoding then, and free pages at the latest when they end.
+        """
         tokens = sequence.tokens
         start = sequence.planned
         end = min(start + max_tokens, sequence.prefill_len)
+        sequence.pages.drop_unneeded(start)
+        while end > start and not sequence.pages.can_grow(end):
+            end -= (end - 1) % self._page_size + 1  # one page less
+        if end <= start:
+            return 0
+        self._grow(draft, sequence, end)
         samples = end == sequence.prefill_len
         targets: list[int] = []
         if sequence.sampling.prompt_logprobs is not None:
@@ -565,15 +594,17 @@ class Scheduler:
         """Raise IntegrityError if the bookkeeping contradicts itself; the message says how."""
         running = [*self._prefilling, *self._decoding]
         live = [*self._waiting, *running]
-        self._pool.check_integrity(sequence.pages for sequence in live)
+        for pool in self._pools:
+            pool.check_integrity(sequence.pages for sequence in live)
         for queue in (self._waiting, self._prefilling, self._decoding):
             if any(sequence.queue is not queue for sequence in queue):
                 raise IntegrityError("A sequence is in a queue it does not know of.")
             if queue != sorted(queue) or len({s.rank for s in queue}) < len(queue):
                 raise IntegrityError("A queue is out of order.")
         for sequence in running:
-            if len(sequence.pages.ids) * self._page_size < sequence.planned:
-                raise IntegrityError(f"Sequence {sequence.key!r} has too few pages.")
+            for part in sequence.pages.groups:
+                if part.end * self._page_size < sequence.planned:
+                    raise IntegrityError(f"Sequence {sequence.key!r} has too few pages.")
         slots = sorted(self._slots + [sequence.slot for sequence in running])
         if slots != list(range(self._max_slots)):
             raise IntegrityError(f"Slots are lost or owned twice: free and owned are {slots}.")

@@ -1,8 +1,9 @@
 """A runner without a model, which believes nothing: it checks each plan as it runs it.
 
-It keeps what the real one keeps for each slot (page table, length, last token) and, for each
-cache cell, the (token, position) written there. "Attention" reads the cells through the page
-table and demands exactly the row's own history; the next token is a function of that history.
+It keeps what the real one keeps for each slot (page tables, length, last token) and, for each
+cache cell, the (token, position, group) written there. "Attention" reads the cells of every group's
+window through its page table and demands exactly the row's own history; the next token is a
+function of that history.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from gllm_engine.arch import CacheGroup
+from gllm_engine.arch.cache import num_token_pages
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Constraint
@@ -65,17 +68,24 @@ def reference(
 @dataclass
 class Slot:
     owner: NewSequence
-    table: list[int] = field(default_factory=list)
+    tables: list[dict[int, int]]  # of each group: index -> page
     length: int = 0
     last: int | None = None
 
 
 class PagedMock:
-    def __init__(self, config: EngineConfig, num_pages: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_pages: int,
+        groups: tuple[CacheGroup, ...] = (CacheGroup(),),
+    ) -> None:
         self.config = config
         self.num_pages = num_pages
+        self.groups = groups
         self.slots: dict[int, Slot] = {}
-        self.cells: dict[int, tuple[int, int]] = {}  # page * page_size + offset
+        # (whether the group has layers, page * page_size + offset) -> (token, position, group)
+        self.cells: dict[tuple[bool, int], tuple[int, int, int]] = {}
         self.step = 0
         self.num_computed = 0
 
@@ -88,12 +98,13 @@ class PagedMock:
         for slot, start, tokens, _ in rows:
             state = self.slots[slot]
             for position, token in enumerate(tokens, start):
-                self.cells[self._cell(state, position)] = (token, position)
+                for group in range(len(self.groups)):
+                    self.cells[self._cell(state, group, position)] = (token, position, group)
         result = StepResult(plan.step, [])
         for slot, start, tokens, samples in rows:
             state = self.slots[slot]
             state.length = start + len(tokens)
-            history = self._attend(state)
+            history = self._attend(state, start)
             assert history[start:] == tokens
             state.last = None
             if samples:
@@ -106,13 +117,15 @@ class PagedMock:
         assert len({new.slot for new in plan.new}) == len(plan.new)
         for new in plan.new:
             assert 0 <= new.slot < self.config.max_num_seqs
-            self.slots[new.slot] = Slot(new)
+            self.slots[new.slot] = Slot(new, [{} for _ in self.groups])
         for new_pages in plan.new_pages:
-            table = self.slots[new_pages.slot].table
-            assert new_pages.first == len(table)
-            assert all(0 <= page < self.num_pages for page in new_pages.pages)
-            table += new_pages.pages
-            assert len(set(table)) == len(table)
+            kind = self.groups[new_pages.group]
+            table = self.slots[new_pages.slot].tables[new_pages.group]
+            first = new_pages.first
+            assert first == (max(table) + 1 if table else 0) or kind.window and not table
+            limit = self.num_pages if kind.layers else num_token_pages(self.num_pages)
+            assert all(0 <= page < limit for page in new_pages.pages)
+            table.update(enumerate(new_pages.pages, first))
 
     def _rows(self, plan: StepPlan) -> list[tuple[int, int, list[int], bool]]:
         """(slot, start, tokens, samples) of each row, decode rows first."""
@@ -137,16 +150,24 @@ class PagedMock:
         self.num_computed += num_tokens
         return rows
 
-    def _cell(self, state: Slot, position: int) -> int:
+    def _cell(self, state: Slot, group: int, position: int) -> tuple[bool, int]:
         size = self.config.page_size
-        return state.table[position // size] * size + position % size
+        page = state.tables[group][position // size]
+        return bool(self.groups[group].layers), page * size + position % size
 
-    def _attend(self, state: Slot) -> list[int]:
-        history = []
-        for position in range(state.length):
-            token, written_for = self.cells[self._cell(state, position)]
-            assert written_for == position
-            history.append(token)
+    def _attend(self, state: Slot, start: int) -> list[int]:
+        """All tokens. Every group must have the tokens that those from `start` on see."""
+        history: list[int] = []
+        for group, kind in enumerate(self.groups):
+            first = 0 if kind.window is None else max(0, start - kind.window + 1)
+            seen = []
+            for position in range(first, state.length):
+                token, written_for, written_by = self.cells[self._cell(state, group, position)]
+                assert (written_for, written_by) == (position, group)
+                seen.append(token)
+            history = max(history, seen, key=len)
+        for kind in self.groups:
+            assert kind.window or len(history) == state.length
         return history
 
     def _sample(

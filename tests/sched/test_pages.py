@@ -4,37 +4,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gllm_engine.sched.pages import IntegrityError, PagePool, Pages
+from gllm_engine.sched.pages import Group, IntegrityError, PagePool, Pages, capacity
 
 PAGE = 4
 
 
 def fill(pool: PagePool, tokens: list[int], salt: str = "") -> Pages:
     """A sequence that has computed and published all of `tokens`."""
-    pages = Pages(pool, salt)
-    pages.open(pages.find_cached(tokens), len(tokens))
+    pages = Pages([Group(pool)], salt)
+    pages.open(tokens, pages.find_cached(tokens))
     pages.publish(tokens, len(tokens))
     return pages
 
 
 def cached(pool: PagePool, tokens: list[int], salt: str = "") -> list[int]:
     """Cached pages of a sequence that begins with `tokens`."""
-    return Pages(pool, salt).find_cached([*tokens, 0])
+    pages = Pages([Group(pool)], salt)
+    tokens = [*tokens, 0]
+    return pages._found(pages.groups[0].group, tokens, pages.find_cached(tokens))
 
 
 def test_only_full_pages_are_shared_and_a_token_is_left() -> None:
     pool = PagePool(8, PAGE)
     tokens = list(range(10))
     first = fill(pool, tokens)
-    assert len(first.ids) == 3
-    assert cached(pool, tokens) == first.ids[:2]
-    assert cached(pool, tokens[:8]) == first.ids[:2]
-    assert Pages(pool, "").find_cached(tokens[:8]) == first.ids[:1]
-    assert Pages(pool, "").find_cached(tokens[:1]) == []
+    assert len(first.groups[0].ids) == 3
+    assert cached(pool, tokens) == first.groups[0].ids[:2]
+    assert cached(pool, tokens[:8]) == first.groups[0].ids[:2]
+    assert Pages([Group(pool)], "").find_cached(tokens[:8]) == 1
+    assert Pages([Group(pool)], "").find_cached(tokens[:1]) == 0
     assert cached(pool, [9, *tokens[1:]]) == []  # a page stands for all before it
     assert cached(pool, tokens[4:8]) == []
     second = fill(pool, [*tokens[:8], 77, 78])
-    assert second.ids[:2] == first.ids[:2] and second.ids[2] != first.ids[2]
+    assert second.groups[0].ids[:2] == first.groups[0].ids[:2] and second.groups[0].ids[2] != first.groups[0].ids[2]
     pool.check_integrity([first, second])
     first.release()
     pool.check_integrity([second])
@@ -46,7 +48,7 @@ def test_only_full_pages_are_shared_and_a_token_is_left() -> None:
 def test_release_is_idempotent() -> None:
     pool = PagePool(4, PAGE)
     one, other = fill(pool, [1] * 4), fill(pool, [1] * 5)
-    assert one.ids[0] == other.ids[0]
+    assert one.groups[0].ids[0] == other.groups[0].ids[0]
     one.release()
     one.release()
     pool.check_integrity([other])
@@ -73,7 +75,7 @@ def test_without_caching_nothing_is_found() -> None:
 def test_never_cached_pages_go_first_then_the_least_recent_tail_first() -> None:
     pool = PagePool(6, PAGE)
     old, new = fill(pool, [1] * 8), fill(pool, [2] * 8)
-    old_ids, new_ids = old.ids, new.ids
+    old_ids, new_ids = old.groups[0].ids, new.groups[0].ids
     free = pool.take(2)
     pool.give_back(free)
     old.release()
@@ -86,12 +88,12 @@ def test_never_cached_pages_go_first_then_the_least_recent_tail_first() -> None:
 def test_a_hit_makes_an_old_page_recent() -> None:
     pool = PagePool(2, PAGE)
     old, new = fill(pool, [1] * 4), fill(pool, [2] * 4)
-    old_ids, new_ids = old.ids, new.ids
+    old_ids, new_ids = old.groups[0].ids, new.groups[0].ids
     old.release()
     new.release()
-    again = Pages(pool, "")
-    again.open(again.find_cached([1] * 5), 4)
-    assert again.ids == old_ids
+    again = Pages([Group(pool)], "")
+    again.open([1] * 4, again.find_cached([1] * 5))
+    assert again.groups[0].ids == old_ids
     again.release()
     assert pool.take(2) == new_ids + old_ids
 
@@ -99,30 +101,31 @@ def test_a_hit_makes_an_old_page_recent() -> None:
 def test_opening_never_evicts_what_was_found() -> None:
     pool = PagePool(3, PAGE)
     fill(pool, [1] * 8).release()
-    pages = Pages(pool, "")
     tokens = [1] * 4 + [2] * 8
-    hits = pages.find_cached(tokens)
+    hits = cached(pool, tokens)
     assert len(hits) == 1
-    assert pages.cost(hits, len(tokens)) == 3  # two new ones, and the idle one
-    pages.open(hits, len(tokens))
-    assert pages.ids[0] == hits[0]
-    assert pages.cost(hits, len(tokens)) == 2
+    pages = Pages([Group(pool)], "")
+    assert pages.find_cached(tokens) == 1
+    assert pages.fit(tokens, 1, reserve=0)  # two new ones, and the idle one
+    assert not pages.fit(tokens, 1, reserve=1)
+    pages.open(tokens, 1)
+    assert pages.groups[0].ids[0] == hits[0]
     pool.check_integrity([pages])
 
 
 def test_equal_content_keeps_one_mapping() -> None:
     pool = PagePool(5, PAGE)
     tokens = [3] * 8
-    one, two = Pages(pool, ""), Pages(pool, "")
-    one.open([], 8)
-    two.open([], 8)
+    one, two = Pages([Group(pool)], ""), Pages([Group(pool)], "")
+    one.open(tokens, 0)
+    two.open(tokens, 0)
     one.publish(tokens, 4)
     two.publish(tokens, 8)  # its first page duplicates one's, its second is the first of its kind
     one.publish(tokens, 8)
-    first, second = one.ids[0], two.ids[1]
+    first, second = one.groups[0].ids[0], two.groups[0].ids[1]
     assert cached(pool, tokens) == [first, second]
     pool.check_integrity([one, two])
-    duplicates = {one.ids[1], two.ids[0]}
+    duplicates = {one.groups[0].ids[1], two.groups[0].ids[0]}
     two.release()
     one.release()
     pool.check_integrity([])
@@ -133,18 +136,22 @@ def test_equal_content_keeps_one_mapping() -> None:
 def test_growing() -> None:
     pool = PagePool(2, PAGE)
     pages = fill(pool, [1] * 4)
-    assert pages.ids == [pages.ids[0], pages.grow()]
+    assert pages.can_grow(8) and not pages.can_grow(9)
+    ((group, first, fresh),) = pages.grow(8)
+    assert (group, first) == (0, 1) and pages.groups[0].ids[1:] == fresh
+    assert not list(pages.grow(8))
     pages.publish([1] * 8, 8)
-    assert cached(pool, [1] * 8) == pages.ids
+    assert cached(pool, [1] * 8) == pages.groups[0].ids
 
 
 def test_hashes_outlive_a_release() -> None:
     pool = PagePool(2, PAGE)
     pages = fill(pool, [1] * 8)
-    ids = pages.ids
+    ids = pages.groups[0].ids
     pages.release()
-    assert pages.find_cached([1] * 9) == ids
-    pages.open(ids, 8)
+    assert pages.find_cached([1] * 9) == 2
+    pages.open([1] * 8, 2)
+    assert pages.groups[0].ids == ids
     pages.publish([1] * 8, 8)
     pool.check_integrity([pages])
 
@@ -180,7 +187,7 @@ def test_check_integrity_finds_faults() -> None:
 
     pool = PagePool(4, PAGE)
     held, idle = fill(pool, [1] * 4), fill(pool, [2] * 4)
-    page = idle.ids[0]
+    page = idle.groups[0].ids[0]
     fault(f"Page {page} counts 1 references, 0 exist", [held])
     idle.release()
     pool.check_integrity([held])
@@ -200,9 +207,9 @@ def test_check_integrity_finds_faults() -> None:
     pool._index[b"stale"] = page
     fault("A hash leads to a page that does not carry it", [held])
     del pool._index[b"stale"]
-    held.ids.append(held.ids[0])
+    held.groups[0].ids.append(held.groups[0].ids[0])
     fault("holds a page twice", [held])
-    held.ids.pop()
+    held.groups[0].ids.pop()
     pool.check_integrity([held])
 
 
@@ -214,3 +221,87 @@ def test_any_change_of_a_token_changes_the_hash(tokens: list[int], position: int
     changed[position] += 1
     assert len(cached(pool, tokens)) == 2
     assert len(cached(pool, changed)) == position // PAGE
+
+
+def make_groups(num_pages: int, *windows: int | None) -> list[Group]:
+    pool = PagePool(num_pages, PAGE)
+    return [Group(pool, window, tag=bytes([i])) for i, window in enumerate(windows)]
+
+
+def begin(groups: list[Group], tokens: list[int], step: int) -> Pages:
+    """A sequence that has computed `tokens`, at most `step` of them in each chunk."""
+    pages = Pages(groups, "")
+    num_cached = pages.find_cached([*tokens, 0])
+    pages.open(tokens, num_cached)
+    for start in range(num_cached * PAGE, len(tokens), step):
+        end = min(start + step, len(tokens))
+        pages.drop_unneeded(start)
+        list(pages.grow(end))
+        pages.publish(tokens, end)
+    pages.drop_unneeded(len(tokens))
+    return pages
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+@pytest.mark.parametrize(("window", "kept"), [(1, 0), (2, 1), (5, 1), (6, 2), (17, 4), (99, 5)])
+def test_a_window_keeps_only_what_the_next_token_sees(window: int, kept: int, step: int) -> None:
+    groups = make_groups(20, None, window)
+    pages = begin(groups, list(range(20)), step)
+    whole, part = pages.groups
+    assert (whole.first, len(whole.ids)) == (0, 5)
+    assert (part.first, len(part.ids)) == (5 - kept, kept)
+    groups[0].pool.check_integrity([pages])
+    pages.release()
+    groups[0].pool.check_integrity([])
+
+
+def test_a_prefix_is_cached_if_each_group_has_what_the_next_token_sees() -> None:
+    tokens = list(range(20))
+    groups = make_groups(10, None, 5)
+    pool = groups[0].pool
+    begin(groups, tokens, 20).release()
+    assert Pages(groups, "").find_cached([*tokens, 0]) == 5
+    lose(groups[1], tokens, 4)
+    assert Pages(groups, "").find_cached([*tokens, 0]) == 4
+    pages = begin(groups, tokens[:17], 20)
+    assert [len(part.ids) for part in pages.groups] == [5, 2]
+    pool.check_integrity([pages])
+
+
+def lose(group: Group, tokens: list[int], index: int) -> None:
+    """As if an idle page had been taken for other content, and given back."""
+    pool = group.pool
+    page = pool.find(Pages([group], "")._key(group, tokens, index))
+    assert page is not None
+    pool._idle.move_to_end(page, last=False)
+    pool._evict()
+    pool._free.append(page)
+
+
+def test_a_prefix_that_one_group_shortens_is_looked_up_again_in_the_others() -> None:
+    tokens = list(range(20))
+    groups = make_groups(20, 5, None)
+    begin(groups, tokens, 20).release()
+    lose(groups[1], tokens, 4)  # so that a prefix has 4 pages, and needs page 3 of the window
+    lose(groups[0], tokens, 3)
+    assert Pages(groups, "").find_cached([*tokens, 0]) == 3
+    groups[0].pool.check_integrity([])
+
+
+def test_groups_do_not_find_pages_of_each_other() -> None:
+    groups = make_groups(10, 9, 9)
+    tokens = list(range(8))
+    pages = begin(groups, tokens, 8)
+    assert len({page for part in pages.groups for page in part.ids}) == 4
+    other = begin(groups, tokens, 8)
+    assert [part.ids for part in other.groups] == [part.ids for part in pages.groups]
+
+
+def test_a_sequence_fits_if_every_group_has_its_most_pages() -> None:
+    pool = PagePool(10, PAGE)
+    assert capacity([Group(pool)], 1000) == 40
+    assert capacity([Group(pool)], 30) == 30
+    assert capacity([Group(pool), Group(pool, 5, most_pages=3)], 1000) == 7 * PAGE
+    assert capacity([Group(pool), Group(pool, 99, most_pages=30)], 1000) == 5 * PAGE
+    assert capacity([Group(pool, 5, most_pages=10)], 1000) == 1000
+    assert capacity([Group(pool, 5, most_pages=3), Group(PagePool(50, PAGE))], 1000) == 200

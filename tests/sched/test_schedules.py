@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from paged_mock import EOS, VOCAB, PagedMock, odd_or_even, reference
 
+from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Refused, Scheduler, Sequence
+from gllm_engine.sched.pages import capacity, make_groups
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.types import Finish, StepResult
 
@@ -28,6 +30,14 @@ def shares(load: Load) -> Budget:
 
 
 ANY_POLICY = [*POLICIES.values(), shares]
+# A group without layers keeps token ids only, and is there if no other one keeps all tokens.
+ANY_GROUPS = [
+    (CacheGroup(),),
+    (CacheGroup(None), CacheGroup(5)),
+    (CacheGroup(1), CacheGroup(None), CacheGroup(1)),
+    (CacheGroup(11), CacheGroup(None, ())),
+    (CacheGroup(3), CacheGroup(16), CacheGroup(None, ())),
+]
 
 
 class World:
@@ -42,6 +52,7 @@ class World:
         caching: bool,
         depth: int,
         policy: Policy,
+        groups: tuple[CacheGroup, ...] = (CacheGroup(),),
     ) -> None:
         config = EngineConfig(
             model=".",
@@ -54,9 +65,9 @@ class World:
             prefill_drain_steps=3,
             min_prefill_tokens=2,
         )
-        self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy)
-        self.runner = PagedMock(config, num_pages)
-        self.capacity = num_pages * page_size
+        self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy, groups)
+        self.runner = PagedMock(config, num_pages, groups)
+        self.capacity = capacity(make_groups(groups, config, num_pages), MODEL_LEN)
         self.depth = depth
         self.results: deque[StepResult] = deque()  # of plans in flight
         self.sequences: list[Sequence] = []
@@ -183,6 +194,7 @@ class Schedules(RuleBasedStateMachine):
         caching=st.booleans(),
         depth=st.integers(1, 4),
         policy=st.sampled_from(ANY_POLICY),
+        groups=st.sampled_from(ANY_GROUPS),
     )
     def begin(self, **setup: object) -> None:
         self.world = World(**setup)
@@ -268,6 +280,7 @@ def test_long_schedules(seed: int) -> None:
         caching=rng.random() < 0.7,
         depth=rng.randint(1, 4),
         policy=rng.choice(ANY_POLICY),
+        groups=rng.choice(ANY_GROUPS),
     )
     aborts = rng.choice([0, 0.01, 0.05])
     for _ in range(rng.randint(100, 250)):
