@@ -215,7 +215,7 @@ class Shape:
         counts = [-(-context // PAGE_SIZE) for context, _ in rows]
         pages = torch.randperm(sum(counts)).split(counts)
         table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
-        return made_up_step(rows, table.to(self.device), PAGE_SIZE)
+        return made_up_step(rows, table.to(self.device), PAGE_SIZE).of_group(0)
 
     def attention(self, batch: Batch, attends: bool = True) -> Callable[[], Callable[[], Any]]:
         """Make calls that attend over their own caches, or rotate and store into them."""

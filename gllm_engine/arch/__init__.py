@@ -11,11 +11,8 @@ from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
 
 __all__ = [
     "FAMILIES",
-<<<<<<< HEAD
     "MAX_EOS_TOKEN_IDS",
-=======
     "CacheGroup",
->>>>>>> c0ebc3c (The scheduler keeps pages by cache group; a group with a window frees what no token sees)
     "Dense",
     "Gqa",
     "Layer",

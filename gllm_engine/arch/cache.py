@@ -4,12 +4,11 @@ Layers that see the same window need the same tokens in the cache, so they share
 groups take pages from one pool, so a page must serve any of them: it has room for `page_size`
 tokens of as many layers as the largest group has. If a model has many more layers of one window
 than of another, its layers are divided among several groups, or most of each page would be empty.
-Gemma 3 27B has 52 layers with a window and 10 without:
+Gemma 3 27B has 10 layers that see all tokens, and 52 layers with a window of 1,024 tokens:
 
-    groups                    10   9  9  9  9  8  8  layers
-    a page                    10 layers of 16 tokens
-    a context of 1,600 tokens,
-    a window of 160 tokens    100 + 6 * 11 pages, in place of 100 * 62 / 10
+    groups                         10 layers; 11, 11, 10, 10 and 10 layers with the window
+    a page                         16 tokens of 11 layers
+    a sequence of 16,384 tokens    1,024 + 5 * 65 pages of 11 layers, in place of 1,024 of 62
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 
 from gllm_engine.arch.model import Model
 
-# Most groups of a model: each one costs time in every step, and memory for its page tables.
-MAX_GROUPS = 8
+# The length, in windows, of the sequence that should take the least memory.
+_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def cache_groups(model: Model, max_model_len: int) -> tuple[CacheGroup, ...]:
         if window is not None and window >= max_model_len:
             window = None
         by_window.setdefault(window, []).append(i)
-    most = _layers_per_page([len(layers) for layers in by_window.values()])
+    most = _layers_per_page({window: len(layers) for window, layers in by_window.items()})
     groups = []
     for window, layers in by_window.items():
         # Every n-th layer, so that the groups of each pipeline stage have about equally many.
@@ -56,21 +55,22 @@ def cache_groups(model: Model, max_model_len: int) -> tuple[CacheGroup, ...]:
     return tuple(groups)
 
 
-def _layers_per_page(counts: list[int]) -> int:
-    """The number of layers of a page, for `counts` layers of each window.
+def _layers_per_page(counts: dict[int | None, int]) -> int:
+    """The number of layers of a page, for so many layers of each window.
 
-    It wastes the least memory, summed over the windows as a share of each one's layers.
+    It takes the least memory for a sequence of _WINDOWS windows, if a group counts as a tenth of
+    the model's layers with one window.
     """
 
-    def groups(layers: int) -> int:
-        return sum(-(-count // layers) for count in counts)
+    def num_groups(layers: int) -> dict[int | None, int]:
+        return {window: -(-count // layers) for window, count in counts.items()}
 
-    def waste(layers: int) -> tuple[float, int]:
-        shares = [-(-count // layers) * layers / count for count in counts]
-        return sum(shares), groups(layers)
+    def cost(layers: int) -> float:
+        groups = num_groups(layers)
+        pages = sum(n * (_WINDOWS if window is None else 1) for window, n in groups.items())
+        return layers * pages + sum(groups.values()) * sum(counts.values()) / 10
 
-    allowed = max(MAX_GROUPS, len(counts))
-    return min((n for n in range(1, max(counts) + 1) if groups(n) <= allowed), key=waste)
+    return min(range(max(counts.values()), 0, -1), key=cost)
 
 
 def num_token_pages(num_pages: int) -> int:

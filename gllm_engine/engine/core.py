@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from gllm_engine.arch import Model, read_arch
+from gllm_engine.arch import CacheGroup, Model, cache_groups, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.runner import NullRunner, cache_dirs
 from gllm_engine.sampling import InvalidField, shown
@@ -28,6 +28,7 @@ from gllm_engine.sched import (
     Scheduler,
     Sequence,
     SequenceKey,
+    cache_capacity,
 )
 from gllm_engine.text.constraints import Constraint, Grammars
 from gllm_engine.types import (
@@ -119,11 +120,12 @@ class Engine:
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
         self._runner = (make_runner or _make_runner)(config, arch)
-        max_model_len = _model_len(config, arch, self._runner.num_pages)
+        groups = cache_groups(arch, config.max_model_len or arch.max_len)
+        max_model_len = _model_len(config, arch, groups, self._runner.num_pages)
         # This wait is short: the model takes longer to load than the tokenizer.
         eos_token_ids = self._grammars.eos_token_ids
         self._scheduler = Scheduler(
-            config, self._runner.num_pages, max_model_len, eos_token_ids, policy
+            config, self._runner.num_pages, max_model_len, eos_token_ids, policy, groups
         )
         self.info = ModelInfo(
             vocab_size=arch.vocab,
@@ -418,11 +420,13 @@ def _check_len(config: EngineConfig, arch: Model) -> None:
         )
 
 
-def _model_len(config: EngineConfig, arch: Model, num_pages: int) -> int:
+def _model_len(
+    config: EngineConfig, arch: Model, groups: tuple[CacheGroup, ...], num_pages: int
+) -> int:
     """Tokens of the longest sequence: as configured, else limited by the model and the cache."""
     if config.max_model_len is not None:
         return config.max_model_len
-    capacity = num_pages * config.page_size
+    capacity = cache_capacity(groups, config, num_pages, arch.max_len)
     if capacity < arch.max_len:
         log.warning(
             "the KV cache holds %d tokens, so sequences are limited to them; the model was trained "
@@ -430,7 +434,7 @@ def _model_len(config: EngineConfig, arch: Model, num_pages: int) -> int:
             capacity,
             arch.max_len,
         )
-    return min(arch.max_len, capacity)
+    return capacity
 
 
 def _make_runner(config: EngineConfig, arch: Model) -> StepRunner:

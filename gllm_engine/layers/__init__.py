@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
-from gllm_engine.layers.forward_context import ForwardContext, LogitTokens
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
@@ -19,6 +19,7 @@ __all__ = [
     "GqaAttention",
     "LogitTokens",
     "MoeFfn",
+    "PlanKey",
     "Residual",
     "ResidualReducer",
     "RopeTable",

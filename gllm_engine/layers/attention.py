@@ -17,13 +17,16 @@ class GqaAttention:
     def __init__(
         self,
         arch: Gqa,
+        group: int,
         dim: int,
         eps: float,
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """`group`: the cache group of the layer."""
         self._arch = arch
+        self._plan_key = (group, arch.attention)
         self._eps = eps
         self._ops = ops
         shapes = arch.weights(dim)
@@ -52,7 +55,7 @@ class GqaAttention:
         is added to it in place.
         """
         arch = self._arch
-        plan = context.plans[self._arch.attention]
+        plan = context.plans[self._plan_key]
         inputs = self._ops.rotate_and_store(
             self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim),
             arch.heads,
@@ -66,7 +69,7 @@ class GqaAttention:
         if logit_tokens is None:
             attended = self._ops.attend(inputs, cache, plan)
         elif logit_tokens.plans:
-            plan = logit_tokens.plans[arch.attention]
+            plan = logit_tokens.plans[self._plan_key]
             attended = self._ops.attend(inputs, cache, plan, logit_tokens.index)
         else:
             attended = x.new_empty(0, arch.heads * arch.head_dim)

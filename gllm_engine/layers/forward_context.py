@@ -10,12 +10,15 @@ from gllm_engine.arch.model import AttentionShape
 from gllm_engine.arch.rope import Rope
 from gllm_engine.ops import AttentionPlan, RotaryInputs
 
+# Layers share an attention plan if they have the same cache group and attention shape.
+PlanKey = tuple[int, AttentionShape]
+
 
 @dataclass(frozen=True)
 class ForwardContext:
     """Filled by the decoder at the start of a forward pass."""
 
-    plans: dict[AttentionShape, AttentionPlan]
+    plans: dict[PlanKey, AttentionPlan]
     rotary: dict[Rope, RotaryInputs]
 
 
@@ -27,4 +30,4 @@ class LogitTokens:
     """
 
     index: Tensor  # [n] indices of these tokens
-    plans: dict[AttentionShape, AttentionPlan]  # plans for these tokens only; empty if n is 0
+    plans: dict[PlanKey, AttentionPlan]  # plans for these tokens only; empty if n is 0

@@ -6,14 +6,17 @@ checkpoint and no scheduling; a Batch gives the tokens and their positions in th
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.arch.model import AttentionShape, Dense, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.cache import cache_groups
+from gllm_engine.arch.model import Dense, Layer, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.layers import (
@@ -22,11 +25,20 @@ from gllm_engine.layers import (
     GqaAttention,
     LogitTokens,
     MoeFfn,
+    PlanKey,
     Residual,
     ResidualReducer,
     RopeTable,
 )
-from gllm_engine.ops import Batch, Norm, Ops, PlainSampling, RotaryInputs, select_ops
+from gllm_engine.ops import (
+    AttentionPlan,
+    Batch,
+    Norm,
+    Ops,
+    PlainSampling,
+    RotaryInputs,
+    select_ops,
+)
 from gllm_engine.parallel import ALONE, TensorParallel
 
 
@@ -46,15 +58,17 @@ class PreNormBlock:
     def __init__(
         self,
         arch: Layer,
+        group: int,
         model: Model,
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
         reduce: ResidualReducer,
     ) -> None:
+        """`group`: the cache group of the layer."""
         self._ops = ops
         self._reduce = reduce
-        self._mixer = GqaAttention(arch.mixer, model.dim, model.eps, ops, dtype, device)
+        self._mixer = GqaAttention(arch.mixer, group, model.dim, model.eps, ops, dtype, device)
         self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
@@ -113,10 +127,17 @@ _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
 }
 
 
+class _Buffer(NamedTuple):
+    """Memory of the cache for the layer at `place` of each group, `width` numbers per token."""
+
+    place: int
+    width: int
+
+
 class Decoder:
     """A model whose weights are not yet loaded; load.py fills the tensors of `weights()`.
 
-    `layers`: the layers that this rank computes.
+    `layers`: the layers that this rank computes. `groups`: the cache groups of the whole model.
     """
 
     def __init__(
@@ -129,7 +150,8 @@ class Decoder:
         shard: Shard | None = None,
         ranks: TensorParallel = ALONE,
     ) -> None:
-        """`max_model_len`: all positions are smaller. Dynamic RoPE scaling depends on it.
+        """`max_model_len`: all positions are smaller. Dynamic RoPE scaling depends on it, and which
+        windows matter.
 
         `shard`: this rank's shard (default: everything). `ranks`: the ranks that share its layers.
         """
@@ -143,10 +165,15 @@ class Decoder:
         self.ops = select_ops(device)
         self._ranks = ranks
         self._planner = self.ops.make_planner(device, dtype)
+        self.groups = cache_groups(arch, max_model_len)
+        self._group_of = [
+            next(number for number, group in enumerate(self.groups) if i in group.layers)
+            for i in range(self.shard.first, self.shard.end)
+        ]
         reduce = ResidualReducer(self.ops, ranks, arch.dim, dtype)
         self._blocks = [
-            _BLOCKS[type(layer)](layer, arch, self.ops, dtype, device, reduce)
-            for layer in self.layers
+            _BLOCKS[type(layer)](layer, group, arch, self.ops, dtype, device, reduce)
+            for layer, group in zip(self.layers, self._group_of, strict=True)
         ]
         for block, after in pairwise(self._blocks):
             block.next_norm = after.first_norm
@@ -157,10 +184,10 @@ class Decoder:
         }
         ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
-        # Attention shape -> the first layer of that shape; layers of one shape share a plan.
-        self._planned: dict[AttentionShape, int] = {}
-        for i, layer in enumerate(self.layers):
-            self._planned.setdefault(layer.mixer.attention, i)
+        # The first of the layers that share a plan.
+        self._planned: dict[PlanKey, int] = {}
+        for i, (layer, group) in enumerate(zip(self.layers, self._group_of, strict=True)):
+            self._planned.setdefault((group, layer.mixer.attention), i)
 
     @property
     def _embedding(self) -> Tensor:
@@ -175,21 +202,41 @@ class Decoder:
     ) -> list[Tensor]:
         """One uninitialised [num_pages, 2, page_size, kv_heads, head_dim] per layer (0: K, 1: V).
 
-        `dtype`: the model's dtype (default) or float8_e4m3fn.
+        `dtype`: the model's dtype (default) or float8_e4m3fn. The n-th layers of all groups have
+        the same memory, because a page belongs to one group at a time.
         """
-        return [
-            torch.empty(
-                (num_pages, 2, page_size, layer.mixer.kv_heads, layer.mixer.head_dim),
-                dtype=dtype or self.dtype,
-                device=self.device,
+        memory = {
+            buffer: torch.empty(
+                num_pages, buffer.width * page_size, dtype=dtype or self.dtype, device=self.device
             )
-            for layer in self.layers
+            for buffer in dict.fromkeys(self._buffers())
+        }
+        return [
+            memory[buffer].view(num_pages, 2, page_size, mixer.kv_heads, mixer.head_dim)
+            for buffer, mixer in zip(
+                self._buffers(), (layer.mixer for layer in self.layers), strict=True
+            )
         ]
+
+    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page of `page_size` tokens in a cache of `dtype`."""
+        width = sum(buffer.width for buffer in set(self._buffers()))
+        return width * page_size * dtype.itemsize
+
+    def _buffers(self) -> list[_Buffer]:
+        """The memory of each layer. Layers of different widths never share memory."""
+        counts: Counter[tuple[int, int]] = Counter()
+        buffers = []
+        for layer, group in zip(self.layers, self._group_of, strict=True):
+            width = layer.mixer.kv_elements_per_token()
+            buffers.append(_Buffer(counts[group, width], width))
+            counts[group, width] += 1
+        return buffers
 
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
         """Compile the kernels for attention over such a cache, unless they are compiled already."""
         cache = self.new_cache(1, page_size, dtype)
-        kinds = [(cache[i], shape.heads, shape.window) for shape, i in self._planned.items()]
+        kinds = [(cache[i], shape.heads, shape.window) for (_, shape), i in self._planned.items()]
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
@@ -201,10 +248,7 @@ class Decoder:
         `x`: on stages after the first, the previous stage's output, [tokens, dim]; it is
         overwritten.
         """
-        plans = {
-            shape: self._planner.plan(batch, cache[i], shape.heads, shape.window)
-            for shape, i in self._planned.items()
-        }
+        plans = {key: self._plan(batch, cache[i], key) for key, i in self._planned.items()}
         context = ForwardContext(plans, self._rotary_inputs(batch))
         stream = Residual(self._embed(batch.tokens) if x is None else x)
         for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
@@ -214,6 +258,11 @@ class Decoder:
         if logit_tokens or batch.logit_index is None or not self.is_last:
             return total
         return total[batch.logit_index]
+
+    def _plan(self, batch: Batch, cache: Tensor, key: PlanKey) -> AttentionPlan:
+        group, shape = key
+        of_group = batch.of_group(group)
+        return self._planner.plan(of_group, cache, shape.heads, shape.window, group)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table = self._embedding
@@ -243,9 +292,8 @@ class Decoder:
             query_lens=[1] * len(rows_cpu),
             num_decode=len(rows_cpu),
         )
-        shape = self.layers[-1].mixer.attention
-        plan = self._planner.plan(ends, cache, shape.heads, shape.window)
-        return LogitTokens(index, {shape: plan})
+        key = (self._group_of[-1], self.layers[-1].mixer.attention)
+        return LogitTokens(index, {key: self._plan(ends, cache, key)})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """This rank's share of the logits, [n, vocab / ranks] in the model's dtype.

@@ -5,7 +5,7 @@ Knows rows, pages and tokens; no models, no sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,13 +49,17 @@ class Batch:
 
     A row is a sequence: first `num_decode` decode rows of one token, then prefill chunks. The
     tokens of a row are consecutive, in the order of rows. A row's last token ends its context.
+
+    Layers of one group share a page table. `of_group` returns the batch for one group, without the
+    dimension of groups; attention planners get such batches.
     """
 
     tokens: Tensor  # [tokens]
     positions: Tensor  # [tokens]
-    cache_index: Tensor  # [tokens] page * page_size + offset of the token's K and V
-    page_table: Tensor  # [slots, pages] entries after a sequence's last page are unused
-    slots: Tensor  # [rows] row of page_table
+    cache_index: Tensor  # [groups, tokens] page * page_size + offset of the token's K and V
+    # [groups, slots, pages] Entries before a window and after a sequence's last page are unused.
+    page_table: Tensor
+    slots: Tensor  # [rows] row of a page table
     context_lens: Tensor  # [rows] tokens of the sequence in the cache after this step
     context_lens_cpu: HostInts  # [rows] host copy of context_lens
     query_lens: list[int]  # [rows] tokens of the row in this step
@@ -65,17 +69,23 @@ class Batch:
     logit_rows: Tensor | None = None  # [n]
     logit_rows_cpu: HostInts | None = None  # [n] host copy of logit_rows
 
+    def of_group(self, group: int) -> Batch:
+        """The step for layers of one group: cache_index [tokens], page_table [slots, pages]."""
+        return replace(self, cache_index=self.cache_index[group], page_table=self.page_table[group])
+
 
 def made_up_step(
     rows: list[tuple[int, int]],
     page_table: Tensor,
     page_size: int,
     logit_index: Tensor | None = None,
+    num_groups: int = 1,
 ) -> Batch:
     """A step without real sequences, to measure or to compile kernels; its results mean nothing.
 
     `rows`: (context length after the step, tokens of the row in the step). All rows are prefill
-    chunks unless every row has one token. Row i uses row i % slots of `page_table` [slots, pages].
+    chunks unless every row has one token. Row i uses row i % slots of `page_table` [slots, pages],
+    which all groups share.
     """
     device = page_table.device
     lens = np.array([n for n, _ in rows])
@@ -87,8 +97,8 @@ def made_up_step(
     return Batch(
         tokens=torch.zeros_like(positions),
         positions=positions,
-        cache_index=pages * page_size + positions % page_size,
-        page_table=page_table,
+        cache_index=(pages * page_size + positions % page_size).expand(num_groups, -1),
+        page_table=page_table.expand(num_groups, -1, -1),
         slots=slots,
         context_lens=torch.tensor(lens, device=device),
         context_lens_cpu=lens,

@@ -268,7 +268,7 @@ class FlashInferPlanner:
         self._wrappers: dict[tuple[Any, ...], Any] = {}
 
     def plan(
-        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None
+        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None, group: int = 0
     ) -> FlashInferPlan:
         """See AttentionPlanner.plan."""
         plan = FlashInferPlan(batch.cache_index, batch.num_decode)
@@ -287,41 +287,45 @@ class FlashInferPlanner:
         plan.first_fresh = sum(batch.query_lens[:first])
         shape = _shape(cache, num_heads, window, self._dtype)
         if first > n:
-            plan.chunks = self._plan_chunks(batch, slice(n, first), cache, shape)
+            plan.chunks = self._plan_chunks(batch, slice(n, first), cache, shape, group)
         if end > first:
             kind = BatchPrefillWithRaggedKVCacheWrapper
-            plan.fresh = self._wrapper(kind, shape, _best_backend())
+            plan.fresh = self._wrapper(kind, shape, _best_backend(), group)
             starts = _starts(batch.query_lens[first:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
 
     def _plan_chunks(
-        self, batch: Batch, rows: slice, cache: Tensor, shape: dict[str, Any]
+        self, batch: Batch, rows: slice, cache: Tensor, shape: dict[str, Any], group: int
     ) -> BatchPrefillWithPagedKVCacheWrapper:
         backend = _best_backend() if cache.dtype == self._dtype else "fa2"
-        wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, shape, backend)
+        wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, shape, backend, group)
         page_size = cache.shape[2]
-        starts, lasts, longest = count_pages(batch.context_lens_cpu[rows], page_size)
-        listed = torch.empty(int(starts[-1]), dtype=torch.int32, device=self._device)
-        there = starts.to(self._device, non_blocking=True)
-        triton.list_pages(batch.page_table, batch.slots[rows], there, longest, listed)
+        query_lens = batch.query_lens[rows]
+        window = shape["window_left"] + 1
+        pages = ListedPages(batch.context_lens_cpu[rows], np.array(query_lens), page_size, window)
+        listed = torch.empty(int(pages.starts[-1]), dtype=torch.int32, device=self._device)
+        starts, firsts = pages.to(self._device)
+        triton.list_pages(
+            batch.page_table, batch.slots[rows], starts, firsts, pages.longest, listed
+        )
         self._stages.plan(
             wrapper,
-            _starts(batch.query_lens[rows]),
-            starts,
+            _starts(query_lens),
+            pages.starts,
             listed,
-            lasts,
+            pages.lasts,
             page_size=page_size,
             kv_data_type=cache.dtype,
             **shape,
         )
         return wrapper
 
-    def _wrapper(self, kind: type, shape: dict[str, Any], backend: str) -> Any:
-        """The wrapper of a kind for a `shape` from _shape, made at the first call. A kind and shape
-        always come with the same `backend`.
+    def _wrapper(self, kind: type, shape: dict[str, Any], backend: str, group: int) -> Any:
+        """The wrapper of a kind for a `shape` from _shape and a group, made at the first call. A
+        kind and shape always come with the same `backend`.
         """
-        key = (kind, *shape.values())
+        key = (kind, group, *shape.values())
         if key not in self._wrappers:
             wrapper = kind(self._partials, backend=backend)
             check_pinned_buffer(wrapper)
@@ -351,17 +355,38 @@ def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
     return dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
 
 
-def count_pages(context_lens: HostInts, page_size: int) -> tuple[Tensor, Tensor, int]:
-    """(offset of each row's pages and total [rows + 1], tokens in each row's last page [rows], most
-    pages of a row). Both tensors are int32 in pinned memory: copies to the device do not wait.
+class ListedPages:
+    """Which pages of each row FlashInfer reads: those that the row's first token sees, to the last.
+
+    Tensors are int32 in pinned memory: copies to the device do not wait. `starts`: [rows + 1]
+    offset of each row's pages, and the total. `lasts`: [rows] tokens in each row's last page.
+    `longest`: most pages of a row.
     """
-    lens = context_lens.astype(np.int32)
-    counts = (lens + (page_size - 1)) // page_size
-    packed = np.zeros(2 * len(lens) + 1, np.int32)
-    counts.cumsum(out=packed[1 : len(lens) + 1])
-    packed[len(lens) + 1 :] = lens - (counts - 1) * page_size
-    pinned = torch.from_numpy(packed).pin_memory()
-    return pinned[: len(lens) + 1], pinned[len(lens) + 1 :], int(counts.max())
+
+    def __init__(
+        self, context_lens: HostInts, query_lens: HostInts, page_size: int, window: int
+    ) -> None:
+        """`window`: tokens that a token sees, itself included; 0: all."""
+        lens = context_lens.astype(np.int32)
+        ends = (lens + (page_size - 1)) // page_size
+        firsts = np.zeros_like(ends)
+        if window:
+            firsts = np.maximum(lens - query_lens - window + 1, 0) // page_size
+        rows = len(lens)
+        packed = np.zeros(3 * rows + 1, np.int32)
+        (ends - firsts).cumsum(out=packed[1 : rows + 1])
+        packed[rows + 1 : 2 * rows + 1] = firsts
+        packed[2 * rows + 1 :] = lens - (ends - 1) * page_size
+        self._pinned = torch.from_numpy(packed).pin_memory()
+        self.starts = self._pinned[: rows + 1]
+        self.lasts = self._pinned[2 * rows + 1 :]
+        self.longest = int((ends - firsts).max())
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`starts`, and [rows] the index of each row's first page, both on the device."""
+        rows = len(self.lasts)
+        there = self._pinned[: 2 * rows + 1].to(device, non_blocking=True)
+        return there[: rows + 1], there[rows + 1 :]
 
 
 def _shape(cache: Tensor, num_heads: int, window: int | None, dtype: torch.dtype) -> dict[str, Any]:

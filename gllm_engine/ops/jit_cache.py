@@ -47,7 +47,7 @@ def compile_all(
 def tiny_chunk(start: int, page_size: int, device: torch.device) -> Batch:
     """A step of one prefill chunk: two tokens after a context of `start` tokens."""
     table = torch.zeros(1, _MAX_PAGES, dtype=torch.int64, device=device)
-    return made_up_step([(start + 2, 2)], table, page_size)
+    return made_up_step([(start + 2, 2)], table, page_size).of_group(0)
 
 
 def cache_dirs() -> tuple[Path, ...]:

@@ -51,15 +51,16 @@ class PlainSampling(NamedTuple):
 class AttentionPlanner(Protocol):
     """Plans the attention of one step after another; may keep memory between steps.
 
-    A plan with prefill chunks is valid until the next plan for layers of the same shape and window;
-    steps run in the order of their plans. A plan without chunks stays valid, and may be made inside
-    a CUDA graph.
+    A plan with prefill chunks is valid until the next plan for layers of the same group, shape and
+    window; steps run in the order of their plans. A plan without chunks stays valid, and may be
+    made inside a CUDA graph.
     """
 
     def plan(
-        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None
+        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None, group: int = 0
     ) -> AttentionPlan:
-        """Plan the attention of one step for all layers with these query heads, cache and window.
+        """Plan the attention of one step for all layers of a group with these query heads, cache
+        and window. `batch`: from Batch.of_group.
 
         `cache`: of any such layer, [num_pages, 2, page_size, kv_heads, head_dim]; only its shape
         and dtype are used. `num_heads`: query heads. `window`: a token attends to itself and to the
@@ -233,11 +234,13 @@ class Ops(Protocol):
 
         All tensors are int64.
 
-        State, one row per slot: page_table [slots, pages]; lengths [slots], tokens in the cache,
-        updated to the rows' context_lens; last_tokens [slots]. `slots`: [rows], all different:
-        decode rows, whose input is the slot's last token, then prefill chunks. starts, ends:
-        [chunks]. Chunk c has the tokens known[ends[c - 1] : ends[c]], where ends[-1] counts as 0,
-        at positions starts[c] onward. `longest`: an upper bound of the tokens in a chunk.
+        State, one row per slot: page_table [groups, slots, pages]; lengths [slots], tokens in the
+        cache, updated to the rows' context_lens; last_tokens [slots].
+
+        `slots`: [rows], all different: decode rows, whose input is the slot's last token, then
+        prefill chunks. starts, ends: [chunks]. Chunk c has the tokens known[ends[c - 1] : ends[c]],
+        where ends[-1] counts as 0, at positions starts[c] onward. `longest`: an upper bound of the
+        tokens in a chunk.
         """
         ...
 

@@ -199,10 +199,10 @@ class ReferencePlanner:
         self._dtype = dtype
 
     def plan(
-        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None
+        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None, group: int = 0
     ) -> ReferencePlan:
         """See AttentionPlanner.plan."""
-        del num_heads
+        del num_heads, group
         return plan_attention(batch, cache, window, self._dtype)
 
 
@@ -370,23 +370,24 @@ def prepare_inputs(
         tokens = torch.cat([tokens, known])
         token_slots = torch.cat([decode, chunked[chunk]])
     lengths[slots] = context_lens
-    pages = page_table[token_slots, positions // page_size]
+    pages = page_table[:, token_slots, positions // page_size]
     return tokens, positions, pages * page_size + positions % page_size, context_lens
 
 
 def list_pages(
-    page_table: Tensor, slots: Tensor, starts: Tensor, max_pages: int, out: Tensor
+    page_table: Tensor, slots: Tensor, starts: Tensor, firsts: Tensor, max_pages: int, out: Tensor
 ) -> None:
-    """Write the pages of row r, page_table[slots[r], :n], to out[starts[r] : starts[r + 1]].
+    """Write the pages of row r from index firsts[r] on to out[starts[r] : starts[r + 1]].
 
-    page_table: [slots, width] int64; slots: [rows] int64; starts: [rows + 1] int32; out: int32.
-    No row has more than `max_pages`.
+    page_table: [slots, width] int64; slots: [rows] int64; starts: [rows + 1] int32; firsts: [rows]
+    int32; out: int32. No row has more than `max_pages`.
     """
-    firsts = starts.tolist()
+    begins = starts.tolist()
     for row, slot in enumerate(slots.tolist()):
-        count = firsts[row + 1] - firsts[row]
+        count = begins[row + 1] - begins[row]
         assert count <= max_pages
-        out[firsts[row] : firsts[row + 1]] = page_table[slot, :count]
+        first = int(firsts[row])
+        out[begins[row] : begins[row + 1]] = page_table[slot, first : first + count]
 
 
 def sample_plain(

@@ -110,7 +110,7 @@ def _batch(
         *chunked,
         max(chunk_lens, default=0),
     )
-    table.cached_tokens.index_copy_(0, cache_index, tokens)
+    table.cached_tokens.index_copy_(0, cache_index[table.whole], tokens)
     return Batch(
         tokens=tokens,
         positions=positions,

@@ -14,7 +14,7 @@ A step runs on the smallest graph that has enough rows. Here 5 decode rows run o
     _step(slots)   is captured         hidden, scores, tokens: rows 0 .. 4 are valid
 
     S  the spare slot: the last row of the slot table; no sequence ever owns it
-    P  the spare page: the last page of the cache; the scheduler does not know of it
+    P  the spare page: the last page of a group; the scheduler does not know of it
 
     page_table[S] = [ P P P ... ]
     lengths[S]    = 0 before every step: the captured step itself sets it back
@@ -93,8 +93,9 @@ class DecodeGraphs:
         self._table = table
         self._sampling = sampling
         self._spare = len(table.lengths) - 1
-        # The spare page: the cache's last page, which the scheduler does not know of.
-        table.page_table[self._spare] = cache[0].shape[0] - 1
+        # The spare page: the last page of a group, which the scheduler does not know of.
+        for pages, num_pages in zip(table.page_table, table.num_pages, strict=True):
+            pages[self._spare] = num_pages - 1
         device = decoder.device
         dtype = decoder.dtype
         rows = max_rows if decoder.is_last else 0

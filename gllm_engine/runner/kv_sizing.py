@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gllm_engine.arch import MAX_EOS_TOKEN_IDS
+from gllm_engine.arch.cache import num_token_pages
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.ops.batch import made_up_step
@@ -41,15 +42,15 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     """
     if config.num_pages is not None:
         return config.num_pages
-    itemsize = cache_dtype(config, decoder).itemsize
-    per_token = itemsize * sum(layer.mixer.kv_elements_per_token() for layer in decoder.layers)
-    page_bytes = per_token * config.page_size
+    page_bytes = decoder.page_bytes(config.page_size, cache_dtype(config, decoder))
     if config.kv_cache_gib is not None or decoder.device.type == "cpu":
         return max(1, int((config.kv_cache_gib or 1.0) * 2**30) // page_bytes)
     total = torch.cuda.mem_get_info(decoder.device)[1]
     reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
     peak = reserved + _trial(config, decoder, max_pages)
-    page_bytes += config.page_size * torch.int64.itemsize  # SlotTable.cached_tokens
+    # SlotTable.cached_tokens
+    of_ids = num_token_pages(1) if not decoder.groups[-1].layers else 1
+    page_bytes += of_ids * config.page_size * torch.int64.itemsize
     torch.cuda.empty_cache()
     used = total - torch.cuda.mem_get_info(decoder.device)[0]
     free = int(total * config.gpu_memory_utilization) - used - peak
@@ -108,13 +109,15 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     rows = min(config.max_num_seqs, num_tokens)
-    table = SlotTable(rows, max_pages, 1, page_size, device)
+    table = SlotTable(rows, max_pages, 1, page_size, device, decoder.groups)
     state = SamplingState(table, decoder.arch.vocab)  # alive to the end, as in a runner
     sampling = costly_sampling(table, state)
     pages = torch.arange(num_pages, device=device)[None]
     scored = min(num_tokens, scored_at_once(decoder.arch.vocab))  # positions of prompts
     wanted = torch.arange(max(rows, scored), device=device)
-    batch = made_up_step([(n, n) for n in lens], pages, page_size, logit_index=wanted)
+    batch = made_up_step(
+        [(n, n) for n in lens], pages, page_size, wanted, num_groups=len(decoder.groups)
+    )
     x = None
     if not decoder.is_first:
         x = torch.zeros(num_tokens, decoder.arch.dim, dtype=decoder.dtype, device=device)
@@ -136,7 +139,7 @@ def costly_sampling(table: SlotTable, state: SamplingState) -> SamplingBatch:
     penalties and masks for sequences of the greatest length, and adds the longest lists of
     logit_bias and of tokens that min_tokens forbids.
     """
-    num_slots, max_pages = table.page_table.shape
+    _, num_slots, max_pages = table.page_table.shape
     length = max_pages * table.page_size
     table.lengths.fill_(length)
     table.lengths_cpu.fill(length)

@@ -105,7 +105,9 @@ class Runner:
             dtype = cache_dtype(config, decoder)
             self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
             num_slots = config.max_num_seqs + on_gpu
-            self.table = SlotTable(num_slots, max_pages, num_pages, config.page_size, self.device)
+            self.table = SlotTable(
+                num_slots, max_pages, num_pages, config.page_size, self.device, decoder.groups
+            )
             self.sampling = SamplingState(self.table, arch.vocab)
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
@@ -121,7 +123,8 @@ class Runner:
                 rows = config.max_num_seqs
                 tokens = config.max_num_batched_tokens
                 room = min(max_len, self.num_pages * config.page_size)
-                for plan in tiny_plans(rows, tokens, room, config.page_size):
+                groups = len(decoder.groups)
+                for plan in tiny_plans(rows, tokens, room, config.page_size, groups):
                     self.launch(plan).wait()
 
     @contextmanager

@@ -242,7 +242,7 @@ class SamplingState:
         presence, frequency, repetition = singles[3:, rows].unbind()
         history = TokenHistory(
             cached_tokens=table.cached_tokens,
-            page_table=table.page_table,
+            page_table=table.page_table[table.whole],
             page_size=table.page_size,
             slots=slots[rows],
             prompt_lens=prompt_lens[rows],

@@ -7,11 +7,14 @@ device. Knows nothing of the model or of sampling.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from gllm_engine.arch import CacheGroup
+from gllm_engine.arch.cache import num_token_pages
 from gllm_engine.ops import HostInts
 from gllm_engine.runner.host_arrays import int_array, to_device
 from gllm_engine.types import NewPages, StepPlan
@@ -30,24 +33,36 @@ class StepRows:
 
 
 class SlotTable:
-    """int64 tensors [slots]; the page table is [slots, max_pages].
+    """int64 tensors [slots]; the page tables are [groups, slots, max_pages].
 
-    `cached_tokens`: [num_pages * page_size] the token whose K and V each cache place holds.
+    `cached_tokens`: [pages * page_size] the token whose K and V each cache place holds, of group
+    `whole`, which keeps all tokens. `num_pages`: pages of each group's pool.
     """
 
     def __init__(
-        self, num_slots: int, max_pages: int, num_pages: int, page_size: int, device: torch.device
+        self,
+        num_slots: int,
+        max_pages: int,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        groups: Sequence[CacheGroup] = (CacheGroup(),),
     ) -> None:
-        """`max_pages`: pages of one sequence; `num_pages`: pages of the cache."""
+        """`max_pages`: pages of one sequence; `num_pages`: pages of the groups with layers."""
         self.page_size = page_size
         self.device = device
-        self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int64, device=device)
+        self.num_pages = [num_pages if g.layers else num_token_pages(num_pages) for g in groups]
+        self.whole = [group.window for group in groups].index(None)
+        self._windows = [group.window for group in groups]
+        shape = (len(groups), num_slots, max_pages)
+        self.page_table = torch.zeros(shape, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # in the cache
         self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
         # Belongs to pages and not to slots: sequences that share or reuse a page share its tokens.
-        self.cached_tokens = torch.zeros(num_pages * page_size, dtype=torch.int64, device=device)
+        num_places = self.num_pages[self.whole] * page_size
+        self.cached_tokens = torch.zeros(num_places, dtype=torch.int64, device=device)
         self.lengths_cpu = np.zeros(num_slots, np.int64)
-        self.num_pages_cpu = np.zeros(num_slots, np.int64)
+        self.num_pages_cpu = np.zeros((len(groups), num_slots), np.int64)  # entries of each table
 
     def begin(self, plan: StepPlan) -> StepRows | None:
         """Apply a plan's diff, and add its tokens to the host's lengths.
@@ -66,26 +81,30 @@ class SlotTable:
     def _clear(self, of_new_owners: list[int]) -> None:
         slots_cpu = int_array(of_new_owners)
         (slots,) = to_device(self.device, slots_cpu)
-        self.page_table.index_fill_(0, slots, 0)
+        self.page_table.index_fill_(1, slots, 0)
         self.lengths.index_fill_(0, slots, 0)
         self.lengths_cpu[slots_cpu] = 0
-        self.num_pages_cpu[slots_cpu] = 0
+        self.num_pages_cpu[:, slots_cpu] = 0
 
     def _append(self, new_pages: list[NewPages]) -> None:
-        max_pages = self.page_table.shape[1]
+        _, num_slots, max_pages = self.page_table.shape
         places: list[int] = []
         pages: list[int] = []
         for one in new_pages:
             slot = one.slot
             first = one.first
             end = one.first + len(one.pages)
-            if first != self.num_pages_cpu[slot] or end > max_pages:
+            known = self.num_pages_cpu[one.group, slot]
+            # A cached prefix has no pages before the window of the token after it.
+            begins_late = not known and self._windows[one.group] is not None
+            if (first != known and not begins_late) or end > max_pages:
                 raise PlanError(
-                    f"slot {slot}: {len(one.pages)} pages at index {first}, it has "
-                    f"{self.num_pages_cpu[slot]} of at most {max_pages}"
+                    f"slot {slot}: {len(one.pages)} pages at index {first} of group {one.group}, "
+                    f"it has {known} of at most {max_pages}"
                 )
-            self.num_pages_cpu[slot] = end
-            places += range(slot * max_pages + first, slot * max_pages + end)
+            self.num_pages_cpu[one.group, slot] = end
+            row = (one.group * num_slots + slot) * max_pages
+            places += range(row + first, row + end)
             pages += one.pages
         index, values = to_device(self.device, int_array(places), int_array(pages))
         self.page_table.view(-1).index_copy_(0, index, values)
@@ -95,7 +114,7 @@ class SlotTable:
         slots_cpu = int_array(plan.decode_slots, [chunk.slot for chunk in chunks])
         contexts_cpu = self.lengths_cpu[slots_cpu] + 1
         contexts_cpu[len(plan.decode_slots) :] = [c.start + len(c.tokens) for c in chunks]
-        room = self.num_pages_cpu[slots_cpu] * self.page_size
+        room = self.num_pages_cpu[:, slots_cpu].min(0) * self.page_size
         if (contexts_cpu > room).any():  # tokens without a page would go to page 0
             row = int((contexts_cpu > room).argmax())
             raise PlanError(

@@ -17,14 +17,14 @@ _CONTEXT = 4
 
 
 def tiny_plans(
-    max_rows: int, max_tokens: int, max_context: int, page_size: int
+    max_rows: int, max_tokens: int, max_context: int, page_size: int, num_groups: int = 1
 ) -> Iterator[StepPlan]:
     """Plans of decode rows alone, of prefill chunks with and without a context, and of both; then
     plans of all row counts and token counts for which kernels may differ.
 
     Yields nothing if a step of `max_tokens` or a sequence of `max_context` tokens is too short for
-    them. All sequences share the same pages, because the results do not matter. The first step
-    writes the context that the later chunks read.
+    them. All sequences and groups share the same pages, because the results do not matter. The
+    first step writes the context that the later chunks read.
     """
     if max_tokens <= _CHUNK or max_context < _CONTEXT:
         return
@@ -38,7 +38,7 @@ def tiny_plans(
         return StepPlan(
             0,
             new=[NewSequence(slot, 0, 0, sampling) for slot in slots],
-            new_pages=[NewPages(slot, 0, pages) for slot in slots],
+            new_pages=[NewPages(s, 0, pages, group) for s in slots for group in range(num_groups)],
             decode_slots=list(range(num_decode)),
             chunks=[Chunk(num_decode + i, s, [0] * length, True) for i, s in enumerate(starts)],
         )

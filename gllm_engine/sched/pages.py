@@ -220,6 +220,13 @@ def make_groups(
     return tuple(groups)
 
 
+def cache_capacity(
+    kinds: Sequence[CacheGroup], config: EngineConfig, num_pages: int, max_tokens: int
+) -> int:
+    """As capacity(), of the groups that make_groups() makes."""
+    return capacity(make_groups(kinds, config, num_pages), max_tokens)
+
+
 def capacity(groups: Sequence[Group], max_tokens: int) -> int:
     """The most tokens, at most `max_tokens`, of a sequence that has the pools to itself."""
 

@@ -17,8 +17,15 @@ from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.ops import reference
 
-# (heads, kv_heads, head_dim, window) of each layer; the third is as the first.
-SHAPES = [(4, 2, 16, None), (6, 1, 8, None), (4, 2, 16, None), (4, 4, 16, None), (4, 2, 16, 5)]
+# (heads, kv_heads, head_dim, window) of each layer: four kinds of layers, in two cache groups.
+SHAPES = [
+    (4, 2, 16, None),
+    (6, 1, 8, None),
+    (4, 2, 16, None),
+    (4, 4, 16, 5),
+    (4, 2, 16, 5),
+    (4, 2, 16, 5),
+]
 
 
 @pytest.fixture
@@ -91,7 +98,8 @@ def test_each_layer_attends_in_its_own_shape(decoder: Decoder) -> None:
     cache = poisoned_cache(decoder, 6)
     for size in (9, 1, 10, 1, 1, 1):
         part = tokens[start : start + size]
-        batch = make_batch([{"tokens": part, "start": start, "pages": [3, 0, 5, 1, 4, 2]}])
+        rows = [{"tokens": part, "start": start, "pages": [3, 0, 5, 1, 4, 2]}]
+        batch = make_batch(rows, num_pages=6)
         pieces.append(run(decoder, batch, cache))
         start += size
     expected = plain_logits(decoder, tokens).float()
@@ -107,8 +115,8 @@ def test_a_plan_is_for_layers_of_one_shape(
     attended: list[tuple[int, tuple[int, ...]]] = []
     real_plan, real_attend = reference.ReferencePlanner.plan, reference.attend
 
-    def plan(self: Any, batch: Any, cache: Tensor, heads: int, window: int | None) -> Any:
-        made = real_plan(self, batch, cache, heads, window)
+    def plan(self: Any, batch: Any, cache: Tensor, heads: int, *rest: int | None) -> Any:
+        made = real_plan(self, batch, cache, heads, *rest)
         planned[id(made)] = (heads, *cache.shape[3:])
         return made
 
@@ -118,12 +126,14 @@ def test_a_plan_is_for_layers_of_one_shape(
 
     monkeypatch.setattr(reference.ReferencePlanner, "plan", plan)
     monkeypatch.setattr(reference, "attend", attend)
-    batch = make_batch([{"tokens": some_tokens(9), "start": 0, "pages": [0, 1, 2]}])
+    rows = [{"tokens": some_tokens(9), "start": 0, "pages": [0, 1, 2]}]
+    batch = make_batch(rows, num_pages=3)
     if ends_only:
-        rows = {"logit_rows": torch.tensor([0]), "logit_rows_cpu": torch.tensor([0]).numpy()}
-        batch = replace(batch, logit_index=torch.tensor([8]), **rows)
+        last = {"logit_rows": torch.tensor([0]), "logit_rows_cpu": torch.tensor([0]).numpy()}
+        batch = replace(batch, logit_index=torch.tensor([8]), **last)
     decoder.forward(batch, poisoned_cache(decoder, 3))
     assert [shape for _, shape in attended] == [shape[:3] for shape in SHAPES]
     assert [planned[key] for key, _ in attended] == [shape for _, shape in attended]
     assert len(planned) == 4 + ends_only  # layers that are alike share a plan
-    assert (attended[0][0] == attended[2][0]) and attended[4][0] != attended[0][0]
+    assert attended[0][0] == attended[2][0] != attended[4][0]
+    assert (attended[4][0] == attended[5][0]) == (not ends_only)

@@ -18,6 +18,8 @@ from gllm_engine.ops import Batch
 
 CPU = torch.device("cpu")
 PAGE = 4
+# Cache groups in a batch: at least as many as any model here has.
+GROUPS = 6
 
 
 def load(path: Path, arch: Model | None = None, max_model_len: int | None = None) -> Decoder:
@@ -27,25 +29,31 @@ def load(path: Path, arch: Model | None = None, max_model_len: int | None = None
 
 
 def poisoned_cache(decoder: Decoder, num_pages: int, page_size: int = PAGE) -> list[Tensor]:
-    """Every number is NaN until the decoder writes it."""
-    cache = decoder.new_cache(num_pages, page_size)
+    """`num_pages` for each group. Every number is NaN until the decoder writes it."""
+    cache = decoder.new_cache(num_pages * len(decoder.groups), page_size)
     for tensor in cache:
         tensor.fill_(float("nan"))
     return cache
 
 
-def make_batch(rows: list[dict[str, Any]], page_size: int = PAGE) -> Batch:
-    """A batch that wants all logits. A row: tokens, start, pages; one-token rows first."""
+def make_batch(rows: list[dict[str, Any]], page_size: int = PAGE, num_pages: int = 0) -> Batch:
+    """A batch that wants all logits. A row: tokens, start, pages; one-token rows first.
+
+    Group g has page p + g * num_pages where a row has page p.
+    """
     lens = [len(row["tokens"]) for row in rows]
     positions = [torch.arange(r["start"], r["start"] + n) for r, n in zip(rows, lens, strict=True)]
     width = max(len(row["pages"]) for row in rows)
-    table = torch.tensor([r["pages"] + [0] * (width - len(r["pages"])) for r in rows])
-    index = [table[i, p // page_size] * page_size + p % page_size for i, p in enumerate(positions)]
+    pages = torch.tensor([r["pages"] + [0] * (width - len(r["pages"])) for r in rows])
+    table = pages + num_pages * torch.arange(GROUPS)[:, None, None]
+    index = [
+        table[:, i, p // page_size] * page_size + p % page_size for i, p in enumerate(positions)
+    ]
     num_decode = next((i for i, n in enumerate(lens) if n > 1), len(lens))
     return Batch(
         tokens=torch.cat([torch.as_tensor(row["tokens"]) for row in rows]),
         positions=torch.cat(positions),
-        cache_index=torch.cat(index),
+        cache_index=torch.cat(index, 1),
         page_table=table,
         slots=torch.arange(len(rows)),
         context_lens=torch.tensor([row["start"] + n for row, n in zip(rows, lens, strict=True)]),
@@ -68,7 +76,8 @@ def run(decoder: Decoder, batch: Batch, cache: list[Tensor]) -> Tensor:
 def all_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
     """Logits of every position of one sequence, computed whole."""
     num_pages = -(-len(tokens) // PAGE)
-    batch = make_batch([{"tokens": tokens, "start": 0, "pages": list(range(num_pages))}])
+    rows = [{"tokens": tokens, "start": 0, "pages": list(range(num_pages))}]
+    batch = make_batch(rows, num_pages=num_pages)
     return run(decoder, batch, poisoned_cache(decoder, num_pages))
 
 

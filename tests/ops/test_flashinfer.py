@@ -59,18 +59,21 @@ def planner(backend: ModuleType) -> Any:
 
 def test_a_version_that_keeps_plans_elsewhere_is_refused(planner: Any) -> None:
     with pytest.raises(RuntimeError, match=r"^flashinfer 9\.9: its Renamed has no _pin_memory_int"):
-        planner._wrapper(Renamed, {"num_qo_heads": 4}, "fa2")
-    assert planner._wrapper(Wrapper, {"num_qo_heads": 4}, "fa2").memory.numel() == 8 << 20
+        planner._wrapper(Renamed, {"num_qo_heads": 4}, "fa2", 0)
+    assert planner._wrapper(Wrapper, {"num_qo_heads": 4}, "fa2", 0).memory.numel() == 8 << 20
 
 
 def test_each_shape_of_attention_has_a_wrapper_of_its_own(
     backend: ModuleType, planner: Any
 ) -> None:
-    """For a wrapper holds one plan, and a step has one for each shape."""
+    """For a wrapper holds one plan, and a step has one for each shape and group."""
 
-    def wrapper(kind: type, heads: int, kv_heads: int, dim: int, window: int | None) -> Any:
+    def wrapper(
+        kind: type, heads: int, kv_heads: int, dim: int, window: int | None, group: int = 0
+    ) -> Any:
         cache = torch.empty(1, 2, 16, kv_heads, dim)
-        return planner._wrapper(kind, backend._shape(cache, heads, window, torch.float16), "fa2")
+        shape = backend._shape(cache, heads, window, torch.float16)
+        return planner._wrapper(kind, shape, "fa2", group)
 
     ragged = backend.BatchPrefillWithRaggedKVCacheWrapper
     base = (Wrapper, 8, 2, 64, None)
@@ -80,6 +83,7 @@ def test_each_shape_of_attention_has_a_wrapper_of_its_own(
         (Wrapper, 8, 4, 64, None),
         (Wrapper, 8, 2, 128, None),
         (Wrapper, 8, 2, 64, 512),
+        (Wrapper, 8, 2, 64, None, 1),
     ]
     made = [wrapper(*shape) for shape in (base, *others)]
     assert len(set(map(id, made))) == len(made) == len({id(one.memory) for one in made})

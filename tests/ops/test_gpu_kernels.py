@@ -340,14 +340,16 @@ def test_rotation(norm: bool, interleaved: bool, dim: int, turn_dim: int) -> Non
 def test_list_pages() -> None:
     from gllm_engine.ops import triton
 
-    table = torch.randint(0, 1 << 20, (40, 3000))
+    table = torch.randint(0, 1 << 20, (40, 3010))
     counts = [0, 1, 3000, 17, 1024, 1025]
     starts = torch.tensor([0, *counts]).cumsum(0).int()
     slots = torch.randperm(40)[: len(counts)]
+    firsts = torch.arange(len(counts)).int()
     out = torch.full((sum(counts) + 5,), -1, dtype=torch.int32)
     there = out.to(CUDA)
-    triton.list_pages(table.to(CUDA), slots.to(CUDA), starts.to(CUDA), 3000, there)
-    reference.list_pages(table, slots, starts, 3000, out)
+    inputs = (table, slots, starts, firsts)
+    triton.list_pages(*(x.to(CUDA) for x in inputs), 3000, there)
+    reference.list_pages(*inputs, 3000, out)
     assert torch.equal(there.cpu(), out)
 
 

@@ -282,12 +282,13 @@ def test_powers_of_two_of_tokens_meet_every_size_of_a_block() -> None:
 
 
 def test_list_pages() -> None:
-    table = torch.randint(0, 1 << 20, (9, 1100))
+    table = torch.randint(0, 1 << 20, (9, 1110))
     counts = [0, 1, 1100, 17]
     starts = torch.tensor([0, *counts]).cumsum(0).int()
     slots = torch.randperm(9)[: len(counts)]
+    firsts = torch.arange(len(counts)).int()
     out = torch.full((sum(counts) + 5,), -1, dtype=torch.int32)
     expected = out.clone()
-    triton.list_pages(table, slots, starts, 1100, out)
-    reference.list_pages(table, slots, starts, 1100, expected)
+    triton.list_pages(table, slots, starts, firsts, 1100, out)
+    reference.list_pages(table, slots, starts, firsts, 1100, expected)
     assert torch.equal(out, expected)

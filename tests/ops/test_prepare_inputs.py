@@ -37,13 +37,15 @@ def draw(low: int, high: int, *shape: int) -> Tensor:
     return torch.randint(low, high, shape)
 
 
-def make_case(num_decode: int, lens: list[int], page_size: int) -> dict[str, Any]:
+def make_case(
+    num_decode: int, lens: list[int], page_size: int, num_groups: int = 1
+) -> dict[str, Any]:
     """Arguments of prepare_inputs; pages and tokens are arbitrary, so a wrong place is seen."""
     num_slots, num_chunks = num_decode + len(lens) + 5, len(lens)
     max_pages = 12_000 // page_size
     slots = torch.randperm(num_slots)[: num_decode + num_chunks]
     return {
-        "page_table": draw(0, 1 << 40, num_slots, max_pages),
+        "page_table": draw(0, 1 << 40, num_groups, num_slots, max_pages),
         "page_size": page_size,
         "lengths": draw(0, 12_000 - max(lens, default=1), num_slots),
         "last_tokens": draw(0, 1 << 20, num_slots),
@@ -57,7 +59,8 @@ def make_case(num_decode: int, lens: list[int], page_size: int) -> dict[str, Any
 
 def naive(case: dict[str, Any]) -> tuple[list[int], ...]:
     """Row by row, token by token; the lengths afterwards come last."""
-    tokens, positions, cache_index, context_lens = [], [], [], []
+    tokens, positions, context_lens = [], [], []
+    cache_index: list[list[int]] = [[] for _ in case["page_table"]]
     lengths, known = case["lengths"].tolist(), case["known"].tolist()
     num_decode = len(case["slots"]) - len(case["starts"])
     begin = 0
@@ -68,31 +71,32 @@ def naive(case: dict[str, Any]) -> tuple[list[int], ...]:
             start, inputs = int(case["starts"][row - num_decode]), known[begin:end]
             begin = end
         for position, token in enumerate(inputs, start):
-            page = int(case["page_table"][slot, position // case["page_size"]])
             tokens.append(token)
             positions.append(position)
-            cache_index.append(page * case["page_size"] + position % case["page_size"])
+            for table, index in zip(case["page_table"], cache_index, strict=True):
+                page = int(table[slot, position // case["page_size"]])
+                index.append(page * case["page_size"] + position % case["page_size"])
         lengths[slot] = start + len(inputs)
         context_lens.append(lengths[slot])
     return tokens, positions, cache_index, context_lens, lengths
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(("page_size", "num_groups"), [(1, 1), (16, 3)])
 @pytest.mark.parametrize("mix", MIXES)
-def test_the_twin_is_right(mix: str, page_size: int) -> None:
-    case = make_case(*MIXES[mix], page_size)
+def test_the_twin_is_right(mix: str, page_size: int, num_groups: int) -> None:
+    case = make_case(*MIXES[mix], page_size, num_groups)
     expected = naive(case)
     found = reference.prepare_inputs(**case)
     assert tuple(t.tolist() for t in (*found, case["lengths"])) == expected
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(("page_size", "num_groups"), [(1, 2), (16, 1)])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_kernel_is_its_twin(device: str, mix: str, page_size: int) -> None:
+def test_the_kernel_is_its_twin(device: str, mix: str, page_size: int, num_groups: int) -> None:
     from gllm_engine.ops import triton
 
-    case = make_case(*MIXES[mix], page_size)
+    case = make_case(*MIXES[mix], page_size, num_groups)
     there = {k: v.clone().to(device) if isinstance(v, Tensor) else v for k, v in case.items()}
     before = {k: v.clone() for k, v in there.items() if isinstance(v, Tensor)}
     # The step's numbers come as parts of one tensor, at whatever alignment.
@@ -107,7 +111,8 @@ def test_the_kernel_is_its_twin(device: str, mix: str, page_size: int) -> None:
     expected = reference.prepare_inputs(**case)
     for tensor, wanted in zip(found, expected, strict=True):
         assert torch.equal(tensor.cpu(), wanted)
-        assert tensor.data_ptr() % 16 == 0 and tensor.is_contiguous()
+        for row in tensor.view(-1, tensor.shape[-1]) if tensor.dim() == 1 else tensor:
+            assert row.data_ptr() % 16 == 0 and row.is_contiguous()
     assert torch.equal(there["lengths"].cpu(), case["lengths"])
     for name in ("page_table", "last_tokens", "slots", "known"):
         assert torch.equal(there[name], before[name]), name
@@ -121,7 +126,7 @@ def test_spare_rows_share_a_slot(device: str) -> None:
     case = make_case(600, [], 16)
     spare = int(case["slots"][5])
     case["slots"][5:] = spare
-    case["page_table"][spare] = 77
+    case["page_table"][:, spare] = 77
     case["lengths"][spare] = 0
     there = {k: v.clone().to(device) if isinstance(v, Tensor) else v for k, v in case.items()}
     lengths = case["lengths"].clone()
@@ -129,7 +134,7 @@ def test_spare_rows_share_a_slot(device: str) -> None:
     own = case["slots"][:5]
     assert torch.equal(tokens[:5].cpu(), case["last_tokens"][own])
     assert torch.equal(positions[:5].cpu(), lengths[own])
-    assert (cache_index[5:] // 16 == 77).all()
+    assert (cache_index[0, 5:] // 16 == 77).all()
     others = torch.arange(len(lengths)) != spare
     lengths[own] += 1
     assert torch.equal(there["lengths"].cpu()[others], lengths[others])

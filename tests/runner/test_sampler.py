@@ -45,9 +45,9 @@ def make_table(slots: list[int], known: list[list[int]]) -> SlotTable:
     """After a step that has computed all `known` tokens of the slots' sequences."""
     num_slots = max(slots) + 1
     table = SlotTable(num_slots, MAX_PAGES, num_slots * MAX_PAGES, PAGE_SIZE, CPU)
-    table.page_table[:] = torch.randperm(num_slots * MAX_PAGES).view(num_slots, MAX_PAGES)
+    table.page_table[0] = torch.randperm(num_slots * MAX_PAGES).view(num_slots, MAX_PAGES)
     for slot, tokens in zip(slots, known, strict=True):
-        places = table.page_table[slot, :, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+        places = table.page_table[0, slot, :, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
         table.cached_tokens[places.flatten()[: len(tokens)]] = torch.tensor(tokens)
         table.lengths[slot] = table.lengths_cpu[slot] = len(tokens)
     return table

@@ -9,7 +9,7 @@ function of that history.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 

@@ -36,7 +36,10 @@ def test_only_full_pages_are_shared_and_a_token_is_left() -> None:
     assert cached(pool, [9, *tokens[1:]]) == []  # a page stands for all before it
     assert cached(pool, tokens[4:8]) == []
     second = fill(pool, [*tokens[:8], 77, 78])
-    assert second.groups[0].ids[:2] == first.groups[0].ids[:2] and second.groups[0].ids[2] != first.groups[0].ids[2]
+    assert (
+        second.groups[0].ids[:2] == first.groups[0].ids[:2]
+        and second.groups[0].ids[2] != first.groups[0].ids[2]
+    )
     pool.check_integrity([first, second])
     first.release()
     pool.check_integrity([second])
