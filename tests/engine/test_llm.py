@@ -14,7 +14,23 @@ from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.sampling import InvalidField, SamplingParams, StructuredOutputs
 from gllm_engine.types import Request
 
-FAMILIES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "Glm4ForCausalLM"]
+SOME_WINDOWS = "Qwen2ForCausalLM, windows"
+WINDOW = 40
+FAMILIES = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen3ForCausalLM",
+    "Glm4ForCausalLM",
+    SOME_WINDOWS,
+]
+OVER = {
+    SOME_WINDOWS: {
+        "num_hidden_layers": 5,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 2,
+    }
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=60, min_p=0.01, seed=7, max_tokens=24,
                         ignore_eos=True)  # fmt: skip
@@ -22,7 +38,7 @@ PENALIZED = SamplingParams(seed=11, max_tokens=24, ignore_eos=True, repetition_p
                            presence_penalty=0.4, frequency_penalty=0.3)  # fmt: skip
 KINDS = [GREEDY, SEEDED, PENALIZED]
 SMALL = {"max_model_len": 512, "num_pages": 200, "max_num_seqs": 16}
-# Longer than Mistral's window of 48 tokens, with a common beginning of several pages.
+# Longer than all windows, with a common beginning of several pages.
 PROMPTS = [
     "the quick brown fox jumps over the lazy dog, " * 4 + ending
     for ending in ("and the cat sleeps", "世界 and more", "!", "which is a longer ending of it all")
@@ -35,7 +51,10 @@ def models(tmp_path_factory):
 
     def model(family: str = FAMILIES[0]) -> str:
         if family not in made:
-            made[family] = str(write_tiny_model(tmp_path_factory.mktemp(family), family, seed=3))
+            directory = tmp_path_factory.mktemp("model")
+            name = family.partition(",")[0]
+            over = OVER.get(family, {})
+            made[family] = str(write_tiny_model(directory, name, seed=3, **over))
         return made[family]
 
     return model
@@ -95,13 +114,20 @@ WAYS = {
 }
 
 
+# What makes sequences of a model with windows lack pages while they grow.
+SCARCE = {SOME_WINDOWS: {"num_pages": 240, "max_num_batched_tokens": 16}}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_same_tokens(load, alone, family, way):
-    llm = load(family, **WAYS[way])
+    llm = load(family, **WAYS[way] | (SCARCE.get(family, {}) if "preempted" in way else {}))
     for kind in KINDS:
         assert tokens_of(llm.generate(PROMPTS, kind)) == alone(family, kind)
-    if "preempted" in way:
+    # Beyond its window a sequence of Mistral takes no more pages, and preempts no other one. With
+    # windows in some layers, chunks may hold pages that keep a second sequence waiting.
+    always = family not in ("MistralForCausalLM", SOME_WINDOWS)
+    if "preempted" in way and (always or way != "preempted" and family == SOME_WINDOWS):
         assert llm.engine.stats().preemptions > 0
 
 
@@ -449,3 +475,31 @@ def test_a_broken_engine_is_raised(load, monkeypatch):
                 llm.generate("a", GREEDY)
     with pytest.raises(EngineBroken):
         list(llm.stream("a", GREEDY))
+
+
+def test_a_window_keeps_only_what_it_shows(load, alone):
+    """A sequence may be far longer than the cache, with penalties and prefix hits all the same."""
+    family = "MistralForCausalLM"
+    llm = load(family, num_pages=10, max_num_batched_tokens=32)
+    assert llm.engine.info.max_model_len == 512 > 10 * llm.engine.info.page_size
+    for kind in KINDS:
+        assert tokens_of(llm.generate(PROMPTS, kind)) == alone(family, kind)
+    hits = llm.engine.stats().prefix_hits
+    again = llm.generate(PROMPTS[-1], PENALIZED)  # its own last pages were the last to be used
+    assert tokens_of(again)[0] == alone(family, PENALIZED)[-1]
+    assert llm.engine.stats().prefix_hits > hits
+
+
+def test_windows_leave_more_pages_to_others(models):
+    """Of 5 layers 3 have a window: a page has 2 layers, and windows two of the three tables."""
+    config = SMALL | {"max_num_batched_tokens": 32, "enable_prefix_caching": False}
+    usage = []
+    with LLM(models(SOME_WINDOWS), **config) as llm:
+        page_size = llm.engine.info.page_size
+        (alone,) = llm.generate(PROMPTS[0], GREEDY)
+        num_tokens = len(alone.prompt_token_ids) + len(alone.outputs[0].token_ids)
+        for _ in llm.stream(PROMPTS[0], GREEDY):
+            usage.append(round(llm.engine.stats().kv_usage * config["num_pages"]))
+    whole = -(-num_tokens // page_size)
+    shown = -(-(WINDOW + 32) // page_size) + 1
+    assert whole > shown and max(usage) <= whole + 2 * shown < 3 * whole

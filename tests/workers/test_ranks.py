@@ -60,11 +60,15 @@ WAYS: dict[str, dict[str, Any]] = {
     },
 }
 LAYERS = {"num_hidden_layers": 5}
+# Layers of both kinds on some stages, and of one kind on others.
+WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2} | LAYERS
 # Family, what is different in its config, and how it is shared out.
 FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen2ForCausalLM", {}, "tp2 x pp2"),  # tied: both ends of the pipeline have the embedding
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}, "tp4"),
     ("Glm4ForCausalLM", {}, "tp2"),
+    ("MistralForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
+    ("Qwen2ForCausalLM", WINDOWS, "pp3, uneven"),
     ("ChatGLMModel", {"add_bias_linear": True}, "tp2, throttled"),
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
@@ -179,6 +183,8 @@ def test_families(tmp_path: Path, family: str, over: dict[str, Any], way: str) -
     prompts, params = zip(*((p, kind) for kind in kinds for p in PROMPTS), strict=True)
     with LLM(str(tmp_path), **SMALL, num_pages=400) as llm:
         expected = llm.generate(list(prompts), list(params))
-    with LLM(str(tmp_path), **TIGHT, **WAYS[way]) as llm:
+    # Layers with a window and layers without one take pages from the same pool.
+    room = {"num_pages": 90} if "max_window_layers" in over else {}
+    with LLM(str(tmp_path), **(TIGHT | WAYS[way] | room)) as llm:
         compare(llm.generate(list(prompts), list(params)), expected)
         settle(llm)
