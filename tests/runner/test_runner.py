@@ -329,7 +329,9 @@ def test_plans_that_overrun_their_pages_are_refused(llama):
     new = [NewSequence(0, 0, 3, greedy())]
     with pytest.raises(PlanError, match="slot 0: 5 tokens, its pages hold 4"):
         runner.launch(StepPlan(1, new, [NewPages(0, 0, [1])], [], [Chunk(0, 0, [1] * 5, True)]))
-    with pytest.raises(PlanError, match="slot 0: 1 pages at index 2 of group 0, it has 0 of at most 24"):
+    with pytest.raises(
+        PlanError, match="slot 0: 1 pages at index 2 of group 0, it has 0 of at most 24"
+    ):
         runner.launch(StepPlan(1, new, [NewPages(0, 2, [1])], [], []))
     with pytest.raises(PlanError, match="25 pages at index 0"):
         runner.launch(StepPlan(1, new, [NewPages(0, 0, list(range(25)))], [], []))
