@@ -184,7 +184,7 @@ def test_families(tmp_path: Path, family: str, over: dict[str, Any], way: str) -
     with LLM(str(tmp_path), **SMALL, num_pages=400) as llm:
         expected = llm.generate(list(prompts), list(params))
     # Layers with a window and layers without one take pages from the same pool.
-    room = {"num_pages": 90} if "max_window_layers" in over else {}
+    room = {"num_pages": 150} if "max_window_layers" in over else {}
     with LLM(str(tmp_path), **(TIGHT | WAYS[way] | room)) as llm:
         compare(llm.generate(list(prompts), list(params)), expected)
         settle(llm)
