@@ -138,13 +138,23 @@ def test_each_choice_of_a_decode_step(dtype: str) -> None:
     check_choices(outputs, forced(SHAKESPEARE, outputs, device="cpu", dtype=dtype))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_choice_of_every_family(tmp_path: Path, family: str) -> None:
+SOME_WINDOWS = {
+    "num_hidden_layers": 5,
+    "use_sliding_window": True,
+    "sliding_window": 40,
+    "max_window_layers": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"), [*((family, {}) for family in FAMILIES), ("Qwen2ForCausalLM", SOME_WINDOWS)]
+)
+def test_each_choice_of_every_family(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
     """Chunks and decode graphs in bfloat16 against the CPU's float32, beyond any window."""
     heads = {"kv_channels": 64} if family.startswith("ChatGLM") else {"head_dim": 64}
     # All experts, lest a rounding make a token choose others.
     experts = {"num_experts_per_tok": 8} if "Moe" in family or family.startswith("Mix") else {}
-    model = str(write_tiny_model(tmp_path, family, **heads, **experts))
+    model = str(write_tiny_model(tmp_path, family, **heads, **experts, **more))
     rng = random.Random(5)
     prompts = [[rng.randrange(3, 384) for _ in range(n)] for n in (3, 40, 90, 17, 60)]
     wanted = [SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=1)] * 5
