@@ -139,10 +139,10 @@ def test_each_choice_of_a_decode_step(dtype: str) -> None:
 
 
 SOME_WINDOWS = {
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 3,
     "use_sliding_window": True,
     "sliding_window": 40,
-    "max_window_layers": 2,
+    "max_window_layers": 1,
 }
 
 

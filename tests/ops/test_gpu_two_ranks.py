@@ -62,15 +62,17 @@ class CountingRank:
         self.stream = torch.cuda.Stream()
         self.errors = torch.zeros((), device=CUDA, dtype=torch.int64)
         self._count = torch.zeros(rows, 1, device=CUDA, dtype=torch.int64)
-        part, total = (torch.zeros(rows, DIM, device=CUDA).half() for _ in range(2))
+        # All tensors that the graph reads live as long as the graph.
+        self._part = torch.zeros(rows, DIM, device=CUDA).half()
+        self._total = torch.zeros(rows, DIM, device=CUDA).half()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=self.stream):
             self._count.add_(1)
             values = [self._count % 101, self._count * 2 % 101]
-            part.copy_(values[rank].expand_as(part))
-            total.zero_()
-            ranks.sum(rank, part, total)
-            self.errors.add_((total != values[0] + values[1]).sum())
+            self._part.copy_(values[rank].expand_as(self._part))
+            self._total.zero_()
+            ranks.sum(rank, self._part, self._total)
+            self.errors.add_((self._total != values[0] + values[1]).sum())
 
     def replay(self) -> None:
         with torch.cuda.stream(self.stream):
