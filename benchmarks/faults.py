@@ -39,7 +39,7 @@ RANKS: dict[str, dict[str, Any]] = {
 }
 ENGINE = {"device": "cpu", "cpu_threads": 1, "num_pages": 4096, "max_model_len": 16384}
 NUM_STREAMS = 4
-STREAM_TOKENS = 600
+STREAM_TOKENS = 300
 MANY = 300
 MANY_TOKENS = 16
 FEW_FILES = 256
@@ -48,7 +48,8 @@ SHM_BYTES = 256 << 20
 DISK_BYTES = 16 << 20
 START_S = 180.0
 STOP_S = 90.0
-PATIENCE_S = 30.0  # limit for streams to end after a fault
+PATIENCE_S = 20.0  # limit for streams to end after a fault
+UNDO_S = 20.0  # a fault that can be undone lasts so long at least, if requests are not answered
 AGAIN_S = 60.0
 STEADY_S = 3.0
 STILL_S = 5.0  # a stream without a token for this long counts as hanging
@@ -371,6 +372,8 @@ def observe(fault: str, ranks: str) -> dict[str, Any]:
         _await(lambda: all(stream.outcome for stream in streams), PATIENCE_S)
         seen = {"clients": _states(streams), "error_s": _last_error(streams, began)}
         hung = [stream for stream in streams if stream.outcome is None]
+        if undo is not None:  # the server may heal itself
+            _await(lambda: site.process.poll() is not None or probe.is_steady, UNDO_S)
         lasts = undo is not None and probe.failing
         if undo is not None:
             undo()
@@ -461,6 +464,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only in name:
             figures[name] = observe(fault, ranks)
             print(json.dumps({name: figures[name]}), file=sys.stderr, flush=True)
+            if options.save:  # case by case, so that an interrupted run loses nothing
+                record("faults", figures, save=True, show=False)
     if not figures:
         parser.error(f"--only: no case has {options.only!r} in its name")
     print_table("Faults", HEADER, rows(figures))

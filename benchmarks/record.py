@@ -51,8 +51,8 @@ def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
     print("\n".join(["", title, "", *table_lines(header, rows)]))
 
 
-def record(name: str, figures: dict[str, Any], save: bool) -> None:
-    """Print the figures as a JSON line; with `save`, also write them to results/<name>.json."""
+def record(name: str, figures: dict[str, Any], save: bool, show: bool = True) -> None:
+    """Print the figures as a JSON line (`show`) and write them to results/<name>.json (`save`)."""
     line = {
         "benchmark": name,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -62,7 +62,8 @@ def record(name: str, figures: dict[str, Any], save: bool) -> None:
         "python": platform.python_version(),
         "figures": _rounded(figures),
     }
-    print(f"\n{json.dumps(line)}")
+    if show:
+        print(f"\n{json.dumps(line)}")
     if save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=2) + "\n")

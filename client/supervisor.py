@@ -3,7 +3,7 @@
 Owns the server process, and the removal of all its processes and files at the end. tritonserver
 never restarts a stub (a front end's process) that died: requests to it hang while the model stays
 READY. Unloading and loading the model starts new stubs, so the supervisor does that when a stub is
-missing.
+missing or stopped. The engine goes on meanwhile, and so do the other front ends' streams.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gllm_engine
 from gllm_client.client import SyncClient
 from gllm_client.http import read_metrics
 from gllm_client.protocol import GenerateError
@@ -84,6 +85,15 @@ def serve(serving: Serving) -> int:
         discard(directory)
         for region in SHM.glob(f"{prefix}*"):
             discard(region)
+        sweep_engines()
+
+
+def sweep_engines() -> None:
+    """Remove what engines and front ends leave that were killed while they started."""
+    try:
+        gllm_engine.sweep()
+    except (OSError, gllm_engine.EngineError) as error:
+        _log(f"private directories of engines may be left: {error}")
 
 
 def server_flags(serving: Serving, repository: Path) -> list[str]:
@@ -221,6 +231,15 @@ def find_stubs(server_pid: int) -> dict[str, set[ProcessRow]]:
     return stubs
 
 
+def is_stopped(row: ProcessRow) -> bool:
+    """Whether a process is stopped by a signal or a debugger."""
+    try:
+        state, _, *rest = Path(f"/proc/{row.pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state in "Tt" and int(rest[17]) == row.start
+
+
 class Server:
     """A tritonserver process that ends with this process. Its output goes to our stderr."""
 
@@ -279,12 +298,16 @@ def _outlive(family: set[ProcessRow], patience_s: float = 3.0) -> None:
     while left := _still_there(family):
         if time.monotonic() > end:
             for row in left:
-                try:
-                    os.kill(row.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+                _kill(row)
             end += patience_s
         time.sleep(TICK_S / 2)
+
+
+def _kill(row: ProcessRow) -> None:
+    try:
+        os.kill(row.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def _still_there(family: set[ProcessRow]) -> list[ProcessRow]:
@@ -403,9 +426,24 @@ class Supervisor:
                 self._settled = stubs
 
     def _stubs(self) -> dict[str, set[ProcessRow]]:
+        """The stubs that serve, by model; a stopped one does not."""
         found = find_stubs(self._server.pid)
-        serving = {model: stubs - self._retired for model, stubs in found.items()}
+        serving = {
+            model: {stub for stub in stubs - self._retired if not is_stopped(stub)}
+            for model, stubs in found.items()
+        }
         return {model: stubs for model, stubs in serving.items() if stubs}
+
+    def _kill_stopped(self, model: str) -> None:
+        """Kill the stopped stubs of a model.
+
+        tritonserver reuses the memory of requests that a stopped stub did not take. If the stub
+        then went on, tritonserver would crash.
+        """
+        for stub in find_stubs(self._server.pid).get(model, set()):
+            if is_stopped(stub):
+                _log(f"a front end of model {model} is stopped; it is killed")
+                _kill(stub)
 
     def _missing(self, stubs: dict[str, set[ProcessRow]]) -> set[str]:
         """The READY models with fewer stubs than configured instances."""
@@ -435,6 +473,7 @@ class Supervisor:
         """Unload and load a model: the only way to make tritonserver start a new stub."""
         _log(f"a front end of model {model} died; loading the model anew")
         began = time.monotonic()
+        self._kill_stopped(model)
         self._retired |= self._stubs().get(model, set())
         for left in reversed(range(LOAD_TRIES)):
             try:

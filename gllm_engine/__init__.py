@@ -36,6 +36,7 @@ _PUBLIC = {
         "TokenLogprobs",
     ),
     "os_process": ("end_with_parent",),
+    "engine.attach": ("sweep",),
     "engine.client": ("EngineClient", "EngineError", "EngineUnavailable"),
     "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs"),
     "engine.core": ("IN_PROCESS", "Engine", "EngineBroken", "fill_caches"),

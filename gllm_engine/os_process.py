@@ -1,18 +1,23 @@
-"""Processes of this machine: identify them, wait for their end, end this process with another.
+"""Processes of this machine: identify them, await or cause their end, end with another process.
 
 This module knows pids and nothing of what a process does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
+
+# A killed process usually ends at once; one in a call to a device may never end.
+KILLED_S = 5.0
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -34,6 +39,14 @@ class Process(msgspec.Struct, frozen=True):
     @property
     def alive(self) -> bool:
         return Process.of(self.pid) == self
+
+    def open(self) -> int:
+        """A pidfd of this process. Raises ProcessLookupError if it has ended."""
+        pidfd = os.pidfd_open(self.pid)
+        if not self.alive:  # the pid may belong to another process by now
+            os.close(pidfd)
+            raise ProcessLookupError(f"process {self.pid} has ended")
+        return pidfd
 
 
 def end_with(owner: Process | None, last: Callable[[], None] = lambda: None) -> None:
@@ -83,3 +96,17 @@ def wait_end(pidfd: int, timeout_s: float | None) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+def kill(pidfd: int) -> bool:
+    """Kill the process; returns whether it has ended within KILLED_S."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    return wait_end(pidfd, KILLED_S)
+
+
+def stop(pidfd: int, patience_s: float) -> bool:
+    """Send SIGTERM, then SIGKILL after `patience_s` seconds; returns whether the process ended."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    return wait_end(pidfd, patience_s) or kill(pidfd)

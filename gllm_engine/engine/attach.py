@@ -15,7 +15,11 @@ The owner is the process that the engine must not outlive (tritonserver). A fron
 the lock either joins the recorded engine or starts the next generation:
 
     recorded engine alive, same fingerprint, same load   -> join generation N
+    the same, new load, a recorded front end is dead     -> join generation N
     recorded engine dead, other fingerprint or new load  -> end generation N, start N + 1
+
+The second rule is a repair: Triton replaces a dead front end only by a new load, for which the
+engine and the streams of the other front ends need not end.
 
 The fingerprint covers the software, the configuration and the checkpoint's files. The old engine
 finishes its sequences, for a bounded time, before the next engine starts, because both need the
@@ -29,9 +33,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -43,9 +47,11 @@ from pathlib import Path
 import msgspec
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.os_process import Process, wait_end
+from gllm_engine.os_process import Process, kill, stop
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.software import software
+
+log = logging.getLogger("gllm.attach")
 
 # Read at import, because the code on disk may change while this process runs.
 _SOFTWARE = software()
@@ -88,9 +94,24 @@ class Attached:
     def why_it_died(self) -> str:
         """The sentence in the engine's error file, or a general sentence if there is no file."""
         code = self.child.wait() if self.child is not None else None
+        dead = "the engine process died" + ("" if code is None else f" (exit status {code})")
+        return self._last_word() or dead
+
+    def end_silent(self, silence: str) -> str:
+        """Kill an engine that no longer answers; returns the sentence for its streams.
+
+        `silence`: what it has failed to do. An engine in a call to a device that never returns
+        does not even die; the streams must not wait for that.
+        """
+        why = f"{silence}: it is stopped, or hangs; it is killed"
+        log.error("process %d: %s", self.engine.pid, why)
+        kill(self.pidfd)
+        return self._last_word() or why
+
+    def _last_word(self) -> str | None:
         with contextlib.suppress(FileNotFoundError):
             return (self.directory / "error").read_text(encoding="utf-8")
-        return "the engine process died" + ("" if code is None else f" (exit status {code})")
+        return None
 
 
 def socket_address(directory: Path) -> str:
@@ -116,27 +137,51 @@ def attach(
     home = _home(owner, scope)
     with _locked(home):
         record = _read(home, scope)
-        fingerprint = _fingerprint(config)
-        _refuse_stale(record, instance, me, fingerprint, again)
-        holder = record.front_ends.get(instance)
-        child = None
-        if holder not in (None, me) or record.fingerprint != fingerprint or not _running(record):
-            _retire(record.engine, config.drain_timeout_s)
-            record.front_ends = _same_load(record, holder, me, fingerprint)
-            child = _replace(home, record, config, owner)
-            record.fingerprint = fingerprint
-        assert record.engine is not None
-        record.front_ends[instance] = me
+        is_empty = record.engine is None
         try:
-            _write(home, record)
-            pidfd = os.pidfd_open(record.engine.pid)
-        except ProcessLookupError:
-            raise EngineError("the engine process died while a front end was joining") from None
-        except OSError:
-            if child is not None:
-                child.kill()  # the engine is not on record, so no front end could find it
+            return _attach(home, record, config, instance, me, owner, again)
+        except BaseException:
+            if is_empty:  # a failed or stale front end leaves nothing behind
+                _remove(home)
             raise
-        return Attached(home / str(record.generation), record.engine, pidfd, child)
+
+
+def _attach(
+    home: Path,
+    record: EngineRecord,
+    config: EngineConfig,
+    instance: str,
+    me: Process,
+    owner: Process,
+    again: bool,
+) -> Attached:
+    """`attach` under the lock."""
+    fingerprint = _fingerprint(config)
+    _refuse_stale(record, instance, me, fingerprint, again)
+    holder = record.front_ends.get(instance)
+    child = None
+    is_new_load = holder not in (None, me)
+    is_repair = is_new_load and any(not front.alive for front in record.front_ends.values())
+    usable = _running(record) and record.fingerprint == fingerprint
+    if not usable or (is_new_load and not is_repair):
+        _retire(record.engine, config.drain_timeout_s)
+        record.front_ends = _same_load(record, holder, me, fingerprint)
+        child = _replace(home, record, config, owner)
+        record.fingerprint = fingerprint
+    elif is_repair:
+        record.front_ends = {}  # the old load's living front ends only finish their streams
+    assert record.engine is not None
+    record.front_ends[instance] = me
+    try:
+        _write(home, record)
+        pidfd = record.engine.open()
+    except ProcessLookupError:
+        raise EngineError("the engine process died while a front end was joining") from None
+    except OSError:
+        if child is not None:
+            child.kill()  # the engine is not on record, so no front end could find it
+        raise
+    return Attached(home / str(record.generation), record.engine, pidfd, child)
 
 
 def _refuse_stale(
@@ -186,42 +231,40 @@ def _replace(
 def detach(
     attached: Attached, instance: str, say_goodbye: Callable[[], None], patience_s: float = 10.0
 ) -> None:
-    """Take this front end off the record. The last front end waits for the engine to end.
+    """Take this front end off the record. The last front end ends the recorded engine.
 
     The engine is killed after `patience_s` seconds. `say_goodbye` sends the Goodbye message to the
     engine. It runs under the lock, so that no front end joins an engine that is about to end.
+
+    The recorded engine may be a later one than `attached`: another front end has replaced a dead
+    engine, and has left before this one could join its successor.
     """
     home = attached.directory.parent
     if not home.is_dir():
         return
     with _locked(home):
         record = _read(home, "")
-        if record.front_ends.get(instance) == Process.of(os.getpid()):
+        on_record = record.front_ends.get(instance) == Process.of(os.getpid())
+        if on_record:
             del record.front_ends[instance]
             _write(home, record)
         say_goodbye()
-        current = record.engine == attached.engine
-        if not current or any(front.alive for front in record.front_ends.values()):
-            return
-        if not wait_end(attached.pidfd, patience_s):
-            os.kill(attached.engine.pid, signal.SIGKILL)
-            wait_end(attached.pidfd, patience_s)
-        if attached.child is not None:
-            attached.child.wait()
-        _remove(home)
+        is_last = not any(front.alive for front in record.front_ends.values())
+        if is_last and (on_record or record.engine in (None, attached.engine)):
+            # SIGTERM, because front ends that left the record at a repair may still be attached.
+            _retire(record.engine, patience_s)
+            _remove(home)
 
 
 def sweep() -> None:
-    """Remove the directories of owners that have ended."""
+    """Remove the directories of owners that have ended. Public, for whoever starts owners.
+
+    An engine or a front end that is killed while it starts cannot do it.
+    """
     for path in _root().iterdir():
         pid, _, start = path.name.partition(".")
         if pid.isdigit() and start.isdigit() and not Process(int(pid), int(start)).alive:
             _discard(path)
-
-
-def discard_owner(owner: Process) -> None:
-    """Remove the directory of an owner that has ended."""
-    _discard(_root() / f"{owner.pid}.{owner.start}")
 
 
 def _root() -> Path:
@@ -314,15 +357,12 @@ def _running(record: EngineRecord) -> bool:
 
 def _retire(engine: Process | None, patience_s: float) -> None:
     """Let an engine finish its sequences for at most `patience_s` seconds, then kill it."""
-    if engine is None or not engine.alive:
+    if engine is None:
         return
-    with contextlib.suppress(ProcessLookupError):  # the engine has ended by itself meanwhile
-        pidfd = os.pidfd_open(engine.pid)
+    with contextlib.suppress(ProcessLookupError):  # the engine has ended by itself
+        pidfd = engine.open()
         try:
-            os.kill(engine.pid, signal.SIGTERM)
-            if not wait_end(pidfd, patience_s):
-                os.kill(engine.pid, signal.SIGKILL)
-                wait_end(pidfd, 5.0)
+            stop(pidfd, patience_s)
         finally:
             os.close(pidfd)
 

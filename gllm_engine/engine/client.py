@@ -17,14 +17,19 @@ from typing import Any
 import msgspec
 import zmq
 
-from gllm_engine import wire
+from gllm_engine import heartbeat, wire
 from gllm_engine.config import EngineConfig
 from gllm_engine.engine.attach import Attached, EngineError, StaleFrontEnd, attach, detach
+from gllm_engine.os_process import wait_end
 from gllm_engine.types import ModelInfo, Outputs, Request, Stats
 
 RETRY_S = (0.1, 1.0, 5.0, 10.0)  # pauses between attempts to get an engine back
 JOIN_TRIES = 3
 GOODBYE_MS = 1000
+# An engine opens its socket within this time after its start; importing torch may take minutes.
+OPEN_S = 300.0
+# An engine that has lost its front ends' connections, or has closed them, ends within this time.
+END_S = 5.0
 
 log = logging.getLogger("gllm.client")
 
@@ -68,7 +73,7 @@ class EngineClient:
         self._outgoing: deque[list[bytes]] = deque()
         self._trouble: str | None = None  # why no engine takes requests now
         self._closing = False
-        self._attached, self._socket = self._join(again=False)
+        self._engine = self._join(again=False)
         self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
         self._thread.start()
 
@@ -113,45 +118,45 @@ class EngineClient:
 
     def _run(self) -> None:
         try:
-            while self._converse() and self._rejoin():
+            while (why := self._converse()) is not None and self._rejoin(why):
                 continue
-            detach(self._attached, self._instance, self._say_goodbye)
+            detach(self._engine.attached, self._instance, self._say_goodbye)
         except Exception as error:  # if the thread ended silently, the streams would never end
             log.exception("the connection to the engine fails")
             self._lose(f"the connection to the engine failed ({type(error).__name__}: {error})")
-        self._socket.close(GOODBYE_MS)
-        os.close(self._attached.pidfd)
+        self._engine.close(GOODBYE_MS)
 
     def _say_goodbye(self) -> None:
         if self._trouble is None:
-            self._socket.send_multipart(wire.encode(wire.Goodbye()))
+            self._engine.socket.send_multipart(wire.encode(wire.Goodbye()))
 
-    def _converse(self) -> bool:
-        """Send and receive messages. Returns True when the engine died, False on close()."""
-        poller = zmq.Poller()
-        for source in (self._socket, self._wake, self._attached.pidfd):
-            poller.register(source, zmq.POLLIN)
+    def _converse(self) -> str | None:
+        """Send and receive messages. Returns why the engine is lost, or None on close()."""
+        engine = self._engine
         while True:
-            events = dict(poller.poll())
+            events = engine.poll()
             if self._wake in events:
                 os.eventfd_read(self._wake)
             self._flush()
-            if self._socket in events:
+            if engine.socket in events:
                 self._receive()
             if self._closing:
                 self._flush()
-                return False
-            if self._attached.pidfd in events:
+                return None
+            if engine.attached.pidfd in events:
                 self._receive()  # messages that the engine sent before it died
-                return True
+                return engine.attached.why_it_died()
+            if engine.watch.is_over():
+                return engine.end_silent()
 
     def _flush(self) -> None:
         while self._outgoing:
-            self._socket.send_multipart(self._outgoing.popleft())
+            self._engine.socket.send_multipart(self._outgoing.popleft())
 
     def _receive(self) -> None:
-        while self._socket.poll(0):
-            frames = self._socket.recv_multipart()
+        socket = self._engine.socket
+        while socket.poll(0):
+            frames = socket.recv_multipart()
             try:
                 self._handle(wire.decode(frames))
             except wire.NotAMessage as error:  # its sequences are unknown, so all are given up
@@ -182,13 +187,13 @@ class EngineClient:
             os.eventfd_write(self._wake, 1)
         self._call(self._on_lost, why)
 
-    def _rejoin(self) -> bool:
+    def _rejoin(self, why: str) -> bool:
         """Join or start an engine after one died. False on close() or for a stale front end."""
-        self._lose(f"{self._attached.why_it_died()}; it is being restarted")
+        self._lose(f"{why}; it is being restarted")
         while not self._closing:
-            dead = self._socket, self._attached.pidfd
+            dead = self._engine
             try:
-                self._attached, self._socket = self._join(again=True)
+                self._engine = self._join(again=True)
             except StaleFrontEnd as error:
                 self._lose(str(error))
                 return False
@@ -198,8 +203,7 @@ class EngineClient:
                 self._lose(str(error))
                 self._pause(RETRY_S[min(self.failed_starts, len(RETRY_S)) - 1])
                 continue
-            dead[0].close(0)
-            os.close(dead[1])
+            dead.close(0)
             self.failed_starts = 0
             with self._lock:
                 self._trouble = None
@@ -223,7 +227,7 @@ class EngineClient:
             log.warning("%s", trouble)
             self._call(self._on_lost, trouble)
 
-    def _join(self, again: bool) -> tuple[Attached, zmq.Socket[bytes]]:
+    def _join(self, again: bool) -> _Connection:
         """Attach, then wait until the model is loaded or the engine has failed.
 
         A recorded engine may end while this front end joins it; then attach() is tried again.
@@ -233,45 +237,83 @@ class EngineClient:
                 attached = attach(self._config, self._scope, self._instance, self._owner_pid, again)
             except OSError as error:
                 raise EngineError(str(error)) from error
-            answer = self._greet(attached)
-            if isinstance(answer, zmq.Socket):
-                return attached, answer
-            why = attached.why_it_died() if answer is None else answer.message
+            engine = _Connection(attached, self._wake)
+            why = self._greet(engine)
+            if why is None:
+                return engine
+            ended = wait_end(attached.pidfd, 0.0)
             if attached.child is not None and not again:  # a failed load leaves no process or file
-                detach(attached, self._instance, lambda: None, 10.0 if answer is None else 0.0)
-            os.close(attached.pidfd)
-            if attached.child is not None or answer is not None:
+                detach(attached, self._instance, lambda: None, 10.0 if ended else 0.0)
+            engine.close(0)
+            if attached.child is not None or not ended:
                 break
         raise EngineError(why)
 
-    def _greet(self, attached: Attached) -> zmq.Socket[bytes] | wire.Refusal | None:
-        """Send Hello and wait for the answer; None when the engine ended without one.
+    def _greet(self, engine: _Connection) -> str | None:
+        """Send Hello and wait for the answer. Returns why this front end is not attached.
 
-        close() does not wait for the model to load: it returns the socket without an answer.
+        close() does not wait for the model to load: this returns None then, without an answer.
         """
+        engine.socket.send_multipart(_hello())
+        while True:
+            events = engine.poll()
+            if self._wake in events:
+                if self._closing:
+                    return None
+                os.eventfd_read(self._wake)
+            if engine.socket in events:
+                return self._hear_answer(engine.socket.recv_multipart())
+            if engine.attached.pidfd in events:
+                return engine.attached.why_it_died()
+            if engine.watch.is_over():
+                return engine.end_silent()
+
+    def _hear_answer(self, frames: list[bytes]) -> str | None:
+        try:
+            answer = wire.decode(frames)
+        except wire.NotAMessage as error:
+            return f"the engine is of another version, its answer is {error}"
+        if isinstance(answer, wire.Welcome):
+            self.info: ModelInfo = answer.info
+            return None
+        if isinstance(answer, wire.Refusal):
+            return answer.message
+        return f"the engine answers with a message of type {type(answer).__name__}"
+
+
+class _Connection:
+    """The socket to one engine process, and what shows that the engine has ended or is silent."""
+
+    def __init__(self, attached: Attached, wake: int) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         socket.hwm = 0
         socket.set(zmq.RECONNECT_IVL, 20)
+        heartbeat.send_heartbeats(socket, heartbeat.ENGINE)
+        self.attached = attached
+        self.socket = socket
+        self.watch = heartbeat.ConnectionWatch(socket, OPEN_S, END_S)
         socket.connect(attached.address)
-        socket.send_multipart(_hello())
-        poller = zmq.Poller()
-        for source in (socket, attached.pidfd, self._wake):
-            poller.register(source, zmq.POLLIN)
-        while self._wake in (events := dict(poller.poll())):
-            if self._closing:
-                return socket
-            os.eventfd_read(self._wake)
-        try:
-            answer = wire.decode(socket.recv_multipart()) if socket in events else None
-        except wire.NotAMessage as error:
-            answer = wire.Refusal(f"the engine is of another version, its answer is {error}")
-        if isinstance(answer, wire.Welcome):
-            self.info: ModelInfo = answer.info
-            return socket
-        socket.close(0)
-        if answer is None or isinstance(answer, wire.Refusal):
-            return answer
-        return wire.Refusal(f"the engine answers with a message of type {type(answer).__name__}")
+        self._poller = zmq.Poller()
+        for source in (socket, self.watch.monitor, attached.pidfd, wake):
+            self._poller.register(source, zmq.POLLIN)
+
+    def poll(self) -> dict[Any, int]:
+        """Wait for news of the engine, or for `wake`; returns what is readable."""
+        return dict(self._poller.poll(self.watch.timeout_ms))
+
+    def end_silent(self) -> str:
+        """Kill an engine that is given up; returns the sentence for its streams."""
+        if self.watch.connected:
+            silence = f"the engine has not answered for {END_S:g} s or more and has not ended"
+        else:
+            silence = f"the engine has not opened its socket in {OPEN_S:g} s and has not ended"
+        return self.attached.end_silent(silence)
+
+    def close(self, linger_ms: int) -> None:
+        self.watch.monitor.close(0)
+        self.socket.disable_monitor()
+        self.socket.close(linger_ms)
+        os.close(self.attached.pidfd)
 
 
 def _hello() -> list[bytes]:

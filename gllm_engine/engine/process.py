@@ -10,8 +10,10 @@ import contextlib
 import gc
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import zmq
 from gllm_engine import wire
 from gllm_engine.arch import ArchError
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.engine.attach import discard_owner, socket_address
+from gllm_engine.engine.attach import socket_address
 from gllm_engine.engine.core import Engine
 from gllm_engine.model import LoadError
 from gllm_engine.os_process import Process, end_with, end_with_any_thread
@@ -41,17 +43,12 @@ log = logging.getLogger("gllm.engine")
 class EngineProcess:
     """Serves one engine to its front ends. Runs on one thread."""
 
-    def __init__(self, engine: Engine, address: str) -> None:
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
         self.engine = engine
         self.front_ends: dict[bytes, int] = {}  # socket identity -> pidfd
         self.draining = False
         self.deadline = time.monotonic() + LONELY_S
-        self.context = zmq.Context()
-        self.socket = self.context.socket(zmq.ROUTER)
-        # No message is dropped: the queue of a slow front end grows without a limit.
-        self.socket.hwm = 0
-        self.socket.set(zmq.ROUTER_MANDATORY, 1)
-        self.socket.bind(address)
+        self.socket = socket
         self.poller = zmq.Poller()
         self.poller.register(self.socket, zmq.POLLIN)
         self.stats = _StatsFeed()
@@ -67,11 +64,6 @@ class EngineProcess:
             self._report()
         if self.engine.broken is None:
             log.info("no front end is left or the work is done; the engine ends")
-
-    def close(self) -> None:
-        """Close the socket after front ends have received their messages; exit would drop them."""
-        self.socket.close(LINGER_MS)
-        self.context.term()
 
     def _done(self) -> bool:
         if self.draining and not self.engine.has_work:
@@ -153,6 +145,25 @@ class EngineProcess:
                 self._send(client, message)
 
 
+def listen(address: str) -> zmq.Socket[bytes]:
+    """The engine's socket. It answers the heartbeats of front ends, whatever the caller does."""
+    socket = zmq.Context().socket(zmq.ROUTER)
+    # No message is dropped: the queue of a slow front end grows without a limit.
+    socket.hwm = 0
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    socket.bind(address)
+    return socket
+
+
+def close(socket: zmq.Socket[bytes]) -> None:
+    """Close the socket after front ends have received their messages; exit would drop them.
+
+    Front ends kill a process that does not end soon after this.
+    """
+    socket.close(LINGER_MS)
+    socket.context.term()
+
+
 def _different_versions(protocol: str) -> wire.Refusal:
     return wire.Refusal(
         f"the front end speaks protocol {protocol}, the engine {wire.PROTOCOL}: they are of "
@@ -202,47 +213,58 @@ def _leave_word(directory: Path, sentence: str) -> None:
 def main() -> int:
     """`python -m gllm_engine.engine.process DIRECTORY OWNER_PID`, started by attach.py."""
     directory = Path(sys.argv[1])
+    owners = directory.parents[1]  # see attach.py
     owner = Process.of(int(sys.argv[2]))
     if owner is None:
+        shutil.rmtree(owners, ignore_errors=True)
         return 1
-    end_with(owner, lambda: discard_owner(owner))
+    tempfile.tempdir = str(directory)  # whoever removes this directory also removes what is in it
+    end_with(owner, lambda: shutil.rmtree(owners, ignore_errors=True))
     end_with_any_thread()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the parent's mask is inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        # Before the load, which takes minutes: from now on front ends see that this process runs.
+        socket = listen(socket_address(directory))
+    except zmq.ZMQError as error:
+        return _give_up(directory, owner, error)
     try:
         config = msgspec.json.decode((directory / "config.json").read_bytes(), type=EngineConfig)
         engine = Engine(config)
         # Loaded objects live as long as the process, so the garbage collector need not scan them.
         gc.collect()
         gc.freeze()
-        # SIGTERM means drain from the moment the socket exists. Before, it ends the start at once.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        server = EngineProcess(engine, socket_address(directory))
-    except Exception as error:  # front ends report the sentence in the error file
-        is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # not a bug of ours
-        log.error("the engine cannot start: %s", error, exc_info=not is_theirs)
-        _leave_word(directory, f"the engine cannot start: {error}")
-        _clear_away(owner)
-        return 1
+    except Exception as error:
+        close(socket)
+        return _give_up(directory, owner, error)
+    server = EngineProcess(engine, socket)
 
     def drain(*_: object) -> None:
         server.draining = True
 
-    signal.signal(signal.SIGTERM, drain)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    signal.signal(signal.SIGTERM, drain)  # before, SIGTERM ends the start at once
     trouble = _run(server)
     if trouble is not None:
         log.critical("%s; this process ends, a front end starts another", trouble)
         with contextlib.suppress(OSError):  # the directory is gone if all front ends have left
             _leave_word(directory, trouble)
-        server.close()
-        _clear_away(owner)
+        close(socket)
+        _clear_away(owner, owners)
         os._exit(BROKEN)  # a normal exit would call the failed device again
-    server.close()
     engine.close()
-    _clear_away(owner)
+    _clear_away(owner, owners)
+    close(socket)
     return 0
+
+
+def _give_up(directory: Path, owner: Process, error: Exception) -> int:
+    """Leave the sentence that front ends report; returns the exit status."""
+    is_theirs = isinstance(error, (ArchError, ConfigError, LoadError))  # not a bug of ours
+    log.error("the engine cannot start: %s", error, exc_info=not is_theirs)
+    _leave_word(directory, f"the engine cannot start: {error}")
+    _clear_away(owner, directory.parents[1])
+    return 1
 
 
 def _run(server: EngineProcess) -> str | None:
@@ -255,12 +277,12 @@ def _run(server: EngineProcess) -> str | None:
     return server.engine.broken
 
 
-def _clear_away(owner: Process) -> None:
+def _clear_away(owner: Process, directory: Path) -> None:
     """Remove the directory of a dead owner. The front ends die with the owner, and their end may
     end this process before the thread that watches the owner has removed the directory.
     """
     if not owner.alive:
-        discard_owner(owner)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 On one machine: an ipc socket in a private directory. Between machines: TCP on the configured
 address, encrypted and authenticated by CURVE. Both sides derive the keys from one secret file, and
-a peer without the secret cannot connect. ZeroMQ's heartbeats detect a peer that is stopped or cut
-off; they need no thread of ours. Knows nothing of steps or models.
+a peer without the secret cannot connect. Heartbeats detect a peer that is stopped or cut off. Knows
+nothing of steps or models.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ from zmq.utils.monitor import recv_monitor_message
 
 from gllm_engine.config import ConfigError
 from gllm_engine.files import open_file, read_file
+from gllm_engine.heartbeat import LOCAL_WORKER, REMOTE_WORKER, send_heartbeats
 from gllm_engine.software import software
 
 # bytes
 MIN_SECRET = 32
 MAX_SECRET = 1 << 16
-# Milliseconds between heartbeats, and without an answer until a peer counts as lost.
-_HEARTBEAT = 300
-LOCAL_TIMEOUT = 1_200
-REMOTE_TIMEOUT = 3_000
 
 
 def rank_software() -> str:
@@ -105,7 +102,7 @@ def listen(
         authenticator.configure_curve_callback("*", check)
         socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"engine")
         socket.curve_server = True
-    _watch_peers(socket, LOCAL_TIMEOUT if secret is None else REMOTE_TIMEOUT)
+    _watch_peers(socket, LOCAL_WORKER if secret is None else REMOTE_WORKER)
     socket.bind(address)
     return socket
 
@@ -119,7 +116,7 @@ def connect(
     if secret is not None:
         socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, b"worker")
         socket.curve_serverkey = _key_pair(secret, b"engine")[0]
-    _watch_peers(socket, LOCAL_TIMEOUT if secret is None else REMOTE_TIMEOUT)
+    _watch_peers(socket, LOCAL_WORKER if secret is None else REMOTE_WORKER)
     events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
     monitor = socket.get_monitor_socket(events)
     socket.connect(address)
@@ -133,9 +130,8 @@ def _is_ipv6(address: str) -> bool:
 def _watch_peers(socket: zmq.Socket[bytes], timeout: int) -> None:
     socket.hwm = 0
     socket.set(zmq.LINGER, 1000)
-    socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, timeout)
-    if timeout == REMOTE_TIMEOUT:
+    send_heartbeats(socket, timeout)
+    if timeout == REMOTE_WORKER:
         socket.set(zmq.RECONNECT_IVL, 1000)
         # Without this, a connection to a vanished machine waits minutes for the system's timeout.
         socket.set(zmq.CONNECT_TIMEOUT, timeout)

@@ -341,6 +341,21 @@ def test_a_dead_stub_means_a_reload(watched: Watched, capfd: pytest.CaptureFixtu
         assert victim not in client.pids
 
 
+def test_a_stopped_stub_is_killed_and_replaced(
+    watched: Watched, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tritonserver would not survive that it goes on, and its requests hang until then."""
+    client = watched.client
+    assert wait_for(lambda: len(client.pids) == 2)
+    victim, other = client.pids
+    os.kill(victim, signal.SIGSTOP)
+    assert wait_for(lambda: client.calls == ["load", "unload", "load"])
+    assert wait_for(lambda: "model m is back after" in (err := capfd.readouterr().err) and err)
+    assert victim not in process_table() and other in process_table()
+    watched.wait_looks(3)
+    assert client.calls == ["load", "unload", "load"]
+
+
 def test_a_reload_that_fails_is_tried_again(watched: Watched) -> None:
     client = watched.client
     assert wait_for(lambda: len(client.pids) == 2)

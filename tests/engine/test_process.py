@@ -7,6 +7,7 @@ threads of this process or, where one must die, processes that run this file.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -30,6 +31,7 @@ import zmq
 
 from gllm_engine import (
     EngineClient,
+    EngineConfig,
     EngineError,
     EngineUnavailable,
     ModelInfo,
@@ -37,6 +39,7 @@ from gllm_engine import (
     Request,
     SamplingParams,
     Stats,
+    heartbeat,
     make_config,
     wire,
     write_tiny_model,
@@ -51,7 +54,7 @@ from gllm_engine.engine.attach import (
     _root,
     detach,
 )
-from gllm_engine.engine.process import BROKEN, EngineProcess, main
+from gllm_engine.engine.process import BROKEN, EngineProcess, close, listen, main
 from gllm_engine.os_process import Process
 from gllm_engine.runner.null_runner import NullRunner, NullStep
 from gllm_engine.socket_directory import socket_parent
@@ -61,6 +64,7 @@ from gllm_engine.types import StepPlan
 WAIT_S, SOON_S = 60.0, 15.0
 DRAIN_S = 1.0
 ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True)
+BUSY_S = 4.0
 MANY, LONG = 2000, 20_000  # messages that are not sent in no time, and characters in each
 
 
@@ -120,7 +124,7 @@ class Front:
 
     @property
     def engine(self) -> Process:
-        return self.client._attached.engine
+        return self.client._engine.attached.engine
 
     def generate(self, id: int = 1, num: int = 5) -> list[int]:
         params = SamplingParams(max_tokens=num, ignore_eos=True)
@@ -151,7 +155,7 @@ def test_generates_and_ends_with_its_only_front_end(model: str, owner: int) -> N
     assert len(front.generate(1, 5)) == 5
     assert len(front.generate(2, 7)) == 7
     engine = front.engine
-    directory = front.client._attached.directory
+    directory = front.client._engine.attached.directory
     assert directory.stat().st_mode & 0o777 == 0o700
     front.client.close()
     assert not engine.alive
@@ -214,6 +218,11 @@ def popen_fragile(command: list[str], **options: Any) -> subprocess.Popen[bytes]
     return subprocess.Popen([command[0], __file__, "fragile", *command[-2:]], **options)
 
 
+def popen_busy(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """In place of attach's Popen: an engine whose steps take BUSY_S, without any other thread."""
+    return subprocess.Popen([command[0], __file__, "busy", *command[-2:]], **options)
+
+
 @pytest.mark.parametrize("bad", [1, 3], ids=["dead device", "failing steps"])
 def test_a_broken_engine_ends_and_another_comes(
     model: str, owner: int, bad: int, monkeypatch: pytest.MonkeyPatch
@@ -222,7 +231,7 @@ def test_a_broken_engine_ends_and_another_comes(
     fragile = SimpleNamespace(Popen=popen_fragile, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr("gllm_engine.engine.attach.subprocess", fragile)
     front, other = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
-    first, child = front.engine, front.client._attached.child
+    first, child = front.engine, front.client._engine.attached.child
     assert child is not None and len(front.generate(1)) == 5
     endless = SamplingParams(max_tokens=None, ignore_eos=True)
     for id in range(2, 2 + bad):
@@ -250,10 +259,102 @@ def test_a_broken_engine_ends_and_another_comes(
     other.client.close()
 
 
+def test_a_stopped_engine_is_killed_and_another_comes(
+    model: str, owner: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
+    a.client.submit([Request(1, [3], ENDLESS, 7)])
+    old = a.engine
+    os.kill(old.pid, signal.SIGSTOP)
+    until(lambda: bool(a.lost and b.lost))
+    assert not old.alive
+    silent = "the engine has not answered for 5 s or more and has not ended: it is stopped, or"
+    assert silent in caplog.text
+    assert any(silent in sentence and "restarted" in sentence for sentence in a.lost + b.lost)
+    until(lambda: a.client.trouble is None and b.client.trouble is None)
+    assert len(a.generate(2)) == len(b.generate(2)) == 5 and a.engine == b.engine != old
+    a.client.close()
+    b.client.close()
+
+
+def test_an_engine_that_is_stopped_for_a_moment_goes_on(model: str, owner: int) -> None:
+    front = Front(model, owner)
+    front.client.submit([Request(1, [3], ENDLESS, 7)])
+    os.kill(front.engine.pid, signal.SIGSTOP)
+    time.sleep(heartbeat.ENGINE / 1000 / 2)
+    os.kill(front.engine.pid, signal.SIGCONT)
+    while not front.outputs.empty():
+        front.outputs.get()
+    assert front.outputs.get(timeout=WAIT_S).ids == [1] and not front.lost
+    front.client.close()
+
+
+def test_an_engine_that_is_stopped_at_its_start_is_killed(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gllm_engine.engine.client.OPEN_S", 1.0)
+
+    def stop_at_once(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(command, **options)
+        child.send_signal(signal.SIGSTOP)
+        return child
+
+    stopped = SimpleNamespace(Popen=stop_at_once, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("gllm_engine.engine.attach.subprocess", stopped)
+    with pytest.raises(EngineError, match="not opened its socket in 1 s and has not ended"):
+        Front(model, owner)
+    assert not engines(owner) and not list(_root().glob(f"{owner}.*"))
+
+
+def test_an_engine_that_is_stopped_while_it_loads_is_killed(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def load_long(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen([command[0], __file__, "loading", *command[-2:]], **options)
+        children.append(child)
+        return child
+
+    loading = SimpleNamespace(Popen=load_long, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("gllm_engine.engine.attach.subprocess", loading)
+    watches: list[heartbeat.ConnectionWatch] = []
+
+    class Watch(heartbeat.ConnectionWatch):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            watches.append(self)
+
+    monkeypatch.setattr(heartbeat, "ConnectionWatch", Watch)
+    with ThreadPoolExecutor(1) as pool:
+        front = pool.submit(Front, model, owner)
+        until(lambda: bool(watches) and watches[0].connected)
+        children[0].send_signal(signal.SIGSTOP)
+        with pytest.raises(EngineError, match="not answered for 5 s or more and has not ended"):
+            front.result(WAIT_S)
+    assert children[0].poll() is not None and not list(_root().glob(f"{owner}.*"))
+
+
+def test_a_busy_engine_is_left_alone(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the interpreter's lock for longer than heartbeats may stay without an answer."""
+    busy = SimpleNamespace(Popen=popen_busy, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("gllm_engine.engine.attach.subprocess", busy)
+    monkeypatch.setattr(heartbeat, "ENGINE", 1_000)
+    monkeypatch.setattr("gllm_engine.engine.client.END_S", 0.5)
+    front = Front(model, owner)
+    engine = front.engine
+    start = time.monotonic()
+    assert len(front.generate()) == 5
+    assert time.monotonic() - start > BUSY_S and front.engine == engine and not front.lost
+    front.client.close()
+
+
 def test_the_engine_dies_with_its_owner(model: str) -> None:
     sleeper = subprocess.Popen(["sleep", "600"])
     front = Front(model, sleeper.pid)
-    directory = front.client._attached.directory
+    directory = front.client._engine.attached.directory
     front.client.submit([Request(1, [3], SamplingParams(max_tokens=None, ignore_eos=True), 7)])
     sleeper.kill()
     sleeper.wait()
@@ -275,7 +376,10 @@ def test_what_is_the_owners_goes_whichever_thread_ends_the_engine(model: str, en
     (directory / "config.json").write_bytes(msgspec.json.encode(config))
     command = [sys.executable, __file__, f"unwatched {end}", str(directory), str(owner.pid)]
     engine = subprocess.Popen(command)
-    until((directory / "engine.sock").exists)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.connect(f"ipc://{directory}/engine.sock")
+        socket.send_multipart(wire.encode(wire.Hello(wire.PROTOCOL, os.getpid())))
+        assert socket.poll(WAIT_S * 1000)  # it is loaded
     sleeper.kill()
     sleeper.wait()
     engine.terminate()
@@ -293,6 +397,82 @@ def test_a_front_end_that_dies_takes_only_its_own_sequences(model: str, owner: i
     assert [name for name, f in front_ends(owner).items() if not f.alive] == ["m_0_1"]
     ours.client.close()
     assert not ours.engine.alive
+
+
+def put_on_record(front: Front, front_ends: dict[str, Process]) -> None:
+    path = front.client._engine.attached.directory.parent / "record.json"
+    record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
+    record.front_ends = front_ends
+    path.write_bytes(msgspec.json.encode(record))
+
+
+@pytest.mark.parametrize("instances", [("m_0_0", "m_0_1"), ("m_0_1", "m_0_0")])
+def test_a_new_load_repairs_one_that_lost_a_front_end(
+    model: str, owner: int, instances: tuple[str, str]
+) -> None:
+    """Whichever front end comes first: the engine stays, and what the living one runs goes on.
+
+    Triton never ends the living one. The engine ends with the new load all the same.
+    """
+    survivor = Front(model, owner, "m_0_1")
+    engine = survivor.engine
+    older = Process.of(os.getppid())  # stands for the survivor, which a new load is younger than
+    assert older is not None
+    put_on_record(survivor, {"m_0_0": Process(older.pid, 1), "m_0_1": older})
+    new = [Front(model, owner, name) for name in instances]
+    assert front_ends(owner).keys() == {"m_0_0", "m_0_1"} and engines(owner) == [engine.pid]
+    for front in (survivor, *new):
+        assert front.engine == engine and len(front.generate()) == 5 and not front.lost
+    for front in new:
+        front.client.close()
+    assert not engine.alive
+    until(lambda: bool(survivor.lost))
+    survivor.client.close()
+    assert not list(_root().glob(f"{owner}.*"))
+
+
+def test_front_ends_that_leave_while_the_engine_restarts_leave_nothing(
+    model: str, owner: int
+) -> None:
+    """One has started the next engine and leaves first; the other has not joined it yet."""
+    a, b = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
+    old = a.engine
+    with contextlib.ExitStack() as stack:
+        rejoin = b.client._rejoin
+        let_go = threading.Event()
+        stack.callback(let_go.set)
+        b.client._rejoin = lambda why: let_go.wait(WAIT_S) and rejoin(why)  # type: ignore[method-assign]
+        os.kill(old.pid, signal.SIGKILL)
+        until(lambda: a.engine != old and a.client.trouble is None)
+        a.client.close()
+        assert a.engine.alive  # since b is on record
+        b.client._closing = True  # as close() does, which would wait
+    b.client._thread.join(WAIT_S)
+    assert not engines(owner) and not list(_root().glob(f"{owner}.*"))
+    os.close(b.client._wake)
+
+
+def test_a_load_that_fails_at_once_leaves_nothing(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: EngineConfig) -> str:
+        raise EngineError("the checkpoint is gone")
+
+    monkeypatch.setattr("gllm_engine.engine.attach._fingerprint", refuse)
+    with pytest.raises(EngineError, match="is gone"):
+        Front(model, owner)
+    assert not list(_root().glob(f"{owner}.*"))
+
+
+def test_an_engine_whose_owner_is_gone_leaves_nothing(model: str) -> None:
+    """It is killed, or ends, before it could watch its owner; the next sweep is not needed."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    directory = _root() / f"{gone.pid}.1/scope/1"
+    directory.mkdir(parents=True)
+    command = [sys.executable, "-m", "gllm_engine.engine.process", str(directory), str(gone.pid)]
+    assert subprocess.run(command, timeout=WAIT_S).returncode == 1
+    assert not directory.parents[1].exists()
 
 
 def test_a_reload_waits_for_running_work_and_gets_a_new_engine(model: str, owner: int) -> None:
@@ -390,7 +570,7 @@ def test_close_does_not_wait_for_an_engine_that_is_being_restarted(
 ) -> None:
     monkeypatch.setattr("gllm_engine.engine.client.detach", partial(detach, patience_s=0.2))
     front = Front(model, owner)
-    record = front.client._attached.directory.parent / "record.json"
+    record = front.client._engine.attached.directory.parent / "record.json"
     old = front.engine
     os.kill(old.pid, signal.SIGKILL)
 
@@ -539,7 +719,7 @@ def test_other_software_means_another_engine(
     assert b.engine != first
     until(lambda: bool(a.lost))
     assert len(b.generate()) == 5
-    assert b.client._attached.directory.is_relative_to("/tmp") and not list(long.iterdir())
+    assert b.client._engine.attached.directory.is_relative_to("/tmp") and not list(long.iterdir())
     a.client.close()
     b.client.close()
 
@@ -671,7 +851,7 @@ def test_a_connection_that_fails_says_so(
 
 def test_strangers_are_refused_and_harm_nobody(shared: Front) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.connect(shared.client._attached.address)
+        socket.connect(shared.client._engine.attached.address)
         strange = [
             (wire.encode(wire.Abort([1])), "a front end that is not attached"),
             (wire.encode(wire.Hello(wire.PROTOCOL, -1)), "process -1: Invalid argument"),
@@ -777,8 +957,31 @@ class _Fragile(NullRunner):
         return self.alive
 
 
+class _Busy(NullRunner):
+    """Holds the interpreter's lock in its first step."""
+
+    rested = False
+
+    def launch(self, plan: StepPlan) -> NullStep:
+        if not self.rested:
+            self.rested = True
+            ctypes.PyDLL(None).usleep(int(BUSY_S * 1e6))  # PyDLL keeps the lock, unlike CDLL
+        return super().launch(plan)
+
+
+class _Loading(NullRunner):
+    """Its load takes very long."""
+
+    def __init__(self, *arguments: Any) -> None:
+        time.sleep(600)
+        super().__init__(*arguments)
+
+
 class Fault(Exception):
     pass
+
+
+_RUNNERS = {"fragile": _Fragile, "busy": _Busy, "loading": _Loading}
 
 
 def _main_unwatched(how: str) -> int:
@@ -796,16 +999,16 @@ def _main_unwatched(how: str) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "fragile":
-        del sys.argv[1]
-        core.NullRunner = _Fragile  # type: ignore[misc]
+    if sys.argv[1] in _RUNNERS:
+        core.NullRunner = _RUNNERS[sys.argv.pop(1)]  # type: ignore[misc]
         sys.exit(main())
     if sys.argv[1].startswith("unwatched"):
         sys.exit(_main_unwatched(sys.argv.pop(1)))
     if len(sys.argv) == 2:
-        server = EngineProcess(_LastWords(), sys.argv[1])  # type: ignore[arg-type]
+        socket = listen(sys.argv[1])
+        server = EngineProcess(_LastWords(), socket)  # type: ignore[arg-type]
         server.draining = True
         server.run()
-        server.close()
+        close(socket)
         os._exit(0)
     _run_as_front_end(sys.argv[1], int(sys.argv[2]), sys.argv[3])

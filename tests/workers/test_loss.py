@@ -122,7 +122,7 @@ def test_whoever_dies_is_missed_and_another_comes(
         assert front.answer() == expected, what
         if busy:
             front.begin()
-        engine = front.client._attached.engine
+        engine = front.client._engine.attached.engine
         workers = traces.workers()
         assert len(workers) == 2
         directory = traces.directories()

@@ -7,6 +7,7 @@ something broken reaches.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import signal
@@ -55,7 +56,8 @@ class Traces:
         return [pid for pid, command in self.processes().items() if "gllm_engine.worker" in command]
 
     def directories(self) -> list[Path]:
-        return list(self.directory.glob("gllm-workers-*"))
+        found = glob.glob(f"{self.directory}/**/gllm-workers-*", recursive=True)
+        return [Path(path) for path in found]
 
     def wait_gone(self, timeout_s: float = SOON_S) -> None:
         wait_for(lambda: not self.workers(), "the workers have ended", timeout_s)
