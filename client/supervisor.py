@@ -437,8 +437,7 @@ class Supervisor:
     def _kill_stopped(self, model: str) -> None:
         """Kill the stopped stubs of a model.
 
-        tritonserver reuses the memory of requests that a stopped stub did not take. If the stub
-        then went on, tritonserver would crash.
+        tritonserver 2.51 has crashed when a stub went on after requests to it were given up.
         """
         for stub in find_stubs(self._server.pid).get(model, set()):
             if is_stopped(stub):

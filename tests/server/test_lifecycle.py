@@ -281,7 +281,8 @@ def test_a_killed_front_end_costs_its_own_streams_alone(doomed: Pair) -> None:
         assert time.monotonic() - killed < SOON_S
         wait_for(lambda: "model tiny is back" in server.log(start), "the model is back")
         assert doomed.answers("tiny")
-        assert 0 < len(streams.whole) == left < num
+        wait_for(lambda: len(streams.whole) == left, "the other front end's streams are whole")
+        assert 0 < left < num
         assert not streams.failed  # the rest hangs: tritonserver does not tell of a stub's death
     assert doomed.engine(doomed.tiny) == old  # neither the model nor other streams are disturbed
     serving = server.stubs()["tiny"] - {survivor}
