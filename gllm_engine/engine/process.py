@@ -32,6 +32,9 @@ from gllm_engine.types import Stats
 STATS_EVERY_S = 0.1
 # An engine ends if no front end attaches in this time: the front end that started it is gone.
 LONELY_S = 60.0
+# An engine checks its bookkeeping once after it has been idle for so long: a check takes some
+# milliseconds, which a request should not wait for.
+IDLE_S = 1.0
 # At the end, the engine waits at most this long for front ends to receive its messages.
 LINGER_MS = 5000
 # The exit status of a process whose engine is broken.
@@ -52,15 +55,24 @@ class EngineProcess:
         self.poller = zmq.Poller()
         self.poller.register(self.socket, zmq.POLLIN)
         self.stats = _StatsFeed()
+        # When the engine last had work; None if its bookkeeping has been checked since then.
+        self.busy_until: float | None = None
 
     def run(self) -> None:
-        """Serve until the engine is broken or `_done()` is true."""
+        """Serve until the engine is broken or `_done()` is true.
+
+        Raises IntegrityError if the engine's bookkeeping is found wrong while it is idle.
+        """
         while self.engine.broken is None and not self._done():
             self._listen(timeout_ms=0 if self.engine.has_work else int(STATS_EVERY_S * 1000))
             self.engine.watch()
             if self.engine.has_work:
+                self.busy_until = time.monotonic()
                 for client, outputs in self.engine.step().items():
                     self._send(client, outputs)
+            elif self.busy_until is not None and time.monotonic() > self.busy_until + IDLE_S:
+                self.engine.check_integrity()
+                self.busy_until = None
             self._report()
         if self.engine.broken is None:
             log.info("no front end is left or the work is done; the engine ends")

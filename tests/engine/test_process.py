@@ -57,6 +57,7 @@ from gllm_engine.engine.attach import (
 from gllm_engine.engine.process import BROKEN, EngineProcess, close, listen, main
 from gllm_engine.os_process import Process
 from gllm_engine.runner.null_runner import NullRunner, NullStep
+from gllm_engine.sched import IntegrityError
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import StepPlan
 
@@ -862,6 +863,41 @@ def test_strangers_are_refused_and_harm_nobody(shared: Front) -> None:
         for frames, sentence in strange:
             socket.send_multipart(frames)
             assert sentence in wire.decode(socket.recv_multipart()).message
+
+
+def test_an_idle_engine_checks_its_bookkeeping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once after each time of work. A fault ends the process, and another engine starts."""
+    checks: list[int] = []
+    turns = 0
+
+    class Idle:
+        broken = None
+        has_work = False
+
+        def watch(self) -> None:
+            nonlocal turns
+            turns += 1
+            self.has_work = turns in (3, 20)
+
+        def step(self) -> dict[bytes, Outputs]:
+            return {}
+
+        def check_integrity(self) -> None:
+            checks.append(turns)
+            if turns > 20:
+                raise IntegrityError("Page 7 counts 2 references, 1 exist.")
+
+    monkeypatch.setattr(process, "IDLE_S", 0.0)
+    monkeypatch.setattr(process, "STATS_EVERY_S", 0.001)
+    server = EngineProcess(Idle(), listen(f"ipc://{tmp_path}/s"))
+    try:
+        sentence = process._run(server)
+    finally:
+        close(server.socket)
+    assert sentence == "the engine failed (IntegrityError: Page 7 counts 2 references, 1 exist.)"
+    assert checks == [4, 21]
 
 
 def test_a_dead_thread_ends_its_process() -> None:
