@@ -148,23 +148,25 @@ class Shape:
         """Router, routing and experts, added to a sum; all experts are equally likely."""
         dim = self.arch.dim
         num = moe.num_experts
+        top_k = moe.routing.top_k
         ops = self.ops
 
         def mixture() -> Callable[[], Any]:
             x, total = self.randn(2, tokens, dim)
             router = self.randn(num, dim)
+            bias = self.randn(num).float() if moe.routing.biased else None
             matrices = self.experts  # each call reads another part of them
 
             def call() -> Tensor:
-                routing = ops.route(ops.linear(x, router), moe.top_k, moe.renorm)
+                routing = ops.route(ops.linear(x, router), moe.routing, bias)
                 return ops.sum_experts(x, *routing, *matrices, 0, num, total)
 
             return call
 
         expert = 3 * moe.hidden * dim
-        read = num * (1 - (1 - moe.top_k / num) ** tokens)  # expected number of experts in use
+        read = num * (1 - (1 - top_k / num) ** tokens)  # expected number of experts in use
         moved = round(read * expert + num * dim + 3 * tokens * dim) * self.item
-        done = 2 * tokens * (moe.top_k * expert + num * dim)
+        done = 2 * tokens * (top_k * expert + num * dim)
         return Case("experts", f"{tokens} tokens", moved, done, mixture)
 
     @cached_property

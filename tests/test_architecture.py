@@ -24,12 +24,13 @@ MAX_FUNCTION_LINES = 60
 OURS = {
     "gllm_engine/sampling.py": set(),
     "gllm_engine/files.py": set(),
+    "gllm_engine/routing.py": set(),
     "gllm_engine/config.py": {"files"},
     "gllm_engine/types.py": {"sampling"},
-    "gllm_engine/arch": {"types", "config", "files", "arch"},
+    "gllm_engine/arch": {"types", "config", "files", "routing", "arch"},
     "gllm_engine/sched": {"types", "config", "sampling", "arch", "sched"},
     "gllm_engine/parallel": {"types", "parallel"},
-    "gllm_engine/ops": {"types", "ops"},
+    "gllm_engine/ops": {"types", "routing", "ops"},
     "gllm_engine/layers": {"ops", "parallel", "arch", "layers"},
     "gllm_engine/model": {"files", "layers", "ops", "parallel", "arch", "model"},
     "gllm_engine/runner": {
@@ -64,6 +65,7 @@ OURS = {
 OTHERS = {
     "gllm_engine/sampling.py": {"msgspec"},
     "gllm_engine/files.py": set(),
+    "gllm_engine/routing.py": set(),
     "gllm_engine/config.py": {"msgspec"},
     "gllm_engine/types.py": {"msgspec"},
     "gllm_engine/arch": {"msgspec"},

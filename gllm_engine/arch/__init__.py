@@ -8,6 +8,7 @@ from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
+from gllm_engine.routing import Routing
 
 __all__ = [
     "FAMILIES",
@@ -18,6 +19,7 @@ __all__ = [
     "Layer",
     "Model",
     "Moe",
+    "Routing",
     "Rope",
     "SandwichLayer",
     "Shard",

@@ -48,13 +48,13 @@ class Fields:
             raise self._wrong(key, value, f"a list of {length} of {', '.join(allowed)}")
         return value
 
-    def count(self, key: str, default: int | None = None, most: int = 2**24) -> int:
-        """A whole number from 1 to `most`, which is smaller for numbers of layers and experts."""
+    def count(self, key: str, default: int | None = None, most: int = 2**24, least: int = 1) -> int:
+        """A whole number from `least` to `most`; layers and experts have a smaller `most`."""
         value = self._get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise self._wrong(key, value, f"a whole number from 1 to {most}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self._wrong(key, value, f"a whole number from {least} to {most}")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:

@@ -12,9 +12,12 @@ from math import prod
 from typing import Any, TypeVar
 
 from gllm_engine.arch.rope import Rope
+from gllm_engine.routing import Routing
 
 Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
 T = TypeVar("T")
+# The bias that a Moe's routing adds to scores; float32, whatever the dtype of the model.
+SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
 
 
 def _linear(name: str, out: int, width: int, bias: bool) -> Shapes:
@@ -81,20 +84,18 @@ class Dense:
 
 @dataclass(frozen=True)
 class Moe:
-    """Mixture of experts: sum of p[e] * expert[e](x) over the `top_k` largest p = softmax(gate x).
+    """Mixture of experts: sum of w[e] * expert[e](x) over the experts that `routing` chooses.
 
-    An expert is a Dense. A rank may hold only some experts, or a slice of each expert's `hidden`.
-    Every rank routes over all experts and computes a partial sum; the ranks' partial sums add up to
-    the result.
+    An expert is a Dense; the logits are gate x. A rank may hold only some experts, or a slice of
+    each expert's `hidden`. Every rank routes over all experts and computes a partial sum; the
+    ranks' partial sums add up to the result.
     """
 
     num_experts: int
-    top_k: int
     hidden: int  # hidden size of one expert
-    renorm: bool  # divide the chosen p by their sum
-    # Hidden size of the shared expert, which every token uses; its output is multiplied by
-    # sigmoid(shared_expert_gate x). 0: no shared expert.
-    shared: int = 0
+    routing: Routing
+    shared: int = 0  # hidden size of the shared expert, which every token uses; 0: none
+    shared_gate: bool = False  # its output is multiplied by sigmoid(shared_expert_gate x)
     local_experts: tuple[int, int] | None = None  # (first, count) on this rank; None: all
 
     @property
@@ -105,10 +106,13 @@ class Moe:
 
     def weights(self, dim: int) -> Shapes:
         shapes: Shapes = {"mlp.gate.weight": (self.num_experts, dim)}
+        if self.routing.biased:
+            shapes[SELECTION_BIAS] = (self.num_experts,)
         for expert in self.experts:
             shapes |= within(f"experts.{expert}", Dense(self.hidden).weights(dim))
         if self.shared:
             shapes |= within("shared_expert", Dense(self.shared).weights(dim))
+        if self.shared_gate:
             shapes["mlp.shared_expert_gate.weight"] = (1, dim)
         return shapes
 
@@ -157,6 +161,8 @@ class Model:
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: str = "hf"  # the table in names.py for its checkpoints
+    # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
+    extra_layers: int = 0
 
     def each(self, **parts: Callable[[int, Layer], Any]) -> Model:
         """A copy with `mixer=f(i, layer)` and/or `ffn=f(i, layer)` applied to every layer."""

@@ -20,6 +20,11 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("up_proj", "w3"),
         ("down_proj", "w2"),
     ),
+    "deepseek": (("shared_expert.", "shared_experts."),),
+    "ernie": (
+        ("shared_expert.", "shared_experts."),
+        ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
+    ),
     "chatglm": (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),
         ("model.layers.", "transformer.encoder.layers."),
@@ -36,10 +41,13 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
-_LEFT_OVERS = re.compile(
+_ROPE_TABLES = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|transformer\.rotary_pos_emb\.inv_freq"
 )
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Ernie's modules for multi-token prediction, which are not layers.
+_ERNIE_MTP = re.compile(r"model\.mtp_\w+\.\d+\.")
 
 
 def checkpoint_name(model: Model, canonical: str) -> str:
@@ -58,6 +66,23 @@ def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
     return tensors
 
 
-def is_left_over(name: str) -> bool:
-    """Whether a checkpoint tensor is ignored, because the config determines its values."""
-    return _LEFT_OVERS.fullmatch(name) is not None
+def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Checkpoint tensor name -> its shape."""
+    shapes = model.weights()
+    found = {}
+    for name, parts in checkpoint_tensors(model).items():
+        rows = sum(shapes[part][0] for part in parts)
+        found[name] = (rows, *shapes[parts[0]][1:])
+        if model.names == "ernie" and name.endswith("e_score_correction_bias"):
+            found[name] = (1, rows)
+    return found
+
+
+def is_left_over(model: Model, name: str) -> bool:
+    """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
+    multi-token prediction.
+    """
+    if _ROPE_TABLES.fullmatch(name) or (model.names == "ernie" and _ERNIE_MTP.match(name)):
+        return True
+    layer = _LAYER.match(name)
+    return layer is not None and 0 <= int(layer[1]) - len(model.layers) < model.extra_layers

@@ -37,6 +37,10 @@ _GLM = _HF | {
     "partial_rotary_factor": 0.5,
     "attention_bias": True,
 }
+_SPARSE = _HF | {
+    "pad_token_id": 0,
+    "moe_intermediate_size": 32,
+}
 _CHATGLM = {
     "model_type": "chatglm",
     "padded_vocab_size": 384,
@@ -74,6 +78,33 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": _QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 32},
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},
+    "Glm4MoeForCausalLM": _SPARSE
+    | {
+        "model_type": "glm4_moe",
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+    },
+    "Ernie4_5_MoeForCausalLM": _SPARSE
+    | {
+        "model_type": "ernie4_5_moe",
+        "use_bias": False,
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": 1,
+    },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

@@ -16,6 +16,7 @@ from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
 from gllm_engine.files import read_object, shown
+from gllm_engine.routing import Routing
 
 Reader = Callable[[Fields], Model]
 
@@ -106,7 +107,8 @@ _MIXTRAL = _MISTRAL | {
 
 @family("MixtralForCausalLM", defaults=_MIXTRAL)
 def mixtral(c: Fields) -> Model:
-    moe = _moe(c, c.count("intermediate_size"), renorm=True)
+    experts = _num_experts(c)
+    moe = Moe(experts, c.count("intermediate_size"), _routing(c, True, experts))
     return replace(mistral(c).each(ffn=lambda _, layer: moe), names="mixtral")
 
 
@@ -127,7 +129,7 @@ _QWEN2_MOE = _QWEN2 | {
 def qwen2_moe(c: Fields) -> Model:
     bias = c.flag("qkv_bias", True)
     model = qwen2(c).each(mixer=lambda _, layer: replace(layer.mixer, qkv_bias=bias))
-    return _with_experts(c, model, shared=c.count("shared_expert_intermediate_size"))
+    return _with_experts(c, model, c.count("shared_expert_intermediate_size"))
 
 
 _QWEN3_MOE = _QWEN2_MOE | {
@@ -172,6 +174,78 @@ def glm4(c: Fields) -> Model:
     model = glm(c)
     layers = tuple(SandwichLayer(layer.mixer, layer.ffn) for layer in model.layers)
     return replace(model, layers=layers)
+
+
+_GLM4_MOE = _GLM | {
+    "intermediate_size": 10944,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "eos_token_id": None,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_routed_experts": 128,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
+
+
+@family("Glm4MoeForCausalLM", defaults=_GLM4_MOE)
+def glm4_moe(c: Fields) -> Model:
+    mixer = replace(_gqa(c), qkv_bias=c.flag("attention_bias"), qk_norm=c.flag("use_qk_norm"))
+    return _deepseek_experts(c, _decoder(c, mixer, Dense(c.count("intermediate_size"))))
+
+
+_ERNIE_MOE = _LLAMA | {
+    "vocab_size": 103424,
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": True,
+    "moe_intermediate_size": 1536,
+    "moe_k": 6,
+    "moe_num_experts": 64,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
+    "moe_norm_min": 1e-12,
+}
+
+
+@family("Ernie4_5_MoeForCausalLM", defaults=_ERNIE_MOE)
+def ernie_moe(c: Fields) -> Model:
+    c.require(use_bias=False, moe_gate="topk", moe_gate_act="softmax", moe_group_experts=False)
+    mixer = _gqa(c)
+    mixer = replace(mixer, rope=replace(mixer.rope, interleaved=True))
+    model = _decoder(c, mixer, Dense(c.count("intermediate_size")))
+    experts = c.count("moe_num_experts", most=MAX_EXPERTS)
+    hidden = c.count("moe_intermediate_size")
+    routing = _routing(c, True, experts, key="moe_k")
+    moe = Moe(
+        num_experts=experts,
+        hidden=hidden,
+        routing=replace(routing, biased=True, least_sum=c.real("moe_norm_min")),
+        shared=hidden * c.count("moe_num_shared_experts", 0, MAX_EXPERTS, least=0),
+    )
+    first = c.count("moe_layer_start_index", most=MAX_LAYERS, least=0)
+    last = c.count("moe_layer_end_index", most=MAX_LAYERS, least=-1)
+    last = len(model.layers) - 1 if last == -1 else last
+    step = c.count("moe_layer_interval")
+    model = model.each(
+        ffn=lambda i, layer: moe if first <= i <= last and not (i + 1) % step else layer.ffn
+    )
+    return replace(model, names="ernie")
 
 
 _CHATGLM = {
@@ -318,20 +392,81 @@ def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
     c.require(use_sliding_window=False)
     step = c.count("decoder_sparse_step", 1)
     dense = c.numbers("mlp_only_layers", "layer number", MAX_LAYERS)
-    moe = _moe(c, c.count("moe_intermediate_size"), c.flag("norm_topk_prob"), shared)
+    experts = _num_experts(c)
+    moe = Moe(
+        num_experts=experts,
+        hidden=c.count("moe_intermediate_size"),
+        routing=_routing(c, c.flag("norm_topk_prob"), experts),
+        shared=shared,
+        shared_gate=shared > 0,
+    )
     return model.each(
         ffn=lambda i, layer: layer.ffn if i in dense or (i + 1) % step else moe,
     )
 
 
-def _moe(c: Fields, hidden: int, renorm: bool, shared: int = 0) -> Moe:
+def _deepseek_experts(c: Fields, model: Model) -> Model:
+    """Add DeepSeek V3's experts to all layers after the first `first_k_dense_replace`.
+
+    The checkpoint's layers for multi-token prediction, after the model's own ones, are not used.
+    """
+    c.require(scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    experts = c.count("n_routed_experts", most=MAX_EXPERTS)
+    hidden = c.count("moe_intermediate_size")
+    routing = replace(
+        _routing(c, c.flag("norm_topk_prob"), experts),
+        scoring="sigmoid",
+        biased=True,
+        sum_eps=1e-20,
+        scale=c.real("routed_scaling_factor"),
+    )
+    moe = Moe(
+        num_experts=experts,
+        hidden=hidden,
+        routing=_with_groups(c, routing, experts),
+        shared=hidden * c.count("n_shared_experts", 0, MAX_EXPERTS, least=0),
+    )
+    first = c.count("first_k_dense_replace", most=MAX_LAYERS, least=0)
+    model = model.each(ffn=lambda i, layer: layer.ffn if i < first else moe)
+    extra = c.count("num_mtp_layers", 1, MAX_LAYERS, least=0)  # transformers 5's name
+    extra = c.count("num_nextn_predict_layers", extra, MAX_LAYERS, least=0)
+    return replace(model, names="deepseek", extra_layers=extra)
+
+
+def _with_groups(c: Fields, routing: Routing, experts: int) -> Routing:
+    """Add DeepSeek's groups of experts."""
+    groups = c.count("n_group", 1, most=experts)
+    kept = c.count("topk_group", 1, most=groups)
+    if groups == 1:
+        return routing
+    size = experts // groups
+    if experts % groups or size < 2:
+        raise ArchError(
+            f"{c.name}: n_group is {groups}, but only a divisor of the {experts} experts that "
+            "leaves two or more in a group is supported"
+        )
+    if kept * size < routing.top_k:
+        raise ArchError(
+            f"{c.name}: topk_group is {kept}, but {kept} groups of {size} experts have fewer than "
+            f"num_experts_per_tok={routing.top_k}"
+        )
+    return replace(routing, groups=groups, kept_groups=kept)
+
+
+def _num_experts(c: Fields) -> int:
     # Newer releases of transformers save Qwen3's num_experts as num_local_experts.
     num_experts = c.count("num_local_experts", most=MAX_EXPERTS)
-    num_experts = c.count("num_experts", num_experts, most=MAX_EXPERTS)
-    top_k = c.count("num_experts_per_tok")
+    return c.count("num_experts", num_experts, most=MAX_EXPERTS)
+
+
+def _routing(
+    c: Fields, renorm: bool, num_experts: int, key: str = "num_experts_per_tok"
+) -> Routing:
+    """A softmax over `num_experts` experts; `key`: of the number of experts of a token."""
+    top_k = c.count(key)
     if top_k > num_experts:
         raise ArchError(
-            f"{c.name}: num_experts_per_tok is {top_k}, but only 1 to {num_experts} is supported, "
+            f"{c.name}: {key} is {top_k}, but only 1 to {num_experts} is supported, "
             "the number of experts"
         )
-    return Moe(num_experts, top_k, hidden, renorm, shared)
+    return Routing(top_k, renorm)

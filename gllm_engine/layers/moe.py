@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.model import Dense, Moe, within
+from gllm_engine.arch.model import SELECTION_BIAS, Dense, Moe, within
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import Norm, Ops
@@ -25,11 +25,16 @@ class MoeFfn:
         shapes = arch.weights(dim)
         local_experts = len(arch.experts)
         self._router = Linear(["mlp.gate"], shapes, ops, dtype, device)
+        self._bias: Tensor | None = None
+        if arch.routing.biased:
+            self._bias = torch.empty(arch.num_experts, dtype=torch.float32, device=device)
         self._gate_up = torch.empty(local_experts, 2 * arch.hidden, dim, dtype=dtype, device=device)
         self._down = torch.empty(local_experts, dim, arch.hidden, dtype=dtype, device=device)
         self._shared: DenseFfn | None = None
+        self._shared_gate: Linear | None = None
         if arch.shared:
             self._shared = DenseFfn(Dense(arch.shared), dim, ops, dtype, device)
+        if arch.shared_gate:
             self._shared_gate = Linear(["mlp.shared_expert_gate"], shapes, ops, dtype, device)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
@@ -37,7 +42,7 @@ class MoeFfn:
         normed = x if norm is None else self._ops.rms_norm(x, *norm)
         shared = None if self._shared is None else self._shared(x, norm)  # before x changes
         arch = self._arch
-        weights, experts = self._ops.route(self._router(normed), arch.top_k, arch.renorm)
+        weights, experts = self._ops.route(self._router(normed), arch.routing, self._bias)
         out = self._ops.sum_experts(
             normed,
             weights,
@@ -49,15 +54,20 @@ class MoeFfn:
             total=total,
         )
         if shared is not None:
-            out.addcmul_(self._shared_gate(normed).sigmoid_(), shared)
+            gate = None if self._shared_gate is None else self._shared_gate(normed).sigmoid_()
+            out = out.add_(shared) if gate is None else out.addcmul_(gate, shared)
         return out
 
     def weights(self) -> dict[str, Tensor]:
         views = self._router.weights()
+        if self._bias is not None:
+            views[SELECTION_BIAS] = self._bias
         for i, expert in enumerate(self._arch.experts):
             gate, up = self._gate_up[i].chunk(2)
             dense = {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
             views |= within(f"experts.{expert}", dense | {"mlp.down_proj.weight": self._down[i]})
         if self._shared is not None:
-            views |= within("shared_expert", self._shared.weights()) | self._shared_gate.weights()
+            views |= within("shared_expert", self._shared.weights())
+        if self._shared_gate is not None:
+            views |= self._shared_gate.weights()
         return views

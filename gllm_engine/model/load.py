@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.names import checkpoint_name, checkpoint_tensors, is_left_over
+from gllm_engine.arch.names import (
+    checkpoint_name,
+    checkpoint_shapes,
+    checkpoint_tensors,
+    is_left_over,
+)
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
@@ -118,19 +123,16 @@ class _Finder:
     def __init__(self, arch: Model) -> None:
         self.found: dict[str, TensorSlice] = {}
         self.tied_copy: str | None = None
-        shapes = arch.weights()
-        self._wanted: dict[str, tuple[int, ...]] = {}
-        for name, parts in checkpoint_tensors(arch).items():
-            rows = sum(shapes[part][0] for part in parts)
-            self._wanted[name] = (rows, *shapes[parts[0]][1:])
+        self._arch = arch
+        self._wanted = checkpoint_shapes(arch)
         self._missing = dict.fromkeys(self._wanted)
         self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
         if self._tied is not None:  # may be stored, if equal to the embedding
-            self._wanted[self._tied] = shapes["model.embed_tokens.weight"]
+            self._wanted[self._tied] = arch.weights()["model.embed_tokens.weight"]
 
     def take(self, file: Path, name: str, stored: _Stored, descriptor: int, start: int) -> None:
         """Check and record one tensor. `start`: offset of the file's data section, in bytes."""
-        if is_left_over(name):
+        if is_left_over(self._arch, name):
             return
         if name in self.found:
             raise LoadError(f"{file}: tensor {name} is in the checkpoint twice")

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from gllm_engine.arch.model import Model
-from gllm_engine.arch.names import checkpoint_tensors
+from gllm_engine.arch.model import SELECTION_BIAS, Model
+from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.arch.zoo import make_arch
 
@@ -76,10 +76,12 @@ def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
     """Random float32 checkpoint tensors, scaled so that hidden states and logits vary."""
     generator = torch.Generator().manual_seed(seed)
     shapes = arch.weights()
-    return {
-        name: torch.cat([_random_weight(part, shapes[part], arch, generator) for part in parts])
-        for name, parts in checkpoint_tensors(arch).items()
-    }
+    stored = checkpoint_shapes(arch)
+    tensors = {}
+    for name, parts in checkpoint_tensors(arch).items():
+        weights = [_random_weight(part, shapes[part], arch, generator) for part in parts]
+        tensors[name] = torch.cat(weights).view(stored[name])
+    return tensors
 
 
 def _random_weight(
@@ -90,6 +92,8 @@ def _random_weight(
         return noise  # both signs: otherwise a tied model repeats its input for ever
     if name.endswith("norm.weight"):
         return 1 + 0.3 * noise
+    if name.endswith(SELECTION_BIAS):
+        return 0.1 * noise  # as scores vary: a larger one would choose the same experts always
     if name.endswith(".bias"):
         return 0.3 * noise
     # An embedding row is used unscaled. A row of the output projection is multiplied with `dim`

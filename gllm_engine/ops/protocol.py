@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, TensorGroup
+from gllm_engine.routing import Routing
 
 # Gain [dim] and epsilon of an RMS norm.
 Norm = tuple[Tensor, float]
@@ -128,12 +129,12 @@ class Ops(Protocol):
         """
         ...
 
-    def route(self, logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
-        """The `top_k` experts of each token, most likely first: (weights float32, experts int32),
-        both [tokens, top_k] and contiguous. `logits`: the router's, [tokens, experts].
+    def route(self, logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The experts of each token, largest choice first: (weights float32, experts int32), both
+        [tokens, routing.top_k] and contiguous. `logits`: the router's, [tokens, experts].
 
-        Weights are the softmax over all experts; with `renorm` they are divided by the sum of the
-        chosen ones. Among equally likely experts the one of lower index is chosen.
+        `bias`: [experts] float32, given if `routing.biased`. NaN is less than every number; the
+        experts of a token with NaN are different ones too, but their weights are undefined.
         """
         ...
 

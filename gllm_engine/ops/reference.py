@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from gllm_engine.ops.protocol import (
     PlainSampling,
     RotaryInputs,
 )
+from gllm_engine.routing import Routing
 
 # Most K and V elements gathered at once: 1 MiB of float32, which fits a CPU's cache.
 _GATHER_NUMBERS = 1 << 18
@@ -79,12 +81,36 @@ def make_one_shot_allreduce(ranks: TensorGroup, dim: int, dtype: torch.dtype) ->
     del ranks, dim, dtype
 
 
-def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """See Ops.route."""
-    chances, experts = logits.float().softmax(-1).sort(stable=True, descending=True)
-    weights = chances[:, :top_k]
-    scale = weights.sum(-1, keepdim=True) if renorm else 1.0
-    return weights / scale, experts[:, :top_k].int()
+    logits = logits.float()
+    scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
+    choices = _known(logits if bias is None else scores + bias)
+    if routing.groups > 1:
+        choices = _keep_groups(choices, routing, best=1 if bias is None else 2)
+    experts = choices.sort(stable=True, descending=True).indices[:, : routing.top_k]
+    weights = scores.gather(1, experts)
+    if routing.renorm:
+        total = weights.sum(-1, keepdim=True) + routing.sum_eps
+        weights = weights / total.clamp(min=routing.least_sum)
+    return weights * routing.scale, experts.int()
+
+
+def _known(choices: Tensor) -> Tensor:
+    """`choices` with the least finite number for NaN and -inf, so that they have an order."""
+    least = torch.finfo(choices.dtype).min
+    return torch.where(choices > least, choices, least)
+
+
+def _keep_groups(choices: Tensor, routing: Routing, best: int) -> Tensor:
+    """`choices` with -inf outside the kept groups. A group is ranked by its `best` largest."""
+    tokens, experts = choices.shape
+    grouped = choices.view(tokens, routing.groups, experts // routing.groups)
+    ranks = _known(grouped.topk(best).values.sum(-1))
+    order = ranks.sort(stable=True, descending=True).indices
+    dropped = torch.ones_like(ranks, dtype=torch.bool)
+    dropped.scatter_(1, order[:, : routing.kept_groups], False)
+    return grouped.masked_fill(dropped.unsqueeze(-1), -inf).flatten(1)
 
 
 def sum_experts(

@@ -20,6 +20,7 @@ EXPERTS = [f"{LAYER}mlp.experts.{e}.{part}.weight" for e in range(8) for part in
 EXPERTS += [f"{LAYER}mlp.gate.weight"]
 SHARED = [f"{LAYER}mlp.shared_expert.{part}.weight" for part in PARTS]
 SHARED += [f"{LAYER}mlp.shared_expert_gate.weight"]
+SHARED_EXPERTS = [f"{LAYER}mlp.shared_experts.{part}.weight" for part in PARTS]
 MIXTRAL = f"{LAYER}block_sparse_moe."
 MIXTRAL_EXPERTS = [f"{MIXTRAL}experts.{e}.w{i}.weight" for e in range(8) for i in (1, 2, 3)]
 MIXTRAL_EXPERTS += [f"{MIXTRAL}gate.weight"]
@@ -58,6 +59,20 @@ EXPECTED = {
     + BIASES
     + GLM_MLP
     + [f"{LAYER}post_self_attn_layernorm.weight", f"{LAYER}post_mlp_layernorm.weight"],
+    "Glm4MoeForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + BIASES
+    + [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
+    + EXPERTS
+    + SHARED_EXPERTS
+    + [f"{LAYER}mlp.gate.e_score_correction_bias"],
+    "Ernie4_5_MoeForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + EXPERTS
+    + SHARED_EXPERTS
+    + [f"{LAYER}mlp.moe_statics.e_score_correction_bias"],
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,
 }
@@ -66,8 +81,8 @@ EXPECTED = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names(family: str) -> None:
     one_layer = "num_layers" if family.startswith("ChatGLM") else "num_hidden_layers"
-    # Qwen2-MoE's own tiny config has experts in its second layer alone.
-    over = {"decoder_sparse_step": 1} if "Moe" in family else {}
+    # Some tiny configs have experts in their second layer alone.
+    over = {"decoder_sparse_step": 1, "first_k_dense_replace": 0, "moe_layer_start_index": 0}
     arch = make_arch(tiny_config(family, **{one_layer: 1}, **over))
     tensors = checkpoint_tensors(arch)
     assert sorted(tensors) == sorted(EXPECTED[family])
@@ -96,9 +111,27 @@ def test_mixtral_counts_its_weights_from_the_gate() -> None:
 
 
 def test_left_overs() -> None:
-    assert is_left_over("model.layers.11.self_attn.rotary_emb.inv_freq")
-    assert is_left_over("model.layers.0.self_attn.rotary_emb.cos_cached")
-    assert is_left_over("model.layers.0.self_attn.rotary_emb.sin_cached")
-    assert is_left_over("transformer.rotary_pos_emb.inv_freq")
-    assert not is_left_over("model.layers.11.self_attn.rotary_emb.inv_freq.weight")
-    assert not is_left_over("model.layers.11.self_attn.q_proj.weight")
+    model = make_arch(tiny_config("LlamaForCausalLM"))
+    assert is_left_over(model, "model.layers.11.self_attn.rotary_emb.inv_freq")
+    assert is_left_over(model, "model.layers.0.self_attn.rotary_emb.cos_cached")
+    assert is_left_over(model, "model.layers.0.self_attn.rotary_emb.sin_cached")
+    assert is_left_over(model, "transformer.rotary_pos_emb.inv_freq")
+    assert not is_left_over(model, "model.layers.11.self_attn.rotary_emb.inv_freq.weight")
+    assert not is_left_over(model, "model.layers.11.self_attn.q_proj.weight")
+    assert not is_left_over(model, "model.layers.2.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_layers_for_multi_token_prediction_are_left_over(key: str) -> None:
+    """As many as the config says, and none of the model's own ones."""
+    config = tiny_config("Glm4MoeForCausalLM", num_nextn_predict_layers=None) | {key: 2}
+    left = [
+        i for i in range(6) if is_left_over(make_arch(config), f"model.layers.{i}.enorm.weight")
+    ]
+    assert left == [2, 3]
+    none = make_arch(config | {key: 0})
+    assert not is_left_over(none, "model.layers.2.eh_proj.weight")
+    ernie = make_arch(tiny_config("Ernie4_5_MoeForCausalLM"))
+    for name in ("mtp_block.0.mlp.up_proj", "mtp_emb_norm.0", "mtp_linear_proj.0"):
+        assert is_left_over(ernie, f"model.{name}.weight")
+        assert not is_left_over(none, f"model.{name}.weight")

@@ -24,14 +24,19 @@ BIASED: list[tuple[str, dict[str, Any]]] = [
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("ChatGLMModel", {"add_bias_linear": True}),
 ]
-HAS_EXPERTS = {"num_experts", "num_local_experts"}
+HAS_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 CASES = [
     *((family, {}, False) for family in FAMILIES),
     *((family, {}, True) for family in FAMILIES if HAS_EXPERTS & tiny_config(family).keys()),
     *((family, over, False) for family, over in BIASED),
 ]
 # Every rank has these whole: what they work on is the same on all.
-EVERYWHERE = ("norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+EVERYWHERE = (
+    "norm.weight",
+    "mlp.gate.weight",
+    "e_score_correction_bias",
+    "shared_expert_gate.weight",
+)
 SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
 
 
@@ -102,7 +107,8 @@ def test_what_all_ranks_load_is_the_checkpoint(
                         starts.append(list(map(shard.start, whole, copy.shape)))
             found[name] = whole_of(whole, parts, starts)
     for name, parts in checkpoint_tensors(model).items():
-        assert torch.equal(torch.cat([found[part] for part in parts]), stored[name]), name
+        held = torch.cat([found[part] for part in parts])
+        assert torch.equal(held.view(stored[name].shape), stored[name]), name
 
 
 def shape_of(view: Tensor, name: str, model: Model) -> tuple[int, ...]:

@@ -13,8 +13,10 @@ from gllm_engine.arch import (
     FAMILIES,
     ArchError,
     Dense,
+    Gqa,
     Model,
     Moe,
+    Routing,
     SandwichLayer,
     make_arch,
     read_arch,
@@ -174,7 +176,7 @@ def test_glm4_is_glm_with_sandwich_norms() -> None:
 
 def test_qwen3_30b_a3b() -> None:
     model = read_arch(Path(__file__).parents[2] / "benchmarks/models/qwen3-30b-a3b")
-    assert {layer.ffn for layer in model.layers} == {Moe(128, 8, 768, renorm=True)}
+    assert {layer.ffn for layer in model.layers} == {Moe(128, 768, Routing(8, True))}
     assert model.num_params() == 30_532_122_624
 
 
@@ -182,10 +184,12 @@ def test_experts() -> None:
     def ffns(family: str, **over: Any) -> list[Dense | Moe]:
         return [layer.ffn for layer in tiny(family, **over).layers]
 
-    moe, shared = Moe(8, 2, 32, renorm=True), Moe(8, 2, 32, renorm=False, shared=48)
-    assert ffns("MixtralForCausalLM") == [Moe(8, 2, 96, renorm=True)] * 2
+    moe = Moe(8, 32, Routing(2, renorm=True))
+    plain = replace(moe, routing=Routing(2, renorm=False))
+    shared = replace(plain, shared=48, shared_gate=True)
+    assert ffns("MixtralForCausalLM") == [replace(moe, hidden=96)] * 2
     assert ffns("Qwen3MoeForCausalLM") == [moe] * 2
-    assert ffns("Qwen3MoeForCausalLM", norm_topk_prob=None) == [replace(moe, renorm=False)] * 2
+    assert ffns("Qwen3MoeForCausalLM", norm_topk_prob=None) == [plain] * 2
     assert ffns("Qwen3MoeForCausalLM", mlp_only_layers=[0]) == [Dense(96), moe]
     assert ffns("Qwen2MoeForCausalLM") == [Dense(96), shared]
     assert ffns("Qwen2MoeForCausalLM", decoder_sparse_step=None) == [shared] * 2
@@ -193,12 +197,12 @@ def test_experts() -> None:
     renamed = {"num_experts": None, "num_local_experts": 4}
     assert ffns("Qwen3MoeForCausalLM", **renamed) == [replace(moe, num_experts=4)] * 2
     bare = make_arch({"architectures": ["Qwen3MoeForCausalLM"]})
-    assert bare.layers[0].ffn == Moe(128, 8, 768, renorm=False)
+    assert bare.layers[0].ffn == Moe(128, 768, Routing(8, False))
     assert not tiny("Qwen2MoeForCausalLM", qkv_bias=False).layers[0].mixer.qkv_bias
 
 
 def test_a_rank_lists_the_experts_it_holds_by_their_global_numbers() -> None:
-    moe = Moe(8, 2, 16, renorm=True, shared=12, local_experts=(5, 2))
+    moe = Moe(8, 16, Routing(2, True), shared=12, shared_gate=True, local_experts=(5, 2))
     shapes = moe.weights(64)
     experts = {name.split(".")[2] for name in shapes if ".experts." in name}
     assert experts == {"5", "6"}
@@ -206,7 +210,96 @@ def test_a_rank_lists_the_experts_it_holds_by_their_global_numbers() -> None:
     assert shapes["mlp.experts.6.down_proj.weight"] == (64, 16)
     assert shapes["mlp.shared_expert.up_proj.weight"] == (12, 64)
     assert len(shapes) == 1 + 2 * 3 + 4
-    assert len(replace(moe, local_experts=None, shared=0).weights(64)) == 1 + 8 * 3
+    alone = replace(moe, local_experts=None, shared=0, shared_gate=False)
+    assert len(alone.weights(64)) == 1 + 8 * 3
+
+
+def test_deepseeks_experts() -> None:
+    def ffns(**over: Any) -> list[Dense | Moe]:
+        return [layer.ffn for layer in tiny("Glm4MoeForCausalLM", **over).layers]
+
+    routing = Routing(2, True, "sigmoid", True, groups=4, kept_groups=2, sum_eps=1e-20, scale=1.5)
+    moe = Moe(8, 32, routing, shared=32)
+    assert ffns() == [Dense(96), moe]
+    assert ffns(first_k_dense_replace=0) == [moe] * 2
+    assert ffns(n_shared_experts=3)[1] == replace(moe, shared=96)
+    assert ffns(n_shared_experts=None)[1] == replace(moe, shared=0)
+    one_group = replace(moe, routing=replace(routing, groups=1, kept_groups=1))
+    assert ffns(n_group=None, topk_group=None)[1] == one_group
+    assert tiny("Glm4MoeForCausalLM").extra_layers == 1
+    bare = make_arch({"architectures": ["Glm4MoeForCausalLM"], "head_dim": 128})
+    routing = Routing(8, True, "sigmoid", True, sum_eps=1e-20)
+    assert [layer.ffn for layer in bare.layers[:2]] == [
+        Dense(10944),
+        Moe(128, 1408, routing, shared=1408),
+    ]
+    assert bare.layers[0].mixer == Gqa(96, 8, 128, Rope(64, 10_000.0))
+
+
+def test_ernies_experts() -> None:
+    def ffns(**over: Any) -> list[bool]:
+        model = tiny("Ernie4_5_MoeForCausalLM", num_hidden_layers=6, **over)
+        return [isinstance(layer.ffn, Moe) for layer in model.layers]
+
+    model = tiny("Ernie4_5_MoeForCausalLM", moe_norm_min=0.5)
+    routing = Routing(2, True, biased=True, least_sum=0.5)
+    assert [layer.ffn for layer in model.layers] == [Dense(96), Moe(8, 32, routing, shared=64)]
+    assert ffns() == [False, True, True, True, True, True]
+    assert ffns(moe_layer_start_index=2, moe_layer_end_index=4) == [
+        i in (2, 3, 4) for i in range(6)
+    ]
+    assert ffns(moe_layer_interval=2) == [i in (1, 3, 5) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("family", "over", "message"),
+    [
+        (
+            "Glm4MoeForCausalLM",
+            {"n_group": 3},
+            "n_group is 3, but only a divisor of the 8 experts that leaves two or more in a group "
+            "is supported",
+        ),
+        (
+            "Glm4MoeForCausalLM",
+            {"n_group": 8},
+            "n_group is 8, but only a divisor of the 8 experts that leaves two or more in a group "
+            "is supported",
+        ),
+        (
+            "Glm4MoeForCausalLM",
+            {"topk_group": 5},
+            "topk_group is 5, but only a whole number from 1 to 4 is supported",
+        ),
+        (
+            "Glm4MoeForCausalLM",
+            {"topk_group": 1, "num_experts_per_tok": 3},
+            "topk_group is 1, but 1 groups of 2 experts have fewer than num_experts_per_tok=3",
+        ),
+        (
+            "Glm4MoeForCausalLM",
+            {"scoring_func": "sqrtsoftplus"},
+            "scoring_func is 'sqrtsoftplus', but only \"sigmoid\" is supported",
+        ),
+        (
+            "Glm4MoeForCausalLM",
+            {"first_k_dense_replace": -1},
+            "first_k_dense_replace is -1, but only a whole number from 0 to 512 is supported",
+        ),
+        (
+            "Ernie4_5_MoeForCausalLM",
+            {"use_bias": True},
+            "use_bias is True, but only false is supported",
+        ),
+        (
+            "Ernie4_5_MoeForCausalLM",
+            {"moe_k": 9},
+            "moe_k is 9, but only 1 to 8 is supported, the number of experts",
+        ),
+    ],
+)
+def test_routings_refused(family: str, over: dict[str, Any], message: str) -> None:
+    assert refusal(family, **over) == f"config.json: {message}"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import naive_routing
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gllm_engine.arch import Moe
+from gllm_engine.arch import Moe, Routing
 from gllm_engine.layers import MoeFfn
 from gllm_engine.ops import reference
 
 CPU = torch.device("cpu")
 DIM = 24
-WHOLE = Moe(num_experts=6, top_k=2, hidden=16, renorm=True, shared=8)
+WHOLE = Moe(num_experts=6, hidden=16, routing=Routing(2, True), shared=8, shared_gate=True)
+DEEPSEEK = Routing(2, True, "sigmoid", biased=True, groups=3, kept_groups=2, scale=2.5)
 NORM = torch.rand(DIM) + 0.5, 1e-5
 
 
@@ -41,18 +43,28 @@ def by_hand(arch: Moe, weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
     rows = []
     for row in F.rms_norm(x, (DIM,), *NORM):
-        chances = (weights["mlp.gate.weight"] @ row).softmax(0)
-        best = sorted(range(arch.num_experts), key=lambda e: -chances[e])[: arch.top_k]
-        scale = chances[best].sum() if arch.renorm else 1.0
-        out = sum(chances[e] / scale * gated(f"experts.{e}", row) for e in best)
+        logits = weights["mlp.gate.weight"] @ row
+        bias = weights.get("mlp.gate.e_score_correction_bias")
+        biases = None if bias is None else bias.tolist()
+        chosen = naive_routing.route(logits.tolist(), arch.routing, biases)
+        out = sum(weight * gated(f"experts.{e}", row) for e, weight in chosen.items())
         if arch.shared:
-            share = torch.sigmoid(weights["mlp.shared_expert_gate.weight"] @ row)
-            out = out + share * gated("shared_expert", row)
+            shared = gated("shared_expert", row)
+            if arch.shared_gate:
+                shared *= torch.sigmoid(weights["mlp.shared_expert_gate.weight"] @ row)
+            out = out + shared
         rows.append(out)
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("arch", [WHOLE, replace(WHOLE, shared=0, top_k=3, renorm=False)])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        WHOLE,
+        replace(WHOLE, shared=0, shared_gate=False, routing=Routing(3, renorm=False)),
+        replace(WHOLE, shared_gate=False, routing=DEEPSEEK),
+    ],
+)
 def test_the_definition(arch: Moe) -> None:
     layer, x = make(arch), torch.randn(5, DIM)
     assert {k: v.shape for k, v in layer.weights().items()} == arch.weights(DIM)
@@ -81,7 +93,9 @@ def test_parts_of_ranks_sum_to_the_whole(
     parts = []
     for rank, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
         shared = WHOLE.shared if rank == min(shared_at, len(cuts)) else 0
-        arch = replace(WHOLE, local_experts=(first, end - first), shared=shared)
+        arch = replace(
+            WHOLE, local_experts=(first, end - first), shared=shared, shared_gate=shared > 0
+        )
         parts.append(make(arch, whole.weights())(x, NORM))
     torch.testing.assert_close(sum(parts), whole(x, NORM), rtol=1e-4, atol=1e-4)
 
@@ -97,7 +111,10 @@ def test_slices_of_every_hidden_sum_to_the_whole() -> None:
 
 def test_a_token_whose_experts_are_elsewhere_gets_zeros() -> None:
     weights = make(WHOLE).weights()
-    layer, x = make(replace(WHOLE, local_experts=(2, 1), shared=0), weights), torch.randn(40, DIM)
+    layer, x = (
+        make(replace(WHOLE, local_experts=(2, 1), shared=0, shared_gate=False), weights),
+        torch.randn(40, DIM),
+    )
     logits = F.rms_norm(x, (DIM,), *NORM) @ weights["mlp.gate.weight"].T
     here = (logits.topk(2).indices == 2).any(1)
     assert 0 < here.sum() < 40

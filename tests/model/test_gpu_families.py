@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_expert import every_expert
 from loaded import load_model
-from tiny_models import every_expert, load, make_batch, poisoned_cache, run, some_tokens
+from tiny_models import load, make_batch, poisoned_cache, run, some_tokens
 from torch import Tensor
 
 from gllm_engine.arch import FAMILIES, read_arch

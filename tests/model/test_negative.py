@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import CPU, all_logits, load, some_tokens
 
-from gllm_engine.arch import Layer, Model, read_arch
+from gllm_engine.arch import Layer, Model, Moe, read_arch
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -24,6 +24,22 @@ def mixer(**change: Any) -> Change:
 
 def ffn(**change: Any) -> Change:
     return lambda m: m.each(ffn=lambda _, layer: replace(layer.ffn, **change))
+
+
+def ffn_of_experts(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.ffn, **change) if isinstance(layer.ffn, Moe) else layer.ffn
+
+    return lambda m: m.each(ffn=changed)
+
+
+def routing(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        if not isinstance(layer.ffn, Moe):
+            return layer.ffn
+        return replace(layer.ffn, routing=replace(layer.ffn.routing, **change))
+
+    return lambda m: m.each(ffn=changed)
 
 
 def rope(**change: Any) -> Change:
@@ -51,7 +67,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
+GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
 SPARSE = {"decoder_sparse_step": 1}
+ALL_SPARSE = {"first_k_dense_replace": 0}
 WIDE = {"head_dim": 32}  # enough pairs of channels for YaRN's ramp to start and end within
 MSCALE = YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}
 
@@ -94,12 +112,24 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "yarn truncate": (LLAMA, WIDE | {"rope_scaling": YARN}, scaling(truncate=False)),
     "window": ("MistralForCausalLM", {}, mixer(window=None)),
     "window by one": ("MistralForCausalLM", {}, mixer(window=47)),
-    "renorm": (QWEN3_MOE, {}, ffn(renorm=False)),
-    "renorm mixtral": ("MixtralForCausalLM", {}, ffn(renorm=False)),
-    "no renorm": (QWEN2_MOE, SPARSE, ffn(renorm=True)),
-    "top_k": (QWEN3_MOE, {}, ffn(top_k=3)),
+    "renorm": (QWEN3_MOE, {}, routing(renorm=False)),
+    "renorm mixtral": ("MixtralForCausalLM", {}, routing(renorm=False)),
+    "no renorm": (QWEN2_MOE, SPARSE, routing(renorm=True)),
+    "top_k": (QWEN3_MOE, {}, routing(top_k=3)),
+    "scoring": (GLM4_MOE, ALL_SPARSE, routing(scoring="softmax")),
+    "selection bias": (GLM4_MOE, ALL_SPARSE, routing(biased=False)),
+    "groups": (GLM4_MOE, ALL_SPARSE, routing(groups=1, kept_groups=1)),
+    "kept groups": (GLM4_MOE, ALL_SPARSE, routing(kept_groups=3)),
+    "glm renorm": (GLM4_MOE, ALL_SPARSE, routing(renorm=False)),
+    "scale": (GLM4_MOE, ALL_SPARSE, routing(scale=1.0)),
+    "sum_eps": (GLM4_MOE, ALL_SPARSE, routing(sum_eps=1.0)),
+    "least_sum": (ERNIE_MOE, {"moe_norm_min": 0.9}, routing(least_sum=1e-12)),
+    "ernie bias": (ERNIE_MOE, {}, routing(biased=False)),
+    "ernie renorm": (ERNIE_MOE, {}, routing(renorm=False)),
+    "plain shared": (ERNIE_MOE, {}, ffn_of_experts(shared=0)),
     "local_experts": (QWEN3_MOE, {}, ffn(local_experts=(0, 7))),
-    "shared": (QWEN2_MOE, SPARSE, ffn(shared=0)),
+    "shared": (QWEN2_MOE, SPARSE, ffn(shared=0, shared_gate=False)),
+    "shared gate": (QWEN2_MOE, SPARSE, ffn(shared_gate=False)),
     "sandwich": ("Glm4ForCausalLM", {}, plain_layers),
 }
 
@@ -133,7 +163,15 @@ def test_tie_matters(tmp_path: Path) -> None:
     assert (all_logits(untied, tokens) - all_logits(tied, tokens)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("family", "over"), [("Glm4ForCausalLM", {}), (QWEN2_MOE, SPARSE)])
+@pytest.mark.parametrize(
+    ("family", "over"),
+    [
+        ("Glm4ForCausalLM", {}),
+        (QWEN2_MOE, SPARSE),
+        (GLM4_MOE, ALL_SPARSE | {"num_experts_per_tok": 4}),  # so that all experts are chosen
+        (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
+    ],
+)
 def test_every_weight_matters(tmp_path: Path, family: str, over: dict[str, Any]) -> None:
     """Zeroing any one weight changes the logits: none is loaded and then forgotten."""
     write_tiny_model(tmp_path, family, num_hidden_layers=1, **over)

@@ -12,7 +12,6 @@ from loaded import load_model
 from torch import Tensor
 
 from gllm_engine.arch import Model, read_arch
-from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder
 from gllm_engine.ops import Batch
 
@@ -62,11 +61,6 @@ def make_batch(rows: list[dict[str, Any]], page_size: int = PAGE, num_pages: int
         num_decode=num_decode,
         logit_index=torch.arange(sum(lens)),
     )
-
-
-def every_expert(family: str) -> dict[str, int]:
-    """Of a config, so that no rounding makes a token choose other experts; {} if it has none."""
-    return {"num_experts_per_tok": 8} if "num_experts_per_tok" in tiny_config(family) else {}
 
 
 def run(decoder: Decoder, batch: Batch, cache: list[Tensor]) -> Tensor:

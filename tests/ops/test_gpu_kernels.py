@@ -10,6 +10,7 @@ from test_reference import make_case
 from torch import Tensor
 
 from gllm_engine.ops import AttentionInputs, Batch, PlainSampling, reference, select_ops
+from gllm_engine.routing import Routing
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -82,16 +83,49 @@ def test_linear_and_what_rides_along(
 def test_route(tokens: int, experts: tuple[int, int], renorm: bool, dtype: torch.dtype) -> None:
     """In 16 bits many experts are equally likely; then too it is the first ones that are taken."""
     num_experts, top_k = experts
+    routing = Routing(top_k, renorm)
     logits = randn(tokens, num_experts, dtype=dtype)
-    weights, chosen = select_ops(CUDA).route(logits, top_k, renorm)
-    expected_weights, expected = reference.route(logits.cpu(), top_k, renorm)
+    weights, chosen = select_ops(CUDA).route(logits, routing, None)
+    expected_weights, expected = reference.route(logits.cpu(), routing, None)
     near(weights, expected_weights, 1e-5)
-    same = chosen.cpu() == expected
-    # Two chances an ulp apart may be one to the other's exp().
-    assert same.float().mean() > (0.999 if dtype == torch.float32 else 0.97)
-    picked = logits.cpu().float().gather(1, chosen.cpu().long())
-    torch.testing.assert_close(picked, logits.cpu().float().gather(1, expected.long()))
-    assert all(len(set(row)) == top_k for row in chosen.tolist())
+    assert torch.equal(chosen.cpu(), expected)
+
+
+BIASED = {
+    "ernie": (64, Routing(6, True, biased=True, least_sum=1e-12)),
+    "glm": (128, Routing(8, True, "sigmoid", biased=True, sum_eps=1e-20, scale=2.5)),
+    "deepseek v2": (160, Routing(6, False, groups=8, kept_groups=3, scale=16.0)),
+    "deepseek v3": (
+        256,
+        Routing(8, True, "sigmoid", True, groups=8, kept_groups=4, sum_eps=1e-20, scale=2.5),
+    ),
+    "kimi": (384, Routing(8, True, "sigmoid", biased=True, sum_eps=1e-20, scale=2.827)),
+    "llama4": (16, Routing(1, False, "sigmoid")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 70, 5000])
+@pytest.mark.parametrize("name", BIASED)
+def test_other_routings(name: str, tokens: int, dtype: torch.dtype) -> None:
+    """And in a graph, which reads the logits and the bias of its replay."""
+    num_experts, routing = BIASED[name]
+    logits = randn(tokens, num_experts, dtype=dtype)
+    bias = 0.1 * randn(num_experts, dtype=torch.float32) if routing.biased else None
+    route, graph = select_ops(CUDA).route, torch.cuda.CUDAGraph()
+    route(logits, routing, bias)
+    with torch.cuda.graph(graph):
+        weights, chosen = route(logits, routing, bias)
+    logits.copy_(randn(tokens, num_experts, dtype=dtype))
+    if bias is not None:
+        bias.mul_(-2)
+    graph.replay()
+    expected_weights, expected = reference.route(logits, routing, bias)
+    # Two sums of score and bias an ulp apart may be one to the other's exp().
+    same = (chosen == expected).all(1)
+    assert same.float().mean() > (0.99 if routing.biased else 0.9999)
+    near(weights[same], expected_weights[same], 1e-5)
+    assert all(len(set(row)) == routing.top_k for row in chosen.tolist())
 
 
 # Tokens, (experts, chosen), dim, hidden, (first held, number of held).
@@ -117,7 +151,7 @@ def test_experts(name: str, likely: float, dtype: torch.dtype) -> None:
     ops, limit = select_ops(CUDA), 2 * TOLERANCE[dtype]
     logits = randn(tokens, num_experts)
     logits[:, first] += likely  # most tokens choose that one
-    routing = ops.route(logits, top_k, True)
+    routing = ops.route(logits, Routing(top_k, True), None)
     x = randn(tokens, dim, dtype=dtype)
     gate_up = (randn(held, 2 * hidden, dim, dtype=torch.float32) / dim**0.5).to(dtype)
     down = (randn(held, dim, hidden, dtype=torch.float32) / hidden**0.5).to(dtype)
@@ -132,7 +166,9 @@ def test_experts(name: str, likely: float, dtype: torch.dtype) -> None:
     ops.sum_experts(*args, total.clone())
     with torch.cuda.graph(graph):
         ops.sum_experts(*args, total)
-    other = ops.route(logits.roll(1, 0), top_k, False)  # another routing, in the same memory
+    other = ops.route(
+        logits.roll(1, 0), Routing(top_k, False), None
+    )  # another routing, in the same memory
     for there, new in zip(routing, other, strict=True):
         there.copy_(new)
     graph.replay()

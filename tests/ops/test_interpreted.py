@@ -6,14 +6,17 @@ Small shapes: the interpreter is slow. Outputs begin as NaN. On a GPU, test_gpu_
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import naive_routing
 import pytest
 import torch
 from test_reference import make_case
 from torch import Tensor
 
 from gllm_engine.ops import AttentionInputs, reference
+from gllm_engine.routing import Routing
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -21,6 +24,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from gllm_engine.ops import triton  # noqa: E402
 from gllm_engine.ops.triton import moe  # noqa: E402
 from gllm_engine.ops.triton.skinny import Tiling, choose_tiling  # noqa: E402
+
+Route = Callable[[Tensor, Routing, Tensor | None], tuple[Tensor, Tensor]]
 
 pytestmark = [
     # The interpreter's own, in a loop whose length a kernel has loaded.
@@ -181,31 +186,132 @@ def some_logits(tokens: int, num_experts: int, likely: float) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("renorm", [False, True])
-@pytest.mark.parametrize("experts", [(8, 2), (5, 5), (60, 4), (3, 1)])
-def test_route(experts: tuple[int, int], renorm: bool) -> None:
-    num_experts, top_k = experts
-    for tokens in (1, 3, 150):
-        logits = torch.randn(tokens, num_experts)
-        weights, chosen = triton.route(logits, top_k, renorm)
-        expected_weights, expected = reference.route(logits, top_k, renorm)
-        near(weights, expected_weights, 1e-6)
-        assert chosen.dtype == torch.int32 and torch.equal(chosen, expected)
-    assert triton.route(logits[:0], top_k, renorm)[1].shape == (0, top_k)
+# Kinds of routing that families have, and sizes that fill neither the experts' nor a group's
+# columns.
+ROUTINGS: dict[str, tuple[int, Routing]] = {
+    "mixtral": (8, Routing(2, renorm=True)),
+    "every expert": (5, Routing(5, renorm=True)),
+    "qwen2": (60, Routing(4, renorm=False)),
+    "one": (3, Routing(1, renorm=False)),
+    "ernie": (12, Routing(3, renorm=True, biased=True, least_sum=0.3)),
+    "llama4": (6, Routing(1, renorm=False, scoring="sigmoid")),
+    "glm": (10, Routing(4, True, "sigmoid", biased=True, sum_eps=1e-20, scale=2.5)),
+    "deepseek v2": (20, Routing(6, False, groups=4, kept_groups=3, scale=16.0)),
+    "deepseek v2, odd groups": (15, Routing(2, False, groups=3, kept_groups=1)),
+    "deepseek v3": (
+        24,
+        Routing(4, True, "sigmoid", True, groups=6, kept_groups=3, sum_eps=1e-20, scale=2.5),
+    ),
+}
 
 
-def test_of_equally_likely_experts_the_first_are_taken() -> None:
+def bias_of(num_experts: int, routing: Routing, spread: float = 0.3) -> Tensor | None:
+    return spread * torch.randn(num_experts) if routing.biased else None
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("tokens", [1, 3, 150])
+def test_route(name: str, tokens: int) -> None:
+    num_experts, routing = ROUTINGS[name]
+    logits, bias = 2 * torch.randn(tokens, num_experts), bias_of(num_experts, routing)
+    weights, chosen = triton.route(logits, routing, bias)
+    expected_weights, expected = reference.route(logits, routing, bias)
+    near(weights, expected_weights, 1e-6)
+    assert chosen.dtype == torch.int32 and torch.equal(chosen, expected)
+    assert triton.route(logits[:0], routing, bias)[1].shape == (0, routing.top_k)
+    biases = None if bias is None else bias.tolist()
+    for row, pairs in enumerate(zip(weights.tolist(), chosen.tolist(), strict=True)):
+        naive = naive_routing.route(logits[row].tolist(), routing, biases)
+        assert list(naive) == pairs[1]
+        assert list(naive.values()) == pytest.approx(pairs[0], rel=1e-5)
+
+
+BOTH = pytest.mark.parametrize("route", [triton.route, reference.route], ids=["kernel", "twin"])
+
+
+@BOTH
+def test_of_equal_choices_the_first_experts_are_taken(route: Route) -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]])
-    for route in (triton.route, reference.route):
-        assert route(logits, 3, True)[1].tolist() == [[1, 3, 0]]
+    assert route(logits, Routing(3, True), None)[1].tolist() == [[1, 3, 0]]
+    sigmoid = Routing(3, True, "sigmoid")
+    saturated = torch.tensor([[40.0, 90.0, 50.0, -300.0]])  # all scores but one are 1
+    assert route(saturated, sigmoid, None)[1].tolist() == [[1, 2, 0]]
+    biased = replace(sigmoid, biased=True)
+    assert route(saturated, biased, torch.zeros(4))[1].tolist() == [[0, 1, 2]]
+    grouped = replace(biased, groups=2, kept_groups=1, top_k=2)
+    assert route(torch.zeros(1, 4), grouped, torch.zeros(4))[1].tolist() == [[0, 1]]
 
 
+@BOTH
+def test_a_bias_chooses_but_does_not_weigh(route: Route) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    bias = torch.tensor([10.0, 0.0, 5.0, -10.0])
+    weights, chosen = route(logits, Routing(2, False, "sigmoid", biased=True), bias)
+    assert chosen.tolist() == [[0, 2]]
+    near(weights, torch.tensor([[0.5, 0.880797]]), 1e-6)
+    weights, chosen = route(logits, Routing(2, True, biased=True, scale=3.0), bias)
+    assert chosen.tolist() == [[0, 2]]
+    near(weights, 3 * logits[:, [0, 2]].softmax(1), 1e-6)
+
+
+@BOTH
+def test_groups_are_ranked_by_the_best_or_by_two(route: Route) -> None:
+    """Group 0 has the best expert, group 1 the best two; all others are dropped, also if better."""
+    logits = torch.tensor([[5.0, 0.0, 0.1, 2.0, 2.0, 0.1, 1.0, 1.0, 1.0]])
+    groups = Routing(2, False, groups=3, kept_groups=1)
+    assert route(logits, groups, None)[1].tolist() == [[0, 2]]
+    two = replace(groups, scoring="sigmoid", biased=True)
+    assert route(logits, two, torch.zeros(9))[1].tolist() == [[3, 4]]
+    # Experts of a kept group are chosen before those of a dropped one, however low they are.
+    bias = torch.tensor([0.0] * 3 + [-100.0] * 3 + [-200.0] * 3)
+    assert route(logits, replace(two, kept_groups=2, top_k=5), bias)[1].tolist() == [
+        [0, 2, 1, 3, 4]
+    ]
+
+
+@BOTH
+def test_sums_are_kept_from_zero(route: Route) -> None:
+    """Ernie's least sum is a limit, DeepSeek's epsilon is added."""
+    logits, bias = torch.tensor([[-1.0, -1.0, 3.0]]), torch.tensor([9.0, 8.0, 0.0])
+    routing = Routing(2, True, biased=True, least_sum=0.25)
+    weights, _ = route(logits, routing, bias)
+    near(weights, logits.softmax(1)[:, :2] / 0.25, 1e-6)
+    weights, _ = route(logits, replace(routing, least_sum=1e-12), bias)
+    near(weights, torch.tensor([[0.5, 0.5]]), 1e-6)
+    sigmoid = Routing(2, True, "sigmoid", biased=True, sum_eps=1.0)
+    weights, _ = route(logits, sigmoid, bias)
+    score = logits.sigmoid()[:, :2]
+    near(weights, score / (score.sum() + 1), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_logits_that_are_no_numbers_still_give_experts() -> None:
-    logits = torch.randn(4, 6)
-    logits[0], logits[1, 2], logits[2, 3] = torch.nan, torch.nan, -torch.inf
-    _, chosen = triton.route(logits, 3, True)
-    assert all(len(set(row)) == 3 and set(row) <= set(range(6)) for row in chosen.tolist())
+@BOTH
+@pytest.mark.parametrize("name", [name for name in ROUTINGS if name != "one"])
+def test_logits_that_are_no_numbers_still_give_experts(name: str, route: Route) -> None:
+    num_experts, routing = ROUTINGS[name]
+    odd = torch.tensor([torch.nan, -torch.inf, torch.inf, 3e38, -3e38])
+    logits = torch.randn(40, num_experts)
+    strange = torch.rand(logits.shape) < 0.6
+    logits[strange] = odd[torch.randint(0, 5, (int(strange.sum()),))]
+    logits[0], logits[1], logits[2] = torch.nan, -torch.inf, torch.inf
+    biases = [None]
+    if routing.biased:
+        biases = [odd[torch.randint(0, 5, (num_experts,))] for _ in range(3)]
+        biases += [torch.full((num_experts,), x) for x in (torch.nan, -torch.inf, torch.inf)]
+    for bias in biases:
+        _, chosen = route(logits, routing, bias)
+        for row in chosen.tolist():
+            assert len(set(row)) == routing.top_k and set(row) <= set(range(num_experts))
+
+
+@BOTH
+def test_numbers_are_chosen_before_nan(route: Route) -> None:
+    logits = torch.tensor([[torch.nan, -1.0, torch.nan, -2.0]])
+    assert route(logits, Routing(3, True, "sigmoid"), None)[1].tolist() == [[1, 3, 0]]
+    biased = Routing(3, True, "sigmoid", biased=True)
+    assert route(logits, biased, torch.zeros(4))[1].tolist() == [[1, 3, 0]]
 
 
 @pytest.mark.parametrize("held", [(0, 6), (2, 3), (5, 1)])
@@ -233,7 +339,7 @@ def test_experts(
     dim: int, hidden: int, tokens: int, likely: float, held: tuple[int, int], add: bool
 ) -> None:
     x, total = torch.randn(tokens, dim), torch.randn(tokens, dim)
-    routing = reference.route(some_logits(tokens, 6, likely), 2, True)
+    routing = reference.route(some_logits(tokens, 6, likely), Routing(2, True), None)
     gate_up = torch.randn(held[1], 2 * hidden, dim) / dim**0.5
     down = torch.randn(held[1], dim, hidden) / hidden**0.5
     args = (x, *routing, gate_up, down, held[0], 6)
@@ -247,14 +353,21 @@ def test_experts(
 def test_every_size_of_a_block(tiles: moe.Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe, "_EXACT_TILES", tiles)
     x, gate_up, down = torch.randn(150, 80), torch.randn(3, 96, 80) / 9, torch.randn(3, 80, 48) / 7
-    args = (x, *reference.route(some_logits(150, 3, 4.0), 2, False), gate_up, down, 0, 3)
+    args = (
+        x,
+        *reference.route(some_logits(150, 3, 4.0), Routing(2, False), None),
+        gate_up,
+        down,
+        0,
+        3,
+    )
     near(triton.sum_experts(*args), reference.sum_experts(*args), 1e-5)
 
 
 def test_experts_in_half_precision() -> None:
     """In float16: of bfloat16 the interpreter has no products."""
     x, gate_up, down = torch.randn(9, 64), torch.randn(4, 96, 64) / 8, torch.randn(4, 64, 48) / 7
-    routing = reference.route(torch.randn(9, 4), 2, True)
+    routing = reference.route(torch.randn(9, 4), Routing(2, True), None)
     x, gate_up, down = (t.half() for t in (x, gate_up, down))
     wide = x.double(), *routing, gate_up.double(), down.double()
     near(
@@ -266,7 +379,7 @@ def test_experts_in_half_precision() -> None:
 
 def test_no_experts_and_no_tokens() -> None:
     x, total = torch.randn(3, 8), torch.randn(3, 8)
-    routing = reference.route(torch.randn(3, 4), 2, True)
+    routing = reference.route(torch.randn(3, 4), Routing(2, True), None)
     none = torch.randn(0, 12, 8), torch.randn(0, 8, 6), 4, 4
     assert torch.equal(triton.sum_experts(x, *routing, *none), torch.zeros(3, 8))
     assert triton.sum_experts(x, *routing, *none, total) is total

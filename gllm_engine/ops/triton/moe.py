@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.routing import Routing
 
 # Most (token, expert) elements that one program of routing or sorting holds in registers, and its
 # warps; more elements would not fit their registers.
@@ -31,6 +32,9 @@ _HELD, _WARPS = 4096, 8
 _MAX_ROWS = 1024
 # Columns of one program of _sum.
 _COLUMNS = 1024
+# Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
+# is dropped, NaN or anything smaller than every other choice, all other choices.
+_DROPPED, _LEAST = tl.constexpr(-3.3e38), tl.constexpr(-3.2e38)
 
 
 class Tiles(NamedTuple):
@@ -62,48 +66,108 @@ def choose_tiles(tokens: int, top_k: int, num_experts: int) -> Tiles:
     return next(tiles for limit, tiles in _TILES if tokens * top_k <= limit * num_experts)
 
 
+@triton.jit
+def _score(x, peak, total, SIGMOID: tl.constexpr):
+    """The softmax of x, given the largest x and the sum of exp(x - peak), or the sigmoid of x."""
+    if SIGMOID:
+        small = tl.exp(-tl.abs(x))  # cannot overflow
+        score = tl.where(x < 0, small, 1.0) / (1.0 + small)
+    else:
+        score = tl.exp(x - peak) / total
+    return score
+
+
+@triton.jit
+def _keep_groups(
+    choice, GROUPS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, BIASED: tl.constexpr
+):
+    """`choice` [rows, columns], SLOTS columns to a group, with _DROPPED outside the kept groups."""
+    ROWS: tl.constexpr = choice.shape[0]
+    PARTS: tl.constexpr = choice.shape[1] // SLOTS
+    grouped = tl.reshape(choice, [ROWS, PARTS, SLOTS])
+    rank, first = tl.max(grouped, 2, return_indices=True)
+    if BIASED:
+        slot = tl.arange(0, SLOTS)[None, None, :]
+        rank += tl.max(tl.where(slot == first[:, :, None], -float("inf"), grouped), 2)
+    group = tl.arange(0, PARTS)[None, :]
+    rank = tl.where(group < GROUPS, tl.where(rank > _LEAST, rank, _LEAST), -float("inf"))
+    kept = tl.zeros([ROWS, PARTS], tl.int32)
+    for _ in tl.static_range(KEPT):
+        index = tl.argmax(rank, 1)[:, None]
+        kept = tl.where(group == index, 1, kept)
+        rank = tl.where(group == index, -float("inf"), rank)
+    return tl.reshape(tl.where(kept[:, :, None] > 0, grouped, _DROPPED), [ROWS, PARTS * SLOTS])
+
+
 # Else Triton would compile a kernel for each divisibility of a token count amid serving.
 @triton.jit(do_not_specialize=["tokens"])
 def _route(
-    logits, weights, experts, tokens, num_experts,
-    TOP_K: tl.constexpr, CHOSEN: tl.constexpr, RENORM: tl.constexpr, ROWS: tl.constexpr,
-    EXPERTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    logits, bias, weights, experts, tokens, num_experts,
+    TOP_K: tl.constexpr, CHOSEN: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, RENORM: tl.constexpr, SUM_EPS: tl.constexpr,
+    LEAST_SUM: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    """A group has SLOTS columns, of which the last ones may have no expert."""
     begin_alone(OVERLAPS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    at = tl.arange(0, EXPERTS)[None, :]
-    inside = (row < tokens) & (at < num_experts)
-    x = tl.load(logits + row * num_experts + at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.where(at < num_experts, x, -float("inf"))
-    chance = tl.exp(x - tl.max(x, 1)[:, None])
-    # NaN becomes 0: with NaN, the comparisons would find no largest element.
-    chance = tl.where(chance == chance, chance, 0.0)
-    left = tl.where(at < num_experts, chance, -1.0)
+    column = tl.arange(0, COLUMNS)[None, :]
+    size = num_experts // GROUPS
+    at, exists = column, column < num_experts
+    if GROUPS > 1:
+        at = column // SLOTS * size + column % SLOTS
+        exists = (column // SLOTS < GROUPS) & (column % SLOTS < size)
+    x = tl.load(logits + row * num_experts + at, mask=(row < tokens) & exists, other=0.0)
+    x = tl.where(exists, x.to(tl.float32), -float("inf"))
+    peak, total = tl.max(x, 1)[:, None], 1.0
+    if not SIGMOID and (BIASED or not RENORM):
+        total = tl.sum(tl.exp(x - peak), 1)[:, None]
+    choice = x
+    if BIASED:
+        choice = _score(x, peak, total, SIGMOID)
+        choice += tl.load(bias + at, mask=exists, other=0.0)
+    choice = tl.where(choice > _LEAST, choice, _LEAST)  # also if it is NaN
+    choice = tl.where(exists, choice, -float("inf"))
+    if GROUPS > 1:
+        choice = _keep_groups(choice, GROUPS, KEPT, SLOTS, BIASED)
+        choice = tl.where(exists, choice, -float("inf"))
     k = tl.arange(0, CHOSEN)[None, :]
-    weight = tl.zeros([ROWS, CHOSEN], tl.float32)
+    chosen = tl.zeros([ROWS, CHOSEN], tl.float32)
     expert = tl.zeros([ROWS, CHOSEN], tl.int32)
     for i in tl.static_range(TOP_K):
-        best, index = tl.max(left, 1, return_indices=True)
-        weight = tl.where(k == i, best[:, None], weight)
+        best, index = tl.max(choice, 1, return_indices=True)
+        chosen = tl.where(k == i, best[:, None], chosen)
         expert = tl.where(k == i, index[:, None], expert)
-        left = tl.where(at == index[:, None], -1.0, left)
-    weight /= tl.sum(weight if RENORM else chance, 1)[:, None]
+        choice = tl.where(column == index[:, None], -float("inf"), choice)
+    if GROUPS > 1:
+        expert = expert // SLOTS * size + expert % SLOTS
     stored = (row < tokens) & (k < TOP_K)
-    tl.store(weights + row * TOP_K + k, weight, mask=stored)
+    if BIASED:
+        chosen = tl.load(logits + row * num_experts + expert, mask=stored, other=0.0)
+        chosen = chosen.to(tl.float32)
+    weight = tl.where(k < TOP_K, _score(chosen, peak, total, SIGMOID), 0.0)
+    if RENORM:
+        weight /= tl.maximum(tl.sum(weight, 1) + SUM_EPS, LEAST_SUM)[:, None]
+    tl.store(weights + row * TOP_K + k, weight * SCALE, mask=stored)
     tl.store(experts + row * TOP_K + k, expert, mask=stored)
 
 
-def route(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """See Ops.route."""
-    tokens, num_experts = logits.shape
+    (tokens, num_experts), top_k = logits.shape, routing.top_k
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty_like(weights, dtype=torch.int32)
-    rows, columns = _row_tile(tokens, num_experts)
+    slots = triton.next_power_of_2(num_experts // routing.groups)
+    rows, columns = _row_tile(tokens, triton.next_power_of_2(routing.groups) * slots)
     if tokens:
         _route[(triton.cdiv(tokens, rows),)](
-            logits, weights, experts, tokens, num_experts,
-            TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k), RENORM=renorm, ROWS=rows,
-            EXPERTS=columns, OVERLAPS=OVERLAP, num_warps=_WARPS, **overlapping(),
+            logits, bias, weights, experts, tokens, num_experts,
+            TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k),
+            SIGMOID=routing.scoring == "sigmoid", BIASED=bias is not None,
+            GROUPS=routing.groups, KEPT=routing.kept_groups, RENORM=routing.renorm,
+            SUM_EPS=routing.sum_eps, LEAST_SUM=routing.least_sum, SCALE=routing.scale,
+            ROWS=rows, COLUMNS=columns, SLOTS=slots, OVERLAPS=OVERLAP, num_warps=_WARPS,
+            **overlapping(),
         )  # fmt: skip
     return weights, experts
 

@@ -1,0 +1,13 @@
+"""Tiny configs in which no rounding makes a token choose other experts: it uses all of them."""
+
+from __future__ import annotations
+
+from gllm_engine.arch.tiny import tiny_config
+
+_ALL = {"num_experts_per_tok": 8, "moe_k": 8, "topk_group": 4}
+
+
+def every_expert(family: str) -> dict[str, int]:
+    """What to change in the family's tiny config; {} if it has no experts."""
+    config = tiny_config(family)
+    return {key: value for key, value in _ALL.items() if key in config}
