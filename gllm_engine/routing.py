@@ -1,4 +1,4 @@
-"""How the router of a mixture of experts chooses a token's experts and weighs them, as data."""
+"""A mixture of experts as data: how its router chooses and weighs, how its experts activate."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ class Routing:
     sum_eps: float = 0.0
     least_sum: float = 0.0
     scale: float = 1.0  # factor of all weights
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """(up + 1) * gate * sigmoid(slope * gate), with gate at most `limit`, up in -limit .. limit."""
+
+    limit: float
+    slope: float

@@ -8,12 +8,13 @@ from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
     "FAMILIES",
     "MAX_EOS_TOKEN_IDS",
     "CacheGroup",
+    "Clamp",
     "Dense",
     "Gqa",
     "Layer",

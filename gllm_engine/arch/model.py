@@ -12,7 +12,7 @@ from math import prod
 from typing import Any, TypeVar
 
 from gllm_engine.arch.rope import Rope
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
 T = TypeVar("T")
@@ -96,6 +96,11 @@ class Moe:
     routing: Routing
     shared: int = 0  # hidden size of the shared expert, which every token uses; 0: none
     shared_gate: bool = False  # its output is multiplied by sigmoid(shared_expert_gate x)
+    on_input: bool = False  # w[e] multiplies x, not the expert's output
+    router_bias: bool = False
+    bias: bool = False  # biases of every expert's gate and up, as in Dense
+    out_bias: bool = False
+    clamp: Clamp | None = None  # what the experts compute of gate and up; None: silu(gate) * up
     local_experts: tuple[int, int] | None = None  # (first, count) on this rank; None: all
 
     @property
@@ -105,11 +110,12 @@ class Moe:
         return range(first, first + count)
 
     def weights(self, dim: int) -> Shapes:
-        shapes: Shapes = {"mlp.gate.weight": (self.num_experts, dim)}
+        shapes = _linear("mlp.gate", self.num_experts, dim, self.router_bias)
         if self.routing.biased:
             shapes[SELECTION_BIAS] = (self.num_experts,)
+        dense = Dense(self.hidden, self.bias, self.out_bias)
         for expert in self.experts:
-            shapes |= within(f"experts.{expert}", Dense(self.hidden).weights(dim))
+            shapes |= within(f"experts.{expert}", dense.weights(dim))
         if self.shared:
             shapes |= within("shared_expert", Dense(self.shared).weights(dim))
         if self.shared_gate:

@@ -9,8 +9,9 @@ import re
 
 from gllm_engine.arch.model import Model
 
-# Replacements in a canonical name, applied in order. Weights that get the same name are stored as
-# one tensor, stacked along dimension 0 in canonical order (q, k, v; gate, up).
+# Replacements in a canonical name, applied in order; * is the number of an expert. Weights that get
+# the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
+# gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
     "glm": (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj")),
@@ -19,6 +20,12 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("gate_proj", "w1"),
         ("up_proj", "w3"),
         ("down_proj", "w2"),
+    ),
+    "granitemoe": (
+        ("mlp.experts.*.gate_proj", "block_sparse_moe.input_linear"),
+        ("mlp.experts.*.up_proj", "block_sparse_moe.input_linear"),
+        ("mlp.experts.*.down_proj", "block_sparse_moe.output_linear"),
+        ("mlp.gate.", "block_sparse_moe.router.layer."),
     ),
     "deepseek": (("shared_expert.", "shared_experts."),),
     "ernie": (
@@ -45,6 +52,7 @@ _ROPE_TABLES = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|transformer\.rotary_pos_emb\.inv_freq"
 )
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Ernie's modules for multi-token prediction, which are not layers.
 _ERNIE_MTP = re.compile(r"model\.mtp_\w+\.\d+\.")
@@ -53,7 +61,12 @@ _ERNIE_MTP = re.compile(r"model\.mtp_\w+\.\d+\.")
 def checkpoint_name(model: Model, canonical: str) -> str:
     """The name of the checkpoint tensor that holds a weight."""
     for old, new in _RENAMES[model.names]:
-        canonical = canonical.replace(old, new)
+        before, number, after = old.partition("*")
+        if number:
+            pattern = rf"{re.escape(before)}\d+{re.escape(after)}"
+            canonical = re.sub(pattern, new, canonical)
+        else:
+            canonical = canonical.replace(old, new)
     return canonical
 
 
@@ -73,6 +86,9 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     for name, parts in checkpoint_tensors(model).items():
         rows = sum(shapes[part][0] for part in parts)
         found[name] = (rows, *shapes[parts[0]][1:])
+        experts = {number for part in parts for number in _EXPERT.findall(part)}
+        if experts and not _EXPERT.search(name):
+            found[name] = (len(experts), rows // len(experts), *shapes[parts[0]][1:])
         if model.names == "ernie" and name.endswith("e_score_correction_bias"):
             found[name] = (1, rows)
     return found

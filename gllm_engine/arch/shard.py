@@ -68,7 +68,8 @@ class Shard:
                 count = self._divide("num_experts", ffn.num_experts)
                 return replace(ffn, shared=shared, local_experts=(self.rank * count, count))
             hidden = self._divide("moe_intermediate_size", ffn.hidden)
-            return replace(ffn, shared=shared, hidden=hidden)
+            bias = ffn.out_bias and not self.rank
+            return replace(ffn, shared=shared, hidden=hidden, out_bias=bias)
         hidden = self._divide("intermediate_size", ffn.hidden)
         return replace(ffn, hidden=hidden, out_bias=ffn.out_bias and not self.rank)
 

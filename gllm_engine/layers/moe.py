@@ -30,6 +30,9 @@ class MoeFfn:
             self._bias = torch.empty(arch.num_experts, dtype=torch.float32, device=device)
         self._gate_up = torch.empty(local_experts, 2 * arch.hidden, dim, dtype=dtype, device=device)
         self._down = torch.empty(local_experts, dim, arch.hidden, dtype=dtype, device=device)
+        gate_up_bias = torch.empty(local_experts, 2 * arch.hidden, dtype=dtype, device=device)
+        down_bias = torch.empty(local_experts, dim, dtype=dtype, device=device)
+        self._biases = (gate_up_bias if arch.bias else None, down_bias if arch.out_bias else None)
         self._shared: DenseFfn | None = None
         self._shared_gate: Linear | None = None
         if arch.shared:
@@ -52,6 +55,9 @@ class MoeFfn:
             first=arch.experts.start,
             num_experts=arch.num_experts,
             total=total,
+            on_input=arch.on_input,
+            biases=self._biases,
+            clamp=arch.clamp,
         )
         if shared is not None:
             gate = None if self._shared_gate is None else self._shared_gate(normed).sigmoid_()
@@ -62,10 +68,17 @@ class MoeFfn:
         views = self._router.weights()
         if self._bias is not None:
             views[SELECTION_BIAS] = self._bias
+        gate_up_bias, down_bias = self._biases
         for i, expert in enumerate(self._arch.experts):
             gate, up = self._gate_up[i].chunk(2)
             dense = {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
-            views |= within(f"experts.{expert}", dense | {"mlp.down_proj.weight": self._down[i]})
+            dense["mlp.down_proj.weight"] = self._down[i]
+            if gate_up_bias is not None:
+                parts = gate_up_bias[i].chunk(2)
+                dense |= {"mlp.gate_proj.bias": parts[0], "mlp.up_proj.bias": parts[1]}
+            if down_bias is not None:
+                dense["mlp.down_proj.bias"] = down_bias[i]
+            views |= within(f"experts.{expert}", dense)
         if self._shared is not None:
             views |= within("shared_expert", self._shared.weights())
         if self._shared_gate is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, TensorGroup
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 # Gain [dim] and epsilon of an RMS norm.
 Norm = tuple[Tensor, float]
@@ -148,8 +148,15 @@ class Ops(Protocol):
         first: int,
         num_experts: int,
         total: Tensor | None = None,
+        on_input: bool = False,
+        biases: tuple[Tensor | None, Tensor | None] = (None, None),
+        clamp: Clamp | None = None,
     ) -> Tensor:
         """Sum of weights * down(silu(gate(x)) * up(x)) over each token's experts: [tokens, dim].
+
+        `on_input`: the weights multiply x, and not the outputs of the experts. `biases`: of gate
+        and up, [local, 2 * hidden], and of down, [local, dim]. `clamp`: what to compute of gate(x)
+        and up(x) instead.
 
         x: [tokens, dim]. weights, experts: [tokens, top_k] from `route`. gate_up: [local, 2 *
         hidden, dim] and down: [local, dim, hidden], the matrices of this rank's experts, `first` to

@@ -29,7 +29,7 @@ from gllm_engine.ops.protocol import (
     PlainSampling,
     RotaryInputs,
 )
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 # Most K and V elements gathered at once: 1 MiB of float32, which fits a CPU's cache.
 _GATHER_NUMBERS = 1 << 18
@@ -113,6 +113,13 @@ def _keep_groups(choices: Tensor, routing: Routing, best: int) -> Tensor:
     return grouped.masked_fill(dropped.unsqueeze(-1), -inf).flatten(1)
 
 
+def _clamped(gate_and_up: Tensor, clamp: Clamp) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=clamp.limit)
+    up = up.clamp(-clamp.limit, clamp.limit)
+    return (up + 1) * gate * torch.sigmoid(clamp.slope * gate)
+
+
 def sum_experts(
     x: Tensor,
     weights: Tensor,
@@ -122,6 +129,9 @@ def sum_experts(
     first: int,
     num_experts: int,
     total: Tensor | None = None,
+    on_input: bool = False,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    clamp: Clamp | None = None,
 ) -> Tensor:
     """See Ops.sum_experts."""
     del num_experts
@@ -129,9 +139,15 @@ def sum_experts(
     parts = x.new_zeros(*experts.shape, x.shape[1], dtype=dtype)
     for i in range(len(gate_up)):
         chosen = experts == first + i
-        tokens = chosen.nonzero()[:, 0]
-        if len(tokens):
-            parts[chosen] = F.linear(silu_mul(F.linear(x[tokens], gate_up[i])), down[i]).to(dtype)
+        rows = x[chosen.nonzero()[:, 0]]
+        if on_input:
+            rows = (rows * weights[chosen].unsqueeze(1)).to(x.dtype)
+        if len(rows):
+            first_bias, last_bias = (None if b is None else b[i] for b in biases)
+            gate_and_up = F.linear(rows, gate_up[i], first_bias)
+            hidden = silu_mul(gate_and_up) if clamp is None else _clamped(gate_and_up, clamp)
+            parts[chosen] = F.linear(hidden, down[i], last_bias).to(dtype)
+    weights = torch.ones_like(weights) if on_input else weights
     summed = torch.einsum("tkd,tk->td", parts, weights.to(dtype)).to(x.dtype)
     return summed if total is None else total.add_(summed)
 

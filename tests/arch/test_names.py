@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gllm_engine.arch import FAMILIES, make_arch
-from gllm_engine.arch.names import checkpoint_tensors, is_left_over
+from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors, is_left_over
 from gllm_engine.arch.tiny import tiny_config
 
 LAYER = "model.layers.0."
@@ -100,6 +102,23 @@ def test_order_within_a_fused_tensor() -> None:
     assert tensors[f"{layer}self_attention.query_key_value.bias"] == tuple(
         f"model.layers.1.self_attn.{part}_proj.bias" for part in "qkv"
     )
+
+
+def test_one_tensor_for_all_experts_of_a_layer() -> None:
+    model = replace(make_arch(tiny_config("MixtralForCausalLM")), names="granitemoe")
+    tensors, shapes = checkpoint_tensors(model), checkpoint_shapes(model)
+    moe, experts = "model.layers.1.block_sparse_moe.", "model.layers.1.mlp.experts."
+    assert tensors[f"{moe}input_linear.weight"] == tuple(
+        f"{experts}{e}.{part}_proj.weight" for e in range(8) for part in ("gate", "up")
+    )
+    assert tensors[f"{moe}output_linear.weight"] == tuple(
+        f"{experts}{e}.down_proj.weight" for e in range(8)
+    )
+    assert shapes[f"{moe}input_linear.weight"] == (8, 2 * 96, 64)
+    assert shapes[f"{moe}output_linear.weight"] == (8, 64, 96)
+    assert shapes[f"{moe}router.layer.weight"] == (8, 64)
+    one = model.each(ffn=lambda _, layer: replace(layer.ffn, num_experts=1))
+    assert checkpoint_shapes(one)[f"{moe}input_linear.weight"] == (1, 2 * 96, 64)
 
 
 def test_mixtral_counts_its_weights_from_the_gate() -> None:

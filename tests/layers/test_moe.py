@@ -8,11 +8,12 @@ import naive_routing
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gllm_engine.arch import Moe, Routing
+from gllm_engine.arch import Clamp, Moe, Routing
 from gllm_engine.layers import MoeFfn
 from gllm_engine.ops import reference
 
@@ -28,7 +29,7 @@ def make(arch: Moe, source: dict[str, Tensor] | None = None, hidden: slice = sli
     layer = MoeFfn(arch, DIM, reference, torch.float32, CPU)
     for name, view in layer.weights().items():
         weight = torch.randn(view.shape) if source is None else source[name]
-        if "expert" in name and "shared_expert_gate" not in name:
+        if "expert" in name and "shared_expert_gate" not in name and "down_proj.bias" not in name:
             weight = weight[:, hidden] if "down_proj" in name else weight[hidden]
         view.copy_(weight)
     return layer
@@ -119,3 +120,80 @@ def test_a_token_whose_experts_are_elsewhere_gets_zeros() -> None:
     here = (logits.topk(2).indices == 2).any(1)
     assert 0 < here.sum() < 40
     assert torch.equal(layer(x, NORM).abs().sum(1) > 0, here)
+
+
+def test_slices_of_experts_with_biases_sum_to_the_whole() -> None:
+    """The bias of the output is added once."""
+    arch = replace(WHOLE, shared=0, shared_gate=False, bias=True, out_bias=True)
+    whole, x = make(arch), torch.randn(7, DIM)
+    parts = [
+        make(replace(arch, hidden=n, out_bias=at == 0), whole.weights(), slice(at, at + n))(x, NORM)
+        for at, n in ((0, 4), (4, 12))
+    ]
+    torch.testing.assert_close(sum(parts), whole(x, NORM), rtol=1e-4, atol=1e-4)
+
+
+def test_llama4s_mixture() -> None:
+    """Weights on the input, one expert chosen by logit, a shared expert without a gate."""
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    sizes = {"hidden_size": DIM, "intermediate_size": 16, "num_local_experts": 6}
+    for top_k in (1, 2):
+        config = transformers.Llama4TextConfig(**sizes, num_experts_per_tok=top_k)
+        theirs = randomized(Llama4TextMoe(config))
+        arch = Moe(6, 16, Routing(top_k, False, "sigmoid"), shared=16, on_input=True)
+        state = theirs.state_dict()
+        weights = {"mlp.gate.weight": state["router.weight"]}
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            weights[f"mlp.shared_expert.{part}.weight"] = state[f"shared_expert.{part}.weight"]
+        for e in range(6):
+            gate, up = state["experts.gate_up_proj"][e].T.chunk(2)
+            weights |= expert(e, gate, up, state["experts.down_proj"][e].T)
+        x = torch.randn(9, DIM)
+        torch.testing.assert_close(make(arch, weights)(x, None), theirs(x)[0], rtol=1e-4, atol=1e-4)
+        wrong = make(replace(arch, on_input=False), weights)(x, None)
+        assert (wrong - theirs(x)[0]).abs().max() > 0.1
+
+
+def test_gpt_oss_mixture() -> None:
+    """Biases of the router and of the experts, a clamped activation, softmax over the chosen."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+    sizes = {"hidden_size": DIM, "intermediate_size": 16, "num_local_experts": 6}
+    config = transformers.GptOssConfig(**sizes, num_experts_per_tok=2, swiglu_limit=2.0)
+    theirs = randomized(GptOssMLP(config))
+    arch = Moe(6, 16, Routing(2, True), router_bias=True, bias=True, out_bias=True)
+    arch = replace(arch, clamp=Clamp(2.0, 1.702))
+    state = theirs.state_dict()
+    weights = {f"mlp.gate.{leaf}": state[f"router.{leaf}"] for leaf in ("weight", "bias")}
+    for e in range(6):
+        gate_up, bias = state["experts.gate_up_proj"][e].T, state["experts.gate_up_proj_bias"][e]
+        weights |= expert(e, gate_up[::2], gate_up[1::2], state["experts.down_proj"][e].T)
+        down = state["experts.down_proj_bias"][e]
+        weights |= expert(e, bias[::2], bias[1::2], down, leaf="bias")
+    x = torch.randn(9, DIM)
+    expected = theirs(x[None])[0][0]
+    torch.testing.assert_close(make(arch, weights)(x, None), expected, rtol=1e-4, atol=1e-4)
+    for change in (
+        {"clamp": None},
+        {"clamp": Clamp(3.0, 1.702)},
+        {"clamp": Clamp(2.0, 1.0)},
+        {"bias": False},
+        {"out_bias": False},
+        {"router_bias": False},
+    ):
+        wrong = make(replace(arch, **change), weights)(x, None)
+        assert (wrong - expected).abs().max() > 0.1, change
+
+
+def randomized(module: torch.nn.Module) -> torch.nn.Module:
+    for parameter in module.requires_grad_(False).parameters():
+        parameter.normal_()
+    return module.float().eval()
+
+
+def expert(
+    number: int, gate: Tensor, up: Tensor, down: Tensor, leaf: str = "weight"
+) -> dict[str, Tensor]:
+    parts = {"gate": gate, "up": up, "down": down}
+    return {f"mlp.experts.{number}.{part}_proj.{leaf}": t for part, t in parts.items()}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from loaded import load_model
 from safetensors.torch import load_file, save_file
 from tiny_models import all_logits, load, some_tokens
 from torch import Tensor
 
 from gllm_engine.arch import read_arch
+from gllm_engine.arch.model import SELECTION_BIAS
+from gllm_engine.arch.names import checkpoint_name, checkpoint_shapes, checkpoint_tensors
 from gllm_engine.model import Decoder, LoadError, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -76,6 +80,46 @@ def test_left_over(model: Path) -> None:
         f"{file}: tensor model.layers.0.self_attn.q_proj.bias is left over; "
         "the model has no place for it"
     )
+
+
+def test_layers_for_multi_token_prediction_are_skipped(tmp_path: Path) -> None:
+    """As many as the config says; one more is left over."""
+    model = write_tiny_model(tmp_path, "Glm4MoeForCausalLM", num_nextn_predict_layers=2)
+    expected = all_logits(load(model), some_tokens(20))
+    names = ("eh_proj.weight", "shared_head.head.weight", "mlp.experts.0.up_proj.weight")
+    for name in names:
+        rewrite(model, lambda t, n=name: t.update({f"model.layers.2.{n}": torch.ones(3)}))
+        rewrite(model, lambda t, n=name: t.update({f"model.layers.3.{n}": torch.ones(3)}))
+    torch.testing.assert_close(all_logits(load(model), some_tokens(20)), expected)
+    rewrite(model, lambda t: t.update({"model.layers.4.eh_proj.weight": torch.ones(3)}))
+    assert "tensor model.layers.4.eh_proj.weight is left over" in refusal(model)
+
+
+def test_one_tensor_for_all_experts_of_a_layer(tmp_path: Path) -> None:
+    """[experts, rows, columns] gives the same model as a tensor for each expert."""
+    model = write_tiny_model(tmp_path, "MixtralForCausalLM")
+    expected = all_logits(load(model), some_tokens(20))
+    arch = replace(read_arch(model), names="granitemoe")
+    with pytest.raises(LoadError, match="is left over"):
+        load(model, arch)
+    stored, tensors = load_file(model / "model.safetensors"), {}
+    for name, parts in checkpoint_tensors(arch).items():
+        weights = [stored[checkpoint_name(read_arch(model), part)] for part in parts]
+        tensors[name] = torch.cat(weights).view(checkpoint_shapes(arch)[name])
+    assert tensors["model.layers.0.block_sparse_moe.input_linear.weight"].dim() == 3
+    save_file(tensors, model / "model.safetensors")
+    torch.testing.assert_close(all_logits(load(model, arch), some_tokens(20)), expected)
+
+
+def test_a_selection_bias_is_not_rounded(tmp_path: Path) -> None:
+    model, name = (
+        write_tiny_model(tmp_path, "Glm4MoeForCausalLM"),
+        f"model.layers.1.{SELECTION_BIAS}",
+    )
+    stored = load_file(model / "model.safetensors")[name]
+    options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "max_model_len": 64}
+    held = load_model(model, read_arch(model), **options).weights()[name]
+    assert torch.equal(held, stored) and not torch.equal(held.bfloat16().float(), stored)
 
 
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])

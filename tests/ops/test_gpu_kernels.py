@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_reference import make_case
 from torch import Tensor
 
 from gllm_engine.ops import AttentionInputs, Batch, PlainSampling, reference, select_ops
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -173,6 +174,24 @@ def test_experts(name: str, likely: float, dtype: torch.dtype) -> None:
         there.copy_(new)
     graph.replay()
     near(total, before.double() + reference.sum_experts(*wide), limit)
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 4000])
+@pytest.mark.parametrize(
+    "kind", [{"on_input": True}, {"clamp": Clamp(1.0, 1.702)}, {"biased": True}], ids=str
+)
+def test_other_experts(kind: dict[str, Any], tokens: int) -> None:
+    """Weights on the input, a clamped activation, biases: against float64."""
+    kind, ops, limit = dict(kind), select_ops(CUDA), 2 * TOLERANCE[torch.bfloat16]
+    x = randn(tokens, 512)
+    gate_up, down = randn(32, 768, 512) / 512**0.5, randn(32, 512, 384) / 384**0.5
+    biases = (randn(32, 768), randn(32, 512)) if kind.pop("biased", False) else (None, None)
+    routing = ops.route(randn(tokens, 32), Routing(4, False, "sigmoid"), None)
+    wide = [None if bias is None else bias.double() for bias in biases]
+    expected = reference.sum_experts(
+        x.double(), *routing, gate_up.double(), down.double(), 0, 32, biases=tuple(wide), **kind
+    )
+    near(ops.sum_experts(x, *routing, gate_up, down, 0, 32, biases=biases, **kind), expected, limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

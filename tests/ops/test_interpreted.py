@@ -16,7 +16,7 @@ from test_reference import make_case
 from torch import Tensor
 
 from gllm_engine.ops import AttentionInputs, reference
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -362,6 +362,44 @@ def test_every_size_of_a_block(tiles: moe.Tiles, monkeypatch: pytest.MonkeyPatch
         3,
     )
     near(triton.sum_experts(*args), reference.sum_experts(*args), 1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_weights_on_the_input_of_experts(top_k: int) -> None:
+    x, gate_up, down = torch.randn(9, 40), torch.randn(4, 48, 40) / 6, torch.randn(4, 40, 24) / 5
+    routing = reference.route(torch.randn(9, 6), Routing(top_k, False, "sigmoid"), None)
+    args = (x, *routing, gate_up, down, 1, 6)
+    out = triton.sum_experts(*args, on_input=True)
+    near(out, reference.sum_experts(*args, on_input=True), 1e-5)
+    assert (out - triton.sum_experts(*args)).abs().max() > 0.01
+    total = torch.randn(9, 40)
+    expected = total + out
+    near(triton.sum_experts(*args, total, on_input=True), expected, 1e-5)
+
+
+@pytest.mark.parametrize("clamp", [None, Clamp(0.5, 1.702)])
+def test_biases_and_clamped_activations_of_experts(clamp: Clamp | None) -> None:
+    x, gate_up, down = torch.randn(9, 40), torch.randn(4, 48, 40) / 6, torch.randn(4, 40, 24) / 5
+    biases = torch.randn(4, 48), torch.randn(4, 40)
+    args = (x, *reference.route(torch.randn(9, 6), Routing(2, True), None), gate_up, down, 1, 6)
+    right = reference.sum_experts(*args, biases=biases, clamp=clamp)
+    near(triton.sum_experts(*args, biases=biases, clamp=clamp), right, 1e-5)
+    for left in ((None, biases[1]), (biases[0], None)):
+        out = triton.sum_experts(*args, biases=left, clamp=clamp)
+        near(out, reference.sum_experts(*args, biases=left, clamp=clamp), 1e-5)
+        assert (out - right).abs().max() > 0.01
+    other = triton.sum_experts(*args, biases=biases, clamp=Clamp(0.6, 1.702))
+    assert (other - right).abs().max() > 0.01
+
+
+def test_a_clamp_keeps_nan() -> None:
+    """A comparison with NaN is false: the limit must not take its place."""
+    x, gate_up, down = torch.randn(2, 16), torch.randn(1, 32, 16), torch.randn(1, 16, 16)
+    x[1, 3] = torch.nan
+    args = (x, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32), gate_up, down, 0, 1)
+    for ops in (triton, reference):
+        out = ops.sum_experts(*args, clamp=Clamp(7.0, 1.702))
+        assert out[1].isnan().all() and not out[0].isnan().any()
 
 
 def test_experts_in_half_precision() -> None:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 # Most (token, expert) elements that one program of routing or sorting holds in registers, and its
 # warps; more elements would not fit their registers.
@@ -259,14 +259,30 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _activate(gate, up, LIMIT: tl.constexpr, SLOPE: tl.constexpr):
+    """See Clamp; without a LIMIT silu(gate) * up."""
+    if LIMIT is None:
+        out = gate / (1.0 + tl.exp(-gate)) * up
+    else:  # tl.minimum would lose NaN
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        out = gate / (1.0 + tl.exp(-SLOPE * gate)) * (up + 1.0)
+    return out
+
+
+@triton.jit
 def _grouped(
-    x, matrix, order, groups, out, width, depth,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    x, matrix, bias, weights, order, groups, out, width, depth,
+    TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
+    LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
     in the L2 cache, and so does the expert's matrix until the expert's next block.
+
+    ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
+    instead. LIMIT: of a Clamp; None: silu.
     """
     begin_alone(OVERLAPS)
     turns = tl.cdiv(width, COLUMNS)
@@ -300,8 +316,17 @@ def _grouped(
         if GATED:
             up = _load(matrix + size + k, inside[:, None], EVEN)
             ups = tl.dot(v, up, ups, input_precision="ieee")
+    if ON_INPUT:
+        scale = tl.load(weights + pair)[:, None]
+        sums *= scale
+        ups *= scale
+    if BIASED:
+        known = expert * (width * 2 if GATED else width) + tl.minimum(column, width - 1)
+        sums += tl.load(bias + known)[None, :].to(tl.float32)
+        if GATED:
+            ups += tl.load(bias + known + width)[None, :].to(tl.float32)
     if GATED:
-        sums = sums / (1.0 + tl.exp(-sums)) * ups
+        sums = _activate(sums, ups, LIMIT, SLOPE)
     to = out + target.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
 
@@ -314,13 +339,17 @@ def grouped_product(
     top_k: int,
     tiles: Tiles,
     gated: bool = False,
+    bias: Tensor | None = None,
+    on_input: Tensor | None = None,
+    clamp: Clamp | None = None,
 ) -> Tensor:
     """The product of each pair's row with its expert's matrix; order, groups: from sort_pairs.
 
     If `gated`, x is [tokens, depth] and `matrix` the [gate, up] matrices [held, 2 * width, depth];
     returns silu(gate) * up, [pairs, width], in sorted order. Otherwise x is such a result, [pairs,
     depth], and `matrix` is [held, width, depth]; returns [pairs, width] in pair order. Rows of
-    pairs whose expert is not held are undefined.
+    pairs whose expert is not held are undefined. `bias`: the matrices' biases, [held, rows of a
+    matrix]. `on_input`: factors of the pairs' rows of x, [tokens, top_k]. `clamp`: instead of silu.
     """
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
@@ -330,10 +359,12 @@ def grouped_product(
     most_blocks = some + (pairs - some) // tiles.rows
     out = x.new_empty(pairs, width)
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
-        x, matrix, order, groups, out, width, depth,
-        TOP_K=top_k, GATED=gated, EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns,
-        DEPTH=turn, EVEN=depth % turn == 0, OVERLAPS=OVERLAP,
-        num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
+        x, matrix, bias, on_input, order, groups, out, width, depth,
+        TOP_K=top_k, GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
+        LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
+        EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, DEPTH=turn,
+        EVEN=depth % turn == 0, OVERLAPS=OVERLAP, num_warps=tiles.warps,
+        num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
 
@@ -341,7 +372,8 @@ def grouped_product(
 @triton.jit
 def _sum(
     parts, weights, experts, out, dim, first, held,
-    TOP_K: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    TOP_K: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     begin_alone(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
@@ -353,7 +385,8 @@ def _sum(
         expert = tl.load(experts + pair) - first
         here = inside & (expert >= 0) & (expert < held)
         part = tl.load(parts + pair * dim + at, mask=here, other=0.0)
-        total += tl.load(weights + pair) * part.to(tl.float32)
+        weight = tl.load(weights + pair) if WEIGH else 1.0
+        total += weight * part.to(tl.float32)
     if ADD:
         total += tl.load(out + token * dim + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * dim + at, total.to(out.dtype.element_ty), mask=inside)
@@ -368,6 +401,9 @@ def sum_experts(
     first: int,
     num_experts: int,
     total: Tensor | None = None,
+    on_input: bool = False,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    clamp: Clamp | None = None,
 ) -> Tensor:
     """See Ops.sum_experts; the sum is rounded only once."""
     (tokens, top_k), (held, dim, _) = experts.shape, down.shape
@@ -376,13 +412,17 @@ def sum_experts(
     exact = x.dtype == torch.float32
     tiles = _EXACT_TILES if exact else choose_tiles(tokens, top_k, num_experts)
     order, groups = sort_pairs(experts, first, held, tiles.rows)
-    hidden = grouped_product(x, gate_up, order, groups, top_k, tiles, gated=True)
-    parts = grouped_product(hidden, down, order, groups, top_k, tiles)
+    scale = weights if on_input else None
+    gate_up_bias, down_bias = biases
+    hidden = grouped_product(
+        x, gate_up, order, groups, top_k, tiles, True, gate_up_bias, scale, clamp
+    )
+    parts = grouped_product(hidden, down, order, groups, top_k, tiles, bias=down_bias)
     out = torch.empty_like(x) if total is None else total
     _sum[(tokens, triton.cdiv(dim, _COLUMNS))](
         parts, weights, experts, out, dim, first, held,
-        TOP_K=top_k, ADD=total is not None, BLOCK=min(_COLUMNS, triton.next_power_of_2(dim)),
-        OVERLAPS=OVERLAP, **overlapping(),
+        TOP_K=top_k, WEIGH=not on_input, ADD=total is not None,
+        BLOCK=min(_COLUMNS, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
     return out
 
