@@ -63,7 +63,7 @@ class Shard:
 
     def _ffn(self, ffn: Dense | Moe) -> Dense | Moe:
         if isinstance(ffn, Moe):
-            shared = self._divide("shared_expert_intermediate_size", ffn.shared)
+            shared = self._divide("width of the shared expert", ffn.shared)
             if self.experts_apart:
                 count = self._divide("num_experts", ffn.num_experts)
                 return replace(ffn, shared=shared, local_experts=(self.rank * count, count))

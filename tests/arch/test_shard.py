@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,21 @@ def test_what_does_not_divide_is_refused(size: int, over: dict[str, Any], senten
     model = make_arch(tiny_config("LlamaForCausalLM", **over))
     with pytest.raises(ArchError, match=f"tensor_parallel_size: {sentence}"):
         Shard(0, 2, 0, size).of(model)
+
+
+def test_a_shared_expert_that_does_not_divide_is_refused() -> None:
+    model = make_arch(tiny_config("Qwen2MoeForCausalLM", shared_expert_intermediate_size=46))
+    with pytest.raises(
+        ArchError, match="4 does not divide the model's width of the shared expert=46"
+    ):
+        Shard(0, 2, 0, 4).of(model)
+
+
+def test_one_rank_adds_the_biases_of_experts() -> None:
+    """Of slices of experts the first rank; of whole experts the rank that has them."""
+    model = make_arch(tiny_config("MixtralForCausalLM"))
+    model = model.each(ffn=lambda _, layer: replace(layer.ffn, bias=True, out_bias=True))
+    for apart, expected in ((False, [True, False]), (True, [True, True])):
+        ffns = [Shard(0, 2, rank, 2, apart).of(model)[0].ffn for rank in range(2)]
+        assert [ffn.out_bias for ffn in ffns] == expected
+        assert all(ffn.bias for ffn in ffns)
