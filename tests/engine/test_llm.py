@@ -21,6 +21,7 @@ FAMILIES = [
     "MistralForCausalLM",
     "Qwen3ForCausalLM",
     "Glm4ForCausalLM",
+    "Glm4MoeForCausalLM",
     SOME_WINDOWS,
 ]
 OVER = {
