@@ -61,8 +61,75 @@ class Gqa:
     def attention(self) -> AttentionShape:
         return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.window)
 
-    def kv_elements_per_token(self) -> int:
-        return 2 * self.kv_heads * self.head_dim
+    def cache_shape(self, page_size: int) -> tuple[int, ...]:
+        """The shape of a page: K and V, tokens, heads, channels."""
+        return (2, page_size, self.kv_heads, self.head_dim)
+
+    @property
+    def attended_width(self) -> int:
+        """Numbers that attention computes for a token, before the output projection."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """The parameters of a latent attention plan. Mixers with equal parameters share a plan."""
+
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    The cache holds one latent vector per token for all heads, and one rotated key. A head's key is
+    [W_UK latent, rotated key], its value W_UV latent. Attention is computed in the absorbed form:
+    W_UK is applied to the queries and W_UV to the result, so that no key or value is ever made.
+    """
+
+    heads: int
+    q_rank: int | None  # width of the latent that queries are computed from; None: from x itself
+    kv_rank: int  # width of the latent in the cache
+    nope_dim: int  # channels of a head that are not rotated
+    v_dim: int
+    rope: Rope  # of the other channels, all of which are rotated
+    scale: float  # of the scores
+    out_bias: bool = False
+    latent_eps: float = 1e-6  # of the norms of both latents
+    window: int | None = None  # always None: every token sees all tokens before it
+
+    def weights(self, dim: int) -> Shapes:
+        q = self.heads * (self.nope_dim + self.rope.dim)
+        shapes: Shapes = {}
+        if self.q_rank is None:
+            shapes["self_attn.q_proj.weight"] = (q, dim)
+        else:
+            shapes["self_attn.q_a_proj.weight"] = (self.q_rank, dim)
+            shapes["self_attn.q_a_layernorm.weight"] = (self.q_rank,)
+            shapes["self_attn.q_b_proj.weight"] = (q, self.q_rank)
+        shapes["self_attn.kv_a_proj_with_mqa.weight"] = (self.latent_width, dim)
+        shapes["self_attn.kv_a_layernorm.weight"] = (self.kv_rank,)
+        kv = self.heads * (self.nope_dim + self.v_dim)
+        shapes["self_attn.kv_b_proj.weight"] = (kv, self.kv_rank)
+        return shapes | _linear("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
+
+    @property
+    def latent_width(self) -> int:
+        return self.kv_rank + self.rope.dim
+
+    @property
+    def attention(self) -> LatentShape:
+        return LatentShape(self.heads, self.latent_width)
+
+    def cache_shape(self, page_size: int) -> tuple[int, ...]:
+        """The shape of a page: one plane, tokens, one head, the latent and the rotated key."""
+        return (1, page_size, 1, self.latent_width)
+
+    @property
+    def attended_width(self) -> int:
+        """Numbers that attention computes for a token, before W_UV."""
+        return self.heads * self.kv_rank
 
 
 @dataclass(frozen=True)
@@ -122,7 +189,7 @@ def within(part: str, weights: dict[str, T]) -> dict[str, T]:
 class Layer:
     """x += mixer(norm(x)); x += ffn(norm(x))."""
 
-    mixer: Gqa
+    mixer: Gqa | Mla
     ffn: Dense | Moe
 
     def weights(self, dim: int) -> Shapes:
@@ -182,4 +249,4 @@ class Model:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of KV cache per token over all layers, at `itemsize` bytes per number."""
-        return itemsize * sum(layer.mixer.kv_elements_per_token() for layer in self.layers)
+        return itemsize * sum(prod(layer.mixer.cache_shape(1)) for layer in self.layers)

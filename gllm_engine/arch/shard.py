@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, Shapes
+from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, Shapes
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,12 @@ class Shard:
         return self.rank * (whole // part) // self.size * part
 
     def _layer(self, layer: Layer) -> Layer:
-        return replace(layer, mixer=self._gqa(layer.mixer), ffn=self._ffn(layer.ffn))
+        return replace(layer, mixer=self._mixer(layer.mixer), ffn=self._ffn(layer.ffn))
 
-    def _gqa(self, mixer: Gqa) -> Gqa:
+    def _mixer(self, mixer: Gqa | Mla) -> Gqa | Mla:
         heads = self._divide("num_attention_heads", mixer.heads)
+        if isinstance(mixer, Mla):  # every rank has both latents whole
+            return replace(mixer, heads=heads, out_bias=mixer.out_bias and not self.rank)
         if mixer.kv_heads % self.size and self.size % mixer.kv_heads:
             raise ArchError(
                 f"tensor_parallel_size: {self.size} ranks can neither share out the model's "

@@ -74,6 +74,17 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": _QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 32},
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},
+    "DeepseekV3ForCausalLM": _HF
+    | {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "first_k_dense_replace": 2,
+    },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

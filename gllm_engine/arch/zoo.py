@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import Any
 
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
 from gllm_engine.files import read_object, shown
 
@@ -69,7 +70,7 @@ _MISTRAL = _LLAMA | {
 def mistral(c: Fields) -> Model:
     window = c.optional_count("sliding_window")
     c.require(layer_types=None)
-    return llama(c).each(mixer=lambda _, layer: replace(layer.mixer, window=window))
+    return _with_mixers(llama(c), window=window)
 
 
 _QWEN2 = _LLAMA | {
@@ -91,7 +92,7 @@ def qwen2(c: Fields) -> Model:
 
 @family("Qwen3ForCausalLM", defaults=_QWEN2 | {"head_dim": 128})
 def qwen3(c: Fields) -> Model:
-    model = llama(c).each(mixer=lambda _, layer: replace(layer.mixer, qk_norm=True))
+    model = _with_mixers(llama(c), qk_norm=True)
     return _with_windows(c, model)
 
 
@@ -126,7 +127,7 @@ _QWEN2_MOE = _QWEN2 | {
 @family("Qwen2MoeForCausalLM", defaults=_QWEN2_MOE)
 def qwen2_moe(c: Fields) -> Model:
     bias = c.flag("qkv_bias", True)
-    model = qwen2(c).each(mixer=lambda _, layer: replace(layer.mixer, qkv_bias=bias))
+    model = _with_mixers(qwen2(c), qkv_bias=bias)
     return _with_experts(c, model, shared=c.count("shared_expert_intermediate_size"))
 
 
@@ -257,12 +258,60 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
             f"up to {MAX_LEN} is supported"
         )
     mixer = model.layers[0].mixer
-    if mixer.heads % mixer.kv_heads:
+    if isinstance(mixer, Gqa) and mixer.heads % mixer.kv_heads:
         raise ArchError(
             f"{name}: {mixer.heads} attention heads cannot share {mixer.kv_heads} "
             "key/value heads evenly"
         )
     return model
+
+
+_DEEPSEEK = _LLAMA | {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 3,
+}
+
+
+@family("DeepseekV3ForCausalLM", defaults=_DEEPSEEK)
+def deepseek_v3(c: Fields) -> Model:
+    mixer = _mla(c)
+    model = _decoder(c, mixer, Dense(c.count("intermediate_size")))
+    if c.count("first_k_dense_replace") < len(model.layers):
+        raise ArchError(f"{c.name}: experts of DeepSeek are not supported yet")
+    return model
+
+
+def _with_mixers(model: Model, **changes: Any) -> Model:
+    """A copy in which every mixer has these values."""
+    return model.each(mixer=lambda _, layer: replace(layer.mixer, **changes))
+
+
+def _mla(c: Fields) -> Mla:
+    rope = replace(
+        read_rope(c, c.count("qk_rope_head_dim")), interleaved=c.flag("rope_interleave", True)
+    )
+    nope_dim = c.count("qk_nope_head_dim")
+    return Mla(
+        heads=c.count("num_attention_heads"),
+        q_rank=c.optional_count("q_lora_rank"),
+        kv_rank=c.count("kv_lora_rank"),
+        nope_dim=nope_dim,
+        v_dim=c.count("v_head_dim"),
+        rope=rope,
+        scale=(nope_dim + rope.dim) ** -0.5 * _yarn_scale(rope) ** 2,
+    )
+
+
+def _yarn_scale(rope: Rope) -> float:
+    """The factor on queries and keys with which DeepSeek keeps the entropy of long contexts."""
+    scaling = rope.scaling
+    if not isinstance(scaling, YarnScaling) or not scaling.mscale_all_dim or scaling.factor <= 1:
+        return 1.0
+    return 0.1 * scaling.mscale_all_dim * log(scaling.factor) + 1.0
 
 
 def _gqa(c: Fields) -> Gqa:
@@ -271,7 +320,7 @@ def _gqa(c: Fields) -> Gqa:
     return Gqa(heads, c.count("num_key_value_heads", heads), head_dim, read_rope(c, head_dim))
 
 
-def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
+def _decoder(c: Fields, mixer: Gqa | Mla, ffn: Dense) -> Model:
     return Model(
         dim=c.count("hidden_size"),
         vocab=c.count("vocab_size"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.latent_attention import MlaAttention
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
@@ -18,6 +19,7 @@ __all__ = [
     "ForwardContext",
     "GqaAttention",
     "LogitTokens",
+    "MlaAttention",
     "MoeFfn",
     "PlanKey",
     "Residual",

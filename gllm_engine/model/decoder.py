@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.arch.cache import cache_groups
-from gllm_engine.arch.model import Dense, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.model import AttentionShape, Dense, Gqa, Layer, Mla, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.layers import (
@@ -24,6 +25,7 @@ from gllm_engine.layers import (
     ForwardContext,
     GqaAttention,
     LogitTokens,
+    MlaAttention,
     MoeFfn,
     PlanKey,
     Residual,
@@ -50,6 +52,12 @@ def _make_ffn(
     return DenseFfn(arch, dim, ops, dtype, device)
 
 
+_MIXERS: dict[type[Gqa | Mla], type[GqaAttention | MlaAttention]] = {
+    Gqa: GqaAttention,
+    Mla: MlaAttention,
+}
+
+
 class PreNormBlock:
     """Computes a Layer. A block adds to the residual stream in place."""
 
@@ -68,7 +76,10 @@ class PreNormBlock:
         """`group`: the cache group of the layer."""
         self._ops = ops
         self._reduce = reduce
-        self._mixer = GqaAttention(arch.mixer, group, model.dim, model.eps, ops, dtype, device)
+        make_mixer: Any = _MIXERS[type(arch.mixer)]
+        self.mixer: GqaAttention | MlaAttention = make_mixer(
+            arch.mixer, group, model.dim, model.eps, ops, dtype, device
+        )
         self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
@@ -90,14 +101,14 @@ class PreNormBlock:
         x, norm = stream.input_for(self.first_norm)
         second = self._norms["post_attention_layernorm"]
         stream = self._reduce(
-            total, lambda into: self._mixer(x, norm, context, cache, logit_tokens, into), second
+            total, lambda into: self.mixer(x, norm, context, cache, logit_tokens, into), second
         )
         y, ffn_norm = stream.input_for(second)
         return self._reduce(stream.total, lambda into: self._ffn(y, ffn_norm, into), self.next_norm)
 
     def weights(self) -> dict[str, Tensor]:
         gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
-        return gains | self._mixer.weights() | self._ffn.weights()
+        return gains | self.mixer.weights() | self._ffn.weights()
 
 
 class SandwichBlock(PreNormBlock):
@@ -115,7 +126,7 @@ class SandwichBlock(PreNormBlock):
         norms = self._norms
         x = stream.total
         total = x if logit_tokens is None else x[logit_tokens.index]
-        x = self._reduce.sum(self._mixer(x, self.first_norm, context, cache, logit_tokens))
+        x = self._reduce.sum(self.mixer(x, self.first_norm, context, cache, logit_tokens))
         total = self._ops.rms_norm(x, *norms["post_self_attn_layernorm"], add_to=total)
         x = self._reduce.sum(self._ffn(total, norms["post_attention_layernorm"]))
         return Residual(self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total))
@@ -186,8 +197,8 @@ class Decoder:
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
         # The first of the layers that share a plan.
         self._planned: dict[PlanKey, int] = {}
-        for i, (layer, group) in enumerate(zip(self.layers, self._group_of, strict=True)):
-            self._planned.setdefault((group, layer.mixer.attention), i)
+        for i, block in enumerate(self._blocks):
+            self._planned.setdefault(block.mixer.plan_key, i)
 
     @property
     def _embedding(self) -> Tensor:
@@ -200,7 +211,7 @@ class Decoder:
     def new_cache(
         self, num_pages: int, page_size: int, dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """One uninitialised [num_pages, 2, page_size, kv_heads, head_dim] per layer (0: K, 1: V).
+        """An uninitialised tensor [num_pages, *mixer.cache_shape(page_size)] per layer.
 
         `dtype`: the model's dtype (default) or float8_e4m3fn. The n-th layers of all groups have
         the same memory, because a page belongs to one group at a time.
@@ -212,7 +223,7 @@ class Decoder:
             for buffer in dict.fromkeys(self._buffers())
         }
         return [
-            memory[buffer].view(num_pages, 2, page_size, mixer.kv_heads, mixer.head_dim)
+            memory[buffer].view(num_pages, *mixer.cache_shape(page_size))
             for buffer, mixer in zip(
                 self._buffers(), (layer.mixer for layer in self.layers), strict=True
             )
@@ -228,7 +239,7 @@ class Decoder:
         counts: Counter[tuple[int, int]] = Counter()
         buffers = []
         for layer, group in zip(self.layers, self._group_of, strict=True):
-            width = layer.mixer.kv_elements_per_token()
+            width = prod(layer.mixer.cache_shape(1))
             buffers.append(_Buffer(counts[group, width], width))
             counts[group, width] += 1
         return buffers
@@ -236,7 +247,11 @@ class Decoder:
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
         """Compile the kernels for attention over such a cache, unless they are compiled already."""
         cache = self.new_cache(1, page_size, dtype)
-        kinds = [(cache[i], shape.heads, shape.window) for (_, shape), i in self._planned.items()]
+        kinds = [
+            (cache[i], shape.heads, shape.window)
+            for (_, shape), i in self._planned.items()
+            if isinstance(shape, AttentionShape)  # latent attention has kernels of our own
+        ]
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
@@ -248,21 +263,20 @@ class Decoder:
         `x`: on stages after the first, the previous stage's output, [tokens, dim]; it is
         overwritten.
         """
-        plans = {key: self._plan(batch, cache[i], key) for key, i in self._planned.items()}
+        plans = {key: self._plan(batch, cache, i) for key, i in self._planned.items()}
         context = ForwardContext(plans, self._rotary_inputs(batch))
         stream = Residual(self._embed(batch.tokens) if x is None else x)
         for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
             stream = block(stream, context, layer_cache)
-        logit_tokens = self._logit_tokens(batch, cache[-1]) if self.is_last else None
+        logit_tokens = self._logit_tokens(batch, cache) if self.is_last else None
         total = self._blocks[-1](stream, context, cache[-1], logit_tokens).total
         if logit_tokens or batch.logit_index is None or not self.is_last:
             return total
         return total[batch.logit_index]
 
-    def _plan(self, batch: Batch, cache: Tensor, key: PlanKey) -> AttentionPlan:
-        group, shape = key
-        of_group = batch.of_group(group)
-        return self._planner.plan(of_group, cache, shape.heads, shape.window, group)
+    def _plan(self, batch: Batch, cache: list[Tensor], layer: int) -> AttentionPlan:
+        of_group = batch.of_group(self._group_of[layer])
+        return self._blocks[layer].mixer.plan(self._planner, of_group, cache[layer])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table = self._embedding
@@ -272,7 +286,7 @@ class Decoder:
         here = (at >= 0) & (at < len(table))
         return self._ranks.sum(F.embedding(at * here, table) * here[:, None])
 
-    def _logit_tokens(self, batch: Batch, cache: Tensor) -> LogitTokens | None:
+    def _logit_tokens(self, batch: Batch, cache: list[Tensor]) -> LogitTokens | None:
         """The tokens whose logits are needed, if each is the last token of its row; else None.
 
         Attention treats such a token as a decode row.
@@ -292,8 +306,8 @@ class Decoder:
             query_lens=[1] * len(rows_cpu),
             num_decode=len(rows_cpu),
         )
-        key = (self._group_of[-1], self.layers[-1].mixer.attention)
-        return LogitTokens(index, {key: self._plan(ends, cache, key)})
+        key = self._blocks[-1].mixer.plan_key
+        return LogitTokens(index, {key: self._plan(ends, cache, len(self.layers) - 1)})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """This rank's share of the logits, [n, vocab / ranks] in the model's dtype.

@@ -14,6 +14,7 @@ from gllm_engine.ops.batch import Batch, HostInts, TensorGroup
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionPlan,
+    AttentionPlanner,
     Norm,
     Ops,
     PlainSampling,
@@ -23,6 +24,7 @@ from gllm_engine.ops.protocol import (
 __all__ = [
     "AttentionInputs",
     "AttentionPlan",
+    "AttentionPlanner",
     "Batch",
     "HostInts",
     "Norm",

@@ -205,6 +205,43 @@ class Ops(Protocol):
         """
         ...
 
+    def store_latent(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        norm: Norm,
+        w_uk: Tensor,
+        rotary: RotaryInputs,
+        interleaved: bool,
+        cache: Tensor,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """Norm and rotate the latents of multi-head latent attention, and store them in the cache.
+
+        q: [tokens, heads, nope_dim + rope_dim]; latent: [tokens, rank + rope_dim], the last
+        channels are the key to rotate; norm: of the first `rank` channels. w_uk: [heads, nope_dim,
+        rank]. cache: [num_pages, 1, page_size, 1, rank + rope_dim]. Returns the queries for the
+        latents, [tokens, heads, rank + rope_dim]: w_uk applied to the first channels, and the
+        others rotated.
+        """
+        ...
+
+    def attend_latent(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        plan: AttentionPlan,
+        rank: int,
+        scale: float,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """softmax(scale * q latent') latent[:rank] over each row's pages: [tokens, heads, rank].
+
+        q: from store_latent. `tokens`: [n] int64, the indices of the input tokens that the plan
+        covers; None: all tokens.
+        """
+        ...
+
     def make_planner(self, device: torch.device, dtype: torch.dtype) -> AttentionPlanner:
         """A planner for queries of `dtype`."""
         ...

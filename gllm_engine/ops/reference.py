@@ -220,24 +220,25 @@ def plan_attention(
     batch: Batch, cache: Tensor, window: int | None, dtype: torch.dtype | None = None
 ) -> ReferencePlan:
     """As AttentionPlanner.plan. `dtype`: of the queries; None: the dtype of the cache."""
-    page_size = cache.shape[2]
+    num_planes, page_size = cache.shape[1:3]
     kv_width = cache.shape[3] * cache.shape[4]
     lens = batch.context_lens_cpu.tolist()
     num_pages = -(-max(lens) // page_size)
     table = batch.page_table[:, :num_pages].index_select(0, batch.slots)
-    key = batch.cache_index // page_size * page_size + batch.cache_index  # page * 2 * page_size + o
-    write = torch.stack((key, key + page_size), 1).flatten()
+    page = batch.cache_index // page_size
+    key = page * (num_planes - 1) * page_size + batch.cache_index
+    write = torch.stack([key + plane * page_size for plane in range(num_planes)], 1).flatten()
     spans = [min(n, window or n) for n in lens[: batch.num_decode]]
     padded = [
         _plan_padded(batch, table, rows, spans[rows[0]], cache, window, dtype)
-        for rows in _group_rows(spans, _GATHER_NUMBERS // (2 * kv_width))
+        for rows in _group_rows(spans, _GATHER_NUMBERS // (num_planes * kv_width))
     ]
     chunks = []
     first = batch.num_decode
     for row in range(batch.num_decode, len(batch.query_lens)):
         num = batch.query_lens[row]
         pages = table[row : row + 1]
-        chunks.append(_plan_chunk(pages, first, num, lens[row], page_size, window))
+        chunks.append(_plan_chunk(pages, first, num, lens[row], cache.shape, window))
         first += num
     return ReferencePlan(write, padded, chunks)
 
@@ -257,10 +258,15 @@ def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
         yield group
 
 
-def _gather_index(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """[2 * n * len] rows of the flat cache, K before V, of positions [n, len] in pages [n, _]."""
-    key = pages.gather(1, positions // page_size) * (2 * page_size) + positions % page_size
-    return torch.stack((key, key + page_size)).flatten()
+def _gather_index(pages: Tensor, positions: Tensor, cache_shape: torch.Size) -> Tensor:
+    """[planes * n * len] rows of the flat cache, K before V, of positions [n, len] in pages [n, _].
+
+    A cache of latents has one plane.
+    """
+    num_planes, page_size = cache_shape[1:3]
+    page = pages.gather(1, positions // page_size)
+    key = page * (num_planes * page_size) + positions % page_size
+    return torch.stack([key + plane * page_size for plane in range(num_planes)]).flatten()
 
 
 def _plan_padded(
@@ -278,16 +284,16 @@ def _plan_padded(
     positions = start + torch.arange(span, device=rows.device)
     mask = cache.new_zeros(positions.shape, dtype=dtype)
     mask.masked_fill_(positions >= lens, float("-inf"))
-    gather = _gather_index(table[rows], positions.minimum(lens - 1), cache.shape[2])
+    gather = _gather_index(table[rows], positions.minimum(lens - 1), cache.shape)
     return _Padded(rows, gather, mask[:, None, None])
 
 
 def _plan_chunk(
-    pages: Tensor, first: int, num: int, context: int, page_size: int, window: int | None
+    pages: Tensor, first: int, num: int, context: int, cache_shape: torch.Size, window: int | None
 ) -> _Chunk:
     start = max(0, context - num - window + 1) if window else 0
     keys = torch.arange(start, context, device=pages.device)
-    gather = _gather_index(pages, keys[None], page_size)
+    gather = _gather_index(pages, keys[None], cache_shape)
     if context == num and (window is None or window >= num):
         return _Chunk(slice(first, first + num), gather, None)
     ahead = keys[context - num - start :, None] - keys  # [num, len] positions from key to query
@@ -298,7 +304,7 @@ def _plan_chunk(
 
 
 def write_kv(cache: Tensor, kv: Tensor, plan: ReferencePlan) -> None:
-    """Store kv [tokens, 2, kv_heads, head_dim] (0: K, 1: V) at the rows plan.write."""
+    """Store kv [tokens, planes, kv_heads, head_dim] (0: K, 1: V) at the rows plan.write."""
     if kv.dtype != cache.dtype:  # float8_e4m3fn has no infinity: 448 is its largest number
         limit = torch.finfo(cache.dtype).max
         kv = kv.clamp(-limit, limit).to(cache.dtype)
@@ -341,6 +347,66 @@ def attend(
         )
         out[chunk.tokens] = o[0].transpose(0, 1)
     return out.flatten(1)
+
+
+def store_latent(
+    q: Tensor,
+    latent: Tensor,
+    norm: Norm,
+    w_uk: Tensor,
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.store_latent."""
+    assert isinstance(plan, ReferencePlan)
+    nope_dim, rank = w_uk.shape[1:]
+    compressed = rms_norm(latent[:, :rank], *norm)
+    key = latent[:, None, rank:].clone()
+    q_nope, q_rope = q.split((nope_dim, q.shape[2] - nope_dim), 2)
+    q_rope = q_rope.clone()
+    cos, sin = rotary
+    rotate(key, cos, sin, interleaved)
+    rotate(q_rope, cos, sin, interleaved)
+    write_kv(cache, torch.cat((compressed[:, None], key), 2)[:, None], plan)
+    return torch.cat((torch.einsum("thn,hnk->thk", q_nope, w_uk), q_rope), 2)
+
+
+def attend_latent(
+    q: Tensor,
+    cache: Tensor,
+    plan: AttentionPlan,
+    rank: int,
+    scale: float,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """See Ops.attend_latent."""
+    assert isinstance(plan, ReferencePlan)
+    q = q if tokens is None else q[tokens]
+    width = cache.shape[4]
+    flat = cache.flatten(0, 3)
+    out = q.new_empty(*q.shape[:2], rank)
+    for part in plan.padded:
+        keys = _read(flat, part.gather, q.dtype).view(len(part.rows), 1, -1, width)
+        rows = q[part.rows][:, None]  # heads take the place of query positions
+        o = F.scaled_dot_product_attention(
+            rows, keys, keys[..., :rank], attn_mask=part.mask, scale=scale
+        )
+        out[part.rows] = o[:, 0]
+    for chunk in plan.chunks:
+        keys = _read(flat, chunk.gather, q.dtype).view(1, 1, -1, width)
+        o = F.scaled_dot_product_attention(
+            q[None, chunk.tokens].transpose(1, 2),
+            keys,
+            keys[..., :rank],
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            enable_gqa=True,
+            scale=scale,
+        )
+        out[chunk.tokens] = o[0].transpose(0, 1)
+    return out
 
 
 def prepare_inputs(

@@ -75,7 +75,7 @@ def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
     """Bytes that a decode step of all sequences needs and the trial step does not: the logits of
     the CUDA graphs, and the float32 partials of split-KV attention.
     """
-    widest = max(layer.mixer.heads * layer.mixer.head_dim for layer in decoder.layers)
+    widest = max(layer.mixer.attended_width for layer in decoder.layers)
     return config.max_num_seqs * (decoder.arch.vocab * decoder.dtype.itemsize + 4 * widest)
 
 

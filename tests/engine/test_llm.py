@@ -21,6 +21,7 @@ FAMILIES = [
     "MistralForCausalLM",
     "Qwen3ForCausalLM",
     "Glm4ForCausalLM",
+    "DeepseekV3ForCausalLM",
     SOME_WINDOWS,
 ]
 OVER = {
