@@ -81,7 +81,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 24,
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
+        "qk_rope_head_dim": 16,
         "v_head_dim": 12,
         "first_k_dense_replace": 2,
     },

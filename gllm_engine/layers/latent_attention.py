@@ -32,7 +32,6 @@ class MlaAttention:
         """`group`: the cache group of the layer."""
         del eps  # the norms of latents have their own
         self._arch = arch
-        self._group = group
         self.plan_key = (group, arch.attention)
         self._ops = ops
         shapes = arch.weights(dim)
@@ -49,7 +48,7 @@ class MlaAttention:
 
     def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
-        return planner.plan(batch, cache, self._arch.heads, None, self._group)
+        return planner.plan_latent(batch, cache, self._arch.heads)
 
     def __call__(
         self,
@@ -89,9 +88,7 @@ class MlaAttention:
         if plan is None:
             attended = x.new_empty(0, arch.heads, arch.kv_rank)
         else:
-            attended = self._ops.attend_latent(
-                queries, cache, plan, arch.kv_rank, arch.scale, tokens
-            )
+            attended = self._ops.attend_latent(queries, cache, plan, arch.scale, tokens)
         values = torch.einsum("thk,hvk->thv", attended, w_uv).flatten(1)
         return self._out(values) if total is None else self._out.add_to(total, values)
 

@@ -34,7 +34,13 @@ from torch import Tensor
 from gllm_engine.ops import reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
-from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, Norm, RotaryInputs
+from gllm_engine.ops.protocol import (
+    AttentionInputs,
+    AttentionPlan,
+    LatentQueries,
+    Norm,
+    RotaryInputs,
+)
 from gllm_engine.ops.triton import (
     gemv,
     is_single,
@@ -49,6 +55,7 @@ from gllm_engine.ops.triton.moe import route, sum_experts
 __all__ = [
     "add_linear",
     "attend",
+    "attend_latent",
     "compile_attention",
     "gated_linear",
     "linear",
@@ -61,6 +68,7 @@ __all__ = [
     "route",
     "sample_plain",
     "silu_mul",
+    "store_latent",
     "sum_experts",
 ]
 
@@ -93,6 +101,14 @@ class FlashInferPlan(AttentionPlan):
     chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     slow: reference.ReferencePlan | None = None
+
+
+@dataclass
+class LatentPlan(AttentionPlan):
+    """A plan of latent attention, for rows of all kinds."""
+
+    cache_index: Tensor  # [tokens] cache place of each latent
+    splits: triton.KvSplits
 
 
 def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
@@ -191,6 +207,38 @@ def attend(
         k, v = inputs.kv[f:].chunk(2, 1)
         plan.fresh.run(q[f:], k, v, out=out[f:])
     return out.flatten(1)
+
+
+def store_latent(
+    q: Tensor,
+    latent: Tensor,
+    norm: Norm,
+    w_uk: Tensor,
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> LatentQueries:
+    """See Ops.store_latent."""
+    assert isinstance(plan, LatentPlan)
+    cos, sin, positions = rotary
+    return triton.store_latent(
+        q, latent, norm, w_uk, (cos, sin), positions, interleaved, cache, plan.cache_index
+    )
+
+
+def attend_latent(
+    queries: LatentQueries,
+    cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """See Ops.attend_latent."""
+    assert isinstance(plan, LatentPlan)
+    if tokens is not None:
+        queries = LatentQueries(queries.latent[tokens], queries.rope[tokens])
+    return triton.attend_latent(queries, cache, plan.splits, scale)
 
 
 def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
@@ -294,6 +342,24 @@ class FlashInferPlanner:
             starts = _starts(batch.query_lens[first:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
+
+    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> LatentPlan:
+        """See AttentionPlanner.plan_latent. Every token is a row, so nothing is read on the host
+        but the lengths of chunks.
+        """
+        del cache
+        slots = batch.slots
+        n = batch.num_decode
+        if len(batch.query_lens) > n:
+            lens = torch.tensor(batch.query_lens, pin_memory=True)
+            lens = lens.to(self._device, non_blocking=True)
+            num_tokens = len(batch.tokens)
+            slots = slots.repeat_interleave(lens, output_size=num_tokens)
+        lens = batch.context_lens if len(batch.query_lens) == n else batch.positions + 1
+        blocks = triton.head_blocks(num_heads)
+        return LatentPlan(
+            batch.cache_index, triton.split_kv(batch.page_table, slots, lens, blocks, None)
+        )
 
     def _plan_chunks(
         self, batch: Batch, rows: slice, cache: Tensor, shape: dict[str, Any], group: int

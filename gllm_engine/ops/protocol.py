@@ -48,6 +48,13 @@ class PlainSampling(NamedTuple):
     last_tokens: Tensor  # [slots] int64; receives the sampled tokens
 
 
+class LatentQueries(NamedTuple):
+    """Queries of latent attention: for the latents and for the rotated keys."""
+
+    latent: Tensor  # [tokens, heads, rank], of any strides
+    rope: Tensor  # [tokens, heads, rope_dim]
+
+
 class AttentionPlanner(Protocol):
     """Plans the attention of one step after another; may keep memory between steps.
 
@@ -65,6 +72,12 @@ class AttentionPlanner(Protocol):
         `cache`: of any such layer, [num_pages, 2, page_size, kv_heads, head_dim]; only its shape
         and dtype are used. `num_heads`: query heads. `window`: a token attends to itself and to the
         window - 1 tokens before it; None: to all tokens before it.
+        """
+        ...
+
+    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> AttentionPlan:
+        """As plan, for latent attention: `cache` is [num_pages, 1, page_size, 1, width]. The plan
+        stays valid.
         """
         ...
 
@@ -215,29 +228,27 @@ class Ops(Protocol):
         interleaved: bool,
         cache: Tensor,
         plan: AttentionPlan,
-    ) -> Tensor:
+    ) -> LatentQueries:
         """Norm and rotate the latents of multi-head latent attention, and store them in the cache.
 
         q: [tokens, heads, nope_dim + rope_dim]; latent: [tokens, rank + rope_dim], the last
         channels are the key to rotate; norm: of the first `rank` channels. w_uk: [heads, nope_dim,
-        rank]. cache: [num_pages, 1, page_size, 1, rank + rope_dim]. Returns the queries for the
-        latents, [tokens, heads, rank + rope_dim]: w_uk applied to the first channels, and the
-        others rotated.
+        rank]. cache: [num_pages, 1, page_size, 1, rank + rope_dim]. Returns w_uk applied to the
+        first channels of q, and the others rotated.
         """
         ...
 
     def attend_latent(
         self,
-        q: Tensor,
+        queries: LatentQueries,
         cache: Tensor,
         plan: AttentionPlan,
-        rank: int,
         scale: float,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """softmax(scale * q latent') latent[:rank] over each row's pages: [tokens, heads, rank].
+        """softmax(scale * q latent') latent over each row's pages: [tokens, heads, rank].
 
-        q: from store_latent. `tokens`: [n] int64, the indices of the input tokens that the plan
+        `tokens`: [n] int64, the indices of the input tokens that the plan
         covers; None: all tokens.
         """
         ...

@@ -24,6 +24,7 @@ from gllm_engine.ops.batch import Batch, TensorGroup
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionPlan,
+    LatentQueries,
     Norm,
     PlainSampling,
     RotaryInputs,
@@ -205,6 +206,11 @@ class ReferencePlanner:
         del num_heads, group
         return plan_attention(batch, cache, window, self._dtype)
 
+    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> ReferencePlan:
+        """See AttentionPlanner.plan_latent."""
+        del num_heads
+        return plan_attention(batch, cache, None, self._dtype)
+
 
 def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
     """See Ops.make_planner."""
@@ -358,7 +364,7 @@ def store_latent(
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
-) -> Tensor:
+) -> LatentQueries:
     """See Ops.store_latent."""
     assert isinstance(plan, ReferencePlan)
     nope_dim, rank = w_uk.shape[1:]
@@ -370,20 +376,21 @@ def store_latent(
     rotate(key, cos, sin, interleaved)
     rotate(q_rope, cos, sin, interleaved)
     write_kv(cache, torch.cat((compressed[:, None], key), 2)[:, None], plan)
-    return torch.cat((torch.einsum("thn,hnk->thk", q_nope, w_uk), q_rope), 2)
+    return LatentQueries(torch.einsum("thn,hnk->thk", q_nope, w_uk), q_rope)
 
 
 def attend_latent(
-    q: Tensor,
+    queries: LatentQueries,
     cache: Tensor,
     plan: AttentionPlan,
-    rank: int,
     scale: float,
     tokens: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent."""
     assert isinstance(plan, ReferencePlan)
+    q = torch.cat(queries, 2)
     q = q if tokens is None else q[tokens]
+    rank = queries.latent.shape[2]
     width = cache.shape[4]
     flat = cache.flatten(0, 3)
     out = q.new_empty(*q.shape[:2], rank)

@@ -35,6 +35,13 @@ CHATGLM = [
     "transformer.encoder.final_layernorm.weight",
     "transformer.output_layer.weight",
 ]
+LATENT_ATTENTION = [
+    f"{LAYER}self_attn.{part}.weight"
+    for part in (
+        *("q_a_proj", "q_a_layernorm", "q_b_proj"),
+        *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
+    )
+]
 EXPECTED = {
     "LlamaForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "MistralForCausalLM": ENDS + NORMS + ATTENTION + MLP,
@@ -58,6 +65,7 @@ EXPECTED = {
     + BIASES
     + GLM_MLP
     + [f"{LAYER}post_self_attn_layernorm.weight", f"{LAYER}post_mlp_layernorm.weight"],
+    "DeepseekV3ForCausalLM": ENDS + NORMS + LATENT_ATTENTION + MLP,
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,
 }

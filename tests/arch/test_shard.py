@@ -31,7 +31,10 @@ CASES = [
     *((family, over, False) for family, over in BIASED),
 ]
 # Every rank has these whole: what they work on is the same on all.
-EVERYWHERE = ("norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+EVERYWHERE = (
+    *("norm.weight", "mlp.gate.weight", "shared_expert_gate.weight"),
+    *("q_a_proj.weight", "kv_a_proj_with_mqa.weight"),
+)
 SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
 
 
