@@ -134,9 +134,10 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """Scheduler -> runner: one step, as a change of the state that the runner keeps for each slot.
 
     The runner first copies the states of slots to `snapshots`. Then it applies `new` (which empties
-    the slot's page tables, sets its length to 0 and its state to a snapshot), then `new_pages`. The rows of the batch are `decode_slots`, then `chunks`. A decode row computes
-    the token that the runner sampled last for its slot, which the host may not know yet. The
-    token's position is the slot's length. Each row then adds its token count to that length.
+    the slot's page tables, sets its length to 0 and its state to a snapshot), then `new_pages`. The
+    rows of the batch are `decode_slots`, then `chunks`. A decode row computes the token that the
+    runner sampled last for its slot, which the host may not know yet. The token's position is the
+    slot's length. Each row then adds its token count to that length.
     """
 
     step: int

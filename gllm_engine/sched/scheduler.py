@@ -114,9 +114,6 @@ class Scheduler:
         if num_snapshots is not None and config.enable_prefix_caching:
             self._snapshots = PagePool(num_snapshots, config.page_size)
             self._pools.append(self._snapshots)
-        self._held: list[
-            int
-        ] = []  # snapshots that the last plan writes or reads, and may not write again
         self._num_whole = sum(g.window is None and g.pool is self._pool for g in self._groups)
         self._page_size = config.page_size
         self._capacity = capacity(self._groups, max_model_len)  # tokens
@@ -254,9 +251,6 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step's plan; None if no step is possible before a commit or an add."""
         draft = _Draft()
-        if self._snapshots is not None:
-            self._snapshots.give_back(self._held)
-            self._held = []
         preemptions = self._preemptions
         budget = self._policy(self._load())
         self._plan_decodes(draft, budget)
@@ -462,6 +456,9 @@ class Scheduler:
     def _restore(self, sequence: Sequence, num_cached: int) -> int:
         """The snapshot after `num_cached` pages. Also decides where its prompt's state is copied.
 
+        A plan takes snapshots for copies before it restores any, and runs in the same order: what
+        it restores, it does not overwrite.
+
         That is at the last full page, for a longer prompt with the same beginning; and where the
         cached pages end, if they go beyond the snapshot, for another prompt that branches off.
         """
@@ -476,7 +473,7 @@ class Scheduler:
         if snapshot is None:
             return NO_SNAPSHOT
         self._snapshots.share([snapshot])
-        self._held.append(snapshot)
+        self._snapshots.give_back([snapshot])  # now it is the last to be evicted
         return snapshot
 
     def _snap(self, draft: _Draft, sequence: Sequence) -> None:
@@ -485,7 +482,8 @@ class Scheduler:
         if snapshot != NO_SNAPSHOT:
             num_pages = sequence.planned // self._page_size
             sequence.pages.publish_snapshot(snapshot, sequence.tokens, num_pages)
-            self._held.append(snapshot)
+            if self._snapshots is not None:
+                self._snapshots.give_back([snapshot])
 
     def _roll(self, draft: _Draft, sequence: Sequence) -> None:
         """Copy the state of a decoding sequence that has just filled a page."""
@@ -680,14 +678,11 @@ class Scheduler:
         """Raise IntegrityError if the bookkeeping contradicts itself; the message says how."""
         running = [*self._prefilling, *self._decoding]
         live = [*self._waiting, *running]
-        for pool in self._pools:
-            if pool is not self._snapshots:
-                pool.check_integrity(
-                    p.ids for s in live for p in s.pages.groups if p.group.pool is pool
-                )
+        parts = [part for sequence in live for part in sequence.pages.groups]
+        for pool in {group.pool for group in self._groups}:
+            pool.check_integrity(part.ids for part in parts if part.group.pool is pool)
         if self._snapshots is not None:
-            rolling = [[s.rolling] for s in live if s.rolling != NO_SNAPSHOT]
-            self._snapshots.check_integrity([*rolling, *([one] for one in self._held)])
+            self._snapshots.check_integrity([s.rolling] for s in live if s.rolling != NO_SNAPSHOT)
         for queue in (self._waiting, self._prefilling, self._decoding):
             if any(sequence.queue is not queue for sequence in queue):
                 raise IntegrityError("A sequence is in a queue it does not know of.")

@@ -295,6 +295,25 @@ def test_a_prefix_that_one_group_shortens_is_looked_up_again_in_the_others() -> 
     groups[0].pool.check_integrity([])
 
 
+def test_a_prefix_with_a_snapshot_is_looked_up_again_in_groups_with_a_window() -> None:
+    tokens = list(range(20))
+    groups = make_groups(20, None, 5)
+    snapshots = PagePool(2, PAGE)
+    begin(groups, tokens, 20).release()
+
+    def find() -> int:
+        return Pages(groups, "", snapshots).find_cached([*tokens, 0])
+
+    assert find() == 0
+    for num_pages, snapshot in zip((2, 4), snapshots.take(2), strict=True):
+        Pages(groups, "", snapshots).publish_snapshot(snapshot, tokens, num_pages)
+    assert find() == 4
+    lose(groups[1], tokens, 3)  # K and V serve 5 pages, but not 4
+    assert find() == 2
+    lose(groups[1], tokens, 1)
+    assert find() == 0
+
+
 def test_groups_do_not_find_pages_of_each_other() -> None:
     groups = make_groups(10, 9, 9)
     tokens = list(range(8))
