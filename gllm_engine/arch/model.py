@@ -133,6 +133,65 @@ class Mla:
 
 
 @dataclass(frozen=True)
+class RecurrentShape:
+    """The parameters of a plan for layers that keep a state per sequence: there are none."""
+
+
+@dataclass(frozen=True)
+class GatedDelta:
+    """Linear attention with the gated delta rule (Yang et al., arXiv 2412.06464).
+
+    A sequence has a matrix S [k_dim, v_dim] for each value head, in place of K and V per token. For
+    each token, with g and b between 0 and 1:
+
+        S = g S;   S = S + k (b (v - S' k))';   o = S' q
+
+    Before that, q, k and v go through a causal convolution over `conv` tokens. v_heads // k_heads
+    value heads share a query and a key.
+    """
+
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    conv: int
+    window: int | None = None  # always None: the state depends on all tokens
+
+    def weights(self, dim: int) -> Shapes:
+        k = self.k_heads * self.k_dim
+        v = self.v_heads * self.v_dim
+        shapes: Shapes = {}
+        for name, width in (("q", k), ("k", k), ("v", v), ("z", v)):
+            shapes[f"linear_attn.in_proj_{name}.weight"] = (width, dim)
+        for name in ("b", "a"):
+            shapes[f"linear_attn.in_proj_{name}.weight"] = (self.v_heads, dim)
+        for name, width in (("q", k), ("k", k), ("v", v)):
+            shapes[f"linear_attn.conv_{name}.weight"] = (width, 1, self.conv)
+        shapes["linear_attn.A_log"] = (self.v_heads,)
+        shapes["linear_attn.dt_bias"] = (self.v_heads,)
+        shapes["linear_attn.norm.weight"] = (self.v_dim,)
+        shapes["linear_attn.out_proj.weight"] = (dim, v)
+        return shapes
+
+    @property
+    def attention(self) -> RecurrentShape:
+        return RecurrentShape()
+
+    @property
+    def conv_width(self) -> int:
+        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+
+    def cache_shape(self, page_size: int) -> tuple[int, ...]:
+        """Nothing is kept per token."""
+        del page_size
+        return (0,)
+
+    @property
+    def attended_width(self) -> int:
+        return self.v_heads * self.v_dim
+
+
+@dataclass(frozen=True)
 class Dense:
     """down(silu(gate(x)) * up(x))."""
 
@@ -189,7 +248,7 @@ def within(part: str, weights: dict[str, T]) -> dict[str, T]:
 class Layer:
     """x += mixer(norm(x)); x += ffn(norm(x))."""
 
-    mixer: Gqa | Mla
+    mixer: Gqa | Mla | GatedDelta
     ffn: Dense | Moe
 
     def weights(self, dim: int) -> Shapes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.gated_delta import GatedDeltaAttention
 from gllm_engine.layers.latent_attention import MlaAttention
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.residual import Residual, ResidualReducer
@@ -17,6 +18,7 @@ from gllm_engine.layers.rope import RopeTable
 __all__ = [
     "DenseFfn",
     "ForwardContext",
+    "GatedDeltaAttention",
     "GqaAttention",
     "LogitTokens",
     "MlaAttention",

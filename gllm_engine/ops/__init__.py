@@ -19,6 +19,7 @@ from gllm_engine.ops.protocol import (
     Norm,
     Ops,
     PlainSampling,
+    RecurrentState,
     RotaryInputs,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "Norm",
     "Ops",
     "PlainSampling",
+    "RecurrentState",
     "RotaryInputs",
     "TensorGroup",
     "best_device",

@@ -48,6 +48,13 @@ class PlainSampling(NamedTuple):
     last_tokens: Tensor  # [slots] int64; receives the sampled tokens
 
 
+class RecurrentState(NamedTuple):
+    """The states of one layer with the gated delta rule. Rows are slots, then snapshots."""
+
+    conv: Tensor  # [rows, width, conv - 1] the last inputs of the convolution
+    matrix: Tensor  # [rows, v_heads, k_dim, v_dim] float32
+
+
 class LatentQueries(NamedTuple):
     """Queries of latent attention: for the latents and for the rotated keys."""
 
@@ -73,6 +80,10 @@ class AttentionPlanner(Protocol):
         and dtype are used. `num_heads`: query heads. `window`: a token attends to itself and to the
         window - 1 tokens before it; None: to all tokens before it.
         """
+        ...
+
+    def plan_recurrent(self, batch: Batch) -> AttentionPlan:
+        """Plan a step of layers that keep a state per sequence. The plan stays valid."""
         ...
 
     def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> AttentionPlan:
@@ -251,6 +262,30 @@ class Ops(Protocol):
         `tokens`: [n] int64, the indices of the input tokens that the plan
         covers; None: all tokens.
         """
+        ...
+
+    def gated_delta(
+        self,
+        qkv: Tensor,
+        b: Tensor,
+        a: Tensor,
+        conv: Tensor,
+        a_log: Tensor,
+        dt_bias: Tensor,
+        state: RecurrentState,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """The gated delta rule over each row's tokens, from its slot's state on, which is updated:
+        [tokens, v_heads, v_dim].
+
+        qkv: [tokens, width]: q and k of all key heads, then v of all value heads. b, a: [tokens,
+        v_heads] before their activations. conv: [width, conv]. a_log, dt_bias: [v_heads] float32.
+        q and k are divided by their norms after the convolution and silu.
+        """
+        ...
+
+    def gated_norm(self, x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:
+        """rms_norm(x, gain, eps) * silu(gate), of [tokens, heads, head_dim]."""
         ...
 
     def make_planner(self, device: torch.device, dtype: torch.dtype) -> AttentionPlanner:

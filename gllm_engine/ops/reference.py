@@ -27,6 +27,7 @@ from gllm_engine.ops.protocol import (
     LatentQueries,
     Norm,
     PlainSampling,
+    RecurrentState,
     RotaryInputs,
 )
 
@@ -191,6 +192,15 @@ class ReferencePlan(AttentionPlan):
     chunks: list[_Chunk]
 
 
+@dataclass(frozen=True)
+class RowPlan(AttentionPlan):
+    """The rows of a batch: decode rows, then chunks."""
+
+    slots: Tensor  # [rows]
+    query_lens: list[int]
+    num_decode: int
+
+
 class ReferencePlanner:
     """An AttentionPlanner without memory between steps."""
 
@@ -205,6 +215,10 @@ class ReferencePlanner:
         """See AttentionPlanner.plan."""
         del num_heads, group
         return plan_attention(batch, cache, window, self._dtype)
+
+    def plan_recurrent(self, batch: Batch) -> RowPlan:
+        """See AttentionPlanner.plan_recurrent."""
+        return RowPlan(batch.slots, batch.query_lens, batch.num_decode)
 
     def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> ReferencePlan:
         """See AttentionPlanner.plan_latent."""
@@ -353,6 +367,63 @@ def attend(
         )
         out[chunk.tokens] = o[0].transpose(0, 1)
     return out.flatten(1)
+
+
+def gated_delta(
+    qkv: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: RecurrentState,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.gated_delta; token by token, all decode rows at once."""
+    assert isinstance(plan, RowPlan)
+    _, v_heads, k_dim, v_dim = state.matrix.shape
+    k_heads = (qkv.shape[1] - v_heads * v_dim) // (2 * k_dim)
+    keep = (-a_log.exp() * F.softplus(a.float() + dt_bias)).exp()
+    write = b.float().sigmoid()
+    out = qkv.new_empty(len(qkv), v_heads, v_dim)
+    n = plan.num_decode
+    groups = [(plan.slots[:n], slice(0, n), 1)] if n else []
+    first = n
+    for slot, num in zip(plan.slots[n:], plan.query_lens[n:], strict=True):
+        groups.append((slot[None], slice(first, first + num), num))
+        first += num
+    for slots, tokens, num in groups:
+        x = qkv[tokens].view(len(slots), num, -1)
+        padded = torch.cat((state.conv[slots], x.transpose(1, 2)), 2)
+        state.conv[slots] = padded[:, :, num:]
+        mixed = F.silu(F.conv1d(padded, conv[:, None], groups=len(conv))).transpose(1, 2).float()
+        q, k, v = mixed.split((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), 2)
+        q, k = (_unit_heads(x, k_heads, v_heads) for x in (q, k))
+        v = v.unflatten(2, (v_heads, v_dim))
+        g = keep[tokens].view(len(slots), num, v_heads)
+        w = write[tokens].view(len(slots), num, v_heads)
+        matrix = state.matrix[slots]
+        found = torch.empty_like(v)
+        for i in range(num):
+            matrix = matrix * g[:, i, :, None, None]
+            error = v[:, i] - torch.einsum("nhkv,nhk->nhv", matrix, k[:, i])
+            matrix = matrix + torch.einsum("nhk,nhv->nhkv", k[:, i], error * w[:, i, :, None])
+            found[:, i] = torch.einsum("nhkv,nhk->nhv", matrix, q[:, i])
+        state.matrix[slots] = matrix
+        out[tokens] = (found * k_dim**-0.5).flatten(0, 1).to(out.dtype)
+    return out
+
+
+def _unit_heads(x: Tensor, heads: int, copies_to: int) -> Tensor:
+    """x [rows, tokens, heads * dim] as heads of length 1, each repeated: [.., copies_to, dim]."""
+    x = x.unflatten(2, (heads, -1))
+    x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return x.repeat_interleave(copies_to // heads, 2)
+
+
+def gated_norm(x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:
+    """See Ops.gated_norm."""
+    return (rms_norm(x, gain, eps).float() * F.silu(gate.float())).to(x.dtype)
 
 
 def store_latent(
