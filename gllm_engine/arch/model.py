@@ -57,6 +57,9 @@ class Gqa:
             shapes["self_attn.k_norm.weight"] = (self.head_dim,)
         return shapes
 
+    # What a sequence keeps besides pages; see GatedDelta.
+    state_shapes = ()
+
     @property
     def attention(self) -> AttentionShape:
         return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.window)
@@ -117,6 +120,8 @@ class Mla:
     @property
     def latent_width(self) -> int:
         return self.kv_rank + self.rope.dim
+
+    state_shapes = ()
 
     @property
     def attention(self) -> LatentShape:
@@ -185,6 +190,11 @@ class GatedDelta:
         """Nothing is kept per token."""
         del page_size
         return (0,)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one sequence: the matrices, and the convolution's last inputs."""
+        return (self.v_heads, self.k_dim, self.v_dim), (self.conv_width, self.conv - 1)
 
     @property
     def attended_width(self) -> int:
@@ -302,6 +312,11 @@ class Model:
             shapes |= {f"model.layers.{i}.{k}": v for k, v in layer.weights(self.dim).items()}
         shapes["model.norm.weight"] = (self.dim,)
         return shapes if self.tie else shapes | {"lm_head.weight": (self.vocab, self.dim)}
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether any layer keeps a state per sequence."""
+        return any(layer.mixer.state_shapes for layer in self.layers)
 
     def num_params(self) -> int:
         return sum(prod(shape) for shape in self.weights().values())

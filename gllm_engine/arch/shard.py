@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, Shapes
+from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe, Shapes
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ class Shard:
     def _layer(self, layer: Layer) -> Layer:
         return replace(layer, mixer=self._mixer(layer.mixer), ffn=self._ffn(layer.ffn))
 
-    def _mixer(self, mixer: Gqa | Mla) -> Gqa | Mla:
+    def _mixer(self, mixer: Gqa | Mla | GatedDelta) -> Gqa | Mla | GatedDelta:
+        if isinstance(mixer, GatedDelta):
+            k_heads = self._divide("linear_num_key_heads", mixer.k_heads)
+            v_heads = self._divide("linear_num_value_heads", mixer.v_heads)
+            return replace(mixer, k_heads=k_heads, v_heads=v_heads)
         heads = self._divide("num_attention_heads", mixer.heads)
         if isinstance(mixer, Mla):  # every rank has both latents whole
             return replace(mixer, heads=heads, out_bias=mixer.out_bias and not self.rank)

@@ -7,6 +7,7 @@ checkpoint and no scheduling; a Batch gives the tokens and their positions in th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -17,12 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.arch.cache import cache_groups
-from gllm_engine.arch.model import AttentionShape, Dense, Gqa, Layer, Mla, Model, Moe, SandwichLayer
+from gllm_engine.arch.model import (
+    AttentionShape,
+    Dense,
+    GatedDelta,
+    Gqa,
+    Layer,
+    Mla,
+    Model,
+    Moe,
+    SandwichLayer,
+)
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.layers import (
     DenseFfn,
     ForwardContext,
+    GatedDeltaAttention,
     GqaAttention,
     LogitTokens,
     MlaAttention,
@@ -38,6 +50,7 @@ from gllm_engine.ops import (
     Norm,
     Ops,
     PlainSampling,
+    RecurrentState,
     RotaryInputs,
     select_ops,
 )
@@ -52,10 +65,17 @@ def _make_ffn(
     return DenseFfn(arch, dim, ops, dtype, device)
 
 
-_MIXERS: dict[type[Gqa | Mla], type[GqaAttention | MlaAttention]] = {
+Mixer = GqaAttention | MlaAttention | GatedDeltaAttention
+_MIXERS: dict[type[Any], type[Mixer]] = {
     Gqa: GqaAttention,
     Mla: MlaAttention,
+    GatedDelta: GatedDeltaAttention,
 }
+# Of one layer: K and V or latents by pages, or the states of all slots.
+LayerCache = Tensor | RecurrentState
+_ALIGNMENT = 16  # bytes, of each part of a state
+# The group of layers that keep a state.
+_NO_GROUP = -1
 
 
 class PreNormBlock:
@@ -77,9 +97,7 @@ class PreNormBlock:
         self._ops = ops
         self._reduce = reduce
         make_mixer: Any = _MIXERS[type(arch.mixer)]
-        self.mixer: GqaAttention | MlaAttention = make_mixer(
-            arch.mixer, group, model.dim, model.eps, ops, dtype, device
-        )
+        self.mixer: Any = make_mixer(arch.mixer, group, model.dim, model.eps, ops, dtype, device)
         self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
@@ -93,7 +111,7 @@ class PreNormBlock:
         self,
         stream: Residual,
         context: ForwardContext,
-        cache: Tensor,
+        cache: LayerCache,
         logit_tokens: LogitTokens | None = None,
     ) -> Residual:
         """stream: [tokens, dim]. Returns it, or a new stream of the `logit_tokens` only."""
@@ -120,7 +138,7 @@ class SandwichBlock(PreNormBlock):
         self,
         stream: Residual,
         context: ForwardContext,
-        cache: Tensor,
+        cache: LayerCache,
         logit_tokens: LogitTokens | None = None,
     ) -> Residual:
         norms = self._norms
@@ -136,6 +154,40 @@ _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
     Layer: PreNormBlock,
     SandwichLayer: SandwichBlock,
 }
+
+
+class States:
+    """The states of all layers that keep one per sequence.
+
+    `flat`: [rows, bytes], so that one copy moves the state of a sequence. `layers`: index of the
+    layer -> its part of every row.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`dtype`: of the convolution's inputs."""
+        parts: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
+        for i, layer in enumerate(layers):
+            for kind, shape in zip((torch.float32, dtype), layer.mixer.state_shapes, strict=False):
+                parts.append((i, kind, shape))
+        sizes = [
+            -(-prod(shape) * kind.itemsize // _ALIGNMENT) * _ALIGNMENT for _, kind, shape in parts
+        ]
+        self.flat = torch.zeros(rows, sum(sizes), dtype=torch.uint8, device=device)
+        views: dict[int, list[Tensor]] = {}
+        for (i, kind, shape), columns in zip(parts, self.flat.split(sizes, 1), strict=True):
+            used = columns[:, : prod(shape) * kind.itemsize]
+            views.setdefault(i, []).append(used.view(kind).unflatten(1, shape))
+        self.layers = {i: RecurrentState(conv, matrix) for i, (matrix, conv) in views.items()}
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy rows to other rows."""
+        self.flat.index_copy_(0, targets, self.flat[sources])
+
+    def clear(self, rows: Tensor) -> None:
+        """Set rows to zero."""
+        self.flat.index_fill_(0, rows, 0)
 
 
 class _Buffer(NamedTuple):
@@ -178,7 +230,7 @@ class Decoder:
         self._planner = self.ops.make_planner(device, dtype)
         self.groups = cache_groups(arch, max_model_len)
         self._group_of = [
-            next(number for number, group in enumerate(self.groups) if i in group.layers)
+            next((n for n, group in enumerate(self.groups) if i in group.layers), _NO_GROUP)
             for i in range(self.shard.first, self.shard.end)
         ]
         reduce = ResidualReducer(self.ops, ranks, arch.dim, dtype)
@@ -193,7 +245,9 @@ class Decoder:
             for name, shape in self.shard.weights(arch).items()
             if not name.startswith("model.layers.")
         }
-        ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
+        ropes = dict.fromkeys(
+            layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, GatedDelta)
+        )
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
         # The first of the layers that share a plan.
         self._planned: dict[PlanKey, int] = {}
@@ -209,12 +263,17 @@ class Decoder:
         return self._embedding if self.arch.tie else self._outer_weights["lm_head.weight"]
 
     def new_cache(
-        self, num_pages: int, page_size: int, dtype: torch.dtype | None = None
-    ) -> list[Tensor]:
+        self,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype | None = None,
+        states: States | None = None,
+    ) -> list[LayerCache]:
         """An uninitialised tensor [num_pages, *mixer.cache_shape(page_size)] per layer.
 
         `dtype`: the model's dtype (default) or float8_e4m3fn. The n-th layers of all groups have
-        the same memory, because a page belongs to one group at a time.
+        the same memory, because a page belongs to one group at a time. `states`: from new_states,
+        for the layers that keep a state per sequence.
         """
         memory = {
             buffer: torch.empty(
@@ -222,12 +281,17 @@ class Decoder:
             )
             for buffer in dict.fromkeys(self._buffers())
         }
-        return [
-            memory[buffer].view(num_pages, *mixer.cache_shape(page_size))
-            for buffer, mixer in zip(
-                self._buffers(), (layer.mixer for layer in self.layers), strict=True
-            )
-        ]
+        cache: list[LayerCache] = []
+        for i, (buffer, layer) in enumerate(zip(self._buffers(), self.layers, strict=True)):
+            if states is not None and i in states.layers:
+                cache.append(states.layers[i])
+            else:
+                cache.append(memory[buffer].view(num_pages, *layer.mixer.cache_shape(page_size)))
+        return cache
+
+    def new_states(self, rows: int) -> States:
+        """The states of `rows` slots and snapshots, all zero."""
+        return States(self.layers, rows, self.dtype, self.device)
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of `page_size` tokens in a cache of `dtype`."""
@@ -254,7 +318,7 @@ class Decoder:
         ]
         self.ops.compile_attention(kinds, self.dtype)
 
-    def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: list[LayerCache], x: Tensor | None = None) -> Tensor:
         """Write the batch's K and V to the cache and return the residual stream after the layers.
 
         The last stage returns [n, dim] for the tokens at `batch.logit_index`; other stages return
@@ -274,8 +338,9 @@ class Decoder:
             return total
         return total[batch.logit_index]
 
-    def _plan(self, batch: Batch, cache: list[Tensor], layer: int) -> AttentionPlan:
-        of_group = batch.of_group(self._group_of[layer])
+    def _plan(self, batch: Batch, cache: list[LayerCache], layer: int) -> AttentionPlan:
+        group = self._group_of[layer]
+        of_group = batch if group == _NO_GROUP else batch.of_group(group)
         return self._blocks[layer].mixer.plan(self._planner, of_group, cache[layer])
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -286,7 +351,7 @@ class Decoder:
         here = (at >= 0) & (at < len(table))
         return self._ranks.sum(F.embedding(at * here, table) * here[:, None])
 
-    def _logit_tokens(self, batch: Batch, cache: list[Tensor]) -> LogitTokens | None:
+    def _logit_tokens(self, batch: Batch, cache: list[LayerCache]) -> LogitTokens | None:
         """The tokens whose logits are needed, if each is the last token of its row; else None.
 
         Attention treats such a token as a decode row.
