@@ -11,6 +11,7 @@ from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.gated_delta import GatedDeltaAttention
 from gllm_engine.layers.latent_attention import MlaAttention
+from gllm_engine.layers.mixer import Mixer
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
@@ -21,6 +22,7 @@ __all__ = [
     "GatedDeltaAttention",
     "GqaAttention",
     "LogitTokens",
+    "Mixer",
     "MlaAttention",
     "MoeFfn",
     "PlanKey",

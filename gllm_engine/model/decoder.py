@@ -7,7 +7,7 @@ checkpoint and no scheduling; a Batch gives the tokens and their positions in th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -37,6 +37,7 @@ from gllm_engine.layers import (
     GatedDeltaAttention,
     GqaAttention,
     LogitTokens,
+    Mixer,
     MlaAttention,
     MoeFfn,
     PlanKey,
@@ -65,8 +66,7 @@ def _make_ffn(
     return DenseFfn(arch, dim, ops, dtype, device)
 
 
-Mixer = GqaAttention | MlaAttention | GatedDeltaAttention
-_MIXERS: dict[type[Any], type[Mixer]] = {
+_MIXERS: dict[type[Any], Callable[..., Mixer]] = {
     Gqa: GqaAttention,
     Mla: MlaAttention,
     GatedDelta: GatedDeltaAttention,
@@ -96,8 +96,8 @@ class PreNormBlock:
         """`group`: the cache group of the layer."""
         self._ops = ops
         self._reduce = reduce
-        make_mixer: Any = _MIXERS[type(arch.mixer)]
-        self.mixer: Any = make_mixer(arch.mixer, group, model.dim, model.eps, ops, dtype, device)
+        make_mixer = _MIXERS[type(arch.mixer)]
+        self.mixer: Mixer = make_mixer(arch.mixer, group, model.dim, model.eps, ops, dtype, device)
         self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
@@ -311,11 +311,12 @@ class Decoder:
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
         """Compile the kernels for attention over such a cache, unless they are compiled already."""
         cache = self.new_cache(1, page_size, dtype)
-        kinds = [
-            (cache[i], shape.heads, shape.window)
-            for (_, shape), i in self._planned.items()
-            if isinstance(shape, AttentionShape)  # latent attention has kernels of our own
-        ]
+        kinds = []
+        for (_, shape), i in self._planned.items():
+            pages = cache[i]
+            # Latent and linear attention have kernels of our own.
+            if isinstance(shape, AttentionShape) and isinstance(pages, Tensor):
+                kinds.append((pages, shape.heads, shape.window))
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[LayerCache], x: Tensor | None = None) -> Tensor:

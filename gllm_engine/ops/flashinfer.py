@@ -39,9 +39,11 @@ from gllm_engine.ops.protocol import (
     AttentionPlan,
     LatentQueries,
     Norm,
+    RecurrentState,
     RotaryInputs,
 )
 from gllm_engine.ops.triton import (
+    gated_norm,
     gemv,
     is_single,
     make_one_shot_allreduce,
@@ -57,7 +59,9 @@ __all__ = [
     "attend",
     "attend_latent",
     "compile_attention",
+    "gated_delta",
     "gated_linear",
+    "gated_norm",
     "linear",
     "make_one_shot_allreduce",
     "make_planner",
@@ -101,6 +105,14 @@ class FlashInferPlan(AttentionPlan):
     chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     slow: reference.ReferencePlan | None = None
+
+
+@dataclass
+class RowPlan(AttentionPlan):
+    """The rows of a batch, for layers that keep a state per sequence."""
+
+    slots: Tensor  # [rows]
+    starts: Tensor  # [rows + 1] int32 offsets of the rows' tokens
 
 
 @dataclass
@@ -207,6 +219,21 @@ def attend(
         k, v = inputs.kv[f:].chunk(2, 1)
         plan.fresh.run(q[f:], k, v, out=out[f:])
     return out.flatten(1)
+
+
+def gated_delta(
+    qkv: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: RecurrentState,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.gated_delta."""
+    assert isinstance(plan, RowPlan)
+    return triton.gated_delta(qkv, b, a, conv, a_log, dt_bias, state, plan.slots, plan.starts)
 
 
 def store_latent(
@@ -342,6 +369,15 @@ class FlashInferPlanner:
             starts = _starts(batch.query_lens[first:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
+
+    def plan_recurrent(self, batch: Batch) -> RowPlan:
+        """See AttentionPlanner.plan_recurrent."""
+        rows = len(batch.query_lens)
+        if rows == batch.num_decode:
+            starts = torch.arange(len(batch.slots) + 1, dtype=torch.int32, device=self._device)
+        else:
+            starts = _starts(batch.query_lens).to(self._device, non_blocking=True)
+        return RowPlan(batch.slots, starts)
 
     def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> LatentPlan:
         """See AttentionPlanner.plan_latent. Every token is a row, so nothing is read on the host

@@ -6,6 +6,7 @@ Knows shapes and arithmetic. Each kernel has a slow twin in ops/reference.py.
 from __future__ import annotations
 
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
+from gllm_engine.ops.triton.gated_delta import gated_delta, gated_norm
 from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
@@ -22,6 +23,8 @@ from gllm_engine.ops.triton.sampling import sample_plain
 from gllm_engine.ops.triton.skinny import is_skinny, skinny
 
 __all__ = [
+    "gated_delta",
+    "gated_norm",
     "KvSplits",
     "attend_latent",
     "decode_attention",
