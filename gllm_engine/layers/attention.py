@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Gqa
-from gllm_engine.layers.forward_context import ForwardContext, LogitTokens
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops
 
@@ -27,7 +27,7 @@ class GqaAttention:
         """`group`: the cache group of the layer."""
         self._arch = arch
         self._group = group
-        self.plan_key = (group, arch.attention)
+        self.plan_key: PlanKey = (group, arch.attention)
         self._eps = eps
         self._ops = ops
         shapes = arch.weights(dim)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import GatedDelta
-from gllm_engine.layers.forward_context import ForwardContext, LogitTokens
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops, RecurrentState
 
@@ -30,7 +30,7 @@ class GatedDeltaAttention:
         self._arch = arch
         self._eps = eps
         self._ops = ops
-        self.plan_key = (group, arch.attention)
+        self.plan_key: PlanKey = (group, arch.attention)
         shapes = arch.weights(dim)
         names = [f"linear_attn.in_proj_{part}" for part in (*_PARTS, "z", "b", "a")]
         self._in = Linear(names, shapes, ops, dtype, device)

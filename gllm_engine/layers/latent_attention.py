@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Mla
-from gllm_engine.layers.forward_context import ForwardContext, LogitTokens
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops
 
@@ -32,7 +32,7 @@ class MlaAttention:
         """`group`: the cache group of the layer."""
         del eps  # the norms of latents have their own
         self._arch = arch
-        self.plan_key = (group, arch.attention)
+        self.plan_key: PlanKey = (group, arch.attention)
         self._ops = ops
         shapes = arch.weights(dim)
         first = "self_attn.q_proj" if arch.q_rank is None else "self_attn.q_a_proj"
