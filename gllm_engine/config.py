@@ -46,6 +46,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_gib: float | None = None
     gpu_memory_utilization: float = 0.9  # share of GPU memory for weights, KV cache and all else
     enable_prefix_caching: bool = True
+    # copies of the states of recurrent layers, for prefix hits; default: what fits into an eighth
+    # of the KV cache's memory
+    num_snapshots: int | None = None
     # steps planned before their predecessors end; 1: planning waits for the previous step;
     # default: 1, on GPUs 2, in a pipeline the number of stages plus 1
     plans_in_flight: int = 0
@@ -146,6 +149,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_waiting_tokens": (1, 2**40),
     "page_size": (1, 256),
     "num_pages": (1, 2**30),
+    "num_snapshots": (0, 2**20),
     "kv_cache_gib": (0.001, 4096.0),
     "gpu_memory_utilization": (0.01, 1.0),
     "plans_in_flight": (0, 64),

@@ -89,6 +89,9 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
 # ---------------------------------------------------------------- scheduler <-> runner
 
 
+NO_SNAPSHOT = -1
+
+
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """Scheduler -> runner: a slot gets a new owner (also after a preemption)."""
 
@@ -97,6 +100,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     prompt_len: int
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()  # empty unless min_tokens forbids these ids
+    snapshot: int = NO_SNAPSHOT  # from which the slot's state starts; without one, from zeros
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -129,10 +133,11 @@ class NewPages(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """Scheduler -> runner: one step, as a change of the state that the runner keeps for each slot.
 
-    The runner applies `new` first (which empties the slot's page tables and sets its length to 0),
-    then `new_pages`. The rows of the batch are `decode_slots`, then `chunks`. A decode row computes
-    the token that the runner sampled last for its slot, which the host may not know yet. The
-    token's position is the slot's length. Each row then adds its token count to that length.
+    The runner first copies the states of slots to `snapshots`. Then it applies `new` (which empties
+    the slot's page tables, sets its length to 0 and its state to a snapshot), then `new_pages`. The
+    rows of the batch are `decode_slots`, then `chunks`. A decode row computes the token that the
+    runner sampled last for its slot, which the host may not know yet. The token's position is the
+    slot's length. Each row then adds its token count to that length.
     """
 
     step: int
@@ -142,6 +147,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     chunks: list[Chunk]
     # Allowed next tokens by slot: one bit per token id, least significant bit first.
     masks: dict[int, bytes] = {}
+    # (slot, snapshot): states of layers that keep one per sequence, at the slot's length.
+    snapshots: list[tuple[int, int]] = []
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

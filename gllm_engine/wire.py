@@ -79,6 +79,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True):
     """Worker -> engine: the worker has loaded its shard of the model."""
 
     num_pages: int
+    num_snapshots: int
 
 
 class StepFailed(msgspec.Struct, frozen=True, array_like=True):

@@ -60,12 +60,148 @@ class Gqa:
             shapes["self_attn.k_norm.weight"] = (self.head_dim,)
         return shapes
 
+    # What a sequence keeps besides pages; see GatedDelta.
+    state_shapes = ()
+
     @property
     def attention(self) -> AttentionShape:
         return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.window)
 
-    def kv_elements_per_token(self) -> int:
-        return 2 * self.kv_heads * self.head_dim
+    def cache_shape(self, page_size: int) -> tuple[int, ...]:
+        """The shape of a page: K and V, tokens, heads, channels."""
+        return (2, page_size, self.kv_heads, self.head_dim)
+
+    @property
+    def attended_width(self) -> int:
+        """Numbers that attention computes for a token, before the output projection."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """The parameters of a latent attention plan. Mixers with equal parameters share a plan."""
+
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    The cache holds one latent vector per token for all heads, and one rotated key. A head's key is
+    [W_UK latent, rotated key], its value W_UV latent. Attention is computed in the absorbed form:
+    W_UK is applied to the queries and W_UV to the result, so that no key or value is ever made.
+    """
+
+    heads: int
+    q_rank: int | None  # width of the latent that queries are computed from; None: from x itself
+    kv_rank: int  # width of the latent in the cache
+    nope_dim: int  # channels of a head that are not rotated
+    v_dim: int
+    rope: Rope  # of the other channels, all of which are rotated
+    scale: float  # of the scores
+    out_bias: bool = False
+    latent_eps: float = 1e-6  # of the norms of both latents
+    window: int | None = None  # always None: every token sees all tokens before it
+
+    def weights(self, dim: int) -> Shapes:
+        q = self.heads * (self.nope_dim + self.rope.dim)
+        shapes: Shapes = {}
+        if self.q_rank is None:
+            shapes["self_attn.q_proj.weight"] = (q, dim)
+        else:
+            shapes["self_attn.q_a_proj.weight"] = (self.q_rank, dim)
+            shapes["self_attn.q_a_layernorm.weight"] = (self.q_rank,)
+            shapes["self_attn.q_b_proj.weight"] = (q, self.q_rank)
+        shapes["self_attn.kv_a_proj_with_mqa.weight"] = (self.latent_width, dim)
+        shapes["self_attn.kv_a_layernorm.weight"] = (self.kv_rank,)
+        kv = self.heads * (self.nope_dim + self.v_dim)
+        shapes["self_attn.kv_b_proj.weight"] = (kv, self.kv_rank)
+        return shapes | _linear("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
+
+    @property
+    def latent_width(self) -> int:
+        return self.kv_rank + self.rope.dim
+
+    state_shapes = ()
+
+    @property
+    def attention(self) -> LatentShape:
+        return LatentShape(self.heads, self.latent_width)
+
+    def cache_shape(self, page_size: int) -> tuple[int, ...]:
+        """The shape of a page: one plane, tokens, one head, the latent and the rotated key."""
+        return (1, page_size, 1, self.latent_width)
+
+    @property
+    def attended_width(self) -> int:
+        """Numbers that attention computes for a token, before W_UV."""
+        return self.heads * self.kv_rank
+
+
+@dataclass(frozen=True)
+class RecurrentShape:
+    """The parameters of a plan for layers that keep a state per sequence: there are none."""
+
+
+@dataclass(frozen=True)
+class GatedDelta:
+    """Linear attention with the gated delta rule (Yang et al., arXiv 2412.06464).
+
+    A sequence has a matrix S [k_dim, v_dim] for each value head, in place of K and V per token. For
+    each token, with g and b between 0 and 1:
+
+        S = g S;   S = S + k (b (v - S' k))';   o = S' q
+
+    Before that, q, k and v go through a causal convolution over `conv` tokens. v_heads // k_heads
+    value heads share a query and a key.
+    """
+
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    conv: int
+    window: int | None = None  # always None: the state depends on all tokens
+
+    def weights(self, dim: int) -> Shapes:
+        k = self.k_heads * self.k_dim
+        v = self.v_heads * self.v_dim
+        shapes: Shapes = {}
+        for name, width in (("q", k), ("k", k), ("v", v), ("z", v)):
+            shapes[f"linear_attn.in_proj_{name}.weight"] = (width, dim)
+        for name in ("b", "a"):
+            shapes[f"linear_attn.in_proj_{name}.weight"] = (self.v_heads, dim)
+        for name, width in (("q", k), ("k", k), ("v", v)):
+            shapes[f"linear_attn.conv_{name}.weight"] = (width, 1, self.conv)
+        shapes["linear_attn.A_log"] = (self.v_heads,)
+        shapes["linear_attn.dt_bias"] = (self.v_heads,)
+        shapes["linear_attn.norm.weight"] = (self.v_dim,)
+        shapes["linear_attn.out_proj.weight"] = (dim, v)
+        return shapes
+
+    @property
+    def attention(self) -> RecurrentShape:
+        return RecurrentShape()
+
+    @property
+    def conv_width(self) -> int:
+        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+
+    def cache_shape(self, page_size: int) -> tuple[int, ...]:
+        """Nothing is kept per token."""
+        del page_size
+        return (0,)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one sequence: the matrices, and the convolution's last inputs."""
+        return (self.v_heads, self.k_dim, self.v_dim), (self.conv_width, self.conv - 1)
+
+    @property
+    def attended_width(self) -> int:
+        return self.v_heads * self.v_dim
 
 
 @dataclass(frozen=True)
@@ -132,7 +268,7 @@ def within(part: str, weights: dict[str, T]) -> dict[str, T]:
 class Layer:
     """x += mixer(norm(x)); x += ffn(norm(x))."""
 
-    mixer: Gqa
+    mixer: Gqa | Mla | GatedDelta
     ffn: Dense | Moe
 
     def weights(self, dim: int) -> Shapes:
@@ -189,9 +325,14 @@ class Model:
         shapes["model.norm.weight"] = (self.dim,)
         return shapes if self.tie else shapes | {"lm_head.weight": (self.vocab, self.dim)}
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether any layer keeps a state per sequence."""
+        return any(layer.mixer.state_shapes for layer in self.layers)
+
     def num_params(self) -> int:
         return sum(prod(shape) for shape in self.weights().values())
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of KV cache per token over all layers, at `itemsize` bytes per number."""
-        return itemsize * sum(layer.mixer.kv_elements_per_token() for layer in self.layers)
+        return itemsize * sum(prod(layer.mixer.cache_shape(1)) for layer in self.layers)

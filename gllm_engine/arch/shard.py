@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, Shapes
+from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe, Shapes
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,16 @@ class Shard:
         return self.rank * (whole // part) // self.size * part
 
     def _layer(self, layer: Layer) -> Layer:
-        return replace(layer, mixer=self._gqa(layer.mixer), ffn=self._ffn(layer.ffn))
+        return replace(layer, mixer=self._mixer(layer.mixer), ffn=self._ffn(layer.ffn))
 
-    def _gqa(self, mixer: Gqa) -> Gqa:
+    def _mixer(self, mixer: Gqa | Mla | GatedDelta) -> Gqa | Mla | GatedDelta:
+        if isinstance(mixer, GatedDelta):
+            k_heads = self._divide("linear_num_key_heads", mixer.k_heads)
+            v_heads = self._divide("linear_num_value_heads", mixer.v_heads)
+            return replace(mixer, k_heads=k_heads, v_heads=v_heads)
         heads = self._divide("num_attention_heads", mixer.heads)
+        if isinstance(mixer, Mla):  # every rank has both latents whole
+            return replace(mixer, heads=heads, out_bias=mixer.out_bias and not self.rank)
         if mixer.kv_heads % self.size and self.size % mixer.kv_heads:
             raise ArchError(
                 f"tensor_parallel_size: {self.size} ranks can neither share out the model's "

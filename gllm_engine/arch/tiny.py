@@ -41,6 +41,23 @@ _SPARSE = _HF | {
     "pad_token_id": 0,
     "moe_intermediate_size": 32,
 }
+_DEEPSEEK = _SPARSE | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+}
 _CHATGLM = {
     "model_type": "chatglm",
     "padded_vocab_size": 384,
@@ -105,6 +122,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": -1,
         "moe_layer_interval": 1,
     },
+    "DeepseekV3ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v3"},
+    "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import Any
 
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, SandwichLayer
 from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
 from gllm_engine.files import read_object, shown
 from gllm_engine.routing import Routing
@@ -70,7 +71,7 @@ _MISTRAL = _LLAMA | {
 def mistral(c: Fields) -> Model:
     window = c.optional_count("sliding_window")
     c.require(layer_types=None)
-    return llama(c).each(mixer=lambda _, layer: replace(layer.mixer, window=window))
+    return _with_mixers(llama(c), window=window)
 
 
 _QWEN2 = _LLAMA | {
@@ -92,7 +93,7 @@ def qwen2(c: Fields) -> Model:
 
 @family("Qwen3ForCausalLM", defaults=_QWEN2 | {"head_dim": 128})
 def qwen3(c: Fields) -> Model:
-    model = llama(c).each(mixer=lambda _, layer: replace(layer.mixer, qk_norm=True))
+    model = _with_mixers(llama(c), qk_norm=True)
     return _with_windows(c, model)
 
 
@@ -128,7 +129,7 @@ _QWEN2_MOE = _QWEN2 | {
 @family("Qwen2MoeForCausalLM", defaults=_QWEN2_MOE)
 def qwen2_moe(c: Fields) -> Model:
     bias = c.flag("qkv_bias", True)
-    model = qwen2(c).each(mixer=lambda _, layer: replace(layer.mixer, qkv_bias=bias))
+    model = _with_mixers(qwen2(c), qkv_bias=bias)
     return _with_experts(c, model, c.count("shared_expert_intermediate_size"))
 
 
@@ -331,12 +332,99 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
             f"up to {MAX_LEN} is supported"
         )
     mixer = model.layers[0].mixer
-    if mixer.heads % mixer.kv_heads:
+    if isinstance(mixer, Gqa) and mixer.heads % mixer.kv_heads:
         raise ArchError(
             f"{name}: {mixer.heads} attention heads cannot share {mixer.kv_heads} "
             "key/value heads evenly"
         )
     return model
+
+
+_DEEPSEEK_V3 = _LLAMA | {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 1,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+}
+
+
+@family("DeepseekV3ForCausalLM", defaults=_DEEPSEEK_V3)
+def deepseek_v3(c: Fields) -> Model:
+    c.require(attention_bias=False)
+    return _deepseek_experts(c, _decoder(c, _mla(c), Dense(c.count("intermediate_size"))))
+
+
+_GLM4_MOE_LITE = _DEEPSEEK_V3 | {
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 47,
+    "num_attention_heads": 20,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": None,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1536,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.8,
+    "first_k_dense_replace": 1,
+}
+
+
+@family("Glm4MoeLiteForCausalLM", defaults=_GLM4_MOE_LITE)
+def glm4_moe_lite(c: Fields) -> Model:
+    return deepseek_v3(c)
+
+
+def _with_mixers(model: Model, **changes: Any) -> Model:
+    """A copy in which every mixer has these values."""
+    return model.each(mixer=lambda _, layer: replace(layer.mixer, **changes))
+
+
+def _mla(c: Fields) -> Mla:
+    rope = replace(
+        read_rope(c, c.count("qk_rope_head_dim")), interleaved=c.flag("rope_interleave", True)
+    )
+    nope_dim = c.count("qk_nope_head_dim")
+    return Mla(
+        heads=c.count("num_attention_heads"),
+        q_rank=c.optional_count("q_lora_rank"),
+        kv_rank=c.count("kv_lora_rank"),
+        nope_dim=nope_dim,
+        v_dim=c.count("v_head_dim"),
+        rope=rope,
+        scale=(nope_dim + rope.dim) ** -0.5 * _yarn_scale(rope) ** 2,
+    )
+
+
+def _yarn_scale(rope: Rope) -> float:
+    """The factor on queries and keys with which DeepSeek keeps the entropy of long contexts."""
+    scaling = rope.scaling
+    if not isinstance(scaling, YarnScaling) or not scaling.mscale_all_dim or scaling.factor <= 1:
+        return 1.0
+    return 0.1 * scaling.mscale_all_dim * log(scaling.factor) + 1.0
 
 
 def _gqa(c: Fields) -> Gqa:
@@ -345,7 +433,7 @@ def _gqa(c: Fields) -> Gqa:
     return Gqa(heads, c.count("num_key_value_heads", heads), head_dim, read_rope(c, head_dim))
 
 
-def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
+def _decoder(c: Fields, mixer: Gqa | Mla, ffn: Dense) -> Model:
     return Model(
         dim=c.count("hidden_size"),
         vocab=c.count("vocab_size"),

@@ -72,6 +72,7 @@ class StepRunner(Protocol):
     """Runs plans strictly in the order of launch."""
 
     num_pages: int
+    num_snapshots: int  # of states; 0 if the model keeps none
 
     def launch(self, plan: StepPlan) -> StepHandle: ...
 
@@ -125,7 +126,13 @@ class Engine:
         # This wait is short: the model takes longer to load than the tokenizer.
         eos_token_ids = self._grammars.eos_token_ids
         self._scheduler = Scheduler(
-            config, self._runner.num_pages, max_model_len, eos_token_ids, policy, groups
+            config,
+            self._runner.num_pages,
+            max_model_len,
+            eos_token_ids,
+            policy,
+            groups,
+            self._runner.num_snapshots if arch.keeps_states else None,
         )
         self.info = ModelInfo(
             vocab_size=arch.vocab,

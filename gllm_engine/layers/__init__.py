@@ -9,6 +9,9 @@ from __future__ import annotations
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.gated_delta import GatedDeltaAttention
+from gllm_engine.layers.latent_attention import MlaAttention
+from gllm_engine.layers.mixer import Mixer
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
@@ -16,8 +19,11 @@ from gllm_engine.layers.rope import RopeTable
 __all__ = [
     "DenseFfn",
     "ForwardContext",
+    "GatedDeltaAttention",
     "GqaAttention",
     "LogitTokens",
+    "Mixer",
+    "MlaAttention",
     "MoeFfn",
     "PlanKey",
     "Residual",

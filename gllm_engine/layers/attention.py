@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Gqa
-from gllm_engine.layers.forward_context import ForwardContext, LogitTokens
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
-from gllm_engine.ops import Norm, Ops
+from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops
 
 
 class GqaAttention:
@@ -26,7 +26,8 @@ class GqaAttention:
     ) -> None:
         """`group`: the cache group of the layer."""
         self._arch = arch
-        self._plan_key = (group, arch.attention)
+        self._group = group
+        self.plan_key: PlanKey = (group, arch.attention)
         self._eps = eps
         self._ops = ops
         shapes = arch.weights(dim)
@@ -39,6 +40,11 @@ class GqaAttention:
         if arch.qk_norm:
             size = (arch.heads + arch.kv_heads, arch.head_dim)
             self._qk_norm = torch.empty(size, dtype=dtype, device=device)
+
+    def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
+        """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
+        shape = self._arch.attention
+        return planner.plan(batch, cache, shape.heads, shape.window, self._group)
 
     def __call__(
         self,
@@ -55,7 +61,7 @@ class GqaAttention:
         is added to it in place.
         """
         arch = self._arch
-        plan = context.plans[self._plan_key]
+        plan = context.plans[self.plan_key]
         inputs = self._ops.rotate_and_store(
             self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim),
             arch.heads,
@@ -69,7 +75,7 @@ class GqaAttention:
         if logit_tokens is None:
             attended = self._ops.attend(inputs, cache, plan)
         elif logit_tokens.plans:
-            plan = logit_tokens.plans[self._plan_key]
+            plan = logit_tokens.plans[self.plan_key]
             attended = self._ops.attend(inputs, cache, plan, logit_tokens.index)
         else:
             attended = x.new_empty(0, arch.heads * arch.head_dim)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gllm_engine.arch.model import AttentionShape
+from gllm_engine.arch.model import AttentionShape, LatentShape, RecurrentShape
 from gllm_engine.arch.rope import Rope
 from gllm_engine.ops import AttentionPlan, RotaryInputs
 
 # Layers share an attention plan if they have the same cache group and attention shape.
-PlanKey = tuple[int, AttentionShape]
+PlanKey = tuple[int, AttentionShape | LatentShape | RecurrentShape]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from gllm_engine.model.decoder import Decoder
+from gllm_engine.model.decoder import Decoder, LayerCache
 from gllm_engine.model.load import fill_randomly, filling, open_checkpoint
 from gllm_engine.model.read import LoadError
 from gllm_engine.ops import best_device
 
-__all__ = ["Decoder", "LoadError", "best_device", "fill_randomly", "filling", "open_checkpoint"]
+__all__ = [
+    "Decoder",
+    "LayerCache",
+    "LoadError",
+    "best_device",
+    "fill_randomly",
+    "filling",
+    "open_checkpoint",
+]

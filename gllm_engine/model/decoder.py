@@ -7,23 +7,38 @@ checkpoint and no scheduling; a Batch gives the tokens and their positions in th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.arch.cache import cache_groups
-from gllm_engine.arch.model import Dense, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.model import (
+    AttentionShape,
+    Dense,
+    GatedDelta,
+    Gqa,
+    Layer,
+    Mla,
+    Model,
+    Moe,
+    SandwichLayer,
+)
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.layers import (
     DenseFfn,
     ForwardContext,
+    GatedDeltaAttention,
     GqaAttention,
     LogitTokens,
+    Mixer,
+    MlaAttention,
     MoeFfn,
     PlanKey,
     Residual,
@@ -36,6 +51,7 @@ from gllm_engine.ops import (
     Norm,
     Ops,
     PlainSampling,
+    RecurrentState,
     RotaryInputs,
     select_ops,
 )
@@ -48,6 +64,18 @@ def _make_ffn(
     if isinstance(arch, Moe):
         return MoeFfn(arch, dim, ops, dtype, device)
     return DenseFfn(arch, dim, ops, dtype, device)
+
+
+_MIXERS: dict[type[Any], Callable[..., Mixer]] = {
+    Gqa: GqaAttention,
+    Mla: MlaAttention,
+    GatedDelta: GatedDeltaAttention,
+}
+# Of one layer: K and V or latents by pages, or the states of all slots.
+LayerCache = Tensor | RecurrentState
+_ALIGNMENT = 16  # bytes, of each part of a state
+# The group of layers that keep a state.
+_NO_GROUP = -1
 
 
 class PreNormBlock:
@@ -68,7 +96,8 @@ class PreNormBlock:
         """`group`: the cache group of the layer."""
         self._ops = ops
         self._reduce = reduce
-        self._mixer = GqaAttention(arch.mixer, group, model.dim, model.eps, ops, dtype, device)
+        make_mixer = _MIXERS[type(arch.mixer)]
+        self.mixer: Mixer = make_mixer(arch.mixer, group, model.dim, model.eps, ops, dtype, device)
         self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
         gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
         self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
@@ -82,7 +111,7 @@ class PreNormBlock:
         self,
         stream: Residual,
         context: ForwardContext,
-        cache: Tensor,
+        cache: LayerCache,
         logit_tokens: LogitTokens | None = None,
     ) -> Residual:
         """stream: [tokens, dim]. Returns it, or a new stream of the `logit_tokens` only."""
@@ -90,14 +119,14 @@ class PreNormBlock:
         x, norm = stream.input_for(self.first_norm)
         second = self._norms["post_attention_layernorm"]
         stream = self._reduce(
-            total, lambda into: self._mixer(x, norm, context, cache, logit_tokens, into), second
+            total, lambda into: self.mixer(x, norm, context, cache, logit_tokens, into), second
         )
         y, ffn_norm = stream.input_for(second)
         return self._reduce(stream.total, lambda into: self._ffn(y, ffn_norm, into), self.next_norm)
 
     def weights(self) -> dict[str, Tensor]:
         gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
-        return gains | self._mixer.weights() | self._ffn.weights()
+        return gains | self.mixer.weights() | self._ffn.weights()
 
 
 class SandwichBlock(PreNormBlock):
@@ -109,13 +138,13 @@ class SandwichBlock(PreNormBlock):
         self,
         stream: Residual,
         context: ForwardContext,
-        cache: Tensor,
+        cache: LayerCache,
         logit_tokens: LogitTokens | None = None,
     ) -> Residual:
         norms = self._norms
         x = stream.total
         total = x if logit_tokens is None else x[logit_tokens.index]
-        x = self._reduce.sum(self._mixer(x, self.first_norm, context, cache, logit_tokens))
+        x = self._reduce.sum(self.mixer(x, self.first_norm, context, cache, logit_tokens))
         total = self._ops.rms_norm(x, *norms["post_self_attn_layernorm"], add_to=total)
         x = self._reduce.sum(self._ffn(total, norms["post_attention_layernorm"]))
         return Residual(self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total))
@@ -125,6 +154,40 @@ _BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
     Layer: PreNormBlock,
     SandwichLayer: SandwichBlock,
 }
+
+
+class States:
+    """The states of all layers that keep one per sequence.
+
+    `flat`: [rows, bytes], so that one copy moves the state of a sequence. `layers`: index of the
+    layer -> its part of every row.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`dtype`: of the convolution's inputs."""
+        parts: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
+        for i, layer in enumerate(layers):
+            for kind, shape in zip((torch.float32, dtype), layer.mixer.state_shapes, strict=False):
+                parts.append((i, kind, shape))
+        sizes = [
+            -(-prod(shape) * kind.itemsize // _ALIGNMENT) * _ALIGNMENT for _, kind, shape in parts
+        ]
+        self.flat = torch.zeros(rows, sum(sizes), dtype=torch.uint8, device=device)
+        views: dict[int, list[Tensor]] = {}
+        for (i, kind, shape), columns in zip(parts, self.flat.split(sizes, 1), strict=True):
+            used = columns[:, : prod(shape) * kind.itemsize]
+            views.setdefault(i, []).append(used.view(kind).unflatten(1, shape))
+        self.layers = {i: RecurrentState(conv, matrix) for i, (matrix, conv) in views.items()}
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy rows to other rows."""
+        self.flat.index_copy_(0, targets, self.flat[sources])
+
+    def clear(self, rows: Tensor) -> None:
+        """Set rows to zero."""
+        self.flat.index_fill_(0, rows, 0)
 
 
 class _Buffer(NamedTuple):
@@ -167,7 +230,7 @@ class Decoder:
         self._planner = self.ops.make_planner(device, dtype)
         self.groups = cache_groups(arch, max_model_len)
         self._group_of = [
-            next(number for number, group in enumerate(self.groups) if i in group.layers)
+            next((n for n, group in enumerate(self.groups) if i in group.layers), _NO_GROUP)
             for i in range(self.shard.first, self.shard.end)
         ]
         reduce = ResidualReducer(self.ops, ranks, arch.dim, dtype)
@@ -182,12 +245,14 @@ class Decoder:
             for name, shape in self.shard.weights(arch).items()
             if not name.startswith("model.layers.")
         }
-        ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
+        ropes = dict.fromkeys(
+            layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, GatedDelta)
+        )
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
         # The first of the layers that share a plan.
         self._planned: dict[PlanKey, int] = {}
-        for i, (layer, group) in enumerate(zip(self.layers, self._group_of, strict=True)):
-            self._planned.setdefault((group, layer.mixer.attention), i)
+        for i, block in enumerate(self._blocks):
+            self._planned.setdefault(block.mixer.plan_key, i)
 
     @property
     def _embedding(self) -> Tensor:
@@ -198,12 +263,17 @@ class Decoder:
         return self._embedding if self.arch.tie else self._outer_weights["lm_head.weight"]
 
     def new_cache(
-        self, num_pages: int, page_size: int, dtype: torch.dtype | None = None
-    ) -> list[Tensor]:
-        """One uninitialised [num_pages, 2, page_size, kv_heads, head_dim] per layer (0: K, 1: V).
+        self,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype | None = None,
+        states: States | None = None,
+    ) -> list[LayerCache]:
+        """An uninitialised tensor [num_pages, *mixer.cache_shape(page_size)] per layer.
 
         `dtype`: the model's dtype (default) or float8_e4m3fn. The n-th layers of all groups have
-        the same memory, because a page belongs to one group at a time.
+        the same memory, because a page belongs to one group at a time. `states`: from new_states,
+        for the layers that keep a state per sequence.
         """
         memory = {
             buffer: torch.empty(
@@ -211,12 +281,17 @@ class Decoder:
             )
             for buffer in dict.fromkeys(self._buffers())
         }
-        return [
-            memory[buffer].view(num_pages, 2, page_size, mixer.kv_heads, mixer.head_dim)
-            for buffer, mixer in zip(
-                self._buffers(), (layer.mixer for layer in self.layers), strict=True
-            )
-        ]
+        cache: list[LayerCache] = []
+        for i, (buffer, layer) in enumerate(zip(self._buffers(), self.layers, strict=True)):
+            if states is not None and i in states.layers:
+                cache.append(states.layers[i])
+            else:
+                cache.append(memory[buffer].view(num_pages, *layer.mixer.cache_shape(page_size)))
+        return cache
+
+    def new_states(self, rows: int) -> States:
+        """The states of `rows` slots and snapshots, all zero."""
+        return States(self.layers, rows, self.dtype, self.device)
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of `page_size` tokens in a cache of `dtype`."""
@@ -228,7 +303,7 @@ class Decoder:
         counts: Counter[tuple[int, int]] = Counter()
         buffers = []
         for layer, group in zip(self.layers, self._group_of, strict=True):
-            width = layer.mixer.kv_elements_per_token()
+            width = prod(layer.mixer.cache_shape(1))
             buffers.append(_Buffer(counts[group, width], width))
             counts[group, width] += 1
         return buffers
@@ -236,10 +311,15 @@ class Decoder:
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
         """Compile the kernels for attention over such a cache, unless they are compiled already."""
         cache = self.new_cache(1, page_size, dtype)
-        kinds = [(cache[i], shape.heads, shape.window) for (_, shape), i in self._planned.items()]
+        kinds = []
+        for (_, shape), i in self._planned.items():
+            pages = cache[i]
+            # Latent and linear attention have kernels of our own.
+            if isinstance(shape, AttentionShape) and isinstance(pages, Tensor):
+                kinds.append((pages, shape.heads, shape.window))
         self.ops.compile_attention(kinds, self.dtype)
 
-    def forward(self, batch: Batch, cache: list[Tensor], x: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: list[LayerCache], x: Tensor | None = None) -> Tensor:
         """Write the batch's K and V to the cache and return the residual stream after the layers.
 
         The last stage returns [n, dim] for the tokens at `batch.logit_index`; other stages return
@@ -248,21 +328,21 @@ class Decoder:
         `x`: on stages after the first, the previous stage's output, [tokens, dim]; it is
         overwritten.
         """
-        plans = {key: self._plan(batch, cache[i], key) for key, i in self._planned.items()}
+        plans = {key: self._plan(batch, cache, i) for key, i in self._planned.items()}
         context = ForwardContext(plans, self._rotary_inputs(batch))
         stream = Residual(self._embed(batch.tokens) if x is None else x)
         for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
             stream = block(stream, context, layer_cache)
-        logit_tokens = self._logit_tokens(batch, cache[-1]) if self.is_last else None
+        logit_tokens = self._logit_tokens(batch, cache) if self.is_last else None
         total = self._blocks[-1](stream, context, cache[-1], logit_tokens).total
         if logit_tokens or batch.logit_index is None or not self.is_last:
             return total
         return total[batch.logit_index]
 
-    def _plan(self, batch: Batch, cache: Tensor, key: PlanKey) -> AttentionPlan:
-        group, shape = key
-        of_group = batch.of_group(group)
-        return self._planner.plan(of_group, cache, shape.heads, shape.window, group)
+    def _plan(self, batch: Batch, cache: list[LayerCache], layer: int) -> AttentionPlan:
+        group = self._group_of[layer]
+        of_group = batch if group == _NO_GROUP else batch.of_group(group)
+        return self._blocks[layer].mixer.plan(self._planner, of_group, cache[layer])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table = self._embedding
@@ -272,7 +352,7 @@ class Decoder:
         here = (at >= 0) & (at < len(table))
         return self._ranks.sum(F.embedding(at * here, table) * here[:, None])
 
-    def _logit_tokens(self, batch: Batch, cache: Tensor) -> LogitTokens | None:
+    def _logit_tokens(self, batch: Batch, cache: list[LayerCache]) -> LogitTokens | None:
         """The tokens whose logits are needed, if each is the last token of its row; else None.
 
         Attention treats such a token as a decode row.
@@ -292,8 +372,8 @@ class Decoder:
             query_lens=[1] * len(rows_cpu),
             num_decode=len(rows_cpu),
         )
-        key = (self._group_of[-1], self.layers[-1].mixer.attention)
-        return LogitTokens(index, {key: self._plan(ends, cache, key)})
+        key = self._blocks[-1].mixer.plan_key
+        return LogitTokens(index, {key: self._plan(ends, cache, len(self.layers) - 1)})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """This rank's share of the logits, [n, vocab / ranks] in the model's dtype.

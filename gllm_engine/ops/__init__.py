@@ -14,20 +14,26 @@ from gllm_engine.ops.batch import Batch, HostInts, TensorGroup
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionPlan,
+    AttentionPlanner,
+    LatentQueries,
     Norm,
     Ops,
     PlainSampling,
+    RecurrentState,
     RotaryInputs,
 )
 
 __all__ = [
     "AttentionInputs",
     "AttentionPlan",
+    "AttentionPlanner",
     "Batch",
     "HostInts",
+    "LatentQueries",
     "Norm",
     "Ops",
     "PlainSampling",
+    "RecurrentState",
     "RotaryInputs",
     "TensorGroup",
     "best_device",

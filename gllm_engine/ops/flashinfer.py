@@ -34,8 +34,16 @@ from torch import Tensor
 from gllm_engine.ops import reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
-from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, Norm, RotaryInputs
+from gllm_engine.ops.protocol import (
+    AttentionInputs,
+    AttentionPlan,
+    LatentQueries,
+    Norm,
+    RecurrentState,
+    RotaryInputs,
+)
 from gllm_engine.ops.triton import (
+    gated_norm,
     gemv,
     is_single,
     make_one_shot_allreduce,
@@ -49,8 +57,11 @@ from gllm_engine.ops.triton.moe import route, sum_experts
 __all__ = [
     "add_linear",
     "attend",
+    "attend_latent",
     "compile_attention",
+    "gated_delta",
     "gated_linear",
+    "gated_norm",
     "linear",
     "make_one_shot_allreduce",
     "make_planner",
@@ -61,6 +72,7 @@ __all__ = [
     "route",
     "sample_plain",
     "silu_mul",
+    "store_latent",
     "sum_experts",
 ]
 
@@ -93,6 +105,22 @@ class FlashInferPlan(AttentionPlan):
     chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     slow: reference.ReferencePlan | None = None
+
+
+@dataclass
+class RowPlan(AttentionPlan):
+    """The rows of a batch, for layers that keep a state per sequence."""
+
+    slots: Tensor  # [rows]
+    starts: Tensor  # [rows + 1] int32 offsets of the rows' tokens
+
+
+@dataclass
+class LatentPlan(AttentionPlan):
+    """A plan of latent attention, for rows of all kinds."""
+
+    cache_index: Tensor  # [tokens] cache place of each latent
+    splits: triton.KvSplits
 
 
 def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
@@ -191,6 +219,53 @@ def attend(
         k, v = inputs.kv[f:].chunk(2, 1)
         plan.fresh.run(q[f:], k, v, out=out[f:])
     return out.flatten(1)
+
+
+def gated_delta(
+    qkv: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: RecurrentState,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.gated_delta."""
+    assert isinstance(plan, RowPlan)
+    return triton.gated_delta(qkv, b, a, conv, a_log, dt_bias, state, plan.slots, plan.starts)
+
+
+def store_latent(
+    q: Tensor,
+    latent: Tensor,
+    norm: Norm,
+    w_uk: Tensor,
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> LatentQueries:
+    """See Ops.store_latent."""
+    assert isinstance(plan, LatentPlan)
+    cos, sin, positions = rotary
+    return triton.store_latent(
+        q, latent, norm, w_uk, (cos, sin), positions, interleaved, cache, plan.cache_index
+    )
+
+
+def attend_latent(
+    queries: LatentQueries,
+    cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """See Ops.attend_latent."""
+    assert isinstance(plan, LatentPlan)
+    if tokens is not None:
+        queries = LatentQueries(queries.latent[tokens], queries.rope[tokens])
+    return triton.attend_latent(queries, cache, plan.splits, scale)
 
 
 def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
@@ -294,6 +369,33 @@ class FlashInferPlanner:
             starts = _starts(batch.query_lens[first:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
+
+    def plan_recurrent(self, batch: Batch) -> RowPlan:
+        """See AttentionPlanner.plan_recurrent."""
+        rows = len(batch.query_lens)
+        if rows == batch.num_decode:
+            starts = torch.arange(len(batch.slots) + 1, dtype=torch.int32, device=self._device)
+        else:
+            starts = _starts(batch.query_lens).to(self._device, non_blocking=True)
+        return RowPlan(batch.slots, starts)
+
+    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> LatentPlan:
+        """See AttentionPlanner.plan_latent. Every token is a row, so nothing is read on the host
+        but the lengths of chunks.
+        """
+        del cache
+        slots = batch.slots
+        n = batch.num_decode
+        if len(batch.query_lens) > n:
+            lens = torch.tensor(batch.query_lens, pin_memory=True)
+            lens = lens.to(self._device, non_blocking=True)
+            num_tokens = len(batch.tokens)
+            slots = slots.repeat_interleave(lens, output_size=num_tokens)
+        lens = batch.context_lens if len(batch.query_lens) == n else batch.positions + 1
+        blocks = triton.head_blocks(num_heads)
+        return LatentPlan(
+            batch.cache_index, triton.split_kv(batch.page_table, slots, lens, blocks, None)
+        )
 
     def _plan_chunks(
         self, batch: Batch, rows: slice, cache: Tensor, shape: dict[str, Any], group: int

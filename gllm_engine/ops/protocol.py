@@ -49,6 +49,20 @@ class PlainSampling(NamedTuple):
     last_tokens: Tensor  # [slots] int64; receives the sampled tokens
 
 
+class RecurrentState(NamedTuple):
+    """The states of one layer with the gated delta rule. Rows are slots, then snapshots."""
+
+    conv: Tensor  # [rows, width, conv - 1] the last inputs of the convolution
+    matrix: Tensor  # [rows, v_heads, k_dim, v_dim] float32
+
+
+class LatentQueries(NamedTuple):
+    """Queries of latent attention: for the latents and for the rotated keys."""
+
+    latent: Tensor  # [tokens, heads, rank], of any strides
+    rope: Tensor  # [tokens, heads, rope_dim]
+
+
 class AttentionPlanner(Protocol):
     """Plans the attention of one step after another; may keep memory between steps.
 
@@ -66,6 +80,16 @@ class AttentionPlanner(Protocol):
         `cache`: of any such layer, [num_pages, 2, page_size, kv_heads, head_dim]; only its shape
         and dtype are used. `num_heads`: query heads. `window`: a token attends to itself and to the
         window - 1 tokens before it; None: to all tokens before it.
+        """
+        ...
+
+    def plan_recurrent(self, batch: Batch) -> AttentionPlan:
+        """Plan a step of layers that keep a state per sequence. The plan stays valid."""
+        ...
+
+    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> AttentionPlan:
+        """As plan, for latent attention: `cache` is [num_pages, 1, page_size, 1, width]. The plan
+        stays valid.
         """
         ...
 
@@ -211,6 +235,65 @@ class Ops(Protocol):
 
         `tokens`: [n] int64, the indices of the input tokens that the plan covers; None: all tokens.
         """
+        ...
+
+    def store_latent(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        norm: Norm,
+        w_uk: Tensor,
+        rotary: RotaryInputs,
+        interleaved: bool,
+        cache: Tensor,
+        plan: AttentionPlan,
+    ) -> LatentQueries:
+        """Norm and rotate the latents of multi-head latent attention, and store them in the cache.
+
+        q: [tokens, heads, nope_dim + rope_dim]; latent: [tokens, rank + rope_dim], the last
+        channels are the key to rotate; norm: of the first `rank` channels. w_uk: [heads, nope_dim,
+        rank]. cache: [num_pages, 1, page_size, 1, rank + rope_dim]. Returns w_uk applied to the
+        first channels of q, and the others rotated.
+        """
+        ...
+
+    def attend_latent(
+        self,
+        queries: LatentQueries,
+        cache: Tensor,
+        plan: AttentionPlan,
+        scale: float,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """softmax(scale * q latent') latent over each row's pages: [tokens, heads, rank].
+
+        `tokens`: [n] int64, the indices of the input tokens that the plan
+        covers; None: all tokens.
+        """
+        ...
+
+    def gated_delta(
+        self,
+        qkv: Tensor,
+        b: Tensor,
+        a: Tensor,
+        conv: Tensor,
+        a_log: Tensor,
+        dt_bias: Tensor,
+        state: RecurrentState,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """The gated delta rule over each row's tokens, from its slot's state on, which is updated:
+        [tokens, v_heads, v_dim].
+
+        qkv: [tokens, width]: q and k of all key heads, then v of all value heads. b, a: [tokens,
+        v_heads] before their activations. conv: [width, conv]. a_log, dt_bias: [v_heads] float32.
+        q and k are divided by their norms after the convolution and silu.
+        """
+        ...
+
+    def gated_norm(self, x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:
+        """rms_norm(x, gain, eps) * silu(gate), of [tokens, heads, head_dim]."""
         ...
 
     def make_planner(self, device: torch.device, dtype: torch.dtype) -> AttentionPlanner:

@@ -25,8 +25,10 @@ from gllm_engine.ops.batch import Batch, TensorGroup
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionPlan,
+    LatentQueries,
     Norm,
     PlainSampling,
+    RecurrentState,
     RotaryInputs,
 )
 from gllm_engine.routing import Clamp, Routing
@@ -232,6 +234,15 @@ class ReferencePlan(AttentionPlan):
     chunks: list[_Chunk]
 
 
+@dataclass(frozen=True)
+class RowPlan(AttentionPlan):
+    """The rows of a batch: decode rows, then chunks."""
+
+    slots: Tensor  # [rows]
+    query_lens: list[int]
+    num_decode: int
+
+
 class ReferencePlanner:
     """An AttentionPlanner without memory between steps."""
 
@@ -246,6 +257,15 @@ class ReferencePlanner:
         """See AttentionPlanner.plan."""
         del num_heads, group
         return plan_attention(batch, cache, window, self._dtype)
+
+    def plan_recurrent(self, batch: Batch) -> RowPlan:
+        """See AttentionPlanner.plan_recurrent."""
+        return RowPlan(batch.slots, batch.query_lens, batch.num_decode)
+
+    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> ReferencePlan:
+        """See AttentionPlanner.plan_latent."""
+        del num_heads
+        return plan_attention(batch, cache, None, self._dtype)
 
 
 def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
@@ -262,24 +282,25 @@ def plan_attention(
     batch: Batch, cache: Tensor, window: int | None, dtype: torch.dtype | None = None
 ) -> ReferencePlan:
     """As AttentionPlanner.plan. `dtype`: of the queries; None: the dtype of the cache."""
-    page_size = cache.shape[2]
+    num_planes, page_size = cache.shape[1:3]
     kv_width = cache.shape[3] * cache.shape[4]
     lens = batch.context_lens_cpu.tolist()
     num_pages = -(-max(lens) // page_size)
     table = batch.page_table[:, :num_pages].index_select(0, batch.slots)
-    key = batch.cache_index // page_size * page_size + batch.cache_index  # page * 2 * page_size + o
-    write = torch.stack((key, key + page_size), 1).flatten()
+    page = batch.cache_index // page_size
+    key = page * (num_planes - 1) * page_size + batch.cache_index
+    write = torch.stack([key + plane * page_size for plane in range(num_planes)], 1).flatten()
     spans = [min(n, window or n) for n in lens[: batch.num_decode]]
     padded = [
         _plan_padded(batch, table, rows, spans[rows[0]], cache, window, dtype)
-        for rows in _group_rows(spans, _GATHER_NUMBERS // (2 * kv_width))
+        for rows in _group_rows(spans, _GATHER_NUMBERS // (num_planes * kv_width))
     ]
     chunks = []
     first = batch.num_decode
     for row in range(batch.num_decode, len(batch.query_lens)):
         num = batch.query_lens[row]
         pages = table[row : row + 1]
-        chunks.append(_plan_chunk(pages, first, num, lens[row], page_size, window))
+        chunks.append(_plan_chunk(pages, first, num, lens[row], cache.shape, window))
         first += num
     return ReferencePlan(write, padded, chunks)
 
@@ -299,10 +320,15 @@ def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
         yield group
 
 
-def _gather_index(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """[2 * n * len] rows of the flat cache, K before V, of positions [n, len] in pages [n, _]."""
-    key = pages.gather(1, positions // page_size) * (2 * page_size) + positions % page_size
-    return torch.stack((key, key + page_size)).flatten()
+def _gather_index(pages: Tensor, positions: Tensor, cache_shape: torch.Size) -> Tensor:
+    """[planes * n * len] rows of the flat cache, K before V, of positions [n, len] in pages [n, _].
+
+    A cache of latents has one plane.
+    """
+    num_planes, page_size = cache_shape[1:3]
+    page = pages.gather(1, positions // page_size)
+    key = page * (num_planes * page_size) + positions % page_size
+    return torch.stack([key + plane * page_size for plane in range(num_planes)]).flatten()
 
 
 def _plan_padded(
@@ -320,16 +346,16 @@ def _plan_padded(
     positions = start + torch.arange(span, device=rows.device)
     mask = cache.new_zeros(positions.shape, dtype=dtype)
     mask.masked_fill_(positions >= lens, float("-inf"))
-    gather = _gather_index(table[rows], positions.minimum(lens - 1), cache.shape[2])
+    gather = _gather_index(table[rows], positions.minimum(lens - 1), cache.shape)
     return _Padded(rows, gather, mask[:, None, None])
 
 
 def _plan_chunk(
-    pages: Tensor, first: int, num: int, context: int, page_size: int, window: int | None
+    pages: Tensor, first: int, num: int, context: int, cache_shape: torch.Size, window: int | None
 ) -> _Chunk:
     start = max(0, context - num - window + 1) if window else 0
     keys = torch.arange(start, context, device=pages.device)
-    gather = _gather_index(pages, keys[None], page_size)
+    gather = _gather_index(pages, keys[None], cache_shape)
     if context == num and (window is None or window >= num):
         return _Chunk(slice(first, first + num), gather, None)
     ahead = keys[context - num - start :, None] - keys  # [num, len] positions from key to query
@@ -340,7 +366,7 @@ def _plan_chunk(
 
 
 def write_kv(cache: Tensor, kv: Tensor, plan: ReferencePlan) -> None:
-    """Store kv [tokens, 2, kv_heads, head_dim] (0: K, 1: V) at the rows plan.write."""
+    """Store kv [tokens, planes, kv_heads, head_dim] (0: K, 1: V) at the rows plan.write."""
     if kv.dtype != cache.dtype:  # float8_e4m3fn has no infinity: 448 is its largest number
         limit = torch.finfo(cache.dtype).max
         kv = kv.clamp(-limit, limit).to(cache.dtype)
@@ -383,6 +409,124 @@ def attend(
         )
         out[chunk.tokens] = o[0].transpose(0, 1)
     return out.flatten(1)
+
+
+def gated_delta(
+    qkv: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: RecurrentState,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.gated_delta; token by token, all decode rows at once."""
+    assert isinstance(plan, RowPlan)
+    _, v_heads, k_dim, v_dim = state.matrix.shape
+    k_heads = (qkv.shape[1] - v_heads * v_dim) // (2 * k_dim)
+    keep = (-a_log.exp() * F.softplus(a.float() + dt_bias)).exp()
+    write = b.float().sigmoid()
+    out = qkv.new_empty(len(qkv), v_heads, v_dim)
+    n = plan.num_decode
+    groups = [(plan.slots[:n], slice(0, n), 1)] if n else []
+    first = n
+    for slot, num in zip(plan.slots[n:], plan.query_lens[n:], strict=True):
+        groups.append((slot[None], slice(first, first + num), num))
+        first += num
+    for slots, tokens, num in groups:
+        x = qkv[tokens].view(len(slots), num, -1)
+        padded = torch.cat((state.conv[slots], x.transpose(1, 2)), 2)
+        state.conv[slots] = padded[:, :, num:]
+        mixed = F.silu(F.conv1d(padded, conv[:, None], groups=len(conv))).transpose(1, 2).float()
+        q, k, v = mixed.split((k_heads * k_dim, k_heads * k_dim, v_heads * v_dim), 2)
+        q, k = (_unit_heads(x, k_heads, v_heads) for x in (q, k))
+        v = v.unflatten(2, (v_heads, v_dim))
+        g = keep[tokens].view(len(slots), num, v_heads)
+        w = write[tokens].view(len(slots), num, v_heads)
+        matrix = state.matrix[slots]
+        found = torch.empty_like(v)
+        for i in range(num):
+            matrix = matrix * g[:, i, :, None, None]
+            error = v[:, i] - torch.einsum("nhkv,nhk->nhv", matrix, k[:, i])
+            matrix = matrix + torch.einsum("nhk,nhv->nhkv", k[:, i], error * w[:, i, :, None])
+            found[:, i] = torch.einsum("nhkv,nhk->nhv", matrix, q[:, i])
+        state.matrix[slots] = matrix
+        out[tokens] = (found * k_dim**-0.5).flatten(0, 1).to(out.dtype)
+    return out
+
+
+def _unit_heads(x: Tensor, heads: int, copies_to: int) -> Tensor:
+    """x [rows, tokens, heads * dim] as heads of length 1, each repeated: [.., copies_to, dim]."""
+    x = x.unflatten(2, (heads, -1))
+    x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return x.repeat_interleave(copies_to // heads, 2)
+
+
+def gated_norm(x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:
+    """See Ops.gated_norm."""
+    return (rms_norm(x, gain, eps).float() * F.silu(gate.float())).to(x.dtype)
+
+
+def store_latent(
+    q: Tensor,
+    latent: Tensor,
+    norm: Norm,
+    w_uk: Tensor,
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> LatentQueries:
+    """See Ops.store_latent."""
+    assert isinstance(plan, ReferencePlan)
+    nope_dim, rank = w_uk.shape[1:]
+    compressed = rms_norm(latent[:, :rank], *norm)
+    key = latent[:, None, rank:].clone()
+    q_nope, q_rope = q.split((nope_dim, q.shape[2] - nope_dim), 2)
+    q_rope = q_rope.clone()
+    cos, sin = rotary
+    rotate(key, cos, sin, interleaved)
+    rotate(q_rope, cos, sin, interleaved)
+    write_kv(cache, torch.cat((compressed[:, None], key), 2)[:, None], plan)
+    return LatentQueries(torch.einsum("thn,hnk->thk", q_nope, w_uk), q_rope)
+
+
+def attend_latent(
+    queries: LatentQueries,
+    cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """See Ops.attend_latent."""
+    assert isinstance(plan, ReferencePlan)
+    q = torch.cat(queries, 2)
+    q = q if tokens is None else q[tokens]
+    rank = queries.latent.shape[2]
+    width = cache.shape[4]
+    flat = cache.flatten(0, 3)
+    out = q.new_empty(*q.shape[:2], rank)
+    for part in plan.padded:
+        keys = _read(flat, part.gather, q.dtype).view(len(part.rows), 1, -1, width)
+        rows = q[part.rows][:, None]  # heads take the place of query positions
+        o = F.scaled_dot_product_attention(
+            rows, keys, keys[..., :rank], attn_mask=part.mask, scale=scale
+        )
+        out[part.rows] = o[:, 0]
+    for chunk in plan.chunks:
+        keys = _read(flat, chunk.gather, q.dtype).view(1, 1, -1, width)
+        o = F.scaled_dot_product_attention(
+            q[None, chunk.tokens].transpose(1, 2),
+            keys,
+            keys[..., :rank],
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            enable_gqa=True,
+            scale=scale,
+        )
+        out[chunk.tokens] = o[0].transpose(0, 1)
+    return out
 
 
 def prepare_inputs(

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gllm_engine.model import Decoder
+from gllm_engine.model import Decoder, LayerCache
 from gllm_engine.runner.batch import decode_batch
 from gllm_engine.runner.host_arrays import pack
 from gllm_engine.runner.sampling_state import SamplingState
@@ -82,7 +82,7 @@ class DecodeGraphs:
     def __init__(
         self,
         decoder: Decoder,
-        cache: list[Tensor],
+        cache: list[LayerCache],
         table: SlotTable,
         sampling: SamplingState,
         max_rows: int,

@@ -31,7 +31,22 @@ from gllm_engine.types import NewSequence
 # CUDA graphs themselves, and kernels that are loaded later.
 _RESERVE_BYTES = 2 << 30
 
+# The KV cache has this many times the memory of the snapshots of states.
+_SNAPSHOT_SHARE = 8
+
 _log = logging.getLogger(__name__)
+
+
+def fitting_snapshots(config: EngineConfig, decoder: Decoder, num_pages: int) -> int:
+    """Snapshots of states: config.num_snapshots, or as many as fit a share of the KV cache.
+
+    `num_pages`: from fitting_pages. On a rank without states, the number of other ranks counts.
+    """
+    if config.num_snapshots is not None:
+        return config.num_snapshots
+    state_bytes = decoder.new_states(1).flat.numel()
+    page_bytes = decoder.page_bytes(config.page_size, cache_dtype(config, decoder))
+    return num_pages * page_bytes // _SNAPSHOT_SHARE // max(1, state_bytes)
 
 
 def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
@@ -53,7 +68,10 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     page_bytes += of_ids * config.page_size * torch.int64.itemsize
     torch.cuda.empty_cache()
     used = total - torch.cuda.mem_get_info(decoder.device)[0]
-    free = int(total * config.gpu_memory_utilization) - used - peak
+    states = (config.max_num_seqs + 1) * decoder.new_states(1).flat.numel()
+    free = int(total * config.gpu_memory_utilization) - used - peak - states
+    if decoder.arch.keeps_states and config.num_snapshots is None:
+        free -= free // (_SNAPSHOT_SHARE + 1)
     gib = 1 << 30
     _log.info(
         "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for the KV cache, of %.1f",
@@ -75,7 +93,7 @@ def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
     """Bytes that a decode step of all sequences needs and the trial step does not: the logits of
     the CUDA graphs, and the float32 partials of split-KV attention.
     """
-    widest = max(layer.mixer.heads * layer.mixer.head_dim for layer in decoder.layers)
+    widest = max(layer.mixer.attended_width for layer in decoder.layers)
     return config.max_num_seqs * (decoder.arch.vocab * decoder.dtype.itemsize + 4 * widest)
 
 
@@ -105,7 +123,8 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     lens += [num_tokens - sum(lens)] if num_tokens % longest else []
     # All rows write to the same pages: the contents do not matter here.
     num_pages = -(-longest // page_size)
-    cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder))
+    states = decoder.new_states(len(lens))
+    cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder), states)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     rows = min(config.max_num_seqs, num_tokens)

@@ -28,6 +28,7 @@ class NullRunner:
 
     def __init__(self, vocab: int, num_pages: int | None) -> None:
         self.num_pages = num_pages or DEFAULT_PAGES
+        self.num_snapshots = 0
         self._vocab = vocab
         self._last = 1
         self._sampling: dict[int, SamplingParams] = {}  # by slot

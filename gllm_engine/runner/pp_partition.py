@@ -72,10 +72,11 @@ def _measure(
         fill_randomly(decoder)
         page_size = config.page_size
         kv_dtype = cache_dtype(config, decoder)
-        cache = decoder.new_cache(-(-context // page_size), page_size, kv_dtype)
+        num_pages = -(-context // page_size)
+        cache = decoder.new_cache(num_pages, page_size, kv_dtype, decoder.new_states(1))
         decoder.compile_kernels(page_size, kv_dtype)
         # All rows read and write the same pages: the contents do not matter here.
-        table = torch.arange(len(cache[0]), device=device)[None]
+        table = torch.arange(num_pages, device=device)[None]
         batch = made_up_step([(context, 1)] * rows, table, page_size)
         costs.append(min(times(partial(decoder.forward, batch, cache), device, _REPEATS)))
         hidden = decoder.forward(batch, cache)

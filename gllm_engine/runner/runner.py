@@ -26,14 +26,14 @@ from gllm_engine.parallel import Pipe, RankGroups
 from gllm_engine.runner.batch import StepInputs, build_step
 from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.host_arrays import int_array, to_device
-from gllm_engine.runner.kv_sizing import cache_dtype, fitting_pages
+from gllm_engine.runner.kv_sizing import cache_dtype, fitting_pages, fitting_snapshots
 from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
 from gllm_engine.runner.step_timer import EventTimer, HostTimer, StepTimer
 from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
-from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import NO_SNAPSHOT, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,15 @@ class Runner:
             self.num_pages = fitting if ranks is None else ranks.min_over_ranks(fitting)
             # On a GPU one more slot and one more page, for the padding rows of CUDA graphs.
             num_pages = self.num_pages + on_gpu
-            dtype = cache_dtype(config, decoder)
-            self.cache = decoder.new_cache(num_pages, config.page_size, dtype)
             num_slots = config.max_num_seqs + on_gpu
+            self.num_snapshots = 0
+            if arch.keeps_states:
+                fitting = fitting_snapshots(config, decoder, self.num_pages)
+                self.num_snapshots = fitting if ranks is None else ranks.min_over_ranks(fitting)
+            # Slots come first, then snapshots.
+            self.states = decoder.new_states(num_slots + self.num_snapshots)
+            dtype = cache_dtype(config, decoder)
+            self.cache = decoder.new_cache(num_pages, config.page_size, dtype, self.states)
             self.table = SlotTable(
                 num_slots, max_pages, num_pages, config.page_size, self.device, decoder.groups
             )
@@ -142,6 +148,8 @@ class Runner:
         state of the plan's slots is undefined until they get new owners.
         """
         self.sampling.check_masks(plan)
+        if self.states.layers:
+            self._move_states(plan)
         self.sampling.set_owners(plan.new)
         rows = self.table.begin(plan)
         if rows is None:
@@ -173,6 +181,22 @@ class Runner:
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
         timer.end()
         return RunnerStep(plan.step, sampled, logprobs, prompt_scores, timer)
+
+    def _move_states(self, plan: StepPlan) -> None:
+        """Copy states to snapshots, then give new owners of slots theirs."""
+        first = len(self.table.lengths)
+        if plan.snapshots:
+            slots = [slot for slot, _ in plan.snapshots]
+            targets = [first + snapshot for _, snapshot in plan.snapshots]
+            self.states.move(*to_device(self.device, int_array(slots), int_array(targets)))
+        restored = [new for new in plan.new if new.snapshot != NO_SNAPSHOT]
+        if restored:
+            sources = int_array([first + new.snapshot for new in restored])
+            slots_cpu = int_array([new.slot for new in restored])
+            self.states.move(*to_device(self.device, sources, slots_cpu))
+        empty = [new.slot for new in plan.new if new.snapshot == NO_SNAPSHOT]
+        if empty:
+            self.states.clear(*to_device(self.device, int_array(empty)))
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
         """Hidden states [tokens, dim] from the previous stage; None on the first stage."""

@@ -154,11 +154,10 @@ class PagePool:
         self._hashes[page] = None
         return page
 
-    def check_integrity(self, handles: Iterable[Pages]) -> None:
-        """Raise IntegrityError unless the pool is consistent with the pages that `handles` hold."""
+    def check_integrity(self, holdings: Iterable[list[int]]) -> None:
+        """Raise IntegrityError unless the pool is consistent with the pages of all its holders."""
         held = [0] * self.num_pages
-        for handle in handles:
-            ids = [page for p in handle.groups if p.group.pool is self for page in p.ids]
+        for ids in holdings:
             if len(set(ids)) < len(ids):
                 raise IntegrityError(f"A sequence holds a page twice: {ids}.")
             for page in ids:
@@ -270,32 +269,70 @@ class Pages:
 
     This object alone owns its references; `release` gives all of them back, once. The hashes are
     kept after a release, because known tokens never change.
+
+    `snapshots`: of the states of layers that keep one per sequence and not K and V per token; None
+    if the model has no such layers. They are found by the hash of the pages before them.
     """
 
-    __slots__ = ("groups", "_pool", "_page_size", "_chain", "_num_published")
+    __slots__ = ("groups", "snapshots", "_pool", "_page_size", "_chain", "_num_published")
 
-    def __init__(self, groups: Sequence[Group], salt: str) -> None:
+    def __init__(
+        self, groups: Sequence[Group], salt: str, snapshots: PagePool | None = None
+    ) -> None:
         self.groups = [GroupPages(group) for group in groups]
+        self.snapshots = snapshots
         self._pool = groups[0].pool  # hashes the pages of all groups
         self._page_size = self._pool.page_size
         self._chain = [self._pool.root(salt)]  # entry k + 1 is the hash of pages 0..k
         self._num_published = 0
 
     def find_cached(self, tokens: list[int]) -> int:
-        """The number of pages in the longest prefix of `tokens` that is cached in all groups.
+        """The number of pages in the longest prefix of `tokens` that is cached in all groups, and
+        has a snapshot if the model needs one.
 
         The prefix is without the last token, which must be computed, because the next token is
         sampled from its output. A group with a window needs only the prefix's last pages.
         """
+        count = (len(tokens) - 1) // self._page_size
+        while True:
+            found = self.find_pages(tokens, count)
+            count = self._last_snapshot(tokens, found)
+            if count == found:
+                return count
+
+    def find_pages(self, tokens: list[int], most: int) -> int:
+        """As find_cached, but of at most `most` pages, and without a snapshot."""
         if not self._pool.caching:
             return 0
-        count = (len(tokens) - 1) // self._page_size
+        count = most
         before = -1
         while count != before:  # a shorter prefix needs earlier pages of the groups with a window
             before = count
             for part in self.groups:
                 count = self._cached_prefix(part.group, tokens, count)
         return count
+
+    def _last_snapshot(self, tokens: list[int], most: int) -> int:
+        """The longest prefix that has a snapshot, in at most `most` pages."""
+        count = most
+        while self.snapshots is not None and count and self.find_snapshot(tokens, count) is None:
+            count -= 1
+        return count
+
+    def find_snapshot(self, tokens: list[int], num_pages: int) -> int | None:
+        """The snapshot of the state after `num_pages` pages of `tokens`."""
+        if self.snapshots is None:
+            return None
+        return self.snapshots.find(self._digest(tokens, num_pages - 1))
+
+    def publish_snapshot(self, snapshot: int, tokens: list[int], num_pages: int) -> None:
+        """Make a snapshot findable, by the plan that takes it and all later ones.
+
+        Other than the K and V of a page, a state is needed before the first layer that has it runs;
+        a plan copies states before its rows run.
+        """
+        if self.snapshots is not None and self._pool.caching:
+            self.snapshots.publish(snapshot, self._digest(tokens, num_pages - 1))
 
     def _cached_prefix(self, group: Group, tokens: list[int], most: int) -> int:
         """As find_cached, but of one group and at most `most` pages."""
@@ -408,8 +445,12 @@ class Pages:
 
     def _key(self, group: Group, tokens: list[int], index: int) -> bytes:
         """The key in the pool of the group's page `index`."""
+        return group.tag + self._digest(tokens, index)
+
+    def _digest(self, tokens: list[int], index: int) -> bytes:
+        """The hash of pages 0 to `index`."""
         chain = self._chain
         size = self._page_size
         for page in range(len(chain) - 1, index + 1):
             chain.append(self._pool.link(chain[-1], tokens[page * size : (page + 1) * size]))
-        return group.tag + chain[index + 1]
+        return chain[index + 1]

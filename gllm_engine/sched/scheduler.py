@@ -16,10 +16,11 @@ from typing import NamedTuple
 from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sched.cost import Fit, Work
-from gllm_engine.sched.pages import IntegrityError, Pages, capacity, make_groups
+from gllm_engine.sched.pages import IntegrityError, PagePool, Pages, capacity, make_groups
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
 from gllm_engine.types import (
+    NO_SNAPSHOT,
     Chunk,
     Finish,
     NewPages,
@@ -67,6 +68,7 @@ class _Draft:
     chunks: list[Chunk] = field(default_factory=list)
     chunked: list[Sequence] = field(default_factory=list)
     masks: dict[int, bytes] = field(default_factory=dict)
+    snapshots: list[tuple[int, int]] = field(default_factory=list)
     work: Work | None = None  # set if the policy bounds seconds
 
 
@@ -98,14 +100,20 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         policy: Policy | None = None,
         groups: tuple[CacheGroup, ...] = (CacheGroup(),),
+        num_snapshots: int | None = None,
     ) -> None:
-        """`num_pages`: of the pool of all cache groups that have layers.
+        """`num_pages`: of the pool of all cache groups that have layers. `num_snapshots`: of the
+        states of layers that keep one per sequence; None if the model has no such layers.
 
         `policy`: overrides the policy that the configuration names.
         """
         self._groups = make_groups(groups, config, num_pages)
         self._pools = list(dict.fromkeys(group.pool for group in self._groups))
         self._pool = self._groups[0].pool
+        self._snapshots: PagePool | None = None
+        if num_snapshots is not None and config.enable_prefix_caching:
+            self._snapshots = PagePool(num_snapshots, config.page_size)
+            self._pools.append(self._snapshots)
         self._num_whole = sum(g.window is None and g.pool is self._pool for g in self._groups)
         self._page_size = config.page_size
         self._capacity = capacity(self._groups, max_model_len)  # tokens
@@ -170,7 +178,7 @@ class Scheduler:
         sequence.limit = min(wanted, self._capacity + 1)
         eos = () if sampling.ignore_eos else self._eos_token_ids
         sequence.stops = frozenset(eos + sampling.stop_token_ids)
-        sequence.pages = Pages(self._groups, sampling.cache_salt)
+        sequence.pages = Pages(self._groups, sampling.cache_salt, self._snapshots)
         sequence.commit_check = self._next_commit_check(sequence)
         self._waiting.put(sequence)
         self._backlog += length
@@ -211,10 +219,23 @@ class Scheduler:
             self._context -= sequence.planned
         sequence.queue.take(sequence)
         self._backlog -= sequence.backlog
+        self._release_rolling(sequence)
         sequence.pages.release()
         if sequence.slot != NO_SLOT:
             self._slots.append(sequence.slot)
             sequence.slot = NO_SLOT
+
+    def _release_rolling(self, sequence: Sequence) -> None:
+        """Make the snapshot that a sequence has written while it decoded findable by others."""
+        snapshot = sequence.rolling
+        if self._snapshots is None or snapshot == NO_SNAPSHOT:
+            return
+        # A plan in flight may have written it after a token that does not count any more.
+        if sequence.rolling_len <= len(sequence.tokens):
+            num_pages = sequence.rolling_len // self._page_size
+            sequence.pages.publish_snapshot(snapshot, sequence.tokens, num_pages)
+        self._snapshots.give_back([snapshot])
+        sequence.rolling = NO_SNAPSHOT
 
     def _preempt(self, sequence: Sequence) -> None:
         """Return a sequence to the waiting queue, to be recomputed. Its tokens in flight count."""
@@ -239,7 +260,15 @@ class Scheduler:
             return self.schedule() if self._preemptions > preemptions else None
         self._steps += 1
         slots = [sequence.slot for sequence in draft.decodes]
-        plan = StepPlan(self._steps, draft.new, draft.new_pages, slots, draft.chunks, draft.masks)
+        plan = StepPlan(
+            self._steps,
+            draft.new,
+            draft.new_pages,
+            slots,
+            draft.chunks,
+            draft.masks,
+            draft.snapshots,
+        )
         sampling = draft.decodes + [s for s in draft.chunked if s.queue is self._decoding]
         self._flights.append(_Flight(plan, sampling, draft.chunked, draft.work))
         return plan
@@ -358,6 +387,7 @@ class Scheduler:
             if not self._make_room(sequence):
                 return False
             self._grow(draft, sequence, planned + 1)
+            self._roll(draft, sequence)
         if constraint is None:
             sequence.plan_check = min(last, planned - planned % self._page_size + self._page_size)
         else:
@@ -407,6 +437,7 @@ class Scheduler:
         pages.open(tokens, num_cached)
         sequence.slot = self._slots.pop()
         sequence.planned = num_cached * self._page_size
+        snapshot = self._restore(sequence, num_cached)
         self._backlog -= sequence.planned
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = sequence.planned
@@ -415,12 +446,62 @@ class Scheduler:
         sampling = sequence.sampling
         eos = self._eos_token_ids if sampling.min_tokens else ()
         draft.new.append(
-            NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sampling, eos)
+            NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sampling, eos, snapshot)
         )
         for group, part in enumerate(pages.groups):
             if part.ids:
                 draft.new_pages.append(NewPages(sequence.slot, part.first, list(part.ids), group))
         return True
+
+    def _restore(self, sequence: Sequence, num_cached: int) -> int:
+        """The snapshot after `num_cached` pages. Also decides where its prompt's state is copied.
+
+        A plan takes snapshots for copies before it restores any, and runs in the same order: what
+        it restores, it does not overwrite.
+
+        That is at the last full page, for a longer prompt with the same beginning; and where the
+        cached pages end, if they go beyond the snapshot, for another prompt that branches off.
+        """
+        if self._snapshots is None:
+            return NO_SNAPSHOT
+        tokens = sequence.tokens
+        last = (len(tokens) - 1) // self._page_size
+        branch = sequence.pages.find_pages(tokens, last)
+        due = {num * self._page_size for num in (branch, last) if num > num_cached}
+        sequence.snapshots_due = sorted(due)
+        snapshot = sequence.pages.find_snapshot(tokens, num_cached) if num_cached else None
+        if snapshot is None:
+            return NO_SNAPSHOT
+        self._snapshots.share([snapshot])
+        self._snapshots.give_back([snapshot])  # now it is the last to be evicted
+        return snapshot
+
+    def _snap(self, draft: _Draft, sequence: Sequence) -> None:
+        """Copy the state of a prefilling sequence, and make the copy findable."""
+        snapshot = self._copy_state(draft, sequence)
+        if snapshot != NO_SNAPSHOT:
+            num_pages = sequence.planned // self._page_size
+            sequence.pages.publish_snapshot(snapshot, sequence.tokens, num_pages)
+            if self._snapshots is not None:
+                self._snapshots.give_back([snapshot])
+
+    def _roll(self, draft: _Draft, sequence: Sequence) -> None:
+        """Copy the state of a decoding sequence that has just filled a page."""
+        if self._snapshots is None:
+            return
+        if sequence.rolling == NO_SNAPSHOT:
+            sequence.rolling = self._copy_state(draft, sequence)
+        else:
+            draft.snapshots.append((sequence.slot, sequence.rolling))
+        sequence.rolling_len = sequence.planned
+
+    def _copy_state(self, draft: _Draft, sequence: Sequence) -> int:
+        """Take a snapshot and copy the state to it; NO_SNAPSHOT if all are in use."""
+        if self._snapshots is None or not self._snapshots.num_free:
+            return NO_SNAPSHOT
+        (snapshot,) = self._snapshots.take(1)
+        draft.snapshots.append((sequence.slot, snapshot))
+        return snapshot
 
     def _plan_chunks(self, draft: _Draft, budget: Budget) -> None:
         """Plan chunks of prefilling sequences in order of rank, then of newly admitted ones."""
@@ -454,12 +535,15 @@ class Scheduler:
         tokens = sequence.tokens
         start = sequence.planned
         end = min(start + max_tokens, sequence.prefill_len)
+        end = next((due for due in sequence.snapshots_due if start < due < end), end)
         sequence.pages.drop_unneeded(start)
         while end > start and not sequence.pages.can_grow(end):
             end -= (end - 1) % self._page_size + 1  # one page less
         if end <= start:
             return 0
         self._grow(draft, sequence, end)
+        if start in sequence.snapshots_due:
+            self._snap(draft, sequence)
         samples = end == sequence.prefill_len
         targets: list[int] = []
         if sequence.sampling.prompt_logprobs is not None:
@@ -594,8 +678,11 @@ class Scheduler:
         """Raise IntegrityError if the bookkeeping contradicts itself; the message says how."""
         running = [*self._prefilling, *self._decoding]
         live = [*self._waiting, *running]
-        for pool in self._pools:
-            pool.check_integrity(sequence.pages for sequence in live)
+        parts = [part for sequence in live for part in sequence.pages.groups]
+        for pool in {group.pool for group in self._groups}:
+            pool.check_integrity(part.ids for part in parts if part.group.pool is pool)
+        if self._snapshots is not None:
+            self._snapshots.check_integrity([s.rolling] for s in live if s.rolling != NO_SNAPSHOT)
         for queue in (self._waiting, self._prefilling, self._decoding):
             if any(sequence.queue is not queue for sequence in queue):
                 raise IntegrityError("A sequence is in a queue it does not know of.")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gllm_engine.sampling import SamplingParams
+from gllm_engine.types import NO_SNAPSHOT
 
 if TYPE_CHECKING:
     from gllm_engine.sched.pages import Pages
@@ -45,6 +46,12 @@ class Sequence:
         "limit",  # largest possible number of known tokens
         "stops",  # token ids that end the sequence
         "pages",
+        # If the model keeps a state per sequence: token counts at which a chunk must end, in
+        # ascending order, so that the state can be copied there; and the snapshot that is written
+        # again and again while the sequence decodes, and its token count.
+        "snapshots_due",
+        "rolling",
+        "rolling_len",
         # `queue` is None before Scheduler.add and after the sequence's end.
         "queue",
         "slot",
@@ -81,6 +88,9 @@ class Sequence:
         self.limit = 0
         self.stops: frozenset[int] = frozenset()
         self.pages: Pages
+        self.snapshots_due: list[int] = []
+        self.rolling = NO_SNAPSHOT
+        self.rolling_len = 0
         self.queue: Queue | None = None
         self.slot = NO_SLOT
         self.planned = self.planned_by = 0

@@ -97,7 +97,7 @@ class WorkerGroup:
         # rank -> the socket of the worker and its identity on that socket
         self._members: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
         self._results: deque[StepResult] = deque()
-        self._ready: dict[int, int] = {}  # rank -> pages
+        self._ready: dict[int, wire.Ready] = {}  # by rank
         self._refused: dict[int, _RefusedStep] = {}  # by step
         self._failure: wire.Failed | None = None
         self._error: str | None = None
@@ -129,7 +129,8 @@ class WorkerGroup:
         except BaseException:
             self.close()
             raise
-        self.num_pages = min(self._ready.values())
+        self.num_pages = min(ready.num_pages for ready in self._ready.values())
+        self.num_snapshots = min(ready.num_snapshots for ready in self._ready.values())
 
     # ------------------------------------------------------------ as a StepRunner
 
@@ -275,7 +276,7 @@ class WorkerGroup:
         if isinstance(message, StepResult):
             self._results.append(message)
         elif isinstance(message, wire.Ready):
-            self._ready[self._rank_of(socket, identity)] = message.num_pages
+            self._ready[self._rank_of(socket, identity)] = message
         elif isinstance(message, wire.StepFailed):
             refused = _RefusedStep(message.message, time.monotonic() + _AGREE_S, set())
             self._refused.setdefault(message.step, refused).ranks.add(message.rank)

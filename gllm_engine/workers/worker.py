@@ -114,7 +114,9 @@ class _Worker:
         self._rank = assigned.rank
         try:
             runner, ranks = self._load(assigned)
-            self._plans.send_multipart(wire.encode(wire.Ready(runner.num_pages)))
+            self._plans.send_multipart(
+                wire.encode(wire.Ready(runner.num_pages, runner.num_snapshots))
+            )
             self._work(runner, ranks)
         except Exception as error:  # any error caused by a peer or a checkpoint
             log.exception("rank %d fails", self._rank)

@@ -38,6 +38,13 @@ CHATGLM = [
     "transformer.encoder.final_layernorm.weight",
     "transformer.output_layer.weight",
 ]
+LATENT_ATTENTION = [
+    f"{LAYER}self_attn.{part}.weight"
+    for part in (
+        *("q_a_proj", "q_a_layernorm", "q_b_proj"),
+        *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
+    )
+]
 EXPECTED = {
     "LlamaForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "MistralForCausalLM": ENDS + NORMS + ATTENTION + MLP,
@@ -75,6 +82,15 @@ EXPECTED = {
     + EXPERTS
     + SHARED_EXPERTS
     + [f"{LAYER}mlp.moe_statics.e_score_correction_bias"],
+    **dict.fromkeys(
+        ("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
+        ENDS
+        + NORMS
+        + LATENT_ATTENTION
+        + EXPERTS
+        + SHARED_EXPERTS
+        + [f"{LAYER}mlp.gate.e_score_correction_bias"],
+    ),
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,
 }

@@ -37,6 +37,8 @@ EVERYWHERE = (
     "mlp.gate.weight",
     "e_score_correction_bias",
     "shared_expert_gate.weight",
+    "q_a_proj.weight",
+    "kv_a_proj_with_mqa.weight",
 )
 SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
 

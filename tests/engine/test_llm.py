@@ -22,6 +22,7 @@ FAMILIES = [
     "Qwen3ForCausalLM",
     "Glm4ForCausalLM",
     "Glm4MoeForCausalLM",
+    "DeepseekV3ForCausalLM",
     SOME_WINDOWS,
 ]
 OVER = {

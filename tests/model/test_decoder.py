@@ -92,8 +92,9 @@ def test_weights_and_cache_follow_the_spec(family: str) -> None:
     for name, view in views.items():
         assert view.shape[-len(shapes[name]) :] == shapes[name], name
     cache = decoder.new_cache(num_pages=3, page_size=4)
-    heads = (arch.layers[0].mixer.kv_heads, arch.layers[0].mixer.head_dim)
-    assert [tuple(tensor.shape) for tensor in cache] == [(3, 2, 4, *heads)] * len(arch.layers)
+    page = arch.layers[0].mixer.cache_shape(4)
+    assert page[1] == 4
+    assert [tuple(tensor.shape) for tensor in cache] == [(3, *page)] * len(arch.layers)
     size = sum(tensor.numel() * tensor.element_size() for tensor in cache)
     assert size == 12 * arch.kv_bytes_per_token(itemsize=2)
 

@@ -19,8 +19,20 @@ from gllm_engine.model.tiny import write_tiny_model
 TOLERANCE = 2e-5  # of logits up to about 12
 HF_FAMILIES = [name for name in FAMILIES if not name.startswith("ChatGLM")]
 
+MSCALE_YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 1.0,
+    "beta_slow": 1.0,
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in HF_FAMILIES),
+    ("DeepseekV3ForCausalLM", {"q_lora_rank": None, "rms_norm_eps": 1e-5}),
+    ("DeepseekV3ForCausalLM", {"rope_interleave": False, "v_head_dim": 20}),
+    ("DeepseekV3ForCausalLM", {"rope_scaling": MSCALE_YARN}),
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 1, "head_dim": 24}),

@@ -18,7 +18,7 @@ from gllm_engine.arch.cache import num_token_pages
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Constraint
-from gllm_engine.types import NewSequence, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import NO_SNAPSHOT, NewSequence, StepPlan, StepResult, TokenLogprobs
 
 VOCAB = 24
 EOS = (0, 1)
@@ -69,6 +69,7 @@ def reference(
 class Slot:
     owner: NewSequence
     tables: list[dict[int, int]]  # of each group: index -> page
+    state: list[int]  # all tokens so far, as layers without K and V would know them
     length: int = 0
     last: int | None = None
 
@@ -79,13 +80,17 @@ class PagedMock:
         config: EngineConfig,
         num_pages: int,
         groups: tuple[CacheGroup, ...] = (CacheGroup(),),
+        num_snapshots: int | None = None,
     ) -> None:
         self.config = config
         self.num_pages = num_pages
         self.groups = groups
+        self.has_states = num_snapshots is not None
+        self.num_snapshots = num_snapshots or 0
         self.slots: dict[int, Slot] = {}
         # (whether the group has layers, page * page_size + offset) -> (token, position, group)
         self.cells: dict[tuple[bool, int], tuple[int, int, int]] = {}
+        self.states: dict[int, list[int]] = {}  # by snapshot
         self.step = 0
         self.num_computed = 0
 
@@ -105,6 +110,9 @@ class PagedMock:
             state = self.slots[slot]
             state.length = start + len(tokens)
             history = self._attend(state, start)
+            state.state += tokens
+            if self.has_states:
+                assert state.state == history
             assert history[start:] == tokens
             state.last = None
             if samples:
@@ -114,10 +122,15 @@ class PagedMock:
         return result
 
     def _apply(self, plan: StepPlan) -> None:
+        assert len({snapshot for _, snapshot in plan.snapshots}) == len(plan.snapshots)
+        for slot, snapshot in plan.snapshots:
+            assert 0 <= snapshot < self.num_snapshots
+            self.states[snapshot] = list(self.slots[slot].state)
         assert len({new.slot for new in plan.new}) == len(plan.new)
         for new in plan.new:
             assert 0 <= new.slot < self.config.max_num_seqs
-            self.slots[new.slot] = Slot(new, [{} for _ in self.groups])
+            state = [] if new.snapshot == NO_SNAPSHOT else list(self.states[new.snapshot])
+            self.slots[new.slot] = Slot(new, [{} for _ in self.groups], state)
         for new_pages in plan.new_pages:
             kind = self.groups[new_pages.group]
             table = self.slots[new_pages.slot].tables[new_pages.group]

@@ -17,6 +17,10 @@ def fill(pool: PagePool, tokens: list[int], salt: str = "") -> Pages:
     return pages
 
 
+def pages_of(*sequences: Pages) -> list[list[int]]:
+    return [part.ids for pages in sequences for part in pages.groups]
+
+
 def cached(pool: PagePool, tokens: list[int], salt: str = "") -> list[int]:
     """Cached pages of a sequence that begins with `tokens`."""
     pages = Pages([Group(pool)], salt)
@@ -40,9 +44,9 @@ def test_only_full_pages_are_shared_and_a_token_is_left() -> None:
         second.groups[0].ids[:2] == first.groups[0].ids[:2]
         and second.groups[0].ids[2] != first.groups[0].ids[2]
     )
-    pool.check_integrity([first, second])
+    pool.check_integrity(pages_of(first, second))
     first.release()
-    pool.check_integrity([second])
+    pool.check_integrity(pages_of(second))
     second.release()
     pool.check_integrity([])
     assert pool.num_free == 8
@@ -54,7 +58,7 @@ def test_release_is_idempotent() -> None:
     assert one.groups[0].ids[0] == other.groups[0].ids[0]
     one.release()
     one.release()
-    pool.check_integrity([other])
+    pool.check_integrity(pages_of(other))
     assert pool.num_free == 2
 
 
@@ -113,7 +117,7 @@ def test_opening_never_evicts_what_was_found() -> None:
     assert not pages.fit(tokens, 1, reserve=1)
     pages.open(tokens, 1)
     assert pages.groups[0].ids[0] == hits[0]
-    pool.check_integrity([pages])
+    pool.check_integrity(pages_of(pages))
 
 
 def test_equal_content_keeps_one_mapping() -> None:
@@ -127,7 +131,7 @@ def test_equal_content_keeps_one_mapping() -> None:
     one.publish(tokens, 8)
     first, second = one.groups[0].ids[0], two.groups[0].ids[1]
     assert cached(pool, tokens) == [first, second]
-    pool.check_integrity([one, two])
+    pool.check_integrity(pages_of(one, two))
     duplicates = {one.groups[0].ids[1], two.groups[0].ids[0]}
     two.release()
     one.release()
@@ -156,7 +160,7 @@ def test_hashes_outlive_a_release() -> None:
     pages.open([1] * 8, 2)
     assert pages.groups[0].ids == ids
     pages.publish([1] * 8, 8)
-    pool.check_integrity([pages])
+    pool.check_integrity(pages_of(pages))
 
 
 def test_forget() -> None:
@@ -165,7 +169,7 @@ def test_forget() -> None:
     held = fill(pool, [2] * 4)
     pool.forget()
     assert cached(pool, [1] * 8) == cached(pool, [2] * 4) == []
-    pool.check_integrity([held])
+    pool.check_integrity(pages_of(held))
     held.release()
     assert len(set(pool.take(4))) == 4
 
@@ -186,14 +190,14 @@ def test_giving_back_twice() -> None:
 def test_check_integrity_finds_faults() -> None:
     def fault(expected: str, handles: list[Pages]) -> None:
         with pytest.raises(IntegrityError, match=expected):
-            pool.check_integrity(handles)
+            pool.check_integrity(pages_of(*handles))
 
     pool = PagePool(4, PAGE)
     held, idle = fill(pool, [1] * 4), fill(pool, [2] * 4)
     page = idle.groups[0].ids[0]
     fault(f"Page {page} counts 1 references, 0 exist", [held])
     idle.release()
-    pool.check_integrity([held])
+    pool.check_integrity(pages_of(held))
 
     pool._free.append(pool._free[-1])
     fault("free list twice", [held])
@@ -213,7 +217,7 @@ def test_check_integrity_finds_faults() -> None:
     held.groups[0].ids.append(held.groups[0].ids[0])
     fault("holds a page twice", [held])
     held.groups[0].ids.pop()
-    pool.check_integrity([held])
+    pool.check_integrity(pages_of(held))
 
 
 @given(st.lists(st.integers(0, 2**62), min_size=8, max_size=8), st.integers(0, 7))
@@ -253,7 +257,7 @@ def test_a_window_keeps_only_what_the_next_token_sees(window: int, kept: int, st
     whole, part = pages.groups
     assert (whole.first, len(whole.ids)) == (0, 5)
     assert (part.first, len(part.ids)) == (5 - kept, kept)
-    groups[0].pool.check_integrity([pages])
+    groups[0].pool.check_integrity(pages_of(pages))
     pages.release()
     groups[0].pool.check_integrity([])
 
@@ -268,7 +272,7 @@ def test_a_prefix_is_cached_if_each_group_has_what_the_next_token_sees() -> None
     assert Pages(groups, "").find_cached([*tokens, 0]) == 4
     pages = begin(groups, tokens[:17], 20)
     assert [len(part.ids) for part in pages.groups] == [5, 2]
-    pool.check_integrity([pages])
+    pool.check_integrity(pages_of(pages))
 
 
 def lose(group: Group, tokens: list[int], index: int) -> None:
@@ -289,6 +293,25 @@ def test_a_prefix_that_one_group_shortens_is_looked_up_again_in_the_others() -> 
     lose(groups[0], tokens, 3)
     assert Pages(groups, "").find_cached([*tokens, 0]) == 3
     groups[0].pool.check_integrity([])
+
+
+def test_a_prefix_with_a_snapshot_is_looked_up_again_in_groups_with_a_window() -> None:
+    tokens = list(range(20))
+    groups = make_groups(20, None, 5)
+    snapshots = PagePool(2, PAGE)
+    begin(groups, tokens, 20).release()
+
+    def find() -> int:
+        return Pages(groups, "", snapshots).find_cached([*tokens, 0])
+
+    assert find() == 0
+    for num_pages, snapshot in zip((2, 4), snapshots.take(2), strict=True):
+        Pages(groups, "", snapshots).publish_snapshot(snapshot, tokens, num_pages)
+    assert find() == 4
+    lose(groups[1], tokens, 3)  # K and V serve 5 pages, but not 4
+    assert find() == 2
+    lose(groups[1], tokens, 1)
+    assert find() == 0
 
 
 def test_groups_do_not_find_pages_of_each_other() -> None:

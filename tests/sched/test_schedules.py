@@ -53,6 +53,7 @@ class World:
         depth: int,
         policy: Policy,
         groups: tuple[CacheGroup, ...] = (CacheGroup(),),
+        num_snapshots: int | None = None,
     ) -> None:
         config = EngineConfig(
             model=".",
@@ -65,8 +66,8 @@ class World:
             prefill_drain_steps=3,
             min_prefill_tokens=2,
         )
-        self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy, groups)
-        self.runner = PagedMock(config, num_pages, groups)
+        self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy, groups, num_snapshots)
+        self.runner = PagedMock(config, num_pages, groups, num_snapshots)
         self.capacity = capacity(make_groups(groups, config, num_pages), MODEL_LEN)
         self.depth = depth
         self.results: deque[StepResult] = deque()  # of plans in flight
@@ -195,6 +196,7 @@ class Schedules(RuleBasedStateMachine):
         depth=st.integers(1, 4),
         policy=st.sampled_from(ANY_POLICY),
         groups=st.sampled_from(ANY_GROUPS),
+        num_snapshots=st.sampled_from([None, None, 0, 1, 2, 5, 20]),
     )
     def begin(self, **setup: object) -> None:
         self.world = World(**setup)
@@ -281,6 +283,7 @@ def test_long_schedules(seed: int) -> None:
         depth=rng.randint(1, 4),
         policy=rng.choice(ANY_POLICY),
         groups=rng.choice(ANY_GROUPS),
+        num_snapshots=rng.choice([None, 1, 3, 10, 30]),
     )
     aborts = rng.choice([0, 0.01, 0.05])
     for _ in range(rng.randint(100, 250)):

@@ -72,6 +72,7 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("ChatGLMModel", {"add_bias_linear": True}, "tp2, throttled"),
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
+    ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
     ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),
     ("Glm4MoeForCausalLM", {}, "ep2 x pp2"),
     ("Ernie4_5_MoeForCausalLM", {}, "tp2"),

@@ -6,7 +6,13 @@ Knows shapes and arithmetic. Each kernel has a slow twin in ops/reference.py.
 from __future__ import annotations
 
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
+from gllm_engine.ops.triton.gated_delta import gated_delta, gated_norm
 from gllm_engine.ops.triton.gemv import gemv, is_single
+from gllm_engine.ops.triton.latent_attention import (
+    attend_latent,
+    head_blocks,
+    store_latent,
+)
 from gllm_engine.ops.triton.list_pages import list_pages
 from gllm_engine.ops.triton.moe import route, sum_experts
 from gllm_engine.ops.triton.norm_act import rms_norm, silu_mul
@@ -17,9 +23,13 @@ from gllm_engine.ops.triton.sampling import sample_plain
 from gllm_engine.ops.triton.skinny import is_skinny, skinny
 
 __all__ = [
+    "gated_delta",
+    "gated_norm",
     "KvSplits",
+    "attend_latent",
     "decode_attention",
     "gemv",
+    "head_blocks",
     "is_single",
     "is_skinny",
     "list_pages",
@@ -32,5 +42,6 @@ __all__ = [
     "silu_mul",
     "skinny",
     "split_kv",
+    "store_latent",
     "sum_experts",
 ]

@@ -1,0 +1,95 @@
+"""Linear attention with the gated delta rule, described by a GatedDelta."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gllm_engine.arch.model import GatedDelta
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.linear import Linear
+from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops, RecurrentState
+
+_PARTS = ("q", "k", "v")
+
+
+class GatedDeltaAttention:
+    """Projects, convolves, updates each sequence's state, and projects the gated result."""
+
+    def __init__(
+        self,
+        arch: GatedDelta,
+        group: int,
+        dim: int,
+        eps: float,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`group`: the cache group of the layer, which has a state and no pages."""
+        self._arch = arch
+        self._eps = eps
+        self._ops = ops
+        self.plan_key: PlanKey = (group, arch.attention)
+        shapes = arch.weights(dim)
+        names = [f"linear_attn.in_proj_{part}" for part in (*_PARTS, "z", "b", "a")]
+        self._in = Linear(names, shapes, ops, dtype, device)
+        self._out = Linear(["linear_attn.out_proj"], shapes, ops, dtype, device)
+        self._conv = torch.empty(arch.conv_width, arch.conv, dtype=dtype, device=device)
+        self._gain = torch.empty(arch.v_dim, dtype=dtype, device=device)
+        # Of the decay, in float32: exp(-exp(A_log)) is 1 for small numbers in other dtypes.
+        self._a_log = torch.empty(arch.v_heads, dtype=torch.float32, device=device)
+        self._dt_bias = torch.empty(arch.v_heads, dtype=torch.float32, device=device)
+
+    def plan(self, planner: AttentionPlanner, batch: Batch, cache: RecurrentState) -> AttentionPlan:
+        """Plan a step for all layers with this `plan_key`."""
+        del cache
+        return planner.plan_recurrent(batch)
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        context: ForwardContext,
+        cache: RecurrentState,
+        logit_tokens: LogitTokens | None = None,
+        total: Tensor | None = None,
+    ) -> Tensor:
+        """x: [tokens, dim]. cache: the states of all slots.
+
+        Returns [tokens, dim], or [n, dim] for the `logit_tokens`. If `total` is given, the result
+        is added to it in place.
+        """
+        arch = self._arch
+        widths = (arch.conv_width, arch.v_heads * arch.v_dim, arch.v_heads, arch.v_heads)
+        qkv, z, b, a = self._in(x, norm).split(widths, 1)
+        o = self._ops.gated_delta(
+            qkv,
+            b,
+            a,
+            self._conv,
+            self._a_log,
+            self._dt_bias,
+            cache,
+            context.plans[self.plan_key],
+        )
+        if logit_tokens is not None:
+            o = o[logit_tokens.index]
+            z = z[logit_tokens.index]
+        gated = self._ops.gated_norm(o, self._gain, self._eps, z.unflatten(1, o.shape[1:]))
+        values = gated.flatten(1)
+        return self._out(values) if total is None else self._out.add_to(total, values)
+
+    def weights(self) -> dict[str, Tensor]:
+        arch = self._arch
+        k = arch.k_heads * arch.k_dim
+        convs = self._conv[:, None].split((k, k, arch.v_heads * arch.v_dim))
+        views = self._in.weights() | self._out.weights()
+        views |= {
+            f"linear_attn.conv_{part}.weight": conv
+            for part, conv in zip(_PARTS, convs, strict=True)
+        }
+        views["linear_attn.norm.weight"] = self._gain
+        views["linear_attn.A_log"] = self._a_log
+        views["linear_attn.dt_bias"] = self._dt_bias
+        return views

@@ -1,0 +1,101 @@
+"""Multi-head latent attention over the paged cache of latents, described by an Mla."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gllm_engine.arch.model import Mla
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.linear import Linear
+from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops
+
+
+class MlaAttention:
+    """Computes queries and a latent, stores the latent, attends to latents and projects.
+
+        x -- q_a -- norm -- q_b -- W_UK, rotate --\\
+                                                   attend -- W_UV -- o
+        x -- kv_a -- norm, rotate -- cache -------/
+    """
+
+    def __init__(
+        self,
+        arch: Mla,
+        group: int,
+        dim: int,
+        eps: float,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`group`: the cache group of the layer."""
+        del eps  # the norms of latents have their own
+        self._arch = arch
+        self.plan_key: PlanKey = (group, arch.attention)
+        self._ops = ops
+        shapes = arch.weights(dim)
+        first = "self_attn.q_proj" if arch.q_rank is None else "self_attn.q_a_proj"
+        self._down = Linear([first, "self_attn.kv_a_proj_with_mqa"], shapes, ops, dtype, device)
+        self._q_up: Linear | None = None
+        if arch.q_rank is not None:
+            self._q_up = Linear(["self_attn.q_b_proj"], shapes, ops, dtype, device)
+            self._q_gain = torch.empty(arch.q_rank, dtype=dtype, device=device)
+        self._kv_gain = torch.empty(arch.kv_rank, dtype=dtype, device=device)
+        size = (arch.heads, arch.nope_dim + arch.v_dim, arch.kv_rank)
+        self._kv_up = torch.empty(size, dtype=dtype, device=device)  # W_UK, then W_UV of each head
+        self._out = Linear(["self_attn.o_proj"], shapes, ops, dtype, device)
+
+    def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
+        """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
+        return planner.plan_latent(batch, cache, self._arch.heads)
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        context: ForwardContext,
+        cache: Tensor,
+        logit_tokens: LogitTokens | None = None,
+        total: Tensor | None = None,
+    ) -> Tensor:
+        """x: [tokens, dim]. cache: [num_pages, 1, page_size, 1, kv_rank + rope_dim].
+
+        Returns [tokens, dim], or [n, dim] for the `logit_tokens`. If `total` is given, the result
+        is added to it in place.
+        """
+        arch = self._arch
+        down = self._down(x, norm)
+        q = down[:, : -arch.latent_width]
+        if self._q_up is not None:
+            q = self._q_up(q.contiguous(), (self._q_gain, arch.latent_eps))
+        w_uk, w_uv = self._kv_up.split((arch.nope_dim, arch.v_dim), 1)
+        queries = self._ops.store_latent(
+            q.unflatten(1, (arch.heads, -1)),
+            down[:, -arch.latent_width :],
+            (self._kv_gain, arch.latent_eps),
+            w_uk,
+            context.rotary[arch.rope],
+            arch.rope.interleaved,
+            cache,
+            context.plans[self.plan_key],
+        )
+        plan: AttentionPlan | None = context.plans[self.plan_key]
+        tokens = None
+        if logit_tokens is not None:
+            tokens = logit_tokens.index
+            plan = logit_tokens.plans.get(self.plan_key)
+        if plan is None:
+            attended = x.new_empty(0, arch.heads, arch.kv_rank)
+        else:
+            attended = self._ops.attend_latent(queries, cache, plan, arch.scale, tokens)
+        values = torch.einsum("thk,hvk->thv", attended, w_uv).flatten(1)
+        return self._out(values) if total is None else self._out.add_to(total, values)
+
+    def weights(self) -> dict[str, Tensor]:
+        views = self._down.weights() | self._out.weights()
+        if self._q_up is not None:
+            views |= self._q_up.weights() | {"self_attn.q_a_layernorm.weight": self._q_gain}
+        views["self_attn.kv_a_layernorm.weight"] = self._kv_gain
+        views["self_attn.kv_b_proj.weight"] = self._kv_up.flatten(0, 1)
+        return views

@@ -1,0 +1,38 @@
+"""What a decoder asks of a layer's first half, whatever it caches."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm
+
+
+class Mixer(Protocol):
+    """Attention of some kind. `cache`: pages or states, of the kind that its description names."""
+
+    plan_key: PlanKey
+
+    def plan(self, planner: AttentionPlanner, batch: Batch, cache: Any) -> AttentionPlan:
+        """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
+        ...
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        context: ForwardContext,
+        cache: Any,
+        logit_tokens: LogitTokens | None = None,
+        total: Tensor | None = None,
+    ) -> Tensor:
+        """[tokens, dim] to [tokens, dim], or to [n, dim] for the `logit_tokens`; the result is
+        added to `total`, in place, if given.
+        """
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weight name -> view to load the weight into."""
+        ...

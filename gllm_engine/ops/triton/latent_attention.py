@@ -1,0 +1,221 @@
+"""Multi-head latent attention: norm, rotation and the cache's latents, and attention over them.
+
+Knows the cache layout, [num_pages, 1, page_size, 1, rank + rope_dim]: a latent, then the rotated
+key. All heads attend to the same latents, so a program computes a block of heads, and reads each
+latent once for the scores and for the result. Rows are split into parts, and parts are joined, as
+in decode_attention.py. Each token of a prefill chunk is a row, whose context ends at the token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gllm_engine.ops.protocol import LatentQueries
+from gllm_engine.ops.triton.decode_attention import KvSplits, _join
+from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+
+# Most heads of a program.
+_HEADS = 64
+# Tokens of the cache in one iteration. Two tiles of 32 x 576 are in shared memory at once.
+_BLOCK = 32
+_STAGES = 2
+_JOINED = 2048
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _rotated(x, partner, at, pair, c, s, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    second = at % 2 == 1 if INTERLEAVED else at >= HALF
+    return x * c + partner * tl.where(second, s, -s)
+
+
+@triton.jit
+def _store_latent(
+    q, latent, gain, cos, sin, positions, cache_index, q_rope, cache, eps, q_stride, latent_stride,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One program per token: the queries' rotation, the latent's norm, the key's rotation."""
+    token = tl.program_id(0).to(tl.int64)
+    half: tl.constexpr = ROPE // 2
+    at = tl.arange(0, ROPE)
+    if INTERLEAVED:
+        partner, pair = at ^ 1, at // 2
+    else:
+        partner, pair = tl.where(at >= half, at - half, at + half), at % half
+    begin_alone(OVERLAPS)
+    angle = tl.load(positions + token) * half + pair
+    c, s = tl.load(cos + angle), tl.load(sin + angle)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    wanted = (head < HEADS) & (at[None, :] < ROPE)
+    row = q + token * q_stride + head * (NOPE + ROPE) + NOPE
+    x = tl.load(row + at[None, :], mask=wanted, other=0.0)
+    y = tl.load(row + partner[None, :], mask=wanted, other=0.0).to(tl.float32)
+    turned = _rotated(x.to(tl.float32), y, at[None, :], pair, c[None, :], s[None, :], half,
+                      INTERLEAVED)  # fmt: skip
+    place = q_rope + (token * HEADS + head) * ROPE + at[None, :]
+    tl.store(place, turned.to(x.dtype), mask=wanted)
+
+    source = latent + token * latent_stride
+    d = tl.arange(0, BLOCK_RANK)
+    raw = tl.load(source + d, mask=d < RANK, other=0.0)
+    wide = raw.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
+    normed = (wide * scale).to(raw.dtype).to(tl.float32)
+    normed = normed * tl.load(gain + d, mask=d < RANK, other=0.0).to(tl.float32)
+    normed = normed.to(raw.dtype)
+    key = tl.load(source + RANK + at)
+    other = tl.load(source + RANK + partner).to(tl.float32)
+    key_turned = _rotated(key.to(tl.float32), other, at, pair, c, s, half, INTERLEAVED)
+    key_turned = key_turned.to(raw.dtype)
+    if FLOAT8:  # float8_e4m3fn has no infinity: 448 is its largest number
+        normed = tl.clamp(normed.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        key_turned = tl.clamp(
+            key_turned.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL
+        )
+    line = cache + tl.load(cache_index + token) * (RANK + ROPE)
+    tl.store(line + d, normed.to(cache.dtype.element_ty), mask=d < RANK)
+    tl.store(line + RANK + at, key_turned.to(cache.dtype.element_ty))
+
+
+def store_latent(
+    q: Tensor,
+    latent: Tensor,
+    norm: tuple[Tensor, float],
+    w_uk: Tensor,
+    tables: tuple[Tensor, Tensor],
+    positions: Tensor,
+    interleaved: bool,
+    cache: Tensor,
+    cache_index: Tensor,
+) -> LatentQueries:
+    """As Ops.store_latent, but `tables` (cos, sin: [max_model_len, rope_dim / 2] float32),
+    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan. The last two dimensions
+    of q and the last one of latent are contiguous.
+    """
+    tokens, heads, width = q.shape
+    nope_dim, rank = w_uk.shape[1:]
+    rope_dim = width - nope_dim
+    q_rope = q.new_empty(tokens, heads, rope_dim)
+    gain, eps = norm
+    _store_latent[(tokens,)](
+        q, latent, gain, *tables, positions, cache_index, q_rope, cache, eps, q.stride(0),
+        latent.stride(0),
+        HEADS=heads, NOPE=nope_dim, ROPE=rope_dim, RANK=rank, INTERLEAVED=interleaved,
+        FLOAT8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=triton.next_power_of_2(heads),
+        BLOCK_RANK=triton.next_power_of_2(rank), OVERLAPS=OVERLAP, **overlapping(),
+    )  # fmt: skip
+    absorbed = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk).transpose(0, 1)
+    return LatentQueries(absorbed, q_rope)
+
+
+@triton.jit
+def _attend_part(
+    x, x_rope, table, cache, first, end, scale,
+    HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised softmax-weighted latents of tokens first .. end - 1, as in decode_attention."""
+    d, r = tl.arange(0, RANK), tl.arange(0, ROPE)
+    peak = tl.full((HEADS,), -float("inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, RANK), tl.float32)
+    for start in range(first, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < end
+        page = tl.load(table + at // PAGE, mask=inside, other=0)
+        line = cache + (page * PAGE + at % PAGE) * (RANK + ROPE)
+        latent = tl.load(line[:, None] + d[None, :], mask=inside[:, None], other=0.0).to(x.dtype)
+        key = tl.load(line[:, None] + RANK + r[None, :], mask=inside[:, None], other=0.0)
+        score = tl.dot(x, tl.trans(latent), input_precision="ieee")
+        score = tl.dot(x_rope, tl.trans(key.to(x.dtype)), score, input_precision="ieee") * scale
+        score = tl.where(inside[None, :], score, -float("inf"))
+        top = tl.maximum(peak, tl.max(score, 1))
+        weight = tl.exp2(score - top[:, None])
+        decay = tl.exp2(peak - top)
+        total = total * decay + tl.sum(weight, 1)
+        acc = acc * decay[:, None] + tl.dot(weight.to(x.dtype), latent, input_precision="ieee")
+        peak = top
+    return acc, peak, total
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _attend_latent(
+    q, q_rope, cache, page_table, slots, lens, items, arrived, share_in, out, parts, peaks, sums,
+    capacity, width, scale, q_token, q_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, RANK: tl.constexpr,
+    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, JOINED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One program computes one part of one row for GROUP of the HEADS heads."""
+    item, block = tl.program_id(0), tl.program_id(1)
+    blocks: tl.constexpr = HEADS // GROUP
+    begin_alone(OVERLAPS)
+    row = tl.load(items + item)
+    if row >= 0:
+        part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)
+        length, share = tl.load(lens + row).to(tl.int32), tl.load(share_in)
+        table = page_table + tl.load(slots + row) * width
+        first = part * share
+        number, d, r = tl.arange(0, BLOCK_GROUP), tl.arange(0, RANK), tl.arange(0, ROPE)
+        head = block * GROUP + number
+        wanted = (number < GROUP)[:, None]
+        place = row.to(tl.int64) * q_token + head * q_head
+        x = tl.load(q + place[:, None] + d[None, :], mask=wanted, other=0.0)
+        line = row.to(tl.int64) * HEADS + head
+        x_rope = tl.load(q_rope + line[:, None] * ROPE + r[None, :], mask=wanted, other=0.0)
+        acc, peak, total = _attend_part(
+            x, x_rope, table, cache, first, tl.minimum(first + share, length), scale,
+            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK,
+        )  # fmt: skip
+        if used == 1:
+            result = (acc / total[:, None]).to(out.dtype.element_ty)
+            tl.store(out + line[:, None] * RANK + d[None, :], result, mask=wanted)
+        else:
+            at = item * HEADS + head
+            tl.store(parts + at[:, None] * RANK + d[None, :], acc, mask=wanted)
+            tl.store(peaks + at, peak, mask=number < GROUP)
+            tl.store(sums + at, total, mask=number < GROUP)
+            tl.debug_barrier()  # all threads have stored their partial before the arrival
+            before = tl.atomic_add(arrived + row * blocks + block, 1, sem="acq_rel")
+            tl.debug_barrier()
+            if before == used - 1:
+                tl.store(arrived + row * blocks + block, 0)
+                _join(
+                    parts, peaks, sums, out + (row.to(tl.int64) * HEADS + block * GROUP) * RANK,
+                    item - part, block * GROUP, used,
+                    GROUP, RANK, HEADS, JOINED, BLOCK_GROUP, RANK,
+                )  # fmt: skip
+
+
+def head_blocks(heads: int) -> int:
+    """The number of programs among which `heads` are divided evenly."""
+    return next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= _HEADS)
+
+
+def attend_latent(q: LatentQueries, cache: Tensor, splits: KvSplits, scale: float) -> Tensor:
+    """softmax(scale * q latent') latent over the pages of each row's slot: [rows, heads, rank].
+
+    `splits`: from split_kv, for as many K/V heads as head_blocks() says.
+    """
+    rows, heads, rank = q.latent.shape
+    rope_dim, page_size = q.rope.shape[2], cache.shape[2]
+    blocks, capacity = head_blocks(heads), splits.items.shape[1]
+    group = heads // blocks
+    out = q.rope.new_empty(rows, heads, rank)
+    parts = out.new_empty(capacity, heads, rank, dtype=torch.float32)
+    peaks, sums = parts.new_empty(2, capacity, heads)
+    block_group = max(16, triton.next_power_of_2(group))
+    _attend_latent[(capacity, blocks)](
+        q.latent, q.rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
+        splits.arrived, splits.share, out, parts, peaks, sums, capacity,
+        splits.page_table.shape[1], scale * _LOG2_E, q.latent.stride(0), q.latent.stride(1),
+        HEADS=heads, GROUP=group, BLOCK_GROUP=block_group, RANK=rank, ROPE=rope_dim, PAGE=page_size,
+        BLOCK=_BLOCK, JOINED=max(1, _JOINED // (block_group * rank)), OVERLAPS=OVERLAP,
+        num_warps=4 if block_group < 64 else 8, num_stages=_STAGES, **overlapping(),
+    )  # fmt: skip
+    return out
