@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gllm_engine.arch.cache import CacheGroup, cache_groups
 from gllm_engine.arch.fields import MAX_EOS_TOKEN_IDS, ArchError
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, QueryTemperature
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
@@ -18,8 +18,8 @@ __all__ = [
     "Layer",
     "Model",
     "Moe",
+    "QueryTemperature",
     "Rope",
-    "SandwichLayer",
     "Shard",
     "ArchError",
     "cache_groups",

@@ -26,6 +26,10 @@ class Fields:
         self.name = name
         self._values = {k: v for k, v in (defaults | values).items() if v is not None}
 
+    @property
+    def empty(self) -> bool:
+        return not self._values
+
     def child(self, *keys: str) -> Fields:
         """The object at the first of `keys` that is present and not empty, or an empty object."""
         for key in keys:
@@ -47,6 +51,19 @@ class Fields:
         ):
             raise self._wrong(key, value, f"a list of {length} of {', '.join(allowed)}")
         return value
+
+    def flags(self, key: str, length: int) -> list[bool] | None:
+        """A list of `length` truth values, true and false or 1 and 0; None if the key is absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if (
+            not isinstance(value, list)
+            or len(value) != length
+            or any(v not in (0, 1) for v in value)
+        ):
+            raise self._wrong(key, value, f"a list of {length} of 0 and 1")
+        return [bool(v) for v in value]
 
     def count(self, key: str, default: int | None = None, most: int = 2**24) -> int:
         """A whole number from 1 to `most`, which is smaller for numbers of layers and experts."""

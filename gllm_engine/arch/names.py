@@ -20,6 +20,11 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("up_proj", "w3"),
         ("down_proj", "w2"),
     ),
+    "olmo": (
+        ("post_self_attn_layernorm", "post_attention_layernorm"),
+        ("post_mlp_layernorm", "post_feedforward_layernorm"),
+    ),
+    "hunyuan": (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm")),
     "chatglm": (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),
         ("model.layers.", "transformer.encoder.layers."),

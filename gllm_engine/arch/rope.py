@@ -6,7 +6,7 @@ frequencies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gllm_engine.arch.fields import ArchError, Fields
 
@@ -84,8 +84,45 @@ def read_rope(config: Fields, head_dim: int) -> Rope:
     A key inside the object overrides the same key beside it, as in transformers. Raises ArchError
     for an unknown RoPE type.
     """
+    return _read(config, config.child("rope_scaling", "rope_parameters"), head_dim)
+
+
+def read_layer_ropes(config: Fields, head_dim: int) -> dict[str, Rope]:
+    """The RoPE of each kind of layer, "full_attention" and "sliding_attention".
+
+    In the older form `rope_scaling` is that of full attention, and `rope_local_base_freq`, if
+    present, the theta of sliding attention.
+    """
+    both = config.child("rope_parameters")
+    local = config.optional_real("rope_local_base_freq")
+    if both.empty:
+        full = _read(config, config.child("rope_scaling"), head_dim)
+        sliding = replace(full, theta=local or full.theta, scaling=None)
+    else:
+        both.allow_only({"full_attention", "sliding_attention"})
+        full = _read(config, both.child("full_attention"), head_dim)
+        sliding = _read(config, both.child("sliding_attention"), head_dim, local)
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def read_alpha_rope(config: Fields, head_dim: int) -> Rope:
+    """As read_rope, for Hunyuan's `alpha`: theta is multiplied by alpha ** (dim / (dim - 2)).
+
+    Its configs say type "dynamic", but the result depends on no length, and no other key matters.
+    """
     rope = config.child("rope_scaling", "rope_parameters")
+    alpha = rope.optional_real("alpha")
+    if alpha is None or head_dim < 4:
+        return read_rope(config, head_dim)
+    rope.allow_only(_KEYS | {"alpha"})
+    rope.require(type="dynamic", rope_type="dynamic")
     theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0))
+    return Rope(head_dim, theta * alpha ** (head_dim / (head_dim - 2)))
+
+
+def _read(config: Fields, rope: Fields, head_dim: int, theta: float | None = None) -> Rope:
+    """Read the object `rope`. `theta`: the default of rope_theta."""
+    theta = rope.real("rope_theta", theta or config.real("rope_theta", 10_000.0))
     share = rope.real("partial_rotary_factor", config.real("partial_rotary_factor", 1.0))
     dim = head_dim * share
     if dim % 2 or dim > head_dim:

@@ -23,6 +23,7 @@ _HF = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+_PADDED = _HF | {"pad_token_id": 0, "bos_token_id": 1}  # whose defaults exceed the vocabulary
 _QWEN_MOE = _HF | {
     "num_experts": 8,
     "num_experts_per_tok": 2,
@@ -74,6 +75,30 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": _QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 32},
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},
+    "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
+    "Olmo3ForCausalLM": _HF
+    | {
+        "model_type": "olmo3",
+        "rope_theta": 500_000.0,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "SmolLM3ForCausalLM": _PADDED | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "GraniteForCausalLM": _HF
+    | {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 0.5,
+    },
+    "HunYuanDenseV1ForCausalLM": _HF
+    | {
+        "model_type": "hunyuan_v1_dense",
+        "head_dim": 16,
+        "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    },
+    "Ernie4_5ForCausalLM": _HF | {"model_type": "ernie4_5", "head_dim": 16, "use_bias": True},
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

@@ -7,14 +7,21 @@ classes. This module knows no weights and does not import transformers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
-from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
+from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe
+from gllm_engine.arch.rope import (
+    DynamicScaling,
+    Rope,
+    YarnScaling,
+    read_alpha_rope,
+    read_layer_ropes,
+    read_rope,
+)
 from gllm_engine.files import read_object, shown
 
 Reader = Callable[[Fields], Model]
@@ -51,8 +58,12 @@ _LLAMA = {
 
 @family("LlamaForCausalLM", defaults=_LLAMA)
 def llama(c: Fields) -> Model:
+    return _llama(c, read_rope(c, _head_dim(c)))
+
+
+def _llama(c: Fields, rope: Rope) -> Model:
     bias = c.flag("attention_bias")
-    mixer = replace(_gqa(c), qkv_bias=bias, out_bias=bias)
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias)
     mlp_bias = c.flag("mlp_bias")
     return _decoder(c, mixer, Dense(c.count("intermediate_size"), mlp_bias, mlp_bias))
 
@@ -91,7 +102,7 @@ def qwen2(c: Fields) -> Model:
 
 @family("Qwen3ForCausalLM", defaults=_QWEN2 | {"head_dim": 128})
 def qwen3(c: Fields) -> Model:
-    model = llama(c).each(mixer=lambda _, layer: replace(layer.mixer, qk_norm=True))
+    model = llama(c).each(mixer=lambda _, layer: replace(layer.mixer, qk_norm="head"))
     return _with_windows(c, model)
 
 
@@ -161,17 +172,118 @@ _GLM = _LLAMA | {
 
 @family("GlmForCausalLM", defaults=_GLM)
 def glm(c: Fields) -> Model:
-    mixer = _gqa(c)
-    rope = replace(mixer.rope, interleaved=True)
-    mixer = replace(mixer, rope=rope, qkv_bias=c.flag("attention_bias"))
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    mixer = replace(_gqa(c, rope), qkv_bias=c.flag("attention_bias"))
     return replace(_decoder(c, mixer, Dense(c.count("intermediate_size"))), names="glm")
 
 
 @family("Glm4ForCausalLM", defaults=_GLM)
 def glm4(c: Fields) -> Model:
     model = glm(c)
-    layers = tuple(SandwichLayer(layer.mixer, layer.ffn) for layer in model.layers)
-    return replace(model, layers=layers)
+    return model.each(place=lambda *_: "sandwich")
+
+
+_OLMO2 = _LLAMA | {"vocab_size": 50304, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
+
+
+@family("Olmo2ForCausalLM", defaults=_OLMO2)
+def olmo2(c: Fields) -> Model:
+    return _olmo(llama(c))
+
+
+_OLMO3 = _OLMO2 | {"rope_theta": 500_000.0, "sliding_window": 4096}
+
+
+@family("Olmo3ForCausalLM", defaults=_OLMO3)
+def olmo3(c: Fields) -> Model:
+    ropes = read_layer_ropes(c, _head_dim(c))
+    model = _olmo(_llama(c, ropes["full_attention"]))
+    return _with_layer_types(c, model, ropes, full_every=4)
+
+
+def _olmo(model: Model) -> Model:
+    model = model.each(mixer=lambda _, layer: replace(layer.mixer, qk_norm="whole"))
+    return replace(model.each(place=lambda *_: "post"), names="olmo")
+
+
+_SMOLLM3 = _LLAMA | {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 2_000_000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 128001,
+    "no_rope_layer_interval": 4,
+}
+
+
+@family("SmolLM3ForCausalLM", defaults=_SMOLLM3)
+def smollm3(c: Fields) -> Model:
+    c.require(use_sliding_window=False)
+    model = llama(c)
+    every = c.count("no_rope_layer_interval")
+    rotated = c.flags("no_rope_layers", len(model.layers))  # despite its name, 1 means RoPE
+    rotated = rotated or [(i + 1) % every != 0 for i in range(len(model.layers))]
+    return model.each(
+        mixer=lambda i, layer: replace(layer.mixer, rope=layer.mixer.rope if rotated[i] else None)
+    )
+
+
+_GRANITE = _LLAMA | {
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+@family("GraniteForCausalLM", defaults=_GRANITE)
+def granite(c: Fields) -> Model:
+    scale = c.real("attention_multiplier")
+    return replace(
+        llama(c).each(mixer=lambda _, layer: replace(layer.mixer, scale=scale)),
+        embed_scale=c.real("embedding_multiplier"),
+        residual_scale=c.real("residual_multiplier"),
+        logit_scale=1 / c.real("logits_scaling"),
+    )
+
+
+_HUNYUAN = _LLAMA | {"vocab_size": 290943, "rms_norm_eps": 1e-5}
+
+
+@family("HunYuanDenseV1ForCausalLM", defaults=_HUNYUAN)
+def hunyuan(c: Fields) -> Model:
+    c.require(use_qk_norm=True, use_cla=False)
+    model = _llama(c, read_alpha_rope(c, _head_dim(c)))
+    model = model.each(mixer=lambda _, layer: replace(layer.mixer, qk_norm="head_after"))
+    return replace(model, names="hunyuan")
+
+
+_ERNIE = _LLAMA | {
+    "vocab_size": 103424,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@family("Ernie4_5ForCausalLM", defaults=_ERNIE)
+def ernie(c: Fields) -> Model:
+    c.require(compression_ratio=1.0)
+    bias = c.flag("use_bias")
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias)
+    return _decoder(c, mixer, Dense(c.count("intermediate_size"), bias, bias))
 
 
 _CHATGLM = {
@@ -265,10 +377,16 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
     return model
 
 
-def _gqa(c: Fields) -> Gqa:
+def _head_dim(c: Fields) -> int:
+    return c.count("head_dim", c.count("hidden_size") // c.count("num_attention_heads"))
+
+
+def _gqa(c: Fields, rope: Rope | None = None) -> Gqa:
+    """`rope`: None: as read_rope."""
     heads = c.count("num_attention_heads")
-    head_dim = c.count("head_dim", c.count("hidden_size") // heads)
-    return Gqa(heads, c.count("num_key_value_heads", heads), head_dim, read_rope(c, head_dim))
+    head_dim = _head_dim(c)
+    rope = rope or read_rope(c, head_dim)
+    return Gqa(heads, c.count("num_key_value_heads", heads), head_dim, rope)
 
 
 def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
@@ -283,13 +401,13 @@ def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
     )
 
 
-def _max_len(positions: int, rope: Rope) -> int:
+def _max_len(positions: int, rope: Rope | None) -> int:
     """The model's length in tokens, with RoPE scaling.
 
     `positions` (max_position_embeddings) includes linear and llama3 scaling, but not always
     dynamic and YaRN scaling.
     """
-    scaling = rope.scaling
+    scaling = None if rope is None else rope.scaling
     if isinstance(scaling, DynamicScaling):
         return int(scaling.original_len * scaling.factor)
     if isinstance(scaling, YarnScaling):
@@ -310,6 +428,24 @@ def _with_windows(c: Fields, model: Model) -> Model:
     kinds = kinds or [sliding if i >= first else full for i in range(num_layers)]
     return model.each(
         mixer=lambda i, layer: replace(layer.mixer, window=window if kinds[i] == sliding else None)
+    )
+
+
+def _with_layer_types(
+    c: Fields, model: Model, ropes: Mapping[str, Rope | None], full_every: int
+) -> Model:
+    """Give the layers the RoPE of their kind, and the sliding ones the window.
+
+    Without `layer_types`, every `full_every`-th layer has full attention.
+    """
+    full = "full_attention"
+    sliding = "sliding_attention"
+    num_layers = len(model.layers)
+    kinds = c.choices("layer_types", num_layers, (full, sliding))
+    kinds = kinds or [sliding if (i + 1) % full_every else full for i in range(num_layers)]
+    windows = {full: None, sliding: c.count("sliding_window") if sliding in kinds else None}
+    return model.each(
+        mixer=lambda i, layer: replace(layer.mixer, rope=ropes[kinds[i]], window=windows[kinds[i]])
     )
 
 

@@ -10,6 +10,7 @@ from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.moe import MoeFfn
+from gllm_engine.layers.norm import NormLayer
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
 
@@ -19,6 +20,7 @@ __all__ = [
     "GqaAttention",
     "LogitTokens",
     "MoeFfn",
+    "NormLayer",
     "PlanKey",
     "Residual",
     "ResidualReducer",

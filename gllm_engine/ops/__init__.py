@@ -13,7 +13,9 @@ import torch
 from gllm_engine.ops.batch import Batch, HostInts, TensorGroup
 from gllm_engine.ops.protocol import (
     AttentionInputs,
+    AttentionLayer,
     AttentionPlan,
+    HeadNorm,
     Norm,
     Ops,
     PlainSampling,
@@ -22,8 +24,10 @@ from gllm_engine.ops.protocol import (
 
 __all__ = [
     "AttentionInputs",
+    "AttentionLayer",
     "AttentionPlan",
     "Batch",
+    "HeadNorm",
     "HostInts",
     "Norm",
     "Ops",
