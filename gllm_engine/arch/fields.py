@@ -19,6 +19,11 @@ class ArchError(ValueError):
     """A config that is not supported; the message is one sentence for the user."""
 
 
+def _is_real(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value <= _MAX_FLOAT32
+
+
 class Fields:
     """A JSON object with a family's defaults for absent keys. A null key is absent, no default."""
 
@@ -77,10 +82,16 @@ class Fields:
     def real(self, key: str, default: float | None = None) -> float:
         """A number above 0 that a float32 can hold."""
         value = self._get(key, default)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= _MAX_FLOAT32:
+        if not _is_real(value):
             raise self._wrong(key, value, "a number above 0")
         return float(value)
+
+    def reals(self, key: str, length: int) -> tuple[float, ...]:
+        """A list of `length` numbers above 0 that a float32 can hold."""
+        value = self._get(key, None)
+        if not isinstance(value, list) or len(value) != length or not all(map(_is_real, value)):
+            raise self._wrong(key, value, f"a list of {length} numbers above 0")
+        return tuple(float(number) for number in value)
 
     def optional_real(self, key: str) -> float | None:
         return self.real(key) if key in self._values else None

@@ -11,9 +11,16 @@ from gllm_engine.arch.model import Model
 
 # Replacements in a canonical name, applied in order. Weights that get the same name are stored as
 # one tensor, stacked along dimension 0 in canonical order (q, k, v; gate, up).
+_FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
-    "glm": (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj")),
+    "glm": _FUSED_MLP,
+    "phi3": (
+        *_FUSED_MLP,
+        ("self_attn.q_proj", "self_attn.qkv_proj"),
+        ("self_attn.k_proj", "self_attn.qkv_proj"),
+        ("self_attn.v_proj", "self_attn.qkv_proj"),
+    ),
     "mixtral": (
         ("mlp.", "block_sparse_moe."),
         ("gate_proj", "w1"),
@@ -21,6 +28,11 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("down_proj", "w2"),
     ),
     "olmo": (
+        ("post_self_attn_layernorm", "post_attention_layernorm"),
+        ("post_mlp_layernorm", "post_feedforward_layernorm"),
+    ),
+    "gemma": (
+        ("post_attention_layernorm", "pre_feedforward_layernorm"),
         ("post_self_attn_layernorm", "post_attention_layernorm"),
         ("post_mlp_layernorm", "post_feedforward_layernorm"),
     ),

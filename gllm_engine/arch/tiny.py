@@ -38,6 +38,15 @@ _GLM = _HF | {
     "partial_rotary_factor": 0.5,
     "attention_bias": True,
 }
+_GEMMA = _PADDED | {
+    "head_dim": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 48,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+}
 _CHATGLM = {
     "model_type": "chatglm",
     "padded_vocab_size": 384,
@@ -99,6 +108,54 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
     },
     "Ernie4_5ForCausalLM": _HF | {"model_type": "ernie4_5", "head_dim": 16, "use_bias": True},
+    "Phi3ForCausalLM": _PADDED
+    | {
+        "model_type": "phi3",
+        "sliding_window": 48,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.5],
+            "long_factor": [1.0, 2.0, 5.0, 9.0],
+        },
+    },
+    "Ministral3ForCausalLM": _PADDED
+    | {
+        "model_type": "ministral3",
+        "head_dim": 32,
+        "rope_theta": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 64.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "Gemma2ForCausalLM": _GEMMA
+    | {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "Gemma3ForCausalLM": _GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "Cohere2ForCausalLM": _PADDED
+    | {
+        "model_type": "cohere2",
+        "layer_norm_eps": 1e-5,
+        "head_dim": 16,
+        "sliding_window": 48,
+        "logit_scale": 0.5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

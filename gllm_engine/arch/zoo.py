@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe
+from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, QueryTemperature
 from gllm_engine.arch.rope import (
     DynamicScaling,
     Rope,
@@ -21,6 +21,7 @@ from gllm_engine.arch.rope import (
     read_alpha_rope,
     read_layer_ropes,
     read_rope,
+    rope_object,
 )
 from gllm_engine.files import read_object, shown
 
@@ -78,9 +79,13 @@ _MISTRAL = _LLAMA | {
 
 @family("MistralForCausalLM", defaults=_MISTRAL)
 def mistral(c: Fields) -> Model:
+    return _with_window(c, llama(c))
+
+
+def _with_window(c: Fields, model: Model) -> Model:
     window = c.optional_count("sliding_window")
     c.require(layer_types=None)
-    return llama(c).each(mixer=lambda _, layer: replace(layer.mixer, window=window))
+    return model.each(mixer=lambda _, layer: replace(layer.mixer, window=window))
 
 
 _QWEN2 = _LLAMA | {
@@ -286,6 +291,157 @@ def ernie(c: Fields) -> Model:
     return _decoder(c, mixer, Dense(c.count("intermediate_size"), bias, bias))
 
 
+_PHI3 = _LLAMA | {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 32000,
+}
+
+
+# Phi-3, Phi-3.5, Phi-4 and Phi-4-mini.
+@family("Phi3ForCausalLM", defaults=_PHI3)
+def phi3(c: Fields) -> Model:
+    c.require(attention_bias=False, mlp_bias=False, lm_head_bias=False)
+    return replace(mistral(c), names="phi3")
+
+
+_MINISTRAL3 = _MISTRAL | {
+    "vocab_size": 131072,
+    "num_hidden_layers": 34,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1_000_000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "mscale_all_dim": 1.0,
+        "mscale": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+
+
+@family("Ministral3ForCausalLM", defaults=_MINISTRAL3)
+def ministral3(c: Fields) -> Model:
+    keys = ("llama_4_scaling_beta", "max_position_embeddings")  # transformers ignores the second
+    rope = read_rope(c, _head_dim(c), keys)
+    model = _with_window(c, _llama(c, rope))
+    beta = rope_object(c).optional_real("llama_4_scaling_beta")
+    if beta is None:
+        return model
+    length = rope_object(c).count("original_max_position_embeddings")
+    temperature = QueryTemperature(beta, length)
+    return model.each(mixer=lambda _, layer: replace(layer.mixer, temperature=temperature))
+
+
+_GEMMA2 = _LLAMA | {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+
+
+@family("Gemma2ForCausalLM", defaults=_GEMMA2)
+def gemma2(c: Fields) -> Model:
+    rope = read_rope(c, _head_dim(c))
+    ropes = {"full_attention": rope, "sliding_attention": rope}
+    return _with_layer_types(c, _gemma(c, rope), ropes, full_every=2)
+
+
+_GEMMA3 = _GEMMA2 | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window_pattern": 6,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
+
+
+@family("Gemma3ForCausalLM", defaults=_GEMMA3)
+def gemma3(c: Fields) -> Model:
+    c.require(use_bidirectional_attention=False)
+    ropes = read_layer_ropes(c, _head_dim(c))
+    model = _gemma(c, ropes["full_attention"])
+    model = model.each(mixer=lambda _, layer: replace(layer.mixer, qk_norm="head"))
+    return _with_layer_types(c, model, ropes, full_every=c.count("sliding_window_pattern"))
+
+
+def _gemma(c: Fields, rope: Rope) -> Model:
+    c.require(hidden_activation="gelu_pytorch_tanh")
+    bias = c.flag("attention_bias")
+    mixer = replace(
+        _gqa(c, rope),
+        qkv_bias=bias,
+        out_bias=bias,
+        scale=c.real("query_pre_attn_scalar") ** -0.5,
+        softcap=c.optional_real("attn_logit_softcapping"),
+    )
+    model = _decoder(c, mixer, Dense(c.count("intermediate_size"), act="gelu_tanh"))
+    return replace(
+        model.each(place=lambda *_: "sandwich"),
+        norm="rms_plus_one",
+        embed_scale=model.dim**0.5,
+        logit_softcap=c.optional_real("final_logit_softcapping"),
+        names="gemma",
+    )
+
+
+_COHERE2 = _LLAMA | {
+    "vocab_size": 256000,
+    "hidden_size": 8192,
+    "intermediate_size": 22528,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+    "eos_token_id": 255001,
+}
+
+
+@family("Cohere2ForCausalLM", defaults=_COHERE2)
+def cohere2(c: Fields) -> Model:
+    c.require(use_parallel_block=True, use_gated_activation=True, use_qk_norm=False)
+    c.require(position_embedding_type="rope_gptj", rotary_pct=1.0)
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias)
+    ffn = Dense(c.count("intermediate_size"))
+    model = _decoder(c, mixer, ffn, eps="layer_norm_eps")
+    model = replace(
+        model.each(place=lambda *_: "parallel_shared"),
+        norm="layer_without_bias",
+        logit_scale=c.real("logit_scale"),
+    )
+    ropes = {"full_attention": None, "sliding_attention": rope}
+    return _with_layer_types(c, model, ropes, full_every=c.count("sliding_window_pattern"))
+
+
 _CHATGLM = {
     "padded_vocab_size": 65024,
     "hidden_size": 4096,
@@ -359,7 +515,8 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         )
     reader, defaults = FAMILIES[known[0]]
     fields = Fields(config, name, defaults)
-    fields.require(hidden_act="silu", quantization_config=None, dual_chunk_attention_config=None)
+    fields.require(hidden_act=defaults.get("hidden_act", "silu"))
+    fields.require(quantization_config=None, dual_chunk_attention_config=None)
     model = reader(fields)
     if not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))
@@ -389,12 +546,13 @@ def _gqa(c: Fields, rope: Rope | None = None) -> Gqa:
     return Gqa(heads, c.count("num_key_value_heads", heads), head_dim, rope)
 
 
-def _decoder(c: Fields, mixer: Gqa, ffn: Dense) -> Model:
+def _decoder(c: Fields, mixer: Gqa, ffn: Dense, eps: str = "rms_norm_eps") -> Model:
+    """`eps`: the key of the norms' epsilon."""
     return Model(
         dim=c.count("hidden_size"),
         vocab=c.count("vocab_size"),
         layers=(Layer(mixer, ffn),) * c.count("num_hidden_layers", most=MAX_LAYERS),
-        eps=c.real("rms_norm_eps"),
+        eps=c.real(eps),
         tie=c.flag("tie_word_embeddings"),
         max_len=_max_len(c.count("max_position_embeddings"), mixer.rope),
         eos_token_ids=c.numbers("eos_token_id"),

@@ -89,7 +89,7 @@ def _random_weight(
     if name == "model.norm.weight":
         return noise  # both signs: otherwise a tied model repeats its input for ever
     if name.endswith("norm.weight"):
-        return 1 + 0.3 * noise
+        return 0.3 * noise if arch.norm == "rms_plus_one" else 1 + 0.3 * noise
     if name.endswith(".bias"):
         return 0.3 * noise
     # An embedding row is used unscaled. A row of the output projection is multiplied with `dim`

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gllm_engine.arch import FAMILIES, make_arch
@@ -35,7 +37,32 @@ CHATGLM = [
     "transformer.encoder.final_layernorm.weight",
     "transformer.output_layer.weight",
 ]
+QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
+OLMO = ENDS + ATTENTION + MLP + QK_NORMS
+OLMO += [f"{LAYER}post_{part}_layernorm.weight" for part in ("attention", "feedforward")]
+GEMMA = ENDS[:2] + NORMS + ATTENTION + MLP  # tied
+GEMMA += [f"{LAYER}{part}_feedforward_layernorm.weight" for part in ("pre", "post")]
+ERNIE = [*BIASES, f"{LAYER}self_attn.o_proj.bias"]
+ERNIE += [name.replace("weight", "bias") for name in MLP]
 EXPECTED = {
+    "Olmo2ForCausalLM": OLMO,
+    "Olmo3ForCausalLM": OLMO,
+    "SmolLM3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "GraniteForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "HunYuanDenseV1ForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + MLP
+    + [f"{LAYER}self_attn.{part}_layernorm.weight" for part in ("query", "key")],
+    "Ernie4_5ForCausalLM": ENDS + NORMS + ATTENTION + MLP + ERNIE,
+    "Phi3ForCausalLM": ENDS
+    + NORMS
+    + GLM_MLP
+    + [f"{LAYER}self_attn.{part}_proj.weight" for part in ("qkv", "o")],
+    "Ministral3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA + QK_NORMS,
+    "Cohere2ForCausalLM": ENDS + NORMS[:1] + ATTENTION + MLP,
     "LlamaForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "MistralForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "Qwen2ForCausalLM": ENDS[:2] + NORMS + ATTENTION + BIASES + MLP,  # tied
@@ -67,7 +94,11 @@ EXPECTED = {
 def test_names(family: str) -> None:
     one_layer = "num_layers" if family.startswith("ChatGLM") else "num_hidden_layers"
     # Qwen2-MoE's own tiny config has experts in its second layer alone.
-    over = {"decoder_sparse_step": 1} if "Moe" in family else {}
+    over: dict[str, Any] = {"decoder_sparse_step": 1} if "Moe" in family else {}
+    if "layer_types" in tiny_config(family):
+        over["layer_types"] = ["full_attention"]
+    if "no_rope_layers" in tiny_config(family):
+        over["no_rope_layers"] = [1]
     arch = make_arch(tiny_config(family, **{one_layer: 1}, **over))
     tensors = checkpoint_tensors(arch)
     assert sorted(tensors) == sorted(EXPECTED[family])
@@ -85,6 +116,25 @@ def test_order_within_a_fused_tensor() -> None:
     assert tensors[f"{layer}self_attention.query_key_value.bias"] == tuple(
         f"model.layers.1.self_attn.{part}_proj.bias" for part in "qkv"
     )
+
+
+def test_gemmas_norms_have_olmos_names_and_other_places() -> None:
+    """transformers' post_attention_layernorm is not Llama's: that one is pre_feedforward."""
+    tensors = checkpoint_tensors(make_arch(tiny_config("Gemma2ForCausalLM")))
+    held = {
+        "input": "input_layernorm",
+        "post_attention": "post_self_attn_layernorm",
+        "pre_feedforward": "post_attention_layernorm",
+        "post_feedforward": "post_mlp_layernorm",
+    }
+    for name, canonical in held.items():
+        assert tensors[f"{LAYER}{name}_layernorm.weight"] == (f"{LAYER}{canonical}.weight",)
+
+
+def test_phi3s_fused_tensors() -> None:
+    tensors = checkpoint_tensors(make_arch(tiny_config("Phi3ForCausalLM")))
+    parts = tuple(f"{LAYER}self_attn.{part}_proj.weight" for part in "qkv")
+    assert tensors[f"{LAYER}self_attn.qkv_proj.weight"] == parts
 
 
 def test_mixtral_counts_its_weights_from_the_gate() -> None:

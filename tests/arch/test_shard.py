@@ -32,6 +32,8 @@ CASES = [
 ]
 # Every rank has these whole: what they work on is the same on all.
 EVERYWHERE = ("norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+# But the gain of a norm of all heads together is shared out with the heads.
+WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
 
 
@@ -64,8 +66,12 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
         for name in {name for each in held for name in each}:
             seen.add(name)
             whole, parts = model.weights()[name], [each[name] for each in held if name in each]
-            copies = size if name.endswith(EVERYWHERE) else 1
-            if size == 4 and (".k_proj." in name or ".v_proj." in name):
+            whole_norm = family in WHOLE_QK_NORM and "self_attn" in name
+            copies = size if name.endswith(EVERYWHERE) and not whole_norm else 1
+            of_keys = (
+                (".k_proj.", ".v_proj.", ".k_norm.") if whole_norm else (".k_proj.", ".v_proj.")
+            )
+            if size == 4 and any(part in name for part in of_keys):
                 copies = 2
             assert len(set(parts)) == 1
             assert sum(map(prod, parts)) == copies * prod(whole), name
