@@ -66,7 +66,7 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
         for name in {name for each in held for name in each}:
             seen.add(name)
             whole, parts = model.weights()[name], [each[name] for each in held if name in each]
-            whole_norm = family in WHOLE_QK_NORM and "self_attn" in name
+            whole_norm = family in WHOLE_QK_NORM and ".self_attn." in name
             copies = size if name.endswith(EVERYWHERE) and not whole_norm else 1
             of_keys = (
                 (".k_proj.", ".v_proj.", ".k_norm.") if whole_norm else (".k_proj.", ".v_proj.")
