@@ -156,6 +156,24 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "logit_scale": 0.5,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "Starcoder2ForCausalLM": _HF
+    | {
+        "model_type": "starcoder2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "sliding_window": 48,
+    },
+    "GPTBigCodeForCausalLM": {
+        "model_type": "gpt_bigcode",
+        "vocab_size": 384,
+        "n_positions": 2048,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 96,
+        "activation_function": "gelu_pytorch_tanh",
+        "tie_word_embeddings": False,
+    },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

@@ -442,6 +442,72 @@ def cohere2(c: Fields) -> Model:
     return _with_layer_types(c, model, ropes, full_every=c.count("sliding_window_pattern"))
 
 
+_STARCODER2 = _LLAMA | {
+    "vocab_size": 49152,
+    "hidden_size": 3072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 4096,
+    "norm_epsilon": 1e-5,
+    "use_bias": True,
+    "tie_word_embeddings": True,
+    "eos_token_id": 50256,
+}
+
+
+@family("Starcoder2ForCausalLM", defaults=_STARCODER2)
+def starcoder2(c: Fields) -> Model:
+    c.require(norm_type="layer_norm", mlp_type="default")
+    bias = c.flag("use_bias")
+    mixer = replace(_gqa(c), qkv_bias=bias, out_bias=bias)
+    ffn = Dense(c.count("intermediate_size"), bias, bias, act="gelu_tanh", gated=False)
+    model = _with_window(c, _decoder(c, mixer, ffn, eps="norm_epsilon"))
+    return replace(model, norm="layer", names="starcoder2")
+
+
+_BIGCODE = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "layer_norm_epsilon": 1e-5,
+    "multi_query": True,
+    "tie_word_embeddings": True,
+    "eos_token_id": 50256,
+}
+
+
+# StarCoder and SantaCoder: GPT-2 with one key/value head.
+@family("GPTBigCodeForCausalLM", defaults=_BIGCODE)
+def gpt_bigcode(c: Fields) -> Model:
+    c.require(activation_function="gelu_pytorch_tanh", multi_query=True, scale_attn_weights=True)
+    c.require(add_cross_attention=False)
+    dim = c.count("n_embd")
+    heads = c.count("n_head")
+    if dim % heads:
+        raise ArchError(f"{c.name}: n_head is {heads}, but it must divide n_embd={dim}")
+    hidden = c.count("n_inner", 4 * dim)
+    ffn = Dense(hidden, bias=True, out_bias=True, act="gelu_tanh", gated=False)
+    mixer = Gqa(heads, 1, dim // heads, rope=None, qkv_bias=True, out_bias=True)
+    positions = c.count("n_positions")
+    return Model(
+        dim=dim,
+        vocab=c.count("vocab_size"),
+        layers=(Layer(mixer, ffn),) * c.count("n_layer", most=MAX_LAYERS),
+        eps=c.real("layer_norm_epsilon"),
+        tie=c.flag("tie_word_embeddings"),
+        max_len=positions,
+        eos_token_ids=c.numbers("eos_token_id"),
+        norm="layer",
+        positions=positions,
+        names="gpt_bigcode",
+    )
+
+
 _CHATGLM = {
     "padded_vocab_size": 65024,
     "hidden_size": 4096,

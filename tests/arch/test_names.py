@@ -11,6 +11,7 @@ from gllm_engine.arch.names import checkpoint_tensors, is_left_over
 from gllm_engine.arch.tiny import tiny_config
 
 LAYER = "model.layers.0."
+LEAVES = ("weight", "bias")
 ATTENTION = [f"{LAYER}self_attn.{part}_proj.weight" for part in "qkvo"]
 NORMS = [f"{LAYER}input_layernorm.weight", f"{LAYER}post_attention_layernorm.weight"]
 ENDS = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -44,7 +45,18 @@ GEMMA = ENDS[:2] + NORMS + ATTENTION + MLP  # tied
 GEMMA += [f"{LAYER}{part}_feedforward_layernorm.weight" for part in ("pre", "post")]
 ERNIE = [*BIASES, f"{LAYER}self_attn.o_proj.bias"]
 ERNIE += [name.replace("weight", "bias") for name in MLP]
+NORM_BIASES = [name.replace("weight", "bias") for name in [*NORMS, "model.norm.weight"]]
+STARCODER = [f"{LAYER}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
+STARCODER += [*BIASES, f"{LAYER}self_attn.o_proj.bias", *NORM_BIASES]
+H = "transformer.h.0."
+BIGCODE = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
+BIGCODE += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
+BIGCODE += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
+BIGCODE += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
+BIGCODE += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
 EXPECTED = {
+    "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
+    "GPTBigCodeForCausalLM": BIGCODE,
     "Olmo2ForCausalLM": OLMO,
     "Olmo3ForCausalLM": OLMO,
     "SmolLM3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
@@ -92,7 +104,8 @@ EXPECTED = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names(family: str) -> None:
-    one_layer = "num_layers" if family.startswith("ChatGLM") else "num_hidden_layers"
+    keys = ("num_layers", "n_layer", "num_hidden_layers")
+    one_layer = next(key for key in keys if key in tiny_config(family))
     # Qwen2-MoE's own tiny config has experts in its second layer alone.
     over: dict[str, Any] = {"decoder_sparse_step": 1} if "Moe" in family else {}
     if "layer_types" in tiny_config(family):

@@ -31,7 +31,13 @@ CASES = [
     *((family, over, False) for family, over in BIASED),
 ]
 # Every rank has these whole: what they work on is the same on all.
-EVERYWHERE = ("norm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+EVERYWHERE = (
+    "norm.weight",
+    "norm.bias",
+    "embed_positions.weight",
+    "mlp.gate.weight",
+    "shared_expert_gate.weight",
+)
 # But the gain of a norm of all heads together is shared out with the heads.
 WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
@@ -66,13 +72,13 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
         for name in {name for each in held for name in each}:
             seen.add(name)
             whole, parts = model.weights()[name], [each[name] for each in held if name in each]
-            whole_norm = family in WHOLE_QK_NORM and ".self_attn." in name
-            copies = size if name.endswith(EVERYWHERE) and not whole_norm else 1
-            of_keys = (
-                (".k_proj.", ".v_proj.", ".k_norm.") if whole_norm else (".k_proj.", ".v_proj.")
-            )
-            if size == 4 and any(part in name for part in of_keys):
-                copies = 2
+            of_all_heads = family in WHOLE_QK_NORM and ".self_attn." in name
+            copies = size if name.endswith(EVERYWHERE) and not of_all_heads else 1
+            kv_heads = model.layers[0].mixer.kv_heads
+            of_keys = any(part in name for part in (".k_proj.", ".v_proj."))
+            of_keys |= of_all_heads and ".k_norm." in name
+            if size > kv_heads and of_keys:
+                copies = size // kv_heads
             assert len(set(parts)) == 1
             assert sum(map(prod, parts)) == copies * prod(whole), name
     assert seen == model.weights().keys()

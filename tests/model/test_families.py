@@ -75,6 +75,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Gemma3ForCausalLM", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}),
     ("Gemma3ForCausalLM", {"head_dim": 32, "attention_bias": True}),
     ("Cohere2ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("Starcoder2ForCausalLM", {"use_bias": False, "sliding_window": None}),
+    ("Starcoder2ForCausalLM", {"tie_word_embeddings": True}),
+    ("GPTBigCodeForCausalLM", {"n_inner": None, "tie_word_embeddings": True}),
     ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
 ]
 

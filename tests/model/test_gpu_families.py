@@ -21,6 +21,10 @@ PAGE = 16
 
 def head_dim(family: str) -> dict[str, int]:
     """Heads of a size that FlashInfer has."""
+    if family == "GPTBigCodeForCausalLM":
+        return {"n_embd": 256}
+    if family == "Phi3ForCausalLM":  # no head_dim, and RoPE factors for a part of the head
+        return {"hidden_size": 256, "partial_rotary_factor": 0.125}
     return {"kv_channels": 64} if family.startswith("ChatGLM") else {"head_dim": 64}
 
 

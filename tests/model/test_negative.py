@@ -67,7 +67,7 @@ LLAMA, GLM, QWEN3 = "LlamaForCausalLM", "GlmForCausalLM", "Qwen3ForCausalLM"
 GEMMA2, GEMMA3, COHERE2 = "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForCausalLM"
 GRANITE, SMOLLM3 = "GraniteForCausalLM", "SmolLM3ForCausalLM"
 HUNYUAN, MINISTRAL3 = "HunYuanDenseV1ForCausalLM", "Ministral3ForCausalLM"
-OLMO2 = "Olmo2ForCausalLM"
+OLMO2, STARCODER2 = "Olmo2ForCausalLM", "Starcoder2ForCausalLM"
 BIASED = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -141,6 +141,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "gelu_tanh": (GEMMA2, {}, ffn(act="silu")),
     "layer norm": (COHERE2, {}, model(norm="rms")),
     "interleaved cohere": (COHERE2, {}, swapped_ropes),
+    "norm bias": (STARCODER2, {}, model(norm="layer_without_bias")),
+    "gelu of starcoder": (STARCODER2, {}, ffn(act="silu")),
+    "erf gelu": (STARCODER2, {}, ffn(act="gelu")),
+    "positions": ("GPTBigCodeForCausalLM", {}, model(positions=0)),
     "temperature": (MINISTRAL3, {}, mixer(temperature=None)),
     "temperature's beta": (MINISTRAL3, {}, temperature(beta=0.2)),
     "temperature's length": (MINISTRAL3, {}, temperature(length=31)),
@@ -186,6 +190,7 @@ def test_tie_matters(tmp_path: Path) -> None:
         ("Glm4ForCausalLM", {}),
         (QWEN2_MOE, SPARSE),
         (OLMO2, {}),
+        ("Starcoder2ForCausalLM", {}),
         (HUNYUAN, {}),
         ("Ernie4_5ForCausalLM", {}),
         (GEMMA3, {"layer_types": ["full_attention"]}),
