@@ -96,8 +96,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "GraniteForCausalLM": _HF
     | {
         "model_type": "granite",
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.25,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.75,
         "attention_multiplier": 0.125,
         "logits_scaling": 0.5,
     },

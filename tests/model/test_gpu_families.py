@@ -51,7 +51,7 @@ def test_family(tmp_path: Path, family: str, dtype: torch.dtype, limit: float, u
     ]
     caches = poisoned_cache(here, 16, PAGE), poisoned_cache(there, 16, PAGE)
     for rows in (first, second):
-        batch = make_batch(rows, PAGE)
+        batch = make_batch(rows, PAGE, num_pages=16)
         expected = run(here, batch, caches[0]).double()
         moved = {k: v.to(CUDA) for k, v in vars(batch).items() if isinstance(v, Tensor)}
         found = run(there, replace(batch, **moved), caches[1]).double().cpu()

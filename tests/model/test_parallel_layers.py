@@ -55,7 +55,7 @@ def test_logits_agree_with_gpt_neox() -> None:
     tokens = some_tokens(60)
     with torch.no_grad():
         expected = theirs(tokens[None]).logits[0]
-    assert expected.std() > 1
+    assert expected.std() > 0.5
     torch.testing.assert_close(all_logits(decoder, tokens), expected, rtol=0, atol=2e-5)
 
 
