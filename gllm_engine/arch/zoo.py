@@ -380,7 +380,7 @@ _GEMMA3 = _GEMMA2 | {
 
 @family("Gemma3ForCausalLM", defaults=_GEMMA3)
 def gemma3(c: Fields) -> Model:
-    c.require(use_bidirectional_attention=False)
+    c.require(use_bidirectional_attention=False, attn_logit_softcapping=None)
     ropes = read_layer_ropes(c, _head_dim(c))
     model = _gemma(c, ropes["full_attention"])
     model = model.each(mixer=lambda _, layer: replace(layer.mixer, qk_norm="head"))

@@ -399,6 +399,7 @@ def test_chatglm_switches_refused(key: str, value: Any) -> None:
         ("Gemma2ForCausalLM", {"hidden_activation": "gelu"}, "hidden_activation"),
         ("Gemma2ForCausalLM", {"hidden_act": "silu"}, "hidden_act"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("Gemma3ForCausalLM", {"sliding_window": None}, "sliding_window is missing"),
         ("Gemma2ForCausalLM", {"layer_types": ["chunked_attention"] * 2}, "layer_types"),
         ("Cohere2ForCausalLM", {"use_qk_norm": True}, "use_qk_norm"),

@@ -72,7 +72,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Ministral3ForCausalLM", {"sliding_window": 5}),
     ("Gemma2ForCausalLM", {"attention_bias": True, "attn_logit_softcapping": None}),
     ("Gemma2ForCausalLM", {"final_logit_softcapping": None, "sliding_window": 5}),
-    ("Gemma3ForCausalLM", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}),
+    ("Gemma3ForCausalLM", {"final_logit_softcapping": 4.0}),
     ("Gemma3ForCausalLM", {"head_dim": 32, "attention_bias": True}),
     ("Cohere2ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
     ("Starcoder2ForCausalLM", {"use_bias": False, "sliding_window": None}),
