@@ -94,7 +94,8 @@ class GqaAttention:
         if self._qk_norm is not None:
             q, k = self._qk_norm.gain.split((self._arch.heads, self._arch.kv_heads))
             if self._arch.qk_norm == "whole":
-                q, k = q.flatten(), k.flatten()
+                q = q.flatten()
+                k = k.flatten()
             # Views of [heads, head_dim] for weights of [head_dim]: loading fills every row.
             views |= {"self_attn.q_norm.weight": q, "self_attn.k_norm.weight": k}
         return views

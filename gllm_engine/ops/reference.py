@@ -70,12 +70,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def activate(x: Tensor, act: str, gated: bool) -> Tensor:
     """See Ops.activate; x of any shape."""
-    gate, up = x.chunk(2, dim=-1) if gated else (x, None)
+    if gated:
+        gate, up = x.chunk(2, dim=-1)
+        return activate(gate, act, gated=False).mul_(up)
     if act == "silu":
-        activated = F.silu(gate)
-    else:
-        activated = F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none")
-    return activated if up is None else activated.mul_(up)
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def linear(
@@ -416,7 +416,8 @@ def _softmax_attention(
             enable_gqa=causal,
         )
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k = k.repeat_interleave(group, 1)
+    v = v.repeat_interleave(group, 1)
     scores = (q @ k.mT) * (plan.scale or q.shape[-1] ** -0.5)
     scores = plan.softcap * torch.tanh(scores / plan.softcap)
     if mask is None and causal:

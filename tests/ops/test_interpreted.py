@@ -74,6 +74,7 @@ def test_norms_of_other_kinds(dim: int) -> None:
     assert triton.layer_norm(x[:0], gain, bias, 1e-5).shape == (0, dim)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
 def test_activations(act: str, gated: bool) -> None:
@@ -202,10 +203,9 @@ HEAD_NORMS: dict[str, dict[str, bool] | None] = {
 }
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("norm", HEAD_NORMS)
 @pytest.mark.parametrize("rotation", [None, "halves", "interleaved"])
-def test_rotation_and_store(norm: str, rotation: str | None, scaled: bool) -> None:
+def test_rotation_and_store(norm: str, rotation: str | None) -> None:
     heads, kv_heads, dim = 6, 3, 24
     batch, _, cache = make_case([(9, 1), (20, 11)], 16, kv_heads, head_dim=dim)
     qkv = torch.randn(12, heads + 2 * kv_heads, dim)
@@ -216,7 +216,7 @@ def test_rotation_and_store(norm: str, rotation: str | None, scaled: bool) -> No
         means = triton.mean_squares(qkv, heads)
         near(means, reference.mean_squares(qkv, heads), 1e-6)
         head_norm = head_norm._replace(means=means)
-    query_scale = torch.rand(12) + 0.5 if scaled else None
+    query_scale = torch.rand(12) + 0.5 if norm in ("none", "after", "whole") else None
     angles = torch.rand(100, 8) * 6
     tables = angles.cos(), angles.sin()
     interleaved = rotation == "interleaved"

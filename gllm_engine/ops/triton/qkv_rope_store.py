@@ -18,6 +18,30 @@ _HEADS = 16
 
 
 @triton.jit
+def _pairs(at, TURN: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of channels `at`: the other channel and the number of the pair, whether it is the second of
+    the pair, and whether it is rotated.
+    """
+    half: tl.constexpr = TURN // 2
+    if INTERLEAVED:
+        partner, pair, second = at ^ 1, at // 2, at % 2 == 1
+    else:
+        second = at >= half
+        partner, pair = tl.where(second, at - half, at + half), tl.where(second, at - half, at)
+    turned = at < TURN
+    return tl.where(turned, partner, at), tl.where(turned, pair, 0), second, turned
+
+
+@triton.jit
+def _factor(gain, mask, PLUS_ONE: tl.constexpr):
+    """The norm's factors, from pointers to its gain."""
+    factor = tl.load(gain, mask=mask, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        factor += 1.0
+    return factor
+
+
+@triton.jit
 def _rotate_and_store(
     qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kv, cache, eps,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
@@ -29,15 +53,7 @@ def _rotate_and_store(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     at = tl.arange(0, BLOCK_DIM)[None, :]
-    half: tl.constexpr = TURN // 2
-    if INTERLEAVED:
-        partner, pair, second = at ^ 1, at // 2, at % 2 == 1
-    else:
-        second = at >= half
-        partner, pair = tl.where(second, at - half, at + half), tl.where(second, at - half, at)
-    turned = at < TURN
-    partner, pair = tl.where(turned, partner, at), tl.where(turned, pair, 0)
-
+    partner, pair, second, turned = _pairs(at, TURN, INTERLEAVED)
     begin_alone(OVERLAPS)
     inside = (head < HEADS + 2 * KV) & (at < DIM)
     row = qkv + token * (HEADS + 2 * KV) * DIM + head * DIM
@@ -53,19 +69,16 @@ def _rotate_and_store(
         else:
             mean = tl.sum(x * x, 1)[:, None] / DIM
         scale = tl.rsqrt(mean + eps)
-        gain = tl.load(norm + head * DIM + at, mask=gains, other=0.0).to(tl.float32)
-        x = x * scale * (1.0 + gain if PLUS_ONE else gain)
+        x = x * scale * _factor(norm + head * DIM + at, gains, PLUS_ONE)
         if TURN:
-            gain = tl.load(norm + head * DIM + partner, mask=gains, other=0.0).to(tl.float32)
-            y = y * scale * (1.0 + gain if PLUS_ONE else gain)
+            y = y * scale * _factor(norm + head * DIM + partner, gains, PLUS_ONE)
     if TURN:
-        angle = tl.load(positions + token) * half + pair
+        angle = tl.load(positions + token) * (TURN // 2) + pair
         c, s = tl.load(cos + angle), tl.load(sin + angle)
         x = tl.where(turned, x * c + y * tl.where(second, s, -s), x)
     if NORM and AFTER:
-        gain = tl.load(norm + head * DIM + at, mask=gains, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-        x = x * scale * (1.0 + gain if PLUS_ONE else gain)
+        x = x * scale * _factor(norm + head * DIM + at, gains, PLUS_ONE)
     if SCALED:
         x = tl.where(head < HEADS, x * tl.load(query_scale + token), x)
     result = tl.where(head < HEADS + KV, x.to(raw.dtype), raw)
