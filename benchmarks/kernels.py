@@ -20,7 +20,7 @@ from torch import Tensor
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_engine.arch import Gqa, Model, Moe, read_arch
-from gllm_engine.ops import Batch, PlainSampling, best_device, select_ops
+from gllm_engine.ops import Batch, HeadNorm, PlainSampling, best_device, select_ops
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.ops.timing import times
 
@@ -226,16 +226,19 @@ class Shape:
         num_pages = int(batch.page_table.max()) + 1
         shape = (num_pages, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
         like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
-        plan = self.planner.plan(batch, like, m.heads, m.window)
+        plan = self.planner.plan(batch, like, m.heads, m.window, scale=m.scale, softcap=m.softcap)
         cos, sin = torch.rand(2, batch.context_lens_cpu.max(), m.head_dim // 2, device=self.device)
-        rotary = ops.rotary_inputs(cos, sin, batch.positions, self.dtype, m.rope.interleaved)
+        interleaved = m.rope is not None and m.rope.interleaved
+        rotary = ops.rotary_inputs(cos, sin, batch.positions, self.dtype, interleaved)
         num_heads = m.heads + 2 * m.kv_heads
-        norm = self.randn(m.heads + m.kv_heads, m.head_dim) if m.qk_norm else None
+        norm: HeadNorm | None = None
+        if m.qk_norm:
+            norm = HeadNorm(self.randn(m.heads + m.kv_heads, m.head_dim), self.arch.eps)
 
         def make() -> Callable[[], Any]:
             cache = self.randn(*shape).to(self.cache_dtype)
             qkv = self.randn(len(batch.tokens), num_heads, m.head_dim)
-            options = (m.heads, norm, self.arch.eps, rotary, m.rope.interleaved, cache, plan)
+            options = (m.heads, norm, rotary, interleaved, cache, plan)
             if not attends:
                 return lambda: ops.rotate_and_store(qkv, *options)
             inputs = ops.rotate_and_store(qkv, *options)

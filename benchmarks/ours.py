@@ -20,7 +20,7 @@ KINDS = {
     "attention": ("PrefillWith", "DecodeWith", "PersistentVariableLength", "MergeState", "_decode"),
     "norms": ("_rms_norm",),
     "rotation and KV store": ("_rotate_and_store",),
-    "activation": ("_silu_mul",),
+    "activation": ("_activate",),
     "sampling": ("_look", "_choose"),
     "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "skinny", "splitK", "cublas"),
     "copies": ("Memcpy", "Memset"),

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from gllm_engine.arch.cache import CacheGroup, cache_groups
 from gllm_engine.arch.fields import MAX_EOS_TOKEN_IDS, ArchError
-from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe, SandwichLayer
+from gllm_engine.arch.model import (
+    Dense,
+    GatedDelta,
+    Gqa,
+    Layer,
+    Mla,
+    Model,
+    Moe,
+    QueryTemperature,
+)
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
@@ -23,8 +32,8 @@ __all__ = [
     "Model",
     "Moe",
     "Routing",
+    "QueryTemperature",
     "Rope",
-    "SandwichLayer",
     "Shard",
     "ArchError",
     "cache_groups",

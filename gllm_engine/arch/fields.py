@@ -19,12 +19,21 @@ class ArchError(ValueError):
     """A config that is not supported; the message is one sentence for the user."""
 
 
+def _is_real(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value <= _MAX_FLOAT32
+
+
 class Fields:
     """A JSON object with a family's defaults for absent keys. A null key is absent, no default."""
 
     def __init__(self, values: dict[str, Any], name: str, defaults: dict[str, Any]) -> None:
         self.name = name
         self._values = {k: v for k, v in (defaults | values).items() if v is not None}
+
+    @property
+    def empty(self) -> bool:
+        return not self._values
 
     def child(self, *keys: str) -> Fields:
         """The object at the first of `keys` that is present and not empty, or an empty object."""
@@ -48,6 +57,19 @@ class Fields:
             raise self._wrong(key, value, f"a list of {length} of {', '.join(allowed)}")
         return value
 
+    def flags(self, key: str, length: int) -> list[bool] | None:
+        """A list of `length` truth values, true and false or 1 and 0; None if the key is absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if (
+            not isinstance(value, list)
+            or len(value) != length
+            or any(v not in (0, 1) for v in value)
+        ):
+            raise self._wrong(key, value, f"a list of {length} of 0 and 1")
+        return [bool(v) for v in value]
+
     def count(self, key: str, default: int | None = None, most: int = 2**24, least: int = 1) -> int:
         """A whole number from `least` to `most`; layers and experts have a smaller `most`."""
         value = self._get(key, default)
@@ -60,10 +82,16 @@ class Fields:
     def real(self, key: str, default: float | None = None) -> float:
         """A number above 0 that a float32 can hold."""
         value = self._get(key, default)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= _MAX_FLOAT32:
+        if not _is_real(value):
             raise self._wrong(key, value, "a number above 0")
         return float(value)
+
+    def reals(self, key: str, length: int) -> tuple[float, ...]:
+        """A list of `length` numbers above 0 that a float32 can hold."""
+        value = self._get(key, None)
+        if not isinstance(value, list) or len(value) != length or not all(map(_is_real, value)):
+            raise self._wrong(key, value, f"a list of {length} numbers above 0")
+        return tuple(float(number) for number in value)
 
     def optional_real(self, key: str) -> float | None:
         return self.real(key) if key in self._values else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from gllm_engine.arch.rope import Rope
 from gllm_engine.routing import Clamp, Routing
@@ -18,6 +18,24 @@ Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
 T = TypeVar("T")
 # The bias that a Moe's routing adds to scores; float32, whatever the dtype of the model.
 SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
+# Where a layer has norms: before the mixer and the ffn, after them, or both. "parallel": both read
+# the same stream, each through a norm of its own; "parallel_shared": through one norm.
+Place = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
+# RMS norm of queries and keys: of each head before or after the rotation, or of all heads together.
+QkNorm = Literal["head", "head_after", "whole"]
+# "rms_plus_one": the gain is 1 + weight. "layer": the mean is subtracted, and there is a bias.
+NormKind = Literal["rms", "rms_plus_one", "layer", "layer_without_bias"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+_INPUT_NORMS = ("input_layernorm", "post_attention_layernorm")
+_OUTPUT_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")
+_NORMS: dict[Place, tuple[str, ...]] = {
+    "pre": _INPUT_NORMS,
+    "post": _OUTPUT_NORMS,
+    "sandwich": (*_INPUT_NORMS, *_OUTPUT_NORMS),
+    "parallel": _INPUT_NORMS,
+    "parallel_shared": _INPUT_NORMS[:1],
+}
 
 
 def _linear(name: str, out: int, width: int, bias: bool) -> Shapes:
@@ -33,6 +51,16 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     window: int | None
+    scale: float | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class QueryTemperature:
+    """Queries at position p are multiplied by 1 + beta * ln(1 + floor(p / length))."""
+
+    beta: float
+    length: int  # tokens
 
 
 @dataclass(frozen=True)
@@ -42,11 +70,14 @@ class Gqa:
     heads: int
     kv_heads: int
     head_dim: int
-    rope: Rope
+    rope: Rope | None  # None: no position embedding
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # RMS norm of each query and key head before the rotation
+    qk_norm: QkNorm | None = None
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    scale: float | None = None  # factor of the scores; None: head_dim ** -0.5
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    temperature: QueryTemperature | None = None
 
     def weights(self, dim: int) -> Shapes:
         q = self.heads * self.head_dim
@@ -56,8 +87,9 @@ class Gqa:
         shapes |= _linear("self_attn.v_proj", kv, dim, self.qkv_bias)
         shapes |= _linear("self_attn.o_proj", dim, q, self.out_bias)
         if self.qk_norm:
-            shapes["self_attn.q_norm.weight"] = (self.head_dim,)
-            shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+            whole = self.qk_norm == "whole"
+            shapes["self_attn.q_norm.weight"] = (q if whole else self.head_dim,)
+            shapes["self_attn.k_norm.weight"] = (kv if whole else self.head_dim,)
         return shapes
 
     # What a sequence keeps besides pages; see GatedDelta.
@@ -65,7 +97,9 @@ class Gqa:
 
     @property
     def attention(self) -> AttentionShape:
-        return AttentionShape(self.heads, self.kv_heads, self.head_dim, self.window)
+        return AttentionShape(
+            self.heads, self.kv_heads, self.head_dim, self.window, self.scale, self.softcap
+        )
 
     def cache_shape(self, page_size: int) -> tuple[int, ...]:
         """The shape of a page: K and V, tokens, heads, channels."""
@@ -125,6 +159,7 @@ class Mla:
         return self.kv_rank + self.rope.dim
 
     state_shapes = ()
+    temperature = None
 
     @property
     def attention(self) -> LatentShape:
@@ -164,6 +199,10 @@ class GatedDelta:
     v_dim: int
     conv: int
     window: int | None = None  # always None: the state depends on all tokens
+
+    # As of attention without rotation.
+    rope = None
+    temperature = None
 
     def weights(self, dim: int) -> Shapes:
         k = self.k_heads * self.k_dim
@@ -206,14 +245,18 @@ class GatedDelta:
 
 @dataclass(frozen=True)
 class Dense:
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) if not `gated`."""
 
     hidden: int
     bias: bool = False  # bias of gate and up
     out_bias: bool = False
+    act: Activation = "silu"
+    gated: bool = True
 
     def weights(self, dim: int) -> Shapes:
-        shapes = _linear("mlp.gate_proj", self.hidden, dim, self.bias)
+        shapes: Shapes = {}
+        if self.gated:
+            shapes = _linear("mlp.gate_proj", self.hidden, dim, self.bias)
         shapes |= _linear("mlp.up_proj", self.hidden, dim, self.bias)
         return shapes | _linear("mlp.down_proj", dim, self.hidden, self.out_bias)
 
@@ -266,29 +309,31 @@ def within(part: str, weights: dict[str, T]) -> dict[str, T]:
 
 @dataclass(frozen=True)
 class Layer:
-    """x += mixer(norm(x)); x += ffn(norm(x))."""
+    """Adds the outputs of a mixer and of an ffn to the residual stream x, with norms as `place`.
+
+    pre: x += mixer(norm(x)); x += ffn(norm(x)). post: x += norm(mixer(x)); x += norm(ffn(x)).
+    sandwich: x += norm(mixer(norm(x))); x += norm(ffn(norm(x))).
+    parallel: x += mixer(norm(x)) + ffn(norm(x)).
+    """
 
     mixer: Gqa | Mla | GatedDelta
     ffn: Dense | Moe
+    place: Place = "pre"
 
-    def weights(self, dim: int) -> Shapes:
-        norms: Shapes = {
-            "input_layernorm.weight": (dim,),
-            "post_attention_layernorm.weight": (dim,),
-        }
-        return norms | self.mixer.weights(dim) | self.ffn.weights(dim)
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return _NORMS[self.place]
+
+    def weights(self, dim: int, norm: NormKind = "rms") -> Shapes:
+        shapes: Shapes = {}
+        for name in self.norms:
+            shapes |= norm_weights(name, dim, norm)
+        return shapes | self.mixer.weights(dim) | self.ffn.weights(dim)
 
 
-@dataclass(frozen=True)
-class SandwichLayer(Layer):
-    """x += norm(mixer(norm(x))); x += norm(ffn(norm(x)))."""
-
-    def weights(self, dim: int) -> Shapes:
-        norms: Shapes = {
-            "post_self_attn_layernorm.weight": (dim,),
-            "post_mlp_layernorm.weight": (dim,),
-        }
-        return norms | super().weights(dim)
+def norm_weights(name: str, dim: int, kind: NormKind) -> Shapes:
+    weight: Shapes = {f"{name}.weight": (dim,)}
+    return weight | {f"{name}.bias": (dim,)} if kind == "layer" else weight
 
 
 @dataclass(frozen=True)
@@ -298,16 +343,26 @@ class Model:
     dim: int
     vocab: int
     layers: tuple[Layer, ...]
-    eps: float  # epsilon of every RMS norm
+    eps: float  # epsilon of every norm
     tie: bool  # the output projection is the embedding
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: str = "hf"  # the table in names.py for its checkpoints
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0
+    norm: NormKind = "rms"  # of the residual stream; queries and keys have the RMS kinds only
+    positions: int = 0  # rows of a table of learned positions, added to embeddings; 0: no table
+    embed_scale: float = 1.0  # factor of the embeddings, rounded to the model's dtype first
+    residual_scale: float = 1.0  # factor of every output that is added to the residual stream
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+
+    def __post_init__(self) -> None:
+        if self.residual_scale != 1 and any(layer.place == "post" for layer in self.layers):
+            raise ValueError("residual_scale needs layers that normalise their input")
 
     def each(self, **parts: Callable[[int, Layer], Any]) -> Model:
-        """A copy with `mixer=f(i, layer)` and/or `ffn=f(i, layer)` applied to every layer."""
+        """A copy with `mixer=f(i, layer)`, or another field so, applied to every layer."""
         layers = (
             replace(layer, **{key: f(i, layer) for key, f in parts.items()})
             for i, layer in enumerate(self.layers)
@@ -319,10 +374,16 @@ class Model:
 
         `first`: the index of the first layer.
         """
+
+        def own(layer: Layer) -> Shapes:
+            return layer.weights(self.dim, self.norm)
+
         shapes: Shapes = {"model.embed_tokens.weight": (self.vocab, self.dim)}
+        if self.positions:
+            shapes["model.embed_positions.weight"] = (self.positions, self.dim)
         for i, layer in enumerate(self.layers, first):
-            shapes |= {f"model.layers.{i}.{k}": v for k, v in layer.weights(self.dim).items()}
-        shapes["model.norm.weight"] = (self.dim,)
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in own(layer).items()}
+        shapes |= norm_weights("model.norm", self.dim, self.norm)
         return shapes if self.tie else shapes | {"lm_head.weight": (self.vocab, self.dim)}
 
     @property

@@ -12,9 +12,16 @@ from gllm_engine.arch.model import Model
 # Replacements in a canonical name, applied in order; * is the number of an expert. Weights that get
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
+_FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
-    "glm": (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj")),
+    "glm": _FUSED_MLP,
+    "phi3": (
+        *_FUSED_MLP,
+        ("self_attn.q_proj", "self_attn.qkv_proj"),
+        ("self_attn.k_proj", "self_attn.qkv_proj"),
+        ("self_attn.v_proj", "self_attn.qkv_proj"),
+    ),
     "mixtral": (
         ("mlp.", "block_sparse_moe."),
         ("gate_proj", "w1"),
@@ -31,6 +38,31 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "ernie": (
         ("shared_expert.", "shared_experts."),
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
+    ),
+    "olmo": (
+        ("post_self_attn_layernorm", "post_attention_layernorm"),
+        ("post_mlp_layernorm", "post_feedforward_layernorm"),
+    ),
+    "gemma": (
+        ("post_attention_layernorm", "pre_feedforward_layernorm"),
+        ("post_self_attn_layernorm", "post_attention_layernorm"),
+        ("post_mlp_layernorm", "post_feedforward_layernorm"),
+    ),
+    "hunyuan": (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm")),
+    "starcoder2": (("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
+    "gpt_bigcode": (
+        ("model.embed_tokens", "transformer.wte"),
+        ("model.embed_positions", "transformer.wpe"),
+        ("model.layers.", "transformer.h."),
+        ("model.norm", "transformer.ln_f"),
+        ("input_layernorm", "ln_1"),
+        ("post_attention_layernorm", "ln_2"),
+        ("self_attn.q_proj", "attn.c_attn"),
+        ("self_attn.k_proj", "attn.c_attn"),
+        ("self_attn.v_proj", "attn.c_attn"),
+        ("self_attn.o_proj", "attn.c_proj"),
+        ("mlp.up_proj", "mlp.c_fc"),
+        ("mlp.down_proj", "mlp.c_proj"),
     ),
     "chatglm": (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),

@@ -6,7 +6,8 @@ frequencies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from gllm_engine.arch.fields import ArchError, Fields
 
@@ -55,6 +56,20 @@ class YarnScaling:
     truncate: bool  # round the ramp's ends to whole dimensions
 
 
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE, arXiv 2402.13753: each frequency is divided by a factor of its own.
+
+    transformers uses `long` factors for sequences longer than `original_len`. Here the engine's
+    max_model_len decides, for the reason that DynamicScaling gives.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_len: int  # tokens
+    attention_factor: float  # multiplies cos and sin
+
+
 _KEYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
@@ -62,7 +77,7 @@ _KEYS = {
     "finetuned",  # in early YaRN checkpoints; has no effect
 }
 
-Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
@@ -78,14 +93,61 @@ class Rope:
     scaling: Scaling | None = None
 
 
-def read_rope(config: Fields, head_dim: int) -> Rope:
+def rope_object(config: Fields) -> Fields:
+    return config.child("rope_scaling", "rope_parameters")
+
+
+def read_rope(config: Fields, head_dim: int, other_keys: tuple[str, ...] = ()) -> Rope:
     """Read `rope_parameters`, or the older `rope_theta` + `rope_scaling`.
 
-    A key inside the object overrides the same key beside it, as in transformers. Raises ArchError
-    for an unknown RoPE type.
+    A key inside the object overrides the same key beside it, as in transformers. `other_keys`: keys
+    that the caller reads. Raises ArchError for an unknown RoPE type.
     """
-    rope = config.child("rope_scaling", "rope_parameters")
+    return _read(config, rope_object(config), head_dim, other_keys=other_keys)
+
+
+def read_layer_ropes(config: Fields, head_dim: int) -> dict[str, Rope]:
+    """The RoPE of each kind of layer, "full_attention" and "sliding_attention".
+
+    In the older form `rope_scaling` is that of full attention, and `rope_local_base_freq`, if
+    present, the theta of sliding attention.
+    """
+    both = config.child("rope_parameters")
+    local = config.optional_real("rope_local_base_freq")
+    if both.empty:
+        full = _read(config, config.child("rope_scaling"), head_dim)
+        sliding = replace(full, theta=local or full.theta, scaling=None)
+    else:
+        both.allow_only({"full_attention", "sliding_attention"})
+        full = _read(config, both.child("full_attention"), head_dim)
+        sliding = _read(config, both.child("sliding_attention"), head_dim, local)
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def read_alpha_rope(config: Fields, head_dim: int) -> Rope:
+    """As read_rope, for Hunyuan's `alpha`: theta is multiplied by alpha ** (dim / (dim - 2)).
+
+    Its configs say type "dynamic", but the result depends on no length, and no other key matters.
+    """
+    rope = rope_object(config)
+    alpha = rope.optional_real("alpha")
+    if alpha is None or head_dim < 4:
+        return read_rope(config, head_dim)
+    rope.allow_only(_KEYS | {"alpha"})
+    rope.require(type="dynamic", rope_type="dynamic")
     theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0))
+    return Rope(head_dim, theta * alpha ** (head_dim / (head_dim - 2)))
+
+
+def _read(
+    config: Fields,
+    rope: Fields,
+    head_dim: int,
+    theta: float | None = None,
+    other_keys: tuple[str, ...] = (),
+) -> Rope:
+    """Read the object `rope`. `theta`: the default of rope_theta."""
+    theta = rope.real("rope_theta", theta or config.real("rope_theta", 10_000.0))
     share = rope.real("partial_rotary_factor", config.real("partial_rotary_factor", 1.0))
     dim = head_dim * share
     if dim % 2 or dim > head_dim:
@@ -93,7 +155,7 @@ def read_rope(config: Fields, head_dim: int) -> Rope:
             f"{config.name}: partial_rotary_factor={share} of head_dim={head_dim} is {dim} "
             f"channels; a whole even number from 2 to {head_dim} is needed"
         )
-    scaling = _read_scaling(rope, config.count("max_position_embeddings"))
+    scaling = _read_scaling(config, rope, int(dim), other_keys)
     if isinstance(scaling, DynamicScaling) and dim < 4:
         raise ArchError(f"{rope.name}: dynamic RoPE scaling needs 4 channels, there are {dim:g}")
     if isinstance(scaling, YarnScaling) and theta <= 1:
@@ -101,14 +163,19 @@ def read_rope(config: Fields, head_dim: int) -> Rope:
     return Rope(int(dim), theta, scaling=scaling)
 
 
-def _read_scaling(rope: Fields, max_len: int) -> Scaling | None:
+def _read_scaling(
+    config: Fields, rope: Fields, dim: int, other_keys: tuple[str, ...]
+) -> Scaling | None:
+    max_len = config.count("max_position_embeddings")
     kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind == "longrope":
+        return _read_longrope(config, rope, dim, max_len)
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise ArchError(
             f"{rope.name}: RoPE type {kind!r} is not supported; "
-            "supported are default, linear, dynamic, llama3, yarn"
+            "supported are default, linear, dynamic, llama3, yarn, longrope"
         )
-    rope.allow_only(_KEYS)
+    rope.allow_only({*_KEYS, *other_keys})
     if kind == "default":
         return None
     if kind == "linear":
@@ -134,4 +201,22 @@ def _read_scaling(rope: Fields, max_len: int) -> Scaling | None:
         beta_fast=rope.real("beta_fast", 32.0),
         beta_slow=rope.real("beta_slow", 1.0),
         truncate=rope.flag("truncate", True),
+    )
+
+
+def _read_longrope(config: Fields, rope: Fields, dim: int, max_len: int) -> LongRopeScaling:
+    rope.allow_only(_KEYS | {"short_factor", "long_factor"})
+    key = "original_max_position_embeddings"
+    original = config.count(key, rope.count(key, max_len))
+    factor = rope.real("factor", max_len / original)
+    attention = 1.0
+    if factor > 1:
+        if original < 2:
+            raise ArchError(f"{rope.name}: {key} is {original}, but LongRoPE needs 2 or more")
+        attention = math.sqrt(1 + math.log(factor) / math.log(original))
+    return LongRopeScaling(
+        short=rope.reals("short_factor", dim // 2),
+        long=rope.reals("long_factor", dim // 2),
+        original_len=original,
+        attention_factor=rope.real("attention_factor", attention),
     )

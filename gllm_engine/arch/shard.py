@@ -35,8 +35,11 @@ class Shard:
         last = self.end == len(model.layers)
         if self.first and not (last and model.tie):
             del shapes["model.embed_tokens.weight"]
+        if self.first:
+            shapes.pop("model.embed_positions.weight", None)
         if not last:
             del shapes["model.norm.weight"]
+            shapes.pop("model.norm.bias", None)
             shapes.pop("lm_head.weight", None)
         return shapes
 

@@ -23,6 +23,7 @@ _HF = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+_PADDED = _HF | {"pad_token_id": 0, "bos_token_id": 1}  # whose defaults exceed the vocabulary
 _QWEN_MOE = _HF | {
     "num_experts": 8,
     "num_experts_per_tok": 2,
@@ -57,6 +58,15 @@ _DEEPSEEK = _SPARSE | {
     "routed_scaling_factor": 1.5,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
+}
+_GEMMA = _PADDED | {
+    "head_dim": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 48,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
 }
 _CHATGLM = {
     "model_type": "chatglm",
@@ -124,6 +134,96 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "DeepseekV3ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v3"},
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
+    "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
+    "Olmo3ForCausalLM": _HF
+    | {
+        "model_type": "olmo3",
+        "rope_theta": 500_000.0,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "SmolLM3ForCausalLM": _PADDED | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "GraniteForCausalLM": _HF
+    | {
+        "model_type": "granite",
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.75,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 0.5,
+    },
+    "HunYuanDenseV1ForCausalLM": _HF
+    | {
+        "model_type": "hunyuan_v1_dense",
+        "head_dim": 16,
+        "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    },
+    "Ernie4_5ForCausalLM": _HF | {"model_type": "ernie4_5", "head_dim": 16, "use_bias": True},
+    "Phi3ForCausalLM": _PADDED
+    | {
+        "model_type": "phi3",
+        "sliding_window": 48,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.5],
+            "long_factor": [1.0, 2.0, 5.0, 9.0],
+        },
+    },
+    "Ministral3ForCausalLM": _PADDED
+    | {
+        "model_type": "ministral3",
+        "head_dim": 32,
+        "rope_theta": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 64.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "Gemma2ForCausalLM": _GEMMA
+    | {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "Gemma3ForCausalLM": _GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "Cohere2ForCausalLM": _PADDED
+    | {
+        "model_type": "cohere2",
+        "layer_norm_eps": 1e-5,
+        "head_dim": 16,
+        "sliding_window": 48,
+        "logit_scale": 0.5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "Starcoder2ForCausalLM": _HF
+    | {
+        "model_type": "starcoder2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "sliding_window": 48,
+    },
+    "GPTBigCodeForCausalLM": {
+        "model_type": "gpt_bigcode",
+        "vocab_size": 384,
+        "n_positions": 2048,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 96,
+        "activation_function": "gelu_pytorch_tanh",
+        "tie_word_embeddings": False,
+    },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

@@ -7,15 +7,23 @@ classes. This module knows no weights and does not import transformers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import log
 from pathlib import Path
 from typing import Any
 
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, SandwichLayer
-from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
+from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, QkNorm, QueryTemperature
+from gllm_engine.arch.rope import (
+    DynamicScaling,
+    Rope,
+    YarnScaling,
+    read_alpha_rope,
+    read_layer_ropes,
+    read_rope,
+    rope_object,
+)
 from gllm_engine.files import read_object, shown
 from gllm_engine.routing import Routing
 
@@ -53,8 +61,12 @@ _LLAMA = {
 
 @family("LlamaForCausalLM", defaults=_LLAMA)
 def llama(c: Fields) -> Model:
+    return _llama(c, read_rope(c, _head_dim(c)))
+
+
+def _llama(c: Fields, rope: Rope) -> Model:
     bias = c.flag("attention_bias")
-    mixer = replace(_gqa(c), qkv_bias=bias, out_bias=bias)
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias)
     mlp_bias = c.flag("mlp_bias")
     return _decoder(c, mixer, Dense(c.count("intermediate_size"), mlp_bias, mlp_bias))
 
@@ -69,9 +81,13 @@ _MISTRAL = _LLAMA | {
 
 @family("MistralForCausalLM", defaults=_MISTRAL)
 def mistral(c: Fields) -> Model:
+    return _with_window(c, llama(c))
+
+
+def _with_window(c: Fields, model: Model) -> Model:
     window = c.optional_count("sliding_window")
     c.require(layer_types=None)
-    return _with_mixers(llama(c), window=window)
+    return model.each(mixer=lambda _, layer: replace(_gqa_of(layer), window=window))
 
 
 _QWEN2 = _LLAMA | {
@@ -93,7 +109,7 @@ def qwen2(c: Fields) -> Model:
 
 @family("Qwen3ForCausalLM", defaults=_QWEN2 | {"head_dim": 128})
 def qwen3(c: Fields) -> Model:
-    model = _with_mixers(llama(c), qk_norm=True)
+    model = _with_mixers(llama(c), qk_norm="head")
     return _with_windows(c, model)
 
 
@@ -164,17 +180,337 @@ _GLM = _LLAMA | {
 
 @family("GlmForCausalLM", defaults=_GLM)
 def glm(c: Fields) -> Model:
-    mixer = _gqa(c)
-    rope = replace(mixer.rope, interleaved=True)
-    mixer = replace(mixer, rope=rope, qkv_bias=c.flag("attention_bias"))
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    mixer = replace(_gqa(c, rope), qkv_bias=c.flag("attention_bias"))
     return replace(_decoder(c, mixer, Dense(c.count("intermediate_size"))), names="glm")
 
 
 @family("Glm4ForCausalLM", defaults=_GLM)
 def glm4(c: Fields) -> Model:
     model = glm(c)
-    layers = tuple(SandwichLayer(layer.mixer, layer.ffn) for layer in model.layers)
-    return replace(model, layers=layers)
+    return model.each(place=lambda *_: "sandwich")
+
+
+_OLMO2 = _LLAMA | {"vocab_size": 50304, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
+
+
+@family("Olmo2ForCausalLM", defaults=_OLMO2)
+def olmo2(c: Fields) -> Model:
+    return _olmo(llama(c))
+
+
+_OLMO3 = _OLMO2 | {"rope_theta": 500_000.0, "sliding_window": 4096}
+
+
+@family("Olmo3ForCausalLM", defaults=_OLMO3)
+def olmo3(c: Fields) -> Model:
+    ropes = read_layer_ropes(c, _head_dim(c))
+    model = _olmo(_llama(c, ropes["full_attention"]))
+    return _with_layer_types(c, model, ropes, full_every=4)
+
+
+def _olmo(model: Model) -> Model:
+    model = model.each(mixer=lambda _, layer: replace(_gqa_of(layer), qk_norm="whole"))
+    return replace(model.each(place=lambda *_: "post"), names="olmo")
+
+
+_SMOLLM3 = _LLAMA | {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 2_000_000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 128001,
+    "no_rope_layer_interval": 4,
+}
+
+
+@family("SmolLM3ForCausalLM", defaults=_SMOLLM3)
+def smollm3(c: Fields) -> Model:
+    c.require(use_sliding_window=False)
+    model = llama(c)
+    every = c.count("no_rope_layer_interval")
+    rotated = c.flags("no_rope_layers", len(model.layers))  # despite its name, 1 means RoPE
+    rotated = rotated or [(i + 1) % every != 0 for i in range(len(model.layers))]
+    return model.each(
+        mixer=lambda i, layer: replace(
+            _gqa_of(layer), rope=_gqa_of(layer).rope if rotated[i] else None
+        )
+    )
+
+
+_GRANITE = _LLAMA | {
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+@family("GraniteForCausalLM", defaults=_GRANITE)
+def granite(c: Fields) -> Model:
+    scale = c.real("attention_multiplier")
+    return replace(
+        llama(c).each(mixer=lambda _, layer: replace(_gqa_of(layer), scale=scale)),
+        embed_scale=c.real("embedding_multiplier"),
+        residual_scale=c.real("residual_multiplier"),
+        logit_scale=1 / c.real("logits_scaling"),
+    )
+
+
+_HUNYUAN = _LLAMA | {"vocab_size": 290943, "rms_norm_eps": 1e-5}
+
+
+@family("HunYuanDenseV1ForCausalLM", defaults=_HUNYUAN)
+def hunyuan(c: Fields) -> Model:
+    c.require(use_qk_norm=True, use_cla=False)
+    model = _llama(c, read_alpha_rope(c, _head_dim(c)))
+    model = model.each(mixer=lambda _, layer: replace(_gqa_of(layer), qk_norm="head_after"))
+    return replace(model, names="hunyuan")
+
+
+_ERNIE = _LLAMA | {
+    "vocab_size": 103424,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@family("Ernie4_5ForCausalLM", defaults=_ERNIE)
+def ernie(c: Fields) -> Model:
+    c.require(compression_ratio=1.0)
+    bias = c.flag("use_bias")
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias)
+    return _decoder(c, mixer, Dense(c.count("intermediate_size"), bias, bias))
+
+
+_PHI3 = _LLAMA | {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 32000,
+}
+
+
+# Phi-3, Phi-3.5, Phi-4 and Phi-4-mini.
+@family("Phi3ForCausalLM", defaults=_PHI3)
+def phi3(c: Fields) -> Model:
+    c.require(attention_bias=False, mlp_bias=False, lm_head_bias=False)
+    return replace(mistral(c), names="phi3")
+
+
+_MINISTRAL3 = _MISTRAL | {
+    "vocab_size": 131072,
+    "num_hidden_layers": 34,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1_000_000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "mscale_all_dim": 1.0,
+        "mscale": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+
+
+@family("Ministral3ForCausalLM", defaults=_MINISTRAL3)
+def ministral3(c: Fields) -> Model:
+    keys = ("llama_4_scaling_beta", "max_position_embeddings")  # transformers ignores the second
+    rope = read_rope(c, _head_dim(c), keys)
+    model = _with_window(c, _llama(c, rope))
+    beta = rope_object(c).optional_real("llama_4_scaling_beta")
+    if beta is None:
+        return model
+    length = rope_object(c).count("original_max_position_embeddings")
+    temperature = QueryTemperature(beta, length)
+    return model.each(mixer=lambda _, layer: replace(_gqa_of(layer), temperature=temperature))
+
+
+_GEMMA2 = _LLAMA | {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+
+
+@family("Gemma2ForCausalLM", defaults=_GEMMA2)
+def gemma2(c: Fields) -> Model:
+    rope = read_rope(c, _head_dim(c))
+    ropes = {"full_attention": rope, "sliding_attention": rope}
+    return _with_layer_types(c, _gemma(c, rope), ropes, full_every=2)
+
+
+_GEMMA3 = _GEMMA2 | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window_pattern": 6,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
+
+
+@family("Gemma3ForCausalLM", defaults=_GEMMA3)
+def gemma3(c: Fields) -> Model:
+    c.require(use_bidirectional_attention=False, attn_logit_softcapping=None)
+    ropes = read_layer_ropes(c, _head_dim(c))
+    model = _gemma(c, ropes["full_attention"])
+    model = model.each(mixer=lambda _, layer: replace(_gqa_of(layer), qk_norm="head"))
+    return _with_layer_types(c, model, ropes, full_every=c.count("sliding_window_pattern"))
+
+
+def _gemma(c: Fields, rope: Rope) -> Model:
+    c.require(hidden_activation="gelu_pytorch_tanh")
+    bias = c.flag("attention_bias")
+    mixer = replace(
+        _gqa(c, rope),
+        qkv_bias=bias,
+        out_bias=bias,
+        scale=c.real("query_pre_attn_scalar") ** -0.5,
+        softcap=c.optional_real("attn_logit_softcapping"),
+    )
+    model = _decoder(c, mixer, Dense(c.count("intermediate_size"), act="gelu_tanh"))
+    return replace(
+        model.each(place=lambda *_: "sandwich"),
+        norm="rms_plus_one",
+        embed_scale=model.dim**0.5,
+        logit_softcap=c.optional_real("final_logit_softcapping"),
+        names="gemma",
+    )
+
+
+_COHERE2 = _LLAMA | {
+    "vocab_size": 256000,
+    "hidden_size": 8192,
+    "intermediate_size": 22528,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+    "eos_token_id": 255001,
+}
+
+
+@family("Cohere2ForCausalLM", defaults=_COHERE2)
+def cohere2(c: Fields) -> Model:
+    c.require(use_parallel_block=True, use_gated_activation=True, use_qk_norm=False)
+    c.require(position_embedding_type="rope_gptj", rotary_pct=1.0)
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias)
+    ffn = Dense(c.count("intermediate_size"))
+    model = _decoder(c, mixer, ffn, eps="layer_norm_eps")
+    model = replace(
+        model.each(place=lambda *_: "parallel_shared"),
+        norm="layer_without_bias",
+        logit_scale=c.real("logit_scale"),
+    )
+    ropes = {"full_attention": None, "sliding_attention": rope}
+    return _with_layer_types(c, model, ropes, full_every=c.count("sliding_window_pattern"))
+
+
+_STARCODER2 = _LLAMA | {
+    "vocab_size": 49152,
+    "hidden_size": 3072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 4096,
+    "norm_epsilon": 1e-5,
+    "use_bias": True,
+    "tie_word_embeddings": True,
+    "eos_token_id": 50256,
+}
+
+
+@family("Starcoder2ForCausalLM", defaults=_STARCODER2)
+def starcoder2(c: Fields) -> Model:
+    c.require(norm_type="layer_norm", mlp_type="default")
+    bias = c.flag("use_bias")
+    mixer = replace(_gqa(c), qkv_bias=bias, out_bias=bias)
+    ffn = Dense(c.count("intermediate_size"), bias, bias, act="gelu_tanh", gated=False)
+    model = _with_window(c, _decoder(c, mixer, ffn, eps="norm_epsilon"))
+    return replace(model, norm="layer", names="starcoder2")
+
+
+_BIGCODE = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "layer_norm_epsilon": 1e-5,
+    "multi_query": True,
+    "tie_word_embeddings": True,
+    "eos_token_id": 50256,
+}
+
+
+# StarCoder and SantaCoder: GPT-2 with one key/value head.
+@family("GPTBigCodeForCausalLM", defaults=_BIGCODE)
+def gpt_bigcode(c: Fields) -> Model:
+    c.require(activation_function="gelu_pytorch_tanh", multi_query=True, scale_attn_weights=True)
+    c.require(add_cross_attention=False)
+    dim = c.count("n_embd")
+    heads = c.count("n_head")
+    if dim % heads:
+        raise ArchError(f"{c.name}: n_head is {heads}, but it must divide n_embd={dim}")
+    hidden = c.count("n_inner", 4 * dim)
+    ffn = Dense(hidden, bias=True, out_bias=True, act="gelu_tanh", gated=False)
+    mixer = Gqa(heads, 1, dim // heads, rope=None, qkv_bias=True, out_bias=True)
+    positions = c.count("n_positions")
+    return Model(
+        dim=dim,
+        vocab=c.count("vocab_size"),
+        layers=(Layer(mixer, ffn),) * c.count("n_layer", most=MAX_LAYERS),
+        eps=c.real("layer_norm_epsilon"),
+        tie=c.flag("tie_word_embeddings"),
+        max_len=positions,
+        eos_token_ids=c.numbers("eos_token_id"),
+        norm="layer",
+        positions=positions,
+        names="gpt_bigcode",
+    )
 
 
 _GLM4_MOE = _GLM | {
@@ -198,7 +534,8 @@ _GLM4_MOE = _GLM | {
 
 @family("Glm4MoeForCausalLM", defaults=_GLM4_MOE)
 def glm4_moe(c: Fields) -> Model:
-    mixer = replace(_gqa(c), qkv_bias=c.flag("attention_bias"), qk_norm=c.flag("use_qk_norm"))
+    qk_norm: QkNorm | None = "head" if c.flag("use_qk_norm") else None
+    mixer = replace(_gqa(c), qkv_bias=c.flag("attention_bias"), qk_norm=qk_norm)
     return _deepseek_experts(c, _decoder(c, mixer, Dense(c.count("intermediate_size"))))
 
 
@@ -227,9 +564,8 @@ _ERNIE_MOE = _LLAMA | {
 @family("Ernie4_5_MoeForCausalLM", defaults=_ERNIE_MOE)
 def ernie_moe(c: Fields) -> Model:
     c.require(use_bias=False, moe_gate="topk", moe_gate_act="softmax", moe_group_experts=False)
-    mixer = _gqa(c)
-    mixer = replace(mixer, rope=replace(mixer.rope, interleaved=True))
-    model = _decoder(c, mixer, Dense(c.count("intermediate_size")))
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    model = _decoder(c, _gqa(c, rope), Dense(c.count("intermediate_size")))
     experts = c.count("moe_num_experts", most=MAX_EXPERTS)
     hidden = c.count("moe_intermediate_size")
     routing = _routing(c, True, experts, key="moe_k")
@@ -322,7 +658,8 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         )
     reader, defaults = FAMILIES[known[0]]
     fields = Fields(config, name, defaults)
-    fields.require(hidden_act="silu", quantization_config=None, dual_chunk_attention_config=None)
+    fields.require(hidden_act=defaults.get("hidden_act", "silu"))
+    fields.require(quantization_config=None, dual_chunk_attention_config=None)
     model = reader(fields)
     if not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))
@@ -398,6 +735,11 @@ def glm4_moe_lite(c: Fields) -> Model:
     return deepseek_v3(c)
 
 
+def _gqa_of(layer: Layer) -> Gqa:
+    assert isinstance(layer.mixer, Gqa)
+    return layer.mixer
+
+
 def _with_mixers(model: Model, **changes: Any) -> Model:
     """A copy in which every mixer has these values."""
     return model.each(mixer=lambda _, layer: replace(layer.mixer, **changes))
@@ -427,31 +769,38 @@ def _yarn_scale(rope: Rope) -> float:
     return 0.1 * scaling.mscale_all_dim * log(scaling.factor) + 1.0
 
 
-def _gqa(c: Fields) -> Gqa:
+def _head_dim(c: Fields) -> int:
+    return c.count("head_dim", c.count("hidden_size") // c.count("num_attention_heads"))
+
+
+def _gqa(c: Fields, rope: Rope | None = None) -> Gqa:
+    """`rope`: None: as read_rope."""
     heads = c.count("num_attention_heads")
-    head_dim = c.count("head_dim", c.count("hidden_size") // heads)
-    return Gqa(heads, c.count("num_key_value_heads", heads), head_dim, read_rope(c, head_dim))
+    head_dim = _head_dim(c)
+    rope = rope or read_rope(c, head_dim)
+    return Gqa(heads, c.count("num_key_value_heads", heads), head_dim, rope)
 
 
-def _decoder(c: Fields, mixer: Gqa | Mla, ffn: Dense) -> Model:
+def _decoder(c: Fields, mixer: Gqa | Mla, ffn: Dense, eps: str = "rms_norm_eps") -> Model:
+    """`eps`: the key of the norms' epsilon."""
     return Model(
         dim=c.count("hidden_size"),
         vocab=c.count("vocab_size"),
         layers=(Layer(mixer, ffn),) * c.count("num_hidden_layers", most=MAX_LAYERS),
-        eps=c.real("rms_norm_eps"),
+        eps=c.real(eps),
         tie=c.flag("tie_word_embeddings"),
         max_len=_max_len(c.count("max_position_embeddings"), mixer.rope),
         eos_token_ids=c.numbers("eos_token_id"),
     )
 
 
-def _max_len(positions: int, rope: Rope) -> int:
+def _max_len(positions: int, rope: Rope | None) -> int:
     """The model's length in tokens, with RoPE scaling.
 
     `positions` (max_position_embeddings) includes linear and llama3 scaling, but not always
     dynamic and YaRN scaling.
     """
-    scaling = rope.scaling
+    scaling = None if rope is None else rope.scaling
     if isinstance(scaling, DynamicScaling):
         return int(scaling.original_len * scaling.factor)
     if isinstance(scaling, YarnScaling):
@@ -471,7 +820,29 @@ def _with_windows(c: Fields, model: Model) -> Model:
     kinds = c.choices("layer_types", num_layers, (full, sliding))
     kinds = kinds or [sliding if i >= first else full for i in range(num_layers)]
     return model.each(
-        mixer=lambda i, layer: replace(layer.mixer, window=window if kinds[i] == sliding else None)
+        mixer=lambda i, layer: replace(
+            _gqa_of(layer), window=window if kinds[i] == sliding else None
+        )
+    )
+
+
+def _with_layer_types(
+    c: Fields, model: Model, ropes: Mapping[str, Rope | None], full_every: int
+) -> Model:
+    """Give the layers the RoPE of their kind, and the sliding ones the window.
+
+    Without `layer_types`, every `full_every`-th layer has full attention.
+    """
+    full = "full_attention"
+    sliding = "sliding_attention"
+    num_layers = len(model.layers)
+    kinds = c.choices("layer_types", num_layers, (full, sliding))
+    kinds = kinds or [sliding if (i + 1) % full_every else full for i in range(num_layers)]
+    windows = {full: None, sliding: c.count("sliding_window") if sliding in kinds else None}
+    return model.each(
+        mixer=lambda i, layer: replace(
+            _gqa_of(layer), rope=ropes[kinds[i]], window=windows[kinds[i]]
+        )
     )
 
 

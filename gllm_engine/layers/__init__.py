@@ -13,6 +13,7 @@ from gllm_engine.layers.gated_delta import GatedDeltaAttention
 from gllm_engine.layers.latent_attention import MlaAttention
 from gllm_engine.layers.mixer import Mixer
 from gllm_engine.layers.moe import MoeFfn
+from gllm_engine.layers.norm import NormLayer
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
 
@@ -25,6 +26,7 @@ __all__ = [
     "Mixer",
     "MlaAttention",
     "MoeFfn",
+    "NormLayer",
     "PlanKey",
     "Residual",
     "ResidualReducer",

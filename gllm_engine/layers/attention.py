@@ -8,7 +8,8 @@ from torch import Tensor
 from gllm_engine.arch.model import Gqa
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
-from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops
+from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, HeadNorm, Norm, Ops
+from gllm_engine.parallel import TensorParallel
 
 
 class GqaAttention:
@@ -23,23 +24,26 @@ class GqaAttention:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        ranks: TensorParallel,
+        plus_one: bool = False,
     ) -> None:
-        """`group`: the cache group of the layer."""
+        """`group`: the cache group of the layer. `plus_one`: gains are 1 + weight."""
         self._arch = arch
         self._group = group
         self.plan_key: PlanKey = (group, arch.attention)
-        self._eps = eps
         self._ops = ops
+        self._ranks = ranks
         shapes = arch.weights(dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
         self._qkv = Linear(names, shapes, ops, dtype, device)
         self._out = Linear(["self_attn.o_proj"], shapes, ops, dtype, device)
         self._num_qkv_heads = arch.heads + 2 * arch.kv_heads
         # One row per query and key head, so that one kernel normalises both.
-        self._qk_norm: Tensor | None = None
+        self._qk_norm: HeadNorm | None = None
         if arch.qk_norm:
             size = (arch.heads + arch.kv_heads, arch.head_dim)
-            self._qk_norm = torch.empty(size, dtype=dtype, device=device)
+            gain = torch.empty(size, dtype=dtype, device=device)
+            self._qk_norm = HeadNorm(gain, eps, plus_one, after=arch.qk_norm == "head_after")
 
     def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
@@ -62,15 +66,16 @@ class GqaAttention:
         """
         arch = self._arch
         plan = context.plans[self.plan_key]
+        qkv = self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim)
         inputs = self._ops.rotate_and_store(
-            self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim),
+            qkv,
             arch.heads,
-            self._qk_norm,
-            self._eps,
-            context.rotary[arch.rope],
-            arch.rope.interleaved,
+            self._head_norm(qkv),
+            None if arch.rope is None else context.rotary[arch.rope],
+            arch.rope is not None and arch.rope.interleaved,
             cache,
             plan,
+            None if arch.temperature is None else context.query_scales[arch.temperature],
         )
         if logit_tokens is None:
             attended = self._ops.attend(inputs, cache, plan)
@@ -81,10 +86,22 @@ class GqaAttention:
             attended = x.new_empty(0, arch.heads * arch.head_dim)
         return self._out(attended) if total is None else self._out.add_to(total, attended)
 
+    def _head_norm(self, qkv: Tensor) -> HeadNorm | None:
+        if self._qk_norm is None or self._arch.qk_norm != "whole":
+            return self._qk_norm
+        # All ranks have equally many heads. If several ranks hold the same K/V head, all K/V heads
+        # are held equally often. So the mean of the ranks' means is the mean of the whole.
+        means = self._ops.mean_squares(qkv, self._arch.heads)
+        means = self._ranks.sum(means) / self._ranks.size
+        return self._qk_norm._replace(means=means)
+
     def weights(self) -> dict[str, Tensor]:
         views = self._qkv.weights() | self._out.weights()
         if self._qk_norm is not None:
-            q, k = self._qk_norm.split((self._arch.heads, self._arch.kv_heads))
+            q, k = self._qk_norm.gain.split((self._arch.heads, self._arch.kv_heads))
+            if self._arch.qk_norm == "whole":
+                q = q.flatten()
+                k = k.flatten()
             # Views of [heads, head_dim] for weights of [head_dim]: loading fills every row.
             views |= {"self_attn.q_norm.weight": q, "self_attn.k_norm.weight": k}
         return views

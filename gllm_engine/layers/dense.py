@@ -1,4 +1,4 @@
-"""The gated feed-forward layer, described by a Dense."""
+"""The feed-forward layer, described by a Dense."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from gllm_engine.ops import Norm, Ops
 
 
 class DenseFfn:
-    """down(silu(gate(x)) * up(x)); gate and up are one matrix product."""
+    """down(act(gate(x)) * up(x)) or down(act(up(x))); gate and up are one matrix product."""
 
     def __init__(
         self, arch: Dense, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self._arch = arch
+        self._ops = ops
         shapes = arch.weights(dim)
-        self._gate_up = Linear(["mlp.gate_proj", "mlp.up_proj"], shapes, ops, dtype, device)
+        names = ["mlp.gate_proj", "mlp.up_proj"] if arch.gated else ["mlp.up_proj"]
+        self._gate_up = Linear(names, shapes, ops, dtype, device)
         self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
-        x = self._gate_up.gated(x, norm)
+        if self._arch.gated and self._arch.act == "silu":
+            x = self._gate_up.gated(x, norm)
+        else:
+            x = self._ops.activate(self._gate_up(x, norm), self._arch.act, self._arch.gated)
         return self._down(x) if total is None else self._down.add_to(total, x)
 
     def weights(self) -> dict[str, Tensor]:

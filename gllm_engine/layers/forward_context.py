@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gllm_engine.arch.model import AttentionShape, LatentShape, RecurrentShape
+from gllm_engine.arch.model import AttentionShape, LatentShape, QueryTemperature, RecurrentShape
 from gllm_engine.arch.rope import Rope
 from gllm_engine.ops import AttentionPlan, RotaryInputs
 
@@ -20,6 +20,7 @@ class ForwardContext:
 
     plans: dict[PlanKey, AttentionPlan]
     rotary: dict[Rope, RotaryInputs]
+    query_scales: dict[QueryTemperature, Tensor]  # [tokens] float32
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from gllm_engine.arch.model import GatedDelta
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops, RecurrentState
+from gllm_engine.parallel import TensorParallel
 
 _PARTS = ("q", "k", "v")
 
@@ -25,8 +26,11 @@ class GatedDeltaAttention:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        ranks: TensorParallel,
+        plus_one: bool,
     ) -> None:
         """`group`: the cache group of the layer, which has a state and no pages."""
+        del ranks, plus_one  # the norm of the result is of each head, and plain
         self._arch = arch
         self._eps = eps
         self._ops = ops

@@ -9,6 +9,7 @@ from gllm_engine.arch.model import Mla
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops
+from gllm_engine.parallel import TensorParallel
 
 
 class MlaAttention:
@@ -28,9 +29,11 @@ class MlaAttention:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        ranks: TensorParallel,
+        plus_one: bool,
     ) -> None:
         """`group`: the cache group of the layer."""
-        del eps  # the norms of latents have their own
+        del eps, ranks, plus_one  # the norms of latents have their own
         self._arch = arch
         self.plan_key: PlanKey = (group, arch.attention)
         self._ops = ops

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gllm_engine.layers.norm import NormLayer
 from gllm_engine.ops import Norm, Ops
 from gllm_engine.parallel import TensorParallel
 
@@ -27,9 +28,14 @@ class Residual:
     total: Tensor
     normed: Tensor | None = None
 
-    def input_for(self, norm: Norm) -> tuple[Tensor, Norm | None]:
-        """The input of a layer that begins with `norm`, and `norm` if the layer must compute it."""
-        return (self.total, norm) if self.normed is None else (self.normed, None)
+    def input_for(self, norm: NormLayer | None) -> tuple[Tensor, Norm | None]:
+        """The input of a layer that begins with `norm`, and the norm if the layer must compute it.
+
+        None: the layer begins with no norm.
+        """
+        if norm is None:
+            return self.total, None
+        return norm.input_of(self.total) if self.normed is None else (self.normed, None)
 
 
 class ResidualReducer:
@@ -40,7 +46,7 @@ class ResidualReducer:
         self._one_shot = ops.make_one_shot_allreduce(ranks, dim, dtype)
 
     def __call__(
-        self, total: Tensor, layer: Callable[[Tensor | None], Tensor], norm: Norm | None
+        self, total: Tensor, layer: Callable[[Tensor | None], Tensor], norm: NormLayer | None
     ) -> Residual:
         """Add a layer's output to the stream `total`, [tokens, dim], in place.
 
@@ -51,7 +57,8 @@ class ResidualReducer:
             return Residual(layer(total))
         part = layer(None)
         if self._one_shot is not None and self._one_shot.takes(part):
-            return Residual(total, self._one_shot(part, total, norm))
+            fused = None if norm is None else norm.fused
+            return Residual(total, self._one_shot(part, total, fused))
         total += self._ranks.sum(part)
         return Residual(total)
 

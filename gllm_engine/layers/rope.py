@@ -11,7 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
+from gllm_engine.arch.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+)
 
 
 class RopeTable:
@@ -38,6 +45,9 @@ def _frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:
         return plain / scaling.factor, 1.0
     if isinstance(scaling, Llama3Scaling):
         return _llama3(scaling, plain), 1.0
+    if isinstance(scaling, LongRopeScaling):
+        factors = scaling.long if max_model_len > scaling.original_len else scaling.short
+        return 1.0 / (torch.tensor(factors) * powers), scaling.attention_factor
     return _yarn(scaling, rope, powers), _yarn_attention_factor(scaling)
 
 

@@ -27,7 +27,8 @@ from gllm_engine.arch.model import (
     Mla,
     Model,
     Moe,
-    SandwichLayer,
+    Place,
+    QueryTemperature,
 )
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
@@ -40,15 +41,16 @@ from gllm_engine.layers import (
     Mixer,
     MlaAttention,
     MoeFfn,
+    NormLayer,
     PlanKey,
     Residual,
     ResidualReducer,
     RopeTable,
 )
 from gllm_engine.ops import (
+    AttentionLayer,
     AttentionPlan,
     Batch,
-    Norm,
     Ops,
     PlainSampling,
     RecurrentState,
@@ -79,9 +81,7 @@ _NO_GROUP = -1
 
 
 class PreNormBlock:
-    """Computes a Layer. A block adds to the residual stream in place."""
-
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """Computes a Layer of place "pre". A block adds to the residual stream in place."""
 
     def __init__(
         self,
@@ -91,21 +91,26 @@ class PreNormBlock:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        ranks: TensorParallel,
         reduce: ResidualReducer,
     ) -> None:
         """`group`: the cache group of the layer."""
-        self._ops = ops
         self._reduce = reduce
+        plus_one = model.norm == "rms_plus_one"
         make_mixer = _MIXERS[type(arch.mixer)]
-        self.mixer: Mixer = make_mixer(arch.mixer, group, model.dim, model.eps, ops, dtype, device)
+        self.mixer: Mixer = make_mixer(
+            arch.mixer, group, model.dim, model.eps, ops, dtype, device, ranks, plus_one
+        )
         self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
-        gains = {n: torch.empty(model.dim, dtype=dtype, device=device) for n in self.norms}
-        self._norms = {name: (gain, model.eps) for name, gain in gains.items()}
-        self.next_norm: Norm | None = None  # the first norm of the next block, if any
+        self._norms: dict[str, NormLayer] = {}
+        for name in arch.norms:
+            eps = model.eps if name in _OUTPUT_NORMS else _stream_eps(model)
+            self._norms[name] = NormLayer(model.norm, eps, model.dim, ops, dtype, device)
+        self.next_norm: NormLayer | None = None  # the first norm of the next block, if any
 
     @property
-    def first_norm(self) -> Norm:
-        return self._norms["input_layernorm"]
+    def first_norm(self) -> NormLayer | None:
+        return self._norms.get("input_layernorm")
 
     def __call__(
         self,
@@ -125,14 +130,16 @@ class PreNormBlock:
         return self._reduce(stream.total, lambda into: self._ffn(y, ffn_norm, into), self.next_norm)
 
     def weights(self) -> dict[str, Tensor]:
-        gains = {f"{name}.weight": gain for name, (gain, _) in self._norms.items()}
-        return gains | self.mixer.weights() | self._ffn.weights()
+        views: dict[str, Tensor] = {}
+        for name, norm in self._norms.items():
+            views |= norm.weights(name)
+        return views | self.mixer.weights() | self._ffn.weights()
 
 
-class SandwichBlock(PreNormBlock):
-    """Computes a SandwichLayer: outputs are normalised before they are added to the stream."""
-
-    norms = (*PreNormBlock.norms, "post_self_attn_layernorm", "post_mlp_layernorm")
+class OutputNormBlock(PreNormBlock):
+    """Computes a Layer of place "post" or "sandwich": outputs are normalised before they are added
+    to the stream.
+    """
 
     def __call__(
         self,
@@ -141,19 +148,57 @@ class SandwichBlock(PreNormBlock):
         cache: LayerCache,
         logit_tokens: LogitTokens | None = None,
     ) -> Residual:
-        norms = self._norms
-        x = stream.total
-        total = x if logit_tokens is None else x[logit_tokens.index]
-        x = self._reduce.sum(self.mixer(x, self.first_norm, context, cache, logit_tokens))
-        total = self._ops.rms_norm(x, *norms["post_self_attn_layernorm"], add_to=total)
-        x = self._reduce.sum(self._ffn(total, norms["post_attention_layernorm"]))
-        return Residual(self._ops.rms_norm(x, *norms["post_mlp_layernorm"], add_to=total))
+        total = stream.total if logit_tokens is None else stream.total[logit_tokens.index]
+        x, norm = stream.input_for(self.first_norm)
+        x = self._reduce.sum(self.mixer(x, norm, context, cache, logit_tokens))
+        total = self._norms["post_self_attn_layernorm"](x, add_to=total)
+        x, norm = Residual(total).input_for(self._norms.get("post_attention_layernorm"))
+        x = self._reduce.sum(self._ffn(x, norm))
+        return Residual(self._norms["post_mlp_layernorm"](x, add_to=total))
 
 
-_BLOCKS: dict[type[Layer], type[PreNormBlock]] = {
-    Layer: PreNormBlock,
-    SandwichLayer: SandwichBlock,
+class ParallelBlock(PreNormBlock):
+    """Computes a Layer of place "parallel" or "parallel_shared"."""
+
+    def __call__(
+        self,
+        stream: Residual,
+        context: ForwardContext,
+        cache: LayerCache,
+        logit_tokens: LogitTokens | None = None,
+    ) -> Residual:
+        total = stream.total if logit_tokens is None else stream.total[logit_tokens.index]
+        # Both inputs are computed first, because the mixer adds to the stream in place.
+        x = self._norms["input_layernorm"](stream.total)
+        second = self._norms.get("post_attention_layernorm")
+        if second is not None:
+            y = second(total)
+        else:
+            y = x if logit_tokens is None else x[logit_tokens.index]
+
+        def mixer_and_ffn(into: Tensor | None) -> Tensor:
+            return self._ffn(y, None, self.mixer(x, None, context, cache, logit_tokens, into))
+
+        return self._reduce(total, mixer_and_ffn, None)
+
+
+_BLOCKS: dict[Place, type[PreNormBlock]] = {
+    "pre": PreNormBlock,
+    "post": OutputNormBlock,
+    "sandwich": OutputNormBlock,
+    "parallel": ParallelBlock,
+    "parallel_shared": ParallelBlock,
 }
+_OUTPUT_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")
+
+
+def _stream_eps(model: Model) -> float:
+    """Epsilon of the norms of the residual stream.
+
+    The stream is kept divided by residual_scale, r, so that outputs are added as they are. Then
+    norm(x, eps) = norm(x / r, eps / r^2).
+    """
+    return model.eps / model.residual_scale**2
 
 
 class States:
@@ -235,7 +280,7 @@ class Decoder:
         ]
         reduce = ResidualReducer(self.ops, ranks, arch.dim, dtype)
         self._blocks = [
-            _BLOCKS[type(layer)](layer, group, arch, self.ops, dtype, device, reduce)
+            _BLOCKS[layer.place](layer, group, arch, self.ops, dtype, device, ranks, reduce)
             for layer, group in zip(self.layers, self._group_of, strict=True)
         ]
         for block, after in pairwise(self._blocks):
@@ -243,12 +288,14 @@ class Decoder:
         self._outer_weights = {
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, shape in self.shard.weights(arch).items()
-            if not name.startswith("model.layers.")
+            if not name.startswith(("model.layers.", "model.norm."))
         }
-        ropes = dict.fromkeys(
-            layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, GatedDelta)
-        )
-        self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
+        # Only the last stage computes it.
+        self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self.ops, dtype, device)
+        ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
+        self._ropes = {
+            rope: RopeTable(rope, max_model_len, device) for rope in ropes if rope is not None
+        }
         # The first of the layers that share a plan.
         self._planned: dict[PlanKey, int] = {}
         for i, block in enumerate(self._blocks):
@@ -316,7 +363,7 @@ class Decoder:
             pages = cache[i]
             # Latent and linear attention have kernels of our own.
             if isinstance(shape, AttentionShape) and isinstance(pages, Tensor):
-                kinds.append((pages, shape.heads, shape.window))
+                kinds.append(AttentionLayer(pages, shape.heads, shape.window, shape.softcap))
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[LayerCache], x: Tensor | None = None) -> Tensor:
@@ -329,8 +376,8 @@ class Decoder:
         overwritten.
         """
         plans = {key: self._plan(batch, cache, i) for key, i in self._planned.items()}
-        context = ForwardContext(plans, self._rotary_inputs(batch))
-        stream = Residual(self._embed(batch.tokens) if x is None else x)
+        context = ForwardContext(plans, self._rotary_inputs(batch), self._query_scales(batch))
+        stream = Residual(self._embed(batch) if x is None else x)
         for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
             stream = block(stream, context, layer_cache)
         logit_tokens = self._logit_tokens(batch, cache) if self.is_last else None
@@ -344,7 +391,19 @@ class Decoder:
         of_group = batch if group == _NO_GROUP else batch.of_group(group)
         return self._blocks[layer].mixer.plan(self._planner, of_group, cache[layer])
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, batch: Batch) -> Tensor:
+        """The residual stream before the first layer, [tokens, dim]."""
+        x = self._token_embeddings(batch.tokens)
+        arch = self.arch
+        scale = float(torch.tensor(arch.embed_scale, dtype=self.dtype)) / arch.residual_scale
+        if scale != 1:
+            x *= scale
+        if arch.positions:
+            table = self._outer_weights["model.embed_positions.weight"]
+            x += F.embedding(batch.positions, table)
+        return x
+
+    def _token_embeddings(self, tokens: Tensor) -> Tensor:
         table = self._embedding
         if self._ranks.size == 1:
             return F.embedding(tokens, table)
@@ -380,8 +439,12 @@ class Decoder:
 
         `hidden`: the output of `forward`, [n, dim]. `out`: memory for the result.
         """
-        norm = self._outer_weights["model.norm.weight"], self.arch.eps
-        return self.ops.linear(hidden, self._head, None, norm, out)
+        x, norm = self._norm.input_of(hidden)
+        scores = self.ops.linear(x, self._head, None, norm, out)
+        cap = self.arch.logit_softcap
+        if self.arch.logit_scale != 1:
+            scores *= self.arch.logit_scale
+        return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
     def whole(self, scores: Tensor) -> Tensor:
         """Gather all ranks' `scores` of the same rows: [n, vocab]."""
@@ -407,6 +470,8 @@ class Decoder:
         A view may have one more leading dimension than the weight; copying broadcasts over it.
         """
         views = dict(self._outer_weights)
+        if self.is_last:
+            views |= self._norm.weights("model.norm")
         for i, block in enumerate(self._blocks, self.shard.first):
             views |= {f"model.layers.{i}.{name}": view for name, view in block.weights().items()}
         return views
@@ -417,4 +482,12 @@ class Decoder:
                 table.cos, table.sin, batch.positions, self.dtype, rope.interleaved
             )
             for rope, table in self._ropes.items()
+        }
+
+    def _query_scales(self, batch: Batch) -> dict[QueryTemperature, Tensor]:
+        kinds = dict.fromkeys(layer.mixer.temperature for layer in self.layers)
+        return {
+            kind: 1 + kind.beta * torch.log1p((batch.positions // kind.length).float())
+            for kind in kinds
+            if kind is not None
         }

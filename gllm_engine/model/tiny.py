@@ -89,9 +89,10 @@ def _random_weight(
 ) -> Tensor:
     noise = torch.randn(shape, generator=generator)
     if name == "model.norm.weight":
-        return noise  # both signs: otherwise a tied model repeats its input for ever
+        # Factors of both signs: otherwise a tied model repeats its input for ever.
+        return noise - 1 if arch.norm == "rms_plus_one" else noise
     if name.endswith("norm.weight"):
-        return 1 + 0.3 * noise
+        return 0.3 * noise if arch.norm == "rms_plus_one" else 1 + 0.3 * noise
     if name.endswith(SELECTION_BIAS):
         return 0.1 * noise  # as scores vary: a larger one would choose the same experts always
     if name.endswith(".bias"):
@@ -99,7 +100,9 @@ def _random_weight(
     # An embedding row is used unscaled. A row of the output projection is multiplied with `dim`
     # numbers of size about 1; logits that differ by about 3 give text that varies but prefers some
     # tokens.
-    is_input = name.startswith("model.embed_tokens") and not arch.tie
+    is_input = name == "model.embed_positions.weight" or (
+        name.startswith("model.embed_tokens") and not arch.tie
+    )
     is_output = name.startswith(("lm_head", "model.embed_tokens"))
     gain = 3.0 if is_output else 1.0
     return noise if is_input else noise * gain * shape[-1] ** -0.5

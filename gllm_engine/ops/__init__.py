@@ -13,8 +13,10 @@ import torch
 from gllm_engine.ops.batch import Batch, HostInts, TensorGroup
 from gllm_engine.ops.protocol import (
     AttentionInputs,
+    AttentionLayer,
     AttentionPlan,
     AttentionPlanner,
+    HeadNorm,
     LatentQueries,
     Norm,
     Ops,
@@ -25,9 +27,11 @@ from gllm_engine.ops.protocol import (
 
 __all__ = [
     "AttentionInputs",
+    "AttentionLayer",
     "AttentionPlan",
     "AttentionPlanner",
     "Batch",
+    "HeadNorm",
     "HostInts",
     "LatentQueries",
     "Norm",

@@ -36,17 +36,22 @@ from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
 from gllm_engine.ops.protocol import (
     AttentionInputs,
+    AttentionLayer,
     AttentionPlan,
+    HeadNorm,
     LatentQueries,
     Norm,
     RecurrentState,
     RotaryInputs,
 )
 from gllm_engine.ops.triton import (
+    activate,
     gated_norm,
     gemv,
     is_single,
+    layer_norm,
     make_one_shot_allreduce,
+    mean_squares,
     prepare_inputs,
     rms_norm,
     sample_plain,
@@ -55,6 +60,7 @@ from gllm_engine.ops.triton import (
 from gllm_engine.ops.triton.moe import route, sum_experts
 
 __all__ = [
+    "activate",
     "add_linear",
     "attend",
     "attend_latent",
@@ -62,9 +68,11 @@ __all__ = [
     "gated_delta",
     "gated_linear",
     "gated_norm",
+    "layer_norm",
     "linear",
     "make_one_shot_allreduce",
     "make_planner",
+    "mean_squares",
     "prepare_inputs",
     "rms_norm",
     "rotary_inputs",
@@ -105,6 +113,8 @@ class FlashInferPlan(AttentionPlan):
     chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     slow: reference.ReferencePlan | None = None
+    scale: float | None = None
+    softcap: float | None = None
 
 
 @dataclass
@@ -175,27 +185,31 @@ def rotary_inputs(
 def rotate_and_store(
     qkv: Tensor,
     num_heads: int,
-    norm: Tensor | None,
-    eps: float,
-    rotary: RotaryInputs,
+    norm: HeadNorm | None,
+    rotary: RotaryInputs | None,
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
+    query_scale: Tensor | None = None,
 ) -> AttentionInputs:
     """See Ops.rotate_and_store."""
     assert isinstance(plan, FlashInferPlan)
-    cos, sin, positions = rotary
+    tables: tuple[Tensor, Tensor] | None = None
+    positions: Tensor | None = None
+    if rotary is not None:
+        cos, sin, positions = rotary
+        tables = cos, sin
     q, kv = triton.rotate_and_store(
         qkv,
         num_heads,
         norm,
-        eps,
-        (cos, sin),
+        tables,
         positions,
         interleaved,
         cache,
         plan.cache_index,
         keeps_kv=plan.fresh is not None,
+        query_scale=query_scale,
     )
     return AttentionInputs(q, kv)
 
@@ -212,7 +226,7 @@ def attend(
     f = plan.first_fresh
     out = torch.empty_like(q)
     if plan.decode is not None:
-        triton.decode_attention(q[:n], cache, plan.decode, out[:n])
+        triton.decode_attention(q[:n], cache, plan.decode, out[:n], plan.scale, plan.softcap)
     if plan.chunks is not None:
         plan.chunks.run(q[n:f], cache, out=out[n:f])
     if plan.fresh is not None and inputs.kv is not None:
@@ -268,27 +282,28 @@ def attend_latent(
     return triton.attend_latent(queries, cache, plan.splits, scale)
 
 
-def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
+def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:
     """See Ops.compile_attention; the compiled kernels are in jit_cache.cache_dirs()[0]."""
     # One kernel serves any number of heads; layers with a window, of any size, share another one.
     kinds = {
-        (cache.shape[4], window is None): (cache, num_heads, window)
-        for cache, num_heads, window in layers
-        if _has_kernels(cache, dtype)
+        (layer.cache.shape[4], layer.window is None, layer.softcap is None): layer
+        for layer in layers
+        if _has_kernels(layer.cache, dtype)
     }
     if not kinds:
         return
 
-    def plan(batch: Batch, layer: tuple[Tensor, int, int | None]) -> None:
-        cache, num_heads, window = layer
+    def plan(batch: Batch, layer: AttentionLayer) -> None:
+        cache, num_heads, window, softcap = layer
         torch.cuda.set_device(cache.device)
-        FlashInferPlanner(cache.device, dtype).plan(batch, cache, num_heads, window)
+        planner = FlashInferPlanner(cache.device, dtype)
+        planner.plan(batch, cache, num_heads, window, softcap=softcap)
 
-    cache = layers[0][0]
+    cache = layers[0].cache
     # One kernel serves chunks with and without a context, unless the cache is float8.
     starts = (0,) if cache.dtype == dtype else (0, 2)
     chunks = [tiny_chunk(start, cache.shape[2], cache.device) for start in starts]
-    dims = sorted({dim for dim, _ in kinds})
+    dims = sorted({dim for dim, *_ in kinds})
     what = f"attention of chunks, heads of {dims}, {dtype} over {cache.dtype}"
     compile_all(what, plan, [(chunk, layer) for chunk in chunks for layer in kinds.values()])
 
@@ -343,14 +358,21 @@ class FlashInferPlanner:
         self._wrappers: dict[tuple[Any, ...], Any] = {}
 
     def plan(
-        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None, group: int = 0
+        self,
+        batch: Batch,
+        cache: Tensor,
+        num_heads: int,
+        window: int | None,
+        group: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> FlashInferPlan:
         """See AttentionPlanner.plan."""
-        plan = FlashInferPlan(batch.cache_index, batch.num_decode)
+        plan = FlashInferPlan(batch.cache_index, batch.num_decode, scale=scale, softcap=softcap)
         n = batch.num_decode
         end = len(batch.query_lens)
         if end > n and not _has_kernels(cache, self._dtype):
-            plan.slow = reference.plan_attention(batch, cache, window, self._dtype)
+            plan.slow = reference.plan_attention(batch, cache, window, self._dtype, scale, softcap)
             return plan
         if n:
             lens = batch.context_lens[:n]
@@ -360,7 +382,7 @@ class FlashInferPlanner:
         while first > n and batch.query_lens[first - 1] == batch.context_lens_cpu[first - 1]:
             first -= 1
         plan.first_fresh = sum(batch.query_lens[:first])
-        shape = _shape(cache, num_heads, window, self._dtype)
+        shape = _shape(cache, num_heads, window, self._dtype, scale, softcap)
         if first > n:
             plan.chunks = self._plan_chunks(batch, slice(n, first), cache, shape, group)
         if end > first:
@@ -491,7 +513,14 @@ class ListedPages:
         return there[: rows + 1], there[rows + 1 :]
 
 
-def _shape(cache: Tensor, num_heads: int, window: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def _shape(
+    cache: Tensor,
+    num_heads: int,
+    window: int | None,
+    dtype: torch.dtype,
+    scale: float | None,
+    softcap: float | None,
+) -> dict[str, Any]:
     return {
         "num_qo_heads": num_heads,
         "num_kv_heads": cache.shape[3],
@@ -499,6 +528,8 @@ def _shape(cache: Tensor, num_heads: int, window: int | None, dtype: torch.dtype
         "causal": True,
         "q_data_type": dtype,
         "window_left": -1 if window is None else window - 1,
+        "sm_scale": scale,
+        "logits_soft_cap": softcap,
     }
 
 

@@ -24,6 +24,18 @@ Norm = tuple[Tensor, float]
 RotaryInputs = tuple[Tensor, ...]
 
 
+class HeadNorm(NamedTuple):
+    """RMS norm of query and key heads. It divides a head by the root of the mean of its squares."""
+
+    gain: Tensor  # [num_heads + kv_heads, head_dim]
+    eps: float
+    plus_one: bool = False  # the factors are 1 + gain
+    after: bool = False  # after the rotation, not before it
+    # [tokens, 2] float32, the mean squares of all queries and of all keys, which replace the mean
+    # of each head; from `mean_squares`.
+    means: Tensor | None = None
+
+
 class AttentionPlan:
     """How one batch attends over the pages; valid for all layers of one shape and window."""
 
@@ -63,6 +75,15 @@ class LatentQueries(NamedTuple):
     rope: Tensor  # [tokens, heads, rope_dim]
 
 
+class AttentionLayer(NamedTuple):
+    """The parameters of AttentionPlanner.plan that choose a compiled kernel."""
+
+    cache: Tensor
+    num_heads: int
+    window: int | None = None
+    softcap: float | None = None
+
+
 class AttentionPlanner(Protocol):
     """Plans the attention of one step after another; may keep memory between steps.
 
@@ -72,14 +93,22 @@ class AttentionPlanner(Protocol):
     """
 
     def plan(
-        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None, group: int = 0
+        self,
+        batch: Batch,
+        cache: Tensor,
+        num_heads: int,
+        window: int | None,
+        group: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> AttentionPlan:
-        """Plan the attention of one step for all layers of a group with these query heads, cache
-        and window. `batch`: from Batch.of_group.
+        """Plan the attention of one step for all layers of a group with these query heads, cache,
+        window, scale and softcap. `batch`: from Batch.of_group.
 
         `cache`: of any such layer, [num_pages, 2, page_size, kv_heads, head_dim]; only its shape
         and dtype are used. `num_heads`: query heads. `window`: a token attends to itself and to the
-        window - 1 tokens before it; None: to all tokens before it.
+        window - 1 tokens before it; None: to all tokens before it. `scale`: factor of the scores;
+        None: head_dim ** -0.5. `softcap`: scores become softcap * tanh(score / softcap).
         """
         ...
 
@@ -109,10 +138,30 @@ class AllReduceKernel(Protocol):
 class Ops(Protocol):
     """All operations. Tensors are on one device; weights, inputs and results have one dtype."""
 
-    def rms_norm(self, x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
+    def rms_norm(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        eps: float,
+        add_to: Tensor | None = None,
+        plus_one: bool = False,
+    ) -> Tensor:
         """x / rms(x) * gain over the last dimension of x [rows, dim], with the mean in float32.
 
-        With `add_to`, the result is added to `add_to`, which is returned.
+        With `add_to`, the result is added to `add_to`, which is returned. With `plus_one`, the
+        factor is 1 + gain in float32, and the product is rounded once.
+        """
+        ...
+
+    def layer_norm(self, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """(x - mean) / sqrt(variance + eps) * gain + bias over the last dimension of x [rows, dim],
+        computed in float32 and rounded once.
+        """
+        ...
+
+    def activate(self, x: Tensor, act: str, gated: bool) -> Tensor:
+        """act(gate) * up, [rows, width], if `gated`: x is [rows, 2 * width], gate first. Else
+        act(x). `act`: "silu", "gelu" (with erf) or "gelu_tanh".
         """
         ...
 
@@ -204,21 +253,28 @@ class Ops(Protocol):
         """
         ...
 
+    def mean_squares(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """The mean squares of all numbers of the q heads and of the k heads: [tokens, 2] float32.
+
+        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous.
+        """
+        ...
+
     def rotate_and_store(
         self,
         qkv: Tensor,
         num_heads: int,
-        norm: Tensor | None,
-        eps: float,
-        rotary: RotaryInputs,
+        norm: HeadNorm | None,
+        rotary: RotaryInputs | None,
         interleaved: bool,
         cache: Tensor,
         plan: AttentionPlan,
+        query_scale: Tensor | None = None,
     ) -> AttentionInputs:
         """Norm and rotate the q and k heads of qkv, and store k and v in the cache.
 
-        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous; may be overwritten. norm:
-        [num_heads + kv_heads, head_dim], the gain of every head, or None; eps: the norm's epsilon.
+        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous; may be overwritten. rotary:
+        None: nothing is rotated. query_scale: [tokens] float32, a last factor of the q heads.
         cache: [num_pages, 2, page_size, kv_heads, head_dim], in the dtype of qkv or in
         float8_e4m3fn, where values are clamped to -448 .. 448.
         """
@@ -231,7 +287,8 @@ class Ops(Protocol):
         plan: AttentionPlan,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """softmax(q k' / sqrt(head_dim)) v over each row's pages: [tokens, heads * head_dim].
+        """softmax(q k' * scale) v over each row's pages, with the plan's scale and softcap:
+        [tokens, heads * head_dim].
 
         `tokens`: [n] int64, the indices of the input tokens that the plan covers; None: all tokens.
         """
@@ -300,12 +357,9 @@ class Ops(Protocol):
         """A planner for queries of `dtype`."""
         ...
 
-    def compile_attention(
-        self, layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype
-    ) -> None:
+    def compile_attention(self, layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:
         """Compile the attention kernels for queries of `dtype` that are not compiled yet; may take
-        minutes. `layers`: (cache, num_heads, window), as in AttentionPlanner.plan, of one layer of
-        each kind.
+        minutes. `layers`: one of each kind.
         """
         ...
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from gllm_engine.ops.batch import Batch, TensorGroup
 from gllm_engine.ops.protocol import (
     AttentionInputs,
+    AttentionLayer,
     AttentionPlan,
+    HeadNorm,
     LatentQueries,
     Norm,
     PlainSampling,
@@ -41,19 +43,43 @@ GROUP_LEN = 128
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
+) -> Tensor:
     """See Ops.rms_norm; x of any shape."""
-    if x.dtype == torch.float32:
-        normed = F.rms_norm(x, x.shape[-1:], None, eps).mul_(gain)
-    else:
-        normed = F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype).mul_(gain)
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    normed = F.rms_norm(wide, x.shape[-1:], None, eps)
+    normed = _times_gain(normed, gain, plus_one, x.dtype)
     return normed if add_to is None else add_to.add_(normed)
+
+
+def _times_gain(normed: Tensor, gain: Tensor, plus_one: bool, dtype: torch.dtype) -> Tensor:
+    if plus_one:
+        return (normed * (1 + gain.to(normed.dtype))).to(dtype)
+    return normed.to(dtype).mul_(gain)
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """See Ops.layer_norm."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), x.shape[-1:], gain.to(wide), bias, eps).to(x.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See Ops.silu_mul; gate_up of any shape."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def activate(x: Tensor, act: str, gated: bool) -> Tensor:
+    """See Ops.activate; x of any shape."""
+    if gated:
+        gate, up = x.chunk(2, dim=-1)
+        return activate(gate, act, gated=False).mul_(up)
+    if act == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def linear(
@@ -161,26 +187,48 @@ def rotary_inputs(
     return expand_rotation(cos[positions].to(dtype), sin[positions].to(dtype), interleaved)
 
 
+def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
+    """See Ops.mean_squares."""
+    kv_heads = (qkv.shape[1] - num_heads) // 2
+    parts = qkv[:, : num_heads + kv_heads].float().square().split((num_heads, kv_heads), 1)
+    return torch.stack([part.mean((1, 2)) for part in parts], 1)
+
+
 def rotate_and_store(
     qkv: Tensor,
     num_heads: int,
-    norm: Tensor | None,
-    eps: float,
-    rotary: RotaryInputs,
+    norm: HeadNorm | None,
+    rotary: RotaryInputs | None,
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
+    query_scale: Tensor | None = None,
 ) -> AttentionInputs:
     """See Ops.rotate_and_store; K and V are always read from the cache."""
     assert isinstance(plan, ReferencePlan)
     kv_heads = (qkv.shape[1] - num_heads) // 2
     qk = qkv[:, : num_heads + kv_heads]
-    if norm is not None:
-        qk.copy_(rms_norm(qk, norm, eps))
-    cos, sin = rotary
-    rotate(qk, cos, sin, interleaved)
+    q = qkv[:, :num_heads]
+    if norm is not None and not norm.after:
+        qk.copy_(_norm_heads(qk, num_heads, norm))
+    if rotary is not None:
+        cos, sin = rotary
+        rotate(qk, cos, sin, interleaved)
+    if norm is not None and norm.after:
+        qk.copy_(_norm_heads(qk, num_heads, norm))
+    if query_scale is not None:
+        q.copy_(q * query_scale[:, None, None])
     write_kv(cache, qkv[:, num_heads:].unflatten(1, (2, kv_heads)), plan)
-    return AttentionInputs(qkv[:, :num_heads])
+    return AttentionInputs(q)
+
+
+def _norm_heads(qk: Tensor, num_heads: int, norm: HeadNorm) -> Tensor:
+    if norm.means is None:
+        return rms_norm(qk, norm.gain, norm.eps, plus_one=norm.plus_one)
+    counts = torch.tensor([num_heads, qk.shape[1] - num_heads], device=qk.device)
+    means = norm.means.repeat_interleave(counts, 1, output_size=qk.shape[1])
+    normed = qk * torch.rsqrt(means + norm.eps)[..., None]  # in float32
+    return _times_gain(normed, norm.gain, norm.plus_one, qk.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -232,6 +280,8 @@ class ReferencePlan(AttentionPlan):
     write: Tensor  # [2 * tokens] rows of the flat cache, K then V of each token
     padded: list[_Padded]
     chunks: list[_Chunk]
+    scale: float | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -252,11 +302,18 @@ class ReferencePlanner:
         self._dtype = dtype
 
     def plan(
-        self, batch: Batch, cache: Tensor, num_heads: int, window: int | None, group: int = 0
+        self,
+        batch: Batch,
+        cache: Tensor,
+        num_heads: int,
+        window: int | None,
+        group: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> ReferencePlan:
         """See AttentionPlanner.plan."""
         del num_heads, group
-        return plan_attention(batch, cache, window, self._dtype)
+        return plan_attention(batch, cache, window, self._dtype, scale, softcap)
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
         """See AttentionPlanner.plan_recurrent."""
@@ -273,13 +330,18 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
     return ReferencePlanner(device, dtype)
 
 
-def compile_attention(layers: Sequence[tuple[Tensor, int, int | None]], dtype: torch.dtype) -> None:
+def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:
     """See Ops.compile_attention; torch needs no compilation."""
     del layers, dtype
 
 
 def plan_attention(
-    batch: Batch, cache: Tensor, window: int | None, dtype: torch.dtype | None = None
+    batch: Batch,
+    cache: Tensor,
+    window: int | None,
+    dtype: torch.dtype | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> ReferencePlan:
     """As AttentionPlanner.plan. `dtype`: of the queries; None: the dtype of the cache."""
     num_planes, page_size = cache.shape[1:3]
@@ -302,7 +364,7 @@ def plan_attention(
         pages = table[row : row + 1]
         chunks.append(_plan_chunk(pages, first, num, lens[row], cache.shape, window))
         first += num
-    return ReferencePlan(write, padded, chunks)
+    return ReferencePlan(write, padded, chunks, scale, softcap)
 
 
 def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
@@ -394,19 +456,12 @@ def attend(
     for part in plan.padded:
         n = len(part.rows)
         k, v = _read(flat, part.gather, q.dtype).view(2, n, -1, kv_heads, head_dim).transpose(2, 3)
-        # Query heads that share a K/V head take the place of SDPA's query positions.
-        o = F.scaled_dot_product_attention(q[part.rows].view(grouped), k, v, attn_mask=part.mask)
+        # Query heads that share a K/V head take the place of query positions.
+        o = _softmax_attention(q[part.rows].view(grouped), k, v, part.mask, plan)
         out[part.rows] = o.flatten(1, 2)
     for chunk in plan.chunks:
         k, v = _read(flat, chunk.gather, q.dtype).view(2, 1, -1, kv_heads, head_dim).transpose(2, 3)
-        o = F.scaled_dot_product_attention(
-            q[None, chunk.tokens].transpose(1, 2),
-            k,
-            v,
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
-            enable_gqa=True,
-        )
+        o = _softmax_attention(q[None, chunk.tokens].transpose(1, 2), k, v, chunk.mask, plan, True)
         out[chunk.tokens] = o[0].transpose(0, 1)
     return out.flatten(1)
 
@@ -527,6 +582,37 @@ def attend_latent(
         )
         out[chunk.tokens] = o[0].transpose(0, 1)
     return out
+
+
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: ReferencePlan, causal: bool = False
+) -> Tensor:
+    """Attention of q [n, heads, queries, head_dim] over k, v [n, kv_heads, keys, head_dim].
+
+    `mask`: added to the scores, or bool; None: no mask, or if `causal`, that of equal positions.
+    """
+    if plan.softcap is None:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=plan.scale,
+            enable_gqa=causal,
+        )
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, 1)
+    v = v.repeat_interleave(group, 1)
+    scores = (q @ k.mT) * (plan.scale or q.shape[-1] ** -0.5)
+    scores = plan.softcap * torch.tanh(scores / plan.softcap)
+    if mask is None and causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
 
 
 def prepare_inputs(

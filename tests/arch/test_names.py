@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors, is_lef
 from gllm_engine.arch.tiny import tiny_config
 
 LAYER = "model.layers.0."
+LEAVES = ("weight", "bias")
 ATTENTION = [f"{LAYER}self_attn.{part}_proj.weight" for part in "qkvo"]
 NORMS = [f"{LAYER}input_layernorm.weight", f"{LAYER}post_attention_layernorm.weight"]
 ENDS = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -45,7 +47,43 @@ LATENT_ATTENTION = [
         *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
     )
 ]
+QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
+OLMO = ENDS + ATTENTION + MLP + QK_NORMS
+OLMO += [f"{LAYER}post_{part}_layernorm.weight" for part in ("attention", "feedforward")]
+GEMMA = ENDS[:2] + NORMS + ATTENTION + MLP  # tied
+GEMMA += [f"{LAYER}{part}_feedforward_layernorm.weight" for part in ("pre", "post")]
+ERNIE = [*BIASES, f"{LAYER}self_attn.o_proj.bias"]
+ERNIE += [name.replace("weight", "bias") for name in MLP]
+NORM_BIASES = [name.replace("weight", "bias") for name in [*NORMS, "model.norm.weight"]]
+STARCODER = [f"{LAYER}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
+STARCODER += [*BIASES, f"{LAYER}self_attn.o_proj.bias", *NORM_BIASES]
+H = "transformer.h.0."
+BIGCODE = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
+BIGCODE += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
+BIGCODE += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
+BIGCODE += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
+BIGCODE += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
 EXPECTED = {
+    "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
+    "GPTBigCodeForCausalLM": BIGCODE,
+    "Olmo2ForCausalLM": OLMO,
+    "Olmo3ForCausalLM": OLMO,
+    "SmolLM3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "GraniteForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "HunYuanDenseV1ForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + MLP
+    + [f"{LAYER}self_attn.{part}_layernorm.weight" for part in ("query", "key")],
+    "Ernie4_5ForCausalLM": ENDS + NORMS + ATTENTION + MLP + ERNIE,
+    "Phi3ForCausalLM": ENDS
+    + NORMS
+    + GLM_MLP
+    + [f"{LAYER}self_attn.{part}_proj.weight" for part in ("qkv", "o")],
+    "Ministral3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA + QK_NORMS,
+    "Cohere2ForCausalLM": ENDS + NORMS[:1] + ATTENTION + MLP,
     "LlamaForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "MistralForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "Qwen2ForCausalLM": ENDS[:2] + NORMS + ATTENTION + BIASES + MLP,  # tied
@@ -98,9 +136,15 @@ EXPECTED = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names(family: str) -> None:
-    one_layer = "num_layers" if family.startswith("ChatGLM") else "num_hidden_layers"
+    keys = ("num_layers", "n_layer", "num_hidden_layers")
+    one_layer = next(key for key in keys if key in tiny_config(family))
     # Some tiny configs have experts in their second layer alone.
-    over = {"decoder_sparse_step": 1, "first_k_dense_replace": 0, "moe_layer_start_index": 0}
+    sparse = {"decoder_sparse_step": 1, "first_k_dense_replace": 0, "moe_layer_start_index": 0}
+    over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny_config(family)}
+    if "layer_types" in tiny_config(family):
+        over["layer_types"] = ["full_attention"]
+    if "no_rope_layers" in tiny_config(family):
+        over["no_rope_layers"] = [1]
     arch = make_arch(tiny_config(family, **{one_layer: 1}, **over))
     tensors = checkpoint_tensors(arch)
     assert sorted(tensors) == sorted(EXPECTED[family])
@@ -135,6 +179,25 @@ def test_one_tensor_for_all_experts_of_a_layer() -> None:
     assert shapes[f"{moe}router.layer.weight"] == (8, 64)
     one = model.each(ffn=lambda _, layer: replace(layer.ffn, num_experts=1))
     assert checkpoint_shapes(one)[f"{moe}input_linear.weight"] == (1, 2 * 96, 64)
+
+
+def test_gemmas_norms_have_olmos_names_and_other_places() -> None:
+    """transformers' post_attention_layernorm is not Llama's: that one is pre_feedforward."""
+    tensors = checkpoint_tensors(make_arch(tiny_config("Gemma2ForCausalLM")))
+    held = {
+        "input": "input_layernorm",
+        "post_attention": "post_self_attn_layernorm",
+        "pre_feedforward": "post_attention_layernorm",
+        "post_feedforward": "post_mlp_layernorm",
+    }
+    for name, canonical in held.items():
+        assert tensors[f"{LAYER}{name}_layernorm.weight"] == (f"{LAYER}{canonical}.weight",)
+
+
+def test_phi3s_fused_tensors() -> None:
+    tensors = checkpoint_tensors(make_arch(tiny_config("Phi3ForCausalLM")))
+    parts = tuple(f"{LAYER}self_attn.{part}_proj.weight" for part in "qkv")
+    assert tensors[f"{LAYER}self_attn.qkv_proj.weight"] == parts
 
 
 def test_mixtral_counts_its_weights_from_the_gate() -> None:

@@ -34,12 +34,16 @@ CASES = [
 # Every rank has these whole: what they work on is the same on all.
 EVERYWHERE = (
     "norm.weight",
+    "norm.bias",
+    "embed_positions.weight",
     "mlp.gate.weight",
     "e_score_correction_bias",
     "shared_expert_gate.weight",
     "q_a_proj.weight",
     "kv_a_proj_with_mqa.weight",
 )
+# But the gain of a norm of all heads together is shared out with the heads.
+WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
 
 
@@ -72,9 +76,13 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
         for name in {name for each in held for name in each}:
             seen.add(name)
             whole, parts = model.weights()[name], [each[name] for each in held if name in each]
-            copies = size if name.endswith(EVERYWHERE) else 1
-            if size == 4 and (".k_proj." in name or ".v_proj." in name):
-                copies = 2
+            of_all_heads = family in WHOLE_QK_NORM and ".self_attn." in name
+            copies = size if name.endswith(EVERYWHERE) and not of_all_heads else 1
+            kv_heads = model.layers[0].mixer.kv_heads
+            of_keys = any(part in name for part in (".k_proj.", ".v_proj."))
+            of_keys |= of_all_heads and ".k_norm." in name
+            if size > kv_heads and of_keys:
+                copies = size // kv_heads
             assert len(set(parts)) == 1
             assert sum(map(prod, parts)) == copies * prod(whole), name
     assert seen == model.weights().keys()

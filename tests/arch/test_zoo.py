@@ -17,7 +17,6 @@ from gllm_engine.arch import (
     Model,
     Moe,
     Routing,
-    SandwichLayer,
     make_arch,
     read_arch,
 )
@@ -170,7 +169,7 @@ def test_biases() -> None:
 
 def test_glm4_is_glm_with_sandwich_norms() -> None:
     glm, glm4 = tiny("GlmForCausalLM"), tiny("Glm4ForCausalLM")
-    assert all(type(layer) is SandwichLayer for layer in glm4.layers)
+    assert {layer.place for layer in glm4.layers} == {"sandwich"}
     assert [layer.mixer for layer in glm4.layers] == [layer.mixer for layer in glm.layers]
 
 
@@ -368,9 +367,22 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
     ("over", "message"),
     [
         (
-            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
-            "config.json: rope_scaling: RoPE type 'longrope' is not supported; "
-            "supported are default, linear, dynamic, llama3, yarn",
+            {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+            "config.json: rope_scaling: RoPE type 'ntk' is not supported; "
+            "supported are default, linear, dynamic, llama3, yarn, longrope",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "config.json: rope_scaling: short_factor is [1.0], "
+            "but only a list of 8 numbers above 0 is supported",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 50.0}},
+            "config.json: rope_scaling: key 'alpha' is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
+            "config.json: rope_scaling: key 'llama_4_scaling_beta' is not supported",
         ),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -465,6 +477,87 @@ def test_refused(over: dict[str, Any], message: str) -> None:
 )
 def test_chatglm_switches_refused(key: str, value: Any) -> None:
     assert refusal("ChatGLMModel", **{key: value}).startswith(f"config.json: {key} is ")
+
+
+@pytest.mark.parametrize(
+    ("family", "over", "key"),
+    [
+        ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+        ("HunYuanDenseV1ForCausalLM", {"use_qk_norm": False}, "use_qk_norm"),
+        ("HunYuanDenseV1ForCausalLM", {"use_cla": True}, "use_cla"),
+        ("Ernie4_5ForCausalLM", {"compression_ratio": 2.0}, "compression_ratio"),
+        ("Phi3ForCausalLM", {"attention_bias": True}, "attention_bias"),
+        ("Gemma2ForCausalLM", {"hidden_activation": "gelu"}, "hidden_activation"),
+        ("Gemma2ForCausalLM", {"hidden_act": "silu"}, "hidden_act"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("Gemma3ForCausalLM", {"sliding_window": None}, "sliding_window is missing"),
+        ("Gemma2ForCausalLM", {"layer_types": ["chunked_attention"] * 2}, "layer_types"),
+        ("Cohere2ForCausalLM", {"use_qk_norm": True}, "use_qk_norm"),
+        ("Cohere2ForCausalLM", {"use_parallel_block": False}, "use_parallel_block"),
+        ("Olmo3ForCausalLM", {"hidden_act": "gelu"}, "hidden_act"),
+        (
+            "Olmo3ForCausalLM",
+            {"rope_parameters": {"chunked_attention": {"rope_type": "default"}}},
+            "rope_parameters: key 'chunked_attention'",
+        ),
+        (
+            "HunYuanDenseV1ForCausalLM",
+            {"rope_scaling": {"type": "yarn", "alpha": 50.0}},
+            "rope_scaling: type",
+        ),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(
+    family: str, over: dict[str, Any], key: str
+) -> None:
+    assert refusal(family, **over).startswith(f"config.json: {key}")
+
+
+def test_layers_take_turns_without_layer_types() -> None:
+    def windows(family: str) -> list[int | None]:
+        over = {"layer_types": None, "num_hidden_layers": 8}
+        return [layer.mixer.window for layer in tiny(family, **over).layers]
+
+    w = 48
+    assert windows("Olmo3ForCausalLM") == [w, w, w, None, w, w, w, None]
+    assert windows("Gemma2ForCausalLM") == [w, None, w, None, w, None, w, None]
+    assert windows("Gemma3ForCausalLM") == [w, w, w, w, w, None, w, w]
+    assert windows("Cohere2ForCausalLM") == [w, w, w, None, w, w, w, None]
+    smol = tiny("SmolLM3ForCausalLM", no_rope_layers=None, num_hidden_layers=8)
+    rotated = [layer.mixer.rope is not None for layer in smol.layers]
+    assert rotated == [True, True, True, False, True, True, True, False]
+
+
+def test_rope_per_kind_of_layer_in_the_old_and_the_new_form() -> None:
+    def ropes(family: str, **over: Any) -> list[Rope | None]:
+        return [layer.mixer.rope for layer in tiny(family, **over).layers]
+
+    linear = Rope(16, 10_000.0, scaling=LinearScaling(8.0))
+    assert ropes("Gemma3ForCausalLM") == [Rope(16, 100.0), linear]
+    new = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    nothing_else = {"rope_theta": None, "rope_scaling": None, "rope_local_base_freq": None}
+    assert ropes("Gemma3ForCausalLM", rope_parameters=new, **nothing_else) == [
+        Rope(16, 100.0),
+        linear,
+    ]
+    bare = make_arch({"architectures": ["Gemma3ForCausalLM"]})
+    assert bare.layers[0].mixer.rope == Rope(256, 10_000.0)
+    assert bare.layers[5].mixer.rope == Rope(256, 1_000_000.0)
+    yarn = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256}
+    old = ropes("Olmo3ForCausalLM", rope_scaling=yarn)
+    assert old[0] == Rope(16, 500_000.0)
+    assert isinstance(old[1], Rope) and isinstance(old[1].scaling, YarnScaling)
+
+
+def test_a_residual_scale_needs_a_norm_before_the_layer() -> None:
+    with pytest.raises(ValueError, match="residual_scale needs layers"):
+        replace(tiny("Olmo2ForCausalLM"), residual_scale=0.5)
 
 
 def test_layer_types_refused() -> None:

@@ -77,6 +77,34 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("GlmForCausalLM", {"attention_bias": False}),
     ("GlmForCausalLM", {"partial_rotary_factor": 1.0, "rope_theta": 5000.0}),
+    ("Olmo2ForCausalLM", {"attention_bias": True, "num_key_value_heads": 1}),
+    (
+        "Olmo3ForCausalLM",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 256,
+                "attention_factor": 1.2079,
+            },
+            "head_dim": 32,
+        },
+    ),
+    ("SmolLM3ForCausalLM", {"no_rope_layers": None, "no_rope_layer_interval": 2}),
+    ("SmolLM3ForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    ("GraniteForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("HunYuanDenseV1ForCausalLM", {"attention_bias": True, "rope_scaling": None}),
+    ("Ernie4_5ForCausalLM", {"use_bias": False, "tie_word_embeddings": True}),
+    ("Phi3ForCausalLM", {"rope_scaling": None, "sliding_window": None}),
+    ("Ministral3ForCausalLM", {"sliding_window": 5}),
+    ("Gemma2ForCausalLM", {"attention_bias": True, "attn_logit_softcapping": None}),
+    ("Gemma2ForCausalLM", {"final_logit_softcapping": None, "sliding_window": 5}),
+    ("Gemma3ForCausalLM", {"final_logit_softcapping": 4.0}),
+    ("Gemma3ForCausalLM", {"head_dim": 32, "attention_bias": True}),
+    ("Cohere2ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("Starcoder2ForCausalLM", {"use_bias": False, "sliding_window": None}),
+    ("Starcoder2ForCausalLM", {"tie_word_embeddings": True}),
+    ("GPTBigCodeForCausalLM", {"n_inner": None, "tie_word_embeddings": True}),
     ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
 ]
 
@@ -143,6 +171,17 @@ def test_dynamic_rope_agrees_at_the_configured_length(tmp_path: Path) -> None:
     ours = all_logits(load(tmp_path, max_model_len=32), tokens[:32])
     theirs = reference_logits(tmp_path, tokens[:32])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_longrope_agrees_up_to_the_original_length(tmp_path: Path) -> None:
+    """transformers chooses factors by the sequence that it sees; we, by the model's length."""
+    over = {"original_max_position_embeddings": 128}
+    write_tiny_model(tmp_path, "Phi3ForCausalLM", seed=3, **over)
+    tokens = some_tokens(90)
+    theirs = reference_logits(tmp_path, tokens)
+    ours = all_logits(load(tmp_path, max_model_len=128), tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    assert (all_logits(load(tmp_path, max_model_len=129), tokens) - theirs).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", HF_FAMILIES)

@@ -22,14 +22,14 @@ LEAST, MOST = 0.005, 0.08
 def float8_logits(decoder: Decoder, tokens: Tensor, sizes: list[int]) -> Tensor:
     """Logits of every position of one sequence, computed in pieces of these sizes."""
     num_pages = -(-len(tokens) // PAGE)
-    cache = decoder.new_cache(num_pages, PAGE, torch.float8_e4m3fn)
+    cache = decoder.new_cache(num_pages * len(decoder.groups), PAGE, torch.float8_e4m3fn)
     for tensor in cache:
         assert tensor.dtype == torch.float8_e4m3fn
         tensor.fill_(float("nan"))
     logits, start = [], 0
     for part in tokens.split(sizes):
         row = {"tokens": part, "start": start, "pages": list(range(num_pages))}
-        logits.append(run(decoder, make_batch([row]), cache))
+        logits.append(run(decoder, make_batch([row], num_pages=num_pages), cache))
         start += len(part)
     return torch.cat(logits)
 

@@ -12,6 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from gllm_engine.arch.model import GatedDelta
 from gllm_engine.layers import ForwardContext, GatedDeltaAttention
 from gllm_engine.ops import RecurrentState, reference
+from gllm_engine.parallel import ALONE
 
 DIM, EPS = 48, 1e-5
 CPU = torch.device("cpu")
@@ -21,7 +22,9 @@ SHAPES = [GatedDelta(2, 4, 16, 24, 4), GatedDelta(3, 3, 8, 8, 4), GatedDelta(1, 
 def make_twins(arch: GatedDelta) -> tuple[GatedDeltaAttention, Qwen3NextGatedDeltaNet]:
     """The same random weights; transformers' rows are interleaved by key head."""
     torch.manual_seed(3)
-    layer = GatedDeltaAttention(arch, 0, DIM, EPS, reference, torch.float32, CPU)
+    layer = GatedDeltaAttention(
+        arch, 0, DIM, EPS, reference, torch.float32, CPU, ALONE, plus_one=False
+    )
     config = Qwen3NextConfig(
         hidden_size=DIM,
         linear_num_key_heads=arch.k_heads,
@@ -67,7 +70,7 @@ def run(layer: GatedDeltaAttention, rows: list[Tensor], state: RecurrentState) -
     """One step; row i is in slot i. Rows of one token come first."""
     batch = make_batch([{"tokens": [0] * len(x), "start": 0, "pages": [0] * 99} for x in rows])
     plan = layer.plan(reference.make_planner(CPU, torch.float32), batch, state)
-    return layer(torch.cat(rows), None, ForwardContext({layer.plan_key: plan}, {}), state)
+    return layer(torch.cat(rows), None, ForwardContext({layer.plan_key: plan}, {}, {}), state)
 
 
 @torch.inference_mode()

@@ -22,6 +22,10 @@ PAGE = 16
 
 def head_dim(family: str) -> dict[str, int]:
     """Heads of a size that FlashInfer has."""
+    if family == "GPTBigCodeForCausalLM":
+        return {"n_embd": 256}
+    if family == "Phi3ForCausalLM":  # no head_dim, and RoPE factors for a part of the head
+        return {"hidden_size": 256, "partial_rotary_factor": 0.125}
     return {"kv_channels": 64} if family.startswith("ChatGLM") else {"head_dim": 64}
 
 
@@ -48,7 +52,7 @@ def test_family(tmp_path: Path, family: str, dtype: torch.dtype, limit: float, u
     ]
     caches = poisoned_cache(here, 16, PAGE), poisoned_cache(there, 16, PAGE)
     for rows in (first, second):
-        batch = make_batch(rows, PAGE)
+        batch = make_batch(rows, PAGE, num_pages=16)
         expected = run(here, batch, caches[0]).double()
         moved = {k: v.to(CUDA) for k, v in vars(batch).items() if isinstance(v, Tensor)}
         found = run(there, replace(batch, **moved), caches[1]).double().cpu()

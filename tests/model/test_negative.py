@@ -57,11 +57,33 @@ def scaling(**change: Any) -> Change:
     return lambda m: m.each(mixer=changed)
 
 
-def plain_layers(m: Model) -> Model:
-    return replace(m, layers=tuple(Layer(layer.mixer, layer.ffn) for layer in m.layers))
+def place(name: str) -> Change:
+    return lambda m: m.each(place=lambda *_: name)
+
+
+def model(**change: Any) -> Change:
+    return lambda m: replace(m, **change)
+
+
+def temperature(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        old = layer.mixer.temperature
+        return replace(layer.mixer, temperature=replace(old, **change))
+
+    return lambda m: m.each(mixer=changed)
+
+
+def swapped_ropes(m: Model) -> Model:
+    """Each layer has the RoPE of the layer before."""
+    ropes = [layer.mixer.rope for layer in m.layers]
+    return m.each(mixer=lambda i, layer: replace(layer.mixer, rope=ropes[i - 1]))
 
 
 LLAMA, GLM, QWEN3 = "LlamaForCausalLM", "GlmForCausalLM", "Qwen3ForCausalLM"
+GEMMA2, GEMMA3, COHERE2 = "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForCausalLM"
+GRANITE, SMOLLM3 = "GraniteForCausalLM", "SmolLM3ForCausalLM"
+HUNYUAN, MINISTRAL3 = "HunYuanDenseV1ForCausalLM", "Ministral3ForCausalLM"
+OLMO2, STARCODER2 = "Olmo2ForCausalLM", "Starcoder2ForCausalLM"
 BIASED = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -74,7 +96,7 @@ WIDE = {"head_dim": 32}  # enough pairs of channels for YaRN's ramp to start and
 MSCALE = YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}
 
 CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
-    "qk_norm": (QWEN3, {}, mixer(qk_norm=False)),
+    "qk_norm": (QWEN3, {}, mixer(qk_norm=None)),
     "qkv_bias": (LLAMA, BIASED, mixer(qkv_bias=False)),
     "qkv_bias qwen2": ("Qwen2ForCausalLM", {}, mixer(qkv_bias=False)),
     "out_bias": (LLAMA, BIASED, mixer(out_bias=False)),
@@ -130,7 +152,36 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "local_experts": (QWEN3_MOE, {}, ffn(local_experts=(0, 7))),
     "shared": (QWEN2_MOE, SPARSE, ffn(shared=0, shared_gate=False)),
     "shared gate": (QWEN2_MOE, SPARSE, ffn(shared_gate=False)),
-    "sandwich": ("Glm4ForCausalLM", {}, plain_layers),
+    "sandwich": ("Glm4ForCausalLM", {}, place("pre")),
+    "qk_norm after": (QWEN3, {}, mixer(qk_norm="head_after")),
+    "qk_norm before": (HUNYUAN, {}, mixer(qk_norm="head")),
+    "alpha": (HUNYUAN, {}, rope(theta=10_000.0)),
+    "no rope": (SMOLLM3, {}, swapped_ropes),
+    "rope per layer": (GEMMA3, {}, swapped_ropes),
+    "window of one layer": ("Olmo3ForCausalLM", {}, mixer(window=None)),
+    "scale granite": (GRANITE, {}, mixer(scale=None)),
+    "embed_scale": (GRANITE, {}, model(embed_scale=1.0)),
+    "residual_scale": (GRANITE, {}, model(residual_scale=1.0)),
+    "logit_scale": (GRANITE, {}, model(logit_scale=1.0)),
+    "scale gemma": (GEMMA2, {}, mixer(scale=None)),
+    "softcap": (GEMMA2, {}, mixer(softcap=None)),
+    "softcap's size": (GEMMA2, {}, mixer(softcap=2.5)),
+    "logit_softcap": (GEMMA2, {}, model(logit_softcap=None)),
+    "plus one": (GEMMA2, {}, model(norm="rms")),
+    "gelu_tanh": (GEMMA2, {}, ffn(act="silu")),
+    "layer norm": (COHERE2, {}, model(norm="rms")),
+    "interleaved cohere": (COHERE2, {}, swapped_ropes),
+    "norm bias": (STARCODER2, {}, model(norm="layer_without_bias")),
+    "gelu of starcoder": (STARCODER2, {}, ffn(act="silu")),
+    "erf gelu": (STARCODER2, {}, ffn(act="gelu")),
+    "positions": ("GPTBigCodeForCausalLM", {}, model(positions=0)),
+    "temperature": (MINISTRAL3, {}, mixer(temperature=None)),
+    "temperature's beta": (MINISTRAL3, {}, temperature(beta=0.2)),
+    "temperature's length": (MINISTRAL3, {}, temperature(length=31)),
+    "longrope": ("Phi3ForCausalLM", {}, rope(scaling=None)),
+    "longrope length": ("Phi3ForCausalLM", {}, scaling(original_len=4096)),
+    "longrope attention": ("Phi3ForCausalLM", {}, scaling(attention_factor=1.0)),
+    "partial rotary": ("Phi3ForCausalLM", {"rope_scaling": None}, rope(dim=16)),
 }
 
 
@@ -170,6 +221,13 @@ def test_tie_matters(tmp_path: Path) -> None:
         (QWEN2_MOE, SPARSE),
         (GLM4_MOE, ALL_SPARSE | {"num_experts_per_tok": 4}),  # so that all experts are chosen
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
+        (OLMO2, {}),
+        ("Starcoder2ForCausalLM", {}),
+        (HUNYUAN, {}),
+        ("Ernie4_5ForCausalLM", {}),
+        (GEMMA3, {"layer_types": ["full_attention"]}),
+        # Without RoPE, a bias of the keys would add the same to all scores of a query.
+        (COHERE2, {"layer_types": ["sliding_attention"], "attention_bias": True}),
     ],
 )
 def test_every_weight_matters(tmp_path: Path, family: str, over: dict[str, Any]) -> None:

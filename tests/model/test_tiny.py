@@ -101,10 +101,12 @@ def test_greedy_text_varies(tmp_path: Path, family: str) -> None:
     decoder, texts = load(write_tiny_model(tmp_path, family)), []
     for seed in range(3):
         tokens = some_tokens(8, seed=seed).tolist()
-        cache = decoder.new_cache(8, 4)
+        cache = decoder.new_cache(8 * len(decoder.groups), 4)
         pages, start = list(range(8)), 0
         while len(tokens) < 32:
-            batch = make_batch([{"tokens": tokens[start:], "start": start, "pages": pages}])
+            batch = make_batch(
+                [{"tokens": tokens[start:], "start": start, "pages": pages}], num_pages=8
+            )
             start = len(tokens)
             tokens.append(int(run(decoder, batch, cache)[-1].argmax()))
         texts.append(tokens[8:])

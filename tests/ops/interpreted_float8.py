@@ -34,13 +34,11 @@ def check(dtype: torch.dtype) -> None:
     plan = reference.ReferencePlan(torch.stack((write, write + PAGE), 1).flatten(), [], [])
     ones, zeros, positions = torch.ones(9, DIM // 2), torch.zeros(9, DIM // 2), torch.arange(TOKENS)
     q, kept = triton.rotate_and_store(
-        *(qkv, HEADS, None, 0.0, (ones, zeros), positions, False, found, places, True)
+        *(qkv, HEADS, None, (ones, zeros), positions, False, found, places, True)
     )
     rotary = reference.rotary_inputs(ones, zeros, positions, dtype, False)
     before = bits(cache).clone()
-    expected = reference.rotate_and_store(
-        *(qkv.clone(), HEADS, None, 0.0, rotary, False, cache, plan)
-    )
+    expected = reference.rotate_and_store(*(qkv.clone(), HEADS, None, rotary, False, cache, plan))
     assert torch.equal(q, expected.q) and torch.equal(kept, qkv[:, HEADS:])
     assert torch.equal(bits(found), bits(cache)) and not torch.equal(before, bits(cache))
     assert found.float().abs().max() == 448

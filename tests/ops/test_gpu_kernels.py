@@ -10,7 +10,7 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import AttentionInputs, Batch, PlainSampling, reference, select_ops
+from gllm_engine.ops import AttentionInputs, Batch, HeadNorm, PlainSampling, reference, select_ops
 from gllm_engine.routing import Clamp, Routing
 
 pytestmark = pytest.mark.gpu
@@ -281,7 +281,7 @@ def run_attention(
     planner = ops.make_planner(CUDA, dtype)
     plan = planner.plan(moved, there, num_heads, window)
     rotary = ops.rotary_inputs(cos.to(CUDA), sin.to(CUDA), moved.positions, dtype, False)
-    found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, 1e-5, rotary, False, there, plan)
+    found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, rotary, False, there, plan)
     out, (out_q, kept) = ops.attend(found, there, plan), found
     # The twin in float32, from what the kernel stored: attention by itself.
     wide = there.float().cpu()
@@ -298,7 +298,7 @@ def run_attention(
     exact = cache.float()
     slow = reference.plan_attention(batch, exact, window)
     slow_rotary = reference.rotary_inputs(cos, sin, batch.positions, torch.float32, False)
-    args = (qkv.float(), num_heads, None, 1e-5, slow_rotary, False, exact, slow)
+    args = (qkv.float(), num_heads, None, slow_rotary, False, exact, slow)
     near(out_q, reference.rotate_and_store(*args).q, limit)
     # Numbers beside a border may be rounded to either side.
     near(wide[page, :, offset], exact[page, :, offset], 4e-2 if cache_dtype else limit)
@@ -358,10 +358,10 @@ def test_rounding_to_float8(dtype: torch.dtype) -> None:
     there, moved, ops = cache.to(CUDA), on_gpu(batch), select_ops(CUDA)
     rotary = ops.rotary_inputs(ones.to(CUDA), zeros.to(CUDA), moved.positions, dtype, False)
     plan = ops.FlashInferPlan(moved.cache_index, 0)
-    ops.rotate_and_store(qkv.to(CUDA), 2, None, 0.0, rotary, False, there, plan)
+    ops.rotate_and_store(qkv.to(CUDA), 2, None, rotary, False, there, plan)
     rotary = reference.rotary_inputs(ones, zeros, batch.positions, dtype, False)
     slow = reference.plan_attention(batch, cache, None, dtype)
-    reference.rotate_and_store(qkv, 2, None, 0.0, rotary, False, cache, slow)
+    reference.rotate_and_store(qkv, 2, None, rotary, False, cache, slow)
     assert cache.float().nan_to_num().abs().max() == 448 and cache.float().isnan().any()
     torch.testing.assert_close(there.cpu().float(), cache.float(), rtol=0, atol=0, equal_nan=True)
 
@@ -373,7 +373,7 @@ def test_rotation(norm: bool, interleaved: bool, dim: int, turn_dim: int) -> Non
     batch, kv, cache = make_case([(9, 1), (70, 61)], 16, 3, head_dim=dim)
     ops, heads = select_ops(CUDA), 6
     qkv = torch.randn(62, heads + 6, dim)
-    gain = torch.rand(heads + 3, dim) + 0.5 if norm else None
+    gain = HeadNorm(torch.rand(heads + 3, dim) + 0.5, 1e-5) if norm else None
     angles = torch.rand(100, turn_dim // 2) * 6
     plan = reference.plan_attention(batch, cache, None)
     rotary = reference.rotary_inputs(
@@ -384,10 +384,10 @@ def test_rotation(norm: bool, interleaved: bool, dim: int, turn_dim: int) -> Non
         angles.cos().to(CUDA), angles.sin().to(CUDA), moved.positions, torch.float32, interleaved
     )
     out = ops.rotate_and_store(
-        *(qkv.to(CUDA), heads, None if gain is None else gain.to(CUDA), 1e-5),
+        *(qkv.to(CUDA), heads, None if gain is None else gain._replace(gain=gain.gain.to(CUDA))),
         *(rotary_there, interleaved, there, ops.FlashInferPlan(moved.cache_index, 1)),
     )
-    args = (qkv, heads, gain, 1e-5, rotary, interleaved, cache, plan)
+    args = (qkv, heads, gain, rotary, interleaved, cache, plan)
     near(out.q, reference.rotate_and_store(*args).q, 1e-5)
     torch.testing.assert_close(there.cpu(), cache, rtol=1e-4, atol=1e-5, equal_nan=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 
 import naive_routing
 import pytest
@@ -15,7 +16,7 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import AttentionInputs, reference
+from gllm_engine.ops import AttentionInputs, HeadNorm, reference
 from gllm_engine.routing import Clamp, Routing
 
 pytest.importorskip("triton")
@@ -60,6 +61,38 @@ def test_norm_and_activation(rows: int, dim: int) -> None:
     wide = torch.randn(rows, 2 * dim)
     near(triton.silu_mul(wide), reference.silu_mul(wide), 1e-6)
     assert triton.rms_norm(x[:0], gain, 1e-5).shape == (0, dim)
+
+
+@pytest.mark.parametrize("dim", [64, 96])
+def test_norms_of_other_kinds(dim: int) -> None:
+    """Far from zero, so that a mean that counts the columns beyond `dim` would show."""
+    x, total = torch.randn(5, dim) + 3, torch.randn(5, dim)
+    gain, bias = torch.rand(dim), torch.randn(dim)
+    expected = reference.rms_norm(x, gain, 1e-5, plus_one=True)
+    near(expected, reference.rms_norm(x, 1 + gain, 1e-5), 1e-6)
+    near(triton.rms_norm(x, gain, 1e-5, plus_one=True), expected, 1e-6)
+    near(triton.rms_norm(x, gain, 1e-5, total.clone(), plus_one=True), total + expected, 1e-6)
+    for b in (None, bias):
+        expected = torch.nn.functional.layer_norm(x, (dim,), gain, b, 1e-5)
+        near(reference.layer_norm(x, gain, b, 1e-5), expected, 1e-6)
+        near(triton.layer_norm(x, gain, b, 1e-5), expected, 1e-5)
+    assert triton.layer_norm(x[:0], gain, bias, 1e-5).shape == (0, dim)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+def test_activations(act: str, gated: bool) -> None:
+    x = 3 * torch.randn(3, 40)
+    x[0, :4] = torch.tensor([-60.0, 60.0, -300.0, 300.0])
+    near(triton.activate(x, act, gated), reference.activate(x, act, gated), 1e-6)
+
+
+def test_mean_squares_of_wide_heads() -> None:
+    """More numbers than one block of the kernel has."""
+    qkv = torch.randn(2, 20, 128)
+    near(triton.mean_squares(qkv, 16), reference.mean_squares(qkv, 16), 1e-6)
+    assert triton.mean_squares(qkv[:0], 16).shape == (0, 2)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -134,45 +167,82 @@ def test_tilings() -> None:
                     assert width // n * parts >= 90 or depth < 1024 * parts
 
 
-@pytest.mark.parametrize("window", [None, 20, 500])
-@pytest.mark.parametrize(("heads", "dim"), [((8, 2), 32), ((3, 3), 24), ((7, 1), 16)])
-def test_decode_attention(heads: tuple[int, int], dim: int, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("heads", "dim", "window", "scores"),
+    [
+        *product([(8, 2)], [32], [None, 20, 500], [(None, None)]),
+        *product([(3, 3)], [24], [None, 20, 500], [(None, None)]),
+        *product([(7, 1)], [16], [None, 20, 500], [(None, None)]),
+        *product([(8, 2)], [32], [None, 20], [(0.9, None), (None, 1.5), (0.4, 2.0)]),
+    ],
+)
+def test_decode_attention(
+    heads: tuple[int, int], dim: int, window: int | None, scores: tuple[float | None, float | None]
+) -> None:
     """Rows of one part and of several; parts that only a window leaves."""
     num_heads, kv_heads = heads
     contexts = [1, 17, 256, 300, 900, 257]
     batch, kv, cache = make_case([(n, 1) for n in contexts], 16, kv_heads, 1, dim)
     q = torch.randn(len(contexts), num_heads, dim)
-    plan = reference.plan_attention(batch, cache, window)
+    plan = reference.plan_attention(batch, cache, window, None, *scores)
     reference.write_kv(cache, kv, plan)
     parts = triton.split_kv(batch.page_table, batch.slots, batch.context_lens, kv_heads, window)
     rows = [row for row in parts.items[0].tolist() if row >= 0]
     assert sorted(set(rows)) == list(range(len(contexts)))
     assert (len(rows) > len(contexts)) == (window != 20)
     expected = reference.attend(AttentionInputs(q), cache, plan).view_as(q)
-    near(triton.decode_attention(q, cache, parts), expected, 1e-5)
+    near(triton.decode_attention(q, cache, parts, None, *scores), expected, 1e-5)
     out = torch.full_like(q, torch.nan)
     # Nothing is left over from the first time.
-    assert triton.decode_attention(q, cache, parts, out) is out
+    assert triton.decode_attention(q, cache, parts, out, *scores) is out
     near(out, expected, 1e-5)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rotation_and_store(norm: bool, interleaved: bool) -> None:
+HEAD_NORMS: dict[str, dict[str, bool] | None] = {
+    "none": None,
+    "before": {},
+    "after": {"after": True},
+    "plus one": {"plus_one": True},
+    "after, plus one": {"after": True, "plus_one": True},
+    "whole": {},
+}
+
+
+@pytest.mark.parametrize("norm", HEAD_NORMS)
+@pytest.mark.parametrize("rotation", [None, "halves", "interleaved"])
+def test_rotation_and_store(norm: str, rotation: str | None) -> None:
     heads, kv_heads, dim = 6, 3, 24
     batch, _, cache = make_case([(9, 1), (20, 11)], 16, kv_heads, head_dim=dim)
     qkv = torch.randn(12, heads + 2 * kv_heads, dim)
-    gain = torch.rand(heads + kv_heads, dim) + 0.5 if norm else None
+    head_norm: HeadNorm | None = None
+    if (options := HEAD_NORMS[norm]) is not None:
+        head_norm = HeadNorm(torch.rand(heads + kv_heads, dim) + 0.5, 1e-5, **options)
+    if norm == "whole" and head_norm is not None:
+        means = triton.mean_squares(qkv, heads)
+        near(means, reference.mean_squares(qkv, heads), 1e-6)
+        head_norm = head_norm._replace(means=means)
+    query_scale = torch.rand(12) + 0.5 if norm in ("none", "after", "whole") else None
     angles = torch.rand(100, 8) * 6
     tables = angles.cos(), angles.sin()
+    interleaved = rotation == "interleaved"
     there = cache.clone()
     q, kept = triton.rotate_and_store(
-        *(qkv, heads, gain, 1e-5, tables, batch.positions, interleaved, there),
-        *(batch.cache_index, True),
+        qkv,
+        heads,
+        head_norm,
+        None if rotation is None else tables,
+        None if rotation is None else batch.positions,
+        interleaved,
+        there,
+        batch.cache_index,
+        keeps_kv=True,
+        query_scale=query_scale,
     )
-    rotary = reference.rotary_inputs(*tables, batch.positions, torch.float32, interleaved)
+    rotary = None
+    if rotation is not None:
+        rotary = reference.rotary_inputs(*tables, batch.positions, torch.float32, interleaved)
     plan = reference.plan_attention(batch, cache, None)
-    args = (qkv, heads, gain, 1e-5, rotary, interleaved, cache, plan)
+    args = (qkv, heads, head_norm, rotary, interleaved, cache, plan, query_scale)
     near(q, reference.rotate_and_store(*args).q, 1e-5)
     torch.testing.assert_close(there, cache, rtol=1e-4, atol=1e-5, equal_nan=True)
     page, offset = batch.cache_index // 16, batch.cache_index % 16

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, StructuredOutputs, write_tiny_model
+from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.text.constraints import Constraint
 
 SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 512, "max_num_seqs": 16}
@@ -70,6 +71,11 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("MistralForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
     ("Qwen2ForCausalLM", WINDOWS, "pp3, uneven"),
     ("ChatGLMModel", {"add_bias_linear": True}, "tp2, throttled"),
+    # The norm of all query and key heads is of numbers on all ranks; two ranks share a K/V head.
+    ("Olmo3ForCausalLM", {"sliding_window": 20}, "tp4"),
+    ("Gemma2ForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
+    ("Cohere2ForCausalLM", {"sliding_window": 20, "attention_bias": True}, "tp2"),
+    ("GraniteForCausalLM", {}, "pp2"),
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
     ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
@@ -186,8 +192,9 @@ def test_families(tmp_path: Path, family: str, over: dict[str, Any], way: str) -
     prompts, params = zip(*((p, kind) for kind in kinds for p in PROMPTS), strict=True)
     with LLM(str(tmp_path), **SMALL, num_pages=400) as llm:
         expected = llm.generate(list(prompts), list(params))
+    config = tiny_config(family, **over)
     # Layers with a window and layers without one take pages from the same pool.
-    room = {"num_pages": 150} if "max_window_layers" in over else {}
+    room = {"num_pages": 150} if {"max_window_layers", "layer_types"} & config.keys() else {}
     with LLM(str(tmp_path), **(TIGHT | WAYS[way] | room)) as llm:
         compare(llm.generate(list(prompts), list(params)), expected)
         settle(llm)

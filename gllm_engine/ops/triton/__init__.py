@@ -15,7 +15,13 @@ from gllm_engine.ops.triton.latent_attention import (
 )
 from gllm_engine.ops.triton.list_pages import list_pages
 from gllm_engine.ops.triton.moe import route, sum_experts
-from gllm_engine.ops.triton.norm_act import rms_norm, silu_mul
+from gllm_engine.ops.triton.norm_act import (
+    activate,
+    layer_norm,
+    mean_squares,
+    rms_norm,
+    silu_mul,
+)
 from gllm_engine.ops.triton.one_shot_allreduce import make_one_shot_allreduce
 from gllm_engine.ops.triton.prepare_inputs import prepare_inputs
 from gllm_engine.ops.triton.qkv_rope_store import rotate_and_store
@@ -27,13 +33,16 @@ __all__ = [
     "gated_norm",
     "KvSplits",
     "attend_latent",
+    "activate",
     "decode_attention",
     "gemv",
     "head_blocks",
     "is_single",
     "is_skinny",
+    "layer_norm",
     "list_pages",
     "make_one_shot_allreduce",
+    "mean_squares",
     "prepare_inputs",
     "rms_norm",
     "rotate_and_store",

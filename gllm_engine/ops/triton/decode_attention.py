@@ -112,9 +112,9 @@ def split_kv(
 
 @triton.jit
 def _attend_part(
-    x, table, cache, first, end, kv_head, scale,
+    x, table, cache, first, end, kv_head, scale, cap,
     KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised softmax-weighted V of tokens first .. end - 1, peak score and sum of weights."""
     d = tl.arange(0, BLOCK_DIM)
@@ -132,6 +132,8 @@ def _attend_part(
         mask = inside[:, None] & (d < DIM)[None, :]
         v = tl.load(cache + v_line[:, None] + d[None, :], mask=mask, other=0.0).to(x.dtype)
         score = tl.dot(x, k, input_precision="ieee") * scale
+        if CAPPED:  # tanh(s) = 1 - 2 / (1 + exp(2s)); scores and `cap` are multiples of log2(e)
+            score = cap - 2.0 * cap / (1.0 + tl.exp(2.0 * score / cap))
         score = tl.where(inside[None, :], score, -float("inf"))
         top = tl.maximum(peak, tl.max(score, 1))
         weight = tl.exp2(score - top[:, None])
@@ -178,10 +180,11 @@ def _join(
 @triton.jit(do_not_specialize=["capacity"])
 def _decode_attention(
     q, cache, page_table, slots, lens, items, arrived, share_in, out, parts, peaks, sums,
-    capacity, width, scale,
+    capacity, width, scale, cap,
     KV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
+    JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
     begin_alone(OVERLAPS)
@@ -197,8 +200,8 @@ def _decode_attention(
         place = ((row * KV + kv_head).to(tl.int64) * GROUP + head)[:, None] * DIM + d[None, :]
         x = tl.load(q + place, mask=wanted, other=0.0)
         acc, peak, total = _attend_part(
-            x, table, cache, first, tl.minimum(first + share, length), kv_head, scale,
-            KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK,
+            x, table, cache, first, tl.minimum(first + share, length), kv_head, scale, cap,
+            KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED,
         )  # fmt: skip
         if used == 1:
             tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=wanted)
@@ -219,10 +222,18 @@ def _decode_attention(
                 )  # fmt: skip
 
 
-def decode_attention(q: Tensor, cache: Tensor, plan: KvSplits, out: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(head_dim)) v over the pages of each row's slot; shape and dtype of q.
+def decode_attention(
+    q: Tensor,
+    cache: Tensor,
+    plan: KvSplits,
+    out: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(q k' * scale) v over the pages of each row's slot; shape and dtype of q.
 
-    q: [rows, heads, head_dim]; cache: any dtype that converts to q's.
+    q: [rows, heads, head_dim]; cache: any dtype that converts to q's. `scale`, `softcap`: as
+    AttentionPlanner.plan.
     """
     rows, heads, dim = q.shape
     kv_heads, page_size = cache.shape[3], cache.shape[2]
@@ -233,11 +244,13 @@ def decode_attention(q: Tensor, cache: Tensor, plan: KvSplits, out: Tensor | Non
     peaks, sums = parts.new_empty(2, capacity, heads)
     _decode_attention[(capacity, kv_heads)](
         q, cache, plan.page_table, plan.slots, plan.lens, plan.items, plan.arrived, plan.share,
-        out, parts, peaks, sums, capacity, plan.page_table.shape[1], dim**-0.5 * _LOG2_E,
+        out, parts, peaks, sums, capacity, plan.page_table.shape[1],
+        (scale or dim**-0.5) * _LOG2_E, (softcap or 0.0) * _LOG2_E,
         KV=kv_heads, GROUP=group, HEADS=max(16, block_group), DIM=dim,
         BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0,
         BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
         JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        OVERLAPS=OVERLAP, num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
+        CAPPED=softcap is not None, OVERLAPS=OVERLAP, num_warps=_WARPS, num_stages=_STAGES,
+        **overlapping(),
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Kernels on the rows of a matrix: RMS norms and the gated activation.
+"""Kernels on the rows of a matrix: norms, their sums, and activations.
 
 All tensors are contiguous. Sums are float32; intermediate results are rounded where torch rounds.
 """
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
 
-# Columns of one program of silu_mul.
+# Columns of one program of activate.
 _COLUMNS = 1024
 
 
 @triton.jit
 def _rms_norm(
     x, gain, out, dim, eps,
-    ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * dim
     at = tl.arange(0, BLOCK)
@@ -29,45 +29,138 @@ def _rms_norm(
     wide = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     kind: tl.constexpr = out.dtype.element_ty
-    result = ((wide * scale).to(kind).to(tl.float32) * g).to(kind)
+    if PLUS_ONE:
+        result = (wide * scale * (1.0 + g)).to(kind)
+    else:
+        result = ((wide * scale).to(kind).to(tl.float32) * g).to(kind)
     if ADD:
         before = tl.load(out + row + at, mask=inside, other=0.0)
         result = (result.to(tl.float32) + before.to(tl.float32)).to(kind)
     tl.store(out + row + at, result, mask=inside)
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
-    """x / rms(x) * gain over the last dimension of x [rows, dim]; added to `add_to` if given."""
+def rms_norm(
+    x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
+) -> Tensor:
+    """As Ops.rms_norm."""
     rows, dim = x.shape
     out = torch.empty_like(x) if add_to is None else add_to
     if rows:  # no rows: no row of the step needs logits
         block = triton.next_power_of_2(dim)
-        warps = min(max(block // 512, 1), 16)
         _rms_norm[(rows,)](
-            x, gain, out, dim, eps,
-            ADD=add_to is not None, BLOCK=block, OVERLAPS=OVERLAP, num_warps=warps, **overlapping(),
+            x, gain, out, dim, eps, ADD=add_to is not None, PLUS_ONE=plus_one, BLOCK=block,
+            OVERLAPS=OVERLAP, num_warps=_warps(block), **overlapping(),
+        )  # fmt: skip
+    return out
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
+
+
+@triton.jit
+def _layer_norm(
+    x, gain, bias, out, dim, eps,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * dim
+    at = tl.arange(0, BLOCK)
+    inside = at < dim
+    g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        b = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    begin(OVERLAPS)
+    wide = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, wide - tl.sum(wide, 0) / dim, 0.0)
+    result = centred * tl.rsqrt(tl.sum(centred * centred, 0) / dim + eps) * g
+    if BIAS:
+        result += b
+    tl.store(out + row + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """As Ops.layer_norm."""
+    rows, dim = x.shape
+    out = torch.empty_like(x)
+    if rows:
+        block = triton.next_power_of_2(dim)
+        _layer_norm[(rows,)](
+            x, gain, gain if bias is None else bias, out, dim, eps, BIAS=bias is not None,
+            BLOCK=block, OVERLAPS=OVERLAP, num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
 
 
 @triton.jit
-def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+def _mean_squares(
+    qkv, out, row_width, q_width, k_width,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Program (t, 0) computes the mean of token t's queries; program (t, 1) that of its keys."""
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    first = tl.where(part == 0, 0, q_width)
+    width = tl.where(part == 0, q_width, k_width)
+    begin(OVERLAPS)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(qkv + token * row_width + first + at, mask=at < width, other=0.0)
+        x = x.to(tl.float32)
+        total += x * x
+    tl.store(out + token * 2 + part, tl.sum(total, 0) / width)
+
+
+def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
+    """As Ops.mean_squares."""
+    tokens, total, dim = qkv.shape
+    kv_heads = (total - num_heads) // 2
+    out = qkv.new_empty(tokens, 2, dtype=torch.float32)
+    if tokens:
+        _mean_squares[(tokens, 2)](
+            qkv, out, total * dim, num_heads * dim, kv_heads * dim,
+            BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping(),
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _activate(
+    x, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     begin(OVERLAPS)
-    gate = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * width + at, (activated * up).to(out.dtype.element_ty), mask=inside)
+    line = x + row * (2 * width if GATED else width)
+    gate = tl.load(line + at, mask=inside, other=0.0).to(tl.float32)
+    if ACT == "silu":
+        result = gate / (1.0 + tl.exp(-gate))
+    elif ACT == "gelu":
+        result = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:  # 0.5 * (1 + tanh(u)) is the logistic function of 2u
+        u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        result = gate / (1.0 + tl.exp(-2.0 * u))
+    kind: tl.constexpr = out.dtype.element_ty
+    result = result.to(kind)
+    if GATED:
+        up = tl.load(line + width + at, mask=inside, other=0.0).to(tl.float32)
+        result = (result.to(tl.float32) * up).to(kind)
+    tl.store(out + row * width + at, result, mask=inside)
+
+
+def activate(x: Tensor, act: str, gated: bool) -> Tensor:
+    """As Ops.activate."""
+    rows, width = x.shape[0], x.shape[1] // (1 + gated)
+    out = x.new_empty(rows, width)
+    if rows:
+        _activate[(rows, triton.cdiv(width, _COLUMNS))](
+            x, out, width, ACT=act, GATED=gated, BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping()
+        )
+    return out
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, [rows, width]. `gate_up`: [rows, 2 * width], gate first."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    if rows:
-        _silu_mul[(rows, triton.cdiv(width, _COLUMNS))](
-            gate_up, out, width, BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping()
-        )
-    return out
+    return activate(gate_up, "silu", gated=True)

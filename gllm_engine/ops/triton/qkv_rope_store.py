@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.protocol import HeadNorm
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Heads of one program.
@@ -17,16 +18,10 @@ _HEADS = 16
 
 
 @triton.jit
-def _rotate_and_store(
-    qkv, norm, cos, sin, positions, cache_index, q, kv, cache, eps,
-    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
-    PAGE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
-    FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
-    at = tl.arange(0, BLOCK_DIM)[None, :]
+def _pairs(at, TURN: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of channels `at`: the other channel and the number of the pair, whether it is the second of
+    the pair, and whether it is rotated.
+    """
     half: tl.constexpr = TURN // 2
     if INTERLEAVED:
         partner, pair, second = at ^ 1, at // 2, at % 2 == 1
@@ -34,22 +29,58 @@ def _rotate_and_store(
         second = at >= half
         partner, pair = tl.where(second, at - half, at + half), tl.where(second, at - half, at)
     turned = at < TURN
-    partner, pair = tl.where(turned, partner, at), tl.where(turned, pair, 0)
+    return tl.where(turned, partner, at), tl.where(turned, pair, 0), second, turned
 
+
+@triton.jit
+def _factor(gain, mask, PLUS_ONE: tl.constexpr):
+    """The norm's factors, from pointers to its gain."""
+    factor = tl.load(gain, mask=mask, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        factor += 1.0
+    return factor
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kv, cache, eps,
+    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
+    PAGE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, MEANS: tl.constexpr,
+    PLUS_ONE: tl.constexpr, SCALED: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
+    FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    at = tl.arange(0, BLOCK_DIM)[None, :]
+    partner, pair, second, turned = _pairs(at, TURN, INTERLEAVED)
     begin_alone(OVERLAPS)
     inside = (head < HEADS + 2 * KV) & (at < DIM)
     row = qkv + token * (HEADS + 2 * KV) * DIM + head * DIM
     raw = tl.load(row + at, mask=inside, other=0.0)
     x = raw.to(tl.float32)
-    y = tl.load(row + partner, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
+    y = x
+    if TURN:
+        y = tl.load(row + partner, mask=inside, other=0.0).to(tl.float32)
+    gains = inside & (head < HEADS + KV)
+    if NORM and not AFTER:
+        if MEANS:
+            mean = tl.load(means + token * 2 + tl.where(head < HEADS, 0, 1))
+        else:
+            mean = tl.sum(x * x, 1)[:, None] / DIM
+        scale = tl.rsqrt(mean + eps)
+        x = x * scale * _factor(norm + head * DIM + at, gains, PLUS_ONE)
+        if TURN:
+            y = y * scale * _factor(norm + head * DIM + partner, gains, PLUS_ONE)
+    if TURN:
+        angle = tl.load(positions + token) * (TURN // 2) + pair
+        c, s = tl.load(cos + angle), tl.load(sin + angle)
+        x = tl.where(turned, x * c + y * tl.where(second, s, -s), x)
+    if NORM and AFTER:
         scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-        gains = inside & (head < HEADS + KV)
-        x = x * scale * tl.load(norm + head * DIM + at, mask=gains, other=0.0).to(tl.float32)
-        y = y * scale * tl.load(norm + head * DIM + partner, mask=gains, other=0.0).to(tl.float32)
-    angle = tl.load(positions + token) * half + pair
-    c, s = tl.load(cos + angle), tl.load(sin + angle)
-    x = tl.where(turned, x * c + y * tl.where(second, s, -s), x)
+        x = x * scale * _factor(norm + head * DIM + at, gains, PLUS_ONE)
+    if SCALED:
+        x = tl.where(head < HEADS, x * tl.load(query_scale + token), x)
     result = tl.where(head < HEADS + KV, x.to(raw.dtype), raw)
 
     tl.store(q + (token * HEADS + head) * DIM + at, result, mask=inside & (head < HEADS))
@@ -70,17 +101,18 @@ def _rotate_and_store(
 def rotate_and_store(
     qkv: Tensor,
     heads: int,
-    norm: Tensor | None,
-    eps: float,
-    tables: tuple[Tensor, Tensor],
-    positions: Tensor,
+    norm: HeadNorm | None,
+    tables: tuple[Tensor, Tensor] | None,
+    positions: Tensor | None,
     interleaved: bool,
     cache: Tensor,
     cache_index: Tensor,
     keeps_kv: bool = False,
+    query_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As Ops.rotate_and_store, but `tables` (cos, sin: [max_model_len, dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan. Does not change qkv.
+    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan; tables and positions
+    may be None. Does not change qkv.
 
     Returns q [tokens, heads, head_dim] and, if `keeps_kv`, the K and V heads not rounded to the
     cache's dtype, [tokens, 2 * kv_heads, head_dim].
@@ -88,13 +120,18 @@ def rotate_and_store(
     tokens, total, dim = qkv.shape
     q = qkv.new_empty(tokens, heads, dim)
     kv = qkv.new_empty(tokens, total - heads, dim) if keeps_kv else None
-    cos, sin = tables
+    # The kernel does not read arguments whose feature is off; any tensor will do.
+    cos, sin = (qkv, qkv) if tables is None else tables
+    means = None if norm is None else norm.means
     _rotate_and_store[(tokens, triton.cdiv(total, _HEADS))](
-        qkv, qkv if norm is None else norm, cos, sin, positions, cache_index, q,
-        q if kv is None else kv, cache, eps,
-        HEADS=heads, KV=(total - heads) // 2, DIM=dim, TURN=2 * cos.shape[1],
-        PAGE=cache.shape[2], NORM=norm is not None, INTERLEAVED=interleaved, KEEP=keeps_kv,
-        FLOAT8=cache.dtype == torch.float8_e4m3fn,
+        qkv, qkv if norm is None else norm.gain, qkv if means is None else means, cos, sin,
+        qkv if positions is None else positions, qkv if query_scale is None else query_scale,
+        cache_index, q, q if kv is None else kv, cache, 0.0 if norm is None else norm.eps,
+        HEADS=heads, KV=(total - heads) // 2, DIM=dim,
+        TURN=0 if tables is None else 2 * cos.shape[1], PAGE=cache.shape[2],
+        NORM=norm is not None, AFTER=norm is not None and norm.after, MEANS=means is not None,
+        PLUS_ONE=norm is not None and norm.plus_one, SCALED=query_scale is not None,
+        INTERLEAVED=interleaved, KEEP=keeps_kv, FLOAT8=cache.dtype == torch.float8_e4m3fn,
         BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
         BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
