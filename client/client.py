@@ -206,11 +206,12 @@ def _readiness(model: str | None) -> tuple[str, Any]:
     return "ModelReady", pb.ModelReadyRequest(name=model)
 
 
-def _utf8(name: str, text: str) -> bytes:
+def _utf8(name: str, text: Any) -> bytes:
     try:
-        return text.encode("utf-8")
+        encoded: bytes = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: not text that UTF-8 can say ({error.reason})") from None
+    return encoded
 
 
 def _request(model: str, request_id: str, inputs: Inputs) -> pb.ModelInferRequest:
@@ -221,10 +222,9 @@ def _request(model: str, request_id: str, inputs: Inputs) -> pb.ModelInferReques
     for name, value in inputs.items():
         values = value if isinstance(value, list) else [value]
         tensor = request.inputs.add(name=name, shape=[len(values)])
-        texts = [text for text in values if isinstance(text, str)]
-        if texts:
+        if values and isinstance(values[0], str):
             tensor.datatype = "BYTES"
-            tensor.contents.bytes_contents.extend(_utf8(name, text) for text in texts)
+            tensor.contents.bytes_contents.extend(_utf8(name, text) for text in values)
         elif isinstance(value, bool):
             tensor.datatype = "BOOL"
             tensor.contents.bool_contents.append(value)

@@ -189,15 +189,22 @@ class ProcessRow(NamedTuple):
 def process_table() -> dict[int, ProcessRow]:
     """All running processes by pid, without zombies."""
     rows = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent, *rest = path.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state not in "ZX":
-            pid = int(path.parent.name)
-            rows[pid] = ProcessRow(pid, int(parent), int(rest[17]))
+    for path in Path("/proc").glob("[0-9]*"):
+        pid = int(path.name)
+        found = _read_row(pid)
+        if found is not None and found[0] not in "ZX":
+            rows[pid] = found[1]
     return rows
+
+
+def _read_row(pid: int) -> tuple[str, ProcessRow] | None:
+    """The state of a process, one letter, and its row; None if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, parent, *rest = stat.rpartition(")")[2].split()
+    return state, ProcessRow(pid, int(parent), int(rest[17]))
 
 
 def descendants(pid: int) -> set[ProcessRow]:
@@ -233,11 +240,8 @@ def find_stubs(server_pid: int) -> dict[str, set[ProcessRow]]:
 
 def is_stopped(row: ProcessRow) -> bool:
     """Whether a process is stopped by a signal or a debugger."""
-    try:
-        state, _, *rest = Path(f"/proc/{row.pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state in "Tt" and int(rest[17]) == row.start
+    found = _read_row(row.pid)
+    return found is not None and found[0] in "Tt" and found[1].start == row.start
 
 
 class Server:

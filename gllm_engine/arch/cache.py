@@ -32,6 +32,14 @@ class CacheGroup:
     window: int | None = None
     layers: tuple[int, ...] = (0,)  # indices in the model
 
+    def num_pages(self, of_layers: int) -> int:
+        """Pages of the group's pool, if the pool of the groups with layers has `of_layers`.
+
+        Token ids take less than a thousandth of the memory of K and V, and they are kept for tokens
+        that no window shows any more.
+        """
+        return of_layers if self.layers else 8 * of_layers
+
 
 def cache_groups(model: Model, max_model_len: int) -> tuple[CacheGroup, ...]:
     """The groups of a model's layers, the same for every pipeline stage.
@@ -74,12 +82,3 @@ def _layers_per_page(counts: dict[int | None, int]) -> int:
         return layers * pages + sum(groups.values()) * sum(counts.values()) / 10
 
     return min(range(max(counts.values()), 0, -1), key=cost)
-
-
-def num_token_pages(num_pages: int) -> int:
-    """Pages of a group without layers, beside `num_pages` of the groups with layers.
-
-    Token ids take less than a thousandth of the memory of K and V, and they are kept for tokens
-    that no window shows any more.
-    """
-    return 8 * num_pages

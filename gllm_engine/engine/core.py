@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from gllm_engine.arch import CacheGroup, Model, cache_groups, read_arch
+from gllm_engine.arch import Model, cache_groups, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.runner import NullRunner, cache_dirs
 from gllm_engine.sampling import InvalidField, shown
@@ -28,7 +28,8 @@ from gllm_engine.sched import (
     Scheduler,
     Sequence,
     SequenceKey,
-    cache_capacity,
+    capacity,
+    make_groups,
 )
 from gllm_engine.text.constraints import Constraint, Grammars
 from gllm_engine.types import (
@@ -121,8 +122,9 @@ class Engine:
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
         self._runner = (make_runner or _make_runner)(config, arch)
-        groups = cache_groups(arch, config.max_model_len or arch.max_len)
-        max_model_len = _model_len(config, arch, groups, self._runner.num_pages)
+        kinds = cache_groups(arch, config.max_model_len or arch.max_len)
+        groups = make_groups(kinds, config, self._runner.num_pages)
+        max_model_len = _model_len(config, arch, capacity(groups, arch.max_len))
         # This wait is short: the model takes longer to load than the tokenizer.
         eos_token_ids = self._grammars.eos_token_ids
         self._scheduler = Scheduler(
@@ -427,13 +429,12 @@ def _check_len(config: EngineConfig, arch: Model) -> None:
         )
 
 
-def _model_len(
-    config: EngineConfig, arch: Model, groups: tuple[CacheGroup, ...], num_pages: int
-) -> int:
-    """Tokens of the longest sequence: as configured, else limited by the model and the cache."""
+def _model_len(config: EngineConfig, arch: Model, capacity: int) -> int:
+    """Tokens of the longest sequence: as configured, else the `capacity` of the cache, which is at
+    most the model's length.
+    """
     if config.max_model_len is not None:
         return config.max_model_len
-    capacity = cache_capacity(groups, config, num_pages, arch.max_len)
     if capacity < arch.max_len:
         log.warning(
             "the KV cache holds %d tokens, so sequences are limited to them; the model was trained "

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from gllm_engine.arch import MAX_EOS_TOKEN_IDS
-from gllm_engine.arch.cache import num_token_pages
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.ops.batch import made_up_step
@@ -64,8 +63,8 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
     peak = reserved + _trial(config, decoder, max_pages)
     # SlotTable.cached_tokens
-    of_ids = num_token_pages(1) if not decoder.groups[-1].layers else 1
-    page_bytes += of_ids * config.page_size * torch.int64.itemsize
+    whole = next(group for group in decoder.groups if group.window is None)
+    page_bytes += whole.num_pages(1) * config.page_size * torch.int64.itemsize
     torch.cuda.empty_cache()
     used = total - torch.cuda.mem_get_info(decoder.device)[0]
     states = (config.max_num_seqs + 1) * decoder.new_states(1).flat.numel()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from gllm_engine.arch import CacheGroup
-from gllm_engine.arch.cache import num_token_pages
 from gllm_engine.ops import HostInts
 from gllm_engine.runner.host_arrays import int_array, to_device
 from gllm_engine.types import NewPages, StepPlan
@@ -51,9 +50,9 @@ class SlotTable:
         """`max_pages`: pages of one sequence; `num_pages`: pages of the groups with layers."""
         self.page_size = page_size
         self.device = device
-        self.num_pages = [num_pages if g.layers else num_token_pages(num_pages) for g in groups]
-        self.whole = [group.window for group in groups].index(None)
+        self.num_pages = [group.num_pages(num_pages) for group in groups]
         self._windows = [group.window for group in groups]
+        self.whole = self._windows.index(None)
         shape = (len(groups), num_slots, max_pages)
         self.page_table = torch.zeros(shape, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # in the cache

@@ -7,7 +7,7 @@ runner, which it knows nothing else of.
 from __future__ import annotations
 
 from gllm_engine.sched.cost import CostModel, Fit, Work
-from gllm_engine.sched.pages import IntegrityError, cache_capacity
+from gllm_engine.sched.pages import IntegrityError, capacity, make_groups
 from gllm_engine.sched.policy import POLICIES, Budget, Policy
 from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
 from gllm_engine.sched.sequence import Constraint, Sequence, SequenceKey
@@ -26,5 +26,6 @@ __all__ = [
     "Sequence",
     "SequenceKey",
     "Work",
-    "cache_capacity",
+    "capacity",
+    "make_groups",
 ]

@@ -27,7 +27,6 @@ from hashlib import blake2b
 from struct import Struct
 
 from gllm_engine.arch import CacheGroup
-from gllm_engine.arch.cache import num_token_pages
 from gllm_engine.config import EngineConfig
 
 DIGEST_SIZE = 16  # bytes
@@ -214,16 +213,9 @@ def make_groups(
             # A chunk of the most tokens needs itself and the tokens that its first token sees.
             span = kind.window - 1 + config.max_num_batched_tokens
             most_pages = (span + page_size - 2) // page_size + 1
-        mine = pool if kind.layers else PagePool(num_token_pages(num_pages), page_size, caching)
+        mine = pool if kind.layers else PagePool(kind.num_pages(num_pages), page_size, caching)
         groups.append(Group(mine, kind.window, most_pages, tag=bytes([number]) if number else b""))
     return tuple(groups)
-
-
-def cache_capacity(
-    kinds: Sequence[CacheGroup], config: EngineConfig, num_pages: int, max_tokens: int
-) -> int:
-    """As capacity(), of the groups that make_groups() makes."""
-    return capacity(make_groups(kinds, config, num_pages), max_tokens)
 
 
 def capacity(groups: Sequence[Group], max_tokens: int) -> int:
@@ -391,14 +383,12 @@ class Pages:
 
     def can_grow(self, length: int) -> bool:
         """Whether the pools have the pages that grow(length) takes."""
-        if len(self.groups) == 1:
-            part = self.groups[0]
-            return -(-length // self._page_size) - part.end <= part.group.pool.num_free
         count = -(-length // self._page_size)
-        used = Counter[PagePool]()
+        missing: dict[PagePool, int] = {}
         for part in self.groups:
-            used[part.group.pool] += max(0, count - part.end)
-        return all(count <= pool.num_free for pool, count in used.items())
+            pool = part.group.pool
+            missing[pool] = missing.get(pool, 0) + max(0, count - part.end)
+        return all(number <= pool.num_free for pool, number in missing.items())
 
     def grow(self, length: int) -> Iterator[tuple[int, int, list[int]]]:
         """Take pages for tokens up to `length` - 1; yields (group, index of the first, pages)."""

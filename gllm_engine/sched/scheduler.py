@@ -16,7 +16,14 @@ from typing import NamedTuple
 from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sched.cost import Fit, Work
-from gllm_engine.sched.pages import IntegrityError, PagePool, Pages, capacity, make_groups
+from gllm_engine.sched.pages import (
+    Group,
+    IntegrityError,
+    PagePool,
+    Pages,
+    capacity,
+    make_groups,
+)
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
 from gllm_engine.types import (
@@ -99,15 +106,15 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         policy: Policy | None = None,
-        groups: tuple[CacheGroup, ...] = (CacheGroup(),),
+        groups: tuple[Group, ...] | None = None,
         num_snapshots: int | None = None,
     ) -> None:
-        """`num_pages`: of the pool of all cache groups that have layers. `num_snapshots`: of the
-        states of layers that keep one per sequence; None if the model has no such layers.
+        """`policy`: overrides the policy that the configuration names.
 
-        `policy`: overrides the policy that the configuration names.
+        `groups`: from make_groups; None: one group of `num_pages` pages. `num_snapshots`: of the
+        states of layers that keep one per sequence; None: the model has no such layers.
         """
-        self._groups = make_groups(groups, config, num_pages)
+        self._groups = groups or make_groups((CacheGroup(),), config, num_pages)
         self._pools = list(dict.fromkeys(group.pool for group in self._groups))
         self._pool = self._groups[0].pool
         self._snapshots: PagePool | None = None

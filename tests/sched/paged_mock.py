@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import msgspec
 
 from gllm_engine.arch import CacheGroup
-from gllm_engine.arch.cache import num_token_pages
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Constraint
@@ -136,7 +135,7 @@ class PagedMock:
             table = self.slots[new_pages.slot].tables[new_pages.group]
             first = new_pages.first
             assert first == (max(table) + 1 if table else 0) or kind.window and not table
-            limit = self.num_pages if kind.layers else num_token_pages(self.num_pages)
+            limit = kind.num_pages(self.num_pages)
             assert all(0 <= page < limit for page in new_pages.pages)
             table.update(enumerate(new_pages.pages, first))
 

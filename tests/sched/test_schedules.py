@@ -66,9 +66,10 @@ class World:
             prefill_drain_steps=3,
             min_prefill_tokens=2,
         )
-        self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy, groups, num_snapshots)
+        own = make_groups(groups, config, num_pages)
+        self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy, own, num_snapshots)
         self.runner = PagedMock(config, num_pages, groups, num_snapshots)
-        self.capacity = capacity(make_groups(groups, config, num_pages), MODEL_LEN)
+        self.capacity = capacity(own, MODEL_LEN)
         self.depth = depth
         self.results: deque[StepResult] = deque()  # of plans in flight
         self.sequences: list[Sequence] = []

@@ -199,7 +199,8 @@ def test_a_killed_engine_ends_streams_at_once_and_comes_back(pair: Pair) -> None
             assert "the engine process died" in str(stream.error)
             assert "it is being restarted" in str(stream.error)
     for i in range(NUM_STREAMS):  # the status code, which a stream of errors does not show
-        assert f"request 'stream-{i}': unavailable: " in pair.server.log(start)
+        line = f"request 'stream-{i}': unavailable: "
+        wait_for(lambda line=line: line in pair.server.log(start), line)  # written after its end
     wait_for(lambda: pair.answers("tiny"), "both front ends answer again")
     assert pair.engine(pair.tiny) != old
     assert len(pair.server.stubs()["tiny"]) == 2
