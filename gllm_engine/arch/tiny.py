@@ -132,7 +132,31 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": -1,
         "moe_layer_interval": 1,
     },
+    "DeepseekV2ForCausalLM": _DEEPSEEK
+    | {
+        "model_type": "deepseek_v2",
+        "topk_method": "group_limited_greedy",
+        "num_experts_per_tok": 3,  # the best two are always in the best two groups
+        "norm_topk_prob": False,
+        "num_nextn_predict_layers": 0,
+    },
     "DeepseekV3ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v3"},
+    "KimiK2ForCausalLM": _DEEPSEEK
+    | {
+        "model_type": "deepseek_v3",  # as transformers knows it; checkpoints say "kimi_k2"
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
     "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
     "Olmo3ForCausalLM": _HF

@@ -702,10 +702,44 @@ _DEEPSEEK_V3 = _LLAMA | {
 }
 
 
-@family("DeepseekV3ForCausalLM", defaults=_DEEPSEEK_V3)
+# DeepSeek V3, R1 and V3.1, Moonlight and Kimi K2.
+@family("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", defaults=_DEEPSEEK_V3)
 def deepseek_v3(c: Fields) -> Model:
-    c.require(attention_bias=False)
     return _deepseek_experts(c, _decoder(c, _mla(c), Dense(c.count("intermediate_size"))))
+
+
+_DEEPSEEK_V2 = _DEEPSEEK_V3 | {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": None,
+    "moe_intermediate_size": 1407,
+    "n_shared_experts": 2,
+    "n_group": None,
+    "topk_group": None,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 0,
+    "num_mtp_layers": 0,
+}
+
+
+# DeepSeek V2 and V2-Lite.
+@family("DeepseekV2ForCausalLM", defaults=_DEEPSEEK_V2)
+def deepseek_v2(c: Fields) -> Model:
+    c.require(mlp_bias=False, rope_interleave=True, scoring_func="softmax", norm_topk_prob=False)
+    experts = c.count("n_routed_experts", most=MAX_EXPERTS)
+    routing = replace(_routing(c, False, experts), scale=c.real("routed_scaling_factor"))
+    if c.choice("topk_method", ("greedy", "group_limited_greedy")) != "greedy":
+        routing = _with_groups(c, routing, experts)
+    model = _decoder(c, _mla(c), Dense(c.count("intermediate_size")))
+    return _with_deepseek_experts(c, model, routing, experts)
 
 
 _GLM4_MOE_LITE = _DEEPSEEK_V3 | {
@@ -746,12 +780,16 @@ def _with_mixers(model: Model, **changes: Any) -> Model:
 
 
 def _mla(c: Fields) -> Mla:
+    heads = c.count("num_attention_heads")
+    c.require(attention_bias=False, num_key_value_heads=heads)
     rope = replace(
         read_rope(c, c.count("qk_rope_head_dim")), interleaved=c.flag("rope_interleave", True)
     )
+    if rope.scaling is not None and not isinstance(rope.scaling, YarnScaling):
+        rope_object(c).require(mscale_all_dim=None)  # transformers would scale the scores
     nope_dim = c.count("qk_nope_head_dim")
     return Mla(
-        heads=c.count("num_attention_heads"),
+        heads=heads,
         q_rank=c.optional_count("q_lora_rank"),
         kv_rank=c.count("kv_lora_rank"),
         nope_dim=nope_dim,
@@ -865,13 +903,9 @@ def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
 
 
 def _deepseek_experts(c: Fields, model: Model) -> Model:
-    """Add DeepSeek V3's experts to all layers after the first `first_k_dense_replace`.
-
-    The checkpoint's layers for multi-token prediction, after the model's own ones, are not used.
-    """
-    c.require(scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    """Add DeepSeek V3's experts."""
+    c.require(scoring_func="sigmoid", topk_method="noaux_tc")
     experts = c.count("n_routed_experts", most=MAX_EXPERTS)
-    hidden = c.count("moe_intermediate_size")
     routing = replace(
         _routing(c, c.flag("norm_topk_prob"), experts),
         scoring="sigmoid",
@@ -879,10 +913,20 @@ def _deepseek_experts(c: Fields, model: Model) -> Model:
         sum_eps=1e-20,
         scale=c.real("routed_scaling_factor"),
     )
+    return _with_deepseek_experts(c, model, _with_groups(c, routing, experts), experts)
+
+
+def _with_deepseek_experts(c: Fields, model: Model, routing: Routing, experts: int) -> Model:
+    """Add experts to all layers after the first `first_k_dense_replace`.
+
+    The checkpoint's layers for multi-token prediction, after the model's own ones, are not used.
+    """
+    c.require(moe_layer_freq=1)
+    hidden = c.count("moe_intermediate_size")
     moe = Moe(
         num_experts=experts,
         hidden=hidden,
-        routing=_with_groups(c, routing, experts),
+        routing=routing,
         shared=hidden * c.count("n_shared_experts", 0, MAX_EXPERTS, least=0),
     )
     first = c.count("first_k_dense_replace", most=MAX_LAYERS, least=0)

@@ -47,6 +47,7 @@ LATENT_ATTENTION = [
         *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
     )
 ]
+DEEPSEEK = ENDS + NORMS + LATENT_ATTENTION + EXPERTS + SHARED_EXPERTS
 QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
 OLMO = ENDS + ATTENTION + MLP + QK_NORMS
 OLMO += [f"{LAYER}post_{part}_layernorm.weight" for part in ("attention", "feedforward")]
@@ -120,14 +121,10 @@ EXPECTED = {
     + EXPERTS
     + SHARED_EXPERTS
     + [f"{LAYER}mlp.moe_statics.e_score_correction_bias"],
+    "DeepseekV2ForCausalLM": DEEPSEEK,
     **dict.fromkeys(
-        ("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
-        ENDS
-        + NORMS
-        + LATENT_ATTENTION
-        + EXPERTS
-        + SHARED_EXPERTS
-        + [f"{LAYER}mlp.gate.e_score_correction_bias"],
+        ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", "Glm4MoeLiteForCausalLM"),
+        DEEPSEEK + [f"{LAYER}mlp.gate.e_score_correction_bias"],
     ),
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,

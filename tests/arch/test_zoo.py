@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gllm_engine.arch import (
     make_arch,
     read_arch,
 )
+from gllm_engine.arch.names import is_left_over
 from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 from gllm_engine.arch.tiny import tiny_config
 
@@ -235,6 +237,161 @@ def test_deepseeks_experts() -> None:
     assert bare.layers[0].mixer == Gqa(96, 8, 128, Rope(64, 10_000.0))
 
 
+# What configs of the hub say, without keys that change nothing.
+V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+    "eos_token_id": 100001,
+}
+MOONLIGHT = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "vocab_size": 163840,
+}
+KIMI_K2 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "kimi_k2",
+    "first_k_dense_replace": 1,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 2048,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+
+
+def test_deepseek_v2_lite() -> None:
+    model = make_arch(V2_LITE)
+    assert model.num_params() == 15_706_484_224
+    assert model.kv_bytes_per_token(itemsize=2) == 27 * 2 * (512 + 64)
+    assert (model.max_len, model.extra_layers) == (163840, 0)
+    assert [layer.ffn for layer in model.layers[:2]] == [
+        Dense(10944),
+        Moe(64, 1408, Routing(6, renorm=False), shared=2816),
+    ]
+    mixer = model.layers[0].mixer
+    assert (mixer.q_rank, mixer.kv_rank, mixer.latent_eps) == (None, 512, 1e-6)
+    assert mixer.scale == pytest.approx(192**-0.5 * (0.0707 * log(40) + 1) ** 2)
+    assert mixer.rope.interleaved
+
+
+def test_deepseek_v2() -> None:
+    routing = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
+    more = {"n_routed_experts": 160, "routed_scaling_factor": 16.0, "q_lora_rank": 1536}
+    model = make_arch(V2_LITE | routing | more)
+    expected = Routing(6, renorm=False, groups=8, kept_groups=3, scale=16.0)
+    assert model.layers[1].ffn.routing == expected
+    assert model.layers[0].mixer.q_rank == 1536
+    # Groups are of one method alone.
+    plain = make_arch(V2_LITE | routing | {"topk_method": "greedy"})
+    assert plain.layers[1].ffn.routing == Routing(6, renorm=False)
+
+
+def test_moonlight() -> None:
+    model = make_arch(MOONLIGHT)
+    routing = Routing(6, True, "sigmoid", True, sum_eps=1e-20, scale=2.446)
+    assert model.layers[26].ffn == Moe(64, 1408, routing, shared=2816)
+    mixer = model.layers[0].mixer
+    assert (mixer.q_rank, mixer.latent_eps, model.eps) == (None, 1e-6, 1e-5)
+    assert mixer.scale == 192**-0.5
+    assert mixer.rope == Rope(64, 50_000.0, interleaved=True)
+    assert model.num_params() == 15_960_110_208
+
+
+def test_kimi_k2() -> None:
+    model = make_arch(KIMI_K2)
+    assert model == make_arch(KIMI_K2 | {"architectures": ["KimiK2ForCausalLM"]})
+    routing = Routing(8, True, "sigmoid", True, sum_eps=1e-20, scale=2.827)
+    assert [layer.ffn for layer in model.layers[:2]] == [
+        Dense(18432),
+        Moe(384, 2048, routing, shared=2048),
+    ]
+    mixer = model.layers[60].mixer
+    assert (mixer.heads, mixer.q_rank) == (64, 1536)
+    assert mixer.scale == pytest.approx(192**-0.5 * (0.1 * log(32) + 1) ** 2)
+    assert model.num_params() == pytest.approx(1.026e12, rel=1e-3)
+    assert not is_left_over(model, "model.layers.61.eh_proj.weight")
+
+
 def test_ernies_experts() -> None:
     def ffns(**over: Any) -> list[bool]:
         model = tiny("Ernie4_5_MoeForCausalLM", num_hidden_layers=6, **over)
@@ -284,6 +441,31 @@ def test_ernies_experts() -> None:
             "Glm4MoeForCausalLM",
             {"first_k_dense_replace": -1},
             "first_k_dense_replace is -1, but only a whole number from 0 to 512 is supported",
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"topk_method": "noaux_tc"},
+            'topk_method is \'noaux_tc\', but only "greedy" or "group_limited_greedy" is supported',
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"norm_topk_prob": True},
+            "norm_topk_prob is True, but only false is supported",
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"scoring_func": "sigmoid"},
+            "scoring_func is 'sigmoid', but only \"softmax\" is supported",
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"num_experts_per_tok": None},
+            "num_experts_per_tok is missing",
+        ),
+        (
+            "DeepseekV3ForCausalLM",
+            {"topk_method": "group_limited_greedy"},
+            "topk_method is 'group_limited_greedy', but only \"noaux_tc\" is supported",
         ),
         (
             "Ernie4_5_MoeForCausalLM",
@@ -482,6 +664,16 @@ def test_chatglm_switches_refused(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "over", "key"),
     [
+        ("DeepseekV2ForCausalLM", {"mlp_bias": True}, "mlp_bias"),
+        ("DeepseekV2ForCausalLM", {"attention_bias": True}, "attention_bias"),
+        ("DeepseekV2ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq"),
+        ("DeepseekV2ForCausalLM", {"rope_interleave": False}, "rope_interleave"),
+        ("DeepseekV3ForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        (
+            "DeepseekV3ForCausalLM",
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},
+            "rope_scaling: mscale_all_dim",
+        ),
         ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),

@@ -28,9 +28,24 @@ MSCALE_YARN = {
     "beta_fast": 1.0,
     "beta_slow": 1.0,
 }
+V2_MSCALE = {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32.0}
+MOONLIGHT = {
+    "q_lora_rank": None,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 2.446,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50_000.0,
+    "num_nextn_predict_layers": 0,
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in HF_FAMILIES),
+    ("DeepseekV2ForCausalLM", {"q_lora_rank": None, "topk_method": "greedy"}),
+    ("DeepseekV2ForCausalLM", {"topk_group": 3, "num_experts_per_tok": 6}),
+    ("DeepseekV2ForCausalLM", {"rope_scaling": MSCALE_YARN | V2_MSCALE, "n_shared_experts": 2}),
     ("DeepseekV3ForCausalLM", {"q_lora_rank": None, "rms_norm_eps": 1e-5}),
+    ("DeepseekV3ForCausalLM", MOONLIGHT),
     ("DeepseekV3ForCausalLM", {"rope_interleave": False, "v_head_dim": 20}),
     ("DeepseekV3ForCausalLM", {"rope_scaling": MSCALE_YARN}),
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
