@@ -114,7 +114,7 @@ class Fields:
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
         """One of the words `allowed`."""
         value = self._get(key, None)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise self._wrong(key, value, " or ".join(map(json.dumps, allowed)))
         return value
 

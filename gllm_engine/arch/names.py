@@ -13,6 +13,20 @@ from gllm_engine.arch.model import Model
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
 _FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
+_GPT2 = (
+    ("model.embed_tokens", "transformer.wte"),
+    ("model.embed_positions", "transformer.wpe"),
+    ("model.layers.", "transformer.h."),
+    ("model.norm", "transformer.ln_f"),
+    ("input_layernorm", "ln_1"),
+    ("post_attention_layernorm", "ln_2"),
+    ("self_attn.q_proj", "attn.c_attn"),
+    ("self_attn.k_proj", "attn.c_attn"),
+    ("self_attn.v_proj", "attn.c_attn"),
+    ("self_attn.o_proj", "attn.c_proj"),
+    ("mlp.up_proj", "mlp.c_fc"),
+    ("mlp.down_proj", "mlp.c_proj"),
+)
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
     "glm": _FUSED_MLP,
@@ -50,20 +64,8 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "hunyuan": (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm")),
     "starcoder2": (("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
-    "gpt_bigcode": (
-        ("model.embed_tokens", "transformer.wte"),
-        ("model.embed_positions", "transformer.wpe"),
-        ("model.layers.", "transformer.h."),
-        ("model.norm", "transformer.ln_f"),
-        ("input_layernorm", "ln_1"),
-        ("post_attention_layernorm", "ln_2"),
-        ("self_attn.q_proj", "attn.c_attn"),
-        ("self_attn.k_proj", "attn.c_attn"),
-        ("self_attn.v_proj", "attn.c_attn"),
-        ("self_attn.o_proj", "attn.c_proj"),
-        ("mlp.up_proj", "mlp.c_fc"),
-        ("mlp.down_proj", "mlp.c_proj"),
-    ),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
     "chatglm": (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),
         ("model.layers.", "transformer.encoder.layers."),
@@ -78,6 +80,9 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ),
 }
+
+# Matrices that are stored transposed: [columns, rows].
+_TRANSPOSED = {"gpt2": re.compile(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight")}
 
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _ROPE_TABLES = re.compile(
@@ -111,6 +116,14 @@ def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
     return tensors
 
 
+def is_transposed(model: Model, name: str) -> bool:
+    """Whether a checkpoint tensor is a transposed matrix; then its weights are stacked along
+    dimension 1.
+    """
+    transposed = _TRANSPOSED.get(model.names)
+    return transposed is not None and transposed.fullmatch(name) is not None
+
+
 def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Checkpoint tensor name -> its shape."""
     shapes = model.weights()
@@ -118,6 +131,8 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     for name, parts in checkpoint_tensors(model).items():
         rows = sum(shapes[part][0] for part in parts)
         found[name] = (rows, *shapes[parts[0]][1:])
+        if is_transposed(model, name):
+            found[name] = found[name][::-1]
         experts = {number for part in parts for number in _EXPERT.findall(part)}
         if experts and not _EXPERT.search(name):
             found[name] = (len(experts), rows // len(experts), *shapes[parts[0]][1:])

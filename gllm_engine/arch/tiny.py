@@ -68,6 +68,16 @@ _GEMMA = _PADDED | {
     "layer_types": ["sliding_attention", "full_attention"],
     "tie_word_embeddings": True,
 }
+_GPT2 = {
+    "vocab_size": 384,
+    "n_positions": 2048,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 96,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": False,
+}
 _CHATGLM = {
     "model_type": "chatglm",
     "padded_vocab_size": 384,
@@ -237,17 +247,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "norm_epsilon": 1e-5,
         "sliding_window": 48,
     },
-    "GPTBigCodeForCausalLM": {
-        "model_type": "gpt_bigcode",
-        "vocab_size": 384,
-        "n_positions": 2048,
-        "n_embd": 64,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_inner": 96,
-        "activation_function": "gelu_pytorch_tanh",
-        "tie_word_embeddings": False,
-    },
+    "GPT2LMHeadModel": _GPT2 | {"model_type": "gpt2"},
+    "GPTBigCodeForCausalLM": _GPT2
+    | {"model_type": "gpt_bigcode", "activation_function": "gelu_pytorch_tanh"},
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, QkNorm, QueryTemperature
+from gllm_engine.arch.model import (
+    Activation,
+    Dense,
+    Gqa,
+    Layer,
+    Mla,
+    Model,
+    Moe,
+    QkNorm,
+    QueryTemperature,
+)
 from gllm_engine.arch.rope import (
     DynamicScaling,
     Rope,
@@ -33,6 +43,14 @@ Reader = Callable[[Fields], Model]
 MAX_LAYERS = 512
 MAX_EXPERTS = 2048
 MAX_LEN = 2**24  # tokens
+
+# Some names are of other ways to compute the same function.
+_GELUS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 FAMILIES: dict[str, tuple[Reader, dict[str, Any]]] = {}
 
@@ -473,31 +491,45 @@ def starcoder2(c: Fields) -> Model:
     return replace(model, norm="layer", names="starcoder2")
 
 
-_BIGCODE = {
+_GPT2 = {
     "vocab_size": 50257,
     "n_positions": 1024,
     "n_embd": 768,
     "n_layer": 12,
     "n_head": 12,
+    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
-    "multi_query": True,
     "tie_word_embeddings": True,
     "eos_token_id": 50256,
 }
 
 
+@family("GPT2LMHeadModel", defaults=_GPT2)
+def gpt2(c: Fields) -> Model:
+    c.require(scale_attn_by_inverse_layer_idx=False)
+    return replace(_gpt2(c, kv_heads=c.count("n_head")), names="gpt2")
+
+
+_BIGCODE = _GPT2 | {"activation_function": "gelu_pytorch_tanh"}
+
+
 # StarCoder and SantaCoder: GPT-2 with one key/value head.
 @family("GPTBigCodeForCausalLM", defaults=_BIGCODE)
 def gpt_bigcode(c: Fields) -> Model:
-    c.require(activation_function="gelu_pytorch_tanh", multi_query=True, scale_attn_weights=True)
-    c.require(add_cross_attention=False)
+    c.require(multi_query=True)
+    return replace(_gpt2(c, kv_heads=1), names="gpt_bigcode")
+
+
+def _gpt2(c: Fields, kv_heads: int) -> Model:
+    c.require(scale_attn_weights=True, add_cross_attention=False)
     dim = c.count("n_embd")
     heads = c.count("n_head")
     if dim % heads:
         raise ArchError(f"{c.name}: n_head is {heads}, but it must divide n_embd={dim}")
     hidden = c.count("n_inner", 4 * dim)
-    ffn = Dense(hidden, bias=True, out_bias=True, act="gelu_tanh", gated=False)
-    mixer = Gqa(heads, 1, dim // heads, rope=None, qkv_bias=True, out_bias=True)
+    act = _GELUS[c.choice("activation_function", tuple(_GELUS))]
+    ffn = Dense(hidden, bias=True, out_bias=True, act=act, gated=False)
+    mixer = Gqa(heads, kv_heads, dim // heads, rope=None, qkv_bias=True, out_bias=True)
     positions = c.count("n_positions")
     return Model(
         dim=dim,
@@ -509,7 +541,6 @@ def gpt_bigcode(c: Fields) -> Model:
         eos_token_ids=c.numbers("eos_token_id"),
         norm="layer",
         positions=positions,
-        names="gpt_bigcode",
     )
 
 

@@ -27,6 +27,7 @@ from gllm_engine.arch.names import (
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
+    is_transposed,
 )
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
@@ -187,12 +188,14 @@ def _aim(
     targets = []
     for name, parts in checkpoint_tensors(arch).items():
         source = checkpoint.tensors[name]
+        if is_transposed(arch, name):
+            columns = sum(shapes[part][0] for part in parts)
+            source = replace(source, transposed=True, width=columns)
         for part in parts:
             shape = shapes[part]
             if part in weights:  # else another rank holds it
                 targets.append(_share(decoder, source, shape, weights[part]))
-            num_bytes = prod(shape) * source.dtype.itemsize
-            source = replace(source, offset=source.offset + num_bytes)
+            source = _after(source, shape)
     embedding = weights.get("model.embed_tokens.weight")
     if checkpoint.tied is None or embedding is None:
         return targets, None
@@ -200,6 +203,13 @@ def _aim(
     shape = shapes["model.embed_tokens.weight"]
     source = checkpoint.tensors[checkpoint.tied]
     return [*targets, _share(decoder, source, shape, copy)], copy
+
+
+def _after(source: TensorSlice, shape: tuple[int, ...]) -> TensorSlice:
+    """The weight that is stored after the weight `source` of shape `shape`."""
+    if source.transposed:
+        return replace(source, first=source.first + shape[0])
+    return replace(source, offset=source.offset + prod(shape) * source.dtype.itemsize)
 
 
 def _share(
@@ -210,15 +220,21 @@ def _share(
     `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more
     leading dimension, for copies of the shard.
     """
-    width = prod(shape[1:])
     shard = into.shape[-len(shape) :]
-    count = prod(shard[1:])
+    into = into.view(-1, prod(shard))
     start = decoder.shard.start
-    offset = whole.offset + start(shape[0], shard[0]) * width * whole.dtype.itemsize
-    source = replace(whole, offset=offset)
+    row = start(shape[0], shard[0])
+    width = prod(shape[1:])
+    count = prod(shard[1:])
+    column = start(width, count)
+    if whole.transposed:
+        offset = whole.offset + column * whole.width * whole.dtype.itemsize
+        first = whole.first + row
+        return replace(whole, offset=offset, first=first, count=shard[0]), into
+    source = replace(whole, offset=whole.offset + row * width * whole.dtype.itemsize)
     if count < width:
-        source = replace(source, width=width, first=start(width, count), count=count)
-    return source, into.view(-1, prod(shard))
+        source = replace(source, width=width, first=column, count=count)
+    return source, into
 
 
 def _read_header(file: Path, opened: BinaryIO) -> tuple[dict[str, _Stored], int]:

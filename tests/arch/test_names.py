@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from gllm_engine.arch import FAMILIES, make_arch
-from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors, is_left_over
+from gllm_engine.arch.names import (
+    checkpoint_shapes,
+    checkpoint_tensors,
+    is_left_over,
+    is_transposed,
+)
 from gllm_engine.arch.tiny import tiny_config
 
 LAYER = "model.layers.0."
@@ -59,14 +64,15 @@ NORM_BIASES = [name.replace("weight", "bias") for name in [*NORMS, "model.norm.w
 STARCODER = [f"{LAYER}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
 STARCODER += [*BIASES, f"{LAYER}self_attn.o_proj.bias", *NORM_BIASES]
 H = "transformer.h.0."
-BIGCODE = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
-BIGCODE += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
-BIGCODE += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
-BIGCODE += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
-BIGCODE += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
+GPT2 = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
+GPT2 += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
+GPT2 += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
+GPT2 += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
+GPT2 += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
 EXPECTED = {
     "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
-    "GPTBigCodeForCausalLM": BIGCODE,
+    "GPT2LMHeadModel": GPT2,
+    "GPTBigCodeForCausalLM": GPT2,
     "Olmo2ForCausalLM": OLMO,
     "Olmo3ForCausalLM": OLMO,
     "SmolLM3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
@@ -176,6 +182,20 @@ def test_one_tensor_for_all_experts_of_a_layer() -> None:
     assert shapes[f"{moe}router.layer.weight"] == (8, 64)
     one = model.each(ffn=lambda _, layer: replace(layer.ffn, num_experts=1))
     assert checkpoint_shapes(one)[f"{moe}input_linear.weight"] == (1, 2 * 96, 64)
+
+
+def test_transposed_matrices_of_gpt2() -> None:
+    gpt2 = make_arch(tiny_config("GPT2LMHeadModel"))
+    bigcode = make_arch(tiny_config("GPTBigCodeForCausalLM"))
+    shapes = checkpoint_shapes(gpt2)
+    assert shapes[f"{H}attn.c_attn.weight"] == (64, 3 * 64)
+    assert shapes[f"{H}mlp.c_fc.weight"] == (64, 96)
+    assert shapes[f"{H}mlp.c_proj.weight"] == (96, 64)
+    transposed = {name.removeprefix(H) for name in shapes if is_transposed(gpt2, name)}
+    matrices = {f"attn.c_{part}.weight" for part in ("attn", "proj")}
+    matrices |= {f"mlp.c_{part}.weight" for part in ("fc", "proj")}
+    assert {name for name in transposed if not name.startswith("transformer")} == matrices
+    assert not any(is_transposed(bigcode, name) for name in checkpoint_shapes(bigcode))
 
 
 def test_gemmas_norms_have_olmos_names_and_other_places() -> None:

@@ -674,6 +674,16 @@ def test_chatglm_switches_refused(key: str, value: Any) -> None:
             {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},
             "rope_scaling: mscale_all_dim",
         ),
+        ("GPT2LMHeadModel", {"activation_function": "relu"}, "activation_function"),
+        ("GPT2LMHeadModel", {"scale_attn_weights": False}, "scale_attn_weights"),
+        (
+            "GPT2LMHeadModel",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx",
+        ),
+        ("GPT2LMHeadModel", {"add_cross_attention": True}, "add_cross_attention"),
+        ("GPT2LMHeadModel", {"n_head": 5}, "n_head is 5, but it must divide n_embd=64"),
+        ("GPTBigCodeForCausalLM", {"multi_query": False}, "multi_query"),
         ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
@@ -765,9 +775,19 @@ def test_layer_types_refused() -> None:
     assert "layer_types is" in refusal("MistralForCausalLM", layer_types=sliding)
 
 
+def test_gpt2() -> None:
+    model = make_arch({"architectures": ["GPT2LMHeadModel"]})
+    assert model.num_params() == 124_439_808
+    assert (model.positions, model.max_len, model.norm, model.tie) == (1024, 1024, "layer", True)
+    mixer = model.layers[11].mixer
+    assert (mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.rope) == (12, 12, 64, None)
+    assert model.layers[0].ffn == Dense(3072, True, True, act="gelu_tanh", gated=False)
+    assert tiny("GPT2LMHeadModel", activation_function="gelu").layers[0].ffn.act == "gelu"
+
+
 def test_unsupported_architecture() -> None:
-    assert refusal(architectures=["GPT2LMHeadModel"]) == (
-        f"config.json: architectures is ['GPT2LMHeadModel']; supported are {', '.join(FAMILIES)}"
+    assert refusal(architectures=["MambaForCausalLM"]) == (
+        f"config.json: architectures is ['MambaForCausalLM']; supported are {', '.join(FAMILIES)}"
     )
     for value in (None, [], 3, [{}], "LlamaForCausalLM"):
         assert f"architectures is {value!r}; supported" in refusal(architectures=value)

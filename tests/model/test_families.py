@@ -119,6 +119,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Cohere2ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
     ("Starcoder2ForCausalLM", {"use_bias": False, "sliding_window": None}),
     ("Starcoder2ForCausalLM", {"tie_word_embeddings": True}),
+    ("GPT2LMHeadModel", {"n_inner": None, "tie_word_embeddings": True}),
+    ("GPT2LMHeadModel", {"activation_function": "gelu", "n_head": 1}),
     ("GPTBigCodeForCausalLM", {"n_inner": None, "tie_word_embeddings": True}),
     ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
 ]

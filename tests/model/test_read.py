@@ -17,7 +17,7 @@ from tiny_models import CPU, load
 from torch import Tensor
 
 from gllm_engine.arch import Model, read_arch
-from gllm_engine.arch.names import checkpoint_tensors
+from gllm_engine.arch.names import checkpoint_tensors, is_transposed
 from gllm_engine.model import Decoder, LoadError, filling, open_checkpoint, read
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -33,7 +33,8 @@ def simply_read(path: Path, arch: Model, dtype: torch.dtype) -> dict[str, Tensor
     shapes, weights = arch.weights(), {}
     for name, parts in checkpoint_tensors(arch).items():
         rows = [shapes[part][0] for part in parts]
-        weights |= dict(zip(parts, stored[name].to(dtype).split(rows), strict=True))
+        whole = stored[name].T if is_transposed(arch, name) else stored[name]
+        weights |= dict(zip(parts, whole.to(dtype).split(rows), strict=True))
     return weights
 
 
@@ -65,6 +66,23 @@ def test_every_family_over_many_pieces(
         tmp_path,
         read_arch(tmp_path),
         dtype=torch.float32,
+        device=torch.device(device),
+        max_model_len=64,
+    )
+    assert_same_weights(decoder, tmp_path)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposed_matrices_over_many_pieces(
+    tmp_path: Path, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "_PIECE_BYTES", 1000)  # one row of the largest
+    write_tiny_model(tmp_path, "GPT2LMHeadModel")
+    decoder = load_model(
+        tmp_path,
+        read_arch(tmp_path),
+        dtype=dtype,
         device=torch.device(device),
         max_model_len=64,
     )

@@ -76,6 +76,7 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Gemma2ForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
     ("Cohere2ForCausalLM", {"sliding_window": 20, "attention_bias": True}, "tp2"),
     ("GraniteForCausalLM", {}, "pp2"),
+    ("GPT2LMHeadModel", {"tie_word_embeddings": True}, "tp2 x pp2"),
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
     ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
