@@ -12,15 +12,18 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
 from gllm_engine.files import check_file, read_file, read_object
 from gllm_engine.sampling import InvalidField
 from gllm_engine.text.chat_template import ChatTemplate, Message
 from gllm_engine.text.detokenizer import Detokenizer, Spelling
+from gllm_engine.text.tiktoken_vocabulary import convert, is_moonshots
 
 # Limits the length of tables by token id; vocabularies have a few hundred thousand tokens.
 MAX_TOKEN_ID = (1 << 24) - 1
@@ -227,6 +230,8 @@ def _restore_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -
 
 def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint without tokenizer.json, converted by transformers."""
+    if is_moonshots(path, settings):
+        return _with_tokenizer_json(path, convert(path, settings))
     if "auto_map" in settings:
         raise TextError(
             f"tokenizer: {path} has only a tokenizer that is Python code of its own, which is "
@@ -247,6 +252,15 @@ def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TextError(f"tokenizer: {path} has no fast tokenizer ({type(tokenizer).__name__})")
     return tokenizer
+
+
+def _with_tokenizer_json(path: Path, inner: Inner) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint that has all files but tokenizer.json, which is `inner`."""
+    with TemporaryDirectory(prefix="gllm-") as directory:
+        for name in _check_files(path, _SIDE_FILES):
+            os.symlink(path.absolute() / name, Path(directory) / name)
+        inner.save(str(Path(directory) / "tokenizer.json"))
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
 
 def _check_sentencepiece(file: Path) -> None:
