@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import SCRIPT_S
 from torch import Tensor
 
 from gllm_engine.ops import PlainSampling, reference
@@ -38,7 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
     try:
         for rank in ranks:
-            _, errors = rank.communicate(timeout=100)
+            _, errors = rank.communicate(timeout=SCRIPT_S)
             assert rank.returncode == 0, errors[-3000:]
     finally:
         for rank in ranks:
@@ -97,7 +98,7 @@ def _as_rank(rank: int, folder: str) -> None:
 
     talk_through("127.0.0.1")
     store = torch.distributed.FileStore(f"{folder}/store", 2)
-    store.set_timeout(timedelta(seconds=60))
+    store.set_timeout(timedelta(seconds=SCRIPT_S))
     ranks = join_ranks(Mesh(1, 2), rank, 2, store, torch.device("cpu"))
     ways: dict[str, Any] = {"reference": (reference.sample_plain, rank)}
     if INTERPRETED:
