@@ -6,14 +6,15 @@ translates them for checkpoints with other names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
 
+from gllm_engine.arch.formats import Formats, Formatted, Fp8, Shapes, format_name
 from gllm_engine.arch.rope import Rope
 
-Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
 T = TypeVar("T")
 
 
@@ -33,7 +34,7 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
-class Gqa:
+class Gqa(Formatted):
     """Softmax attention in which heads // kv_heads query heads share one key/value head."""
 
     heads: int
@@ -45,7 +46,7 @@ class Gqa:
     qk_norm: bool = False  # RMS norm of each query and key head before the rotation
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
 
-    def weights(self, dim: int) -> Shapes:
+    def shapes(self, dim: int) -> Shapes:
         q = self.heads * self.head_dim
         kv = self.kv_heads * self.head_dim
         shapes = _linear("self_attn.q_proj", q, dim, self.qkv_bias)
@@ -66,21 +67,21 @@ class Gqa:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Formatted):
     """down(silu(gate(x)) * up(x))."""
 
     hidden: int
     bias: bool = False  # bias of gate and up
     out_bias: bool = False
 
-    def weights(self, dim: int) -> Shapes:
+    def shapes(self, dim: int) -> Shapes:
         shapes = _linear("mlp.gate_proj", self.hidden, dim, self.bias)
         shapes |= _linear("mlp.up_proj", self.hidden, dim, self.bias)
         return shapes | _linear("mlp.down_proj", dim, self.hidden, self.out_bias)
 
 
 @dataclass(frozen=True)
-class Moe:
+class Moe(Formatted):
     """Mixture of experts: sum of p[e] * expert[e](x) over the `top_k` largest p = softmax(gate x).
 
     An expert is a Dense. A rank may hold only some experts, or a slice of each expert's `hidden`.
@@ -103,14 +104,23 @@ class Moe:
         first, count = self.local_experts or (0, self.num_experts)
         return range(first, first + count)
 
-    def weights(self, dim: int) -> Shapes:
+    def shapes(self, dim: int) -> Shapes:
         shapes: Shapes = {"mlp.gate.weight": (self.num_experts, dim)}
         for expert in self.experts:
-            shapes |= within(f"experts.{expert}", Dense(self.hidden).weights(dim))
+            shapes |= within(f"experts.{expert}", Dense(self.hidden).shapes(dim))
         if self.shared:
-            shapes |= within("shared_expert", Dense(self.shared).weights(dim))
+            shapes |= within("shared_expert", Dense(self.shared).shapes(dim))
             shapes["mlp.shared_expert_gate.weight"] = (1, dim)
         return shapes
+
+    def formats_within(self, part: str) -> Formats:
+        """The formats of the Dense that is `part` of this Moe: "experts" or "shared_expert"."""
+        prefix = f"mlp.{part}."
+        return tuple(
+            (name.replace(prefix, "mlp.", 1), kind)
+            for name, kind in self.formats
+            if name.startswith(prefix)
+        )
 
 
 def within(part: str, weights: dict[str, T]) -> dict[str, T]:
@@ -157,6 +167,7 @@ class Model:
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: str = "hf"  # the table in names.py for its checkpoints
+    quantization: Fp8 | None = None  # the format that the config promises for matrices of layers
 
     def each(self, **parts: Callable[[int, Layer], Any]) -> Model:
         """A copy with `mixer=f(i, layer)` and/or `ffn=f(i, layer)` applied to every layer."""
@@ -177,8 +188,40 @@ class Model:
         shapes["model.norm.weight"] = (self.dim,)
         return shapes if self.tie else shapes | {"lm_head.weight": (self.vocab, self.dim)}
 
+    def matrices(self) -> Shapes:
+        """Canonical name -> shape of the weights that may have a format."""
+        return {
+            name: shape
+            for name, shape in self.weights().items()
+            if name.startswith("model.layers.") and name.endswith(".weight") and len(shape) == 2
+        }
+
+    def with_formats(self, formats: Mapping[str, Fp8]) -> Model:
+        """A copy with the formats of weights, by canonical name; for a model of plain weights.
+
+        All experts of a layer have the format of any one.
+        """
+        by_layer: dict[int, dict[str, Fp8]] = defaultdict(dict)
+        for name, kind in formats.items():
+            layer, weight = name.removeprefix("model.layers.").split(".", 1)
+            by_layer[int(layer)][format_name(weight)] = kind
+        return self.each(
+            mixer=lambda i, layer: layer.mixer.with_formats(by_layer[i], self.dim),
+            ffn=lambda i, layer: layer.ffn.with_formats(by_layer[i], self.dim),
+        )
+
+    def quantized(self) -> Model:
+        """A copy in which all matrices that usually are quantised have the promised format.
+
+        Routers and gates of shared experts usually are not.
+        """
+        if self.quantization is None:
+            return self
+        names = (name for name in self.matrices() if not name.endswith("gate.weight"))
+        return self.with_formats(dict.fromkeys(names, self.quantization))
+
     def num_params(self) -> int:
-        return sum(prod(shape) for shape in self.weights().values())
+        return sum(prod(shape) for shape in self.with_formats({}).weights().values())
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of KV cache per token over all layers, at `itemsize` bytes per number."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe, SandwichLayer
+from gllm_engine.arch.quantization import read_quantization
 from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
 from gllm_engine.files import read_object, shown
 
@@ -247,8 +248,8 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         )
     reader, defaults = FAMILIES[known[0]]
     fields = Fields(config, name, defaults)
-    fields.require(hidden_act="silu", quantization_config=None, dual_chunk_attention_config=None)
-    model = reader(fields)
+    fields.require(hidden_act="silu", dual_chunk_attention_config=None)
+    model = replace(reader(fields), quantization=read_quantization(fields))
     if not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))
     if model.max_len > MAX_LEN:

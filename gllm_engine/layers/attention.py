@@ -31,8 +31,9 @@ class GqaAttention:
         self._ops = ops
         shapes = arch.weights(dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
-        self._qkv = Linear(names, shapes, ops, dtype, device)
-        self._out = Linear(["self_attn.o_proj"], shapes, ops, dtype, device)
+        self._qkv = Linear(names, shapes, ops, dtype, device, arch.formats)
+        out = ["self_attn.o_proj"]
+        self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
         self._num_qkv_heads = arch.heads + 2 * arch.kv_heads
         # One row per query and key head, so that one kernel normalises both.
         self._qk_norm: Tensor | None = None

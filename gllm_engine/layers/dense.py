@@ -17,8 +17,9 @@ class DenseFfn:
         self, arch: Dense, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
     ) -> None:
         shapes = arch.weights(dim)
-        self._gate_up = Linear(["mlp.gate_proj", "mlp.up_proj"], shapes, ops, dtype, device)
-        self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device)
+        gate_up = ["mlp.gate_proj", "mlp.up_proj"]
+        self._gate_up = Linear(gate_up, shapes, ops, dtype, device, arch.formats)
+        self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device, arch.formats)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.model import Shapes
+from gllm_engine.arch.formats import Formats, Shapes
+from gllm_engine.layers.stacked_weight import stack_weights
 from gllm_engine.ops import Norm, Ops
 
 
@@ -15,6 +16,7 @@ class Linear:
     """y = x W' + b for the projections `names`, stacked along the output dimension.
 
     `shapes` has "NAME.weight" [out, in] for every name, and "NAME.bias" [out] for all or none.
+    `formats` has the format of each "NAME.weight" that is not plain.
     """
 
     def __init__(
@@ -24,15 +26,17 @@ class Linear:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        formats: Formats = (),
     ) -> None:
+        """`dtype`: of plain weights and biases."""
         self._ops = ops
         self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
-        rows = sum(self._sizes.values())
-        width = shapes[f"{names[0]}.weight"][1]
-        self._weight = torch.empty(rows, width, dtype=dtype, device=device)
+        weights = [f"{name}.weight" for name in names]
+        self._stack = stack_weights(weights, shapes, formats, dtype, device)
+        self._weight = self._stack.value
         self._bias: Tensor | None = None
         if f"{names[0]}.bias" in shapes:
-            self._bias = torch.empty(rows, dtype=dtype, device=device)
+            self._bias = torch.empty(sum(self._sizes.values()), dtype=dtype, device=device)
 
     def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
         """y, of norm(x) if `norm` is given."""
@@ -47,12 +51,10 @@ class Linear:
         return self._ops.gated_linear(x, self._weight, self._bias, norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """Weight name -> view to load the weight into."""
-        sizes = tuple(self._sizes.values())
-        views = {
-            f"{k}.weight": v for k, v in zip(self._sizes, self._weight.split(sizes), strict=True)
-        }
+        """Name -> view to load each stored tensor into; see StackedWeight.views."""
+        views = self._stack.views()
         if self._bias is not None:
+            sizes = tuple(self._sizes.values())
             parts = zip(self._sizes, self._bias.split(sizes), strict=True)
             views |= {f"{name}.bias": part for name, part in parts}
         return views

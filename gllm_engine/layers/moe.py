@@ -8,6 +8,7 @@ from torch import Tensor
 from gllm_engine.arch.model import Dense, Moe, within
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.stacked_weight import StackedWeight, stack_weights
 from gllm_engine.ops import Norm, Ops
 
 
@@ -23,14 +24,15 @@ class MoeFfn:
         self._arch = arch
         self._ops = ops
         shapes = arch.weights(dim)
-        local_experts = len(arch.experts)
-        self._router = Linear(["mlp.gate"], shapes, ops, dtype, device)
-        self._gate_up = torch.empty(local_experts, 2 * arch.hidden, dim, dtype=dtype, device=device)
-        self._down = torch.empty(local_experts, dim, arch.hidden, dtype=dtype, device=device)
+        self._router = Linear(["mlp.gate"], shapes, ops, dtype, device, arch.formats)
+        self._stacks = _stack_experts(arch, dim, dtype, device)
+        self._gate_up, self._down = (stack.value for stack in self._stacks)
         self._shared: DenseFfn | None = None
         if arch.shared:
-            self._shared = DenseFfn(Dense(arch.shared), dim, ops, dtype, device)
-            self._shared_gate = Linear(["mlp.shared_expert_gate"], shapes, ops, dtype, device)
+            shared = Dense(arch.shared, formats=arch.formats_within("shared_expert"))
+            self._shared = DenseFfn(shared, dim, ops, dtype, device)
+            gate = ["mlp.shared_expert_gate"]
+            self._shared_gate = Linear(gate, shapes, ops, dtype, device, arch.formats)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
@@ -54,10 +56,23 @@ class MoeFfn:
 
     def weights(self) -> dict[str, Tensor]:
         views = self._router.weights()
+        gate_up, down = self._stacks
         for i, expert in enumerate(self._arch.experts):
-            gate, up = self._gate_up[i].chunk(2)
-            dense = {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
-            views |= within(f"experts.{expert}", dense | {"mlp.down_proj.weight": self._down[i]})
+            views |= within(f"experts.{expert}", gate_up.views(i) | down.views(i))
         if self._shared is not None:
             views |= within("shared_expert", self._shared.weights()) | self._shared_gate.weights()
         return views
+
+
+def _stack_experts(
+    arch: Moe, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[StackedWeight, StackedWeight]:
+    """The memory of gate and up, and of down, of this rank's experts."""
+    shapes = Dense(arch.hidden).shapes(dim)
+    formats = arch.formats_within("experts")
+    gate_up = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    count = len(arch.experts)
+    return (
+        stack_weights(gate_up, shapes, formats, dtype, device, count),
+        stack_weights(["mlp.down_proj.weight"], shapes, formats, dtype, device, count),
+    )

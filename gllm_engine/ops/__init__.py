@@ -19,17 +19,20 @@ from gllm_engine.ops.protocol import (
     PlainSampling,
     RotaryInputs,
 )
+from gllm_engine.ops.weight import Fp8Weight, Weight
 
 __all__ = [
     "AttentionInputs",
     "AttentionPlan",
     "Batch",
+    "Fp8Weight",
     "HostInts",
     "Norm",
     "Ops",
     "PlainSampling",
     "RotaryInputs",
     "TensorGroup",
+    "Weight",
     "best_device",
     "select_ops",
 ]

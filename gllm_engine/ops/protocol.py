@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, TensorGroup
+from gllm_engine.ops.weight import Weight
 
 # Gain [dim] and epsilon of an RMS norm.
 Norm = tuple[Tensor, float]
@@ -82,7 +83,12 @@ class AllReduceKernel(Protocol):
 
 
 class Ops(Protocol):
-    """All operations. Tensors are on one device; weights, inputs and results have one dtype."""
+    """All operations. Tensors are on one device; plain weights, inputs and results have one dtype.
+
+    Weights of products have formats. `reference` multiplies by the exact numbers of a weight, rounded
+    to the dtype of x. Another implementation may round x to the format too, as the kernels for FP8
+    do: each token, or each 128 numbers of a token for blocks of 128 columns, by a scale of its own.
+    """
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:
         """x / rms(x) * gain over the last dimension of x [rows, dim], with the mean in float32.
@@ -98,7 +104,7 @@ class Ops(Protocol):
     def linear(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None = None,
         norm: Norm | None = None,
         out: Tensor | None = None,
@@ -110,12 +116,12 @@ class Ops(Protocol):
         ...
 
     def gated_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None
+        self, x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None
     ) -> Tensor:
         """silu(gate) * up, [rows, width / 2], where [gate, up] = linear(x, weight, bias, norm)."""
         ...
 
-    def add_linear(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def add_linear(self, total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """Add linear(x, weight, bias) to `total` [rows, width] in place; return `total`."""
         ...
 
@@ -142,8 +148,8 @@ class Ops(Protocol):
         x: Tensor,
         weights: Tensor,
         experts: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Weight,
+        down: Weight,
         first: int,
         num_experts: int,
         total: Tensor | None = None,

@@ -28,6 +28,7 @@ from gllm_engine.ops.protocol import (
     PlainSampling,
     RotaryInputs,
 )
+from gllm_engine.ops.weight import Weight, dequantized
 
 # Most K and V elements gathered at once: 1 MiB of float32, which fits a CPU's cache.
 _GATHER_NUMBERS = 1 << 18
@@ -54,24 +55,25 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
-    y = F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
+    x = x if norm is None else rms_norm(x, *norm)
+    y = F.linear(x, dequantized(weight, x.dtype), bias)
     return y if out is None else out.copy_(y)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
     """See Ops.gated_linear."""
     return silu_mul(linear(x, weight, bias, norm))
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear."""
-    return total.add_(F.linear(x, weight, bias))
+    return total.add_(linear(x, weight, bias))
 
 
 def make_one_shot_allreduce(ranks: TensorGroup, dim: int, dtype: torch.dtype) -> None:
@@ -91,8 +93,8 @@ def sum_experts(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     first: int,
     num_experts: int,
     total: Tensor | None = None,
@@ -105,7 +107,8 @@ def sum_experts(
         chosen = experts == first + i
         tokens = chosen.nonzero()[:, 0]
         if len(tokens):
-            parts[chosen] = F.linear(silu_mul(F.linear(x[tokens], gate_up[i])), down[i]).to(dtype)
+            hidden = gated_linear(x[tokens], gate_up[i], None, None)
+            parts[chosen] = linear(hidden, down[i]).to(dtype)
     summed = torch.einsum("tkd,tk->td", parts, weights.to(dtype)).to(x.dtype)
     return summed if total is None else total.add_(summed)
 

@@ -1,0 +1,61 @@
+"""A matrix for products, as a value with a format. A plain weight is its tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """float8_e4m3fn numbers [..., width, depth] times float32 scales [..., rows, columns].
+
+    Number [i, j] is multiplied by scale [row, j // columns_per_scale]. `scale_row`: [width] int64,
+    the row of each i; None: i // rows_per_scale. Weights stacked along the width, of which one ends
+    inside a block, need `scale_row`.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+    rows_per_scale: int
+    columns_per_scale: int
+    scale_row: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Fp8Weight:
+        """The i-th matrix of a stack [n, width, depth]."""
+        return Fp8Weight(
+            self.numbers[i],
+            self.scales[i],
+            self.rows_per_scale,
+            self.columns_per_scale,
+            self.scale_row,
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.numbers.shape
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in `dtype`, rounded once: products with scales are float32 or wider."""
+        width, depth = self.shape[-2:]
+        wide = torch.promote_types(dtype, torch.float32)
+        scales = self.scales.to(wide)
+        if self.scale_row is None:
+            scales = scales.repeat_interleave(self.rows_per_scale, -2)[..., :width, :]
+        else:
+            scales = scales.index_select(-2, self.scale_row)
+        scales = scales.repeat_interleave(self.columns_per_scale, -1)[..., :depth]
+        return (self.numbers.to(wide) * scales).to(dtype)
+
+
+Weight = Tensor | Fp8Weight
+
+
+def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A weight as a matrix of `dtype`; a plain weight is returned as it is."""
+    return weight if isinstance(weight, Tensor) else weight.dequantized(dtype)
