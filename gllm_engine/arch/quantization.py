@@ -26,8 +26,7 @@ def read_quantization(c: Fields) -> Fp8 | None:
     method = q.text("quant_method", "")
     if method not in _METHODS:
         raise ArchError(
-            f"{q.name}: quant_method is {shown(repr(method))}; "
-            f"supported are {', '.join(_METHODS)}"
+            f"{q.name}: quant_method is {shown(repr(method))}; supported are {', '.join(_METHODS)}"
         )
     return _METHODS[method](q)
 

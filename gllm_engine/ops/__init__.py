@@ -19,7 +19,7 @@ from gllm_engine.ops.protocol import (
     PlainSampling,
     RotaryInputs,
 )
-from gllm_engine.ops.weight import Fp8Weight, Weight
+from gllm_engine.ops.weight import Fp8Weight, Weight, quantize_fp8
 
 __all__ = [
     "AttentionInputs",
@@ -34,6 +34,7 @@ __all__ = [
     "TensorGroup",
     "Weight",
     "best_device",
+    "quantize_fp8",
     "select_ops",
 ]
 

@@ -85,9 +85,9 @@ class AllReduceKernel(Protocol):
 class Ops(Protocol):
     """All operations. Tensors are on one device; plain weights, inputs and results have one dtype.
 
-    Weights of products have formats. `reference` multiplies by the exact numbers of a weight, rounded
-    to the dtype of x. Another implementation may round x to the format too, as the kernels for FP8
-    do: each token, or each 128 numbers of a token for blocks of 128 columns, by a scale of its own.
+    Weights of products have formats. `reference` multiplies x by the exact numbers of a weight,
+    rounded to the dtype of x. Another implementation may round x too, as the kernels for FP8 do: to
+    float8, with a scale per token, or per 128 columns of a token if the weight has blocks.
     """
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+FP8_MAX = 448.0  # the largest number of float8_e4m3fn, which has no infinity
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,18 @@ Weight = Tensor | Fp8Weight
 def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
     """A weight as a matrix of `dtype`; a plain weight is returned as it is."""
     return weight if isinstance(weight, Tensor) else weight.dequantized(dtype)
+
+
+def quantize_fp8(matrix: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """(numbers float8_e4m3fn, scales float32 [., .]) of a matrix, with a scale per block.
+
+    `rows`, `columns`: of a block; 0: all. The largest number of a block becomes 448.
+    """
+    height, width = matrix.shape
+    rows = rows or height
+    columns = columns or width
+    padded = F.pad(matrix.float(), (0, -width % columns, 0, -height % rows))
+    blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / FP8_MAX
+    numbers = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)
+    return numbers[:height, :width].to(torch.float8_e4m3fn), scales

@@ -40,6 +40,7 @@ def load_runner(
         if not is_dummy:
             # First: a checkpoint that does not fit its config then fails before any allocation.
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
+        arch = arch.quantized() if checkpoint is None else checkpoint.arch
         dtype = _dtype(config, device)
         decoder = Decoder(
             arch,
