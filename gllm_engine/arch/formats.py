@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TypeVar
 
 Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
 
@@ -42,6 +42,7 @@ class Fp8:
         return "FP8 with a scale per row" if self.rows else "FP8 with one scale"
 
 
+T = TypeVar("T", bound="Formatted")
 FP8_TENSOR = Fp8()
 FP8_ROW = Fp8(rows=1)
 FP8_BLOCK = Fp8(128, 128, "_scale_inv")
@@ -80,7 +81,7 @@ class Formatted(ABC):
         """Name -> shape of each tensor that the weights are stored as."""
         return stored(self.shapes(dim), self.formats) if self.formats else self.shapes(dim)
 
-    def with_formats(self, formats: Mapping[str, Fp8], dim: int) -> Self:
+    def with_formats(self: T, formats: Mapping[str, Fp8], dim: int) -> T:
         """A copy with the `formats` of its own weights, by their names in Formats."""
         names = sorted({format_name(name) for name in self.shapes(dim)})
         return replace(self, formats=tuple((n, formats[n]) for n in names if n in formats))

@@ -6,6 +6,7 @@ Knows shapes and arithmetic. Each kernel has a slow twin in ops/reference.py.
 from __future__ import annotations
 
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
+from gllm_engine.ops.triton.fp8 import dequantize, quantize
 from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.list_pages import list_pages
 from gllm_engine.ops.triton.moe import route, sum_experts
@@ -19,12 +20,14 @@ from gllm_engine.ops.triton.skinny import is_skinny, skinny
 __all__ = [
     "KvSplits",
     "decode_attention",
+    "dequantize",
     "gemv",
     "is_single",
     "is_skinny",
     "list_pages",
     "make_one_shot_allreduce",
     "prepare_inputs",
+    "quantize",
     "rms_norm",
     "rotate_and_store",
     "route",

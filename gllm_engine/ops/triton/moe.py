@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.weight import Weight
 
 # Most (token, expert) elements that one program of routing or sorting holds in registers, and its
 # warps; more elements would not fit their registers.
@@ -195,14 +196,24 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _scale_line(scale_row, line, ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr):
+    """The row in the scales of each row `line` of a matrix."""
+    return tl.load(scale_row + line) if INDEXED else line // ROWS_PER_SCALE
+
+
+@triton.jit
 def _grouped(
-    x, matrix, order, groups, out, width, depth,
+    x, matrix, scales, scale_row, order, groups, out, width, depth, scale_rows, scale_columns,
+    ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
     in the L2 cache, and so does the expert's matrix until the expert's next block.
+
+    `scales`: [held, scale_rows, scale_columns] of a float8 matrix, whose numbers are exact in the
+    dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale.
     """
     begin_alone(OVERLAPS)
     turns = tl.cdiv(width, COLUMNS)
@@ -226,25 +237,66 @@ def _grouped(
     size = width * depth
     matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
     matrix += tl.minimum(column, width - 1)[None, :] * depth + at[:, None]
+    if ROWS_PER_SCALE:
+        scales += expert.to(tl.int64) * scale_rows * scale_columns
+        line = tl.minimum(column, width - 1)
+        up_line = _scale_line(scale_row, line + width if GATED else line, ROWS_PER_SCALE, INDEXED)
+        line = _scale_line(scale_row, line, ROWS_PER_SCALE, INDEXED)
+        up_scales, scales = scales + up_line * scale_columns, scales + line * scale_columns
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     ups = sums
     for k in range(0, depth, DEPTH):
         inside = at < depth - k
         v = _load(lines + k, inside[None, :], EVEN)
         w = _load(matrix + k, inside[:, None], EVEN)
-        sums = tl.dot(v, w, sums, input_precision="ieee")
+        if ROWS_PER_SCALE:
+            scale = tl.load(scales + k // COLUMNS_PER_SCALE)[None, :]
+            sums += tl.dot(v, w.to(v.dtype), input_precision="ieee") * scale
+        else:
+            sums = tl.dot(v, w, sums, input_precision="ieee")
         if GATED:
             up = _load(matrix + size + k, inside[:, None], EVEN)
-            ups = tl.dot(v, up, ups, input_precision="ieee")
+            if ROWS_PER_SCALE:
+                scale = tl.load(up_scales + k // COLUMNS_PER_SCALE)[None, :]
+                ups += tl.dot(v, up.to(v.dtype), input_precision="ieee") * scale
+            else:
+                ups = tl.dot(v, up, ups, input_precision="ieee")
     if GATED:
         sums = sums / (1.0 + tl.exp(-sums)) * ups
     to = out + target.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
 
 
+class _Operand(NamedTuple):
+    """A weight as _grouped takes it; a plain one has rows_per_scale 0 and no scales."""
+
+    numbers: Tensor
+    scales: Tensor
+    scale_row: Tensor
+    grid: tuple[int, int]  # rows and columns of the scales of one expert
+    rows_per_scale: int
+    columns_per_scale: int
+    indexed: bool
+
+
+def _operand(matrix: Weight) -> _Operand:
+    if isinstance(matrix, Tensor):
+        return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1], False)
+    index = matrix.scale_row
+    return _Operand(
+        matrix.numbers,
+        matrix.scales,
+        matrix.scales if index is None else index,
+        (matrix.scales.shape[1], matrix.scales.shape[2]),
+        matrix.rows_per_scale,
+        matrix.columns_per_scale,
+        index is not None,
+    )
+
+
 def grouped_product(
     x: Tensor,
-    matrix: Tensor,
+    matrix: Weight,
     order: Tensor,
     groups: Tensor,
     top_k: int,
@@ -261,12 +313,17 @@ def grouped_product(
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
     columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
+    stored = _operand(matrix)
     turn = _fit(tiles.depth, depth)
+    if stored.columns_per_scale < depth:
+        turn = min(turn, stored.columns_per_scale & -stored.columns_per_scale)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
     out = x.new_empty(pairs, width)
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
-        x, matrix, order, groups, out, width, depth,
+        x, stored.numbers, stored.scales, stored.scale_row, order, groups, out, width, depth,
+        *stored.grid, ROWS_PER_SCALE=stored.rows_per_scale,
+        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed,
         TOP_K=top_k, GATED=gated, EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns,
         DEPTH=turn, EVEN=depth % turn == 0, OVERLAPS=OVERLAP,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
@@ -299,8 +356,8 @@ def sum_experts(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     first: int,
     num_experts: int,
     total: Tensor | None = None,
