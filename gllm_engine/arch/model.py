@@ -210,6 +210,11 @@ class Model:
             ffn=lambda i, layer: layer.ffn.with_formats(by_layer[i], self.dim),
         )
 
+    def formats(self) -> set[Fp8]:
+        """The formats of weights that are not plain."""
+        parts = (part for layer in self.layers for part in (layer.mixer, layer.ffn))
+        return {kind for part in parts for _, kind in part.formats}
+
     def quantized(self) -> Model:
         """A copy in which all matrices that usually are quantised have the promised format.
 

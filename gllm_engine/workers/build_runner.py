@@ -41,6 +41,7 @@ def load_runner(
             # First: a checkpoint that does not fit its config then fails before any allocation.
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
         arch = arch.quantized() if checkpoint is None else checkpoint.arch
+        check_formats(arch, device)
         dtype = _dtype(config, device)
         decoder = Decoder(
             arch,
@@ -65,7 +66,10 @@ def load_runner(
 
 
 def check_shards(config: EngineConfig, arch: Model) -> None:
-    """Raise ConfigError or ArchError if the model cannot be split as configured."""
+    """Raise ConfigError or ArchError if the model cannot be split as configured.
+
+    Raises LoadError for a checkpoint that cannot be loaded, if it is to be split.
+    """
     num_layers = len(arch.layers)
     stages = config.pipeline_parallel_size
     cut = config.stage_layers()
@@ -80,7 +84,17 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
         )
     size = config.tensor_parallel_size
     apart = config.enable_expert_parallel
+    if size > 1:  # the formats of stored weights decide where they may be split
+        arch = _with_formats(config, arch)
     Shard(0, num_layers, size=size, experts_apart=apart).of(arch)
+
+
+def _with_formats(config: EngineConfig, arch: Model) -> Model:
+    """The model with the formats of its weights: of those that are stored, or will be made up."""
+    if config.load_format == "dummy":
+        return arch.quantized()
+    with open_checkpoint(arch, Path(config.model)) as checkpoint:
+        return checkpoint.arch
 
 
 def _shard(
@@ -111,6 +125,24 @@ def device_of(config: EngineConfig, index: int = 0) -> torch.device:
             f"{torch.cuda.device_count()}"
         )
     return torch.device("cuda", index)
+
+
+def check_formats(arch: Model, device: torch.device) -> None:
+    """Raise ConfigError if the device cannot compute with a format of the model's weights."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    for kind in sorted(arch.formats(), key=str):
+        if capability < (8, 9):
+            raise ConfigError(
+                f"model: its weights are {kind}, which needs a GPU of compute capability 8.9 or "
+                f"later; this one has {'.'.join(map(str, capability))}"
+            )
+        if kind.columns % 16:
+            raise ConfigError(
+                f"model: its weights are {kind}, but a GPU needs blocks with a multiple of 16 "
+                "columns"
+            )
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

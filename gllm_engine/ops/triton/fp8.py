@@ -58,6 +58,7 @@ def quantize(
     padded = triton.cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE
     group = triton.next_power_of_2(dim) if columns is None else columns
     groups = triton.cdiv(dim, group)
+    warps = group * triton.next_power_of_2(groups) // 512
     numbers = torch.empty(padded, dim, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
     gain, eps = (x, 0.0) if norm is None else norm
@@ -65,7 +66,7 @@ def quantize(
         _quantize[(padded,)](
             x, gain, numbers, scales, rows, dim, eps,
             NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), GROUP=group,
-            OVERLAPS=OVERLAP, num_warps=min(max(dim // 512, 1), 16), **overlapping(),
+            OVERLAPS=OVERLAP, num_warps=min(max(warps, 1), 16), **overlapping(),
         )  # fmt: skip
     return numbers, scales.T
 

@@ -202,6 +202,17 @@ def _scale_line(scale_row, line, ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.const
 
 
 @triton.jit
+def _add_product(sums, v, w, scales, SCALED: tl.constexpr):
+    """sums + v w, or with a scale for each column of float8 numbers w."""
+    if SCALED:
+        scale = tl.load(scales)[None, :]
+        sums += tl.dot(v, w.to(v.dtype), input_precision="ieee") * scale
+    else:
+        sums = tl.dot(v, w, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
 def _grouped(
     x, matrix, scales, scale_row, order, groups, out, width, depth, scale_rows, scale_columns,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
@@ -237,7 +248,9 @@ def _grouped(
     size = width * depth
     matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
     matrix += tl.minimum(column, width - 1)[None, :] * depth + at[:, None]
-    if ROWS_PER_SCALE:
+    SCALED: tl.constexpr = ROWS_PER_SCALE > 0
+    up_scales = scales
+    if SCALED:
         scales += expert.to(tl.int64) * scale_rows * scale_columns
         line = tl.minimum(column, width - 1)
         up_line = _scale_line(scale_row, line + width if GATED else line, ROWS_PER_SCALE, INDEXED)
@@ -249,18 +262,10 @@ def _grouped(
         inside = at < depth - k
         v = _load(lines + k, inside[None, :], EVEN)
         w = _load(matrix + k, inside[:, None], EVEN)
-        if ROWS_PER_SCALE:
-            scale = tl.load(scales + k // COLUMNS_PER_SCALE)[None, :]
-            sums += tl.dot(v, w.to(v.dtype), input_precision="ieee") * scale
-        else:
-            sums = tl.dot(v, w, sums, input_precision="ieee")
+        sums = _add_product(sums, v, w, scales + k // COLUMNS_PER_SCALE, SCALED)
         if GATED:
             up = _load(matrix + size + k, inside[:, None], EVEN)
-            if ROWS_PER_SCALE:
-                scale = tl.load(up_scales + k // COLUMNS_PER_SCALE)[None, :]
-                ups += tl.dot(v, up.to(v.dtype), input_precision="ieee") * scale
-            else:
-                ups = tl.dot(v, up, ups, input_precision="ieee")
+            ups = _add_product(ups, v, up, up_scales + k // COLUMNS_PER_SCALE, SCALED)
     if GATED:
         sums = sums / (1.0 + tl.exp(-sums)) * ups
     to = out + target.to(tl.int64)[:, None] * width + column[None, :]
