@@ -277,6 +277,7 @@ def test_a_split_that_cuts_a_block_is_refused(tmp_path: Path) -> None:
     with open_checkpoint(arch, model) as checkpoint:
         Shard(0, 2, 0, 2, experts_apart=True).of(checkpoint.arch)
         Shard(0, 2, 0, 1).of(checkpoint.arch)
+        assert checkpoint.arch.num_params() == arch.num_params()
         with pytest.raises(ArchError) as caught:
             Shard(0, 2, 0, 2).of(checkpoint.arch)
     assert str(caught.value) == (
