@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
+
+
+class Cut(NamedTuple):
+    """Where a part of a weight begins, in rows or columns of the whole weight, and their number."""
+
+    first: int
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -20,12 +27,16 @@ class Fp8:
     """float8_e4m3fn numbers: number [i, j] times scale [i // rows, j // columns] is the weight.
 
     `rows`, `columns`: the block that shares a scale; 0: all rows, all columns of the weight.
-    `suffix`: the scales' name is the weight's name and this.
+    `suffix`: the scales' name is the weight's name and this. `row_cut`, `column_cut`: the weight is
+    a part of a larger one and ends inside a block; it begins at row (column) `first` of `whole` and
+    is stored with the scales of all these rows (columns).
     """
 
     rows: int = 0
     columns: int = 0
     suffix: str = "_scale"
+    row_cut: Cut | None = None
+    column_cut: Cut | None = None
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> Shapes:
         """Name -> shape of the tensors of the weight `name`: its numbers and its scales."""
@@ -34,7 +45,23 @@ class Fp8:
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The shape of the scales of a matrix."""
         rows, columns = shape
+        rows = rows if self.row_cut is None else self.row_cut.whole
+        columns = columns if self.column_cut is None else self.column_cut.whole
         return -(-rows // (self.rows or rows)), -(-columns // (self.columns or columns))
+
+    def cut(
+        self, whole: tuple[int, ...], part: tuple[int, ...], start: Callable[[int, int], int]
+    ) -> Fp8:
+        """The format of a `part` of a weight, by their shapes.
+
+        `start(whole, part)`: where the part begins along a dimension.
+        """
+        sizes = zip((self.rows, self.columns), whole, part, strict=True)
+        cuts = [
+            Cut(start(n, own), n) if block and own < n and own % block else None
+            for block, n, own in sizes
+        ]
+        return replace(self, row_cut=cuts[0], column_cut=cuts[1])
 
     def __str__(self) -> str:
         if self.columns:
@@ -85,3 +112,12 @@ class Formatted(ABC):
         """A copy with the `formats` of its own weights, by their names in Formats."""
         names = sorted({format_name(name) for name in self.shapes(dim)})
         return replace(self, formats=tuple((n, formats[n]) for n in names if n in formats))
+
+    def cut(self: T, whole: Formatted, dim: int, start: Callable[[int, int], int]) -> T:
+        """This part of `whole` with formats that tell where it ends inside blocks; see Fp8.cut."""
+        if not self.formats:
+            return self
+        sizes = {format_name(name): shape for name, shape in self.shapes(dim).items()}
+        wholes = {format_name(name): shape for name, shape in whole.shapes(dim).items()}
+        formats = tuple((n, kind.cut(wholes[n], sizes[n], start)) for n, kind in self.formats)
+        return replace(self, formats=formats)

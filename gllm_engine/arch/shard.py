@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.formats import Shapes, format_name
+from gllm_engine.arch.formats import Shapes
 from gllm_engine.arch.model import Dense, Gqa, Layer, Model, Moe
 
 
@@ -25,18 +25,10 @@ class Shard:
     experts_apart: bool = False  # expert parallel: a rank holds whole experts, not a slice of each
 
     def of(self, model: Model) -> tuple[Layer, ...]:
-        """The layers that this rank computes.
-
-        Raises ArchError if `size` does not divide them, or cuts a block of a weight's format.
-        """
+        """The layers that this rank computes. Raises ArchError if `size` does not divide them."""
         self._divide("vocab_size", model.vocab)
-        parts = []
-        for i in range(self.first, self.end):
-            layer = model.layers[i]
-            part = self._layer(layer)
-            self._check_blocks(i, layer, part, model.dim)
-            parts.append(part)
-        return tuple(parts)
+        layers = model.layers[self.first : self.end]
+        return tuple(self._layer(layer, model.dim) for layer in layers)
 
     def weights(self, model: Model) -> Shapes:
         """Canonical name -> shape of this rank's shard, for every weight that it holds."""
@@ -57,8 +49,10 @@ class Shard:
         """
         return self.rank * (whole // part) // self.size * part
 
-    def _layer(self, layer: Layer) -> Layer:
-        return replace(layer, mixer=self._gqa(layer.mixer), ffn=self._ffn(layer.ffn))
+    def _layer(self, layer: Layer, dim: int) -> Layer:
+        mixer = self._gqa(layer.mixer).cut(layer.mixer, dim, self.start)
+        ffn = self._ffn(layer.ffn).cut(layer.ffn, dim, self.start)
+        return replace(layer, mixer=mixer, ffn=ffn)
 
     def _gqa(self, mixer: Gqa) -> Gqa:
         heads = self._divide("num_attention_heads", mixer.heads)
@@ -81,28 +75,6 @@ class Shard:
             return replace(ffn, shared=shared, hidden=hidden)
         hidden = self._divide("intermediate_size", ffn.hidden)
         return replace(ffn, hidden=hidden, out_bias=ffn.out_bias and not self.rank)
-
-    def _check_blocks(self, number: int, layer: Layer, part: Layer, dim: int) -> None:
-        """Raise ArchError if this `part` of layer `number` ends inside a block of a format."""
-        formats = dict((*part.mixer.formats, *part.ffn.formats))
-        if not formats or self.size == 1:
-            return
-        whole = layer.weights(dim)
-        for name, shape in part.weights(dim).items():
-            kind = formats.get(format_name(name))
-            if kind is None:
-                continue
-            blocks = (kind.rows, kind.columns)
-            for side, all_of_them, own, block in zip(
-                ("rows", "columns"), whole[name], shape, blocks, strict=True
-            ):
-                if block and own < all_of_them and own % block:
-                    hint = "; enable_expert_parallel keeps experts whole"
-                    raise ArchError(
-                        f"tensor_parallel_size: {self.size} ranks would have {own} of the "
-                        f"{all_of_them} {side} of model.layers.{number}.{name} each, which cuts "
-                        f"its {kind}{hint if '.experts.' in name else ''}"
-                    )
 
     def _divide(self, what: str, number: int) -> int:
         if number % self.size:

@@ -47,18 +47,19 @@ def stack_weights(
     `dtype`: of plain weights. Raises ArchError if the weights differ in format.
     """
     by_name = dict(formats)
-    kind = by_name.get(names[0])
-    for name in names:
-        if by_name.get(name) != kind:
+    told = [str(by_name.get(name, "plain")) for name in names]
+    for name, kind in zip(names, told, strict=True):
+        if kind != told[0]:
             raise ArchError(
-                f"{names[0]} is {kind or 'plain'}, but {name} is {by_name.get(name) or 'plain'}; "
+                f"{names[0]} is {told[0]}, but {name} is {kind}; "
                 "they are one product, which needs one format"
             )
     sizes = {name: shapes[name] for name in names}
     lead = () if num_experts is None else (num_experts,)
-    if kind is None:
-        return _Plain(sizes, lead, dtype, device)
-    return _Fp8(sizes, lead, kind, device)
+    kinds = {name: by_name[name] for name in names if name in by_name}
+    if kinds:
+        return _Fp8(sizes, lead, kinds, device)
+    return _Plain(sizes, lead, dtype, device)
 
 
 class _Plain:
@@ -75,28 +76,33 @@ class _Plain:
 
 
 class _Fp8:
+    """All weights have the same format; where they end inside blocks may differ."""
+
     def __init__(
-        self, sizes: Shapes, lead: tuple[int, ...], kind: Fp8, device: torch.device
+        self,
+        sizes: Shapes,
+        lead: tuple[int, ...],
+        kinds: dict[str, Fp8],
+        device: torch.device,
     ) -> None:
-        self._suffix = kind.suffix
+        self._suffixes = {name: kind.suffix for name, kind in kinds.items()}
         rows, depth = _stacked(sizes)
+        kind = next(iter(kinds.values()))
         # One scale for a whole weight is copied to all its rows.
         self._copies = not kind.rows
-        grids = {n: (shape if self._copies else kind.grid(shape)) for n, shape in sizes.items()}
-        self._rows = _ranges({name: shape[0] for name, shape in sizes.items()})
-        self._scale_rows = _ranges({name: grid[0] for name, grid in grids.items()})
-        num_scales = sum(grid[0] for grid in grids.values())
-        columns = kind.grid((rows, depth))[1]
-        scale_row = None
-        *firsts, _ = sizes.values()
-        if kind.rows > 1 and any(height % kind.rows for height, _ in firsts):
-            scale_row = _rows_of_scales(sizes, kind).to(device)
+        grids = {name: kinds[name].grid(shape) for name, shape in sizes.items()}
+        heights = {name: shape[0] for name, shape in sizes.items()}
+        scale_heights = heights if self._copies else {name: grid[0] for name, grid in grids.items()}
+        self._rows = _ranges(heights)
+        self._scale_rows = _ranges(scale_heights)
+        scales = (*lead, sum(scale_heights.values()), grids[next(iter(sizes))][1])
         self.value = Fp8Weight(
             torch.empty((*lead, rows, depth), dtype=torch.float8_e4m3fn, device=device),
-            torch.empty((*lead, num_scales, columns), dtype=torch.float32, device=device),
+            torch.empty(scales, dtype=torch.float32, device=device),
             rows_per_scale=kind.rows or 1,
             columns_per_scale=kind.columns or depth,
-            scale_row=scale_row,
+            scale_row=_rows_of_scales(sizes, kinds, device) if kind.rows > 1 else None,
+            first_column=kind.column_cut.first if kind.column_cut else 0,
         )
 
     def views(self, expert: int | None = None) -> dict[str, Tensor]:
@@ -105,18 +111,26 @@ class _Fp8:
         for name, rows in self._rows.items():
             scales = whole.scales[self._scale_rows[name]]
             views[name] = whole.numbers[rows]
-            views[name + self._suffix] = scales[:, None] if self._copies else scales
+            views[name + self._suffixes[name]] = scales[:, None] if self._copies else scales
         return views
 
 
-def _rows_of_scales(sizes: Shapes, kind: Fp8) -> Tensor:
-    """The row in the stacked scales of each row of the stacked weights."""
+def _rows_of_scales(sizes: Shapes, kinds: dict[str, Fp8], device: torch.device) -> Tensor | None:
+    """The row in the stacked scales of each row of the stacked weights, in blocks.
+
+    None: each block of rows has the next row of scales.
+    """
     first = 0
     parts = []
-    for shape in sizes.values():
-        parts.append(torch.arange(shape[0]) // kind.rows + first)
+    for name, shape in sizes.items():
+        kind = kinds[name]
+        before = kind.row_cut.first if kind.row_cut else 0
+        parts.append((torch.arange(shape[0]) + before) // kind.rows + first)
         first += kind.grid(shape)[0]
-    return torch.cat(parts)
+    rows = torch.cat(parts)
+    if torch.equal(rows, torch.arange(len(rows)) // kind.rows):
+        return None
+    return rows.to(device)
 
 
 def _stacked(sizes: Shapes) -> tuple[int, int]:

@@ -48,7 +48,8 @@ def has_product(x: Tensor, weight: Fp8Weight) -> bool:
     if weight.columns_per_scale == x.shape[1] and weight.rows_per_scale == 1:
         return True
     blocks = (weight.rows_per_scale, weight.columns_per_scale) == (_BLOCK, _BLOCK)
-    whole = not any(size % _BLOCK for size in weight.shape) and weight.scale_row is None
+    whole = not any(size % _BLOCK for size in weight.shape)
+    whole = whole and weight.scale_row is None and not weight.first_column
     return blocks and whole and torch.cuda.get_device_capability(x.device)[0] == 9
 
 

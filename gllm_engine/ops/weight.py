@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ FP8_MAX = 448.0  # the largest number of float8_e4m3fn, which has no infinity
 class Fp8Weight:
     """float8_e4m3fn numbers [..., width, depth] times float32 scales [..., rows, columns].
 
-    Number [i, j] is multiplied by scale [row, j // columns_per_scale]. `scale_row`: [width] int64,
-    the row of each i; None: i // rows_per_scale. Weights stacked along the width, of which one ends
-    inside a block, need `scale_row`.
+    Number [i, j] is multiplied by scale [row, (first_column + j) // columns_per_scale].
+    `scale_row`: [width] int64, the row of each i; None: i // rows_per_scale. A part of a weight, or
+    of weights stacked along the width, that does not begin with a block, needs `scale_row` or
+    `first_column`, the columns of the first block before the part.
     """
 
     numbers: Tensor
@@ -25,19 +26,14 @@ class Fp8Weight:
     rows_per_scale: int
     columns_per_scale: int
     scale_row: Tensor | None = None
+    first_column: int = 0
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> Fp8Weight:
         """The i-th matrix of a stack [n, width, depth]."""
-        return Fp8Weight(
-            self.numbers[i],
-            self.scales[i],
-            self.rows_per_scale,
-            self.columns_per_scale,
-            self.scale_row,
-        )
+        return replace(self, numbers=self.numbers[i], scales=self.scales[i])
 
     @property
     def shape(self) -> torch.Size:
@@ -52,7 +48,8 @@ class Fp8Weight:
             scales = scales.repeat_interleave(self.rows_per_scale, -2)[..., :width, :]
         else:
             scales = scales.index_select(-2, self.scale_row)
-        scales = scales.repeat_interleave(self.columns_per_scale, -1)[..., :depth]
+        scales = scales.repeat_interleave(self.columns_per_scale, -1)
+        scales = scales[..., self.first_column : self.first_column + depth]
         return (self.numbers.to(wide) * scales).to(dtype)
 
 

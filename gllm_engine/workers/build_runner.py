@@ -66,10 +66,7 @@ def load_runner(
 
 
 def check_shards(config: EngineConfig, arch: Model) -> None:
-    """Raise ConfigError or ArchError if the model cannot be split as configured.
-
-    Raises LoadError for a checkpoint that cannot be loaded, if it is to be split.
-    """
+    """Raise ConfigError or ArchError if the model cannot be split as configured."""
     num_layers = len(arch.layers)
     stages = config.pipeline_parallel_size
     cut = config.stage_layers()
@@ -84,17 +81,7 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
         )
     size = config.tensor_parallel_size
     apart = config.enable_expert_parallel
-    if size > 1:  # the formats of stored weights decide where they may be split
-        arch = _with_formats(config, arch)
     Shard(0, num_layers, size=size, experts_apart=apart).of(arch)
-
-
-def _with_formats(config: EngineConfig, arch: Model) -> Model:
-    """The model with the formats of its weights: of those that are stored, or will be made up."""
-    if config.load_format == "dummy":
-        return arch.quantized()
-    with open_checkpoint(arch, Path(config.model)) as checkpoint:
-        return checkpoint.arch
 
 
 def _shard(

@@ -89,10 +89,3 @@ def test_a_gpu_must_have_units_for_the_weights(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with pytest.raises(ConfigError, match="a multiple of 16 columns"):
         check_formats(arch.quantized(), gpu)
-
-
-def test_a_split_that_cuts_a_block_fails_the_start(tmp_path: Path) -> None:
-    config = FP8 | {"weight_block_size": [32, 32]}
-    write_tiny_model(tmp_path, "Qwen3MoeForCausalLM", quantization_config=config)
-    with pytest.raises(ValueError, match="cuts its FP8 in blocks of 32 x 32; enable_expert"):
-        LLM(str(tmp_path), device="cpu", tensor_parallel_size=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -131,13 +132,9 @@ def test_weight_back_to_numbers(size: tuple[int, int, int, int]) -> None:
 
     weight, exact = made(*size)
     assert torch.equal(triton.dequantize(weight, torch.float32), exact)
-    other = Fp8Weight(
-        weight.numbers,
-        weight.scales,
-        weight.rows_per_scale,
-        weight.columns_per_scale,
-        torch.randint(0, len(weight.scales), (size[0],)),
-    )
+    other = replace(weight, scale_row=torch.randint(0, len(weight.scales), (size[0],)))
+    first = min(weight.columns_per_scale, size[1]) // 3
+    other = replace(other, numbers=other.numbers[:, first:].contiguous(), first_column=first)
     expected = other.dequantized(torch.float32)
     assert torch.equal(triton.dequantize(other, torch.float32), expected)
 
@@ -155,9 +152,12 @@ def test_experts(
     first, count = held
     gate_up, _ = made(2 * hidden, dim, rows, columns or dim, count)
     down, _ = made(dim, hidden, rows, columns or hidden, count, seed=1)
-    if indexed:  # any row of scales for any row
+    if indexed:  # any row of scales for any row; and the rest of a first block
         index = torch.randint(0, gate_up.scales.shape[1], (2 * hidden,))
-        gate_up = Fp8Weight(gate_up.numbers, gate_up.scales, rows, columns or dim, index)
+        gate_up = replace(gate_up, scale_row=index)
+    if indexed and columns:
+        down, _ = made(dim, hidden + 16, rows, columns, count, seed=1)
+        down = replace(down, numbers=down.numbers[..., 16:].contiguous(), first_column=16)
     x = torch.randn(tokens, dim)
     routing = torch.rand(tokens, 2), torch.rand(tokens, 6).argsort(1)[:, :2].int().contiguous()
     args = (x, *routing, gate_up, down, first, 6)
@@ -230,7 +230,7 @@ def test_products_of_a_gpu(
 
 
 @interpreted
-def test_stacked_weights_that_end_inside_blocks_have_no_product(gpu_ops: ModuleType) -> None:
+def test_weights_that_end_inside_blocks_have_no_product(gpu_ops: ModuleType) -> None:
     from gllm_engine.ops import fp8_product
 
     weight, _ = made(256, 128, 128, 128)
@@ -241,3 +241,7 @@ def test_stacked_weights_that_end_inside_blocks_have_no_product(gpu_ops: ModuleT
     assert not fp8_product.has_product(x, stacked)
     assert not fp8_product.has_product(x.half(), weight)
     near(gpu_ops.linear(x, stacked), reference.linear(x, weight), 0.02)
+    wide, _ = made(256, 192, 128, 128)
+    part = replace(wide, numbers=wide.numbers[:, 64:].contiguous(), first_column=64)
+    assert not fp8_product.has_product(x, part)
+    near(gpu_ops.linear(x, part), reference.linear(x, part), 0.02)

@@ -73,7 +73,7 @@ def quantize(
 
 @triton.jit
 def _dequantize(
-    numbers, scales, scale_row, out, depth, columns,
+    numbers, scales, scale_row, out, depth, columns, first_column,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,8 @@ def _dequantize(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < depth
     line = tl.load(scale_row + row) if INDEXED else row // ROWS_PER_SCALE
-    s = tl.load(scales + line * columns + at // COLUMNS_PER_SCALE, mask=inside, other=0.0)
+    column = (first_column + at) // COLUMNS_PER_SCALE
+    s = tl.load(scales + line * columns + column, mask=inside, other=0.0)
     number = tl.load(numbers + row * depth + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * depth + at, (number * s).to(out.dtype.element_ty), mask=inside)
 
@@ -95,7 +96,7 @@ def dequantize(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
     index = weight.scale_row
     _dequantize[(width, triton.cdiv(depth, _COLUMNS))](
         weight.numbers, weight.scales, weight.scales if index is None else index, out, depth,
-        weight.scales.shape[1], ROWS_PER_SCALE=weight.rows_per_scale,
+        weight.scales.shape[1], weight.first_column, ROWS_PER_SCALE=weight.rows_per_scale,
         COLUMNS_PER_SCALE=weight.columns_per_scale, INDEXED=index is not None, BLOCK=_COLUMNS,
         OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip

@@ -214,7 +214,8 @@ def _add_product(sums, v, w, scales, SCALED: tl.constexpr):
 
 @triton.jit
 def _grouped(
-    x, matrix, scales, scale_row, order, groups, out, width, depth, scale_rows, scale_columns,
+    x, matrix, scales, scale_row, order, groups, out, width, depth,
+    scale_rows, scale_columns, first_column,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -262,10 +263,11 @@ def _grouped(
         inside = at < depth - k
         v = _load(lines + k, inside[None, :], EVEN)
         w = _load(matrix + k, inside[:, None], EVEN)
-        sums = _add_product(sums, v, w, scales + k // COLUMNS_PER_SCALE, SCALED)
+        group = (first_column + k) // COLUMNS_PER_SCALE
+        sums = _add_product(sums, v, w, scales + group, SCALED)
         if GATED:
             up = _load(matrix + size + k, inside[:, None], EVEN)
-            ups = _add_product(ups, v, up, up_scales + k // COLUMNS_PER_SCALE, SCALED)
+            ups = _add_product(ups, v, up, up_scales + group, SCALED)
     if GATED:
         sums = sums / (1.0 + tl.exp(-sums)) * ups
     to = out + target.to(tl.int64)[:, None] * width + column[None, :]
@@ -282,11 +284,12 @@ class _Operand(NamedTuple):
     rows_per_scale: int
     columns_per_scale: int
     indexed: bool
+    first_column: int
 
 
 def _operand(matrix: Weight) -> _Operand:
     if isinstance(matrix, Tensor):
-        return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1], False)
+        return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1], False, 0)
     index = matrix.scale_row
     return _Operand(
         matrix.numbers,
@@ -296,6 +299,7 @@ def _operand(matrix: Weight) -> _Operand:
         matrix.rows_per_scale,
         matrix.columns_per_scale,
         index is not None,
+        matrix.first_column,
     )
 
 
@@ -320,14 +324,15 @@ def grouped_product(
     columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
     stored = _operand(matrix)
     turn = _fit(tiles.depth, depth)
-    if stored.columns_per_scale < depth:
-        turn = min(turn, stored.columns_per_scale & -stored.columns_per_scale)
+    if stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
+        ends = stored.columns_per_scale | stored.first_column
+        turn = min(turn, ends & -ends)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
     out = x.new_empty(pairs, width)
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
         x, stored.numbers, stored.scales, stored.scale_row, order, groups, out, width, depth,
-        *stored.grid, ROWS_PER_SCALE=stored.rows_per_scale,
+        *stored.grid, stored.first_column, ROWS_PER_SCALE=stored.rows_per_scale,
         COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed,
         TOP_K=top_k, GATED=gated, EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns,
         DEPTH=turn, EVEN=depth % turn == 0, OVERLAPS=OVERLAP,
