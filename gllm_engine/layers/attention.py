@@ -50,7 +50,9 @@ class GqaAttention:
     def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
         shape = self._arch.attention
-        return planner.plan(batch, cache, shape.heads, shape.window, self._group)
+        return planner.plan(
+            batch, cache, shape.heads, shape.window, self._group, shape.scale, shape.softcap
+        )
 
     def __call__(
         self,

@@ -296,17 +296,20 @@ def _add_product(sums, v, w, scales, SCALED: tl.constexpr):
 
 @triton.jit
 def _finish(
-    sums, ups, weights, bias, pair, line, up_line, GATED: tl.constexpr, BIASED: tl.constexpr,
-    ON_INPUT: tl.constexpr, LIMIT: tl.constexpr, SLOPE: tl.constexpr,
+    sums, ups, weights, bias, pair, first, line, up_line,
+    GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """The output of the products sums (and ups): with weights, biases and activation."""
+    """The output of the products sums (and ups): with weights, biases and activation. `first`: of
+    the expert's biases.
+    """
     if ON_INPUT:
         scale = tl.load(weights + pair)[:, None]
         sums *= scale
         ups *= scale
     if BIASED:
-        sums += tl.load(bias + line)[None, :].to(tl.float32)
-        ups += tl.load(bias + up_line)[None, :].to(tl.float32)
+        sums += tl.load(bias + first + line)[None, :].to(tl.float32)
+        ups += tl.load(bias + first + up_line)[None, :].to(tl.float32)
     return _activate(sums, ups, LIMIT, SLOPE) if GATED else sums
 
 
@@ -351,7 +354,6 @@ def _grouped(
     line = tl.minimum(column, width - 1)
     up_line = line + width if GATED else line
     matrix += line[None, :] * depth + at[:, None]
-    SCALED: tl.constexpr = ROWS_PER_SCALE > 0
     scales += expert.to(tl.int64) * scale_rows * scale_columns
     up_scales = _row_scales(scales, scale_row, up_line, scale_columns, ROWS_PER_SCALE, INDEXED)
     scales = _row_scales(scales, scale_row, line, scale_columns, ROWS_PER_SCALE, INDEXED)
@@ -362,13 +364,12 @@ def _grouped(
         v = _load(lines + k, inside[None, :], EVEN)
         w = _load(matrix + k, inside[:, None], EVEN)
         group = (first_column + k) // COLUMNS_PER_SCALE
-        sums = _add_product(sums, v, w, scales + group, SCALED)
+        sums = _add_product(sums, v, w, scales + group, ROWS_PER_SCALE > 0)
         if GATED:
             up = _load(matrix + size + k, inside[:, None], EVEN)
-            ups = _add_product(ups, v, up, up_scales + group, SCALED)
-    first = expert * (width * 2 if GATED else width)  # of the expert's biases
+            ups = _add_product(ups, v, up, up_scales + group, ROWS_PER_SCALE > 0)
     sums = _finish(
-        sums, ups, weights, bias, pair, first + line, first + up_line,
+        sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
     )  # fmt: skip
     to = out + target.to(tl.int64)[:, None] * width + column[None, :]
