@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from patience import SCRIPT_S
 from torch import Tensor
 
 from gllm_engine.ops import PlainSampling, reference
@@ -29,6 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks have sampled."""
+    from patience import SCRIPT_S
+
     from gllm_engine.model.tiny import write_tiny_model
 
     folder = tmp_path_factory.mktemp("ranks")
@@ -98,7 +99,7 @@ def _as_rank(rank: int, folder: str) -> None:
 
     talk_through("127.0.0.1")
     store = torch.distributed.FileStore(f"{folder}/store", 2)
-    store.set_timeout(timedelta(seconds=SCRIPT_S))
+    store.set_timeout(timedelta(minutes=5))
     ranks = join_ranks(Mesh(1, 2), rank, 2, store, torch.device("cpu"))
     ways: dict[str, Any] = {"reference": (reference.sample_plain, rank)}
     if INTERPRETED:
