@@ -111,9 +111,9 @@ class Fields:
             raise self._wrong(key, value, "a string")
         return value
 
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+    def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
         """One of the words `allowed`."""
-        value = self._get(key, None)
+        value = self._get(key, default)
         if not isinstance(value, str) or value not in allowed:
             raise self._wrong(key, value, " or ".join(map(json.dumps, allowed)))
         return value
@@ -131,6 +131,20 @@ class Fields:
         if wrong or len(numbers) > most:
             raise self._wrong(key, value, f"a {kind} or a list of at most {most} of them")
         return tuple(dict.fromkeys(numbers))
+
+    def sizes(self, key: str, length: int) -> tuple[int, ...] | None:
+        """A list of `length` whole numbers from 1 to 2**24; None if the key is absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        is_list = isinstance(value, list) and len(value) == length
+        if not is_list or any(type(n) is not int or not 1 <= n <= 2**24 for n in value):
+            raise self._wrong(key, value, f"a list of {length} whole numbers from 1 to {2**24}")
+        return tuple(value)
+
+    def keys(self) -> list[str]:
+        """The keys that are present, sorted."""
+        return sorted(self._values)
 
     def require(self, **expected: Any) -> None:
         """Raise ArchError if a key has another value than expected. Absent keys are allowed."""

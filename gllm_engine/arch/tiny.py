@@ -250,6 +250,21 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": _GPT2 | {"model_type": "gpt2"},
     "GPTBigCodeForCausalLM": _GPT2
     | {"model_type": "gpt_bigcode", "activation_function": "gelu_pytorch_tanh"},
+    "GPTNeoXForCausalLM": {
+        "model_type": "gpt_neox",
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 10_000,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+    },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

@@ -25,6 +25,7 @@ from gllm_engine.arch.model import (
     QkNorm,
     QueryTemperature,
 )
+from gllm_engine.arch.quantization import read_quantization
 from gllm_engine.arch.rope import (
     DynamicScaling,
     Rope,
@@ -45,12 +46,15 @@ MAX_EXPERTS = 2048
 MAX_LEN = 2**24  # tokens
 
 # Some names are of other ways to compute the same function.
-_GELUS: dict[str, Activation] = {
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+
+_GELUS = tuple(name for name, act in _ACTIVATIONS.items() if act != "silu")
 
 FAMILIES: dict[str, tuple[Reader, dict[str, Any]]] = {}
 
@@ -527,7 +531,7 @@ def _gpt2(c: Fields, kv_heads: int) -> Model:
     if dim % heads:
         raise ArchError(f"{c.name}: n_head is {heads}, but it must divide n_embd={dim}")
     hidden = c.count("n_inner", 4 * dim)
-    act = _GELUS[c.choice("activation_function", tuple(_GELUS))]
+    act = _ACTIVATIONS[c.choice("activation_function", _GELUS)]
     ffn = Dense(hidden, bias=True, out_bias=True, act=act, gated=False)
     mixer = Gqa(heads, kv_heads, dim // heads, rope=None, qkv_bias=True, out_bias=True)
     positions = c.count("n_positions")
@@ -542,6 +546,43 @@ def _gpt2(c: Fields, kv_heads: int) -> Model:
         norm="layer",
         positions=positions,
     )
+
+
+_NEOX = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10_000.0,
+    "attention_bias": True,
+    "eos_token_id": 2,
+}
+
+
+# GPT-NeoX and Pythia.
+@family("GPTNeoXForCausalLM", defaults=_NEOX)
+def gpt_neox(c: Fields) -> Model:
+    dim = c.count("hidden_size")
+    heads = c.count("num_attention_heads")
+    if dim % heads:
+        raise ArchError(
+            f"{c.name}: num_attention_heads is {heads}, but it must divide hidden_size={dim}"
+        )
+    share = c.real("rotary_pct")
+    rope = read_rope(c, dim // heads, theta=c.real("rotary_emb_base"), rotated_share=share)
+    bias = c.flag("attention_bias")
+    mixer = Gqa(heads, heads, dim // heads, rope, qkv_bias=bias, out_bias=bias)
+    act = _ACTIVATIONS[c.choice("hidden_act", _GELUS)]
+    ffn = Dense(c.count("intermediate_size"), bias=True, out_bias=True, act=act, gated=False)
+    model = _decoder(c, mixer, ffn, eps="layer_norm_eps")
+    if c.flag("use_parallel_residual", True):
+        model = model.each(place=lambda *_: "parallel")
+    return replace(model, norm="layer", names="gpt_neox")
 
 
 _GLM4_MOE = _GLM | {
@@ -689,9 +730,12 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         )
     reader, defaults = FAMILIES[known[0]]
     fields = Fields(config, name, defaults)
-    fields.require(hidden_act=defaults.get("hidden_act", "silu"))
-    fields.require(quantization_config=None, dual_chunk_attention_config=None)
-    model = reader(fields)
+    fields.require(dual_chunk_attention_config=None)
+    model = replace(reader(fields), quantization=read_quantization(fields))
+    ffn = model.layers[0].ffn
+    act = ffn.act if isinstance(ffn, Dense) else "silu"
+    names = tuple(name for name, function in _ACTIVATIONS.items() if function == act)
+    fields.choice("hidden_act", names, names[0])
     if not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))
     if model.max_len > MAX_LEN:

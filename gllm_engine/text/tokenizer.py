@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gllm_engine.files import check_file, read_file, read_object
 from gllm_engine.sampling import InvalidField
+from gllm_engine.text import deepseek_template
 from gllm_engine.text.chat_template import ChatTemplate, Message
 from gllm_engine.text.detokenizer import Detokenizer, Spelling
 from gllm_engine.text.tiktoken_vocabulary import convert, is_moonshots
@@ -302,10 +303,15 @@ def _check_ids(vocabulary: dict[str, int]) -> None:
 
 
 def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | None:
-    """The tokenizer's chat template, else the one in chat_template.json, written by processors."""
+    """The tokenizer's chat template, else the one in chat_template.json, written by processors.
+
+    DeepSeek V3.2 has none: its format is in Python code, which is never run.
+    """
     found = tokenizer.chat_template
     if found is None:
         found = _object(path / "chat_template.json").get("chat_template")
+    if found is None and _is_deepseek_v32(path):
+        found = deepseek_template.TEMPLATE
     if found is None:
         return None
     templates = {"default": found} if isinstance(found, str) else found
@@ -316,6 +322,11 @@ def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTempla
             f"tokenizer: the chat template of {path} has more than {MAX_TEMPLATE_LEN} characters"
         )
     return ChatTemplate(templates, tokenizer.special_tokens_map)
+
+
+def _is_deepseek_v32(path: Path) -> bool:
+    architectures = _object(path / "config.json").get("architectures")
+    return isinstance(architectures, list) and "DeepseekV32ForCausalLM" in architectures
 
 
 # Files beside the vocabulary that transformers and this module read.

@@ -13,6 +13,8 @@ from gllm_engine.arch.names import (
     checkpoint_tensors,
     is_left_over,
     is_transposed,
+    num_blocks,
+    standard_name,
 )
 from gllm_engine.arch.tiny import tiny_config
 
@@ -69,7 +71,19 @@ GPT2 += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
 GPT2 += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
 GPT2 += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
 GPT2 += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
+NEOX = ["gpt_neox.embed_in.weight", "embed_out.weight"]
+NEOX += [f"gpt_neox.final_layer_norm.{leaf}" for leaf in LEAVES]
+NEOX += [
+    f"gpt_neox.layers.0.{part}.{leaf}"
+    for part in (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("attention.query_key_value", "attention.dense"),
+        *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    )
+    for leaf in LEAVES
+]
 EXPECTED = {
+    "GPTNeoXForCausalLM": NEOX,
     "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
     "GPT2LMHeadModel": GPT2,
     "GPTBigCodeForCausalLM": GPT2,
@@ -196,6 +210,39 @@ def test_transposed_matrices_of_gpt2() -> None:
     matrices |= {f"mlp.c_{part}.weight" for part in ("fc", "proj")}
     assert {name for name in transposed if not name.startswith("transformer")} == matrices
     assert not any(is_transposed(bigcode, name) for name in checkpoint_shapes(bigcode))
+
+
+def test_neox_stores_queries_keys_and_values_by_heads() -> None:
+    neox = make_arch(tiny_config("GPTNeoXForCausalLM"))
+    for leaf in LEAVES:
+        name = f"gpt_neox.layers.0.attention.query_key_value.{leaf}"
+        assert num_blocks(neox, checkpoint_tensors(neox)[name]) == 4
+    dense = checkpoint_tensors(neox)["gpt_neox.layers.0.attention.dense.weight"]
+    assert num_blocks(neox, dense) == 1
+    bigcode = make_arch(tiny_config("GPTBigCodeForCausalLM"))
+    assert num_blocks(bigcode, checkpoint_tensors(bigcode)[f"{H}attn.c_attn.weight"]) == 1
+
+
+def test_gpt2s_names_without_the_common_beginning() -> None:
+    gpt2 = make_arch(tiny_config("GPT2LMHeadModel"))
+    for name in ("h.0.attn.c_attn.weight", "wte.weight", "wpe.weight", "ln_f.bias"):
+        assert standard_name(gpt2, name) == f"transformer.{name}"
+    for name in ("transformer.h.0.ln_1.weight", "lm_head.weight"):
+        assert standard_name(gpt2, name) == name
+    llama = make_arch(tiny_config("LlamaForCausalLM"))
+    assert standard_name(llama, "h.0.ln_1.weight") == "h.0.ln_1.weight"
+
+
+def test_masks_in_old_checkpoints_are_left_over() -> None:
+    gpt2 = make_arch(tiny_config("GPT2LMHeadModel"))
+    neox = make_arch(tiny_config("GPTNeoXForCausalLM"))
+    for part in ("bias", "masked_bias"):
+        assert is_left_over(gpt2, f"transformer.h.11.attn.{part}")
+        assert is_left_over(neox, f"gpt_neox.layers.5.attention.{part}")
+    assert is_left_over(neox, "gpt_neox.layers.5.attention.rotary_emb.inv_freq")
+    assert not is_left_over(gpt2, "transformer.h.0.attn.c_attn.bias")
+    assert not is_left_over(neox, "gpt_neox.layers.0.attention.dense.bias")
+    assert not is_left_over(neox, "transformer.h.0.attn.bias")
 
 
 def test_gemmas_norms_have_olmos_names_and_other_places() -> None:

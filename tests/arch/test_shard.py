@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stored_weights import weights_in
 from torch import Tensor
 
 from gllm_engine.arch import FAMILIES, ArchError, Model, Shard, make_arch, read_arch
-from gllm_engine.arch.names import checkpoint_tensors, is_transposed
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder, filling, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
@@ -80,8 +80,8 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
             copies = size if name.endswith(EVERYWHERE) and not of_all_heads else 1
             of_keys = any(part in name for part in (".k_proj.", ".v_proj."))
             of_keys |= of_all_heads and ".k_norm." in name
-            if of_keys and size > model.layers[0].mixer.kv_heads:
-                copies = size // model.layers[0].mixer.kv_heads
+            if of_keys:
+                copies = max(1, size // model.layers[0].mixer.kv_heads)
             assert len(set(parts)) == 1
             assert sum(map(prod, parts)) == copies * prod(whole), name
     assert seen == model.weights().keys()
@@ -116,11 +116,9 @@ def test_what_all_ranks_load_is_the_checkpoint(
                         parts.append(copy)
                         starts.append(list(map(shard.start, whole, copy.shape)))
             found[name] = whole_of(whole, parts, starts)
-    for name, parts in checkpoint_tensors(model).items():
-        held = torch.cat([found[part] for part in parts])
-        if is_transposed(model, name):
-            held = held.T
-        assert torch.equal(held.reshape(stored[name].shape), stored[name]), name
+    for name, tensor in stored.items():
+        for part, weight in weights_in(model, name, tensor).items():
+            assert torch.equal(found[part], weight), part
 
 
 def shape_of(view: Tensor, name: str, model: Model) -> tuple[int, ...]:

@@ -512,6 +512,10 @@ def test_experts_refused(family: str, over: dict[str, Any], message: str) -> Non
     assert refusal(family, **over) == message
 
 
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+}
 OLD = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2}}
 NEW = {
     "rope_theta": None,
@@ -602,9 +606,51 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
             "config.json: hidden_act is 'gelu', but only \"silu\" is supported",
         ),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            "config.json: quantization_config is {'quant_method': 'fp8'}, "
-            "but only null is supported",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "config.json: quantization_config: quant_method is 'gptq'; "
+            "supported are fp8, compressed-tensors, modelopt",
+        ),
+        (
+            {"quantization_config": "fp8"},
+            "config.json: quantization_config is 'fp8', but only an object is supported",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            "config.json: quantization_config: quant_method is ''; "
+            "supported are fp8, compressed-tensors, modelopt",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
+            "config.json: quantization_config: fmt is 'e5m2', but only \"e4m3\" is supported",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "activation_scheme": "none"}},
+            "config.json: quantization_config: activation_scheme is 'none'; "
+            "supported are dynamic, static",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
+            "config.json: quantization_config: weight_block_size is [128, 0], "
+            "but only a list of 2 whole numbers from 1 to 16777216 is supported",
+        ),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            "config.json: quantization_config: quant_algo is 'NVFP4'; "
+            "supported are FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO",
+        ),
+        (
+            {"quantization_config": COMPRESSED | {"format": "pack-quantized"}},
+            "config.json: quantization_config: format is 'pack-quantized'; "
+            "supported are float-quantized",
+        ),
+        (
+            {"quantization_config": COMPRESSED | {"config_groups": {}}},
+            "config.json: quantization_config: config_groups has 0 groups; 1 is supported",
+        ),
+        (
+            {"quantization_config": COMPRESSED},
+            "config.json: quantization_config: config_groups: group_0: weights: "
+            "num_bits is 4, but only 8 is supported",
         ),
         (
             {"num_key_value_heads": 3},
@@ -684,6 +730,9 @@ def test_chatglm_switches_refused(key: str, value: Any) -> None:
         ("GPT2LMHeadModel", {"add_cross_attention": True}, "add_cross_attention"),
         ("GPT2LMHeadModel", {"n_head": 5}, "n_head is 5, but it must divide n_embd=64"),
         ("GPTBigCodeForCausalLM", {"multi_query": False}, "multi_query"),
+        ("GPTNeoXForCausalLM", {"hidden_act": "relu"}, "hidden_act"),
+        ("GPTNeoXForCausalLM", {"hidden_size": 66}, "num_attention_heads is 4, but it must"),
+        ("GPTNeoXForCausalLM", {"rotary_pct": 0.3}, "partial_rotary_factor=0.3 of head_dim=16"),
         ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
@@ -783,6 +832,24 @@ def test_gpt2() -> None:
     assert (mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.rope) == (12, 12, 64, None)
     assert model.layers[0].ffn == Dense(3072, True, True, act="gelu_tanh", gated=False)
     assert tiny("GPT2LMHeadModel", activation_function="gelu").layers[0].ffn.act == "gelu"
+
+
+def test_gpt_neox() -> None:
+    bare = make_arch({"architectures": ["GPTNeoXForCausalLM"]})  # GPT-NeoX-20B's shape
+    assert bare.num_params() == 20_554_567_680
+    assert bare.layers[0].mixer.rope == Rope(24, 10_000.0)
+    assert {layer.place for layer in bare.layers} == {"parallel"}
+    assert bare.layers[0].ffn == Dense(24576, True, True, act="gelu", gated=False)
+
+    def neox(**over: Any) -> Model:
+        return tiny("GPTNeoXForCausalLM", **over)
+
+    assert neox(hidden_act="gelu_fast").layers[0].ffn.act == "gelu_tanh"
+    assert neox(use_parallel_residual=False).layers[0].place == "pre"
+    assert not neox(attention_bias=False).layers[0].mixer.qkv_bias
+    new = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}
+    assert rope_of(neox(rope_parameters=new)) == Rope(4, 500.0)
+    assert rope_of(neox(rotary_pct=1.0, rotary_emb_base=77)) == Rope(16, 77.0)
 
 
 def test_unsupported_architecture() -> None:

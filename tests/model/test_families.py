@@ -121,6 +121,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Starcoder2ForCausalLM", {"tie_word_embeddings": True}),
     ("GPT2LMHeadModel", {"n_inner": None, "tie_word_embeddings": True}),
     ("GPT2LMHeadModel", {"activation_function": "gelu", "n_head": 1}),
+    ("GPTNeoXForCausalLM", {"use_parallel_residual": False, "hidden_act": "gelu_fast"}),
+    ("GPTNeoXForCausalLM", {"attention_bias": False, "rotary_pct": 1.0, "rotary_emb_base": 77}),
     ("GPTBigCodeForCausalLM", {"n_inner": None, "tie_word_embeddings": True}),
     ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
 ]
@@ -212,6 +214,24 @@ def test_a_checkpoint_that_transformers_saved(tmp_path: Path, family: str) -> No
     tokens = some_tokens(40)
     ours = all_logits(load(tmp_path / "theirs"), tokens)
     theirs = reference_logits(tmp_path / "theirs", tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["GPT2LMHeadModel", "GPTNeoXForCausalLM"])
+def test_checkpoints_of_old(tmp_path: Path, family: str) -> None:
+    """GPT-2's names had no common beginning, and causal masks were among the weights."""
+    write_tiny_model(tmp_path, family)
+    file = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(file).items()}
+    for i in range(2):
+        attention = (
+            f"h.{i}.attn." if family.startswith("GPT2") else f"gpt_neox.layers.{i}.attention."
+        )
+        tensors[f"{attention}bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+        tensors[f"{attention}masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, file, metadata={"format": "pt"})
+    tokens = some_tokens(40)
+    ours, theirs = all_logits(load(tmp_path), tokens), reference_logits(tmp_path, tokens)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 

@@ -91,7 +91,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
 DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
-KIMI = "KimiK2ForCausalLM"
+KIMI, NEOX = "KimiK2ForCausalLM", "GPTNeoXForCausalLM"
 SPARSE = {"decoder_sparse_step": 1}
 ALL_SPARSE = {"first_k_dense_replace": 0}
 WIDE = {"head_dim": 32}  # enough pairs of channels for YaRN's ramp to start and end within
@@ -189,6 +189,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "erf gelu": (STARCODER2, {}, ffn(act="gelu")),
     "gelu of gpt2": ("GPT2LMHeadModel", {}, ffn(act="gelu")),
     "positions of gpt2": ("GPT2LMHeadModel", {}, model(positions=0)),
+    "parallel": (NEOX, {}, place("pre")),
+    "partial neox": (NEOX, {}, rope(dim=16)),
+    "theta of neox": (NEOX, {}, rope(theta=20_000.0)),
+    "gelu of neox": (NEOX, {}, ffn(act="gelu_tanh")),
     "positions": ("GPTBigCodeForCausalLM", {}, model(positions=0)),
     "temperature": (MINISTRAL3, {}, mixer(temperature=None)),
     "temperature's beta": (MINISTRAL3, {}, temperature(beta=0.2)),
@@ -240,6 +244,7 @@ def test_tie_matters(tmp_path: Path) -> None:
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
         (OLMO2, {}),
         ("Starcoder2ForCausalLM", {}),
+        (NEOX, {}),
         (HUNYUAN, {}),
         ("Ernie4_5ForCausalLM", {}),
         (GEMMA3, {"layer_types": ["full_attention"]}),

@@ -123,7 +123,9 @@ def test_no_code_of_the_checkpoint_runs_and_no_torch_is_needed(kimi_dir: Path) -
 
 
 # Letters with and without case, marks, Han and other scripts, digits, spaces, signs, contractions.
-ALPHABET = "aBǅʰ\u0301\u0903 \t\r\n中文々〇。日本のカ한ßжЖ١1２Ⅷ,.!'’sStTrReEvVmMlLdD_🙂\u200d\u00a0\u3000"
+ALPHABET = (
+    "aBǅʰ\u0301\u0903 \t\r\n中文々〇。日本のカ한ßжЖ١1２Ⅷ,.!'’sStTrReEvVmMlLdD_🙂\u200d\u00a0\u3000"
+)
 
 
 SPLIT = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
