@@ -307,6 +307,58 @@ MOONLIGHT = {
     "topk_method": "noaux_tc",
     "vocab_size": 163840,
 }
+DEEPSEEK_R1: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+    "eos_token_id": 1,
+}
 KIMI_K2 = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "kimi_k2",
@@ -364,6 +416,21 @@ def test_deepseek_v2() -> None:
     # Groups are of one method alone.
     plain = make_arch(V2_LITE | routing | {"topk_method": "greedy"})
     assert plain.layers[1].ffn.routing == Routing(6, renorm=False)
+
+
+def test_deepseek_r1_and_v3_1() -> None:
+    model = make_arch(DEEPSEEK_R1)
+    routing = Routing(8, True, "sigmoid", True, 8, 4, sum_eps=1e-20, scale=2.5)
+    assert [layer.ffn for layer in model.layers[2:4]] == [
+        Dense(18432),
+        Moe(256, 2048, routing, shared=2048),
+    ]
+    assert model.num_params() == pytest.approx(671.03e9, rel=1e-4)
+    assert is_left_over(model, "model.layers.61.shared_head.head.weight")
+    mixer = model.layers[60].mixer
+    assert mixer.scale == pytest.approx(192**-0.5 * (0.1 * log(40) + 1) ** 2)
+    of_v3_1 = DEEPSEEK_R1["quantization_config"] | {"scale_fmt": "ue8m0"}
+    assert make_arch(DEEPSEEK_R1 | {"quantization_config": of_v3_1}) == model
 
 
 def test_moonlight() -> None:
