@@ -21,10 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from gllm_engine.files import check_file, read_file, read_object
 from gllm_engine.sampling import InvalidField
-from gllm_engine.text import deepseek_template
+from gllm_engine.text import deepseek_template, tiktoken_vocabulary
 from gllm_engine.text.chat_template import ChatTemplate, Message
 from gllm_engine.text.detokenizer import Detokenizer, Spelling
-from gllm_engine.text.tiktoken_vocabulary import convert, is_moonshots
 
 # Limits the length of tables by token id; vocabularies have a few hundred thousand tokens.
 MAX_TOKEN_ID = (1 << 24) - 1
@@ -231,12 +230,18 @@ def _restore_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -
 
 def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint without tokenizer.json, converted by transformers."""
-    if is_moonshots(path, settings):
-        return _with_tokenizer_json(path, convert(path, settings))
+    if tiktoken_vocabulary.is_moonshots(path, settings):
+        return _with_tokenizer_json(path, tiktoken_vocabulary.convert(path, settings))
     if "auto_map" in settings:
         raise TextError(
             f"tokenizer: {path} has only a tokenizer that is Python code of its own, which is "
             "never run; put a converted tokenizer.json beside it"
+        )
+    if (path / tiktoken_vocabulary.FILE).exists():
+        raise TextError(
+            f"tokenizer: {path} has a {tiktoken_vocabulary.FILE}, which does not tell how a text is "
+            "split; that is known for tokenizer_class TikTokenTokenizer only, so put a converted "
+            "tokenizer.json beside it"
         )
     if not _check_files(path, _VOCABULARIES):
         raise TextError(

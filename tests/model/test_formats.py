@@ -386,9 +386,10 @@ def test_float8_in_a_tensor_that_is_no_stack_of_rows(
 ) -> None:
     write_tiny_model(tmp_path, family)
     rewrite(tmp_path, lambda t: t.update({name: t[name].to(FP8)}))
+    file = tmp_path / "model.safetensors"
     assert refusal(tmp_path) == (
-        f"{tmp_path / 'model.safetensors'}: tensor {name} has dtype F8_E4M3, which is not supported "
-        "for a tensor that is stored transposed or by heads"
+        f"{file}: tensor {name} has dtype F8_E4M3, which is not supported for a tensor that is "
+        "stored transposed or by heads"
     )
 
 

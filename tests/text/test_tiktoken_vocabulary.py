@@ -219,4 +219,8 @@ def test_an_unknown_tiktoken_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path, BYTES, {"tokenizer_class": "OwnTokenizer"})
     with pytest.raises(TextError, match="Python code of its own, which is never run"):
         Tokenizer(tmp_path)
-    write(tmp_path, BYTES, {"tokenizer_class": "OwnTokenizer", "auto_map": None})
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["auto_map"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TextError, match="tiktoken.model, which does not tell how a text is split"):
+        Tokenizer(tmp_path)
