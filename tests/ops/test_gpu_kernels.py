@@ -134,6 +134,15 @@ def test_linear_of_fp8_weights(
     near(total, expected, 0.05)
 
 
+@pytest.mark.parametrize("block", [(1, 0), (128, 128), None])
+def test_rows_that_are_not_numbers_stay_so(block: tuple[int, int] | None) -> None:
+    """Else a model that fails would go on with numbers."""
+    x, weight = randn(16, 512), made_fp8(block, 256, 512)
+    x[3, 7] = torch.nan
+    y = select_ops(CUDA).linear(x, weight)
+    assert y[3].isnan().all() and y[torch.arange(16) != 3].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("block", [(1, 0), (128, 128), None])
 @pytest.mark.parametrize("tokens", [1, 33, 700])

@@ -39,7 +39,7 @@ def _quantize(
         v = ((v * scale).to(kind).to(tl.float32) * g).to(kind).to(tl.float32)
     s = tl.maximum(tl.max(tl.abs(v), 1) / 448.0, _LEAST_SCALE)
     # Division may round a little above 448, which float8 has no number for.
-    v = tl.minimum(tl.maximum(v / s[:, None], -448.0), 448.0)
+    v = tl.clamp(v / s[:, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(numbers + row * dim + at, v.to(numbers.dtype.element_ty), mask=inside)
     group = tl.arange(0, GROUPS)
     tl.store(scales + group * tl.num_programs(0) + row, s, mask=group * GROUP < dim)
