@@ -240,7 +240,7 @@ def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     if (path / tiktoken_vocabulary.FILE).exists():
         raise TextError(
             f"tokenizer: {path} has a {tiktoken_vocabulary.FILE}, which does not tell how a text "
-            "is split; that is known for tokenizer_class TikTokenTokenizer only, so put a converted "
+            "is split; that is known for the class TikTokenTokenizer only, so put a converted "
             "tokenizer.json beside it"
         )
     if not _check_files(path, _VOCABULARIES):
