@@ -10,5 +10,6 @@ _ALL = {"num_experts_per_tok": 8, "moe_k": 8}
 def every_expert(family: str) -> dict[str, int]:
     """What to change in the family's tiny config; {} if it has no experts."""
     config = tiny_config(family)
+    config = config.get("text_config", config)
     groups = {"topk_group": config["n_group"]} if "n_group" in config else {}
     return {key: value for key, value in _ALL.items() if key in config} | groups

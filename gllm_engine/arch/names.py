@@ -13,6 +13,7 @@ from gllm_engine.arch.model import Gqa, Model
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
 _FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
+_DEEPSEEK = (("shared_expert.", "shared_experts."),)
 _GPT2 = (
     ("model.embed_tokens", "transformer.wte"),
     ("model.embed_positions", "transformer.wpe"),
@@ -48,7 +49,12 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("mlp.experts.*.down_proj", "block_sparse_moe.output_linear"),
         ("mlp.gate.", "block_sparse_moe.router.layer."),
     ),
-    "deepseek": (("shared_expert.", "shared_experts."),),
+    "deepseek": _DEEPSEEK,
+    "kimi_k25": (
+        *_DEEPSEEK,
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
     "ernie": (
         ("shared_expert.", "shared_experts."),
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
@@ -94,7 +100,11 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 # Some checkpoints have other beginnings of names: (what they have, what is standard).
-_BEGINNINGS = {
+_BEGINNINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "kimi_k25": (  # as transformers names them
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
     "gpt2": tuple((f"{part}.", f"transformer.{part}.") for part in ("wte", "wpe", "h", "ln_f")),
 }
 # Matrices that are stored transposed: [columns, rows].
@@ -110,8 +120,9 @@ _ROPE_TABLES = re.compile(
     r"|transformer\.rotary_pos_emb\.inv_freq"
     r"|gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq"
 )
-# The causal mask in old checkpoints, which is the same for all models.
-_MASKS = {
+# The causal mask in old checkpoints, which is the same for all models; weights for images.
+_UNUSED = {
+    "kimi_k25": re.compile(r"(model\.)?(vision_tower|mm_projector)\..+"),
     "gpt2": re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
     "gpt_bigcode": re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
     "gpt_neox": re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)"),
@@ -191,12 +202,12 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_left_over(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
-    multi-token prediction.
+    multi-token prediction or for images.
     """
     if _ROPE_TABLES.fullmatch(name) or (model.names == "ernie" and _ERNIE_MTP.match(name)):
         return True
-    masks = _MASKS.get(model.names)
-    if masks is not None and masks.fullmatch(name):
+    unused = _UNUSED.get(model.names)
+    if unused is not None and unused.fullmatch(name):
         return True
     layer = _LAYER.match(name)
     return layer is not None and 0 <= int(layer[1]) - len(model.layers) < model.extra_layers

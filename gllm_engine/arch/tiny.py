@@ -59,6 +59,21 @@ _DEEPSEEK = _SPARSE | {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
 }
+_KIMI = _DEEPSEEK | {
+    "model_type": "deepseek_v3",  # as transformers knows it; checkpoints say "kimi_k2"
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
 _GEMMA = _PADDED | {
     "head_dim": 16,
     "hidden_act": "gelu_pytorch_tanh",
@@ -151,22 +166,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 0,
     },
     "DeepseekV3ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v3"},
-    "KimiK2ForCausalLM": _DEEPSEEK
-    | {
-        "model_type": "deepseek_v3",  # as transformers knows it; checkpoints say "kimi_k2"
-        "n_group": 1,
-        "topk_group": 1,
-        "num_nextn_predict_layers": 0,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 32.0,
-            "original_max_position_embeddings": 64,
-            "beta_fast": 1.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-    },
+    "KimiK2ForCausalLM": _KIMI,
+    "KimiK25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
+    "Kimi_K25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
     "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
     "Olmo3ForCausalLM": _HF
@@ -271,10 +273,16 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **over: Any) -> dict[str, Any]:
-    """The config.json of a tiny model of `family` (an architecture name). `over`: keys to override.
+    """The config.json of a tiny model of `family` (an architecture name). `over`: keys to override,
+    in the description of the text model if that is an object of its own.
 
     Raises ArchError for a family that is not supported.
     """
     if family not in _CONFIGS:
         raise ArchError(f"family {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    return _CONFIGS[family] | {"architectures": [family], "eos_token_id": 2} | over
+    config = _CONFIGS[family] | {"architectures": [family]}
+    text = {"eos_token_id": 2} | over
+    key = FAMILIES[family].text_key
+    if key is None:
+        return config | text
+    return config | {key: config[key] | text}

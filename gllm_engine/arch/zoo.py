@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import (
@@ -56,14 +56,27 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 _GELUS = tuple(name for name, act in _ACTIVATIONS.items() if act != "silu")
 
-FAMILIES: dict[str, tuple[Reader, dict[str, Any]]] = {}
+
+class Family(NamedTuple):
+    """`text_key`: the key of the object that describes the text model, beside other models."""
+
+    read: Reader
+    defaults: dict[str, Any]
+    text_key: str | None
 
 
-def family(*architectures: str, defaults: dict[str, Any]) -> Callable[[Reader], Reader]:
+FAMILIES: dict[str, Family] = {}
+# Keys beside the description of the text model that are about it.
+_SHARED_KEYS = ("tie_word_embeddings", "quantization_config")
+
+
+def family(
+    *architectures: str, defaults: dict[str, Any], text_key: str | None = None
+) -> Callable[[Reader], Reader]:
     """Register a reader for architecture names, with defaults for keys that a config may omit."""
 
     def register(reader: Reader) -> Reader:
-        FAMILIES.update(dict.fromkeys(architectures, (reader, defaults)))
+        FAMILIES.update(dict.fromkeys(architectures, Family(reader, defaults, text_key)))
         return reader
 
     return register
@@ -728,10 +741,17 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
             f"{name}: architectures is {shown(repr(architectures))}; "
             f"supported are {', '.join(FAMILIES)}"
         )
-    reader, defaults = FAMILIES[known[0]]
-    fields = Fields(config, name, defaults)
+    found = FAMILIES[known[0]]
+    fields = Fields(config, name, found.defaults)
+    if found.text_key is not None:
+        if not config.get(found.text_key):
+            raise ArchError(f"{name}: {found.text_key} is missing, the text model's description")
+        shared = {key: config[key] for key in _SHARED_KEYS if key in config}
+        fields = Fields(config, name, {}).child(
+            found.text_key, defaults=found.defaults, over=shared
+        )
     fields.require(dual_chunk_attention_config=None)
-    model = replace(reader(fields), quantization=read_quantization(fields))
+    model = replace(found.read(fields), quantization=read_quantization(fields))
     ffn = model.layers[0].ffn
     act = ffn.act if isinstance(ffn, Dense) else "silu"
     names = tuple(name for name, function in _ACTIVATIONS.items() if function == act)
@@ -781,6 +801,17 @@ _DEEPSEEK_V3 = _LLAMA | {
 @family("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", defaults=_DEEPSEEK_V3)
 def deepseek_v3(c: Fields) -> Model:
     return _deepseek_experts(c, _decoder(c, _mla(c), Dense(c.count("intermediate_size"))))
+
+
+# Kimi K2.5 and K2.6, text only. The first name is that of the published configs.
+@family(
+    "KimiK25ForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
+    defaults=_DEEPSEEK_V3,
+    text_key="text_config",
+)
+def kimi_k25(c: Fields) -> Model:
+    return replace(deepseek_v3(c), names="kimi_k25")
 
 
 _DEEPSEEK_V2 = _DEEPSEEK_V3 | {

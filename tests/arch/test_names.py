@@ -55,6 +55,7 @@ LATENT_ATTENTION = [
     )
 ]
 DEEPSEEK = ENDS + NORMS + LATENT_ATTENTION + EXPERTS + SHARED_EXPERTS
+DEEPSEEK_V3 = [*DEEPSEEK, f"{LAYER}mlp.gate.e_score_correction_bias"]
 QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
 OLMO = ENDS + ATTENTION + MLP + QK_NORMS
 OLMO += [f"{LAYER}post_{part}_layernorm.weight" for part in ("attention", "feedforward")]
@@ -144,7 +145,11 @@ EXPECTED = {
     "DeepseekV2ForCausalLM": DEEPSEEK,
     **dict.fromkeys(
         ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", "Glm4MoeLiteForCausalLM"),
-        DEEPSEEK + [f"{LAYER}mlp.gate.e_score_correction_bias"],
+        DEEPSEEK_V3,
+    ),
+    **dict.fromkeys(
+        ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
+        [f"language_model.{name}" for name in DEEPSEEK_V3],
     ),
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,
@@ -154,13 +159,15 @@ EXPECTED = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names(family: str) -> None:
     keys = ("num_layers", "n_layer", "num_hidden_layers")
-    one_layer = next(key for key in keys if key in tiny_config(family))
+    tiny = tiny_config(family)
+    tiny = tiny.get("text_config", tiny)
+    one_layer = next(key for key in keys if key in tiny)
     # Some tiny configs have experts in their second layer alone.
     sparse = {"decoder_sparse_step": 1, "first_k_dense_replace": 0, "moe_layer_start_index": 0}
-    over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny_config(family)}
-    if "layer_types" in tiny_config(family):
+    over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny}
+    if "layer_types" in tiny:
         over["layer_types"] = ["full_attention"]
-    if "no_rope_layers" in tiny_config(family):
+    if "no_rope_layers" in tiny:
         over["no_rope_layers"] = [1]
     arch = make_arch(tiny_config(family, **{one_layer: 1}, **over))
     tensors = checkpoint_tensors(arch)
@@ -231,6 +238,20 @@ def test_gpt2s_names_without_the_common_beginning() -> None:
         assert standard_name(gpt2, name) == name
     llama = make_arch(tiny_config("LlamaForCausalLM"))
     assert standard_name(llama, "h.0.ln_1.weight") == "h.0.ln_1.weight"
+
+
+def test_kimi_k25s_names_of_transformers_and_its_weights_for_images() -> None:
+    kimi = make_arch(tiny_config("KimiK25ForConditionalGeneration"))
+    for name in ("language_model.lm_head.weight", "language_model.model.norm.weight"):
+        assert standard_name(kimi, name) == name
+        assert not is_left_over(kimi, name)
+    norm = standard_name(kimi, "model.language_model.norm.weight")
+    assert norm == "language_model.model.norm.weight"
+    assert standard_name(kimi, "lm_head.weight") == "language_model.lm_head.weight"
+    for part in ("vision_tower.encoder.blocks.0.wqkv", "mm_projector.proj.0"):
+        assert is_left_over(kimi, f"{part}.weight")
+        assert is_left_over(kimi, f"model.{part}.weight")
+        assert not is_left_over(make_arch(tiny_config("KimiK2ForCausalLM")), f"{part}.weight")
 
 
 def test_masks_in_old_checkpoints_are_left_over() -> None:

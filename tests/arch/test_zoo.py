@@ -459,6 +459,29 @@ def test_kimi_k2() -> None:
     assert not is_left_over(model, "model.layers.61.eh_proj.weight")
 
 
+def test_kimi_k25() -> None:
+    """The text model is described by an object of its own, and is Kimi K2's."""
+    text = {key: value for key, value in KIMI_K2.items() if key != "architectures"}
+    config = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {"vt_hidden_size": 1152},
+    }
+    model = make_arch(config)
+    assert replace(model, names="deepseek") == make_arch(KIMI_K2)
+    assert make_arch(config | {"architectures": ["Kimi_K25ForConditionalGeneration"]}) == model
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    of_text = make_arch(config | {"text_config": text | {"quantization_config": fp8}})
+    assert of_text == make_arch(config | {"quantization_config": fp8})
+    assert of_text.quantization is not None
+    with pytest.raises(ArchError, match="^config.json: text_config is missing"):
+        make_arch(config | {"text_config": None})
+    with pytest.raises(ArchError, match="^config.json: text_config: moe_layer_freq is 2, but"):
+        make_arch(config | {"text_config": text | {"moe_layer_freq": 2}})
+
+
 def test_ernies_experts() -> None:
     def ffns(**over: Any) -> list[bool]:
         model = tiny("Ernie4_5_MoeForCausalLM", num_hidden_layers=6, **over)
