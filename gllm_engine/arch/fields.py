@@ -35,6 +35,12 @@ class Fields:
     def empty(self) -> bool:
         return not self._values
 
+    def with_defaults(self, **values: Any) -> Fields:
+        """A copy with values for keys that are absent or null."""
+        copy = Fields(self._values, self.name, {})
+        copy._values = values | self._values
+        return copy
+
     def child(self, *keys: str) -> Fields:
         """The object at the first of `keys` that is present and not empty, or an empty object."""
         for key in keys:

@@ -6,6 +6,7 @@ This module knows names only; model/load.py reads the data.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from gllm_engine.arch.model import Model
 
@@ -38,6 +39,15 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "ernie": (
         ("shared_expert.", "shared_experts."),
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
+    ),
+    "gpt_oss": (
+        ("mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
+        ("mlp.experts.*.gate_proj.bias", "mlp.experts.gate_up_proj_bias"),
+        ("mlp.experts.*.up_proj.bias", "mlp.experts.gate_up_proj_bias"),
+        ("mlp.experts.*.down_proj.bias", "mlp.experts.down_proj_bias"),
+        ("mlp.gate.", "mlp.router."),
     ),
     "olmo": (
         ("post_self_attn_layernorm", "post_attention_layernorm"),
@@ -79,6 +89,29 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint tensor holds the weights that are stacked in it, for each expert alone.
+
+    `transposed`: the stack is stored as [columns, rows]. `interleaved`: the weights take turns row
+    by row: gate 0, up 0, gate 1, up 1.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+
+# End of a tensor's name -> its layout; all others are plain stacks.
+_LAYOUTS: dict[str, dict[str, Layout]] = {
+    "gpt_oss": {
+        "mlp.experts.gate_up_proj": Layout(transposed=True, interleaved=True),
+        "mlp.experts.gate_up_proj_bias": Layout(interleaved=True),
+        "mlp.experts.down_proj": Layout(transposed=True),
+    },
+}
+
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _ROPE_TABLES = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
@@ -102,8 +135,22 @@ def checkpoint_name(model: Model, canonical: str) -> str:
     return canonical
 
 
+def checkpoint_layout(model: Model, name: str) -> Layout:
+    """The layout of a checkpoint tensor."""
+    for end, layout in _LAYOUTS.get(model.names, {}).items():
+        if name.endswith(end):
+            return layout
+    return Layout()
+
+
+def expert_of(name: str) -> str | None:
+    """The number of the expert that has the weight or tensor `name`; None: it is no expert's."""
+    expert = _EXPERT.search(name)
+    return None if expert is None else expert[1]
+
+
 def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
-    """Checkpoint tensor name -> the canonical weights it holds, stacked along dimension 0."""
+    """Checkpoint tensor name -> the canonical weights it holds, in the order of the stack."""
     tensors: dict[str, tuple[str, ...]] = {}
     for weight in model.weights():
         name = checkpoint_name(model, weight)
@@ -117,10 +164,12 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, parts in checkpoint_tensors(model).items():
         rows = sum(shapes[part][0] for part in parts)
-        found[name] = (rows, *shapes[parts[0]][1:])
-        experts = {number for part in parts for number in _EXPERT.findall(part)}
-        if experts and not _EXPERT.search(name):
-            found[name] = (len(experts), rows // len(experts), *shapes[parts[0]][1:])
+        count = len({expert_of(part) for part in parts})
+        shape = (rows // count, *shapes[parts[0]][1:])
+        if checkpoint_layout(model, name).transposed:
+            shape = shape[::-1]
+        of_all_experts = expert_of(parts[0]) is not None and expert_of(name) is None
+        found[name] = (count, *shape) if of_all_experts else shape
         if model.names == "ernie" and name.endswith("e_score_correction_bias"):
             found[name] = (1, rows)
     return found

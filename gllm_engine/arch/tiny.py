@@ -224,6 +224,26 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "activation_function": "gelu_pytorch_tanh",
         "tie_word_embeddings": False,
     },
+    "GptOssForCausalLM": _SPARSE
+    | {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 2.0,
+        "swiglu_alpha": 1.5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }

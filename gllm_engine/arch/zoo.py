@@ -25,7 +25,7 @@ from gllm_engine.arch.rope import (
     rope_object,
 )
 from gllm_engine.files import read_object, shown
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 Reader = Callable[[Fields], Model]
 
@@ -583,6 +583,60 @@ def ernie_moe(c: Fields) -> Model:
         ffn=lambda i, layer: moe if first <= i <= last and not (i + 1) % step else layer.ffn
     )
     return replace(model, names="ernie")
+
+
+_GPT_OSS = _LLAMA | {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150_000.0,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+    "eos_token_id": None,
+}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@family("GptOssForCausalLM", defaults=_GPT_OSS)
+def gpt_oss(c: Fields) -> Model:
+    if rope_object(c).empty:
+        c = c.with_defaults(rope_parameters=_GPT_OSS_ROPE)
+    rope = read_rope(c, _head_dim(c))
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias, sinks=True)
+    experts = _num_experts(c)
+    routing = _routing(c, True, experts)
+    c.require(experts_per_token=routing.top_k)  # an older name of the same
+    hidden = c.count("intermediate_size")
+    moe = Moe(
+        num_experts=experts,
+        hidden=hidden,
+        routing=routing,
+        router_bias=True,
+        bias=True,
+        out_bias=True,
+        clamp=Clamp(c.real("swiglu_limit"), c.real("swiglu_alpha")),
+    )
+    model = _decoder(c, mixer, Dense(hidden)).each(ffn=lambda *_: moe)
+    ropes = {"full_attention": rope, "sliding_attention": rope}
+    return _with_layer_types(c, replace(model, names="gpt_oss"), ropes, full_every=2)
 
 
 _CHATGLM = {

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
     checkpoint_name,
@@ -184,41 +185,50 @@ def _aim(
     arch = decoder.arch
     shapes = arch.weights()
     weights = decoder.weights()
+    places = checkpoint_places(arch)
     targets = []
     for name, parts in checkpoint_tensors(arch).items():
         source = checkpoint.tensors[name]
         for part in parts:
-            shape = shapes[part]
             if part in weights:  # else another rank holds it
-                targets.append(_share(decoder, source, shape, weights[part]))
-            num_bytes = prod(shape) * source.dtype.itemsize
-            source = replace(source, offset=source.offset + num_bytes)
+                target = _share(decoder, source, places[part], shapes[part], weights[part])
+                targets.append(target)
     embedding = weights.get("model.embed_tokens.weight")
     if checkpoint.tied is None or embedding is None:
         return targets, None
     copy = torch.empty_like(embedding, device="cpu")
     shape = shapes["model.embed_tokens.weight"]
     source = checkpoint.tensors[checkpoint.tied]
-    return [*targets, _share(decoder, source, shape, copy)], copy
+    return [*targets, _share(decoder, source, Place(0, shape[1]), shape, copy)], copy
 
 
 def _share(
-    decoder: Decoder, whole: TensorSlice, shape: tuple[int, ...], into: Tensor
+    decoder: Decoder, tensor: TensorSlice, place: Place, shape: tuple[int, ...], into: Tensor
 ) -> tuple[TensorSlice, Tensor]:
-    """The source slice and target view of this rank's shard of the weight `whole` of shape `shape`.
+    """The source slice and target view of this rank's shard of the weight of shape `shape` that is
+    at `place` in `tensor`.
 
     `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more
     leading dimension, for copies of the shard.
     """
-    width = prod(shape[1:])
     shard = into.shape[-len(shape) :]
-    count = prod(shard[1:])
-    start = decoder.shard.start
-    offset = whole.offset + start(shape[0], shard[0]) * width * whole.dtype.itemsize
-    source = replace(whole, offset=offset)
-    if count < width:
-        source = replace(source, width=width, first=start(width, count), count=count)
-    return source, into.view(-1, prod(shard))
+    rows = shard[0]
+    columns = prod(shard[1:])
+    row = decoder.shard.start(shape[0], rows)
+    column = decoder.shard.start(prod(shape[1:]), columns)
+    into = into.view(-1, rows, columns)
+    if place.transposed:
+        into = into.mT
+        row, column = column, row
+        columns = rows
+    offset = tensor.offset + (place.offset + row * place.width) * tensor.dtype.itemsize
+    if columns == place.width and not place.transposed:  # no row is divided
+        return replace(tensor, offset=offset), into.view(len(into), -1, 1)
+    first = place.first + column * place.step
+    source = replace(
+        tensor, offset=offset, width=place.width, first=first, count=columns, step=place.step
+    )
+    return source, into
 
 
 def _read_header(file: Path, opened: BinaryIO) -> tuple[dict[str, _Stored], int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
 
 from gllm_engine.arch import FAMILIES, make_arch
+from gllm_engine.arch.layout import checkpoint_places
 from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors, is_left_over
 from gllm_engine.arch.tiny import tiny_config
 
@@ -63,7 +65,12 @@ BIGCODE += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
 BIGCODE += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
 BIGCODE += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
 BIGCODE += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
+GPT_OSS = [f"{LAYER}self_attn.sinks", *BIASES, f"{LAYER}self_attn.o_proj.bias"]
+GPT_OSS += [f"{LAYER}mlp.router.{leaf}" for leaf in LEAVES]
+GPT_OSS += [f"{LAYER}mlp.experts.{part}_proj{end}" for part in ("gate_up", "down")
+            for end in ("", "_bias")]  # fmt: skip
 EXPECTED = {
+    "GptOssForCausalLM": ENDS + NORMS + ATTENTION + GPT_OSS,
     "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
     "GPTBigCodeForCausalLM": BIGCODE,
     "Olmo2ForCausalLM": OLMO,
@@ -179,6 +186,37 @@ def test_one_tensor_for_all_experts_of_a_layer() -> None:
     assert shapes[f"{moe}router.layer.weight"] == (8, 64)
     one = model.each(ffn=lambda _, layer: replace(layer.ffn, num_experts=1))
     assert checkpoint_shapes(one)[f"{moe}input_linear.weight"] == (1, 2 * 96, 64)
+
+
+def test_gpt_oss_stores_the_experts_of_a_layer_transposed() -> None:
+    """As transformers' GptOssExperts: [experts, dim, 2 * hidden] and [experts, hidden, dim]."""
+    config = tiny_config("GptOssForCausalLM", intermediate_size=24)
+    experts = f"{LAYER}mlp.experts."
+    shapes = checkpoint_shapes(make_arch(config))
+    assert shapes[f"{experts}gate_up_proj"] == (8, 64, 48)
+    assert shapes[f"{experts}gate_up_proj_bias"] == (8, 48)
+    assert shapes[f"{experts}down_proj"] == (8, 24, 64)
+    assert shapes[f"{experts}down_proj_bias"] == (8, 64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_number_of_a_tensor_belongs_to_one_weight(family: str) -> None:
+    model = make_arch(tiny_config(family))
+    shapes, places = model.weights(), checkpoint_places(model)
+    stored = checkpoint_shapes(model)
+    for name, weights in checkpoint_tensors(model).items():
+        found = []
+        for weight in weights:
+            place, columns = places[weight], prod(shapes[weight][1:])
+            rows = shapes[weight][0]
+            if place.transposed:
+                rows, columns = columns, rows
+            found += [
+                place.offset + row * place.width + place.first + column * place.step
+                for row in range(rows)
+                for column in range(columns)
+            ]
+        assert sorted(found) == list(range(prod(stored[name]))), name
 
 
 def test_gemmas_norms_have_olmos_names_and_other_places() -> None:

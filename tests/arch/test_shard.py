@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gllm_engine.arch import FAMILIES, ArchError, Model, Shard, make_arch, read_arch
+from gllm_engine.arch.layout import checkpoint_places
 from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder, filling, open_checkpoint
-from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.model.tiny import stored_weight, write_tiny_model
 from gllm_engine.parallel import TensorParallel
 
 CPU = torch.device("cpu")
@@ -37,6 +38,7 @@ EVERYWHERE = (
     "norm.bias",
     "embed_positions.weight",
     "mlp.gate.weight",
+    "mlp.gate.bias",
     "e_score_correction_bias",
     "shared_expert_gate.weight",
     "q_a_proj.weight",
@@ -117,9 +119,11 @@ def test_what_all_ranks_load_is_the_checkpoint(
                         parts.append(copy)
                         starts.append(list(map(shard.start, whole, copy.shape)))
             found[name] = whole_of(whole, parts, starts)
+    places = checkpoint_places(model)
     for name, parts in checkpoint_tensors(model).items():
-        held = torch.cat([found[part] for part in parts])
-        assert torch.equal(held.view(stored[name].shape), stored[name]), name
+        for part in parts:
+            weight = stored_weight(stored[name], places[part], found[part].shape)
+            assert torch.equal(found[part], weight), part
 
 
 def shape_of(view: Tensor, name: str, model: Model) -> tuple[int, ...]:

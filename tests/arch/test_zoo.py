@@ -12,6 +12,7 @@ import pytest
 from gllm_engine.arch import (
     FAMILIES,
     ArchError,
+    Clamp,
     Dense,
     Gqa,
     Model,
@@ -233,6 +234,53 @@ def test_deepseeks_experts() -> None:
         Moe(128, 1408, routing, shared=1408),
     ]
     assert bare.layers[0].mixer == Gqa(96, 8, 128, Rope(64, 10_000.0))
+
+
+def test_gpt_oss_20b() -> None:
+    config = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "eos_token_id": 200002,
+        "vocab_size": 201088,
+    }
+    model = make_arch(config)
+    assert model.num_params() == 20_914_757_184
+    assert model.max_len == 131072
+    moe = Moe(32, 2880, Routing(4, True), router_bias=True, bias=True, out_bias=True,
+              clamp=Clamp(7.0, 1.702))  # fmt: skip
+    assert {layer.ffn for layer in model.layers} == {moe}
+    scaling = YarnScaling(32.0, 4096, None, None, None, 32.0, 1.0, truncate=False)
+    mixer = Gqa(64, 8, 64, Rope(64, 150_000.0, scaling=scaling), True, True, sinks=True)
+    assert [layer.mixer for layer in model.layers] == [replace(mixer, window=128), mixer] * 12
+    # Without a key of its own, the same rope.
+    assert make_arch(config | {"rope_scaling": None}) == model
+    assert refusal("GptOssForCausalLM", experts_per_token=3) == (
+        "config.json: experts_per_token is 3, but only 2 is supported"
+    )
 
 
 def test_ernies_experts() -> None:

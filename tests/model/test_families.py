@@ -105,6 +105,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Starcoder2ForCausalLM", {"use_bias": False, "sliding_window": None}),
     ("Starcoder2ForCausalLM", {"tie_word_embeddings": True}),
     ("GPTBigCodeForCausalLM", {"n_inner": None, "tie_word_embeddings": True}),
+    ("GptOssForCausalLM", {"attention_bias": False, "swiglu_limit": 0.5, "swiglu_alpha": 3.0}),
+    ("GptOssForCausalLM", {"sliding_window": 5, "num_experts_per_tok": 3, "layer_types": None}),
+    ("GptOssForCausalLM", {"rope_scaling": None, "rope_parameters": None}),
+    ("GptOssForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
 ]
 

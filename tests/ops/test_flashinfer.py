@@ -72,7 +72,7 @@ def test_each_shape_of_attention_has_a_wrapper_of_its_own(
         kind: type, heads: int, kv_heads: int, dim: int, window: int | None, group: int = 0
     ) -> Any:
         cache = torch.empty(1, 2, 16, kv_heads, dim)
-        shape = backend._shape(cache, heads, window, torch.float16)
+        shape = backend._shape(cache, heads, window, torch.float16, None, None)
         return planner._wrapper(kind, shape, "fa2", group)
 
     ragged = backend.BatchPrefillWithRaggedKVCacheWrapper

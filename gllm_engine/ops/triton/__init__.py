@@ -5,6 +5,7 @@ Knows shapes and arithmetic. Each kernel has a slow twin in ops/reference.py.
 
 from __future__ import annotations
 
+from gllm_engine.ops.triton.attention_sinks import apply_sinks
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
 from gllm_engine.ops.triton.gated_delta import gated_delta, gated_norm
 from gllm_engine.ops.triton.gemv import gemv, is_single
@@ -34,6 +35,7 @@ __all__ = [
     "KvSplits",
     "attend_latent",
     "activate",
+    "apply_sinks",
     "decode_attention",
     "gemv",
     "head_blocks",
