@@ -14,6 +14,19 @@ from gllm_engine.arch.model import Model
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
 _FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
+_MIXTRAL = (
+    ("mlp.", "block_sparse_moe."),
+    ("gate_proj", "w1"),
+    ("up_proj", "w3"),
+    ("down_proj", "w2"),
+)
+_LLAMA4 = (
+    ("mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"),
+    ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
+    ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
+    ("mlp.gate.", "mlp.router."),
+    ("mlp.", "feed_forward."),
+)
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
     "glm": _FUSED_MLP,
@@ -23,11 +36,16 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("self_attn.k_proj", "self_attn.qkv_proj"),
         ("self_attn.v_proj", "self_attn.qkv_proj"),
     ),
-    "mixtral": (
-        ("mlp.", "block_sparse_moe."),
-        ("gate_proj", "w1"),
-        ("up_proj", "w3"),
-        ("down_proj", "w2"),
+    "mixtral": _MIXTRAL,
+    "minimax_m2": (
+        ("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),
+        *_MIXTRAL,
+    ),
+    "llama4": _LLAMA4,
+    "llama4_vision": (
+        *_LLAMA4,
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
     ),
     "granitemoe": (
         ("mlp.experts.*.gate_proj", "block_sparse_moe.input_linear"),
@@ -90,7 +108,6 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-
 @dataclass(frozen=True)
 class Layout:
     """How a checkpoint tensor holds the weights that are stacked in it, for each expert alone.
@@ -103,6 +120,10 @@ class Layout:
     interleaved: bool = False
 
 
+_LLAMA4_EXPERTS = {
+    "feed_forward.experts.gate_up_proj": Layout(transposed=True),
+    "feed_forward.experts.down_proj": Layout(transposed=True),
+}
 # End of a tensor's name -> its layout; all others are plain stacks.
 _LAYOUTS: dict[str, dict[str, Layout]] = {
     "gpt_oss": {
@@ -110,6 +131,8 @@ _LAYOUTS: dict[str, dict[str, Layout]] = {
         "mlp.experts.gate_up_proj_bias": Layout(interleaved=True),
         "mlp.experts.down_proj": Layout(transposed=True),
     },
+    "llama4": _LLAMA4_EXPERTS,
+    "llama4_vision": _LLAMA4_EXPERTS,
 }
 
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
@@ -119,6 +142,8 @@ _ROPE_TABLES = re.compile(
 )
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Beginnings of the names of a vision tower's tensors.
+_VISION = {"llama4_vision": ("vision_model.", "multi_modal_projector.")}
 # Ernie's modules for multi-token prediction, which are not layers.
 _ERNIE_MTP = re.compile(r"model\.mtp_\w+\.\d+\.")
 
@@ -177,8 +202,10 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_left_over(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
-    multi-token prediction.
+    multi-token prediction or vision.
     """
+    if name.startswith(_VISION.get(model.names, ())):
+        return True
     if _ROPE_TABLES.fullmatch(name) or (model.names == "ernie" and _ERNIE_MTP.match(name)):
         return True
     layer = _LAYER.match(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.zoo import FAMILIES
+from gllm_engine.arch.zoo import FAMILIES, WITH_VISION
 
 _HF = {
     "vocab_size": 384,
@@ -244,16 +244,47 @@ _CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    "Llama4ForCausalLM": _PADDED
+    | {
+        "model_type": "llama4_text",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 48,
+        "floor_scale": 16,
+        "attn_scale": 0.5,
+    },
+    "MiniMaxM2ForCausalLM": _PADDED
+    | {
+        "model_type": "minimax_m2",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "rotary_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_mtp_modules": 1,
+    },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
 }
+_VISION_TYPES = {"Llama4ForConditionalGeneration": "llama4"}
 
 
 def tiny_config(family: str, **over: Any) -> dict[str, Any]:
-    """The config.json of a tiny model of `family` (an architecture name). `over`: keys to override.
+    """The config.json of a tiny model of `family` (an architecture name). `over`: keys to override,
+    of the language model if the model has vision.
 
     Raises ArchError for a family that is not supported.
     """
+    if family in WITH_VISION:
+        text = tiny_config(WITH_VISION[family][0], **over)
+        model_type = _VISION_TYPES[family]
+        return {"architectures": [family], "model_type": model_type, "text_config": text}
     if family not in _CONFIGS:
-        raise ArchError(f"family {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+        supported = ", ".join((*FAMILIES, *WITH_VISION))
+        raise ArchError(f"family {family!r} is not supported; supported are {supported}")
     return _CONFIGS[family] | {"architectures": [family], "eos_token_id": 2} | over

@@ -295,8 +295,8 @@ class Ops(Protocol):
         [tokens, heads * head_dim].
 
         `tokens`: [n] int64, the indices of the input tokens that the plan covers; None: all tokens.
-        `sinks`: [heads], the score of one more key of each head, whose value is 0; neither scale nor
-        softcap applies to it.
+        `sinks`: [heads], the score of one more key of each head, whose value is 0; neither the
+        scale nor the softcap applies to it.
         """
         ...
 

@@ -69,7 +69,18 @@ GPT_OSS = [f"{LAYER}self_attn.sinks", *BIASES, f"{LAYER}self_attn.o_proj.bias"]
 GPT_OSS += [f"{LAYER}mlp.router.{leaf}" for leaf in LEAVES]
 GPT_OSS += [f"{LAYER}mlp.experts.{part}_proj{end}" for part in ("gate_up", "down")
             for end in ("", "_bias")]  # fmt: skip
+LLAMA4 = [f"{LAYER}feed_forward.{part}" for part in (
+    "router.weight", "experts.gate_up_proj", "experts.down_proj",
+    *(f"shared_expert.{part}.weight" for part in PARTS),
+)]  # fmt: skip
 EXPECTED = {
+    "Llama4ForCausalLM": ENDS + NORMS + ATTENTION + LLAMA4,
+    "MiniMaxM2ForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + QK_NORMS
+    + MIXTRAL_EXPERTS
+    + [f"{MIXTRAL}e_score_correction_bias"],
     "GptOssForCausalLM": ENDS + NORMS + ATTENTION + GPT_OSS,
     "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
     "GPTBigCodeForCausalLM": BIGCODE,
@@ -147,6 +158,7 @@ def test_names(family: str) -> None:
     one_layer = next(key for key in keys if key in tiny_config(family))
     # Some tiny configs have experts in their second layer alone.
     sparse = {"decoder_sparse_step": 1, "first_k_dense_replace": 0, "moe_layer_start_index": 0}
+    sparse["interleave_moe_layer_step"] = 1
     over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny_config(family)}
     if "layer_types" in tiny_config(family):
         over["layer_types"] = ["full_attention"]
@@ -197,6 +209,31 @@ def test_gpt_oss_stores_the_experts_of_a_layer_transposed() -> None:
     assert shapes[f"{experts}gate_up_proj_bias"] == (8, 48)
     assert shapes[f"{experts}down_proj"] == (8, 24, 64)
     assert shapes[f"{experts}down_proj_bias"] == (8, 64)
+
+
+def test_llama4_stores_the_experts_of_a_layer_transposed() -> None:
+    """As transformers' Llama4TextExperts: [experts, dim, 2 * hidden] and [experts, hidden, dim]."""
+    model = make_arch(tiny_config("Llama4ForCausalLM", intermediate_size=24))
+    shapes = checkpoint_shapes(model)
+    experts = "model.layers.1.feed_forward.experts."
+    assert shapes[f"{experts}gate_up_proj"] == (8, 64, 48)
+    assert shapes[f"{experts}down_proj"] == (8, 24, 64)
+    assert shapes["model.layers.0.feed_forward.up_proj.weight"] == (96, 64)
+
+
+def test_llama4_with_vision_has_the_same_weights_by_other_names() -> None:
+    text = make_arch(tiny_config("Llama4ForCausalLM"))
+    whole = make_arch(tiny_config("Llama4ForConditionalGeneration"))
+    assert whole.weights() == text.weights()
+    names = {f"language_model.{name}": part for name, part in checkpoint_tensors(text).items()}
+    assert checkpoint_tensors(whole) == names
+    assert checkpoint_shapes(whole) == {
+        f"language_model.{name}": shape for name, shape in checkpoint_shapes(text).items()
+    }
+    for name in ("vision_model.class_embedding", "multi_modal_projector.linear_1.weight"):
+        assert is_left_over(whole, name)
+        assert not is_left_over(text, name)
+    assert not is_left_over(whole, "language_model.model.layers.9.self_attn.q_proj.weight")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -91,6 +91,9 @@ GEMMA2, GEMMA3, COHERE2 = "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForC
 GRANITE, SMOLLM3 = "GraniteForCausalLM", "SmolLM3ForCausalLM"
 HUNYUAN, MINISTRAL3 = "HunYuanDenseV1ForCausalLM", "Ministral3ForCausalLM"
 GPT_OSS = "GptOssForCausalLM"
+LLAMA4, MINIMAX_M2 = "Llama4ForCausalLM", "MiniMaxM2ForCausalLM"
+# All layers have a temperature, so that a changed one is one of all.
+ALL_TEMPERED = {"no_rope_layers": [0, 0]}
 OLMO2, STARCODER2 = "Olmo2ForCausalLM", "Starcoder2ForCausalLM"
 BIASED = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
@@ -197,6 +200,17 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "bias of a router": (GPT_OSS, {}, ffn(router_bias=False)),
     "biases of experts": (GPT_OSS, {}, ffn(bias=False)),
     "biases of experts' outputs": (GPT_OSS, {}, ffn(out_bias=False)),
+    "chunks": (LLAMA4, {}, mixer(chunked=False)),
+    "size of a chunk": (LLAMA4, {}, mixer(window=47)),
+    "norm of unit heads": (LLAMA4, {}, mixer(qk_norm=None)),
+    "offset of a temperature": (LLAMA4, ALL_TEMPERED, temperature(offset=0)),
+    "weights on the input": (LLAMA4, {}, ffn_of_experts(on_input=False)),
+    "sigmoid of llama4": (LLAMA4, {}, routing(scoring="softmax")),
+    "shared expert of llama4": (LLAMA4, {}, ffn_of_experts(shared=0)),
+    "whole norm": (MINIMAX_M2, {}, mixer(qk_norm=None)),
+    "partial rotary of minimax": (MINIMAX_M2, {}, rope(dim=16)),
+    "bias of minimax": (MINIMAX_M2, {}, routing(biased=False)),
+    "renorm of minimax": (MINIMAX_M2, {}, routing(renorm=False)),
     "partial rotary": ("Phi3ForCausalLM", {"rope_scaling": None}, rope(dim=16)),
 }
 
@@ -238,6 +252,8 @@ def test_tie_matters(tmp_path: Path) -> None:
         (GLM4_MOE, ALL_SPARSE | {"num_experts_per_tok": 4}),  # so that all experts are chosen
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
         (OLMO2, {}),
+        (MINIMAX_M2, {"num_experts_per_tok": 7}),
+        (LLAMA4, {"no_rope_layers": [1], "interleave_moe_layer_step": 1, "num_experts_per_tok": 7}),
         (GPT_OSS, {"num_experts_per_tok": 7, "layer_types": ["full_attention"]}),
         ("Starcoder2ForCausalLM", {}),
         (HUNYUAN, {}),

@@ -223,7 +223,7 @@ def test_sinks_are_applied_to_attention_without_them(heads: int, dim: int) -> No
     scores, values = torch.randn(tokens, heads, keys), torch.randn(heads, keys, dim)
     sinks = torch.randn(heads)
     sinks[0], sinks[-1] = 60.0, -60.0
-    out = torch.einsum("thk,hkd->thd", scores.softmax(-1), values)
+    out = torch.einsum("thk,hkd->thd", scores.softmax(-1), values).contiguous()
     lse = scores.logsumexp(-1) / math.log(2)
     triton.apply_sinks(out, lse, sinks)
     one_more = torch.cat((scores, sinks[None, :, None].expand(tokens, -1, 1)), -1)

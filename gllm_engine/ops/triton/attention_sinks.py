@@ -8,7 +8,6 @@ With lse, the logarithm of the sum of exponentials of a head's scores:
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,7 +42,7 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """Change `out` [tokens, heads, head_dim] in place, from attention without to attention with
     sinks.
 
-    lse: [tokens, heads] float32, to base 2. sinks: [heads].
+    All are contiguous. lse: [tokens, heads] float32, to base 2. sinks: [heads].
     """
     tokens, heads, dim = out.shape
     block = min(_HEADS, triton.next_power_of_2(heads))

@@ -273,7 +273,7 @@ def decode_attention(
         BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0, CHUNKED=plan.chunked,
         BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
         JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        CAPPED=softcap is not None, SINKS=sinks is not None, OVERLAPS=OVERLAP, num_warps=_WARPS, num_stages=_STAGES,
-        **overlapping(),
+        CAPPED=softcap is not None, SINKS=sinks is not None, OVERLAPS=OVERLAP,
+        num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out
