@@ -858,9 +858,10 @@ def _text_config(config: dict[str, Any], name: str, family: str) -> dict[str, An
     text = whole.child("text_config")
     if text.empty:
         raise ArchError(f"{name}: text_config is missing")
-    whole.require(quantization_config=None)
     whole.require(tie_word_embeddings=text.flag("tie_word_embeddings"))
-    return config["text_config"] | {"architectures": [family]}
+    own = config["text_config"] | {"architectures": [family]}
+    key = "quantization_config"  # of all parts
+    return own | {key: config[key]} if whole.has(key) else own
 
 
 _DEEPSEEK_V3 = _LLAMA | {

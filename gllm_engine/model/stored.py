@@ -95,6 +95,11 @@ class StoredTensors:
             stored = self._stored.get(name)
             if stored is None or stored.dtype not in _FLOAT8 or not matrices.keys() >= {*parts}:
                 continue
+            if len(self._shapes[name]) != 2:
+                raise LoadError(
+                    f"{stored.path}: tensor {name} is stored as {stored.dtype}, which is not "
+                    "supported for one tensor of all experts"
+                )
             kind = self._format(name, stored)
             if promised is not None and kind != replace(promised, suffix=kind.suffix):
                 raise LoadError(

@@ -284,6 +284,7 @@ def test_gpt_oss_20b() -> None:
     )
 
 
+FP8 = {"quantization_config": {"quant_method": "fp8"}}
 LLAMA4_SCOUT = {
     "architectures": ["Llama4ForConditionalGeneration"],
     "model_type": "llama4",
@@ -385,9 +386,9 @@ def test_a_model_with_vision_has_its_language_models_keys_within() -> None:
     assert refused(tie_word_embeddings=True) == (
         "config.json: tie_word_embeddings is True, but only false is supported"
     )
-    assert refused(quantization_config={"quant_method": "fp8"}).startswith(
-        "config.json: quantization_config is"
-    )
+    expected = replace(make_arch(text | FP8), names="llama4_vision")
+    assert make_arch(config | FP8) == expected
+    assert make_arch(config | {"text_config": text | FP8}) == expected
 
 
 def test_minimax_m2() -> None:
