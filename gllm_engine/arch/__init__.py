@@ -16,7 +16,7 @@ from gllm_engine.arch.model import (
 )
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
-from gllm_engine.arch.zoo import FAMILIES, WITH_VISION, make_arch, read_arch
+from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "QueryTemperature",
     "Rope",
     "Shard",
-    "WITH_VISION",
     "ArchError",
     "cache_groups",
     "make_arch",

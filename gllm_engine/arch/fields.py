@@ -41,14 +41,22 @@ class Fields:
         copy._values = values | self._values
         return copy
 
-    def child(self, *keys: str) -> Fields:
-        """The object at the first of `keys` that is present and not empty, or an empty object."""
+    def child(
+        self,
+        *keys: str,
+        defaults: dict[str, Any] | None = None,
+        over: dict[str, Any] | None = None,
+    ) -> Fields:
+        """The object at the first of `keys` that is present and not empty, or an empty object.
+
+        `defaults`: for its absent keys. `over`: overrides its keys.
+        """
         for key in keys:
             if value := self._values.get(key):
                 if not isinstance(value, dict):
                     raise self._wrong(key, value, "an object")
-                return Fields(value, f"{self.name}: {key}", {})
-        return Fields({}, self.name, {})
+                return Fields(value | (over or {}), f"{self.name}: {key}", defaults or {})
+        return Fields(over or {}, self.name, defaults or {})
 
     def has(self, key: str) -> bool:
         return key in self._values
@@ -127,6 +135,13 @@ class Fields:
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, value, "a string")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
+        """One of the words `allowed`."""
+        value = self._get(key, default)
+        if not isinstance(value, str) or value not in allowed:
+            raise self._wrong(key, value, " or ".join(map(json.dumps, allowed)))
         return value
 
     def numbers(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
 from gllm_engine.arch.model import Model, Shapes
-from gllm_engine.arch.names import Layout, checkpoint_layout, checkpoint_tensors, expert_of
+from gllm_engine.arch.names import checkpoint_tensors, expert_of, is_transposed, num_blocks
 
 
 @dataclass(frozen=True)
@@ -18,6 +17,7 @@ class Place:
 
     The matrix begins at number `offset` of the tensor, and its rows have `width` numbers. It has
     the rows of the weight [rows, columns] or, if `transposed`, the columns of the weight as rows.
+    `rows`: so many rows of the weight are one row of the matrix.
     """
 
     offset: int
@@ -25,6 +25,7 @@ class Place:
     first: int = 0
     step: int = 1
     transposed: bool = False
+    rows: int = 1
 
 
 def checkpoint_places(model: Model) -> dict[str, Place]:
@@ -32,31 +33,42 @@ def checkpoint_places(model: Model) -> dict[str, Place]:
     shapes = model.weights()
     places = {}
     for name, parts in checkpoint_tensors(model).items():
-        layout = checkpoint_layout(model, name)
+        transposed = is_transposed(model, name)
+        blocks = num_blocks(model, parts)
         offset = 0
         for _, part in groupby(parts, expert_of):
-            stacked = tuple(part)
-            places |= zip(stacked, _stacked(stacked, shapes, layout, offset), strict=True)
-            offset += sum(prod(shapes[weight]) for weight in stacked)
+            stacked = {weight: shapes[weight] for weight in part}
+            if transposed:
+                places |= _transposed(stacked, blocks, offset)
+            else:
+                places |= _stacked(stacked, blocks, offset)
+            offset += sum(map(prod, stacked.values()))
     return places
 
 
-def _stacked(
-    weights: tuple[str, ...], shapes: Shapes, layout: Layout, offset: int
-) -> Iterator[Place]:
-    """The places of weights that are stacked from number `offset` on."""
-    count = len(weights)
-    width = prod(shapes[weights[0]][1:])
-    rows = sum(shapes[weight][0] for weight in weights)
-    row = 0
-    for i, weight in enumerate(weights):
-        match layout:
-            case Layout(transposed=True, interleaved=True):
-                yield Place(offset, rows, i, count, transposed=True)
-            case Layout(transposed=True):
-                yield Place(offset, rows, row, transposed=True)
-            case Layout(interleaved=True):
-                yield Place(offset, count * width, i * width)
-            case _:
-                yield Place(offset + row * width, width)
-        row += shapes[weight][0]
+def _stacked(shapes: Shapes, blocks: int, offset: int) -> dict[str, Place]:
+    """The places of weights of these shapes, in `blocks` blocks from number `offset` on."""
+    places = {}
+    block = sum(map(prod, shapes.values())) // blocks
+    first = 0
+    for name, shape in shapes.items():
+        columns = prod(shape[1:])
+        if blocks == 1:
+            places[name] = Place(offset + first, columns)
+        else:
+            places[name] = Place(offset, block, first, rows=shape[0] // blocks)
+        first += prod(shape) // blocks
+    return places
+
+
+def _transposed(shapes: Shapes, blocks: int, offset: int) -> dict[str, Place]:
+    """As _stacked, of a transposed matrix. A block has one row of each weight."""
+    places = {}
+    width = sum(rows for rows, _ in shapes.values())
+    first = 0
+    for name, (rows, _) in shapes.items():
+        assert blocks in (1, rows)
+        step = 1 if blocks == 1 else len(shapes)
+        places[name] = Place(offset, width, first, step, transposed=True)
+        first += rows if blocks == 1 else 1
+    return places

@@ -6,9 +6,8 @@ This module knows names only; model/load.py reads the data.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-from gllm_engine.arch.model import Model
+from gllm_engine.arch.model import Gqa, Model
 
 # Replacements in a canonical name, applied in order; * is the number of an expert. Weights that get
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
@@ -26,6 +25,21 @@ _LLAMA4 = (
     ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
     ("mlp.gate.", "mlp.router."),
     ("mlp.", "feed_forward."),
+)
+_DEEPSEEK = (("shared_expert.", "shared_experts."),)
+_GPT2 = (
+    ("model.embed_tokens", "transformer.wte"),
+    ("model.embed_positions", "transformer.wpe"),
+    ("model.layers.", "transformer.h."),
+    ("model.norm", "transformer.ln_f"),
+    ("input_layernorm", "ln_1"),
+    ("post_attention_layernorm", "ln_2"),
+    ("self_attn.q_proj", "attn.c_attn"),
+    ("self_attn.k_proj", "attn.c_attn"),
+    ("self_attn.v_proj", "attn.c_attn"),
+    ("self_attn.o_proj", "attn.c_proj"),
+    ("mlp.up_proj", "mlp.c_fc"),
+    ("mlp.down_proj", "mlp.c_proj"),
 )
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
@@ -53,7 +67,12 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("mlp.experts.*.down_proj", "block_sparse_moe.output_linear"),
         ("mlp.gate.", "block_sparse_moe.router.layer."),
     ),
-    "deepseek": (("shared_expert.", "shared_experts."),),
+    "deepseek": _DEEPSEEK,
+    "kimi_k25": (
+        *_DEEPSEEK,
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
     "ernie": (
         ("shared_expert.", "shared_experts."),
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
@@ -78,19 +97,19 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "hunyuan": (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm")),
     "starcoder2": (("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
-    "gpt_bigcode": (
-        ("model.embed_tokens", "transformer.wte"),
-        ("model.embed_positions", "transformer.wpe"),
-        ("model.layers.", "transformer.h."),
-        ("model.norm", "transformer.ln_f"),
-        ("input_layernorm", "ln_1"),
-        ("post_attention_layernorm", "ln_2"),
-        ("self_attn.q_proj", "attn.c_attn"),
-        ("self_attn.k_proj", "attn.c_attn"),
-        ("self_attn.v_proj", "attn.c_attn"),
-        ("self_attn.o_proj", "attn.c_proj"),
-        ("mlp.up_proj", "mlp.c_fc"),
-        ("mlp.down_proj", "mlp.c_proj"),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neox": (
+        ("model.embed_tokens", "gpt_neox.embed_in"),
+        ("model.layers.", "gpt_neox.layers."),
+        ("model.norm", "gpt_neox.final_layer_norm"),
+        ("lm_head", "embed_out"),
+        ("self_attn.q_proj", "attention.query_key_value"),
+        ("self_attn.k_proj", "attention.query_key_value"),
+        ("self_attn.v_proj", "attention.query_key_value"),
+        ("self_attn.o_proj", "attention.dense"),
+        ("mlp.up_proj", "mlp.dense_h_to_4h"),
+        ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ),
     "chatglm": (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),
@@ -107,45 +126,56 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How a checkpoint tensor holds the weights that are stacked in it, for each expert alone.
-
-    `transposed`: the stack is stored as [columns, rows]. `interleaved`: the weights take turns row
-    by row: gate 0, up 0, gate 1, up 1.
-    """
-
-    transposed: bool = False
-    interleaved: bool = False
-
-
-_LLAMA4_EXPERTS = {
-    "feed_forward.experts.gate_up_proj": Layout(transposed=True),
-    "feed_forward.experts.down_proj": Layout(transposed=True),
+# Some checkpoints have other beginnings of names: (what they have, what is standard).
+_BEGINNINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "kimi_k25": (  # as transformers names them
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+    "gpt2": tuple((f"{part}.", f"transformer.{part}.") for part in ("wte", "wpe", "h", "ln_f")),
 }
-# End of a tensor's name -> its layout; all others are plain stacks.
-_LAYOUTS: dict[str, dict[str, Layout]] = {
-    "gpt_oss": {
-        "mlp.experts.gate_up_proj": Layout(transposed=True, interleaved=True),
-        "mlp.experts.gate_up_proj_bias": Layout(interleaved=True),
-        "mlp.experts.down_proj": Layout(transposed=True),
-    },
+# Matrices that are stored transposed: [columns, rows]; of several experts, each of them.
+_LLAMA4_EXPERTS = re.compile(r".+\.feed_forward\.experts\.(gate_up|down)_proj")
+_TRANSPOSED = {
+    "gpt2": re.compile(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight"),
+    "gpt_oss": re.compile(r".+\.mlp\.experts\.(gate_up|down)_proj"),
     "llama4": _LLAMA4_EXPERTS,
     "llama4_vision": _LLAMA4_EXPERTS,
 }
+
+# Tensors that hold the rows of the first head of every part, then those of the second head, and so
+# on.
+_BY_HEAD = {"gpt_neox": re.compile(r"attention\.query_key_value\.(weight|bias)$")}
+# Tensors that hold the first row of every part, then the second rows, and so on: gate 0, up 0,
+# gate 1, up 1.
+_BY_ROW = {"gpt_oss": re.compile(r"mlp\.experts\.gate_up_proj(_bias)?$")}
 
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _ROPE_TABLES = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|transformer\.rotary_pos_emb\.inv_freq"
+    r"|gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq"
 )
+# The causal mask in old checkpoints, which is the same for all models; weights for images.
+_UNUSED = {
+    "llama4_vision": re.compile(r"(vision_model|multi_modal_projector)\..+"),
+    "kimi_k25": re.compile(r"(model\.)?(vision_tower|mm_projector)\..+"),
+    "gpt2": re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+    "gpt_bigcode": re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+    "gpt_neox": re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)"),
+}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-# Beginnings of the names of a vision tower's tensors.
-_VISION = {"llama4_vision": ("vision_model.", "multi_modal_projector.")}
 # Ernie's modules for multi-token prediction, which are not layers.
 _ERNIE_MTP = re.compile(r"model\.mtp_\w+\.\d+\.")
+
+
+def standard_name(model: Model, name: str) -> str:
+    """The standard name of a tensor with this name in a file."""
+    for own, standard in _BEGINNINGS.get(model.names, ()):
+        if name.startswith(own):
+            return standard + name.removeprefix(own)
+    return name
 
 
 def checkpoint_name(model: Model, canonical: str) -> str:
@@ -158,14 +188,6 @@ def checkpoint_name(model: Model, canonical: str) -> str:
         else:
             canonical = canonical.replace(old, new)
     return canonical
-
-
-def checkpoint_layout(model: Model, name: str) -> Layout:
-    """The layout of a checkpoint tensor."""
-    for end, layout in _LAYOUTS.get(model.names, {}).items():
-        if name.endswith(end):
-            return layout
-    return Layout()
 
 
 def expert_of(name: str) -> str | None:
@@ -183,6 +205,34 @@ def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
     return tensors
 
 
+def is_transposed(model: Model, name: str) -> bool:
+    """Whether a checkpoint tensor is a transposed matrix; then its weights are stacked along
+    dimension 1.
+    """
+    transposed = _TRANSPOSED.get(model.names)
+    return transposed is not None and transposed.fullmatch(name) is not None
+
+
+def num_blocks(model: Model, weights: tuple[str, ...]) -> int:
+    """The number of blocks of a checkpoint tensor that holds `weights`: each block has an equal
+    part of each of them, in their order. 1: the weights are stacked whole. Of a tensor of all
+    experts, the number for one expert.
+    """
+    found = _LAYER.match(weights[0])
+    if found is None:
+        return 1
+    layer = model.layers[int(found[1])]
+    name = checkpoint_name(model, weights[0])
+    by_head = _BY_HEAD.get(model.names)
+    by_row = _BY_ROW.get(model.names)
+    if by_head is not None and by_head.search(name):
+        assert isinstance(layer.mixer, Gqa)
+        return layer.mixer.heads
+    if by_row is not None and by_row.search(name):
+        return layer.ffn.hidden
+    return 1
+
+
 def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Checkpoint tensor name -> its shape."""
     shapes = model.weights()
@@ -191,7 +241,7 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
         rows = sum(shapes[part][0] for part in parts)
         count = len({expert_of(part) for part in parts})
         shape = (rows // count, *shapes[parts[0]][1:])
-        if checkpoint_layout(model, name).transposed:
+        if is_transposed(model, name):
             shape = shape[::-1]
         of_all_experts = expert_of(parts[0]) is not None and expert_of(name) is None
         found[name] = (count, *shape) if of_all_experts else shape
@@ -202,11 +252,12 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_left_over(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
-    multi-token prediction or vision.
+    multi-token prediction or for images.
     """
-    if name.startswith(_VISION.get(model.names, ())):
-        return True
     if _ROPE_TABLES.fullmatch(name) or (model.names == "ernie" and _ERNIE_MTP.match(name)):
+        return True
+    unused = _UNUSED.get(model.names)
+    if unused is not None and unused.fullmatch(name):
         return True
     layer = _LAYER.match(name)
     return layer is not None and 0 <= int(layer[1]) - len(model.layers) < model.extra_layers

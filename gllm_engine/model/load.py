@@ -184,6 +184,11 @@ def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice
     columns = prod(shard[1:])
     row = decoder.shard.start(shape[0], rows)
     column = decoder.shard.start(prod(shape[1:]), columns)
+    # One row of the place may hold several rows of the weight.
+    rows //= place.rows
+    row //= place.rows
+    columns *= place.rows
+    column *= place.rows
     into = into.view(-1, rows, columns)
     if place.transposed:
         into = into.mT

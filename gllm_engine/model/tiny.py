@@ -7,7 +7,6 @@ so an implementation that omits one generates different text.
 from __future__ import annotations
 
 import json
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +86,18 @@ def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
         tensors[name] = torch.empty(stored[name])
         for part in parts:
             weight = _random_weight(part, shapes[part], arch, generator)
-            stored_weight(tensors[name], places[part], shapes[part]).copy_(weight)
+            _store(weight, tensors[name], places[part])
     return tensors
 
 
-def stored_weight(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Tensor:
-    """The view of the weight of shape `shape` that is at `place` in a checkpoint tensor."""
-    size = (shape[0], prod(shape[1:]))
-    strides = (place.width, place.step)
+def _store(weight: Tensor, tensor: Tensor, place: Place) -> None:
+    """Write a weight to its place in a checkpoint tensor."""
     at = place.offset + place.first
     if place.transposed:
-        return tensor.as_strided(size, strides[::-1], at)
-    return tensor.as_strided(size, strides, at).view(shape)
+        tensor.as_strided(weight.shape, (place.step, place.width), at).copy_(weight)
+    else:
+        rows = weight.view(len(weight) // place.rows, -1)
+        tensor.as_strided(rows.shape, (place.width, 1), at).copy_(rows)
 
 
 def _in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stored_weights import weights_in
 from torch import Tensor
 
 from gllm_engine.arch import FAMILIES, ArchError, Model, Shard, make_arch, read_arch
-from gllm_engine.arch.layout import checkpoint_places
-from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder, filling, open_checkpoint
-from gllm_engine.model.tiny import stored_weight, write_tiny_model
+from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.parallel import TensorParallel
 
 CPU = torch.device("cpu")
@@ -118,10 +117,8 @@ def test_what_all_ranks_load_is_the_checkpoint(
                         parts.append(copy)
                         starts.append(list(map(shard.start, whole, copy.shape)))
             found[name] = whole_of(whole, parts, starts)
-    places = checkpoint_places(model)
-    for name, parts in checkpoint_tensors(model).items():
-        for part in parts:
-            weight = stored_weight(stored[name], places[part], found[part].shape)
+    for name, tensor in stored.items():
+        for part, weight in weights_in(model, name, tensor).items():
             assert torch.equal(found[part], weight), part
 
 
