@@ -78,6 +78,7 @@ class Gqa:
     scale: float | None = None  # factor of the scores; None: head_dim ** -0.5
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     temperature: QueryTemperature | None = None
+    output_gate: bool = False  # the heads' results are multiplied by sigmoid(gate_proj x)
 
     def weights(self, dim: int) -> Shapes:
         q = self.heads * self.head_dim
@@ -85,6 +86,8 @@ class Gqa:
         shapes = _linear("self_attn.q_proj", q, dim, self.qkv_bias)
         shapes |= _linear("self_attn.k_proj", kv, dim, self.qkv_bias)
         shapes |= _linear("self_attn.v_proj", kv, dim, self.qkv_bias)
+        if self.output_gate:
+            shapes |= _linear("self_attn.gate_proj", q, dim, self.qkv_bias)
         shapes |= _linear("self_attn.o_proj", dim, q, self.out_bias)
         if self.qk_norm:
             whole = self.qk_norm == "whole"
@@ -348,6 +351,7 @@ class Model:
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: str = "hf"  # the table in names.py for its checkpoints
+    name_variants: tuple[str, ...] = ()  # of these names; see names.py
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0
     norm: NormKind = "rms"  # of the residual stream; queries and keys have the RMS kinds only

@@ -7,14 +7,39 @@ from __future__ import annotations
 
 import re
 
-from gllm_engine.arch.model import Model
+from collections.abc import Collection
+from dataclasses import replace
+
+from gllm_engine.arch.model import GatedDelta, Model
 
 # Replacements in a canonical name, applied in order; * is the number of an expert. Weights that get
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
+# Some tensors are stacked by heads instead: see _BY_HEAD.
 _FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
+_GATED_DELTA = (
+    ("self_attn.gate_proj", "self_attn.q_proj"),
+    ("linear_attn.conv_q.", "linear_attn.conv1d."),
+    ("linear_attn.conv_k.", "linear_attn.conv1d."),
+    ("linear_attn.conv_v.", "linear_attn.conv1d."),
+)
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
+    "qwen3_next": (
+        *_GATED_DELTA,
+        ("linear_attn.in_proj_q.", "linear_attn.in_proj_qkvz."),
+        ("linear_attn.in_proj_k.", "linear_attn.in_proj_qkvz."),
+        ("linear_attn.in_proj_v.", "linear_attn.in_proj_qkvz."),
+        ("linear_attn.in_proj_z.", "linear_attn.in_proj_qkvz."),
+        ("linear_attn.in_proj_b.", "linear_attn.in_proj_ba."),
+        ("linear_attn.in_proj_a.", "linear_attn.in_proj_ba."),
+    ),
+    "qwen3_5": (
+        *_GATED_DELTA,
+        ("linear_attn.in_proj_q.", "linear_attn.in_proj_qkv."),
+        ("linear_attn.in_proj_k.", "linear_attn.in_proj_qkv."),
+        ("linear_attn.in_proj_v.", "linear_attn.in_proj_qkv."),
+    ),
     "glm": _FUSED_MLP,
     "phi3": (
         *_FUSED_MLP,
@@ -79,6 +104,26 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+# Further replacements. A checkpoint has them or not, whatever its config says.
+_VARIANTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "language_model": (("model.", "model.language_model."),),  # beside the weights for images
+    "fused_experts": (
+        ("mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
+    ),
+}
+_VARIANTS_OF = {
+    "qwen3_next": ("fused_experts",),
+    "qwen3_5": ("language_model", "fused_experts"),
+}
+# Tensors that hold the rows of the first head of every part, then those of the second head, and so
+# on. The heads of a GatedDelta are its key heads; a part may have several rows or heads for each.
+_BY_HEAD = {
+    "qwen3_next": re.compile(r"self_attn\.q_proj|linear_attn\.in_proj_(qkvz|ba)"),
+    "qwen3_5": re.compile(r"self_attn\.q_proj"),
+}
+
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _ROPE_TABLES = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
@@ -86,13 +131,19 @@ _ROPE_TABLES = re.compile(
 )
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-# Ernie's modules for multi-token prediction, which are not layers.
-_ERNIE_MTP = re.compile(r"model\.mtp_\w+\.\d+\.")
+# Other parts of a checkpoint that no text model needs: Ernie's modules for multi-token prediction,
+# which are not layers; Qwen's, and its weights for images.
+_QWEN_PARTS = re.compile(r"mtp\.|model\.visual\.")
+_UNUSED = {
+    "ernie": re.compile(r"model\.mtp_\w+\.\d+\."),
+    "qwen3_next": _QWEN_PARTS,
+    "qwen3_5": _QWEN_PARTS,
+}
 
 
 def checkpoint_name(model: Model, canonical: str) -> str:
     """The name of the checkpoint tensor that holds a weight."""
-    for old, new in _RENAMES[model.names]:
+    for old, new in (*_RENAMES[model.names], *_variant_rules(model)):
         before, number, after = old.partition("*")
         if number:
             pattern = rf"{re.escape(before)}\d+{re.escape(after)}"
@@ -109,6 +160,32 @@ def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
         name = checkpoint_name(model, weight)
         tensors[name] = (*tensors.get(name, ()), weight)
     return tensors
+
+
+def _variant_rules(model: Model) -> list[tuple[str, str]]:
+    return [rule for variant in model.name_variants for rule in _VARIANTS[variant]]
+
+
+def with_stored_names(model: Model, stored: Collection[str]) -> Model:
+    """The model with the variants of its names that a checkpoint with the tensors `stored` has."""
+    variants = []
+    for variant in _VARIANTS_OF.get(model.names, ()):
+        new = _VARIANTS[variant][0][1]
+        if any(new in name for name in stored if not is_left_over(model, name)):
+            variants.append(variant)
+    return replace(model, name_variants=tuple(variants))
+
+
+def num_blocks(model: Model, weights: tuple[str, ...]) -> int:
+    """The number of blocks of a checkpoint tensor that holds `weights`: each block has so many
+    equal parts of each of them, in their order. 1: the weights are stacked whole.
+    """
+    by_head = _BY_HEAD.get(model.names)
+    layer = _LAYER.match(weights[0])
+    if by_head is None or layer is None or not by_head.search(checkpoint_name(model, weights[0])):
+        return 1
+    mixer = model.layers[int(layer[1])].mixer
+    return mixer.k_heads if isinstance(mixer, GatedDelta) else mixer.heads
 
 
 def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -128,9 +205,10 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_left_over(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
-    multi-token prediction.
+    multi-token prediction or for images.
     """
-    if _ROPE_TABLES.fullmatch(name) or (model.names == "ernie" and _ERNIE_MTP.match(name)):
+    unused = _UNUSED.get(model.names)
+    if _ROPE_TABLES.fullmatch(name) or (unused is not None and unused.match(name)):
         return True
     layer = _LAYER.match(name)
     return layer is not None and 0 <= int(layer[1]) - len(model.layers) < model.extra_layers

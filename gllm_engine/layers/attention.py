@@ -35,7 +35,9 @@ class GqaAttention:
         self._ranks = ranks
         shapes = arch.weights(dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
-        self._qkv = Linear(names, shapes, ops, dtype, device)
+        if arch.output_gate:
+            names.append("self_attn.gate_proj")
+        self._in = Linear(names, shapes, ops, dtype, device)
         self._out = Linear(["self_attn.o_proj"], shapes, ops, dtype, device)
         self._num_qkv_heads = arch.heads + 2 * arch.kv_heads
         # One row per query and key head, so that one kernel normalises both.
@@ -48,7 +50,9 @@ class GqaAttention:
     def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
         shape = self._arch.attention
-        return planner.plan(batch, cache, shape.heads, shape.window, self._group)
+        return planner.plan(
+            batch, cache, shape.heads, shape.window, self._group, shape.scale, shape.softcap
+        )
 
     def __call__(
         self,
@@ -66,7 +70,7 @@ class GqaAttention:
         """
         arch = self._arch
         plan = context.plans[self.plan_key]
-        qkv = self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim)
+        qkv, gate = self._project(x, norm)
         inputs = self._ops.rotate_and_store(
             qkv,
             arch.heads,
@@ -84,7 +88,17 @@ class GqaAttention:
             attended = self._ops.attend(inputs, cache, plan, logit_tokens.index)
         else:
             attended = x.new_empty(0, arch.heads * arch.head_dim)
+        if gate is not None:
+            gate = gate if logit_tokens is None else gate[logit_tokens.index]
+            attended *= gate.sigmoid()
         return self._out(attended) if total is None else self._out.add_to(total, attended)
+
+    def _project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """The heads of queries, keys and values, and the gate of the result if there is one."""
+        projected = self._in(x, norm)
+        width = self._num_qkv_heads * self._arch.head_dim
+        qkv = projected[:, :width].unflatten(1, (self._num_qkv_heads, self._arch.head_dim))
+        return qkv, projected[:, width:] if self._arch.output_gate else None
 
     def _head_norm(self, qkv: Tensor) -> HeadNorm | None:
         if self._qk_norm is None or self._arch.qk_norm != "whole":
@@ -96,7 +110,7 @@ class GqaAttention:
         return self._qk_norm._replace(means=means)
 
     def weights(self) -> dict[str, Tensor]:
-        views = self._qkv.weights() | self._out.weights()
+        views = self._in.weights() | self._out.weights()
         if self._qk_norm is not None:
             q, k = self._qk_norm.gain.split((self._arch.heads, self._arch.kv_heads))
             if self._arch.qk_norm == "whole":

@@ -212,27 +212,46 @@ class States:
         self, layers: Sequence[Layer], rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         """`dtype`: of the convolution's inputs."""
-        parts: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
-        for i, layer in enumerate(layers):
-            for kind, shape in zip((torch.float32, dtype), layer.mixer.state_shapes, strict=False):
-                parts.append((i, kind, shape))
-        sizes = [
-            -(-prod(shape) * kind.itemsize // _ALIGNMENT) * _ALIGNMENT for _, kind, shape in parts
-        ]
-        self.flat = torch.zeros(rows, sum(sizes), dtype=torch.uint8, device=device)
+        parts = _state_parts(layers, dtype)
+        self.flat = torch.zeros(
+            rows, sum(part.num_bytes for part in parts), dtype=torch.uint8, device=device
+        )
         views: dict[int, list[Tensor]] = {}
-        for (i, kind, shape), columns in zip(parts, self.flat.split(sizes, 1), strict=True):
-            used = columns[:, : prod(shape) * kind.itemsize]
-            views.setdefault(i, []).append(used.view(kind).unflatten(1, shape))
+        columns = self.flat.split([part.num_bytes for part in parts], 1)
+        for part, padded in zip(parts, columns, strict=True):
+            used = padded[:, : prod(part.shape) * part.dtype.itemsize]
+            views.setdefault(part.layer, []).append(used.view(part.dtype).unflatten(1, part.shape))
         self.layers = {i: RecurrentState(conv, matrix) for i, (matrix, conv) in views.items()}
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy rows to other rows."""
-        self.flat.index_copy_(0, targets, self.flat[sources])
+    def copy(self, source: int, target: int) -> None:
+        """Copy the state in a row to another row."""
+        self.flat[target].copy_(self.flat[source])
 
-    def clear(self, rows: Tensor) -> None:
-        """Set rows to zero."""
-        self.flat.index_fill_(0, rows, 0)
+    def clear(self, row: int) -> None:
+        """Set a row to zero."""
+        self.flat[row].zero_()
+
+
+class _StatePart(NamedTuple):
+    """A tensor in the state of a layer."""
+
+    layer: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """In a row, with padding."""
+        return -(-prod(self.shape) * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def _state_parts(layers: Sequence[Layer], dtype: torch.dtype) -> list[_StatePart]:
+    """The matrices of the layers, in float32, and the convolution's inputs in `dtype`."""
+    return [
+        _StatePart(i, kind, shape)
+        for i, layer in enumerate(layers)
+        for kind, shape in zip((torch.float32, dtype), layer.mixer.state_shapes, strict=False)
+    ]
 
 
 class _Buffer(NamedTuple):
@@ -322,14 +341,15 @@ class Decoder:
         the same memory, because a page belongs to one group at a time. `states`: from new_states,
         for the layers that keep a state per sequence.
         """
+        buffers = self._buffers()
         memory = {
             buffer: torch.empty(
                 num_pages, buffer.width * page_size, dtype=dtype or self.dtype, device=self.device
             )
-            for buffer in dict.fromkeys(self._buffers())
+            for buffer in dict.fromkeys(buffers)
         }
         cache: list[LayerCache] = []
-        for i, (buffer, layer) in enumerate(zip(self._buffers(), self.layers, strict=True)):
+        for i, (buffer, layer) in enumerate(zip(buffers, self.layers, strict=True)):
             if states is not None and i in states.layers:
                 cache.append(states.layers[i])
             else:
@@ -339,6 +359,11 @@ class Decoder:
     def new_states(self, rows: int) -> States:
         """The states of `rows` slots and snapshots, all zero."""
         return States(self.layers, rows, self.dtype, self.device)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of one sequence in all layers of this rank."""
+        return sum(part.num_bytes for part in _state_parts(self.layers, self.dtype))
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of `page_size` tokens in a cache of `dtype`."""

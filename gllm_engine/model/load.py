@@ -27,6 +27,8 @@ from gllm_engine.arch.names import (
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
+    num_blocks,
+    with_stored_names,
 )
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
@@ -48,6 +50,7 @@ class Checkpoint:
     """The open files of a checkpoint that has exactly the tensors that its model needs."""
 
     path: Path
+    arch: Model  # with the variants of names that the files have
     tensors: dict[str, TensorSlice]  # by checkpoint tensor name; each is contiguous
     tied: str | None  # name of a stored output projection, which must equal the embedding
 
@@ -68,15 +71,18 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
 
     Raises LoadError for every mismatch that the files' headers show, before memory is allocated.
     """
-    finder = _Finder(arch)
     with ExitStack() as opened:
+        headers = []
         for place in _files(path):
             file = opened.enter_context(open_file(place, LoadError))
-            header, data_start = _read_header(place, file)
+            headers.append((place, file.fileno(), *_read_header(place, file)))
+        arch = with_stored_names(arch, {name for *_, header, _ in headers for name in header})
+        finder = _Finder(arch)
+        for place, descriptor, header, data_start in headers:
             for name, stored in header.items():
-                finder.take(place, name, stored, file.fileno(), data_start)
+                finder.take(place, name, stored, descriptor, data_start)
         finder.check_complete(path)
-        yield Checkpoint(path, finder.found, finder.tied_copy)
+        yield Checkpoint(path, arch, finder.found, finder.tied_copy)
 
 
 @contextmanager
@@ -185,14 +191,19 @@ def _aim(
     shapes = arch.weights()
     weights = decoder.weights()
     targets = []
-    for name, parts in checkpoint_tensors(arch).items():
+    for name, parts in checkpoint_tensors(checkpoint.arch).items():
         source = checkpoint.tensors[name]
-        for part in parts:
-            shape = shapes[part]
-            if part in weights:  # else another rank holds it
-                targets.append(_share(decoder, source, shape, weights[part]))
-            num_bytes = prod(shape) * source.dtype.itemsize
-            source = replace(source, offset=source.offset + num_bytes)
+        blocks = num_blocks(checkpoint.arch, parts)
+        for block in range(blocks):
+            for part in parts:
+                shape = shapes[part]
+                if part in weights:  # else another rank holds it
+                    if blocks > 1:
+                        targets += _block(decoder, source, shape, weights[part], block, blocks)
+                    else:
+                        targets.append(_share(decoder, source, shape, weights[part]))
+                num_bytes = prod(shape) // blocks * source.dtype.itemsize
+                source = replace(source, offset=source.offset + num_bytes)
     embedding = weights.get("model.embed_tokens.weight")
     if checkpoint.tied is None or embedding is None:
         return targets, None
@@ -200,6 +211,22 @@ def _aim(
     shape = shapes["model.embed_tokens.weight"]
     source = checkpoint.tensors[checkpoint.tied]
     return [*targets, _share(decoder, source, shape, copy)], copy
+
+
+def _block(
+    decoder: Decoder,
+    source: TensorSlice,
+    shape: tuple[int, ...],
+    into: Tensor,
+    block: int,
+    blocks: int,
+) -> list[tuple[TensorSlice, Tensor]]:
+    """As _share, of one of `blocks` equal parts of the rows of a weight; empty if it is in another
+    rank's shard. A shard has whole blocks.
+    """
+    rows = shape[0] // blocks
+    first = block * rows - decoder.shard.start(shape[0], len(into))
+    return [(source, into[first : first + rows].view(1, -1))] if 0 <= first < len(into) else []
 
 
 def _share(

@@ -15,6 +15,7 @@ from gllm_engine.sampling import InvalidField, SamplingParams, StructuredOutputs
 from gllm_engine.types import Request
 
 SOME_WINDOWS = "Qwen2ForCausalLM, windows"
+HYBRID = "Qwen3NextForCausalLM"
 WINDOW = 40
 FAMILIES = [
     "LlamaForCausalLM",
@@ -23,6 +24,7 @@ FAMILIES = [
     "Glm4ForCausalLM",
     "Glm4MoeForCausalLM",
     "DeepseekV3ForCausalLM",
+    HYBRID,
     SOME_WINDOWS,
 ]
 OVER = {
@@ -67,7 +69,9 @@ def load(models):
     made = []
 
     def load(family: str = FAMILIES[0], **over):
-        made.append(LLM(models(family), **(SMALL | over)))
+        # Of so small a cache, an eighth is less than one state.
+        states = {"num_snapshots": 30} if family == HYBRID else {}
+        made.append(LLM(models(family), **(SMALL | states | over)))
         return made[-1]
 
     yield load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,11 @@ def test_a_checkpoint_that_transformers_saved(tmp_path: Path, family: str) -> No
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
-    assert read_arch(tmp_path / "theirs") == read_arch(tmp_path / "ours")
+    # Models for images and text are saved as text models.
+    saved, written = (
+        replace(read_arch(tmp_path / who), name_variants=()) for who in ("theirs", "ours")
+    )
+    assert saved == written
     tokens = some_tokens(40)
     ours = all_logits(load(tmp_path / "theirs"), tokens)
     theirs = reference_logits(tmp_path / "theirs", tokens)
