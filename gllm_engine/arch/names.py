@@ -6,7 +6,6 @@ This module knows names only; model/load.py reads the data.
 from __future__ import annotations
 
 import re
-
 from collections.abc import Collection
 from dataclasses import replace
 
