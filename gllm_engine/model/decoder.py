@@ -7,7 +7,7 @@ checkpoint and no scheduling; a Batch gives the tokens and their positions in th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -47,6 +47,7 @@ from gllm_engine.layers import (
     ResidualReducer,
     RopeTable,
 )
+from gllm_engine.model.states import States, bytes_of_states
 from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
@@ -75,7 +76,6 @@ _MIXERS: dict[type[Any], Callable[..., Mixer]] = {
 }
 # Of one layer: K and V or latents by pages, or the states of all slots.
 LayerCache = Tensor | RecurrentState
-_ALIGNMENT = 16  # bytes, of each part of a state
 # The group of layers that keep a state.
 _NO_GROUP = -1
 
@@ -201,59 +201,6 @@ def _stream_eps(model: Model) -> float:
     return model.eps / model.residual_scale**2
 
 
-class States:
-    """The states of all layers that keep one per sequence.
-
-    `flat`: [rows, bytes], so that one copy moves the state of a sequence. `layers`: index of the
-    layer -> its part of every row.
-    """
-
-    def __init__(
-        self, layers: Sequence[Layer], rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """`dtype`: of the convolution's inputs."""
-        parts = _state_parts(layers, dtype)
-        self.flat = torch.zeros(
-            rows, sum(part.num_bytes for part in parts), dtype=torch.uint8, device=device
-        )
-        views: dict[int, list[Tensor]] = {}
-        columns = self.flat.split([part.num_bytes for part in parts], 1)
-        for part, padded in zip(parts, columns, strict=True):
-            used = padded[:, : prod(part.shape) * part.dtype.itemsize]
-            views.setdefault(part.layer, []).append(used.view(part.dtype).unflatten(1, part.shape))
-        self.layers = {i: RecurrentState(conv, matrix) for i, (matrix, conv) in views.items()}
-
-    def copy(self, source: int, target: int) -> None:
-        """Copy the state in a row to another row."""
-        self.flat[target].copy_(self.flat[source])
-
-    def clear(self, row: int) -> None:
-        """Set a row to zero."""
-        self.flat[row].zero_()
-
-
-class _StatePart(NamedTuple):
-    """A tensor in the state of a layer."""
-
-    layer: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """In a row, with padding."""
-        return -(-prod(self.shape) * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-
-
-def _state_parts(layers: Sequence[Layer], dtype: torch.dtype) -> list[_StatePart]:
-    """The matrices of the layers, in float32, and the convolution's inputs in `dtype`."""
-    return [
-        _StatePart(i, kind, shape)
-        for i, layer in enumerate(layers)
-        for kind, shape in zip((torch.float32, dtype), layer.mixer.state_shapes, strict=False)
-    ]
-
-
 class _Buffer(NamedTuple):
     """Memory of the cache for the layer at `place` of each group, `width` numbers per token."""
 
@@ -363,7 +310,7 @@ class Decoder:
     @property
     def state_bytes(self) -> int:
         """Bytes of the states of one sequence in all layers of this rank."""
-        return sum(part.num_bytes for part in _state_parts(self.layers, self.dtype))
+        return bytes_of_states(self.layers, self.dtype)
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of `page_size` tokens in a cache of `dtype`."""

@@ -103,10 +103,7 @@ class Runner:
             # On a GPU one more slot and one more page, for the padding rows of CUDA graphs.
             num_pages = self.num_pages + on_gpu
             num_slots = config.max_num_seqs + on_gpu
-            self.num_snapshots = 0
-            if arch.keeps_states:
-                fitting = fitting_snapshots(config, decoder, self.num_pages)
-                self.num_snapshots = fitting if ranks is None else ranks.min_over_ranks(fitting)
+            self.num_snapshots = fitting_snapshots(config, decoder, self.num_pages)
             # Slots come first, then snapshots.
             self.states = decoder.new_states(num_slots + self.num_snapshots)
             dtype = cache_dtype(config, decoder)
