@@ -35,7 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load_format: Literal["auto", "dummy"] = "auto"
     enforce_eager: bool = False  # run without CUDA graphs
     max_model_len: int | None = None  # prompt plus output tokens; default: the checkpoint's limit
-    # sequences in one step; default: 256, on GPUs 1024, of models with recurrent layers a quarter
+    # sequences in one step; default: 256, on GPUs 1024; a quarter with recurrent layers
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0  # tokens in one step; default: 2048, on GPUs 8192
     max_waiting: int = 4096  # limit of queued sequences; further ones are refused ("queue full")

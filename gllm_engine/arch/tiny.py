@@ -35,10 +35,10 @@ _QWEN_MOE = _HF | {
 _HYBRID = _HF | {
     "head_dim": 32,
     "partial_rotary_factor": 0.25,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
     "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
+    "linear_value_head_dim": 12,
     "linear_conv_kernel_dim": 4,
     "layer_types": ["linear_attention", "full_attention"],
 }

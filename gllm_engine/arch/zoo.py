@@ -789,6 +789,8 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
     found = FAMILIES[known[0]]
     fields = Fields(config, name, found.defaults)
     if found.text_key is not None:
+        if not config.get(found.text_key):
+            raise ArchError(f"{name}: {found.text_key} is missing, the text model's description")
         shared = {key: config[key] for key in _SHARED_KEYS if key in config}
         fields = Fields(config, name, {}).child(
             found.text_key, defaults=found.defaults, over=shared

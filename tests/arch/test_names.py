@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from gllm_engine.arch import FAMILIES, make_arch
-from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors, is_left_over
+from gllm_engine.arch.names import (
+    checkpoint_shapes,
+    checkpoint_tensors,
+    is_left_over,
+    num_blocks,
+    with_stored_names,
+)
 from gllm_engine.arch.tiny import tiny_config
 
 LAYER = "model.layers.0."
@@ -63,7 +69,22 @@ BIGCODE += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
 BIGCODE += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
 BIGCODE += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
 BIGCODE += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
+LANGUAGE_MODEL = "model.language_model."
+FUSED_EXPERTS = [f"{LAYER}mlp.experts.{part}_proj" for part in ("gate_up", "down")]
+QWEN3_5_MOE = ENDS + NORMS + ATTENTION + QK_NORMS + FUSED_EXPERTS + SHARED
+QWEN3_5_MOE += [f"{LAYER}mlp.gate.weight"]
+
+
+def beside_images(names: list[str]) -> list[str]:
+    return [name.replace("model.", LANGUAGE_MODEL) for name in names]
+
+
 EXPECTED = {
+    "Qwen3NextForCausalLM": ENDS + NORMS + ATTENTION + QK_NORMS + EXPERTS + SHARED,
+    "Qwen3_5ForCausalLM": ENDS + NORMS + ATTENTION + QK_NORMS + MLP,
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
+    "Qwen3_5ForConditionalGeneration": beside_images(ENDS[:2] + NORMS + ATTENTION + QK_NORMS + MLP),
+    "Qwen3_5MoeForConditionalGeneration": beside_images(QWEN3_5_MOE),
     "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
     "GPTBigCodeForCausalLM": BIGCODE,
     "Olmo2ForCausalLM": OLMO,
@@ -137,13 +158,15 @@ EXPECTED = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names(family: str) -> None:
     keys = ("num_layers", "n_layer", "num_hidden_layers")
-    one_layer = next(key for key in keys if key in tiny_config(family))
+    tiny = tiny_config(family)
+    tiny = tiny.get("text_config", tiny)
+    one_layer = next(key for key in keys if key in tiny)
     # Some tiny configs have experts in their second layer alone.
     sparse = {"decoder_sparse_step": 1, "first_k_dense_replace": 0, "moe_layer_start_index": 0}
-    over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny_config(family)}
-    if "layer_types" in tiny_config(family):
+    over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny}
+    if "layer_types" in tiny:
         over["layer_types"] = ["full_attention"]
-    if "no_rope_layers" in tiny_config(family):
+    if "no_rope_layers" in tiny:
         over["no_rope_layers"] = [1]
     arch = make_arch(tiny_config(family, **{one_layer: 1}, **over))
     tensors = checkpoint_tensors(arch)
@@ -206,6 +229,60 @@ def test_mixtral_counts_its_weights_from_the_gate() -> None:
     for i, name in names.items():
         canonical = f"{LAYER}mlp.experts.5.{name}.weight"
         assert tensors[f"{MIXTRAL}experts.5.w{i}.weight"] == (canonical,)
+
+
+GATED_DELTA = {
+    "Qwen3NextForCausalLM": {
+        "in_proj_qkvz.weight": ("in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"),
+        "in_proj_ba.weight": ("in_proj_b", "in_proj_a"),
+    },
+    "Qwen3_5ForCausalLM": {
+        "in_proj_qkv.weight": ("in_proj_q", "in_proj_k", "in_proj_v"),
+        **{f"in_proj_{part}.weight": (f"in_proj_{part}",) for part in "zba"},
+    },
+}
+
+
+@pytest.mark.parametrize("family", GATED_DELTA)
+def test_names_of_the_gated_delta_rule(family: str) -> None:
+    model = make_arch(tiny_config(family))
+    prefix = f"{LAYER}linear_attn."
+    tensors = checkpoint_tensors(model)
+    mine = {name: parts for name, parts in tensors.items() if name.startswith(prefix)}
+    held = GATED_DELTA[family] | {"conv1d.weight": ("conv_q", "conv_k", "conv_v")}
+    expected = {
+        prefix + name: tuple(f"{prefix}{part}.weight" for part in parts)
+        for name, parts in held.items()
+    }
+    whole = ("A_log", "dt_bias", "norm.weight", "out_proj.weight")
+    assert mine == expected | {prefix + name: (prefix + name,) for name in whole}
+    # By key head; queries and their gate by head.
+    by_head = {name: num_blocks(model, parts) for name, parts in tensors.items()}
+    by_head = {name: count for name, count in by_head.items() if count > 1}
+    projections = [name for name in mine if "in_proj_qkvz" in name or "in_proj_ba" in name]
+    assert by_head == dict.fromkeys(projections, 4) | {"model.layers.1.self_attn.q_proj.weight": 4}
+
+
+def test_names_are_those_of_the_files() -> None:
+    """A text model may be stored as it was beside images, and experts together or one by one."""
+    model = make_arch(tiny_config("Qwen3_5MoeForCausalLM"))
+    both = ("language_model", "fused_experts")
+    for variants in ((), both[:1], both[1:], both):
+        stored = checkpoint_tensors(replace(model, name_variants=variants))
+        unused = ("mtp.layers.0.mlp.experts.gate_up_proj", "model.visual.patch_embed.proj.weight")
+        assert with_stored_names(model, {*stored, *unused}).name_variants == variants
+    llama = make_arch(tiny_config("LlamaForCausalLM"))
+    assert with_stored_names(llama, {"model.language_model.norm.weight"}) == llama
+
+
+def test_tensors_for_images_and_for_multi_token_prediction_are_left_over() -> None:
+    for family in ("Qwen3NextForCausalLM", "Qwen3_5ForConditionalGeneration"):
+        model = make_arch(tiny_config(family))
+        assert is_left_over(model, "mtp.layers.0.self_attn.q_proj.weight")
+        assert is_left_over(model, "model.visual.blocks.0.attn.qkv.weight")
+        assert not is_left_over(model, "model.language_model.visual.weight")
+        assert not is_left_over(model, "visual.blocks.0.attn.qkv.weight")
+    assert not is_left_over(make_arch(tiny_config("Qwen3ForCausalLM")), "mtp.fc.weight")
 
 
 def test_left_overs() -> None:

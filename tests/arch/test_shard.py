@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gllm_engine.arch import FAMILIES, ArchError, Model, Shard, make_arch, read_arch
-from gllm_engine.arch.names import checkpoint_tensors
+from gllm_engine.arch import FAMILIES, ArchError, Gqa, Model, Shard, make_arch, read_arch
+from gllm_engine.arch.names import checkpoint_tensors, num_blocks
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder, filling, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
@@ -25,10 +25,17 @@ BIASED: list[tuple[str, dict[str, Any]]] = [
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("ChatGLMModel", {"add_bias_linear": True}),
 ]
+
+
+def text_keys(family: str) -> set[str]:
+    config = tiny_config(family)
+    return config.get("text_config", config).keys()
+
+
 HAS_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 CASES = [
     *((family, {}, False) for family in FAMILIES),
-    *((family, {}, True) for family in FAMILIES if HAS_EXPERTS & tiny_config(family).keys()),
+    *((family, {}, True) for family in FAMILIES if HAS_EXPERTS & text_keys(family)),
     *((family, over, False) for family, over in BIASED),
 ]
 # Every rank has these whole: what they work on is the same on all.
@@ -78,7 +85,8 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
             whole, parts = model.weights()[name], [each[name] for each in held if name in each]
             of_all_heads = family in WHOLE_QK_NORM and ".self_attn." in name
             copies = size if name.endswith(EVERYWHERE) and not of_all_heads else 1
-            kv_heads = model.layers[0].mixer.kv_heads
+            mixers = [layer.mixer for layer in model.layers]
+            kv_heads = next((mixer.kv_heads for mixer in mixers if isinstance(mixer, Gqa)), 1)
             of_keys = any(part in name for part in (".k_proj.", ".v_proj."))
             of_keys |= of_all_heads and ".k_norm." in name
             if size > kv_heads and of_keys:
@@ -118,7 +126,8 @@ def test_what_all_ranks_load_is_the_checkpoint(
                         starts.append(list(map(shard.start, whole, copy.shape)))
             found[name] = whole_of(whole, parts, starts)
     for name, parts in checkpoint_tensors(model).items():
-        held = torch.cat([found[part] for part in parts])
+        blocks = num_blocks(model, parts)
+        held = torch.cat([found[part].unflatten(0, (blocks, -1)) for part in parts], 1)
         assert torch.equal(held.view(stored[name].shape), stored[name]), name
 
 
