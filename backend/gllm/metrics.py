@@ -57,7 +57,7 @@ FAMILIES = {
     ),
     "prefix_cache_snapshot_hits_total": (
         "COUNTER",
-        "Prompts that began from a copied state, by the kind of place where it was copied.",
+        "Prompts that began from a copied state, by its place: prompt, branch or answer.",
     ),
     "num_preemptions_total": ("COUNTER", "Sequences that lost their pages to others."),
     "prompt_tokens_total": ("COUNTER", "Prompt tokens of ended requests that got a token."),
