@@ -25,6 +25,7 @@ from gllm_engine.arch.model import (
     QkNorm,
     QueryTemperature,
 )
+from gllm_engine.arch.quantization import read_quantization
 from gllm_engine.arch.rope import (
     DynamicScaling,
     Rope,
@@ -250,12 +251,15 @@ _QWEN3_5_MOE = _QWEN3_5 | {
 def qwen3_5_moe(c: Fields) -> Model:
     c.require(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
     model = _with_experts(c, qwen3_5(c), c.count("shared_expert_intermediate_size"))
-    return replace(model, name_variants=("fused_experts",))
+    # Experts in other formats are stored one by one.
+    plain = c.child("quantization_config").empty
+    return replace(model, name_variants=("fused_experts",) if plain else ())
 
 
 @family("Qwen3_5MoeForConditionalGeneration", defaults=_QWEN3_5_MOE, text_key="text_config")
 def qwen3_5_moe_vl(c: Fields) -> Model:
-    return replace(qwen3_5_moe(c), name_variants=("language_model", "fused_experts"))
+    model = qwen3_5_moe(c)
+    return replace(model, name_variants=("language_model", *model.name_variants))
 
 
 def _hybrid(c: Fields, rope: Rope) -> Model:
@@ -795,9 +799,9 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         fields = Fields(config, name, {}).child(
             found.text_key, defaults=found.defaults, over=shared
         )
-    fields.require(hidden_act=found.defaults.get("hidden_act", "silu"))
-    fields.require(quantization_config=None, dual_chunk_attention_config=None)
-    model = found.read(fields)
+    hidden_act = found.defaults.get("hidden_act", "silu")
+    fields.require(hidden_act=hidden_act, dual_chunk_attention_config=None)
+    model = replace(found.read(fields), quantization=read_quantization(fields))
     if not model.keeps_states and not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))
     if model.max_len > MAX_LEN:

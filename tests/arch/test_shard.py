@@ -89,8 +89,8 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
             kv_heads = next((mixer.kv_heads for mixer in mixers if isinstance(mixer, Gqa)), 1)
             of_keys = any(part in name for part in (".k_proj.", ".v_proj."))
             of_keys |= of_all_heads and ".k_norm." in name
-            if size > kv_heads and of_keys:
-                copies = size // kv_heads
+            if of_keys:
+                copies = max(1, size // kv_heads)
             assert len(set(parts)) == 1
             assert sum(map(prod, parts)) == copies * prod(whole), name
     assert seen == model.weights().keys()
