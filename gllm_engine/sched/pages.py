@@ -361,7 +361,7 @@ class Pages:
         """The snapshot of the state after `num_pages` pages of `tokens`."""
         if self.snapshots is None:
             return None
-        return self.snapshots.find(self._digest(tokens, num_pages - 1))
+        return self.snapshots.find(self.digest(tokens, num_pages))
 
     def publish_snapshot(self, snapshot: int, tokens: list[int], num_pages: int) -> None:
         """Make a snapshot findable, by the plan that takes it and all later ones.
@@ -370,7 +370,7 @@ class Pages:
         a plan copies states before its rows run.
         """
         if self.snapshots is not None:
-            self.snapshots.publish(snapshot, self._digest(tokens, num_pages - 1))
+            self.snapshots.publish(snapshot, self.digest(tokens, num_pages))
 
     def fit(self, tokens: list[int], cached: CachedPrefix, reserve: int) -> bool:
         """Whether the pools have the pages for open() and for growing to all `tokens`.
@@ -456,12 +456,12 @@ class Pages:
 
     def _key(self, group: Group, tokens: list[int], index: int) -> bytes:
         """The key in the pool of the group's page `index`."""
-        return group.tag + self._digest(tokens, index)
+        return group.tag + self.digest(tokens, index + 1)
 
-    def _digest(self, tokens: list[int], index: int) -> bytes:
-        """The hash of pages 0 to `index`."""
+    def digest(self, tokens: list[int], num_pages: int) -> bytes:
+        """The hash of the first pages of `tokens`."""
         chain = self._chain
         size = self._page_size
-        for page in range(len(chain) - 1, index + 1):
+        for page in range(len(chain) - 1, num_pages):
             chain.append(self._pool.link(chain[-1], tokens[page * size : (page + 1) * size]))
-        return chain[index + 1]
+        return chain[num_pages]

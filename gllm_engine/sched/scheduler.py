@@ -444,7 +444,7 @@ class Scheduler:
         pages = sequence.pages
         looks_up = sequence.sampling.prompt_logprobs is None  # else every position is computed
         cached = pages.find_cached(tokens) if looks_up else pages.nothing_cached()
-        if not pages.fit(tokens, cached, reserve):
+        if not pages.fit(tokens, cached, reserve) or self._is_coming(sequence, cached):
             return False
         self._waiting.take(sequence)
         self._prefilling.put(sequence)
@@ -466,6 +466,22 @@ class Scheduler:
             if part.ids:
                 draft.new_pages.append(NewPages(sequence.slot, part.first, list(part.ids), group))
         return True
+
+    def _is_coming(self, sequence: Sequence, cached: CachedPrefix) -> bool:
+        """Whether the next plan copies a state that the sequence could begin from, but lacks now.
+
+        So it is for all but the first of several sequences with one prompt.
+        """
+        if cached.num_stored == cached.num_pages:
+            return False
+        end = cached.num_stored * self._page_size
+        digest = sequence.pages.digest(sequence.tokens, cached.num_stored)
+        return any(
+            end in other.snapshots_due
+            and other.planned == end
+            and other.pages.digest(other.tokens, cached.num_stored) == digest
+            for other in self._prefilling
+        )
 
     def _count_hits(self, sequence: Sequence, cached: CachedPrefix) -> None:
         self._prefix_queries += sequence.prompt_len
