@@ -119,6 +119,13 @@ class Fields:
             raise self._wrong(key, value, "a string")
         return value
 
+    def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
+        """One of the words `allowed`."""
+        value = self._get(key, default)
+        if not isinstance(value, str) or value not in allowed:
+            raise self._wrong(key, value, " or ".join(map(json.dumps, allowed)))
+        return value
+
     def numbers(
         self, key: str, kind: str = "token id", most: int = MAX_EOS_TOKEN_IDS
     ) -> tuple[int, ...]:

@@ -76,6 +76,21 @@ _DEEPSEEK = _SPARSE | {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
 }
+_KIMI = _DEEPSEEK | {
+    "model_type": "deepseek_v3",  # as transformers knows it; checkpoints say "kimi_k2"
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
 _GEMMA = _PADDED | {
     "head_dim": 16,
     "hidden_act": "gelu_pytorch_tanh",
@@ -84,6 +99,16 @@ _GEMMA = _PADDED | {
     "sliding_window": 48,
     "layer_types": ["sliding_attention", "full_attention"],
     "tie_word_embeddings": True,
+}
+_GPT2 = {
+    "vocab_size": 384,
+    "n_positions": 2048,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 96,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": False,
 }
 _CHATGLM = {
     "model_type": "chatglm",
@@ -162,7 +187,18 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": -1,
         "moe_layer_interval": 1,
     },
+    "DeepseekV2ForCausalLM": _DEEPSEEK
+    | {
+        "model_type": "deepseek_v2",
+        "topk_method": "group_limited_greedy",
+        "num_experts_per_tok": 3,  # the best two are always in the best two groups
+        "norm_topk_prob": False,
+        "num_nextn_predict_layers": 0,
+    },
     "DeepseekV3ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v3"},
+    "KimiK2ForCausalLM": _KIMI,
+    "KimiK25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
+    "Kimi_K25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
     "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
     "Olmo3ForCausalLM": _HF
@@ -243,15 +279,22 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "norm_epsilon": 1e-5,
         "sliding_window": 48,
     },
-    "GPTBigCodeForCausalLM": {
-        "model_type": "gpt_bigcode",
+    "GPT2LMHeadModel": _GPT2 | {"model_type": "gpt2"},
+    "GPTBigCodeForCausalLM": _GPT2
+    | {"model_type": "gpt_bigcode", "activation_function": "gelu_pytorch_tanh"},
+    "GPTNeoXForCausalLM": {
+        "model_type": "gpt_neox",
         "vocab_size": 384,
-        "n_positions": 2048,
-        "n_embd": 64,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_inner": 96,
-        "activation_function": "gelu_pytorch_tanh",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 10_000,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
         "tie_word_embeddings": False,
     },
     "ChatGLMModel": _CHATGLM,
