@@ -43,6 +43,11 @@ class States:
         """Copy the state in a row to another row."""
         self.flat[target].copy_(self.flat[source])
 
+    def free(self) -> None:
+        """Give the memory back, once nothing else refers to `layers`."""
+        self.layers.clear()
+        self.flat = self.flat.new_empty(0, 0)
+
     def clear(self, row: int) -> None:
         """Set a row to zero."""
         self.flat[row].zero_()

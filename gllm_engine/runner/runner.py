@@ -226,6 +226,7 @@ class Runner:
     def close(self) -> None:
         self._graphs = None
         self.cache.clear()
+        self.states.free()
 
     def _timer(self) -> StepTimer:
         return HostTimer() if self.device.type == "cpu" else EventTimer()
