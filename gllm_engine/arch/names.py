@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gllm_engine.arch.model import GatedDelta, Gqa, Model
 
 # Replacements in a canonical name, applied in order; * is the number of an expert. Weights that get
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
-# Some tensors are stacked by heads instead: see _BY_HEAD.
 _FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
 _GATED_DELTA = (
     ("self_attn.gate_proj", "self_attn.q_proj"),
     ("linear_attn.conv_q.", "linear_attn.conv1d."),
     ("linear_attn.conv_k.", "linear_attn.conv1d."),
     ("linear_attn.conv_v.", "linear_attn.conv1d."),
+)
+_MIXTRAL = (
+    ("mlp.", "block_sparse_moe."),
+    ("gate_proj", "w1"),
+    ("up_proj", "w3"),
+    ("down_proj", "w2"),
+)
+_LLAMA4 = (
+    ("mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"),
+    ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
+    ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
+    ("mlp.gate.", "mlp.router."),
+    ("mlp.", "feed_forward."),
 )
 _DEEPSEEK = (("shared_expert.", "shared_experts."),)
 _GPT2 = (
@@ -61,11 +73,16 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("self_attn.k_proj", "self_attn.qkv_proj"),
         ("self_attn.v_proj", "self_attn.qkv_proj"),
     ),
-    "mixtral": (
-        ("mlp.", "block_sparse_moe."),
-        ("gate_proj", "w1"),
-        ("up_proj", "w3"),
-        ("down_proj", "w2"),
+    "mixtral": _MIXTRAL,
+    "minimax_m2": (
+        ("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),
+        *_MIXTRAL,
+    ),
+    "llama4": _LLAMA4,
+    "llama4_vision": (
+        *_LLAMA4,
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
     ),
     "granitemoe": (
         ("mlp.experts.*.gate_proj", "block_sparse_moe.input_linear"),
@@ -82,6 +99,15 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "ernie": (
         ("shared_expert.", "shared_experts."),
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
+    ),
+    "gpt_oss": (
+        ("mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
+        ("mlp.experts.*.gate_proj.bias", "mlp.experts.gate_up_proj_bias"),
+        ("mlp.experts.*.up_proj.bias", "mlp.experts.gate_up_proj_bias"),
+        ("mlp.experts.*.down_proj.bias", "mlp.experts.down_proj_bias"),
+        ("mlp.gate.", "mlp.router."),
     ),
     "olmo": (
         ("post_self_attn_layernorm", "post_attention_layernorm"),
@@ -141,15 +167,38 @@ _BEGINNINGS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "gpt2": tuple((f"{part}.", f"transformer.{part}.") for part in ("wte", "wpe", "h", "ln_f")),
 }
-# Matrices that are stored transposed: [columns, rows].
-_TRANSPOSED = {"gpt2": re.compile(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight")}
 
-# Tensors that hold the rows of the first head of every part, then those of the second head, and so
-# on. The heads of a GatedDelta are its key heads; a part may have several rows or heads for each.
-_BY_HEAD = {
-    "gpt_neox": re.compile(r"attention\.query_key_value\.(weight|bias)$"),
-    "qwen3_next": re.compile(r"self_attn\.q_proj|linear_attn\.in_proj_(qkvz|ba)"),
-    "qwen3_5": re.compile(r"self_attn\.q_proj"),
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint tensor holds the weights that are stacked in it, for each expert alone.
+
+    `transposed`: the stack is stored as [columns, rows]. `interleaved`: the weights take turns row
+    by row: gate 0, up 0, gate 1, up 1. `by_head`: they take turns head by head: the rows of the
+    first head of every weight, then those of the second head. The heads of a GatedDelta are its
+    key heads, each with all its value heads.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+    by_head: bool = False
+
+
+_TRANSPOSED = Layout(transposed=True)
+_LLAMA4_EXPERTS = {r"feed_forward\.experts\.(gate_up|down)_proj$": _TRANSPOSED}
+# Pattern in a tensor's name -> its layout; all others are plain stacks.
+_LAYOUTS: dict[str, dict[str, Layout]] = {
+    "gpt2": {r"\.(attn|mlp)\.c_\w+\.weight$": _TRANSPOSED},
+    "gpt_neox": {r"attention\.query_key_value\.": Layout(by_head=True)},
+    "gpt_oss": {
+        r"mlp\.experts\.gate_up_proj$": Layout(transposed=True, interleaved=True),
+        r"mlp\.experts\.gate_up_proj_bias$": Layout(interleaved=True),
+        r"mlp\.experts\.down_proj$": _TRANSPOSED,
+    },
+    "llama4": _LLAMA4_EXPERTS,
+    "llama4_vision": _LLAMA4_EXPERTS,
+    "qwen3_next": {r"self_attn\.q_proj\.|linear_attn\.in_proj_(qkvz|ba)\.": Layout(by_head=True)},
+    "qwen3_5": {r"self_attn\.q_proj\.": Layout(by_head=True)},
 }
 
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
@@ -158,16 +207,18 @@ _ROPE_TABLES = re.compile(
     r"|transformer\.rotary_pos_emb\.inv_freq"
     r"|gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq"
 )
-# The causal mask in old checkpoints, which is the same for all models; weights for images; modules
-# for multi-token prediction that are not layers.
+# Tensors that no text model needs: the causal mask of old checkpoints, weights for images,
+# modules for multi-token prediction that are not layers.
+_MASK = r"\.(attn|attention)\.(bias|masked_bias)$"
 _UNUSED = {
-    "ernie": re.compile(r"model\.mtp_\w+\.\d+\..+"),
-    "qwen3_next": re.compile(r"mtp\..+"),
-    "qwen3_5": re.compile(r"(mtp|model\.visual)\..+"),
-    "kimi_k25": re.compile(r"(model\.)?(vision_tower|mm_projector)\..+"),
-    "gpt2": re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
-    "gpt_bigcode": re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
-    "gpt_neox": re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)"),
+    "ernie": re.compile(r"model\.mtp_\w+\.\d+\."),
+    "gpt2": re.compile(rf"transformer\.h\.\d+{_MASK}"),
+    "gpt_bigcode": re.compile(rf"transformer\.h\.\d+{_MASK}"),
+    "gpt_neox": re.compile(rf"gpt_neox\.layers\.\d+{_MASK}"),
+    "kimi_k25": re.compile(r"(model\.)?(vision_tower|mm_projector)\."),
+    "llama4_vision": re.compile(r"(vision_model|multi_modal_projector)\."),
+    "qwen3_next": re.compile(r"mtp\."),
+    "qwen3_5": re.compile(r"(mtp|model\.visual)\."),
 }
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -193,8 +244,22 @@ def checkpoint_name(model: Model, canonical: str) -> str:
     return canonical
 
 
+def checkpoint_layout(model: Model, name: str) -> Layout:
+    """The layout of a checkpoint tensor."""
+    for pattern, layout in _LAYOUTS.get(model.names, {}).items():
+        if re.search(pattern, name):
+            return layout
+    return Layout()
+
+
+def expert_of(name: str) -> str | None:
+    """The number of the expert that has the weight or tensor `name`; None: it is no expert's."""
+    expert = _EXPERT.search(name)
+    return None if expert is None else expert[1]
+
+
 def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
-    """Checkpoint tensor name -> the canonical weights it holds, stacked along dimension 0."""
+    """Checkpoint tensor name -> the canonical weights it holds, in the order of the stack."""
     tensors: dict[str, tuple[str, ...]] = {}
     for weight in model.weights():
         name = checkpoint_name(model, weight)
@@ -216,21 +281,12 @@ def with_stored_names(model: Model, stored: Collection[str]) -> Model:
     return replace(model, name_variants=tuple(variants))
 
 
-def is_transposed(model: Model, name: str) -> bool:
-    """Whether a checkpoint tensor is a transposed matrix; then its weights are stacked along
-    dimension 1.
-    """
-    transposed = _TRANSPOSED.get(model.names)
-    return transposed is not None and transposed.fullmatch(name) is not None
-
-
 def num_blocks(model: Model, weights: tuple[str, ...]) -> int:
     """The number of blocks of a checkpoint tensor that holds `weights`: each block has so many
     equal parts of each of them, in their order. 1: the weights are stacked whole.
     """
-    by_head = _BY_HEAD.get(model.names)
     layer = _LAYER.match(weights[0])
-    if by_head is None or layer is None or not by_head.search(checkpoint_name(model, weights[0])):
+    if layer is None or not checkpoint_layout(model, checkpoint_name(model, weights[0])).by_head:
         return 1
     mixer = model.layers[int(layer[1])].mixer
     if isinstance(mixer, GatedDelta):
@@ -245,12 +301,12 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, parts in checkpoint_tensors(model).items():
         rows = sum(shapes[part][0] for part in parts)
-        found[name] = (rows, *shapes[parts[0]][1:])
-        if is_transposed(model, name):
-            found[name] = found[name][::-1]
-        experts = {number for part in parts for number in _EXPERT.findall(part)}
-        if experts and not _EXPERT.search(name):
-            found[name] = (len(experts), rows // len(experts), *shapes[parts[0]][1:])
+        count = len({expert_of(part) for part in parts})
+        shape = (rows // count, *shapes[parts[0]][1:])
+        if checkpoint_layout(model, name).transposed:
+            shape = shape[::-1]
+        of_all_experts = expert_of(parts[0]) is not None and expert_of(name) is None
+        found[name] = (count, *shape) if of_all_experts else shape
         if model.names == "ernie" and name.endswith("e_score_correction_bias"):
             found[name] = (1, rows)
     return found
@@ -261,7 +317,7 @@ def is_left_over(model: Model, name: str) -> bool:
     multi-token prediction or for images.
     """
     unused = _UNUSED.get(model.names)
-    if _ROPE_TABLES.fullmatch(name) or (unused is not None and unused.fullmatch(name)):
+    if _ROPE_TABLES.fullmatch(name) or (unused is not None and unused.match(name)):
         return True
     layer = _LAYER.match(name)
     return layer is not None and 0 <= int(layer[1]) - len(model.layers) < model.extra_layers

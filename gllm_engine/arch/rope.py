@@ -34,7 +34,10 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, with a ramp between."""
+    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, with a ramp between.
+
+    Llama 4 Scout has equal factors, and so no ramp.
+    """
 
     factor: float
     low_freq_factor: float
@@ -196,9 +199,9 @@ def _read_scaling(
     if kind == "llama3":
         low = rope.real("low_freq_factor")
         high = rope.real("high_freq_factor")
-        if low >= high:
+        if low > high:
             raise ArchError(
-                f"{rope.name}: low_freq_factor is {low}, but only less than "
+                f"{rope.name}: low_freq_factor is {low}, but only at most "
                 f"high_freq_factor={high} is supported"
             )
         return Llama3Scaling(rope.real("factor"), low, high, original)

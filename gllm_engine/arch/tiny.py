@@ -130,6 +130,20 @@ _CHATGLM = {
     "original_rope": True,
     "tie_word_embeddings": False,
 }
+_LLAMA4 = _PADDED | {
+    "model_type": "llama4_text",
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 48,
+    "floor_scale": 16,
+    "attn_scale": 0.5,
+}
+
 _CONFIGS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": _HF | {"model_type": "llama"},
     "MistralForCausalLM": _HF | {"model_type": "mistral", "sliding_window": 48},
@@ -296,6 +310,38 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-5,
         "use_parallel_residual": True,
         "tie_word_embeddings": False,
+    },
+    "GptOssForCausalLM": _SPARSE
+    | {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 2.0,
+        "swiglu_alpha": 1.5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "Llama4ForCausalLM": _LLAMA4,
+    "Llama4ForConditionalGeneration": {"model_type": "llama4", "text_config": _LLAMA4},
+    "MiniMaxM2ForCausalLM": _PADDED
+    | {
+        "model_type": "minimax_m2",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "rotary_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_mtp_modules": 1,
     },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,

@@ -7,7 +7,7 @@ classes. This module knows no weights and does not import transformers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from math import log
 from pathlib import Path
@@ -37,7 +37,7 @@ from gllm_engine.arch.rope import (
     rope_object,
 )
 from gllm_engine.files import read_object, shown
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 Reader = Callable[[Fields], Model]
 
@@ -377,14 +377,19 @@ _SMOLLM3 = _LLAMA | {
 def smollm3(c: Fields) -> Model:
     c.require(use_sliding_window=False)
     model = llama(c)
-    every = c.count("no_rope_layer_interval")
-    rotated = c.flags("no_rope_layers", len(model.layers))  # despite its name, 1 means RoPE
-    rotated = rotated or [(i + 1) % every != 0 for i in range(len(model.layers))]
+    rotated = _rotated_layers(c, len(model.layers))
     return model.each(
         mixer=lambda i, layer: replace(
             _gqa_of(layer), rope=_gqa_of(layer).rope if rotated[i] else None
         )
     )
+
+
+def _rotated_layers(c: Fields, num_layers: int) -> list[bool]:
+    """Whether each layer has RoPE. In `no_rope_layers`, despite its name, 1 means RoPE."""
+    every = c.count("no_rope_layer_interval")
+    rotated = c.flags("no_rope_layers", num_layers)
+    return rotated or [(i + 1) % every != 0 for i in range(num_layers)]
 
 
 _GRANITE = _LLAMA | {
@@ -778,6 +783,173 @@ def ernie_moe(c: Fields) -> Model:
         ffn=lambda i, layer: moe if first <= i <= last and not (i + 1) % step else layer.ffn
     )
     return replace(model, names="ernie")
+
+
+_GPT_OSS = _LLAMA | {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150_000.0,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+    "eos_token_id": None,
+}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@family("GptOssForCausalLM", defaults=_GPT_OSS)
+def gpt_oss(c: Fields) -> Model:
+    if rope_object(c).empty:
+        c = c.with_defaults(rope_parameters=_GPT_OSS_ROPE)
+    rope = read_rope(c, _head_dim(c))
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias, sinks=True)
+    experts = _num_experts(c)
+    routing = _routing(c, True, experts)
+    c.require(experts_per_token=routing.top_k)  # an older name of the same
+    hidden = c.count("intermediate_size")
+    moe = Moe(
+        num_experts=experts,
+        hidden=hidden,
+        routing=routing,
+        router_bias=True,
+        bias=True,
+        out_bias=True,
+        clamp=Clamp(c.real("swiglu_limit"), c.real("swiglu_alpha")),
+    )
+    model = _decoder(c, mixer, Dense(hidden)).each(ffn=lambda *_: moe)
+    ropes = {"full_attention": rope, "sliding_attention": rope}
+    return _with_layer_types(c, replace(model, names="gpt_oss"), ropes, full_every=2)
+
+
+_LLAMA4 = _LLAMA | {
+    "vocab_size": 202048,
+    "hidden_size": 5120,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": True,
+    "no_rope_layer_interval": 4,
+    "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8192,
+    "attn_scale": 0.1,
+}
+
+
+@family("Llama4ForCausalLM", defaults=_LLAMA4)
+def llama4(c: Fields) -> Model:
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias)
+    model = _decoder(c, mixer, Dense(c.count("intermediate_size_mlp")))
+    model = _with_chunks(c, model, _rotated_layers(c, len(model.layers)))
+    experts = c.count("num_local_experts", most=MAX_EXPERTS)
+    hidden = c.count("intermediate_size")
+    moe = Moe(
+        num_experts=experts,
+        hidden=hidden,
+        routing=replace(_routing(c, False, experts), scoring="sigmoid"),
+        shared=hidden,
+        on_input=True,
+    )
+    step = c.count("interleave_moe_layer_step")
+    sparse: Collection[int] = range(step - 1, len(model.layers), step)
+    if c.has("moe_layers"):
+        sparse = c.numbers("moe_layers", "layer number", MAX_LAYERS)
+    model = model.each(ffn=lambda i, layer: moe if i in sparse else layer.ffn)
+    return replace(model, names="llama4")
+
+
+# The text of models that have vision.
+@family("Llama4ForConditionalGeneration", defaults=_LLAMA4, text_key="text_config")
+def llama4_vision(c: Fields) -> Model:
+    return replace(llama4(c), names="llama4_vision")
+
+
+def _with_chunks(c: Fields, model: Model, rotated: list[bool]) -> Model:
+    """Give Llama 4's layers chunks, RoPE and a norm, or none of these and a temperature."""
+    full = "full_attention"
+    chunked = "chunked_attention"
+    size = c.optional_count("attention_chunk_size")
+    kinds = c.choices("layer_types", len(rotated), (full, chunked))
+    kinds = kinds or [chunked if turned and size else full for turned in rotated]
+    if chunked in kinds:
+        size = c.count("attention_chunk_size")
+    temperature: QueryTemperature | None = None
+    if c.truth("attn_temperature_tuning"):
+        temperature = QueryTemperature(c.real("attn_scale"), c.count("floor_scale"), offset=1)
+    qk_norm: QkNorm | None = "l2_after" if c.flag("use_qk_norm") else None
+
+    def mixer(i: int, layer: Layer) -> Gqa:
+        own = _gqa_of(layer)
+        if kinds[i] == chunked:
+            own = replace(own, window=size, chunked=True)
+        if rotated[i]:
+            return replace(own, qk_norm=qk_norm)
+        return replace(own, rope=None, temperature=temperature)
+
+    return model.each(mixer=mixer)
+
+
+_MINIMAX_M2 = _LLAMA | {
+    "vocab_size": 200064,
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 196608,
+    "rope_theta": 5_000_000.0,
+    "num_local_experts": 256,
+    "num_experts_per_tok": 8,
+    "eos_token_id": 200020,
+}
+
+
+@family("MiniMaxM2ForCausalLM", defaults=_MINIMAX_M2)
+def minimax_m2(c: Fields) -> Model:
+    c.require(use_qk_norm=True, qk_norm_type="per_layer", sliding_window=None)
+    c.require(scoring_func="sigmoid", use_routing_bias=True, shared_intermediate_size=0)
+    head_dim = _head_dim(c)
+    if c.has("rotary_dim"):
+        c = c.with_defaults(partial_rotary_factor=c.count("rotary_dim") / head_dim)
+    mixer = replace(_gqa(c, read_rope(c, head_dim)), qk_norm="whole")
+    hidden = c.count("intermediate_size")
+    experts = _num_experts(c)
+    routing = replace(_routing(c, True, experts), scoring="sigmoid", biased=True)
+    moe = Moe(experts, hidden, routing)
+    model = _decoder(c, mixer, Dense(hidden)).each(ffn=lambda *_: moe)
+    c.require(attn_type_list=[1] * len(model.layers))  # 0 would be linear attention
+    extra = c.count("num_mtp_modules", 0, MAX_LAYERS, least=0)
+    return replace(model, names="minimax_m2", extra_layers=extra)
 
 
 _CHATGLM = {

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,13 +22,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.names import (
-    checkpoint_tensors,
-    is_transposed,
-    num_blocks,
-    with_stored_names,
-)
+from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
@@ -95,7 +90,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
     if checkpoint.tied is not None and _EMBEDDING in weights:
         # On the host, so that it takes no device memory.
         tied_copy = torch.empty_like(weights[_EMBEDDING], device="cpu")
-        tied = _Source(checkpoint.tensors[checkpoint.tied], sources[_EMBEDDING].shape)
+        tied = sources[_EMBEDDING]._replace(tensor=checkpoint.tensors[checkpoint.tied])
         targets.append(_share(decoder, tied, tied_copy))
     with reading(targets, decoder.device):
         yield
@@ -150,51 +145,25 @@ def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
 
 
 class _Source(NamedTuple):
-    """Where the checkpoint has a weight, and the weight's shape.
+    """Where the checkpoint has a weight, and the weight's shape."""
 
-    `place`: the weight's numbers one after another (width 1), as columns (transposed), or in equal
-    blocks of rows, each of which is a row of the slice.
-    """
-
-    place: TensorSlice
+    tensor: TensorSlice
+    place: Place
     shape: tuple[int, ...]
 
 
 def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
     """Canonical name -> source of each tensor that the weights are stored as."""
-    arch = checkpoint.arch
-    shapes = arch.weights()
+    shapes = checkpoint.arch.weights()
+    places = checkpoint_places(checkpoint.arch)
     sources = {}
-    for name, parts in checkpoint_tensors(arch).items():
-        place = checkpoint.tensors[name]
-        places = [place] * len(parts)
-        if is_transposed(arch, name):
-            place = replace(place, transposed=True)
-            places = _side_by_side(place, [shapes[part][0] for part in parts])
-        elif name not in checkpoint.shared:
-            blocks = num_blocks(arch, parts)
-            sizes = [prod(shapes[part]) // blocks for part in parts]
-            lay = _side_by_side if blocks > 1 else _one_after_another
-            places = lay(place, sizes)
-        for part, its_place in zip(parts, places, strict=True):
-            sources[part] = _Source(its_place, shapes[part])
+    for name, parts in checkpoint_tensors(checkpoint.arch).items():
+        for part in parts:
+            place = places[part]
+            if name in checkpoint.shared:
+                place = replace(place, offset=0)
+            sources[part] = _Source(checkpoint.tensors[name], place, shapes[part])
     return sources
-
-
-def _one_after_another(place: TensorSlice, counts: list[int]) -> list[TensorSlice]:
-    """The places of parts of a tensor of so many numbers."""
-    ends = list(accumulate(counts, initial=0))
-    return [replace(place, offset=place.offset + end * place.dtype.itemsize) for end in ends[:-1]]
-
-
-def _side_by_side(place: TensorSlice, counts: list[int]) -> list[TensorSlice]:
-    """The places of parts of a matrix of so many columns."""
-    ends = accumulate(counts, initial=0)
-    width = sum(counts)
-    return [
-        replace(place, width=width, first=first, count=count)
-        for first, count in zip(ends, counts, strict=False)
-    ]
 
 
 def _aim(
@@ -212,25 +181,25 @@ def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice
     `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more
     leading dimension, for copies of the shard.
     """
-    whole, shape = source
+    tensor, place, shape = source
     shard = into.shape[-len(shape) :]
-    start = decoder.shard.start
-    row = start(shape[0], shard[0])
-    width = prod(shape[1:])
-    count = prod(shard[1:])
-    column = start(width, count)
-    # Numbers of the tensor before the shard, and the shard's columns.
-    before = row * width
-    place = whole
-    if whole.transposed:
-        before = column * whole.width
-        place = replace(whole, first=whole.first + row, count=shard[0])
-    elif whole.width > 1:
-        before = row * width // whole.count * whole.width
-    elif count < width:
-        place = replace(whole, width=width, first=column, count=count)
-    offset = whole.offset + before * whole.dtype.itemsize
-    return replace(place, offset=offset), into.view(-1, prod(shard))
+    rows = shard[0] // place.rows
+    columns = prod(shard[1:]) * place.rows
+    row = decoder.shard.start(shape[0], shard[0]) // place.rows
+    column = decoder.shard.start(prod(shape[1:]), prod(shard[1:])) * place.rows
+    into = into.view(-1, rows, columns)
+    if place.transposed:
+        into = into.mT
+        row, column = column, row
+        columns = rows
+    offset = tensor.offset + (place.offset + row * place.width) * tensor.dtype.itemsize
+    if columns == place.width and not place.transposed:  # no row is divided
+        return replace(tensor, offset=offset), into.view(len(into), -1, 1)
+    first = place.first + column * place.step
+    part = replace(
+        tensor, offset=offset, width=place.width, first=first, count=columns, step=place.step
+    )
+    return part, into
 
 
 def _read_header(file: Path, opened: BinaryIO) -> dict[str, StoredTensor]:

@@ -16,11 +16,11 @@ import torch
 from gllm_engine.arch.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, Fp8
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
+    checkpoint_layout,
     checkpoint_name,
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
-    is_transposed,
     num_blocks,
     standard_name,
 )
@@ -99,6 +99,11 @@ class StoredTensors:
             stored = self._stored.get(name)
             if stored is None or stored.dtype not in _FLOAT8 or not matrices.keys() >= {*parts}:
                 continue
+            if len(self._shapes[name]) != 2:
+                raise LoadError(
+                    f"{stored.path}: tensor {name} is stored as {stored.dtype}, which is not "
+                    "supported for one tensor of all experts"
+                )
             kind = self._format(name, stored)
             if promised is not None and kind != replace(promised, suffix=kind.suffix):
                 raise LoadError(
@@ -143,10 +148,11 @@ class StoredTensors:
     def _format(self, name: str, stored: StoredTensor) -> Fp8:
         """The format of a float8 matrix, by the shape of its scales."""
         parts = self._weights[name]
-        if is_transposed(self._arch, name) or num_blocks(self._arch, parts) > 1:
+        layout = checkpoint_layout(self._arch, name)
+        if layout.transposed or layout.interleaved:
             raise LoadError(
                 f"{stored.path}: tensor {name} has dtype {stored.dtype}, which is not supported "
-                "for a tensor that is stored transposed or by heads"
+                "for a tensor that is stored transposed or interleaved"
             )
         names = list(_scales_of(name) & self._stored.keys())
         if len(names) != 1:

@@ -266,7 +266,10 @@ def _with_tokenizer_json(path: Path, inner: Inner) -> PreTrainedTokenizerFast:
         for name in _check_files(path, _SIDE_FILES):
             os.symlink(path.absolute() / name, Path(directory) / name)
         inner.save(str(Path(directory) / "tokenizer.json"))
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            directory, local_files_only=True
+        )
+    return tokenizer
 
 
 def _check_sentencepiece(file: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
 
 from gllm_engine.arch import FAMILIES, make_arch
+from gllm_engine.arch.layout import checkpoint_places
 from gllm_engine.arch.names import (
+    Layout,
+    checkpoint_layout,
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
-    is_transposed,
     num_blocks,
     standard_name,
     with_stored_names,
@@ -88,6 +91,14 @@ NEOX += [
     )
     for leaf in LEAVES
 ]
+GPT_OSS = [f"{LAYER}self_attn.sinks", *BIASES, f"{LAYER}self_attn.o_proj.bias"]
+GPT_OSS += [f"{LAYER}mlp.router.{leaf}" for leaf in LEAVES]
+GPT_OSS += [f"{LAYER}mlp.experts.{part}_proj{end}" for part in ("gate_up", "down")
+            for end in ("", "_bias")]  # fmt: skip
+LLAMA4 = [f"{LAYER}feed_forward.{part}" for part in (
+    "router.weight", "experts.gate_up_proj", "experts.down_proj",
+    *(f"shared_expert.{part}.weight" for part in PARTS),
+)]  # fmt: skip
 EXPECTED = {
     "GPTNeoXForCausalLM": NEOX,
     "Qwen3NextForCausalLM": ENDS + NORMS + ATTENTION + QK_NORMS + EXPERTS + SHARED,
@@ -95,6 +106,14 @@ EXPECTED = {
     "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
     "Qwen3_5ForConditionalGeneration": [name for name in QWEN3_5 if name != "lm_head.weight"],
     "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE,
+    "Llama4ForCausalLM": ENDS + NORMS + ATTENTION + LLAMA4,
+    "MiniMaxM2ForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + QK_NORMS
+    + MIXTRAL_EXPERTS
+    + [f"{MIXTRAL}e_score_correction_bias"],
+    "GptOssForCausalLM": ENDS + NORMS + ATTENTION + GPT_OSS,
     "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
     "GPT2LMHeadModel": GPT2,
     "GPTBigCodeForCausalLM": GPT2,
@@ -161,6 +180,9 @@ EXPECTED = {
         ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
         [f"language_model.{name}" for name in DEEPSEEK_V3],
     ),
+    "Llama4ForConditionalGeneration": [
+        f"language_model.{name}" for name in ENDS + NORMS + ATTENTION + LLAMA4
+    ],
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,
 }
@@ -174,6 +196,7 @@ def test_names(family: str) -> None:
     one_layer = next(key for key in keys if key in tiny)
     # Some tiny configs have experts in their second layer alone.
     sparse = {"decoder_sparse_step": 1, "first_k_dense_replace": 0, "moe_layer_start_index": 0}
+    sparse["interleave_moe_layer_step"] = 1
     over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny}
     if "layer_types" in tiny:
         over["layer_types"] = ["full_attention"]
@@ -222,11 +245,14 @@ def test_transposed_matrices_of_gpt2() -> None:
     assert shapes[f"{H}attn.c_attn.weight"] == (64, 3 * 64)
     assert shapes[f"{H}mlp.c_fc.weight"] == (64, 96)
     assert shapes[f"{H}mlp.c_proj.weight"] == (96, 64)
-    transposed = {name.removeprefix(H) for name in shapes if is_transposed(gpt2, name)}
+    transposed = {
+        name.removeprefix(H) for name in shapes if checkpoint_layout(gpt2, name).transposed
+    }
     matrices = {f"attn.c_{part}.weight" for part in ("attn", "proj")}
     matrices |= {f"mlp.c_{part}.weight" for part in ("fc", "proj")}
     assert {name for name in transposed if not name.startswith("transformer")} == matrices
-    assert not any(is_transposed(bigcode, name) for name in checkpoint_shapes(bigcode))
+    plain = {checkpoint_layout(bigcode, name) for name in checkpoint_shapes(bigcode)}
+    assert plain == {Layout()}
 
 
 def test_neox_stores_queries_keys_and_values_by_heads() -> None:
@@ -274,6 +300,63 @@ def test_masks_in_old_checkpoints_are_left_over() -> None:
     assert not is_left_over(gpt2, "transformer.h.0.attn.c_attn.bias")
     assert not is_left_over(neox, "gpt_neox.layers.0.attention.dense.bias")
     assert not is_left_over(neox, "transformer.h.0.attn.bias")
+
+
+def test_gpt_oss_stores_the_experts_of_a_layer_transposed() -> None:
+    """As transformers' GptOssExperts: [experts, dim, 2 * hidden] and [experts, hidden, dim]."""
+    config = tiny_config("GptOssForCausalLM", intermediate_size=24)
+    experts = f"{LAYER}mlp.experts."
+    shapes = checkpoint_shapes(make_arch(config))
+    assert shapes[f"{experts}gate_up_proj"] == (8, 64, 48)
+    assert shapes[f"{experts}gate_up_proj_bias"] == (8, 48)
+    assert shapes[f"{experts}down_proj"] == (8, 24, 64)
+    assert shapes[f"{experts}down_proj_bias"] == (8, 64)
+
+
+def test_llama4_stores_the_experts_of_a_layer_transposed() -> None:
+    """As transformers' Llama4TextExperts: [experts, dim, 2 * hidden] and [experts, hidden, dim]."""
+    model = make_arch(tiny_config("Llama4ForCausalLM", intermediate_size=24))
+    shapes = checkpoint_shapes(model)
+    experts = "model.layers.1.feed_forward.experts."
+    assert shapes[f"{experts}gate_up_proj"] == (8, 64, 48)
+    assert shapes[f"{experts}down_proj"] == (8, 24, 64)
+    assert shapes["model.layers.0.feed_forward.up_proj.weight"] == (96, 64)
+
+
+def test_llama4_with_vision_has_the_same_weights_by_other_names() -> None:
+    text = make_arch(tiny_config("Llama4ForCausalLM"))
+    whole = make_arch(tiny_config("Llama4ForConditionalGeneration"))
+    assert whole.weights() == text.weights()
+    names = {f"language_model.{name}": part for name, part in checkpoint_tensors(text).items()}
+    assert checkpoint_tensors(whole) == names
+    assert checkpoint_shapes(whole) == {
+        f"language_model.{name}": shape for name, shape in checkpoint_shapes(text).items()
+    }
+    for name in ("vision_model.class_embedding", "multi_modal_projector.linear_1.weight"):
+        assert is_left_over(whole, name)
+        assert not is_left_over(text, name)
+    assert not is_left_over(whole, "language_model.model.layers.9.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_number_of_a_tensor_belongs_to_one_weight(family: str) -> None:
+    model = make_arch(tiny_config(family))
+    shapes, places = model.weights(), checkpoint_places(model)
+    stored = checkpoint_shapes(model)
+    for name, weights in checkpoint_tensors(model).items():
+        found = []
+        for weight in weights:
+            place = places[weight]
+            rows = shapes[weight][0] // place.rows
+            columns = prod(shapes[weight][1:]) * place.rows
+            if place.transposed:
+                rows, columns = columns, rows
+            found += [
+                place.offset + row * place.width + place.first + column * place.step
+                for row in range(rows)
+                for column in range(columns)
+            ]
+        assert sorted(found) == list(range(prod(stored[name]))), name
 
 
 def test_gemmas_norms_have_olmos_names_and_other_places() -> None:

@@ -44,13 +44,14 @@ EVERYWHERE = (
     "norm.bias",
     "embed_positions.weight",
     "mlp.gate.weight",
+    "mlp.gate.bias",
     "e_score_correction_bias",
     "shared_expert_gate.weight",
     "q_a_proj.weight",
     "kv_a_proj_with_mqa.weight",
 )
 # But the gain of a norm of all heads together is shared out with the heads.
-WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "MiniMaxM2ForCausalLM")
 SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
 
 

@@ -13,10 +13,12 @@ import pytest
 from gllm_engine.arch import (
     FAMILIES,
     ArchError,
+    Clamp,
     Dense,
     Gqa,
     Model,
     Moe,
+    QueryTemperature,
     Routing,
     make_arch,
     read_arch,
@@ -578,6 +580,197 @@ def test_kimi_k25() -> None:
         make_arch(config | {"text_config": text | {"moe_layer_freq": 2}})
 
 
+def test_gpt_oss_20b() -> None:
+    config = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "eos_token_id": 200002,
+        "vocab_size": 201088,
+    }
+    model = make_arch(config)
+    assert model.num_params() == 20_914_757_184
+    assert model.max_len == 131072
+    moe = Moe(32, 2880, Routing(4, True), router_bias=True, bias=True, out_bias=True,
+              clamp=Clamp(7.0, 1.702))  # fmt: skip
+    assert {layer.ffn for layer in model.layers} == {moe}
+    scaling = YarnScaling(32.0, 4096, None, None, None, 32.0, 1.0, truncate=False)
+    mixer = Gqa(64, 8, 64, Rope(64, 150_000.0, scaling=scaling), True, True, sinks=True)
+    assert [layer.mixer for layer in model.layers] == [replace(mixer, window=128), mixer] * 12
+    # Without a key of its own, the same rope.
+    assert make_arch(config | {"rope_scaling": None}) == model
+    assert refusal("GptOssForCausalLM", experts_per_token=3) == (
+        "config.json: experts_per_token is 3, but only 2 is supported"
+    )
+
+
+FP8 = {"quantization_config": {"quant_method": "fp8"}}
+LLAMA4_SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4",
+    "text_config": {
+        "attention_bias": False,
+        "attention_chunk_size": 8192,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": 4,
+        "eos_token_id": [200001, 200007, 200008],
+        "floor_scale": 8192,
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "max_position_embeddings": 10485760,
+        "moe_layers": list(range(48)),
+        "no_rope_layers": [1, 1, 1, 0] * 12,
+        "num_attention_heads": 40,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 1.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "use_qk_norm": True,
+        "vocab_size": 202048,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {"model_type": "llama4_vision_model"},
+}
+
+
+def test_llama4_scout() -> None:
+    model = make_arch(LLAMA4_SCOUT)
+    assert round(model.num_params() / 1e9, 2) == 107.77
+    assert (model.max_len, model.eos_token_ids) == (10485760, (200001, 200007, 200008))
+    routing = Routing(1, renorm=False, scoring="sigmoid")
+    assert {layer.ffn for layer in model.layers} == {
+        Moe(16, 8192, routing, shared=8192, on_input=True)
+    }
+    rope = Rope(128, 500_000.0, True, Llama3Scaling(16.0, 1.0, 1.0, 8192))
+    mixer = Gqa(40, 8, 128, rope)
+    chunked = replace(mixer, window=8192, chunked=True, qk_norm="l2_after")
+    whole = replace(mixer, rope=None, temperature=QueryTemperature(0.1, 8192, offset=1))
+    assert [layer.mixer for layer in model.layers] == [chunked, chunked, chunked, whole] * 12
+
+
+def test_llama4_layers() -> None:
+    def kinds(**over: Any) -> list[tuple[bool, bool, bool]]:
+        """Of each layer: chunked, rotated, with experts."""
+        model = tiny("Llama4ForCausalLM", num_hidden_layers=4, **over)
+        return [
+            (layer.mixer.chunked, layer.mixer.rope is not None, isinstance(layer.ffn, Moe))
+            for layer in model.layers
+        ]
+
+    default = {"no_rope_layers": None, "interleave_moe_layer_step": None}
+    assert kinds(**default | {"interleave_moe_layer_step": 1}) == [(True, True, True)] * 3 + [
+        (False, False, True)
+    ]
+    assert [experts for *_, experts in kinds(no_rope_layers=None)] == [False, True, False, True]
+    assert [experts for *_, experts in kinds(no_rope_layers=[], moe_layers=[0])] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    assert not any(experts for *_, experts in kinds(no_rope_layers=[], moe_layers=[]))
+    types = ["chunked_attention", "full_attention"] * 2
+    found = kinds(no_rope_layers=[0, 0, 1, 1], layer_types=types)
+    assert [(chunked, turned) for chunked, turned, _ in found] == [
+        (True, False), (False, False), (True, True), (False, True),
+    ]  # fmt: skip
+    assert not any(chunked for chunked, *_ in kinds(no_rope_layers=[], attention_chunk_size=None))
+    untempered = tiny("Llama4ForCausalLM", attn_temperature_tuning=False)
+    assert [layer.mixer.temperature for layer in untempered.layers] == [None, None]
+    assert tiny("Llama4ForCausalLM", use_qk_norm=False).layers[0].mixer.qk_norm is None
+
+
+def test_a_model_with_vision_has_its_language_models_keys_within() -> None:
+    config = tiny_config("Llama4ForConditionalGeneration", hidden_size=32)
+    text = tiny_config("Llama4ForCausalLM", hidden_size=32)
+    assert make_arch(config) == replace(make_arch(text), names="llama4_vision")
+
+    def refused(**over: Any) -> str:
+        with pytest.raises(ArchError) as caught:
+            make_arch(config | over)
+        return str(caught.value)
+
+    missing = "config.json: text_config is missing, the text model's description"
+    assert refused(text_config=None) == missing
+    assert refused(text_config=text | {"hidden_act": "gelu"}) == (
+        "config.json: text_config: hidden_act is 'gelu', but only \"silu\" is supported"
+    )
+    assert make_arch(config | {"tie_word_embeddings": True}).tie
+    expected = replace(make_arch(text | FP8), names="llama4_vision")
+    assert make_arch(config | FP8) == expected
+    assert make_arch(config | {"text_config": text | FP8}) == expected
+
+
+def test_minimax_m2() -> None:
+    config = {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "attn_type_list": [1] * 62,
+        "head_dim": 128,
+        "hidden_size": 3072,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 196608,
+        "mlp_intermediate_size": 8192,
+        "mtp_transformer_layers": 1,
+        "num_attention_heads": 48,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 62,
+        "num_key_value_heads": 8,
+        "num_local_experts": 256,
+        "num_mtp_modules": 3,
+        "qk_norm_type": "per_layer",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000,
+        "rotary_dim": 64,
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "use_mtp": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+        "vocab_size": 200064,
+    }
+    model = make_arch(config)
+    assert round(model.num_params() / 1e9, 2) == 228.69
+    assert {layer.mixer for layer in model.layers} == {
+        Gqa(48, 8, 128, Rope(64, 5_000_000.0), qk_norm="whole")
+    }
+    assert {layer.ffn for layer in model.layers} == {
+        Moe(256, 1536, Routing(8, True, "sigmoid", biased=True))
+    }
+    assert model.extra_layers == 3
+
+
 def test_ernies_experts() -> None:
     def ffns(**over: Any) -> list[bool]:
         model = tiny("Ernie4_5_MoeForCausalLM", num_hidden_layers=6, **over)
@@ -652,6 +845,36 @@ def test_ernies_experts() -> None:
             "DeepseekV3ForCausalLM",
             {"topk_method": "group_limited_greedy"},
             "topk_method is 'group_limited_greedy', but only \"noaux_tc\" is supported",
+        ),
+        (
+            "Llama4ForCausalLM",
+            {"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 2},
+            "attention_chunk_size is missing",
+        ),
+        (
+            "Llama4ForCausalLM",
+            {"attn_temperature_tuning": "on"},
+            "attn_temperature_tuning is 'on', but only true, false or a whole number is supported",
+        ),
+        (
+            "Llama4ForCausalLM",
+            {"no_rope_layers": [1, 0, 1]},
+            "no_rope_layers is [1, 0, 1], but only a list of 2 of 0 and 1 is supported",
+        ),
+        (
+            "MiniMaxM2ForCausalLM",
+            {"attn_type_list": [1, 0]},
+            "attn_type_list is [1, 0], but only [1, 1] is supported",
+        ),
+        (
+            "MiniMaxM2ForCausalLM",
+            {"qk_norm_type": "per_head"},
+            "qk_norm_type is 'per_head', but only \"per_layer\" is supported",
+        ),
+        (
+            "GptOssForCausalLM",
+            {"sliding_window": None},
+            "sliding_window is missing",
         ),
         (
             "Ernie4_5_MoeForCausalLM",

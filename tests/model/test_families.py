@@ -42,6 +42,13 @@ MOONLIGHT = {
     "rope_theta": 50_000.0,
     "num_nextn_predict_layers": 0,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in HF_FAMILIES),
     ("DeepseekV2ForCausalLM", {"q_lora_rank": None, "topk_method": "greedy"}),
@@ -151,16 +158,31 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("GPTNeoXForCausalLM", {"use_parallel_residual": False, "hidden_act": "gelu_fast"}),
     ("GPTNeoXForCausalLM", {"attention_bias": False, "rotary_pct": 1.0, "rotary_emb_base": 77}),
     ("GPTBigCodeForCausalLM", {"n_inner": None, "tie_word_embeddings": True}),
+    ("GptOssForCausalLM", {"attention_bias": False, "swiglu_limit": 0.5, "swiglu_alpha": 3.0}),
+    ("GptOssForCausalLM", {"sliding_window": 5, "num_experts_per_tok": 3, "layer_types": None}),
+    ("GptOssForCausalLM", {"rope_scaling": None, "rope_parameters": None}),
+    ("GptOssForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("Llama4ForCausalLM", {"num_experts_per_tok": 1, "attention_chunk_size": 7}),
+    ("Llama4ForCausalLM", {"attention_bias": True, "use_qk_norm": False, "moe_layers": [0, 1]}),
+    ("Llama4ForCausalLM", {"attn_temperature_tuning": False, "attention_chunk_size": None}),
+    (
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [],
+            "no_rope_layer_interval": 2,
+            "layer_types": ["full_attention", "chunked_attention", "chunked_attention"],
+            "interleave_moe_layer_step": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("Llama4ForCausalLM", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}),
+    ("MiniMaxM2ForCausalLM", {"rotary_dim": None, "num_experts_per_tok": 5}),
+    ("MiniMaxM2ForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("MiniMaxM2ForCausalLM", {"rotary_dim": 4, "partial_rotary_factor": 0.75}),
     ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
 ]
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 # Every scaling, in the old form (beside rope_theta) and in the new one.
 ROPES: list[dict[str, Any]] = [
@@ -363,6 +385,35 @@ def test_chatglm_agrees_with_glm(tmp_path: Path, architecture: str, rope_ratio: 
     tokens = some_tokens(70)
     ours, theirs = all_logits(load(chatglm), tokens), reference_logits(glm, tokens)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_llama4_with_vision_answers_as_its_language_model(tmp_path: Path) -> None:
+    """From transformers' checkpoint of the whole model."""
+    text = tiny_config("Llama4ForCausalLM", attention_chunk_size=7)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    whole = transformers.Llama4ForConditionalGeneration(config).eval()
+    for weight in whole.parameters():
+        torch.nn.init.normal_(weight, 0, 0.3)
+    whole.save_pretrained(tmp_path)
+    tokens = some_tokens(40)
+    with torch.no_grad():
+        theirs = whole(input_ids=tokens[None], use_cache=False).logits[0]
+    assert theirs.std() > 0.5
+    torch.testing.assert_close(
+        all_logits(load(tmp_path), tokens), theirs, rtol=1e-5, atol=TOLERANCE
+    )
 
 
 def test_half_precision_follows(tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ def routing(**change: Any) -> Change:
     return lambda m: m.each(ffn=changed)
 
 
+def clamp(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.ffn, clamp=replace(layer.ffn.clamp, **change))
+
+    return lambda m: m.each(ffn=changed)
+
+
 def rope(**change: Any) -> Change:
     def changed(_: int, layer: Layer) -> Any:
         return replace(layer.mixer, rope=replace(layer.mixer.rope, **change))
@@ -98,6 +105,10 @@ LLAMA, GLM, QWEN3 = "LlamaForCausalLM", "GlmForCausalLM", "Qwen3ForCausalLM"
 GEMMA2, GEMMA3, COHERE2 = "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForCausalLM"
 GRANITE, SMOLLM3 = "GraniteForCausalLM", "SmolLM3ForCausalLM"
 HUNYUAN, MINISTRAL3 = "HunYuanDenseV1ForCausalLM", "Ministral3ForCausalLM"
+GPT_OSS = "GptOssForCausalLM"
+LLAMA4, MINIMAX_M2 = "Llama4ForCausalLM", "MiniMaxM2ForCausalLM"
+# All layers have a temperature, so that a changed one is one of all.
+ALL_TEMPERED = {"no_rope_layers": [0, 0]}
 OLMO2, STARCODER2 = "Olmo2ForCausalLM", "Starcoder2ForCausalLM"
 BIASED = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
@@ -223,6 +234,25 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "plus one of a hybrid": (QWEN3_5, {}, model(norm="rms")),
     "shared gate of a hybrid": (QWEN3_NEXT, {}, ffn(shared_gate=False)),
     "renorm of a hybrid": (QWEN3_5_MOE, {}, routing(renorm=False)),
+    "sinks": (GPT_OSS, {}, mixer(sinks=False)),
+    "window of gpt-oss": (GPT_OSS, {}, mixer(window=None)),
+    "limit of a clamp": (GPT_OSS, {}, clamp(limit=2.5)),
+    "slope of a clamp": (GPT_OSS, {}, clamp(slope=1.702)),
+    "clamp": (GPT_OSS, {}, ffn(clamp=None)),
+    "bias of a router": (GPT_OSS, {}, ffn(router_bias=False)),
+    "biases of experts": (GPT_OSS, {}, ffn(bias=False)),
+    "biases of experts' outputs": (GPT_OSS, {}, ffn(out_bias=False)),
+    "chunks": (LLAMA4, {}, mixer(chunked=False)),
+    "size of a chunk": (LLAMA4, {}, mixer(window=47)),
+    "norm of unit heads": (LLAMA4, {}, mixer(qk_norm=None)),
+    "offset of a temperature": (LLAMA4, ALL_TEMPERED, temperature(offset=0)),
+    "weights on the input": (LLAMA4, {}, ffn_of_experts(on_input=False)),
+    "sigmoid of llama4": (LLAMA4, {}, routing(scoring="softmax")),
+    "shared expert of llama4": (LLAMA4, {}, ffn_of_experts(shared=0)),
+    "whole norm": (MINIMAX_M2, {}, mixer(qk_norm=None)),
+    "partial rotary of minimax": (MINIMAX_M2, {}, rope(dim=16)),
+    "bias of minimax": (MINIMAX_M2, {}, routing(biased=False)),
+    "renorm of minimax": (MINIMAX_M2, {}, routing(renorm=False)),
     "partial rotary": ("Phi3ForCausalLM", {"rope_scaling": None}, rope(dim=16)),
 }
 
@@ -266,6 +296,9 @@ def test_tie_matters(tmp_path: Path) -> None:
         (KIMI, ALL_SPARSE | {"num_experts_per_tok": 4}),
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
         (OLMO2, {}),
+        (MINIMAX_M2, {"num_experts_per_tok": 7}),
+        (LLAMA4, {"no_rope_layers": [1], "interleave_moe_layer_step": 1, "num_experts_per_tok": 7}),
+        (GPT_OSS, {"num_experts_per_tok": 7, "layer_types": ["full_attention"]}),
         ("Starcoder2ForCausalLM", {}),
         (NEOX, {}),
         (HUNYUAN, {}),

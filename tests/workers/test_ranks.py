@@ -106,6 +106,10 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3_5ForCausalLM", HYBRID, "pp2"),
     ("Qwen3_5ForConditionalGeneration", {}, "tp4"),
     ("Qwen3_5MoeForConditionalGeneration", {}, "tp2"),
+    ("GptOssForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
+    ("GptOssForCausalLM", {"sliding_window": 20}, "ep2"),
+    ("Llama4ForCausalLM", {"attention_chunk_size": 20}, "tp2 x pp2"),
+    ("MiniMaxM2ForCausalLM", {}, "tp4"),
 ]
 
 
@@ -218,7 +222,8 @@ def test_families(tmp_path: Path, family: str, over: dict[str, Any], way: str) -
         expected = llm.generate(list(prompts), list(params))
     config = tiny_config(family, **over)
     # Layers with a window and layers without one take pages from the same pool.
-    room = {"num_pages": 150} if {"max_window_layers", "layer_types"} & config.keys() else {}
+    windows = {"max_window_layers", "layer_types", "attention_chunk_size"}
+    room = {"num_pages": 150} if windows & config.keys() else {}
     if read_arch(tmp_path).keeps_states:
         room = {"num_snapshots": 20}
     with LLM(str(tmp_path), **(TIGHT | WAYS[way] | room)) as llm:
