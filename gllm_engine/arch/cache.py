@@ -55,6 +55,8 @@ def cache_groups(model: Model, max_model_len: int) -> tuple[CacheGroup, ...]:
         if window is not None and window >= max_model_len:
             window = None
         by_window.setdefault(window, []).append(i)
+    if not by_window:
+        return (CacheGroup(None, ()),)
     most = _layers_per_page({window: len(layers) for window, layers in by_window.items()})
     groups = []
     for window, layers in by_window.items():

@@ -85,6 +85,7 @@ class Gqa(Formatted):
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # every head has one more key, of a learned score and with value 0
     temperature: QueryTemperature | None = None
+    output_gate: bool = False  # the heads' results are multiplied by sigmoid(gate_proj x)
 
     def shapes(self, dim: int) -> Shapes:
         q = self.heads * self.head_dim
@@ -92,6 +93,8 @@ class Gqa(Formatted):
         shapes = _linear("self_attn.q_proj", q, dim, self.qkv_bias)
         shapes |= _linear("self_attn.k_proj", kv, dim, self.qkv_bias)
         shapes |= _linear("self_attn.v_proj", kv, dim, self.qkv_bias)
+        if self.output_gate:
+            shapes |= _linear("self_attn.gate_proj", q, dim, self.qkv_bias)
         shapes |= _linear("self_attn.o_proj", dim, q, self.out_bias)
         if self.qk_norm and self.qk_norm != "l2_after":
             whole = self.qk_norm == "whole"
@@ -380,6 +383,7 @@ class Model:
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: str = "hf"  # the table in names.py for its checkpoints
+    name_variants: tuple[str, ...] = ()  # of these names; see names.py
     quantization: Fp8 | None = None  # the format that the config promises for matrices of layers
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0
@@ -450,11 +454,12 @@ class Model:
     def quantized(self) -> Model:
         """A copy in which all matrices that usually are quantised have the promised format.
 
-        Routers and gates of shared experts usually are not.
+        Routers, gates of shared experts and the inputs of gates of a GatedDelta usually are not.
         """
         if self.quantization is None:
             return self
-        names = (name for name in self.matrices() if not name.endswith("gate.weight"))
+        plain = ("gate.weight", "in_proj_a.weight", "in_proj_b.weight")
+        names = (name for name in self.matrices() if not name.endswith(plain))
         return self.with_formats(dict.fromkeys(names, self.quantization))
 
     def num_params(self) -> int:

@@ -114,9 +114,10 @@ class Engine:
         `make_runner`: makes the runner, in place of one that loads `config.model`. `policy`:
         replaces the schedule policy that the configuration names.
         """
-        config = settle(config, on_gpu=device_of(config).type == "cuda")
         path = Path(config.model)
         arch = read_arch(path)
+        on_gpu = device_of(config).type == "cuda"
+        config = settle(config, on_gpu, arch.keeps_states)
         _check_len(config, arch)
         # First, because the tokenizer loads on the grammar thread while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
@@ -469,5 +470,5 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
     arch = read_arch(Path(config.model))
     _check_len(config, arch)
     kinds = replace(arch, layers=tuple(dict.fromkeys(arch.layers)))
-    load_runner(settle(config, on_gpu=True), kinds, device_of(config))
+    load_runner(settle(config, True, arch.keeps_states), kinds, device_of(config))
     return cache_dirs()

@@ -7,7 +7,7 @@ checkpoint and no scheduling; a Batch gives the tokens and their positions in th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -51,6 +51,7 @@ from gllm_engine.layers import (
     Staging,
     renamed,
 )
+from gllm_engine.model.states import States, bytes_of_states
 from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
@@ -79,7 +80,6 @@ _MIXERS: dict[type[Any], Callable[..., Mixer]] = {
 }
 # Of one layer: K and V or latents by pages, or the states of all slots.
 LayerCache = Tensor | RecurrentState
-_ALIGNMENT = 16  # bytes, of each part of a state
 # The group of layers that keep a state.
 _NO_GROUP = -1
 
@@ -208,40 +208,6 @@ def _stream_eps(model: Model) -> float:
     return model.eps / model.residual_scale**2
 
 
-class States:
-    """The states of all layers that keep one per sequence.
-
-    `flat`: [rows, bytes], so that one copy moves the state of a sequence. `layers`: index of the
-    layer -> its part of every row.
-    """
-
-    def __init__(
-        self, layers: Sequence[Layer], rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """`dtype`: of the convolution's inputs."""
-        parts: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
-        for i, layer in enumerate(layers):
-            for kind, shape in zip((torch.float32, dtype), layer.mixer.state_shapes, strict=False):
-                parts.append((i, kind, shape))
-        sizes = [
-            -(-prod(shape) * kind.itemsize // _ALIGNMENT) * _ALIGNMENT for _, kind, shape in parts
-        ]
-        self.flat = torch.zeros(rows, sum(sizes), dtype=torch.uint8, device=device)
-        views: dict[int, list[Tensor]] = {}
-        for (i, kind, shape), columns in zip(parts, self.flat.split(sizes, 1), strict=True):
-            used = columns[:, : prod(shape) * kind.itemsize]
-            views.setdefault(i, []).append(used.view(kind).unflatten(1, shape))
-        self.layers = {i: RecurrentState(conv, matrix) for i, (matrix, conv) in views.items()}
-
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy rows to other rows."""
-        self.flat.index_copy_(0, targets, self.flat[sources])
-
-    def clear(self, rows: Tensor) -> None:
-        """Set rows to zero."""
-        self.flat.index_fill_(0, rows, 0)
-
-
 class _Buffer(NamedTuple):
     """Memory of the cache for the layer at `place` of each group, `width` numbers per token."""
 
@@ -329,14 +295,15 @@ class Decoder:
         the same memory, because a page belongs to one group at a time. `states`: from new_states,
         for the layers that keep a state per sequence.
         """
+        buffers = self._buffers()
         memory = {
             buffer: torch.empty(
                 num_pages, buffer.width * page_size, dtype=dtype or self.dtype, device=self.device
             )
-            for buffer in dict.fromkeys(self._buffers())
+            for buffer in dict.fromkeys(buffers)
         }
         cache: list[LayerCache] = []
-        for i, (buffer, layer) in enumerate(zip(self._buffers(), self.layers, strict=True)):
+        for i, (buffer, layer) in enumerate(zip(buffers, self.layers, strict=True)):
             if states is not None and i in states.layers:
                 cache.append(states.layers[i])
             else:
@@ -346,6 +313,11 @@ class Decoder:
     def new_states(self, rows: int) -> States:
         """The states of `rows` slots and snapshots, all zero."""
         return States(self.layers, rows, self.dtype, self.device)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of one sequence in all layers of this rank."""
+        return bytes_of_states(self.layers, self.dtype)
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of `page_size` tokens in a cache of `dtype`."""

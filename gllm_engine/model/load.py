@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.names import checkpoint_tensors
+from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
@@ -42,7 +42,7 @@ class Checkpoint:
     """The open files of a checkpoint that has exactly the tensors that its model needs."""
 
     path: Path
-    arch: Model  # with the formats of the stored weights
+    arch: Model  # with the formats of the stored weights, and the variants of their names
     tensors: dict[str, TensorSlice]  # by checkpoint tensor name; each is contiguous
     shared: set[str]  # names of tensors that all their weights share: one scale of several weights
     tied: str | None  # name of a stored output projection, which must equal the embedding
@@ -54,11 +54,14 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
 
     Raises LoadError for every mismatch that the files' headers show, before memory is allocated.
     """
-    found = StoredTensors(arch)
     with ExitStack() as opened:
+        headers = []
         for place in _files(path):
             file = opened.enter_context(open_file(place, LoadError))
-            for name, stored in _read_header(place, file).items():
+            headers.append(_read_header(place, file))
+        found = StoredTensors(with_stored_names(arch, {name for each in headers for name in each}))
+        for header in headers:
+            for name, stored in header.items():
                 found.add(name, stored)
         arch = found.with_formats(path)
         yield Checkpoint(path, arch, found.check(arch, path), found.shared, found.tied)

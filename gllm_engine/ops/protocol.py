@@ -265,7 +265,7 @@ class Ops(Protocol):
     def mean_squares(self, qkv: Tensor, num_heads: int) -> Tensor:
         """The mean squares of all numbers of the q heads and of the k heads: [tokens, 2] float32.
 
-        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous.
+        qkv: as in `rotate_and_store`.
         """
         ...
 
@@ -282,8 +282,9 @@ class Ops(Protocol):
     ) -> AttentionInputs:
         """Norm and rotate the q and k heads of qkv, and store k and v in the cache.
 
-        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous; may be overwritten. rotary:
-        None: nothing is rotated. query_scale: [tokens] float32, a last factor of the q heads.
+        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], of which each token is contiguous; may be
+        overwritten. rotary: None: nothing is rotated. query_scale: [tokens] float32, a last factor
+        of the q heads.
         cache: [num_pages, 2, page_size, kv_heads, head_dim], in the dtype of qkv or in
         float8_e4m3fn, where values are clamped to -448 .. 448.
         """

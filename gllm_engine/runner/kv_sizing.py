@@ -7,13 +7,14 @@ free.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from gllm_engine.arch import MAX_EOS_TOKEN_IDS
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.model import Decoder
+from gllm_engine.model import Decoder, bytes_of_states
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
@@ -29,6 +30,7 @@ from gllm_engine.types import NewSequence
 # Memory that the trial step does not use and that does not grow with the number of sequences: the
 # CUDA graphs themselves, and kernels that are loaded later.
 _RESERVE_BYTES = 2 << 30
+_GIB = 1 << 30
 
 # The KV cache has this many times the memory of the snapshots of states.
 _SNAPSHOT_SHARE = 8
@@ -37,15 +39,21 @@ _log = logging.getLogger(__name__)
 
 
 def fitting_snapshots(config: EngineConfig, decoder: Decoder, num_pages: int) -> int:
-    """Snapshots of states: config.num_snapshots, or as many as fit a share of the KV cache.
-
-    `num_pages`: from fitting_pages. On a rank without states, the number of other ranks counts.
+    """Snapshots of states: config.num_snapshots, or as many as fit a share of the KV cache's
+    memory. The same on all ranks with the same `num_pages`; 0 for a model without states.
     """
-    if config.num_snapshots is not None:
+    if config.num_snapshots is not None and decoder.arch.keeps_states:
         return config.num_snapshots
-    state_bytes = decoder.new_states(1).flat.numel()
-    page_bytes = decoder.page_bytes(config.page_size, cache_dtype(config, decoder))
-    return num_pages * page_bytes // _SNAPSHOT_SHARE // max(1, state_bytes)
+    return int(num_pages * _snapshots_per_page(config, decoder))
+
+
+def _snapshots_per_page(config: EngineConfig, decoder: Decoder) -> float:
+    """The ratio is that of the whole model, because a rank may have no K and V, or no states."""
+    whole = replace(decoder.shard, first=0, end=len(decoder.arch.layers)).of(decoder.arch)
+    itemsize = cache_dtype(config, decoder).itemsize
+    page_bytes = replace(decoder.arch, layers=whole).kv_bytes_per_token(itemsize) * config.page_size
+    state_bytes = bytes_of_states(whole, decoder.dtype)
+    return page_bytes / state_bytes / _SNAPSHOT_SHARE if state_bytes else 0.0
 
 
 def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
@@ -56,36 +64,54 @@ def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int
     """
     if config.num_pages is not None:
         return config.num_pages
+    # SlotTable.cached_tokens
+    whole = next(group for group in decoder.groups if group.window is None)
+    id_bytes = whole.num_pages(1) * config.page_size * torch.int64.itemsize
     page_bytes = decoder.page_bytes(config.page_size, cache_dtype(config, decoder))
     if config.kv_cache_gib is not None or decoder.device.type == "cpu":
-        return max(1, int((config.kv_cache_gib or 1.0) * 2**30) // page_bytes)
+        size = int((config.kv_cache_gib or 1.0) * 2**30)
+        return max(1, size // (page_bytes or id_bytes))
+    free = _free_bytes(config, decoder, max_pages)
+    page_bytes += id_bytes
+    if config.num_snapshots is None:
+        page_bytes += int(_snapshots_per_page(config, decoder) * decoder.state_bytes)
+    else:
+        free -= config.num_snapshots * decoder.state_bytes
+    if free < page_bytes:
+        total = torch.cuda.mem_get_info(decoder.device)[1]
+        states = ""
+        if decoder.state_bytes:
+            states = (
+                f", and the states of {config.max_num_seqs} sequences (max_num_seqs) take "
+                f"{_states_of_slots(config, decoder) / _GIB:.1f}"
+            )
+        raise ConfigError(
+            f"gpu_memory_utilization: {config.gpu_memory_utilization} of {total / _GIB:.1f} GiB "
+            f"leaves no room for a KV cache, {free / _GIB:.1f} GiB{states}"
+        )
+    return free // page_bytes
+
+
+def _states_of_slots(config: EngineConfig, decoder: Decoder) -> int:
+    """Bytes of the states of all slots, of which CUDA graphs have one more."""
+    return (config.max_num_seqs + 1) * decoder.state_bytes
+
+
+def _free_bytes(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
+    """Bytes of a GPU that are free for the KV cache and for snapshots; may be negative."""
     total = torch.cuda.mem_get_info(decoder.device)[1]
     reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
     peak = reserved + _trial(config, decoder, max_pages)
-    # SlotTable.cached_tokens
-    whole = next(group for group in decoder.groups if group.window is None)
-    page_bytes += whole.num_pages(1) * config.page_size * torch.int64.itemsize
     torch.cuda.empty_cache()
     used = total - torch.cuda.mem_get_info(decoder.device)[0]
-    states = (config.max_num_seqs + 1) * decoder.new_states(1).flat.numel()
+    states = _states_of_slots(config, decoder)
     free = int(total * config.gpu_memory_utilization) - used - peak - states
-    if decoder.arch.keeps_states and config.num_snapshots is None:
-        free -= free // (_SNAPSHOT_SHARE + 1)
-    gib = 1 << 30
     _log.info(
-        "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for the KV cache, of %.1f",
-        used / gib,
-        peak / gib,
-        free / gib,
-        total / gib,
+        "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for states of sequences, "
+        "%.1f for the KV cache, of %.1f",
+        *(size / _GIB for size in (used, peak, states, free, total)),
     )
-    if free < page_bytes:
-        raise ConfigError(
-            f"gpu_memory_utilization: {config.gpu_memory_utilization} of {total / gib:.1f} GiB "
-            f"leaves no room for a KV cache: {used / gib:.1f} are in use and a step takes "
-            f"{peak / gib:.1f}"
-        )
-    return free // page_bytes
+    return free
 
 
 def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:

@@ -103,10 +103,7 @@ class Runner:
             # On a GPU one more slot and one more page, for the padding rows of CUDA graphs.
             num_pages = self.num_pages + on_gpu
             num_slots = config.max_num_seqs + on_gpu
-            self.num_snapshots = 0
-            if arch.keeps_states:
-                fitting = fitting_snapshots(config, decoder, self.num_pages)
-                self.num_snapshots = fitting if ranks is None else ranks.min_over_ranks(fitting)
+            self.num_snapshots = fitting_snapshots(config, decoder, self.num_pages)
             # Slots come first, then snapshots.
             self.states = decoder.new_states(num_slots + self.num_snapshots)
             dtype = cache_dtype(config, decoder)
@@ -185,18 +182,13 @@ class Runner:
     def _move_states(self, plan: StepPlan) -> None:
         """Copy states to snapshots, then give new owners of slots theirs."""
         first = len(self.table.lengths)
-        if plan.snapshots:
-            slots = [slot for slot, _ in plan.snapshots]
-            targets = [first + snapshot for _, snapshot in plan.snapshots]
-            self.states.move(*to_device(self.device, int_array(slots), int_array(targets)))
-        restored = [new for new in plan.new if new.snapshot != NO_SNAPSHOT]
-        if restored:
-            sources = int_array([first + new.snapshot for new in restored])
-            slots_cpu = int_array([new.slot for new in restored])
-            self.states.move(*to_device(self.device, sources, slots_cpu))
-        empty = [new.slot for new in plan.new if new.snapshot == NO_SNAPSHOT]
-        if empty:
-            self.states.clear(*to_device(self.device, int_array(empty)))
+        for slot, snapshot in plan.snapshots:
+            self.states.copy(slot, first + snapshot)
+        for new in plan.new:
+            if new.snapshot == NO_SNAPSHOT:
+                self.states.clear(new.slot)
+            else:
+                self.states.copy(first + new.snapshot, new.slot)
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
         """Hidden states [tokens, dim] from the previous stage; None on the first stage."""
@@ -234,6 +226,7 @@ class Runner:
     def close(self) -> None:
         self._graphs = None
         self.cache.clear()
+        self.states.free()
 
     def _timer(self) -> StepTimer:
         return HostTimer() if self.device.type == "cpu" else EventTimer()

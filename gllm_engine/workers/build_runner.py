@@ -138,5 +138,8 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     settings = read_object(Path(config.model) / "config.json", ConfigError)
-    stored = settings.get("dtype") or settings.get("torch_dtype")
+    text = settings.get("text_config")  # where a model for images and text may have it
+    places = [settings, text if isinstance(text, dict) else {}]
+    names = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    stored = next((name for name in names if name), None)
     return _DTYPES.get(str(stored), torch.bfloat16)

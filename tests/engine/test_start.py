@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -16,6 +17,7 @@ from gllm_engine.arch import read_arch
 from gllm_engine.engine import core
 from gllm_engine.model import LoadError
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.workers import build_runner
 from gllm_engine.workers.build_runner import check_formats
 
 
@@ -89,3 +91,13 @@ def test_a_gpu_must_have_units_for_the_weights(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with pytest.raises(ConfigError, match="a multiple of 16 columns"):
         check_formats(arch.quantized(), gpu)
+
+
+@pytest.mark.parametrize("beside", [{}, {"dtype": None}, {"torch_dtype": None}])
+def test_the_dtype_is_that_of_the_text_part(tmp_path: Path, beside: dict[str, Any]) -> None:
+    text = {"text_config": {"dtype": "float16"}}
+    (tmp_path / "config.json").write_text(json.dumps(text | beside))
+    config = make_config({"model": str(tmp_path)})
+    assert build_runner._dtype(config, torch.device("cuda")) == torch.float16
+    (tmp_path / "config.json").write_text(json.dumps(text | {"torch_dtype": "float32"}))
+    assert build_runner._dtype(config, torch.device("cuda")) == torch.float32

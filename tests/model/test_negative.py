@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import CPU, all_logits, load, some_tokens
 
-from gllm_engine.arch import Layer, Model, Moe, read_arch
+from gllm_engine.arch import Gqa, Layer, Model, Moe, read_arch
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -80,6 +80,21 @@ def temperature(**change: Any) -> Change:
     return lambda m: m.each(mixer=changed)
 
 
+def gqa(**change: Any) -> Change:
+    """In layers with softmax attention."""
+
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.mixer, **change) if isinstance(layer.mixer, Gqa) else layer.mixer
+
+    return lambda m: m.each(mixer=changed)
+
+
+def wide_rope(m: Model) -> Model:
+    """In layers with softmax attention, all channels rotate."""
+    rope = next(layer.mixer.rope for layer in m.layers if layer.mixer.rope is not None)
+    return gqa(rope=replace(rope, dim=32))(m)
+
+
 def swapped_ropes(m: Model) -> Model:
     """Each layer has the RoPE of the layer before."""
     ropes = [layer.mixer.rope for layer in m.layers]
@@ -100,6 +115,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
+QWEN3_NEXT, QWEN3_5 = "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"
+QWEN3_5_MOE = "Qwen3_5MoeForCausalLM"
 GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
 DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
 KIMI, NEOX = "KimiK2ForCausalLM", "GPTNeoXForCausalLM"
@@ -211,6 +228,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "longrope": ("Phi3ForCausalLM", {}, rope(scaling=None)),
     "longrope length": ("Phi3ForCausalLM", {}, scaling(original_len=4096)),
     "longrope attention": ("Phi3ForCausalLM", {}, scaling(attention_factor=1.0)),
+    "output gate": (QWEN3_NEXT, {}, gqa(output_gate=False)),
+    "qk_norm of a hybrid": (QWEN3_NEXT, {}, gqa(qk_norm=None)),
+    "partial rotary of a hybrid": (QWEN3_NEXT, {}, wide_rope),
+    "plus one of a hybrid": (QWEN3_5, {}, model(norm="rms")),
+    "shared gate of a hybrid": (QWEN3_NEXT, {}, ffn(shared_gate=False)),
+    "renorm of a hybrid": (QWEN3_5_MOE, {}, routing(renorm=False)),
     "sinks": (GPT_OSS, {}, mixer(sinks=False)),
     "window of gpt-oss": (GPT_OSS, {}, mixer(window=None)),
     "limit of a clamp": (GPT_OSS, {}, clamp(limit=2.5)),

@@ -55,6 +55,22 @@ LARGE: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "norm_topk_prob": True,
     },
+    "Qwen3-Next-80B-A3B": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 8,
+        "num_experts": 64,
+    },
+    "Qwen3.5-27B": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "linear_num_value_heads": 48,
+    },
     "glm-4-9b": {"architectures": ["GlmForCausalLM"], "model_type": "glm"},
     "GLM-4-0414": {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
 }
