@@ -285,7 +285,7 @@ QWEN_VL = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneratio
 
 @pytest.mark.parametrize("family", QWEN_VL)
 def test_the_text_part_of_a_model_for_images(tmp_path: Path, family: str) -> None:
-    """As transformers saves the whole model: the tensors for images are left out."""
+    """By the names of transformers' whole model: the tensors for images are left out."""
     config = tiny_config(family) | {"vision_config": VISION}
     kind = transformers.AutoConfig.for_model(**config)
     torch.manual_seed(0)
@@ -324,7 +324,7 @@ def test_checkpoints_of_old(tmp_path: Path, family: str) -> None:
 
 
 def test_the_text_part_of_kimi_k25(tmp_path: Path) -> None:
-    """As transformers saves the whole model: the tensors for images are left out."""
+    """By the names of transformers' whole model: the tensors for images are left out."""
     vision = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     vision |= {"intermediate_size": 48, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4}
     config = tiny_config("Kimi_K25ForConditionalGeneration")
@@ -336,8 +336,14 @@ def test_the_text_part_of_kimi_k25(tmp_path: Path) -> None:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     model.save_pretrained(tmp_path)
-    names = load_file(tmp_path / "model.safetensors").keys()
-    assert any("vision_tower." in name for name in names)
+    file = tmp_path / "model.safetensors"
+    # transformers 5.24 renames layers as those for images are named, which it does not read again.
+    state = {
+        name.replace("language_model.model.blocks.", "language_model.model.layers."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    assert any("vision_tower." in name for name in state)
+    save_file(state, file)
     tokens = some_tokens(40)
     with torch.no_grad():
         theirs = model(input_ids=tokens[None]).logits[0]

@@ -18,6 +18,7 @@ from tiny_models import CPU, load
 from torch import Tensor
 
 from gllm_engine.arch import Model, read_arch
+from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.model import Decoder, LoadError, filling, open_checkpoint, read
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -31,8 +32,8 @@ def simply_read(path: Path, arch: Model, dtype: torch.dtype) -> dict[str, Tensor
     for file in path.glob("*.safetensors"):
         stored |= load_file(file)
     weights: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        weights |= weights_in(arch, name, tensor.to(dtype))
+    for name in checkpoint_tensors(arch):
+        weights |= weights_in(arch, name, stored[name].to(dtype))
     return weights
 
 
