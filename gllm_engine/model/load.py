@@ -80,8 +80,10 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
 
 
 @contextmanager
-def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
+def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Iterator[None]:
     """Load the checkpoint's weights into the decoder while the block runs; at its end, wait.
+
+    `shows`: whether to show the progress, as a bar on a terminal or in the log.
 
     On a GPU the block may compute with the decoder. The results are meaningless but finite, because
     weights not yet read are zero. Raises LoadError for a file that cannot be read or is truncated,
@@ -91,7 +93,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
     if decoder.device.type == "cuda":
         for weight in decoder.weights().values():
             weight.zero_()
-    with reading(targets, decoder.device):
+    with reading(targets, decoder.device, shows):
         yield
     if tied_copy is not None:
         embedding = decoder.weights()["model.embed_tokens.weight"].cpu()

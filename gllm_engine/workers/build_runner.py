@@ -52,8 +52,9 @@ def load_runner(
         if is_dummy:
             fill_randomly(decoder)
         made = time.perf_counter()
+        shows = ranks is None or ranks.leads_node  # the ranks of a node read at the same pace
         # CUDA graphs and kernels need the addresses of the weights, but not yet their values.
-        with nullcontext() if checkpoint is None else filling(decoder, checkpoint):
+        with nullcontext() if checkpoint is None else filling(decoder, checkpoint, shows):
             runner = Runner(config, arch, decoder, ranks)
             done = time.perf_counter()
     end = time.perf_counter()
