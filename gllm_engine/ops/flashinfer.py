@@ -34,6 +34,7 @@ from torch import Tensor
 from gllm_engine.ops import reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
+from gllm_engine.ops.kernels import PARTIALS_BYTES, chunk_backend, has_chunk_kernels
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -84,10 +85,6 @@ __all__ = [
     "sum_experts",
 ]
 
-_HEAD_DIMS = (64, 128, 256)
-_DTYPES = (torch.bfloat16, torch.float16)
-# Bytes for the partial results of rows that FlashInfer splits among multiprocessors.
-_PARTIALS_BYTES = 384 << 20
 # Bytes of one plan: FlashInfer's own default.
 _PLAN_BYTES = 8 << 20
 # Plans on their way to the device at once. It exceeds a runner's steps in flight, so that the host
@@ -354,7 +351,7 @@ class FlashInferPlanner:
         self._device = device
         self._dtype = dtype
         self._stages = _Stages()
-        self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
+        self._partials = torch.zeros(PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
 
     def plan(
@@ -387,7 +384,7 @@ class FlashInferPlanner:
             plan.chunks = self._plan_chunks(batch, slice(n, first), cache, shape, group)
         if end > first:
             kind = BatchPrefillWithRaggedKVCacheWrapper
-            plan.fresh = self._wrapper(kind, shape, _best_backend(), group)
+            plan.fresh = self._wrapper(kind, shape, chunk_backend(_is_hopper(), True), group)
             starts = _starts(batch.query_lens[first:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
         return plan
@@ -422,7 +419,7 @@ class FlashInferPlanner:
     def _plan_chunks(
         self, batch: Batch, rows: slice, cache: Tensor, shape: dict[str, Any], group: int
     ) -> BatchPrefillWithPagedKVCacheWrapper:
-        backend = _best_backend() if cache.dtype == self._dtype else "fa2"
+        backend = chunk_backend(_is_hopper(), cache.dtype == self._dtype)
         wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, shape, backend, group)
         page_size = cache.shape[2]
         query_lens = batch.query_lens[rows]
@@ -465,18 +462,13 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
     return FlashInferPlanner(device, dtype)
 
 
-def _best_backend() -> str:
-    """FlashInfer's FlashAttention-3 kernels run only on Hopper."""
-    return "fa3" if _is_hopper() else "fa2"
-
-
 def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
 def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
     """Whether FlashInfer has kernels for this cache with queries of `dtype`."""
-    return dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
+    return has_chunk_kernels(cache.shape[4], dtype)
 
 
 class ListedPages:

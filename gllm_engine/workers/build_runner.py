@@ -40,7 +40,7 @@ def load_runner(
         if not is_dummy:
             # First: a checkpoint that does not fit its config then fails before any allocation.
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
-        dtype = _dtype(config, device)
+        dtype = weights_dtype(config, on_gpu=device.type == "cuda")
         decoder = Decoder(
             arch,
             dtype=dtype,
@@ -87,15 +87,21 @@ def _shard(
     config: EngineConfig, arch: Model, ranks: RankGroups | None, dtype: torch.dtype
 ) -> Shard:
     """This rank's shard of the model; without `ranks`, rank 0's part of every layer."""
-    apart = config.enable_expert_parallel
+    whole = (len(arch.layers),)
     if ranks is None:
-        size = config.tensor_parallel_size
-        return Shard(0, len(arch.layers), size=size, experts_apart=apart)
-    cut = config.stage_layers() or ((len(arch.layers),) if ranks.mesh.pp == 1 else None)
+        return shard_of(config, whole, stage=0)
+    cut = config.stage_layers() or (whole if ranks.mesh.pp == 1 else None)
     cut = cut or measure_partition(config, arch, ranks, dtype)
-    first, end = list(accumulate(cut, initial=0))[ranks.stage : ranks.stage + 2]
-    log.info("rank %d: layers %d to %d of %s", ranks.rank, first, end - 1, cut)
-    return Shard(first, end, ranks.tensor.rank, ranks.tensor.size, experts_apart=apart)
+    shard = shard_of(config, cut, ranks.stage, ranks.tensor.rank)
+    log.info("rank %d: layers %d to %d of %s", ranks.rank, shard.first, shard.end - 1, cut)
+    return shard
+
+
+def shard_of(config: EngineConfig, cut: tuple[int, ...], stage: int, rank: int = 0) -> Shard:
+    """The shard of a rank of a stage. `cut`: the number of layers of each stage."""
+    first, end = list(accumulate(cut, initial=0))[stage : stage + 2]
+    size = config.tensor_parallel_size
+    return Shard(first, end, rank, size, experts_apart=config.enable_expert_parallel)
 
 
 def device_of(config: EngineConfig, index: int = 0) -> torch.device:
@@ -113,10 +119,11 @@ def device_of(config: EngineConfig, index: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+def weights_dtype(config: EngineConfig, on_gpu: bool) -> torch.dtype:
+    """The dtype of weights and activations."""
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
-    if device.type == "cpu":
+    if not on_gpu:
         return torch.float32
     settings = read_object(Path(config.model) / "config.json", ConfigError)
     stored = settings.get("dtype") or settings.get("torch_dtype")

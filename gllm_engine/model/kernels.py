@@ -1,0 +1,88 @@
+"""Which kernels compute the layers of a model, on each kind of device.
+
+The choice is that of `ops`; this module only asks for the kernels of every kind of layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Moe
+from gllm_engine.ops.kernels import DeviceKind, attention_kernels, own_kernels, product_kernels
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """The kernels of one kind of part, which `layers` layers have, by device."""
+
+    part: str
+    layers: int
+    kernels: dict[DeviceKind, str]
+
+
+@dataclass(frozen=True)
+class _Dtypes:
+    model: torch.dtype
+    cache: torch.dtype
+
+
+def kernels_of(
+    layers: Sequence[Layer], dtype: torch.dtype, cache_dtype: torch.dtype
+) -> list[KernelUse]:
+    """The kernels of all parts of `layers`, and of matrix products last.
+
+    `dtype`: of the weights on a GPU; `cache_dtype`: of K and V there.
+    """
+    dtypes = _Dtypes(dtype, cache_dtype)
+    counts = Counter(part for layer in layers for part in (layer.mixer, layer.ffn))
+    uses = []
+    for part, count in counts.items():
+        name, kernels = _PARTS[type(part)]
+        if kernels is not None:
+            by_device = {device: kernels(part, device, dtypes) for device in get_args(DeviceKind)}
+            uses.append(KernelUse(name(part), count, by_device))
+    products = {device: product_kernels(device, dtype) for device in get_args(DeviceKind)}
+    return [*uses, KernelUse("matrix products", len(layers), products)]
+
+
+def _heads(arch: Gqa) -> str:
+    window = "" if arch.window is None else f", window {arch.window}"
+    return f"attention, {arch.heads}/{arch.kv_heads} heads of {arch.head_dim}{window}"
+
+
+def _latents(arch: Mla) -> str:
+    return f"latent attention, {arch.heads} heads, latents of {arch.latent_width}"
+
+
+def _states(arch: GatedDelta) -> str:
+    return f"gated delta rule, {arch.k_heads}/{arch.v_heads} heads of {arch.k_dim}/{arch.v_dim}"
+
+
+def _experts(arch: Moe) -> str:
+    return f"{len(arch.experts)} experts of {arch.hidden}, {arch.routing.top_k} a token"
+
+
+def _of_heads(arch: Gqa, device: DeviceKind, dtypes: _Dtypes) -> str:
+    return attention_kernels(device, arch.head_dim, dtypes.model, dtypes.cache)
+
+
+def _own(arch: object, device: DeviceKind, dtypes: _Dtypes) -> str:
+    del arch, dtypes
+    return own_kernels(device)
+
+
+# Type of a part -> its name, and its kernels; None: only matrix products.
+_PARTS: dict[
+    type, tuple[Callable[[Any], str], Callable[[Any, DeviceKind, _Dtypes], str] | None]
+] = {
+    Gqa: (_heads, _of_heads),
+    Mla: (_latents, _own),
+    GatedDelta: (_states, _own),
+    Moe: (_experts, _own),
+    Dense: (str, None),
+}
