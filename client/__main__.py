@@ -193,6 +193,9 @@ def _command(commands: Any, name: str, run: Callable[[Any], int], brief: str, te
 def _add_serve(commands: Any) -> None:
     parser = _command(commands, "serve", _serve, "start tritonserver and watch over it", _SERVE)
     parser.add_argument("path", metavar="PATH", type=Path, help="what to serve")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="start nothing: `gllm check` a bare checkpoint"
+    )
     add_struct(parser, "server", Serving, skip=("path", "engine", "arguments"))
     add_struct(parser, "engine, for a bare checkpoint", EngineConfig, skip=("model",))
 
@@ -261,6 +264,7 @@ def _add_tiny_model(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from gllm_client.check import check
     from gllm_client.supervisor import serve
     from gllm_engine import make_config
 
@@ -273,7 +277,12 @@ def _serve(options: argparse.Namespace) -> int:
         if engine.get(key):
             engine[key] = str(Path(engine[key]).resolve())
     if (path / "config.json").is_file():
-        make_config({"model": str(path)} | engine)  # report a wrong value before the server starts
+        # This reports a wrong value before the server starts.
+        config = make_config({"model": str(path)} | engine)
+        if options.dry_run:
+            return check(config)
+    elif options.dry_run:
+        raise UsageError("--dry-run: it is for a bare checkpoint; `gllm check` takes a model.json")
     return serve(Serving(path=path, engine=engine, arguments=tuple(options.rest), **given))
 
 

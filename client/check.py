@@ -6,7 +6,6 @@ Owns the texts; gllm_engine checks.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 
 import msgspec
@@ -19,19 +18,23 @@ _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "T
 _DEVICES = {"hopper": "Hopper", "gpu": "other GPUs", "cpu": "CPU"}
 
 
-def check(config: EngineConfig, gpu_memory: str | None, as_json: bool) -> int:
-    """Print a report, or the refusal; returns the exit status. `gpu_memory`: as a flag says it.
+class NotServable(RuntimeError):
+    """A start of the model would fail; the message is the one of the start."""
 
+
+def check(config: EngineConfig, gpu_memory: str | None = None, as_json: bool = False) -> int:
+    """Print a report and return 0. `gpu_memory`: as a flag says it.
+
+    For a model that would not start, prints that in JSON and returns 1, or raises NotServable.
     Raises UsageError for a wrong `gpu_memory`.
     """
     size = None if gpu_memory is None else num_bytes(gpu_memory)
     try:
         report = check_model(config, size)
     except (ValueError, OSError) as error:  # ValueError: the base class of all refusals
-        if as_json:
-            print(msgspec.json.encode({"loads": False, "problem": str(error)}).decode())
-        else:
-            print(f"gllm check: {error}", file=sys.stderr)
+        if not as_json:
+            raise NotServable(str(error)) from error
+        print(msgspec.json.encode({"loads": False, "problem": str(error)}).decode())
         return 1
     if as_json:
         print(msgspec.json.encode({"loads": True} | msgspec.structs.asdict(report)).decode())

@@ -195,7 +195,7 @@ def _memory(
     decoder = stage.decoder
     weights = Counter[str]()
     for name, weight in decoder.weights().items():
-        weights[kind_of_weight(name)] += weight.nbytes
+        weights[_kind_of_weight(name)] += weight.nbytes
     on_gpu = gpu_memory is not None
     page_bytes = decoder.page_bytes(config.page_size, kv_sizing.cache_dtype(config, decoder))
     return StageMemory(
@@ -211,6 +211,6 @@ def _memory(
     )
 
 
-def kind_of_weight(name: str) -> str:
+def _kind_of_weight(name: str) -> str:
     """The kind of a weight, by its canonical name."""
     return next(kind for pattern, kind in _KINDS if re.search(pattern, name))

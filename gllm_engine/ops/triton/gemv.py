@@ -9,7 +9,6 @@ chunk is masked. Knows shapes and arithmetic.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
