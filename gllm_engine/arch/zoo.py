@@ -15,6 +15,7 @@ from typing import Any
 
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, QkNorm, QueryTemperature
+from gllm_engine.arch.quantization import read_quantization
 from gllm_engine.arch.rope import (
     DynamicScaling,
     Rope,
@@ -658,9 +659,8 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         )
     reader, defaults = FAMILIES[known[0]]
     fields = Fields(config, name, defaults)
-    fields.require(hidden_act=defaults.get("hidden_act", "silu"))
-    fields.require(quantization_config=None, dual_chunk_attention_config=None)
-    model = reader(fields)
+    fields.require(hidden_act=defaults.get("hidden_act", "silu"), dual_chunk_attention_config=None)
+    model = replace(reader(fields), quantization=read_quantization(fields))
     if not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))
     if model.max_len > MAX_LEN:

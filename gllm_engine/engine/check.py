@@ -19,7 +19,7 @@ from gllm_engine.engine.core import check_len, model_len
 from gllm_engine.model import open_checkpoint
 from gllm_engine.sched import Group, PagePool, capacity, make_groups
 from gllm_engine.text.tokenizer import Tokenizer
-from gllm_engine.workers.build_runner import check_shards, device_of
+from gllm_engine.workers.build_runner import check_formats, check_shards, device_of
 from gllm_engine.workers.estimate import Estimate, estimate
 
 
@@ -97,10 +97,10 @@ def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckRep
     check_len(config, arch)
     check_shards(config, arch)
     if config.load_format == "dummy":  # only config.json has to be there
-        return _report(config, arch, gpu_memory)
+        return _report(config, arch.quantized(), gpu_memory)
     Tokenizer(config.tokenizer or path)
-    with open_checkpoint(arch, path):
-        return _report(config, arch, gpu_memory)
+    with open_checkpoint(arch, path) as checkpoint:
+        return _report(config, checkpoint.arch, gpu_memory)
 
 
 def _gpu_memory(config: EngineConfig, given: int | None) -> int | None:
@@ -117,7 +117,14 @@ def _gpu_memory(config: EngineConfig, given: int | None) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def _capability() -> tuple[int, int]:
+    """Of this machine's GPU, else of the first Hopper, because which GPU is meant is not known."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+
+
 def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckReport:
+    if gpu_memory is not None:
+        check_formats(arch, _capability())
     found = estimate(config, arch, gpu_memory)
     kinds = cache_groups(arch, config.max_model_len or arch.max_len)
     groups = make_groups(kinds, config, found.num_pages)

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
 
+from gllm_engine.arch.formats import Fp8
 from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Moe
-from gllm_engine.ops.kernels import DeviceKind, attention_kernels, own_kernels, product_kernels
+from gllm_engine.ops.kernels import (
+    DeviceKind,
+    attention_kernels,
+    fp8_product_kernels,
+    own_kernels,
+    product_kernels,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class _Dtypes:
 def kernels_of(
     layers: Sequence[Layer], dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> list[KernelUse]:
-    """The kernels of all parts of `layers`, and of matrix products last.
+    """The kernels of all parts of `layers`, and of matrix products last, for each format.
 
     `dtype`: of the weights on a GPU; `cache_dtype`: of K and V there.
     """
@@ -47,7 +54,21 @@ def kernels_of(
             by_device = {device: kernels(part, device, dtypes) for device in get_args(DeviceKind)}
             uses.append(KernelUse(name(part), count, by_device))
     products = {device: product_kernels(device, dtype) for device in get_args(DeviceKind)}
-    return [*uses, KernelUse("matrix products", len(layers), products)]
+    uses.append(KernelUse("products with plain matrices", len(layers), products))
+    formats = Counter(kind for layer in layers for kind in _formats(layer))
+    for kind, count in sorted(formats.items(), key=str):
+        block = (kind.rows, kind.columns) if kind.columns else None
+        by_device = {
+            device: fp8_product_kernels(device, dtype, block) for device in get_args(DeviceKind)
+        }
+        uses.append(KernelUse(f"products with {kind}", count, by_device))
+    return uses
+
+
+def _formats(layer: Layer) -> set[Fp8]:
+    """The formats of a layer's matrices, without where a shard ends inside blocks."""
+    kinds = (kind for part in (layer.mixer, layer.ffn) for _, kind in part.formats)
+    return {replace(kind, row_cut=None, column_cut=None) for kind in kinds}
 
 
 def _heads(arch: Gqa) -> str:

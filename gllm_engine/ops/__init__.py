@@ -24,6 +24,7 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
+from gllm_engine.ops.weight import Fp8Weight, Weight, dequantized, quantize_fp8
 
 __all__ = [
     "AttentionInputs",
@@ -31,6 +32,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionPlanner",
     "Batch",
+    "Fp8Weight",
     "HeadNorm",
     "HostInts",
     "LatentQueries",
@@ -40,7 +42,10 @@ __all__ = [
     "RecurrentState",
     "RotaryInputs",
     "TensorGroup",
+    "Weight",
     "best_device",
+    "dequantized",
+    "quantize_fp8",
     "select_ops",
 ]
 

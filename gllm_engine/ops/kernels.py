@@ -18,6 +18,8 @@ HALF = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
 # Bytes for the partial results of rows that FlashInfer splits among multiprocessors.
 PARTIALS_BYTES = 384 << 20
+# Rows and columns of the only blocks that torch's products take.
+_FP8_BLOCK = (128, 128)
 
 
 def has_chunk_kernels(head_dim: int, dtype: torch.dtype) -> bool:
@@ -30,6 +32,15 @@ def chunk_backend(is_hopper: bool, is_same_dtype: bool) -> str:
     needs queries of the same dtype as K and V.
     """
     return "fa3" if is_hopper and is_same_dtype else "fa2"
+
+
+def has_scaled_product(
+    dtype: torch.dtype, block: tuple[int, int] | None = None, is_hopper: bool = False
+) -> bool:
+    """Whether torch multiplies inputs of `dtype` by FP8 weights with a scale for each `block` of
+    (rows, columns), if the weight's sizes fit. None: a scale for each row, or one.
+    """
+    return dtype == torch.bfloat16 and (block is None or is_hopper and block == _FP8_BLOCK)
 
 
 def attention_kernels(
@@ -59,3 +70,14 @@ def product_kernels(device: DeviceKind, dtype: torch.dtype) -> str:
         return "cuBLAS"
     few = " and for few rows" if device == "hopper" else ""
     return f"cuBLAS; Triton for one row{few}"
+
+
+def fp8_product_kernels(
+    device: DeviceKind, dtype: torch.dtype, block: tuple[int, int] | None
+) -> str:
+    """The kernels of products with FP8 weights whose sizes fit; see has_scaled_product."""
+    if device == "cpu":
+        return "plain torch"
+    if has_scaled_product(dtype, block, device == "hopper"):
+        return "torch's scaled products, with inputs rounded to FP8"
+    return "cuBLAS, with the numbers of a weight made anew for each product (slow)"

@@ -29,6 +29,7 @@ from gllm_engine.ops.reference import (
     prepare_inputs,
     sample_plain,
 )
+from gllm_engine.ops.weight import Fp8Weight, Weight
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -127,25 +128,32 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
-    y = F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
+    x = x if norm is None else rms_norm(x, *norm)
+    y = F.linear(x, weight, bias) if isinstance(weight, Tensor) else _scaled_product(x, weight)
     return y if out is None else out
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def _scaled_product(x: Tensor, weight: Fp8Weight) -> Tensor:
+    rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    return rounded.new_empty(len(x), len(weight), dtype=x.dtype)
+
+
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
     """See Ops.gated_linear."""
     return silu_mul(linear(x, weight, bias, norm))
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See Ops.add_linear."""
-    del bias
-    return total.addmm_(x, weight.T)
+def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """See Ops.add_linear. A plain product is added as it is computed."""
+    if isinstance(weight, Tensor):
+        return total.addmm_(x, weight.T)
+    return total.add_(linear(x, weight, bias))
 
 
 def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -159,8 +167,8 @@ def sum_experts(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     first: int,
     num_experts: int,
     total: Tensor | None = None,
@@ -169,9 +177,13 @@ def sum_experts(
     clamp: Clamp | None = None,
 ) -> Tensor:
     """See Ops.sum_experts."""
-    del weights, gate_up, first, num_experts, on_input, biases, clamp
+    del weights, first, num_experts, on_input, biases, clamp
+    rounded = None if isinstance(gate_up, Tensor) else torch.empty_like(x, dtype=torch.uint8)
     hidden = x.new_empty(experts.numel(), down.shape[2])
+    del rounded
+    rounded = None if isinstance(down, Tensor) else torch.empty_like(hidden, dtype=torch.uint8)
     parts = x.new_empty(len(hidden), down.shape[1])
+    del rounded
     return parts.new_empty(x.shape) if total is None else total
 
 

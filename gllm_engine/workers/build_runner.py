@@ -40,6 +40,9 @@ def load_runner(
         if not is_dummy:
             # First: a checkpoint that does not fit its config then fails before any allocation.
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
+        arch = arch.quantized() if checkpoint is None else checkpoint.arch
+        if device.type == "cuda":
+            check_formats(arch, torch.cuda.get_device_capability(device))
         dtype = weights_dtype(config, on_gpu=device.type == "cuda")
         decoder = Decoder(
             arch,
@@ -119,8 +122,23 @@ def device_of(config: EngineConfig, index: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def check_formats(arch: Model, capability: tuple[int, int]) -> None:
+    """Raise ConfigError if a GPU cannot compute with a format of the model's weights."""
+    for kind in sorted(arch.formats(), key=str):
+        if capability < (8, 9):
+            raise ConfigError(
+                f"model: its weights are {kind}, which needs a GPU of compute capability 8.9 or "
+                f"later; this one has {'.'.join(map(str, capability))}"
+            )
+        if kind.columns % 16:
+            raise ConfigError(
+                f"model: its weights are {kind}, but a GPU needs blocks with a multiple of 16 "
+                "columns"
+            )
+
+
 def weights_dtype(config: EngineConfig, on_gpu: bool) -> torch.dtype:
-    """The dtype of weights and activations."""
+    """The dtype of plain weights and of activations."""
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     if not on_gpu:
