@@ -264,7 +264,6 @@ def _add_tiny_model(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from gllm_client.check import check
     from gllm_client.supervisor import serve
     from gllm_engine import make_config
 
@@ -280,6 +279,8 @@ def _serve(options: argparse.Namespace) -> int:
         # This reports a wrong value before the server starts.
         config = make_config({"model": str(path)} | engine)
         if options.dry_run:
+            from gllm_client.check import check
+
             return check(config)
     elif options.dry_run:
         raise UsageError("--dry-run: it is for a bare checkpoint; `gllm check` takes a model.json")

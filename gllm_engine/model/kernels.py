@@ -66,8 +66,11 @@ def kernels_of(
 
 
 def _formats(layer: Layer) -> set[Fp8]:
-    """The formats of a layer's matrices, without where a shard ends inside blocks."""
-    kinds = (kind for part in (layer.mixer, layer.ffn) for _, kind in part.formats)
+    """The formats of a layer's matrices, without where a shard ends inside blocks. The matrices of
+    experts are no products of their own.
+    """
+    formats = (*layer.mixer.formats, *layer.ffn.formats)
+    kinds = (kind for name, kind in formats if ".experts." not in name)
     return {replace(kind, row_cut=None, column_cut=None) for kind in kinds}
 
 

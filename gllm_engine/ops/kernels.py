@@ -50,7 +50,8 @@ def attention_kernels(
     if device == "cpu":
         return "plain torch"
     if not has_chunk_kernels(head_dim, dtype):
-        return f"decode: Triton; prefill: plain torch (slow), for heads of {head_dim} in {dtype}"
+        why = f"heads of {head_dim} in {str(dtype).removeprefix('torch.')}"
+        return f"decode: Triton; prefill: plain torch (slow), for {why}"
     fresh = chunk_backend(device == "hopper", True)
     later = chunk_backend(device == "hopper", cache_dtype == dtype)
     others = "" if fresh == later else f", chunks after the first FlashInfer {later}"

@@ -177,13 +177,9 @@ def sum_experts(
     clamp: Clamp | None = None,
 ) -> Tensor:
     """See Ops.sum_experts."""
-    del weights, first, num_experts, on_input, biases, clamp
-    rounded = None if isinstance(gate_up, Tensor) else torch.empty_like(x, dtype=torch.uint8)
+    del weights, gate_up, first, num_experts, on_input, biases, clamp
     hidden = x.new_empty(experts.numel(), down.shape[2])
-    del rounded
-    rounded = None if isinstance(down, Tensor) else torch.empty_like(hidden, dtype=torch.uint8)
     parts = x.new_empty(len(hidden), down.shape[1])
-    del rounded
     return parts.new_empty(x.shape) if total is None else total
 
 
