@@ -35,14 +35,22 @@ class Fields:
     def empty(self) -> bool:
         return not self._values
 
-    def child(self, *keys: str) -> Fields:
-        """The object at the first of `keys` that is present and not empty, or an empty object."""
+    def child(
+        self,
+        *keys: str,
+        defaults: dict[str, Any] | None = None,
+        over: dict[str, Any] | None = None,
+    ) -> Fields:
+        """The object at the first of `keys` that is present and not empty, or an empty object.
+
+        `defaults`: for its absent keys. `over`: overrides its keys.
+        """
         for key in keys:
             if value := self._values.get(key):
                 if not isinstance(value, dict):
                     raise self._wrong(key, value, "an object")
-                return Fields(value, f"{self.name}: {key}", {})
-        return Fields({}, self.name, {})
+                return Fields(value | (over or {}), f"{self.name}: {key}", defaults or {})
+        return Fields(over or {}, self.name, defaults or {})
 
     def choices(self, key: str, length: int, allowed: tuple[str, ...]) -> list[str] | None:
         """A list of `length` words out of `allowed`; None if the key is absent."""
@@ -109,6 +117,13 @@ class Fields:
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, value, "a string")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
+        """One of the words `allowed`."""
+        value = self._get(key, default)
+        if not isinstance(value, str) or value not in allowed:
+            raise self._wrong(key, value, " or ".join(map(json.dumps, allowed)))
         return value
 
     def numbers(

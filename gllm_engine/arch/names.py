@@ -7,12 +7,27 @@ from __future__ import annotations
 
 import re
 
-from gllm_engine.arch.model import Model
+from gllm_engine.arch.model import Gqa, Model
 
 # Replacements in a canonical name, applied in order; * is the number of an expert. Weights that get
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
 _FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
+_DEEPSEEK = (("shared_expert.", "shared_experts."),)
+_GPT2 = (
+    ("model.embed_tokens", "transformer.wte"),
+    ("model.embed_positions", "transformer.wpe"),
+    ("model.layers.", "transformer.h."),
+    ("model.norm", "transformer.ln_f"),
+    ("input_layernorm", "ln_1"),
+    ("post_attention_layernorm", "ln_2"),
+    ("self_attn.q_proj", "attn.c_attn"),
+    ("self_attn.k_proj", "attn.c_attn"),
+    ("self_attn.v_proj", "attn.c_attn"),
+    ("self_attn.o_proj", "attn.c_proj"),
+    ("mlp.up_proj", "mlp.c_fc"),
+    ("mlp.down_proj", "mlp.c_proj"),
+)
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
     "glm": _FUSED_MLP,
@@ -34,7 +49,12 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("mlp.experts.*.down_proj", "block_sparse_moe.output_linear"),
         ("mlp.gate.", "block_sparse_moe.router.layer."),
     ),
-    "deepseek": (("shared_expert.", "shared_experts."),),
+    "deepseek": _DEEPSEEK,
+    "kimi_k25": (
+        *_DEEPSEEK,
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
     "ernie": (
         ("shared_expert.", "shared_experts."),
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
@@ -50,19 +70,19 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "hunyuan": (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm")),
     "starcoder2": (("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
-    "gpt_bigcode": (
-        ("model.embed_tokens", "transformer.wte"),
-        ("model.embed_positions", "transformer.wpe"),
-        ("model.layers.", "transformer.h."),
-        ("model.norm", "transformer.ln_f"),
-        ("input_layernorm", "ln_1"),
-        ("post_attention_layernorm", "ln_2"),
-        ("self_attn.q_proj", "attn.c_attn"),
-        ("self_attn.k_proj", "attn.c_attn"),
-        ("self_attn.v_proj", "attn.c_attn"),
-        ("self_attn.o_proj", "attn.c_proj"),
-        ("mlp.up_proj", "mlp.c_fc"),
-        ("mlp.down_proj", "mlp.c_proj"),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neox": (
+        ("model.embed_tokens", "gpt_neox.embed_in"),
+        ("model.layers.", "gpt_neox.layers."),
+        ("model.norm", "gpt_neox.final_layer_norm"),
+        ("lm_head", "embed_out"),
+        ("self_attn.q_proj", "attention.query_key_value"),
+        ("self_attn.k_proj", "attention.query_key_value"),
+        ("self_attn.v_proj", "attention.query_key_value"),
+        ("self_attn.o_proj", "attention.dense"),
+        ("mlp.up_proj", "mlp.dense_h_to_4h"),
+        ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ),
     "chatglm": (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),
@@ -79,15 +99,46 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+# Some checkpoints have other beginnings of names: (what they have, what is standard).
+_BEGINNINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "kimi_k25": (  # as transformers names them
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+    "gpt2": tuple((f"{part}.", f"transformer.{part}.") for part in ("wte", "wpe", "h", "ln_f")),
+}
+# Matrices that are stored transposed: [columns, rows].
+_TRANSPOSED = {"gpt2": re.compile(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight")}
+
+# Tensors that hold the rows of the first head of every part, then those of the second head, and so
+# on.
+_BY_HEAD = {"gpt_neox": re.compile(r"attention\.query_key_value\.(weight|bias)$")}
+
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _ROPE_TABLES = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|transformer\.rotary_pos_emb\.inv_freq"
+    r"|gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq"
 )
+# The causal mask in old checkpoints, which is the same for all models; weights for images.
+_UNUSED = {
+    "kimi_k25": re.compile(r"(model\.)?(vision_tower|mm_projector)\..+"),
+    "gpt2": re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+    "gpt_bigcode": re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+    "gpt_neox": re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)"),
+}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Ernie's modules for multi-token prediction, which are not layers.
 _ERNIE_MTP = re.compile(r"model\.mtp_\w+\.\d+\.")
+
+
+def standard_name(model: Model, name: str) -> str:
+    """The standard name of a tensor with this name in a file."""
+    for own, standard in _BEGINNINGS.get(model.names, ()):
+        if name.startswith(own):
+            return standard + name.removeprefix(own)
+    return name
 
 
 def checkpoint_name(model: Model, canonical: str) -> str:
@@ -111,6 +162,27 @@ def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
     return tensors
 
 
+def is_transposed(model: Model, name: str) -> bool:
+    """Whether a checkpoint tensor is a transposed matrix; then its weights are stacked along
+    dimension 1.
+    """
+    transposed = _TRANSPOSED.get(model.names)
+    return transposed is not None and transposed.fullmatch(name) is not None
+
+
+def num_blocks(model: Model, weights: tuple[str, ...]) -> int:
+    """The number of blocks of a checkpoint tensor that holds `weights`: each block has so many
+    equal parts of each of them, in their order. 1: the weights are stacked whole.
+    """
+    by_head = _BY_HEAD.get(model.names)
+    layer = _LAYER.match(weights[0])
+    if by_head is None or layer is None or not by_head.search(checkpoint_name(model, weights[0])):
+        return 1
+    mixer = model.layers[int(layer[1])].mixer
+    assert isinstance(mixer, Gqa)
+    return mixer.heads
+
+
 def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Checkpoint tensor name -> its shape."""
     shapes = model.weights()
@@ -118,6 +190,8 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     for name, parts in checkpoint_tensors(model).items():
         rows = sum(shapes[part][0] for part in parts)
         found[name] = (rows, *shapes[parts[0]][1:])
+        if is_transposed(model, name):
+            found[name] = found[name][::-1]
         experts = {number for part in parts for number in _EXPERT.findall(part)}
         if experts and not _EXPERT.search(name):
             found[name] = (len(experts), rows // len(experts), *shapes[parts[0]][1:])
@@ -128,9 +202,12 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_left_over(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
-    multi-token prediction.
+    multi-token prediction or for images.
     """
     if _ROPE_TABLES.fullmatch(name) or (model.names == "ernie" and _ERNIE_MTP.match(name)):
+        return True
+    unused = _UNUSED.get(model.names)
+    if unused is not None and unused.fullmatch(name):
         return True
     layer = _LAYER.match(name)
     return layer is not None and 0 <= int(layer[1]) - len(model.layers) < model.extra_layers

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.names import checkpoint_tensors
+from gllm_engine.arch.names import checkpoint_tensors, is_transposed, num_blocks
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
@@ -143,7 +144,11 @@ def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
 
 
 class _Source(NamedTuple):
-    """Where the checkpoint has a weight, and the weight's shape."""
+    """Where the checkpoint has a weight, and the weight's shape.
+
+    `place`: the weight's numbers one after another (width 1), as columns (transposed), or in equal
+    blocks of rows, each of which is a row of the slice.
+    """
 
     place: TensorSlice
     shape: tuple[int, ...]
@@ -151,16 +156,38 @@ class _Source(NamedTuple):
 
 def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
     """Canonical name -> source of each tensor that the weights are stored as."""
-    shapes = checkpoint.arch.weights()
+    arch = checkpoint.arch
+    shapes = arch.weights()
     sources = {}
-    for name, parts in checkpoint_tensors(checkpoint.arch).items():
+    for name, parts in checkpoint_tensors(arch).items():
         place = checkpoint.tensors[name]
-        for part in parts:
-            sources[part] = _Source(place, shapes[part])
-            if name not in checkpoint.shared:
-                num_bytes = prod(shapes[part]) * place.dtype.itemsize
-                place = replace(place, offset=place.offset + num_bytes)
+        places = [place] * len(parts)
+        if is_transposed(arch, name):
+            place = replace(place, transposed=True)
+            places = _side_by_side(place, [shapes[part][0] for part in parts])
+        elif (blocks := num_blocks(arch, parts)) > 1:
+            places = _side_by_side(place, [prod(shapes[part]) // blocks for part in parts])
+        elif name not in checkpoint.shared:
+            places = _one_after_another(place, [prod(shapes[part]) for part in parts])
+        for part, its_place in zip(parts, places, strict=True):
+            sources[part] = _Source(its_place, shapes[part])
     return sources
+
+
+def _one_after_another(place: TensorSlice, counts: list[int]) -> list[TensorSlice]:
+    """The places of parts of a tensor of so many numbers."""
+    ends = list(accumulate(counts, initial=0))
+    return [replace(place, offset=place.offset + end * place.dtype.itemsize) for end in ends[:-1]]
+
+
+def _side_by_side(place: TensorSlice, counts: list[int]) -> list[TensorSlice]:
+    """The places of parts of a matrix of so many columns."""
+    ends = accumulate(counts, initial=0)
+    width = sum(counts)
+    return [
+        replace(place, width=width, first=first, count=count)
+        for first, count in zip(ends, counts, strict=False)
+    ]
 
 
 def _aim(
@@ -179,15 +206,24 @@ def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice
     leading dimension, for copies of the shard.
     """
     whole, shape = source
-    width = prod(shape[1:])
     shard = into.shape[-len(shape) :]
-    count = prod(shard[1:])
     start = decoder.shard.start
-    offset = whole.offset + start(shape[0], shard[0]) * width * whole.dtype.itemsize
-    place = replace(whole, offset=offset)
-    if count < width:
-        place = replace(place, width=width, first=start(width, count), count=count)
-    return place, into.view(-1, prod(shard))
+    row = start(shape[0], shard[0])
+    width = prod(shape[1:])
+    count = prod(shard[1:])
+    column = start(width, count)
+    # Numbers of the tensor before the shard, and the shard's columns.
+    before = row * width
+    place = whole
+    if whole.transposed:
+        before = column * whole.width
+        place = replace(whole, first=whole.first + row, count=shard[0])
+    elif whole.width > 1:
+        before = row * width // whole.count * whole.width
+    elif count < width:
+        place = replace(whole, width=width, first=column, count=count)
+    offset = whole.offset + before * whole.dtype.itemsize
+    return replace(place, offset=offset), into.view(-1, prod(shard))
 
 
 def _read_header(file: Path, opened: BinaryIO) -> dict[str, StoredTensor]:

@@ -44,7 +44,8 @@ class LoadError(ValueError):
 class TensorSlice:
     """A slice of a matrix in an open file: columns `first` .. `first + count - 1` of `width`.
 
-    `offset`: byte offset of the first row in the file.
+    `offset`: byte offset of the first row in the file. `transposed`: the columns are the rows of
+    the target.
     """
 
     path: Path
@@ -54,9 +55,11 @@ class TensorSlice:
     width: int = 1
     first: int = 0
     count: int = 1
+    transposed: bool = False
 
 
-# A source slice that fits a buffer, and its target, [copies, n], whose rows all get the same data.
+# A source slice that fits a buffer, and its target, [copies, rows, columns]; all copies get the
+# same data.
 _Piece = tuple[TensorSlice, Tensor]
 
 
@@ -144,16 +147,19 @@ def _place(target: tuple[TensorSlice, Tensor]) -> tuple[str, int]:
 def _cut(source: TensorSlice, into: Tensor) -> Iterator[_Piece]:
     row_bytes = source.width * source.dtype.itemsize
     rows = max(1, _PIECE_BYTES // row_bytes)
-    num_rows = into.shape[1] // source.count
-    for row in range(0, num_rows, rows):
+    if source.transposed:
+        into = into.unflatten(1, (source.count, -1)).transpose(1, 2)
+    else:
+        into = into.unflatten(1, (-1, source.count))
+    for row in range(0, into.shape[1], rows):
         piece = replace(source, offset=source.offset + row * row_bytes)
-        yield piece, into[:, row * source.count : (row + rows) * source.count]
+        yield piece, into[:, row : row + rows]
 
 
 def _num_bytes(piece: _Piece) -> int:
     """Size in the file of the piece's whole rows."""
     source, into = piece
-    return into.shape[1] // source.count * source.width * source.dtype.itemsize
+    return into.shape[1] * source.width * source.dtype.itemsize
 
 
 @torch.inference_mode()
@@ -191,10 +197,10 @@ def _move(piece: _Piece, buffer: Tensor) -> None:
     raw = buffer[:num_bytes]
     _fill(raw.numpy().data, source)
     numbers = raw.view(source.dtype).view(-1, source.width)
-    if numbers.dtype != into.dtype or source.count < source.width:
-        numbers = numbers.to(into.device, non_blocking=True)  # convert and slice on the GPU
-    wanted = numbers[:, source.first : source.first + source.count]
-    into.unflatten(1, (-1, source.count)).copy_(wanted, non_blocking=True)
+    if numbers.dtype != into.dtype or source.count < source.width or source.transposed:
+        # Convert, slice and transpose on the GPU.
+        numbers = numbers.to(into.device, non_blocking=True)
+    into.copy_(numbers[:, source.first : source.first + source.count], non_blocking=True)
 
 
 def _fill(memory: memoryview, source: TensorSlice) -> None:

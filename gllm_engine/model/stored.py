@@ -20,6 +20,9 @@ from gllm_engine.arch.names import (
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
+    is_transposed,
+    num_blocks,
+    standard_name,
 )
 from gllm_engine.files import shown
 from gllm_engine.model.read import LoadError, TensorSlice
@@ -74,6 +77,7 @@ class StoredTensors:
 
     def add(self, name: str, stored: StoredTensor) -> None:
         """Record one tensor. Raises LoadError if the model has no place for it."""
+        name = standard_name(self._arch, name)
         if is_left_over(self._arch, name):
             return
         if name in self._stored:
@@ -138,6 +142,12 @@ class StoredTensors:
 
     def _format(self, name: str, stored: StoredTensor) -> Fp8:
         """The format of a float8 matrix, by the shape of its scales."""
+        parts = self._weights[name]
+        if is_transposed(self._arch, name) or num_blocks(self._arch, parts) > 1:
+            raise LoadError(
+                f"{stored.path}: tensor {name} has dtype {stored.dtype}, which is not supported "
+                "for a tensor that is stored transposed or by heads"
+            )
         names = list(_scales_of(name) & self._stored.keys())
         if len(names) != 1:
             problem = "both" if names else "neither"
@@ -153,7 +163,6 @@ class StoredTensors:
         has_blocks = promised is not None and promised.columns
         block = promised if promised is not None and has_blocks else FP8_BLOCK
         grid = list(block.grid((rows, columns)))
-        parts = self._weights[name]
         # One block is one scale.
         if prod(scale.shape) == 1 and not (has_blocks and scale.shape == grid):
             if len(parts) > 1:

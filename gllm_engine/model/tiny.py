@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from gllm_engine.arch.model import SELECTION_BIAS, Model
-from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors
+from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors, is_transposed
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.arch.zoo import make_arch
 from gllm_engine.ops import quantize_fp8
@@ -82,7 +82,10 @@ def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
     tensors = {}
     for name, parts in checkpoint_tensors(arch).items():
         weights = [_random_weight(part, shapes[part], arch, generator) for part in parts]
-        tensors[name] = torch.cat(weights).view(stored[name])
+        whole = torch.cat(weights)
+        if is_transposed(arch, name):
+            whole = whole.T.contiguous()
+        tensors[name] = whole.view(stored[name])
     return tensors
 
 

@@ -90,6 +90,8 @@ LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
+DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
+KIMI, NEOX = "KimiK2ForCausalLM", "GPTNeoXForCausalLM"
 SPARSE = {"decoder_sparse_step": 1}
 ALL_SPARSE = {"first_k_dense_replace": 0}
 WIDE = {"head_dim": 32}  # enough pairs of channels for YaRN's ramp to start and end within
@@ -152,6 +154,17 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "local_experts": (QWEN3_MOE, {}, ffn(local_experts=(0, 7))),
     "shared": (QWEN2_MOE, SPARSE, ffn(shared=0, shared_gate=False)),
     "shared gate": (QWEN2_MOE, SPARSE, ffn(shared_gate=False)),
+    "latent_eps": (DEEPSEEK_V3, {}, mixer(latent_eps=1e-2)),
+    "scale latent": (KIMI, {}, mixer(scale=32**-0.5)),
+    "interleaved latent": (DEEPSEEK_V2, {}, rope(interleaved=False)),
+    "groups v2": (DEEPSEEK_V2, ALL_SPARSE, routing(groups=1, kept_groups=1)),
+    "kept groups v2": (DEEPSEEK_V2, ALL_SPARSE, routing(kept_groups=3)),
+    "scale v2": (DEEPSEEK_V2, ALL_SPARSE, routing(scale=1.0)),
+    "no renorm v2": (DEEPSEEK_V2, ALL_SPARSE, routing(renorm=True)),
+    "scoring v2": (DEEPSEEK_V2, ALL_SPARSE, routing(scoring="sigmoid")),
+    "scoring v3": (DEEPSEEK_V3, ALL_SPARSE, routing(scoring="softmax")),
+    "kimi's yarn": (KIMI, {}, rope(scaling=None)),
+    "kimi's ramp": (KIMI, {}, scaling(beta_fast=32.0)),
     "sandwich": ("Glm4ForCausalLM", {}, place("pre")),
     "qk_norm after": (QWEN3, {}, mixer(qk_norm="head_after")),
     "qk_norm before": (HUNYUAN, {}, mixer(qk_norm="head")),
@@ -174,6 +187,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "norm bias": (STARCODER2, {}, model(norm="layer_without_bias")),
     "gelu of starcoder": (STARCODER2, {}, ffn(act="silu")),
     "erf gelu": (STARCODER2, {}, ffn(act="gelu")),
+    "gelu of gpt2": ("GPT2LMHeadModel", {}, ffn(act="gelu")),
+    "positions of gpt2": ("GPT2LMHeadModel", {}, model(positions=0)),
+    "parallel": (NEOX, {}, place("pre")),
+    "partial neox": (NEOX, {}, rope(dim=16)),
+    "theta of neox": (NEOX, {}, rope(theta=20_000.0)),
+    "gelu of neox": (NEOX, {}, ffn(act="gelu_tanh")),
     "positions": ("GPTBigCodeForCausalLM", {}, model(positions=0)),
     "temperature": (MINISTRAL3, {}, mixer(temperature=None)),
     "temperature's beta": (MINISTRAL3, {}, temperature(beta=0.2)),
@@ -220,9 +239,12 @@ def test_tie_matters(tmp_path: Path) -> None:
         ("Glm4ForCausalLM", {}),
         (QWEN2_MOE, SPARSE),
         (GLM4_MOE, ALL_SPARSE | {"num_experts_per_tok": 4}),  # so that all experts are chosen
+        (DEEPSEEK_V2, ALL_SPARSE | {"topk_group": 4, "num_experts_per_tok": 4}),
+        (KIMI, ALL_SPARSE | {"num_experts_per_tok": 4}),
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
         (OLMO2, {}),
         ("Starcoder2ForCausalLM", {}),
+        (NEOX, {}),
         (HUNYUAN, {}),
         ("Ernie4_5ForCausalLM", {}),
         (GEMMA3, {"layer_types": ["full_attention"]}),
