@@ -146,7 +146,7 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
         num_snapshots=found.num_snapshots,
         groups=reports,
         kernels=[
-            KernelReport(part=use.part, layers=use.layers, kernels={**use.kernels})
+            KernelReport(part=use.part, layers=use.layers, kernels=use.kernels)
             for use in found.kernels
         ],
     )

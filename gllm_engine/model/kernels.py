@@ -25,11 +25,11 @@ from gllm_engine.ops.kernels import (
 
 @dataclass(frozen=True)
 class KernelUse:
-    """The kernels of one kind of part, which `layers` layers have, by device."""
+    """The kernels of one kind of part, which `layers` layers have, by DeviceKind."""
 
     part: str
     layers: int
-    kernels: dict[DeviceKind, str]
+    kernels: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def nothing(path: Path) -> None:
 
 REFUSED: dict[str, tuple[Change, dict[str, Any], str]] = {
     "family": (settings(architectures=["NoSuchModel"]), {}, "NoSuchModel"),
-    "key": (settings(attention_multiplier=2.0), {}, "attention_multiplier"),
+    "key": (settings(hidden_act="tanh"), {}, "hidden_act"),
     "missing": (tensors(lambda t: t.pop(DOWN)), {}, f"{DOWN} is missing"),
     "left over": (tensors(lambda t: t.update(x=torch.ones(2))), {}, "tensor x is left over"),
     "shape": (tensors(lambda t: t.update({DOWN: torch.ones(2, 3)})), {}, f"{DOWN} has shape"),
