@@ -68,8 +68,10 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
 
 
 @contextmanager
-def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
+def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Iterator[None]:
     """Load the checkpoint's weights into the decoder while the block runs; at its end, wait.
+
+    `shows`: whether to show the progress, as a bar on a terminal or in the log.
 
     Weights that are stored in another form than the decoder holds are loaded before the block, so
     that the memory for their stored form is free again. On a GPU the block may compute with the
@@ -83,7 +85,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
             weight.zero_()
     sources = _sources(checkpoint)
     for views in _staging(decoder):
-        with reading(_aim(decoder, sources, views), decoder.device):
+        with reading(_aim(decoder, sources, views), decoder.device, shows):
             pass
     targets = _aim(decoder, sources, weights)
     tied_copy = None
@@ -92,7 +94,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
         tied_copy = torch.empty_like(weights[_EMBEDDING], device="cpu")
         tied = sources[_EMBEDDING]._replace(tensor=checkpoint.tensors[checkpoint.tied])
         targets.append(_share(decoder, tied, tied_copy))
-    with reading(targets, decoder.device):
+    with reading(targets, decoder.device, shows):
         yield
     if tied_copy is not None and not torch.equal(tied_copy, weights[_EMBEDDING].cpu()):
         file = checkpoint.tensors[str(checkpoint.tied)].path

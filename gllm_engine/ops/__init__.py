@@ -69,4 +69,8 @@ def select_ops(device: torch.device) -> Ops:
         from gllm_engine.ops import flashinfer
 
         return flashinfer
-    raise ValueError(f"device {device} has no operations; supported: cpu, cuda")
+    if device.type == "meta":
+        from gllm_engine.ops import meta
+
+        return meta
+    raise ValueError(f"device {device} has no operations; supported: cpu, cuda, meta")

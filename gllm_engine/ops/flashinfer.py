@@ -34,6 +34,7 @@ from torch import Tensor
 from gllm_engine.ops import fp8_product, reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
+from gllm_engine.ops.kernels import PARTIALS_BYTES, chunk_backend, has_chunk_kernels
 from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, prefill_rows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
@@ -86,10 +87,6 @@ __all__ = [
     "sum_experts",
 ]
 
-_HEAD_DIMS = (64, 128, 256)
-_DTYPES = (torch.bfloat16, torch.float16)
-# Bytes for the partial results of rows that FlashInfer splits among multiprocessors.
-_PARTIALS_BYTES = 384 << 20
 # Bytes of one plan: FlashInfer's own default.
 _PLAN_BYTES = 8 << 20
 # Plans on their way to the device at once. It exceeds a runner's steps in flight, so that the host
@@ -375,7 +372,7 @@ class FlashInferPlanner:
         self._device = device
         self._dtype = dtype
         self._stages = _Stages()
-        self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
+        self._partials = torch.zeros(PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
 
     def plan(
@@ -431,7 +428,7 @@ class FlashInferPlanner:
             plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, shape, group)
         if paged < len(rows.ends):
             kind = BatchPrefillWithRaggedKVCacheWrapper
-            plan.fresh = self._wrapper(kind, shape, _best_backend(), group)
+            plan.fresh = self._wrapper(kind, shape, chunk_backend(_is_hopper(), True), group)
             starts = _starts(rows.query_lens[paged:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
 
@@ -470,7 +467,7 @@ class FlashInferPlanner:
         shape: dict[str, Any],
         group: int,
     ) -> BatchPrefillWithPagedKVCacheWrapper:
-        backend = _best_backend() if cache.dtype == self._dtype else "fa2"
+        backend = chunk_backend(_is_hopper(), cache.dtype == self._dtype)
         wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, shape, backend, group)
         page_size = cache.shape[2]
         pages = ListedPages(rows, page_size, window=shape["window_left"] + 1)
@@ -509,18 +506,13 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
     return FlashInferPlanner(device, dtype)
 
 
-def _best_backend() -> str:
-    """FlashInfer's FlashAttention-3 kernels run only on Hopper."""
-    return "fa3" if _is_hopper() else "fa2"
-
-
 def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
 def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
     """Whether FlashInfer has kernels for this cache with queries of `dtype`."""
-    return dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
+    return has_chunk_kernels(cache.shape[4], dtype)
 
 
 def _shape(

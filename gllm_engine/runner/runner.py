@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,12 @@ from gllm_engine.parallel import Pipe, RankGroups
 from gllm_engine.runner.batch import StepInputs, build_step
 from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.host_arrays import int_array, to_device
-from gllm_engine.runner.kv_sizing import cache_dtype, fitting_pages, fitting_snapshots
+from gllm_engine.runner.kv_sizing import (
+    cache_dtype,
+    fitting_pages,
+    fitting_snapshots,
+    measured_memory,
+)
 from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
@@ -98,7 +104,8 @@ class Runner:
         with self._timed("kernels"):
             decoder.compile_kernels(config.page_size, cache_dtype(config, decoder))
         with self._timed("memory"):
-            fitting = fitting_pages(config, decoder, max_pages)
+            memory = partial(measured_memory, config, decoder, max_pages) if on_gpu else None
+            fitting = fitting_pages(config, decoder, memory)
             self.num_pages = fitting if ranks is None else ranks.min_over_ranks(fitting)
             # On a GPU one more slot and one more page, for the padding rows of CUDA graphs.
             num_pages = self.num_pages + on_gpu
