@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from loaded import load_model
 from torch import Tensor
 
 from gllm_engine.arch import Model, read_arch
-from gllm_engine.model import Decoder
+from gllm_engine.model import Decoder, LayerCache
 from gllm_engine.ops import Batch
 
 CPU = torch.device("cpu")
@@ -27,10 +28,13 @@ def load(path: Path, arch: Model | None = None, max_model_len: int | None = None
     return load_model(path, arch, dtype=torch.float32, device=CPU, max_model_len=length)
 
 
-def poisoned_cache(decoder: Decoder, num_pages: int, page_size: int = PAGE) -> list[Tensor]:
+def poisoned_cache(
+    decoder: Decoder, num_pages: int, page_size: int = PAGE, dtype: torch.dtype | None = None
+) -> list[LayerCache]:
     """`num_pages` for each group. Every number is NaN until the decoder writes it."""
-    cache = decoder.new_cache(num_pages * len(decoder.groups), page_size)
-    for tensor in cache:
+    cache = decoder.new_cache(num_pages * len(decoder.groups), page_size, dtype)
+    for tensor in chain.from_iterable(cache):
+        assert tensor.dtype == (dtype or decoder.dtype)
         tensor.fill_(float("nan"))
     return cache
 
@@ -63,7 +67,7 @@ def make_batch(rows: list[dict[str, Any]], page_size: int = PAGE, num_pages: int
     )
 
 
-def run(decoder: Decoder, batch: Batch, cache: list[Tensor]) -> Tensor:
+def run(decoder: Decoder, batch: Batch, cache: list[LayerCache]) -> Tensor:
     return decoder.logits(decoder.forward(batch, cache))
 
 
