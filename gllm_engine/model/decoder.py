@@ -73,7 +73,7 @@ _MIXERS: dict[type[Any], Callable[..., Mixer]] = {
     Mla: MlaAttention,
     GatedDelta: GatedDeltaAttention,
 }
-# Of one layer: the parts of its pages, such as K and V in one or latents and index keys in two, or a
+# Of one layer: the parts of its pages (K and V in one; latents and index keys in two), or a
 # RecurrentState of all slots.
 LayerCache = tuple[Tensor, ...]
 _ALIGNMENT = 16  # bytes, of each part of a state

@@ -8,6 +8,7 @@ from __future__ import annotations
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
 from gllm_engine.ops.triton.gated_delta import gated_delta, gated_norm
 from gllm_engine.ops.triton.gemv import gemv, is_single
+from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
 from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
     head_blocks,
@@ -31,9 +32,11 @@ from gllm_engine.ops.triton.skinny import is_skinny, skinny
 __all__ = [
     "gated_delta",
     "gated_norm",
+    "Choice",
     "KvSplits",
     "attend_latent",
     "activate",
+    "choose_tokens",
     "decode_attention",
     "gemv",
     "head_blocks",
@@ -43,6 +46,7 @@ __all__ = [
     "list_pages",
     "make_one_shot_allreduce",
     "mean_squares",
+    "plan_choice",
     "prepare_inputs",
     "rms_norm",
     "rotate_and_store",
@@ -51,6 +55,7 @@ __all__ = [
     "silu_mul",
     "skinny",
     "split_kv",
+    "store_index_key",
     "store_latent",
     "sum_experts",
 ]
