@@ -47,6 +47,13 @@ LATENT_ATTENTION = [
         *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
     )
 ]
+INDEXER = [
+    f"{LAYER}self_attn.indexer.{part}"
+    for part in (
+        *("wq_b.weight", "wk.weight", "weights_proj.weight"),
+        *("k_norm.weight", "k_norm.bias"),
+    )
+]
 QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
 OLMO = ENDS + ATTENTION + MLP + QK_NORMS
 OLMO += [f"{LAYER}post_{part}_layernorm.weight" for part in ("attention", "feedforward")]
@@ -125,6 +132,16 @@ EXPECTED = {
         ENDS
         + NORMS
         + LATENT_ATTENTION
+        + EXPERTS
+        + SHARED_EXPERTS
+        + [f"{LAYER}mlp.gate.e_score_correction_bias"],
+    ),
+    **dict.fromkeys(
+        ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+        ENDS
+        + NORMS
+        + LATENT_ATTENTION
+        + INDEXER
         + EXPERTS
         + SHARED_EXPERTS
         + [f"{LAYER}mlp.gate.e_score_correction_bias"],

@@ -41,6 +41,9 @@ EVERYWHERE = (
     "shared_expert_gate.weight",
     "q_a_proj.weight",
     "kv_a_proj_with_mqa.weight",
+    "indexer.wq_b.weight",
+    "indexer.wk.weight",
+    "indexer.weights_proj.weight",
 )
 # But the gain of a norm of all heads together is shared out with the heads.
 WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
@@ -78,11 +81,10 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
             whole, parts = model.weights()[name], [each[name] for each in held if name in each]
             of_all_heads = family in WHOLE_QK_NORM and ".self_attn." in name
             copies = size if name.endswith(EVERYWHERE) and not of_all_heads else 1
-            kv_heads = model.layers[0].mixer.kv_heads
             of_keys = any(part in name for part in (".k_proj.", ".v_proj."))
             of_keys |= of_all_heads and ".k_norm." in name
-            if size > kv_heads and of_keys:
-                copies = size // kv_heads
+            if of_keys:
+                copies = max(1, size // model.layers[0].mixer.kv_heads)
             assert len(set(parts)) == 1
             assert sum(map(prod, parts)) == copies * prod(whole), name
     assert seen == model.weights().keys()

@@ -23,6 +23,7 @@ FAMILIES = [
     "Glm4ForCausalLM",
     "Glm4MoeForCausalLM",
     "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
     SOME_WINDOWS,
 ]
 OVER = {

@@ -12,6 +12,7 @@ import torch
 from tiny_models import CPU, all_logits, load, some_tokens
 
 from gllm_engine.arch import Layer, Model, Moe, read_arch
+from gllm_engine.arch.rope import Rope
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -73,6 +74,19 @@ def temperature(**change: Any) -> Change:
     return lambda m: m.each(mixer=changed)
 
 
+def indexer(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.mixer, indexer=replace(layer.mixer.indexer, **change))
+
+    return lambda m: m.each(mixer=changed)
+
+
+def indexer_interleaved(m: Model) -> Model:
+    """Pairs of channels in the other order."""
+    old = m.layers[0].mixer.indexer.rope
+    return indexer(rope=replace(old, interleaved=not old.interleaved))(m)
+
+
 def swapped_ropes(m: Model) -> Model:
     """Each layer has the RoPE of the layer before."""
     ropes = [layer.mixer.rope for layer in m.layers]
@@ -90,6 +104,7 @@ LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
+V32, GLM_DSA = "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"
 SPARSE = {"decoder_sparse_step": 1}
 ALL_SPARSE = {"first_k_dense_replace": 0}
 WIDE = {"head_dim": 32}  # enough pairs of channels for YaRN's ramp to start and end within
@@ -181,6 +196,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "longrope": ("Phi3ForCausalLM", {}, rope(scaling=None)),
     "longrope length": ("Phi3ForCausalLM", {}, scaling(original_len=4096)),
     "longrope attention": ("Phi3ForCausalLM", {}, scaling(attention_factor=1.0)),
+    "indexer": (V32, {}, mixer(indexer=None)),
+    "indexer's top_k": (V32, {}, indexer(top_k=13)),
+    "indexer's rope": (V32, {}, indexer_interleaved),
+    "indexer's rope, GLM": (GLM_DSA, {}, indexer_interleaved),
+    "indexer's theta": (GLM_DSA, {}, indexer(rope=Rope(16, 20_000.0, True))),
+    "indexer's eps": (V32, {}, indexer(eps=10.0)),
     "partial rotary": ("Phi3ForCausalLM", {"rope_scaling": None}, rope(dim=16)),
 }
 
@@ -222,6 +243,7 @@ def test_tie_matters(tmp_path: Path) -> None:
         (GLM4_MOE, ALL_SPARSE | {"num_experts_per_tok": 4}),  # so that all experts are chosen
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
         (OLMO2, {}),
+        (V32, ALL_SPARSE | {"num_experts_per_tok": 4}),
         ("Starcoder2ForCausalLM", {}),
         (HUNYUAN, {}),
         ("Ernie4_5ForCausalLM", {}),

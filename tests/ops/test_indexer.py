@@ -262,9 +262,7 @@ def test_scores_of_all_kinds_have_an_order(device: str) -> None:
     some = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 3e38, -3e38, 2.5, -2.5, 0.5, float("inf")]
     scores = torch.tensor(some + some[::-1])[None, :, None]
     batch, cache = make_step("decode", 16)
-    batch = replace(
-        batch, slots=batch.slots[3:4], context_lens=torch.tensor([24]), query_lens=[1]
-    )
+    batch = replace(batch, slots=batch.slots[3:4], context_lens=torch.tensor([24]), query_lens=[1])
     at = torch.arange(24)
     cache.zero_()[batch.page_table[3, at // PAGE], 0, at % PAGE, 0, 0] = scores[0, :, 0].abs()
     # One head adds what is positive, the other one takes it away from negative scores.

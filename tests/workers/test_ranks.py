@@ -79,6 +79,8 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
     ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
+    ("DeepseekV32ForCausalLM", {}, "tp2 x pp2"),
+    ("GlmMoeDsaForCausalLM", {}, "ep2"),
     ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),
     ("Glm4MoeForCausalLM", {}, "ep2 x pp2"),
     ("Ernie4_5_MoeForCausalLM", {}, "tp2"),
