@@ -12,6 +12,6 @@ from gllm_engine.model import Decoder, filling, open_checkpoint
 def load_model(path: Path, arch: Model, **options: Any) -> Decoder:
     """`options` as Decoder's. Raises LoadError."""
     with open_checkpoint(arch, path) as checkpoint:
-        decoder = Decoder(arch, **options)
+        decoder = Decoder(checkpoint.arch, **options)
         with filling(decoder, checkpoint):
             return decoder

@@ -6,3 +6,4 @@ WAIT_S = 60.0  # for what must happen at all
 # For what takes a second or two where processors are free. Without the mechanism under test it
 # would come after a timeout of 30 s at least, or never.
 SOON_S = 15.0
+SCRIPT_S = 280.0  # for a test's own process to end; a whole test may take 300 s

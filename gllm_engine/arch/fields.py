@@ -125,6 +125,20 @@ class Fields:
             raise self._wrong(key, value, f"a {kind} or a list of at most {most} of them")
         return tuple(dict.fromkeys(numbers))
 
+    def sizes(self, key: str, length: int) -> tuple[int, ...] | None:
+        """A list of `length` whole numbers from 1 to 2**24; None if the key is absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        is_list = isinstance(value, list) and len(value) == length
+        if not is_list or any(type(n) is not int or not 1 <= n <= 2**24 for n in value):
+            raise self._wrong(key, value, f"a list of {length} whole numbers from 1 to {2**24}")
+        return tuple(value)
+
+    def keys(self) -> list[str]:
+        """The keys that are present, sorted."""
+        return sorted(self._values)
+
     def require(self, **expected: Any) -> None:
         """Raise ArchError if a key has another value than expected. Absent keys are allowed."""
         for key, allowed in expected.items():

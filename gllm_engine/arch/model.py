@@ -6,15 +6,16 @@ translates them for checkpoints with other names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, TypeVar
 
+from gllm_engine.arch.formats import Formats, Formatted, Fp8, Shapes, format_name
 from gllm_engine.arch.rope import Rope
 from gllm_engine.routing import Clamp, Routing
 
-Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
 CacheShapes = tuple[tuple[int, ...], ...]  # of the parts of a layer's page
 T = TypeVar("T")
 # The bias that a Moe's routing adds to scores; float32, whatever the dtype of the model.
@@ -65,7 +66,7 @@ class QueryTemperature:
 
 
 @dataclass(frozen=True)
-class Gqa:
+class Gqa(Formatted):
     """Softmax attention in which heads // kv_heads query heads share one key/value head."""
 
     heads: int
@@ -80,7 +81,7 @@ class Gqa:
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     temperature: QueryTemperature | None = None
 
-    def weights(self, dim: int) -> Shapes:
+    def shapes(self, dim: int) -> Shapes:
         q = self.heads * self.head_dim
         kv = self.kv_heads * self.head_dim
         shapes = _linear("self_attn.q_proj", q, dim, self.qkv_bias)
@@ -143,7 +144,7 @@ class Indexer:
     top_k: int  # tokens
     eps: float = 1e-6  # of the layer norm of keys
 
-    def weights(self, dim: int, q_rank: int) -> Shapes:
+    def shapes(self, dim: int, q_rank: int) -> Shapes:
         """`q_rank`: width of the latent that queries are computed from."""
         shapes = _linear("self_attn.indexer.wq_b", self.heads * self.dim, q_rank, False)
         shapes |= _linear("self_attn.indexer.wk", self.dim, dim, False)
@@ -152,7 +153,7 @@ class Indexer:
 
 
 @dataclass(frozen=True)
-class Mla:
+class Mla(Formatted):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
     The cache holds one latent vector per token for all heads, and one rotated key. A head's key is
@@ -172,7 +173,7 @@ class Mla:
     indexer: Indexer | None = None  # None: a token attends to all tokens before it; needs a q_rank
     window: int | None = None  # always None: every token sees all tokens before it
 
-    def weights(self, dim: int) -> Shapes:
+    def shapes(self, dim: int) -> Shapes:
         q = self.heads * (self.nope_dim + self.rope.dim)
         shapes: Shapes = {}
         if self.q_rank is None:
@@ -187,7 +188,7 @@ class Mla:
         shapes["self_attn.kv_b_proj.weight"] = (kv, self.kv_rank)
         if self.indexer is not None:
             assert self.q_rank is not None
-            shapes |= self.indexer.weights(dim, self.q_rank)
+            shapes |= self.indexer.shapes(dim, self.q_rank)
         return shapes | _linear("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
 
     @property
@@ -227,7 +228,7 @@ class RecurrentShape:
 
 
 @dataclass(frozen=True)
-class GatedDelta:
+class GatedDelta(Formatted):
     """Linear attention with the gated delta rule (Yang et al., arXiv 2412.06464).
 
     A sequence has a matrix S [k_dim, v_dim] for each value head, in place of K and V per token. For
@@ -250,7 +251,7 @@ class GatedDelta:
     ropes = ()
     temperature = None
 
-    def weights(self, dim: int) -> Shapes:
+    def shapes(self, dim: int) -> Shapes:
         k = self.k_heads * self.k_dim
         v = self.v_heads * self.v_dim
         shapes: Shapes = {}
@@ -290,7 +291,7 @@ class GatedDelta:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Formatted):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) if not `gated`."""
 
     hidden: int
@@ -299,7 +300,7 @@ class Dense:
     act: Activation = "silu"
     gated: bool = True
 
-    def weights(self, dim: int) -> Shapes:
+    def shapes(self, dim: int) -> Shapes:
         shapes: Shapes = {}
         if self.gated:
             shapes = _linear("mlp.gate_proj", self.hidden, dim, self.bias)
@@ -308,7 +309,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Moe:
+class Moe(Formatted):
     """Mixture of experts: sum of w[e] * expert[e](x) over the experts that `routing` chooses.
 
     An expert is a Dense; the logits are gate x. A rank may hold only some experts, or a slice of
@@ -334,18 +335,37 @@ class Moe:
         first, count = self.local_experts or (0, self.num_experts)
         return range(first, first + count)
 
-    def weights(self, dim: int) -> Shapes:
+    @property
+    def expert(self) -> Dense:
+        """One expert, with its formats."""
+        formats = self.formats_within("experts")
+        return Dense(self.hidden, self.bias, self.out_bias, formats=formats)
+
+    def shapes(self, dim: int) -> Shapes:
         shapes = _linear("mlp.gate", self.num_experts, dim, self.router_bias)
         if self.routing.biased:
             shapes[SELECTION_BIAS] = (self.num_experts,)
-        dense = Dense(self.hidden, self.bias, self.out_bias)
         for expert in self.experts:
-            shapes |= within(f"experts.{expert}", dense.weights(dim))
+            shapes |= within(f"experts.{expert}", self.expert.shapes(dim))
         if self.shared:
-            shapes |= within("shared_expert", Dense(self.shared).weights(dim))
+            shapes |= within("shared_expert", Dense(self.shared).shapes(dim))
         if self.shared_gate:
             shapes["mlp.shared_expert_gate.weight"] = (1, dim)
         return shapes
+
+    def formats_within(self, part: str) -> Formats:
+        """The formats of the Dense that is `part` of this Moe: "experts" or "shared_expert"."""
+        prefix = f"mlp.{part}."
+        return tuple(
+            (name.replace(prefix, "mlp.", 1), kind)
+            for name, kind in self.formats
+            if name.startswith(prefix)
+        )
+
+
+def within_layer(index: int, weights: dict[str, T]) -> dict[str, T]:
+    """Rename a Layer's weights to their names in the model."""
+    return {f"model.layers.{index}.{name}": value for name, value in weights.items()}
 
 
 def within(part: str, weights: dict[str, T]) -> dict[str, T]:
@@ -394,6 +414,7 @@ class Model:
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: str = "hf"  # the table in names.py for its checkpoints
+    quantization: Fp8 | None = None  # the format that the config promises for matrices of layers
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0
     norm: NormKind = "rms"  # of the residual stream; queries and keys have the RMS kinds only
@@ -420,15 +441,11 @@ class Model:
 
         `first`: the index of the first layer.
         """
-
-        def own(layer: Layer) -> Shapes:
-            return layer.weights(self.dim, self.norm)
-
         shapes: Shapes = {"model.embed_tokens.weight": (self.vocab, self.dim)}
         if self.positions:
             shapes["model.embed_positions.weight"] = (self.positions, self.dim)
         for i, layer in enumerate(self.layers, first):
-            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in own(layer).items()}
+            shapes |= within_layer(i, layer.weights(self.dim, self.norm))
         shapes |= norm_weights("model.norm", self.dim, self.norm)
         return shapes if self.tie else shapes | {"lm_head.weight": (self.vocab, self.dim)}
 
@@ -437,8 +454,46 @@ class Model:
         """Whether any layer keeps a state per sequence."""
         return any(layer.mixer.state_shapes for layer in self.layers)
 
+    def matrices(self) -> Shapes:
+        """Canonical name -> shape of the weights that may have a format."""
+        return {
+            name: shape
+            for name, shape in self.weights().items()
+            if name.startswith("model.layers.") and name.endswith(".weight") and len(shape) == 2
+        }
+
+    def with_formats(self, formats: Mapping[str, Fp8]) -> Model:
+        """A copy with the formats of weights, by canonical name; for a model of plain weights.
+
+        All experts of a layer have the format of any one.
+        """
+        by_layer: dict[int, dict[str, Fp8]] = defaultdict(dict)
+        for name, kind in formats.items():
+            layer, weight = name.removeprefix("model.layers.").split(".", 1)
+            by_layer[int(layer)][format_name(weight)] = kind
+        return self.each(
+            mixer=lambda i, layer: layer.mixer.with_formats(by_layer[i], self.dim),
+            ffn=lambda i, layer: layer.ffn.with_formats(by_layer[i], self.dim),
+        )
+
+    def formats(self) -> set[Fp8]:
+        """The formats of weights that are not plain."""
+        parts = (part for layer in self.layers for part in (layer.mixer, layer.ffn))
+        return {kind for part in parts for _, kind in part.formats}
+
+    def quantized(self) -> Model:
+        """A copy in which all matrices that usually are quantised have the promised format.
+
+        Routers, gates of shared experts and weights of an indexer's heads usually are not.
+        """
+        if self.quantization is None:
+            return self
+        plain = ("gate.weight", "indexer.weights_proj.weight")
+        names = (name for name in self.matrices() if not name.endswith(plain))
+        return self.with_formats(dict.fromkeys(names, self.quantization))
+
     def num_params(self) -> int:
-        return sum(prod(shape) for shape in self.weights().values())
+        return sum(prod(shape) for shape in self.with_formats({}).weights().values())
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of KV cache per token over all layers, at `itemsize` bytes per number."""

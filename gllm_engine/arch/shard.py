@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe, Shapes
+from gllm_engine.arch.formats import Shapes
+from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Shard:
     def of(self, model: Model) -> tuple[Layer, ...]:
         """The layers that this rank computes. Raises ArchError if `size` does not divide them."""
         self._divide("vocab_size", model.vocab)
-        return tuple(self._layer(layer) for layer in model.layers[self.first : self.end])
+        layers = model.layers[self.first : self.end]
+        return tuple(self._layer(layer, model.dim) for layer in layers)
 
     def weights(self, model: Model) -> Shapes:
         """Canonical name -> shape of this rank's shard, for every weight that it holds."""
@@ -50,8 +52,10 @@ class Shard:
         """
         return self.rank * (whole // part) // self.size * part
 
-    def _layer(self, layer: Layer) -> Layer:
-        return replace(layer, mixer=self._mixer(layer.mixer), ffn=self._ffn(layer.ffn))
+    def _layer(self, layer: Layer, dim: int) -> Layer:
+        mixer = self._mixer(layer.mixer).cut(layer.mixer, dim, self.start)
+        ffn = self._ffn(layer.ffn).cut(layer.ffn, dim, self.start)
+        return replace(layer, mixer=mixer, ffn=ffn)
 
     def _mixer(self, mixer: Gqa | Mla | GatedDelta) -> Gqa | Mla | GatedDelta:
         if isinstance(mixer, GatedDelta):

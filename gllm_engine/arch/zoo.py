@@ -25,6 +25,7 @@ from gllm_engine.arch.model import (
     QkNorm,
     QueryTemperature,
 )
+from gllm_engine.arch.quantization import read_quantization
 from gllm_engine.arch.rope import (
     DynamicScaling,
     Rope,
@@ -668,9 +669,8 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         )
     reader, defaults = FAMILIES[known[0]]
     fields = Fields(config, name, defaults)
-    fields.require(hidden_act=defaults.get("hidden_act", "silu"))
-    fields.require(quantization_config=None, dual_chunk_attention_config=None)
-    model = reader(fields)
+    fields.require(hidden_act=defaults.get("hidden_act", "silu"), dual_chunk_attention_config=None)
+    model = replace(reader(fields), quantization=read_quantization(fields))
     mixer = model.layers[0].mixer
     if not any(layer.mixer.window for layer in model.layers):
         sparse = isinstance(mixer, Mla) and mixer.indexer is not None

@@ -16,6 +16,7 @@ from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.norm import NormLayer
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
+from gllm_engine.layers.stacked_weight import Staging, renamed
 
 __all__ = [
     "DenseFfn",
@@ -31,4 +32,6 @@ __all__ = [
     "Residual",
     "ResidualReducer",
     "RopeTable",
+    "Staging",
+    "renamed",
 ]

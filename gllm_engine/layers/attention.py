@@ -8,6 +8,7 @@ from torch import Tensor
 from gllm_engine.arch.model import Gqa
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.stacked_weight import Staging
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, HeadNorm, Norm, Ops
 from gllm_engine.parallel import TensorParallel
 
@@ -33,10 +34,11 @@ class GqaAttention:
         self.plan_key: PlanKey = (group, arch.attention)
         self._ops = ops
         self._ranks = ranks
-        shapes = arch.weights(dim)
+        shapes = arch.shapes(dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
-        self._qkv = Linear(names, shapes, ops, dtype, device)
-        self._out = Linear(["self_attn.o_proj"], shapes, ops, dtype, device)
+        self._qkv = Linear(names, shapes, ops, dtype, device, arch.formats)
+        out = ["self_attn.o_proj"]
+        self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
         self._num_qkv_heads = arch.heads + 2 * arch.kv_heads
         # One row per query and key head, so that one kernel normalises both.
         self._qk_norm: HeadNorm | None = None
@@ -98,6 +100,9 @@ class GqaAttention:
         means = self._ops.mean_squares(qkv, self._arch.heads)
         means = self._ranks.sum(means) / self._ranks.size
         return self._qk_norm._replace(means=means)
+
+    def stagings(self) -> list[Staging]:
+        return self._qkv.stagings() + self._out.stagings()
 
     def weights(self) -> dict[str, Tensor]:
         views = self._qkv.weights() | self._out.weights()

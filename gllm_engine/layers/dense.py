@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gllm_engine.arch.model import Dense
 from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.stacked_weight import Staging
 from gllm_engine.ops import Norm, Ops
 
 
@@ -18,10 +19,10 @@ class DenseFfn:
     ) -> None:
         self._arch = arch
         self._ops = ops
-        shapes = arch.weights(dim)
+        shapes = arch.shapes(dim)
         names = ["mlp.gate_proj", "mlp.up_proj"] if arch.gated else ["mlp.up_proj"]
-        self._gate_up = Linear(names, shapes, ops, dtype, device)
-        self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device)
+        self._gate_up = Linear(names, shapes, ops, dtype, device, arch.formats)
+        self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device, arch.formats)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
@@ -30,6 +31,9 @@ class DenseFfn:
         else:
             x = self._ops.activate(self._gate_up(x, norm), self._arch.act, self._arch.gated)
         return self._down(x) if total is None else self._down.add_to(total, x)
+
+    def stagings(self) -> list[Staging]:
+        return self._gate_up.stagings() + self._down.stagings()
 
     def weights(self) -> dict[str, Tensor]:
         return self._gate_up.weights() | self._down.weights()

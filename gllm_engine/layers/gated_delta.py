@@ -8,6 +8,7 @@ from torch import Tensor
 from gllm_engine.arch.model import GatedDelta
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.stacked_weight import Staging
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops, RecurrentState
 from gllm_engine.parallel import TensorParallel
 
@@ -35,10 +36,11 @@ class GatedDeltaAttention:
         self._eps = eps
         self._ops = ops
         self.plan_key: PlanKey = (group, arch.attention)
-        shapes = arch.weights(dim)
+        shapes = arch.shapes(dim)
         names = [f"linear_attn.in_proj_{part}" for part in (*_PARTS, "z", "b", "a")]
-        self._in = Linear(names, shapes, ops, dtype, device)
-        self._out = Linear(["linear_attn.out_proj"], shapes, ops, dtype, device)
+        self._in = Linear(names, shapes, ops, dtype, device, arch.formats)
+        out = ["linear_attn.out_proj"]
+        self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
         self._conv = torch.empty(arch.conv_width, arch.conv, dtype=dtype, device=device)
         self._gain = torch.empty(arch.v_dim, dtype=dtype, device=device)
         # Of the decay, in float32: exp(-exp(A_log)) is 1 for small numbers in other dtypes.
@@ -83,6 +85,9 @@ class GatedDeltaAttention:
         gated = self._ops.gated_norm(o, self._gain, self._eps, z.unflatten(1, o.shape[1:]))
         values = gated.flatten(1)
         return self._out(values) if total is None else self._out.add_to(total, values)
+
+    def stagings(self) -> list[Staging]:
+        return self._in.stagings() + self._out.stagings()
 
     def weights(self) -> dict[str, Tensor]:
         arch = self._arch

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.model import Indexer, Shapes
+from gllm_engine.arch.formats import Formats, Shapes
+from gllm_engine.arch.model import Indexer
 from gllm_engine.layers.forward_context import ForwardContext
 from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.stacked_weight import Staging
 from gllm_engine.ops import AttentionPlan, IndexQueries, Ops
 
 
@@ -23,15 +25,21 @@ class TokenIndexer:
     """
 
     def __init__(
-        self, arch: Indexer, shapes: Shapes, ops: Ops, dtype: torch.dtype, device: torch.device
+        self,
+        arch: Indexer,
+        shapes: Shapes,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
+        formats: Formats,
     ) -> None:
-        """`shapes`: of the weights of the mixer."""
+        """`shapes`, `formats`: of the weights of the mixer."""
         self._arch = arch
         self._ops = ops
-        # Three products, because checkpoints have these weights in different formats.
-        self._q = Linear(["self_attn.indexer.wq_b"], shapes, ops, dtype, device)
-        self._k = Linear(["self_attn.indexer.wk"], shapes, ops, dtype, device)
-        self._weights = Linear(["self_attn.indexer.weights_proj"], shapes, ops, dtype, device)
+        common = (shapes, ops, dtype, device, formats)
+        self._q = Linear(["self_attn.indexer.wq_b"], *common)
+        self._k = Linear(["self_attn.indexer.wk"], *common)
+        self._weights = Linear(["self_attn.indexer.weights_proj"], *common)
         self._gain = torch.empty(arch.dim, dtype=dtype, device=device)
         self._bias = torch.empty(arch.dim, dtype=dtype, device=device)
 
@@ -62,3 +70,7 @@ class TokenIndexer:
         norm = "self_attn.indexer.k_norm"
         views = self._q.weights() | self._k.weights() | self._weights.weights()
         return views | {f"{norm}.weight": self._gain, f"{norm}.bias": self._bias}
+
+    def stagings(self) -> list[Staging]:
+        """As Mixer.stagings."""
+        return self._q.stagings() + self._k.stagings() + self._weights.stagings()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.model import Shapes
+from gllm_engine.arch.formats import Formats, Shapes
+from gllm_engine.layers.stacked_weight import Staging, stack_weights
 from gllm_engine.ops import Norm, Ops
 
 
@@ -15,6 +17,8 @@ class Linear:
     """y = x W' + b for the projections `names`, stacked along the output dimension.
 
     `shapes` has "NAME.weight" [out, in] for every name, and "NAME.bias" [out] for all or none.
+    `formats` has the format of each "NAME.weight" that is not plain. It is one product, or several
+    if the weights differ in format.
     """
 
     def __init__(
@@ -24,35 +28,81 @@ class Linear:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        formats: Formats = (),
     ) -> None:
+        """`dtype`: of plain weights and biases."""
+        by_name = dict(formats)
+        self._products: list[_Product] = []
+        for _, some in groupby(names, lambda name: str(by_name.get(f"{name}.weight"))):
+            self._products.append(_Product(list(some), shapes, ops, dtype, device, formats))
         self._ops = ops
-        self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
-        rows = sum(self._sizes.values())
-        width = shapes[f"{names[0]}.weight"][1]
-        self._weight = torch.empty(rows, width, dtype=dtype, device=device)
-        self._bias: Tensor | None = None
-        if f"{names[0]}.bias" in shapes:
-            self._bias = torch.empty(rows, dtype=dtype, device=device)
 
     def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
         """y, of norm(x) if `norm` is given."""
-        return self._ops.linear(x, self._weight, self._bias, norm)
+        parts = [product(x, norm) for product in self._products]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         """total + y, in the memory of `total`."""
-        return self._ops.add_linear(total, x, self._weight, self._bias)
+        if len(self._products) == 1:
+            return self._products[0].add_to(total, x)
+        return total.add_(self(x))
 
     def gated(self, x: Tensor, norm: Norm | None) -> Tensor:
         """silu(gate) * up, where [gate, up] = y."""
-        return self._ops.gated_linear(x, self._weight, self._bias, norm)
+        if len(self._products) == 1:
+            return self._products[0].gated(x, norm)
+        return self._ops.silu_mul(self(x, norm))
 
     def weights(self) -> dict[str, Tensor]:
-        """Weight name -> view to load the weight into."""
-        sizes = tuple(self._sizes.values())
-        views = {
-            f"{k}.weight": v for k, v in zip(self._sizes, self._weight.split(sizes), strict=True)
-        }
+        """Name -> view to load each stored tensor into; see StackedWeight.views."""
+        views: dict[str, Tensor] = {}
+        for product in self._products:
+            views |= product.weights()
+        return views
+
+    def stagings(self) -> list[Staging]:
+        """The weights that are not in `weights`, because they are stored in another form."""
+        return [staging for product in self._products for staging in product.stagings()]
+
+
+class _Product:
+    """The part of a Linear whose weights have one format."""
+
+    def __init__(
+        self,
+        names: list[str],
+        shapes: Shapes,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
+        formats: Formats,
+    ) -> None:
+        self._ops = ops
+        self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
+        weights = [f"{name}.weight" for name in names]
+        self._stack = stack_weights(weights, shapes, formats, dtype, device)
+        self._weight = self._stack.value
+        self._bias: Tensor | None = None
+        if f"{names[0]}.bias" in shapes:
+            self._bias = torch.empty(sum(self._sizes.values()), dtype=dtype, device=device)
+
+    def __call__(self, x: Tensor, norm: Norm | None) -> Tensor:
+        return self._ops.linear(x, self._weight, self._bias, norm)
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        return self._ops.add_linear(total, x, self._weight, self._bias)
+
+    def gated(self, x: Tensor, norm: Norm | None) -> Tensor:
+        return self._ops.gated_linear(x, self._weight, self._bias, norm)
+
+    def stagings(self) -> list[Staging]:
+        return self._stack.stagings()
+
+    def weights(self) -> dict[str, Tensor]:
+        views = self._stack.views()
         if self._bias is not None:
+            sizes = tuple(self._sizes.values())
             parts = zip(self._sizes, self._bias.split(sizes), strict=True)
             views |= {f"{name}.bias": part for name, part in parts}
         return views

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.stacked_weight import Staging
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm
 
 
@@ -37,4 +38,8 @@ class Mixer(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """Weight name -> view to load the weight into."""
+        ...
+
+    def stagings(self) -> list[Staging]:
+        """The weights that are not in `weights`, because they are stored in another form."""
         ...

@@ -8,6 +8,7 @@ from torch import Tensor
 from gllm_engine.arch.model import SELECTION_BIAS, Dense, Moe, within
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.stacked_weight import StackedWeight, Staging, renamed, stack_weights
 from gllm_engine.ops import Norm, Ops
 
 
@@ -22,23 +23,25 @@ class MoeFfn:
     ) -> None:
         self._arch = arch
         self._ops = ops
-        shapes = arch.weights(dim)
-        local_experts = len(arch.experts)
-        self._router = Linear(["mlp.gate"], shapes, ops, dtype, device)
+        shapes = arch.shapes(dim)
+        self._router = Linear(["mlp.gate"], shapes, ops, dtype, device, arch.formats)
         self._bias: Tensor | None = None
         if arch.routing.biased:
             self._bias = torch.empty(arch.num_experts, dtype=torch.float32, device=device)
-        self._gate_up = torch.empty(local_experts, 2 * arch.hidden, dim, dtype=dtype, device=device)
-        self._down = torch.empty(local_experts, dim, arch.hidden, dtype=dtype, device=device)
+        self._stacks = _stack_experts(arch, dim, dtype, device)
+        self._gate_up, self._down = (stack.value for stack in self._stacks)
+        local_experts = len(arch.experts)
         gate_up_bias = torch.empty(local_experts, 2 * arch.hidden, dtype=dtype, device=device)
         down_bias = torch.empty(local_experts, dim, dtype=dtype, device=device)
         self._biases = (gate_up_bias if arch.bias else None, down_bias if arch.out_bias else None)
         self._shared: DenseFfn | None = None
         self._shared_gate: Linear | None = None
         if arch.shared:
-            self._shared = DenseFfn(Dense(arch.shared), dim, ops, dtype, device)
+            shared = Dense(arch.shared, formats=arch.formats_within("shared_expert"))
+            self._shared = DenseFfn(shared, dim, ops, dtype, device)
         if arch.shared_gate:
-            self._shared_gate = Linear(["mlp.shared_expert_gate"], shapes, ops, dtype, device)
+            gate = ["mlp.shared_expert_gate"]
+            self._shared_gate = Linear(gate, shapes, ops, dtype, device, arch.formats)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
@@ -64,15 +67,25 @@ class MoeFfn:
             out = out.add_(shared) if gate is None else out.addcmul_(gate, shared)
         return out
 
+    def stagings(self) -> list[Staging]:
+        stagings = self._router.stagings()
+        for i, expert in enumerate(self._arch.experts):
+            for stack in self._stacks:
+                stagings += _within(f"experts.{expert}", stack.stagings(i))
+        if self._shared is not None:
+            stagings += _within("shared_expert", self._shared.stagings())
+        if self._shared_gate is not None:
+            stagings += self._shared_gate.stagings()
+        return stagings
+
     def weights(self) -> dict[str, Tensor]:
         views = self._router.weights()
         if self._bias is not None:
             views[SELECTION_BIAS] = self._bias
+        gate_up, down = self._stacks
         gate_up_bias, down_bias = self._biases
         for i, expert in enumerate(self._arch.experts):
-            gate, up = self._gate_up[i].chunk(2)
-            dense = {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
-            dense["mlp.down_proj.weight"] = self._down[i]
+            dense = gate_up.views(i) | down.views(i)
             if gate_up_bias is not None:
                 parts = gate_up_bias[i].chunk(2)
                 dense |= {"mlp.gate_proj.bias": parts[0], "mlp.up_proj.bias": parts[1]}
@@ -84,3 +97,21 @@ class MoeFfn:
         if self._shared_gate is not None:
             views |= self._shared_gate.weights()
         return views
+
+
+def _within(part: str, stagings: list[Staging]) -> list[Staging]:
+    return [renamed(staging, lambda views: within(part, views)) for staging in stagings]
+
+
+def _stack_experts(
+    arch: Moe, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[StackedWeight, StackedWeight]:
+    """The memory of gate and up, and of down, of this rank's experts."""
+    shapes = arch.expert.shapes(dim)
+    formats = arch.expert.formats
+    gate_up = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    count = len(arch.experts)
+    return (
+        stack_weights(gate_up, shapes, formats, dtype, device, count),
+        stack_weights(["mlp.down_proj.weight"], shapes, formats, dtype, device, count),
+    )

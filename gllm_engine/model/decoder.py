@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from gllm_engine.arch.model import (
     Moe,
     Place,
     QueryTemperature,
+    within_layer,
 )
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
@@ -46,6 +48,8 @@ from gllm_engine.layers import (
     Residual,
     ResidualReducer,
     RopeTable,
+    Staging,
+    renamed,
 )
 from gllm_engine.ops import (
     AttentionLayer,
@@ -135,6 +139,9 @@ class PreNormBlock:
         for name, norm in self._norms.items():
             views |= norm.weights(name)
         return views | self.mixer.weights() | self._ffn.weights()
+
+    def stagings(self) -> list[Staging]:
+        return self.mixer.stagings() + self._ffn.stagings()
 
 
 class OutputNormBlock(PreNormBlock):
@@ -484,8 +491,16 @@ class Decoder:
         if self.is_last:
             views |= self._norm.weights("model.norm")
         for i, block in enumerate(self._blocks, self.shard.first):
-            views |= {f"model.layers.{i}.{name}": view for name, view in block.weights().items()}
+            views |= within_layer(i, block.weights())
         return views
+
+    def stagings(self) -> list[Staging]:
+        """The weights that are not in `weights`, because they are stored in another form."""
+        return [
+            renamed(staging, partial(within_layer, i))
+            for i, block in enumerate(self._blocks, self.shard.first)
+            for staging in block.stagings()
+        ]
 
     def _rotary_inputs(self, batch: Batch) -> dict[Rope, RotaryInputs]:
         return {

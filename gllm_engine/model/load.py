@@ -2,7 +2,7 @@
 
 Every mismatch is an error: a missing, unexpected or repeated tensor, a wrong shape or dtype, a
 truncated file. All of these are found before the decoder allocates memory. arch/names.py gives the
-names; read.py reads the data.
+names, stored.py checks the tensors, and read.py reads the data.
 
 The safetensors library is not used, for two reasons: it maps files into memory, so truncating a
 file kills the process; and it does not tell the offset of a tensor in the file.
@@ -11,36 +11,29 @@ file kills the process; and it does not tell the offset of a tensor in the file.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.names import (
-    checkpoint_name,
-    checkpoint_shapes,
-    checkpoint_tensors,
-    is_left_over,
-)
+from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
+from gllm_engine.model.stored import StoredTensor, StoredTensors, incomplete
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_EMBEDDING = "model.embed_tokens.weight"
+_STAGED_BYTES = 1 << 30  # of weights that are stored in another form; the last one may exceed it
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -48,18 +41,10 @@ class Checkpoint:
     """The open files of a checkpoint that has exactly the tensors that its model needs."""
 
     path: Path
+    arch: Model  # with the formats of the stored weights
     tensors: dict[str, TensorSlice]  # by checkpoint tensor name; each is contiguous
+    shared: set[str]  # names of tensors that all their weights share: one scale of several weights
     tied: str | None  # name of a stored output projection, which must equal the embedding
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor's entry in a file's header. `begin`, `end`: byte offsets in the data section."""
-
-    dtype: str
-    shape: list[int]
-    begin: int
-    end: int
 
 
 @contextmanager
@@ -68,39 +53,49 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
 
     Raises LoadError for every mismatch that the files' headers show, before memory is allocated.
     """
-    finder = _Finder(arch)
+    found = StoredTensors(arch)
     with ExitStack() as opened:
         for place in _files(path):
             file = opened.enter_context(open_file(place, LoadError))
-            header, data_start = _read_header(place, file)
-            for name, stored in header.items():
-                finder.take(place, name, stored, file.fileno(), data_start)
-        finder.check_complete(path)
-        yield Checkpoint(path, finder.found, finder.tied_copy)
+            for name, stored in _read_header(place, file).items():
+                found.add(name, stored)
+        arch = found.with_formats(path)
+        yield Checkpoint(path, arch, found.check(arch, path), found.shared, found.tied)
 
 
 @contextmanager
 def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
     """Load the checkpoint's weights into the decoder while the block runs; at its end, wait.
 
-    On a GPU the block may compute with the decoder. The results are meaningless but finite, because
-    weights not yet read are zero. Raises LoadError for a file that cannot be read or is truncated,
-    or a stored output projection that differs from the tied embedding.
+    Weights that are stored in another form than the decoder holds are loaded before the block, so
+    that the memory for their stored form is free again. On a GPU the block may compute with the
+    decoder. The results are meaningless but finite, because weights not yet read are zero. Raises
+    LoadError for a file that cannot be read or is truncated, or a stored output projection that
+    differs from the tied embedding.
     """
-    targets, tied_copy = _aim(decoder, checkpoint)
+    weights = decoder.weights()
     if decoder.device.type == "cuda":
-        for weight in decoder.weights().values():
+        for weight in weights.values():
             weight.zero_()
+    sources = _sources(checkpoint)
+    for views in _staging(decoder):
+        with reading(_aim(decoder, sources, views), decoder.device):
+            pass
+    targets = _aim(decoder, sources, weights)
+    tied_copy = None
+    if checkpoint.tied is not None and _EMBEDDING in weights:
+        # On the host, so that it takes no device memory.
+        tied_copy = torch.empty_like(weights[_EMBEDDING], device="cpu")
+        tied = _Source(checkpoint.tensors[checkpoint.tied], sources[_EMBEDDING].shape)
+        targets.append(_share(decoder, tied, tied_copy))
     with reading(targets, decoder.device):
         yield
-    if tied_copy is not None:
-        embedding = decoder.weights()["model.embed_tokens.weight"].cpu()
-        if not torch.equal(tied_copy, embedding):
-            file = checkpoint.tensors[str(checkpoint.tied)].path
-            raise LoadError(
-                f"{file}: tensor {checkpoint.tied} differs from the embedding, but the config says "
-                "tie_word_embeddings=true"
-            )
+    if tied_copy is not None and not torch.equal(tied_copy, weights[_EMBEDDING].cpu()):
+        file = checkpoint.tensors[str(checkpoint.tied)].path
+        raise LoadError(
+            f"{file}: tensor {checkpoint.tied} differs from the embedding, but the config says "
+            "tie_word_embeddings=true"
+        )
 
 
 def fill_randomly(decoder: Decoder) -> None:
@@ -110,119 +105,91 @@ def fill_randomly(decoder: Decoder) -> None:
     constant, because kernels run faster on zeros.
     """
     generator = torch.Generator(decoder.device).manual_seed(0)
-    for name, view in decoder.weights().items():
-        if name.endswith("norm.weight"):
-            view.uniform_(0.5, 1.5, generator=generator)
-        else:
-            view.normal_(0, 0.02, generator=generator)
+    for views in (*_staging(decoder), decoder.weights()):
+        for name, view in views.items():
+            _randomize(name, view, generator)
 
 
-class _Finder:
-    """Checks each checkpoint tensor and records its position in the files."""
-
-    def __init__(self, arch: Model) -> None:
-        self.found: dict[str, TensorSlice] = {}
-        self.tied_copy: str | None = None
-        self._arch = arch
-        self._wanted = checkpoint_shapes(arch)
-        self._missing = dict.fromkeys(self._wanted)
-        self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
-        if self._tied is not None:  # may be stored, if equal to the embedding
-            self._wanted[self._tied] = arch.weights()["model.embed_tokens.weight"]
-
-    def take(self, file: Path, name: str, stored: _Stored, descriptor: int, start: int) -> None:
-        """Check and record one tensor. `start`: offset of the file's data section, in bytes."""
-        if is_left_over(self._arch, name):
-            return
-        if name in self.found:
-            raise LoadError(f"{file}: tensor {name} is in the checkpoint twice")
-        if name not in self._wanted:
-            raise LoadError(
-                f"{file}: tensor {shown(name)} is left over; the model has no place for it"
-            )
-        dtype = _check(file, name, stored, self._wanted[name])
-        self.found[name] = TensorSlice(file, descriptor, start + stored.begin, dtype)
-        self._missing.pop(name, None)
-        if name == self._tied:
-            self.tied_copy = name
-
-    def check_complete(self, path: Path) -> None:
-        if self._missing:
-            name = next(iter(self._missing))
-            more = f" (and {len(self._missing) - 1} more)" if len(self._missing) > 1 else ""
-            raise LoadError(f"{path}: tensor {name} is missing{more}")
+def _randomize(name: str, view: Tensor, generator: torch.Generator) -> None:
+    if name.endswith("norm.weight"):
+        view.uniform_(0.5, 1.5, generator=generator)
+    elif "weight_scale" in name:
+        view.uniform_(1e-4, 3e-4, generator=generator)
+    elif view.dtype == torch.float8_e4m3fn:
+        numbers = torch.empty(view.shape, device=view.device)
+        view.copy_(numbers.normal_(0, 100, generator=generator).clamp_(-448, 448))
+    else:
+        view.normal_(0, 0.02, generator=generator)
 
 
-def _check(file: Path, name: str, stored: _Stored, shape: tuple[int, ...]) -> torch.dtype:
-    """The tensor's dtype. Raises LoadError for a wrong shape or size or an unsupported dtype."""
-    if tuple(stored.shape) != shape:
-        raise LoadError(
-            f"{file}: tensor {name} has shape {shown(repr(stored.shape))}, "
-            f"the config asks for {list(shape)}"
-        )
-    if stored.dtype not in _DTYPES:
-        raise LoadError(
-            f"{file}: tensor {name} has dtype {shown(stored.dtype)}; "
-            f"supported: {', '.join(_DTYPES)}"
-        )
-    dtype = _DTYPES[stored.dtype]
-    num_bytes = prod(shape) * dtype.itemsize
-    if stored.end - stored.begin != num_bytes:
-        raise _incomplete(
-            file, f"tensor {name} has {stored.end - stored.begin} bytes, its shape {num_bytes}"
-        )
-    return dtype
+def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
+    """Views, as of Decoder.weights, of weights that are stored in another form than is held.
+
+    The views of some weights at a time; they are converted when the next ones are asked for.
+    """
+    waiting = deque(decoder.stagings())
+    while waiting:
+        views: dict[str, Tensor] = {}
+        conversions = []
+        while waiting and sum(view.nbytes for view in views.values()) < _STAGED_BYTES:
+            staged = waiting.popleft()(decoder.device)
+            views |= staged.views
+            conversions.append(staged.convert)
+        yield views
+        for convert in conversions:
+            convert()
+
+
+class _Source(NamedTuple):
+    """Where the checkpoint has a weight, and the weight's shape."""
+
+    place: TensorSlice
+    shape: tuple[int, ...]
+
+
+def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
+    """Canonical name -> source of each tensor that the weights are stored as."""
+    shapes = checkpoint.arch.weights()
+    sources = {}
+    for name, parts in checkpoint_tensors(checkpoint.arch).items():
+        place = checkpoint.tensors[name]
+        for part in parts:
+            sources[part] = _Source(place, shapes[part])
+            if name not in checkpoint.shared:
+                num_bytes = prod(shapes[part]) * place.dtype.itemsize
+                place = replace(place, offset=place.offset + num_bytes)
+    return sources
 
 
 def _aim(
-    decoder: Decoder, checkpoint: Checkpoint
-) -> tuple[list[tuple[TensorSlice, Tensor]], Tensor | None]:
-    """(source, target) for each read of this rank, and the host tensor for a tied tensor's copy.
-
-    The copy is compared with the embedding. It is on the host, so it takes no device memory.
-    """
-    arch = decoder.arch
-    shapes = arch.weights()
-    weights = decoder.weights()
-    targets = []
-    for name, parts in checkpoint_tensors(arch).items():
-        source = checkpoint.tensors[name]
-        for part in parts:
-            shape = shapes[part]
-            if part in weights:  # else another rank holds it
-                targets.append(_share(decoder, source, shape, weights[part]))
-            num_bytes = prod(shape) * source.dtype.itemsize
-            source = replace(source, offset=source.offset + num_bytes)
-    embedding = weights.get("model.embed_tokens.weight")
-    if checkpoint.tied is None or embedding is None:
-        return targets, None
-    copy = torch.empty_like(embedding, device="cpu")
-    shape = shapes["model.embed_tokens.weight"]
-    source = checkpoint.tensors[checkpoint.tied]
-    return [*targets, _share(decoder, source, shape, copy)], copy
+    decoder: Decoder, sources: dict[str, _Source], views: dict[str, Tensor]
+) -> list[tuple[TensorSlice, Tensor]]:
+    """(source, target) for this rank's read into each of `views`, as of Decoder.weights."""
+    return [
+        _share(decoder, source, views[name]) for name, source in sources.items() if name in views
+    ]
 
 
-def _share(
-    decoder: Decoder, whole: TensorSlice, shape: tuple[int, ...], into: Tensor
-) -> tuple[TensorSlice, Tensor]:
-    """The source slice and target view of this rank's shard of the weight `whole` of shape `shape`.
+def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice, Tensor]:
+    """The slice and the target view of this rank's shard of a weight.
 
     `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more
     leading dimension, for copies of the shard.
     """
+    whole, shape = source
     width = prod(shape[1:])
     shard = into.shape[-len(shape) :]
     count = prod(shard[1:])
     start = decoder.shard.start
     offset = whole.offset + start(shape[0], shard[0]) * width * whole.dtype.itemsize
-    source = replace(whole, offset=offset)
+    place = replace(whole, offset=offset)
     if count < width:
-        source = replace(source, width=width, first=start(width, count), count=count)
-    return source, into.view(-1, prod(shard))
+        place = replace(place, width=width, first=start(width, count), count=count)
+    return place, into.view(-1, prod(shard))
 
 
-def _read_header(file: Path, opened: BinaryIO) -> tuple[dict[str, _Stored], int]:
-    """The header's tensor entries by name, and the byte offset of the data section.
+def _read_header(file: Path, opened: BinaryIO) -> dict[str, StoredTensor]:
+    """The header's tensor entries by name.
 
     A file holds the header's length in 8 bytes, the header in JSON, then the data without gaps.
     """
@@ -231,37 +198,41 @@ def _read_header(file: Path, opened: BinaryIO) -> tuple[dict[str, _Stored], int]
         length = int.from_bytes(opened.read(8), "little")
         data_start = 8 + length
         if data_start > size:
-            raise _incomplete(file, f"it has {size} bytes, its header alone should have {length}")
+            raise incomplete(file, f"it has {size} bytes, its header alone should have {length}")
         if length > _MAX_HEADER_BYTES:
-            raise _incomplete(file, f"its header has {length} bytes, more than the format allows")
+            raise incomplete(file, f"its header has {length} bytes, more than the format allows")
         header = parse_object(file, opened.read(length), LoadError)
     except OSError as error:
         raise LoadError(f"{file}: cannot be read ({error.strerror})") from None
     header.pop("__metadata__", None)
-    tensors = {name: _stored(file, name, about) for name, about in header.items()}
-    end = 0
-    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if stored.begin != end or stored.end < end:
-            raise _incomplete(file, f"tensor {shown(name)} does not begin where another ends")
-        end = stored.end
-    if data_start + end != size:
-        raise _incomplete(file, f"it has {size} bytes, its tensors end at byte {data_start + end}")
-    return tensors, data_start
+    descriptor = opened.fileno()
+    tensors = {
+        name: _stored(file, descriptor, data_start, name, about) for name, about in header.items()
+    }
+    end = data_start
+    for name, stored in sorted(tensors.items(), key=lambda item: _extent(item[1])):
+        if stored.offset != end or stored.num_bytes < 0:
+            raise incomplete(file, f"tensor {shown(name)} does not begin where another ends")
+        end += stored.num_bytes
+    if end != size:
+        raise incomplete(file, f"it has {size} bytes, its tensors end at byte {end}")
+    return tensors
 
 
-def _stored(file: Path, name: str, about: Any) -> _Stored:
+def _extent(stored: StoredTensor) -> tuple[int, int]:
+    return stored.offset, stored.num_bytes
+
+
+def _stored(file: Path, descriptor: int, data_start: int, name: str, about: Any) -> StoredTensor:
     match about:
         case {
             "dtype": str(dtype),
             "shape": list(shape),
             "data_offsets": [begin, end],
         } if all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-            return _Stored(dtype, shape, begin, end)
-    raise _incomplete(file, f"tensor {shown(name)} is described as {shown(repr(about))}")
-
-
-def _incomplete(file: Path, problem: str) -> LoadError:
-    return LoadError(f"{file}: not a complete safetensors file ({problem})")
+            at = data_start + begin
+            return StoredTensor(file, descriptor, at, end - begin, dtype, shape)
+    raise incomplete(file, f"tensor {shown(name)} is described as {shown(repr(about))}")
 
 
 def _files(path: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from gllm_engine.arch.model import SELECTION_BIAS, Model
 from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.arch.zoo import make_arch
+from gllm_engine.ops import quantize_fp8
 
 # Token ids 0, 1, 2. The first and the last token end generation.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -54,7 +55,8 @@ def write_tiny_model(
     """Write config, weights, tokenizer and generation config to `directory`; returns its path.
 
     `family`: an architecture name in arch.FAMILIES. `dtype`: float32, bfloat16 or float16.
-    `over`: keys of config.json to change. Raises ArchError for a config that is not supported,
+    `over`: keys of config.json to change; with quantization_config, the matrices that usually are
+    quantised are stored in its format. Raises ArchError for a config that is not supported,
     ValueError for a vocabulary too small for the tokenizer.
     """
     directory = Path(directory)
@@ -67,7 +69,7 @@ def write_tiny_model(
     _write_json(directory / "generation_config.json", {"eos_token_id": [2, 0]})
     _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len)
     tensors = random_checkpoint(arch, seed)
-    tensors = {name: t.to(_dtype(dtype)) for name, t in tensors.items()}
+    tensors = _in_formats(arch.quantized(), tensors, _dtype(dtype))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -82,6 +84,21 @@ def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
         weights = [_random_weight(part, shapes[part], arch, generator) for part in parts]
         tensors[name] = torch.cat(weights).view(stored[name])
     return tensors
+
+
+def _in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Checkpoint tensors in the formats of `arch`; of plain weights, in `dtype`."""
+    kind = arch.quantization
+    names = checkpoint_tensors(arch)
+    result = {}
+    for name, tensor in tensors.items():
+        if kind is not None and name + kind.suffix in names:
+            numbers, scales = quantize_fp8(tensor, kind.rows, kind.columns)
+            result[name] = numbers
+            result[name + kind.suffix] = scales
+        else:
+            result[name] = tensor.to(dtype)
+    return result
 
 
 def _random_weight(

@@ -25,6 +25,7 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
+from gllm_engine.ops.weight import Fp8Weight, Weight, dequantized, quantize_fp8
 
 __all__ = [
     "AttentionInputs",
@@ -32,6 +33,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionPlanner",
     "Batch",
+    "Fp8Weight",
     "HeadNorm",
     "HostInts",
     "IndexQueries",
@@ -42,7 +44,10 @@ __all__ = [
     "RecurrentState",
     "RotaryInputs",
     "TensorGroup",
+    "Weight",
     "best_device",
+    "dequantized",
+    "quantize_fp8",
     "select_ops",
 ]
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 from torch import Tensor
 
-from gllm_engine.ops import reference, triton
+from gllm_engine.ops import fp8_product, reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
 from gllm_engine.ops.protocol import (
@@ -59,6 +59,7 @@ from gllm_engine.ops.triton import (
     silu_mul,
 )
 from gllm_engine.ops.triton.moe import route, sum_experts
+from gllm_engine.ops.weight import Weight
 
 __all__ = [
     "activate",
@@ -148,12 +149,14 @@ def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[...
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    if not isinstance(weight, Tensor):
+        return fp8_product.linear(x, weight, bias, norm, out)
     if product := _own_product(x, weight):
         return product(x, weight, bias, norm, out=out)
     x = x if norm is None else rms_norm(x, *norm)
@@ -164,15 +167,19 @@ def linear(
     return torch.addmm(bias, x, weight.T, out=out)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
     """See Ops.gated_linear."""
+    if not isinstance(weight, Tensor):
+        return silu_mul(fp8_product.linear(x, weight, bias, norm))
     if product := _own_product(x, weight, gated=True):
         return product(x, weight, bias, norm, gated=True)
     return silu_mul(linear(x, weight, bias, norm))
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See Ops.add_linear. Without a bias, the sum is rounded only once."""
+def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """See Ops.add_linear. Without a bias, the sum with a plain product is rounded only once."""
+    if not isinstance(weight, Tensor):
+        return total.add_(fp8_product.linear(x, weight, bias))
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
     if bias is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, TensorGroup
+from gllm_engine.ops.weight import Weight
 from gllm_engine.routing import Clamp, Routing
 
 # Gain [dim] and epsilon of an RMS norm.
@@ -145,7 +146,12 @@ class AllReduceKernel(Protocol):
 
 
 class Ops(Protocol):
-    """All operations. Tensors are on one device; weights, inputs and results have one dtype."""
+    """All operations. Tensors are on one device; plain weights, inputs and results have one dtype.
+
+    Weights of products have formats. `reference` multiplies x by the exact numbers of a weight,
+    rounded to the dtype of x. Another implementation may round x too, as the kernels for FP8 do: to
+    float8, with a scale per token, or per 128 columns of a token if the weight has blocks.
+    """
 
     def rms_norm(
         self,
@@ -181,7 +187,7 @@ class Ops(Protocol):
     def linear(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None = None,
         norm: Norm | None = None,
         out: Tensor | None = None,
@@ -193,12 +199,12 @@ class Ops(Protocol):
         ...
 
     def gated_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None
+        self, x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None
     ) -> Tensor:
         """silu(gate) * up, [rows, width / 2], where [gate, up] = linear(x, weight, bias, norm)."""
         ...
 
-    def add_linear(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def add_linear(self, total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """Add linear(x, weight, bias) to `total` [rows, width] in place; return `total`."""
         ...
 
@@ -225,8 +231,8 @@ class Ops(Protocol):
         x: Tensor,
         weights: Tensor,
         experts: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Weight,
+        down: Weight,
         first: int,
         num_experts: int,
         total: Tensor | None = None,

@@ -34,6 +34,7 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
+from gllm_engine.ops.weight import Weight, dequantized
 from gllm_engine.routing import Clamp, Routing
 
 # Most K and V elements gathered at once: 1 MiB of float32, which fits a CPU's cache.
@@ -85,24 +86,25 @@ def activate(x: Tensor, act: str, gated: bool) -> Tensor:
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
-    y = F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
+    x = x if norm is None else rms_norm(x, *norm)
+    y = F.linear(x, dequantized(weight, x.dtype), bias)
     return y if out is None else out.copy_(y)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
     """See Ops.gated_linear."""
     return silu_mul(linear(x, weight, bias, norm))
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear."""
-    return total.add_(F.linear(x, weight, bias))
+    return total.add_(linear(x, weight, bias))
 
 
 def make_one_shot_allreduce(ranks: TensorGroup, dim: int, dtype: torch.dtype) -> None:
@@ -153,8 +155,8 @@ def sum_experts(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     first: int,
     num_experts: int,
     total: Tensor | None = None,
@@ -173,9 +175,9 @@ def sum_experts(
             rows = (rows * weights[chosen].unsqueeze(1)).to(x.dtype)
         if len(rows):
             first_bias, last_bias = (None if b is None else b[i] for b in biases)
-            gate_and_up = F.linear(rows, gate_up[i], first_bias)
+            gate_and_up = linear(rows, gate_up[i], first_bias)
             hidden = silu_mul(gate_and_up) if clamp is None else _clamped(gate_and_up, clamp)
-            parts[chosen] = F.linear(hidden, down[i], last_bias).to(dtype)
+            parts[chosen] = linear(hidden, down[i], last_bias).to(dtype)
     weights = torch.ones_like(weights) if on_input else weights
     summed = torch.einsum("tkd,tk->td", parts, weights.to(dtype)).to(x.dtype)
     return summed if total is None else total.add_(summed)

@@ -40,6 +40,8 @@ def load_runner(
         if not is_dummy:
             # First: a checkpoint that does not fit its config then fails before any allocation.
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
+        arch = arch.quantized() if checkpoint is None else checkpoint.arch
+        check_formats(arch, device)
         dtype = _dtype(config, device)
         decoder = Decoder(
             arch,
@@ -110,6 +112,24 @@ def device_of(config: EngineConfig, index: int = 0) -> torch.device:
             f"{torch.cuda.device_count()}"
         )
     return torch.device("cuda", index)
+
+
+def check_formats(arch: Model, device: torch.device) -> None:
+    """Raise ConfigError if the device cannot compute with a format of the model's weights."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    for kind in sorted(arch.formats(), key=str):
+        if capability < (8, 9):
+            raise ConfigError(
+                f"model: its weights are {kind}, which needs a GPU of compute capability 8.9 or "
+                f"later; this one has {'.'.join(map(str, capability))}"
+            )
+        if kind.columns % 16:
+            raise ConfigError(
+                f"model: its weights are {kind}, but a GPU needs blocks with a multiple of 16 "
+                "columns"
+            )
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

@@ -410,6 +410,10 @@ def test_experts_refused(family: str, over: dict[str, Any], message: str) -> Non
     assert refusal(family, **over) == message
 
 
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+}
 OLD = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2}}
 NEW = {
     "rope_theta": None,
@@ -500,9 +504,51 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
             "config.json: hidden_act is 'gelu', but only \"silu\" is supported",
         ),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            "config.json: quantization_config is {'quant_method': 'fp8'}, "
-            "but only null is supported",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "config.json: quantization_config: quant_method is 'gptq'; "
+            "supported are fp8, compressed-tensors, modelopt",
+        ),
+        (
+            {"quantization_config": "fp8"},
+            "config.json: quantization_config is 'fp8', but only an object is supported",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            "config.json: quantization_config: quant_method is ''; "
+            "supported are fp8, compressed-tensors, modelopt",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
+            "config.json: quantization_config: fmt is 'e5m2', but only \"e4m3\" is supported",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "activation_scheme": "none"}},
+            "config.json: quantization_config: activation_scheme is 'none'; "
+            "supported are dynamic, static",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
+            "config.json: quantization_config: weight_block_size is [128, 0], "
+            "but only a list of 2 whole numbers from 1 to 16777216 is supported",
+        ),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            "config.json: quantization_config: quant_algo is 'NVFP4'; "
+            "supported are FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO",
+        ),
+        (
+            {"quantization_config": COMPRESSED | {"format": "pack-quantized"}},
+            "config.json: quantization_config: format is 'pack-quantized'; "
+            "supported are float-quantized",
+        ),
+        (
+            {"quantization_config": COMPRESSED | {"config_groups": {}}},
+            "config.json: quantization_config: config_groups has 0 groups; 1 is supported",
+        ),
+        (
+            {"quantization_config": COMPRESSED},
+            "config.json: quantization_config: config_groups: group_0: weights: "
+            "num_bits is 4, but only 8 is supported",
         ),
         (
             {"num_key_value_heads": 3},

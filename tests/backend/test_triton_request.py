@@ -88,9 +88,9 @@ def test_bad_input_is_named(given, field: str, words: str) -> None:
 
 def test_a_key_given_twice_is_found_in_time() -> None:
     keys = ",".join(f'"k{i}": 0' for i in range(50_000))
-    began = time.monotonic()
+    began = time.process_time()
     assert "'k49999' is given twice" in refused(request(sampling=f'{{{keys}, "k49999": 1}}'))
-    assert time.monotonic() - began < 5  # minutes when each is compared with every other
+    assert time.process_time() - began < 5  # minutes when each is compared with every other
 
 
 OUT_OF_RANGE = [

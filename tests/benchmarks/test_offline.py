@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import SCRIPT_S
 
 from gllm_benchmarks.offline import (
     MODELS,
@@ -83,7 +84,7 @@ def site(tmp_path: Path) -> Path:
 def offline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gllm_benchmarks.offline", *arguments]
     return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=100
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=SCRIPT_S
     )
 
 

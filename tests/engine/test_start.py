@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from gllm_engine import LLM, ConfigError, fill_caches, make_config
+from gllm_engine import LLM, ConfigError, SamplingParams, fill_caches, make_config
+from gllm_engine.arch import read_arch
 from gllm_engine.engine import core
 from gllm_engine.model import LoadError
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.workers.build_runner import check_formats
 
 
 def test_the_log_divides_the_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -57,3 +59,33 @@ def test_caches_take_the_config_and_one_layer_of_each_kind(
     ((settled, arch, _),) = started
     assert (settled.load_format, settled.page_size, settled.max_num_seqs) == ("dummy", 32, 1024)
     assert len(arch.layers) == 1 and arch.dim == 64
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_quantised_weights_stored_or_made_up(tmp_path: Path, load_format: str) -> None:
+    write_tiny_model(tmp_path, "Qwen3MoeForCausalLM", quantization_config=FP8)
+    if load_format == "dummy":
+        (tmp_path / "model.safetensors").unlink()
+    with LLM(str(tmp_path), device="cpu", num_pages=200, load_format=load_format) as llm:
+        (output,) = llm.generate(["the quick brown"], SamplingParams(max_tokens=4, seed=1))
+    assert output.error is None and output.outputs[0].token_ids
+
+
+def test_a_gpu_must_have_units_for_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path, quantization_config=FP8 | {"weight_block_size": [16, 24]})
+    arch = read_arch(tmp_path)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    check_formats(arch.quantized(), torch.device("cpu"))
+    check_formats(arch, gpu)  # its files may hold plain weights
+    needed = r"FP8 in blocks of 16 x 24, which needs .* capability 8.9 or later; this one has 8.0"
+    with pytest.raises(ConfigError, match=needed):
+        check_formats(arch.quantized(), gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(ConfigError, match="a multiple of 16 columns"):
+        check_formats(arch.quantized(), gpu)

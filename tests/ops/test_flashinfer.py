@@ -69,10 +69,17 @@ def test_each_shape_of_attention_has_a_wrapper_of_its_own(
     """For a wrapper holds one plan, and a step has one for each shape and group."""
 
     def wrapper(
-        kind: type, heads: int, kv_heads: int, dim: int, window: int | None, group: int = 0
+        kind: type,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        window: int | None,
+        group: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> Any:
         cache = torch.empty(1, 2, 16, kv_heads, dim)
-        shape = backend._shape(cache, heads, window, torch.float16)
+        shape = backend._shape(cache, heads, window, torch.float16, scale, softcap)
         return planner._wrapper(kind, shape, "fa2", group)
 
     ragged = backend.BatchPrefillWithRaggedKVCacheWrapper
@@ -84,6 +91,8 @@ def test_each_shape_of_attention_has_a_wrapper_of_its_own(
         (Wrapper, 8, 2, 128, None),
         (Wrapper, 8, 2, 64, 512),
         (Wrapper, 8, 2, 64, None, 1),
+        (Wrapper, 8, 2, 64, None, 0, 0.5),
+        (Wrapper, 8, 2, 64, None, 0, None, 30.0),
     ]
     made = [wrapper(*shape) for shape in (base, *others)]
     assert len(set(map(id, made))) == len(made) == len({id(one.memory) for one in made})

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from naive_attention import attention
+from patience import SCRIPT_S
 from test_reference import CHUNKS, DECODE, HEAD_DIM, make_case
 from torch import Tensor
 
@@ -90,6 +91,6 @@ def test_the_kernel_that_stores() -> None:
     script = Path(__file__).with_name("interpreted_float8.py")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ended = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=SCRIPT_S
     )
     assert ended.returncode == 0, ended.stderr

@@ -10,7 +10,15 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import AttentionInputs, Batch, HeadNorm, PlainSampling, reference, select_ops
+from gllm_engine.ops import (
+    AttentionInputs,
+    Batch,
+    Fp8Weight,
+    HeadNorm,
+    PlainSampling,
+    reference,
+    select_ops,
+)
 from gllm_engine.routing import Clamp, Routing
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +82,82 @@ def test_linear_and_what_rides_along(
     out = torch.full((rows, width), torch.nan, dtype=dtype, device=CUDA)
     assert ops.linear(x, weight, b, norm, out) is out
     near(out, reference.linear(x64, weight64, b64, norm64), limit)
+
+
+def made_fp8(block: tuple[int, int] | None, *shape: int) -> Fp8Weight:
+    """A weight with a scale per block, or per row, or with ragged blocks of 128; on the GPU."""
+    *lead, width, depth = shape
+    rows, columns = block or (128, 128)
+    columns = columns or depth
+    numbers = (randn(*shape, dtype=torch.float32) * 60).clamp(-448, 448).to(FLOAT8)
+    size = (*lead, -(-width // rows), -(-depth // columns))
+    scales = torch.rand(size, device=CUDA) / depth**0.5 / 30 + 1e-5
+    index = None if block else torch.randint(0, size[-2], (width,), device=CUDA)
+    return Fp8Weight(numbers, scales, rows, columns, index)
+
+
+def on_cpu(weight: Fp8Weight) -> torch.Tensor:
+    """The exact numbers of a weight, in float64."""
+    moved = {
+        name: None if part is None else part.cpu()
+        for name, part in (("scales", weight.scales), ("scale_row", weight.scale_row))
+    }
+    return replace(weight, numbers=weight.numbers.cpu(), **moved).dequantized(torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("block", [(1, 0), (128, 128), None])
+@pytest.mark.parametrize(
+    ("rows", "depth", "width"),
+    [(1, 4096, 6144), (1, 896, 256), (7, 1792, 4096), (64, 14336, 4096), (300, 4096, 14336)],
+)
+def test_linear_of_fp8_weights(
+    rows: int, depth: int, width: int, block: tuple[int, int] | None, bias: bool
+) -> None:
+    """x is rounded too: by up to a sixteenth a number, so by some 3% of the result."""
+    ops, dtype = select_ops(CUDA), torch.bfloat16
+    x, total, gain = (randn(*s, dtype=dtype) for s in ((rows, depth), (rows, width), (depth,)))
+    weight = made_fp8(block, width, depth)
+    b = randn(width, dtype=dtype) if bias else None
+    x64, b64, total64, gain64 = (
+        None if t is None else t.double().cpu() for t in (x, b, total, gain)
+    )
+    exact, norm, norm64 = on_cpu(weight), (gain, 1e-5), (gain64, 1e-5)
+    near(ops.linear(x, weight, b), reference.linear(x64, exact, b64), 0.05)
+    out = torch.full((rows, width), torch.nan, dtype=dtype, device=CUDA)
+    assert ops.linear(x, weight, b, norm, out) is out
+    near(out, reference.linear(x64, exact, b64, norm64), 0.05)
+    gated = reference.gated_linear(x64, exact, b64, norm64)
+    near(ops.gated_linear(x, weight, b, norm), gated, 0.1)
+    expected = reference.add_linear(total64, x64, exact, b64)
+    assert ops.add_linear(total, x, weight, b) is total
+    near(total, expected, 0.05)
+
+
+@pytest.mark.parametrize("block", [(1, 0), (128, 128), None])
+def test_rows_that_are_not_numbers_stay_so(block: tuple[int, int] | None) -> None:
+    """Else a model that fails would go on with numbers."""
+    x, weight = randn(16, 512), made_fp8(block, 256, 512)
+    x[3, 7] = torch.nan
+    y = select_ops(CUDA).linear(x, weight)
+    assert y[3].isnan().all() and y[torch.arange(16) != 3].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("block", [(1, 0), (128, 128), None])
+@pytest.mark.parametrize("tokens", [1, 33, 700])
+def test_experts_of_fp8_weights(
+    tokens: int, block: tuple[int, int] | None, dtype: torch.dtype
+) -> None:
+    """x is not rounded here: as near as plain weights."""
+    ops = select_ops(CUDA)
+    x = randn(tokens, 2048, dtype=dtype)
+    gate_up, down = made_fp8(block, 16, 1536, 2048), made_fp8(block, 16, 2048, 768)
+    chosen = torch.rand(tokens, 16, device=CUDA).argsort(1)[:, :4].int().contiguous()
+    routing = torch.rand(tokens, 4, device=CUDA), chosen
+    exact = (on_cpu(gate_up), on_cpu(down))
+    expected = reference.sum_experts(x.double().cpu(), *(r.cpu() for r in routing), *exact, 0, 16)
+    near(ops.sum_experts(x, *routing, gate_up, down, 0, 16), expected, 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -28,6 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks have sampled."""
+    from patience import SCRIPT_S
+
     from gllm_engine.model.tiny import write_tiny_model
 
     folder = tmp_path_factory.mktemp("ranks")
@@ -38,7 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
     try:
         for rank in ranks:
-            _, errors = rank.communicate(timeout=100)
+            _, errors = rank.communicate(timeout=SCRIPT_S)
             assert rank.returncode == 0, errors[-3000:]
     finally:
         for rank in ranks:
@@ -97,7 +99,7 @@ def _as_rank(rank: int, folder: str) -> None:
 
     talk_through("127.0.0.1")
     store = torch.distributed.FileStore(f"{folder}/store", 2)
-    store.set_timeout(timedelta(seconds=60))
+    store.set_timeout(timedelta(minutes=5))
     ranks = join_ranks(Mesh(1, 2), rank, 2, store, torch.device("cpu"))
     ways: dict[str, Any] = {"reference": (reference.sample_plain, rank)}
     if INTERPRETED:

@@ -63,11 +63,17 @@ WAYS: dict[str, dict[str, Any]] = {
 LAYERS = {"num_hidden_layers": 5}
 # Layers of both kinds on some stages, and of one kind on others.
 WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2} | LAYERS
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+# Ranks' shares begin and end inside these.
+CUT_BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 40]}
 # Family, what is different in its config, and how it is shared out.
 FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen2ForCausalLM", {}, "tp2 x pp2"),  # tied: both ends of the pipeline have the embedding
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}, "tp4"),
     ("Glm4ForCausalLM", {}, "tp2"),
+    ("Qwen3ForCausalLM", {"quantization_config": CUT_BLOCKS}, "tp2 x pp2"),
+    ("Qwen3MoeForCausalLM", {"quantization_config": BLOCKS}, "ep2"),
+    ("Qwen3MoeForCausalLM", {"quantization_config": BLOCKS}, "tp2"),
     ("MistralForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
     ("Qwen2ForCausalLM", WINDOWS, "pp3, uneven"),
     ("ChatGLMModel", {"add_bias_linear": True}, "tp2, throttled"),

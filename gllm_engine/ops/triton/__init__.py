@@ -6,6 +6,7 @@ Knows shapes and arithmetic. Each kernel has a slow twin in ops/reference.py.
 from __future__ import annotations
 
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
+from gllm_engine.ops.triton.fp8 import dequantize, quantize
 from gllm_engine.ops.triton.gated_delta import gated_delta, gated_norm
 from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
@@ -38,6 +39,7 @@ __all__ = [
     "activate",
     "choose_tokens",
     "decode_attention",
+    "dequantize",
     "gemv",
     "head_blocks",
     "is_single",
@@ -48,6 +50,7 @@ __all__ = [
     "mean_squares",
     "plan_choice",
     "prepare_inputs",
+    "quantize",
     "rms_norm",
     "rotate_and_store",
     "route",

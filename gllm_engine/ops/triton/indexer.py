@@ -1,7 +1,7 @@
 """The indexer of sparse attention: keys to the cache, scores of tokens, and the choice of tokens.
 
-Knows the cache layout, [num_pages, 1, page_size, 1, dim]. `score` computes the scores of a row's
-whole context, in parts as in decode_attention.py. `choose` finds the exact k-th largest score by
+Knows the cache layout, [num_pages, 1, page_size, 1, dim]. One kernel computes the scores of a row's
+whole context, in parts as in decode_attention.py. Another one finds the exact k-th largest score by
 its digits, from the highest on, and then lists the tokens above it:
 
     float32 score -> uint32 in the same order -> 4 digits of 8 bits
@@ -26,9 +26,9 @@ from gllm_engine.ops.protocol import IndexQueries
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
-# Tokens of the cache in one iteration of `score`.
+# Tokens of the cache in one iteration of `_score_tokens`.
 _BLOCK = 64
-# Most scores in one iteration of `choose`.
+# Most scores in one iteration of `_choose_tokens`.
 _SCORES = 4096
 # Rows of scores begin at multiples of so many numbers.
 _ALIGNED = 128
@@ -156,7 +156,7 @@ def store_index_key(
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def _score(
+def _score_tokens(
     q, weights, keys, page_table, slots, lens, items, share_in, scores,
     capacity, num_pages, width,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
@@ -222,7 +222,7 @@ def _next_digit(
 
 
 @triton.jit
-def _choose(
+def _choose_tokens(
     scores, lens, chosen, width,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, DIGITS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -265,7 +265,7 @@ def choose_tokens(queries: IndexQueries, cache: Tensor, choice: Choice) -> Tenso
     for scan in choice.scans:
         n, capacity = len(scan.slots), scan.items.shape[1]
         part = slice(first, first + n)
-        _score[(capacity,)](
+        _score_tokens[(capacity,)](
             queries.q[part], queries.weights[part], cache, scan.page_table, scan.slots, scan.lens,
             scan.items, scan.share, scores, capacity, scan.page_table.shape[1], scores.shape[1],
             HEADS=heads, DIM=dim, PAGE=cache.shape[2], BLOCK=_BLOCK,
@@ -273,7 +273,7 @@ def choose_tokens(queries: IndexQueries, cache: Tensor, choice: Choice) -> Tenso
             BLOCK_DIM=max(16, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, num_warps=4,
             num_stages=3, **overlapping(),
         )  # fmt: skip
-        _choose[(n,)](
+        _choose_tokens[(n,)](
             scores, scan.lens, chosen[part], scores.shape[1],
             TOP_K=top_k, BLOCK=min(_SCORES, triton.next_power_of_2(top_k + 1)), DIGITS=_DIGITS,
             OVERLAPS=OVERLAP, num_warps=8, **overlapping(),

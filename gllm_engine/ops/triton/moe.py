@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.weight import Weight
 from gllm_engine.routing import Clamp, Routing
 
 # Most (token, expert) elements that one program of routing or sorting holds in registers, and its
@@ -271,8 +272,52 @@ def _activate(gate, up, LIMIT: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def _row_scales(
+    scales, scale_row, line, columns, ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr
+):
+    """Where the scales of each row `line` of a matrix begin; ROWS_PER_SCALE is 0 without scales."""
+    if INDEXED:
+        scales += tl.load(scale_row + line) * columns
+    elif ROWS_PER_SCALE > 0:
+        scales += line // ROWS_PER_SCALE * columns
+    return scales
+
+
+@triton.jit
+def _add_product(sums, v, w, scales, SCALED: tl.constexpr):
+    """sums + v w, or with a scale for each column of float8 numbers w."""
+    if SCALED:
+        scale = tl.load(scales)[None, :]
+        sums += tl.dot(v, w.to(v.dtype), input_precision="ieee") * scale
+    else:
+        sums = tl.dot(v, w, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _finish(
+    sums, ups, weights, bias, pair, first, line, up_line,
+    GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr,
+    SLOPE: tl.constexpr,
+):  # fmt: skip
+    """The output of the products sums (and ups): with weights, biases and activation. `first`: of
+    the expert's biases.
+    """
+    if ON_INPUT:
+        scale = tl.load(weights + pair)[:, None]
+        sums *= scale
+        ups *= scale
+    if BIASED:
+        sums += tl.load(bias + first + line)[None, :].to(tl.float32)
+        ups += tl.load(bias + first + up_line)[None, :].to(tl.float32)
+    return _activate(sums, ups, LIMIT, SLOPE) if GATED else sums
+
+
+@triton.jit
 def _grouped(
-    x, matrix, bias, weights, order, groups, out, width, depth,
+    x, matrix, scales, scale_row, bias, weights, order, groups, out, width, depth,
+    scale_rows, scale_columns, first_column,
+    ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
     LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -280,6 +325,9 @@ def _grouped(
     """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
     in the L2 cache, and so does the expert's matrix until the expert's next block.
+
+    `scales`: [held, scale_rows, scale_columns] of a float8 matrix, whose numbers are exact in the
+    dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale.
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
@@ -296,44 +344,70 @@ def _grouped(
     # Rows past the end repeat the last row; their results are not stored.
     known = tl.minimum(row, end - 1)
     pair = tl.load(order + known)
-    if GATED:
-        source, target = pair // TOP_K, row
-    else:
-        source, target = known, pair
+    source = pair // TOP_K if GATED else known
+    target = row if GATED else pair
     column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, DEPTH)
     lines = x + source.to(tl.int64)[:, None] * depth + at[None, :]
     size = width * depth
     matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
-    matrix += tl.minimum(column, width - 1)[None, :] * depth + at[:, None]
+    line = tl.minimum(column, width - 1)
+    up_line = line + width if GATED else line
+    matrix += line[None, :] * depth + at[:, None]
+    scales += expert.to(tl.int64) * scale_rows * scale_columns
+    up_scales = _row_scales(scales, scale_row, up_line, scale_columns, ROWS_PER_SCALE, INDEXED)
+    scales = _row_scales(scales, scale_row, line, scale_columns, ROWS_PER_SCALE, INDEXED)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     ups = sums
     for k in range(0, depth, DEPTH):
         inside = at < depth - k
         v = _load(lines + k, inside[None, :], EVEN)
         w = _load(matrix + k, inside[:, None], EVEN)
-        sums = tl.dot(v, w, sums, input_precision="ieee")
+        group = (first_column + k) // COLUMNS_PER_SCALE
+        sums = _add_product(sums, v, w, scales + group, ROWS_PER_SCALE > 0)
         if GATED:
             up = _load(matrix + size + k, inside[:, None], EVEN)
-            ups = tl.dot(v, up, ups, input_precision="ieee")
-    if ON_INPUT:
-        scale = tl.load(weights + pair)[:, None]
-        sums *= scale
-        ups *= scale
-    if BIASED:
-        known = expert * (width * 2 if GATED else width) + tl.minimum(column, width - 1)
-        sums += tl.load(bias + known)[None, :].to(tl.float32)
-        if GATED:
-            ups += tl.load(bias + known + width)[None, :].to(tl.float32)
-    if GATED:
-        sums = _activate(sums, ups, LIMIT, SLOPE)
+            ups = _add_product(ups, v, up, up_scales + group, ROWS_PER_SCALE > 0)
+    sums = _finish(
+        sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
+        GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
+    )  # fmt: skip
     to = out + target.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
 
 
+class _Operand(NamedTuple):
+    """A weight as _grouped takes it; a plain one has rows_per_scale 0 and no scales."""
+
+    numbers: Tensor
+    scales: Tensor
+    scale_row: Tensor
+    grid: tuple[int, int]  # rows and columns of the scales of one expert
+    rows_per_scale: int
+    columns_per_scale: int
+    indexed: bool
+    first_column: int
+
+
+def _operand(matrix: Weight) -> _Operand:
+    if isinstance(matrix, Tensor):
+        return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1], False, 0)
+    index = matrix.scale_row
+    return _Operand(
+        matrix.numbers,
+        matrix.scales,
+        matrix.scales if index is None else index,
+        (matrix.scales.shape[1], matrix.scales.shape[2]),
+        matrix.rows_per_scale,
+        matrix.columns_per_scale,
+        index is not None,
+        matrix.first_column,
+    )
+
+
 def grouped_product(
     x: Tensor,
-    matrix: Tensor,
+    matrix: Weight,
     order: Tensor,
     groups: Tensor,
     top_k: int,
@@ -354,13 +428,19 @@ def grouped_product(
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
     columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
+    stored = _operand(matrix)
     turn = _fit(tiles.depth, depth)
+    if stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
+        ends = stored.columns_per_scale | stored.first_column
+        turn = min(turn, ends & -ends)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
     out = x.new_empty(pairs, width)
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
-        x, matrix, bias, on_input, order, groups, out, width, depth,
-        TOP_K=top_k, GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
+        x, stored.numbers, stored.scales, stored.scale_row, bias, on_input, order, groups, out,
+        width, depth, *stored.grid, stored.first_column, ROWS_PER_SCALE=stored.rows_per_scale,
+        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, TOP_K=top_k,
+        GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
         EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, DEPTH=turn,
         EVEN=depth % turn == 0, OVERLAPS=OVERLAP, num_warps=tiles.warps,
@@ -396,8 +476,8 @@ def sum_experts(
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     first: int,
     num_experts: int,
     total: Tensor | None = None,

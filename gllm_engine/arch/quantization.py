@@ -1,0 +1,81 @@
+"""Reads `quantization_config` of a config.json: the format that it promises for a model's matrices.
+
+Which matrices have the format is not read here: the checkpoint's tensors tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from gllm_engine.arch.fields import ArchError, Fields
+from gllm_engine.arch.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, Fp8
+from gllm_engine.files import shown
+
+_KEY = "quantization_config"
+
+
+def read_quantization(c: Fields) -> Fp8 | None:
+    """The format in `quantization_config`; None if the key is absent.
+
+    Raises ArchError for a method or format that is not supported.
+    """
+    q = c.child(_KEY)
+    if not q.keys():
+        return None
+    method = q.text("quant_method", "")
+    if method not in _METHODS:
+        raise ArchError(
+            f"{q.name}: quant_method is {shown(repr(method))}; supported are {', '.join(_METHODS)}"
+        )
+    return _METHODS[method](q)
+
+
+def _fp8(q: Fields) -> Fp8:
+    q.require(fmt="e4m3")
+    _one_of(q, "activation_scheme", q.text("activation_scheme", "dynamic"), ("dynamic", "static"))
+    if (block := q.sizes("weight_block_size", 2)) is None:
+        return FP8_TENSOR
+    return replace(FP8_BLOCK, rows=block[0], columns=block[1])
+
+
+def _compressed_tensors(q: Fields) -> Fp8:
+    """One group of layers with FP8 weights; a scheme of activations only says when they round."""
+    _one_of(q, "format", q.text("format", "float-quantized"), ("float-quantized",))
+    groups = q.child("config_groups")
+    names = groups.keys()
+    if len(names) != 1:
+        raise ArchError(f"{q.name}: config_groups has {len(names)} groups; 1 is supported")
+    weights = groups.child(names[0]).child("weights")
+    weights.require(num_bits=8, type="float", symmetric=True, dynamic=False)
+    strategy = weights.text("strategy", "tensor")
+    _one_of(weights, "strategy", strategy, ("tensor", "channel", "block"))
+    if strategy == "block":
+        rows, columns = weights.sizes("block_structure", 2) or (128, 128)
+        return Fp8(rows, columns)
+    return FP8_ROW if strategy == "channel" else FP8_TENSOR
+
+
+def _modelopt(q: Fields) -> Fp8:
+    formats = {
+        "FP8": FP8_TENSOR,
+        "FP8_PER_CHANNEL_PER_TOKEN": FP8_ROW,
+        "FP8_PB_WO": Fp8(128, 128),
+    }
+    algorithm = q.text("quant_algo", "")
+    _one_of(q, "quant_algo", algorithm, tuple(formats))
+    return formats[algorithm]
+
+
+_METHODS: dict[str, Callable[[Fields], Fp8]] = {
+    "fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+}
+
+
+def _one_of(c: Fields, key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArchError(
+            f"{c.name}: {key} is {shown(repr(value))}; supported are {', '.join(allowed)}"
+        )

@@ -1,0 +1,179 @@
+"""The memory of a weight that may be several stored weights, stacked along their rows.
+
+One class for each format: it makes the value that operations take, and the views that a checkpoint
+is loaded into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gllm_engine.arch.fields import ArchError
+from gllm_engine.arch.formats import Formats, Fp8, Shapes
+from gllm_engine.ops import Fp8Weight, Weight
+
+
+class Staged(NamedTuple):
+    """Memory for weights in the form in which they are stored, if a layer holds another form.
+
+    `views`: as of StackedWeight.views. `convert`: to be called when the views hold their numbers.
+    """
+
+    views: dict[str, Tensor]
+    convert: Callable[[], None]
+
+
+Staging = Callable[[torch.device], Staged]
+
+
+def renamed(staging: Staging, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Staging:
+    """`staging` with other names of its views."""
+
+    def stage(device: torch.device) -> Staged:
+        views, convert = staging(device)
+        return Staged(rename(views), convert)
+
+    return stage
+
+
+class StackedWeight(Protocol):
+    """A weight [rows, width], or one for each of several experts, [experts, rows, width]."""
+
+    @property
+    def value(self) -> Weight:
+        """What operations take; its tensors stay the same while they are loaded."""
+        ...
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        """Name -> view to load each stored tensor into; of one expert, if there are several.
+
+        A view may have one more leading dimension than the stored tensor, for copies of it.
+        """
+        ...
+
+    def stagings(self, expert: int | None = None) -> list[Staging]:
+        """The weights that have no views, because they are stored in another form."""
+        ...
+
+
+def stack_weights(
+    names: Sequence[str],
+    shapes: Shapes,
+    formats: Formats,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_experts: int | None = None,
+) -> StackedWeight:
+    """Uninitialised memory for the weights `names`, whose shapes are in `shapes`.
+
+    `dtype`: of plain weights. Raises ArchError if the weights differ in format.
+    """
+    by_name = dict(formats)
+    told = [str(by_name.get(name, "plain")) for name in names]
+    for name, kind in zip(names, told, strict=True):
+        if kind != told[0]:
+            raise ArchError(
+                f"{names[0]} is {told[0]}, but {name} is {kind}; "
+                "they are one product, which needs one format"
+            )
+    sizes = {name: shapes[name] for name in names}
+    lead = () if num_experts is None else (num_experts,)
+    kinds = {name: by_name[name] for name in names if name in by_name}
+    if kinds:
+        return _Fp8(sizes, lead, kinds, device)
+    return _Plain(sizes, lead, dtype, device)
+
+
+class _Plain:
+    def __init__(
+        self, sizes: Shapes, lead: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
+        shape = (*lead, *_stacked(sizes))
+        self.value: Tensor = torch.empty(shape, dtype=dtype, device=device)
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        whole = self.value if expert is None else self.value[expert]
+        return {name: whole[rows] for name, rows in self._rows.items()}
+
+    def stagings(self, expert: int | None = None) -> list[Staging]:
+        del expert
+        return []
+
+
+class _Fp8:
+    """All weights have the same format; where they end inside blocks may differ."""
+
+    def __init__(
+        self,
+        sizes: Shapes,
+        lead: tuple[int, ...],
+        kinds: dict[str, Fp8],
+        device: torch.device,
+    ) -> None:
+        self._suffixes = {name: kind.suffix for name, kind in kinds.items()}
+        rows, depth = _stacked(sizes)
+        kind = next(iter(kinds.values()))
+        # One scale for a whole weight is copied to all its rows.
+        self._copies = not kind.rows
+        grids = {name: kinds[name].grid(shape) for name, shape in sizes.items()}
+        heights = {name: shape[0] for name, shape in sizes.items()}
+        scale_heights = heights if self._copies else {name: grid[0] for name, grid in grids.items()}
+        self._rows = _ranges(heights)
+        self._scale_rows = _ranges(scale_heights)
+        scales = (*lead, sum(scale_heights.values()), grids[next(iter(sizes))][1])
+        self.value = Fp8Weight(
+            torch.empty((*lead, rows, depth), dtype=torch.float8_e4m3fn, device=device),
+            torch.empty(scales, dtype=torch.float32, device=device),
+            rows_per_scale=kind.rows or 1,
+            columns_per_scale=kind.columns or depth,
+            scale_row=_rows_of_scales(sizes, kinds, device) if kind.rows > 1 else None,
+            first_column=kind.column_cut.first if kind.column_cut else 0,
+        )
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        whole = self.value if expert is None else self.value[expert]
+        views = {}
+        for name, rows in self._rows.items():
+            scales = whole.scales[self._scale_rows[name]]
+            views[name] = whole.numbers[rows]
+            views[name + self._suffixes[name]] = scales[:, None] if self._copies else scales
+        return views
+
+    def stagings(self, expert: int | None = None) -> list[Staging]:
+        del expert
+        return []
+
+
+def _rows_of_scales(sizes: Shapes, kinds: dict[str, Fp8], device: torch.device) -> Tensor | None:
+    """The row in the stacked scales of each row of the stacked weights, in blocks.
+
+    None: each block of rows has the next row of scales.
+    """
+    first = 0
+    parts = []
+    for name, shape in sizes.items():
+        kind = kinds[name]
+        before = kind.row_cut.first if kind.row_cut else 0
+        parts.append((torch.arange(shape[0]) + before) // kind.rows + first)
+        first += kind.grid(shape)[0]
+    rows = torch.cat(parts)
+    if torch.equal(rows, torch.arange(len(rows)) // kind.rows):
+        return None
+    return rows.to(device)
+
+
+def _stacked(sizes: Shapes) -> tuple[int, int]:
+    """The shape of all matrices, stacked along their rows."""
+    (depth,) = {shape[1] for shape in sizes.values()}
+    return sum(shape[0] for shape in sizes.values()), depth
+
+
+def _ranges(sizes: dict[str, int]) -> dict[str, slice]:
+    edges = pairwise(accumulate(sizes.values(), initial=0))
+    return {name: slice(*edge) for name, edge in zip(sizes, edges, strict=True)}

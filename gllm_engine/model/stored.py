@@ -1,0 +1,229 @@
+"""The tensors of a checkpoint's files: checks each one and finds the formats of the weights.
+
+A weight's format is what the files hold: float8 numbers with a tensor of scales beside them. The
+config's quantization_config is only compared with it. This module reads no data.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from gllm_engine.arch.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, Fp8
+from gllm_engine.arch.model import Model
+from gllm_engine.arch.names import (
+    checkpoint_name,
+    checkpoint_shapes,
+    checkpoint_tensors,
+    is_left_over,
+)
+from gllm_engine.files import shown
+from gllm_engine.model.read import LoadError, TensorSlice
+
+_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn}
+_PLAIN = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_SCALES = _PLAIN | {"F8_E8M0": torch.float8_e8m0fnu}
+# After "NAME.weight": scales of its numbers. After "NAME.": one scale for the inputs of products.
+_SCALE_SUFFIXES = ("_scale_inv", "_scale")
+_INPUT_SCALES = ("input_scale", "activation_scale")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's entry in the header of a file; `offset`: byte offset of its data in the file."""
+
+    path: Path
+    descriptor: int
+    offset: int
+    num_bytes: int
+    dtype: str
+    shape: list[int]
+
+
+class StoredTensors:
+    """Collects the tensors of all files; then checks them against the model.
+
+    `shared`: names of tensors that all their weights share, one scale of several weights. `tied`:
+    the name of a stored output projection of a model whose output projection is the embedding.
+    """
+
+    def __init__(self, arch: Model) -> None:
+        """`arch`: without formats."""
+        self._arch = arch
+        self._shapes = checkpoint_shapes(arch)
+        self._weights = checkpoint_tensors(arch)
+        self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
+        self._stored: dict[str, StoredTensor] = {}
+        self._quantized: set[str] = set()
+        self.shared: set[str] = set()
+
+    @property
+    def tied(self) -> str | None:
+        return self._tied if self._tied in self._stored else None
+
+    def add(self, name: str, stored: StoredTensor) -> None:
+        """Record one tensor. Raises LoadError if the model has no place for it."""
+        if is_left_over(self._arch, name):
+            return
+        if name in self._stored:
+            raise LoadError(f"{stored.path}: tensor {name} is in the checkpoint twice")
+        weights = (_weight_of(name), name)
+        if name != self._tied and not any(weight in self._weights for weight in weights):
+            raise _left_over(stored, name)
+        self._stored[name] = stored
+
+    def with_formats(self, path: Path) -> Model:
+        """The model with the formats of the stored weights. `path`: the checkpoint's directory.
+
+        Raises LoadError for scales of an unknown shape, and if the config promises another format.
+        """
+        promised = self._arch.quantization
+        matrices = self._arch.matrices()
+        formats: dict[str, Fp8] = {}
+        for name, parts in self._weights.items():
+            stored = self._stored.get(name)
+            if stored is None or stored.dtype not in _FLOAT8 or not matrices.keys() >= {*parts}:
+                continue
+            kind = self._format(name, stored)
+            if promised is not None and kind != replace(promised, suffix=kind.suffix):
+                raise LoadError(
+                    f"{stored.path}: tensor {name} is {kind}, but the config's "
+                    f"quantization_config says {promised}"
+                )
+            formats |= dict.fromkeys(parts, kind)
+        if promised is not None and not formats:
+            raise LoadError(
+                f"{path}: the config's quantization_config says {promised}, but no weight is "
+                "stored as F8_E4M3"
+            )
+        return self._arch.with_formats(formats) if formats else self._arch
+
+    def check(self, arch: Model, path: Path) -> dict[str, TensorSlice]:
+        """The place of each tensor of `arch`, the model with formats, by checkpoint tensor name.
+
+        Raises LoadError for a tensor that is missing or left over, or has a wrong shape, size or
+        dtype.
+        """
+        wanted = checkpoint_shapes(arch)
+        if self._tied is not None:  # may be stored, if equal to the embedding
+            wanted[self._tied] = arch.weights()["model.embed_tokens.weight"]
+        # All experts of a layer have one format, so this is not what each tensor's dtype says.
+        self._quantized = {name for name in wanted if _scales_of(name) & wanted.keys()}
+        found = {}
+        for name, stored in self._stored.items():
+            if name in wanted:
+                found[name] = self._slice(name, stored, wanted[name])
+            elif not self._is_input_scale(name) or prod(stored.shape) != 1:
+                raise _left_over(stored, name)
+        missing = [name for name in wanted if name not in found and name != self._tied]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise LoadError(f"{path}: tensor {missing[0]} is missing{more}")
+        if len(found) < len(self._stored):
+            _log.info(
+                "%s: scales of inputs are not used: every token gets a scale of its own", path
+            )
+        return found
+
+    def _format(self, name: str, stored: StoredTensor) -> Fp8:
+        """The format of a float8 matrix, by the shape of its scales."""
+        names = list(_scales_of(name) & self._stored.keys())
+        if len(names) != 1:
+            problem = "both" if names else "neither"
+            either = " and ".join(name + suffix for suffix in _SCALE_SUFFIXES)
+            raise LoadError(
+                f"{stored.path}: tensor {name} has dtype {stored.dtype} and {problem} of {either}; "
+                "one is needed"
+            )
+        scale = self._stored[names[0]]
+        suffix = names[0].removeprefix(name)
+        rows, columns = self._shapes[name]
+        promised = self._arch.quantization
+        has_blocks = promised is not None and promised.columns
+        block = promised if promised is not None and has_blocks else FP8_BLOCK
+        grid = list(block.grid((rows, columns)))
+        parts = self._weights[name]
+        # One block is one scale.
+        if prod(scale.shape) == 1 and not (has_blocks and scale.shape == grid):
+            if len(parts) > 1:
+                self.shared.add(names[0])
+            return replace(FP8_TENSOR, suffix=suffix)
+        if scale.shape == grid:
+            shapes = self._arch.weights()
+            if any(shapes[part][0] % block.rows for part in parts[:-1]):
+                raise LoadError(
+                    f"{stored.path}: tensor {name} is {block}, of which one lies over two of the "
+                    f"weights that it holds ({', '.join(parts)})"
+                )
+            return replace(block, suffix=suffix)
+        if scale.shape in ([rows], [rows, 1]):
+            return replace(FP8_ROW, suffix=suffix)
+        raise LoadError(
+            f"{scale.path}: tensor {names[0]} has shape {shown(repr(scale.shape))}; supported for "
+            f"{name} {[rows, columns]} are [], one scale, [{rows}, 1], one per row, and {grid}, "
+            f"one per block of {block.rows} x {block.columns}"
+        )
+
+    def _slice(self, name: str, stored: StoredTensor, shape: tuple[int, ...]) -> TensorSlice:
+        """The tensor's place. Raises LoadError for a wrong shape, size or dtype."""
+        dtypes = _FLOAT8 if name in self._quantized else _PLAIN
+        shapes = [list(shape)]
+        if name not in self._weights and name != self._tied:
+            dtypes = _SCALES
+            shapes += [[*shape[:1]]] if shape[1] == 1 else []
+            shapes += [[], [1], [1, 1]] if shape == (1, 1) or name in self.shared else []
+        if stored.shape not in shapes:
+            raise LoadError(
+                f"{stored.path}: tensor {name} has shape {shown(repr(stored.shape))}, "
+                f"the config asks for {shapes[0]}"
+            )
+        if stored.dtype not in dtypes:
+            raise LoadError(
+                f"{stored.path}: tensor {name} has dtype {shown(stored.dtype)}; "
+                f"supported: {', '.join(dtypes)}"
+            )
+        dtype = dtypes[stored.dtype]
+        num_bytes = prod(stored.shape) * dtype.itemsize
+        if stored.num_bytes != num_bytes:
+            problem = f"tensor {name} has {stored.num_bytes} bytes, its shape {num_bytes}"
+            raise incomplete(stored.path, problem)
+        return TensorSlice(stored.path, stored.descriptor, stored.offset, dtype)
+
+    def _is_input_scale(self, name: str) -> bool:
+        return name.endswith(_INPUT_SCALES) and _weight_of(name) in self._quantized
+
+
+def incomplete(file: Path, problem: str) -> LoadError:
+    return LoadError(f"{file}: not a complete safetensors file ({problem})")
+
+
+def _left_over(stored: StoredTensor, name: str) -> LoadError:
+    return LoadError(
+        f"{stored.path}: tensor {shown(name)} is left over; the model has no place for it"
+    )
+
+
+def _weight_of(name: str) -> str:
+    """The name of the weight that a tensor of this name would hold scales of."""
+    for suffix in _SCALE_SUFFIXES:
+        if name.endswith(".weight" + suffix):
+            return name.removesuffix(suffix)
+    for suffix in _INPUT_SCALES:
+        if name.endswith("." + suffix):
+            return name.removesuffix(suffix) + "weight"
+    return name
+
+
+def _scales_of(weight: str) -> set[str]:
+    return {weight + suffix for suffix in _SCALE_SUFFIXES}

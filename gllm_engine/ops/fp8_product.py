@@ -1,0 +1,72 @@
+"""Products with FP8 weights on an NVIDIA GPU, by torch's scaled products.
+
+The input is rounded to float8 too, after its RMS norm: each token by one scale for weights with
+scales per row, each 128 numbers of a token by one scale for weights with blocks of 128 x 128. What
+torch has no product for is multiplied in the dtype of x by the weight's exact numbers, which are
+made anew for each product: right, but slow.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gllm_engine.ops import triton
+from gllm_engine.ops.protocol import Norm
+from gllm_engine.ops.weight import Fp8Weight
+
+_BLOCK = 128
+# Sizes of a weight, and float32 scales in a row of them, that the library's products take.
+_SIZE_MULTIPLE = 16
+_SCALE_MULTIPLE = 4
+
+
+def linear(
+    x: Tensor,
+    weight: Fp8Weight,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See Ops.linear."""
+    if not has_product(x, weight):
+        x = x if norm is None else triton.rms_norm(x, *norm)
+        y = F.linear(x, triton.dequantize(weight, x.dtype), bias)
+    else:
+        y = _multiply(x, weight, norm)
+        if bias is not None:
+            y += bias
+    return y if out is None else out.copy_(y)
+
+
+def has_product(x: Tensor, weight: Fp8Weight) -> bool:
+    """Whether torch multiplies x [rows, depth] by weights of this format and shape."""
+    aligned = not any(size % _SIZE_MULTIPLE for size in weight.shape)
+    if x.dtype != torch.bfloat16 or not len(x) or not aligned:
+        return False
+    if weight.columns_per_scale == x.shape[1] and weight.rows_per_scale == 1:
+        return True
+    blocks = (weight.rows_per_scale, weight.columns_per_scale) == (_BLOCK, _BLOCK)
+    whole = not any(size % _BLOCK for size in weight.shape)
+    whole = whole and weight.scale_row is None and not weight.first_column
+    return blocks and whole and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def _multiply(x: Tensor, weight: Fp8Weight, norm: Norm | None) -> Tensor:
+    scales = weight.scales
+    if weight.rows_per_scale == 1:
+        numbers, x_scales = triton.quantize(x, norm=norm)
+    else:
+        numbers, x_scales = triton.quantize(x, _BLOCK, norm)
+        columns = scales.shape[1]
+        scales = F.pad(scales, (0, -columns % _SCALE_MULTIPLE))[:, :columns]
+    y = torch._scaled_mm(
+        numbers,
+        weight.numbers.T,
+        scale_a=x_scales,
+        scale_b=scales.T,
+        out_dtype=x.dtype,
+        use_fast_accum=weight.rows_per_scale == 1,
+    )
+    return y[: len(x)]

@@ -1,0 +1,103 @@
+"""Kernels for float8_e4m3fn: the input of a product with an RMS norm, and weights back to numbers.
+
+Sums are float32; intermediate results are rounded where torch rounds. Knows shapes and arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
+from gllm_engine.ops.weight import Fp8Weight
+
+# The least scale: of a row of zeros, which stays zero.
+_LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
+# Rows of an input are filled up to a multiple of this, which the library's products need.
+_ROW_MULTIPLE = 16
+_COLUMNS = 1024
+
+
+@triton.jit
+def _quantize(
+    x, gain, numbers, scales, rows, dim, eps,
+    NORM: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One row; GROUP numbers share a scale. `scales`: [groups, rows of the grid]."""
+    row = tl.program_id(0).to(tl.int64)
+    at = (tl.arange(0, GROUPS) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    inside = at < dim
+    if NORM:
+        g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+    begin(OVERLAPS)
+    kind: tl.constexpr = x.dtype.element_ty
+    v = tl.load(x + row * dim + at, mask=inside & (row < rows), other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(tl.sum(v * v, 1), 0) / dim + eps)
+        v = ((v * scale).to(kind).to(tl.float32) * g).to(kind).to(tl.float32)
+    s = tl.maximum(tl.max(tl.abs(v), 1) / 448.0, _LEAST_SCALE)
+    # Division may round a little above 448, which float8 has no number for.
+    v = tl.clamp(v / s[:, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(numbers + row * dim + at, v.to(numbers.dtype.element_ty), mask=inside)
+    group = tl.arange(0, GROUPS)
+    tl.store(scales + group * tl.num_programs(0) + row, s, mask=group * GROUP < dim)
+
+
+def quantize(
+    x: Tensor, columns: int | None = None, norm: tuple[Tensor, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [rows, dim], or its RMS norm, in float8: (numbers [padded, dim], scales [padded, groups]).
+
+    `columns`: a power of two, so many numbers of a row share a scale; None: all of them. `padded`:
+    `rows`, rounded up to a multiple of 16; the further rows are zeros. The scales of a group lie
+    side by side in memory.
+    """
+    rows, dim = x.shape
+    padded = triton.cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE
+    group = triton.next_power_of_2(dim) if columns is None else columns
+    groups = triton.cdiv(dim, group)
+    warps = group * triton.next_power_of_2(groups) // 512
+    numbers = torch.empty(padded, dim, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
+    gain, eps = (x, 0.0) if norm is None else norm
+    if rows:
+        _quantize[(padded,)](
+            x, gain, numbers, scales, rows, dim, eps,
+            NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), GROUP=group,
+            OVERLAPS=OVERLAP, num_warps=min(max(warps, 1), 16), **overlapping(),
+        )  # fmt: skip
+    return numbers, scales.T
+
+
+@triton.jit
+def _dequantize(
+    numbers, scales, scale_row, out, depth, columns, first_column,
+    ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """`columns`: of the scales."""
+    begin_alone(OVERLAPS)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < depth
+    line = tl.load(scale_row + row) if INDEXED else row // ROWS_PER_SCALE
+    column = (first_column + at) // COLUMNS_PER_SCALE
+    s = tl.load(scales + line * columns + column, mask=inside, other=0.0)
+    number = tl.load(numbers + row * depth + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * depth + at, (number * s).to(out.dtype.element_ty), mask=inside)
+
+
+def dequantize(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix [width, depth] that a weight stands for, in `dtype`."""
+    width, depth = weight.shape
+    out = torch.empty(width, depth, dtype=dtype, device=weight.numbers.device)
+    index = weight.scale_row
+    _dequantize[(width, triton.cdiv(depth, _COLUMNS))](
+        weight.numbers, weight.scales, weight.scales if index is None else index, out, depth,
+        weight.scales.shape[1], weight.first_column, ROWS_PER_SCALE=weight.rows_per_scale,
+        COLUMNS_PER_SCALE=weight.columns_per_scale, INDEXED=index is not None, BLOCK=_COLUMNS,
+        OVERLAPS=OVERLAP, **overlapping(),
+    )  # fmt: skip
+    return out

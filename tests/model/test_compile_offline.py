@@ -1,0 +1,61 @@
+"""Triton's compiler takes every kernel of a model's steps, though no GPU is here to run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_gpu_families import head_dim
+
+from gllm_engine.arch.tiny import tiny_config
+
+# With every kind of attention, of expert, of norm and of activation.
+FAMILIES = (
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Olmo3ForCausalLM",
+    "GPTBigCodeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "DeepseekV32ForCausalLM",
+)
+# And so every kernel that a single GPU runs, whatever the model.
+KERNELS = {
+    *(
+        "_activate",
+        "_attend_latent",
+        "_choose",
+        "_choose_tokens",
+        "_count",
+        "_decode_attention",
+        "_gemv",
+    ),
+    *("_grouped", "_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_rms_norm"),
+    *("_rotate_and_store", "_route", "_score_tokens", "_skinny", "_split", "_store_index_key"),
+    *("_store_latent", "_sum"),
+}
+
+
+@pytest.mark.timeout(1200)
+def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    for family in FAMILIES:
+        (tmp_path / family).mkdir()
+        config = tiny_config(family, **head_dim(family))
+        (tmp_path / family / "config.json").write_text(json.dumps(config))
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, here / "compile_offline.py", *(tmp_path / f for f in FAMILIES)],
+        env=os.environ
+        | {
+            "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+            "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {line.split()[0] for line in done.stdout.splitlines()} == KERNELS

@@ -1,0 +1,421 @@
+"""Quantised checkpoints: logits are those of transformers for the exact numbers that are stored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CPU, all_logits, load, reference_logits, some_tokens
+from torch import Tensor
+
+from gllm_engine.arch import ArchError, Shard, read_arch
+from gllm_engine.arch.formats import format_name
+from gllm_engine.layers import MlaAttention
+from gllm_engine.model import Decoder, LoadError, fill_randomly, filling, open_checkpoint
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.parallel import TensorParallel
+
+TOLERANCE = 2e-5
+FP8 = torch.float8_e4m3fn
+Tensors = dict[str, Tensor]
+
+
+def block(rows: int, columns: int) -> dict[str, Any]:
+    return {"quant_method": "fp8", "weight_block_size": [rows, columns], "fmt": "e4m3"}
+
+
+def compressed(strategy: str, **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": False} | more
+    group = {"targets": ["Linear"], "weights": weights | {"symmetric": True}}
+    config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    return config | {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+TENSOR = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+CONFIGS = {
+    "block": block(16, 16),
+    "ragged block": block(24, 40),  # divides no size, so heads and gates begin inside blocks
+    "whole blocks": block(128, 128),
+    "tensor": TENSOR,
+    "channel": compressed("channel"),
+    "compressed tensor": compressed("tensor"),
+    "compressed block": compressed("block", block_structure=[16, 32]),
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+    "modelopt block": {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+}
+FAMILIES = [
+    "LlamaForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Glm4ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "Starcoder2ForCausalLM",
+]
+
+
+def write(path: Path, family: str, config: dict[str, Any], **over: Any) -> Path:
+    return write_tiny_model(path, family, seed=3, quantization_config=config, **over)
+
+
+def by_hand(numbers: Tensor, scales: Tensor, size: tuple[int, int]) -> Tensor:
+    """Each number times the scale of its block."""
+    out = numbers.float()
+    rows = size[0] or out.shape[0]
+    columns = size[1] or out.shape[1]
+    scales = scales.float().reshape(-(-out.shape[0] // rows), -(-out.shape[1] // columns))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            out[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] *= scales[i, j]
+    return out
+
+
+def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
+    """A copy of the checkpoint in which every weight is plain."""
+    path.mkdir()
+    for file in model.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    tensors: Tensors = {}
+    stored = load_file(model / "model.safetensors")
+    for name, tensor in stored.items():
+        if tensor.dtype == FP8:
+            (scales,) = (stored[n] for n in stored if n.startswith(name + "_scale"))
+            tensors[name] = by_hand(tensor, scales, size)
+        elif "_scale" not in name:
+            tensors[name] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def size_of(model: Path) -> tuple[int, int]:
+    kind = read_arch(model).quantization
+    assert kind is not None
+    return kind.rows, kind.columns
+
+
+def rewrite(model: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = {name: t.clone() for name, t in load_file(model / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, model / "model.safetensors")
+
+
+def refusal(model: Path) -> str:
+    with pytest.raises(LoadError) as caught:
+        load(model)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def check(model: Path, size: tuple[int, int]) -> None:
+    tokens = some_tokens(40)
+    ours = all_logits(load(model), tokens)
+    theirs = reference_logits(unquantized(model, model.with_name("plain"), size), tokens)
+    assert theirs.std() > 1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_format(tmp_path: Path, name: str) -> None:
+    model = write(tmp_path / "model", "Qwen3ForCausalLM", CONFIGS[name], num_key_value_heads=1)
+    stored = load_file(model / "model.safetensors")
+    assert sum(tensor.dtype == FP8 for tensor in stored.values()) == 14
+    check(model, size_of(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["block", "tensor", "channel"])
+def test_every_kind_of_layer(tmp_path: Path, family: str, name: str) -> None:
+    model = write(tmp_path / "model", family, CONFIGS[name])
+    check(model, size_of(model))
+
+
+def test_experts_whose_gates_end_inside_blocks(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", "Qwen3MoeForCausalLM", block(24, 24))
+    check(model, (24, 24))
+
+
+@pytest.mark.parametrize("name", ["block", "tensor", "channel"])
+def test_every_scale_matters(tmp_path: Path, name: str) -> None:
+    """Scales differ and each has an effect: none is loaded and then forgotten, or taken twice."""
+    over = {"num_hidden_layers": 1, "decoder_sparse_step": 1}
+    model = write(tmp_path, "Qwen2MoeForCausalLM", CONFIGS[name], **over)
+    decoder, tokens = load(model), some_tokens(60)
+    right = all_logits(decoder, tokens)
+    scales = {name: view for name, view in decoder.weights().items() if "weight_scale" in name}
+    assert len(scales) == 4 + 3 * 9
+    for name, view in scales.items():
+        view *= 1.5
+        assert (all_logits(decoder, tokens) - right).abs().max() > 1e-4, name
+        view /= 1.5
+
+
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    """As float32, and as float8_e8m0fnu, which has an exponent and nothing else."""
+    model = write(tmp_path / "model", "Qwen3ForCausalLM", block(16, 16) | {"scale_fmt": "ue8m0"})
+
+    def rounded(tensors: Tensors) -> None:
+        for name in tensors:
+            if name.endswith("_scale_inv"):
+                tensors[name] = tensors[name].log2().ceil().exp2()
+
+    rewrite(model, rounded)
+    check(model, (16, 16))
+    logits = all_logits(load(model), some_tokens(20))
+
+    def narrow(tensors: Tensors) -> None:
+        for name in tensors:
+            if name.endswith("_scale_inv"):
+                tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
+
+    rewrite(model, narrow)
+    assert torch.equal(all_logits(load(model), some_tokens(20)), logits)
+
+
+def test_scales_in_other_shapes_and_dtypes(tmp_path: Path) -> None:
+    """One scale as [] or [1], in bfloat16 too; one per row as [rows]."""
+    model = write(tmp_path, "Qwen3ForCausalLM", TENSOR)
+    rewrite(model, lambda t: t.update({n: t[n].bfloat16() for n in t if n.endswith("_scale")}))
+    logits = all_logits(load(model), some_tokens(20))
+    for shape in ([], [1]):
+        rewrite(model, lambda t, shape=shape: t.update(reshaped(t, shape)))
+        assert torch.equal(all_logits(load(model), some_tokens(20)), logits)
+
+
+def reshaped(tensors: Tensors, shape: list[int]) -> Tensors:
+    return {n: t.reshape(shape) for n, t in tensors.items() if n.endswith("_scale")}
+
+
+@pytest.mark.parametrize("name", ["input_scale", "activation_scale"])
+def test_scales_of_inputs_are_known_beside_float8_alone(tmp_path: Path, name: str) -> None:
+    model = write(tmp_path / "fp8", "Qwen3ForCausalLM", TENSOR)
+    logits = all_logits(load(model), some_tokens(20))
+    of_input = {f"model.layers.0.mlp.down_proj.{name}": torch.tensor(0.1)}
+    rewrite(model, lambda t: t.update(of_input))
+    assert torch.equal(all_logits(load(model), some_tokens(20)), logits)
+    plain = write_tiny_model(tmp_path / "plain", "Qwen3ForCausalLM")
+    rewrite(plain, lambda t: t.update(of_input))
+    assert f"down_proj.{name} is left over" in refusal(plain)
+
+
+def test_the_file_decides_for_each_weight(tmp_path: Path) -> None:
+    """A projection that was left plain is plain, whatever lists of exclusions say."""
+    model = write(tmp_path / "model", "Qwen3ForCausalLM", block(16, 16))
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def plain(tensors: Tensors) -> None:
+        scales = tensors.pop(name + "_scale_inv")
+        tensors[name] = by_hand(tensors[name], scales, (16, 16))
+
+    rewrite(model, plain)
+    check(model, (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("Qwen3ForCausalLM", "self_attn.k_proj"),
+        ("Qwen3ForCausalLM", "mlp.up_proj"),
+        ("DeepseekV3ForCausalLM", "self_attn.kv_a_proj_with_mqa"),
+        ("DeepseekV3ForCausalLM", "self_attn.kv_b_proj"),
+    ],
+)
+def test_projections_of_one_product_in_two_formats(tmp_path: Path, family: str, name: str) -> None:
+    model = write(tmp_path / "model", family, block(16, 16))
+    name = f"model.layers.0.{name}.weight"
+
+    def plain(tensors: Tensors) -> None:
+        tensors[name] = by_hand(tensors[name], tensors.pop(name + "_scale_inv"), (16, 16))
+
+    rewrite(model, plain)
+    check(model, (16, 16))
+
+
+def test_float8_without_a_promise_in_the_config(tmp_path: Path) -> None:
+    model = write(tmp_path, "Qwen3ForCausalLM", block(128, 128))
+    logits = all_logits(load(model), some_tokens(20))
+    config = json.loads((model / "config.json").read_text())
+    del config["quantization_config"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert torch.equal(all_logits(load(model), some_tokens(20)), logits)
+
+
+SHARDED = [
+    ("LlamaForCausalLM", block(16, 16), 2, False),
+    ("LlamaForCausalLM", block(8, 8), 4, False),  # two ranks share a key/value head
+    ("LlamaForCausalLM", TENSOR, 4, False),
+    ("Qwen2MoeForCausalLM", compressed("channel"), 2, False),
+    ("Qwen3MoeForCausalLM", block(16, 16), 2, False),
+    ("Qwen3MoeForCausalLM", block(32, 32), 2, True),
+    ("DeepseekV3ForCausalLM", block(16, 16), 2, False),
+    ("DeepseekV3ForCausalLM", block(24, 40), 2, True),
+    ("Qwen3MoeForCausalLM", block(32, 32), 2, False),  # and these cut blocks
+    ("LlamaForCausalLM", block(24, 40), 4, False),
+    ("ChatGLMModel", block(32, 32), 4, False),
+    ("ChatGLMModel", block(16, 16), 2, False),
+    ("ChatGLMModel", TENSOR, 2, False),  # q, k and v are one tensor with one scale
+]
+
+
+@pytest.mark.parametrize(("family", "config", "size", "apart"), SHARDED)
+def test_ranks_hold_parts_of_the_whole(
+    tmp_path: Path, family: str, config: dict[str, Any], size: int, apart: bool
+) -> None:
+    """Each rank's weights, multiplied by its scales, are where they belong in the whole weights."""
+    model = write(tmp_path, family, config)
+    whole = exact(load(model))
+    arch = read_arch(model)
+    for rank in range(size):
+        for stage in ((0, 1), (1, 2)):
+            shard = Shard(*stage, rank, size, apart)
+            ranks = TensorParallel(rank, size, CPU, None, True)
+            options = {"dtype": torch.float32, "device": CPU, "max_model_len": 64}
+            with open_checkpoint(arch, model) as checkpoint:
+                assert checkpoint.arch.num_params() == arch.num_params()
+                decoder = Decoder(checkpoint.arch, shard=shard, ranks=ranks, **options)
+                with filling(decoder, checkpoint):
+                    pass
+            found = exact(decoder)
+            assert found
+            for name, part in found.items():
+                starts = map(shard.start, whole[name].shape, part.shape)
+                place = tuple(slice(s, s + n) for s, n in zip(starts, part.shape, strict=True))
+                assert torch.equal(part, whole[name][place]), name
+
+
+def exact(decoder: Decoder) -> Tensors:
+    """Matrices of layers, by the tensors that were loaded."""
+    views = decoder.weights()
+    matrices = {}
+    for name, view in views.items():
+        if view.dtype == FP8:
+            _, _, number, weight = name.split(".", 3)
+            layer = decoder.layers[int(number) - decoder.shard.first]
+            kind = dict((*layer.mixer.formats, *layer.ffn.formats))[format_name(weight)]
+            scales = views[name + kind.suffix].flatten(0, -2)
+            row_cut, column_cut = kind.row_cut, kind.column_cut
+            rows = torch.arange(view.shape[0]) + (row_cut.first if row_cut else 0)
+            columns = torch.arange(view.shape[1]) + (column_cut.first if column_cut else 0)
+            # One scale is there for every row.
+            of_rows = scales[rows // (kind.rows or 1)]
+            matrices[name] = view.float() * of_rows[:, columns // (kind.columns or len(columns))]
+    for i, made in enumerate(decoder._blocks, decoder.shard.first):
+        if isinstance(made.mixer, MlaAttention):
+            name = f"model.layers.{i}.self_attn.kv_b_proj.weight"
+            matrices[name] = made.mixer._kv_up.flatten(0, 1)
+    return matrices
+
+
+@pytest.mark.parametrize("name", ["block", "tensor", "channel"])
+def test_made_up_weights_have_the_promised_format(tmp_path: Path, name: str) -> None:
+    model = write(tmp_path, "Qwen3MoeForCausalLM", CONFIGS[name])
+    arch = read_arch(model).quantized()
+    decoder = Decoder(arch, dtype=torch.float32, device=CPU, max_model_len=64)
+    fill_randomly(decoder)
+    assert decoder.weights().keys() == load(model).weights().keys()
+    for weight in exact(decoder).values():
+        assert math.isclose(weight.std(), 0.02, rel_tol=0.5)
+    logits = all_logits(decoder, some_tokens(20))
+    assert logits.isfinite().all() and logits.std() > 0.05
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+SCALE = DOWN + "_scale_inv"
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Path:
+    return write(tmp_path / "model", "LlamaForCausalLM", block(16, 16))
+
+
+def test_a_missing_scale(blocks: Path) -> None:
+    rewrite(blocks, lambda t: t.pop(SCALE))
+    assert refusal(blocks) == (
+        f"{blocks / 'model.safetensors'}: tensor {DOWN} has dtype F8_E4M3 and neither of "
+        f"{SCALE} and {DOWN}_scale; one is needed"
+    )
+
+
+def test_two_scales(blocks: Path) -> None:
+    rewrite(blocks, lambda t: t.update({DOWN + "_scale": torch.ones(1)}))
+    assert f"and both of {SCALE} and {DOWN}_scale; one is needed" in refusal(blocks)
+
+
+def test_scales_of_an_unknown_shape(blocks: Path) -> None:
+    rewrite(blocks, lambda t: t.update({SCALE: torch.ones(4, 5)}))
+    assert refusal(blocks) == (
+        f"{blocks / 'model.safetensors'}: tensor {SCALE} has shape [4, 5]; supported for {DOWN} "
+        "[64, 96] are [], one scale, [64, 1], one per row, and [4, 6], one per block of 16 x 16"
+    )
+
+
+def test_scales_beside_a_plain_weight(blocks: Path) -> None:
+    rewrite(blocks, lambda t: t.update({DOWN: t[DOWN].float()}))
+    assert f"tensor {SCALE} is left over; the model has no place for it" in refusal(blocks)
+
+
+def test_scales_that_are_whole_numbers(blocks: Path) -> None:
+    rewrite(blocks, lambda t: t.update({SCALE: t[SCALE].to(torch.int32)}))
+    assert f"tensor {SCALE} has dtype I32; supported: F64, F32, F16, BF16" in refusal(blocks)
+
+
+def test_float8_where_no_format_is_known(blocks: Path) -> None:
+    name = "model.norm.weight"
+    rewrite(blocks, lambda t: t.update({name: t[name].to(FP8)}))
+    assert f"tensor {name} has dtype F8_E4M3; supported: F64, F32, F16, BF16" in refusal(blocks)
+
+
+def test_one_expert_left_plain(tmp_path: Path) -> None:
+    model = write(tmp_path, "Qwen3MoeForCausalLM", block(16, 16))
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    rewrite(model, lambda t: t.update({name: t[name].float()}))
+    assert f"tensor {name} has dtype F32; supported: F8_E4M3" in refusal(model)
+
+
+def test_gates_and_ups_of_experts_in_two_formats(tmp_path: Path) -> None:
+    model = write(tmp_path, "Qwen3MoeForCausalLM", block(16, 16))
+
+    def plain(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("up_proj.weight")]:
+            tensors[name] = by_hand(tensors[name], tensors.pop(name + "_scale_inv"), (16, 16))
+
+    rewrite(model, plain)
+    message = r"gate_proj.weight is FP8 in blocks of 16 x 16, but .*up_proj.weight is plain"
+    with pytest.raises(ArchError, match=message):
+        load(model)
+
+
+def test_a_block_over_two_weights_of_a_tensor(tmp_path: Path) -> None:
+    model = write(tmp_path, "ChatGLMModel", block(24, 24))
+    assert "is FP8 in blocks of 24 x 24, of which one lies over two of the weights" in refusal(
+        model
+    )
+
+
+def set_config(model: Path, config: dict[str, Any]) -> None:
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
+
+
+def test_a_config_that_promises_another_format(blocks: Path, tmp_path: Path) -> None:
+    set_config(blocks, compressed("channel"))
+    rewrite(blocks, lambda t: t.update({n: t[n][:1, :1] for n in t if "_scale" in n}))
+    assert (
+        "is FP8 with one scale, but the config's quantization_config says FP8 with a scale per row"
+        in refusal(blocks)
+    )
+    plain = write_tiny_model(tmp_path / "plain")
+    set_config(plain, block(128, 128))
+    assert refusal(plain) == (
+        f"{plain}: the config's quantization_config says FP8 in blocks of 128 x 128, but no weight "
+        "is stored as F8_E4M3"
+    )

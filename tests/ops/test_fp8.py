@@ -1,0 +1,247 @@
+"""FP8 weights: the slow twin by hand, and the kernels against the twin in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_ops_protocol import without_flashinfer
+from torch import Tensor
+
+from gllm_engine.ops import Fp8Weight, quantize_fp8, reference
+
+FP8 = torch.float8_e4m3fn
+BF16 = torch.bfloat16
+
+
+def near(out: Tensor, expected: Tensor, limit: float) -> None:
+    out, expected = out.double(), expected.double()
+    assert out.shape == expected.shape and out.isfinite().all()
+    assert (out - expected).norm() <= limit * expected.norm()
+
+
+def made(width: int, depth: int, rows: int, columns: int, lead: int = 0, seed: int = 0) -> Any:
+    """A weight, or a stack of `lead`, with a scale per block of rows x columns, and its numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (max(lead, 1), width, depth)
+    numbers = (torch.randn(shape, generator=generator) * 60).to(FP8)
+    grid = (shape[0], -(-width // rows), -(-depth // columns))
+    scales = torch.rand(grid, generator=generator) / depth**0.5 / 30 + 1e-5
+    exact = numbers.float()
+    for e in range(shape[0]):
+        for i in range(width):
+            for j in range(grid[2]):
+                exact[e, i, j * columns : (j + 1) * columns] *= scales[e, i // rows, j]
+    if not lead:
+        numbers, scales, exact = numbers[0], scales[0], exact[0]
+    return Fp8Weight(numbers, scales, rows, columns), exact
+
+
+SIZES = [(24, 40, 1, 40), (32, 64, 16, 16), (40, 70, 16, 32), (9, 20, 128, 128)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_twin(size: tuple[int, int, int, int]) -> None:
+    weight, exact = made(*size)
+    x = torch.randn(3, size[1])
+    assert torch.equal(weight.dequantized(torch.float32), exact)
+    assert torch.equal(weight.dequantized(BF16), exact.to(BF16))
+    assert torch.equal(reference.linear(x, weight), x @ exact.T)
+    stack, exacts = made(*size, lead=3)
+    assert len(stack) == 3 and stack.shape == exacts.shape
+    assert torch.equal(stack.dequantized(torch.float32), exacts)
+    assert torch.equal(stack[1].dequantized(torch.float32), exacts[1])
+
+
+@pytest.mark.parametrize("size", [(16, 32), (0, 0), (1, 0), (7, 9)])
+def test_quantizing(size: tuple[int, int]) -> None:
+    """Every block uses all of float8's range, and a number moves by at most a sixteenth."""
+    matrix = torch.randn(40, 70)
+    matrix[:16, :32] *= 1e-3
+    numbers, scales = quantize_fp8(matrix, *size)
+    rows = size[0] or 40
+    columns = size[1] or 70
+    assert scales.shape == (-(-40 // rows), -(-70 // columns))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            place = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+            assert numbers[place].float().abs().max() == 448
+            back = numbers[place].float() * scales[i, j]
+            least = scales[i, j] * 2**-10  # half of float8's smallest number
+            limit = (matrix[place].abs() / 15.9).clamp(min=least)
+            assert ((back - matrix[place]).abs() <= limit).all()
+    numbers, scales = quantize_fp8(torch.zeros(4, 4), 2, 2)
+    assert not numbers.float().any() and scales.isfinite().all()
+
+
+pytest.importorskip("triton")
+# The interpreter's own, in a loop whose length a kernel has loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here"
+)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("columns", [None, 32])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 64), (16, 96), (21, 200)])
+def test_input_in_float8(rows: int, dim: int, columns: int | None, dtype: torch.dtype) -> None:
+    """Bit for bit where no number is rounded: the interpreter rounds in its own way."""
+    from gllm_engine.ops import triton
+
+    group = columns or dim
+    x = torch.randint(-120, 121, (rows, dim)).to(torch.uint8).view(FP8).float().nan_to_num(1.0)
+    x[:, ::32] = 448.0
+    x *= torch.randint(-3, 4, (rows, 1)).exp2()
+    x[0, :32] = 0
+    twin, twin_scales = quantize_fp8(x, 1, group)
+    numbers, scales = triton.quantize(x.to(dtype), columns)
+    padded = -(-rows // 16) * 16
+    assert numbers.shape == (padded, dim) and scales.shape == (padded, -(-dim // group))
+    assert scales.stride()[0] == 1
+    assert torch.equal(numbers[:rows].float(), twin.float())
+    assert not numbers[rows:].float().any() and scales.isfinite().all()
+    back = numbers.float() * scales.repeat_interleave(group, 1)[:, :dim]
+    assert torch.equal(back[:rows], x)
+    torch.testing.assert_close(scales[1:rows], twin_scales[1:])
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [None, 32])
+def test_input_in_float8_after_its_norm(columns: int | None) -> None:
+    from gllm_engine.ops import triton
+
+    x, gain = torch.randn(5, 96), torch.rand(96) + 0.5
+    numbers, scales = triton.quantize(x, columns, (gain, 0.1))
+    back = numbers.float() * scales.repeat_interleave(columns or 96, 1)[:, :96]
+    normed = reference.rms_norm(x, gain, 0.1)
+    near(back[:5], normed, 0.08)
+    _, expected = quantize_fp8(normed, 1, columns or 96)
+    torch.testing.assert_close(scales[:5], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("size", SIZES)
+def test_weight_back_to_numbers(size: tuple[int, int, int, int]) -> None:
+    from gllm_engine.ops import triton
+
+    weight, exact = made(*size)
+    assert torch.equal(triton.dequantize(weight, torch.float32), exact)
+    other = replace(weight, scale_row=torch.randint(0, len(weight.scales), (size[0],)))
+    first = min(weight.columns_per_scale, size[1]) // 3
+    other = replace(other, numbers=other.numbers[:, first:].contiguous(), first_column=first)
+    expected = other.dequantized(torch.float32)
+    assert torch.equal(triton.dequantize(other, torch.float32), expected)
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns"), [(1, 0), (16, 16), (32, 64)])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(("tokens", "held"), [(1, (0, 6)), (40, (1, 3))])
+def test_experts(
+    rows: int, columns: int, indexed: bool, tokens: int, held: tuple[int, int]
+) -> None:
+    from gllm_engine.ops import triton
+
+    dim, hidden = 80, 32
+    first, count = held
+    gate_up, _ = made(2 * hidden, dim, rows, columns or dim, count)
+    down, _ = made(dim, hidden, rows, columns or hidden, count, seed=1)
+    if indexed:  # any row of scales for any row; and the rest of a first block
+        index = torch.randint(0, gate_up.scales.shape[1], (2 * hidden,))
+        gate_up = replace(gate_up, scale_row=index)
+    if indexed and columns:
+        down, _ = made(dim, hidden + 16, rows, columns, count, seed=1)
+        down = replace(down, numbers=down.numbers[..., 16:].contiguous(), first_column=16)
+    x = torch.randn(tokens, dim)
+    routing = torch.rand(tokens, 2), torch.rand(tokens, 6).argsort(1)[:, :2].int().contiguous()
+    args = (x, *routing, gate_up, down, first, 6)
+    near(triton.sum_experts(*args), reference.sum_experts(*args), 1e-5)
+
+
+@pytest.fixture
+def gpu_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The operations of a GPU, on the CPU, as on Hopper; torch's scaled product is a stand-in."""
+
+    def scaled_mm(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, **more: Any) -> Tensor:
+        """What torch demands on Hopper, and in float32 what it computes."""
+        (rows, depth), width = a.shape, b.shape[1]
+        assert a.dtype == b.dtype == FP8 and a.is_contiguous() and b.T.is_contiguous()
+        assert not rows % 16 and not depth % 16 and not width % 16
+        if scale_b.shape == (1, width):
+            assert scale_a.shape == (rows, 1)
+            assert scale_a.is_contiguous() and scale_b.is_contiguous()
+            scale_a, scale_b = scale_a.expand(rows, depth), scale_b.expand(depth, width)
+        else:
+            assert scale_a.shape == (rows, depth // 128) and scale_a.stride() == (1, rows)
+            assert scale_b.shape == (depth // 128, width // 128)
+            assert scale_b.stride(0) == 1 and scale_b.stride(1) % 4 == 0
+            scale_a = scale_a.repeat_interleave(128, 1)
+            scale_b = scale_b.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert more["out_dtype"] == BF16
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(BF16)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return without_flashinfer(monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("size", "rounds"),
+    [
+        ((48, 64, 1, 64), True),
+        ((256, 384, 128, 128), True),
+        ((128, 512, 128, 128), True),
+        ((200, 384, 128, 128), False),  # the last block is not whole
+        ((20, 64, 1, 64), False),  # too narrow for the library
+        ((48, 64, 16, 16), False),
+    ],
+)
+def test_products_of_a_gpu(
+    size: tuple[int, int, int, int], rounds: bool, bias: bool, gpu_ops: ModuleType
+) -> None:
+    from gllm_engine.ops import fp8_product
+
+    weight, _ = made(*size)
+    width, depth = size[:2]
+    x, gain = torch.randn(5, depth).to(BF16), torch.rand(depth).to(BF16) + 0.5
+    b = torch.randn(width).to(BF16) if bias else None
+    norm = (gain, 1e-5)
+    assert fp8_product.has_product(x, weight) == rounds
+    limit = 0.1 if rounds else 0.02  # the interpreter cuts numbers where a GPU rounds them
+    near(gpu_ops.linear(x, weight, b), reference.linear(x, weight, b), limit)
+    out = torch.full((5, width), torch.nan).to(BF16)
+    assert gpu_ops.linear(x, weight, b, norm, out) is out
+    near(out, reference.linear(x, weight, b, norm), limit)
+    gated = reference.gated_linear(x, weight, b, norm)
+    near(gpu_ops.gated_linear(x, weight, b, norm), gated, 2 * limit)
+    total = torch.randn(5, width).to(BF16)
+    expected = reference.add_linear(total.clone(), x, weight, b)
+    assert gpu_ops.add_linear(total, x, weight, b) is total
+    near(total, expected, limit)
+    assert gpu_ops.linear(x[:0], weight, b, norm).shape == (0, width)
+
+
+@interpreted
+def test_weights_that_end_inside_blocks_have_no_product(gpu_ops: ModuleType) -> None:
+    from gllm_engine.ops import fp8_product
+
+    weight, _ = made(256, 128, 128, 128)
+    x = torch.randn(2, 128).to(BF16)
+    assert fp8_product.has_product(x, weight)
+    index = torch.arange(256) // 128
+    stacked = Fp8Weight(weight.numbers, weight.scales, 128, 128, index)
+    assert not fp8_product.has_product(x, stacked)
+    assert not fp8_product.has_product(x.half(), weight)
+    near(gpu_ops.linear(x, stacked), reference.linear(x, weight), 0.02)
+    wide, _ = made(256, 192, 128, 128)
+    part = replace(wide, numbers=wide.numbers[:, 64:].contiguous(), first_column=64)
+    assert not fp8_product.has_product(x, part)
+    near(gpu_ops.linear(x, part), reference.linear(x, part), 0.02)
