@@ -55,6 +55,7 @@ FAMILIES = [
     "Qwen3MoeForCausalLM",
     "Glm4ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
     "Glm4MoeForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "Starcoder2ForCausalLM",
@@ -258,6 +259,7 @@ SHARDED = [
     ("Qwen3MoeForCausalLM", block(32, 32), 2, True),
     ("DeepseekV3ForCausalLM", block(16, 16), 2, False),
     ("DeepseekV3ForCausalLM", block(24, 40), 2, True),
+    ("DeepseekV32ForCausalLM", block(24, 40), 2, True),
     ("Qwen3MoeForCausalLM", block(32, 32), 2, False),  # and these cut blocks
     ("LlamaForCausalLM", block(24, 40), 4, False),
     ("ChatGLMModel", block(32, 32), 4, False),
