@@ -28,7 +28,7 @@ from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
 _BLOCK = 64
-# Most scores in one iteration of `_choose_tokens`.
+# Scores in one iteration of `_choose_tokens`.
 _SCORES = 4096
 # Rows of scores begin at multiples of so many numbers.
 _ALIGNED = 128
@@ -275,8 +275,8 @@ def choose_tokens(queries: IndexQueries, cache: Tensor, choice: Choice) -> Tenso
         )  # fmt: skip
         _choose_tokens[(n,)](
             scores, scan.lens, chosen[part], scores.shape[1],
-            TOP_K=top_k, BLOCK=min(_SCORES, triton.next_power_of_2(top_k + 1)), DIGITS=_DIGITS,
-            OVERLAPS=OVERLAP, num_warps=8, **overlapping(),
+            TOP_K=top_k, BLOCK=_SCORES, DIGITS=_DIGITS, OVERLAPS=OVERLAP, num_warps=8,
+            **overlapping(),
         )  # fmt: skip
         first += n
     return chosen
