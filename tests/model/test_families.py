@@ -34,7 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DeepseekV3ForCausalLM", {"rope_interleave": False, "v_head_dim": 20}),
     ("DeepseekV3ForCausalLM", {"rope_scaling": MSCALE_YARN}),
     ("DeepseekV32ForCausalLM", {"rope_scaling": MSCALE_YARN, "index_topk": 1}),
-    ("DeepseekV32ForCausalLM", {"index_topk": 60, "index_head_dim": 16, "n_group": 1}),
+    ("DeepseekV32ForCausalLM", {"index_topk": 60, "index_head_dim": 16}),
     ("GlmMoeDsaForCausalLM", {"index_n_heads": 24, "mlp_layer_types": ["sparse", "dense"]}),
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
