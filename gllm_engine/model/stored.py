@@ -16,10 +16,13 @@ import torch
 from gllm_engine.arch.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, Fp8
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
+    Layout,
+    checkpoint_layout,
     checkpoint_name,
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
+    standard_name,
 )
 from gllm_engine.files import shown
 from gllm_engine.model.read import LoadError, TensorSlice
@@ -74,6 +77,7 @@ class StoredTensors:
 
     def add(self, name: str, stored: StoredTensor) -> None:
         """Record one tensor. Raises LoadError if the model has no place for it."""
+        name = standard_name(self._arch, name)
         if is_left_over(self._arch, name):
             return
         if name in self._stored:
@@ -95,6 +99,11 @@ class StoredTensors:
             stored = self._stored.get(name)
             if stored is None or stored.dtype not in _FLOAT8 or not matrices.keys() >= {*parts}:
                 continue
+            if len(self._shapes[name]) != 2:
+                raise LoadError(
+                    f"{stored.path}: tensor {name} is stored as {stored.dtype}, which is not "
+                    "supported for one tensor of all experts"
+                )
             kind = self._format(name, stored)
             if promised is not None and kind != replace(promised, suffix=kind.suffix):
                 raise LoadError(
@@ -138,6 +147,12 @@ class StoredTensors:
 
     def _format(self, name: str, stored: StoredTensor) -> Fp8:
         """The format of a float8 matrix, by the shape of its scales."""
+        parts = self._weights[name]
+        if checkpoint_layout(self._arch, name) != Layout():
+            raise LoadError(
+                f"{stored.path}: tensor {name} has dtype {stored.dtype}, which is not supported "
+                "for a tensor that is stored transposed, interleaved or by heads"
+            )
         names = list(_scales_of(name) & self._stored.keys())
         if len(names) != 1:
             problem = "both" if names else "neither"
@@ -153,7 +168,6 @@ class StoredTensors:
         has_blocks = promised is not None and promised.columns
         block = promised if promised is not None and has_blocks else FP8_BLOCK
         grid = list(block.grid((rows, columns)))
-        parts = self._weights[name]
         # One block is one scale.
         if prod(scale.shape) == 1 and not (has_blocks and scale.shape == grid):
             if len(parts) > 1:

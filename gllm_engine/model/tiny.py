@@ -7,6 +7,7 @@ so an implementation that omits one generates different text.
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import SELECTION_BIAS, Model
 from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
@@ -79,11 +81,25 @@ def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = arch.weights()
     stored = checkpoint_shapes(arch)
+    places = checkpoint_places(arch)
     tensors = {}
     for name, parts in checkpoint_tensors(arch).items():
-        weights = [_random_weight(part, shapes[part], arch, generator) for part in parts]
-        tensors[name] = torch.cat(weights).view(stored[name])
+        tensors[name] = torch.empty(stored[name])
+        for part in parts:
+            weight = _random_weight(part, shapes[part], arch, generator)
+            view = stored_weight(tensors[name], places[part], shapes[part])
+            view.copy_(weight.view(view.shape))
     return tensors
+
+
+def stored_weight(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Tensor:
+    """The view of the weight of shape `shape` that is at `place` in a checkpoint tensor."""
+    size = (shape[0] // place.rows, place.rows * prod(shape[1:]))
+    strides = (place.width, place.step)
+    at = place.offset + place.first
+    if place.transposed:
+        return tensor.as_strided(size, strides[::-1], at)
+    return tensor.as_strided(size, strides, at)
 
 
 def _in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -110,6 +126,8 @@ def _random_weight(
         return noise - 1 if arch.norm == "rms_plus_one" else noise
     if name.endswith("norm.weight"):
         return 0.3 * noise if arch.norm == "rms_plus_one" else 1 + 0.3 * noise
+    if name.endswith(".sinks"):
+        return noise
     if name.endswith(SELECTION_BIAS):
         return 0.1 * noise  # as scores vary: a larger one would choose the same experts always
     if name.endswith(".bias"):

@@ -21,11 +21,14 @@ FAMILIES = (
     "GPTBigCodeForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "DeepseekV32ForCausalLM",
+    "GptOssForCausalLM",
+    "Llama4ForCausalLM",
 )
 # And so every kernel that a single GPU runs, whatever the model.
 KERNELS = {
     *(
         "_activate",
+        "_apply_sinks",
         "_attend_latent",
         "_choose",
         "_choose_tokens",
