@@ -16,6 +16,7 @@ from gllm_engine.arch.formats import Formats, Formatted, Fp8, Shapes, format_nam
 from gllm_engine.arch.rope import Rope
 from gllm_engine.routing import Clamp, Routing
 
+CacheShapes = tuple[tuple[int, ...], ...]  # of the parts of a layer's page
 T = TypeVar("T")
 # The bias that a Moe's routing adds to scores; float32, whatever the dtype of the model.
 SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
@@ -106,6 +107,10 @@ class Gqa(Formatted):
     state_shapes = ()
 
     @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return () if self.rope is None else (self.rope,)
+
+    @property
     def attention(self) -> AttentionShape:
         return AttentionShape(
             self.heads,
@@ -117,9 +122,9 @@ class Gqa(Formatted):
             self.chunked,
         )
 
-    def cache_shape(self, page_size: int) -> tuple[int, ...]:
-        """The shape of a page: K and V, tokens, heads, channels."""
-        return (2, page_size, self.kv_heads, self.head_dim)
+    def cache_shapes(self, page_size: int) -> CacheShapes:
+        """One part: K and V, tokens, heads, channels."""
+        return ((2, page_size, self.kv_heads, self.head_dim),)
 
     @property
     def attended_width(self) -> int:
@@ -133,6 +138,33 @@ class LatentShape:
 
     heads: int
     width: int
+    top_k: int | None  # tokens that an indexer chooses
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Chooses the tokens that a query attends to (DeepSeek Sparse Attention, DeepSeek-V3.2).
+
+    A token has one key k for all heads. With a query q and a weight w of each head, its score is
+
+        sum over heads of w relu(q k)
+
+    The published score has a positive factor, which changes no order, so it is left out. A query
+    attends to the `top_k` tokens of the greatest scores, or to all if there are not more.
+    """
+
+    heads: int
+    dim: int  # channels of a query and of a key
+    rope: Rope  # of their first channels
+    top_k: int  # tokens
+    eps: float = 1e-6  # of the layer norm of keys
+
+    def shapes(self, dim: int, q_rank: int) -> Shapes:
+        """`q_rank`: width of the latent that queries are computed from."""
+        shapes = _linear("self_attn.indexer.wq_b", self.heads * self.dim, q_rank, False)
+        shapes |= _linear("self_attn.indexer.wk", self.dim, dim, False)
+        shapes |= norm_weights("self_attn.indexer.k_norm", self.dim, "layer")
+        return shapes | _linear("self_attn.indexer.weights_proj", self.heads, dim, False)
 
 
 @dataclass(frozen=True)
@@ -153,6 +185,7 @@ class Mla(Formatted):
     scale: float  # of the scores
     out_bias: bool = False
     latent_eps: float = 1e-6  # of the norms of both latents
+    indexer: Indexer | None = None  # None: a token attends to all tokens before it; needs a q_rank
     window: int | None = None  # always None: every token sees all tokens before it
 
     def shapes(self, dim: int) -> Shapes:
@@ -168,6 +201,9 @@ class Mla(Formatted):
         shapes["self_attn.kv_a_layernorm.weight"] = (self.kv_rank,)
         kv = self.heads * (self.nope_dim + self.v_dim)
         shapes["self_attn.kv_b_proj.weight"] = (kv, self.kv_rank)
+        if self.indexer is not None:
+            assert self.q_rank is not None
+            shapes |= self.indexer.shapes(dim, self.q_rank)
         return shapes | _linear("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
 
     @property
@@ -178,12 +214,22 @@ class Mla(Formatted):
     temperature = None
 
     @property
-    def attention(self) -> LatentShape:
-        return LatentShape(self.heads, self.latent_width)
+    def ropes(self) -> tuple[Rope, ...]:
+        return (self.rope,) if self.indexer is None else (self.rope, self.indexer.rope)
 
-    def cache_shape(self, page_size: int) -> tuple[int, ...]:
-        """The shape of a page: one plane, tokens, one head, the latent and the rotated key."""
-        return (1, page_size, 1, self.latent_width)
+    @property
+    def attention(self) -> LatentShape:
+        top_k = None if self.indexer is None else self.indexer.top_k
+        return LatentShape(self.heads, self.latent_width, top_k)
+
+    def cache_shapes(self, page_size: int) -> CacheShapes:
+        """Each part: one plane, tokens, one head, channels. First the latent and the rotated key,
+        then the indexer's key.
+        """
+        latents = (1, page_size, 1, self.latent_width)
+        if self.indexer is None:
+            return (latents,)
+        return (latents, (1, page_size, 1, self.indexer.dim))
 
     @property
     def attended_width(self) -> int:
@@ -217,7 +263,7 @@ class GatedDelta(Formatted):
     window: int | None = None  # always None: the state depends on all tokens
 
     # As of attention without rotation.
-    rope = None
+    ropes = ()
     temperature = None
 
     def shapes(self, dim: int) -> Shapes:
@@ -244,10 +290,10 @@ class GatedDelta(Formatted):
     def conv_width(self) -> int:
         return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
 
-    def cache_shape(self, page_size: int) -> tuple[int, ...]:
+    def cache_shapes(self, page_size: int) -> CacheShapes:
         """Nothing is kept per token."""
         del page_size
-        return (0,)
+        return ()
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -454,11 +500,17 @@ class Model:
     def quantized(self) -> Model:
         """A copy in which all matrices that usually are quantised have the promised format.
 
-        Routers, gates of shared experts and the inputs of gates of a GatedDelta usually are not.
+        Routers, gates of shared experts, the inputs of gates of a GatedDelta and weights of an
+        indexer's heads usually are not.
         """
         if self.quantization is None:
             return self
-        plain = ("gate.weight", "in_proj_a.weight", "in_proj_b.weight")
+        plain = (
+            "gate.weight",
+            "in_proj_a.weight",
+            "in_proj_b.weight",
+            "indexer.weights_proj.weight",
+        )
         names = (name for name in self.matrices() if not name.endswith(plain))
         return self.with_formats(dict.fromkeys(names, self.quantization))
 
@@ -467,4 +519,5 @@ class Model:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of KV cache per token over all layers, at `itemsize` bytes per number."""
-        return itemsize * sum(prod(layer.mixer.cache_shape(1)) for layer in self.layers)
+        shapes = (shape for layer in self.layers for shape in layer.mixer.cache_shapes(1))
+        return itemsize * sum(map(prod, shapes))

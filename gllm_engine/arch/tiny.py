@@ -76,6 +76,11 @@ _DEEPSEEK = _SPARSE | {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
 }
+_SPARSE_ATTENTION = _DEEPSEEK | {
+    "index_n_heads": 16,
+    "index_head_dim": 24,
+    "index_topk": 12,
+}
 _KIMI = _DEEPSEEK | {
     "model_type": "deepseek_v3",  # as transformers knows it; checkpoints say "kimi_k2"
     "n_group": 1,
@@ -214,6 +219,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "KimiK25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
     "Kimi_K25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
+    "DeepseekV32ForCausalLM": _SPARSE_ATTENTION | {"model_type": "deepseek_v32"},
+    "GlmMoeDsaForCausalLM": _SPARSE_ATTENTION | {"model_type": "glm_moe_dsa", "v_head_dim": 20},
     "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
     "Olmo3ForCausalLM": _HF
     | {

@@ -19,6 +19,7 @@ from gllm_engine.arch.model import (
     Dense,
     GatedDelta,
     Gqa,
+    Indexer,
     Layer,
     Mla,
     Model,
@@ -1038,14 +1039,17 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
     act = ffn.act if isinstance(ffn, Dense) else "silu"
     names = tuple(name for name, function in _ACTIVATIONS.items() if function == act)
     fields.choice("hidden_act", names, names[0])
-    if not model.keeps_states and not any(layer.mixer.window for layer in model.layers):
-        fields.choices("layer_types", len(model.layers), ("full_attention",))
+    mixers = dict.fromkeys(layer.mixer for layer in model.layers)
+    if not model.keeps_states and not any(mixer.window for mixer in mixers):
+        sparse = any(isinstance(mixer, Mla) and mixer.indexer is not None for mixer in mixers)
+        kind = "indexed_attention" if sparse else "full_attention"
+        fields.choices("layer_types", len(model.layers), (kind,))
     if model.max_len > MAX_LEN:
         raise ArchError(
             f"{name}: the model's length is {model.max_len} tokens with its RoPE scaling, but only "
             f"up to {MAX_LEN} is supported"
         )
-    for mixer in dict.fromkeys(layer.mixer for layer in model.layers):
+    for mixer in mixers:
         if isinstance(mixer, Gqa) and mixer.heads % mixer.kv_heads:
             raise ArchError(
                 f"{name}: {mixer.heads} attention heads cannot share {mixer.kv_heads} "
@@ -1157,6 +1161,44 @@ def glm4_moe_lite(c: Fields) -> Model:
     return deepseek_v3(c)
 
 
+_DEEPSEEK_V32 = _DEEPSEEK_V3 | {
+    "max_position_embeddings": 163840,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "indexer_rope_interleave": False,
+}
+
+
+@family("DeepseekV32ForCausalLM", defaults=_DEEPSEEK_V32)
+def deepseek_v32(c: Fields) -> Model:
+    return _with_indexer(c, deepseek_v3(c))
+
+
+_GLM_MOE_DSA = _DEEPSEEK_V32 | {
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 78,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "index_n_heads": 32,
+    "indexer_rope_interleave": True,
+}
+
+
+# GLM-5.
+@family("GlmMoeDsaForCausalLM", defaults=_GLM_MOE_DSA)
+def glm_moe_dsa(c: Fields) -> Model:
+    return deepseek_v32(c)
+
+
 def _gqa_of(layer: Layer) -> Gqa:
     assert isinstance(layer.mixer, Gqa)
     return layer.mixer
@@ -1185,6 +1227,31 @@ def _mla(c: Fields) -> Mla:
         rope=rope,
         scale=(nope_dim + rope.dim) ** -0.5 * _yarn_scale(rope) ** 2,
     )
+
+
+def _with_indexer(c: Fields, model: Model) -> Model:
+    """Give every layer the indexer of DeepSeek Sparse Attention.
+
+    Layers that use the choice of an earlier layer, as in GLM-5.2, are not supported.
+    """
+    c.choices("indexer_types", len(model.layers), ("full",))
+    c.require(index_topk_freq=1, index_topk_pattern=None)
+    mixer = model.layers[0].mixer
+    assert isinstance(mixer, Mla)
+    if mixer.q_rank is None:
+        raise ArchError(f"{c.name}: q_lora_rank is missing, but the indexer needs it")
+    indexer = Indexer(
+        heads=c.count("index_n_heads"),
+        dim=c.count("index_head_dim"),
+        rope=replace(mixer.rope, interleaved=c.flag("indexer_rope_interleave")),
+        top_k=c.count("index_topk"),
+    )
+    if indexer.dim < indexer.rope.dim:
+        raise ArchError(
+            f"{c.name}: index_head_dim is {indexer.dim}, but only {indexer.rope.dim} or more is "
+            "supported, the qk_rope_head_dim"
+        )
+    return _with_mixers(model, indexer=indexer)
 
 
 def _yarn_scale(rope: Rope) -> float:
@@ -1305,7 +1372,8 @@ def _deepseek_experts(c: Fields, model: Model) -> Model:
 
 
 def _with_deepseek_experts(c: Fields, model: Model, routing: Routing, experts: int) -> Model:
-    """Add experts to all layers after the first `first_k_dense_replace`.
+    """Add experts to the layers that `mlp_layer_types` calls sparse, or else to all layers after
+    the first `first_k_dense_replace`.
 
     The checkpoint's layers for multi-token prediction, after the model's own ones, are not used.
     """
@@ -1318,7 +1386,9 @@ def _with_deepseek_experts(c: Fields, model: Model, routing: Routing, experts: i
         shared=hidden * c.count("n_shared_experts", 0, MAX_EXPERTS, least=0),
     )
     first = c.count("first_k_dense_replace", most=MAX_LAYERS, least=0)
-    model = model.each(ffn=lambda i, layer: layer.ffn if i < first else moe)
+    kinds = c.choices("mlp_layer_types", len(model.layers), ("dense", "sparse"))
+    kinds = kinds or ["dense" if i < first else "sparse" for i in range(len(model.layers))]
+    model = model.each(ffn=lambda i, layer: layer.ffn if kinds[i] == "dense" else moe)
     extra = c.count("num_mtp_layers", 1, MAX_LAYERS, least=0)  # transformers 5's name
     extra = c.count("num_nextn_predict_layers", extra, MAX_LAYERS, least=0)
     return replace(model, names="deepseek", extra_layers=extra)

@@ -54,12 +54,13 @@ class GqaAttention:
         if arch.sinks:
             self._sinks = torch.empty(arch.heads, dtype=dtype, device=device)
 
-    def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
+    def plan(self, planner: AttentionPlanner, batch: Batch, cache: tuple[Tensor]) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
+        (pages,) = cache
         shape = self._arch.attention
         return planner.plan(
             batch,
-            cache,
+            pages,
             shape.heads,
             shape.window,
             self._group,
@@ -73,16 +74,17 @@ class GqaAttention:
         x: Tensor,
         norm: Norm | None,
         context: ForwardContext,
-        cache: Tensor,
+        cache: tuple[Tensor],
         logit_tokens: LogitTokens | None = None,
         total: Tensor | None = None,
     ) -> Tensor:
-        """x: [tokens, dim]. cache: [num_pages, 2, page_size, kv_heads, head_dim].
+        """x: [tokens, dim]. cache: ([num_pages, 2, page_size, kv_heads, head_dim],).
 
         Returns [tokens, dim], or [n, dim] for the `logit_tokens`. If `total` is given, the result
         is added to it in place.
         """
         arch = self._arch
+        (pages,) = cache
         plan = context.plans[self.plan_key]
         qkv, gate = self._project(x, norm)
         inputs = self._ops.rotate_and_store(
@@ -91,15 +93,15 @@ class GqaAttention:
             self._head_norm(qkv),
             None if arch.rope is None else context.rotary[arch.rope],
             arch.rope is not None and arch.rope.interleaved,
-            cache,
+            pages,
             plan,
             None if arch.temperature is None else context.query_scales[arch.temperature],
         )
         if logit_tokens is None:
-            attended = self._ops.attend(inputs, cache, plan, sinks=self._sinks)
+            attended = self._ops.attend(inputs, pages, plan, sinks=self._sinks)
         elif logit_tokens.plans:
             plan = logit_tokens.plans[self.plan_key]
-            attended = self._ops.attend(inputs, cache, plan, logit_tokens.index, self._sinks)
+            attended = self._ops.attend(inputs, pages, plan, logit_tokens.index, self._sinks)
         else:
             attended = x.new_empty(0, arch.heads * arch.head_dim)
         if gate is not None:

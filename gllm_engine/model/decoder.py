@@ -58,7 +58,6 @@ from gllm_engine.ops import (
     Batch,
     Ops,
     PlainSampling,
-    RecurrentState,
     RotaryInputs,
     select_ops,
 )
@@ -78,8 +77,9 @@ _MIXERS: dict[type[Any], Callable[..., Mixer]] = {
     Mla: MlaAttention,
     GatedDelta: GatedDeltaAttention,
 }
-# Of one layer: K and V or latents by pages, or the states of all slots.
-LayerCache = Tensor | RecurrentState
+# Of one layer: the parts of its pages (K and V in one; latents and index keys in two), or a
+# RecurrentState of all slots.
+LayerCache = tuple[Tensor, ...]
 # The group of layers that keep a state.
 _NO_GROUP = -1
 
@@ -209,7 +209,9 @@ def _stream_eps(model: Model) -> float:
 
 
 class _Buffer(NamedTuple):
-    """Memory of the cache for the layer at `place` of each group, `width` numbers per token."""
+    """Memory of the cache for a part of a layer's pages, `width` numbers per token. `place`: the
+    number of such parts before it in its group.
+    """
 
     place: int
     width: int
@@ -265,10 +267,8 @@ class Decoder:
         }
         # Only the last stage computes it.
         self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self.ops, dtype, device)
-        ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
-        self._ropes = {
-            rope: RopeTable(rope, max_model_len, device) for rope in ropes if rope is not None
-        }
+        ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.mixer.ropes)
+        self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
         # The first of the layers that share a plan.
         self._planned: dict[PlanKey, int] = {}
         for i, block in enumerate(self._blocks):
@@ -289,25 +289,28 @@ class Decoder:
         dtype: torch.dtype | None = None,
         states: States | None = None,
     ) -> list[LayerCache]:
-        """An uninitialised tensor [num_pages, *mixer.cache_shape(page_size)] per layer.
+        """Uninitialised tensors [num_pages, *shape] for mixer.cache_shapes(page_size) per layer.
 
         `dtype`: the model's dtype (default) or float8_e4m3fn. The n-th layers of all groups have
         the same memory, because a page belongs to one group at a time. `states`: from new_states,
         for the layers that keep a state per sequence.
         """
-        buffers = self._buffers()
         memory = {
             buffer: torch.empty(
                 num_pages, buffer.width * page_size, dtype=dtype or self.dtype, device=self.device
             )
-            for buffer in dict.fromkeys(buffers)
+            for buffer in self._distinct_buffers()
         }
         cache: list[LayerCache] = []
-        for i, (buffer, layer) in enumerate(zip(buffers, self.layers, strict=True)):
+        for i, (buffers, layer) in enumerate(zip(self._buffers(), self.layers, strict=True)):
             if states is not None and i in states.layers:
                 cache.append(states.layers[i])
             else:
-                cache.append(memory[buffer].view(num_pages, *layer.mixer.cache_shape(page_size)))
+                shapes = layer.mixer.cache_shapes(page_size)
+                parts = zip(buffers, shapes, strict=True)
+                cache.append(
+                    tuple(memory[buffer].view(num_pages, *shape) for buffer, shape in parts)
+                )
         return cache
 
     def new_states(self, rows: int) -> States:
@@ -321,27 +324,33 @@ class Decoder:
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of `page_size` tokens in a cache of `dtype`."""
-        width = sum(buffer.width for buffer in set(self._buffers()))
+        width = sum(buffer.width for buffer in self._distinct_buffers())
         return width * page_size * dtype.itemsize
 
-    def _buffers(self) -> list[_Buffer]:
-        """The memory of each layer. Layers of different widths never share memory."""
+    def _buffers(self) -> list[list[_Buffer]]:
+        """The memory of each layer's parts. Parts of different widths never share memory."""
         counts: Counter[tuple[int, int]] = Counter()
-        buffers = []
+        of_layers = []
         for layer, group in zip(self.layers, self._group_of, strict=True):
-            width = prod(layer.mixer.cache_shape(1))
-            buffers.append(_Buffer(counts[group, width], width))
-            counts[group, width] += 1
-        return buffers
+            buffers = []
+            for shape in layer.mixer.cache_shapes(1):
+                width = prod(shape)
+                buffers.append(_Buffer(counts[group, width], width))
+                counts[group, width] += 1
+            of_layers.append(buffers)
+        return of_layers
+
+    def _distinct_buffers(self) -> set[_Buffer]:
+        return {buffer for buffers in self._buffers() for buffer in buffers}
 
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
         """Compile the kernels for attention over such a cache, unless they are compiled already."""
         cache = self.new_cache(1, page_size, dtype)
         kinds = []
         for (_, shape), i in self._planned.items():
-            pages = cache[i]
             # Latent and linear attention have kernels of our own.
-            if isinstance(shape, AttentionShape) and isinstance(pages, Tensor):
+            if isinstance(shape, AttentionShape):
+                (pages,) = cache[i]
                 window = None if shape.chunked else shape.window  # see AttentionPlanner.plan
                 kinds.append(AttentionLayer(pages, shape.heads, window, shape.softcap))
         self.ops.compile_attention(kinds, self.dtype)

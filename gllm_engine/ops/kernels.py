@@ -18,6 +18,8 @@ HALF = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
 # Bytes for the partial results of rows that FlashInfer splits among multiprocessors.
 PARTIALS_BYTES = 384 << 20
+# Bytes of an indexer's scores at once: of 409 rows with contexts of 163,840 tokens.
+SCORE_BYTES = 256 << 20
 # Rows and columns of the only blocks that torch's products take.
 _FP8_BLOCK = (128, 128)
 

@@ -8,16 +8,19 @@ Plans hold nothing. `Ops` documents the functions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch
-from gllm_engine.ops.kernels import PARTIALS_BYTES
+from gllm_engine.ops.kernels import PARTIALS_BYTES, SCORE_BYTES
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionPlan,
     HeadNorm,
+    IndexQueries,
     LatentQueries,
     Norm,
     RecurrentState,
@@ -37,6 +40,7 @@ __all__ = [
     "add_linear",
     "attend",
     "attend_latent",
+    "choose_tokens",
     "compile_attention",
     "gated_delta",
     "gated_linear",
@@ -53,9 +57,17 @@ __all__ = [
     "route",
     "sample_plain",
     "silu_mul",
+    "store_index_key",
     "store_latent",
     "sum_experts",
 ]
+
+
+@dataclass
+class ChoicePlan(AttentionPlan):
+    """A plan of latent attention. `top_k`: tokens that are chosen for each row; None: all are."""
+
+    top_k: int | None
 
 
 class MetaPlanner:
@@ -64,6 +76,7 @@ class MetaPlanner:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._partials: Tensor | None = None
+        self._scores: Tensor | None = None
 
     def plan(
         self,
@@ -85,10 +98,17 @@ class MetaPlanner:
         del batch
         return self._plan()
 
-    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> AttentionPlan:
+    def plan_latent(
+        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+    ) -> AttentionPlan:
         """See AttentionPlanner.plan_latent."""
-        del batch, cache, num_heads
-        return self._plan()
+        del cache, num_heads
+        self._plan()
+        if top_k is None or batch.context_lens_cpu.max() <= top_k:
+            return ChoicePlan(None)
+        if self._scores is None:
+            self._scores = torch.empty(SCORE_BYTES, dtype=torch.uint8, device=self._device)
+        return ChoicePlan(top_k)
 
     def _plan(self) -> AttentionPlan:
         if self._partials is None:
@@ -252,12 +272,39 @@ def attend_latent(
     plan: AttentionPlan,
     scale: float,
     tokens: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent. Every token is a row, with partial results in float32."""
-    del cache, plan, scale
+    del cache, plan, scale, chosen
     latent = queries.latent if tokens is None else queries.latent[tokens]
     partials = torch.empty_like(latent, dtype=torch.float32)
     return torch.empty_like(partials, dtype=latent.dtype)
+
+
+def store_index_key(
+    q: Tensor,
+    k: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.store_index_key."""
+    del k, norm, rotary, interleaved, cache, plan
+    return torch.empty_like(q)
+
+
+def choose_tokens(
+    queries: IndexQueries, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+) -> Tensor | None:
+    """See Ops.choose_tokens."""
+    del cache
+    assert isinstance(plan, ChoicePlan)
+    if plan.top_k is None:
+        return None
+    rows = len(queries.q) if tokens is None else len(tokens)
+    return queries.q.new_empty(rows, plan.top_k, dtype=torch.int32)
 
 
 def gated_delta(

@@ -58,6 +58,13 @@ LATENT_ATTENTION = [
         *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
     )
 ]
+INDEXER = [
+    f"{LAYER}self_attn.indexer.{part}"
+    for part in (
+        *("wq_b.weight", "wk.weight", "weights_proj.weight"),
+        *("k_norm.weight", "k_norm.bias"),
+    )
+]
 DEEPSEEK = ENDS + NORMS + LATENT_ATTENTION + EXPERTS + SHARED_EXPERTS
 DEEPSEEK_V3 = [*DEEPSEEK, f"{LAYER}mlp.gate.e_score_correction_bias"]
 QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
@@ -175,6 +182,10 @@ EXPECTED = {
     **dict.fromkeys(
         ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", "Glm4MoeLiteForCausalLM"),
         DEEPSEEK_V3,
+    ),
+    **dict.fromkeys(
+        ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+        DEEPSEEK_V3 + INDEXER,
     ),
     **dict.fromkeys(
         ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
@@ -435,9 +446,10 @@ def test_tensors_for_images_and_for_multi_token_prediction_are_left_over() -> No
     for family in ("Qwen3NextForCausalLM", "Qwen3_5ForConditionalGeneration"):
         model = make_arch(tiny_config(family))
         assert is_left_over(model, "mtp.layers.0.self_attn.q_proj.weight")
-        assert is_left_over(model, "model.visual.blocks.0.attn.qkv.weight")
-        assert not is_left_over(model, "model.language_model.visual.weight")
-        assert not is_left_over(model, "visual.blocks.0.attn.qkv.weight")
+    whole = make_arch(tiny_config("Qwen3_5ForConditionalGeneration"))
+    assert is_left_over(whole, "model.visual.blocks.0.attn.qkv.weight")
+    assert not is_left_over(whole, "model.language_model.visual.weight")
+    assert not is_left_over(whole, "visual.blocks.0.attn.qkv.weight")
     assert not is_left_over(make_arch(tiny_config("Qwen3ForCausalLM")), "mtp.fc.weight")
 
 

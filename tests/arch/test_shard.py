@@ -49,6 +49,9 @@ EVERYWHERE = (
     "shared_expert_gate.weight",
     "q_a_proj.weight",
     "kv_a_proj_with_mqa.weight",
+    "indexer.wq_b.weight",
+    "indexer.wk.weight",
+    "indexer.weights_proj.weight",
 )
 # But the gain of a norm of all heads together is shared out with the heads.
 WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "MiniMaxM2ForCausalLM")

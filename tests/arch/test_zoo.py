@@ -16,6 +16,8 @@ from gllm_engine.arch import (
     Clamp,
     Dense,
     Gqa,
+    Indexer,
+    Mla,
     Model,
     Moe,
     QueryTemperature,
@@ -333,6 +335,84 @@ def test_deepseeks_experts() -> None:
         Moe(128, 1408, routing, shared=1408),
     ]
     assert bare.layers[0].mixer == Gqa(96, 8, 128, Rope(64, 10_000.0))
+
+
+def test_which_layers_have_experts() -> None:
+    """A list overrides first_k_dense_replace."""
+    kinds = ["sparse", "dense", "sparse"]
+    model = tiny("GlmMoeDsaForCausalLM", num_hidden_layers=3, mlp_layer_types=kinds)
+    assert [isinstance(layer.ffn, Moe) for layer in model.layers] == [True, False, True]
+    assert refusal("DeepseekV32ForCausalLM", mlp_layer_types=["sparse"]) == (
+        "config.json: mlp_layer_types is ['sparse'], "
+        "but only a list of 2 of dense, sparse is supported"
+    )
+
+
+def indexer_of(model: Model) -> Indexer | None:
+    mixer = model.layers[0].mixer
+    assert isinstance(mixer, Mla)
+    assert all(layer.mixer == mixer for layer in model.layers)
+    return mixer.indexer
+
+
+def test_sparse_attention() -> None:
+    v32 = indexer_of(tiny("DeepseekV32ForCausalLM"))
+    assert v32 == Indexer(16, 24, Rope(16, 10_000.0), 12)
+    glm = indexer_of(tiny("GlmMoeDsaForCausalLM"))
+    assert glm == replace(v32, rope=Rope(16, 10_000.0, interleaved=True))
+    assert indexer_of(tiny("GlmMoeDsaForCausalLM", indexer_rope_interleave=False)) == v32
+    assert indexer_of(tiny("DeepseekV32ForCausalLM", indexer_rope_interleave=True)) == glm
+    assert indexer_of(tiny("DeepseekV3ForCausalLM")) is None
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    scaled = tiny("DeepseekV32ForCausalLM", rope_scaling=scaling)
+    assert indexer_of(scaled).rope == replace(scaled.layers[0].mixer.rope, interleaved=False)
+
+
+def test_sparse_attention_at_full_size() -> None:
+    """The defaults are those of the published models."""
+    v32 = make_arch({"architectures": ["DeepseekV32ForCausalLM"]})
+    assert indexer_of(v32) == Indexer(64, 128, Rope(64, 10_000.0), 2048)
+    assert (len(v32.layers), v32.layers[0].mixer.heads, v32.max_len) == (61, 128, 163840)
+    glm = make_arch({"architectures": ["GlmMoeDsaForCausalLM"]})
+    assert indexer_of(glm) == Indexer(32, 128, Rope(64, 10_000.0, interleaved=True), 2048)
+    assert (len(glm.layers), glm.layers[0].mixer.heads, glm.max_len) == (78, 64, 202752)
+    # A token's latent, rotated key and index key, of each layer.
+    assert v32.kv_bytes_per_token(2) == 2 * 61 * (512 + 64 + 128)
+
+
+@pytest.mark.parametrize("family", ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"])
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (
+            {"indexer_types": ["full", "shared"]},
+            "indexer_types is ['full', 'shared'], but only a list of 2 of full is supported",
+        ),
+        ({"index_topk_freq": 4}, "index_topk_freq is 4, but only 1 is supported"),
+        ({"index_topk_pattern": "FS"}, "index_topk_pattern is 'FS', but only null is supported"),
+        ({"q_lora_rank": None}, "q_lora_rank is missing, but the indexer needs it"),
+        (
+            {"index_head_dim": 12},
+            "index_head_dim is 12, but only 16 or more is supported, the qk_rope_head_dim",
+        ),
+        (
+            {"index_topk": 0},
+            "index_topk is 0, but only a whole number from 1 to 16777216 is supported",
+        ),
+        (
+            {"indexer_rope_interleave": 1},
+            "indexer_rope_interleave is 1, but only true or false is supported",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 2},
+            "layer_types is ['full_attention', 'full_attention'], "
+            "but only a list of 2 of indexed_attention is supported",
+        ),
+        ({"attention_bias": True}, "attention_bias is True, but only false is supported"),
+    ],
+)
+def test_sparse_attention_refused(family: str, over: dict[str, Any], message: str) -> None:
+    assert refusal(family, **over) == f"config.json: {message}"
 
 
 # What configs of the hub say, without keys that change nothing.

@@ -25,6 +25,7 @@ FAMILIES = [
     "Glm4MoeForCausalLM",
     "DeepseekV3ForCausalLM",
     HYBRID,
+    "DeepseekV32ForCausalLM",
     "GptOssForCausalLM",
     "Llama4ForCausalLM",
     SOME_WINDOWS,

@@ -20,6 +20,7 @@ FAMILIES = (
     "Olmo3ForCausalLM",
     "GPTBigCodeForCausalLM",
     "Glm4MoeLiteForCausalLM",
+    "DeepseekV32ForCausalLM",
     "GptOssForCausalLM",
     "Llama4ForCausalLM",
 )
@@ -30,12 +31,14 @@ KERNELS = {
         "_apply_sinks",
         "_attend_latent",
         "_choose",
+        "_choose_tokens",
         "_count",
         "_decode_attention",
         "_gemv",
     ),
     *("_grouped", "_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_rms_norm"),
-    *("_rotate_and_store", "_route", "_skinny", "_split", "_store_latent", "_sum"),
+    *("_rotate_and_store", "_route", "_score_tokens", "_skinny", "_split", "_store_index_key"),
+    *("_store_latent", "_sum"),
 }
 
 

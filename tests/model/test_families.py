@@ -83,6 +83,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             }
         },
     ),
+    ("DeepseekV32ForCausalLM", {"rope_scaling": MSCALE_YARN, "index_topk": 1}),
+    ("DeepseekV32ForCausalLM", {"index_topk": 60, "index_head_dim": 16}),
+    ("GlmMoeDsaForCausalLM", {"index_n_heads": 24, "mlp_layer_types": ["sparse", "dense"]}),
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 1, "head_dim": 24}),

@@ -55,6 +55,7 @@ FAMILIES = [
     "Qwen3MoeForCausalLM",
     "Glm4ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
     "Glm4MoeForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "Starcoder2ForCausalLM",
@@ -269,6 +270,7 @@ SHARDED = [
     ("Qwen3NextForCausalLM", block(16, 16), 2, False),
     ("Qwen3NextForCausalLM", compressed("channel"), 4, True),
     ("DeepseekV3ForCausalLM", block(24, 40), 2, True),
+    ("DeepseekV32ForCausalLM", block(24, 40), 2, True),
     ("Qwen3MoeForCausalLM", block(32, 32), 2, False),  # and these cut blocks
     ("LlamaForCausalLM", block(24, 40), 4, False),
     ("ChatGLMModel", block(32, 32), 4, False),

@@ -12,6 +12,7 @@ import torch
 from tiny_models import CPU, all_logits, load, some_tokens
 
 from gllm_engine.arch import Gqa, Layer, Model, Moe, read_arch
+from gllm_engine.arch.rope import Rope
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -89,10 +90,23 @@ def gqa(**change: Any) -> Change:
     return lambda m: m.each(mixer=changed)
 
 
+def indexer(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.mixer, indexer=replace(layer.mixer.indexer, **change))
+
+    return lambda m: m.each(mixer=changed)
+
+
 def wide_rope(m: Model) -> Model:
     """In layers with softmax attention, all channels rotate."""
-    rope = next(layer.mixer.rope for layer in m.layers if layer.mixer.rope is not None)
+    rope = next(layer.mixer.rope for layer in m.layers if isinstance(layer.mixer, Gqa))
     return gqa(rope=replace(rope, dim=32))(m)
+
+
+def indexer_interleaved(m: Model) -> Model:
+    """Pairs of channels in the other order."""
+    old = m.layers[0].mixer.indexer.rope
+    return indexer(rope=replace(old, interleaved=not old.interleaved))(m)
 
 
 def swapped_ropes(m: Model) -> Model:
@@ -118,6 +132,7 @@ QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 QWEN3_NEXT, QWEN3_5 = "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"
 QWEN3_5_MOE = "Qwen3_5MoeForCausalLM"
 GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
+V32, GLM_DSA = "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"
 DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
 KIMI, NEOX = "KimiK2ForCausalLM", "GPTNeoXForCausalLM"
 SPARSE = {"decoder_sparse_step": 1}
@@ -234,6 +249,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "plus one of a hybrid": (QWEN3_5, {}, model(norm="rms")),
     "shared gate of a hybrid": (QWEN3_NEXT, {}, ffn(shared_gate=False)),
     "renorm of a hybrid": (QWEN3_5_MOE, {}, routing(renorm=False)),
+    "indexer": (V32, {}, mixer(indexer=None)),
+    "indexer's top_k": (V32, {}, indexer(top_k=13)),
+    "indexer's rope": (V32, {}, indexer_interleaved),
+    "indexer's rope, GLM": (GLM_DSA, {}, indexer_interleaved),
+    "indexer's theta": (GLM_DSA, {}, indexer(rope=Rope(16, 20_000.0, True))),
+    "indexer's eps": (V32, {}, indexer(eps=10.0)),
     "sinks": (GPT_OSS, {}, mixer(sinks=False)),
     "window of gpt-oss": (GPT_OSS, {}, mixer(window=None)),
     "limit of a clamp": (GPT_OSS, {}, clamp(limit=2.5)),
@@ -296,6 +317,7 @@ def test_tie_matters(tmp_path: Path) -> None:
         (KIMI, ALL_SPARSE | {"num_experts_per_tok": 4}),
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
         (OLMO2, {}),
+        (V32, ALL_SPARSE | {"num_experts_per_tok": 4}),
         (MINIMAX_M2, {"num_experts_per_tok": 7}),
         (LLAMA4, {"no_rope_layers": [1], "interleave_moe_layer_step": 1, "num_experts_per_tok": 7}),
         (GPT_OSS, {"num_experts_per_tok": 7, "layer_types": ["full_attention"]}),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gllm_engine.arch import Model, read_arch
 from gllm_engine.model import Decoder, LayerCache
-from gllm_engine.ops import Batch
+from gllm_engine.ops import Batch, RecurrentState
 
 CPU = torch.device("cpu")
 PAGE = 4
@@ -29,16 +29,20 @@ def load(path: Path, arch: Model | None = None, max_model_len: int | None = None
     return load_model(path, arch, dtype=torch.float32, device=CPU, max_model_len=length)
 
 
-def poisoned_cache(decoder: Decoder, num_pages: int, page_size: int = PAGE) -> list[LayerCache]:
+def poisoned_cache(
+    decoder: Decoder, num_pages: int, page_size: int = PAGE, dtype: torch.dtype | None = None
+) -> list[LayerCache]:
     """`num_pages` for each group. Every number is NaN until the decoder writes it.
 
     The states of layers that keep one per sequence are zero, as at the start of a sequence.
     """
     states = decoder.new_states(ROWS)
-    cache = decoder.new_cache(num_pages * len(decoder.groups), page_size, states=states)
-    for pages in cache:
-        if isinstance(pages, Tensor):
-            pages.fill_(float("nan"))
+    cache = decoder.new_cache(num_pages * len(decoder.groups), page_size, dtype, states)
+    for parts in cache:
+        if not isinstance(parts, RecurrentState):
+            for pages in parts:
+                assert pages.dtype == (dtype or decoder.dtype)
+                pages.fill_(float("nan"))
     return cache
 
 

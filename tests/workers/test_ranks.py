@@ -94,6 +94,8 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
     ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
+    ("DeepseekV32ForCausalLM", {}, "tp2 x pp2"),
+    ("GlmMoeDsaForCausalLM", {}, "ep2"),
     ("DeepseekV2ForCausalLM", {"q_lora_rank": None}, "ep2 x pp2"),
     ("KimiK2ForCausalLM", {}, "tp4"),
     ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),
