@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from gllm_engine.arch.formats import Format, Fp8, Int4, Mxfp4
 from gllm_engine.arch.model import SELECTION_BIAS, Model
 from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.arch.zoo import make_arch
-from gllm_engine.ops import quantize_fp8
+from gllm_engine.ops import quantize_fp8, quantize_int4, quantize_mxfp4
 
 # Token ids 0, 1, 2. The first and the last token end generation.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -89,16 +90,29 @@ def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
 def _in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Checkpoint tensors in the formats of `arch`; of plain weights, in `dtype`."""
     kind = arch.quantization
-    names = checkpoint_tensors(arch)
-    result = {}
+    names = checkpoint_shapes(arch)
+    result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if kind is not None and name + kind.suffix in names:
-            numbers, scales = quantize_fp8(tensor, kind.rows, kind.columns)
-            result[name] = numbers
-            result[name + kind.suffix] = scales
+        has_scales = isinstance(kind, Fp8) and name + kind.suffix in names
+        if kind is not None and (has_scales or name not in names):
+            encoded = _encoded(name, tensor, kind)
+            result |= {n: part.reshape(names[n]) for n, part in encoded.items()}
         else:
             result[name] = tensor.to(dtype)
     return result
+
+
+def _encoded(name: str, tensor: Tensor, kind: Format) -> dict[str, Tensor]:
+    """Name -> tensor of the weight `name`, in a format."""
+    if isinstance(kind, Fp8):
+        numbers, scales = quantize_fp8(tensor, kind.rows, kind.columns)
+        return {name: numbers, name + kind.suffix: scales}
+    if isinstance(kind, Mxfp4):
+        numbers, scales = quantize_mxfp4(tensor)
+        return {name + "_blocks": numbers, name + "_scales": scales}
+    assert isinstance(kind, Int4)
+    numbers, scales = quantize_int4(tensor, kind.group)
+    return {name + "_packed": numbers.view(torch.int32), name + "_scale": scales}
 
 
 def _random_weight(

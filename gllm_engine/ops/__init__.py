@@ -24,7 +24,15 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
-from gllm_engine.ops.weight import Fp8Weight, Weight, dequantized, quantize_fp8
+from gllm_engine.ops.weight import (
+    Fp8Weight,
+    PackedWeight,
+    Weight,
+    dequantized,
+    quantize_fp8,
+    quantize_int4,
+    quantize_mxfp4,
+)
 
 __all__ = [
     "AttentionInputs",
@@ -38,6 +46,7 @@ __all__ = [
     "LatentQueries",
     "Norm",
     "Ops",
+    "PackedWeight",
     "PlainSampling",
     "RecurrentState",
     "RotaryInputs",
@@ -46,6 +55,8 @@ __all__ = [
     "best_device",
     "dequantized",
     "quantize_fp8",
+    "quantize_int4",
+    "quantize_mxfp4",
     "select_ops",
 ]
 
