@@ -226,7 +226,15 @@ class Shape:
         num_pages = int(batch.page_table.max()) + 1
         shape = (num_pages, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
         like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
-        plan = self.planner.plan(batch, like, m.heads, m.window, scale=m.scale, softcap=m.softcap)
+        plan = self.planner.plan(
+            batch,
+            like,
+            m.heads,
+            m.window,
+            scale=m.scale,
+            softcap=m.softcap,
+            chunked=m.chunked,
+        )
         cos, sin = torch.rand(2, batch.context_lens_cpu.max(), m.head_dim // 2, device=self.device)
         interleaved = m.rope is not None and m.rope.interleaved
         rotary = ops.rotary_inputs(cos, sin, batch.positions, self.dtype, interleaved)
@@ -234,6 +242,7 @@ class Shape:
         norm: HeadNorm | None = None
         if m.qk_norm:
             norm = HeadNorm(self.randn(m.heads + m.kv_heads, m.head_dim), self.arch.eps)
+        sinks = self.randn(m.heads) if m.sinks else None
 
         def make() -> Callable[[], Any]:
             cache = self.randn(*shape).to(self.cache_dtype)
@@ -242,7 +251,7 @@ class Shape:
             if not attends:
                 return lambda: ops.rotate_and_store(qkv, *options)
             inputs = ops.rotate_and_store(qkv, *options)
-            return lambda: ops.attend(inputs, cache, plan)
+            return lambda: ops.attend(inputs, cache, plan, sinks=sinks)
 
         return make
 

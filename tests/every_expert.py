@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from gllm_engine.arch.tiny import tiny_config
 
-_ALL = {"num_experts_per_tok": 8, "moe_k": 8, "topk_group": 4}
+_ALL = {"num_experts_per_tok": 8, "moe_k": 8}
 
 
 def every_expert(family: str) -> dict[str, int]:
     """What to change in the family's tiny config; {} if it has no experts."""
     config = tiny_config(family)
-    return {key: value for key, value in _ALL.items() if key in config}
+    config = config.get("text_config", config)
+    groups = {"topk_group": config["n_group"]} if "n_group" in config else {}
+    return {key: value for key, value in _ALL.items() if key in config} | groups

@@ -35,7 +35,7 @@ def test_every_sampling_parameter_is_named() -> None:
 
 def test_every_family_is_in_the_table() -> None:
     told = set(re.findall(r"`(\w+)`", section("Models").split("RoPE scaling")[0]))
-    assert told == set(FAMILIES)
+    assert told == FAMILIES.keys()
 
 
 def table(page: str, title: str) -> list[list[str]]:

@@ -35,14 +35,38 @@ class Fields:
     def empty(self) -> bool:
         return not self._values
 
-    def child(self, *keys: str) -> Fields:
-        """The object at the first of `keys` that is present and not empty, or an empty object."""
+    def with_defaults(self, **values: Any) -> Fields:
+        """A copy with values for keys that are absent or null."""
+        copy = Fields(self._values, self.name, {})
+        copy._values = values | self._values
+        return copy
+
+    def child(
+        self,
+        *keys: str,
+        defaults: dict[str, Any] | None = None,
+        over: dict[str, Any] | None = None,
+    ) -> Fields:
+        """The object at the first of `keys` that is present and not empty, or an empty object.
+
+        `defaults`: for its absent keys. `over`: overrides its keys.
+        """
         for key in keys:
             if value := self._values.get(key):
                 if not isinstance(value, dict):
                     raise self._wrong(key, value, "an object")
-                return Fields(value, f"{self.name}: {key}", {})
-        return Fields({}, self.name, {})
+                return Fields(value | (over or {}), f"{self.name}: {key}", defaults or {})
+        return Fields(over or {}, self.name, defaults or {})
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def truth(self, key: str) -> bool:
+        """true or false, or a number, of which only 0 is false."""
+        value = self._get(key, None)
+        if not isinstance(value, (bool, int)):
+            raise self._wrong(key, value, "true, false or a whole number")
+        return bool(value)
 
     def choices(self, key: str, length: int, allowed: tuple[str, ...]) -> list[str] | None:
         """A list of `length` words out of `allowed`; None if the key is absent."""
@@ -58,9 +82,11 @@ class Fields:
         return value
 
     def flags(self, key: str, length: int) -> list[bool] | None:
-        """A list of `length` truth values, true and false or 1 and 0; None if the key is absent."""
+        """A list of `length` truth values, true and false or 1 and 0; None if the key is absent or
+        the list empty.
+        """
         value = self._values.get(key)
-        if value is None:
+        if value is None or value == []:
             return None
         if (
             not isinstance(value, list)
@@ -109,6 +135,13 @@ class Fields:
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, value, "a string")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
+        """One of the words `allowed`."""
+        value = self._get(key, default)
+        if not isinstance(value, str) or value not in allowed:
+            raise self._wrong(key, value, " or ".join(map(json.dumps, allowed)))
         return value
 
     def numbers(

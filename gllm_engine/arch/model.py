@@ -37,7 +37,8 @@ _USUALLY_PLAIN = ("gate.weight", "in_proj_a.weight", "in_proj_b.weight")
 # the same stream, each through a norm of its own; "parallel_shared": through one norm.
 Place = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 # RMS norm of queries and keys: of each head before or after the rotation, or of all heads together.
-QkNorm = Literal["head", "head_after", "whole"]
+# "l2_after": of each head after the rotation, without a gain.
+QkNorm = Literal["head", "head_after", "whole", "l2_after"]
 # "rms_plus_one": the gain is 1 + weight. "layer": the mean is subtracted, and there is a bias.
 NormKind = Literal["rms", "rms_plus_one", "layer", "layer_without_bias"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -68,14 +69,16 @@ class AttentionShape:
     window: int | None
     scale: float | None = None
     softcap: float | None = None
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
 class QueryTemperature:
-    """Queries at position p are multiplied by 1 + beta * ln(1 + floor(p / length))."""
+    """Queries at position p are multiplied by 1 + beta * ln(1 + floor((p + offset) / length))."""
 
     beta: float
     length: int  # tokens
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ class Gqa(Formatted):
     out_bias: bool = False
     qk_norm: QkNorm | None = None
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    # A token at position p sees the tokens from p // window * window on; nothing before.
+    chunked: bool = False
     scale: float | None = None  # factor of the scores; None: head_dim ** -0.5
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sinks: bool = False  # every head has one more key, of a learned score and with value 0
     temperature: QueryTemperature | None = None
 
     def shapes(self, dim: int) -> Shapes:
@@ -101,11 +107,11 @@ class Gqa(Formatted):
         shapes |= _linear("self_attn.k_proj", kv, dim, self.qkv_bias)
         shapes |= _linear("self_attn.v_proj", kv, dim, self.qkv_bias)
         shapes |= _linear("self_attn.o_proj", dim, q, self.out_bias)
-        if self.qk_norm:
+        if self.qk_norm and self.qk_norm != "l2_after":
             whole = self.qk_norm == "whole"
             shapes["self_attn.q_norm.weight"] = (q if whole else self.head_dim,)
             shapes["self_attn.k_norm.weight"] = (kv if whole else self.head_dim,)
-        return shapes
+        return shapes | {"self_attn.sinks": (self.heads,)} if self.sinks else shapes
 
     # What a sequence keeps besides pages; see GatedDelta.
     state_shapes = ()
@@ -113,7 +119,13 @@ class Gqa(Formatted):
     @property
     def attention(self) -> AttentionShape:
         return AttentionShape(
-            self.heads, self.kv_heads, self.head_dim, self.window, self.scale, self.softcap
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.window,
+            self.scale,
+            self.softcap,
+            self.chunked,
         )
 
     def cache_shape(self, page_size: int) -> tuple[int, ...]:

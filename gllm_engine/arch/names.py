@@ -6,13 +6,42 @@ This module knows names only; model/load.py reads the data.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from gllm_engine.arch.model import Model
+from gllm_engine.arch.model import Gqa, Model
 
 # Replacements in a canonical name, applied in order; * is the number of an expert. Weights that get
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
 _FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
+_MIXTRAL = (
+    ("mlp.", "block_sparse_moe."),
+    ("gate_proj", "w1"),
+    ("up_proj", "w3"),
+    ("down_proj", "w2"),
+)
+_LLAMA4 = (
+    ("mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"),
+    ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
+    ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
+    ("mlp.gate.", "mlp.router."),
+    ("mlp.", "feed_forward."),
+)
+_DEEPSEEK = (("shared_expert.", "shared_experts."),)
+_GPT2 = (
+    ("model.embed_tokens", "transformer.wte"),
+    ("model.embed_positions", "transformer.wpe"),
+    ("model.layers.", "transformer.h."),
+    ("model.norm", "transformer.ln_f"),
+    ("input_layernorm", "ln_1"),
+    ("post_attention_layernorm", "ln_2"),
+    ("self_attn.q_proj", "attn.c_attn"),
+    ("self_attn.k_proj", "attn.c_attn"),
+    ("self_attn.v_proj", "attn.c_attn"),
+    ("self_attn.o_proj", "attn.c_proj"),
+    ("mlp.up_proj", "mlp.c_fc"),
+    ("mlp.down_proj", "mlp.c_proj"),
+)
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
     "glm": _FUSED_MLP,
@@ -22,11 +51,16 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("self_attn.k_proj", "self_attn.qkv_proj"),
         ("self_attn.v_proj", "self_attn.qkv_proj"),
     ),
-    "mixtral": (
-        ("mlp.", "block_sparse_moe."),
-        ("gate_proj", "w1"),
-        ("up_proj", "w3"),
-        ("down_proj", "w2"),
+    "mixtral": _MIXTRAL,
+    "minimax_m2": (
+        ("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),
+        *_MIXTRAL,
+    ),
+    "llama4": _LLAMA4,
+    "llama4_vision": (
+        *_LLAMA4,
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
     ),
     "granitemoe": (
         ("mlp.experts.*.gate_proj", "block_sparse_moe.input_linear"),
@@ -34,10 +68,24 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("mlp.experts.*.down_proj", "block_sparse_moe.output_linear"),
         ("mlp.gate.", "block_sparse_moe.router.layer."),
     ),
-    "deepseek": (("shared_expert.", "shared_experts."),),
+    "deepseek": _DEEPSEEK,
+    "kimi_k25": (
+        *_DEEPSEEK,
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
     "ernie": (
         ("shared_expert.", "shared_experts."),
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
+    ),
+    "gpt_oss": (
+        ("mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
+        ("mlp.experts.*.gate_proj.bias", "mlp.experts.gate_up_proj_bias"),
+        ("mlp.experts.*.up_proj.bias", "mlp.experts.gate_up_proj_bias"),
+        ("mlp.experts.*.down_proj.bias", "mlp.experts.down_proj_bias"),
+        ("mlp.gate.", "mlp.router."),
     ),
     "olmo": (
         ("post_self_attn_layernorm", "post_attention_layernorm"),
@@ -50,19 +98,19 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "hunyuan": (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm")),
     "starcoder2": (("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj")),
-    "gpt_bigcode": (
-        ("model.embed_tokens", "transformer.wte"),
-        ("model.embed_positions", "transformer.wpe"),
-        ("model.layers.", "transformer.h."),
-        ("model.norm", "transformer.ln_f"),
-        ("input_layernorm", "ln_1"),
-        ("post_attention_layernorm", "ln_2"),
-        ("self_attn.q_proj", "attn.c_attn"),
-        ("self_attn.k_proj", "attn.c_attn"),
-        ("self_attn.v_proj", "attn.c_attn"),
-        ("self_attn.o_proj", "attn.c_proj"),
-        ("mlp.up_proj", "mlp.c_fc"),
-        ("mlp.down_proj", "mlp.c_proj"),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neox": (
+        ("model.embed_tokens", "gpt_neox.embed_in"),
+        ("model.layers.", "gpt_neox.layers."),
+        ("model.norm", "gpt_neox.final_layer_norm"),
+        ("lm_head", "embed_out"),
+        ("self_attn.q_proj", "attention.query_key_value"),
+        ("self_attn.k_proj", "attention.query_key_value"),
+        ("self_attn.v_proj", "attention.query_key_value"),
+        ("self_attn.o_proj", "attention.dense"),
+        ("mlp.up_proj", "mlp.dense_h_to_4h"),
+        ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ),
     "chatglm": (
         ("model.embed_tokens", "transformer.embedding.word_embeddings"),
@@ -79,15 +127,73 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+# Some checkpoints have other beginnings of names: (what they have, what is standard).
+_BEGINNINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "kimi_k25": (  # as transformers names them
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+    "gpt2": tuple((f"{part}.", f"transformer.{part}.") for part in ("wte", "wpe", "h", "ln_f")),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint tensor holds the weights that are stacked in it, for each expert alone.
+
+    `transposed`: the stack is stored as [columns, rows]. `interleaved`: the weights take turns row
+    by row: gate 0, up 0, gate 1, up 1. `by_head`: they take turns head by head: the rows of the
+    first head of every weight, then those of the second head.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+    by_head: bool = False
+
+
+_TRANSPOSED = Layout(transposed=True)
+_LLAMA4_EXPERTS = {r"feed_forward\.experts\.(gate_up|down)_proj$": _TRANSPOSED}
+# Pattern in a tensor's name -> its layout; all others are plain stacks.
+_LAYOUTS: dict[str, dict[str, Layout]] = {
+    "gpt2": {r"\.(attn|mlp)\.c_\w+\.weight$": _TRANSPOSED},
+    "gpt_neox": {r"attention\.query_key_value\.": Layout(by_head=True)},
+    "gpt_oss": {
+        r"mlp\.experts\.gate_up_proj$": Layout(transposed=True, interleaved=True),
+        # Those of MXFP4 are not transposed.
+        r"mlp\.experts\.gate_up_proj_(bias|blocks|scales)$": Layout(interleaved=True),
+        r"mlp\.experts\.down_proj$": _TRANSPOSED,
+    },
+    "llama4": _LLAMA4_EXPERTS,
+    "llama4_vision": _LLAMA4_EXPERTS,
+}
+
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _ROPE_TABLES = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|transformer\.rotary_pos_emb\.inv_freq"
+    r"|gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq"
 )
+# Tensors that no text model needs: the causal mask of old checkpoints, weights for images, Ernie's
+# modules for multi-token prediction, which are not layers.
+_MASK = r"\.(attn|attention)\.(bias|masked_bias)$"
+_UNUSED = {
+    "ernie": re.compile(r"model\.mtp_\w+\.\d+\."),
+    "gpt2": re.compile(rf"transformer\.h\.\d+{_MASK}"),
+    "gpt_bigcode": re.compile(rf"transformer\.h\.\d+{_MASK}"),
+    "gpt_neox": re.compile(rf"gpt_neox\.layers\.\d+{_MASK}"),
+    "kimi_k25": re.compile(r"(model\.)?(vision_tower|mm_projector)\."),
+    "llama4_vision": re.compile(r"(vision_model|multi_modal_projector)\."),
+}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-# Ernie's modules for multi-token prediction, which are not layers.
-_ERNIE_MTP = re.compile(r"model\.mtp_\w+\.\d+\.")
+
+
+def standard_name(model: Model, name: str) -> str:
+    """The standard name of a tensor with this name in a file."""
+    for own, standard in _BEGINNINGS.get(model.names, ()):
+        if name.startswith(own):
+            return standard + name.removeprefix(own)
+    return name
 
 
 def checkpoint_name(model: Model, canonical: str) -> str:
@@ -102,13 +208,39 @@ def checkpoint_name(model: Model, canonical: str) -> str:
     return canonical
 
 
+def checkpoint_layout(model: Model, name: str) -> Layout:
+    """The layout of a checkpoint tensor."""
+    for pattern, layout in _LAYOUTS.get(model.names, {}).items():
+        if re.search(pattern, name):
+            return layout
+    return Layout()
+
+
+def expert_of(name: str) -> str | None:
+    """The number of the expert that has the weight or tensor `name`; None: it is no expert's."""
+    expert = _EXPERT.search(name)
+    return None if expert is None else expert[1]
+
+
 def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
-    """Checkpoint tensor name -> the canonical weights it holds, stacked along dimension 0."""
+    """Checkpoint tensor name -> the canonical weights it holds, in the order of the stack."""
     tensors: dict[str, tuple[str, ...]] = {}
     for weight in model.weights():
         name = checkpoint_name(model, weight)
         tensors[name] = (*tensors.get(name, ()), weight)
     return tensors
+
+
+def num_blocks(model: Model, weights: tuple[str, ...]) -> int:
+    """The number of blocks of a checkpoint tensor that holds `weights`: each block has so many
+    equal parts of each of them, in their order. 1: the weights are stacked whole.
+    """
+    layer = _LAYER.match(weights[0])
+    if layer is None or not checkpoint_layout(model, checkpoint_name(model, weights[0])).by_head:
+        return 1
+    mixer = model.layers[int(layer[1])].mixer
+    assert isinstance(mixer, Gqa)
+    return mixer.heads
 
 
 def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -117,10 +249,12 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, parts in checkpoint_tensors(model).items():
         rows = sum(shapes[part][0] for part in parts)
-        found[name] = (rows, *shapes[parts[0]][1:])
-        experts = {number for part in parts for number in _EXPERT.findall(part)}
-        if experts and not _EXPERT.search(name):
-            found[name] = (len(experts), rows // len(experts), *shapes[parts[0]][1:])
+        count = len({expert_of(part) for part in parts})
+        shape = (rows // count, *shapes[parts[0]][1:])
+        if checkpoint_layout(model, name).transposed:
+            shape = shape[::-1]
+        of_all_experts = expert_of(parts[0]) is not None and expert_of(name) is None
+        found[name] = (count, *shape) if of_all_experts else shape
         if model.names == "ernie" and name.endswith("e_score_correction_bias"):
             found[name] = (1, rows)
     return found
@@ -128,9 +262,10 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_left_over(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
-    multi-token prediction.
+    multi-token prediction or for images.
     """
-    if _ROPE_TABLES.fullmatch(name) or (model.names == "ernie" and _ERNIE_MTP.match(name)):
+    unused = _UNUSED.get(model.names)
+    if _ROPE_TABLES.fullmatch(name) or (unused is not None and unused.match(name)):
         return True
     layer = _LAYER.match(name)
     return layer is not None and 0 <= int(layer[1]) - len(model.layers) < model.extra_layers

@@ -34,7 +34,10 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, with a ramp between."""
+    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, with a ramp between.
+
+    Llama 4 Scout has equal factors, and so no ramp.
+    """
 
     factor: float
     low_freq_factor: float
@@ -97,13 +100,21 @@ def rope_object(config: Fields) -> Fields:
     return config.child("rope_scaling", "rope_parameters")
 
 
-def read_rope(config: Fields, head_dim: int, other_keys: tuple[str, ...] = ()) -> Rope:
+def read_rope(
+    config: Fields,
+    head_dim: int,
+    other_keys: tuple[str, ...] = (),
+    theta: float | None = None,
+    rotated_share: float | None = None,
+) -> Rope:
     """Read `rope_parameters`, or the older `rope_theta` + `rope_scaling`.
 
     A key inside the object overrides the same key beside it, as in transformers. `other_keys`: keys
-    that the caller reads. Raises ArchError for an unknown RoPE type.
+    that the caller reads. `theta`, `rotated_share`: for a config that names them in its own way,
+    the values of rope_theta and partial_rotary_factor if the object does not have them. Raises
+    ArchError for an unknown RoPE type.
     """
-    return _read(config, rope_object(config), head_dim, other_keys=other_keys)
+    return _read(config, rope_object(config), head_dim, theta, rotated_share, other_keys)
 
 
 def read_layer_ropes(config: Fields, head_dim: int) -> dict[str, Rope]:
@@ -144,11 +155,13 @@ def _read(
     rope: Fields,
     head_dim: int,
     theta: float | None = None,
+    rotated_share: float | None = None,
     other_keys: tuple[str, ...] = (),
 ) -> Rope:
-    """Read the object `rope`. `theta`: the default of rope_theta."""
+    """Read the object `rope`. `theta`, `rotated_share`: defaults."""
     theta = rope.real("rope_theta", theta or config.real("rope_theta", 10_000.0))
-    share = rope.real("partial_rotary_factor", config.real("partial_rotary_factor", 1.0))
+    rotated_share = rotated_share or config.real("partial_rotary_factor", 1.0)
+    share = rope.real("partial_rotary_factor", rotated_share)
     dim = head_dim * share
     if dim % 2 or dim > head_dim:
         raise ArchError(
@@ -186,9 +199,9 @@ def _read_scaling(
     if kind == "llama3":
         low = rope.real("low_freq_factor")
         high = rope.real("high_freq_factor")
-        if low >= high:
+        if low > high:
             raise ArchError(
-                f"{rope.name}: low_freq_factor is {low}, but only less than "
+                f"{rope.name}: low_freq_factor is {low}, but only at most "
                 f"high_freq_factor={high} is supported"
             )
         return Llama3Scaling(rope.real("factor"), low, high, original)

@@ -59,6 +59,21 @@ _DEEPSEEK = _SPARSE | {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
 }
+_KIMI = _DEEPSEEK | {
+    "model_type": "deepseek_v3",  # as transformers knows it; checkpoints say "kimi_k2"
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
 _GEMMA = _PADDED | {
     "head_dim": 16,
     "hidden_act": "gelu_pytorch_tanh",
@@ -67,6 +82,16 @@ _GEMMA = _PADDED | {
     "sliding_window": 48,
     "layer_types": ["sliding_attention", "full_attention"],
     "tie_word_embeddings": True,
+}
+_GPT2 = {
+    "vocab_size": 384,
+    "n_positions": 2048,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 96,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": False,
 }
 _CHATGLM = {
     "model_type": "chatglm",
@@ -88,6 +113,20 @@ _CHATGLM = {
     "original_rope": True,
     "tie_word_embeddings": False,
 }
+_LLAMA4 = _PADDED | {
+    "model_type": "llama4_text",
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 48,
+    "floor_scale": 16,
+    "attn_scale": 0.5,
+}
+
 _CONFIGS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": _HF | {"model_type": "llama"},
     "MistralForCausalLM": _HF | {"model_type": "mistral", "sliding_window": 48},
@@ -132,7 +171,18 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": -1,
         "moe_layer_interval": 1,
     },
+    "DeepseekV2ForCausalLM": _DEEPSEEK
+    | {
+        "model_type": "deepseek_v2",
+        "topk_method": "group_limited_greedy",
+        "num_experts_per_tok": 3,  # the best two are always in the best two groups
+        "norm_topk_prob": False,
+        "num_nextn_predict_layers": 0,
+    },
     "DeepseekV3ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v3"},
+    "KimiK2ForCausalLM": _KIMI,
+    "KimiK25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
+    "Kimi_K25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
     "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
     "Olmo3ForCausalLM": _HF
@@ -213,16 +263,55 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "norm_epsilon": 1e-5,
         "sliding_window": 48,
     },
-    "GPTBigCodeForCausalLM": {
-        "model_type": "gpt_bigcode",
+    "GPT2LMHeadModel": _GPT2 | {"model_type": "gpt2"},
+    "GPTBigCodeForCausalLM": _GPT2
+    | {"model_type": "gpt_bigcode", "activation_function": "gelu_pytorch_tanh"},
+    "GPTNeoXForCausalLM": {
+        "model_type": "gpt_neox",
         "vocab_size": 384,
-        "n_positions": 2048,
-        "n_embd": 64,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_inner": 96,
-        "activation_function": "gelu_pytorch_tanh",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 10_000,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
         "tie_word_embeddings": False,
+    },
+    "GptOssForCausalLM": _SPARSE
+    | {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 2.0,
+        "swiglu_alpha": 1.5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "Llama4ForCausalLM": _LLAMA4,
+    "Llama4ForConditionalGeneration": {"model_type": "llama4", "text_config": _LLAMA4},
+    "MiniMaxM2ForCausalLM": _PADDED
+    | {
+        "model_type": "minimax_m2",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "rotary_dim": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_mtp_modules": 1,
     },
     "ChatGLMModel": _CHATGLM,
     "ChatGLMForConditionalGeneration": _CHATGLM,
@@ -230,10 +319,16 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **over: Any) -> dict[str, Any]:
-    """The config.json of a tiny model of `family` (an architecture name). `over`: keys to override.
+    """The config.json of a tiny model of `family` (an architecture name). `over`: keys to override,
+    in the description of the text model if that is an object of its own.
 
     Raises ArchError for a family that is not supported.
     """
     if family not in _CONFIGS:
         raise ArchError(f"family {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    return _CONFIGS[family] | {"architectures": [family], "eos_token_id": 2} | over
+    config = _CONFIGS[family] | {"architectures": [family]}
+    text = {"eos_token_id": 2} | over
+    key = FAMILIES[family].text_key
+    if key is None:
+        return config | text
+    return config | {key: config[key] | text}

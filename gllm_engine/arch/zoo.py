@@ -7,14 +7,24 @@ classes. This module knows no weights and does not import transformers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Mla, Model, Moe, QkNorm, QueryTemperature
+from gllm_engine.arch.model import (
+    Activation,
+    Dense,
+    Gqa,
+    Layer,
+    Mla,
+    Model,
+    Moe,
+    QkNorm,
+    QueryTemperature,
+)
 from gllm_engine.arch.quantization import read_quantization
 from gllm_engine.arch.rope import (
     DynamicScaling,
@@ -26,7 +36,7 @@ from gllm_engine.arch.rope import (
     rope_object,
 )
 from gllm_engine.files import read_object, shown
-from gllm_engine.routing import Routing
+from gllm_engine.routing import Clamp, Routing
 
 Reader = Callable[[Fields], Model]
 
@@ -35,14 +45,38 @@ MAX_LAYERS = 512
 MAX_EXPERTS = 2048
 MAX_LEN = 2**24  # tokens
 
-FAMILIES: dict[str, tuple[Reader, dict[str, Any]]] = {}
+# Some names are of other ways to compute the same function.
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+_GELUS = tuple(name for name, act in _ACTIVATIONS.items() if act != "silu")
 
 
-def family(*architectures: str, defaults: dict[str, Any]) -> Callable[[Reader], Reader]:
+class Family(NamedTuple):
+    """`text_key`: the key of the object that describes the text model, beside other models."""
+
+    read: Reader
+    defaults: dict[str, Any]
+    text_key: str | None
+
+
+FAMILIES: dict[str, Family] = {}
+# Keys beside the description of the text model that are about it.
+_SHARED_KEYS = ("tie_word_embeddings", "quantization_config")
+
+
+def family(
+    *architectures: str, defaults: dict[str, Any], text_key: str | None = None
+) -> Callable[[Reader], Reader]:
     """Register a reader for architecture names, with defaults for keys that a config may omit."""
 
     def register(reader: Reader) -> Reader:
-        FAMILIES.update(dict.fromkeys(architectures, (reader, defaults)))
+        FAMILIES.update(dict.fromkeys(architectures, Family(reader, defaults, text_key)))
         return reader
 
     return register
@@ -233,14 +267,19 @@ _SMOLLM3 = _LLAMA | {
 def smollm3(c: Fields) -> Model:
     c.require(use_sliding_window=False)
     model = llama(c)
-    every = c.count("no_rope_layer_interval")
-    rotated = c.flags("no_rope_layers", len(model.layers))  # despite its name, 1 means RoPE
-    rotated = rotated or [(i + 1) % every != 0 for i in range(len(model.layers))]
+    rotated = _rotated_layers(c, len(model.layers))
     return model.each(
         mixer=lambda i, layer: replace(
             _gqa_of(layer), rope=_gqa_of(layer).rope if rotated[i] else None
         )
     )
+
+
+def _rotated_layers(c: Fields, num_layers: int) -> list[bool]:
+    """Whether each layer has RoPE. In `no_rope_layers`, despite its name, 1 means RoPE."""
+    every = c.count("no_rope_layer_interval")
+    rotated = c.flags("no_rope_layers", num_layers)
+    return rotated or [(i + 1) % every != 0 for i in range(num_layers)]
 
 
 _GRANITE = _LLAMA | {
@@ -474,31 +513,45 @@ def starcoder2(c: Fields) -> Model:
     return replace(model, norm="layer", names="starcoder2")
 
 
-_BIGCODE = {
+_GPT2 = {
     "vocab_size": 50257,
     "n_positions": 1024,
     "n_embd": 768,
     "n_layer": 12,
     "n_head": 12,
+    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
-    "multi_query": True,
     "tie_word_embeddings": True,
     "eos_token_id": 50256,
 }
 
 
+@family("GPT2LMHeadModel", defaults=_GPT2)
+def gpt2(c: Fields) -> Model:
+    c.require(scale_attn_by_inverse_layer_idx=False)
+    return replace(_gpt2(c, kv_heads=c.count("n_head")), names="gpt2")
+
+
+_BIGCODE = _GPT2 | {"activation_function": "gelu_pytorch_tanh"}
+
+
 # StarCoder and SantaCoder: GPT-2 with one key/value head.
 @family("GPTBigCodeForCausalLM", defaults=_BIGCODE)
 def gpt_bigcode(c: Fields) -> Model:
-    c.require(activation_function="gelu_pytorch_tanh", multi_query=True, scale_attn_weights=True)
-    c.require(add_cross_attention=False)
+    c.require(multi_query=True)
+    return replace(_gpt2(c, kv_heads=1), names="gpt_bigcode")
+
+
+def _gpt2(c: Fields, kv_heads: int) -> Model:
+    c.require(scale_attn_weights=True, add_cross_attention=False)
     dim = c.count("n_embd")
     heads = c.count("n_head")
     if dim % heads:
         raise ArchError(f"{c.name}: n_head is {heads}, but it must divide n_embd={dim}")
     hidden = c.count("n_inner", 4 * dim)
-    ffn = Dense(hidden, bias=True, out_bias=True, act="gelu_tanh", gated=False)
-    mixer = Gqa(heads, 1, dim // heads, rope=None, qkv_bias=True, out_bias=True)
+    act = _ACTIVATIONS[c.choice("activation_function", _GELUS)]
+    ffn = Dense(hidden, bias=True, out_bias=True, act=act, gated=False)
+    mixer = Gqa(heads, kv_heads, dim // heads, rope=None, qkv_bias=True, out_bias=True)
     positions = c.count("n_positions")
     return Model(
         dim=dim,
@@ -510,8 +563,44 @@ def gpt_bigcode(c: Fields) -> Model:
         eos_token_ids=c.numbers("eos_token_id"),
         norm="layer",
         positions=positions,
-        names="gpt_bigcode",
     )
+
+
+_NEOX = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10_000.0,
+    "attention_bias": True,
+    "eos_token_id": 2,
+}
+
+
+# GPT-NeoX and Pythia.
+@family("GPTNeoXForCausalLM", defaults=_NEOX)
+def gpt_neox(c: Fields) -> Model:
+    dim = c.count("hidden_size")
+    heads = c.count("num_attention_heads")
+    if dim % heads:
+        raise ArchError(
+            f"{c.name}: num_attention_heads is {heads}, but it must divide hidden_size={dim}"
+        )
+    share = c.real("rotary_pct")
+    rope = read_rope(c, dim // heads, theta=c.real("rotary_emb_base"), rotated_share=share)
+    bias = c.flag("attention_bias")
+    mixer = Gqa(heads, heads, dim // heads, rope, qkv_bias=bias, out_bias=bias)
+    act = _ACTIVATIONS[c.choice("hidden_act", _GELUS)]
+    ffn = Dense(c.count("intermediate_size"), bias=True, out_bias=True, act=act, gated=False)
+    model = _decoder(c, mixer, ffn, eps="layer_norm_eps")
+    if c.flag("use_parallel_residual", True):
+        model = model.each(place=lambda *_: "parallel")
+    return replace(model, norm="layer", names="gpt_neox")
 
 
 _GLM4_MOE = _GLM | {
@@ -586,6 +675,173 @@ def ernie_moe(c: Fields) -> Model:
     return replace(model, names="ernie")
 
 
+_GPT_OSS = _LLAMA | {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150_000.0,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+    "eos_token_id": None,
+}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@family("GptOssForCausalLM", defaults=_GPT_OSS)
+def gpt_oss(c: Fields) -> Model:
+    if rope_object(c).empty:
+        c = c.with_defaults(rope_parameters=_GPT_OSS_ROPE)
+    rope = read_rope(c, _head_dim(c))
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias, sinks=True)
+    experts = _num_experts(c)
+    routing = _routing(c, True, experts)
+    c.require(experts_per_token=routing.top_k)  # an older name of the same
+    hidden = c.count("intermediate_size")
+    moe = Moe(
+        num_experts=experts,
+        hidden=hidden,
+        routing=routing,
+        router_bias=True,
+        bias=True,
+        out_bias=True,
+        clamp=Clamp(c.real("swiglu_limit"), c.real("swiglu_alpha")),
+    )
+    model = _decoder(c, mixer, Dense(hidden)).each(ffn=lambda *_: moe)
+    ropes = {"full_attention": rope, "sliding_attention": rope}
+    return _with_layer_types(c, replace(model, names="gpt_oss"), ropes, full_every=2)
+
+
+_LLAMA4 = _LLAMA | {
+    "vocab_size": 202048,
+    "hidden_size": 5120,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": True,
+    "no_rope_layer_interval": 4,
+    "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8192,
+    "attn_scale": 0.1,
+}
+
+
+@family("Llama4ForCausalLM", defaults=_LLAMA4)
+def llama4(c: Fields) -> Model:
+    rope = replace(read_rope(c, _head_dim(c)), interleaved=True)
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias)
+    model = _decoder(c, mixer, Dense(c.count("intermediate_size_mlp")))
+    model = _with_chunks(c, model, _rotated_layers(c, len(model.layers)))
+    experts = c.count("num_local_experts", most=MAX_EXPERTS)
+    hidden = c.count("intermediate_size")
+    moe = Moe(
+        num_experts=experts,
+        hidden=hidden,
+        routing=replace(_routing(c, False, experts), scoring="sigmoid"),
+        shared=hidden,
+        on_input=True,
+    )
+    step = c.count("interleave_moe_layer_step")
+    sparse: Collection[int] = range(step - 1, len(model.layers), step)
+    if c.has("moe_layers"):
+        sparse = c.numbers("moe_layers", "layer number", MAX_LAYERS)
+    model = model.each(ffn=lambda i, layer: moe if i in sparse else layer.ffn)
+    return replace(model, names="llama4")
+
+
+# The text of models that have vision.
+@family("Llama4ForConditionalGeneration", defaults=_LLAMA4, text_key="text_config")
+def llama4_vision(c: Fields) -> Model:
+    return replace(llama4(c), names="llama4_vision")
+
+
+def _with_chunks(c: Fields, model: Model, rotated: list[bool]) -> Model:
+    """Give Llama 4's layers chunks, RoPE and a norm, or none of these and a temperature."""
+    full = "full_attention"
+    chunked = "chunked_attention"
+    size = c.optional_count("attention_chunk_size")
+    kinds = c.choices("layer_types", len(rotated), (full, chunked))
+    kinds = kinds or [chunked if turned and size else full for turned in rotated]
+    if chunked in kinds:
+        size = c.count("attention_chunk_size")
+    temperature: QueryTemperature | None = None
+    if c.truth("attn_temperature_tuning"):
+        temperature = QueryTemperature(c.real("attn_scale"), c.count("floor_scale"), offset=1)
+    qk_norm: QkNorm | None = "l2_after" if c.flag("use_qk_norm") else None
+
+    def mixer(i: int, layer: Layer) -> Gqa:
+        own = _gqa_of(layer)
+        if kinds[i] == chunked:
+            own = replace(own, window=size, chunked=True)
+        if rotated[i]:
+            return replace(own, qk_norm=qk_norm)
+        return replace(own, rope=None, temperature=temperature)
+
+    return model.each(mixer=mixer)
+
+
+_MINIMAX_M2 = _LLAMA | {
+    "vocab_size": 200064,
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 196608,
+    "rope_theta": 5_000_000.0,
+    "num_local_experts": 256,
+    "num_experts_per_tok": 8,
+    "eos_token_id": 200020,
+}
+
+
+@family("MiniMaxM2ForCausalLM", defaults=_MINIMAX_M2)
+def minimax_m2(c: Fields) -> Model:
+    c.require(use_qk_norm=True, qk_norm_type="per_layer", sliding_window=None)
+    c.require(scoring_func="sigmoid", use_routing_bias=True, shared_intermediate_size=0)
+    head_dim = _head_dim(c)
+    if c.has("rotary_dim"):
+        c = c.with_defaults(partial_rotary_factor=c.count("rotary_dim") / head_dim)
+    mixer = replace(_gqa(c, read_rope(c, head_dim)), qk_norm="whole")
+    hidden = c.count("intermediate_size")
+    experts = _num_experts(c)
+    routing = replace(_routing(c, True, experts), scoring="sigmoid", biased=True)
+    moe = Moe(experts, hidden, routing)
+    model = _decoder(c, mixer, Dense(hidden)).each(ffn=lambda *_: moe)
+    c.require(attn_type_list=[1] * len(model.layers))  # 0 would be linear attention
+    extra = c.count("num_mtp_modules", 0, MAX_LAYERS, least=0)
+    return replace(model, names="minimax_m2", extra_layers=extra)
+
+
 _CHATGLM = {
     "padded_vocab_size": 65024,
     "hidden_size": 4096,
@@ -657,10 +913,21 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
             f"{name}: architectures is {shown(repr(architectures))}; "
             f"supported are {', '.join(FAMILIES)}"
         )
-    reader, defaults = FAMILIES[known[0]]
-    fields = Fields(config, name, defaults)
-    fields.require(hidden_act=defaults.get("hidden_act", "silu"), dual_chunk_attention_config=None)
-    model = replace(reader(fields), quantization=read_quantization(fields))
+    found = FAMILIES[known[0]]
+    fields = Fields(config, name, found.defaults)
+    if found.text_key is not None:
+        if not config.get(found.text_key):
+            raise ArchError(f"{name}: {found.text_key} is missing, the text model's description")
+        shared = {key: config[key] for key in _SHARED_KEYS if key in config}
+        fields = Fields(config, name, {}).child(
+            found.text_key, defaults=found.defaults, over=shared
+        )
+    fields.require(dual_chunk_attention_config=None)
+    model = replace(found.read(fields), quantization=read_quantization(fields))
+    ffn = model.layers[0].ffn
+    act = ffn.act if isinstance(ffn, Dense) else "silu"
+    names = tuple(name for name, function in _ACTIVATIONS.items() if function == act)
+    fields.choice("hidden_act", names, names[0])
     if not any(layer.mixer.window for layer in model.layers):
         fields.choices("layer_types", len(model.layers), ("full_attention",))
     if model.max_len > MAX_LEN:
@@ -702,10 +969,55 @@ _DEEPSEEK_V3 = _LLAMA | {
 }
 
 
-@family("DeepseekV3ForCausalLM", defaults=_DEEPSEEK_V3)
+# DeepSeek V3, R1 and V3.1, Moonlight and Kimi K2.
+@family("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", defaults=_DEEPSEEK_V3)
 def deepseek_v3(c: Fields) -> Model:
-    c.require(attention_bias=False)
     return _deepseek_experts(c, _decoder(c, _mla(c), Dense(c.count("intermediate_size"))))
+
+
+# Kimi K2.5 and K2.6, text only. The first name is that of the published configs.
+@family(
+    "KimiK25ForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
+    defaults=_DEEPSEEK_V3,
+    text_key="text_config",
+)
+def kimi_k25(c: Fields) -> Model:
+    return replace(deepseek_v3(c), names="kimi_k25")
+
+
+_DEEPSEEK_V2 = _DEEPSEEK_V3 | {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": None,
+    "moe_intermediate_size": 1407,
+    "n_shared_experts": 2,
+    "n_group": None,
+    "topk_group": None,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 0,
+    "num_mtp_layers": 0,
+}
+
+
+# DeepSeek V2 and V2-Lite.
+@family("DeepseekV2ForCausalLM", defaults=_DEEPSEEK_V2)
+def deepseek_v2(c: Fields) -> Model:
+    c.require(mlp_bias=False, rope_interleave=True, scoring_func="softmax", norm_topk_prob=False)
+    experts = c.count("n_routed_experts", most=MAX_EXPERTS)
+    routing = replace(_routing(c, False, experts), scale=c.real("routed_scaling_factor"))
+    if c.choice("topk_method", ("greedy", "group_limited_greedy")) != "greedy":
+        routing = _with_groups(c, routing, experts)
+    model = _decoder(c, _mla(c), Dense(c.count("intermediate_size")))
+    return _with_deepseek_experts(c, model, routing, experts)
 
 
 _GLM4_MOE_LITE = _DEEPSEEK_V3 | {
@@ -746,12 +1058,16 @@ def _with_mixers(model: Model, **changes: Any) -> Model:
 
 
 def _mla(c: Fields) -> Mla:
+    heads = c.count("num_attention_heads")
+    c.require(attention_bias=False, num_key_value_heads=heads)
     rope = replace(
         read_rope(c, c.count("qk_rope_head_dim")), interleaved=c.flag("rope_interleave", True)
     )
+    if rope.scaling is not None and not isinstance(rope.scaling, YarnScaling):
+        rope_object(c).require(mscale_all_dim=None)  # transformers would scale the scores
     nope_dim = c.count("qk_nope_head_dim")
     return Mla(
-        heads=c.count("num_attention_heads"),
+        heads=heads,
         q_rank=c.optional_count("q_lora_rank"),
         kv_rank=c.count("kv_lora_rank"),
         nope_dim=nope_dim,
@@ -865,13 +1181,9 @@ def _with_experts(c: Fields, model: Model, shared: int = 0) -> Model:
 
 
 def _deepseek_experts(c: Fields, model: Model) -> Model:
-    """Add DeepSeek V3's experts to all layers after the first `first_k_dense_replace`.
-
-    The checkpoint's layers for multi-token prediction, after the model's own ones, are not used.
-    """
-    c.require(scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    """Add DeepSeek V3's experts."""
+    c.require(scoring_func="sigmoid", topk_method="noaux_tc")
     experts = c.count("n_routed_experts", most=MAX_EXPERTS)
-    hidden = c.count("moe_intermediate_size")
     routing = replace(
         _routing(c, c.flag("norm_topk_prob"), experts),
         scoring="sigmoid",
@@ -879,10 +1191,20 @@ def _deepseek_experts(c: Fields, model: Model) -> Model:
         sum_eps=1e-20,
         scale=c.real("routed_scaling_factor"),
     )
+    return _with_deepseek_experts(c, model, _with_groups(c, routing, experts), experts)
+
+
+def _with_deepseek_experts(c: Fields, model: Model, routing: Routing, experts: int) -> Model:
+    """Add experts to all layers after the first `first_k_dense_replace`.
+
+    The checkpoint's layers for multi-token prediction, after the model's own ones, are not used.
+    """
+    c.require(moe_layer_freq=1)
+    hidden = c.count("moe_intermediate_size")
     moe = Moe(
         num_experts=experts,
         hidden=hidden,
-        routing=_with_groups(c, routing, experts),
+        routing=routing,
         shared=hidden * c.count("n_shared_experts", 0, MAX_EXPERTS, least=0),
     )
     first = c.count("first_k_dense_replace", most=MAX_LAYERS, least=0)

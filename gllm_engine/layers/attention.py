@@ -44,14 +44,26 @@ class GqaAttention:
         self._qk_norm: HeadNorm | None = None
         if arch.qk_norm:
             size = (arch.heads + arch.kv_heads, arch.head_dim)
-            gain = torch.empty(size, dtype=dtype, device=device)
-            self._qk_norm = HeadNorm(gain, eps, plus_one, after=arch.qk_norm == "head_after")
+            gain = torch.ones(size, dtype=dtype, device=device)
+            after = arch.qk_norm in ("head_after", "l2_after")
+            plus_one = plus_one and arch.qk_norm != "l2_after"
+            self._qk_norm = HeadNorm(gain, eps, plus_one, after)
+        self._sinks: Tensor | None = None
+        if arch.sinks:
+            self._sinks = torch.empty(arch.heads, dtype=dtype, device=device)
 
     def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
         shape = self._arch.attention
         return planner.plan(
-            batch, cache, shape.heads, shape.window, self._group, shape.scale, shape.softcap
+            batch,
+            cache,
+            shape.heads,
+            shape.window,
+            self._group,
+            scale=shape.scale,
+            softcap=shape.softcap,
+            chunked=shape.chunked,
         )
 
     def __call__(
@@ -82,10 +94,10 @@ class GqaAttention:
             None if arch.temperature is None else context.query_scales[arch.temperature],
         )
         if logit_tokens is None:
-            attended = self._ops.attend(inputs, cache, plan)
+            attended = self._ops.attend(inputs, cache, plan, sinks=self._sinks)
         elif logit_tokens.plans:
             plan = logit_tokens.plans[self.plan_key]
-            attended = self._ops.attend(inputs, cache, plan, logit_tokens.index)
+            attended = self._ops.attend(inputs, cache, plan, logit_tokens.index, self._sinks)
         else:
             attended = x.new_empty(0, arch.heads * arch.head_dim)
         return self._out(attended) if total is None else self._out.add_to(total, attended)
@@ -104,7 +116,9 @@ class GqaAttention:
 
     def weights(self) -> dict[str, Tensor]:
         views = self._qkv.weights() | self._out.weights()
-        if self._qk_norm is not None:
+        if self._sinks is not None:
+            views["self_attn.sinks"] = self._sinks
+        if self._qk_norm is not None and self._arch.qk_norm != "l2_after":
             q, k = self._qk_norm.gain.split((self._arch.heads, self._arch.kv_heads))
             if self._arch.qk_norm == "whole":
                 q = q.flatten()

@@ -62,7 +62,8 @@ def _llama3(scaling: Llama3Scaling, plain: Tensor) -> Tensor:
     low = scaling.low_freq_factor
     high = scaling.high_freq_factor
     # 0 for wavelengths above original_len / low, 1 for those below original_len / high.
-    keep = ((scaling.original_len / wavelength - low) / (high - low)).clamp(0, 1)
+    turns = scaling.original_len / wavelength
+    keep = ((turns - low) / (high - low)).clamp(0, 1) if low < high else (turns > low).float()
     return (1 - keep) * plain / scaling.factor + keep * plain
 
 

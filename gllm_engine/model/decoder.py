@@ -370,7 +370,8 @@ class Decoder:
             pages = cache[i]
             # Latent and linear attention have kernels of our own.
             if isinstance(shape, AttentionShape) and isinstance(pages, Tensor):
-                kinds.append(AttentionLayer(pages, shape.heads, shape.window, shape.softcap))
+                window = None if shape.chunked else shape.window  # see AttentionPlanner.plan
+                kinds.append(AttentionLayer(pages, shape.heads, window, shape.softcap))
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[LayerCache], x: Tensor | None = None) -> Tensor:
@@ -502,7 +503,8 @@ class Decoder:
     def _query_scales(self, batch: Batch) -> dict[QueryTemperature, Tensor]:
         kinds = dict.fromkeys(layer.mixer.temperature for layer in self.layers)
         return {
-            kind: 1 + kind.beta * torch.log1p((batch.positions // kind.length).float())
+            kind: 1
+            + kind.beta * torch.log1p(((batch.positions + kind.offset) // kind.length).float())
             for kind in kinds
             if kind is not None
         }

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.files import open_file, parse_object, read_object, shown
@@ -87,7 +88,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
     if checkpoint.tied is not None and _EMBEDDING in weights:
         # On the host, so that it takes no device memory.
         tied_copy = torch.empty_like(weights[_EMBEDDING], device="cpu")
-        tied = _Source(checkpoint.tensors[checkpoint.tied], sources[_EMBEDDING].shape)
+        tied = sources[_EMBEDDING]._replace(tensor=checkpoint.tensors[checkpoint.tied])
         targets.append(_share(decoder, tied, tied_copy))
     with reading(targets, decoder.device):
         yield
@@ -152,21 +153,22 @@ def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
 class _Source(NamedTuple):
     """Where the checkpoint has a weight, and the weight's shape."""
 
-    place: TensorSlice
+    tensor: TensorSlice
+    place: Place
     shape: tuple[int, ...]
 
 
 def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
     """Canonical name -> source of each tensor that the weights are stored as."""
     shapes = checkpoint.arch.weights()
+    places = checkpoint_places(checkpoint.arch)
     sources = {}
     for name, parts in checkpoint_tensors(checkpoint.arch).items():
-        place = checkpoint.tensors[name]
         for part in parts:
-            sources[part] = _Source(place, shapes[part])
-            if name not in checkpoint.shared:
-                num_bytes = prod(shapes[part]) * place.dtype.itemsize
-                place = replace(place, offset=place.offset + num_bytes)
+            place = places[part]
+            if name in checkpoint.shared:
+                place = replace(place, offset=0)
+            sources[part] = _Source(checkpoint.tensors[name], place, shapes[part])
     return sources
 
 
@@ -185,16 +187,25 @@ def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice
     `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more
     leading dimension, for copies of the shard.
     """
-    whole, shape = source
-    width = prod(shape[1:])
+    tensor, place, shape = source
     shard = into.shape[-len(shape) :]
-    count = prod(shard[1:])
-    start = decoder.shard.start
-    offset = whole.offset + start(shape[0], shard[0]) * width * whole.dtype.itemsize
-    place = replace(whole, offset=offset)
-    if count < width:
-        place = replace(place, width=width, first=start(width, count), count=count)
-    return place, into.view(-1, prod(shard))
+    rows = shard[0] // place.rows
+    columns = prod(shard[1:]) * place.rows
+    row = decoder.shard.start(shape[0], shard[0]) // place.rows
+    column = decoder.shard.start(prod(shape[1:]), prod(shard[1:])) * place.rows
+    into = into.view(-1, rows, columns)
+    if place.transposed:
+        into = into.mT
+        row, column = column, row
+        columns = rows
+    offset = tensor.offset + (place.offset + row * place.width) * tensor.dtype.itemsize
+    if columns == place.width and not place.transposed:  # no row is divided
+        return replace(tensor, offset=offset), into.view(len(into), -1, 1)
+    first = place.first + column * place.step
+    part = replace(
+        tensor, offset=offset, width=place.width, first=first, count=columns, step=place.step
+    )
+    return part, into
 
 
 def _read_header(file: Path, opened: BinaryIO) -> dict[str, StoredTensor]:

@@ -34,7 +34,8 @@ class LoadError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A slice of a matrix in an open file: columns `first` .. `first + count - 1` of `width`.
+    """A slice of a matrix in an open file: `count` of its `width` columns, every `step`-th from
+    `first` on.
 
     `offset`: byte offset of the first row in the file.
     """
@@ -46,15 +47,18 @@ class TensorSlice:
     width: int = 1
     first: int = 0
     count: int = 1
+    step: int = 1
 
 
-# A source slice that fits a buffer, and its target, [copies, n], whose rows all get the same data.
+# A source slice that fits a buffer, and its target, [copies, rows, count], whose copies all get the
+# same data.
 _Piece = tuple[TensorSlice, Tensor]
 
 
 @contextmanager
 def reading(targets: list[tuple[TensorSlice, Tensor]], device: torch.device) -> Iterator[None]:
-    """Fill each target, [copies, n], with the n numbers of its source slice; all rows get the same.
+    """Fill each target, [copies, rows, count], with the numbers of its source slice; all copies get
+    the same.
 
     Targets are on `device` or on the host. Reading runs during the block, and is complete when the
     context ends; an exception in the block stops it. Raises LoadError for a file that cannot be
@@ -84,16 +88,15 @@ def reading(targets: list[tuple[TensorSlice, Tensor]], device: torch.device) -> 
 def _cut(source: TensorSlice, into: Tensor) -> Iterator[_Piece]:
     row_bytes = source.width * source.dtype.itemsize
     rows = max(1, _PIECE_BYTES // row_bytes)
-    num_rows = into.shape[1] // source.count
-    for row in range(0, num_rows, rows):
+    for row in range(0, into.shape[1], rows):
         piece = replace(source, offset=source.offset + row * row_bytes)
-        yield piece, into[:, row * source.count : (row + rows) * source.count]
+        yield piece, into[:, row : row + rows]
 
 
 def _num_bytes(piece: _Piece) -> int:
     """Size in the file of the piece's whole rows."""
     source, into = piece
-    return into.shape[1] // source.count * source.width * source.dtype.itemsize
+    return into.shape[1] * source.width * source.dtype.itemsize
 
 
 @torch.inference_mode()
@@ -127,10 +130,10 @@ def _move(piece: _Piece, buffer: Tensor) -> None:
     raw = buffer[:num_bytes]
     _fill(raw.numpy().data, source)
     numbers = raw.view(source.dtype).view(-1, source.width)
-    if numbers.dtype != into.dtype or source.count < source.width:
+    if numbers.dtype != into.dtype or source.count < source.width or not into.is_contiguous():
         numbers = numbers.to(into.device, non_blocking=True)  # convert and slice on the GPU
-    wanted = numbers[:, source.first : source.first + source.count]
-    into.unflatten(1, (-1, source.count)).copy_(wanted, non_blocking=True)
+    end = source.first + source.count * source.step
+    into.copy_(numbers[:, source.first : end : source.step], non_blocking=True)
 
 
 def _fill(memory: memoryview, source: TensorSlice) -> None:

@@ -27,10 +27,13 @@ from gllm_engine.arch.formats import (
 )
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
+    Layout,
+    checkpoint_layout,
     checkpoint_name,
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
+    standard_name,
 )
 from gllm_engine.files import shown
 from gllm_engine.model.read import LoadError, TensorSlice
@@ -93,6 +96,7 @@ class StoredTensors:
 
     def add(self, name: str, stored: StoredTensor) -> None:
         """Record one tensor. Raises LoadError if the model has no place for it."""
+        name = standard_name(self._arch, name)
         if is_left_over(self._arch, name):
             return
         if name in self._stored:
@@ -188,6 +192,17 @@ class StoredTensors:
 
     def _fp8(self, name: str, stored: StoredTensor) -> Fp8:
         """The format of a float8 matrix, by the shape of its scales."""
+        parts = self._weights[name]
+        if len(self._shapes[name]) != 2:
+            raise LoadError(
+                f"{stored.path}: tensor {name} is stored as {stored.dtype}, which is not supported "
+                "for one tensor of all experts"
+            )
+        if checkpoint_layout(self._arch, name) != Layout():
+            raise LoadError(
+                f"{stored.path}: tensor {name} has dtype {stored.dtype}, which is not supported "
+                "for a tensor that is stored transposed, interleaved or by heads"
+            )
         names = list(_scales_of(name) & self._stored.keys())
         if len(names) != 1:
             problem = "both" if names else "neither"
@@ -198,13 +213,11 @@ class StoredTensors:
             )
         scale = self._stored[names[0]]
         suffix = names[0].removeprefix(name)
-        *lead, rows, columns = self._shapes[name]
+        rows, columns = self._shapes[name]
         promised = self._arch.quantization
         has_blocks = isinstance(promised, Fp8) and promised.columns > 0
         block = promised if isinstance(promised, Fp8) and has_blocks else FP8_BLOCK
-        grid = [*lead, *block.grid((rows, columns))]
-        parts = self._weights[name]
-        parts = parts[: len(parts) // prod(lead)]  # of one expert
+        grid = list(block.grid((rows, columns)))
         # One block is one scale.
         if prod(scale.shape) == 1 and not (has_blocks and scale.shape == grid):
             if len(parts) > 1:
@@ -218,12 +231,12 @@ class StoredTensors:
                     f"weights that it holds ({', '.join(parts)})"
                 )
             return replace(block, suffix=suffix)
-        if scale.shape in ([*lead, rows], [*lead, rows, 1]):
+        if scale.shape in ([rows], [rows, 1]):
             return replace(FP8_ROW, suffix=suffix)
         raise LoadError(
             f"{scale.path}: tensor {names[0]} has shape {shown(repr(scale.shape))}; supported for "
-            f"{name} {[*lead, rows, columns]} are [], one scale, {[*lead, rows, 1]}, one per row, "
-            f"and {grid}, one per block of {block.rows} x {block.columns}"
+            f"{name} {[rows, columns]} are [], one scale, [{rows}, 1], one per row, and {grid}, "
+            f"one per block of {block.rows} x {block.columns}"
         )
 
     def _slice(self, name: str, stored: StoredTensor, shape: tuple[int, ...]) -> TensorSlice:

@@ -7,6 +7,7 @@ so an implementation that omits one generates different text.
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from gllm_engine.arch.formats import Format, Fp8, Int4, Mxfp4
+from gllm_engine.arch.formats import Fp8, Int4, Mxfp4
+from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import SELECTION_BIAS, Model
-from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors
+from gllm_engine.arch.names import checkpoint_name, checkpoint_shapes, checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.arch.zoo import make_arch
 from gllm_engine.ops import quantize_fp8, quantize_int4, quantize_mxfp4
@@ -80,39 +82,74 @@ def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = arch.weights()
     stored = checkpoint_shapes(arch)
+    places = checkpoint_places(arch)
     tensors = {}
     for name, parts in checkpoint_tensors(arch).items():
-        weights = [_random_weight(part, shapes[part], arch, generator) for part in parts]
-        tensors[name] = torch.cat(weights).view(stored[name])
+        tensors[name] = torch.empty(stored[name])
+        for part in parts:
+            weight = _random_weight(part, shapes[part], arch, generator)
+            view = stored_weight(tensors[name], places[part], shapes[part])
+            view.copy_(weight.view(view.shape))
     return tensors
+
+
+def stored_weight(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Tensor:
+    """The view of the weight of shape `shape` that is at `place` in a checkpoint tensor."""
+    size = (shape[0] // place.rows, place.rows * prod(shape[1:]))
+    strides = (place.width, place.step)
+    at = place.offset + place.first
+    if place.transposed:
+        return tensor.as_strided(size, strides[::-1], at)
+    return tensor.as_strided(size, strides, at)
 
 
 def _in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Checkpoint tensors in the formats of `arch`; of plain weights, in `dtype`."""
     kind = arch.quantization
-    names = checkpoint_shapes(arch)
+    names = checkpoint_tensors(arch)
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        has_scales = isinstance(kind, Fp8) and name + kind.suffix in names
-        if kind is not None and (has_scales or name not in names):
-            encoded = _encoded(name, tensor, kind)
-            result |= {n: part.reshape(names[n]) for n, part in encoded.items()}
-        else:
+        if isinstance(kind, Fp8) and name + kind.suffix in names:
+            numbers, scales = quantize_fp8(tensor, kind.rows, kind.columns)
+            result[name] = numbers
+            result[name + kind.suffix] = scales
+        elif name in names:
             result[name] = tensor.to(dtype)
+    if isinstance(kind, (Mxfp4, Int4)):
+        result |= _in_four_bits(arch, tensors, kind)
     return result
 
 
-def _encoded(name: str, tensor: Tensor, kind: Format) -> dict[str, Tensor]:
-    """Name -> tensor of the weight `name`, in a format."""
-    if isinstance(kind, Fp8):
-        numbers, scales = quantize_fp8(tensor, kind.rows, kind.columns)
-        return {name: numbers, name + kind.suffix: scales}
+def _in_four_bits(
+    arch: Model, tensors: dict[str, Tensor], kind: Mxfp4 | Int4
+) -> dict[str, Tensor]:
+    """The checkpoint tensors of the weights that are 4-bit numbers in `arch`."""
+    plain = arch.with_formats({})
+    plain_shapes = plain.weights()
+    plain_places = checkpoint_places(plain)
+    sizes = checkpoint_shapes(arch)
+    shapes = arch.weights()
+    places = checkpoint_places(arch)
+    result: dict[str, Tensor] = {}
+    for name, parts in checkpoint_tensors(plain).items():
+        for part in parts if name not in sizes else ():
+            matrix = stored_weight(tensors[name], plain_places[part], plain_shapes[part])
+            for own, numbers in _encoded(part, matrix, kind).items():
+                stored = checkpoint_name(arch, own)
+                if stored not in result:
+                    result[stored] = torch.empty(sizes[stored], dtype=numbers.dtype)
+                view = stored_weight(result[stored], places[own], shapes[own])
+                view.copy_(numbers.reshape(view.shape))
+    return result
+
+
+def _encoded(weight: str, matrix: Tensor, kind: Mxfp4 | Int4) -> dict[str, Tensor]:
+    """Name -> tensor that a weight of 4-bit numbers is stored as."""
     if isinstance(kind, Mxfp4):
-        numbers, scales = quantize_mxfp4(tensor)
-        return {name + "_blocks": numbers, name + "_scales": scales}
-    assert isinstance(kind, Int4)
-    numbers, scales = quantize_int4(tensor, kind.group)
-    return {name + "_packed": numbers.view(torch.int32), name + "_scale": scales}
+        numbers, scales = quantize_mxfp4(matrix)
+        return {weight + "_blocks": numbers, weight + "_scales": scales}
+    numbers, scales = quantize_int4(matrix, kind.group)
+    return {weight + "_packed": numbers.view(torch.int32), weight + "_scale": scales}
 
 
 def _random_weight(
@@ -124,6 +161,8 @@ def _random_weight(
         return noise - 1 if arch.norm == "rms_plus_one" else noise
     if name.endswith("norm.weight"):
         return 0.3 * noise if arch.norm == "rms_plus_one" else 1 + 0.3 * noise
+    if name.endswith(".sinks"):
+        return noise
     if name.endswith(SELECTION_BIAS):
         return 0.1 * noise  # as scores vary: a larger one would choose the same experts always
     if name.endswith(".bias"):

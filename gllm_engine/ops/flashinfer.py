@@ -34,6 +34,7 @@ from torch import Tensor
 from gllm_engine.ops import fp8_product, reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
+from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, prefill_rows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -230,24 +231,37 @@ def rotate_and_store(
 
 
 def attend(
-    inputs: AttentionInputs, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+    inputs: AttentionInputs,
+    cache: Tensor,
+    plan: AttentionPlan,
+    tokens: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend."""
     assert isinstance(plan, FlashInferPlan)
     if plan.slow is not None:
-        return reference.attend(inputs, cache, plan.slow, tokens)
+        return reference.attend(inputs, cache, plan.slow, tokens, sinks)
     q = inputs.q if tokens is None else inputs.q[tokens]
     n = plan.num_decode
     f = plan.first_fresh
     out = torch.empty_like(q)
     if plan.decode is not None:
-        triton.decode_attention(q[:n], cache, plan.decode, out[:n], plan.scale, plan.softcap)
+        triton.decode_attention(q[:n], cache, plan.decode, out[:n], plan.scale, plan.softcap, sinks)
     if plan.chunks is not None:
-        plan.chunks.run(q[n:f], cache, out=out[n:f])
+        _run(plan.chunks, q[n:f], cache, out=out[n:f], sinks=sinks)
     if plan.fresh is not None and inputs.kv is not None:
         k, v = inputs.kv[f:].chunk(2, 1)
-        plan.fresh.run(q[f:], k, v, out=out[f:])
+        _run(plan.fresh, q[f:], k, v, out=out[f:], sinks=sinks)
     return out.flatten(1)
+
+
+def _run(wrapper: Any, *inputs: Tensor, out: Tensor, sinks: Tensor | None) -> None:
+    """FlashInfer's own kernels with sinks would have to be compiled besides those without."""
+    if sinks is None:
+        wrapper.run(*inputs, out=out)
+    else:
+        _, lse = wrapper.run(*inputs, out=out, return_lse=True)
+        triton.apply_sinks(out, lse, sinks)
 
 
 def gated_delta(
@@ -381,31 +395,53 @@ class FlashInferPlanner:
         group: int = 0,
         scale: float | None = None,
         softcap: float | None = None,
+        chunked: bool = False,
     ) -> FlashInferPlan:
         """See AttentionPlanner.plan."""
         plan = FlashInferPlan(batch.cache_index, batch.num_decode, scale=scale, softcap=softcap)
         n = batch.num_decode
-        end = len(batch.query_lens)
-        if end > n and not _has_kernels(cache, self._dtype):
-            plan.slow = reference.plan_attention(batch, cache, window, self._dtype, scale, softcap)
+        if len(batch.query_lens) > n and not self._is_fast(cache, window, chunked):
+            plan.slow = reference.plan_attention(
+                batch, cache, window, self._dtype, scale, softcap, chunked
+            )
             return plan
         if n:
             lens = batch.context_lens[:n]
             kv_heads = cache.shape[3]
-            plan.decode = triton.split_kv(batch.page_table, batch.slots[:n], lens, kv_heads, window)
-        first = end
-        while first > n and batch.query_lens[first - 1] == batch.context_lens_cpu[first - 1]:
-            first -= 1
-        plan.first_fresh = sum(batch.query_lens[:first])
-        shape = _shape(cache, num_heads, window, self._dtype, scale, softcap)
-        if first > n:
-            plan.chunks = self._plan_chunks(batch, slice(n, first), cache, shape, group)
-        if end > first:
+            plan.decode = triton.split_kv(
+                batch.page_table, batch.slots[:n], lens, kv_heads, window, chunked
+            )
+        if len(batch.query_lens) > n:
+            rows = prefill_rows(batch, window if chunked else None)
+            window = None if chunked else window
+            shape = _shape(cache, num_heads, window, self._dtype, scale, softcap)
+            self._plan_prefill(plan, rows, batch.page_table, cache, shape, group)
+        return plan
+
+    def _is_fast(self, cache: Tensor, window: int | None, chunked: bool) -> bool:
+        """Whether FlashInfer can attend so. Its rows begin with a page."""
+        begins_pages = not chunked or window is None or window % cache.shape[2] == 0
+        return begins_pages and _has_kernels(cache, self._dtype)
+
+    def _plan_prefill(
+        self,
+        plan: FlashInferPlan,
+        rows: PrefillRows,
+        page_table: Tensor,
+        cache: Tensor,
+        shape: dict[str, Any],
+        group: int,
+    ) -> None:
+        """Add the plans of prefill chunks to `plan`."""
+        paged = rows.num_paged
+        plan.first_fresh = plan.num_decode + int(rows.query_lens[:paged].sum())
+        if paged:
+            plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, shape, group)
+        if paged < len(rows.ends):
             kind = BatchPrefillWithRaggedKVCacheWrapper
             plan.fresh = self._wrapper(kind, shape, _best_backend(), group)
-            starts = _starts(batch.query_lens[first:])
+            starts = _starts(rows.query_lens[paged:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
-        return plan
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
         """See AttentionPlanner.plan_recurrent."""
@@ -435,22 +471,23 @@ class FlashInferPlanner:
         )
 
     def _plan_chunks(
-        self, batch: Batch, rows: slice, cache: Tensor, shape: dict[str, Any], group: int
+        self,
+        rows: PrefillRows,
+        page_table: Tensor,
+        cache: Tensor,
+        shape: dict[str, Any],
+        group: int,
     ) -> BatchPrefillWithPagedKVCacheWrapper:
         backend = _best_backend() if cache.dtype == self._dtype else "fa2"
         wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, shape, backend, group)
         page_size = cache.shape[2]
-        query_lens = batch.query_lens[rows]
-        window = shape["window_left"] + 1
-        pages = ListedPages(batch.context_lens_cpu[rows], np.array(query_lens), page_size, window)
+        pages = ListedPages(rows, page_size, window=shape["window_left"] + 1)
         listed = torch.empty(int(pages.starts[-1]), dtype=torch.int32, device=self._device)
         starts, firsts = pages.to(self._device)
-        triton.list_pages(
-            batch.page_table, batch.slots[rows], starts, firsts, pages.longest, listed
-        )
+        triton.list_pages(page_table, rows.slots, starts, firsts, pages.longest, listed)
         self._stages.plan(
             wrapper,
-            _starts(query_lens),
+            _starts(rows.query_lens),
             pages.starts,
             listed,
             pages.lasts,
@@ -494,40 +531,6 @@ def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
     return dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
 
 
-class ListedPages:
-    """Which pages of each row FlashInfer reads: those that the row's first token sees, to the last.
-
-    Tensors are int32 in pinned memory: copies to the device do not wait. `starts`: [rows + 1]
-    offset of each row's pages, and the total. `lasts`: [rows] tokens in each row's last page.
-    `longest`: most pages of a row.
-    """
-
-    def __init__(
-        self, context_lens: HostInts, query_lens: HostInts, page_size: int, window: int
-    ) -> None:
-        """`window`: tokens that a token sees, itself included; 0: all."""
-        lens = context_lens.astype(np.int32)
-        ends = (lens + (page_size - 1)) // page_size
-        firsts = np.zeros_like(ends)
-        if window:
-            firsts = np.maximum(lens - query_lens - window + 1, 0) // page_size
-        rows = len(lens)
-        packed = np.zeros(3 * rows + 1, np.int32)
-        (ends - firsts).cumsum(out=packed[1 : rows + 1])
-        packed[rows + 1 : 2 * rows + 1] = firsts
-        packed[2 * rows + 1 :] = lens - (ends - 1) * page_size
-        self._pinned = torch.from_numpy(packed).pin_memory()
-        self.starts = self._pinned[: rows + 1]
-        self.lasts = self._pinned[2 * rows + 1 :]
-        self.longest = int((ends - firsts).max())
-
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`starts`, and [rows] the index of each row's first page, both on the device."""
-        rows = len(self.lasts)
-        there = self._pinned[: 2 * rows + 1].to(device, non_blocking=True)
-        return there[: rows + 1], there[rows + 1 :]
-
-
 def _shape(
     cache: Tensor,
     num_heads: int,
@@ -548,6 +551,6 @@ def _shape(
     }
 
 
-def _starts(lens: list[int]) -> Tensor:
+def _starts(lens: Sequence[int] | HostInts) -> Tensor:
     """Offsets of rows of `lens` tokens, and the total: [rows + 1] int32, pinned."""
     return torch.from_numpy(np.array([0, *lens]).cumsum(dtype=np.int32)).pin_memory()

@@ -102,6 +102,7 @@ class AttentionPlanner(Protocol):
         group: int = 0,
         scale: float | None = None,
         softcap: float | None = None,
+        chunked: bool = False,
     ) -> AttentionPlan:
         """Plan the attention of one step for all layers of a group with these query heads, cache,
         window, scale and softcap. `batch`: from Batch.of_group.
@@ -109,7 +110,9 @@ class AttentionPlanner(Protocol):
         `cache`: of any such layer, [num_pages, 2, page_size, kv_heads, head_dim]; only its shape
         and dtype are used. `num_heads`: query heads. `window`: a token attends to itself and to the
         window - 1 tokens before it; None: to all tokens before it. `scale`: factor of the scores;
-        None: head_dim ** -0.5. `softcap`: scores become softcap * tanh(score / softcap).
+        None: head_dim ** -0.5. `softcap`: scores become softcap * tanh(score / softcap). `chunked`:
+        a token at position p attends to itself and to all tokens before it from position p //
+        window * window on.
         """
         ...
 
@@ -292,11 +295,14 @@ class Ops(Protocol):
         cache: Tensor,
         plan: AttentionPlan,
         tokens: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """softmax(q k' * scale) v over each row's pages, with the plan's scale and softcap:
         [tokens, heads * head_dim].
 
         `tokens`: [n] int64, the indices of the input tokens that the plan covers; None: all tokens.
+        `sinks`: [heads], the score of one more key of each head, whose value is 0; neither the
+        scale nor the softcap applies to it.
         """
         ...
 

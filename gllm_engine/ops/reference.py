@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -312,10 +314,11 @@ class ReferencePlanner:
         group: int = 0,
         scale: float | None = None,
         softcap: float | None = None,
+        chunked: bool = False,
     ) -> ReferencePlan:
         """See AttentionPlanner.plan."""
         del num_heads, group
-        return plan_attention(batch, cache, window, self._dtype, scale, softcap)
+        return plan_attention(batch, cache, window, self._dtype, scale, softcap, chunked)
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
         """See AttentionPlanner.plan_recurrent."""
@@ -344,6 +347,7 @@ def plan_attention(
     dtype: torch.dtype | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    chunked: bool = False,
 ) -> ReferencePlan:
     """As AttentionPlanner.plan. `dtype`: of the queries; None: the dtype of the cache."""
     num_planes, page_size = cache.shape[1:3]
@@ -354,9 +358,10 @@ def plan_attention(
     page = batch.cache_index // page_size
     key = page * (num_planes - 1) * page_size + batch.cache_index
     write = torch.stack([key + plane * page_size for plane in range(num_planes)], 1).flatten()
-    spans = [min(n, window or n) for n in lens[: batch.num_decode]]
+    ends = batch.context_lens_cpu[: batch.num_decode]
+    spans = (ends - _first_seen(ends - 1, window, chunked)).tolist()
     padded = [
-        _plan_padded(batch, table, rows, spans[rows[0]], cache, window, dtype)
+        _plan_padded(batch, table, rows, spans[rows[0]], cache, window, chunked, dtype)
         for rows in _group_rows(spans, _GATHER_NUMBERS // (num_planes * kv_width))
     ]
     chunks = []
@@ -364,9 +369,18 @@ def plan_attention(
     for row in range(batch.num_decode, len(batch.query_lens)):
         num = batch.query_lens[row]
         pages = table[row : row + 1]
-        chunks.append(_plan_chunk(pages, first, num, lens[row], cache.shape, window))
+        chunks.append(_plan_chunk(pages, first, num, lens[row], cache.shape, window, chunked))
         first += num
     return ReferencePlan(write, padded, chunks, scale, softcap)
+
+
+def _first_seen(positions: Any, window: int | None, chunked: bool) -> Any:
+    """The first token that a token at each of the positions sees; of a tensor or an array."""
+    if window is None:
+        return positions * 0
+    if chunked:
+        return positions // window * window
+    return (positions - window + 1).clip(min=0)
 
 
 def _group_rows(spans: list[int], max_tokens: int) -> Iterable[list[int]]:
@@ -402,11 +416,12 @@ def _plan_padded(
     span: int,
     cache: Tensor,
     window: int | None,
+    chunked: bool,
     dtype: torch.dtype | None,
 ) -> _Padded:
     rows = torch.tensor(row_ids, device=batch.context_lens.device)
     lens = batch.context_lens[rows, None]
-    start = (lens - window).clamp_(min=0) if window else torch.zeros_like(lens)
+    start = _first_seen(lens - 1, window, chunked)
     positions = start + torch.arange(span, device=rows.device)
     mask = cache.new_zeros(positions.shape, dtype=dtype)
     mask.masked_fill_(positions >= lens, float("-inf"))
@@ -415,17 +430,22 @@ def _plan_padded(
 
 
 def _plan_chunk(
-    pages: Tensor, first: int, num: int, context: int, cache_shape: torch.Size, window: int | None
+    pages: Tensor,
+    first: int,
+    num: int,
+    context: int,
+    cache_shape: torch.Size,
+    window: int | None,
+    chunked: bool,
 ) -> _Chunk:
-    start = max(0, context - num - window + 1) if window else 0
+    queries = torch.arange(context - num, context, device=pages.device)
+    seen = _first_seen(queries, window, chunked)
+    start = int(_first_seen(np.int64(context - num), window, chunked))
     keys = torch.arange(start, context, device=pages.device)
     gather = _gather_index(pages, keys[None], cache_shape)
     if context == num and (window is None or window >= num):
         return _Chunk(slice(first, first + num), gather, None)
-    ahead = keys[context - num - start :, None] - keys  # [num, len] positions from key to query
-    mask = ahead >= 0
-    if window:
-        mask &= ahead < window
+    mask = (keys <= queries[:, None]) & (keys >= seen[:, None])
     return _Chunk(slice(first, first + num), gather, mask)
 
 
@@ -446,7 +466,11 @@ def _read(flat: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend(
-    inputs: AttentionInputs, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+    inputs: AttentionInputs,
+    cache: Tensor,
+    plan: AttentionPlan,
+    tokens: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend."""
     assert isinstance(plan, ReferencePlan)
@@ -455,15 +479,19 @@ def attend(
     flat = cache.flatten(0, 2).flatten(1)  # [num_pages * 2 * page_size, kv_heads * head_dim]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     grouped = (-1, kv_heads, q.shape[1] // kv_heads, head_dim)
+    of_group = None if sinks is None else sinks.view(kv_heads, -1, 1)
+    of_head = None if sinks is None else sinks[:, None, None]
     for part in plan.padded:
         n = len(part.rows)
         k, v = _read(flat, part.gather, q.dtype).view(2, n, -1, kv_heads, head_dim).transpose(2, 3)
         # Query heads that share a K/V head take the place of query positions.
-        o = _softmax_attention(q[part.rows].view(grouped), k, v, part.mask, plan)
+        rows = q[part.rows].view(grouped)
+        o = _softmax_attention(rows, k, v, part.mask, plan, sinks=of_group)
         out[part.rows] = o.flatten(1, 2)
     for chunk in plan.chunks:
         k, v = _read(flat, chunk.gather, q.dtype).view(2, 1, -1, kv_heads, head_dim).transpose(2, 3)
-        o = _softmax_attention(q[None, chunk.tokens].transpose(1, 2), k, v, chunk.mask, plan, True)
+        rows = q[None, chunk.tokens].transpose(1, 2)
+        o = _softmax_attention(rows, k, v, chunk.mask, plan, causal=True, sinks=of_head)
         out[chunk.tokens] = o[0].transpose(0, 1)
     return out.flatten(1)
 
@@ -587,13 +615,20 @@ def attend_latent(
 
 
 def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: ReferencePlan, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    plan: ReferencePlan,
+    causal: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of q [n, heads, queries, head_dim] over k, v [n, kv_heads, keys, head_dim].
 
     `mask`: added to the scores, or bool; None: no mask, or if `causal`, that of equal positions.
+    `sinks`: [heads, queries or 1, 1].
     """
-    if plan.softcap is None:
+    if plan.softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -607,14 +642,18 @@ def _softmax_attention(
     k = k.repeat_interleave(group, 1)
     v = v.repeat_interleave(group, 1)
     scores = (q @ k.mT) * (plan.scale or q.shape[-1] ** -0.5)
-    scores = plan.softcap * torch.tanh(scores / plan.softcap)
+    if plan.softcap is not None:
+        scores = plan.softcap * torch.tanh(scores / plan.softcap)
     if mask is None and causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return weights[..., : v.shape[2]] @ v
 
 
 def prepare_inputs(

@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
 from gllm_engine.files import check_file, read_file, read_object
 from gllm_engine.sampling import InvalidField
+from gllm_engine.text import deepseek_template, tiktoken_vocabulary
 from gllm_engine.text.chat_template import ChatTemplate, Message
 from gllm_engine.text.detokenizer import Detokenizer, Spelling
 
@@ -227,10 +230,18 @@ def _restore_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -
 
 def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint without tokenizer.json, converted by transformers."""
+    if tiktoken_vocabulary.is_moonshots(path, settings):
+        return _with_tokenizer_json(path, tiktoken_vocabulary.convert(path, settings))
     if "auto_map" in settings:
         raise TextError(
             f"tokenizer: {path} has only a tokenizer that is Python code of its own, which is "
             "never run; put a converted tokenizer.json beside it"
+        )
+    if (path / tiktoken_vocabulary.FILE).exists():
+        raise TextError(
+            f"tokenizer: {path} has a {tiktoken_vocabulary.FILE}, which does not tell how a text "
+            "is split; that is known for the class TikTokenTokenizer only, so put a converted "
+            "tokenizer.json beside it"
         )
     if not _check_files(path, _VOCABULARIES):
         raise TextError(
@@ -247,6 +258,18 @@ def _convert(path: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TextError(f"tokenizer: {path} has no fast tokenizer ({type(tokenizer).__name__})")
     return tokenizer
+
+
+def _with_tokenizer_json(path: Path, inner: Inner) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint that has all files but tokenizer.json, which is `inner`."""
+    with TemporaryDirectory(prefix="gllm-") as directory:
+        for name in _check_files(path, _SIDE_FILES):
+            os.symlink(path.absolute() / name, Path(directory) / name)
+        inner.save(str(Path(directory) / "tokenizer.json"))
+        made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            directory, local_files_only=True
+        )
+        return made
 
 
 def _check_sentencepiece(file: Path) -> None:
@@ -288,10 +311,15 @@ def _check_ids(vocabulary: dict[str, int]) -> None:
 
 
 def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | None:
-    """The tokenizer's chat template, else the one in chat_template.json, written by processors."""
+    """The tokenizer's chat template, else the one in chat_template.json, written by processors.
+
+    DeepSeek V3.2 has none: its format is in Python code, which is never run.
+    """
     found = tokenizer.chat_template
     if found is None:
         found = _object(path / "chat_template.json").get("chat_template")
+    if found is None and _is_deepseek_v32(path):
+        found = deepseek_template.TEMPLATE
     if found is None:
         return None
     templates = {"default": found} if isinstance(found, str) else found
@@ -302,6 +330,11 @@ def _chat_template(path: Path, tokenizer: PreTrainedTokenizerFast) -> ChatTempla
             f"tokenizer: the chat template of {path} has more than {MAX_TEMPLATE_LEN} characters"
         )
     return ChatTemplate(templates, tokenizer.special_tokens_map)
+
+
+def _is_deepseek_v32(path: Path) -> bool:
+    architectures = _object(path / "config.json").get("architectures")
+    return isinstance(architectures, list) and "DeepseekV32ForCausalLM" in architectures
 
 
 # Files beside the vocabulary that transformers and this module read.

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
 
 from gllm_engine.arch import FAMILIES, make_arch
-from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors, is_left_over
+from gllm_engine.arch.layout import checkpoint_places
+from gllm_engine.arch.names import (
+    Layout,
+    checkpoint_layout,
+    checkpoint_shapes,
+    checkpoint_tensors,
+    is_left_over,
+    num_blocks,
+    standard_name,
+)
 from gllm_engine.arch.tiny import tiny_config
 
 LAYER = "model.layers.0."
@@ -47,6 +57,8 @@ LATENT_ATTENTION = [
         *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
     )
 ]
+DEEPSEEK = ENDS + NORMS + LATENT_ATTENTION + EXPERTS + SHARED_EXPERTS
+DEEPSEEK_V3 = [*DEEPSEEK, f"{LAYER}mlp.gate.e_score_correction_bias"]
 QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
 OLMO = ENDS + ATTENTION + MLP + QK_NORMS
 OLMO += [f"{LAYER}post_{part}_layernorm.weight" for part in ("attention", "feedforward")]
@@ -58,14 +70,43 @@ NORM_BIASES = [name.replace("weight", "bias") for name in [*NORMS, "model.norm.w
 STARCODER = [f"{LAYER}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
 STARCODER += [*BIASES, f"{LAYER}self_attn.o_proj.bias", *NORM_BIASES]
 H = "transformer.h.0."
-BIGCODE = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
-BIGCODE += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
-BIGCODE += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
-BIGCODE += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
-BIGCODE += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
+GPT2 = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
+GPT2 += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
+GPT2 += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
+GPT2 += [f"{H}attn.c_{part}.{leaf}" for part in ("attn", "proj") for leaf in LEAVES]
+GPT2 += [f"{H}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
+NEOX = ["gpt_neox.embed_in.weight", "embed_out.weight"]
+NEOX += [f"gpt_neox.final_layer_norm.{leaf}" for leaf in LEAVES]
+NEOX += [
+    f"gpt_neox.layers.0.{part}.{leaf}"
+    for part in (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("attention.query_key_value", "attention.dense"),
+        *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    )
+    for leaf in LEAVES
+]
+GPT_OSS = [f"{LAYER}self_attn.sinks", *BIASES, f"{LAYER}self_attn.o_proj.bias"]
+GPT_OSS += [f"{LAYER}mlp.router.{leaf}" for leaf in LEAVES]
+GPT_OSS += [f"{LAYER}mlp.experts.{part}_proj{end}" for part in ("gate_up", "down")
+            for end in ("", "_bias")]  # fmt: skip
+LLAMA4 = [f"{LAYER}feed_forward.{part}" for part in (
+    "router.weight", "experts.gate_up_proj", "experts.down_proj",
+    *(f"shared_expert.{part}.weight" for part in PARTS),
+)]  # fmt: skip
 EXPECTED = {
+    "GPTNeoXForCausalLM": NEOX,
+    "Llama4ForCausalLM": ENDS + NORMS + ATTENTION + LLAMA4,
+    "MiniMaxM2ForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + QK_NORMS
+    + MIXTRAL_EXPERTS
+    + [f"{MIXTRAL}e_score_correction_bias"],
+    "GptOssForCausalLM": ENDS + NORMS + ATTENTION + GPT_OSS,
     "Starcoder2ForCausalLM": ENDS + NORMS + ATTENTION + STARCODER,
-    "GPTBigCodeForCausalLM": BIGCODE,
+    "GPT2LMHeadModel": GPT2,
+    "GPTBigCodeForCausalLM": GPT2,
     "Olmo2ForCausalLM": OLMO,
     "Olmo3ForCausalLM": OLMO,
     "SmolLM3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
@@ -120,15 +161,18 @@ EXPECTED = {
     + EXPERTS
     + SHARED_EXPERTS
     + [f"{LAYER}mlp.moe_statics.e_score_correction_bias"],
+    "DeepseekV2ForCausalLM": DEEPSEEK,
     **dict.fromkeys(
-        ("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
-        ENDS
-        + NORMS
-        + LATENT_ATTENTION
-        + EXPERTS
-        + SHARED_EXPERTS
-        + [f"{LAYER}mlp.gate.e_score_correction_bias"],
+        ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", "Glm4MoeLiteForCausalLM"),
+        DEEPSEEK_V3,
     ),
+    **dict.fromkeys(
+        ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
+        [f"language_model.{name}" for name in DEEPSEEK_V3],
+    ),
+    "Llama4ForConditionalGeneration": [
+        f"language_model.{name}" for name in ENDS + NORMS + ATTENTION + LLAMA4
+    ],
     "ChatGLMModel": CHATGLM,
     "ChatGLMForConditionalGeneration": CHATGLM,
 }
@@ -137,13 +181,16 @@ EXPECTED = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names(family: str) -> None:
     keys = ("num_layers", "n_layer", "num_hidden_layers")
-    one_layer = next(key for key in keys if key in tiny_config(family))
+    tiny = tiny_config(family)
+    tiny = tiny.get("text_config", tiny)
+    one_layer = next(key for key in keys if key in tiny)
     # Some tiny configs have experts in their second layer alone.
     sparse = {"decoder_sparse_step": 1, "first_k_dense_replace": 0, "moe_layer_start_index": 0}
-    over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny_config(family)}
-    if "layer_types" in tiny_config(family):
+    sparse["interleave_moe_layer_step"] = 1
+    over: dict[str, Any] = {k: v for k, v in sparse.items() if k in tiny}
+    if "layer_types" in tiny:
         over["layer_types"] = ["full_attention"]
-    if "no_rope_layers" in tiny_config(family):
+    if "no_rope_layers" in tiny:
         over["no_rope_layers"] = [1]
     arch = make_arch(tiny_config(family, **{one_layer: 1}, **over))
     tensors = checkpoint_tensors(arch)
@@ -179,6 +226,127 @@ def test_one_tensor_for_all_experts_of_a_layer() -> None:
     assert shapes[f"{moe}router.layer.weight"] == (8, 64)
     one = model.each(ffn=lambda _, layer: replace(layer.ffn, num_experts=1))
     assert checkpoint_shapes(one)[f"{moe}input_linear.weight"] == (1, 2 * 96, 64)
+
+
+def test_transposed_matrices_of_gpt2() -> None:
+    gpt2 = make_arch(tiny_config("GPT2LMHeadModel"))
+    bigcode = make_arch(tiny_config("GPTBigCodeForCausalLM"))
+    shapes = checkpoint_shapes(gpt2)
+    assert shapes[f"{H}attn.c_attn.weight"] == (64, 3 * 64)
+    assert shapes[f"{H}mlp.c_fc.weight"] == (64, 96)
+    assert shapes[f"{H}mlp.c_proj.weight"] == (96, 64)
+    transposed = {
+        name.removeprefix(H) for name in shapes if checkpoint_layout(gpt2, name).transposed
+    }
+    matrices = {f"attn.c_{part}.weight" for part in ("attn", "proj")}
+    matrices |= {f"mlp.c_{part}.weight" for part in ("fc", "proj")}
+    assert {name for name in transposed if not name.startswith("transformer")} == matrices
+    plain = {checkpoint_layout(bigcode, name) for name in checkpoint_shapes(bigcode)}
+    assert plain == {Layout()}
+
+
+def test_neox_stores_queries_keys_and_values_by_heads() -> None:
+    neox = make_arch(tiny_config("GPTNeoXForCausalLM"))
+    for leaf in LEAVES:
+        name = f"gpt_neox.layers.0.attention.query_key_value.{leaf}"
+        assert num_blocks(neox, checkpoint_tensors(neox)[name]) == 4
+    dense = checkpoint_tensors(neox)["gpt_neox.layers.0.attention.dense.weight"]
+    assert num_blocks(neox, dense) == 1
+    bigcode = make_arch(tiny_config("GPTBigCodeForCausalLM"))
+    assert num_blocks(bigcode, checkpoint_tensors(bigcode)[f"{H}attn.c_attn.weight"]) == 1
+
+
+def test_gpt2s_names_without_the_common_beginning() -> None:
+    gpt2 = make_arch(tiny_config("GPT2LMHeadModel"))
+    for name in ("h.0.attn.c_attn.weight", "wte.weight", "wpe.weight", "ln_f.bias"):
+        assert standard_name(gpt2, name) == f"transformer.{name}"
+    for name in ("transformer.h.0.ln_1.weight", "lm_head.weight"):
+        assert standard_name(gpt2, name) == name
+    llama = make_arch(tiny_config("LlamaForCausalLM"))
+    assert standard_name(llama, "h.0.ln_1.weight") == "h.0.ln_1.weight"
+
+
+def test_kimi_k25s_names_of_transformers_and_its_weights_for_images() -> None:
+    kimi = make_arch(tiny_config("KimiK25ForConditionalGeneration"))
+    for name in ("language_model.lm_head.weight", "language_model.model.norm.weight"):
+        assert standard_name(kimi, name) == name
+        assert not is_left_over(kimi, name)
+    norm = standard_name(kimi, "model.language_model.norm.weight")
+    assert norm == "language_model.model.norm.weight"
+    assert standard_name(kimi, "lm_head.weight") == "language_model.lm_head.weight"
+    for part in ("vision_tower.encoder.blocks.0.wqkv", "mm_projector.proj.0"):
+        assert is_left_over(kimi, f"{part}.weight")
+        assert is_left_over(kimi, f"model.{part}.weight")
+        assert not is_left_over(make_arch(tiny_config("KimiK2ForCausalLM")), f"{part}.weight")
+
+
+def test_masks_in_old_checkpoints_are_left_over() -> None:
+    gpt2 = make_arch(tiny_config("GPT2LMHeadModel"))
+    neox = make_arch(tiny_config("GPTNeoXForCausalLM"))
+    for part in ("bias", "masked_bias"):
+        assert is_left_over(gpt2, f"transformer.h.11.attn.{part}")
+        assert is_left_over(neox, f"gpt_neox.layers.5.attention.{part}")
+    assert is_left_over(neox, "gpt_neox.layers.5.attention.rotary_emb.inv_freq")
+    assert not is_left_over(gpt2, "transformer.h.0.attn.c_attn.bias")
+    assert not is_left_over(neox, "gpt_neox.layers.0.attention.dense.bias")
+    assert not is_left_over(neox, "transformer.h.0.attn.bias")
+
+
+def test_gpt_oss_stores_the_experts_of_a_layer_transposed() -> None:
+    """As transformers' GptOssExperts: [experts, dim, 2 * hidden] and [experts, hidden, dim]."""
+    config = tiny_config("GptOssForCausalLM", intermediate_size=24)
+    experts = f"{LAYER}mlp.experts."
+    shapes = checkpoint_shapes(make_arch(config))
+    assert shapes[f"{experts}gate_up_proj"] == (8, 64, 48)
+    assert shapes[f"{experts}gate_up_proj_bias"] == (8, 48)
+    assert shapes[f"{experts}down_proj"] == (8, 24, 64)
+    assert shapes[f"{experts}down_proj_bias"] == (8, 64)
+
+
+def test_llama4_stores_the_experts_of_a_layer_transposed() -> None:
+    """As transformers' Llama4TextExperts: [experts, dim, 2 * hidden] and [experts, hidden, dim]."""
+    model = make_arch(tiny_config("Llama4ForCausalLM", intermediate_size=24))
+    shapes = checkpoint_shapes(model)
+    experts = "model.layers.1.feed_forward.experts."
+    assert shapes[f"{experts}gate_up_proj"] == (8, 64, 48)
+    assert shapes[f"{experts}down_proj"] == (8, 24, 64)
+    assert shapes["model.layers.0.feed_forward.up_proj.weight"] == (96, 64)
+
+
+def test_llama4_with_vision_has_the_same_weights_by_other_names() -> None:
+    text = make_arch(tiny_config("Llama4ForCausalLM"))
+    whole = make_arch(tiny_config("Llama4ForConditionalGeneration"))
+    assert whole.weights() == text.weights()
+    names = {f"language_model.{name}": part for name, part in checkpoint_tensors(text).items()}
+    assert checkpoint_tensors(whole) == names
+    assert checkpoint_shapes(whole) == {
+        f"language_model.{name}": shape for name, shape in checkpoint_shapes(text).items()
+    }
+    for name in ("vision_model.class_embedding", "multi_modal_projector.linear_1.weight"):
+        assert is_left_over(whole, name)
+        assert not is_left_over(text, name)
+    assert not is_left_over(whole, "language_model.model.layers.9.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_number_of_a_tensor_belongs_to_one_weight(family: str) -> None:
+    model = make_arch(tiny_config(family))
+    shapes, places = model.weights(), checkpoint_places(model)
+    stored = checkpoint_shapes(model)
+    for name, weights in checkpoint_tensors(model).items():
+        found = []
+        for weight in weights:
+            place = places[weight]
+            rows = shapes[weight][0] // place.rows
+            columns = prod(shapes[weight][1:]) * place.rows
+            if place.transposed:
+                rows, columns = columns, rows
+            found += [
+                place.offset + row * place.width + place.first + column * place.step
+                for row in range(rows)
+                for column in range(columns)
+            ]
+        assert sorted(found) == list(range(prod(stored[name]))), name
 
 
 def test_gemmas_norms_have_olmos_names_and_other_places() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stored_weights import weights_in
 from torch import Tensor
 
 from gllm_engine.arch import FAMILIES, ArchError, Model, Shard, make_arch, read_arch
-from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder, filling, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
@@ -37,13 +37,14 @@ EVERYWHERE = (
     "norm.bias",
     "embed_positions.weight",
     "mlp.gate.weight",
+    "mlp.gate.bias",
     "e_score_correction_bias",
     "shared_expert_gate.weight",
     "q_a_proj.weight",
     "kv_a_proj_with_mqa.weight",
 )
 # But the gain of a norm of all heads together is shared out with the heads.
-WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "MiniMaxM2ForCausalLM")
 SIZES = [1, 2, 4]  # of the 2 key/value heads, 4 ranks share two each
 
 
@@ -116,9 +117,9 @@ def test_what_all_ranks_load_is_the_checkpoint(
                         parts.append(copy)
                         starts.append(list(map(shard.start, whole, copy.shape)))
             found[name] = whole_of(whole, parts, starts)
-    for name, parts in checkpoint_tensors(model).items():
-        held = torch.cat([found[part] for part in parts])
-        assert torch.equal(held.view(stored[name].shape), stored[name]), name
+    for name, tensor in stored.items():
+        for part, weight in weights_in(model, name, tensor).items():
+            assert torch.equal(found[part], weight), part
 
 
 def shape_of(view: Tensor, name: str, model: Model) -> tuple[int, ...]:

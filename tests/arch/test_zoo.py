@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import pytest
 from gllm_engine.arch import (
     FAMILIES,
     ArchError,
+    Clamp,
     Dense,
     Gqa,
     Model,
     Moe,
+    QueryTemperature,
     Routing,
     make_arch,
     read_arch,
 )
+from gllm_engine.arch.names import is_left_over
 from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 from gllm_engine.arch.tiny import tiny_config
 
@@ -235,6 +239,442 @@ def test_deepseeks_experts() -> None:
     assert bare.layers[0].mixer == Gqa(96, 8, 128, Rope(64, 10_000.0))
 
 
+# What configs of the hub say, without keys that change nothing.
+V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+    "eos_token_id": 100001,
+}
+MOONLIGHT = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "vocab_size": 163840,
+}
+DEEPSEEK_R1: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+    "eos_token_id": 1,
+}
+KIMI_K2 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "kimi_k2",
+    "first_k_dense_replace": 1,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 2048,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+
+
+def test_deepseek_v2_lite() -> None:
+    model = make_arch(V2_LITE)
+    assert model.num_params() == 15_706_484_224
+    assert model.kv_bytes_per_token(itemsize=2) == 27 * 2 * (512 + 64)
+    assert (model.max_len, model.extra_layers) == (163840, 0)
+    assert [layer.ffn for layer in model.layers[:2]] == [
+        Dense(10944),
+        Moe(64, 1408, Routing(6, renorm=False), shared=2816),
+    ]
+    mixer = model.layers[0].mixer
+    assert (mixer.q_rank, mixer.kv_rank, mixer.latent_eps) == (None, 512, 1e-6)
+    assert mixer.scale == pytest.approx(192**-0.5 * (0.0707 * log(40) + 1) ** 2)
+    assert mixer.rope.interleaved
+
+
+def test_deepseek_v2() -> None:
+    routing = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
+    more = {"n_routed_experts": 160, "routed_scaling_factor": 16.0, "q_lora_rank": 1536}
+    model = make_arch(V2_LITE | routing | more)
+    expected = Routing(6, renorm=False, groups=8, kept_groups=3, scale=16.0)
+    assert model.layers[1].ffn.routing == expected
+    assert model.layers[0].mixer.q_rank == 1536
+    # Groups are of one method alone.
+    plain = make_arch(V2_LITE | routing | {"topk_method": "greedy"})
+    assert plain.layers[1].ffn.routing == Routing(6, renorm=False)
+
+
+def test_deepseek_r1_and_v3_1() -> None:
+    model = make_arch(DEEPSEEK_R1)
+    routing = Routing(8, True, "sigmoid", True, 8, 4, sum_eps=1e-20, scale=2.5)
+    assert [layer.ffn for layer in model.layers[2:4]] == [
+        Dense(18432),
+        Moe(256, 2048, routing, shared=2048),
+    ]
+    assert model.num_params() == pytest.approx(671.03e9, rel=1e-4)
+    assert is_left_over(model, "model.layers.61.shared_head.head.weight")
+    mixer = model.layers[60].mixer
+    assert mixer.scale == pytest.approx(192**-0.5 * (0.1 * log(40) + 1) ** 2)
+    of_v3_1 = DEEPSEEK_R1["quantization_config"] | {"scale_fmt": "ue8m0"}
+    assert make_arch(DEEPSEEK_R1 | {"quantization_config": of_v3_1}) == model
+
+
+def test_moonlight() -> None:
+    model = make_arch(MOONLIGHT)
+    routing = Routing(6, True, "sigmoid", True, sum_eps=1e-20, scale=2.446)
+    assert model.layers[26].ffn == Moe(64, 1408, routing, shared=2816)
+    mixer = model.layers[0].mixer
+    assert (mixer.q_rank, mixer.latent_eps, model.eps) == (None, 1e-6, 1e-5)
+    assert mixer.scale == 192**-0.5
+    assert mixer.rope == Rope(64, 50_000.0, interleaved=True)
+    assert model.num_params() == 15_960_110_208
+
+
+def test_kimi_k2() -> None:
+    model = make_arch(KIMI_K2)
+    assert model == make_arch(KIMI_K2 | {"architectures": ["KimiK2ForCausalLM"]})
+    routing = Routing(8, True, "sigmoid", True, sum_eps=1e-20, scale=2.827)
+    assert [layer.ffn for layer in model.layers[:2]] == [
+        Dense(18432),
+        Moe(384, 2048, routing, shared=2048),
+    ]
+    mixer = model.layers[60].mixer
+    assert (mixer.heads, mixer.q_rank) == (64, 1536)
+    assert mixer.scale == pytest.approx(192**-0.5 * (0.1 * log(32) + 1) ** 2)
+    assert model.num_params() == pytest.approx(1.026e12, rel=1e-3)
+    assert not is_left_over(model, "model.layers.61.eh_proj.weight")
+
+
+def test_kimi_k25() -> None:
+    """The text model is described by an object of its own, and is Kimi K2's."""
+    text = {key: value for key, value in KIMI_K2.items() if key != "architectures"}
+    config = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {"vt_hidden_size": 1152},
+    }
+    model = make_arch(config)
+    assert replace(model, names="deepseek") == make_arch(KIMI_K2)
+    assert make_arch(config | {"architectures": ["Kimi_K25ForConditionalGeneration"]}) == model
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    of_text = make_arch(config | {"text_config": text | {"quantization_config": fp8}})
+    assert of_text == make_arch(config | {"quantization_config": fp8})
+    assert of_text.quantization is not None
+    with pytest.raises(ArchError, match="^config.json: text_config is missing"):
+        make_arch(config | {"text_config": None})
+    with pytest.raises(ArchError, match="^config.json: text_config: moe_layer_freq is 2, but"):
+        make_arch(config | {"text_config": text | {"moe_layer_freq": 2}})
+
+
+def test_gpt_oss_20b() -> None:
+    config = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "eos_token_id": 200002,
+        "vocab_size": 201088,
+    }
+    model = make_arch(config)
+    assert model.num_params() == 20_914_757_184
+    assert model.max_len == 131072
+    moe = Moe(32, 2880, Routing(4, True), router_bias=True, bias=True, out_bias=True,
+              clamp=Clamp(7.0, 1.702))  # fmt: skip
+    assert {layer.ffn for layer in model.layers} == {moe}
+    scaling = YarnScaling(32.0, 4096, None, None, None, 32.0, 1.0, truncate=False)
+    mixer = Gqa(64, 8, 64, Rope(64, 150_000.0, scaling=scaling), True, True, sinks=True)
+    assert [layer.mixer for layer in model.layers] == [replace(mixer, window=128), mixer] * 12
+    # Without a key of its own, the same rope.
+    assert make_arch(config | {"rope_scaling": None}) == model
+    assert refusal("GptOssForCausalLM", experts_per_token=3) == (
+        "config.json: experts_per_token is 3, but only 2 is supported"
+    )
+
+
+FP8 = {"quantization_config": {"quant_method": "fp8"}}
+LLAMA4_SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4",
+    "text_config": {
+        "attention_bias": False,
+        "attention_chunk_size": 8192,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": 4,
+        "eos_token_id": [200001, 200007, 200008],
+        "floor_scale": 8192,
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "max_position_embeddings": 10485760,
+        "moe_layers": list(range(48)),
+        "no_rope_layers": [1, 1, 1, 0] * 12,
+        "num_attention_heads": 40,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 1.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "use_qk_norm": True,
+        "vocab_size": 202048,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {"model_type": "llama4_vision_model"},
+}
+
+
+def test_llama4_scout() -> None:
+    model = make_arch(LLAMA4_SCOUT)
+    assert round(model.num_params() / 1e9, 2) == 107.77
+    assert (model.max_len, model.eos_token_ids) == (10485760, (200001, 200007, 200008))
+    routing = Routing(1, renorm=False, scoring="sigmoid")
+    assert {layer.ffn for layer in model.layers} == {
+        Moe(16, 8192, routing, shared=8192, on_input=True)
+    }
+    rope = Rope(128, 500_000.0, True, Llama3Scaling(16.0, 1.0, 1.0, 8192))
+    mixer = Gqa(40, 8, 128, rope)
+    chunked = replace(mixer, window=8192, chunked=True, qk_norm="l2_after")
+    whole = replace(mixer, rope=None, temperature=QueryTemperature(0.1, 8192, offset=1))
+    assert [layer.mixer for layer in model.layers] == [chunked, chunked, chunked, whole] * 12
+
+
+def test_llama4_layers() -> None:
+    def kinds(**over: Any) -> list[tuple[bool, bool, bool]]:
+        """Of each layer: chunked, rotated, with experts."""
+        model = tiny("Llama4ForCausalLM", num_hidden_layers=4, **over)
+        return [
+            (layer.mixer.chunked, layer.mixer.rope is not None, isinstance(layer.ffn, Moe))
+            for layer in model.layers
+        ]
+
+    default = {"no_rope_layers": None, "interleave_moe_layer_step": None}
+    assert kinds(**default | {"interleave_moe_layer_step": 1}) == [(True, True, True)] * 3 + [
+        (False, False, True)
+    ]
+    assert [experts for *_, experts in kinds(no_rope_layers=None)] == [False, True, False, True]
+    assert [experts for *_, experts in kinds(no_rope_layers=[], moe_layers=[0])] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    assert not any(experts for *_, experts in kinds(no_rope_layers=[], moe_layers=[]))
+    types = ["chunked_attention", "full_attention"] * 2
+    found = kinds(no_rope_layers=[0, 0, 1, 1], layer_types=types)
+    assert [(chunked, turned) for chunked, turned, _ in found] == [
+        (True, False), (False, False), (True, True), (False, True),
+    ]  # fmt: skip
+    assert not any(chunked for chunked, *_ in kinds(no_rope_layers=[], attention_chunk_size=None))
+    untempered = tiny("Llama4ForCausalLM", attn_temperature_tuning=False)
+    assert [layer.mixer.temperature for layer in untempered.layers] == [None, None]
+    assert tiny("Llama4ForCausalLM", use_qk_norm=False).layers[0].mixer.qk_norm is None
+
+
+def test_a_model_with_vision_has_its_language_models_keys_within() -> None:
+    config = tiny_config("Llama4ForConditionalGeneration", hidden_size=32)
+    text = tiny_config("Llama4ForCausalLM", hidden_size=32)
+    assert make_arch(config) == replace(make_arch(text), names="llama4_vision")
+
+    def refused(**over: Any) -> str:
+        with pytest.raises(ArchError) as caught:
+            make_arch(config | over)
+        return str(caught.value)
+
+    missing = "config.json: text_config is missing, the text model's description"
+    assert refused(text_config=None) == missing
+    assert refused(text_config=text | {"hidden_act": "gelu"}) == (
+        "config.json: text_config: hidden_act is 'gelu', but only \"silu\" is supported"
+    )
+    assert make_arch(config | {"tie_word_embeddings": True}).tie
+    expected = replace(make_arch(text | FP8), names="llama4_vision")
+    assert make_arch(config | FP8) == expected
+    assert make_arch(config | {"text_config": text | FP8}) == expected
+
+
+def test_minimax_m2() -> None:
+    config = {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "attn_type_list": [1] * 62,
+        "head_dim": 128,
+        "hidden_size": 3072,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 196608,
+        "mlp_intermediate_size": 8192,
+        "mtp_transformer_layers": 1,
+        "num_attention_heads": 48,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 62,
+        "num_key_value_heads": 8,
+        "num_local_experts": 256,
+        "num_mtp_modules": 3,
+        "qk_norm_type": "per_layer",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000,
+        "rotary_dim": 64,
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "use_mtp": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+        "vocab_size": 200064,
+    }
+    model = make_arch(config)
+    assert round(model.num_params() / 1e9, 2) == 228.69
+    assert {layer.mixer for layer in model.layers} == {
+        Gqa(48, 8, 128, Rope(64, 5_000_000.0), qk_norm="whole")
+    }
+    assert {layer.ffn for layer in model.layers} == {
+        Moe(256, 1536, Routing(8, True, "sigmoid", biased=True))
+    }
+    assert model.extra_layers == 3
+
+
 def test_ernies_experts() -> None:
     def ffns(**over: Any) -> list[bool]:
         model = tiny("Ernie4_5_MoeForCausalLM", num_hidden_layers=6, **over)
@@ -284,6 +724,61 @@ def test_ernies_experts() -> None:
             "Glm4MoeForCausalLM",
             {"first_k_dense_replace": -1},
             "first_k_dense_replace is -1, but only a whole number from 0 to 512 is supported",
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"topk_method": "noaux_tc"},
+            'topk_method is \'noaux_tc\', but only "greedy" or "group_limited_greedy" is supported',
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"norm_topk_prob": True},
+            "norm_topk_prob is True, but only false is supported",
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"scoring_func": "sigmoid"},
+            "scoring_func is 'sigmoid', but only \"softmax\" is supported",
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"num_experts_per_tok": None},
+            "num_experts_per_tok is missing",
+        ),
+        (
+            "DeepseekV3ForCausalLM",
+            {"topk_method": "group_limited_greedy"},
+            "topk_method is 'group_limited_greedy', but only \"noaux_tc\" is supported",
+        ),
+        (
+            "Llama4ForCausalLM",
+            {"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 2},
+            "attention_chunk_size is missing",
+        ),
+        (
+            "Llama4ForCausalLM",
+            {"attn_temperature_tuning": "on"},
+            "attn_temperature_tuning is 'on', but only true, false or a whole number is supported",
+        ),
+        (
+            "Llama4ForCausalLM",
+            {"no_rope_layers": [1, 0, 1]},
+            "no_rope_layers is [1, 0, 1], but only a list of 2 of 0 and 1 is supported",
+        ),
+        (
+            "MiniMaxM2ForCausalLM",
+            {"attn_type_list": [1, 0]},
+            "attn_type_list is [1, 0], but only [1, 1] is supported",
+        ),
+        (
+            "MiniMaxM2ForCausalLM",
+            {"qk_norm_type": "per_head"},
+            "qk_norm_type is 'per_head', but only \"per_layer\" is supported",
+        ),
+        (
+            "GptOssForCausalLM",
+            {"sliding_window": None},
+            "sliding_window is missing",
         ),
         (
             "Ernie4_5_MoeForCausalLM",
@@ -552,6 +1047,29 @@ def test_chatglm_switches_refused(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "over", "key"),
     [
+        ("DeepseekV2ForCausalLM", {"mlp_bias": True}, "mlp_bias"),
+        ("DeepseekV2ForCausalLM", {"attention_bias": True}, "attention_bias"),
+        ("DeepseekV2ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq"),
+        ("DeepseekV2ForCausalLM", {"rope_interleave": False}, "rope_interleave"),
+        ("DeepseekV3ForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        (
+            "DeepseekV3ForCausalLM",
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},
+            "rope_scaling: mscale_all_dim",
+        ),
+        ("GPT2LMHeadModel", {"activation_function": "relu"}, "activation_function"),
+        ("GPT2LMHeadModel", {"scale_attn_weights": False}, "scale_attn_weights"),
+        (
+            "GPT2LMHeadModel",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx",
+        ),
+        ("GPT2LMHeadModel", {"add_cross_attention": True}, "add_cross_attention"),
+        ("GPT2LMHeadModel", {"n_head": 5}, "n_head is 5, but it must divide n_embd=64"),
+        ("GPTBigCodeForCausalLM", {"multi_query": False}, "multi_query"),
+        ("GPTNeoXForCausalLM", {"hidden_act": "relu"}, "hidden_act"),
+        ("GPTNeoXForCausalLM", {"hidden_size": 66}, "num_attention_heads is 4, but it must"),
+        ("GPTNeoXForCausalLM", {"rotary_pct": 0.3}, "partial_rotary_factor=0.3 of head_dim=16"),
         ("SmolLM3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
@@ -643,9 +1161,37 @@ def test_layer_types_refused() -> None:
     assert "layer_types is" in refusal("MistralForCausalLM", layer_types=sliding)
 
 
+def test_gpt2() -> None:
+    model = make_arch({"architectures": ["GPT2LMHeadModel"]})
+    assert model.num_params() == 124_439_808
+    assert (model.positions, model.max_len, model.norm, model.tie) == (1024, 1024, "layer", True)
+    mixer = model.layers[11].mixer
+    assert (mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.rope) == (12, 12, 64, None)
+    assert model.layers[0].ffn == Dense(3072, True, True, act="gelu_tanh", gated=False)
+    assert tiny("GPT2LMHeadModel", activation_function="gelu").layers[0].ffn.act == "gelu"
+
+
+def test_gpt_neox() -> None:
+    bare = make_arch({"architectures": ["GPTNeoXForCausalLM"]})  # GPT-NeoX-20B's shape
+    assert bare.num_params() == 20_554_567_680
+    assert bare.layers[0].mixer.rope == Rope(24, 10_000.0)
+    assert {layer.place for layer in bare.layers} == {"parallel"}
+    assert bare.layers[0].ffn == Dense(24576, True, True, act="gelu", gated=False)
+
+    def neox(**over: Any) -> Model:
+        return tiny("GPTNeoXForCausalLM", **over)
+
+    assert neox(hidden_act="gelu_fast").layers[0].ffn.act == "gelu_tanh"
+    assert neox(use_parallel_residual=False).layers[0].place == "pre"
+    assert not neox(attention_bias=False).layers[0].mixer.qkv_bias
+    new = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}
+    assert rope_of(neox(rope_parameters=new)) == Rope(4, 500.0)
+    assert rope_of(neox(rotary_pct=1.0, rotary_emb_base=77)) == Rope(16, 77.0)
+
+
 def test_unsupported_architecture() -> None:
-    assert refusal(architectures=["GPT2LMHeadModel"]) == (
-        f"config.json: architectures is ['GPT2LMHeadModel']; supported are {', '.join(FAMILIES)}"
+    assert refusal(architectures=["MambaForCausalLM"]) == (
+        f"config.json: architectures is ['MambaForCausalLM']; supported are {', '.join(FAMILIES)}"
     )
     for value in (None, [], 3, [{}], "LlamaForCausalLM"):
         assert f"architectures is {value!r}; supported" in refusal(architectures=value)

@@ -62,7 +62,11 @@ def pretend(kernels: dict[str, Any]) -> None:
         make = getattr(torch, name)
         setattr(torch, name, lambda *a, pin_memory=False, make=make, **o: make(*a, **o))
     Tensor.pin_memory = lambda self: self
-    wrapper = MagicMock(_pin_memory_int_workspace_buffer=torch.empty(0))
+
+    def attend(q: Tensor, *_: Any, **__: Any) -> tuple[None, Tensor]:
+        return None, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+
+    wrapper = MagicMock(_pin_memory_int_workspace_buffer=torch.empty(0), run=attend)
     sys.modules["flashinfer"] = MagicMock(
         BatchPrefillWithPagedKVCacheWrapper=lambda *_, **__: wrapper,
         BatchPrefillWithRaggedKVCacheWrapper=lambda *_, **__: wrapper,

@@ -115,14 +115,14 @@ def test_a_plan_is_for_layers_of_one_shape(
     attended: list[tuple[int, tuple[int, ...]]] = []
     real_plan, real_attend = reference.ReferencePlanner.plan, reference.attend
 
-    def plan(self: Any, batch: Any, cache: Tensor, heads: int, *rest: int | None) -> Any:
-        made = real_plan(self, batch, cache, heads, *rest)
+    def plan(self: Any, batch: Any, cache: Tensor, heads: int, *rest: int, **more: Any) -> Any:
+        made = real_plan(self, batch, cache, heads, *rest, **more)
         planned[id(made)] = (heads, *cache.shape[3:])
         return made
 
-    def attend(inputs: Any, cache: Tensor, plan: Any, tokens: Tensor | None = None) -> Tensor:
+    def attend(inputs: Any, cache: Tensor, plan: Any, *rest: Any, **more: Any) -> Tensor:
         attended.append((id(plan), (inputs.q.shape[1], *cache.shape[3:])))
-        return real_attend(inputs, cache, plan, tokens)
+        return real_attend(inputs, cache, plan, *rest, **more)
 
     monkeypatch.setattr(reference.ReferencePlanner, "plan", plan)
     monkeypatch.setattr(reference, "attend", attend)

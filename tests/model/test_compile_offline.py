@@ -20,10 +20,20 @@ FAMILIES = (
     "Olmo3ForCausalLM",
     "GPTBigCodeForCausalLM",
     "Glm4MoeLiteForCausalLM",
+    "GptOssForCausalLM",
+    "Llama4ForCausalLM",
 )
 # And so every kernel that a single GPU runs, whatever the model.
 KERNELS = {
-    *("_activate", "_attend_latent", "_choose", "_count", "_decode_attention", "_gemv"),
+    *(
+        "_activate",
+        "_apply_sinks",
+        "_attend_latent",
+        "_choose",
+        "_count",
+        "_decode_attention",
+        "_gemv",
+    ),
     *("_grouped", "_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_rms_norm"),
     *("_rotate_and_store", "_route", "_skinny", "_split", "_store_latent", "_sum"),
 }

@@ -17,7 +17,9 @@ from gllm_engine.model.tiny import write_tiny_model
 
 ATOL = 2e-5
 OVER: dict[str, dict[str, Any]] = {
-    name: {"sliding_window": 11} if tiny_config(name).get("sliding_window") else {}
+    name: {
+        key: 11 for key in ("sliding_window", "attention_chunk_size") if tiny_config(name).get(key)
+    }
     for name in FAMILIES
 }
 

@@ -14,10 +14,12 @@ from tiny_models import all_logits, load, reference_logits, some_tokens
 from torch import Tensor
 
 from gllm_engine.arch import FAMILIES, read_arch
+from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model.tiny import write_tiny_model
 
 TOLERANCE = 2e-5  # of logits up to about 12
-HF_FAMILIES = [name for name in FAMILIES if not name.startswith("ChatGLM")]
+# transformers makes no text model of the latter.
+HF_FAMILIES = [name for name in FAMILIES if not name.startswith(("ChatGLM", "KimiK25", "Kimi_K25"))]
 
 MSCALE_YARN = {
     "type": "yarn",
@@ -28,9 +30,31 @@ MSCALE_YARN = {
     "beta_fast": 1.0,
     "beta_slow": 1.0,
 }
+V2_MSCALE = {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32.0}
+MOONLIGHT = {
+    "q_lora_rank": None,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 2.446,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50_000.0,
+    "num_nextn_predict_layers": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in HF_FAMILIES),
+    ("DeepseekV2ForCausalLM", {"q_lora_rank": None, "topk_method": "greedy"}),
+    ("DeepseekV2ForCausalLM", {"topk_group": 3, "num_experts_per_tok": 6}),
+    ("DeepseekV2ForCausalLM", {"rope_scaling": MSCALE_YARN | V2_MSCALE, "n_shared_experts": 2}),
     ("DeepseekV3ForCausalLM", {"q_lora_rank": None, "rms_norm_eps": 1e-5}),
+    ("DeepseekV3ForCausalLM", MOONLIGHT),
     ("DeepseekV3ForCausalLM", {"rope_interleave": False, "v_head_dim": 20}),
     ("DeepseekV3ForCausalLM", {"rope_scaling": MSCALE_YARN}),
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
@@ -104,17 +128,36 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Cohere2ForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
     ("Starcoder2ForCausalLM", {"use_bias": False, "sliding_window": None}),
     ("Starcoder2ForCausalLM", {"tie_word_embeddings": True}),
+    ("GPT2LMHeadModel", {"n_inner": None, "tie_word_embeddings": True}),
+    ("GPT2LMHeadModel", {"activation_function": "gelu", "n_head": 1}),
+    ("GPTNeoXForCausalLM", {"use_parallel_residual": False, "hidden_act": "gelu_fast"}),
+    ("GPTNeoXForCausalLM", {"attention_bias": False, "rotary_pct": 1.0, "rotary_emb_base": 77}),
     ("GPTBigCodeForCausalLM", {"n_inner": None, "tie_word_embeddings": True}),
+    ("GptOssForCausalLM", {"attention_bias": False, "swiglu_limit": 0.5, "swiglu_alpha": 3.0}),
+    ("GptOssForCausalLM", {"sliding_window": 5, "num_experts_per_tok": 3, "layer_types": None}),
+    ("GptOssForCausalLM", {"rope_scaling": None, "rope_parameters": None}),
+    ("GptOssForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("Llama4ForCausalLM", {"num_experts_per_tok": 1, "attention_chunk_size": 7}),
+    ("Llama4ForCausalLM", {"attention_bias": True, "use_qk_norm": False, "moe_layers": [0, 1]}),
+    ("Llama4ForCausalLM", {"attn_temperature_tuning": False, "attention_chunk_size": None}),
+    (
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [],
+            "no_rope_layer_interval": 2,
+            "layer_types": ["full_attention", "chunked_attention", "chunked_attention"],
+            "interleave_moe_layer_step": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("Llama4ForCausalLM", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}),
+    ("MiniMaxM2ForCausalLM", {"rotary_dim": None, "num_experts_per_tok": 5}),
+    ("MiniMaxM2ForCausalLM", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("MiniMaxM2ForCausalLM", {"rotary_dim": 4, "partial_rotary_factor": 0.75}),
     ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
 ]
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 # Every scaling, in the old form (beside rope_theta) and in the new one.
 ROPES: list[dict[str, Any]] = [
@@ -198,6 +241,55 @@ def test_a_checkpoint_that_transformers_saved(tmp_path: Path, family: str) -> No
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["GPT2LMHeadModel", "GPTNeoXForCausalLM"])
+def test_checkpoints_of_old(tmp_path: Path, family: str) -> None:
+    """GPT-2's names had no common beginning, and causal masks were among the weights."""
+    write_tiny_model(tmp_path, family)
+    file = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(file).items()}
+    for i in range(2):
+        attention = (
+            f"h.{i}.attn." if family.startswith("GPT2") else f"gpt_neox.layers.{i}.attention."
+        )
+        tensors[f"{attention}bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+        tensors[f"{attention}masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, file, metadata={"format": "pt"})
+    tokens = some_tokens(40)
+    ours, theirs = all_logits(load(tmp_path), tokens), reference_logits(tmp_path, tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_the_text_part_of_kimi_k25(tmp_path: Path) -> None:
+    """As transformers saves the whole model: the tensors for images are left out."""
+    vision = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision |= {"intermediate_size": 48, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4}
+    config = tiny_config("Kimi_K25ForConditionalGeneration")
+    kind = transformers.AutoConfig.for_model(
+        **config, vision_config=vision, tie_word_embeddings=False, projection_hidden_size=32
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(kind).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert any("vision_tower." in name for name in names)
+    tokens = some_tokens(40)
+    with torch.no_grad():
+        theirs = model(input_ids=tokens[None]).logits[0]
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(all_logits(load(tmp_path), tokens), theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_kimi_k25_as_published_is_kimi_k2(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "k2", "KimiK2ForCausalLM", seed=3)
+    write_tiny_model(tmp_path / "k25", "KimiK25ForConditionalGeneration", seed=3)
+    tokens = some_tokens(40)
+    assert torch.equal(
+        all_logits(load(tmp_path / "k25"), tokens), all_logits(load(tmp_path / "k2"), tokens)
+    )
+
+
 def to_chatglm(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     """A GlmForCausalLM's weights by the names, and in the layout, of ChatGLM's own code."""
     out = {
@@ -230,6 +322,35 @@ def test_chatglm_agrees_with_glm(tmp_path: Path, architecture: str, rope_ratio: 
     tokens = some_tokens(70)
     ours, theirs = all_logits(load(chatglm), tokens), reference_logits(glm, tokens)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_llama4_with_vision_answers_as_its_language_model(tmp_path: Path) -> None:
+    """From transformers' checkpoint of the whole model."""
+    text = tiny_config("Llama4ForCausalLM", attention_chunk_size=7)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    whole = transformers.Llama4ForConditionalGeneration(config).eval()
+    for weight in whole.parameters():
+        torch.nn.init.normal_(weight, 0, 0.3)
+    whole.save_pretrained(tmp_path)
+    tokens = some_tokens(40)
+    with torch.no_grad():
+        theirs = whole(input_ids=tokens[None], use_cache=False).logits[0]
+    assert theirs.std() > 0.5
+    torch.testing.assert_close(
+        all_logits(load(tmp_path), tokens), theirs, rtol=1e-5, atol=TOLERANCE
+    )
 
 
 def test_half_precision_follows(tmp_path: Path) -> None:

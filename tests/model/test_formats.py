@@ -542,6 +542,25 @@ def test_float8_where_no_format_is_known(blocks: Path) -> None:
     assert f"tensor {name} has dtype F8_E4M3; supported: F64, F32, F16, BF16" in refusal(blocks)
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("GPT2LMHeadModel", "transformer.h.1.mlp.c_fc.weight"),
+        ("GPTNeoXForCausalLM", "gpt_neox.layers.1.attention.query_key_value.weight"),
+    ],
+)
+def test_float8_in_a_tensor_that_is_no_stack_of_rows(
+    tmp_path: Path, family: str, name: str
+) -> None:
+    write_tiny_model(tmp_path, family)
+    rewrite(tmp_path, lambda t: t.update({name: t[name].to(FP8)}))
+    file = tmp_path / "model.safetensors"
+    assert refusal(tmp_path) == (
+        f"{file}: tensor {name} has dtype F8_E4M3, which is not supported for a tensor that is "
+        "stored transposed or by heads"
+    )
+
+
 def test_one_expert_left_plain(tmp_path: Path) -> None:
     model = write(tmp_path, "Qwen3MoeForCausalLM", block(16, 16))
     name = "model.layers.0.mlp.experts.3.up_proj.weight"

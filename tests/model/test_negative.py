@@ -42,6 +42,13 @@ def routing(**change: Any) -> Change:
     return lambda m: m.each(ffn=changed)
 
 
+def clamp(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.ffn, clamp=replace(layer.ffn.clamp, **change))
+
+    return lambda m: m.each(ffn=changed)
+
+
 def rope(**change: Any) -> Change:
     def changed(_: int, layer: Layer) -> Any:
         return replace(layer.mixer, rope=replace(layer.mixer.rope, **change))
@@ -83,6 +90,10 @@ LLAMA, GLM, QWEN3 = "LlamaForCausalLM", "GlmForCausalLM", "Qwen3ForCausalLM"
 GEMMA2, GEMMA3, COHERE2 = "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForCausalLM"
 GRANITE, SMOLLM3 = "GraniteForCausalLM", "SmolLM3ForCausalLM"
 HUNYUAN, MINISTRAL3 = "HunYuanDenseV1ForCausalLM", "Ministral3ForCausalLM"
+GPT_OSS = "GptOssForCausalLM"
+LLAMA4, MINIMAX_M2 = "Llama4ForCausalLM", "MiniMaxM2ForCausalLM"
+# All layers have a temperature, so that a changed one is one of all.
+ALL_TEMPERED = {"no_rope_layers": [0, 0]}
 OLMO2, STARCODER2 = "Olmo2ForCausalLM", "Starcoder2ForCausalLM"
 BIASED = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
@@ -90,6 +101,8 @@ LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
+DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
+KIMI, NEOX = "KimiK2ForCausalLM", "GPTNeoXForCausalLM"
 SPARSE = {"decoder_sparse_step": 1}
 ALL_SPARSE = {"first_k_dense_replace": 0}
 WIDE = {"head_dim": 32}  # enough pairs of channels for YaRN's ramp to start and end within
@@ -152,6 +165,17 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "local_experts": (QWEN3_MOE, {}, ffn(local_experts=(0, 7))),
     "shared": (QWEN2_MOE, SPARSE, ffn(shared=0, shared_gate=False)),
     "shared gate": (QWEN2_MOE, SPARSE, ffn(shared_gate=False)),
+    "latent_eps": (DEEPSEEK_V3, {}, mixer(latent_eps=1e-2)),
+    "scale latent": (KIMI, {}, mixer(scale=32**-0.5)),
+    "interleaved latent": (DEEPSEEK_V2, {}, rope(interleaved=False)),
+    "groups v2": (DEEPSEEK_V2, ALL_SPARSE, routing(groups=1, kept_groups=1)),
+    "kept groups v2": (DEEPSEEK_V2, ALL_SPARSE, routing(kept_groups=3)),
+    "scale v2": (DEEPSEEK_V2, ALL_SPARSE, routing(scale=1.0)),
+    "no renorm v2": (DEEPSEEK_V2, ALL_SPARSE, routing(renorm=True)),
+    "scoring v2": (DEEPSEEK_V2, ALL_SPARSE, routing(scoring="sigmoid")),
+    "scoring v3": (DEEPSEEK_V3, ALL_SPARSE, routing(scoring="softmax")),
+    "kimi's yarn": (KIMI, {}, rope(scaling=None)),
+    "kimi's ramp": (KIMI, {}, scaling(beta_fast=32.0)),
     "sandwich": ("Glm4ForCausalLM", {}, place("pre")),
     "qk_norm after": (QWEN3, {}, mixer(qk_norm="head_after")),
     "qk_norm before": (HUNYUAN, {}, mixer(qk_norm="head")),
@@ -174,6 +198,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "norm bias": (STARCODER2, {}, model(norm="layer_without_bias")),
     "gelu of starcoder": (STARCODER2, {}, ffn(act="silu")),
     "erf gelu": (STARCODER2, {}, ffn(act="gelu")),
+    "gelu of gpt2": ("GPT2LMHeadModel", {}, ffn(act="gelu")),
+    "positions of gpt2": ("GPT2LMHeadModel", {}, model(positions=0)),
+    "parallel": (NEOX, {}, place("pre")),
+    "partial neox": (NEOX, {}, rope(dim=16)),
+    "theta of neox": (NEOX, {}, rope(theta=20_000.0)),
+    "gelu of neox": (NEOX, {}, ffn(act="gelu_tanh")),
     "positions": ("GPTBigCodeForCausalLM", {}, model(positions=0)),
     "temperature": (MINISTRAL3, {}, mixer(temperature=None)),
     "temperature's beta": (MINISTRAL3, {}, temperature(beta=0.2)),
@@ -181,6 +211,25 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "longrope": ("Phi3ForCausalLM", {}, rope(scaling=None)),
     "longrope length": ("Phi3ForCausalLM", {}, scaling(original_len=4096)),
     "longrope attention": ("Phi3ForCausalLM", {}, scaling(attention_factor=1.0)),
+    "sinks": (GPT_OSS, {}, mixer(sinks=False)),
+    "window of gpt-oss": (GPT_OSS, {}, mixer(window=None)),
+    "limit of a clamp": (GPT_OSS, {}, clamp(limit=2.5)),
+    "slope of a clamp": (GPT_OSS, {}, clamp(slope=1.702)),
+    "clamp": (GPT_OSS, {}, ffn(clamp=None)),
+    "bias of a router": (GPT_OSS, {}, ffn(router_bias=False)),
+    "biases of experts": (GPT_OSS, {}, ffn(bias=False)),
+    "biases of experts' outputs": (GPT_OSS, {}, ffn(out_bias=False)),
+    "chunks": (LLAMA4, {}, mixer(chunked=False)),
+    "size of a chunk": (LLAMA4, {}, mixer(window=47)),
+    "norm of unit heads": (LLAMA4, {}, mixer(qk_norm=None)),
+    "offset of a temperature": (LLAMA4, ALL_TEMPERED, temperature(offset=0)),
+    "weights on the input": (LLAMA4, {}, ffn_of_experts(on_input=False)),
+    "sigmoid of llama4": (LLAMA4, {}, routing(scoring="softmax")),
+    "shared expert of llama4": (LLAMA4, {}, ffn_of_experts(shared=0)),
+    "whole norm": (MINIMAX_M2, {}, mixer(qk_norm=None)),
+    "partial rotary of minimax": (MINIMAX_M2, {}, rope(dim=16)),
+    "bias of minimax": (MINIMAX_M2, {}, routing(biased=False)),
+    "renorm of minimax": (MINIMAX_M2, {}, routing(renorm=False)),
     "partial rotary": ("Phi3ForCausalLM", {"rope_scaling": None}, rope(dim=16)),
 }
 
@@ -220,9 +269,15 @@ def test_tie_matters(tmp_path: Path) -> None:
         ("Glm4ForCausalLM", {}),
         (QWEN2_MOE, SPARSE),
         (GLM4_MOE, ALL_SPARSE | {"num_experts_per_tok": 4}),  # so that all experts are chosen
+        (DEEPSEEK_V2, ALL_SPARSE | {"topk_group": 4, "num_experts_per_tok": 4}),
+        (KIMI, ALL_SPARSE | {"num_experts_per_tok": 4}),
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
         (OLMO2, {}),
+        (MINIMAX_M2, {"num_experts_per_tok": 7}),
+        (LLAMA4, {"no_rope_layers": [1], "interleave_moe_layer_step": 1, "num_experts_per_tok": 7}),
+        (GPT_OSS, {"num_experts_per_tok": 7, "layer_types": ["full_attention"]}),
         ("Starcoder2ForCausalLM", {}),
+        (NEOX, {}),
         (HUNYUAN, {}),
         ("Ernie4_5ForCausalLM", {}),
         (GEMMA3, {"layer_types": ["full_attention"]}),

@@ -13,11 +13,11 @@ import pytest
 import torch
 from loaded import load_model
 from safetensors.torch import load_file, save_file
+from stored_weights import weights_in
 from tiny_models import CPU, load
 from torch import Tensor
 
 from gllm_engine.arch import Model, read_arch
-from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.model import Decoder, LoadError, filling, open_checkpoint, read
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -30,10 +30,9 @@ def simply_read(path: Path, arch: Model, dtype: torch.dtype) -> dict[str, Tensor
     stored: dict[str, Tensor] = {}
     for file in path.glob("*.safetensors"):
         stored |= load_file(file)
-    shapes, weights = arch.weights(), {}
-    for name, parts in checkpoint_tensors(arch).items():
-        rows = [shapes[part][0] for part in parts]
-        weights |= dict(zip(parts, stored[name].to(dtype).split(rows), strict=True))
+    weights: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        weights |= weights_in(arch, name, tensor.to(dtype))
     return weights
 
 
@@ -65,6 +64,32 @@ def test_every_family_over_many_pieces(
         tmp_path,
         read_arch(tmp_path),
         dtype=torch.float32,
+        device=torch.device(device),
+        max_model_len=64,
+    )
+    assert_same_weights(decoder, tmp_path)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("family", "piece_bytes"), [("GPT2LMHeadModel", 1000), ("GPTNeoXForCausalLM", 13_000)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposed_matrices_and_parts_by_heads_over_many_pieces(
+    tmp_path: Path,
+    family: str,
+    piece_bytes: int,
+    device: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`piece_bytes`: enough for one row of the widest matrix, or one head's block of rows."""
+    monkeypatch.setattr(read, "_PIECE_BYTES", piece_bytes)
+    write_tiny_model(tmp_path, family)
+    decoder = load_model(
+        tmp_path,
+        read_arch(tmp_path),
+        dtype=dtype,
         device=torch.device(device),
         max_model_len=64,
     )

@@ -348,6 +348,8 @@ def run_attention(
     window: int | None,
     page_size: int,
     cache_dtype: torch.dtype | None = None,
+    chunked: bool = False,
+    sunk: bool = False,
 ) -> None:
     num_heads, kv_heads, dim = heads
     ops, limit = select_ops(CUDA), TOLERANCE[dtype]
@@ -363,21 +365,26 @@ def run_attention(
     cos, sin = torch.rand(2, 3000, dim // 2)
     moved, there = on_gpu(batch), cache.to(CUDA)
     planner = ops.make_planner(CUDA, dtype)
-    plan = planner.plan(moved, there, num_heads, window)
+    plan = planner.plan(moved, there, num_heads, window, chunked=chunked)
+    sinks = (2 * torch.randn(num_heads)).to(dtype) if sunk else None
+    sinks_there = None if sinks is None else sinks.to(CUDA)
     rotary = ops.rotary_inputs(cos.to(CUDA), sin.to(CUDA), moved.positions, dtype, False)
     found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, rotary, False, there, plan)
-    out, (out_q, kept) = ops.attend(found, there, plan), found
+    out, (out_q, kept) = ops.attend(found, there, plan, sinks=sinks_there), found
     # The twin in float32, from what the kernel stored: attention by itself.
     wide = there.float().cpu()
     page, offset = batch.cache_index // page_size, batch.cache_index % page_size
-    slow = reference.plan_attention(batch, wide, window)
+    slow = reference.plan_attention(batch, wide, window, chunked=chunked)
     attended = wide.clone()
     if kept is not None:  # fresh chunks attend to what was not rounded yet
         at = slice(plan.first_fresh, None)
         unrounded = kept[at].float().cpu().unflatten(1, (2, kv_heads))
         attended[page[at], :, offset[at]] = unrounded
-    near(out, reference.attend(AttentionInputs(out_q.float().cpu()), attended, slow), limit)
-    assert torch.equal(ops.attend(found, there, plan), out)  # whoever came last in a joined row
+    inputs = AttentionInputs(out_q.float().cpu())
+    wide_sinks = None if sinks is None else sinks.float()
+    near(out, reference.attend(inputs, attended, slow, sinks=wide_sinks), limit)
+    again = ops.attend(found, there, plan, sinks=sinks_there)
+    assert torch.equal(again, out)  # whoever came last in a joined row
     # And what it stored.
     exact = cache.float()
     slow = reference.plan_attention(batch, exact, window)
@@ -399,6 +406,29 @@ def test_attention(mix: str, dim: int) -> None:
 @pytest.mark.parametrize("mix", MIXES)
 def test_attention_with_a_window(mix: str) -> None:
     run_attention(mix, torch.bfloat16, (4, 2, 64), 20, 16)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("window", [20, 32, 512])
+def test_attention_in_chunks_of_the_sequence(mix: str, window: int) -> None:
+    """Of whole pages, in FlashInfer's kernels, and others."""
+    run_attention(mix, torch.bfloat16, (4, 2, 64), window, 16, chunked=True)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "window"),
+    [
+        (torch.bfloat16, None, None),
+        (torch.bfloat16, None, 128),
+        (torch.bfloat16, FLOAT8, 128),
+        (torch.float32, None, 128),
+    ],
+)
+def test_attention_with_sinks(
+    mix: str, dtype: torch.dtype, cache_dtype: torch.dtype | None, window: int | None
+) -> None:
+    run_attention(mix, dtype, (16, 2, 64), window, 16, cache_dtype, sunk=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@ Small shapes: the interpreter is slow. Outputs begin as NaN. On a GPU, test_gpu_
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -195,6 +196,38 @@ def test_decode_attention(
     out = torch.full_like(q, torch.nan)
     # Nothing is left over from the first time.
     assert triton.decode_attention(q, cache, parts, out, *scores) is out
+    near(out, expected, 1e-5)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("window", [20, 256, 300, 1000])
+def test_decode_attention_in_chunks_and_with_sinks(window: int, chunked: bool) -> None:
+    """Contexts that end before, at and after the end of a chunk, in one part and in several."""
+    contexts = [1, 20, 21, 256, 257, 299, 301, 900]
+    batch, kv, cache = make_case([(n, 1) for n in contexts], 16, 2, 1, 32)
+    q = torch.randn(len(contexts), 6, 32)
+    sinks = torch.tensor([3.0, -2.0, 300.0, -300.0, 0.0, 1.0])
+    plan = reference.plan_attention(batch, cache, window, chunked=chunked)
+    reference.write_kv(cache, kv, plan)
+    parts = triton.split_kv(batch.page_table, batch.slots, batch.context_lens, 2, window, chunked)
+    for some in (None, sinks):
+        expected = reference.attend(AttentionInputs(q), cache, plan, sinks=some).view_as(q)
+        near(triton.decode_attention(q, cache, parts, sinks=some), expected, 1e-5)
+        out = torch.full_like(q, torch.nan)
+        near(triton.decode_attention(q, cache, parts, out, sinks=some), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(4, 16), (20, 24), (3, 8)])
+def test_sinks_are_applied_to_attention_without_them(heads: int, dim: int) -> None:
+    tokens, keys = 5, 9
+    scores, values = torch.randn(tokens, heads, keys), torch.randn(heads, keys, dim)
+    sinks = torch.randn(heads)
+    sinks[0], sinks[-1] = 60.0, -60.0
+    out = torch.einsum("thk,hkd->thd", scores.softmax(-1), values).contiguous()
+    lse = scores.logsumexp(-1) / math.log(2)
+    triton.apply_sinks(out, lse, sinks)
+    one_more = torch.cat((scores, sinks[None, :, None].expand(tokens, -1, 1)), -1)
+    expected = torch.einsum("thk,hkd->thd", one_more.softmax(-1)[..., :-1], values)
     near(out, expected, 1e-5)
 
 

@@ -83,6 +83,35 @@ def test_paged_attention(
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [1, 4, 15])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize("mix", MIXES)
+def test_attention_in_chunks_of_the_sequence(
+    mix: str, heads: int, kv_heads: int, window: int
+) -> None:
+    batch, kv, cache = make_case(MIXES[mix], 4, kv_heads)
+    q = torch.randn((len(batch.tokens), heads, HEAD_DIM))
+    plan = reference.plan_attention(batch, cache, window, chunked=True)
+    reference.write_kv(cache, kv, plan)
+    out = reference.attend(AttentionInputs(q), cache, plan)
+    expected = attention(q, cache, batch, window, chunked=True)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize("mix", MIXES)
+def test_attention_with_sinks(mix: str, heads: int, kv_heads: int, window: int | None) -> None:
+    batch, kv, cache = make_case(MIXES[mix], 4, kv_heads)
+    q = torch.randn((len(batch.tokens), heads, HEAD_DIM))
+    sinks = torch.tensor([2.0, -1.0, 500.0, 0.5])[:heads]  # head 2 sees nothing but its sink
+    plan = reference.plan_attention(batch, cache, window)
+    reference.write_kv(cache, kv, plan)
+    out = reference.attend(AttentionInputs(q), cache, plan, sinks=sinks)
+    expected = attention(q, cache, batch, window, sinks=sinks)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+
+
 def test_write_touches_only_its_places() -> None:
     batch, kv, cache = make_case([(9, 1), (7, 3)], page_size=4, kv_heads=2)
     before = cache.clone()

@@ -10,12 +10,13 @@ import sys
 import threading
 from pathlib import Path
 
+import jinja2
 import pytest
 from jinja2.exceptions import SecurityError
 
 from gllm_engine.os_process import wait_end
 from gllm_engine.sampling import InvalidField
-from gllm_engine.text import chat_template
+from gllm_engine.text import chat_template, deepseek_template
 from gllm_engine.text.chat_template import ChatTemplate
 from gllm_engine.text.template_renderer import Renderer, Unusable
 from gllm_engine.text.template_source import Template
@@ -419,3 +420,106 @@ def test_the_renderer_ends_with_its_process():
 
 def test_no_renderer_starts_before_it_is_needed(tokenizer_dir):
     assert Tokenizer(tokenizer_dir).chat_template._renderer is None
+
+
+# ---------------------------------------------------------------- DeepSeek V3.2
+
+
+def deepseek(messages, tools=None, **kwargs) -> str:
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    return render(deepseek_template.TEMPLATE, messages, tools, special, **kwargs)
+
+
+def called(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+
+
+QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather?"}]
+CALLS = [called("weather", place="Köln", days=2, hours=["é", 3]), called("time")]
+ASKED = [
+    *QUESTION,
+    {"role": "assistant", "content": None, "reasoning": "Two calls.", "tool_calls": CALLS},
+    {"role": "tool", "content": "sunny"},
+    {"role": "tool", "content": "noon"},
+]
+TOLD = [*ASKED, {"role": "assistant", "content": "Sun.", "reasoning_content": "Told."}]
+# As DeepSeek's own encoder writes them.
+BEGIN = "<bos>Be brief.<｜User｜>Weather?<｜Assistant｜>"
+CALLED = (
+    "\n\n<｜DSML｜function_calls>\n"
+    '<｜DSML｜invoke name="weather">\n'
+    '<｜DSML｜parameter name="place" string="true">Köln</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="days" string="false">2</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="hours" string="false">["é", 3]</｜DSML｜parameter>\n'
+    "</｜DSML｜invoke>\n"
+    '<｜DSML｜invoke name="time">\n\n</｜DSML｜invoke>\n'
+    "</｜DSML｜function_calls><eos>"
+)
+RESULTS = (
+    "\n\n<function_results>\n<result>sunny</result>\n<result>noon</result>\n</function_results>\n\n"
+)
+
+
+def test_deepseek_answers_with_or_without_thinking():
+    assert deepseek(QUESTION) == f"{BEGIN}</think>"
+    assert deepseek(QUESTION, thinking=True) == f"{BEGIN}<think>"
+    assert deepseek(QUESTION, add_generation_prompt=False) == BEGIN.removesuffix("<｜Assistant｜>")
+
+
+def test_deepseek_calls_tools():
+    assert deepseek(ASKED) == f"{BEGIN}</think>{CALLED}{RESULTS}</think>"
+    thought = f"{BEGIN}<think>Two calls.</think>{CALLED}{RESULTS}<think>"
+    assert deepseek(ASKED, thinking=True) == thought
+    assert deepseek(TOLD, thinking=True) == f"{thought}Told.</think>Sun.<eos>"
+    assert deepseek(TOLD) == f"{BEGIN}</think>{CALLED}{RESULTS}</think>Sun.<eos>"
+    without = deepseek(ASKED, add_generation_prompt=False)
+    assert without == f"{BEGIN}</think>{CALLED}{RESULTS}".rstrip("\n")
+
+
+def test_deepseek_forgets_what_it_thought_before_the_last_question():
+    again = [*TOLD, {"role": "user", "content": "Sure?"}]
+    told = f"{BEGIN}</think>{CALLED}{RESULTS}</think>Sun.<eos><｜User｜>Sure?<｜Assistant｜>"
+    assert deepseek(again, thinking=True) == f"{told}<think>"
+    assert deepseek(again) == f"{told}</think>"
+
+
+def test_deepseek_reads_descriptions_of_tools():
+    """After the system message, which is empty if there is none."""
+    text = deepseek(QUESTION, [WEATHER, WEATHER])
+    start, end = "<bos>Be brief.\n\n## Tools\n\nYou have access to", "<｜User｜>Weather?"
+    schema = '{"name": "weather", "parameters": {"type": "object"}}\n'
+    assert text.startswith(start)
+    assert f"<functions>\n{schema}{schema}</functions>\n{end}" in text
+    assert '"<｜DSML｜function_calls>" block' in text
+    alone = deepseek(QUESTION[1:], [WEATHER])
+    assert alone == text.replace("Be brief.", "", 1).replace(schema, "", 1)
+
+
+def test_deepseek_continues_an_answer():
+    messages = [*QUESTION, {"role": "assistant", "content": "It is "}]
+    assert deepseek(messages, continue_final_message=True) == f"{BEGIN}</think>It is "
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([*QUESTION, {"role": "tool", "content": "x"}], "a result of a tool without a call of it"),
+        ([{"role": "tool", "content": "x"}], "a result of a tool without a call of it"),
+        ([{"role": "critic", "content": "x"}], "the role critic is unknown"),
+    ],
+)
+def test_deepseek_refuses(messages, problem):
+    with pytest.raises(jinja2.TemplateError, match=problem):
+        deepseek(messages)
+
+
+def test_deepseek_v32_has_its_template_though_its_checkpoint_has_none(tokenizer_dir, tmp_path):
+    for file in tokenizer_dir.glob("tokenizer*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for architecture, has in (("DeepseekV32ForCausalLM", True), ("DeepseekV3ForCausalLM", False)):
+        config = {"architectures": [architecture]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        template = Tokenizer(tmp_path).chat_template
+        assert (template is not None) == has
+        if template is not None:
+            assert template.render(QUESTION).endswith("Weather?<｜Assistant｜></think>")

@@ -82,12 +82,20 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Gemma2ForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
     ("Cohere2ForCausalLM", {"sliding_window": 20, "attention_bias": True}, "tp2"),
     ("GraniteForCausalLM", {}, "pp2"),
+    ("GPTNeoXForCausalLM", {}, "tp2"),
+    ("GPT2LMHeadModel", {"tie_word_embeddings": True}, "tp2 x pp2"),
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
     ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
+    ("DeepseekV2ForCausalLM", {"q_lora_rank": None}, "ep2 x pp2"),
+    ("KimiK2ForCausalLM", {}, "tp4"),
     ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),
     ("Glm4MoeForCausalLM", {}, "ep2 x pp2"),
     ("Ernie4_5_MoeForCausalLM", {}, "tp2"),
+    ("GptOssForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
+    ("GptOssForCausalLM", {"sliding_window": 20}, "ep2"),
+    ("Llama4ForCausalLM", {"attention_chunk_size": 20}, "tp2 x pp2"),
+    ("MiniMaxM2ForCausalLM", {}, "tp4"),
 ]
 
 
@@ -200,7 +208,8 @@ def test_families(tmp_path: Path, family: str, over: dict[str, Any], way: str) -
         expected = llm.generate(list(prompts), list(params))
     config = tiny_config(family, **over)
     # Layers with a window and layers without one take pages from the same pool.
-    room = {"num_pages": 150} if {"max_window_layers", "layer_types"} & config.keys() else {}
+    windows = {"max_window_layers", "layer_types", "attention_chunk_size"}
+    room = {"num_pages": 150} if windows & config.keys() else {}
     with LLM(str(tmp_path), **(TIGHT | WAYS[way] | room)) as llm:
         compare(llm.generate(list(prompts), list(params)), expected)
         settle(llm)

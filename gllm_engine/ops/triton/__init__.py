@@ -5,6 +5,7 @@ Knows shapes and arithmetic. Each kernel has a slow twin in ops/reference.py.
 
 from __future__ import annotations
 
+from gllm_engine.ops.triton.attention_sinks import apply_sinks
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
 from gllm_engine.ops.triton.fp8 import dequantize, quantize
 from gllm_engine.ops.triton.gated_delta import gated_delta, gated_norm
@@ -35,6 +36,7 @@ __all__ = [
     "KvSplits",
     "attend_latent",
     "activate",
+    "apply_sinks",
     "decode_attention",
     "dequantize",
     "gemv",

@@ -44,7 +44,7 @@ _WARPS, _STAGES = 4, 3
 # Elements of partials that one iteration of the join loads. More would need more registers than the
 # loop over a part: at 168 registers per thread, three programs share a multiprocessor.
 _JOINED = 2048
-_LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,33 @@ class KvSplits:
     slots: Tensor  # [rows]
     lens: Tensor  # [rows] context lengths
     window: int | None
+    chunked: bool
     items: Tensor  # [3, parts] int32: row (-1: unused), index of the part, number of row's parts
     arrived: Tensor  # [rows, kv_heads] int32: finished parts; all 0 between launches
     share: Tensor  # [1] int32: tokens of a full part
+
+
+@triton.jit
+def _first_seen(length, WINDOW: tl.constexpr, CHUNKED: tl.constexpr):
+    """The first token that the last one of `length` tokens sees. WINDOW: 0: all."""
+    first = length * 0
+    if CHUNKED:
+        first = tl.maximum(length - 1, 0) // WINDOW * WINDOW
+    elif WINDOW:
+        first = tl.maximum(length - WINDOW, 0)
+    return first
 
 
 # Without this, Triton compiles one kernel for counts divisible by 16 and another one for the rest.
 @triton.jit(do_not_specialize=["rows", "capacity"])
 def _split(
     lens, items, arrived, share_out, rows, capacity, kv_heads,
-    EXTRA: tl.constexpr, MIN: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    EXTRA: tl.constexpr, MIN: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, ROWS)
-    span = tl.load(lens + row, mask=row < rows, other=0).to(tl.int32)
-    if WINDOW:
-        span = tl.minimum(span, WINDOW)
+    length = tl.load(lens + row, mask=row < rows, other=0).to(tl.int32)
+    span = length - _first_seen(length, WINDOW, CHUNKED)
     share = tl.cdiv(tl.cdiv(tl.sum(span.to(tl.int64), 0), EXTRA), BLOCK).to(tl.int32) * BLOCK
     share = tl.maximum(share, MIN)
     tl.store(share_out, share)
@@ -91,11 +102,16 @@ def _split(
 
 
 def split_kv(
-    page_table: Tensor, slots: Tensor, lens: Tensor, kv_heads: int, window: int | None
+    page_table: Tensor,
+    slots: Tensor,
+    lens: Tensor,
+    kv_heads: int,
+    window: int | None,
+    chunked: bool = False,
 ) -> KvSplits:
     """Split contexts of `lens` [rows] tokens, at least 1 each, into parts of about equal length.
 
-    `window`: tokens that a row attends to, its own included; None: all. The host does not wait.
+    `window`, `chunked`: as AttentionPlanner.plan. The host does not wait.
     """
     rows = slots.shape[0]
     capacity = rows + _EXTRA_PARTS
@@ -104,22 +120,23 @@ def split_kv(
     share = items.new_empty(1)
     _split[(1,)](
         lens, items, arrived, share, rows, capacity, kv_heads, EXTRA=_EXTRA_PARTS,
-        MIN=_MIN_PART, WINDOW=window or 0, BLOCK=_BLOCK, ROWS=triton.next_power_of_2(rows),
-        num_warps=4,
+        MIN=_MIN_PART, WINDOW=window or 0, CHUNKED=chunked, BLOCK=_BLOCK,
+        ROWS=triton.next_power_of_2(rows), num_warps=4,
     )  # fmt: skip
-    return KvSplits(page_table, slots, lens, window, items, arrived, share)
+    return KvSplits(page_table, slots, lens, window, chunked, items, arrived, share)
 
 
 @triton.jit
 def _attend_part(
-    x, table, cache, first, end, kv_head, scale, cap,
+    x, table, cache, first, end, kv_head, scale, cap, peak, total,
     KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised softmax-weighted V of tokens first .. end - 1, peak score and sum of weights."""
+    """Unnormalised softmax-weighted V of tokens first .. end - 1, peak score and sum of weights.
+
+    `peak`, `total`: [HEADS] those of keys before these tokens, whose values are 0.
+    """
     d = tl.arange(0, BLOCK_DIM)
-    peak = tl.full((HEADS,), -float("inf"), tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, BLOCK_DIM), tl.float32)
     for start in range(first, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -179,12 +196,12 @@ def _join(
 
 @triton.jit(do_not_specialize=["capacity"])
 def _decode_attention(
-    q, cache, page_table, slots, lens, items, arrived, share_in, out, parts, peaks, sums,
+    q, cache, page_table, slots, lens, items, arrived, share_in, sinks, out, parts, peaks, sums,
     capacity, width, scale, cap,
     KV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
+    BLOCK: tl.constexpr, JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
     begin_alone(OVERLAPS)
@@ -193,15 +210,20 @@ def _decode_attention(
         part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)
         length, share = tl.load(lens + row).to(tl.int32), tl.load(share_in)
         table = page_table + tl.load(slots + row) * width
-        first = tl.maximum(length - WINDOW, 0) if WINDOW else 0
-        first += part * share
+        first = _first_seen(length, WINDOW, CHUNKED) + part * share
         head, d = tl.arange(0, HEADS), tl.arange(0, BLOCK_DIM)
         wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
         place = ((row * KV + kv_head).to(tl.int64) * GROUP + head)[:, None] * DIM + d[None, :]
         x = tl.load(q + place, mask=wanted, other=0.0)
+        peak = tl.full((HEADS,), -float("inf"), tl.float32)
+        total = tl.zeros((HEADS,), tl.float32)
+        if SINKS:  # one more key, in the first part
+            sink = tl.load(sinks + kv_head * GROUP + head, mask=head < GROUP, other=0.0)
+            peak = tl.where(part == 0, sink.to(tl.float32) * _LOG2_E, peak)
+            total = tl.where(part == 0, 1.0, total)
         acc, peak, total = _attend_part(
             x, table, cache, first, tl.minimum(first + share, length), kv_head, scale, cap,
-            KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED,
+            peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED,
         )  # fmt: skip
         if used == 1:
             tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=wanted)
@@ -229,11 +251,12 @@ def decode_attention(
     out: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k' * scale) v over the pages of each row's slot; shape and dtype of q.
 
     q: [rows, heads, head_dim]; cache: any dtype that converts to q's. `scale`, `softcap`: as
-    AttentionPlanner.plan.
+    AttentionPlanner.plan. `sinks`: as Ops.attend.
     """
     rows, heads, dim = q.shape
     kv_heads, page_size = cache.shape[3], cache.shape[2]
@@ -244,13 +267,13 @@ def decode_attention(
     peaks, sums = parts.new_empty(2, capacity, heads)
     _decode_attention[(capacity, kv_heads)](
         q, cache, plan.page_table, plan.slots, plan.lens, plan.items, plan.arrived, plan.share,
-        out, parts, peaks, sums, capacity, plan.page_table.shape[1],
-        (scale or dim**-0.5) * _LOG2_E, (softcap or 0.0) * _LOG2_E,
+        q if sinks is None else sinks, out, parts, peaks, sums, capacity, plan.page_table.shape[1],
+        (scale or dim**-0.5) * _LOG2_E.value, (softcap or 0.0) * _LOG2_E.value,
         KV=kv_heads, GROUP=group, HEADS=max(16, block_group), DIM=dim,
-        BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0,
+        BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0, CHUNKED=plan.chunked,
         BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
         JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        CAPPED=softcap is not None, OVERLAPS=OVERLAP, num_warps=_WARPS, num_stages=_STAGES,
-        **overlapping(),
+        CAPPED=softcap is not None, SINKS=sinks is not None, OVERLAPS=OVERLAP,
+        num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out

@@ -1,0 +1,53 @@
+"""Attention sinks for attention that was computed without them.
+
+A sink is one more key of a head, with value 0, so it only makes the softmax's denominator larger.
+With lse, the logarithm of the sum of exponentials of a head's scores:
+
+    attention with the sink = attention without it * sigmoid(lse - sink)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+
+# Heads of one program.
+_HEADS = 16
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _apply_sinks(
+    out, lse, sinks, heads, dim,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    at = tl.arange(0, BLOCK_DIM)[None, :]
+    known = head < heads
+    sink = tl.load(sinks + head, mask=known, other=0.0).to(tl.float32) * _LOG2_E
+    begin_alone(OVERLAPS)
+    total = tl.load(lse + token * heads + head, mask=known, other=0.0)
+    factor = 1.0 / (1.0 + tl.exp2(sink - total))
+    place = out + (token * heads + head)[:, None] * dim + at
+    inside = known[:, None] & (at < dim)
+    x = tl.load(place, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    tl.store(place, x.to(out.dtype.element_ty), mask=inside)
+
+
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Change `out` [tokens, heads, head_dim] in place, from attention without to attention with
+    sinks.
+
+    All are contiguous. lse: [tokens, heads] float32, to base 2. sinks: [heads].
+    """
+    tokens, heads, dim = out.shape
+    block = min(_HEADS, triton.next_power_of_2(heads))
+    _apply_sinks[(tokens, triton.cdiv(heads, block))](
+        out, lse, sinks, heads, dim,
+        BLOCK_HEADS=block, BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP,
+        **overlapping(),
+    )  # fmt: skip
