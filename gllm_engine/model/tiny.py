@@ -120,9 +120,7 @@ def _in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
     return result
 
 
-def _in_four_bits(
-    arch: Model, tensors: dict[str, Tensor], kind: Mxfp4 | Int4
-) -> dict[str, Tensor]:
+def _in_four_bits(arch: Model, tensors: dict[str, Tensor], kind: Mxfp4 | Int4) -> dict[str, Tensor]:
     """The checkpoint tensors of the weights that are 4-bit numbers in `arch`."""
     plain = arch.with_formats({})
     plain_shapes = plain.weights()

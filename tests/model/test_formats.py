@@ -110,6 +110,8 @@ def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
         elif name.endswith(("_blocks", "_packed")):
             weight = name.removesuffix("_blocks").removesuffix("_packed")
             tensors[weight] = four_bits(weight, stored)
+            if tensors[weight].dim() == 3:  # gpt-oss stores plain ones as [experts, columns, rows]
+                tensors[weight] = tensors[weight].mT.contiguous()
         elif "_scale" not in name:
             tensors[name] = tensor
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -161,6 +163,7 @@ def test_every_kind_of_layer(tmp_path: Path, family: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("family", "config", "count"),
     [
+        ("GptOssForCausalLM", MXFP4, 4),
         ("Qwen3MoeForCausalLM", MXFP4, 48),
         ("Qwen3MoeForCausalLM", INT4, 48),
         ("DeepseekV3ForCausalLM", INT4, 24),  # the experts alone, as Kimi K2

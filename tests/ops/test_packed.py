@@ -57,8 +57,10 @@ def test_rounding_to_four_bits() -> None:
 # Depths that no tile divides.
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
-@pytest.mark.parametrize(("is_float", "group"), [(True, 32), (False, 32), (False, 64)])
-@pytest.mark.parametrize(("tokens", "held"), [(1, (0, 6)), (40, (1, 3))])
+@pytest.mark.parametrize(
+    ("is_float", "group", "tokens", "held"),
+    [(True, 32, 1, (0, 6)), (True, 32, 20, (1, 3)), (False, 32, 9, (0, 6)), (False, 64, 3, (2, 4))],
+)
 def test_experts(is_float: bool, group: int, tokens: int, held: tuple[int, int]) -> None:
     from gllm_engine.ops import triton
 
