@@ -149,4 +149,5 @@ def quantize_int4(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
 def _pack(codes: Tensor) -> Tensor:
     """[..., groups, group] numbers below 16 as bytes, [..., groups * group / 2]."""
     pairs = codes.to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    packed: Tensor = pairs[..., 0] | (pairs[..., 1] << 4)
+    return packed
