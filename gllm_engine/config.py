@@ -29,6 +29,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: Literal["auto", "cpu", "cuda", "none"] = "auto"
     # type of weights and activations; auto: float32 on CPUs, the checkpoint's type on GPUs
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # format of the weights in memory; auto: as in the checkpoint; fp8: a plain checkpoint's weights
+    # are rounded to float8_e4m3fn, with a scale per row; none: all weights are plain, of type dtype
+    quantization: Literal["auto", "fp8", "none"] = "auto"
     # fp8: K and V are rounded to float8_e4m3fn, one byte a number; auto: same type as dtype
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     # dummy: random weights for benchmarks; of the checkpoint only config.json is read

@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, TypeVar
 
-from gllm_engine.arch.formats import Formats, Formatted, Fp8, Shapes, format_name
+from gllm_engine.arch.formats import (
+    Format,
+    Formats,
+    Formatted,
+    Int4,
+    Mxfp4,
+    Rounded,
+    Shapes,
+    format_name,
+    widened,
+)
 from gllm_engine.arch.rope import Rope
 from gllm_engine.routing import Clamp, Routing
 
@@ -20,6 +30,16 @@ CacheShapes = tuple[tuple[int, ...], ...]  # of the parts of a layer's page
 T = TypeVar("T")
 # The bias that a Moe's routing adds to scores; float32, whatever the dtype of the model.
 SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
+# Of Mla; always held plain, because its parts are no weights of products.
+KV_UP = "self_attn.kv_b_proj.weight"
+# Ends of names of matrices: routers, gates of shared experts, decay and update rate of GatedDelta,
+# weights of an indexer's heads.
+_USUALLY_PLAIN = (
+    "gate.weight",
+    "in_proj_a.weight",
+    "in_proj_b.weight",
+    "indexer.weights_proj.weight",
+)
 # Where a layer has norms: before the mixer and the ffn, after them, or both. "parallel": both read
 # the same stream, each through a norm of its own; "parallel_shared": through one norm.
 Place = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
@@ -200,7 +220,7 @@ class Mla(Formatted):
         shapes["self_attn.kv_a_proj_with_mqa.weight"] = (self.latent_width, dim)
         shapes["self_attn.kv_a_layernorm.weight"] = (self.kv_rank,)
         kv = self.heads * (self.nope_dim + self.v_dim)
-        shapes["self_attn.kv_b_proj.weight"] = (kv, self.kv_rank)
+        shapes[KV_UP] = (kv, self.kv_rank)
         if self.indexer is not None:
             assert self.q_rank is not None
             shapes |= self.indexer.shapes(dim, self.q_rank)
@@ -430,7 +450,7 @@ class Model:
     eos_token_ids: tuple[int, ...] = ()
     names: str = "hf"  # the table in names.py for its checkpoints
     name_variants: tuple[str, ...] = ()  # of these names; see names.py
-    quantization: Fp8 | None = None  # the format that the config promises for matrices of layers
+    quantization: Format | None = None  # the format that the config promises for matrices of layers
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0
     norm: NormKind = "rms"  # of the residual stream; queries and keys have the RMS kinds only
@@ -478,12 +498,12 @@ class Model:
             if name.startswith("model.layers.") and name.endswith(".weight") and len(shape) == 2
         }
 
-    def with_formats(self, formats: Mapping[str, Fp8]) -> Model:
+    def with_formats(self, formats: Mapping[str, Format]) -> Model:
         """A copy with the formats of weights, by canonical name; for a model of plain weights.
 
         All experts of a layer have the format of any one.
         """
-        by_layer: dict[int, dict[str, Fp8]] = defaultdict(dict)
+        by_layer: dict[int, dict[str, Format]] = defaultdict(dict)
         for name, kind in formats.items():
             layer, weight = name.removeprefix("model.layers.").split(".", 1)
             by_layer[int(layer)][format_name(weight)] = kind
@@ -492,27 +512,35 @@ class Model:
             ffn=lambda i, layer: layer.ffn.with_formats(by_layer[i], self.dim),
         )
 
-    def formats(self) -> set[Fp8]:
+    def formats(self) -> set[Format]:
         """The formats of weights that are not plain."""
         parts = (part for layer in self.layers for part in (layer.mixer, layer.ffn))
         return {kind for part in parts for _, kind in part.formats}
 
     def quantized(self) -> Model:
-        """A copy in which all matrices that usually are quantised have the promised format.
-
-        Routers, gates of shared experts, the inputs of gates of a GatedDelta and weights of an
-        indexer's heads usually are not.
-        """
+        """A copy in which all matrices that usually are quantised have the promised format."""
         if self.quantization is None:
             return self
-        plain = (
-            "gate.weight",
-            "in_proj_a.weight",
-            "in_proj_b.weight",
-            "indexer.weights_proj.weight",
-        )
-        names = (name for name in self.matrices() if not name.endswith(plain))
+        names = [name for name in self.matrices() if not name.endswith(_USUALLY_PLAIN)]
+        if isinstance(self.quantization, (Mxfp4, Int4)):  # of experts, if there are any
+            names = [name for name in names if ".experts." in name] or names
         return self.with_formats(dict.fromkeys(names, self.quantization))
+
+    def rounded(self) -> Model:
+        """A copy, of a model of plain weights, whose matrices are held as FP8 with a scale per row.
+
+        Those that usually are not quantised stay plain, and those that a layer only holds plain.
+        """
+        plain = (*_USUALLY_PLAIN, KV_UP)
+        names = [name for name in self.matrices() if not name.endswith(plain)]
+        return self.with_formats(dict.fromkeys(names, Rounded()))
+
+    def widened(self) -> Model:
+        """A copy whose weights are held plain, whatever their formats in the checkpoint."""
+        return self.each(
+            mixer=lambda _, layer: layer.mixer.held(widened),
+            ffn=lambda _, layer: layer.ffn.held(widened),
+        )
 
     def num_params(self) -> int:
         return sum(prod(shape) for shape in self.with_formats({}).weights().values())

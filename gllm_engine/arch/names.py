@@ -192,7 +192,8 @@ _LAYOUTS: dict[str, dict[str, Layout]] = {
     "gpt_neox": {r"attention\.query_key_value\.": Layout(by_head=True)},
     "gpt_oss": {
         r"mlp\.experts\.gate_up_proj$": Layout(transposed=True, interleaved=True),
-        r"mlp\.experts\.gate_up_proj_bias$": Layout(interleaved=True),
+        # Those of MXFP4 are not transposed.
+        r"mlp\.experts\.gate_up_proj_(bias|blocks|scales)$": Layout(interleaved=True),
         r"mlp\.experts\.down_proj$": _TRANSPOSED,
     },
     "llama4": _LLAMA4_EXPERTS,

@@ -9,13 +9,22 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, Fp8
+from gllm_engine.arch.formats import (
+    FP8_BLOCK,
+    FP8_ROW,
+    FP8_TENSOR,
+    INT4_GROUPS,
+    Format,
+    Fp8,
+    Int4,
+    Mxfp4,
+)
 from gllm_engine.files import shown
 
 _KEY = "quantization_config"
 
 
-def read_quantization(c: Fields) -> Fp8 | None:
+def read_quantization(c: Fields) -> Format | None:
     """The format in `quantization_config`; None if the key is absent.
 
     Raises ArchError for a method or format that is not supported.
@@ -39,14 +48,30 @@ def _fp8(q: Fields) -> Fp8:
     return replace(FP8_BLOCK, rows=block[0], columns=block[1])
 
 
-def _compressed_tensors(q: Fields) -> Fp8:
-    """One group of layers with FP8 weights; a scheme of activations only says when they round."""
-    _one_of(q, "format", q.text("format", "float-quantized"), ("float-quantized",))
+def _fbgemm(q: Fields) -> Fp8:
+    del q  # an upper bound of the inputs' scales
+    return FP8_ROW
+
+
+def _mxfp4(q: Fields) -> Mxfp4:
+    del q  # lists of modules that are plain, which the files tell
+    return Mxfp4()
+
+
+def _compressed_tensors(q: Fields) -> Format:
+    """One group of layers with weights of one format; a scheme of activations only says when they
+    round.
+    """
+    packed = "pack-quantized"
+    kind = q.text("format", "float-quantized")
+    _one_of(q, "format", kind, ("float-quantized", packed))
     groups = q.child("config_groups")
     names = groups.keys()
     if len(names) != 1:
         raise ArchError(f"{q.name}: config_groups has {len(names)} groups; 1 is supported")
     weights = groups.child(names[0]).child("weights")
+    if kind == packed:
+        return _int4(weights)
     weights.require(num_bits=8, type="float", symmetric=True, dynamic=False)
     strategy = weights.text("strategy", "tensor")
     _one_of(weights, "strategy", strategy, ("tensor", "channel", "block"))
@@ -54,6 +79,17 @@ def _compressed_tensors(q: Fields) -> Fp8:
         rows, columns = weights.sizes("block_structure", 2) or (128, 128)
         return Fp8(rows, columns)
     return FP8_ROW if strategy == "channel" else FP8_TENSOR
+
+
+def _int4(weights: Fields) -> Int4:
+    weights.require(num_bits=4, type="int", symmetric=True, dynamic=False, strategy="group")
+    order = weights.text("actorder", "static")
+    _one_of(weights, "actorder", order, ("static", "weight"))  # others reorder columns
+    group = weights.count("group_size")
+    if group not in INT4_GROUPS:
+        allowed = ", ".join(map(str, INT4_GROUPS))
+        raise ArchError(f"{weights.name}: group_size is {group}; supported are {allowed}")
+    return Int4(group)
 
 
 def _modelopt(q: Fields) -> Fp8:
@@ -67,10 +103,12 @@ def _modelopt(q: Fields) -> Fp8:
     return formats[algorithm]
 
 
-_METHODS: dict[str, Callable[[Fields], Fp8]] = {
+_METHODS: dict[str, Callable[[Fields], Format]] = {
     "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm,
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
+    "mxfp4": _mxfp4,
 }
 
 

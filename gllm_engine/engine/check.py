@@ -19,7 +19,7 @@ from gllm_engine.engine.core import check_len, model_len
 from gllm_engine.model import open_checkpoint
 from gllm_engine.sched import Group, PagePool, capacity, make_groups
 from gllm_engine.text.tokenizer import Tokenizer
-from gllm_engine.workers.build_runner import check_formats, check_shards, device_of
+from gllm_engine.workers.build_runner import check_formats, check_shards, device_of, held_formats
 from gllm_engine.workers.estimate import Estimate, estimate
 
 
@@ -123,6 +123,7 @@ def _capability() -> tuple[int, int]:
 
 
 def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckReport:
+    arch = held_formats(arch, config.quantization)
     if gpu_memory is not None:
         check_formats(arch, _capability())
     found = estimate(config, arch, gpu_memory)

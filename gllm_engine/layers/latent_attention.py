@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.model import Mla
+from gllm_engine.arch.formats import widened
+from gllm_engine.arch.model import KV_UP, Mla
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.indexer import TokenIndexer
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.stacked_weight import Staged, Staging, stack_weights
+from gllm_engine.layers.stacked_weight import Staging, stack_weights
 from gllm_engine.ops import (
     AttentionPlan,
     AttentionPlanner,
@@ -20,8 +21,6 @@ from gllm_engine.ops import (
     dequantized,
 )
 from gllm_engine.parallel import TensorParallel
-
-_KV_UP = "self_attn.kv_b_proj.weight"
 
 
 class MlaAttention:
@@ -49,7 +48,6 @@ class MlaAttention:
         """`group`: the cache group of the layer."""
         del eps, ranks, plus_one  # the norms of latents have their own
         self._arch = arch
-        self._dim = dim
         self.plan_key: PlanKey = (group, arch.attention)
         self._ops = ops
         shapes = arch.shapes(dim)
@@ -62,8 +60,11 @@ class MlaAttention:
             self._q_up = Linear(q_up, shapes, ops, dtype, device, arch.formats)
             self._q_gain = torch.empty(arch.q_rank, dtype=dtype, device=device)
         self._kv_gain = torch.empty(arch.kv_rank, dtype=dtype, device=device)
-        size = (arch.heads, arch.nope_dim + arch.v_dim, arch.kv_rank)
-        self._kv_up = torch.empty(size, dtype=dtype, device=device)  # W_UK, then W_UV of each head
+        # W_UK, then W_UV of each head. They are held plain, whatever their format.
+        held = tuple((name, widened(kind)) for name, kind in arch.formats if name == KV_UP)
+        self._kv_stack = stack_weights([KV_UP], shapes, held, dtype, device)
+        kv_up = dequantized(self._kv_stack.value, dtype)
+        self._kv_up = kv_up.unflatten(0, (arch.heads, arch.nope_dim + arch.v_dim))
         out = ["self_attn.o_proj"]
         self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
         self._indexer: TokenIndexer | None = None
@@ -144,28 +145,14 @@ class MlaAttention:
         if self._q_up is not None:
             views |= self._q_up.weights() | {"self_attn.q_a_layernorm.weight": self._q_gain}
         views["self_attn.kv_a_layernorm.weight"] = self._kv_gain
-        if _KV_UP not in dict(self._arch.formats):
-            views[_KV_UP] = self._kv_up.flatten(0, 1)
         if self._indexer is not None:
             views |= self._indexer.weights()
-        return views
+        return views | self._kv_stack.views()
 
     def stagings(self) -> list[Staging]:
-        """W_UK and W_UV are held as plain matrices, whatever their format in the checkpoint."""
-        stagings = self._down.stagings() + self._out.stagings()
+        stagings = self._down.stagings() + self._kv_stack.stagings() + self._out.stagings()
         if self._q_up is not None:
             stagings += self._q_up.stagings()
         if self._indexer is not None:
             stagings += self._indexer.stagings()
-        if _KV_UP in dict(self._arch.formats):
-            stagings.append(self._stage_kv_up)
         return stagings
-
-    def _stage_kv_up(self, device: torch.device) -> Staged:
-        shapes = self._arch.shapes(self._dim)
-        stack = stack_weights([_KV_UP], shapes, self._arch.formats, self._kv_up.dtype, device)
-
-        def convert() -> None:
-            self._kv_up.copy_(dequantized(stack.value, self._kv_up.dtype).view_as(self._kv_up))
-
-        return Staged(stack.views(), convert)

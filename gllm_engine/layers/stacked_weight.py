@@ -7,6 +7,7 @@ is loaded into.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.formats import Formats, Fp8, Shapes
-from gllm_engine.ops import Fp8Weight, Weight
+from gllm_engine.arch.formats import Format, Formats, Fp8, Int4, Mxfp4, Rounded, Shapes, Widened
+from gllm_engine.ops import Fp8Weight, PackedWeight, Weight, dequantized, quantize_fp8
+
+_SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_ROUNDED_AT_ONCE = 1 << 24  # numbers, of which a copy in float32 is made
 
 
 class Staged(NamedTuple):
@@ -84,15 +88,16 @@ def stack_weights(
     sizes = {name: shapes[name] for name in names}
     lead = () if num_experts is None else (num_experts,)
     kinds = {name: by_name[name] for name in names if name in by_name}
-    if kinds:
-        return _Fp8(sizes, lead, kinds, device)
-    return _Plain(sizes, lead, dtype, device)
+    if not kinds:
+        return _Plain(sizes, lead, dtype, device)
+    return _STACKS[type(kinds[names[0]])](sizes, lead, kinds, dtype, device)
 
 
 class _Plain:
     def __init__(
         self, sizes: Shapes, lead: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
+        self._sizes = sizes
         self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
         shape = (*lead, *_stacked(sizes))
         self.value: Tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -100,6 +105,123 @@ class _Plain:
     def views(self, expert: int | None = None) -> dict[str, Tensor]:
         whole = self.value if expert is None else self.value[expert]
         return {name: whole[rows] for name, rows in self._rows.items()}
+
+    def stagings(self, expert: int | None = None) -> list[Staging]:
+        del expert
+        return []
+
+
+class _Widened(_Plain):
+    def __init__(
+        self,
+        sizes: Shapes,
+        lead: tuple[int, ...],
+        kinds: dict[str, Widened],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(sizes, lead, dtype, device)
+        self._kinds = kinds
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        del expert
+        return {}
+
+    def stagings(self, expert: int | None = None) -> list[Staging]:
+        whole = super().views(expert)
+        return [partial(self._stage, name, into) for name, into in whole.items()]
+
+    def _stage(self, name: str, into: Tensor, device: torch.device) -> Staged:
+        formats = ((name, self._kinds[name].kind),)
+        stack = stack_weights([name], self._sizes, formats, into.dtype, device)
+
+        def convert() -> None:
+            into.copy_(dequantized(stack.value, into.dtype))
+
+        return Staged(stack.views(), convert)
+
+
+class _Rounded:
+    def __init__(
+        self,
+        sizes: Shapes,
+        lead: tuple[int, ...],
+        kinds: dict[str, Format],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        del kinds
+        self._sizes = sizes
+        self._dtype = dtype
+        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
+        rows, depth = _stacked(sizes)
+        self.value = Fp8Weight(
+            torch.empty((*lead, rows, depth), dtype=torch.float8_e4m3fn, device=device),
+            torch.empty((*lead, rows, 1), dtype=torch.float32, device=device),
+            rows_per_scale=1,
+            columns_per_scale=depth,
+        )
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        del expert
+        return {}
+
+    def stagings(self, expert: int | None = None) -> list[Staging]:
+        whole = self.value if expert is None else self.value[expert]
+        return [
+            partial(self._stage, name, whole.numbers[rows], whole.scales[rows])
+            for name, rows in self._rows.items()
+        ]
+
+    def _stage(self, name: str, numbers: Tensor, scales: Tensor, device: torch.device) -> Staged:
+        matrix = torch.empty(self._sizes[name], dtype=self._dtype, device=device)
+
+        def convert() -> None:
+            some = max(1, _ROUNDED_AT_ONCE // matrix.shape[1])
+            for at in range(0, len(matrix), some):
+                rows = slice(at, at + some)
+                rounded, factors = quantize_fp8(matrix[rows], 1, 0)
+                numbers[rows] = rounded
+                scales[rows] = factors
+
+        return Staged({name: matrix}, convert)
+
+
+class _Packed:
+    """Two numbers in a byte, with the scales that the checkpoint has."""
+
+    def __init__(
+        self,
+        sizes: Shapes,
+        lead: tuple[int, ...],
+        kinds: dict[str, Mxfp4 | Int4],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        del dtype
+        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
+        rows, depth = _stacked(sizes)
+        kind = next(iter(kinds.values()))
+        is_float = isinstance(kind, Mxfp4)
+        scale_dtype = torch.uint8 if isinstance(kind, Mxfp4) else _SCALE_DTYPES[kind.scale_dtype]
+        self.value = PackedWeight(
+            torch.empty((*lead, rows, depth // 2), dtype=torch.uint8, device=device),
+            torch.empty((*lead, rows, depth // kind.group), dtype=scale_dtype, device=device),
+            is_float,
+        )
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        whole = self.value if expert is None else self.value[expert]
+        views = {}
+        for name, rows in self._rows.items():
+            numbers = whole.numbers[rows]
+            if whole.is_float:
+                views[name + "_blocks"] = numbers.unflatten(1, (-1, whole.group // 2))
+                views[name + "_scales"] = whole.scales[rows]
+            else:
+                views[name + "_packed"] = numbers.view(torch.int32)
+                views[name + "_scale"] = whole.scales[rows]
+        return views
 
     def stagings(self, expert: int | None = None) -> list[Staging]:
         del expert
@@ -114,8 +236,10 @@ class _Fp8:
         sizes: Shapes,
         lead: tuple[int, ...],
         kinds: dict[str, Fp8],
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        del dtype
         self._suffixes = {name: kind.suffix for name, kind in kinds.items()}
         rows, depth = _stacked(sizes)
         kind = next(iter(kinds.values()))
@@ -148,6 +272,15 @@ class _Fp8:
     def stagings(self, expert: int | None = None) -> list[Staging]:
         del expert
         return []
+
+
+_STACKS: dict[type[Format], Callable[..., StackedWeight]] = {
+    Fp8: _Fp8,
+    Mxfp4: _Packed,
+    Int4: _Packed,
+    Rounded: _Rounded,
+    Widened: _Widened,
+}
 
 
 def _rows_of_scales(sizes: Shapes, kinds: dict[str, Fp8], device: torch.device) -> Tensor | None:

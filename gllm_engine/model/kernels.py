@@ -12,13 +12,14 @@ from typing import Any, get_args
 
 import torch
 
-from gllm_engine.arch.formats import Fp8
+from gllm_engine.arch.formats import Format, Fp8, Rounded, Widened
 from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Moe
 from gllm_engine.ops.kernels import (
     DeviceKind,
     attention_kernels,
     fp8_product_kernels,
     own_kernels,
+    packed_product_kernels,
     product_kernels,
 )
 
@@ -57,21 +58,34 @@ def kernels_of(
     uses.append(KernelUse("products with plain matrices", len(layers), products))
     formats = Counter(kind for layer in layers for kind in _formats(layer))
     for kind, count in sorted(formats.items(), key=str):
-        block = (kind.rows, kind.columns) if kind.columns else None
-        by_device = {
-            device: fp8_product_kernels(device, dtype, block) for device in get_args(DeviceKind)
-        }
+        by_device = {device: _of_format(kind, device, dtype) for device in get_args(DeviceKind)}
         uses.append(KernelUse(f"products with {kind}", count, by_device))
     return uses
 
 
-def _formats(layer: Layer) -> set[Fp8]:
+def _formats(layer: Layer) -> set[Format]:
     """The formats of a layer's matrices, without where a shard ends inside blocks. The matrices of
     experts are no products of their own.
     """
     formats = (*layer.mixer.formats, *layer.ffn.formats)
     kinds = (kind for name, kind in formats if ".experts." not in name)
-    return {replace(kind, row_cut=None, column_cut=None) for kind in kinds}
+    return {
+        replace(kind, row_cut=None, column_cut=None) if isinstance(kind, Fp8) else kind
+        for kind in kinds
+    }
+
+
+def _of_format(kind: Format, device: DeviceKind, dtype: torch.dtype) -> str:
+    """The kernels of products with weights of this format."""
+    match kind:
+        case Fp8():
+            block = (kind.rows, kind.columns) if kind.columns else None
+            return fp8_product_kernels(device, dtype, block)
+        case Rounded():
+            return fp8_product_kernels(device, dtype, None)
+        case Widened():
+            return product_kernels(device, dtype)
+    return packed_product_kernels(device)
 
 
 def _heads(arch: Gqa) -> str:

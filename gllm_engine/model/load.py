@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -111,16 +112,24 @@ def fill_randomly(decoder: Decoder) -> None:
     constant, because kernels run faster on zeros.
     """
     generator = torch.Generator(decoder.device).manual_seed(0)
-    for views in (*_staging(decoder), decoder.weights()):
+    for views in chain(_staging(decoder), [decoder.weights()]):
         for name, view in views.items():
-            _randomize(name, view, generator)
+            is_int4 = name.removesuffix("_scale") + "_packed" in views
+            _randomize(name, view, generator, is_int4)
 
 
-def _randomize(name: str, view: Tensor, generator: torch.Generator) -> None:
+def _randomize(name: str, view: Tensor, generator: torch.Generator, is_int4: bool) -> None:
+    """`is_int4`: a view with scales is of INT4 numbers, which are smaller than those of FP8."""
     if name.endswith("norm.weight"):
         view.uniform_(0.5, 1.5, generator=generator)
+    elif name.endswith("_scales"):  # of MXFP4, as exponents
+        view.random_(118, 122, generator=generator)
+    elif view.dtype in (torch.uint8, torch.int32):  # 4-bit numbers, any of them
+        limits = torch.iinfo(view.dtype)
+        view.random_(limits.min, limits.max, generator=generator)
     elif "weight_scale" in name:
-        view.uniform_(1e-4, 3e-4, generator=generator)
+        largest = 8e-3 if is_int4 else 3e-4
+        view.uniform_(largest / 3, largest, generator=generator)
     elif view.dtype == torch.float8_e4m3fn:
         numbers = torch.empty(view.shape, device=view.device)
         view.copy_(numbers.normal_(0, 100, generator=generator).clamp_(-448, 448))

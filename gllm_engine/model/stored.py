@@ -1,7 +1,8 @@
 """The tensors of a checkpoint's files: checks each one and finds the formats of the weights.
 
-A weight's format is what the files hold: float8 numbers with a tensor of scales beside them. The
-config's quantization_config is only compared with it. This module reads no data.
+A weight's format is what the files hold: float8 numbers with a tensor of scales beside them, or
+4-bit numbers and scales under other names. The config's quantization_config is only compared with
+it. This module reads no data.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from pathlib import Path
 
 import torch
 
-from gllm_engine.arch.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, Fp8
+from gllm_engine.arch.formats import (
+    FP8_BLOCK,
+    FP8_ROW,
+    FP8_TENSOR,
+    INT4_GROUPS,
+    INT4_SCALES,
+    Format,
+    Fp8,
+    Int4,
+    Mxfp4,
+)
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
     checkpoint_layout,
@@ -35,9 +46,17 @@ _PLAIN = {
     "BF16": torch.bfloat16,
 }
 _SCALES = _PLAIN | {"F8_E8M0": torch.float8_e8m0fnu}
-# After "NAME.weight": scales of its numbers. After "NAME.": one scale for the inputs of products.
+# After a weight's name: scales of its numbers; 4-bit numbers, with their dtypes.
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
-_INPUT_SCALES = ("input_scale", "activation_scale")
+_PACKED = {
+    "_blocks": {"U8": torch.uint8},  # MXFP4
+    "_scales": {"U8": torch.uint8},
+    "_packed": {"I32": torch.int32},  # INT4
+}
+# Beside "NAME.weight", as "NAME.": one scale for the inputs of products, or its upper bound.
+_INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub")
+# After the name of a weight of 4-bit numbers: its two sizes, which the config determines.
+_SHAPE = "_shape"
 
 _log = logging.getLogger(__name__)
 
@@ -94,18 +113,13 @@ class StoredTensors:
         """
         promised = self._arch.quantization
         matrices = self._arch.matrices()
-        formats: dict[str, Fp8] = {}
+        formats: dict[str, Format] = {}
         for name, parts in self._weights.items():
-            stored = self._stored.get(name)
-            if stored is None or stored.dtype not in _FLOAT8 or not matrices.keys() >= {*parts}:
+            kind = self._format(name) if matrices.keys() >= {*parts} else None
+            if kind is None:
                 continue
-            if len(self._shapes[name]) != 2:
-                raise LoadError(
-                    f"{stored.path}: tensor {name} is stored as {stored.dtype}, which is not "
-                    "supported for one tensor of all experts"
-                )
-            kind = self._format(name, stored)
-            if promised is not None and kind != replace(promised, suffix=kind.suffix):
+            if promised is not None and str(kind) != str(promised):
+                stored = next(self._stored[n] for n in _numbers_of(name) if n in self._stored)
                 raise LoadError(
                     f"{stored.path}: tensor {name} is {kind}, but the config's "
                     f"quantization_config says {promised}"
@@ -114,7 +128,7 @@ class StoredTensors:
         if promised is not None and not formats:
             raise LoadError(
                 f"{path}: the config's quantization_config says {promised}, but no weight is "
-                "stored as F8_E4M3"
+                "stored so"
             )
         return self._arch.with_formats(formats) if formats else self._arch
 
@@ -133,21 +147,57 @@ class StoredTensors:
         for name, stored in self._stored.items():
             if name in wanted:
                 found[name] = self._slice(name, stored, wanted[name])
-            elif not self._is_input_scale(name) or prod(stored.shape) != 1:
+            elif not self._is_unused(name, stored):
                 raise _left_over(stored, name)
         missing = [name for name in wanted if name not in found and name != self._tied]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise LoadError(f"{path}: tensor {missing[0]} is missing{more}")
-        if len(found) < len(self._stored):
+        if any(name.endswith(_INPUT_SCALES) for name in self._stored):
             _log.info(
                 "%s: scales of inputs are not used: every token gets a scale of its own", path
             )
         return found
 
-    def _format(self, name: str, stored: StoredTensor) -> Fp8:
+    def _format(self, name: str) -> Format | None:
+        """The format of a matrix, by what is stored under its name; None: it is plain."""
+        stored = self._stored.get(name)
+        if stored is None:
+            if name + "_blocks" in self._stored:
+                return Mxfp4()
+            packed = self._stored.get(name + "_packed")
+            return None if packed is None else self._int4(name, packed)
+        return self._fp8(name, stored) if stored.dtype in _FLOAT8 else None
+
+    def _int4(self, name: str, packed: StoredTensor) -> Int4:
+        """The format of a matrix of INT4 numbers, by the shape of its scales."""
+        scale = self._stored.get(name + "_scale")
+        if scale is None:
+            raise LoadError(f"{packed.path}: tensor {name}_packed has no {name}_scale beside it")
+        if scale.dtype not in INT4_SCALES:
+            raise LoadError(
+                f"{scale.path}: tensor {name}_scale has dtype {shown(scale.dtype)}; "
+                f"supported: {', '.join(INT4_SCALES)}"
+            )
+        *lead, columns = self._shapes[name]
+        kinds = [Int4(group, scale.dtype) for group in INT4_GROUPS if not columns % group]
+        for kind in kinds:
+            if scale.shape == [*lead, columns // kind.group]:
+                return kind
+        groups = ", ".join(str(kind.group) for kind in kinds)
+        raise LoadError(
+            f"{scale.path}: tensor {name}_scale has shape {shown(repr(scale.shape))}; supported "
+            f"for {name} {[*lead, columns]} is one scale per {groups or 'group of 32'} columns"
+        )
+
+    def _fp8(self, name: str, stored: StoredTensor) -> Fp8:
         """The format of a float8 matrix, by the shape of its scales."""
         parts = self._weights[name]
+        if len(self._shapes[name]) != 2:
+            raise LoadError(
+                f"{stored.path}: tensor {name} is stored as {stored.dtype}, which is not supported "
+                "for one tensor of all experts"
+            )
         layout = checkpoint_layout(self._arch, name)
         if layout.transposed or layout.interleaved:
             raise LoadError(
@@ -166,8 +216,8 @@ class StoredTensors:
         suffix = names[0].removeprefix(name)
         rows, columns = self._shapes[name]
         promised = self._arch.quantization
-        has_blocks = promised is not None and promised.columns
-        block = promised if promised is not None and has_blocks else FP8_BLOCK
+        has_blocks = isinstance(promised, Fp8) and promised.columns > 0
+        block = promised if isinstance(promised, Fp8) and has_blocks else FP8_BLOCK
         grid = list(block.grid((rows, columns)))
         # One block is one scale.
         if prod(scale.shape) == 1 and not (has_blocks and scale.shape == grid):
@@ -196,9 +246,12 @@ class StoredTensors:
         """The tensor's place. Raises LoadError for a wrong shape, size or dtype."""
         dtypes = _FLOAT8 if name in self._quantized else _PLAIN
         shapes = [list(shape)]
-        if name not in self._weights and name != self._tied:
+        packed = [suffix for suffix in _PACKED if name.endswith(suffix)]
+        if packed and name not in self._weights:
+            dtypes = _PACKED[packed[0]]
+        elif name not in self._weights and name != self._tied:
             dtypes = _SCALES
-            shapes += [[*shape[:1]]] if shape[1] == 1 else []
+            shapes += [[*shape[:-1]]] if shape[-1] == 1 else []
             shapes += [[], [1], [1, 1]] if shape == (1, 1) or name in self.shared else []
         if stored.shape not in shapes:
             raise LoadError(
@@ -217,8 +270,13 @@ class StoredTensors:
             raise incomplete(stored.path, problem)
         return TensorSlice(stored.path, stored.descriptor, stored.offset, dtype)
 
-    def _is_input_scale(self, name: str) -> bool:
-        return name.endswith(_INPUT_SCALES) and _weight_of(name) in self._quantized
+    def _is_unused(self, name: str, stored: StoredTensor) -> bool:
+        """Whether a tensor that no weight needs belongs to a quantised weight."""
+        weight = _weight_of(name)
+        if name.endswith(_SHAPE):
+            return weight + "_packed" in self._stored and stored.shape == [2]
+        is_scale = name.endswith(_INPUT_SCALES) and prod(stored.shape) == 1
+        return is_scale and weight in self._quantized
 
 
 def incomplete(file: Path, problem: str) -> LoadError:
@@ -233,13 +291,18 @@ def _left_over(stored: StoredTensor, name: str) -> LoadError:
 
 def _weight_of(name: str) -> str:
     """The name of the weight that a tensor of this name would hold scales of."""
-    for suffix in _SCALE_SUFFIXES:
-        if name.endswith(".weight" + suffix):
+    for suffix in (*_SCALE_SUFFIXES, *_PACKED, _SHAPE):
+        if name.endswith(suffix):
             return name.removesuffix(suffix)
     for suffix in _INPUT_SCALES:
         if name.endswith("." + suffix):
             return name.removesuffix(suffix) + "weight"
     return name
+
+
+def _numbers_of(weight: str) -> tuple[str, str, str]:
+    """The names that a weight's numbers may have."""
+    return weight, weight + "_blocks", weight + "_packed"
 
 
 def _scales_of(weight: str) -> set[str]:

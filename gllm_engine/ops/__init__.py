@@ -25,7 +25,15 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
-from gllm_engine.ops.weight import Fp8Weight, Weight, dequantized, quantize_fp8
+from gllm_engine.ops.weight import (
+    Fp8Weight,
+    PackedWeight,
+    Weight,
+    dequantized,
+    quantize_fp8,
+    quantize_int4,
+    quantize_mxfp4,
+)
 
 __all__ = [
     "AttentionInputs",
@@ -40,6 +48,7 @@ __all__ = [
     "LatentQueries",
     "Norm",
     "Ops",
+    "PackedWeight",
     "PlainSampling",
     "RecurrentState",
     "RotaryInputs",
@@ -48,6 +57,8 @@ __all__ = [
     "best_device",
     "dequantized",
     "quantize_fp8",
+    "quantize_int4",
+    "quantize_mxfp4",
     "select_ops",
 ]
 

@@ -66,7 +66,7 @@ from gllm_engine.ops.triton import (
     silu_mul,
 )
 from gllm_engine.ops.triton.moe import route, sum_experts
-from gllm_engine.ops.weight import Weight
+from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Weight
 
 __all__ = [
     "activate",
@@ -148,6 +148,11 @@ def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[...
     return triton.skinny if triton.is_skinny(x, weight, gated) and _is_hopper() else None
 
 
+def _unpacked(weight: Weight, x: Tensor) -> Tensor | Fp8Weight:
+    """A plain matrix for 4-bit numbers, made anew for each product: right, but slow."""
+    return weight.dequantized(x.dtype) if isinstance(weight, PackedWeight) else weight
+
+
 def linear(
     x: Tensor,
     weight: Weight,
@@ -156,6 +161,7 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    weight = _unpacked(weight, x)
     if not isinstance(weight, Tensor):
         return fp8_product.linear(x, weight, bias, norm, out)
     if product := _own_product(x, weight):
@@ -170,6 +176,7 @@ def linear(
 
 def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
     """See Ops.gated_linear."""
+    weight = _unpacked(weight, x)
     if not isinstance(weight, Tensor):
         return silu_mul(fp8_product.linear(x, weight, bias, norm))
     if product := _own_product(x, weight, gated=True):
@@ -179,6 +186,7 @@ def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | No
 
 def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear. Without a bias, the sum with a plain product is rounded only once."""
+    weight = _unpacked(weight, x)
     if not isinstance(weight, Tensor):
         return total.add_(fp8_product.linear(x, weight, bias))
     if product := _own_product(x, weight):

@@ -83,4 +83,11 @@ def fp8_product_kernels(
         return "plain torch"
     if has_scaled_product(dtype, block, device == "hopper"):
         return "torch's scaled products, with inputs rounded to FP8"
+    return packed_product_kernels(device)
+
+
+def packed_product_kernels(device: DeviceKind) -> str:
+    """The kernels of products with weights that must be unpacked first."""
+    if device == "cpu":
+        return "plain torch"
     return "cuBLAS, with the numbers of a weight made anew for each product (slow)"

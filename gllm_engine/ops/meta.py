@@ -32,7 +32,7 @@ from gllm_engine.ops.reference import (
     prepare_inputs,
     sample_plain,
 )
-from gllm_engine.ops.weight import Fp8Weight, Weight
+from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Weight
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -156,6 +156,8 @@ def linear(
 ) -> Tensor:
     """See Ops.linear."""
     x = x if norm is None else rms_norm(x, *norm)
+    if isinstance(weight, PackedWeight):
+        weight = x.new_empty(weight.shape)
     y = F.linear(x, weight, bias) if isinstance(weight, Tensor) else _scaled_product(x, weight)
     return y if out is None else out
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gllm_engine.arch import Model, Shard
+from gllm_engine.arch.formats import Fp8, Rounded
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import read_object
 from gllm_engine.model import Decoder, best_device, fill_randomly, filling, open_checkpoint
@@ -41,6 +42,7 @@ def load_runner(
             # First: a checkpoint that does not fit its config then fails before any allocation.
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
         arch = arch.quantized() if checkpoint is None else checkpoint.arch
+        arch = held_formats(arch, config.quantization)
         if device.type == "cuda":
             check_formats(arch, torch.cuda.get_device_capability(device))
         dtype = weights_dtype(config, on_gpu=device.type == "cuda")
@@ -122,15 +124,31 @@ def device_of(config: EngineConfig, index: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def held_formats(arch: Model, quantization: str) -> Model:
+    """The model with the formats in which its weights are held, for the key `quantization`.
+
+    `arch`: with the formats of the checkpoint. Raises ConfigError if they exclude each other.
+    """
+    if quantization == "none":
+        return arch.widened()
+    if quantization == "auto":
+        return arch
+    for kind in sorted(arch.formats(), key=str):
+        if not isinstance(kind, Fp8):
+            raise ConfigError(f"quantization: it is fp8, but weights of the checkpoint are {kind}")
+    return arch if arch.formats() else arch.rounded()
+
+
 def check_formats(arch: Model, capability: tuple[int, int]) -> None:
     """Raise ConfigError if a GPU cannot compute with a format of the model's weights."""
     for kind in sorted(arch.formats(), key=str):
-        if capability < (8, 9):
+        if isinstance(kind, (Fp8, Rounded)) and capability < (8, 9):
             raise ConfigError(
-                f"model: its weights are {kind}, which needs a GPU of compute capability 8.9 or "
-                f"later; this one has {'.'.join(map(str, capability))}"
+                f"quantization: the weights are {kind}, which needs a GPU of compute capability "
+                f"8.9 or later; this one has {'.'.join(map(str, capability))}. With quantization: "
+                "none they are plain numbers in its memory"
             )
-        if kind.columns % 16:
+        if isinstance(kind, Fp8) and kind.columns % 16:
             raise ConfigError(
                 f"model: its weights are {kind}, but a GPU needs blocks with a multiple of 16 "
                 "columns"

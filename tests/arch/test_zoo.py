@@ -1012,6 +1012,15 @@ NEW = {
 }
 
 
+def packed(**over: Any) -> dict[str, Any]:
+    """INT4 in groups, as compressed-tensors describes it."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    weights |= {"symmetric": True, "dynamic": False, "actorder": None}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights | over}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return config | {"config_groups": groups}
+
+
 def test_rope_old_and_new_form() -> None:
     assert (
         rope_of(tiny(**OLD)) == rope_of(tiny(**NEW)) == Rope(16, 500.0, scaling=LinearScaling(2.0))
@@ -1097,7 +1106,7 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             "config.json: quantization_config: quant_method is 'gptq'; "
-            "supported are fp8, compressed-tensors, modelopt",
+            "supported are fp8, fbgemm_fp8, compressed-tensors, modelopt, mxfp4",
         ),
         (
             {"quantization_config": "fp8"},
@@ -1106,7 +1115,7 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         (
             {"quantization_config": {"bits": 4}},
             "config.json: quantization_config: quant_method is ''; "
-            "supported are fp8, compressed-tensors, modelopt",
+            "supported are fp8, fbgemm_fp8, compressed-tensors, modelopt, mxfp4",
         ),
         (
             {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
@@ -1128,9 +1137,24 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
             "supported are FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO",
         ),
         (
-            {"quantization_config": COMPRESSED | {"format": "pack-quantized"}},
-            "config.json: quantization_config: format is 'pack-quantized'; "
-            "supported are float-quantized",
+            {"quantization_config": COMPRESSED | {"format": "nvfp4-pack-quantized"}},
+            "config.json: quantization_config: format is 'nvfp4-pack-quantized'; "
+            "supported are float-quantized, pack-quantized",
+        ),
+        (
+            {"quantization_config": packed(symmetric=False)},
+            "config.json: quantization_config: config_groups: group_0: weights: "
+            "symmetric is False, but only true is supported",
+        ),
+        (
+            {"quantization_config": packed(group_size=48)},
+            "config.json: quantization_config: config_groups: group_0: weights: "
+            "group_size is 48; supported are 32, 64, 128",
+        ),
+        (
+            {"quantization_config": packed(actorder="group")},
+            "config.json: quantization_config: config_groups: group_0: weights: "
+            "actorder is 'group'; supported are static, weight",
         ),
         (
             {"quantization_config": COMPRESSED | {"config_groups": {}}},

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 
 from gllm_engine import LLM, ConfigError, SamplingParams, fill_caches, make_config
 from gllm_engine.arch import read_arch
+from gllm_engine.arch.formats import Int4, Rounded
 from gllm_engine.engine import core
 from gllm_engine.model import LoadError
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.workers import build_runner
-from gllm_engine.workers.build_runner import check_formats
+from gllm_engine.workers.build_runner import check_formats, held_formats
 
 
 def test_the_log_divides_the_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,14 +68,36 @@ def test_caches_take_the_config_and_one_layer_of_each_kind(
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 
 
-@pytest.mark.parametrize("load_format", ["auto", "dummy"])
-def test_quantised_weights_stored_or_made_up(tmp_path: Path, load_format: str) -> None:
+@pytest.mark.parametrize(
+    ("load_format", "quantization"), [("auto", "auto"), ("dummy", "auto"), ("auto", "none")]
+)
+def test_quantised_weights_stored_or_made_up(
+    tmp_path: Path, load_format: str, quantization: str
+) -> None:
     write_tiny_model(tmp_path, "Qwen3MoeForCausalLM", quantization_config=FP8)
     if load_format == "dummy":
         (tmp_path / "model.safetensors").unlink()
-    with LLM(str(tmp_path), device="cpu", num_pages=200, load_format=load_format) as llm:
+    options = {"load_format": load_format, "quantization": quantization}
+    with LLM(str(tmp_path), device="cpu", num_pages=200, **options) as llm:
         (output,) = llm.generate(["the quick brown"], SamplingParams(max_tokens=4, seed=1))
     assert output.error is None and output.outputs[0].token_ids
+
+
+def test_formats_of_the_checkpoint_and_in_memory(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, quantization_config=FP8)
+    plain = replace(read_arch(tmp_path), quantization=None)
+    stored = read_arch(tmp_path).quantized()
+    assert held_formats(stored, "auto") is stored
+    assert held_formats(stored, "fp8") is stored
+    assert held_formats(plain, "fp8").formats() == {Rounded()}
+    assert {str(kind) for kind in held_formats(stored, "none").formats()} == {
+        "FP8 in blocks of 16 x 16, held plain"
+    }
+    assert not held_formats(plain, "none").formats()
+    four = replace(plain, quantization=Int4(32)).quantized()
+    message = "quantization: it is fp8, but weights of the checkpoint are INT4 with a scale per 32"
+    with pytest.raises(ConfigError, match=message):
+        held_formats(four, "fp8")
 
 
 def test_a_gpu_must_have_units_for_the_weights(tmp_path: Path) -> None:
@@ -83,6 +107,9 @@ def test_a_gpu_must_have_units_for_the_weights(tmp_path: Path) -> None:
     needed = r"FP8 in blocks of 16 x 24, which needs .* capability 8.9 or later; this one has 8.0"
     with pytest.raises(ConfigError, match=needed):
         check_formats(arch.quantized(), (8, 0))
+    with pytest.raises(ConfigError, match="FP8, rounded when loaded, which needs a GPU"):
+        check_formats(arch.rounded(), (8, 0))
+    check_formats(arch.quantized().widened(), (8, 0))
     with pytest.raises(ConfigError, match="a multiple of 16 columns"):
         check_formats(arch.quantized(), (9, 0))
 

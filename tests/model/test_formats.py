@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CPU, all_logits, load, reference_logits, some_tokens
 from torch import Tensor
 
-from gllm_engine.arch import ArchError, Shard, read_arch
-from gllm_engine.arch.formats import format_name
+from gllm_engine.arch import ArchError, Model, Shard, read_arch
+from gllm_engine.arch.formats import Fp8, format_name
 from gllm_engine.layers import MlaAttention
 from gllm_engine.model import Decoder, LoadError, fill_randomly, filling, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
@@ -49,6 +49,9 @@ CONFIGS = {
     "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]},
     "modelopt block": {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
 }
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+INT4 = compressed("group", num_bits=4, type="int", group_size=32) | {"format": "pack-quantized"}
+INT4_64 = compressed("group", num_bits=4, type="int", group_size=64) | {"format": "pack-quantized"}
 FAMILIES = [
     "LlamaForCausalLM",
     "Qwen2MoeForCausalLM",
@@ -80,6 +83,19 @@ def by_hand(numbers: Tensor, scales: Tensor, size: tuple[int, int]) -> Tensor:
     return out
 
 
+def four_bits(name: str, stored: Tensors) -> Tensor:
+    """The weight `name`, of which the checkpoint has 4-bit numbers."""
+    if name + "_packed" in stored:
+        packed, scales = stored[name + "_packed"], stored[name + "_scale"].float()
+        numbers = torch.stack([(packed >> 4 * i & 15) - 8 for i in range(8)], -1).flatten(-2)
+        group = numbers.shape[-1] // scales.shape[-1]
+        return numbers * scales.repeat_interleave(group, -1)
+    blocks, exponents = stored[name + "_blocks"], stored[name + "_scales"].float() - 127
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    codes = torch.stack((blocks % 16, blocks // 16), -1).flatten(-2)
+    return (values[codes.long()] * 2 ** exponents[..., None]).flatten(-2)
+
+
 def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
     """A copy of the checkpoint in which every weight is plain."""
     path.mkdir()
@@ -94,6 +110,11 @@ def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
         if tensor.dtype == FP8:
             (scales,) = (stored[n] for n in stored if n.startswith(name + "_scale"))
             tensors[name] = by_hand(tensor, scales, size)
+        elif name.endswith(("_blocks", "_packed")):
+            weight = name.removesuffix("_blocks").removesuffix("_packed")
+            tensors[weight] = four_bits(weight, stored)
+            if tensors[weight].dim() == 3:  # gpt-oss stores plain ones as [experts, columns, rows]
+                tensors[weight] = tensors[weight].mT.contiguous()
         elif "_scale" not in name:
             tensors[name] = tensor
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -102,7 +123,7 @@ def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
 
 def size_of(model: Path) -> tuple[int, int]:
     kind = read_arch(model).quantization
-    assert kind is not None
+    assert isinstance(kind, Fp8)
     return kind.rows, kind.columns
 
 
@@ -147,6 +168,142 @@ def test_heads_that_end_inside_blocks_are_refused_where_rows_are_stored_by_head(
 ) -> None:
     model = write(tmp_path, "Qwen3NextForCausalLM", block(128, 128))
     assert "of which one lies over two of the weights that it holds" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "count"),
+    [
+        ("GptOssForCausalLM", MXFP4, 4),
+        ("Qwen3MoeForCausalLM", MXFP4, 48),
+        ("Qwen3MoeForCausalLM", INT4, 48),
+        ("DeepseekV3ForCausalLM", INT4, 24),  # the experts alone, as Kimi K2
+        ("Qwen3ForCausalLM", INT4, 14),
+        ("LlamaForCausalLM", INT4_64 | {"ignore": []}, 14),
+    ],
+)
+def test_four_bits(tmp_path: Path, family: str, config: dict[str, Any], count: int) -> None:
+    over = {"intermediate_size": 192} if family == "LlamaForCausalLM" else {}
+    model = write(tmp_path / "model", family, config, **over)
+    stored = load_file(model / "model.safetensors")
+    assert sum(name.endswith(("_blocks", "_packed")) for name in stored) == count
+    sizes = {
+        name.removesuffix("_packed") + "_shape": torch.tensor([1, 2], dtype=torch.int64)
+        for name in stored
+        if name.endswith("_packed")
+    }
+    rewrite(model, lambda tensors: tensors.update(sizes))  # is there, and is not needed
+    check(model, (0, 0))
+    logits = all_logits(load(model), some_tokens(9))
+    weights = [name for name in stored if name.endswith(("_blocks", "_packed"))]
+    rewrite(model, lambda tensors: [tensors[name].bitwise_xor_(0x10) for name in weights])
+    assert not torch.equal(all_logits(load(model), some_tokens(9)), logits)
+
+
+def load_held(model: Path, hold: Callable[[Model], Model], **more: Any) -> Decoder:
+    with open_checkpoint(read_arch(model), model) as checkpoint:
+        options = {"dtype": torch.float32, "device": CPU, "max_model_len": 64} | more
+        decoder = Decoder(hold(checkpoint.arch), **options)
+        with filling(decoder, checkpoint):
+            return decoder
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Qwen2MoeForCausalLM", block(24, 40)),
+        ("DeepseekV3ForCausalLM", TENSOR),
+        ("Qwen3MoeForCausalLM", MXFP4),
+        ("Qwen3ForCausalLM", INT4),
+    ],
+)
+def test_held_plain(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
+    """`quantization: none`: the same numbers without a format."""
+    model = write(tmp_path, family, config)
+    decoder = load_held(model, Model.widened)
+    assert {view.dtype for view in decoder.weights().values()} == {torch.float32}
+    right = all_logits(load(model), some_tokens(20))
+    assert torch.equal(all_logits(decoder, some_tokens(20)), right)
+
+
+ROUNDED = {
+    "Qwen3ForCausalLM": 14,
+    "Qwen2MoeForCausalLM": 4 + 3 + 4 + 3 * 9,
+    "DeepseekV3ForCausalLM": 2 * 4 + 3 + 3 * 8 + 3,
+}
+
+
+@pytest.mark.parametrize("family", ROUNDED)
+def test_rounded_when_loaded(tmp_path: Path, family: str) -> None:
+    """`quantization: fp8`: as if the checkpoint had the rounded numbers."""
+    model = write_tiny_model(tmp_path, family, seed=3)
+    decoder = load_held(model, Model.rounded)
+    ours = all_logits(decoder, some_tokens(40))
+    names = [name for name in read_arch(model).weights() if name not in decoder.weights()]
+    assert not [n for n in names if "norm" in n or "kv_b" in n or n.endswith("gate.weight")]
+    names = [name.replace("shared_expert.", "shared_experts.") for name in names]
+    if family == "Qwen2MoeForCausalLM":
+        names = [name.replace("shared_experts.", "shared_expert.") for name in names]
+    assert len(names) == ROUNDED[family]
+    plain = all_logits(load(model), some_tokens(40))
+    rewrite(model, lambda tensors: tensors.update({n: by_rows(tensors[n]) for n in names}))
+    assert torch.equal(ours, all_logits(load(model), some_tokens(40)))
+    assert (ours - plain).abs().max() > 0.01
+
+
+def by_rows(matrix: Tensor) -> Tensor:
+    """Rounded to float8, with a scale per row."""
+    scales = matrix.abs().amax(1, keepdim=True) / 448
+    return (matrix / scales).to(FP8).float() * scales
+
+
+def test_ranks_round_their_own_parts(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path, "Qwen3MoeForCausalLM", seed=3)
+    stored = load_file(model / "model.safetensors")
+    for apart in (False, True):
+        ranks = TensorParallel(1, 2, CPU, None, True)
+        shard = Shard(1, 2, 1, 2, apart)
+        decoder = load_held(model, Model.rounded, shard=shard, ranks=ranks)
+        held = decoder._blocks[0]._ffn._down.dequantized(torch.float32)
+        for i in range(8):
+            whole = stored[f"model.layers.1.mlp.experts.{i}.down_proj.weight"]
+            if not apart:
+                assert torch.equal(held[i], by_rows(whole[:, 16:]))
+            elif i >= 4:
+                assert torch.equal(held[i - 4], by_rows(whole))
+
+
+@pytest.mark.parametrize("config", [MXFP4, INT4])
+def test_ranks_hold_parts_of_four_bits(tmp_path: Path, config: dict[str, Any]) -> None:
+    model = write(tmp_path, "Qwen3MoeForCausalLM", config, moe_intermediate_size=64)
+    stored = load_file(model / "model.safetensors")
+    for apart in (False, True):
+        ranks = TensorParallel(1, 2, CPU, None, True)
+        shard = Shard(1, 2, 1, 2, apart)
+        decoder = load_held(model, lambda arch: arch, shard=shard, ranks=ranks)
+        ffn = decoder._blocks[0]._ffn
+        gate_up = ffn._gate_up.dequantized(torch.float32)
+        down = ffn._down.dequantized(torch.float32)
+        for i in range(4 if apart else 0, 8):
+            own = i - 4 if apart else i
+            name = f"model.layers.1.mlp.experts.{i}."
+            gate, up, out = (
+                four_bits(f"{name}{part}_proj.weight", stored) for part in ("gate", "up", "down")
+            )
+            first = 0 if apart else 32
+            assert torch.equal(gate_up[own], torch.cat((gate[first:], up[first:])))
+            assert torch.equal(down[own], out[:, first:])
+
+
+@pytest.mark.parametrize(("config", "kind"), [(MXFP4, "MXFP4"), (INT4, "INT4")])
+def test_a_split_within_a_group_of_four_bits(
+    tmp_path: Path, config: dict[str, Any], kind: str
+) -> None:
+    model = write(tmp_path, "Qwen3MoeForCausalLM", config)
+    with open_checkpoint(read_arch(model), model) as checkpoint:
+        message = rf"32 columns of mlp.experts.down_proj.weight .* parts of 16, but they are {kind}"
+        with pytest.raises(ArchError, match=message):
+            Shard(0, 2, 0, 2).of(checkpoint.arch)
+        Shard(0, 2, 0, 2, True).of(checkpoint.arch)
 
 
 def test_experts_whose_gates_end_inside_blocks(tmp_path: Path) -> None:
@@ -328,6 +485,20 @@ def exact(decoder: Decoder) -> Tensors:
     return matrices
 
 
+@pytest.mark.parametrize("config", [MXFP4, INT4])
+@pytest.mark.parametrize("hold", [Model.quantized, Model.rounded])
+def test_made_up_weights_of_four_bits(
+    tmp_path: Path, config: dict[str, Any], hold: Callable[[Model], Model]
+) -> None:
+    arch = hold(read_arch(write(tmp_path, "Qwen3MoeForCausalLM", config)))
+    decoder = Decoder(arch, dtype=torch.float32, device=CPU, max_model_len=64)
+    fill_randomly(decoder)
+    weight = decoder._blocks[1]._ffn._gate_up.dequantized(torch.float32)
+    assert math.isclose(weight.std(), 0.02, rel_tol=0.5)
+    logits = all_logits(decoder, some_tokens(20))
+    assert logits.isfinite().all() and logits.std() > 0.05
+
+
 @pytest.mark.parametrize("name", ["block", "tensor", "channel"])
 def test_made_up_weights_have_the_promised_format(tmp_path: Path, name: str) -> None:
     model = write(tmp_path, "Qwen3MoeForCausalLM", CONFIGS[name])
@@ -441,5 +612,60 @@ def test_a_config_that_promises_another_format(blocks: Path, tmp_path: Path) -> 
     set_config(plain, block(128, 128))
     assert refusal(plain) == (
         f"{plain}: the config's quantization_config says FP8 in blocks of 128 x 128, but no weight "
-        "is stored as F8_E4M3"
+        "is stored so"
     )
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    return write(tmp_path / "model", "Qwen3ForCausalLM", INT4)
+
+
+def test_int4_that_is_not_as_supported(packed: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    whole = load_file(packed / "model.safetensors")
+    wrong: list[tuple[Tensors, str]] = [
+        ({name + "_scale": whole[name + "_scale"][:, :2]}, "has shape [64, 2]; supported for"),
+        ({name + "_scale": whole[name + "_scale"].double()}, "has dtype F64; supported: BF16"),
+        ({name + "_packed": whole[name + "_packed"][:, :8]}, "has shape [64, 8], the config asks"),
+        ({name + "_packed": whole[name + "_packed"].long()}, "has dtype I64; supported: I32"),
+        ({name + "_zero_point": torch.zeros(1)}, "weight_zero_point is left over"),
+        ({name + "_g_idx": torch.zeros(1)}, "weight_g_idx is left over"),
+        ({name: torch.zeros(64, 96)}, "is left over"),
+        ({name + "_shape": torch.zeros(3)}, "weight_shape is left over"),
+    ]
+    for tensors, message in wrong:
+        save_file(
+            {n: t.contiguous() for n, t in (whole | tensors).items()}, packed / "model.safetensors"
+        )
+        assert message in (refused := refusal(packed)) and name in refused
+    del whole[name + "_scale"]
+    save_file(whole, packed / "model.safetensors")
+    assert f"{name}_packed has no {name}_scale beside it" in refusal(packed)
+
+
+def test_int4_in_other_groups_than_the_config_says(packed: Path) -> None:
+    set_config(packed, INT4_64)
+    expected = "INT4 with a scale per 32 columns, but the config's quantization_config says INT4 "
+    assert expected + "with a scale per 64 columns" in refusal(packed)
+
+
+def test_mxfp4_that_is_not_as_supported(tmp_path: Path) -> None:
+    model = write(tmp_path, "Qwen3MoeForCausalLM", MXFP4)
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    whole = load_file(model / "model.safetensors")
+    wrong: list[tuple[Tensors, str]] = [
+        ({name + "_scales": whole[name + "_scales"].bfloat16()}, "has dtype BF16; supported: U8"),
+        ({name + "_scales": torch.cat([whole[name + "_scales"]] * 2)}, "has shape [128, 1], the"),
+        ({name + "_blocks": whole[name + "_blocks"][..., :8]}, "has shape [64, 1, 8], the config"),
+        ({name: torch.zeros(64, 32)}, "is left over"),
+    ]
+    for tensors, message in wrong:
+        changed = {n: t.contiguous() for n, t in (whole | tensors).items()}
+        save_file(changed, model / "model.safetensors")
+        assert message in (refused := refusal(model)) and name in refused
+    del whole[name + "_scales"]
+    save_file(whole, model / "model.safetensors")
+    assert f"tensor {name}_scales is missing" in refusal(model)
+    with pytest.raises(ArchError, match="has 48 columns, so it cannot be MXFP4"):
+        write(tmp_path / "odd", "Qwen3MoeForCausalLM", MXFP4, moe_intermediate_size=48)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
-from gllm_engine.ops.weight import Weight
+from gllm_engine.ops.weight import PackedWeight, Weight
 from gllm_engine.routing import Clamp, Routing
 
 # Most (token, expert) elements that one program of routing or sorting holds in registers, and its
@@ -295,6 +295,63 @@ def _add_product(sums, v, w, scales, SCALED: tl.constexpr):
 
 
 @triton.jit
+def _e2m1(code):
+    """The values of codes of e2m1, from its bits: sign, 2 of the exponent, 1 of the mantissa."""
+    size = code & 7
+    bits = tl.where(size >= 2, (size + 252) << 22, tl.where(size == 1, 0x3F000000, 0))
+    return (bits | (code >> 3 << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _unpack(
+    matrix, scales, line, k, depth, GROUP: tl.constexpr, IS_FLOAT: tl.constexpr,
+    DEPTH: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """Columns k .. k + DEPTH - 1 of each row `line` of a PackedWeight, [DEPTH, rows], in `kind`."""
+    byte = (k + tl.arange(0, DEPTH // 2) * 2)[None, :]
+    group = (k + tl.arange(0, DEPTH // GROUP) * GROUP)[None, :]
+    packed = tl.load(matrix + line[:, None] * (depth // 2) + byte // 2, mask=byte < depth, other=0)
+    scales += line[:, None] * (depth // GROUP) + group // GROUP
+    scale = tl.load(scales, mask=group < depth, other=0)
+    packed = packed.to(tl.int32)
+    codes = tl.join(packed & 15, packed >> 4)
+    codes = tl.reshape(codes, [line.shape[0], DEPTH // GROUP, GROUP])
+    if IS_FLOAT:
+        exponent = scale.to(tl.int32)
+        factor = tl.where(exponent > 0, exponent << 23, 0x400000).to(tl.float32, bitcast=True)
+        values = _e2m1(codes)
+    else:
+        factor = scale.to(tl.float32)
+        values = (codes - 8).to(tl.float32)
+    return tl.trans(tl.reshape(values * factor[:, :, None], [line.shape[0], DEPTH]).to(kind))
+
+
+@triton.jit
+def _weights(
+    tile, matrix, scales, line, k, inside, depth, kind: tl.constexpr, GROUP: tl.constexpr,
+    PACKED: tl.constexpr, IS_FLOAT: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Columns k .. k + DEPTH - 1 of a matrix, [DEPTH, rows]. `tile`: of a matrix without packing,
+    where column 0 is.
+    """
+    if PACKED:
+        w = _unpack(matrix, scales, line, k, depth, GROUP, IS_FLOAT, DEPTH, kind)
+    else:
+        w = _load(tile + k, inside[:, None], EVEN)
+    return w
+
+
+@triton.jit
+def _rows(groups, order, expert, block, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """The rows of a block, the end of the expert's rows, the rows without those past it, pairs."""
+    start, end = tl.load(groups + expert), tl.load(groups + EXPERTS + expert)
+    block -= tl.load(groups + 2 * EXPERTS + expert) - tl.cdiv(end - start, ROWS)
+    row = start + block * ROWS + tl.arange(0, ROWS)
+    known = tl.minimum(row, end - 1)
+    return row, end, known, tl.load(order + known)
+
+
+@triton.jit
 def _finish(
     sums, ups, weights, bias, pair, first, line, up_line,
     GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr,
@@ -318,6 +375,7 @@ def _grouped(
     x, matrix, scales, scale_row, bias, weights, order, groups, out, width, depth,
     scale_rows, scale_columns, first_column,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
+    PACKED: tl.constexpr, IS_FLOAT: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
     LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -328,6 +386,7 @@ def _grouped(
 
     `scales`: [held, scale_rows, scale_columns] of a float8 matrix, whose numbers are exact in the
     dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale.
+    PACKED: a PackedWeight instead. Rows past the end repeat the last row; they are not stored.
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
@@ -338,22 +397,17 @@ def _grouped(
     expert = tl.sum((tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS)) <= block).to(tl.int32))
     if expert == EXPERTS:
         return
-    start, end = tl.load(groups + expert), tl.load(groups + EXPERTS + expert)
-    block -= tl.load(groups + 2 * EXPERTS + expert) - tl.cdiv(end - start, ROWS)
-    row = start + block * ROWS + tl.arange(0, ROWS)
-    # Rows past the end repeat the last row; their results are not stored.
-    known = tl.minimum(row, end - 1)
-    pair = tl.load(order + known)
+    row, end, known, pair = _rows(groups, order, expert, block, ROWS, EXPERTS)
     source = pair // TOP_K if GATED else known
     target = row if GATED else pair
     column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, DEPTH)
     lines = x + source.to(tl.int64)[:, None] * depth + at[None, :]
-    size = width * depth
+    size = width * (depth // 2 if PACKED else depth)
     matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
     line = tl.minimum(column, width - 1)
     up_line = line + width if GATED else line
-    matrix += line[None, :] * depth + at[:, None]
+    tile = matrix + line[None, :] * depth + at[:, None]
     scales += expert.to(tl.int64) * scale_rows * scale_columns
     up_scales = _row_scales(scales, scale_row, up_line, scale_columns, ROWS_PER_SCALE, INDEXED)
     scales = _row_scales(scales, scale_row, line, scale_columns, ROWS_PER_SCALE, INDEXED)
@@ -362,11 +416,17 @@ def _grouped(
     for k in range(0, depth, DEPTH):
         inside = at < depth - k
         v = _load(lines + k, inside[None, :], EVEN)
-        w = _load(matrix + k, inside[:, None], EVEN)
         group = (first_column + k) // COLUMNS_PER_SCALE
+        w = _weights(
+            tile, matrix, scales, line, k, inside, depth, v.dtype,
+            COLUMNS_PER_SCALE, PACKED, IS_FLOAT, DEPTH, EVEN,
+        )  # fmt: skip
         sums = _add_product(sums, v, w, scales + group, ROWS_PER_SCALE > 0)
         if GATED:
-            up = _load(matrix + size + k, inside[:, None], EVEN)
+            up = _weights(
+                tile + size, matrix, scales, up_line, k, inside, depth, v.dtype,
+                COLUMNS_PER_SCALE, PACKED, IS_FLOAT, DEPTH, EVEN,
+            )  # fmt: skip
             ups = _add_product(ups, v, up, up_scales + group, ROWS_PER_SCALE > 0)
     sums = _finish(
         sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
@@ -385,13 +445,22 @@ class _Operand(NamedTuple):
     grid: tuple[int, int]  # rows and columns of the scales of one expert
     rows_per_scale: int
     columns_per_scale: int
-    indexed: bool
-    first_column: int
+    indexed: bool = False
+    first_column: int = 0
+    packed: bool = False
+    is_float: bool = False
 
 
 def _operand(matrix: Weight) -> _Operand:
     if isinstance(matrix, Tensor):
-        return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1], False, 0)
+        return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1])
+    if isinstance(matrix, PackedWeight):
+        grid = (matrix.scales.shape[1], matrix.scales.shape[2])
+        scales = matrix.scales
+        return _Operand(
+            matrix.numbers, scales, scales, grid, 0, matrix.group, packed=True,
+            is_float=matrix.is_float,
+        )  # fmt: skip
     index = matrix.scale_row
     return _Operand(
         matrix.numbers,
@@ -430,7 +499,9 @@ def grouped_product(
     columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
     stored = _operand(matrix)
     turn = _fit(tiles.depth, depth)
-    if stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
+    if stored.packed:
+        turn = max(turn, stored.columns_per_scale)
+    elif stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
         ends = stored.columns_per_scale | stored.first_column
         turn = min(turn, ends & -ends)
     some = min(held, pairs)
@@ -439,7 +510,8 @@ def grouped_product(
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
         x, stored.numbers, stored.scales, stored.scale_row, bias, on_input, order, groups, out,
         width, depth, *stored.grid, stored.first_column, ROWS_PER_SCALE=stored.rows_per_scale,
-        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, TOP_K=top_k,
+        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, PACKED=stored.packed,
+        IS_FLOAT=stored.is_float, TOP_K=top_k,
         GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
         EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, DEPTH=turn,
