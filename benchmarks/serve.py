@@ -58,7 +58,7 @@ def summarize(records: list[RequestRecord], slo: dict[str, float]) -> dict[str, 
     """The figures of a run's records; times are in milliseconds."""
     complete = [one for one in records if one.is_complete]
     failed = [one for one in records if not one.is_complete]
-    begin = min(r.sent for r in records)
+    begin = min(r.due for r in records)  # a client that is late does not shorten the run
     end = max([0.0, *(t for r in records for t in r.times)])
     seconds = max(end - begin, 1e-9)
     tokens = sum(sum(r.tokens) for r in records)

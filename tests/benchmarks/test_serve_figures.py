@@ -64,9 +64,10 @@ def test_nothing_came() -> None:
     assert "goodput" not in figures
 
 
-def test_client_lag_is_told() -> None:
-    one = made(1.0, [2.0], [1], sent=1.25)
-    assert summarize([one], {})["client_lag_ms"] == pytest.approx(250)
+def test_client_lag_is_told_and_shortens_no_run() -> None:
+    figures = summarize([made(1.0, [2.0], [1], sent=1.25)], {})
+    assert figures["client_lag_ms"] == pytest.approx(250)
+    assert figures["seconds"] == pytest.approx(1.0)
 
 
 def test_slo() -> None:
