@@ -291,12 +291,12 @@ def _left_over(stored: StoredTensor, name: str) -> LoadError:
 
 def _weight_of(name: str) -> str:
     """The name of the weight that a tensor of this name would hold scales of."""
-    for suffix in (*_SCALE_SUFFIXES, *_PACKED, _SHAPE):
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
     for suffix in _INPUT_SCALES:
         if name.endswith("." + suffix):
             return name.removesuffix(suffix) + "weight"
+    for suffix in (*_SCALE_SUFFIXES, *_PACKED, _SHAPE):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
     return name
 
 
