@@ -284,17 +284,6 @@ def _row_scales(
 
 
 @triton.jit
-def _add_product(sums, v, w, scales, SCALED: tl.constexpr):
-    """sums + v w, or with a scale for each column of float8 numbers w."""
-    if SCALED:
-        scale = tl.load(scales)[None, :]
-        sums += tl.dot(v, w.to(v.dtype), input_precision="ieee") * scale
-    else:
-        sums = tl.dot(v, w, sums, input_precision="ieee")
-    return sums
-
-
-@triton.jit
 def _e2m1(code):
     """The values of codes of e2m1, from its bits: sign, 2 of the exponent, 1 of the mantissa."""
     size = code & 7
@@ -327,18 +316,27 @@ def _unpack(
 
 
 @triton.jit
-def _weights(
-    tile, matrix, scales, line, k, inside, depth, kind: tl.constexpr, GROUP: tl.constexpr,
-    PACKED: tl.constexpr, IS_FLOAT: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+def _add_product(
+    sums, v, tile, matrix, scales, line, k, inside, depth, first_column,
+    GROUP: tl.constexpr, SCALED: tl.constexpr, PACKED: tl.constexpr, IS_FLOAT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Columns k .. k + DEPTH - 1 of a matrix, [DEPTH, rows]. `tile`: of a matrix without packing,
-    where column 0 is.
+    """sums + v w, with columns k and further of the rows `line` of a matrix as w.
+
+    `tile`: where they are in a matrix without packing. SCALED: its numbers are float8, and all
+    columns of w have one scale; `scales`: where those of the rows begin. GROUP: columns of a scale.
     """
     if PACKED:
-        w = _unpack(matrix, scales, line, k, depth, GROUP, IS_FLOAT, DEPTH, kind)
+        w = _unpack(matrix, scales, line, k, depth, GROUP, IS_FLOAT, v.shape[1], v.dtype)
+        sums = tl.dot(v, w, sums, input_precision="ieee")
+    elif SCALED:
+        w = _load(tile, inside[:, None], EVEN).to(v.dtype)
+        scale = tl.load(scales + (first_column + k) // GROUP)[None, :]
+        sums += tl.dot(v, w, input_precision="ieee") * scale
     else:
-        w = _load(tile + k, inside[:, None], EVEN)
-    return w
+        w = _load(tile, inside[:, None], EVEN)
+        sums = tl.dot(v, w, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
@@ -416,18 +414,15 @@ def _grouped(
     for k in range(0, depth, DEPTH):
         inside = at < depth - k
         v = _load(lines + k, inside[None, :], EVEN)
-        group = (first_column + k) // COLUMNS_PER_SCALE
-        w = _weights(
-            tile, matrix, scales, line, k, inside, depth, v.dtype,
-            COLUMNS_PER_SCALE, PACKED, IS_FLOAT, DEPTH, EVEN,
+        sums = _add_product(
+            sums, v, tile + k, matrix, scales, line, k, inside, depth, first_column,
+            COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, PACKED, IS_FLOAT, EVEN,
         )  # fmt: skip
-        sums = _add_product(sums, v, w, scales + group, ROWS_PER_SCALE > 0)
         if GATED:
-            up = _weights(
-                tile + size, matrix, scales, up_line, k, inside, depth, v.dtype,
-                COLUMNS_PER_SCALE, PACKED, IS_FLOAT, DEPTH, EVEN,
+            ups = _add_product(
+                ups, v, tile + size + k, matrix, up_scales, up_line, k, inside, depth, first_column,
+                COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, PACKED, IS_FLOAT, EVEN,
             )  # fmt: skip
-            ups = _add_product(ups, v, up, up_scales + group, ROWS_PER_SCALE > 0)
     sums = _finish(
         sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
