@@ -303,7 +303,7 @@ def test_a_worker_of_another_version_is_refused_and_harms_nobody(
 
 
 ODD_ANSWERS = [
-    (wire.encode(wire.Ready(1)), "the engine answers with a message of type Ready"),
+    (wire.encode(wire.Ready(1, 0)), "the engine answers with a message of type Ready"),
     ([b"\xff", b""], "the engine is of another version, its answer is not a message of protocol"),
 ]
 
