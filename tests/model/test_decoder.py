@@ -96,10 +96,10 @@ def test_weights_and_cache_follow_the_spec(family: str) -> None:
     for name, view in views.items():
         assert view.shape[-len(shapes[name]) :] == shapes[name], name
     cache = decoder.new_cache(num_pages=3, page_size=4)
-    parts = arch.layers[0].mixer.cache_shapes(4)
-    assert all(page[1] == 4 for page in parts)
-    shapes = [[tuple(tensor.shape) for tensor in layer] for layer in cache]
-    assert shapes == [[(3, *page) for page in parts]] * len(arch.layers)
+    for layer, parts in zip(arch.layers, cache, strict=True):
+        pages = layer.mixer.cache_shapes(4)
+        assert all(page[1] == 4 for page in pages)
+        assert [tuple(part.shape) for part in parts] == [(3, *page) for page in pages]
     size = sum(tensor.nbytes for tensor in chain.from_iterable(cache))
     assert size == 12 * arch.kv_bytes_per_token(itemsize=2)
 

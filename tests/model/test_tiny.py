@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import load, make_batch, run, some_tokens
+from tiny_models import load, make_batch, poisoned_cache, run, some_tokens
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -101,7 +101,7 @@ def test_greedy_text_varies(tmp_path: Path, family: str) -> None:
     decoder, texts = load(write_tiny_model(tmp_path, family)), []
     for seed in range(3):
         tokens = some_tokens(8, seed=seed).tolist()
-        cache = decoder.new_cache(8 * len(decoder.groups), 4)
+        cache = poisoned_cache(decoder, 8)
         pages, start = list(range(8)), 0
         while len(tokens) < 32:
             batch = make_batch(

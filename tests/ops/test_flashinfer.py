@@ -109,7 +109,7 @@ def test_a_plan_of_sparse_attention(
     backend: ModuleType, planner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is chosen if the host knows that no row has more tokens; in a graph it knows none."""
-    monkeypatch.setattr(backend, "_SCORE_BYTES", 4 * 2 * 128)  # of two rows
+    monkeypatch.setattr(backend, "SCORE_BYTES", 4 * 2 * 128)  # of two rows
     planner._scores = None
     rows = [(40, 1), (9, 1), (12, 1), (13, 1), (100, 1)]
     batch = made_up_step(rows, torch.arange(8)[None], 16).of_group(0)
