@@ -465,6 +465,13 @@ class Decoder:
             views |= within_layer(i, block.weights())
         return views
 
+    def weight_bytes(self) -> dict[str, int]:
+        """Canonical weight name -> bytes that this rank holds; scales have names of their own."""
+        held = {name: view.nbytes for name, view in self.weights().items()}
+        for staging in self.stagings():
+            held |= staging.held
+        return held
+
     def stagings(self) -> list[Staging]:
         """The weights that are not in `weights`, because they are stored in another form."""
         return [

@@ -146,13 +146,17 @@ def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
     while waiting:
         views: dict[str, Tensor] = {}
         conversions = []
-        while waiting and sum(view.nbytes for view in views.values()) < _STAGED_BYTES:
-            staged = waiting.popleft()(decoder.device)
+        num_bytes = 0
+        while waiting and num_bytes < _STAGED_BYTES:
+            staged = waiting.popleft().make(decoder.device)
             views |= staged.views
+            num_bytes += sum(view.nbytes for view in staged.views.values())
             conversions.append(staged.convert)
         yield views
         for convert in conversions:
             convert()
+    if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()  # so that the memory counts as free
 
 
 class _Source(NamedTuple):

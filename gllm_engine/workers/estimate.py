@@ -150,11 +150,11 @@ def _cut(config: EngineConfig, arch: Model, dtype: torch.dtype) -> tuple[int, ..
         return whole
     costs = [0.0] * len(arch.layers)
     head = 0
-    for name, weight in _decoder(config, arch, dtype, whole, 0).weights().items():
+    for name, num_bytes in _decoder(config, arch, dtype, whole, 0).weight_bytes().items():
         if layer := _LAYER.match(name):
-            costs[int(layer[1])] += weight.nbytes
+            costs[int(layer[1])] += num_bytes
         elif not name.startswith("model.embed_positions"):
-            head = max(head, weight.nbytes)  # the output projection, or the embedding
+            head = max(head, num_bytes)  # the output projection, or the embedding
     return partition_layers(costs, head, config.pipeline_parallel_size)
 
 
@@ -190,8 +190,8 @@ def _memory(
 ) -> StageMemory:
     decoder = stage.decoder
     weights = Counter[str]()
-    for name, weight in decoder.weights().items():
-        weights[_kind_of_weight(name)] += weight.nbytes
+    for name, num_bytes in decoder.weight_bytes().items():
+        weights[_kind_of_weight(name)] += num_bytes
     on_gpu = gpu_memory is not None
     page_bytes = decoder.page_bytes(config.page_size, kv_sizing.cache_dtype(config, decoder))
     return StageMemory(
