@@ -34,6 +34,7 @@ gllm-triton: an LLM inference engine inside NVIDIA Triton Inference Server.
   gllm chat --url localhost:8001               talk to a served model
   gllm generate --model DIRECTORY "Once upon"  answer one prompt in this process, no server
   gllm batch in.jsonl out.jsonl --url ...      answer a file of prompts; run again to resume
+  gllm check MODEL                             tell what serving it would take; needs no GPU
   gllm warmup MODEL                            compile the kernels that serving it on this GPU needs
   gllm tiny-model DIRECTORY                    write a small random checkpoint to try things with
   gllm tritonserver ARGUMENT...                the plain tritonserver with the gllm backend
@@ -60,6 +61,19 @@ MODEL is a model.json, or a checkpoint directory, of which only config.json is n
 give the flags it will be served with. Takes minutes the first time. Prints the directories that
 hold what was compiled, and their sizes: keep them (in a volume, an image), and starts are short.
 FLASHINFER_WORKSPACE_BASE and TRITON_CACHE_DIR in the environment say where they are to be.
+"""
+
+_CHECK = """\
+Tell whether MODEL loads, how much memory each GPU takes, how many tokens its KV cache holds and
+which kernels it uses. No GPU is needed, and no weights are read: only config.json, the tokenizer's
+files and the headers of the safetensors files.
+
+MODEL is a checkpoint directory or a model.json; the flags are those it will be served with.
+
+  gllm check MODEL --tensor-parallel-size 8 --gpu-memory 80GiB
+
+Refusals are those of a start, with the same sentences. Memory besides weights and cache is an
+estimate. Exit status 0: the model loads and has room, 1: it does not.
 """
 
 _BATCH = """\
@@ -111,6 +125,15 @@ class Tiny(msgspec.Struct, frozen=True):
     set: tuple[str, ...] = ()  # KEY=JSON changes config.json, such as num_hidden_layers=4
 
 
+class Checked(msgspec.Struct, frozen=True):
+    """What `check` checks for, and how it tells the result: the fields are its flags."""
+
+    # memory of each GPU, such as 80GiB or 141GB; default: of this machine's GPU, else the model is
+    # checked for a CPU
+    gpu_memory: str | None = None
+    json: bool = False  # print one JSON object
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -150,8 +173,13 @@ def make_parser() -> Parser:
     """The parser of all commands; `tritonserver` takes its arguments unparsed."""
     parser = Parser(prog="gllm", description=_ABOUT)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (_add_serve, _add_generate, _add_chat, _add_batch, _add_warmup, _add_tiny_model):
-        add(commands)
+    _add_serve(commands)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_batch(commands)
+    _add_check(commands)
+    _add_warmup(commands)
+    _add_tiny_model(commands)
     commands.add_parser("tritonserver", help="the plain tritonserver with the gllm backend")
     return parser
 
@@ -165,6 +193,9 @@ def _command(commands: Any, name: str, run: Callable[[Any], int], brief: str, te
 def _add_serve(commands: Any) -> None:
     parser = _command(commands, "serve", _serve, "start tritonserver and watch over it", _SERVE)
     parser.add_argument("path", metavar="PATH", type=Path, help="what to serve")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="start nothing: `gllm check` a bare checkpoint"
+    )
     add_struct(parser, "server", Serving, skip=("path", "engine", "arguments"))
     add_struct(parser, "engine, for a bare checkpoint", EngineConfig, skip=("model",))
 
@@ -208,6 +239,13 @@ def _add_batch(commands: Any) -> None:
     _add_source(parser)
 
 
+def _add_check(commands: Any) -> None:
+    parser = _command(commands, "check", _check, "tell what serving a model would take", _CHECK)
+    parser.add_argument("model", metavar="MODEL", type=Path)
+    add_struct(parser, "check", Checked, skip=())
+    add_struct(parser, "engine", EngineConfig, skip=("model",))
+
+
 def _add_warmup(commands: Any) -> None:
     parser = _command(commands, "warmup", _warmup, "compile a model's kernels ahead", _WARMUP)
     parser.add_argument("model", metavar="MODEL", type=Path)
@@ -238,7 +276,14 @@ def _serve(options: argparse.Namespace) -> int:
         if engine.get(key):
             engine[key] = str(Path(engine[key]).resolve())
     if (path / "config.json").is_file():
-        make_config({"model": str(path)} | engine)  # report a wrong value before the server starts
+        # This reports a wrong value before the server starts.
+        config = make_config({"model": str(path)} | engine)
+        if options.dry_run:
+            from gllm_client.check import check
+
+            return check(config)
+    elif options.dry_run:
+        raise UsageError("--dry-run: it is for a bare checkpoint; `gllm check` takes a model.json")
     return serve(Serving(path=path, engine=engine, arguments=tuple(options.rest), **given))
 
 
@@ -339,19 +384,32 @@ def _batch(options: argparse.Namespace) -> int:
     return 1 if tally.failed else 0
 
 
-def _warmup(options: argparse.Namespace) -> int:
-    import logging
-
+def _config(options: argparse.Namespace) -> EngineConfig:
+    """The configuration of `options.model`, a model.json or a checkpoint directory."""
     from msgspec.structs import replace
 
-    from gllm_engine import fill_caches, make_config, read_config
+    from gllm_engine import make_config, read_config
 
     given = struct_values(options, EngineConfig)
     path = options.model
     if path.is_file():
-        config = replace(read_config(path), **given)
-    else:
-        config = make_config({"model": str(path)} | given)
+        return replace(read_config(path), **given)
+    return make_config({"model": str(path)} | given)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from gllm_client.check import check
+
+    checked = Checked(**struct_values(options, Checked))
+    return check(_config(options), checked.gpu_memory, checked.json)
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    import logging
+
+    from gllm_engine import fill_caches
+
+    config = _config(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for directory in fill_caches(config):
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

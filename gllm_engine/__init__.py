@@ -40,6 +40,7 @@ _PUBLIC = {
     "engine.client": ("EngineClient", "EngineError", "EngineUnavailable"),
     "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs"),
     "engine.core": ("IN_PROCESS", "Engine", "EngineBroken", "fill_caches"),
+    "engine.check": ("CheckReport", "check_model"),
     "engine.llm": ("LLM", "CompletionOutput", "RequestFailed", "RequestOutput"),
     "text.tokenizer": ("TextError", "Tokenizer"),
     "model.tiny": ("write_tiny_model",),

@@ -38,7 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load_format: Literal["auto", "dummy"] = "auto"
     enforce_eager: bool = False  # run without CUDA graphs
     max_model_len: int | None = None  # prompt plus output tokens; default: the checkpoint's limit
-    max_num_seqs: int = 0  # sequences in one step; default: 256, on GPUs 1024
+    # sequences in one step; default: 256, on GPUs 1024; a quarter with recurrent layers
+    max_num_seqs: int = 0
     max_num_batched_tokens: int = 0  # tokens in one step; default: 2048, on GPUs 8192
     max_waiting: int = 4096  # limit of queued sequences; further ones are refused ("queue full")
     # limit of prompt tokens in the queue; an empty queue accepts a prompt of any length
@@ -167,8 +168,14 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def settle(config: EngineConfig, on_gpu: bool) -> EngineConfig:
-    """A copy in which every 0 that means "default" is replaced by the device's default."""
+def settle(config: EngineConfig, on_gpu: bool, keeps_states: bool = False) -> EngineConfig:
+    """A copy in which every 0 that means "default" is replaced by the device's default.
+
+    `keeps_states`: whether each sequence in a step has memory for a state.
+    """
+    sequences = 1024 if on_gpu else 256
+    if keeps_states:
+        sequences //= 4  # a state may take as much memory as the K and V of thousands of tokens
     tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     tokens = max(tokens, config.max_num_seqs)
     stages = config.pipeline_parallel_size
@@ -176,7 +183,7 @@ def settle(config: EngineConfig, on_gpu: bool) -> EngineConfig:
     return msgspec.structs.replace(
         config,
         max_num_batched_tokens=tokens,
-        max_num_seqs=config.max_num_seqs or min(tokens, 1024 if on_gpu else 256),
+        max_num_seqs=config.max_num_seqs or min(tokens, sequences),
         plans_in_flight=config.plans_in_flight or depth,
     )
 

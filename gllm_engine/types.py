@@ -80,7 +80,12 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     waiting: int = 0
     kv_usage: float = 0.0  # share of pages in use by live sequences, 0..1
     prefix_queries: int = 0  # prompt tokens looked up
-    prefix_hits: int = 0  # prompt tokens found
+    prefix_hits: int = 0  # prompt tokens that were not computed
+    prefix_stored: int = 0  # prompt tokens whose K and V were found, with or without a state
+    # Prompts that began from a copied state, by the place of the copy; see sched/snapshots.py.
+    prompt_snapshot_hits: int = 0
+    branch_snapshot_hits: int = 0
+    answer_snapshot_hits: int = 0
     preemptions: int = 0
     steps: int = 0
     waiting_tokens: int = 0  # prefill backlog of waiting sequences

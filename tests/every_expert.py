@@ -1,10 +1,13 @@
-"""Tiny configs in which no rounding makes a token choose other experts: it uses all of them."""
+"""Tiny configs in which no rounding makes a token choose other experts: it uses all of them.
+
+So it is with the tokens that a token attends to.
+"""
 
 from __future__ import annotations
 
 from gllm_engine.arch.tiny import tiny_config
 
-_ALL = {"num_experts_per_tok": 8, "moe_k": 8}
+_ALL = {"num_experts_per_tok": 8, "moe_k": 8, "index_topk": 4096}
 
 
 def every_expert(family: str) -> dict[str, int]:

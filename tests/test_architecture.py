@@ -74,7 +74,7 @@ OTHERS = {
     "gllm_engine/worker.py": set(),
     "gllm_engine/ops": {"torch", "numpy", "triton", "flashinfer"},
     "gllm_engine/layers": {"torch"},
-    "gllm_engine/model": {"torch", "safetensors", "tokenizers"},
+    "gllm_engine/model": {"torch", "safetensors", "tokenizers", "tqdm"},
     "gllm_engine/runner": {"torch", "numpy"},
     "gllm_engine/heartbeat.py": {"zmq"},
     "gllm_engine/workers/channel.py": {"torch", "zmq"},

@@ -150,14 +150,15 @@ def test_the_policy_of_a_pipeline_is_throttling() -> None:
     assert chosen.policy == "chunked_prefill"
 
 
-def chosen(on_gpu: bool, **values: int) -> tuple[int, int, int]:
-    config = settle(EngineConfig(model=".", **values), on_gpu)
+def chosen(on_gpu: bool, keeps_states: bool = False, **values: int) -> tuple[int, int, int]:
+    config = settle(EngineConfig(model=".", **values), on_gpu, keeps_states)
     return config.max_num_seqs, config.max_num_batched_tokens, config.plans_in_flight
 
 
 def test_defaults_fit_the_device() -> None:
     assert chosen(False) == (256, 2048, 1)
     assert chosen(True) == (1024, 8192, 2)
+    assert chosen(True, keeps_states=True) == (256, 8192, 2)
     assert chosen(False, pipeline_parallel_size=3)[2] == 4
     assert chosen(True, pipeline_parallel_size=3)[2] == 4
 

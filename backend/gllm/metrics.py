@@ -51,6 +51,14 @@ FAMILIES = {
     "engine_failed_starts": ("GAUGE", "Failed attempts, so far, to get a lost engine back."),
     "prefix_cache_queries_total": ("COUNTER", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits_total": ("COUNTER", "Prompt tokens found in the prefix cache."),
+    "prefix_cache_kv_hits_total": (
+        "COUNTER",
+        "Prompt tokens whose keys and values were found, also where a state was lacking.",
+    ),
+    "prefix_cache_snapshot_hits_total": (
+        "COUNTER",
+        "Prompts that began from a copied state, by its place: prompt, branch or answer.",
+    ),
     "num_preemptions_total": ("COUNTER", "Sequences that lost their pages to others."),
     "prompt_tokens_total": ("COUNTER", "Prompt tokens of ended requests that got a token."),
     "generation_tokens_total": ("COUNTER", "Tokens generated."),
@@ -67,6 +75,8 @@ FAMILIES = {
     "request_generation_tokens": ("HISTOGRAM", "Tokens of a request's answers together."),
     "request_params_n": ("HISTOGRAM", "Answers that a request asked for, once it has them."),
 }
+_SNAPSHOT_HITS = "prefix_cache_snapshot_hits_total"
+_LABELLED = ("request_success_total", "request_errors_total", _SNAPSHOT_HITS)
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -97,7 +107,7 @@ class Metrics:
                     description=text,
                     kind=getattr(pb_utils.MetricFamily, kind),
                 )
-                if name not in ("request_success_total", "request_errors_total"):
+                if name not in _LABELLED:
                     self._metric(name, ())  # shown from the start, at 0
         except Exception as error:
             self._families.clear()
@@ -131,15 +141,19 @@ class Metrics:
 
     def engine(self, stats: Stats) -> None:
         """Take the engine's statistics. Its counters start at 0 when it picks this front end."""
-        names = {
-            "prefix_queries": "prefix_cache_queries_total",
-            "prefix_hits": "prefix_cache_hits_total",
-            "preemptions": "num_preemptions_total",
+        names: dict[str, tuple[str, Labels]] = {
+            "prefix_queries": ("prefix_cache_queries_total", ()),
+            "prefix_hits": ("prefix_cache_hits_total", ()),
+            "prefix_stored": ("prefix_cache_kv_hits_total", ()),
+            "preemptions": ("num_preemptions_total", ()),
         }
+        for kind in ("prompt", "branch", "answer"):
+            names[f"{kind}_snapshot_hits"] = (_SNAPSHOT_HITS, (("kind", kind),))
         with self._lock:
             self._has_stats = True
-            for field, name in names.items():
-                self._counts[name, ()] += getattr(stats, field) - getattr(self._last, field)
+            for field, key in names.items():
+                if amount := getattr(stats, field) - getattr(self._last, field):
+                    self._counts[key] += amount
             self._set_gauges(stats)
             self._last = stats
 

@@ -14,7 +14,6 @@ Gemma 3 27B has 10 layers that see all tokens, and 52 layers with a window of 1,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from gllm_engine.arch.model import Model
 
@@ -49,12 +48,14 @@ def cache_groups(model: Model, max_model_len: int) -> tuple[CacheGroup, ...]:
     """
     by_window: dict[int | None, list[int]] = {}
     for i, layer in enumerate(model.layers):
-        if not prod(layer.mixer.cache_shape(1)):
+        if not layer.mixer.cache_shapes(1):
             continue  # it keeps a state per sequence
         window = layer.mixer.window
         if window is not None and window >= max_model_len:
             window = None
         by_window.setdefault(window, []).append(i)
+    if not by_window:
+        return (CacheGroup(None, ()),)
     most = _layers_per_page({window: len(layers) for window, layers in by_window.items()})
     groups = []
     for window, layers in by_window.items():

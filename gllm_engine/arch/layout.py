@@ -41,7 +41,7 @@ def checkpoint_places(model: Model) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for name, parts in checkpoint_tensors(model).items():
         blocks = num_blocks(model, parts)
-        if blocks > 1:
+        if 1 < blocks <= shapes[parts[0]][0]:  # one scale of a whole weight has no blocks
             places |= zip(parts, _in_blocks(parts, shapes, blocks), strict=True)
             continue
         layout = checkpoint_layout(model, name)

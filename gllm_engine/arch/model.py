@@ -26,13 +26,20 @@ from gllm_engine.arch.formats import (
 from gllm_engine.arch.rope import Rope
 from gllm_engine.routing import Clamp, Routing
 
+CacheShapes = tuple[tuple[int, ...], ...]  # of the parts of a layer's page
 T = TypeVar("T")
 # The bias that a Moe's routing adds to scores; float32, whatever the dtype of the model.
 SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
 # Of Mla; always held plain, because its parts are no weights of products.
 KV_UP = "self_attn.kv_b_proj.weight"
-# Ends of names of matrices: routers, gates of shared experts, decay and update rate of GatedDelta.
-_USUALLY_PLAIN = ("gate.weight", "in_proj_a.weight", "in_proj_b.weight")
+# Ends of names of matrices: routers, gates of shared experts, inputs of gates of a GatedDelta,
+# weights of an indexer's heads.
+_USUALLY_PLAIN = (
+    "gate.weight",
+    "in_proj_a.weight",
+    "in_proj_b.weight",
+    "indexer.weights_proj.weight",
+)
 # Where a layer has norms: before the mixer and the ffn, after them, or both. "parallel": both read
 # the same stream, each through a norm of its own; "parallel_shared": through one norm.
 Place = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
@@ -99,6 +106,7 @@ class Gqa(Formatted):
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # every head has one more key, of a learned score and with value 0
     temperature: QueryTemperature | None = None
+    output_gate: bool = False  # the heads' results are multiplied by sigmoid(gate_proj x)
 
     def shapes(self, dim: int) -> Shapes:
         q = self.heads * self.head_dim
@@ -106,6 +114,8 @@ class Gqa(Formatted):
         shapes = _linear("self_attn.q_proj", q, dim, self.qkv_bias)
         shapes |= _linear("self_attn.k_proj", kv, dim, self.qkv_bias)
         shapes |= _linear("self_attn.v_proj", kv, dim, self.qkv_bias)
+        if self.output_gate:
+            shapes |= _linear("self_attn.gate_proj", q, dim, self.qkv_bias)
         shapes |= _linear("self_attn.o_proj", dim, q, self.out_bias)
         if self.qk_norm and self.qk_norm != "l2_after":
             whole = self.qk_norm == "whole"
@@ -115,6 +125,10 @@ class Gqa(Formatted):
 
     # What a sequence keeps besides pages; see GatedDelta.
     state_shapes = ()
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return () if self.rope is None else (self.rope,)
 
     @property
     def attention(self) -> AttentionShape:
@@ -128,9 +142,9 @@ class Gqa(Formatted):
             self.chunked,
         )
 
-    def cache_shape(self, page_size: int) -> tuple[int, ...]:
-        """The shape of a page: K and V, tokens, heads, channels."""
-        return (2, page_size, self.kv_heads, self.head_dim)
+    def cache_shapes(self, page_size: int) -> CacheShapes:
+        """One part: K and V, tokens, heads, channels."""
+        return ((2, page_size, self.kv_heads, self.head_dim),)
 
     @property
     def attended_width(self) -> int:
@@ -144,6 +158,33 @@ class LatentShape:
 
     heads: int
     width: int
+    top_k: int | None  # tokens that an indexer chooses
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Chooses the tokens that a query attends to (DeepSeek Sparse Attention, DeepSeek-V3.2).
+
+    A token has one key k for all heads. With a query q and a weight w of each head, its score is
+
+        sum over heads of w relu(q k)
+
+    The published score has a positive factor, which changes no order, so it is left out. A query
+    attends to the `top_k` tokens of the greatest scores, or to all if there are not more.
+    """
+
+    heads: int
+    dim: int  # channels of a query and of a key
+    rope: Rope  # of their first channels
+    top_k: int  # tokens
+    eps: float = 1e-6  # of the layer norm of keys
+
+    def shapes(self, dim: int, q_rank: int) -> Shapes:
+        """`q_rank`: width of the latent that queries are computed from."""
+        shapes = _linear("self_attn.indexer.wq_b", self.heads * self.dim, q_rank, False)
+        shapes |= _linear("self_attn.indexer.wk", self.dim, dim, False)
+        shapes |= norm_weights("self_attn.indexer.k_norm", self.dim, "layer")
+        return shapes | _linear("self_attn.indexer.weights_proj", self.heads, dim, False)
 
 
 @dataclass(frozen=True)
@@ -164,6 +205,7 @@ class Mla(Formatted):
     scale: float  # of the scores
     out_bias: bool = False
     latent_eps: float = 1e-6  # of the norms of both latents
+    indexer: Indexer | None = None  # None: a token attends to all tokens before it; needs a q_rank
     window: int | None = None  # always None: every token sees all tokens before it
 
     def shapes(self, dim: int) -> Shapes:
@@ -179,6 +221,9 @@ class Mla(Formatted):
         shapes["self_attn.kv_a_layernorm.weight"] = (self.kv_rank,)
         kv = self.heads * (self.nope_dim + self.v_dim)
         shapes[KV_UP] = (kv, self.kv_rank)
+        if self.indexer is not None:
+            assert self.q_rank is not None
+            shapes |= self.indexer.shapes(dim, self.q_rank)
         return shapes | _linear("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
 
     @property
@@ -189,12 +234,22 @@ class Mla(Formatted):
     temperature = None
 
     @property
-    def attention(self) -> LatentShape:
-        return LatentShape(self.heads, self.latent_width)
+    def ropes(self) -> tuple[Rope, ...]:
+        return (self.rope,) if self.indexer is None else (self.rope, self.indexer.rope)
 
-    def cache_shape(self, page_size: int) -> tuple[int, ...]:
-        """The shape of a page: one plane, tokens, one head, the latent and the rotated key."""
-        return (1, page_size, 1, self.latent_width)
+    @property
+    def attention(self) -> LatentShape:
+        top_k = None if self.indexer is None else self.indexer.top_k
+        return LatentShape(self.heads, self.latent_width, top_k)
+
+    def cache_shapes(self, page_size: int) -> CacheShapes:
+        """Each part: one plane, tokens, one head, channels. First the latent and the rotated key,
+        then the indexer's key.
+        """
+        latents = (1, page_size, 1, self.latent_width)
+        if self.indexer is None:
+            return (latents,)
+        return (latents, (1, page_size, 1, self.indexer.dim))
 
     @property
     def attended_width(self) -> int:
@@ -228,7 +283,7 @@ class GatedDelta(Formatted):
     window: int | None = None  # always None: the state depends on all tokens
 
     # As of attention without rotation.
-    rope = None
+    ropes = ()
     temperature = None
 
     def shapes(self, dim: int) -> Shapes:
@@ -255,10 +310,10 @@ class GatedDelta(Formatted):
     def conv_width(self) -> int:
         return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
 
-    def cache_shape(self, page_size: int) -> tuple[int, ...]:
+    def cache_shapes(self, page_size: int) -> CacheShapes:
         """Nothing is kept per token."""
         del page_size
-        return (0,)
+        return ()
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -394,6 +449,7 @@ class Model:
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: str = "hf"  # the table in names.py for its checkpoints
+    name_variants: tuple[str, ...] = ()  # of these names; see names.py
     quantization: Format | None = None  # the format that the config promises for matrices of layers
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0
@@ -491,4 +547,5 @@ class Model:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of KV cache per token over all layers, at `itemsize` bytes per number."""
-        return itemsize * sum(prod(layer.mixer.cache_shape(1)) for layer in self.layers)
+        shapes = (shape for layer in self.layers for shape in layer.mixer.cache_shapes(1))
+        return itemsize * sum(map(prod, shapes))

@@ -6,14 +6,21 @@ This module knows names only; model/load.py reads the data.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
-from gllm_engine.arch.model import Gqa, Model
+from gllm_engine.arch.model import GatedDelta, Gqa, Model
 
 # Replacements in a canonical name, applied in order; * is the number of an expert. Weights that get
 # the same name are stored as one tensor, stacked along dimension 0 in canonical order (q, k, v;
 # gate, up). Weights of all experts of a layer are so stacked too: [experts, rows, columns].
 _FUSED_MLP = (("mlp.gate_proj", "mlp.gate_up_proj"), ("mlp.up_proj", "mlp.gate_up_proj"))
+_GATED_DELTA = (
+    ("self_attn.gate_proj", "self_attn.q_proj"),
+    ("linear_attn.conv_q.", "linear_attn.conv1d."),
+    ("linear_attn.conv_k.", "linear_attn.conv1d."),
+    ("linear_attn.conv_v.", "linear_attn.conv1d."),
+)
 _MIXTRAL = (
     ("mlp.", "block_sparse_moe."),
     ("gate_proj", "w1"),
@@ -44,6 +51,21 @@ _GPT2 = (
 )
 _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
+    "qwen3_next": (
+        *_GATED_DELTA,
+        ("linear_attn.in_proj_q.", "linear_attn.in_proj_qkvz."),
+        ("linear_attn.in_proj_k.", "linear_attn.in_proj_qkvz."),
+        ("linear_attn.in_proj_v.", "linear_attn.in_proj_qkvz."),
+        ("linear_attn.in_proj_z.", "linear_attn.in_proj_qkvz."),
+        ("linear_attn.in_proj_b.", "linear_attn.in_proj_ba."),
+        ("linear_attn.in_proj_a.", "linear_attn.in_proj_ba."),
+    ),
+    "qwen3_5": (
+        *_GATED_DELTA,
+        ("linear_attn.in_proj_q.", "linear_attn.in_proj_qkv."),
+        ("linear_attn.in_proj_k.", "linear_attn.in_proj_qkv."),
+        ("linear_attn.in_proj_v.", "linear_attn.in_proj_qkv."),
+    ),
     "glm": _FUSED_MLP,
     "phi3": (
         *_FUSED_MLP,
@@ -127,8 +149,18 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+# Further replacements. A checkpoint has them or not, whatever its config says.
+_VARIANTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "fused_experts": (
+        ("mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
+        ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
+    ),
+}
+_VARIANTS_OF = {"qwen3_next": ("fused_experts",), "qwen3_5": ("fused_experts",)}
 # Some checkpoints have other beginnings of names: (what they have, what is standard).
 _BEGINNINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "qwen3_5": (("model.language_model.", "model."),),  # beside weights for images
     "kimi_k25": (  # as transformers names them
         ("model.language_model.", "language_model.model."),
         ("lm_head.", "language_model.lm_head."),
@@ -143,7 +175,8 @@ class Layout:
 
     `transposed`: the stack is stored as [columns, rows]. `interleaved`: the weights take turns row
     by row: gate 0, up 0, gate 1, up 1. `by_head`: they take turns head by head: the rows of the
-    first head of every weight, then those of the second head.
+    first head of every weight, then those of the second head. The heads of a GatedDelta are its
+    key heads, each with all its value heads.
     """
 
     transposed: bool = False
@@ -165,6 +198,8 @@ _LAYOUTS: dict[str, dict[str, Layout]] = {
     },
     "llama4": _LLAMA4_EXPERTS,
     "llama4_vision": _LLAMA4_EXPERTS,
+    "qwen3_next": {r"self_attn\.q_proj\.|linear_attn\.in_proj_(qkvz|ba)\.": Layout(by_head=True)},
+    "qwen3_5": {r"self_attn\.q_proj\.": Layout(by_head=True)},
 }
 
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
@@ -173,8 +208,8 @@ _ROPE_TABLES = re.compile(
     r"|transformer\.rotary_pos_emb\.inv_freq"
     r"|gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq"
 )
-# Tensors that no text model needs: the causal mask of old checkpoints, weights for images, Ernie's
-# modules for multi-token prediction, which are not layers.
+# Tensors that no text model needs: the causal mask of old checkpoints, weights for images,
+# modules for multi-token prediction that are not layers.
 _MASK = r"\.(attn|attention)\.(bias|masked_bias)$"
 _UNUSED = {
     "ernie": re.compile(r"model\.mtp_\w+\.\d+\."),
@@ -183,6 +218,8 @@ _UNUSED = {
     "gpt_neox": re.compile(rf"gpt_neox\.layers\.\d+{_MASK}"),
     "kimi_k25": re.compile(r"(model\.)?(vision_tower|mm_projector)\."),
     "llama4_vision": re.compile(r"(vision_model|multi_modal_projector)\."),
+    "qwen3_next": re.compile(r"mtp\."),
+    "qwen3_5": re.compile(r"(mtp|model\.visual)\."),
 }
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -198,7 +235,7 @@ def standard_name(model: Model, name: str) -> str:
 
 def checkpoint_name(model: Model, canonical: str) -> str:
     """The name of the checkpoint tensor that holds a weight."""
-    for old, new in _RENAMES[model.names]:
+    for old, new in (*_RENAMES[model.names], *_variant_rules(model)):
         before, number, after = old.partition("*")
         if number:
             pattern = rf"{re.escape(before)}\d+{re.escape(after)}"
@@ -231,6 +268,20 @@ def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
     return tensors
 
 
+def _variant_rules(model: Model) -> list[tuple[str, str]]:
+    return [rule for variant in model.name_variants for rule in _VARIANTS[variant]]
+
+
+def with_stored_names(model: Model, stored: Collection[str]) -> Model:
+    """The model with the variants of its names that a checkpoint with the tensors `stored` has."""
+    variants = []
+    for variant in _VARIANTS_OF.get(model.names, ()):
+        new = _VARIANTS[variant][0][1]
+        if any(new in name for name in stored if not is_left_over(model, name)):
+            variants.append(variant)
+    return replace(model, name_variants=tuple(variants))
+
+
 def num_blocks(model: Model, weights: tuple[str, ...]) -> int:
     """The number of blocks of a checkpoint tensor that holds `weights`: each block has so many
     equal parts of each of them, in their order. 1: the weights are stacked whole.
@@ -239,6 +290,8 @@ def num_blocks(model: Model, weights: tuple[str, ...]) -> int:
     if layer is None or not checkpoint_layout(model, checkpoint_name(model, weights[0])).by_head:
         return 1
     mixer = model.layers[int(layer[1])].mixer
+    if isinstance(mixer, GatedDelta):
+        return mixer.k_heads
     assert isinstance(mixer, Gqa)
     return mixer.heads
 

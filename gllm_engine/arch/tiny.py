@@ -32,6 +32,23 @@ _QWEN_MOE = _HF | {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+_HYBRID = _HF | {
+    "head_dim": 32,
+    "partial_rotary_factor": 0.25,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_HYBRID_MOE = _HYBRID | {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+_QWEN3_5 = {"rope_parameters": {"mrope_section": [2, 1, 1], "mrope_interleaved": True}}
 _GLM = _HF | {
     "pad_token_id": 0,
     "head_dim": 16,
@@ -58,6 +75,11 @@ _DEEPSEEK = _SPARSE | {
     "routed_scaling_factor": 1.5,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
+}
+_SPARSE_ATTENTION = _DEEPSEEK | {
+    "index_n_heads": 16,
+    "index_head_dim": 24,
+    "index_topk": 12,
 }
 _KIMI = _DEEPSEEK | {
     "model_type": "deepseek_v3",  # as transformers knows it; checkpoints say "kimi_k2"
@@ -142,6 +164,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2,
     },
     "Qwen3MoeForCausalLM": _QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 32},
+    "Qwen3NextForCausalLM": _HYBRID_MOE | {"model_type": "qwen3_next", "norm_topk_prob": True},
+    "Qwen3_5ForCausalLM": _HYBRID | _QWEN3_5 | {"model_type": "qwen3_5_text"},
+    "Qwen3_5ForConditionalGeneration": {
+        "model_type": "qwen3_5",
+        "text_config": _HYBRID
+        | _QWEN3_5
+        | {"model_type": "qwen3_5_text", "tie_word_embeddings": True},
+    },
+    "Qwen3_5MoeForCausalLM": _HYBRID_MOE | _QWEN3_5 | {"model_type": "qwen3_5_moe_text"},
+    "Qwen3_5MoeForConditionalGeneration": {
+        "model_type": "qwen3_5_moe",
+        "text_config": _HYBRID_MOE | _QWEN3_5 | {"model_type": "qwen3_5_moe_text"},
+    },
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},
     "Glm4MoeForCausalLM": _SPARSE
@@ -184,6 +219,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "KimiK25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
     "Kimi_K25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
+    "DeepseekV32ForCausalLM": _SPARSE_ATTENTION | {"model_type": "deepseek_v32"},
+    "GlmMoeDsaForCausalLM": _SPARSE_ATTENTION | {"model_type": "glm_moe_dsa", "v_head_dim": 20},
     "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
     "Olmo3ForCausalLM": _HF
     | {

@@ -17,7 +17,9 @@ from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import (
     Activation,
     Dense,
+    GatedDelta,
     Gqa,
+    Indexer,
     Layer,
     Mla,
     Model,
@@ -197,6 +199,115 @@ _QWEN3_MOE = _QWEN2_MOE | {
 @family("Qwen3MoeForCausalLM", defaults=_QWEN3_MOE)
 def qwen3_moe(c: Fields) -> Model:
     return _with_experts(c, qwen3(c))
+
+
+_QWEN3_NEXT = _QWEN3_MOE | {
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "intermediate_size": 5632,
+    "partial_rotary_factor": 0.25,
+    "num_local_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+@family("Qwen3NextForCausalLM", defaults=_QWEN3_NEXT)
+def qwen3_next(c: Fields) -> Model:
+    model = _hybrid(c, read_rope(c, _head_dim(c)))
+    model = _with_experts(c, model, c.count("shared_expert_intermediate_size"))
+    return replace(model, names="qwen3_next")
+
+
+_QWEN3_5 = _QWEN3_NEXT | {
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+}
+
+
+# Qwen3.5 and Qwen3.6.
+@family("Qwen3_5ForCausalLM", defaults=_QWEN3_5)
+def qwen3_5(c: Fields) -> Model:
+    # Positions of text are the same in all three sections of rotary channels.
+    rope = read_rope(c, _head_dim(c), ("mrope_section", "mrope_interleaved"))
+    return replace(_hybrid(c, rope), names="qwen3_5")
+
+
+@family("Qwen3_5ForConditionalGeneration", defaults=_QWEN3_5, text_key="text_config")
+def qwen3_5_vl(c: Fields) -> Model:
+    return qwen3_5(c)
+
+
+_QWEN3_5_MOE = _QWEN3_5 | {
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "num_local_experts": 256,
+    "num_experts_per_tok": 8,
+}
+
+
+@family("Qwen3_5MoeForCausalLM", defaults=_QWEN3_5_MOE)
+def qwen3_5_moe(c: Fields) -> Model:
+    c.require(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    model = _with_experts(c, qwen3_5(c), c.count("shared_expert_intermediate_size"))
+    # Experts in other formats are stored one by one.
+    plain = c.child("quantization_config").empty
+    return replace(model, name_variants=("fused_experts",) if plain else ())
+
+
+@family("Qwen3_5MoeForConditionalGeneration", defaults=_QWEN3_5_MOE, text_key="text_config")
+def qwen3_5_moe_vl(c: Fields) -> Model:
+    return qwen3_5_moe(c)
+
+
+def _hybrid(c: Fields, rope: Rope) -> Model:
+    """Layers with the gated delta rule, and softmax attention in every n-th layer.
+
+    The norms' gains are 1 + weight, except those inside of the gated delta rule.
+    """
+    c.require(attn_output_gate=True, mamba_ssm_dtype="float32", use_sliding_window=False)
+    if (gate := c.text("output_gate_type", "swish")) not in ("swish", "silu"):
+        raise ArchError(
+            f"{c.name}: output_gate_type is {shown(repr(gate))}, but only swish is known"
+        )
+    k_heads = c.count("linear_num_key_heads")
+    v_heads = c.count("linear_num_value_heads")
+    if v_heads % k_heads:
+        raise ArchError(
+            f"{c.name}: linear_num_value_heads is {v_heads}, but it must be a multiple of "
+            f"linear_num_key_heads={k_heads}"
+        )
+    delta = GatedDelta(
+        k_heads=k_heads,
+        v_heads=v_heads,
+        k_dim=c.count("linear_key_head_dim", most=256),
+        v_dim=c.count("linear_value_head_dim"),
+        conv=c.count("linear_conv_kernel_dim", most=4, least=2),
+    )
+    bias = c.flag("attention_bias")
+    mixer = replace(_gqa(c, rope), qkv_bias=bias, out_bias=bias, qk_norm="head", output_gate=True)
+    model = _decoder(c, mixer, Dense(c.count("intermediate_size")))
+    num_layers = len(model.layers)
+    every = c.count("full_attention_interval", most=MAX_LAYERS)
+    linear = "linear_attention"
+    kinds = c.choices("layer_types", num_layers, (linear, "full_attention"))
+    kinds = kinds or [linear if (i + 1) % every else "full_attention" for i in range(num_layers)]
+    model = model.each(mixer=lambda i, layer: delta if kinds[i] == linear else layer.mixer)
+    return replace(model, norm="rms_plus_one")
 
 
 _GLM = _LLAMA | {
@@ -928,19 +1039,22 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
     act = ffn.act if isinstance(ffn, Dense) else "silu"
     names = tuple(name for name, function in _ACTIVATIONS.items() if function == act)
     fields.choice("hidden_act", names, names[0])
-    if not any(layer.mixer.window for layer in model.layers):
-        fields.choices("layer_types", len(model.layers), ("full_attention",))
+    mixers = dict.fromkeys(layer.mixer for layer in model.layers)
+    if not model.keeps_states and not any(mixer.window for mixer in mixers):
+        sparse = any(isinstance(mixer, Mla) and mixer.indexer is not None for mixer in mixers)
+        kind = "indexed_attention" if sparse else "full_attention"
+        fields.choices("layer_types", len(model.layers), (kind,))
     if model.max_len > MAX_LEN:
         raise ArchError(
             f"{name}: the model's length is {model.max_len} tokens with its RoPE scaling, but only "
             f"up to {MAX_LEN} is supported"
         )
-    mixer = model.layers[0].mixer
-    if isinstance(mixer, Gqa) and mixer.heads % mixer.kv_heads:
-        raise ArchError(
-            f"{name}: {mixer.heads} attention heads cannot share {mixer.kv_heads} "
-            "key/value heads evenly"
-        )
+    for mixer in mixers:
+        if isinstance(mixer, Gqa) and mixer.heads % mixer.kv_heads:
+            raise ArchError(
+                f"{name}: {mixer.heads} attention heads cannot share {mixer.kv_heads} "
+                "key/value heads evenly"
+            )
     return model
 
 
@@ -1047,6 +1161,44 @@ def glm4_moe_lite(c: Fields) -> Model:
     return deepseek_v3(c)
 
 
+_DEEPSEEK_V32 = _DEEPSEEK_V3 | {
+    "max_position_embeddings": 163840,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "indexer_rope_interleave": False,
+}
+
+
+@family("DeepseekV32ForCausalLM", defaults=_DEEPSEEK_V32)
+def deepseek_v32(c: Fields) -> Model:
+    return _with_indexer(c, deepseek_v3(c))
+
+
+_GLM_MOE_DSA = _DEEPSEEK_V32 | {
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 78,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "index_n_heads": 32,
+    "indexer_rope_interleave": True,
+}
+
+
+# GLM-5.
+@family("GlmMoeDsaForCausalLM", defaults=_GLM_MOE_DSA)
+def glm_moe_dsa(c: Fields) -> Model:
+    return deepseek_v32(c)
+
+
 def _gqa_of(layer: Layer) -> Gqa:
     assert isinstance(layer.mixer, Gqa)
     return layer.mixer
@@ -1075,6 +1227,31 @@ def _mla(c: Fields) -> Mla:
         rope=rope,
         scale=(nope_dim + rope.dim) ** -0.5 * _yarn_scale(rope) ** 2,
     )
+
+
+def _with_indexer(c: Fields, model: Model) -> Model:
+    """Give every layer the indexer of DeepSeek Sparse Attention.
+
+    Layers that use the choice of an earlier layer, as in GLM-5.2, are not supported.
+    """
+    c.choices("indexer_types", len(model.layers), ("full",))
+    c.require(index_topk_freq=1, index_topk_pattern=None)
+    mixer = model.layers[0].mixer
+    assert isinstance(mixer, Mla)
+    if mixer.q_rank is None:
+        raise ArchError(f"{c.name}: q_lora_rank is missing, but the indexer needs it")
+    indexer = Indexer(
+        heads=c.count("index_n_heads"),
+        dim=c.count("index_head_dim"),
+        rope=replace(mixer.rope, interleaved=c.flag("indexer_rope_interleave")),
+        top_k=c.count("index_topk"),
+    )
+    if indexer.dim < indexer.rope.dim:
+        raise ArchError(
+            f"{c.name}: index_head_dim is {indexer.dim}, but only {indexer.rope.dim} or more is "
+            "supported, the qk_rope_head_dim"
+        )
+    return _with_mixers(model, indexer=indexer)
 
 
 def _yarn_scale(rope: Rope) -> float:
@@ -1195,7 +1372,8 @@ def _deepseek_experts(c: Fields, model: Model) -> Model:
 
 
 def _with_deepseek_experts(c: Fields, model: Model, routing: Routing, experts: int) -> Model:
-    """Add experts to all layers after the first `first_k_dense_replace`.
+    """Add experts to the layers that `mlp_layer_types` calls sparse, or else to all layers after
+    the first `first_k_dense_replace`.
 
     The checkpoint's layers for multi-token prediction, after the model's own ones, are not used.
     """
@@ -1208,7 +1386,9 @@ def _with_deepseek_experts(c: Fields, model: Model, routing: Routing, experts: i
         shared=hidden * c.count("n_shared_experts", 0, MAX_EXPERTS, least=0),
     )
     first = c.count("first_k_dense_replace", most=MAX_LAYERS, least=0)
-    model = model.each(ffn=lambda i, layer: layer.ffn if i < first else moe)
+    kinds = c.choices("mlp_layer_types", len(model.layers), ("dense", "sparse"))
+    kinds = kinds or ["dense" if i < first else "sparse" for i in range(len(model.layers))]
+    model = model.each(ffn=lambda i, layer: layer.ffn if kinds[i] == "dense" else moe)
     extra = c.count("num_mtp_layers", 1, MAX_LAYERS, least=0)  # transformers 5's name
     extra = c.count("num_nextn_predict_layers", extra, MAX_LAYERS, least=0)
     return replace(model, names="deepseek", extra_layers=extra)

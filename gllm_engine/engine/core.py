@@ -114,17 +114,18 @@ class Engine:
         `make_runner`: makes the runner, in place of one that loads `config.model`. `policy`:
         replaces the schedule policy that the configuration names.
         """
-        config = settle(config, on_gpu=device_of(config).type == "cuda")
         path = Path(config.model)
         arch = read_arch(path)
-        _check_len(config, arch)
+        on_gpu = device_of(config).type == "cuda"
+        config = settle(config, on_gpu, arch.keeps_states)
+        check_len(config, arch)
         # First, because the tokenizer loads on the grammar thread while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
         self._runner = (make_runner or _make_runner)(config, arch)
         kinds = cache_groups(arch, config.max_model_len or arch.max_len)
         groups = make_groups(kinds, config, self._runner.num_pages)
-        max_model_len = _model_len(config, arch, capacity(groups, arch.max_len))
+        max_model_len = model_len(config, arch, capacity(groups, arch.max_len))
         # This wait is short: the model takes longer to load than the tokenizer.
         eos_token_ids = self._grammars.eos_token_ids
         self._scheduler = Scheduler(
@@ -421,7 +422,8 @@ def _nothing() -> Outputs:
     return Outputs([], [])
 
 
-def _check_len(config: EngineConfig, arch: Model) -> None:
+def check_len(config: EngineConfig, arch: Model) -> None:
+    """Raise ConfigError if sequences may be longer than the model allows."""
     if (config.max_model_len or 0) > arch.max_len:
         raise ConfigError(
             f"max_model_len: {config.max_model_len} is more than the {arch.max_len} tokens this "
@@ -429,7 +431,7 @@ def _check_len(config: EngineConfig, arch: Model) -> None:
         )
 
 
-def _model_len(config: EngineConfig, arch: Model, capacity: int) -> int:
+def model_len(config: EngineConfig, arch: Model, capacity: int) -> int:
     """Tokens of the longest sequence: as configured, else the `capacity` of the cache, which is at
     most the model's length.
     """
@@ -467,7 +469,7 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
         )
     config = msgspec.structs.replace(config, load_format="dummy", num_pages=_PAGES_TO_COMPILE)
     arch = read_arch(Path(config.model))
-    _check_len(config, arch)
+    check_len(config, arch)
     kinds = replace(arch, layers=tuple(dict.fromkeys(arch.layers)))
-    load_runner(settle(config, on_gpu=True), kinds, device_of(config))
+    load_runner(settle(config, True, arch.keeps_states), kinds, device_of(config))
     return cache_dirs()

@@ -212,6 +212,10 @@ class _StatsFeed:
             stats,
             prefix_queries=stats.prefix_queries - base.prefix_queries,
             prefix_hits=stats.prefix_hits - base.prefix_hits,
+            prefix_stored=stats.prefix_stored - base.prefix_stored,
+            prompt_snapshot_hits=stats.prompt_snapshot_hits - base.prompt_snapshot_hits,
+            branch_snapshot_hits=stats.branch_snapshot_hits - base.branch_snapshot_hits,
+            answer_snapshot_hits=stats.answer_snapshot_hits - base.answer_snapshot_hits,
             preemptions=stats.preemptions - base.preemptions,
             steps=stats.steps - base.steps,
         )

@@ -36,7 +36,9 @@ class GqaAttention:
         self._ranks = ranks
         shapes = arch.shapes(dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
-        self._qkv = Linear(names, shapes, ops, dtype, device, arch.formats)
+        if arch.output_gate:
+            names.append("self_attn.gate_proj")
+        self._in = Linear(names, shapes, ops, dtype, device, arch.formats)
         out = ["self_attn.o_proj"]
         self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
         self._num_qkv_heads = arch.heads + 2 * arch.kv_heads
@@ -52,12 +54,13 @@ class GqaAttention:
         if arch.sinks:
             self._sinks = torch.empty(arch.heads, dtype=dtype, device=device)
 
-    def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
+    def plan(self, planner: AttentionPlanner, batch: Batch, cache: tuple[Tensor]) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
+        (pages,) = cache
         shape = self._arch.attention
         return planner.plan(
             batch,
-            cache,
+            pages,
             shape.heads,
             shape.window,
             self._group,
@@ -71,36 +74,47 @@ class GqaAttention:
         x: Tensor,
         norm: Norm | None,
         context: ForwardContext,
-        cache: Tensor,
+        cache: tuple[Tensor],
         logit_tokens: LogitTokens | None = None,
         total: Tensor | None = None,
     ) -> Tensor:
-        """x: [tokens, dim]. cache: [num_pages, 2, page_size, kv_heads, head_dim].
+        """x: [tokens, dim]. cache: ([num_pages, 2, page_size, kv_heads, head_dim],).
 
         Returns [tokens, dim], or [n, dim] for the `logit_tokens`. If `total` is given, the result
         is added to it in place.
         """
         arch = self._arch
+        (pages,) = cache
         plan = context.plans[self.plan_key]
-        qkv = self._qkv(x, norm).view(-1, self._num_qkv_heads, arch.head_dim)
+        qkv, gate = self._project(x, norm)
         inputs = self._ops.rotate_and_store(
             qkv,
             arch.heads,
             self._head_norm(qkv),
             None if arch.rope is None else context.rotary[arch.rope],
             arch.rope is not None and arch.rope.interleaved,
-            cache,
+            pages,
             plan,
             None if arch.temperature is None else context.query_scales[arch.temperature],
         )
         if logit_tokens is None:
-            attended = self._ops.attend(inputs, cache, plan, sinks=self._sinks)
+            attended = self._ops.attend(inputs, pages, plan, sinks=self._sinks)
         elif logit_tokens.plans:
             plan = logit_tokens.plans[self.plan_key]
-            attended = self._ops.attend(inputs, cache, plan, logit_tokens.index, self._sinks)
+            attended = self._ops.attend(inputs, pages, plan, logit_tokens.index, self._sinks)
         else:
             attended = x.new_empty(0, arch.heads * arch.head_dim)
+        if gate is not None:
+            gate = gate if logit_tokens is None else gate[logit_tokens.index]
+            attended *= gate.sigmoid()
         return self._out(attended) if total is None else self._out.add_to(total, attended)
+
+    def _project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """The heads of queries, keys and values, and the gate of the result if there is one."""
+        projected = self._in(x, norm)
+        width = self._num_qkv_heads * self._arch.head_dim
+        qkv = projected[:, :width].unflatten(1, (self._num_qkv_heads, self._arch.head_dim))
+        return qkv, projected[:, width:] if self._arch.output_gate else None
 
     def _head_norm(self, qkv: Tensor) -> HeadNorm | None:
         if self._qk_norm is None or self._arch.qk_norm != "whole":
@@ -112,10 +126,10 @@ class GqaAttention:
         return self._qk_norm._replace(means=means)
 
     def stagings(self) -> list[Staging]:
-        return self._qkv.stagings() + self._out.stagings()
+        return self._in.stagings() + self._out.stagings()
 
     def weights(self) -> dict[str, Tensor]:
-        views = self._qkv.weights() | self._out.weights()
+        views = self._in.weights() | self._out.weights()
         if self._sinks is not None:
             views["self_attn.sinks"] = self._sinks
         if self._qk_norm is not None and self._arch.qk_norm != "l2_after":

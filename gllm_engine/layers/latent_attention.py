@@ -8,9 +8,18 @@ from torch import Tensor
 from gllm_engine.arch.formats import widened
 from gllm_engine.arch.model import KV_UP, Mla
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.indexer import TokenIndexer
 from gllm_engine.layers.linear import Linear
 from gllm_engine.layers.stacked_weight import Staging, stack_weights
-from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops, dequantized
+from gllm_engine.ops import (
+    AttentionPlan,
+    AttentionPlanner,
+    Batch,
+    IndexQueries,
+    Norm,
+    Ops,
+    dequantized,
+)
 from gllm_engine.parallel import TensorParallel
 
 
@@ -20,6 +29,8 @@ class MlaAttention:
         x -- q_a -- norm -- q_b -- W_UK, rotate --\\
                                                    attend -- W_UV -- o
         x -- kv_a -- norm, rotate -- cache -------/
+
+    With an indexer, a query attends only to the tokens that the indexer chooses for it.
     """
 
     def __init__(
@@ -56,42 +67,51 @@ class MlaAttention:
         self._kv_up = kv_up.unflatten(0, (arch.heads, arch.nope_dim + arch.v_dim))
         out = ["self_attn.o_proj"]
         self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
+        self._indexer: TokenIndexer | None = None
+        if arch.indexer is not None:
+            self._indexer = TokenIndexer(arch.indexer, shapes, ops, dtype, device, arch.formats)
 
-    def plan(self, planner: AttentionPlanner, batch: Batch, cache: Tensor) -> AttentionPlan:
+    def plan(
+        self, planner: AttentionPlanner, batch: Batch, cache: tuple[Tensor, ...]
+    ) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
-        return planner.plan_latent(batch, cache, self._arch.heads)
+        shape = self._arch.attention
+        return planner.plan_latent(batch, cache[0], shape.heads, shape.top_k)
 
     def __call__(
         self,
         x: Tensor,
         norm: Norm | None,
         context: ForwardContext,
-        cache: Tensor,
+        cache: tuple[Tensor, ...],
         logit_tokens: LogitTokens | None = None,
         total: Tensor | None = None,
     ) -> Tensor:
-        """x: [tokens, dim]. cache: [num_pages, 1, page_size, 1, kv_rank + rope_dim].
+        """x: [tokens, dim]. cache: [num_pages, 1, page_size, 1, kv_rank + rope_dim]; of a layer
+        with an indexer also [num_pages, 1, page_size, 1, indexer's dim].
 
         Returns [tokens, dim], or [n, dim] for the `logit_tokens`. If `total` is given, the result
         is added to it in place.
         """
         arch = self._arch
+        ops = self._ops
+        plan: AttentionPlan | None = context.plans[self.plan_key]
+        if self._indexer is not None and norm is not None:
+            x = ops.rms_norm(x, *norm)  # once for all products of x
+            norm = None
         down = self._down(x, norm)
-        q = down[:, : -arch.latent_width]
-        if self._q_up is not None:
-            q = self._q_up(q.contiguous(), (self._q_gain, arch.latent_eps))
+        q, index = self._queries(down[:, : -arch.latent_width], x, context, cache)
         w_uk, w_uv = self._kv_up.split((arch.nope_dim, arch.v_dim), 1)
-        queries = self._ops.store_latent(
+        queries = ops.store_latent(
             q.unflatten(1, (arch.heads, -1)),
             down[:, -arch.latent_width :],
             (self._kv_gain, arch.latent_eps),
             w_uk,
             context.rotary[arch.rope],
             arch.rope.interleaved,
-            cache,
+            cache[0],
             context.plans[self.plan_key],
         )
-        plan: AttentionPlan | None = context.plans[self.plan_key]
         tokens = None
         if logit_tokens is not None:
             tokens = logit_tokens.index
@@ -99,17 +119,37 @@ class MlaAttention:
         if plan is None:
             attended = x.new_empty(0, arch.heads, arch.kv_rank)
         else:
-            attended = self._ops.attend_latent(queries, cache, plan, arch.scale, tokens)
+            chosen = None if index is None else ops.choose_tokens(index, cache[1], plan, tokens)
+            attended = ops.attend_latent(queries, cache[0], plan, arch.scale, tokens, chosen)
         values = torch.einsum("thk,hvk->thv", attended, w_uv).flatten(1)
         return self._out(values) if total is None else self._out.add_to(total, values)
+
+    def _queries(
+        self, q: Tensor, x: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
+    ) -> tuple[Tensor, IndexQueries | None]:
+        """The queries of all heads, [tokens, heads * width], and those of the indexer, whose keys
+        are stored. `q`: queries, or the latent that they are computed from.
+        """
+        if self._q_up is None:
+            return q, None
+        q = q.contiguous()
+        norm: Norm = (self._q_gain, self._arch.latent_eps)
+        if self._indexer is None:
+            return self._q_up(q, norm), None
+        q = self._ops.rms_norm(q, *norm)
+        index = self._indexer(x, q, context, cache[1], context.plans[self.plan_key])
+        return self._q_up(q), index
 
     def weights(self) -> dict[str, Tensor]:
         views = self._down.weights() | self._out.weights()
         if self._q_up is not None:
             views |= self._q_up.weights() | {"self_attn.q_a_layernorm.weight": self._q_gain}
         views["self_attn.kv_a_layernorm.weight"] = self._kv_gain
-        return views | self._kv_stack.views()
+        views |= self._kv_stack.views()
+        return views if self._indexer is None else views | self._indexer.weights()
 
     def stagings(self) -> list[Staging]:
         stagings = self._down.stagings() + self._kv_stack.stagings() + self._out.stagings()
-        return stagings if self._q_up is None else stagings + self._q_up.stagings()
+        if self._q_up is not None:
+            stagings += self._q_up.stagings()
+        return stagings if self._indexer is None else stagings + self._indexer.stagings()

@@ -12,7 +12,9 @@ from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm
 
 
 class Mixer(Protocol):
-    """Attention of some kind. `cache`: pages or states, of the kind that its description names."""
+    """Attention of some kind. `cache`: of the layer, the parts of pages or of states that its
+    description names.
+    """
 
     plan_key: PlanKey
 

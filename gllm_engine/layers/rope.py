@@ -26,7 +26,10 @@ class RopeTable:
 
     def __init__(self, rope: Rope, max_model_len: int, device: torch.device) -> None:
         frequencies, factor = _frequencies(rope, max_model_len)
-        angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
+        # Computed on the host, so that all devices have the same numbers.
+        place = device if device.type == "meta" else frequencies.device
+        positions = torch.arange(max_model_len, dtype=torch.float32, device=place)
+        angles = torch.outer(positions, frequencies.to(place))
         self.cos = (angles.cos() * factor).to(device)
         self.sin = (angles.sin() * factor).to(device)
 

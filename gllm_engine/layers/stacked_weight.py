@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,17 +32,25 @@ class Staged(NamedTuple):
     convert: Callable[[], None]
 
 
-Staging = Callable[[torch.device], Staged]
+class Staging(NamedTuple):
+    """A weight that is stored in another form than a layer holds.
+
+    `held`: the weight's name, and the bytes that the layer holds. `make`: makes the memory for the
+    stored form on a device.
+    """
+
+    held: dict[str, int]
+    make: Callable[[torch.device], Staged]
 
 
-def renamed(staging: Staging, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Staging:
-    """`staging` with other names of its views."""
+def renamed(staging: Staging, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> Staging:
+    """`staging` with other names."""
 
-    def stage(device: torch.device) -> Staged:
-        views, convert = staging(device)
+    def make(device: torch.device) -> Staged:
+        views, convert = staging.make(device)
         return Staged(rename(views), convert)
 
-    return stage
+    return Staging(rename(staging.held), make)
 
 
 class StackedWeight(Protocol):
@@ -129,7 +137,10 @@ class _Widened(_Plain):
 
     def stagings(self, expert: int | None = None) -> list[Staging]:
         whole = super().views(expert)
-        return [partial(self._stage, name, into) for name, into in whole.items()]
+        return [
+            Staging({name: into.nbytes}, partial(self._stage, name, into))
+            for name, into in whole.items()
+        ]
 
     def _stage(self, name: str, into: Tensor, device: torch.device) -> Staged:
         formats = ((name, self._kinds[name].kind),)
@@ -168,10 +179,13 @@ class _Rounded:
 
     def stagings(self, expert: int | None = None) -> list[Staging]:
         whole = self.value if expert is None else self.value[expert]
-        return [
-            partial(self._stage, name, whole.numbers[rows], whole.scales[rows])
-            for name, rows in self._rows.items()
-        ]
+        stagings = []
+        for name, rows in self._rows.items():
+            numbers = whole.numbers[rows]
+            scales = whole.scales[rows]
+            held = {name: numbers.nbytes + scales.nbytes}
+            stagings.append(Staging(held, partial(self._stage, name, numbers, scales)))
+        return stagings
 
     def _stage(self, name: str, numbers: Tensor, scales: Tensor, device: torch.device) -> Staged:
         matrix = torch.empty(self._sizes[name], dtype=self._dtype, device=device)

@@ -7,7 +7,7 @@ checkpoint and no scheduling; a Batch gives the tokens and their positions in th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -51,13 +51,13 @@ from gllm_engine.layers import (
     Staging,
     renamed,
 )
+from gllm_engine.model.states import States, bytes_of_states
 from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
     Batch,
     Ops,
     PlainSampling,
-    RecurrentState,
     RotaryInputs,
     select_ops,
 )
@@ -77,9 +77,9 @@ _MIXERS: dict[type[Any], Callable[..., Mixer]] = {
     Mla: MlaAttention,
     GatedDelta: GatedDeltaAttention,
 }
-# Of one layer: K and V or latents by pages, or the states of all slots.
-LayerCache = Tensor | RecurrentState
-_ALIGNMENT = 16  # bytes, of each part of a state
+# Of one layer: the parts of its pages (K and V in one; latents and index keys in two), or a
+# RecurrentState of all slots.
+LayerCache = tuple[Tensor, ...]
 # The group of layers that keep a state.
 _NO_GROUP = -1
 
@@ -208,42 +208,10 @@ def _stream_eps(model: Model) -> float:
     return model.eps / model.residual_scale**2
 
 
-class States:
-    """The states of all layers that keep one per sequence.
-
-    `flat`: [rows, bytes], so that one copy moves the state of a sequence. `layers`: index of the
-    layer -> its part of every row.
-    """
-
-    def __init__(
-        self, layers: Sequence[Layer], rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """`dtype`: of the convolution's inputs."""
-        parts: list[tuple[int, torch.dtype, tuple[int, ...]]] = []
-        for i, layer in enumerate(layers):
-            for kind, shape in zip((torch.float32, dtype), layer.mixer.state_shapes, strict=False):
-                parts.append((i, kind, shape))
-        sizes = [
-            -(-prod(shape) * kind.itemsize // _ALIGNMENT) * _ALIGNMENT for _, kind, shape in parts
-        ]
-        self.flat = torch.zeros(rows, sum(sizes), dtype=torch.uint8, device=device)
-        views: dict[int, list[Tensor]] = {}
-        for (i, kind, shape), columns in zip(parts, self.flat.split(sizes, 1), strict=True):
-            used = columns[:, : prod(shape) * kind.itemsize]
-            views.setdefault(i, []).append(used.view(kind).unflatten(1, shape))
-        self.layers = {i: RecurrentState(conv, matrix) for i, (matrix, conv) in views.items()}
-
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy rows to other rows."""
-        self.flat.index_copy_(0, targets, self.flat[sources])
-
-    def clear(self, rows: Tensor) -> None:
-        """Set rows to zero."""
-        self.flat.index_fill_(0, rows, 0)
-
-
 class _Buffer(NamedTuple):
-    """Memory of the cache for the layer at `place` of each group, `width` numbers per token."""
+    """Memory of the cache for a part of a layer's pages, `width` numbers per token. `place`: the
+    number of such parts before it in its group.
+    """
 
     place: int
     width: int
@@ -299,10 +267,8 @@ class Decoder:
         }
         # Only the last stage computes it.
         self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self.ops, dtype, device)
-        ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers)
-        self._ropes = {
-            rope: RopeTable(rope, max_model_len, device) for rope in ropes if rope is not None
-        }
+        ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.mixer.ropes)
+        self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
         # The first of the layers that share a plan.
         self._planned: dict[PlanKey, int] = {}
         for i, block in enumerate(self._blocks):
@@ -323,7 +289,7 @@ class Decoder:
         dtype: torch.dtype | None = None,
         states: States | None = None,
     ) -> list[LayerCache]:
-        """An uninitialised tensor [num_pages, *mixer.cache_shape(page_size)] per layer.
+        """Uninitialised tensors [num_pages, *shape] for mixer.cache_shapes(page_size) per layer.
 
         `dtype`: the model's dtype (default) or float8_e4m3fn. The n-th layers of all groups have
         the same memory, because a page belongs to one group at a time. `states`: from new_states,
@@ -333,43 +299,58 @@ class Decoder:
             buffer: torch.empty(
                 num_pages, buffer.width * page_size, dtype=dtype or self.dtype, device=self.device
             )
-            for buffer in dict.fromkeys(self._buffers())
+            for buffer in self._distinct_buffers()
         }
         cache: list[LayerCache] = []
-        for i, (buffer, layer) in enumerate(zip(self._buffers(), self.layers, strict=True)):
+        for i, (buffers, layer) in enumerate(zip(self._buffers(), self.layers, strict=True)):
             if states is not None and i in states.layers:
                 cache.append(states.layers[i])
             else:
-                cache.append(memory[buffer].view(num_pages, *layer.mixer.cache_shape(page_size)))
+                shapes = layer.mixer.cache_shapes(page_size)
+                parts = zip(buffers, shapes, strict=True)
+                cache.append(
+                    tuple(memory[buffer].view(num_pages, *shape) for buffer, shape in parts)
+                )
         return cache
 
     def new_states(self, rows: int) -> States:
         """The states of `rows` slots and snapshots, all zero."""
         return States(self.layers, rows, self.dtype, self.device)
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of one sequence in all layers of this rank."""
+        return bytes_of_states(self.layers, self.dtype)
+
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of `page_size` tokens in a cache of `dtype`."""
-        width = sum(buffer.width for buffer in set(self._buffers()))
+        width = sum(buffer.width for buffer in self._distinct_buffers())
         return width * page_size * dtype.itemsize
 
-    def _buffers(self) -> list[_Buffer]:
-        """The memory of each layer. Layers of different widths never share memory."""
+    def _buffers(self) -> list[list[_Buffer]]:
+        """The memory of each layer's parts. Parts of different widths never share memory."""
         counts: Counter[tuple[int, int]] = Counter()
-        buffers = []
+        of_layers = []
         for layer, group in zip(self.layers, self._group_of, strict=True):
-            width = prod(layer.mixer.cache_shape(1))
-            buffers.append(_Buffer(counts[group, width], width))
-            counts[group, width] += 1
-        return buffers
+            buffers = []
+            for shape in layer.mixer.cache_shapes(1):
+                width = prod(shape)
+                buffers.append(_Buffer(counts[group, width], width))
+                counts[group, width] += 1
+            of_layers.append(buffers)
+        return of_layers
+
+    def _distinct_buffers(self) -> set[_Buffer]:
+        return {buffer for buffers in self._buffers() for buffer in buffers}
 
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
         """Compile the kernels for attention over such a cache, unless they are compiled already."""
         cache = self.new_cache(1, page_size, dtype)
         kinds = []
         for (_, shape), i in self._planned.items():
-            pages = cache[i]
             # Latent and linear attention have kernels of our own.
-            if isinstance(shape, AttentionShape) and isinstance(pages, Tensor):
+            if isinstance(shape, AttentionShape):
+                (pages,) = cache[i]
                 window = None if shape.chunked else shape.window  # see AttentionPlanner.plan
                 kinds.append(AttentionLayer(pages, shape.heads, window, shape.softcap))
         self.ops.compile_attention(kinds, self.dtype)
@@ -483,6 +464,13 @@ class Decoder:
         for i, block in enumerate(self._blocks, self.shard.first):
             views |= within_layer(i, block.weights())
         return views
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Canonical weight name -> bytes that this rank holds; scales have names of their own."""
+        held = {name: view.nbytes for name, view in self.weights().items()}
+        for staging in self.stagings():
+            held |= staging.held
+        return held
 
     def stagings(self) -> list[Staging]:
         """The weights that are not in `weights`, because they are stored in another form."""

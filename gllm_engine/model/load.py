@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.names import checkpoint_tensors
+from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
@@ -43,7 +43,7 @@ class Checkpoint:
     """The open files of a checkpoint that has exactly the tensors that its model needs."""
 
     path: Path
-    arch: Model  # with the formats of the stored weights
+    arch: Model  # with the formats of the stored weights, and the variants of their names
     tensors: dict[str, TensorSlice]  # by checkpoint tensor name; each is contiguous
     shared: set[str]  # names of tensors that all their weights share: one scale of several weights
     tied: str | None  # name of a stored output projection, which must equal the embedding
@@ -55,19 +55,24 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
 
     Raises LoadError for every mismatch that the files' headers show, before memory is allocated.
     """
-    found = StoredTensors(arch)
     with ExitStack() as opened:
+        headers = []
         for place in _files(path):
             file = opened.enter_context(open_file(place, LoadError))
-            for name, stored in _read_header(place, file).items():
+            headers.append(_read_header(place, file))
+        found = StoredTensors(with_stored_names(arch, {name for each in headers for name in each}))
+        for header in headers:
+            for name, stored in header.items():
                 found.add(name, stored)
         arch = found.with_formats(path)
         yield Checkpoint(path, arch, found.check(arch, path), found.shared, found.tied)
 
 
 @contextmanager
-def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
+def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Iterator[None]:
     """Load the checkpoint's weights into the decoder while the block runs; at its end, wait.
+
+    `shows`: whether to show the progress, as a bar on a terminal or in the log.
 
     Weights that are stored in another form than the decoder holds are loaded before the block, so
     that the memory for their stored form is free again. On a GPU the block may compute with the
@@ -81,7 +86,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
             weight.zero_()
     sources = _sources(checkpoint)
     for views in _staging(decoder):
-        with reading(_aim(decoder, sources, views), decoder.device):
+        with reading(_aim(decoder, sources, views), decoder.device, shows):
             pass
     targets = _aim(decoder, sources, weights)
     tied_copy = None
@@ -90,7 +95,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint) -> Iterator[None]:
         tied_copy = torch.empty_like(weights[_EMBEDDING], device="cpu")
         tied = sources[_EMBEDDING]._replace(tensor=checkpoint.tensors[checkpoint.tied])
         targets.append(_share(decoder, tied, tied_copy))
-    with reading(targets, decoder.device):
+    with reading(targets, decoder.device, shows):
         yield
     if tied_copy is not None and not torch.equal(tied_copy, weights[_EMBEDDING].cpu()):
         file = checkpoint.tensors[str(checkpoint.tied)].path
@@ -141,13 +146,17 @@ def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
     while waiting:
         views: dict[str, Tensor] = {}
         conversions = []
-        while waiting and sum(view.nbytes for view in views.values()) < _STAGED_BYTES:
-            staged = waiting.popleft()(decoder.device)
+        num_bytes = 0
+        while waiting and num_bytes < _STAGED_BYTES:
+            staged = waiting.popleft().make(decoder.device)
             views |= staged.views
+            num_bytes += sum(view.nbytes for view in staged.views.values())
             conversions.append(staged.convert)
         yield views
         for convert in conversions:
             convert()
+    if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()  # so that the memory counts as free
 
 
 class _Source(NamedTuple):

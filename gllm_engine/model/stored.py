@@ -27,12 +27,12 @@ from gllm_engine.arch.formats import (
 )
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
-    Layout,
     checkpoint_layout,
     checkpoint_name,
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
+    num_blocks,
     standard_name,
 )
 from gllm_engine.files import shown
@@ -198,10 +198,11 @@ class StoredTensors:
                 f"{stored.path}: tensor {name} is stored as {stored.dtype}, which is not supported "
                 "for one tensor of all experts"
             )
-        if checkpoint_layout(self._arch, name) != Layout():
+        layout = checkpoint_layout(self._arch, name)
+        if layout.transposed or layout.interleaved:
             raise LoadError(
                 f"{stored.path}: tensor {name} has dtype {stored.dtype}, which is not supported "
-                "for a tensor that is stored transposed, interleaved or by heads"
+                "for a tensor that is stored transposed or interleaved"
             )
         names = list(_scales_of(name) & self._stored.keys())
         if len(names) != 1:
@@ -225,7 +226,9 @@ class StoredTensors:
             return replace(FP8_TENSOR, suffix=suffix)
         if scale.shape == grid:
             shapes = self._arch.weights()
-            if any(shapes[part][0] % block.rows for part in parts[:-1]):
+            blocks = num_blocks(self._arch, parts)
+            before_others = parts if blocks > 1 else parts[:-1]
+            if any(shapes[part][0] // blocks % block.rows for part in before_others):
                 raise LoadError(
                     f"{stored.path}: tensor {name} is {block}, of which one lies over two of the "
                     f"weights that it holds ({', '.join(parts)})"

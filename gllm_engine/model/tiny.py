@@ -157,6 +157,10 @@ def _random_weight(
     if name == "model.norm.weight":
         # Factors of both signs: otherwise a tied model repeats its input for ever.
         return noise - 1 if arch.norm == "rms_plus_one" else noise
+    if name.endswith("linear_attn.norm.weight"):
+        return 1 + 0.3 * noise
+    if name.endswith("linear_attn.A_log"):
+        return noise - 2  # states remember tens of tokens
     if name.endswith("norm.weight"):
         return 0.3 * noise if arch.norm == "rms_plus_one" else 1 + 0.3 * noise
     if name.endswith(".sinks"):

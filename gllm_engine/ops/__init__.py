@@ -17,6 +17,7 @@ from gllm_engine.ops.protocol import (
     AttentionPlan,
     AttentionPlanner,
     HeadNorm,
+    IndexQueries,
     LatentQueries,
     Norm,
     Ops,
@@ -43,6 +44,7 @@ __all__ = [
     "Fp8Weight",
     "HeadNorm",
     "HostInts",
+    "IndexQueries",
     "LatentQueries",
     "Norm",
     "Ops",
@@ -80,4 +82,8 @@ def select_ops(device: torch.device) -> Ops:
         from gllm_engine.ops import flashinfer
 
         return flashinfer
-    raise ValueError(f"device {device} has no operations; supported: cpu, cuda")
+    if device.type == "meta":
+        from gllm_engine.ops import meta
+
+        return meta
+    raise ValueError(f"device {device} has no operations; supported: cpu, cuda, meta")

@@ -92,7 +92,8 @@ def made_up_step(
     query_lens = [num for _, num in rows]
     positions = torch.cat([torch.arange(n - num, n) for n, num in rows]).to(device)
     slots = torch.arange(len(rows), device=device) % len(page_table)
-    of_tokens = slots.repeat_interleave(torch.tensor(query_lens, device=device))
+    num_tokens = torch.tensor(query_lens, device=device)
+    of_tokens = slots.repeat_interleave(num_tokens, output_size=len(positions))
     pages = page_table[of_tokens, positions // page_size]
     return Batch(
         tokens=torch.zeros_like(positions),

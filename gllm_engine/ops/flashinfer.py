@@ -34,12 +34,19 @@ from torch import Tensor
 from gllm_engine.ops import fp8_product, reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
+from gllm_engine.ops.kernels import (
+    PARTIALS_BYTES,
+    SCORE_BYTES,
+    chunk_backend,
+    has_chunk_kernels,
+)
 from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, prefill_rows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
     AttentionPlan,
     HeadNorm,
+    IndexQueries,
     LatentQueries,
     Norm,
     RecurrentState,
@@ -66,6 +73,7 @@ __all__ = [
     "add_linear",
     "attend",
     "attend_latent",
+    "choose_tokens",
     "compile_attention",
     "gated_delta",
     "gated_linear",
@@ -82,14 +90,11 @@ __all__ = [
     "route",
     "sample_plain",
     "silu_mul",
+    "store_index_key",
     "store_latent",
     "sum_experts",
 ]
 
-_HEAD_DIMS = (64, 128, 256)
-_DTYPES = (torch.bfloat16, torch.float16)
-# Bytes for the partial results of rows that FlashInfer splits among multiprocessors.
-_PARTIALS_BYTES = 384 << 20
 # Bytes of one plan: FlashInfer's own default.
 _PLAN_BYTES = 8 << 20
 # Plans on their way to the device at once. It exceeds a runner's steps in flight, so that the host
@@ -132,7 +137,8 @@ class LatentPlan(AttentionPlan):
     """A plan of latent attention, for rows of all kinds."""
 
     cache_index: Tensor  # [tokens] cache place of each latent
-    splits: triton.KvSplits
+    splits: triton.KvSplits  # of the tokens that the rows attend to
+    choice: triton.Choice | None = None  # None: the rows attend to their contexts
 
 
 def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
@@ -303,12 +309,42 @@ def attend_latent(
     plan: AttentionPlan,
     scale: float,
     tokens: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent."""
     assert isinstance(plan, LatentPlan)
     if tokens is not None:
         queries = LatentQueries(queries.latent[tokens], queries.rope[tokens])
-    return triton.attend_latent(queries, cache, plan.splits, scale)
+    return triton.attend_latent(queries, cache, plan.splits, scale, chosen)
+
+
+def store_index_key(
+    q: Tensor,
+    k: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.store_index_key."""
+    assert isinstance(plan, LatentPlan)
+    cos, sin, positions = rotary
+    return triton.store_index_key(
+        q, k, norm, (cos, sin), positions, interleaved, cache, plan.cache_index
+    )
+
+
+def choose_tokens(
+    queries: IndexQueries, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+) -> Tensor | None:
+    """See Ops.choose_tokens."""
+    assert isinstance(plan, LatentPlan)
+    if plan.choice is None:
+        return None
+    if tokens is not None:
+        queries = IndexQueries(queries.q[tokens], queries.weights[tokens])
+    return triton.choose_tokens(queries, cache, plan.choice)
 
 
 def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:
@@ -383,8 +419,10 @@ class FlashInferPlanner:
         self._device = device
         self._dtype = dtype
         self._stages = _Stages()
-        self._partials = torch.zeros(_PARTIALS_BYTES, dtype=torch.uint8, device=device)
+        self._partials = torch.zeros(PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
+        # Of indexers, if a model has them; the layers use it one after the other.
+        self._scores: Tensor | None = None
 
     def plan(
         self,
@@ -439,7 +477,7 @@ class FlashInferPlanner:
             plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, shape, group)
         if paged < len(rows.ends):
             kind = BatchPrefillWithRaggedKVCacheWrapper
-            plan.fresh = self._wrapper(kind, shape, _best_backend(), group)
+            plan.fresh = self._wrapper(kind, shape, chunk_backend(_is_hopper(), True), group)
             starts = _starts(rows.query_lens[paged:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
 
@@ -452,11 +490,13 @@ class FlashInferPlanner:
             starts = _starts(batch.query_lens).to(self._device, non_blocking=True)
         return RowPlan(batch.slots, starts)
 
-    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> LatentPlan:
+    def plan_latent(
+        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+    ) -> LatentPlan:
         """See AttentionPlanner.plan_latent. Every token is a row, so nothing is read on the host
         but the lengths of chunks.
         """
-        del cache
+        page_size = cache.shape[2]
         slots = batch.slots
         n = batch.num_decode
         if len(batch.query_lens) > n:
@@ -465,10 +505,20 @@ class FlashInferPlanner:
             num_tokens = len(batch.tokens)
             slots = slots.repeat_interleave(lens, output_size=num_tokens)
         lens = batch.context_lens if len(batch.query_lens) == n else batch.positions + 1
+        # In a CUDA graph, no length is known on the host.
+        longest = batch.page_table.shape[1] * page_size
+        if len(batch.context_lens_cpu):
+            longest = int(batch.context_lens_cpu.max())
+        choice: triton.Choice | None = None
+        attended = lens
+        if top_k is not None and longest > top_k:
+            if self._scores is None:
+                self._scores = torch.empty(SCORE_BYTES // 4, device=self._device)
+            choice = triton.plan_choice(batch.page_table, slots, lens, longest, top_k, self._scores)
+            attended = lens.clamp(max=top_k)
         blocks = triton.head_blocks(num_heads)
-        return LatentPlan(
-            batch.cache_index, triton.split_kv(batch.page_table, slots, lens, blocks, None)
-        )
+        splits = triton.split_kv(batch.page_table, slots, attended, blocks, None)
+        return LatentPlan(batch.cache_index, splits, choice)
 
     def _plan_chunks(
         self,
@@ -478,7 +528,7 @@ class FlashInferPlanner:
         shape: dict[str, Any],
         group: int,
     ) -> BatchPrefillWithPagedKVCacheWrapper:
-        backend = _best_backend() if cache.dtype == self._dtype else "fa2"
+        backend = chunk_backend(_is_hopper(), cache.dtype == self._dtype)
         wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, shape, backend, group)
         page_size = cache.shape[2]
         pages = ListedPages(rows, page_size, window=shape["window_left"] + 1)
@@ -517,18 +567,13 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
     return FlashInferPlanner(device, dtype)
 
 
-def _best_backend() -> str:
-    """FlashInfer's FlashAttention-3 kernels run only on Hopper."""
-    return "fa3" if _is_hopper() else "fa2"
-
-
 def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
 def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
     """Whether FlashInfer has kernels for this cache with queries of `dtype`."""
-    return dtype in _DTYPES and cache.shape[4] in _HEAD_DIMS
+    return has_chunk_kernels(cache.shape[4], dtype)
 
 
 def _shape(

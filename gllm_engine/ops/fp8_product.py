@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.ops import triton
+from gllm_engine.ops.kernels import has_scaled_product
 from gllm_engine.ops.protocol import Norm
 from gllm_engine.ops.weight import Fp8Weight
 
@@ -42,15 +43,16 @@ def linear(
 
 def has_product(x: Tensor, weight: Fp8Weight) -> bool:
     """Whether torch multiplies x [rows, depth] by weights of this format and shape."""
-    aligned = not any(size % _SIZE_MULTIPLE for size in weight.shape)
-    if x.dtype != torch.bfloat16 or not len(x) or not aligned:
+    if not len(x) or any(size % _SIZE_MULTIPLE for size in weight.shape):
         return False
     if weight.columns_per_scale == x.shape[1] and weight.rows_per_scale == 1:
-        return True
-    blocks = (weight.rows_per_scale, weight.columns_per_scale) == (_BLOCK, _BLOCK)
+        return has_scaled_product(x.dtype)
+    block = (weight.rows_per_scale, weight.columns_per_scale)
     whole = not any(size % _BLOCK for size in weight.shape)
-    whole = whole and weight.scale_row is None and not weight.first_column
-    return blocks and whole and torch.cuda.get_device_capability(x.device)[0] == 9
+    if not whole or weight.scale_row is not None or weight.first_column:
+        return False
+    is_hopper = torch.cuda.get_device_capability(x.device)[0] == 9
+    return has_scaled_product(x.dtype, block, is_hopper)
 
 
 def _multiply(x: Tensor, weight: Fp8Weight, norm: Norm | None) -> Tensor:

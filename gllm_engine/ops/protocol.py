@@ -76,6 +76,13 @@ class LatentQueries(NamedTuple):
     rope: Tensor  # [tokens, heads, rope_dim]
 
 
+class IndexQueries(NamedTuple):
+    """Queries of the indexer of sparse attention, and the weights of its heads."""
+
+    q: Tensor  # [tokens, heads, dim]
+    weights: Tensor  # [tokens, heads]
+
+
 class AttentionLayer(NamedTuple):
     """The parameters of AttentionPlanner.plan that choose a compiled kernel."""
 
@@ -120,9 +127,11 @@ class AttentionPlanner(Protocol):
         """Plan a step of layers that keep a state per sequence. The plan stays valid."""
         ...
 
-    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> AttentionPlan:
+    def plan_latent(
+        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+    ) -> AttentionPlan:
         """As plan, for latent attention: `cache` is [num_pages, 1, page_size, 1, width]. The plan
-        stays valid.
+        stays valid. `top_k`: tokens that an indexer chooses; None: there is no indexer.
         """
         ...
 
@@ -265,7 +274,7 @@ class Ops(Protocol):
     def mean_squares(self, qkv: Tensor, num_heads: int) -> Tensor:
         """The mean squares of all numbers of the q heads and of the k heads: [tokens, 2] float32.
 
-        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous.
+        qkv: as in `rotate_and_store`.
         """
         ...
 
@@ -282,8 +291,9 @@ class Ops(Protocol):
     ) -> AttentionInputs:
         """Norm and rotate the q and k heads of qkv, and store k and v in the cache.
 
-        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], contiguous; may be overwritten. rotary:
-        None: nothing is rotated. query_scale: [tokens] float32, a last factor of the q heads.
+        qkv: [tokens, num_heads + 2 * kv_heads, head_dim], of which each token is contiguous; may be
+        overwritten. rotary: None: nothing is rotated. query_scale: [tokens] float32, a last factor
+        of the q heads.
         cache: [num_pages, 2, page_size, kv_heads, head_dim], in the dtype of qkv or in
         float8_e4m3fn, where values are clamped to -448 .. 448.
         """
@@ -333,11 +343,46 @@ class Ops(Protocol):
         plan: AttentionPlan,
         scale: float,
         tokens: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale * q latent') latent over each row's pages: [tokens, heads, rank].
 
         `tokens`: [n] int64, the indices of the input tokens that the plan
-        covers; None: all tokens.
+        covers; None: all tokens. `chosen`: from choose_tokens with the same plan and tokens.
+        """
+        ...
+
+    def store_index_key(
+        self,
+        q: Tensor,
+        k: Tensor,
+        norm: tuple[Tensor, Tensor, float],
+        rotary: RotaryInputs,
+        interleaved: bool,
+        cache: Tensor,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """Layer norm of an indexer's keys k [tokens, dim], rotation, and storage in the cache.
+
+        q: [tokens, heads, dim], contiguous; its rotated copy or itself is returned. norm: gain and
+        bias, [dim], and epsilon. cache: [num_pages, 1, page_size, 1, dim].
+        """
+        ...
+
+    def choose_tokens(
+        self,
+        queries: IndexQueries,
+        cache: Tensor,
+        plan: AttentionPlan,
+        tokens: Tensor | None = None,
+    ) -> Tensor | None:
+        """The positions of the tokens that each query token attends to, [tokens, top_k] int32.
+
+        These are the plan's top_k tokens of the greatest scores, in ascending order of positions;
+        of equal scores, the first tokens are chosen. A row with fewer tokens has all of them, and
+        its other entries are undefined. None: no row of the plan has more than top_k tokens. A
+        score is the sum over heads of weight * relu(q k'), in float32. cache: as store_index_key.
+        `tokens`: as attend_latent.
         """
         ...
 

@@ -13,8 +13,8 @@ chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -29,6 +29,7 @@ from gllm_engine.ops.protocol import (
     AttentionLayer,
     AttentionPlan,
     HeadNorm,
+    IndexQueries,
     LatentQueries,
     Norm,
     PlainSampling,
@@ -286,6 +287,7 @@ class ReferencePlan(AttentionPlan):
     chunks: list[_Chunk]
     scale: float | None = None
     softcap: float | None = None
+    top_k: int | None = None  # tokens that an indexer chooses; None: no row has more of them
 
 
 @dataclass(frozen=True)
@@ -324,10 +326,15 @@ class ReferencePlanner:
         """See AttentionPlanner.plan_recurrent."""
         return RowPlan(batch.slots, batch.query_lens, batch.num_decode)
 
-    def plan_latent(self, batch: Batch, cache: Tensor, num_heads: int) -> ReferencePlan:
+    def plan_latent(
+        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+    ) -> ReferencePlan:
         """See AttentionPlanner.plan_latent."""
         del num_heads
-        return plan_attention(batch, cache, None, self._dtype)
+        plan = plan_attention(batch, cache, None, self._dtype)
+        if top_k is None or batch.context_lens_cpu.max() <= top_k:
+            return plan
+        return replace(plan, top_k=top_k)
 
 
 def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
@@ -583,11 +590,14 @@ def attend_latent(
     plan: AttentionPlan,
     scale: float,
     tokens: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent."""
     assert isinstance(plan, ReferencePlan)
     q = torch.cat(queries, 2)
     q = q if tokens is None else q[tokens]
+    if chosen is not None:
+        plan = _only_chosen(plan, chosen)
     rank = queries.latent.shape[2]
     width = cache.shape[4]
     flat = cache.flatten(0, 3)
@@ -612,6 +622,90 @@ def attend_latent(
         )
         out[chunk.tokens] = o[0].transpose(0, 1)
     return out
+
+
+def store_index_key(
+    q: Tensor,
+    k: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.store_index_key."""
+    assert isinstance(plan, ReferencePlan)
+    key = layer_norm(k, *norm)[:, None]
+    q = q.clone()
+    cos, sin = rotary
+    rotate(key, cos, sin, interleaved)
+    rotate(q, cos, sin, interleaved)
+    write_kv(cache, key[:, None], plan)
+    return q
+
+
+def choose_tokens(
+    queries: IndexQueries, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+) -> Tensor | None:
+    """See Ops.choose_tokens."""
+    assert isinstance(plan, ReferencePlan)
+    if plan.top_k is None:
+        return None
+    q, weights = queries if tokens is None else (part[tokens] for part in queries)
+    flat = cache.flatten(0, 3)
+    chosen = q.new_zeros(len(q), plan.top_k, dtype=torch.int32)
+    for rows, gather, seen in _seen(plan):
+        keys = _read(flat, gather, torch.float32)
+        keys = keys.view(-1, seen.shape[1], flat.shape[1])  # of each decode row, or of the chunk
+        scores = torch.zeros_like(seen, dtype=torch.float32).view(len(keys), -1, seen.shape[1])
+        for head, weight in zip(q[rows].unbind(1), weights[rows].unbind(1), strict=True):
+            products = head.float().view(len(keys), -1, flat.shape[1]) @ keys.mT
+            scores += weight.float().view(len(keys), -1, 1) * products.relu()
+        scores = scores.view_as(seen).masked_fill(~seen, -inf)
+        best = scores.sort(stable=True, descending=True).indices[:, : plan.top_k]
+        kept = torch.zeros_like(seen).scatter_(1, best, True) & seen
+        # Sorting puts the kept tokens first, and does not change their order.
+        first = kept.sort(stable=True, descending=True).indices[:, : plan.top_k]
+        chosen[rows, : first.shape[1]] = first.int()
+    return chosen
+
+
+def _seen(plan: ReferencePlan) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+    """For all tokens in parts: which tokens, what they gather, and which of it they see [n, len].
+
+    Decode rows gather n times len places, a chunk len places.
+    """
+    for part in plan.padded:
+        yield part.rows, part.gather, part.mask[:, 0, 0] == 0
+    for chunk in plan.chunks:
+        yield chunk.tokens, chunk.gather, _mask_of(chunk)
+
+
+def _mask_of(chunk: _Chunk) -> Tensor:
+    if chunk.mask is not None:
+        return chunk.mask
+    return chunk.gather.new_ones(len(chunk.gather), len(chunk.gather), dtype=torch.bool).tril()
+
+
+def _only_chosen(plan: ReferencePlan, chosen: Tensor) -> ReferencePlan:
+    """A plan in which tokens see only those tokens, of those that they saw."""
+
+    def kept(rows: Tensor | slice, seen: Tensor) -> Tensor:
+        some = chosen[rows].long()
+        defined = torch.arange(some.shape[1], device=some.device) < seen.sum(1, keepdim=True)
+        return torch.zeros_like(seen).scatter_(1, some * defined, True) & seen
+
+    padded = [
+        replace(
+            part,
+            mask=part.mask.masked_fill(
+                ~kept(part.rows, part.mask[:, 0, 0] == 0)[:, None, None], -inf
+            ),
+        )
+        for part in plan.padded
+    ]
+    chunks = [replace(chunk, mask=kept(chunk.tokens, _mask_of(chunk))) for chunk in plan.chunks]
+    return replace(plan, padded=padded, chunks=chunks)
 
 
 def _softmax_attention(

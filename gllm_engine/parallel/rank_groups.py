@@ -38,12 +38,16 @@ _IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: one address per line, fir
 
 @dataclass(frozen=True)
 class RankGroups:
-    """This rank's communicators: `tensor` to the ranks of its stage, `pipe` to other stages."""
+    """This rank's communicators: `tensor` to the ranks of its stage, `pipe` to other stages.
+
+    `leads_node`: whether this is the first rank of its node.
+    """
 
     mesh: Mesh
     rank: int
     tensor: TensorParallel
     pipe: Pipe
+    leads_node: bool
 
     @property
     def stage(self) -> int:
@@ -114,7 +118,7 @@ def join_ranks(
         first=(mesh.rank_at(0, i), back[i]),
         last=(mesh.rank_at(mesh.pp - 1, i), back[i]),
     )
-    return RankGroups(mesh, rank, tensor, pipe)
+    return RankGroups(mesh, rank, tensor, pipe, leads_node=rank % per_node == 0)
 
 
 def talk_through(host: str) -> None:

@@ -23,7 +23,7 @@ def pack(device: torch.device, *arrays: HostInts) -> Tensor:
     The host need not wait for a copy from pinned memory.
     """
     dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
-    packed = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=device.type != "cpu")
+    packed = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=device.type == "cuda")
     np.concatenate(arrays, out=packed.numpy())
     return packed
 

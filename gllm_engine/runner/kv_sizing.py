@@ -1,20 +1,24 @@
 """Chooses the number of pages of the KV cache.
 
 On a GPU it runs the largest step that the configuration allows, and leaves that step's peak memory
-free.
+free. On torch's meta device the same step tells the memory without a GPU.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from gllm_engine.arch import MAX_EOS_TOKEN_IDS
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.model import Decoder
+from gllm_engine.model import Decoder, LayerCache, bytes_of_states
 from gllm_engine.ops.batch import made_up_step
+from gllm_engine.runner.peak_memory import PeakMemory
 from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
@@ -29,6 +33,7 @@ from gllm_engine.types import NewSequence
 # Memory that the trial step does not use and that does not grow with the number of sequences: the
 # CUDA graphs themselves, and kernels that are loaded later.
 _RESERVE_BYTES = 2 << 30
+_GIB = 1 << 30
 
 # The KV cache has this many times the memory of the snapshots of states.
 _SNAPSHOT_SHARE = 8
@@ -37,55 +42,103 @@ _log = logging.getLogger(__name__)
 
 
 def fitting_snapshots(config: EngineConfig, decoder: Decoder, num_pages: int) -> int:
-    """Snapshots of states: config.num_snapshots, or as many as fit a share of the KV cache.
-
-    `num_pages`: from fitting_pages. On a rank without states, the number of other ranks counts.
+    """Snapshots of states: config.num_snapshots, or as many as fit a share of the KV cache's
+    memory. The same on all ranks with the same `num_pages`; 0 for a model without states.
     """
-    if config.num_snapshots is not None:
+    if config.num_snapshots is not None and decoder.arch.keeps_states:
         return config.num_snapshots
-    state_bytes = decoder.new_states(1).flat.numel()
-    page_bytes = decoder.page_bytes(config.page_size, cache_dtype(config, decoder))
-    return num_pages * page_bytes // _SNAPSHOT_SHARE // max(1, state_bytes)
+    return int(num_pages * _snapshots_per_page(config, decoder))
 
 
-def fitting_pages(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
+def _snapshots_per_page(config: EngineConfig, decoder: Decoder) -> float:
+    """The ratio is that of the whole model, because a rank may have no K and V, or no states."""
+    whole = replace(decoder.shard, first=0, end=len(decoder.arch.layers)).of(decoder.arch)
+    itemsize = cache_dtype(config, decoder).itemsize
+    page_bytes = replace(decoder.arch, layers=whole).kv_bytes_per_token(itemsize) * config.page_size
+    state_bytes = bytes_of_states(whole, decoder.dtype)
+    return page_bytes / state_bytes / _SNAPSHOT_SHARE if state_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Memory of a GPU in bytes: all of it, what is in use before there is a KV cache, and what a
+    step takes besides.
+    """
+
+    total: int
+    used: int
+    step: int
+
+
+def fitting_pages(
+    config: EngineConfig, decoder: Decoder, memory: Callable[[], GpuMemory] | None
+) -> int:
     """Pages for the KV cache: config.num_pages, or as many as the device has room for.
 
-    `max_pages`: pages of a sequence of the greatest length. Raises ConfigError if a GPU has no room
-    for one page.
+    `memory`: of the GPU, called if it limits the cache; None on a CPU. Raises ConfigError if a GPU
+    has no room for one page.
     """
     if config.num_pages is not None:
         return config.num_pages
-    page_bytes = decoder.page_bytes(config.page_size, cache_dtype(config, decoder))
-    if config.kv_cache_gib is not None or decoder.device.type == "cpu":
-        return max(1, int((config.kv_cache_gib or 1.0) * 2**30) // page_bytes)
-    total = torch.cuda.mem_get_info(decoder.device)[1]
-    reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
-    peak = reserved + _trial(config, decoder, max_pages)
     # SlotTable.cached_tokens
     whole = next(group for group in decoder.groups if group.window is None)
-    page_bytes += whole.num_pages(1) * config.page_size * torch.int64.itemsize
-    torch.cuda.empty_cache()
-    used = total - torch.cuda.mem_get_info(decoder.device)[0]
-    states = (config.max_num_seqs + 1) * decoder.new_states(1).flat.numel()
-    free = int(total * config.gpu_memory_utilization) - used - peak - states
-    if decoder.arch.keeps_states and config.num_snapshots is None:
-        free -= free // (_SNAPSHOT_SHARE + 1)
-    gib = 1 << 30
+    id_bytes = whole.num_pages(1) * config.page_size * torch.int64.itemsize
+    page_bytes = decoder.page_bytes(config.page_size, cache_dtype(config, decoder))
+    if config.kv_cache_gib is not None or memory is None:
+        size = int((config.kv_cache_gib or 1.0) * 2**30)
+        return max(1, size // (page_bytes or id_bytes))
+    return _pages_in(config, decoder, memory(), page_bytes + id_bytes)
+
+
+def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_bytes: int) -> int:
+    """`page_bytes`: of a page in the KV cache and beside it."""
+    states = states_bytes(config, decoder)
+    usable = int(memory.total * config.gpu_memory_utilization)
+    free = usable - memory.used - memory.step - states
     _log.info(
-        "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for the KV cache, of %.1f",
-        used / gib,
-        peak / gib,
-        free / gib,
-        total / gib,
+        "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for states of sequences, "
+        "%.1f for the KV cache, of %.1f",
+        memory.used / _GIB,
+        memory.step / _GIB,
+        states / _GIB,
+        free / _GIB,
+        memory.total / _GIB,
     )
+    if config.num_snapshots is None:
+        page_bytes += int(_snapshots_per_page(config, decoder) * decoder.state_bytes)
+    else:
+        free -= config.num_snapshots * decoder.state_bytes
     if free < page_bytes:
         raise ConfigError(
-            f"gpu_memory_utilization: {config.gpu_memory_utilization} of {total / gib:.1f} GiB "
-            f"leaves no room for a KV cache: {used / gib:.1f} are in use and a step takes "
-            f"{peak / gib:.1f}"
+            f"gpu_memory_utilization: {config.gpu_memory_utilization} of "
+            f"{memory.total / _GIB:.1f} GiB leaves no room for a KV cache: "
+            f"{memory.used / _GIB:.1f} are in use, a step takes {memory.step / _GIB:.1f}, and the "
+            f"states of {config.max_num_seqs} sequences (max_num_seqs) {states / _GIB:.1f}"
         )
     return free // page_bytes
+
+
+def states_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """Bytes of the states of all slots of a GPU, of which CUDA graphs have one more."""
+    return (config.max_num_seqs + 1) * decoder.state_bytes
+
+
+def measured_memory(config: EngineConfig, decoder: Decoder, max_pages: int) -> GpuMemory:
+    """The memory of the decoder's GPU. `max_pages`: pages of a sequence of the greatest length."""
+    total = torch.cuda.mem_get_info(decoder.device)[1]
+    step = step_bytes(config, decoder, max_pages)
+    torch.cuda.empty_cache()
+    used = total - torch.cuda.mem_get_info(decoder.device)[0]
+    return GpuMemory(total, used, step)
+
+
+def step_bytes(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
+    """Bytes to leave free for steps of any kind, on a GPU or on the meta device.
+
+    `max_pages`: pages of a sequence of the greatest length.
+    """
+    reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
+    return reserved + _trial(config, decoder, max_pages)
 
 
 def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
@@ -110,13 +163,34 @@ def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
+class _Peak:
+    """`num_bytes`: the most memory that was allocated at once, beyond that at the start."""
+
+    num_bytes = 0
+
+
+@contextmanager
+def _watching(device: torch.device) -> Iterator[_Peak]:
+    """Watch the memory of a GPU, or of torch's meta device, while the block runs."""
+    peak = _Peak()
+    if device.type == "meta":
+        with PeakMemory() as memory:
+            yield peak
+        peak.num_bytes = memory.peak
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield peak
+    torch.cuda.synchronize(device)
+    peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
+
+
 def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     """Peak bytes of the largest step and of the runner's state of all slots, beyond the memory
     allocated now. `max_pages`: pages of one sequence.
     """
     num_tokens = config.max_num_batched_tokens
     page_size = config.page_size
-    device = decoder.device
     longest = min(num_tokens, max_pages * page_size)
     lens = [longest] * (num_tokens // longest)
     lens += [num_tokens - sum(lens)] if num_tokens % longest else []
@@ -124,13 +198,27 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     num_pages = -(-longest // page_size)
     states = decoder.new_states(len(lens))
     cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder), states)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    with _watching(decoder.device) as peak:
+        _largest_step(config, decoder, cache, lens, max_pages)
+    return peak.num_bytes
+
+
+def _largest_step(
+    config: EngineConfig,
+    decoder: Decoder,
+    cache: list[LayerCache],
+    lens: list[int],
+    max_pages: int,
+) -> None:
+    """A step with prompts of `lens` tokens, and the most expensive sampling of all sequences."""
+    num_tokens = sum(lens)
+    page_size = config.page_size
+    device = decoder.device
     rows = min(config.max_num_seqs, num_tokens)
     table = SlotTable(rows, max_pages, 1, page_size, device, decoder.groups)
     state = SamplingState(table, decoder.arch.vocab)  # alive to the end, as in a runner
     sampling = costly_sampling(table, state)
-    pages = torch.arange(num_pages, device=device)[None]
+    pages = torch.arange(-(-max(lens) // page_size), device=device)[None]
     scored = min(num_tokens, scored_at_once(decoder.arch.vocab))  # positions of prompts
     wanted = torch.arange(max(rows, scored), device=device)
     batch = made_up_step(
@@ -148,8 +236,6 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
         del scores, raw
         targets = torch.zeros(scored, dtype=torch.int64, device=device)
         log_probabilities(decoder.logits(hidden[:scored]), targets, MAX_LOGPROBS)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def costly_sampling(table: SlotTable, state: SamplingState) -> SamplingBatch:

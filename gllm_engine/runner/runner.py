@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,12 @@ from gllm_engine.parallel import Pipe, RankGroups
 from gllm_engine.runner.batch import StepInputs, build_step
 from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.host_arrays import int_array, to_device
-from gllm_engine.runner.kv_sizing import cache_dtype, fitting_pages, fitting_snapshots
+from gllm_engine.runner.kv_sizing import (
+    cache_dtype,
+    fitting_pages,
+    fitting_snapshots,
+    measured_memory,
+)
 from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
@@ -98,15 +104,13 @@ class Runner:
         with self._timed("kernels"):
             decoder.compile_kernels(config.page_size, cache_dtype(config, decoder))
         with self._timed("memory"):
-            fitting = fitting_pages(config, decoder, max_pages)
+            memory = partial(measured_memory, config, decoder, max_pages) if on_gpu else None
+            fitting = fitting_pages(config, decoder, memory)
             self.num_pages = fitting if ranks is None else ranks.min_over_ranks(fitting)
             # On a GPU one more slot and one more page, for the padding rows of CUDA graphs.
             num_pages = self.num_pages + on_gpu
             num_slots = config.max_num_seqs + on_gpu
-            self.num_snapshots = 0
-            if arch.keeps_states:
-                fitting = fitting_snapshots(config, decoder, self.num_pages)
-                self.num_snapshots = fitting if ranks is None else ranks.min_over_ranks(fitting)
+            self.num_snapshots = fitting_snapshots(config, decoder, self.num_pages)
             # Slots come first, then snapshots.
             self.states = decoder.new_states(num_slots + self.num_snapshots)
             dtype = cache_dtype(config, decoder)
@@ -185,18 +189,13 @@ class Runner:
     def _move_states(self, plan: StepPlan) -> None:
         """Copy states to snapshots, then give new owners of slots theirs."""
         first = len(self.table.lengths)
-        if plan.snapshots:
-            slots = [slot for slot, _ in plan.snapshots]
-            targets = [first + snapshot for _, snapshot in plan.snapshots]
-            self.states.move(*to_device(self.device, int_array(slots), int_array(targets)))
-        restored = [new for new in plan.new if new.snapshot != NO_SNAPSHOT]
-        if restored:
-            sources = int_array([first + new.snapshot for new in restored])
-            slots_cpu = int_array([new.slot for new in restored])
-            self.states.move(*to_device(self.device, sources, slots_cpu))
-        empty = [new.slot for new in plan.new if new.snapshot == NO_SNAPSHOT]
-        if empty:
-            self.states.clear(*to_device(self.device, int_array(empty)))
+        for slot, snapshot in plan.snapshots:
+            self.states.copy(slot, first + snapshot)
+        for new in plan.new:
+            if new.snapshot == NO_SNAPSHOT:
+                self.states.clear(new.slot)
+            else:
+                self.states.copy(first + new.snapshot, new.slot)
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
         """Hidden states [tokens, dim] from the previous stage; None on the first stage."""
@@ -234,6 +233,7 @@ class Runner:
     def close(self) -> None:
         self._graphs = None
         self.cache.clear()
+        self.states.free()
 
     def _timer(self) -> StepTimer:
         return HostTimer() if self.device.type == "cpu" else EventTimer()

@@ -7,18 +7,20 @@ runner, which it knows nothing else of.
 from __future__ import annotations
 
 from gllm_engine.sched.cost import CostModel, Fit, Work
-from gllm_engine.sched.pages import IntegrityError, capacity, make_groups
+from gllm_engine.sched.pages import Group, IntegrityError, PagePool, capacity, make_groups
 from gllm_engine.sched.policy import POLICIES, Budget, Policy
 from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
 from gllm_engine.sched.sequence import Constraint, Sequence, SequenceKey
 
 __all__ = [
     "POLICIES",
+    "PagePool",
     "Budget",
     "Committed",
     "Constraint",
     "CostModel",
     "Fit",
+    "Group",
     "IntegrityError",
     "Policy",
     "Refused",

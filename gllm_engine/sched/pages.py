@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
+from typing import NamedTuple
 
 from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
@@ -256,6 +257,19 @@ class GroupPages:
             self.group.pool.give_back(gone)
 
 
+class CachedPrefix(NamedTuple):
+    """The cached beginning of a prompt that a sequence can use; valid until the pools change.
+
+    All groups have the pages that the token after it needs. There is a snapshot after it if the
+    model needs one.
+    """
+
+    num_pages: int
+    pages: list[list[int]]  # by group: the last ones of the prefix, those that are needed
+    num_stored: int  # pages of the longest prefix that the groups could serve with a snapshot
+    snapshot: int | None
+
+
 class Pages:
     """The pages of one sequence in every group, and the hashes of its full pages.
 
@@ -278,44 +292,76 @@ class Pages:
         self._chain = [self._pool.root(salt)]  # entry k + 1 is the hash of pages 0..k
         self._num_published = 0
 
-    def find_cached(self, tokens: list[int]) -> int:
-        """The number of pages in the longest prefix of `tokens` that is cached in all groups, and
-        has a snapshot if the model needs one.
+    def find_cached(self, tokens: list[int]) -> CachedPrefix:
+        """The longest prefix of `tokens` that can be used.
 
         The prefix is without the last token, which must be computed, because the next token is
         sampled from its output. A group with a window needs only the prefix's last pages.
         """
-        count = (len(tokens) - 1) // self._page_size
-        while True:
-            found = self.find_pages(tokens, count)
-            count = self._last_snapshot(tokens, found)
-            if count == found:
-                return count
-
-    def find_pages(self, tokens: list[int], most: int) -> int:
-        """As find_cached, but of at most `most` pages, and without a snapshot."""
         if not self._pool.caching:
-            return 0
+            return self.nothing_cached()
+        most = (len(tokens) - 1) // self._page_size
+        whole = {
+            number: self._first_cached(part.group, tokens, most)
+            for number, part in enumerate(self.groups)
+            if part.group.window is None
+        }
+        count, shown = self._with_windows(tokens, min([most, *map(len, whole.values())]))
+        stored = count
+        snapshot: int | None = None
+        if self.snapshots is not None:
+            while count and (snapshot := self.find_snapshot(tokens, count)) is None:
+                count, shown = self._with_windows(tokens, count - 1)
+        found = {number: pages[:count] for number, pages in whole.items()} | shown
+        return CachedPrefix(count, [found[i] for i in range(len(self.groups))], stored, snapshot)
+
+    def nothing_cached(self) -> CachedPrefix:
+        return CachedPrefix(0, [[] for _ in self.groups], 0, None)
+
+    def _first_cached(self, group: Group, tokens: list[int], most: int) -> list[int]:
+        """The group's first pages, up to the first that is not cached, and at most `most`."""
+        pages = []
+        for index in range(most):
+            page = group.pool.find(self._key(group, tokens, index))
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _with_windows(self, tokens: list[int], most: int) -> tuple[int, dict[int, list[int]]]:
+        """The length of the longest prefix, at most `most` pages, that the groups with a window can
+        serve; and, by number of the group, their pages that the token after the prefix needs.
+        """
         count = most
         before = -1
-        while count != before:  # a shorter prefix needs earlier pages of the groups with a window
+        shown: dict[int, list[int]] = {}
+        while count != before:  # a shorter prefix needs earlier pages
             before = count
-            for part in self.groups:
-                count = self._cached_prefix(part.group, tokens, count)
-        return count
+            for number, part in enumerate(self.groups):
+                if part.group.window is not None:
+                    count, shown[number] = self._last_cached(part.group, tokens, count)
+        return count, shown
 
-    def _last_snapshot(self, tokens: list[int], most: int) -> int:
-        """The longest prefix that has a snapshot, in at most `most` pages."""
+    def _last_cached(self, group: Group, tokens: list[int], most: int) -> tuple[int, list[int]]:
+        """As _with_windows, of one group."""
         count = most
-        while self.snapshots is not None and count and self.find_snapshot(tokens, count) is None:
-            count -= 1
-        return count
+        pages: list[int] = []
+        index = count - 1
+        while index >= group.first_needed(count * self._page_size):
+            page = group.pool.find(self._key(group, tokens, index))
+            if page is None:
+                count = index
+                pages = []
+            else:
+                pages.append(page)
+            index -= 1
+        return count, pages[::-1]
 
     def find_snapshot(self, tokens: list[int], num_pages: int) -> int | None:
         """The snapshot of the state after `num_pages` pages of `tokens`."""
         if self.snapshots is None:
             return None
-        return self.snapshots.find(self._digest(tokens, num_pages - 1))
+        return self.snapshots.find(self.digest(tokens, num_pages))
 
     def publish_snapshot(self, snapshot: int, tokens: list[int], num_pages: int) -> None:
         """Make a snapshot findable, by the plan that takes it and all later ones.
@@ -323,54 +369,37 @@ class Pages:
         Other than the K and V of a page, a state is needed before the first layer that has it runs;
         a plan copies states before its rows run.
         """
-        if self.snapshots is not None and self._pool.caching:
-            self.snapshots.publish(snapshot, self._digest(tokens, num_pages - 1))
+        if self.snapshots is not None:
+            self.snapshots.publish(snapshot, self.digest(tokens, num_pages))
 
-    def _cached_prefix(self, group: Group, tokens: list[int], most: int) -> int:
-        """As find_cached, but of one group and at most `most` pages."""
-        find = group.pool.find
-        if group.window is None:
-            for index in range(most):
-                if find(self._key(group, tokens, index)) is None:
-                    return index
-            return most
-        count = most
-        index = count - 1
-        while index >= group.first_needed(count * self._page_size):
-            if find(self._key(group, tokens, index)) is None:
-                count = index
-            index -= 1
-        return count
-
-    def fit(self, tokens: list[int], num_cached: int, reserve: int) -> bool:
+    def fit(self, tokens: list[int], cached: CachedPrefix, reserve: int) -> bool:
         """Whether the pools have the pages for open() and for growing to all `tokens`.
 
-        `num_cached`: from find_cached. `reserve`: pages of the first group's pool that stay free.
+        `cached`: from find_cached. `reserve`: pages of the first group's pool that stay free.
         """
         count = -(-len(tokens) // self._page_size)
         used = Counter({self._pool: reserve})
-        for part in self.groups:
+        for part, found in zip(self.groups, cached.pages, strict=True):
             group = part.group
-            found = self._found(group, tokens, num_cached)
-            fresh = min(count - num_cached + len(found), group.most_pages) - len(found)
+            fresh = min(count - cached.num_pages + len(found), group.most_pages) - len(found)
             used[group.pool] += fresh + group.pool.num_idle(found)
         return all(count <= pool.num_free for pool, count in used.items())
 
-    def open(self, tokens: list[int], num_cached: int) -> None:
-        """Hold the first `num_cached` pages, as find_cached has found them.
+    def open(self, tokens: list[int], cached: CachedPrefix) -> None:
+        """Hold the pages of the prefix that find_cached has found since the last other change.
 
         Groups without a window also get the pages of all other tokens.
         """
-        for part in self.groups:  # before take(), which could evict cached pages otherwise
-            found = self._found(part.group, tokens, num_cached)
+        # Before take(), which could evict cached pages otherwise.
+        for part, found in zip(self.groups, cached.pages, strict=True):
             part.group.pool.share(found)
-            part.first = num_cached - len(found)
+            part.first = cached.num_pages - len(found)
             part.ids = found
-        self._num_published = num_cached
+        self._num_published = cached.num_pages
         count = -(-len(tokens) // self._page_size)
         for part in self.groups:
             if part.group.window is None:
-                part.ids = part.ids + part.group.pool.take(count - num_cached)
+                part.ids = part.ids + part.group.pool.take(count - cached.num_pages)
 
     def drop_unneeded(self, position: int) -> None:
         """Give back the pages that no token at `position` or after it needs.
@@ -425,22 +454,14 @@ class Pages:
             part.first = 0
             part.group.pool.give_back(pages)
 
-    def _found(self, group: Group, tokens: list[int], num_cached: int) -> list[int]:
-        """The pages of `group` that a sequence needs after `num_cached` cached pages."""
-        first = group.first_needed(num_cached * self._page_size)
-        found = [
-            group.pool.find(self._key(group, tokens, index)) for index in range(first, num_cached)
-        ]
-        return [page for page in found if page is not None]
-
     def _key(self, group: Group, tokens: list[int], index: int) -> bytes:
         """The key in the pool of the group's page `index`."""
-        return group.tag + self._digest(tokens, index)
+        return group.tag + self.digest(tokens, index + 1)
 
-    def _digest(self, tokens: list[int], index: int) -> bytes:
-        """The hash of pages 0 to `index`."""
+    def digest(self, tokens: list[int], num_pages: int) -> bytes:
+        """The hash of the first pages of `tokens`."""
         chain = self._chain
         size = self._page_size
-        for page in range(len(chain) - 1, index + 1):
+        for page in range(len(chain) - 1, num_pages):
             chain.append(self._pool.link(chain[-1], tokens[page * size : (page + 1) * size]))
-        return chain[index + 1]
+        return chain[num_pages]

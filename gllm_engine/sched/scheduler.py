@@ -7,7 +7,7 @@ tensors or how a step runs. It relies on steps running one after another, in the
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import attrgetter
@@ -17,6 +17,7 @@ from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sched.cost import Fit, Work
 from gllm_engine.sched.pages import (
+    CachedPrefix,
     Group,
     IntegrityError,
     PagePool,
@@ -26,6 +27,7 @@ from gllm_engine.sched.pages import (
 )
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
+from gllm_engine.sched.snapshots import SnapshotKind, SnapshotPool
 from gllm_engine.types import (
     NO_SNAPSHOT,
     Chunk,
@@ -76,6 +78,7 @@ class _Draft:
     chunked: list[Sequence] = field(default_factory=list)
     masks: dict[int, bytes] = field(default_factory=dict)
     snapshots: list[tuple[int, int]] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)  # snapshots that nobody holds after this plan
     work: Work | None = None  # set if the policy bounds seconds
 
 
@@ -115,11 +118,11 @@ class Scheduler:
         states of layers that keep one per sequence; None: the model has no such layers.
         """
         self._groups = groups or make_groups((CacheGroup(),), config, num_pages)
-        self._pools = list(dict.fromkeys(group.pool for group in self._groups))
+        self._pools: list[PagePool] = list(dict.fromkeys(group.pool for group in self._groups))
         self._pool = self._groups[0].pool
-        self._snapshots: PagePool | None = None
+        self._snapshots: SnapshotPool | None = None
         if num_snapshots is not None and config.enable_prefix_caching:
-            self._snapshots = PagePool(num_snapshots, config.page_size)
+            self._snapshots = SnapshotPool(num_snapshots, config.page_size)
             self._pools.append(self._snapshots)
         self._num_whole = sum(g.window is None and g.pool is self._pool for g in self._groups)
         self._page_size = config.page_size
@@ -143,7 +146,8 @@ class Scheduler:
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))  # free ones
         self._flights: deque[_Flight] = deque()
         self._arrivals = self._steps = self._preemptions = 0
-        self._prefix_queries = self._prefix_hits = 0
+        self._prefix_queries = self._prefix_stored = self._prefix_hits = 0
+        self._snapshot_hits = Counter[SnapshotKind]()
 
     # ------------------------------------------------------------ sequences come and go
 
@@ -266,6 +270,9 @@ class Scheduler:
             # Preempted sequences have freed pages, so another sequence can run now.
             return self.schedule() if self._preemptions > preemptions else None
         self._steps += 1
+        if self._snapshots is not None:
+            for snapshot in draft.copied:  # only now, so that each is the target of one copy
+                self._snapshots.give_back([snapshot])
         slots = [sequence.slot for sequence in draft.decodes]
         plan = StepPlan(
             self._steps,
@@ -436,20 +443,20 @@ class Scheduler:
         tokens = sequence.tokens
         pages = sequence.pages
         looks_up = sequence.sampling.prompt_logprobs is None  # else every position is computed
-        num_cached = pages.find_cached(tokens) if looks_up else 0
-        if not pages.fit(tokens, num_cached, reserve):
+        cached = pages.find_cached(tokens) if looks_up else pages.nothing_cached()
+        if not pages.fit(tokens, cached, reserve) or self._is_coming(sequence, cached):
             return False
         self._waiting.take(sequence)
         self._prefilling.put(sequence)
-        pages.open(tokens, num_cached)
+        pages.open(tokens, cached)
         sequence.slot = self._slots.pop()
-        sequence.planned = num_cached * self._page_size
-        snapshot = self._restore(sequence, num_cached)
+        sequence.planned = cached.num_pages * self._page_size
         self._backlog -= sequence.planned
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = sequence.planned
-            self._prefix_hits += sequence.planned
-            self._prefix_queries += sequence.prompt_len if looks_up and self._pool.caching else 0
+            if looks_up and self._pool.caching:
+                self._count_hits(sequence, cached)
+        snapshot = self._restore(sequence, cached)
         sampling = sequence.sampling
         eos = self._eos_token_ids if sampling.min_tokens else ()
         draft.new.append(
@@ -460,53 +467,71 @@ class Scheduler:
                 draft.new_pages.append(NewPages(sequence.slot, part.first, list(part.ids), group))
         return True
 
-    def _restore(self, sequence: Sequence, num_cached: int) -> int:
-        """The snapshot after `num_cached` pages. Also decides where its prompt's state is copied.
+    def _is_coming(self, sequence: Sequence, cached: CachedPrefix) -> bool:
+        """Whether the next plan copies a state that the sequence could begin from, but lacks now.
+
+        So it is for all but the first of several sequences with one prompt.
+        """
+        if cached.num_stored == cached.num_pages:
+            return False
+        end = cached.num_stored * self._page_size
+        digest = sequence.pages.digest(sequence.tokens, cached.num_stored)
+        return any(
+            end in other.snapshots_due
+            and other.planned == end
+            and other.pages.digest(other.tokens, cached.num_stored) == digest
+            for other in self._prefilling
+        )
+
+    def _count_hits(self, sequence: Sequence, cached: CachedPrefix) -> None:
+        self._prefix_queries += sequence.prompt_len
+        self._prefix_stored += cached.num_stored * self._page_size
+        self._prefix_hits += cached.num_pages * self._page_size
+        if self._snapshots is not None and cached.snapshot is not None:
+            self._snapshot_hits[self._snapshots.kinds[cached.snapshot]] += 1
+
+    def _restore(self, sequence: Sequence, cached: CachedPrefix) -> int:
+        """The snapshot from which a new sequence starts. Also decides where the state of its prompt
+        is copied.
 
         A plan takes snapshots for copies before it restores any, and runs in the same order: what
         it restores, it does not overwrite.
-
-        That is at the last full page, for a longer prompt with the same beginning; and where the
-        cached pages end, if they go beyond the snapshot, for another prompt that branches off.
         """
         if self._snapshots is None:
             return NO_SNAPSHOT
-        tokens = sequence.tokens
-        last = (len(tokens) - 1) // self._page_size
-        branch = sequence.pages.find_pages(tokens, last)
-        due = {num * self._page_size for num in (branch, last) if num > num_cached}
-        sequence.snapshots_due = sorted(due)
-        snapshot = sequence.pages.find_snapshot(tokens, num_cached) if num_cached else None
-        if snapshot is None:
+        last = (len(sequence.tokens) - 1) // self._page_size
+        due: dict[int, SnapshotKind] = {cached.num_stored: "branch", last: "prompt"}
+        sequence.snapshots_due = {
+            num * self._page_size: kind for num, kind in due.items() if num > cached.num_pages
+        }
+        if cached.snapshot is None:
             return NO_SNAPSHOT
-        self._snapshots.share([snapshot])
-        self._snapshots.give_back([snapshot])  # now it is the last to be evicted
-        return snapshot
+        self._snapshots.touch(cached.snapshot)
+        return cached.snapshot
 
-    def _snap(self, draft: _Draft, sequence: Sequence) -> None:
+    def _snap(self, draft: _Draft, sequence: Sequence, kind: SnapshotKind) -> None:
         """Copy the state of a prefilling sequence, and make the copy findable."""
-        snapshot = self._copy_state(draft, sequence)
+        num_pages = sequence.planned // self._page_size
+        if sequence.pages.find_snapshot(sequence.tokens, num_pages) is not None:
+            return  # an equal prompt was faster
+        snapshot = self._copy_state(draft, sequence, kind)
         if snapshot != NO_SNAPSHOT:
-            num_pages = sequence.planned // self._page_size
             sequence.pages.publish_snapshot(snapshot, sequence.tokens, num_pages)
-            if self._snapshots is not None:
-                self._snapshots.give_back([snapshot])
+            draft.copied.append(snapshot)
 
     def _roll(self, draft: _Draft, sequence: Sequence) -> None:
         """Copy the state of a decoding sequence that has just filled a page."""
-        if self._snapshots is None:
-            return
         if sequence.rolling == NO_SNAPSHOT:
-            sequence.rolling = self._copy_state(draft, sequence)
+            sequence.rolling = self._copy_state(draft, sequence, "answer")
         else:
             draft.snapshots.append((sequence.slot, sequence.rolling))
         sequence.rolling_len = sequence.planned
 
-    def _copy_state(self, draft: _Draft, sequence: Sequence) -> int:
-        """Take a snapshot and copy the state to it; NO_SNAPSHOT if all are in use."""
-        if self._snapshots is None or not self._snapshots.num_free:
+    def _copy_state(self, draft: _Draft, sequence: Sequence, kind: SnapshotKind) -> int:
+        """Take a snapshot and copy the state to it; NO_SNAPSHOT if there is none."""
+        snapshot = None if self._snapshots is None else self._snapshots.take_one(kind)
+        if snapshot is None:
             return NO_SNAPSHOT
-        (snapshot,) = self._snapshots.take(1)
         draft.snapshots.append((sequence.slot, snapshot))
         return snapshot
 
@@ -517,8 +542,7 @@ class Scheduler:
         left = min(budget.prefill_tokens, self._max_tokens - len(draft.decodes))
         least = self._min_prefill
         seconds = budget.seconds - (cost.rows(work) if work else 0.0)
-        while left > 0 and (self._prefilling or self._admit(draft)):
-            sequence = self._prefilling[0]
+        while left > 0 and (sequence := self._next_to_prefill(draft)) is not None:
             start = sequence.planned
             fits = cost.longest(start, seconds, left)
             count = self._plan_chunk(draft, sequence, max(fits, min(left, least)))
@@ -528,10 +552,27 @@ class Scheduler:
                 chunk = Work.row(start, count)
                 draft.work = work = work.plus(chunk)
                 seconds -= cost.rows(chunk)
-            if seconds <= 0 or sequence.queue is self._prefilling:
+            is_cut = sequence.planned in sequence.snapshots_due
+            if seconds <= 0 or sequence.queue is self._prefilling and not is_cut:
                 break
             least = 1
             left = left - count
+
+    def _next_to_prefill(self, draft: _Draft) -> Sequence | None:
+        """The first prefilling sequence without a chunk in this plan, or a newly admitted one.
+
+        Sequences whose chunk in this plan was cut, because the next plan copies their state, do not
+        keep others waiting. With windows they do: the sequences could take each other's pages.
+        """
+        step = self._steps + 1
+        while True:
+            ready = next((s for s in self._prefilling if s.planned_by < step), None)
+            if ready is not None:
+                return ready
+            if self._prefilling and self._num_whole < len(self._groups):
+                return None
+            if not self._admit(draft):
+                return None
 
     def _plan_chunk(self, draft: _Draft, sequence: Sequence, max_tokens: int) -> int:
         """Plan up to max_tokens known tokens of a prefilling sequence; returns their number.
@@ -542,7 +583,7 @@ class Scheduler:
         tokens = sequence.tokens
         start = sequence.planned
         end = min(start + max_tokens, sequence.prefill_len)
-        end = next((due for due in sequence.snapshots_due if start < due < end), end)
+        end = min([end, *(due for due in sequence.snapshots_due if due > start)])
         sequence.pages.drop_unneeded(start)
         while end > start and not sequence.pages.can_grow(end):
             end -= (end - 1) % self._page_size + 1  # one page less
@@ -550,7 +591,7 @@ class Scheduler:
             return 0
         self._grow(draft, sequence, end)
         if start in sequence.snapshots_due:
-            self._snap(draft, sequence)
+            self._snap(draft, sequence, sequence.snapshots_due[start])
         samples = end == sequence.prefill_len
         targets: list[int] = []
         if sequence.sampling.prompt_logprobs is not None:
@@ -676,6 +717,10 @@ class Scheduler:
             kv_usage=1 - self._pool.num_free / self._pool.num_pages,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
+            prefix_stored=self._prefix_stored,
+            prompt_snapshot_hits=self._snapshot_hits["prompt"],
+            branch_snapshot_hits=self._snapshot_hits["branch"],
+            answer_snapshot_hits=self._snapshot_hits["answer"],
             preemptions=self._preemptions,
             steps=self._steps,
             waiting_tokens=self._num_waiting_tokens,

@@ -15,6 +15,7 @@ from gllm_engine.types import NO_SNAPSHOT
 
 if TYPE_CHECKING:
     from gllm_engine.sched.pages import Pages
+    from gllm_engine.sched.snapshots import SnapshotKind
 
 # Maps all known tokens (prompt and output) to a mask of allowed next tokens: one bit per token id,
 # least significant bit first. None allows every token. Must not raise and must not change the list.
@@ -46,9 +47,9 @@ class Sequence:
         "limit",  # largest possible number of known tokens
         "stops",  # token ids that end the sequence
         "pages",
-        # If the model keeps a state per sequence: token counts at which a chunk must end, in
-        # ascending order, so that the state can be copied there; and the snapshot that is written
-        # again and again while the sequence decodes, and its token count.
+        # If the model keeps a state per sequence: token counts at which a chunk must end, so that
+        # the state can be copied there, and the kinds of the copies; and the snapshot that is
+        # written again and again while the sequence decodes, and its token count.
         "snapshots_due",
         "rolling",
         "rolling_len",
@@ -88,7 +89,7 @@ class Sequence:
         self.limit = 0
         self.stops: frozenset[int] = frozenset()
         self.pages: Pages
-        self.snapshots_due: list[int] = []
+        self.snapshots_due: dict[int, SnapshotKind] = {}
         self.rolling = NO_SNAPSHOT
         self.rolling_len = 0
         self.queue: Queue | None = None

@@ -8,7 +8,6 @@ pattern of GPT-4, which does not split Chinese from other letters.
 from __future__ import annotations
 
 from base64 import b64decode
-from binascii import Error as Base64Error
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,16 @@ _MAX_FILE_BYTES = 64 << 20  # Kimi's has 3 MB
 _MAX_TOKENS = 1 << 20
 _MAX_TOKEN_BYTES = 1024
 _NUM_SPECIAL = 256
-_LETTER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"  # but not a lower-case one
+# Letters without case are in both.
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _AFTER = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PATTERN = "|".join(
     (
         r"[\p{Han}]+",
-        f"{_BEFORE}{_LETTER}*{_LOWER}+{_AFTER}",
-        f"{_BEFORE}{_LETTER}+{_LOWER}*{_AFTER}",
+        f"{_BEFORE}{_UPPER}*{_LOWER}+{_AFTER}",
+        f"{_BEFORE}{_UPPER}+{_LOWER}*{_AFTER}",
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",
         r"\s*[\r\n]+",
@@ -68,11 +68,13 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     """The bytes of every token and its id, from lines of base64 and a number."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_file(file, ValueError, _MAX_FILE_BYTES).splitlines(), 1):
+        if not line:
+            continue
         try:
             code, rank = line.split()
             token = b64decode(code, validate=True)
             ranks[token] = int(rank)
-        except (ValueError, Base64Error):
+        except ValueError:
             raise ValueError(f"{file}: line {number} is not base64 and a number") from None
         if not 0 < len(token) <= _MAX_TOKEN_BYTES:
             raise ValueError(

@@ -266,10 +266,10 @@ def _with_tokenizer_json(path: Path, inner: Inner) -> PreTrainedTokenizerFast:
         for name in _check_files(path, _SIDE_FILES):
             os.symlink(path.absolute() / name, Path(directory) / name)
         inner.save(str(Path(directory) / "tokenizer.json"))
-        made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
             directory, local_files_only=True
         )
-        return made
+    return tokenizer
 
 
 def _check_sentencepiece(file: Path) -> None:

@@ -43,8 +43,9 @@ def load_runner(
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
         arch = arch.quantized() if checkpoint is None else checkpoint.arch
         arch = held_formats(arch, config.quantization)
-        check_formats(arch, device)
-        dtype = _dtype(config, device)
+        if device.type == "cuda":
+            check_formats(arch, torch.cuda.get_device_capability(device))
+        dtype = weights_dtype(config, on_gpu=device.type == "cuda")
         decoder = Decoder(
             arch,
             dtype=dtype,
@@ -56,8 +57,9 @@ def load_runner(
         if is_dummy:
             fill_randomly(decoder)
         made = time.perf_counter()
+        shows = ranks is None or ranks.leads_node  # the ranks of a node read at the same pace
         # CUDA graphs and kernels need the addresses of the weights, but not yet their values.
-        with nullcontext() if checkpoint is None else filling(decoder, checkpoint):
+        with nullcontext() if checkpoint is None else filling(decoder, checkpoint, shows):
             runner = Runner(config, arch, decoder, ranks)
             done = time.perf_counter()
     end = time.perf_counter()
@@ -90,15 +92,21 @@ def _shard(
     config: EngineConfig, arch: Model, ranks: RankGroups | None, dtype: torch.dtype
 ) -> Shard:
     """This rank's shard of the model; without `ranks`, rank 0's part of every layer."""
-    apart = config.enable_expert_parallel
+    whole = (len(arch.layers),)
     if ranks is None:
-        size = config.tensor_parallel_size
-        return Shard(0, len(arch.layers), size=size, experts_apart=apart)
-    cut = config.stage_layers() or ((len(arch.layers),) if ranks.mesh.pp == 1 else None)
+        return shard_of(config, whole, stage=0)
+    cut = config.stage_layers() or (whole if ranks.mesh.pp == 1 else None)
     cut = cut or measure_partition(config, arch, ranks, dtype)
-    first, end = list(accumulate(cut, initial=0))[ranks.stage : ranks.stage + 2]
-    log.info("rank %d: layers %d to %d of %s", ranks.rank, first, end - 1, cut)
-    return Shard(first, end, ranks.tensor.rank, ranks.tensor.size, experts_apart=apart)
+    shard = shard_of(config, cut, ranks.stage, ranks.tensor.rank)
+    log.info("rank %d: layers %d to %d of %s", ranks.rank, shard.first, shard.end - 1, cut)
+    return shard
+
+
+def shard_of(config: EngineConfig, cut: tuple[int, ...], stage: int, rank: int = 0) -> Shard:
+    """The shard of a rank of a stage. `cut`: the number of layers of each stage."""
+    first, end = list(accumulate(cut, initial=0))[stage : stage + 2]
+    size = config.tensor_parallel_size
+    return Shard(first, end, rank, size, experts_apart=config.enable_expert_parallel)
 
 
 def device_of(config: EngineConfig, index: int = 0) -> torch.device:
@@ -131,11 +139,8 @@ def held_formats(arch: Model, quantization: str) -> Model:
     return arch if arch.formats() else arch.rounded()
 
 
-def check_formats(arch: Model, device: torch.device) -> None:
-    """Raise ConfigError if the device cannot compute with a format of the model's weights."""
-    if device.type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(device)
+def check_formats(arch: Model, capability: tuple[int, int]) -> None:
+    """Raise ConfigError if a GPU cannot compute with a format of the model's weights."""
     for kind in sorted(arch.formats(), key=str):
         if isinstance(kind, (Fp8, Rounded)) and capability < (8, 9):
             raise ConfigError(
@@ -150,11 +155,15 @@ def check_formats(arch: Model, device: torch.device) -> None:
             )
 
 
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+def weights_dtype(config: EngineConfig, on_gpu: bool) -> torch.dtype:
+    """The dtype of plain weights and of activations."""
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
-    if device.type == "cpu":
+    if not on_gpu:
         return torch.float32
     settings = read_object(Path(config.model) / "config.json", ConfigError)
-    stored = settings.get("dtype") or settings.get("torch_dtype")
+    text = settings.get("text_config")  # where a model for images and text may have it
+    places = [settings, text if isinstance(text, dict) else {}]
+    names = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    stored = next((name for name in names if name), None)
     return _DTYPES.get(str(stored), torch.bfloat16)

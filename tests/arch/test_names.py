@@ -18,6 +18,7 @@ from gllm_engine.arch.names import (
     is_left_over,
     num_blocks,
     standard_name,
+    with_stored_names,
 )
 from gllm_engine.arch.tiny import tiny_config
 
@@ -57,6 +58,13 @@ LATENT_ATTENTION = [
         *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
     )
 ]
+INDEXER = [
+    f"{LAYER}self_attn.indexer.{part}"
+    for part in (
+        *("wq_b.weight", "wk.weight", "weights_proj.weight"),
+        *("k_norm.weight", "k_norm.bias"),
+    )
+]
 DEEPSEEK = ENDS + NORMS + LATENT_ATTENTION + EXPERTS + SHARED_EXPERTS
 DEEPSEEK_V3 = [*DEEPSEEK, f"{LAYER}mlp.gate.e_score_correction_bias"]
 QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
@@ -70,6 +78,10 @@ NORM_BIASES = [name.replace("weight", "bias") for name in [*NORMS, "model.norm.w
 STARCODER = [f"{LAYER}mlp.c_{part}.{leaf}" for part in ("fc", "proj") for leaf in LEAVES]
 STARCODER += [*BIASES, f"{LAYER}self_attn.o_proj.bias", *NORM_BIASES]
 H = "transformer.h.0."
+FUSED_EXPERTS = [f"{LAYER}mlp.experts.{part}_proj" for part in ("gate_up", "down")]
+QWEN3_5 = ENDS + NORMS + ATTENTION + QK_NORMS + MLP
+QWEN3_5_MOE = ENDS + NORMS + ATTENTION + QK_NORMS + FUSED_EXPERTS + SHARED
+QWEN3_5_MOE += [f"{LAYER}mlp.gate.weight"]
 GPT2 = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
 GPT2 += [f"transformer.ln_f.{leaf}" for leaf in LEAVES]
 GPT2 += [f"{H}{part}.{leaf}" for part in ("ln_1", "ln_2") for leaf in LEAVES]
@@ -96,6 +108,11 @@ LLAMA4 = [f"{LAYER}feed_forward.{part}" for part in (
 )]  # fmt: skip
 EXPECTED = {
     "GPTNeoXForCausalLM": NEOX,
+    "Qwen3NextForCausalLM": ENDS + NORMS + ATTENTION + QK_NORMS + EXPERTS + SHARED,
+    "Qwen3_5ForCausalLM": QWEN3_5,
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
+    "Qwen3_5ForConditionalGeneration": [name for name in QWEN3_5 if name != "lm_head.weight"],
+    "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE,
     "Llama4ForCausalLM": ENDS + NORMS + ATTENTION + LLAMA4,
     "MiniMaxM2ForCausalLM": ENDS
     + NORMS
@@ -165,6 +182,10 @@ EXPECTED = {
     **dict.fromkeys(
         ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", "Glm4MoeLiteForCausalLM"),
         DEEPSEEK_V3,
+    ),
+    **dict.fromkeys(
+        ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+        DEEPSEEK_V3 + INDEXER,
     ),
     **dict.fromkeys(
         ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
@@ -374,6 +395,62 @@ def test_mixtral_counts_its_weights_from_the_gate() -> None:
     for i, name in names.items():
         canonical = f"{LAYER}mlp.experts.5.{name}.weight"
         assert tensors[f"{MIXTRAL}experts.5.w{i}.weight"] == (canonical,)
+
+
+GATED_DELTA = {
+    "Qwen3NextForCausalLM": {
+        "in_proj_qkvz.weight": ("in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"),
+        "in_proj_ba.weight": ("in_proj_b", "in_proj_a"),
+    },
+    "Qwen3_5ForCausalLM": {
+        "in_proj_qkv.weight": ("in_proj_q", "in_proj_k", "in_proj_v"),
+        **{f"in_proj_{part}.weight": (f"in_proj_{part}",) for part in "zba"},
+    },
+}
+
+
+@pytest.mark.parametrize("family", GATED_DELTA)
+def test_names_of_the_gated_delta_rule(family: str) -> None:
+    model = make_arch(tiny_config(family))
+    prefix = f"{LAYER}linear_attn."
+    tensors = checkpoint_tensors(model)
+    mine = {name: parts for name, parts in tensors.items() if name.startswith(prefix)}
+    held = GATED_DELTA[family] | {"conv1d.weight": ("conv_q", "conv_k", "conv_v")}
+    expected = {
+        prefix + name: tuple(f"{prefix}{part}.weight" for part in parts)
+        for name, parts in held.items()
+    }
+    whole = ("A_log", "dt_bias", "norm.weight", "out_proj.weight")
+    assert mine == expected | {prefix + name: (prefix + name,) for name in whole}
+    # By key head; queries and their gate by head.
+    by_head = {name: num_blocks(model, parts) for name, parts in tensors.items()}
+    by_head = {name: count for name, count in by_head.items() if count > 1}
+    projections = [name for name in mine if "in_proj_qkvz" in name or "in_proj_ba" in name]
+    assert by_head == dict.fromkeys(projections, 4) | {"model.layers.1.self_attn.q_proj.weight": 4}
+
+
+def test_names_are_those_of_the_files() -> None:
+    """A text model may be stored as it was beside images, and experts together or one by one."""
+    model = make_arch(tiny_config("Qwen3_5MoeForCausalLM"))
+    name = "model.language_model.layers.0.mlp.gate.weight"
+    assert standard_name(model, name) == "model.layers.0.mlp.gate.weight"
+    for variants in ((), ("fused_experts",)):
+        stored = checkpoint_tensors(replace(model, name_variants=variants))
+        unused = ("mtp.layers.0.mlp.experts.gate_up_proj", "model.visual.patch_embed.proj.weight")
+        assert with_stored_names(model, {*stored, *unused}).name_variants == variants
+    llama = make_arch(tiny_config("LlamaForCausalLM"))
+    assert with_stored_names(llama, {"model.layers.0.mlp.experts.gate_up_proj"}) == llama
+
+
+def test_tensors_for_images_and_for_multi_token_prediction_are_left_over() -> None:
+    for family in ("Qwen3NextForCausalLM", "Qwen3_5ForConditionalGeneration"):
+        model = make_arch(tiny_config(family))
+        assert is_left_over(model, "mtp.layers.0.self_attn.q_proj.weight")
+    whole = make_arch(tiny_config("Qwen3_5ForConditionalGeneration"))
+    assert is_left_over(whole, "model.visual.blocks.0.attn.qkv.weight")
+    assert not is_left_over(whole, "model.language_model.visual.weight")
+    assert not is_left_over(whole, "visual.blocks.0.attn.qkv.weight")
+    assert not is_left_over(make_arch(tiny_config("Qwen3ForCausalLM")), "mtp.fc.weight")
 
 
 def test_left_overs() -> None:

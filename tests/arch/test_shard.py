@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from stored_weights import weights_in
 from torch import Tensor
 
-from gllm_engine.arch import FAMILIES, ArchError, Model, Shard, make_arch, read_arch
+from gllm_engine.arch import FAMILIES, ArchError, Gqa, Model, Shard, make_arch, read_arch
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder, filling, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
@@ -25,10 +25,17 @@ BIASED: list[tuple[str, dict[str, Any]]] = [
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("ChatGLMModel", {"add_bias_linear": True}),
 ]
+
+
+def text_keys(family: str) -> set[str]:
+    config = tiny_config(family)
+    return config.get("text_config", config).keys()
+
+
 HAS_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 CASES = [
     *((family, {}, False) for family in FAMILIES),
-    *((family, {}, True) for family in FAMILIES if HAS_EXPERTS & tiny_config(family).keys()),
+    *((family, {}, True) for family in FAMILIES if HAS_EXPERTS & text_keys(family)),
     *((family, over, False) for family, over in BIASED),
 ]
 # Every rank has these whole: what they work on is the same on all.
@@ -42,6 +49,9 @@ EVERYWHERE = (
     "shared_expert_gate.weight",
     "q_a_proj.weight",
     "kv_a_proj_with_mqa.weight",
+    "indexer.wq_b.weight",
+    "indexer.wk.weight",
+    "indexer.weights_proj.weight",
 )
 # But the gain of a norm of all heads together is shared out with the heads.
 WHOLE_QK_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "MiniMaxM2ForCausalLM")
@@ -79,10 +89,12 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
             whole, parts = model.weights()[name], [each[name] for each in held if name in each]
             of_all_heads = family in WHOLE_QK_NORM and ".self_attn." in name
             copies = size if name.endswith(EVERYWHERE) and not of_all_heads else 1
+            mixers = [layer.mixer for layer in model.layers]
+            kv_heads = next((mixer.kv_heads for mixer in mixers if isinstance(mixer, Gqa)), 1)
             of_keys = any(part in name for part in (".k_proj.", ".v_proj."))
             of_keys |= of_all_heads and ".k_norm." in name
             if of_keys:
-                copies = max(1, size // model.layers[0].mixer.kv_heads)
+                copies = max(1, size // kv_heads)
             assert len(set(parts)) == 1
             assert sum(map(prod, parts)) == copies * prod(whole), name
     assert seen == model.weights().keys()

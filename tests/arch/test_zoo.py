@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from math import log
+from math import log, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from gllm_engine.arch import (
     Clamp,
     Dense,
     Gqa,
+    Indexer,
+    Mla,
     Model,
     Moe,
     QueryTemperature,
@@ -23,6 +25,7 @@ from gllm_engine.arch import (
     make_arch,
     read_arch,
 )
+from gllm_engine.arch.model import GatedDelta
 from gllm_engine.arch.names import is_left_over
 from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 from gllm_engine.arch.tiny import tiny_config
@@ -123,6 +126,101 @@ def test_an_almost_empty_config_has_the_familys_defaults() -> None:
     assert bare("MistralForCausalLM").layers[0].mixer.window == 4096
     assert bare("Qwen3ForCausalLM").layers[0].mixer.window is None
     assert bare("Glm4ForCausalLM").layers[0].mixer.rope.dim == 64
+
+
+# Qwen3.5-27B, as published.
+HYBRID_27B = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "tie_word_embeddings": False,
+    "image_token_id": 248056,
+    "vision_config": {"depth": 27, "hidden_size": 1152},
+    "text_config": {
+        "model_type": "qwen3_5_text",
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "output_gate_type": "swish",
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10_000_000,
+            "rope_type": "default",
+        },
+        "vocab_size": 248320,
+    },
+}
+
+
+def test_hybrid_27b() -> None:
+    model = make_arch(HYBRID_27B)
+    delta = GatedDelta(k_heads=16, v_heads=48, k_dim=128, v_dim=128, conv=4)
+    attention = Gqa(24, 4, 256, Rope(64, 1e7), qk_norm="head", output_gate=True)
+    assert [layer.mixer for layer in model.layers] == [delta] * 3 + [attention]
+    assert {layer.ffn for layer in model.layers} == {Dense(17408)}
+    assert (model.norm, model.eps, model.max_len) == ("rms_plus_one", 1e-6, 262144)
+    assert (model.eos_token_ids, model.tie, model.vocab) == ((248044,), False, 248320)
+    # 3 MiB of matrices a layer, and the convolution's inputs.
+    (matrices, inputs) = delta.state_shapes
+    assert (prod(matrices) * 4, inputs) == (3 << 20, (10240, 3))
+    whole = make_arch(HYBRID_27B | {"tie_word_embeddings": True})
+    assert whole.tie
+    bare = make_arch({"architectures": ["Qwen3NextForCausalLM"]})
+    kinds = [isinstance(layer.mixer, GatedDelta) for layer in bare.layers]
+    assert kinds == [True, True, True, False] * 12
+    assert bare.layers[0].ffn.num_experts == 512
+
+
+@pytest.mark.parametrize(
+    ("family", "over", "key"),
+    [
+        ("Qwen3NextForCausalLM", {"linear_num_value_heads": 6}, "linear_num_value_heads is 6"),
+        ("Qwen3NextForCausalLM", {"linear_conv_kernel_dim": 5}, "linear_conv_kernel_dim is 5"),
+        ("Qwen3NextForCausalLM", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("Qwen3NextForCausalLM", {"layer_types": ["sliding_attention"] * 2}, "layer_types is"),
+        ("Qwen3NextForCausalLM", {"num_key_value_heads": 3}, "cannot share 3 key/value heads"),
+        ("Qwen3_5ForCausalLM", {"attn_output_gate": False}, "attn_output_gate is False"),
+        ("Qwen3_5ForCausalLM", {"output_gate_type": "sigmoid"}, "output_gate_type is 'sigmoid'"),
+        ("Qwen3_5ForCausalLM", {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype is 'bfloat16'"),
+        ("Qwen3_5MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ("Qwen3_5MoeForCausalLM", {"mlp_only_layers": [1]}, "mlp_only_layers is [1]"),
+        (
+            "Qwen3_5ForConditionalGeneration",
+            {"hidden_act": "gelu"},
+            "config.json: text_config: hidden_act is 'gelu'",
+        ),
+    ],
+)
+def test_what_no_hybrid_computes_is_refused(family: str, over: dict[str, Any], key: str) -> None:
+    assert key in refusal(family, **over)
+
+
+def test_a_model_for_images_needs_the_description_of_its_text_part() -> None:
+    config = {"architectures": ["Qwen3_5ForConditionalGeneration"]}
+    for wrong in ({}, {"text_config": {}}, {"text_config": 5}, {"text_config": None}):
+        with pytest.raises(ArchError, match="text_config"):
+            make_arch(config | wrong)
 
 
 def test_null_is_no_value_and_no_default() -> None:
@@ -237,6 +335,84 @@ def test_deepseeks_experts() -> None:
         Moe(128, 1408, routing, shared=1408),
     ]
     assert bare.layers[0].mixer == Gqa(96, 8, 128, Rope(64, 10_000.0))
+
+
+def test_which_layers_have_experts() -> None:
+    """A list overrides first_k_dense_replace."""
+    kinds = ["sparse", "dense", "sparse"]
+    model = tiny("GlmMoeDsaForCausalLM", num_hidden_layers=3, mlp_layer_types=kinds)
+    assert [isinstance(layer.ffn, Moe) for layer in model.layers] == [True, False, True]
+    assert refusal("DeepseekV32ForCausalLM", mlp_layer_types=["sparse"]) == (
+        "config.json: mlp_layer_types is ['sparse'], "
+        "but only a list of 2 of dense, sparse is supported"
+    )
+
+
+def indexer_of(model: Model) -> Indexer | None:
+    mixer = model.layers[0].mixer
+    assert isinstance(mixer, Mla)
+    assert all(layer.mixer == mixer for layer in model.layers)
+    return mixer.indexer
+
+
+def test_sparse_attention() -> None:
+    v32 = indexer_of(tiny("DeepseekV32ForCausalLM"))
+    assert v32 == Indexer(16, 24, Rope(16, 10_000.0), 12)
+    glm = indexer_of(tiny("GlmMoeDsaForCausalLM"))
+    assert glm == replace(v32, rope=Rope(16, 10_000.0, interleaved=True))
+    assert indexer_of(tiny("GlmMoeDsaForCausalLM", indexer_rope_interleave=False)) == v32
+    assert indexer_of(tiny("DeepseekV32ForCausalLM", indexer_rope_interleave=True)) == glm
+    assert indexer_of(tiny("DeepseekV3ForCausalLM")) is None
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    scaled = tiny("DeepseekV32ForCausalLM", rope_scaling=scaling)
+    assert indexer_of(scaled).rope == replace(scaled.layers[0].mixer.rope, interleaved=False)
+
+
+def test_sparse_attention_at_full_size() -> None:
+    """The defaults are those of the published models."""
+    v32 = make_arch({"architectures": ["DeepseekV32ForCausalLM"]})
+    assert indexer_of(v32) == Indexer(64, 128, Rope(64, 10_000.0), 2048)
+    assert (len(v32.layers), v32.layers[0].mixer.heads, v32.max_len) == (61, 128, 163840)
+    glm = make_arch({"architectures": ["GlmMoeDsaForCausalLM"]})
+    assert indexer_of(glm) == Indexer(32, 128, Rope(64, 10_000.0, interleaved=True), 2048)
+    assert (len(glm.layers), glm.layers[0].mixer.heads, glm.max_len) == (78, 64, 202752)
+    # A token's latent, rotated key and index key, of each layer.
+    assert v32.kv_bytes_per_token(2) == 2 * 61 * (512 + 64 + 128)
+
+
+@pytest.mark.parametrize("family", ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"])
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (
+            {"indexer_types": ["full", "shared"]},
+            "indexer_types is ['full', 'shared'], but only a list of 2 of full is supported",
+        ),
+        ({"index_topk_freq": 4}, "index_topk_freq is 4, but only 1 is supported"),
+        ({"index_topk_pattern": "FS"}, "index_topk_pattern is 'FS', but only null is supported"),
+        ({"q_lora_rank": None}, "q_lora_rank is missing, but the indexer needs it"),
+        (
+            {"index_head_dim": 12},
+            "index_head_dim is 12, but only 16 or more is supported, the qk_rope_head_dim",
+        ),
+        (
+            {"index_topk": 0},
+            "index_topk is 0, but only a whole number from 1 to 16777216 is supported",
+        ),
+        (
+            {"indexer_rope_interleave": 1},
+            "indexer_rope_interleave is 1, but only true or false is supported",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 2},
+            "layer_types is ['full_attention', 'full_attention'], "
+            "but only a list of 2 of indexed_attention is supported",
+        ),
+        ({"attention_bias": True}, "attention_bias is True, but only false is supported"),
+    ],
+)
+def test_sparse_attention_refused(family: str, over: dict[str, Any], message: str) -> None:
+    assert refusal(family, **over) == f"config.json: {message}"
 
 
 # What configs of the hub say, without keys that change nothing.

@@ -771,9 +771,13 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
         client.say(d, "", Finish("error", status="invalid", message="too long"))
         client.say(a, "wxyz", LENGTH)
         client.say([b, c], "12", STOP)
-        client.on_stats(Stats(prefix_queries=30, prefix_hits=14, preemptions=1, steps=9))
+        client.on_stats(
+            Stats(prefix_queries=30, prefix_hits=14, preemptions=1, branch_snapshot_hits=2)
+        )
         client.on_lost("gone")
-        client.on_stats(Stats(prefix_queries=5, prefix_hits=5, steps=1))
+        client.on_stats(
+            Stats(prefix_queries=5, prefix_hits=5, prefix_stored=9, answer_snapshot_hits=3)
+        )
         for given in (one, two, bad, long):
             given.record.wait()
     model_label = {"model": "m", "version": "1"}
@@ -784,6 +788,9 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
     assert server.value("gllm:request_errors_total", status="invalid") == 2
     assert server.value("gllm:prefix_cache_queries_total") == 35
     assert server.value("gllm:prefix_cache_hits_total") == 19
+    assert server.value("gllm:prefix_cache_kv_hits_total") == 9
+    assert server.value("gllm:prefix_cache_snapshot_hits_total", kind="branch") == 2
+    assert server.value("gllm:prefix_cache_snapshot_hits_total", kind="answer") == 3
     assert server.value("gllm:num_preemptions_total") == 1
     observed = {name: len(values) for name, values in server.observed.items()}
     assert observed == {

@@ -16,6 +16,7 @@ from odd_lines import check_odd_lines
 from gllm_client import supervisor as serve_module
 from gllm_client.__main__ import Asked, Pace, Tiny, main, make_parser
 from gllm_client.chat import HINT
+from gllm_client.check import num_bytes
 from gllm_client.flags import (
     Parser,
     UsageError,
@@ -80,7 +81,9 @@ def test_help_comes_from_the_fields() -> None:
     assert field_comments(Sample)["name"] == "what it is called"
     assert field_comments(Sample)["max_size"] == "bytes"
     comments = field_comments(EngineConfig)
-    assert comments["max_num_seqs"] == "sequences in one step; default: 256, on GPUs 1024"
+    assert comments["max_num_seqs"] == (
+        "sequences in one step; default: 256, on GPUs 1024; a quarter with recurrent layers"
+    )
     assert set(comments) == set(EngineConfig.__struct_fields__)
 
 
@@ -135,6 +138,8 @@ def test_help_ends_well(arguments: list[str], capsys: pytest.CaptureFixture[str]
         (["chat", "--url=x:1", "--prompt-logprobs=0"], 2, "gllm chat: --prompt-logprobs: only te"),
         (["batch", "/no", "/tmp/o", "--concurrency=0"], 2, "gllm batch: --concurrency: '0': Expe"),
         (["batch", "/no", "/no/o", "--url=x:1", "--model=m"], 1, "gllm batch: /no: No such file"),
+        (["check", "/no/such"], 2, "gllm check: model: /no/such is not a directory"),
+        (["serve", "/", "--dry-run"], 2, "gllm serve: --dry-run: it is for a bare checkpoint"),
         (["warmup", "/no/such"], 2, "gllm warmup: model: /no/such is not a directory"),
         (["warmup", "/", "--device=cpu"], 2, "gllm warmup: device: kernels are compiled on the"),
         (["tiny-model", "/tmp/x", "--set", "a"], 2, "gllm tiny-model: --set: 'a' is not KEY=JSON"),
@@ -302,3 +307,52 @@ def test_nothing_heavy_is_imported_without_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "set()\nFalse\n"
+
+
+def test_check_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_model(tmp_path, "Gemma2ForCausalLM")
+    flags = ["--max-num-seqs=2", "--max-num-batched-tokens=64", "--dtype=bfloat16"]
+    gpu = ["--device=cuda", "--gpu-memory", "8GiB"]
+    assert main(["check", str(tmp_path), *flags, *gpu]) == 0
+    table = capsys.readouterr().out
+    assert table.startswith(f"{tmp_path}: loads\n") and "on GPUs of 8.00 GiB\n" in table
+    assert "\nlayers                      0-1\n" in table and "\nleft free " in table
+    assert "tokens (max_model_len) fit at once" in table and "a window of" in table
+    assert main(["check", str(tmp_path), *flags, *gpu, "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    report = json.loads(line)
+    assert report["loads"] is True and report["gpu_memory"] == 8 * 2**30
+    assert f"{report['num_pages']} pages of 16 tokens" in table
+    assert main(["serve", str(tmp_path), "--dry-run", "--device=cpu", *flags]) == 0
+    assert "on a CPU\n" in capsys.readouterr().out
+
+
+def test_check_tells_why_a_model_does_not_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_model(tmp_path)
+    sentence = "tensor_parallel_size: 3 does not divide the model's vocab_size=384"
+    flags = ["--device=cpu", "--tensor-parallel-size=3"]
+    assert main(["check", str(tmp_path), *flags]) == 1
+    assert capsys.readouterr().err == f"gllm check: {sentence}\n"
+    assert main(["serve", str(tmp_path), *flags, "--dry-run"]) == 1
+    assert capsys.readouterr().err == f"gllm serve: {sentence}\n"
+    assert main(["check", str(tmp_path), *flags, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"loads": False, "problem": sentence}
+
+
+@pytest.mark.parametrize("size", ["80", "GiB", "-1GiB", "nanGiB", "80gib", "9" * 99 + "GiB", "0GB"])
+def test_a_memory_is_a_number_and_a_unit(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["check", str(tmp_path), f"--gpu-memory={size}"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("gllm check: --gpu-memory: ") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("80GiB", 80 * 2**30), ("1.5 TB", 1.5e12), ("512MiB", 2**29)]
+)
+def test_memory_of_a_gpu(size: str, expected: float) -> None:
+    assert num_bytes(size) == expected

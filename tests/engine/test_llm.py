@@ -15,6 +15,7 @@ from gllm_engine.sampling import InvalidField, SamplingParams, StructuredOutputs
 from gllm_engine.types import Request
 
 SOME_WINDOWS = "Qwen2ForCausalLM, windows"
+HYBRID = "Qwen3NextForCausalLM"
 WINDOW = 40
 FAMILIES = [
     "LlamaForCausalLM",
@@ -23,6 +24,8 @@ FAMILIES = [
     "Glm4ForCausalLM",
     "Glm4MoeForCausalLM",
     "DeepseekV3ForCausalLM",
+    HYBRID,
+    "DeepseekV32ForCausalLM",
     "GptOssForCausalLM",
     "Llama4ForCausalLM",
     SOME_WINDOWS,
@@ -71,7 +74,9 @@ def load(models):
     made = []
 
     def load(family: str = FAMILIES[0], **over):
-        made.append(LLM(models(family), **(SMALL | over)))
+        # Of so small a cache, an eighth is less than one state.
+        states = {"num_snapshots": 30} if family == HYBRID else {}
+        made.append(LLM(models(family), **(SMALL | states | over)))
         return made[-1]
 
     yield load
@@ -150,9 +155,10 @@ def test_a_prefix_hit_gives_the_same_tokens(load, alone, family):
     assert again.num_cached_tokens >= len(again.prompt_token_ids) - 17
 
 
-def test_a_float8_cache_changes_nothing_but_numbers(load, alone):
+@pytest.mark.parametrize("family", ["Qwen3ForCausalLM", HYBRID])
+def test_a_float8_cache_changes_nothing_but_numbers(load, alone, family):
     """Chunks, preemption and prefix hits over it give one text, though another than without it."""
-    family, float8 = "Qwen3ForCausalLM", {"kv_cache_dtype": "fp8"}
+    float8 = {"kv_cache_dtype": "fp8"}
     plain = load(family, **float8, enable_prefix_caching=False)
     expected = [tokens_of(plain.generate(prompt, GREEDY))[0] for prompt in PROMPTS]
     assert expected != alone(family, GREEDY)
@@ -164,6 +170,46 @@ def test_a_float8_cache_changes_nothing_but_numbers(load, alone):
     outputs = [llm.generate(prompt, GREEDY)[0] for prompt in PROMPTS]
     assert tokens_of(outputs) == expected
     assert all(output.num_cached_tokens >= 32 for output in outputs[1:])
+
+
+def test_turns_of_a_conversation_are_found(load):
+    """Of a model with states: 8 turns of 62 pages, as 500 tokens are of pages of 8."""
+    llm = load(HYBRID, page_size=2, num_pages=600, max_model_len=1024, plans_in_flight=2)
+    turns = [some_tokens(62, seed) for seed in range(8)]
+    params = SamplingParams(temperature=0, max_tokens=62, ignore_eos=True)
+    known = []
+    answers = []
+    found = asked = 0
+    for turn in turns:
+        (output,) = llm.generate([known + turn], params)
+        found += output.num_cached_tokens
+        asked += len(known)
+        answers.append(output.outputs[0].token_ids)
+        known += turn + answers[-1]
+    assert found >= 0.9 * asked
+    stats = llm.engine.stats()
+    assert (stats.answer_snapshot_hits, stats.prompt_snapshot_hits) == (7, 0)
+    assert stats.prefix_hits == found <= stats.prefix_stored
+    cold = load(HYBRID, max_model_len=1024, enable_prefix_caching=False)
+    for end, answer in ((124 * 3, answers[3]), (124 * 7, answers[7])):
+        assert tokens_of(cold.generate([known[: end + 62]], params)) == [[answer]]
+
+
+def some_tokens(count, seed):
+    return np.random.default_rng(seed).integers(3, 384, count).tolist()
+
+
+def test_states_are_lost_before_keys_and_values(load, alone):
+    """With too few snapshots a prompt is computed again, though its pages are there."""
+    llm = load(HYBRID, num_snapshots=1, max_num_seqs=2)
+    for _ in range(2):
+        outputs = [llm.generate(prompt, GREEDY)[0] for prompt in PROMPTS]
+        assert tokens_of(outputs) == alone(HYBRID, GREEDY)
+    stats = llm.engine.stats()
+    assert stats.prefix_stored > stats.prefix_hits
+    none = load(HYBRID, num_snapshots=0)
+    assert tokens_of(none.generate(PROMPTS, GREEDY)) == alone(HYBRID, GREEDY)
+    assert none.engine.stats().prefix_hits == 0
 
 
 def test_logprobs_are_the_same_however_computed(load):
@@ -187,8 +233,9 @@ def test_logprobs_are_the_same_however_computed(load):
         assert made.cumulative_logprob == pytest.approx(sum(entry["logprob"] for entry in actual))
 
 
-def test_n_outputs_differ_and_the_first_is_that_of_one(load):
-    llm = load()
+@pytest.mark.parametrize("family", [FAMILIES[0], HYBRID])
+def test_n_outputs_differ_and_the_first_is_that_of_one(load, family):
+    llm = load(family)
     three = llm.generate("Hello", SamplingParams(n=3, seed=5, max_tokens=12))[0].outputs
     assert [output.index for output in three] == [0, 1, 2]
     assert len({tuple(output.token_ids) for output in three}) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -18,6 +19,7 @@ from gllm_engine.arch.formats import Int4, Rounded
 from gllm_engine.engine import core
 from gllm_engine.model import LoadError
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.workers import build_runner
 from gllm_engine.workers.build_runner import check_formats, held_formats
 
 
@@ -98,22 +100,26 @@ def test_formats_of_the_checkpoint_and_in_memory(tmp_path: Path) -> None:
         held_formats(four, "fp8")
 
 
-def test_a_gpu_must_have_units_for_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_must_have_units_for_the_weights(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, quantization_config=FP8 | {"weight_block_size": [16, 24]})
     arch = read_arch(tmp_path)
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    check_formats(arch.quantized(), torch.device("cpu"))
-    check_formats(arch, gpu)  # its files may hold plain weights
+    check_formats(arch, (8, 0))  # its files may hold plain weights
     needed = r"FP8 in blocks of 16 x 24, which needs .* capability 8.9 or later; this one has 8.0"
     with pytest.raises(ConfigError, match=needed):
-        check_formats(arch.quantized(), gpu)
+        check_formats(arch.quantized(), (8, 0))
     with pytest.raises(ConfigError, match="FP8, rounded when loaded, which needs a GPU"):
-        check_formats(arch.rounded(), gpu)
-    check_formats(arch.quantized().widened(), gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    check_formats(arch.rounded(), gpu)
+        check_formats(arch.rounded(), (8, 0))
+    check_formats(arch.quantized().widened(), (8, 0))
+    check_formats(arch.rounded(), (9, 0))
     with pytest.raises(ConfigError, match="a multiple of 16 columns"):
-        check_formats(arch.quantized(), gpu)
+        check_formats(arch.quantized(), (9, 0))
+
+
+@pytest.mark.parametrize("beside", [{}, {"dtype": None}, {"torch_dtype": None}])
+def test_the_dtype_is_that_of_the_text_part(tmp_path: Path, beside: dict[str, Any]) -> None:
+    text = {"text_config": {"dtype": "float16"}}
+    (tmp_path / "config.json").write_text(json.dumps(text | beside))
+    config = make_config({"model": str(tmp_path)})
+    assert build_runner.weights_dtype(config, on_gpu=True) == torch.float16
+    (tmp_path / "config.json").write_text(json.dumps(text | {"torch_dtype": "float32"}))
+    assert build_runner.weights_dtype(config, on_gpu=True) == torch.float32

@@ -20,9 +20,11 @@ FAMILIES = (
     "Olmo3ForCausalLM",
     "GPTBigCodeForCausalLM",
     "Glm4MoeLiteForCausalLM",
+    "DeepseekV32ForCausalLM",
     "GptOssForCausalLM",
     "Llama4ForCausalLM",
 )
+QUANTIZED = {"GptOssForCausalLM": {"quantization_config": {"quant_method": "mxfp4"}}}
 # And so every kernel that a single GPU runs, whatever the model.
 KERNELS = {
     *(
@@ -30,12 +32,14 @@ KERNELS = {
         "_apply_sinks",
         "_attend_latent",
         "_choose",
+        "_choose_tokens",
         "_count",
         "_decode_attention",
         "_gemv",
     ),
     *("_grouped", "_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_rms_norm"),
-    *("_rotate_and_store", "_route", "_skinny", "_split", "_store_latent", "_sum"),
+    *("_rotate_and_store", "_route", "_score_tokens", "_skinny", "_split", "_store_index_key"),
+    *("_store_latent", "_sum"),
 }
 
 
@@ -43,7 +47,7 @@ KERNELS = {
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     for family in FAMILIES:
         (tmp_path / family).mkdir()
-        config = tiny_config(family, **head_dim(family))
+        config = tiny_config(family, **head_dim(family), **QUANTIZED.get(family, {}))
         (tmp_path / family / "config.json").write_text(json.dumps(config))
     here = Path(__file__).parent
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_no_logits_wanted(tmp_path: Path) -> None:
     none = type(batch)(**(vars(batch) | {"logit_index": torch.tensor([], dtype=torch.long)}))
     cache = poisoned_cache(decoder, 1)
     assert decoder.logits(decoder.forward(none, cache)).shape == (0, 384)
-    assert all(tensor.isfinite().all() for tensor in cache)
+    assert all(tensor.isfinite().all() for tensor in chain.from_iterable(cache))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,10 +96,11 @@ def test_weights_and_cache_follow_the_spec(family: str) -> None:
     for name, view in views.items():
         assert view.shape[-len(shapes[name]) :] == shapes[name], name
     cache = decoder.new_cache(num_pages=3, page_size=4)
-    page = arch.layers[0].mixer.cache_shape(4)
-    assert page[1] == 4
-    assert [tuple(tensor.shape) for tensor in cache] == [(3, *page)] * len(arch.layers)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in cache)
+    parts = arch.layers[0].mixer.cache_shapes(4)
+    assert all(page[1] == 4 for page in parts)
+    shapes = [[tuple(tensor.shape) for tensor in layer] for layer in cache]
+    assert shapes == [[(3, *page) for page in parts]] * len(arch.layers)
+    size = sum(tensor.nbytes for tensor in chain.from_iterable(cache))
     assert size == 12 * arch.kv_bytes_per_token(itemsize=2)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from every_expert import every_expert
 from loaded import load_model
-from tiny_models import PAGE, all_logits, load, make_batch, run, some_tokens
+from tiny_models import PAGE, all_logits, load, make_batch, poisoned_cache, run, some_tokens
 from torch import Tensor
 
 from gllm_engine.arch import FAMILIES, read_arch
@@ -22,10 +22,7 @@ LEAST, MOST = 0.005, 0.08
 def float8_logits(decoder: Decoder, tokens: Tensor, sizes: list[int]) -> Tensor:
     """Logits of every position of one sequence, computed in pieces of these sizes."""
     num_pages = -(-len(tokens) // PAGE)
-    cache = decoder.new_cache(num_pages * len(decoder.groups), PAGE, torch.float8_e4m3fn)
-    for tensor in cache:
-        assert tensor.dtype == torch.float8_e4m3fn
-        tensor.fill_(float("nan"))
+    cache = poisoned_cache(decoder, num_pages, PAGE, torch.float8_e4m3fn)
     logits, start = [], 0
     for part in tokens.split(sizes):
         row = {"tokens": part, "start": start, "pages": list(range(num_pages))}

@@ -58,9 +58,12 @@ FAMILIES = [
     "Qwen3MoeForCausalLM",
     "Glm4ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
     "Glm4MoeForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "Starcoder2ForCausalLM",
+    "Qwen3NextForCausalLM",  # whose tensors are stored by head
+    "Qwen3_5ForCausalLM",
 ]
 
 
@@ -296,6 +299,13 @@ def test_a_split_within_a_group_of_four_bits(
         Shard(0, 2, 0, 2, True).of(checkpoint.arch)
 
 
+def test_heads_that_end_inside_blocks_are_refused_where_rows_are_stored_by_head(
+    tmp_path: Path,
+) -> None:
+    model = write(tmp_path, "Qwen3NextForCausalLM", block(128, 128))
+    assert "of which one lies over two of the weights that it holds" in refusal(model)
+
+
 def test_experts_whose_gates_end_inside_blocks(tmp_path: Path) -> None:
     model = write(tmp_path / "model", "Qwen3MoeForCausalLM", block(24, 24))
     check(model, (24, 24))
@@ -414,7 +424,10 @@ SHARDED = [
     ("Qwen3MoeForCausalLM", block(16, 16), 2, False),
     ("Qwen3MoeForCausalLM", block(32, 32), 2, True),
     ("DeepseekV3ForCausalLM", block(16, 16), 2, False),
+    ("Qwen3NextForCausalLM", block(16, 16), 2, False),
+    ("Qwen3NextForCausalLM", compressed("channel"), 4, True),
     ("DeepseekV3ForCausalLM", block(24, 40), 2, True),
+    ("DeepseekV32ForCausalLM", block(24, 40), 2, True),
     ("Qwen3MoeForCausalLM", block(32, 32), 2, False),  # and these cut blocks
     ("LlamaForCausalLM", block(24, 40), 4, False),
     ("ChatGLMModel", block(32, 32), 4, False),
@@ -545,22 +558,14 @@ def test_float8_where_no_format_is_known(blocks: Path) -> None:
     assert f"tensor {name} has dtype F8_E4M3; supported: F64, F32, F16, BF16" in refusal(blocks)
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [
-        ("GPT2LMHeadModel", "transformer.h.1.mlp.c_fc.weight"),
-        ("GPTNeoXForCausalLM", "gpt_neox.layers.1.attention.query_key_value.weight"),
-    ],
-)
-def test_float8_in_a_tensor_that_is_no_stack_of_rows(
-    tmp_path: Path, family: str, name: str
-) -> None:
-    write_tiny_model(tmp_path, family)
+def test_float8_in_a_tensor_that_is_no_stack_of_rows(tmp_path: Path) -> None:
+    name = "transformer.h.1.mlp.c_fc.weight"
+    write_tiny_model(tmp_path, "GPT2LMHeadModel")
     rewrite(tmp_path, lambda t: t.update({name: t[name].to(FP8)}))
     file = tmp_path / "model.safetensors"
     assert refusal(tmp_path) == (
         f"{file}: tensor {name} has dtype F8_E4M3, which is not supported for a tensor that is "
-        "stored transposed or by heads"
+        "stored transposed or interleaved"
     )
 
 

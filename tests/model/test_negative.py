@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny_models import CPU, all_logits, load, some_tokens
 
-from gllm_engine.arch import Layer, Model, Moe, read_arch
+from gllm_engine.arch import Gqa, Layer, Model, Moe, read_arch
+from gllm_engine.arch.rope import Rope
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -80,6 +81,34 @@ def temperature(**change: Any) -> Change:
     return lambda m: m.each(mixer=changed)
 
 
+def gqa(**change: Any) -> Change:
+    """In layers with softmax attention."""
+
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.mixer, **change) if isinstance(layer.mixer, Gqa) else layer.mixer
+
+    return lambda m: m.each(mixer=changed)
+
+
+def indexer(**change: Any) -> Change:
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.mixer, indexer=replace(layer.mixer.indexer, **change))
+
+    return lambda m: m.each(mixer=changed)
+
+
+def wide_rope(m: Model) -> Model:
+    """In layers with softmax attention, all channels rotate."""
+    rope = next(layer.mixer.rope for layer in m.layers if isinstance(layer.mixer, Gqa))
+    return gqa(rope=replace(rope, dim=32))(m)
+
+
+def indexer_interleaved(m: Model) -> Model:
+    """Pairs of channels in the other order."""
+    old = m.layers[0].mixer.indexer.rope
+    return indexer(rope=replace(old, interleaved=not old.interleaved))(m)
+
+
 def swapped_ropes(m: Model) -> Model:
     """Each layer has the RoPE of the layer before."""
     ropes = [layer.mixer.rope for layer in m.layers]
@@ -100,7 +129,10 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
+QWEN3_NEXT, QWEN3_5 = "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"
+QWEN3_5_MOE = "Qwen3_5MoeForCausalLM"
 GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
+V32, GLM_DSA = "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"
 DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
 KIMI, NEOX = "KimiK2ForCausalLM", "GPTNeoXForCausalLM"
 SPARSE = {"decoder_sparse_step": 1}
@@ -211,6 +243,18 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "longrope": ("Phi3ForCausalLM", {}, rope(scaling=None)),
     "longrope length": ("Phi3ForCausalLM", {}, scaling(original_len=4096)),
     "longrope attention": ("Phi3ForCausalLM", {}, scaling(attention_factor=1.0)),
+    "output gate": (QWEN3_NEXT, {}, gqa(output_gate=False)),
+    "qk_norm of a hybrid": (QWEN3_NEXT, {}, gqa(qk_norm=None)),
+    "partial rotary of a hybrid": (QWEN3_NEXT, {}, wide_rope),
+    "plus one of a hybrid": (QWEN3_5, {}, model(norm="rms")),
+    "shared gate of a hybrid": (QWEN3_NEXT, {}, ffn(shared_gate=False)),
+    "renorm of a hybrid": (QWEN3_5_MOE, {}, routing(renorm=False)),
+    "indexer": (V32, {}, mixer(indexer=None)),
+    "indexer's top_k": (V32, {}, indexer(top_k=13)),
+    "indexer's rope": (V32, {}, indexer_interleaved),
+    "indexer's rope, GLM": (GLM_DSA, {}, indexer_interleaved),
+    "indexer's theta": (GLM_DSA, {}, indexer(rope=Rope(16, 20_000.0, True))),
+    "indexer's eps": (V32, {}, indexer(eps=10.0)),
     "sinks": (GPT_OSS, {}, mixer(sinks=False)),
     "window of gpt-oss": (GPT_OSS, {}, mixer(window=None)),
     "limit of a clamp": (GPT_OSS, {}, clamp(limit=2.5)),
@@ -273,6 +317,7 @@ def test_tie_matters(tmp_path: Path) -> None:
         (KIMI, ALL_SPARSE | {"num_experts_per_tok": 4}),
         (ERNIE_MOE, {"moe_layer_start_index": 0, "moe_k": 5}),
         (OLMO2, {}),
+        (V32, ALL_SPARSE | {"num_experts_per_tok": 4}),
         (MINIMAX_M2, {"num_experts_per_tok": 7}),
         (LLAMA4, {"no_rope_layers": [1], "interleave_moe_layer_step": 1, "num_experts_per_tok": 7}),
         (GPT_OSS, {"num_experts_per_tok": 7, "layer_types": ["full_attention"]}),

@@ -55,6 +55,32 @@ LARGE: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "norm_topk_prob": True,
     },
+    "DeepSeek-V3.2": {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "num_hidden_layers": 4,
+    },
+    "GLM-5": {
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "model_type": "glm_moe_dsa",
+        "num_hidden_layers": 4,
+    },
+    "Qwen3-Next-80B-A3B": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 8,
+        "num_experts": 64,
+    },
+    "Qwen3.5-27B": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "linear_num_value_heads": 48,
+    },
     "glm-4-9b": {"architectures": ["GlmForCausalLM"], "model_type": "glm"},
     "GLM-4-0414": {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
 }
@@ -67,12 +93,19 @@ def test_weights_are_those_of_transformers(name: str) -> None:
     with torch.device("meta"):
         reference = getattr(transformers, values["architectures"][0])(config)
     arch = make_arch(values)
-    assert arch.num_params() == sum(p.numel() for p in reference.parameters())
+    parameters = [*reference.named_parameters(), *buffers_of(reference)]
+    assert arch.num_params() == sum(p.numel() for _, p in parameters)
     shapes, expected = arch.weights(), {}
     for tensor, weights in checkpoint_tensors(arch).items():
         rows = sum(shapes[weight][0] for weight in weights)
         expected[tensor] = (rows, *shapes[weights[0]][1:])
-    assert expected == per_expert(reference.named_parameters(), values["architectures"][0])
+    assert expected == per_expert(iter(parameters), values["architectures"][0])
+
+
+def buffers_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Those that a checkpoint has."""
+    named = model.named_buffers()
+    return [(name, b) for name, b in named if name.endswith("e_score_correction_bias")]
 
 
 def per_expert(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
+import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -17,7 +23,8 @@ from stored_weights import weights_in
 from tiny_models import CPU, load
 from torch import Tensor
 
-from gllm_engine.arch import Model, read_arch
+from gllm_engine.arch import Model, Shard, read_arch
+from gllm_engine.arch.names import checkpoint_tensors
 from gllm_engine.model import Decoder, LoadError, filling, open_checkpoint, read
 from gllm_engine.model.tiny import write_tiny_model
 
@@ -31,8 +38,8 @@ def simply_read(path: Path, arch: Model, dtype: torch.dtype) -> dict[str, Tensor
     for file in path.glob("*.safetensors"):
         stored |= load_file(file)
     weights: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        weights |= weights_in(arch, name, tensor.to(dtype))
+    for name in checkpoint_tensors(arch):
+        weights |= weights_in(arch, name, stored[name].to(dtype))
     return weights
 
 
@@ -253,3 +260,151 @@ def test_headers_are_checked_before_a_decoder_is_made(tmp_path: Path) -> None:
     arch = read_arch(tmp_path)
     with pytest.raises(LoadError, match="not a complete"), open_checkpoint(arch, tmp_path):
         raise AssertionError("the block ran")
+
+
+class Asked:
+    """What a rank reads of each file: the ranges of its calls of preadv."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ranges: list[tuple[int, int]] = []
+        self._preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", self._watched)
+
+    def _watched(self, descriptor: int, into: list[memoryview], offset: int) -> int:
+        self.ranges.append((offset, offset + len(into[0])))
+        return self._preadv(descriptor, into, offset)
+
+
+def shards(arch: Model, tp: int, pp: int) -> list[Shard]:
+    """Of all ranks of a mesh."""
+    each = len(arch.layers) // pp
+    stages = [(stage * each, (stage + 1) * each) for stage in range(pp)]
+    return [Shard(first, end, rank, tp) for first, end in stages for rank in range(tp)]
+
+
+def load_shard(path: Path, arch: Model, shard: Shard) -> Decoder:
+    return load_model(path, arch, dtype=torch.float32, device=CPU, max_model_len=64, shard=shard)
+
+
+def test_a_rank_reads_its_share_once_and_in_the_order_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ranks read only what is split along columns, or held by each of them."""
+    write_tiny_model(tmp_path, "Qwen3MoeForCausalLM", num_hidden_layers=2)
+    arch = read_arch(tmp_path)
+    monkeypatch.setattr(read, "_NUM_READERS", 1)
+    readers = Counter[int]()
+    for shard in shards(arch, tp=2, pp=2):
+        asked = Asked(monkeypatch)
+        decoder = load_shard(tmp_path, arch, shard)
+        assert asked.ranges == sorted(asked.ranges)
+        places = [place for begin, end in asked.ranges for place in range(begin, end)]
+        assert len(places) == len(set(places))
+        readers.update(places)
+        own = sum(prod(shape) for shape in shard.weights(arch).values())
+        whole = {
+            name: prod(arch.weights()[name])
+            for name, shape in shard.weights(arch).items()
+            if shape[1:] != arch.weights()[name][1:]
+        }
+        cut = sum(prod(shard.weights(arch)[name]) for name in whole)
+        assert len(places) == 4 * (own - cut + sum(whole.values())), decoder
+    file = tmp_path / "model.safetensors"
+    data_start = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert readers.keys() == set(range(data_start, file.stat().st_size))
+    assert max(readers.values()) == 2
+
+
+def read_from_disk() -> int:
+    """Bytes that this process has caused to be read from a disk."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+def forget(file: Path) -> int:
+    """Drop a file from the page cache; returns the bytes that reading it takes from the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = read_from_disk()
+        os.pread(opened.fileno(), 1, 0)
+        took = read_from_disk() - before
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return took
+
+
+def test_a_node_reads_each_byte_from_its_disk_once(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, num_hidden_layers=4, hidden_size=256, intermediate_size=1024)
+    file = tmp_path / "model.safetensors"
+    arch = read_arch(tmp_path)
+    load_shard(tmp_path, arch, shards(arch, tp=4, pp=1)[0])  # code that is read at its first use
+    if not forget(file):
+        pytest.skip("no disk under this directory, or its reads are not counted")
+    before = read_from_disk()
+    with ThreadPoolExecutor(4) as ranks:
+        list(ranks.map(lambda shard: load_shard(tmp_path, arch, shard), shards(arch, tp=4, pp=1)))
+    assert read_from_disk() - before <= 1.1 * file.stat().st_size
+
+
+def test_progress_is_told_in_the_log(
+    tmp_path: Path,
+    small_pieces: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_tiny_model(tmp_path)
+    monkeypatch.setattr(read, "_TELL_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        load(tmp_path)
+    *lines, last = [record.getMessage() for record in caplog.records]
+    told = [
+        re.fullmatch(r"(\d+)% of 0\.00 GB of weights read, .* GB/s, about \d+ s left", line)
+        for line in lines
+    ]
+    shares = [int(match[1]) for match in told if match]
+    assert len(shares) == len(lines) > 100 and shares == sorted(shares) and shares[-1] >= 99
+    assert last.startswith("read 0.00 GB of weights in ")
+
+
+def test_few_lines_tell_of_the_progress(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny_model(tmp_path)
+    with caplog.at_level(logging.INFO):
+        load(tmp_path)
+    assert len(caplog.records) == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    tmp_path: Path,
+    small_pieces: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_tiny_model(tmp_path)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(read, "_TELL_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        load(tmp_path)
+    assert "weights:" in terminal.getvalue() and "B/s]" in terminal.getvalue()
+    assert len(caplog.records) == 1
+
+
+def test_only_one_rank_of_a_node_shows_the_progress(
+    tmp_path: Path,
+    small_pieces: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_tiny_model(tmp_path)
+    monkeypatch.setattr(read, "_TELL_S", 0.0)
+    arch = read_arch(tmp_path)
+    with caplog.at_level(logging.INFO), open_checkpoint(arch, tmp_path) as checkpoint:
+        decoder = Decoder(arch, dtype=torch.float32, device=CPU, max_model_len=64)
+        with filling(decoder, checkpoint, shows=False):
+            assert decoder.weights()
+    assert len(caplog.records) == 1

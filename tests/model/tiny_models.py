@@ -12,13 +12,15 @@ from loaded import load_model
 from torch import Tensor
 
 from gllm_engine.arch import Model, read_arch
-from gllm_engine.model import Decoder
-from gllm_engine.ops import Batch
+from gllm_engine.model import Decoder, LayerCache
+from gllm_engine.ops import Batch, RecurrentState
 
 CPU = torch.device("cpu")
 PAGE = 4
 # Cache groups in a batch: at least as many as any model here has.
 GROUPS = 6
+# Rows of a batch: at most as many as any test has.
+ROWS = 16
 
 
 def load(path: Path, arch: Model | None = None, max_model_len: int | None = None) -> Decoder:
@@ -27,11 +29,20 @@ def load(path: Path, arch: Model | None = None, max_model_len: int | None = None
     return load_model(path, arch, dtype=torch.float32, device=CPU, max_model_len=length)
 
 
-def poisoned_cache(decoder: Decoder, num_pages: int, page_size: int = PAGE) -> list[Tensor]:
-    """`num_pages` for each group. Every number is NaN until the decoder writes it."""
-    cache = decoder.new_cache(num_pages * len(decoder.groups), page_size)
-    for tensor in cache:
-        tensor.fill_(float("nan"))
+def poisoned_cache(
+    decoder: Decoder, num_pages: int, page_size: int = PAGE, dtype: torch.dtype | None = None
+) -> list[LayerCache]:
+    """`num_pages` for each group. Every number is NaN until the decoder writes it.
+
+    The states of layers that keep one per sequence are zero, as at the start of a sequence.
+    """
+    states = decoder.new_states(ROWS)
+    cache = decoder.new_cache(num_pages * len(decoder.groups), page_size, dtype, states)
+    for parts in cache:
+        if not isinstance(parts, RecurrentState):
+            for pages in parts:
+                assert pages.dtype == (dtype or decoder.dtype)
+                pages.fill_(float("nan"))
     return cache
 
 
@@ -63,7 +74,7 @@ def make_batch(rows: list[dict[str, Any]], page_size: int = PAGE, num_pages: int
     )
 
 
-def run(decoder: Decoder, batch: Batch, cache: list[Tensor]) -> Tensor:
+def run(decoder: Decoder, batch: Batch, cache: list[LayerCache]) -> Tensor:
     return decoder.logits(decoder.forward(batch, cache))
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from gllm_engine import ops
+from gllm_engine.ops.batch import made_up_step
 
 pytest.importorskip("triton")
 NAME = "gllm_engine.ops.flashinfer"
@@ -97,3 +101,32 @@ def test_each_shape_of_attention_has_a_wrapper_of_its_own(
     made = [wrapper(*shape) for shape in (base, *others)]
     assert len(set(map(id, made))) == len(made) == len({id(one.memory) for one in made})
     assert [wrapper(*shape) for shape in (base, *others)] == made
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_a_plan_of_sparse_attention(
+    backend: ModuleType, planner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is chosen if the host knows that no row has more tokens; in a graph it knows none."""
+    monkeypatch.setattr(backend, "_SCORE_BYTES", 4 * 2 * 128)  # of two rows
+    planner._scores = None
+    rows = [(40, 1), (9, 1), (12, 1), (13, 1), (100, 1)]
+    batch = made_up_step(rows, torch.arange(8)[None], 16).of_group(0)
+    cache = torch.empty(8, 1, 16, 1, 48)
+
+    def plan(top_k: int | None, **changes: Any) -> Any:
+        return planner.plan_latent(replace(batch, **changes), cache, 4, top_k)
+
+    for top_k in (None, 100, 2048):
+        dense = plan(top_k)
+        assert dense.choice is None and dense.splits.lens.tolist() == [40, 9, 12, 13, 100]
+    unknown = {"context_lens_cpu": np.zeros(0, np.int64)}
+    assert plan(128, **unknown).choice is None  # the table has no room for more
+    for made in (plan(12), plan(12, **unknown)):
+        assert made.splits.lens.tolist() == [12, 9, 12, 12, 12]
+        choice = made.choice
+        assert choice.top_k == 12 and choice.scores.shape == (2, 128)
+        scanned = [scan.lens.tolist() for scan in choice.scans]
+        assert scanned == [[40, 0], [0, 13], [100]]
+        assert choice.scores.data_ptr() == planner._scores.data_ptr()  # the same for all plans

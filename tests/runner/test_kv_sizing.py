@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
-from gllm_engine.arch import MAX_EOS_TOKEN_IDS, read_arch
+from gllm_engine.arch import MAX_EOS_TOKEN_IDS, Shard, read_arch
 from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.runner import Runner, kv_sizing, sampler
-from gllm_engine.runner.kv_sizing import _trial, costly_sampling
+from gllm_engine.runner.kv_sizing import (
+    _trial,
+    costly_sampling,
+    fitting_pages,
+    fitting_snapshots,
+)
 from gllm_engine.runner.sampler import log_probabilities, sample
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
@@ -75,6 +81,28 @@ def test_the_trial_counts_the_state_and_everything_a_request_may_want(
     with torch.inference_mode():
         _trial(config, decoder, 4)
     assert scored[2:] == [4, 9]
+
+
+def test_all_ranks_have_equally_many_snapshots(tmp_path: Path) -> None:
+    """Also a stage that has only states, or only pages."""
+    path = write_tiny_model(tmp_path, "Qwen3NextForCausalLM")
+    arch, device = read_arch(path), torch.device("cpu")
+    config = EngineConfig(model=str(path), max_num_seqs=4, max_num_batched_tokens=64)
+    found = []
+    for first, end in ((0, 2), (0, 1), (1, 2)):
+        shard = Shard(first, end)
+        decoder = Decoder(arch, dtype=torch.float32, device=device, max_model_len=64, shard=shard)
+        assert fitting_pages(config, decoder, 4) * 16 * max(
+            1, decoder.page_bytes(1, torch.float32)
+        ) in range(2**26, 2**30 + 1)
+        found.append(fitting_snapshots(config, decoder, 10_000))
+        assert decoder.new_states(3).flat.numel() == 3 * decoder.state_bytes
+    assert len(set(found)) == 1
+    memory = 10_000 * 16 * arch.kv_bytes_per_token(4)
+    state = Decoder(arch, dtype=torch.float32, device=device, max_model_len=64).state_bytes
+    assert 0 <= memory / 8 - found[0] * state < state
+    given = replace(config, num_snapshots=7)
+    assert fitting_snapshots(given, decoder, 10_000) == 7
 
 
 @pytest.mark.gpu

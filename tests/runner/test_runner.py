@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -351,8 +352,9 @@ def test_a_float8_cache_has_a_byte_a_number(llama):
     gib = 2000 * PAGE_SIZE * read_arch(llama).kv_bytes_per_token(4) / 2**30
     runner = make_runner(llama, num_pages=None, kv_cache_gib=gib, kv_cache_dtype="fp8")
     assert runner.num_pages == 8000
-    assert {tensor.dtype for tensor in runner.cache} == {torch.float8_e4m3fn}
-    assert sum(tensor.nbytes for tensor in runner.cache) <= gib * 2**30
+    tensors = list(chain.from_iterable(runner.cache))
+    assert {tensor.dtype for tensor in tensors} == {torch.float8_e4m3fn}
+    assert sum(tensor.nbytes for tensor in tensors) <= gib * 2**30
 
 
 def test_cpu_threads_is_honoured(llama):

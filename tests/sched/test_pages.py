@@ -24,8 +24,7 @@ def pages_of(*sequences: Pages) -> list[list[int]]:
 def cached(pool: PagePool, tokens: list[int], salt: str = "") -> list[int]:
     """Cached pages of a sequence that begins with `tokens`."""
     pages = Pages([Group(pool)], salt)
-    tokens = [*tokens, 0]
-    return pages._found(pages.groups[0].group, tokens, pages.find_cached(tokens))
+    return pages.find_cached([*tokens, 0]).pages[0]
 
 
 def test_only_full_pages_are_shared_and_a_token_is_left() -> None:
@@ -35,8 +34,8 @@ def test_only_full_pages_are_shared_and_a_token_is_left() -> None:
     assert len(first.groups[0].ids) == 3
     assert cached(pool, tokens) == first.groups[0].ids[:2]
     assert cached(pool, tokens[:8]) == first.groups[0].ids[:2]
-    assert Pages([Group(pool)], "").find_cached(tokens[:8]) == 1
-    assert Pages([Group(pool)], "").find_cached(tokens[:1]) == 0
+    assert Pages([Group(pool)], "").find_cached(tokens[:8]).num_pages == 1
+    assert Pages([Group(pool)], "").find_cached(tokens[:1]).num_pages == 0
     assert cached(pool, [9, *tokens[1:]]) == []  # a page stands for all before it
     assert cached(pool, tokens[4:8]) == []
     second = fill(pool, [*tokens[:8], 77, 78])
@@ -112,10 +111,11 @@ def test_opening_never_evicts_what_was_found() -> None:
     hits = cached(pool, tokens)
     assert len(hits) == 1
     pages = Pages([Group(pool)], "")
-    assert pages.find_cached(tokens) == 1
-    assert pages.fit(tokens, 1, reserve=0)  # two new ones, and the idle one
-    assert not pages.fit(tokens, 1, reserve=1)
-    pages.open(tokens, 1)
+    found = pages.find_cached(tokens)
+    assert found.num_pages == 1
+    assert pages.fit(tokens, found, reserve=0)  # two new ones, and the idle one
+    assert not pages.fit(tokens, found, reserve=1)
+    pages.open(tokens, found)
     assert pages.groups[0].ids[0] == hits[0]
     pool.check_integrity(pages_of(pages))
 
@@ -124,8 +124,8 @@ def test_equal_content_keeps_one_mapping() -> None:
     pool = PagePool(5, PAGE)
     tokens = [3] * 8
     one, two = Pages([Group(pool)], ""), Pages([Group(pool)], "")
-    one.open(tokens, 0)
-    two.open(tokens, 0)
+    one.open(tokens, one.nothing_cached())
+    two.open(tokens, two.nothing_cached())
     one.publish(tokens, 4)
     two.publish(tokens, 8)  # its first page duplicates one's, its second is the first of its kind
     one.publish(tokens, 8)
@@ -156,8 +156,9 @@ def test_hashes_outlive_a_release() -> None:
     pages = fill(pool, [1] * 8)
     ids = pages.groups[0].ids
     pages.release()
-    assert pages.find_cached([1] * 9) == 2
-    pages.open([1] * 8, 2)
+    found = pages.find_cached([1] * 9)
+    assert found.num_pages == 2
+    pages.open([1] * 8, found)
     assert pages.groups[0].ids == ids
     pages.publish([1] * 8, 8)
     pool.check_integrity(pages_of(pages))
@@ -238,9 +239,9 @@ def make_groups(num_pages: int, *windows: int | None) -> list[Group]:
 def begin(groups: list[Group], tokens: list[int], step: int) -> Pages:
     """A sequence that has computed `tokens`, at most `step` of them in each chunk."""
     pages = Pages(groups, "")
-    num_cached = pages.find_cached([*tokens, 0])
-    pages.open(tokens, num_cached)
-    for start in range(num_cached * PAGE, len(tokens), step):
+    found = pages.find_cached([*tokens, 0])
+    pages.open(tokens, found)
+    for start in range(found.num_pages * PAGE, len(tokens), step):
         end = min(start + step, len(tokens))
         pages.drop_unneeded(start)
         list(pages.grow(end))
@@ -267,9 +268,9 @@ def test_a_prefix_is_cached_if_each_group_has_what_the_next_token_sees() -> None
     groups = make_groups(10, None, 5)
     pool = groups[0].pool
     begin(groups, tokens, 20).release()
-    assert Pages(groups, "").find_cached([*tokens, 0]) == 5
+    assert Pages(groups, "").find_cached([*tokens, 0]).num_pages == 5
     lose(groups[1], tokens, 4)
-    assert Pages(groups, "").find_cached([*tokens, 0]) == 4
+    assert Pages(groups, "").find_cached([*tokens, 0]).num_pages == 4
     pages = begin(groups, tokens[:17], 20)
     assert [len(part.ids) for part in pages.groups] == [5, 2]
     pool.check_integrity(pages_of(pages))
@@ -291,7 +292,7 @@ def test_a_prefix_that_one_group_shortens_is_looked_up_again_in_the_others() -> 
     begin(groups, tokens, 20).release()
     lose(groups[1], tokens, 4)  # so that a prefix has 4 pages, and needs page 3 of the window
     lose(groups[0], tokens, 3)
-    assert Pages(groups, "").find_cached([*tokens, 0]) == 3
+    assert Pages(groups, "").find_cached([*tokens, 0]).num_pages == 3
     groups[0].pool.check_integrity([])
 
 
@@ -302,7 +303,9 @@ def test_a_prefix_with_a_snapshot_is_looked_up_again_in_groups_with_a_window() -
     begin(groups, tokens, 20).release()
 
     def find() -> int:
-        return Pages(groups, "", snapshots).find_cached([*tokens, 0])
+        found = Pages(groups, "", snapshots).find_cached([*tokens, 0])
+        assert found.num_stored == 5 and (found.snapshot is None) == (not found.num_pages)
+        return found.num_pages
 
     assert find() == 0
     for num_pages, snapshot in zip((2, 4), snapshots.take(2), strict=True):

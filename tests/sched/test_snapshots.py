@@ -82,6 +82,38 @@ def test_equal_prompts_in_one_step_do_not_share_a_state() -> None:
     assert engine.num_cached(prompt) == 16
 
 
+def test_equal_prompts_begin_from_one_snapshot() -> None:
+    engine = Engine(10)
+    prompt = text(1, 200)
+    first, second, third = engine.generate([prompt] * 3, max_tokens=9)
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == third.num_cached_tokens == 196
+
+
+def test_prompts_that_are_cut_do_not_keep_others_waiting() -> None:
+    """Each prompt is cut before its last page; a step has room for four of them."""
+    engine = Engine(10)
+    engine.generate([text(seed, 15) for seed in range(4)])
+    assert engine.scheduler.stats().steps == 2
+
+
+def test_hits_are_counted_by_the_kind_of_snapshot() -> None:
+    engine = Engine(10)
+    beginning = text(1, 200)
+    (one,) = engine.generate([beginning + text(2, 41)], max_tokens=100)
+    for prompt in (
+        one.tokens,
+        one.tokens[:241] + text(3, 9),
+        *(beginning + text(i, 9) for i in (4, 5)),
+    ):
+        engine.num_cached(prompt)
+    stats = engine.scheduler.stats()
+    assert stats.answer_snapshot_hits == 1
+    assert stats.prompt_snapshot_hits == 1
+    assert stats.branch_snapshot_hits == 1
+    assert stats.prefix_stored > stats.prefix_hits > 0
+
+
 def test_the_least_recent_snapshot_is_the_first_to_go() -> None:
     engine = Engine(2)
     prompts = [text(seed, 41) for seed in range(3)]

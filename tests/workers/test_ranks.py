@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, StructuredOutputs, write_tiny_model
+from gllm_engine.arch import read_arch
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.text.constraints import Constraint
 
@@ -63,6 +64,12 @@ WAYS: dict[str, dict[str, Any]] = {
 LAYERS = {"num_hidden_layers": 5}
 # Layers of both kinds on some stages, and of one kind on others.
 WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2} | LAYERS
+HYBRID = LAYERS | {
+    "layer_types": [
+        *("linear_attention", "full_attention", "linear_attention"),
+        *("linear_attention", "full_attention"),
+    ]
+}
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 # Ranks' shares begin and end inside these.
 CUT_BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 40]}
@@ -87,11 +94,20 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
     ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
+    ("DeepseekV32ForCausalLM", {}, "tp2 x pp2"),
+    ("GlmMoeDsaForCausalLM", {}, "ep2"),
     ("DeepseekV2ForCausalLM", {"q_lora_rank": None}, "ep2 x pp2"),
     ("KimiK2ForCausalLM", {}, "tp4"),
     ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),
     ("Glm4MoeForCausalLM", {}, "ep2 x pp2"),
     ("Ernie4_5_MoeForCausalLM", {}, "tp2"),
+    # States and no pages on the first stage, pages and no states on the last.
+    ("Qwen3NextForCausalLM", HYBRID, "pp3, uneven"),
+    ("Qwen3NextForCausalLM", {}, "tp2 x pp2"),
+    ("Qwen3NextForCausalLM", {}, "ep2"),
+    ("Qwen3_5ForCausalLM", HYBRID, "pp2"),
+    ("Qwen3_5ForConditionalGeneration", {}, "tp4"),
+    ("Qwen3_5MoeForConditionalGeneration", {}, "tp2"),
     ("GptOssForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
     ("GptOssForCausalLM", {"sliding_window": 20}, "ep2"),
     ("Llama4ForCausalLM", {"attention_chunk_size": 20}, "tp2 x pp2"),
@@ -210,6 +226,8 @@ def test_families(tmp_path: Path, family: str, over: dict[str, Any], way: str) -
     # Layers with a window and layers without one take pages from the same pool.
     windows = {"max_window_layers", "layer_types", "attention_chunk_size"}
     room = {"num_pages": 150} if windows & config.keys() else {}
+    if read_arch(tmp_path).keeps_states:
+        room = {"num_snapshots": 20}
     with LLM(str(tmp_path), **(TIGHT | WAYS[way] | room)) as llm:
         compare(llm.generate(list(prompts), list(params)), expected)
         settle(llm)

@@ -10,6 +10,7 @@ from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, 
 from gllm_engine.ops.triton.fp8 import dequantize, quantize
 from gllm_engine.ops.triton.gated_delta import gated_delta, gated_norm
 from gllm_engine.ops.triton.gemv import gemv, is_single
+from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
 from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
     head_blocks,
@@ -33,10 +34,12 @@ from gllm_engine.ops.triton.skinny import is_skinny, skinny
 __all__ = [
     "gated_delta",
     "gated_norm",
+    "Choice",
     "KvSplits",
     "attend_latent",
     "activate",
     "apply_sinks",
+    "choose_tokens",
     "decode_attention",
     "dequantize",
     "gemv",
@@ -47,6 +50,7 @@ __all__ = [
     "list_pages",
     "make_one_shot_allreduce",
     "mean_squares",
+    "plan_choice",
     "prepare_inputs",
     "quantize",
     "rms_norm",
@@ -56,6 +60,7 @@ __all__ = [
     "silu_mul",
     "skinny",
     "split_kv",
+    "store_index_key",
     "store_latent",
     "sum_experts",
 ]

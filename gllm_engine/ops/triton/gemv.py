@@ -9,11 +9,11 @@ chunk is masked. Knows shapes and arithmetic.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.kernels import HALF
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
 
 # Weight elements of one load of a thread, and most weight elements in a thread's registers.
@@ -21,7 +21,6 @@ _LOADED: tl.constexpr = tl.constexpr(8)
 _HELD = 128
 # Longest short row in elements; warps of a program for short rows and for longer rows.
 _SHORT, _WARPS, _LONG_WARPS = 8192, 4, 8
-_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -109,7 +108,7 @@ def _gemv(
 
 def is_single(x: Tensor) -> bool:
     """Whether `gemv` supports x [rows, depth]: one row, of a 16-bit dtype."""
-    return x.shape[0] == 1 and x.dtype in _DTYPES
+    return x.shape[0] == 1 and x.dtype in HALF
 
 
 def gemv(

@@ -3,7 +3,8 @@
 Knows the cache layout, [num_pages, 1, page_size, 1, rank + rope_dim]: a latent, then the rotated
 key. All heads attend to the same latents, so a program computes a block of heads, and reads each
 latent once for the scores and for the result. Rows are split into parts, and parts are joined, as
-in decode_attention.py. Each token of a prefill chunk is a row, whose context ends at the token.
+in decode_attention.py. Each token of a prefill chunk is a row, whose context ends at the token. A
+row may have a list of the tokens that it attends to, in place of its context.
 """
 
 from __future__ import annotations
@@ -115,11 +116,14 @@ def store_latent(
 
 @triton.jit
 def _attend_part(
-    x, x_rope, table, cache, first, end, scale,
+    x, x_rope, table, cache, chosen, first, end, scale,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised softmax-weighted latents of tokens first .. end - 1, as in decode_attention."""
+    """Unnormalised softmax-weighted latents of tokens first .. end - 1, as in decode_attention.
+
+    SPARSE: of these entries of the list `chosen`.
+    """
     d, r = tl.arange(0, RANK), tl.arange(0, ROPE)
     peak = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
@@ -127,6 +131,8 @@ def _attend_part(
     for start in range(first, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
+        if SPARSE:
+            at = tl.load(chosen + at, mask=inside, other=0)
         page = tl.load(table + at // PAGE, mask=inside, other=0)
         line = cache + (page * PAGE + at % PAGE) * (RANK + ROPE)
         latent = tl.load(line[:, None] + d[None, :], mask=inside[:, None], other=0.0).to(x.dtype)
@@ -145,13 +151,16 @@ def _attend_part(
 
 @triton.jit(do_not_specialize=["capacity"])
 def _attend_latent(
-    q, q_rope, cache, page_table, slots, lens, items, arrived, share_in, out, parts, peaks, sums,
-    capacity, width, scale, q_token, q_head,
+    q, q_rope, cache, page_table, slots, lens, items, arrived, share_in, chosen, out, parts, peaks,
+    sums, capacity, width, scale, q_token, q_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, JOINED: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    TOP_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One program computes one part of one row for GROUP of the HEADS heads."""
+    """One program computes one part of one row for GROUP of the HEADS heads.
+
+    TOP_K: entries of a row in `chosen`; 0: rows attend to their contexts.
+    """
     item, block = tl.program_id(0), tl.program_id(1)
     blocks: tl.constexpr = HEADS // GROUP
     begin_alone(OVERLAPS)
@@ -169,8 +178,9 @@ def _attend_latent(
         line = row.to(tl.int64) * HEADS + head
         x_rope = tl.load(q_rope + line[:, None] * ROPE + r[None, :], mask=wanted, other=0.0)
         acc, peak, total = _attend_part(
-            x, x_rope, table, cache, first, tl.minimum(first + share, length), scale,
-            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK,
+            x, x_rope, table, cache, chosen + row.to(tl.int64) * TOP_K, first,
+            tl.minimum(first + share, length), scale,
+            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK, TOP_K > 0,
         )  # fmt: skip
         if used == 1:
             result = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -197,10 +207,18 @@ def head_blocks(heads: int) -> int:
     return next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= _HEADS)
 
 
-def attend_latent(q: LatentQueries, cache: Tensor, splits: KvSplits, scale: float) -> Tensor:
+def attend_latent(
+    q: LatentQueries,
+    cache: Tensor,
+    splits: KvSplits,
+    scale: float,
+    chosen: Tensor | None = None,
+) -> Tensor:
     """softmax(scale * q latent') latent over the pages of each row's slot: [rows, heads, rank].
 
-    `splits`: from split_kv, for as many K/V heads as head_blocks() says.
+    `splits`: from split_kv, for as many K/V heads as head_blocks() says. `chosen`: [rows, top_k]
+    int32, positions of the tokens that a row attends to; then the lengths in `splits` are those of
+    these lists.
     """
     rows, heads, rank = q.latent.shape
     rope_dim, page_size = q.rope.shape[2], cache.shape[2]
@@ -212,10 +230,12 @@ def attend_latent(q: LatentQueries, cache: Tensor, splits: KvSplits, scale: floa
     block_group = max(16, triton.next_power_of_2(group))
     _attend_latent[(capacity, blocks)](
         q.latent, q.rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
-        splits.arrived, splits.share, out, parts, peaks, sums, capacity,
-        splits.page_table.shape[1], scale * _LOG2_E, q.latent.stride(0), q.latent.stride(1),
+        splits.arrived, splits.share, splits.items if chosen is None else chosen, out, parts, peaks,
+        sums, capacity, splits.page_table.shape[1], scale * _LOG2_E, q.latent.stride(0),
+        q.latent.stride(1),
         HEADS=heads, GROUP=group, BLOCK_GROUP=block_group, RANK=rank, ROPE=rope_dim, PAGE=page_size,
-        BLOCK=_BLOCK, JOINED=max(1, _JOINED // (block_group * rank)), OVERLAPS=OVERLAP,
+        BLOCK=_BLOCK, JOINED=max(1, _JOINED // (block_group * rank)),
+        TOP_K=0 if chosen is None else chosen.shape[1], OVERLAPS=OVERLAP,
         num_warps=4 if block_group < 64 else 8, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out

@@ -118,7 +118,7 @@ def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
     out = qkv.new_empty(tokens, 2, dtype=torch.float32)
     if tokens:
         _mean_squares[(tokens, 2)](
-            qkv, out, total * dim, num_heads * dim, kv_heads * dim,
+            qkv, out, qkv.stride(0), num_heads * dim, kv_heads * dim,
             BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping(),
         )  # fmt: skip
     return out

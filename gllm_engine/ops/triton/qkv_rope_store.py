@@ -43,7 +43,7 @@ def _factor(gain, mask, PLUS_ONE: tl.constexpr):
 
 @triton.jit
 def _rotate_and_store(
-    qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kv, cache, eps,
+    qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kv, cache, eps, qkv_stride,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
     PAGE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, MEANS: tl.constexpr,
     PLUS_ONE: tl.constexpr, SCALED: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
@@ -56,7 +56,7 @@ def _rotate_and_store(
     partner, pair, second, turned = _pairs(at, TURN, INTERLEAVED)
     begin_alone(OVERLAPS)
     inside = (head < HEADS + 2 * KV) & (at < DIM)
-    row = qkv + token * (HEADS + 2 * KV) * DIM + head * DIM
+    row = qkv + token * qkv_stride + head * DIM
     raw = tl.load(row + at, mask=inside, other=0.0)
     x = raw.to(tl.float32)
     y = x
@@ -127,6 +127,7 @@ def rotate_and_store(
         qkv, qkv if norm is None else norm.gain, qkv if means is None else means, cos, sin,
         qkv if positions is None else positions, qkv if query_scale is None else query_scale,
         cache_index, q, q if kv is None else kv, cache, 0.0 if norm is None else norm.eps,
+        qkv.stride(0),
         HEADS=heads, KV=(total - heads) // 2, DIM=dim,
         TURN=0 if tables is None else 2 * cos.shape[1], PAGE=cache.shape[2],
         NORM=norm is not None, AFTER=norm is not None and norm.after, MEANS=means is not None,

@@ -30,11 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.kernels import HALF
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
 
 _MAX_ROWS = 64
-_DTYPES = (torch.bfloat16, torch.float16)
 # Number of programs that saturates the memory bandwidth, and least depth of a part.
 _PROGRAMS, _MIN_DEPTH = 96, 512
 # Bytes of shared memory for one program's pipelined tiles: nearly all that a multiprocessor has.
@@ -156,7 +156,7 @@ def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
     _SHARED_ROWS rows.
     """
     rows, depth = x.shape
-    if not 0 < rows <= _MAX_ROWS or x.dtype not in _DTYPES or not x.is_contiguous():
+    if not 0 < rows <= _MAX_ROWS or x.dtype not in HALF or not x.is_contiguous():
         return False
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     tiling = choose_tiling(_block_m(rows), width, depth, gated)

@@ -1,0 +1,203 @@
+"""Tells whether a model would start, and with what memory, without a GPU and without its weights.
+
+Refuses whatever a start refuses, by the same functions and with the same sentences. Of the
+checkpoint it reads config.json, the tokenizer's files and the headers of the weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from gllm_engine.arch import CacheGroup, Model, cache_groups, read_arch
+from gllm_engine.config import ConfigError, EngineConfig, settle
+from gllm_engine.engine.core import check_len, model_len
+from gllm_engine.model import open_checkpoint
+from gllm_engine.sched import Group, PagePool, capacity, make_groups
+from gllm_engine.text.tokenizer import Tokenizer
+from gllm_engine.workers.build_runner import (
+    check_formats,
+    check_shards,
+    device_of,
+    held_formats,
+)
+from gllm_engine.workers.estimate import Estimate, estimate
+
+
+class StageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of memory of each of the `ranks` ranks of a pipeline stage.
+
+    `weights`: by kind. `tables`: of rotary angles. `driver`, `step` (activations, sampling,
+    workspaces and CUDA graphs): estimates. `states`: of recurrent layers, for sequences, and
+    `snapshots` of them for prefix hits. `free`: what is left of a GPU; None on a CPU.
+    """
+
+    first_layer: int
+    last_layer: int
+    ranks: int
+    weights: dict[str, int]
+    tables: int
+    driver: int
+    step: int
+    states: int
+    snapshots: int
+    kv_cache: int
+    free: int | None
+
+
+class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers that share a page table. `pages`: of a sequence of `max_model_len` tokens."""
+
+    layers: int
+    window: int | None
+    pages: int
+
+
+class KernelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The kernels of a part of the model by kind of device: hopper, gpu (any other GPU), cpu."""
+
+    part: str
+    layers: int
+    kernels: dict[str, str]
+
+
+class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a start would take. `gpu_memory`: bytes of each GPU; None: the model runs on a CPU.
+
+    The groups share `num_pages` pages of `page_size` tokens, which hold `cached_tokens` tokens if
+    one group has them all, or `sequences` sequences of `max_model_len` tokens. `cut_is_estimated`:
+    a start measures which layers each stage gets, so it may choose others.
+    """
+
+    model: str
+    num_params: int
+    gpu_memory: int | None
+    dtype: str
+    kv_cache_dtype: str
+    stages: list[StageReport]
+    cut_is_estimated: bool
+    num_pages: int
+    page_size: int
+    cached_tokens: int
+    max_model_len: int
+    sequences: int
+    num_snapshots: int
+    groups: list[GroupReport]
+    kernels: list[KernelReport]
+
+
+def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckReport:
+    """Check the model in `config.model`. `gpu_memory`: bytes of each GPU; default: this machine's.
+
+    Raises ConfigError, ArchError, LoadError or TextError, as a start does.
+    """
+    gpu_memory = _gpu_memory(config, gpu_memory)
+    config = settle(config, on_gpu=gpu_memory is not None)
+    path = Path(config.model)
+    arch = read_arch(path)
+    check_len(config, arch)
+    check_shards(config, arch)
+    if config.load_format == "dummy":  # only config.json has to be there
+        return _report(config, held_formats(arch.quantized(), config.quantization), gpu_memory)
+    Tokenizer(config.tokenizer or path)
+    with open_checkpoint(arch, path) as checkpoint:
+        held = held_formats(checkpoint.arch, config.quantization)
+        return _report(config, held, gpu_memory)
+
+
+def _gpu_memory(config: EngineConfig, given: int | None) -> int | None:
+    """Bytes of the GPUs to check for; None: the model runs on a CPU."""
+    if config.device == "none":
+        raise ConfigError("device: none runs no model, so there is nothing to check")
+    if given is not None:
+        if config.device == "cpu":
+            raise ConfigError("device: it is cpu, so the memory of a GPU does not matter")
+        return given
+    device = device_of(config)
+    if device.type == "cpu":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _capability() -> tuple[int, int]:
+    """Of this machine's GPU, else of the first Hopper, because which GPU is meant is not known."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+
+
+def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckReport:
+    if gpu_memory is not None:
+        check_formats(arch, _capability())
+    found = estimate(config, arch, gpu_memory)
+    kinds = cache_groups(arch, config.max_model_len or arch.max_len)
+    groups = make_groups(kinds, config, found.num_pages)
+    max_model_len = model_len(config, arch, capacity(groups, arch.max_len))
+    reports = _groups(kinds, groups, -(-max_model_len // config.page_size))
+    return CheckReport(
+        model=config.model,
+        num_params=arch.num_params(),
+        gpu_memory=gpu_memory,
+        dtype=_name(found.dtype),
+        kv_cache_dtype=_name(found.cache_dtype),
+        stages=_stages(config, found, gpu_memory),
+        cut_is_estimated=config.pipeline_parallel_size > 1 and config.assigned_layers is None,
+        num_pages=found.num_pages,
+        page_size=config.page_size,
+        cached_tokens=found.num_pages * config.page_size,
+        max_model_len=max_model_len,
+        sequences=_sequences(groups, reports),
+        num_snapshots=found.num_snapshots,
+        groups=reports,
+        kernels=[
+            KernelReport(part=use.part, layers=use.layers, kernels=use.kernels)
+            for use in found.kernels
+        ],
+    )
+
+
+def _stages(config: EngineConfig, found: Estimate, gpu_memory: int | None) -> list[StageReport]:
+    return [
+        StageReport(
+            first_layer=stage.first_layer,
+            last_layer=stage.last_layer,
+            ranks=config.tensor_parallel_size,
+            weights=stage.weights,
+            tables=stage.tables,
+            driver=stage.driver,
+            step=stage.step,
+            states=stage.states,
+            snapshots=stage.snapshots,
+            kv_cache=stage.kv_cache,
+            free=None if gpu_memory is None else gpu_memory - stage.total,
+        )
+        for stage in found.stages
+    ]
+
+
+def _groups(
+    kinds: Sequence[CacheGroup], groups: Sequence[Group], num_pages: int
+) -> list[GroupReport]:
+    """`num_pages`: that hold a sequence of the greatest length."""
+    return [
+        GroupReport(
+            layers=len(kind.layers),
+            window=kind.window,
+            pages=min(num_pages, group.most_pages),
+        )
+        for kind, group in zip(kinds, groups, strict=True)
+    ]
+
+
+def _sequences(groups: Sequence[Group], reports: Sequence[GroupReport]) -> int:
+    """How many sequences of the greatest length the pools hold at once."""
+    used = Counter[PagePool]()
+    for group, report in zip(groups, reports, strict=True):
+        used[group.pool] += report.pages
+    return min(pool.num_pages // count for pool, count in used.items())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,76 @@
+"""The indexer of sparse attention, described by an Indexer: which tokens a query attends to.
+
+Every rank has the indexer whole, so all ranks choose the same tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gllm_engine.arch.formats import Formats, Shapes
+from gllm_engine.arch.model import Indexer
+from gllm_engine.layers.forward_context import ForwardContext
+from gllm_engine.layers.linear import Linear
+from gllm_engine.layers.stacked_weight import Staging
+from gllm_engine.ops import AttentionPlan, IndexQueries, Ops
+
+
+class TokenIndexer:
+    """Computes queries, weights and a key of each token, and stores the key.
+
+        q latent -- wq_b -- rotate ---------------\\
+        x -- weights_proj ------------------------- score -- choose
+        x -- wk -- layer norm, rotate -- cache ----/
+    """
+
+    def __init__(
+        self,
+        arch: Indexer,
+        shapes: Shapes,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
+        formats: Formats,
+    ) -> None:
+        """`shapes`, `formats`: of the weights of the mixer."""
+        self._arch = arch
+        self._ops = ops
+        common = (shapes, ops, dtype, device, formats)
+        self._q = Linear(["self_attn.indexer.wq_b"], *common)
+        self._k = Linear(["self_attn.indexer.wk"], *common)
+        self._weights = Linear(["self_attn.indexer.weights_proj"], *common)
+        self._gain = torch.empty(arch.dim, dtype=dtype, device=device)
+        self._bias = torch.empty(arch.dim, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        x: Tensor,
+        q_latent: Tensor,
+        context: ForwardContext,
+        cache: Tensor,
+        plan: AttentionPlan,
+    ) -> IndexQueries:
+        """x: [tokens, dim]; q_latent: [tokens, q_rank]; both normed. cache: [num_pages, 1,
+        page_size, 1, indexer's dim]; receives the keys.
+        """
+        arch = self._arch
+        q = self._ops.store_index_key(
+            self._q(q_latent).unflatten(1, (arch.heads, arch.dim)),
+            self._k(x),
+            (self._gain, self._bias, arch.eps),
+            context.rotary[arch.rope],
+            arch.rope.interleaved,
+            cache,
+            plan,
+        )
+        return IndexQueries(q, self._weights(x))
+
+    def weights(self) -> dict[str, Tensor]:
+        norm = "self_attn.indexer.k_norm"
+        views = self._q.weights() | self._k.weights() | self._weights.weights()
+        return views | {f"{norm}.weight": self._gain, f"{norm}.bias": self._bias}
+
+    def stagings(self) -> list[Staging]:
+        """As Mixer.stagings."""
+        return self._q.stagings() + self._k.stagings() + self._weights.stagings()

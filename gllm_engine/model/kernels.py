@@ -1,0 +1,112 @@
+"""Which kernels compute the layers of a model, on each kind of device.
+
+The choice is that of `ops`; this module only asks for the kernels of every kind of layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+
+from gllm_engine.arch.formats import Fp8
+from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Moe
+from gllm_engine.ops.kernels import (
+    DeviceKind,
+    attention_kernels,
+    fp8_product_kernels,
+    own_kernels,
+    product_kernels,
+)
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """The kernels of one kind of part, which `layers` layers have, by DeviceKind."""
+
+    part: str
+    layers: int
+    kernels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Dtypes:
+    model: torch.dtype
+    cache: torch.dtype
+
+
+def kernels_of(
+    layers: Sequence[Layer], dtype: torch.dtype, cache_dtype: torch.dtype
+) -> list[KernelUse]:
+    """The kernels of all parts of `layers`, and of matrix products last, for each format.
+
+    `dtype`: of the weights on a GPU; `cache_dtype`: of K and V there.
+    """
+    dtypes = _Dtypes(dtype, cache_dtype)
+    counts = Counter(part for layer in layers for part in (layer.mixer, layer.ffn))
+    uses = []
+    for part, count in counts.items():
+        name, kernels = _PARTS[type(part)]
+        if kernels is not None:
+            by_device = {device: kernels(part, device, dtypes) for device in get_args(DeviceKind)}
+            uses.append(KernelUse(name(part), count, by_device))
+    products = {device: product_kernels(device, dtype) for device in get_args(DeviceKind)}
+    uses.append(KernelUse("products with plain matrices", len(layers), products))
+    formats = Counter(kind for layer in layers for kind in _formats(layer))
+    for kind, count in sorted(formats.items(), key=str):
+        block = (kind.rows, kind.columns) if kind.columns else None
+        by_device = {
+            device: fp8_product_kernels(device, dtype, block) for device in get_args(DeviceKind)
+        }
+        uses.append(KernelUse(f"products with {kind}", count, by_device))
+    return uses
+
+
+def _formats(layer: Layer) -> set[Fp8]:
+    """The formats of a layer's matrices, without where a shard ends inside blocks. The matrices of
+    experts are no products of their own.
+    """
+    formats = (*layer.mixer.formats, *layer.ffn.formats)
+    kinds = (kind for name, kind in formats if ".experts." not in name)
+    return {replace(kind, row_cut=None, column_cut=None) for kind in kinds}
+
+
+def _heads(arch: Gqa) -> str:
+    window = "" if arch.window is None else f", window {arch.window}"
+    return f"attention, {arch.heads}/{arch.kv_heads} heads of {arch.head_dim}{window}"
+
+
+def _latents(arch: Mla) -> str:
+    return f"latent attention, {arch.heads} heads, latents of {arch.latent_width}"
+
+
+def _states(arch: GatedDelta) -> str:
+    return f"gated delta rule, {arch.k_heads}/{arch.v_heads} heads of {arch.k_dim}/{arch.v_dim}"
+
+
+def _experts(arch: Moe) -> str:
+    return f"{len(arch.experts)} experts of {arch.hidden}, {arch.routing.top_k} a token"
+
+
+def _of_heads(arch: Gqa, device: DeviceKind, dtypes: _Dtypes) -> str:
+    return attention_kernels(device, arch.head_dim, dtypes.model, dtypes.cache)
+
+
+def _own(arch: object, device: DeviceKind, dtypes: _Dtypes) -> str:
+    del arch, dtypes
+    return own_kernels(device)
+
+
+# Type of a part -> its name, and its kernels; None: only matrix products.
+_PARTS: dict[
+    type, tuple[Callable[[Any], str], Callable[[Any, DeviceKind, _Dtypes], str] | None]
+] = {
+    Gqa: (_heads, _of_heads),
+    Mla: (_latents, _own),
+    GatedDelta: (_states, _own),
+    Moe: (_experts, _own),
+    Dense: (str, None),
+}

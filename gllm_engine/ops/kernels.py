@@ -1,0 +1,86 @@
+"""Which kernels a GPU has for which shapes and dtypes, and the memory that they keep.
+
+The modules of the kernels choose by these functions. They need neither a GPU nor a kernel library,
+so that the choice can be told on any machine. `Ops` documents the operations.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+# Devices with different kernels.
+DeviceKind = Literal["hopper", "gpu", "cpu"]  # "gpu": any other GPU
+
+# Dtypes for which there are kernels other than plain torch.
+HALF = (torch.bfloat16, torch.float16)
+_HEAD_DIMS = (64, 128, 256)
+# Bytes for the partial results of rows that FlashInfer splits among multiprocessors.
+PARTIALS_BYTES = 384 << 20
+# Bytes of an indexer's scores at once: of 409 rows with contexts of 163,840 tokens.
+SCORE_BYTES = 256 << 20
+# Rows and columns of the only blocks that torch's products take.
+_FP8_BLOCK = (128, 128)
+
+
+def has_chunk_kernels(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether FlashInfer has kernels for prefill chunks with such heads and queries of `dtype`."""
+    return dtype in HALF and head_dim in _HEAD_DIMS
+
+
+def chunk_backend(is_hopper: bool, is_same_dtype: bool) -> str:
+    """FlashInfer's name for its kernels for chunks. Its FlashAttention-3 runs only on Hopper, and
+    needs queries of the same dtype as K and V.
+    """
+    return "fa3" if is_hopper and is_same_dtype else "fa2"
+
+
+def has_scaled_product(
+    dtype: torch.dtype, block: tuple[int, int] | None = None, is_hopper: bool = False
+) -> bool:
+    """Whether torch multiplies inputs of `dtype` by FP8 weights with a scale for each `block` of
+    (rows, columns), if the weight's sizes fit. None: a scale for each row, or one.
+    """
+    return dtype == torch.bfloat16 and (block is None or is_hopper and block == _FP8_BLOCK)
+
+
+def attention_kernels(
+    device: DeviceKind, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> str:
+    """The kernels of attention over K and V in pages: of decode rows, then of prefill chunks."""
+    if device == "cpu":
+        return "plain torch"
+    if not has_chunk_kernels(head_dim, dtype):
+        why = f"heads of {head_dim} in {str(dtype).removeprefix('torch.')}"
+        return f"decode: Triton; prefill: plain torch (slow), for {why}"
+    fresh = chunk_backend(device == "hopper", True)
+    later = chunk_backend(device == "hopper", cache_dtype == dtype)
+    others = "" if fresh == later else f", chunks after the first FlashInfer {later}"
+    return f"decode: Triton; prefill: FlashInfer {fresh}{others}"
+
+
+def own_kernels(device: DeviceKind) -> str:
+    """The kernels of an operation that has a Triton kernel for all shapes and dtypes."""
+    return "plain torch" if device == "cpu" else "Triton"
+
+
+def product_kernels(device: DeviceKind, dtype: torch.dtype) -> str:
+    """The kernels of products with a matrix of plain numbers."""
+    if device == "cpu":
+        return "plain torch"
+    if dtype not in HALF:
+        return "cuBLAS"
+    few = " and for few rows" if device == "hopper" else ""
+    return f"cuBLAS; Triton for one row{few}"
+
+
+def fp8_product_kernels(
+    device: DeviceKind, dtype: torch.dtype, block: tuple[int, int] | None
+) -> str:
+    """The kernels of products with FP8 weights whose sizes fit; see has_scaled_product."""
+    if device == "cpu":
+        return "plain torch"
+    if has_scaled_product(dtype, block, device == "hopper"):
+        return "torch's scaled products, with inputs rounded to FP8"
+    return "cuBLAS, with the numbers of a weight made anew for each product (slow)"

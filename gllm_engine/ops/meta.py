@@ -1,0 +1,330 @@
+"""The operations of a GPU without their numbers, on torch's meta device.
+
+Tensors there have shapes and dtypes and no memory. So a step's memory can be known without a GPU:
+every operation allocates its results, and the intermediate results that the GPU's kernels store,
+and computes nothing. The operations that are imported from `reference` allocate as a GPU does.
+Plans hold nothing. `Ops` documents the functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gllm_engine.ops.batch import Batch
+from gllm_engine.ops.kernels import PARTIALS_BYTES, SCORE_BYTES
+from gllm_engine.ops.protocol import (
+    AttentionInputs,
+    AttentionPlan,
+    HeadNorm,
+    IndexQueries,
+    LatentQueries,
+    Norm,
+    RecurrentState,
+    RotaryInputs,
+)
+from gllm_engine.ops.reference import (
+    compile_attention,
+    make_one_shot_allreduce,
+    prepare_inputs,
+    sample_plain,
+)
+from gllm_engine.ops.weight import Fp8Weight, Weight
+from gllm_engine.routing import Clamp, Routing
+
+__all__ = [
+    "activate",
+    "add_linear",
+    "attend",
+    "attend_latent",
+    "choose_tokens",
+    "compile_attention",
+    "gated_delta",
+    "gated_linear",
+    "gated_norm",
+    "layer_norm",
+    "linear",
+    "make_one_shot_allreduce",
+    "make_planner",
+    "mean_squares",
+    "prepare_inputs",
+    "rms_norm",
+    "rotary_inputs",
+    "rotate_and_store",
+    "route",
+    "sample_plain",
+    "silu_mul",
+    "store_index_key",
+    "store_latent",
+    "sum_experts",
+]
+
+
+@dataclass
+class ChoicePlan(AttentionPlan):
+    """A plan of latent attention. `top_k`: tokens that are chosen for each row; None: all are."""
+
+    top_k: int | None
+
+
+class MetaPlanner:
+    """An AttentionPlanner with the memory of FlashInfer's planner, from the first plan on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._partials: Tensor | None = None
+        self._scores: Tensor | None = None
+
+    def plan(
+        self,
+        batch: Batch,
+        cache: Tensor,
+        num_heads: int,
+        window: int | None,
+        group: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
+        chunked: bool = False,
+    ) -> AttentionPlan:
+        """See AttentionPlanner.plan."""
+        del batch, cache, num_heads, window, group, scale, softcap, chunked
+        return self._plan()
+
+    def plan_recurrent(self, batch: Batch) -> AttentionPlan:
+        """See AttentionPlanner.plan_recurrent."""
+        del batch
+        return self._plan()
+
+    def plan_latent(
+        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+    ) -> AttentionPlan:
+        """See AttentionPlanner.plan_latent."""
+        del cache, num_heads
+        self._plan()
+        if top_k is None or batch.context_lens_cpu.max() <= top_k:
+            return ChoicePlan(None)
+        if self._scores is None:
+            self._scores = torch.empty(SCORE_BYTES, dtype=torch.uint8, device=self._device)
+        return ChoicePlan(top_k)
+
+    def _plan(self) -> AttentionPlan:
+        if self._partials is None:
+            self._partials = torch.empty(PARTIALS_BYTES, dtype=torch.uint8, device=self._device)
+        return AttentionPlan()
+
+
+def make_planner(device: torch.device, dtype: torch.dtype) -> MetaPlanner:
+    """See Ops.make_planner."""
+    del dtype
+    return MetaPlanner(device)
+
+
+def rms_norm(
+    x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
+) -> Tensor:
+    """See Ops.rms_norm."""
+    del gain, eps, plus_one
+    return torch.empty_like(x) if add_to is None else add_to
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """See Ops.layer_norm."""
+    del gain, bias, eps
+    return torch.empty_like(x)
+
+
+def activate(x: Tensor, act: str, gated: bool) -> Tensor:
+    """See Ops.activate."""
+    del act
+    return silu_mul(x) if gated else torch.empty_like(x)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See Ops.silu_mul."""
+    return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See Ops.linear."""
+    x = x if norm is None else rms_norm(x, *norm)
+    y = F.linear(x, weight, bias) if isinstance(weight, Tensor) else _scaled_product(x, weight)
+    return y if out is None else out
+
+
+def _scaled_product(x: Tensor, weight: Fp8Weight) -> Tensor:
+    rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    return rounded.new_empty(len(x), len(weight), dtype=x.dtype)
+
+
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
+    """See Ops.gated_linear."""
+    return silu_mul(linear(x, weight, bias, norm))
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """See Ops.add_linear. A plain product is added as it is computed."""
+    if isinstance(weight, Tensor):
+        return total.addmm_(x, weight.T)
+    return total.add_(linear(x, weight, bias))
+
+
+def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See Ops.route."""
+    del bias
+    weights = logits.new_empty(len(logits), routing.top_k, dtype=torch.float32)
+    return weights, weights.new_empty(weights.shape, dtype=torch.int32)
+
+
+def sum_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    first: int,
+    num_experts: int,
+    total: Tensor | None = None,
+    on_input: bool = False,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    clamp: Clamp | None = None,
+) -> Tensor:
+    """See Ops.sum_experts."""
+    del weights, gate_up, first, num_experts, on_input, biases, clamp
+    hidden = x.new_empty(experts.numel(), down.shape[2])
+    parts = x.new_empty(len(hidden), down.shape[1])
+    return parts.new_empty(x.shape) if total is None else total
+
+
+def rotary_inputs(
+    cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
+) -> RotaryInputs:
+    """See Ops.rotary_inputs."""
+    del dtype, interleaved
+    return cos, sin, positions
+
+
+def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
+    """See Ops.mean_squares."""
+    del num_heads
+    return qkv.new_empty(len(qkv), 2, dtype=torch.float32)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    num_heads: int,
+    norm: HeadNorm | None,
+    rotary: RotaryInputs | None,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+    query_scale: Tensor | None = None,
+) -> AttentionInputs:
+    """See Ops.rotate_and_store."""
+    del norm, rotary, interleaved, cache, plan, query_scale
+    q = torch.empty_like(qkv[:, :num_heads])
+    return AttentionInputs(q, torch.empty_like(qkv[:, num_heads:]))
+
+
+def attend(
+    inputs: AttentionInputs,
+    cache: Tensor,
+    plan: AttentionPlan,
+    tokens: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See Ops.attend."""
+    del cache, plan, sinks
+    q = inputs.q if tokens is None else inputs.q[tokens]
+    return torch.empty_like(q).flatten(1)
+
+
+def store_latent(
+    q: Tensor,
+    latent: Tensor,
+    norm: Norm,
+    w_uk: Tensor,
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> LatentQueries:
+    """See Ops.store_latent."""
+    del latent, norm, rotary, interleaved, cache, plan
+    tokens, heads, width = q.shape
+    nope_dim, rank = w_uk.shape[1:]
+    return LatentQueries(
+        q.new_empty(tokens, heads, rank), q.new_empty(tokens, heads, width - nope_dim)
+    )
+
+
+def attend_latent(
+    queries: LatentQueries,
+    cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    tokens: Tensor | None = None,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """See Ops.attend_latent. Every token is a row, with partial results in float32."""
+    del cache, plan, scale, chosen
+    latent = queries.latent if tokens is None else queries.latent[tokens]
+    partials = torch.empty_like(latent, dtype=torch.float32)
+    return torch.empty_like(partials, dtype=latent.dtype)
+
+
+def store_index_key(
+    q: Tensor,
+    k: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    rotary: RotaryInputs,
+    interleaved: bool,
+    cache: Tensor,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.store_index_key."""
+    del k, norm, rotary, interleaved, cache, plan
+    return torch.empty_like(q)
+
+
+def choose_tokens(
+    queries: IndexQueries, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
+) -> Tensor | None:
+    """See Ops.choose_tokens."""
+    del cache
+    assert isinstance(plan, ChoicePlan)
+    if plan.top_k is None:
+        return None
+    rows = len(queries.q) if tokens is None else len(tokens)
+    return queries.q.new_empty(rows, plan.top_k, dtype=torch.int32)
+
+
+def gated_delta(
+    qkv: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: RecurrentState,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See Ops.gated_delta."""
+    del b, a, conv, a_log, dt_bias, plan
+    mixed = torch.empty_like(qkv, dtype=torch.float32)
+    _, v_heads, _, v_dim = state.matrix.shape
+    return mixed.new_empty(len(qkv), v_heads, v_dim, dtype=qkv.dtype)
+
+
+def gated_norm(x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:
+    """See Ops.gated_norm."""
+    del gain, eps, gate
+    return torch.empty_like(x)

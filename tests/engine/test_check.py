@@ -1,0 +1,158 @@
+"""`check_model` refuses what a start refuses, and reads no weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gllm_engine import LLM, CheckReport, ConfigError, check_model, make_config
+from gllm_engine.arch import read_arch
+from gllm_engine.arch.names import checkpoint_shapes
+from gllm_engine.model.tiny import write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 1 << 30
+DOWN = "model.layers.1.mlp.down_proj.weight"
+Change = Callable[[Path], object]
+
+
+def check(path: Path, gpu_gib: float | None = None, **config: Any) -> CheckReport:
+    size = None if gpu_gib is None else int(gpu_gib * GIB)
+    return check_model(make_config({"model": str(path)} | config), size)
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    def rewrite(path: Path) -> None:
+        file = path / "model.safetensors"
+        found = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        change(found)
+        save_file(found, file)
+
+    return rewrite
+
+
+def settings(**over: Any) -> Change:
+    def rewrite(path: Path) -> None:
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | over))
+
+    return rewrite
+
+
+def nothing(path: Path) -> None:
+    assert path.is_dir()
+
+
+REFUSED: dict[str, tuple[Change, dict[str, Any], str]] = {
+    "family": (settings(architectures=["NoSuchModel"]), {}, "NoSuchModel"),
+    "key": (settings(hidden_act="tanh"), {}, "hidden_act"),
+    "missing": (tensors(lambda t: t.pop(DOWN)), {}, f"{DOWN} is missing"),
+    "left over": (tensors(lambda t: t.update(x=torch.ones(2))), {}, "tensor x is left over"),
+    "shape": (tensors(lambda t: t.update({DOWN: torch.ones(2, 3)})), {}, f"{DOWN} has shape"),
+    "dtype": (tensors(lambda t: t.update({DOWN: t[DOWN].long()})), {}, f"{DOWN} has dtype"),
+    "cut short": (
+        lambda path: os.truncate(path / "model.safetensors", 50_000), {}, "not a complete"
+    ),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), {}, "is there"),
+    "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), {}, "has no tokenizer"),
+    "ranks": (nothing, {"tensor_parallel_size": 3}, "3 does not divide"),
+    "stages": (nothing, {"pipeline_parallel_size": 9}, "9 is more than the 2 layers"),
+    "cut": (
+        nothing, {"pipeline_parallel_size": 2, "assigned_layers": "1,2"}, "is 3 layers"
+    ),
+    "length": (nothing, {"max_model_len": 10**6}, "max_model_len: 1000000 is more than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "config", "problem"), REFUSED.values(), ids=REFUSED.keys())
+def test_refusals_are_those_of_a_start(
+    tmp_path: Path, change: Change, config: dict[str, Any], problem: str
+) -> None:
+    change(write_tiny_model(tmp_path))
+    with pytest.raises(ValueError) as started:
+        LLM(str(tmp_path), device="cpu", **config)
+    with pytest.raises(ValueError) as checked:
+        check(tmp_path, device="cpu", **config)
+    assert str(checked.value) == str(started.value) and problem in str(checked.value)
+    assert type(checked.value) is type(started.value)
+
+
+def test_a_report_of_a_cpu_is_what_a_start_has(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, "Gemma2ForCausalLM")
+    config: dict[str, Any] = {"device": "cpu", "kv_cache_gib": 0.002, "max_num_seqs": 2}
+    report = check(tmp_path, **config)
+    with LLM(str(tmp_path), **config) as llm:
+        info = llm.engine.info
+    assert (report.num_pages, report.page_size) == (info.num_pages, info.page_size)
+    assert report.max_model_len == info.max_model_len
+    assert report.gpu_memory is report.stages[0].free is None
+    assert report.num_params == read_arch(tmp_path).num_params()
+    assert {group.window is None for group in report.groups} == {True, False}
+    assert sum(group.layers for group in report.groups) == len(read_arch(tmp_path).layers)
+
+
+def write_headers(path: Path) -> int:
+    """A checkpoint of the right tensors in bf16 whose data are holes; returns its size."""
+    header = {}
+    end = 0
+    for name, shape in checkpoint_shapes(read_arch(path)).items():
+        begin = end
+        end += 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    file = path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
+    return end
+
+
+def test_a_large_model_is_checked_by_its_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large"
+    shutil.copytree(write_tiny_model(tmp_path / "tiny"), path)
+    shutil.copy(ROOT / "benchmarks/models/qwen3-30b-a3b/config.json", path)
+    size = write_headers(path)
+    assert size > 60e9
+
+    def unexpected(*_: object) -> int:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(os, "preadv", unexpected)
+    config = {"device": "cuda", "tensor_parallel_size": 4, "pipeline_parallel_size": 2}
+    seqs = {"max_num_seqs": 8, "max_num_batched_tokens": 1024}
+    report = check(path, 40, **config | seqs)
+    held = [sum(stage.weights.values()) for stage in report.stages]
+    assert size / 8 < sum(held) / 2 < 1.02 * size / 8
+    assert [stage.ranks for stage in report.stages] == [4, 4] and report.cut_is_estimated
+    assert all(0 <= (stage.free or 0) < 6 * GIB for stage in report.stages)
+    assert report.cached_tokens == report.num_pages * report.page_size > 500_000
+    assert report.sequences == report.num_pages // report.groups[0].pages
+    with pytest.raises(ConfigError, match="leaves no room for a KV cache"):
+        check(path, 8, **config | seqs)
+
+
+def test_only_the_config_is_needed_for_random_weights(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "tiny/config.json", tmp_path / "bare")
+    assert check(tmp_path / "bare", device="cpu", load_format="dummy").num_pages
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        check(tmp_path / "bare", device="cpu")
+
+
+def test_the_device_fits_the_memory(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    with pytest.raises(ConfigError, match="^device: it is cpu, so the memory of a GPU"):
+        check(tmp_path, 80, device="cpu")
+    with pytest.raises(ConfigError, match="^device: none runs no model"):
+        check(tmp_path, 80, device="none")
