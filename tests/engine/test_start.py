@@ -110,6 +110,7 @@ def test_a_gpu_must_have_units_for_the_weights(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="FP8, rounded when loaded, which needs a GPU"):
         check_formats(arch.rounded(), (8, 0))
     check_formats(arch.quantized().widened(), (8, 0))
+    check_formats(arch.rounded(), (9, 0))
     with pytest.raises(ConfigError, match="a multiple of 16 columns"):
         check_formats(arch.quantized(), (9, 0))
 

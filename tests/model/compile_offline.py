@@ -94,7 +94,8 @@ def run_steps(model: Path, cache_dtype: torch.dtype) -> None:
     from gllm_engine.ops import PlainSampling, flashinfer
 
     decoder.select_ops = lambda _: flashinfer
-    made = Decoder(read_arch(model), dtype=torch.bfloat16, device=META, max_model_len=1024)
+    arch = read_arch(model).quantized()
+    made = Decoder(arch, dtype=torch.bfloat16, device=META, max_model_len=1024)
     numbers = torch.empty(SLOTS, dtype=torch.int64, device=META)
     state = PlainSampling(numbers.double(), numbers, numbers, numbers, numbers)
     cache = made.new_cache(64, PAGE, cache_dtype, made.new_states(SLOTS))

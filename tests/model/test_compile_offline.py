@@ -24,6 +24,7 @@ FAMILIES = (
     "GptOssForCausalLM",
     "Llama4ForCausalLM",
 )
+QUANTIZED = {"GptOssForCausalLM": {"quantization_config": {"quant_method": "mxfp4"}}}
 # And so every kernel that a single GPU runs, whatever the model.
 KERNELS = {
     *(
@@ -46,7 +47,7 @@ KERNELS = {
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     for family in FAMILIES:
         (tmp_path / family).mkdir()
-        config = tiny_config(family, **head_dim(family))
+        config = tiny_config(family, **head_dim(family), **QUANTIZED.get(family, {}))
         (tmp_path / family / "config.json").write_text(json.dumps(config))
     here = Path(__file__).parent
     done = subprocess.run(
