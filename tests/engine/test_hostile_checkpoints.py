@@ -320,9 +320,9 @@ def test_strange_values(checkpoint: Path, name: str, key: str, kind: str) -> Non
             "dynamic RoPE scaling needs 4 channels",
         ),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4,
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 5,
                               "high_freq_factor": 4}},
-            "low_freq_factor is 4.0, but only at most high_freq_factor=4.0 is supported",
+            "low_freq_factor is 5.0, but only at most high_freq_factor=4.0 is supported",
         ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2, "x" * 10**6: 1}}, "key 'xxx"),
         ({"layer_types": [["full_attention"], {}]}, "layer_types is"),

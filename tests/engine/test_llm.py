@@ -127,7 +127,7 @@ WAYS = {
 
 # Pages that sequences of a model with windows lack while they grow, for each of its cache groups.
 SCARCE = {"preempted": 140} | {way: 87 for way in WAYS if way.startswith("preempted,")}
-GROUPS = {SOME_WINDOWS: 3, "GptOssForCausalLM": 2, "Llama4ForCausalLM": 2}
+GROUPS = {SOME_WINDOWS: 3, "GptOssForCausalLM": 8 / 7, "Llama4ForCausalLM": 8 / 7}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,7 +135,7 @@ GROUPS = {SOME_WINDOWS: 3, "GptOssForCausalLM": 2, "Llama4ForCausalLM": 2}
 def test_every_way_gives_the_same_tokens(load, alone, family, way):
     over = {}
     if family in GROUPS and way in SCARCE:
-        over = {"num_pages": SCARCE[way] * GROUPS[family], "max_num_batched_tokens": 16}
+        over = {"num_pages": int(SCARCE[way] * GROUPS[family]), "max_num_batched_tokens": 16}
     llm = load(family, **WAYS[way] | over)
     for kind in KINDS:
         assert tokens_of(llm.generate(PROMPTS, kind)) == alone(family, kind)
@@ -161,7 +161,8 @@ def test_a_float8_cache_changes_nothing_but_numbers(load, alone, family):
     float8 = {"kv_cache_dtype": "fp8"}
     plain = load(family, **float8, enable_prefix_caching=False)
     expected = [tokens_of(plain.generate(prompt, GREEDY))[0] for prompt in PROMPTS]
-    assert expected != alone(family, GREEDY)
+    if family != HYBRID:  # of which one layer has K and V
+        assert expected != alone(family, GREEDY)
     for way in ("three plans, chunks, cache", "preempted, two plans, cache"):
         llm = load(family, **float8, **WAYS[way])
         assert tokens_of(llm.generate(PROMPTS, GREEDY)) == expected
