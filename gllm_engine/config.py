@@ -168,7 +168,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def settle(config: EngineConfig, on_gpu: bool, keeps_states: bool = False) -> EngineConfig:
+def settle(config: EngineConfig, on_gpu: bool, keeps_states: bool) -> EngineConfig:
     """A copy in which every 0 that means "default" is replaced by the device's default.
 
     `keeps_states`: whether each sequence in a step has memory for a state.

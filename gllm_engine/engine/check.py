@@ -91,9 +91,9 @@ def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckRep
     Raises ConfigError, ArchError, LoadError or TextError, as a start does.
     """
     gpu_memory = _gpu_memory(config, gpu_memory)
-    config = settle(config, on_gpu=gpu_memory is not None)
     path = Path(config.model)
     arch = read_arch(path)
+    config = settle(config, gpu_memory is not None, arch.keeps_states)
     check_len(config, arch)
     check_shards(config, arch)
     if config.load_format == "dummy":  # only config.json has to be there

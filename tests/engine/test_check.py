@@ -156,3 +156,11 @@ def test_the_device_fits_the_memory(tmp_path: Path) -> None:
         check(tmp_path, 80, device="cpu")
     with pytest.raises(ConfigError, match="^device: none runs no model"):
         check(tmp_path, 80, device="none")
+
+
+def test_slots_of_a_model_with_states_are_those_of_a_start(tmp_path: Path) -> None:
+    """A quarter of what other models get on a GPU."""
+    write_tiny_model(tmp_path, "Qwen3NextForCausalLM")
+    found = check(tmp_path, 8, device="cuda")
+    assert found == check(tmp_path, 8, device="cuda", max_num_seqs=256)
+    assert found.stages[0].states > 0

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
 
 
 def small(**over: Any) -> EngineConfig:
-    return settle(EngineConfig(**SMALL | over), on_gpu=True)
+    return settle(EngineConfig(**SMALL | over), on_gpu=True, keeps_states=False)
 
 
 def real_decoder(
@@ -163,7 +163,7 @@ def measured(name: str) -> dict[str, Any]:
 def test_an_estimate_is_near_what_a_gpu_had() -> None:
     path = ROOT / "benchmarks/models/llama-3.1-8b"
     figures = measured(path.name)
-    config = settle(EngineConfig(model=str(path), **figures["config"]), on_gpu=True)
+    config = settle(EngineConfig(model=str(path), **figures["config"]), True, False)
     found = estimate(config, read_arch(path), int(139.8 * GIB))
     assert found.num_pages * config.page_size == pytest.approx(figures["kv_tokens"], rel=0.03)
 
