@@ -62,7 +62,8 @@ def _multiply(x: Tensor, weight: Fp8Weight, norm: Norm | None) -> Tensor:
     else:
         numbers, x_scales = triton.quantize(x, _BLOCK, norm)
         columns = scales.shape[1]
-        scales = F.pad(scales, (0, -columns % _SCALE_MULTIPLE))[:, :columns]
+        if columns % _SCALE_MULTIPLE:
+            scales = F.pad(scales, (0, -columns % _SCALE_MULTIPLE))[:, :columns]
     y = torch._scaled_mm(
         numbers,
         weight.numbers.T,
