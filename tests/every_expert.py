@@ -16,3 +16,12 @@ def every_expert(family: str) -> dict[str, int]:
     config = config.get("text_config", config)
     groups = {"topk_group": config["n_group"]} if "n_group" in config else {}
     return {key: value for key, value in _ALL.items() if key in config} | groups
+
+
+def usual_heads(family: str) -> dict[str, int]:
+    """What to change in the family's tiny config for heads of a size that FlashInfer has."""
+    if family == "GPTBigCodeForCausalLM":
+        return {"n_embd": 256}
+    if family == "Phi3ForCausalLM":  # no head_dim, and RoPE factors for a part of the head
+        return {"hidden_size": 256, "partial_rotary_factor": 0.125}
+    return {"kv_channels": 64} if family.startswith("ChatGLM") else {"head_dim": 64}

@@ -18,9 +18,10 @@ from gllm_engine.ops.protocol import Norm
 from gllm_engine.ops.weight import Fp8Weight
 
 _BLOCK = 128
-# Sizes of a weight, and float32 scales in a row of them, that the library's products take.
+# Sizes of a weight, and blocks in a row of one, that torch's products take. With other numbers of
+# blocks torch demands a row of scales with and without padding at once (2.11).
 _SIZE_MULTIPLE = 16
-_SCALE_MULTIPLE = 4
+_BLOCKS_MULTIPLE = 4
 
 
 def linear(
@@ -48,7 +49,8 @@ def has_product(x: Tensor, weight: Fp8Weight) -> bool:
     if weight.columns_per_scale == x.shape[1] and weight.rows_per_scale == 1:
         return has_scaled_product(x.dtype)
     block = (weight.rows_per_scale, weight.columns_per_scale)
-    whole = not any(size % _BLOCK for size in weight.shape)
+    width, depth = weight.shape
+    whole = not width % _BLOCK and not depth % (_BLOCK * _BLOCKS_MULTIPLE)
     if not whole or weight.scale_row is not None or weight.first_column:
         return False
     is_hopper = torch.cuda.get_device_capability(x.device)[0] == 9
@@ -56,19 +58,15 @@ def has_product(x: Tensor, weight: Fp8Weight) -> bool:
 
 
 def _multiply(x: Tensor, weight: Fp8Weight, norm: Norm | None) -> Tensor:
-    scales = weight.scales
     if weight.rows_per_scale == 1:
         numbers, x_scales = triton.quantize(x, norm=norm)
     else:
         numbers, x_scales = triton.quantize(x, _BLOCK, norm)
-        columns = scales.shape[1]
-        if columns % _SCALE_MULTIPLE:
-            scales = F.pad(scales, (0, -columns % _SCALE_MULTIPLE))[:, :columns]
     y = torch._scaled_mm(
         numbers,
         weight.numbers.T,
         scale_a=x_scales,
-        scale_b=scales.T,
+        scale_b=weight.scales.T,
         out_dtype=x.dtype,
         use_fast_accum=weight.rows_per_scale == 1,
     )

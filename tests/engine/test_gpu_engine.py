@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from every_expert import every_expert
+from every_expert import every_expert, usual_heads
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, write_tiny_model
 from gllm_engine.arch import FAMILIES
@@ -152,8 +152,9 @@ SOME_WINDOWS = {
 )
 def test_each_choice_of_every_family(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
     """Chunks and decode graphs in bfloat16 against the CPU's float32, beyond any window."""
-    heads = {"kv_channels": 64} if family.startswith("ChatGLM") else {"head_dim": 64}
-    model = str(write_tiny_model(tmp_path, family, **heads, **every_expert(family), **more))
+    model = str(
+        write_tiny_model(tmp_path, family, **usual_heads(family), **every_expert(family), **more)
+    )
     rng = random.Random(5)
     prompts = [[rng.randrange(3, 384) for _ in range(n)] for n in (3, 40, 90, 17, 60)]
     wanted = [SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=1)] * 5

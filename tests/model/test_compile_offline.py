@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_gpu_families import head_dim
+from every_expert import usual_heads
 
 from gllm_engine.arch.tiny import tiny_config
 
@@ -45,7 +45,7 @@ KERNELS = {
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     for family in FAMILIES:
         (tmp_path / family).mkdir()
-        config = tiny_config(family, **head_dim(family))
+        config = tiny_config(family, **usual_heads(family))
         if family in QUANTIZED:
             config["quantization_config"] = QUANTIZED[family]
         (tmp_path / family / "config.json").write_text(json.dumps(config))
