@@ -17,14 +17,27 @@ from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
 # A kernel belongs to the first kind that has a word in the kernel's name.
 KINDS = {
-    "attention": ("PrefillWith", "DecodeWith", "PersistentVariableLength", "MergeState", "_decode"),
-    "norms": ("_rms_norm",),
-    "rotation and KV store": ("_rotate_and_store",),
+    "indexer": ("_score_tokens", "_choose_tokens", "_store_index_key"),
+    "attention": (
+        "PrefillWith",
+        "DecodeWith",
+        "PersistentVariableLength",
+        "MergeState",
+        "_decode_attention",
+        "_attend_latent",
+        "_apply_sinks",
+    ),
+    "gated delta rule": ("_recur", "_convolve", "_gated_norm"),
+    "norms": ("_rms_norm", "_layer_norm"),
+    "rotation and KV store": ("_rotate_and_store", "_store_latent"),
     "activation": ("_activate",),
     "sampling": ("_look", "_choose"),
+    "rounding to float8": ("_quantize", "_dequantize"),
     "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "skinny", "splitK", "cublas"),
-    "copies": ("Memcpy", "Memset"),
+    "experts": ("_grouped", "_route", "_place", "_count", "_sum"),
+    "copies": ("Memcpy", "Memset", "copy"),
 }
+NUM_LONGEST = 15  # kernels that a profile tells by name
 
 # Steps before the profile (default 60), so that it covers the workload's typical steps.
 SKIPPED = {"prefill": 20, "1k1k": 500}
@@ -66,8 +79,11 @@ def run(engine: Engine, jobs: Jobs) -> dict[str, float]:
     return {"seconds": seconds, "first_token": first, "steps": steps, "tokens": len(tokens)}
 
 
-def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, float]:
-    """GPU milliseconds per step by kind of kernel, over `count` steps after `skip` steps."""
+def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, Any]:
+    """GPU milliseconds per step by kind of kernel, over `count` steps after `skip` steps.
+
+    "longest": the kernels that take longest, each with milliseconds and launches per step.
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace
@@ -83,12 +99,18 @@ def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, floa
     while engine.has_work:
         engine.step()
     spans = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
-    times = dict.fromkeys([*KINDS, "other"], 0.0)
+    kernels: Counter[str] = Counter()
     for span in spans:
-        found = (kind for kind, words in KINDS.items() if any(w in span.name for w in words))
-        times[next(found, "other")] += span.time_range.elapsed_us() / 1000 / count
+        kernels[span.name] += span.time_range.elapsed_us() / 1000 / count
+    times = dict.fromkeys([*KINDS, "other"], 0.0)
+    for name, ms in kernels.items():
+        found = (kind for kind, words in KINDS.items() if any(w in name for w in words))
+        times[next(found, "other")] += ms
     wall = max(s.time_range.end for s in spans) - min(s.time_range.start for s in spans)
-    return times | {"gaps": wall / 1000 / count - sum(times.values())}
+    gaps = wall / 1000 / count - sum(times.values())
+    launches = Counter(span.name for span in spans)
+    longest = [[k, ms, launches[k] / count] for k, ms in kernels.most_common(NUM_LONGEST)]
+    return times | {"gaps": gaps, "longest": longest}
 
 
 def main() -> None:
@@ -108,7 +130,9 @@ def main() -> None:
         if task["profile"]:
             times = profile(engine, work["jobs"], SKIPPED.get(name, 60), 20)
             figures[f"{name} profile"] = times
-            print({kind: round(ms, 3) for kind, ms in times.items()}, flush=True)
+            for kernel, ms, launches in times["longest"]:
+                print(f"{ms:9.3f} ms {launches:7.1f} launches  {kernel[:100]}")
+            print({k: round(ms, 3) for k, ms in times.items() if k != "longest"}, flush=True)
     engine.close()
     Path(task["figures"]).write_text(json.dumps(figures))
 
