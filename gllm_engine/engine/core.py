@@ -449,7 +449,7 @@ def model_len(config: EngineConfig, arch: Model, capacity: int) -> int:
 
 def _make_runner(config: EngineConfig, arch: Model) -> StepRunner:
     if config.device == "none":
-        return NullRunner(arch.vocab, config.num_pages)
+        return NullRunner(arch.vocab, config.num_pages, config.num_snapshots)
     check_shards(config, arch)
     if config.num_ranks > 1:
         return WorkerGroup(config)

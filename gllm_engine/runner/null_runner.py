@@ -13,6 +13,7 @@ from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
 
 DEFAULT_PAGES = 65_536
+DEFAULT_SNAPSHOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class NullStep:
 class NullRunner:
     """Draws uniform tokens of the vocabulary from a fixed linear congruential sequence."""
 
-    def __init__(self, vocab: int, num_pages: int | None) -> None:
+    def __init__(self, vocab: int, num_pages: int | None, num_snapshots: int | None) -> None:
+        """`num_pages`, `num_snapshots`: None: DEFAULT_PAGES, DEFAULT_SNAPSHOTS."""
         self.num_pages = num_pages or DEFAULT_PAGES
-        self.num_snapshots = 0
+        self.num_snapshots = DEFAULT_SNAPSHOTS if num_snapshots is None else num_snapshots
         self._vocab = vocab
         self._last = 1
         self._sampling: dict[int, SamplingParams] = {}  # by slot

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -559,3 +561,27 @@ def test_windows_leave_more_pages_to_others(models):
     whole = -(-num_tokens // page_size)
     shown = -(-(WINDOW + 32) // page_size) + 1
     assert whole > shown and max(usage) <= whole + 2 * shown < 3 * whole
+
+
+def test_conversations_of_a_hybrid_model_find_their_last_turn(tmp_path: Path) -> None:
+    """8 turns of 500 tokens: of what a turn has in common with the turn before, 90 % are found."""
+    model = write_tiny_model(tmp_path, "Qwen3_5ForCausalLM", max_position_embeddings=8192)
+    config = {
+        "device": "none",
+        "num_pages": 2000,
+        "num_snapshots": 8,
+        "max_num_batched_tokens": 512,
+    }
+    sampling = SamplingParams(max_tokens=250, ignore_eos=True)
+    rng = random.Random(1)
+    with LLM(str(model), **config) as llm:
+        texts: list[list[int]] = [[] for _ in range(4)]
+        for turn in range(8):
+            known = sum(map(len, texts))
+            prompts = [text + rng.choices(range(3, 300), k=250) for text in texts]
+            outputs = llm.generate(prompts, sampling)
+            assert sum(output.num_cached_tokens for output in outputs) >= 0.9 * known, turn
+            texts = [output.prompt_token_ids + output.outputs[0].token_ids for output in outputs]
+        stats = llm.engine.stats()
+        assert stats.answer_snapshot_hits == 4 * 7
+        llm.engine.check_integrity()
