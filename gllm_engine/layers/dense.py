@@ -26,11 +26,17 @@ class DenseFfn:
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
+        return self.output(self.hidden(x, norm), total)
+
+    def hidden(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """The input of the second product, [tokens, hidden]."""
         if self._arch.gated and self._arch.act == "silu":
-            x = self._gate_up.gated(x, norm)
-        else:
-            x = self._ops.activate(self._gate_up(x, norm), self._arch.act, self._arch.gated)
-        return self._down(x) if total is None else self._down.add_to(total, x)
+            return self._gate_up.gated(x, norm)
+        return self._ops.activate(self._gate_up(x, norm), self._arch.act, self._arch.gated)
+
+    def output(self, hidden: Tensor, total: Tensor | None = None) -> Tensor:
+        """[tokens, hidden] to [tokens, dim]; the result is added to `total`, in place, if given."""
+        return self._down(hidden) if total is None else self._down.add_to(total, hidden)
 
     def stagings(self) -> list[Staging]:
         return self._gate_up.stagings() + self._down.stagings()

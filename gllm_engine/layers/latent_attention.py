@@ -121,7 +121,10 @@ class MlaAttention:
         else:
             chosen = None if index is None else ops.choose_tokens(index, cache[1], plan, tokens)
             attended = ops.attend_latent(queries, cache[0], plan, arch.scale, tokens, chosen)
-        values = torch.einsum("thk,hvk->thv", attended, w_uv).flatten(1)
+        # Written as the output projection reads it; an einsum would be copied once more.
+        values = x.new_empty(len(attended), arch.heads, arch.v_dim)
+        torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=values.transpose(0, 1))
+        values = values.flatten(1)
         return self._out(values) if total is None else self._out.add_to(total, values)
 
     def _queries(

@@ -45,9 +45,11 @@ class MoeFfn:
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
-        normed = x if norm is None else self._ops.rms_norm(x, *norm)
-        shared = None if self._shared is None else self._shared(x, norm)  # before x changes
         arch = self._arch
+        normed = x if norm is None else self._ops.rms_norm(x, *norm)
+        # All that reads x comes before `total` changes, which may be x.
+        hidden = None if self._shared is None else self._shared.hidden(x, norm)
+        gate = None if self._shared_gate is None else self._shared_gate(normed).sigmoid_()
         weights, experts = self._ops.route(self._router(normed), arch.routing, self._bias)
         out = self._ops.sum_experts(
             normed,
@@ -62,10 +64,11 @@ class MoeFfn:
             biases=self._biases,
             clamp=arch.clamp,
         )
-        if shared is not None:
-            gate = None if self._shared_gate is None else self._shared_gate(normed).sigmoid_()
-            out = out.add_(shared) if gate is None else out.addcmul_(gate, shared)
-        return out
+        if self._shared is None or hidden is None:
+            return out
+        if gate is None:
+            return self._shared.output(hidden, out)
+        return out.addcmul_(gate, self._shared.output(hidden))
 
     def stagings(self) -> list[Staging]:
         stagings = self._router.stagings()
