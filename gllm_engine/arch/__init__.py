@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gllm_engine.arch.cache import CacheGroup, cache_groups
+from gllm_engine.arch.families.registry import FAMILIES
 from gllm_engine.arch.fields import MAX_EOS_TOKEN_IDS, ArchError
 from gllm_engine.arch.model import (
     Dense,
@@ -15,9 +16,9 @@ from gllm_engine.arch.model import (
     Moe,
     QueryTemperature,
 )
+from gllm_engine.arch.read import make_arch, read_arch
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
-from gllm_engine.arch.zoo import FAMILIES, make_arch, read_arch
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
+from gllm_engine.arch.checkpoint import Layout
 from gllm_engine.arch.formats import Shapes
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
-    Layout,
     checkpoint_layout,
     checkpoint_tensors,
     expert_of,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, TypeVar
 
+from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.formats import (
     Format,
     Formats,
@@ -448,8 +449,7 @@ class Model:
     tie: bool  # the output projection is the embedding
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
-    names: str = "hf"  # the table in names.py for its checkpoints
-    name_variants: tuple[str, ...] = ()  # of these names; see names.py
+    names: Names = Names()  # of the tensors of its checkpoints
     quantization: Format | None = None  # the format that the config promises for matrices of layers
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0

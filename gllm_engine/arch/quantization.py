@@ -42,7 +42,7 @@ def read_quantization(c: Fields) -> Format | None:
 
 def _fp8(q: Fields) -> Fp8:
     q.require(fmt="e4m3")
-    _one_of(q, "activation_scheme", q.text("activation_scheme", "dynamic"), ("dynamic", "static"))
+    q.choice("activation_scheme", ("dynamic", "static"), "dynamic")
     if (block := q.sizes("weight_block_size", 2)) is None:
         return FP8_TENSOR
     return replace(FP8_BLOCK, rows=block[0], columns=block[1])
@@ -63,8 +63,7 @@ def _compressed_tensors(q: Fields) -> Format:
     round.
     """
     packed = "pack-quantized"
-    kind = q.text("format", "float-quantized")
-    _one_of(q, "format", kind, ("float-quantized", packed))
+    kind = q.choice("format", ("float-quantized", packed), "float-quantized")
     groups = q.child("config_groups")
     names = groups.keys()
     if len(names) != 1:
@@ -73,8 +72,7 @@ def _compressed_tensors(q: Fields) -> Format:
     if kind == packed:
         return _int4(weights)
     weights.require(num_bits=8, type="float", symmetric=True, dynamic=False)
-    strategy = weights.text("strategy", "tensor")
-    _one_of(weights, "strategy", strategy, ("tensor", "channel", "block"))
+    strategy = weights.choice("strategy", ("tensor", "channel", "block"), "tensor")
     if strategy == "block":
         rows, columns = weights.sizes("block_structure", 2) or (128, 128)
         return Fp8(rows, columns)
@@ -83,8 +81,7 @@ def _compressed_tensors(q: Fields) -> Format:
 
 def _int4(weights: Fields) -> Int4:
     weights.require(num_bits=4, type="int", symmetric=True, dynamic=False, strategy="group")
-    order = weights.text("actorder", "static")
-    _one_of(weights, "actorder", order, ("static", "weight"))  # others reorder columns
+    weights.choice("actorder", ("static", "weight"), "static")  # others reorder columns
     group = weights.count("group_size")
     if group not in INT4_GROUPS:
         allowed = ", ".join(map(str, INT4_GROUPS))
@@ -98,9 +95,7 @@ def _modelopt(q: Fields) -> Fp8:
         "FP8_PER_CHANNEL_PER_TOKEN": FP8_ROW,
         "FP8_PB_WO": Fp8(128, 128),
     }
-    algorithm = q.text("quant_algo", "")
-    _one_of(q, "quant_algo", algorithm, tuple(formats))
-    return formats[algorithm]
+    return formats[q.choice("quant_algo", tuple(formats))]
 
 
 _METHODS: dict[str, Callable[[Fields], Format]] = {
@@ -110,10 +105,3 @@ _METHODS: dict[str, Callable[[Fields], Format]] = {
     "modelopt": _modelopt,
     "mxfp4": _mxfp4,
 }
-
-
-def _one_of(c: Fields, key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ArchError(
-            f"{c.name}: {key} is {shown(repr(value))}; supported are {', '.join(allowed)}"
-        )

@@ -117,8 +117,8 @@ def read_rope(
     return _read(config, rope_object(config), head_dim, theta, rotated_share, other_keys)
 
 
-def read_layer_ropes(config: Fields, head_dim: int) -> dict[str, Rope]:
-    """The RoPE of each kind of layer, "full_attention" and "sliding_attention".
+def read_layer_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
+    """The RoPE of layers with full attention, and that of layers with sliding attention.
 
     In the older form `rope_scaling` is that of full attention, and `rope_local_base_freq`, if
     present, the theta of sliding attention.
@@ -132,7 +132,7 @@ def read_layer_ropes(config: Fields, head_dim: int) -> dict[str, Rope]:
         both.allow_only({"full_attention", "sliding_attention"})
         full = _read(config, both.child("full_attention"), head_dim)
         sliding = _read(config, both.child("sliding_attention"), head_dim, local)
-    return {"full_attention": full, "sliding_attention": sliding}
+    return full, sliding
 
 
 def read_alpha_rope(config: Fields, head_dim: int) -> Rope:

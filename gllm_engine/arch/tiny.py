@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gllm_engine.arch.families.registry import FAMILIES
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.zoo import FAMILIES
 
 _HF = {
     "vocab_size": 384,

@@ -33,7 +33,6 @@ from gllm_engine.arch.names import (
     checkpoint_tensors,
     is_left_over,
     num_blocks,
-    standard_name,
 )
 from gllm_engine.files import shown
 from gllm_engine.model.read import LoadError, TensorSlice
@@ -96,7 +95,6 @@ class StoredTensors:
 
     def add(self, name: str, stored: StoredTensor) -> None:
         """Record one tensor. Raises LoadError if the model has no place for it."""
-        name = standard_name(self._arch, name)
         if is_left_over(self._arch, name):
             return
         if name in self._stored:

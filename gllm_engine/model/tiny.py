@@ -20,8 +20,8 @@ from gllm_engine.arch.formats import Fp8, Int4, Mxfp4
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import SELECTION_BIAS, Model
 from gllm_engine.arch.names import checkpoint_name, checkpoint_shapes, checkpoint_tensors
+from gllm_engine.arch.read import make_arch
 from gllm_engine.arch.tiny import tiny_config
-from gllm_engine.arch.zoo import make_arch
 from gllm_engine.ops import quantize_fp8, quantize_int4, quantize_mxfp4
 
 # Token ids 0, 1, 2. The first and the last token end generation.

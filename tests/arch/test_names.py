@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 
-from gllm_engine.arch import FAMILIES, make_arch
+from gllm_engine.arch import FAMILIES, Model, make_arch
+from gllm_engine.arch.checkpoint import Layout
 from gllm_engine.arch.layout import checkpoint_places
 from gllm_engine.arch.names import (
-    Layout,
     checkpoint_layout,
     checkpoint_shapes,
     checkpoint_tensors,
     is_left_over,
     num_blocks,
-    standard_name,
     with_stored_names,
 )
 from gllm_engine.arch.tiny import tiny_config
@@ -232,21 +231,25 @@ def test_order_within_a_fused_tensor() -> None:
     )
 
 
+FUSED_EXPERTS = f"{LAYER}mlp.experts.gate_up_proj"
+
+
 def test_one_tensor_for_all_experts_of_a_layer() -> None:
-    model = replace(make_arch(tiny_config("MixtralForCausalLM")), names="granitemoe")
+    one_by_one = make_arch(tiny_config("Qwen3NextForCausalLM"))
+    model = with_stored_names(one_by_one, {FUSED_EXPERTS})
     tensors, shapes = checkpoint_tensors(model), checkpoint_shapes(model)
-    moe, experts = "model.layers.1.block_sparse_moe.", "model.layers.1.mlp.experts."
-    assert tensors[f"{moe}input_linear.weight"] == tuple(
+    experts = "model.layers.1.mlp.experts."
+    assert tensors[f"{experts}gate_up_proj"] == tuple(
         f"{experts}{e}.{part}_proj.weight" for e in range(8) for part in ("gate", "up")
     )
-    assert tensors[f"{moe}output_linear.weight"] == tuple(
+    assert tensors[f"{experts}down_proj"] == tuple(
         f"{experts}{e}.down_proj.weight" for e in range(8)
     )
-    assert shapes[f"{moe}input_linear.weight"] == (8, 2 * 96, 64)
-    assert shapes[f"{moe}output_linear.weight"] == (8, 64, 96)
-    assert shapes[f"{moe}router.layer.weight"] == (8, 64)
+    assert shapes[f"{experts}gate_up_proj"] == (8, 2 * 32, 64)
+    assert shapes[f"{experts}down_proj"] == (8, 64, 32)
     one = model.each(ffn=lambda _, layer: replace(layer.ffn, num_experts=1))
-    assert checkpoint_shapes(one)[f"{moe}input_linear.weight"] == (1, 2 * 96, 64)
+    assert checkpoint_shapes(one)[f"{experts}gate_up_proj"] == (1, 2 * 32, 64)
+    assert f"{experts}gate_up_proj" not in checkpoint_tensors(one_by_one)
 
 
 def test_transposed_matrices_of_gpt2() -> None:
@@ -277,24 +280,35 @@ def test_neox_stores_queries_keys_and_values_by_heads() -> None:
     assert num_blocks(bigcode, checkpoint_tensors(bigcode)[f"{H}attn.c_attn.weight"]) == 1
 
 
+def names_like(model: Model, stored: set[str]) -> set[str]:
+    """The names of the model's tensors in a checkpoint with the tensors `stored`."""
+    return set(checkpoint_tensors(with_stored_names(model, stored)))
+
+
 def test_gpt2s_names_without_the_common_beginning() -> None:
     gpt2 = make_arch(tiny_config("GPT2LMHeadModel"))
-    for name in ("h.0.attn.c_attn.weight", "wte.weight", "wpe.weight", "ln_f.bias"):
-        assert standard_name(gpt2, name) == f"transformer.{name}"
-    for name in ("transformer.h.0.ln_1.weight", "lm_head.weight"):
-        assert standard_name(gpt2, name) == name
-    llama = make_arch(tiny_config("LlamaForCausalLM"))
-    assert standard_name(llama, "h.0.ln_1.weight") == "h.0.ln_1.weight"
+    names = set(checkpoint_tensors(gpt2))
+    bare = {name.removeprefix("transformer.") for name in names}
+    assert {"wte.weight", "h.0.attn.c_attn.weight", "ln_f.bias", "lm_head.weight"} < bare
+    assert names_like(gpt2, bare) == bare
+    assert names_like(gpt2, names) == names
+    assert is_left_over(gpt2, "h.0.attn.bias")
 
 
 def test_kimi_k25s_names_of_transformers_and_its_weights_for_images() -> None:
     kimi = make_arch(tiny_config("KimiK25ForConditionalGeneration"))
-    for name in ("language_model.lm_head.weight", "language_model.model.norm.weight"):
-        assert standard_name(kimi, name) == name
-        assert not is_left_over(kimi, name)
-    norm = standard_name(kimi, "model.language_model.norm.weight")
-    assert norm == "language_model.model.norm.weight"
-    assert standard_name(kimi, "lm_head.weight") == "language_model.lm_head.weight"
+    names = set(checkpoint_tensors(kimi))
+    assert {"language_model.lm_head.weight", "language_model.model.norm.weight"} < names
+    assert not any(is_left_over(kimi, name) for name in names)
+    theirs = {
+        name.replace("language_model.model.", "model.language_model.").replace(
+            "language_model.lm_head.", "lm_head."
+        )
+        for name in names
+    }
+    assert {"lm_head.weight", "model.language_model.norm.weight"} < theirs
+    for stored in (names, theirs):
+        assert names_like(kimi, stored) == stored
     for part in ("vision_tower.encoder.blocks.0.wqkv", "mm_projector.proj.0"):
         assert is_left_over(kimi, f"{part}.weight")
         assert is_left_over(kimi, f"model.{part}.weight")
@@ -432,14 +446,16 @@ def test_names_of_the_gated_delta_rule(family: str) -> None:
 def test_names_are_those_of_the_files() -> None:
     """A text model may be stored as it was beside images, and experts together or one by one."""
     model = make_arch(tiny_config("Qwen3_5MoeForCausalLM"))
-    name = "model.language_model.layers.0.mlp.gate.weight"
-    assert standard_name(model, name) == "model.layers.0.mlp.gate.weight"
-    for variants in ((), ("fused_experts",)):
-        stored = checkpoint_tensors(replace(model, name_variants=variants))
-        unused = ("mtp.layers.0.mlp.experts.gate_up_proj", "model.visual.patch_embed.proj.weight")
-        assert with_stored_names(model, {*stored, *unused}).name_variants == variants
+    unused = {"mtp.layers.0.mlp.experts.gate_up_proj", "model.visual.patch_embed.proj.weight"}
+    fused = set(checkpoint_tensors(model))
+    one_by_one = names_like(model, unused)
+    assert FUSED_EXPERTS in fused and EXPERTS[0] in one_by_one
+    for text in (fused, one_by_one):
+        beside_images = {name.replace("model.", "model.language_model.") for name in text}
+        for stored in (text, beside_images):
+            assert names_like(model, stored | unused) == stored
     llama = make_arch(tiny_config("LlamaForCausalLM"))
-    assert with_stored_names(llama, {"model.layers.0.mlp.experts.gate_up_proj"}) == llama
+    assert with_stored_names(llama, {FUSED_EXPERTS}) == llama
 
 
 def test_tensors_for_images_and_for_multi_token_prediction_are_left_over() -> None:
@@ -458,7 +474,9 @@ def test_left_overs() -> None:
     assert is_left_over(model, "model.layers.11.self_attn.rotary_emb.inv_freq")
     assert is_left_over(model, "model.layers.0.self_attn.rotary_emb.cos_cached")
     assert is_left_over(model, "model.layers.0.self_attn.rotary_emb.sin_cached")
-    assert is_left_over(model, "transformer.rotary_pos_emb.inv_freq")
+    table = "transformer.rotary_pos_emb.inv_freq"
+    assert is_left_over(make_arch(tiny_config("ChatGLMModel")), table)
+    assert not is_left_over(model, table)
     assert not is_left_over(model, "model.layers.11.self_attn.rotary_emb.inv_freq.weight")
     assert not is_left_over(model, "model.layers.11.self_attn.q_proj.weight")
     assert not is_left_over(model, "model.layers.2.self_attn.q_proj.weight")

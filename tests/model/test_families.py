@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +263,7 @@ def test_a_checkpoint_that_transformers_saved(tmp_path: Path, family: str) -> No
     model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
     # Models for images and text are saved as text models.
-    saved, written = (
-        replace(read_arch(tmp_path / who), name_variants=()) for who in ("theirs", "ours")
-    )
-    assert saved == written
+    assert read_arch(tmp_path / "theirs") == read_arch(tmp_path / "ours")
     tokens = some_tokens(40)
     ours = all_logits(load(tmp_path / "theirs"), tokens)
     theirs = reference_logits(tmp_path / "theirs", tokens)

@@ -1,0 +1,1 @@
+"""One module per kin of model families; registry.py lists the architectures."""

@@ -1,0 +1,98 @@
+"""The supported architectures: for each name in config.json, how its family is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gllm_engine.arch.families import (
+    cohere,
+    deepseek,
+    ernie,
+    gemma,
+    glm,
+    gpt,
+    gpt_oss,
+    granite,
+    hunyuan,
+    llama,
+    llama4,
+    minimax,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    qwen_hybrid,
+    smollm,
+)
+from gllm_engine.arch.fields import Fields
+from gllm_engine.arch.model import Model
+
+
+class Family(NamedTuple):
+    """`defaults`: for keys that a config may omit. `text_key`: the key of the object that describes
+    the text model, beside other models; None: the config itself does.
+    """
+
+    read: Callable[[Fields], Model]
+    defaults: dict[str, Any]
+    text_key: str | None = None
+
+
+# The order is that of choice, if a config names several, and of messages.
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(llama.llama, llama.LLAMA),
+    "MistralForCausalLM": Family(mistral.mistral, mistral.MISTRAL),
+    "Qwen2ForCausalLM": Family(qwen.qwen2, qwen.QWEN2),
+    "Qwen3ForCausalLM": Family(qwen.qwen3, qwen.QWEN3),
+    "MixtralForCausalLM": Family(mistral.mixtral, mistral.MIXTRAL),
+    "Qwen2MoeForCausalLM": Family(qwen.qwen2_moe, qwen.QWEN2_MOE),
+    "Qwen3MoeForCausalLM": Family(qwen.qwen3_moe, qwen.QWEN3_MOE),
+    "Qwen3NextForCausalLM": Family(qwen_hybrid.qwen3_next, qwen_hybrid.QWEN3_NEXT),
+    "Qwen3_5ForCausalLM": Family(qwen_hybrid.qwen3_5, qwen_hybrid.QWEN3_5),
+    "Qwen3_5ForConditionalGeneration": Family(
+        qwen_hybrid.qwen3_5, qwen_hybrid.QWEN3_5, "text_config"
+    ),
+    "Qwen3_5MoeForCausalLM": Family(qwen_hybrid.qwen3_5_moe, qwen_hybrid.QWEN3_5_MOE),
+    "Qwen3_5MoeForConditionalGeneration": Family(
+        qwen_hybrid.qwen3_5_moe, qwen_hybrid.QWEN3_5_MOE, "text_config"
+    ),
+    "GlmForCausalLM": Family(glm.glm, glm.GLM),
+    "Glm4ForCausalLM": Family(glm.glm4, glm.GLM),
+    "Olmo2ForCausalLM": Family(olmo.olmo2, olmo.OLMO2),
+    "Olmo3ForCausalLM": Family(olmo.olmo3, olmo.OLMO3),
+    "SmolLM3ForCausalLM": Family(smollm.smollm3, smollm.SMOLLM3),
+    "GraniteForCausalLM": Family(granite.granite, granite.GRANITE),
+    "HunYuanDenseV1ForCausalLM": Family(hunyuan.hunyuan, hunyuan.HUNYUAN),
+    "Ernie4_5ForCausalLM": Family(ernie.ernie, ernie.ERNIE),
+    "Phi3ForCausalLM": Family(phi.phi3, phi.PHI3),
+    "Ministral3ForCausalLM": Family(mistral.ministral3, mistral.MINISTRAL3),
+    "Gemma2ForCausalLM": Family(gemma.gemma2, gemma.GEMMA2),
+    "Gemma3ForCausalLM": Family(gemma.gemma3, gemma.GEMMA3),
+    "Cohere2ForCausalLM": Family(cohere.cohere2, cohere.COHERE2),
+    "Starcoder2ForCausalLM": Family(gpt.starcoder2, gpt.STARCODER2),
+    "GPT2LMHeadModel": Family(gpt.gpt2, gpt.GPT2),
+    "GPTBigCodeForCausalLM": Family(gpt.gpt_bigcode, gpt.GPT_BIGCODE),
+    "GPTNeoXForCausalLM": Family(gpt.gpt_neox, gpt.GPT_NEOX),
+    "Glm4MoeForCausalLM": Family(glm.glm4_moe, glm.GLM4_MOE),
+    "Ernie4_5_MoeForCausalLM": Family(ernie.ernie_moe, ernie.ERNIE_MOE),
+    "GptOssForCausalLM": Family(gpt_oss.gpt_oss, gpt_oss.GPT_OSS),
+    "Llama4ForCausalLM": Family(llama4.llama4, llama4.LLAMA4),
+    "Llama4ForConditionalGeneration": Family(llama4.llama4_vision, llama4.LLAMA4, "text_config"),
+    "MiniMaxM2ForCausalLM": Family(minimax.minimax_m2, minimax.MINIMAX_M2),
+    "ChatGLMModel": Family(glm.chatglm, glm.CHATGLM),
+    "ChatGLMForConditionalGeneration": Family(glm.chatglm, glm.CHATGLM),
+    "DeepseekV3ForCausalLM": Family(deepseek.deepseek_v3, deepseek.DEEPSEEK_V3),
+    "KimiK2ForCausalLM": Family(deepseek.deepseek_v3, deepseek.DEEPSEEK_V3),
+    # The first name is that of the published configs.
+    "KimiK25ForConditionalGeneration": Family(
+        deepseek.kimi_k25, deepseek.DEEPSEEK_V3, "text_config"
+    ),
+    "Kimi_K25ForConditionalGeneration": Family(
+        deepseek.kimi_k25, deepseek.DEEPSEEK_V3, "text_config"
+    ),
+    "DeepseekV2ForCausalLM": Family(deepseek.deepseek_v2, deepseek.DEEPSEEK_V2),
+    "Glm4MoeLiteForCausalLM": Family(deepseek.deepseek_v3, glm.GLM4_MOE_LITE),
+    "DeepseekV32ForCausalLM": Family(deepseek.deepseek_v32, deepseek.DEEPSEEK_V32),
+    "GlmMoeDsaForCausalLM": Family(deepseek.deepseek_v32, glm.GLM_MOE_DSA),
+}

@@ -1,0 +1,99 @@
+"""Makes a Model from a checkpoint's config.json.
+
+families/ has the readers; here are the checks that are the same for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gllm_engine.arch.families.common import ACTIVATIONS
+from gllm_engine.arch.families.registry import FAMILIES, Family
+from gllm_engine.arch.fields import ArchError, Fields
+from gllm_engine.arch.model import Dense, Gqa, Mla, Model
+from gllm_engine.arch.quantization import read_quantization
+from gllm_engine.files import read_object, shown
+
+# Larger than any known model. A config without limits could describe a model too large to build.
+MAX_LEN = 2**24  # tokens
+# Keys beside the description of the text model that are about it.
+_SHARED_KEYS = ("tie_word_embeddings", "quantization_config")
+
+
+def read_arch(directory: str | Path) -> Model:
+    """Read a checkpoint directory's config.json and the end-of-text ids of generation_config.json.
+
+    Raises ArchError for an unreadable file, invalid JSON, or an unsupported architecture or value.
+    """
+    path = Path(directory)
+    model = make_arch(read_object(path / "config.json", ArchError), str(path / "config.json"))
+    generation = path / "generation_config.json"
+    if os.path.lexists(generation):  # a broken link is an error, not absence
+        eos = Fields(read_object(generation, ArchError), str(generation), {}).numbers(
+            "eos_token_id"
+        )
+        model = replace(model, eos_token_ids=eos or model.eos_token_ids)
+    return replace(model, eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab))
+
+
+def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
+    """The Model that a config.json object describes. `name`: the prefix of error messages.
+
+    Raises ArchError for an unsupported architecture or value.
+    """
+    architectures = config.get("architectures")
+    known = [a for a in FAMILIES if isinstance(architectures, list) and a in architectures]
+    if not known:
+        raise ArchError(
+            f"{name}: architectures is {shown(repr(architectures))}; "
+            f"supported are {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[known[0]]
+    fields = _text_fields(config, name, family)
+    fields.require(dual_chunk_attention_config=None)
+    model = replace(family.read(fields), quantization=read_quantization(fields))
+    _check_keys(fields, model)
+    _check_limits(model, name)
+    return model
+
+
+def _text_fields(config: dict[str, Any], name: str, family: Family) -> Fields:
+    """The keys of the text model."""
+    key = family.text_key
+    if key is None:
+        return Fields(config, name, family.defaults)
+    if not config.get(key):
+        raise ArchError(f"{name}: {key} is missing, the text model's description")
+    shared = {key: config[key] for key in _SHARED_KEYS if key in config}
+    return Fields(config, name, {}).child(key, defaults=family.defaults, over=shared)
+
+
+def _check_keys(fields: Fields, model: Model) -> None:
+    """Raise ArchError for an activation or types of layers that the family does not have."""
+    ffn = model.layers[0].ffn
+    act = ffn.act if isinstance(ffn, Dense) else "silu"
+    names = tuple(name for name, function in ACTIVATIONS.items() if function == act)
+    fields.choice("hidden_act", names, names[0])
+    mixers = {layer.mixer for layer in model.layers}
+    if not model.keeps_states and not any(mixer.window for mixer in mixers):
+        sparse = any(isinstance(mixer, Mla) and mixer.indexer is not None for mixer in mixers)
+        kind = "indexed_attention" if sparse else "full_attention"
+        fields.choices("layer_types", len(model.layers), (kind,))
+
+
+def _check_limits(model: Model, name: str) -> None:
+    """Raise ArchError for a model that is too long, or whose heads share keys unevenly."""
+    if model.max_len > MAX_LEN:
+        raise ArchError(
+            f"{name}: the model's length is {model.max_len} tokens with its RoPE scaling, but only "
+            f"up to {MAX_LEN} is supported"
+        )
+    for mixer in {layer.mixer for layer in model.layers}:
+        if isinstance(mixer, Gqa) and mixer.heads % mixer.kv_heads:
+            raise ArchError(
+                f"{name}: {mixer.heads} attention heads cannot share {mixer.kv_heads} "
+                "key/value heads evenly"
+            )
