@@ -22,6 +22,7 @@ from gllm_engine.arch import (
     Moe,
     QueryTemperature,
     Routing,
+    families,
     make_arch,
     read_arch,
 )
@@ -108,6 +109,13 @@ def test_chatglm3_6b() -> None:
     assert rope_of(model) == Rope(64, 10_000.0, interleaved=True)
     assert (model.max_len, model.eps, model.eos_token_ids) == (8192, 1e-5, (2,))
     assert make_arch(CHATGLM3_6B | {"rope_ratio": 500}).layers[0].mixer.rope.theta == 5e6
+
+
+def test_every_module_of_families_has_an_architecture() -> None:
+    folder = Path(families.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "common", "registry"}
+    read = {family.read.__module__.rpartition(".")[2] for family in FAMILIES.values()}
+    assert read == modules
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -41,4 +41,5 @@ def cohere2(c: Fields) -> Model:
         norm="layer_without_bias",
         logit_scale=c.real("logit_scale"),
     )
-    return with_layer_types(c, model, c.count("sliding_window_pattern"), full=None, sliding=rope)
+    every = c.count("sliding_window_pattern")
+    return with_layer_types(c, model, full_every=every, full=None, sliding=rope)

@@ -112,7 +112,7 @@ def with_mixers(model: Model, **changes: Any) -> Model:
     return model.each(mixer=lambda _, layer: replace(layer.mixer, **changes))
 
 
-def with_mixer_of_each(model: Model, **changes: Sequence[Any]) -> Model:
+def with_mixers_by_layer(model: Model, **changes: Sequence[Any]) -> Model:
     """A copy in which the mixer of layer i has the i-th of these values."""
 
     def changed(i: int, layer: Layer) -> Any:
@@ -146,7 +146,7 @@ def with_layer_types(
     usually = [(i + 1) % full_every > 0 for i in range(len(model.layers))]
     slides = read_layer_types(c, "sliding_attention", usually)
     window = c.count("sliding_window") if any(slides) else None
-    return with_mixer_of_each(
+    return with_mixers_by_layer(
         model,
         rope=[sliding if own else full for own in slides],
         window=[window if own else None for own in slides],

@@ -45,7 +45,7 @@ _NAMES = Names(
 
 def gemma2(c: Fields) -> Model:
     rope = read_rope(c, read_head_dim(c))
-    return with_layer_types(c, _gemma(c, rope), 2, rope, rope)
+    return with_layer_types(c, _gemma(c, rope), full_every=2, full=rope, sliding=rope)
 
 
 GEMMA3 = GEMMA2 | {
@@ -63,7 +63,8 @@ def gemma3(c: Fields) -> Model:
     c.require(use_bidirectional_attention=False, attn_logit_softcapping=None)
     full, sliding = read_layer_ropes(c, read_head_dim(c))
     model = with_mixers(_gemma(c, full), qk_norm="head")
-    return with_layer_types(c, model, c.count("sliding_window_pattern"), full, sliding)
+    every = c.count("sliding_window_pattern")
+    return with_layer_types(c, model, full_every=every, full=full, sliding=sliding)
 
 
 def _gemma(c: Fields, rope: Rope) -> Model:

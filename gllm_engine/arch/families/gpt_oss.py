@@ -82,4 +82,4 @@ def gpt_oss(c: Fields) -> Model:
         clamp=Clamp(c.real("swiglu_limit"), c.real("swiglu_alpha")),
     )
     model = replace(read_decoder(c, mixer).each(ffn=lambda *_: moe), names=_NAMES)
-    return with_layer_types(c, model, 2, rope, rope)
+    return with_layer_types(c, model, full_every=2, full=rope, sliding=rope)

@@ -17,7 +17,7 @@ from gllm_engine.arch.families.common import (
     read_layer_types,
     read_rotated_layers,
     read_routing,
-    with_mixer_of_each,
+    with_mixers_by_layer,
 )
 from gllm_engine.arch.families.llama import LLAMA
 from gllm_engine.arch.fields import Fields
@@ -103,7 +103,7 @@ def _with_chunks(c: Fields, model: Model, rope: Rope) -> Model:
     if c.truth("attn_temperature_tuning"):
         temperature = QueryTemperature(c.real("attn_scale"), c.count("floor_scale"), offset=1)
     qk_norm: QkNorm | None = "l2_after" if c.flag("use_qk_norm") else None
-    return with_mixer_of_each(
+    return with_mixers_by_layer(
         model,
         chunked=chunked,
         window=[size if own else None for own in chunked],

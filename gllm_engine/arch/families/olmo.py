@@ -29,7 +29,8 @@ OLMO3 = OLMO2 | {"rope_theta": 500_000.0, "sliding_window": 4096}
 
 def olmo3(c: Fields) -> Model:
     full, sliding = read_layer_ropes(c, read_head_dim(c))
-    return with_layer_types(c, _olmo(llama_with_rope(c, full)), 4, full, sliding)
+    model = _olmo(llama_with_rope(c, full))
+    return with_layer_types(c, model, full_every=4, full=full, sliding=sliding)
 
 
 def _olmo(model: Model) -> Model:

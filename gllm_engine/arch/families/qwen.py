@@ -11,8 +11,8 @@ from gllm_engine.arch.families.common import (
     read_layer_types,
     read_num_experts,
     read_routing,
-    with_mixer_of_each,
     with_mixers,
+    with_mixers_by_layer,
 )
 from gllm_engine.arch.families.llama import LLAMA, llama
 from gllm_engine.arch.fields import Fields
@@ -99,4 +99,4 @@ def _with_windows(c: Fields, model: Model) -> Model:
     window = c.optional_count("sliding_window")
     usually = [i >= first for i in range(len(model.layers))]
     slides = read_layer_types(c, "sliding_attention", usually)
-    return with_mixer_of_each(model, window=[window if own else None for own in slides])
+    return with_mixers_by_layer(model, window=[window if own else None for own in slides])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gllm_engine.arch.families.common import (
     read_head_dim,
     read_rotated_layers,
-    with_mixer_of_each,
+    with_mixers_by_layer,
 )
 from gllm_engine.arch.families.llama import LLAMA, llama_with_rope
 from gllm_engine.arch.fields import Fields
@@ -31,4 +31,4 @@ def smollm3(c: Fields) -> Model:
     rope = read_rope(c, read_head_dim(c))
     model = llama_with_rope(c, rope)
     rotated = read_rotated_layers(c, len(model.layers))
-    return with_mixer_of_each(model, rope=[rope if own else None for own in rotated])
+    return with_mixers_by_layer(model, rope=[rope if own else None for own in rotated])
