@@ -65,6 +65,11 @@ def lines(report: CheckReport) -> Iterator[str]:
         f"{report.num_params / 1e9:.2f} billion parameters in {report.dtype}, KV cache in "
         f"{report.kv_cache_dtype}, on {device}"
     )
+    if report.unknown_keys:
+        yield (
+            f"config.json: {', '.join(report.unknown_keys)}: not known, no effect; if one of them "
+            "changes the model's arithmetic, the answers are wrong"
+        )
     yield ""
     yield from _memory_lines(report)
     yield ""

@@ -29,7 +29,9 @@ class Fields:
 
     def __init__(self, values: dict[str, Any], name: str, defaults: dict[str, Any]) -> None:
         self.name = name
+        self._given = {k for k, v in values.items() if v is not None}
         self._values = {k: v for k, v in (defaults | values).items() if v is not None}
+        self._read: set[str] = set()
 
     @property
     def empty(self) -> bool:
@@ -39,6 +41,7 @@ class Fields:
         """A copy with values for keys that are absent or null."""
         copy = Fields(self._values, self.name, {})
         copy._values = values | self._values
+        copy._read = self._read  # what is read of a copy is read
         return copy
 
     def child(
@@ -52,14 +55,14 @@ class Fields:
         `defaults`: for its absent keys. `over`: overrides its keys.
         """
         for key in keys:
-            if value := self._values.get(key):
+            if value := self._find(key):
                 if not isinstance(value, dict):
                     raise self._wrong(key, value, "an object")
                 return Fields(value | (over or {}), f"{self.name}: {key}", defaults or {})
         return Fields(over or {}, self.name, defaults or {})
 
     def has(self, key: str) -> bool:
-        return key in self._values
+        return self._find(key) is not None
 
     def truth(self, key: str) -> bool:
         """true or false, or a number, of which only 0 is false."""
@@ -70,7 +73,7 @@ class Fields:
 
     def choices(self, key: str, length: int, allowed: tuple[str, ...]) -> list[str] | None:
         """A list of `length` words out of `allowed`; None if the key is absent."""
-        value = self._values.get(key)
+        value = self._find(key)
         if value is None:
             return None
         if (
@@ -85,7 +88,7 @@ class Fields:
         """A list of `length` truth values, true and false or 1 and 0; None if the key is absent or
         the list empty.
         """
-        value = self._values.get(key)
+        value = self._find(key)
         if value is None or value == []:
             return None
         if (
@@ -120,10 +123,10 @@ class Fields:
         return tuple(float(number) for number in value)
 
     def optional_real(self, key: str) -> float | None:
-        return self.real(key) if key in self._values else None
+        return self.real(key) if self.has(key) else None
 
     def optional_count(self, key: str) -> int | None:
-        return self.count(key) if key in self._values else None
+        return self.count(key) if self.has(key) else None
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self._get(key, default)
@@ -151,7 +154,7 @@ class Fields:
 
         `kind`: what they number, for error messages.
         """
-        value = self._values.get(key, [])
+        value = self._find(key, [])
         numbers = value if isinstance(value, list) else [value]
         wrong = any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in numbers)
         if wrong or len(numbers) > most:
@@ -160,7 +163,7 @@ class Fields:
 
     def sizes(self, key: str, length: int) -> tuple[int, ...] | None:
         """A list of `length` whole numbers from 1 to 2**24; None if the key is absent."""
-        value = self._values.get(key)
+        value = self._find(key)
         if value is None:
             return None
         is_list = isinstance(value, list) and len(value) == length
@@ -175,7 +178,7 @@ class Fields:
     def require(self, **expected: Any) -> None:
         """Raise ArchError if a key has another value than expected. Absent keys are allowed."""
         for key, allowed in expected.items():
-            value = self._values.get(key, allowed)
+            value = self._find(key, allowed)
             if value != allowed:
                 raise self._wrong(key, value, json.dumps(allowed))
 
@@ -185,8 +188,16 @@ class Fields:
         if unknown:
             raise ArchError(f"{self.name}: key {shown(repr(unknown[0]))} is not supported")
 
+    def unread(self) -> dict[str, Any]:
+        """The keys that were given and that nobody has read, with their values."""
+        return {key: self._values[key] for key in sorted(self._given - self._read)}
+
+    def _find(self, key: str, default: Any = None) -> Any:
+        self._read.add(key)
+        return self._values.get(key, default)
+
     def _get(self, key: str, default: Any) -> Any:
-        value = self._values.get(key, default)
+        value = self._find(key, default)
         if value is None:
             raise ArchError(f"{self.name}: {key} is missing")
         return value

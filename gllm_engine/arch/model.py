@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal, TypeVar
 
@@ -459,6 +459,7 @@ class Model:
     residual_scale: float = 1.0  # factor of every output that is added to the residual stream
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of its config.json
 
     def __post_init__(self) -> None:
         if self.residual_scale != 1 and any(layer.place == "post" for layer in self.layers):

@@ -13,6 +13,7 @@ from typing import Any
 from gllm_engine.arch.families.common import ACTIVATIONS
 from gllm_engine.arch.families.registry import FAMILIES, Family
 from gllm_engine.arch.fields import ArchError, Fields
+from gllm_engine.arch.known_keys import unknown_keys
 from gllm_engine.arch.model import Dense, Gqa, Mla, Model
 from gllm_engine.arch.quantization import read_quantization
 from gllm_engine.files import read_object, shown
@@ -57,7 +58,7 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
     model = replace(family.read(fields), quantization=read_quantization(fields))
     _check_keys(fields, model)
     _check_limits(model, name)
-    return model
+    return replace(model, unknown_keys=unknown_keys(fields.unread()))
 
 
 def _text_fields(config: dict[str, Any], name: str, family: Family) -> Fields:

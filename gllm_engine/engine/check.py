@@ -65,7 +65,8 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 
     The groups share `num_pages` pages of `page_size` tokens, which hold `cached_tokens` tokens if
     one group has them all, or `sequences` sequences of `max_model_len` tokens. `cut_is_estimated`:
-    a start measures which layers each stage gets, so it may choose others.
+    a start measures which layers each stage gets, so it may choose others. `unknown_keys`: of
+    config.json, which have no effect.
     """
 
     model: str
@@ -83,6 +84,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     num_snapshots: int
     groups: list[GroupReport]
     kernels: list[KernelReport]
+    unknown_keys: list[str]
 
 
 def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckReport:
@@ -150,6 +152,7 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
             KernelReport(part=use.part, layers=use.layers, kernels=use.kernels)
             for use in found.kernels
         ],
+        unknown_keys=list(arch.unknown_keys),
     )
 
 

@@ -116,6 +116,13 @@ class Engine:
         """
         path = Path(config.model)
         arch = read_arch(path)
+        if arch.unknown_keys:
+            log.warning(
+                "%s: these keys are not known and have no effect: %s; if one of them changes the "
+                "model's arithmetic, the answers are wrong",
+                path / "config.json",
+                ", ".join(arch.unknown_keys),
+            )
         on_gpu = device_of(config).type == "cuda"
         config = settle(config, on_gpu, arch.keeps_states)
         check_len(config, arch)

@@ -1423,3 +1423,23 @@ def test_unreadable(tmp_path: Path, name: str, text: str, problem: str) -> None:
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(ArchError, match="cannot be read"):
         read_arch(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_nobody_knows_are_told(family: str) -> None:
+    """What is read, what changes no arithmetic and what is off is known."""
+    known = make_arch(tiny_config(family)).unknown_keys
+    off = {"new_bias": False, "new_scale": 0, "new_layers": [], "new_norm": None}
+    harmless = {"initializer_range": 0.1, "pad_token_id": 7, "vision_start_token_id": 9}
+    odd = {"some_scale": 3.0, "some_kind": "other"}
+    config = tiny_config(family)
+    key = FAMILIES[family].text_key
+    text = config if key is None else config[key]
+    text |= odd | off | harmless
+    assert sorted(make_arch(config).unknown_keys) == sorted([*known, *odd])
+    assert make_arch(config) == make_arch(tiny_config(family))
+
+
+def test_every_key_of_published_configs_is_known() -> None:
+    for path in (Path(__file__).parents[2] / "benchmarks/models").glob("*/config.json"):
+        assert make_arch(json.loads(path.read_text())).unknown_keys == (), path

@@ -164,3 +164,14 @@ def test_slots_of_a_model_with_states_are_those_of_a_start(tmp_path: Path) -> No
     found = check(tmp_path, 8, device="cuda")
     assert found == check(tmp_path, 8, device="cuda", max_num_seqs=256)
     assert found.stages[0].states > 0
+
+
+def test_unknown_keys_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny_model(tmp_path, some_scale=3.0)
+    assert check(tmp_path, device="cpu").unknown_keys == ["some_scale"]
+    with LLM(str(tmp_path), device="none"):
+        told = [record.getMessage() for record in caplog.records if "not known" in record.message]
+    assert told == [
+        f"{tmp_path / 'config.json'}: these keys are not known and have no effect: some_scale; if "
+        "one of them changes the model's arithmetic, the answers are wrong"
+    ]

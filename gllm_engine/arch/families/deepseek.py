@@ -97,8 +97,9 @@ def deepseek_v2(c: Fields) -> Model:
     c.require(mlp_bias=False, rope_interleave=True, scoring_func="softmax", norm_topk_prob=False)
     experts = c.count("n_routed_experts", most=MAX_EXPERTS)
     routing = replace(read_routing(c, False, experts), scale=c.real("routed_scaling_factor"))
+    grouped = _with_groups(c, routing, experts)  # a config may have groups and not use them
     if c.choice("topk_method", ("greedy", "group_limited_greedy")) != "greedy":
-        routing = _with_groups(c, routing, experts)
+        routing = grouped
     return _with_routed_experts(c, read_decoder(c, _read_mla(c)), routing, experts)
 
 

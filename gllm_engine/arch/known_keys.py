@@ -1,0 +1,48 @@
+"""Keys of config.json that are known to change nothing in a decoder's arithmetic."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_HARMLESS = re.compile(
+    r"""
+    # What the file is, and how transformers or other tools handle it.
+      architectures | model_type | transformers_version | _?name_or_path | auto_map | license
+    | prefix | (torch_)?dtype | use_cache | cache_implementation | return_dict(_in_generate)?
+    | output_.* | id2label | label2id | num_labels | problem_type | task_specific_params
+    | is_(encoder_)?decoder | add_cross_attention | cross_attention_hidden_size
+    | tie_encoder_decoder | chunk_size_feed_forward | finetuning_task | pruned_heads
+    | torchscript | use_bfloat16 | .*attn_implementation.* | .*flash_?att.* | unsloth_.*
+    | (tokenizer|processor|feature_extractor)_class | for_llm_compressor | custom_generate
+    # Ids and text settings; the ids that end a text are read apart.
+    | .*_token_ids? | .*_token_index | bos_id | pad_id
+    # Training.
+    | .*dropout(_.*)? | .*_pdrop | initializer_.* | init_.* | .*initialization.* | .*loss.*
+    | seq_aux | .*jitter.* | gradient_checkpointing | pretraining_tp | ep_size | tp_size
+    | moe_capacity.* | use_recompute.*
+    # Heads for other tasks, layers for multi-token prediction, other modalities.
+    | classifier_.* | summary_.* | .*mtp.* | num_nextn_.*
+    | (vision|image|video|audio|vit|im|anyres)_.*
+    # Precision of what we compute in float32.
+    | .*softmax_in_fp32 | .*_in_float32 | enable_lm_head_fp32 | mamba_ssm_dtype | .*router_dtype
+    # Settings of generation, which old configs have too.
+    | temperature | top_[kp] | typical_p | do_sample | num_(return|beam).*
+    | (max|min)_(new_)?length | max_new_tokens
+    | (length|repetition|diversity|exponential_decay_length)_penalty | early_stopping
+    | (encoder_)?no_repeat_ngram_size | bad_words_ids | forced_.* | (begin_)?suppress_tokens
+    | remove_invalid_values
+    # Sizes that follow from others or are kept for old readers.
+    | qk_head_dim | head_dim | n_ctx | n_inner | initial_context_length | experts_per_token
+    | max_window_layers | sliding_window(_pattern)? | _sliding_window_pattern
+    """,
+    re.VERBOSE,
+)
+
+
+def unknown_keys(unread: dict[str, Any]) -> tuple[str, ...]:
+    """Of the keys that no family's reader has asked for, those that might matter.
+
+    A key whose value says "off" (false, 0, or empty) does not.
+    """
+    return tuple(key for key, value in unread.items() if value and not _HARMLESS.fullmatch(key))
