@@ -141,9 +141,13 @@ class LatentPlan(AttentionPlan):
     choice: triton.Choice | None = None  # None: the rows attend to their contexts
 
 
-def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
-    """Our kernel for products with x [rows, depth] if it beats cuBLAS, else None."""
-    if is_single(x):
+def _own_product(
+    x: Tensor, weight: Tensor | Fp8Weight, gated: bool = False
+) -> Callable[..., Tensor] | None:
+    """Our kernel for products with x [rows, depth] if it beats the library's, else None."""
+    if not isinstance(weight, Tensor):
+        return fp8_product.own_product(x, weight)
+    if is_single(x, weight):
         return gemv
     return triton.skinny if triton.is_skinny(x, weight, gated) and _is_hopper() else None
 
@@ -162,10 +166,10 @@ def linear(
 ) -> Tensor:
     """See Ops.linear."""
     weight = _unpacked(weight, x)
-    if not isinstance(weight, Tensor):
-        return fp8_product.linear(x, weight, bias, norm, out)
     if product := _own_product(x, weight):
         return product(x, weight, bias, norm, out=out)
+    if not isinstance(weight, Tensor):
+        return fp8_product.linear(x, weight, bias, norm, out)
     x = x if norm is None else rms_norm(x, *norm)
     if out is None:
         return F.linear(x, weight, bias)
@@ -177,8 +181,6 @@ def linear(
 def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
     """See Ops.gated_linear."""
     weight = _unpacked(weight, x)
-    if not isinstance(weight, Tensor):
-        return silu_mul(fp8_product.linear(x, weight, bias, norm))
     if product := _own_product(x, weight, gated=True):
         return product(x, weight, bias, norm, gated=True)
     return silu_mul(linear(x, weight, bias, norm))
@@ -187,10 +189,10 @@ def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | No
 def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear. Without a bias, the sum with a plain product is rounded only once."""
     weight = _unpacked(weight, x)
-    if not isinstance(weight, Tensor):
-        return total.add_(fp8_product.linear(x, weight, bias))
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
+    if not isinstance(weight, Tensor):
+        return total.add_(fp8_product.linear(x, weight, bias))
     if bias is not None:
         total += bias
     return total.addmm_(x, weight.T)

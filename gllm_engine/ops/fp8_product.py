@@ -1,12 +1,20 @@
-"""Products with FP8 weights on an NVIDIA GPU, by torch's scaled products.
+"""Products with FP8 weights on an NVIDIA GPU: which kernel multiplies, and those that are not ours.
 
-The input is rounded to float8 too, after its RMS norm: each token by one scale for weights with
-scales per row, each 128 numbers of a token by one scale for weights with blocks of 128 x 128. What
-torch has no product for is multiplied in the dtype of x by the weight's exact numbers, which are
-made anew for each product: right, but slow.
+    one row                  Triton's gemv; x is not rounded
+    few rows                 Triton's tiles on FP8 tensor cores
+    more rows                torch's scaled product, or Triton's tiles if torch has none
+    all rows, if no kernel   a plain product with the weight's exact numbers, which are made anew
+    fits                     for each product: right, but slow
+
+The last line is for float32, for scales that belong to fewer than 16 columns (one row) or 32, and
+on other GPUs than Hopper for whatever torch lacks. Of several rows, x is rounded to float8 too,
+after its RMS norm: each row by one scale if each row of the weight has one, else each 128 numbers
+of a row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +30,18 @@ _BLOCK = 128
 # blocks torch demands a row of scales with and without padding at once (2.11).
 _SIZE_MULTIPLE = 16
 _BLOCKS_MULTIPLE = 4
+# Most rows for which our tiles are chosen where torch has a product too: few rows, whose products
+# take the time to read the weight.
+_FEW_ROWS = 64
+
+
+def own_product(x: Tensor, weight: Fp8Weight) -> Callable[..., Tensor] | None:
+    """Our kernel for products with x [rows, depth], or None for `linear`."""
+    if triton.is_single(x, weight):
+        return triton.gemv
+    if not _is_hopper(x.device) or not triton.has_tiles(x, weight):
+        return None
+    return triton.skinny if len(x) <= _FEW_ROWS or not has_product(x, weight) else None
 
 
 def linear(
@@ -53,21 +73,22 @@ def has_product(x: Tensor, weight: Fp8Weight) -> bool:
     whole = not width % _BLOCK and not depth % (_BLOCK * _BLOCKS_MULTIPLE)
     if not whole or weight.scale_row is not None or weight.first_column:
         return False
-    is_hopper = torch.cuda.get_device_capability(x.device)[0] == 9
-    return has_scaled_product(x.dtype, block, is_hopper)
+    return has_scaled_product(x.dtype, block, _is_hopper(x.device))
 
 
 def _multiply(x: Tensor, weight: Fp8Weight, norm: Norm | None) -> Tensor:
-    if weight.rows_per_scale == 1:
-        numbers, x_scales = triton.quantize(x, norm=norm)
-    else:
-        numbers, x_scales = triton.quantize(x, _BLOCK, norm)
+    by_row = weight.rows_per_scale == 1
+    numbers, x_scales = triton.quantize(x, None if by_row else _BLOCK, norm)
     y = torch._scaled_mm(
         numbers,
         weight.numbers.T,
         scale_a=x_scales,
         scale_b=weight.scales.T,
         out_dtype=x.dtype,
-        use_fast_accum=weight.rows_per_scale == 1,
+        use_fast_accum=by_row,
     )
     return y[: len(x)]
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9

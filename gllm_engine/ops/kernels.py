@@ -22,6 +22,10 @@ PARTIALS_BYTES = 384 << 20
 SCORE_BYTES = 256 << 20
 # Rows and columns of the only blocks that torch's products take.
 _FP8_BLOCK = (128, 128)
+# Columns of an FP8 weight that must have one scale: as many as a thread loads at once in a product
+# with one row, and as many as FP8 tensor cores add up at once.
+_FP8_LOADED = 8
+_FP8_DEPTH = 32
 
 
 def has_chunk_kernels(head_dim: int, dtype: torch.dtype) -> bool:
@@ -43,6 +47,18 @@ def has_scaled_product(
     (rows, columns), if the weight's sizes fit. None: a scale for each row, or one.
     """
     return dtype == torch.bfloat16 and (block is None or is_hopper and block == _FP8_BLOCK)
+
+
+def has_fp8_gemv(dtype: torch.dtype, columns: int) -> bool:
+    """Whether Triton multiplies one row of `dtype` by FP8 weights. Each `columns` of them, from the
+    first on, have one scale; 0: all columns have.
+    """
+    return dtype in HALF and columns % _FP8_LOADED == 0
+
+
+def has_fp8_tiles(dtype: torch.dtype, columns: int) -> bool:
+    """As has_fp8_gemv, for any number of rows on Hopper."""
+    return dtype in HALF and columns % _FP8_DEPTH == 0
 
 
 def attention_kernels(
@@ -81,9 +97,15 @@ def fp8_product_kernels(
     """The kernels of products with FP8 weights whose sizes fit; see has_scaled_product."""
     if device == "cpu":
         return "plain torch"
+    columns = 0 if block is None else block[1]
+    one = "Triton for one row; " if has_fp8_gemv(dtype, columns) else ""
+    tiles = device == "hopper" and has_fp8_tiles(dtype, columns)
     if has_scaled_product(dtype, block, device == "hopper"):
-        return "torch's scaled products, with inputs rounded to FP8"
-    return packed_product_kernels(device)
+        few = "Triton for few rows; " if tiles else ""
+        return f"{one}{few}torch's scaled products; several rows are rounded to FP8"
+    if tiles:
+        return "Triton; several rows are rounded to FP8"
+    return one + packed_product_kernels(device)
 
 
 def packed_product_kernels(device: DeviceKind) -> str:

@@ -29,6 +29,7 @@ FAMILIES = (
 QUANTIZED = {
     "GptOssForCausalLM": {"quant_method": "mxfp4"},
     "Qwen3MoeForCausalLM": {"quant_method": "fp8"},
+    "Olmo3ForCausalLM": {"quant_method": "fp8", "weight_block_size": [16, 16]},
     "Glm4MoeLiteForCausalLM": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
 # And so every kernel that a single GPU runs, whatever the model.

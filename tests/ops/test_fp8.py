@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -164,9 +168,146 @@ def test_experts(
     near(triton.sum_experts(*args), reference.sum_experts(*args), 1e-5)
 
 
+def some_float8(rows: int, depth: int, dtype: torch.dtype) -> Tensor:
+    """Numbers that are still the same when they are rounded to float8, a row or a group at once."""
+    x = torch.randint(-120, 121, (rows, depth)).to(torch.uint8).view(FP8).float().nan_to_num(1.0)
+    x[:, ::32] = 448.0
+    return (x * torch.randint(-7, -3, (rows, 1)).exp2()).to(dtype)
+
+
+def offset(weight: Fp8Weight, first: int) -> Fp8Weight:
+    """Without its first columns, and any row of scales for any row."""
+    index = torch.randint(0, len(weight.scales), (len(weight),))
+    numbers = weight.numbers[:, first:].contiguous()
+    return replace(weight, numbers=numbers, scale_row=index, first_column=first)
+
+
+# width, depth, rows and columns of a block, columns cut off (None: whole)
+WEIGHTS = {
+    "rows": (24, 160, 1, 160, None),
+    "rows, odd": (9, 101, 1, 101, None),
+    "rows, a part": (24, 160, 1, 160, 64),
+    "blocks": (140, 384, 128, 128, None),
+    "ragged blocks": (70, 200, 128, 128, None),
+    "blocks, a part": (70, 384, 64, 128, 64),
+    "small blocks": (22, 200, 16, 32, 96),
+    "one block": (10, 96, 128, 128, None),
+}
+
+
+def made_weight(name: str) -> tuple[Fp8Weight, Tensor]:
+    """A weight of WEIGHTS, and its exact numbers."""
+    *size, first = WEIGHTS[name]
+    weight, _ = made(*size)
+    weight = weight if first is None else offset(weight, first)
+    return weight, weight.dequantized(torch.float64)
+
+
+def check_product(
+    product: Callable[..., Tensor], x: Tensor, weight: Fp8Weight, exact: Tensor, limit: float
+) -> None:
+    """With a bias and without, gated, and added to a sum."""
+    width = len(weight)
+    x64 = x.double()
+    near(product(x, weight), reference.linear(x64, exact), limit)
+    bias = torch.randn(width).to(x.dtype)
+    out = torch.full((len(x), width), torch.nan).to(x.dtype)
+    assert product(x, weight, bias, out=out) is out
+    near(out, reference.linear(x64, exact, bias.double()), limit)
+    if width % 2 == 0:
+        gated = reference.gated_linear(x64, exact, bias.double(), None)
+        near(product(x, weight, bias, gated=True), gated, 3 * limit)
+    total = torch.randn(len(x), width).to(x.dtype)
+    expected = reference.add_linear(total.double(), x64, exact, None)
+    assert product(x, weight, out=total, add=True) is total
+    near(total, expected, limit)
+
+
+@interpreted
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_one_row_is_not_rounded(name: str) -> None:
+    from gllm_engine.ops import triton
+
+    weight, exact = made_weight(name)
+    depth = weight.shape[1]
+    x = torch.randn(1, depth).half()
+    assert triton.is_single(x, weight) and not triton.is_single(x.float(), weight)
+    check_product(triton.gemv, x, weight, exact, 1e-3)
+    gain = torch.rand(depth).half() + 0.5
+    normed = reference.linear(x.double(), exact, None, (gain.double(), 0.1))
+    near(triton.gemv(x, weight, norm=(gain, 0.1)), normed, 1e-3)
+    x[0, 7] = torch.nan
+    assert triton.gemv(x, weight).isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("rows", [2, 33])
+def test_tiles_of_few_rows(rows: int, name: str) -> None:
+    from gllm_engine.ops import triton
+
+    weight, exact = made_weight(name)
+    x = some_float8(rows, weight.shape[1], torch.float16)
+    assert triton.has_tiles(x, weight) and not triton.has_tiles(x.float(), weight)
+    check_product(triton.skinny, x, weight, exact, 1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "name"), [(64, "rows"), (65, "blocks, a part"), (65, "rows"), (300, "rows")]
+)
+def test_tiles_of_many_rows(rows: int, name: str) -> None:
+    from gllm_engine.ops import triton
+
+    weight, exact = made_weight(name)
+    x = some_float8(rows, weight.shape[1], torch.float16)
+    near(triton.skinny(x, weight), x.double() @ exact.T, 1e-3)
+    if rows < 100:  # the interpreter is slow
+        gated = reference.gated_linear(x.double(), exact, None, None)
+        near(triton.skinny(x, weight, gated=True), gated, 3e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["rows, odd", "ragged blocks", "blocks, a part"])
+@pytest.mark.parametrize("rows", [3, 35])
+def test_tiles_that_programs_share(rows: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that are shorter, or have nothing to do; nothing is left over from the first time."""
+    tiles = import_module("gllm_engine.ops.triton.skinny")
+    monkeypatch.setattr(tiles, "_TILE_ROWS", 16)
+    weight, exact = made_weight(name)
+    x = some_float8(rows, weight.shape[1], torch.float16)
+    for parts in (2, 4, 4):
+        shared = partial(tiles.skinny, tiling=tiles.Tiling(16, 32, parts, 3))
+        near(shared(x, weight), x.double() @ exact.T, 1e-3)
+    if len(exact) % 2 == 0:
+        gated = reference.gated_linear(x.double(), exact, None, None)
+        near(shared(x, weight, gated=True), gated, 3e-3)
+
+
+@interpreted
+def test_tilings() -> None:
+    """An iteration does not go beyond a scale's columns; programs that share tiles run at once."""
+    from gllm_engine.ops.triton.skinny import choose_fp8_tiling
+
+    for rows, columns in product((2, 16, 33, 64, 65, 300, 4096), (0, 32, 64, 128, 512)):
+        for gated, depth in product((False, True), (64, 896, 4096, 14336)):
+            for width in (64, 2560, 4096, 6144, 14336, 128256):
+                n, k, parts, stages, _ = choose_fp8_tiling(rows, width, depth, gated, columns)
+                assert not columns or columns % k == 0 and k <= 128
+                m = min(max(16, 1 << (rows - 1).bit_length()), 128)
+                assert 3 <= stages and stages * (n * (1 + gated) + m) * k <= 227 << 10
+                assert parts == 1 or depth >= 512 * parts
+                tiles = -(-width // n) * -(-rows // m)
+                assert parts == 1 or tiles * parts <= 264
+                assert tiles * parts >= 128 or depth < 1024 * parts
+
+
 @pytest.fixture
 def gpu_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The operations of a GPU, on the CPU, as on Hopper; torch's scaled product is a stand-in."""
+    """The operations of a GPU, on the CPU, as on Hopper. torch's scaled product is a stand-in, and
+    more rows than 4 are many.
+    """
+    from gllm_engine.ops import fp8_product
 
     def scaled_mm(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, **more: Any) -> Tensor:
         """What torch demands on Hopper, and in float32 what it computes."""
@@ -187,43 +328,53 @@ def gpu_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return ((a.float() * scale_a) @ (b.float() * scale_b)).to(BF16)
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(fp8_product, "_FEW_ROWS", 4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     return without_flashinfer(monkeypatch)
 
 
+def kernel_of(x: Tensor, weight: Fp8Weight) -> str:
+    from gllm_engine.ops import fp8_product
+
+    if own := fp8_product.own_product(x, weight):
+        return own.__name__
+    return "torch" if fp8_product.has_product(x, weight) else "dequantize"
+
+
 @interpreted
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("size", "rounds"),
+    ("rows", "size", "kernel"),
     [
-        ((48, 64, 1, 64), True),
-        ((256, 1024, 128, 128), True),
-        ((128, 512, 128, 128), True),
-        ((256, 384, 128, 128), False),  # three blocks in a row
-        ((200, 384, 128, 128), False),  # the last block is not whole
-        ((20, 64, 1, 64), False),  # too narrow for the library
-        ((48, 64, 16, 16), False),
+        (1, (48, 64, 1, 64), "gemv"),
+        (4, (48, 64, 1, 64), "skinny"),
+        (5, (48, 64, 1, 64), "torch"),
+        (5, (20, 64, 1, 64), "skinny"),  # too narrow for the library
+        (1, (128, 512, 128, 128), "gemv"),
+        (4, (128, 512, 128, 128), "skinny"),
+        (5, (128, 512, 128, 128), "torch"),
+        (5, (128, 384, 128, 128), "skinny"),  # the library wants a multiple of 4 blocks
+        (5, (200, 512, 128, 128), "skinny"),  # the last block is not whole
+        (5, (48, 64, 16, 16), "dequantize"),
     ],
 )
 def test_products_of_a_gpu(
-    size: tuple[int, int, int, int], rounds: bool, bias: bool, gpu_ops: ModuleType
+    rows: int, size: tuple[int, int, int, int], kernel: str, gpu_ops: ModuleType
 ) -> None:
-    from gllm_engine.ops import fp8_product
-
     weight, _ = made(*size)
     width, depth = size[:2]
-    x, gain = torch.randn(5, depth).to(BF16), torch.rand(depth).to(BF16) + 0.5
-    b = torch.randn(width).to(BF16) if bias else None
+    x, gain = torch.randn(rows, depth).to(BF16), torch.rand(depth).to(BF16) + 0.5
+    b = torch.randn(width).to(BF16)
     norm = (gain, 1e-5)
-    assert fp8_product.has_product(x, weight) == rounds
-    limit = 0.1 if rounds else 0.02  # the interpreter cuts numbers where a GPU rounds them
-    near(gpu_ops.linear(x, weight, b), reference.linear(x, weight, b), limit)
-    out = torch.full((5, width), torch.nan).to(BF16)
+    assert kernel_of(x, weight) == kernel
+    # The interpreter cuts numbers where a GPU rounds them.
+    limit = 0.1 if kernel in ("skinny", "torch") else 0.02
+    near(gpu_ops.linear(x, weight), reference.linear(x, weight), limit)
+    out = torch.full((rows, width), torch.nan).to(BF16)
     assert gpu_ops.linear(x, weight, b, norm, out) is out
     near(out, reference.linear(x, weight, b, norm), limit)
     gated = reference.gated_linear(x, weight, b, norm)
     near(gpu_ops.gated_linear(x, weight, b, norm), gated, 2 * limit)
-    total = torch.randn(5, width).to(BF16)
+    total = torch.randn(rows, width).to(BF16)
     expected = reference.add_linear(total.clone(), x, weight, b)
     assert gpu_ops.add_linear(total, x, weight, b) is total
     near(total, expected, limit)
@@ -231,18 +382,19 @@ def test_products_of_a_gpu(
 
 
 @interpreted
-def test_weights_that_end_inside_blocks_have_no_product(gpu_ops: ModuleType) -> None:
-    from gllm_engine.ops import fp8_product
-
+def test_other_products(gpu_ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of weights, other dtypes, other GPUs."""
     weight, _ = made(256, 512, 128, 128)
-    x = torch.randn(2, 512).to(BF16)
-    assert fp8_product.has_product(x, weight)
-    index = torch.arange(256) // 128
-    stacked = Fp8Weight(weight.numbers, weight.scales, 128, 128, index)
-    assert not fp8_product.has_product(x, stacked)
-    assert not fp8_product.has_product(x.half(), weight)
-    near(gpu_ops.linear(x, stacked), reference.linear(x, weight), 0.02)
-    wide, _ = made(256, 192, 128, 128)
+    x = torch.randn(5, 512).to(BF16)
+    assert kernel_of(x, weight) == "torch"
+    assert kernel_of(x, replace(weight, scale_row=torch.arange(256) // 128)) == "skinny"
+    wide, _ = made(256, 576, 128, 128)
     part = replace(wide, numbers=wide.numbers[:, 64:].contiguous(), first_column=64)
-    assert not fp8_product.has_product(x[:, :128], part)
-    near(gpu_ops.linear(x[:, :128], part), reference.linear(x[:, :128], part), 0.02)
+    assert kernel_of(x, part) == "skinny"
+    assert kernel_of(x.half(), weight) == "skinny"
+    assert kernel_of(x.float(), weight) == kernel_of(x.float()[:1], weight) == "dequantize"
+    near(gpu_ops.linear(x.float(), weight), reference.linear(x.float(), weight), 1e-5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    by_row, _ = made(256, 512, 1, 512)
+    assert kernel_of(x[:1], weight) == kernel_of(x[:1], by_row) == "gemv"
+    assert kernel_of(x, weight) == "dequantize" and kernel_of(x, by_row) == "torch"

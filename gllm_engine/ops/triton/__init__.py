@@ -29,7 +29,7 @@ from gllm_engine.ops.triton.one_shot_allreduce import make_one_shot_allreduce
 from gllm_engine.ops.triton.prepare_inputs import prepare_inputs
 from gllm_engine.ops.triton.qkv_rope_store import rotate_and_store
 from gllm_engine.ops.triton.sampling import sample_plain
-from gllm_engine.ops.triton.skinny import is_skinny, skinny
+from gllm_engine.ops.triton.skinny import has_tiles, is_skinny, skinny
 
 __all__ = [
     "gated_delta",
@@ -43,6 +43,7 @@ __all__ = [
     "decode_attention",
     "dequantize",
     "gemv",
+    "has_tiles",
     "head_blocks",
     "is_single",
     "is_skinny",

@@ -1,9 +1,12 @@
-"""Kernels for float8_e4m3fn: the input of a product with an RMS norm, and weights back to numbers.
+"""Kernels for float8_e4m3fn: the input of a product with an RMS norm, weights back to numbers, and
+where the kernels of products find a weight's scales.
 
 Sums are float32; intermediate results are rounded where torch rounds. Knows shapes and arithmetic.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +21,56 @@ _LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
 # Rows of an input are filled up to a multiple of this, which the library's products need.
 _ROW_MULTIPLE = 16
 _COLUMNS = 1024
+
+
+@triton.jit
+def scale_lines(
+    scales, scale_row, row, scale_columns, ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr
+):  # fmt: skip
+    """Where the scales of each row of a weight begin; see scale_options."""
+    if INDEXED:
+        line = tl.load(scale_row + row)
+    else:
+        line = row // ROWS_PER_SCALE
+    return scales + line * scale_columns
+
+
+def scale_options(weight: Tensor | Fp8Weight) -> dict[str, Any]:
+    """The scales of a weight [width, depth], as named arguments of a kernel.
+
+    ROWS_PER_SCALE is 0 without scales, COLUMNS_PER_SCALE is 0 if a row has only one.
+    """
+    if isinstance(weight, Tensor):
+        return {
+            "scales": weight,
+            "scale_row": weight,
+            "scale_columns": 0,
+            "first_column": 0,
+            "ROWS_PER_SCALE": 0,
+            "COLUMNS_PER_SCALE": 0,
+            "INDEXED": False,
+        }
+    index = weight.scale_row
+    columns = weight.scales.shape[1]
+    return {
+        "scales": weight.scales,
+        "scale_row": weight.scales if index is None else index,
+        "scale_columns": columns,
+        "first_column": weight.first_column,
+        "ROWS_PER_SCALE": weight.rows_per_scale,
+        "COLUMNS_PER_SCALE": weight.columns_per_scale if columns > 1 else 0,
+        "INDEXED": index is not None,
+    }
+
+
+def common_columns(weight: Fp8Weight) -> int:
+    """The largest power of two c so that each c columns of the weight, from the first on, have one
+    scale; 0: all columns have.
+    """
+    if weight.scales.shape[1] == 1:
+        return 0
+    ends = weight.columns_per_scale | weight.first_column
+    return ends & -ends
 
 
 @triton.jit

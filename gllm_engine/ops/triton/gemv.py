@@ -3,8 +3,11 @@
 A program holds a few whole weight rows in registers. It issues all their loads together, before the
 kernel that computes x has ended (see pdl.py). The kernel also applies the RMS norm, adds the bias,
 applies the activation and adds the residual. Not only bytes but also instructions limit its speed:
-a row is cut into chunks in which each thread loads 16 bytes at once, and only a last, incomplete
-chunk is masked. Knows shapes and arithmetic.
+a row is cut into chunks in which each thread loads 8 numbers at once, and only a last, incomplete
+chunk is masked. The norm's scale is a factor of the results, so that no product waits for it.
+
+x is not rounded for an FP8 weight, whose numbers are exact in float32. If scales belong to blocks,
+a thread multiplies the sum over each of its loads by a scale. Knows shapes and arithmetic.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.kernels import HALF
+from gllm_engine.ops.kernels import HALF, has_fp8_gemv
+from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
+from gllm_engine.ops.weight import Fp8Weight
 
-# Weight elements of one load of a thread, and most weight elements in a thread's registers.
+# Weight elements of one load of a thread. With as many elements of x, 16 bytes, a thread has the
+# elements of x that it multiplies its weights by; with more, they would go through shared memory.
 _LOADED: tl.constexpr = tl.constexpr(8)
-_HELD = 128
+# Most bytes of weight in a thread's registers.
+_HELD = 256
 # Longest short row in elements; warps of a program for short rows and for longer rows.
 _SHORT, _WARPS, _LONG_WARPS = 8192, 4, 8
 
@@ -41,9 +48,9 @@ def _load_chunk(
 
 
 @triton.jit
-def _widen(numbers, PAIRS: tl.constexpr):
-    """To float32. PAIRS: bfloat16 on a GPU, by one instruction per element instead of two."""
-    if PAIRS:
+def _widen(numbers, ON_GPU: tl.constexpr):
+    """To float32; bfloat16 on a GPU by one instruction per element instead of two."""
+    if ON_GPU and numbers.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [numbers],
             dtype=tl.float32, is_pure=True, pack=2,
@@ -53,49 +60,88 @@ def _widen(numbers, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(
+    weight, row, scales, scale_row, scale_columns, first_column,
+    DEPTH: tl.constexpr, LANES: tl.constexpr, ROWS_PER_SCALE: tl.constexpr,
+    COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """(the chunks of rows `row` [n], scales): of each chunk [LANES, n], or one of each row, [n]."""
+    w, s = (), ()
+    rows = weight + row.to(tl.int64)[None, :, None] * DEPTH
+    for i in tl.static_range((DEPTH + LANES * _LOADED - 1) // (LANES * _LOADED)):
+        w += (_load_chunk(rows, i, DEPTH, LANES, True),)
+    if ROWS_PER_SCALE:
+        lines = scale_lines(scales, scale_row, row, scale_columns, ROWS_PER_SCALE, INDEXED)
+        if COLUMNS_PER_SCALE:
+            for i in tl.static_range(len(w)):
+                at = tl.minimum((i * LANES + tl.arange(0, LANES)) * _LOADED, DEPTH - 1)
+                column = (first_column + at) // COLUMNS_PER_SCALE
+                s += (tl.load(lines[None, :] + column[:, None]),)
+        else:
+            s += (tl.load(lines),)
+    return w, s
+
+
+@triton.jit
+def _dot_rows(
+    w, s, v, LANES: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, ON_GPU: tl.constexpr
+):  # fmt: skip
+    """Products with x, float32 [n], of what _load_rows returns; v: the chunks of x in float32."""
+    y = tl.zeros((LANES, w[0].shape[1]), tl.float32)
+    for i in tl.static_range(len(w)):
+        part = tl.sum(_widen(w[i], ON_GPU) * v[i], 2)
+        y += part * s[i] if COLUMNS_PER_SCALE else part
+    y = tl.sum(y, 0)
+    return y * s[0] if len(s) == 1 and not COLUMNS_PER_SCALE else y
+
+
+@triton.jit
 def _gemv(
-    x, gain, weight, bias, out, width, eps,
+    x, gain, weight, bias, out, width, eps, scales, scale_row, scale_columns, first_column,
     DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    CHUNKS: tl.constexpr = (DEPTH + LANES * _LOADED - 1) // (LANES * _LOADED)
+    """See fp8.scale_options for the scales of a weight."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < width
     # Rows past the end repeat the last row; their results are not stored.
-    row = (n if EVEN else tl.minimum(n, width - 1)).to(tl.int64)[None, :, None]
-    w, up, g, v = (), (), (), ()
-    for i in tl.static_range(CHUNKS):
-        w += (_load_chunk(weight + row * DEPTH, i, DEPTH, LANES, True),)
-        if GATED:
-            up += (_load_chunk(weight + (row + width) * DEPTH, i, DEPTH, LANES, True),)
+    row = n if EVEN else tl.minimum(n, width - 1)
+    w, s = _load_rows(
+        weight, row, scales, scale_row, scale_columns, first_column,
+        DEPTH, LANES, ROWS_PER_SCALE, COLUMNS_PER_SCALE, INDEXED,
+    )  # fmt: skip
+    if GATED:
+        up, up_s = _load_rows(
+            weight, row + width, scales, scale_row, scale_columns, first_column,
+            DEPTH, LANES, ROWS_PER_SCALE, COLUMNS_PER_SCALE, INDEXED,
+        )  # fmt: skip
+    g, v = (), ()
     if NORM:
-        for i in tl.static_range(CHUNKS):
+        for i in tl.static_range(len(w)):
             g += (_load_chunk(gain + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False),)
     begin(OVERLAPS)
-    kind: tl.constexpr = out.dtype.element_ty
-    PAIRS: tl.constexpr = OVERLAPS and kind == tl.bfloat16
-    for i in tl.static_range(CHUNKS):
-        v += (_load_chunk(x + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False),)
+    for i in tl.static_range(len(w)):
+        x_chunk = _load_chunk(x + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False)
+        v += (_widen(x_chunk, OVERLAPS),)
     if NORM:
-        squares = tl.zeros((LANES, 1), tl.float32)
-        for i in tl.static_range(CHUNKS):
-            squares += tl.sum(_widen(v[i], PAIRS) * _widen(v[i], PAIRS), 2)
-        scale = tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)[None, :, None]
-    y, z = tl.zeros((LANES, BLOCK_N), tl.float32), tl.zeros((LANES, BLOCK_N), tl.float32)
-    for i in tl.static_range(CHUNKS):
-        number = _widen(v[i], PAIRS)
-        if NORM:
-            number = _widen((number * scale).to(kind), PAIRS) * _widen(g[i], PAIRS)
-            number = _widen(number.to(kind), PAIRS)
-        y += tl.sum(_widen(w[i], PAIRS) * number, 2)
-        if GATED:
-            z += tl.sum(_widen(up[i], PAIRS) * number, 2)
-    y = tl.sum(y, 0)
+        squares, weighted = tl.zeros((LANES, 1), tl.float32), ()
+        for i in tl.static_range(len(w)):
+            squares += tl.sum(v[i] * v[i], 2)
+            weighted += (v[i] * _widen(g[i], OVERLAPS),)
+        v = weighted
+        scale = tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)
+    y = _dot_rows(w, s, v, LANES, COLUMNS_PER_SCALE, OVERLAPS)
+    if NORM:
+        y *= scale
+    kind: tl.constexpr = out.dtype.element_ty
     if BIAS:
         y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        z = tl.sum(z, 0)
+        z = _dot_rows(up, up_s, v, LANES, COLUMNS_PER_SCALE, OVERLAPS)
+        if NORM:
+            z *= scale
         if BIAS:
             z += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
         y = y.to(kind).to(tl.float32)
@@ -106,14 +152,18 @@ def _gemv(
     tl.store(out + n, y.to(kind), mask=inside)
 
 
-def is_single(x: Tensor) -> bool:
-    """Whether `gemv` supports x [rows, depth]: one row, of a 16-bit dtype."""
-    return x.shape[0] == 1 and x.dtype in HALF
+def is_single(x: Tensor, weight: Tensor | Fp8Weight) -> bool:
+    """Whether `gemv` multiplies x [rows, depth] by the weight: one row, of a 16-bit dtype."""
+    if x.shape[0] != 1:
+        return False
+    if isinstance(weight, Tensor):
+        return x.dtype in HALF
+    return has_fp8_gemv(x.dtype, common_columns(weight))
 
 
 def gemv(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Fp8Weight,
     bias: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
@@ -125,16 +175,17 @@ def gemv(
     `norm`: (gain, eps) of an RMS norm of x. `gated`: the weight is [gate, up], the result
     silu(gate) * up, [1, width / 2]. `out`: receives the result; with `add` it is added to `out`.
     """
+    numbers = weight if isinstance(weight, Tensor) else weight.numbers
     depth = x.shape[1]
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(1, width) if out is None else out
     warps = _WARPS if depth <= _SHORT else _LONG_WARPS
     lanes = min(32 * warps, triton.next_power_of_2(triton.cdiv(depth, _LOADED.value)))
-    held = max(1, 32 * warps * _HELD // (depth * (1 + gated)))
+    held = max(1, 32 * warps * _HELD // (depth * numbers.itemsize * (1 + gated)))
     block_n = 1 << (held.bit_length() - 1)
     gain, eps = (x, 0.0) if norm is None else norm
     _gemv[(triton.cdiv(width, block_n),)](
-        x, gain, weight, x if bias is None else bias, out, width, eps,
+        x, gain, numbers, x if bias is None else bias, out, width, eps, **scale_options(weight),
         DEPTH=depth, BLOCK_N=block_n, LANES=lanes, EVEN=width % block_n == 0,
         NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=add, OVERLAPS=OVERLAP,
         num_warps=warps, **overlapping(),

@@ -1,10 +1,15 @@
-"""Matrix products with 2 to 64 rows, where reading the weight takes most of the time.
+"""Matrix products with 2 to 64 rows, where reading the weight takes most of the time; with FP8
+weights, of any number of rows.
 
-A program multiplies a tile of the weight's rows with all rows of x on tensor cores. The weight is
-the first operand: the few rows of x would fill only part of it. The kernel also adds the bias,
-applies the activation and adds the residual. Knows shapes and arithmetic.
+A program multiplies a tile of the weight's rows with up to 64 rows of x, or 128, on tensor cores.
+The weight is the first operand: the few rows of x would fill only part of it. The kernel also adds
+the bias, applies the activation and adds the residual. Knows shapes and arithmetic.
 
-With fewer tiles than the GPU runs programs at once, several programs share a tile, and each program
+For an FP8 weight, x is rounded to float8 too, after its norm: a row by one scale if each row of the
+weight has one scale, else each 128 numbers of a row by one. Then the product of each loop iteration
+is multiplied by its scales.
+
+With too few tiles to keep the GPU busy, several programs share a tile, and each program
 takes one part of its depth (split-K). Here a tile has 4 parts, and part 1 is the last to finish:
 
     depth           |-- part 0 --|-- part 1 --|-- part 2 --|-- part 3 --|    of tile t
@@ -30,9 +35,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.kernels import HALF
+from gllm_engine.ops.kernels import HALF, has_fp8_tiles
+from gllm_engine.ops.triton.fp8 import common_columns, quantize, scale_lines, scale_options
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
+from gllm_engine.ops.weight import Fp8Weight
 
 _MAX_ROWS = 64
 # Number of programs that saturates the memory bandwidth, and least depth of a part.
@@ -40,11 +47,21 @@ _PROGRAMS, _MIN_DEPTH = 96, 512
 # Bytes of shared memory for one program's pipelined tiles: nearly all that a multiprocessor has.
 # More pipeline stages than _MAX_STAGES bring no speed.
 _TILE_BYTES, _MAX_STAGES = 226 << 10, 8
+# The same for FP8 weights and few rows: two programs share a multiprocessor, because an iteration
+# waits for its product.
+_FP8_PROGRAMS, _FP8_TILE_BYTES = 128, 108 << 10
 _BLOCK_K = 128
+# Depth of an iteration with FP8 weights whose rows have one scale, if rows are few and it has only
+# one matrix.
+_FP8_BLOCK_K = 256
+# Most rows of a tile of x, and the pipeline stages of such tiles: more take too many registers.
+_TILE_ROWS, _TILE_STAGES = 128, 4
+# Numbers of x that share a scale, if scales of the weight belong to blocks.
+_GROUP: tl.constexpr = tl.constexpr(128)
 _MULTIPROCESSORS, _SHARED_ROWS = 132, 32
-# Elements of each weight row that the prologue prefetches, before x is complete.
-_AHEAD = 256
-# Arrival counters of tiles that several programs share: fewer than _PROGRAMS tiles.
+# Bytes of each weight row that the prologue prefetches, before x is complete.
+_AHEAD = 512
+# Arrival counters of tiles that several programs share: fewer tiles than _FP8_PROGRAMS.
 _arrived: dict[torch.device, Tensor] = {}
 
 
@@ -59,11 +76,12 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def _prefetch(rows, first, end, NUMBERS: tl.constexpr):
-    """Prefetch up to NUMBERS 16-bit elements of `rows` [n, 1], from `first` to at most `end`, into
-    the L2 cache, in sectors of 32 bytes.
+def _prefetch(rows, first, end, BYTES: tl.constexpr):
+    """Prefetch up to BYTES bytes of `rows` [n, 1], from element `first` to at most `end`, into the
+    L2 cache, in sectors of 32 bytes.
     """
-    at = first + tl.arange(0, NUMBERS // 16)[None, :] * 16
+    SECTOR: tl.constexpr = 256 // rows.dtype.element_ty.primitive_bitwidth
+    at = first + tl.arange(0, BYTES // 32)[None, :] * SECTOR
     address = (rows + tl.minimum(at, end - 1)).to(tl.int64)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address],
@@ -97,55 +115,160 @@ def _store(
     tl.store(place, y.to(kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _add_product(sums, w, v, scale, x_scale, FP8: tl.constexpr, BLOCKS: tl.constexpr):
+    """sums + w v; if BLOCKS, w v times scale [n] and x_scale [m].
+
+    FP8 tensor cores sum to some 14 bits, so float32 sums take over each product.
+    """
+    if BLOCKS:
+        sums += tl.dot(w, v) * (scale[:, None] * x_scale[None, :])
+    elif FP8:
+        sums += tl.dot(w, v)
+    else:
+        sums = tl.dot(w, v, sums)
+    return sums
+
+
+@triton.jit
+def _load_scales(
+    at, scales, up_scales, x_scales, padded, first_column, GATED: tl.constexpr, FP8: tl.constexpr,
+    COLUMNS_PER_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Of the iteration that begins with element `at`: scales [n], of up [n], and of x [m]; zeros
+    for a plain weight.
+    """
+    w_scale, up_scale, x_scale = 0.0, 0.0, 0.0
+    if FP8:
+        column = (first_column + at) // COLUMNS_PER_SCALE if COLUMNS_PER_SCALE else 0
+        group = at // _GROUP if COLUMNS_PER_SCALE else 0
+        w_scale = tl.load(scales + column)
+        up_scale = tl.load(up_scales + column) if GATED else w_scale
+        x_scale = tl.load(x_scales + group * padded)
+    return w_scale, up_scale, x_scale
+
+
+@triton.jit
+def _multiply(
+    w_rows, up_rows, x_rows, w_scales, up_scales, x_scales, first, end, padded, first_column,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr,
+    EVEN: tl.constexpr, FP8: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
+):  # fmt: skip
+    """The sums [n, m] of the elements from `first` to `end`, and those of up; zeros if not GATED.
+
+    Rows are given by where they begin: of the weight [n, 1], of x [1, m]. So are their scales, [n]
+    and [m].
+    """
+    k = tl.arange(0, BLOCK_K)
+    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    z = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    w_scale, up_scale, x_scale = _load_scales(
+        tl.minimum(first, end - 1), w_scales, up_scales, x_scales, padded, first_column,
+        GATED, FP8, COLUMNS_PER_SCALE,
+    )  # fmt: skip
+    for start in range(first, end, BLOCK_K):
+        if COLUMNS_PER_SCALE:  # the next iteration's scales arrive during this one
+            next_w, next_up, next_x = _load_scales(
+                tl.minimum(start + BLOCK_K, end - 1), w_scales, up_scales, x_scales, padded,
+                first_column, GATED, FP8, COLUMNS_PER_SCALE,
+            )  # fmt: skip
+        v = _load(x_rows, start + k[:, None], end, EVEN)
+        w = _load(w_rows, start + k[None, :], end, EVEN)
+        y = _add_product(y, w, v, w_scale, x_scale, FP8, COLUMNS_PER_SCALE > 0)
+        if GATED:
+            w = _load(up_rows, start + k[None, :], end, EVEN)
+            z = _add_product(z, w, v, up_scale, x_scale, FP8, COLUMNS_PER_SCALE > 0)
+        if COLUMNS_PER_SCALE:
+            w_scale, up_scale, x_scale = next_w, next_up, next_x
+    if FP8 and COLUMNS_PER_SCALE == 0:
+        y *= w_scale[:, None] * x_scale[None, :]
+        if GATED:
+            z *= up_scale[:, None] * x_scale[None, :]
+    return y, z
+
+
+@triton.jit
+def _arrive(y, z, sums, at, arrived, part, PARTS: tl.constexpr, GATED: tl.constexpr):
+    """Store the partial sums of a part; whether all other parts of the tile have done so."""
+    SIZE: tl.constexpr = y.shape[0] * y.shape[1]
+    tl.store(sums + part * SIZE + at, y)
+    if GATED:
+        tl.store(sums + (PARTS + part) * SIZE + at, z)
+    tl.debug_barrier()  # all threads have stored their partial before the arrival
+    before = tl.atomic_add(arrived, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return before == PARTS - 1
+
+
+@triton.jit
+def _join(sums, at, PARTS: tl.constexpr):
+    """The sum of all parts."""
+    SIZE: tl.constexpr = at.shape[0] * at.shape[1]
+    y = tl.zeros(at.shape, tl.float32)
+    for i in tl.static_range(PARTS):
+        y += tl.load(sums + i * SIZE + at, cache_modifier=".cg")
+    return y
+
+
+@triton.jit
+def _tile_rows(
+    weight, row, depth, scales, scale_row, scale_columns,
+    ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """Where rows `row` [n] of a weight begin, [n, 1], and where their scales do, [n]."""
+    if ROWS_PER_SCALE:
+        scales = scale_lines(scales, scale_row, row, scale_columns, ROWS_PER_SCALE, INDEXED)
+    return weight + row.to(tl.int64)[:, None] * depth, scales
+
+
+@triton.jit(do_not_specialize=["rows", "padded"])
 def _skinny(
-    x, weight, bias, out, sums, arrived, rows, width, depth,
+    x, x_scales, weight, bias, out, sums, arrived, rows, padded, width, depth,
+    scales, scale_row, scale_columns, first_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     AHEAD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
+    EVEN: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
+    INDEXED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    tile, part = tl.program_id(0), tl.program_id(1)
+    """See fp8.scale_options for the scales of a weight; x_scales: [groups, padded]."""
+    tile, part = tl.program_id(1), tl.program_id(2)
     first = tl.cdiv(tl.cdiv(depth, PARTS), BLOCK_K) * BLOCK_K
     end = tl.minimum((part + 1) * first, depth)
     first *= part
-    n, m = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows past the end repeat the last row; their results are not stored.
-    row = tl.minimum(n, width - 1).to(tl.int64)[:, None]
-    w_rows, up_rows = weight + row * depth, weight + (row + width) * depth
-    x_rows = x + (tl.minimum(m, rows - 1) * depth)[None, :]
+    row, x_row = tl.minimum(n, width - 1), tl.minimum(m, rows - 1)
+    w_rows, w_scales = _tile_rows(
+        weight, row, depth, scales, scale_row, scale_columns, ROWS_PER_SCALE, INDEXED
+    )
+    up_rows, up_scales = _tile_rows(
+        weight, row + width if GATED else row, depth, scales, scale_row, scale_columns,
+        ROWS_PER_SCALE, INDEXED,
+    )  # fmt: skip
+    x_rows = x + (x_row.to(tl.int64) * depth)[None, :]
     if OVERLAPS:
         _prefetch(w_rows, first, end, AHEAD)
         if GATED:
             _prefetch(up_rows, first, end, AHEAD)
     begin(OVERLAPS)
-    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    z = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(first, end, BLOCK_K):
-        v = _load(x_rows, start + k[:, None], end, EVEN)
-        y = tl.dot(_load(w_rows, start + k[None, :], end, EVEN), v, y)
-        if GATED:
-            z = tl.dot(_load(up_rows, start + k[None, :], end, EVEN), v, z)
+    y, z = _multiply(
+        w_rows, up_rows, x_rows, w_scales, up_scales, x_scales + x_row, first, end, padded,
+        first_column, BLOCK_N, BLOCK_M, BLOCK_K, GATED, EVEN, ROWS_PER_SCALE > 0,
+        COLUMNS_PER_SCALE,
+    )  # fmt: skip
     last = True
     if PARTS > 1:
-        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
-        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
-        tile_sums = sums + tile * PARTS * (1 + GATED) * SIZE + at
-        tl.store(tile_sums + part * SIZE, y)
-        if GATED:
-            tl.store(tile_sums + (PARTS + part) * SIZE, z)
-        tl.debug_barrier()  # all threads have stored their partial before the arrival
-        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
-        tl.debug_barrier()
-        last = before == PARTS - 1
+        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tile = tile * tl.num_programs(0) + tl.program_id(0)
+        sums += tile * PARTS * (1 + GATED) * BLOCK_N * BLOCK_M
+        last = _arrive(y, z, sums, at, arrived + tile, part, PARTS, GATED)
     if last:
         if PARTS > 1:
             tl.store(arrived + tile, 0)
-            y, z = tl.zeros_like(y), tl.zeros_like(z)
-            for i in tl.static_range(PARTS):
-                y += tl.load(tile_sums + i * SIZE, cache_modifier=".cg")
-                if GATED:
-                    z += tl.load(tile_sums + (PARTS + i) * SIZE, cache_modifier=".cg")
+            y = _join(sums, at, PARTS)
+            if GATED:
+                z = _join(sums + PARTS * BLOCK_N * BLOCK_M, at, PARTS)
         _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
 
 
@@ -159,31 +282,58 @@ def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
     if not 0 < rows <= _MAX_ROWS or x.dtype not in HALF or not x.is_contiguous():
         return False
     width = weight.shape[0] // 2 if gated else weight.shape[0]
-    tiling = choose_tiling(_block_m(rows), width, depth, gated)
+    tiling = choose_tiling(rows, width, depth, gated)
     programs = triton.cdiv(width, tiling.block_n) * tiling.parts
     return tiling.parts == 1 or rows <= _SHARED_ROWS and programs <= _MULTIPROCESSORS
 
 
+def has_tiles(x: Tensor, weight: Fp8Weight) -> bool:
+    """Whether `skinny` multiplies x [rows, depth] by the weight."""
+    return len(x) > 0 and has_fp8_tiles(x.dtype, common_columns(weight))
+
+
 def _block_m(rows: int) -> int:
     size: int = triton.next_power_of_2(rows)
-    return max(16, size)
+    return min(max(16, size), _TILE_ROWS)
 
 
-def choose_tiling(block_m: int, width: int, depth: int, gated: bool) -> Tiling:
-    """The tiling for up to `block_m` rows of `depth` and a result of `width` columns."""
+def choose_tiling(rows: int, width: int, depth: int, gated: bool) -> Tiling:
+    """The tiling for a plain weight, up to _MAX_ROWS `rows` of `depth` and `width` columns."""
     # A wide result has enough tiles even if they are larger; larger tiles read x less often.
-    wide = block_m == 64 and not gated and width >= 128 * _PROGRAMS
-    block_n, parts = 128 if wide else 64, 1
-    while triton.cdiv(width, block_n) * parts < _PROGRAMS and depth >= 2 * parts * _MIN_DEPTH:
-        parts *= 2
-    step_bytes = (block_n * (1 + gated) + block_m) * _BLOCK_K * 2
+    wide = rows > 32 and not gated and width >= 128 * _PROGRAMS
+    block_n = 128 if wide else 64
+    parts = _choose_parts(triton.cdiv(width, block_n), depth, _PROGRAMS)
+    step_bytes = (block_n * (1 + gated) + _block_m(rows)) * _BLOCK_K * 2
     stages = min(_MAX_STAGES, _TILE_BYTES // step_bytes)
     return Tiling(block_n, _BLOCK_K, parts, stages, warps=8 if wide else 4)
 
 
+def choose_fp8_tiling(rows: int, width: int, depth: int, gated: bool, columns: int) -> Tiling:
+    """As choose_tiling, for an FP8 weight and any number of rows; `columns`: its common_columns."""
+    block_m = _block_m(rows)
+    many = rows > _MAX_ROWS
+    block_n = 128 if many and not gated else 64
+    block_k = min(columns, _GROUP.value)
+    if not columns:
+        block_k = _BLOCK_K if many or gated else _FP8_BLOCK_K
+    tiles = triton.cdiv(width, block_n) * triton.cdiv(rows, block_m)
+    parts = _choose_parts(tiles, depth, _FP8_PROGRAMS)
+    step_bytes = (block_n * (1 + gated) + block_m) * block_k
+    stages = _TILE_STAGES if many else min(_MAX_STAGES, _FP8_TILE_BYTES // step_bytes)
+    return Tiling(block_n, block_k, parts, stages, warps=8 if many else 4)
+
+
+def _choose_parts(tiles: int, depth: int, programs: int) -> int:
+    """The least number of parts for so many programs, as long as parts are deep enough."""
+    parts = 1
+    while tiles * parts < programs and depth >= 2 * parts * _MIN_DEPTH:
+        parts *= 2
+    return parts
+
+
 def skinny(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Fp8Weight,
     bias: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
@@ -191,31 +341,50 @@ def skinny(
     add: bool = False,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """As `gemv`, for x [rows, depth] of 1 to 64 rows; the norm runs first, in its own kernel.
+    """As `gemv`, for x [rows, depth] of 1 to 64 rows, or of any number with an FP8 weight. The norm
+    runs first, in its own kernel, which also rounds x for an FP8 weight.
 
     `tiling`: default `choose_tiling`'s. Two streams of one device must not call this at once: they
     would share the arrival counters.
     """
-    x = x if norm is None else rms_norm(x, *norm)
     rows, depth = x.shape
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, width) if out is None else out
-    block_m = _block_m(rows)
-    tiling = tiling or choose_tiling(block_m, width, depth, gated)
+    if isinstance(weight, Tensor):
+        numbers = weight
+        x = x if norm is None else rms_norm(x, *norm)
+        x_scales = x
+        tiling = tiling or choose_tiling(rows, width, depth, gated)
+    else:
+        numbers = weight.numbers
+        columns = common_columns(weight)
+        x, x_scales = quantize(x, _GROUP.value if columns else None, norm)
+        tiling = tiling or choose_fp8_tiling(rows, width, depth, gated, columns)
     block_n, block_k, parts, stages, warps = tiling
-    tiles = triton.cdiv(width, block_n)
-    sums = arrived = x
-    if parts > 1:
-        sums = x.new_empty(tiles * parts * (1 + gated) * block_n * block_m, dtype=torch.float32)
-        if x.device not in _arrived:
-            _arrived[x.device] = torch.zeros(1024, dtype=torch.int32, device=x.device)
-        arrived = _arrived[x.device]
-        assert tiles <= len(arrived)
-    _skinny[(tiles, parts)](
-        x, weight, x if bias is None else bias, out, sums, arrived, rows, width, depth,
+    block_m = _block_m(rows)
+    grid = triton.cdiv(rows, block_m), triton.cdiv(width, block_n), parts
+    sums, arrived = _shared(out, grid, (1 + gated) * block_n * block_m)
+    _skinny[grid](
+        x, x_scales, numbers, out if bias is None else bias, out, sums, arrived, rows, len(x),
+        width, depth, **scale_options(weight),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts, AHEAD=_AHEAD,
         GATED=gated, BIAS=bias is not None, ADD=add,
         EVEN=depth % block_k == 0, OVERLAPS=OVERLAP,
         num_warps=warps, num_stages=stages, **overlapping(),
     )  # fmt: skip
     return out
+
+
+def _shared(out: Tensor, grid: tuple[int, int, int], size: int) -> tuple[Tensor, Tensor]:
+    """(the memory for partial sums, the arrival counters) of programs that share tiles.
+
+    `size`: the number of sums of a program.
+    """
+    row_tiles, tiles, parts = grid
+    if parts == 1:
+        return out, out
+    if out.device not in _arrived:
+        _arrived[out.device] = torch.zeros(1024, dtype=torch.int32, device=out.device)
+    assert row_tiles * tiles <= len(_arrived[out.device])
+    sums = out.new_empty(row_tiles * tiles * parts * size, dtype=torch.float32)
+    return sums, _arrived[out.device]
