@@ -20,13 +20,22 @@ from torch import Tensor
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_engine.arch import Gqa, Model, Moe, read_arch
-from gllm_engine.ops import Batch, HeadNorm, PlainSampling, best_device, select_ops
+from gllm_engine.ops import (
+    Batch,
+    Fp8Weight,
+    HeadNorm,
+    PlainSampling,
+    best_device,
+    quantize_fp8,
+    select_ops,
+)
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.ops.timing import times
 
 # Measured on one H200: a copy in memory, and a bf16 product of random matrices.
 BYTES_PER_S = 4.3e12
 OPS_PER_S = 790e12
+FP8_OPS_PER_S = 2 * OPS_PER_S  # as the data sheet has it
 ROTATED_BYTES = 256 << 20  # several times the L2 cache
 MAX_CALLS = 1000  # kernels that would need more are bounded by launch latency
 MIN_CALLS = 8
@@ -34,6 +43,8 @@ REPLAYS = 15
 PAGE_SIZE = 16
 TOKENS = (1, 64, 256, 1024, 8192)
 GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
+FP8_TOKENS = (1, 16, 64, 256, 4096)
+FP8_BLOCKS = {"row": (1, 0), "block": (128, 128)}  # rows and columns that share a scale; 0: all
 MOE_TOKENS = (1, 16, 64, 512, 4096, 16384)
 ROWS = (1, 64, 512, 1024)  # rows sampled in one step
 DECODE = ((1, 1024), (64, 1024), (256, 4096), (512, 1536), (1024, 512))  # rows, context
@@ -52,10 +63,11 @@ class Case(NamedTuple):
     bytes: float
     ops: float
     make: Callable[[], Callable[[], Any]]
+    ops_per_s: float = OPS_PER_S
 
     @property
     def floor_s(self) -> float:
-        return max(self.bytes / BYTES_PER_S, self.ops / OPS_PER_S)
+        return max(self.bytes / BYTES_PER_S, self.ops / self.ops_per_s)
 
 
 class Shape:
@@ -106,20 +118,25 @@ class Shape:
         numbers += 2 * m.kv_heads * self.cache_dtype.itemsize + 4
         yield Case("rotate_and_store", size, tokens * numbers * m.head_dim, 0, store)
 
-    def gemm_cases(self, tokens: int) -> Iterator[Case]:
-        """Matrix products as in the layers: "out" and "down" add to the residual stream.
-
-        For one token the same kernel computes norm and activation, so the call includes them.
-        """
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name -> (width, depth) of a layer's matrices, without those of experts."""
         m = self.mixer
         dim = self.arch.dim
         hidden = self.ffn.hidden
         q = m.heads * m.head_dim
         kv = m.kv_heads * m.head_dim
-        products = {"qkv": (q + 2 * kv, dim), "out": (dim, q)}
+        matrices = {"qkv": (q + 2 * kv, dim), "out": (dim, q)}
         if not isinstance(self.ffn, Moe):
-            products |= {"gate_up": (2 * hidden, dim), "down": (dim, hidden)}
-        products["logits"] = (self.arch.vocab, dim)
+            matrices |= {"gate_up": (2 * hidden, dim), "down": (dim, hidden)}
+        return matrices
+
+    def gemm_cases(self, tokens: int) -> Iterator[Case]:
+        """Matrix products as in the layers: "out" and "down" add to the residual stream.
+
+        For one token the same kernel computes norm and activation, so the call includes them.
+        """
+        products = self.matrices | {"logits": (self.arch.vocab, self.arch.dim)}
         for name, (n, k) in products.items():
             if name == "logits" and tokens > max(ROWS):
                 continue
@@ -140,6 +157,33 @@ class Shape:
         if tokens > 1 or name == "logits":
             return lambda: ops.linear(x, weight)
         norm = self.randn(k), self.arch.eps
+        if name == "gate_up":
+            return lambda: ops.gated_linear(x, weight, None, norm)
+        return lambda: ops.linear(x, weight, None, norm)
+
+    def fp8_cases(self, tokens: int) -> Iterator[Case]:
+        """Products with FP8 weights, with everything that the layers compute with them: the norm
+        and rounding of x, the activation, the sum.
+        """
+        for name, (n, k) in self.matrices.items():
+            adds = name in ("out", "down")
+            written = n // 2 if name == "gate_up" else n
+            moved = n * k + tokens * (k + written * (1 + adds)) * self.item
+            for form in FP8_BLOCKS:
+                make = partial(self.fp8_product, name, form, tokens, n, k)
+                size = f"{tokens} x {k} x {n}"
+                done = 2 * tokens * n * k
+                yield Case(f"FP8 {form} {name}", size, moved, done, make, FP8_OPS_PER_S)
+
+    def fp8_product(self, name: str, form: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
+        x = self.randn(tokens, k)
+        rows, columns = FP8_BLOCKS[form]
+        weight = Fp8Weight(*quantize_fp8(self.randn(n, k), rows, columns), rows, columns or k)
+        norm = self.randn(k), self.arch.eps
+        ops = self.ops
+        if name in ("out", "down"):
+            total = self.randn(tokens, n)
+            return lambda: ops.add_linear(total, x, weight, None)
         if name == "gate_up":
             return lambda: ops.gated_linear(x, weight, None, norm)
         return lambda: ops.linear(x, weight, None, norm)
@@ -266,6 +310,8 @@ class Shape:
             yield self.prefill_case(*row)
         for tokens in GEMM_TOKENS:
             yield from self.gemm_cases(tokens)
+        for tokens in FP8_TOKENS:
+            yield from self.fp8_cases(tokens)
         if isinstance(self.ffn, Moe):
             for tokens in MOE_TOKENS:
                 yield self.moe_case(self.ffn, tokens)
