@@ -19,12 +19,13 @@ from torch import Tensor
 
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
-from gllm_engine.arch import Gqa, Model, Moe, read_arch
+from gllm_engine.arch import GatedDelta, Gqa, Model, Moe, read_arch
 from gllm_engine.ops import (
     Batch,
     Fp8Weight,
     HeadNorm,
     PlainSampling,
+    RecurrentState,
     best_device,
     quantize_fp8,
     select_ops,
@@ -50,6 +51,9 @@ ROWS = (1, 64, 512, 1024)  # rows sampled in one step
 DECODE = ((1, 1024), (64, 1024), (256, 4096), (512, 1536), (1024, 512))  # rows, context
 # Rows, context of a row, tokens of a row in this step.
 PREFILL = ((1, 8192, 8192), (2, 8192, 8192), (16, 1024, 1024), (64, 256, 256), (4, 8192, 2048))
+# Rows, and tokens of a row in this step: of layers with the gated delta rule.
+DELTA = ((1, 1), (64, 1), (1, 2048), (1, 8192), (8, 1024))
+DELTA_BLOCK = 64  # tokens that are computed at once
 
 
 class Case(NamedTuple):
@@ -71,7 +75,9 @@ class Case(NamedTuple):
 
 
 class Shape:
-    """Makes cases for one model on one device; every layer is taken to be like the first."""
+    """Makes cases for one model on one device; every layer is taken to be like the first of its
+    kind.
+    """
 
     def __init__(
         self, arch: Model, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
@@ -80,7 +86,9 @@ class Shape:
         self.device = device
         self.dtype = dtype
         self.cache_dtype = cache_dtype
-        self.mixer: Gqa = arch.layers[0].mixer
+        mixers = [layer.mixer for layer in arch.layers]
+        self.mixer: Gqa = next(mixer for mixer in mixers if not isinstance(mixer, GatedDelta))
+        self.delta = next((mixer for mixer in mixers if isinstance(mixer, GatedDelta)), None)
         self.ffn = arch.layers[0].ffn
         self.ops = select_ops(device)
         self.planner = self.ops.make_planner(device, dtype)
@@ -256,6 +264,33 @@ class Shape:
         make = self.attention(self.batch([(context, chunk)] * rows))
         return Case(f"attention, {kind}", size, moved, 4 * pairs * m.heads * m.head_dim, make)
 
+    def delta_case(self, delta: GatedDelta, rows: int, tokens: int) -> Case:
+        """The gated delta rule with its convolution, for rows of `tokens` tokens each."""
+        heads = delta.v_heads
+        plan = self.planner.plan_recurrent(self.batch([(tokens, tokens)] * rows))
+        width = delta.conv_width
+        total = rows * tokens
+        ops = self.ops
+
+        def rule() -> Callable[[], Any]:
+            qkv = self.randn(total, width)
+            a, b = self.randn(2, total, heads)
+            conv = self.randn(width, delta.conv)
+            a_log, dt_bias = self.randn(2, heads).float()
+            last_inputs = self.randn(rows, width, delta.conv - 1)
+            matrix = self.randn(rows, heads, delta.k_dim, delta.v_dim).float()
+            state = RecurrentState(last_inputs, matrix)
+            return lambda: ops.gated_delta(qkv, b, a, conv, a_log, dt_bias, state, plan)
+
+        square = delta.k_dim * delta.v_dim
+        state_bytes = heads * square * 4 + width * (delta.conv - 1) * self.item
+        moved = total * (width + heads * (delta.v_dim + 2)) * self.item + 2 * rows * state_bytes
+        # Three products with the state; and, in blocks, four with a square of tokens.
+        done = 6 * square + (4 * DELTA_BLOCK * (delta.k_dim + delta.v_dim) if tokens > 1 else 0)
+        kind = "prefill" if tokens > 1 else "decode"
+        size = f"{rows} x {tokens}"
+        return Case(f"gated delta rule, {kind}", size, moved, total * heads * done, rule)
+
     def batch(self, rows: list[tuple[int, int]]) -> Batch:
         """A step of rows of (context, tokens in this step), on pages in random order."""
         counts = [-(-context // PAGE_SIZE) for context, _ in rows]
@@ -308,6 +343,9 @@ class Shape:
             yield self.decode_case(rows, context)
         for row in PREFILL:
             yield self.prefill_case(*row)
+        if self.delta is not None:
+            for rows, tokens in DELTA:
+                yield self.delta_case(self.delta, rows, tokens)
         for tokens in GEMM_TOKENS:
             yield from self.gemm_cases(tokens)
         for tokens in FP8_TOKENS:

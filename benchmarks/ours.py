@@ -27,7 +27,7 @@ KINDS = {
         "_attend_latent",
         "_apply_sinks",
     ),
-    "gated delta rule": ("_recur", "_convolve", "_gated_norm"),
+    "gated delta rule": ("_recur", "_convolve", "_solve_blocks", "_gated_norm"),
     "norms": ("_rms_norm", "_layer_norm"),
     "rotation and KV store": ("_rotate_and_store", "_store_latent"),
     "activation": ("_activate",),

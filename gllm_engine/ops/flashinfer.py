@@ -130,6 +130,7 @@ class RowPlan(AttentionPlan):
 
     slots: Tensor  # [rows]
     starts: Tensor  # [rows + 1] int32 offsets of the rows' tokens
+    blocks: triton.RowBlocks | None  # of the long rows; None: no row is long
 
 
 @dataclass
@@ -284,7 +285,9 @@ def gated_delta(
 ) -> Tensor:
     """See Ops.gated_delta."""
     assert isinstance(plan, RowPlan)
-    return triton.gated_delta(qkv, b, a, conv, a_log, dt_bias, state, plan.slots, plan.starts)
+    return triton.gated_delta(
+        qkv, b, a, conv, a_log, dt_bias, state, plan.slots, plan.starts, plan.blocks
+    )
 
 
 def store_latent(
@@ -485,12 +488,10 @@ class FlashInferPlanner:
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
         """See AttentionPlanner.plan_recurrent."""
-        rows = len(batch.query_lens)
-        if rows == batch.num_decode:
+        if len(batch.query_lens) == batch.num_decode:
             starts = torch.arange(len(batch.slots) + 1, dtype=torch.int32, device=self._device)
-        else:
-            starts = _starts(batch.query_lens).to(self._device, non_blocking=True)
-        return RowPlan(batch.slots, starts)
+            return RowPlan(batch.slots, starts, None)
+        return RowPlan(batch.slots, *triton.plan_rows(batch.query_lens, self._device))
 
     def plan_latent(
         self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None

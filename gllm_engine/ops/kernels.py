@@ -20,6 +20,11 @@ _HEAD_DIMS = (64, 128, 256)
 PARTIALS_BYTES = 384 << 20
 # Bytes of an indexer's scores at once: of 409 rows with contexts of 163,840 tokens.
 SCORE_BYTES = 256 << 20
+# Gated delta rule: rows of so many tokens or more are long, and are computed in blocks of tokens; a
+# block of `BLOCK` tokens takes `BLOCK` numbers of two matrices, and `FACTORS` others, per token.
+LONG = 16
+BLOCK = 64
+FACTORS = 4
 # Rows and columns of the only blocks that torch's products take.
 _FP8_BLOCK = (128, 128)
 # Columns of an FP8 weight that must have one scale: as many as a thread loads at once in a product

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch
-from gllm_engine.ops.kernels import PARTIALS_BYTES, SCORE_BYTES
+from gllm_engine.ops.kernels import BLOCK, FACTORS, PARTIALS_BYTES, SCORE_BYTES
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionPlan,
@@ -319,11 +319,12 @@ def gated_delta(
     state: RecurrentState,
     plan: AttentionPlan,
 ) -> Tensor:
-    """See Ops.gated_delta."""
+    """See Ops.gated_delta. As if all rows were long."""
     del b, a, conv, a_log, dt_bias, plan
-    mixed = torch.empty_like(qkv, dtype=torch.float32)
+    mixed = torch.empty_like(qkv)
     _, v_heads, _, v_dim = state.matrix.shape
-    return mixed.new_empty(len(qkv), v_heads, v_dim, dtype=qkv.dtype)
+    solved = mixed.new_empty(len(qkv), v_heads, 2 * BLOCK + FACTORS, dtype=torch.float32)
+    return solved.new_empty(len(qkv), v_heads, v_dim, dtype=qkv.dtype)
 
 
 def gated_norm(x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:

@@ -67,6 +67,22 @@ def test_experts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     assert [case.kernel for case in cases] == kernels
 
 
+def test_the_gated_delta_rule_is_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path, "Qwen3_5ForCausalLM")
+    shape = Shape(read_arch(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
+    monkeypatch.setattr("gllm_benchmarks.kernels.REPLAYS", 1)
+    assert shape.delta is not None
+    decode, prefill = (shape.delta_case(shape.delta, *size) for size in ((3, 1), (2, 20)))
+    assert decode.kernel.endswith("decode") and prefill.kernel.endswith("prefill")
+    assert all(seconds_of(case, shape.device) > 0 for case in (decode, prefill))
+    delta = shape.delta
+    matrices = delta.v_heads * delta.k_dim * delta.v_dim
+    state = 4 * (matrices + delta.conv_width * (delta.conv - 1))
+    token = 4 * (delta.conv_width + delta.v_heads * (delta.v_dim + 2))
+    assert (decode.bytes, decode.ops) == (3 * (2 * state + token), 3 * 6 * matrices)
+    assert prefill.bytes == 2 * (2 * state + 20 * token) and prefill.ops > 40 * 6 * matrices
+
+
 def test_experts_read_what_is_chosen() -> None:
     arch = read_arch(MODELS / "qwen3-30b-a3b")
     shape = Counted(arch, torch.device("cpu"), torch.bfloat16, torch.bfloat16)

@@ -25,10 +25,10 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("kind", ["attention", "experts", "states"])
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_no_request_compiles(
-    enforce_eager: bool, experts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    enforce_eager: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
     from flashinfer.prefill import get_batch_prefill_module
@@ -37,9 +37,12 @@ def test_no_request_compiles(
     config |= {"page_size": PAGE_SIZE[enforce_eager], "enforce_eager": enforce_eager}
     compiled: list[str] = []
     model = SHAKESPEARE
-    if experts:  # so many are chosen in no other test
+    if kind == "experts":  # so many are chosen in no other test
         over = {"head_dim": 64, "num_experts_per_tok": 6 + enforce_eager}
         model = write_tiny_model(tmp_path, "Qwen3MoeForCausalLM", **over)
+    elif kind == "states":  # no other test has values of this size
+        over = {"head_dim": 64, "linear_value_head_dim": 40 + enforce_eager}
+        model = write_tiny_model(tmp_path, "Qwen3_5ForCausalLM", **over)
     with LLM(str(model), **config) as llm:
         modules = get_batch_prefill_module.cache_info().misses
         monkeypatch.setattr(

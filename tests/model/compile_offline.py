@@ -2,16 +2,20 @@
 
 `python compile_offline.py MODEL...`: directories of checkpoints, of which only config.json is read.
 Tensors are on the meta device: nothing is computed, and true sizes cost no memory. FlashInfer is
-replaced. Prints a line for each kernel: its name, warps and bytes of shared memory. Fails with the
-error of Triton's compiler or of ptxas.
+replaced. Prints a line for each kernel: its name, warps, bytes of shared memory, and bytes of stack
+per thread, where the compiler puts what registers do not hold. Fails with the error of Triton's
+compiler or of ptxas.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -19,6 +23,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -104,6 +109,16 @@ def run_steps(model: Path, cache_dtype: torch.dtype) -> None:
         made.sample_plain(scores, numbers[: len(scores)], state)
 
 
+def stack_bytes(kernel: Any) -> int:
+    with NamedTemporaryFile() as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"STACK:(\d+)", told)
+    return int(found)
+
+
 def main(models: list[str]) -> None:
     kernels: dict[str, Any] = {}
     pretend(kernels)
@@ -114,7 +129,7 @@ def main(models: list[str]) -> None:
             raise RuntimeError(f"{model}: {error}") from error
     for kernel in sorted(kernels.values(), key=lambda kernel: str(kernel.metadata.name)):
         shared = kernel.metadata.shared
-        print(kernel.metadata.name, kernel.metadata.num_warps, shared)
+        print(kernel.metadata.name, kernel.metadata.num_warps, shared, stack_bytes(kernel))
         if shared > SHARED_BYTES:
             raise RuntimeError(f"{kernel.metadata.name} takes {shared} bytes of shared memory")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from gllm_engine.ops.triton.attention_sinks import apply_sinks
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
 from gllm_engine.ops.triton.fp8 import dequantize, quantize
-from gllm_engine.ops.triton.gated_delta import gated_delta, gated_norm
+from gllm_engine.ops.triton.gated_delta import RowBlocks, gated_delta, gated_norm, plan_rows
 from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
 from gllm_engine.ops.triton.latent_attention import (
@@ -36,6 +36,7 @@ __all__ = [
     "gated_norm",
     "Choice",
     "KvSplits",
+    "RowBlocks",
     "attend_latent",
     "activate",
     "apply_sinks",
@@ -52,6 +53,7 @@ __all__ = [
     "make_one_shot_allreduce",
     "mean_squares",
     "plan_choice",
+    "plan_rows",
     "prepare_inputs",
     "quantize",
     "rms_norm",

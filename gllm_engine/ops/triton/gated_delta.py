@@ -1,32 +1,121 @@
 """The gated delta rule: the convolution before it, and its recurrence over each row's tokens.
 
-A row is a sequence: one token of a decode row, or the tokens of a prefill chunk. Both kernels go
-through a row's tokens one after another, with the sequence's state in registers, and write the
-state back at the end. So one token takes one pass over the state, which is the least that a decode
-step must read; a long chunk takes a time in proportion to its length.
+A row is a sequence: one token of a decode row, or the tokens of a prefill chunk. Rows of two kinds
+have kernels of their own.
+
+Short rows, decode rows among them: `_convolve` and `_recur` go through a row's tokens one after
+another, with the sequence's state in registers, and write the state back at the end. So one token
+takes one pass over the state, which is the least that a decode step must read.
+
+Long rows, of LONG tokens or more, are cut into blocks of BLOCK tokens. A block's products are
+products of matrices, as in Yang, Kautz and Hatamizadeh, "Gated Delta Networks", 2024. For one head
+and one block, let k, q and v be the rows of K, Q and V (k of length 1, q of length K ** -0.5), beta
+the update rates, and g the sums of the log decays from the block's first token on. Token by token,
+
+    S_i = d_i S_(i-1) + k_i^T n_i    with d_i = exp(g_i - g_(i-1))
+    n_i = beta_i (v_i - d_i k_i S_(i-1))
+    o_i = q_i S_i
+
+where n_i is what token i adds. With S the state before the block, the first equation unrolls to
+
+    S_i = exp(g_i) S + sum over j <= i of exp(g_i - g_j) k_j^T n_j
+
+In the equation of n_i this makes (I + A) N = diag(beta) (V - diag(exp(g)) K S), with
+
+    A_ij = beta_i (k_i . k_j) exp(g_i - g_j) for j < i, else 0
+    T    = (I + A)^-1 diag(beta)
+    P_ij = (q_i . k_j) exp(g_i - g_j) for j <= i, else 0
+
+and so, with e the last token of the block,
+
+    N = T (V - diag(exp(g)) K S)
+    O = diag(exp(g)) Q S + P N
+    S = exp(g_e) S + (diag(exp(g_e - g)) K)^T N
+
+`_solve_blocks` computes T and P of all blocks at once; `_recur_blocks` goes through the blocks of a
+row with the other equations. The paper's U = T V and W = T diag(exp(g)) K are not formed: V - K S
+is a difference of nearly equal numbers if the state already knows a key, and is taken before any
+factor is rounded. Every exponent is a sum of log decays, at most 0, so nothing overflows.
+
+The inverse doubles blocks on the diagonal: from the inverses X and Y of two neighbours, and the
+block B of A below X, that of both together has -Y B X below X. Each entry of T, and of every
+intermediate product, is beta_i times a product of two unit vectors and of contractions, so none
+exceeds 1 and no rounding is amplified; powers of A, in contrast, reach 10 ** 17 for equal keys.
+
+Precision: the convolution's results are rounded to the dtype of the activations, and q and k enter
+products before they are divided by their norms, which are factors of the results. So these operands
+are exact in bfloat16. Operands in float32 enter products of bfloat16 as the sum of two bfloat16
+numbers, which leaves errors of 2 ** -17. One bfloat16 number would not do: with equal keys and
+beta near 1, errors of T add up to a tenth of the state. For activations in float32 and float16,
+all operands are in float32, and enter three products of TF32, with errors of about 2 ** -21.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.kernels import BLOCK, FACTORS, LONG
 from gllm_engine.ops.protocol import RecurrentState
 
-# Channels of a program of the convolution, and columns of the state of one of the recurrence.
+# Channels of a program of the convolution of short rows, and channels and tokens of one of long
+# rows: few, so that many programs share a multiprocessor.
 _CHANNELS = 256
+_PART_CHANNELS = 64
+_PART = 16
+# Columns of the state of a program of the recurrence.
 _COLUMNS = 32
+
+
+class RowBlocks(NamedTuple):
+    """The blocks of a step's long rows, in the order of rows. Tensors are int32."""
+
+    rows: Tensor  # [blocks] the row of each block
+    firsts: Tensor  # [rows] index of each row's first block
+    long: Tensor  # [n] the long rows
+    has_short: bool  # whether the step has other rows, too
+
+
+def plan_rows(query_lens: Sequence[int], device: torch.device) -> tuple[Tensor, RowBlocks | None]:
+    """The `starts` and `blocks` of gated_delta, for rows of `query_lens` tokens. The host does not
+    wait for the device.
+    """
+    lens = np.array(query_lens, np.int32)
+    counts = np.where(lens >= LONG, -(-lens // BLOCK), 0)
+    long = counts.nonzero()[0]
+    parts = [
+        np.append(0, lens.cumsum()),
+        counts.cumsum() - counts,
+        np.arange(len(lens)).repeat(counts),
+        long,
+    ]
+    packed = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    there = packed.to(device, non_blocking=True)
+    starts, firsts, rows, long_rows = there.split([len(part) for part in parts])
+    if len(long) == 0:
+        return starts, None
+    return starts, RowBlocks(rows, firsts, long_rows, has_short=len(long) < len(lens))
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "starts"])
 def _convolve(
     x, weight, state, slots, starts, out, width, x_stride, state_stride,
-    TAPS: tl.constexpr, BLOCK: tl.constexpr,
+    TAPS: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """silu of the causal convolution of each channel, over the last inputs and the row's tokens."""
     row = tl.program_id(0)
+    begin = tl.load(starts + row).to(tl.int64)
+    end = tl.load(starts + row + 1).to(tl.int64)
+    if end - begin >= LONG:
+        return
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < width
     past = state + tl.load(slots + row) * state_stride + channel * (TAPS - 1)
@@ -47,10 +136,9 @@ def _convolve(
         w2 = tl.load(w + 2, mask=inside, other=0.0).to(tl.float32)
     if TAPS > 3:
         w3 = tl.load(w + 3, mask=inside, other=0.0).to(tl.float32)
-    begin = tl.load(starts + row).to(tl.int64)
     source = x + begin * x_stride + channel
     target = out + begin * width + channel
-    for _ in range(begin, tl.load(starts + row + 1).to(tl.int64)):
+    for _ in range(begin, end):
         new = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         if TAPS == 2:
             y = w0 * first + w1 * new
@@ -64,8 +152,8 @@ def _convolve(
             first = second
             second = third
             third = new
-        y = y / (1.0 + tl.exp(-y))
-        tl.store(target, y, mask=inside)
+        y *= _sigmoid(y)
+        tl.store(target, y.to(out.dtype.element_ty), mask=inside)
         source += x_stride
         target += width
     tl.store(past, first.to(state.dtype.element_ty), mask=inside)
@@ -75,14 +163,67 @@ def _convolve(
         tl.store(past + 2, third.to(state.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize_on_alignment=["slots", "starts", "rows", "firsts"])
+def _convolve_blocks(
+    x, weight, state, slots, starts, rows, firsts, out, width, x_stride, state_stride,
+    TAPS: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As _convolve, for PART tokens of a block. The program of the row's first tokens replaces the
+    last inputs, because no other program reads them.
+    """
+    row = tl.load(rows + tl.program_id(0))
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < width
+    begin, end = tl.load(starts + row), tl.load(starts + row + 1)
+    first = begin + (tl.program_id(0) - tl.load(firsts + row)) * TOKENS + tl.program_id(2) * PART
+    token = tl.arange(0, PART)[:, None]
+    known = (token < end - first) & inside[None, :]
+    line = x + first.to(tl.int64) * x_stride
+    past = state + tl.load(slots + row) * state_stride + channel * (TAPS - 1)
+    y = tl.zeros([PART, BLOCK], tl.float32)
+    for tap in tl.static_range(TAPS):
+        at = token + (tap - TAPS + 1)
+        is_new = known & (at >= begin - first)
+        taken = tl.load(line + at * x_stride + channel[None, :], mask=is_new, other=0.0)
+        taken = taken.to(tl.float32)
+        if first == begin:
+            old = tl.load(past[None, :] + (at + TAPS - 1), mask=known & (at < 0), other=0.0)
+            taken += old.to(tl.float32)
+        w = tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+        y += taken * w[None, :]
+    y *= _sigmoid(y)
+    target = out + first.to(tl.int64) * width + token * width + channel[None, :]
+    tl.store(target, y.to(out.dtype.element_ty), mask=known)
+    if first == begin:
+        tl.debug_barrier()  # all threads have read the last inputs
+        line += (end - first - TAPS + 1).to(tl.int64) * x_stride
+        for i in tl.static_range(TAPS - 1):
+            last = tl.load(line + i * x_stride + channel, mask=inside, other=0.0)
+            tl.store(past + i, last.to(state.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots", "starts"])
 def _recur(
     mixed, b, a, a_log, dt_bias, state, slots, starts, out, b_stride, a_stride, state_stride,
     KEYS: tl.constexpr, VALUES: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """One program computes COLUMNS columns of the state of one value head of one row."""
     row, head = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(starts + row).to(tl.int64)
+    end = tl.load(starts + row + 1).to(tl.int64)
+    if end - begin >= LONG:
+        return
     k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     inside_k, inside_v = k < K, v < V
     inside = inside_k[:, None] & inside_v[None, :]
@@ -93,23 +234,19 @@ def _recur(
     bias = tl.load(dt_bias + head).to(tl.float32)
     width: tl.constexpr = 2 * KEYS * K + VALUES * V
     key_head = head // (VALUES // KEYS)
-    begin = tl.load(starts + row).to(tl.int64)
     line = mixed + begin * width
     a += begin * a_stride + head
     b += begin * b_stride + head
     target = out + (begin * VALUES + head) * V + v
-    for _ in range(begin, tl.load(starts + row + 1).to(tl.int64)):
-        query = tl.load(line + key_head * K + k, mask=inside_k, other=0.0)
-        key = tl.load(line + (KEYS + key_head) * K + k, mask=inside_k, other=0.0)
+    for _ in range(begin, end):
+        query = tl.load(line + key_head * K + k, mask=inside_k, other=0.0).to(tl.float32)
+        key = tl.load(line + (KEYS + key_head) * K + k, mask=inside_k, other=0.0).to(tl.float32)
         value = tl.load(line + 2 * KEYS * K + head * V + v, mask=inside_v, other=0.0)
         query = query * tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
         key = key * tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
-        step = tl.load(a).to(tl.float32) + bias
-        step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
-        write = tl.load(b).to(tl.float32)
-        write = 1.0 / (1.0 + tl.exp(-write))
-        matrix = matrix * tl.exp(rate * step)
-        error = (value - tl.sum(matrix * key[:, None], 0)) * write
+        write = _sigmoid(tl.load(b).to(tl.float32))
+        matrix = matrix * tl.exp(rate * _softplus(tl.load(a).to(tl.float32) + bias))
+        error = (value.to(tl.float32) - tl.sum(matrix * key[:, None], 0)) * write
         matrix = matrix + key[:, None] * error[None, :]
         found = tl.sum(matrix * query[:, None], 0) * (K**-0.5)
         tl.store(target, found.to(out.dtype.element_ty), mask=inside_v)
@@ -118,6 +255,172 @@ def _recur(
         b += b_stride
         target += VALUES * V
     tl.store(place, matrix, mask=inside)
+
+
+@triton.jit
+def _operand(x):
+    """x as an operand of _dot: numbers of any dtype but bfloat16 as float32."""
+    return x if x.dtype == tl.bfloat16 else x.to(tl.float32)
+
+
+@triton.jit
+def _low(x):
+    """What rounding to bfloat16 takes from x, in bfloat16."""
+    return (x - x.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _dot(x, y, total, IS_BF16: tl.constexpr):
+    """total + x y, with y in float32. `x`: in bfloat16 if IS_BF16, else in float32."""
+    if IS_BF16:
+        total = tl.dot(x, _low(y), total)
+        total = tl.dot(x, y.to(tl.bfloat16), total)
+    else:
+        total = tl.dot(x, y, total, input_precision="tf32x3")
+    return total
+
+
+@triton.jit
+def _dot_wide(x, y, IS_BF16: tl.constexpr):
+    """x y, with both in float32."""
+    total = tl.zeros([x.shape[0], y.shape[1]], tl.float32)
+    if IS_BF16:
+        total = tl.dot(_low(x), y.to(tl.bfloat16), total)
+        total = _dot(x.to(tl.bfloat16), y, total, IS_BF16)
+    else:
+        total = _dot(x, y, total, IS_BF16)
+    return total
+
+
+@triton.jit
+def _inverse(lower, TOKENS: tl.constexpr, LEVELS: tl.constexpr, IS_BF16: tl.constexpr):
+    """(I + lower)^-1 of a matrix [TOKENS, TOKENS] that is zero on the diagonal and above."""
+    i, j = tl.arange(0, TOKENS)[:, None], tl.arange(0, TOKENS)[None, :]
+    inverse = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -lower, 0.0))
+    for level in tl.static_range(1, LEVELS):
+        is_below = (i >> level != j >> level) & (i >> level + 1 == j >> level + 1)
+        product = _dot_wide(inverse, tl.where(is_below, lower, 0.0), IS_BF16)
+        inverse -= _dot_wide(product, inverse, IS_BF16)
+    return inverse
+
+
+@triton.jit
+def _store_parts(place, x, inside, TOKENS: tl.constexpr, PARTS: tl.constexpr):
+    """Store rows of x as _recur_blocks loads them: in float32, or in two parts of bfloat16."""
+    tl.store(place, x.to(place.dtype.element_ty), mask=inside)
+    if PARTS == 2:
+        tl.store(place + TOKENS, _low(x), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["starts", "rows", "firsts"])
+def _solve_blocks(
+    mixed, b, a, a_log, dt_bias, starts, rows, firsts, squares, factors, b_stride, a_stride,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, TOKENS: tl.constexpr, LEVELS: tl.constexpr, PARTS: tl.constexpr,
+    FACTORS: tl.constexpr,
+):  # fmt: skip
+    """T and P of one block and value head, and the factors of the rows of K and Q that
+    _recur_blocks needs. squares: [tokens, VALUES, 2, PARTS, TOKENS], the rows of T and P.
+    """
+    row, head = tl.load(rows + tl.program_id(0)), tl.program_id(1)
+    first = tl.load(starts + row) + (tl.program_id(0) - tl.load(firsts + row)) * TOKENS
+    token, k = tl.arange(0, TOKENS), tl.arange(0, BLOCK_K)
+    inside = token < tl.load(starts + row + 1) - first
+    first = first.to(tl.int64)
+    width: tl.constexpr = 2 * KEYS * K + VALUES * V
+    place = mixed + first * width + head // (VALUES // KEYS) * K
+    place += token[:, None] * width + k[None, :]
+    known = inside[:, None] & (k < K)[None, :]
+    key = _operand(tl.load(place + KEYS * K, mask=known, other=0.0))
+    key_scale = tl.rsqrt(tl.sum(key.to(tl.float32) * key, 1) + 1e-6)
+    query = _operand(tl.load(place, mask=known, other=0.0))
+    query_scale = tl.rsqrt(tl.sum(query.to(tl.float32) * query, 1) + 1e-6) * (K**-0.5)
+    rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
+    step = tl.load(a + first * a_stride + token * a_stride + head, mask=inside, other=0.0)
+    step = rate * _softplus(step.to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
+    # Sums of infinite numbers have no differences; and exp(-1e4) is 0, too.
+    step = tl.where(inside, tl.where(step < -1e4, -1e4, step), 0.0)
+    write = tl.load(b + first * b_stride + token * b_stride + head, mask=inside, other=0.0)
+    write = tl.where(inside, _sigmoid(write.to(tl.float32)), 0.0)
+    # In float64: differences of long sums are as exact as the steps.
+    decay = tl.cumsum(step.to(tl.float64), 0)
+    since = tl.exp(decay.to(tl.float32))
+    until = tl.exp((tl.sum(step.to(tl.float64), 0) - decay).to(tl.float32))
+    first = first * VALUES + head
+    factors += first * FACTORS + token * (VALUES * FACTORS)
+    tl.store(factors, since * key_scale, mask=inside)
+    tl.store(factors + 1, since * query_scale, mask=inside)
+    tl.store(factors + 2, until * key_scale, mask=inside)
+    tl.store(factors + 3, since * until, mask=inside)
+    i, j = token[:, None], token[None, :]
+    between = tl.where(i >= j, decay[:, None] - decay[None, :], 0.0).to(tl.float32)
+    between = tl.where(i >= j, tl.exp(between), 0.0) * key_scale[None, :]
+    place = squares + first * (2 * PARTS * TOKENS) + i * (VALUES * 2 * PARTS * TOKENS) + j
+    scores = tl.dot(query, tl.trans(key), input_precision="tf32x3") * between * query_scale[:, None]
+    _store_parts(place + PARTS * TOKENS, scores, inside[:, None], TOKENS, PARTS)
+    lower = tl.dot(key, tl.trans(key), input_precision="tf32x3") * between
+    lower = tl.where(i > j, lower * (write * key_scale)[:, None], 0.0)
+    solved = _inverse(lower, TOKENS, LEVELS, PARTS == 2) * write[None, :]
+    _store_parts(place, solved, inside[:, None], TOKENS, PARTS)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots", "starts", "long"])
+def _recur_blocks(
+    mixed, squares, factors, state, slots, starts, long, out, state_stride,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+    FACTORS: tl.constexpr,
+):  # fmt: skip
+    """One program computes COLUMNS columns of the state of one value head of one long row."""
+    row, head = tl.load(long + tl.program_id(0)), tl.program_id(1)
+    k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside_k, inside_v = k < K, v < V
+    place = state + tl.load(slots + row) * state_stride + head * (K * V)
+    place = place + k[:, None] * V + v[None, :]
+    matrix = tl.load(place, mask=inside_k[:, None] & inside_v[None, :], other=0.0)
+    width: tl.constexpr = 2 * KEYS * K + VALUES * V
+    IS_BF16: tl.constexpr = PARTS == 2
+    begin, end = tl.load(starts + row), tl.load(starts + row + 1)
+    mixed += begin.to(tl.int64) * width
+    first = begin.to(tl.int64) * VALUES + head
+    squares += first * (2 * PARTS * TOKENS)
+    factors += first * FACTORS
+    out += first * V
+    at = tl.arange(0, TOKENS)
+    keys = at[:, None] * width + (head // (VALUES // KEYS) * K + k)[None, :]
+    values = at[:, None] * width + (2 * KEYS * K + head * V + v)[None, :]
+    square = at[:, None] * (VALUES * 2 * PARTS * TOKENS) + at[None, :]
+    nothing = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for left in range(end - begin, 0, -TOKENS):
+        inside = at < left
+        known = inside[:, None] & inside_k[None, :]
+        query = _operand(tl.load(mixed + keys, mask=known, other=0.0))
+        key = _operand(tl.load(mixed + KEYS * K + keys, mask=known, other=0.0))
+        known = inside[:, None] & inside_v[None, :]
+        value = tl.load(mixed + values, mask=known, other=0.0).to(tl.float32)
+        solved = tl.load(squares + square, mask=inside[:, None], other=0.0)
+        scores = tl.load(squares + PARTS * TOKENS + square, mask=inside[:, None], other=0.0)
+        factor = factors + at * (VALUES * FACTORS)
+        of_key = tl.load(factor, mask=inside, other=0.0)
+        of_query = tl.load(factor + 1, mask=inside, other=0.0)
+        to_end = tl.load(factor + 2, mask=inside, other=0.0)
+        keep = tl.load(factors + 3)
+        error = value - of_key[:, None] * _dot(key, matrix, nothing, IS_BF16)
+        new = _dot(solved, error, nothing, IS_BF16)
+        found = of_query[:, None] * _dot(query, matrix, nothing, IS_BF16)
+        if IS_BF16:
+            low = tl.load(squares + TOKENS + square, mask=inside[:, None], other=0.0)
+            new = tl.dot(low, error.to(tl.bfloat16), new)
+            low = tl.load(squares + 3 * TOKENS + square, mask=inside[:, None], other=0.0)
+            found = tl.dot(low, new.to(tl.bfloat16), found)
+        found = _dot(scores, new, found, IS_BF16).to(out.dtype.element_ty)
+        tl.store(out + at[:, None] * (VALUES * V) + v[None, :], found, mask=known)
+        matrix = _dot(tl.trans(key), to_end[:, None] * new, keep * matrix, IS_BF16)
+        mixed += TOKENS * width
+        squares += TOKENS * VALUES * 2 * PARTS * TOKENS
+        factors += TOKENS * VALUES * FACTORS
+        out += TOKENS * VALUES * V
+    tl.store(place, matrix, mask=inside_k[:, None] & inside_v[None, :])
 
 
 def gated_delta(
@@ -130,29 +433,78 @@ def gated_delta(
     state: RecurrentState,
     slots: Tensor,
     starts: Tensor,
+    blocks: RowBlocks | None,
 ) -> Tensor:
-    """As Ops.gated_delta, but `slots` [rows] and `starts` [rows + 1], the offsets of the rows'
-    tokens, replace the plan. The convolution has 2 to 4 taps.
+    """As Ops.gated_delta, but `slots` [rows], `starts` [rows + 1], the offsets of the rows' tokens,
+    and `blocks`, None if no row is long, replace the plan. The convolution has 2 to 4 taps.
     """
     _, v_heads, k_dim, v_dim = state.matrix.shape
     tokens, width = qkv.shape
-    taps = conv.shape[1]
-    k_heads = (width - v_heads * v_dim) // (2 * k_dim)
-    rows = len(slots)
-    mixed = torch.empty(tokens, width, dtype=torch.float32, device=qkv.device)
-    _convolve[(rows, triton.cdiv(width, _CHANNELS))](
-        qkv, conv, state.conv, slots, starts, mixed, width, qkv.stride(0), state.conv.stride(0),
-        TAPS=taps, BLOCK=_CHANNELS,
-    )  # fmt: skip
+    mixed = torch.empty(tokens, width, dtype=qkv.dtype, device=qkv.device)
     out = qkv.new_empty(tokens, v_heads, v_dim)
-    columns = min(_COLUMNS, triton.next_power_of_2(v_dim))
-    _recur[(rows, v_heads, triton.cdiv(v_dim, columns))](
-        mixed, b, a, a_log, dt_bias, state.matrix, slots, starts, out, b.stride(0), a.stride(0),
-        state.matrix.stride(0),
-        KEYS=k_heads, VALUES=v_heads, K=k_dim, V=v_dim, BLOCK_K=triton.next_power_of_2(k_dim),
-        COLUMNS=columns, num_warps=2,
-    )  # fmt: skip
+    sizes = {
+        "KEYS": (width - v_heads * v_dim) // (2 * k_dim),
+        "VALUES": v_heads,
+        "K": k_dim,
+        "V": v_dim,
+    }
+    if blocks is None or blocks.has_short:
+        rows = len(slots)
+        _convolve[(rows, triton.cdiv(width, _CHANNELS))](
+            qkv, conv, state.conv, slots, starts, mixed, width, qkv.stride(0), state.conv.stride(0),
+            TAPS=conv.shape[1], LONG=LONG, BLOCK=_CHANNELS,
+        )  # fmt: skip
+        columns = min(_COLUMNS, triton.next_power_of_2(v_dim))
+        _recur[(rows, v_heads, triton.cdiv(v_dim, columns))](
+            mixed, b, a, a_log, dt_bias, state.matrix, slots, starts, out, b.stride(0), a.stride(0),
+            state.matrix.stride(0), **sizes, BLOCK_K=triton.next_power_of_2(k_dim),
+            COLUMNS=columns, LONG=LONG, num_warps=2,
+        )  # fmt: skip
+    if blocks is not None:
+        parts = triton.cdiv(width, _PART_CHANNELS), BLOCK // _PART
+        _convolve_blocks[(len(blocks.rows), *parts)](
+            qkv, conv, state.conv, slots, starts, blocks.rows, blocks.firsts, mixed, width,
+            qkv.stride(0), state.conv.stride(0), TAPS=conv.shape[1], TOKENS=BLOCK,
+            PART=_PART, BLOCK=_PART_CHANNELS,
+        )  # fmt: skip
+        _long_rows(mixed, b, a, a_log, dt_bias, state.matrix, slots, starts, blocks, out, sizes)
     return out
+
+
+def _long_rows(
+    mixed: Tensor,
+    b: Tensor,
+    a: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    matrix: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    blocks: RowBlocks,
+    out: Tensor,
+    sizes: dict[str, int],
+) -> None:
+    """The recurrence of the long rows, after the convolution."""
+    tokens, v_heads, v_dim = out.shape
+    # Operands in bfloat16 come in two parts.
+    is_bf16 = mixed.dtype == torch.bfloat16
+    parts = 2 if is_bf16 else 1
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    squares = mixed.new_empty(tokens, v_heads, 2, parts, BLOCK, dtype=dtype)
+    factors = mixed.new_empty(tokens, v_heads, FACTORS, dtype=torch.float32)
+    block_k = max(16, triton.next_power_of_2(sizes["K"]))  # at least 16, for tl.dot
+    _solve_blocks[(len(blocks.rows), v_heads)](
+        mixed, b, a, a_log, dt_bias, starts, blocks.rows, blocks.firsts, squares, factors,
+        b.stride(0), a.stride(0), **sizes, BLOCK_K=block_k, TOKENS=BLOCK,
+        LEVELS=BLOCK.bit_length() - 1, PARTS=parts, FACTORS=FACTORS,
+    )  # fmt: skip
+    columns = min(_COLUMNS, max(16, triton.next_power_of_2(v_dim)))
+    # The operands of the next block are loaded ahead, for which those in float32 are too large.
+    _recur_blocks[(len(blocks.long), v_heads, triton.cdiv(v_dim, columns))](
+        mixed, squares, factors, matrix, slots, starts, blocks.long, out, matrix.stride(0),
+        **sizes, BLOCK_K=block_k, COLUMNS=columns, TOKENS=BLOCK, PARTS=parts, FACTORS=FACTORS,
+        num_stages=2 if is_bf16 else 1,
+    )  # fmt: skip
 
 
 @triton.jit
