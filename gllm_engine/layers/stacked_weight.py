@@ -16,10 +16,19 @@ from torch import Tensor
 
 from gllm_engine.arch.fields import ArchError
 from gllm_engine.arch.formats import Format, Formats, Fp8, Int4, Mxfp4, Rounded, Shapes, Widened
-from gllm_engine.ops import Fp8Weight, PackedWeight, Weight, dequantized, quantize_fp8
+from gllm_engine.ops import (
+    MAX_MXFP4_SCALE,
+    Fp8Weight,
+    PackedWeight,
+    Weight,
+    dequantized,
+    empty_packed,
+    pack,
+    quantize_fp8,
+)
 
 _SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_ROUNDED_AT_ONCE = 1 << 24  # numbers, of which a copy in float32 is made
+_AT_ONCE = 1 << 24  # numbers, of which a copy in 32 bits is made
 
 
 class Staged(NamedTuple):
@@ -145,11 +154,17 @@ class _Widened(_Plain):
     def _stage(self, name: str, into: Tensor, device: torch.device) -> Staged:
         formats = ((name, self._kinds[name].kind),)
         stack = stack_weights([name], self._sizes, formats, into.dtype, device)
+        inner = [staging.make(device) for staging in stack.stagings()]
+        views = stack.views()
+        for staged in inner:
+            views |= staged.views
 
         def convert() -> None:
+            for staged in inner:
+                staged.convert()
             into.copy_(dequantized(stack.value, into.dtype))
 
-        return Staged(stack.views(), convert)
+        return Staged(views, convert)
 
 
 class _Rounded:
@@ -191,7 +206,7 @@ class _Rounded:
         matrix = torch.empty(self._sizes[name], dtype=self._dtype, device=device)
 
         def convert() -> None:
-            some = max(1, _ROUNDED_AT_ONCE // matrix.shape[1])
+            some = max(1, _AT_ONCE // matrix.shape[1])
             for at in range(0, len(matrix), some):
                 rows = slice(at, at + some)
                 rounded, factors = quantize_fp8(matrix[rows], 1, 0)
@@ -202,7 +217,7 @@ class _Rounded:
 
 
 class _Packed:
-    """Two numbers in a byte, with the scales that the checkpoint has."""
+    """Packed for kernels when they are loaded, with the scales that the checkpoint has."""
 
     def __init__(
         self,
@@ -213,33 +228,57 @@ class _Packed:
         device: torch.device,
     ) -> None:
         del dtype
+        self._sizes = sizes
         self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
-        rows, depth = _stacked(sizes)
         kind = next(iter(kinds.values()))
-        is_float = isinstance(kind, Mxfp4)
         scale_dtype = torch.uint8 if isinstance(kind, Mxfp4) else _SCALE_DTYPES[kind.scale_dtype]
-        self.value = PackedWeight(
-            torch.empty((*lead, rows, depth // 2), dtype=torch.uint8, device=device),
-            torch.empty((*lead, rows, depth // kind.group), dtype=scale_dtype, device=device),
-            is_float,
+        self.value = empty_packed(
+            (*lead, *_stacked(sizes)), kind.group, scale_dtype, isinstance(kind, Mxfp4), device
         )
 
     def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        whole = self.value if expert is None else self.value[expert]
-        views = {}
-        for name, rows in self._rows.items():
-            numbers = whole.numbers[rows]
-            if whole.is_float:
-                views[name + "_blocks"] = numbers.unflatten(1, (-1, whole.group // 2))
-                views[name + "_scales"] = whole.scales[rows]
-            else:
-                views[name + "_packed"] = numbers.view(torch.int32)
-                views[name + "_scale"] = whole.scales[rows]
-        return views
+        del expert
+        return {}
 
     def stagings(self, expert: int | None = None) -> list[Staging]:
-        del expert
-        return []
+        whole = self.value if expert is None else self.value[expert]
+        return [
+            Staging(self._held(name, whole), partial(self._stage, name, whole))
+            for name in self._rows
+        ]
+
+    def _held(self, name: str, whole: PackedWeight) -> dict[str, int]:
+        rows = self._rows[name]
+        numbers, scales = self._names(name)
+        return {numbers: whole.numbers[rows].nbytes, scales: whole.scales[:, rows].nbytes}
+
+    def _names(self, name: str) -> tuple[str, str]:
+        suffixes = ("_blocks", "_scales") if self.value.is_float else ("_packed", "_scale")
+        return name + suffixes[0], name + suffixes[1]
+
+    def _stage(self, name: str, whole: PackedWeight, device: torch.device) -> Staged:
+        height, depth = self._sizes[name]
+        numbers = torch.empty((height, depth // 2), dtype=torch.uint8, device=device)
+        shape = (height, depth // whole.group)
+        scales = torch.empty(shape, dtype=whole.scales.dtype, device=device)
+
+        def convert() -> None:
+            if whole.is_float and height and int(scales.max()) > MAX_MXFP4_SCALE:
+                raise ArchError(f"{name}: a scale is larger than 2^{MAX_MXFP4_SCALE - 127}")
+            first = self._rows[name].start
+            some = max(1, _AT_ONCE // depth)
+            for at in range(0, height, some):
+                part = pack(numbers[at : at + some], scales[at : at + some], whole.is_float)
+                rows = slice(first + at, first + at + len(part))
+                whole.numbers[rows] = part.numbers
+                whole.scales[:, rows] = part.scales
+
+        stored = (
+            numbers.unflatten(1, (-1, whole.group // 2))
+            if whole.is_float
+            else numbers.view(torch.int32)
+        )
+        return Staged(dict(zip(self._names(name), (stored, scales), strict=True)), convert)
 
 
 class _Fp8:

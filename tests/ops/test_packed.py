@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from gllm_engine.ops import PackedWeight, quantize_int4, quantize_mxfp4, reference
+from gllm_engine.ops import PackedWeight, pack, quantize_int4, quantize_mxfp4, reference
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
@@ -17,8 +17,8 @@ def every_byte(rows: int, depth: int, is_float: bool, group: int, count: int) ->
     numbers = torch.randint(0, 256, (count, rows, depth // 2), dtype=torch.uint8)
     size = (count, rows, depth // group)
     if is_float:
-        return PackedWeight(numbers, torch.randint(118, 128, size, dtype=torch.uint8), True)
-    return PackedWeight(numbers, torch.rand(size).bfloat16() / 8, False)
+        return pack(numbers, torch.randint(118, 128, size, dtype=torch.uint8), True)
+    return pack(numbers, torch.rand(size).bfloat16() / 8, False)
 
 
 def test_every_code_and_every_exponent() -> None:
@@ -26,31 +26,31 @@ def test_every_code_and_every_exponent() -> None:
     scales = torch.tensor(
         [0, 1, 2, 100, 120, 126, 127, 128, 129, 140, 180, 200, 240, 250, 251, 252]
     )
-    weight = PackedWeight(numbers, scales.to(torch.uint8)[:, None], True)
+    weight = pack(numbers, scales.to(torch.uint8)[:, None], True)
     found = weight.dequantized(torch.float64)
     for row in range(16):
         for j in range(32):
             code = row if j % 2 else j // 2
             assert found[row, j] == E2M1[code] * 2.0 ** (int(scales[row]) - 127)
-    whole = PackedWeight(numbers, torch.full((16, 1), 0.5).half(), False).dequantized(torch.float32)
+    whole = pack(numbers, torch.full((16, 1), 0.5).half(), False).dequantized(torch.float32)
     assert whole[3, :4].tolist() == [-4.0, -2.5, -3.5, -2.5]
 
 
 def test_rounding_to_four_bits() -> None:
     matrix = torch.randn(2, 24, 128)
     for group in (32, 64):
-        weight = PackedWeight(*quantize_int4(matrix, group), False)
+        weight = pack(*quantize_int4(matrix, group), False)
         assert weight.shape == matrix.shape and weight.group == group
         largest = matrix.unflatten(-1, (-1, group)).abs().amax(-1, keepdim=True)
         error = (weight.dequantized(torch.float32) - matrix).unflatten(-1, (-1, group)).abs()
         assert (error <= largest / 13.5).all()
-    weight = PackedWeight(*quantize_mxfp4(matrix), True)
+    weight = pack(*quantize_mxfp4(matrix), True)
     largest = matrix.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
     error = (weight.dequantized(torch.float32) - matrix).unflatten(-1, (-1, 32)).abs()
     assert (error <= largest / 4 + 1e-6).all()
     again = quantize_mxfp4(weight.dequantized(torch.float32))
     assert torch.equal(
-        PackedWeight(*again, True).dequantized(torch.float32), weight.dequantized(torch.float32)
+        pack(*again, True).dequantized(torch.float32), weight.dequantized(torch.float32)
     )
 
 
