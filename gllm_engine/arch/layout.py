@@ -14,6 +14,7 @@ from gllm_engine.arch.names import (
     checkpoint_layout,
     checkpoint_tensors,
     expert_of,
+    is_shared,
     num_blocks,
 )
 
@@ -40,6 +41,9 @@ def checkpoint_places(model: Model) -> dict[str, Place]:
     shapes = model.weights()
     places: dict[str, Place] = {}
     for name, parts in checkpoint_tensors(model).items():
+        if is_shared(name):
+            places |= dict.fromkeys(parts, Place(0, 1))
+            continue
         blocks = num_blocks(model, parts)
         if 1 < blocks <= shapes[parts[0]][0]:  # one scale of a whole weight has no blocks
             places |= zip(parts, _in_blocks(parts, shapes, blocks), strict=True)

@@ -185,6 +185,7 @@ class Layout:
 
 
 _TRANSPOSED = Layout(transposed=True)
+_GPTQ = (".qweight", ".qzeros", ".scales")  # of GPTQ and AWQ; transposed in all checkpoints
 _LLAMA4_EXPERTS = {r"feed_forward\.experts\.(gate_up|down)_proj$": _TRANSPOSED}
 # Pattern in a tensor's name -> its layout; all others are plain stacks.
 _LAYOUTS: dict[str, dict[str, Layout]] = {
@@ -247,10 +248,16 @@ def checkpoint_name(model: Model, canonical: str) -> str:
 
 def checkpoint_layout(model: Model, name: str) -> Layout:
     """The layout of a checkpoint tensor."""
-    for pattern, layout in _LAYOUTS.get(model.names, {}).items():
-        if re.search(pattern, name):
-            return layout
-    return Layout()
+    layouts = _LAYOUTS.get(model.names, {}).items()
+    layout = next((layout for pattern, layout in layouts if re.search(pattern, name)), Layout())
+    return replace(layout, transposed=True) if name.endswith(_GPTQ) else layout
+
+
+def is_shared(name: str) -> bool:
+    """Whether all weights that are stored in one tensor share the tensor `name` beside it: the
+    groups of their columns.
+    """
+    return name.endswith("g_idx")
 
 
 def expert_of(name: str) -> str | None:
@@ -301,8 +308,9 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     shapes = model.weights()
     found = {}
     for name, parts in checkpoint_tensors(model).items():
-        rows = sum(shapes[part][0] for part in parts)
-        count = len({expert_of(part) for part in parts})
+        stacked = parts[:1] if is_shared(name) else parts
+        rows = sum(shapes[part][0] for part in stacked)
+        count = len({expert_of(part) for part in stacked})
         shape = (rows // count, *shapes[parts[0]][1:])
         if checkpoint_layout(model, name).transposed:
             shape = shape[::-1]

@@ -6,6 +6,7 @@ is loaded into.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -15,7 +16,20 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.formats import Format, Formats, Fp8, Int4, Mxfp4, Rounded, Shapes, Widened
+from gllm_engine.arch.formats import (
+    Awq,
+    CompressedInt,
+    Format,
+    Formats,
+    Fp8,
+    Gptq,
+    Integers,
+    Mxfp4,
+    Rounded,
+    Shapes,
+    Widened,
+)
+from gllm_engine.layers.stored_integers import StoredIntegers, held_integers
 from gllm_engine.ops import (
     MAX_MXFP4_SCALE,
     Fp8Weight,
@@ -27,7 +41,6 @@ from gllm_engine.ops import (
     quantize_fp8,
 )
 
-_SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _AT_ONCE = 1 << 24  # numbers, of which a copy in 32 bits is made
 
 
@@ -152,7 +165,11 @@ class _Widened(_Plain):
         ]
 
     def _stage(self, name: str, into: Tensor, device: torch.device) -> Staged:
-        formats = ((name, self._kinds[name].kind),)
+        kind = self._kinds[name].kind
+        if isinstance(kind, Integers):
+            stored = StoredIntegers(name, self._sizes[name], kind, device)
+            return Staged(stored.views, partial(stored.dequantize_into, into))
+        formats = ((name, kind),)
         stack = stack_weights([name], self._sizes, formats, into.dtype, device)
         inner = [staging.make(device) for staging in stack.stagings()]
         views = stack.views()
@@ -216,25 +233,14 @@ class _Rounded:
         return Staged({name: matrix}, convert)
 
 
-class _Packed:
-    """Packed for kernels when they are loaded, with the scales that the checkpoint has."""
+class _Packed(ABC):
+    """4-bit numbers, packed for kernels when they are loaded, with the scales of the checkpoint."""
 
-    def __init__(
-        self,
-        sizes: Shapes,
-        lead: tuple[int, ...],
-        kinds: dict[str, Mxfp4 | Int4],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        del dtype
+    value: PackedWeight
+
+    def __init__(self, sizes: Shapes) -> None:
         self._sizes = sizes
         self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
-        kind = next(iter(kinds.values()))
-        scale_dtype = torch.uint8 if isinstance(kind, Mxfp4) else _SCALE_DTYPES[kind.scale_dtype]
-        self.value = empty_packed(
-            (*lead, *_stacked(sizes)), kind.group, scale_dtype, isinstance(kind, Mxfp4), device
-        )
 
     def views(self, expert: int | None = None) -> dict[str, Tensor]:
         del expert
@@ -242,43 +248,66 @@ class _Packed:
 
     def stagings(self, expert: int | None = None) -> list[Staging]:
         whole = self.value if expert is None else self.value[expert]
-        return [
-            Staging(self._held(name, whole), partial(self._stage, name, whole))
-            for name in self._rows
-        ]
+        stagings = []
+        for name, rows in self._rows.items():
+            part = whole.rows(rows)
+            held = {name: sum(tensor.nbytes for tensor in part.tensors())}
+            stagings.append(Staging(held, partial(self._stage, name, part)))
+        return stagings
 
-    def _held(self, name: str, whole: PackedWeight) -> dict[str, int]:
-        rows = self._rows[name]
-        numbers, scales = self._names(name)
-        return {numbers: whole.numbers[rows].nbytes, scales: whole.scales[:, rows].nbytes}
+    @abstractmethod
+    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
+        """Memory for the stored form of the weight `name`, which is converted to `into`."""
 
-    def _names(self, name: str) -> tuple[str, str]:
-        suffixes = ("_blocks", "_scales") if self.value.is_float else ("_packed", "_scale")
-        return name + suffixes[0], name + suffixes[1]
 
-    def _stage(self, name: str, whole: PackedWeight, device: torch.device) -> Staged:
+class _Integers(_Packed):
+    def __init__(
+        self,
+        sizes: Shapes,
+        lead: tuple[int, ...],
+        kinds: dict[str, Integers],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        del dtype
+        super().__init__(sizes)
+        self._kinds = kinds
+        self.value = held_integers(list(kinds.values()), (*lead, *_stacked(sizes)), device)
+
+    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
+        stored = StoredIntegers(name, self._sizes[name], self._kinds[name], device)
+        return Staged(stored.views, partial(stored.pack_into, into))
+
+
+class _Mxfp4(_Packed):
+    def __init__(
+        self,
+        sizes: Shapes,
+        lead: tuple[int, ...],
+        kinds: dict[str, Mxfp4],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        del kinds, dtype
+        super().__init__(sizes)
+        shape = (*lead, *_stacked(sizes))
+        self.value = empty_packed(shape, Mxfp4.group, torch.uint8, is_float=True, device=device)
+
+    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
         height, depth = self._sizes[name]
         numbers = torch.empty((height, depth // 2), dtype=torch.uint8, device=device)
-        shape = (height, depth // whole.group)
-        scales = torch.empty(shape, dtype=whole.scales.dtype, device=device)
+        scales = torch.empty((height, depth // Mxfp4.group), dtype=torch.uint8, device=device)
 
         def convert() -> None:
-            if whole.is_float and height and int(scales.max()) > MAX_MXFP4_SCALE:
+            if height and int(scales.max()) > MAX_MXFP4_SCALE:
                 raise ArchError(f"{name}: a scale is larger than 2^{MAX_MXFP4_SCALE - 127}")
-            first = self._rows[name].start
             some = max(1, _AT_ONCE // depth)
             for at in range(0, height, some):
-                part = pack(numbers[at : at + some], scales[at : at + some], whole.is_float)
-                rows = slice(first + at, first + at + len(part))
-                whole.numbers[rows] = part.numbers
-                whole.scales[:, rows] = part.scales
+                rows = slice(at, at + some)
+                into.rows(rows).copy_(pack(numbers[rows], scales[rows], is_float=True))
 
-        stored = (
-            numbers.unflatten(1, (-1, whole.group // 2))
-            if whole.is_float
-            else numbers.view(torch.int32)
-        )
-        return Staged(dict(zip(self._names(name), (stored, scales), strict=True)), convert)
+        blocks = numbers.unflatten(1, (-1, Mxfp4.group // 2))
+        return Staged({name + "_blocks": blocks, name + "_scales": scales}, convert)
 
 
 class _Fp8:
@@ -329,8 +358,10 @@ class _Fp8:
 
 _STACKS: dict[type[Format], Callable[..., StackedWeight]] = {
     Fp8: _Fp8,
-    Mxfp4: _Packed,
-    Int4: _Packed,
+    Mxfp4: _Mxfp4,
+    CompressedInt: _Integers,
+    Gptq: _Integers,
+    Awq: _Integers,
     Rounded: _Rounded,
     Widened: _Widened,
 }

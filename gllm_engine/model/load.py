@@ -23,13 +23,14 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.formats import Integers, format_name, stored_kind
 from gllm_engine.arch.layout import Place, checkpoint_places
-from gllm_engine.arch.model import Model
+from gllm_engine.arch.model import Model, within_layer
 from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
-from gllm_engine.model.stored import StoredTensor, StoredTensors, incomplete
+from gllm_engine.model.stored import StoredTensor, StoredTensors, Verified, incomplete
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -46,6 +47,7 @@ class Checkpoint:
     arch: Model  # with the formats of the stored weights, and the variants of their names
     tensors: dict[str, TensorSlice]  # by checkpoint tensor name; each is contiguous
     shared: set[str]  # names of tensors that all their weights share: one scale of several weights
+    verified: dict[str, Verified]  # by checkpoint tensor name
     tied: str | None  # name of a stored output projection, which must equal the embedding
 
 
@@ -65,7 +67,9 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
             for name, stored in header.items():
                 found.add(name, stored)
         arch = found.with_formats(path)
-        yield Checkpoint(path, arch, found.check(arch, path), found.shared, found.tied)
+        yield Checkpoint(
+            path, arch, found.check(arch, path), found.shared, found.verified, found.tied
+        )
 
 
 @contextmanager
@@ -77,13 +81,14 @@ def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Ite
     Weights that are stored in another form than the decoder holds are loaded before the block, so
     that the memory for their stored form is free again. On a GPU the block may compute with the
     decoder. The results are meaningless but finite, because weights not yet read are zero. Raises
-    LoadError for a file that cannot be read or is truncated, or a stored output projection that
-    differs from the tied embedding.
+    LoadError for a file that cannot be read or is truncated, a stored output projection that
+    differs from the tied embedding, or a tensor in `checkpoint.verified` with wrong numbers.
     """
     weights = decoder.weights()
     if decoder.device.type == "cuda":
         for weight in weights.values():
             weight.zero_()
+    _verify(decoder, checkpoint)
     sources = _sources(checkpoint)
     for views in _staging(decoder):
         with reading(_aim(decoder, sources, views), decoder.device, shows):
@@ -105,6 +110,32 @@ def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Ite
         )
 
 
+def _verify(decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Check the tensors of this rank's weights that must have certain numbers."""
+    held = decoder.weight_bytes()
+    waiting = deque(
+        (name, verified)
+        for name, verified in checkpoint.verified.items()
+        if verified.weight in held
+    )
+    while waiting:
+        found = []
+        num_bytes = 0
+        while waiting and num_bytes < _STAGED_BYTES:
+            name, verified = waiting.popleft()
+            numbers = torch.empty(verified.expected.shape, dtype=verified.tensor.dtype)
+            num_bytes += numbers.nbytes
+            found.append((name, verified, numbers))
+        targets = [(verified.tensor, numbers.view(1, -1, 1)) for _, verified, numbers in found]
+        with reading(targets, decoder.device, shows=False):
+            pass
+        for name, verified, numbers in found:
+            if not verified.expected.is_right(numbers):
+                raise LoadError(
+                    f"{verified.tensor.path}: tensor {name} has {verified.expected.otherwise}"
+                )
+
+
 def fill_randomly(decoder: Decoder) -> None:
     """Fill the decoder with random weights, always the same ones for the same decoder.
 
@@ -112,23 +143,39 @@ def fill_randomly(decoder: Decoder) -> None:
     constant, because kernels run faster on zeros.
     """
     generator = torch.Generator(decoder.device).manual_seed(0)
+    bits = _bits_of_scales(decoder)
     for views in chain(_staging(decoder), [decoder.weights()]):
         for name, view in views.items():
-            is_int4 = name.removesuffix("_scale") + "_packed" in views
-            _randomize(name, view, generator, is_int4)
+            _randomize(name, view, generator, bits.get(format_name(name), 0))
 
 
-def _randomize(name: str, view: Tensor, generator: torch.Generator, is_int4: bool) -> None:
-    """`is_int4`: a view with scales is of INT4 numbers, which are smaller than those of FP8."""
+def _bits_of_scales(decoder: Decoder) -> dict[str, int]:
+    """Name of a tensor of scales of whole numbers, as format_name -> bits of such a number."""
+    bits = {}
+    for i, layer in enumerate(decoder.layers, decoder.shard.first):
+        for name, held in (*layer.mixer.formats, *layer.ffn.formats):
+            kind = stored_kind(held)
+            if isinstance(kind, Integers):
+                scales = name.removesuffix("weight") + kind.scales
+                bits |= within_layer(i, {scales: kind.bits})
+    return bits
+
+
+def _randomize(name: str, view: Tensor, generator: torch.Generator, bits: int) -> None:
+    """`bits`: of the whole numbers of which the view has scales; 0: it has none."""
     if name.endswith("norm.weight"):
         view.uniform_(0.5, 1.5, generator=generator)
     elif name.endswith("_scales"):  # of MXFP4, as exponents
         view.random_(118, 122, generator=generator)
-    elif view.dtype in (torch.uint8, torch.int32):  # 4-bit numbers, any of them
+    elif name.endswith("g_idx"):
+        view.zero_()
+    elif name.endswith(("qzeros", "_zero_point")):  # as if numbers were symmetric
+        view.fill_(0x77777777)
+    elif view.dtype in (torch.uint8, torch.int32):  # packed numbers, any of them
         limits = torch.iinfo(view.dtype)
         view.random_(limits.min, limits.max, generator=generator)
-    elif "weight_scale" in name:
-        largest = 8e-3 if is_int4 else 3e-4
+    elif bits or "weight_scale" in name:
+        largest = 0.128 / 2**bits if bits else 3e-4
         view.uniform_(largest / 3, largest, generator=generator)
     elif view.dtype == torch.float8_e4m3fn:
         numbers = torch.empty(view.shape, device=view.device)

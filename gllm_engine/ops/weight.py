@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,8 +79,9 @@ class PackedWeight:
 
     `scales`: [..., n, width, m], where m scales of a row are 4 bytes: the scale of group g of row i
     is [g // m, i, g % m]. If `is_float`, a number's code is e2m1, and a scale a uint8 s for
-    2^(s - 127). Else a code is the number plus 8, and a scale is a floating-point number. Numbers
-    and scales past the end are zero.
+    2^(s - 127). Else a code is a whole number, and a scale is a floating-point number; the weight
+    is (code - zero point) * scale. `zeros`: zero points from 0 to 15, uint8 and arranged as scales;
+    None: all are 8. Numbers and scales past the end are zero.
     """
 
     numbers: Tensor
@@ -87,13 +89,31 @@ class PackedWeight:
     depth: int
     group: int
     is_float: bool
+    zeros: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> PackedWeight:
         """The i-th matrix of a stack [n, width, depth]."""
-        return replace(self, numbers=self.numbers[i], scales=self.scales[i])
+        return self._each(lambda tensor: tensor[i])
+
+    def rows(self, rows: slice) -> PackedWeight:
+        """Some rows of each matrix, in the same memory."""
+        return self._each(lambda tensor: tensor[..., rows, :])
+
+    def copy_(self, other: PackedWeight) -> None:
+        """Take the numbers of a weight with the same shape and kind."""
+        for own, given in zip(self.tensors(), other.tensors(), strict=True):
+            own.copy_(given)
+
+    def tensors(self) -> list[Tensor]:
+        """Numbers, scales, and zero points if there are any."""
+        return [self.numbers, self.scales, *([] if self.zeros is None else [self.zeros])]
+
+    def _each(self, part: Callable[[Tensor], Tensor]) -> PackedWeight:
+        zeros = None if self.zeros is None else part(self.zeros)
+        return replace(self, numbers=part(self.numbers), scales=part(self.scales), zeros=zeros)
 
     @property
     def shape(self) -> torch.Size:
@@ -103,14 +123,20 @@ class PackedWeight:
         """The matrix in `dtype`, rounded once: products with scales are float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
         codes = self._codes().unflatten(-1, (-1, self.group))
-        scales = self.scales.movedim(-3, -2).flatten(-2)[..., : codes.shape[-2], None]
+        scales = self._per_group(self.scales)
         if self.is_float:
             table = torch.tensor(_E2M1, dtype=wide, device=codes.device)
             values = table.index_select(0, codes.flatten()).view(codes.shape)
             scaled = torch.ldexp(values, scales.int() - _LEAST_EXPONENT)
         else:
-            scaled = (codes - 8).to(wide) * scales.to(wide)
+            zeros = 8 if self.zeros is None else self._per_group(self.zeros).int()
+            scaled = (codes - zeros).to(wide) * scales.to(wide)
         return scaled.flatten(-2).to(dtype)
+
+    def _per_group(self, arranged: Tensor) -> Tensor:
+        """[..., width, groups, 1], of scales or zero points."""
+        groups = self.depth // self.group
+        return arranged.movedim(-3, -2).flatten(-2)[..., :groups, None]
 
     def _codes(self) -> Tensor:
         """The codes of the numbers: int32 [..., width, depth]."""
@@ -129,18 +155,24 @@ def empty_packed(
     scale_dtype: torch.dtype,
     is_float: bool,
     device: torch.device,
+    zeros: bool = False,
 ) -> PackedWeight:
-    """Memory for a PackedWeight [..., width, depth]; its scales are zero."""
+    """Memory for a PackedWeight [..., width, depth]; its scales and zero points are zero."""
     *lead, width, depth = shape
     runs = -(-depth // RUN)
-    some = SCALE_BYTES // scale_dtype.itemsize
-    parts = -(-runs * RUN // (group * some))
+
+    def factors(dtype: torch.dtype) -> Tensor:
+        some = SCALE_BYTES // dtype.itemsize
+        parts = -(-runs * RUN // (group * some))
+        return torch.zeros((*lead, parts, width, some), dtype=dtype, device=device)
+
     return PackedWeight(
         torch.empty((*lead, width, runs * RUN_WORDS), dtype=torch.int16, device=device),
-        torch.zeros((*lead, parts, width, some), dtype=scale_dtype, device=device),
+        factors(scale_dtype),
         depth,
         group,
         is_float,
+        factors(torch.uint8) if zeros else None,
     )
 
 
@@ -151,20 +183,38 @@ def pack(numbers: Tensor, scales: Tensor, is_float: bool) -> PackedWeight:
     `scales`: [..., width, depth / group].
     """
     codes = torch.stack((numbers & 15, numbers >> 4), -1).flatten(-2)
+    return pack_codes(codes, scales, is_float)
+
+
+def pack_codes(
+    codes: Tensor, scales: Tensor, is_float: bool, zeros: Tensor | None = None
+) -> PackedWeight:
+    """The PackedWeight of codes below 16, uint8 [..., width, depth].
+
+    `scales`, and uint8 `zeros`: [..., width, depth / group].
+    """
     depth = codes.shape[-1]
-    shape = tuple(codes.shape)
     group = depth // scales.shape[-1]
-    packed = empty_packed(shape, group, scales.dtype, is_float, numbers.device)
+    shape = tuple(codes.shape)
+    has_zeros = zeros is not None
+    packed = empty_packed(shape, group, scales.dtype, is_float, codes.device, has_zeros)
     runs = F.pad(codes, (0, -depth % RUN), value=0 if is_float else 8)
     parts = runs.int().unflatten(-1, (-1, 4, RUN_WORDS)).unbind(-2)
     words = torch.zeros_like(parts[0])
     for part, (first, others) in zip(parts, _places(is_float), strict=True):
         words |= (part >> 3 << first) | ((part & 7) << others)
     packed.numbers.copy_(words.flatten(-2))
-    count, _, some = packed.scales.shape[-3:]
-    padded = F.pad(scales, (0, count * some - scales.shape[-1]))
-    packed.scales.copy_(padded.unflatten(-1, (count, some)).movedim(-2, -3))
+    _arrange(scales, packed.scales)
+    if packed.zeros is not None and zeros is not None:
+        _arrange(zeros, packed.zeros)
     return packed
+
+
+def _arrange(factors: Tensor, into: Tensor) -> None:
+    """Write [..., width, groups] scales or zero points as PackedWeight has them."""
+    count, _, some = into.shape[-3:]
+    padded = F.pad(factors, (0, count * some - factors.shape[-1]))
+    into.copy_(padded.unflatten(-1, (count, some)).movedim(-2, -3))
 
 
 Weight = Tensor | Fp8Weight | PackedWeight
