@@ -40,13 +40,16 @@ def in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> d
 
 
 def stored_weight(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Tensor:
-    """The view of the weight of shape `shape` that is at `place` in a checkpoint tensor."""
-    size = (shape[0] // place.rows, place.rows * prod(shape[1:]))
-    strides = (place.width, place.step)
+    """The view of the weight of shape `shape` that is at `place` in a checkpoint tensor; it has the
+    weight's numbers in their order, but not its shape.
+    """
     at = place.offset + place.first
     if place.transposed:
-        return tensor.as_strided(size, strides[::-1], at)
-    return tensor.as_strided(size, strides, at)
+        blocks = (place.blocks, shape[0] // place.blocks, prod(shape[1:]))
+        strides = (place.width // place.blocks, place.step, place.width)
+        return tensor.as_strided(blocks, strides, at)
+    size = (shape[0] // place.rows, place.rows * prod(shape[1:]))
+    return tensor.as_strided(size, (place.width, place.step), at)
 
 
 def _packed(arch: Model, tensors: dict[str, Tensor], kind: Mxfp4 | Integers) -> dict[str, Tensor]:

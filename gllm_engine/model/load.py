@@ -99,7 +99,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Ite
         # On the host, so that it takes no device memory.
         tied_copy = torch.empty_like(weights[_EMBEDDING], device="cpu")
         tied = sources[_EMBEDDING]._replace(tensor=checkpoint.tensors[checkpoint.tied])
-        targets.append(_share(decoder, tied, tied_copy))
+        targets += _share(decoder, tied, tied_copy)
     with reading(targets, decoder.device, shows):
         yield
     if tied_copy is not None and not torch.equal(tied_copy, weights[_EMBEDDING].cpu()):
@@ -231,14 +231,17 @@ def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
 def _aim(
     decoder: Decoder, sources: dict[str, _Source], views: dict[str, Tensor]
 ) -> list[tuple[TensorSlice, Tensor]]:
-    """(source, target) for this rank's read into each of `views`, as of Decoder.weights."""
+    """(source, target) for this rank's reads into `views`, as of Decoder.weights."""
     return [
-        _share(decoder, source, views[name]) for name, source in sources.items() if name in views
+        target
+        for name, source in sources.items()
+        if name in views
+        for target in _share(decoder, source, views[name])
     ]
 
 
-def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice, Tensor]:
-    """The slice and the target view of this rank's shard of a weight.
+def _share(decoder: Decoder, source: _Source, into: Tensor) -> list[tuple[TensorSlice, Tensor]]:
+    """The slices and the target views of this rank's shard of a weight.
 
     `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more
     leading dimension, for copies of the shard.
@@ -251,17 +254,43 @@ def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice
     column = decoder.shard.start(prod(shape[1:]), prod(shard[1:])) * place.rows
     into = into.view(-1, rows, columns)
     if place.transposed:
-        into = into.mT
-        row, column = column, row
-        columns = rows
-    offset = tensor.offset + (place.offset + row * place.width) * tensor.dtype.itemsize
-    if columns == place.width and not place.transposed:  # no row is divided
-        return replace(tensor, offset=offset), into.view(len(into), -1, 1)
+        whole = replace(tensor, offset=_offset(tensor, place, column))
+        return [
+            (
+                replace(
+                    whole, width=place.width, first=first, count=some.shape[1], step=place.step
+                ),
+                some.mT,
+            )
+            for first, some in _runs(place, shape[0], row, into)
+        ]
+    offset = _offset(tensor, place, row)
+    if columns == place.width:  # no row is divided
+        return [(replace(tensor, offset=offset), into.view(len(into), -1, 1))]
     first = place.first + column * place.step
     part = replace(
         tensor, offset=offset, width=place.width, first=first, count=columns, step=place.step
     )
-    return part, into
+    return [(part, into)]
+
+
+def _offset(tensor: TensorSlice, place: Place, row: int) -> int:
+    """The offset in the file of a row of the matrix at `place`."""
+    return tensor.offset + (place.offset + row * place.width) * tensor.dtype.itemsize
+
+
+def _runs(place: Place, whole: int, row: int, into: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first column of the matrix at `place`, rows of `into`) of each block of a transposed weight.
+
+    `into`: [copies, rows, columns], from `row` on of the weight's `whole` rows.
+    """
+    size = whole // place.blocks
+    count = into.shape[1]
+    run = min(size, count)
+    for at in range(0, count, run):
+        block, within = divmod(row + at, size)
+        first = place.first + block * (place.width // place.blocks) + within * place.step
+        yield first, into[:, at : at + run]
 
 
 def _read_header(file: Path, opened: BinaryIO) -> dict[str, StoredTensor]:

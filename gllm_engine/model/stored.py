@@ -234,11 +234,7 @@ class StoredTensors:
                 f"{scale.path}: tensor {scales} has dtype {shown(scale.dtype)}; "
                 f"supported: {', '.join(INT_SCALES)}"
             )
-        layout = checkpoint_layout(self._arch, scales)
-        if layout.transposed and layout.by_head:
-            raise LoadError(
-                f"{path}: tensor {numbers} is not supported, because {name} is stored by head"
-            )
+        self._check_heads(name, scales, promised)
         found = replace(
             promised, group=self._group(name, scales, promised), scale_dtype=scale.dtype
         )
@@ -246,6 +242,17 @@ class StoredTensors:
             zeros = self._own_name(name, kind.zero_points) in self._stored
             return replace(found, zeros=zeros)
         return found
+
+    def _check_heads(self, name: str, scales: str, kind: Integers) -> None:
+        """Refuse a matrix whose weights take turns within an int32."""
+        parts = self._weights[name]
+        blocks = num_blocks(self._arch, parts)
+        sizes = self._arch.weights()
+        if blocks > 1 and any(sizes[part][0] // blocks % kind.row_unit for part in parts):
+            raise LoadError(
+                f"{self._stored[scales].path}: tensor {name} is {kind}, whose int32 hold "
+                f"{kind.row_unit} rows each, but heads of {', '.join(parts)} end within one"
+            )
 
     def _group(self, name: str, scales: str, promised: Integers) -> int:
         """The columns of the matrix `name` that share a scale; 0: all."""

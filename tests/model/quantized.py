@@ -118,7 +118,9 @@ def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
                 tensors[weight] = tensors[weight].mT.contiguous()
         elif name.endswith(".qweight"):
             module = name.removesuffix("qweight")
-            tensors[module + "weight"] = whole_numbers(module, stored, quantization)
+            weight = whole_numbers(module, stored, quantization)
+            # GPT-2 stores plain ones as [columns, rows].
+            tensors[module + "weight"] = weight.T.contiguous() if ".c_" in module else weight
         elif not name.endswith((*BESIDE, "_zero_point", "_shape")) and "_scale" not in name:
             tensors[name] = tensor
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
