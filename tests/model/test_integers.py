@@ -77,7 +77,11 @@ LAYERS = [
     ("Qwen3MoeForCausalLM", REORDERED, {}),
     ("MixtralForCausalLM", AWQ, {}),
     ("MixtralForCausalLM", ZERO_POINTS, {}),
-    ("DeepseekV3ForCausalLM", ASYMMETRIC, {"q_lora_rank": 32, "kv_lora_rank": 32}),
+    (
+        "DeepseekV3ForCausalLM",
+        ASYMMETRIC,
+        {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16},
+    ),
     ("Phi3ForCausalLM", REORDERED, {}),  # q, k and v are one tensor with one order
     ("Phi3ForCausalLM", AWQ, {}),
     ("GPT2LMHeadModel", ASYMMETRIC, {}),
@@ -131,7 +135,7 @@ SHARDED = [
     ("LlamaForCausalLM", AWQ | {"group_size": -1}, WIDE, 2, False),
     ("LlamaForCausalLM", REORDERED, WIDE, 2, False),
     ("LlamaForCausalLM", int4(symmetric=False, group_size=64), WIDE, 2, False),
-    ("Phi3ForCausalLM", AWQ, WIDE, 2, False),
+    ("Phi3ForCausalLM", AWQ, WIDE | {"head_dim": 16}, 2, False),
     ("Qwen3_5ForCausalLM", ASYMMETRIC, WIDE, 2, False),
     ("Qwen3MoeForCausalLM", AWQ, {"moe_intermediate_size": 64}, 2, False),
     ("Qwen3MoeForCausalLM", REORDERED, {"moe_intermediate_size": 64}, 2, False),
@@ -214,7 +218,7 @@ def test_every_stored_number_matters(tmp_path: Path) -> None:
         assert len(names) >= 4
         for changed in names:
             other = {key: tensor.clone() for key, tensor in tensors.items()}
-            other[changed] = other[changed].flip(0).contiguous()
+            other[changed] = other[changed].flip(*range(other[changed].dim()))
             rewrite(model, lambda tensors, other=other: tensors.update(other))
             assert (all_logits(load(model), some_tokens(60)) - right).abs().max() > 1e-4, changed
 
@@ -336,7 +340,7 @@ def test_configs_of_other_formats_than_the_files(gptq: Path, tmp_path: Path) -> 
         "INT4 with a scale per 64 columns"
     ) in refusal(gptq)
     set_config(gptq, AWQ)
-    assert "has shape [8, 64], the config asks for [64, 8]" in refusal(gptq)
+    assert "has shape [12, 64], the config asks for [96, 8]" in refusal(gptq)
     for config in (None, {"quant_method": "fp8"}):
         set_config(gptq, config)
         assert (
