@@ -98,8 +98,7 @@ def _compressed_int(weights: Fields) -> Format:
 
 def _gptq(q: Fields) -> Format:
     q.require(is_marlin_format=False, pack_dtype="int32", lm_head=False)
-    version = q.text("checkpoint_format", q.text("format", "gptq")).lower()
-    _one_of(q, "checkpoint_format", version, ("gptq", "gptq_v2"))
+    version = _version(q, "checkpoint_format", ("gptq", "gptq_v2"))
     _check_overrides(q)
     group = _group(q, "group_size")
     # Static groups are chosen before the columns are reordered, so they are whole.
@@ -128,16 +127,22 @@ def _check_overrides(q: Fields) -> None:
 
 def _awq(q: Fields) -> Format:
     q.require(zero_point=True)
-    version = q.text("version", q.text("format", "gemm")).lower()
-    _one_of(q, "version", version, ("gemm",))
-    backend = q.text("backend", "auto")
-    if backend == "llm-awq":
+    _version(q, "version", ("gemm",))
+    if q.text("backend", "auto") == "llm-awq":
         raise ArchError(f"{q.name}: backend is 'llm-awq', whose tensors are not supported")
     group = _group(q, "q_group_size" if q.has("q_group_size") else "group_size")
     bits = _bits(q, "w_bit" if q.has("w_bit") else "bits")
     if bits != 4:
         raise ArchError(f"{q.name}: bits is {bits}, but of AWQ only 4 is supported")
     return Awq(group)
+
+
+def _version(q: Fields, key: str, allowed: tuple[str, ...]) -> str:
+    """The form of the tensors, which newer tools write as `format`; the first one if absent."""
+    key = key if q.has(key) else "format"
+    version = q.text(key, allowed[0]).lower()
+    _one_of(q, key, version, allowed)
+    return version
 
 
 def _bits(c: Fields, key: str) -> int:

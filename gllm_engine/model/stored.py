@@ -163,7 +163,11 @@ class StoredTensors:
                 "stored so"
             )
         if isinstance(promised, Widened):
-            _log.warning("%s: layers have no such form: the weights are %s", path, promised)
+            _log.warning(
+                "%s: layers cannot compute with these weights as they are stored: %s",
+                path,
+                promised,
+            )
         return self._arch.with_formats(formats) if formats else self._arch
 
     def check(self, arch: Model, path: Path) -> dict[str, TensorSlice]:
