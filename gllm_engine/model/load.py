@@ -151,7 +151,7 @@ def fill_randomly(decoder: Decoder) -> None:
 
 def _bits_of_scales(decoder: Decoder) -> dict[str, int]:
     """Name of a tensor of scales of whole numbers, as format_name -> bits of such a number."""
-    bits = {}
+    bits: dict[str, int] = {}
     for i, layer in enumerate(decoder.layers, decoder.shard.first):
         for name, held in (*layer.mixer.formats, *layer.ffn.formats):
             kind = stored_kind(held)
