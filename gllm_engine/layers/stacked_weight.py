@@ -251,8 +251,7 @@ class _Packed(ABC):
         stagings = []
         for name, rows in self._rows.items():
             part = whole.rows(rows)
-            held = {name: sum(tensor.nbytes for tensor in part.tensors())}
-            stagings.append(Staging(held, partial(self._stage, name, part)))
+            stagings.append(Staging({name: part.nbytes}, partial(self._stage, name, part)))
         return stagings
 
     @abstractmethod

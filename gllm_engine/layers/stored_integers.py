@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.fields import ArchError
 from gllm_engine.arch.formats import Awq, Gptq, Integers
 from gllm_engine.ops import PackedWeight, empty_packed, pack_codes
 
@@ -118,8 +119,16 @@ def held_integers(
 ) -> PackedWeight:
     """Memory for weights [..., rows, columns], of several kinds that may differ in the dtype of
     scales, in the form that layers hold.
+
+    Raises ArchError for a dtype of scales that this form cannot have.
     """
     group = kinds[0].held_group(shape[-1])
     dtypes = [SCALE_DTYPES[kind.scale_dtype] for kind in kinds]
     dtype = reduce(torch.promote_types, dtypes)
+    if kinds[0].zeros and dtype.itemsize > 2:
+        told = " and ".join(sorted({kind.scale_dtype for kind in kinds}))
+        raise ArchError(
+            f"weights that are {kinds[0]} have scales of {told}; beside zero points only scales of "
+            "one 16-bit dtype are supported"
+        )
     return empty_packed(shape, group, dtype, is_float=False, device=device, zeros=kinds[0].zeros)

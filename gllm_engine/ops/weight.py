@@ -80,8 +80,10 @@ class PackedWeight:
     `scales`: [..., n, width, m], where m scales of a row are 4 bytes: the scale of group g of row i
     is [g // m, i, g % m]. If `is_float`, a number's code is e2m1, and a scale a uint8 s for
     2^(s - 127). Else a code is a whole number, and a scale is a floating-point number; the weight
-    is (code - zero point) * scale. `zeros`: zero points from 0 to 15, uint8 and arranged as scales;
-    None: all are 8. Numbers and scales past the end are zero.
+    is (code - zero point) * scale. Numbers and scales past the end are zero.
+
+    `zeros`: whether groups have zero points, from 0 to 15; else they all are 8. A group has 4 bytes
+    then, its scale and its zero point in a 16-bit dtype: [g, i] are those of group g of row i.
     """
 
     numbers: Tensor
@@ -89,7 +91,7 @@ class PackedWeight:
     depth: int
     group: int
     is_float: bool
-    zeros: Tensor | None = None
+    zeros: bool = False
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -104,16 +106,15 @@ class PackedWeight:
 
     def copy_(self, other: PackedWeight) -> None:
         """Take the numbers of a weight with the same shape and kind."""
-        for own, given in zip(self.tensors(), other.tensors(), strict=True):
-            own.copy_(given)
+        self.numbers.copy_(other.numbers)
+        self.scales.copy_(other.scales)
 
-    def tensors(self) -> list[Tensor]:
-        """Numbers, scales, and zero points if there are any."""
-        return [self.numbers, self.scales, *([] if self.zeros is None else [self.zeros])]
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes + self.scales.nbytes
 
     def _each(self, part: Callable[[Tensor], Tensor]) -> PackedWeight:
-        zeros = None if self.zeros is None else part(self.zeros)
-        return replace(self, numbers=part(self.numbers), scales=part(self.scales), zeros=zeros)
+        return replace(self, numbers=part(self.numbers), scales=part(self.scales))
 
     @property
     def shape(self) -> torch.Size:
@@ -123,20 +124,23 @@ class PackedWeight:
         """The matrix in `dtype`, rounded once: products with scales are float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
         codes = self._codes().unflatten(-1, (-1, self.group))
-        scales = self._per_group(self.scales)
+        scales, zeros = self._factors()
         if self.is_float:
             table = torch.tensor(_E2M1, dtype=wide, device=codes.device)
             values = table.index_select(0, codes.flatten()).view(codes.shape)
             scaled = torch.ldexp(values, scales.int() - _LEAST_EXPONENT)
         else:
-            zeros = 8 if self.zeros is None else self._per_group(self.zeros).int()
-            scaled = (codes - zeros).to(wide) * scales.to(wide)
+            scaled = (codes - zeros.int()).to(wide) * scales.to(wide)
         return scaled.flatten(-2).to(dtype)
 
-    def _per_group(self, arranged: Tensor) -> Tensor:
-        """[..., width, groups, 1], of scales or zero points."""
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The scales and the zero points of groups, each [..., width, groups, 1]."""
         groups = self.depth // self.group
-        return arranged.movedim(-3, -2).flatten(-2)[..., :groups, None]
+        factors = self.scales.movedim(-3, -2)
+        if self.zeros:
+            return factors[..., :groups, :1], factors[..., :groups, 1:]
+        scales = factors.flatten(-2)[..., :groups, None]
+        return scales, torch.full_like(scales, 8)
 
     def _codes(self) -> Tensor:
         """The codes of the numbers: int32 [..., width, depth]."""
@@ -157,22 +161,18 @@ def empty_packed(
     device: torch.device,
     zeros: bool = False,
 ) -> PackedWeight:
-    """Memory for a PackedWeight [..., width, depth]; its scales and zero points are zero."""
+    """Memory for a PackedWeight [..., width, depth]; its scales are zero."""
     *lead, width, depth = shape
     runs = -(-depth // RUN)
-
-    def factors(dtype: torch.dtype) -> Tensor:
-        some = SCALE_BYTES // dtype.itemsize
-        parts = -(-runs * RUN // (group * some))
-        return torch.zeros((*lead, parts, width, some), dtype=dtype, device=device)
-
+    some = SCALE_BYTES // scale_dtype.itemsize
+    parts = -(-runs * RUN // (group if zeros else group * some))
     return PackedWeight(
         torch.empty((*lead, width, runs * RUN_WORDS), dtype=torch.int16, device=device),
-        factors(scale_dtype),
+        torch.zeros((*lead, parts, width, some), dtype=scale_dtype, device=device),
         depth,
         group,
         is_float,
-        factors(torch.uint8) if zeros else None,
+        zeros,
     )
 
 
@@ -196,25 +196,24 @@ def pack_codes(
     depth = codes.shape[-1]
     group = depth // scales.shape[-1]
     shape = tuple(codes.shape)
-    has_zeros = zeros is not None
-    packed = empty_packed(shape, group, scales.dtype, is_float, codes.device, has_zeros)
+    packed = empty_packed(
+        shape, group, scales.dtype, is_float, codes.device, zeros=zeros is not None
+    )
     runs = F.pad(codes, (0, -depth % RUN), value=0 if is_float else 8)
     parts = runs.int().unflatten(-1, (-1, 4, RUN_WORDS)).unbind(-2)
     words = torch.zeros_like(parts[0])
     for part, (first, others) in zip(parts, _places(is_float), strict=True):
         words |= (part >> 3 << first) | ((part & 7) << others)
     packed.numbers.copy_(words.flatten(-2))
-    _arrange(scales, packed.scales)
-    if packed.zeros is not None and zeros is not None:
-        _arrange(zeros, packed.zeros)
+    count, _, some = packed.scales.shape[-3:]
+    if zeros is None:
+        padded = F.pad(scales, (0, count * some - scales.shape[-1]))
+        factors = padded.unflatten(-1, (count, some))
+    else:
+        factors = torch.stack((scales, zeros.to(scales.dtype)), -1)
+        factors = F.pad(factors, (0, 0, 0, count - scales.shape[-1]))
+    packed.scales.copy_(factors.movedim(-2, -3))
     return packed
-
-
-def _arrange(factors: Tensor, into: Tensor) -> None:
-    """Write [..., width, groups] scales or zero points as PackedWeight has them."""
-    count, _, some = into.shape[-3:]
-    padded = F.pad(factors, (0, count * some - factors.shape[-1]))
-    into.copy_(padded.unflatten(-1, (count, some)).movedim(-2, -3))
 
 
 Weight = Tensor | Fp8Weight | PackedWeight

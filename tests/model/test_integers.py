@@ -240,8 +240,8 @@ def test_a_zero_point_of_zero(tmp_path: Path) -> None:
     stored = torch.tensor([word - 2**32 if word >= 2**31 else word], dtype=torch.int32)
     rewrite(model, lambda tensors: tensors[name].copy_(stored.expand_as(tensors[name])))
     check(model)
-    module = load(model)._blocks[1]._ffn._down._products[0]._weight
-    assert module.zeros[0, :8, 0].tolist() == [0, 5, 0, 0, 1, 15, 9, 8]
+    weight = load(model)._blocks[1]._ffn._down._products[0]._weight
+    assert weight.scales[0, :8, 1].tolist() == [0, 5, 0, 0, 1, 15, 9, 8]
 
 
 @pytest.fixture

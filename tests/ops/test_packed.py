@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from gllm_engine.ops import PackedWeight, pack, quantize_int4, quantize_mxfp4, reference
+from gllm_engine.ops import PackedWeight, pack, pack_codes, quantize_int4, quantize_mxfp4, reference
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
@@ -36,6 +36,31 @@ def test_every_code_and_every_exponent() -> None:
     assert whole[3, :4].tolist() == [-4.0, -2.5, -3.5, -2.5]
 
 
+def with_zeros(rows: int, depth: int, group: int, count: int) -> PackedWeight:
+    """Any codes and zero points; scales that differ much."""
+    codes = torch.randint(0, 16, (count, rows, depth), dtype=torch.uint8)
+    size = (count, rows, depth // group)
+    zeros = torch.randint(0, 16, size, dtype=torch.uint8)
+    return pack_codes(codes, torch.rand(size).half() / 8, False, zeros)
+
+
+def test_zero_points() -> None:
+    codes = torch.randint(0, 16, (2, 24, 192), dtype=torch.uint8)
+    scales = torch.randn(2, 24, 3)
+    zeros = torch.randint(0, 16, (2, 24, 3), dtype=torch.uint8)
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = pack_codes(codes, scales.to(dtype), False, zeros)
+        assert weight.group == 64 and weight.shape == codes.shape
+        found = weight.dequantized(torch.float64)
+        for row in range(24):
+            for column in range(192):
+                group = column // 64
+                number = int(codes[1, row, column]) - int(zeros[1, row, group])
+                assert found[1, row, column] == number * scales[1, row, group].to(dtype).item()
+        part = weight[1].rows(slice(3, 7))
+        assert torch.equal(part.dequantized(torch.float64), found[1, 3:7])
+
+
 def test_rounding_to_four_bits() -> None:
     matrix = torch.randn(2, 24, 128)
     for group in (32, 64):
@@ -54,21 +79,40 @@ def test_rounding_to_four_bits() -> None:
     )
 
 
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here"
+)
+
+
 # Depths that no tile divides.
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
+@interpreted
 @pytest.mark.parametrize(
     ("is_float", "group", "tokens", "held"),
     [(True, 32, 1, (0, 6)), (True, 32, 20, (1, 3)), (False, 32, 9, (0, 6)), (False, 64, 3, (2, 4))],
 )
 def test_experts(is_float: bool, group: int, tokens: int, held: tuple[int, int]) -> None:
+    dim = 3 * group
+    gate_up = every_byte(128, dim, is_float, group, held[1])
+    check_experts(gate_up, every_byte(dim, 64, is_float, group, held[1]), tokens, held)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@interpreted
+@pytest.mark.parametrize("group", [32, 64])
+def test_experts_with_zero_points(group: int) -> None:
+    dim = 5 * group
+    held = (1, 3)
+    check_experts(with_zeros(128, dim, group, 3), with_zeros(dim, 64, group, 3), 9, held)
+
+
+def check_experts(
+    gate_up: PackedWeight, down: PackedWeight, tokens: int, held: tuple[int, int]
+) -> None:
     from gllm_engine.ops import triton
 
-    dim = 3 * group
-    hidden = 64
-    first, count = held
-    gate_up = every_byte(2 * hidden, dim, is_float, group, count)
-    down = every_byte(dim, hidden, is_float, group, count)
+    first, _ = held
+    dim = gate_up.shape[-1]
     x = torch.randn(tokens, dim) / 16
     routing = torch.rand(tokens, 2), torch.rand(tokens, 6).argsort(1)[:, :2].int().contiguous()
     args = (x, *routing, gate_up, down, first, 6)

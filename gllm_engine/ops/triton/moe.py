@@ -398,7 +398,7 @@ def _grouped(
 @triton.jit
 def _grouped_packed(
     x, numbers, scales, bias, weights, order, groups, out, width, depth, scale_words,
-    GROUP: tl.constexpr, SCALE: tl.constexpr,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
     LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -424,7 +424,7 @@ def _grouped_packed(
         x + source.to(tl.int64)[None, :] * depth,
         numbers + expert.to(tl.int64) * rows * run_words(depth),
         scales + expert.to(tl.int64) * scale_words,
-        line, up_line, rows, depth, GROUP, SCALE, GATED, EVEN,
+        line, up_line, rows, depth, GROUP, SCALE, ZEROS, GATED, EVEN,
     )  # fmt: skip
     sums, ups = tl.trans(sums), tl.trans(ups)
     sums = _finish(
@@ -532,7 +532,7 @@ def _packed_product(
     scales, kind = scale_words(matrix)
     _grouped_packed[(most_blocks * triton.cdiv(width, columns),)](
         x, matrix.numbers, scales, bias, on_input, order, groups, out, width, depth,
-        scales[0].numel(), GROUP=matrix.group, SCALE=kind, TOP_K=top_k,
+        scales[0].numel(), GROUP=matrix.group, SCALE=kind, ZEROS=matrix.zeros, TOP_K=top_k,
         GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
         EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, EVEN=depth % RUN == 0,

@@ -48,14 +48,16 @@ def _codes(words, INDEX: tl.constexpr, IS_FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _values(codes, IS_FLOAT: tl.constexpr):
-    """The float32 values of codes. Those of e2m1: sign, 2 bits of exponent, 1 of mantissa."""
+def _values(codes, zero, IS_FLOAT: tl.constexpr):
+    """The float32 values of codes: of whole numbers code - zero. Those of e2m1: sign, 2 bits of
+    exponent, 1 of mantissa.
+    """
     if IS_FLOAT:
         size = codes & 7
         bits = tl.where(size >= 2, (size + 252) << 22, tl.where(size == 1, 0x3F000000, 0))
         values = (bits | (codes >> 3 << 31)).to(tl.float32, bitcast=True)
     else:
-        values = (codes - 8).to(tl.float32)
+        values = codes.to(tl.float32) - zero
     return values
 
 
@@ -76,7 +78,7 @@ def _factors(bits, kind: tl.constexpr):
 @triton.jit
 def _add_run(
     sums, words, x_0, x_1, x_2, x_3, scales, line, run, width,
-    GROUP: tl.constexpr, SCALE: tl.constexpr,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """sums [lines, n] + the product of a run of the rows `line` of a PackedWeight with x.
 
@@ -84,17 +86,22 @@ def _add_run(
     """
     IS_FLOAT: tl.constexpr = SCALE == tl.uint8
     BITS: tl.constexpr = SCALE.primitive_bitwidth
-    NUM: tl.constexpr = 32 // BITS
+    NUM: tl.constexpr = 1 if ZEROS else 32 // BITS
     word = tl.zeros_like(line)
     for i in tl.static_range(4):
         group = (run * _RUN + 32 * i) // GROUP
         if i == 0 or 32 * i % (GROUP * NUM) == 0:
             word = tl.load(scales + group // NUM * width + line)
         bits = word >> group % NUM * BITS
+        zero = 8.0
+        if ZEROS:
+            zero = _factors((bits >> BITS) & ((1 << BITS) - 1), SCALE)[:, None]
         if BITS < 32:
             bits = bits & ((1 << BITS) - 1)
         x = x_0 if i == 0 else x_1 if i == 1 else x_2 if i == 2 else x_3
-        values = _values(_codes(words, i, IS_FLOAT), IS_FLOAT) * _factors(bits, SCALE)[:, None]
+        values = (
+            _values(_codes(words, i, IS_FLOAT), zero, IS_FLOAT) * _factors(bits, SCALE)[:, None]
+        )
         sums = tl.dot(values.to(x.dtype), x, sums, input_precision="ieee")
     return sums
 
@@ -108,13 +115,14 @@ def run_words(depth):
 @triton.jit
 def multiply_packed(
     x, numbers, scales, line, up_line, width, depth,
-    GROUP: tl.constexpr, SCALE: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, GATED: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """The float32 products of rows of a PackedWeight with rows of x, [lines, n]; if GATED, of the
     rows `line` and of the rows `up_line`, else the same ones twice.
 
     x: [1, n], where rows of x begin. `scales`: of the weight [width, depth], as int32. SCALE: their
-    dtype.
+    dtype. ZEROS: there are zero points beside them.
     """
     column, at = tl.arange(0, _WORDS)[:, None], tl.arange(0, _WORDS)[None, :]
     words = run_words(depth)
@@ -130,10 +138,12 @@ def multiply_packed(
         x_2 = _load(x + k + 64, k + 64 < depth, EVEN)
         x_3 = _load(x + k + 96, k + 96 < depth, EVEN)
         w = tl.load(tile + run * _WORDS)
-        sums = _add_run(sums, w, x_0, x_1, x_2, x_3, scales, line, run, width, GROUP, SCALE)
+        sums = _add_run(sums, w, x_0, x_1, x_2, x_3, scales, line, run, width, GROUP, SCALE, ZEROS)
         if GATED:
             w = tl.load(up_tile + run * _WORDS)
-            ups = _add_run(ups, w, x_0, x_1, x_2, x_3, scales, up_line, run, width, GROUP, SCALE)
+            ups = _add_run(
+                ups, w, x_0, x_1, x_2, x_3, scales, up_line, run, width, GROUP, SCALE, ZEROS
+            )
     return sums, ups
 
 
