@@ -110,6 +110,7 @@ class StoredTensors:
         """`arch`: without formats."""
         self._arch = arch
         self._shapes = checkpoint_shapes(arch)
+        self._sizes = arch.weights()
         self._weights = checkpoint_tensors(arch)
         self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
         self._stored: dict[str, StoredTensor] = {}
@@ -238,7 +239,7 @@ class StoredTensors:
                 f"{scale.path}: tensor {scales} has dtype {shown(scale.dtype)}; "
                 f"supported: {', '.join(INT_SCALES)}"
             )
-        self._check_heads(name, scales, promised)
+        self._check_rows(name, scales, promised)
         found = replace(
             promised, group=self._group(name, scales, promised), scale_dtype=scale.dtype
         )
@@ -247,23 +248,23 @@ class StoredTensors:
             return replace(found, zeros=zeros)
         return found
 
-    def _check_heads(self, name: str, scales: str, kind: Integers) -> None:
-        """Refuse a matrix whose weights take turns within an int32."""
+    def _check_rows(self, name: str, scales: str, kind: Integers) -> None:
+        """Refuse a matrix of which an int32 has rows of several weights or heads, or too few."""
         parts = self._weights[name]
         blocks = num_blocks(self._arch, parts)
-        sizes = self._arch.weights()
-        if blocks > 1 and any(sizes[part][0] // blocks % kind.row_unit for part in parts):
-            raise LoadError(
-                f"{self._stored[scales].path}: tensor {name} is {kind}, whose int32 hold "
-                f"{kind.row_unit} rows each, but heads of {', '.join(parts)} end within one"
-            )
+        for part in parts:
+            rows = self._sizes[part][0] // blocks
+            if rows % kind.row_unit:
+                raise LoadError(
+                    f"{self._stored[scales].path}: tensor {name} is {kind}, whose int32 have "
+                    f"{kind.row_unit} rows each, but {part} has {rows} rows"
+                    + (" of a head" if blocks > 1 else "")
+                )
 
     def _group(self, name: str, scales: str, promised: Integers) -> int:
         """The columns of the matrix `name` that share a scale; 0: all."""
         shape = self._stored[scales].shape
-        parts = self._weights[name]
-        sizes = self._arch.weights()
-        columns = sizes[parts[0]][1]
+        rows, columns = self._matrix(name)
         groups = 0
         if shape:
             groups = shape[0 if checkpoint_layout(self._arch, scales).transposed else -1]
@@ -271,13 +272,18 @@ class StoredTensors:
         if group == columns and promised.group != columns:
             group = 0
         if columns % INT4_GROUPS[0] or group % INT4_GROUPS[0]:
-            rows = sum(sizes[part][0] for part in parts)
             raise LoadError(
                 f"{self._stored[scales].path}: tensor {scales} has shape {shown(repr(shape))}; "
                 f"supported for {name} {[rows, columns]} are one scale per row and one per group, "
                 f"of a multiple of {INT4_GROUPS[0]} columns"
             )
         return group
+
+    def _matrix(self, name: str) -> tuple[int, int]:
+        """(rows, columns) of the weights that are stored as `name`, stacked."""
+        parts = self._weights[name]
+        rows = sum(self._sizes[part][0] for part in parts)
+        return rows, self._sizes[parts[0]][1]
 
     def _own_name(self, name: str, own: str) -> str:
         """The checkpoint name of the tensor `own` of the module that has the weight `name`."""
@@ -323,10 +329,9 @@ class StoredTensors:
                 self.shared.add(names[0])
             return replace(FP8_TENSOR, suffix=suffix)
         if scale.shape == grid:
-            shapes = self._arch.weights()
             blocks = num_blocks(self._arch, parts)
             before_others = parts if blocks > 1 else parts[:-1]
-            if any(shapes[part][0] // blocks % block.rows for part in before_others):
+            if any(self._sizes[part][0] // blocks % block.rows for part in before_others):
                 raise LoadError(
                     f"{stored.path}: tensor {name} is {block}, of which one lies over two of the "
                     f"weights that it holds ({', '.join(parts)})"
@@ -382,10 +387,7 @@ class StoredTensors:
         kind = self._integers_of.get(weight)
         if kind is None or name in self._weights:
             return None
-        sizes = self._arch.weights()
-        parts = self._weights[weight]
-        rows = sum(sizes[part][0] for part in parts)
-        return expected_beside(kind, name.rsplit(".", 1)[1], rows, sizes[parts[0]][1])
+        return expected_beside(kind, name.rsplit(".", 1)[1], *self._matrix(weight))
 
 
 def incomplete(file: Path, problem: str) -> LoadError:
