@@ -148,12 +148,15 @@ def pack(numbers: Tensor, scales: Tensor, is_float: bool) -> PackedWeight:
     """The PackedWeight [..., width, depth] of what checkpoints hold.
 
     `numbers`: uint8 [..., width, depth / 2], two codes in a byte, the first one in its low bits.
-    `scales`: [..., width, depth / group].
+    `scales`: [..., width, depth / group], for groups that divide 128 or that 128 divides.
     """
     codes = torch.stack((numbers & 15, numbers >> 4), -1).flatten(-2)
     depth = codes.shape[-1]
     shape = tuple(codes.shape)
     group = depth // scales.shape[-1]
+    if group > RUN:
+        scales = scales.repeat_interleave(group // RUN, -1)
+        group = RUN
     packed = empty_packed(shape, group, scales.dtype, is_float, numbers.device)
     runs = F.pad(codes, (0, -depth % RUN), value=0 if is_float else 8)
     parts = runs.int().unflatten(-1, (-1, 4, RUN_WORDS)).unbind(-2)
