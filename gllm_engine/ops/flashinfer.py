@@ -149,8 +149,10 @@ def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[...
 
 
 def _unpacked(weight: Weight, x: Tensor) -> Tensor | Fp8Weight:
-    """A plain matrix for 4-bit numbers, made anew for each product: right, but slow."""
-    return weight.dequantized(x.dtype) if isinstance(weight, PackedWeight) else weight
+    """A plain matrix for 4-bit numbers, made anew for each product of so many rows."""
+    if isinstance(weight, PackedWeight):
+        return triton.dequantize_packed(weight, x.dtype)
+    return weight
 
 
 def linear(
@@ -161,6 +163,8 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    if triton.is_packed_product(weight, x):
+        return triton.packed_linear(x, weight, bias, norm, out=out)
     weight = _unpacked(weight, x)
     if not isinstance(weight, Tensor):
         return fp8_product.linear(x, weight, bias, norm, out)
@@ -176,6 +180,8 @@ def linear(
 
 def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
     """See Ops.gated_linear."""
+    if triton.is_packed_product(weight, x):
+        return triton.packed_linear(x, weight, bias, norm, gated=True)
     weight = _unpacked(weight, x)
     if not isinstance(weight, Tensor):
         return silu_mul(fp8_product.linear(x, weight, bias, norm))
@@ -186,6 +192,8 @@ def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | No
 
 def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear. Without a bias, the sum with a plain product is rounded only once."""
+    if triton.is_packed_product(weight, x):
+        return triton.packed_linear(x, weight, bias, out=total, add=True)
     weight = _unpacked(weight, x)
     if not isinstance(weight, Tensor):
         return total.add_(fp8_product.linear(x, weight, bias))

@@ -191,13 +191,17 @@ def pack_codes(
 ) -> PackedWeight:
     """The PackedWeight of codes below 16, uint8 [..., width, depth].
 
-    `scales`, and uint8 `zeros`: [..., width, depth / group].
+    `scales`, and uint8 `zeros`: [..., width, depth / group], for groups that divide 128 or that 128
+    divides.
     """
     depth = codes.shape[-1]
     group = depth // scales.shape[-1]
-    shape = tuple(codes.shape)
+    if group > RUN:
+        scales = scales.repeat_interleave(group // RUN, -1)
+        zeros = None if zeros is None else zeros.repeat_interleave(group // RUN, -1)
+        group = RUN
     packed = empty_packed(
-        shape, group, scales.dtype, is_float, codes.device, zeros=zeros is not None
+        tuple(codes.shape), group, scales.dtype, is_float, codes.device, zeros=zeros is not None
     )
     runs = F.pad(codes, (0, -depth % RUN), value=0 if is_float else 8)
     parts = runs.int().unflatten(-1, (-1, 4, RUN_WORDS)).unbind(-2)

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from gllm_engine.ops import PackedWeight, pack, pack_codes, quantize_int4, quantize_mxfp4, reference
+from gllm_engine.routing import Clamp
 
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here"
+)
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
@@ -79,13 +84,7 @@ def test_rounding_to_four_bits() -> None:
     )
 
 
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here"
-)
-
-
 # Depths that no tile divides.
-@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @interpreted
 @pytest.mark.parametrize(
     ("is_float", "group", "tokens", "held"),
@@ -97,7 +96,6 @@ def test_experts(is_float: bool, group: int, tokens: int, held: tuple[int, int])
     check_experts(gate_up, every_byte(dim, 64, is_float, group, held[1]), tokens, held)
 
 
-@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @interpreted
 @pytest.mark.parametrize("group", [32, 64])
 def test_experts_with_zero_points(group: int) -> None:
@@ -119,3 +117,119 @@ def check_experts(
     expected = reference.sum_experts(*args)
     assert expected.std() > 0.01
     torch.testing.assert_close(triton.sum_experts(*args), expected, rtol=0, atol=1e-4)
+
+
+def random_weight(rows: int, depth: int, kind: torch.dtype, group: int) -> PackedWeight:
+    """Random bytes; `kind`: of the scales."""
+    numbers = torch.randint(0, 256, (rows, depth // 2), dtype=torch.uint8)
+    size = (rows, depth // group)
+    if kind == torch.uint8:
+        return pack(numbers, torch.randint(118, 128, size, dtype=torch.uint8), True)
+    return pack(numbers, (torch.rand(size) / 8).to(kind), False)
+
+
+# Formats, with depths that no run and no turn divides.
+WEIGHTS = [
+    (torch.uint8, 32, 96),
+    (torch.uint8, 32, 416),
+    (torch.bfloat16, 32, 160),
+    (torch.bfloat16, 128, 384),
+    (torch.float16, 64, 192),
+    (torch.float32, 128, 128),
+    (torch.bfloat16, 384, 384),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "group", "depth"), WEIGHTS)
+def test_dequantized(kind: torch.dtype, group: int, depth: int) -> None:
+    from gllm_engine.ops import triton
+
+    weight = random_weight(50, depth, kind, group)
+    for dtype in (torch.float32, torch.float16):
+        found = triton.dequantize_packed(weight, dtype)
+        assert torch.equal(found, weight.dequantized(dtype))
+    found = triton.dequantize_packed(weight, torch.bfloat16)  # the interpreter cuts off bits
+    torch.testing.assert_close(found, weight.dequantized(torch.bfloat16), rtol=2**-7, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "group", "depth"), WEIGHTS)
+def test_products(kind: torch.dtype, group: int, depth: int, dtype: torch.dtype) -> None:
+    """One row with a norm; several with a bias, added to a sum; more than a tile, gated."""
+    from gllm_engine.ops import triton
+
+    weight = random_weight(2 * 40, depth, kind, group)
+    bias = torch.randn(80).to(dtype)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}[dtype]
+
+    def compare(found: torch.Tensor, expected: torch.Tensor) -> None:
+        assert expected.float().std() > 0.1
+        torch.testing.assert_close(found, expected, rtol=tolerance / 4, atol=tolerance)
+
+    x = torch.randn(33, depth).to(dtype) / 8
+    norm = torch.rand(depth).to(dtype), 1e-6
+    expected = reference.linear(x[:1], weight, None, norm)
+    compare(triton.packed_linear(x[:1], weight, norm=norm), expected)
+    total = torch.randn(8, 80).to(dtype)
+    expected = reference.add_linear(total.clone(), x[:8], weight, bias)
+    found = triton.packed_linear(x[:8], weight, bias, out=total, add=True)
+    assert found is total
+    compare(found, expected)
+    compare(
+        triton.packed_linear(x, weight, bias, gated=True),
+        reference.gated_linear(x, weight, bias, None),
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(("group", "depth"), [(32, 160), (64, 192), (128, 384)])
+def test_products_with_zero_points(group: int, depth: int) -> None:
+    from gllm_engine.ops import triton
+
+    weight = with_zeros(80, depth, group, 1)[0]
+    x = torch.randn(9, depth) / 8
+    assert torch.equal(triton.dequantize_packed(weight, x.dtype), weight.dequantized(x.dtype))
+    for rows in (1, 9):
+        expected = reference.gated_linear(x[:rows], weight, None, None)
+        assert expected.std() > 0.1
+        found = triton.packed_linear(x[:rows], weight, gated=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_product_in_parts(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
+    from gllm_engine.ops import triton
+    from gllm_engine.ops.triton import packed
+
+    weight = random_weight(64, 1100 // 32 * 32, torch.uint8, 32)
+    x = torch.randn(3, weight.depth) / 16
+    monkeypatch.setattr(packed, "_MIN_TURNS", 1)
+    assert packed.num_parts(2, weight.depth, 1) == 8  # of which the last ones are empty
+    expected = (reference.gated_linear if gated else reference.linear)(x, weight, None, None)
+    for _ in range(2):  # the counters are zero again
+        found = triton.packed_linear(x, weight, gated=gated)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+@interpreted
+def test_experts_with_all_options() -> None:
+    """Biases, a clamp, weights that multiply the input, and bfloat16, in tiles of other sizes."""
+    from gllm_engine.ops import triton
+
+    gate_up = every_byte(2 * 64, 416, True, 32, 4)
+    down = every_byte(416, 64, True, 32, 4)
+    biases = torch.randn(4, 128), torch.randn(4, 416)
+    for dtype, tokens in ((torch.float32, 33), (torch.bfloat16, 40)):
+        x = torch.randn(tokens, 416).to(dtype) / 16
+        routing = torch.rand(tokens, 2), torch.rand(tokens, 4).argsort(1)[:, :2].int().contiguous()
+        args = (x, *routing, gate_up, down, 0, 4, None, True)
+        typed = (biases[0].to(dtype), biases[1].to(dtype))
+        options = (typed, Clamp(7.0, 1.702))
+        expected = reference.sum_experts(*args, *options)
+        assert expected.float().std() > 0.1
+        tolerance = 1e-4 if dtype == torch.float32 else 0.15
+        found = triton.sum_experts(*args, *options)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=tolerance)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.packed import multiply_packed, run_words, scale_words
+from gllm_engine.ops.triton.packed import multiply_packed, run_words, runs_of_turn, scale_words
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, Weight
 from gllm_engine.routing import Clamp, Routing
@@ -60,12 +60,28 @@ _TILES = (
     (96, Tiles(64, 128, 128, 4, 3)),
     (inf, Tiles(128, 256, 64, 8, 4)),
 )
-_EXACT_TILES = Tiles(16, 64, 32, 4, 2)  # for float32, which tensor cores would round
+# For weights of 4-bit numbers; `columns` are those of gate, and as many are up's. To decode numbers
+# takes the time, so a matrix is decoded by as few programs as possible, each in tiles of 64 rows of
+# the weight for every four warps, the least of a warpgroup's product.
+_PACKED_TILES = (
+    (0.25, Tiles(16, 64, 256, 4, 4)),
+    (8, Tiles(16, 64, 256, 4, 3)),
+    (24, Tiles(32, 64, 256, 4, 3)),
+    (96, Tiles(64, 64, 128, 4, 3)),
+    (inf, Tiles(128, 128, 128, 8, 3)),
+)
+# For float32, which tensor cores would round.
+_EXACT_TILES = Tiles(16, 64, 32, 4, 2)
+_EXACT_PACKED_TILES = Tiles(16, 32, 128, 4, 2)
 
 
-def choose_tiles(tokens: int, top_k: int, num_experts: int) -> Tiles:
-    """Tiles for 16-bit dtypes, assuming that all experts are equally likely."""
-    return next(tiles for limit, tiles in _TILES if tokens * top_k <= limit * num_experts)
+def choose_tiles(tokens: int, top_k: int, num_experts: int, packed: bool = False) -> Tiles:
+    """Tiles for 16-bit dtypes, assuming that all experts are equally likely.
+
+    `packed`: for weights of 4-bit numbers.
+    """
+    table = _PACKED_TILES if packed else _TILES
+    return next(tiles for limit, tiles in table if tokens * top_k <= limit * num_experts)
 
 
 @triton.jit
@@ -398,7 +414,7 @@ def _grouped(
 @triton.jit
 def _grouped_packed(
     x, numbers, scales, bias, weights, order, groups, out, width, depth, scale_words,
-    GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
     LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -424,7 +440,8 @@ def _grouped_packed(
         x + source.to(tl.int64)[None, :] * depth,
         numbers + expert.to(tl.int64) * rows * run_words(depth),
         scales + expert.to(tl.int64) * scale_words,
-        line, up_line, rows, depth, GROUP, SCALE, ZEROS, GATED, EVEN,
+        line, up_line, rows, depth, 0, depth, GROUP, SCALE, ZEROS, RUNS, GATED, EVEN,
+        OVERLAPS,
     )  # fmt: skip
     sums, ups = tl.trans(sums), tl.trans(ups)
     sums = _finish(
@@ -525,17 +542,18 @@ def _packed_product(
     """grouped_product for 4-bit numbers."""
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
-    columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
+    columns = _fit(tiles.columns, width)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
     out = x.new_empty(pairs, width)
     scales, kind = scale_words(matrix)
+    runs = runs_of_turn(matrix, tiles.depth // RUN)
     _grouped_packed[(most_blocks * triton.cdiv(width, columns),)](
         x, matrix.numbers, scales, bias, on_input, order, groups, out, width, depth,
-        scales[0].numel(), GROUP=matrix.group, SCALE=kind, ZEROS=matrix.zeros, TOP_K=top_k,
-        GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
+        scales[0].numel(), GROUP=matrix.group, SCALE=kind, ZEROS=matrix.zeros, RUNS=runs,
+        TOP_K=top_k, GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
-        EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, EVEN=depth % RUN == 0,
+        EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, EVEN=depth % (RUN * runs) == 0,
         OVERLAPS=OVERLAP, num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
@@ -581,8 +599,13 @@ def sum_experts(
     (tokens, top_k), (held, dim, _) = experts.shape, down.shape
     if not tokens or not held:
         return torch.zeros_like(x) if total is None else total
-    exact = x.dtype == torch.float32
-    tiles = _EXACT_TILES if exact else choose_tiles(tokens, top_k, num_experts)
+    packed = isinstance(gate_up, PackedWeight)
+    if x.dtype == torch.float32:
+        tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
+    else:
+        tiles = choose_tiles(tokens, top_k, num_experts, packed)
+        if packed and tiles.rows > 64 and runs_of_turn(gate_up) > 1:
+            tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
     order, groups = sort_pairs(experts, first, held, tiles.rows)
     scale = weights if on_input else None
     gate_up_bias, down_bias = biases
