@@ -272,7 +272,8 @@ def _packed(
     x, numbers, scales, bias, out, sums, arrived, rows, width, depth,
     GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    GATED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, part) multiplies one part of the depth; see skinny.py for tiles with parts."""
     begin(OVERLAPS)
