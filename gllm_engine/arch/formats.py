@@ -10,7 +10,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from math import gcd
+from typing import ClassVar, NamedTuple, TypeVar
 
 from gllm_engine.arch.fields import ArchError
 
@@ -87,67 +88,168 @@ class Fp8(Format):
         return "FP8 with a scale per row" if self.rows else "FP8 with one scale"
 
 
-class _Packed(Format):
-    """4-bit numbers, of which `group` in a row share a scale."""
-
-    group: int
-
-    def cut(self: P, name: str, whole: Size, part: Size, start: Start) -> P:
-        """See Format.cut: not within a group."""
-        del start
-        if part[1] < whole[1] and part[1] % self.group:
-            raise ArchError(
-                f"tensor_parallel_size: {whole[1]} columns of {name} would be split into parts of "
-                f"{part[1]}, but they are {self}; experts are not split with "
-                "enable_expert_parallel"
-            )
-        return self
-
-    def _grid(self, name: str, shape: Size) -> tuple[int, int]:
-        """The shape of the scales of a matrix."""
-        rows, columns = shape
-        if columns % self.group:
-            raise ArchError(f"{name} has {columns} columns, so it cannot be {self}")
-        return rows, columns // self.group
-
-
 @dataclass(frozen=True)
-class Mxfp4(_Packed):
-    """4-bit floating-point numbers (e2m1); the scale of 32 numbers is a power of two.
+class Mxfp4(Format):
+    """4-bit floating-point numbers (e2m1); the scale of 32 numbers of a row is a power of two.
 
     As in gpt-oss: 16 bytes hold 32 numbers, the first of each two in the low bits, and a byte s
     holds the scale 2^(s - 127).
     """
 
-    group: int = field(default=32, init=False)
+    group: ClassVar[int] = 32
 
     def tensors(self, name: str, shape: Size) -> Shapes:
         """See Format.tensors: numbers and scales."""
-        scales = self._grid(name, shape)
+        rows, columns = shape
+        if columns % self.group:
+            raise ArchError(f"{name} has {columns} columns, so it cannot be {self}")
+        scales = (rows, columns // self.group)
         return {name + "_blocks": (*scales, self.group // 2), name + "_scales": scales}
+
+    def cut(self, name: str, whole: Size, part: Size, start: Start) -> Mxfp4:
+        """See Format.cut: not within a group."""
+        del start
+        if part[1] < whole[1] and part[1] % self.group:
+            raise ArchError(_splits(f"{whole[1]} columns", name, part[1], self))
+        return self
 
     def __str__(self) -> str:
         return f"MXFP4 with a scale per {self.group} columns"
 
 
 @dataclass(frozen=True)
-class Int4(_Packed):
-    """Whole numbers from -8 to 7.
+class Integers(Format):
+    """Whole numbers: (number - zero point) * scale is the weight.
 
-    As compressed-tensors packs them: an int32 holds 8 numbers plus 8, the first in the low bits.
+    `group` numbers of a row share a scale and a zero point; 0: all numbers of a row. `bits`: of a
+    number and of a zero point. Without `zeros` every zero point is 2^(bits - 1), and none is
+    stored. `scale_dtype`: as safetensors calls it. `reordered`: column j is in group g_idx[j],
+    which is stored too; else in group j // group. `column_cut`: the weight is a part of a larger
+    one and ends inside a group; see Fp8.
+
+    An int32 holds 32 / bits numbers, the first in its low bits unless a kind says otherwise. Zero
+    points are so packed along the rows.
     """
 
     group: int
-    scale_dtype: str = "BF16"  # as safetensors calls it
+    bits: int = 4
+    zeros: bool = False
+    reordered: bool = False
+    scale_dtype: str = "BF16"
+    column_cut: Cut | None = None
+
+    # What follows the names of a weight's module.
+    numbers: ClassVar[str]
+    scales: ClassVar[str]
+    zero_points: ClassVar[str]
+    group_index: ClassVar[str]
+    label: ClassVar[str] = ""  # what these numbers are called
+    along_rows: ClassVar[bool] = False  # numbers of a column are packed, not of a row
 
     def tensors(self, name: str, shape: Size) -> Shapes:
-        """See Format.tensors: numbers and scales."""
+        """See Format.tensors: numbers, scales, and what else is stored."""
         rows, columns = shape
-        scales = self._grid(name, shape)
-        return {name + "_packed": (rows, columns // 8), name + "_scale": scales}
+        whole = columns if self.column_cut is None else self.column_cut.whole
+        if whole % (self.group or whole) or not self.held_group(columns):
+            raise ArchError(f"{name} has {columns} columns, so it cannot be {self}")
+        if rows % self.row_unit:
+            raise ArchError(f"{name} has {rows} rows, so it cannot be {self}")
+        module = name.removesuffix("weight")
+        groups = whole // (self.group or whole)
+        packed = (
+            (rows // self.in_word, columns) if self.along_rows else (rows, columns // self.in_word)
+        )
+        found: Shapes = {module + self.numbers: packed, module + self.scales: (rows, groups)}
+        if self.zeros:
+            found[module + self.zero_points] = (rows // self.in_word, groups)
+        if self.reordered:
+            found[module + self.group_index] = (columns,)
+        return found
+
+    def cut(self: P, name: str, whole: Size, part: Size, start: Start) -> P:
+        """See Format.cut: rows not within an int32, columns not within INT4_GROUPS."""
+        if part[0] < whole[0] and part[0] % self.row_unit:
+            raise ArchError(_splits(f"{whole[0]} rows", name, part[0], self))
+        if part[1] == whole[1]:
+            return self
+        if not self.held_group(part[1]):
+            raise ArchError(_splits(f"{whole[1]} columns", name, part[1], self))
+        if self.group and part[1] % self.group == 0 and not self.reordered:
+            return self
+        return replace(self, column_cut=Cut(start(whole[1], part[1]), whole[1]))
+
+    def held_group(self, columns: int) -> int:
+        """The most columns that share a scale when a layer holds the weight; 0: there is no way."""
+        shared = gcd(self.group or columns, columns)
+        return max((group for group in INT4_GROUPS if shared % group == 0), default=0)
+
+    @property
+    def in_word(self) -> int:
+        """The numbers that an int32 holds."""
+        return 32 // self.bits
+
+    @property
+    def row_unit(self) -> int:
+        """The rows of whole int32."""
+        return self.in_word if self.along_rows or self.zeros else 1
 
     def __str__(self) -> str:
-        return f"INT4 with a scale per {self.group} columns"
+        per = f"{self.group} columns" if self.group else "row"
+        factors = "a scale and a zero point" if self.zeros else "a scale"
+        order = ", in groups of any columns" if self.reordered else ""
+        return f"{self.label}INT{self.bits} with {factors} per {per}{order}"
+
+
+@dataclass(frozen=True)
+class CompressedInt(Integers):
+    """As compressed-tensors packs whole numbers."""
+
+    numbers = "weight_packed"
+    scales = "weight_scale"
+    zero_points = "weight_zero_point"
+    group_index = "weight_g_idx"
+
+
+@dataclass(frozen=True)
+class Gptq(Integers):
+    """As GPTQ stores whole numbers; every matrix is stored transposed.
+
+    `less_one`: a stored zero point is one less, as in checkpoint_format "gptq".
+    """
+
+    less_one: bool = True
+    scale_dtype: str = "F16"
+
+    numbers = "qweight"
+    scales = "scales"
+    zero_points = "qzeros"
+    group_index = "g_idx"
+    label = "GPTQ "
+
+
+@dataclass(frozen=True)
+class Awq(Integers):
+    """As AWQ stores whole numbers, version "gemm"; every matrix is stored transposed.
+
+    An int32 holds numbers and zero points 0, 2, 4, 6, 1, 3, 5, 7 of 8 rows, in this order.
+    """
+
+    zeros: bool = True
+    scale_dtype: str = "F16"
+
+    numbers = "qweight"
+    scales = "scales"
+    zero_points = "qzeros"
+    group_index = "g_idx"
+    label = "AWQ "
+    along_rows = True
+
+
+def _splits(what: str, name: str, part: int, kind: Format) -> str:
+    return (
+        f"tensor_parallel_size: {what} of {name} would be split into parts of {part}, but they are "
+        f"{kind}; experts are not split with enable_expert_parallel"
+    )
 
 
 @dataclass(frozen=True)
@@ -193,14 +295,19 @@ def widened(kind: Format) -> Widened:
     return kind if isinstance(kind, Widened) else Widened(kind)
 
 
-P = TypeVar("P", bound=_Packed)
+def stored_kind(kind: Format | None) -> Format | None:
+    """The format of a weight as it is stored, however it is held."""
+    return kind.kind if isinstance(kind, Widened) else kind
+
+
+P = TypeVar("P", bound=Integers)
 T = TypeVar("T", bound="Formatted")
 FP8_TENSOR = Fp8()
 FP8_ROW = Fp8(rows=1)
 FP8_BLOCK = Fp8(128, 128, "_scale_inv")
 
-INT4_GROUPS = (32, 64, 128)  # supported
-INT4_SCALES = ("BF16", "F16", "F32")  # their dtypes
+INT4_GROUPS = (32, 64, 128)  # columns of a scale that a layer can hold
+INT_SCALES = ("BF16", "F16", "F32")  # dtypes of scales
 
 # Weight name -> format, sorted; a weight of every expert of a layer has one name. Plain weights are
 # not listed.

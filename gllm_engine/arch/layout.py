@@ -14,6 +14,7 @@ from gllm_engine.arch.names import (
     checkpoint_layout,
     checkpoint_tensors,
     expert_of,
+    is_shared,
     num_blocks,
 )
 
@@ -24,7 +25,8 @@ class Place:
     and so on.
 
     The matrix begins at number `offset` of the tensor, and its rows have `width` numbers. A row of
-    it has `rows` rows of the weight [rows, columns] or, if `transposed`, a column of the weight.
+    it has `rows` rows of the weight [rows, columns] or, if `transposed`, a column of the weight;
+    the column is in `blocks` equal parts, which are width // blocks numbers apart.
     """
 
     offset: int
@@ -33,6 +35,7 @@ class Place:
     step: int = 1
     rows: int = 1
     transposed: bool = False
+    blocks: int = 1
 
 
 def checkpoint_places(model: Model) -> dict[str, Place]:
@@ -40,11 +43,15 @@ def checkpoint_places(model: Model) -> dict[str, Place]:
     shapes = model.weights()
     places: dict[str, Place] = {}
     for name, parts in checkpoint_tensors(model).items():
-        blocks = num_blocks(model, parts)
-        if 1 < blocks <= shapes[parts[0]][0]:  # one scale of a whole weight has no blocks
-            places |= zip(parts, _in_blocks(parts, shapes, blocks), strict=True)
+        if is_shared(name):
+            places |= dict.fromkeys(parts, Place(0, 1))
             continue
         layout = checkpoint_layout(model, name)
+        blocks = num_blocks(model, parts)
+        if 1 < blocks <= shapes[parts[0]][0]:  # one scale of a whole weight has no blocks
+            in_blocks = _in_columns if layout.transposed else _in_blocks
+            places |= zip(parts, in_blocks(parts, shapes, blocks), strict=True)
+            continue
         offset = 0
         for _, part in groupby(parts, expert_of):
             stacked = tuple(part)
@@ -82,3 +89,12 @@ def _in_blocks(weights: tuple[str, ...], shapes: Shapes, blocks: int) -> Iterato
         shape = shapes[weight]
         yield Place(0, width, first, rows=shape[0] // blocks)
         first += prod(shape) // blocks
+
+
+def _in_columns(weights: tuple[str, ...], shapes: Shapes, blocks: int) -> Iterator[Place]:
+    """As _in_blocks, of the transposed matrix."""
+    width = sum(shapes[weight][0] for weight in weights)
+    first = 0
+    for weight in weights:
+        yield Place(0, width, first, transposed=True, blocks=blocks)
+        first += shapes[weight][0] // blocks

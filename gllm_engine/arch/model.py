@@ -14,14 +14,15 @@ from typing import Any, Literal, TypeVar
 
 from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.formats import (
+    CompressedInt,
     Format,
     Formats,
     Formatted,
-    Int4,
     Mxfp4,
     Rounded,
     Shapes,
     format_name,
+    stored_kind,
     widened,
 )
 from gllm_engine.arch.rope import Rope
@@ -523,7 +524,8 @@ class Model:
         if self.quantization is None:
             return self
         names = [name for name in self.matrices() if not name.endswith(_USUALLY_PLAIN)]
-        if isinstance(self.quantization, (Mxfp4, Int4)):  # of experts, if there are any
+        kind = stored_kind(self.quantization)
+        if isinstance(kind, (Mxfp4, CompressedInt)):  # of experts, if there are any
             names = [name for name in names if ".experts." in name] or names
         return self.with_formats(dict.fromkeys(names, self.quantization))
 

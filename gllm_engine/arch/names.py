@@ -12,6 +12,7 @@ from dataclasses import replace
 from gllm_engine.arch.checkpoint import Layout
 from gllm_engine.arch.model import GatedDelta, Gqa, Model
 
+_GPTQ = (".qweight", ".qzeros", ".scales")  # of GPTQ and AWQ; transposed in all checkpoints
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _ROPE_TABLES = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
@@ -38,10 +39,16 @@ def _renamed(name: str, old: str, new: str) -> str:
 
 def checkpoint_layout(model: Model, name: str) -> Layout:
     """The layout of a checkpoint tensor."""
-    for pattern, layout in model.names.layouts:
-        if re.search(pattern, name):
-            return layout
-    return Layout()
+    found = (layout for pattern, layout in model.names.layouts if re.search(pattern, name))
+    layout = next(found, Layout())
+    return replace(layout, transposed=True) if name.endswith(_GPTQ) else layout
+
+
+def is_shared(name: str) -> bool:
+    """Whether all weights that are stored in one tensor share the tensor `name` beside it: the
+    groups of their columns.
+    """
+    return name.endswith("g_idx")
 
 
 def expert_of(name: str) -> str | None:
@@ -88,8 +95,9 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     shapes = model.weights()
     found = {}
     for name, parts in checkpoint_tensors(model).items():
-        rows = sum(shapes[part][0] for part in parts)
-        count = len({expert_of(part) for part in parts})
+        stacked = parts[:1] if is_shared(name) else parts
+        rows = sum(shapes[part][0] for part in stacked)
+        count = len({expert_of(part) for part in stacked})
         shape = (rows // count, *shapes[parts[0]][1:])
         layout = checkpoint_layout(model, name)
         if layout.transposed:

@@ -14,10 +14,14 @@ from gllm_engine.arch.formats import (
     FP8_ROW,
     FP8_TENSOR,
     INT4_GROUPS,
+    Awq,
+    CompressedInt,
     Format,
     Fp8,
-    Int4,
+    Gptq,
+    Integers,
     Mxfp4,
+    widened,
 )
 from gllm_engine.files import shown
 
@@ -70,7 +74,7 @@ def _compressed_tensors(q: Fields) -> Format:
         raise ArchError(f"{q.name}: config_groups has {len(names)} groups; 1 is supported")
     weights = groups.child(names[0]).child("weights")
     if kind == packed:
-        return _int4(weights)
+        return _compressed_int(weights)
     weights.require(num_bits=8, type="float", symmetric=True, dynamic=False)
     strategy = weights.choice("strategy", ("tensor", "channel", "block"), "tensor")
     if strategy == "block":
@@ -79,14 +83,90 @@ def _compressed_tensors(q: Fields) -> Format:
     return FP8_ROW if strategy == "channel" else FP8_TENSOR
 
 
-def _int4(weights: Fields) -> Int4:
-    weights.require(num_bits=4, type="int", symmetric=True, dynamic=False, strategy="group")
+def _compressed_int(weights: Fields) -> Format:
+    weights.require(type="int", dynamic=False)
     weights.choice("actorder", ("static", "weight"), "static")  # others reorder columns
-    group = weights.count("group_size")
-    if group not in INT4_GROUPS:
-        allowed = ", ".join(map(str, INT4_GROUPS))
-        raise ArchError(f"{weights.name}: group_size is {group}; supported are {allowed}")
-    return Int4(group)
+    strategy = weights.choice("strategy", ("group", "channel"), "group")
+    group = 0 if strategy == "channel" else _group(weights, "group_size")
+    zeros = not weights.flag("symmetric", True)
+    return _held(CompressedInt(group, _bits(weights, "num_bits"), zeros))
+
+
+def _gptq(q: Fields) -> Format:
+    q.require(is_marlin_format=False, pack_dtype="int32", lm_head=False)
+    version = _version(q, "checkpoint_format", ("gptq", "gptq_v2"))
+    _check_overrides(q)
+    group = _group(q, "group_size")
+    # Static groups are chosen before the columns are reordered, so they are whole.
+    reordered = q.flag("desc_act") and not q.flag("static_groups") and group > 0
+    return _held(
+        Gptq(
+            group,
+            _bits(q, "bits"),
+            zeros=not q.flag("sym"),
+            reordered=reordered,
+            less_one=version == "gptq",
+        )
+    )
+
+
+def _check_overrides(q: Fields) -> None:
+    """Rules for single modules may only leave modules plain, which the files tell."""
+    rules = q.child("dynamic")
+    for rule in rules.keys():
+        if not rule.startswith("-:") and not rules.child(rule).empty:
+            raise ArchError(
+                f"{rules.name}: {shown(repr(rule))} changes the format of some modules, which is "
+                'not supported; a rule that begins with "-:" leaves modules plain'
+            )
+
+
+def _awq(q: Fields) -> Format:
+    q.require(zero_point=True)
+    _version(q, "version", ("gemm",))
+    if q.text("backend", "auto") == "llm-awq":
+        raise ArchError(f"{q.name}: backend is 'llm-awq', whose tensors are not supported")
+    group = _group(q, "q_group_size" if q.has("q_group_size") else "group_size")
+    bits = _bits(q, "w_bit" if q.has("w_bit") else "bits")
+    if bits != 4:
+        raise ArchError(f"{q.name}: bits is {bits}, but of AWQ only 4 is supported")
+    return Awq(group)
+
+
+def _version(q: Fields, key: str, allowed: tuple[str, ...]) -> str:
+    """The form of the tensors, which newer tools write as `format`; the first one if absent."""
+    key = key if q.has(key) else "format"
+    version = q.text(key, allowed[0]).lower()
+    if version not in allowed:
+        raise ArchError(
+            f"{q.name}: {key} is {shown(repr(version))}; supported are {', '.join(allowed)}"
+        )
+    return version
+
+
+def _bits(c: Fields, key: str) -> int:
+    bits = c.count(key)
+    if bits not in (4, 8):
+        raise ArchError(f"{c.name}: {key} is {bits}; supported are 4 and 8")
+    return bits
+
+
+def _group(c: Fields, key: str) -> int:
+    """The columns that share a scale; 0: all columns, which is -1 in configs."""
+    group = c.count(key, least=-1)
+    if group == -1:
+        return 0
+    if not group or group % INT4_GROUPS[0]:
+        raise ArchError(
+            f"{c.name}: {key} is {group}; supported are multiples of {INT4_GROUPS[0]}, and -1, one "
+            "group of all columns"
+        )
+    return group
+
+
+def _held(kind: Integers) -> Format:
+    """Layers hold INT4 in groups of adjacent columns; all other whole numbers are held plain."""
+    return kind if kind.bits == 4 and not kind.reordered else widened(kind)
 
 
 def _modelopt(q: Fields) -> Fp8:
@@ -104,4 +184,6 @@ _METHODS: dict[str, Callable[[Fields], Format]] = {
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
     "mxfp4": _mxfp4,
+    "gptq": _gptq,
+    "awq": _awq,
 }

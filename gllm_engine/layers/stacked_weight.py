@@ -6,6 +6,7 @@ is loaded into.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -15,11 +16,32 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.formats import Format, Formats, Fp8, Int4, Mxfp4, Rounded, Shapes, Widened
-from gllm_engine.ops import Fp8Weight, PackedWeight, Weight, dequantized, quantize_fp8
+from gllm_engine.arch.formats import (
+    Awq,
+    CompressedInt,
+    Format,
+    Formats,
+    Fp8,
+    Gptq,
+    Integers,
+    Mxfp4,
+    Rounded,
+    Shapes,
+    Widened,
+)
+from gllm_engine.layers.stored_integers import StoredIntegers, held_integers
+from gllm_engine.ops import (
+    MAX_MXFP4_SCALE,
+    Fp8Weight,
+    PackedWeight,
+    Weight,
+    dequantized,
+    empty_packed,
+    pack,
+    quantize_fp8,
+)
 
-_SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_ROUNDED_AT_ONCE = 1 << 24  # numbers, of which a copy in float32 is made
+_AT_ONCE = 1 << 24  # numbers, of which a copy in 32 bits is made
 
 
 class Staged(NamedTuple):
@@ -143,13 +165,23 @@ class _Widened(_Plain):
         ]
 
     def _stage(self, name: str, into: Tensor, device: torch.device) -> Staged:
-        formats = ((name, self._kinds[name].kind),)
+        kind = self._kinds[name].kind
+        if isinstance(kind, Integers):
+            stored = StoredIntegers(name, self._sizes[name], kind, device)
+            return Staged(stored.views, partial(stored.dequantize_into, into))
+        formats = ((name, kind),)
         stack = stack_weights([name], self._sizes, formats, into.dtype, device)
+        inner = [staging.make(device) for staging in stack.stagings()]
+        views = stack.views()
+        for staged in inner:
+            views |= staged.views
 
         def convert() -> None:
+            for staged in inner:
+                staged.convert()
             into.copy_(dequantized(stack.value, into.dtype))
 
-        return Staged(stack.views(), convert)
+        return Staged(views, convert)
 
 
 class _Rounded:
@@ -191,7 +223,7 @@ class _Rounded:
         matrix = torch.empty(self._sizes[name], dtype=self._dtype, device=device)
 
         def convert() -> None:
-            some = max(1, _ROUNDED_AT_ONCE // matrix.shape[1])
+            some = max(1, _AT_ONCE // matrix.shape[1])
             for at in range(0, len(matrix), some):
                 rows = slice(at, at + some)
                 rounded, factors = quantize_fp8(matrix[rows], 1, 0)
@@ -201,45 +233,80 @@ class _Rounded:
         return Staged({name: matrix}, convert)
 
 
-class _Packed:
-    """Two numbers in a byte, with the scales that the checkpoint has."""
+class _Packed(ABC):
+    """4-bit numbers, packed for kernels when they are loaded, with the scales of the checkpoint."""
 
+    value: PackedWeight
+
+    def __init__(self, sizes: Shapes) -> None:
+        self._sizes = sizes
+        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        del expert
+        return {}
+
+    def stagings(self, expert: int | None = None) -> list[Staging]:
+        whole = self.value if expert is None else self.value[expert]
+        stagings = []
+        for name, rows in self._rows.items():
+            part = whole.rows(rows)
+            stagings.append(Staging({name: part.nbytes}, partial(self._stage, name, part)))
+        return stagings
+
+    @abstractmethod
+    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
+        """Memory for the stored form of the weight `name`, which is converted to `into`."""
+
+
+class _Integers(_Packed):
     def __init__(
         self,
         sizes: Shapes,
         lead: tuple[int, ...],
-        kinds: dict[str, Mxfp4 | Int4],
+        kinds: dict[str, Integers],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         del dtype
-        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
-        rows, depth = _stacked(sizes)
-        kind = next(iter(kinds.values()))
-        is_float = isinstance(kind, Mxfp4)
-        scale_dtype = torch.uint8 if isinstance(kind, Mxfp4) else _SCALE_DTYPES[kind.scale_dtype]
-        self.value = PackedWeight(
-            torch.empty((*lead, rows, depth // 2), dtype=torch.uint8, device=device),
-            torch.empty((*lead, rows, depth // kind.group), dtype=scale_dtype, device=device),
-            is_float,
-        )
+        super().__init__(sizes)
+        self._kinds = kinds
+        self.value = held_integers(list(kinds.values()), (*lead, *_stacked(sizes)), device)
 
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        whole = self.value if expert is None else self.value[expert]
-        views = {}
-        for name, rows in self._rows.items():
-            numbers = whole.numbers[rows]
-            if whole.is_float:
-                views[name + "_blocks"] = numbers.unflatten(1, (-1, whole.group // 2))
-                views[name + "_scales"] = whole.scales[rows]
-            else:
-                views[name + "_packed"] = numbers.view(torch.int32)
-                views[name + "_scale"] = whole.scales[rows]
-        return views
+    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
+        stored = StoredIntegers(name, self._sizes[name], self._kinds[name], device)
+        return Staged(stored.views, partial(stored.pack_into, into))
 
-    def stagings(self, expert: int | None = None) -> list[Staging]:
-        del expert
-        return []
+
+class _Mxfp4(_Packed):
+    def __init__(
+        self,
+        sizes: Shapes,
+        lead: tuple[int, ...],
+        kinds: dict[str, Mxfp4],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        del kinds, dtype
+        super().__init__(sizes)
+        shape = (*lead, *_stacked(sizes))
+        self.value = empty_packed(shape, Mxfp4.group, torch.uint8, is_float=True, device=device)
+
+    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
+        height, depth = self._sizes[name]
+        numbers = torch.empty((height, depth // 2), dtype=torch.uint8, device=device)
+        scales = torch.empty((height, depth // Mxfp4.group), dtype=torch.uint8, device=device)
+
+        def convert() -> None:
+            if height and int(scales.max()) > MAX_MXFP4_SCALE:
+                raise ArchError(f"{name}: a scale is larger than 2^{MAX_MXFP4_SCALE - 127}")
+            some = max(1, _AT_ONCE // depth)
+            for at in range(0, height, some):
+                rows = slice(at, at + some)
+                into.rows(rows).copy_(pack(numbers[rows], scales[rows], is_float=True))
+
+        blocks = numbers.unflatten(1, (-1, Mxfp4.group // 2))
+        return Staged({name + "_blocks": blocks, name + "_scales": scales}, convert)
 
 
 class _Fp8:
@@ -290,8 +357,10 @@ class _Fp8:
 
 _STACKS: dict[type[Format], Callable[..., StackedWeight]] = {
     Fp8: _Fp8,
-    Mxfp4: _Packed,
-    Int4: _Packed,
+    Mxfp4: _Mxfp4,
+    CompressedInt: _Integers,
+    Gptq: _Integers,
+    Awq: _Integers,
     Rounded: _Rounded,
     Widened: _Widened,
 }

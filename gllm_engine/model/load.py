@@ -23,13 +23,14 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from gllm_engine.arch.formats import Integers, format_name, stored_kind
 from gllm_engine.arch.layout import Place, checkpoint_places
-from gllm_engine.arch.model import Model
+from gllm_engine.arch.model import Model, within_layer
 from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import LoadError, TensorSlice, reading
-from gllm_engine.model.stored import StoredTensor, StoredTensors, incomplete
+from gllm_engine.model.stored import StoredTensor, StoredTensors, Verified, incomplete
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -46,6 +47,7 @@ class Checkpoint:
     arch: Model  # with the formats of the stored weights, and the variants of their names
     tensors: dict[str, TensorSlice]  # by checkpoint tensor name; each is contiguous
     shared: set[str]  # names of tensors that all their weights share: one scale of several weights
+    verified: dict[str, Verified]  # by checkpoint tensor name
     tied: str | None  # name of a stored output projection, which must equal the embedding
 
 
@@ -65,7 +67,9 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
             for name, stored in header.items():
                 found.add(name, stored)
         arch = found.with_formats(path)
-        yield Checkpoint(path, arch, found.check(arch, path), found.shared, found.tied)
+        yield Checkpoint(
+            path, arch, found.check(arch, path), found.shared, found.verified, found.tied
+        )
 
 
 @contextmanager
@@ -77,13 +81,14 @@ def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Ite
     Weights that are stored in another form than the decoder holds are loaded before the block, so
     that the memory for their stored form is free again. On a GPU the block may compute with the
     decoder. The results are meaningless but finite, because weights not yet read are zero. Raises
-    LoadError for a file that cannot be read or is truncated, or a stored output projection that
-    differs from the tied embedding.
+    LoadError for a file that cannot be read or is truncated, a stored output projection that
+    differs from the tied embedding, or a tensor in `checkpoint.verified` with wrong numbers.
     """
     weights = decoder.weights()
     if decoder.device.type == "cuda":
         for weight in weights.values():
             weight.zero_()
+    _verify(decoder, checkpoint)
     sources = _sources(checkpoint)
     for views in _staging(decoder):
         with reading(_aim(decoder, sources, views), decoder.device, shows):
@@ -94,7 +99,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Ite
         # On the host, so that it takes no device memory.
         tied_copy = torch.empty_like(weights[_EMBEDDING], device="cpu")
         tied = sources[_EMBEDDING]._replace(tensor=checkpoint.tensors[checkpoint.tied])
-        targets.append(_share(decoder, tied, tied_copy))
+        targets += _share(decoder, tied, tied_copy)
     with reading(targets, decoder.device, shows):
         yield
     if tied_copy is not None and not torch.equal(tied_copy, weights[_EMBEDDING].cpu()):
@@ -105,6 +110,32 @@ def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Ite
         )
 
 
+def _verify(decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Check the tensors of this rank's weights that must have certain numbers."""
+    held = decoder.weight_bytes()
+    waiting = deque(
+        (name, verified)
+        for name, verified in checkpoint.verified.items()
+        if verified.weight in held
+    )
+    while waiting:
+        found = []
+        num_bytes = 0
+        while waiting and num_bytes < _STAGED_BYTES:
+            name, verified = waiting.popleft()
+            numbers = torch.empty(verified.expected.shape, dtype=verified.tensor.dtype)
+            num_bytes += numbers.nbytes
+            found.append((name, verified, numbers))
+        targets = [(verified.tensor, numbers.view(1, -1, 1)) for _, verified, numbers in found]
+        with reading(targets, decoder.device, shows=False):
+            pass
+        for name, verified, numbers in found:
+            if not verified.expected.is_right(numbers):
+                raise LoadError(
+                    f"{verified.tensor.path}: tensor {name} has {verified.expected.otherwise}"
+                )
+
+
 def fill_randomly(decoder: Decoder) -> None:
     """Fill the decoder with random weights, always the same ones for the same decoder.
 
@@ -112,23 +143,39 @@ def fill_randomly(decoder: Decoder) -> None:
     constant, because kernels run faster on zeros.
     """
     generator = torch.Generator(decoder.device).manual_seed(0)
+    bits = _bits_of_scales(decoder)
     for views in chain(_staging(decoder), [decoder.weights()]):
         for name, view in views.items():
-            is_int4 = name.removesuffix("_scale") + "_packed" in views
-            _randomize(name, view, generator, is_int4)
+            _randomize(name, view, generator, bits.get(format_name(name), 0))
 
 
-def _randomize(name: str, view: Tensor, generator: torch.Generator, is_int4: bool) -> None:
-    """`is_int4`: a view with scales is of INT4 numbers, which are smaller than those of FP8."""
+def _bits_of_scales(decoder: Decoder) -> dict[str, int]:
+    """Name of a tensor of scales of whole numbers, as format_name -> bits of such a number."""
+    bits: dict[str, int] = {}
+    for i, layer in enumerate(decoder.layers, decoder.shard.first):
+        for name, held in (*layer.mixer.formats, *layer.ffn.formats):
+            kind = stored_kind(held)
+            if isinstance(kind, Integers):
+                scales = name.removesuffix("weight") + kind.scales
+                bits |= within_layer(i, {scales: kind.bits})
+    return bits
+
+
+def _randomize(name: str, view: Tensor, generator: torch.Generator, bits: int) -> None:
+    """`bits`: of the whole numbers of which the view has scales; 0: it has none."""
     if name.endswith("norm.weight"):
         view.uniform_(0.5, 1.5, generator=generator)
     elif name.endswith("_scales"):  # of MXFP4, as exponents
         view.random_(118, 122, generator=generator)
-    elif view.dtype in (torch.uint8, torch.int32):  # 4-bit numbers, any of them
+    elif name.endswith("g_idx"):
+        view.zero_()
+    elif name.endswith(("qzeros", "_zero_point")):  # as if numbers were symmetric
+        view.fill_(0x77777777)
+    elif view.dtype in (torch.uint8, torch.int32):  # packed numbers, any of them
         limits = torch.iinfo(view.dtype)
         view.random_(limits.min, limits.max, generator=generator)
-    elif "weight_scale" in name:
-        largest = 8e-3 if is_int4 else 3e-4
+    elif bits or "weight_scale" in name:
+        largest = 0.128 / 2**bits if bits else 3e-4
         view.uniform_(largest / 3, largest, generator=generator)
     elif view.dtype == torch.float8_e4m3fn:
         numbers = torch.empty(view.shape, device=view.device)
@@ -184,14 +231,17 @@ def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
 def _aim(
     decoder: Decoder, sources: dict[str, _Source], views: dict[str, Tensor]
 ) -> list[tuple[TensorSlice, Tensor]]:
-    """(source, target) for this rank's read into each of `views`, as of Decoder.weights."""
+    """(source, target) for this rank's reads into `views`, as of Decoder.weights."""
     return [
-        _share(decoder, source, views[name]) for name, source in sources.items() if name in views
+        target
+        for name, source in sources.items()
+        if name in views
+        for target in _share(decoder, source, views[name])
     ]
 
 
-def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice, Tensor]:
-    """The slice and the target view of this rank's shard of a weight.
+def _share(decoder: Decoder, source: _Source, into: Tensor) -> list[tuple[TensorSlice, Tensor]]:
+    """The slices and the target views of this rank's shard of a weight.
 
     `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more
     leading dimension, for copies of the shard.
@@ -204,17 +254,43 @@ def _share(decoder: Decoder, source: _Source, into: Tensor) -> tuple[TensorSlice
     column = decoder.shard.start(prod(shape[1:]), prod(shard[1:])) * place.rows
     into = into.view(-1, rows, columns)
     if place.transposed:
-        into = into.mT
-        row, column = column, row
-        columns = rows
-    offset = tensor.offset + (place.offset + row * place.width) * tensor.dtype.itemsize
-    if columns == place.width and not place.transposed:  # no row is divided
-        return replace(tensor, offset=offset), into.view(len(into), -1, 1)
+        whole = replace(tensor, offset=_offset(tensor, place, column))
+        return [
+            (
+                replace(
+                    whole, width=place.width, first=first, count=some.shape[1], step=place.step
+                ),
+                some.mT,
+            )
+            for first, some in _runs(place, shape[0], row, into)
+        ]
+    offset = _offset(tensor, place, row)
+    if columns == place.width:  # no row is divided
+        return [(replace(tensor, offset=offset), into.view(len(into), -1, 1))]
     first = place.first + column * place.step
     part = replace(
         tensor, offset=offset, width=place.width, first=first, count=columns, step=place.step
     )
-    return part, into
+    return [(part, into)]
+
+
+def _offset(tensor: TensorSlice, place: Place, row: int) -> int:
+    """The offset in the file of a row of the matrix at `place`."""
+    return tensor.offset + (place.offset + row * place.width) * tensor.dtype.itemsize
+
+
+def _runs(place: Place, whole: int, row: int, into: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first column of the matrix at `place`, rows of `into`) of each block of a transposed weight.
+
+    `into`: [copies, rows, columns], from `row` on of the weight's `whole` rows.
+    """
+    size = whole // place.blocks
+    count = into.shape[1]
+    run = min(size, count)
+    for at in range(0, count, run):
+        block, within = divmod(row + at, size)
+        first = place.first + block * (place.width // place.blocks) + within * place.step
+        yield first, into[:, at : at + run]
 
 
 def _read_header(file: Path, opened: BinaryIO) -> dict[str, StoredTensor]:

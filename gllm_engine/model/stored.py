@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,11 +20,16 @@ from gllm_engine.arch.formats import (
     FP8_ROW,
     FP8_TENSOR,
     INT4_GROUPS,
-    INT4_SCALES,
+    INT_SCALES,
+    CompressedInt,
     Format,
     Fp8,
-    Int4,
+    Gptq,
+    Integers,
     Mxfp4,
+    Widened,
+    stored_kind,
+    widened,
 )
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
@@ -35,6 +41,7 @@ from gllm_engine.arch.names import (
     num_blocks,
 )
 from gllm_engine.files import shown
+from gllm_engine.model.expected import Expected, expected_beside
 from gllm_engine.model.read import LoadError, TensorSlice
 
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn}
@@ -47,11 +54,18 @@ _PLAIN = {
 _SCALES = _PLAIN | {"F8_E8M0": torch.float8_e8m0fnu}
 # After a weight's name: scales of its numbers; 4-bit numbers, with their dtypes.
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
+_INT32 = {"I32": torch.int32}
 _PACKED = {
     "_blocks": {"U8": torch.uint8},  # MXFP4
     "_scales": {"U8": torch.uint8},
-    "_packed": {"I32": torch.int32},  # INT4
+    "_packed": _INT32,  # whole numbers
+    "_zero_point": _INT32,
+    ".qweight": _INT32,
+    ".qzeros": _INT32,
+    ".g_idx": _INT32,
 }
+# In a module: what GPTQ and AWQ store in place of its weight, and beside it.
+_OF_MODULE = ("qweight", "qzeros", "scales", "g_idx", "bias")
 # Beside "NAME.weight", as "NAME.": one scale for the inputs of products, or its upper bound.
 _INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub")
 # After the name of a weight of 4-bit numbers: its two sizes, which the config determines.
@@ -72,22 +86,37 @@ class StoredTensor:
     shape: list[int]
 
 
+class Verified(NamedTuple):
+    """A tensor that is read only to see that its numbers are right.
+
+    `weight`: the canonical name of a weight that needs it.
+    """
+
+    weight: str
+    tensor: TensorSlice
+    expected: Expected
+
+
 class StoredTensors:
     """Collects the tensors of all files; then checks them against the model.
 
     `shared`: names of tensors that all their weights share, one scale of several weights. `tied`:
     the name of a stored output projection of a model whose output projection is the embedding.
+    `verified`: tensors of GPTQ that are to be read before any weight, by their names.
     """
 
     def __init__(self, arch: Model) -> None:
         """`arch`: without formats."""
         self._arch = arch
         self._shapes = checkpoint_shapes(arch)
+        self._sizes = arch.weights()
         self._weights = checkpoint_tensors(arch)
         self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
         self.shared: set[str] = set()
+        self.verified: dict[str, Verified] = {}
+        self._integers_of: dict[str, Integers] = {}  # by the weight's checkpoint name
 
     @property
     def tied(self) -> str | None:
@@ -116,8 +145,12 @@ class StoredTensors:
             kind = self._format(name) if matrices.keys() >= {*parts} else None
             if kind is None:
                 continue
+            if isinstance(kind, Integers):
+                self._integers_of[name] = kind
+            if isinstance(promised, Widened):
+                kind = widened(kind)
             if promised is not None and str(kind) != str(promised):
-                stored = next(self._stored[n] for n in _numbers_of(name) if n in self._stored)
+                stored = next(self._stored[n] for n in self._numbers(name) if n in self._stored)
                 raise LoadError(
                     f"{stored.path}: tensor {name} is {kind}, but the config's "
                     f"quantization_config says {promised}"
@@ -127,6 +160,12 @@ class StoredTensors:
             raise LoadError(
                 f"{path}: the config's quantization_config says {promised}, but no weight is "
                 "stored so"
+            )
+        if isinstance(promised, Widened):
+            _log.warning(
+                "%s: layers cannot compute with these weights as they are stored: %s",
+                path,
+                promised,
             )
         return self._arch.with_formats(formats) if formats else self._arch
 
@@ -143,9 +182,14 @@ class StoredTensors:
         self._quantized = {name for name in wanted if _scales_of(name) & wanted.keys()}
         found = {}
         for name, stored in self._stored.items():
+            expected = self._expected(name)
+            if expected is not None:
+                weight = self._weights[_weight_of(name)][0]
+                tensor = self._slice(name, stored, expected.shape)
+                self.verified[name] = Verified(weight, tensor, expected)
             if name in wanted:
                 found[name] = self._slice(name, stored, wanted[name])
-            elif not self._is_unused(name, stored):
+            elif expected is None and not self._is_unused(name, stored):
                 raise _left_over(stored, name)
         missing = [name for name in wanted if name not in found and name != self._tied]
         if missing:
@@ -160,33 +204,93 @@ class StoredTensors:
     def _format(self, name: str) -> Format | None:
         """The format of a matrix, by what is stored under its name; None: it is plain."""
         stored = self._stored.get(name)
-        if stored is None:
-            if name + "_blocks" in self._stored:
-                return Mxfp4()
-            packed = self._stored.get(name + "_packed")
-            return None if packed is None else self._int4(name, packed)
-        return self._fp8(name, stored) if stored.dtype in _FLOAT8 else None
+        if stored is not None:
+            return self._fp8(name, stored) if stored.dtype in _FLOAT8 else None
+        if name + "_blocks" in self._stored:
+            return Mxfp4()
+        for kind in (CompressedInt, Gptq):
+            if self._own_name(name, kind.numbers) in self._stored:
+                return self._integers(name, kind)
+        return None
 
-    def _int4(self, name: str, packed: StoredTensor) -> Int4:
-        """The format of a matrix of INT4 numbers, by the shape of its scales."""
-        scale = self._stored.get(name + "_scale")
-        if scale is None:
-            raise LoadError(f"{packed.path}: tensor {name}_packed has no {name}_scale beside it")
-        if scale.dtype not in INT4_SCALES:
+    def _integers(self, name: str, kind: type[Integers]) -> Integers:
+        """The format of a matrix of whole numbers, by its scales.
+
+        `kind`: one of those that give its numbers the name that they have.
+        """
+        promised = stored_kind(self._arch.quantization)
+        numbers = self._own_name(name, kind.numbers)
+        path = self._stored[numbers].path
+        if kind is CompressedInt and not isinstance(promised, CompressedInt):
+            promised = CompressedInt(INT4_GROUPS[0])
+        if not isinstance(promised, Integers) or promised.numbers != kind.numbers:
             raise LoadError(
-                f"{scale.path}: tensor {name}_scale has dtype {shown(scale.dtype)}; "
-                f"supported: {', '.join(INT4_SCALES)}"
+                f"{path}: tensor {numbers} needs a quantization_config in the config that says "
+                "whether it is of GPTQ or AWQ"
             )
-        *lead, columns = self._shapes[name]
-        kinds = [Int4(group, scale.dtype) for group in INT4_GROUPS if not columns % group]
-        for kind in kinds:
-            if scale.shape == [*lead, columns // kind.group]:
-                return kind
-        groups = ", ".join(str(kind.group) for kind in kinds)
-        raise LoadError(
-            f"{scale.path}: tensor {name}_scale has shape {shown(repr(scale.shape))}; supported "
-            f"for {name} {[*lead, columns]} is one scale per {groups or 'group of 32'} columns"
+        scales = self._own_name(name, kind.scales)
+        if scales not in self._stored:
+            raise LoadError(f"{path}: tensor {numbers} has no {scales} beside it")
+        scale = self._stored[scales]
+        if scale.dtype not in INT_SCALES:
+            raise LoadError(
+                f"{scale.path}: tensor {scales} has dtype {shown(scale.dtype)}; "
+                f"supported: {', '.join(INT_SCALES)}"
+            )
+        self._check_rows(name, scales, promised)
+        found = replace(
+            promised, group=self._group(name, scales, promised), scale_dtype=scale.dtype
         )
+        if kind is CompressedInt:
+            zeros = self._own_name(name, kind.zero_points) in self._stored
+            return replace(found, zeros=zeros)
+        return found
+
+    def _check_rows(self, name: str, scales: str, kind: Integers) -> None:
+        """Refuse a matrix of which an int32 has rows of several weights or heads, or too few."""
+        parts = self._weights[name]
+        blocks = num_blocks(self._arch, parts)
+        for part in parts:
+            rows = self._sizes[part][0] // blocks
+            if rows % kind.row_unit:
+                raise LoadError(
+                    f"{self._stored[scales].path}: tensor {name} is {kind}, whose int32 have "
+                    f"{kind.row_unit} rows each, but {part} has {rows} rows"
+                    + (" of a head" if blocks > 1 else "")
+                )
+
+    def _group(self, name: str, scales: str, promised: Integers) -> int:
+        """The columns of the matrix `name` that share a scale; 0: all."""
+        shape = self._stored[scales].shape
+        rows, columns = self._matrix(name)
+        groups = 0
+        if shape:
+            groups = shape[0 if checkpoint_layout(self._arch, scales).transposed else -1]
+        group = columns // groups if groups and columns % groups == 0 else 1
+        if group == columns and promised.group != columns:
+            group = 0
+        if columns % INT4_GROUPS[0] or group % INT4_GROUPS[0]:
+            raise LoadError(
+                f"{self._stored[scales].path}: tensor {scales} has shape {shown(repr(shape))}; "
+                f"supported for {name} {[rows, columns]} are one scale per row and one per group, "
+                f"of a multiple of {INT4_GROUPS[0]} columns"
+            )
+        return group
+
+    def _matrix(self, name: str) -> tuple[int, int]:
+        """(rows, columns) of the weights that are stored as `name`, stacked."""
+        parts = self._weights[name]
+        rows = sum(self._sizes[part][0] for part in parts)
+        return rows, self._sizes[parts[0]][1]
+
+    def _own_name(self, name: str, own: str) -> str:
+        """The checkpoint name of the tensor `own` of the module that has the weight `name`."""
+        return checkpoint_name(self._arch, self._weights[name][0].removesuffix("weight") + own)
+
+    def _numbers(self, name: str) -> tuple[str, ...]:
+        """The names that the numbers of the weight `name` may have."""
+        integers = (self._own_name(name, kind.numbers) for kind in (CompressedInt, Gptq))
+        return name, name + "_blocks", *integers
 
     def _fp8(self, name: str, stored: StoredTensor) -> Fp8:
         """The format of a float8 matrix, by the shape of its scales."""
@@ -223,10 +327,9 @@ class StoredTensors:
                 self.shared.add(names[0])
             return replace(FP8_TENSOR, suffix=suffix)
         if scale.shape == grid:
-            shapes = self._arch.weights()
             blocks = num_blocks(self._arch, parts)
             before_others = parts if blocks > 1 else parts[:-1]
-            if any(shapes[part][0] // blocks % block.rows for part in before_others):
+            if any(self._sizes[part][0] // blocks % block.rows for part in before_others):
                 raise LoadError(
                     f"{stored.path}: tensor {name} is {block}, of which one lies over two of the "
                     f"weights that it holds ({', '.join(parts)})"
@@ -276,6 +379,14 @@ class StoredTensors:
         is_scale = name.endswith(_INPUT_SCALES) and prod(stored.shape) == 1
         return is_scale and weight in self._quantized
 
+    def _expected(self, name: str) -> Expected | None:
+        """What must be in a tensor beside a weight of whole numbers; None: nothing certain."""
+        weight = _weight_of(name)
+        kind = self._integers_of.get(weight)
+        if kind is None or name in self._weights:
+            return None
+        return expected_beside(kind, name.rsplit(".", 1)[1], *self._matrix(weight))
+
 
 def incomplete(file: Path, problem: str) -> LoadError:
     return LoadError(f"{file}: not a complete safetensors file ({problem})")
@@ -289,18 +400,13 @@ def _left_over(stored: StoredTensor, name: str) -> LoadError:
 
 def _weight_of(name: str) -> str:
     """The name of the weight that a tensor of this name would hold scales of."""
-    for suffix in _INPUT_SCALES:
+    for suffix in (*_INPUT_SCALES, *_OF_MODULE):
         if name.endswith("." + suffix):
             return name.removesuffix(suffix) + "weight"
     for suffix in (*_SCALE_SUFFIXES, *_PACKED, _SHAPE):
         if name.endswith(suffix):
             return name.removesuffix(suffix)
     return name
-
-
-def _numbers_of(weight: str) -> tuple[str, str, str]:
-    """The names that a weight's numbers may have."""
-    return weight, weight + "_blocks", weight + "_packed"
 
 
 def _scales_of(weight: str) -> set[str]:

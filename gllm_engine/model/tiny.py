@@ -7,7 +7,6 @@ so an implementation that omits one generates different text.
 from __future__ import annotations
 
 import json
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from gllm_engine.arch.formats import Fp8, Int4, Mxfp4
-from gllm_engine.arch.layout import Place, checkpoint_places
+from gllm_engine.arch.layout import checkpoint_places
 from gllm_engine.arch.model import SELECTION_BIAS, Model
-from gllm_engine.arch.names import checkpoint_name, checkpoint_shapes, checkpoint_tensors
+from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors
 from gllm_engine.arch.read import make_arch
 from gllm_engine.arch.tiny import tiny_config
-from gllm_engine.ops import quantize_fp8, quantize_int4, quantize_mxfp4
+from gllm_engine.model.encode import in_formats, stored_weight
 
 # Token ids 0, 1, 2. The first and the last token end generation.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -72,7 +70,7 @@ def write_tiny_model(
     _write_json(directory / "generation_config.json", {"eos_token_id": [2, 0]})
     _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len)
     tensors = random_checkpoint(arch, seed)
-    tensors = _in_formats(arch.quantized(), tensors, _dtype(dtype))
+    tensors = in_formats(arch.quantized(), tensors, _dtype(dtype))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -91,63 +89,6 @@ def random_checkpoint(arch: Model, seed: int) -> dict[str, Tensor]:
             view = stored_weight(tensors[name], places[part], shapes[part])
             view.copy_(weight.view(view.shape))
     return tensors
-
-
-def stored_weight(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Tensor:
-    """The view of the weight of shape `shape` that is at `place` in a checkpoint tensor."""
-    size = (shape[0] // place.rows, place.rows * prod(shape[1:]))
-    strides = (place.width, place.step)
-    at = place.offset + place.first
-    if place.transposed:
-        return tensor.as_strided(size, strides[::-1], at)
-    return tensor.as_strided(size, strides, at)
-
-
-def _in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Checkpoint tensors in the formats of `arch`; of plain weights, in `dtype`."""
-    kind = arch.quantization
-    names = checkpoint_tensors(arch)
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if isinstance(kind, Fp8) and name + kind.suffix in names:
-            numbers, scales = quantize_fp8(tensor, kind.rows, kind.columns)
-            result[name] = numbers
-            result[name + kind.suffix] = scales
-        elif name in names:
-            result[name] = tensor.to(dtype)
-    if isinstance(kind, (Mxfp4, Int4)):
-        result |= _in_four_bits(arch, tensors, kind)
-    return result
-
-
-def _in_four_bits(arch: Model, tensors: dict[str, Tensor], kind: Mxfp4 | Int4) -> dict[str, Tensor]:
-    """The checkpoint tensors of the weights that are 4-bit numbers in `arch`."""
-    plain = arch.with_formats({})
-    plain_shapes = plain.weights()
-    plain_places = checkpoint_places(plain)
-    sizes = checkpoint_shapes(arch)
-    shapes = arch.weights()
-    places = checkpoint_places(arch)
-    result: dict[str, Tensor] = {}
-    for name, parts in checkpoint_tensors(plain).items():
-        for part in parts if name not in sizes else ():
-            matrix = stored_weight(tensors[name], plain_places[part], plain_shapes[part])
-            for own, numbers in _encoded(part, matrix, kind).items():
-                stored = checkpoint_name(arch, own)
-                if stored not in result:
-                    result[stored] = torch.empty(sizes[stored], dtype=numbers.dtype)
-                view = stored_weight(result[stored], places[own], shapes[own])
-                view.copy_(numbers.reshape(view.shape))
-    return result
-
-
-def _encoded(weight: str, matrix: Tensor, kind: Mxfp4 | Int4) -> dict[str, Tensor]:
-    """Name -> tensor that a weight of 4-bit numbers is stored as."""
-    if isinstance(kind, Mxfp4):
-        numbers, scales = quantize_mxfp4(matrix)
-        return {weight + "_blocks": numbers, weight + "_scales": scales}
-    numbers, scales = quantize_int4(matrix, kind.group)
-    return {weight + "_packed": numbers.view(torch.int32), weight + "_scale": scales}
 
 
 def _random_weight(

@@ -26,16 +26,21 @@ from gllm_engine.ops.protocol import (
     RotaryInputs,
 )
 from gllm_engine.ops.weight import (
+    MAX_MXFP4_SCALE,
     Fp8Weight,
     PackedWeight,
     Weight,
     dequantized,
+    empty_packed,
+    pack,
+    pack_codes,
     quantize_fp8,
     quantize_int4,
     quantize_mxfp4,
 )
 
 __all__ = [
+    "MAX_MXFP4_SCALE",
     "AttentionInputs",
     "AttentionLayer",
     "AttentionPlan",
@@ -56,6 +61,9 @@ __all__ = [
     "Weight",
     "best_device",
     "dequantized",
+    "empty_packed",
+    "pack",
+    "pack_codes",
     "quantize_fp8",
     "quantize_int4",
     "quantize_mxfp4",

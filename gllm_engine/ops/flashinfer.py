@@ -154,8 +154,10 @@ def _own_product(
 
 
 def _unpacked(weight: Weight, x: Tensor) -> Tensor | Fp8Weight:
-    """A plain matrix for 4-bit numbers, made anew for each product: right, but slow."""
-    return weight.dequantized(x.dtype) if isinstance(weight, PackedWeight) else weight
+    """A plain matrix for 4-bit numbers, made anew for each product of so many rows."""
+    if isinstance(weight, PackedWeight):
+        return triton.dequantize_packed(weight, x.dtype)
+    return weight
 
 
 def linear(
@@ -166,6 +168,8 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    if triton.is_packed_product(weight, x):
+        return triton.packed_linear(x, weight, bias, norm, out=out)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight):
         return product(x, weight, bias, norm, out=out)
@@ -181,6 +185,8 @@ def linear(
 
 def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
     """See Ops.gated_linear."""
+    if triton.is_packed_product(weight, x):
+        return triton.packed_linear(x, weight, bias, norm, gated=True)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight, gated=True):
         return product(x, weight, bias, norm, gated=True)
@@ -189,6 +195,8 @@ def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | No
 
 def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear. Without a bias, the sum with a plain product is rounded only once."""
+    if triton.is_packed_product(weight, x):
+        return triton.packed_linear(x, weight, bias, out=total, add=True)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)

@@ -26,6 +26,7 @@ from gllm_engine.arch import (
     make_arch,
     read_arch,
 )
+from gllm_engine.arch.formats import Awq, CompressedInt, Format, Gptq, Widened
 from gllm_engine.arch.model import GatedDelta
 from gllm_engine.arch.names import is_left_over
 from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
@@ -1031,6 +1032,82 @@ def packed(**over: Any) -> dict[str, Any]:
     return config | {"config_groups": groups}
 
 
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"bits": 3}, "bits is 3; supported are 4 and 8"),
+        ({"bits": None}, "bits is missing"),
+        ({"group_size": None}, "group_size is missing"),
+        ({"group_size": 16}, "group_size is 16; supported are multiples of 32, and -1, one group"),
+        ({"group_size": 0}, "group_size is 0; supported are multiples of 32, and -1, one group"),
+        ({"group_size": -2}, "group_size is -2, but only a whole number from -1 to 16777216 is"),
+        ({"desc_act": "yes"}, "desc_act is 'yes', but only true or false is supported"),
+        ({"sym": 1}, "sym is 1, but only true or false is supported"),
+        (
+            {"checkpoint_format": "marlin"},
+            "checkpoint_format is 'marlin'; supported are gptq, gptq_v2",
+        ),
+        ({"format": "bitblas"}, "format is 'bitblas'; supported are gptq, gptq_v2"),
+        ({"is_marlin_format": True}, "is_marlin_format is True, but only false is supported"),
+        ({"pack_dtype": "int16"}, "pack_dtype is 'int16', but only \"int32\" is supported"),
+        ({"lm_head": True}, "lm_head is True, but only false is supported"),
+        (
+            {"dynamic": {"-:.*mtp.*": {}, "+:.*down.*": {"bits": 8}}},
+            "dynamic: '+:.*down.*' changes the format of some modules, which is not supported; a "
+            'rule that begins with "-:" leaves modules plain',
+        ),
+        ({"dynamic": ["lm_head"]}, "dynamic is ['lm_head'], but only an object is supported"),
+    ],
+)
+def test_gptq_refused(over: dict[str, Any], message: str) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True} | over
+    expected = f"config.json: quantization_config: {message}"
+    assert refusal("LlamaForCausalLM", quantization_config=config).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"bits": 8}, "bits is 8, but of AWQ only 4 is supported"),
+        ({"w_bit": 3}, "w_bit is 3; supported are 4 and 8"),
+        ({"q_group_size": 100}, "q_group_size is 100; supported are multiples of 32"),
+        ({"zero_point": False}, "zero_point is False, but only true is supported"),
+        ({"version": "GEMV"}, "version is 'gemv'; supported are gemm"),
+        ({"version": None, "format": "gemv_fast"}, "format is 'gemv_fast'; supported are gemm"),
+        ({"backend": "llm-awq"}, "backend is 'llm-awq', whose tensors are not supported"),
+    ],
+)
+def test_awq_refused(over: dict[str, Any], message: str) -> None:
+    config = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"} | over
+    expected = f"config.json: quantization_config: {message}"
+    assert refusal("LlamaForCausalLM", quantization_config=config).startswith(expected)
+
+
+def test_whole_numbers_in_configs() -> None:
+    """Published configs, with keys that tools write and nobody needs."""
+
+    def promised(**config: Any) -> Format | None:
+        return tiny(quantization_config=config).quantization
+
+    old = {"quant_method": "gptq", "bits": 4, "group_size": 128, "damp_percent": 0.1, "sym": True}
+    old |= {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model"}
+    assert promised(**old, desc_act=False) == Gptq(128)
+    assert promised(**old, desc_act=True) == Widened(Gptq(128, reordered=True))
+    assert promised(**old, desc_act=True, static_groups=True) == Gptq(128)
+    assert promised(**old | {"group_size": -1}, desc_act=True) == Gptq(0)
+    assert promised(**old, checkpoint_format="gptq_v2") == Gptq(128, less_one=False)
+    assert promised(**old | {"bits": 8}) == Widened(Gptq(128, bits=8))
+    rules = {"lm_head": {}, "-:.*attn.*": {}, "-:.*shared_expert.*": {}}
+    assert promised(**old | {"sym": False}, dynamic=rules) == Gptq(128, zeros=True)
+    awq = {"quant_method": "awq", "zero_point": True, "modules_to_not_convert": None}
+    assert promised(**awq, bits=4, group_size=128, version="GEMM") == Awq(128)
+    assert promised(**awq, w_bit=4, q_group_size=64, version="gemm") == Awq(64)
+    compressed = tiny(quantization_config=packed(symmetric=False, group_size=128)).quantization
+    assert compressed == CompressedInt(128, zeros=True)
+    whole = packed(strategy="channel", group_size=None, num_bits=8)
+    assert tiny(quantization_config=whole).quantization == Widened(CompressedInt(0, bits=8))
+
+
 def test_rope_old_and_new_form() -> None:
     assert (
         rope_of(tiny(**OLD)) == rope_of(tiny(**NEW)) == Rope(16, 500.0, scaling=LinearScaling(2.0))
@@ -1114,9 +1191,9 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
             "config.json: hidden_act is 'gelu', but only \"silu\" is supported",
         ),
         (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "config.json: quantization_config: quant_method is 'gptq'; "
-            "supported are fp8, fbgemm_fp8, compressed-tensors, modelopt, mxfp4",
+            {"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}},
+            "config.json: quantization_config: quant_method is 'bitsandbytes'; "
+            "supported are fp8, fbgemm_fp8, compressed-tensors, modelopt, mxfp4, gptq, awq",
         ),
         (
             {"quantization_config": "fp8"},
@@ -1125,7 +1202,7 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         (
             {"quantization_config": {"bits": 4}},
             "config.json: quantization_config: quant_method is ''; "
-            "supported are fp8, fbgemm_fp8, compressed-tensors, modelopt, mxfp4",
+            "supported are fp8, fbgemm_fp8, compressed-tensors, modelopt, mxfp4, gptq, awq",
         ),
         (
             {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
@@ -1152,14 +1229,19 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
             'but only "float-quantized" or "pack-quantized" is supported',
         ),
         (
-            {"quantization_config": packed(symmetric=False)},
-            "config.json: quantization_config: config_groups: group_0: weights: "
-            "symmetric is False, but only true is supported",
-        ),
-        (
             {"quantization_config": packed(group_size=48)},
             "config.json: quantization_config: config_groups: group_0: weights: "
-            "group_size is 48; supported are 32, 64, 128",
+            "group_size is 48; supported are multiples of 32, and -1, one group of all columns",
+        ),
+        (
+            {"quantization_config": packed(num_bits=3)},
+            "config.json: quantization_config: config_groups: group_0: weights: "
+            "num_bits is 3; supported are 4 and 8",
+        ),
+        (
+            {"quantization_config": packed(strategy="tensor")},
+            "config.json: quantization_config: config_groups: group_0: weights: "
+            "strategy is 'tensor'; supported are group, channel",
         ),
         (
             {"quantization_config": packed(actorder="group")},

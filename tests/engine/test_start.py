@@ -15,7 +15,7 @@ import torch
 
 from gllm_engine import LLM, ConfigError, SamplingParams, fill_caches, make_config
 from gllm_engine.arch import read_arch
-from gllm_engine.arch.formats import Int4, Rounded
+from gllm_engine.arch.formats import CompressedInt, Rounded
 from gllm_engine.engine import core
 from gllm_engine.model import LoadError
 from gllm_engine.model.tiny import write_tiny_model
@@ -94,7 +94,7 @@ def test_formats_of_the_checkpoint_and_in_memory(tmp_path: Path) -> None:
         "FP8 in blocks of 16 x 16, held plain"
     }
     assert not held_formats(plain, "none").formats()
-    four = replace(plain, quantization=Int4(32)).quantized()
+    four = replace(plain, quantization=CompressedInt(32)).quantized()
     message = "quantization: it is fp8, but weights of the checkpoint are INT4 with a scale per 32"
     with pytest.raises(ConfigError, match=message):
         held_formats(four, "fp8")

@@ -82,6 +82,26 @@ def test_float8_weights_take_half(family: str) -> None:
     assert "slow" in use.kernels["hopper"] and use.kernels["cpu"] == "plain torch"
 
 
+GPTQ = {"quant_method": "gptq", "group_size": 128, "desc_act": False, "sym": True}
+
+
+@pytest.mark.parametrize(("bits", "least", "most"), [(4, 0.25, 0.28), (8, 1, 1.01)])
+def test_whole_numbers_take_a_quarter_or_are_held_plain(
+    bits: int, least: float, most: float
+) -> None:
+    size = {"hidden_size": 128, "moe_intermediate_size": 128}
+    config = size | {"quantization_config": GPTQ | {"bits": bits}}
+    arch = make_arch(tiny_config("Qwen3MoeForCausalLM", **config)).quantized()
+    found = estimate(small(), arch, 8 * GIB)
+    (stage,) = found.stages
+    plain = make_arch(tiny_config("Qwen3MoeForCausalLM", **size))
+    experts = estimate(small(), plain, 8 * GIB).stages[0].weights["experts"]
+    assert least <= stage.weights["experts"] / experts <= most
+    (use,) = [use for use in found.kernels if f"GPTQ INT{bits}" in use.part]
+    assert ("held plain" in use.part) == (bits == 8)
+    assert use.kernels["cpu"] == "plain torch"
+
+
 def test_layers_that_keep_a_state_are_sized() -> None:
     arch = make_arch(tiny_config("LlamaForCausalLM"))
     delta = GatedDelta(k_heads=2, v_heads=4, k_dim=16, v_dim=16, conv=4)

@@ -26,6 +26,7 @@ from gllm_engine.ops.triton.norm_act import (
     silu_mul,
 )
 from gllm_engine.ops.triton.one_shot_allreduce import make_one_shot_allreduce
+from gllm_engine.ops.triton.packed import dequantize_packed, is_packed_product, packed_linear
 from gllm_engine.ops.triton.prepare_inputs import prepare_inputs
 from gllm_engine.ops.triton.qkv_rope_store import rotate_and_store
 from gllm_engine.ops.triton.sampling import sample_plain
@@ -43,15 +44,18 @@ __all__ = [
     "choose_tokens",
     "decode_attention",
     "dequantize",
+    "dequantize_packed",
     "gemv",
     "has_tiles",
     "head_blocks",
+    "is_packed_product",
     "is_single",
     "is_skinny",
     "layer_norm",
     "list_pages",
     "make_one_shot_allreduce",
     "mean_squares",
+    "packed_linear",
     "plan_choice",
     "plan_rows",
     "prepare_inputs",

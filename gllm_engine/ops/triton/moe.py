@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.packed import multiply_packed, run_words, runs_of_turn, scale_words
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
-from gllm_engine.ops.weight import PackedWeight, Weight
+from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, Weight
 from gllm_engine.routing import Clamp, Routing
 
 # Most (token, expert) elements that one program of routing or sorting holds in registers, and its
@@ -59,12 +60,28 @@ _TILES = (
     (96, Tiles(64, 128, 128, 4, 3)),
     (inf, Tiles(128, 256, 64, 8, 4)),
 )
-_EXACT_TILES = Tiles(16, 64, 32, 4, 2)  # for float32, which tensor cores would round
+# For weights of 4-bit numbers; `columns` are those of gate, and as many are up's. To decode numbers
+# takes the time, so a matrix is decoded by as few programs as possible, each in tiles of 64 rows of
+# the weight for every four warps, the least of a warpgroup's product.
+_PACKED_TILES = (
+    (0.25, Tiles(16, 64, 256, 4, 4)),
+    (8, Tiles(16, 64, 256, 4, 3)),
+    (24, Tiles(32, 64, 256, 4, 3)),
+    (96, Tiles(64, 64, 128, 4, 3)),
+    (inf, Tiles(128, 128, 128, 8, 3)),
+)
+# For float32, which tensor cores would round.
+_EXACT_TILES = Tiles(16, 64, 32, 4, 2)
+_EXACT_PACKED_TILES = Tiles(16, 32, 128, 4, 2)
 
 
-def choose_tiles(tokens: int, top_k: int, num_experts: int) -> Tiles:
-    """Tiles for 16-bit dtypes, assuming that all experts are equally likely."""
-    return next(tiles for limit, tiles in _TILES if tokens * top_k <= limit * num_experts)
+def choose_tiles(tokens: int, top_k: int, num_experts: int, packed: bool = False) -> Tiles:
+    """Tiles for 16-bit dtypes, assuming that all experts are equally likely.
+
+    `packed`: for weights of 4-bit numbers.
+    """
+    table = _PACKED_TILES if packed else _TILES
+    return next(tiles for limit, tiles in table if tokens * top_k <= limit * num_experts)
 
 
 @triton.jit
@@ -284,52 +301,16 @@ def _row_scales(
 
 
 @triton.jit
-def _e2m1(code):
-    """The values of codes of e2m1, from its bits: sign, 2 of the exponent, 1 of the mantissa."""
-    size = code & 7
-    bits = tl.where(size >= 2, (size + 252) << 22, tl.where(size == 1, 0x3F000000, 0))
-    return (bits | (code >> 3 << 31)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _unpack(
-    matrix, scales, line, k, depth, GROUP: tl.constexpr, IS_FLOAT: tl.constexpr,
-    DEPTH: tl.constexpr, kind: tl.constexpr,
-):  # fmt: skip
-    """Columns k .. k + DEPTH - 1 of each row `line` of a PackedWeight, [DEPTH, rows], in `kind`."""
-    byte = (k + tl.arange(0, DEPTH // 2) * 2)[None, :]
-    group = (k + tl.arange(0, DEPTH // GROUP) * GROUP)[None, :]
-    packed = tl.load(matrix + line[:, None] * (depth // 2) + byte // 2, mask=byte < depth, other=0)
-    scales += line[:, None] * (depth // GROUP) + group // GROUP
-    scale = tl.load(scales, mask=group < depth, other=0)
-    packed = packed.to(tl.int32)
-    codes = tl.join(packed & 15, packed >> 4)
-    codes = tl.reshape(codes, [line.shape[0], DEPTH // GROUP, GROUP])
-    if IS_FLOAT:
-        exponent = scale.to(tl.int32)
-        factor = tl.where(exponent > 0, exponent << 23, 0x400000).to(tl.float32, bitcast=True)
-        values = _e2m1(codes)
-    else:
-        factor = scale.to(tl.float32)
-        values = (codes - 8).to(tl.float32)
-    return tl.trans(tl.reshape(values * factor[:, :, None], [line.shape[0], DEPTH]).to(kind))
-
-
-@triton.jit
 def _add_product(
-    sums, v, tile, matrix, scales, line, k, inside, depth, first_column,
-    GROUP: tl.constexpr, SCALED: tl.constexpr, PACKED: tl.constexpr, IS_FLOAT: tl.constexpr,
-    EVEN: tl.constexpr,
+    sums, v, tile, scales, k, inside, first_column,
+    GROUP: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """sums + v w, with columns k and further of the rows `line` of a matrix as w.
+    """sums + v w, with columns k and further of some rows of a matrix as w, at `tile`.
 
-    `tile`: where they are in a matrix without packing. SCALED: its numbers are float8, and all
-    columns of w have one scale; `scales`: where those of the rows begin. GROUP: columns of a scale.
+    SCALED: its numbers are float8, and all columns of w have one scale; `scales`: where those of
+    the rows begin. GROUP: columns of a scale.
     """
-    if PACKED:
-        w = _unpack(matrix, scales, line, k, depth, GROUP, IS_FLOAT, v.shape[1], v.dtype)
-        sums = tl.dot(v, w, sums, input_precision="ieee")
-    elif SCALED:
+    if SCALED:
         w = _load(tile, inside[:, None], EVEN).to(v.dtype)
         scale = tl.load(scales + (first_column + k) // GROUP)[None, :]
         sums += tl.dot(v, w, input_precision="ieee") * scale
@@ -373,7 +354,6 @@ def _grouped(
     x, matrix, scales, scale_row, bias, weights, order, groups, out, width, depth,
     scale_rows, scale_columns, first_column,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
-    PACKED: tl.constexpr, IS_FLOAT: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
     LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -384,7 +364,7 @@ def _grouped(
 
     `scales`: [held, scale_rows, scale_columns] of a float8 matrix, whose numbers are exact in the
     dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale.
-    PACKED: a PackedWeight instead. Rows past the end repeat the last row; they are not stored.
+    Rows past the end repeat the last row; they are not stored.
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
@@ -401,7 +381,7 @@ def _grouped(
     column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, DEPTH)
     lines = x + source.to(tl.int64)[:, None] * depth + at[None, :]
-    size = width * (depth // 2 if PACKED else depth)
+    size = width * depth
     matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
     line = tl.minimum(column, width - 1)
     up_line = line + width if GATED else line
@@ -415,16 +395,57 @@ def _grouped(
         inside = at < depth - k
         v = _load(lines + k, inside[None, :], EVEN)
         sums = _add_product(
-            sums, v, tile + k, matrix, scales, line, k, inside, depth, first_column,
-            COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, PACKED, IS_FLOAT, EVEN,
+            sums, v, tile + k, scales, k, inside, first_column,
+            COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, EVEN,
         )  # fmt: skip
         if GATED:
             ups = _add_product(
-                ups, v, tile + size + k, matrix, up_scales, up_line, k, inside, depth, first_column,
-                COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, PACKED, IS_FLOAT, EVEN,
+                ups, v, tile + size + k, up_scales, k, inside, first_column,
+                COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, EVEN,
             )  # fmt: skip
     sums = _finish(
         sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
+        GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
+    )  # fmt: skip
+    to = out + target.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
+
+
+@triton.jit
+def _grouped_packed(
+    x, numbers, scales, bias, weights, order, groups, out, width, depth, scale_words,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
+    TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
+    LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """_grouped for a PackedWeight. `scale_words`: int32 numbers that the scales of an expert are.
+
+    Each program gets another tile of columns; programs of one block of rows are consecutive.
+    """
+    begin_alone(OVERLAPS)
+    turns = tl.cdiv(width, COLUMNS)
+    block = tl.program_id(0) // turns
+    expert = tl.sum((tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS)) <= block).to(tl.int32))
+    if expert == EXPERTS:
+        return
+    row, end, known, pair = _rows(groups, order, expert, block, ROWS, EXPERTS)
+    source = pair // TOP_K if GATED else known
+    target = row if GATED else pair
+    column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
+    line = tl.minimum(column, width - 1)
+    rows = width * 2 if GATED else width
+    up_line = line + width if GATED else line
+    sums, ups = multiply_packed(
+        x + source.to(tl.int64)[None, :] * depth,
+        numbers + expert.to(tl.int64) * rows * run_words(depth),
+        scales + expert.to(tl.int64) * scale_words,
+        line, up_line, rows, depth, 0, depth, GROUP, SCALE, ZEROS, RUNS, GATED, EVEN,
+        OVERLAPS,
+    )  # fmt: skip
+    sums, ups = tl.trans(sums), tl.trans(ups)
+    sums = _finish(
+        sums, ups, weights, bias, pair, expert * rows, line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
     )  # fmt: skip
     to = out + target.to(tl.int64)[:, None] * width + column[None, :]
@@ -442,20 +463,11 @@ class _Operand(NamedTuple):
     columns_per_scale: int
     indexed: bool = False
     first_column: int = 0
-    packed: bool = False
-    is_float: bool = False
 
 
-def _operand(matrix: Weight) -> _Operand:
+def _operand(matrix: Tensor | Fp8Weight) -> _Operand:
     if isinstance(matrix, Tensor):
         return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1])
-    if isinstance(matrix, PackedWeight):
-        grid = (matrix.scales.shape[1], matrix.scales.shape[2])
-        scales = matrix.scales
-        return _Operand(
-            matrix.numbers, scales, scales, grid, 0, matrix.group, packed=True,
-            is_float=matrix.is_float,
-        )  # fmt: skip
     index = matrix.scale_row
     return _Operand(
         matrix.numbers,
@@ -489,14 +501,14 @@ def grouped_product(
     pairs whose expert is not held are undefined. `bias`: the matrices' biases, [held, rows of a
     matrix]. `on_input`: factors of the pairs' rows of x, [tokens, top_k]. `clamp`: instead of silu.
     """
+    if isinstance(matrix, PackedWeight):
+        return _packed_product(x, matrix, order, groups, top_k, tiles, gated, bias, on_input, clamp)
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
     columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
     stored = _operand(matrix)
     turn = _fit(tiles.depth, depth)
-    if stored.packed:
-        turn = max(turn, stored.columns_per_scale)
-    elif stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
+    if stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
         ends = stored.columns_per_scale | stored.first_column
         turn = min(turn, ends & -ends)
     some = min(held, pairs)
@@ -505,13 +517,44 @@ def grouped_product(
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
         x, stored.numbers, stored.scales, stored.scale_row, bias, on_input, order, groups, out,
         width, depth, *stored.grid, stored.first_column, ROWS_PER_SCALE=stored.rows_per_scale,
-        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, PACKED=stored.packed,
-        IS_FLOAT=stored.is_float, TOP_K=top_k,
+        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, TOP_K=top_k,
         GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
         EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, DEPTH=turn,
         EVEN=depth % turn == 0, OVERLAPS=OVERLAP, num_warps=tiles.warps,
         num_stages=tiles.stages, **overlapping(),
+    )  # fmt: skip
+    return out
+
+
+def _packed_product(
+    x: Tensor,
+    matrix: PackedWeight,
+    order: Tensor,
+    groups: Tensor,
+    top_k: int,
+    tiles: Tiles,
+    gated: bool,
+    bias: Tensor | None,
+    on_input: Tensor | None,
+    clamp: Clamp | None,
+) -> Tensor:
+    """grouped_product for 4-bit numbers."""
+    (pairs,), (held, width, depth) = order.shape, matrix.shape
+    width = width // 2 if gated else width
+    columns = _fit(tiles.columns, width)
+    some = min(held, pairs)
+    most_blocks = some + (pairs - some) // tiles.rows
+    out = x.new_empty(pairs, width)
+    scales, kind = scale_words(matrix)
+    runs = runs_of_turn(matrix, tiles.depth // RUN)
+    _grouped_packed[(most_blocks * triton.cdiv(width, columns),)](
+        x, matrix.numbers, scales, bias, on_input, order, groups, out, width, depth,
+        scales[0].numel(), GROUP=matrix.group, SCALE=kind, ZEROS=matrix.zeros, RUNS=runs,
+        TOP_K=top_k, GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
+        LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
+        EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, EVEN=depth % (RUN * runs) == 0,
+        OVERLAPS=OVERLAP, num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
 
@@ -556,8 +599,13 @@ def sum_experts(
     (tokens, top_k), (held, dim, _) = experts.shape, down.shape
     if not tokens or not held:
         return torch.zeros_like(x) if total is None else total
-    exact = x.dtype == torch.float32
-    tiles = _EXACT_TILES if exact else choose_tiles(tokens, top_k, num_experts)
+    packed = isinstance(gate_up, PackedWeight)
+    if x.dtype == torch.float32:
+        tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
+    else:
+        tiles = choose_tiles(tokens, top_k, num_experts, packed)
+        if packed and tiles.rows > 64 and runs_of_turn(gate_up) > 1:
+            tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
     order, groups = sort_pairs(experts, first, held, tiles.rows)
     scale = weights if on_input else None
     gate_up_bias, down_bias = biases
