@@ -13,6 +13,7 @@ from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
 from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
+    gather_latents,
     head_blocks,
     store_latent,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "choose_tokens",
     "decode_attention",
     "dequantize",
+    "gather_latents",
     "gemv",
     "head_blocks",
     "is_single",
