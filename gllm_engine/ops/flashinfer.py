@@ -589,7 +589,7 @@ class FlashInferPlanner:
                 self._scores = torch.empty(SCORE_BYTES // 4, device=self._device)
             choice = triton.plan_choice(batch.page_table, slots, lens, longest, top_k, self._scores)
             lens = lens.clamp(max=top_k)
-        blocks = triton.head_blocks(heads.count)
+        blocks = triton.head_blocks(heads.num_heads)
         absorbed = []
         for start in range(0, len(slots), ABSORBED_TOKENS):
             rows = slice(start, start + ABSORBED_TOKENS)

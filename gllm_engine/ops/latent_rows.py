@@ -58,8 +58,8 @@ def expansion(batch: Batch, heads: LatentHeads, width: int, itemsize: int) -> Ex
 
 def _heads_at_once(keys: int, heads: LatentHeads, width: int, itemsize: int) -> int:
     """0: K and V of `keys` tokens exceed the memory even for one head; or there are no keys."""
-    for parts in range(1, heads.count + 1):
-        at_once, rest = divmod(heads.count, parts)
+    for parts in range(1, heads.num_heads + 1):
+        at_once, rest = divmod(heads.num_heads, parts)
         numbers = width + at_once * (heads.key_dim + heads.value_dim)
         if keys and not rest and keys * numbers * itemsize <= EXPANDED_BYTES:
             return at_once

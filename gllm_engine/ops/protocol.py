@@ -81,7 +81,7 @@ class LatentHeads(NamedTuple):
     its value is W_UV latent.
     """
 
-    count: int
+    num_heads: int
     key_dim: int  # channels of a query and of a key: nope_dim + rope_dim
     value_dim: int
     scale: float  # of the scores

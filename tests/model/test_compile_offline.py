@@ -34,7 +34,8 @@ QUANTIZED = {
 # And so every kernel that a single GPU runs, whatever the model.
 KERNELS = {
     *("_activate", "_apply_sinks", "_attend_latent", "_choose", "_choose_tokens", "_convolve"),
-    *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gemv", "_grouped"),
+    *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gather_latents", "_gemv"),
+    *("_grouped",),
     *("_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_quantize", "_recur"),
     *("_rms_norm", "_rotate_and_store", "_route", "_score_tokens", "_skinny", "_split"),
     *("_store_index_key", "_store_latent", "_sum"),

@@ -242,10 +242,10 @@ def test_kernels_of_latent_attention_are_compiled_once(
     cache = torch.empty(1, 1, 16, 1, 576, dtype=torch.float8_e4m3fn)
     deepseek, glm = LatentHeads(16, 192, 128, 0.1), LatentHeads(20, 256, 256, 0.1)
     layers = [
-        ops.AttentionLayer(cache, heads.count, latent=heads)
-        for heads in (deepseek, glm, deepseek._replace(count=8), LatentHeads(4, 192, 64, 0.1))
+        ops.AttentionLayer(cache, heads.num_heads, latent=heads)
+        for heads in (deepseek, glm, deepseek._replace(num_heads=8), LatentHeads(4, 192, 64, 0.1))
     ]
     backend.compile_attention(layers, torch.float32)
     assert not jobs
     backend.compile_attention(layers, torch.bfloat16)
-    assert jobs == [(2, deepseek._replace(count=8)), (2, glm)]
+    assert jobs == [(2, deepseek._replace(num_heads=8)), (2, glm)]
