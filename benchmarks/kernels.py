@@ -19,11 +19,12 @@ from torch import Tensor
 
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
-from gllm_engine.arch import GatedDelta, Gqa, Model, Moe, read_arch
+from gllm_engine.arch import GatedDelta, Mla, Model, Moe, read_arch
 from gllm_engine.ops import (
     Batch,
     Fp8Weight,
     HeadNorm,
+    LatentHeads,
     PlainSampling,
     RecurrentState,
     best_device,
@@ -54,6 +55,8 @@ PREFILL = ((1, 8192, 8192), (2, 8192, 8192), (16, 1024, 1024), (64, 256, 256), (
 # Rows, and tokens of a row in this step: of layers with the gated delta rule.
 DELTA = ((1, 1), (64, 1), (1, 2048), (1, 8192), (8, 1024))
 DELTA_BLOCK = 64  # tokens that are computed at once
+# Of latent attention in both forms; the last ones are near the length that decides between them.
+LATENT_PREFILL = ((1, 8192, 8192), (8, 1024, 1024), (4, 8192, 2048), (8, 4096, 64), (64, 4096, 32))
 
 
 class Case(NamedTuple):
@@ -87,7 +90,8 @@ class Shape:
         self.dtype = dtype
         self.cache_dtype = cache_dtype
         mixers = [layer.mixer for layer in arch.layers]
-        self.mixer: Gqa = next(mixer for mixer in mixers if not isinstance(mixer, GatedDelta))
+        # Gqa or Mla
+        self.mixer: Any = next(mixer for mixer in mixers if not isinstance(mixer, GatedDelta))
         self.delta = next((mixer for mixer in mixers if isinstance(mixer, GatedDelta)), None)
         self.ffn = arch.layers[0].ffn
         self.ops = select_ops(device)
@@ -291,9 +295,12 @@ class Shape:
         size = f"{rows} x {tokens}"
         return Case(f"gated delta rule, {kind}", size, moved, total * heads * done, rule)
 
-    def batch(self, rows: list[tuple[int, int]]) -> Batch:
-        """A step of rows of (context, tokens in this step), on pages in random order."""
-        counts = [-(-context // PAGE_SIZE) for context, _ in rows]
+    def batch(self, rows: list[tuple[int, int]], contexts: list[int] | None = None) -> Batch:
+        """A step of rows of (context, tokens in this step), on pages in random order. `contexts`:
+        of sequences, which rows take in turn; None: each row is a sequence.
+        """
+        contexts = contexts or [context for context, _ in rows]
+        counts = [-(-context // PAGE_SIZE) for context in contexts]
         pages = torch.randperm(sum(counts)).split(counts)
         table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
         return made_up_step(rows, table.to(self.device), PAGE_SIZE).of_group(0)
@@ -334,8 +341,50 @@ class Shape:
 
         return make
 
+    def latent_case(self, rows: int, context: int, chunk: int, absorbed: bool) -> Case:
+        """Latent attention of the last `chunk` tokens of each of `rows` rows. `absorbed`: each
+        token is a decode row.
+        """
+        m: Mla = self.mixer
+        ops = self.ops
+        attention = m.attention
+        heads = LatentHeads(m.heads, attention.key_dim, attention.value_dim, m.scale)
+        ends = range(context - chunk + 1, context + 1)
+        # A token of each row in turn, as rows take their pages in turn.
+        step = [(end, 1) for end in ends for _ in range(rows)] if absorbed else None
+        batch = self.batch(step or [(context, chunk)] * rows, [context] * rows)
+        shape = (int(batch.page_table.max()) + 1, 1, PAGE_SIZE, 1, m.latent_width)
+        like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+        plan = self.planner.plan_latent(batch, like, heads)
+        tokens = rows * chunk
+
+        def make() -> Callable[[], Any]:
+            cache = self.randn(*shape).to(self.cache_dtype)
+            q = self.randn(tokens, m.heads, heads.key_dim)
+            kv_up = self.randn(m.heads, m.nope_dim + m.v_dim, m.kv_rank)
+            return lambda: ops.attend_latent(q, kv_up, cache, plan)
+
+        moved = rows * context * m.latent_width * self.cache_dtype.itemsize
+        moved += tokens * m.heads * (heads.key_dim + m.v_dim) * self.item
+        width = m.latent_width + m.kv_rank if absorbed else heads.key_dim + m.v_dim
+        multiplied = tokens if absorbed else rows * context  # by W_UK and W_UV
+        done = rows * sum(ends) * width + multiplied * (m.nope_dim + m.v_dim) * m.kv_rank
+        form = "absorbed" if absorbed else "expanded"
+        size = f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
+        return Case(f"latent attention, {form}", size, moved, 2 * m.heads * done, make)
+
+    def latent_cases(self) -> Iterator[Case]:
+        for rows, context in DECODE:
+            yield self.latent_case(rows, context, 1, True)
+        for rows, context, chunk in LATENT_PREFILL:
+            yield self.latent_case(rows, context, chunk, True)
+            yield self.latent_case(rows, context, chunk, False)
+
     def cases(self) -> Iterator[Case]:
         """All cases. Time each case before making the next one, because plans share memory."""
+        if isinstance(self.mixer, Mla):
+            yield from self.latent_cases()
+            return
         for tokens in TOKENS:
             yield from self.rows_cases(tokens)
         yield from map(self.sample_case, ROWS)

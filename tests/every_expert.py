@@ -24,4 +24,7 @@ def usual_heads(family: str) -> dict[str, int]:
         return {"n_embd": 256}
     if family == "Phi3ForCausalLM":  # no head_dim, and RoPE factors for a part of the head
         return {"hidden_size": 256, "partial_rotary_factor": 0.125}
+    config = tiny_config(family)
+    if "kv_lora_rank" in config.get("text_config", config):  # 16 more channels are rotated
+        return {"qk_nope_head_dim": 48, "v_head_dim": 64}
     return {"kv_channels": 64} if family.startswith("ChatGLM") else {"head_dim": 64}

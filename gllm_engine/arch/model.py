@@ -159,7 +159,10 @@ class LatentShape:
     """The parameters of a latent attention plan. Mixers with equal parameters share a plan."""
 
     heads: int
-    width: int
+    width: int  # of what the cache holds of a token
+    key_dim: int  # channels of a query and of a head's key
+    value_dim: int
+    scale: float
     top_k: int | None  # tokens that an indexer chooses
 
 
@@ -194,8 +197,8 @@ class Mla(Formatted):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
     The cache holds one latent vector per token for all heads, and one rotated key. A head's key is
-    [W_UK latent, rotated key], its value W_UV latent. Attention is computed in the absorbed form:
-    W_UK is applied to the queries and W_UV to the result, so that no key or value is ever made.
+    [W_UK latent, rotated key], its value W_UV latent. Attention may be computed in the absorbed
+    form: W_UK is applied to the queries and W_UV to the result, so that no key or value is made.
     """
 
     heads: int
@@ -242,7 +245,8 @@ class Mla(Formatted):
     @property
     def attention(self) -> LatentShape:
         top_k = None if self.indexer is None else self.indexer.top_k
-        return LatentShape(self.heads, self.latent_width, top_k)
+        key_dim = self.nope_dim + self.rope.dim
+        return LatentShape(self.heads, self.latent_width, key_dim, self.v_dim, self.scale, top_k)
 
     def cache_shapes(self, page_size: int) -> CacheShapes:
         """Each part: one plane, tokens, one head, channels. First the latent and the rotated key,
@@ -255,7 +259,7 @@ class Mla(Formatted):
 
     @property
     def attended_width(self) -> int:
-        """Numbers that attention computes for a token, before W_UV."""
+        """Numbers that attention computes for a decode row, before W_UV."""
         return self.heads * self.kv_rank
 
 

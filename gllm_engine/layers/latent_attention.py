@@ -16,6 +16,7 @@ from gllm_engine.ops import (
     AttentionPlanner,
     Batch,
     IndexQueries,
+    LatentHeads,
     Norm,
     Ops,
     dequantized,
@@ -26,9 +27,9 @@ from gllm_engine.parallel import TensorParallel
 class MlaAttention:
     """Computes queries and a latent, stores the latent, attends to latents and projects.
 
-        x -- q_a -- norm -- q_b -- W_UK, rotate --\\
-                                                   attend -- W_UV -- o
-        x -- kv_a -- norm, rotate -- cache -------/
+        x -- q_a -- norm -- q_b -- rotate ---------\\
+                                                    attend, with W_UK and W_UV -- o
+        x -- kv_a -- norm, rotate -- cache --------/
 
     With an indexer, a query attends only to the tokens that the indexer chooses for it.
     """
@@ -48,6 +49,7 @@ class MlaAttention:
         """`group`: the cache group of the layer."""
         del eps, ranks, plus_one  # the norms of latents have their own
         self._arch = arch
+        self._group = group
         self.plan_key: PlanKey = (group, arch.attention)
         self._ops = ops
         shapes = arch.shapes(dim)
@@ -76,7 +78,8 @@ class MlaAttention:
     ) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
         shape = self._arch.attention
-        return planner.plan_latent(batch, cache[0], shape.heads, shape.top_k)
+        heads = LatentHeads(shape.heads, shape.key_dim, shape.value_dim, shape.scale)
+        return planner.plan_latent(batch, cache[0], heads, shape.top_k, self._group)
 
     def __call__(
         self,
@@ -101,12 +104,11 @@ class MlaAttention:
             norm = None
         down = self._down(x, norm)
         q, index = self._queries(down[:, : -arch.latent_width], x, context, cache)
-        w_uk, w_uv = self._kv_up.split((arch.nope_dim, arch.v_dim), 1)
-        queries = ops.store_latent(
-            q.unflatten(1, (arch.heads, -1)),
+        q = q.unflatten(1, (arch.heads, -1))
+        ops.store_latent(
+            q,
             down[:, -arch.latent_width :],
             (self._kv_gain, arch.latent_eps),
-            w_uk,
             context.rotary[arch.rope],
             arch.rope.interleaved,
             cache[0],
@@ -117,20 +119,16 @@ class MlaAttention:
             tokens = logit_tokens.index
             plan = logit_tokens.plans.get(self.plan_key)
         if plan is None:
-            attended = x.new_empty(0, arch.heads, arch.kv_rank)
+            values = x.new_empty(0, arch.heads * arch.v_dim)
         else:
             chosen = None if index is None else ops.choose_tokens(index, cache[1], plan, tokens)
-            attended = ops.attend_latent(queries, cache[0], plan, arch.scale, tokens, chosen)
-        # Written as the output projection reads it; an einsum would be copied once more.
-        values = x.new_empty(len(attended), arch.heads, arch.v_dim)
-        torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=values.transpose(0, 1))
-        values = values.flatten(1)
+            values = ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen)
         return self._out(values) if total is None else self._out.add_to(total, values)
 
     def _queries(
         self, q: Tensor, x: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
     ) -> tuple[Tensor, IndexQueries | None]:
-        """The queries of all heads, [tokens, heads * width], and those of the indexer, whose keys
+        """The queries of all heads, [tokens, heads * key_dim], and those of the indexer, whose keys
         are stored. `q`: queries, or the latent that they are computed from.
         """
         if self._q_up is None:

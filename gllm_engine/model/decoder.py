@@ -24,6 +24,7 @@ from gllm_engine.arch.model import (
     Dense,
     GatedDelta,
     Gqa,
+    LatentShape,
     Layer,
     Mla,
     Model,
@@ -56,6 +57,7 @@ from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
     Batch,
+    LatentHeads,
     Ops,
     PlainSampling,
     RotaryInputs,
@@ -348,11 +350,14 @@ class Decoder:
         cache = self.new_cache(1, page_size, dtype)
         kinds = []
         for (_, shape), i in self._planned.items():
-            # Latent and linear attention have kernels of our own.
+            # Linear attention has kernels of our own.
             if isinstance(shape, AttentionShape):
                 (pages,) = cache[i]
                 window = None if shape.chunked else shape.window  # see AttentionPlanner.plan
                 kinds.append(AttentionLayer(pages, shape.heads, window, shape.softcap))
+            elif isinstance(shape, LatentShape):
+                heads = LatentHeads(shape.heads, shape.key_dim, shape.value_dim, shape.scale)
+                kinds.append(AttentionLayer(cache[i][0], shape.heads, latent=heads))
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[LayerCache], x: Tensor | None = None) -> Tensor:

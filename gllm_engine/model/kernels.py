@@ -18,6 +18,7 @@ from gllm_engine.ops.kernels import (
     DeviceKind,
     attention_kernels,
     fp8_product_kernels,
+    latent_kernels,
     own_kernels,
     packed_product_kernels,
     product_kernels,
@@ -109,6 +110,11 @@ def _of_heads(arch: Gqa, device: DeviceKind, dtypes: _Dtypes) -> str:
     return attention_kernels(device, arch.head_dim, dtypes.model, dtypes.cache)
 
 
+def _of_latents(arch: Mla, device: DeviceKind, dtypes: _Dtypes) -> str:
+    shape = arch.attention
+    return latent_kernels(device, shape.key_dim, shape.value_dim, dtypes.model)
+
+
 def _own(arch: object, device: DeviceKind, dtypes: _Dtypes) -> str:
     del arch, dtypes
     return own_kernels(device)
@@ -119,7 +125,7 @@ _PARTS: dict[
     type, tuple[Callable[[Any], str], Callable[[Any, DeviceKind, _Dtypes], str] | None]
 ] = {
     Gqa: (_heads, _of_heads),
-    Mla: (_latents, _own),
+    Mla: (_latents, _of_latents),
     GatedDelta: (_states, _own),
     Moe: (_experts, _own),
     Dense: (str, None),

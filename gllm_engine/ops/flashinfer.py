@@ -16,6 +16,10 @@ FlashInfer plans on the host (`plan`): it divides a step's attention among the m
 before the launch, and the plan serves all layers. FlashInfer's FlashAttention-3 kernels run on
 Hopper, its FlashAttention-2 kernels on other GPUs. Chunks over float8 pages always use
 FlashAttention-2, because FlashAttention-3 would need float8 queries.
+
+Latent attention has two forms. The absorbed one is our kernel over latents; each token is a row of
+it. In the expanded one, latents are read back from the cache and multiplied by W_UK and W_UV, and
+FlashInfer attends to the K and V of all heads. See latent_rows.py for which rows have which form.
 """
 
 from __future__ import annotations
@@ -35,11 +39,14 @@ from gllm_engine.ops import fp8_product, reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
 from gllm_engine.ops.kernels import (
+    ABSORBED_TOKENS,
+    EXPANDED_BYTES,
     PARTIALS_BYTES,
     SCORE_BYTES,
     chunk_backend,
     has_chunk_kernels,
 )
+from gllm_engine.ops.latent_rows import Expansion, expansion, places, split_memory
 from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, prefill_rows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
@@ -47,7 +54,7 @@ from gllm_engine.ops.protocol import (
     AttentionPlan,
     HeadNorm,
     IndexQueries,
-    LatentQueries,
+    LatentHeads,
     Norm,
     RecurrentState,
     RotaryInputs,
@@ -134,12 +141,27 @@ class RowPlan(AttentionPlan):
 
 
 @dataclass
+class ExpandedChunks:
+    """The chunks of a step whose K and V are made, `at_once` heads at a time."""
+
+    wrapper: BatchPrefillWithRaggedKVCacheWrapper
+    places: Tensor  # [keys] cache place of each latent, row after row
+    at_once: int
+    memory: Tensor  # [EXPANDED_BYTES] uint8, for latents, K and V
+
+
+@dataclass
 class LatentPlan(AttentionPlan):
-    """A plan of latent attention, for rows of all kinds."""
+    """A plan of latent attention. Tokens are ordered: first those of the absorbed form, then those
+    of `expanded`.
+    """
 
     cache_index: Tensor  # [tokens] cache place of each latent
-    splits: triton.KvSplits  # of the tokens that the rows attend to
-    choice: triton.Choice | None = None  # None: the rows attend to their contexts
+    scale: float
+    num_absorbed: int
+    absorbed: list[tuple[slice, triton.KvSplits]]  # pieces of tokens, and what these attend to
+    choice: triton.Choice | None = None  # None: tokens attend to their contexts; else all absorbed
+    expanded: ExpandedChunks | None = None
 
 
 def _own_product(
@@ -302,33 +324,70 @@ def store_latent(
     q: Tensor,
     latent: Tensor,
     norm: Norm,
-    w_uk: Tensor,
     rotary: RotaryInputs,
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
-) -> LatentQueries:
+) -> None:
     """See Ops.store_latent."""
     assert isinstance(plan, LatentPlan)
     cos, sin, positions = rotary
-    return triton.store_latent(
-        q, latent, norm, w_uk, (cos, sin), positions, interleaved, cache, plan.cache_index
+    triton.store_latent(
+        q, latent, norm, (cos, sin), positions, interleaved, cache, plan.cache_index
     )
 
 
 def attend_latent(
-    queries: LatentQueries,
+    q: Tensor,
+    kv_up: Tensor,
     cache: Tensor,
     plan: AttentionPlan,
-    scale: float,
     tokens: Tensor | None = None,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent."""
     assert isinstance(plan, LatentPlan)
-    if tokens is not None:
-        queries = LatentQueries(queries.latent[tokens], queries.rope[tokens])
-    return triton.attend_latent(queries, cache, plan.splits, scale, chosen)
+    q = q if tokens is None else q[tokens]
+    nope_dim = q.shape[2] - (cache.shape[4] - kv_up.shape[2])
+    out = q.new_empty(*q.shape[:2], kv_up.shape[1] - nope_dim)
+    for rows, splits in plan.absorbed:
+        some = None if chosen is None else chosen[rows]
+        triton.attend_latent(q[rows], kv_up, cache, splits, plan.scale, out[rows], some)
+    if plan.expanded is not None:
+        n = plan.num_absorbed
+        _attend_expanded(q[n:], kv_up, cache, plan.expanded, out[n:])
+    return out.flatten(1)
+
+
+def _attend_expanded(
+    q: Tensor, kv_up: Tensor, cache: Tensor, chunks: ExpandedChunks, out: Tensor
+) -> None:
+    """As attend_latent, for the tokens of `chunks`: out [tokens, heads, value_dim] receives the
+    result.
+    """
+    _, heads, key_dim = q.shape
+    value_dim = out.shape[2]
+    nope_dim = kv_up.shape[1] - value_dim
+    keys = len(chunks.places)
+    at_once = chunks.at_once
+    latents, k, v = split_memory(
+        chunks.memory.view(q.dtype),
+        (keys, kv_up.shape[2]),
+        (keys, at_once, key_dim),
+        (keys, at_once, value_dim),
+    )
+    triton.gather_latents(cache, chunks.places, latents, k)
+    of_heads = latents.expand(at_once, -1, -1)
+    k_nope = k[..., :nope_dim].transpose(0, 1)
+    w_uk, w_uv = kv_up.transpose(1, 2).split((nope_dim, value_dim), 2)
+    for first in range(0, heads, at_once):
+        some = slice(first, first + at_once)
+        torch.bmm(of_heads, w_uk[some], out=k_nope)
+        torch.bmm(of_heads, w_uv[some], out=v.transpose(0, 1))
+        if at_once == heads:
+            chunks.wrapper.run(q, k, v, out=out)
+        else:  # FlashAttention-2 takes no `out` of some heads
+            out[:, some] = chunks.wrapper.run(q[:, some], k, v)
 
 
 def store_index_key(
@@ -364,26 +423,38 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
     """See Ops.compile_attention; the compiled kernels are in jit_cache.cache_dirs()[0]."""
     # One kernel serves any number of heads; layers with a window, of any size, share another one.
     kinds = {
-        (layer.cache.shape[4], layer.window is None, layer.softcap is None): layer
+        (*_head_dims(layer), layer.window is None, layer.softcap is None): layer
         for layer in layers
-        if _has_kernels(layer.cache, dtype)
+        if has_chunk_kernels(_head_dims(layer)[0], dtype, _head_dims(layer)[1])
     }
     if not kinds:
         return
 
     def plan(batch: Batch, layer: AttentionLayer) -> None:
-        cache, num_heads, window, softcap = layer
+        cache, num_heads, window, softcap, latent = layer
         torch.cuda.set_device(cache.device)
         planner = FlashInferPlanner(cache.device, dtype)
-        planner.plan(batch, cache, num_heads, window, softcap=softcap)
+        if latent is None:
+            planner.plan(batch, cache, num_heads, window, softcap=softcap)
+        else:
+            planner.plan_latent(batch, cache, latent)
 
-    cache = layers[0].cache
-    # One kernel serves chunks with and without a context, unless the cache is float8.
-    starts = (0,) if cache.dtype == dtype else (0, 2)
-    chunks = [tiny_chunk(start, cache.shape[2], cache.device) for start in starts]
+    jobs = []
+    for layer in kinds.values():
+        cache = layer.cache
+        # One kernel serves chunks with and without a context, but over pages of float8.
+        starts = (0,) if cache.dtype == dtype or layer.latent else (0, 2)
+        jobs += [(tiny_chunk(start, cache.shape[2], cache.device), layer) for start in starts]
     dims = sorted({dim for dim, *_ in kinds})
-    what = f"attention of chunks, heads of {dims}, {dtype} over {cache.dtype}"
-    compile_all(what, plan, [(chunk, layer) for chunk in chunks for layer in kinds.values()])
+    what = f"attention of chunks, heads of {dims}, {dtype} over {layers[0].cache.dtype}"
+    compile_all(what, plan, jobs)
+
+
+def _head_dims(layer: AttentionLayer) -> tuple[int, int]:
+    """Channels of a key and of a value."""
+    if layer.latent is None:
+        return layer.cache.shape[4], layer.cache.shape[4]
+    return layer.latent.key_dim, layer.latent.value_dim
 
 
 class _Stages:
@@ -434,8 +505,10 @@ class FlashInferPlanner:
         self._stages = _Stages()
         self._partials = torch.zeros(PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
-        # Of indexers, if a model has them; the layers use it one after the other.
+        # Of indexers and of latent attention, if a model has them; the layers use them one after
+        # the other.
         self._scores: Tensor | None = None
+        self._expanded: Tensor | None = None
 
     def plan(
         self,
@@ -502,34 +575,75 @@ class FlashInferPlanner:
         return RowPlan(batch.slots, *triton.plan_rows(batch.query_lens, self._device))
 
     def plan_latent(
-        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+        self,
+        batch: Batch,
+        cache: Tensor,
+        heads: LatentHeads,
+        top_k: int | None = None,
+        group: int = 0,
     ) -> LatentPlan:
-        """See AttentionPlanner.plan_latent. Every token is a row, so nothing is read on the host
-        but the lengths of chunks.
-        """
+        """See AttentionPlanner.plan_latent."""
         page_size = cache.shape[2]
-        slots = batch.slots
-        n = batch.num_decode
-        if len(batch.query_lens) > n:
-            lens = torch.tensor(batch.query_lens, pin_memory=True)
-            lens = lens.to(self._device, non_blocking=True)
-            num_tokens = len(batch.tokens)
-            slots = slots.repeat_interleave(lens, output_size=num_tokens)
-        lens = batch.context_lens if len(batch.query_lens) == n else batch.positions + 1
         # In a CUDA graph, no length is known on the host.
         longest = batch.page_table.shape[1] * page_size
         if len(batch.context_lens_cpu):
             longest = int(batch.context_lens_cpu.max())
+        chooses = top_k is not None and longest > top_k
+        expands: Expansion | None = None
+        if not chooses and has_chunk_kernels(heads.key_dim, self._dtype, heads.value_dim):
+            expands = expansion(batch, heads, cache.shape[4], self._dtype.itemsize)
+        first = len(batch.query_lens) if expands is None else expands.first
+        slots, lens = self._token_rows(batch, first)
         choice: triton.Choice | None = None
-        attended = lens
-        if top_k is not None and longest > top_k:
+        if top_k is not None and chooses:
             if self._scores is None:
                 self._scores = torch.empty(SCORE_BYTES // 4, device=self._device)
             choice = triton.plan_choice(batch.page_table, slots, lens, longest, top_k, self._scores)
-            attended = lens.clamp(max=top_k)
-        blocks = triton.head_blocks(num_heads)
-        splits = triton.split_kv(batch.page_table, slots, attended, blocks, None)
-        return LatentPlan(batch.cache_index, splits, choice)
+            lens = lens.clamp(max=top_k)
+        blocks = triton.head_blocks(heads.num_heads)
+        absorbed = []
+        for start in range(0, len(slots), ABSORBED_TOKENS):
+            rows = slice(start, start + ABSORBED_TOKENS)
+            splits = triton.split_kv(batch.page_table, slots[rows], lens[rows], blocks, None)
+            absorbed.append((rows, splits))
+        plan = LatentPlan(batch.cache_index, heads.scale, len(slots), absorbed, choice)
+        if expands is not None:
+            plan.expanded = self._plan_expanded(batch, expands, heads, page_size, group)
+        return plan
+
+    def _token_rows(self, batch: Batch, end: int) -> tuple[Tensor, Tensor]:
+        """Slots and lengths of contexts of all tokens of the rows before row `end`, which are all
+        decode rows, and chunks.
+        """
+        if end == batch.num_decode:
+            return batch.slots[:end], batch.context_lens[:end]
+        query_lens = np.array(batch.query_lens[:end])
+        copies = torch.from_numpy(query_lens).pin_memory().to(self._device, non_blocking=True)
+        num_tokens = int(query_lens.sum())
+        slots = batch.slots[:end].repeat_interleave(copies, output_size=num_tokens)
+        return slots, batch.positions[:num_tokens] + 1
+
+    def _plan_expanded(
+        self, batch: Batch, rows: Expansion, heads: LatentHeads, page_size: int, group: int
+    ) -> ExpandedChunks:
+        if self._expanded is None:
+            self._expanded = torch.empty(EXPANDED_BYTES, dtype=torch.uint8, device=self._device)
+        shape = {
+            "num_qo_heads": rows.at_once,
+            "num_kv_heads": rows.at_once,
+            "head_dim_qk": heads.key_dim,
+            "head_dim_vo": heads.value_dim,
+            "causal": True,
+            "q_data_type": self._dtype,
+            "sm_scale": heads.scale,
+        }
+        kind = BatchPrefillWithRaggedKVCacheWrapper
+        wrapper = self._wrapper(kind, shape, chunk_backend(_is_hopper(), True), group)
+        queries = _starts(batch.query_lens[rows.first :])
+        keys = _starts(batch.context_lens_cpu[rows.first :])
+        self._stages.plan(wrapper, queries, keys, **shape)
+        of_keys = places(batch, rows.first, page_size)
+        return ExpandedChunks(wrapper, of_keys, rows.at_once, self._expanded)
 
     def _plan_chunks(
         self,

@@ -15,7 +15,8 @@ DeviceKind = Literal["hopper", "gpu", "cpu"]  # "gpu": any other GPU
 
 # Dtypes for which there are kernels other than plain torch.
 HALF = (torch.bfloat16, torch.float16)
-_HEAD_DIMS = (64, 128, 256)
+# Channels of (a query or key, a value) for which FlashInfer has kernels.
+_HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128))
 # Bytes for the partial results of rows that FlashInfer splits among multiprocessors.
 PARTIALS_BYTES = 384 << 20
 # Bytes of an indexer's scores at once: of 409 rows with contexts of 163,840 tokens.
@@ -25,6 +26,12 @@ SCORE_BYTES = 256 << 20
 LONG = 16
 BLOCK = 64
 FACTORS = 4
+# Bytes of K and V of chunks that latent attention makes at once: of 47,000 tokens and 16 heads of
+# 192 and 128 channels, or of 299,000 tokens and one head.
+EXPANDED_BYTES = 512 << 20
+# Tokens of the absorbed form of latent attention at once, which takes 8 bytes for each number of a
+# latent, token and head.
+ABSORBED_TOKENS = 2048
 # Rows and columns of the only blocks that torch's products take.
 _FP8_BLOCK = (128, 128)
 # Columns of an FP8 weight that must have one scale: as many as a thread loads at once in a product
@@ -33,9 +40,11 @@ _FP8_LOADED = 8
 _FP8_DEPTH = 32
 
 
-def has_chunk_kernels(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether FlashInfer has kernels for prefill chunks with such heads and queries of `dtype`."""
-    return dtype in HALF and head_dim in _HEAD_DIMS
+def has_chunk_kernels(head_dim: int, dtype: torch.dtype, value_dim: int | None = None) -> bool:
+    """Whether FlashInfer has kernels for prefill chunks with such heads and queries of `dtype`.
+    `value_dim`: None: as head_dim. If they differ, K and V may not be in pages.
+    """
+    return dtype in HALF and (head_dim, value_dim or head_dim) in _HEAD_DIMS
 
 
 def chunk_backend(is_hopper: bool, is_same_dtype: bool) -> str:
@@ -79,6 +88,17 @@ def attention_kernels(
     later = chunk_backend(device == "hopper", cache_dtype == dtype)
     others = "" if fresh == later else f", chunks after the first FlashInfer {later}"
     return f"decode: Triton; prefill: FlashInfer {fresh}{others}"
+
+
+def latent_kernels(device: DeviceKind, key_dim: int, value_dim: int, dtype: torch.dtype) -> str:
+    """The kernels of latent attention: of decode rows, then of prefill chunks."""
+    if device == "cpu":
+        return "plain torch"
+    if not has_chunk_kernels(key_dim, dtype, value_dim):
+        why = f"heads of {key_dim} and {value_dim} in {str(dtype).removeprefix('torch.')}"
+        return f"Triton, absorbed; so too prefill (slow), for {why}"
+    fresh = chunk_backend(device == "hopper", True)
+    return f"decode: Triton, absorbed; prefill: FlashInfer {fresh}, expanded"
 
 
 def own_kernels(device: DeviceKind) -> str:

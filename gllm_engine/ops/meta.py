@@ -15,13 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch
-from gllm_engine.ops.kernels import BLOCK, FACTORS, PARTIALS_BYTES, SCORE_BYTES
+from gllm_engine.ops.kernels import (
+    ABSORBED_TOKENS,
+    BLOCK,
+    EXPANDED_BYTES,
+    FACTORS,
+    PARTIALS_BYTES,
+    SCORE_BYTES,
+    has_chunk_kernels,
+)
+from gllm_engine.ops.latent_rows import Expansion, expansion
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionPlan,
     HeadNorm,
     IndexQueries,
-    LatentQueries,
+    LatentHeads,
     Norm,
     RecurrentState,
     RotaryInputs,
@@ -64,19 +73,23 @@ __all__ = [
 
 
 @dataclass
-class ChoicePlan(AttentionPlan):
-    """A plan of latent attention. `top_k`: tokens that are chosen for each row; None: all are."""
+class LatentPlan(AttentionPlan):
+    """A plan of latent attention."""
 
-    top_k: int | None
+    top_k: int | None  # tokens that are chosen for each row; None: all are
+    num_absorbed: int  # tokens
+    at_once: int = 0  # heads of the expanded form
 
 
 class MetaPlanner:
     """An AttentionPlanner with the memory of FlashInfer's planner, from the first plan on."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
+        self._dtype = dtype
         self._partials: Tensor | None = None
         self._scores: Tensor | None = None
+        self._expanded: Tensor | None = None
 
     def plan(
         self,
@@ -99,16 +112,28 @@ class MetaPlanner:
         return self._plan()
 
     def plan_latent(
-        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+        self,
+        batch: Batch,
+        cache: Tensor,
+        heads: LatentHeads,
+        top_k: int | None = None,
+        group: int = 0,
     ) -> AttentionPlan:
         """See AttentionPlanner.plan_latent."""
-        del cache, num_heads
+        del group
         self._plan()
-        if top_k is None or batch.context_lens_cpu.max() <= top_k:
-            return ChoicePlan(None)
-        if self._scores is None:
-            self._scores = torch.empty(SCORE_BYTES, dtype=torch.uint8, device=self._device)
-        return ChoicePlan(top_k)
+        if top_k is not None and batch.context_lens_cpu.max() > top_k:
+            if self._scores is None:
+                self._scores = torch.empty(SCORE_BYTES, dtype=torch.uint8, device=self._device)
+            return LatentPlan(top_k, sum(batch.query_lens))
+        rows: Expansion | None = None
+        if has_chunk_kernels(heads.key_dim, self._dtype, heads.value_dim):
+            rows = expansion(batch, heads, cache.shape[4], self._dtype.itemsize)
+        if rows is None:
+            return LatentPlan(None, sum(batch.query_lens))
+        if self._expanded is None:
+            self._expanded = torch.empty(EXPANDED_BYTES, dtype=torch.uint8, device=self._device)
+        return LatentPlan(None, sum(batch.query_lens[: rows.first]), rows.at_once)
 
     def _plan(self) -> AttentionPlan:
         if self._partials is None:
@@ -118,8 +143,7 @@ class MetaPlanner:
 
 def make_planner(device: torch.device, dtype: torch.dtype) -> MetaPlanner:
     """See Ops.make_planner."""
-    del dtype
-    return MetaPlanner(device)
+    return MetaPlanner(device, dtype)
 
 
 def rms_norm(
@@ -253,34 +277,41 @@ def store_latent(
     q: Tensor,
     latent: Tensor,
     norm: Norm,
-    w_uk: Tensor,
     rotary: RotaryInputs,
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
-) -> LatentQueries:
+) -> None:
     """See Ops.store_latent."""
-    del latent, norm, rotary, interleaved, cache, plan
-    tokens, heads, width = q.shape
-    nope_dim, rank = w_uk.shape[1:]
-    return LatentQueries(
-        q.new_empty(tokens, heads, rank), q.new_empty(tokens, heads, width - nope_dim)
-    )
+    del q, latent, norm, rotary, interleaved, cache, plan
 
 
 def attend_latent(
-    queries: LatentQueries,
+    q: Tensor,
+    kv_up: Tensor,
     cache: Tensor,
     plan: AttentionPlan,
-    scale: float,
     tokens: Tensor | None = None,
     chosen: Tensor | None = None,
 ) -> Tensor:
-    """See Ops.attend_latent. Every token is a row, with partial results in float32."""
-    del cache, plan, scale, chosen
-    latent = queries.latent if tokens is None else queries.latent[tokens]
-    partials = torch.empty_like(latent, dtype=torch.float32)
-    return torch.empty_like(partials, dtype=latent.dtype)
+    """See Ops.attend_latent. In the absorbed form every token has partial results in float32. In
+    the expanded one K and V are in the planner's memory.
+    """
+    del chosen
+    assert isinstance(plan, LatentPlan)
+    q = q if tokens is None else q[tokens]
+    rank = kv_up.shape[2]
+    value_dim = kv_up.shape[1] - (q.shape[2] - (cache.shape[4] - rank))
+    num_tokens, heads = q.shape[:2]
+    out = q.new_empty(num_tokens, heads, value_dim)
+    if plan.num_absorbed:
+        absorbed = q.new_empty(min(plan.num_absorbed, ABSORBED_TOKENS), heads, rank)
+        attended = torch.empty_like(absorbed)
+        partials = torch.empty_like(absorbed, dtype=torch.float32)
+        del absorbed, attended, partials
+    if 0 < plan.at_once < heads:
+        q.new_empty(num_tokens - plan.num_absorbed, plan.at_once, value_dim)
+    return out.flatten(1)
 
 
 def store_index_key(
@@ -302,7 +333,7 @@ def choose_tokens(
 ) -> Tensor | None:
     """See Ops.choose_tokens."""
     del cache
-    assert isinstance(plan, ChoicePlan)
+    assert isinstance(plan, LatentPlan)
     if plan.top_k is None:
         return None
     rows = len(queries.q) if tokens is None else len(tokens)

@@ -69,13 +69,6 @@ class RecurrentState(NamedTuple):
     matrix: Tensor  # [rows, v_heads, k_dim, v_dim] float32
 
 
-class LatentQueries(NamedTuple):
-    """Queries of latent attention: for the latents and for the rotated keys."""
-
-    latent: Tensor  # [tokens, heads, rank], of any strides
-    rope: Tensor  # [tokens, heads, rope_dim]
-
-
 class IndexQueries(NamedTuple):
     """Queries of the indexer of sparse attention, and the weights of its heads."""
 
@@ -83,13 +76,27 @@ class IndexQueries(NamedTuple):
     weights: Tensor  # [tokens, heads]
 
 
+class LatentHeads(NamedTuple):
+    """The heads of latent attention. A head's key is [W_UK latent, rotated key of all heads], and
+    its value is W_UV latent.
+    """
+
+    num_heads: int
+    key_dim: int  # channels of a query and of a key: nope_dim + rope_dim
+    value_dim: int
+    scale: float  # of the scores
+
+
 class AttentionLayer(NamedTuple):
-    """The parameters of AttentionPlanner.plan that choose a compiled kernel."""
+    """The parameters of AttentionPlanner.plan that choose a compiled kernel, or those of
+    plan_latent if `latent` is given.
+    """
 
     cache: Tensor
     num_heads: int
     window: int | None = None
     softcap: float | None = None
+    latent: LatentHeads | None = None
 
 
 class AttentionPlanner(Protocol):
@@ -128,10 +135,15 @@ class AttentionPlanner(Protocol):
         ...
 
     def plan_latent(
-        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+        self,
+        batch: Batch,
+        cache: Tensor,
+        heads: LatentHeads,
+        top_k: int | None = None,
+        group: int = 0,
     ) -> AttentionPlan:
-        """As plan, for latent attention: `cache` is [num_pages, 1, page_size, 1, width]. The plan
-        stays valid. `top_k`: tokens that an indexer chooses; None: there is no indexer.
+        """As plan, for latent attention: `cache` is [num_pages, 1, page_size, 1, width]. `top_k`:
+        tokens that an indexer chooses; None: there is no indexer.
         """
         ...
 
@@ -321,34 +333,38 @@ class Ops(Protocol):
         q: Tensor,
         latent: Tensor,
         norm: Norm,
-        w_uk: Tensor,
         rotary: RotaryInputs,
         interleaved: bool,
         cache: Tensor,
         plan: AttentionPlan,
-    ) -> LatentQueries:
-        """Norm and rotate the latents of multi-head latent attention, and store them in the cache.
+    ) -> None:
+        """Norm and rotate the latents of multi-head latent attention, and store them in the cache;
+        rotate the last channels of q in place.
 
-        q: [tokens, heads, nope_dim + rope_dim]; latent: [tokens, rank + rope_dim], the last
-        channels are the key to rotate; norm: of the first `rank` channels. w_uk: [heads, nope_dim,
-        rank]. cache: [num_pages, 1, page_size, 1, rank + rope_dim]. Returns w_uk applied to the
-        first channels of q, and the others rotated.
+        q: [tokens, heads, nope_dim + rope_dim], of which each token is contiguous; latent: [tokens,
+        rank + rope_dim], the last channels are the key to rotate; norm: of the first `rank`
+        channels. cache: [num_pages, 1, page_size, 1, rank + rope_dim].
         """
         ...
 
     def attend_latent(
         self,
-        queries: LatentQueries,
+        q: Tensor,
+        kv_up: Tensor,
         cache: Tensor,
         plan: AttentionPlan,
-        scale: float,
         tokens: Tensor | None = None,
         chosen: Tensor | None = None,
     ) -> Tensor:
-        """softmax(scale * q latent') latent over each row's pages: [tokens, heads, rank].
+        """softmax(scale * q k') v over each row's pages: [tokens, heads * value_dim].
 
-        `tokens`: [n] int64, the indices of the input tokens that the plan
-        covers; None: all tokens. `chosen`: from choose_tokens with the same plan and tokens.
+        q: from store_latent. kv_up: [heads, nope_dim + value_dim, rank], W_UK and W_UV, which make
+        k and v from the latents in the cache; see LatentHeads. `tokens`: [n] int64, the indices of
+        the input tokens that the plan covers; None: all tokens. `chosen`: from choose_tokens with
+        the same plan and tokens.
+
+        Two forms have the same result up to rounding: the absorbed one computes (W_UK' q) latent'
+        and W_UV (weights latent), and no key or value; the expanded one computes k and v.
         """
         ...
 

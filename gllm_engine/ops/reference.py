@@ -30,7 +30,7 @@ from gllm_engine.ops.protocol import (
     AttentionPlan,
     HeadNorm,
     IndexQueries,
-    LatentQueries,
+    LatentHeads,
     Norm,
     PlainSampling,
     RecurrentState,
@@ -327,11 +327,16 @@ class ReferencePlanner:
         return RowPlan(batch.slots, batch.query_lens, batch.num_decode)
 
     def plan_latent(
-        self, batch: Batch, cache: Tensor, num_heads: int, top_k: int | None = None
+        self,
+        batch: Batch,
+        cache: Tensor,
+        heads: LatentHeads,
+        top_k: int | None = None,
+        group: int = 0,
     ) -> ReferencePlan:
         """See AttentionPlanner.plan_latent."""
-        del num_heads
-        plan = plan_attention(batch, cache, None, self._dtype)
+        del group
+        plan = plan_attention(batch, cache, None, self._dtype, heads.scale)
         if top_k is None or batch.context_lens_cpu.max() <= top_k:
             return plan
         return replace(plan, top_k=top_k)
@@ -564,49 +569,48 @@ def store_latent(
     q: Tensor,
     latent: Tensor,
     norm: Norm,
-    w_uk: Tensor,
     rotary: RotaryInputs,
     interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
-) -> LatentQueries:
+) -> None:
     """See Ops.store_latent."""
     assert isinstance(plan, ReferencePlan)
-    nope_dim, rank = w_uk.shape[1:]
+    rank = len(norm[0])
+    rope_dim = latent.shape[1] - rank
     compressed = rms_norm(latent[:, :rank], *norm)
     key = latent[:, None, rank:].clone()
-    q_nope, q_rope = q.split((nope_dim, q.shape[2] - nope_dim), 2)
-    q_rope = q_rope.clone()
     cos, sin = rotary
     rotate(key, cos, sin, interleaved)
-    rotate(q_rope, cos, sin, interleaved)
+    rotate(q[..., -rope_dim:], cos, sin, interleaved)
     write_kv(cache, torch.cat((compressed[:, None], key), 2)[:, None], plan)
-    return LatentQueries(torch.einsum("thn,hnk->thk", q_nope, w_uk), q_rope)
 
 
 def attend_latent(
-    queries: LatentQueries,
+    q: Tensor,
+    kv_up: Tensor,
     cache: Tensor,
     plan: AttentionPlan,
-    scale: float,
     tokens: Tensor | None = None,
     chosen: Tensor | None = None,
 ) -> Tensor:
-    """See Ops.attend_latent."""
+    """See Ops.attend_latent; in the absorbed form."""
     assert isinstance(plan, ReferencePlan)
-    q = torch.cat(queries, 2)
     q = q if tokens is None else q[tokens]
     if chosen is not None:
         plan = _only_chosen(plan, chosen)
-    rank = queries.latent.shape[2]
+    rank = kv_up.shape[2]
     width = cache.shape[4]
+    nope_dim = q.shape[2] - (width - rank)
+    w_uk, w_uv = kv_up.tensor_split((nope_dim,), 1)
+    q = torch.cat((torch.einsum("thn,hnk->thk", q[..., :nope_dim], w_uk), q[..., nope_dim:]), 2)
     flat = cache.flatten(0, 3)
     out = q.new_empty(*q.shape[:2], rank)
     for part in plan.padded:
         keys = _read(flat, part.gather, q.dtype).view(len(part.rows), 1, -1, width)
         rows = q[part.rows][:, None]  # heads take the place of query positions
         o = F.scaled_dot_product_attention(
-            rows, keys, keys[..., :rank], attn_mask=part.mask, scale=scale
+            rows, keys, keys[..., :rank], attn_mask=part.mask, scale=plan.scale
         )
         out[part.rows] = o[:, 0]
     for chunk in plan.chunks:
@@ -618,10 +622,10 @@ def attend_latent(
             attn_mask=chunk.mask,
             is_causal=chunk.mask is None,
             enable_gqa=True,
-            scale=scale,
+            scale=plan.scale,
         )
         out[chunk.tokens] = o[0].transpose(0, 1)
-    return out
+    return torch.einsum("thk,hvk->thv", out, w_uv).flatten(1)
 
 
 def store_index_key(

@@ -83,6 +83,30 @@ def test_the_gated_delta_rule_is_a_case(tmp_path: Path, monkeypatch: pytest.Monk
     assert prefill.bytes == 2 * (2 * state + 20 * token) and prefill.ops > 40 * 6 * matrices
 
 
+def test_latent_attention_in_both_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path, "DeepseekV3ForCausalLM")
+    shape = Shape(read_arch(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
+    small = {"DECODE": ((3, 17),), "LATENT_PREFILL": ((2, 33, 33), (2, 40, 7)), "REPLAYS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(f"gllm_benchmarks.kernels.{name}", value)
+    cases = list(shape.cases())
+    assert all(seconds_of(case, shape.device) > 0 for case in cases)
+    forms = [case.kernel.removeprefix("latent attention, ") for case in cases]
+    assert forms == ["absorbed"] + 2 * ["absorbed", "expanded"]
+    assert [case.size for case in cases[1:4]] == ["2 x 33", "2 x 33", "2 x 7 after 33"]
+
+
+def test_operations_of_latent_attention() -> None:
+    arch = read_arch(MODELS / "deepseek-v2-lite")
+    shape = Counted(arch, torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    pairs = 2 * (64 * 65 // 2)
+    absorbed = shape.latent_case(2, 64, 64, True)
+    assert absorbed.ops == 2 * 16 * (pairs * (576 + 512) + 128 * 256 * 512)
+    expanded = shape.latent_case(2, 64, 64, False)
+    assert expanded.ops == 2 * 16 * (pairs * (192 + 128) + 128 * 256 * 512)
+    assert expanded.bytes == 2 * 128 * (576 + 16 * (192 + 128)) == absorbed.bytes
+
+
 def test_experts_read_what_is_chosen() -> None:
     arch = read_arch(MODELS / "qwen3-30b-a3b")
     shape = Counted(arch, torch.device("cpu"), torch.bfloat16, torch.bfloat16)

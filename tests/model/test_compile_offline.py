@@ -46,7 +46,8 @@ UNSPILLED = {"_convolve_blocks", "_recur", "_recur_blocks", "_solve_blocks"}
 KERNELS = {
     *("_activate", "_apply_sinks", "_attend_latent", "_choose", "_choose_tokens", "_convolve"),
     *("_convolve_blocks", "_recur_blocks", "_solve_blocks"),
-    *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gemv", "_grouped"),
+    *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gather_latents", "_gemv"),
+    *("_grouped",),
     *("_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_quantize", "_recur"),
     *("_rms_norm", "_rotate_and_store", "_route", "_score_tokens", "_skinny", "_split"),
     *("_store_index_key", "_store_latent", "_sum"),

@@ -6,15 +6,18 @@ import importlib
 import os
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_latent_attention import mixed_step, plan_reference
 from torch import Tensor
 
 from gllm_engine import ops
+from gllm_engine.ops import LatentHeads, latent_rows, reference
 from gllm_engine.ops.batch import made_up_step
 
 pytest.importorskip("triton")
@@ -32,6 +35,31 @@ class Wrapper:
         self.memory = memory
 
 
+class Ragged(Wrapper):
+    """Computes what FlashInfer's computes: causal attention, the last query at the last key."""
+
+    def plan(self, q_starts: Tensor, k_starts: Tensor, **shape: Any) -> None:
+        self.q_starts, self.k_starts, self.shape = q_starts.tolist(), k_starts.tolist(), shape
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        assert (len(q), len(k)) == (self.q_starts[-1], self.k_starts[-1])
+        assert q.shape[1] == k.shape[1] == v.shape[1] == self.shape["num_qo_heads"]
+        assert (k.shape[2], v.shape[2]) == (self.shape["head_dim_qk"], self.shape["head_dim_vo"])
+        results = []
+        for rows, seen in zip(pairwise(self.q_starts), pairwise(self.k_starts), strict=True):
+            queries = q[slice(*rows)].transpose(0, 1)
+            keys, values = (x[slice(*seen)].transpose(0, 1) for x in (k, v))
+            pairs = queries.shape[1], keys.shape[1]
+            mask = torch.ones(pairs, dtype=torch.bool).tril(pairs[1] - pairs[0])
+            results.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    queries, keys, values, mask, scale=self.shape["sm_scale"]
+                ).transpose(0, 1)
+            )
+        result = torch.cat(results)
+        return result if out is None else out.copy_(result)
+
+
 class Renamed(Wrapper):
     """As it might be in a later version."""
 
@@ -44,7 +72,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     library: Any = ModuleType("flashinfer")
     library.__version__ = "9.9"
     library.BatchPrefillWithPagedKVCacheWrapper = Wrapper
-    library.BatchPrefillWithRaggedKVCacheWrapper = type("Ragged", (Wrapper,), {})
+    library.BatchPrefillWithRaggedKVCacheWrapper = Ragged
     monkeypatch.setitem(sys.modules, "flashinfer", library)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     monkeypatch.setattr(ops, "flashinfer", None, raising=False)  # put back with the rest
@@ -58,6 +86,7 @@ def planner(backend: ModuleType) -> Any:
     """Without the memory that only a GPU has."""
     planner = object.__new__(backend.FlashInferPlanner)
     planner._device, planner._partials, planner._wrappers = torch.device("cpu"), torch.empty(1), {}
+    planner._dtype, planner._scores, planner._expanded = torch.float32, None, None
     return planner
 
 
@@ -110,23 +139,113 @@ def test_a_plan_of_sparse_attention(
 ) -> None:
     """Nothing is chosen if the host knows that no row has more tokens; in a graph it knows none."""
     monkeypatch.setattr(backend, "SCORE_BYTES", 4 * 2 * 128)  # of two rows
-    planner._scores = None
     rows = [(40, 1), (9, 1), (12, 1), (13, 1), (100, 1)]
     batch = made_up_step(rows, torch.arange(8)[None], 16).of_group(0)
     cache = torch.empty(8, 1, 16, 1, 48)
 
     def plan(top_k: int | None, **changes: Any) -> Any:
-        return planner.plan_latent(replace(batch, **changes), cache, 4, top_k)
+        heads = LatentHeads(4, 64, 64, 0.1)
+        return planner.plan_latent(replace(batch, **changes), cache, heads, top_k)
+
+    def lens(plan: Any) -> list[int]:
+        ((rows, splits),) = plan.absorbed
+        assert rows.start == 0 and plan.num_absorbed == len(splits.lens)
+        return splits.lens.tolist()
 
     for top_k in (None, 100, 2048):
         dense = plan(top_k)
-        assert dense.choice is None and dense.splits.lens.tolist() == [40, 9, 12, 13, 100]
+        assert dense.choice is None and lens(dense) == [40, 9, 12, 13, 100]
     unknown = {"context_lens_cpu": np.zeros(0, np.int64)}
     assert plan(128, **unknown).choice is None  # the table has no room for more
     for made in (plan(12), plan(12, **unknown)):
-        assert made.splits.lens.tolist() == [12, 9, 12, 12, 12]
+        assert lens(made) == [12, 9, 12, 12, 12]
         choice = made.choice
         assert choice.top_k == 12 and choice.scores.shape == (2, 128)
         scanned = [scan.lens.tolist() for scan in choice.scans]
         assert scanned == [[40, 0], [0, 13], [100]]
         assert choice.scores.data_ptr() == planner._scores.data_ptr()  # the same for all plans
+
+
+class Unstaged:
+    def plan(self, wrapper: Any, *args: Any, **options: Any) -> None:
+        wrapper.plan(*args, **options)
+
+
+# (context after the step, tokens in the step): decode rows, chunks with a context, fresh chunks.
+STEP = [(40, 1), (3, 1), (21, 4), (40, 17), (30, 30), (8, 8)]
+KEYS, FRESH_KEYS, NUMBERS = 99, 38, 4 * (12 + 10)  # of a token: K and V of 4 heads
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("num_absorbed", "at_once", "limits"),
+    [
+        (2, 4, {}),
+        (2, 2, {"EXPANDED_BYTES": 4 * KEYS * (40 + NUMBERS) - 4}),
+        (23, 4, {"_LEAST_TOKENS": 18}),
+        (23, 1, {"EXPANDED_BYTES": 4 * FRESH_KEYS * (40 + NUMBERS // 4)}),
+        (61, 0, {"EXPANDED_BYTES": 4 * FRESH_KEYS * (40 + NUMBERS // 4) - 4}),
+    ],
+)
+def test_both_forms_of_latent_attention_are_equal(
+    backend: ModuleType,
+    planner: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    num_absorbed: int,
+    at_once: int,
+    limits: dict[str, int],
+) -> None:
+    """Which form computes a row depends on the length of chunks and on the memory for K and V."""
+    monkeypatch.setattr(latent_rows, "_LEAST_TOKENS", 4)
+    for name, limit in limits.items():
+        monkeypatch.setattr(latent_rows, name, limit)
+    monkeypatch.setattr(backend, "has_chunk_kernels", lambda *_: True)
+    monkeypatch.setattr(backend, "_is_hopper", lambda: True)
+    monkeypatch.setattr(backend, "EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr(backend, "ABSORBED_TOKENS", 16)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    planner._stages = Unstaged()
+    torch.manual_seed(0)
+    rank, rope_dim = 32, 8
+    batch = mixed_step(STEP, 16)
+    cache = torch.randn(int(batch.page_table.max()) + 1, 1, 16, 1, rank + rope_dim)
+    q = torch.randn(len(batch.tokens), 4, 12)
+    kv_up = torch.randn(4, 4 + 10, rank) / rank**0.5
+
+    plan = planner.plan_latent(batch, cache, LatentHeads(4, 12, 10, 0.3))
+    assert plan.num_absorbed == num_absorbed
+    assert [rows.start for rows, _ in plan.absorbed] == list(range(0, num_absorbed, 16))
+    chunks = plan.expanded
+    assert at_once == (0 if chunks is None else chunks.at_once)
+    if chunks is not None:
+        assert len(chunks.places) == (KEYS if num_absorbed == 2 else FRESH_KEYS)
+        assert chunks.wrapper.backend == "fa3"
+        planner._expanded.view(torch.float32).fill_(float("nan"))
+    found = backend.attend_latent(q, kv_up, cache, plan)
+    expected = reference.attend_latent(q, kv_up, cache, plan_reference(batch, cache, 0.3))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")
+def test_kernels_of_latent_attention_are_compiled_once(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over pages of any dtype, whatever the number of heads; none if FlashInfer has none."""
+    jobs: list[tuple[int, LatentHeads]] = []
+
+    def keep(what: str, plan: Any, wanted: list[Any]) -> None:
+        jobs.extend((int(chunk.context_lens_cpu[0]), layer.latent) for chunk, layer in wanted)
+
+    monkeypatch.setattr(backend, "compile_all", keep)
+    cache = torch.empty(1, 1, 16, 1, 576, dtype=torch.float8_e4m3fn)
+    deepseek, glm = LatentHeads(16, 192, 128, 0.1), LatentHeads(20, 256, 256, 0.1)
+    layers = [
+        ops.AttentionLayer(cache, heads.num_heads, latent=heads)
+        for heads in (deepseek, glm, deepseek._replace(num_heads=8), LatentHeads(4, 192, 64, 0.1))
+    ]
+    backend.compile_attention(layers, torch.float32)
+    assert not jobs
+    backend.compile_attention(layers, torch.bfloat16)
+    assert jobs == [(2, deepseek._replace(num_heads=8)), (2, glm)]

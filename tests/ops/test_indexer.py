@@ -11,11 +11,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from test_latent_attention import near, to_device
+from test_latent_attention import near, plain_up, to_device
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import Batch, IndexQueries, LatentQueries, reference
+from gllm_engine.ops import Batch, IndexQueries, LatentHeads, reference
 
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -58,7 +58,7 @@ def make_queries(tokens: int, heads: int, dim: int, equal: bool) -> IndexQueries
 
 def plan_for(batch: Batch, cache: Tensor, top_k: int) -> reference.ReferencePlan:
     planner = reference.make_planner(torch.device("cpu"), torch.float32)
-    return planner.plan_latent(batch, cache, 1, top_k)
+    return planner.plan_latent(batch, cache, LatentHeads(1, 1, 1, 0.2), top_k)
 
 
 def lengths_of(batch: Batch) -> list[int]:
@@ -119,9 +119,7 @@ def test_only_chosen_latents_are_attended_to(mix: str, tokens: list[int] | None)
     cache = torch.where(cache.isnan(), cache, torch.randn(cache.shape))
     every = reference.plan_attention(batch, cache, None)
     cache.flatten(0, 3)[every.write] = torch.randn(len(every.write), rank + rope_dim)
-    queries = LatentQueries(
-        torch.randn(len(batch.tokens), 3, rank), torch.randn(len(batch.tokens), 3, rope_dim)
-    )
+    q = torch.randn(len(batch.tokens), 3, rank + rope_dim)
     index = None
     if tokens is not None:
         if mix != "decode":
@@ -140,9 +138,9 @@ def test_only_chosen_latents_are_attended_to(mix: str, tokens: list[int] | None)
     lens = torch.tensor(lengths_of(batch))
     chosen = torch.stack([torch.randperm(int(n))[:top_k].sort().values if n > top_k
                           else torch.arange(top_k) for n in lens]).int()  # fmt: skip
-    out = reference.attend_latent(queries, cache, plan, 0.2, index, chosen)
+    out = reference.attend_latent(q, plain_up(3, rank), cache, plan, index, chosen)
+    out = out.unflatten(1, (3, rank))
     slots = batch.slots.repeat_interleave(torch.tensor(batch.query_lens))
-    q = torch.cat(queries, 2)
     q = q if index is None else q[index]
     for token, (slot, n) in enumerate(zip(slots, lens, strict=True)):
         at = chosen[token, : min(int(n), top_k)].long()
@@ -255,15 +253,15 @@ def test_the_kernels_choose_as_their_twin(
     for found, twin, count in zip(chosen.cpu(), expected, counts.tolist(), strict=True):
         assert found[:count].tolist() == twin[:count].tolist()
 
-    q = LatentQueries(torch.randn(len(slots), 6, rank), torch.randn(len(slots), 6, rope_dim))
-    out = triton.attend_latent(
-        LatentQueries(*(part.to(device) for part in q)),
-        latents.to(device),
-        triton.split_kv(moved.page_table, slots, counts, triton.head_blocks(6), None),
-        0.2,
-        chosen,
+    q = torch.randn(len(slots), 6, rank + rope_dim)
+    kv_up = plain_up(6, rank)
+    out = torch.empty(len(slots), 6, rank, device=device)
+    splits = triton.split_kv(moved.page_table, slots, counts, triton.head_blocks(6), None)
+    triton.attend_latent(
+        q.to(device), kv_up.to(device), latents.to(device), splits, 0.2, out, chosen
     )
-    near(out, reference.attend_latent(q, latents, plan, 0.2, None, expected), 1e-5)
+    twin = reference.attend_latent(q, kv_up, latents, plan, None, expected)
+    near(out.flatten(1), twin, 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -287,7 +285,7 @@ def test_scores_of_all_kinds_have_an_order(device: str) -> None:
         planner = reference.make_planner(torch.device("cpu"), torch.float32)
         one = replace(batch, context_lens_cpu=torch.tensor([24]).numpy(), num_decode=1)
         expected = reference.choose_tokens(
-            queries, cache, planner.plan_latent(one, cache, 1, top_k)
+            queries, cache, planner.plan_latent(one, cache, LatentHeads(1, 1, 1, 1.0), top_k)
         )
         moved = to_device(batch, device)
         choice = triton.plan_choice(

@@ -11,7 +11,7 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import Batch, LatentQueries, reference
+from gllm_engine.ops import Batch, LatentHeads, reference
 
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -28,8 +28,8 @@ MIXES = {
     "chunks": [(5, 5), (21, 4), (40, 17)],
     "both": [(300, 1), (16, 1), (19, 19), (33, 6)],
 }
-# heads, nope_dim, rope_dim, rank
-SHAPES = [(16, 32, 16, 64), (20, 16, 32, 128), (5, 24, 16, 32)]
+# heads, nope_dim, rope_dim, rank, value_dim
+SHAPES = [(16, 32, 16, 64, 24), (20, 16, 32, 128, 32), (5, 24, 16, 32, 8)]
 
 
 def to_device(batch: Batch, device: str) -> Batch:
@@ -37,48 +37,68 @@ def to_device(batch: Batch, device: str) -> Batch:
     return replace(batch, **moved)
 
 
+def plain_up(heads: int, rank: int) -> Tensor:
+    """W_UK and W_UV that make the latents themselves the keys and the values."""
+    return torch.eye(rank).repeat(heads, 2, 1)
+
+
+def mixed_step(rows: list[tuple[int, int]], page_size: int) -> Batch:
+    """A step of rows of (context after the step, tokens in the step), decode rows first."""
+    batch, _, _ = make_case(rows, page_size, 1, 7, 8)
+    num_decode = next((i for i, (_, n) in enumerate(rows) if n > 1), len(rows))
+    return replace(batch, num_decode=num_decode)
+
+
+def plan_reference(batch: Batch, cache: Tensor, scale: float) -> reference.ReferencePlan:
+    planner = reference.make_planner(torch.device("cpu"), torch.float32)
+    return planner.plan_latent(batch, cache, LatentHeads(1, 1, 1, scale))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_kernels_are_their_twins(
-    device: str, mix: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+    device: str, mix: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype
 ) -> None:
     from gllm_engine.ops import triton
 
     if device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("numpy, which interprets kernels, has no bfloat16")
-    heads, nope_dim, rope_dim, rank = shape
+    heads, nope_dim, rope_dim, rank, value_dim = shape
     page_size = 16
-    rows = MIXES[mix]
-    batch, _, _ = make_case(rows, page_size, 1, 7, rank)
-    num_decode = next((i for i, (_, n) in enumerate(rows) if n > 1), len(rows))
-    batch = replace(batch, num_decode=num_decode)
+    batch = mixed_step(MIXES[mix], page_size)
     num_tokens = len(batch.tokens)
     num_pages = int(batch.page_table.max()) + 1
     cache = torch.randn(num_pages, 1, page_size, 1, rank + rope_dim).to(dtype)
-    q = torch.randn(num_tokens, heads, nope_dim + rope_dim).to(dtype)
+    # Of each token, q lies beside other numbers.
+    q = torch.randn(num_tokens, heads * (nope_dim + rope_dim) + 8).to(dtype)
     latent = torch.randn(num_tokens, 3 + rank + rope_dim).to(dtype)[:, 3:]
     gain = torch.rand(rank).to(dtype) + 0.5
-    w_uk = (torch.randn(heads, nope_dim + 8, rank) / nope_dim**0.5).to(dtype)[:, :nope_dim]
+    kv_up = (torch.randn(heads, nope_dim + value_dim, rank) / rank**0.5).to(dtype)
     cos, sin = torch.rand(2, 3000, rope_dim // 2)
     interleaved = heads != 20
 
+    def heads_of(whole: Tensor) -> Tensor:
+        return whole[:, :-8].unflatten(1, (heads, -1))
+
     wide = cache.float()
-    plan = reference.plan_attention(batch, wide, None)
+    scale = (nope_dim + rope_dim) ** -0.5
+    plan = plan_reference(batch, wide, scale)
     rotary = reference.rotary_inputs(cos, sin, batch.positions, torch.float32, interleaved)
     norm = (gain.float(), 1e-6)
-    expected = reference.store_latent(
-        q.float(), latent.float(), norm, w_uk.float(), rotary, interleaved, wide, plan
+    expected = q.float().clone()
+    reference.store_latent(
+        heads_of(expected), latent.float(), norm, rotary, interleaved, wide, plan
     )
 
     there = cache.to(device)
+    found = q.clone().to(device)
     moved = to_device(batch, device)
-    found = triton.store_latent(
-        q.to(device),
+    triton.store_latent(
+        heads_of(found),
         latent.to(device),
         (gain.to(device), 1e-6),
-        w_uk.to(device),
         (cos.to(device), sin.to(device)),
         moved.positions,
         interleaved,
@@ -87,19 +107,90 @@ def test_the_kernels_are_their_twins(
     )
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     near(there, wide, limit)
-    near(found.latent, expected.latent, limit)
-    near(found.rope, expected.rope, limit)
+    near(found, expected, limit)
+    assert not torch.equal(expected, q.float())
 
     lens = torch.tensor(batch.query_lens, device=device)
     slots = moved.slots.repeat_interleave(lens)
     blocks = triton.head_blocks(heads)
     splits = triton.split_kv(moved.page_table, slots, moved.positions + 1, blocks, None)
-    scale = (nope_dim + rope_dim) ** -0.5
-    out = triton.attend_latent(found, there, splits, scale)
-    queries = LatentQueries(found.latent.float().cpu(), found.rope.float().cpu())
-    twin = reference.attend_latent(queries, there.float().cpu(), plan, scale)
-    near(out, twin, limit)
+    out = found.new_empty(num_tokens, heads, value_dim)
+    triton.attend_latent(heads_of(found), kv_up.to(device), there, splits, scale, out)
+    twin = reference.attend_latent(
+        heads_of(found.float().cpu()), kv_up.float(), there.float().cpu(), plan
+    )
+    near(out.flatten(1), twin, limit)
     assert not splits.arrived.any()
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_latents_are_gathered(
+    device: str, shape: tuple[int, int, int, int, int], cache_dtype: torch.dtype
+) -> None:
+    """And the rotated keys are there for all heads; nothing else is written."""
+    from gllm_engine.ops import triton
+
+    heads, nope_dim, rope_dim, rank, _ = shape
+    cache = torch.randn(5, 1, 16, 1, rank + rope_dim).to(cache_dtype).to(device)
+    at = torch.randint(5 * 16, (37,))
+    latents = torch.full((37, rank), float("nan"), device=device)
+    k = torch.full((37, heads, nope_dim + rope_dim), float("nan"), device=device)
+    triton.gather_latents(cache, at.to(device), latents, k)
+    expected = cache.cpu().float().flatten(0, 3)[at]
+    near(latents, expected[:, :rank], 0)
+    near(k[..., nope_dim:], expected[:, None, rank:].expand(-1, heads, -1), 0)
+    assert k[..., :nope_dim].isnan().all()
+
+
+# Heads, channels of a key and of a value, of DeepSeek-V2-Lite and GLM-4.7-Flash.
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [(16, 192, 128), (20, 256, 256)])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_step_of_all_kinds_of_rows_on_a_gpu(
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    cache_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All heads at once, and a few; in the absorbed form only, and by the twin."""
+    from gllm_engine.ops import flashinfer, latent_rows
+
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    rank, rope_dim = 512, 64
+    batch = mixed_step([(300, 1), (16, 1), (700, 130), (1000, 200), (190, 190), (67, 67)], 16)
+    num_pages = int(batch.page_table.max()) + 1
+    cache = torch.randn(num_pages, 1, 16, 1, rank + rope_dim).to(cache_dtype)
+    q = torch.randn(len(batch.tokens), heads, key_dim).bfloat16()
+    kv_up = torch.randn(heads, key_dim - rope_dim + value_dim, rank).bfloat16() / rank**0.5
+    scale = key_dim**-0.5
+    moved = to_device(batch, "cuda")
+
+    def attend() -> tuple[Tensor, flashinfer.LatentPlan]:
+        planner = flashinfer.make_planner(device, torch.bfloat16)
+        there = cache.to(device)
+        plan = planner.plan_latent(moved, there, LatentHeads(heads, key_dim, value_dim, scale))
+        return flashinfer.attend_latent(q.to(device), kv_up.to(device), there, plan), plan
+
+    wide = cache.float()
+    twin = reference.attend_latent(
+        q.float(), kv_up.float(), wide, plan_reference(batch, wide, scale)
+    )
+    out, plan = attend()
+    assert plan.num_absorbed == 2 and plan.expanded is not None
+    assert plan.expanded.at_once == heads
+    near(out, twin, 3e-2)
+    monkeypatch.setattr(latent_rows, "EXPANDED_BYTES", 2 * 1957 * (576 + 5 * (key_dim + value_dim)))
+    some, plan = attend()
+    assert plan.expanded is not None and plan.expanded.at_once < heads
+    near(some, out.float().cpu(), 2e-2)
+    monkeypatch.setattr(latent_rows, "EXPANDED_BYTES", 0)
+    absorbed, plan = attend()
+    assert plan.expanded is None and plan.num_absorbed == len(batch.tokens)
+    near(absorbed, twin, 3e-2)
 
 
 def near(found: Tensor, expected: Tensor, limit: float) -> None:

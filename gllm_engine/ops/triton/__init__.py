@@ -13,6 +13,7 @@ from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
 from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
+    gather_latents,
     head_blocks,
     store_latent,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "decode_attention",
     "dequantize",
     "dequantize_packed",
+    "gather_latents",
     "gemv",
     "has_tiles",
     "head_blocks",

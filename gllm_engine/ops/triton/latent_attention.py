@@ -1,10 +1,11 @@
 """Multi-head latent attention: norm, rotation and the cache's latents, and attention over them.
 
 Knows the cache layout, [num_pages, 1, page_size, 1, rank + rope_dim]: a latent, then the rotated
-key. All heads attend to the same latents, so a program computes a block of heads, and reads each
-latent once for the scores and for the result. Rows are split into parts, and parts are joined, as
-in decode_attention.py. Each token of a prefill chunk is a row, whose context ends at the token. A
-row may have a list of the tokens that it attends to, in place of its context.
+key. `attend_latent` computes the absorbed form, whose keys and values are the latents themselves:
+all heads attend to the same latents, so a program computes a block of heads, and reads each latent
+once for the scores and for the result. Rows are split into parts, and parts are joined, as in
+decode_attention.py. Each token of a prefill chunk is a row, whose context ends at the token. A row
+may have a list of the tokens that it attends to, in place of its context.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.protocol import LatentQueries
 from gllm_engine.ops.triton.decode_attention import KvSplits, _join
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
@@ -28,90 +28,122 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _rotated(x, partner, at, pair, c, s, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    second = at % 2 == 1 if INTERLEAVED else at >= HALF
-    return x * c + partner * tl.where(second, s, -s)
+def _stored(x, FLOAT8: tl.constexpr):
+    """x as a cache of float8 takes it: float8_e4m3fn has no infinity, and 448 is its largest."""
+    if FLOAT8:
+        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x
 
 
 @triton.jit
 def _store_latent(
-    q, latent, gain, cos, sin, positions, cache_index, q_rope, cache, eps, q_stride, latent_stride,
+    q, latent, gain, cos, sin, positions, cache_index, cache, eps, q_stride, latent_stride,
     HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
     INTERLEAVED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_RANK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: the queries' rotation, the latent's norm, the key's rotation."""
+    """One program per token: the queries' rotation, the latent's norm, the key's rotation.
+
+    A thread that writes a pair of channels has read that pair, so that the queries are rotated in
+    place.
+    """
     token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = ROPE // 2
-    at = tl.arange(0, ROPE)
+    pair = tl.arange(0, half)
     if INTERLEAVED:
-        partner, pair = at ^ 1, at // 2
+        a_at, b_at = 2 * pair, 2 * pair + 1
     else:
-        partner, pair = tl.where(at >= half, at - half, at + half), at % half
+        a_at, b_at = pair, half + pair
     begin_alone(OVERLAPS)
     angle = tl.load(positions + token) * half + pair
     c, s = tl.load(cos + angle), tl.load(sin + angle)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
-    wanted = (head < HEADS) & (at[None, :] < ROPE)
+    wanted = head < HEADS
     row = q + token * q_stride + head * (NOPE + ROPE) + NOPE
-    x = tl.load(row + at[None, :], mask=wanted, other=0.0)
-    y = tl.load(row + partner[None, :], mask=wanted, other=0.0).to(tl.float32)
-    turned = _rotated(x.to(tl.float32), y, at[None, :], pair, c[None, :], s[None, :], half,
-                      INTERLEAVED)  # fmt: skip
-    place = q_rope + (token * HEADS + head) * ROPE + at[None, :]
-    tl.store(place, turned.to(x.dtype), mask=wanted)
+    a = tl.load(row + a_at[None, :], mask=wanted, other=0.0).to(tl.float32)
+    b = tl.load(row + b_at[None, :], mask=wanted, other=0.0).to(tl.float32)
+    number = q.dtype.element_ty
+    tl.store(row + a_at[None, :], (a * c[None, :] - b * s[None, :]).to(number), mask=wanted)
+    tl.store(row + b_at[None, :], (b * c[None, :] + a * s[None, :]).to(number), mask=wanted)
 
     source = latent + token * latent_stride
-    d = tl.arange(0, BLOCK_RANK)
-    raw = tl.load(source + d, mask=d < RANK, other=0.0)
-    wide = raw.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
-    normed = (wide * scale).to(raw.dtype).to(tl.float32)
-    normed = normed * tl.load(gain + d, mask=d < RANK, other=0.0).to(tl.float32)
-    normed = normed.to(raw.dtype)
-    key = tl.load(source + RANK + at)
-    other = tl.load(source + RANK + partner).to(tl.float32)
-    key_turned = _rotated(key.to(tl.float32), other, at, pair, c, s, half, INTERLEAVED)
-    key_turned = key_turned.to(raw.dtype)
-    if FLOAT8:  # float8_e4m3fn has no infinity: 448 is its largest number
-        normed = tl.clamp(normed.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        key_turned = tl.clamp(
-            key_turned.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL
-        )
     line = cache + tl.load(cache_index + token) * (RANK + ROPE)
-    tl.store(line + d, normed.to(cache.dtype.element_ty), mask=d < RANK)
-    tl.store(line + RANK + at, key_turned.to(cache.dtype.element_ty))
+    stored = cache.dtype.element_ty
+    d = tl.arange(0, BLOCK_RANK)
+    wide = tl.load(source + d, mask=d < RANK, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
+    normed = (wide * scale).to(number).to(tl.float32)
+    normed = normed * tl.load(gain + d, mask=d < RANK, other=0.0).to(tl.float32)
+    tl.store(line + d, _stored(normed.to(number), FLOAT8).to(stored), mask=d < RANK)
+    a = tl.load(source + RANK + a_at).to(tl.float32)
+    b = tl.load(source + RANK + b_at).to(tl.float32)
+    tl.store(line + RANK + a_at, _stored((a * c - b * s).to(number), FLOAT8).to(stored))
+    tl.store(line + RANK + b_at, _stored((b * c + a * s).to(number), FLOAT8).to(stored))
 
 
 def store_latent(
     q: Tensor,
     latent: Tensor,
     norm: tuple[Tensor, float],
-    w_uk: Tensor,
     tables: tuple[Tensor, Tensor],
     positions: Tensor,
     interleaved: bool,
     cache: Tensor,
     cache_index: Tensor,
-) -> LatentQueries:
+) -> None:
     """As Ops.store_latent, but `tables` (cos, sin: [max_model_len, rope_dim / 2] float32),
     `positions` [tokens] and `cache_index` [tokens] replace rotary and plan. The last two dimensions
     of q and the last one of latent are contiguous.
     """
-    tokens, heads, width = q.shape
-    nope_dim, rank = w_uk.shape[1:]
-    rope_dim = width - nope_dim
-    q_rope = q.new_empty(tokens, heads, rope_dim)
+    tokens, heads, key_dim = q.shape
     gain, eps = norm
+    rank = len(gain)
+    rope_dim = latent.shape[1] - rank
     _store_latent[(tokens,)](
-        q, latent, gain, *tables, positions, cache_index, q_rope, cache, eps, q.stride(0),
+        q, latent, gain, *tables, positions, cache_index, cache, eps, q.stride(0),
         latent.stride(0),
-        HEADS=heads, NOPE=nope_dim, ROPE=rope_dim, RANK=rank, INTERLEAVED=interleaved,
+        HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank, INTERLEAVED=interleaved,
         FLOAT8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=triton.next_power_of_2(heads),
         BLOCK_RANK=triton.next_power_of_2(rank), OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
-    absorbed = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk).transpose(0, 1)
-    return LatentQueries(absorbed, q_rope)
+
+
+@triton.jit
+def _gather_latents(
+    cache, places, latents, k,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One program copies a latent, and its rotated key to all heads."""
+    at = tl.program_id(0).to(tl.int64)
+    begin_alone(OVERLAPS)
+    line = cache + tl.load(places + at) * (RANK + ROPE)
+    number = k.dtype.element_ty
+    d, r = tl.arange(0, BLOCK_RANK), tl.arange(0, ROPE)
+    latent = tl.load(line + d, mask=d < RANK, other=0.0)
+    tl.store(latents + at * RANK + d, latent.to(number), mask=d < RANK)
+    key = tl.load(line + RANK + r).to(number)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    row = k + (at * HEADS + head) * (NOPE + ROPE) + NOPE
+    keys = tl.broadcast_to(key[None, :], (BLOCK_HEADS, ROPE))
+    tl.store(row + r[None, :], keys, mask=head < HEADS)
+
+
+def gather_latents(cache: Tensor, places: Tensor, latents: Tensor, k: Tensor) -> None:
+    """Copy latents from the cache, and rotated keys into the last channels of all heads of k.
+
+    places: [n] int64, page * page_size + offset of each token. latents: [n, rank] and k: [n, heads,
+    key_dim], contiguous and of one dtype, which may not be the cache's.
+    """
+    rank = latents.shape[1]
+    rope_dim = cache.shape[4] - rank
+    _, heads, key_dim = k.shape
+    _gather_latents[(len(places),)](
+        cache, places, latents, k,
+        HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank,
+        BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_RANK=triton.next_power_of_2(rank),
+        OVERLAPS=OVERLAP, **overlapping(),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -152,7 +184,7 @@ def _attend_part(
 @triton.jit(do_not_specialize=["capacity"])
 def _attend_latent(
     q, q_rope, cache, page_table, slots, lens, items, arrived, share_in, chosen, out, parts, peaks,
-    sums, capacity, width, scale, q_token, q_head,
+    sums, capacity, width, scale, q_token, q_head, rope_token, rope_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, JOINED: tl.constexpr,
     TOP_K: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -175,8 +207,9 @@ def _attend_latent(
         wanted = (number < GROUP)[:, None]
         place = row.to(tl.int64) * q_token + head * q_head
         x = tl.load(q + place[:, None] + d[None, :], mask=wanted, other=0.0)
+        place = row.to(tl.int64) * rope_token + head * rope_head
+        x_rope = tl.load(q_rope + place[:, None] + r[None, :], mask=wanted, other=0.0)
         line = row.to(tl.int64) * HEADS + head
-        x_rope = tl.load(q_rope + line[:, None] * ROPE + r[None, :], mask=wanted, other=0.0)
         acc, peak, total = _attend_part(
             x, x_rope, table, cache, chosen + row.to(tl.int64) * TOP_K, first,
             tl.minimum(first + share, length), scale,
@@ -208,32 +241,52 @@ def head_blocks(heads: int) -> int:
 
 
 def attend_latent(
-    q: LatentQueries,
+    q: Tensor,
+    kv_up: Tensor,
     cache: Tensor,
     splits: KvSplits,
     scale: float,
+    out: Tensor,
     chosen: Tensor | None = None,
-) -> Tensor:
-    """softmax(scale * q latent') latent over the pages of each row's slot: [rows, heads, rank].
+) -> None:
+    """As Ops.attend_latent, in the absorbed form, for rows of one token: out [rows, heads,
+    value_dim] receives the result.
 
     `splits`: from split_kv, for as many K/V heads as head_blocks() says. `chosen`: [rows, top_k]
     int32, positions of the tokens that a row attends to; then the lengths in `splits` are those of
     these lists.
     """
-    rows, heads, rank = q.latent.shape
-    rope_dim, page_size = q.rope.shape[2], cache.shape[2]
+    nope_dim = kv_up.shape[1] - out.shape[2]
+    w_uk, w_uv = kv_up.split((nope_dim, out.shape[2]), 1)
+    absorbed = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk).transpose(0, 1)
+    attended = _attended(absorbed, q[..., nope_dim:], cache, splits, scale, chosen)
+    torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))
+
+
+def _attended(
+    q: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    splits: KvSplits,
+    scale: float,
+    chosen: Tensor | None,
+) -> Tensor:
+    """softmax(scale * [q, q_rope] [latent, key]') latent: [rows, heads, rank]."""
+    rows, heads, rank = q.shape
+    page_size = cache.shape[2]
     blocks, capacity = head_blocks(heads), splits.items.shape[1]
     group = heads // blocks
-    out = q.rope.new_empty(rows, heads, rank)
+    out = q.new_empty(rows, heads, rank)
     parts = out.new_empty(capacity, heads, rank, dtype=torch.float32)
     peaks, sums = parts.new_empty(2, capacity, heads)
     block_group = max(16, triton.next_power_of_2(group))
     _attend_latent[(capacity, blocks)](
-        q.latent, q.rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
+        q, q_rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
         splits.arrived, splits.share, splits.items if chosen is None else chosen, out, parts, peaks,
-        sums, capacity, splits.page_table.shape[1], scale * _LOG2_E, q.latent.stride(0),
-        q.latent.stride(1),
-        HEADS=heads, GROUP=group, BLOCK_GROUP=block_group, RANK=rank, ROPE=rope_dim, PAGE=page_size,
+        sums, capacity, splits.page_table.shape[1], scale * _LOG2_E, q.stride(0), q.stride(1),
+        q_rope.stride(0), q_rope.stride(1),
+        HEADS=heads, GROUP=group, BLOCK_GROUP=block_group, RANK=rank, ROPE=q_rope.shape[2],
+        PAGE=page_size,
         BLOCK=_BLOCK, JOINED=max(1, _JOINED // (block_group * rank)),
         TOP_K=0 if chosen is None else chosen.shape[1], OVERLAPS=OVERLAP,
         num_warps=4 if block_group < 64 else 8, num_stages=_STAGES, **overlapping(),
