@@ -20,14 +20,18 @@ from torch import Tensor
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_engine.arch import GatedDelta, Mla, Model, Moe, read_arch
+from gllm_engine.arch.formats import CompressedInt, Mxfp4
 from gllm_engine.ops import (
     Batch,
     Fp8Weight,
     HeadNorm,
     LatentHeads,
+    PackedWeight,
     PlainSampling,
     RecurrentState,
+    Weight,
     best_device,
+    pack,
     quantize_fp8,
     select_ops,
 )
@@ -101,6 +105,17 @@ class Shape:
     def randn(self, *size: int) -> Tensor:
         return torch.randn(size, dtype=self.dtype, device=self.device)
 
+    def packed(self, kind: Mxfp4 | CompressedInt, *size: int) -> PackedWeight:
+        """Random 4-bit numbers [..., width, depth]."""
+        *lead, depth = size
+        shape = (*lead, depth // 2)
+        numbers = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
+        shape = (*lead, depth // kind.group)
+        if isinstance(kind, Mxfp4):
+            exponents = torch.randint(118, 122, shape, dtype=torch.uint8, device=self.device)
+            return pack(numbers, exponents, True)
+        return pack(numbers, torch.rand(shape, device=self.device).bfloat16() / 100, False)
+
     def rows_cases(self, tokens: int) -> Iterator[Case]:
         """Operations that process each token separately."""
         dim = self.arch.dim
@@ -154,14 +169,22 @@ class Shape:
                 continue
             adds = name in ("out", "down")
             gates = name == "gate_up" and tokens == 1
-            moved = n * k + tokens * (k + (n // 2 if gates else n) + n * adds)
+            moved = tokens * (k + (n // 2 if gates else n) + n * adds) * self.item
+            kind = self.arch.quantization
+            if isinstance(kind, CompressedInt) and name != "logits":
+                moved += round(n * k * (0.5 + 2 / kind.group))
+            else:
+                moved += n * k * self.item
             make = partial(self.product, name, tokens, n, k)
             size = f"{tokens} x {k} x {n}"
-            yield Case(f"GEMM {name}", size, moved * self.item, 2 * tokens * n * k, make)
+            yield Case(f"GEMM {name}", size, moved, 2 * tokens * n * k, make)
 
     def product(self, name: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
         x = self.randn(tokens, k)
-        weight = self.randn(n, k)
+        kind = self.arch.quantization
+        weight: Weight = self.randn(n, k)
+        if isinstance(kind, CompressedInt) and name != "logits":
+            weight = self.packed(kind, n, k)
         ops = self.ops
         if name in ("out", "down"):
             total = self.randn(tokens, n)
@@ -221,16 +244,23 @@ class Shape:
 
         expert = 3 * moe.hidden * dim
         read = num * (1 - (1 - top_k / num) ** tokens)  # expected number of experts in use
-        moved = round(read * expert + num * dim + 3 * tokens * dim) * self.item
+        kind = self.arch.quantization
+        number = self.item  # bytes
+        if isinstance(kind, (Mxfp4, CompressedInt)):
+            number = 0.5 + (1 if isinstance(kind, Mxfp4) else 2) / kind.group
+        moved = read * expert * number + (num * dim + 3 * tokens * dim) * self.item
         done = 2 * tokens * (top_k * expert + num * dim)
         return Case("experts", f"{tokens} tokens", moved, done, mixture)
 
     @cached_property
-    def experts(self) -> tuple[Tensor, Tensor]:
+    def experts(self) -> tuple[Weight, Weight]:
         """The expert weights of one layer, which are larger than the L2 cache."""
         num = self.ffn.num_experts
         dim = self.arch.dim
         hidden = self.ffn.hidden
+        kind = self.arch.quantization
+        if isinstance(kind, (Mxfp4, CompressedInt)):
+            return self.packed(kind, num, 2 * hidden, dim), self.packed(kind, num, dim, hidden)
         return self.randn(num, 2 * hidden, dim), self.randn(num, dim, hidden)
 
     def sample_case(self, rows: int) -> Case:

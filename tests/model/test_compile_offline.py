@@ -25,8 +25,16 @@ FAMILIES = (
     "Llama4ForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3MoeForCausalLM",
+    "Qwen3ForCausalLM",
 )
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 QUANTIZED = {
+    "Qwen3ForCausalLM": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
+        "ignore": ["lm_head"],
+    },
     "GptOssForCausalLM": {"quant_method": "mxfp4"},
     "Qwen3MoeForCausalLM": {"quant_method": "fp8"},
     "Olmo3ForCausalLM": {"quant_method": "fp8", "weight_block_size": [16, 16]},
@@ -47,7 +55,7 @@ KERNELS = {
     *("_activate", "_apply_sinks", "_attend_latent", "_choose", "_choose_tokens", "_convolve"),
     *("_convolve_blocks", "_recur_blocks", "_solve_blocks"),
     *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gather_latents", "_gemv"),
-    *("_grouped",),
+    *("_grouped", "_dequantize_packed", "_grouped_packed", "_packed"),
     *("_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_quantize", "_recur"),
     *("_rms_norm", "_rotate_and_store", "_route", "_score_tokens", "_skinny", "_split"),
     *("_store_index_key", "_store_latent", "_sum"),
