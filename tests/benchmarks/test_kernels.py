@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest import approx
 
-from gllm_benchmarks.kernels import Shape, describe, make_row, seconds_of
+from gllm_benchmarks.kernels import FP8_BLOCKS, Shape, describe, make_row, seconds_of
 from gllm_benchmarks.offline import MODELS
 from gllm_engine import write_tiny_model
 from gllm_engine.arch import read_arch
@@ -35,7 +35,7 @@ def llama(cache_dtype: torch.dtype = torch.bfloat16) -> Counted:
 
 
 def test_all_cases_run(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"TOKENS": (1, 5), "GEMM_TOKENS": (1, 3, 2000), "ROWS": (1, 4)}
+    small = {"TOKENS": (1, 5), "GEMM_TOKENS": (1, 3, 2000), "FP8_TOKENS": (3,), "ROWS": (1, 4)}
     small |= {"DECODE": ((1, 40), (3, 17)), "PREFILL": ((2, 33, 33), (2, 40, 7)), "REPLAYS": 1}
     for name, value in small.items():
         monkeypatch.setattr(f"gllm_benchmarks.kernels.{name}", value)
@@ -45,11 +45,12 @@ def test_all_cases_run(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
         assert seconds > 0 and case.bytes > 0
         found.append(describe(case, seconds))
     # Logits are made for sampled rows only, never for 2,000.
-    assert len(found) == 2 * 3 + 2 + 2 + 2 + (3 * 5 - 1)
+    assert len(found) == 2 * 3 + 2 + 2 + 2 + (3 * 5 - 1) + 2 * 4
     kernels = {about["kernel"] for about in found}
     assert kernels == {
         "rms_norm", "silu_mul", "rotate_and_store", "sample", "attention, decode",
         "attention, prefill", "GEMM qkv", "GEMM out", "GEMM gate_up", "GEMM down", "GEMM logits",
+        *(f"FP8 {form} {name}" for form in FP8_BLOCKS for name in shape.matrices),
     }  # fmt: skip
     assert all(len(make_row(about)) == 7 for about in json.loads(json.dumps(found)))
 
@@ -58,6 +59,7 @@ def test_experts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     write_tiny_model(tmp_path, "Qwen3MoeForCausalLM")
     shape = Shape(read_arch(tmp_path), torch.device("cpu"), torch.float32, torch.float32)
     small = {"TOKENS": (1,), "GEMM_TOKENS": (1,), "ROWS": (1,), "DECODE": (), "PREFILL": ()}
+    small |= {"FP8_TOKENS": ()}
     for name, value in (small | {"MOE_TOKENS": (1, 9), "REPLAYS": 1}).items():
         monkeypatch.setattr(f"gllm_benchmarks.kernels.{name}", value)
     cases = list(shape.cases())
