@@ -245,7 +245,7 @@ class Shape:
         expert = 3 * moe.hidden * dim
         read = num * (1 - (1 - top_k / num) ** tokens)  # expected number of experts in use
         kind = self.arch.quantization
-        number = self.item  # bytes
+        number: float = self.item  # bytes
         if isinstance(kind, (Mxfp4, CompressedInt)):
             number = 0.5 + (1 if isinstance(kind, Mxfp4) else 2) / kind.group
         moved = read * expert * number + (num * dim + 3 * tokens * dim) * self.item

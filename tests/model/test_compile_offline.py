@@ -25,11 +25,10 @@ FAMILIES = (
     "Llama4ForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3MoeForCausalLM",
-    "Qwen3ForCausalLM",
 )
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 QUANTIZED = {
-    "Qwen3ForCausalLM": {
+    "Olmo3ForCausalLM": {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},

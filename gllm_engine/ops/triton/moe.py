@@ -604,7 +604,8 @@ def sum_experts(
         tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
     else:
         tiles = choose_tiles(tokens, top_k, num_experts, packed)
-        if packed and tiles.rows > 64 and runs_of_turn(gate_up) > 1:
+        spans = isinstance(gate_up, PackedWeight) and runs_of_turn(gate_up) > 1
+        if spans and tiles.rows > 64:
             tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
     order, groups = sort_pairs(experts, first, held, tiles.rows)
     scale = weights if on_input else None

@@ -187,7 +187,8 @@ def _decode_run(
             parts += (_decode_pairs(words, bits, i, SCALE == tl.uint8),)
         else:
             parts += (_decode(words, bits, zero, i, SCALE, kind),)
-    all_parts = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
+    first_parts = tl.join(parts[0], parts[1])  # type: ignore[misc]
+    all_parts = tl.join(first_parts, tl.join(parts[2], parts[3]))  # type: ignore[misc]
     return tl.reshape(tl.permute(all_parts, [0, 3, 2, 1]), [line.shape[0], _RUN])
 
 
