@@ -36,7 +36,7 @@ QUANTIZED = {
     },
     "GptOssForCausalLM": {"quant_method": "mxfp4"},
     "Qwen3MoeForCausalLM": {"quant_method": "fp8"},
-    "Olmo3ForCausalLM": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+    "Gemma2ForCausalLM": {"quant_method": "fp8", "weight_block_size": [16, 16]},
     "Glm4MoeLiteForCausalLM": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
 # Heads of true sizes, for kernels whose use of registers and shared memory depends on them.
