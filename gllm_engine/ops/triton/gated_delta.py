@@ -461,8 +461,8 @@ def gated_delta(
             COLUMNS=columns, LONG=LONG, num_warps=2,
         )  # fmt: skip
     if blocks is not None:
-        parts = triton.cdiv(width, _PART_CHANNELS), BLOCK // _PART
-        _convolve_blocks[(len(blocks.rows), *parts)](
+        grid = (len(blocks.rows), triton.cdiv(width, _PART_CHANNELS), BLOCK // _PART)
+        _convolve_blocks[grid](
             qkv, conv, state.conv, slots, starts, blocks.rows, blocks.firsts, mixed, width,
             qkv.stride(0), state.conv.stride(0), TAPS=conv.shape[1], TOKENS=BLOCK,
             PART=_PART, BLOCK=_PART_CHANNELS,
