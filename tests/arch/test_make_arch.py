@@ -1241,7 +1241,7 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         (
             {"quantization_config": packed(strategy="tensor")},
             "config.json: quantization_config: config_groups: group_0: weights: "
-            "strategy is 'tensor', but only \"group\" or \"channel\" is supported",
+            'strategy is \'tensor\', but only "group" or "channel" is supported',
         ),
         (
             {"quantization_config": packed(actorder="group")},
