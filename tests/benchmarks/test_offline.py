@@ -175,13 +175,18 @@ def test_a_peer_must_be_there(model: Path, tmp_path: Path) -> None:
 def test_the_models_by_name() -> None:
     sizes = {path.name: read_arch(path) for path in MODELS.iterdir()}
     assert {name: arch.vocab for name, arch in sizes.items()} == {
+        "deepseek-v2-lite": 102_400,
+        "gpt-oss-20b": 201_088,
         "llama-3.1-8b": 128_256,
+        "llama-3.1-8b-fp8": 128_256,
         "qwen3-0.6b": 151_936,
         "qwen3-30b-a3b": 151_936,
+        "qwen3-30b-a3b-fp8": 151_936,
         "qwen3-32b": 151_936,
+        "qwen3.5-35b-a3b": 248_320,
     }
     assert model_directory("qwen3-0.6b") == (MODELS / "qwen3-0.6b").resolve()
-    with pytest.raises(SystemExit, match="none of llama-3.1-8b, qwen3-0.6b, qwen3-30b-a3b"):
+    with pytest.raises(SystemExit, match="none of deepseek-v2-lite, gpt-oss-20b, llama-3.1-8b"):
         model_directory("gpt")
 
 
