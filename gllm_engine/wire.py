@@ -122,8 +122,9 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     StepResult,
 )
 _TAGS: dict[type[msgspec.Struct], bytes] = {kind: bytes([i]) for i, kind in enumerate(_TYPES)}
-_DECODERS: dict[bytes, msgspec.msgpack.Decoder[msgspec.Struct]] = {
-    tag: msgspec.msgpack.Decoder(kind) for kind, tag in _TAGS.items()
+_KINDS: dict[bytes, type[msgspec.Struct]] = {tag: kind for kind, tag in _TAGS.items()}
+_DECODERS: dict[type[msgspec.Struct], msgspec.msgpack.Decoder[msgspec.Struct]] = {
+    kind: msgspec.msgpack.Decoder(kind) for kind in _TYPES
 }
 _ENCODER = msgspec.msgpack.Encoder()
 
@@ -176,10 +177,10 @@ def encode(message: msgspec.Struct) -> list[bytes]:
 
 def decode(frames: Sequence[bytes]) -> msgspec.Struct:
     """Decode the two frames of a message. Raises NotAMessage for anything else."""
-    decoder = _DECODERS.get(frames[0]) if len(frames) == 2 else None
-    if decoder is None:
+    kind = _KINDS.get(frames[0]) if len(frames) == 2 else None
+    if kind is None:
         raise NotAMessage(f"{len(frames)} frames, the first of which names no type")
     try:
-        return decoder.decode(frames[1])
+        return _DECODERS[kind].decode(frames[1])
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise NotAMessage(str(error), decoder.type) from None
+        raise NotAMessage(str(error), kind) from None
