@@ -65,7 +65,7 @@ KERNELS = {
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     for family in FAMILIES:
         (tmp_path / family).mkdir()
-        config = tiny_config(family, **usual_heads(family))
+        config = tiny_config(family, **usual_heads(family) | SIZES.get(family, {}))
         if family in QUANTIZED:
             config["quantization_config"] = QUANTIZED[family]
         (tmp_path / family / "config.json").write_text(json.dumps(config))
