@@ -72,17 +72,16 @@ class Fields:
         return bool(value)
 
     def choices(self, key: str, length: int, allowed: tuple[str, ...]) -> list[str] | None:
-        """A list of `length` words out of `allowed`; None if the key is absent."""
+        """A list of `length` words out of `allowed`, or a string of letters out of it; None if the
+        key is absent.
+        """
         value = self._find(key)
         if value is None:
             return None
-        if (
-            not isinstance(value, list)
-            or len(value) != length
-            or any(v not in allowed for v in value)
-        ):
+        words = list(value) if isinstance(value, (list, str)) else []
+        if len(words) != length or any(word not in allowed for word in words):
             raise self._wrong(key, value, f"a list of {length} of {', '.join(allowed)}")
-        return value
+        return words
 
     def flags(self, key: str, length: int) -> list[bool] | None:
         """A list of `length` truth values, true and false or 1 and 0; None if the key is absent or

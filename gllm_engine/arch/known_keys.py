@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 _HARMLESS = re.compile(
@@ -38,6 +40,14 @@ _HARMLESS = re.compile(
     """,
     re.VERBOSE,
 )
+
+
+def about_unknown_keys(file: str | Path, keys: Iterable[str]) -> str:
+    """What a user should know of them."""
+    return (
+        f"{file}: these keys are not known and have no effect: {', '.join(keys)}; if one of them "
+        "changes the model's arithmetic, the answers are wrong"
+    )
 
 
 def unknown_keys(unread: dict[str, Any]) -> tuple[str, ...]:

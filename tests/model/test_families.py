@@ -42,6 +42,7 @@ MOONLIGHT = {
     "rope_theta": 50_000.0,
     "num_nextn_predict_layers": 0,
 }
+SHARING = ["full", "shared", "shared", "full", "shared"]
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -85,6 +86,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DeepseekV32ForCausalLM", {"rope_scaling": MSCALE_YARN, "index_topk": 1}),
     ("DeepseekV32ForCausalLM", {"index_topk": 60, "index_head_dim": 16}),
     ("GlmMoeDsaForCausalLM", {"index_n_heads": 24, "mlp_layer_types": ["sparse", "dense"]}),
+    ("GlmMoeDsaForCausalLM", {"num_hidden_layers": 5, "indexer_types": SHARING}),
+    (
+        "GlmMoeDsaForCausalLM",
+        {"num_hidden_layers": 6, "index_topk_freq": 2, "index_skip_topk_offset": 3},
+    ),
+    ("GlmMoeDsaForCausalLM", {"num_hidden_layers": 4, "index_topk_freq": 3}),
+    ("GlmMoeDsaForCausalLM", {"num_hidden_layers": 3, "index_topk_pattern": "FSF"}),
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 1, "head_dim": 24}),

@@ -63,7 +63,7 @@ _MOE_NAMES = Names(
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
     ),
     layouts=((r"e_score_correction_bias$", Layout(as_row=True)),),
-    unused=r"model\.mtp_\w+\.\d+\.",
+    unused=r"mtp_\w+\.\d+\.",
 )
 
 

@@ -46,7 +46,6 @@ _CHATGLM_NAMES = Names(
         ("mlp.up_proj", "mlp.dense_h_to_4h"),
         ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ),
-    unused=r"transformer\.rotary_pos_emb\.inv_freq$",
 )
 
 

@@ -53,7 +53,7 @@ _GPT2_NAMES = Names(
     renames=_GPT2_RENAMES,
     variants=(Variant(r"^(wte|wpe|h|ln_f)\.", (("transformer.", ""),)),),
     layouts=((r"\.(attn|mlp)\.c_\w+\.weight$", Layout(transposed=True)),),
-    unused=rf"(transformer\.)?h\.\d+\.attn{_MASK}",
+    unused=rf"h\.\d+\.attn{_MASK}",
 )
 
 
@@ -64,7 +64,7 @@ def gpt2(c: Fields) -> Model:
 
 # StarCoder and SantaCoder: GPT-2 with one key/value head.
 GPT_BIGCODE = GPT2 | {"activation_function": "gelu_pytorch_tanh"}
-_GPT_BIGCODE_NAMES = Names(renames=_GPT2_RENAMES, unused=rf"transformer\.h\.\d+\.attn{_MASK}")
+_GPT_BIGCODE_NAMES = Names(renames=_GPT2_RENAMES, unused=rf"h\.\d+\.attn{_MASK}")
 
 
 def gpt_bigcode(c: Fields) -> Model:
@@ -127,7 +127,7 @@ _GPT_NEOX_NAMES = Names(
         ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ),
     layouts=((r"attention\.query_key_value\.", Layout(by_head=True)),),
-    unused=rf"gpt_neox\.layers\.\d+\.attention(\.rotary_emb\.inv_freq$|{_MASK})",
+    unused=rf"layers\.\d+\.attention{_MASK}",
 )
 
 
