@@ -28,10 +28,11 @@ from gllm_engine.arch.formats import (
     Integers,
     Mxfp4,
     Widened,
+    format_name,
     stored_kind,
     widened,
 )
-from gllm_engine.arch.model import Model
+from gllm_engine.arch.model import Model, within_layer
 from gllm_engine.arch.names import (
     checkpoint_layout,
     checkpoint_name,
@@ -51,7 +52,17 @@ _PLAIN = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_SCALES = _PLAIN | {"F8_E8M0": torch.float8_e8m0fnu}
+# Dtypes of scales -> those of which every number is exactly a number of that dtype.
+_EXACT = {
+    "F16": {"F16": torch.float16},
+    "BF16": {"BF16": torch.bfloat16},
+    "F32": {
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E8M0": torch.float8_e8m0fnu,
+    },
+}
 # After a weight's name: scales of its numbers; 4-bit numbers, with their dtypes.
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _INT32 = {"I32": torch.int32}
@@ -114,6 +125,7 @@ class StoredTensors:
         self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
+        self._scale_dtypes: dict[str, str] = {}
         self.shared: set[str] = set()
         self.verified: dict[str, Verified] = {}
         self._integers_of: dict[str, Integers] = {}  # by the weight's checkpoint name
@@ -180,6 +192,7 @@ class StoredTensors:
             wanted[self._tied] = arch.weights()["model.embed_tokens.weight"]
         # All experts of a layer have one format, so this is not what each tensor's dtype says.
         self._quantized = {name for name in wanted if _scales_of(name) & wanted.keys()}
+        self._scale_dtypes = _scale_dtypes(arch)
         found = {}
         for name, stored in self._stored.items():
             expected = self._expected(name)
@@ -351,7 +364,7 @@ class StoredTensors:
         if packed and name not in self._weights:
             dtypes = _PACKED[packed[0]]
         elif name not in self._weights and name != self._tied:
-            dtypes = _SCALES
+            dtypes = _EXACT[self._scale_dtypes.get(name, "F32")]
             shapes += [[*shape[:-1]]] if shape[-1] == 1 else []
             shapes += [[], [1], [1, 1]] if shape == (1, 1) or name in self.shared else []
         if stored.shape not in shapes:
@@ -386,6 +399,25 @@ class StoredTensors:
         if kind is None or name in self._weights:
             return None
         return expected_beside(kind, name.rsplit(".", 1)[1], *self._matrix(weight))
+
+
+def _scale_dtypes(arch: Model) -> dict[str, str]:
+    """Checkpoint name of the scales of whole numbers -> the dtype in which they are held.
+
+    It is the same for all experts of a layer.
+    """
+    by_name: dict[str, str] = {}
+    for i, layer in enumerate(arch.layers):
+        for weight, held in (*layer.mixer.formats, *layer.ffn.formats):
+            kind = stored_kind(held)
+            if isinstance(kind, Integers):
+                scales = weight.removesuffix("weight") + kind.scales
+                by_name |= within_layer(i, {scales: kind.scale_dtype})
+    return {
+        name: by_name[format_name(parts[0])]
+        for name, parts in checkpoint_tensors(arch).items()
+        if format_name(parts[0]) in by_name
+    }
 
 
 def incomplete(file: Path, problem: str) -> LoadError:
