@@ -1260,7 +1260,8 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         ),
         (
             {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
-            "config.json: quantization_config: fmt is 'e5m2', but only \"e4m3\" is supported",
+            "config.json: quantization_config: fmt is 'e5m2', "
+            'but only "e4m3" or "float8_e4m3fn" is supported',
         ),
         (
             {"quantization_config": {"quant_method": "fp8", "activation_scheme": "none"}},

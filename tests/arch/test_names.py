@@ -130,19 +130,28 @@ EXPECTED = {
     "Olmo3ForCausalLM": OLMO,
     "SmolLM3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "GraniteForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "GraniteMoeHybridForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + [f"{LAYER}shared_mlp.{part}_linear.weight" for part in ("input", "output")],
     "HunYuanDenseV1ForCausalLM": ENDS
     + NORMS
     + ATTENTION
     + MLP
     + [f"{LAYER}self_attn.{part}_layernorm.weight" for part in ("query", "key")],
+    "Ernie4_5_ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "Ernie4_5ForCausalLM": ENDS + NORMS + ATTENTION + MLP + ERNIE,
     "Phi3ForCausalLM": ENDS
     + NORMS
     + GLM_MLP
     + [f"{LAYER}self_attn.{part}_proj.weight" for part in ("qkv", "o")],
     "Ministral3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "Mistral3ForConditionalGeneration": [
+        f"language_model.{name}" for name in ENDS + NORMS + ATTENTION + MLP
+    ],
     "Gemma2ForCausalLM": GEMMA,
     "Gemma3ForCausalLM": GEMMA + QK_NORMS,
+    "Gemma3ForConditionalGeneration": [f"language_model.{name}" for name in GEMMA + QK_NORMS],
     "Cohere2ForCausalLM": ENDS + NORMS[:1] + ATTENTION + MLP,
     "LlamaForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "MistralForCausalLM": ENDS + NORMS + ATTENTION + MLP,
@@ -498,6 +507,10 @@ UNUSED = {
     **dict.fromkeys(
         ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
         ["vision_tower.patch_embed.proj.weight", "mm_projector.proj.0.weight"],
+    ),
+    **dict.fromkeys(
+        ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"),
+        ["vision_tower.vision_model.head.weight", "multi_modal_projector.norm.weight"],
     ),
     "Llama4ForConditionalGeneration": ["vision_model.class_embedding"],
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from math import log
 
-from gllm_engine.arch.checkpoint import Names, Variant
+from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import (
-    LANGUAGE_MODEL,
     MAX_EXPERTS,
     MAX_LAYERS,
+    beside_images,
     read_decoder,
     read_routing,
 )
@@ -50,19 +50,7 @@ def deepseek_v3(c: Fields) -> Model:
     return with_experts(c, read_decoder(c, _read_mla(c)))
 
 
-_KIMI_K25_NAMES = Names(
-    renames=(*_NAMES.renames, *LANGUAGE_MODEL),
-    variants=(
-        Variant(  # as transformers names them
-            r"^model\.language_model\.",
-            (
-                ("language_model.model.", "model.language_model."),
-                ("language_model.lm_head.", "lm_head."),
-            ),
-        ),
-    ),
-    unused=r"(vision_tower|mm_projector)\.",
-)
+_KIMI_K25_NAMES = beside_images(_NAMES)
 
 
 def kimi_k25(c: Fields) -> Model:

@@ -69,6 +69,7 @@ _GPT_BIGCODE_NAMES = Names(renames=_GPT2_RENAMES, unused=rf"h\.\d+\.attn{_MASK}"
 
 def gpt_bigcode(c: Fields) -> Model:
     c.require(multi_query=True)
+    c.ignore("pad_key_length", "validate_runner_input", "inference_runner")
     return replace(_gpt2(c, kv_heads=1), names=_GPT_BIGCODE_NAMES)
 
 
@@ -163,7 +164,8 @@ _STARCODER2_NAMES = Names(renames=(("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj"
 
 
 def starcoder2(c: Fields) -> Model:
-    c.require(norm_type="layer_norm", mlp_type="default")
+    c.require(norm_type="layer_norm", mlp_type="default", scale_attn_weights=True)
+    c.ignore("activation_function", "layer_norm_epsilon")  # hidden_act and norm_epsilon count
     bias = c.flag("use_bias")
     ffn = Dense(c.count("intermediate_size"), bias, bias, act="gelu_tanh", gated=False)
     model = read_decoder(c, read_gqa(c, bias_key="use_bias"), ffn, eps_key="norm_epsilon")
