@@ -18,6 +18,10 @@ from gllm_engine.arch.model import GatedDelta, Gqa, Model
 _GPTQ = (".qweight", ".qzeros", ".scales")  # of GPTQ and AWQ; transposed in all checkpoints
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
 _ROPE_TABLES = re.compile(r"(^|\.)rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
+# Of compressed-tensors, in newer and older files, and of modelopt.
+_CACHE_SCALES = re.compile(
+    r"self_attn\.([kv]_scale|[kv]_proj\.output_scale|k_proj\.k_scale|v_proj\.v_scale)"
+)
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYERS = "model.layers."
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -132,6 +136,12 @@ def is_left_over(model: Model, name: str) -> bool:
     if number >= len(model.layers):
         return number < len(model.layers) + model.extra_layers
     return layer["rest"].startswith(_INDEXER) and model.layers[number].needs_earlier
+
+
+def is_cache_scale(model: Model, name: str) -> bool:
+    """Whether a checkpoint tensor is a scale for K and V in float8, which layers do not use."""
+    layer = _patterns(model.names).layer.match(name)
+    return layer is not None and _CACHE_SCALES.fullmatch(layer["rest"]) is not None
 
 
 class _Patterns(NamedTuple):

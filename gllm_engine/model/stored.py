@@ -38,6 +38,7 @@ from gllm_engine.arch.names import (
     checkpoint_name,
     checkpoint_shapes,
     checkpoint_tensors,
+    is_cache_scale,
     is_left_over,
     num_blocks,
 )
@@ -126,6 +127,7 @@ class StoredTensors:
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
         self._scale_dtypes: dict[str, str] = {}
+        self._has_cache_scales = False
         self.shared: set[str] = set()
         self.verified: dict[str, Verified] = {}
         self._integers_of: dict[str, Integers] = {}  # by the weight's checkpoint name
@@ -137,6 +139,9 @@ class StoredTensors:
     def add(self, name: str, stored: StoredTensor) -> None:
         """Record one tensor. Raises LoadError if the model has no place for it."""
         if is_left_over(self._arch, name):
+            return
+        if is_cache_scale(self._arch, name) and prod(stored.shape) == 1:
+            self._has_cache_scales = True
             return
         if name in self._stored:
             raise LoadError(f"{stored.path}: tensor {name} is in the checkpoint twice")
@@ -211,6 +216,10 @@ class StoredTensors:
         if any(name.endswith(_INPUT_SCALES) for name in self._stored):
             _log.info(
                 "%s: scales of inputs are not used: every token gets a scale of its own", path
+            )
+        if self._has_cache_scales:
+            _log.info(
+                "%s: scales of a float8 KV cache are not used: K and V are stored as computed", path
             )
         return found
 
