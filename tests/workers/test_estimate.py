@@ -75,6 +75,10 @@ def test_stages_have_whole_runs_of_layers() -> None:
     arch = make_arch(tiny_config("GlmMoeDsaForCausalLM", **over))
     found = estimate(small(pipeline_parallel_size=2), arch, 8 * GIB)
     assert [stage.first_layer for stage in found.stages] in ([0, 1], [0, 4])
+    parts = {use.part: use.layers for use in found.kernels}
+    latents = "latent attention, 4 heads, latents of 48, "
+    assert parts[f"{latents}own choice of 12 tokens"] == 3
+    assert parts[f"{latents}an earlier layer's choice of 12 tokens"] == 3
     dense = 32 + 16  # of a token in a layer: the latent and the rotated key
     for stage in found.stages:
         kinds = types[stage.first_layer : stage.last_layer + 1]

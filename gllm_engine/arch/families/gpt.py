@@ -68,7 +68,7 @@ _GPT_BIGCODE_NAMES = Names(renames=_GPT2_RENAMES, unused=rf"h\.\d+\.attn{_MASK}"
 
 
 def gpt_bigcode(c: Fields) -> Model:
-    c.require(multi_query=True)
+    c.require(multi_query=True, num_key_value_heads=1)
     c.ignore("pad_key_length", "validate_runner_input", "inference_runner")
     return replace(_gpt2(c, kv_heads=1), names=_GPT_BIGCODE_NAMES)
 

@@ -40,7 +40,8 @@ _HYBRID_NAMES = Names(
 def granite_hybrid(c: Fields) -> Model:
     """Granite 4, of which only models without Mamba layers and experts are supported."""
     c.require(num_local_experts=0, mlp_bias=False, normalization_function="rmsnorm")
-    c.ignore("num_experts_per_tok", *(key for key in c.keys() if key.startswith("mamba_")))
+    c.ignore("num_experts_per_tok", "time_step_limit")
+    c.ignore(*(key for key in c.keys() if key.startswith("mamba_")))
     ffn = Dense(c.count("shared_intermediate_size"))
     model = granite(c).each(ffn=lambda *_: ffn)
     words = ("attention", "full_attention")
