@@ -123,7 +123,6 @@ CHANGED = {
         "Mistral-Small-24B-2501",
         {"layer_types": ["sliding_attention"] * 40},
     ),
-    "layers missing": ("glm-4-9b-chat", {"num_hidden_layers": 39}),
     "unscaled scores": ("starcoder2-7b", {"scale_attn_weights": False}),
 }
 

@@ -53,8 +53,8 @@ def chatglm(c: Fields) -> Model:
     c.require(multi_query_attention=True, rmsnorm=True, post_layer_norm=True, original_rope=True)
     c.require(apply_residual_connection_post_layernorm=False, vision_config=None)
     c.require(pre_seq_len=None, prefix_projection=False, quantization_bit=0)
-    c.require(num_hidden_layers=c.count("num_layers"))
-    c.ignore("apply_query_key_layer_scaling")  # divides by a factor, and multiplies again
+    # num_layers counts. Scaling by layers divides by a factor, and multiplies again.
+    c.ignore("num_hidden_layers", "apply_query_key_layer_scaling")
     bias = c.flag("add_bias_linear")
     head_dim = c.count("kv_channels")
     if head_dim % 4:
