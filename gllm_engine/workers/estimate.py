@@ -48,7 +48,7 @@ class _Shapes(TensorParallel):
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The memory of each rank of a pipeline stage, in bytes.
+    """The memory of the first rank of a pipeline stage, in bytes; the other ranks take no more.
 
     `weights`: by kind. `tables`: of rotary angles. `states`: of all slots. `step`: for a step,
     workspaces and CUDA graphs; 0 on a CPU, where memory is not limited.

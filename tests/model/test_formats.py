@@ -215,7 +215,7 @@ def test_a_split_within_a_group_of_four_bits(
 ) -> None:
     model = write(tmp_path, "Qwen3MoeForCausalLM", config)
     with open_checkpoint(read_arch(model), model) as checkpoint:
-        message = rf"32 columns of mlp.experts.down_proj.weight .* parts of 16, but they are {kind}"
+        message = rf"moe_intermediate_size=32: parts of 32 are not .* the weights are {kind}"
         with pytest.raises(ArchError, match=message):
             Shard(0, 2, 0, 2).of(checkpoint.arch)
         Shard(0, 2, 0, 2, True).of(checkpoint.arch)
