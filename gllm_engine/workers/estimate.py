@@ -171,7 +171,8 @@ def _stage(
         made = memory.now
     max_pages = -(-(config.max_model_len or arch.max_len) // config.page_size)
     on_gpu = gpu_memory is not None
-    return _Stage(decoder, made, kv_sizing.step_bytes(config, decoder, max_pages) if on_gpu else 0)
+    step = kv_sizing.step_bytes(config, decoder, max_pages).peak if on_gpu else 0
+    return _Stage(decoder, made, step)
 
 
 def _pages(config: EngineConfig, stage: _Stage, gpu_memory: int | None) -> int:
