@@ -439,14 +439,14 @@ def blocks(tmp_path: Path) -> Path:
 def test_a_missing_scale(blocks: Path) -> None:
     rewrite(blocks, lambda t: t.pop(SCALE))
     assert refusal(blocks) == (
-        f"{blocks / 'model.safetensors'}: tensor {DOWN} has dtype F8_E4M3 and neither of "
-        f"{SCALE} and {DOWN}_scale; one is needed"
+        f"{blocks / 'model.safetensors'}: tensor {DOWN} has dtype F8_E4M3 and none of "
+        f"{SCALE}, {DOWN}_scale; one is needed"
     )
 
 
 def test_two_scales(blocks: Path) -> None:
     rewrite(blocks, lambda t: t.update({DOWN + "_scale": torch.ones(1)}))
-    assert f"and both of {SCALE} and {DOWN}_scale; one is needed" in refusal(blocks)
+    assert f"and several of {SCALE}, {DOWN}_scale; one is needed" in refusal(blocks)
 
 
 def test_scales_of_an_unknown_shape(blocks: Path) -> None:
