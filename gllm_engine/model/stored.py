@@ -8,6 +8,7 @@ it. This module reads no data.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -71,6 +72,8 @@ _OF_MODULE = ("qweight", "qzeros", "scales", "g_idx", "bias")
 # Beside "NAME.weight", as "NAME.", or beside one tensor of all experts, as "TENSOR_": one scale for
 # the inputs of products, or its upper bound.
 _INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub")
+# Scales of K and V for a float8 KV cache: of an attention, or of its projections.
+_CACHE_SCALES = re.compile(r"\.self_attn\.([kv]_proj\.)?[kv]_scale")
 # After the name of a weight of 4-bit numbers: its two sizes, which the config determines.
 _SHAPE = "_shape"
 
@@ -118,6 +121,7 @@ class StoredTensors:
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
         self.shared: dict[str, int] = {}
+        self._has_cache_scales = False
         self.verified: dict[str, Verified] = {}
         self._integers_of: dict[str, Integers] = {}  # by the weight's checkpoint name
 
@@ -131,6 +135,9 @@ class StoredTensors:
             return
         if name in self._stored:
             raise LoadError(f"{stored.path}: tensor {name} is in the checkpoint twice")
+        if self._is_cache_scale(name, stored):
+            self._has_cache_scales = True
+            return
         weights = (_weight_of(name), name)
         if name != self._tied and not any(weight in self._weights for weight in weights):
             raise _left_over(stored, name)
@@ -202,6 +209,8 @@ class StoredTensors:
             _log.info(
                 "%s: scales of inputs are not used: every token gets a scale of its own", path
             )
+        if self._has_cache_scales:
+            _log.info("%s: scales of K and V are not used: the KV cache has none", path)
         return found
 
     def _format(self, name: str) -> Format | None:
@@ -388,6 +397,12 @@ class StoredTensors:
             problem = f"tensor {name} has {stored.num_bytes} bytes, its shape {num_bytes}"
             raise incomplete(stored.path, problem)
         return TensorSlice(stored.path, stored.descriptor, stored.offset, dtype)
+
+    def _is_cache_scale(self, name: str, stored: StoredTensor) -> bool:
+        scale = _CACHE_SCALES.search(name)
+        if scale is None or scale.end() < len(name) or prod(stored.shape) != 1:
+            return False
+        return any(weight.startswith(name[: scale.start()] + ".") for weight in self._weights)
 
     def _is_unused(self, name: str, stored: StoredTensor) -> bool:
         """Whether a tensor that no weight needs belongs to a quantised weight."""

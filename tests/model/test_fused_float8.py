@@ -11,12 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from quantized import FP8, TOLERANCE, Tensors, block, by_hand, compressed, refusal, rewrite, write
+from quantized import (
+    FP8,
+    TOLERANCE,
+    Tensors,
+    block,
+    by_hand,
+    compressed,
+    load_held,
+    refusal,
+    rewrite,
+    write,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, all_logits, load, reference_logits, some_tokens
 from torch import Tensor
 
-from gllm_engine.arch import Shard, read_arch
+from gllm_engine.arch import Model, Shard, read_arch
 from gllm_engine.model import Decoder, filling, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.ops import dequantized
@@ -128,6 +139,8 @@ def test_logits(tmp_path: Path, name: str) -> None:
     if family == TRANSPOSED:
         expected = reference_logits(plain, tokens)
         torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+    held_plain = all_logits(load_held(model, Model.widened), tokens)
+    torch.testing.assert_close(held_plain, ours, rtol=0, atol=TOLERANCE)
     # Every scale has an effect of its own.
     scales = [key for key in stored if key.endswith(suffix) and ".experts." in key]
     for key in scales:

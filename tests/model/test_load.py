@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,12 +131,27 @@ def test_a_selection_bias_is_not_rounded(tmp_path: Path) -> None:
     assert torch.equal(held, stored) and not torch.equal(held.bfloat16().float(), stored)
 
 
-@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
-def test_scales_of_a_quantised_cache(model: Path, name: str) -> None:
-    """A float8 KV cache has none; leaving them out would change the numbers."""
-    name = f"model.layers.0.self_attn.{name}"
-    rewrite(model, lambda t: t.update({name: torch.tensor(0.02)}))
-    assert f"tensor {name} is left over; the model has no place for it" in refusal(model)
+def test_scales_of_a_quantised_cache(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They say how to round K and V to float8; the cache keeps K and V as they are, or rounded
+    without a scale.
+    """
+    caplog.set_level("INFO")
+    right = all_logits(load(model), some_tokens(20))
+    for own in ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale"):
+        name = f"model.layers.0.self_attn.{own}"
+        rewrite(model, lambda t, name=name: t.update({name: torch.tensor([0.02])}))
+    assert torch.equal(all_logits(load(model), some_tokens(20)), right)
+    assert "scales of K and V are not used: the KV cache has none" in caplog.text
+    for name, shape in (
+        ("model.layers.9.self_attn.k_scale", 1),
+        ("model.layers.0.self_attn.k_scale", 2),
+        ("model.layers.0.self_attn.q_scale", 1),
+        ("model.layers.0.self_attn.k_scale_2", 1),
+    ):
+        changed = model.with_name("changed")
+        shutil.copytree(model, changed, dirs_exist_ok=True)
+        rewrite(changed, lambda t, name=name, n=shape: t.update({name: torch.ones(n)}))
+        assert f"tensor {name} is left over; the model has no place for it" in refusal(changed)
 
 
 def test_rope_tables_of_old_checkpoints_are_known(model: Path) -> None:

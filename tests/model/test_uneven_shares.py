@@ -156,3 +156,33 @@ def test_more_ranks_than_groups(tmp_path: Path) -> None:
         "32 are not split further, because the weights are INT4 with a scale per 32 columns; "
         "experts are not split with enable_expert_parallel"
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "over", "shares"), [CASES[1], CASES[3], CASES[8], CASES[9]])
+def test_partial_sums_on_a_gpu(
+    tmp_path: Path, family: str, over: dict[str, Any], shares: list[int]
+) -> None:
+    """With the kernels for few rows and for many."""
+    path = write_tiny_model(tmp_path, family, seed=3, dtype="bfloat16", **over)
+    size = len(shares)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for rows in (1, 5, 300):
+        x = torch.randn(rows, 64, dtype=torch.bfloat16, device="cuda", generator=generator)
+        with torch.inference_mode():
+            expected = ffn_output(path, Shard(0, 2), x)
+            found = sum(ffn_output(path, Shard(0, 2, rank, size), x) for rank in range(size))
+        assert isinstance(found, Tensor)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.08 * float(expected.std()))
+
+
+def ffn_output(path: Path, shard: Shard, x: Tensor) -> Tensor:
+    """What the last layer's feed-forward part adds to the stream, in float32."""
+    arch = read_arch(path)
+    ranks = TensorParallel(shard.rank, shard.size, x.device, None, True)
+    options = {"dtype": x.dtype, "device": x.device, "max_model_len": 64}
+    with open_checkpoint(arch, path) as checkpoint:
+        decoder = Decoder(checkpoint.arch, shard=shard, ranks=ranks, **options)
+        with filling(decoder, checkpoint, shows=False):
+            pass
+    return decoder._blocks[1]._ffn(x, None).float()
