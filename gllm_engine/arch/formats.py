@@ -98,8 +98,12 @@ class Fp8(Format):
 
     @property
     def grain(self) -> Grain:
-        """See Format.grain: 32 columns of one scale for our kernels, 16 for torch's."""
-        return Grain(best=gcd(32, self.rows, self.columns) if self.columns else 16)
+        """See Format.grain. If scales belong to columns, a turn of a kernel has 16 columns of one
+        scale or 32; else torch's kernels want sizes that are multiples of 16.
+        """
+        if not self.columns:
+            return Grain(best=16)
+        return Grain(gcd(32, self.rows, self.columns), gcd(16, self.rows, self.columns))
 
     def __str__(self) -> str:
         if self.columns:

@@ -18,8 +18,8 @@ from gllm_engine.arch.fields import ArchError
 from gllm_engine.arch.formats import Formats, Shapes
 from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe
 
-# Channels that uneven shares are multiples of, if there are enough.
-_ROUND = 32
+# Channels of which uneven shares may be multiples.
+_UNITS = (32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -109,21 +109,28 @@ class Shard:
         grains = [kind.grain for _, kind in formats]
         least = lcm(*(grain.least for grain in grains))
         best = lcm(*(grain.best for grain in grains))
-        unit = max(best, _ROUND)
-        while unit > least and (whole % unit or whole < unit * self.size):
-            unit //= 2
-        if whole % unit or whole < unit * self.size:
-            raise ArchError(self._too_many(what, whole, formats, least))
-        units, more = divmod(whole // unit, self.size)
         even, rest = divmod(whole, self.size)
-        # An uneven share may be an eighth larger, but not more, if an even one is only slower.
-        much_larger = 8 * (units + (more > 0)) * unit > 9 * even
-        if not rest and even % least == 0 and (even % best == 0 or much_larger):
+        if not rest and even % best == 0:
             return even
+        largest = {
+            unit: -(-whole // (unit * self.size)) * unit
+            for unit in _UNITS
+            if unit % least == 0 and whole % unit == 0 and whole >= unit * self.size
+        }
+        if not largest:
+            raise ArchError(self._too_many(what, whole, formats, least))
+        # Rounder shares are faster, but not if the largest one is much larger.
+        unit = next(
+            u for u in _UNITS if u in largest and 8 * largest[u] <= 9 * min(largest.values())
+        )
+        units, more = divmod(whole // unit, self.size)
         return (units + (self.rank < more)) * unit
 
     def _too_many(self, what: str, whole: int, formats: Formats, least: int) -> str:
-        told = f"tensor_parallel_size: {self.size} ranks cannot each have some of {what}={whole}"
+        told = (
+            f"tensor_parallel_size: {self.size} ranks cannot each have some of the model's "
+            f"{what}={whole}"
+        )
         if least == 1:
             return told
         kind = next(kind for _, kind in formats if kind.grain.least == least)

@@ -109,6 +109,7 @@ class StoredTensors:
     `shared`: names of tensors of scales, each of which so many weights share, one after the other.
     `tied`: the name of a stored output projection of a model whose output projection is the
     embedding. `verified`: tensors of GPTQ that are to be read before any weight, by their names.
+    `cache_scale`: a tensor that is a scale of K or V in a float8 KV cache, and is not used.
     """
 
     def __init__(self, arch: Model) -> None:
@@ -121,7 +122,7 @@ class StoredTensors:
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
         self.shared: dict[str, int] = {}
-        self._has_cache_scales = False
+        self.cache_scale: str | None = None
         self.verified: dict[str, Verified] = {}
         self._integers_of: dict[str, Integers] = {}  # by the weight's checkpoint name
 
@@ -136,7 +137,7 @@ class StoredTensors:
         if name in self._stored:
             raise LoadError(f"{stored.path}: tensor {name} is in the checkpoint twice")
         if self._is_cache_scale(name, stored):
-            self._has_cache_scales = True
+            self.cache_scale = name
             return
         weights = (_weight_of(name), name)
         if name != self._tied and not any(weight in self._weights for weight in weights):
@@ -209,8 +210,6 @@ class StoredTensors:
             _log.info(
                 "%s: scales of inputs are not used: every token gets a scale of its own", path
             )
-        if self._has_cache_scales:
-            _log.info("%s: scales of K and V are not used: the KV cache has none", path)
         return found
 
     def _format(self, name: str) -> Format | None:

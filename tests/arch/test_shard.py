@@ -162,7 +162,11 @@ def test_parts_follow_each_other() -> None:
     [
         (3, {}, "3 does not divide the model's num_attention_heads=4"),
         (2, {"vocab_size": 385}, "2 does not divide the model's vocab_size=385"),
-        (4, {"intermediate_size": 3}, "4 ranks cannot each have some of intermediate_size=3"),
+        (
+            4,
+            {"intermediate_size": 3},
+            "4 ranks cannot each have some of the model's intermediate_size=3",
+        ),
         (
             4,
             {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16},
@@ -179,7 +183,7 @@ def test_what_does_not_divide_is_refused(size: int, over: dict[str, Any], senten
 def test_a_shared_expert_that_is_too_small_is_refused() -> None:
     model = make_arch(tiny_config("Qwen2MoeForCausalLM", shared_expert_intermediate_size=3))
     with pytest.raises(
-        ArchError, match="4 ranks cannot each have some of width of the shared expert=3"
+        ArchError, match="4 ranks cannot each have some of the model's width of the shared expert=3"
     ):
         Shard(0, 2, 0, 4).of(model)
 

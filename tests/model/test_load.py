@@ -22,8 +22,10 @@ from gllm_engine.arch.names import (
     checkpoint_tensors,
     with_stored_names,
 )
-from gllm_engine.model import Decoder, LoadError, fill_randomly
+from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.model import Decoder, LoadError, fill_randomly, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.workers.build_runner import check_cache_scales
 
 Tensors = dict[str, Tensor]
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -131,17 +133,20 @@ def test_a_selection_bias_is_not_rounded(tmp_path: Path) -> None:
     assert torch.equal(held, stored) and not torch.equal(held.bfloat16().float(), stored)
 
 
-def test_scales_of_a_quantised_cache(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They say how to round K and V to float8; the cache keeps K and V as they are, or rounded
-    without a scale.
-    """
-    caplog.set_level("INFO")
+def test_scales_of_a_quantised_cache(model: Path) -> None:
+    """They say how to round K and V to float8, so only a float8 cache could need them."""
     right = all_logits(load(model), some_tokens(20))
     for own in ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale"):
         name = f"model.layers.0.self_attn.{own}"
         rewrite(model, lambda t, name=name: t.update({name: torch.tensor([0.02])}))
     assert torch.equal(all_logits(load(model), some_tokens(20)), right)
-    assert "scales of K and V are not used: the KV cache has none" in caplog.text
+    with open_checkpoint(read_arch(model), model) as checkpoint:
+        check_cache_scales(EngineConfig(model=str(model)), checkpoint)
+        with pytest.raises(ConfigError) as caught:
+            check_cache_scales(EngineConfig(model=str(model), kv_cache_dtype="fp8"), checkpoint)
+    assert str(caught.value).startswith(
+        "kv_cache_dtype: it is fp8, but the checkpoint has scales of K and V (tensor model.layers.0"
+    )
     for name, shape in (
         ("model.layers.9.self_attn.k_scale", 1),
         ("model.layers.0.self_attn.k_scale", 2),

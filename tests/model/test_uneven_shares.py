@@ -64,7 +64,7 @@ CASES: list[tuple[str, dict[str, Any], list[int]]] = [
     (
         "MixtralForCausalLM",
         {"intermediate_size": 100, "num_attention_heads": 8},
-        [16, 12, 12, 12, 12, 12, 12, 12],
+        [14, 14, 12, 12, 12, 12, 12, 12],
     ),
 ]
 
@@ -152,8 +152,9 @@ def test_more_ranks_than_groups(tmp_path: Path) -> None:
     with open_checkpoint(read_arch(path), path) as checkpoint, pytest.raises(ArchError) as caught:
         Shard(0, 2, 0, 4).of(checkpoint.arch)
     assert str(caught.value) == (
-        "tensor_parallel_size: 4 ranks cannot each have some of moe_intermediate_size=96: parts of "
-        "32 are not split further, because the weights are INT4 with a scale per 32 columns; "
+        "tensor_parallel_size: 4 ranks cannot each have some of the model's "
+        "moe_intermediate_size=96: parts of 32 are not split further, because the weights are INT4 "
+        "with a scale per 32 columns; "
         "experts are not split with enable_expert_parallel"
     )
 
