@@ -1,0 +1,153 @@
+"""Where the time of each rank's device went: shares of a period that add up to 1.
+
+Every moment of a rank is the first of these that holds:
+
+    communication  the device is in a collective, or receives activations that have been computed
+    busy           the device computes
+    bubble         the device waits for activations or tokens that another stage still computes
+    no work        it is idle, and no sequence is live
+    host-bound     it is idle, and the rank's or the engine's host is at work
+    bubble         it is idle, and both hosts wait for other stages
+
+With a single stage nobody waits for another one, so idle time with work is host-bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from gllm_engine.timeline import activity
+from gllm_engine.timeline.intervals import Interval, Times, length, minus, overlap, union
+from gllm_engine.types import Span
+
+_ENGINE_WORKS = {activity.PLAN, activity.DISPATCH, activity.COMMIT, activity.BETWEEN_STEPS}
+_RANK_WORKS = {activity.PREPARE, activity.LAUNCH, activity.SAMPLE, activity.SEND}
+_LAUNCHES = {activity.LAUNCH, activity.SAMPLE}
+_COMPUTES = {activity.COMPUTE, activity.SAMPLE}
+
+
+class Share(msgspec.Struct, frozen=True):
+    """Shares of one rank's device, each 0 to 1, over `seconds`.
+
+    `launching`: the part of busy in which the host was still launching the same step. The device
+    may have waited between kernels in it.
+    """
+
+    rank: int
+    stage: int
+    seconds: float
+    steps: int
+    busy: float
+    communication: float
+    bubble: float
+    host_bound: float
+    no_work: float
+    launching: float
+
+
+def find_shares(
+    engine: Sequence[Span], ranks: Sequence[Sequence[Span]], stages: int, period: Interval
+) -> list[Share]:
+    """The shares of each rank over `period`, in the order of `ranks`, whose index is the rank."""
+    per_stage = len(ranks) // stages
+    ends = [{step: end for step, (_, end) in _by_step(spans).items()} for spans in ranks]
+    found = []
+    for rank, spans in enumerate(ranks):
+        before = ends[rank - per_stage] if rank >= per_stage else {}
+        parts = _parts(engine, spans, before, [period])
+        if stages == 1:
+            parts["host_bound"] += parts["bubble"]
+            parts["bubble"] = 0
+        whole = period[1] - period[0]
+        found.append(
+            Share(
+                rank,
+                rank // per_stage,
+                whole / 1e9,
+                sum(1 for begin, end in _by_step(spans).values() if period[0] <= end <= period[1]),
+                **{name: part / whole for name, part in parts.items()},
+            )
+        )
+    return found
+
+
+def shares_table(shares: Sequence[Share]) -> list[list[str]]:
+    """The rows of a table of shares in percent, the header first."""
+    names = ("busy", "communication", "bubble", "host_bound", "no_work", "launching")
+    header = ["rank", "stage", "steps", "s", *(name.replace("_", "-") for name in names)]
+    rows = [header]
+    for share in shares:
+        row = [str(share.rank), str(share.stage), str(share.steps), f"{share.seconds:.2f}"]
+        rows.append(row + [f"{getattr(share, name):.1%}" for name in names])
+    return rows
+
+
+def _parts(
+    engine: Sequence[Span], spans: Sequence[Span], before: dict[int, int], period: Times
+) -> dict[str, int]:
+    """Nanoseconds of each kind. `before`: when the stage before has computed each step."""
+    device = [span for span in spans if span.track == "device"]
+    host = [span for span in spans if span.track == "host"]
+    transfers = [
+        (max(span.begin, before.get(span.step, span.end)), span.end)
+        for span in _named(device, {activity.RECEIVE})
+    ]
+    collectives = _named(device, {activity.COLLECTIVE})
+    communication = union([*_intervals(collectives), *_not_empty(transfers)])
+    computing = _times(device, _COMPUTES)
+    waiting = _times(device, {activity.RECEIVE})
+    idle = minus(minus(minus(period, communication), computing), waiting)
+    no_work = overlap(idle, _times(engine, {activity.NO_WORK}))
+    at_work = union(_times(engine, _ENGINE_WORKS) + _times(host, _RANK_WORKS))
+    host_bound = overlap(minus(idle, no_work), at_work)
+    waits = minus(minus(waiting, communication), computing)
+    rest = minus(minus(idle, no_work), host_bound)
+    return {
+        "busy": length(overlap(minus(computing, communication), period)),
+        "communication": length(overlap(communication, period)),
+        "bubble": length(overlap(waits, period)) + length(rest),
+        "host_bound": length(host_bound),
+        "no_work": length(no_work),
+        "launching": length(overlap(_while_launching(device, host), period)),
+    }
+
+
+def _while_launching(device: Sequence[Span], host: Sequence[Span]) -> Times:
+    """When the device computed a step that the host was still launching."""
+    launches: dict[int, Interval] = {}
+    for span in _named(host, _LAUNCHES):
+        first, _ = launches.get(span.step, (span.begin, 0))
+        launches[span.step] = first, span.end
+    found = []
+    for step, (begin, end) in _by_step(device).items():
+        first, last = launches.get(step, (begin, begin))
+        found.append((max(begin, first), min(end, last)))
+    return union(_not_empty(found))
+
+
+def _by_step(spans: Sequence[Span]) -> dict[int, Interval]:
+    """From the first to the last computation of each step on the device."""
+    found: dict[int, Interval] = {}
+    for span in spans:
+        if span.track == "device" and span.name in _COMPUTES:
+            begin, end = found.get(span.step, (span.begin, span.end))
+            found[span.step] = min(begin, span.begin), max(end, span.end)
+    return found
+
+
+def _named(spans: Sequence[Span], names: set[str]) -> list[Span]:
+    return [span for span in spans if span.name in names]
+
+
+def _intervals(spans: Iterable[Span]) -> Times:
+    return [(span.begin, span.end) for span in spans]
+
+
+def _times(spans: Sequence[Span], names: set[str]) -> Times:
+    return union(_intervals(_named(spans, names)))
+
+
+def _not_empty(intervals: Iterable[Interval]) -> Times:
+    return [(begin, end) for begin, end in intervals if begin < end]
