@@ -20,9 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from msgspec import convert
+
 from gllm_benchmarks.record import add_arguments, number, print_table, record
 from gllm_benchmarks.workloads import WORKLOADS, Job, lengths, make_jobs, warm_up
-from gllm_engine import Share, shares_table
+from gllm_engine import Summary
 
 MODELS = Path(__file__).parent / "models"
 OURS = {"load_format": "dummy", "enable_prefix_caching": False}
@@ -146,10 +148,10 @@ def describe(jobs: list[Job], run: dict[str, Any]) -> list[str]:
     ]
 
 
-def print_shares(title: str, shares: list[dict[str, Any]]) -> None:
-    """Print the table of a timeline. `shares`: the fields of each Share."""
-    header, *rows = shares_table([Share(**share) for share in shares])
-    print_table(title, header, rows)
+def print_summary(title: str, summary: dict[str, Any]) -> None:
+    """Print the tables of a timeline; `summary`: the fields of a Summary."""
+    for header, *rows in convert(summary, Summary).tables():
+        print_table(title, header, rows)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -206,8 +208,8 @@ def main() -> None:
     header = [*HEADER, "ours / vllm"] if len(figures) == 2 else HEADER
     print_table(model.name, header, make_rows(work, figures))
     for each in work if arguments.timeline else []:
-        shares = figures["ours"][f"{each['name']} timeline"]
-        print_shares(f"timeline of {each['name']}", shares)
+        name = f"{each['name']} timeline"
+        print_summary(name, figures["ours"][name])
     record(arguments.name or f"offline-{model.name}", figures, arguments.save)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import asdict
+from msgspec import to_builtins
 
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
@@ -134,8 +134,7 @@ def main() -> None:
             ended = time.monotonic_ns()
         print(f"{name}: {figures[name]}", flush=True)
         if "timeline" in task["config"]:
-            shares = engine.timeline().shares((began, ended))
-            figures[f"{name} timeline"] = [asdict(share) for share in shares]
+            figures[f"{name} timeline"] = to_builtins(engine.timeline().summary((began, ended)))
         if task["profile"]:
             times = profile(engine, work["jobs"], SKIPPED.get(name, 60), 20)
             figures[f"{name} profile"] = times

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gllm_benchmarks.load import RequestRecord, run_load
-from gllm_benchmarks.offline import OURS, model_directory, parse_pairs, print_shares
+from gllm_benchmarks.offline import OURS, model_directory, parse_pairs, print_summary
 from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import RESULTS, add_arguments, number, print_table, record
@@ -242,7 +242,7 @@ def main() -> None:
     print_runs(f"{title}, {len(pairs)} requests, {arguments.clients} clients", runs)
     if arguments.timeline:
         trace = json.loads(arguments.timeline.read_text())
-        print_shares("timeline", trace["otherData"]["shares"])
+        print_summary("timeline", trace["otherData"]["summary"])
     name = arguments.name or f"serve-{title}"
     record(name, {"workload": workload, "runs": runs}, arguments.save)
     saved = RESULTS / f"{name}.svg" if arguments.save and len(runs) > 1 else None

@@ -39,7 +39,6 @@ from gllm_engine.timeline import (
     Timeline,
     activity,
     check_writable,
-    shares_table,
 )
 from gllm_engine.types import (
     Finish,
@@ -452,12 +451,12 @@ class Engine:
         if timeline.missing:
             log.warning("the timeline lacks ranks %s, which do not answer", timeline.missing)
         try:
-            shares = timeline.write(path)
+            summary = timeline.write(path)
         except OSError as error:
             log.error("timeline: %s cannot be written (%s)", path, error.strerror)
             return
-        rows = "\n".join("  ".join(row) for row in shares_table(shares))
-        log.info("the timeline is in %s\n%s", path, rows)
+        rows = [" | ".join(row) for rows in summary.tables() for row in rows]
+        log.info("the timeline is in %s\n%s", path, "\n".join(rows))
 
     def close(self) -> None:
         """End all sequences. The model's memory is freed with this object. Idempotent."""

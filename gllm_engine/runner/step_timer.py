@@ -49,7 +49,7 @@ class Clock(Protocol):
     def times(self, anchor: Moment, moments: list[Moment]) -> list[int]:
         """The moments of one step, which has ended, in nanoseconds of the host's monotonic clock.
 
-        The first one is the earliest. Steps come in their order.
+        Steps come in their order.
         """
         ...
 
@@ -104,10 +104,8 @@ class EventClock:
 
     def times(self, anchor: Moment, moments: list[Moment]) -> list[int]:
         ms = [anchor.event.elapsed_time(moment) for moment in moments]
-        found = [anchor.at + round(each * 1e6) for each in ms]
         # A new anchor may be some microseconds off the last one: steps must not overlap.
-        shift = max(0, self._told_until - found[0])
-        found = [each + shift for each in found]
+        found = [max(self._told_until, anchor.at + round(each * 1e6)) for each in ms]
         self._told_until = max(found)
         return found
 

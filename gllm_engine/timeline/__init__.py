@@ -5,16 +5,15 @@ It is off by default. Knows nothing of models, sockets or tensors.
 
 from gllm_engine.timeline import activity
 from gllm_engine.timeline.recorder import OFF, NoRecorder, Recorder
-from gllm_engine.timeline.shares import Share, shares_table
+from gllm_engine.timeline.shares import Summary
 from gllm_engine.timeline.trace import Timeline, check_writable
 
 __all__ = [
     "OFF",
     "NoRecorder",
     "Recorder",
-    "Share",
+    "Summary",
     "Timeline",
     "activity",
     "check_writable",
-    "shares_table",
 ]

@@ -31,12 +31,12 @@ class NoRecorder:
         """Add a span that has ended; times in nanoseconds of the monotonic clock."""
 
     def spans(self, rank: int) -> RankSpans:
-        """What has ended so far."""
+        """What was done so far."""
         return _now(rank, 0, [])
 
 
 class Recorder(NoRecorder):
-    """Records one process. Only the host's thread may call `mark`, any thread may call `add`."""
+    """Records one process. Any thread may call `add`, only the host's thread all else."""
 
     is_on = True
 
@@ -55,6 +55,9 @@ class Recorder(NoRecorder):
         self._spans.append(Span(track, name, step, begin, end))
 
     def spans(self, rank: int) -> RankSpans:
+        if self._doing is not None:  # what the host does now ends here, and goes on
+            doing, of_step, _ = self._doing
+            self.mark(doing, of_step)
         spans = list(self._spans.copy())  # another thread may add one during an iteration
         # Whatever was dropped had been added, so had ended, before this span was added.
         oldest = next((span.end for span in spans if span.track == "host"), 0)

@@ -10,6 +10,8 @@ Every moment of a rank is the first of these that holds:
     bubble         it is idle, and both hosts wait for other stages
 
 With a single stage nobody waits for another one, so idle time with work is host-bound.
+
+Every moment of a host is in one of its activities, so their shares add up to 1 too.
 """
 
 from __future__ import annotations
@@ -47,6 +49,28 @@ class Share(msgspec.Struct, frozen=True):
     launching: float
 
 
+class Summary(msgspec.Struct, frozen=True):
+    """`shares`: of each rank's device. `hosts`: by process, its host's share in each activity."""
+
+    shares: list[Share]
+    hosts: dict[str, dict[str, float]]
+
+    def tables(self) -> list[list[list[str]]]:
+        """Two tables in percent, of devices and of hosts; the first row of each is the header."""
+        return [_devices_table(self.shares), _hosts_table(self.hosts)]
+
+
+def host_shares(spans: Sequence[Span], period: Interval) -> dict[str, float]:
+    """The share of each of a host's activities in `period`."""
+    found: dict[str, float] = {}
+    whole = period[1] - period[0]
+    for span in spans:
+        if span.track == "host":
+            inside = max(0, min(span.end, period[1]) - max(span.begin, period[0]))
+            found[span.name] = found.get(span.name, 0.0) + inside / whole
+    return found
+
+
 def find_shares(
     engine: Sequence[Span], ranks: Sequence[Sequence[Span]], stages: int, period: Interval
 ) -> list[Share]:
@@ -73,14 +97,21 @@ def find_shares(
     return found
 
 
-def shares_table(shares: Sequence[Share]) -> list[list[str]]:
-    """The rows of a table of shares in percent, the header first."""
+def _devices_table(shares: Sequence[Share]) -> list[list[str]]:
     names = ("busy", "communication", "bubble", "host_bound", "no_work", "launching")
     header = ["rank", "stage", "steps", "s", *(name.replace("_", "-") for name in names)]
     rows = [header]
     for share in shares:
         row = [str(share.rank), str(share.stage), str(share.steps), f"{share.seconds:.2f}"]
         rows.append(row + [f"{getattr(share, name):.1%}" for name in names])
+    return rows
+
+
+def _hosts_table(hosts: dict[str, dict[str, float]]) -> list[list[str]]:
+    names = list(dict.fromkeys(name for shares in hosts.values() for name in shares))
+    rows = [["host of", *names]]
+    for process, shares in hosts.items():
+        rows.append([process, *(f"{shares.get(name, 0.0):.1%}" for name in names)])
     return rows
 
 

@@ -1,7 +1,7 @@
 """The spans of the engine and of all ranks on one clock, and the file they are written to.
 
 The file is a Chrome trace (JSON, which ui.perfetto.dev opens): a process per rank, a thread per
-track. Its "shares" hold the table. Ranks on one host share its monotonic clock. The clock of
+track. Its "otherData" hold the summary. Ranks on one host share its monotonic clock. The clock of
 another host is aligned by the time of day, which is as exact as the hosts' agreement on it.
 """
 
@@ -17,8 +17,9 @@ import msgspec
 
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import shown
+from gllm_engine.timeline import activity
 from gllm_engine.timeline.intervals import Interval
-from gllm_engine.timeline.shares import Share, find_shares
+from gllm_engine.timeline.shares import Summary, find_shares, host_shares
 from gllm_engine.types import RankSpans, Span
 
 _TRACKS = ("host", "results", "device")
@@ -64,52 +65,66 @@ class Timeline:
         nothing = RankSpans(0, 0, 0, [])
         self._ranks = [found.get(rank, nothing) for rank in range(config.num_ranks)]
 
-    def shares(self, period: Interval | None = None) -> list[Share]:
-        """The shares of each rank over `period`, in nanoseconds of this host's monotonic clock.
+    def summary(self, period: Interval | None = None) -> Summary:
+        """The shares of all devices and hosts over `period`, in nanoseconds of this host's
+        monotonic clock.
 
-        Default: from the engine's first step to its last, as far as no span was dropped. Empty if
-        the engine took no step in it.
+        Default: from the engine's first step to its last. It begins later if spans were dropped.
+        Empty if the engine took no step in it.
         """
-        spans = self._engine.spans
-        host = [span for span in spans if span.track == "host"]
+        host = [
+            span
+            for span in self._engine.spans
+            if span.track == "host" and span.name != activity.NO_WORK
+        ]
         begin = max(rank.complete_from for rank in [self._engine, *self._ranks])
         end = 0
         if host:
             begin = max(begin, host[0].begin if period is None else period[0])
             end = host[-1].end if period is None else period[1]
         if begin >= end:
-            return []
-        inside = [_inside(rank.spans, (begin, end)) for rank in self._ranks]
-        return find_shares(_inside(spans, (begin, end)), inside, self._stages, (begin, end))
+            return Summary([], {})
+        whole = begin, end
+        engine = _inside(self._engine.spans, whole)
+        ranks = [_inside(rank.spans, whole) for rank in self._ranks]
+        hosts = {name: host_shares(spans, whole) for name, spans in self._processes().items()}
+        return Summary(find_shares(engine, ranks, self._stages, whole), hosts)
 
-    def write(self, path: str) -> list[Share]:
-        """Write the Chrome trace; returns the shares in it. Raises OSError."""
-        shares = self.shares()
+    def write(self, path: str) -> Summary:
+        """Write the Chrome trace; returns the summary in it. Raises OSError."""
+        summary = self.summary()
+        spans = [span for spans in self._processes().values() for span in spans]
+        origin = min((span.begin for span in spans), default=0)
         trace: dict[str, Any] = {
-            "traceEvents": list(self._events()),
+            "traceEvents": list(self._events(origin)),
             "displayTimeUnit": "ms",
-            "otherData": {"clock": self._clock, "shares": shares},
+            "otherData": {"clock": self._clock, "begin_ns": origin, "summary": summary},
         }
         Path(path).write_bytes(msgspec.json.encode(trace))
-        return shares
+        return summary
 
-    def _events(self) -> Iterator[dict[str, Any]]:
-        processes = {
-            rank: (f"rank {rank}, stage {rank // self._per_stage}", spans.spans)
-            for rank, spans in enumerate(self._ranks)
-        }
-        if self._has_workers:
-            processes[-1] = "engine", self._engine.spans
-        origin = min((s.begin for _, spans in processes.values() for s in spans), default=0)
-        for rank, (name, spans) in sorted(processes.items()):
-            pid = rank + 1  # Perfetto takes no process 0 for an ordinary one
+    def _processes(self) -> dict[str, list[Span]]:
+        """The spans of each process by its name."""
+        processes = {"engine": self._engine.spans} if self._has_workers else {}
+        for rank, spans in enumerate(self._ranks):
+            processes[f"rank {rank}, stage {rank // self._per_stage}"] = spans.spans
+        return processes
+
+    def _events(self, origin: int) -> Iterator[dict[str, Any]]:
+        for pid, (name, spans) in enumerate(self._processes().items(), 1):  # 0 is the idle process
             yield _about("process_name", pid, 0, {"name": name})
             yield _about("process_sort_index", pid, 0, {"sort_index": pid})
-            for tid, track in enumerate(_TRACKS, 1):
+            for track in _TRACKS:
+                tid = _thread(pid, track)
                 yield _about("thread_name", pid, tid, {"name": track})
                 yield _about("thread_sort_index", pid, tid, {"sort_index": tid})
             for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
                 yield _event(span, pid, origin)
+
+
+def _thread(pid: int, track: str) -> int:
+    """A thread's number, which no other process has."""
+    return 10 * pid + _TRACKS.index(track)
 
 
 def _about(what: str, pid: int, tid: int, value: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +134,7 @@ def _about(what: str, pid: int, tid: int, value: dict[str, Any]) -> dict[str, An
 def _event(span: Span, pid: int, origin: int) -> dict[str, Any]:
     """A complete event; the format's unit is a microsecond."""
     event: dict[str, Any] = {"ph": "X", "name": span.name, "cat": span.track, "pid": pid}
-    event["tid"] = _TRACKS.index(span.track) + 1
+    event["tid"] = _thread(pid, span.track)
     event["ts"] = (span.begin - origin) / 1000
     event["dur"] = (span.end - span.begin) / 1000
     if span.step >= 0:
