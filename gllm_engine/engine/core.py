@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -129,13 +130,7 @@ class Engine:
         """
         path = Path(config.model)
         arch = read_arch(path)
-        if arch.unknown_keys:
-            log.warning(
-                "%s: these keys are not known and have no effect: %s; if one of them changes the "
-                "model's arithmetic, the answers are wrong",
-                path / "config.json",
-                ", ".join(arch.unknown_keys),
-            )
+        _warn_of_unknown_keys(arch, path)
         on_gpu = device_of(config).type == "cuda"
         config = settle(config, on_gpu, arch.keeps_states)
         check_len(config, arch)
@@ -147,10 +142,8 @@ class Engine:
         # First, because the tokenizer loads on the grammar thread while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
-        if make_runner is None:
-            self._runner = _make_runner(config, arch, self._recorder)
-        else:
-            self._runner = make_runner(config, arch)
+        make_runner = make_runner or partial(_make_runner, recorder=self._recorder)
+        self._runner = make_runner(config, arch)
         kinds = cache_groups(arch, config.max_model_len or arch.max_len)
         groups = make_groups(kinds, config, self._runner.num_pages)
         max_model_len = model_len(config, arch, capacity(groups, arch.max_len))
@@ -473,6 +466,16 @@ class Engine:
 
 def _nothing() -> Outputs:
     return Outputs([], [])
+
+
+def _warn_of_unknown_keys(arch: Model, path: Path) -> None:
+    if arch.unknown_keys:
+        log.warning(
+            "%s: these keys are not known and have no effect: %s; if one of them changes the "
+            "model's arithmetic, the answers are wrong",
+            path / "config.json",
+            ", ".join(arch.unknown_keys),
+        )
 
 
 def check_len(config: EngineConfig, arch: Model) -> None:

@@ -133,15 +133,16 @@ def _parts(
     no_work = overlap(idle, _times(engine, {activity.NO_WORK}))
     at_work = union(_times(engine, _ENGINE_WORKS) + _times(host, _RANK_WORKS))
     host_bound = overlap(minus(idle, no_work), at_work)
+    busy = overlap(minus(computing, communication), period)
     waits = minus(minus(waiting, communication), computing)
     rest = minus(minus(idle, no_work), host_bound)
     return {
-        "busy": length(overlap(minus(computing, communication), period)),
+        "busy": length(busy),
         "communication": length(overlap(communication, period)),
         "bubble": length(overlap(waits, period)) + length(rest),
         "host_bound": length(host_bound),
         "no_work": length(no_work),
-        "launching": length(overlap(_while_launching(device, host), period)),
+        "launching": length(overlap(busy, _while_launching(device, host))),
     }
 
 

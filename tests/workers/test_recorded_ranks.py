@@ -54,7 +54,7 @@ def test_two_ranks(way: str, tmp_path: Path) -> None:
         assert activity.COMPUTE in names and (activity.COLLECTIVE in names) == (way == "tp2")
         assert RANK_HOST <= {event["name"] for event in found[process, "host"]}
         assert {event["name"] for event in found[process, "results"]} == {activity.AWAIT_DEVICE}
-        assert rank.busy > 0 and rank.steps >= 16
+        assert rank.busy > 0 and rank.steps >= 15  # the other rank may end its last step later
     first, second = summary.shares
     if way == "tp2":
         assert first.bubble == second.bubble == 0
