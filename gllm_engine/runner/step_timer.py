@@ -43,7 +43,7 @@ class Clock(Protocol):
         ...
 
     def anchor(self) -> Moment:
-        """A moment whose time is known, before which none of the next second's moments lie."""
+        """A moment of the last second whose time on the host's clock is known."""
         ...
 
     def times(self, anchor: Moment, moments: list[Moment]) -> list[int]:
@@ -95,7 +95,8 @@ class EventClock:
     def anchor(self) -> _Anchor:
         """Once a second it waits some microseconds for an event in a stream without other work."""
         if self._anchor is None or time.monotonic_ns() - self._anchor.at > _ANCHOR_EVERY_NS:
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            # NCCL, whose streams wait for other ranks, has none of this priority.
+            with torch.cuda.stream(torch.cuda.Stream(self._device, priority=-1)):
                 before = time.monotonic_ns()
                 event = self.now()
                 event.synchronize()

@@ -277,7 +277,7 @@ def on_stream(stream: object) -> Iterator[None]:
 def test_events_of_a_gpu_are_put_on_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a minute, whatever the drift; steps do not overlap."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: None)
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
     clock = EventClock(torch.device("cpu"))
     told: list[int] = []
