@@ -16,6 +16,7 @@ Every moment of a host is in one of its activities, so their shares add up to 1 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -76,11 +77,14 @@ def find_shares(
 ) -> list[Share]:
     """The shares of each rank over `period`, in the order of `ranks`, whose index is the rank."""
     per_stage = len(ranks) // stages
-    ends = [{step: end for step, (_, end) in _by_step(spans).items()} for spans in ranks]
+    of_engine = _Spans(engine, period)
     found = []
-    for rank, spans in enumerate(ranks):
-        before = ends[rank - per_stage] if rank >= per_stage else {}
-        parts = _parts(engine, spans, before, [period])
+    before = _Spans([], period)
+    by_rank = [_Spans(spans, period) for spans in ranks]
+    for rank, spans in enumerate(by_rank):
+        if rank >= per_stage:
+            before = by_rank[rank - per_stage]
+        parts = _parts(of_engine, spans, before, [period])
         if stages == 1:
             parts["host_bound"] += parts["bubble"]
             parts["bubble"] = 0
@@ -90,7 +94,7 @@ def find_shares(
                 rank,
                 rank // per_stage,
                 whole / 1e9,
-                sum(1 for begin, end in _by_step(spans).values() if period[0] <= end <= period[1]),
+                sum(1 for _, end in spans.computed.values() if end <= period[1]),
                 **{name: part / whole for name, part in parts.items()},
             )
         )
@@ -115,24 +119,43 @@ def _hosts_table(hosts: dict[str, dict[str, float]]) -> list[list[str]]:
     return rows
 
 
-def _parts(
-    engine: Sequence[Span], spans: Sequence[Span], before: dict[int, int], period: Times
-) -> dict[str, int]:
-    """Nanoseconds of each kind. `before`: when the stage before has computed each step."""
-    device = [span for span in spans if span.track == "device"]
-    host = [span for span in spans if span.track == "host"]
-    transfers = [
-        (max(span.begin, before.get(span.step, span.end)), span.end)
-        for span in _named(device, {activity.RECEIVE})
-    ]
-    collectives = _named(device, {activity.COLLECTIVE})
-    communication = union([*_intervals(collectives), *_not_empty(transfers)])
-    computing = _times(device, _COMPUTES)
-    waiting = _times(device, {activity.RECEIVE})
+class _Spans:
+    """The spans of one process in a period, by name.
+
+    `computed`: from the first to the last computation of each step on the device.
+    """
+
+    def __init__(self, spans: Iterable[Span], period: Interval) -> None:
+        self._host: defaultdict[str, list[Span]] = defaultdict(list)
+        self._device: defaultdict[str, list[Span]] = defaultdict(list)
+        for span in spans:
+            if span.end > period[0] and span.begin < period[1] and span.track != "results":
+                by_name = self._host if span.track == "host" else self._device
+                by_name[span.name].append(span)
+        self.computed = _extents(self.on_device(*_COMPUTES))
+
+    def on_host(self, *names: str) -> list[Span]:
+        return [span for name in names for span in self._host[name]]
+
+    def on_device(self, *names: str) -> list[Span]:
+        return [span for name in names for span in self._device[name]]
+
+
+def _parts(engine: _Spans, rank: _Spans, before: _Spans, period: Times) -> dict[str, int]:
+    """Nanoseconds of each kind. `before`: the rank that sends activations to `rank`."""
+    received = rank.on_device(activity.RECEIVE)
+    transfers = []
+    for span in received:
+        _, sent = before.computed.get(span.step, (0, span.end))
+        transfers.append((max(span.begin, sent), span.end))
+    collectives = _intervals(rank.on_device(activity.COLLECTIVE))
+    communication = union([*collectives, *_not_empty(transfers)])
+    computing = union(_intervals(rank.on_device(*_COMPUTES)))
+    waiting = union(_intervals(received))
     idle = minus(minus(minus(period, communication), computing), waiting)
-    no_work = overlap(idle, _times(engine, {activity.NO_WORK}))
-    at_work = union(_times(engine, _ENGINE_WORKS) + _times(host, _RANK_WORKS))
-    host_bound = overlap(minus(idle, no_work), at_work)
+    no_work = overlap(idle, union(_intervals(engine.on_host(activity.NO_WORK))))
+    at_work = engine.on_host(*_ENGINE_WORKS) + rank.on_host(*_RANK_WORKS)
+    host_bound = overlap(minus(idle, no_work), union(_intervals(at_work)))
     busy = overlap(minus(computing, communication), period)
     waits = minus(minus(waiting, communication), computing)
     rest = minus(minus(idle, no_work), host_bound)
@@ -142,43 +165,31 @@ def _parts(
         "bubble": length(overlap(waits, period)) + length(rest),
         "host_bound": length(host_bound),
         "no_work": length(no_work),
-        "launching": length(overlap(busy, _while_launching(device, host))),
+        "launching": length(overlap(busy, _while_launching(rank))),
     }
 
 
-def _while_launching(device: Sequence[Span], host: Sequence[Span]) -> Times:
+def _while_launching(rank: _Spans) -> Times:
     """When the device computed a step that the host was still launching."""
-    launches: dict[int, Interval] = {}
-    for span in _named(host, _LAUNCHES):
-        first, _ = launches.get(span.step, (span.begin, 0))
-        launches[span.step] = first, span.end
+    launched = _extents(rank.on_host(*_LAUNCHES))
     found = []
-    for step, (begin, end) in _by_step(device).items():
-        first, last = launches.get(step, (begin, begin))
+    for step, (begin, end) in rank.computed.items():
+        first, last = launched.get(step, (begin, begin))
         found.append((max(begin, first), min(end, last)))
     return union(_not_empty(found))
 
 
-def _by_step(spans: Sequence[Span]) -> dict[int, Interval]:
-    """From the first to the last computation of each step on the device."""
+def _extents(spans: Iterable[Span]) -> dict[int, Interval]:
+    """By step: from the first begin to the last end of its spans."""
     found: dict[int, Interval] = {}
     for span in spans:
-        if span.track == "device" and span.name in _COMPUTES:
-            begin, end = found.get(span.step, (span.begin, span.end))
-            found[span.step] = min(begin, span.begin), max(end, span.end)
+        begin, end = found.get(span.step, (span.begin, span.end))
+        found[span.step] = min(begin, span.begin), max(end, span.end)
     return found
-
-
-def _named(spans: Sequence[Span], names: set[str]) -> list[Span]:
-    return [span for span in spans if span.name in names]
 
 
 def _intervals(spans: Iterable[Span]) -> Times:
     return [(span.begin, span.end) for span in spans]
-
-
-def _times(spans: Sequence[Span], names: set[str]) -> Times:
-    return union(_intervals(_named(spans, names)))
 
 
 def _not_empty(intervals: Iterable[Interval]) -> Times:

@@ -44,6 +44,17 @@ def check_writable(path: str) -> None:
         raise ConfigError(f"timeline: {shown(path, most=500)} is not a file")
 
 
+class _Complete(msgspec.Struct, tag_field="ph", tag="X", omit_defaults=True):
+    """A span in the format of the trace, whose unit is a microsecond."""
+
+    name: str
+    pid: int
+    tid: int
+    ts: float
+    dur: float
+    args: dict[str, int] | None = None
+
+
 class Timeline:
     """`missing`: ranks whose spans are not there."""
 
@@ -85,10 +96,9 @@ class Timeline:
         if begin >= end:
             return Summary([], {})
         whole = begin, end
-        engine = _inside(self._engine.spans, whole)
-        ranks = [_inside(rank.spans, whole) for rank in self._ranks]
+        ranks = [rank.spans for rank in self._ranks]
         hosts = {name: host_shares(spans, whole) for name, spans in self._processes().items()}
-        return Summary(find_shares(engine, ranks, self._stages, whole), hosts)
+        return Summary(find_shares(self._engine.spans, ranks, self._stages, whole), hosts)
 
     def write(self, path: str) -> Summary:
         """Write the Chrome trace; returns the summary in it. Raises OSError."""
@@ -110,7 +120,7 @@ class Timeline:
             processes[f"rank {rank}, stage {rank // self._per_stage}"] = spans.spans
         return processes
 
-    def _events(self, origin: int) -> Iterator[dict[str, Any]]:
+    def _events(self, origin: int) -> Iterator[dict[str, Any] | _Complete]:
         for pid, (name, spans) in enumerate(self._processes().items(), 1):  # 0 is the idle process
             yield _about("process_name", pid, 0, {"name": name})
             yield _about("process_sort_index", pid, 0, {"sort_index": pid})
@@ -118,7 +128,7 @@ class Timeline:
                 tid = _thread(pid, track)
                 yield _about("thread_name", pid, tid, {"name": track})
                 yield _about("thread_sort_index", pid, tid, {"sort_index": tid})
-            for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
+            for span in spans:
                 yield _event(span, pid, origin)
 
 
@@ -131,19 +141,11 @@ def _about(what: str, pid: int, tid: int, value: dict[str, Any]) -> dict[str, An
     return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": value}
 
 
-def _event(span: Span, pid: int, origin: int) -> dict[str, Any]:
-    """A complete event; the format's unit is a microsecond."""
-    event: dict[str, Any] = {"ph": "X", "name": span.name, "cat": span.track, "pid": pid}
-    event["tid"] = _thread(pid, span.track)
-    event["ts"] = (span.begin - origin) / 1000
-    event["dur"] = (span.end - span.begin) / 1000
-    if span.step >= 0:
-        event["args"] = {"step": span.step}
-    return event
-
-
-def _inside(spans: list[Span], period: Interval) -> list[Span]:
-    return [span for span in spans if span.end > period[0] and span.begin < period[1]]
+def _event(span: Span, pid: int, origin: int) -> _Complete:
+    args = {"step": span.step} if span.step >= 0 else None
+    begin = (span.begin - origin) / 1000
+    length = (span.end - span.begin) / 1000
+    return _Complete(span.name, pid, _thread(pid, span.track), begin, length, args)
 
 
 def _shifted(rank: RankSpans, wall_ns: int) -> RankSpans:
