@@ -56,7 +56,7 @@ class _Complete(msgspec.Struct, tag_field="ph", tag="X", omit_defaults=True):
 
 
 class Timeline:
-    """`missing`: ranks whose spans are not there."""
+    """`missing`: ranks whose spans are not there; nothing is told of them."""
 
     def __init__(self, config: EngineConfig, engine: RankSpans, ranks: list[RankSpans]) -> None:
         """`ranks`: of the workers, in any order. Without workers the engine is rank 0."""
@@ -98,7 +98,8 @@ class Timeline:
         whole = begin, end
         ranks = [rank.spans for rank in self._ranks]
         hosts = {name: host_shares(spans, whole) for name, spans in self._processes().items()}
-        return Summary(find_shares(self._engine.spans, ranks, self._stages, whole), hosts)
+        shares = find_shares(self._engine.spans, ranks, self._stages, whole)
+        return Summary([share for share in shares if share.rank not in self.missing], hosts)
 
     def write(self, path: str) -> Summary:
         """Write the Chrome trace; returns the summary in it. Raises OSError."""
@@ -117,7 +118,8 @@ class Timeline:
         """The spans of each process by its name."""
         processes = {"engine": self._engine.spans} if self._has_workers else {}
         for rank, spans in enumerate(self._ranks):
-            processes[f"rank {rank}, stage {rank // self._per_stage}"] = spans.spans
+            if rank not in self.missing:
+                processes[f"rank {rank}, stage {rank // self._per_stage}"] = spans.spans
         return processes
 
     def _events(self, origin: int) -> Iterator[dict[str, Any] | _Complete]:

@@ -168,7 +168,10 @@ def test_a_rank_that_does_not_answer_is_told(tmp_path: Path) -> None:
     engine = RankSpans(0, 0, 0, ENGINE)
     timeline = Timeline(config, engine, [RankSpans(1, 0, 0, SECOND)])
     assert timeline.missing == [0]
-    assert len(timeline.write(str(tmp_path / "out.json")).shares) == 2
+    (share,) = timeline.write(str(tmp_path / "out.json")).shares
+    assert share.rank == 1
+    named = tracks(json.loads((tmp_path / "out.json").read_text()))
+    assert {process for process, _ in named} == {"engine", "rank 1, stage 1"}
     assert Timeline(config, RankSpans(0, 0, 0, []), []).summary().shares == []
 
 
