@@ -182,7 +182,8 @@ class RecordedTimer(StepTimer):
             moments += pair
         times = self._clock.times(self._anchor, moments)
         count = len(self._parts)
-        for (name, _), begin, end in zip(self._parts, times, times[1 : count + 1], strict=False):
+        ends = times[1 : count + 1]
+        for (name, _), begin, end in zip(self._parts, times[:count], ends, strict=True):
             self._recorder.add("device", name, self._step, begin, end)
         for begin, end in zip(times[count + 1 :: 2], times[count + 2 :: 2], strict=True):
             self._recorder.add("device", activity.COLLECTIVE, self._step, begin, end)

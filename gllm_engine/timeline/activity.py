@@ -15,8 +15,8 @@ NO_WORK = "no work"  # no sequence is live
 AWAIT_PLAN = "wait for a plan"
 PREPARE = "prepare"  # applies the plan's diff
 LAUNCH = "launch"
-SEND = "send"  # activations to the next stage, tokens to the host and to the first stage
-AWAIT_DEVICE = "wait for the device"
+SEND = "send"  # activations to the next stage, after the last launch
+AWAIT_DEVICE = "wait for the device"  # on the thread that reports results
 
 # Host and device of a rank.
 RECEIVE = "receive"  # activations of the stage before, or tokens that the last stage has sampled
