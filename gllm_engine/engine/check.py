@@ -19,13 +19,7 @@ from gllm_engine.engine.core import check_len, model_len
 from gllm_engine.model import open_checkpoint
 from gllm_engine.sched import Group, PagePool, capacity, make_groups
 from gllm_engine.text.tokenizer import Tokenizer
-from gllm_engine.workers.build_runner import (
-    check_cache_scales,
-    check_formats,
-    check_shards,
-    device_of,
-    held_formats,
-)
+from gllm_engine.workers.build_runner import check_formats, check_shards, device_of, held_formats
 from gllm_engine.workers.estimate import Estimate, estimate
 
 
@@ -108,7 +102,6 @@ def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckRep
         return _report(config, arch.quantized(), gpu_memory)
     Tokenizer(config.tokenizer or path)
     with open_checkpoint(arch, path) as checkpoint:
-        check_cache_scales(config, checkpoint)
         return _report(config, checkpoint.arch, gpu_memory)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from gllm_engine.model.decoder import Decoder, LayerCache
 from gllm_engine.model.kernels import KernelUse, kernels_of
-from gllm_engine.model.load import Checkpoint, fill_randomly, filling, open_checkpoint
+from gllm_engine.model.load import fill_randomly, filling, open_checkpoint
 from gllm_engine.model.read import LoadError
 from gllm_engine.model.states import bytes_of_states
 from gllm_engine.ops import best_device
 
 __all__ = [
-    "Checkpoint",
     "Decoder",
     "KernelUse",
     "LayerCache",

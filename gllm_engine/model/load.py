@@ -49,7 +49,6 @@ class Checkpoint:
     shared: dict[str, int]  # see StoredTensors
     verified: dict[str, Verified]  # by checkpoint tensor name
     tied: str | None  # name of a stored output projection, which must equal the embedding
-    cache_scale: str | None  # see StoredTensors
 
 
 @contextmanager
@@ -69,13 +68,7 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
                 found.add(name, stored)
         arch = found.with_formats(path)
         yield Checkpoint(
-            path,
-            arch,
-            found.check(arch, path),
-            found.shared,
-            found.verified,
-            found.tied,
-            found.cache_scale,
+            path, arch, found.check(arch, path), found.shared, found.verified, found.tied
         )
 
 

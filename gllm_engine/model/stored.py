@@ -8,7 +8,6 @@ it. This module reads no data.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -72,8 +71,6 @@ _OF_MODULE = ("qweight", "qzeros", "scales", "g_idx", "bias")
 # Beside "NAME.weight", as "NAME.", or beside one tensor of all experts, as "TENSOR_": one scale for
 # the inputs of products, or its upper bound.
 _INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub")
-# Scales of K and V for a float8 KV cache: of an attention, or of its projections.
-_CACHE_SCALES = re.compile(r"\.self_attn\.([kv]_proj\.)?[kv]_scale")
 # After the name of a weight of 4-bit numbers: its two sizes, which the config determines.
 _SHAPE = "_shape"
 
@@ -109,7 +106,6 @@ class StoredTensors:
     `shared`: names of tensors of scales, each of which so many weights share, one after the other.
     `tied`: the name of a stored output projection of a model whose output projection is the
     embedding. `verified`: tensors of GPTQ that are to be read before any weight, by their names.
-    `cache_scale`: a tensor that is a scale of K or V in a float8 KV cache, and is not used.
     """
 
     def __init__(self, arch: Model) -> None:
@@ -122,7 +118,6 @@ class StoredTensors:
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
         self.shared: dict[str, int] = {}
-        self.cache_scale: str | None = None
         self.verified: dict[str, Verified] = {}
         self._integers_of: dict[str, Integers] = {}  # by the weight's checkpoint name
 
@@ -136,9 +131,6 @@ class StoredTensors:
             return
         if name in self._stored:
             raise LoadError(f"{stored.path}: tensor {name} is in the checkpoint twice")
-        if self._is_cache_scale(name, stored):
-            self.cache_scale = name
-            return
         weights = (_weight_of(name), name)
         if name != self._tied and not any(weight in self._weights for weight in weights):
             raise _left_over(stored, name)
@@ -396,12 +388,6 @@ class StoredTensors:
             problem = f"tensor {name} has {stored.num_bytes} bytes, its shape {num_bytes}"
             raise incomplete(stored.path, problem)
         return TensorSlice(stored.path, stored.descriptor, stored.offset, dtype)
-
-    def _is_cache_scale(self, name: str, stored: StoredTensor) -> bool:
-        scale = _CACHE_SCALES.search(name)
-        if scale is None or scale.end() < len(name) or prod(stored.shape) != 1:
-            return False
-        return any(weight.startswith(name[: scale.start()] + ".") for weight in self._weights)
 
     def _is_unused(self, name: str, stored: StoredTensor) -> bool:
         """Whether a tensor that no weight needs belongs to a quantised weight."""

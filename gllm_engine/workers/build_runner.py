@@ -17,14 +17,7 @@ from gllm_engine.arch import Model, Shard
 from gllm_engine.arch.formats import Fp8, Rounded
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import read_object
-from gllm_engine.model import (
-    Checkpoint,
-    Decoder,
-    best_device,
-    fill_randomly,
-    filling,
-    open_checkpoint,
-)
+from gllm_engine.model import Decoder, best_device, fill_randomly, filling, open_checkpoint
 from gllm_engine.parallel import ALONE, RankGroups, TensorParallel
 from gllm_engine.runner import RecordedRanks, Runner, StepTimers, measure_partition
 from gllm_engine.timeline import OFF, NoRecorder
@@ -53,7 +46,6 @@ def load_runner(
         if not is_dummy:
             # First: a checkpoint that does not fit its config then fails before any allocation.
             checkpoint = opened.enter_context(open_checkpoint(arch, Path(config.model)))
-            check_cache_scales(config, checkpoint)
         arch = arch.quantized() if checkpoint is None else checkpoint.arch
         arch = held_formats(arch, config.quantization)
         if device.type == "cuda":
@@ -174,17 +166,6 @@ def check_formats(arch: Model, capability: tuple[int, int]) -> None:
                 f"model: its weights are {kind}, but a GPU needs blocks with a multiple of 16 "
                 "columns"
             )
-
-
-def check_cache_scales(config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError if the KV cache is to be float8 and the checkpoint has scales for it. A
-    cache in the model's dtype needs none.
-    """
-    if checkpoint.cache_scale is not None and config.kv_cache_dtype == "fp8":
-        raise ConfigError(
-            "kv_cache_dtype: it is fp8, but the checkpoint has scales of K and V (tensor "
-            f"{checkpoint.cache_scale}), which are not supported; with auto they are not needed"
-        )
 
 
 def weights_dtype(config: EngineConfig, on_gpu: bool) -> torch.dtype:
