@@ -226,7 +226,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             "row, and [8, 1, 1], one per block of 128 x 128",
         ),
         ({name + "_weight_scale": torch.ones(1)}, f"and several of {name}_weight_scale, {name}"),
-        ({name + "_scale": torch.ones(EXPERTS, 64).int()}, "has dtype I32; supported: F64"),
+        ({name + "_scale": torch.ones(EXPERTS, 64).int()}, "has dtype I32; supported: "),
         ({name + "_input_scale": torch.ones(3)}, f"{name}_input_scale is left over"),
     ]
     for tensors, message in wrong:
