@@ -2,8 +2,8 @@
 
 Runs workloads of workloads.py on random weights of the model's shape (only config.json is read),
 at temperature 1, without prefix cache, each output at its full length. The engine is ours, vLLM, or
-both in turn, each in a separate process. With --profile it also prints the GPU time of a step by
-kind of kernel (our engine only).
+both in turn, each in a separate process. Of our engine only: with --profile it also prints the GPU
+time of a step by kind of kernel, with --timeline the shares of each rank's time in the last run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from msgspec import convert
+
 from gllm_benchmarks.record import add_arguments, number, print_table, record
 from gllm_benchmarks.workloads import WORKLOADS, Job, lengths, make_jobs, warm_up
+from gllm_engine import Summary
 
 MODELS = Path(__file__).parent / "models"
 OURS = {"load_format": "dummy", "enable_prefix_caching": False}
@@ -145,6 +148,12 @@ def describe(jobs: list[Job], run: dict[str, Any]) -> list[str]:
     ]
 
 
+def print_summary(title: str, summary: dict[str, Any]) -> None:
+    """Print the tables of a timeline; `summary`: the fields of a Summary."""
+    for header, *rows in convert(summary, Summary).tables():
+        print_table(title, header, rows)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench offline", description=__doc__)
     add = parser.add_argument
@@ -158,12 +167,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", **pairs, help=f"of our engine; {', '.join(SHARED)} of vLLM too")
     add("--peer-config", **pairs)
     add("--profile", action="store_true")
+    add("--timeline", type=Path, help="a file for a Chrome trace of the latest steps")
     add("--timeout", type=number(float, 1, 1e6), default=1800, help="seconds for one engine")
     add("--name", help="of the result; default: offline-MODEL")
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.engine != "ours" and not (arguments.peer_site or Path()).joinpath("vllm").is_dir():
         parser.error("--peer-site: a directory in which there is vllm is needed for this engine")
+    if arguments.timeline and arguments.engine == "vllm":
+        parser.error("--timeline: it is of our engine")
     return arguments
 
 
@@ -187,12 +199,17 @@ def main() -> None:
             config = configure(engine, ours, peer, longest)
             task = {"model": str(model), "vocab": vocab, "config": config, **paths}
             task |= {"repeat": arguments.repeat, "profile": arguments.profile}
+            if engine == "ours" and arguments.timeline:
+                config["timeline"] = str(arguments.timeline.resolve())
             found = drive(engine, task, arguments.peer_site, arguments.timeout)
             for each in work:
                 found[each["name"]] = summarize(found[each["name"]])
             figures[engine] = {"config": config, **found}
     header = [*HEADER, "ours / vllm"] if len(figures) == 2 else HEADER
     print_table(model.name, header, make_rows(work, figures))
+    for each in work if arguments.timeline else []:
+        name = f"{each['name']} timeline"
+        print_summary(name, figures["ours"][name])
     record(arguments.name or f"offline-{model.name}", figures, arguments.save)
 
 

@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
 # A kernel belongs to the first kind that has a word in the kernel's name.
@@ -125,8 +127,14 @@ def main() -> None:
     for work in json.loads(Path(task["work"]).read_text()):
         name = work["name"]
         run(engine, work["warm_up"])
-        figures[name] = [run(engine, work["jobs"]) for _ in range(task["repeat"])]
+        figures[name] = []
+        for _ in range(task["repeat"]):
+            began = time.monotonic_ns()
+            figures[name].append(run(engine, work["jobs"]))
+            ended = time.monotonic_ns()
         print(f"{name}: {figures[name]}", flush=True)
+        if "timeline" in task["config"]:
+            figures[f"{name} timeline"] = to_builtins(engine.timeline().summary((began, ended)))
         if task["profile"]:
             times = profile(engine, work["jobs"], SKIPPED.get(name, 60), 20)
             figures[f"{name} profile"] = times

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gllm_benchmarks.load import RequestRecord, run_load
-from gllm_benchmarks.offline import OURS, model_directory, parse_pairs
+from gllm_benchmarks.offline import OURS, model_directory, parse_pairs, print_summary
 from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import RESULTS, add_arguments, number, print_table, record
@@ -164,11 +164,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
     add("--clients", type=number(int, 1, 256), default=4, help="client processes")
     add("--timeout", type=number(float, 1, 1e6), default=900, help="seconds for one run")
+    add(
+        "--timeline", type=Path, help="a file for a Chrome trace of the started server's last steps"
+    )
     parser.add_argument("--name", help="of the result; default: serve-MODEL")
     add_load_arguments(parser)
     arguments = parser.parse_args()
     if arguments.address and not arguments.model:
         parser.error("--address: --model is needed too")
+    if arguments.address and arguments.timeline:
+        parser.error(
+            "--timeline: it is of a server to start; another one has the key in model.json"
+        )
     if not (arguments.all or arguments.rate or arguments.concurrency or arguments.trace):
         parser.error("no load: give --rate, --concurrency, --all or --trace")
     return arguments
@@ -204,6 +211,8 @@ def serving(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     if any(path.glob("*.safetensors")):
         del config["load_format"]
     config |= parse_pairs(arguments.config)
+    if arguments.timeline:
+        config["timeline"] = str(arguments.timeline.resolve())
     vocab = json.loads((path / "config.json").read_text())["vocab_size"]
     with server(path, arguments.front_ends, {}, config) as address:
         yield address, MODEL, vocab
@@ -231,6 +240,9 @@ def main() -> None:
             runs[name] = median_run(found)
             print_runs(name, {name: runs[name]})
     print_runs(f"{title}, {len(pairs)} requests, {arguments.clients} clients", runs)
+    if arguments.timeline:
+        trace = json.loads(arguments.timeline.read_text())
+        print_summary("timeline", trace["otherData"]["summary"])
     name = arguments.name or f"serve-{title}"
     record(name, {"workload": workload, "runs": runs}, arguments.save)
     saved = RESULTS / f"{name}.svg" if arguments.save and len(runs) > 1 else None

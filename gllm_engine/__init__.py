@@ -44,6 +44,7 @@ _PUBLIC = {
     "engine.llm": ("LLM", "CompletionOutput", "RequestFailed", "RequestOutput"),
     "text.tokenizer": ("TextError", "Tokenizer"),
     "model.tiny": ("write_tiny_model",),
+    "timeline": ("Summary",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [*_HOME]

@@ -75,6 +75,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_threads: int = 0  # threads for tensor work; 0: all cores but one, which the server needs
     drain_timeout_s: float = 30.0  # seconds that a reload waits for running requests to finish
     log_requests: bool = True
+    # file for a timeline of the latest steps, written when the engine ends (Chrome trace, JSON)
+    timeline: str | None = None
 
     def __post_init__(self) -> None:
         for key, (low, high) in _RANGES.items():
@@ -201,7 +203,7 @@ def make_config(values: dict[str, Any], directory: Path | None = None) -> Engine
         if isinstance(value, str) and not _is_text(value):
             raise ConfigError(f"{key}: {shown(value)} holds a lone surrogate")
     values = dict(values)
-    for key in ("model", "tokenizer", "cluster_key_file"):
+    for key in ("model", "tokenizer", "cluster_key_file", "timeline"):
         if isinstance(values.get(key), str):
             values[key] = _resolve(key, (directory or Path()) / values[key])
     try:

@@ -165,3 +165,32 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     # By slot: one entry per entry of the chunk's `targets`.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     seconds: float = 0.0  # duration of the step on the replying stage; 0: not measured
+
+
+# ---------------------------------------------------------------- timeline
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one process did from `begin` to `end`, nanoseconds of its host's monotonic clock.
+
+    `track`: the thread that did it, or "device". Spans of a track nest or follow each other.
+    """
+
+    track: Literal["host", "results", "device"]
+    name: str
+    step: int  # -1: of no step
+    begin: int
+    end: int
+
+
+class RankSpans(msgspec.Struct, frozen=True, array_like=True):
+    """Worker -> engine: the timeline of one rank.
+
+    `wall_ns`: what the rank's host adds to its monotonic clock to tell the time of day.
+    `complete_from`: spans that ended before this time may be missing.
+    """
+
+    rank: int
+    wall_ns: int
+    complete_from: int
+    spans: list[Span]

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import msgspec
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.types import ModelInfo, Outputs, Request, Stats, StepPlan, StepResult
+from gllm_engine.types import ModelInfo, Outputs, RankSpans, Request, Stats, StepPlan, StepResult
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
@@ -101,6 +101,10 @@ class Ping(msgspec.Struct, frozen=True, array_like=True):
     """Engine -> worker: an empty message, which only tests the connection."""
 
 
+class AskSpans(msgspec.Struct, frozen=True, array_like=True):
+    """Engine -> worker: send the timeline, after all earlier plans have been launched."""
+
+
 _TYPES: tuple[type[msgspec.Struct], ...] = (
     # These three keep their places in every version, so that two different versions understand
     # each other's first message and refusal.
@@ -120,6 +124,8 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     Ping,
     StepPlan,
     StepResult,
+    AskSpans,
+    RankSpans,
 )
 _TAGS: dict[type[msgspec.Struct], bytes] = {kind: bytes([i]) for i, kind in enumerate(_TYPES)}
 _KINDS: dict[bytes, type[msgspec.Struct]] = {tag: kind for kind, tag in _TAGS.items()}

@@ -33,8 +33,9 @@ OURS = {
     "gllm_engine/ops": {"types", "routing", "ops"},
     "gllm_engine/layers": {"ops", "parallel", "arch", "layers"},
     "gllm_engine/model": {"files", "layers", "ops", "parallel", "arch", "model"},
+    "gllm_engine/timeline": {"types", "config", "files", "timeline"},
     "gllm_engine/runner": {
-        "model", "ops", "parallel", "types", "sampling", "arch", "config", "runner",
+        "model", "ops", "parallel", "types", "sampling", "arch", "config", "timeline", "runner",
     },
     "gllm_engine/software.py": {""},
     "gllm_engine/socket_directory.py": set(),
@@ -47,11 +48,11 @@ OURS = {
     "gllm_engine/text": {"types", "config", "files", "sampling", "os_process", "text"},
     "gllm_engine/workers": {
         "types", "config", "files", "sampling", "arch", "parallel", "model", "runner", "wire",
-        "os_process", "socket_directory", "workers",
+        "os_process", "socket_directory", "timeline", "workers",
     },
     "gllm_engine/engine": {
         "types", "config", "sampling", "arch", "sched", "model", "runner", "text", "wire",
-        "heartbeat", "os_process", "socket_directory", "software", "workers", "engine",
+        "heartbeat", "os_process", "socket_directory", "software", "timeline", "workers", "engine",
     },
     "gllm_engine/worker.py": {"workers"},
     "backend": {"", "gllm_backend"},
@@ -75,6 +76,7 @@ OTHERS = {
     "gllm_engine/ops": {"torch", "numpy", "triton", "flashinfer"},
     "gllm_engine/layers": {"torch"},
     "gllm_engine/model": {"torch", "safetensors", "tokenizers", "tqdm"},
+    "gllm_engine/timeline": {"msgspec"},
     "gllm_engine/runner": {"torch", "numpy"},
     "gllm_engine/heartbeat.py": {"zmq"},
     "gllm_engine/workers/channel.py": {"torch", "zmq"},

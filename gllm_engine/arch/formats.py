@@ -18,6 +18,15 @@ from gllm_engine.arch.fields import ArchError
 Shapes = dict[str, tuple[int, ...]]  # weight name -> shape
 
 
+class Grain(NamedTuple):
+    """Of how many rows or columns a part of a weight has a multiple: always of `least`, and of
+    `best` if kernels are to be fast. Both are powers of two.
+    """
+
+    best: int = 1
+    least: int = 1
+
+
 class Cut(NamedTuple):
     """Where a part of a weight begins, in rows or columns of the whole weight, and their number."""
 
@@ -43,6 +52,11 @@ class Format(ABC):
 
         Raises ArchError if the weight cannot be cut there.
         """
+
+    @property
+    @abstractmethod
+    def grain(self) -> Grain:
+        """Of parts, along a dimension that is not cut between heads."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +89,21 @@ class Fp8(Format):
     def cut(self, name: str, whole: Size, part: Size, start: Start) -> Fp8:
         """See Format.cut: any part."""
         del name
-        sizes = zip((self.rows, self.columns), whole, part, strict=True)
-        cuts = [
-            Cut(start(n, own), n) if block and own < n and own % block else None
-            for block, n, own in sizes
-        ]
+        cuts: list[Cut | None] = []
+        for block, size, own in zip((self.rows, self.columns), whole, part, strict=True):
+            first = start(size, own)
+            inside = block > 0 and own < size and (first % block > 0 or own % block > 0)
+            cuts.append(Cut(first, size) if inside else None)
         return replace(self, row_cut=cuts[0], column_cut=cuts[1])
+
+    @property
+    def grain(self) -> Grain:
+        """See Format.grain. If scales belong to columns, a turn of a kernel has 16 columns of one
+        scale or 32; else torch's kernels want sizes that are multiples of 16.
+        """
+        if not self.columns:
+            return Grain(best=16)
+        return Grain(gcd(32, self.rows, self.columns), gcd(16, self.rows, self.columns))
 
     def __str__(self) -> str:
         if self.columns:
@@ -112,6 +135,11 @@ class Mxfp4(Format):
         if part[1] < whole[1] and part[1] % self.group:
             raise ArchError(_splits(f"{whole[1]} columns", name, part[1], self))
         return self
+
+    @property
+    def grain(self) -> Grain:
+        """See Format.grain: whole groups."""
+        return Grain(self.group, self.group)
 
     def __str__(self) -> str:
         return f"MXFP4 with a scale per {self.group} columns"
@@ -174,9 +202,17 @@ class Integers(Format):
             return self
         if not self.held_group(part[1]):
             raise ArchError(_splits(f"{whole[1]} columns", name, part[1], self))
-        if self.group and part[1] % self.group == 0 and not self.reordered:
+        first = start(whole[1], part[1])
+        whole_groups = self.group > 0 and first % self.group == part[1] % self.group == 0
+        if whole_groups and not self.reordered:
             return self
-        return replace(self, column_cut=Cut(start(whole[1], part[1]), whole[1]))
+        return replace(self, column_cut=Cut(first, whole[1]))
+
+    @property
+    def grain(self) -> Grain:
+        """See Format.grain: what a layer can hold with a scale of its own."""
+        least = max(INT4_GROUPS[0], self.row_unit)
+        return Grain(least, least)
 
     def held_group(self, columns: int) -> int:
         """The most columns that share a scale when a layer holds the weight; 0: there is no way."""
@@ -268,6 +304,11 @@ class Rounded(Format):
         del name, whole, part, start
         return self
 
+    @property
+    def grain(self) -> Grain:
+        """See Format.grain."""
+        return FP8_ROW.grain
+
     def __str__(self) -> str:
         return "FP8, rounded when loaded"
 
@@ -285,6 +326,11 @@ class Widened(Format):
     def cut(self, name: str, whole: Size, part: Size, start: Start) -> Widened:
         """See Format.cut."""
         return Widened(self.kind.cut(name, whole, part, start))
+
+    @property
+    def grain(self) -> Grain:
+        """See Format.grain: of a stored weight, because a layer holds what can be cut."""
+        return Grain(least=self.kind.grain.least)
 
     def __str__(self) -> str:
         return f"{self.kind}, held plain"

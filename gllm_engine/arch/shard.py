@@ -3,15 +3,23 @@
 A layer's shard is described by a Layer with smaller dimensions, so code that builds layers needs
 no case for shards. The position of a shard's weight in the whole weight follows from their two
 shapes. The outputs of all shards of a mixer or an ffn sum to the output of the whole one.
+
+Heads are shared out evenly. The channels between the products of an ffn are, too, if its weights
+can be cut there; else ranks hold whole groups of channels that share a scale, the first ranks one
+more than the others: of 90 groups, 4 ranks hold 23, 23, 22 and 22.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import lcm
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.formats import Shapes
+from gllm_engine.arch.formats import Formats, Shapes
 from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe
+
+# Channels of which uneven shares may be multiples.
+_UNITS = (32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Shard:
     experts_apart: bool = False  # expert parallel: a rank holds whole experts, not a slice of each
 
     def of(self, model: Model) -> tuple[Layer, ...]:
-        """The layers that this rank computes. Raises ArchError if `size` does not divide them."""
+        """The layers that this rank computes. Raises ArchError if they cannot be shared out."""
         self._divide("vocab_size", model.vocab)
         layers = model.layers[self.first : self.end]
         return tuple(self._layer(layer, model.dim) for layer in layers)
@@ -49,8 +57,15 @@ class Shard:
         """The offset of this rank's `part` numbers along a dimension of `whole` numbers.
 
         If `size` exceeds the number of parts, several ranks hold the same part, such as a K/V head.
+        Of uneven parts, those of the first ranks are larger. No rank has none, so the number of
+        larger parts that fill the whole does not divide `size`.
         """
-        return self.rank * (whole // part) // self.size * part
+        parts, rest = divmod(whole, part)
+        if not rest and self.size % parts == 0:
+            return self.rank * parts // self.size * part
+        if part * self.size > whole:
+            return self.rank * part
+        return whole - (self.size - self.rank) * part
 
     def _layer(self, layer: Layer, dim: int) -> Layer:
         mixer = self._mixer(layer.mixer).cut(layer.mixer, dim, self.start)
@@ -76,15 +91,53 @@ class Shard:
 
     def _ffn(self, ffn: Dense | Moe) -> Dense | Moe:
         if isinstance(ffn, Moe):
-            shared = self._divide("width of the shared expert", ffn.shared)
+            of_shared = ffn.formats_within("shared_expert")
+            shared = self._share("width of the shared expert", ffn.shared, of_shared)
             if self.experts_apart:
                 count = self._divide("num_experts", ffn.num_experts)
                 return replace(ffn, shared=shared, local_experts=(self.rank * count, count))
-            hidden = self._divide("moe_intermediate_size", ffn.hidden)
+            hidden = self._share("moe_intermediate_size", ffn.hidden, ffn.expert.formats)
             bias = ffn.out_bias and not self.rank
             return replace(ffn, shared=shared, hidden=hidden, out_bias=bias)
-        hidden = self._divide("intermediate_size", ffn.hidden)
+        hidden = self._share("intermediate_size", ffn.hidden, ffn.formats)
         return replace(ffn, hidden=hidden, out_bias=ffn.out_bias and not self.rank)
+
+    def _share(self, what: str, whole: int, formats: Formats) -> int:
+        """This rank's number of `whole` channels, by the formats of the weights that have them."""
+        if not whole or self.size == 1:
+            return whole
+        grains = [kind.grain for _, kind in formats]
+        least = lcm(*(grain.least for grain in grains))
+        best = lcm(*(grain.best for grain in grains))
+        even, rest = divmod(whole, self.size)
+        if not rest and even % best == 0:
+            return even
+        largest = {
+            unit: -(-whole // (unit * self.size)) * unit
+            for unit in _UNITS
+            if unit % least == 0 and whole % unit == 0 and whole >= unit * self.size
+        }
+        if not largest:
+            raise ArchError(self._too_many(what, whole, formats, least))
+        # Rounder shares are faster, but not if the largest one is much larger.
+        unit = next(
+            u for u in _UNITS if u in largest and 8 * largest[u] <= 9 * min(largest.values())
+        )
+        units, more = divmod(whole // unit, self.size)
+        return (units + (self.rank < more)) * unit
+
+    def _too_many(self, what: str, whole: int, formats: Formats, least: int) -> str:
+        told = (
+            f"tensor_parallel_size: {self.size} ranks cannot each have some of the model's "
+            f"{what}={whole}"
+        )
+        if least == 1:
+            return told
+        kind = next(kind for _, kind in formats if kind.grain.least == least)
+        return (
+            f"{told}: parts of {least} are not split further, because the weights are {kind}; "
+            "experts are not split with enable_expert_parallel"
+        )
 
     def _divide(self, what: str, number: int) -> int:
         if number % self.size:

@@ -229,7 +229,7 @@ def _replace(
 
 
 def detach(
-    attached: Attached, instance: str, say_goodbye: Callable[[], None], patience_s: float = 10.0
+    attached: Attached, instance: str, say_goodbye: Callable[[], None], patience_s: float
 ) -> None:
     """Take this front end off the record. The last front end ends the recorded engine.
 

@@ -26,6 +26,10 @@ from gllm_engine.types import ModelInfo, Outputs, Request, Stats
 RETRY_S = (0.1, 1.0, 5.0, 10.0)  # pauses between attempts to get an engine back
 JOIN_TRIES = 3
 GOODBYE_MS = 1000
+# How long the last front end waits for the engine's end: an engine without work ends at once, but
+# one that writes the timeline of many ranks takes a second for each.
+ENDS_S = 10.0
+WRITES_S = 60.0
 # An engine opens its socket within this time after its start; importing torch may take minutes.
 OPEN_S = 300.0
 # An engine that has lost its front ends' connections, or has closed them, ends within this time.
@@ -120,7 +124,8 @@ class EngineClient:
         try:
             while (why := self._converse()) is not None and self._rejoin(why):
                 continue
-            detach(self._engine.attached, self._instance, self._say_goodbye)
+            patience_s = ENDS_S if self._config.timeline is None else WRITES_S
+            detach(self._engine.attached, self._instance, self._say_goodbye, patience_s)
         except Exception as error:  # if the thread ended silently, the streams would never end
             log.exception("the connection to the engine fails")
             self._lose(f"the connection to the engine failed ({type(error).__name__}: {error})")
@@ -243,7 +248,7 @@ class EngineClient:
                 return engine
             ended = wait_end(attached.pidfd, 0.0)
             if attached.child is not None and not again:  # a failed load leaves no process or file
-                detach(attached, self._instance, lambda: None, 10.0 if ended else 0.0)
+                detach(attached, self._instance, lambda: None, ENDS_S if ended else 0.0)
             engine.close(0)
             if attached.child is not None or not ended:
                 break

@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -32,10 +33,19 @@ from gllm_engine.sched import (
     make_groups,
 )
 from gllm_engine.text.constraints import Constraint, Grammars
+from gllm_engine.timeline import (
+    OFF,
+    NoRecorder,
+    Recorder,
+    Timeline,
+    activity,
+    check_writable,
+)
 from gllm_engine.types import (
     Finish,
     ModelInfo,
     Outputs,
+    RankSpans,
     Request,
     Stats,
     Status,
@@ -85,6 +95,10 @@ class StepRunner(Protocol):
         """Raise the error that the next launch would raise, if it is known already. Cheap."""
         ...
 
+    def spans(self) -> list[RankSpans]:
+        """The timelines of the ranks that have recorders of their own."""
+        ...
+
     def close(self) -> None:
         """Free the runner's resources; it is not used again."""
         ...
@@ -116,15 +130,20 @@ class Engine:
         """
         path = Path(config.model)
         arch = read_arch(path)
-        if arch.unknown_keys:
-            log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
+        _warn_of_unknown_keys(arch, path)
         on_gpu = device_of(config).type == "cuda"
         config = settle(config, on_gpu, arch.keeps_states)
         check_len(config, arch)
+        self._config = config
+        self._recorder = OFF if config.timeline is None else Recorder()
+        self._timeline = config.timeline  # None: it is not wanted, or it has been written
+        if config.timeline is not None:
+            check_writable(config.timeline)
         # First, because the tokenizer loads on the grammar thread while the model loads.
         tokenizer = Path(config.tokenizer or config.model)
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
-        self._runner = (make_runner or _make_runner)(config, arch)
+        make_runner = make_runner or partial(_make_runner, recorder=self._recorder)
+        self._runner = make_runner(config, arch)
         kinds = cache_groups(arch, config.max_model_len or arch.max_len)
         groups = make_groups(kinds, config, self._runner.num_pages)
         max_model_len = model_len(config, arch, capacity(groups, arch.max_len))
@@ -295,6 +314,7 @@ class Engine:
         its result. Returns the new outputs of each client. A failed step does not raise: it fails
         the live sequences, and the engine goes on unless it is now `broken`.
         """
+        self._recorder.mark(activity.PLAN)
         if self._compiling:
             self._admit_compiled()
         try:
@@ -302,9 +322,13 @@ class Engine:
             if self._constrained:  # before the plan can sample a token for a failed constraint
                 self._fail_constrained()
             if plan is not None:
+                self._recorder.mark(activity.DISPATCH, plan.step)
                 self._launched.append(self._runner.launch(plan))
             if self._launched and (plan is None or len(self._launched) >= self._depth):
-                self._sort(self._scheduler.commit(self._launched.popleft().wait()))
+                self._recorder.mark(activity.AWAIT_RESULT)
+                result = self._launched.popleft().wait()
+                self._recorder.mark(activity.COMMIT, result.step)
+                self._sort(self._scheduler.commit(result))
                 self._failed_steps = 0
         except BaseException as error:  # any error of a kernel or a worker
             self._fail(error)
@@ -312,6 +336,7 @@ class Engine:
                 raise
         outboxes = self._outboxes
         self._outboxes = defaultdict(_nothing)
+        self._recorder.mark(activity.BETWEEN_STEPS if self._live else activity.NO_WORK)
         return dict(outboxes)
 
     def watch(self) -> None:
@@ -410,8 +435,27 @@ class Engine:
         if not self._constrained.keys() <= self._live.keys():
             raise IntegrityError("A constraint has outlived its sequence.")
 
+    def timeline(self) -> Timeline:
+        """The latest steps on all ranks; without the key `timeline` nothing is recorded."""
+        return Timeline(self._config, self._recorder.spans(0), self._runner.spans())
+
+    def _write_timeline(self, path: str) -> None:
+        timeline = self.timeline()
+        if timeline.missing:
+            log.warning("the timeline lacks ranks %s, which do not answer", timeline.missing)
+        try:
+            summary = timeline.write(path)
+        except OSError as error:
+            log.error("timeline: %s cannot be written (%s)", path, error.strerror)
+            return
+        rows = [" | ".join(row) for rows in summary.tables() for row in rows]
+        log.info("the timeline is in %s\n%s", path, "\n".join(rows))
+
     def close(self) -> None:
         """End all sequences. The model's memory is freed with this object. Idempotent."""
+        if self._timeline is not None:
+            self._write_timeline(self._timeline)
+            self._timeline = None
         for key in [*self._live, *self._compiling]:
             self._forget(key)
         self._launched.clear()
@@ -422,6 +466,11 @@ class Engine:
 
 def _nothing() -> Outputs:
     return Outputs([], [])
+
+
+def _warn_of_unknown_keys(arch: Model, path: Path) -> None:
+    if arch.unknown_keys:
+        log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
 
 
 def check_len(config: EngineConfig, arch: Model) -> None:
@@ -449,13 +498,14 @@ def model_len(config: EngineConfig, arch: Model, capacity: int) -> int:
     return capacity
 
 
-def _make_runner(config: EngineConfig, arch: Model) -> StepRunner:
+def _make_runner(config: EngineConfig, arch: Model, recorder: NoRecorder) -> StepRunner:
+    """`recorder`: of this process, for a model that runs in it."""
     if config.device == "none":
         return NullRunner(arch.vocab, config.num_pages, config.num_snapshots)
     check_shards(config, arch)
     if config.num_ranks > 1:
         return WorkerGroup(config)
-    return load_runner(config, arch, device_of(config))
+    return load_runner(config, arch, device_of(config), None, recorder)
 
 
 def fill_caches(config: EngineConfig) -> tuple[Path, ...]:

@@ -10,7 +10,12 @@ from torch import Tensor
 from gllm_engine.arch.formats import Awq, Fp8, Gptq, Integers, Mxfp4, stored_kind
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.names import checkpoint_name, checkpoint_shapes, checkpoint_tensors
+from gllm_engine.arch.names import (
+    checkpoint_layout,
+    checkpoint_name,
+    checkpoint_shapes,
+    checkpoint_tensors,
+)
 from gllm_engine.ops import quantize_fp8, quantize_mxfp4
 
 _SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -27,9 +32,11 @@ def in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> d
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(kind, Fp8) and name + kind.suffix in names:
-            numbers, scales = quantize_fp8(tensor, kind.rows, kind.columns)
-            result[name] = numbers
-            result[name + kind.suffix] = scales
+            transposed = checkpoint_layout(arch, name).transposed
+            matrix = tensor.mT if transposed else tensor
+            numbers, scales = quantize_fp8(matrix, kind.rows, kind.columns)
+            result[name] = numbers.mT.contiguous() if transposed else numbers
+            result[name + kind.suffix] = scales.mT.contiguous() if transposed else scales
         elif name in names:
             result[name] = tensor.to(dtype)
     if isinstance(kind, (Mxfp4, Integers)):

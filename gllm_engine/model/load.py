@@ -46,7 +46,7 @@ class Checkpoint:
     path: Path
     arch: Model  # with the formats of the stored weights, and the variants of their names
     tensors: dict[str, TensorSlice]  # by checkpoint tensor name; each is contiguous
-    shared: set[str]  # names of tensors that all their weights share: one scale of several weights
+    shared: dict[str, int]  # see StoredTensors
     verified: dict[str, Verified]  # by checkpoint tensor name
     tied: str | None  # name of a stored output projection, which must equal the embedding
 
@@ -223,7 +223,8 @@ def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
         for part in parts:
             place = places[part]
             if name in checkpoint.shared:
-                place = replace(place, offset=0)
+                number = place.offset + place.first
+                place = Place(number // checkpoint.shared[name], 1)
             sources[part] = _Source(checkpoint.tensors[name], place, shapes[part])
     return sources
 

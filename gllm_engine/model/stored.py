@@ -8,6 +8,7 @@ it. This module reads no data.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -64,8 +65,9 @@ _EXACT = {
         "F8_E8M0": torch.float8_e8m0fnu,
     },
 }
-# After a weight's name: scales of its numbers; 4-bit numbers, with their dtypes.
-_SCALE_SUFFIXES = ("_scale_inv", "_scale")
+# After a weight's name: scales of its numbers; 4-bit numbers, with their dtypes. The first suffix
+# follows the name of one tensor of all experts, which does not end in "weight".
+_SCALE_SUFFIXES = ("_weight_scale", "_scale_inv", "_scale")
 _INT32 = {"I32": torch.int32}
 _PACKED = {
     "_blocks": {"U8": torch.uint8},  # MXFP4
@@ -78,7 +80,8 @@ _PACKED = {
 }
 # In a module: what GPTQ and AWQ store in place of its weight, and beside it.
 _OF_MODULE = ("qweight", "qzeros", "scales", "g_idx", "bias")
-# Beside "NAME.weight", as "NAME.": one scale for the inputs of products, or its upper bound.
+# Beside "NAME.weight", as "NAME.", or beside one tensor of all experts, as "TENSOR_": one scale for
+# the inputs of products, or its upper bound.
 _INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub")
 # After the name of a weight of 4-bit numbers: its two sizes, which the config determines.
 _SHAPE = "_shape"
@@ -112,9 +115,9 @@ class Verified(NamedTuple):
 class StoredTensors:
     """Collects the tensors of all files; then checks them against the model.
 
-    `shared`: names of tensors that all their weights share, one scale of several weights. `tied`:
-    the name of a stored output projection of a model whose output projection is the embedding.
-    `verified`: tensors of GPTQ that are to be read before any weight, by their names.
+    `shared`: names of tensors of scales, each of which so many weights share, one after the other.
+    `tied`: the name of a stored output projection of a model whose output projection is the
+    embedding. `verified`: tensors of GPTQ that are to be read before any weight, by their names.
     """
 
     def __init__(self, arch: Model) -> None:
@@ -128,7 +131,7 @@ class StoredTensors:
         self._quantized: set[str] = set()
         self._scale_dtypes: dict[str, str] = {}
         self._has_cache_scales = False
-        self.shared: set[str] = set()
+        self.shared: dict[str, int] = {}
         self.verified: dict[str, Verified] = {}
         self._integers_of: dict[str, Integers] = {}  # by the weight's checkpoint name
 
@@ -315,71 +318,86 @@ class StoredTensors:
         return name, name + "_blocks", *integers
 
     def _fp8(self, name: str, stored: StoredTensor) -> Fp8:
-        """The format of a float8 matrix, by the shape of its scales."""
+        """The format of a float8 matrix, or of one of each expert, by the shape of its scales."""
+        scales = self._scales(name, stored)
+        scale = self._stored[scales]
+        suffix = scales.removeprefix(name)
         parts = self._weights[name]
-        if len(self._shapes[name]) != 2:
-            raise LoadError(
-                f"{stored.path}: tensor {name} is stored as {stored.dtype}, which is not supported "
-                "for one tensor of all experts"
-            )
+        *lead, height, width = self._shapes[name]
+        is_transposed = checkpoint_layout(self._arch, name).transposed
+        rows, columns = (width, height) if is_transposed else (height, width)
+        of_one = parts[: len(parts) // prod(lead)]  # expert
+        promised = self._arch.quantization
+        has_blocks = isinstance(promised, Fp8) and promised.columns > 0
+        block = promised if isinstance(promised, Fp8) and has_blocks else FP8_BLOCK
+        sizes = block.grid((rows, columns))
+        grid = [*lead, *(sizes[::-1] if is_transposed else sizes)]
+        each = _without_ones(lead)
+        # One block is one scale.
+        is_grid = scale.shape == grid
+        found = None if has_blocks and is_grid else _without_ones(scale.shape)
+        if found == []:
+            self.shared[scales] = len(parts)
+            return replace(FP8_TENSOR, suffix=suffix)
+        if lead and found in (each, [*each, len(of_one)]):
+            self.shared[scales] = len(of_one) if found == each else 1
+            return replace(FP8_TENSOR, suffix=suffix)
+        if is_grid:
+            self._check_blocks(name, of_one, block)
+            return replace(block, suffix=suffix)
+        if found == [*each, *_without_ones([rows])]:
+            return replace(FP8_ROW, suffix=suffix)
+        per_expert = f"{[*lead, 1, 1]}, one per expert, " if lead else ""
+        raise LoadError(
+            f"{scale.path}: tensor {scales} has shape {shown(repr(scale.shape))}; supported for "
+            f"{name} {[*lead, height, width]} are [], one scale, {per_expert}{[*lead, rows, 1]}, "
+            f"one per row, and {grid}, one per block of {block.rows} x {block.columns}"
+        )
+
+    def _scales(self, name: str, stored: StoredTensor) -> str:
+        """The name of the scales of a float8 tensor."""
         layout = checkpoint_layout(self._arch, name)
-        if layout.transposed or layout.interleaved:
+        of_scales = checkpoint_layout(self._arch, name + _SCALE_SUFFIXES[-1])
+        if layout.interleaved or layout.transposed != of_scales.transposed:
             raise LoadError(
                 f"{stored.path}: tensor {name} has dtype {stored.dtype}, which is not supported "
                 "for a tensor that is stored transposed or interleaved"
             )
-        names = list(_scales_of(name) & self._stored.keys())
+        suffixes = _SCALE_SUFFIXES[1:] if name.endswith("weight") else _SCALE_SUFFIXES
+        names = [name + suffix for suffix in suffixes if name + suffix in self._stored]
         if len(names) != 1:
-            problem = "both" if names else "neither"
-            either = " and ".join(name + suffix for suffix in _SCALE_SUFFIXES)
+            problem = "several" if len(names) > 1 else "none"
+            each = ", ".join(name + suffix for suffix in suffixes)
             raise LoadError(
-                f"{stored.path}: tensor {name} has dtype {stored.dtype} and {problem} of {either}; "
+                f"{stored.path}: tensor {name} has dtype {stored.dtype} and {problem} of {each}; "
                 "one is needed"
             )
-        scale = self._stored[names[0]]
-        suffix = names[0].removeprefix(name)
-        rows, columns = self._shapes[name]
-        promised = self._arch.quantization
-        has_blocks = isinstance(promised, Fp8) and promised.columns > 0
-        block = promised if isinstance(promised, Fp8) and has_blocks else FP8_BLOCK
-        grid = list(block.grid((rows, columns)))
-        # One block is one scale.
-        if prod(scale.shape) == 1 and not (has_blocks and scale.shape == grid):
-            if len(parts) > 1:
-                self.shared.add(names[0])
-            return replace(FP8_TENSOR, suffix=suffix)
-        if scale.shape == grid:
-            blocks = num_blocks(self._arch, parts)
-            before_others = parts if blocks > 1 else parts[:-1]
-            if any(self._sizes[part][0] // blocks % block.rows for part in before_others):
-                raise LoadError(
-                    f"{stored.path}: tensor {name} is {block}, of which one lies over two of the "
-                    f"weights that it holds ({', '.join(parts)})"
-                )
-            return replace(block, suffix=suffix)
-        if scale.shape in ([rows], [rows, 1]):
-            return replace(FP8_ROW, suffix=suffix)
-        raise LoadError(
-            f"{scale.path}: tensor {names[0]} has shape {shown(repr(scale.shape))}; supported for "
-            f"{name} {[rows, columns]} are [], one scale, [{rows}, 1], one per row, and {grid}, "
-            f"one per block of {block.rows} x {block.columns}"
-        )
+        return names[0]
+
+    def _check_blocks(self, name: str, parts: tuple[str, ...], block: Fp8) -> None:
+        """Refuse a block that several of the `parts` share, which are stacked in a tensor."""
+        blocks = num_blocks(self._arch, parts)
+        before_others = parts if blocks > 1 else parts[:-1]
+        if any(self._sizes[part][0] // blocks % block.rows for part in before_others):
+            raise LoadError(
+                f"{self._stored[name].path}: tensor {name} is {block}, of which one lies over two "
+                f"of the weights that it holds ({', '.join(parts)})"
+            )
 
     def _slice(self, name: str, stored: StoredTensor, shape: tuple[int, ...]) -> TensorSlice:
         """The tensor's place. Raises LoadError for a wrong shape, size or dtype."""
         dtypes = _FLOAT8 if name in self._quantized else _PLAIN
-        shapes = [list(shape)]
+        fits = stored.shape == list(shape)
         packed = [suffix for suffix in _PACKED if name.endswith(suffix)]
         if packed and name not in self._weights:
             dtypes = _PACKED[packed[0]]
         elif name not in self._weights and name != self._tied:
             dtypes = _EXACT[self._scale_dtypes.get(name, "F32")]
-            shapes += [[*shape[:-1]]] if shape[-1] == 1 else []
-            shapes += [[], [1], [1, 1]] if shape == (1, 1) or name in self.shared else []
-        if stored.shape not in shapes:
+            fits = name in self.shared or _without_ones(stored.shape) == _without_ones(shape)
+        if not fits:
             raise LoadError(
                 f"{stored.path}: tensor {name} has shape {shown(repr(stored.shape))}, "
-                f"the config asks for {shapes[0]}"
+                f"the config asks for {list(shape)}"
             )
         if stored.dtype not in dtypes:
             raise LoadError(
@@ -398,8 +416,10 @@ class StoredTensors:
         weight = _weight_of(name)
         if name.endswith(_SHAPE):
             return weight + "_packed" in self._stored and stored.shape == [2]
-        is_scale = name.endswith(_INPUT_SCALES) and prod(stored.shape) == 1
-        return is_scale and weight in self._quantized
+        if not name.endswith(_INPUT_SCALES) or weight not in self._quantized:
+            return False
+        lead = self._shapes[weight][:-2]
+        return _without_ones(stored.shape) in ([], _without_ones(lead))
 
     def _expected(self, name: str) -> Expected | None:
         """What must be in a tensor beside a weight of whole numbers; None: nothing certain."""
@@ -439,11 +459,18 @@ def _left_over(stored: StoredTensor, name: str) -> LoadError:
     )
 
 
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
 def _weight_of(name: str) -> str:
     """The name of the weight that a tensor of this name would hold scales of."""
     for suffix in (*_INPUT_SCALES, *_OF_MODULE):
         if name.endswith("." + suffix):
             return name.removesuffix(suffix) + "weight"
+    for suffix in _INPUT_SCALES:
+        if name.endswith("_" + suffix):
+            return name.removesuffix("_" + suffix)
     for suffix in (*_SCALE_SUFFIXES, *_PACKED, _SHAPE):
         if name.endswith(suffix):
             return name.removesuffix(suffix)

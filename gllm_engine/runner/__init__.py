@@ -7,14 +7,17 @@ from gllm_engine.runner.peak_memory import PeakMemory
 from gllm_engine.runner.pp_partition import measure_partition
 from gllm_engine.runner.runner import Runner, RunnerStep, default_threads
 from gllm_engine.runner.slot_table import PlanError
+from gllm_engine.runner.step_timer import RecordedRanks, StepTimers
 
 __all__ = [
     "GpuMemory",
     "NullRunner",
     "PeakMemory",
+    "RecordedRanks",
     "RunnerStep",
     "PlanError",
     "Runner",
+    "StepTimers",
     "cache_dirs",
     "default_threads",
     "measure_partition",

@@ -10,14 +10,17 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gllm_engine.arch import MAX_EOS_TOKEN_IDS
+from gllm_engine.arch.model import LatentShape
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder, LayerCache, bytes_of_states
-from gllm_engine.ops.batch import made_up_step
+from gllm_engine.ops.batch import Batch, made_up_step
 from gllm_engine.runner.peak_memory import PeakMemory
 from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
@@ -61,8 +64,8 @@ def _snapshots_per_page(config: EngineConfig, decoder: Decoder) -> float:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Memory of a GPU in bytes: all of it, what is in use before there is a KV cache, and what a
-    step takes besides.
+    """Memory of a GPU in bytes: all of it, what is in use before there is a KV cache, and what is
+    to be left free for a step. The memory that the first step takes and keeps is in one of the two.
     """
 
     total: int
@@ -129,16 +132,24 @@ def measured_memory(config: EngineConfig, decoder: Decoder, max_pages: int) -> G
     step = step_bytes(config, decoder, max_pages)
     torch.cuda.empty_cache()
     used = total - torch.cuda.mem_get_info(decoder.device)[0]
-    return GpuMemory(total, used, step)
+    return GpuMemory(total, used, step.peak - step.kept)
 
 
-def step_bytes(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
-    """Bytes to leave free for steps of any kind, on a GPU or on the meta device.
+class StepBytes(NamedTuple):
+    """The most bytes that steps take, of which they keep `kept` from the first one on."""
+
+    peak: int
+    kept: int
+
+
+def step_bytes(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBytes:
+    """Bytes for steps of any kind, on a GPU or on the meta device.
 
     `max_pages`: pages of a sequence of the greatest length.
     """
     reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
-    return reserved + _trial(config, decoder, max_pages)
+    trial = _trial(config, decoder, max_pages)
+    return trial._replace(peak=reserved + trial.peak)
 
 
 def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
@@ -163,30 +174,35 @@ def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-class _Peak:
-    """`num_bytes`: the most memory that was allocated at once, beyond that at the start."""
+class _Watch:
+    """`peak`: the most bytes that were allocated at once, beyond those at the start; `kept`: those
+    that still are.
+    """
 
-    num_bytes = 0
+    peak = 0
+    kept = 0
 
 
 @contextmanager
-def _watching(device: torch.device) -> Iterator[_Peak]:
+def _watching(device: torch.device) -> Iterator[_Watch]:
     """Watch the memory of a GPU, or of torch's meta device, while the block runs."""
-    peak = _Peak()
+    watch = _Watch()
     if device.type == "meta":
         with PeakMemory() as memory:
-            yield peak
-        peak.num_bytes = memory.peak
+            yield watch
+        watch.peak = memory.peak
+        watch.kept = memory.now
         return
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    yield peak
+    yield watch
     torch.cuda.synchronize(device)
-    peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
+    watch.peak = torch.cuda.max_memory_allocated(device) - before
+    watch.kept = torch.cuda.memory_allocated(device) - before
 
 
-def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
-    """Peak bytes of the largest step and of the runner's state of all slots, beyond the memory
+def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBytes:
+    """The bytes of the largest step and of the runner's state of all slots, beyond the memory
     allocated now. `max_pages`: pages of one sequence.
     """
     num_tokens = config.max_num_batched_tokens
@@ -198,9 +214,40 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> int:
     num_pages = -(-longest // page_size)
     states = decoder.new_states(len(lens))
     cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder), states)
-    with _watching(decoder.device) as peak:
+    with _watching(decoder.device) as watch:
+        for length, count in _rows_of_each_kind(decoder, max_pages * page_size):
+            _one_row(decoder, cache, length, count, page_size)
         _largest_step(config, decoder, cache, lens, max_pages)
-    return peak.num_bytes
+    return StepBytes(watch.peak, watch.kept)
+
+
+def _rows_of_each_kind(decoder: Decoder, max_len: int) -> Iterator[tuple[int, int]]:
+    """(context length, tokens) of rows that an indexer chooses tokens for, and of some that it does
+    not: both keep memory, and the largest step may be of one kind alone.
+    """
+    for shape in {layer.mixer.attention for layer in decoder.layers}:
+        if isinstance(shape, LatentShape) and shape.top_k is not None:
+            if shape.top_k < max_len:
+                yield shape.top_k + 1, 1
+            yield min(2, max_len), min(2, max_len)
+
+
+def _one_row(
+    decoder: Decoder, cache: list[LayerCache], length: int, count: int, page_size: int
+) -> None:
+    """A step with `count` tokens and a context of `length` tokens, all in one page."""
+    pages = torch.zeros(1, -(-length // page_size), dtype=torch.int64, device=decoder.device)
+    num_groups = len(decoder.groups)
+    batch = made_up_step([(length, count)], pages, page_size, num_groups=num_groups)
+    _forward(decoder, batch, cache)
+
+
+def _forward(decoder: Decoder, batch: Batch, cache: list[LayerCache]) -> Tensor:
+    x: Tensor | None = None
+    if not decoder.is_first:
+        size = (len(batch.tokens), decoder.arch.dim)
+        x = torch.zeros(size, dtype=decoder.dtype, device=decoder.device)
+    return decoder.forward(batch, cache, x)
 
 
 def _largest_step(
@@ -224,10 +271,7 @@ def _largest_step(
     batch = made_up_step(
         [(n, n) for n in lens], pages, page_size, wanted, num_groups=len(decoder.groups)
     )
-    x = None
-    if not decoder.is_first:
-        x = torch.zeros(num_tokens, decoder.arch.dim, dtype=decoder.dtype, device=device)
-    hidden = decoder.forward(batch, cache, x)
+    hidden = _forward(decoder, batch, cache)
     if decoder.is_last:
         scores = decoder.scores(hidden[:rows])
         raw = decoder.whole(scores).float()  # for log probabilities: outlives sampling

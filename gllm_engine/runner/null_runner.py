@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import RankSpans, StepPlan, StepResult, TokenLogprobs
 
 DEFAULT_PAGES = 65_536
 DEFAULT_SNAPSHOTS = 1024
@@ -54,6 +54,10 @@ class NullRunner:
 
     def check(self) -> None:
         """Does nothing: this runner never fails."""
+
+    def spans(self) -> list[RankSpans]:
+        """None: no device computes."""
+        return []
 
     def close(self) -> None:
         self._sampling.clear()

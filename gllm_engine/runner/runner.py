@@ -36,10 +36,11 @@ from gllm_engine.runner.kv_sizing import (
 from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
-from gllm_engine.runner.step_timer import EventTimer, HostTimer, StepTimer
+from gllm_engine.runner.step_timer import StepTimer, StepTimers
 from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
-from gllm_engine.types import NO_SNAPSHOT, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.timeline import OFF, activity
+from gllm_engine.types import NO_SNAPSHOT, RankSpans, StepPlan, StepResult, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,25 @@ class Runner:
 
     @torch.inference_mode()
     def __init__(
-        self, config: EngineConfig, arch: Model, decoder: Decoder, ranks: RankGroups | None = None
+        self,
+        config: EngineConfig,
+        arch: Model,
+        decoder: Decoder,
+        ranks: RankGroups | None = None,
+        timers: StepTimers | None = None,
     ) -> None:
-        """`ranks`: the process groups of this rank; None: it is the only rank."""
+        """`ranks`: the process groups of this rank; None: it is the only rank.
+
+        `timers`: record the steps; None: nothing is recorded.
+        """
         on_gpu = decoder.device.type == "cuda"
         if not on_gpu:
             torch.set_num_threads(config.cpu_threads or default_threads())
         self.decoder = decoder
         self.device = decoder.device
         self.took: dict[str, float] = {}
+        self._timers = timers or StepTimers(self.device, OFF)
+        self.recorder = self._timers.recorder
         self.pipe = Pipe() if ranks is None else ranks.pipe
         max_len = config.max_model_len or arch.max_len
         max_pages = -(-max_len // config.page_size)
@@ -151,6 +162,7 @@ class Runner:
         for the same plans, and before the ranks exchange any data for the step. After any error the
         state of the plan's slots is undefined until they get new owners.
         """
+        timer = self._timers.start(plan.step)
         self.sampling.check_masks(plan)
         if self.states.layers:
             self._move_states(plan)
@@ -158,10 +170,8 @@ class Runner:
         rows = self.table.begin(plan)
         if rows is None:
             return RunnerStep(plan.step)
-        if self._returned is not None:
-            self._returned.settle(plan.decode_slots)
-        x = self._receive(plan)
-        timer = self._timer()
+        x = self._receive(plan, timer)
+        timer.begin()
         if self._graphs is not None and not plan.chunks:
             decoded = self._graphs.forward(rows, x)
             if not self.pipe.is_last:
@@ -169,6 +179,7 @@ class Runner:
             slots = decoded.slots
             scores = decoded.scores
             plain = decoded.tokens
+            timer.mark(activity.SAMPLE)
             tokens, logprobs = self._sample(rows.slots_cpu, slots, scores, plan, plain)
             timer.end()
             return RunnerStep(plan.step, tokens, logprobs, [], timer)
@@ -181,6 +192,7 @@ class Runner:
         logprobs = None
         if num_sampling:
             scores = self.decoder.scores(hidden[:num_sampling])
+            timer.mark(activity.SAMPLE)
             sampled, logprobs = self._sample(step.sampling_cpu, step.sampling, scores, plan, None)
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
         timer.end()
@@ -197,9 +209,15 @@ class Runner:
             else:
                 self.states.copy(first + new.snapshot, new.slot)
 
-    def _receive(self, plan: StepPlan) -> Tensor | None:
-        """Hidden states [tokens, dim] from the previous stage; None on the first stage."""
-        if self.pipe.is_first:
+    def _receive(self, plan: StepPlan, timer: StepTimer) -> Tensor | None:
+        """Hidden states [tokens, dim] from the previous stage; None on the first stage, which gets
+        the tokens of its decode rows here.
+        """
+        if self.pipe.is_first and self.pipe.is_last:
+            return None
+        timer.mark(activity.RECEIVE)
+        if self._returned is not None:
+            self._returned.settle(plan.decode_slots)
             return None
         num_tokens = len(plan.decode_slots) + sum(len(chunk.tokens) for chunk in plan.chunks)
         x = torch.empty(
@@ -230,13 +248,14 @@ class Runner:
     def check(self) -> None:
         """Does nothing: the next step reports a failed device."""
 
+    def spans(self) -> list[RankSpans]:
+        """None: whoever made the recorder has them."""
+        return []
+
     def close(self) -> None:
         self._graphs = None
         self.cache.clear()
         self.states.free()
-
-    def _timer(self) -> StepTimer:
-        return HostTimer() if self.device.type == "cpu" else EventTimer()
 
     def _sample(
         self,

@@ -18,8 +18,9 @@ from gllm_engine.arch.formats import Fp8, Rounded
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import read_object
 from gllm_engine.model import Decoder, best_device, fill_randomly, filling, open_checkpoint
-from gllm_engine.parallel import ALONE, RankGroups
-from gllm_engine.runner import Runner, measure_partition
+from gllm_engine.parallel import ALONE, RankGroups, TensorParallel
+from gllm_engine.runner import RecordedRanks, Runner, StepTimers, measure_partition
+from gllm_engine.timeline import OFF, NoRecorder
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_runner(
-    config: EngineConfig, arch: Model, device: torch.device, ranks: RankGroups | None = None
+    config: EngineConfig,
+    arch: Model,
+    device: torch.device,
+    ranks: RankGroups | None = None,
+    recorder: NoRecorder = OFF,
 ) -> Runner:
     """Load the model in `config.model`, or this rank's shard of it; returns a runner.
 
@@ -46,13 +51,14 @@ def load_runner(
         if device.type == "cuda":
             check_formats(arch, torch.cuda.get_device_capability(device))
         dtype = weights_dtype(config, on_gpu=device.type == "cuda")
+        timers = StepTimers(device, recorder)
         decoder = Decoder(
             arch,
             dtype=dtype,
             device=device,
             max_model_len=config.max_model_len or arch.max_len,
             shard=_shard(config, arch, ranks, dtype),
-            ranks=ALONE if ranks is None else ranks.tensor,
+            ranks=ALONE if ranks is None else _recorded(ranks.tensor, timers),
         )
         if is_dummy:
             fill_randomly(decoder)
@@ -60,13 +66,20 @@ def load_runner(
         shows = ranks is None or ranks.leads_node  # the ranks of a node read at the same pace
         # CUDA graphs and kernels need the addresses of the weights, but not yet their values.
         with nullcontext() if checkpoint is None else filling(decoder, checkpoint, shows):
-            runner = Runner(config, arch, decoder, ranks)
+            runner = Runner(config, arch, decoder, ranks, timers)
             done = time.perf_counter()
     end = time.perf_counter()
     parts = {"decoder": made - start, **runner.took, "rest of the weights": end - done}
     told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
     log.info("the model is ready in %.1f s: %s", end - start, told)
     return runner
+
+
+def _recorded(ranks: TensorParallel, timers: StepTimers) -> TensorParallel:
+    """The same ranks; if steps are recorded, their collectives are too."""
+    if ranks.size == 1 or not timers.recorder.is_on:
+        return ranks
+    return RecordedRanks(ranks.rank, ranks.size, ranks.device, ranks.group, ranks.same_node, timers)
 
 
 def check_shards(config: EngineConfig, arch: Model) -> None:

@@ -48,7 +48,7 @@ class _Shapes(TensorParallel):
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The memory of each rank of a pipeline stage, in bytes.
+    """The memory of the first rank of a pipeline stage, in bytes; the other ranks take no more.
 
     `weights`: by kind. `tables`: of rotary angles. `states`: of all slots. `step`: for a step,
     workspaces and CUDA graphs; 0 on a CPU, where memory is not limited.
@@ -173,7 +173,8 @@ def _stage(
         made = memory.now
     max_pages = -(-(config.max_model_len or arch.max_len) // config.page_size)
     on_gpu = gpu_memory is not None
-    return _Stage(decoder, made, kv_sizing.step_bytes(config, decoder, max_pages) if on_gpu else 0)
+    step = kv_sizing.step_bytes(config, decoder, max_pages).peak if on_gpu else 0
+    return _Stage(decoder, made, step)
 
 
 def _pages(config: EngineConfig, stage: _Stage, gpu_memory: int | None) -> int:

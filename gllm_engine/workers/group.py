@@ -31,7 +31,7 @@ import zmq
 from gllm_engine import wire
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.socket_directory import socket_parent
-from gllm_engine.types import StepPlan, StepResult
+from gllm_engine.types import RankSpans, StepPlan, StepResult
 from gllm_engine.workers import channel
 
 # The log names the missing workers at this interval.
@@ -49,6 +49,8 @@ _OTHERS_COME_S = 60.0
 _FIRST_COMES_S = 300.0
 # After one rank refuses a step, all others must within this time; they may run earlier steps.
 _AGREE_S = 5.0
+# Ranks that are asked for their timeline answer within this time, after the plans in flight.
+_SPANS_S = 5.0
 
 log = logging.getLogger("gllm.group")
 
@@ -99,6 +101,7 @@ class WorkerGroup:
         self._results: deque[StepResult] = deque()
         self._ready: dict[int, wire.Ready] = {}  # by rank
         self._refused: dict[int, _RefusedStep] = {}  # by step
+        self._spans: dict[int, RankSpans] = {}  # by rank
         self._failure: wire.Failed | None = None
         self._error: str | None = None
         self._doubt_until = 0.0  # until this time, pings check whether members are lost
@@ -174,6 +177,19 @@ class WorkerGroup:
         if self._error is not None:
             self._end()  # the remaining workers may be blocked waiting for the lost one
             raise GroupLost(self._error)
+
+    def spans(self) -> list[RankSpans]:
+        """The timelines of all ranks that answer. With a lost group they are none."""
+        self._spans.clear()
+        until = time.monotonic() + _SPANS_S
+        with contextlib.suppress(GroupLost), self._in_one_go():
+            self.check()
+            for rank in self._members:
+                self._tell(rank, wire.encode(wire.AskSpans()))
+            while len(self._spans) < len(self._members) and time.monotonic() < until:
+                self._listen(_TICK_MS)
+                self.check()
+        return list(self._spans.values())
 
     @contextlib.contextmanager
     def _in_one_go(self) -> Iterator[None]:
@@ -280,6 +296,8 @@ class WorkerGroup:
         elif isinstance(message, wire.StepFailed):
             refused = _RefusedStep(message.message, time.monotonic() + _AGREE_S, set())
             self._refused.setdefault(message.step, refused).ranks.add(message.rank)
+        elif isinstance(message, RankSpans):
+            self._spans[self._rank_of(socket, identity)] = message
         elif isinstance(message, wire.Failed):
             self._failure = self._failure or message
         elif isinstance(message, wire.Join):

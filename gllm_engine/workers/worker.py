@@ -31,6 +31,7 @@ from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.os_process import Process, end_with, end_with_any_thread
 from gllm_engine.parallel import Mesh, RankGroups, join_ranks, talk_through
 from gllm_engine.runner import PlanError, Runner, RunnerStep, default_threads
+from gllm_engine.timeline import OFF, NoRecorder, Recorder, activity
 from gllm_engine.types import StepPlan, StepResult
 from gllm_engine.workers import channel
 from gllm_engine.workers.build_runner import device_of, load_runner
@@ -198,15 +199,25 @@ class _Worker:
             talk_through(host)
             store = dist.TCPStore(host, port, is_master=False)
         ranks = join_ranks(mesh, assigned.rank, self._local_size, store, device)
-        return load_runner(config, read_arch(Path(config.model)), device, ranks), ranks
+        recorder = OFF if config.timeline is None else Recorder()
+        arch = read_arch(Path(config.model))
+        return load_runner(config, arch, device, ranks, recorder), ranks
 
     def _work(self, runner: Runner, ranks: RankGroups) -> NoReturn:
         launched: SimpleQueue[RunnerStep] = SimpleQueue()
+        recorder = runner.recorder
         threading.Thread(
-            target=self._report, args=(launched, ranks.reports), name="results", daemon=True
+            target=self._report,
+            args=(launched, ranks.reports, recorder),
+            name="results",
+            daemon=True,
         ).start()
         while True:
+            recorder.mark(activity.AWAIT_PLAN)
             plan = self._receive()
+            if isinstance(plan, wire.AskSpans):
+                self._plans.send_multipart(wire.encode(recorder.spans(self._rank)))
+                continue
             if not isinstance(plan, StepPlan):
                 raise RuntimeError(f"the engine sent a {type(plan).__name__}, not a plan")
             try:
@@ -218,12 +229,16 @@ class _Worker:
             except Exception as error:  # any error of a kernel
                 self._fail_in_step(error)
 
-    def _report(self, launched: SimpleQueue[RunnerStep], tells: bool) -> None:
+    def _report(self, launched: SimpleQueue[RunnerStep], tells: bool, recorder: NoRecorder) -> None:
         """Wait for each step and send its result if `tells`. A device fault is raised here."""
         socket, _ = self._connect()
         try:
             while True:
-                result: StepResult = launched.get().wait()
+                step = launched.get()
+                began = time.monotonic_ns()
+                result: StepResult = step.wait()
+                ended = time.monotonic_ns()
+                recorder.add("results", activity.AWAIT_DEVICE, result.step, began, ended)
                 if tells:
                     socket.send_multipart(wire.encode(result))
         except Exception as error:

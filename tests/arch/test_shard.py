@@ -37,6 +37,8 @@ CASES = [
     *((family, {}, False) for family in FAMILIES),
     *((family, {}, True) for family in FAMILIES if HAS_EXPERTS & text_keys(family)),
     *((family, over, False) for family, over in BIASED),
+    ("LlamaForCausalLM", {"intermediate_size": 198, "mlp_bias": True}, False),
+    ("GptOssForCausalLM", {"intermediate_size": 45}, False),
 ]
 # Every rank has these whole: what they work on is the same on all.
 EVERYWHERE = (
@@ -95,7 +97,8 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
             of_keys |= of_all_heads and ".k_norm." in name
             if of_keys:
                 copies = max(1, size // kv_heads)
-            assert len(set(parts)) == 1
+            has_even = over.get("intermediate_size", 0) % size == 0
+            assert len(set(parts)) == 1 or (".mlp." in name and not has_even)
             assert sum(map(prod, parts)) == copies * prod(whole), name
     assert seen == model.weights().keys()
 
@@ -139,12 +142,31 @@ def shape_of(view: Tensor, name: str, model: Model) -> tuple[int, ...]:
     return tuple(view.shape[-len(model.weights()[name]) :])
 
 
+def test_parts_follow_each_other() -> None:
+    """Of any number of units, whether ranks have equal parts or some have one unit more."""
+    for size in range(1, 13):
+        for units in range(size, 5 * size):
+            least, more = divmod(units, size)
+            at = 0
+            for rank in range(size):
+                part = least + (rank < more)
+                for unit in (1, 32):
+                    shard = Shard(0, 1, rank, size)
+                    assert shard.start(units * unit, part * unit) == at * unit
+                at += part
+            assert at == units
+
+
 @pytest.mark.parametrize(
     ("size", "over", "sentence"),
     [
         (3, {}, "3 does not divide the model's num_attention_heads=4"),
         (2, {"vocab_size": 385}, "2 does not divide the model's vocab_size=385"),
-        (4, {"intermediate_size": 98}, "4 does not divide the model's intermediate_size=98"),
+        (
+            4,
+            {"intermediate_size": 3},
+            "4 ranks cannot each have some of the model's intermediate_size=3",
+        ),
         (
             4,
             {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16},
@@ -158,10 +180,10 @@ def test_what_does_not_divide_is_refused(size: int, over: dict[str, Any], senten
         Shard(0, 2, 0, size).of(model)
 
 
-def test_a_shared_expert_that_does_not_divide_is_refused() -> None:
-    model = make_arch(tiny_config("Qwen2MoeForCausalLM", shared_expert_intermediate_size=46))
+def test_a_shared_expert_that_is_too_small_is_refused() -> None:
+    model = make_arch(tiny_config("Qwen2MoeForCausalLM", shared_expert_intermediate_size=3))
     with pytest.raises(
-        ArchError, match="4 does not divide the model's width of the shared expert=46"
+        ArchError, match="4 ranks cannot each have some of the model's width of the shared expert=3"
     ):
         Shard(0, 2, 0, 4).of(model)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from patience import SCRIPT_S
+from trace_checks import read_trace
 
 from gllm_benchmarks.offline import (
     MODELS,
@@ -88,12 +89,13 @@ def offline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_both_engines_do_the_same_work(model: Path, site: Path) -> None:
+def test_both_engines_do_the_same_work(model: Path, site: Path, tmp_path: Path) -> None:
     done = offline(
         *("--engine", "both", "--model", str(model), "--peer-site", str(site), "--repeat", "2"),
         *("--workloads", "fixed:3:9:5,fixed:1:4:2", "--config", "cpu_threads=1"),
         *("--config", "num_pages=64", "--config", "max_num_seqs=2"),
         *("--peer-config", "block_size=32", "--peer-config", 'attention_config={"a": 1}'),
+        *("--timeline", str(tmp_path / "out.json")),
         GLLM_COMMIT="abc",
     )
     assert done.returncode == 0, done.stderr
@@ -110,7 +112,14 @@ def test_both_engines_do_the_same_work(model: Path, site: Path) -> None:
     assert line["figures"]["vllm"]["version"] == "0.24.0"
     assert line["figures"]["ours"]["kv_tokens"] == 64 * 16
     assert line["figures"]["vllm"]["kv_tokens"] == 10 * 16
-    rows = [r.split("|")[1:-1] for r in done.stdout.splitlines() if r.startswith("| ")]
+    trace = read_trace(tmp_path / "out.json")
+    assert trace["otherData"]["summary"]["shares"][0]["steps"] > 2
+    table, *timelines = done.stdout.split(" timeline\n")
+    for name, shares in zip(("fixed:3:9:5", "fixed:1:4:2"), timelines[::2], strict=True):
+        (share,) = line["figures"]["ours"][f"{name} timeline"]["shares"]
+        assert share["steps"] == line["figures"]["ours"][name]["steps"]
+        assert f"{share['busy']:.1%}" in shares
+    rows = [r.split("|")[1:-1] for r in table.splitlines() if r.startswith("| ")]
     assert [cell.strip() for cell in rows[0]][-1] == "ours / vllm"
     told = {(row[0].strip(), row[1].strip()): row for row in rows[2:]}
     assert len(told) == 6
@@ -170,6 +179,12 @@ def test_a_peer_that_cheats_or_fails_is_told(
 def test_a_peer_must_be_there(model: Path, tmp_path: Path) -> None:
     done = offline("--engine", "both", "--model", str(model), "--peer-site", str(tmp_path))
     assert done.returncode == 2 and "in which there is vllm" in done.stderr
+
+
+def test_a_timeline_is_of_our_engine(model: Path, site: Path) -> None:
+    asked = ("--engine", "vllm", "--model", str(model), "--peer-site", str(site))
+    done = offline(*asked, "--timeline", "out.json")
+    assert done.returncode == 2 and "--timeline: it is of our engine" in done.stderr
 
 
 def test_the_models_by_name() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from every_expert import every_expert, usual_heads
+from trace_checks import read_trace
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, write_tiny_model
 from gllm_engine.arch import FAMILIES
@@ -224,6 +225,19 @@ def test_a_float8_cache_has_twice_the_pages() -> None:
         plain = llm.engine.info.num_pages
     with LLM(SHAKESPEARE, **SMALL | config, kv_cache_dtype="fp8") as llm:
         assert llm.engine.info.num_pages in (2 * plain, 2 * plain + 1)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_a_timeline(tmp_path: Path, enforce_eager: bool) -> None:
+    """The device's clock is the host's: read_trace checks the order of launch, step and result."""
+    path = tmp_path / "out.json"
+    rounds = 4 if enforce_eager else 20  # seconds: the clocks are compared once in each
+    with LLM(SHAKESPEARE, **SMALL, timeline=str(path), enforce_eager=enforce_eager) as llm:
+        for _ in range(rounds):
+            llm.generate(PROMPTS, params())
+    (share,) = read_trace(path)["otherData"]["summary"]["shares"]
+    assert share["busy"] > 0.05 and share["bubble"] == share["communication"] == 0
+    assert share["steps"] >= rounds * max(LENGTHS)
 
 
 def test_nothing_leaks_when_requests_are_dropped() -> None:

@@ -166,6 +166,23 @@ def test_generates_and_ends_with_its_only_front_end(model: str, owner: int) -> N
         front.client.submit([])
 
 
+def test_an_unloaded_engine_writes_its_timeline(model: str, owner: int, tmp_path: Path) -> None:
+    from trace_checks import read_trace, tracks  # processes that run this file do not find it
+
+    path = tmp_path / "out.json"
+    front = Front(model, owner, timeline=str(path))
+    assert len(front.generate(1, 30)) == 30
+    assert path.read_bytes() == b""
+    front.client.close()
+    trace = read_trace(path)
+    (share,) = trace["otherData"]["summary"]["shares"]
+    assert share["busy"] == 0 < share["host_bound"]  # no device computes here
+    (events,) = tracks(trace).values()
+    assert {"plan", "dispatch", "commit", "between steps"} <= {each["name"] for each in events}
+    with pytest.raises(EngineError, match="timeline: .* cannot be written"):
+        Front(model, owner, timeline=str(tmp_path))
+
+
 def test_front_ends_share_one_engine_until_the_last_leaves(model: str, owner: int) -> None:
     a, b = Front(model, owner, "m_0_0"), Front(model, owner, "m_0_1")
     assert a.engine == b.engine

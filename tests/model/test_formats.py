@@ -215,7 +215,7 @@ def test_a_split_within_a_group_of_four_bits(
 ) -> None:
     model = write(tmp_path, "Qwen3MoeForCausalLM", config)
     with open_checkpoint(read_arch(model), model) as checkpoint:
-        message = rf"32 columns of mlp.experts.down_proj.weight .* parts of 16, but they are {kind}"
+        message = rf"moe_intermediate_size=32: parts of 32 are not .* the weights are {kind}"
         with pytest.raises(ArchError, match=message):
             Shard(0, 2, 0, 2).of(checkpoint.arch)
         Shard(0, 2, 0, 2, True).of(checkpoint.arch)
@@ -451,14 +451,14 @@ def blocks(tmp_path: Path) -> Path:
 def test_a_missing_scale(blocks: Path) -> None:
     rewrite(blocks, lambda t: t.pop(SCALE))
     assert refusal(blocks) == (
-        f"{blocks / 'model.safetensors'}: tensor {DOWN} has dtype F8_E4M3 and neither of "
-        f"{SCALE} and {DOWN}_scale; one is needed"
+        f"{blocks / 'model.safetensors'}: tensor {DOWN} has dtype F8_E4M3 and none of "
+        f"{SCALE}, {DOWN}_scale; one is needed"
     )
 
 
 def test_two_scales(blocks: Path) -> None:
     rewrite(blocks, lambda t: t.update({DOWN + "_scale": torch.ones(1)}))
-    assert f"and both of {SCALE} and {DOWN}_scale; one is needed" in refusal(blocks)
+    assert f"and several of {SCALE}, {DOWN}_scale; one is needed" in refusal(blocks)
 
 
 def test_scales_of_an_unknown_shape(blocks: Path) -> None:

@@ -232,8 +232,9 @@ def test_experts_with_all_options() -> None:
         typed = (biases[0].to(dtype), biases[1].to(dtype))
         options = (typed, Clamp(7.0, 1.702))
         expected = reference.sum_experts(*args, *options)
-        assert expected.float().std() > 0.1
-        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        size = expected.float().std().item()
+        assert size > 0.1
+        tolerance = size * (1e-5 if dtype == torch.float32 else 0.02)
         found = triton.sum_experts(*args, *options)
         torch.testing.assert_close(found, expected, rtol=0.02, atol=tolerance)
 

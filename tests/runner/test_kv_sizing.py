@@ -10,16 +10,22 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from gllm_engine.arch import MAX_EOS_TOKEN_IDS, Shard, read_arch
+from gllm_engine.arch import MAX_EOS_TOKEN_IDS, Shard, make_arch, read_arch
+from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.ops.kernels import EXPANDED_BYTES, PARTIALS_BYTES, SCORE_BYTES
 from gllm_engine.runner import Runner, kv_sizing, sampler
 from gllm_engine.runner.kv_sizing import (
+    GpuMemory,
+    StepBytes,
     _trial,
     costly_sampling,
     fitting_pages,
     fitting_snapshots,
+    measured_memory,
+    step_bytes,
 )
 from gllm_engine.runner.sampler import log_probabilities, sample
 from gllm_engine.runner.sampling_state import SamplingState
@@ -126,7 +132,8 @@ def test_a_step_takes_no_more_than_the_trial(tmp_path: Path) -> None:
     fill_randomly(decoder)
     decoder.compile_kernels(page_size, torch.bfloat16)
     with torch.inference_mode():
-        allowed = _trial(config, decoder, 4096 // page_size)
+        trial = _trial(config, decoder, 4096 // page_size)
+        allowed = trial.peak - trial.kept
     runner = Runner(config, arch, decoder)
     state = runner.sampling
     kept = sum(
@@ -162,3 +169,54 @@ def test_a_step_takes_no_more_than_the_trial(tmp_path: Path) -> None:
     assert len(runner.launch(plan).wait().tokens) == rows
     took = torch.cuda.max_memory_allocated() - before + kept
     assert 0.5 * allowed < took <= allowed, (took, allowed)
+
+
+# Heads for which a GPU has kernels of the expanded form.
+LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "index_head_dim": 64}
+KEPT = {
+    "DeepseekV3ForCausalLM": EXPANDED_BYTES,
+    "DeepseekV32ForCausalLM": EXPANDED_BYTES + SCORE_BYTES,
+}
+
+
+@pytest.mark.parametrize("family", KEPT)
+@pytest.mark.parametrize("tokens", [8, 512])  # fewer and more than an indexer chooses
+def test_what_a_step_keeps_is_known(family: str, tokens: int) -> None:
+    """Whatever the contexts of the largest step; it is part of the peak, and counted only once."""
+    arch, device = make_arch(tiny_config(family, **LATENT)), torch.device("meta")
+    config = EngineConfig(model="/", max_num_seqs=4, max_num_batched_tokens=tokens, page_size=16)
+    decoder = Decoder(arch, dtype=torch.bfloat16, device=device, max_model_len=1024)
+    with torch.inference_mode():
+        first, second = (step_bytes(config, decoder, 64) for _ in range(2))
+    assert first.kept == PARTIALS_BYTES + KEPT[family]
+    assert second.kept == 0
+    assert first.peak - first.kept == pytest.approx(second.peak, abs=2**20)
+
+
+def test_memory_in_use_is_not_left_free_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(
+        make_arch(tiny_config("LlamaForCausalLM")),
+        dtype=torch.float32,
+        device=torch.device("meta"),
+        max_model_len=64,
+    )
+    free = iter([900, 600])  # before and after the step that keeps 40
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 1000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(kv_sizing, "step_bytes", lambda *args: StepBytes(peak=100, kept=40))
+    assert measured_memory(EngineConfig(model="/"), decoder, 4) == GpuMemory(1000, 400, 60)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", KEPT)
+def test_a_second_trial_finds_the_same_memory(family: str) -> None:
+    """The first one makes what steps keep: it is free no more, and is not asked for again."""
+    arch, device = make_arch(tiny_config(family, **LATENT)), torch.device("cuda")
+    config = EngineConfig(model="/", max_num_seqs=4, max_num_batched_tokens=512, page_size=16)
+    decoder = Decoder(arch, dtype=torch.bfloat16, device=device, max_model_len=1024)
+    fill_randomly(decoder)
+    decoder.compile_kernels(16, torch.bfloat16)
+    with torch.inference_mode():
+        found = [measured_memory(config, decoder, 64) for _ in range(2)]
+    first, second = (memory.used + memory.step for memory in found)
+    assert abs(first - second) < 128 << 20, found

@@ -61,6 +61,32 @@ def test_one_rank_and_two_choose_the_same(way: str, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("way", ["tensor, eager", "pipeline"])
+def test_a_timeline(way: str, tmp_path: Path) -> None:
+    """The clocks of both devices are the host's: a stage receives what the other has computed."""
+    from trace_checks import CLOCKS_US, read_trace, tracks  # a process runs this file too
+
+    model = write_tiny_model(tmp_path / "model", "Qwen3ForCausalLM", **SHAPE)
+    path = tmp_path / "out.json"
+    asked = SamplingParams(max_tokens=64, ignore_eos=True)
+    with LLM(str(model), **CONFIG, **WAYS[way], timeline=str(path)) as llm:
+        for _ in range(10):
+            llm.generate(PROMPTS, asked)
+    trace = read_trace(path)
+    first, second = trace["otherData"]["summary"]["shares"]
+    if way == "tensor, eager":
+        assert first["communication"] > 0 and second["communication"] > 0
+        return
+    assert first["bubble"] > 0
+    found = tracks(trace)
+    ends = {e["args"]["step"]: e["ts"] + e["dur"] for e in found["rank 0, stage 0", "device"]}
+    received = [e for e in found["rank 1, stage 1", "device"] if e["name"] == "receive"]
+    assert len(received) > 100
+    for event in received:
+        if event["args"]["step"]:
+            assert event["ts"] + event["dur"] >= ends[event["args"]["step"]] - CLOCKS_US
+
+
 @pytest.mark.parametrize("way", ["tensor", "experts"])
 def test_in_bfloat16_the_chances_are_close(way: str, tmp_path: Path) -> None:
     family = "Qwen3MoeForCausalLM" if way == "experts" else "Qwen3ForCausalLM"

@@ -74,6 +74,8 @@ SHARED_CHOICE = LAYERS | {"indexer_types": ["full", "full", "shared", "full", "s
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 # Ranks' shares begin and end inside these.
 CUT_BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 40]}
+# Of 5 groups, 4 ranks have 2, 1, 1 and 1.
+GROUPS = {"quantization_config": {"quant_method": "mxfp4"}, "intermediate_size": 160}
 # Family, what is different in its config, and how it is shared out.
 FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen2ForCausalLM", {}, "tp2 x pp2"),  # tied: both ends of the pipeline have the embedding
@@ -112,6 +114,7 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3_5MoeForConditionalGeneration", {}, "tp2"),
     ("GptOssForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
     ("GptOssForCausalLM", {"sliding_window": 20}, "ep2"),
+    ("GptOssForCausalLM", {"sliding_window": 20} | GROUPS, "tp4"),
     ("Llama4ForCausalLM", {"attention_chunk_size": 20}, "tp2 x pp2"),
     ("MiniMaxM2ForCausalLM", {}, "tp4"),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from gllm_engine.arch.checkpoint import Layout, Names, Renames
+from gllm_engine.arch.checkpoint import Layout, Names, Renames, Variant
 from gllm_engine.arch.families.common import (
     FUSED_EXPERTS,
     LANGUAGE_MODEL,
@@ -47,13 +47,24 @@ LLAMA4 = LLAMA | {
     "attn_scale": 0.1,
 }
 _RENAMES: Renames = (
-    *FUSED_EXPERTS,
     ("mlp.gate.", "mlp.router."),
     ("mlp.", "feed_forward."),
 )
-_NAMES = Names(
-    renames=_RENAMES,
-    layouts=((r"feed_forward\.experts\.(gate_up|down)_proj$", Layout(transposed=True)),),
+# Checkpoints of compressed-tensors have experts one by one.
+_WITH_FUSED_EXPERTS = Variant(
+    r"\.experts\.gate_up_proj",
+    tuple(
+        (old.replace("mlp.", "feed_forward."), new.replace("mlp.", "feed_forward."))
+        for old, new in FUSED_EXPERTS
+    ),
+)
+# Scales of FP8 experts are transposed like their numbers.
+_FUSED = r"feed_forward\.experts\.(gate_up|down)_proj(_weight)?(_scale(_inv)?)?$"
+_NAMES = Names(renames=_RENAMES, layouts=((_FUSED, Layout(transposed=True)),))
+# ModelOpt writes the names of a text model, also beside a model for images.
+_OF_TEXT_MODEL = Variant(
+    r"^model\.layers\.",
+    (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")),
 )
 
 
@@ -76,19 +87,21 @@ def llama4(c: Fields) -> Model:
     if c.has("moe_layers"):
         sparse = c.numbers("moe_layers", "layer number", MAX_LAYERS)
     model = model.each(ffn=lambda i, layer: moe if i in sparse else layer.ffn)
-    return replace(model, names=_NAMES)
-
-
-_VISION_NAMES = replace(
-    _NAMES,
-    renames=(*_RENAMES, *LANGUAGE_MODEL),
-    unused=r"(vision_model|multi_modal_projector)\.",
-)
+    method = c.child("quantization_config").text("quant_method", "")
+    fused = replace(_WITH_FUSED_EXPERTS, applies=method != "compressed-tensors")
+    return replace(model, names=replace(_NAMES, variants=(fused,)))
 
 
 def llama4_vision(c: Fields) -> Model:
     """The text of models that have vision."""
-    return replace(llama4(c), names=_VISION_NAMES)
+    model = llama4(c)
+    names = replace(
+        model.names,
+        renames=(*_RENAMES, *LANGUAGE_MODEL),
+        variants=(*model.names.variants, _OF_TEXT_MODEL),
+        unused=r"(vision_model|multi_modal_projector)\.",
+    )
+    return replace(model, names=names)
 
 
 def _with_chunks(c: Fields, model: Model, rope: Rope) -> Model:
