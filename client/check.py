@@ -66,10 +66,7 @@ def lines(report: CheckReport) -> Iterator[str]:
         f"{report.kv_cache_dtype}, on {device}"
     )
     if report.unknown_keys:
-        yield (
-            f"config.json: {', '.join(report.unknown_keys)}: not known, no effect; if one of them "
-            "changes the model's arithmetic, the answers are wrong"
-        )
+        yield report.about_unknown_keys
     yield ""
     yield from _memory_lines(report)
     yield ""

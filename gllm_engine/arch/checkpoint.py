@@ -49,6 +49,7 @@ class Names:
     variants: tuple[Variant, ...] = ()
     # (pattern in a tensor's name, its layout); the first one counts. All others are plain stacks.
     layouts: tuple[tuple[str, Layout], ...] = ()
-    # Beginning, as a pattern, of tensors that no text model needs: causal masks and RoPE tables of
-    # old checkpoints, weights for images, modules for multi-token prediction that are not layers.
+    # Pattern of the names that no text model needs: causal masks of old checkpoints, weights for
+    # images, modules for multi-token prediction that are not layers. It stands for the beginning of
+    # names, and for what follows a prefix that names of the family have, such as "model.".
     unused: str | None = None

@@ -20,6 +20,7 @@ class ArchError(ValueError):
 
 
 def _is_real(value: Any) -> bool:
+    """Whether it is a number above 0 that a float32 can hold."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and 0 < value <= _MAX_FLOAT32
 
@@ -72,17 +73,16 @@ class Fields:
         return bool(value)
 
     def choices(self, key: str, length: int, allowed: tuple[str, ...]) -> list[str] | None:
-        """A list of `length` words out of `allowed`; None if the key is absent."""
+        """A list of `length` words out of `allowed`, or a string of letters out of it; None if the
+        key is absent.
+        """
         value = self._find(key)
         if value is None:
             return None
-        if (
-            not isinstance(value, list)
-            or len(value) != length
-            or any(v not in allowed for v in value)
-        ):
+        words = list(value) if isinstance(value, (list, str)) else []
+        if len(words) != length or any(word not in allowed for word in words):
             raise self._wrong(key, value, f"a list of {length} of {', '.join(allowed)}")
-        return value
+        return words
 
     def flags(self, key: str, length: int) -> list[bool] | None:
         """A list of `length` truth values, true and false or 1 and 0; None if the key is absent or
@@ -124,6 +124,10 @@ class Fields:
 
     def optional_real(self, key: str) -> float | None:
         return self.real(key) if self.has(key) else None
+
+    def real_or_zero(self, key: str) -> float | None:
+        """As optional_real; 0 is None too, for a key that switches something on."""
+        return None if self._find(key) == 0 else self.optional_real(key)
 
     def optional_count(self, key: str) -> int | None:
         return self.count(key) if self.has(key) else None
@@ -181,6 +185,10 @@ class Fields:
             value = self._find(key, allowed)
             if value != allowed:
                 raise self._wrong(key, value, json.dumps(allowed))
+
+    def ignore(self, *keys: str) -> None:
+        """Keys of published configs that have no effect in this family, whatever their values."""
+        self._read.update(keys)
 
     def allow_only(self, keys: set[str]) -> None:
         """Raise ArchError for any other key, because it could change the model's arithmetic."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 _HARMLESS = re.compile(
@@ -16,11 +18,11 @@ _HARMLESS = re.compile(
     | torchscript | use_bfloat16 | .*attn_implementation.* | .*flash_?att.* | unsloth_.*
     | (tokenizer|processor|feature_extractor)_class | for_llm_compressor | custom_generate
     # Ids and text settings; the ids that end a text are read apart.
-    | .*_token_ids? | .*_token_index | bos_id | pad_id
+    | .*_ids? | .*_token_index
     # Training.
     | .*dropout(_.*)? | .*_pdrop | initializer_.* | init_.* | .*initialization.* | .*loss.*
     | seq_aux | .*jitter.* | gradient_checkpointing | pretraining_tp | ep_size | tp_size
-    | moe_capacity.* | use_recompute.*
+    | micro_batch_size | moe_capacity.* | use_recompute.*
     # Heads for other tasks, layers for multi-token prediction, other modalities.
     | classifier_.* | summary_.* | .*mtp.* | num_nextn_.*
     | (vision|image|video|audio|vit|im|anyres)_.*
@@ -34,10 +36,18 @@ _HARMLESS = re.compile(
     | remove_invalid_values
     # Sizes that follow from others or are kept for old readers.
     | qk_head_dim | head_dim | n_ctx | n_inner | initial_context_length | experts_per_token
-    | max_window_layers | sliding_window(_pattern)? | _sliding_window_pattern
+    | original_max_position_embeddings | max_window_layers | _?sliding_window(_size|_pattern)?
     """,
     re.VERBOSE,
 )
+
+
+def about_unknown_keys(file: str | Path, keys: Iterable[str]) -> str:
+    """What a user should know of them."""
+    return (
+        f"{file}: these keys are not known and have no effect: {', '.join(keys)}; if one of them "
+        "changes the model's arithmetic, the answers are wrong"
+    )
 
 
 def unknown_keys(unread: dict[str, Any]) -> tuple[str, ...]:

@@ -191,6 +191,34 @@ class Indexer:
         shapes |= norm_weights("self_attn.indexer.k_norm", self.dim, "layer")
         return shapes | _linear("self_attn.indexer.weights_proj", self.heads, dim, False)
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return (self.rope,)
+
+    @property
+    def key_widths(self) -> tuple[int, ...]:
+        """Of what the cache holds of a token."""
+        return (self.dim,)
+
+
+@dataclass(frozen=True)
+class EarlierIndexer:
+    """The Indexer of the last layer before this one that has an Indexer (GLM-5.2).
+
+    A query attends to the tokens that it has chosen there. It has no weights here and no keys in
+    this layer's cache. Both layers must be in one pipeline stage; see Model.runs.
+    """
+
+    top_k: int  # tokens, as there
+
+    ropes = ()
+    key_widths = ()
+
+    def shapes(self, dim: int, q_rank: int) -> Shapes:
+        """As Indexer.shapes."""
+        del dim, q_rank
+        return {}
+
 
 @dataclass(frozen=True)
 class Mla(Formatted):
@@ -210,7 +238,8 @@ class Mla(Formatted):
     scale: float  # of the scores
     out_bias: bool = False
     latent_eps: float = 1e-6  # of the norms of both latents
-    indexer: Indexer | None = None  # None: a token attends to all tokens before it; needs a q_rank
+    # None: a token attends to all tokens before it. An Indexer needs a q_rank.
+    indexer: Indexer | EarlierIndexer | None = None
     window: int | None = None  # always None: every token sees all tokens before it
 
     def shapes(self, dim: int) -> Shapes:
@@ -227,8 +256,7 @@ class Mla(Formatted):
         kv = self.heads * (self.nope_dim + self.v_dim)
         shapes[KV_UP] = (kv, self.kv_rank)
         if self.indexer is not None:
-            assert self.q_rank is not None
-            shapes |= self.indexer.shapes(dim, self.q_rank)
+            shapes |= self.indexer.shapes(dim, self.q_rank or 0)
         return shapes | _linear("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
 
     @property
@@ -240,7 +268,7 @@ class Mla(Formatted):
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
-        return (self.rope,) if self.indexer is None else (self.rope, self.indexer.rope)
+        return (self.rope,) if self.indexer is None else (self.rope, *self.indexer.ropes)
 
     @property
     def attention(self) -> LatentShape:
@@ -253,9 +281,8 @@ class Mla(Formatted):
         then the indexer's key.
         """
         latents = (1, page_size, 1, self.latent_width)
-        if self.indexer is None:
-            return (latents,)
-        return (latents, (1, page_size, 1, self.indexer.dim))
+        widths = () if self.indexer is None else self.indexer.key_widths
+        return (latents, *((1, page_size, 1, width) for width in widths))
 
     @property
     def attended_width(self) -> int:
@@ -428,6 +455,11 @@ class Layer:
     place: Place = "pre"
 
     @property
+    def needs_earlier(self) -> bool:
+        """Whether it uses what an earlier layer computes, beside the residual stream."""
+        return isinstance(self.mixer, Mla) and isinstance(self.mixer.indexer, EarlierIndexer)
+
+    @property
     def norms(self) -> tuple[str, ...]:
         return _NORMS[self.place]
 
@@ -469,6 +501,8 @@ class Model:
     def __post_init__(self) -> None:
         if self.residual_scale != 1 and any(layer.place == "post" for layer in self.layers):
             raise ValueError("residual_scale needs layers that normalise their input")
+        if self.layers and self.layers[0].needs_earlier:
+            raise ValueError("the first layer of a model or a pipeline stage needs an earlier one")
 
     def each(self, **parts: Callable[[int, Layer], Any]) -> Model:
         """A copy with `mixer=f(i, layer)`, or another field so, applied to every layer."""
@@ -477,6 +511,12 @@ class Model:
             for i, layer in enumerate(self.layers)
         )
         return replace(self, layers=tuple(layers))
+
+    def runs(self) -> list[tuple[Layer, ...]]:
+        """The layers in order, in runs of which no pipeline stage may have a part only."""
+        starts = [i for i, layer in enumerate(self.layers) if not layer.needs_earlier]
+        ends = [*starts[1:], len(self.layers)]
+        return [self.layers[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def weights(self, first: int = 0) -> Shapes:
         """Canonical name -> shape of every weight, in the order of the forward pass.

@@ -8,23 +8,34 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import replace
+from functools import cache
+from itertools import product
+from typing import NamedTuple
 
-from gllm_engine.arch.checkpoint import Layout
+from gllm_engine.arch.checkpoint import Layout, Names
 from gllm_engine.arch.model import GatedDelta, Gqa, Model
 
 _GPTQ = (".qweight", ".qzeros", ".scales")  # of GPTQ and AWQ; transposed in all checkpoints
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
-_ROPE_TABLES = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+_ROPE_TABLES = re.compile(r"(^|\.)rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
+# Of compressed-tensors, in newer and older files, and of modelopt.
+_CACHE_SCALES = re.compile(
+    r"self_attn\.([kv]_scale|[kv]_proj\.output_scale|k_proj\.k_scale|v_proj\.v_scale)"
 )
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_LAYERS = "model.layers."
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_INDEXER = "self_attn.indexer."
 
 
 def checkpoint_name(model: Model, canonical: str) -> str:
     """The name of the checkpoint tensor that holds a weight."""
-    variants = (variant.renames for variant in model.names.variants if variant.applies)
-    for renames in (model.names.renames, *variants):
+    return _name(model.names, canonical)
+
+
+def _name(names: Names, canonical: str) -> str:
+    variants = (variant.renames for variant in names.variants if variant.applies)
+    for renames in (names.renames, *variants):
         for old, new in renames:
             canonical = _renamed(canonical, old, new)
     return canonical
@@ -111,10 +122,52 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_left_over(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
-    multi-token prediction or for images.
+    multi-token prediction or for images, or of an indexer that an earlier layer's replaces.
+
+    Names may have any of the prefixes that checkpoints of the family have.
     """
-    unused = model.names.unused
-    if _ROPE_TABLES.fullmatch(name) or (unused is not None and re.match(unused, name)):
+    patterns = _patterns(model.names)
+    if _ROPE_TABLES.search(name) or (patterns.unused and patterns.unused.match(name)):
         return True
-    layer = _LAYER.match(name)
-    return layer is not None and 0 <= int(layer[1]) - len(model.layers) < model.extra_layers
+    layer = patterns.layer.match(name)
+    if layer is None:
+        return False
+    number = int(layer["number"])
+    if number >= len(model.layers):
+        return number < len(model.layers) + model.extra_layers
+    return layer["rest"].startswith(_INDEXER) and model.layers[number].needs_earlier
+
+
+def is_cache_scale(model: Model, name: str) -> bool:
+    """Whether a checkpoint tensor is a scale for K and V in float8, which layers do not use."""
+    layer = _patterns(model.names).layer.match(name)
+    return layer is not None and _CACHE_SCALES.fullmatch(layer["rest"]) is not None
+
+
+class _Patterns(NamedTuple):
+    """`layer`: of all names in a layer, with the groups `number` and `rest`. `unused`: of names
+    that no text model needs.
+    """
+
+    layer: re.Pattern[str]
+    unused: re.Pattern[str] | None
+
+
+@cache
+def _patterns(names: Names) -> _Patterns:
+    """For all prefixes that the variants of the names give."""
+    layers = set()
+    for applies in product((False, True), repeat=len(names.variants)):
+        pairs = zip(names.variants, applies, strict=True)
+        variants = tuple(replace(variant, applies=flag) for variant, flag in pairs)
+        layers.add(_name(replace(names, variants=variants), _LAYERS))
+    layer = re.compile(rf"(?:{_any_of(layers)})(?P<number>\d+)\.(?P<rest>.*)")
+    if names.unused is None:
+        return _Patterns(layer, None)
+    # Beside the layers, or outside of the models that they are in.
+    outer = {prefix[: at.end()] for prefix in layers for at in re.finditer(r"\.", prefix[:-1])}
+    return _Patterns(layer, re.compile(rf"(?:{_any_of(outer)}|)(?:{names.unused})"))
+
+
+def _any_of(prefixes: set[str]) -> str:
+    return "|".join(map(re.escape, sorted(prefixes)))

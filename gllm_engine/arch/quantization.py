@@ -45,7 +45,7 @@ def read_quantization(c: Fields) -> Format | None:
 
 
 def _fp8(q: Fields) -> Fp8:
-    q.require(fmt="e4m3")
+    q.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
     q.choice("activation_scheme", ("dynamic", "static"), "dynamic")
     if (block := q.sizes("weight_block_size", 2)) is None:
         return FP8_TENSOR
@@ -175,6 +175,8 @@ def _modelopt(q: Fields) -> Fp8:
         "FP8_PER_CHANNEL_PER_TOKEN": FP8_ROW,
         "FP8_PB_WO": Fp8(128, 128),
     }
+    if not q.child("quantization").empty:  # as older tools write it
+        q = q.child("quantization")
     return formats[q.choice("quant_algo", tuple(formats))]
 
 

@@ -52,7 +52,7 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
             f"{name}: architectures is {shown(repr(architectures))}; "
             f"supported are {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[known[0]]
+    family = FAMILIES[known[0]].of(config)
     fields = _text_fields(config, name, family)
     fields.require(dual_chunk_attention_config=None)
     model = replace(family.read(fields), quantization=read_quantization(fields))
@@ -78,8 +78,8 @@ def _check_keys(fields: Fields, model: Model) -> None:
     act = ffn.act if isinstance(ffn, Dense) else "silu"
     names = tuple(name for name, function in ACTIVATIONS.items() if function == act)
     fields.choice("hidden_act", names, names[0])
-    mixers = {layer.mixer for layer in model.layers}
-    if not model.keeps_states and not any(mixer.window for mixer in mixers):
+    if "layer_types" in fields.unread():  # the family does not read it
+        mixers = {layer.mixer for layer in model.layers}
         sparse = any(isinstance(mixer, Mla) and mixer.indexer is not None for mixer in mixers)
         kind = "indexed_attention" if sparse else "full_attention"
         fields.choices("layer_types", len(model.layers), (kind,))

@@ -105,6 +105,25 @@ _GEMMA = _PADDED | {
     "layer_types": ["sliding_attention", "full_attention"],
     "tie_word_embeddings": True,
 }
+_GEMMA3 = _GEMMA | {
+    "model_type": "gemma3_text",
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+_MINISTRAL3 = _PADDED | {
+    "model_type": "ministral3",
+    "head_dim": 32,
+    "rope_theta": None,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 64.0,
+        "original_max_position_embeddings": 32,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 _GPT2 = {
     "vocab_size": 384,
     "n_positions": 2048,
@@ -238,6 +257,21 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.125,
         "logits_scaling": 0.5,
     },
+    "GraniteMoeHybridForCausalLM": _HF
+    | {
+        "model_type": "granitemoehybrid",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 0.5,
+        "shared_intermediate_size": 80,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "position_embedding_type": "rope",
+        "layer_types": ["attention"] * 2,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+    },
     "HunYuanDenseV1ForCausalLM": _HF
     | {
         "model_type": "hunyuan_v1_dense",
@@ -245,6 +279,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
     },
     "Ernie4_5ForCausalLM": _HF | {"model_type": "ernie4_5", "head_dim": 16, "use_bias": True},
+    "Ernie4_5_ForCausalLM": _HF | {"model_type": "ernie4_5", "head_dim": 16},
     "Phi3ForCausalLM": _PADDED
     | {
         "model_type": "phi3",
@@ -257,33 +292,16 @@ _CONFIGS: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 2.0, 5.0, 9.0],
         },
     },
-    "Ministral3ForCausalLM": _PADDED
-    | {
-        "model_type": "ministral3",
-        "head_dim": 32,
-        "rope_theta": None,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10_000.0,
-            "factor": 64.0,
-            "original_max_position_embeddings": 32,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
-    },
+    "Ministral3ForCausalLM": _MINISTRAL3,
+    "Mistral3ForConditionalGeneration": {"model_type": "mistral3", "text_config": _MINISTRAL3},
     "Gemma2ForCausalLM": _GEMMA
     | {
         "model_type": "gemma2",
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 5.0,
     },
-    "Gemma3ForCausalLM": _GEMMA
-    | {
-        "model_type": "gemma3_text",
-        "rope_local_base_freq": 100.0,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    },
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": {"model_type": "gemma3", "text_config": _GEMMA3},
     "Cohere2ForCausalLM": _PADDED
     | {
         "model_type": "cohere2",

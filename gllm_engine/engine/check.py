@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from gllm_engine.arch import CacheGroup, Model, cache_groups, read_arch
+from gllm_engine.arch import CacheGroup, Model, about_unknown_keys, cache_groups, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.core import check_len, model_len
 from gllm_engine.model import open_checkpoint
@@ -85,6 +85,10 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     groups: list[GroupReport]
     kernels: list[KernelReport]
     unknown_keys: list[str]
+
+    @property
+    def about_unknown_keys(self) -> str:
+        return about_unknown_keys("config.json", self.unknown_keys)
 
 
 def check_model(config: EngineConfig, gpu_memory: int | None = None) -> CheckReport:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import msgspec
 
-from gllm_engine.arch import Model, cache_groups, read_arch
+from gllm_engine.arch import Model, about_unknown_keys, cache_groups, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.runner import NullRunner, cache_dirs
 from gllm_engine.sampling import InvalidField, shown
@@ -470,12 +470,7 @@ def _nothing() -> Outputs:
 
 def _warn_of_unknown_keys(arch: Model, path: Path) -> None:
     if arch.unknown_keys:
-        log.warning(
-            "%s: these keys are not known and have no effect: %s; if one of them changes the "
-            "model's arithmetic, the answers are wrong",
-            path / "config.json",
-            ", ".join(arch.unknown_keys),
-        )
+        log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
 
 
 def check_len(config: EngineConfig, arch: Model) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -14,13 +14,24 @@ from gllm_engine.ops import AttentionPlan, RotaryInputs
 PlanKey = tuple[int, AttentionShape | LatentShape | RecurrentShape]
 
 
+@dataclass
+class ChosenTokens:
+    """What the last indexer so far has chosen, for the layers that have none of their own.
+
+    `tokens`: from Ops.choose_tokens, for all tokens of the step.
+    """
+
+    tokens: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class ForwardContext:
-    """Filled by the decoder at the start of a forward pass."""
+    """Filled by the decoder at the start of a forward pass, but for `chosen`."""
 
     plans: dict[PlanKey, AttentionPlan]
     rotary: dict[Rope, RotaryInputs]
     query_scales: dict[QueryTemperature, Tensor]  # [tokens] float32
+    chosen: ChosenTokens = field(default_factory=ChosenTokens)
 
 
 @dataclass(frozen=True)

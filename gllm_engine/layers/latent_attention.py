@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.formats import widened
-from gllm_engine.arch.model import KV_UP, Mla
+from gllm_engine.arch.model import KV_UP, Indexer, Mla
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.indexer import TokenIndexer
 from gllm_engine.layers.linear import Linear
@@ -31,7 +31,8 @@ class MlaAttention:
                                                     attend, with W_UK and W_UV -- o
         x -- kv_a -- norm, rotate -- cache --------/
 
-    With an indexer, a query attends only to the tokens that the indexer chooses for it.
+    With an indexer, a query attends only to the tokens that the indexer chooses for it. That may be
+    the indexer of an earlier layer.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class MlaAttention:
         out = ["self_attn.o_proj"]
         self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
         self._indexer: TokenIndexer | None = None
-        if arch.indexer is not None:
+        if isinstance(arch.indexer, Indexer):
             self._indexer = TokenIndexer(arch.indexer, shapes, ops, dtype, device, arch.formats)
 
     def plan(
@@ -121,7 +122,11 @@ class MlaAttention:
         if plan is None:
             values = x.new_empty(0, arch.heads * arch.v_dim)
         else:
-            chosen = None if index is None else ops.choose_tokens(index, cache[1], plan, tokens)
+            if index is not None:
+                context.chosen.tokens = ops.choose_tokens(index, cache[1], plan, tokens)
+            chosen = None if arch.indexer is None else context.chosen.tokens
+            if index is None and chosen is not None and tokens is not None:
+                chosen = chosen[tokens]
             values = ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen)
         return self._out(values) if total is None else self._out.add_to(total, values)
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 
 from gllm_engine.arch.formats import Format, Fp8, Rounded, Widened
-from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Moe
+from gllm_engine.arch.model import Dense, EarlierIndexer, GatedDelta, Gqa, Layer, Mla, Moe
 from gllm_engine.ops.kernels import (
     DeviceKind,
     attention_kernels,
@@ -95,7 +95,11 @@ def _heads(arch: Gqa) -> str:
 
 
 def _latents(arch: Mla) -> str:
-    return f"latent attention, {arch.heads} heads, latents of {arch.latent_width}"
+    chosen = ""
+    if arch.indexer is not None:
+        whose = "an earlier layer's" if isinstance(arch.indexer, EarlierIndexer) else "own"
+        chosen = f", {whose} choice of {arch.indexer.top_k} tokens"
+    return f"latent attention, {arch.heads} heads, latents of {arch.latent_width}{chosen}"
 
 
 def _states(arch: GatedDelta) -> str:

@@ -29,15 +29,17 @@ from gllm_engine.arch.formats import (
     Integers,
     Mxfp4,
     Widened,
+    format_name,
     stored_kind,
     widened,
 )
-from gllm_engine.arch.model import Model
+from gllm_engine.arch.model import Model, within_layer
 from gllm_engine.arch.names import (
     checkpoint_layout,
     checkpoint_name,
     checkpoint_shapes,
     checkpoint_tensors,
+    is_cache_scale,
     is_left_over,
     num_blocks,
 )
@@ -52,7 +54,17 @@ _PLAIN = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_SCALES = _PLAIN | {"F8_E8M0": torch.float8_e8m0fnu}
+# Dtypes of scales -> those of which every number is exactly a number of that dtype.
+_EXACT = {
+    "F16": {"F16": torch.float16},
+    "BF16": {"BF16": torch.bfloat16},
+    "F32": {
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E8M0": torch.float8_e8m0fnu,
+    },
+}
 # After a weight's name: scales of its numbers; 4-bit numbers, with their dtypes. The first suffix
 # follows the name of one tensor of all experts, which does not end in "weight".
 _SCALE_SUFFIXES = ("_weight_scale", "_scale_inv", "_scale")
@@ -117,6 +129,8 @@ class StoredTensors:
         self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
+        self._scale_dtypes: dict[str, str] = {}
+        self._has_cache_scales = False
         self.shared: dict[str, int] = {}
         self.verified: dict[str, Verified] = {}
         self._integers_of: dict[str, Integers] = {}  # by the weight's checkpoint name
@@ -128,6 +142,9 @@ class StoredTensors:
     def add(self, name: str, stored: StoredTensor) -> None:
         """Record one tensor. Raises LoadError if the model has no place for it."""
         if is_left_over(self._arch, name):
+            return
+        if is_cache_scale(self._arch, name) and prod(stored.shape) == 1:
+            self._has_cache_scales = True
             return
         if name in self._stored:
             raise LoadError(f"{stored.path}: tensor {name} is in the checkpoint twice")
@@ -183,6 +200,7 @@ class StoredTensors:
             wanted[self._tied] = arch.weights()["model.embed_tokens.weight"]
         # All experts of a layer have one format, so this is not what each tensor's dtype says.
         self._quantized = {name for name in wanted if _scales_of(name) & wanted.keys()}
+        self._scale_dtypes = _scale_dtypes(arch)
         found = {}
         for name, stored in self._stored.items():
             expected = self._expected(name)
@@ -201,6 +219,10 @@ class StoredTensors:
         if any(name.endswith(_INPUT_SCALES) for name in self._stored):
             _log.info(
                 "%s: scales of inputs are not used: every token gets a scale of its own", path
+            )
+        if self._has_cache_scales:
+            _log.info(
+                "%s: scales of a float8 KV cache are not used: K and V are stored as computed", path
             )
         return found
 
@@ -370,7 +392,7 @@ class StoredTensors:
         if packed and name not in self._weights:
             dtypes = _PACKED[packed[0]]
         elif name not in self._weights and name != self._tied:
-            dtypes = _SCALES
+            dtypes = _EXACT[self._scale_dtypes.get(name, "F32")]
             fits = name in self.shared or _without_ones(stored.shape) == _without_ones(shape)
         if not fits:
             raise LoadError(
@@ -406,6 +428,25 @@ class StoredTensors:
         if kind is None or name in self._weights:
             return None
         return expected_beside(kind, name.rsplit(".", 1)[1], *self._matrix(weight))
+
+
+def _scale_dtypes(arch: Model) -> dict[str, str]:
+    """Checkpoint name of the scales of whole numbers -> the dtype in which they are held.
+
+    It is the same for all experts of a layer.
+    """
+    by_name: dict[str, str] = {}
+    for i, layer in enumerate(arch.layers):
+        for weight, held in (*layer.mixer.formats, *layer.ffn.formats):
+            kind = stored_kind(held)
+            if isinstance(kind, Integers):
+                scales = weight.removesuffix("weight") + kind.scales
+                by_name |= within_layer(i, {scales: kind.scale_dtype})
+    return {
+        name: by_name[format_name(parts[0])]
+        for name, parts in checkpoint_tensors(arch).items()
+        if format_name(parts[0]) in by_name
+    }
 
 
 def incomplete(file: Path, problem: str) -> LoadError:

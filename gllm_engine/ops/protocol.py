@@ -360,8 +360,9 @@ class Ops(Protocol):
 
         q: from store_latent. kv_up: [heads, nope_dim + value_dim, rank], W_UK and W_UV, which make
         k and v from the latents in the cache; see LatentHeads. `tokens`: [n] int64, the indices of
-        the input tokens that the plan covers; None: all tokens. `chosen`: from choose_tokens with
-        the same plan and tokens.
+        the input tokens that the plan covers; None: all tokens. `chosen`: from choose_tokens, of
+        the same tokens, whatever the layer. A plan for some tokens may get it where their own rows
+        have too few tokens to choose from.
 
         Two forms have the same result up to rounding: the absorbed one computes (W_UK' q) latent'
         and W_UV (weights latent), and no key or value; the expanded one computes k and v.

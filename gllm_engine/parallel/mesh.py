@@ -5,9 +5,9 @@ Pure arithmetic; no tensors, no sockets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 
 
@@ -33,23 +33,30 @@ class Mesh:
         return stage * self.tp + tp_rank
 
 
-def partition_layers(costs: list[float], tail: float, stages: int) -> tuple[int, ...]:
+def partition_layers(
+    costs: list[float], tail: float, stages: int, lengths: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Partition layers into consecutive stages so that the largest cost of a stage is minimal.
 
-    Returns the number of layers of each stage. `costs`: the cost of each layer. `tail`: the last
-    stage's cost beside its layers. Every stage gets at least one layer. Among partitions with the
-    same maximum, the most even one is chosen. Linear partitioning by dynamic programming (Skiena,
-    "The Algorithm Design Manual", 10.7). Raises ValueError for fewer layers than stages.
+    Returns the number of layers of each stage. `costs`: the cost of each run of layers. `lengths`:
+    their numbers of layers (default: 1). `tail`: the last stage's cost beside its layers. Every
+    stage gets at least one run, and whole ones only. Among partitions with the same maximum, the
+    most even one is chosen. Linear partitioning by dynamic programming (Skiena, "The Algorithm
+    Design Manual", 10.7). Raises ValueError for fewer runs than stages.
     """
     if len(costs) < stages:
-        raise ValueError(f"{len(costs)} layers cannot be cut into {stages} stages")
+        raise ValueError(f"{len(costs)} runs of layers cannot be cut into {stages} stages")
     dearest, _ = _partition(costs, tail, stages, max)
     limit = dearest * (1 + 1e-9)
 
     def squares(before: float, cost: float) -> float:
         return before + cost * cost if cost <= limit else inf
 
-    return _partition(costs, tail, stages, squares)[1]
+    sizes = _partition(costs, tail, stages, squares)[1]
+    if lengths is None:
+        return sizes
+    ends = [0, *accumulate(sizes)]
+    return tuple(sum(lengths[first:end]) for first, end in pairwise(ends))
 
 
 def _partition(

@@ -1,7 +1,8 @@
 """Chooses how many layers each pipeline stage gets.
 
-Measures the time of every kind of layer, and of logits and sampling, in a decode step with made-up
-weights on this device. The cut gives all stages of a busy pipeline about the same time per step.
+Measures the time of every kind of run of layers (see Model.runs: mostly of one layer), and of
+logits and sampling, in a decode step with made-up weights on this device. The cut gives all stages
+of a busy pipeline about the same time per step.
 Knows nothing of plans.
 """
 
@@ -38,32 +39,38 @@ def measure_partition(
 
     Rank 0 measures; the other ranks wait for its result.
     """
-    kinds = list(dict.fromkeys(arch.layers))
+    runs = arch.runs()
+    kinds = list(dict.fromkeys(runs))
     costs = [0.0] * (len(kinds) + 1)
     if ranks.rank == 0:
         costs = _measure(config, arch, kinds, ranks, dtype)
         told = ", ".join(f"{1e6 * cost:.0f}" for cost in costs)
-        _log.info("us of each kind of layer, and of logits and sampling: %s", told)
-    *layers, tail = ranks.broadcast(costs)
-    by_kind = dict(zip(kinds, layers, strict=True))
-    return partition_layers([by_kind[layer] for layer in arch.layers], tail, ranks.mesh.pp)
+        _log.info("us of each kind of layers, and of logits and sampling: %s", told)
+    *measured, tail = ranks.broadcast(costs)
+    by_kind = dict(zip(kinds, measured, strict=True))
+    costs = [by_kind[run] for run in runs]
+    return partition_layers(costs, tail, ranks.mesh.pp, [len(run) for run in runs])
 
 
 @torch.inference_mode()
 def _measure(
-    config: EngineConfig, arch: Model, kinds: list[Layer], ranks: RankGroups, dtype: torch.dtype
+    config: EngineConfig,
+    arch: Model,
+    kinds: list[tuple[Layer, ...]],
+    ranks: RankGroups,
+    dtype: torch.dtype,
 ) -> list[float]:
-    """Seconds of one layer of each kind, then of logits and sampling; uses no other rank."""
+    """Seconds of one run of each kind, then of logits and sampling; uses no other rank."""
     rows = min(_ROWS, config.max_num_seqs)
     device = ranks.tensor.device
     costs = []
     tail = 0.0
     max_model_len = config.max_model_len or arch.max_len
     context = min(_CONTEXT, max_model_len)
-    shard = Shard(0, 1, 0, ranks.mesh.tp, config.enable_expert_parallel)
     for kind in kinds:
+        shard = Shard(0, len(kind), 0, ranks.mesh.tp, config.enable_expert_parallel)
         decoder = Decoder(
-            replace(arch, layers=(kind,)),
+            replace(arch, layers=kind),
             dtype=dtype,
             device=device,
             max_model_len=max_model_len,

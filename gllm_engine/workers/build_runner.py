@@ -96,9 +96,28 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
             f"assigned_layers: {config.assigned_layers} is {sum(cut)} layers, the model has "
             f"{num_layers}"
         )
+    starts = list(accumulate((len(run) for run in arch.runs()), initial=0))[:-1]
+    if len(starts) < stages:
+        raise ConfigError(
+            f"pipeline_parallel_size: {stages} is more than the {len(starts)} stages into which "
+            f"the model can be cut: {_where_to_cut(starts)}"
+        )
+    for first in accumulate(cut[:-1] if cut else ()):
+        if first not in starts:
+            raise ConfigError(
+                f"assigned_layers: {config.assigned_layers} lets a stage begin with layer {first}: "
+                f"{_where_to_cut(starts)}"
+            )
     size = config.tensor_parallel_size
     apart = config.enable_expert_parallel
     Shard(0, num_layers, size=size, experts_apart=apart).of(arch)
+
+
+def _where_to_cut(starts: list[int]) -> str:
+    return (
+        "layers that attend to the tokens that an earlier layer has chosen must be in its stage, "
+        f"so a stage can only begin with layer {', '.join(map(str, starts))}"
+    )
 
 
 def _shard(

@@ -148,14 +148,16 @@ def _cut(config: EngineConfig, arch: Model, dtype: torch.dtype) -> tuple[int, ..
     whole = (len(arch.layers),)
     if config.pipeline_parallel_size == 1:
         return whole
-    costs = [0.0] * len(arch.layers)
+    runs = arch.runs()
+    run_of = [number for number, run in enumerate(runs) for _ in run]  # of each layer
+    costs = [0.0] * len(runs)
     head = 0
     for name, num_bytes in _decoder(config, arch, dtype, whole, 0).weight_bytes().items():
         if layer := _LAYER.match(name):
-            costs[int(layer[1])] += num_bytes
+            costs[run_of[int(layer[1])]] += num_bytes
         elif not name.startswith("model.embed_positions"):
             head = max(head, num_bytes)  # the output projection, or the embedding
-    return partition_layers(costs, head, config.pipeline_parallel_size)
+    return partition_layers(costs, head, config.pipeline_parallel_size, [len(run) for run in runs])
 
 
 def _stage(

@@ -27,9 +27,10 @@ from gllm_engine.arch import (
     read_arch,
 )
 from gllm_engine.arch.formats import Awq, CompressedInt, Format, Gptq, Widened
-from gllm_engine.arch.model import GatedDelta
+from gllm_engine.arch.model import EarlierIndexer, GatedDelta
 from gllm_engine.arch.names import is_left_over
 from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
+from gllm_engine.arch.shard import Shard
 from gllm_engine.arch.tiny import tiny_config
 
 LLAMA_8B = {
@@ -389,16 +390,69 @@ def test_sparse_attention_at_full_size() -> None:
     assert v32.kv_bytes_per_token(2) == 2 * 61 * (512 + 64 + 128)
 
 
+def layers_with_an_indexer(num_layers: int, **over: Any) -> list[int]:
+    model = tiny("GlmMoeDsaForCausalLM", num_hidden_layers=num_layers, **over)
+    assert model.unknown_keys == ()
+    indexers = [layer.mixer.indexer for layer in model.layers]
+    assert {*indexers} <= {indexers[0], EarlierIndexer(12)}
+    return [i for i, indexer in enumerate(indexers) if isinstance(indexer, Indexer)]
+
+
+def test_layers_that_share_an_indexer() -> None:
+    """By a list, by letters, or by a rule; GLM-5.2 has the rule and the list."""
+    kinds = ["full", "shared", "shared", "full", "shared"]
+    assert layers_with_an_indexer(5, indexer_types=kinds) == [0, 3]
+    assert layers_with_an_indexer(5, index_topk_pattern="FSSFS") == [0, 3]
+    assert layers_with_an_indexer(5, index_topk_pattern=kinds) == [0, 3]
+    assert layers_with_an_indexer(5, index_topk_freq=1, index_skip_topk_offset=3) == [*range(5)]
+    assert layers_with_an_indexer(9, index_topk_freq=3) == [0, 1, 4, 7]
+    published = {"index_topk_freq": 4, "index_skip_topk_offset": 3}
+    own = [0, 1, *range(2, 78, 4)]
+    assert layers_with_an_indexer(78, **published) == own and len(own) == 21
+    types = ["full" if i in own else "shared" for i in range(78)]
+    assert layers_with_an_indexer(78, **published, indexer_types=types) == own
+
+
+def test_layers_that_share_an_indexer_stay_together() -> None:
+    model = tiny("GlmMoeDsaForCausalLM", num_hidden_layers=9, index_topk_freq=3)
+    runs = model.runs()
+    assert [len(run) for run in runs] == [1, 3, 3, 2]
+    assert sum(runs, ()) == model.layers
+    plain = tiny("GlmMoeDsaForCausalLM", num_hidden_layers=9)
+    assert plain.runs() == [(layer,) for layer in plain.layers]
+    # A token's latent and rotated key of each layer, and the index keys of four.
+    assert model.kv_bytes_per_token(2) == 2 * (9 * (32 + 16) + 4 * 24)
+    for first in (0, 1, 4, 7):
+        Shard(first, 9).weights(model)
+    for first in (2, 3, 5, 6, 8):
+        with pytest.raises(ValueError, match="first layer of a model or a pipeline stage"):
+            Shard(first, 9).weights(model)
+
+
 @pytest.mark.parametrize("family", ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"])
 @pytest.mark.parametrize(
     ("over", "message"),
     [
         (
-            {"indexer_types": ["full", "shared"]},
-            "indexer_types is ['full', 'shared'], but only a list of 2 of full is supported",
+            {"indexer_types": ["full", "half"]},
+            "indexer_types is ['full', 'half'], but only a list of 2 of full, shared is supported",
         ),
-        ({"index_topk_freq": 4}, "index_topk_freq is 4, but only 1 is supported"),
-        ({"index_topk_pattern": "FS"}, "index_topk_pattern is 'FS', but only null is supported"),
+        (
+            {"indexer_types": ["shared", "full"]},
+            "indexer_types gives the first layer no indexer, but there is none before",
+        ),
+        (
+            {"index_topk_pattern": "FSS"},
+            "index_topk_pattern is 'FSS', but only a list of 2 of F, S, full, shared is supported",
+        ),
+        (
+            {"index_topk_freq": 2, "index_skip_topk_offset": 0, "indexer_types": ["full"] * 2},
+            "index_topk_freq and indexer_types disagree about which layers have an indexer",
+        ),
+        (
+            {"index_topk_freq": 0},
+            "index_topk_freq is 0, but only a whole number from 1 to 16777216 is supported",
+        ),
         ({"q_lora_rank": None}, "q_lora_rank is missing, but the indexer needs it"),
         (
             {"index_head_dim": 12},
@@ -1206,7 +1260,8 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         ),
         (
             {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
-            "config.json: quantization_config: fmt is 'e5m2', but only \"e4m3\" is supported",
+            "config.json: quantization_config: fmt is 'e5m2', "
+            'but only "e4m3" or "float8_e4m3fn" is supported',
         ),
         (
             {"quantization_config": {"quant_method": "fp8", "activation_scheme": "none"}},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -64,6 +66,7 @@ INDEXER = [
         *("k_norm.weight", "k_norm.bias"),
     )
 ]
+INDEXER_PART = "self_attn.indexer.wk.weight"
 DEEPSEEK = ENDS + NORMS + LATENT_ATTENTION + EXPERTS + SHARED_EXPERTS
 DEEPSEEK_V3 = [*DEEPSEEK, f"{LAYER}mlp.gate.e_score_correction_bias"]
 QK_NORMS = [f"{LAYER}self_attn.{part}_norm.weight" for part in "qk"]
@@ -127,19 +130,28 @@ EXPECTED = {
     "Olmo3ForCausalLM": OLMO,
     "SmolLM3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "GraniteForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "GraniteMoeHybridForCausalLM": ENDS
+    + NORMS
+    + ATTENTION
+    + [f"{LAYER}shared_mlp.{part}_linear.weight" for part in ("input", "output")],
     "HunYuanDenseV1ForCausalLM": ENDS
     + NORMS
     + ATTENTION
     + MLP
     + [f"{LAYER}self_attn.{part}_layernorm.weight" for part in ("query", "key")],
+    "Ernie4_5_ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "Ernie4_5ForCausalLM": ENDS + NORMS + ATTENTION + MLP + ERNIE,
     "Phi3ForCausalLM": ENDS
     + NORMS
     + GLM_MLP
     + [f"{LAYER}self_attn.{part}_proj.weight" for part in ("qkv", "o")],
     "Ministral3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
+    "Mistral3ForConditionalGeneration": [
+        f"language_model.{name}" for name in ENDS + NORMS + ATTENTION + MLP
+    ],
     "Gemma2ForCausalLM": GEMMA,
     "Gemma3ForCausalLM": GEMMA + QK_NORMS,
+    "Gemma3ForConditionalGeneration": [f"language_model.{name}" for name in GEMMA + QK_NORMS],
     "Cohere2ForCausalLM": ENDS + NORMS[:1] + ATTENTION + MLP,
     "LlamaForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "MistralForCausalLM": ENDS + NORMS + ATTENTION + MLP,
@@ -464,8 +476,8 @@ def test_tensors_for_images_and_for_multi_token_prediction_are_left_over() -> No
         assert is_left_over(model, "mtp.layers.0.self_attn.q_proj.weight")
     whole = make_arch(tiny_config("Qwen3_5ForConditionalGeneration"))
     assert is_left_over(whole, "model.visual.blocks.0.attn.qkv.weight")
-    assert not is_left_over(whole, "model.language_model.visual.weight")
-    assert not is_left_over(whole, "visual.blocks.0.attn.qkv.weight")
+    assert not is_left_over(whole, "model.layers.0.visual.weight")
+    assert not is_left_over(whole, "lm_head.visual.weight")
     assert not is_left_over(make_arch(tiny_config("Qwen3ForCausalLM")), "mtp.fc.weight")
 
 
@@ -476,10 +488,77 @@ def test_left_overs() -> None:
     assert is_left_over(model, "model.layers.0.self_attn.rotary_emb.sin_cached")
     table = "transformer.rotary_pos_emb.inv_freq"
     assert is_left_over(make_arch(tiny_config("ChatGLMModel")), table)
-    assert not is_left_over(model, table)
     assert not is_left_over(model, "model.layers.11.self_attn.rotary_emb.inv_freq.weight")
     assert not is_left_over(model, "model.layers.11.self_attn.q_proj.weight")
     assert not is_left_over(model, "model.layers.2.self_attn.q_proj.weight")
+
+
+# Tensors that no text model of the family needs.
+UNUSED = {
+    "GPT2LMHeadModel": ["h.1.attn.bias", "h.1.attn.masked_bias"],
+    "GPTBigCodeForCausalLM": ["h.1.attn.bias"],
+    "GPTNeoXForCausalLM": ["layers.1.attention.masked_bias"],
+    "Qwen3NextForCausalLM": ["mtp.fc.weight"],
+    "Ernie4_5_MoeForCausalLM": ["mtp_block.0.mlp.up_proj.weight"],
+    **dict.fromkeys(
+        [name for name in FAMILIES if name.startswith("Qwen3_5")],
+        ["mtp.layers.0.input_layernorm.weight", "visual.blocks.0.attn.qkv.weight"],
+    ),
+    **dict.fromkeys(
+        ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
+        ["vision_tower.patch_embed.proj.weight", "mm_projector.proj.0.weight"],
+    ),
+    **dict.fromkeys(
+        ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"),
+        ["vision_tower.vision_model.head.weight", "multi_modal_projector.norm.weight"],
+    ),
+    "Llama4ForConditionalGeneration": ["vision_model.class_embedding"],
+}
+
+
+def every_variant(model: Model) -> list[Model]:
+    """The model with any of the names that its checkpoints have."""
+    models = []
+    for applies in product((False, True), repeat=len(model.names.variants)):
+        pairs = zip(model.names.variants, applies, strict=True)
+        variants = tuple(replace(variant, applies=flag) for variant, flag in pairs)
+        models.append(replace(model, names=replace(model.names, variants=variants)))
+    return models
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_overs_have_any_prefix_of_the_family(family: str) -> None:
+    model = make_arch(tiny_config(family))
+    more = replace(model, extra_layers=2)
+    none = replace(model, extra_layers=0)
+    n = len(model.layers)
+    prefixes = set()
+    for variant in every_variant(model):
+        names = checkpoint_tensors(variant)
+        assert not any(is_left_over(model, name) for name in names)
+        found = (re.match(r"(\D*)1\.", name) for name in names)
+        prefixes.add(next(match[1] for match in found if match))
+    for prefix in prefixes:
+        left = [i for i in range(n + 4) if is_left_over(more, f"{prefix}{i}.eh_proj.weight")]
+        assert left == [n, n + 1]
+        assert not is_left_over(none, f"{prefix}{n}.eh_proj.weight")
+        assert is_left_over(none, f"{prefix}0.self_attn.rotary_emb.inv_freq")
+        parts = prefix.split(".")[:-2]  # without "layers" and what follows the last dot
+        for name in UNUSED.get(family, []):
+            for count in range(len(parts) + 1):
+                assert is_left_over(none, ".".join([*parts[:count], name]))
+            assert not is_left_over(none, f"{prefix}1.{name}")
+    assert (model.names.unused is not None) == (family in UNUSED)
+
+
+def test_indexers_of_layers_that_use_an_earlier_one_are_left_over() -> None:
+    over = {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]}
+    model = make_arch(tiny_config("GlmMoeDsaForCausalLM", **over))
+    left = [i for i in range(3) if is_left_over(model, f"model.layers.{i}.{INDEXER_PART}")]
+    assert left == [1]
+    tensors = checkpoint_tensors(model)
+    held = [i for i in range(3) if f"model.layers.{i}.{INDEXER_PART}" in tensors]
+    assert held == [0, 2]
 
 
 @pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])

@@ -52,6 +52,16 @@ def nothing(path: Path) -> None:
     assert path.is_dir()
 
 
+def write_tiny_sharing(path: Path, layers: int = 2) -> None:
+    """Every other layer uses the choice of the one before."""
+    types = ["full", "shared"] * (layers // 2)
+    write_tiny_model(path, "GlmMoeDsaForCausalLM", num_hidden_layers=layers, indexer_types=types)
+
+
+def write_longer_sharing(path: Path) -> None:
+    write_tiny_sharing(path, 4)
+
+
 REFUSED: dict[str, tuple[Change, dict[str, Any], str]] = {
     "family": (settings(architectures=["NoSuchModel"]), {}, "NoSuchModel"),
     "key": (settings(hidden_act="tanh"), {}, "hidden_act"),
@@ -68,6 +78,14 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], str]] = {
     "stages": (nothing, {"pipeline_parallel_size": 9}, "9 is more than the 2 layers"),
     "cut": (
         nothing, {"pipeline_parallel_size": 2, "assigned_layers": "1,2"}, "is 3 layers"
+    ),
+    "stages of one run": (
+        write_tiny_sharing, {"pipeline_parallel_size": 2}, "a stage can only begin with layer 0"
+    ),
+    "cut of a run": (
+        write_longer_sharing, {"pipeline_parallel_size": 2, "assigned_layers": "1,3"},
+        "lets a stage begin with layer 1: layers that attend to the tokens that an earlier layer "
+        "has chosen must be in its stage, so a stage can only begin with layer 0, 2",
     ),
     "length": (nothing, {"max_model_len": 10**6}, "max_model_len: 1000000 is more than"),
 }  # fmt: skip
@@ -168,10 +186,13 @@ def test_slots_of_a_model_with_states_are_those_of_a_start(tmp_path: Path) -> No
 
 def test_unknown_keys_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tiny_model(tmp_path, some_scale=3.0)
-    assert check(tmp_path, device="cpu").unknown_keys == ["some_scale"]
+    report = check(tmp_path, device="cpu")
+    assert report.unknown_keys == ["some_scale"]
+    sentence = (
+        ": these keys are not known and have no effect: some_scale; if one of them changes the "
+        "model's arithmetic, the answers are wrong"
+    )
+    assert report.about_unknown_keys == f"config.json{sentence}"
     with LLM(str(tmp_path), device="none"):
         told = [record.getMessage() for record in caplog.records if "not known" in record.message]
-    assert told == [
-        f"{tmp_path / 'config.json'}: these keys are not known and have no effect: some_scale; if "
-        "one of them changes the model's arithmetic, the answers are wrong"
-    ]
+    assert told == [f"{tmp_path / 'config.json'}{sentence}"]

@@ -19,7 +19,8 @@ from gllm_engine.model.tiny import write_tiny_model
 
 TOLERANCE = 2e-5  # of logits up to about 12
 # transformers makes no text model of these.
-OTHERS = ("ChatGLM", "KimiK25", "Kimi_K25", "Llama4ForConditional")
+OTHERS = ("ChatGLM", "KimiK25", "Kimi_K25", "Llama4ForConditional", "Gemma3ForConditional")
+OTHERS += ("Mistral3ForConditional",)
 HF_FAMILIES = [name for name in FAMILIES if not name.startswith(OTHERS)]
 
 MSCALE_YARN = {
@@ -42,6 +43,14 @@ MOONLIGHT = {
     "rope_theta": 50_000.0,
     "num_nextn_predict_layers": 0,
 }
+# Zero switches off.
+DEVSTRAL2 = MSCALE_YARN | {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "mscale_all_dim": 0.0,
+    "llama_4_scaling_beta": 0.0,
+}
+SHARING = ["full", "shared", "shared", "full", "shared"]
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -85,6 +94,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DeepseekV32ForCausalLM", {"rope_scaling": MSCALE_YARN, "index_topk": 1}),
     ("DeepseekV32ForCausalLM", {"index_topk": 60, "index_head_dim": 16}),
     ("GlmMoeDsaForCausalLM", {"index_n_heads": 24, "mlp_layer_types": ["sparse", "dense"]}),
+    ("GlmMoeDsaForCausalLM", {"num_hidden_layers": 5, "indexer_types": SHARING}),
+    (
+        "GlmMoeDsaForCausalLM",
+        {"num_hidden_layers": 6, "index_topk_freq": 2, "index_skip_topk_offset": 3},
+    ),
+    ("GlmMoeDsaForCausalLM", {"num_hidden_layers": 4, "index_topk_freq": 3}),
+    ("GlmMoeDsaForCausalLM", {"num_hidden_layers": 3, "index_topk_pattern": "FSF"}),
     ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("LlamaForCausalLM", {"num_key_value_heads": 1, "head_dim": 24}),
@@ -145,6 +161,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("SmolLM3ForCausalLM", {"no_rope_layers": None, "no_rope_layer_interval": 2}),
     ("SmolLM3ForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     ("GraniteForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("GraniteMoeHybridForCausalLM", {"position_embedding_type": None, "attention_bias": True}),
+    ("Ministral3ForCausalLM", {"rope_parameters": DEVSTRAL2}),
     ("HunYuanDenseV1ForCausalLM", {"attention_bias": True, "rope_scaling": None}),
     ("Ernie4_5ForCausalLM", {"use_bias": False, "tie_word_embeddings": True}),
     ("Phi3ForCausalLM", {"rope_scaling": None, "sliding_window": None}),
@@ -347,6 +365,70 @@ def test_the_text_part_of_kimi_k25(tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = model(input_ids=tokens[None]).logits[0]
     assert theirs.std() > 0.1
+    torch.testing.assert_close(all_logits(load(tmp_path), tokens), theirs, rtol=0, atol=TOLERANCE)
+
+
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "over"),
+    [
+        ("Gemma3ForConditionalGeneration", {"mm_tokens_per_image": 4, "image_token_index": 383}),
+        ("Mistral3ForConditionalGeneration", {"image_token_index": 383}),
+        (
+            "Mistral3ForConditionalGeneration",
+            {
+                "image_token_index": 383,
+                "text_config": tiny_config("MistralForCausalLM", head_dim=32, sliding_window=None),
+            },
+        ),
+    ],
+    ids=["gemma3", "ministral3", "mistral"],
+)
+def test_the_text_part_of_gemma3_and_mistral3(
+    tmp_path: Path, family: str, over: dict[str, Any]
+) -> None:
+    """By the names of transformers' whole model, and by those of published files."""
+    kind = "pixtral" if family.startswith("Mistral3") else "siglip_vision_model"
+    config = tiny_config(family) | {"vision_config": SIGLIP | {"model_type": kind}} | over
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(
+        transformers.AutoConfig.for_model(**config)
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    names = load_file(file)
+    assert any("vision_tower." in name for name in names)
+    tokens = some_tokens(40)
+    with torch.no_grad():
+        theirs = model(input_ids=tokens[None]).logits[0]
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(all_logits(load(tmp_path), tokens), theirs, rtol=0, atol=TOLERANCE)
+    is_new = any(name.startswith("model.language_model.") for name in names)
+    one, other = "model.language_model.", "language_model.model."
+    if not is_new:
+        one, other = other, one
+    state = {
+        name.replace(one, other).replace(
+            *(
+                ("lm_head", "language_model.lm_head")
+                if is_new
+                else ("language_model.lm_head", "lm_head")
+            )
+        ): tensor
+        for name, tensor in names.items()
+    }
+    save_file(state, file)
     torch.testing.assert_close(all_logits(load(tmp_path), tokens), theirs, rtol=0, atol=TOLERANCE)
 
 

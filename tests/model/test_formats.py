@@ -273,6 +273,18 @@ def test_scales_in_other_shapes_and_dtypes(tmp_path: Path) -> None:
         assert torch.equal(all_logits(load(model), some_tokens(20)), logits)
 
 
+@pytest.mark.parametrize("family", ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"])
+def test_scales_that_a_float32_cannot_hold(tmp_path: Path, family: str) -> None:
+    model = write(tmp_path, family, block(16, 16))
+    experts = "experts.5." if "Moe" in family else ""
+    name = f"model.layers.1.mlp.{experts}up_proj.weight_scale_inv"
+    rewrite(model, lambda t: t.update({name: t[name].double()}))
+    assert refusal(model) == (
+        f"{model / 'model.safetensors'}: tensor {name} has dtype F64; "
+        "supported: F32, F16, BF16, F8_E8M0"
+    )
+
+
 def reshaped(tensors: Tensors, shape: list[int]) -> Tensors:
     return {n: t.reshape(shape) for n, t in tensors.items() if n.endswith("_scale")}
 
@@ -464,7 +476,7 @@ def test_scales_beside_a_plain_weight(blocks: Path) -> None:
 
 def test_scales_that_are_whole_numbers(blocks: Path) -> None:
     rewrite(blocks, lambda t: t.update({SCALE: t[SCALE].to(torch.int32)}))
-    assert f"tensor {SCALE} has dtype I32; supported: F64, F32, F16, BF16" in refusal(blocks)
+    assert f"tensor {SCALE} has dtype I32; supported: F32, F16, BF16, F8_E8M0" in refusal(blocks)
 
 
 def test_float8_where_no_format_is_known(blocks: Path) -> None:

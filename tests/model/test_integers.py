@@ -334,6 +334,38 @@ def test_tensors_that_are_not_as_supported(gptq: Path) -> None:
     assert f"{MODULE}qweight has no {MODULE}scales beside it" in refusal(gptq)
 
 
+# The scales of one expert.
+SCALES = {
+    "GPTQ": ("model.layers.1.mlp.experts.3.up_proj.scales", GPTQ),
+    "AWQ": ("model.layers.1.mlp.experts.3.up_proj.scales", AWQ),
+    "INT4": ("model.layers.1.mlp.experts.3.up_proj.weight_scale", int4()),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_of_an_expert_in_another_dtype(tmp_path: Path, name: str) -> None:
+    """All experts of a layer have one dtype of scales, which must hold what is stored exactly."""
+    scales, config = SCALES[name]
+    model = write(tmp_path, "Qwen3MoeForCausalLM", config)
+    whole = load_file(model / "model.safetensors")
+    usual = whole[scales].dtype
+    others = {torch.float16, torch.bfloat16, torch.float32} - {usual}
+    told = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+    for other in others:
+        rewrite(model, lambda t, other=other: t.update({scales: whole[scales].to(other)}))
+        assert refusal(model) == (
+            f"{model / 'model.safetensors'}: tensor {scales} has dtype {told[other]}; "
+            f"supported: {told[usual]}"
+        )
+    if config is AWQ:  # scales beside zero points are never held as float32
+        return
+    rewrite(model, lambda t: [t.clear(), t.update(whole)])
+    right = all_logits(load(model), some_tokens(20))
+    wide = {n: t.float() for n, t in whole.items() if n.endswith(("scales", "_scale"))}
+    rewrite(model, lambda t: t.update({n: t for n, t in wide.items() if n != scales}))
+    torch.testing.assert_close(all_logits(load(model), some_tokens(20)), right, rtol=0, atol=1e-5)
+
+
 def test_rows_that_share_an_int32_with_another_weight(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path, "Qwen3ForCausalLM", head_dim=4, num_key_value_heads=1)
     set_config(model, AWQ)

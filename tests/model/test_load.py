@@ -130,11 +130,17 @@ def test_a_selection_bias_is_not_rounded(tmp_path: Path) -> None:
     assert torch.equal(held, stored) and not torch.equal(held.bfloat16().float(), stored)
 
 
-@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
-def test_scales_of_a_quantised_cache(model: Path, name: str) -> None:
-    """A float8 KV cache has none; leaving them out would change the numbers."""
+@pytest.mark.parametrize("name", ["k_scale", "v_proj.output_scale", "k_proj.k_scale"])
+def test_scales_of_a_quantised_cache(
+    model: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """K and V are stored without scales; a user is told so."""
+    caplog.set_level("INFO")
     name = f"model.layers.0.self_attn.{name}"
     rewrite(model, lambda t: t.update({name: torch.tensor(0.02)}))
+    load(model)
+    assert f"{model}: scales of a float8 KV cache are not used" in caplog.text
+    rewrite(model, lambda t: t.update({name: torch.ones(2)}))
     assert f"tensor {name} is left over; the model has no place for it" in refusal(model)
 
 

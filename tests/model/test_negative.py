@@ -97,6 +97,15 @@ def indexer(**change: Any) -> Change:
     return lambda m: m.each(mixer=changed)
 
 
+def indexer_of_its_own_only(m: Model) -> Model:
+    """Layers that share one attend to everything."""
+
+    def changed(_: int, layer: Layer) -> Any:
+        return replace(layer.mixer, indexer=None) if layer.needs_earlier else layer.mixer
+
+    return m.each(mixer=changed)
+
+
 def wide_rope(m: Model) -> Model:
     """In layers with softmax attention, all channels rotate."""
     rope = next(layer.mixer.rope for layer in m.layers if isinstance(layer.mixer, Gqa))
@@ -132,6 +141,7 @@ QWEN2_MOE, QWEN3_MOE = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 QWEN3_NEXT, QWEN3_5 = "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"
 QWEN3_5_MOE = "Qwen3_5MoeForCausalLM"
 GLM4_MOE, ERNIE_MOE = "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM"
+SHARING = {"indexer_types": ["full", "shared"]}
 V32, GLM_DSA = "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"
 DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
 KIMI, NEOX = "KimiK2ForCausalLM", "GPTNeoXForCausalLM"
@@ -250,6 +260,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "shared gate of a hybrid": (QWEN3_NEXT, {}, ffn(shared_gate=False)),
     "renorm of a hybrid": (QWEN3_5_MOE, {}, routing(renorm=False)),
     "indexer": (V32, {}, mixer(indexer=None)),
+    "an earlier layer's choice": (GLM_DSA, SHARING, indexer_of_its_own_only),
     "indexer's top_k": (V32, {}, indexer(top_k=13)),
     "indexer's rope": (V32, {}, indexer_interleaved),
     "indexer's rope, GLM": (GLM_DSA, {}, indexer_interleaved),

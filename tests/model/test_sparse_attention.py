@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import CPU, PAGE, all_logits, load, make_batch, poisoned_cache, run, some_tokens
@@ -84,6 +87,24 @@ def test_pieces_are_the_whole(sparse: Decoder, dtype: torch.dtype | None) -> Non
     pieces = in_pieces(sparse, tokens, [1, 6, 17, 1, 1, 9, 2, 4], dtype)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=2e-5)
     assert torch.equal(whole, all_logits(sparse, tokens)) == (dtype is None)
+
+
+def test_only_layers_with_an_indexer_have_index_keys(tmp_path: Path) -> None:
+    """The weights of the others are left out too, also where a checkpoint has them."""
+    sizes = {"num_hidden_layers": 3}
+    write_tiny_model(tmp_path, "GlmMoeDsaForCausalLM", **sizes)
+    over = sizes | {"indexer_types": ["full", "full", "shared"]}
+    config = tiny_config("GlmMoeDsaForCausalLM", **over)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    decoder = load(tmp_path)
+    assert not any("layers.2.self_attn.indexer" in name for name in decoder.weights())
+    assert [len(layer) for layer in decoder.new_cache(3, PAGE)] == [2, 2, 1]
+    width = 3 * (32 + 16) + 2 * 24
+    assert decoder.page_bytes(PAGE, torch.float32) == 4 * PAGE * width
+    tokens = some_tokens(41)
+    whole = in_pieces(decoder, tokens, [41])
+    pieces = in_pieces(decoder, tokens, [1, 6, 17, 1, 1, 9, 2, 4])
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=2e-5)
 
 
 def test_a_page_has_index_keys(sparse: Decoder, dense: Decoder) -> None:

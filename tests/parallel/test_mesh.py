@@ -62,6 +62,12 @@ def test_among_equals_the_most_even() -> None:
     assert partition_layers([1.0] * 9, 50.0, 3) == (4, 4, 1)
 
 
+def test_runs_of_layers_stay_whole() -> None:
+    assert partition_layers([1.0, 1.0, 4.0, 4.0, 2.0], 0.0, 2, [1, 1, 4, 4, 2]) == (6, 6)
+    assert partition_layers([1.0, 4.0, 4.0], 0.0, 2, [1, 4, 4]) == (5, 4)
+    assert partition_layers([1.0, 4.0, 4.0], 9.0, 3, [1, 4, 4]) == (1, 4, 4)
+
+
 def test_fewer_layers_than_stages_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 layers cannot be cut into 3 stages"):
+    with pytest.raises(ValueError, match="2 runs of layers cannot be cut into 3 stages"):
         partition_layers([1.0, 1.0], 0.0, 3)

@@ -68,6 +68,24 @@ def test_every_family_has_its_weights_and_can_be_sized(family: str) -> None:
     assert all(text for use in found.kernels for text in use.kernels.values())
 
 
+def test_stages_have_whole_runs_of_layers() -> None:
+    """Layers that use the choice of an earlier one are in its stage, and store no index keys."""
+    types = ["full", "full", "shared", "shared", "full", "shared"]
+    over = {"num_hidden_layers": 6, "indexer_types": types}
+    arch = make_arch(tiny_config("GlmMoeDsaForCausalLM", **over))
+    found = estimate(small(pipeline_parallel_size=2), arch, 8 * GIB)
+    assert [stage.first_layer for stage in found.stages] in ([0, 1], [0, 4])
+    parts = {use.part: use.layers for use in found.kernels}
+    latents = "latent attention, 4 heads, latents of 48, "
+    assert parts[f"{latents}own choice of 12 tokens"] == 3
+    assert parts[f"{latents}an earlier layer's choice of 12 tokens"] == 3
+    dense = 32 + 16  # of a token in a layer: the latent and the rotated key
+    for stage in found.stages:
+        kinds = types[stage.first_layer : stage.last_layer + 1]
+        width = len(kinds) * dense + kinds.count("full") * 24
+        assert stage.kv_cache == found.num_pages * 16 * 2 * width
+
+
 @pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
 def test_float8_weights_take_half(family: str) -> None:
     blocks = {"quant_method": "fp8", "weight_block_size": [32, 32]}

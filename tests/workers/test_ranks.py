@@ -70,6 +70,7 @@ HYBRID = LAYERS | {
         *("linear_attention", "full_attention"),
     ]
 }
+SHARED_CHOICE = LAYERS | {"indexer_types": ["full", "full", "shared", "full", "shared"]}
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 # Ranks' shares begin and end inside these.
 CUT_BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 40]}
@@ -96,8 +97,9 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
     ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
-    ("DeepseekV32ForCausalLM", {}, "tp2 x pp2"),
-    ("GlmMoeDsaForCausalLM", {}, "ep2"),
+    ("DeepseekV32ForCausalLM", {}, "ep2"),
+    # Stages of three layers and two, because the third uses the choice of the second.
+    ("GlmMoeDsaForCausalLM", SHARED_CHOICE, "tp2 x pp2"),
     ("DeepseekV2ForCausalLM", {"q_lora_rank": None}, "ep2 x pp2"),
     ("KimiK2ForCausalLM", {}, "tp4"),
     ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),

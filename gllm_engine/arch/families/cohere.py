@@ -42,4 +42,6 @@ def cohere2(c: Fields) -> Model:
         logit_scale=c.real("logit_scale"),
     )
     every = c.count("sliding_window_pattern")
+    c.require(order_of_interleaved_layers="local_attn_first", layer_switch=every)
+    c.ignore("use_embedding_sharing")
     return with_layer_types(c, model, full_every=every, full=None, sliding=rope)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from gllm_engine.arch.checkpoint import Renames
+from gllm_engine.arch.checkpoint import Names, Renames, Variant
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Activation, Dense, Gqa, Layer, Mla, Model
 from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
@@ -43,6 +43,23 @@ LANGUAGE_MODEL: Renames = (
     ("model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
+
+
+def beside_images(names: Names) -> Names:
+    """The names of a text model that is stored beside a model for images."""
+    in_transformers = Variant(
+        r"^model\.language_model\.",
+        (
+            ("language_model.model.", "model.language_model."),
+            ("language_model.lm_head.", "lm_head."),
+        ),
+    )
+    return replace(
+        names,
+        renames=(*names.renames, *LANGUAGE_MODEL),
+        variants=(*names.variants, in_transformers),
+        unused=r"(vision_tower|mm_projector|multi_modal_projector)\.",
+    )
 
 
 def read_head_dim(c: Fields) -> int:
@@ -123,8 +140,10 @@ def with_mixers_by_layer(model: Model, **changes: Sequence[Any]) -> Model:
 
 def with_window(c: Fields, model: Model) -> Model:
     """Give every layer the window in `sliding_window`, if there is one."""
-    c.require(layer_types=None)
-    return with_mixers(model, window=c.optional_count("sliding_window"))
+    window = c.optional_count("sliding_window")
+    kind = "full_attention" if window is None else "sliding_attention"
+    c.choices("layer_types", len(model.layers), (kind,))
+    return with_mixers(model, window=window)
 
 
 def read_layer_types(c: Fields, other: str, usually: Sequence[bool]) -> Sequence[bool]:

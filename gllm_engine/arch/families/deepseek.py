@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from math import log
 
-from gllm_engine.arch.checkpoint import Names, Variant
+from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import (
-    LANGUAGE_MODEL,
     MAX_EXPERTS,
     MAX_LAYERS,
+    beside_images,
     read_decoder,
     read_routing,
 )
 from gllm_engine.arch.families.llama import LLAMA
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Indexer, Mla, Model, Moe
+from gllm_engine.arch.model import EarlierIndexer, Indexer, Mla, Model, Moe
 from gllm_engine.arch.rope import Rope, YarnScaling, read_rope, rope_object
 from gllm_engine.routing import Routing
 
@@ -50,19 +50,7 @@ def deepseek_v3(c: Fields) -> Model:
     return with_experts(c, read_decoder(c, _read_mla(c)))
 
 
-_KIMI_K25_NAMES = Names(
-    renames=(*_NAMES.renames, *LANGUAGE_MODEL),
-    variants=(
-        Variant(  # as transformers names them
-            r"^model\.language_model\.",
-            (
-                ("language_model.model.", "model.language_model."),
-                ("language_model.lm_head.", "lm_head."),
-            ),
-        ),
-    ),
-    unused=r"(model\.)?(vision_tower|mm_projector)\.",
-)
+_KIMI_K25_NAMES = beside_images(_NAMES)
 
 
 def kimi_k25(c: Fields) -> Model:
@@ -103,6 +91,9 @@ def deepseek_v2(c: Fields) -> Model:
     return _with_routed_experts(c, read_decoder(c, _read_mla(c)), routing, experts)
 
 
+# Of layers in index_topk_pattern.
+_LETTERS = {"F": "full", "S": "shared"}
+
 DEEPSEEK_V32 = DEEPSEEK_V3 | {
     "max_position_embeddings": 163840,
     "index_n_heads": 64,
@@ -113,15 +104,47 @@ DEEPSEEK_V32 = DEEPSEEK_V3 | {
 
 
 def deepseek_v32(c: Fields) -> Model:
-    """V3 with the indexer of DeepSeek Sparse Attention in every layer.
-
-    Layers that use the choice of an earlier layer, as in GLM-5.2, are not supported.
+    """V3 with DeepSeek Sparse Attention: every layer has an indexer or, as in GLM-5.2, uses the
+    choice of the last one that has.
     """
     mixer = _read_mla(c)
-    model = read_decoder(c, replace(mixer, indexer=_read_indexer(c, mixer)))
-    c.choices("indexer_types", len(model.layers), ("full",))
-    c.require(index_topk_freq=1, index_topk_pattern=None)
+    indexer = _read_indexer(c, mixer)
+    own = replace(mixer, indexer=indexer)
+    model = read_decoder(c, own)
+    earlier = replace(mixer, indexer=EarlierIndexer(indexer.top_k))
+    shares = _read_sharing_layers(c, len(model.layers))
+    model = model.each(mixer=lambda i, _: earlier if shares[i] else own)
     return with_experts(c, model)
+
+
+def _read_sharing_layers(c: Fields, num_layers: int) -> list[bool]:
+    """Whether each layer uses the choice of an earlier one.
+
+    A config says so by up to three keys, of which all that it has must agree.
+    """
+    every = c.count("index_topk_freq", 1)
+    first = c.count("index_skip_topk_offset", 2, least=0) - 1
+    usually = ["shared" if max(i - first, 0) % every else "full" for i in range(num_layers)]
+    found = {"index_topk_freq": usually}
+    pattern = c.choices("index_topk_pattern", num_layers, ("F", "S", "full", "shared"))
+    if pattern is not None:
+        found["index_topk_pattern"] = [_LETTERS.get(kind, kind) for kind in pattern]
+    types = c.choices("indexer_types", num_layers, ("full", "shared"))
+    if types is not None:
+        found["indexer_types"] = types
+    if len(found) > 1 and not c.has("index_topk_freq"):
+        del found["index_topk_freq"]
+    *others, (key, kinds) = found.items()
+    for other, its_kinds in others:
+        if its_kinds != kinds:
+            raise ArchError(
+                f"{c.name}: {other} and {key} disagree about which layers have an indexer"
+            )
+    if kinds[0] != "full":
+        raise ArchError(
+            f"{c.name}: {key} gives the first layer no indexer, but there is none before"
+        )
+    return [kind == "shared" for kind in kinds]
 
 
 def _read_mla(c: Fields) -> Mla:

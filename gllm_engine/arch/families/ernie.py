@@ -63,12 +63,14 @@ _MOE_NAMES = Names(
         ("mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
     ),
     layouts=((r"e_score_correction_bias$", Layout(as_row=True)),),
-    unused=r"model\.mtp_\w+\.\d+\.",
+    unused=r"mtp_\w+\.\d+\.",
 )
 
 
 def ernie_moe(c: Fields) -> Model:
     c.require(use_bias=False, moe_gate="topk", moe_gate_act="softmax", moe_group_experts=False)
+    c.require(compression_ratio=1.0, scale_qk_coeff=1.0, moe_use_aux_free=True)
+    c.ignore("sinkhorn_2gate", "sinkhorn_temp", "freq_allocation")
     model = read_decoder(c, read_gqa(c, read_interleaved_rope(c)))
     experts = c.count("moe_num_experts", most=MAX_EXPERTS)
     hidden = c.count("moe_intermediate_size")

@@ -46,7 +46,6 @@ _CHATGLM_NAMES = Names(
         ("mlp.up_proj", "mlp.dense_h_to_4h"),
         ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ),
-    unused=r"transformer\.rotary_pos_emb\.inv_freq$",
 )
 
 
@@ -54,6 +53,8 @@ def chatglm(c: Fields) -> Model:
     c.require(multi_query_attention=True, rmsnorm=True, post_layer_norm=True, original_rope=True)
     c.require(apply_residual_connection_post_layernorm=False, vision_config=None)
     c.require(pre_seq_len=None, prefix_projection=False, quantization_bit=0)
+    # num_layers counts. Scaling by layers divides by a factor, and multiplies again.
+    c.ignore("num_hidden_layers", "apply_query_key_layer_scaling")
     bias = c.flag("add_bias_linear")
     head_dim = c.count("kv_channels")
     if head_dim % 4:

@@ -53,7 +53,7 @@ _GPT2_NAMES = Names(
     renames=_GPT2_RENAMES,
     variants=(Variant(r"^(wte|wpe|h|ln_f)\.", (("transformer.", ""),)),),
     layouts=((r"\.(attn|mlp)\.c_\w+\.weight$", Layout(transposed=True)),),
-    unused=rf"(transformer\.)?h\.\d+\.attn{_MASK}",
+    unused=rf"h\.\d+\.attn{_MASK}",
 )
 
 
@@ -64,11 +64,12 @@ def gpt2(c: Fields) -> Model:
 
 # StarCoder and SantaCoder: GPT-2 with one key/value head.
 GPT_BIGCODE = GPT2 | {"activation_function": "gelu_pytorch_tanh"}
-_GPT_BIGCODE_NAMES = Names(renames=_GPT2_RENAMES, unused=rf"transformer\.h\.\d+\.attn{_MASK}")
+_GPT_BIGCODE_NAMES = Names(renames=_GPT2_RENAMES, unused=rf"h\.\d+\.attn{_MASK}")
 
 
 def gpt_bigcode(c: Fields) -> Model:
-    c.require(multi_query=True)
+    c.require(multi_query=True, num_key_value_heads=1)
+    c.ignore("pad_key_length", "validate_runner_input", "inference_runner")
     return replace(_gpt2(c, kv_heads=1), names=_GPT_BIGCODE_NAMES)
 
 
@@ -127,7 +128,7 @@ _GPT_NEOX_NAMES = Names(
         ("mlp.down_proj", "mlp.dense_4h_to_h"),
     ),
     layouts=((r"attention\.query_key_value\.", Layout(by_head=True)),),
-    unused=rf"gpt_neox\.layers\.\d+\.attention(\.rotary_emb\.inv_freq$|{_MASK})",
+    unused=rf"layers\.\d+\.attention{_MASK}",
 )
 
 
@@ -163,7 +164,8 @@ _STARCODER2_NAMES = Names(renames=(("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj"
 
 
 def starcoder2(c: Fields) -> Model:
-    c.require(norm_type="layer_norm", mlp_type="default")
+    c.require(norm_type="layer_norm", mlp_type="default", scale_attn_weights=True)
+    c.ignore("activation_function", "layer_norm_epsilon")  # hidden_act and norm_epsilon count
     bias = c.flag("use_bias")
     ffn = Dense(c.count("intermediate_size"), bias, bias, act="gelu_tanh", gated=False)
     model = read_decoder(c, read_gqa(c, bias_key="use_bias"), ffn, eps_key="norm_epsilon")

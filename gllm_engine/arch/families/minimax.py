@@ -44,6 +44,8 @@ _NAMES = Names(
 def minimax_m2(c: Fields) -> Model:
     c.require(use_qk_norm=True, qk_norm_type="per_layer", sliding_window=None)
     c.require(scoring_func="sigmoid", use_routing_bias=True, shared_intermediate_size=0)
+    c.require(layernorm_full_attention_beta=1.0, layernorm_mlp_beta=1.0)
+    c.ignore("layernorm_linear_attention_beta", "mlp_intermediate_size", "shared_moe_mode")
     head_dim = read_head_dim(c)
     if c.has("rotary_dim"):
         c = c.with_defaults(partial_rotary_factor=c.count("rotary_dim") / head_dim)

@@ -32,4 +32,5 @@ _NAMES = Names(
 
 def phi3(c: Fields) -> Model:
     c.require(attention_bias=False, mlp_bias=False, lm_head_bias=False)
+    c.require(full_attn_mod=1, interpolate_factor=1)
     return replace(mistral(c), names=_NAMES)

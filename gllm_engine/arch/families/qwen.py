@@ -37,6 +37,7 @@ QWEN3 = QWEN2 | {"head_dim": 128}
 
 
 def qwen3(c: Fields) -> Model:
+    c.require(use_qk_norm=True)
     return _with_windows(c, with_mixers(llama(c), qk_norm="head"))
 
 

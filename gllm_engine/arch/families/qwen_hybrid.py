@@ -88,7 +88,7 @@ _QWEN3_5_NAMES = Names(
     ),
     variants=(_BESIDE_IMAGES,),
     layouts=((r"self_attn\.q_proj\.", _BY_HEAD),),
-    unused=r"(mtp|model\.visual)\.",
+    unused=r"(mtp|visual)\.",
 )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gllm_engine.arch.families import (
@@ -31,12 +32,20 @@ from gllm_engine.arch.model import Model
 
 class Family(NamedTuple):
     """`defaults`: for keys that a config may omit. `text_key`: the key of the object that describes
-    the text model, beside other models; None: the config itself does.
+    the text model, beside other models; None: the config itself does. `others`: in place of this
+    family, for other values of model_type in that object.
     """
 
     read: Callable[[Fields], Model]
     defaults: dict[str, Any]
     text_key: str | None = None
+    others: Mapping[str, Family] = MappingProxyType({})
+
+    def of(self, config: dict[str, Any]) -> Family:
+        """The family that describes the text model of a config."""
+        text = config.get(self.text_key or "")
+        kind = text.get("model_type") if isinstance(text, dict) else None
+        return self.others.get(kind, self) if isinstance(kind, str) else self
 
 
 # The order is that of choice, if a config names several, and of messages.
@@ -63,12 +72,21 @@ FAMILIES: dict[str, Family] = {
     "Olmo3ForCausalLM": Family(olmo.olmo3, olmo.OLMO3),
     "SmolLM3ForCausalLM": Family(smollm.smollm3, smollm.SMOLLM3),
     "GraniteForCausalLM": Family(granite.granite, granite.GRANITE),
+    "GraniteMoeHybridForCausalLM": Family(granite.granite_hybrid, granite.GRANITE_HYBRID),
     "HunYuanDenseV1ForCausalLM": Family(hunyuan.hunyuan, hunyuan.HUNYUAN),
     "Ernie4_5ForCausalLM": Family(ernie.ernie, ernie.ERNIE),
+    "Ernie4_5_ForCausalLM": Family(ernie.ernie, ernie.ERNIE),  # an older name of the same
     "Phi3ForCausalLM": Family(phi.phi3, phi.PHI3),
     "Ministral3ForCausalLM": Family(mistral.ministral3, mistral.MINISTRAL3),
+    "Mistral3ForConditionalGeneration": Family(
+        mistral.mistral_vision,
+        mistral.MISTRAL,
+        "text_config",
+        {"ministral3": Family(mistral.ministral3_vision, mistral.MINISTRAL3, "text_config")},
+    ),
     "Gemma2ForCausalLM": Family(gemma.gemma2, gemma.GEMMA2),
     "Gemma3ForCausalLM": Family(gemma.gemma3, gemma.GEMMA3),
+    "Gemma3ForConditionalGeneration": Family(gemma.gemma3_vision, gemma.GEMMA3, "text_config"),
     "Cohere2ForCausalLM": Family(cohere.cohere2, cohere.COHERE2),
     "Starcoder2ForCausalLM": Family(gpt.starcoder2, gpt.STARCODER2),
     "GPT2LMHeadModel": Family(gpt.gpt2, gpt.GPT2),
