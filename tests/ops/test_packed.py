@@ -17,6 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 def every_byte(rows: int, depth: int, is_float: bool, group: int, count: int) -> PackedWeight:
     """Random bytes; scales that differ much."""
     numbers = torch.randint(0, 256, (count, rows, depth // 2), dtype=torch.uint8)
@@ -265,12 +270,37 @@ def test_on_a_gpu(kind: torch.dtype, group: int, depth: int) -> None:
                     x.double(), stack[1], bias.double(), *more[1:]
                 )
                 assert (found - right).norm() < 0.02 * right.norm()
-        down = every_byte(depth, 224, True, 32, 4)
-        gate_up = every_byte(448, depth, True, 32, 4)
-        for tokens in (1, 9, 40, 130, 900):
-            x = torch.randn(tokens, depth).bfloat16() / 16
-            experts = torch.rand(tokens, 4).argsort(1)[:, :2].int().contiguous()
-            args = (torch.rand(tokens, 2), experts, gate_up, down, 0, 4)
-            right = reference.sum_experts(x.double(), *args)
-            found = flashinfer.sum_experts(x, *args).float()
+        check_experts_on_a_gpu(
+            every_byte(448, depth, True, 32, 4), every_byte(depth, 224, True, 32, 4)
+        )
+
+
+def check_experts_on_a_gpu(gate_up: PackedWeight, down: PackedWeight) -> None:
+    """Of four experts, in tiles of all sizes."""
+    from gllm_engine.ops import flashinfer
+
+    for tokens in (1, 9, 40, 130, 900):
+        x = torch.randn(tokens, down.shape[1]).bfloat16() / 16
+        experts = torch.rand(tokens, 4).argsort(1)[:, :2].int().contiguous()
+        args = (torch.rand(tokens, 2), experts, gate_up, down, 0, 4)
+        right = reference.sum_experts(x.double(), *args)
+        found = flashinfer.sum_experts(x, *args).float()
+        assert (found - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "depth"), [(32, 2880), (128, 2048)])
+def test_zero_points_on_a_gpu(group: int, depth: int) -> None:
+    """As AWQ and GPTQ have them, with scales in float16, beside activations in bfloat16."""
+    from gllm_engine.ops import flashinfer
+
+    with torch.device("cuda"):
+        stack = with_zeros(448, depth, group, 4)
+        for rows in (1, 8, 33, 65, 300, 700):
+            x = torch.randn(rows, depth).bfloat16() / 16
+            right = reference.linear(x.double(), stack[1])
+            assert (flashinfer.linear(x, stack[1]) - right).norm() < 0.02 * right.norm()
+            right = reference.gated_linear(x.double(), stack[1], None, None)
+            found = flashinfer.gated_linear(x, stack[1], None, None)
             assert (found - right).norm() < 0.02 * right.norm()
+        check_experts_on_a_gpu(stack, with_zeros(depth, 224, 32, 4))
