@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
-from gllm_engine.ops import PackedWeight, pack, pack_codes, quantize_int4, quantize_mxfp4, reference
+from gllm_engine.ops import (
+    PackedWeight,
+    Weight,
+    pack,
+    pack_codes,
+    quantize_int4,
+    quantize_mxfp4,
+    reference,
+)
 from gllm_engine.routing import Clamp
 
 interpreted = pytest.mark.skipif(
@@ -107,6 +116,33 @@ def test_experts_with_zero_points(group: int) -> None:
     dim = 5 * group
     held = (1, 3)
     check_experts(with_zeros(128, dim, group, 3), with_zeros(dim, 64, group, 3), 9, held)
+
+
+@interpreted
+@pytest.mark.parametrize("is_first", [False, True])
+def test_tiles_of_experts_that_are_packed_in_part(
+    is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of plain matrices would need more shared memory than there is."""
+    from gllm_engine.ops.triton import moe
+
+    gate_up = pack(*quantize_int4(torch.randn(2, 64, 256), 128), False)
+    down = pack(*quantize_int4(torch.randn(2, 256, 32), 32), False)
+    found = []
+
+    def product(x: torch.Tensor, matrix: Weight, order: torch.Tensor, *more: Any) -> torch.Tensor:
+        found.append(more[2])
+        return x.new_zeros(len(order), 32 if len(more) > 3 else 256)
+
+    monkeypatch.setattr(moe, "grouped_product", lambda *args, bias=None: product(*args))
+    for tokens in (2, 200, 2000):
+        experts = torch.randint(0, 2, (tokens, 1), dtype=torch.int32)
+        weights = torch.rand(tokens, 1)
+        stacks = (gate_up, torch.randn(2, 256, 32)) if is_first else (torch.randn(2, 64, 256), down)
+        moe.sum_experts(torch.randn(tokens, 256).half(), weights, experts, *stacks, 0, 2)
+    packed_tiles = [tiles for _, tiles in moe._PACKED_TILES]
+    assert len(found) == 6 and all(tiles in packed_tiles for tiles in found)
+    assert (found[-1].rows < 128) == is_first  # a turn of gate_up has two runs
 
 
 def check_experts(
