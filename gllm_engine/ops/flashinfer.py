@@ -60,7 +60,6 @@ from gllm_engine.ops.protocol import (
     RotaryInputs,
 )
 from gllm_engine.ops.triton import (
-    activate,
     gated_norm,
     gemv,
     is_single,
@@ -73,7 +72,7 @@ from gllm_engine.ops.triton import (
     silu_mul,
 )
 from gllm_engine.ops.triton.moe import route, sum_experts
-from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Weight
+from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Rows, Weight
 
 __all__ = [
     "activate",
@@ -164,18 +163,21 @@ class LatentPlan(AttentionPlan):
     expanded: ExpandedChunks | None = None
 
 
-def _own_product(
-    x: Tensor, weight: Tensor | Fp8Weight, gated: bool = False
-) -> Callable[..., Tensor] | None:
+def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Rows:
+    """See Ops.activate."""
+    if isinstance(then, Fp8Weight):
+        return fp8_product.activate(x, act, gated, then)
+    return triton.activate(x, act, gated)
+
+
+def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
     """Our kernel for products with x [rows, depth] if it beats the library's, else None."""
-    if not isinstance(weight, Tensor):
-        return fp8_product.own_product(x, weight)
     if is_single(x, weight):
         return gemv
     return triton.skinny if triton.is_skinny(x, weight, gated) and _is_hopper() else None
 
 
-def _unpacked(weight: Weight, x: Tensor) -> Tensor | Fp8Weight:
+def _unpacked(weight: Tensor | PackedWeight, x: Tensor) -> Tensor:
     """A plain matrix for 4-bit numbers, made anew for each product of so many rows."""
     if isinstance(weight, PackedWeight):
         return triton.dequantize_packed(weight, x.dtype)
@@ -183,20 +185,21 @@ def _unpacked(weight: Weight, x: Tensor) -> Tensor | Fp8Weight:
 
 
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    if isinstance(weight, Fp8Weight):
+        return fp8_product.linear(x, weight, bias, norm, out)
+    assert isinstance(x, Tensor)
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, norm, out=out)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight):
         return product(x, weight, bias, norm, out=out)
-    if not isinstance(weight, Tensor):
-        return fp8_product.linear(x, weight, bias, norm, out)
     x = x if norm is None else rms_norm(x, *norm)
     if out is None:
         return F.linear(x, weight, bias)
@@ -205,25 +208,37 @@ def linear(
     return torch.addmm(bias, x, weight.T, out=out)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def gated_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    then: Weight | None = None,
+) -> Rows:
     """See Ops.gated_linear."""
+    if isinstance(weight, Fp8Weight):
+        hidden = fp8_product.gated_linear(x, weight, bias, norm)
+        if hidden is not None:
+            return hidden
+        return activate(linear(x, weight, bias, norm), "silu", True, then)
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, norm, gated=True)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight, gated=True):
         return product(x, weight, bias, norm, gated=True)
-    return silu_mul(linear(x, weight, bias, norm))
+    return activate(linear(x, weight, bias, norm), "silu", True, then)
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear. Without a bias, the sum with a plain product is rounded only once."""
+    if isinstance(weight, Fp8Weight):
+        return fp8_product.add_linear(total, x, weight, bias)
+    assert isinstance(x, Tensor)
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, out=total, add=True)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
-    if not isinstance(weight, Tensor):
-        return total.add_(fp8_product.linear(x, weight, bias))
     if bias is not None:
         total += bias
     return total.addmm_(x, weight.T)

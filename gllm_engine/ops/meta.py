@@ -41,7 +41,7 @@ from gllm_engine.ops.reference import (
     prepare_inputs,
     sample_plain,
 )
-from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Weight
+from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -160,9 +160,9 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
     return torch.empty_like(x)
 
 
-def activate(x: Tensor, act: str, gated: bool) -> Tensor:
-    """See Ops.activate."""
-    del act
+def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Tensor:
+    """See Ops.activate. A rounded result would take less."""
+    del act, then
     return silu_mul(x) if gated else torch.empty_like(x)
 
 
@@ -172,13 +172,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    assert isinstance(x, Tensor)
     x = x if norm is None else rms_norm(x, *norm)
     if isinstance(weight, PackedWeight):
         weight = x.new_empty(weight.shape)
@@ -191,14 +192,21 @@ def _scaled_product(x: Tensor, weight: Fp8Weight) -> Tensor:
     return rounded.new_empty(len(x), len(weight), dtype=x.dtype)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def gated_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    then: Weight | None = None,
+) -> Tensor:
     """See Ops.gated_linear."""
+    del then
     return silu_mul(linear(x, weight, bias, norm))
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear. A plain product is added as it is computed."""
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor) and isinstance(x, Tensor):
         return total.addmm_(x, weight.T)
     return total.add_(linear(x, weight, bias))
 
