@@ -13,6 +13,7 @@ from torch import Tensor
 from gllm_engine.ops import (
     AttentionInputs,
     Batch,
+    Fp8Rows,
     Fp8Weight,
     HeadNorm,
     PlainSampling,
@@ -153,6 +154,23 @@ def test_linear_of_fp8_weights(
     expected = reference.add_linear(total64, x64, exact, b64)
     assert ops.add_linear(total, x, weight, b) is total
     near(total, expected, limit)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("block", [(1, 0), (128, 128), None])
+@pytest.mark.parametrize(("rows", "width"), [(70, 896), (300, 14336)])
+def test_activations_rounded_for_the_next_product(
+    rows: int, width: int, block: tuple[int, int] | None, act: str
+) -> None:
+    """With the bits of two kernels, one after the other."""
+    ops, down = select_ops(CUDA), made_fp8(block, 512, width)
+    x = randn(rows, 2 * width)
+    x[3, 7] = torch.nan
+    found, plain = ops.activate(x, act, True, down), ops.activate(x, act, True)
+    assert isinstance(found, Fp8Rows) and isinstance(plain, torch.Tensor)
+    y, expected = ops.linear(found, down), ops.linear(plain, down)
+    assert y[3].isnan().all() and y[4:].isfinite().all()
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.parametrize("rows", [4, 100])
