@@ -8,14 +8,15 @@ Attention uses one kernel for each kind of row:
     decode rows              our split-KV kernel, which needs no plan from the host
     chunks from position 0   FlashInfer, over the K and V of the step itself, not from pages: a
                              fifth faster, and not rounded if the cache is float8
-    other chunks             FlashInfer, over pages
+    other chunks             FlashInfer, over pages; on Hopper over a copy of float8 pages in the
+                             queries' dtype, unless chunks are short or contexts too long
     all chunks, if FlashInfer lacks a kernel (float32, unusual head sizes)
                              plain torch, as on a CPU: right, but slow
 
 FlashInfer plans on the host (`plan`): it divides a step's attention among the multiprocessors
 before the launch, and the plan serves all layers. FlashInfer's FlashAttention-3 kernels run on
-Hopper, its FlashAttention-2 kernels on other GPUs. Chunks over float8 pages always use
-FlashAttention-2, because FlashAttention-3 would need float8 queries.
+Hopper, its FlashAttention-2 kernels on other GPUs. Chunks over float8 pages use FlashAttention-2,
+because FlashAttention-3 would need float8 queries. It takes twice as long, hence the copy.
 
 Latent attention has two forms. The absorbed one is our kernel over latents; each token is a row of
 it. In the expanded one, latents are read back from the cache and multiplied by W_UK and W_UV, and
@@ -40,6 +41,7 @@ from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
 from gllm_engine.ops.kernels import (
     ABSORBED_TOKENS,
+    COPIED_BYTES,
     EXPANDED_BYTES,
     PARTIALS_BYTES,
     SCORE_BYTES,
@@ -47,7 +49,7 @@ from gllm_engine.ops.kernels import (
     has_chunk_kernels,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion, places, split_memory
-from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, prefill_rows
+from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, is_copied, prefill_rows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -111,19 +113,28 @@ PINNED_BUFFER = "_pin_memory_int_workspace_buffer"
 
 
 @dataclass
+class CopiedChunks:
+    """Chunks that attend to a copy of the pages of their sequences."""
+
+    wrapper: BatchPrefillWithRaggedKVCacheWrapper
+    places: Tensor  # [keys] cache place of each K and V, row after row
+    memory: Tensor  # [COPIED_BYTES] uint8, for K and V
+
+
+@dataclass
 class FlashInferPlan(AttentionPlan):
     """A plan for each kind of row; None if the step has no such row.
 
-    Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages, tokens
-    num_decode .. first_fresh - 1; `fresh`, chunks from position 0, all tokens after them. If `slow`
-    is given, it covers all tokens, and the other plans are None.
+    Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages or a copy
+    of them, tokens num_decode .. first_fresh - 1; `fresh`, chunks from position 0, all tokens after
+    them. If `slow` is given, it covers all tokens, and the other plans are None.
     """
 
     cache_index: Tensor  # [tokens] cache place of each K and V
     num_decode: int
     first_fresh: int = 0
     decode: triton.KvSplits | None = None
-    chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
+    chunks: BatchPrefillWithPagedKVCacheWrapper | CopiedChunks | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     slow: reference.ReferencePlan | None = None
     scale: float | None = None
@@ -301,12 +312,23 @@ def attend(
     out = torch.empty_like(q)
     if plan.decode is not None:
         triton.decode_attention(q[:n], cache, plan.decode, out[:n], plan.scale, plan.softcap, sinks)
-    if plan.chunks is not None:
+    if isinstance(plan.chunks, CopiedChunks):
+        _attend_copied(plan.chunks, q[n:f], cache, out=out[n:f], sinks=sinks)
+    elif plan.chunks is not None:
         _run(plan.chunks, q[n:f], cache, out=out[n:f], sinks=sinks)
     if plan.fresh is not None and inputs.kv is not None:
         k, v = inputs.kv[f:].chunk(2, 1)
         _run(plan.fresh, q[f:], k, v, out=out[f:], sinks=sinks)
     return out.flatten(1)
+
+
+def _attend_copied(
+    chunks: CopiedChunks, q: Tensor, cache: Tensor, out: Tensor, sinks: Tensor | None
+) -> None:
+    shape = (2, len(chunks.places), *cache.shape[3:])
+    (kv,) = split_memory(chunks.memory.view(q.dtype), shape)
+    triton.copy_pages(cache, chunks.places, kv)
+    _run(chunks.wrapper, q, kv[0], kv[1], out=out, sinks=sinks)
 
 
 def _run(wrapper: Any, *inputs: Tensor, out: Tensor, sinks: Tensor | None) -> None:
@@ -448,7 +470,7 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
     def plan(batch: Batch, layer: AttentionLayer) -> None:
         cache, num_heads, window, softcap, latent = layer
         torch.cuda.set_device(cache.device)
-        planner = FlashInferPlanner(cache.device, dtype)
+        planner = FlashInferPlanner(cache.device, dtype, copies=False)
         if latent is None:
             planner.plan(batch, cache, num_heads, window, softcap=softcap)
         else:
@@ -513,10 +535,13 @@ def check_pinned_buffer(wrapper: Any) -> None:
 class FlashInferPlanner:
     """An AttentionPlanner that owns FlashInfer's workspaces and wrappers."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """`dtype`: of the queries, and of the cache unless the cache is float8."""
+    def __init__(self, device: torch.device, dtype: torch.dtype, copies: bool = True) -> None:
+        """`dtype`: of the queries, and of the cache unless the cache is float8. `copies`: whether
+        chunks may attend to a copy of float8 pages.
+        """
         self._device = device
         self._dtype = dtype
+        self._copies = copies
         self._stages = _Stages()
         self._partials = torch.zeros(PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
@@ -524,6 +549,7 @@ class FlashInferPlanner:
         # the other.
         self._scores: Tensor | None = None
         self._expanded: Tensor | None = None
+        self._copied: Tensor | None = None
 
     def plan(
         self,
@@ -552,10 +578,20 @@ class FlashInferPlanner:
             )
         if len(batch.query_lens) > n:
             rows = prefill_rows(batch, window if chunked else None)
+            of_keys: Tensor | None = None
+            if window is None and self._is_copied(rows, cache):
+                of_keys = places(batch, slice(n, n + rows.num_paged), cache.shape[2])
             window = None if chunked else window
             shape = _shape(cache, num_heads, window, self._dtype, scale, softcap)
-            self._plan_prefill(plan, rows, batch.page_table, cache, shape, group)
+            self._plan_prefill(plan, rows, batch.page_table, cache, shape, group, of_keys)
         return plan
+
+    def _is_copied(self, rows: PrefillRows, cache: Tensor) -> bool:
+        """Whether chunks attend to a copy of their pages."""
+        if not self._copies or cache.dtype == self._dtype or not _is_hopper():
+            return False
+        token_bytes = 2 * cache.shape[3] * cache.shape[4] * self._dtype.itemsize
+        return is_copied(rows.up_to(rows.num_paged), token_bytes)
 
     def _is_fast(self, cache: Tensor, window: int | None, chunked: bool) -> bool:
         """Whether FlashInfer can attend so. Its rows begin with a page."""
@@ -570,17 +606,31 @@ class FlashInferPlanner:
         cache: Tensor,
         shape: dict[str, Any],
         group: int,
+        of_keys: Tensor | None,
     ) -> None:
-        """Add the plans of prefill chunks to `plan`."""
+        """Add the plans of prefill chunks to `plan`. `of_keys`: the places of what is copied."""
         paged = rows.num_paged
         plan.first_fresh = plan.num_decode + int(rows.query_lens[:paged].sum())
-        if paged:
+        if of_keys is not None:
+            plan.chunks = self._plan_copied(rows.up_to(paged), of_keys, shape, group)
+        elif paged:
             plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, shape, group)
         if paged < len(rows.ends):
             kind = BatchPrefillWithRaggedKVCacheWrapper
             plan.fresh = self._wrapper(kind, shape, chunk_backend(_is_hopper(), True), group)
             starts = _starts(rows.query_lens[paged:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
+
+    def _plan_copied(
+        self, rows: PrefillRows, of_keys: Tensor, shape: dict[str, Any], group: int
+    ) -> CopiedChunks:
+        if self._copied is None:
+            self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
+        kind = BatchPrefillWithRaggedKVCacheWrapper
+        backend = chunk_backend(_is_hopper(), True)
+        wrapper = self._wrapper(kind, shape, backend, group, "copied")
+        self._stages.plan(wrapper, _starts(rows.query_lens), _starts(rows.ends), **shape)
+        return CopiedChunks(wrapper, of_keys, self._copied)
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
         """See AttentionPlanner.plan_recurrent."""
@@ -657,7 +707,7 @@ class FlashInferPlanner:
         queries = _starts(batch.query_lens[rows.first :])
         keys = _starts(batch.context_lens_cpu[rows.first :])
         self._stages.plan(wrapper, queries, keys, **shape)
-        of_keys = places(batch, rows.first, page_size)
+        of_keys = places(batch, slice(rows.first, None), page_size)
         return ExpandedChunks(wrapper, of_keys, rows.at_once, self._expanded)
 
     def _plan_chunks(
@@ -687,11 +737,13 @@ class FlashInferPlanner:
         )
         return wrapper
 
-    def _wrapper(self, kind: type, shape: dict[str, Any], backend: str, group: int) -> Any:
-        """The wrapper of a kind for a `shape` from _shape and a group, made at the first call. A
-        kind and shape always come with the same `backend`.
+    def _wrapper(
+        self, kind: type, shape: dict[str, Any], backend: str, group: int, use: str = ""
+    ) -> Any:
+        """The wrapper of a kind for a `shape` from _shape, a group and a use, made at the first
+        call. A kind and shape always come with the same `backend`.
         """
-        key = (kind, group, *shape.values())
+        key = (kind, group, use, *shape.values())
         if key not in self._wrappers:
             wrapper = kind(self._partials, backend=backend)
             check_pinned_buffer(wrapper)

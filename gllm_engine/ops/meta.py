@@ -18,6 +18,7 @@ from gllm_engine.ops.batch import Batch
 from gllm_engine.ops.kernels import (
     ABSORBED_TOKENS,
     BLOCK,
+    COPIED_BYTES,
     EXPANDED_BYTES,
     FACTORS,
     PARTIALS_BYTES,
@@ -90,6 +91,7 @@ class MetaPlanner:
         self._partials: Tensor | None = None
         self._scores: Tensor | None = None
         self._expanded: Tensor | None = None
+        self._copied: Tensor | None = None
 
     def plan(
         self,
@@ -103,7 +105,10 @@ class MetaPlanner:
         chunked: bool = False,
     ) -> AttentionPlan:
         """See AttentionPlanner.plan."""
-        del batch, cache, num_heads, window, group, scale, softcap, chunked
+        del batch, num_heads, group, scale, softcap, chunked
+        is_copied = window is None and cache.dtype != self._dtype
+        if is_copied and has_chunk_kernels(cache.shape[4], self._dtype) and self._copied is None:
+            self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
         return self._plan()
 
     def plan_recurrent(self, batch: Batch) -> AttentionPlan:
