@@ -17,6 +17,7 @@ from gllm_engine.ops import (
     Fp8Weight,
     HeadNorm,
     PlainSampling,
+    prefill_rows,
     reference,
     select_ops,
 )
@@ -527,9 +528,23 @@ def test_attention_without_kernels(dtype: torch.dtype) -> None:
     ],
 )
 def test_attention_over_a_float8_cache(
-    mix: str, dtype: torch.dtype, heads: tuple[int, int, int], window: int | None
+    mix: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(prefill_rows, "_LEAST_COPIED", 1 << 30)
     run_attention(mix, dtype, heads, window, 16, FLOAT8)
+
+
+@pytest.mark.parametrize("mix", ["chunks", "both", "all"])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_attention_over_a_copy_of_float8_pages(
+    mix: str, sunk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_rows, "_LEAST_COPIED", 0)
+    run_attention(mix, torch.bfloat16, (32, 8, 128), None, 16, FLOAT8, sunk=sunk)
 
 
 @pytest.mark.parametrize(
