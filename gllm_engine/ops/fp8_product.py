@@ -1,7 +1,8 @@
 """Products with FP8 weights on an NVIDIA GPU: which kernel multiplies, and those that are not ours.
 
     one row                  Triton's gemv; x is not rounded
-    few rows                 Triton's tiles on FP8 tensor cores
+    few rows                 Triton's tiles on FP8 tensor cores; so too more rows, if the weight is
+                             narrow and deep
     more rows                torch's scaled product, or Triton's tiles if torch has none
     all rows, if no kernel   a plain product with the weight's exact numbers, which are made anew
     fits                     for each product: right, but slow
@@ -33,6 +34,9 @@ _BLOCKS_MULTIPLE = 4
 # Most rows for which our tiles are chosen where torch has a product too: few rows, whose products
 # take the time to read the weight.
 _FEW_ROWS = 64
+# Our tiles are also chosen if there are at most so many of them, 128 x 128, and they are so deep:
+# torch lets the other ones of 132 multiprocessors idle, and our kernel divides the depth.
+_IDLE_TILES, _DEEP = 66, 2048
 
 
 def linear(
@@ -86,7 +90,15 @@ def own_product(x: Rows, weight: Fp8Weight) -> Callable[..., Tensor] | None:
         return triton.gemv
     if not _is_hopper(x.device) or not triton.has_tiles(x, weight):
         return None
-    return triton.skinny if len(x) <= _FEW_ROWS or not has_product(x, weight) else None
+    is_best = len(x) <= _FEW_ROWS or _is_narrow(x, weight) or not has_product(x, weight)
+    return triton.skinny if is_best else None
+
+
+def _is_narrow(x: Rows, weight: Fp8Weight) -> bool:
+    """Whether too few tiles for all multiprocessors are deep enough to be divided."""
+    width, depth = weight.shape
+    tiles = -(-len(x) // 128) * -(-width // 128)
+    return tiles <= _IDLE_TILES and depth >= _DEEP
 
 
 def has_product(x: Rows, weight: Fp8Weight) -> bool:

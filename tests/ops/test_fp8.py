@@ -375,6 +375,7 @@ def kernel_of(x: Tensor, weight: Fp8Weight) -> str:
         (4, (48, 64, 1, 64), "skinny"),
         (5, (48, 64, 1, 64), "torch"),
         (5, (20, 64, 1, 64), "skinny"),  # too narrow for the library
+        (5, (48, 2048, 1, 2048), "skinny"),  # too narrow for all multiprocessors
         (1, (128, 512, 128, 128), "gemv"),
         (4, (128, 512, 128, 128), "skinny"),
         (5, (128, 512, 128, 128), "torch"),
@@ -443,6 +444,27 @@ def test_activations_are_rounded_for_the_next_product(
     assert isinstance(found, Fp8Rows) == rounds
     expected = gpu_ops.linear(gpu_ops.activate(both, "gelu", True), down)
     assert torch.equal(gpu_ops.linear(found, down), expected)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "width", "depth", "kernel"),
+    [
+        (256, 4096, 14336, "skinny"),
+        (257, 4096, 14336, "torch"),
+        (128, 6144, 4096, "skinny"),
+        (129, 6144, 4096, "torch"),
+        (65, 28672, 4096, "torch"),
+        (65, 4096, 2032, "torch"),
+    ],
+)
+def test_tiles_that_would_leave_multiprocessors_idle(
+    rows: int, width: int, depth: int, kernel: str, gpu_ops: ModuleType
+) -> None:
+    """Are divided along the depth by our kernel."""
+    numbers = torch.empty(width, depth, dtype=FP8)
+    weight = Fp8Weight(numbers, torch.empty(width, 1), 1, depth)
+    assert kernel_of(torch.empty(rows, depth, dtype=BF16), weight) == kernel
 
 
 @interpreted
