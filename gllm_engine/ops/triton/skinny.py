@@ -312,7 +312,8 @@ def choose_fp8_tiling(rows: int, width: int, depth: int, gated: bool, columns: i
     """As choose_tiling, for an FP8 weight and any number of rows; `columns`: its common_columns."""
     block_m = _block_m(rows)
     many = rows > _MAX_ROWS
-    block_n = 128 if many and not gated else 64
+    # With blocks, sums of 128 x 128 and their scales would not fit in the registers of 8 warps.
+    block_n = 128 if many and not gated and not columns else 64
     block_k = min(columns, _GROUP.value)
     if not columns:
         block_k = _BLOCK_K if many or gated else _FP8_BLOCK_K
@@ -320,7 +321,8 @@ def choose_fp8_tiling(rows: int, width: int, depth: int, gated: bool, columns: i
     parts = _choose_parts(tiles, depth, _FP8_PROGRAMS)
     step_bytes = (block_n * (1 + gated) + block_m) * block_k
     stages = _TILE_STAGES if many else min(_MAX_STAGES, _FP8_TILE_BYTES // step_bytes)
-    return Tiling(block_n, block_k, parts, stages, warps=8 if many else 4)
+    large = block_n * (1 + gated) > 64
+    return Tiling(block_n, block_k, parts, stages, warps=8 if many and large else 4)
 
 
 def _choose_parts(tiles: int, depth: int, programs: int) -> int:
