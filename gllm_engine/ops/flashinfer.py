@@ -579,19 +579,21 @@ class FlashInferPlanner:
         if len(batch.query_lens) > n:
             rows = prefill_rows(batch, window if chunked else None)
             of_keys: Tensor | None = None
-            if window is None and self._is_copied(rows, cache):
+            if self._makes_copies(cache, window) and _is_copied(rows, cache, self._dtype):
                 of_keys = places(batch, slice(n, n + rows.num_paged), cache.shape[2])
             window = None if chunked else window
             shape = _shape(cache, num_heads, window, self._dtype, scale, softcap)
             self._plan_prefill(plan, rows, batch.page_table, cache, shape, group, of_keys)
         return plan
 
-    def _is_copied(self, rows: PrefillRows, cache: Tensor) -> bool:
-        """Whether chunks attend to a copy of their pages."""
-        if not self._copies or cache.dtype == self._dtype or not _is_hopper():
-            return False
-        token_bytes = 2 * cache.shape[3] * cache.shape[4] * self._dtype.itemsize
-        return is_copied(rows.up_to(rows.num_paged), token_bytes)
+    def _makes_copies(self, cache: Tensor, window: int | None) -> bool:
+        """Whether chunks may attend to a copy of their pages. The memory for it exists from the
+        first plan with chunks on, whatever they are, so that a trial step tells of it.
+        """
+        makes = self._copies and window is None and cache.dtype != self._dtype and _is_hopper()
+        if makes and self._copied is None:
+            self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
+        return makes
 
     def _is_fast(self, cache: Tensor, window: int | None, chunked: bool) -> bool:
         """Whether FlashInfer can attend so. Its rows begin with a page."""
@@ -624,8 +626,7 @@ class FlashInferPlanner:
     def _plan_copied(
         self, rows: PrefillRows, of_keys: Tensor, shape: dict[str, Any], group: int
     ) -> CopiedChunks:
-        if self._copied is None:
-            self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
+        assert self._copied is not None
         kind = BatchPrefillWithRaggedKVCacheWrapper
         backend = chunk_backend(_is_hopper(), True)
         wrapper = self._wrapper(kind, shape, backend, group, "copied")
@@ -761,6 +762,12 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
 
 def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
+
+
+def _is_copied(rows: PrefillRows, cache: Tensor, dtype: torch.dtype) -> bool:
+    """Whether chunks should attend to a copy of their pages in `dtype`."""
+    token_bytes = 2 * cache.shape[3] * cache.shape[4] * dtype.itemsize
+    return is_copied(rows.up_to(rows.num_paged), token_bytes)
 
 
 def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:

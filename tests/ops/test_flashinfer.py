@@ -245,7 +245,10 @@ def test_chunks_attend_to_a_copy_of_float8_pages(
     torch.manual_seed(0)
     batch = mixed_step(STEP, 16)
     shape = (int(batch.page_table.max()) + 1, 2, 16, 3, 16)
-    plan = planner.plan(batch, torch.empty(shape, dtype=torch.float8_e4m3fn), 3, None)
+    like = torch.empty(shape, dtype=torch.float8_e4m3fn)
+    planner.plan(mixed_step(STEP[4:], 16), like, 3, None)
+    assert planner._copied is not None  # a trial step tells of the memory
+    plan = planner.plan(batch, like, 3, None)
     assert len(plan.chunks.places) == 21 + 40 and plan.first_fresh == 23
     assert plan.chunks.wrapper is not plan.fresh
     assert plan.chunks.wrapper.backend == plan.fresh.backend == "fa3"
