@@ -36,7 +36,8 @@ _BLOCKS_MULTIPLE = 4
 _FEW_ROWS = 64
 # Our tiles are also chosen if there are at most so many of them, 128 x 128, and they are so deep:
 # torch lets the other ones of 132 multiprocessors idle, and our kernel divides the depth.
-_IDLE_TILES, _DEEP = 66, 2048
+_IDLE_TILES = 66
+_DEEP = 2048
 
 
 def linear(
