@@ -29,6 +29,7 @@ from gllm_engine.ops import (
     PackedWeight,
     PlainSampling,
     RecurrentState,
+    Rows,
     Weight,
     best_device,
     pack,
@@ -51,6 +52,7 @@ TOKENS = (1, 64, 256, 1024, 8192)
 GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
 FP8_TOKENS = (1, 16, 64, 256, 4096)
 FP8_BLOCKS = {"row": (1, 0), "block": (128, 128)}  # rows and columns that share a scale; 0: all
+FP8_DEPTH = 512  # of a product beside the one that is timed
 MOE_TOKENS = (1, 16, 64, 512, 4096, 16384)
 ROWS = (1, 64, 512, 1024)  # rows sampled in one step
 DECODE = ((1, 1024), (64, 1024), (256, 4096), (512, 1536), (1024, 512))  # rows, context
@@ -212,16 +214,25 @@ class Shape:
 
     def fp8_product(self, name: str, form: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
         x = self.randn(tokens, k)
-        rows, columns = FP8_BLOCKS[form]
-        weight = Fp8Weight(*quantize_fp8(self.randn(n, k), rows, columns), rows, columns or k)
+        hidden: Rows = x
+        weight = self.fp8_weight(form, n, k)
         norm = self.randn(k), self.arch.eps
         ops = self.ops
+        if name == "down":  # takes its rows as the product before it leaves them
+            gate_up = self.fp8_weight(form, 2 * k, FP8_DEPTH)
+            made = self.randn(tokens, FP8_DEPTH)
+            hidden = ops.gated_linear(made, gate_up, None, None, weight)
         if name in ("out", "down"):
             total = self.randn(tokens, n)
-            return lambda: ops.add_linear(total, x, weight, None)
+            return lambda: ops.add_linear(total, hidden, weight, None)
         if name == "gate_up":
-            return lambda: ops.gated_linear(x, weight, None, norm)
+            down = self.fp8_weight(form, FP8_DEPTH, n // 2)
+            return lambda: ops.gated_linear(x, weight, None, norm, down)
         return lambda: ops.linear(x, weight, None, norm)
+
+    def fp8_weight(self, form: str, n: int, k: int) -> Fp8Weight:
+        rows, columns = FP8_BLOCKS[form]
+        return Fp8Weight(*quantize_fp8(self.randn(n, k), rows, columns), rows, columns or k)
 
     def moe_case(self, moe: Moe, tokens: int) -> Case:
         """Router, routing and experts, added to a sum; all experts are equally likely."""

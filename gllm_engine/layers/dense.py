@@ -8,7 +8,7 @@ from torch import Tensor
 from gllm_engine.arch.model import Dense
 from gllm_engine.layers.linear import Linear
 from gllm_engine.layers.stacked_weight import Staging
-from gllm_engine.ops import Norm, Ops
+from gllm_engine.ops import Norm, Ops, Rows
 
 
 class DenseFfn:
@@ -28,13 +28,14 @@ class DenseFfn:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
         return self.output(self.hidden(x, norm), total)
 
-    def hidden(self, x: Tensor, norm: Norm | None) -> Tensor:
+    def hidden(self, x: Tensor, norm: Norm | None) -> Rows:
         """The input of the second product, [tokens, hidden]."""
+        then = self._down.only_weight
         if self._arch.gated and self._arch.act == "silu":
-            return self._gate_up.gated(x, norm)
-        return self._ops.activate(self._gate_up(x, norm), self._arch.act, self._arch.gated)
+            return self._gate_up.gated(x, norm, then)
+        return self._ops.activate(self._gate_up(x, norm), self._arch.act, self._arch.gated, then)
 
-    def output(self, hidden: Tensor, total: Tensor | None = None) -> Tensor:
+    def output(self, hidden: Rows, total: Tensor | None = None) -> Tensor:
         """[tokens, hidden] to [tokens, dim]; the result is added to `total`, in place, if given."""
         return self._down(hidden) if total is None else self._down.add_to(total, hidden)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gllm_engine.arch.formats import Formats, Shapes
 from gllm_engine.layers.stacked_weight import Staging, stack_weights
-from gllm_engine.ops import Norm, Ops
+from gllm_engine.ops import Norm, Ops, Rows, Weight
 
 
 class Linear:
@@ -37,22 +37,27 @@ class Linear:
             self._products.append(_Product(list(some), shapes, ops, dtype, device, formats))
         self._ops = ops
 
-    def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+    @property
+    def only_weight(self) -> Weight | None:
+        """The weight, if one product takes x: `then` of the operation that makes x."""
+        return self._products[0].weight if len(self._products) == 1 else None
+
+    def __call__(self, x: Rows, norm: Norm | None = None) -> Tensor:
         """y, of norm(x) if `norm` is given."""
         parts = [product(x, norm) for product in self._products]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, total: Tensor, x: Rows) -> Tensor:
         """total + y, in the memory of `total`."""
         if len(self._products) == 1:
             return self._products[0].add_to(total, x)
         return total.add_(self(x))
 
-    def gated(self, x: Tensor, norm: Norm | None) -> Tensor:
-        """silu(gate) * up, where [gate, up] = y."""
+    def gated(self, x: Tensor, norm: Norm | None, then: Weight | None) -> Rows:
+        """silu(gate) * up, where [gate, up] = y. `then`: as Ops.activate."""
         if len(self._products) == 1:
-            return self._products[0].gated(x, norm)
-        return self._ops.silu_mul(self(x, norm))
+            return self._products[0].gated(x, norm, then)
+        return self._ops.activate(self(x, norm), "silu", gated=True, then=then)
 
     def weights(self) -> dict[str, Tensor]:
         """Name -> view to load each stored tensor into; see StackedWeight.views."""
@@ -82,19 +87,19 @@ class _Product:
         self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
         weights = [f"{name}.weight" for name in names]
         self._stack = stack_weights(weights, shapes, formats, dtype, device)
-        self._weight = self._stack.value
+        self.weight = self._stack.value
         self._bias: Tensor | None = None
         if f"{names[0]}.bias" in shapes:
             self._bias = torch.empty(sum(self._sizes.values()), dtype=dtype, device=device)
 
-    def __call__(self, x: Tensor, norm: Norm | None) -> Tensor:
-        return self._ops.linear(x, self._weight, self._bias, norm)
+    def __call__(self, x: Rows, norm: Norm | None) -> Tensor:
+        return self._ops.linear(x, self.weight, self._bias, norm)
 
-    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
-        return self._ops.add_linear(total, x, self._weight, self._bias)
+    def add_to(self, total: Tensor, x: Rows) -> Tensor:
+        return self._ops.add_linear(total, x, self.weight, self._bias)
 
-    def gated(self, x: Tensor, norm: Norm | None) -> Tensor:
-        return self._ops.gated_linear(x, self._weight, self._bias, norm)
+    def gated(self, x: Tensor, norm: Norm | None, then: Weight | None) -> Rows:
+        return self._ops.gated_linear(x, self.weight, self._bias, norm, then)
 
     def stagings(self) -> list[Staging]:
         return self._stack.stagings()

@@ -27,8 +27,10 @@ from gllm_engine.ops.protocol import (
 )
 from gllm_engine.ops.weight import (
     MAX_MXFP4_SCALE,
+    Fp8Rows,
     Fp8Weight,
     PackedWeight,
+    Rows,
     Weight,
     dequantized,
     empty_packed,
@@ -46,6 +48,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionPlanner",
     "Batch",
+    "Fp8Rows",
     "Fp8Weight",
     "HeadNorm",
     "HostInts",
@@ -57,6 +60,7 @@ __all__ = [
     "PlainSampling",
     "RecurrentState",
     "RotaryInputs",
+    "Rows",
     "TensorGroup",
     "Weight",
     "best_device",

@@ -8,14 +8,15 @@ Attention uses one kernel for each kind of row:
     decode rows              our split-KV kernel, which needs no plan from the host
     chunks from position 0   FlashInfer, over the K and V of the step itself, not from pages: a
                              fifth faster, and not rounded if the cache is float8
-    other chunks             FlashInfer, over pages
+    other chunks             FlashInfer, over pages; on Hopper over a copy of float8 pages in the
+                             queries' dtype, unless chunks are short or contexts too long
     all chunks, if FlashInfer lacks a kernel (float32, unusual head sizes)
                              plain torch, as on a CPU: right, but slow
 
 FlashInfer plans on the host (`plan`): it divides a step's attention among the multiprocessors
 before the launch, and the plan serves all layers. FlashInfer's FlashAttention-3 kernels run on
-Hopper, its FlashAttention-2 kernels on other GPUs. Chunks over float8 pages always use
-FlashAttention-2, because FlashAttention-3 would need float8 queries.
+Hopper, its FlashAttention-2 kernels on other GPUs. Chunks over float8 pages use FlashAttention-2,
+because FlashAttention-3 would need float8 queries. It takes twice as long, hence the copy.
 
 Latent attention has two forms. The absorbed one is our kernel over latents; each token is a row of
 it. In the expanded one, latents are read back from the cache and multiplied by W_UK and W_UV, and
@@ -40,6 +41,7 @@ from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
 from gllm_engine.ops.kernels import (
     ABSORBED_TOKENS,
+    COPIED_BYTES,
     EXPANDED_BYTES,
     PARTIALS_BYTES,
     SCORE_BYTES,
@@ -47,7 +49,7 @@ from gllm_engine.ops.kernels import (
     has_chunk_kernels,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion, places, split_memory
-from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, prefill_rows
+from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, is_copied, prefill_rows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -60,7 +62,6 @@ from gllm_engine.ops.protocol import (
     RotaryInputs,
 )
 from gllm_engine.ops.triton import (
-    activate,
     gated_norm,
     gemv,
     is_single,
@@ -73,7 +74,7 @@ from gllm_engine.ops.triton import (
     silu_mul,
 )
 from gllm_engine.ops.triton.moe import route, sum_experts
-from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Weight
+from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Rows, Weight
 
 __all__ = [
     "activate",
@@ -112,19 +113,28 @@ PINNED_BUFFER = "_pin_memory_int_workspace_buffer"
 
 
 @dataclass
+class CopiedChunks:
+    """Chunks that attend to a copy of the pages of their sequences."""
+
+    wrapper: BatchPrefillWithRaggedKVCacheWrapper
+    places: Tensor  # [keys] cache place of each K and V, row after row
+    memory: Tensor  # [COPIED_BYTES] uint8, for K and V
+
+
+@dataclass
 class FlashInferPlan(AttentionPlan):
     """A plan for each kind of row; None if the step has no such row.
 
-    Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages, tokens
-    num_decode .. first_fresh - 1; `fresh`, chunks from position 0, all tokens after them. If `slow`
-    is given, it covers all tokens, and the other plans are None.
+    Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages or a copy
+    of them, tokens num_decode .. first_fresh - 1; `fresh`, chunks from position 0, all tokens after
+    them. If `slow` is given, it covers all tokens, and the other plans are None.
     """
 
     cache_index: Tensor  # [tokens] cache place of each K and V
     num_decode: int
     first_fresh: int = 0
     decode: triton.KvSplits | None = None
-    chunks: BatchPrefillWithPagedKVCacheWrapper | None = None
+    chunks: BatchPrefillWithPagedKVCacheWrapper | CopiedChunks | None = None
     fresh: BatchPrefillWithRaggedKVCacheWrapper | None = None
     slow: reference.ReferencePlan | None = None
     scale: float | None = None
@@ -164,18 +174,21 @@ class LatentPlan(AttentionPlan):
     expanded: ExpandedChunks | None = None
 
 
-def _own_product(
-    x: Tensor, weight: Tensor | Fp8Weight, gated: bool = False
-) -> Callable[..., Tensor] | None:
+def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Rows:
+    """See Ops.activate."""
+    if isinstance(then, Fp8Weight):
+        return fp8_product.activate(x, act, gated, then)
+    return triton.activate(x, act, gated)
+
+
+def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
     """Our kernel for products with x [rows, depth] if it beats the library's, else None."""
-    if not isinstance(weight, Tensor):
-        return fp8_product.own_product(x, weight)
     if is_single(x, weight):
         return gemv
     return triton.skinny if triton.is_skinny(x, weight, gated) and _is_hopper() else None
 
 
-def _unpacked(weight: Weight, x: Tensor) -> Tensor | Fp8Weight:
+def _unpacked(weight: Tensor | PackedWeight, x: Tensor) -> Tensor:
     """A plain matrix for 4-bit numbers, made anew for each product of so many rows."""
     if isinstance(weight, PackedWeight):
         return triton.dequantize_packed(weight, x.dtype)
@@ -183,20 +196,21 @@ def _unpacked(weight: Weight, x: Tensor) -> Tensor | Fp8Weight:
 
 
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    if isinstance(weight, Fp8Weight):
+        return fp8_product.linear(x, weight, bias, norm, out)
+    assert isinstance(x, Tensor)
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, norm, out=out)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight):
         return product(x, weight, bias, norm, out=out)
-    if not isinstance(weight, Tensor):
-        return fp8_product.linear(x, weight, bias, norm, out)
     x = x if norm is None else rms_norm(x, *norm)
     if out is None:
         return F.linear(x, weight, bias)
@@ -205,25 +219,37 @@ def linear(
     return torch.addmm(bias, x, weight.T, out=out)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def gated_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    then: Weight | None = None,
+) -> Rows:
     """See Ops.gated_linear."""
+    if isinstance(weight, Fp8Weight):
+        hidden = fp8_product.gated_linear(x, weight, bias, norm)
+        if hidden is not None:
+            return hidden
+        return activate(linear(x, weight, bias, norm), "silu", True, then)
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, norm, gated=True)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight, gated=True):
         return product(x, weight, bias, norm, gated=True)
-    return silu_mul(linear(x, weight, bias, norm))
+    return activate(linear(x, weight, bias, norm), "silu", True, then)
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear. Without a bias, the sum with a plain product is rounded only once."""
+    if isinstance(weight, Fp8Weight):
+        return fp8_product.add_linear(total, x, weight, bias)
+    assert isinstance(x, Tensor)
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, out=total, add=True)
     weight = _unpacked(weight, x)
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
-    if not isinstance(weight, Tensor):
-        return total.add_(fp8_product.linear(x, weight, bias))
     if bias is not None:
         total += bias
     return total.addmm_(x, weight.T)
@@ -286,12 +312,23 @@ def attend(
     out = torch.empty_like(q)
     if plan.decode is not None:
         triton.decode_attention(q[:n], cache, plan.decode, out[:n], plan.scale, plan.softcap, sinks)
-    if plan.chunks is not None:
+    if isinstance(plan.chunks, CopiedChunks):
+        _attend_copied(plan.chunks, q[n:f], cache, out=out[n:f], sinks=sinks)
+    elif plan.chunks is not None:
         _run(plan.chunks, q[n:f], cache, out=out[n:f], sinks=sinks)
     if plan.fresh is not None and inputs.kv is not None:
         k, v = inputs.kv[f:].chunk(2, 1)
         _run(plan.fresh, q[f:], k, v, out=out[f:], sinks=sinks)
     return out.flatten(1)
+
+
+def _attend_copied(
+    chunks: CopiedChunks, q: Tensor, cache: Tensor, out: Tensor, sinks: Tensor | None
+) -> None:
+    shape = (2, len(chunks.places), *cache.shape[3:])
+    (kv,) = split_memory(chunks.memory.view(q.dtype), shape)
+    triton.copy_pages(cache, chunks.places, kv)
+    _run(chunks.wrapper, q, kv[0], kv[1], out=out, sinks=sinks)
 
 
 def _run(wrapper: Any, *inputs: Tensor, out: Tensor, sinks: Tensor | None) -> None:
@@ -433,7 +470,7 @@ def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> N
     def plan(batch: Batch, layer: AttentionLayer) -> None:
         cache, num_heads, window, softcap, latent = layer
         torch.cuda.set_device(cache.device)
-        planner = FlashInferPlanner(cache.device, dtype)
+        planner = FlashInferPlanner(cache.device, dtype, copies=False)
         if latent is None:
             planner.plan(batch, cache, num_heads, window, softcap=softcap)
         else:
@@ -498,10 +535,13 @@ def check_pinned_buffer(wrapper: Any) -> None:
 class FlashInferPlanner:
     """An AttentionPlanner that owns FlashInfer's workspaces and wrappers."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """`dtype`: of the queries, and of the cache unless the cache is float8."""
+    def __init__(self, device: torch.device, dtype: torch.dtype, copies: bool = True) -> None:
+        """`dtype`: of the queries, and of the cache unless the cache is float8. `copies`: whether
+        chunks may attend to a copy of float8 pages.
+        """
         self._device = device
         self._dtype = dtype
+        self._copies = copies
         self._stages = _Stages()
         self._partials = torch.zeros(PARTIALS_BYTES, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
@@ -509,6 +549,7 @@ class FlashInferPlanner:
         # the other.
         self._scores: Tensor | None = None
         self._expanded: Tensor | None = None
+        self._copied: Tensor | None = None
 
     def plan(
         self,
@@ -537,10 +578,22 @@ class FlashInferPlanner:
             )
         if len(batch.query_lens) > n:
             rows = prefill_rows(batch, window if chunked else None)
+            of_keys: Tensor | None = None
+            if self._makes_copies(cache, window) and _is_copied(rows, cache, self._dtype):
+                of_keys = places(batch, slice(n, n + rows.num_paged), cache.shape[2])
             window = None if chunked else window
             shape = _shape(cache, num_heads, window, self._dtype, scale, softcap)
-            self._plan_prefill(plan, rows, batch.page_table, cache, shape, group)
+            self._plan_prefill(plan, rows, batch.page_table, cache, shape, group, of_keys)
         return plan
+
+    def _makes_copies(self, cache: Tensor, window: int | None) -> bool:
+        """Whether chunks may attend to a copy of their pages. The memory for it exists from the
+        first plan with chunks on, whatever they are, so that a trial step tells of it.
+        """
+        makes = self._copies and window is None and cache.dtype != self._dtype and _is_hopper()
+        if makes and self._copied is None:
+            self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
+        return makes
 
     def _is_fast(self, cache: Tensor, window: int | None, chunked: bool) -> bool:
         """Whether FlashInfer can attend so. Its rows begin with a page."""
@@ -555,17 +608,30 @@ class FlashInferPlanner:
         cache: Tensor,
         shape: dict[str, Any],
         group: int,
+        of_keys: Tensor | None,
     ) -> None:
-        """Add the plans of prefill chunks to `plan`."""
+        """Add the plans of prefill chunks to `plan`. `of_keys`: the places of what is copied."""
         paged = rows.num_paged
         plan.first_fresh = plan.num_decode + int(rows.query_lens[:paged].sum())
-        if paged:
+        if of_keys is not None:
+            plan.chunks = self._plan_copied(rows.up_to(paged), of_keys, shape, group)
+        elif paged:
             plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, shape, group)
         if paged < len(rows.ends):
             kind = BatchPrefillWithRaggedKVCacheWrapper
             plan.fresh = self._wrapper(kind, shape, chunk_backend(_is_hopper(), True), group)
             starts = _starts(rows.query_lens[paged:])
             self._stages.plan(plan.fresh, starts, starts, **shape)
+
+    def _plan_copied(
+        self, rows: PrefillRows, of_keys: Tensor, shape: dict[str, Any], group: int
+    ) -> CopiedChunks:
+        assert self._copied is not None
+        kind = BatchPrefillWithRaggedKVCacheWrapper
+        backend = chunk_backend(_is_hopper(), True)
+        wrapper = self._wrapper(kind, shape, backend, group, "copied")
+        self._stages.plan(wrapper, _starts(rows.query_lens), _starts(rows.ends), **shape)
+        return CopiedChunks(wrapper, of_keys, self._copied)
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
         """See AttentionPlanner.plan_recurrent."""
@@ -642,7 +708,7 @@ class FlashInferPlanner:
         queries = _starts(batch.query_lens[rows.first :])
         keys = _starts(batch.context_lens_cpu[rows.first :])
         self._stages.plan(wrapper, queries, keys, **shape)
-        of_keys = places(batch, rows.first, page_size)
+        of_keys = places(batch, slice(rows.first, None), page_size)
         return ExpandedChunks(wrapper, of_keys, rows.at_once, self._expanded)
 
     def _plan_chunks(
@@ -672,11 +738,13 @@ class FlashInferPlanner:
         )
         return wrapper
 
-    def _wrapper(self, kind: type, shape: dict[str, Any], backend: str, group: int) -> Any:
-        """The wrapper of a kind for a `shape` from _shape and a group, made at the first call. A
-        kind and shape always come with the same `backend`.
+    def _wrapper(
+        self, kind: type, shape: dict[str, Any], backend: str, group: int, use: str = ""
+    ) -> Any:
+        """The wrapper of a kind for a `shape` from _shape, a group and a use, made at the first
+        call. A kind and shape always come with the same `backend`.
         """
-        key = (kind, group, *shape.values())
+        key = (kind, group, use, *shape.values())
         if key not in self._wrappers:
             wrapper = kind(self._partials, backend=backend)
             check_pinned_buffer(wrapper)
@@ -694,6 +762,12 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
 
 def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
+
+
+def _is_copied(rows: PrefillRows, cache: Tensor, dtype: torch.dtype) -> bool:
+    """Whether chunks should attend to a copy of their pages in `dtype`."""
+    token_bytes = 2 * cache.shape[3] * cache.shape[4] * dtype.itemsize
+    return is_copied(rows.up_to(rows.num_paged), token_bytes)
 
 
 def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:

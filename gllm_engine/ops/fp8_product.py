@@ -1,7 +1,8 @@
 """Products with FP8 weights on an NVIDIA GPU: which kernel multiplies, and those that are not ours.
 
     one row                  Triton's gemv; x is not rounded
-    few rows                 Triton's tiles on FP8 tensor cores
+    few rows                 Triton's tiles on FP8 tensor cores; so too more rows, if the weight is
+                             narrow and deep
     more rows                torch's scaled product, or Triton's tiles if torch has none
     all rows, if no kernel   a plain product with the weight's exact numbers, which are made anew
     fits                     for each product: right, but slow
@@ -23,7 +24,7 @@ from torch import Tensor
 from gllm_engine.ops import triton
 from gllm_engine.ops.kernels import has_scaled_product
 from gllm_engine.ops.protocol import Norm
-from gllm_engine.ops.weight import Fp8Weight
+from gllm_engine.ops.weight import Fp8Weight, Rows
 
 _BLOCK = 128
 # Sizes of a weight, and blocks in a row of one, that torch's products take. With other numbers of
@@ -33,36 +34,75 @@ _BLOCKS_MULTIPLE = 4
 # Most rows for which our tiles are chosen where torch has a product too: few rows, whose products
 # take the time to read the weight.
 _FEW_ROWS = 64
-
-
-def own_product(x: Tensor, weight: Fp8Weight) -> Callable[..., Tensor] | None:
-    """Our kernel for products with x [rows, depth], or None for `linear`."""
-    if triton.is_single(x, weight):
-        return triton.gemv
-    if not _is_hopper(x.device) or not triton.has_tiles(x, weight):
-        return None
-    return triton.skinny if len(x) <= _FEW_ROWS or not has_product(x, weight) else None
+# Our tiles are also chosen if there are at most so many of them, 128 x 128, and they are so deep:
+# torch lets the other ones of 132 multiprocessors idle, and our kernel divides the depth.
+_IDLE_TILES = 66
+_DEEP = 2048
 
 
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Fp8Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
-    if not has_product(x, weight):
-        x = x if norm is None else triton.rms_norm(x, *norm)
-        y = F.linear(x, triton.dequantize(weight, x.dtype), bias)
-    else:
+    if product := own_product(x, weight):
+        return product(x, weight, bias, norm, out=out)
+    if has_product(x, weight):
         y = _multiply(x, weight, norm)
         if bias is not None:
             y += bias
+    else:
+        assert isinstance(x, Tensor)
+        x = x if norm is None else triton.rms_norm(x, *norm)
+        y = F.linear(x, triton.dequantize(weight, x.dtype), bias)
     return y if out is None else out.copy_(y)
 
 
-def has_product(x: Tensor, weight: Fp8Weight) -> bool:
+def gated_linear(
+    x: Tensor, weight: Fp8Weight, bias: Tensor | None, norm: Norm | None
+) -> Tensor | None:
+    """As Ops.gated_linear; None if no kernel both multiplies and activates."""
+    product = own_product(x, weight)
+    return product and product(x, weight, bias, norm, gated=True)
+
+
+def add_linear(total: Tensor, x: Rows, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
+    """See Ops.add_linear."""
+    if product := own_product(x, weight):
+        return product(x, weight, bias, out=total, add=True)
+    return total.add_(linear(x, weight, bias))
+
+
+def activate(x: Tensor, act: str, gated: bool, then: Fp8Weight) -> Rows:
+    """See Ops.activate; rounded if the product with `then` would round it."""
+    rows = x[:, : x.shape[1] // (1 + gated)]  # of the same size and dtype as the result
+    product = own_product(rows, then)
+    if product is triton.skinny or product is None and has_product(rows, then):
+        return triton.quantize(x, _columns(then), act=(act, gated))
+    return triton.activate(x, act, gated)
+
+
+def own_product(x: Rows, weight: Fp8Weight) -> Callable[..., Tensor] | None:
+    """Our kernel for products with x [rows, depth], or None."""
+    if triton.is_single(x, weight):
+        return triton.gemv
+    if not _is_hopper(x.device) or not triton.has_tiles(x, weight):
+        return None
+    is_best = len(x) <= _FEW_ROWS or _is_narrow(x, weight) or not has_product(x, weight)
+    return triton.skinny if is_best else None
+
+
+def _is_narrow(x: Rows, weight: Fp8Weight) -> bool:
+    """Whether too few tiles for all multiprocessors are deep enough to be divided."""
+    width, depth = weight.shape
+    tiles = -(-len(x) // 128) * -(-width // 128)
+    return tiles <= _IDLE_TILES and depth >= _DEEP
+
+
+def has_product(x: Rows, weight: Fp8Weight) -> bool:
     """Whether torch multiplies x [rows, depth] by weights of this format and shape."""
     if not len(x) or any(size % _SIZE_MULTIPLE for size in weight.shape):
         return False
@@ -76,18 +116,22 @@ def has_product(x: Tensor, weight: Fp8Weight) -> bool:
     return has_scaled_product(x.dtype, block, _is_hopper(x.device))
 
 
-def _multiply(x: Tensor, weight: Fp8Weight, norm: Norm | None) -> Tensor:
-    by_row = weight.rows_per_scale == 1
-    numbers, x_scales = triton.quantize(x, None if by_row else _BLOCK, norm)
+def _multiply(x: Rows, weight: Fp8Weight, norm: Norm | None) -> Tensor:
+    rounded = triton.quantize(x, _columns(weight), norm)
     y = torch._scaled_mm(
-        numbers,
+        rounded.numbers,
         weight.numbers.T,
-        scale_a=x_scales,
+        scale_a=rounded.scales,
         scale_b=weight.scales.T,
         out_dtype=x.dtype,
-        use_fast_accum=by_row,
+        use_fast_accum=weight.rows_per_scale == 1,
     )
     return y[: len(x)]
+
+
+def _columns(weight: Fp8Weight) -> int | None:
+    """Columns of x that share a scale; None: all."""
+    return _BLOCK if weight.scales.shape[1] > 1 else None
 
 
 def _is_hopper(device: torch.device) -> bool:

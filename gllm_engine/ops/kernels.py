@@ -29,6 +29,9 @@ FACTORS = 4
 # Bytes of K and V of chunks that latent attention makes at once: of 47,000 tokens and 16 heads of
 # 192 and 128 channels, or of 299,000 tokens and one head.
 EXPANDED_BYTES = 512 << 20
+# Bytes of K and V that chunks attend to in a copy of float8 pages: of 65,536 tokens with 8 heads of
+# 128 channels.
+COPIED_BYTES = 256 << 20
 # Tokens of the absorbed form of latent attention at once, which takes 8 bytes for each number of a
 # latent, token and head.
 ABSORBED_TOKENS = 2048
@@ -91,7 +94,7 @@ def attention_kernels(
         return f"decode: Triton; prefill: plain torch (slow), for {why}"
     fresh = chunk_backend(device == "hopper", True)
     later = chunk_backend(device == "hopper", cache_dtype == dtype)
-    others = "" if fresh == later else f", chunks after the first FlashInfer {later}"
+    others = "" if fresh == later else f"; short chunks after the first one: {later}"
     return f"decode: Triton; prefill: FlashInfer {fresh}{others}"
 
 

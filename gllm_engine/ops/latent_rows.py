@@ -66,17 +66,17 @@ def _heads_at_once(keys: int, heads: LatentHeads, width: int, itemsize: int) -> 
     return 0
 
 
-def places(batch: Batch, first: int, page_size: int) -> Tensor:
-    """Where the cache holds the tokens of the sequences from row `first` on, row after row:
-    [tokens], page * page_size + offset. The host does not wait.
+def places(batch: Batch, rows: slice, page_size: int) -> Tensor:
+    """Where the cache holds the tokens of the sequences of some rows, row after row: [tokens], page
+    * page_size + offset. The host does not wait.
     """
-    lens = batch.context_lens[first:]
+    lens = batch.context_lens[rows]
     ends = lens.cumsum(0)
-    num_tokens = int(batch.context_lens_cpu[first:].sum())
+    num_tokens = int(batch.context_lens_cpu[rows].sum())
     row = torch.arange(len(lens), device=lens.device)
     row = row.repeat_interleave(lens, output_size=num_tokens)
     position = torch.arange(num_tokens, device=lens.device) - (ends - lens)[row]
-    page = batch.page_table[batch.slots[first:][row], position // page_size]
+    page = batch.page_table[batch.slots[rows][row], position // page_size]
     return page * page_size + position % page_size
 
 

@@ -18,6 +18,7 @@ from gllm_engine.ops.batch import Batch
 from gllm_engine.ops.kernels import (
     ABSORBED_TOKENS,
     BLOCK,
+    COPIED_BYTES,
     EXPANDED_BYTES,
     FACTORS,
     PARTIALS_BYTES,
@@ -41,7 +42,7 @@ from gllm_engine.ops.reference import (
     prepare_inputs,
     sample_plain,
 )
-from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Weight
+from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -90,6 +91,7 @@ class MetaPlanner:
         self._partials: Tensor | None = None
         self._scores: Tensor | None = None
         self._expanded: Tensor | None = None
+        self._copied: Tensor | None = None
 
     def plan(
         self,
@@ -103,7 +105,10 @@ class MetaPlanner:
         chunked: bool = False,
     ) -> AttentionPlan:
         """See AttentionPlanner.plan."""
-        del batch, cache, num_heads, window, group, scale, softcap, chunked
+        del batch, num_heads, group, scale, softcap, chunked
+        is_copied = window is None and cache.dtype != self._dtype
+        if is_copied and has_chunk_kernels(cache.shape[4], self._dtype) and self._copied is None:
+            self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
         return self._plan()
 
     def plan_recurrent(self, batch: Batch) -> AttentionPlan:
@@ -160,9 +165,9 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
     return torch.empty_like(x)
 
 
-def activate(x: Tensor, act: str, gated: bool) -> Tensor:
-    """See Ops.activate."""
-    del act
+def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Tensor:
+    """See Ops.activate. A rounded result would take less."""
+    del act, then
     return silu_mul(x) if gated else torch.empty_like(x)
 
 
@@ -172,13 +177,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    assert isinstance(x, Tensor)
     x = x if norm is None else rms_norm(x, *norm)
     if isinstance(weight, PackedWeight):
         weight = x.new_empty(weight.shape)
@@ -191,14 +197,21 @@ def _scaled_product(x: Tensor, weight: Fp8Weight) -> Tensor:
     return rounded.new_empty(len(x), len(weight), dtype=x.dtype)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def gated_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    then: Weight | None = None,
+) -> Tensor:
     """See Ops.gated_linear."""
+    del then
     return silu_mul(linear(x, weight, bias, norm))
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear. A plain product is added as it is computed."""
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor) and isinstance(x, Tensor):
         return total.addmm_(x, weight.T)
     return total.add_(linear(x, weight, bias))
 

@@ -3,8 +3,8 @@
 `reference` (plain torch) and `flashinfer` (an NVIDIA GPU) are modules with these functions; mypy
 checks both against `Ops`. Knows shapes and dtypes; no models, no scheduling.
 
-An operation may return an AttentionPlan, RotaryInputs or AttentionInputs as an argument for another
-operation. Callers pass these values to the same implementation and never look into them.
+An operation may return an AttentionPlan, RotaryInputs, AttentionInputs or Rows as an argument for
+another operation. Callers pass these values to the same implementation and never look into them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops.batch import Batch, TensorGroup
-from gllm_engine.ops.weight import Weight
+from gllm_engine.ops.weight import Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
 # Gain [dim] and epsilon of an RMS norm.
@@ -189,9 +189,12 @@ class Ops(Protocol):
         """
         ...
 
-    def activate(self, x: Tensor, act: str, gated: bool) -> Tensor:
+    def activate(self, x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Rows:
         """act(gate) * up, [rows, width], if `gated`: x is [rows, 2 * width], gate first. Else
         act(x). `act`: "silu", "gelu" (with erf) or "gelu_tanh".
+
+        `then`: the weight of the only product that takes the result, which may have been rounded as
+        that product rounds it; None: the result is a Tensor.
         """
         ...
 
@@ -201,7 +204,7 @@ class Ops(Protocol):
 
     def linear(
         self,
-        x: Tensor,
+        x: Rows,
         weight: Weight,
         bias: Tensor | None = None,
         norm: Norm | None = None,
@@ -209,17 +212,26 @@ class Ops(Protocol):
     ) -> Tensor:
         """x W' + b: [rows, width], for x [rows, depth], weight [width, depth] and bias [width].
 
-        `norm`: an RMS norm applied to x first. `out`: [rows, width] receives the result.
+        `norm`: an RMS norm applied to x first, which must be a Tensor then. `out`: [rows, width]
+        receives the result.
         """
         ...
 
     def gated_linear(
-        self, x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None
-    ) -> Tensor:
-        """silu(gate) * up, [rows, width / 2], where [gate, up] = linear(x, weight, bias, norm)."""
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        norm: Norm | None,
+        then: Weight | None = None,
+    ) -> Rows:
+        """silu(gate) * up, [rows, width / 2], where [gate, up] = linear(x, weight, bias, norm).
+
+        `then`: as activate.
+        """
         ...
 
-    def add_linear(self, total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    def add_linear(self, total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
         """Add linear(x, weight, bias) to `total` [rows, width] in place; return `total`."""
         ...
 

@@ -36,7 +36,7 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
-from gllm_engine.ops.weight import Weight, dequantized
+from gllm_engine.ops.weight import Rows, Weight, dequantized
 from gllm_engine.routing import Clamp, Routing
 
 # Most K and V elements gathered at once: 1 MiB of float32, which fits a CPU's cache.
@@ -76,8 +76,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def activate(x: Tensor, act: str, gated: bool) -> Tensor:
+def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Tensor:
     """See Ops.activate; x of any shape."""
+    del then
     if gated:
         gate, up = x.chunk(2, dim=-1)
         return activate(gate, act, gated=False).mul_(up)
@@ -87,24 +88,32 @@ def activate(x: Tensor, act: str, gated: bool) -> Tensor:
 
 
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Weight,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.linear."""
+    assert isinstance(x, Tensor)
     x = x if norm is None else rms_norm(x, *norm)
     y = F.linear(x, dequantized(weight, x.dtype), bias)
     return y if out is None else out.copy_(y)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, norm: Norm | None) -> Tensor:
+def gated_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    then: Weight | None = None,
+) -> Tensor:
     """See Ops.gated_linear."""
+    del then
     return silu_mul(linear(x, weight, bias, norm))
 
 
-def add_linear(total: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
     """See Ops.add_linear."""
     return total.add_(linear(x, weight, bias))
 

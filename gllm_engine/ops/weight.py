@@ -54,6 +54,32 @@ class Fp8Weight:
         return (self.numbers.to(wide) * scales).to(dtype)
 
 
+@dataclass(frozen=True)
+class Fp8Rows:
+    """Rows [rows, dim] for a product, rounded to float8_e4m3fn: numbers [padded, dim] times float32
+    scales [padded, groups], of which each one belongs to equally many columns, the last one to
+    fewer.
+
+    Rows from `rows` on are zeros. `dtype`: of the rows before, and so of the product.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+    rows: int
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.rows, self.numbers.shape[1]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.numbers.device
+
+
 # The values of e2m1, by code.
 _E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
 _LEAST_EXPONENT = 127  # a byte s of scales is 2^(s - 127)
@@ -221,6 +247,8 @@ def pack_codes(
 
 
 Weight = Tensor | Fp8Weight | PackedWeight
+# The rows that a product takes.
+Rows = Tensor | Fp8Rows
 
 
 def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:

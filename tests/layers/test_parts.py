@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 import torch
 
+from gllm_engine.arch.model import Dense
 from gllm_engine.arch.rope import DynamicScaling, Rope
-from gllm_engine.layers import RopeTable
+from gllm_engine.layers import DenseFfn, RopeTable
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import reference
 
@@ -36,6 +39,25 @@ def test_linear_without_bias() -> None:
     (weight,) = linear.weights().values()
     weight.fill_(2.0)
     assert linear(torch.ones(1, 4)).tolist() == [[8.0, 8.0, 8.0]]
+
+
+@pytest.mark.parametrize("dense", [Dense(8), Dense(8, act="gelu"), Dense(8, gated=False)])
+def test_an_activation_is_told_the_weight_that_takes_it(
+    dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its kernel may round what that product would round."""
+    taken = []
+    for name in ("gated_linear", "activate"):
+        real = getattr(reference, name)
+
+        def keep(*args: Any, real: Any = real, **options: Any) -> Any:
+            taken.append(args[-1])
+            return real(*args, **options)
+
+        monkeypatch.setattr(reference, name, keep)
+    ffn = DenseFfn(dense, 4, reference, torch.float32, CPU)
+    assert ffn(torch.ones(2, 4), None).shape == (2, 4)
+    assert taken[0].data_ptr() == ffn.weights()["mlp.down_proj.weight"].data_ptr()
 
 
 def test_rope_table_holds_the_angles() -> None:

@@ -86,7 +86,7 @@ def make_steps() -> list[Any]:
         return {"tokens": [0] * count, "start": start, "pages": list(range(64))}
 
     steps = [make_batch([row(100, 1)] * count, PAGE) for count in (1, 5)]
-    steps.append(make_batch([row(100, 1), row(100, 70), row(0, 600)], PAGE))
+    steps.append(make_batch([row(100, 1), row(100, 170), row(0, 600)], PAGE))
     return [
         replace(step, **{k: v.to(META) for k, v in vars(step).items() if isinstance(v, Tensor)})
         for step in steps

@@ -55,6 +55,7 @@ UNSPILLED = {"_convolve_blocks", "_recur", "_recur_blocks", "_solve_blocks"}
 # And so every kernel that a single GPU runs, whatever the model.
 KERNELS = {
     *("_activate", "_apply_sinks", "_attend_latent", "_choose", "_choose_tokens", "_convolve"),
+    *("_copy_pages",),
     *("_convolve_blocks", "_recur_blocks", "_solve_blocks"),
     *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gather_latents", "_gemv"),
     *("_grouped", "_dequantize_packed", "_grouped_packed", "_packed"),

@@ -17,7 +17,7 @@ from test_latent_attention import mixed_step, plan_reference
 from torch import Tensor
 
 from gllm_engine import ops
-from gllm_engine.ops import LatentHeads, latent_rows, reference
+from gllm_engine.ops import LatentHeads, latent_rows, prefill_rows, reference
 from gllm_engine.ops.batch import made_up_step
 
 pytest.importorskip("triton")
@@ -44,7 +44,8 @@ class Ragged(Wrapper):
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         assert (len(q), len(k)) == (self.q_starts[-1], self.k_starts[-1])
         assert q.shape[1] == k.shape[1] == v.shape[1] == self.shape["num_qo_heads"]
-        assert (k.shape[2], v.shape[2]) == (self.shape["head_dim_qk"], self.shape["head_dim_vo"])
+        key_dim = self.shape["head_dim_qk"]
+        assert (k.shape[2], v.shape[2]) == (key_dim, self.shape.get("head_dim_vo", key_dim))
         results = []
         for rows, seen in zip(pairwise(self.q_starts), pairwise(self.k_starts), strict=True):
             queries = q[slice(*rows)].transpose(0, 1)
@@ -87,6 +88,7 @@ def planner(backend: ModuleType) -> Any:
     planner = object.__new__(backend.FlashInferPlanner)
     planner._device, planner._partials, planner._wrappers = torch.device("cpu"), torch.empty(1), {}
     planner._dtype, planner._scores, planner._expanded = torch.float32, None, None
+    planner._copies, planner._copied = True, None
     return planner
 
 
@@ -226,6 +228,40 @@ def test_both_forms_of_latent_attention_are_equal(
     found = backend.attend_latent(q, kv_up, cache, plan)
     expected = reference.attend_latent(q, kv_up, cache, plan_reference(batch, cache, 0.3))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_chunks_attend_to_a_copy_of_float8_pages(
+    backend: ModuleType, planner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all layers in the same memory; fresh chunks have a wrapper of their own."""
+    monkeypatch.setattr(prefill_rows, "_LEAST_COPIED", 8)
+    monkeypatch.setattr(prefill_rows, "COPIED_BYTES", 4 * (21 + 40) * 2 * 3 * 16)
+    monkeypatch.setattr(backend, "has_chunk_kernels", lambda *_: True)
+    monkeypatch.setattr(backend, "_is_hopper", lambda: True)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    planner._stages = Unstaged()
+    torch.manual_seed(0)
+    batch = mixed_step(STEP, 16)
+    shape = (int(batch.page_table.max()) + 1, 2, 16, 3, 16)
+    like = torch.empty(shape, dtype=torch.float8_e4m3fn)
+    planner.plan(mixed_step(STEP[4:], 16), like, 3, None)
+    assert planner._copied is not None  # a trial step tells of the memory
+    plan = planner.plan(batch, like, 3, None)
+    assert len(plan.chunks.places) == 21 + 40 and plan.first_fresh == 23
+    assert plan.chunks.wrapper is not plan.fresh
+    assert plan.chunks.wrapper.backend == plan.fresh.backend == "fa3"
+    planner._copied.view(torch.float32).fill_(float("nan"))
+    slow = reference.plan_attention(batch, torch.empty(shape), None)
+    q = torch.randn(len(batch.tokens), 3, 16)
+    for _ in range(2):
+        cache = torch.randn(shape).to(torch.float8_e4m3fn)
+        wide = cache.float()
+        kv = wide[batch.cache_index // 16, :, batch.cache_index % 16].flatten(1, 2)
+        found = backend.attend(ops.AttentionInputs(q, kv), cache, plan)
+        expected = reference.attend(ops.AttentionInputs(q), wide, slow)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1")

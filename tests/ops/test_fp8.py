@@ -16,7 +16,7 @@ import torch
 from test_ops_protocol import without_flashinfer
 from torch import Tensor
 
-from gllm_engine.ops import Fp8Weight, quantize_fp8, reference
+from gllm_engine.ops import Fp8Rows, Fp8Weight, quantize_fp8, reference
 
 FP8 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
@@ -104,7 +104,10 @@ def test_input_in_float8(rows: int, dim: int, columns: int | None, dtype: torch.
     x *= torch.randint(-3, 4, (rows, 1)).exp2()
     x[0, :32] = 0
     twin, twin_scales = quantize_fp8(x, 1, group)
-    numbers, scales = triton.quantize(x.to(dtype), columns)
+    found = triton.quantize(x.to(dtype), columns)
+    assert found.shape == x.shape and found.dtype == dtype
+    numbers = found.numbers
+    scales = found.scales
     padded = -(-rows // 16) * 16
     assert numbers.shape == (padded, dim) and scales.shape == (padded, -(-dim // group))
     assert scales.stride()[0] == 1
@@ -121,12 +124,35 @@ def test_input_in_float8_after_its_norm(columns: int | None) -> None:
     from gllm_engine.ops import triton
 
     x, gain = torch.randn(5, 96), torch.rand(96) + 0.5
-    numbers, scales = triton.quantize(x, columns, (gain, 0.1))
-    back = numbers.float() * scales.repeat_interleave(columns or 96, 1)[:, :96]
+    found = triton.quantize(x, columns, (gain, 0.1))
+    scales = found.scales
+    back = found.numbers.float() * scales.repeat_interleave(columns or 96, 1)[:, :96]
     normed = reference.rms_norm(x, gain, 0.1)
     near(back[:5], normed, 0.08)
     _, expected = quantize_fp8(normed, 1, columns or 96)
     torch.testing.assert_close(scales[:5], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize("columns", [None, 32])
+@pytest.mark.parametrize(
+    ("act", "gated"), [("silu", True), ("silu", False), ("gelu", True), ("gelu_tanh", True)]
+)
+def test_input_in_float8_after_its_activation(
+    act: str, gated: bool, columns: int | None, dtype: torch.dtype
+) -> None:
+    """The same bits as of two kernels, one after the other."""
+    from gllm_engine.ops import triton
+
+    x = torch.randn(5, 144 * (1 + gated)).to(dtype)
+    found = triton.quantize(x, columns, act=(act, gated))
+    expected = triton.quantize(triton.activate(x, act, gated), columns)
+    assert found.shape == (5, 144) and found.dtype == dtype
+    assert torch.equal(found.numbers.view(torch.uint8), expected.numbers.view(torch.uint8))
+    assert torch.equal(found.scales, expected.scales) and found.scales.stride()[0] == 1
+    assert found.numbers[:5].float().abs().amax() > 400
+    assert triton.quantize(found, columns) is found
 
 
 @interpreted
@@ -349,6 +375,7 @@ def kernel_of(x: Tensor, weight: Fp8Weight) -> str:
         (4, (48, 64, 1, 64), "skinny"),
         (5, (48, 64, 1, 64), "torch"),
         (5, (20, 64, 1, 64), "skinny"),  # too narrow for the library
+        (5, (48, 2048, 1, 2048), "skinny"),  # too narrow for all multiprocessors
         (1, (128, 512, 128, 128), "gemv"),
         (4, (128, 512, 128, 128), "skinny"),
         (5, (128, 512, 128, 128), "torch"),
@@ -379,6 +406,65 @@ def test_products_of_a_gpu(
     assert gpu_ops.add_linear(total, x, weight, b) is total
     near(total, expected, limit)
     assert gpu_ops.linear(x[:0], weight, b, norm).shape == (0, width)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "size", "rounds"),
+    [
+        (1, (48, 64, 1, 64), False),  # its product does not round
+        (4, (48, 64, 1, 64), True),
+        (5, (48, 64, 1, 64), True),
+        (5, (128, 512, 128, 128), True),
+        (5, (200, 512, 128, 128), True),
+        (5, (48, 64, 16, 16), False),
+        (0, (48, 64, 1, 64), False),
+    ],
+)
+def test_activations_are_rounded_for_the_next_product(
+    rows: int, size: tuple[int, int, int, int], rounds: bool, gpu_ops: ModuleType
+) -> None:
+    """With the same bits as if that product rounded them. A kernel that multiplies and activates
+    does not round.
+    """
+    down, _ = made(*size)
+    width, hidden = size[:2]
+    gate_up, _ = made(2 * hidden, 64, 1, 64, seed=1)
+    x = torch.randn(rows, 64).to(BF16)
+    plain = gpu_ops.gated_linear(x, gate_up, None, None)
+    found = gpu_ops.gated_linear(x, gate_up, None, None, down)
+    assert isinstance(found, Fp8Rows) == (rounds and kernel_of(x, gate_up) == "torch")
+    assert found.shape == plain.shape == (rows, hidden)
+    assert torch.equal(gpu_ops.linear(found, down), gpu_ops.linear(plain, down))
+    total = torch.randn(rows, width).to(BF16)
+    expected = gpu_ops.add_linear(total.clone(), plain, down, None)
+    assert torch.equal(gpu_ops.add_linear(total, found, down, None), expected)
+    both = torch.randn(rows, 2 * hidden).to(BF16)
+    found = gpu_ops.activate(both, "gelu", True, down)
+    assert isinstance(found, Fp8Rows) == rounds
+    expected = gpu_ops.linear(gpu_ops.activate(both, "gelu", True), down)
+    assert torch.equal(gpu_ops.linear(found, down), expected)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "width", "depth", "kernel"),
+    [
+        (256, 4096, 14336, "skinny"),
+        (257, 4096, 14336, "torch"),
+        (128, 6144, 4096, "skinny"),
+        (129, 6144, 4096, "torch"),
+        (65, 28672, 4096, "torch"),
+        (65, 4096, 2032, "torch"),
+    ],
+)
+def test_tiles_that_would_leave_multiprocessors_idle(
+    rows: int, width: int, depth: int, kernel: str, gpu_ops: ModuleType
+) -> None:
+    """Are divided along the depth by our kernel."""
+    numbers = torch.empty(width, depth, dtype=FP8)
+    weight = Fp8Weight(numbers, torch.empty(width, 1), 1, depth)
+    assert kernel_of(torch.empty(rows, depth, dtype=BF16), weight) == kernel
 
 
 @interpreted

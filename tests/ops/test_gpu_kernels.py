@@ -13,9 +13,11 @@ from torch import Tensor
 from gllm_engine.ops import (
     AttentionInputs,
     Batch,
+    Fp8Rows,
     Fp8Weight,
     HeadNorm,
     PlainSampling,
+    prefill_rows,
     reference,
     select_ops,
 )
@@ -153,6 +155,23 @@ def test_linear_of_fp8_weights(
     expected = reference.add_linear(total64, x64, exact, b64)
     assert ops.add_linear(total, x, weight, b) is total
     near(total, expected, limit)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("block", [(1, 0), (128, 128), None])
+@pytest.mark.parametrize(("rows", "width"), [(70, 896), (300, 14336)])
+def test_activations_rounded_for_the_next_product(
+    rows: int, width: int, block: tuple[int, int] | None, act: str
+) -> None:
+    """With the bits of two kernels, one after the other."""
+    ops, down = select_ops(CUDA), made_fp8(block, 512, width)
+    x = randn(rows, 2 * width)
+    x[3, 7] = torch.nan
+    found, plain = ops.activate(x, act, True, down), ops.activate(x, act, True)
+    assert isinstance(found, Fp8Rows) and isinstance(plain, torch.Tensor)
+    y, expected = ops.linear(found, down), ops.linear(plain, down)
+    assert y[3].isnan().all() and y[4:].isfinite().all()
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.parametrize("rows", [4, 100])
@@ -509,9 +528,23 @@ def test_attention_without_kernels(dtype: torch.dtype) -> None:
     ],
 )
 def test_attention_over_a_float8_cache(
-    mix: str, dtype: torch.dtype, heads: tuple[int, int, int], window: int | None
+    mix: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(prefill_rows, "_LEAST_COPIED", 1 << 30)
     run_attention(mix, dtype, heads, window, 16, FLOAT8)
+
+
+@pytest.mark.parametrize("mix", ["chunks", "both", "all"])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_attention_over_a_copy_of_float8_pages(
+    mix: str, sunk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_rows, "_LEAST_COPIED", 0)
+    run_attention(mix, torch.bfloat16, (32, 8, 128), None, 16, FLOAT8, sunk=sunk)
 
 
 @pytest.mark.parametrize(

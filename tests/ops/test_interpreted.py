@@ -217,6 +217,35 @@ def test_decode_attention_in_chunks_and_with_sinks(window: int, chunked: bool) -
         near(triton.decode_attention(q, cache, parts, out, sinks=some), expected, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "heads", "dim"),
+    [
+        (torch.bfloat16, (4, 2), 32),
+        (torch.bfloat16, (2, 2), 16),
+        (torch.float16, (3, 1), 24),
+        (torch.float32, (2, 1), 7),
+    ],
+)
+def test_decode_attention_over_a_float8_cache(
+    dtype: torch.dtype, heads: tuple[int, int], dim: int
+) -> None:
+    """Every number of float8 in K and in V; rows of one part and of several."""
+    num_heads, kv_heads = heads
+    contexts = [1, 17, 257]
+    batch, _, cache = make_case([(n, 1) for n in contexts], 16, kv_heads, 1, dim)
+    codes = torch.arange(cache.numel()) * 7 % 254
+    codes += codes // 127  # without 127 and 255, NaN
+    exact = codes.to(torch.uint8).view(torch.float8_e4m3fn).view(cache.shape)
+    q = (torch.randn(len(contexts), num_heads, dim) / 100).to(dtype)
+    q[2, 0, 0] = 6e4 if dtype == torch.float16 else 1e5  # float16 ends at 65504
+    plan = reference.plan_attention(batch, cache, None)
+    parts = triton.split_kv(batch.page_table, batch.slots, batch.context_lens, kv_heads, None)
+    expected = reference.attend(AttentionInputs(q.float()), exact.float(), plan).view(q.shape)
+    out = triton.decode_attention(q, exact, parts)
+    assert out.dtype == dtype
+    near(out.float(), expected, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize(("heads", "dim"), [(4, 16), (20, 24), (3, 8)])
 def test_sinks_are_applied_to_attention_without_them(heads: int, dim: int) -> None:
     tokens, keys = 5, 9

@@ -19,6 +19,10 @@ last to finish:
 
 The partials are always joined in the order of the context, so the result does not depend on which
 part arrives last. No program waits for another one. A row of one part writes its output directly.
+
+float8 numbers become float16 numbers, exactly, by one instruction for two of them; float16 queries
+and weights have more digits than bfloat16 ones. A tile is loaded as pairs of channels, so that the
+numbers of even channels are one matrix in registers, and those of odd channels another one.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.kernels import HALF
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.
@@ -127,28 +132,63 @@ def split_kv(
 
 
 @triton.jit
+def _decode_pairs(pairs, ON_GPU: tl.constexpr):
+    """The first and the second float8 number of each int16, in float16, which has them all."""
+    if ON_GPU:
+        # Of registers with two pairs. Triton's own conversion of float8 would load single bytes of
+        # a transposed tile from shared memory.
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t; .reg .b16 l, h; prmt.b32 t, $2, 0, 0x3120; mov.b32 {l, h}, t;"
+            "cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h;}", "=r,=r,r", [pairs],
+            dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        first = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        second = (pairs >> 8 & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return first.to(tl.float16), second.to(tl.float16)
+
+
+@triton.jit
+def _halves(x, HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The even and the odd channels of queries, in float16, whose largest number is 65504."""
+    wide = tl.clamp(x.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.split(tl.reshape(wide.to(tl.float16), (HEADS, BLOCK_DIM // 2, 2)))
+
+
+@triton.jit
 def _attend_part(
     x, table, cache, first, end, kv_head, scale, cap, peak, total,
     KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, PAIRED: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised softmax-weighted V of tokens first .. end - 1, peak score and sum of weights.
 
-    `peak`, `total`: [HEADS] those of keys before these tokens, whose values are 0.
+    `peak`, `total`: [HEADS] those of keys before these tokens, whose values are 0. PAIRED: `cache`
+    has pairs of float8 numbers; `even` and `odd` are of the channels with such numbers.
     """
-    d = tl.arange(0, BLOCK_DIM)
-    acc = tl.zeros((HEADS, BLOCK_DIM), tl.float32)
+    WIDTH: tl.constexpr = DIM // 2 if PAIRED else DIM
+    BLOCK_WIDTH: tl.constexpr = BLOCK_DIM // 2 if PAIRED else BLOCK_DIM
+    d = tl.arange(0, BLOCK_WIDTH)
+    acc = tl.zeros((HEADS, BLOCK_WIDTH), tl.float32)
+    if PAIRED:
+        x_even, x_odd = _halves(x, HEADS, BLOCK_DIM)
+        acc_odd = tl.zeros((HEADS, BLOCK_WIDTH), tl.float32)
     for start in range(first, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
         page = tl.load(table + at // PAGE, mask=inside, other=0)
-        line = ((page * 2 * PAGE + at % PAGE) * KV + kv_head) * DIM
-        mask = inside[None, :] & (d < DIM)[:, None]
-        k = tl.load(cache + line[None, :] + d[:, None], mask=mask, other=0.0).to(x.dtype)
-        v_line = line + PAGE * KV * DIM
-        mask = inside[:, None] & (d < DIM)[None, :]
-        v = tl.load(cache + v_line[:, None] + d[None, :], mask=mask, other=0.0).to(x.dtype)
-        score = tl.dot(x, k, input_precision="ieee") * scale
+        line = ((page * 2 * PAGE + at % PAGE) * KV + kv_head) * WIDTH
+        mask = inside[None, :] & (d < WIDTH)[:, None]
+        k = tl.load(cache + line[None, :] + d[:, None], mask=mask, other=0 if PAIRED else 0.0)
+        v_line = line + PAGE * KV * WIDTH
+        mask = inside[:, None] & (d < WIDTH)[None, :]
+        v = tl.load(cache + v_line[:, None] + d[None, :], mask=mask, other=0 if PAIRED else 0.0)
+        if PAIRED:
+            even, odd = _decode_pairs(k, ON_GPU)
+            score = tl.dot(x_odd, odd, tl.dot(x_even, even)) * scale
+        else:
+            score = tl.dot(x, k.to(x.dtype), input_precision="ieee") * scale
         if CAPPED:  # tanh(s) = 1 - 2 / (1 + exp(2s)); scores and `cap` are multiples of log2(e)
             score = cap - 2.0 * cap / (1.0 + tl.exp(2.0 * score / cap))
         score = tl.where(inside[None, :], score, -float("inf"))
@@ -156,8 +196,17 @@ def _attend_part(
         weight = tl.exp2(score - top[:, None])
         decay = tl.exp2(peak - top)
         total = total * decay + tl.sum(weight, 1)
-        acc = acc * decay[:, None] + tl.dot(weight.to(x.dtype), v, input_precision="ieee")
+        if PAIRED:
+            even, odd = _decode_pairs(v, ON_GPU)
+            weight = weight.to(tl.float16)
+            acc = tl.dot(weight, even, acc * decay[:, None])
+            acc_odd = tl.dot(weight, odd, acc_odd * decay[:, None])
+        else:
+            v = v.to(x.dtype)
+            acc = acc * decay[:, None] + tl.dot(weight.to(x.dtype), v, input_precision="ieee")
         peak = top
+    if PAIRED:
+        acc = tl.interleave(acc, acc_odd)
     return acc, peak, total
 
 
@@ -201,7 +250,7 @@ def _decode_attention(
     KV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK: tl.constexpr, JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr, OVERLAPS: tl.constexpr,
+    SINKS: tl.constexpr, PAIRED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
     begin_alone(OVERLAPS)
@@ -223,7 +272,7 @@ def _decode_attention(
             total = tl.where(part == 0, 1.0, total)
         acc, peak, total = _attend_part(
             x, table, cache, first, tl.minimum(first + share, length), kv_head, scale, cap,
-            peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED,
+            peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED, PAIRED, OVERLAPS,
         )  # fmt: skip
         if used == 1:
             tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=wanted)
@@ -261,19 +310,22 @@ def decode_attention(
     rows, heads, dim = q.shape
     kv_heads, page_size = cache.shape[3], cache.shape[2]
     group, capacity = heads // kv_heads, plan.items.shape[1]
-    block_dim, block_group = max(16, triton.next_power_of_2(dim)), triton.next_power_of_2(group)
+    paired = cache.dtype == torch.float8_e4m3fn and q.dtype in HALF and dim % 2 == 0
+    block_dim = max(32 if paired else 16, triton.next_power_of_2(dim))
+    block_group = triton.next_power_of_2(group)
     out = torch.empty_like(q) if out is None else out
     parts = q.new_empty(capacity, heads, dim, dtype=torch.float32)
     peaks, sums = parts.new_empty(2, capacity, heads)
     _decode_attention[(capacity, kv_heads)](
-        q, cache, plan.page_table, plan.slots, plan.lens, plan.items, plan.arrived, plan.share,
-        q if sinks is None else sinks, out, parts, peaks, sums, capacity, plan.page_table.shape[1],
+        q, cache.view(torch.int16) if paired else cache, plan.page_table, plan.slots, plan.lens,
+        plan.items, plan.arrived, plan.share, q if sinks is None else sinks, out, parts, peaks,
+        sums, capacity, plan.page_table.shape[1],
         (scale or dim**-0.5) * _LOG2_E.value, (softcap or 0.0) * _LOG2_E.value,
         KV=kv_heads, GROUP=group, HEADS=max(16, block_group), DIM=dim,
         BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0, CHUNKED=plan.chunked,
         BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
         JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        CAPPED=softcap is not None, SINKS=sinks is not None, OVERLAPS=OVERLAP,
+        CAPPED=softcap is not None, SINKS=sinks is not None, PAIRED=paired, OVERLAPS=OVERLAP,
         num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out

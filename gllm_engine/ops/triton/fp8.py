@@ -1,5 +1,5 @@
-"""Kernels for float8_e4m3fn: the input of a product with an RMS norm, weights back to numbers, and
-where the kernels of products find a weight's scales.
+"""Kernels for float8_e4m3fn: the rows of a product, after an RMS norm or an activation; weights
+back to numbers; and where the kernels of products find a weight's scales.
 
 Sums are float32; intermediate results are rounded where torch rounds. Knows shapes and arithmetic.
 """
@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.norm_act import activated
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
-from gllm_engine.ops.weight import Fp8Weight
+from gllm_engine.ops.weight import Fp8Rows, Fp8Weight, Rows
 
 # The least scale: of a row of zeros, which stays zero.
 _LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
@@ -76,9 +77,10 @@ def common_columns(weight: Fp8Weight) -> int:
 @triton.jit
 def _quantize(
     x, gain, numbers, scales, rows, dim, eps,
-    NORM: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One row; GROUP numbers share a scale. `scales`: [groups, rows of the grid]."""
+    """One row; GROUP numbers share a scale. `scales`: [groups, rows of the grid]. ACT: "": none."""
     row = tl.program_id(0).to(tl.int64)
     at = (tl.arange(0, GROUPS) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = at < dim
@@ -86,10 +88,17 @@ def _quantize(
         g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
     begin(OVERLAPS)
     kind: tl.constexpr = x.dtype.element_ty
-    v = tl.load(x + row * dim + at, mask=inside & (row < rows), other=0.0).to(tl.float32)
+    line = x + row * (2 * dim if GATED else dim)
+    mask = inside & (row < rows)
+    v = tl.load(line + at, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         scale = tl.rsqrt(tl.sum(tl.sum(v * v, 1), 0) / dim + eps)
         v = ((v * scale).to(kind).to(tl.float32) * g).to(kind).to(tl.float32)
+    if ACT != "":
+        v = activated(v, ACT).to(kind).to(tl.float32)
+        if GATED:
+            up = tl.load(line + dim + at, mask=mask, other=0.0).to(tl.float32)
+            v = (v * up).to(kind).to(tl.float32)
     s = tl.maximum(tl.max(tl.abs(v), 1) / 448.0, _LEAST_SCALE)
     # Division may round a little above 448, which float8 has no number for.
     v = tl.clamp(v / s[:, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
@@ -99,15 +108,23 @@ def _quantize(
 
 
 def quantize(
-    x: Tensor, columns: int | None = None, norm: tuple[Tensor, float] | None = None
-) -> tuple[Tensor, Tensor]:
-    """x [rows, dim], or its RMS norm, in float8: (numbers [padded, dim], scales [padded, groups]).
+    x: Rows,
+    columns: int | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    act: tuple[str, bool] | None = None,
+) -> Fp8Rows:
+    """x [rows, dim], its RMS norm, or its activation, in float8; x itself if it is in float8.
 
-    `columns`: a power of two, so many numbers of a row share a scale; None: all of them. `padded`:
-    `rows`, rounded up to a multiple of 16; the further rows are zeros. The scales of a group lie
-    side by side in memory.
+    `columns`: a power of two, so many numbers of a row share a scale; None: all of them. The rows
+    of the result are filled up to a multiple of 16. The scales of a group lie side by side in
+    memory. `act`: (act, gated) of Ops.activate; the result has the bits of its rounded result.
     """
+    if not isinstance(x, Tensor):
+        assert norm is None and act is None
+        return x
     rows, dim = x.shape
+    name, gated = ("", False) if act is None else act
+    dim //= 1 + gated
     padded = triton.cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE
     group = triton.next_power_of_2(dim) if columns is None else columns
     groups = triton.cdiv(dim, group)
@@ -118,10 +135,11 @@ def quantize(
     if rows:
         _quantize[(padded,)](
             x, gain, numbers, scales, rows, dim, eps,
-            NORM=norm is not None, GROUPS=triton.next_power_of_2(groups), GROUP=group,
+            NORM=norm is not None, ACT=name, GATED=gated,
+            GROUPS=triton.next_power_of_2(groups), GROUP=group,
             OVERLAPS=OVERLAP, num_warps=min(max(warps, 1), 16), **overlapping(),
         )  # fmt: skip
-    return numbers, scales.T
+    return Fp8Rows(numbers, scales.T, rows, x.dtype)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 from gllm_engine.ops.kernels import HALF, has_fp8_gemv
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
-from gllm_engine.ops.weight import Fp8Weight
+from gllm_engine.ops.weight import Fp8Weight, Rows
 
 # Weight elements of one load of a thread. With as many elements of x, 16 bytes, a thread has the
 # elements of x that it multiplies its weights by; with more, they would go through shared memory.
@@ -152,7 +152,7 @@ def _gemv(
     tl.store(out + n, y.to(kind), mask=inside)
 
 
-def is_single(x: Tensor, weight: Tensor | Fp8Weight) -> bool:
+def is_single(x: Rows, weight: Tensor | Fp8Weight) -> bool:
     """Whether `gemv` multiplies x [rows, depth] by the weight: one row, of a 16-bit dtype."""
     if x.shape[0] != 1:
         return False

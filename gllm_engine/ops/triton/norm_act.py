@@ -125,6 +125,19 @@ def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 @triton.jit
+def activated(gate, ACT: tl.constexpr):
+    """act(gate) in float32; see Ops.activate."""
+    if ACT == "silu":
+        result = gate / (1.0 + tl.exp(-gate))
+    elif ACT == "gelu":
+        result = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:  # 0.5 * (1 + tanh(u)) is the logistic function of 2u
+        u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        result = gate / (1.0 + tl.exp(-2.0 * u))
+    return result
+
+
+@triton.jit
 def _activate(
     x, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -135,15 +148,8 @@ def _activate(
     begin(OVERLAPS)
     line = x + row * (2 * width if GATED else width)
     gate = tl.load(line + at, mask=inside, other=0.0).to(tl.float32)
-    if ACT == "silu":
-        result = gate / (1.0 + tl.exp(-gate))
-    elif ACT == "gelu":
-        result = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:  # 0.5 * (1 + tanh(u)) is the logistic function of 2u
-        u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        result = gate / (1.0 + tl.exp(-2.0 * u))
     kind: tl.constexpr = out.dtype.element_ty
-    result = result.to(kind)
+    result = activated(gate, ACT).to(kind)
     if GATED:
         up = tl.load(line + width + at, mask=inside, other=0.0).to(tl.float32)
         result = (result.to(tl.float32) * up).to(kind)
@@ -151,7 +157,7 @@ def _activate(
 
 
 def activate(x: Tensor, act: str, gated: bool) -> Tensor:
-    """As Ops.activate."""
+    """As Ops.activate; the result is not rounded to float8."""
     rows, width = x.shape[0], x.shape[1] // (1 + gated)
     out = x.new_empty(rows, width)
     if rows:

@@ -39,7 +39,7 @@ from gllm_engine.ops.kernels import HALF, has_fp8_tiles
 from gllm_engine.ops.triton.fp8 import common_columns, quantize, scale_lines, scale_options
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
-from gllm_engine.ops.weight import Fp8Weight
+from gllm_engine.ops.weight import Fp8Weight, Rows
 
 _MAX_ROWS = 64
 # Number of programs that saturates the memory bandwidth, and least depth of a part.
@@ -287,7 +287,7 @@ def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
     return tiling.parts == 1 or rows <= _SHARED_ROWS and programs <= _MULTIPROCESSORS
 
 
-def has_tiles(x: Tensor, weight: Fp8Weight) -> bool:
+def has_tiles(x: Rows, weight: Fp8Weight) -> bool:
     """Whether `skinny` multiplies x [rows, depth] by the weight."""
     return len(x) > 0 and has_fp8_tiles(x.dtype, common_columns(weight))
 
@@ -312,7 +312,8 @@ def choose_fp8_tiling(rows: int, width: int, depth: int, gated: bool, columns: i
     """As choose_tiling, for an FP8 weight and any number of rows; `columns`: its common_columns."""
     block_m = _block_m(rows)
     many = rows > _MAX_ROWS
-    block_n = 128 if many and not gated else 64
+    # With blocks, sums of 128 x 128 and their scales would not fit in the registers of 8 warps.
+    block_n = 128 if many and not gated and not columns else 64
     block_k = min(columns, _GROUP.value)
     if not columns:
         block_k = _BLOCK_K if many or gated else _FP8_BLOCK_K
@@ -320,7 +321,8 @@ def choose_fp8_tiling(rows: int, width: int, depth: int, gated: bool, columns: i
     parts = _choose_parts(tiles, depth, _FP8_PROGRAMS)
     step_bytes = (block_n * (1 + gated) + block_m) * block_k
     stages = _TILE_STAGES if many else min(_MAX_STAGES, _FP8_TILE_BYTES // step_bytes)
-    return Tiling(block_n, block_k, parts, stages, warps=8 if many else 4)
+    large = block_n * (1 + gated) > 64
+    return Tiling(block_n, block_k, parts, stages, warps=8 if many and large else 4)
 
 
 def _choose_parts(tiles: int, depth: int, programs: int) -> int:
@@ -332,7 +334,7 @@ def _choose_parts(tiles: int, depth: int, programs: int) -> int:
 
 
 def skinny(
-    x: Tensor,
+    x: Rows,
     weight: Tensor | Fp8Weight,
     bias: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
@@ -349,24 +351,28 @@ def skinny(
     """
     rows, depth = x.shape
     width = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = x.new_empty(rows, width) if out is None else out
+    if out is None:
+        out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if isinstance(weight, Tensor):
+        assert isinstance(x, Tensor)
         numbers = weight
-        x = x if norm is None else rms_norm(x, *norm)
+        x_numbers = x if norm is None else rms_norm(x, *norm)
         x_scales = x
         tiling = tiling or choose_tiling(rows, width, depth, gated)
     else:
         numbers = weight.numbers
         columns = common_columns(weight)
-        x, x_scales = quantize(x, _GROUP.value if columns else None, norm)
+        rounded = quantize(x, _GROUP.value if columns else None, norm)
+        x_numbers = rounded.numbers
+        x_scales = rounded.scales
         tiling = tiling or choose_fp8_tiling(rows, width, depth, gated, columns)
     block_n, block_k, parts, stages, warps = tiling
     block_m = _block_m(rows)
     grid = triton.cdiv(rows, block_m), triton.cdiv(width, block_n), parts
     sums, arrived = _shared(out, grid, (1 + gated) * block_n * block_m)
     _skinny[grid](
-        x, x_scales, numbers, out if bias is None else bias, out, sums, arrived, rows, len(x),
-        width, depth, **scale_options(weight),
+        x_numbers, x_scales, numbers, out if bias is None else bias, out, sums, arrived, rows,
+        len(x_numbers), width, depth, **scale_options(weight),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts, AHEAD=_AHEAD,
         GATED=gated, BIAS=bias is not None, ADD=add,
         EVEN=depth % block_k == 0, OVERLAPS=OVERLAP,

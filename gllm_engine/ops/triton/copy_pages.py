@@ -1,0 +1,50 @@
+"""Copies K and V of tokens from pages, side by side and in another dtype.
+
+Knows the cache layout, [num_pages, 2, page_size, kv_heads, head_dim].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+
+# Numbers that a program copies, if one token has no more.
+_NUMBERS = 8192
+
+
+# Without this, Triton compiles one kernel for counts divisible by 16 and another one for the rest.
+@triton.jit(do_not_specialize=["tokens"])
+def _copy_pages(
+    cache, places, out, tokens,
+    WIDTH: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Program (i, 0) copies K of the i-th TOKENS tokens; program (i, 1) V."""
+    begin_alone(OVERLAPS)
+    part = tl.program_id(1)
+    at = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    place = tl.load(places + at, mask=at < tokens, other=0)
+    line = (place // PAGE * 2 + part) * PAGE + place % PAGE
+    d = tl.arange(0, BLOCK)
+    inside = (at < tokens)[:, None] & (d < WIDTH)[None, :]
+    x = tl.load(cache + line[:, None] * WIDTH + d[None, :], mask=inside)
+    row = part * tokens + at
+    tl.store(out + row[:, None] * WIDTH + d[None, :], x.to(out.dtype.element_ty), mask=inside)
+
+
+def copy_pages(cache: Tensor, places: Tensor, out: Tensor) -> None:
+    """Copy K and V of tokens to out [2, tokens, kv_heads, head_dim], in its dtype.
+
+    places: [tokens] int64, page * page_size + offset of each token; at least one.
+    """
+    tokens = len(places)
+    width = cache.shape[3] * cache.shape[4]
+    block = triton.next_power_of_2(width)
+    some = max(1, _NUMBERS // block)
+    _copy_pages[(triton.cdiv(tokens, some), 2)](
+        cache, places, out, tokens, WIDTH=width, PAGE=cache.shape[2], TOKENS=some, BLOCK=block,
+        OVERLAPS=OVERLAP, **overlapping(),
+    )  # fmt: skip
