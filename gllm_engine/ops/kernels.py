@@ -29,9 +29,10 @@ FACTORS = 4
 # Bytes of K and V of chunks that latent attention makes at once: of 47,000 tokens and 16 heads of
 # 192 and 128 channels, or of 299,000 tokens and one head.
 EXPANDED_BYTES = 512 << 20
-# Tokens of the absorbed form of latent attention at once, which takes 8 bytes for each number of a
-# latent, token and head.
+# Tokens of the absorbed form of latent attention at once, which takes 4 bytes for each number of a
+# latent, token and head; and the most parts of contexts beyond one per token.
 ABSORBED_TOKENS = 2048
+EXTRA_PARTS = 128
 # Rows and columns of the only blocks that torch's products take.
 _FP8_BLOCK = (128, 128)
 # Columns of an FP8 weight that must have one scale: as many as a thread loads at once in a product

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.kernels import HALF
+from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
 
@@ -37,10 +37,10 @@ _HEADS = 32
 # Most heads of a program whose tiles are copied to shared memory asynchronously. More heads leave
 # no memory for three tiles.
 _PIPELINED_HEADS = 16
+# Warps of a program and stages of its loop, for tiles copied asynchronously, and for others.
+_PIPELINED, _HELD = (4, 3), (8, 1)
 # Tokens of the cache in one iteration; a part is a multiple of them.
 _BLOCK = 64
-# A multiprocessor holds one program of `_attend_latent`.
-_PROGRAMS = 128
 # Rows of a program of `_absorb` and `_project`, if there are few, and if there are many.
 _FEW, _MANY = 16, 64
 _LOG2_E = 1.4426950408889634
@@ -345,8 +345,10 @@ def head_blocks(heads: int) -> int:
 
 
 def split_latents(page_table: Tensor, slots: Tensor, lens: Tensor, heads: int) -> KvSplits:
-    """split_kv for attend_latent: parts for all multiprocessors, even if rows are few."""
-    extra = max(1, _PROGRAMS // head_blocks(heads))
+    """split_kv for attend_latent: parts for all multiprocessors, even if rows are few. One of its
+    programs takes up a multiprocessor.
+    """
+    extra = max(1, EXTRA_PARTS // head_blocks(heads))
     return split_kv(page_table, slots, lens, 0, None, extra=extra, least=_BLOCK)
 
 
@@ -407,6 +409,7 @@ def _attended(
     parts = q.new_empty(capacity, heads, rank)
     logs = q.new_empty(capacity, heads, dtype=torch.float32)
     pipelined = group <= _PIPELINED_HEADS and cache.dtype == q.dtype and q.dtype in HALF
+    warps, stages = _PIPELINED if pipelined else _HELD
     _attend_latent[(blocks, capacity)](
         q, q_rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
         splits.items if chosen is None else chosen, parts, logs, capacity,
@@ -414,6 +417,6 @@ def _attended(
         HEADS=heads, GROUP=group, BLOCK_GROUP=max(16, triton.next_power_of_2(group)), RANK=rank,
         ROPE=q_rope.shape[2], PAGE=cache.shape[2], BLOCK=_BLOCK,
         TOP_K=0 if chosen is None else chosen.shape[1], PIPELINED=pipelined, OVERLAPS=OVERLAP,
-        num_warps=4 if pipelined else 8, num_stages=3 if pipelined else 1, **overlapping(),
+        num_warps=warps, num_stages=stages, **overlapping(),
     )  # fmt: skip
     return parts, logs
