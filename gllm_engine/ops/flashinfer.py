@@ -602,7 +602,7 @@ class FlashInferPlanner:
             lens = lens.clamp(max=top_k)
         absorbed = []
         for start in range(0, len(slots), ABSORBED_TOKENS):
-            rows = slice(start, start + ABSORBED_TOKENS)
+            rows = slice(start, min(start + ABSORBED_TOKENS, len(slots)))
             splits = triton.split_latents(
                 batch.page_table, slots[rows], lens[rows], heads.num_heads
             )

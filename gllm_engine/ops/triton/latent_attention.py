@@ -41,7 +41,8 @@ _PIPELINED_HEADS = 16
 _PIPELINED, _HELD = (4, 3), (8, 1)
 # Tokens of the cache in one iteration; a part is a multiple of them.
 _BLOCK = 64
-# Rows of a program of `_absorb` and `_project`, if there are few, and if there are many.
+# Up to _FEW rows, a product with W_UK or W_UV is divided among more programs; beyond _MANY rows, a
+# program of `_project` has more rows.
 _FEW, _MANY = 16, 64
 _LOG2_E = 1.4426950408889634
 
@@ -165,7 +166,7 @@ def gather_latents(cache: Tensor, places: Tensor, latents: Tensor, k: Tensor) ->
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _absorb(
     q, kv_up, out, rows, q_token, q_head,
     HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
@@ -296,7 +297,7 @@ def _attend_latent(
         begin_alone(OVERLAPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _project(
     parts, logs, starts, kv_up, out, rows,
     HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
@@ -368,13 +369,14 @@ def attend_latent(
     attends to; then the lengths in `splits` are those of these lists.
     """
     rows, heads, value_dim = out.shape
+    assert rows == len(splits.slots)
     if not rows:
         return
     rank = kv_up.shape[2]
     nope_dim = kv_up.shape[1] - value_dim
     absorbed = q.new_empty(rows, heads, rank)
     few = rows <= _FEW
-    block_rows = _FEW if few else _MANY
+    block_rows = 16 if few else 64
     block = min(64, rank)
     sizes = {"HEADS": heads, "NOPE": nope_dim, "VALUE": value_dim, "RANK": rank}
     _absorb[(rank // block, heads, triton.cdiv(rows, block_rows))](
@@ -384,10 +386,10 @@ def attend_latent(
     )  # fmt: skip
     parts, logs = _attended(absorbed, q[..., nope_dim:], cache, splits, scale, chosen)
     block = min(32 if few else 64, max(16, triton.next_power_of_2(value_dim)))
-    block_rows = _FEW if rows <= _MANY else _MANY
+    block_rows = 16 if rows <= _MANY else 32
     _project[(triton.cdiv(value_dim, block), heads, triton.cdiv(rows, block_rows))](
         parts, logs, splits.starts, kv_up, out, rows, **sizes, BLOCK_ROWS=block_rows,
-        BLOCK_PARTS=max(32, block_rows), BLOCK_VALUE=block, OVERLAPS=OVERLAP, num_warps=4,
+        BLOCK_PARTS=32, BLOCK_VALUE=block, OVERLAPS=OVERLAP, num_warps=4,
         num_stages=2, **overlapping(),
     )  # fmt: skip
 
