@@ -61,6 +61,10 @@ PREFILL = ((1, 8192, 8192), (2, 8192, 8192), (16, 1024, 1024), (64, 256, 256), (
 # Rows, and tokens of a row in this step: of layers with the gated delta rule.
 DELTA = ((1, 1), (64, 1), (1, 2048), (1, 8192), (8, 1024))
 DELTA_BLOCK = 64  # tokens that are computed at once
+LATENT_DECODE = (
+    *((rows, context) for rows in (1, 8, 64, 256) for context in (512, 1024, 4096, 32768)),
+    (1024, 512),
+)
 # Of latent attention in both forms; the last ones are near the length that decides between them.
 LATENT_PREFILL = ((1, 8192, 8192), (8, 1024, 1024), (4, 8192, 2048), (8, 4096, 64), (64, 4096, 32))
 
@@ -409,13 +413,14 @@ class Shape:
         moved += tokens * m.heads * (heads.key_dim + m.v_dim) * self.item
         width = m.latent_width + m.kv_rank if absorbed else heads.key_dim + m.v_dim
         multiplied = tokens if absorbed else rows * context  # by W_UK and W_UV
+        moved += m.heads * (m.nope_dim + m.v_dim) * m.kv_rank * self.item
         done = rows * sum(ends) * width + multiplied * (m.nope_dim + m.v_dim) * m.kv_rank
         form = "absorbed" if absorbed else "expanded"
         size = f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
         return Case(f"latent attention, {form}", size, moved, 2 * m.heads * done, make)
 
     def latent_cases(self) -> Iterator[Case]:
-        for rows, context in DECODE:
+        for rows, context in LATENT_DECODE:
             yield self.latent_case(rows, context, 1, True)
         for rows, context, chunk in LATENT_PREFILL:
             yield self.latent_case(rows, context, chunk, True)

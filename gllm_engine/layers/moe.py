@@ -48,7 +48,7 @@ class MoeFfn:
         arch = self._arch
         normed = x if norm is None else self._ops.rms_norm(x, *norm)
         # All that reads x comes before `total` changes, which may be x.
-        hidden = None if self._shared is None else self._shared.hidden(x, norm)
+        hidden = None if self._shared is None else self._shared.hidden(normed, None)
         gate = None if self._shared_gate is None else self._shared_gate(normed).sigmoid_()
         weights, experts = self._ops.route(self._router(normed), arch.routing, self._bias)
         out = self._ops.sum_experts(

@@ -666,11 +666,12 @@ class FlashInferPlanner:
                 self._scores = torch.empty(SCORE_BYTES // 4, device=self._device)
             choice = triton.plan_choice(batch.page_table, slots, lens, longest, top_k, self._scores)
             lens = lens.clamp(max=top_k)
-        blocks = triton.head_blocks(heads.num_heads)
         absorbed = []
         for start in range(0, len(slots), ABSORBED_TOKENS):
-            rows = slice(start, start + ABSORBED_TOKENS)
-            splits = triton.split_kv(batch.page_table, slots[rows], lens[rows], blocks, None)
+            rows = slice(start, min(start + ABSORBED_TOKENS, len(slots)))
+            splits = triton.split_latents(
+                batch.page_table, slots[rows], lens[rows], heads.num_heads
+            )
             absorbed.append((rows, splits))
         plan = LatentPlan(batch.cache_index, heads.scale, len(slots), absorbed, choice)
         if expands is not None:

@@ -32,9 +32,10 @@ EXPANDED_BYTES = 512 << 20
 # Bytes of K and V that chunks attend to in a copy of float8 pages: of 65,536 tokens with 8 heads of
 # 128 channels.
 COPIED_BYTES = 256 << 20
-# Tokens of the absorbed form of latent attention at once, which takes 8 bytes for each number of a
-# latent, token and head.
+# Tokens of the absorbed form of latent attention at once, which takes 4 bytes for each number of a
+# latent, token and head; and the most parts of contexts beyond one per token.
 ABSORBED_TOKENS = 2048
+EXTRA_PARTS = 128
 # Rows and columns of the only blocks that torch's products take.
 _FP8_BLOCK = (128, 128)
 # Columns of an FP8 weight that must have one scale: as many as a thread loads at once in a product

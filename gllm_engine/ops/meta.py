@@ -20,6 +20,7 @@ from gllm_engine.ops.kernels import (
     BLOCK,
     COPIED_BYTES,
     EXPANDED_BYTES,
+    EXTRA_PARTS,
     FACTORS,
     PARTIALS_BYTES,
     SCORE_BYTES,
@@ -307,8 +308,8 @@ def attend_latent(
     tokens: Tensor | None = None,
     chosen: Tensor | None = None,
 ) -> Tensor:
-    """See Ops.attend_latent. In the absorbed form every token has partial results in float32. In
-    the expanded one K and V are in the planner's memory.
+    """See Ops.attend_latent. In the absorbed form each part of a context has a result. In the
+    expanded one K and V are in the planner's memory.
     """
     del chosen
     assert isinstance(plan, LatentPlan)
@@ -318,10 +319,10 @@ def attend_latent(
     num_tokens, heads = q.shape[:2]
     out = q.new_empty(num_tokens, heads, value_dim)
     if plan.num_absorbed:
-        absorbed = q.new_empty(min(plan.num_absorbed, ABSORBED_TOKENS), heads, rank)
-        attended = torch.empty_like(absorbed)
-        partials = torch.empty_like(absorbed, dtype=torch.float32)
-        del absorbed, attended, partials
+        some = min(plan.num_absorbed, ABSORBED_TOKENS)
+        absorbed = q.new_empty(some, heads, rank)
+        parts = q.new_empty(some + EXTRA_PARTS, heads, rank)
+        del absorbed, parts
     if 0 < plan.at_once < heads:
         q.new_empty(num_tokens - plan.num_absorbed, plan.at_once, value_dim)
     return out.flatten(1)

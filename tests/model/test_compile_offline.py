@@ -50,12 +50,24 @@ SIZES = {
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
     },
+    # Of a rank of DeepSeek V3, too.
+    "Glm4MoeLiteForCausalLM": {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+    },
 }
-UNSPILLED = {"_convolve_blocks", "_recur", "_recur_blocks", "_solve_blocks"}
+UNSPILLED = {
+    *("_absorb", "_attend_latent", "_convolve_blocks", "_project", "_recur", "_recur_blocks"),
+    "_solve_blocks",
+}
 # And so every kernel that a single GPU runs, whatever the model.
 KERNELS = {
     *("_activate", "_apply_sinks", "_attend_latent", "_choose", "_choose_tokens", "_convolve"),
-    *("_copy_pages",),
+    *("_absorb", "_copy_pages", "_project"),
     *("_convolve_blocks", "_recur_blocks", "_solve_blocks"),
     *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gather_latents", "_gemv"),
     *("_grouped", "_dequantize_packed", "_grouped_packed", "_packed"),

@@ -256,7 +256,7 @@ def test_the_kernels_choose_as_their_twin(
     q = torch.randn(len(slots), 6, rank + rope_dim)
     kv_up = plain_up(6, rank)
     out = torch.empty(len(slots), 6, rank, device=device)
-    splits = triton.split_kv(moved.page_table, slots, counts, triton.head_blocks(6), None)
+    splits = triton.split_latents(moved.page_table, slots, counts, 6)
     triton.attend_latent(
         q.to(device), kv_up.to(device), latents.to(device), splits, 0.2, out, chosen
     )

@@ -16,6 +16,7 @@ from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
     gather_latents,
     head_blocks,
+    split_latents,
     store_latent,
 )
 from gllm_engine.ops.triton.list_pages import list_pages
@@ -71,6 +72,7 @@ __all__ = [
     "silu_mul",
     "skinny",
     "split_kv",
+    "split_latents",
     "store_index_key",
     "store_latent",
     "sum_experts",

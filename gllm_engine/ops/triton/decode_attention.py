@@ -64,6 +64,7 @@ class KvSplits:
     items: Tensor  # [3, parts] int32: row (-1: unused), index of the part, number of row's parts
     arrived: Tensor  # [rows, kv_heads] int32: finished parts; all 0 between launches
     share: Tensor  # [1] int32: tokens of a full part
+    starts: Tensor  # [rows + 1] int32: the first part of each row, and the number of parts
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def _first_seen(length, WINDOW: tl.constexpr, CHUNKED: tl.constexpr):
 # Without this, Triton compiles one kernel for counts divisible by 16 and another one for the rest.
 @triton.jit(do_not_specialize=["rows", "capacity"])
 def _split(
-    lens, items, arrived, share_out, rows, capacity, kv_heads,
+    lens, items, arrived, share_out, starts, rows, capacity, kv_heads,
     EXTRA: tl.constexpr, MIN: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -92,6 +93,8 @@ def _split(
     tl.store(share_out, share)
     count = tl.cdiv(span, share)
     end = tl.cumsum(count, 0)
+    tl.store(starts, 0)
+    tl.store(starts + 1 + row, end, mask=row < rows)
     for part in range(tl.max(count, 0)):
         at = items + end - count + part
         there = part < count
@@ -113,22 +116,27 @@ def split_kv(
     kv_heads: int,
     window: int | None,
     chunked: bool = False,
+    extra: int = _EXTRA_PARTS,
+    least: int = _MIN_PART,
 ) -> KvSplits:
     """Split contexts of `lens` [rows] tokens, at least 1 each, into parts of about equal length.
 
-    `window`, `chunked`: as AttentionPlanner.plan. The host does not wait.
+    `kv_heads`: arrival counters of a row; 0: parts are joined by another kernel. `window`,
+    `chunked`: as AttentionPlanner.plan. `extra`: parts beyond one per row. `least`: tokens of a
+    part, but for a row's last one. The host does not wait.
     """
     rows = slots.shape[0]
-    capacity = rows + _EXTRA_PARTS
+    capacity = rows + extra
     items = slots.new_empty(3, capacity, dtype=torch.int32)
     arrived = items.new_empty(rows, kv_heads)
     share = items.new_empty(1)
+    starts = items.new_empty(rows + 1)
     _split[(1,)](
-        lens, items, arrived, share, rows, capacity, kv_heads, EXTRA=_EXTRA_PARTS,
-        MIN=_MIN_PART, WINDOW=window or 0, CHUNKED=chunked, BLOCK=_BLOCK,
+        lens, items, arrived, share, starts, rows, capacity, kv_heads, EXTRA=extra, MIN=least,
+        WINDOW=window or 0, CHUNKED=chunked, BLOCK=min(_BLOCK, least),
         ROWS=triton.next_power_of_2(rows), num_warps=4,
     )  # fmt: skip
-    return KvSplits(page_table, slots, lens, window, chunked, items, arrived, share)
+    return KvSplits(page_table, slots, lens, window, chunked, items, arrived, share, starts)
 
 
 @triton.jit

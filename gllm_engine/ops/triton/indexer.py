@@ -28,6 +28,8 @@ from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
 _BLOCK = 64
+# Parts of contexts beyond one per row.
+_PARTS = 256
 # Scores in one iteration of `_choose_tokens`.
 _SCORES = 4096
 # Rows of scores begin at multiples of so many numbers.
@@ -57,7 +59,9 @@ def plan_choice(
     rows = min(len(slots), len(memory) // width)
     scanned = torch.where(lens > top_k, lens, 0)
     parts = zip(slots.split(rows), scanned.split(rows), strict=True)
-    scans = [split_kv(page_table, some, its_lens, 1, None) for some, its_lens in parts]
+    scans = [
+        split_kv(page_table, some, its_lens, 0, None, extra=_PARTS) for some, its_lens in parts
+    ]
     return Choice(top_k, scans, memory[: rows * width].view(rows, width))
 
 

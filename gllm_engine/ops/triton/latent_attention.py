@@ -1,11 +1,24 @@
 """Multi-head latent attention: norm, rotation and the cache's latents, and attention over them.
 
 Knows the cache layout, [num_pages, 1, page_size, 1, rank + rope_dim]: a latent, then the rotated
-key. `attend_latent` computes the absorbed form, whose keys and values are the latents themselves:
-all heads attend to the same latents, so a program computes a block of heads, and reads each latent
-once for the scores and for the result. Rows are split into parts, and parts are joined, as in
-decode_attention.py. Each token of a prefill chunk is a row, whose context ends at the token. A row
-may have a list of the tokens that it attends to, in place of its context.
+key. `attend_latent` computes the absorbed form, whose keys and values are the latents themselves.
+Each token of a prefill chunk is a row, whose context ends at the token. A row may have a list of
+the tokens that it attends to, in place of its context. There are three kernels:
+
+    q_nope   [rows, heads, nope_dim]      _absorb: a product with W_UK for each head
+    absorbed [rows, heads, rank]          _attend_latent: one program for a part of a row's context
+    parts    [parts, heads, rank], logs   _project: a product with W_UV for each head, and the sum
+    out      [rows, heads, value_dim]     of a row's parts, weighted by their softmax sums
+
+All heads attend to the same latents, so a program computes a block of heads, and reads each latent
+once from memory, for the scores and for the result. Tensor cores take 64 rows at least, but heads
+are few: tokens are the rows of the scores, and channels those of the result:
+
+    scores [tokens, heads]  = latents [tokens, rank] q' [rank, heads]
+    sum    [rank, heads]   += latents' [rank, tokens] weights [tokens, heads]
+
+Rows are split into parts as in decode_attention.py, and a row's parts have equal length. No
+program waits for another one, and the result does not depend on their order.
 """
 
 from __future__ import annotations
@@ -15,15 +28,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.decode_attention import KvSplits, _join
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
+from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
+from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
 
-# Most heads of a program.
-_HEADS = 64
-# Tokens of the cache in one iteration. Two tiles of 32 x 576 are in shared memory at once.
-_BLOCK = 32
-_STAGES = 2
-_JOINED = 2048
+# Most heads of a program: more would need more registers than there are.
+_HEADS = 32
+# Most heads of a program whose tiles are copied to shared memory asynchronously. More heads leave
+# no memory for three tiles.
+_PIPELINED_HEADS = 16
+# Warps of a program and stages of its loop, for tiles copied asynchronously, and for others.
+_PIPELINED, _HELD = (4, 3), (8, 1)
+# Tokens of the cache in one iteration; a part is a multiple of them.
+_BLOCK = 64
+# Up to _FEW rows, a product with W_UK or W_UV is divided among more programs; beyond _MANY rows, a
+# program of `_project` has more rows.
+_FEW, _MANY = 16, 64
 _LOG2_E = 1.4426950408889634
 
 
@@ -146,98 +166,191 @@ def gather_latents(cache: Tensor, places: Tensor, latents: Tensor, k: Tensor) ->
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _absorb(
+    q, kv_up, out, rows, q_token, q_head,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One program multiplies a block of rows of one head by BLOCK_RANK columns of W_UK.
+
+    It calls `begin_alone`: when the next kernel begins, all kernels before this one have ended.
+    """
+    head = tl.program_id(1)
+    n, d = tl.arange(0, BLOCK_NOPE), tl.program_id(0) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    weight = kv_up + (head * (NOPE + VALUE) + n)[:, None] * RANK + d[None, :]
+    w = tl.load(weight, mask=(n < NOPE)[:, None], other=0.0)
+    begin_alone(OVERLAPS)
+    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    line = q + row.to(tl.int64) * q_token + head * q_head
+    inside = (row < rows)[:, None]
+    x = tl.load(line[:, None] + n[None, :], mask=inside & (n < NOPE)[None, :], other=0.0)
+    y = tl.dot(x, w, input_precision="ieee")
+    place = (row * HEADS + head)[:, None] * RANK + d[None, :]
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _places(table, chosen, at, end, PAGE: tl.constexpr, SPARSE: tl.constexpr):
+    """Where the cache holds tokens `at` of a row. Tokens from `end` on are replaced by the last
+    one before it, so that what is read is finite.
+    """
+    at = tl.minimum(at, end - 1)
+    if SPARSE:
+        at = tl.load(chosen + at)
+    return (tl.load(table + at // PAGE) * PAGE + at % PAGE).to(tl.int32)
+
+
+@triton.jit
+def _tile(cache, place, d, WIDTH: tl.constexpr):
+    """Channels d of the cache's tokens: [tokens, channels]."""
+    return tl.load((cache + place.to(tl.int64) * WIDTH)[:, None] + d[None, :])
+
+
 @triton.jit
 def _attend_part(
-    x, x_rope, table, cache, chosen, first, end, scale,
+    q, x_rope, table, cache, chosen, first, end, scale,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, SPARSE: tl.constexpr,
+    BLOCK: tl.constexpr, SPARSE: tl.constexpr, PIPELINED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised softmax-weighted latents of tokens first .. end - 1, as in decode_attention.
+    """Softmax-weighted mean of latents first .. end - 1, [RANK, HEADS], and the logarithms of the
+    sums of weights, to base 2. q: pointers, [1, HEADS], to absorbed queries; x_rope: [ROPE, HEADS].
 
-    SPARSE: of these entries of the list `chosen`.
+    SPARSE: of these entries of the list `chosen`. While one tile is computed, the next one is on
+    its way: PIPELINED: by the compiler's asynchronous copies, for which shared memory has room only
+    without the rotated keys; else in registers, together with a conversion of the dtype.
     """
-    d, r = tl.arange(0, RANK), tl.arange(0, ROPE)
+    WIDTH: tl.constexpr = RANK + ROPE
+    d, r, t = tl.arange(0, RANK), RANK + tl.arange(0, ROPE), tl.arange(0, BLOCK)
     peak = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
-    acc = tl.zeros((HEADS, RANK), tl.float32)
+    acc = tl.zeros((RANK, HEADS), tl.float32)
+    place = _places(table, chosen, first + t, end, PAGE, SPARSE)
+    key = _tile(cache, place, r, WIDTH).to(x_rope.dtype)
+    if not PIPELINED:
+        held = _tile(cache, place, d, WIDTH).to(x_rope.dtype)
+    ahead = _places(table, chosen, first + BLOCK + t, end, PAGE, SPARSE)
+    begin_alone(OVERLAPS)
+    x = tl.load(q + d[:, None])
     for start in range(first, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < end
-        if SPARSE:
-            at = tl.load(chosen + at, mask=inside, other=0)
-        page = tl.load(table + at // PAGE, mask=inside, other=0)
-        line = cache + (page * PAGE + at % PAGE) * (RANK + ROPE)
-        latent = tl.load(line[:, None] + d[None, :], mask=inside[:, None], other=0.0).to(x.dtype)
-        key = tl.load(line[:, None] + RANK + r[None, :], mask=inside[:, None], other=0.0)
-        score = tl.dot(x, tl.trans(latent), input_precision="ieee")
-        score = tl.dot(x_rope, tl.trans(key.to(x.dtype)), score, input_precision="ieee") * scale
-        score = tl.where(inside[None, :], score, -float("inf"))
-        top = tl.maximum(peak, tl.max(score, 1))
-        weight = tl.exp2(score - top[:, None])
+        this_key = key
+        if PIPELINED:
+            latent = _tile(cache, place, d, WIDTH)
+            place = _places(table, chosen, start + BLOCK + t, end, PAGE, SPARSE)
+        else:
+            latent = held
+            raw = _tile(cache, ahead, d, WIDTH)
+        raw_key = _tile(cache, ahead, r, WIDTH)
+        ahead = _places(table, chosen, start + 2 * BLOCK + t, end, PAGE, SPARSE)
+        score = tl.dot(latent, x, input_precision="ieee")
+        score = tl.dot(this_key, x_rope, score, input_precision="ieee") * scale
+        score = tl.where((start + t < end)[:, None], score, -float("inf"))
+        top = tl.maximum(peak, tl.max(score, 0))
+        weight = tl.exp2(score - top[None, :])
         decay = tl.exp2(peak - top)
-        total = total * decay + tl.sum(weight, 1)
-        acc = acc * decay[:, None] + tl.dot(weight.to(x.dtype), latent, input_precision="ieee")
+        total = total * decay + tl.sum(weight, 0)
+        weight = weight.to(x.dtype)
+        acc = tl.dot(tl.trans(latent), weight, acc * decay[None, :], input_precision="ieee")
         peak = top
-    return acc, peak, total
+        key = raw_key.to(x.dtype)
+        if not PIPELINED:
+            held = raw.to(x.dtype)
+    return acc / total[None, :], peak + tl.log2(total)
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def _attend_latent(
-    q, q_rope, cache, page_table, slots, lens, items, arrived, share_in, chosen, out, parts, peaks,
-    sums, capacity, width, scale, q_token, q_head, rope_token, rope_head,
+    q, q_rope, cache, page_table, slots, lens, items, chosen, parts, logs, capacity, width, scale,
+    rope_token, rope_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, RANK: tl.constexpr,
-    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, JOINED: tl.constexpr,
-    TOP_K: tl.constexpr, OVERLAPS: tl.constexpr,
+    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr,
+    PIPELINED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program computes one part of one row for GROUP of the HEADS heads.
 
-    TOP_K: entries of a row in `chosen`; 0: rows attend to their contexts.
+    TOP_K: entries of a row in `chosen`; 0: rows attend to their contexts. It runs after `_absorb`,
+    so that its prologue may read everything but absorbed queries, the cache too.
     """
-    item, block = tl.program_id(0), tl.program_id(1)
-    blocks: tl.constexpr = HEADS // GROUP
-    begin_alone(OVERLAPS)
+    block, item = tl.program_id(0), tl.program_id(1)
     row = tl.load(items + item)
     if row >= 0:
         part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)
-        length, share = tl.load(lens + row).to(tl.int32), tl.load(share_in)
-        table = page_table + tl.load(slots + row) * width
+        length = tl.load(lens + row).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(length, used), BLOCK) * BLOCK
         first = part * share
         number, d, r = tl.arange(0, BLOCK_GROUP), tl.arange(0, RANK), tl.arange(0, ROPE)
-        head = block * GROUP + number
-        wanted = (number < GROUP)[:, None]
-        place = row.to(tl.int64) * q_token + head * q_head
-        x = tl.load(q + place[:, None] + d[None, :], mask=wanted, other=0.0)
+        head = block * GROUP + tl.minimum(number, GROUP - 1)
         place = row.to(tl.int64) * rope_token + head * rope_head
-        x_rope = tl.load(q_rope + place[:, None] + r[None, :], mask=wanted, other=0.0)
-        line = row.to(tl.int64) * HEADS + head
-        acc, peak, total = _attend_part(
-            x, x_rope, table, cache, chosen + row.to(tl.int64) * TOP_K, first,
-            tl.minimum(first + share, length), scale,
-            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK, TOP_K > 0,
+        x_rope = tl.load(q_rope + place[None, :] + r[:, None])
+        mean, log = _attend_part(
+            q + ((row.to(tl.int64) * HEADS + head) * RANK)[None, :], x_rope,
+            page_table + tl.load(slots + row) * width, cache,
+            chosen + row.to(tl.int64) * TOP_K, first, tl.minimum(first + share, length), scale,
+            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK, TOP_K > 0, PIPELINED, OVERLAPS,
         )  # fmt: skip
-        if used == 1:
-            result = (acc / total[:, None]).to(out.dtype.element_ty)
-            tl.store(out + line[:, None] * RANK + d[None, :], result, mask=wanted)
-        else:
-            at = item * HEADS + head
-            tl.store(parts + at[:, None] * RANK + d[None, :], acc, mask=wanted)
-            tl.store(peaks + at, peak, mask=number < GROUP)
-            tl.store(sums + at, total, mask=number < GROUP)
-            tl.debug_barrier()  # all threads have stored their partial before the arrival
-            before = tl.atomic_add(arrived + row * blocks + block, 1, sem="acq_rel")
-            tl.debug_barrier()
-            if before == used - 1:
-                tl.store(arrived + row * blocks + block, 0)
-                _join(
-                    parts, peaks, sums, out + (row.to(tl.int64) * HEADS + block * GROUP) * RANK,
-                    item - part, block * GROUP, used,
-                    GROUP, RANK, HEADS, JOINED, BLOCK_GROUP, RANK,
-                )  # fmt: skip
+        at = item * HEADS + head
+        mean = mean.to(parts.dtype.element_ty)
+        tl.store(parts + at[None, :] * RANK + d[:, None], mean, mask=(number < GROUP)[None, :])
+        tl.store(logs + at, log, mask=number < GROUP)
+    else:
+        begin_alone(OVERLAPS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _project(
+    parts, logs, starts, kv_up, out, rows,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_VALUE channels of one head's results, for a block of rows.
+
+    The parts of rows stand one after another. A part is multiplied by W_UV before it is added to
+    its row, so that one load has the parts of many rows, or many parts of a row. The prologue may
+    read `starts`, because `_attend_latent`, which runs before, does not write them.
+    """
+    head, first = tl.program_id(1), tl.program_id(2) * BLOCK_ROWS
+    v, d = tl.program_id(0) * BLOCK_VALUE + tl.arange(0, BLOCK_VALUE), tl.arange(0, RANK)
+    weight = kv_up + (head * (NOPE + VALUE) + NOPE + v)[None, :] * RANK + d[:, None]
+    w = tl.load(weight, mask=(v < VALUE)[None, :], other=0.0)
+    row = first + tl.arange(0, BLOCK_ROWS)
+    begins = tl.load(starts + tl.minimum(row, rows))
+    ends = tl.load(starts + tl.minimum(row + 1, rows))
+    at_first, last = tl.load(starts + first), tl.load(starts + tl.minimum(first + BLOCK_ROWS, rows))
+    begin(OVERLAPS)
+    top = tl.full((BLOCK_ROWS,), -1e30, tl.float32)  # finite: a block may have no part of a row
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_VALUE), tl.float32)
+    for at in range(at_first, last, BLOCK_PARTS):
+        item = at + tl.arange(0, BLOCK_PARTS)
+        log = tl.load(logs + item * HEADS + head, mask=item < last, other=0.0)
+        place = (item * HEADS + head)[:, None] * RANK + d[None, :]
+        x = tl.load(parts + place, mask=(item < last)[:, None], other=0.0)
+        y = tl.dot(x, w, input_precision="ieee")
+        own = (item[None, :] >= begins[:, None]) & (item[None, :] < ends[:, None])
+        log = tl.where(own, log[None, :], -float("inf"))
+        higher = tl.maximum(top, tl.max(log, 1))
+        factor, decay = tl.exp2(log - higher[:, None]), tl.exp2(top - higher)
+        total = total * decay + tl.sum(factor, 1)
+        acc = tl.dot(factor, y, acc * decay[:, None], input_precision="tf32x3")
+        top = higher
+    place = (row * HEADS + head)[:, None] * VALUE + v[None, :]
+    inside = (row < rows)[:, None] & (v < VALUE)[None, :]
+    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def head_blocks(heads: int) -> int:
     """The number of programs among which `heads` are divided evenly."""
     return next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= _HEADS)
+
+
+def split_latents(page_table: Tensor, slots: Tensor, lens: Tensor, heads: int) -> KvSplits:
+    """split_kv for attend_latent: parts for all multiprocessors, even if rows are few. One of its
+    programs takes up a multiprocessor.
+    """
+    extra = max(1, EXTRA_PARTS // head_blocks(heads))
+    return split_kv(page_table, slots, lens, 0, None, extra=extra, least=_BLOCK)
 
 
 def attend_latent(
@@ -250,17 +363,35 @@ def attend_latent(
     chosen: Tensor | None = None,
 ) -> None:
     """As Ops.attend_latent, in the absorbed form, for rows of one token: out [rows, heads,
-    value_dim] receives the result.
+    value_dim], contiguous, receives the result.
 
-    `splits`: from split_kv, for as many K/V heads as head_blocks() says. `chosen`: [rows, top_k]
-    int32, positions of the tokens that a row attends to; then the lengths in `splits` are those of
-    these lists.
+    `splits`: from split_latents. `chosen`: [rows, top_k] int32, positions of the tokens that a row
+    attends to; then the lengths in `splits` are those of these lists.
     """
-    nope_dim = kv_up.shape[1] - out.shape[2]
-    w_uk, w_uv = kv_up.split((nope_dim, out.shape[2]), 1)
-    absorbed = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk).transpose(0, 1)
-    attended = _attended(absorbed, q[..., nope_dim:], cache, splits, scale, chosen)
-    torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))
+    rows, heads, value_dim = out.shape
+    assert rows == len(splits.slots)
+    if not rows:
+        return
+    rank = kv_up.shape[2]
+    nope_dim = kv_up.shape[1] - value_dim
+    absorbed = q.new_empty(rows, heads, rank)
+    few = rows <= _FEW
+    block_rows = 16 if few else 64
+    block = min(64, rank)
+    sizes = {"HEADS": heads, "NOPE": nope_dim, "VALUE": value_dim, "RANK": rank}
+    _absorb[(rank // block, heads, triton.cdiv(rows, block_rows))](
+        q, kv_up, absorbed, rows, q.stride(0), q.stride(1), **sizes,
+        BLOCK_ROWS=block_rows, BLOCK_NOPE=max(16, triton.next_power_of_2(nope_dim)),
+        BLOCK_RANK=block, OVERLAPS=OVERLAP, num_warps=4, **overlapping(),
+    )  # fmt: skip
+    parts, logs = _attended(absorbed, q[..., nope_dim:], cache, splits, scale, chosen)
+    block = min(32 if few else 64, max(16, triton.next_power_of_2(value_dim)))
+    block_rows = 16 if rows <= _MANY else 32
+    _project[(triton.cdiv(value_dim, block), heads, triton.cdiv(rows, block_rows))](
+        parts, logs, splits.starts, kv_up, out, rows, **sizes, BLOCK_ROWS=block_rows,
+        BLOCK_PARTS=32, BLOCK_VALUE=block, OVERLAPS=OVERLAP, num_warps=4,
+        num_stages=2, **overlapping(),
+    )  # fmt: skip
 
 
 def _attended(
@@ -270,25 +401,24 @@ def _attended(
     splits: KvSplits,
     scale: float,
     chosen: Tensor | None,
-) -> Tensor:
-    """softmax(scale * [q, q_rope] [latent, key]') latent: [rows, heads, rank]."""
-    rows, heads, rank = q.shape
-    page_size = cache.shape[2]
+) -> tuple[Tensor, Tensor]:
+    """For each part of a row: softmax(scale * [q, q_rope] [latent, key]') latent, [parts, heads,
+    rank], and the logarithms of its sums, [parts, heads] float32, to base 2.
+    """
+    _, heads, rank = q.shape
     blocks, capacity = head_blocks(heads), splits.items.shape[1]
     group = heads // blocks
-    out = q.new_empty(rows, heads, rank)
-    parts = out.new_empty(capacity, heads, rank, dtype=torch.float32)
-    peaks, sums = parts.new_empty(2, capacity, heads)
-    block_group = max(16, triton.next_power_of_2(group))
-    _attend_latent[(capacity, blocks)](
+    parts = q.new_empty(capacity, heads, rank)
+    logs = q.new_empty(capacity, heads, dtype=torch.float32)
+    pipelined = group <= _PIPELINED_HEADS and cache.dtype == q.dtype and q.dtype in HALF
+    warps, stages = _PIPELINED if pipelined else _HELD
+    _attend_latent[(blocks, capacity)](
         q, q_rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
-        splits.arrived, splits.share, splits.items if chosen is None else chosen, out, parts, peaks,
-        sums, capacity, splits.page_table.shape[1], scale * _LOG2_E, q.stride(0), q.stride(1),
-        q_rope.stride(0), q_rope.stride(1),
-        HEADS=heads, GROUP=group, BLOCK_GROUP=block_group, RANK=rank, ROPE=q_rope.shape[2],
-        PAGE=page_size,
-        BLOCK=_BLOCK, JOINED=max(1, _JOINED // (block_group * rank)),
-        TOP_K=0 if chosen is None else chosen.shape[1], OVERLAPS=OVERLAP,
-        num_warps=4 if block_group < 64 else 8, num_stages=_STAGES, **overlapping(),
+        splits.items if chosen is None else chosen, parts, logs, capacity,
+        splits.page_table.shape[1], scale * _LOG2_E, q_rope.stride(0), q_rope.stride(1),
+        HEADS=heads, GROUP=group, BLOCK_GROUP=max(16, triton.next_power_of_2(group)), RANK=rank,
+        ROPE=q_rope.shape[2], PAGE=cache.shape[2], BLOCK=_BLOCK,
+        TOP_K=0 if chosen is None else chosen.shape[1], PIPELINED=pipelined, OVERLAPS=OVERLAP,
+        num_warps=warps, num_stages=stages, **overlapping(),
     )  # fmt: skip
-    return out
+    return parts, logs
