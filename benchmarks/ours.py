@@ -21,6 +21,7 @@ from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 KINDS = {
     "indexer": ("_score_tokens", "_choose_tokens", "_store_index_key"),
     "attention": (
+        "_gather_latents",
         "PrefillWith",
         "DecodeWith",
         "PersistentVariableLength",
@@ -35,8 +36,8 @@ KINDS = {
     "activation": ("_activate",),
     "sampling": ("_look", "_choose"),
     "rounding to float8": ("_quantize", "_dequantize"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "skinny", "splitK", "cublas"),
     "experts": ("_grouped", "_route", "_place", "_count", "_sum"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "skinny", "_packed", "splitK", "cublas"),
     "copies": ("Memcpy", "Memset", "copy"),
 }
 NUM_LONGEST = 15  # kernels that a profile tells by name

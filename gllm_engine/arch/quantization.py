@@ -66,6 +66,8 @@ def _compressed_tensors(q: Fields) -> Format:
     """One group of layers with weights of one format; a scheme of activations only says when they
     round.
     """
+    if not q.child("transform_config").empty:
+        raise ArchError(f"{q.name}: transform_config is not supported: inputs would be rotated")
     packed = "pack-quantized"
     kind = q.choice("format", ("float-quantized", packed), "float-quantized")
     groups = q.child("config_groups")

@@ -5,9 +5,9 @@ The choice is that of `ops`; this module only asks for the kernels of every kind
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -57,23 +57,20 @@ def kernels_of(
             uses.append(KernelUse(name(part), count, by_device))
     products = {device: product_kernels(device, dtype) for device in get_args(DeviceKind)}
     uses.append(KernelUse("products with plain matrices", len(layers), products))
-    formats = Counter(kind for layer in layers for kind in _formats(layer))
-    for kind, count in sorted(formats.items(), key=str):
+    formats = [_formats(layer) for layer in layers]
+    layers_of = Counter(label for each in formats for label in each)
+    for label, kind in sorted(ChainMap(*formats).items()):
         by_device = {device: _of_format(kind, device, dtype) for device in get_args(DeviceKind)}
-        uses.append(KernelUse(f"products with {kind}", count, by_device))
+        uses.append(KernelUse(f"products with {label}", layers_of[label], by_device))
     return uses
 
 
-def _formats(layer: Layer) -> set[Format]:
-    """The formats of a layer's matrices, without where a shard ends inside blocks. The matrices of
-    experts are no products of their own.
+def _formats(layer: Layer) -> dict[str, Format]:
+    """The formats of a layer's matrices by what they are called, wherever a shard ends inside
+    blocks. The matrices of experts are no products of their own.
     """
     formats = (*layer.mixer.formats, *layer.ffn.formats)
-    kinds = (kind for name, kind in formats if ".experts." not in name)
-    return {
-        replace(kind, row_cut=None, column_cut=None) if isinstance(kind, Fp8) else kind
-        for kind in kinds
-    }
+    return {str(kind): kind for name, kind in formats if ".experts." not in name}
 
 
 def _of_format(kind: Format, device: DeviceKind, dtype: torch.dtype) -> str:

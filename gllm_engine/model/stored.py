@@ -246,6 +246,11 @@ class StoredTensors:
         promised = stored_kind(self._arch.quantization)
         numbers = self._own_name(name, kind.numbers)
         path = self._stored[numbers].path
+        if len(self._shapes[name]) != 2:
+            raise LoadError(
+                f"{path}: tensor {numbers} has whole numbers, which are not supported for one "
+                "tensor of all experts"
+            )
         if kind is CompressedInt and not isinstance(promised, CompressedInt):
             promised = CompressedInt(INT4_GROUPS[0])
         if not isinstance(promised, Integers) or promised.numbers != kind.numbers:

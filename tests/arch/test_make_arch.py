@@ -1156,7 +1156,9 @@ def test_whole_numbers_in_configs() -> None:
     awq = {"quant_method": "awq", "zero_point": True, "modules_to_not_convert": None}
     assert promised(**awq, bits=4, group_size=128, version="GEMM") == Awq(128)
     assert promised(**awq, w_bit=4, q_group_size=64, version="gemm") == Awq(64)
-    compressed = tiny(quantization_config=packed(symmetric=False, group_size=128)).quantization
+    plain = {"transform_config": {}, "sparsity_config": {}, "kv_cache_scheme": None}
+    config = packed(symmetric=False, group_size=128) | plain
+    compressed = tiny(quantization_config=config).quantization
     assert compressed == CompressedInt(128, zeros=True)
     whole = packed(strategy="channel", group_size=None, num_bits=8)
     assert tiny(quantization_config=whole).quantization == Widened(CompressedInt(0, bits=8))
@@ -1297,6 +1299,11 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
             {"quantization_config": packed(strategy="tensor")},
             "config.json: quantization_config: config_groups: group_0: weights: "
             'strategy is \'tensor\', but only "group" or "channel" is supported',
+        ),
+        (
+            {"quantization_config": packed() | {"transform_config": {"config_groups": {"R4": {}}}}},
+            "config.json: quantization_config: transform_config is not supported: inputs would be "
+            "rotated",
         ),
         (
             {"quantization_config": packed(actorder="group")},

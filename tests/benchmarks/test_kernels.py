@@ -11,6 +11,7 @@ from pytest import approx
 
 from gllm_benchmarks.kernels import FP8_BLOCKS, Shape, describe, make_row, seconds_of
 from gllm_benchmarks.offline import MODELS
+from gllm_benchmarks.ours import KINDS
 from gllm_engine import write_tiny_model
 from gllm_engine.arch import read_arch
 
@@ -175,3 +176,17 @@ def test_products_and_norms() -> None:
     assert activation.bytes == 3 * 1024 * 14336 * 2
     assert store.bytes == 1024 * (2 * 48 * 128 * 2 + 512)
     assert llama().sample_case(512).bytes == 512 * 128256 * 2
+
+
+def test_kinds_of_kernels_in_a_profile() -> None:
+    """The first kind with a word in the kernel's name."""
+    kinds = {
+        "_choose_tokens": "indexer",
+        "_gather_latents": "attention",
+        "_solve_blocks": "gated delta rule",
+        "_grouped_packed": "experts",
+        "_packed": "GEMM",
+    }
+    for kernel, expected in kinds.items():
+        found = (kind for kind, words in KINDS.items() if any(word in kernel for word in words))
+        assert next(found) == expected, kernel

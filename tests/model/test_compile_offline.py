@@ -27,7 +27,10 @@ FAMILIES = (
     "Qwen3MoeForCausalLM",
 )
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 QUANTIZED = {
+    "Qwen3ForCausalLM": AWQ,
+    "Llama4ForCausalLM": AWQ,
     "Olmo3ForCausalLM": {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -26,6 +26,7 @@ from tiny_models import CPU, all_logits, load, some_tokens
 from torch import Tensor
 
 from gllm_engine.arch import ArchError, Model, Shard, read_arch
+from gllm_engine.layers import MlaAttention
 from gllm_engine.layers.linear import Linear
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.model import Decoder, fill_randomly, open_checkpoint
@@ -72,17 +73,14 @@ def test_every_format(tmp_path: Path, name: str) -> None:
 ASYMMETRIC = GPTQ | {"sym": False}
 REORDERED = ASYMMETRIC | {"desc_act": True}
 ZERO_POINTS = int4(symmetric=False)
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16}
 LAYERS = [
     ("Qwen2MoeForCausalLM", ASYMMETRIC, {"shared_expert_intermediate_size": 64}),
     ("Qwen3MoeForCausalLM", AWQ, {}),
     ("Qwen3MoeForCausalLM", REORDERED, {}),
     ("MixtralForCausalLM", AWQ, {}),
     ("MixtralForCausalLM", ZERO_POINTS, {}),
-    (
-        "DeepseekV3ForCausalLM",
-        ASYMMETRIC,
-        {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16},
-    ),
+    ("DeepseekV3ForCausalLM", ASYMMETRIC, LATENT),
     ("Phi3ForCausalLM", REORDERED, {}),  # q, k and v are one tensor with one order
     ("Phi3ForCausalLM", AWQ, {}),
     ("GPT2LMHeadModel", ASYMMETRIC, {}),
@@ -109,6 +107,9 @@ def held_matrices(decoder: Decoder) -> Tensors:
                 parts = dequantized(product._weight, torch.float32).split(list(sizes.values()))
                 for name, part in zip(sizes, parts, strict=True):
                     matrices[f"{i}.{name}"] = part
+        for mixer in vars(block).values():
+            if isinstance(mixer, MlaAttention):  # which holds it plain
+                matrices[f"{i}.kv_up"] = mixer._kv_up.flatten(0, 1)
         if isinstance(block._ffn, MoeFfn):
             ffn = block._ffn
             gates = dequantized(ffn._gate_up, torch.float32).chunk(2, 1)
@@ -138,6 +139,8 @@ SHARDED = [
     ("LlamaForCausalLM", int4(symmetric=False, group_size=64), WIDE, 2, False),
     ("Phi3ForCausalLM", AWQ, WIDE | {"head_dim": 16}, 2, False),
     ("Qwen3_5ForCausalLM", ASYMMETRIC, WIDE, 2, False),
+    ("GPTNeoXForCausalLM", AWQ, WIDE, 2, False),
+    ("DeepseekV3ForCausalLM", AWQ, LATENT | WIDE | {"moe_intermediate_size": 64}, 2, False),
     ("Qwen3MoeForCausalLM", AWQ, {"moe_intermediate_size": 64}, 2, False),
     ("Qwen3MoeForCausalLM", REORDERED, {"moe_intermediate_size": 64}, 2, False),
     ("Qwen3MoeForCausalLM", ZERO_POINTS, {}, 2, True),
@@ -294,6 +297,13 @@ def test_groups_that_do_not_exist(tmp_path: Path) -> None:
     for number in (-1, 1):  # there is one group
         rewrite(model, lambda tensors, number=number: tensors[name][7].fill_(number))
         assert f"tensor {name} has numbers that are no group's" in refusal(model)
+
+
+def test_one_tensor_of_all_experts(tmp_path: Path) -> None:
+    """No tool writes it, so nobody knows how gate and up would lie in it."""
+    model = write(tmp_path, "GptOssForCausalLM", int4())
+    message = "up_proj_packed has whole numbers, which are not supported for one tensor of all"
+    assert message in refusal(model)
 
 
 def test_tensors_that_are_not_as_supported(gptq: Path) -> None:

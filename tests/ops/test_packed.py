@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
-from gllm_engine.ops import PackedWeight, pack, pack_codes, quantize_int4, quantize_mxfp4, reference
+from gllm_engine.ops import (
+    PackedWeight,
+    Weight,
+    pack,
+    pack_codes,
+    quantize_int4,
+    quantize_mxfp4,
+    reference,
+)
 from gllm_engine.routing import Clamp
 
 interpreted = pytest.mark.skipif(
@@ -15,6 +24,11 @@ interpreted = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
 
 
 def every_byte(rows: int, depth: int, is_float: bool, group: int, count: int) -> PackedWeight:
@@ -102,6 +116,33 @@ def test_experts_with_zero_points(group: int) -> None:
     dim = 5 * group
     held = (1, 3)
     check_experts(with_zeros(128, dim, group, 3), with_zeros(dim, 64, group, 3), 9, held)
+
+
+@interpreted
+@pytest.mark.parametrize("is_first", [False, True])
+def test_tiles_of_experts_that_are_packed_in_part(
+    is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of plain matrices would need more shared memory than there is."""
+    from gllm_engine.ops.triton import moe
+
+    gate_up = pack(*quantize_int4(torch.randn(2, 64, 256), 128), False)
+    down = pack(*quantize_int4(torch.randn(2, 256, 32), 32), False)
+    found = []
+
+    def product(x: torch.Tensor, matrix: Weight, order: torch.Tensor, *more: Any) -> torch.Tensor:
+        found.append(more[2])
+        return x.new_zeros(len(order), 32 if len(more) > 3 else 256)
+
+    monkeypatch.setattr(moe, "grouped_product", lambda *args, bias=None: product(*args))
+    for tokens in (2, 200, 2000):
+        experts = torch.randint(0, 2, (tokens, 1), dtype=torch.int32)
+        weights = torch.rand(tokens, 1)
+        stacks = (gate_up, torch.randn(2, 256, 32)) if is_first else (torch.randn(2, 64, 256), down)
+        moe.sum_experts(torch.randn(tokens, 256).half(), weights, experts, *stacks, 0, 2)
+    packed_tiles = [tiles for _, tiles in moe._PACKED_TILES]
+    assert len(found) == 6 and all(tiles in packed_tiles for tiles in found)
+    assert (found[-1].rows < 128) == is_first  # a turn of gate_up has two runs
 
 
 def check_experts(
@@ -265,12 +306,37 @@ def test_on_a_gpu(kind: torch.dtype, group: int, depth: int) -> None:
                     x.double(), stack[1], bias.double(), *more[1:]
                 )
                 assert (found - right).norm() < 0.02 * right.norm()
-        down = every_byte(depth, 224, True, 32, 4)
-        gate_up = every_byte(448, depth, True, 32, 4)
-        for tokens in (1, 9, 40, 130, 900):
-            x = torch.randn(tokens, depth).bfloat16() / 16
-            experts = torch.rand(tokens, 4).argsort(1)[:, :2].int().contiguous()
-            args = (torch.rand(tokens, 2), experts, gate_up, down, 0, 4)
-            right = reference.sum_experts(x.double(), *args)
-            found = flashinfer.sum_experts(x, *args).float()
+        check_experts_on_a_gpu(
+            every_byte(448, depth, True, 32, 4), every_byte(depth, 224, True, 32, 4)
+        )
+
+
+def check_experts_on_a_gpu(gate_up: PackedWeight, down: PackedWeight) -> None:
+    """Of four experts, in tiles of all sizes."""
+    from gllm_engine.ops import flashinfer
+
+    for tokens in (1, 9, 40, 130, 900):
+        x = torch.randn(tokens, down.shape[1]).bfloat16() / 16
+        experts = torch.rand(tokens, 4).argsort(1)[:, :2].int().contiguous()
+        args = (torch.rand(tokens, 2), experts, gate_up, down, 0, 4)
+        right = reference.sum_experts(x.double(), *args)
+        found = flashinfer.sum_experts(x, *args).float()
+        assert (found - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "depth"), [(32, 2880), (128, 2048)])
+def test_zero_points_on_a_gpu(group: int, depth: int) -> None:
+    """As AWQ and GPTQ have them, with scales in float16, beside activations in bfloat16."""
+    from gllm_engine.ops import flashinfer
+
+    with torch.device("cuda"):
+        stack = with_zeros(448, depth, group, 4)
+        for rows in (1, 8, 33, 65, 300, 700):
+            x = torch.randn(rows, depth).bfloat16() / 16
+            right = reference.linear(x.double(), stack[1])
+            assert (flashinfer.linear(x, stack[1]) - right).norm() < 0.02 * right.norm()
+            right = reference.gated_linear(x.double(), stack[1], None, None)
+            found = flashinfer.gated_linear(x, stack[1], None, None)
             assert (found - right).norm() < 0.02 * right.norm()
+        check_experts_on_a_gpu(stack, with_zeros(depth, 224, 32, 4))

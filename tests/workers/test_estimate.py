@@ -120,6 +120,16 @@ def test_whole_numbers_take_a_quarter_or_are_held_plain(
     assert use.kernels["cpu"] == "plain torch"
 
 
+def test_products_with_a_format_are_told_once_wherever_ranks_cut_it() -> None:
+    size = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}
+    whole_rows = GPTQ | {"bits": 4, "group_size": -1}
+    config = tiny_config("LlamaForCausalLM", quantization_config=whole_rows, **size)
+    found = estimate(small(tensor_parallel_size=2), make_arch(config).quantized(), 8 * GIB)
+    (use,) = [use for use in found.kernels if "GPTQ" in use.part]
+    assert use.layers == 3 and use.kernels["cpu"] == "plain torch"
+    assert use.kernels["hopper"].startswith("Triton; for more than 512 rows cuBLAS, with")
+
+
 def test_layers_that_keep_a_state_are_sized() -> None:
     arch = make_arch(tiny_config("LlamaForCausalLM"))
     delta = GatedDelta(k_heads=2, v_heads=4, k_dim=16, v_dim=16, conv=4)

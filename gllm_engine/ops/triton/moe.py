@@ -599,13 +599,12 @@ def sum_experts(
     (tokens, top_k), (held, dim, _) = experts.shape, down.shape
     if not tokens or not held:
         return torch.zeros_like(x) if total is None else total
-    packed = isinstance(gate_up, PackedWeight)
+    packed = [weight for weight in (gate_up, down) if isinstance(weight, PackedWeight)]
     if x.dtype == torch.float32:
         tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
     else:
-        tiles = choose_tiles(tokens, top_k, num_experts, packed)
-        spans = isinstance(gate_up, PackedWeight) and runs_of_turn(gate_up) > 1
-        if spans and tiles.rows > 64:
+        tiles = choose_tiles(tokens, top_k, num_experts, packed=len(packed) > 0)
+        if tiles.rows > 64 and any(runs_of_turn(weight) > 1 for weight in packed):
             tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
     order, groups = sort_pairs(experts, first, held, tiles.rows)
     scale = weights if on_input else None

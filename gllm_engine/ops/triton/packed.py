@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.kernels import PACKED_ROWS
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
 from gllm_engine.ops.weight import (
@@ -45,9 +46,6 @@ _KINDS = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
-# Most rows of x. With more rows, a plain matrix, made once, and cuBLAS are faster: the matrix takes
-# the time to write and read it, and cuBLAS saves about a third of the time of the product.
-MAX_ROWS = 512
 # Number of programs that saturates the memory bandwidth; least loop iterations of a part.
 _PROGRAMS, _MIN_TURNS = 256, 4
 _LINES = 32  # rows of a program of _dequantize_packed
@@ -329,7 +327,7 @@ _TILES = (
     (16, PackedTiles(16, 64, 2, 4, 4)),
     (32, PackedTiles(32, 64, 2, 4, 3)),
     (64, PackedTiles(64, 64, 1, 4, 3)),
-    (MAX_ROWS, PackedTiles(128, 128, 1, 8, 3)),
+    (PACKED_ROWS, PackedTiles(128, 128, 1, 8, 3)),
 )
 _EXACT_TILES = PackedTiles(16, 32, 1, 4, 2)  # for float32, which tensor cores would round
 
@@ -341,8 +339,8 @@ def _choose_tiles(rows: int, runs: int) -> PackedTiles:
 
 
 def is_packed_product(weight: Weight, x: Tensor) -> TypeGuard[PackedWeight]:
-    """Whether packed_linear is to multiply x [rows, depth]; see MAX_ROWS."""
-    return isinstance(weight, PackedWeight) and 0 < len(x) <= MAX_ROWS
+    """Whether packed_linear is to multiply x [rows, depth]; see PACKED_ROWS."""
+    return isinstance(weight, PackedWeight) and 0 < len(x) <= PACKED_ROWS
 
 
 def packed_linear(
@@ -354,7 +352,7 @@ def packed_linear(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """As `gemv`, for x [rows, depth] of 1 to MAX_ROWS rows and 4-bit numbers.
+    """As `gemv`, for x [rows, depth] of 1 to PACKED_ROWS rows and 4-bit numbers.
 
     Two streams of one device must not call this at once: they would share the arrival counters.
     """
