@@ -260,8 +260,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridForCausalLM": _HF
     | {
         "model_type": "granitemoehybrid",
-        "embedding_multiplier": 12.0,
-        "residual_multiplier": 0.22,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.75,
         "attention_multiplier": 0.125,
         "logits_scaling": 0.5,
         "shared_intermediate_size": 80,
