@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.few_experts import activate_gated, few_experts, takes_few
+from gllm_engine.ops.triton.fp8 import from_float8
 from gllm_engine.ops.triton.packed import multiply_packed, run_words, runs_of_turn, scale_words
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, Weight
@@ -32,8 +34,11 @@ from gllm_engine.routing import Clamp, Routing
 _HELD, _WARPS = 4096, 8
 # Most tokens of such a program.
 _MAX_ROWS = 1024
-# Columns of one program of _sum.
-_COLUMNS = 1024
+# Most tokens that are routed each in a program of its own; most that one program sorts, if they are
+# at most so many (token, expert) elements.
+_FEW_TOKENS, _SORTED_AT_ONCE, _MOST_HELD = 512, 64, 16384
+# Columns and warps of one program of _sum: for few tokens, and for more.
+_FEW_SUMMED, _SUMMED = (256, 1), (1024, 4)
 # Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
 # is dropped, NaN or anything smaller than every other choice, all other choices.
 _DROPPED, _LEAST = tl.constexpr(-3.3e38), tl.constexpr(-3.2e38)
@@ -176,7 +181,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty_like(weights, dtype=torch.int32)
     slots = triton.next_power_of_2(num_experts // routing.groups)
-    rows, columns = _row_tile(tokens, triton.next_power_of_2(routing.groups) * slots)
+    rows, columns, warps = _route_tile(tokens, triton.next_power_of_2(routing.groups) * slots)
     if tokens:
         _route[(triton.cdiv(tokens, rows),)](
             logits, bias, weights, experts, tokens, num_experts,
@@ -184,7 +189,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor
             SIGMOID=routing.scoring == "sigmoid", BIASED=bias is not None,
             GROUPS=routing.groups, KEPT=routing.kept_groups, RENORM=routing.renorm,
             SUM_EPS=routing.sum_eps, LEAST_SUM=routing.least_sum, SCALE=routing.scale,
-            ROWS=rows, COLUMNS=columns, SLOTS=slots, OVERLAPS=OVERLAP, num_warps=_WARPS,
+            ROWS=rows, COLUMNS=columns, SLOTS=slots, OVERLAPS=OVERLAP, num_warps=warps,
             **overlapping(),
         )  # fmt: skip
     return weights, experts
@@ -252,12 +257,12 @@ def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tens
     to this one, inclusive.
     """
     tokens, top_k = experts.shape
-    rows, columns = _row_tile(tokens, held)
+    rows, columns, warps = _sort_tile(tokens, held)
     blocks = triton.cdiv(tokens, rows)
     order = torch.empty(tokens * top_k, dtype=torch.int32, device=experts.device)
     groups, counts = order.new_empty(3, columns), order.new_empty(blocks, columns)
     size = {"TOP_K": top_k, "ROWS": rows, "EXPERTS": columns, "OVERLAPS": OVERLAP}
-    size |= {"num_warps": _WARPS} | overlapping()
+    size |= {"num_warps": warps} | overlapping()
     if blocks > 1:
         _count[(blocks,)](experts, counts, tokens, first, held, **size)
     _place[(blocks,)](
@@ -277,18 +282,6 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _activate(gate, up, LIMIT: tl.constexpr, SLOPE: tl.constexpr):
-    """See Clamp; without a LIMIT silu(gate) * up."""
-    if LIMIT is None:
-        out = gate / (1.0 + tl.exp(-gate)) * up
-    else:  # tl.minimum would lose NaN
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-        out = gate / (1.0 + tl.exp(-SLOPE * gate)) * (up + 1.0)
-    return out
-
-
-@triton.jit
 def _row_scales(
     scales, scale_row, line, columns, ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr
 ):
@@ -301,21 +294,32 @@ def _row_scales(
 
 
 @triton.jit
-def _add_product(
-    sums, v, tile, scales, k, inside, first_column,
-    GROUP: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
+def _column_scales(
+    scales, up_scales, column, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr
 ):  # fmt: skip
-    """sums + v w, with columns k and further of some rows of a matrix as w, at `tile`.
-
-    SCALED: its numbers are float8, and all columns of w have one scale; `scales`: where those of
-    the rows begin. GROUP: columns of a scale.
+    """The scales of a column for the rows whose scales begin at `scales`, and for those of up; 1
+    without scales.
     """
+    scale, up_scale = 1.0, 1.0
+    if ROWS_PER_SCALE > 0:
+        scale = tl.load(scales + column // COLUMNS_PER_SCALE)[None, :]
+        up_scale = tl.load(up_scales + column // COLUMNS_PER_SCALE)[None, :]
+    return scale, up_scale
+
+
+@triton.jit
+def _add_product(
+    sums, v, tile, scale, inside, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
+    """sums + v w, with some columns of some rows of a matrix as w, at `tile`.
+
+    SCALED: its numbers are float8, and all columns of w have one scale, `scale` [1, rows].
+    """
+    w = _load(tile, inside[:, None], EVEN)
     if SCALED:
-        w = _load(tile, inside[:, None], EVEN).to(v.dtype)
-        scale = tl.load(scales + (first_column + k) // GROUP)[None, :]
+        w = from_float8(w, v.dtype, NATIVE)
         sums += tl.dot(v, w, input_precision="ieee") * scale
     else:
-        w = _load(tile, inside[:, None], EVEN)
         sums = tl.dot(v, w, sums, input_precision="ieee")
     return sums
 
@@ -346,7 +350,7 @@ def _finish(
     if BIASED:
         sums += tl.load(bias + first + line)[None, :].to(tl.float32)
         ups += tl.load(bias + first + up_line)[None, :].to(tl.float32)
-    return _activate(sums, ups, LIMIT, SLOPE) if GATED else sums
+    return activate_gated(sums, ups, LIMIT, SLOPE) if GATED else sums
 
 
 @triton.jit
@@ -364,7 +368,8 @@ def _grouped(
 
     `scales`: [held, scale_rows, scale_columns] of a float8 matrix, whose numbers are exact in the
     dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale.
-    Rows past the end repeat the last row; they are not stored.
+    Rows past the end are zeros and are not stored. With few tokens most rows are such, and to read
+    them would take much of the L2 cache's bandwidth.
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
@@ -381,6 +386,7 @@ def _grouped(
     column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, DEPTH)
     lines = x + source.to(tl.int64)[:, None] * depth + at[None, :]
+    present = (row < end)[:, None]
     size = width * depth
     matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
     line = tl.minimum(column, width - 1)
@@ -391,18 +397,22 @@ def _grouped(
     scales = _row_scales(scales, scale_row, line, scale_columns, ROWS_PER_SCALE, INDEXED)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     ups = sums
+    scale, up_scale = _column_scales(
+        scales, up_scales, first_column, ROWS_PER_SCALE, COLUMNS_PER_SCALE
+    )
     for k in range(0, depth, DEPTH):
-        inside = at < depth - k
-        v = _load(lines + k, inside[None, :], EVEN)
-        sums = _add_product(
-            sums, v, tile + k, scales, k, inside, first_column,
-            COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, EVEN,
+        next_scale, next_up = _column_scales(  # arrive during this turn
+            scales, up_scales, first_column + tl.minimum(k + DEPTH, depth - 1),
+            ROWS_PER_SCALE, COLUMNS_PER_SCALE,
         )  # fmt: skip
+        inside = at < depth - k
+        v = tl.load(lines + k, mask=present if EVEN else present & inside[None, :], other=0.0)
+        sums = _add_product(sums, v, tile + k, scale, inside, ROWS_PER_SCALE > 0, EVEN, OVERLAPS)
         if GATED:
             ups = _add_product(
-                ups, v, tile + size + k, up_scales, k, inside, first_column,
-                COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, EVEN,
-            )  # fmt: skip
+                ups, v, tile + size + k, up_scale, inside, ROWS_PER_SCALE > 0, EVEN, OVERLAPS
+            )
+        scale, up_scale = next_scale, next_up
     sums = _finish(
         sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
@@ -438,6 +448,7 @@ def _grouped_packed(
     up_line = line + width if GATED else line
     sums, ups = multiply_packed(
         x + source.to(tl.int64)[None, :] * depth,
+        (row < end)[None, :],
         numbers + expert.to(tl.int64) * rows * run_words(depth),
         scales + expert.to(tl.int64) * scale_words,
         line, up_line, rows, depth, 0, depth, GROUP, SCALE, ZEROS, RUNS, GATED, EVEN,
@@ -599,6 +610,10 @@ def sum_experts(
     (tokens, top_k), (held, dim, _) = experts.shape, down.shape
     if not tokens or not held:
         return torch.zeros_like(x) if total is None else total
+    if takes_few(experts, gate_up, down, num_experts):
+        return few_experts(
+            x, weights, experts, gate_up, down, first, total, on_input, biases, clamp
+        )
     packed = isinstance(gate_up, PackedWeight)
     if x.dtype == torch.float32:
         tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
@@ -615,10 +630,12 @@ def sum_experts(
     )
     parts = grouped_product(hidden, down, order, groups, top_k, tiles, bias=down_bias)
     out = torch.empty_like(x) if total is None else total
-    _sum[(tokens, triton.cdiv(dim, _COLUMNS))](
+    columns, warps = _FEW_SUMMED if tokens <= _FEW_TOKENS else _SUMMED
+    _sum[(tokens, triton.cdiv(dim, columns))](
         parts, weights, experts, out, dim, first, held,
         TOP_K=top_k, WEIGH=not on_input, ADD=total is not None,
-        BLOCK=min(_COLUMNS, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, **overlapping(),
+        BLOCK=min(columns, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, num_warps=warps,
+        **overlapping(),
     )  # fmt: skip
     return out
 
@@ -629,7 +646,20 @@ def _fit(tile: int, size: int) -> int:
     return max(16, min(tile, whole))
 
 
-def _row_tile(tokens: int, num_experts: int) -> tuple[int, int]:
-    """Tokens and experts of one program of routing or sorting; powers of two."""
+def _route_tile(tokens: int, num_experts: int) -> tuple[int, int, int]:
+    """Tokens, experts and warps of one program of routing; tokens and experts are powers of two. If
+    tokens are few, each is in a warp of its own, so that nothing passes between warps.
+    """
     columns = triton.next_power_of_2(num_experts)
-    return max(1, min(_MAX_ROWS, _HELD // columns)) if tokens > 1 else 1, columns
+    if tokens <= _FEW_TOKENS:
+        return 1, columns, 1
+    return max(1, min(_MAX_ROWS, _HELD // columns)), columns, _WARPS
+
+
+def _sort_tile(tokens: int, num_experts: int) -> tuple[int, int, int]:
+    """The same of sorting. All of few tokens are in one program, which needs no _count."""
+    columns = triton.next_power_of_2(num_experts)
+    if tokens <= _SORTED_AT_ONCE and columns <= _MOST_HELD // _SORTED_AT_ONCE:
+        rows: int = triton.next_power_of_2(tokens)
+        return rows, columns, min(16, max(4, rows * columns // 512))
+    return max(1, min(_MAX_ROWS, _HELD // columns)), columns, _WARPS
