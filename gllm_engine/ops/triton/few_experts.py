@@ -310,7 +310,7 @@ def takes_few(experts: Tensor, gate_up: Weight, down: Weight, num_experts: int) 
     tokens, top_k = experts.shape
     if tokens > 1 and tokens * top_k > _MOST_PAIRS * num_experts:
         return False
-    return _columns(gate_up, 2) > 0 and _columns(down, top_k) > 0
+    return _columns(gate_up, 2) > 0 and _columns(down, 1, top_k) > 0
 
 
 def few_experts(
@@ -337,7 +337,7 @@ def few_experts(
         OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
     out = x.new_empty(tokens, dim) if total is None else total
-    columns = _columns(down, top_k)
+    columns = _columns(down, 1, top_k)
     numbers, scales, index, options = _options(down)
     _few_down[(tokens, triton.cdiv(dim, columns))](
         made, numbers, scales, index, biases[1], weights, experts, out, dim, first, held,
@@ -361,9 +361,9 @@ def _shape(matrix: Weight) -> tuple[int, int, int]:
     return loads, min(_THREADS * warps, triton.next_power_of_2(loads)), warps
 
 
-def _columns(matrix: Weight, rows: int) -> int:
-    """Columns of a program's output, each of `rows` rows of the matrix; 0: even one is too many, or
-    a load may have several scales.
+def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
+    """Columns of a program's output, each of `rows` rows in each of some products; 0: registers do
+    not hold even one column for each group of lanes, or a load may have several scales.
     """
     if isinstance(matrix, Fp8Weight) and _scale_columns(matrix) % _LOADED.value:
         return 0
@@ -371,9 +371,11 @@ def _columns(matrix: Weight, rows: int) -> int:
     numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
     row_bytes = triton.cdiv(loads, lanes) * lanes * _LOADED.value * numbers.itemsize
     held = _PACKED_HELD if isinstance(matrix, PackedWeight) else _HELD
-    columns = min(_MOST_COLUMNS, _THREADS * warps * held // (row_bytes * rows))
-    columns = 1 << (columns.bit_length() - 1) if columns else 0
-    return columns if columns * min(rows, 2) * lanes >= _THREADS * warps else 0
+    threads = _THREADS * warps
+    columns = min(_MOST_COLUMNS, threads * held // (row_bytes * rows * products))
+    if columns * rows * lanes < threads:
+        return 0
+    return 1 << (columns.bit_length() - 1)
 
 
 def _scale_columns(matrix: Fp8Weight) -> int:

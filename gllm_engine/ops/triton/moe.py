@@ -65,6 +65,15 @@ _TILES = (
     (96, Tiles(64, 128, 128, 4, 3)),
     (inf, Tiles(128, 256, 64, 8, 4)),
 )
+# For float8 weights, whose numbers threads turn into those of x: a warp has many columns, because
+# each warp loads x, and tiles of many pairs are smaller, because a product is held twice, before
+# and after its scale.
+_FP8_TILES = (
+    (8, Tiles(16, 64, 128, 2, 4)),
+    (24, Tiles(32, 128, 128, 4, 3)),
+    (96, Tiles(64, 128, 128, 4, 3)),
+    (inf, Tiles(128, 128, 128, 8, 3)),
+)
 # For weights of 4-bit numbers; `columns` are those of gate, and as many are up's. To decode numbers
 # takes the time, so a matrix is decoded by as few programs as possible, each in tiles of 64 rows of
 # the weight for every four warps, the least of a warpgroup's product.
@@ -80,12 +89,12 @@ _EXACT_TILES = Tiles(16, 64, 32, 4, 2)
 _EXACT_PACKED_TILES = Tiles(16, 32, 128, 4, 2)
 
 
-def choose_tiles(tokens: int, top_k: int, num_experts: int, packed: bool = False) -> Tiles:
+def choose_tiles(tokens: int, top_k: int, num_experts: int, kind: type = Tensor) -> Tiles:
     """Tiles for 16-bit dtypes, assuming that all experts are equally likely.
 
-    `packed`: for weights of 4-bit numbers.
+    `kind`: of the weights.
     """
-    table = _PACKED_TILES if packed else _TILES
+    table = {Fp8Weight: _FP8_TILES, PackedWeight: _PACKED_TILES}.get(kind, _TILES)
     return next(tiles for limit, tiles in table if tokens * top_k <= limit * num_experts)
 
 
@@ -294,30 +303,30 @@ def _row_scales(
 
 
 @triton.jit
-def _column_scales(
-    scales, up_scales, column, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr
-):  # fmt: skip
-    """The scales of a column for the rows whose scales begin at `scales`, and for those of up; 1
-    without scales.
+def _column_scales(scales, up_scales, column, COLUMNS_PER_SCALE: tl.constexpr):
+    """The scales of a column for rows whose scales begin at `scales`, and for those of up; 1 if a
+    column has none of its own.
     """
     scale, up_scale = 1.0, 1.0
-    if ROWS_PER_SCALE > 0:
-        scale = tl.load(scales + column // COLUMNS_PER_SCALE)[None, :]
-        up_scale = tl.load(up_scales + column // COLUMNS_PER_SCALE)[None, :]
+    if COLUMNS_PER_SCALE > 0:
+        scale = tl.load(scales + column // COLUMNS_PER_SCALE)
+        up_scale = tl.load(up_scales + column // COLUMNS_PER_SCALE)
     return scale, up_scale
 
 
 @triton.jit
 def _add_product(
-    sums, v, tile, scale, inside, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr
+    sums, v, tile, scale, inside, FLOAT8: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """sums + v w, with some columns of some rows of a matrix as w, at `tile`.
 
-    SCALED: its numbers are float8, and all columns of w have one scale, `scale` [1, rows].
+    SCALED: all columns of w have one scale, `scale` [1, rows] or [1, 1].
     """
     w = _load(tile, inside[:, None], EVEN)
-    if SCALED:
+    if FLOAT8:
         w = from_float8(w, v.dtype, NATIVE)
+    if SCALED:
         sums += tl.dot(v, w, input_precision="ieee") * scale
     else:
         sums = tl.dot(v, w, sums, input_precision="ieee")
@@ -358,16 +367,19 @@ def _grouped(
     x, matrix, scales, scale_row, bias, weights, order, groups, out, width, depth,
     scale_rows, scale_columns, first_column,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
-    LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
+    UNIFORM: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
+    ON_INPUT: tl.constexpr, LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
     in the L2 cache, and so does the expert's matrix until the expert's next block.
 
     `scales`: [held, scale_rows, scale_columns] of a float8 matrix, whose numbers are exact in the
-    dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale.
+    dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale;
+    COLUMNS_PER_SCALE is 0 if all columns have. UNIFORM: so do all rows of a tile, as far as they
+    are gate's, or up's: then no thread holds the scales of its columns.
     Rows past the end are zeros and are not stored. With few tokens most rows are such, and to read
     them would take much of the L2 cache's bandwidth.
 
@@ -393,26 +405,33 @@ def _grouped(
     up_line = line + width if GATED else line
     tile = matrix + line[None, :] * depth + at[:, None]
     scales += expert.to(tl.int64) * scale_rows * scale_columns
-    up_scales = _row_scales(scales, scale_row, up_line, scale_columns, ROWS_PER_SCALE, INDEXED)
-    scales = _row_scales(scales, scale_row, line, scale_columns, ROWS_PER_SCALE, INDEXED)
+    scaled = tl.program_id(0) % turns * COLUMNS + tl.arange(0, 1 if UNIFORM else COLUMNS)[None, :]
+    scaled = tl.minimum(scaled, width - 1)
+    up_scales = _row_scales(
+        scales, scale_row, scaled + width if GATED else scaled, scale_columns,
+        ROWS_PER_SCALE, INDEXED,
+    )  # fmt: skip
+    scales = _row_scales(scales, scale_row, scaled, scale_columns, ROWS_PER_SCALE, INDEXED)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     ups = sums
-    scale, up_scale = _column_scales(
-        scales, up_scales, first_column, ROWS_PER_SCALE, COLUMNS_PER_SCALE
-    )
+    FLOAT8: tl.constexpr = ROWS_PER_SCALE > 0
+    SCALED: tl.constexpr = COLUMNS_PER_SCALE > 0
+    scale, up_scale = _column_scales(scales, up_scales, first_column, COLUMNS_PER_SCALE)
     for k in range(0, depth, DEPTH):
         next_scale, next_up = _column_scales(  # arrive during this turn
-            scales, up_scales, first_column + tl.minimum(k + DEPTH, depth - 1),
-            ROWS_PER_SCALE, COLUMNS_PER_SCALE,
-        )  # fmt: skip
+            scales, up_scales, first_column + tl.minimum(k + DEPTH, depth - 1), COLUMNS_PER_SCALE
+        )
         inside = at < depth - k
         v = tl.load(lines + k, mask=present if EVEN else present & inside[None, :], other=0.0)
-        sums = _add_product(sums, v, tile + k, scale, inside, ROWS_PER_SCALE > 0, EVEN, OVERLAPS)
+        sums = _add_product(sums, v, tile + k, scale, inside, FLOAT8, SCALED, EVEN, OVERLAPS)
         if GATED:
             ups = _add_product(
-                ups, v, tile + size + k, up_scale, inside, ROWS_PER_SCALE > 0, EVEN, OVERLAPS
+                ups, v, tile + size + k, up_scale, inside, FLOAT8, SCALED, EVEN, OVERLAPS
             )
         scale, up_scale = next_scale, next_up
+    if FLOAT8 and not SCALED:
+        sums *= tl.load(scales)
+        ups *= tl.load(up_scales)
     sums = _finish(
         sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
@@ -464,7 +483,7 @@ def _grouped_packed(
 
 
 class _Operand(NamedTuple):
-    """A weight as _grouped takes it; a plain one has rows_per_scale 0 and no scales."""
+    """A weight as _grouped takes it; a plain one has no scales, of 0 rows and columns."""
 
     numbers: Tensor
     scales: Tensor
@@ -478,7 +497,7 @@ class _Operand(NamedTuple):
 
 def _operand(matrix: Tensor | Fp8Weight) -> _Operand:
     if isinstance(matrix, Tensor):
-        return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1])
+        return _Operand(matrix, matrix, matrix, (1, 1), 0, 0)
     index = matrix.scale_row
     return _Operand(
         matrix.numbers,
@@ -486,7 +505,7 @@ def _operand(matrix: Tensor | Fp8Weight) -> _Operand:
         matrix.scales if index is None else index,
         (matrix.scales.shape[1], matrix.scales.shape[2]),
         matrix.rows_per_scale,
-        matrix.columns_per_scale,
+        matrix.columns_per_scale if matrix.scales.shape[2] > 1 else 0,
         index is not None,
         matrix.first_column,
     )
@@ -522,14 +541,17 @@ def grouped_product(
     if stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
         ends = stored.columns_per_scale | stored.first_column
         turn = min(turn, ends & -ends)
+    rows = stored.rows_per_scale
+    uniform = rows > 0 and not stored.indexed and rows % columns == 0
+    uniform = uniform and (not gated or width % columns == 0)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
     out = x.new_empty(pairs, width)
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
         x, stored.numbers, stored.scales, stored.scale_row, bias, on_input, order, groups, out,
         width, depth, *stored.grid, stored.first_column, ROWS_PER_SCALE=stored.rows_per_scale,
-        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, TOP_K=top_k,
-        GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
+        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, UNIFORM=uniform,
+        TOP_K=top_k, GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
         EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, DEPTH=turn,
         EVEN=depth % turn == 0, OVERLAPS=OVERLAP, num_warps=tiles.warps,
@@ -618,7 +640,7 @@ def sum_experts(
     if x.dtype == torch.float32:
         tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
     else:
-        tiles = choose_tiles(tokens, top_k, num_experts, packed)
+        tiles = choose_tiles(tokens, top_k, num_experts, type(gate_up))
         spans = isinstance(gate_up, PackedWeight) and runs_of_turn(gate_up) > 1
         if spans and tiles.rows > 64:
             tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
