@@ -59,7 +59,6 @@ class Tiles(NamedTuple):
 # every multiprocessor. Tiles of 64 rows or more use Hopper's warpgroup products. Each limit is at
 # least twice the one before, so that token counts of powers of two reach all tiles.
 _TILES = (
-    (0.25, Tiles(16, 128, 128, 4, 3)),
     (8, Tiles(16, 64, 256, 4, 3)),
     (24, Tiles(32, 128, 64, 4, 4)),
     (96, Tiles(64, 128, 128, 4, 3)),
@@ -78,7 +77,6 @@ _FP8_TILES = (
 # takes the time, so a matrix is decoded by as few programs as possible, each in tiles of 64 rows of
 # the weight for every four warps, the least of a warpgroup's product.
 _PACKED_TILES = (
-    (0.25, Tiles(16, 64, 256, 4, 4)),
     (8, Tiles(16, 64, 256, 4, 3)),
     (24, Tiles(32, 64, 256, 4, 3)),
     (96, Tiles(64, 64, 128, 4, 3)),
@@ -682,6 +680,6 @@ def _sort_tile(tokens: int, num_experts: int) -> tuple[int, int, int]:
     """The same of sorting. All of few tokens are in one program, which needs no _count."""
     columns = triton.next_power_of_2(num_experts)
     if tokens <= _SORTED_AT_ONCE and columns <= _MOST_HELD // _SORTED_AT_ONCE:
-        rows: int = triton.next_power_of_2(tokens)
+        rows = _SORTED_AT_ONCE if tokens > 16 else 16
         return rows, columns, min(16, max(4, rows * columns // 512))
     return max(1, min(_MAX_ROWS, _HELD // columns)), columns, _WARPS
