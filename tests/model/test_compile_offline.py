@@ -56,7 +56,15 @@ KERNELS = {
     *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gather_latents", "_gemv"),
     *("_few_down", "_few_gate_up", "_grouped", "_dequantize_packed", "_grouped_packed", "_packed"),
     *("_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_quantize", "_recur"),
-    *("_rms_norm", "_rotate_and_store", "_route", "_score_tokens", "_skinny", "_split"),
+    *(
+        "_rms_norm",
+        "_rotate_and_store",
+        "_route",
+        "_score_tokens",
+        "_skinny",
+        "_sort_few",
+        "_split",
+    ),
     *("_store_index_key", "_store_latent", "_sum"),
 }
 

@@ -122,14 +122,14 @@ def test_what_is_left_to_tiles() -> None:
         experts = torch.empty(tokens, top_k, dtype=torch.int32)
         return few_experts.takes_few(experts, gate_up, down, 16)
 
-    assert takes(1, 16, gate_up, down) and takes(4, 2, gate_up, down)
+    assert takes(1, 8, gate_up, down) and takes(4, 2, gate_up, down)
     assert not takes(5, 2, gate_up, down)
     numbers = torch.empty(16, 32, 32, dtype=torch.float8_e4m3fn)
     scales = torch.empty(16, 32, 3)
     assert not takes(1, 2, gate_up, Fp8Weight(numbers, scales, 1, 16, first_column=4))
     assert takes(1, 2, gate_up, Fp8Weight(numbers, scales, 1, 16, first_column=8))
-    wide = torch.empty(16, 32, 20000)
-    assert not takes(1, 16, gate_up, wide) and takes(1, 1, gate_up, wide)
+    wide = torch.empty(16, 32, 16000)
+    assert not takes(1, 2, gate_up, wide) and takes(1, 1, gate_up, wide)
 
 
 @pytest.mark.gpu

@@ -34,9 +34,9 @@ from gllm_engine.routing import Clamp, Routing
 _HELD, _WARPS = 4096, 8
 # Most tokens of such a program.
 _MAX_ROWS = 1024
-# Most tokens that are routed each in a program of its own; most that one program sorts, if they are
-# at most so many (token, expert) elements.
-_FEW_TOKENS, _SORTED_AT_ONCE, _MOST_HELD = 512, 64, 16384
+# Most tokens that are routed each in a program of its own; most pairs that are sorted without
+# _count, and those that one program places.
+_FEW_TOKENS, _FEW_PAIRS, _PLACED = 512, 1024, 32
 # Columns and warps of one program of _sum: for few tokens, and for more.
 _FEW_SUMMED, _SUMMED = (256, 1), (1024, 4)
 # Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
@@ -188,7 +188,10 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty_like(weights, dtype=torch.int32)
     slots = triton.next_power_of_2(num_experts // routing.groups)
-    rows, columns, warps = _route_tile(tokens, triton.next_power_of_2(routing.groups) * slots)
+    rows, columns = _row_tile(triton.next_power_of_2(routing.groups) * slots)
+    warps = _WARPS
+    if tokens <= _FEW_TOKENS:  # each in a warp of its own, so that nothing passes between warps
+        rows = warps = 1
     if tokens:
         _route[(triton.cdiv(tokens, rows),)](
             logits, bias, weights, experts, tokens, num_experts,
@@ -250,9 +253,38 @@ def _place(
     place = (end - count + before)[None, :] + tl.cumsum(chosen, 0) - chosen
     tl.store(order + place, row * TOP_K + choice, mask=choice >= 0)
     if program == 0:
-        tl.store(groups + at, end - count)
-        tl.store(groups + EXPERTS + at, end)
-        tl.store(groups + 2 * EXPERTS + at, tl.cumsum(tl.cdiv(count, block_rows), 0))
+        _store_groups(groups, count, block_rows, EXPERTS)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _sort_few(
+    experts, order, groups, pairs, first, held, block_rows,
+    PAIRS: tl.constexpr, PLACED: tl.constexpr, EXPERTS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Each program places PLACED pairs: a pair's place is the number of pairs with smaller keys."""
+    begin_alone(OVERLAPS)
+    at = tl.arange(0, PAIRS)
+    expert = tl.load(experts + at, mask=at < pairs, other=-1) - first
+    here = (expert >= 0) & (expert < held)
+    key = tl.where(here, expert, EXPERTS) * PAIRS + at
+    own = tl.program_id(0) * PLACED + tl.arange(0, PLACED)
+    own_expert = tl.load(experts + own, mask=own < pairs, other=-1) - first
+    own_here = (own_expert >= 0) & (own_expert < held)
+    smaller = key[None, :] < (own_expert * PAIRS + own)[:, None]
+    tl.store(order + tl.sum(smaller.to(tl.int32), 1), own, mask=own_here)
+    if tl.program_id(0) == 0:
+        count = tl.histogram(tl.where(here, expert, 0), EXPERTS, mask=here)
+        _store_groups(groups, count, block_rows, EXPERTS)
+
+
+@triton.jit
+def _store_groups(groups, count, block_rows, EXPERTS: tl.constexpr):
+    """See sort_pairs. `count`: pairs of each expert."""
+    at = tl.arange(0, EXPERTS)
+    end = tl.cumsum(count, 0)
+    tl.store(groups + at, end - count)
+    tl.store(groups + EXPERTS + at, end)
+    tl.store(groups + 2 * EXPERTS + at, tl.cumsum(tl.cdiv(count, block_rows), 0))
 
 
 def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tensor, Tensor]:
@@ -264,12 +296,19 @@ def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tens
     to this one, inclusive.
     """
     tokens, top_k = experts.shape
-    rows, columns, warps = _sort_tile(tokens, held)
+    rows, columns = _row_tile(held)
     blocks = triton.cdiv(tokens, rows)
     order = torch.empty(tokens * top_k, dtype=torch.int32, device=experts.device)
     groups, counts = order.new_empty(3, columns), order.new_empty(blocks, columns)
+    if len(order) <= _FEW_PAIRS:
+        pairs = max(_PLACED, triton.next_power_of_2(len(order)))
+        _sort_few[(triton.cdiv(len(order), _PLACED),)](
+            experts, order, groups, len(order), first, held, block, PAIRS=pairs, PLACED=_PLACED,
+            EXPERTS=columns, OVERLAPS=OVERLAP, **overlapping(),
+        )  # fmt: skip
+        return order, groups
     size = {"TOP_K": top_k, "ROWS": rows, "EXPERTS": columns, "OVERLAPS": OVERLAP}
-    size |= {"num_warps": warps} | overlapping()
+    size |= {"num_warps": _WARPS} | overlapping()
     if blocks > 1:
         _count[(blocks,)](experts, counts, tokens, first, held, **size)
     _place[(blocks,)](
@@ -666,20 +705,7 @@ def _fit(tile: int, size: int) -> int:
     return max(16, min(tile, whole))
 
 
-def _route_tile(tokens: int, num_experts: int) -> tuple[int, int, int]:
-    """Tokens, experts and warps of one program of routing; tokens and experts are powers of two. If
-    tokens are few, each is in a warp of its own, so that nothing passes between warps.
-    """
+def _row_tile(num_experts: int) -> tuple[int, int]:
+    """Tokens and experts of one program of routing or sorting; powers of two."""
     columns = triton.next_power_of_2(num_experts)
-    if tokens <= _FEW_TOKENS:
-        return 1, columns, 1
-    return max(1, min(_MAX_ROWS, _HELD // columns)), columns, _WARPS
-
-
-def _sort_tile(tokens: int, num_experts: int) -> tuple[int, int, int]:
-    """The same of sorting. All of few tokens are in one program, which needs no _count."""
-    columns = triton.next_power_of_2(num_experts)
-    if tokens <= _SORTED_AT_ONCE and columns <= _MOST_HELD // _SORTED_AT_ONCE:
-        rows = _SORTED_AT_ONCE if tokens > 16 else 16
-        return rows, columns, min(16, max(4, rows * columns // 512))
-    return max(1, min(_MAX_ROWS, _HELD // columns)), columns, _WARPS
+    return max(1, min(_MAX_ROWS, _HELD // columns)), columns
