@@ -118,7 +118,8 @@ class Shape:
 
     def fp8(self, kind: Fp8, count: int, width: int, depth: int) -> Fp8Weight:
         """Random float8 matrices; one at a time is in a wider dtype."""
-        rows, columns = kind.rows or width, kind.columns or depth
+        rows = kind.rows or width
+        columns = kind.columns or depth
         parts = [quantize_fp8(self.randn(width, depth), rows, columns) for _ in range(count)]
         numbers, scales = (torch.stack(part) for part in zip(*parts, strict=True))
         return Fp8Weight(numbers, scales, rows, columns)

@@ -369,7 +369,7 @@ def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
         return 0
     loads, lanes, warps = _shape(matrix)
     numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
-    row_bytes = triton.cdiv(loads, lanes) * lanes * _LOADED.value * numbers.itemsize
+    row_bytes: int = triton.cdiv(loads, lanes) * lanes * _LOADED.value * numbers.itemsize
     held = _PACKED_HELD if isinstance(matrix, PackedWeight) else _HELD
     threads = _THREADS * warps
     columns = min(_MOST_COLUMNS, threads * held // (row_bytes * rows * products))

@@ -371,6 +371,40 @@ def _add_product(
 
 
 @triton.jit
+def _multiply(
+    lines, present, tile, up_tile, scales, up_scales, depth, first_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLOAT8: tl.constexpr,
+    COLUMNS_PER_SCALE: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The float32 products [ROWS, COLUMNS] of rows of x with rows of a matrix, and if GATED with
+    those of up. All are given by where they begin: x [ROWS, 1], a matrix [1, COLUMNS], scales [1,
+    COLUMNS] or [1, 1]. `present`: [ROWS, 1], other rows of x are zeros.
+    """
+    SCALED: tl.constexpr = COLUMNS_PER_SCALE > 0
+    at = tl.arange(0, DEPTH)
+    lines += at[None, :]
+    tile += at[:, None]
+    up_tile += at[:, None]
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    ups = sums
+    scale, up_scale = _column_scales(scales, up_scales, first_column, COLUMNS_PER_SCALE)
+    for k in range(0, depth, DEPTH):
+        next_scale, next_up = _column_scales(  # arrive during this turn
+            scales, up_scales, first_column + tl.minimum(k + DEPTH, depth - 1), COLUMNS_PER_SCALE
+        )
+        inside = at < depth - k
+        v = tl.load(lines + k, mask=present if EVEN else present & inside[None, :], other=0.0)
+        sums = _add_product(sums, v, tile + k, scale, inside, FLOAT8, SCALED, EVEN, NATIVE)
+        if GATED:
+            ups = _add_product(ups, v, up_tile + k, up_scale, inside, FLOAT8, SCALED, EVEN, NATIVE)
+        scale, up_scale = next_scale, next_up
+    if FLOAT8 and not SCALED:
+        sums *= tl.load(scales)
+        ups *= tl.load(up_scales)
+    return sums, ups
+
+
+@triton.jit
 def _rows(groups, order, expert, block, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """The rows of a block, the end of the expert's rows, the rows without those past it, pairs."""
     start, end = tl.load(groups + expert), tl.load(groups + EXPERTS + expert)
@@ -433,14 +467,12 @@ def _grouped(
     source = pair // TOP_K if GATED else known
     target = row if GATED else pair
     column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
-    at = tl.arange(0, DEPTH)
-    lines = x + source.to(tl.int64)[:, None] * depth + at[None, :]
-    present = (row < end)[:, None]
+    lines = x + source.to(tl.int64)[:, None] * depth
     size = width * depth
     matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
     line = tl.minimum(column, width - 1)
     up_line = line + width if GATED else line
-    tile = matrix + line[None, :] * depth + at[:, None]
+    tile = matrix + line[None, :] * depth
     scales += expert.to(tl.int64) * scale_rows * scale_columns
     scaled = tl.program_id(0) % turns * COLUMNS + tl.arange(0, 1 if UNIFORM else COLUMNS)[None, :]
     scaled = tl.minimum(scaled, width - 1)
@@ -449,26 +481,10 @@ def _grouped(
         ROWS_PER_SCALE, INDEXED,
     )  # fmt: skip
     scales = _row_scales(scales, scale_row, scaled, scale_columns, ROWS_PER_SCALE, INDEXED)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    ups = sums
-    FLOAT8: tl.constexpr = ROWS_PER_SCALE > 0
-    SCALED: tl.constexpr = COLUMNS_PER_SCALE > 0
-    scale, up_scale = _column_scales(scales, up_scales, first_column, COLUMNS_PER_SCALE)
-    for k in range(0, depth, DEPTH):
-        next_scale, next_up = _column_scales(  # arrive during this turn
-            scales, up_scales, first_column + tl.minimum(k + DEPTH, depth - 1), COLUMNS_PER_SCALE
-        )
-        inside = at < depth - k
-        v = tl.load(lines + k, mask=present if EVEN else present & inside[None, :], other=0.0)
-        sums = _add_product(sums, v, tile + k, scale, inside, FLOAT8, SCALED, EVEN, OVERLAPS)
-        if GATED:
-            ups = _add_product(
-                ups, v, tile + size + k, up_scale, inside, FLOAT8, SCALED, EVEN, OVERLAPS
-            )
-        scale, up_scale = next_scale, next_up
-    if FLOAT8 and not SCALED:
-        sums *= tl.load(scales)
-        ups *= tl.load(up_scales)
+    sums, ups = _multiply(
+        lines, (row < end)[:, None], tile, tile + size, scales, up_scales, depth, first_column,
+        ROWS, COLUMNS, DEPTH, ROWS_PER_SCALE > 0, COLUMNS_PER_SCALE, GATED, EVEN, OVERLAPS,
+    )  # fmt: skip
     sums = _finish(
         sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
