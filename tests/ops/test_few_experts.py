@@ -48,8 +48,13 @@ def make_weight(kind: str, count: int, width: int, depth: int, group: int = 0) -
     return pack_codes(codes, (torch.rand(size) / 50).to(dtype), False, zeros)
 
 
-def make_routing(tokens: int, top_k: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(tokens, top_k), torch.rand(tokens, experts).argsort(1)[:, :top_k].int()
+def make_routing(
+    tokens: int, top_k: int, experts: int, first: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random weights and experts, with `first` among those of token 0."""
+    order = torch.rand(tokens, experts)
+    order[0, first] = -1
+    return torch.rand(tokens, top_k) + 0.1, order.argsort(1)[:, :top_k].int().contiguous()
 
 
 def compare(x: torch.Tensor, routing: tuple[torch.Tensor, ...], *more: Any, **options: Any) -> None:
@@ -68,7 +73,7 @@ def compare(x: torch.Tensor, routing: tuple[torch.Tensor, ...], *more: Any, **op
 def test_formats(kind: str) -> None:
     """Two tokens, some of whose experts other ranks hold."""
     gate_up, down = make_weight(kind, 5, 2 * HIDDEN, DIM), make_weight(kind, 5, DIM, HIDDEN)
-    compare(torch.randn(2, DIM), make_routing(2, 4, 16), gate_up, down, 3, 16)
+    compare(torch.randn(2, DIM), make_routing(2, 4, 16, 3), gate_up, down, 3, 16)
 
 
 @interpreted
@@ -94,7 +99,7 @@ def test_biases_clamp_and_weights_of_the_input(kind: str, on_input: bool) -> Non
     gate_up, down = make_weight(kind, 4, 2 * HIDDEN, DIM), make_weight(kind, 4, DIM, HIDDEN)
     biases = torch.randn(4, 2 * HIDDEN), torch.randn(4, DIM)
     options = {"on_input": on_input, "biases": biases, "clamp": Clamp(1.5, 1.702)}
-    x, routing = torch.randn(2, DIM), make_routing(2, 3, 12)
+    x, routing = torch.randn(2, DIM), make_routing(2, 3, 12, 2)
     compare(x, routing, gate_up, down, 2, 12, **options)
     plain = reference.sum_experts(x, *routing, gate_up, down, 2, 12)
     found = sum_experts(x, *routing, gate_up, down, 2, 12, **options)
