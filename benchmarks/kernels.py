@@ -20,7 +20,7 @@ from torch import Tensor
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_engine.arch import GatedDelta, Mla, Model, Moe, read_arch
-from gllm_engine.arch.formats import CompressedInt, Mxfp4
+from gllm_engine.arch.formats import CompressedInt, Fp8, Mxfp4
 from gllm_engine.ops import (
     Batch,
     Fp8Weight,
@@ -53,7 +53,7 @@ GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
 FP8_TOKENS = (1, 16, 64, 256, 4096)
 FP8_BLOCKS = {"row": (1, 0), "block": (128, 128)}  # rows and columns that share a scale; 0: all
 FP8_DEPTH = 512  # of a product beside the one that is timed
-MOE_TOKENS = (1, 16, 64, 512, 4096, 16384)
+MOE_TOKENS = (1, 4, 16, 64, 256, 512, 4096, 16384)
 ROWS = (1, 64, 512, 1024)  # rows sampled in one step
 DECODE = ((1, 1024), (64, 1024), (256, 4096), (512, 1536), (1024, 512))  # rows, context
 # Rows, context of a row, tokens of a row in this step.
@@ -121,6 +121,14 @@ class Shape:
             exponents = torch.randint(118, 122, shape, dtype=torch.uint8, device=self.device)
             return pack(numbers, exponents, True)
         return pack(numbers, torch.rand(shape, device=self.device).bfloat16() / 100, False)
+
+    def fp8(self, kind: Fp8, count: int, width: int, depth: int) -> Fp8Weight:
+        """Random float8 matrices; one at a time is in a wider dtype."""
+        rows = kind.rows or width
+        columns = kind.columns or depth
+        parts = [quantize_fp8(self.randn(width, depth), rows, columns) for _ in range(count)]
+        numbers, scales = (torch.stack(part) for part in zip(*parts, strict=True))
+        return Fp8Weight(numbers, scales, rows, columns)
 
     def rows_cases(self, tokens: int) -> Iterator[Case]:
         """Operations that process each token separately."""
@@ -260,7 +268,7 @@ class Shape:
         expert = 3 * moe.hidden * dim
         read = num * (1 - (1 - top_k / num) ** tokens)  # expected number of experts in use
         kind = self.arch.quantization
-        number: float = self.item  # bytes
+        number: float = 1 if isinstance(kind, Fp8) else self.item  # bytes
         if isinstance(kind, (Mxfp4, CompressedInt)):
             number = 0.5 + (1 if isinstance(kind, Mxfp4) else 2) / kind.group
         moved = read * expert * number + (num * dim + 3 * tokens * dim) * self.item
@@ -276,6 +284,8 @@ class Shape:
         kind = self.arch.quantization
         if isinstance(kind, (Mxfp4, CompressedInt)):
             return self.packed(kind, num, 2 * hidden, dim), self.packed(kind, num, dim, hidden)
+        if isinstance(kind, Fp8):
+            return self.fp8(kind, num, 2 * hidden, dim), self.fp8(kind, num, dim, hidden)
         return self.randn(num, 2 * hidden, dim), self.randn(num, dim, hidden)
 
     def sample_case(self, rows: int) -> Case:

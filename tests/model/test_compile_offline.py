@@ -70,9 +70,17 @@ KERNELS = {
     *("_absorb", "_copy_pages", "_project"),
     *("_convolve_blocks", "_recur_blocks", "_solve_blocks"),
     *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gather_latents", "_gemv"),
-    *("_grouped", "_dequantize_packed", "_grouped_packed", "_packed"),
+    *("_few_down", "_few_gate_up", "_grouped", "_dequantize_packed", "_grouped_packed", "_packed"),
     *("_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_quantize", "_recur"),
-    *("_rms_norm", "_rotate_and_store", "_route", "_score_tokens", "_skinny", "_split"),
+    *(
+        "_rms_norm",
+        "_rotate_and_store",
+        "_route",
+        "_score_tokens",
+        "_skinny",
+        "_sort_few",
+        "_split",
+    ),
     *("_store_index_key", "_store_latent", "_sum"),
 }
 

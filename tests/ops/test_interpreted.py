@@ -17,7 +17,7 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import AttentionInputs, HeadNorm, reference
+from gllm_engine.ops import AttentionInputs, Fp8Weight, HeadNorm, PackedWeight, reference
 from gllm_engine.routing import Clamp, Routing
 
 pytest.importorskip("triton")
@@ -447,7 +447,7 @@ def test_numbers_are_chosen_before_nan(route: Route) -> None:
 
 
 @pytest.mark.parametrize("held", [(0, 6), (2, 3), (5, 1)])
-@pytest.mark.parametrize("tokens", [1, 7, 2500])
+@pytest.mark.parametrize("tokens", [1, 40, 2500])
 def test_pairs_are_sorted_by_expert(tokens: int, held: tuple[int, int]) -> None:
     """In one program and in several."""
     (first, count), block = held, 16
@@ -558,10 +558,11 @@ def test_no_experts_and_no_tokens() -> None:
     assert triton.sum_experts(*empty, *some).shape == (0, 8)
 
 
-def test_powers_of_two_of_tokens_meet_every_size_of_a_block() -> None:
+@pytest.mark.parametrize("kind", [torch.Tensor, Fp8Weight, PackedWeight])
+def test_powers_of_two_of_tokens_meet_every_size_of_a_block(kind: type) -> None:
     for top_k, num_experts in ((8, 128), (2, 8), (4, 60), (8, 64), (1, 16)):
-        powers = {moe.choose_tiles(2**i, top_k, num_experts) for i in range(14)}
-        assert powers == {moe.choose_tiles(n, top_k, num_experts) for n in range(1, 8193)}
+        powers = {moe.choose_tiles(2**i, top_k, num_experts, kind) for i in range(14)}
+        assert powers == {moe.choose_tiles(n, top_k, num_experts, kind) for n in range(1, 8193)}
 
 
 def test_list_pages() -> None:

@@ -48,7 +48,7 @@ def _load_chunk(
 
 
 @triton.jit
-def _widen(numbers, ON_GPU: tl.constexpr):
+def widen(numbers, ON_GPU: tl.constexpr):
     """To float32; bfloat16 on a GPU by one instruction per element instead of two."""
     if ON_GPU and numbers.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -89,7 +89,7 @@ def _dot_rows(
     """Products with x, float32 [n], of what _load_rows returns; v: the chunks of x in float32."""
     y = tl.zeros((LANES, w[0].shape[1]), tl.float32)
     for i in tl.static_range(len(w)):
-        part = tl.sum(_widen(w[i], ON_GPU) * v[i], 2)
+        part = tl.sum(widen(w[i], ON_GPU) * v[i], 2)
         y += part * s[i] if COLUMNS_PER_SCALE else part
     y = tl.sum(y, 0)
     return y * s[0] if len(s) == 1 and not COLUMNS_PER_SCALE else y
@@ -124,12 +124,12 @@ def _gemv(
     begin(OVERLAPS)
     for i in tl.static_range(len(w)):
         x_chunk = _load_chunk(x + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False)
-        v += (_widen(x_chunk, OVERLAPS),)
+        v += (widen(x_chunk, OVERLAPS),)
     if NORM:
         squares, weighted = tl.zeros((LANES, 1), tl.float32), ()
         for i in tl.static_range(len(w)):
             squares += tl.sum(v[i] * v[i], 2)
-            weighted += (v[i] * _widen(g[i], OVERLAPS),)
+            weighted += (v[i] * widen(g[i], OVERLAPS),)
         v = weighted
         scale = tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)
     y = _dot_rows(w, s, v, LANES, COLUMNS_PER_SCALE, OVERLAPS)

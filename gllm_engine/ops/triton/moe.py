@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.few_experts import activate_gated, few_experts, takes_few
+from gllm_engine.ops.triton.fp8 import from_float8
 from gllm_engine.ops.triton.packed import multiply_packed, run_words, runs_of_turn, scale_words
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, Weight
@@ -32,8 +34,11 @@ from gllm_engine.routing import Clamp, Routing
 _HELD, _WARPS = 4096, 8
 # Most tokens of such a program.
 _MAX_ROWS = 1024
-# Columns of one program of _sum.
-_COLUMNS = 1024
+# Most tokens that are routed each in a program of its own; most pairs that are sorted without
+# _count, and those that one program places.
+_FEW_TOKENS, _FEW_PAIRS, _PLACED = 512, 1024, 32
+# Columns and warps of one program of _sum: for few tokens, and for more.
+_FEW_SUMMED, _SUMMED = (256, 1), (1024, 4)
 # Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
 # is dropped, NaN or anything smaller than every other choice, all other choices.
 _DROPPED, _LEAST = tl.constexpr(-3.3e38), tl.constexpr(-3.2e38)
@@ -54,17 +59,24 @@ class Tiles(NamedTuple):
 # every multiprocessor. Tiles of 64 rows or more use Hopper's warpgroup products. Each limit is at
 # least twice the one before, so that token counts of powers of two reach all tiles.
 _TILES = (
-    (0.25, Tiles(16, 128, 128, 4, 3)),
     (8, Tiles(16, 64, 256, 4, 3)),
     (24, Tiles(32, 128, 64, 4, 4)),
     (96, Tiles(64, 128, 128, 4, 3)),
     (inf, Tiles(128, 256, 64, 8, 4)),
 )
+# For float8 weights, whose numbers threads turn into those of x: a warp has many columns, because
+# each warp loads x, and tiles of many pairs are smaller, because a product is held twice, before
+# and after its scale.
+_FP8_TILES = (
+    (8, Tiles(16, 64, 128, 2, 4)),
+    (24, Tiles(32, 128, 128, 4, 3)),
+    (96, Tiles(64, 128, 128, 4, 3)),
+    (inf, Tiles(128, 128, 128, 8, 3)),
+)
 # For weights of 4-bit numbers; `columns` are those of gate, and as many are up's. To decode numbers
 # takes the time, so a matrix is decoded by as few programs as possible, each in tiles of 64 rows of
 # the weight for every four warps, the least of a warpgroup's product.
 _PACKED_TILES = (
-    (0.25, Tiles(16, 64, 256, 4, 4)),
     (8, Tiles(16, 64, 256, 4, 3)),
     (24, Tiles(32, 64, 256, 4, 3)),
     (96, Tiles(64, 64, 128, 4, 3)),
@@ -75,12 +87,12 @@ _EXACT_TILES = Tiles(16, 64, 32, 4, 2)
 _EXACT_PACKED_TILES = Tiles(16, 32, 128, 4, 2)
 
 
-def choose_tiles(tokens: int, top_k: int, num_experts: int, packed: bool = False) -> Tiles:
+def choose_tiles(tokens: int, top_k: int, num_experts: int, kind: type = Tensor) -> Tiles:
     """Tiles for 16-bit dtypes, assuming that all experts are equally likely.
 
-    `packed`: for weights of 4-bit numbers.
+    `kind`: of the weights.
     """
-    table = _PACKED_TILES if packed else _TILES
+    table = {Fp8Weight: _FP8_TILES, PackedWeight: _PACKED_TILES}.get(kind, _TILES)
     return next(tiles for limit, tiles in table if tokens * top_k <= limit * num_experts)
 
 
@@ -176,7 +188,10 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty_like(weights, dtype=torch.int32)
     slots = triton.next_power_of_2(num_experts // routing.groups)
-    rows, columns = _row_tile(tokens, triton.next_power_of_2(routing.groups) * slots)
+    rows, columns = _row_tile(triton.next_power_of_2(routing.groups) * slots)
+    warps = _WARPS
+    if tokens <= _FEW_TOKENS:  # each in a warp of its own, so that nothing passes between warps
+        rows = warps = 1
     if tokens:
         _route[(triton.cdiv(tokens, rows),)](
             logits, bias, weights, experts, tokens, num_experts,
@@ -184,7 +199,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor
             SIGMOID=routing.scoring == "sigmoid", BIASED=bias is not None,
             GROUPS=routing.groups, KEPT=routing.kept_groups, RENORM=routing.renorm,
             SUM_EPS=routing.sum_eps, LEAST_SUM=routing.least_sum, SCALE=routing.scale,
-            ROWS=rows, COLUMNS=columns, SLOTS=slots, OVERLAPS=OVERLAP, num_warps=_WARPS,
+            ROWS=rows, COLUMNS=columns, SLOTS=slots, OVERLAPS=OVERLAP, num_warps=warps,
             **overlapping(),
         )  # fmt: skip
     return weights, experts
@@ -238,9 +253,38 @@ def _place(
     place = (end - count + before)[None, :] + tl.cumsum(chosen, 0) - chosen
     tl.store(order + place, row * TOP_K + choice, mask=choice >= 0)
     if program == 0:
-        tl.store(groups + at, end - count)
-        tl.store(groups + EXPERTS + at, end)
-        tl.store(groups + 2 * EXPERTS + at, tl.cumsum(tl.cdiv(count, block_rows), 0))
+        _store_groups(groups, count, block_rows, EXPERTS)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _sort_few(
+    experts, order, groups, pairs, first, held, block_rows,
+    PAIRS: tl.constexpr, PLACED: tl.constexpr, EXPERTS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Each program places PLACED pairs: a pair's place is the number of pairs with smaller keys."""
+    begin_alone(OVERLAPS)
+    at = tl.arange(0, PAIRS)
+    expert = tl.load(experts + at, mask=at < pairs, other=-1) - first
+    here = (expert >= 0) & (expert < held)
+    key = tl.where(here, expert, EXPERTS) * PAIRS + at
+    own = tl.program_id(0) * PLACED + tl.arange(0, PLACED)
+    own_expert = tl.load(experts + own, mask=own < pairs, other=-1) - first
+    own_here = (own_expert >= 0) & (own_expert < held)
+    smaller = key[None, :] < (own_expert * PAIRS + own)[:, None]
+    tl.store(order + tl.sum(smaller.to(tl.int32), 1), own, mask=own_here)
+    if tl.program_id(0) == 0:
+        count = tl.histogram(tl.where(here, expert, 0), EXPERTS, mask=here)
+        _store_groups(groups, count, block_rows, EXPERTS)
+
+
+@triton.jit
+def _store_groups(groups, count, block_rows, EXPERTS: tl.constexpr):
+    """See sort_pairs. `count`: pairs of each expert."""
+    at = tl.arange(0, EXPERTS)
+    end = tl.cumsum(count, 0)
+    tl.store(groups + at, end - count)
+    tl.store(groups + EXPERTS + at, end)
+    tl.store(groups + 2 * EXPERTS + at, tl.cumsum(tl.cdiv(count, block_rows), 0))
 
 
 def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tensor, Tensor]:
@@ -252,10 +296,17 @@ def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tens
     to this one, inclusive.
     """
     tokens, top_k = experts.shape
-    rows, columns = _row_tile(tokens, held)
+    rows, columns = _row_tile(held)
     blocks = triton.cdiv(tokens, rows)
     order = torch.empty(tokens * top_k, dtype=torch.int32, device=experts.device)
     groups, counts = order.new_empty(3, columns), order.new_empty(blocks, columns)
+    if len(order) <= _FEW_PAIRS:
+        pairs = max(_PLACED, triton.next_power_of_2(len(order)))
+        _sort_few[(triton.cdiv(len(order), _PLACED),)](
+            experts, order, groups, len(order), first, held, block, PAIRS=pairs, PLACED=_PLACED,
+            EXPERTS=columns, OVERLAPS=OVERLAP, **overlapping(),
+        )  # fmt: skip
+        return order, groups
     size = {"TOP_K": top_k, "ROWS": rows, "EXPERTS": columns, "OVERLAPS": OVERLAP}
     size |= {"num_warps": _WARPS} | overlapping()
     if blocks > 1:
@@ -277,18 +328,6 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _activate(gate, up, LIMIT: tl.constexpr, SLOPE: tl.constexpr):
-    """See Clamp; without a LIMIT silu(gate) * up."""
-    if LIMIT is None:
-        out = gate / (1.0 + tl.exp(-gate)) * up
-    else:  # tl.minimum would lose NaN
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-        out = gate / (1.0 + tl.exp(-SLOPE * gate)) * (up + 1.0)
-    return out
-
-
-@triton.jit
 def _row_scales(
     scales, scale_row, line, columns, ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr
 ):
@@ -301,23 +340,68 @@ def _row_scales(
 
 
 @triton.jit
-def _add_product(
-    sums, v, tile, scales, k, inside, first_column,
-    GROUP: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """sums + v w, with columns k and further of some rows of a matrix as w, at `tile`.
-
-    SCALED: its numbers are float8, and all columns of w have one scale; `scales`: where those of
-    the rows begin. GROUP: columns of a scale.
+def _column_scales(scales, up_scales, column, COLUMNS_PER_SCALE: tl.constexpr):
+    """The scales of a column for rows whose scales begin at `scales`, and for those of up; 1 if a
+    column has none of its own.
     """
+    scale, up_scale = 1.0, 1.0
+    if COLUMNS_PER_SCALE > 0:
+        scale = tl.load(scales + column // COLUMNS_PER_SCALE)
+        up_scale = tl.load(up_scales + column // COLUMNS_PER_SCALE)
+    return scale, up_scale
+
+
+@triton.jit
+def _add_product(
+    sums, v, tile, scale, inside, FLOAT8: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """sums + v w, with some columns of some rows of a matrix as w, at `tile`.
+
+    SCALED: all columns of w have one scale, `scale` [1, rows] or [1, 1].
+    """
+    w = _load(tile, inside[:, None], EVEN)
+    if FLOAT8:
+        w = from_float8(w, v.dtype, NATIVE)
     if SCALED:
-        w = _load(tile, inside[:, None], EVEN).to(v.dtype)
-        scale = tl.load(scales + (first_column + k) // GROUP)[None, :]
         sums += tl.dot(v, w, input_precision="ieee") * scale
     else:
-        w = _load(tile, inside[:, None], EVEN)
         sums = tl.dot(v, w, sums, input_precision="ieee")
     return sums
+
+
+@triton.jit
+def _multiply(
+    lines, present, tile, up_tile, scales, up_scales, depth, first_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLOAT8: tl.constexpr,
+    COLUMNS_PER_SCALE: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The float32 products [ROWS, COLUMNS] of rows of x with rows of a matrix, and if GATED with
+    those of up. All are given by where they begin: x [ROWS, 1], a matrix [1, COLUMNS], scales [1,
+    COLUMNS] or [1, 1]. `present`: [ROWS, 1], other rows of x are zeros.
+    """
+    SCALED: tl.constexpr = COLUMNS_PER_SCALE > 0
+    at = tl.arange(0, DEPTH)
+    lines += at[None, :]
+    tile += at[:, None]
+    up_tile += at[:, None]
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    ups = sums
+    scale, up_scale = _column_scales(scales, up_scales, first_column, COLUMNS_PER_SCALE)
+    for k in range(0, depth, DEPTH):
+        next_scale, next_up = _column_scales(  # arrive during this turn
+            scales, up_scales, first_column + tl.minimum(k + DEPTH, depth - 1), COLUMNS_PER_SCALE
+        )
+        inside = at < depth - k
+        v = tl.load(lines + k, mask=present if EVEN else present & inside[None, :], other=0.0)
+        sums = _add_product(sums, v, tile + k, scale, inside, FLOAT8, SCALED, EVEN, NATIVE)
+        if GATED:
+            ups = _add_product(ups, v, up_tile + k, up_scale, inside, FLOAT8, SCALED, EVEN, NATIVE)
+        scale, up_scale = next_scale, next_up
+    if FLOAT8 and not SCALED:
+        sums *= tl.load(scales)
+        ups *= tl.load(up_scales)
+    return sums, ups
 
 
 @triton.jit
@@ -346,7 +430,7 @@ def _finish(
     if BIASED:
         sums += tl.load(bias + first + line)[None, :].to(tl.float32)
         ups += tl.load(bias + first + up_line)[None, :].to(tl.float32)
-    return _activate(sums, ups, LIMIT, SLOPE) if GATED else sums
+    return activate_gated(sums, ups, LIMIT, SLOPE) if GATED else sums
 
 
 @triton.jit
@@ -354,17 +438,21 @@ def _grouped(
     x, matrix, scales, scale_row, bias, weights, order, groups, out, width, depth,
     scale_rows, scale_columns, first_column,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
-    LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
+    UNIFORM: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
+    ON_INPUT: tl.constexpr, LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
     in the L2 cache, and so does the expert's matrix until the expert's next block.
 
     `scales`: [held, scale_rows, scale_columns] of a float8 matrix, whose numbers are exact in the
-    dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale.
-    Rows past the end repeat the last row; they are not stored.
+    dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale;
+    COLUMNS_PER_SCALE is 0 if all columns have. UNIFORM: so do all rows of a tile, as far as they
+    are gate's, or up's: then no thread holds the scales of its columns.
+    Rows past the end are zeros and are not stored. With few tokens most rows are such, and to read
+    them would take much of the L2 cache's bandwidth.
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
@@ -379,30 +467,24 @@ def _grouped(
     source = pair // TOP_K if GATED else known
     target = row if GATED else pair
     column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
-    at = tl.arange(0, DEPTH)
-    lines = x + source.to(tl.int64)[:, None] * depth + at[None, :]
+    lines = x + source.to(tl.int64)[:, None] * depth
     size = width * depth
     matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
     line = tl.minimum(column, width - 1)
     up_line = line + width if GATED else line
-    tile = matrix + line[None, :] * depth + at[:, None]
+    tile = matrix + line[None, :] * depth
     scales += expert.to(tl.int64) * scale_rows * scale_columns
-    up_scales = _row_scales(scales, scale_row, up_line, scale_columns, ROWS_PER_SCALE, INDEXED)
-    scales = _row_scales(scales, scale_row, line, scale_columns, ROWS_PER_SCALE, INDEXED)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    ups = sums
-    for k in range(0, depth, DEPTH):
-        inside = at < depth - k
-        v = _load(lines + k, inside[None, :], EVEN)
-        sums = _add_product(
-            sums, v, tile + k, scales, k, inside, first_column,
-            COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, EVEN,
-        )  # fmt: skip
-        if GATED:
-            ups = _add_product(
-                ups, v, tile + size + k, up_scales, k, inside, first_column,
-                COLUMNS_PER_SCALE, ROWS_PER_SCALE > 0, EVEN,
-            )  # fmt: skip
+    scaled = tl.program_id(0) % turns * COLUMNS + tl.arange(0, 1 if UNIFORM else COLUMNS)[None, :]
+    scaled = tl.minimum(scaled, width - 1)
+    up_scales = _row_scales(
+        scales, scale_row, scaled + width if GATED else scaled, scale_columns,
+        ROWS_PER_SCALE, INDEXED,
+    )  # fmt: skip
+    scales = _row_scales(scales, scale_row, scaled, scale_columns, ROWS_PER_SCALE, INDEXED)
+    sums, ups = _multiply(
+        lines, (row < end)[:, None], tile, tile + size, scales, up_scales, depth, first_column,
+        ROWS, COLUMNS, DEPTH, ROWS_PER_SCALE > 0, COLUMNS_PER_SCALE, GATED, EVEN, OVERLAPS,
+    )  # fmt: skip
     sums = _finish(
         sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
@@ -438,6 +520,7 @@ def _grouped_packed(
     up_line = line + width if GATED else line
     sums, ups = multiply_packed(
         x + source.to(tl.int64)[None, :] * depth,
+        (row < end)[None, :],
         numbers + expert.to(tl.int64) * rows * run_words(depth),
         scales + expert.to(tl.int64) * scale_words,
         line, up_line, rows, depth, 0, depth, GROUP, SCALE, ZEROS, RUNS, GATED, EVEN,
@@ -453,7 +536,7 @@ def _grouped_packed(
 
 
 class _Operand(NamedTuple):
-    """A weight as _grouped takes it; a plain one has rows_per_scale 0 and no scales."""
+    """A weight as _grouped takes it; a plain one has no scales, of 0 rows and columns."""
 
     numbers: Tensor
     scales: Tensor
@@ -467,7 +550,7 @@ class _Operand(NamedTuple):
 
 def _operand(matrix: Tensor | Fp8Weight) -> _Operand:
     if isinstance(matrix, Tensor):
-        return _Operand(matrix, matrix, matrix, (1, 1), 0, matrix.shape[-1])
+        return _Operand(matrix, matrix, matrix, (1, 1), 0, 0)
     index = matrix.scale_row
     return _Operand(
         matrix.numbers,
@@ -475,7 +558,7 @@ def _operand(matrix: Tensor | Fp8Weight) -> _Operand:
         matrix.scales if index is None else index,
         (matrix.scales.shape[1], matrix.scales.shape[2]),
         matrix.rows_per_scale,
-        matrix.columns_per_scale,
+        matrix.columns_per_scale if matrix.scales.shape[2] > 1 else 0,
         index is not None,
         matrix.first_column,
     )
@@ -511,14 +594,17 @@ def grouped_product(
     if stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
         ends = stored.columns_per_scale | stored.first_column
         turn = min(turn, ends & -ends)
+    rows = stored.rows_per_scale
+    uniform = rows > 0 and not stored.indexed and rows % columns == 0
+    uniform = uniform and (not gated or width % columns == 0)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
     out = x.new_empty(pairs, width)
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
         x, stored.numbers, stored.scales, stored.scale_row, bias, on_input, order, groups, out,
         width, depth, *stored.grid, stored.first_column, ROWS_PER_SCALE=stored.rows_per_scale,
-        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, TOP_K=top_k,
-        GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
+        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, UNIFORM=uniform,
+        TOP_K=top_k, GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
         EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, DEPTH=turn,
         EVEN=depth % turn == 0, OVERLAPS=OVERLAP, num_warps=tiles.warps,
@@ -599,11 +685,16 @@ def sum_experts(
     (tokens, top_k), (held, dim, _) = experts.shape, down.shape
     if not tokens or not held:
         return torch.zeros_like(x) if total is None else total
+    if takes_few(experts, gate_up, down, num_experts):
+        return few_experts(
+            x, weights, experts, gate_up, down, first, total, on_input, biases, clamp
+        )
     packed = [weight for weight in (gate_up, down) if isinstance(weight, PackedWeight)]
     if x.dtype == torch.float32:
         tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
     else:
-        tiles = choose_tiles(tokens, top_k, num_experts, packed=len(packed) > 0)
+        kind = PackedWeight if packed else type(gate_up)
+        tiles = choose_tiles(tokens, top_k, num_experts, kind)
         if tiles.rows > 64 and any(runs_of_turn(weight) > 1 for weight in packed):
             tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
     order, groups = sort_pairs(experts, first, held, tiles.rows)
@@ -614,10 +705,12 @@ def sum_experts(
     )
     parts = grouped_product(hidden, down, order, groups, top_k, tiles, bias=down_bias)
     out = torch.empty_like(x) if total is None else total
-    _sum[(tokens, triton.cdiv(dim, _COLUMNS))](
+    columns, warps = _FEW_SUMMED if tokens <= _FEW_TOKENS else _SUMMED
+    _sum[(tokens, triton.cdiv(dim, columns))](
         parts, weights, experts, out, dim, first, held,
         TOP_K=top_k, WEIGH=not on_input, ADD=total is not None,
-        BLOCK=min(_COLUMNS, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, **overlapping(),
+        BLOCK=min(columns, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, num_warps=warps,
+        **overlapping(),
     )  # fmt: skip
     return out
 
@@ -628,7 +721,7 @@ def _fit(tile: int, size: int) -> int:
     return max(16, min(tile, whole))
 
 
-def _row_tile(tokens: int, num_experts: int) -> tuple[int, int]:
+def _row_tile(num_experts: int) -> tuple[int, int]:
     """Tokens and experts of one program of routing or sorting; powers of two."""
     columns = triton.next_power_of_2(num_experts)
-    return max(1, min(_MAX_ROWS, _HELD // columns)) if tokens > 1 else 1, columns
+    return max(1, min(_MAX_ROWS, _HELD // columns)), columns

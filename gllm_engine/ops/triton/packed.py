@@ -12,8 +12,10 @@ threads hold the same rows and columns of all four, so that no number has to mov
 On a Hopper GPU a bfloat16 number takes about two instructions, with two numbers in a register. An
 e2m1 code, shifted and masked, is the bits of its value times 2^-126, and one product with the scale
 makes a number of it; sums are 2^-_SHIFT of the true ones, so that no factor is infinite. An INT4
-code in the last bits of 128 gives a bfloat16 number, from which 136 is subtracted. All of this is
-exact but the product with an INT4 scale: a number is rounded once, as in PackedWeight.dequantized.
+code in the last bits of 128 gives a bfloat16 number, from which 136 is subtracted. If the scales
+have another dtype than x, or if there are zero points, the numbers become float32 in between, which
+takes about twice as many instructions. All of this is exact but the product with an INT4 scale: a
+number is rounded once, as in PackedWeight.dequantized.
 Knows shapes and arithmetic.
 """
 
@@ -63,44 +65,87 @@ def _shift(into: str, places: int) -> str:
     return f"shl.b32 {into}, $1, {places};" if places >= 0 else f"shr.b32 {into}, $1, {-places};"
 
 
-def _e2m1_assembly(first: int, others: int) -> str:
-    """Two bfloat16 numbers $0 from two words $1 and their factors $2; see E2M1_PLACES."""
+def _e2m1_code(first: int, others: int) -> str:
+    """Assembly: of two words $1, the bits of two bfloat16 numbers, the values of e2m1 codes times
+    2^-126, in a; see E2M1_PLACES.
+    """
     both = (15 - first, 6 - others)
     code = _shift("a", both[0])
     if both[0] == both[1]:
-        code += "and.b32 a, a, 0x81c081c0;"
-    else:
-        code += _shift("b", both[1])
-        code += "and.b32 b, b, 0x01c001c0; lop3.b32 a, a, 0x80008000, b, 0xea;"
-    return "{.reg .b32 a, b;" + code + "mul.bf16x2 $0, a, $2;}"
+        return code + "and.b32 a, a, 0x81c081c0;"
+    if min(both) > 0:  # a product shifts both; of these places, no two bits meet
+        code = f"and.b32 a, $1, {(1 << first | 7 << others) * 0x10001};"
+        code += f"mul.lo.u32 a, a, {(1 << both[0]) + (1 << both[1])};"
+        return code + "and.b32 a, a, 0x81c081c0;"
+    code += _shift("b", both[1])
+    return code + "and.b32 b, b, 0x01c001c0; lop3.b32 a, a, 0x80008000, b, 0xea;"
 
 
-def _int4_assembly(index: int) -> str:
-    """Two bfloat16 numbers $0 from two words $1 and their scales $2: 128 + code - 136."""
-    code = _shift("a", -4 * index) + "and.b32 a, a, 0x000f000f; or.b32 a, a, 0x43004300;"
-    code += "mov.b32 b, 0x43084308; sub.bf16x2 a, a, b;"
-    return "{.reg .b32 a, b;" + code + "mul.bf16x2 $0, a, $2;}"
+def _int4_code(index: int, base: int) -> str:
+    """Assembly: of two words $1, two numbers base + code in a. `base`: the bits of a number of
+    which the last bit counts 1.
+    """
+    return _shift("a", -4 * index) + f"and.b32 a, a, 0x000f000f; or.b32 a, a, {base * 0x10001};"
 
 
-_E2M1_ASSEMBLY = tl.constexpr(tuple(_e2m1_assembly(*places) for places in E2M1_PLACES))
-_INT4_ASSEMBLY = tl.constexpr(tuple(map(_int4_assembly, range(4))))
+def _scaled_e2m1(first: int, others: int) -> str:
+    """Two bfloat16 numbers $0 from two words $1 and their factors $2."""
+    return "{.reg .b32 a, b;" + _e2m1_code(first, others) + "mul.bf16x2 $0, a, $2;}"
+
+
+def _scaled_int4(index: int, kind: str, base: int) -> str:
+    """Two numbers $0 from two words $1 and their scales $2: base + code - (base + 8)."""
+    code = _int4_code(index, base) + f"mov.b32 b, {(base + 8) * 0x10001}; sub.{kind} a, a, b;"
+    return "{.reg .b32 a, b;" + code + f"mul.{kind} $0, a, $2;" + "}"
+
+
+def _float32(code: str) -> str:
+    """Two float32 numbers $0, $1 from two words $2, which `code` turns into bfloat16 numbers."""
+    code = code.replace("$1", "$2")
+    return "{.reg .b32 a, b;" + code + "shl.b32 $0, a, 16; and.b32 $1, a, 0xffff0000;}"
+
+
+_BFLOAT_128, _HALF_1024 = 0x4300, 0x6400  # the bits of these numbers
+_E2M1_ASSEMBLY = tl.constexpr(tuple(_scaled_e2m1(*places) for places in E2M1_PLACES))
+_INT4_ASSEMBLY = tl.constexpr(tuple(_scaled_int4(i, "bf16x2", _BFLOAT_128) for i in range(4)))
+_HALF_INT4_ASSEMBLY = tl.constexpr(tuple(_scaled_int4(i, "f16x2", _HALF_1024) for i in range(4)))
+_WIDE_E2M1_ASSEMBLY = tl.constexpr(tuple(_float32(_e2m1_code(*places)) for places in E2M1_PLACES))
+_WIDE_INT4_ASSEMBLY = tl.constexpr(tuple(_float32(_int4_code(i, _BFLOAT_128)) for i in range(4)))
+INT4_BASE = tl.constexpr(128.0)  # what wide_numbers adds to whole numbers on a GPU
 
 
 @triton.jit
-def _decode_pairs(words, bits, INDEX: tl.constexpr, IS_FLOAT: tl.constexpr):
-    """As _decode, by a Hopper GPU's instructions for two bfloat16 numbers."""
-    if IS_FLOAT:
-        factors = (bits + _EXPONENT) * 0x00800080
+def _decode_pairs(words, bits, INDEX: tl.constexpr, IS_FLOAT: tl.constexpr, kind: tl.constexpr):
+    """As _decode, by a Hopper GPU's instructions for two 16-bit numbers. `kind`: of INT4 scales."""
+    factors = (bits + _EXPONENT) * 0x00800080 if IS_FLOAT else bits * 0x00010001
+    if kind == tl.float16:
+        return tl.inline_asm_elementwise(
+            _HALF_INT4_ASSEMBLY[INDEX], "=r,r,r,r", [words, factors[:, None]],
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        factors = bits * 0x00010001
-    return tl.inline_asm_elementwise(
-        (_E2M1_ASSEMBLY if IS_FLOAT else _INT4_ASSEMBLY)[INDEX], "=r,r,r,r",
-        [words, factors[:, None]], dtype=tl.bfloat16, is_pure=True, pack=2,
-    )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            (_E2M1_ASSEMBLY if IS_FLOAT else _INT4_ASSEMBLY)[INDEX], "=r,r,r,r",
+            [words, factors[:, None]], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
-def _codes(words, INDEX: tl.constexpr, IS_FLOAT: tl.constexpr):
+def wide_numbers(words, INDEX: tl.constexpr, IS_FLOAT: tl.constexpr, ON_GPU: tl.constexpr):
+    """Number INDEX of each word in float32, without scales and zero points. On a GPU, whole numbers
+    are INT4_BASE greater, and others are multiplied by 2^-126.
+    """
+    if ON_GPU:
+        return tl.inline_asm_elementwise(
+            (_WIDE_E2M1_ASSEMBLY if IS_FLOAT else _WIDE_INT4_ASSEMBLY)[INDEX], "=r,=r,r", [words],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return code_values(word_codes(words, INDEX, IS_FLOAT), 0.0, IS_FLOAT)
+
+
+@triton.jit
+def word_codes(words, INDEX: tl.constexpr, IS_FLOAT: tl.constexpr):
     """The codes of number INDEX of each word."""
     words = words.to(tl.int32)
     if IS_FLOAT:
@@ -111,7 +156,7 @@ def _codes(words, INDEX: tl.constexpr, IS_FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _values(codes, zero, IS_FLOAT: tl.constexpr):
+def code_values(codes, zero, IS_FLOAT: tl.constexpr):
     """The float32 values of codes: of whole numbers code - zero. Those of e2m1: sign, 2 bits of
     exponent, 1 of mantissa.
     """
@@ -125,7 +170,7 @@ def _values(codes, zero, IS_FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _factors(bits, SCALE: tl.constexpr):
+def scale_values(bits, SCALE: tl.constexpr):
     """The float32 values of scales, from their bits."""
     if SCALE == tl.uint8:
         factors = tl.where(bits > 0, bits << 23, 0x400000).to(tl.float32, bitcast=True)
@@ -139,14 +184,21 @@ def _factors(bits, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _decode(words, bits, zero, INDEX: tl.constexpr, SCALE: tl.constexpr, kind: tl.constexpr):
+def _decode(
+    words, bits, zero, INDEX: tl.constexpr, SCALE: tl.constexpr, kind: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
     """Number INDEX of each word [lines, 32] times the scale of its line, whose bits are `bits`.
 
     `zero`: the zero point of whole numbers, [lines, 1].
     """
     IS_FLOAT: tl.constexpr = SCALE == tl.uint8
-    values = _values(_codes(words, INDEX, IS_FLOAT), zero, IS_FLOAT)
-    return (values * _factors(bits, SCALE)[:, None]).to(kind)
+    scale = scale_values(bits, SCALE)[:, None]
+    if NATIVE and not IS_FLOAT:  # (base + code) * scale - (base + zero) * scale: rounded once
+        numbers = wide_numbers(words, INDEX, False, True) * scale - (INT4_BASE + zero) * scale
+    else:
+        numbers = code_values(word_codes(words, INDEX, IS_FLOAT), zero, IS_FLOAT) * scale
+    return numbers.to(kind)
 
 
 @triton.jit
@@ -158,7 +210,7 @@ def _load(at, inside, EVEN: tl.constexpr):
 def _decode_run(
     words, scales, line, first, width, inside, INDEX: tl.constexpr,
     GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, kind: tl.constexpr,
-    PAIRS: tl.constexpr, EVEN: tl.constexpr,
+    PAIRS: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The numbers [lines, 128] of the run first + INDEX of rows, from its words [lines, 32].
 
@@ -178,13 +230,13 @@ def _decode_run(
         bits = four >> column % SPAN // GROUP * BITS
         zero = 8.0
         if ZEROS:
-            zero = _factors((bits >> BITS) & ((1 << BITS) - 1), SCALE)[:, None]
+            zero = scale_values((bits >> BITS) & ((1 << BITS) - 1), SCALE)[:, None]
         if BITS < 32:
             bits = bits & ((1 << BITS) - 1)
         if PAIRS:
-            parts += (_decode_pairs(words, bits, i, SCALE == tl.uint8),)
+            parts += (_decode_pairs(words, bits, i, SCALE == tl.uint8, kind),)
         else:
-            parts += (_decode(words, bits, zero, i, SCALE, kind),)
+            parts += (_decode(words, bits, zero, i, SCALE, kind, NATIVE),)
     first_parts = tl.join(parts[0], parts[1])  # type: ignore[misc]
     all_parts = tl.join(first_parts, tl.join(parts[2], parts[3]))  # type: ignore[misc]
     return tl.reshape(tl.permute(all_parts, [0, 3, 2, 1]), [line.shape[0], _RUN])
@@ -198,7 +250,7 @@ def run_words(depth):
 
 @triton.jit
 def multiply_packed(
-    x, numbers, scales, line, up_line, width, depth, start, end,
+    x, present, numbers, scales, line, up_line, width, depth, start, end,
     GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
     GATED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -206,14 +258,16 @@ def multiply_packed(
     `start` to `end` - 1; if GATED, of the rows `line` and of the rows `up_line`, else the same ones
     twice.
 
-    x: [1, n], where rows of x begin. `scales`: of the weight [width, depth], as int32. SCALE: their
-    dtype. ZEROS: whether there are zero points beside them. RUNS: of one turn, whose scales begin
-    4 bytes; `start` begins a turn. EVEN: all turns have 128 * RUNS columns. NATIVE: a Hopper GPU.
+    x: [1, n], where rows of x begin. `present`: [1, n]; other rows are zeros, and are not read: it
+    would take as much of the L2 cache's bandwidth as the weight. `scales`: of the weight [width,
+    depth], as int32. SCALE: their dtype. ZEROS: whether there are zero points beside them. RUNS: of
+    one turn, whose scales begin 4 bytes; `start` begins a turn. EVEN: all turns have 128 * RUNS
+    columns. NATIVE: a Hopper GPU.
     """
     kind: tl.constexpr = x.dtype.element_ty
     IS_FLOAT: tl.constexpr = SCALE == tl.uint8
-    ALIKE: tl.constexpr = IS_FLOAT or (SCALE == kind and not ZEROS)
-    PAIRS: tl.constexpr = NATIVE and kind == tl.bfloat16 and ALIKE
+    HALF: tl.constexpr = kind == tl.bfloat16 or (kind == tl.float16 and not IS_FLOAT)
+    PAIRS: tl.constexpr = NATIVE and HALF and (IS_FLOAT or (SCALE == kind and not ZEROS))
     at, word = tl.arange(0, _RUN)[:, None], tl.arange(0, _WORDS)[None, :]
     tile = numbers + line.to(tl.int64)[:, None] * run_words(depth) + word
     up_tile = numbers + up_line.to(tl.int64)[:, None] * run_words(depth) + word
@@ -225,18 +279,19 @@ def multiply_packed(
         for i in tl.static_range(RUNS):
             run = first + i
             inside = run < runs
-            v = _load(x + (run * _RUN + at), run * _RUN + at < end, EVEN)
+            here = present if EVEN else present & (run * _RUN + at < end)
+            v = tl.load(x + (run * _RUN + at), mask=here, other=0.0)
             words = _load(tile + run * _WORDS, inside, WHOLE)
             w = _decode_run(
                 words, scales, line, first, width, inside, i, GROUP, SCALE, ZEROS, kind, PAIRS,
-                WHOLE,
+                NATIVE, WHOLE,
             )  # fmt: skip
             sums = tl.dot(w, v, sums, input_precision="ieee")
             if GATED:
                 words = _load(up_tile + run * _WORDS, inside, WHOLE)
                 w = _decode_run(
                     words, scales, up_line, first, width, inside, i, GROUP, SCALE, ZEROS, kind,
-                    PAIRS, WHOLE,
+                    PAIRS, NATIVE, WHOLE,
                 )  # fmt: skip
                 ups = tl.dot(w, v, ups, input_precision="ieee")
     if PAIRS and IS_FLOAT:
@@ -285,8 +340,8 @@ def _packed(
     start = tl.cdiv(tl.cdiv(depth, PARTS), _RUN * RUNS) * (_RUN * RUNS)
     end = tl.minimum((part + 1) * start, depth)
     y, z = multiply_packed(
-        x + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * depth, numbers, scales, line, up_line,
-        width * 2 if GATED else width, depth, part * start, end,
+        x + row.to(tl.int64)[None, :] * depth, (row < rows)[None, :],
+        numbers, scales, line, up_line, width * 2 if GATED else width, depth, part * start, end,
         GROUP, SCALE, ZEROS, RUNS, GATED, EVEN, OVERLAPS,
     )  # fmt: skip
     last = True
@@ -411,7 +466,7 @@ def _dequantize_packed(
         words = _load(tile + run * _WORDS, inside, RUNS == 1)
         matrix = _decode_run(
             words, scales, line, first, width, inside, i, GROUP, SCALE, ZEROS, kind, False,
-            RUNS == 1,
+            False, RUNS == 1,
         )  # fmt: skip
         column = run * _RUN + tl.arange(0, _RUN)
         place = out + line.to(tl.int64)[:, None] * depth + column[None, :]

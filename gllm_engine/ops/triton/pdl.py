@@ -8,8 +8,9 @@ The part of the kernel before that call is its prologue.
     kernel C                                  [prologue|begin, waits .....|body ......]
     time ->                                           ^ A has ended: its writes are visible to B
 
-    prologue   may read memory that no kernel writes (weights); if the previous kernel calls
-               begin_alone, also what the kernels before it wrote; writes nothing
+    prologue   may read memory that no kernel writes (weights); writes nothing. If the previous
+               kernel calls begin_alone, all kernels before that one have ended, and the prologue
+               may read what they wrote
     begin      lets the next kernel start, then waits until the previous kernel has ended
     body       may read and write anything
 
