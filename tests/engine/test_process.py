@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +51,6 @@ from gllm_engine.engine.attach import (
     _locked,
     _remove,
     _root,
-    detach,
 )
 from gllm_engine.engine.process import BROKEN, EngineProcess, close, listen, main
 from gllm_engine.os_process import Process
@@ -586,7 +584,7 @@ def test_a_message_that_cannot_be_sent_harms_nobody(model: str, owner: int) -> N
 def test_close_does_not_wait_for_an_engine_that_is_being_restarted(
     model: str, owner: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gllm_engine.engine.client.detach", partial(detach, patience_s=0.2))
+    monkeypatch.setattr("gllm_engine.engine.client.ENDS_S", 0.2)
     front = Front(model, owner)
     record = front.client._engine.attached.directory.parent / "record.json"
     old = front.engine
