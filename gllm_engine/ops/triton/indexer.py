@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gllm_engine.ops.protocol import IndexQueries
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
+from gllm_engine.ops.triton.fp8 import from_float8
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
@@ -187,8 +188,8 @@ def _score_tokens(
             page = tl.load(table + at // PAGE, mask=inside, other=0)
             place = (page * PAGE + at % PAGE) * DIM
             mask = inside[None, :] & (d < DIM)[:, None]
-            key = tl.load(keys + place[None, :] + d[:, None], mask=mask, other=0.0).to(x.dtype)
-            product = tl.dot(x, key, input_precision="ieee")
+            key = tl.load(keys + place[None, :] + d[:, None], mask=mask, other=0.0)
+            product = tl.dot(x, from_float8(key, x.dtype), input_precision="ieee")
             score = tl.sum(tl.maximum(product, 0.0) * weight[:, None], 0)
             # -0 equals 0, but has another order of bits.
             tl.store(out + at, tl.where(score == 0.0, 0.0, score), mask=inside)
