@@ -189,6 +189,7 @@ def _score_tokens(
             place = (page * PAGE + at % PAGE) * DIM
             mask = inside[:, None] & (d < DIM)[None, :]
             key = tl.load(keys + place[:, None] + d[None, :], mask=mask, other=0.0)
+            # Tokens are the rows, so that few threads share the sum of a token over heads.
             product = tl.dot(from_float8(key, x.dtype), x, input_precision="ieee")
             score = tl.sum(tl.maximum(product, 0.0) * weight[None, :], 1)
             # -0 equals 0, but has another order of bits.
