@@ -138,7 +138,6 @@ class MlaAttention:
         """
         if self._q_up is None:
             return q, None
-        q = q.contiguous()
         norm: Norm = (self._q_gain, self._arch.latent_eps)
         if self._indexer is None:
             return self._q_up(q, norm), None

@@ -181,11 +181,15 @@ def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Ro
     return triton.activate(x, act, gated)
 
 
-def _own_product(x: Tensor, weight: Tensor, gated: bool = False) -> Callable[..., Tensor] | None:
+def _own_product(
+    x: Tensor, weight: Tensor, norm: Norm | None = None, gated: bool = False
+) -> Callable[..., Tensor] | None:
     """Our kernel for products with x [rows, depth] if it beats the library's, else None."""
     if is_single(x, weight):
         return gemv
-    return triton.skinny if triton.is_skinny(x, weight, gated) and _is_hopper() else None
+    adjoining = norm is not None or x.is_contiguous()  # a norm runs first, and takes rows apart
+    is_best = adjoining and triton.is_skinny(x, weight, gated) and _is_hopper()
+    return triton.skinny if is_best else None
 
 
 def _unpacked(weight: Tensor | PackedWeight, x: Tensor) -> Tensor:
@@ -209,7 +213,7 @@ def linear(
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, norm, out=out)
     weight = _unpacked(weight, x)
-    if product := _own_product(x, weight):
+    if product := _own_product(x, weight, norm):
         return product(x, weight, bias, norm, out=out)
     x = x if norm is None else rms_norm(x, *norm)
     if out is None:
@@ -235,7 +239,7 @@ def gated_linear(
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, norm, gated=True)
     weight = _unpacked(weight, x)
-    if product := _own_product(x, weight, gated=True):
+    if product := _own_product(x, weight, norm, gated=True):
         return product(x, weight, bias, norm, gated=True)
     return activate(linear(x, weight, bias, norm), "silu", True, then)
 

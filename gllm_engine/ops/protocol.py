@@ -178,8 +178,8 @@ class Ops(Protocol):
     ) -> Tensor:
         """x / rms(x) * gain over the last dimension of x [rows, dim], with the mean in float32.
 
-        With `add_to`, the result is added to `add_to`, which is returned. With `plus_one`, the
-        factor is 1 + gain in float32, and the product is rounded once.
+        Rows of x may lie apart. With `add_to`, the result is added to `add_to`, which is returned.
+        With `plus_one`, the factor is 1 + gain in float32, and the product is rounded once.
         """
         ...
 
@@ -212,8 +212,8 @@ class Ops(Protocol):
     ) -> Tensor:
         """x W' + b: [rows, width], for x [rows, depth], weight [width, depth] and bias [width].
 
-        `norm`: an RMS norm applied to x first, which must be a Tensor then. `out`: [rows, width]
-        receives the result.
+        Rows of x may lie apart. `norm`: an RMS norm applied to x first, which must be a Tensor
+        then. `out`: [rows, width] receives the result.
         """
         ...
 

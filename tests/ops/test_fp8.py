@@ -484,3 +484,27 @@ def test_other_products(gpu_ops: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     by_row, _ = made(256, 512, 1, 512)
     assert kernel_of(x[:1], weight) == kernel_of(x[:1], by_row) == "gemv"
     assert kernel_of(x, weight) == "dequantize" and kernel_of(x, by_row) == "torch"
+
+
+@interpreted
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_rows_of_x_may_lie_apart(rows: int, normed: bool, gpu_ops: ModuleType) -> None:
+    """Which costs no copy, nor another kernel if a norm runs first."""
+    from gllm_engine.ops import triton
+
+    x = torch.randn(rows, 96).half()[:, :64]
+    together = x.contiguous()
+    gain = torch.rand(64).half() + 0.5
+    norm = (gain, 0.1) if normed else None
+    assert torch.equal(triton.rms_norm(x, gain, 0.1), triton.rms_norm(together, gain, 0.1))
+    found, expected = triton.quantize(x, 32, norm), triton.quantize(together, 32, norm)
+    assert torch.equal(found.numbers.float(), expected.numbers.float())
+    assert torch.equal(found.scales, expected.scales)
+    by_row, _ = made(48, 64, 1, 64)
+    for weight in (by_row, torch.randn(48, 64).half()):
+        same = gpu_ops.linear(together, weight, None, norm)
+        near(gpu_ops.linear(x, weight, None, norm), same, 1e-3)
+    kernel = triton.gemv if rows == 1 else triton.skinny
+    assert gpu_ops._own_product(together, weight, norm) is kernel
+    assert gpu_ops._own_product(x, weight, norm) is (kernel if normed or rows == 1 else None)

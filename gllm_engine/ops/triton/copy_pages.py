@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.fp8 import from_float8
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Numbers that a program copies, if one token has no more.
@@ -32,7 +33,8 @@ def _copy_pages(
     inside = (at < tokens)[:, None] & (d < WIDTH)[None, :]
     x = tl.load(cache + line[:, None] * WIDTH + d[None, :], mask=inside)
     row = part * tokens + at
-    tl.store(out + row[:, None] * WIDTH + d[None, :], x.to(out.dtype.element_ty), mask=inside)
+    x = from_float8(x, out.dtype.element_ty)
+    tl.store(out + row[:, None] * WIDTH + d[None, :], x, mask=inside)
 
 
 def copy_pages(cache: Tensor, places: Tensor, out: Tensor) -> None:

@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF
+from gllm_engine.ops.triton.fp8 import split_float8
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.
@@ -140,23 +141,6 @@ def split_kv(
 
 
 @triton.jit
-def _decode_pairs(pairs, ON_GPU: tl.constexpr):
-    """The first and the second float8 number of each int16, in float16, which has them all."""
-    if ON_GPU:
-        # Of registers with two pairs. Triton's own conversion of float8 would load single bytes of
-        # a transposed tile from shared memory.
-        return tl.inline_asm_elementwise(
-            "{.reg .b32 t; .reg .b16 l, h; prmt.b32 t, $2, 0, 0x3120; mov.b32 {l, h}, t;"
-            "cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h;}", "=r,=r,r", [pairs],
-            dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        first = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-        second = (pairs >> 8 & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-        return first.to(tl.float16), second.to(tl.float16)
-
-
-@triton.jit
 def _halves(x, HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """The even and the odd channels of queries, in float16, whose largest number is 65504."""
     wide = tl.clamp(x.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
@@ -193,7 +177,7 @@ def _attend_part(
         mask = inside[:, None] & (d < WIDTH)[None, :]
         v = tl.load(cache + v_line[:, None] + d[None, :], mask=mask, other=0 if PAIRED else 0.0)
         if PAIRED:
-            even, odd = _decode_pairs(k, ON_GPU)
+            even, odd = split_float8(k, ON_GPU)
             score = tl.dot(x_odd, odd, tl.dot(x_even, even)) * scale
         else:
             score = tl.dot(x, k.to(x.dtype), input_precision="ieee") * scale
@@ -205,7 +189,7 @@ def _attend_part(
         decay = tl.exp2(peak - top)
         total = total * decay + tl.sum(weight, 1)
         if PAIRED:
-            even, odd = _decode_pairs(v, ON_GPU)
+            even, odd = split_float8(v, ON_GPU)
             weight = weight.to(tl.float16)
             acc = tl.dot(weight, even, acc * decay[:, None])
             acc_odd = tl.dot(weight, odd, acc_odd * decay[:, None])

@@ -1,5 +1,6 @@
 """Kernels for float8_e4m3fn: the rows of a product, after an RMS norm or an activation; weights
-back to numbers; and where the kernels of products find a weight's scales.
+back to numbers. For other kernels: float8 numbers in another dtype, and where the scales of a
+weight are.
 
 Sums are float32; intermediate results are rounded where torch rounds. Knows shapes and arithmetic.
 """
@@ -22,26 +23,37 @@ _LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
 # Rows of an input are filled up to a multiple of this, which the library's products need.
 _ROW_MULTIPLE = 16
 _COLUMNS = 1024
-# Four bfloat16 numbers $0 and $1 from four float8 ones, $2. A byte's sign is spread over the byte
-# before it; after a shift by 4, exponent and mantissa are in their places and the value is 2^-120
-# of the true one. A GPU's own conversion takes a multiple of the time.
-_FROM_FLOAT8 = tl.constexpr(
-    "{.reg .b32 a, b, c; mov.b32 c, 0x7b807b80;"
-    "prmt.b32 a, $2, 0, 0x9180; prmt.b32 b, $2, 0, 0xb3a2; shl.b32 a, a, 4; shl.b32 b, b, 4;"
-    "and.b32 a, a, 0x87f087f0; and.b32 b, b, 0x87f087f0;"
-    "mul.bf16x2 $0, a, c; mul.bf16x2 $1, b, c;}"
-)
 
 
 @triton.jit
-def from_float8(numbers, kind: tl.constexpr, NATIVE: tl.constexpr):
-    """float8_e4m3fn numbers, none of which is NaN, in another dtype. NATIVE: a Hopper GPU."""
-    if NATIVE and kind == tl.bfloat16:
+def from_float8(numbers, kind: tl.constexpr):
+    """Numbers in another dtype; those of float8_e4m3fn are exact in all, and NaN stays NaN.
+
+    A GPU has instructions from float8 to float16, and from there to float32 and to bfloat16. The
+    last one, which Triton would use, takes eight times as long as the way over float32.
+    """
+    if numbers.dtype == tl.float8e4nv and kind == tl.bfloat16:
+        numbers = numbers.to(tl.float32)
+    return numbers.to(kind)
+
+
+@triton.jit
+def split_float8(pairs, ON_GPU: tl.constexpr):
+    """The first and the second float8_e4m3fn number of each int16, exactly, in float16.
+
+    Of a tile in shared memory, threads load pairs where they would load transposed float8 numbers
+    one byte at a time.
+    """
+    if ON_GPU:  # of registers with two pairs
         return tl.inline_asm_elementwise(
-            _FROM_FLOAT8, "=r,=r,r", [numbers], dtype=tl.bfloat16, is_pure=True, pack=4
-        )
+            "{.reg .b32 t; .reg .b16 l, h; prmt.b32 t, $2, 0, 0x3120; mov.b32 {l, h}, t;"
+            "cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h;}", "=r,=r,r", [pairs],
+            dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        return numbers.to(kind)
+        first = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        second = (pairs >> 8 & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return first.to(tl.float16), second.to(tl.float16)
 
 
 @triton.jit
@@ -96,7 +108,7 @@ def common_columns(weight: Fp8Weight) -> int:
 
 @triton.jit
 def _quantize(
-    x, gain, numbers, scales, rows, dim, eps,
+    x, gain, numbers, scales, rows, dim, x_row, eps,
     NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GROUPS: tl.constexpr,
     GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +120,7 @@ def _quantize(
         g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
     begin(OVERLAPS)
     kind: tl.constexpr = x.dtype.element_ty
-    line = x + row * (2 * dim if GATED else dim)
+    line = x + row * x_row
     mask = inside & (row < rows)
     v = tl.load(line + at, mask=mask, other=0.0).to(tl.float32)
     if NORM:
@@ -135,9 +147,10 @@ def quantize(
 ) -> Fp8Rows:
     """x [rows, dim], its RMS norm, or its activation, in float8; x itself if it is in float8.
 
-    `columns`: a power of two, so many numbers of a row share a scale; None: all of them. The rows
-    of the result are filled up to a multiple of 16. The scales of a group lie side by side in
-    memory. `act`: (act, gated) of Ops.activate; the result has the bits of its rounded result.
+    Rows of x may lie apart. `columns`: a power of two, so many numbers of a row share a scale;
+    None: all of them. The rows of the result are filled up to a multiple of 16. The scales of a
+    group lie side by side in memory. `act`: (act, gated) of Ops.activate; the result has the bits
+    of its rounded result.
     """
     if not isinstance(x, Tensor):
         assert norm is None and act is None
@@ -154,7 +167,7 @@ def quantize(
     gain, eps = (x, 0.0) if norm is None else norm
     if rows:
         _quantize[(padded,)](
-            x, gain, numbers, scales, rows, dim, eps,
+            x, gain, numbers, scales, rows, dim, x.stride(0), eps,
             NORM=norm is not None, ACT=name, GATED=gated,
             GROUPS=triton.next_power_of_2(groups), GROUP=group,
             OVERLAPS=OVERLAP, num_warps=min(max(warps, 1), 16), **overlapping(),

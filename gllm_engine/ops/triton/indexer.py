@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gllm_engine.ops.protocol import IndexQueries
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
+from gllm_engine.ops.triton.fp8 import from_float8
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
@@ -177,8 +178,8 @@ def _score_tokens(
         table = page_table + tl.load(slots + row) * num_pages
         head, d = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_DIM)
         line = row.to(tl.int64) * HEADS + head
-        wanted = (head < HEADS)[:, None] & (d < DIM)[None, :]
-        x = tl.load(q + line[:, None] * DIM + d[None, :], mask=wanted, other=0.0)
+        wanted = (head < HEADS)[None, :] & (d < DIM)[:, None]
+        x = tl.load(q + line[None, :] * DIM + d[:, None], mask=wanted, other=0.0)
         weight = tl.load(weights + line, mask=head < HEADS, other=0.0).to(tl.float32)
         out = scores + row.to(tl.int64) * width
         for start in range(first, end, BLOCK):
@@ -186,10 +187,11 @@ def _score_tokens(
             inside = at < end
             page = tl.load(table + at // PAGE, mask=inside, other=0)
             place = (page * PAGE + at % PAGE) * DIM
-            mask = inside[None, :] & (d < DIM)[:, None]
-            key = tl.load(keys + place[None, :] + d[:, None], mask=mask, other=0.0).to(x.dtype)
-            product = tl.dot(x, key, input_precision="ieee")
-            score = tl.sum(tl.maximum(product, 0.0) * weight[:, None], 0)
+            mask = inside[:, None] & (d < DIM)[None, :]
+            key = tl.load(keys + place[:, None] + d[None, :], mask=mask, other=0.0)
+            # Tokens are the rows, so that few threads share the sum of a token over heads.
+            product = tl.dot(from_float8(key, x.dtype), x, input_precision="ieee")
+            score = tl.sum(tl.maximum(product, 0.0) * weight[None, :], 1)
             # -0 equals 0, but has another order of bits.
             tl.store(out + at, tl.where(score == 0.0, 0.0, score), mask=inside)
 

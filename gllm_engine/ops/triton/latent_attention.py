@@ -30,6 +30,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
+from gllm_engine.ops.triton.fp8 import from_float8
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
 
 # Most heads of a program: more would need more registers than there are.
@@ -141,8 +142,8 @@ def _gather_latents(
     number = k.dtype.element_ty
     d, r = tl.arange(0, BLOCK_RANK), tl.arange(0, ROPE)
     latent = tl.load(line + d, mask=d < RANK, other=0.0)
-    tl.store(latents + at * RANK + d, latent.to(number), mask=d < RANK)
-    key = tl.load(line + RANK + r).to(number)
+    tl.store(latents + at * RANK + d, from_float8(latent, number), mask=d < RANK)
+    key = from_float8(tl.load(line + RANK + r), number)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     row = k + (at * HEADS + head) * (NOPE + ROPE) + NOPE
     keys = tl.broadcast_to(key[None, :], (BLOCK_HEADS, ROPE))
@@ -227,9 +228,9 @@ def _attend_part(
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((RANK, HEADS), tl.float32)
     place = _places(table, chosen, first + t, end, PAGE, SPARSE)
-    key = _tile(cache, place, r, WIDTH).to(x_rope.dtype)
+    key = from_float8(_tile(cache, place, r, WIDTH), x_rope.dtype)
     if not PIPELINED:
-        held = _tile(cache, place, d, WIDTH).to(x_rope.dtype)
+        held = from_float8(_tile(cache, place, d, WIDTH), x_rope.dtype)
     ahead = _places(table, chosen, first + BLOCK + t, end, PAGE, SPARSE)
     begin_alone(OVERLAPS)
     x = tl.load(q + d[:, None])
@@ -253,9 +254,9 @@ def _attend_part(
         weight = weight.to(x.dtype)
         acc = tl.dot(tl.trans(latent), weight, acc * decay[None, :], input_precision="ieee")
         peak = top
-        key = raw_key.to(x.dtype)
+        key = from_float8(raw_key, x.dtype)
         if not PIPELINED:
-            held = raw.to(x.dtype)
+            held = from_float8(raw, x.dtype)
     return acc / total[None, :], peak + tl.log2(total)
 
 

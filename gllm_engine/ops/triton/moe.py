@@ -354,7 +354,6 @@ def _column_scales(scales, up_scales, column, COLUMNS_PER_SCALE: tl.constexpr):
 @triton.jit
 def _add_product(
     sums, v, tile, scale, inside, FLOAT8: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
-    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """sums + v w, with some columns of some rows of a matrix as w, at `tile`.
 
@@ -362,7 +361,7 @@ def _add_product(
     """
     w = _load(tile, inside[:, None], EVEN)
     if FLOAT8:
-        w = from_float8(w, v.dtype, NATIVE)
+        w = from_float8(w, v.dtype)
     if SCALED:
         sums += tl.dot(v, w, input_precision="ieee") * scale
     else:
@@ -374,7 +373,7 @@ def _add_product(
 def _multiply(
     lines, present, tile, up_tile, scales, up_scales, depth, first_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLOAT8: tl.constexpr,
-    COLUMNS_PER_SCALE: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+    COLUMNS_PER_SCALE: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The float32 products [ROWS, COLUMNS] of rows of x with rows of a matrix, and if GATED with
     those of up. All are given by where they begin: x [ROWS, 1], a matrix [1, COLUMNS], scales [1,
@@ -394,9 +393,9 @@ def _multiply(
         )
         inside = at < depth - k
         v = tl.load(lines + k, mask=present if EVEN else present & inside[None, :], other=0.0)
-        sums = _add_product(sums, v, tile + k, scale, inside, FLOAT8, SCALED, EVEN, NATIVE)
+        sums = _add_product(sums, v, tile + k, scale, inside, FLOAT8, SCALED, EVEN)
         if GATED:
-            ups = _add_product(ups, v, up_tile + k, up_scale, inside, FLOAT8, SCALED, EVEN, NATIVE)
+            ups = _add_product(ups, v, up_tile + k, up_scale, inside, FLOAT8, SCALED, EVEN)
         scale, up_scale = next_scale, next_up
     if FLOAT8 and not SCALED:
         sums *= tl.load(scales)
@@ -483,7 +482,7 @@ def _grouped(
     scales = _row_scales(scales, scale_row, scaled, scale_columns, ROWS_PER_SCALE, INDEXED)
     sums, ups = _multiply(
         lines, (row < end)[:, None], tile, tile + size, scales, up_scales, depth, first_column,
-        ROWS, COLUMNS, DEPTH, ROWS_PER_SCALE > 0, COLUMNS_PER_SCALE, GATED, EVEN, OVERLAPS,
+        ROWS, COLUMNS, DEPTH, ROWS_PER_SCALE > 0, COLUMNS_PER_SCALE, GATED, EVEN,
     )  # fmt: skip
     sums = _finish(
         sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,

@@ -1,6 +1,7 @@
 """Kernels on the rows of a matrix: norms, their sums, and activations.
 
-All tensors are contiguous. Sums are float32; intermediate results are rounded where torch rounds.
+All tensors are contiguous, but rows that an RMS norm takes may lie apart. Sums are float32;
+intermediate results are rounded where torch rounds.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ _COLUMNS = 1024
 
 @triton.jit
 def _rms_norm(
-    x, gain, out, dim, eps,
+    x, gain, out, dim, x_row, eps,
     ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * dim
+    program = tl.program_id(0).to(tl.int64)
+    row = program * dim
     at = tl.arange(0, BLOCK)
     inside = at < dim
     g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
     begin(OVERLAPS)
-    wide = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+    wide = tl.load(x + program * x_row + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     kind: tl.constexpr = out.dtype.element_ty
     if PLUS_ONE:
@@ -44,12 +46,12 @@ def rms_norm(
 ) -> Tensor:
     """As Ops.rms_norm."""
     rows, dim = x.shape
-    out = torch.empty_like(x) if add_to is None else add_to
+    out = x.new_empty(rows, dim) if add_to is None else add_to
     if rows:  # no rows: no row of the step needs logits
         block = triton.next_power_of_2(dim)
         _rms_norm[(rows,)](
-            x, gain, out, dim, eps, ADD=add_to is not None, PLUS_ONE=plus_one, BLOCK=block,
-            OVERLAPS=OVERLAP, num_warps=_warps(block), **overlapping(),
+            x, gain, out, dim, x.stride(0), eps, ADD=add_to is not None, PLUS_ONE=plus_one,
+            BLOCK=block, OVERLAPS=OVERLAP, num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
 

@@ -279,7 +279,7 @@ def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
     _SHARED_ROWS rows.
     """
     rows, depth = x.shape
-    if not 0 < rows <= _MAX_ROWS or x.dtype not in HALF or not x.is_contiguous():
+    if not 0 < rows <= _MAX_ROWS or x.dtype not in HALF:
         return False
     width = weight.shape[0] // 2 if gated else weight.shape[0]
     tiling = choose_tiling(rows, width, depth, gated)
