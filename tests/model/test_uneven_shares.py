@@ -60,10 +60,15 @@ CASES: list[tuple[str, dict[str, Any], list[int]]] = [
         {"intermediate_size": 1392, "quantization_config": block(128, 128)},
         [704, 688],
     ),
-    ("LlamaForCausalLM", {"intermediate_size": 98}, [26, 24, 24, 24]),
+    # Of 389 tokens 4 ranks have 104, 104, 104 and 77; 8 ranks have 52 each, but the last one 25.
+    (
+        "LlamaForCausalLM",
+        {"intermediate_size": 98, "vocab_size": 389, "tie_word_embeddings": True},
+        [26, 24, 24, 24],
+    ),
     (
         "MixtralForCausalLM",
-        {"intermediate_size": 100, "num_attention_heads": 8},
+        {"intermediate_size": 100, "num_attention_heads": 8, "vocab_size": 389},
         [14, 14, 12, 12, 12, 12, 12, 12],
     ),
 ]
