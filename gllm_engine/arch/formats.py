@@ -58,6 +58,11 @@ class Format(ABC):
     def grain(self) -> Grain:
         """Of parts, along a dimension that is not cut between heads."""
 
+    @property
+    def bits(self) -> int:
+        """Of a stored number."""
+        return 8
+
     # The same for a weight that a layer holds plain: only what is stored matters then.
 
     def stored_tensors(self, name: str, shape: Size) -> Shapes:
@@ -135,6 +140,11 @@ class Mxfp4(Format):
     """
 
     group: ClassVar[int] = 32
+
+    @property
+    def bits(self) -> int:
+        """See Format.bits."""
+        return 4
 
     def tensors(self, name: str, shape: Size) -> Shapes:
         """See Format.tensors: numbers and scales."""
@@ -365,6 +375,11 @@ class Widened(Format):
 
     kind: Format
 
+    @property
+    def bits(self) -> int:
+        """See Format.bits."""
+        return self.kind.bits
+
     def tensors(self, name: str, shape: Size) -> Shapes:
         """See Format.tensors."""
         return self.kind.stored_tensors(name, shape)
@@ -387,7 +402,16 @@ def widened(kind: Format) -> Widened:
     return kind if isinstance(kind, Widened) else Widened(kind)
 
 
-def stored_kind(kind: Format | None) -> Format | None:
+def held(kind: Format) -> Format:
+    """The format that layers have for a weight that is stored as `kind`.
+
+    They hold INT4 in groups of adjacent columns; all other whole numbers are held plain.
+    """
+    is_packed = isinstance(kind, Integers) and kind.bits == 4 and not kind.reordered
+    return kind if is_packed or not isinstance(kind, Integers) else widened(kind)
+
+
+def stored_kind(kind: Format) -> Format:
     """The format of a weight as it is stored, however it is held."""
     return kind.kind if isinstance(kind, Widened) else kind
 

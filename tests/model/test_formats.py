@@ -66,7 +66,7 @@ FAMILIES = [
 
 
 def size_of(model: Path) -> tuple[int, int]:
-    kind = read_arch(model).quantization
+    (kind,) = read_arch(model).quantization
     assert isinstance(kind, Fp8)
     return kind.rows, kind.columns
 
