@@ -173,7 +173,7 @@ class StoredTensors:
             kind = held(kind)
             if promised and str(kind) not in map(str, promised):
                 raise LoadError(
-                    f"{self._path_of(name)}: tensor {name} is {kind}, but the config's "
+                    f"{self._numbers(name)[0].path}: tensor {name} is {kind}, but the config's "
                     f"quantization_config says {_told(promised)}"
                 )
             formats |= dict.fromkeys(parts, kind)
@@ -332,11 +332,11 @@ class StoredTensors:
         """The checkpoint name of the tensor `own` of the module that has the weight `name`."""
         return checkpoint_name(self._arch, self._weights[name][0].removesuffix("weight") + own)
 
-    def _path_of(self, name: str) -> Path | None:
-        """The file that has the numbers of the weight `name`; None: it is missing."""
+    def _numbers(self, name: str) -> list[StoredTensor]:
+        """The tensors that may be the numbers of the weight `name`; of a right file one."""
         integers = (self._own_name(name, kind.numbers) for kind in (CompressedInt, Gptq))
         names = (name, name + "_blocks", *integers)
-        return next((self._stored[n].path for n in names if n in self._stored), None)
+        return [self._stored[n] for n in names if n in self._stored]
 
     def _check_experts(self, name: str, kind: Format | None, told: dict[str, str]) -> None:
         """Refuse a weight of an expert that has another format than that of the expert before it.
@@ -344,15 +344,15 @@ class StoredTensors:
         `told`: the formats of the weights of earlier experts, by format_name.
         """
         first = self._weights[name][0]
-        path = self._path_of(name)
-        if path is None or expert_of(first) is None:
+        numbers = self._numbers(name)
+        if len(numbers) != 1 or expert_of(first) is None:
             return
         now = "plain" if kind is None else str(kind)
         before = told.setdefault(format_name(first), now)
         if before != now:
             raise LoadError(
-                f"{path}: tensor {name} is {now}, but that of an earlier expert is {before}; all "
-                "experts of a layer need one format"
+                f"{numbers[0].path}: tensor {name} is {now}, but that of an earlier expert is "
+                f"{before}; all experts of a layer need one format"
             )
 
     def _fp8(self, name: str, stored: StoredTensor) -> Fp8:
