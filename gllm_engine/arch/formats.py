@@ -58,6 +58,26 @@ class Format(ABC):
     def grain(self) -> Grain:
         """Of parts, along a dimension that is not cut between heads."""
 
+    @property
+    def bits(self) -> int:
+        """Of a stored number."""
+        return 8
+
+    # The same for a weight that a layer holds plain: only what is stored matters then.
+
+    def stored_tensors(self, name: str, shape: Size) -> Shapes:
+        """As `tensors`."""
+        return self.tensors(name, shape)
+
+    def stored_cut(self, name: str, whole: Size, part: Size, start: Start) -> Format:
+        """As `cut`."""
+        return self.cut(name, whole, part, start)
+
+    @property
+    def stored_unit(self) -> int:
+        """The rows or columns, a power of two, of which a part has a multiple."""
+        return 1
+
 
 @dataclass(frozen=True)
 class Fp8(Format):
@@ -121,6 +141,11 @@ class Mxfp4(Format):
 
     group: ClassVar[int] = 32
 
+    @property
+    def bits(self) -> int:
+        """See Format.bits."""
+        return 4
+
     def tensors(self, name: str, shape: Size) -> Shapes:
         """See Format.tensors: numbers and scales."""
         rows, columns = shape
@@ -140,6 +165,11 @@ class Mxfp4(Format):
     def grain(self) -> Grain:
         """See Format.grain: whole groups."""
         return Grain(self.group, self.group)
+
+    @property
+    def stored_unit(self) -> int:
+        """See Format.stored_unit: a group."""
+        return self.group
 
     def __str__(self) -> str:
         return f"MXFP4 with a scale per {self.group} columns"
@@ -176,9 +206,15 @@ class Integers(Format):
 
     def tensors(self, name: str, shape: Size) -> Shapes:
         """See Format.tensors: numbers, scales, and what else is stored."""
+        if not self.held_group(shape[1]):
+            raise ArchError(f"{name} has {shape[1]} columns, so it cannot be {self}")
+        return self.stored_tensors(name, shape)
+
+    def stored_tensors(self, name: str, shape: Size) -> Shapes:
+        """See Format.stored_tensors."""
         rows, columns = shape
         whole = columns if self.column_cut is None else self.column_cut.whole
-        if whole % (self.group or whole) or not self.held_group(columns):
+        if whole % (self.group or whole) or columns % self.column_unit:
             raise ArchError(f"{name} has {columns} columns, so it cannot be {self}")
         if rows % self.row_unit:
             raise ArchError(f"{name} has {rows} rows, so it cannot be {self}")
@@ -196,11 +232,17 @@ class Integers(Format):
 
     def cut(self: P, name: str, whole: Size, part: Size, start: Start) -> P:
         """See Format.cut: rows not within an int32, columns not within INT4_GROUPS."""
+        if part[1] < whole[1] and not self.held_group(part[1]):
+            raise ArchError(_splits(f"{whole[1]} columns", name, part[1], self))
+        return self.stored_cut(name, whole, part, start)
+
+    def stored_cut(self: P, name: str, whole: Size, part: Size, start: Start) -> P:
+        """See Format.stored_cut: not within an int32."""
         if part[0] < whole[0] and part[0] % self.row_unit:
             raise ArchError(_splits(f"{whole[0]} rows", name, part[0], self))
         if part[1] == whole[1]:
             return self
-        if not self.held_group(part[1]):
+        if part[1] % self.column_unit:
             raise ArchError(_splits(f"{whole[1]} columns", name, part[1], self))
         first = start(whole[1], part[1])
         whole_groups = self.group > 0 and first % self.group == part[1] % self.group == 0
@@ -213,6 +255,11 @@ class Integers(Format):
         """See Format.grain: what a layer can hold with a scale of its own."""
         least = max(INT4_GROUPS[0], self.row_unit)
         return Grain(least, least)
+
+    @property
+    def stored_unit(self) -> int:
+        """See Format.stored_unit: the numbers of an int32."""
+        return max(self.row_unit, self.column_unit)
 
     def held_group(self, columns: int) -> int:
         """The most columns that share a scale when a layer holds the weight; 0: there is no way."""
@@ -228,6 +275,11 @@ class Integers(Format):
     def row_unit(self) -> int:
         """The rows of whole int32."""
         return self.in_word if self.along_rows or self.zeros else 1
+
+    @property
+    def column_unit(self) -> int:
+        """The columns of whole int32."""
+        return 1 if self.along_rows else self.in_word
 
     def __str__(self) -> str:
         per = f"{self.group} columns" if self.group else "row"
@@ -281,11 +333,15 @@ class Awq(Integers):
     along_rows = True
 
 
+EXPERTS_APART = "; experts are not split with enable_expert_parallel"
+
+
 def _splits(what: str, name: str, part: int, kind: Format) -> str:
-    return (
+    told = (
         f"tensor_parallel_size: {what} of {name} would be split into parts of {part}, but they are "
-        f"{kind}; experts are not split with enable_expert_parallel"
+        f"{kind}"
     )
+    return told + EXPERTS_APART if ".experts." in name else told
 
 
 @dataclass(frozen=True)
@@ -319,18 +375,23 @@ class Widened(Format):
 
     kind: Format
 
+    @property
+    def bits(self) -> int:
+        """See Format.bits."""
+        return self.kind.bits
+
     def tensors(self, name: str, shape: Size) -> Shapes:
         """See Format.tensors."""
-        return self.kind.tensors(name, shape)
+        return self.kind.stored_tensors(name, shape)
 
     def cut(self, name: str, whole: Size, part: Size, start: Start) -> Widened:
         """See Format.cut."""
-        return Widened(self.kind.cut(name, whole, part, start))
+        return Widened(self.kind.stored_cut(name, whole, part, start))
 
     @property
     def grain(self) -> Grain:
-        """See Format.grain: of a stored weight, because a layer holds what can be cut."""
-        return Grain(least=self.kind.grain.least)
+        """See Format.grain: what can be cut, a layer can hold."""
+        return Grain(self.kind.stored_unit, self.kind.stored_unit)
 
     def __str__(self) -> str:
         return f"{self.kind}, held plain"
@@ -341,7 +402,16 @@ def widened(kind: Format) -> Widened:
     return kind if isinstance(kind, Widened) else Widened(kind)
 
 
-def stored_kind(kind: Format | None) -> Format | None:
+def held(kind: Format) -> Format:
+    """The format that layers have for a weight that is stored as `kind`.
+
+    They hold INT4 in groups of adjacent columns; all other whole numbers are held plain.
+    """
+    is_packed = isinstance(kind, Integers) and kind.bits == 4 and not kind.reordered
+    return kind if is_packed or not isinstance(kind, Integers) else widened(kind)
+
+
+def stored_kind(kind: Format) -> Format:
     """The format of a weight as it is stored, however it is held."""
     return kind.kind if isinstance(kind, Widened) else kind
 

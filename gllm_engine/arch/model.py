@@ -487,7 +487,7 @@ class Model:
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: Names = Names()  # of the tensors of its checkpoints
-    quantization: Format | None = None  # the format that the config promises for matrices of layers
+    quantization: tuple[Format, ...] = ()  # that the config promises for matrices of layers
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0
     norm: NormKind = "rms"  # of the residual stream; queries and keys have the RMS kinds only
@@ -558,20 +558,39 @@ class Model:
             ffn=lambda i, layer: layer.ffn.with_formats(by_layer[i], self.dim),
         )
 
+    def stored_kinds(self) -> dict[str, Format]:
+        """The formats in which weights are stored that are not plain, by format_name."""
+        kinds: dict[str, Format] = {}
+        for i, layer in enumerate(self.layers):
+            stored = {
+                n: stored_kind(kind) for n, kind in (*layer.mixer.formats, *layer.ffn.formats)
+            }
+            kinds |= within_layer(i, stored)
+        return kinds
+
     def formats(self) -> set[Format]:
         """The formats of weights that are not plain."""
         parts = (part for layer in self.layers for part in (layer.mixer, layer.ffn))
         return {kind for part in parts for _, kind in part.formats}
 
     def quantized(self) -> Model:
-        """A copy in which all matrices that usually are quantised have the promised format."""
-        if self.quantization is None:
+        """A copy in which all matrices that usually are quantised have a promised format.
+
+        Of several formats, experts have the one of the fewest bits, and other matrices the one of
+        the most; if there are no experts, the feed-forward matrices are as experts.
+        """
+        if not self.quantization:
             return self
         names = [name for name in self.matrices() if not name.endswith(_USUALLY_PLAIN)]
-        kind = stored_kind(self.quantization)
-        if isinstance(kind, (Mxfp4, CompressedInt)):  # of experts, if there are any
-            names = [name for name in names if ".experts." in name] or names
-        return self.with_formats(dict.fromkeys(names, self.quantization))
+        least = min(self.quantization, key=lambda kind: kind.bits)
+        most = max(self.quantization, key=lambda kind: kind.bits)
+        experts = [name for name in names if ".experts." in name]
+        if least != most:
+            narrow = experts or [name for name in names if ".mlp." in name]
+            return self.with_formats(dict.fromkeys(names, most) | dict.fromkeys(narrow, least))
+        if isinstance(stored_kind(most), (Mxfp4, CompressedInt)):
+            names = experts or names
+        return self.with_formats(dict.fromkeys(names, most))
 
     def rounded(self) -> Model:
         """A copy, of a model of plain weights, whose matrices are held as FP8 with a scale per row.

@@ -1,6 +1,6 @@
-"""Reads `quantization_config` of a config.json: the format that it promises for a model's matrices.
+"""Reads `quantization_config` of a config.json: the formats that it promises for matrices.
 
-Which matrices have the format is not read here: the checkpoint's tensors tell it.
+Which matrices have which format is not read here: the checkpoint's tensors tell it.
 """
 
 from __future__ import annotations
@@ -19,63 +19,72 @@ from gllm_engine.arch.formats import (
     Format,
     Fp8,
     Gptq,
-    Integers,
     Mxfp4,
-    widened,
+    held,
 )
 from gllm_engine.files import shown
 
 _KEY = "quantization_config"
+# What compressed-tensors calls its formats.
+_FLOAT = "float-quantized"
+_PACKED = "pack-quantized"
+_MIXED = "mixed-precision"
 
 
-def read_quantization(c: Fields) -> Format | None:
-    """The format in `quantization_config`; None if the key is absent.
+def read_quantization(c: Fields) -> tuple[Format, ...]:
+    """The formats in `quantization_config`; none if the key is absent.
 
     Raises ArchError for a method or format that is not supported.
     """
     q = c.child(_KEY)
     if not q.keys():
-        return None
+        return ()
     method = q.text("quant_method", "")
     if method not in _METHODS:
         raise ArchError(
             f"{q.name}: quant_method is {shown(repr(method))}; supported are {', '.join(_METHODS)}"
         )
-    return _METHODS[method](q)
+    return tuple(dict.fromkeys(map(held, _METHODS[method](q))))
 
 
-def _fp8(q: Fields) -> Fp8:
+def _fp8(q: Fields) -> tuple[Format]:
     q.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
     q.choice("activation_scheme", ("dynamic", "static"), "dynamic")
     if (block := q.sizes("weight_block_size", 2)) is None:
-        return FP8_TENSOR
-    return replace(FP8_BLOCK, rows=block[0], columns=block[1])
+        return (FP8_TENSOR,)
+    return (replace(FP8_BLOCK, rows=block[0], columns=block[1]),)
 
 
-def _fbgemm(q: Fields) -> Fp8:
+def _fbgemm(q: Fields) -> tuple[Format]:
     del q  # an upper bound of the inputs' scales
-    return FP8_ROW
+    return (FP8_ROW,)
 
 
-def _mxfp4(q: Fields) -> Mxfp4:
+def _mxfp4(q: Fields) -> tuple[Format]:
     del q  # lists of modules that are plain, which the files tell
-    return Mxfp4()
+    return (Mxfp4(),)
 
 
-def _compressed_tensors(q: Fields) -> Format:
-    """One group of layers with weights of one format; a scheme of activations only says when they
-    round.
-    """
+def _compressed_tensors(q: Fields) -> tuple[Format, ...]:
+    """A format for each group of modules; a scheme of activations only says when they round."""
     if not q.child("transform_config").empty:
         raise ArchError(f"{q.name}: transform_config is not supported: inputs would be rotated")
-    packed = "pack-quantized"
-    kind = q.choice("format", ("float-quantized", packed), "float-quantized")
+    kind = q.choice("format", (_FLOAT, _PACKED, _MIXED), _FLOAT)
     groups = q.child("config_groups")
-    names = groups.keys()
-    if len(names) != 1:
-        raise ArchError(f"{q.name}: config_groups has {len(names)} groups; 1 is supported")
-    weights = groups.child(names[0]).child("weights")
-    if kind == packed:
+    each = [groups.child(name) for name in groups.keys()]
+    found = tuple(_of_group(group, kind) for group in each if group.has("weights"))
+    if not found:
+        raise ArchError(f"{q.name}: config_groups has no group with weights")
+    return found
+
+
+def _of_group(group: Fields, kind: str) -> Format:
+    """The format of a group's weights. `kind`: what the config says of all groups."""
+    weights = group.child("weights")
+    if kind == _MIXED:
+        is_float = weights.choice("type", ("float", "int"), "int") == "float"
+        kind = _FLOAT if is_float else _PACKED
+    if group.choice("format", (_FLOAT, _PACKED), kind) == _PACKED:
         return _compressed_int(weights)
     weights.require(num_bits=8, type="float", symmetric=True, dynamic=False)
     strategy = weights.choice("strategy", ("tensor", "channel", "block"), "tensor")
@@ -91,25 +100,19 @@ def _compressed_int(weights: Fields) -> Format:
     strategy = weights.choice("strategy", ("group", "channel"), "group")
     group = 0 if strategy == "channel" else _group(weights, "group_size")
     zeros = not weights.flag("symmetric", True)
-    return _held(CompressedInt(group, _bits(weights, "num_bits"), zeros))
+    return CompressedInt(group, _bits(weights, "num_bits"), zeros)
 
 
-def _gptq(q: Fields) -> Format:
+def _gptq(q: Fields) -> tuple[Format]:
     q.require(is_marlin_format=False, pack_dtype="int32", lm_head=False)
     version = _version(q, "checkpoint_format", ("gptq", "gptq_v2"))
     _check_overrides(q)
     group = _group(q, "group_size")
     # Static groups are chosen before the columns are reordered, so they are whole.
     reordered = q.flag("desc_act") and not q.flag("static_groups") and group > 0
-    return _held(
-        Gptq(
-            group,
-            _bits(q, "bits"),
-            zeros=not q.flag("sym"),
-            reordered=reordered,
-            less_one=version == "gptq",
-        )
-    )
+    bits = _bits(q, "bits")
+    zeros = not q.flag("sym")
+    return (Gptq(group, bits, zeros, reordered, less_one=version == "gptq"),)
 
 
 def _check_overrides(q: Fields) -> None:
@@ -123,7 +126,7 @@ def _check_overrides(q: Fields) -> None:
             )
 
 
-def _awq(q: Fields) -> Format:
+def _awq(q: Fields) -> tuple[Format]:
     q.require(zero_point=True)
     _version(q, "version", ("gemm",))
     if q.text("backend", "auto") == "llm-awq":
@@ -132,7 +135,7 @@ def _awq(q: Fields) -> Format:
     bits = _bits(q, "w_bit" if q.has("w_bit") else "bits")
     if bits != 4:
         raise ArchError(f"{q.name}: bits is {bits}, but of AWQ only 4 is supported")
-    return Awq(group)
+    return (Awq(group),)
 
 
 def _version(q: Fields, key: str, allowed: tuple[str, ...]) -> str:
@@ -166,12 +169,7 @@ def _group(c: Fields, key: str) -> int:
     return group
 
 
-def _held(kind: Integers) -> Format:
-    """Layers hold INT4 in groups of adjacent columns; all other whole numbers are held plain."""
-    return kind if kind.bits == 4 and not kind.reordered else widened(kind)
-
-
-def _modelopt(q: Fields) -> Fp8:
+def _modelopt(q: Fields) -> tuple[Format]:
     formats = {
         "FP8": FP8_TENSOR,
         "FP8_PER_CHANNEL_PER_TOKEN": FP8_ROW,
@@ -179,10 +177,10 @@ def _modelopt(q: Fields) -> Fp8:
     }
     if not q.child("quantization").empty:  # as older tools write it
         q = q.child("quantization")
-    return formats[q.choice("quant_algo", tuple(formats))]
+    return (formats[q.choice("quant_algo", tuple(formats))],)
 
 
-_METHODS: dict[str, Callable[[Fields], Format]] = {
+_METHODS: dict[str, Callable[[Fields], tuple[Format, ...]]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm,
     "compressed-tensors": _compressed_tensors,

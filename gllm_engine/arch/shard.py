@@ -7,6 +7,9 @@ shapes. The outputs of all shards of a mixer or an ffn sum to the output of the 
 Heads are shared out evenly. The channels between the products of an ffn are, too, if its weights
 can be cut there; else ranks hold whole groups of channels that share a scale, the first ranks one
 more than the others: of 90 groups, 4 ranks hold 23, 23, 22 and 22.
+
+Of the vocabulary all ranks have equal shares, but for the last one, whose share may be smaller: of
+49,155 tokens, 4 ranks have 12,296, 12,296, 12,296 and 12,267.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from dataclasses import dataclass, replace
 from math import lcm
 
 from gllm_engine.arch.fields import ArchError
-from gllm_engine.arch.formats import Formats, Shapes
+from gllm_engine.arch.formats import EXPERTS_APART, Formats, Shapes
 from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe
 
 # Channels of which uneven shares may be multiples.
 _UNITS = (32, 16, 8, 4, 2, 1)
+# Tokens of which shares may be multiples. With 8, every row of 16-bit logits begins at a multiple
+# of 16 bytes, which fast matrix products need.
+_VOCAB_UNITS = (8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,13 @@ class Shard:
 
     def of(self, model: Model) -> tuple[Layer, ...]:
         """The layers that this rank computes. Raises ArchError if they cannot be shared out."""
-        self._divide("vocab_size", model.vocab)
+        self.vocab_width(model.vocab)
         layers = model.layers[self.first : self.end]
         return tuple(self._layer(layer, model.dim) for layer in layers)
 
     def weights(self, model: Model) -> Shapes:
         """Canonical name -> shape of this rank's shard, for every weight that it holds."""
-        part = replace(model, vocab=model.vocab // self.size, layers=self.of(model))
+        part = replace(model, vocab=self.vocab_rows(model.vocab), layers=self.of(model))
         shapes = part.weights(self.first)
         last = self.end == len(model.layers)
         if self.first and not (last and model.tie):
@@ -52,6 +58,24 @@ class Shard:
             shapes.pop("model.norm.bias", None)
             shapes.pop("lm_head.weight", None)
         return shapes
+
+    def vocab_width(self, vocab: int) -> int:
+        """The tokens in a rank's share of the vocabulary; the last rank may have fewer.
+
+        The share of rank r begins with token r * width. Raises ArchError for too many ranks.
+        """
+        if self.size == 1:
+            return vocab
+        widths = [-(-vocab // (self.size * unit)) * unit for unit in _VOCAB_UNITS]
+        for width in widths:
+            if (self.size - 1) * width < vocab:
+                return width
+        raise ArchError(self._too_many("vocab_size", vocab))
+
+    def vocab_rows(self, vocab: int) -> int:
+        """The tokens in this rank's share of the vocabulary."""
+        width = self.vocab_width(vocab)
+        return min(width, vocab - self.rank * width)
 
     def start(self, whole: int, part: int) -> int:
         """The offset of this rank's `part` numbers along a dimension of `whole` numbers.
@@ -96,14 +120,18 @@ class Shard:
             if self.experts_apart:
                 count = self._divide("num_experts", ffn.num_experts)
                 return replace(ffn, shared=shared, local_experts=(self.rank * count, count))
-            hidden = self._share("moe_intermediate_size", ffn.hidden, ffn.expert.formats)
+            of_experts = ffn.expert.formats
+            hidden = self._share("moe_intermediate_size", ffn.hidden, of_experts, EXPERTS_APART)
             bias = ffn.out_bias and not self.rank
             return replace(ffn, shared=shared, hidden=hidden, out_bias=bias)
         hidden = self._share("intermediate_size", ffn.hidden, ffn.formats)
         return replace(ffn, hidden=hidden, out_bias=ffn.out_bias and not self.rank)
 
-    def _share(self, what: str, whole: int, formats: Formats) -> int:
-        """This rank's number of `whole` channels, by the formats of the weights that have them."""
+    def _share(self, what: str, whole: int, formats: Formats, else_told: str = "") -> int:
+        """This rank's number of `whole` channels, by the formats of the weights that have them.
+
+        `else_told`: after the reason for which they cannot be split, what helps.
+        """
         if not whole or self.size == 1:
             return whole
         grains = [kind.grain for _, kind in formats]
@@ -118,7 +146,7 @@ class Shard:
             if unit % least == 0 and whole % unit == 0 and whole >= unit * self.size
         }
         if not largest:
-            raise ArchError(self._too_many(what, whole, formats, least))
+            raise ArchError(self._too_many(what, whole, formats, least) + else_told)
         # Rounder shares are faster, but not if the largest one is much larger.
         unit = next(
             u for u in _UNITS if u in largest and 8 * largest[u] <= 9 * min(largest.values())
@@ -126,7 +154,7 @@ class Shard:
         units, more = divmod(whole // unit, self.size)
         return (units + (self.rank < more)) * unit
 
-    def _too_many(self, what: str, whole: int, formats: Formats, least: int) -> str:
+    def _too_many(self, what: str, whole: int, formats: Formats = (), least: int = 1) -> str:
         told = (
             f"tensor_parallel_size: {self.size} ranks cannot each have some of the model's "
             f"{what}={whole}"
@@ -134,10 +162,7 @@ class Shard:
         if least == 1:
             return told
         kind = next(kind for _, kind in formats if kind.grain.least == least)
-        return (
-            f"{told}: parts of {least} are not split further, because the weights are {kind}; "
-            "experts are not split with enable_expert_parallel"
-        )
+        return f"{told}: parts of {least} are not split further, because the weights are {kind}"
 
     def _divide(self, what: str, number: int) -> int:
         if number % self.size:

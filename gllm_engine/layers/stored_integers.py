@@ -34,7 +34,7 @@ class StoredIntegers:
         dtypes = {scales: SCALE_DTYPES[kind.scale_dtype]}
         self.views = {
             stored: torch.empty(size, dtype=dtypes.get(stored, torch.int32), device=device)
-            for stored, size in kind.tensors(name, shape).items()
+            for stored, size in kind.stored_tensors(name, shape).items()
         }
 
     def pack_into(self, held: PackedWeight) -> None:

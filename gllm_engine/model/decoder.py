@@ -82,6 +82,7 @@ _MIXERS: dict[type[Any], Callable[..., Mixer]] = {
 # Of one layer: the parts of its pages (K and V in one; latents and index keys in two), or a
 # RecurrentState of all slots.
 LayerCache = tuple[Tensor, ...]
+_OF_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 # The group of layers that keep a state.
 _NO_GROUP = -1
 
@@ -262,10 +263,13 @@ class Decoder:
         ]
         for block, after in pairwise(self._blocks):
             block.next_norm = after.first_norm
-        self._outer_weights = {
-            name: torch.empty(shape, dtype=dtype, device=device)
+        self._outer_shapes = {
+            name: shape
             for name, shape in self.shard.weights(arch).items()
             if not name.startswith(("model.layers.", "model.norm."))
+        }
+        self._outer_weights = {
+            name: self._new_outer(name, shape) for name, shape in self._outer_shapes.items()
         }
         # Only the last stage computes it.
         self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self.ops, dtype, device)
@@ -275,6 +279,17 @@ class Decoder:
         self._planned: dict[PlanKey, int] = {}
         for i, block in enumerate(self._blocks):
             self._planned.setdefault(block.mixer.plan_key, i)
+
+    def _new_outer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Memory for a weight outside the layers. Matrices of the vocabulary have as many rows on
+        every rank; rows past the vocabulary are zero.
+        """
+        rows = shape[0]
+        if name in _OF_VOCABULARY:
+            rows = self.shard.vocab_width(self.arch.vocab)
+        memory = torch.empty(rows, *shape[1:], dtype=self.dtype, device=self.device)
+        memory[shape[0] :].zero_()
+        return memory
 
     @property
     def _embedding(self) -> Tensor:
@@ -429,9 +444,10 @@ class Decoder:
         return LogitTokens(index, {key: self._plan(ends, cache, len(self.layers) - 1)})
 
     def scores(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """This rank's share of the logits, [n, vocab / ranks] in the model's dtype.
+        """This rank's share of the logits, [n, Shard.vocab_width] in the model's dtype.
 
-        `hidden`: the output of `forward`, [n, dim]. `out`: memory for the result.
+        `hidden`: the output of `forward`, [n, dim]. `out`: memory for the result. The last rank's
+        columns past the vocabulary have no meaning.
         """
         x, norm = self._norm.input_of(hidden)
         scores = self.ops.linear(x, self._head, None, norm, out)
@@ -442,13 +458,14 @@ class Decoder:
 
     def whole(self, scores: Tensor) -> Tensor:
         """Gather all ranks' `scores` of the same rows: [n, vocab]."""
-        return self._ranks.gather(scores)
+        return self._ranks.gather(scores)[:, : self.arch.vocab]
 
     def sample_plain(
         self, scores: Tensor, slots: Tensor, state: PlainSampling, out: Tensor | None = None
     ) -> Tensor:
         """One token for each row of `scores`, [n] int64; see Ops.sample_plain."""
-        return self.ops.sample_plain(scores, slots, state, out=out, ranks=self._ranks)
+        vocab = self.arch.vocab
+        return self.ops.sample_plain(scores, slots, state, out=out, ranks=self._ranks, vocab=vocab)
 
     def broadcast(self, tokens: Tensor) -> Tensor:
         """Overwrite `tokens`, [n] int64, with the tokens that the first rank sampled."""
@@ -463,7 +480,9 @@ class Decoder:
 
         A view may have one more leading dimension than the weight; copying broadcasts over it.
         """
-        views = dict(self._outer_weights)
+        views = {
+            name: self._outer_weights[name][:n] for name, (n, *_) in self._outer_shapes.items()
+        }
         if self.is_last:
             views |= self._norm.weights("model.norm")
         for i, block in enumerate(self._blocks, self.shard.first):

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.formats import Awq, Fp8, Gptq, Integers, Mxfp4, stored_kind
+from gllm_engine.arch.formats import Awq, Format, Fp8, Gptq, Integers, Mxfp4, format_name
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
@@ -27,11 +27,13 @@ def in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> d
 
     `tensors`: the checkpoint's, all plain.
     """
-    kind = stored_kind(arch.quantization)
+    kinds = arch.stored_kinds()
     names = checkpoint_tensors(arch)
+    weights = checkpoint_tensors(arch.with_formats({}))
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if isinstance(kind, Fp8) and name + kind.suffix in names:
+        kind = kinds.get(format_name(weights[name][0])) if name in weights else None
+        if isinstance(kind, Fp8):
             transposed = checkpoint_layout(arch, name).transposed
             matrix = tensor.mT if transposed else tensor
             numbers, scales = quantize_fp8(matrix, kind.rows, kind.columns)
@@ -39,10 +41,10 @@ def in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> d
             result[name + kind.suffix] = scales.mT.contiguous() if transposed else scales
         elif name in names:
             result[name] = tensor.to(dtype)
-    if isinstance(kind, (Mxfp4, Integers)):
-        result |= _packed(arch, tensors, kind)
-    if isinstance(kind, Gptq):
-        result |= _beside_gptq(result, kind)
+    result |= _packed(arch, tensors, kinds)
+    for kind in set(kinds.values()):
+        if isinstance(kind, Gptq):
+            result |= _beside_gptq(result, kind)
     return result
 
 
@@ -59,8 +61,11 @@ def stored_weight(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Tenso
     return tensor.as_strided(size, (place.width, place.step), at)
 
 
-def _packed(arch: Model, tensors: dict[str, Tensor], kind: Mxfp4 | Integers) -> dict[str, Tensor]:
-    """The checkpoint tensors of the weights that `arch` has as packed numbers."""
+def _packed(arch: Model, tensors: dict[str, Tensor], kinds: dict[str, Format]) -> dict[str, Tensor]:
+    """The checkpoint tensors of the weights that `arch` has as packed numbers.
+
+    `kinds`: Model.stored_kinds.
+    """
     plain = arch.with_formats({})
     plain_shapes = plain.weights()
     plain_places = checkpoint_places(plain)
@@ -72,7 +77,7 @@ def _packed(arch: Model, tensors: dict[str, Tensor], kind: Mxfp4 | Integers) -> 
         for part in parts if name not in sizes else ():
             matrix = stored_weight(tensors[name], plain_places[part], plain_shapes[part])
             matrix = matrix.reshape(plain_shapes[part])
-            for own, numbers in _encoded(part, matrix, kind).items():
+            for own, numbers in _encoded(part, matrix, kinds[format_name(part)]).items():
                 stored = checkpoint_name(arch, own)
                 if stored not in result:
                     result[stored] = torch.empty(sizes[stored], dtype=numbers.dtype)
@@ -81,11 +86,12 @@ def _packed(arch: Model, tensors: dict[str, Tensor], kind: Mxfp4 | Integers) -> 
     return result
 
 
-def _encoded(weight: str, matrix: Tensor, kind: Mxfp4 | Integers) -> dict[str, Tensor]:
+def _encoded(weight: str, matrix: Tensor, kind: Format) -> dict[str, Tensor]:
     """Name -> tensor that a weight is stored as, with the shapes of Format.tensors."""
     if isinstance(kind, Mxfp4):
         numbers, scales = quantize_mxfp4(matrix)
         return {weight + "_blocks": numbers, weight + "_scales": scales}
+    assert isinstance(kind, Integers)
     module = weight.removesuffix("weight")
     groups = torch.arange(matrix.shape[1]) // (kind.group or matrix.shape[1])
     if kind.reordered:  # the same for all weights, as of those that are stored in one tensor

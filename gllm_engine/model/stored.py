@@ -30,15 +30,16 @@ from gllm_engine.arch.formats import (
     Mxfp4,
     Widened,
     format_name,
+    held,
     stored_kind,
-    widened,
 )
-from gllm_engine.arch.model import Model, within_layer
+from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
     checkpoint_layout,
     checkpoint_name,
     checkpoint_shapes,
     checkpoint_tensors,
+    expert_of,
     is_cache_scale,
     is_left_over,
     num_blocks,
@@ -161,31 +162,32 @@ class StoredTensors:
         promised = self._arch.quantization
         matrices = self._arch.matrices()
         formats: dict[str, Format] = {}
+        told: dict[str, str] = {}
         for name, parts in self._weights.items():
             kind = self._format(name) if matrices.keys() >= {*parts} else None
+            self._check_experts(name, kind, told)
             if kind is None:
                 continue
             if isinstance(kind, Integers):
                 self._integers_of[name] = kind
-            if isinstance(promised, Widened):
-                kind = widened(kind)
-            if promised is not None and str(kind) != str(promised):
-                stored = next(self._stored[n] for n in self._numbers(name) if n in self._stored)
+            kind = held(kind)
+            if promised and str(kind) not in map(str, promised):
                 raise LoadError(
-                    f"{stored.path}: tensor {name} is {kind}, but the config's "
-                    f"quantization_config says {promised}"
+                    f"{self._numbers(name)[0].path}: tensor {name} is {kind}, but the config's "
+                    f"quantization_config says {_told(promised)}"
                 )
             formats |= dict.fromkeys(parts, kind)
-        if promised is not None and not formats:
+        if promised and not formats:
             raise LoadError(
-                f"{path}: the config's quantization_config says {promised}, but no weight is "
-                "stored so"
+                f"{path}: the config's quantization_config says {_told(promised)}, but no weight "
+                "is stored so"
             )
-        if isinstance(promised, Widened):
+        plain = {str(kind) for kind in formats.values() if isinstance(kind, Widened)}
+        if plain:
             _log.warning(
                 "%s: layers cannot compute with these weights as they are stored: %s",
                 path,
-                promised,
+                " and ".join(sorted(plain)),
             )
         return self._arch.with_formats(formats) if formats else self._arch
 
@@ -243,7 +245,6 @@ class StoredTensors:
 
         `kind`: one of those that give its numbers the name that they have.
         """
-        promised = stored_kind(self._arch.quantization)
         numbers = self._own_name(name, kind.numbers)
         path = self._stored[numbers].path
         if len(self._shapes[name]) != 2:
@@ -251,9 +252,8 @@ class StoredTensors:
                 f"{path}: tensor {numbers} has whole numbers, which are not supported for one "
                 "tensor of all experts"
             )
-        if kind is CompressedInt and not isinstance(promised, CompressedInt):
-            promised = CompressedInt(INT4_GROUPS[0])
-        if not isinstance(promised, Integers) or promised.numbers != kind.numbers:
+        promised = self._promised_integers(name, kind)
+        if promised is None:
             raise LoadError(
                 f"{path}: tensor {numbers} needs a quantization_config in the config that says "
                 "whether it is of GPTQ or AWQ"
@@ -267,14 +267,29 @@ class StoredTensors:
                 f"{scale.path}: tensor {scales} has dtype {shown(scale.dtype)}; "
                 f"supported: {', '.join(INT_SCALES)}"
             )
-        self._check_rows(name, scales, promised)
-        found = replace(
-            promised, group=self._group(name, scales, promised), scale_dtype=scale.dtype
-        )
         if kind is CompressedInt:
             zeros = self._own_name(name, kind.zero_points) in self._stored
-            return replace(found, zeros=zeros)
-        return found
+            promised = replace(promised, zeros=zeros)
+        self._check_rows(name, scales, promised)
+        group = self._group(name, scales, promised)
+        return replace(promised, group=group, scale_dtype=scale.dtype)
+
+    def _promised_integers(self, name: str, kind: type[Integers]) -> Integers | None:
+        """What the config says of a matrix of whole numbers under the names of `kind`.
+
+        The bits of those of compressed-tensors follow from the numbers in an int32.
+        """
+        stored = map(stored_kind, self._arch.quantization)
+        promised = [k for k in stored if isinstance(k, Integers) and k.numbers == kind.numbers]
+        if kind is not CompressedInt:
+            return promised[0] if promised else None
+        columns = self._matrix(name)[1]
+        words = self._stored[self._own_name(name, kind.numbers)].shape[-1:]
+        bits = 8 if words == [columns // 4] else 4
+        fitting = [k for k in promised if k.bits == bits]
+        # One group of all columns is one scale per row, if the config does not name it.
+        named = (k for k in fitting if k.group == columns)
+        return next(named, fitting[0] if fitting else CompressedInt(INT4_GROUPS[0], bits))
 
     def _check_rows(self, name: str, scales: str, kind: Integers) -> None:
         """Refuse a matrix of which an int32 has rows of several weights or heads, or too few."""
@@ -317,10 +332,28 @@ class StoredTensors:
         """The checkpoint name of the tensor `own` of the module that has the weight `name`."""
         return checkpoint_name(self._arch, self._weights[name][0].removesuffix("weight") + own)
 
-    def _numbers(self, name: str) -> tuple[str, ...]:
-        """The names that the numbers of the weight `name` may have."""
+    def _numbers(self, name: str) -> list[StoredTensor]:
+        """The tensors that may be the numbers of the weight `name`; of a right file one."""
         integers = (self._own_name(name, kind.numbers) for kind in (CompressedInt, Gptq))
-        return name, name + "_blocks", *integers
+        names = (name, name + "_blocks", *integers)
+        return [self._stored[n] for n in names if n in self._stored]
+
+    def _check_experts(self, name: str, kind: Format | None, told: dict[str, str]) -> None:
+        """Refuse a weight of an expert that has another format than that of the expert before it.
+
+        `told`: the formats of the weights of earlier experts, by format_name.
+        """
+        first = self._weights[name][0]
+        numbers = self._numbers(name)
+        if len(numbers) != 1 or expert_of(first) is None:
+            return
+        now = "plain" if kind is None else str(kind)
+        before = told.setdefault(format_name(first), now)
+        if before != now:
+            raise LoadError(
+                f"{numbers[0].path}: tensor {name} is {now}, but that of an earlier expert is "
+                f"{before}; all experts of a layer need one format"
+            )
 
     def _fp8(self, name: str, stored: StoredTensor) -> Fp8:
         """The format of a float8 matrix, or of one of each expert, by the shape of its scales."""
@@ -332,15 +365,18 @@ class StoredTensors:
         is_transposed = checkpoint_layout(self._arch, name).transposed
         rows, columns = (width, height) if is_transposed else (height, width)
         of_one = parts[: len(parts) // prod(lead)]  # expert
-        promised = self._arch.quantization
-        has_blocks = isinstance(promised, Fp8) and promised.columns > 0
-        block = promised if isinstance(promised, Fp8) and has_blocks else FP8_BLOCK
-        sizes = block.grid((rows, columns))
-        grid = [*lead, *(sizes[::-1] if is_transposed else sizes)]
+        promised = [k for k in self._arch.quantization if isinstance(k, Fp8) and k.columns]
+        grids = {}
+        for kind in promised or [FP8_BLOCK]:
+            sizes = kind.grid((rows, columns))
+            grids[kind] = [*lead, *(sizes[::-1] if is_transposed else sizes)]
+        fitting = (kind for kind, sizes in grids.items() if sizes == scale.shape)
+        block = next(fitting, next(iter(grids)))
+        grid = grids[block]
         each = _without_ones(lead)
         # One block is one scale.
         is_grid = scale.shape == grid
-        found = None if has_blocks and is_grid else _without_ones(scale.shape)
+        found = None if promised and is_grid else _without_ones(scale.shape)
         if found == []:
             self.shared[scales] = len(parts)
             return replace(FP8_TENSOR, suffix=suffix)
@@ -441,12 +477,9 @@ def _scale_dtypes(arch: Model) -> dict[str, str]:
     It is the same for all experts of a layer.
     """
     by_name: dict[str, str] = {}
-    for i, layer in enumerate(arch.layers):
-        for weight, held in (*layer.mixer.formats, *layer.ffn.formats):
-            kind = stored_kind(held)
-            if isinstance(kind, Integers):
-                scales = weight.removesuffix("weight") + kind.scales
-                by_name |= within_layer(i, {scales: kind.scale_dtype})
+    for weight, kind in arch.stored_kinds().items():
+        if isinstance(kind, Integers):
+            by_name[weight.removesuffix("weight") + kind.scales] = kind.scale_dtype
     return {
         name: by_name[format_name(parts[0])]
         for name, parts in checkpoint_tensors(arch).items()
@@ -462,6 +495,10 @@ def _left_over(stored: StoredTensor, name: str) -> LoadError:
     return LoadError(
         f"{stored.path}: tensor {shown(name)} is left over; the model has no place for it"
     )
+
+
+def _told(formats: Sequence[Format]) -> str:
+    return " and ".join(map(str, formats))
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:

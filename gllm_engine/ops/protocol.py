@@ -482,13 +482,15 @@ class Ops(Protocol):
         state: PlainSampling,
         out: Tensor | None = None,
         ranks: TensorGroup | None = None,
+        vocab: int | None = None,
     ) -> Tensor:
         """Sample one token for each row: [rows] int64, also recorded in state.last_tokens.
 
         scores: [rows, vocab] logits of `slots` [rows]. A token is drawn from the softmax at the
         slot's temperature; at temperature 0 it is the most likely token. The random number is a
         function of the slot's seed and output length. `out`: [rows] int64 receives the tokens.
-        `ranks`: every rank has a shard of the logits, [rows, vocab / ranks]. All ranks get the same
-        tokens, even if rounding would make their own choices differ.
+        `ranks`: every rank has a shard of the logits, [rows, width]. All ranks get the same tokens,
+        even if rounding would make their own choices differ. `vocab`: the number of tokens, if the
+        last rank has fewer than `width`; its other columns are not read.
         """
         ...

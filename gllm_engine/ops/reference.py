@@ -816,9 +816,10 @@ def sample_plain(
     state: PlainSampling,
     out: Tensor | None = None,
     ranks: TensorGroup | None = None,
+    vocab: int | None = None,
 ) -> Tensor:
     """See Ops.sample_plain; the random number is uniforms(seed, output length)."""
-    scores = scores if ranks is None else ranks.gather(scores)
+    scores = scores if ranks is None else ranks.gather(scores)[:, :vocab]
     heat = state.temperature[slots].float()
     greedy = heat <= 0
     if greedy.all():

@@ -99,7 +99,7 @@ class DecodeGraphs:
         device = decoder.device
         dtype = decoder.dtype
         rows = max_rows if decoder.is_last else 0
-        width = sampling.vocab // decoder.shard.size
+        width = decoder.shard.vocab_width(sampling.vocab)
         self._scores = torch.empty(rows, width, dtype=dtype, device=device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._inputs: Tensor | None = None

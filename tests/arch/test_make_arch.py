@@ -26,7 +26,7 @@ from gllm_engine.arch import (
     make_arch,
     read_arch,
 )
-from gllm_engine.arch.formats import Awq, CompressedInt, Format, Gptq, Widened
+from gllm_engine.arch.formats import Awq, CompressedInt, Format, Fp8, Gptq, Widened
 from gllm_engine.arch.model import EarlierIndexer, GatedDelta
 from gllm_engine.arch.names import is_left_over
 from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
@@ -717,7 +717,7 @@ def test_kimi_k25() -> None:
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     of_text = make_arch(config | {"text_config": text | {"quantization_config": fp8}})
     assert of_text == make_arch(config | {"quantization_config": fp8})
-    assert of_text.quantization is not None
+    assert of_text.quantization
     with pytest.raises(ArchError, match="^config.json: text_config is missing"):
         make_arch(config | {"text_config": None})
     with pytest.raises(ArchError, match="^config.json: text_config: moe_layer_freq is 2, but"):
@@ -1140,8 +1140,9 @@ def test_awq_refused(over: dict[str, Any], message: str) -> None:
 def test_whole_numbers_in_configs() -> None:
     """Published configs, with keys that tools write and nobody needs."""
 
-    def promised(**config: Any) -> Format | None:
-        return tiny(quantization_config=config).quantization
+    def promised(**config: Any) -> Format:
+        (kind,) = tiny(quantization_config=config).quantization
+        return kind
 
     old = {"quant_method": "gptq", "bits": 4, "group_size": 128, "damp_percent": 0.1, "sym": True}
     old |= {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model"}
@@ -1158,10 +1159,31 @@ def test_whole_numbers_in_configs() -> None:
     assert promised(**awq, w_bit=4, q_group_size=64, version="gemm") == Awq(64)
     plain = {"transform_config": {}, "sparsity_config": {}, "kv_cache_scheme": None}
     config = packed(symmetric=False, group_size=128) | plain
-    compressed = tiny(quantization_config=config).quantization
-    assert compressed == CompressedInt(128, zeros=True)
+    assert promised(**config) == CompressedInt(128, zeros=True)
     whole = packed(strategy="channel", group_size=None, num_bits=8)
-    assert tiny(quantization_config=whole).quantization == Widened(CompressedInt(0, bits=8))
+    assert promised(**whole) == Widened(CompressedInt(0, bits=8))
+
+
+def test_groups_of_several_formats() -> None:
+    """As published for GLM-5 and Kimi: each group tells its own, or the config tells it of all."""
+    float8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    int4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+    groups: dict[str, Any] = {
+        "group_0": {"targets": ["re:.*self_attn.*"], "weights": float8},
+        "group_1": {"targets": ["re:.*experts.*"], "weights": int4, "format": "pack-quantized"},
+        "group_2": {"targets": ["re:.*k_proj"], "weights": None, "output_activations": float8},
+    }
+    compressed = {"quant_method": "compressed-tensors", "format": "mixed-precision"}
+    both = (Fp8(128, 128), CompressedInt(128))
+    assert tiny(quantization_config=compressed | {"config_groups": groups}).quantization == both
+    groups["group_0"]["format"] = "float-quantized"
+    assert tiny(quantization_config=compressed | {"config_groups": groups}).quantization == both
+    groups["group_0"] = {"weights": int4 | {"num_bits": 8}}
+    older = compressed | {"format": "pack-quantized", "config_groups": groups}
+    both = (Widened(CompressedInt(128, bits=8)), CompressedInt(128))
+    assert tiny(quantization_config=older).quantization == both
+    groups["group_0"] = {"weights": int4}  # the same in two groups
+    assert tiny(quantization_config=older).quantization == (CompressedInt(128),)
 
 
 def test_rope_old_and_new_form() -> None:
@@ -1283,7 +1305,7 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         (
             {"quantization_config": COMPRESSED | {"format": "nvfp4-pack-quantized"}},
             "config.json: quantization_config: format is 'nvfp4-pack-quantized', "
-            'but only "float-quantized" or "pack-quantized" is supported',
+            'but only "float-quantized" or "pack-quantized" or "mixed-precision" is supported',
         ),
         (
             {"quantization_config": packed(group_size=48)},
@@ -1313,7 +1335,7 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         ),
         (
             {"quantization_config": COMPRESSED | {"config_groups": {}}},
-            "config.json: quantization_config: config_groups has 0 groups; 1 is supported",
+            "config.json: quantization_config: config_groups has no group with weights",
         ),
         (
             {"quantization_config": COMPRESSED},

@@ -99,7 +99,7 @@ def test_a_published_model_is_read(name: str) -> None:
     billions, length, stored = SIZES[name]
     assert round(model.num_params() / 1e9, 2) == billions
     assert model.max_len == length
-    assert str(model.quantization or "plain") == stored
+    assert (" and ".join(map(str, model.quantization)) or "plain") == stored
 
 
 # A published model, and a value of one of its keys that changes its arithmetic.

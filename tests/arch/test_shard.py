@@ -39,6 +39,8 @@ CASES = [
     *((family, over, False) for family, over in BIASED),
     ("LlamaForCausalLM", {"intermediate_size": 198, "mlp_bias": True}, False),
     ("GptOssForCausalLM", {"intermediate_size": 45}, False),
+    ("LlamaForCausalLM", {"vocab_size": 389}, False),
+    ("GraniteForCausalLM", {"vocab_size": 389, "tie_word_embeddings": True}, False),
 ]
 # Every rank has these whole: what they work on is the same on all.
 EVERYWHERE = (
@@ -98,7 +100,9 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
             if of_keys:
                 copies = max(1, size // kv_heads)
             has_even = over.get("intermediate_size", 0) % size == 0
-            assert len(set(parts)) == 1 or (".mlp." in name and not has_even)
+            of_vocab = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            is_uneven = (".mlp." in name and not has_even) or (of_vocab and "vocab_size" in over)
+            assert len(set(parts)) == 1 or is_uneven
             assert sum(map(prod, parts)) == copies * prod(whole), name
     assert seen == model.weights().keys()
 
@@ -157,11 +161,24 @@ def test_parts_follow_each_other() -> None:
             assert at == units
 
 
+def test_shares_of_the_vocabulary_follow_each_other() -> None:
+    for size in range(1, 9):
+        for vocab in (*range(56, 200), 32001, 49155, 50257, 128258, 151936):
+            shards = [Shard(0, 1, rank, size) for rank in range(size)]
+            rows = [shard.vocab_rows(vocab) for shard in shards]
+            width = shards[0].vocab_width(vocab)
+            assert sum(rows) == vocab and min(rows) > 0
+            assert rows[:-1] == [width] * (size - 1) and rows[-1] <= width
+            assert size == 1 or width % 8 == 0 or vocab < 8 * size * size
+            starts = [shard.start(vocab, own) for shard, own in zip(shards, rows, strict=True)]
+            assert starts == [rank * width for rank in range(size)]
+
+
 @pytest.mark.parametrize(
     ("size", "over", "sentence"),
     [
         (3, {}, "3 does not divide the model's num_attention_heads=4"),
-        (2, {"vocab_size": 385}, "2 does not divide the model's vocab_size=385"),
+        (4, {"vocab_size": 9}, "4 ranks cannot each have some of the model's vocab_size=9"),
         (
             4,
             {"intermediate_size": 3},

@@ -85,7 +85,7 @@ def test_quantised_weights_stored_or_made_up(
 
 def test_formats_of_the_checkpoint_and_in_memory(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, quantization_config=FP8)
-    plain = replace(read_arch(tmp_path), quantization=None)
+    plain = replace(read_arch(tmp_path), quantization=())
     stored = read_arch(tmp_path).quantized()
     assert held_formats(stored, "auto") is stored
     assert held_formats(stored, "fp8") is stored
@@ -94,7 +94,7 @@ def test_formats_of_the_checkpoint_and_in_memory(tmp_path: Path) -> None:
         "FP8 in blocks of 16 x 16, held plain"
     }
     assert not held_formats(plain, "none").formats()
-    four = replace(plain, quantization=CompressedInt(32)).quantized()
+    four = replace(plain, quantization=(CompressedInt(32),)).quantized()
     message = "quantization: it is fp8, but weights of the checkpoint are INT4 with a scale per 32"
     with pytest.raises(ConfigError, match=message):
         held_formats(four, "fp8")

@@ -80,14 +80,33 @@ def whole_numbers(module: str, stored: Tensors, config: dict[str, Any]) -> Tenso
     return ((numbers - zeros[groups]) * scales[groups]).T.contiguous()
 
 
-def four_bits(name: str, stored: Tensors) -> Tensor:
-    """The weight `name`, of which the checkpoint has packed numbers."""
+def mixed(*groups: dict[str, Any], form: str = "mixed-precision") -> dict[str, Any]:
+    """What `groups` promise, each alone, in one config, as published checkpoints have it."""
+    each = {
+        f"group_{i}": group["config_groups"]["group_0"] | {"format": group["format"]}
+        for i, group in enumerate(groups)
+    }
+    return groups[0] | {"format": form, "config_groups": each}
+
+
+def bits_of(packed: Tensor, scales: Tensor, config: dict[str, Any]) -> int:
+    """Of the whole numbers of a weight, by the int32 of a group."""
+    for group in config["config_groups"].values():
+        weights = group["weights"]
+        words = (weights.get("group_size") or 0) * weights["num_bits"] // 32
+        if weights["type"] == "int" and packed.shape[1] == words * scales.shape[1]:
+            return int(weights["num_bits"])
+    return 4
+
+
+def four_bits(name: str, stored: Tensors, bits: int = 4) -> Tensor:
+    """The weight `name`, of which the checkpoint has packed numbers, of 4 bits or of other."""
     if name + "_packed" in stored:
         packed, scales = stored[name + "_packed"], stored[name + "_scale"].float()
-        numbers = packed_numbers(packed.T, 4).T
-        zeros = torch.full_like(scales, 8)
+        numbers = packed_numbers(packed.T, bits).T
+        zeros = torch.full_like(scales, 2 ** (bits - 1))
         if name + "_zero_point" in stored:
-            zeros = packed_numbers(stored[name + "_zero_point"], 4)
+            zeros = packed_numbers(stored[name + "_zero_point"], bits)
         group = numbers.shape[-1] // scales.shape[-1]
         zeros, scales = (each.repeat_interleave(group, -1) for each in (zeros, scales))
         return ((numbers - zeros) * scales).contiguous()
@@ -111,8 +130,12 @@ def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
         if tensor.dtype == FP8:
             (scales,) = (stored[n] for n in stored if n.startswith(name + "_scale"))
             tensors[name] = by_hand(tensor, scales, size)
-        elif name.endswith(("_blocks", "_packed")):
-            weight = name.removesuffix("_blocks").removesuffix("_packed")
+        elif name.endswith("_packed"):
+            weight = name.removesuffix("_packed")
+            bits = bits_of(tensor, stored[weight + "_scale"], quantization)
+            tensors[weight] = four_bits(weight, stored, bits)
+        elif name.endswith("_blocks"):
+            weight = name.removesuffix("_blocks")
             tensors[weight] = four_bits(weight, stored)
             if tensors[weight].dim() == 3:  # gpt-oss stores plain ones as [experts, columns, rows]
                 tensors[weight] = tensors[weight].mT.contiguous()

@@ -73,6 +73,7 @@ def test_every_format(tmp_path: Path, name: str) -> None:
 ASYMMETRIC = GPTQ | {"sym": False}
 REORDERED = ASYMMETRIC | {"desc_act": True}
 ZERO_POINTS = int4(symmetric=False)
+INT8 = int4(num_bits=8)
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16}
 LAYERS = [
     ("Qwen2MoeForCausalLM", ASYMMETRIC, {"shared_expert_intermediate_size": 64}),
@@ -144,6 +145,10 @@ SHARDED = [
     ("Qwen3MoeForCausalLM", AWQ, {"moe_intermediate_size": 64}, 2, False),
     ("Qwen3MoeForCausalLM", REORDERED, {"moe_intermediate_size": 64}, 2, False),
     ("Qwen3MoeForCausalLM", ZERO_POINTS, {}, 2, True),
+    # Held plain: parts of 16 and 40 columns.
+    ("LlamaForCausalLM", REORDERED, {"intermediate_size": 160}, 4, False),
+    ("LlamaForCausalLM", CONFIGS["gptq int8"], {"intermediate_size": 160}, 4, False),
+    ("Qwen3MoeForCausalLM", INT8, {"moe_intermediate_size": 96}, 4, False),
 ]
 
 
@@ -180,8 +185,14 @@ def test_splits_that_are_refused(tmp_path: Path) -> None:
     }
     for path, (size, message) in wrong.items():
         with open_checkpoint(read_arch(path), path) as checkpoint:
-            with pytest.raises(ArchError, match=message):
+            with pytest.raises(ArchError, match=message) as caught:
                 Shard(0, 2, 0, size).of(checkpoint.arch)
+            assert "enable_expert_parallel" not in str(caught.value)
+            if path == model:  # an int32 holds 8 numbers
+                Shard(0, 2, 0, size).of(checkpoint.arch.widened())
+            else:
+                with pytest.raises(ArchError, match=message):
+                    Shard(0, 2, 0, size).of(checkpoint.arch.widened())
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "gptq reordered", "gptq int8"])

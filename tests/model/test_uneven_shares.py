@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized import block, compressed
+from quantized import block, compressed, mixed
 from tiny_models import CPU, all_logits, load, some_tokens
 from torch import Tensor
 
@@ -25,6 +25,7 @@ INT4 = compressed("group", num_bits=4, type="int", group_size=32) | {"format": "
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
 GPTQ |= {"checkpoint_format": "gptq"}
+MIXED = mixed(compressed("block", block_structure=[32, 32]), INT4)
 MOE = {"moe_intermediate_size": 160}
 # Family, what is different in its config, ranks, the channels of each.
 CASES: list[tuple[str, dict[str, Any], list[int]]] = [
@@ -35,6 +36,7 @@ CASES: list[tuple[str, dict[str, Any], list[int]]] = [
         [64, 32, 32, 32],
     ),
     ("Qwen3MoeForCausalLM", MOE | {"quantization_config": INT4}, [64, 32, 32, 32]),
+    ("Qwen3MoeForCausalLM", MOE | {"quantization_config": MIXED}, [96, 64]),
     (
         "Qwen2MoeForCausalLM",
         MOE | {"shared_expert_intermediate_size": 96, "quantization_config": AWQ},
@@ -60,10 +62,15 @@ CASES: list[tuple[str, dict[str, Any], list[int]]] = [
         {"intermediate_size": 1392, "quantization_config": block(128, 128)},
         [704, 688],
     ),
-    ("LlamaForCausalLM", {"intermediate_size": 98}, [26, 24, 24, 24]),
+    # Of 389 tokens 4 ranks have 104, 104, 104 and 77; 8 ranks have 52 each, but the last one 25.
+    (
+        "LlamaForCausalLM",
+        {"intermediate_size": 98, "vocab_size": 389, "tie_word_embeddings": True},
+        [26, 24, 24, 24],
+    ),
     (
         "MixtralForCausalLM",
-        {"intermediate_size": 100, "num_attention_heads": 8},
+        {"intermediate_size": 100, "num_attention_heads": 8, "vocab_size": 389},
         [14, 14, 12, 12, 12, 12, 12, 12],
     ),
 ]

@@ -137,26 +137,33 @@ def sampling_state(slots: Tensor, seed: int) -> PlainSampling:
     return PlainSampling(temperature, seeds, zeros, zeros + 5, zeros.clone())
 
 
-def sample_by_two(scores: Tensor, slots: Tensor, states: list[PlainSampling]) -> list[Tensor]:
+def sample_by_two(
+    scores: Tensor, slots: Tensor, states: list[PlainSampling], vocab: int | None = None
+) -> list[Tensor]:
     barrier = Barrier(2)
     board: list[Tensor | None] = [None, None]
 
     def as_rank(rank: int) -> Tensor:
         group = ThreadGroup(rank, barrier, board)
         shard = scores.chunk(2, 1)[rank].contiguous()
-        return triton.sample_plain(shard, slots, states[rank], ranks=group)
+        return triton.sample_plain(shard, slots, states[rank], ranks=group, vocab=vocab)
 
     with ThreadPoolExecutor(2) as threads:
         return list(threads.map(as_rank, range(2)))
 
 
+@pytest.mark.parametrize("missing", [0, 5, GROUP + 1])
 @pytest.mark.parametrize("rows", [1, 300])
-def test_two_ranks_sample_what_one_would(rows: int) -> None:
-    scores = 3 * torch.randn(rows, 32 * GROUP, device=CUDA)
+def test_two_ranks_sample_what_one_would(rows: int, missing: int) -> None:
+    """`missing`: tokens that the last rank has fewer than the first one."""
+    vocab = 32 * GROUP - missing
+    whole = 3 * torch.randn(rows, 32 * GROUP, device=CUDA)
+    whole[:, vocab:] = 1e4  # would be chosen if it were read
+    scores = whole[:, :vocab].contiguous()
     slots = torch.randperm(rows, device=CUDA)
     states = [sampling_state(slots, 7) for _ in range(3)]
     expected = triton.sample_plain(scores, slots, states[2])
-    for tokens in sample_by_two(scores, slots, states[:2]):
+    for tokens in sample_by_two(whole, slots, states[:2], vocab):
         assert torch.equal(tokens, expected)
     for state in states:
         assert torch.equal(state.last_tokens[slots], expected)

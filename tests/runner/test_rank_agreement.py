@@ -21,7 +21,8 @@ from torch import Tensor
 from gllm_engine.ops import PlainSampling, reference
 from gllm_engine.parallel import Mesh, RankGroups, join_ranks, talk_through
 
-ROWS, VOCAB = 12, 6000
+ROWS, VOCAB = 12, 5987
+WIDTH = 3000  # of the logits of each rank
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -110,8 +111,10 @@ def _as_rank(rank: int, folder: str) -> None:
     found: dict[str, Any] = {}
     for name, (sample_plain, whose) in ways.items():
         scores, slots, state = plain_case(whose)
-        share = scores.chunk(2, 1)[rank].contiguous()
-        tokens = sample_plain(share, slots, state, ranks=ranks.tensor)
+        # What follows the vocabulary would be chosen if it were read.
+        whole = torch.nn.functional.pad(scores, (0, 2 * WIDTH - VOCAB), value=1e4)
+        share = whole.chunk(2, 1)[rank].contiguous()
+        tokens = sample_plain(share, slots, state, ranks=ranks.tensor, vocab=VOCAB)
         found[name] = [tokens.tolist(), state.last_tokens[slots].tolist()]
     found["runner, agreeing"] = _drive(ranks, folder)
     if rank == 1:

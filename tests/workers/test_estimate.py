@@ -171,6 +171,16 @@ def test_the_first_rank_has_the_most_weights() -> None:
     assert len(set(held[1:])) == 1 and held[1] < 0.75 * held[0]
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_first_rank_has_the_most_of_the_vocabulary(tie: bool) -> None:
+    """Of 389 tokens, 4 ranks have 104, 104, 104 and 77."""
+    arch = make_arch(tiny_config("LlamaForCausalLM", vocab_size=389, tie_word_embeddings=tie))
+    (stage,) = estimate(small(tensor_parallel_size=4), arch, 8 * GIB).stages
+    kinds = ["embeddings"] if tie else ["embeddings", "output projection"]
+    assert [stage.weights.get(kind) for kind in kinds] == [2 * 104 * arch.dim] * len(kinds)
+    assert stage.kv_cache > 3 * GIB
+
+
 @pytest.mark.parametrize("family", ["MixtralForCausalLM", "LlamaForCausalLM"])
 def test_ranks_have_their_shares(family: str) -> None:
     arch = make_arch(tiny_config(family, num_hidden_layers=5))

@@ -62,6 +62,8 @@ WAYS: dict[str, dict[str, Any]] = {
     },
 }
 LAYERS = {"num_hidden_layers": 5}
+# 2 ranks have 200 and 189 tokens; 4 ranks have 104, 104, 104 and 77.
+VOCAB = {"vocab_size": 389}
 # Layers of both kinds on some stages, and of one kind on others.
 WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2} | LAYERS
 HYBRID = LAYERS | {
@@ -78,8 +80,8 @@ CUT_BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 40]}
 GROUPS = {"quantization_config": {"quant_method": "mxfp4"}, "intermediate_size": 160}
 # Family, what is different in its config, and how it is shared out.
 FAMILIES: list[tuple[str, dict[str, Any], str]] = [
-    ("Qwen2ForCausalLM", {}, "tp2 x pp2"),  # tied: both ends of the pipeline have the embedding
-    ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}, "tp4"),
+    ("Qwen2ForCausalLM", VOCAB, "tp2 x pp2"),  # tied: both ends of the pipeline have the embedding
+    ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True} | VOCAB, "tp4"),
     ("Glm4ForCausalLM", {}, "tp2"),
     ("Qwen3ForCausalLM", {"quantization_config": CUT_BLOCKS}, "tp2 x pp2"),
     ("Qwen3MoeForCausalLM", {"quantization_config": BLOCKS}, "ep2"),
@@ -122,7 +124,8 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "Qwen3ForCausalLM", seed=3, **LAYERS)
+    over = LAYERS | VOCAB
+    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "Qwen3ForCausalLM", seed=3, **over)
 
 
 @pytest.fixture(scope="module")

@@ -37,11 +37,15 @@ _RECORDED = 256
 
 # A step's slots may start anywhere in a packed array: one kernel serves all alignments.
 @triton.jit(do_not_specialize_on_alignment=["slots"])
-def _look(scores, slots, temperature, peaks, masses, bests, vocab, base, GROUP: tl.constexpr):
+def _look(
+    scores, slots, temperature, peaks, masses, bests, width, own, base,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """`width`: of a row of scores, of which the first `own` are of tokens, from token `base` on."""
     row, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = group * GROUP + tl.arange(0, GROUP)
     heat = tl.load(temperature + tl.load(slots + row)).to(tl.float32)
-    x = tl.load(scores + row.to(tl.int64) * vocab + at, mask=at < vocab, other=-float("inf"))
+    x = tl.load(scores + row.to(tl.int64) * width + at, mask=at < own, other=-float("inf"))
     x = x.to(tl.float32) / tl.where(heat > 0, heat, 1.0)
     # NaN compares false with every number: a NaN peak would give an index past the row's end.
     peak, best = tl.max(tl.where(x == x, x, -float("inf")), 0, return_indices=True)
@@ -68,7 +72,7 @@ def _first_above(weights, target, at):
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def _choose(
     scores, slots, temperature, seeds, prompt_lens, lengths, last_tokens,
-    peaks, masses, bests, tokens, vocab, groups, rank, ranks,
+    peaks, masses, bests, tokens, width, own, groups, rank, ranks,
     GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -93,11 +97,11 @@ def _choose(
         member = tl.arange(0, GROUP)
         at = (chosen - rank * ours) * GROUP + member
         x = tl.load(
-            scores + row.to(tl.int64) * vocab + at,
-            mask=(at >= 0) & (at < vocab), other=-float("inf"),
+            scores + row.to(tl.int64) * width + at,
+            mask=(at >= 0) & (at < own), other=-float("inf"),
         )  # fmt: skip
         members = tl.exp(x.to(tl.float32) / heat - top).to(tl.float64)
-        first = rank * vocab + (chosen - rank * ours) * GROUP
+        first = rank * width + (chosen - rank * ours) * GROUP
         token = first + _first_above(members, rest, member)
     if ranks == 1:
         tl.store(tokens + row, token.to(tl.int64))
@@ -124,23 +128,25 @@ def sample_plain(
     state: PlainSampling,
     out: Tensor | None = None,
     ranks: TensorGroup | None = None,
+    vocab: int | None = None,
 ) -> Tensor:
     """See Ops.sample_plain."""
-    rows, vocab = scores.shape
+    rows, width = scores.shape
     rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-    groups = triton.cdiv(vocab, _GROUP)
+    own = width if vocab is None else min(width, vocab - rank * width)
+    groups = triton.cdiv(width, _GROUP)
     left = torch.empty(3 * rows, groups, dtype=torch.float32, device=scores.device)
     peaks, masses, bests = left.chunk(3)
     tokens = torch.empty_like(slots) if out is None else out
     _look[(rows, groups)](
-        scores, slots, state.temperature, peaks, masses, bests.view(torch.int32), vocab,
-        rank * vocab, GROUP=_GROUP,
+        scores, slots, state.temperature, peaks, masses, bests.view(torch.int32), width,
+        own, rank * width, GROUP=_GROUP,
     )  # fmt: skip
     if ranks is not None:
         peaks, masses, bests = ranks.gather(left).chunk(3)
     _choose[(rows,)](
-        scores, slots, *state, peaks, masses, bests.view(torch.int32), tokens, vocab,
-        size * groups, rank, size,
+        scores, slots, *state, peaks, masses, bests.view(torch.int32), tokens, width,
+        own, size * groups, rank, size,
         GROUP=_GROUP, GROUPS=triton.next_power_of_2(size * groups),
     )  # fmt: skip
     if ranks is not None and size > 1:
