@@ -105,7 +105,7 @@ def held_matrices(decoder: Decoder) -> Tensors:
         for linear in linears(block):
             for product in linear._products:
                 sizes = product._sizes
-                parts = dequantized(product._weight, torch.float32).split(list(sizes.values()))
+                parts = dequantized(product.weight, torch.float32).split(list(sizes.values()))
                 for name, part in zip(sizes, parts, strict=True):
                     matrices[f"{i}.{name}"] = part
         for mixer in vars(block).values():
@@ -255,7 +255,7 @@ def test_a_zero_point_of_zero(tmp_path: Path) -> None:
     stored = torch.tensor([word - 2**32 if word >= 2**31 else word], dtype=torch.int32)
     rewrite(model, lambda tensors: tensors[name].copy_(stored.expand_as(tensors[name])))
     check(model)
-    weight = load(model)._blocks[1]._ffn._down._products[0]._weight
+    weight = load(model)._blocks[1]._ffn._down._products[0].weight
     assert weight.scales[0, :8, 1].tolist() == [0, 5, 0, 0, 1, 15, 9, 8]
 
 
