@@ -184,7 +184,19 @@ class _Widened(_Plain):
         return Staged(views, convert)
 
 
-class _Rounded:
+class _Converted:
+    """Weights whose stored form is converted: all of them are staged, and none has a view."""
+
+    def __init__(self, sizes: Shapes) -> None:
+        self._sizes = sizes
+        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        del expert
+        return {}
+
+
+class _Rounded(_Converted):
     def __init__(
         self,
         sizes: Shapes,
@@ -194,9 +206,8 @@ class _Rounded:
         device: torch.device,
     ) -> None:
         del kinds
-        self._sizes = sizes
+        super().__init__(sizes)
         self._dtype = dtype
-        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
         rows, depth = _stacked(sizes)
         self.value = Fp8Weight(
             torch.empty((*lead, rows, depth), dtype=torch.float8_e4m3fn, device=device),
@@ -204,10 +215,6 @@ class _Rounded:
             rows_per_scale=1,
             columns_per_scale=depth,
         )
-
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        del expert
-        return {}
 
     def stagings(self, expert: int | None = None) -> list[Staging]:
         whole = self.value if expert is None else self.value[expert]
@@ -233,18 +240,10 @@ class _Rounded:
         return Staged({name: matrix}, convert)
 
 
-class _Packed(ABC):
+class _Packed(_Converted, ABC):
     """4-bit numbers, packed for kernels when they are loaded, with the scales of the checkpoint."""
 
     value: PackedWeight
-
-    def __init__(self, sizes: Shapes) -> None:
-        self._sizes = sizes
-        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
-
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        del expert
-        return {}
 
     def stagings(self, expert: int | None = None) -> list[Staging]:
         whole = self.value if expert is None else self.value[expert]
