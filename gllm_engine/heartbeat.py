@@ -44,6 +44,7 @@ class ConnectionWatch:
     """
 
     def __init__(self, socket: zmq.Socket[bytes], first_s: float, end_s: float) -> None:
+        self._socket = socket
         self._end_s = end_s
         self.connected = False  # whether the first connection has been made
         self._deadline: float | None = time.monotonic() + first_s
@@ -69,3 +70,12 @@ class ConnectionWatch:
             elif self.connected and self._deadline is None:
                 self._deadline = time.monotonic() + self._end_s
         return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def close(self) -> None:
+        """Stop watching. Must be called before the socket is closed.
+
+        ZeroMQ's thread blocks for ever when it reports an event to a closed monitor, and with it
+        every thread that closes the socket. So the reports are ended first.
+        """
+        self._socket.disable_monitor()
+        self.monitor.close(0)

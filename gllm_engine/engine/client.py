@@ -315,8 +315,7 @@ class _Connection:
         return self.attached.end_silent(silence)
 
     def close(self, linger_ms: int) -> None:
-        self.watch.monitor.close(0)
-        self.socket.disable_monitor()
+        self.watch.close()
         self.socket.close(linger_ms)
         os.close(self.attached.pidfd)
 
