@@ -22,6 +22,7 @@ from gllm_engine.arch.formats import (
     Rounded,
     Shapes,
     format_name,
+    stored,
     stored_kind,
     widened,
 )
@@ -34,9 +35,15 @@ T = TypeVar("T")
 SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
 # Of Mla; always held plain, because its parts are no weights of products.
 KV_UP = "self_attn.kv_b_proj.weight"
-# Ends of names of matrices: routers, gates of shared experts, decay and update rate of GatedDelta,
+# Matrices with a row for each token: the embedding, which is always held plain, because rows are
+# taken from it, and the output projection.
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+# Ends of names of matrices: those of the vocabulary, routers, gates of shared experts, decay and update rate of GatedDelta,
 # weights of an indexer's heads.
 _USUALLY_PLAIN = (
+    EMBEDDING,
+    HEAD,
     "gate.weight",
     "in_proj_a.weight",
     "in_proj_b.weight",
@@ -487,7 +494,8 @@ class Model:
     max_len: int  # tokens, with RoPE scaling
     eos_token_ids: tuple[int, ...] = ()
     names: Names = Names()  # of the tensors of its checkpoints
-    quantization: tuple[Format, ...] = ()  # that the config promises for matrices of layers
+    quantization: tuple[Format, ...] = ()  # that the config promises for matrices
+    vocab_formats: Formats = ()  # of EMBEDDING and HEAD
     # Layers after these that its checkpoints may have, for multi-token prediction; not loaded.
     extra_layers: int = 0
     norm: NormKind = "rms"  # of the residual stream; queries and keys have the RMS kinds only
@@ -523,13 +531,16 @@ class Model:
 
         `first`: the index of the first layer.
         """
-        shapes: Shapes = {"model.embed_tokens.weight": (self.vocab, self.dim)}
+        shapes = self._of_vocabulary(EMBEDDING)
         if self.positions:
             shapes["model.embed_positions.weight"] = (self.positions, self.dim)
         for i, layer in enumerate(self.layers, first):
             shapes |= within_layer(i, layer.weights(self.dim, self.norm))
         shapes |= norm_weights("model.norm", self.dim, self.norm)
-        return shapes if self.tie else shapes | {"lm_head.weight": (self.vocab, self.dim)}
+        return shapes if self.tie else shapes | self._of_vocabulary(HEAD)
+
+    def _of_vocabulary(self, name: str) -> Shapes:
+        return stored({name: (self.vocab, self.dim)}, self.vocab_formats)
 
     @property
     def keeps_states(self) -> bool:
@@ -541,7 +552,10 @@ class Model:
         return {
             name: shape
             for name, shape in self.weights().items()
-            if name.startswith("model.layers.") and name.endswith(".weight") and len(shape) == 2
+            if name in (EMBEDDING, HEAD)
+            or name.startswith("model.layers.")
+            and name.endswith(".weight")
+            and len(shape) == 2
         }
 
     def with_formats(self, formats: Mapping[str, Format]) -> Model:
@@ -550,28 +564,30 @@ class Model:
         All experts of a layer have the format of any one.
         """
         by_layer: dict[int, dict[str, Format]] = defaultdict(dict)
+        outer: dict[str, Format] = {}
         for name, kind in formats.items():
+            if name in (EMBEDDING, HEAD):
+                outer[name] = widened(kind) if name == EMBEDDING else kind
+                continue
             layer, weight = name.removeprefix("model.layers.").split(".", 1)
             by_layer[int(layer)][format_name(weight)] = kind
-        return self.each(
+        return replace(self, vocab_formats=tuple(outer.items())).each(
             mixer=lambda i, layer: layer.mixer.with_formats(by_layer[i], self.dim),
             ffn=lambda i, layer: layer.ffn.with_formats(by_layer[i], self.dim),
         )
 
     def stored_kinds(self) -> dict[str, Format]:
         """The formats in which weights are stored that are not plain, by format_name."""
-        kinds: dict[str, Format] = {}
+        kinds = dict(self.vocab_formats)
         for i, layer in enumerate(self.layers):
-            stored = {
-                n: stored_kind(kind) for n, kind in (*layer.mixer.formats, *layer.ffn.formats)
-            }
-            kinds |= within_layer(i, stored)
-        return kinds
+            kinds |= within_layer(i, dict((*layer.mixer.formats, *layer.ffn.formats)))
+        return {name: stored_kind(kind) for name, kind in kinds.items()}
 
     def formats(self) -> set[Format]:
         """The formats of weights that are not plain."""
         parts = (part for layer in self.layers for part in (layer.mixer, layer.ffn))
-        return {kind for part in parts for _, kind in part.formats}
+        each = (self.vocab_formats, *(part.formats for part in parts))
+        return {kind for formats in each for _, kind in formats}
 
     def quantized(self) -> Model:
         """A copy in which all matrices that usually are quantised have a promised format.
@@ -603,7 +619,8 @@ class Model:
 
     def widened(self) -> Model:
         """A copy whose weights are held plain, whatever their formats in the checkpoint."""
-        return self.each(
+        outer = tuple((name, widened(kind)) for name, kind in self.vocab_formats)
+        return replace(self, vocab_formats=outer).each(
             mixer=lambda _, layer: layer.mixer.held(widened),
             ffn=lambda _, layer: layer.ffn.held(widened),
         )

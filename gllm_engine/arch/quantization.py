@@ -104,7 +104,8 @@ def _compressed_int(weights: Fields) -> Format:
 
 
 def _gptq(q: Fields) -> tuple[Format]:
-    q.require(is_marlin_format=False, pack_dtype="int32", lm_head=False)
+    q.require(is_marlin_format=False, pack_dtype="int32")
+    q.flag("lm_head")  # whether the output projection has the format too, which the files tell
     version = _version(q, "checkpoint_format", ("gptq", "gptq_v2"))
     _check_overrides(q)
     group = _group(q, "group_size")

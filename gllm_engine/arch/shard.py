@@ -19,7 +19,17 @@ from math import lcm
 
 from gllm_engine.arch.fields import ArchError
 from gllm_engine.arch.formats import EXPERTS_APART, Formats, Shapes
-from gllm_engine.arch.model import Dense, GatedDelta, Gqa, Layer, Mla, Model, Moe
+from gllm_engine.arch.model import (
+    EMBEDDING,
+    HEAD,
+    Dense,
+    GatedDelta,
+    Gqa,
+    Layer,
+    Mla,
+    Model,
+    Moe,
+)
 
 # Channels of which uneven shares may be multiples.
 _UNITS = (32, 16, 8, 4, 2, 1)
@@ -46,18 +56,30 @@ class Shard:
 
     def weights(self, model: Model) -> Shapes:
         """Canonical name -> shape of this rank's shard, for every weight that it holds."""
-        part = replace(model, vocab=self.vocab_rows(model.vocab), layers=self.of(model))
-        shapes = part.weights(self.first)
+        part = replace(
+            model,
+            vocab=self.vocab_rows(model.vocab),
+            layers=self.of(model),
+            vocab_formats=self.vocab_formats(model),
+        )
         last = self.end == len(model.layers)
+        others: list[str] = []  # beginnings of names
         if self.first and not (last and model.tie):
-            del shapes["model.embed_tokens.weight"]
+            others.append(EMBEDDING.removesuffix("weight"))
         if self.first:
-            shapes.pop("model.embed_positions.weight", None)
+            others.append("model.embed_positions.")
         if not last:
-            del shapes["model.norm.weight"]
-            shapes.pop("model.norm.bias", None)
-            shapes.pop("lm_head.weight", None)
-        return shapes
+            others += ["model.norm.", HEAD.removesuffix("weight")]
+        shapes = part.weights(self.first)
+        return {name: size for name, size in shapes.items() if not name.startswith(tuple(others))}
+
+    def vocab_formats(self, model: Model) -> Formats:
+        """The formats of this rank's share of the vocabulary's matrices."""
+        whole = (model.vocab, model.dim)
+        part = (self.vocab_rows(model.vocab), model.dim)
+        return tuple(
+            (name, kind.cut(name, whole, part, self.start)) for name, kind in model.vocab_formats
+        )
 
     def vocab_width(self, vocab: int) -> int:
         """The tokens in a rank's share of the vocabulary; the last rank may have fewer.

@@ -17,6 +17,7 @@ from gllm_engine.layers.norm import NormLayer
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
 from gllm_engine.layers.stacked_weight import Staging, renamed
+from gllm_engine.layers.vocabulary import VocabularyMatrix
 
 __all__ = [
     "DenseFfn",
@@ -33,5 +34,6 @@ __all__ = [
     "ResidualReducer",
     "RopeTable",
     "Staging",
+    "VocabularyMatrix",
     "renamed",
 ]

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from gllm_engine.arch.cache import cache_groups
 from gllm_engine.arch.model import (
+    EMBEDDING,
+    HEAD,
     AttentionShape,
     Dense,
     GatedDelta,
@@ -50,6 +52,7 @@ from gllm_engine.layers import (
     ResidualReducer,
     RopeTable,
     Staging,
+    VocabularyMatrix,
     renamed,
 )
 from gllm_engine.model.states import States, bytes_of_states
@@ -61,6 +64,7 @@ from gllm_engine.ops import (
     Ops,
     PlainSampling,
     RotaryInputs,
+    Weight,
     select_ops,
 )
 from gllm_engine.parallel import ALONE, TensorParallel
@@ -82,7 +86,7 @@ _MIXERS: dict[type[Any], Callable[..., Mixer]] = {
 # Of one layer: the parts of its pages (K and V in one; latents and index keys in two), or a
 # RecurrentState of all slots.
 LayerCache = tuple[Tensor, ...]
-_OF_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_POSITIONS = "model.embed_positions.weight"
 # The group of layers that keep a state.
 _NO_GROUP = -1
 
@@ -263,14 +267,15 @@ class Decoder:
         ]
         for block, after in pairwise(self._blocks):
             block.next_norm = after.first_norm
-        self._outer_shapes = {
-            name: shape
-            for name, shape in self.shard.weights(arch).items()
-            if not name.startswith(("model.layers.", "model.norm."))
+        held = self.shard.weights(arch).keys()
+        self._vocabulary = {
+            name: self._new_matrix(name)
+            for name in (EMBEDDING, HEAD)
+            if any(stored.startswith(name.removesuffix("weight")) for stored in held)
         }
-        self._outer_weights = {
-            name: self._new_outer(name, shape) for name, shape in self._outer_shapes.items()
-        }
+        self._positions: Tensor | None = None  # a row for each position
+        if _POSITIONS in held:
+            self._positions = torch.empty(arch.positions, arch.dim, dtype=dtype, device=device)
         # Only the last stage computes it.
         self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self.ops, dtype, device)
         ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.mixer.ropes)
@@ -280,24 +285,26 @@ class Decoder:
         for i, block in enumerate(self._blocks):
             self._planned.setdefault(block.mixer.plan_key, i)
 
-    def _new_outer(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Memory for a weight outside the layers. Matrices of the vocabulary have as many rows on
-        every rank; rows past the vocabulary are zero.
-        """
-        rows = shape[0]
-        if name in _OF_VOCABULARY:
-            rows = self.shard.vocab_width(self.arch.vocab)
-        memory = torch.empty(rows, *shape[1:], dtype=self.dtype, device=self.device)
-        memory[shape[0] :].zero_()
-        return memory
+    def _new_matrix(self, name: str) -> VocabularyMatrix:
+        arch = self.arch
+        return VocabularyMatrix(
+            name,
+            (self.shard.vocab_rows(arch.vocab), arch.dim),
+            self.shard.vocab_width(arch.vocab),
+            self.shard.vocab_formats(arch),
+            self.dtype,
+            self.device,
+        )
 
     @property
     def _embedding(self) -> Tensor:
-        return self._outer_weights["model.embed_tokens.weight"]
+        table = self._vocabulary[EMBEDDING].value
+        assert isinstance(table, Tensor)
+        return table
 
     @property
-    def _head(self) -> Tensor:
-        return self._embedding if self.arch.tie else self._outer_weights["lm_head.weight"]
+    def _head(self) -> Weight:
+        return self._vocabulary[EMBEDDING if self.arch.tie else HEAD].value
 
     def new_cache(
         self,
@@ -407,9 +414,8 @@ class Decoder:
         scale = float(torch.tensor(arch.embed_scale, dtype=self.dtype)) / arch.residual_scale
         if scale != 1:
             x *= scale
-        if arch.positions:
-            table = self._outer_weights["model.embed_positions.weight"]
-            x += F.embedding(batch.positions, table)
+        if self._positions is not None:
+            x += F.embedding(batch.positions, self._positions)
         return x
 
     def _token_embeddings(self, tokens: Tensor) -> Tensor:
@@ -480,9 +486,11 @@ class Decoder:
 
         A view may have one more leading dimension than the weight; copying broadcasts over it.
         """
-        views = {
-            name: self._outer_weights[name][:n] for name, (n, *_) in self._outer_shapes.items()
-        }
+        views: dict[str, Tensor] = {}
+        for matrix in self._vocabulary.values():
+            views |= matrix.weights()
+        if self._positions is not None:
+            views[_POSITIONS] = self._positions
         if self.is_last:
             views |= self._norm.weights("model.norm")
         for i, block in enumerate(self._blocks, self.shard.first):
@@ -498,7 +506,8 @@ class Decoder:
 
     def stagings(self) -> list[Staging]:
         """The weights that are not in `weights`, because they are stored in another form."""
-        return [
+        of_vocabulary = [s for matrix in self._vocabulary.values() for s in matrix.stagings()]
+        return of_vocabulary + [
             renamed(staging, partial(within_layer, i))
             for i, block in enumerate(self._blocks, self.shard.first)
             for staging in block.stagings()

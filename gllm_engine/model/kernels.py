@@ -41,11 +41,15 @@ class _Dtypes:
 
 
 def kernels_of(
-    layers: Sequence[Layer], dtype: torch.dtype, cache_dtype: torch.dtype
+    layers: Sequence[Layer],
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    head: Format | None = None,
 ) -> list[KernelUse]:
     """The kernels of all parts of `layers`, and of matrix products last, for each format.
 
-    `dtype`: of the weights on a GPU; `cache_dtype`: of K and V there.
+    `dtype`: of the weights on a GPU; `cache_dtype`: of K and V there. `head`: the format of the
+    output projection; None: it is plain.
     """
     dtypes = _Dtypes(dtype, cache_dtype)
     counts = Counter(part for layer in layers for part in (layer.mixer, layer.ffn))
@@ -62,6 +66,9 @@ def kernels_of(
     for label, kind in sorted(ChainMap(*formats).items()):
         by_device = {device: _of_format(kind, device, dtype) for device in get_args(DeviceKind)}
         uses.append(KernelUse(f"products with {label}", layers_of[label], by_device))
+    if head is not None:
+        by_device = {device: _of_format(head, device, dtype) for device in get_args(DeviceKind)}
+        uses.append(KernelUse(f"output projection, {head}", 1, by_device))
     return uses
 
 

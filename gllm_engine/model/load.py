@@ -23,9 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.formats import Integers, format_name, stored_kind
+from gllm_engine.arch.formats import Formats, Integers, format_name, stored_kind
 from gllm_engine.arch.layout import Place, checkpoint_places
-from gllm_engine.arch.model import Model, within_layer
+from gllm_engine.arch.model import EMBEDDING, Model, within_layer
 from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
@@ -34,7 +34,6 @@ from gllm_engine.model.stored import StoredTensor, StoredTensors, Verified, inco
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_EMBEDDING = "model.embed_tokens.weight"
 _STAGED_BYTES = 1 << 30  # of weights that are stored in another form; the last one may exceed it
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -95,14 +94,14 @@ def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Ite
             pass
     targets = _aim(decoder, sources, weights)
     tied_copy = None
-    if checkpoint.tied is not None and _EMBEDDING in weights:
+    if checkpoint.tied is not None and EMBEDDING in weights:
         # On the host, so that it takes no device memory.
-        tied_copy = torch.empty_like(weights[_EMBEDDING], device="cpu")
-        tied = sources[_EMBEDDING]._replace(tensor=checkpoint.tensors[checkpoint.tied])
+        tied_copy = torch.empty_like(weights[EMBEDDING], device="cpu")
+        tied = sources[EMBEDDING]._replace(tensor=checkpoint.tensors[checkpoint.tied])
         targets += _share(decoder, tied, tied_copy)
     with reading(targets, decoder.device, shows):
         yield
-    if tied_copy is not None and not torch.equal(tied_copy, weights[_EMBEDDING].cpu()):
+    if tied_copy is not None and not torch.equal(tied_copy, weights[EMBEDDING].cpu()):
         file = checkpoint.tensors[str(checkpoint.tied)].path
         raise LoadError(
             f"{file}: tensor {checkpoint.tied} differs from the embedding, but the config says "
@@ -151,14 +150,20 @@ def fill_randomly(decoder: Decoder) -> None:
 
 def _bits_of_scales(decoder: Decoder) -> dict[str, int]:
     """Name of a tensor of scales of whole numbers, as format_name -> bits of such a number."""
-    bits: dict[str, int] = {}
+    bits = _bits(decoder.arch.vocab_formats)
     for i, layer in enumerate(decoder.layers, decoder.shard.first):
-        for name, held in (*layer.mixer.formats, *layer.ffn.formats):
-            kind = stored_kind(held)
-            if isinstance(kind, Integers):
-                scales = name.removesuffix("weight") + kind.scales
-                bits |= within_layer(i, {scales: kind.bits})
+        of_layer = _bits((*layer.mixer.formats, *layer.ffn.formats))
+        bits |= within_layer(i, of_layer)
     return bits
+
+
+def _bits(formats: Formats) -> dict[str, int]:
+    kinds = [(name, stored_kind(kind)) for name, kind in formats]
+    return {
+        name.removesuffix("weight") + kind.scales: kind.bits
+        for name, kind in kinds
+        if isinstance(kind, Integers)
+    }
 
 
 def _randomize(name: str, view: Tensor, generator: torch.Generator, bits: int) -> None:

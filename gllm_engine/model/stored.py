@@ -33,7 +33,7 @@ from gllm_engine.arch.formats import (
     held,
     stored_kind,
 )
-from gllm_engine.arch.model import Model
+from gllm_engine.arch.model import EMBEDDING, HEAD, Model
 from gllm_engine.arch.names import (
     checkpoint_layout,
     checkpoint_name,
@@ -127,7 +127,7 @@ class StoredTensors:
         self._shapes = checkpoint_shapes(arch)
         self._sizes = arch.weights()
         self._weights = checkpoint_tensors(arch)
-        self._tied = checkpoint_name(arch, "lm_head.weight") if arch.tie else None
+        self._tied = checkpoint_name(arch, HEAD) if arch.tie else None
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
         self._scale_dtypes: dict[str, str] = {}
@@ -182,6 +182,8 @@ class StoredTensors:
                 f"{path}: the config's quantization_config says {_told(promised)}, but no weight "
                 "is stored so"
             )
+        if EMBEDDING in formats:
+            _log.info("%s: the embedding is held plain, because rows are taken from it", path)
         plain = {str(kind) for kind in formats.values() if isinstance(kind, Widened)}
         if plain:
             _log.warning(
@@ -199,7 +201,8 @@ class StoredTensors:
         """
         wanted = checkpoint_shapes(arch)
         if self._tied is not None:  # may be stored, if equal to the embedding
-            wanted[self._tied] = arch.weights()["model.embed_tokens.weight"]
+            wanted[self._tied] = self._sizes[EMBEDDING]
+            self._check_tied(arch)
         # All experts of a layer have one format, so this is not what each tensor's dtype says.
         self._quantized = {name for name in wanted if _scales_of(name) & wanted.keys()}
         self._scale_dtypes = _scale_dtypes(arch)
@@ -227,6 +230,14 @@ class StoredTensors:
                 "%s: scales of a float8 KV cache are not used: K and V are stored as computed", path
             )
         return found
+
+    def _check_tied(self, arch: Model) -> None:
+        """Refuse a stored output projection that cannot be compared with the embedding."""
+        if self.tied is not None and EMBEDDING in dict(arch.vocab_formats):
+            raise LoadError(
+                f"{self._stored[self.tied].path}: tensor {self.tied} is stored beside a quantised "
+                "embedding, but the config says tie_word_embeddings=true"
+            )
 
     def _format(self, name: str) -> Format | None:
         """The format of a matrix, by what is stored under its name; None: it is plain."""

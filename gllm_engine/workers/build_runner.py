@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gllm_engine.arch import Model, Shard
-from gllm_engine.arch.formats import Fp8, Rounded
+from gllm_engine.arch.formats import Fp8, Rounded, stored_kind
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import read_object
 from gllm_engine.model import Decoder, best_device, fill_randomly, filling, open_checkpoint
@@ -166,7 +166,7 @@ def held_formats(arch: Model, quantization: str) -> Model:
     if quantization == "auto":
         return arch
     for kind in sorted(arch.formats(), key=str):
-        if not isinstance(kind, Fp8):
+        if not isinstance(stored_kind(kind), Fp8):
             raise ConfigError(f"quantization: it is fp8, but weights of the checkpoint are {kind}")
     return arch if arch.formats() else arch.rounded()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch import Model
+from gllm_engine.arch.model import HEAD
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder, KernelUse, kernels_of
 from gllm_engine.parallel import TensorParallel, partition_layers
@@ -113,7 +114,8 @@ def estimate(config: EngineConfig, arch: Model, gpu_memory: int | None) -> Estim
     cache_dtype = kv_sizing.cache_dtype(config, stages[0].decoder)
     layers = [layer for stage in stages for layer in stage.decoder.layers]
     on_gpu = weights_dtype(config, on_gpu=True)
-    kernels = kernels_of(layers, on_gpu, on_gpu if cache_dtype == dtype else cache_dtype)
+    gpu_cache = on_gpu if cache_dtype == dtype else cache_dtype
+    kernels = kernels_of(layers, on_gpu, gpu_cache, dict(arch.vocab_formats).get(HEAD))
     return Estimate(dtype, cache_dtype, num_pages, num_snapshots, sizes, kernels)
 
 

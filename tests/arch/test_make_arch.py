@@ -1104,7 +1104,6 @@ def packed(**over: Any) -> dict[str, Any]:
         ({"format": "bitblas"}, "format is 'bitblas'; supported are gptq, gptq_v2"),
         ({"is_marlin_format": True}, "is_marlin_format is True, but only false is supported"),
         ({"pack_dtype": "int16"}, "pack_dtype is 'int16', but only \"int32\" is supported"),
-        ({"lm_head": True}, "lm_head is True, but only false is supported"),
         (
             {"dynamic": {"-:.*mtp.*": {}, "+:.*down.*": {"bits": 8}}},
             "dynamic: '+:.*down.*' changes the format of some modules, which is not supported; a "

@@ -1,0 +1,58 @@
+"""A matrix with a row for each token: the embedding, or the output projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gllm_engine.arch.formats import Formats
+from gllm_engine.layers.stacked_weight import Staging, stack_weights
+from gllm_engine.ops import Weight
+
+_UNUSED = "unused."  # the name of the rows past the vocabulary begins so
+
+
+class VocabularyMatrix:
+    """The weight `name`, [width, dim], of which a rank's tokens have the first rows.
+
+    Every rank has `width` rows; those past the vocabulary are zero.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        width: int,
+        formats: Formats,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`shape`: of the rows of tokens. `formats`, `dtype`: as of stack_weights."""
+        rows, dim = shape
+        self._name = name
+        shapes = {name: shape}
+        if width > rows:
+            unused = _UNUSED + "weight"
+            shapes[unused] = (width - rows, dim)
+            formats += tuple((unused, kind) for own, kind in formats if own == name)
+        self._stack = stack_weights(list(shapes), shapes, formats, dtype, device)
+        self.value = self._stack.value
+        if width > rows:
+            _zero(self.value)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Name -> view to load each stored tensor into; see StackedWeight.views."""
+        views = self._stack.views()
+        return {name: view for name, view in views.items() if not name.startswith(_UNUSED)}
+
+    def stagings(self) -> list[Staging]:
+        """The matrix, if it has no views, because it is stored in another form."""
+        return [staging for staging in self._stack.stagings() if self._name in staging.held]
+
+
+def _zero(weight: Weight) -> None:
+    if isinstance(weight, Tensor):
+        weight.zero_()
+    else:
+        weight.numbers.zero_()
+        weight.scales.zero_()
