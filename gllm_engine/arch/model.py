@@ -39,8 +39,8 @@ KV_UP = "self_attn.kv_b_proj.weight"
 # taken from it, and the output projection.
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-# Ends of names of matrices: those of the vocabulary, routers, gates of shared experts, decay and update rate of GatedDelta,
-# weights of an indexer's heads.
+# Ends of names of matrices: of the vocabulary, routers, gates of shared experts, decay and update
+# rate of GatedDelta, weights of an indexer's heads.
 _USUALLY_PLAIN = (
     EMBEDDING,
     HEAD,

@@ -57,6 +57,7 @@ class YarnScaling:
     beta_fast: float
     beta_slow: float
     truncate: bool  # round the ramp's ends to whole dimensions
+    derived_times: float = 1.0  # factor of an attention_factor that is derived
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ _KEYS = {
     *("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
     "finetuned",  # in early YaRN checkpoints; has no effect
 }
+
+# As the authors of YaRN and other engines write it; transformers knows these keys only as unknown.
+_YARN_KEYS = {"attn_factor", "extrapolation_factor", "apply_yarn_scaling"}
 
 Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
@@ -181,14 +185,15 @@ def _read_scaling(
 ) -> Scaling | None:
     max_len = config.count("max_position_embeddings")
     kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind == "longrope":
+    # Early checkpoints of Phi-3 have the other names.
+    if kind in ("longrope", "su") or kind == "yarn" and rope.has("short_factor"):
         return _read_longrope(config, rope, dim, max_len)
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise ArchError(
             f"{rope.name}: RoPE type {kind!r} is not supported; "
             "supported are default, linear, dynamic, llama3, yarn, longrope"
         )
-    rope.allow_only({*_KEYS, *other_keys})
+    rope.allow_only({*_KEYS, *other_keys, *(_YARN_KEYS if kind == "yarn" else ())})
     if kind == "default":
         return None
     if kind == "linear":
@@ -205,15 +210,29 @@ def _read_scaling(
                 f"high_freq_factor={high} is supported"
             )
         return Llama3Scaling(rope.real("factor"), low, high, original)
+    return _read_yarn(rope, max_len, original)
+
+
+def _read_yarn(rope: Fields, max_len: int, original: int) -> YarnScaling:
+    rope.require(extrapolation_factor=1)
+    attention = rope.optional_real("attention_factor")
+    times = rope.real("attn_factor", 1.0)
+    if attention is not None and times != 1:
+        raise ArchError(
+            f"{rope.name}: attn_factor is {times}, but beside attention_factor only 1 is supported"
+        )
+    if not rope.flag("apply_yarn_scaling", True):  # nothing is derived
+        attention = attention or times
     return YarnScaling(
         factor=rope.real("factor", max_len / original),
         original_len=original,
-        attention_factor=rope.optional_real("attention_factor"),
+        attention_factor=attention,
         mscale=rope.real_or_zero("mscale"),
         mscale_all_dim=rope.real_or_zero("mscale_all_dim"),
         beta_fast=rope.real("beta_fast", 32.0),
         beta_slow=rope.real("beta_slow", 1.0),
         truncate=rope.flag("truncate", True),
+        derived_times=times,
     )
 
 

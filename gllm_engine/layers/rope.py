@@ -97,5 +97,7 @@ def _yarn_attention_factor(scaling: YarnScaling) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
-    return scale(1.0)
+        derived = scale(scaling.mscale) / scale(scaling.mscale_all_dim)
+    else:
+        derived = scale(1.0)
+    return derived * scaling.derived_times

@@ -29,7 +29,14 @@ from gllm_engine.arch import (
 from gllm_engine.arch.formats import Awq, CompressedInt, Format, Fp8, Gptq, Widened
 from gllm_engine.arch.model import EarlierIndexer, GatedDelta
 from gllm_engine.arch.names import is_left_over
-from gllm_engine.arch.rope import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
+from gllm_engine.arch.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+)
 from gllm_engine.arch.shard import Shard
 from gllm_engine.arch.tiny import tiny_config
 
@@ -1211,6 +1218,29 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
     assert scaled(type="linear", factor=4.0).max_len == 2048
 
 
+def test_yarn_as_its_authors_write_it() -> None:
+    def scaling(**over: Any) -> YarnScaling:
+        found = rope_of(tiny(rope_scaling={"type": "yarn", "factor": 4.0} | over)).scaling
+        assert isinstance(found, YarnScaling)
+        return found
+
+    plain = scaling()
+    assert scaling(attn_factor=1.0, extrapolation_factor=1, apply_yarn_scaling=True) == plain
+    assert scaling(attn_factor=0.5) == replace(plain, derived_times=0.5)
+    unscaled = scaling(attn_factor=0.5, apply_yarn_scaling=False)
+    assert unscaled.attention_factor == 0.5
+    assert scaling(apply_yarn_scaling=False).attention_factor == 1
+    given = scaling(attention_factor=0.75, apply_yarn_scaling=False)
+    assert given.attention_factor == 0.75
+
+
+def test_early_names_of_longrope() -> None:
+    kinds = ("longrope", "su", "yarn")
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    models = [tiny("Phi3ForCausalLM", rope_scaling={"type": kind} | factors) for kind in kinds]
+    assert len(set(models)) == 1 and isinstance(rope_of(models[0]).scaling, LongRopeScaling)
+
+
 @pytest.mark.parametrize(
     ("over", "message"),
     [
@@ -1227,6 +1257,19 @@ def test_rope_scalings_and_the_length_they_reach() -> None:
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 50.0}},
             "config.json: rope_scaling: key 'alpha' is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "attn_factor": 2.0, "attention_factor": 1.0}},
+            "config.json: rope_scaling: attn_factor is 2.0, "
+            "but beside attention_factor only 1 is supported",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "extrapolation_factor": 0.5}},
+            "config.json: rope_scaling: extrapolation_factor is 0.5, but only 1 is supported",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "attn_factor": 2.0}},
+            "config.json: rope_scaling: key 'attn_factor' is not supported",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Glm4ForCausalLM", {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 0.25}}),
 ]
 
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+YARN: dict[str, Any] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 # Every scaling, in the old form (beside rope_theta) and in the new one.
 ROPES: list[dict[str, Any]] = [
     {"rope_scaling": {"type": "linear", "factor": 4.0}},
@@ -233,6 +234,17 @@ def test_logits_agree(tmp_path: Path, family: str, over: dict[str, Any]) -> None
 @pytest.mark.parametrize("over", ROPES, ids=label)
 def test_rope_scaling_agrees(tmp_path: Path, over: dict[str, Any]) -> None:
     check(tmp_path, "LlamaForCausalLM", {"head_dim": 32} | over)
+
+
+def test_attn_factor_multiplies_what_yarn_derives(tmp_path: Path) -> None:
+    """transformers has a key for the product only."""
+    tokens = some_tokens(90)
+    given = YARN | {"attention_factor": 0.75 * (0.1 * math.log(YARN["factor"]) + 1)}
+    write_tiny_model(tmp_path / "ours", seed=3, rope_scaling=YARN | {"attn_factor": 0.75})
+    write_tiny_model(tmp_path / "theirs", seed=3, rope_scaling=given)
+    ours = all_logits(load(tmp_path / "ours"), tokens)
+    theirs = reference_logits(tmp_path / "theirs", tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 def test_scaled_partial_interleaved_rope_agrees(tmp_path: Path) -> None:
