@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from gllm_engine.ops import (
     quantize_fp8,
 )
 
+K = TypeVar("K", bound=Format)
 _AT_ONCE = 1 << 24  # numbers, of which a copy in 32 bits is made
 
 
@@ -115,22 +117,57 @@ def stack_weights(
                 f"{names[0]} is {told[0]}, but {name} is {kind}; "
                 "they are one product, which needs one format"
             )
-    sizes = {name: shapes[name] for name in names}
-    lead = () if num_experts is None else (num_experts,)
-    kinds = {name: by_name[name] for name in names if name in by_name}
-    if not kinds:
-        return _Plain(sizes, lead, dtype, device)
-    return _STACKS[type(kinds[names[0]])](sizes, lead, kinds, dtype, device)
+    matrices = _Matrices(
+        sizes={name: shapes[name] for name in names},
+        lead=() if num_experts is None else (num_experts,),
+        kinds={name: by_name[name] for name in names if name in by_name},
+        dtype=dtype,
+        device=device,
+    )
+    if not matrices.kinds:
+        return _Plain(matrices)
+    return _STACKS[type(matrices.kinds[names[0]])](matrices)
+
+
+@dataclass(frozen=True)
+class _Matrices(Generic[K]):
+    """Matrices that are stacked along their rows, in their order, once or for each of several
+    experts.
+
+    `sizes`: name -> (rows, width). `lead`: (number of experts,) or (). `kinds`: name -> format, if
+    they are not plain. `dtype`: of plain numbers.
+    """
+
+    sizes: Shapes
+    lead: tuple[int, ...]
+    kinds: dict[str, K]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stack."""
+        return (*self.lead, sum(rows for rows, _ in self.sizes.values()), self.width)
+
+    @property
+    def width(self) -> int:
+        (width,) = {width for _, width in self.sizes.values()}
+        return width
+
+    @property
+    def rows(self) -> dict[str, slice]:
+        """Name -> its rows of the stack."""
+        return _ranges({name: rows for name, (rows, _) in self.sizes.items()})
+
+    def empty(self, dtype: torch.dtype, *size: int) -> Tensor:
+        """Memory for [size], or one for each expert."""
+        return torch.empty((*self.lead, *size), dtype=dtype, device=self.device)
 
 
 class _Plain:
-    def __init__(
-        self, sizes: Shapes, lead: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._sizes = sizes
-        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
-        shape = (*lead, *_stacked(sizes))
-        self.value: Tensor = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, matrices: _Matrices[Any]) -> None:
+        self._rows = matrices.rows
+        self.value: Tensor = matrices.empty(matrices.dtype, *matrices.shape[-2:])
 
     def views(self, expert: int | None = None) -> dict[str, Tensor]:
         whole = self.value if expert is None else self.value[expert]
@@ -142,16 +179,9 @@ class _Plain:
 
 
 class _Widened(_Plain):
-    def __init__(
-        self,
-        sizes: Shapes,
-        lead: tuple[int, ...],
-        kinds: dict[str, Widened],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(sizes, lead, dtype, device)
-        self._kinds = kinds
+    def __init__(self, matrices: _Matrices[Widened]) -> None:
+        super().__init__(matrices)
+        self._matrices = matrices
 
     def views(self, expert: int | None = None) -> dict[str, Tensor]:
         del expert
@@ -165,12 +195,12 @@ class _Widened(_Plain):
         ]
 
     def _stage(self, name: str, into: Tensor, device: torch.device) -> Staged:
-        kind = self._kinds[name].kind
+        kind = self._matrices.kinds[name].kind
+        sizes = self._matrices.sizes
         if isinstance(kind, Integers):
-            stored = StoredIntegers(name, self._sizes[name], kind, device)
+            stored = StoredIntegers(name, sizes[name], kind, device)
             return Staged(stored.views, partial(stored.dequantize_into, into))
-        formats = ((name, kind),)
-        stack = stack_weights([name], self._sizes, formats, into.dtype, device)
+        stack = stack_weights([name], sizes, ((name, kind),), into.dtype, device)
         inner = [staging.make(device) for staging in stack.stagings()]
         views = stack.views()
         for staged in inner:
@@ -184,34 +214,25 @@ class _Widened(_Plain):
         return Staged(views, convert)
 
 
-class _Converted:
+class _Converted(Generic[K]):
     """Weights whose stored form is converted: all of them are staged, and none has a view."""
 
-    def __init__(self, sizes: Shapes) -> None:
-        self._sizes = sizes
-        self._rows = _ranges({name: rows for name, (rows, _) in sizes.items()})
+    def __init__(self, matrices: _Matrices[K]) -> None:
+        self._matrices = matrices
+        self._rows = matrices.rows
 
     def views(self, expert: int | None = None) -> dict[str, Tensor]:
         del expert
         return {}
 
 
-class _Rounded(_Converted):
-    def __init__(
-        self,
-        sizes: Shapes,
-        lead: tuple[int, ...],
-        kinds: dict[str, Format],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        del kinds
-        super().__init__(sizes)
-        self._dtype = dtype
-        rows, depth = _stacked(sizes)
+class _Rounded(_Converted[Rounded]):
+    def __init__(self, matrices: _Matrices[Rounded]) -> None:
+        super().__init__(matrices)
+        rows, depth = matrices.shape[-2:]
         self.value = Fp8Weight(
-            torch.empty((*lead, rows, depth), dtype=torch.float8_e4m3fn, device=device),
-            torch.empty((*lead, rows, 1), dtype=torch.float32, device=device),
+            matrices.empty(torch.float8_e4m3fn, rows, depth),
+            matrices.empty(torch.float32, rows, 1),
             rows_per_scale=1,
             columns_per_scale=depth,
         )
@@ -227,7 +248,8 @@ class _Rounded(_Converted):
         return stagings
 
     def _stage(self, name: str, numbers: Tensor, scales: Tensor, device: torch.device) -> Staged:
-        matrix = torch.empty(self._sizes[name], dtype=self._dtype, device=device)
+        size = self._matrices.sizes[name]
+        matrix = torch.empty(size, dtype=self._matrices.dtype, device=device)
 
         def convert() -> None:
             some = max(1, _AT_ONCE // matrix.shape[1])
@@ -240,7 +262,7 @@ class _Rounded(_Converted):
         return Staged({name: matrix}, convert)
 
 
-class _Packed(_Converted, ABC):
+class _Packed(_Converted[K], ABC):
     """4-bit numbers, packed for kernels when they are loaded, with the scales of the checkpoint."""
 
     value: PackedWeight
@@ -258,41 +280,27 @@ class _Packed(_Converted, ABC):
         """Memory for the stored form of the weight `name`, which is converted to `into`."""
 
 
-class _Integers(_Packed):
-    def __init__(
-        self,
-        sizes: Shapes,
-        lead: tuple[int, ...],
-        kinds: dict[str, Integers],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        del dtype
-        super().__init__(sizes)
-        self._kinds = kinds
-        self.value = held_integers(list(kinds.values()), (*lead, *_stacked(sizes)), device)
+class _Integers(_Packed[Integers]):
+    def __init__(self, matrices: _Matrices[Integers]) -> None:
+        super().__init__(matrices)
+        kinds = list(matrices.kinds.values())
+        self.value = held_integers(kinds, matrices.shape, matrices.device)
 
     def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
-        stored = StoredIntegers(name, self._sizes[name], self._kinds[name], device)
+        matrices = self._matrices
+        stored = StoredIntegers(name, matrices.sizes[name], matrices.kinds[name], device)
         return Staged(stored.views, partial(stored.pack_into, into))
 
 
-class _Mxfp4(_Packed):
-    def __init__(
-        self,
-        sizes: Shapes,
-        lead: tuple[int, ...],
-        kinds: dict[str, Mxfp4],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        del kinds, dtype
-        super().__init__(sizes)
-        shape = (*lead, *_stacked(sizes))
-        self.value = empty_packed(shape, Mxfp4.group, torch.uint8, is_float=True, device=device)
+class _Mxfp4(_Packed[Mxfp4]):
+    def __init__(self, matrices: _Matrices[Mxfp4]) -> None:
+        super().__init__(matrices)
+        self.value = empty_packed(
+            matrices.shape, Mxfp4.group, torch.uint8, is_float=True, device=matrices.device
+        )
 
     def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
-        height, depth = self._sizes[name]
+        height, depth = self._matrices.sizes[name]
         numbers = torch.empty((height, depth // 2), dtype=torch.uint8, device=device)
         scales = torch.empty((height, depth // Mxfp4.group), dtype=torch.uint8, device=device)
 
@@ -311,32 +319,26 @@ class _Mxfp4(_Packed):
 class _Fp8:
     """All weights have the same format; where they end inside blocks may differ."""
 
-    def __init__(
-        self,
-        sizes: Shapes,
-        lead: tuple[int, ...],
-        kinds: dict[str, Fp8],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        del dtype
+    def __init__(self, matrices: _Matrices[Fp8]) -> None:
+        sizes = matrices.sizes
+        kinds = matrices.kinds
         self._suffixes = {name: kind.suffix for name, kind in kinds.items()}
-        rows, depth = _stacked(sizes)
+        rows, depth = matrices.shape[-2:]
         kind = next(iter(kinds.values()))
         # One scale for a whole weight is copied to all its rows.
         self._copies = not kind.rows
         grids = {name: kinds[name].grid(shape) for name, shape in sizes.items()}
         heights = {name: shape[0] for name, shape in sizes.items()}
         scale_heights = heights if self._copies else {name: grid[0] for name, grid in grids.items()}
-        self._rows = _ranges(heights)
+        self._rows = matrices.rows
         self._scale_rows = _ranges(scale_heights)
-        scales = (*lead, sum(scale_heights.values()), grids[next(iter(sizes))][1])
+        scales = (sum(scale_heights.values()), grids[next(iter(sizes))][1])
         self.value = Fp8Weight(
-            torch.empty((*lead, rows, depth), dtype=torch.float8_e4m3fn, device=device),
-            torch.empty(scales, dtype=torch.float32, device=device),
+            matrices.empty(torch.float8_e4m3fn, rows, depth),
+            matrices.empty(torch.float32, *scales),
             rows_per_scale=kind.rows or 1,
             columns_per_scale=kind.columns or depth,
-            scale_row=_rows_of_scales(sizes, kinds, device) if kind.rows > 1 else None,
+            scale_row=_rows_of_scales(matrices) if kind.rows > 1 else None,
             first_column=kind.column_cut.first if kind.column_cut else 0,
         )
 
@@ -354,7 +356,7 @@ class _Fp8:
         return []
 
 
-_STACKS: dict[type[Format], Callable[..., StackedWeight]] = {
+_STACKS: dict[type[Format], Callable[[_Matrices[Any]], StackedWeight]] = {
     Fp8: _Fp8,
     Mxfp4: _Mxfp4,
     CompressedInt: _Integers,
@@ -365,28 +367,22 @@ _STACKS: dict[type[Format], Callable[..., StackedWeight]] = {
 }
 
 
-def _rows_of_scales(sizes: Shapes, kinds: dict[str, Fp8], device: torch.device) -> Tensor | None:
+def _rows_of_scales(matrices: _Matrices[Fp8]) -> Tensor | None:
     """The row in the stacked scales of each row of the stacked weights, in blocks.
 
     None: each block of rows has the next row of scales.
     """
     first = 0
     parts = []
-    for name, shape in sizes.items():
-        kind = kinds[name]
+    for name, shape in matrices.sizes.items():
+        kind = matrices.kinds[name]
         before = kind.row_cut.first if kind.row_cut else 0
         parts.append((torch.arange(shape[0]) + before) // kind.rows + first)
         first += kind.grid(shape)[0]
     rows = torch.cat(parts)
     if torch.equal(rows, torch.arange(len(rows)) // kind.rows):
         return None
-    return rows.to(device)
-
-
-def _stacked(sizes: Shapes) -> tuple[int, int]:
-    """The shape of all matrices, stacked along their rows."""
-    (depth,) = {shape[1] for shape in sizes.values()}
-    return sum(shape[0] for shape in sizes.values()), depth
+    return rows.to(matrices.device)
 
 
 def _ranges(sizes: dict[str, int]) -> dict[str, slice]:
