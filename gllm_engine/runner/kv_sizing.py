@@ -153,11 +153,12 @@ def step_bytes(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBy
 
 
 def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
-    """Bytes that a decode step of all sequences needs and the trial step does not: the logits of
-    the CUDA graphs, and the float32 partials of split-KV attention.
+    """Bytes that a decode step of all sequences needs and the trial step does not: this rank's
+    logits of the CUDA graphs, and the float32 partials of split-KV attention.
     """
     widest = max(layer.mixer.attended_width for layer in decoder.layers)
-    return config.max_num_seqs * (decoder.arch.vocab * decoder.dtype.itemsize + 4 * widest)
+    logits = decoder.shard.vocab_width(decoder.arch.vocab) if decoder.is_last else 0
+    return config.max_num_seqs * (logits * decoder.dtype.itemsize + 4 * widest)
 
 
 def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:

@@ -197,6 +197,19 @@ def test_ranks_have_their_shares(family: str) -> None:
     assert "output projection" in last.weights and "output projection" not in first.weights
 
 
+def test_a_rank_reserves_its_share_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of decode graphs, on the last stage only; the trial step has made all others."""
+    monkeypatch.setattr(kv_sizing, "_trial", lambda *_: kv_sizing.StepBytes(0, 0))
+    arch = make_arch(tiny_config("LlamaForCausalLM", vocab_size=389))
+    steps = {}
+    for size in (1, 4):
+        config = small(tensor_parallel_size=size, pipeline_parallel_size=2)
+        steps[size] = [stage.step for stage in estimate(config, arch, 8 * GIB).stages]
+    partials = {1: 4 * 4 * 64, 4: 4 * 4 * 16}  # float32, of 4 sequences
+    assert steps[1] == [2 * GIB + partials[1], 2 * GIB + partials[1] + 4 * 2 * 389]
+    assert steps[4] == [2 * GIB + partials[4], 2 * GIB + partials[4] + 4 * 2 * 104]
+
+
 def test_the_cut_is_even_in_bytes() -> None:
     arch = make_arch(tiny_config("LlamaForCausalLM", num_hidden_layers=6, vocab_size=384))
     found = estimate(small(pipeline_parallel_size=3), arch, 8 * GIB)
