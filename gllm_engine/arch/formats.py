@@ -132,6 +132,35 @@ class Fp8(Format):
 
 
 @dataclass(frozen=True)
+class Int8(Format):
+    """int8 numbers, not packed: number [i, j] times the scale of row i is the weight.
+
+    Products round their inputs to int8 too. `rows`: 1, or 0 if all rows share a scale. `suffix`: as
+    of Fp8.
+    """
+
+    rows: int = 1
+    suffix: str = "_scale"
+
+    def tensors(self, name: str, shape: Size) -> Shapes:
+        """See Format.tensors: numbers and scales."""
+        return {name: shape, name + self.suffix: (shape[0] if self.rows else 1, 1)}
+
+    def cut(self, name: str, whole: Size, part: Size, start: Start) -> Int8:
+        """See Format.cut: any part."""
+        del name, whole, part, start
+        return self
+
+    @property
+    def grain(self) -> Grain:
+        """See Format.grain: torch's kernels want sizes that are multiples of 8."""
+        return Grain(best=16)
+
+    def __str__(self) -> str:
+        return "unpacked INT8 with " + ("a scale per row" if self.rows else "one scale")
+
+
+@dataclass(frozen=True)
 class Mxfp4(Format):
     """4-bit floating-point numbers (e2m1); the scale of 32 numbers of a row is a power of two.
 
@@ -400,6 +429,11 @@ class Widened(Format):
 def widened(kind: Format) -> Widened:
     """The format of a weight that is stored as `kind` and held plain."""
     return kind if isinstance(kind, Widened) else Widened(kind)
+
+
+def held_in(name: str, kind: Format) -> Format:
+    """The format that a layer has for its weight `name`: experts have no kernels for Int8."""
+    return widened(kind) if isinstance(kind, Int8) and ".experts." in name else kind
 
 
 def held(kind: Format) -> Format:

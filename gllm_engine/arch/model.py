@@ -22,6 +22,7 @@ from gllm_engine.arch.formats import (
     Rounded,
     Shapes,
     format_name,
+    held_in,
     stored,
     stored_kind,
     widened,
@@ -570,7 +571,7 @@ class Model:
                 outer[name] = widened(kind) if name == EMBEDDING else kind
                 continue
             layer, weight = name.removeprefix("model.layers.").split(".", 1)
-            by_layer[int(layer)][format_name(weight)] = kind
+            by_layer[int(layer)][format_name(weight)] = held_in(weight, kind)
         return replace(self, vocab_formats=tuple(outer.items())).each(
             mixer=lambda i, layer: layer.mixer.with_formats(by_layer[i], self.dim),
             ffn=lambda i, layer: layer.ffn.with_formats(by_layer[i], self.dim),
@@ -578,10 +579,14 @@ class Model:
 
     def stored_kinds(self) -> dict[str, Format]:
         """The formats in which weights are stored that are not plain, by format_name."""
+        return {name: stored_kind(kind) for name, kind in self.held_kinds().items()}
+
+    def held_kinds(self) -> dict[str, Format]:
+        """The formats of the weights that are not stored plain, by format_name."""
         kinds = dict(self.vocab_formats)
         for i, layer in enumerate(self.layers):
             kinds |= within_layer(i, dict((*layer.mixer.formats, *layer.ffn.formats)))
-        return {name: stored_kind(kind) for name, kind in kinds.items()}
+        return kinds
 
     def formats(self) -> set[Format]:
         """The formats of weights that are not plain."""

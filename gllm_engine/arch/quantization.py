@@ -19,8 +19,10 @@ from gllm_engine.arch.formats import (
     Format,
     Fp8,
     Gptq,
+    Int8,
     Mxfp4,
     held,
+    widened,
 )
 from gllm_engine.files import shown
 
@@ -28,6 +30,7 @@ _KEY = "quantization_config"
 # What compressed-tensors calls its formats.
 _FLOAT = "float-quantized"
 _PACKED = "pack-quantized"
+_UNPACKED = "int-quantized"
 _MIXED = "mixed-precision"
 
 
@@ -69,7 +72,7 @@ def _compressed_tensors(q: Fields) -> tuple[Format, ...]:
     """A format for each group of modules; a scheme of activations only says when they round."""
     if not q.child("transform_config").empty:
         raise ArchError(f"{q.name}: transform_config is not supported: inputs would be rotated")
-    kind = q.choice("format", (_FLOAT, _PACKED, _MIXED), _FLOAT)
+    kind = q.choice("format", (_FLOAT, _PACKED, _UNPACKED, _MIXED), _FLOAT)
     groups = q.child("config_groups")
     each = [groups.child(name) for name in groups.keys()]
     found = tuple(_of_group(group, kind) for group in each if group.has("weights"))
@@ -84,8 +87,11 @@ def _of_group(group: Fields, kind: str) -> Format:
     if kind == _MIXED:
         is_float = weights.choice("type", ("float", "int"), "int") == "float"
         kind = _FLOAT if is_float else _PACKED
-    if group.choice("format", (_FLOAT, _PACKED), kind) == _PACKED:
+    form = group.choice("format", (_FLOAT, _PACKED, _UNPACKED), kind)
+    if form == _PACKED:
         return _compressed_int(weights)
+    if form == _UNPACKED:
+        return _unpacked_int(weights, group.child("input_activations"))
     weights.require(num_bits=8, type="float", symmetric=True, dynamic=False)
     strategy = weights.choice("strategy", ("tensor", "channel", "block"), "tensor")
     if strategy == "block":
@@ -101,6 +107,17 @@ def _compressed_int(weights: Fields) -> Format:
     group = 0 if strategy == "channel" else _group(weights, "group_size")
     zeros = not weights.flag("symmetric", True)
     return CompressedInt(group, _bits(weights, "num_bits"), zeros)
+
+
+def _unpacked_int(weights: Fields, inputs: Fields) -> Format:
+    """`inputs`: how the inputs of products are rounded. Here every row gets a scale of its own."""
+    weights.require(num_bits=8, type="int", symmetric=True, dynamic=False)
+    strategy = weights.choice("strategy", ("tensor", "channel"), "channel")
+    kind = Int8(rows=int(strategy == "channel"))
+    if inputs.empty:
+        return widened(kind)
+    inputs.require(num_bits=8, type="int")
+    return kind
 
 
 def _gptq(q: Fields) -> tuple[Format]:

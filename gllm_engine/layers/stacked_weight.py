@@ -24,6 +24,7 @@ from gllm_engine.arch.formats import (
     Formats,
     Fp8,
     Gptq,
+    Int8,
     Integers,
     Mxfp4,
     Rounded,
@@ -34,6 +35,7 @@ from gllm_engine.layers.stored_integers import StoredIntegers, held_integers
 from gllm_engine.ops import (
     MAX_MXFP4_SCALE,
     Fp8Weight,
+    Int8Weight,
     PackedWeight,
     Weight,
     dequantized,
@@ -356,8 +358,34 @@ class _Fp8:
         return []
 
 
+class _Int8:
+    def __init__(self, matrices: _Matrices[Int8]) -> None:
+        self._kinds = matrices.kinds
+        self._rows = matrices.rows
+        rows, depth = matrices.shape[-2:]
+        self.value = Int8Weight(
+            matrices.empty(torch.int8, rows, depth), matrices.empty(torch.float32, rows, 1)
+        )
+
+    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+        whole = self.value if expert is None else self.value[expert]
+        views = {}
+        for name, rows in self._rows.items():
+            kind = self._kinds[name]
+            views[name] = whole.numbers[rows]
+            # One scale for a whole weight is copied to all its rows.
+            scales = whole.scales[rows]
+            views[name + kind.suffix] = scales if kind.rows else scales[:, None]
+        return views
+
+    def stagings(self, expert: int | None = None) -> list[Staging]:
+        del expert
+        return []
+
+
 _STACKS: dict[type[Format], Callable[[_Matrices[Any]], StackedWeight]] = {
     Fp8: _Fp8,
+    Int8: _Int8,
     Mxfp4: _Mxfp4,
     CompressedInt: _Integers,
     Gptq: _Integers,

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.formats import Awq, Format, Fp8, Gptq, Integers, Mxfp4, format_name
+from gllm_engine.arch.formats import Awq, Format, Fp8, Gptq, Int8, Integers, Mxfp4, format_name
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.names import (
@@ -16,7 +16,7 @@ from gllm_engine.arch.names import (
     checkpoint_shapes,
     checkpoint_tensors,
 )
-from gllm_engine.ops import quantize_fp8, quantize_mxfp4
+from gllm_engine.ops import quantize_fp8, quantize_int8, quantize_mxfp4
 
 _SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -39,6 +39,8 @@ def in_formats(arch: Model, tensors: dict[str, Tensor], dtype: torch.dtype) -> d
             numbers, scales = quantize_fp8(matrix, kind.rows, kind.columns)
             result[name] = numbers.mT.contiguous() if transposed else numbers
             result[name + kind.suffix] = scales.mT.contiguous() if transposed else scales
+        elif isinstance(kind, Int8):
+            result[name], result[name + kind.suffix] = quantize_int8(tensor, kind.rows)
         elif name in names:
             result[name] = tensor.to(dtype)
     result |= _packed(arch, tensors, kinds)

@@ -12,12 +12,13 @@ from typing import Any, get_args
 
 import torch
 
-from gllm_engine.arch.formats import Format, Fp8, Rounded, Widened
+from gllm_engine.arch.formats import Format, Fp8, Int8, Rounded, Widened
 from gllm_engine.arch.model import Dense, EarlierIndexer, GatedDelta, Gqa, Layer, Mla, Moe
 from gllm_engine.ops.kernels import (
     DeviceKind,
     attention_kernels,
     fp8_product_kernels,
+    int8_product_kernels,
     latent_kernels,
     own_kernels,
     packed_product_kernels,
@@ -88,6 +89,8 @@ def _of_format(kind: Format, device: DeviceKind, dtype: torch.dtype) -> str:
             return fp8_product_kernels(device, dtype, block)
         case Rounded():
             return fp8_product_kernels(device, dtype, None)
+        case Int8():
+            return int8_product_kernels(device, dtype)
         case Widened():
             return product_kernels(device, dtype)
     return packed_product_kernels(device)

@@ -176,7 +176,7 @@ def _randomize(name: str, view: Tensor, generator: torch.Generator, bits: int) -
         view.zero_()
     elif name.endswith(("qzeros", "_zero_point")):  # as if numbers were symmetric
         view.fill_(0x77777777)
-    elif view.dtype in (torch.uint8, torch.int32):  # packed numbers, any of them
+    elif view.dtype in (torch.uint8, torch.int8, torch.int32):  # any numbers, packed or not
         limits = torch.iinfo(view.dtype)
         view.random_(limits.min, limits.max, generator=generator)
     elif bits or "weight_scale" in name:

@@ -26,12 +26,14 @@ from gllm_engine.arch.formats import (
     Format,
     Fp8,
     Gptq,
+    Int8,
     Integers,
     Mxfp4,
     Widened,
     format_name,
     held,
     stored_kind,
+    widened,
 )
 from gllm_engine.arch.model import EMBEDDING, HEAD, Model
 from gllm_engine.arch.names import (
@@ -49,6 +51,7 @@ from gllm_engine.model.expected import Expected, expected_beside
 from gllm_engine.model.read import LoadError, TensorSlice
 
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn}
+_INT8 = {"I8": torch.int8}
 _PLAIN = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -82,8 +85,8 @@ _PACKED = {
 # In a module: what GPTQ and AWQ store in place of its weight, and beside it.
 _OF_MODULE = ("qweight", "qzeros", "scales", "g_idx", "bias")
 # Beside "NAME.weight", as "NAME.", or beside one tensor of all experts, as "TENSOR_": one scale for
-# the inputs of products, or its upper bound.
-_INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub")
+# the inputs of products, or its upper bound, or what is subtracted from inputs in int8.
+_INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub", "input_zero_point")
 # After the name of a weight of 4-bit numbers: its two sizes, which the config determines.
 _SHAPE = "_shape"
 
@@ -130,6 +133,7 @@ class StoredTensors:
         self._tied = checkpoint_name(arch, HEAD) if arch.tie else None
         self._stored: dict[str, StoredTensor] = {}
         self._quantized: set[str] = set()
+        self._int8_names: set[str] = set()  # of the tensors with int8 numbers
         self._scale_dtypes: dict[str, str] = {}
         self._has_cache_scales = False
         self.shared: dict[str, int] = {}
@@ -182,16 +186,17 @@ class StoredTensors:
                 f"{path}: the config's quantization_config says {_told(promised)}, but no weight "
                 "is stored so"
             )
-        if EMBEDDING in formats:
-            _log.info("%s: the embedding is held plain, because rows are taken from it", path)
-        plain = {str(kind) for kind in formats.values() if isinstance(kind, Widened)}
+        arch = self._arch.with_formats(formats) if formats else self._arch
+        plain = {
+            str(kind): name for name, kind in arch.held_kinds().items() if isinstance(kind, Widened)
+        }
         if plain:
             _log.warning(
                 "%s: layers cannot compute with these weights as they are stored: %s",
                 path,
-                " and ".join(sorted(plain)),
+                " and ".join(f"{kind} ({name})" for kind, name in sorted(plain.items())),
             )
-        return self._arch.with_formats(formats) if formats else self._arch
+        return arch
 
     def check(self, arch: Model, path: Path) -> dict[str, TensorSlice]:
         """The place of each tensor of `arch`, the model with formats, by checkpoint tensor name.
@@ -243,6 +248,8 @@ class StoredTensors:
         """The format of a matrix, by what is stored under its name; None: it is plain."""
         stored = self._stored.get(name)
         if stored is not None:
+            if stored.dtype in _INT8:
+                return self._int8(name, stored)
             return self._fp8(name, stored) if stored.dtype in _FLOAT8 else None
         if name + "_blocks" in self._stored:
             return Mxfp4()
@@ -406,8 +413,30 @@ class StoredTensors:
             f"one per row, and {grid}, one per block of {block.rows} x {block.columns}"
         )
 
+    def _int8(self, name: str, stored: StoredTensor) -> Format:
+        """The format of an int8 matrix, by the shape of its scales."""
+        if len(self._shapes[name]) != 2 or checkpoint_layout(self._arch, name).transposed:
+            raise LoadError(
+                f"{stored.path}: tensor {name} has dtype I8, which is supported only for a matrix "
+                "[rows, columns]"
+            )
+        scales = self._scales(name, stored)
+        scale = self._stored[scales]
+        rows, columns = self._matrix(name)
+        found = _without_ones(scale.shape)
+        if found and found != [rows]:
+            raise LoadError(
+                f"{scale.path}: tensor {scales} has shape {shown(repr(scale.shape))}; supported "
+                f"for {name} {[rows, columns]} are [], one scale, and {[rows, 1]}, one per row"
+            )
+        if not found:
+            self.shared[scales] = len(self._weights[name])
+        self._int8_names.add(name)
+        kind = Int8(rows=len(found), suffix=scales.removeprefix(name))
+        return kind if kind in self._arch.quantization else widened(kind)
+
     def _scales(self, name: str, stored: StoredTensor) -> str:
-        """The name of the scales of a float8 tensor."""
+        """The name of the scales of a float8 or int8 tensor."""
         layout = checkpoint_layout(self._arch, name)
         of_scales = checkpoint_layout(self._arch, name + _SCALE_SUFFIXES[-1])
         if layout.interleaved or layout.transposed != of_scales.transposed:
@@ -439,6 +468,7 @@ class StoredTensors:
     def _slice(self, name: str, stored: StoredTensor, shape: tuple[int, ...]) -> TensorSlice:
         """The tensor's place. Raises LoadError for a wrong shape, size or dtype."""
         dtypes = _FLOAT8 if name in self._quantized else _PLAIN
+        dtypes = _INT8 if name in self._int8_names else dtypes
         fits = stored.shape == list(shape)
         packed = [suffix for suffix in _PACKED if name.endswith(suffix)]
         if packed and name not in self._weights:

@@ -29,6 +29,7 @@ from gllm_engine.ops.weight import (
     MAX_MXFP4_SCALE,
     Fp8Rows,
     Fp8Weight,
+    Int8Weight,
     PackedWeight,
     Rows,
     Weight,
@@ -38,6 +39,7 @@ from gllm_engine.ops.weight import (
     pack_codes,
     quantize_fp8,
     quantize_int4,
+    quantize_int8,
     quantize_mxfp4,
 )
 
@@ -53,6 +55,7 @@ __all__ = [
     "HeadNorm",
     "HostInts",
     "IndexQueries",
+    "Int8Weight",
     "LatentHeads",
     "Norm",
     "Ops",
@@ -70,6 +73,7 @@ __all__ = [
     "pack_codes",
     "quantize_fp8",
     "quantize_int4",
+    "quantize_int8",
     "quantize_mxfp4",
     "select_ops",
 ]

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 from torch import Tensor
 
-from gllm_engine.ops import fp8_product, reference, triton
+from gllm_engine.ops import fp8_product, int8_product, reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
 from gllm_engine.ops.kernels import (
@@ -74,7 +74,7 @@ from gllm_engine.ops.triton import (
     silu_mul,
 )
 from gllm_engine.ops.triton.moe import route, sum_experts
-from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Rows, Weight
+from gllm_engine.ops.weight import Fp8Weight, Int8Weight, PackedWeight, Rows, Weight
 
 __all__ = [
     "activate",
@@ -210,6 +210,8 @@ def linear(
     if isinstance(weight, Fp8Weight):
         return fp8_product.linear(x, weight, bias, norm, out)
     assert isinstance(x, Tensor)
+    if isinstance(weight, Int8Weight):
+        return int8_product.linear(x, weight, bias, norm, out)
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, norm, out=out)
     weight = _unpacked(weight, x)
@@ -231,8 +233,9 @@ def gated_linear(
     then: Weight | None = None,
 ) -> Rows:
     """See Ops.gated_linear."""
-    if isinstance(weight, Fp8Weight):
-        hidden = fp8_product.gated_linear(x, weight, bias, norm)
+    if isinstance(weight, Fp8Weight | Int8Weight):
+        library = fp8_product if isinstance(weight, Fp8Weight) else int8_product
+        hidden = library.gated_linear(x, weight, bias, norm)
         if hidden is not None:
             return hidden
         return activate(linear(x, weight, bias, norm), "silu", True, then)
@@ -249,6 +252,8 @@ def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> T
     if isinstance(weight, Fp8Weight):
         return fp8_product.add_linear(total, x, weight, bias)
     assert isinstance(x, Tensor)
+    if isinstance(weight, Int8Weight):
+        return int8_product.add_linear(total, x, weight, bias)
     if triton.is_packed_product(weight, x):
         return triton.packed_linear(x, weight, bias, out=total, add=True)
     weight = _unpacked(weight, x)

@@ -38,6 +38,11 @@ ABSORBED_TOKENS = 2048
 EXTRA_PARTS = 128
 # Rows and columns of the only blocks that torch's products take.
 _FP8_BLOCK = (128, 128)
+# Rows of a product with an int8 weight whose int32 sums are in memory at once: of 28,672 columns
+# 224 MiB.
+INT8_ROWS_AT_ONCE = 2048
+# Rows and columns of an int8 weight have a multiple of this in torch's products.
+_INT8_MULTIPLE = 8
 # Columns of an FP8 weight that must have one scale: as many as a thread loads at once in a product
 # with one row, and as many as FP8 tensor cores add up at once.
 _FP8_LOADED = 8
@@ -82,6 +87,11 @@ def has_fp8_gemv(dtype: torch.dtype, columns: int) -> bool:
 def has_fp8_tiles(dtype: torch.dtype, columns: int) -> bool:
     """As has_fp8_gemv, for any number of rows on Hopper."""
     return dtype in HALF and columns % _FP8_DEPTH == 0
+
+
+def has_int8_product(dtype: torch.dtype, width: int, depth: int) -> bool:
+    """Whether torch multiplies inputs of `dtype`, rounded to int8, by an int8 weight."""
+    return dtype in HALF and width % _INT8_MULTIPLE == depth % _INT8_MULTIPLE == 0
 
 
 def attention_kernels(
@@ -140,6 +150,15 @@ def fp8_product_kernels(
     if tiles:
         return "Triton; several rows are rounded to FP8"
     return f"{one}cuBLAS, {_MADE_ANEW}"
+
+
+def int8_product_kernels(device: DeviceKind, dtype: torch.dtype) -> str:
+    """The kernels of products with int8 weights whose sizes fit."""
+    if device == "cpu":
+        return "plain torch"
+    if dtype not in HALF:
+        return f"cuBLAS, {_MADE_ANEW}"
+    return "Triton for one row; torch's int8 products; several rows are rounded to INT8"
 
 
 def packed_product_kernels(device: DeviceKind) -> str:

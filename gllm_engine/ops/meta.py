@@ -22,6 +22,7 @@ from gllm_engine.ops.kernels import (
     EXPANDED_BYTES,
     EXTRA_PARTS,
     FACTORS,
+    INT8_ROWS_AT_ONCE,
     PARTIALS_BYTES,
     SCORE_BYTES,
     has_chunk_kernels,
@@ -43,7 +44,7 @@ from gllm_engine.ops.reference import (
     prepare_inputs,
     sample_plain,
 )
-from gllm_engine.ops.weight import Fp8Weight, PackedWeight, Rows, Weight
+from gllm_engine.ops.weight import Fp8Weight, Int8Weight, PackedWeight, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -189,13 +190,25 @@ def linear(
     x = x if norm is None else rms_norm(x, *norm)
     if isinstance(weight, PackedWeight):
         weight = x.new_empty(weight.shape)
-    y = F.linear(x, weight, bias) if isinstance(weight, Tensor) else _scaled_product(x, weight)
+    if isinstance(weight, Tensor):
+        y = F.linear(x, weight, bias)
+    elif isinstance(weight, Int8Weight):
+        y = _int8_product(x, weight)
+    else:
+        y = _scaled_product(x, weight)
     return y if out is None else out
 
 
 def _scaled_product(x: Tensor, weight: Fp8Weight) -> Tensor:
     rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     return rounded.new_empty(len(x), len(weight), dtype=x.dtype)
+
+
+def _int8_product(x: Tensor, weight: Int8Weight) -> Tensor:
+    y = x.new_empty(len(x), len(weight))
+    rounded = torch.empty_like(x, dtype=torch.int8)
+    rounded.new_empty(min(len(x), INT8_ROWS_AT_ONCE), len(weight), dtype=torch.int32)
+    return y
 
 
 def gated_linear(

@@ -4,12 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn, which has no infinity
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """int8 numbers [..., width, depth] times float32 scales [..., width, 1]."""
+
+    numbers: Tensor
+    scales: Tensor
+
+    # As of an Fp8Weight.
+    rows_per_scale: ClassVar[int] = 1
+    scale_row: ClassVar[Tensor | None] = None
+    first_column: ClassVar[int] = 0
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Int8Weight:
+        """The i-th matrix of a stack [n, width, depth]."""
+        return Int8Weight(self.numbers[i], self.scales[i])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.numbers.shape
+
+    @property
+    def columns_per_scale(self) -> int:
+        return self.numbers.shape[-1]
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in `dtype`, rounded once: products with scales are float32 or wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.numbers.to(wide) * self.scales.to(wide)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -246,7 +280,7 @@ def pack_codes(
     return packed
 
 
-Weight = Tensor | Fp8Weight | PackedWeight
+Weight = Tensor | Fp8Weight | Int8Weight | PackedWeight
 # The rows that a product takes.
 Rows = Tensor | Fp8Rows
 
@@ -269,6 +303,17 @@ def quantize_fp8(matrix: Tensor, rows: int, columns: int) -> tuple[Tensor, Tenso
     scales = blocks.abs().amax((-3, -1)).clamp(min=1e-12) / FP8_MAX
     numbers = (blocks / scales[..., None, :, None]).flatten(-2).flatten(-3, -2)
     return numbers[..., :height, :width].to(torch.float8_e4m3fn), scales
+
+
+def quantize_int8(matrix: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(numbers int8, scales float32 [height, 1] or [1, 1]) of a matrix [height, width].
+
+    `rows`: that share a scale: 1, or 0 for all. The largest number of a scale becomes 127.
+    """
+    wide = matrix.float()
+    largest = wide.abs().amax(1, keepdim=True) if rows else wide.abs().amax().reshape(1, 1)
+    scales = largest.clamp(min=1e-12) / 127
+    return (wide / scales).round().to(torch.int8), scales
 
 
 def quantize_mxfp4(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,10 @@ def unquantized(model: Path, path: Path, size: tuple[int, int]) -> Path:
     tensors: Tensors = {}
     stored = load_file(model / "model.safetensors")
     for name, tensor in stored.items():
-        if tensor.dtype == FP8:
+        if tensor.dtype == torch.int8:
+            scales = stored[name + "_scale"]
+            tensors[name] = by_hand(tensor, scales, (int(scales.numel() > 1), 0))
+        elif tensor.dtype == FP8:
             (scales,) = (stored[n] for n in stored if n.startswith(name + "_scale"))
             tensors[name] = by_hand(tensor, scales, size)
         elif name.endswith("_packed"):

@@ -27,6 +27,7 @@ FAMILIES = (
     "Qwen3MoeForCausalLM",
 )
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 QUANTIZED = {
     "Qwen3ForCausalLM": AWQ,
@@ -36,6 +37,11 @@ QUANTIZED = {
         "format": "pack-quantized",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
         "ignore": ["lm_head"],
+    },
+    "Qwen3NextForCausalLM": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"weights": INT8, "input_activations": INT8}},
     },
     "GptOssForCausalLM": {"quant_method": "mxfp4"},
     "Qwen3MoeForCausalLM": {"quant_method": "fp8"},
@@ -73,6 +79,7 @@ KERNELS = {
     *("_few_down", "_few_gate_up", "_grouped", "_dequantize_packed", "_grouped_packed", "_packed"),
     *("_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_quantize", "_recur"),
     *(
+        "_rescale",
         "_rms_norm",
         "_rotate_and_store",
         "_route",

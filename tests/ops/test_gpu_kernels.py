@@ -17,6 +17,7 @@ from gllm_engine.ops import (
     Fp8Rows,
     Fp8Weight,
     HeadNorm,
+    Int8Weight,
     PlainSampling,
     prefill_rows,
     reference,
@@ -156,6 +157,66 @@ def test_linear_of_fp8_weights(
     expected = reference.add_linear(total64, x64, exact, b64)
     assert ops.add_linear(total, x, weight, b) is total
     near(total, expected, limit)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "depth", "width", "dtype"),
+    [
+        (1, 4096, 6144, torch.bfloat16),
+        (1, 1001, 70, torch.float16),
+        (2, 1001, 70, torch.bfloat16),  # for which torch has no product
+        (2, 4096, 6144, torch.bfloat16),
+        (17, 1792, 4096, torch.float16),
+        (64, 14336, 4096, torch.bfloat16),
+        (300, 904, 584, torch.bfloat16),
+        (2051, 4096, 1152, torch.bfloat16),  # in two parts
+        (4, 64, 32, torch.float32),
+    ],
+)
+def test_linear_of_int8_weights(
+    rows: int, depth: int, width: int, dtype: torch.dtype, bias: bool
+) -> None:
+    """Several rows of x are rounded too: of 4,096 normal numbers by about 1% of the result."""
+    ops, limit = select_ops(CUDA), 0.02 if rows > 1 else TOLERANCE[torch.bfloat16]
+    x, total, gain = (randn(*s, dtype=dtype) for s in ((rows, depth), (rows, width), (depth,)))
+    numbers = torch.randint(-128, 128, (width, depth), device=CUDA).to(torch.int8)
+    weight = Int8Weight(numbers, torch.rand(width, 1, device=CUDA) / depth**0.5 / 30 + 1e-5)
+    exact = numbers.double().cpu() * weight.scales.double().cpu()
+    b = randn(width, dtype=dtype) if bias else None
+    x64, b64, total64, gain64 = (
+        None if t is None else t.double().cpu() for t in (x, b, total, gain)
+    )
+    norm, norm64 = (gain, 1e-5), (gain64, 1e-5)
+    near(ops.linear(x, weight, b), reference.linear(x64, exact, b64), limit)
+    out = torch.full((rows, width), torch.nan, dtype=dtype, device=CUDA)
+    assert ops.linear(x, weight, b, norm, out) is out
+    near(out, reference.linear(x64, exact, b64, norm64), limit)
+    gated = reference.gated_linear(x64, exact, b64, norm64)
+    near(ops.gated_linear(x, weight, b, norm), gated, 3 * limit)
+    expected = reference.add_linear(total64, x64, exact, b64)
+    assert ops.add_linear(total, x, weight, b) is total
+    near(total, expected, limit)
+    again = total.clone()
+    ops.add_linear(again, x, weight, b)
+    other = total.clone()
+    assert torch.equal(ops.add_linear(other, x, weight, b), again)
+
+
+@pytest.mark.parametrize("rows", [2, 300])
+def test_int8_products_in_a_graph(rows: int) -> None:
+    ops, x = select_ops(CUDA), randn(rows, 1024)
+    numbers = torch.randint(-128, 128, (512, 1024), device=CUDA).to(torch.int8)
+    weight = Int8Weight(numbers, torch.rand(512, 1, device=CUDA) / 1000)
+    x[1, 5] = torch.inf
+    expected = ops.linear(x, weight)
+    assert expected[1].isnan().all() and expected[0].isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.linear(x, weight)
+    y.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])

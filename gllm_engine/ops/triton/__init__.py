@@ -12,6 +12,7 @@ from gllm_engine.ops.triton.fp8 import dequantize, quantize
 from gllm_engine.ops.triton.gated_delta import RowBlocks, gated_delta, gated_norm, plan_rows
 from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
+from gllm_engine.ops.triton.int8 import rescale, round_rows
 from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
     gather_latents,
@@ -65,8 +66,10 @@ __all__ = [
     "plan_rows",
     "prepare_inputs",
     "quantize",
+    "rescale",
     "rms_norm",
     "rotate_and_store",
+    "round_rows",
     "route",
     "sample_plain",
     "silu_mul",

@@ -1,6 +1,6 @@
-"""Kernels for float8_e4m3fn: the rows of a product, after an RMS norm or an activation; weights
-back to numbers. For other kernels: float8 numbers in another dtype, and where the scales of a
-weight are.
+"""Kernels for float8_e4m3fn and int8: the rows of a product, after an RMS norm or an activation;
+weights back to numbers. For other kernels: float8 numbers in another dtype, and where the scales of
+a weight are.
 
 Sums are float32; intermediate results are rounded where torch rounds. Knows shapes and arithmetic.
 """
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.norm_act import activated
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
-from gllm_engine.ops.weight import Fp8Rows, Fp8Weight, Rows
+from gllm_engine.ops.weight import Fp8Rows, Fp8Weight, Int8Weight, Rows
 
 # The least scale: of a row of zeros, which stays zero.
 _LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
 # Rows of an input are filled up to a multiple of this, which the library's products need.
 _ROW_MULTIPLE = 16
+_LEAST_ROWS = {torch.float8_e4m3fn: 0, torch.int8: 32}
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 _COLUMNS = 1024
 
 
@@ -68,7 +70,7 @@ def scale_lines(
     return scales + line * scale_columns
 
 
-def scale_options(weight: Tensor | Fp8Weight) -> dict[str, Any]:
+def scale_options(weight: Tensor | Fp8Weight | Int8Weight) -> dict[str, Any]:
     """The scales of a weight [width, depth], as named arguments of a kernel.
 
     ROWS_PER_SCALE is 0 without scales, COLUMNS_PER_SCALE is 0 if a row has only one.
@@ -96,7 +98,7 @@ def scale_options(weight: Tensor | Fp8Weight) -> dict[str, Any]:
     }
 
 
-def common_columns(weight: Fp8Weight) -> int:
+def common_columns(weight: Fp8Weight | Int8Weight) -> int:
     """The largest power of two c so that each c columns of the weight, from the first on, have one
     scale; 0: all columns have.
     """
@@ -110,7 +112,7 @@ def common_columns(weight: Fp8Weight) -> int:
 def _quantize(
     x, gain, numbers, scales, rows, dim, x_row, eps,
     NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP: tl.constexpr, OVERLAPS: tl.constexpr,
+    GROUP: tl.constexpr, LARGEST: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One row; GROUP numbers share a scale. `scales`: [groups, rows of the grid]. ACT: "": none."""
     row = tl.program_id(0).to(tl.int64)
@@ -131,9 +133,14 @@ def _quantize(
         if GATED:
             up = tl.load(line + dim + at, mask=mask, other=0.0).to(tl.float32)
             v = (v * up).to(kind).to(tl.float32)
-    s = tl.maximum(tl.max(tl.abs(v), 1) / 448.0, _LEAST_SCALE)
-    # Division may round a little above 448, which float8 has no number for.
-    v = tl.clamp(v / s[:, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    s = tl.maximum(tl.max(tl.abs(v), 1) / LARGEST, _LEAST_SCALE)
+    if numbers.dtype.element_ty == tl.int8:
+        s += tl.sum(v * 0.0, 1)  # int8 has no NaN, so the scale of a row with one is NaN
+        v = tl.floor(v / s[:, None] + 0.5)
+        v = tl.where(v == v, v, 0.0)
+    else:
+        # Division may round a little above 448, which float8 has no number for.
+        v = tl.clamp(v / s[:, None], -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(numbers + row * dim + at, v.to(numbers.dtype.element_ty), mask=inside)
     group = tl.arange(0, GROUPS)
     tl.store(scales + group * tl.num_programs(0) + row, s, mask=group * GROUP < dim)
@@ -144,8 +151,10 @@ def quantize(
     columns: int | None = None,
     norm: tuple[Tensor, float] | None = None,
     act: tuple[str, bool] | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> Fp8Rows:
     """x [rows, dim], its RMS norm, or its activation, in float8; x itself if it is in float8.
+    `dtype`: int8: so too for int8, of which the result has 32 rows or more.
 
     Rows of x may lie apart. `columns`: a power of two, so many numbers of a row share a scale;
     None: all of them. The rows of the result are filled up to a multiple of 16. The scales of a
@@ -158,18 +167,18 @@ def quantize(
     rows, dim = x.shape
     name, gated = ("", False) if act is None else act
     dim //= 1 + gated
-    padded = triton.cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE
+    padded = max(_LEAST_ROWS[dtype], triton.cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE)
     group = triton.next_power_of_2(dim) if columns is None else columns
     groups = triton.cdiv(dim, group)
     warps = group * triton.next_power_of_2(groups) // 512
-    numbers = torch.empty(padded, dim, dtype=torch.float8_e4m3fn, device=x.device)
+    numbers = torch.empty(padded, dim, dtype=dtype, device=x.device)
     scales = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
     gain, eps = (x, 0.0) if norm is None else norm
     if rows:
         _quantize[(padded,)](
             x, gain, numbers, scales, rows, dim, x.stride(0), eps,
             NORM=norm is not None, ACT=name, GATED=gated,
-            GROUPS=triton.next_power_of_2(groups), GROUP=group,
+            GROUPS=triton.next_power_of_2(groups), GROUP=group, LARGEST=_LARGEST[dtype],
             OVERLAPS=OVERLAP, num_warps=min(max(warps, 1), 16), **overlapping(),
         )  # fmt: skip
     return Fp8Rows(numbers, scales.T, rows, x.dtype)
@@ -193,7 +202,7 @@ def _dequantize(
     tl.store(out + row * depth + at, (number * s).to(out.dtype.element_ty), mask=inside)
 
 
-def dequantize(weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Fp8Weight | Int8Weight, dtype: torch.dtype) -> Tensor:
     """The matrix [width, depth] that a weight stands for, in `dtype`."""
     width, depth = weight.shape
     out = torch.empty(width, depth, dtype=dtype, device=weight.numbers.device)

@@ -6,8 +6,8 @@ applies the activation and adds the residual. Not only bytes but also instructio
 a row is cut into chunks in which each thread loads 8 numbers at once, and only a last, incomplete
 chunk is masked. The norm's scale is a factor of the results, so that no product waits for it.
 
-x is not rounded for an FP8 weight, whose numbers are exact in float32. If scales belong to blocks,
-a thread multiplies the sum over each of its loads by a scale. Knows shapes and arithmetic.
+x is not rounded for an FP8 or int8 weight, whose numbers are exact in float32. If scales belong to
+blocks, a thread multiplies the sum over each of its loads by a scale. Knows shapes and arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from gllm_engine.ops.kernels import HALF, has_fp8_gemv
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
-from gllm_engine.ops.weight import Fp8Weight, Rows
+from gllm_engine.ops.weight import Fp8Weight, Int8Weight, Rows
 
 # Weight elements of one load of a thread. With as many elements of x, 16 bytes, a thread has the
 # elements of x that it multiplies its weights by; with more, they would go through shared memory.
@@ -152,7 +152,7 @@ def _gemv(
     tl.store(out + n, y.to(kind), mask=inside)
 
 
-def is_single(x: Rows, weight: Tensor | Fp8Weight) -> bool:
+def is_single(x: Rows, weight: Tensor | Fp8Weight | Int8Weight) -> bool:
     """Whether `gemv` multiplies x [rows, depth] by the weight: one row, of a 16-bit dtype."""
     if x.shape[0] != 1:
         return False
@@ -163,7 +163,7 @@ def is_single(x: Rows, weight: Tensor | Fp8Weight) -> bool:
 
 def gemv(
     x: Tensor,
-    weight: Tensor | Fp8Weight,
+    weight: Tensor | Fp8Weight | Int8Weight,
     bias: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
