@@ -34,6 +34,7 @@ CacheShapes = tuple[tuple[int, ...], ...]  # of the parts of a layer's page
 T = TypeVar("T")
 # The bias that a Moe's routing adds to scores; float32, whatever the dtype of the model.
 SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
+_GATE_AND_UP = ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight")
 # Of Mla; always held plain, because its parts are no weights of products.
 KV_UP = "self_attn.kv_b_proj.weight"
 # Matrices with a row for each token: the embedding, which is always held plain, because rows are
@@ -428,6 +429,17 @@ class Moe(Formatted):
         if self.shared_gate:
             shapes["mlp.shared_expert_gate.weight"] = (1, dim)
         return shapes
+
+    def with_formats(self, formats: Mapping[str, Format], dim: int) -> Moe:
+        """See Formatted.with_formats. An expert's gate and up are one product: if they differ in
+        format, both are held plain.
+        """
+        found = super().with_formats(formats, dim)
+        kinds = dict(found.formats)
+        if len({str(kinds.get(name)) for name in _GATE_AND_UP}) == 1:
+            return found
+        plain = ((n, widened(kind) if n in _GATE_AND_UP else kind) for n, kind in found.formats)
+        return replace(found, formats=tuple(plain))
 
     def formats_within(self, part: str) -> Formats:
         """The formats of the Dense that is `part` of this Moe: "experts" or "shared_expert"."""

@@ -109,16 +109,10 @@ def stack_weights(
 ) -> StackedWeight:
     """Uninitialised memory for the weights `names`, whose shapes are in `shapes`.
 
-    `dtype`: of plain weights. Raises ArchError if the weights differ in format.
+    `dtype`: of plain weights. Raises ArchError if the weights differ in the format in which they
+    are held.
     """
     by_name = dict(formats)
-    told = [str(by_name.get(name, "plain")) for name in names]
-    for name, kind in zip(names, told, strict=True):
-        if kind != told[0]:
-            raise ArchError(
-                f"{names[0]} is {told[0]}, but {name} is {kind}; "
-                "they are one product, which needs one format"
-            )
     matrices = _Matrices(
         sizes={name: shapes[name] for name in names},
         lead=() if num_experts is None else (num_experts,),
@@ -128,7 +122,16 @@ def stack_weights(
     )
     if not matrices.kinds:
         return _Plain(matrices)
-    return _STACKS[type(matrices.kinds[names[0]])](matrices)
+    if all(isinstance(kind, Widened) for kind in matrices.kinds.values()):
+        return _Widened(matrices)
+    told = [str(by_name.get(name, "plain")) for name in names]
+    for name, label in zip(names, told, strict=True):
+        if label != told[0]:
+            raise ArchError(
+                f"{names[0]} is {told[0]}, but {name} is {label}; "
+                "they are one product, which needs one format"
+            )
+    return _STACKS[type(by_name[names[0]])](matrices)
 
 
 @dataclass(frozen=True)
@@ -181,19 +184,21 @@ class _Plain:
 
 
 class _Widened(_Plain):
+    """Weights without a kind are stored plain too."""
+
     def __init__(self, matrices: _Matrices[Widened]) -> None:
         super().__init__(matrices)
         self._matrices = matrices
 
     def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        del expert
-        return {}
+        kinds = self._matrices.kinds
+        return {name: view for name, view in super().views(expert).items() if name not in kinds}
 
     def stagings(self, expert: int | None = None) -> list[Staging]:
         whole = super().views(expert)
         return [
-            Staging({name: into.nbytes}, partial(self._stage, name, into))
-            for name, into in whole.items()
+            Staging({name: whole[name].nbytes}, partial(self._stage, name, whole[name]))
+            for name in self._matrices.kinds
         ]
 
     def _stage(self, name: str, into: Tensor, device: torch.device) -> Staged:
@@ -391,7 +396,6 @@ _STACKS: dict[type[Format], Callable[[_Matrices[Any]], StackedWeight]] = {
     Gptq: _Integers,
     Awq: _Integers,
     Rounded: _Rounded,
-    Widened: _Widened,
 }
 
 

@@ -10,11 +10,15 @@ import pytest
 import torch
 from quantized import Tensors, check, compressed, mixed, refusal, rewrite, set_config, write
 from safetensors.torch import load_file
+from test_uneven_shares import on_all_ranks
 from tiny_models import CPU, all_logits, load, some_tokens
+from torch import Tensor
 
-from gllm_engine.arch import ArchError, read_arch
+from gllm_engine.arch import read_arch
 from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.model.read import LoadError
+from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.ops import PackedWeight
 
 FILE = "model.safetensors"
 PACKED = {"format": "pack-quantized"}
@@ -95,29 +99,52 @@ def test_a_format_that_no_group_has(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        ("1.up_proj", "but that of an earlier expert is INT4 with a scale per 32 columns; all"),
-        (None, "they are one product, which needs one format"),
-    ],
-)
-def test_what_no_layer_holds(tmp_path: Path, own: str | None, message: str) -> None:
-    """Experts are one product: of gates and ups, and of all experts."""
-    model = write(tmp_path / "model", "Qwen3MoeForCausalLM", mixed(BLOCKS, INT4))
-    other = load_file(write(tmp_path / "other", "Qwen3MoeForCausalLM", BLOCKS) / FILE)
+def exchange_ups(model: Path, other: Path, expert: int | None = None) -> None:
+    """Give experts of layer 0, or one, the up_proj of another checkpoint, for one in INT4."""
+    theirs = load_file(other / FILE)
 
     def exchange(tensors: Tensors) -> None:
-        for i in range(8):
+        for i in range(8) if expert is None else (expert,):
             module = f"model.layers.0.mlp.experts.{i}.up_proj."
-            if own is None or module.endswith(f"{own}."):
-                for end in ("weight_packed", "weight_scale"):
-                    del tensors[module + end]
-                tensors.update({n: t for n, t in other.items() if n.startswith(module)})
+            for end in ("weight_packed", "weight_scale"):
+                del tensors[module + end]
+            tensors.update({n: t for n, t in theirs.items() if n.startswith(module)})
 
     rewrite(model, exchange)
-    with pytest.raises((LoadError, ArchError), match=message):
+
+
+def test_what_no_layer_holds(tmp_path: Path) -> None:
+    """All experts are one product."""
+    model = write(tmp_path / "model", "Qwen3MoeForCausalLM", mixed(BLOCKS, INT4))
+    exchange_ups(model, write(tmp_path / "other", "Qwen3MoeForCausalLM", BLOCKS), expert=1)
+    message = "but that of an earlier expert is INT4 with a scale per 32 columns; all"
+    with pytest.raises(LoadError, match=message):
         load(model)
+
+
+@pytest.mark.parametrize("config", [BLOCKS, None])
+def test_gate_and_up_that_differ_are_held_plain(
+    tmp_path: Path, config: dict[str, Any] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = "Qwen3MoeForCausalLM"
+    size = {"moe_intermediate_size": 64}
+    model = write(tmp_path / "model", family, mixed(BLOCKS, INT4), **size)
+    other = tmp_path / "other"
+    if config is None:
+        write_tiny_model(other, family, seed=4, **size)
+    else:
+        write(other, family, config, **size)
+    exchange_ups(model, other)
+    decoder = load(model)
+    assert isinstance(decoder._blocks[0]._ffn._gate_up, Tensor)
+    assert isinstance(decoder._blocks[0]._ffn._down, PackedWeight)
+    assert isinstance(decoder._blocks[1]._ffn._gate_up, PackedWeight)
+    told = "INT4 with a scale per 32 columns, held plain (model.layers.0.mlp.experts.gate_proj."
+    assert told in caplog.text
+    check(model, (32, 32))
+    expected = all_logits(decoder, some_tokens(24))
+    for logits in on_all_ranks(model, 2, lambda decoder: all_logits(decoder, some_tokens(24))):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("case", [0, 2])
