@@ -20,11 +20,22 @@ from torch import Tensor
 from gllm_benchmarks.offline import model_directory
 from gllm_benchmarks.record import add_arguments, print_table, record
 from gllm_engine.arch import GatedDelta, Mla, Model, Moe, read_arch
-from gllm_engine.arch.formats import CompressedInt, Fp8, Mxfp4
+from gllm_engine.arch.formats import (
+    FP8_BLOCK,
+    FP8_ROW,
+    Format,
+    Fp8,
+    Int8,
+    Integers,
+    Mxfp4,
+    Widened,
+)
+from gllm_engine.arch.model import HEAD
 from gllm_engine.ops import (
     Batch,
     Fp8Weight,
     HeadNorm,
+    Int8Weight,
     LatentHeads,
     PackedWeight,
     PlainSampling,
@@ -32,8 +43,9 @@ from gllm_engine.ops import (
     Rows,
     Weight,
     best_device,
-    pack,
+    pack_codes,
     quantize_fp8,
+    quantize_int8,
     select_ops,
 )
 from gllm_engine.ops.batch import made_up_step
@@ -51,7 +63,8 @@ PAGE_SIZE = 16
 TOKENS = (1, 64, 256, 1024, 8192)
 GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
 FP8_TOKENS = (1, 16, 64, 256, 4096)
-FP8_BLOCKS = {"row": (1, 0), "block": (128, 128)}  # rows and columns that share a scale; 0: all
+# Formats of the products that are timed for every model.
+FORMS: dict[str, Format] = {"FP8 row": FP8_ROW, "FP8 block": FP8_BLOCK, "INT8": Int8()}
 FP8_DEPTH = 512  # of a product beside the one that is timed
 MOE_TOKENS = (1, 4, 16, 64, 256, 512, 4096, 16384)
 ROWS = (1, 64, 512, 1024)  # rows sampled in one step
@@ -67,6 +80,16 @@ LATENT_DECODE = (
 )
 # Of latent attention in both forms; the last ones are near the length that decides between them.
 LATENT_PREFILL = ((1, 8192, 8192), (8, 1024, 1024), (4, 8192, 2048), (8, 4096, 64), (64, 4096, 32))
+# Name of a product -> a weight of it.
+_WEIGHTS = {
+    "qkv": "self_attn.q_proj.weight",
+    "out": "self_attn.o_proj.weight",
+    "gate_up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+    "experts": "mlp.experts.up_proj.weight",
+    "logits": HEAD,
+}
+_ROUNDING = (Fp8, Int8)  # formats for which a product rounds its inputs to 8 bits
 
 
 class Case(NamedTuple):
@@ -111,24 +134,62 @@ class Shape:
     def randn(self, *size: int) -> Tensor:
         return torch.randn(size, dtype=self.dtype, device=self.device)
 
-    def packed(self, kind: Mxfp4 | CompressedInt, *size: int) -> PackedWeight:
+    def kind_of(self, name: str) -> Format | None:
+        """The format in which the model holds a product's weight; None: plain. `name`: as in
+        `matrices`, or "logits" or "experts".
+        """
+        layer = self.arch.layers[0]
+        formats = dict(self.arch.vocab_formats) | dict(self.mixer.formats) | dict(layer.ffn.formats)
+        kind = formats.get(_WEIGHTS[name])
+        return None if isinstance(kind, Widened) else kind
+
+    def weight(self, kind: Format | None, *size: int) -> Weight:
+        """A random weight [..., width, depth]."""
+        match kind:
+            case None:
+                return self.randn(*size)
+            case Mxfp4() | Integers():
+                return self.packed(kind, *size)
+            case Int8():
+                return Int8Weight(*quantize_int8(self.randn(*size), kind.rows))
+        assert isinstance(kind, Fp8)
+        return self.fp8(kind, *size)
+
+    def packed(self, kind: Mxfp4 | Integers, *size: int) -> PackedWeight:
         """Random 4-bit numbers [..., width, depth]."""
         *lead, depth = size
-        shape = (*lead, depth // 2)
-        numbers = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
-        shape = (*lead, depth // kind.group)
+        codes = torch.randint(16, size, dtype=torch.uint8, device=self.device)
         if isinstance(kind, Mxfp4):
-            exponents = torch.randint(118, 122, shape, dtype=torch.uint8, device=self.device)
-            return pack(numbers, exponents, True)
-        return pack(numbers, torch.rand(shape, device=self.device).bfloat16() / 100, False)
+            groups = (*lead, depth // kind.group)
+            exponents = torch.randint(118, 122, groups, dtype=torch.uint8, device=self.device)
+            return pack_codes(codes, exponents, True)
+        groups = (*lead, depth // kind.held_group(depth))
+        dtype = torch.float16 if kind.scale_dtype == "F16" else torch.bfloat16
+        scales = (torch.rand(groups, device=self.device) / 100).to(dtype)
+        zeros = torch.randint_like(scales, 16).to(torch.uint8) if kind.zeros else None
+        return pack_codes(codes, scales, False, zeros)
 
-    def fp8(self, kind: Fp8, count: int, width: int, depth: int) -> Fp8Weight:
-        """Random float8 matrices; one at a time is in a wider dtype."""
+    def fp8(self, kind: Fp8, *size: int) -> Fp8Weight:
+        """A random float8 matrix, or several; one at a time is in a wider dtype."""
+        *lead, width, depth = size
         rows = kind.rows or width
         columns = kind.columns or depth
-        parts = [quantize_fp8(self.randn(width, depth), rows, columns) for _ in range(count)]
+        if not lead:
+            return Fp8Weight(*quantize_fp8(self.randn(*size), rows, columns), rows, columns)
+        parts = [quantize_fp8(self.randn(width, depth), rows, columns) for _ in range(lead[0])]
         numbers, scales = (torch.stack(part) for part in zip(*parts, strict=True))
         return Fp8Weight(numbers, scales, rows, columns)
+
+    def number_bytes(self, kind: Format | None, depth: int) -> float:
+        """Bytes of a number of a weight of this depth, with its share of the scales of groups."""
+        match kind:
+            case None:
+                return self.item
+            case Mxfp4():
+                return 0.5 + 1 / kind.group
+            case Integers():
+                return 0.5 + (4 if kind.zeros else 2) / kind.held_group(depth)
+        return 1
 
     def rows_cases(self, tokens: int) -> Iterator[Case]:
         """Operations that process each token separately."""
@@ -184,21 +245,17 @@ class Shape:
             adds = name in ("out", "down")
             gates = name == "gate_up" and tokens == 1
             moved = tokens * (k + (n // 2 if gates else n) + n * adds) * self.item
-            kind = self.arch.quantization
-            if isinstance(kind, CompressedInt) and name != "logits":
-                moved += round(n * k * (0.5 + 2 / kind.group))
-            else:
-                moved += n * k * self.item
+            kind = self.kind_of(name)
+            moved += round(n * k * self.number_bytes(kind, k))
             make = partial(self.product, name, tokens, n, k)
             size = f"{tokens} x {k} x {n}"
-            yield Case(f"GEMM {name}", size, moved, 2 * tokens * n * k, make)
+            told = "" if kind is None else f", {kind}"
+            speed = FP8_OPS_PER_S if isinstance(kind, _ROUNDING) else OPS_PER_S
+            yield Case(f"GEMM {name}{told}", size, moved, 2 * tokens * n * k, make, speed)
 
     def product(self, name: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
         x = self.randn(tokens, k)
-        kind = self.arch.quantization
-        weight: Weight = self.randn(n, k)
-        if isinstance(kind, CompressedInt) and name != "logits":
-            weight = self.packed(kind, n, k)
+        weight = self.weight(self.kind_of(name), n, k)
         ops = self.ops
         if name in ("out", "down"):
             total = self.randn(tokens, n)
@@ -210,41 +267,37 @@ class Shape:
             return lambda: ops.gated_linear(x, weight, None, norm)
         return lambda: ops.linear(x, weight, None, norm)
 
-    def fp8_cases(self, tokens: int) -> Iterator[Case]:
-        """Products with FP8 weights, with everything that the layers compute with them: the norm
-        and rounding of x, the activation, the sum.
+    def form_cases(self, tokens: int) -> Iterator[Case]:
+        """Products with FP8 and int8 weights, with all that the layers compute with them: the
+        norm and rounding of x, the activation, the sum.
         """
         for name, (n, k) in self.matrices.items():
             adds = name in ("out", "down")
             written = n // 2 if name == "gate_up" else n
             moved = n * k + tokens * (k + written * (1 + adds)) * self.item
-            for form in FP8_BLOCKS:
-                make = partial(self.fp8_product, name, form, tokens, n, k)
+            for form in FORMS:
+                make = partial(self.form_product, name, form, tokens, n, k)
                 size = f"{tokens} x {k} x {n}"
                 done = 2 * tokens * n * k
-                yield Case(f"FP8 {form} {name}", size, moved, done, make, FP8_OPS_PER_S)
+                yield Case(f"{form} {name}", size, moved, done, make, FP8_OPS_PER_S)
 
-    def fp8_product(self, name: str, form: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
+    def form_product(self, name: str, form: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
         x = self.randn(tokens, k)
         hidden: Rows = x
-        weight = self.fp8_weight(form, n, k)
+        weight = self.weight(FORMS[form], n, k)
         norm = self.randn(k), self.arch.eps
         ops = self.ops
         if name == "down":  # takes its rows as the product before it leaves them
-            gate_up = self.fp8_weight(form, 2 * k, FP8_DEPTH)
+            gate_up = self.weight(FORMS[form], 2 * k, FP8_DEPTH)
             made = self.randn(tokens, FP8_DEPTH)
             hidden = ops.gated_linear(made, gate_up, None, None, weight)
         if name in ("out", "down"):
             total = self.randn(tokens, n)
             return lambda: ops.add_linear(total, hidden, weight, None)
         if name == "gate_up":
-            down = self.fp8_weight(form, FP8_DEPTH, n // 2)
+            down = self.weight(FORMS[form], FP8_DEPTH, n // 2)
             return lambda: ops.gated_linear(x, weight, None, norm, down)
         return lambda: ops.linear(x, weight, None, norm)
-
-    def fp8_weight(self, form: str, n: int, k: int) -> Fp8Weight:
-        rows, columns = FP8_BLOCKS[form]
-        return Fp8Weight(*quantize_fp8(self.randn(n, k), rows, columns), rows, columns or k)
 
     def moe_case(self, moe: Moe, tokens: int) -> Case:
         """Router, routing and experts, added to a sum; all experts are equally likely."""
@@ -267,10 +320,7 @@ class Shape:
 
         expert = 3 * moe.hidden * dim
         read = num * (1 - (1 - top_k / num) ** tokens)  # expected number of experts in use
-        kind = self.arch.quantization
-        number: float = 1 if isinstance(kind, Fp8) else self.item  # bytes
-        if isinstance(kind, (Mxfp4, CompressedInt)):
-            number = 0.5 + (1 if isinstance(kind, Mxfp4) else 2) / kind.group
+        number = self.number_bytes(self.kind_of("experts"), dim)
         moved = read * expert * number + (num * dim + 3 * tokens * dim) * self.item
         done = 2 * tokens * (top_k * expert + num * dim)
         return Case("experts", f"{tokens} tokens", moved, done, mixture)
@@ -281,12 +331,8 @@ class Shape:
         num = self.ffn.num_experts
         dim = self.arch.dim
         hidden = self.ffn.hidden
-        kind = self.arch.quantization
-        if isinstance(kind, (Mxfp4, CompressedInt)):
-            return self.packed(kind, num, 2 * hidden, dim), self.packed(kind, num, dim, hidden)
-        if isinstance(kind, Fp8):
-            return self.fp8(kind, num, 2 * hidden, dim), self.fp8(kind, num, dim, hidden)
-        return self.randn(num, 2 * hidden, dim), self.randn(num, dim, hidden)
+        kind = self.kind_of("experts")
+        return self.weight(kind, num, 2 * hidden, dim), self.weight(kind, num, dim, hidden)
 
     def sample_case(self, rows: int) -> Case:
         vocab = self.arch.vocab
@@ -454,7 +500,7 @@ class Shape:
         for tokens in GEMM_TOKENS:
             yield from self.gemm_cases(tokens)
         for tokens in FP8_TOKENS:
-            yield from self.fp8_cases(tokens)
+            yield from self.form_cases(tokens)
         if isinstance(self.ffn, Moe):
             for tokens in MOE_TOKENS:
                 yield self.moe_case(self.ffn, tokens)
@@ -506,7 +552,7 @@ def main() -> None:
         raise SystemExit("scripts/bench kernels: no GPU with its kernels installed is here")
     dtype = torch.bfloat16
     cache_dtype = torch.float8_e4m3fn if arguments.kv_cache_dtype == "fp8" else dtype
-    shape = Shape(read_arch(path), device, dtype, cache_dtype)
+    shape = Shape(read_arch(path).quantized(), device, dtype, cache_dtype)
     words = arguments.only.split(",")
     found = []
     for case in shape.cases():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pytest import approx
 
-from gllm_benchmarks.kernels import FP8_BLOCKS, Shape, describe, make_row, seconds_of
+from gllm_benchmarks.kernels import FORMS, Shape, describe, make_row, seconds_of
 from gllm_benchmarks.offline import MODELS
 from gllm_benchmarks.ours import KINDS
 from gllm_engine import write_tiny_model
-from gllm_engine.arch import read_arch
+from gllm_engine.arch import Moe, make_arch, read_arch
+from gllm_engine.arch.tiny import tiny_config
 
 
 @pytest.fixture
@@ -46,12 +48,12 @@ def test_all_cases_run(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
         assert seconds > 0 and case.bytes > 0
         found.append(describe(case, seconds))
     # Logits are made for sampled rows only, never for 2,000.
-    assert len(found) == 2 * 3 + 2 + 2 + 2 + (3 * 5 - 1) + 2 * 4
+    assert len(found) == 2 * 3 + 2 + 2 + 2 + (3 * 5 - 1) + 3 * 4
     kernels = {about["kernel"] for about in found}
     assert kernels == {
         "rms_norm", "silu_mul", "rotate_and_store", "sample", "attention, decode",
         "attention, prefill", "GEMM qkv", "GEMM out", "GEMM gate_up", "GEMM down", "GEMM logits",
-        *(f"FP8 {form} {name}" for form in FP8_BLOCKS for name in shape.matrices),
+        *(f"{form} {name}" for form in FORMS for name in shape.matrices),
     }  # fmt: skip
     assert all(len(make_row(about)) == 7 for about in json.loads(json.dumps(found)))
 
@@ -68,6 +70,51 @@ def test_experts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     gemms = ["GEMM qkv", "GEMM out", "GEMM logits"]
     kernels = ["rms_norm", "rotate_and_store", "sample", *gemms, "experts", "experts"]
     assert [case.kernel for case in cases] == kernels
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+KINDS_OF_WEIGHTS = [
+    ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}, "GPTQ INT4", 0.5 + 2 / 32),
+    ({"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ INT4", 0.5 + 4 / 32),
+    ({"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True}, None, 4),  # held plain
+    ({"quant_method": "fp8"}, "FP8 with one scale", 1),
+    (
+        {"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": INT4}}}
+        | {"format": "pack-quantized"},
+        "INT4 with",
+        0.5 + 2 / 32,
+    ),
+]
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize(("config", "told", "number"), KINDS_OF_WEIGHTS)
+def test_products_are_those_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    config: dict[str, Any],
+    told: str | None,
+    number: float,
+) -> None:
+    monkeypatch.setattr("gllm_benchmarks.kernels.REPLAYS", 1)
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_experts_per_tok": 2}
+    arch = make_arch(tiny_config(family, quantization_config=config, **size)).quantized()
+    shape = Shape(arch, torch.device("cpu"), torch.float32, torch.float32)
+    for case in shape.gemm_cases(3):
+        assert seconds_of(case, shape.device) > 0
+        name, _, kind = case.kernel.removeprefix("GEMM ").partition(", ")
+        experts_only = isinstance(shape.ffn, Moe) and "config_groups" in config
+        plain = name == "logits" or experts_only or told is None
+        assert kind == "" if plain else kind.startswith(str(told))
+        rows, columns = (shape.matrices | {"logits": (384, 64)})[name]
+        moved = 3 * (columns + rows * (1 + (name in ("out", "down")))) * 4
+        assert case.bytes == moved + rows * columns * (4 if plain else number)
+    if isinstance(shape.ffn, Moe):
+        case = shape.moe_case(shape.ffn, 10**6)  # all experts
+        rest = (shape.ffn.num_experts * 64 + 3 * 10**6 * 64) * 4
+        numbers = 3 * shape.ffn.num_experts * shape.ffn.hidden * 64
+        assert case.bytes - rest == approx(numbers * number)
+        assert seconds_of(shape.moe_case(shape.ffn, 3), shape.device) > 0
 
 
 def test_the_gated_delta_rule_is_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
