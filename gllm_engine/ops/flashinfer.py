@@ -234,8 +234,10 @@ def gated_linear(
 ) -> Rows:
     """See Ops.gated_linear."""
     if isinstance(weight, Fp8Weight | Int8Weight):
-        library = fp8_product if isinstance(weight, Fp8Weight) else int8_product
-        hidden = library.gated_linear(x, weight, bias, norm)
+        if isinstance(weight, Fp8Weight):
+            hidden = fp8_product.gated_linear(x, weight, bias, norm)
+        else:
+            hidden = int8_product.gated_linear(x, weight, bias, norm)
         if hidden is not None:
             return hidden
         return activate(linear(x, weight, bias, norm), "silu", True, then)

@@ -416,6 +416,7 @@ def _options(matrix: Weight) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         options |= {"KIND": "packed", "GROUP": matrix.group, "SPAN": matrix.group * shared}
         options |= {"SCALE": kind, "ZEROS": matrix.zeros, "expert_scales": words[0].numel()}
         return matrix.numbers, words, words, options
+    assert isinstance(matrix, Fp8Weight)
     index = matrix.scale_row
     options |= {"KIND": "fp8", "scale_columns": matrix.scales.shape[-1]}
     options |= {"first_column": matrix.first_column, "ROWS_PER_SCALE": matrix.rows_per_scale}

@@ -585,6 +585,7 @@ def grouped_product(
     """
     if isinstance(matrix, PackedWeight):
         return _packed_product(x, matrix, order, groups, top_k, tiles, gated, bias, on_input, clamp)
+    assert isinstance(matrix, Tensor | Fp8Weight)
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
     columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
