@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 195_000,
+    ("gllm_engine",): 195_500,
     ("backend", "client"): 45_000,
     ("benchmarks",): 25_000,
 }

@@ -113,7 +113,7 @@ def stack_weights(
     are held.
     """
     by_name = dict(formats)
-    matrices = _Matrices(
+    matrices: _Matrices[Any] = _Matrices(
         sizes={name: shapes[name] for name in names},
         lead=() if num_experts is None else (num_experts,),
         kinds={name: by_name[name] for name in names if name in by_name},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.formats import Formats
+from gllm_engine.arch.formats import Formats, Shapes
 from gllm_engine.layers.stacked_weight import Staging, stack_weights
 from gllm_engine.ops import Weight
 
@@ -30,7 +30,7 @@ class VocabularyMatrix:
         """`shape`: of the rows of tokens. `formats`, `dtype`: as of stack_weights."""
         rows, dim = shape
         self._name = name
-        shapes = {name: shape}
+        shapes: Shapes = {name: shape}
         if width > rows:
             unused = _UNUSED + "weight"
             shapes[unused] = (width - rows, dim)
