@@ -169,8 +169,10 @@ def test_transposed(model: Path) -> None:
 
 
 def test_dtype(model: Path) -> None:
+    rewrite(model, lambda t: t.update({DOWN: t[DOWN].to(torch.int16)}))
+    assert f"tensor {DOWN} has dtype I16; supported: F64, F32, F16, BF16" in refusal(model)
     rewrite(model, lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}))
-    assert f"tensor {DOWN} has dtype I8; supported: F64, F32, F16, BF16" in refusal(model)
+    assert f"tensor {DOWN} has dtype I8 and none of {DOWN}_scale" in refusal(model)
 
 
 @pytest.mark.parametrize("keep", [4, 100, 5000, -1])
