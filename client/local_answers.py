@@ -42,7 +42,12 @@ class LocalAnswers:
             (whole,) = self._llm.generate([ids], params)
             if whole.error is not None:
                 raise RequestFailed(whole.error)
-            yield Chunk(tuple(map(_output, whole.outputs)), len(ids), whole.prompt_logprobs)
+            yield Chunk(
+                tuple(map(_output, whole.outputs)),
+                len(ids),
+                whole.prompt_logprobs,
+                num_cached_tokens=whole.num_cached_tokens,
+            )
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
         """See AnswerSource. Reading one stream advances all streams: they share every step."""
@@ -81,6 +86,7 @@ def _output(part: Any) -> Output:
         logprobs=part.logprobs,
         cumulative_logprob=part.cumulative_logprob,
         num_tokens=len(part.token_ids),
+        stop_reason=None if part.stop_reason is None else str(part.stop_reason),
     )
 
 

@@ -42,6 +42,7 @@ _PUBLIC = {
     "engine.core": ("IN_PROCESS", "Engine", "EngineBroken", "fill_caches"),
     "engine.check": ("CheckReport", "check_model"),
     "engine.llm": ("LLM", "CompletionOutput", "RequestFailed", "RequestOutput"),
+    "text.description": ("describe_checkpoint",),
     "text.tokenizer": ("TextError", "Tokenizer"),
     "model.tiny": ("write_tiny_model",),
     "timeline": ("Summary",),
