@@ -15,7 +15,14 @@ from gllm_client.answers import Prompt
 from gllm_client.batch import Failed, Item
 from gllm_client.protocol import Chunk, Output, merge
 from gllm_client.signals import caught_signals
-from gllm_engine import LLM, EngineBroken, InvalidField, RequestFailed, parse_sampling
+from gllm_engine import (
+    LLM,
+    EngineBroken,
+    InvalidField,
+    RequestFailed,
+    parse_sampling,
+    truncated,
+)
 
 
 class LocalAnswers:
@@ -34,6 +41,7 @@ class LocalAnswers:
             ids = tokenizer.encode(prompt)
         else:
             ids = tokenizer.chat(prompt, **template)
+        ids = truncated(ids, params, self._llm.engine.info.max_model_len)
         if params.n == 1:
             deltas = self._llm.stream(ids, params)
             while (delta := _uninterrupted(deltas)) is not None:

@@ -38,7 +38,7 @@ _PUBLIC = {
     "os_process": ("end_with_parent",),
     "engine.attach": ("sweep",),
     "engine.client": ("EngineClient", "EngineError", "EngineUnavailable"),
-    "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs"),
+    "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs", "truncated"),
     "engine.core": ("IN_PROCESS", "Engine", "EngineBroken", "fill_caches"),
     "engine.check": ("CheckReport", "check_model"),
     "engine.llm": ("LLM", "CompletionOutput", "RequestFailed", "RequestOutput"),

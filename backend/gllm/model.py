@@ -181,20 +181,23 @@ class TritonPythonModel:
             stream.fail("internal", "an internal error, see the server's log")
 
     def _start(self, stream: Stream, parsed: ParsedRequest) -> None:
-        from gllm_engine import Completion, make_requests
+        from gllm_engine import Completion, make_requests, truncated
 
         if parsed.operation != "generate":
             stream.finish(parsed, self._result(parsed))
             return
         sampling = parsed.sampling
+        info = self.client.info
         ids, text = self._tokenize(parsed)
         if not ids:
             raise InvalidField(parsed.kind, "the prompt has no tokens, at least one is needed")
-        _check_len(len(ids), self.client.info.max_model_len)
+        ids = truncated(ids, sampling, info.max_model_len)
+        _check_len(len(ids), info.max_model_len)
         if parsed.prepend_prompt and parsed.kind != "text_input":
             text = self.tokenizer.decode(ids)
-        for field in ("stop_token_ids", "logit_bias"):  # ids beyond 64 bits cannot be encoded
-            _check_ids(field, getattr(sampling, field), self.client.info.vocab_size)
+        # The engine checks them too, but ids beyond 64 bits cannot be encoded.
+        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            _check_ids(field, getattr(sampling, field), info.vocab_size)
         requests = make_requests(self.tokenizer, ids, sampling, self._ids)
         choices = [Choice(r.id, Completion(self.tokenizer, ids, sampling)) for r in requests]
         stream.open(parsed, text, len(ids), choices)

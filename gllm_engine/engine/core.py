@@ -257,6 +257,7 @@ class Engine:
         sampling = request.sampling
         self._check_ids("input_ids", request.prompt)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        self._check_ids("allowed_token_ids", sampling.allowed_token_ids)
         self._check_ids("logit_bias", list(sampling.logit_bias))
         for words in request.bad_words:
             self._check_ids("bad_words", words)

@@ -29,6 +29,7 @@ from gllm_engine.text.completion import (
     Logprobs,
     make_requests,
     render_logprobs,
+    truncated,
 )
 from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.types import Outputs, Request, TokenLogprobs
@@ -241,6 +242,8 @@ class LLM:
             return []
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
+        max_len = self.engine.info.max_model_len
+        output.prompt_token_ids = truncated(output.prompt_token_ids, params, max_len)
         output.outputs = [CompletionOutput(index=index) for index in range(params.n)]
         return make_requests(self.tokenizer, output.prompt_token_ids, params, self._ids)
 

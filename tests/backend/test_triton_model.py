@@ -328,6 +328,29 @@ def test_token_ids_in_and_bad_words(front) -> None:
     assert client.submitted[0].bad_words == ((110, 111),)
 
 
+@pytest.mark.parametrize(
+    ("given", "most", "kept"),
+    [
+        ({"prompt": "abc"}, 2, b"bc"),
+        ({"prompt": "abc"}, 9, b"abc"),
+        ({"prompt": "abc"}, 2**62, b"abc"),
+        ({"prompt": "ab" * 1000}, -1, b"ab" * 492),  # max_tokens 16 of 1,000
+        ({"prompt": None, "input_ids": np.array([97, 98], np.int32)}, 1, b"b"),
+    ],
+)
+def test_the_end_of_a_prompt_is_kept(front, given, most: int, kept: bytes) -> None:
+    model, client = front
+    asked = request(
+        **given, sampling={"truncate_prompt_tokens": most}, return_num_input_tokens=True
+    )
+    model.execute([asked])
+    (sequence,) = client.submitted
+    assert bytes(sequence.prompt) == kept
+    client.say(sequence.id, "x", STOP)
+    (response,) = asked.record.wait().data
+    assert response.tensors["num_input_tokens"].tolist() == [len(kept)]
+
+
 # ---------------------------------------------------------------- other operations
 
 
@@ -448,6 +471,11 @@ LONG = [{"role": "user", "content": "a" * 1000}]
             "... is outside the vocabulary [0, 300)",
         ),
         (request(sampling={"logit_bias": {"300": 1}}), "logit_bias: token 300"),
+        (request(sampling={"allowed_token_ids": [1, 300]}), "allowed_token_ids: token 300"),
+        (
+            request("a" * 2000, sampling={"truncate_prompt_tokens": 1000}),
+            "prompt: its 1000 tokens leave no room",
+        ),
         (
             request(None, operation=text("detokenize"), input_ids=np.array([300], np.int32)),
             "input_ids: token 300",

@@ -141,6 +141,10 @@ OUT_OF_RANGE = [
     ("stop", ['[""]', "[1]", "5"]),
     ("bad_words", ['[""]']),
     ("stop_token_ids", ['["a"]', '"["']),
+    ("allowed_token_ids", ["[]", '"[]"', '["a"]', "true", str([1] * 16385)]),
+    ("truncate_prompt_tokens", [0, -2, "NaN", "1.5"]),
+    ("spaces_between_special_tokens", ["false", '"false"', "2"]),
+    ("logprob_token_ids", ["[1]"]),
     ("ignore_eos", ["2", '"maybe"']),
     ("structured_outputs", ["{}", '{"regex": "a", "grammar": "b"}', '{"xml": "a"}']),
 ]
@@ -188,6 +192,12 @@ def test_parameters_are_the_sampling_parameters_without_the_tensor() -> None:
     parsed = parse_request(request(parameters=parameters))
     assert (parsed.sampling.temperature, parsed.sampling.max_tokens) == (0.0, 7)
     assert parsed.timeout_us == 1000
+
+
+def test_lists_of_token_ids_may_be_one_id_or_json_text() -> None:
+    for value in (5, "5", [5], "[5]", ["5"]):
+        sampling = parse_request(request(sampling={"allowed_token_ids": value})).sampling
+        assert sampling.allowed_token_ids == (5,)
 
 
 def test_null_is_no_limit_where_there_is_one_and_else_the_default() -> None:
