@@ -147,11 +147,12 @@ def request_inputs(
     if parameters:
         inputs["sampling_parameters"] = _to_json("sampling_parameters", parameters)
     if images:
-        inputs["image"] = [
-            image if isinstance(image, str) else base64.b64encode(image).decode("ascii")
-            for image in images
-        ]
+        inputs["image"] = list(map(_base64, images))
     return inputs
+
+
+def _base64(image: str | bytes) -> str:
+    return image if isinstance(image, str) else base64.b64encode(image).decode("ascii")
 
 
 def tokenize_inputs(
