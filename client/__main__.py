@@ -288,8 +288,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as plain values, checked. Raises InvalidField."""
-    return dict(msgspec.to_builtins(parse_sampling(struct_texts(options, SamplingParams))))
+    """The given sampling flags as plain values, checked. Raises InvalidField."""
+    given = struct_texts(options, SamplingParams)
+    checked = parse_sampling(given)
+    return {name: msgspec.to_builtins(getattr(checked, name)) for name in given}
 
 
 def _text_only(sampling: dict[str, Any]) -> None:
@@ -350,8 +352,6 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from tqdm import tqdm
 
     from gllm_client.batch import Item, Tally, run_batch
@@ -363,8 +363,7 @@ def _batch(options: argparse.Namespace) -> int:
     with closing(_source(options)) as source, tqdm(unit="request", disable=None) as bar:
 
         def answers(items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
-            filled = (replace(item, sampling=sampling | item.sampling) for item in items)
-            return source.answers(filled, pace.concurrency)
+            return source.answers((item.with_flags(sampling) for item in items), pace.concurrency)
 
         def show(tally: Tally) -> None:
             bar.total = tally.total
@@ -374,6 +373,7 @@ def _batch(options: argparse.Namespace) -> int:
             options.input,
             options.output,
             answers,
+            model=source.model,
             retry_errors=options.retry_errors,
             on_progress=show,
         )

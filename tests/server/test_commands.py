@@ -120,14 +120,29 @@ def test_a_batch_with_bad_lines_answers_the_others(server: Server, tmp_path: Pat
     with source.open("a") as file:
         file.write('{"id": "bad", "prompt": "x", "sampling_parameters": {"top_p": 7}}\nnot JSON\n')
         file.write('{"id": "chat", "messages": [{"role": "user", "content": "Hello"}]}\n')
+        for body in ({"model": MODEL, "max_tokens": 3}, {"model": "gpt"}, {"seed": "x"}):
+            body["messages"] = [{"role": "user", "content": "Hello"}]
+            told = {"custom_id": str(len(body)) + str(body.get("model")), "method": "POST"}
+            file.write(json.dumps(told | {"url": "/v1/chat/completions", "body": body}) + "\n")
     done = subprocess.run(
         [*GLLM, "batch", str(source), str(target), "--url", server.grpc],
         capture_output=True,
         text=True,
         timeout=2 * WAIT_S,
     )
-    assert done.returncode == 1 and "3 answered, 2 failed" in done.stderr
-    errors = {line["id"]: line["error"] for line in answered(target) if "error" in line}
+    assert done.returncode == 1 and "4 answered, 4 failed" in done.stderr
+    found = {line["custom_id"]: line["response"] for line in answered(target) if
+             "custom_id" in line}  # fmt: skip
+    assert {name: line["status_code"] for name, line in found.items()} == {
+        f"3{MODEL}": 200, "2gpt": 404, "2None": 400
+    }  # fmt: skip
+    answer = found[f"3{MODEL}"]["body"]
+    assert answer["model"] == MODEL and answer["usage"]["completion_tokens"] == 3
+    errors = {
+        line["id"]: line["error"]
+        for line in answered(target)
+        if "error" in line and "custom_id" not in line
+    }
     assert errors.keys() == {"bad", 4} and "top_p" in errors["bad"] and "JSON" in errors[4]
 
 
