@@ -89,13 +89,18 @@ OUTPUT gets a line for each, in the order in which they finish:
   {"id": "a1", "text": " a time", "finish_reason": "length", "num_output_tokens": 50, ...}
   {"id": "a2", "error": "messages: ..."}
 
+Lines of OpenAI's batches may stand beside these, for /v1/chat/completions and /v1/completions:
+
+  {"custom_id": "a3", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once"}}
+  {"id": ..., "custom_id": "a3", "response": {"status_code": 200, "body": {...}}, "error": null}
+
 With n > 1 the texts are listed under "outputs". logprobs adds "logprobs" and
 "cumulative_logprob", prompt_logprobs adds "prompt_logprobs".
 
 `id` (a string or a whole number) is by default the line's number. Sampling flags hold for lines
 that do not say otherwise. A line that is no request, or has the id of an earlier one, gets an
-error with its number as "line". Broken off, the same command continues: ids with an answer in
-OUTPUT are skipped. The exit status is 1 if any line ended in an error.
+error with its number as "line". Broken off, the same command continues: lines with an answer in
+OUTPUT, by id or custom_id, are skipped. The exit status is 1 if any line ended in an error.
 """
 
 

@@ -223,7 +223,7 @@ def entry(*tokens: tuple[int, str, float]) -> dict[str, Any]:
 
 
 def chunk(num: int = 1, with_logprobs: bool = False) -> Chunk:
-    """"b" was chosen although "a" is likelier; then "é", which is the likeliest."""
+    """ "b" was chosen although "a" is likelier; then "é", which is the likeliest."""
     logprobs = [
         entry((5, "a", -0.5), (6, "b", -1.0)),
         entry((7, "é", 0.0), (5, "a", float("-inf"))),

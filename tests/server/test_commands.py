@@ -114,16 +114,23 @@ def test_a_killed_batch_goes_on_where_it_was(server: Server, tmp_path: Path) -> 
     assert {line["num_output_tokens"] for line in after} == {40}
 
 
+OPENAI_BODIES: dict[str, dict[str, Any]] = {
+    "good": {"model": MODEL, "max_tokens": 3, "ignore_eos": True},
+    "model": {"model": "gpt"},
+    "seed": {"seed": "x"},
+}
+
+
 def test_a_batch_with_bad_lines_answers_the_others(server: Server, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_batch(source, num=2, max_tokens=4)
     with source.open("a") as file:
         file.write('{"id": "bad", "prompt": "x", "sampling_parameters": {"top_p": 7}}\nnot JSON\n')
         file.write('{"id": "chat", "messages": [{"role": "user", "content": "Hello"}]}\n')
-        for body in ({"model": MODEL, "max_tokens": 3}, {"model": "gpt"}, {"seed": "x"}):
-            body["messages"] = [{"role": "user", "content": "Hello"}]
-            told = {"custom_id": str(len(body)) + str(body.get("model")), "method": "POST"}
-            file.write(json.dumps(told | {"url": "/v1/chat/completions", "body": body}) + "\n")
+        for custom_id, fields in OPENAI_BODIES.items():
+            body = fields | {"messages": [{"role": "user", "content": "Hello"}]}
+            told = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions"}
+            file.write(json.dumps(told | {"body": body}) + "\n")
     done = subprocess.run(
         [*GLLM, "batch", str(source), str(target), "--url", server.grpc],
         capture_output=True,
@@ -131,12 +138,10 @@ def test_a_batch_with_bad_lines_answers_the_others(server: Server, tmp_path: Pat
         timeout=2 * WAIT_S,
     )
     assert done.returncode == 1 and "4 answered, 4 failed" in done.stderr
-    found = {line["custom_id"]: line["response"] for line in answered(target) if
-             "custom_id" in line}  # fmt: skip
-    assert {name: line["status_code"] for name, line in found.items()} == {
-        f"3{MODEL}": 200, "2gpt": 404, "2None": 400
-    }  # fmt: skip
-    answer = found[f"3{MODEL}"]["body"]
+    found = {a["custom_id"]: a["response"] for a in answered(target) if "custom_id" in a}
+    statuses = {custom_id: response["status_code"] for custom_id, response in found.items()}
+    assert statuses == {"good": 200, "model": 404, "seed": 400}
+    answer = found["good"]["body"]
     assert answer["model"] == MODEL and answer["usage"]["completion_tokens"] == 3
     errors = {
         line["id"]: line["error"]
