@@ -30,13 +30,11 @@ _TEMPLATE = {
     "reasoning_effort": str,
 }
 # Fields with a meaning of their own, by URL.
-_OWN = {
-    CHAT: {
-        *("messages", "tools", "tool_choice", "chat_template_kwargs", *_TEMPLATE),
-        *("logprobs", "top_logprobs", "max_completion_tokens"),
-    },
-    COMPLETIONS: {"prompt", "logprobs"},
-}
+_OF_CHAT = {
+    "messages", "tools", "tool_choice", "chat_template_kwargs", "logprobs", "top_logprobs",
+    "max_completion_tokens",
+}  # fmt: skip
+_OWN = {CHAT: _OF_CHAT | _TEMPLATE.keys(), COMPLETIONS: {"prompt", "logprobs"}}
 _BOTH = {"model", "response_format", "prompt_cache_key"}
 # Fields that change no answer.
 _LABELS = {"user", "metadata", "safety_identifier"}

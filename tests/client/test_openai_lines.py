@@ -235,7 +235,8 @@ def chunk(num: int = 1, with_logprobs: bool = False) -> Chunk:
 def body_of(answer: dict[str, Any]) -> dict[str, Any]:
     response = json.loads(json.dumps(answer, allow_nan=False))["response"]
     assert response["status_code"] == 200 and response["request_id"]
-    return response["body"]
+    body: dict[str, Any] = response["body"]
+    return body
 
 
 def test_a_chat_answer_is_openais_object() -> None:
@@ -368,7 +369,7 @@ def test_what_is_no_answer_of_a_batch_is_not_continued(tmp_path: Path, text: str
 
 def test_answers_that_openai_or_vllm_gave_are_continued(tmp_path: Path) -> None:
     source = write(tmp_path / "in", line(custom_id="a"), line(custom_id="b"), line(custom_id="c"))
-    good = {"id": "batch_req_1", "custom_id": "a", "error": None}
+    good: dict[str, Any] = {"id": "batch_req_1", "custom_id": "a", "error": None}
     good["response"] = {"status_code": 200, "request_id": "r", "body": {}}
     bad = good | {"custom_id": "b", "response": {"status_code": 500}, "error": {"message": "no"}}
     target = write(tmp_path / "out", good, bad)
