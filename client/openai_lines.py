@@ -31,9 +31,14 @@ _TEMPLATE = {
 }
 # Fields with a meaning of their own, by URL.
 _OF_CHAT = {
-    "messages", "tools", "tool_choice", "chat_template_kwargs", "logprobs", "top_logprobs",
+    "messages",
+    "tools",
+    "tool_choice",
+    "chat_template_kwargs",
+    "logprobs",
+    "top_logprobs",
     "max_completion_tokens",
-}  # fmt: skip
+}
 _OWN = {CHAT: _OF_CHAT | _TEMPLATE.keys(), COMPLETIONS: {"prompt", "logprobs"}}
 _BOTH = {"model", "response_format", "prompt_cache_key"}
 # Fields that change no answer.
@@ -291,8 +296,11 @@ def _chat_logprobs(output: Output, num_top: int) -> dict[str, Any]:
 def _completion_logprobs(output: Output, num_top: int) -> dict[str, Any]:
     """The `num_top` likeliest tokens of each position, and the chosen one."""
     told: dict[str, Any] = {
-        "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
-    }  # fmt: skip
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
+        "text_offset": [],
+    }
     offset = 0
     for own, entries in _tokens(output):
         likeliest = {entry["decoded_token"]: entry["logprob"] for entry in entries[:num_top]}
