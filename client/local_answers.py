@@ -9,10 +9,10 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from gllm_client.answers import Prompt
-from gllm_client.batch import Failed, Item
+from gllm_client.batch import Failed, Item, Prompt
 from gllm_client.protocol import Chunk, Output, merge
 from gllm_client.signals import caught_signals
 from gllm_engine import (
@@ -32,6 +32,7 @@ class LocalAnswers:
 
     def __init__(self, config: dict[str, Any]) -> None:
         """`config`: fields of EngineConfig. Raises the errors of LLM."""
+        self.model = Path(config["model"]).resolve().name
         self._llm = LLM(**config)
 
     def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
@@ -39,6 +40,8 @@ class LocalAnswers:
         tokenizer = self._llm.tokenizer
         if isinstance(prompt, str):
             ids = tokenizer.encode(prompt)
+        elif isinstance(prompt, tuple):
+            ids = list(prompt)
         else:
             ids = tokenizer.chat(prompt, **template)
         ids = truncated(ids, params, self._llm.engine.info.max_model_len)

@@ -284,6 +284,11 @@ def _sampling(tensors: Mapping[str, Array], parameters: dict[str, Any]) -> Sampl
         values |= given
     if values.pop("lora_name", None) is not None:
         raise VllmError("lora_name", "LoRA feature is not enabled.")
+    # Triton's OpenAI front end of 2025 and before sends these two with every request.
+    if values.get("best_of") == 1:
+        del values["best_of"]
+    if values.get("logprobs") is False:
+        del values["logprobs"]
     return parse_sampling(values)
 
 
