@@ -85,7 +85,7 @@ from gllm_engine.config import settle
             (f'{{"model": ".", "tenant_weights": {text}}}', f"tenant_weights.*{problem}")
             for text, problem in (
                 ('{"a": 0}', r"0.0 of 'a' is outside \[0.001, 1000\]"),
-                ('{"a": 1e400}', "tenant_weights"),
+                ('{"a": 1e400}', "inf of 'a' is outside"),
                 ('{"other": 2}', "'other' means all tenants without a weight"),
                 (f'{{"{"x" * 129}": 2}}', "is not a text of 128 characters at most"),
                 (r'{"\ud800": 2}', "ud800' is not a text of 128"),

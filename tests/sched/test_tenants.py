@@ -1,4 +1,4 @@
-"""Tenants get the shares of their weights, whatever they send; nobody starves or fills all queues."""
+"""Tenants get shares by their weights, whatever they send; nobody starves, or fills all queues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.runner import NullRunner
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Amount, Refused, Room, Scheduler, Sequence
-from gllm_engine.sched.tenants import MAX_TENANTS, OUTPUT_WEIGHT
+from gllm_engine.sched.tenants import OUTPUT_WEIGHT
 from gllm_engine.types import StepPlan, TenantStats
 
 MINUTE = 3000  # steps of 20 ms
@@ -113,18 +113,19 @@ def test_without_tenants_the_greater_load_gets_more() -> None:
     st.lists(st.sampled_from([0.5, 1.0, 2.0, 5.0]), min_size=2, max_size=5),
     st.sampled_from([4, 8]),
     st.booleans(),
-    st.randoms(use_true_random=False),
+    st.integers(0, 1000),
 )
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 def test_any_number_of_tenants_get_their_weights(
-    weights: list[float], slots: int, caching: bool, rng: random.Random
+    weights: list[float], slots: int, caching: bool, seed: int
 ) -> None:
     """Equal prompts, with caching: what is not computed does not count."""
+    rng = random.Random(seed)
     names = [str(i) for i in range(len(weights))]
     given = dict(zip(names, weights, strict=True))
     load = Load(max_num_seqs=slots, enable_prefix_caching=caching, tenant_weights=given)
     longest = {name: rng.choice([2, 5, 12]) for name in names}
-    for _ in range(1200):
+    for _ in range(500):
         for name in names:
             while load.live.get(name, 0) <= 2 * slots:
                 load.add(name, rng.randint(1, 64), rng.randint(1, longest[name]))
@@ -198,17 +199,17 @@ def test_priority_goes_before_tenants_and_a_low_one_earns_no_credit() -> None:
 
 
 def test_the_sequence_admitted_last_is_preempted_first() -> None:
-    """Although it arrived first: what a tenant got in its turn, another's queue does not take."""
-    load = Load(num_pages=6, max_num_seqs=2, max_num_batched_tokens=64)
+    """Not the one that arrived last: who has waited for a turn keeps it."""
+    load = Load(num_pages=6, max_num_batched_tokens=32)
     load.add("a", 30, 60)
-    load.add("a", 30, 20)
     load.step()
+    load.add("a", 30, 60)
+    load.add("b", 30, 60)
+    assert [new.seed for new in load.step().new] == [2, 1]
     scheduler = load.scheduler
-    load.add("a", 30, 30)
-    load.add("b", 30, 30)
     while not scheduler.stats().preemptions:
         load.step()
-    assert scheduler.waiting_of("a") == Amount(2, 30 + 33) and not scheduler.waiting_of("b").tokens
+    assert (scheduler.waiting_of("a").sequences, scheduler.waiting_of("b").sequences) == (1, 0)
 
 
 # ------------------------------------------------------------ queues
@@ -225,8 +226,8 @@ def test_the_sequence_admitted_last_is_preempted_first() -> None:
         (
             {"max_waiting_tokens": 20},
             5,
-            "the queue is full for tenant 'a': 20 tokens are waiting, and with the 5 of this prompt "
-            "they would be more than 20 (max_waiting_tokens)",
+            "the queue is full for tenant 'a': 20 tokens are waiting, and with the 5 of this "
+            "prompt they would be more than 20 (max_waiting_tokens)",
         ),
     ],
 )
@@ -236,16 +237,13 @@ def test_a_full_queue_is_its_tenants_own(
     load = Load(**limits)
     for _ in range(4):
         load.add("a", prompt, 1)
-    for name in ("b", "", "b"):
-        with pytest.raises(Refused) as refused:
-            load.add("a", prompt, 1)
-        assert refused.value.status == "unavailable"
-        assert refused.value.message.startswith(sentence.split(" (")[0][:60])
-        if name == "b" and not load.live.get("b"):
-            assert refused.value.message == sentence
-        load.add(name, 1, 1)
-    with pytest.raises(Refused, match=r"tenant 'a'.*, less half of the 3 of others\)"):
+    with pytest.raises(Refused) as refused:
         load.add("a", prompt, 1)
+    assert (refused.value.status, refused.value.message) == ("unavailable", sentence)
+    for name in ("b", "", "b"):
+        load.add(name, 1, 1)
+    with pytest.raises(Refused, match=r"tenant 'a'.*, less half of the \d+ of others\)"):
+        load.add("a", 1, 1)
     load.scheduler.check_integrity()
 
 
@@ -271,22 +269,23 @@ def test_greedy_tenants_leave_room_for_one_more(limit: int, arrivals: list[int])
 # ------------------------------------------------------------ invented names
 
 
-def test_invented_names_cost_bounded_memory_and_a_bounded_delay() -> None:
-    load = Load(max_num_seqs=1, max_waiting=16, tenant_weights={"known": 1.0})
+def test_invented_names_cost_bounded_memory_and_a_bounded_delay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gllm_engine.sched.tenants.MAX_TENANTS", 8)
+    load = Load(max_num_seqs=1, tenant_weights={"known": 1.0})
     tenants = load.scheduler._waiting._tenants
     for _ in range(4):
-        load.add("known", 100, 1)
-    for number in range(3 * MAX_TENANTS):
+        load.add("known", 20, 1)
+    for number in range(4 * 20 * (8 + 2)):
         load.add(f"invented {number}", 1, 1)
         load.step()
-        assert len(tenants) <= MAX_TENANTS + 2
+        assert len(tenants) <= 8 + 2
     assert {0, 1, 2, 3} <= {*load.finished}
-    stats = load.scheduler.stats().tenants
-    assert stats["known"] == TenantStats(prefill_tokens=400)
-    assert stats["other"].prefill_tokens == 3 * MAX_TENANTS + 4 - len(load.scheduler._waiting) - 4
     served(load)
-    load.scheduler.check_integrity()
-    assert load.scheduler.stats().tenants["other"] == TenantStats(prefill_tokens=3 * MAX_TENANTS)
+    stats = load.scheduler.stats().tenants
+    assert stats["known"] == TenantStats(prefill_tokens=80)
+    assert stats["other"] == TenantStats(prefill_tokens=number + 1)
 
 
 def test_places_in_the_heap_are_bounded() -> None:
