@@ -45,7 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     # sequences in one step; default: 256, on GPUs 1024; a quarter with recurrent layers
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0  # tokens in one step; default: 2048, on GPUs 8192
-    max_waiting: int = 4096  # limit of queued sequences; further ones are refused ("queue full")
+    # limit of a tenant's queued sequences, less half of the others'; further ones are refused
+    max_waiting: int = 4096
     # limit of prompt tokens in the queue; an empty queue accepts a prompt of any length
     max_waiting_tokens: int = 2**23
     # tenants' shares of the tokens computed while requests wait; a tenant without one has weight 1
