@@ -33,6 +33,7 @@ _PUBLIC = {
         "Stats",
         "StepPlan",
         "StepResult",
+        "TenantStats",
         "TokenLogprobs",
     ),
     "os_process": ("end_with_parent",),

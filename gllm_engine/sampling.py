@@ -17,6 +17,7 @@ import msgspec
 MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_STOPS = 64
+MAX_TENANT_CHARS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_ALLOWED_TOKEN_IDS = 16384
@@ -60,7 +61,8 @@ class SamplingParams(
 
     `max_tokens` None: up to the model's length. `temperature` 0: greedy. `top_k` 0 or -1: off.
     `seed` None: a random seed. `priority`: lower values are served sooner. `cache_salt`: prompts
-    with different salts never share prefix-cache pages. `allowed_token_ids` (): all.
+    with different salts never share prefix-cache pages. `tenant`: in whose turn the request is
+    served; turns are fair between tenants. `allowed_token_ids` (): all.
     `truncate_prompt_tokens`: only the prompt's last tokens are read, at most this many; -1: as many
     as leave room for `max_tokens` tokens of output (1 if that is None).
     """
@@ -90,6 +92,7 @@ class SamplingParams(
     truncate_prompt_tokens: int | None = None
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +111,9 @@ class SamplingParams(
                 raise InvalidField(field, f"{len(values)} entries given, at most {most}")
             if "" in values:
                 raise InvalidField(field, "an empty string is not allowed")
+        if len(self.tenant) > MAX_TENANT_CHARS:
+            problem = f"{len(self.tenant)} characters given, at most {MAX_TENANT_CHARS}"
+            raise InvalidField("tenant", problem)
         for field in ("top_p", "repetition_penalty"):
             if getattr(self, field) == 0:
                 raise InvalidField(field, "0 is not allowed, it must be greater than 0")

@@ -74,6 +74,15 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: dict[int, int] = {}
 
 
+class TenantStats(msgspec.Struct, frozen=True, array_like=True):
+    """Part of Stats: gauges now, counters since the engine started, of one or more tenants."""
+
+    running: int = 0
+    waiting: int = 0
+    prefill_tokens: int = 0  # computed in chunks, so without prefix hits
+    decode_tokens: int = 0  # computed in decode rows
+
+
 class Stats(msgspec.Struct, frozen=True, array_like=True):
     """Engine -> one front end: gauges now, counters since the engine started."""
 
@@ -90,6 +99,8 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int = 0
     steps: int = 0
     waiting_tokens: int = 0  # prefill backlog of waiting sequences
+    # By name, for tenants that the configuration names; all others are one, named "other".
+    tenants: dict[str, TenantStats] = {}
 
 
 # ---------------------------------------------------------------- scheduler <-> runner

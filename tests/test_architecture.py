@@ -25,7 +25,7 @@ OURS = {
     "gllm_engine/sampling.py": set(),
     "gllm_engine/files.py": set(),
     "gllm_engine/routing.py": set(),
-    "gllm_engine/config.py": {"files"},
+    "gllm_engine/config.py": {"files", "sampling"},
     "gllm_engine/types.py": {"sampling"},
     "gllm_engine/arch": {"types", "config", "files", "routing", "arch"},
     "gllm_engine/sched": {"types", "config", "sampling", "arch", "sched"},

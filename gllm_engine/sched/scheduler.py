@@ -28,6 +28,7 @@ from gllm_engine.sched.pages import (
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
 from gllm_engine.sched.snapshots import SnapshotKind, SnapshotPool
+from gllm_engine.sched.tenants import Amount, Room, Waiting
 from gllm_engine.types import (
     NO_SNAPSHOT,
     Chunk,
@@ -101,7 +102,8 @@ class Scheduler:
 
     Any number of plans may be in flight. Running sequences are in `_prefilling` or `_decoding`;
     they hold a slot, and pages for all their planned tokens. Between calls every live sequence is
-    in one of three queues. A sequence in no queue has ended, so its results in flight are dropped.
+    in one of these two queues or in its tenant's queue in `_waiting`. A sequence in no queue has
+    ended, so its results in flight are dropped.
     """
 
     def __init__(
@@ -132,22 +134,21 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._max_tokens = config.max_num_batched_tokens
         self._max_slots = config.max_num_seqs
-        self._max_waiting = config.max_waiting
-        self._max_waiting_tokens = config.max_waiting_tokens
+        self._room = Room(config.max_waiting, config.max_waiting_tokens)
         self._eos_token_ids = eos_token_ids
         self._policy = policy or POLICIES[config.policy]
         self._fit = Fit()
         self._stages = config.pipeline_parallel_size
         self._drain_steps = config.prefill_drain_steps
         self._min_prefill = config.min_prefill_tokens
-        self._waiting = Queue()
+        self._waiting = Waiting(config.tenant_weights)
         self._prefilling = Queue()
         self._decoding = Queue()
         self._backlog = 0  # sum over live sequences of Sequence.backlog
         self._context = 0  # sum over decoding sequences of Sequence.planned
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))  # free ones
         self._flights: deque[_Flight] = deque()
-        self._arrivals = self._steps = self._preemptions = 0
+        self._steps = self._preemptions = 0
         self._prefix_queries = self._prefix_stored = self._prefix_hits = 0
         self._snapshot_hits = Counter[SnapshotKind]()
 
@@ -155,9 +156,10 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises Refused if the queue is full or the prompt never fits."""
-        if sequence.rank[1]:
+        if sequence.rank[2]:
             raise ValueError(f"sequence {sequence.key!r} was added before")
         length = sequence.prompt_len
+        sampling = sequence.sampling
         wanted = self._wanted(sequence)
         if not length:
             raise Refused("invalid", "prompt: it is empty, at least one token is needed")
@@ -173,32 +175,23 @@ class Scheduler:
                 f"prompt: its {length} tokens do not fit the KV cache, which holds "
                 f"{self._capacity} tokens",
             )
-        if len(self._waiting) >= self._max_waiting:
-            raise Refused(
-                "unavailable",
-                f"the queue is full: {len(self._waiting)} requests are waiting (max_waiting)",
-            )
-        queued = self._num_waiting_tokens
-        if self._waiting and queued + length > self._max_waiting_tokens:
-            raise Refused(
-                "unavailable",
-                f"the queue is full: {queued} tokens are waiting, and with the {length} of this "
-                f"prompt they would be more than {self._max_waiting_tokens} (max_waiting_tokens)",
-            )
-        self._arrivals += 1
-        sampling = sequence.sampling
-        sequence.rank = (sampling.priority, self._arrivals)
+        tenant = self._waiting.tenant(sampling.tenant)
+        refusal = self._room.refusal(
+            sampling.tenant, tenant.waiting, self._waiting.amount, Amount(1, length)
+        )
+        if refusal is not None:
+            raise Refused("unavailable", refusal)
         sequence.limit = min(wanted, self._capacity + 1)
         eos = () if sampling.ignore_eos else self._eos_token_ids
         sequence.stops = frozenset(eos + sampling.stop_token_ids)
         sequence.pages = Pages(self._groups, sampling.cache_salt, self._snapshots)
         sequence.commit_check = length + 1  # its first token
-        self._waiting.put(sequence)
+        self._waiting.join(sequence, tenant)
         self._backlog += length
 
-    @property
-    def _num_waiting_tokens(self) -> int:
-        return self._backlog - sum([sequence.backlog for sequence in self._prefilling])
+    def waiting_of(self, tenant: str) -> Amount:
+        """What a tenant has waiting."""
+        return self._waiting.tenant(tenant).waiting
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now. Does nothing for a sequence that has ended or was never added."""
@@ -228,15 +221,26 @@ class Scheduler:
         Plans in flight may still write to those pages, but they run before any later plan.
         """
         assert sequence.queue is not None
-        if sequence.queue is self._decoding:
-            self._context -= sequence.planned
-        sequence.queue.take(sequence)
+        if sequence.slot == NO_SLOT:
+            self._waiting.take(sequence)
+        else:
+            if sequence.queue is self._decoding:
+                self._context -= sequence.planned
+                self._charge_decodes(sequence)
+            sequence.queue.take(sequence)
+            self._waiting.leave(sequence)
         self._backlog -= sequence.backlog
         self._release_rolling(sequence)
         sequence.pages.release()
         if sequence.slot != NO_SLOT:
             self._slots.append(sequence.slot)
             sequence.slot = NO_SLOT
+
+    @staticmethod
+    def _charge_decodes(sequence: Sequence) -> None:
+        """Add the tokens of decode rows since the last call to the tenant's service."""
+        sequence.tenant.decode += sequence.planned - sequence.charged
+        sequence.charged = sequence.planned
 
     def _release_rolling(self, sequence: Sequence) -> None:
         """Make the snapshot that a sequence has written while it decoded findable by others."""
@@ -399,6 +403,7 @@ class Scheduler:
         if constraint is not None and planned == len(sequence.tokens):
             return False  # the mask depends on a token in flight
         if planned % self._page_size == 0:
+            self._charge_decodes(sequence)
             sequence.pages.drop_unneeded(planned)
             if not self._make_room(sequence):
                 return False
@@ -438,7 +443,7 @@ class Scheduler:
         """
         if not self._waiting or not self._slots:
             return False
-        sequence = self._waiting[0]
+        sequence = self._waiting.first()
         reserve = self._num_reserved
         if len(sequence.tokens) < sequence.prefill_len or self._pool.num_free <= reserve:
             return False
@@ -448,7 +453,7 @@ class Scheduler:
         cached = pages.find_cached(tokens) if looks_up else pages.nothing_cached()
         if not pages.fit(tokens, cached, reserve) or self._is_coming(sequence, cached):
             return False
-        self._waiting.take(sequence)
+        self._waiting.admit(sequence)
         self._prefilling.put(sequence)
         pages.open(tokens, cached)
         sequence.slot = self._slots.pop()
@@ -603,6 +608,8 @@ class Scheduler:
         draft.chunked.append(sequence)
         sequence.planned = end
         sequence.planned_by = self._steps + 1
+        sequence.charged = end
+        sequence.tenant.prefill += end - start
         self._backlog -= end - start
         sequence.pages.publish(tokens, end)
         if samples:
@@ -726,7 +733,8 @@ class Scheduler:
             answer_snapshot_hits=self._snapshot_hits["answer"],
             preemptions=self._preemptions,
             steps=self._steps,
-            waiting_tokens=self._num_waiting_tokens,
+            waiting_tokens=self._waiting.num_tokens,
+            tenants=self._waiting.stats(),
         )
 
     def check_integrity(self) -> None:
@@ -738,7 +746,8 @@ class Scheduler:
             pool.check_integrity(part.ids for part in parts if part.group.pool is pool)
         if self._snapshots is not None:
             self._snapshots.check_integrity([s.rolling] for s in live if s.rolling != NO_SNAPSHOT)
-        for queue in (self._waiting, self._prefilling, self._decoding):
+        self._waiting.check_integrity(running)
+        for queue in (*self._waiting.queues(), self._prefilling, self._decoding):
             if any(sequence.queue is not queue for sequence in queue):
                 raise IntegrityError("A sequence is in a queue it does not know of.")
             if queue != sorted(queue) or len({s.rank for s in queue}) < len(queue):

@@ -17,7 +17,15 @@ from front import front_end, request, text
 
 from gllm_backend.gllm.model import TritonPythonModel
 from gllm_backend.gllm.request import INPUTS, OUTPUTS
-from gllm_engine import ConfigError, Finish, Outputs, Stats, TokenLogprobs, __version__
+from gllm_engine import (
+    ConfigError,
+    Finish,
+    Outputs,
+    Stats,
+    TenantStats,
+    TokenLogprobs,
+    __version__,
+)
 
 STOP, LENGTH = Finish("stop"), Finish("length")
 
@@ -945,11 +953,23 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
         client.say(a, "wxyz", LENGTH)
         client.say([b, c], "12", STOP)
         client.on_stats(
-            Stats(prefix_queries=30, prefix_hits=14, preemptions=1, branch_snapshot_hits=2)
+            Stats(
+                prefix_queries=30,
+                prefix_hits=14,
+                preemptions=1,
+                branch_snapshot_hits=2,
+                tenants={"gold": TenantStats(2, 1, 70, 30)},
+            )
         )
         client.on_lost("gone")
         client.on_stats(
-            Stats(prefix_queries=5, prefix_hits=5, prefix_stored=9, answer_snapshot_hits=3)
+            Stats(
+                prefix_queries=5,
+                prefix_hits=5,
+                prefix_stored=9,
+                answer_snapshot_hits=3,
+                tenants={"gold": TenantStats(0, 4, 7, 3), "other": TenantStats(1)},
+            )
         )
         for given in (one, two, bad, long):
             given.record.wait()
@@ -965,6 +985,9 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
     assert server.value("gllm:prefix_cache_snapshot_hits_total", kind="branch") == 2
     assert server.value("gllm:prefix_cache_snapshot_hits_total", kind="answer") == 3
     assert server.value("gllm:num_preemptions_total") == 1
+    assert server.value("gllm:tenant_prefill_tokens_total", tenant="gold") == 77
+    assert server.value("gllm:tenant_decode_tokens_total", tenant="gold") == 33
+    assert server.value("gllm:tenant_requests_waiting") == 0  # set when the front end ended
     observed = {name: len(values) for name, values in server.observed.items()}
     assert observed == {
         "gllm:time_to_first_token_seconds": 2,

@@ -244,7 +244,8 @@ def test_grammars_that_compile_are_bounded_too(make):
     assert engine.stats().waiting_tokens == 6
     _, finished = collect(engine)
     assert finished[IN_PROCESS, 0].reason == "stop"
-    assert "1 requests are waiting for their grammars" in finished[IN_PROCESS, 1].message
+    assert "6 tokens are waiting, and with the 6 of" in finished[IN_PROCESS, 1].message
+    assert finished[IN_PROCESS, 1].message.endswith("these wait for their grammars")
 
 
 def test_a_request_that_finds_a_fault_costs_itself_alone(make, monkeypatch, caplog):
