@@ -113,38 +113,15 @@ def _run_clients(tasks: list[Path], timeout: float) -> None:
                 raise RuntimeError(f"a load client ended with status {process.returncode}")
 
 
-class TritonClient:
+class TritonClient(Client):
     """Requests to one model of tritonserver, as OpenAIClient's."""
-
-    def __init__(self, address: str, model: str) -> None:
-        self._client = Client(address, model)
-        self._model = model
-
-    async def __aenter__(self) -> TritonClient:
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._client.close()
-
-    async def is_ready(self) -> bool:
-        return await self._client.is_ready(self._model)
 
     async def ask(
         self, prompt: list[int], options: dict[str, Any], timeout: float
     ) -> AsyncIterator[Response]:
         options = LEAN | options
-        async for chunk in self._client.generate(input_ids=prompt, timeout=timeout, **options):
+        async for chunk in self.generate(input_ids=prompt, timeout=timeout, **options):
             yield Response(chunk.num_output_tokens)
-
-
-Asking = TritonClient | OpenAIClient
-
-
-def connect(task: dict[str, Any]) -> Asking:
-    if task["api"] == "grpc":
-        return TritonClient(task["address"], task["model"])
-    return OpenAIClient(task["address"], task["model"], task["api"], task["key_file"])
 
 
 async def play(task: dict[str, Any]) -> list[RequestRecord]:
@@ -152,7 +129,7 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
     jobs = [Job(*job) for job in task["jobs"]]
     records: dict[int, RequestRecord] = {}
 
-    async def one(client: Asking, number: int, due: float | None) -> None:
+    async def one(client: Any, number: int, due: float | None) -> None:
         job = jobs[number]
         times: list[float] = []
         tokens: list[int] = []
@@ -178,13 +155,19 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
         due = sent if due is None else due
         records[number] = RequestRecord(due, sent, times, tokens, job.output_len, error, cached)
 
-    async def slot(client: Asking, numbers: Iterator[int]) -> None:
+    async def slot(client: Any, numbers: Iterator[int]) -> None:
         for number in numbers:
             await one(client, number, None)
 
-    async with connect(task) as client:
-        if not await client.is_ready():
-            raise RuntimeError(f"{task['address']} serves no model {task['model']}")
+    address = task["address"]
+    model = task["model"]
+    if task["api"] == "grpc":
+        connection: Any = TritonClient(address, model)
+    else:
+        connection = OpenAIClient(address, model, task["api"], task["key_file"])
+    async with connection as client:
+        if not await client.is_ready(model):
+            raise RuntimeError(f"{address} serves no model {model}")
         gc.freeze()
         print("ready", flush=True)
         begin = float(sys.stdin.readline())

@@ -7,7 +7,8 @@ there it is one word for each id; the server's usage tells how many tokens that 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import msgspec
 
 from gllm_client import GenerateError
 
+# From a path under /v1 and a body to the answer; raises GenerateError.
+Post = Callable[[str, dict[str, Any]], Awaitable[Any]]
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 BLOCK_BYTES = 1 << 18  # read at a time
 
@@ -53,6 +56,15 @@ class Event(msgspec.Struct):
     error: Any = None
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raise GenerateError in place of the errors of the connection and of JSON."""
+    try:
+        yield
+    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+        raise GenerateError(f"the server fails: {error!r}") from None
+
+
 class OpenAIClient:
     """Requests to one model of one server; use it in an async with statement.
 
@@ -65,10 +77,9 @@ class OpenAIClient:
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._model = model
         self._api = api
-        key = Path(key_file).read_text().strip() if key_file else ""
         self._headers = {"Content-Type": "application/json"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
+        if key_file:
+            self._headers["Authorization"] = f"Bearer {Path(key_file).read_text().strip()}"
         self._events = msgspec.json.Decoder(Event)
 
     async def __aenter__(self) -> OpenAIClient:
@@ -82,22 +93,18 @@ class OpenAIClient:
     async def __aexit__(self, *exc: object) -> None:
         await self._session.close()
 
-    async def is_ready(self) -> bool:
-        """Whether the server lists the model. Raises GenerateError if it does not answer."""
-        try:
+    async def is_ready(self, model: str) -> bool:
+        """Whether the server lists the model. Raises GenerateError."""
+        with _told():
             async with self._session.get(f"{self._url}/models") as answer:
                 models = await self._read(answer)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise GenerateError(f"{self._url} does not answer: {error}") from None
-        return any(each["id"] == self._model for each in models["data"])
+        return any(each["id"] == model for each in models["data"])
 
-    async def post(self, path: str, body: dict[str, Any], timeout: float = 600.0) -> Any:
+    async def post(self, path: str, body: dict[str, Any], *, timeout: float) -> Any:
         """The answer to a request that does not stream. Raises GenerateError."""
-        try:
+        with _told():
             async with self._send(path, body, timeout) as answer:
                 return await self._read(answer)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise GenerateError(f"no answer: {error!r}") from None
 
     async def ask(
         self, prompt: list[int], options: dict[str, Any], timeout: float
@@ -109,7 +116,7 @@ class OpenAIClient:
         else:
             body["prompt"] = prompt
         usage = None
-        try:
+        with _told():
             async with self._send(PATHS[self._api], body, timeout) as answer:
                 if answer.status != 200:
                     await self._read(answer)
@@ -117,8 +124,6 @@ class OpenAIClient:
                     usage = event.usage or usage
                     if any(map(self._is_output, event.choices)):
                         yield Response(0)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise GenerateError(f"the stream broke: {error!r}") from None
         if usage is None:
             raise GenerateError("the stream has ended without its usage")
         details = usage.prompt_tokens_details
@@ -143,10 +148,7 @@ class OpenAIClient:
         if answer.status != 200:
             text = data[:500].decode("utf-8", "replace")
             raise GenerateError(f"status {answer.status}: {text}", str(answer.status))
-        try:
-            return msgspec.json.decode(data)
-        except msgspec.DecodeError as error:
-            raise GenerateError(f"the answer is no JSON: {error}") from None
+        return msgspec.json.decode(data)
 
     async def _read_events(self, answer: aiohttp.ClientResponse) -> AsyncIterator[Event]:
         """The events of a stream until [DONE]. Raises GenerateError for one that is an error."""
@@ -159,10 +161,7 @@ class OpenAIClient:
                     return
                 if not data or data == line.strip():  # a blank line, a comment or another field
                     continue
-                try:
-                    event = self._events.decode(data)
-                except msgspec.DecodeError as error:
-                    raise GenerateError(f"an event is no answer: {error}") from None
+                event = self._events.decode(data)
                 if event.error is not None:
                     raise GenerateError(str(event.error))
                 yield event

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from gllm_benchmarks.workloads import Job
+from gllm_benchmarks.workloads import Job, is_count
 
 PAGE = 16  # tokens; a cache holds whole pages
 TRACE_BLOCK = 512  # tokens that a hash id of a Mooncake trace stands for
@@ -28,28 +28,13 @@ class Chats(NamedTuple):
     answer_len: int
 
 
-WORKLOADS = {
-    "users": Chats(32, 5, 1, 200, 40, 60),
-    "shared": Chats(256, 1, 4, 600, 40, 60),
-}
-
-
 def chats(name: str) -> Chats:
-    """A workload in WORKLOADS, or chats:USERS:ROUNDS:SYSTEMS:SYSTEM:QUESTION:ANSWER.
-
-    Raises ValueError for any other name.
-    """
-    if name in WORKLOADS:
-        return WORKLOADS[name]
+    """Parse chats:USERS:ROUNDS:SYSTEMS:SYSTEM:QUESTION:ANSWER. Raises ValueError."""
     kind, *numbers = name.split(":")
-    try:
-        sizes = Chats(*map(int, numbers))
-    except (TypeError, ValueError):
-        sizes = None
-    if kind != "chats" or sizes is None or not all(0 < size < 10**6 for size in sizes):
-        form = ":".join(["chats", *Chats._fields])
-        raise ValueError(f"workload {name!r} is unknown; known are {', '.join(WORKLOADS)}, {form}")
-    return sizes
+    if kind != "chats" or len(numbers) != len(Chats._fields) or not all(map(is_count, numbers)):
+        known = ":".join(["chats", *Chats._fields])
+        raise ValueError(f"workload {name!r} is unknown; known is {known}")
+    return Chats(*map(int, numbers))
 
 
 def make_chats(sizes: Chats, vocab: int, seed: int = 1) -> list[Job]:
@@ -72,15 +57,13 @@ def make_chats(sizes: Chats, vocab: int, seed: int = 1) -> list[Job]:
 
 def read_mooncake(
     path: Path, vocab: int, limit: int | None = None, block: int = TRACE_BLOCK
-) -> tuple[list[float], list[Job]]:
-    """Arrivals (seconds since the first) and requests of a Mooncake trace.
+) -> list[Job]:
+    """The requests of a Mooncake trace in their order; equal ids stand for equal tokens.
 
-    Equal ids stand for equal tokens. `path`: JSON lines with timestamp (ms), input_length,
-    output_length and hash_ids. `block`: tokens of an id; fewer than 512 shorten all lengths alike.
-    Raises ValueError for a file that is no such trace.
+    `path`: JSON lines with input_length, output_length and hash_ids. `block`: tokens of an id;
+    fewer than 512 shorten all lengths alike. Raises ValueError for a file that is no such trace.
     """
     blocks: dict[int, list[int]] = {}
-    arrivals: list[float] = []
     jobs: list[Job] = []
     with path.open() as lines:
         for number, line in enumerate(lines, 1):
@@ -88,7 +71,6 @@ def read_mooncake(
                 break
             try:
                 about = json.loads(line)
-                at = about["timestamp"] / 1000
                 lengths = [
                     about[f"{part}_length"] * block // TRACE_BLOCK for part in ("input", "output")
                 ]
@@ -104,11 +86,10 @@ def read_mooncake(
                 raise ValueError(
                     f"{path}: line {number}: the ids are of fewer tokens than the input"
                 )
-            arrivals.append(at)
             jobs.append(Job(prompt[:prompt_len], output_len))
     if not jobs:
         raise ValueError(f"{path}: holds no request")
-    return [at - arrivals[0] for at in arrivals], jobs
+    return jobs
 
 
 def ideal_rate(prompts: list[list[int]]) -> float:

@@ -199,8 +199,6 @@ def check_server_arguments(parser: argparse.ArgumentParser, arguments: argparse.
         parser.error(f"{where}: --model is needed too")
     if not arguments.openai and (arguments.api or arguments.api_key_file):
         parser.error("--api, --api-key-file: they are of an OpenAI server, --openai")
-    if arguments.api_key_file and not arguments.api_key_file.is_file():
-        parser.error(f"--api-key-file: there is no file {arguments.api_key_file}")
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
