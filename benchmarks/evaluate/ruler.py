@@ -18,7 +18,6 @@ TASKS = ("single", "multikey", "multivalue", "tracking")
 NUM_NEEDLES = 4
 NUM_CHAINS = 2
 CHAIN_LEN = 5
-PROBE = 200  # sentences from whose tokens the length of a sentence is told
 
 ADJECTIVES = "old quiet green heavy narrow bright cold early gentle hollow plain rusty".split()
 NOUNS = (
@@ -106,11 +105,12 @@ async def run(
         return text, answer["usage"]["prompt_tokens"]
 
     figures = {}
+    probe = length // 60  # sentences, from whose tokens those of one are told; they fit in any case
     for task in TASKS:
         _, base = await ask(make_sample(task, 0, 0), 1)
-        _, longer = await ask(make_sample(task, PROBE, 0), 1)
-        # Sentences differ in their tokens: a hundredth is left for it.
-        num_sentences = int((0.99 * length - max_tokens - base) / (longer - base) * PROBE)
+        _, longer = await ask(make_sample(task, probe, 0), 1)
+        # Sentences differ in their tokens: a part is left for that.
+        num_sentences = int((0.98 * length - max_tokens - base) / (longer - base) * probe)
         if num_sentences < 1:
             raise ValueError(f"--length: {length} tokens leave no room for a text")
         samples = [make_sample(task, num_sentences, seed) for seed in range(num_samples)]
