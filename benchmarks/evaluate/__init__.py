@@ -16,7 +16,6 @@ from typing import Any
 from gllm_benchmarks.evaluate import harness, perplexity, ruler
 from gllm_benchmarks.openai_api import OpenAIClient, Post
 from gllm_benchmarks.record import add_arguments, number, print_table, record
-from gllm_client import GenerateError
 from gllm_engine import LLM
 
 OWN = ("perplexity", "ruler")
@@ -51,17 +50,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def ask_server(arguments: argparse.Namespace, work: Callable[[Post], Awaitable[Any]]) -> Any:
-    """What `work` makes of the server. Raises SystemExit with a sentence."""
+    """What `work` makes of the server. Raises GenerateError, and what `work` raises."""
 
     async def connected() -> Any:
         server = OpenAIClient(arguments.url, arguments.model, key_file=arguments.api_key_file)
         async with server as client:
             return await work(partial(client.post, timeout=arguments.timeout))
 
-    try:
-        return asyncio.run(connected())
-    except (GenerateError, ValueError) as error:
-        raise SystemExit(str(error)) from None
+    return asyncio.run(connected())
 
 
 def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +78,10 @@ def measure_ruler(arguments: argparse.Namespace) -> Any:
 def main() -> None:
     arguments = parse_arguments()
     measure = {"perplexity": measure_perplexity, "ruler": measure_ruler}
-    figures = measure.get(arguments.task, harness.run)(arguments)
+    try:
+        figures = measure.get(arguments.task, harness.run)(arguments)
+    except (RuntimeError, ValueError) as error:  # GenerateError is one too
+        raise SystemExit(str(error)) from None
     header = list(dict.fromkeys(key for each in figures.values() for key in each))
     rows = [[name, *(each.get(key, "") for key in header)] for name, each in figures.items()]
     print_table(arguments.task, ["", *header], rows)
