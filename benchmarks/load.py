@@ -80,7 +80,7 @@ def run_load(
             slots = len(range(i, arrivals, clients)) if isinstance(arrivals, int) else None
             task: dict[str, Any] = {"address": address, "model": model, "slots": slots}
             task |= {"arrivals": mine, "sampling": sampling or {}, "timeout": timeout}
-            task |= {"api": api, "key_file": str(key_file.resolve()) if key_file else None}
+            task |= {"api": api, "key_file": key_file and str(key_file)}
             task |= {"jobs": jobs[i::clients], "salts": salts[i::clients] if salts else None}
             tasks.append(Path(directory, f"{i}.json"))
             tasks[-1].write_text(json.dumps(task))

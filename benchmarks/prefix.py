@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,6 @@ DEFAULT = "chats:32:5:1:200:40:60"
 WITH = "with the cache"
 COUNTERS = ("gllm:prefix_cache_queries_total", "gllm:prefix_cache_hits_total")
 NUM_LOOKS = 600  # each after 50 ms, until all is in the metrics; it takes a tenth of a second
-# From jobs and their salts to records and the prompt tokens from the cache, None if unknown.
-Run = Callable[[list[Job], list[str]], tuple[list[RequestRecord], float | None]]
 
 
 def run_offline(
@@ -92,19 +89,18 @@ def run_served(
     if not served.metrics:
         told = [one.cached for one in records if one.cached is not None]
         return records, sum(told) if told else None
-    pairs = zip(jobs, records, strict=True)
-    expected = sum(len(job.prompt) for job, one in pairs if one.is_complete)
+    done = [len(jobs[i].prompt) for i, one in enumerate(records) if one.is_complete]
     for _ in range(NUM_LOOKS):
         after = read_counters(served.metrics)
         looked_up, found = (b - a for a, b in zip(before, after, strict=True))
-        if looked_up >= expected:
+        if looked_up >= sum(done):
             return records, found
         time.sleep(0.05)
-    raise RuntimeError(f"the metrics tell of {looked_up:g} of {expected} prompt tokens")
+    raise RuntimeError(f"the metrics tell of {looked_up:g} of {sum(done)} prompt tokens")
 
 
-def compare(run: Run, jobs: list[Job]) -> dict[str, Any]:
-    """The figures of both runs."""
+def compare(run: Any, jobs: list[Job]) -> dict[str, Any]:
+    """The figures of both runs. `run`: jobs and salts -> records, and the tokens from the cache."""
     unique = uuid.uuid4().hex  # what earlier runs left in a server's cache is of no use
     prompt_tokens = sum(len(job.prompt) for job in jobs)
     some = warm_up(jobs)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks import faults, prefix
+from gllm_benchmarks import evaluate, faults, prefix
 from gllm_benchmarks.record import RESULTS, table_lines
 from gllm_benchmarks.workloads import lengths
 
@@ -204,6 +204,11 @@ def prefix_part(model: str, results: Results) -> str:
     return part(title, result, prefix.HEADER, prefix.rows(figures))
 
 
+def evaluate_part(name: str, results: Results) -> str:
+    result = results[f"evaluate-{name}"]
+    return part(f"**{name}.**", result, *evaluate.table(result["figures"]))
+
+
 def faults_part(_: str, results: Results) -> str:
     """One row per fault and number of ranks."""
     result = results["faults"]
@@ -220,6 +225,7 @@ PAGES: dict[str, Sections] = {
     "docs/benchmarks.md": {
         "Through a server": {"serve-": serve_part},
         "What the prefix cache saves": {"prefix-": prefix_part},
+        "How well models answer": {"evaluate-": evaluate_part},
         "Single kernels": {"kernels-": kernels_part},
         "What the host costs": {"host": host_part},
         "Simulated, on no GPU": {"simulate-": simulate_part},

@@ -32,8 +32,7 @@ def chats(name: str) -> Chats:
     """Parse chats:USERS:ROUNDS:SYSTEMS:SYSTEM:QUESTION:ANSWER. Raises ValueError."""
     kind, *numbers = name.split(":")
     if kind != "chats" or len(numbers) != len(Chats._fields) or not all(map(is_count, numbers)):
-        known = ":".join(["chats", *Chats._fields])
-        raise ValueError(f"workload {name!r} is unknown; known is {known}")
+        raise ValueError(f"workload {name!r} is not chats:{':'.join(Chats._fields)}")
     return Chats(*map(int, numbers))
 
 

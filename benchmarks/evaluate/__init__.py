@@ -15,10 +15,8 @@ from typing import Any
 
 from gllm_benchmarks.evaluate import harness, perplexity, ruler
 from gllm_benchmarks.openai_api import OpenAIClient, Post
-from gllm_benchmarks.record import add_arguments, number, print_table, record
+from gllm_benchmarks.record import add_arguments, number, print_table, record, rounded
 from gllm_engine import LLM
-
-OWN = ("perplexity", "ruler")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,15 +73,22 @@ def measure_ruler(arguments: argparse.Namespace) -> Any:
     return ask_server(arguments, partial(ruler.run, *sizes))
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    measure = {"perplexity": measure_perplexity, "ruler": measure_ruler}
-    try:
-        figures = measure.get(arguments.task, harness.run)(arguments)
-    except (RuntimeError, ValueError) as error:  # GenerateError is one too
-        raise SystemExit(str(error)) from None
+OWN = {"perplexity": measure_perplexity, "ruler": measure_ruler}
+
+
+def table(figures: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """The header and a row for each part of a task."""
     header = list(dict.fromkeys(key for each in figures.values() for key in each))
     rows = [[name, *(each.get(key, "") for key in header)] for name, each in figures.items()]
-    print_table(arguments.task, ["", *header], rows)
+    return ["", *header], rows
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        figures = rounded(OWN.get(arguments.task, harness.run)(arguments))
+    except (RuntimeError, ValueError) as error:  # GenerateError is one too
+        raise SystemExit(str(error)) from None
+    print_table(arguments.task, *table(figures))
     model = Path(arguments.offline or arguments.model).name
     record(arguments.name or f"evaluate-{arguments.task}-{model}", figures, arguments.save)

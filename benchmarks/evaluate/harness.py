@@ -17,7 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 SERVER = "num_concurrent={concurrency},timeout={timeout:.0f},model={model},base_url={url}"
 LM_EVAL = (
     "lm_eval --model local-chat-completions --apply_chat_template --output_path {out} "

@@ -54,6 +54,9 @@ def actual_scores(entries: Any) -> list[float]:
 def summarize(scores: Scores, texts: list[str]) -> dict[str, float]:
     nats = -math.fsum(score for each in scores for score in each)
     tokens = sum(map(len, scores))
-    figures = {"tokens": tokens, "nats_per_token": nats / tokens}
-    figures["nats_per_character"] = nats / sum(map(len, texts))
-    return figures | {"perplexity": math.exp(nats / tokens)}
+    return {
+        "tokens": tokens,
+        "nats_per_token": nats / tokens,
+        "nats_per_character": nats / sum(map(len, texts)),
+        "perplexity": math.exp(nats / tokens),
+    }

@@ -12,7 +12,7 @@ import random
 import re
 from typing import Any, NamedTuple
 
-from gllm_benchmarks.openai_api import PATHS, Post
+from gllm_benchmarks.openai_api import Post
 
 TASKS = ("single", "multikey", "multivalue", "tracking")
 NUM_NEEDLES = 4
@@ -82,8 +82,8 @@ def _chains(_: str, codes: list[str], draws: random.Random) -> tuple[list[str], 
 
 def score(sample: Sample, answer: str) -> dict[str, float]:
     found = set(re.findall(r"\b[A-Z]{5}\b", answer))
-    recall = len(found & sample.answers) / len(sample.answers)
-    return {"exact": float(found == sample.answers), "recall": recall}
+    hits = found & sample.answers
+    return {"exact": float(found == sample.answers), "recall": len(hits) / len(sample.answers)}
 
 
 async def run(
@@ -100,7 +100,7 @@ async def run(
         messages = [{"role": "user", "content": sample.prompt}]
         body = {"messages": messages, "max_tokens": limit, "temperature": 0}
         async with slots:
-            answer = await post(PATHS["chat"], body)
+            answer = await post("/chat/completions", body)
         text = answer["choices"][0]["message"]["content"] or ""
         return text, answer["usage"]["prompt_tokens"]
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gllm_benchmarks import evaluate
 from gllm_benchmarks.evaluate import harness, perplexity
 from gllm_benchmarks.evaluate.ruler import CHAIN_LEN, NUM_NEEDLES, TASKS, Sample, make_sample, score
+from gllm_benchmarks.report import PAGES, render
 from gllm_engine import LLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,12 @@ def run(
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
     evaluate.main()
     line: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["benchmark"].startswith(f"evaluate-{arguments[0]}-")
+    name = line["benchmark"]
+    assert name.startswith(f"evaluate-{arguments[0]}-")
+    told = render(PAGES["docs/benchmarks.md"], {name: line})
+    assert told.startswith("## How well models answer") and all(
+        key in told for key in line["figures"]
+    )
     figures: dict[str, Any] = line["figures"]
     return figures
 

@@ -40,7 +40,7 @@ def test_a_prompt_begins_with_the_one_before() -> None:
     "name", ["", "users", "chats:1:2", "chats:1:1:1:1:1:0", "chats:1:1:1:1:1:x"]
 )
 def test_unknown_workloads_are_named(name: str) -> None:
-    with pytest.raises(ValueError, match="unknown; known is chats:users:rounds:systems"):
+    with pytest.raises(ValueError, match="is not chats:users:rounds:systems:system_len"):
         chats(name)
 
 
