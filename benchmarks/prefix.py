@@ -138,7 +138,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--metrics", help="host:port of a running tritonserver's metrics, which tell the hits")
     add("--workload", default=DEFAULT, help="chats:USERS:ROUNDS:SYSTEMS:SYSTEM:QUESTION:ANSWER")
     add("--trace", type=Path, help="a Mooncake trace (JSON lines), in place of a workload")
-    add("--block", type=number(int, 1, 512), default=TRACE_BLOCK, help="tokens of a trace's block")
+    add(
+        "--block",
+        type=number(int, 16, 512),
+        default=TRACE_BLOCK,
+        help="tokens of a hash id",
+    )
     add("--limit", type=number(int, 1, 1e7), help="only so many requests")
     add("--concurrency", type=number(int, 1, 65536), default=8, help="requests at a time")
     add("--name", help="of the result; default: prefix-MODEL")
