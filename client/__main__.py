@@ -89,13 +89,18 @@ OUTPUT gets a line for each, in the order in which they finish:
   {"id": "a1", "text": " a time", "finish_reason": "length", "num_output_tokens": 50, ...}
   {"id": "a2", "error": "messages: ..."}
 
+Lines of OpenAI's batches may stand beside these, for /v1/chat/completions and /v1/completions:
+
+  {"custom_id": "a3", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once"}}
+  {"id": ..., "custom_id": "a3", "response": {"status_code": 200, "body": {...}}, "error": null}
+
 With n > 1 the texts are listed under "outputs". logprobs adds "logprobs" and
 "cumulative_logprob", prompt_logprobs adds "prompt_logprobs".
 
 `id` (a string or a whole number) is by default the line's number. Sampling flags hold for lines
 that do not say otherwise. A line that is no request, or has the id of an earlier one, gets an
-error with its number as "line". Broken off, the same command continues: ids with an answer in
-OUTPUT are skipped. The exit status is 1 if any line ended in an error.
+error with its number as "line". Broken off, the same command continues: lines with an answer in
+OUTPUT, by id or custom_id, are skipped. The exit status is 1 if any line ended in an error.
 """
 
 
@@ -288,8 +293,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as plain values, checked. Raises InvalidField."""
-    return dict(msgspec.to_builtins(parse_sampling(struct_texts(options, SamplingParams))))
+    """The given sampling flags as plain values, checked. Raises InvalidField."""
+    given = struct_texts(options, SamplingParams)
+    checked = parse_sampling(given)
+    return {name: msgspec.to_builtins(getattr(checked, name)) for name in given}
 
 
 def _text_only(sampling: dict[str, Any]) -> None:
@@ -350,8 +357,6 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from tqdm import tqdm
 
     from gllm_client.batch import Item, Tally, run_batch
@@ -363,8 +368,7 @@ def _batch(options: argparse.Namespace) -> int:
     with closing(_source(options)) as source, tqdm(unit="request", disable=None) as bar:
 
         def answers(items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
-            filled = (replace(item, sampling=sampling | item.sampling) for item in items)
-            return source.answers(filled, pace.concurrency)
+            return source.answers((item.with_flags(sampling) for item in items), pace.concurrency)
 
         def show(tally: Tally) -> None:
             bar.total = tally.total
@@ -374,6 +378,7 @@ def _batch(options: argparse.Namespace) -> int:
             options.input,
             options.output,
             answers,
+            model=source.model,
             retry_errors=options.retry_errors,
             on_progress=show,
         )
