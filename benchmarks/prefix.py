@@ -48,6 +48,7 @@ def run_offline(
     """As run_served, by an engine in this process."""
     records: list[RequestRecord] = []
     num_live = 0
+    hits = 0
     while len(records) < len(jobs) or num_live:
         now = time.monotonic()
         while len(records) < len(jobs) and num_live < concurrency:
@@ -61,14 +62,15 @@ def run_offline(
         if outputs is None:
             continue
         now = time.monotonic()
+        hits += sum(outputs.num_cached_tokens.values())
         for id in outputs.ids:
             records[id].times.append(now)
             records[id].tokens.append(1)
         for id, finish in outputs.finished.items():
             num_live -= 1
             error = None if finish.reason == "length" else finish.message or finish.reason
-            records[id] = records[id]._replace(error=error, cached=finish.num_cached_tokens)
-    return records, sum(one.cached or 0 for one in records)
+            records[id] = records[id]._replace(error=error)
+    return records, hits
 
 
 def read_counters(metrics: str) -> list[float]:
