@@ -1,4 +1,4 @@
-"""Texts of models become events: every format, however the text is cut, whatever is wrong with it."""
+"""Texts of models become events, however the text is cut and whatever is wrong with it."""
 
 from __future__ import annotations
 
