@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from written_turns import FORMATS, FRAGMENTS, TOOLS, Turn, format_of, joined, turns, write
 
 from gllm_client.openai_server.events import CallArguments, CallBegin, Reasoning, Text
+from gllm_client.openai_server.formats.values import types_of
 
 few = settings(max_examples=10, deadline=None)
 
@@ -188,6 +189,25 @@ def test_values_are_typed_by_the_schema():
     }
     assert read(unknown="5", other="five") == {"unknown": 5, "other": "five"}
     assert read(unit="celsius", place='{"a": [1]}') == {"unit": "celsius", "place": {"a": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "types"),
+    [
+        ({"type": ["integer", "null"]}, {"integer", "null"}),
+        ({"enum": ["a", 1, None]}, {"string", "integer", "null"}),
+        ({"oneOf": [{"const": True}, {"$ref": "#/$defs/many"}]}, {"boolean", "array"}),
+        ({"anyOf": [{"type": "string"}, {}]}, set()),
+        ({"allOf": [{"minimum": 1}, {"type": "number"}]}, {"number"}),
+        ({"$ref": "#/$defs/wide"}, set()),  # endless
+        ({"type": {}, "enum": 3, "anyOf": 4, "allOf": {"a": 1}}, set()),
+        ({"$ref": "#/$defs/missing"}, set()),
+        (True, set()),
+    ],
+)
+def test_types_of_schemas(schema, types):
+    wide = {"anyOf": [{"$ref": "#/$defs/wide"}] * 10}
+    assert types_of(schema, {"$defs": {"many": {"type": "array"}, "wide": wide}}) == types
 
 
 def test_malformed_calls_are_text_and_counted():

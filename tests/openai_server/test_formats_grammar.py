@@ -116,7 +116,9 @@ def test_with_strict_tools_text_is_free_and_calls_are_not(name):
         text = write(name, Turn("", "so", [GOOD]))
         assert accepts(name, text, tools=STRICT, parallel_tool_calls=False)
     for call in wrong_calls(name):
-        assert not accepts(name, write(name, Turn(calls=[call])), tools=STRICT), call
+        for parallel in (True, False):
+            asked = {"tools": STRICT, "parallel_tool_calls": parallel}
+            assert not accepts(name, write(name, Turn(calls=[call])), **asked), call
     loose = (STRICT[0], TOOLS[1])
     anything = (TOOLS[1].name, {"other": "x"})
     assert accepts(name, write(name, Turn(calls=[anything])), tools=loose)

@@ -10,7 +10,7 @@ from gllm_client.openai_server.conversation import Tool
 from gllm_client.openai_server.formats.channels import CALL_HEADERS, FINAL_HEADER
 from gllm_client.openai_server.formats.grammar import TEXT, Grammar
 from gllm_client.openai_server.formats.table import Spelling
-from gllm_client.openai_server.formats.values import definition, types_of
+from gllm_client.openai_server.formats.values import choices, definition, types_of
 
 Lead = Callable[[str], str]  # the part of a text that begins calls
 
@@ -138,9 +138,10 @@ class CallGrammar:
     def _arguments(self, tool: Tool) -> Iterator[tuple[str, bool]]:
         """Names of arguments in the schema's order, and whether they must be given."""
         schema = self._schema(tool)
-        required = schema.get("required") or ()
-        for name in schema.get("properties") or ():
-            yield name, name in required
+        properties = schema.get("properties")
+        required = schema.get("required")
+        for name in properties if isinstance(properties, dict) else ():
+            yield name, isinstance(required, list) and name in required
 
     def _tagged(self, tool: Tool) -> Iterator[str]:
         spelling = self._spelling
@@ -171,10 +172,8 @@ class CallGrammar:
 
     def _tagged_texts(self, head: str, schema: Any) -> list[str]:
         end = self._spelling.value_end
-        if choices := _choices(schema):
-            texts = [
-                choice if isinstance(choice, str) else json.dumps(choice) for choice in choices
-            ]
+        if listed := choices(schema):
+            texts = [value if isinstance(value, str) else json.dumps(value) for value in listed]
             return [self._grammar.text(head + text + end) for text in texts]
         return [f"{self._grammar.text(head)} {self._grammar.until(end)}"]
 
@@ -198,19 +197,13 @@ class CallGrammar:
         return first
 
     def _python_values(self, schema: Any, root: Any) -> str:
-        if choices := _choices(schema):
-            return " | ".join(json.dumps(repr(choice)) for choice in choices)
+        if listed := choices(schema):
+            return " | ".join(json.dumps(repr(value)) for value in listed)
         types = types_of(schema, root)
         return (
             " | ".join(_PYTHON_TYPES.get(name, "gllm_value") for name in sorted(types))
             or "gllm_value"
         )
-
-
-def _choices(schema: Any) -> list[Any]:
-    if not isinstance(schema, dict):
-        return []
-    return [schema["const"]] if "const" in schema else list(schema.get("enum") or ())
 
 
 def _rooted(schema: Any, root: Any) -> Any:

@@ -80,12 +80,12 @@ class Format:
     ) -> OutputParser:
         """The parser of one answer.
 
-        Without `tools`, marks of calls are text. `special_tokens`: those that the text may hold;
-        they are dropped from what is visible. `parallel` false: calls after the first are dropped.
+        Without `tools`, marks of calls are text. `special_tokens`: the model's; they are dropped
+        from the visible text if it is asked for with them. `parallel` false: calls after the first
+        are dropped.
         """
-        return OutputParser(
-            self.spelling, self.thoughts, tools, in_thoughts, special_tokens, parallel
-        )
+        special = special_tokens if self.needs_special_tokens else ()
+        return OutputParser(self.spelling, self.thoughts, tools, in_thoughts, special, parallel)
 
     def constraint(self, conversation: Conversation, in_thoughts: bool) -> dict[str, Any] | None:
         """The sampling parameter structured_outputs that enforces what the request demands.

@@ -18,7 +18,7 @@ GAP = "GLLM_GAP?"  # between thoughts and what follows them
 _TERMINALS = [f"{TEXT}: /(.|\\n)*/", "GLLM_GAP: /[ \\n]{1,4}/"]
 # Between the tokens of JSON; bounded, because small models then write blanks without end.
 _WHITESPACE = r"\n?[ \t]{0,16}"
-_START = re.compile(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*|/(?:[^/\\\n]|\\.)+/|(\bstart\b)')
+_START = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(\bstart\b)')
 _REGEX = re.compile(r"\\.|/|\n", re.DOTALL)
 # As in the engine, the classes of a regular expression are ASCII.
 _CLASSES = {
@@ -97,7 +97,7 @@ class Grammar:
             return self.json(_loaded(schema), **options)
         if form.get("choice") is not None:
             return self.either([json.dumps(choice) for choice in form["choice"]])
-        if form.get("regex") is not None:
+        if form.get("regex"):
             return (
                 "/"
                 + _REGEX.sub(lambda found: _CLASSES.get(found[0], found[0]), form["regex"])
