@@ -21,8 +21,6 @@ from gllm_client.openai_server.formats.table import (
     Thoughts,
 )
 
-_HOW = "name it with --tool-format"
-
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -104,7 +102,10 @@ class Format:
             return None
         if tools and self.spelling is None:
             if is_required:
-                raise invalid("tool_choice", f"the tool format of this model is unknown; {_HOW}")
+                raise invalid(
+                    "tool_choice",
+                    "the tool format of this model is unknown; name it with --tool-format",
+                )
             tools = ()
         grammar = Grammar(self.special_tokens)
         body = grammar.form(form) if form else None
