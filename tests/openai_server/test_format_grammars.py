@@ -101,16 +101,16 @@ def walk(name: str, grammar: str, seed: int) -> str | None:
     matcher = compiled(name, grammar).deep_copy()
     special = list(format_of(name).special_tokens)
     end = 256 + len(special)
-    text = ""
+    text = b""
     for _ in range(500):
         mask = matcher.compute_bitmask()
         ids = [id for id in range(end + 1) if mask[id >> 3] >> (id & 7) & 1]
         if end in ids:
-            return text
+            return text.decode()
         readable = [id for id in ids if 32 < id < 127 or id > 255]
         id = rng.choice(readable if readable and rng.random() < 0.7 else ids)
         assert matcher.consume_token(id)
-        text += chr(id) if id < 256 else special[id - 256]
+        text += bytes([id]) if id < 256 else special[id - 256].encode()
     return None
 
 
