@@ -125,9 +125,7 @@ class SyncClient(_Connected, BlockingAsking):
 
     def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
         """The models in the repository: name, version, state ("READY", ...) and reason."""
-        answer = self._call("RepositoryIndex", pb.RepositoryIndexRequest(), timeout)
-        keys = ("name", "version", "state", "reason")
-        return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
+        return _entries(self._call("RepositoryIndex", pb.RepositoryIndexRequest(), timeout))
 
     def num_stubs(self, model: str, timeout: float | None = 5.0) -> int:
         """The number of stubs of a loaded model; 0 if it does not use the Python backend."""
@@ -188,6 +186,15 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         finally:
             call.cancel()
 
+    async def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
+        """The models in the repository: name, version, state ("READY", ...) and reason."""
+        timeout = check_timeout(timeout)
+        try:
+            answer = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _refusal(error, timeout) from None
+        return _entries(answer)
+
     async def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
         """Whether the server, or one of its models, takes requests."""
         method, request = _readiness(model)
@@ -197,6 +204,11 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         except grpc.RpcError:
             return False
         return bool(answer.ready)
+
+
+def _entries(answer: pb.RepositoryIndexResponse) -> list[dict[str, str]]:
+    keys = ("name", "version", "state", "reason")
+    return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
 
 
 def _readiness(model: str | None) -> tuple[str, Any]:

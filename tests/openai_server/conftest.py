@@ -1,0 +1,26 @@
+"""The server that the tests of one process share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fake_triton import FakeModel, FakeTriton
+from serving import Served, serve
+
+
+@pytest.fixture(scope="session")
+def session_served() -> Iterator[Served]:
+    with FakeTriton(m=FakeModel()) as triton, serve(triton) as served:
+        yield served
+
+
+@pytest.fixture
+def served(session_served: Served) -> Iterator[Served]:
+    """The server with one fresh model, "m"."""
+    session_served.triton.models.clear()
+    session_served.triton.models["m"] = FakeModel()
+    models = session_served.app.state.models
+    models._refreshed = -1e9  # the next request for an unknown model looks again
+    models._known = {}
+    yield session_served
