@@ -47,7 +47,6 @@ class Output:
     logprobs: list[dict[str, Any]] | None = None
     cumulative_logprob: float | None = None  # of all tokens so far
     num_tokens: int = 0
-    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class Chunk:
     num_input_tokens: int | None = None
     prompt_logprobs: list[Any] | None = None
     request_id: str = ""
-    num_cached_tokens: int | None = None
 
     @property
     def text(self) -> str:
@@ -103,7 +101,6 @@ def request_inputs(
     return_token_ids: bool = True,
     return_logprobs: bool | None = None,
     return_cumulative_logprob: bool = False,
-    operation: str | None = None,
     **sampling_fields: Any,
 ) -> Inputs:
     """The input tensors of one request, by name. These are the options of every `generate`.
@@ -117,9 +114,7 @@ def request_inputs(
     Raises ValueError when the options contradict each other or a request cannot carry them; the
     server checks their values.
     """
-    inputs = {} if operation == "describe" else _prompt(prompt, messages, input_ids)
-    if operation:
-        inputs["operation"] = operation
+    inputs = _prompt(prompt, messages, input_ids)
     for name, value in {"tools": tools, "chat_template_kwargs": chat_template_kwargs}.items():
         if value is not None:
             inputs[name] = _to_json(name, value)

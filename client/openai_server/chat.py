@@ -187,7 +187,7 @@ def _template(asked: ChatRequest, model: ServedModel) -> dict[str, Any]:
 
 def effort_variables(model: ServedModel, effort: str) -> dict[str, Any]:
     """The variables by which a model's chat template takes a reasoning effort."""
-    source = model.facts.get("chat_template") or ""
+    source = model.facts["chat_template"]
     values = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     known = {name: value for name, value in values.items() if name in source}
     if not known and effort != "none":
@@ -200,7 +200,7 @@ def to_messages(given: list[dict[str, Any]], model: ServedModel) -> list[dict[st
     """The messages as chat templates read them. Their inner form is checked by the backend."""
     if not given:
         raise invalid("messages", "the list is empty")
-    roles = {} if "developer" in (model.facts.get("chat_template") or "") else _AS_SYSTEM
+    roles = {} if "developer" in (model.facts["chat_template"]) else _AS_SYSTEM
     return [_message(f"messages[{index}]", message, roles) for index, message in enumerate(given)]
 
 

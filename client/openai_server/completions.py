@@ -17,7 +17,12 @@ from gllm_client import Chunk, Output
 from gllm_client.openai_server import fields
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.events import Tokens
-from gllm_client.openai_server.generation import limit_tokens, truncate, with_defaults
+from gllm_client.openai_server.generation import (
+    limit_tokens,
+    stop_reason,
+    truncate,
+    with_defaults,
+)
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.routing import (
     EventStream,
@@ -281,7 +286,7 @@ class _Writer:
                 choice.scored += scored
         choice.started = True
         choice.reason = output.finish_reason
-        choice.stop_reason = output.stop_reason
+        choice.stop_reason = stop_reason(output, asked.stop or ())
         if asked.max_tokens == 0:  # only the echo is asked for
             choice.reason = "length"
             return

@@ -15,7 +15,7 @@ from typing import Any
 
 from gllm_client import Chunk, Output
 from gllm_client.openai_server.conversation import Conversation
-from gllm_client.openai_server.errors import ApiError, invalid
+from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.events import (
     CallArguments,
     CallBegin,
@@ -25,7 +25,7 @@ from gllm_client.openai_server.events import (
     Text,
     Tokens,
 )
-from gllm_client.openai_server.formats import OutputParser
+from gllm_client.openai_server.formats.parser import OutputParser
 from gllm_client.openai_server.models import ServedModel
 
 
@@ -77,10 +77,11 @@ class Answer:
 class _Choice:
     """One choice's way from Triton's outputs to events."""
 
-    def __init__(self, parser: OutputParser, thinks: bool, most_calls: int | None) -> None:
+    def __init__(self, parser: OutputParser, include_reasoning: bool, stops: Any) -> None:
         self._parser = parser
-        self._thinks = thinks  # the last text was a thought
-        self._most_calls = most_calls
+        self._include_reasoning = include_reasoning
+        self._stops = stops
+        self._thinks = parser.in_thoughts
         self._ended = False
 
     def feed(self, output: Output) -> list[Event]:
@@ -89,28 +90,32 @@ class _Choice:
         events = self._parser.feed(output.text) if output.text else []
         if output.finish_reason is not None:
             self._ended = True
-            events = [*events, *self._parser.finish()]
-            events.append(End(output.finish_reason, output.stop_reason))
-        if self._most_calls is not None:
-            events = [event for event in events if not self._is_surplus(event)]
+            events += self._parser.finish()
+            events.append(End(output.finish_reason, stop_reason(output, self._stops)))
         if output.token_ids:
             count = self._count_thoughts(events, len(output.token_ids))
-            events = [Tokens(output.token_ids, output.logprobs, count), *events]
+            events.insert(0, Tokens(output.token_ids, output.logprobs, count))
+        if not self._include_reasoning:
+            events = [event for event in events if not isinstance(event, Reasoning)]
         return events
-
-    def _is_surplus(self, event: Event) -> bool:
-        return isinstance(event, CallBegin | CallArguments) and event.index >= self._most_calls
 
     def _count_thoughts(self, events: list[Event], num_tokens: int) -> int:
         """How many of the tokens are thoughts. If they bring visible text too: by its share."""
         thoughts = sum(len(event.text) for event in events if isinstance(event, Reasoning))
         visible = [event for event in events if isinstance(event, Text | CallBegin | CallArguments)]
+        thinks = self._thinks
+        self._thinks = self._parser.in_thoughts
         if visible:
-            self._thinks = False
             others = sum(len(e.name if isinstance(e, CallBegin) else e.text) for e in visible)
             return round(num_tokens * thoughts / max(1, thoughts + others))
-        self._thinks = self._thinks or thoughts > 0
-        return num_tokens if self._thinks else 0
+        return num_tokens if thinks or thoughts else 0
+
+
+def stop_reason(output: Output, stops: Any) -> str | int | None:
+    """The stop string, or the id of the stop token, that ended the answer."""
+    reason = output.stop_reason
+    is_string = reason is None or reason in stops or not reason.isdecimal()
+    return reason if is_string else int(reason)
 
 
 async def answer(model: ServedModel, conversation: Conversation, request_id: str) -> Answer:
@@ -120,20 +125,21 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
     is raised by that.
     """
     ids, text = await render(model, conversation, request_id)
-    thinks = model.format.begins_in_thoughts(text)
+    thinks = model.format.in_thoughts(text)
     sampling = with_defaults(model, conversation.sampling)
-    form = model.format.constraint(conversation, thinks) 
+    form = model.format.constraint(conversation, thinks)
     if form is not None:
         sampling["structured_outputs"] = form
+    special: list[str] = []  # those that the text may hold
     if model.format.needs_special_tokens:
+        special = list(model.format.special_tokens)
         sampling["skip_special_tokens"] = False
     sampling["max_tokens"] = limit_tokens(model, len(ids), conversation.max_tokens)
     tools = () if conversation.tool_choice.kind == "none" else conversation.tools
-    most_calls = None if conversation.parallel_tool_calls else 1
     choices = []
     for _ in range(sampling.get("n", 1)):
-        parser = model.format.parser(tools, text, conversation.include_reasoning)
-        choices.append(_Choice(parser, thinks, most_calls))
+        parser = model.format.parser(tools, thinks, special, conversation.parallel_tool_calls)
+        choices.append(_Choice(parser, conversation.include_reasoning, sampling.get("stop", ())))
     return Answer(ids, text, model.generate(ids, sampling, request_id), choices)
 
 
@@ -168,12 +174,15 @@ def truncate(
 
 
 def with_defaults(model: ServedModel, sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters, completed by those that the model's authors recommend."""
-    return model.facts.get("generation_config", {}) | sampling
+    """Sampling parameters, completed by those of the checkpoint's generation_config.json."""
+    defaults = dict(model.facts["generation_config"])
+    defaults.pop("max_new_tokens", None)
+    return defaults | sampling
 
 
 def limit_tokens(model: ServedModel, num_prompt: int, max_tokens: int | None) -> int:
-    """The most tokens that an answer may have. Raises ApiError for a prompt that is too long."""
+    """The most tokens that an answer may have; without `max_tokens` generation_config.json's, else
+    to the end of the model's length. Raises ApiError for a prompt that is too long."""
     room = model.max_model_len - num_prompt
     if room < 1:
         raise ApiError(
@@ -182,4 +191,6 @@ def limit_tokens(model: ServedModel, num_prompt: int, max_tokens: int | None) ->
             f"{model.max_model_len} tokens",
             code="context_length_exceeded",
         )
-    return room if max_tokens is None else min(max_tokens, room)
+    if max_tokens is None:
+        max_tokens = model.facts["generation_config"].get("max_new_tokens", room)
+    return min(max_tokens, room)

@@ -15,7 +15,7 @@ from typing import Any
 
 from gllm_client import Chunk, Client, GenerateError
 from gllm_client.openai_server.errors import ApiError, from_triton
-from gllm_client.openai_server.formats import Format, choose
+from gllm_client.openai_server.formats.choice import Format, choose
 from gllm_client.protocol import shown
 
 REFRESH_S = 10.0  # between two looks at the repository
@@ -25,7 +25,8 @@ DESCRIBE_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model. `facts`: what its backend says of it, see the operation "describe"."""
+    """One model. `facts`: what its backend says of it, see the operation "describe"; chat_template
+    is the source of all its chat templates together."""
 
     name: str
     facts: dict[str, Any]
