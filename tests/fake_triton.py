@@ -71,7 +71,9 @@ class FakeModel:
     chat_template: str = "<|role|> enable_thinking reasoning_effort"
     generation_prompt: str = "<|assistant|>"
     num_cached_tokens: int = 0
-    pause: threading.Event | None = None  # if set, the answer stops after its first chunk until it is
+    pause: threading.Event | None = (
+        None  # if set, the answer stops after its first chunk until it is
+    )
     refusal: str | None = None  # the sentence with which generations fail
     refuse_after: int = 0  # this many chunks
     is_ours: bool = True  # else a model of another backend, which refuses our inputs
@@ -80,7 +82,7 @@ class FakeModel:
     def facts(self) -> dict[str, Any]:
         return {
             "max_model_len": self.max_model_len,
-            "chat_template": self.chat_template,
+            "chat_template": {"default": self.chat_template},
             "generation_config": self.generation_config,
             "architectures": ["FakeForCausalLM"],
             "special_tokens": ["<|assistant|>"],
@@ -135,15 +137,17 @@ class FakeModel:
             ended = [(number + 1) * step >= len(text) for text, _, _ in cut]
             tensors: dict[str, list[Any]] = {
                 "text_output": parts,
-                "finish_reason": [r if e else "None" for (_, r, _), e in zip(cut, ended)],
+                "finish_reason": [
+                    r if e else "None" for (_, r, _), e in zip(cut, ended, strict=True)
+                ],
                 "stop_reason": [
-                    json.dumps(stop if e else None) for (_, _, stop), e in zip(cut, ended)
+                    str(stop if e else None) for (_, _, stop), e in zip(cut, ended, strict=True)
                 ],
                 "token_ids": [ord(char) for part in parts for char in part],
                 "num_output_tokens": [len(part) for part in parts],
-                "num_input_tokens": [len(asked.prompt)],
-                "num_cached_tokens": [self.num_cached_tokens],
             }
+            if number == 0:
+                tensors["num_cached_tokens"] = [self.num_cached_tokens]
             if sampling.get("logprobs") is not None:
                 top = sampling["logprobs"]
                 tensors["logprobs"] = [

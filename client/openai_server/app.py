@@ -26,7 +26,7 @@ from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.gate import Door, Gate, Keys
 from gllm_client.openai_server.models import Models
 from gllm_client.openai_server.options import Options
-from gllm_client.openai_server.routing import as_api_error, error_response
+from gllm_client.openai_server.routing import error_response
 
 TICK_S = 0.05  # between two looks whether all answers have ended
 KEEP_ALIVE_S = 75  # an idle connection of a client stays open for so long
@@ -63,17 +63,15 @@ def make_app(options: Options) -> FastAPI:
             expose_headers=["x-request-id"],
         )
     app.add_exception_handler(HTTPException, _explain)
-    app.add_exception_handler(Exception, _explain)
-    app.add_exception_handler(ApiError, _explain)
     return app
 
 
 async def _explain(request: Request, error: Exception) -> Response:
-    """The answer for any error of a route."""
+    """The answer to a request for an unknown path or with another method."""
+    assert isinstance(error, HTTPException)
     path = request.url.path
-    if isinstance(error, HTTPException):
-        error = ApiError(error.status_code, f"{request.method} {path}: {error.detail}")
-    return error_response(path, as_api_error(error))
+    problem = f"{request.method} {path}: {error.detail}"
+    return error_response(path, ApiError(error.status_code, problem))
 
 
 class _Server(uvicorn.Server):

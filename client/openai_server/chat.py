@@ -32,7 +32,6 @@ from gllm_client.openai_server.routing import (
     find_model,
     read_body,
     request_id,
-    sse,
     with_done,
 )
 from gllm_client.protocol import shown

@@ -47,7 +47,7 @@ class CompletionRequest(fields.Common, frozen=True, kw_only=True):
     logprobs: int | None = None
     echo: bool = False
     best_of: Literal[1] = 1
-    add_special_tokens: Literal[True] = True
+    add_special_tokens: bool = True
 
 
 @router.post("/v1/completions")
@@ -102,7 +102,11 @@ async def _prepare(
 ) -> _Prompt:
     """A prompt's tokens, and what an echo of it needs."""
     text = prompt if isinstance(prompt, str) else None
-    ids = prompt if isinstance(prompt, list) else (await model.tokenize(id, prompt=prompt))[0]
+    if isinstance(prompt, str):
+        special = asked.add_special_tokens
+        ids, _ = await model.tokenize(id, prompt=prompt, add_special_tokens=special)
+    else:
+        ids = prompt
     if not ids:
         raise invalid("prompt", "the prompt is empty, at least one token is needed")
     if asked.truncate_prompt_tokens is not None:

@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from gllm_client.openai_server.errors import ApiError, invalid
+from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.events import Tokens
-from gllm_client.protocol import shown
 
 MAX_TOP_LOGPROBS = 20
 
@@ -87,11 +86,26 @@ class Common(_Accepted, frozen=True, kw_only=True):
 
 # Sent to Triton as they are.
 _SAMPLING = (
-    "n", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "stop_token_ids",
-    "include_stop_str_in_output", "skip_special_tokens", "ignore_eos", "bad_words", "priority",
+    "n",
+    "stop",
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "min_tokens",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "ignore_eos",
+    "bad_words",
+    "priority",
     "prompt_logprobs",
-)  
+)
 
 
 def check(asked: Common) -> None:

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gllm_client.openai_server.errors import ApiError
-from gllm_client.openai_server.routing import error_response
+from gllm_client.openai_server.routing import as_api_error, error_response
 
 _ID = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 _LOG = logging.getLogger("gllm.openai")
@@ -101,9 +101,12 @@ class Gate:
         given = Headers(scope=scope).get("x-request-id", "")
         state["request_id"] = given if _ID.fullmatch(given) else secrets.token_hex(16)
         state["answered"] = False
+        started = False
 
         async def reply(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
             elif not message.get("more_body", False):
                 state["answered"] = True
@@ -118,8 +121,10 @@ class Gate:
             if "left" not in state:
                 raise
             _LOG.info("request %s: its client has left", state["request_id"])
-        except ApiError as error:
-            await error_response(scope["path"], error)(scope, receive, reply)
+        except Exception as error:
+            if started:  # the connection is broken off, so that the client notices
+                raise
+            await error_response(scope["path"], as_api_error(error))(scope, receive, reply)
         finally:
             self._door.running -= counted
             if "watch" in state:

@@ -10,7 +10,6 @@ Closing the answer, or cancelling the task that iterates, cancels the Triton req
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 from gllm_client import Chunk, Output
@@ -164,9 +163,7 @@ async def render(
     return ids, text
 
 
-def truncate(
-    model: ServedModel, ids: list[int], limit: int, max_tokens: int | None
-) -> list[int]:
+def truncate(model: ServedModel, ids: list[int], limit: int, max_tokens: int | None) -> list[int]:
     """The last `limit` tokens; -1: as many as leave room for the answer."""
     if limit == -1:
         limit = max(1, model.max_model_len - (max_tokens or 1))

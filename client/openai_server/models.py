@@ -6,10 +6,9 @@ Owns what is known of each, and keeps it in step with tritonserver, where models
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,40 +34,45 @@ class ServedModel:
     client: Client
     format: Format  # how it writes thoughts and calls
 
-    async def tokenize(self, request_id: str = "", **prompt: Any) -> tuple[list[int], str]:
-        """The token ids of a prompt and its text; `prompt`: as to the client's `generate`."""
-        answer = await self._ask("tokenize", request_id, prompt)
-        return list(answer.token_ids), answer.text
+    async def tokenize(self, request_id: str, **prompt: Any) -> tuple[list[int], str]:
+        """The token ids of a prompt and its text; `prompt`: as to the client's tokenize."""
+        with _api_errors():
+            chunk = await self.client.tokenize(model=self.name, request_id=request_id, **prompt)
+        return list(chunk.token_ids), chunk.text
 
-    async def detokenize(self, ids: list[int], request_id: str = "") -> str:
+    async def detokenize(self, ids: list[int], request_id: str) -> str:
         """The text of tokens, special ones included."""
-        return (await self._ask("detokenize", request_id, {"input_ids": ids})).text if ids else ""
-
-    async def _ask(self, operation: str, request_id: str, prompt: dict[str, Any]) -> Chunk:
-        try:
-            return await self.client.complete(
-                model=self.name, request_id=request_id, operation=operation, **prompt
-            )
-        except (GenerateError, ValueError) as error:
-            raise _api_error(error) from None
+        with _api_errors():
+            text = await self.client.detokenize(ids, model=self.name, request_id=request_id)
+        return text
 
     async def generate(
         self, ids: list[int], sampling: dict[str, Any], request_id: str
     ) -> AsyncGenerator[Chunk, None]:
         """The answer to a prompt, in chunks. Closing the generator cancels the request."""
-        try:
+        with _api_errors():
             chunks = self.client.generate(
-                model=self.name, input_ids=ids, sampling=sampling, request_id=request_id
+                model=self.name,
+                input_ids=ids,
+                sampling=sampling,
+                request_id=request_id,
+                return_num_input_tokens=False,
+                return_num_output_tokens=sampling.get("n", 1) > 1,
             )
             async with aclosing(chunks):
                 async for chunk in chunks:
                     yield chunk
-        except (GenerateError, ValueError) as error:
-            raise _api_error(error) from None
 
 
-def _api_error(error: GenerateError | ValueError) -> ApiError:
-    return from_triton(error) if isinstance(error, GenerateError) else ApiError(400, str(error))
+@contextmanager
+def _api_errors() -> Iterator[None]:
+    """Turn errors of the client into ApiError."""
+    try:
+        yield
+    except GenerateError as error:
+        raise from_triton(error) from None
+    except ValueError as error:  # a value that a request cannot carry
+        raise ApiError(400, str(error)) from None
 
 
 class Models:
@@ -120,13 +124,11 @@ class Models:
 
     async def _describe(self, name: str) -> dict[str, Any] | None:
         try:
-            answer = await self._client.complete(
-                model=name, operation="describe", timeout=DESCRIBE_TIMEOUT_S
-            )
-            facts: dict[str, Any] = json.loads(answer.text)
+            facts = await self._client.describe(model=name, timeout=DESCRIBE_TIMEOUT_S)
         except (GenerateError, ValueError):  # another backend's model, or it cannot answer now
             return None
-        return facts
+        templates = facts.get("chat_template") or {}
+        return facts | {"chat_template": "\n".join(templates.values())}
 
     async def is_healthy(self) -> bool:
         """Whether any model answers now."""

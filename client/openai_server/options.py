@@ -24,7 +24,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     tls_key: str | None = None  # a PEM file
     max_body_size: Positive = 32 << 20  # bytes of a request's body
     max_concurrency: Positive = 4096  # requests that run at a time; further ones get status 429
-    allow_origin: tuple[str, ...] = ()  # web pages of this origin may ask; * is all; may be repeated
+    allow_origin: tuple[
+        str, ...
+    ] = ()  # web pages of this origin may ask; * is all; may be repeated
     # how the model writes calls of tools, and its thoughts; default: chosen by the model
     tool_format: str | None = None
     reasoning_format: str | None = None

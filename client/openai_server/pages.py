@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import urllib.request
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gllm_client.openai_server.chat import ChatRequest, to_conversation
-from gllm_client.openai_server.errors import ApiError, invalid
+from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.generation import render
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.routing import (
@@ -117,8 +117,7 @@ class TextToTokenize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     prompt: str
     model: str | None = None
-    add_special_tokens: Literal[True] = True
-    return_token_strs: bool = False
+    add_special_tokens: bool = True
 
 
 class TokensToDetokenize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,10 +139,13 @@ async def tokenize(request: Request) -> Response:
     else:
         asked = convert(body, TextToTokenize)
         model = await find_model(request, asked.model)
-        ids, _ = await model.tokenize(request_id(request), prompt=asked.prompt)
+        special = asked.add_special_tokens
+        ids, _ = await model.tokenize(
+            request_id(request), prompt=asked.prompt, add_special_tokens=special
+        )
     answer = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids}
     if strings:
-        answer["token_strs"] = [await model.detokenize([id]) for id in ids]
+        answer["token_strs"] = [await model.detokenize([id], request_id(request)) for id in ids]
     return JsonResponse(answer)
 
 

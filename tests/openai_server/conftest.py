@@ -20,7 +20,5 @@ def served(session_served: Served) -> Iterator[Served]:
     """The server with one fresh model, "m"."""
     session_served.triton.models.clear()
     session_served.triton.models["m"] = FakeModel()
-    models = session_served.app.state.models
-    models._refreshed = -1e9  # the next request for an unknown model looks again
-    models._known = {}
+    session_served.forget()
     yield session_served

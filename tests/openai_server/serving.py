@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from gllm_client.openai_server.options import Options
 
 
 class Served:
-    """A running server. `triton.models` may change at any time; see `refresh`."""
+    """A running server; `triton.models` may change at any time."""
 
     def __init__(self, triton: FakeTriton, app: Any, url: str) -> None:
         self.triton = triton
@@ -35,6 +36,10 @@ class Served:
     def model(self) -> FakeModel:
         return self.triton.models["m"]
 
+    def forget(self) -> None:
+        """Let the next request look at the models anew."""
+        self.app.state.models._known = {}
+        self.app.state.models._refreshed = -math.inf
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
