@@ -8,7 +8,7 @@ nothing of models or text.
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -18,14 +18,18 @@ from tritonclient.utils import deserialize_bytes_tensor
 
 from gllm_client.http import HttpClient, check_port
 from gllm_client.protocol import (
+    DESCRIBE,
     Asking,
     BlockingAsking,
     Chunk,
     GenerateError,
     Inputs,
     check_timeout,
+    detokenize_inputs,
     merge,
     to_chunk,
+    to_description,
+    tokenize_inputs,
 )
 
 _CHANNEL = (
@@ -170,6 +174,28 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         """The whole answer as one chunk; options as `generate`'s."""
         options = {"stream": False} | options
         return merge([chunk async for chunk in self.generate(prompt, **options)])
+
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Any,
+    ) -> Chunk:
+        """A prompt's tokens; see `SyncClient.tokenize`."""
+        inputs = tokenize_inputs(prompt, **options)
+        return merge([chunk async for chunk in self._send(inputs, model, timeout, request_id)])
+
+    async def detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
+        """The text of tokens, special tokens included. `call`: model, timeout and request_id."""
+        inputs = detokenize_inputs(token_ids)
+        return merge([chunk async for chunk in self._send(inputs, **call)]).text
+
+    async def describe(self, **call: Any) -> dict[str, Any]:
+        """Facts of a model: see docs/requests.md. `call`: model, timeout and request_id."""
+        return to_description(merge([chunk async for chunk in self._send(DESCRIBE, **call)]))
 
     async def _chunks(
         self, request: pb.ModelInferRequest, timeout: float | None

@@ -56,7 +56,6 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     stop_token: int | None = None
     status: Status | None = None  # set when reason is "error" or "abort"
     message: str = ""  # set with status: one sentence for the user
-    num_cached_tokens: int = 0  # prompt tokens served from the prefix cache
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True):
@@ -71,6 +70,8 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True):
     logprobs: dict[int, TokenLogprobs] = {}  # by sequence id, when requested
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # positions from 1 on, when requested
     finished: dict[int, Finish] = {}
+    # Prompt tokens served from the prefix cache, with a sequence's first token, unless they are 0.
+    num_cached_tokens: dict[int, int] = {}
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True):

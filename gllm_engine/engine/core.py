@@ -236,11 +236,6 @@ class Engine:
         """End a sequence now and free its pages. Has no effect on an ended sequence."""
         self._forget((client, id))
 
-    def num_cached_tokens(self, id: int, client: Client = IN_PROCESS) -> int:
-        """Prompt tokens of a live sequence that the prefix cache held; 0 for any other."""
-        sequence = self._live.get((client, id))
-        return 0 if sequence is None else max(0, sequence.num_cached_tokens)
-
     def drop(self, client: Client) -> None:
         """Abort all sequences of a client, and discard its unsent outputs."""
         for key in [*self._live, *self._compiling]:
@@ -262,6 +257,7 @@ class Engine:
         sampling = request.sampling
         self._check_ids("input_ids", request.prompt)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        self._check_ids("allowed_token_ids", sampling.allowed_token_ids)
         self._check_ids("logit_bias", list(sampling.logit_bias))
         for words in request.bad_words:
             self._check_ids("bad_words", words)
@@ -360,6 +356,9 @@ class Engine:
         for sequence, entries in committed.prompt_logprobs:
             client, id = sequence.key
             outboxes[client].prompt_logprobs[id] = entries
+        for sequence, count in committed.num_cached_tokens:
+            client, id = sequence.key
+            outboxes[client].num_cached_tokens[id] = count
         for sequence, finish in committed.finished:
             client, id = sequence.key
             outboxes[client].finished[id] = finish

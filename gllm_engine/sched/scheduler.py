@@ -65,6 +65,8 @@ class Committed:
     logprobs: list[tuple[Sequence, TokenLogprobs]] = field(default_factory=list)
     # Consecutive prompt positions, from 1 on. Each position is reported once.
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
+    # Prompt tokens served from the prefix cache, of sequences that got their first token.
+    num_cached_tokens: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -190,7 +192,7 @@ class Scheduler:
         eos = () if sampling.ignore_eos else self._eos_token_ids
         sequence.stops = frozenset(eos + sampling.stop_token_ids)
         sequence.pages = Pages(self._groups, sampling.cache_salt, self._snapshots)
-        sequence.commit_check = self._next_commit_check(sequence)
+        sequence.commit_check = length + 1  # its first token
         self._waiting.put(sequence)
         self._backlog += length
 
@@ -648,6 +650,8 @@ class Scheduler:
             tokens.append(token)
             append((sequence, token))
             if token in sequence.stops or len(tokens) == sequence.commit_check:
+                if len(tokens) == sequence.prompt_len + 1 and sequence.num_cached_tokens:
+                    committed.num_cached_tokens.append((sequence, sequence.num_cached_tokens))
                 finish = self._look(sequence, token)
                 if finish is not None:
                     self._remove(sequence)
@@ -655,24 +659,23 @@ class Scheduler:
         return committed
 
     def _look(self, sequence: Sequence, token: int) -> Finish | None:
-        """Handle a token that ends the sequence or completes a page; returns its Finish, if any."""
+        """Handle a first token, or one that ends the sequence or completes a page; returns its
+        Finish, if any."""
         length = len(sequence.tokens)
-        cached = sequence.num_cached_tokens
         if sequence.slot != NO_SLOT:
             # The newest token was sampled from the one before it, so that one is planned.
             sequence.pages.publish(sequence.tokens, length - 1)
         if token in sequence.stops:
-            return Finish("stop", stop_token=token, num_cached_tokens=cached)
+            return Finish("stop", stop_token=token)
         if length == sequence.limit:
             if length == self._wanted(sequence):
-                return Finish("length", num_cached_tokens=cached)
+                return Finish("length")
             return Finish(
                 "error",
                 status="invalid",
                 message=f"The KV cache holds {self._capacity} tokens, too few for the prompt of "
                 f"{sequence.prompt_len} tokens and more than {length - sequence.prompt_len} "
                 "tokens of output.",
-                num_cached_tokens=cached,
             )
         sequence.commit_check = self._next_commit_check(sequence)
         return None

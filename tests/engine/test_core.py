@@ -182,6 +182,7 @@ def test_logprobs_come_with_their_tokens(make):
         ([3, VOCAB], {}, (), "input_ids: token id 384 is outside [0, 383]"),
         ([-1], {}, (), "input_ids: token id -1 is outside [0, 383]"),
         ([3], {"stop_token_ids": (5, 999)}, (), "stop_token_ids: token id 999 is outside [0, 383]"),
+        ([3], {"allowed_token_ids": (-1,)}, (), "allowed_token_ids: token id -1 is outside"),
         ([3], {"logit_bias": {-7: 1.0}}, (), "logit_bias: token id -7 is outside [0, 383]"),
         ([3], {}, ((4, 500),), "bad_words: token id 500 is outside [0, 383]"),
         ([3] * 256, {}, (), "limited to 256 tokens"),

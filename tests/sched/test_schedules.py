@@ -121,6 +121,10 @@ class World:
                 assert scored.pop(sequence).token_ids == [token]
             self.output[sequence].append(token)
         assert not scored
+        for sequence, count in committed.num_cached_tokens:
+            assert 0 < count < sequence.prompt_len and len(self.output[sequence]) == 1
+            assert count == sequence.num_cached_tokens
+            assert sequence.sampling.prompt_logprobs is None
         for sequence, entries in committed.prompt_logprobs:
             assert sequence not in self.aborted
             self.prompt_logprobs[sequence] += [entry.logprobs[0] for entry in entries]
@@ -157,11 +161,9 @@ class World:
         assert finish.reason == reason
         assert finish.stop_token == (tokens[-1] if reason == "stop" else None)
         assert (finish.status is not None) == (reason == "error") == bool(finish.message)
-        assert 0 <= finish.num_cached_tokens < sequence.prompt_len
         if sequence.sampling.prompt_logprobs is not None:
             positions = range(1, sequence.prompt_len)
             assert self.prompt_logprobs[sequence] == [-float(p) for p in positions]
-            assert finish.num_cached_tokens == 0
 
     def check(self) -> None:
         self.scheduler.check_integrity()
