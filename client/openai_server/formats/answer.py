@@ -31,7 +31,7 @@ class Answer:
         self._events: list[Event] = []
         self._run: tuple[Prose | type[CallArguments], int] = (Text, 0)
         self._pieces: list[str] = []  # of one event
-        self._kind: Prose = Text
+        self._kind: Prose | None = None
         self._space: list[str] = []  # white space, until it is known what follows
         self._gap: str | None = None  # what replaces white space at a mark
 
@@ -97,7 +97,7 @@ class Answer:
 
     def end(self) -> None:
         if self._gap is None:
-            self._push(self._kind, 0, "".join(self._space))
+            self._push(self._kind or Text, 0, "".join(self._space))
 
     def take(self) -> list[Event]:
         """The events since the last call, neighbours of one kind in one."""

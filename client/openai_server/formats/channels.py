@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 
 from gllm_client.openai_server.formats.answer import Answer
 from gllm_client.openai_server.formats.reader import Malformed, Marks, Reader, Sink, Steps, marks
@@ -34,7 +34,7 @@ THOUGHTS = "analysis"
 
 
 def read(
-    reader: Reader, answer: Answer, tools: Container[str], special_tokens: Sequence[str]
+    reader: Reader, answer: Answer, tools: Collection[str], special_tokens: Sequence[str]
 ) -> Steps[None]:
     stops = marks(*MARKS, *special_tokens)
     header: str | None = f"{CHANNEL}{THOUGHTS}" if answer.thinking else None
@@ -75,12 +75,12 @@ def _read_header(reader: Reader, stops: Marks) -> Steps[str]:
 
 
 def _read_message(
-    reader: Reader, answer: Answer, header: str, tools: Container[str], stops: Marks
+    reader: Reader, answer: Answer, header: str, tools: Collection[str], stops: Marks
 ) -> Steps[None]:
     channel = _CHANNEL.search(header)
     recipient = _RECIPIENT.search(header)
     name = recipient[1].removeprefix("functions.") if recipient else ""
-    if name and (f"to=functions.{name}" in header or name in tools):
+    if name and tools and (f"to=functions.{name}" in header or name in tools):
         reader.hold()
         yield from reader.space()
         if (yield from reader.peek()) != "{":

@@ -33,13 +33,16 @@ class Marks:
         self.pattern = re.compile(_either(words) or r"(?!)")
         self._beginnings = frozenset(word[:n] for word in words for n in range(1, len(word)))
         self._longest = max(map(len, words), default=1)
+        self._first = re.compile(_either(sorted({word[0] for word in words})) or r"(?!)")
 
-    def begun(self, text: str) -> int:
-        """The length of the longest end of `text` that may be the beginning of a mark."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            if text[-length:] in self._beginnings:
-                return length
-        return 0
+    def begun(self, text: str, at: int) -> int:
+        """Where a mark may begin whose end is still to come; the end of `text` if none does."""
+        start = max(at, len(text) - self._longest + 1)
+        while found := self._first.search(text, start):
+            if text[found.start() :] in self._beginnings:
+                return found.start()
+            start = found.end()
+        return len(text)
 
 
 @lru_cache(256)
@@ -121,8 +124,8 @@ class Reader:
         while True:
             found = stops.pattern.search(self._text, self._at)
             limit = len(self._text)
-            if not self._ended and (found is None or limit - found.start() < 1000):
-                limit -= stops.begun(self._text[max(self._at, limit - 1000) :])
+            if not self._ended:
+                limit = stops.begun(self._text, self._at)
             if found is not None and found.start() < limit:
                 limit = found.start()
             else:
