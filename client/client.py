@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
-from tritonclient.utils import deserialize_bytes_tensor
 
 from gllm_client.http import HttpClient, check_port
 from gllm_client.protocol import (
@@ -295,10 +294,23 @@ def _chunk(response: pb.ModelStreamInferResponse) -> Chunk:
 
 def _decode(datatype: str, raw: bytes) -> tuple[Any, ...]:
     if datatype == "BYTES":
-        return tuple(text.decode("utf-8") for text in deserialize_bytes_tensor(raw))
+        return _texts(raw)
     if datatype not in _FORMATS:
         raise GenerateError(f"the server sent a tensor of type {datatype}, which has no meaning")
     return struct.unpack(f"<{len(raw) // 4}{_FORMATS[datatype]}", raw)
+
+
+def _texts(raw: bytes) -> tuple[str, ...]:
+    """The texts of a BYTES tensor: each comes after its length in four bytes."""
+    texts = []
+    at = 0
+    while at < len(raw):
+        start = at + 4
+        at = start + int.from_bytes(raw[at:start], "little")
+        texts.append(raw[start:at].decode("utf-8"))
+    if at != len(raw):
+        raise GenerateError("the server sent a tensor of texts that is cut off")
+    return tuple(texts)
 
 
 def _refusal(error: grpc.RpcError, timeout: float | None) -> GenerateError:

@@ -93,8 +93,9 @@ class _Server(uvicorn.Server):
         scheme = "https" if self.config.is_ssl else "http"
         where = f"{scheme}://{host}:{port} for tritonserver at {self._options.url}"
         print(f"gllm openai: listening at {where}", flush=True)
+        self._draining = asyncio.create_task(self._drain())
 
-    async def drain(self) -> None:
+    async def _drain(self) -> None:
         """Wait for the first signal and then for the running answers, and end the server."""
         while not self._door.draining:
             await asyncio.sleep(TICK_S)
@@ -123,12 +124,5 @@ def serve(options: Options) -> int:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=1,
     )
-    server = _Server(config, app.state.door, options)
-
-    async def run() -> None:
-        drain = asyncio.create_task(server.drain())
-        await server.serve()
-        drain.cancel()
-
-    asyncio.run(run())
+    _Server(config, app.state.door, options).run()
     return 0

@@ -269,7 +269,8 @@ class _Choice:
             message["tool_calls"] = [_call(call, "".join(parts)) for call, parts in pairs]
         return message
 
-    def take(self, event: Text | Reasoning | CallBegin | CallArguments) -> None:
+    def take(self, event: Event) -> None:
+        """Keep a part of the message."""
         match event:
             case Text(text):
                 self.content.append(text)
@@ -322,8 +323,8 @@ class _Writer:
             async for batch in answered.batches():
                 for index, event in batch:
                     choice = self._choices[index]
-                    if not self._note(choice, event):
-                        choice.take(event)
+                    self._note(choice, event)
+                    choice.take(event)
         self._usage.num_cached = self._answer.num_cached_tokens
         body: dict[str, Any] = self._about | {"object": "chat.completion"}
         body["choices"] = [self._shown(*numbered) for numbered in enumerate(self._choices)]
@@ -337,8 +338,8 @@ class _Writer:
     def _shown(self, index: int, choice: _Choice) -> dict[str, Any]:
         return {"index": index, "message": choice.message()} | self._rest(choice)
 
-    def _note(self, choice: _Choice, event: Event) -> bool:
-        """Keep what belongs to no part of the message; whether the event was such."""
+    def _note(self, choice: _Choice, event: Event) -> None:
+        """Keep what is beside the message."""
         if isinstance(event, Tokens):
             self._usage.add(event)
             if self._asked.return_token_ids:
@@ -350,7 +351,6 @@ class _Writer:
                 choice.logprobs += [_logprob(id, entry, top, named) for id, entry in pairs]
         elif isinstance(event, End):
             choice.end = event
-        return isinstance(event, Tokens | End)
 
     def _rest(self, choice: _Choice) -> dict[str, Any]:
         """A choice's fields beside its message or delta."""

@@ -237,7 +237,7 @@ class _Writer:
         async with aclosing(chunks):
             async for number, chunk in chunks:
                 self._note(self._prompts[number], chunk)
-        choices = []
+        choices: list[dict[str, Any]] = []
         for prompt in self._prompts:
             for choice in prompt.choices:
                 entry = self._shown(len(choices), choice)

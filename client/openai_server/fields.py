@@ -73,6 +73,7 @@ class Common(_Accepted, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
     priority: int | None = None
     prompt_logprobs: int | None = None
     cache_salt: str | None = None
@@ -103,6 +104,7 @@ _SAMPLING = (
     "skip_special_tokens",
     "ignore_eos",
     "bad_words",
+    "allowed_token_ids",
     "priority",
     "prompt_logprobs",
 )

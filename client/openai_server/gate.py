@@ -77,8 +77,8 @@ class Door:
         """Raise ApiError for a request that may not come in; it counts as running already."""
         if self.draining:
             raise ApiError(503, "this server is about to stop")
-        needs_key = self._keys is not None and scope["path"] != "/health"
-        if needs_key and not self._keys.hold(_key(scope)):
+        keys = None if scope["path"] == "/health" else self._keys
+        if keys is not None and not keys.hold(_key(scope)):
             problem = "a valid API key is required, as Authorization: Bearer KEY"
             raise ApiError(401, problem, code="invalid_api_key")
         if scope["method"] == "POST" and self.running > self._max_concurrency:

@@ -43,7 +43,7 @@ class ServedModel:
     async def detokenize(self, ids: list[int], request_id: str) -> str:
         """The text of tokens, special ones included."""
         with _api_errors():
-            text = await self.client.detokenize(ids, model=self.name, request_id=request_id)
+            text: str = await self.client.detokenize(ids, model=self.name, request_id=request_id)
         return text
 
     async def generate(
@@ -124,7 +124,7 @@ class Models:
 
     async def _describe(self, name: str) -> dict[str, Any] | None:
         try:
-            facts = await self._client.describe(model=name, timeout=DESCRIBE_TIMEOUT_S)
+            facts: dict[str, Any] = await self._client.describe(model=name, timeout=DESCRIBE_TIMEOUT_S)
         except (GenerateError, ValueError):  # another backend's model, or it cannot answer now
             return None
         templates = facts.get("chat_template") or {}

@@ -146,7 +146,7 @@ def _below(value: Any, step: str) -> Any:
 
 
 async def find_model(request: Request, name: str | None) -> ServedModel:
-    """The model of that name; None: the only one. Raises ApiError 404, with code model_not_found."""
+    """The model of that name; None: the only one. Raises ApiError, see Models.find."""
     model: ServedModel = await request.app.state.models.find(name)
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_triton import FakeModel, FakeTriton
+from scripted_triton import FakeModel, FakeTriton
 from serving import Served, serve
 
 

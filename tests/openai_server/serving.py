@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
-from fake_triton import FakeModel, FakeTriton
+from scripted_triton import FakeModel, FakeTriton
 from patience import SOON_S
 
 from gllm_client.openai_server.app import make_app

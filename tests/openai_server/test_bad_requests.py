@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from fake_triton import FakeModel
+from scripted_triton import FakeModel
 from patience import SOON_S
 from serving import Served
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from fake_triton import Asked, FakeModel
+from scripted_triton import Asked, FakeModel
 from serving import Served
 
 USER = [{"role": "user", "content": "Hello"}]

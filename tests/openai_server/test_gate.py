@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_triton import FakeModel
+from scripted_triton import FakeModel
 from patience import SOON_S, WAIT_S
 from serving import Served, serve
 

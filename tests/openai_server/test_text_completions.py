@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_triton import FakeModel
+from scripted_triton import FakeModel
 from serving import Served
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from fake_triton import FakeModel, FakeTriton
+from scripted_triton import FakeModel, FakeTriton
 from serving import Served, serve
 
 
