@@ -64,7 +64,7 @@ def format_of(name: str, ids: bool = False) -> Format:
 
 
 def _json(name: str, arguments: dict, key: str = "arguments") -> str:
-    return '{"name": %s, "%s": %s}' % (json.dumps(name), key, dumps(arguments))
+    return dumps({"name": name, key: arguments})
 
 
 def dumps(value: object) -> str:

@@ -29,7 +29,7 @@ class Answer:
         self._parallel = parallel
         self._short_ids = short_ids
         self._events: list[Event] = []
-        self._run: tuple[Prose | type[CallArguments], int] = (Text, 0)
+        self._run: tuple[Prose | None, int] = (Text, 0)
         self._pieces: list[str] = []  # of one event
         self._kind: Prose | None = None
         self._space: list[str] = []  # white space, until it is known what follows
@@ -81,7 +81,7 @@ class Answer:
             return lambda text: None
         self._flush()
         self._events.append(CallBegin(index, _clean(id) or self._new_id(), _clean(name)))
-        return lambda text: self._push(CallArguments, index, text)
+        return lambda text: self._push(None, index, text)
 
     def read_arguments(self, reader: Reader, sink: Sink) -> Steps[None]:
         """Pass a JSON object on as it comes; it is counted if it turns out to be none."""
@@ -106,7 +106,8 @@ class Answer:
         self._events = []
         return events
 
-    def _push(self, kind: Prose | type[CallArguments], index: int, text: str) -> None:
+    def _push(self, kind: Prose | None, index: int, text: str) -> None:
+        """A piece of text, or of a call's arguments if `kind` is None."""
         if (kind, index) != self._run:
             self._flush()
             self._run = (kind, index)
@@ -117,9 +118,7 @@ class Answer:
         text = "".join(self._pieces)
         self._pieces = []
         if text:
-            self._events.append(
-                CallArguments(index, text) if kind is CallArguments else kind(text)  # type: ignore[call-arg, arg-type]
-            )
+            self._events.append(CallArguments(index, text) if kind is None else kind(text))
 
     def _new_id(self) -> str:
         if self._short_ids:

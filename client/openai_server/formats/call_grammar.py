@@ -10,7 +10,7 @@ from gllm_client.openai_server.conversation import Tool
 from gllm_client.openai_server.formats.channels import CALL_HEADERS, FINAL_HEADER
 from gllm_client.openai_server.formats.grammar import TEXT, Grammar
 from gllm_client.openai_server.formats.table import Spelling
-from gllm_client.openai_server.formats.values import definition, types_of
+from gllm_client.openai_server.formats.values import choices, definition, types_of
 
 Lead = Callable[[str], str]  # the part of a text that begins calls
 
@@ -18,14 +18,14 @@ _ANY_KEY = r'/[^<>"\n]{1,200}/'
 _NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]+)?"
 _CHARACTER = r"[^%s\\\n]|\\[\\'\"abfnrtv]|\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}"
 _PYTHON = (
-    'gllm_value: gllm_STRING | gllm_WORD | "[" (gllm_value (", " gllm_value)*)? "]"'
+    'gllm_value: GLLM_STRING | GLLM_WORD | "[" (gllm_value (", " gllm_value)*)? "]"'
     ' | "{" (gllm_pair (", " gllm_pair)*)? "}"\n'
-    'gllm_pair: gllm_STRING ": " gllm_value\n'
-    f"gllm_WORD: /True|False|None|{_NUMBER}/\n"
-    f"gllm_STRING: /'({_CHARACTER % chr(39)})*'|\"({_CHARACTER % chr(34)})*\"/"
+    'gllm_pair: GLLM_STRING ": " gllm_value\n'
+    f"GLLM_WORD: /True|False|None|{_NUMBER}/\n"
+    f"GLLM_STRING: /'({_CHARACTER % chr(39)})*'|\"({_CHARACTER % chr(34)})*\"/"
 )
 _PYTHON_TYPES = {
-    "string": "gllm_STRING",
+    "string": "GLLM_STRING",
     "integer": "/-?(0|[1-9][0-9]*)/",
     "number": f"/{_NUMBER}/",
     "boolean": "/True|False/",
@@ -56,21 +56,19 @@ class CallGrammar:
         if spelling.kind == "channels":
             return self._each(self._message)
         in_list = spelling.is_list or spelling.kind == "pythonic"
-        head = spelling.begin if spelling.is_list else ""
+        head = "[" * in_list
+        tail = "]" * in_list
         between = ", " if in_list else spelling.between
+        if spelling.is_list:
+            head = spelling.begin + head
         if spelling.section[0] and not spelling.single:
             head = spelling.section[0]
-        one = self._each(
-            lambda tool: self._call(tool, grammar.text if head or in_list else self._lead)
-        )
-        more = f"({grammar.text(between) if between else ''} {one})*" if parallel else ""
-        if not self._is_required and not head and not in_list:
-            more = ""  # whatever stands between calls is text
-        parts = [self._lead(head + "[" * in_list), one, more]
-        parts.append(
-            grammar.text("]" * in_list + (spelling.section[1] if head != spelling.begin else ""))
-        )
-        return " ".join(part for part in parts if part not in ("", '""'))
+            tail = spelling.section[1]
+        one = self._each(lambda tool: self._call(tool, grammar.text if head else self._lead))
+        more = f"({grammar.text(between)} {one})*" if parallel else ""
+        if not head and not self._is_required:
+            more = ""  # what stands between calls is text
+        return f"{self._lead(head)} {one} {more} {grammar.text(tail)}"
 
     def answer(self, parallel: bool) -> str:
         """The part for free text in which calls keep to their schemas."""
@@ -110,7 +108,9 @@ class CallGrammar:
         if spelling.kind == "json":
             head = json.dumps({"name": tool.name}, ensure_ascii=False)[:-1]
             head += f', "{spelling.arguments_key}": '
-            if spelling.is_list or spelling.bare:
+            if spelling.bare:
+                return self._bare(tool)
+            if spelling.is_list:
                 return f'{text(head)} {self._object(tool)} "}}"'
             return f"{lead(begin + head)} {self._object(tool)} {text('}' + end)}"
         if spelling.kind == "named":
@@ -123,12 +123,25 @@ class CallGrammar:
             return f"{lead(begin + tool.name + spelling.name_end)} {arguments} {text(end)}"
         return f"{text(tool.name + '(')} {self._python(tool)} {json.dumps(')')}"
 
+    def _bare(self, tool: Tool) -> str:
+        """A call that is JSON alone, so that llguidance can choose between it and other JSON."""
+        arguments = {"type": "object"} | self._schema(tool)
+        properties = {"name": {"const": tool.name}, self._spelling.arguments_key: arguments}
+        schema = {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+        return self._grammar.json(_rooted(schema, arguments), tool.strict)
+
     def _arguments(self, tool: Tool) -> Iterator[tuple[str, bool]]:
         """Names of arguments in the schema's order, and whether they must be given."""
         schema = self._schema(tool)
-        required = schema.get("required") or ()
-        for name in schema.get("properties") or ():
-            yield name, name in required
+        properties = schema.get("properties")
+        required = schema.get("required")
+        for name in properties if isinstance(properties, dict) else ():
+            yield name, isinstance(required, list) and name in required
 
     def _tagged(self, tool: Tool) -> Iterator[str]:
         spelling = self._spelling
@@ -159,10 +172,8 @@ class CallGrammar:
 
     def _tagged_texts(self, head: str, schema: Any) -> list[str]:
         end = self._spelling.value_end
-        if choices := _choices(schema):
-            texts = [
-                choice if isinstance(choice, str) else json.dumps(choice) for choice in choices
-            ]
+        if listed := choices(schema):
+            texts = [value if isinstance(value, str) else json.dumps(value) for value in listed]
             return [self._grammar.text(head + text + end) for text in texts]
         return [f"{self._grammar.text(head)} {self._grammar.until(end)}"]
 
@@ -186,19 +197,13 @@ class CallGrammar:
         return first
 
     def _python_values(self, schema: Any, root: Any) -> str:
-        if choices := _choices(schema):
-            return " | ".join(json.dumps(repr(choice)) for choice in choices)
+        if listed := choices(schema):
+            return " | ".join(json.dumps(repr(value)) for value in listed)
         types = types_of(schema, root)
         return (
             " | ".join(_PYTHON_TYPES.get(name, "gllm_value") for name in sorted(types))
             or "gllm_value"
         )
-
-
-def _choices(schema: Any) -> list[Any]:
-    if not isinstance(schema, dict):
-        return []
-    return [schema["const"]] if "const" in schema else list(schema.get("enum") or ())
 
 
 def _rooted(schema: Any, root: Any) -> Any:

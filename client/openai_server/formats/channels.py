@@ -71,6 +71,7 @@ def _read_header(reader: Reader, stops: Marks) -> Steps[str]:
             header.clear()
         if mark in MARKS:
             header.append(mark)
+    reader.held()
     return "".join(header)
 
 
@@ -85,6 +86,7 @@ def _read_message(
         yield from reader.space()
         if (yield from reader.peek()) != "{":
             raise Malformed
+        reader.held()
         yield from answer.read_arguments(reader, answer.begin(name))
         yield from _read_body(reader, stops, answer.text)
         return

@@ -21,8 +21,6 @@ from gllm_client.openai_server.formats.table import (
     Thoughts,
 )
 
-_HOW = "name it with --tool-format"
-
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -80,12 +78,12 @@ class Format:
     ) -> OutputParser:
         """The parser of one answer.
 
-        Without `tools`, marks of calls are text. `special_tokens`: those that the text may hold;
-        they are dropped from what is visible. `parallel` false: calls after the first are dropped.
+        Without `tools`, marks of calls are text. `special_tokens`: the model's; they are dropped
+        from the visible text if it is asked for with them. `parallel` false: calls after the first
+        are dropped.
         """
-        return OutputParser(
-            self.spelling, self.thoughts, tools, in_thoughts, special_tokens, parallel
-        )
+        special = special_tokens if self.needs_special_tokens else ()
+        return OutputParser(self.spelling, self.thoughts, tools, in_thoughts, special, parallel)
 
     def constraint(self, conversation: Conversation, in_thoughts: bool) -> dict[str, Any] | None:
         """The sampling parameter structured_outputs that enforces what the request demands.
@@ -104,7 +102,10 @@ class Format:
             return None
         if tools and self.spelling is None:
             if is_required:
-                raise invalid("tool_choice", f"the tool format of this model is unknown; {_HOW}")
+                raise invalid(
+                    "tool_choice",
+                    "the tool format of this model is unknown; name it with --tool-format",
+                )
             tools = ()
         grammar = Grammar(self.special_tokens)
         body = grammar.form(form) if form else None

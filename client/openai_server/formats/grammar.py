@@ -13,12 +13,12 @@ from typing import Any
 
 from gllm_client.openai_server.errors import invalid
 
-TEXT = "gllm_TEXT"
-GAP = "gllm_GAP?"  # between thoughts and what follows them
-_TERMINALS = [f"{TEXT}: /(.|\\n)*/", "gllm_GAP: /[ \\n]{1,4}/"]
+TEXT = "GLLM_TEXT"
+GAP = "GLLM_GAP?"  # between thoughts and what follows them
+_TERMINALS = [f"{TEXT}: /(.|\\n)*/", "GLLM_GAP: /[ \\n]{1,4}/"]
 # Between the tokens of JSON; bounded, because small models then write blanks without end.
 _WHITESPACE = r"\n?[ \t]{0,16}"
-_START = re.compile(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*|/(?:[^/\\\n]|\\.)+/|(\bstart\b)')
+_START = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(\bstart\b)')
 _REGEX = re.compile(r"\\.|/|\n", re.DOTALL)
 # As in the engine, the classes of a regular expression are ASCII.
 _CLASSES = {
@@ -65,11 +65,15 @@ class Grammar:
     def until(self, end: str) -> str:
         """Any text before `end`, and `end`."""
         head = self._tokens.split(end)[0]
+        rest = end[len(head) :]
         if not head:
             return f"{TEXT} {self.text(end)}"
-        if head not in self._heads:
-            self._heads[head] = self.rule(f"{TEXT} {json.dumps(head)}", "[lazy]")
-        return f"{self._heads[head]} {self.text(end[len(head) :])}"
+        if end not in self._heads:
+            terminal = f"GLLM_{len(self._rules)}"
+            self.add(f"{terminal}: {TEXT} {json.dumps(head)}")
+            # Where a token follows, it tells the last `head` from those before.
+            self._heads[end] = terminal if rest else self.rule(terminal, "[lazy]")
+        return f"{self._heads[end]} {self.text(rest)}"
 
     def json(self, schema: Any, strict: bool = True, **options: Any) -> str:
         """JSON that keeps to `schema`. Without `strict`, unknown keywords are ignored."""
@@ -93,7 +97,7 @@ class Grammar:
             return self.json(_loaded(schema), **options)
         if form.get("choice") is not None:
             return self.either([json.dumps(choice) for choice in form["choice"]])
-        if form.get("regex") is not None:
+        if form.get("regex"):
             return (
                 "/"
                 + _REGEX.sub(lambda found: _CLASSES.get(found[0], found[0]), form["regex"])

@@ -137,6 +137,7 @@ class OutputParser:
             else:
                 self._answer.text(self._reader.held())
         else:
+            self._reader.held()
             self._answer.mark()
 
     def _read_calls(self, mark: str) -> Steps[None]:
@@ -173,7 +174,7 @@ class OutputParser:
     def _begin(self, name: str, id: str = "") -> Sink:
         if not name or (self._spelling.bare and name not in self._tools):
             raise Malformed
-        self._reader.hold()
+        self._reader.held()
         return self._answer.begin(name, id)
 
     def _expect(self, word: str) -> Steps[None]:

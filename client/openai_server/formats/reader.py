@@ -67,7 +67,7 @@ class Reader:
         self._text = ""
         self._at = 0
         self._ended = False
-        self._held: list[str] = []
+        self._held: list[str] | None = None
 
     def add(self, text: str) -> None:
         self._text = self._text[self._at :] + text
@@ -76,20 +76,21 @@ class Reader:
     def end(self) -> None:
         self._ended = True
 
-    def hold(self, *before: str) -> None:
-        """Begin to keep what is read, so that it can be given back."""
-        self._held = list(before)
+    def hold(self, before: str = "") -> None:
+        """Begin to keep what is read, in case that it turns out to be text."""
+        self._held = [before]
 
     def held(self) -> str:
         """What has been read since hold(); it is kept no longer."""
-        text = "".join(self._held)
-        self._held = []
+        text = "".join(self._held or ())
+        self._held = None
         return text
 
     def take(self, length: int) -> str:
         text = self._text[self._at : self._at + length]
         self._at += length
-        self._held.append(text)
+        if self._held is not None:
+            self._held.append(text)
         return text
 
     def peek(self) -> Steps[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 _KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
-_MAX_DEPTH = 16  # of references from schema to schema
+_MAX_SCHEMAS = 200
 Types = frozenset[str]  # names of JSON types; empty: any
 
 
@@ -21,28 +20,39 @@ def definition(schema: Any, name: str) -> Any:
     return found
 
 
-def types_of(schema: Any, root: Any, depth: int = 0) -> Types:
-    """The JSON types that a schema allows, as far as it is easily told."""
-    if not isinstance(schema, dict) or depth > _MAX_DEPTH:
+def types_of(schema: Any, root: Any, budget: list[int] | None = None) -> Types:
+    """The JSON types that a schema allows, as far as it is easily told.
+
+    `budget`: how many more schemas are looked into; references could make them endless.
+    """
+    budget = budget or [_MAX_SCHEMAS]
+    budget[0] -= 1
+    if not isinstance(schema, dict) or budget[0] <= 0:
         return frozenset()
     if isinstance(schema.get("$ref"), str):
-        return types_of(_follow(root, schema["$ref"]), root, depth + 1)
+        return types_of(_follow(root, schema["$ref"]), root, budget)
     named = schema.get("type")
     if isinstance(named, str):
         return frozenset([named])
     if isinstance(named, list):
         return frozenset(name for name in named if isinstance(name, str))
-    if "const" in schema:
-        return frozenset([_kind(schema["const"])])
-    if isinstance(schema.get("enum"), list):
-        return frozenset(map(_kind, schema["enum"]))
+    if chosen := choices(schema):
+        return frozenset(map(_kind, chosen))
     for word in ("anyOf", "oneOf"):
-        if isinstance(schema.get(word), list):
-            return _union(types_of(part, root, depth + 1) for part in schema[word])
-    for part in schema.get("allOf") or ():
-        if types := types_of(part, root, depth + 1):
+        if parts := _list(schema.get(word)):
+            found = [types_of(part, root, budget) for part in parts]
+            return frozenset().union(*found) if all(found) else frozenset()
+    for part in _list(schema.get("allOf")):
+        if types := types_of(part, root, budget):
             return types
     return frozenset()
+
+
+def choices(schema: Any) -> list[Any]:
+    """The values that a schema lists; [] if it lists none."""
+    if not isinstance(schema, dict):
+        return []
+    return [schema["const"]] if "const" in schema else _list(schema.get("enum"))
 
 
 def to_json(text: str, types: Types) -> str:
@@ -77,11 +87,6 @@ def is_json(text: str, kind: type = object) -> bool:
         return False
 
 
-def _union(parts: Iterable[Types]) -> Types:
-    found = list(parts)
-    return frozenset().union(*found) if all(found) else frozenset()
-
-
 def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "object" if isinstance(value, dict) else "array")
 
@@ -92,6 +97,10 @@ def _follow(root: Any, reference: str) -> Any:
     for step in reference.removeprefix("#").split("/")[1:]:
         found = found.get(step) if isinstance(found, dict) else None
     return found if reference.startswith("#") else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _refuse(constant: str) -> NoReturn:
