@@ -184,14 +184,16 @@ def _template(asked: ChatRequest, model: ServedModel) -> dict[str, Any]:
     return variables | asked.chat_template_kwargs
 
 
-def effort_variables(model: ServedModel, effort: str) -> dict[str, Any]:
+def effort_variables(
+    model: ServedModel, effort: str, field: str = "reasoning_effort"
+) -> dict[str, Any]:
     """The variables by which a model's chat template takes a reasoning effort."""
     source = model.facts["chat_template"]
     values = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     known = {name: value for name, value in values.items() if name in source}
     if not known and effort != "none":
         problem = "this model's chat template knows neither reasoning_effort nor enable_thinking"
-        raise invalid("reasoning_effort", problem)
+        raise invalid(field, problem)
     return known
 
 
