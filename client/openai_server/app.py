@@ -21,11 +21,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gllm_client import Client
-from gllm_client.openai_server import chat, completions, pages
+from gllm_client.openai_server import chat, completions, messages, pages, responses
 from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.gate import Door, Gate, Keys
 from gllm_client.openai_server.models import Models
 from gllm_client.openai_server.options import Options
+from gllm_client.openai_server.response_store import ResponseStore
 from gllm_client.openai_server.routing import error_response
 
 TICK_S = 0.05  # between two looks whether all answers have ended
@@ -33,7 +34,10 @@ KEEP_ALIVE_S = 75  # an idle connection of a client stays open for so long
 
 
 def make_app(options: Options) -> FastAPI:
-    """The application. Its state: options, models, door. Raises ValueError for a wrong option."""
+    """The application. Its state: options, models, door and the store of answers.
+
+    Raises ValueError for a wrong option.
+    """
     scheme, _, address = options.url.rpartition("://")
     if scheme not in ("", "grpc"):
         raise ValueError(f"--url: {options.url} has scheme {scheme}; grpc is needed here")
@@ -51,14 +55,15 @@ def make_app(options: Options) -> FastAPI:
     app = FastAPI(openapi_url=None, lifespan=life)
     app.state.options = options
     app.state.door = Door(keys, options.max_concurrency)
-    for part in (chat, completions, pages):
+    app.state.response_store = ResponseStore(options.stored_responses, options.stored_bytes)
+    for part in (chat, completions, responses, messages, pages):
         app.include_router(part.router)
     app.add_middleware(Gate, door=app.state.door)
     if options.allow_origin:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(options.allow_origin),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
