@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
+from gllm_client.openai_server.options import Options
 from gllm_client.protocol import MAX_TIMEOUT_S, asks_for_one, shown
 from gllm_client.tritonserver import Serving, exec_server
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
@@ -26,11 +28,14 @@ if TYPE_CHECKING:  # its module is imported when a command needs it
     from gllm_client.answers import AnswerSource
 
 CHAT_MAX_TOKENS = 1024
+# Options of the OpenAI server that gllm serve has flags of its own for.
+SET_BY_SERVE = ("url", "host", "port", "metrics_url", "drain_timeout_s")
 
 _ABOUT = """\
 gllm-triton: an LLM inference engine inside NVIDIA Triton Inference Server.
 
   gllm serve model_repository                  serve a model repository, or one checkpoint
+  gllm openai --port 9000                      OpenAI's API in front of a running tritonserver
   gllm chat --url localhost:8001               talk to a served model
   gllm generate --model DIRECTORY "Once upon"  answer one prompt in this process, no server
   gllm batch in.jsonl out.jsonl --url ...      answer a file of prompts; run again to resume
@@ -52,6 +57,16 @@ noticed and its model loaded anew. SIGTERM and Ctrl-C let running answers end, a
 not. What follows `--` goes to tritonserver: gllm serve PATH -- --log-verbose=1
 
 tritonserver is looked for in $TRITON_SERVER_DIR, /opt/tritonserver and the nvidia-pytriton wheel.
+"""
+
+_OPENAI = """\
+Serve OpenAI's HTTP API in front of a running tritonserver, for all of its models with the gllm
+backend: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health.
+
+  gllm openai --url grpc://127.0.0.1:8001 --port 9000
+
+Models may be loaded and unloaded meanwhile. After SIGTERM running answers end, and new requests get
+status 503. Needs the [openai] extra. Without --api-key-file everybody who reaches it may ask.
 """
 
 _WARMUP = """\
@@ -179,6 +194,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="gllm", description=_ABOUT)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _add_serve(commands)
+    _add_openai(commands)
     _add_generate(commands)
     _add_chat(commands)
     _add_batch(commands)
@@ -201,8 +217,15 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="start nothing: `gllm check` a bare checkpoint"
     )
-    add_struct(parser, "server", Serving, skip=("path", "engine", "arguments"))
+    add_struct(parser, "server", Serving, skip=("path", "engine", "arguments", "openai"))
+    add_struct(parser, "OpenAI server, with --openai-port", Options, skip=SET_BY_SERVE)
     add_struct(parser, "engine, for a bare checkpoint", EngineConfig, skip=("model",))
+
+
+def _add_openai(commands: Any) -> None:
+    brief = "serve OpenAI's API in front of tritonserver"
+    parser = _command(commands, "openai", _openai, brief, _OPENAI)
+    add_struct(parser, "server", Options, skip=())
 
 
 def _add_source(parser: Any) -> None:
@@ -289,7 +312,30 @@ def _serve(options: argparse.Namespace) -> int:
             return check(config)
     elif options.dry_run:
         raise UsageError("--dry-run: it is for a bare checkpoint; `gllm check` takes a model.json")
+    openai = struct_values(options, Options)
+    if "openai_port" in given:
+        _check_openai()
+    elif openai:
+        flag = next(iter(openai)).replace("_", "-")
+        raise UsageError(f"--{flag} is for the OpenAI server, give --openai-port as well")
+    given["openai"] = openai
     return serve(Serving(path=path, engine=engine, arguments=tuple(options.rest), **given))
+
+
+def _openai(options: argparse.Namespace) -> int:
+    _check_openai()
+    from gllm_client.openai_server.app import serve
+
+    return serve(Options(**struct_values(options, Options)))
+
+
+def _check_openai() -> None:
+    """Raise UsageError if the packages of the OpenAI server are not installed."""
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"the OpenAI server needs {' and '.join(missing)}: pip install 'gllm-triton[openai]'"
+        )
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

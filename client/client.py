@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
-from tritonclient.utils import deserialize_bytes_tensor
 
 from gllm_client.http import HttpClient, check_port
 from gllm_client.protocol import (
@@ -129,9 +128,7 @@ class SyncClient(_Connected, BlockingAsking):
 
     def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
         """The models in the repository: name, version, state ("READY", ...) and reason."""
-        answer = self._call("RepositoryIndex", pb.RepositoryIndexRequest(), timeout)
-        keys = ("name", "version", "state", "reason")
-        return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
+        return _entries(self._call("RepositoryIndex", pb.RepositoryIndexRequest(), timeout))
 
     def num_stubs(self, model: str, timeout: float | None = 5.0) -> int:
         """The number of stubs of a loaded model; 0 if it does not use the Python backend."""
@@ -214,6 +211,15 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         finally:
             call.cancel()
 
+    async def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
+        """The models in the repository: name, version, state ("READY", ...) and reason."""
+        timeout = check_timeout(timeout)
+        try:
+            answer = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _refusal(error, timeout) from None
+        return _entries(answer)
+
     async def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
         """Whether the server, or one of its models, takes requests."""
         method, request = _readiness(model)
@@ -223,6 +229,11 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         except grpc.RpcError:
             return False
         return bool(answer.ready)
+
+
+def _entries(answer: pb.RepositoryIndexResponse) -> list[dict[str, str]]:
+    keys = ("name", "version", "state", "reason")
+    return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
 
 
 def _readiness(model: str | None) -> tuple[str, Any]:
@@ -283,10 +294,23 @@ def _chunk(response: pb.ModelStreamInferResponse) -> Chunk:
 
 def _decode(datatype: str, raw: bytes) -> tuple[Any, ...]:
     if datatype == "BYTES":
-        return tuple(text.decode("utf-8") for text in deserialize_bytes_tensor(raw))
+        return _texts(raw)
     if datatype not in _FORMATS:
         raise GenerateError(f"the server sent a tensor of type {datatype}, which has no meaning")
     return struct.unpack(f"<{len(raw) // 4}{_FORMATS[datatype]}", raw)
+
+
+def _texts(raw: bytes) -> tuple[str, ...]:
+    """The texts of a BYTES tensor: each comes after its length in four bytes."""
+    texts = []
+    at = 0
+    while at < len(raw):
+        start = at + 4
+        at = start + int.from_bytes(raw[at:start], "little")
+        texts.append(raw[start:at].decode("utf-8"))
+    if at != len(raw):
+        raise GenerateError("the server sent a tensor of texts that is cut off")
+    return tuple(texts)
 
 
 def _refusal(error: grpc.RpcError, timeout: float | None) -> GenerateError:

@@ -11,9 +11,8 @@ import base64
 import json
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -287,29 +286,35 @@ def to_chunk(tensors: Mapping[str, Sequence[Any]], request_id: str = "") -> Chun
     many belong to each.
     """
 
-    def each(name: str, convert: Callable[[Any], Any]) -> Iterator[Any]:
-        """A tensor's values; None for every answer if the tensor is missing."""
-        return map(convert, tensors[name]) if tensors.get(name) else repeat(None, len(texts))
-
     texts = tensors.get("text_output", ())
-    tokens = iter(tensors.get("token_ids", ()))
-    columns = zip(
-        texts,
-        each("finish_reason", lambda reason: None if reason == "None" else reason),
-        each("logprobs", json.loads),
-        each("cumulative_logprob", float),
-        each("num_output_tokens", int),
-        each("stop_reason", lambda reason: None if reason == "None" else reason),
-        strict=True,
-    )
+    unknown = (None,) * len(texts)
+    columns = [tensors.get(name) or unknown for name in _COLUMNS]
+    ids = tuple(tensors.get("token_ids", ()))
     outputs = []
-    for text, reason, logprobs, cumulative, count, stop in columns:
-        ids = tuple(islice(tokens, count if len(texts) > 1 else None))
-        outputs.append(Output(text, reason, ids, logprobs, cumulative, count or 0, stop))
-    num_input = next(each("num_input_tokens", int), None)
-    num_cached = next(each("num_cached_tokens", int), None)
-    prompt_logprobs = next(each("prompt_logprobs", json.loads), None)
+    start = 0
+    for text, reason, logprobs, cumulative, count, stop in zip(texts, *columns, strict=True):
+        end = len(ids) if count is None or len(texts) == 1 else start + count
+        outputs.append(
+            Output(
+                text,
+                None if reason == "None" else reason,
+                ids[start:end],
+                None if logprobs is None else json.loads(logprobs),
+                cumulative,
+                count or 0,
+                None if stop == "None" else stop,
+            )
+        )
+        start = end
+    (num_input,) = tensors.get("num_input_tokens") or (None,)
+    (num_cached,) = tensors.get("num_cached_tokens") or (None,)
+    (scored,) = tensors.get("prompt_logprobs") or (None,)
+    prompt_logprobs = None if scored is None else json.loads(scored)
     return Chunk(tuple(outputs), num_input, prompt_logprobs, request_id, num_cached)
+
+
+# Tensors with a value for each answer.
+_COLUMNS = ("finish_reason", "logprobs", "cumulative_logprob", "num_output_tokens", "stop_reason")
 
 
 def merge(chunks: Iterable[Chunk]) -> Chunk:

@@ -1,6 +1,6 @@
 """An OpenAI-compatible HTTP server in front of tritonserver: `gllm openai`.
 
-    client --HTTP--> app.py --> chat.py, completions.py, ... --> generation.py --gRPC--> tritonserver
+    client --HTTP--> gate.py --> chat.py, completions.py ... --> generation.py --gRPC--> Triton
                                      ^                                |
                                      +--- events.py <-- formats/ <----+  (text becomes events)
 
