@@ -18,8 +18,9 @@ _ANY_KEY = r'/[^<>"\n]{1,200}/'
 _NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]+)?"
 _CHARACTER = r"[^%s\\\n]|\\[\\'\"abfnrtv]|\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}"
 _PYTHON = (
-    'gllm_value: GLLM_STRING | GLLM_WORD | "[" (gllm_value (", " gllm_value)*)? "]"'
-    ' | "{" (gllm_pair (", " gllm_pair)*)? "}"\n'
+    "gllm_value: GLLM_STRING | GLLM_WORD | gllm_list | gllm_dict\n"
+    'gllm_list: "[" (gllm_value (", " gllm_value)*)? "]"\n'
+    'gllm_dict: "{" (gllm_pair (", " gllm_pair)*)? "}"\n'
     'gllm_pair: GLLM_STRING ": " gllm_value\n'
     f"GLLM_WORD: /True|False|None|{_NUMBER}/\n"
     f"GLLM_STRING: /'({_CHARACTER % chr(39)})*'|\"({_CHARACTER % chr(34)})*\"/"
@@ -30,6 +31,8 @@ _PYTHON_TYPES = {
     "number": f"/{_NUMBER}/",
     "boolean": "/True|False/",
     "null": '"None"',
+    "array": "gllm_list",
+    "object": "gllm_dict",
 }
 
 

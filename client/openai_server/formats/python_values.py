@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 
 from gllm_client.openai_server.formats.reader import Malformed, Reader, Sink, Steps, marks
@@ -12,6 +12,7 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"}
 _DIGITS = {"x": 2, "u": 4, "U": 8}  # of the escape of a character by its number
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _ENDS = " \t\r\n,)]}:"
 _MAX_DEPTH = 64
 _MAX_NAME = 256
@@ -122,10 +123,6 @@ def _numbered(reader: Reader, length: int) -> Steps[str]:
 
 
 def _number(word: str) -> str:
-    try:
-        value = json.loads(word)
-    except (ValueError, RecursionError):
-        raise Malformed from None
-    if type(value) not in (int, float) or value != value or value in (float("inf"), -float("inf")):
+    if not _NUMBER.fullmatch(word):
         raise Malformed
     return word

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from written_turns import FORMATS, TOOLS, Turn, dumps, format_of, turns, write
+from written_turns import FORMATS, TOOLS, Turn, dumps, format_of, joined, turns, write
 
 from gllm_client.openai_server.conversation import Conversation, Tool, ToolChoice
 from gllm_client.openai_server.errors import ApiError
@@ -24,7 +26,9 @@ GOOD = ("get_weather", {"text": "Paris", "count": 1})
 @lru_cache
 def compiled(name: str, grammar: str):
     special = format_of(name, ids=True).special_tokens
-    tokens = [bytes([byte]) for byte in range(256)] + [token.encode() for token in special] + [b""]
+    tokens = (
+        [bytes([byte]) for byte in range(256)] + [token.encode() for token in special] + [b"<end>"]
+    )
     end = len(tokens) - 1
     vocabulary = Vocabulary(tokens, list(range(256, len(tokens))), [end])
     lark = translate(StructuredOutputs(grammar=grammar), vocabulary)
@@ -76,6 +80,59 @@ def test_calls_as_they_are_written_are_allowed(name, data):
     assert accepts(name, text, in_thoughts, tools=STRICT, form=FORM)
     if name != "gpt_oss" and len(turn.calls) > 1:
         assert not accepts(name, text, in_thoughts, parallel_tool_calls=False, **REQUIRED)
+
+
+SMALL = {
+    "type": "object",
+    "properties": {
+        "unit": {"enum": ["celsius", "kelvin"]},
+        "count": {"type": "integer"},
+        "maybe": {"enum": ["a", None]},
+        "items": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+    },
+    "required": ["unit", "count"],
+    "additionalProperties": False,
+}
+
+
+def walk(name: str, grammar: str, seed: int) -> str | None:
+    """A random text of a grammar, mostly without white space; None if it has no end."""
+    rng = random.Random(seed)
+    matcher = compiled(name, grammar).deep_copy()
+    special = list(format_of(name).special_tokens)
+    end = 256 + len(special)
+    text = b""
+    for _ in range(500):
+        mask = matcher.compute_bitmask()
+        ids = [id for id in range(end + 1) if mask[id >> 3] >> (id & 7) & 1]
+        if end in ids:
+            return text.decode()
+        readable = [id for id in ids if 32 < id < 127 or id > 255]
+        id = rng.choice(readable if readable and rng.random() < 0.7 else ids)
+        assert matcher.consume_token(id)
+        text += bytes([id]) if id < 256 else special[id - 256].encode()
+    return None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_grammar_allows_is_read_as_calls(name):
+    tools = (Tool("f", parameters=SMALL, strict=True),)
+    chosen = format_of(name, ids=True)
+    if name != "gpt_oss":  # random thoughts have no end
+        chosen = replace(chosen, reasoning_format="none")
+    asked = Conversation([], tools, ToolChoice("required"))
+    grammar = chosen.constraint(asked, False)["grammar"]
+    texts = [text for seed in range(8) if (text := walk(name, grammar, seed)) is not None]
+    assert texts
+    for text in texts:
+        parser = chosen.parser(tools, False, list(chosen.special_tokens))
+        turn = joined(parser.feed(text) + parser.finish())
+        assert turn.calls and not turn.text and parser.malformed == 0, text
+        for tool, arguments in turn.calls:
+            found = json.loads(arguments)
+            assert tool == "f" and {"unit", "count"} <= set(found) <= set(SMALL["properties"])
+            assert found["unit"] in ("celsius", "kelvin") and type(found["count"]) is int
+            assert found.get("maybe") in ("a", None) and type(found.get("items", [])) is list
 
 
 def wrong_calls(name):
