@@ -323,10 +323,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _openai(options: argparse.Namespace) -> int:
+    given = Options(**struct_values(options, Options))
     _check_openai()
     from gllm_client.openai_server.app import serve
 
-    return serve(Options(**struct_values(options, Options)))
+    return serve(given)
 
 
 def _check_openai() -> None:

@@ -211,6 +211,8 @@ class TritonPythonModel:
     def _result(self, parsed: ParsedRequest) -> Result:
         """The answer to an operation other than generate."""
         if parsed.operation == "describe":
+            if self.client.trouble is not None:  # servers in front ask whether the model answers
+                raise self._unavailable(self.client.trouble)
             info = self.client.info
             facts = self._description | {
                 "model": self._name,

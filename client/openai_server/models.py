@@ -124,7 +124,9 @@ class Models:
 
     async def _describe(self, name: str) -> dict[str, Any] | None:
         try:
-            facts: dict[str, Any] = await self._client.describe(model=name, timeout=DESCRIBE_TIMEOUT_S)
+            facts: dict[str, Any] = await self._client.describe(
+                model=name, timeout=DESCRIBE_TIMEOUT_S
+            )
         except (GenerateError, ValueError):  # another backend's model, or it cannot answer now
             return None
         templates = facts.get("chat_template") or {}

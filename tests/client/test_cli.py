@@ -27,6 +27,7 @@ from gllm_client.flags import (
     struct_texts,
     struct_values,
 )
+from gllm_client.openai_server.options import Options
 from gllm_client.tritonserver import Serving
 from gllm_engine import EngineConfig, SamplingParams, write_tiny_model
 from gllm_engine.engine import core
@@ -162,6 +163,7 @@ COMMANDS = {  # a command with every flag of these structs
     Asked: ["generate", "hi", "--url=x:1", "--model=m"],
     Pace: ["batch", "/no", "/no/o", "--url=x:1", "--model=m"],
     Tiny: ["tiny-model", "/no/such/place"],
+    Options: ["openai"],
 }
 NO_NUMBERS = ["nan", "inf", "-Infinity", "1e400", "9" * 400, "-" + "9" * 400, "9" * 5000, "1_0", ""]
 
@@ -207,7 +209,10 @@ def test_serve_is_told_what_was_given(tmp_path: Path, monkeypatch: pytest.Monkey
     (serving,) = seen
     assert (serving.path, serving.grpc_port, serving.http_port) == (tmp_path, 5, 8000)
     assert serving.engine == {"max_num_seqs": 8} and serving.front_ends == 2
-    assert serving.arguments == ("--log-verbose=1", "--x_y")
+    assert serving.arguments == ("--log-verbose=1", "--x_y") and serving.openai == {}
+    assert main(["serve", str(tmp_path), "--openai-port=9", "--max-body-size=5"]) == 7
+    assert (seen[1].openai_port, seen[1].openai) == (9, {"max_body_size": 5})
+    assert main(["serve", str(tmp_path), "--max-body-size=5"]) == 2  # without --openai-port
 
 
 def test_warmup_is_told_what_was_given_and_tells_what_there_is(

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
-from scripted_triton import FakeModel, FakeTriton
 from patience import SOON_S
+from scripted_triton import FakeModel, FakeTriton
 
 from gllm_client.openai_server.app import make_app
 from gllm_client.openai_server.options import Options

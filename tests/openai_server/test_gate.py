@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
-from scripted_triton import FakeModel
 from patience import SOON_S, WAIT_S
+from scripted_triton import FakeModel
 from serving import Served, serve
 
 from gllm_client.openai_server.gate import Keys
