@@ -15,7 +15,7 @@ PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
     ("gllm_engine",): 190_000,
-    ("backend", "client"): 63_000,
+    ("backend", "client"): 67_000,
     ("benchmarks",): 29_000,
 }
 MAX_FUNCTION_LINES = 60
