@@ -29,7 +29,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()  # web pages of this origin may ask; * is all; may be repeated
     # answers of /v1/responses that clients can read or continue later, at most so many and of so
     # many bytes together, in this process's memory; 0: none are kept
-    stored_responses: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    stored_responses: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 1000
     stored_bytes: Positive = 256 << 20
     # how the model writes calls of tools, and its thoughts; default: chosen by the model
     tool_format: str | None = None
