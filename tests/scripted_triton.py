@@ -85,7 +85,7 @@ class FakeModel:
             "chat_template": {"default": self.chat_template},
             "generation_config": self.generation_config,
             "architectures": ["FakeForCausalLM"],
-            "special_tokens": ["<|assistant|>"],
+            "special_tokens": {"<|assistant|>": 7},
             "vocab_size": 0x110000,
         }
 

@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from gllm_client import Client
 from gllm_client.openai_server import chat, completions, messages, pages, responses
 from gllm_client.openai_server.errors import ApiError
+from gllm_client.openai_server.formats.choice import choose
 from gllm_client.openai_server.gate import Door, Gate, Keys
 from gllm_client.openai_server.models import Models
 from gllm_client.openai_server.options import Options
@@ -42,6 +43,7 @@ def make_app(options: Options) -> FastAPI:
     if scheme not in ("", "grpc"):
         raise ValueError(f"--url: {options.url} has scheme {scheme}; grpc is needed here")
     keys = Keys(Path(options.api_key_file)) if options.api_key_file else None
+    choose({}, options.tool_format, options.reasoning_format)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

@@ -60,4 +60,3 @@ class Conversation:
     form: dict[str, Any] | None = None
     include_reasoning: bool = True
     truncate_prompt_tokens: int | None = None
-    tenant: str = ""

@@ -27,19 +27,20 @@ _LOG = logging.getLogger("gllm.openai")
 class Keys:
     """The API keys in a file, one a line; a blank line or one that begins with # is none.
 
-    A change of the file counts from the next request on. While it cannot be read, or holds no key,
-    the keys before the change count. Raises ValueError if the first reading fails.
+    A key may be followed by the name of the tenant whose key it is. A change of the file counts
+    from the next request on. While it cannot be read, or holds no key, the keys before the change
+    count. Raises ValueError if the first reading fails.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen: tuple[int, int, int] | None = None
-        self._digests: list[bytes] = []
+        self._tenants: dict[bytes, str] = {}  # by the key's digest
         try:
             self._read()
         except OSError as error:
             raise ValueError(f"--api-key-file: {path}: {error.strerror}") from None
-        if not self._digests:
+        if not self._tenants:
             raise ValueError(f"--api-key-file: {path} holds no key")
 
     def _read(self) -> None:
@@ -47,21 +48,27 @@ class Keys:
         seen = (status.st_mtime_ns, status.st_size, status.st_ino)
         if seen == self._seen:
             return
-        lines = [line.strip() for line in self._path.read_bytes().splitlines()]
-        keys = [line for line in lines if line and not line.startswith(b"#")]
+        lines = [line.split(None, 1) for line in self._path.read_bytes().splitlines()]
+        keys = [words for words in lines if words and not words[0].startswith(b"#")]
         if not keys:
             _LOG.warning("%s holds no key, the earlier keys stay", self._path)
         self._seen = seen
-        self._digests = [sha256(key).digest() for key in keys] or self._digests
+        self._tenants = {
+            sha256(key).digest(): b"".join(name).strip().decode("utf-8", "replace")
+            for key, *name in keys
+        } or self._tenants
 
-    def hold(self, key: str) -> bool:
-        """Whether a key is among them; takes the same time for every wrong key."""
+    def tenant(self, key: str) -> str | None:
+        """The tenant of a key, "" if it has none; None for a wrong key, of which every one takes
+        the same time.
+        """
         try:
             self._read()
         except OSError as error:
             _LOG.warning("the earlier keys stay: %s", error)
         digest = sha256(key.encode("utf-8", "replace")).digest()
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+        found = [known for known in self._tenants if hmac.compare_digest(digest, known)]
+        return self._tenants[found[0]] if found else None
 
 
 class Door:
@@ -73,17 +80,26 @@ class Door:
         self.draining = False
         self.running = 0  # POST requests that have not ended
 
-    def check(self, scope: Scope) -> None:
-        """Raise ApiError for a request that may not come in; it counts as running already."""
+    def check(self, scope: Scope) -> str:
+        """The tenant of a request that may come in; it counts as running already.
+
+        Raises ApiError for any other. Without keys, the header x-tenant names the tenant.
+        """
         if self.draining:
             raise ApiError(503, "this server is about to stop")
-        keys = None if scope["path"] == "/health" else self._keys
-        if keys is not None and not keys.hold(_key(scope)):
-            problem = "a valid API key is required, as Authorization: Bearer KEY"
-            raise ApiError(401, problem, code="invalid_api_key")
+        tenant = Headers(scope=scope).get("x-tenant", "")
+        if self._keys is not None and scope["path"] != "/health":
+            if tenant:
+                raise ApiError(400, "x-tenant: here the API key names the tenant", "x-tenant")
+            found = self._keys.tenant(_key(scope))
+            if found is None:
+                problem = "a valid API key is required, as Authorization: Bearer KEY"
+                raise ApiError(401, problem, code="invalid_api_key")
+            tenant = found
         if scope["method"] == "POST" and self.running > self._max_concurrency:
             problem = f"{self._max_concurrency} requests are running (--max-concurrency)"
             raise ApiError(429, problem, code="rate_limit_exceeded")
+        return tenant
 
 
 class Gate:
@@ -115,7 +131,7 @@ class Gate:
         counted = scope["method"] == "POST"
         self._door.running += counted
         try:
-            self._door.check(scope)
+            state["tenant"] = self._door.check(scope)
             await self._app(scope, receive, reply)
         except asyncio.CancelledError:
             if "left" not in state:

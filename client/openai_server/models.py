@@ -33,6 +33,7 @@ class ServedModel:
     created: int  # Unix time at which this server first saw it
     client: Client
     format: Format  # how it writes thoughts and calls
+    tenant: str = ""  # whose requests these are; see the sampling parameter
 
     async def tokenize(self, request_id: str, **prompt: Any) -> tuple[list[int], str]:
         """The token ids of a prompt and its text; `prompt`: as to the client's tokenize."""
@@ -50,6 +51,8 @@ class ServedModel:
         self, ids: list[int], sampling: dict[str, Any], request_id: str
     ) -> AsyncGenerator[Chunk, None]:
         """The answer to a prompt, in chunks. Closing the generator cancels the request."""
+        if self.tenant:
+            sampling = sampling | {"tenant": self.tenant}
         with _api_errors():
             chunks = self.client.generate(
                 model=self.name,

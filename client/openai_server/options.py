@@ -18,7 +18,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     port: Port = 9000
     # tritonserver's metrics page, such as http://127.0.0.1:8002/metrics, passed on as /metrics
     metrics_url: str | None = None
-    # a file of API keys, one a line, read again when it changes. Without it everybody may ask
+    # a file of API keys, one a line, read again when it changes; after a key may stand the tenant
+    # that it belongs to. Without a file everybody may ask, and the header x-tenant names a tenant
     api_key_file: str | None = None
     tls_certificate: str | None = None  # a PEM file; with it and the key, HTTPS is served
     tls_key: str | None = None  # a PEM file

@@ -20,6 +20,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -146,9 +147,12 @@ def _below(value: Any, step: str) -> Any:
 
 
 async def find_model(request: Request, name: str | None) -> ServedModel:
-    """The model of that name; None: the only one. Raises ApiError, see Models.find."""
+    """The model of that name, for the request's tenant; None: the only one.
+
+    Raises ApiError, see Models.find.
+    """
     model: ServedModel = await request.app.state.models.find(name)
-    return model
+    return replace(model, tenant=request.state.tenant)
 
 
 def request_id(request: Request) -> str:

@@ -28,10 +28,10 @@ _DEFAULTS = {
 def describe_checkpoint(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Facts of the checkpoint in directory `path`, as JSON would have them.
 
-    architectures; chat_template: Jinja sources by name, or None; special_tokens: the texts of all
-    special tokens, by id; generation_config: the sampling defaults that it gives, by its own keys.
-    A default that is no valid sampling parameter is left out. Raises ConfigError for a file that is
-    not JSON.
+    architectures; chat_template: Jinja sources by name, or None; special_tokens: the ids of all
+    special tokens, by their texts; generation_config: the sampling defaults that it gives, by its
+    own keys. A default that is no valid sampling parameter is left out. Raises ConfigError for a
+    file that is not JSON.
     """
     template = tokenizer.chat_template
     generation = path / "generation_config.json"
@@ -39,7 +39,7 @@ def describe_checkpoint(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "architectures": read_object(path / "config.json", ConfigError).get("architectures"),
         "chat_template": None if template is None else template.sources,
-        "special_tokens": list(tokenizer.special_tokens),
+        "special_tokens": tokenizer.special_tokens,
         "generation_config": {
             key: given[key] for key in _DEFAULTS if key in given and _is_valid(key, given[key])
         },

@@ -43,7 +43,7 @@ class Tokenizer:
     tokenizer.json, transformers' converters make one.
 
     `spelling`: the bytes of the tokens, for a Detokenizer. `chat_template`: None if it has none.
-    `special_tokens`: the texts of the special tokens, by id.
+    `special_tokens`: the ids of the special tokens, by their texts.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,7 +58,7 @@ class Tokenizer:
             _check_ids(vocabulary)
             self.spelling = Spelling(self._inner, _special_tokens(path / "tokenizer.json"))
         special = sorted(self.spelling.special_ids)
-        self.special_tokens = tuple(str(self._inner.id_to_token(id)) for id in special)
+        self.special_tokens = {str(self._inner.id_to_token(id)): id for id in special}
         self.vocab_size = len(vocabulary)
         self._longest = max(map(len, vocabulary))  # characters
         self.eos_token_id: int | None = outer.eos_token_id

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -37,7 +36,8 @@ NUM_CACHED = 64
 Batches = Sequence[Sequence[Event] | ApiError]
 # The chat template of a model that can think; only the names in it count.
 FACTS = {"chat_template": "{{ enable_thinking }} {{ reasoning_effort }}"}
-MODEL: Any = SimpleNamespace(name="m", facts=FACTS, max_model_len=4096)
+_UNUSED: Any = None  # what a replaced generation does not touch
+MODEL = ServedModel("m", FACTS, 4096, 0, client=_UNUSED, format=_UNUSED)
 
 
 class FakeAnswer:

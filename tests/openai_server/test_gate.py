@@ -56,6 +56,30 @@ def test_keys(served: Served, tmp_path: Path) -> None:
         assert guarded.http.post(CHAT, json=BODY, headers=bearer("gamma")).status_code == 200
 
 
+def asked_for(served: Served) -> str | None:
+    """The tenant of the last answer that Triton was asked for."""
+    generations = [a for a in served.model.asked if "operation" not in a.inputs]
+    tenant: str | None = generations[-1].sampling.get("tenant")
+    return tenant
+
+
+def test_a_key_names_its_tenant(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("alpha  team one\nbeta\n")
+    with serve(served.triton, api_key_file=str(file)) as guarded:
+        for key, tenant in (("alpha", "team one"), ("beta", None)):
+            assert guarded.http.post(CHAT, json=BODY, headers=bearer(key)).status_code == 200
+            assert asked_for(served) == tenant
+        claimed = bearer("beta") | {"x-tenant": "team one"}
+        answer = guarded.http.post(CHAT, json=BODY, headers=claimed)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-tenant")
+
+
+def test_without_keys_a_header_names_the_tenant(served: Served) -> None:
+    assert served.http.post(CHAT, json=BODY, headers={"x-tenant": "blue"}).status_code == 200
+    assert asked_for(served) == "blue"
+
+
 def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--api-key-file: .* No such file"):
         Keys(tmp_path / "none")

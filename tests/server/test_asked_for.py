@@ -244,7 +244,7 @@ def test_what_a_server_in_front_needs_to_know(server: Server, offline: LLM, sche
         assert client.detokenize(tokens.token_ids) == shown
         facts = client.describe()
         assert facts["model"] == MODEL and facts["vocab_size"] == offline.engine.info.vocab_size
-        assert facts["special_tokens"] == list(offline.tokenizer.special_tokens)
+        assert facts["special_tokens"] == offline.tokenizer.special_tokens
         client.complete(prompt, max_tokens=1)
         again = client.complete(prompt, sampling=SAMPLING | {"stop_token_ids": list(range(1024))})
         assert again.num_cached_tokens is not None and again.num_cached_tokens > 0

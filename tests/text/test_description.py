@@ -23,8 +23,8 @@ def test_only_valid_sampling_defaults_are_told(tokenizer_dir, tmp_path):
     assert found["generation_config"] == {} and found["architectures"] == ["A"]
     assert found["chat_template"] == {"default": (tmp_path / "chat_template.jinja").read_text()}
     assert found["special_tokens"] and all(found["special_tokens"])
-    for text in found["special_tokens"]:
-        (id,) = tokenizer.encode(text, add_special_tokens=False)
+    for text, id in found["special_tokens"].items():
+        assert tokenizer.encode(text, add_special_tokens=False) == [id]
         assert (tokenizer.token_text(id), tokenizer.decode([id])) == (text, "")
     generation.write_text(json.dumps(GIVEN | USELESS))
     assert describe_checkpoint(tmp_path, tokenizer)["generation_config"] == GIVEN
