@@ -61,7 +61,8 @@ tritonserver is looked for in $TRITON_SERVER_DIR, /opt/tritonserver and the nvid
 
 _OPENAI = """\
 Serve OpenAI's HTTP API in front of a running tritonserver, for all of its models with the gllm
-backend: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health.
+backend: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize,
+/detokenize, /health.
 
   gllm openai --url grpc://127.0.0.1:8001 --port 9000
 

@@ -108,8 +108,8 @@ def request_inputs(
     return_token_ids: bool = True,
     return_logprobs: bool | None = None,
     return_cumulative_logprob: bool = False,
-    return_stop_reason: bool = True,
-    return_num_cached_tokens: bool = True,
+    return_stop_reason: bool = False,
+    return_num_cached_tokens: bool = False,
     **sampling_fields: Any,
 ) -> Inputs:
     """The input tensors of one request, by name. These are the options of every `generate`.

@@ -61,6 +61,8 @@ class ServedModel:
                 request_id=request_id,
                 return_num_input_tokens=False,
                 return_num_output_tokens=sampling.get("n", 1) > 1,
+                return_stop_reason=True,
+                return_num_cached_tokens=True,
             )
             async with aclosing(chunks):
                 async for chunk in chunks:

@@ -32,8 +32,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     # many bytes together, in this process's memory; 0: none are kept
     stored_responses: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 1000
     stored_bytes: Positive = 256 << 20
-    # how the model writes calls of tools, and its thoughts; default: chosen by the model
+    # how models write calls of tools; default: chosen by the model's chat template
     tool_format: str | None = None
+    # how models write thoughts; default: chosen by the model's chat template
     reasoning_format: str | None = None
     # at a stop, running answers have so long to end
     drain_timeout_s: Positive = 30

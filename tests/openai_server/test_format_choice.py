@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gllm_client.openai_server.formats.choice import choose
@@ -96,3 +98,10 @@ def test_a_prompt_ends_inside_thoughts():
     oss = choose({"special_tokens": ["<|end|>", "<|start|>"]}, "gpt_oss", None)
     assert oss.in_thoughts("<|start|>assistant<|channel|>analysis<|message|>So")
     assert not oss.in_thoughts("<|channel|>analysis<|message|>So<|end|><|start|>assistant")
+
+
+def test_the_documentation_names_every_format():
+    page = (Path(__file__).parents[2] / "docs/openai.md").read_text()
+    for row, table in (("tools", TOOLS), ("thoughts", THOUGHTS)):
+        names = ", ".join(f"`{name}`" for name in (*table, "none"))
+        assert f"| {row} | {names} |" in page

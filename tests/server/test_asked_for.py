@@ -86,7 +86,12 @@ class Doors:
         return of_line(json.loads((self.directory / "out").read_text()))
 
 
-OPTIONS: dict[str, Any] = {"sampling": SAMPLING | LOGPROBS, "return_cumulative_logprob": True}
+OPTIONS: dict[str, Any] = {
+    "sampling": SAMPLING | LOGPROBS,
+    "return_cumulative_logprob": True,
+    "return_stop_reason": True,
+    "return_num_cached_tokens": True,
+}
 DOORS: dict[str, Callable[[Doors, int], Found]] = {
     "LLM.generate": Doors.llm_generate,
     "LLM.stream": Doors.llm_stream,
@@ -246,7 +251,12 @@ def test_what_a_server_in_front_needs_to_know(server: Server, offline: LLM, sche
         assert facts["model"] == MODEL and facts["vocab_size"] == offline.engine.info.vocab_size
         assert facts["special_tokens"] == offline.tokenizer.special_tokens
         client.complete(prompt, max_tokens=1)
-        again = client.complete(prompt, sampling=SAMPLING | {"stop_token_ids": list(range(1024))})
+        again = client.complete(
+            prompt,
+            sampling=SAMPLING | {"stop_token_ids": list(range(1024))},
+            return_stop_reason=True,
+            return_num_cached_tokens=True,
+        )
         assert again.num_cached_tokens is not None and again.num_cached_tokens > 0
         assert again.stop_reason == str(again.token_ids[-1])
         with pytest.raises(GenerateError, match="^text_input: it does not go with detokenize"):
