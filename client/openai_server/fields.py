@@ -14,6 +14,7 @@ from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.events import Tokens
 
 MAX_TOP_LOGPROBS = 20
+MAX_N = 64  # the backend's limit; checked here because every answer has a state of its own
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,7 +112,9 @@ _SAMPLING = (
 
 
 def check(asked: Common) -> None:
-    """Raise ApiError for fields that contradict each other."""
+    """Raise ApiError for fields that contradict each other, and for too many answers."""
+    if not 1 <= asked.n <= MAX_N:
+        raise invalid("n", f"{asked.n} is outside [1, {MAX_N}]")
     if asked.stream_options is not None and not asked.stream:
         raise invalid("stream_options", "it goes with stream: true")
     if asked.prompt_logprobs is not None and asked.stream:

@@ -47,6 +47,8 @@ def canary(served: Served) -> Iterator[None]:
         ),
         ({"messages": USER, "temperature": "hot"}, "temperature", "'hot'"),
         ({"messages": USER, "n": 1.5}, "n", "1.5"),
+        ({"messages": USER, "n": 0}, "n", "[1, 64]"),
+        ({"messages": USER, "n": 10**9}, "n", "[1, 64]"),
         ({"messages": USER, "stream": 1}, "stream", "bool"),
         ({"messages": USER, "stop": [1]}, "stop[0]", "1"),
         ({"messages": USER, "logit_bias": {"a": "b"}}, "logit_bias[...]", "float"),
