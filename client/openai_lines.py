@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from gllm_client.openai_server.errors import ApiError, invalid
+from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.protocol import Chunk, Output, shorten, shown
 from gllm_engine import SamplingParams
 
@@ -272,24 +273,14 @@ def _line(response: dict[str, Any] | None, error: dict[str, Any] | None) -> dict
     return {"id": f"batch_req_{uuid4().hex}", "response": response, "error": error}
 
 
-def _tokens(output: Output) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """For each token: its own entry, and all entries by rank."""
-    found = []
-    for id, entry in zip(output.token_ids, finite(output.logprobs or []), strict=True):
-        by_id = {int(key): value for key, value in entry.items()}
-        found.append((by_id[id], sorted(by_id.values(), key=lambda each: each["rank"])))
-    return found
+def _tokens(output: Output) -> list[tuple[int, dict[str, dict[str, Any]]]]:
+    """Each token and the entries at its place, by token id."""
+    places = zip(output.token_ids, finite(output.logprobs or []), strict=True)
+    return [(id, {str(key): value for key, value in entry.items()}) for id, entry in places]
 
 
 def _chat_logprobs(output: Output, num_top: int) -> dict[str, Any]:
-    def told(entry: dict[str, Any]) -> dict[str, Any]:
-        text = entry["decoded_token"]
-        return {"token": text, "logprob": entry["logprob"], "bytes": list(text.encode("utf-8"))}
-
-    content = [
-        told(own) | {"top_logprobs": [told(entry) for entry in entries[:num_top]]}
-        for own, entries in _tokens(output)
-    ]
+    content = [chat_logprob(id, entry, num_top) for id, entry in _tokens(output)]
     return {"content": content, "refusal": None}
 
 
@@ -302,8 +293,10 @@ def _completion_logprobs(output: Output, num_top: int) -> dict[str, Any]:
         "text_offset": [],
     }
     offset = 0
-    for own, entries in _tokens(output):
-        likeliest = {entry["decoded_token"]: entry["logprob"] for entry in entries[:num_top]}
+    for id, entry in _tokens(output):
+        own = entry[str(id)]
+        ranked = sorted(entry.values(), key=lambda each: each["rank"])
+        likeliest = {each["decoded_token"]: each["logprob"] for each in ranked[:num_top]}
         told["tokens"].append(own["decoded_token"])
         told["token_logprobs"].append(own["logprob"])
         told["top_logprobs"].append({own["decoded_token"]: own["logprob"]} | likeliest)

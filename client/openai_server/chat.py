@@ -24,6 +24,7 @@ from gllm_client.openai_server.events import (
     Tokens,
 )
 from gllm_client.openai_server.generation import Answer, answer
+from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.routing import (
     EventStream,
@@ -350,7 +351,7 @@ class _Writer:
                 named = self._asked.return_tokens_as_token_ids
                 pairs = zip(event.ids, event.logprobs, strict=True)
                 top = self._asked.top_logprobs
-                choice.logprobs += [_logprob(id, entry, top, named) for id, entry in pairs]
+                choice.logprobs += [chat_logprob(id, entry, top, named) for id, entry in pairs]
         elif isinstance(event, End):
             choice.end = event
 
@@ -398,16 +399,3 @@ class _Writer:
     def _chunk(self, index: int, delta: dict[str, Any], choice: _Choice) -> bytes:
         entry = {"index": index, "delta": delta} | self._rest(choice)
         return fields.stream_event(self._head, entry, self._usage, self._asked)
-
-
-def _logprob(id: int, entry: dict[str, Any], top: int, named: bool) -> dict[str, Any]:
-    """OpenAI's entry for a token; `entry`: {token id: {logprob, rank, decoded_token}}."""
-    ranked = sorted(entry.items(), key=lambda item: item[1]["rank"])
-    chosen = _scored(str(id), entry[str(id)], named)
-    return chosen | {"top_logprobs": [_scored(*item, named) for item in ranked[:top]]}
-
-
-def _scored(id: str, about: dict[str, Any], named: bool) -> dict[str, Any]:
-    token = f"token_id:{id}" if named else about["decoded_token"]
-    text = about["decoded_token"].encode("utf-8", "replace")
-    return {"token": token, "logprob": about["logprob"], "bytes": list(text)}

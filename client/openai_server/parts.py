@@ -21,6 +21,7 @@ from gllm_client.openai_server.events import (
     Tokens,
 )
 from gllm_client.openai_server.generation import Answer
+from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.routing import as_api_error
 
 Kind = Literal["text", "thoughts", "call"]
@@ -87,7 +88,7 @@ class Parts:
         self.num_reasoning += tokens.num_reasoning
         if tokens.logprobs is not None:
             pairs = list(zip(tokens.ids, tokens.logprobs, strict=True))[tokens.num_reasoning :]
-            self._logprobs += [to_logprob(id, entry, self._top_logprobs) for id, entry in pairs]
+            self._logprobs += [chat_logprob(id, entry, self._top_logprobs) for id, entry in pairs]
 
     def _extend(self, kind: Kind, text: str) -> Iterator[Step]:
         if not self._is_open or self.all[-1].kind != kind:
@@ -148,15 +149,3 @@ async def relay(
             raise
         failure = as_api_error(error)
     yield b"".join(map(encode, end(failure)))
-
-
-def to_logprob(id: int, entry: Json, top: int) -> Json:
-    """A token in OpenAI's form; `entry`: {token id: {logprob, rank, decoded_token}}."""
-    ranked = sorted(entry.values(), key=lambda candidate: candidate["rank"])
-    return _scored(entry[str(id)]) | {"top_logprobs": [_scored(each) for each in ranked[:top]]}
-
-
-def _scored(candidate: Json) -> Json:
-    text = candidate["decoded_token"]
-    encoded = text.encode("utf-8", "replace")
-    return {"token": text, "logprob": candidate["logprob"], "bytes": list(encoded)}
