@@ -81,10 +81,10 @@ def served_speed(
 ) -> dict[str, float]:
     """Tokens/s and tokens per response that `streams` gRPC streams receive, best of three runs."""
     parameters = {"coalesce": "true" if coalesce else "false"}
-    with server(SHAKESPEARE, front_ends, parameters, config) as address:
-        run_load(address, MODEL, make_prompts(streams, 4), streams)
+    with server(SHAKESPEARE, front_ends, parameters, config) as addresses:
+        run_load(addresses.grpc, MODEL, make_prompts(streams, 4), streams)
         jobs = make_prompts(streams, tokens)
-        runs = [run_load(address, MODEL, jobs, streams, sampling=SAMPLING) for _ in range(3)]
+        runs = [run_load(addresses.grpc, MODEL, jobs, streams, sampling=SAMPLING) for _ in range(3)]
     found = [summarize(records, {}) for records in runs]
     assert not any(run["failed"] for run in found), "tokens were lost"
     best = max(found, key=lambda run: run["output_tokens_per_s"])

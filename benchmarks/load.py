@@ -1,4 +1,6 @@
-"""Sends requests over gRPC streams from several client processes and records response times.
+"""Sends requests from several client processes and records response times.
+
+The requests go to tritonserver over gRPC streams, or to an OpenAI server as streams of events.
 
 This module owns the client processes and their clocks. It knows nothing of the server or of the
 evaluation of the times. All times are from the monotonic clock, which all processes of a machine
@@ -15,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gllm_benchmarks.openai_api import OpenAIClient, Response
 from gllm_benchmarks.workloads import Job
 from gllm_client import Client, GenerateError
 
@@ -39,9 +42,10 @@ class RequestRecord(NamedTuple):
     due: float
     sent: float
     times: list[float]
-    tokens: list[int]  # number in each response
+    tokens: list[int]  # number in each response; the last has all of those of an OpenAI server
     wanted: int  # requested output tokens
     error: str | None
+    cached: int | None = None  # prompt tokens from the prefix cache, if the server tells
 
     @property
     def is_complete(self) -> bool:
@@ -56,10 +60,15 @@ def run_load(
     clients: int = 1,
     sampling: dict[str, Any] | None = None,
     timeout: float = 600.0,
+    api: str = "grpc",
+    key_file: Path | None = None,
+    salts: list[str] | None = None,
 ) -> list[RequestRecord]:
     """Send all jobs and wait for their ends; returns the records in the order of the jobs.
 
-    `arrivals`: each job's seconds from the start, or the number of concurrent requests.
+    `address`: of gRPC, or with `api` "completions" or "chat" the URL of an OpenAI server, whose key
+    is in `key_file`. `arrivals`: each job's seconds from the start, or the number of concurrent
+    requests. `salts`: each job's cache_salt.
     `timeout`: seconds for all jobs together; requests that have not ended then have failed. Raises
     RuntimeError if a client process fails.
     """
@@ -71,7 +80,8 @@ def run_load(
             slots = len(range(i, arrivals, clients)) if isinstance(arrivals, int) else None
             task: dict[str, Any] = {"address": address, "model": model, "slots": slots}
             task |= {"arrivals": mine, "sampling": sampling or {}, "timeout": timeout}
-            task["jobs"] = jobs[i::clients]
+            task |= {"api": api, "key_file": key_file and str(key_file)}
+            task |= {"jobs": jobs[i::clients], "salts": salts[i::clients] if salts else None}
             tasks.append(Path(directory, f"{i}.json"))
             tasks[-1].write_text(json.dumps(task))
         _run_clients(tasks, timeout)
@@ -103,38 +113,61 @@ def _run_clients(tasks: list[Path], timeout: float) -> None:
                 raise RuntimeError(f"a load client ended with status {process.returncode}")
 
 
+class TritonClient(Client):
+    """Requests to one model of tritonserver, as OpenAIClient's."""
+
+    async def ask(
+        self, prompt: list[int], options: dict[str, Any], timeout: float
+    ) -> AsyncIterator[Response]:
+        options = LEAN | options
+        async for chunk in self.generate(input_ids=prompt, timeout=timeout, **options):
+            yield Response(chunk.num_output_tokens)
+
+
 async def play(task: dict[str, Any]) -> list[RequestRecord]:
     """Send one client's share of the jobs."""
     jobs = [Job(*job) for job in task["jobs"]]
     records: dict[int, RequestRecord] = {}
 
-    async def one(client: Client, number: int, due: float | None) -> None:
+    async def one(client: Any, number: int, due: float | None) -> None:
         job = jobs[number]
-        times = []
-        tokens = []
+        times: list[float] = []
+        tokens: list[int] = []
+        cached = None
         error = None
         if due is not None:
             await asyncio.sleep(due - time.monotonic())
         sent = time.monotonic()
-        options = LEAN | {"max_tokens": job.output_len, "ignore_eos": True} | task["sampling"]
+        options = {"max_tokens": job.output_len, "ignore_eos": True, "temperature": 1.0}
+        options |= task["sampling"]
+        if task["salts"]:
+            options["cache_salt"] = task["salts"][number]
         left = max(begin + task["timeout"] - sent, 1e-3)
         try:
-            chunks = client.generate(input_ids=job.prompt, timeout=left, **options)
-            async for chunk in chunks:
-                times.append(time.monotonic())
-                tokens.append(chunk.num_output_tokens)
+            async for response in client.ask(job.prompt, options, left):
+                if response.is_output or not tokens:
+                    times.append(time.monotonic())
+                    tokens.append(0)
+                tokens[-1] += response.tokens
+                cached = response.cached
         except GenerateError as problem:
             error = str(problem)
         due = sent if due is None else due
-        records[number] = RequestRecord(due, sent, times, tokens, job.output_len, error)
+        records[number] = RequestRecord(due, sent, times, tokens, job.output_len, error, cached)
 
-    async def slot(client: Client, numbers: Iterator[int]) -> None:
+    async def slot(client: Any, numbers: Iterator[int]) -> None:
         for number in numbers:
             await one(client, number, None)
 
-    async with Client(task["address"], task["model"]) as client:
-        if not await client.is_ready(task["model"]):
-            raise RuntimeError(f"{task['address']} serves no model {task['model']}")
+    address = task["address"]
+    model = task["model"]
+    if task["api"] == "grpc":
+        connection: Any = TritonClient(address, model)
+    else:
+        connection = OpenAIClient(address, model, task["api"], task["key_file"])
+    async with connection as client:
+        if not await client.is_ready(model):
+            raise RuntimeError(f"{address} serves no model {model}")
         gc.freeze()
         print("ready", flush=True)
         begin = float(sys.stdin.readline())

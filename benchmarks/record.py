@@ -60,7 +60,7 @@ def record(name: str, figures: dict[str, Any], save: bool, show: bool = True) ->
         "command": _command(),
         "hardware": _hardware(),
         "python": platform.python_version(),
-        "figures": _rounded(figures),
+        "figures": rounded(figures),
     }
     if show:
         print(f"\n{json.dumps(line)}")
@@ -75,12 +75,12 @@ def _command() -> str:
     return " ".join(Path(word).name if word.startswith("/") else word for word in given)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """`value` with floats rounded to five significant digits; no figure is more accurate."""
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 

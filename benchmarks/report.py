@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks import faults
+from gllm_benchmarks import evaluate, faults, prefix
 from gllm_benchmarks.record import RESULTS, table_lines
 from gllm_benchmarks.workloads import lengths
 
@@ -149,7 +149,9 @@ def serve_part(model: str, results: Results) -> str:
         closing.append(f"All at once, that is {share:.1%} of what the engine does offline.")
     if (RESULTS / f"serve-{model}.svg").is_file():
         closing.append(f"![latency by throughput](../benchmarks/results/serve-{model}.svg)")
-    return part(f"**{model}, through tritonserver by gRPC.**", result, header, rows, *closing)
+    api = result["figures"].get("api", "grpc")
+    through = "tritonserver by gRPC" if api == "grpc" else f"an OpenAI server, {api}"
+    return part(f"**{model}, through {through}.**", result, header, rows, *closing)
 
 
 def share_of_offline(model: str, results: Results) -> float | None:
@@ -194,6 +196,19 @@ def simulate_part(name: str, results: Results) -> str:
     return part(title, result, ["load", *policies], list(rows.values()), closing)
 
 
+def prefix_part(model: str, results: Results) -> str:
+    """One row without the cache, one with it."""
+    result = results[f"prefix-{model}"]
+    figures = result["figures"]
+    title = f"**{model}, {figures['workload']}.** {figures['prompt_tokens']:,} prompt tokens."
+    return part(title, result, prefix.HEADER, prefix.rows(figures))
+
+
+def evaluate_part(name: str, results: Results) -> str:
+    result = results[f"evaluate-{name}"]
+    return part(f"**{name}.**", result, *evaluate.table(result["figures"]))
+
+
 def faults_part(_: str, results: Results) -> str:
     """One row per fault and number of ranks."""
     result = results["faults"]
@@ -208,7 +223,9 @@ def faults_part(_: str, results: Results) -> str:
 PAGES: dict[str, Sections] = {
     "README.md": {"Speed": {"offline-": offline_part}},
     "docs/benchmarks.md": {
-        "Through tritonserver": {"serve-": serve_part},
+        "Through a server": {"serve-": serve_part},
+        "What the prefix cache saves": {"prefix-": prefix_part},
+        "How well models answer": {"evaluate-": evaluate_part},
         "Single kernels": {"kernels-": kernels_part},
         "What the host costs": {"host": host_part},
         "Simulated, on no GPU": {"simulate-": simulate_part},

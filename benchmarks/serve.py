@@ -1,9 +1,10 @@
-"""Measures a served model under load, over gRPC: scripts/bench serve --start MODEL --rate 2,4,8.
+"""Measures a served model under load: scripts/bench serve --start MODEL --rate 2,4,8.
 
-Several client processes send the requests of a workload (or of an Azure trace) to tritonserver as
-token ids; every output has its full length. Requests arrive all at once, in a closed loop, as a
-Poisson process (independent users), or at the times of the trace. Every time is measured at the
-client, from the request's due time, even if the client sent it later.
+Several client processes send the requests of a workload (or of an Azure trace) to tritonserver over
+gRPC, or to any OpenAI server (--openai), as token ids; every output has its full length. Requests
+arrive all at once, in a closed loop, as a Poisson process (independent users), or at the times of
+the trace. Every time is measured at the client, from the request's due time, even if the client
+sent it later.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import OURS, model_directory, parse_pairs, print_summary
 from gllm_benchmarks.offline import summarize as median_run
+from gllm_benchmarks.openai_api import PATHS
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import RESULTS, add_arguments, number, print_table, record
 from gllm_benchmarks.served_model import MODEL, server
@@ -150,35 +152,60 @@ def print_runs(
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench serve", description=__doc__)
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--start", metavar="MODEL", help="start a server on a directory or a shape")
-    where.add_argument("--address", help="gRPC address of a server that runs, with --model")
-    parser.add_argument("--model", help="the model's name there")
+    add_server_arguments(parser)
     add = parser.add_argument
-    add("--vocab", type=number(int, 1, 2**24), default=1000, help="prompts are of ids below it")
-    add("--front-ends", type=number(int, 1, 256), default=2, help="of a server to start")
-    parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE")
     add("--seconds", type=number(float, 0, 1e6), help="what comes later is left out")
     add("--concurrency", type=numbers(int, 1, 65536), default=[], help="under way at a time")
     parser.add_argument("--all", action="store_true", help="all requests at once")
     add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
-    add("--clients", type=number(int, 1, 256), default=4, help="client processes")
-    add("--timeout", type=number(float, 1, 1e6), default=900, help="seconds for one run")
     add(
         "--timeline", type=Path, help="a file for a Chrome trace of the started server's last steps"
     )
     parser.add_argument("--name", help="of the result; default: serve-MODEL")
     add_load_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.address and not arguments.model:
-        parser.error("--address: --model is needed too")
-    if arguments.address and arguments.timeline:
+    check_server_arguments(parser, arguments)
+    if arguments.timeline and not arguments.start:
         parser.error(
             "--timeline: it is of a server to start; another one has the key in model.json"
         )
     if not (arguments.all or arguments.rate or arguments.concurrency or arguments.trace):
         parser.error("no load: give --rate, --concurrency, --all or --trace")
     return arguments
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Add the options that serve.py and prefix.py share; returns the group of the places."""
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--start", metavar="MODEL", help="start a server on a directory or a shape")
+    where.add_argument("--address", help="gRPC address of a server that runs, with --model")
+    where.add_argument("--openai", metavar="URL", help="any OpenAI server that runs, with --model")
+    add = parser.add_argument
+    add("--model", help="the model's name there")
+    add("--api", choices=tuple(PATHS), help="of an OpenAI server; default: completions")
+    add("--api-key-file", type=Path, help="holds the key of an OpenAI server")
+    add("--vocab", type=number(int, 1, 2**24), default=1000, help="prompts are of ids below it")
+    add("--front-ends", type=number(int, 1, 256), default=2, help="of a server to start")
+    add("--config", action="append", default=[], metavar="KEY=VALUE")
+    add("--clients", type=number(int, 1, 256), default=4, help="client processes")
+    add("--timeout", type=number(float, 1, 1e6), default=900, help="seconds for one run")
+    return where
+
+
+def check_server_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with a usage error for options that do not go together."""
+    where = "--openai" if arguments.openai else "--address"
+    if (arguments.openai or arguments.address) and not arguments.model:
+        parser.error(f"{where}: --model is needed too")
+    if not arguments.openai and (arguments.api or arguments.api_key_file):
+        parser.error("--api, --api-key-file: they are of an OpenAI server, --openai")
+
+
+def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of run_load that say how the load gets to the server."""
+    api = (arguments.api or "completions") if arguments.openai else "grpc"
+    options = {"clients": arguments.clients, "timeout": arguments.timeout}
+    return options | {"api": api, "key_file": arguments.api_key_file}
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,22 +227,34 @@ def numbers(kind: Callable[[str], float], low: float, high: float) -> Callable[[
     return lambda text: [parse(each) for each in text.split(",")]
 
 
-@contextlib.contextmanager
-def serving(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """The server's address, the model's name on it and its vocabulary size."""
-    if arguments.address:
-        yield arguments.address, arguments.model, arguments.vocab
-        return
-    path = model_directory(arguments.start)
+class Served(NamedTuple):
+    """A model on a server. `metrics`: host:port of tritonserver's metrics, if they are known."""
+
+    address: str
+    model: str
+    vocab: int
+    metrics: str | None = None
+
+
+def our_config(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Our engine's configuration: as in offline runs, but with the weights that are there."""
     config = dict(OURS)
     if any(path.glob("*.safetensors")):
         del config["load_format"]
-    config |= parse_pairs(arguments.config)
-    if arguments.timeline:
-        config["timeline"] = str(arguments.timeline.resolve())
+    return config | parse_pairs(arguments.config)
+
+
+@contextlib.contextmanager
+def serving(arguments: argparse.Namespace, config: dict[str, Any]) -> Iterator[Served]:
+    """The model that the arguments name. `config`: further keys of a model to start."""
+    if not arguments.start:
+        yield Served(arguments.openai or arguments.address, arguments.model, arguments.vocab)
+        return
+    path = model_directory(arguments.start)
     vocab = json.loads((path / "config.json").read_text())["vocab_size"]
-    with server(path, arguments.front_ends, {}, config) as address:
-        yield address, MODEL, vocab
+    config = our_config(path, arguments) | config
+    with server(path, arguments.front_ends, {}, config) as addresses:
+        yield Served(addresses.grpc, MODEL, vocab, addresses.metrics)
 
 
 def main() -> None:
@@ -224,18 +263,19 @@ def main() -> None:
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     title = Path(arguments.start or arguments.model).name
     runs: dict[str, dict[str, Any]] = {}
-    with serving(arguments) as (address, model, vocab):
-        some = warm_up(make_jobs(pairs, vocab, seed=0))
-        options = {"clients": arguments.clients, "timeout": arguments.timeout}
-        run_load(address, model, some, len(some), **options)
+    timeline = {"timeline": str(arguments.timeline.resolve())} if arguments.timeline else {}
+    options = load_options(arguments)
+    with serving(arguments, timeline) as served:
+        some = warm_up(make_jobs(pairs, served.vocab, seed=0))
+        run_load(served.address, served.model, some, len(some), **options)
         seed = 0
         for name, arrivals in patterns(arguments, recorded, len(pairs)).items():
             found = []
             for _ in range(arguments.repeat):
                 seed += 1  # new prompts, which no cache holds
                 count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
-                jobs = make_jobs(pairs[:count], vocab, seed)
-                records = run_load(address, model, jobs, arrivals, **options)
+                jobs = make_jobs(pairs[:count], served.vocab, seed)
+                records = run_load(served.address, served.model, jobs, arrivals, **options)
                 found.append(summarize(records, arguments.slo))
             runs[name] = median_run(found)
             print_runs(name, {name: runs[name]})
@@ -244,7 +284,8 @@ def main() -> None:
         trace = json.loads(arguments.timeline.read_text())
         print_summary("timeline", trace["otherData"]["summary"])
     name = arguments.name or f"serve-{title}"
-    record(name, {"workload": workload, "runs": runs}, arguments.save)
+    figures = {"workload": workload, "api": options["api"], "runs": runs}
+    record(name, figures, arguments.save)
     saved = RESULTS / f"{name}.svg" if arguments.save and len(runs) > 1 else None
     for path in filter(None, (arguments.plot, saved)):
         path.write_text(draw(title, list(runs.values())))

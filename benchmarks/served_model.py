@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from select import select
-from typing import Any
+from typing import Any, NamedTuple
 
 from gllm_client.supervisor import write_model
 
@@ -23,11 +23,18 @@ MODEL = "m"  # the model's name on the server
 START_S = 300.0
 
 
+class Addresses(NamedTuple):
+    """host:port of a server's gRPC and of its metrics."""
+
+    grpc: str
+    metrics: str
+
+
 @contextlib.contextmanager
 def server(
     model: Path, front_ends: int, parameters: dict[str, str], config: dict[str, Any]
-) -> Iterator[str]:
-    """Run `gllm serve` with `model` as MODEL; yields its gRPC address.
+) -> Iterator[Addresses]:
+    """Run `gllm serve` with `model` as MODEL; yields its addresses.
 
     `parameters`: parameters in config.pbtxt. `config`: keys of model.json. A model without a
     tokenizer gets a generated one. Raises RuntimeError with the server's log if the server is not
@@ -48,7 +55,7 @@ def server(
                 ready, _, _ = select([process.stdout], [], [], START_S)
                 if not ready or not process.stdout.readline():  # no line: the server has ended
                     raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
-                yield f"127.0.0.1:{grpc}"
+                yield Addresses(f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}")
             finally:
                 process.terminate()
 

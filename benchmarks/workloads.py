@@ -33,7 +33,7 @@ def lengths(name: str) -> Lengths:
     if name == "share":
         return _share()
     kind, *numbers = name.split(":")
-    if kind == "fixed" and len(numbers) == 3 and all(map(_is_count, numbers)):
+    if kind == "fixed" and len(numbers) == 3 and all(map(is_count, numbers)):
         count, prompt_len, output_len = map(int, numbers)
     elif name in _FIXED:
         count, prompt_len, output_len = _FIXED[name]
@@ -43,7 +43,7 @@ def lengths(name: str) -> Lengths:
     return [(prompt_len, output_len)] * count
 
 
-def _is_count(text: str) -> bool:
+def is_count(text: str) -> bool:
     """Whether `text` is a number from 1 to 9,999,999."""
     return text.isdecimal() and len(text) < 8 and int(text) > 0
 

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from gllm_client.flags import Parser, UsageError, add_struct, dashed, struct_texts, struct_values
+from gllm_client.openai_server.options import Options
 from gllm_client.protocol import MAX_TIMEOUT_S, asks_for_one, shown
 from gllm_client.tritonserver import Serving, exec_server
 from gllm_engine import ConfigError, EngineConfig, InvalidField, SamplingParams, parse_sampling
@@ -26,11 +28,14 @@ if TYPE_CHECKING:  # its module is imported when a command needs it
     from gllm_client.answers import AnswerSource
 
 CHAT_MAX_TOKENS = 1024
+# Options of the OpenAI server that gllm serve has flags of its own for.
+SET_BY_SERVE = ("url", "host", "port", "metrics_url", "drain_timeout_s")
 
 _ABOUT = """\
 gllm-triton: an LLM inference engine inside NVIDIA Triton Inference Server.
 
   gllm serve model_repository                  serve a model repository, or one checkpoint
+  gllm openai --port 9000                      OpenAI's API in front of a running tritonserver
   gllm chat --url localhost:8001               talk to a served model
   gllm generate --model DIRECTORY "Once upon"  answer one prompt in this process, no server
   gllm batch in.jsonl out.jsonl --url ...      answer a file of prompts; run again to resume
@@ -52,6 +57,17 @@ noticed and its model loaded anew. SIGTERM and Ctrl-C let running answers end, a
 not. What follows `--` goes to tritonserver: gllm serve PATH -- --log-verbose=1
 
 tritonserver is looked for in $TRITON_SERVER_DIR, /opt/tritonserver and the nvidia-pytriton wheel.
+"""
+
+_OPENAI = """\
+Serve OpenAI's HTTP API in front of a running tritonserver, for all of its models with the gllm
+backend: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize,
+/detokenize, /health.
+
+  gllm openai --url grpc://127.0.0.1:8001 --port 9000
+
+Models may be loaded and unloaded meanwhile. After SIGTERM running answers end, and new requests get
+status 503. Needs the [openai] extra. Without --api-key-file everybody who reaches it may ask.
 """
 
 _WARMUP = """\
@@ -89,13 +105,18 @@ OUTPUT gets a line for each, in the order in which they finish:
   {"id": "a1", "text": " a time", "finish_reason": "length", "num_output_tokens": 50, ...}
   {"id": "a2", "error": "messages: ..."}
 
+Lines of OpenAI's batches may stand beside these, for /v1/chat/completions and /v1/completions:
+
+  {"custom_id": "a3", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once"}}
+  {"id": ..., "custom_id": "a3", "response": {"status_code": 200, "body": {...}}, "error": null}
+
 With n > 1 the texts are listed under "outputs". logprobs adds "logprobs" and
 "cumulative_logprob", prompt_logprobs adds "prompt_logprobs".
 
 `id` (a string or a whole number) is by default the line's number. Sampling flags hold for lines
 that do not say otherwise. A line that is no request, or has the id of an earlier one, gets an
-error with its number as "line". Broken off, the same command continues: ids with an answer in
-OUTPUT are skipped. The exit status is 1 if any line ended in an error.
+error with its number as "line". Broken off, the same command continues: lines with an answer in
+OUTPUT, by id or custom_id, are skipped. The exit status is 1 if any line ended in an error.
 """
 
 
@@ -174,6 +195,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="gllm", description=_ABOUT)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _add_serve(commands)
+    _add_openai(commands)
     _add_generate(commands)
     _add_chat(commands)
     _add_batch(commands)
@@ -196,8 +218,15 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="start nothing: `gllm check` a bare checkpoint"
     )
-    add_struct(parser, "server", Serving, skip=("path", "engine", "arguments"))
+    add_struct(parser, "server", Serving, skip=("path", "engine", "arguments", "openai"))
+    add_struct(parser, "OpenAI server, with --openai-port", Options, skip=SET_BY_SERVE)
     add_struct(parser, "engine, for a bare checkpoint", EngineConfig, skip=("model",))
+
+
+def _add_openai(commands: Any) -> None:
+    brief = "serve OpenAI's API in front of tritonserver"
+    parser = _command(commands, "openai", _openai, brief, _OPENAI)
+    add_struct(parser, "server", Options, skip=())
 
 
 def _add_source(parser: Any) -> None:
@@ -284,12 +313,38 @@ def _serve(options: argparse.Namespace) -> int:
             return check(config)
     elif options.dry_run:
         raise UsageError("--dry-run: it is for a bare checkpoint; `gllm check` takes a model.json")
+    openai = struct_values(options, Options)
+    if "openai_port" in given:
+        _check_openai()
+    elif openai:
+        flag = next(iter(openai)).replace("_", "-")
+        raise UsageError(f"--{flag} is for the OpenAI server, give --openai-port as well")
+    given["openai"] = openai
     return serve(Serving(path=path, engine=engine, arguments=tuple(options.rest), **given))
 
 
+def _openai(options: argparse.Namespace) -> int:
+    given = Options(**struct_values(options, Options))
+    _check_openai()
+    from gllm_client.openai_server.app import serve
+
+    return serve(given)
+
+
+def _check_openai() -> None:
+    """Raise UsageError if the packages of the OpenAI server are not installed."""
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"the OpenAI server needs {' and '.join(missing)}: pip install 'gllm-triton[openai]'"
+        )
+
+
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as plain values, checked. Raises InvalidField."""
-    return dict(msgspec.to_builtins(parse_sampling(struct_texts(options, SamplingParams))))
+    """The given sampling flags as plain values, checked. Raises InvalidField."""
+    given = struct_texts(options, SamplingParams)
+    checked = parse_sampling(given)
+    return {name: msgspec.to_builtins(getattr(checked, name)) for name in given}
 
 
 def _text_only(sampling: dict[str, Any]) -> None:
@@ -350,8 +405,6 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
     from tqdm import tqdm
 
     from gllm_client.batch import Item, Tally, run_batch
@@ -363,8 +416,7 @@ def _batch(options: argparse.Namespace) -> int:
     with closing(_source(options)) as source, tqdm(unit="request", disable=None) as bar:
 
         def answers(items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
-            filled = (replace(item, sampling=sampling | item.sampling) for item in items)
-            return source.answers(filled, pace.concurrency)
+            return source.answers((item.with_flags(sampling) for item in items), pace.concurrency)
 
         def show(tally: Tally) -> None:
             bar.total = tally.total
@@ -374,6 +426,7 @@ def _batch(options: argparse.Namespace) -> int:
             options.input,
             options.output,
             answers,
+            model=source.model,
             retry_errors=options.retry_errors,
             on_progress=show,
         )

@@ -11,16 +11,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any, Protocol
 
-from gllm_client.batch import Failed, Item
+from gllm_client.batch import Failed, Item, Prompt
 from gllm_client.client import connect
-from gllm_client.protocol import Chunk, GenerateError, asks_for_one, merge
-
-Prompt = str | list[dict[str, Any]]  # text, or chat messages
+from gllm_client.protocol import Chunk, GenerateError, asks_for_one, merge, shown
 
 
 class AnswerSource(Protocol):
     """Answers prompts. `refusals`: the errors that concern a single prompt."""
 
+    model: str  # the name of the model that answers
     refusals: tuple[type[Exception], ...]
 
     def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
@@ -44,7 +43,8 @@ class RemoteAnswers:
         """`model`: None if the server has only one. Raises GenerateError, ValueError."""
         self._client = connect(url)
         self._timeout = timeout
-        self._model = model or self._only_model(url)
+        self._is_only = model is None
+        self.model = model or self._only_model(url)
 
     def _only_model(self, url: str) -> str:
         ready = sorted({e["name"] for e in self._client.index() if e["state"] == "READY"})
@@ -61,8 +61,9 @@ class RemoteAnswers:
     ) -> Iterator[Chunk]:
         options: dict[str, Any] = template | {"sampling": sampling, "stream": stream}
         options["return_cumulative_logprob"] = sampling.get("logprobs") is not None
-        options["prompt" if isinstance(prompt, str) else "messages"] = prompt
-        return self._client.generate(model=self._model, timeout=self._timeout, **options)
+        kinds: dict[type, str] = {str: "prompt", list: "messages", tuple: "input_ids"}
+        options[kinds[type(prompt)]] = prompt
+        return self._client.generate(model=self.model, timeout=self._timeout, **options)
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
         """See AnswerSource. Raises GenerateError if the server is gone: no item has caused that."""
@@ -83,6 +84,9 @@ class RemoteAnswers:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _answer(self, item: Item) -> tuple[Item, Any]:
+        if self._is_only and item.model not in (None, self.model):
+            problem = f"{shown(item.model)} is not here; --model {self.model} answers all lines"
+            return item, Failed(f"model: {problem}, whatever model they name")
         try:
             return item, merge(self._ask(item.prompt, item.sampling, item.template, stream=False))
         except GenerateError as error:

@@ -1,8 +1,9 @@
 """`gllm batch`: answers the requests of a JSONL file into another JSONL file; can be resumed.
 
-Owns the two files; the caller passes the source of answers. An output line is written at once when
-its answer is complete. The same command continues an interrupted run. An input line, whatever its
-content, cannot affect the answer of another line.
+Owns the two files and the lines of our own form; openai_lines.py owns those of OpenAI's batches.
+The caller passes the source of answers. An output line is written at once when its answer is
+complete. The same command continues an interrupted run. An input line, whatever its content, cannot
+affect the answer of another line.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import fcntl
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from gllm_client import openai_lines
+from gllm_client.openai_lines import LEAST_LOGPROB, BadLine, finite
+from gllm_client.openai_server.errors import ApiError
 from gllm_client.protocol import Chunk, Output, shorten, shown
 
 # Arguments of the chat template, for a line with messages, and their JSON types.
 TEMPLATE_KEYS = {"tools": list, "chat_template_kwargs": dict}
 KEYS = ("id", "prompt", "messages", *TEMPLATE_KEYS, "sampling_parameters")
-# Identifies an input line in all runs: its id, by default its number; ("line", number) for a line
-# whose id is unreadable or repeated.
-Key = str | int | tuple[Literal["line"], int]
-LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
+# Identifies an input line in all runs: its id, by default its number; ("custom_id", id) in OpenAI's
+# form; ("line", number) for a line whose id is unreadable or repeated.
+Key = str | int | tuple[Literal["line"], int] | tuple[Literal["custom_id"], str]
+# Text, chat messages (a list) or token ids (a tuple).
+Prompt = str | list[dict[str, Any]] | tuple[int, ...]
 
 
 class BatchError(RuntimeError):
@@ -36,9 +40,20 @@ class Item:
     """One request, read from an input line."""
 
     id: str | int
-    prompt: str | list[dict[str, Any]]  # text, or chat messages
+    prompt: Prompt
     sampling: dict[str, Any]
     template: dict[str, Any] = field(default_factory=dict)  # the given keys of TEMPLATE_KEYS
+    url: str = ""  # of a line in OpenAI's form
+    model: str | None = None  # the model that the line names
+    defaults: dict[str, Any] = field(default_factory=dict)  # sampling, unless flags say otherwise
+
+    @property
+    def key(self) -> Key:
+        return ("custom_id", str(self.id)) if self.url else self.id
+
+    def with_flags(self, sampling: dict[str, Any]) -> Item:
+        """The item with all its sampling parameters; `sampling`: those of the command line."""
+        return replace(self, sampling=self.defaults | sampling | self.sampling)
 
 
 @dataclass(frozen=True)
@@ -46,10 +61,8 @@ class Failed:
     """The reason why an item has no answer."""
 
     message: str
-
-
-class BadLine(ValueError):
-    """An input line that is not a valid request; the message says why."""
+    # For an input line in OpenAI's form: its output line, without custom_id.
+    openai: dict[str, Any] | None = None
 
 
 Answers = Callable[[Iterable[Item]], Iterator[tuple[Item, Chunk | Failed]]]
@@ -70,13 +83,15 @@ def run_batch(
     target: Path,
     answers: Answers,
     *,
+    model: str = "",
     retry_errors: bool = False,
     on_progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
     """Answer every line of `source` that has no answer in `target`, in any order.
 
-    `retry_errors`: also answer the lines that have an error in `target`. Raises BatchError if
-    `target` is not an output of gllm batch. A bad line of `source` gets an error in `target`.
+    `model`: the name of the model that answers, for OpenAI's lines. `retry_errors`: also answer the
+    lines that have an error in `target`. Raises BatchError if `target` is not an output of gllm
+    batch. A bad line of `source` gets an error in `target`.
     """
     lines = read_source(source)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +101,12 @@ def run_batch(
         on_progress(tally)
         waiting = {key: line for key, line in lines.items() if key not in finished}
         bad = [(key, line) for key, line in waiting.items() if isinstance(line, Failed)]
+        for key, failed in bad:
+            _record(file, tally, key, failed, failed.openai or {"error": failed.message})
+            on_progress(tally)
         items = [line for line in waiting.values() if isinstance(line, Item)]
-        for key, answer in chain(bad, ((item.id, answer) for item, answer in answers(items))):
-            _record(file, tally, key, answer)
+        for item, answer in answers(items):
+            _record(file, tally, item.key, answer, _answer_line(item, answer, model))
             on_progress(tally)
     return tally
 
@@ -107,10 +125,22 @@ def read_source(path: Path) -> dict[Key, Item | Failed]:
             key, item = parse_line(number, raw)
             first = numbers.setdefault(key, number)
             if first != number:
-                item = Failed(f"id: {shown(key)} is the id of line {first} already")
+                item = _repeated(key, first)
                 key = ("line", number)
             items[key] = item
     return items
+
+
+def _repeated(key: Key, first: int) -> Failed:
+    """The error of a line whose key is that of line `first`."""
+    if isinstance(key, tuple):
+        return _no_request(f"custom_id: {shown(key[1])} is the custom_id of line {first} already")
+    return Failed(f"id: {shown(key)} is the id of line {first} already")
+
+
+def _no_request(message: str) -> Failed:
+    """The error of a line in OpenAI's form that is no request."""
+    return Failed(message, openai_lines.no_request(message))
 
 
 def parse_line(number: int, raw: bytes) -> tuple[Key, Item | Failed]:
@@ -120,7 +150,11 @@ def parse_line(number: int, raw: bytes) -> tuple[Key, Item | Failed]:
         if not isinstance(line, dict):
             raise BadLine("a JSON object is expected")
     except ValueError as error:
-        return ("line", number), Failed(f"line {number}: {error}")
+        message = f"line {number}: {error}"
+        has_openai_form = b'"custom_id"' in raw
+        return ("line", number), _no_request(message) if has_openai_form else Failed(message)
+    if openai_lines.is_openai(line):
+        return _parse_openai(number, line)
     id = line.get("id", number)
     if isinstance(id, bool) or not isinstance(id, str | int):
         what = "a list or an object" if isinstance(id, list | dict) else json.dumps(id)
@@ -129,6 +163,19 @@ def parse_line(number: int, raw: bytes) -> tuple[Key, Item | Failed]:
         return id, _item(id, line)
     except BadLine as error:
         return id, Failed(str(error))
+
+
+def _parse_openai(number: int, line: dict[str, Any]) -> tuple[Key, Item | Failed]:
+    id = line.get("custom_id")
+    if not isinstance(id, str):
+        return ("line", number), _no_request("custom_id: a string is needed")
+    key: Key = ("custom_id", id)
+    try:
+        return key, Item(id, **openai_lines.item_fields(line))
+    except BadLine as error:
+        return key, _no_request(str(error))
+    except ApiError as error:
+        return key, Failed(error.message, openai_lines.refusal(error))
 
 
 def _parse_json(raw: bytes) -> Any:
@@ -204,10 +251,10 @@ def _repair(file: IO[bytes], path: Path, retry_errors: bool) -> tuple[set[Key], 
             break
         end = end + len(line)
         last = line
-        if retry_errors and "error" in answer:
+        if retry_errors and _has_failed(answer):
             errors = True
         else:
-            finished.add(("line", answer["line"]) if "line" in answer else answer["id"])
+            finished.add(_answered_key(answer))
     file.truncate(end)
     if not last.endswith(b"\n"):
         file.write(b"\n")
@@ -221,7 +268,7 @@ def _without_errors(file: IO[bytes], path: Path) -> IO[bytes]:
     fresh_path.unlink(missing_ok=True)
     fresh = _lock(fresh_path.open("a+b"), fresh_path)
     file.seek(0)
-    fresh.writelines(line for line in file if "error" not in json.loads(line))
+    fresh.writelines(line for line in file if not _has_failed(json.loads(line)))
     fresh.flush()
     fresh_path.replace(path)
     file.close()
@@ -238,20 +285,50 @@ def _parse_answer(raw: bytes) -> dict[str, Any] | None:
         and isinstance(answer.get("id"), str | int)
         and isinstance(answer.get("line", 0), int)
         and not {"error", "text", "outputs"}.isdisjoint(answer)
+        and isinstance(answer.get("custom_id"), str | None)
+        and isinstance(answer.get("response"), dict | None)
     )
     return answer if whole else None
 
 
-def _record(file: IO[bytes], tally: Tally, key: Key, answer: Chunk | Failed) -> None:
-    known: dict[str, Any] = {"id": key}
-    if isinstance(key, tuple):  # "line" tells this line from a line that has this number as its id
-        known = {"id": key[1], "line": key[1]}
+def _answered_key(answer: dict[str, Any]) -> Key:
+    """The key of the input line that an output line answers."""
+    if "line" in answer:
+        return ("line", answer["line"])
+    return ("custom_id", answer["custom_id"]) if "custom_id" in answer else answer["id"]
+
+
+def _has_failed(answer: dict[str, Any]) -> bool:
+    response = answer.get("response")
+    if response is not None:
+        return bool(response.get("status_code") != 200)
+    return "error" in answer
+
+
+def _answer_line(item: Item, answer: Chunk | Failed, model: str) -> dict[str, Any]:
+    """The output line of an item, without its key."""
+    if isinstance(answer, Failed):
+        return openai_lines.failure(answer.message) if item.url else {"error": answer.message}
+    if item.url:
+        return openai_lines.answered(item.url, model, item.sampling, answer)
+    return to_line(answer)
+
+
+def _record(
+    file: IO[bytes], tally: Tally, key: Key, answer: Chunk | Failed, line: dict[str, Any]
+) -> None:
+    """Write an output line, and count it."""
     if isinstance(answer, Failed):
         tally.failed += 1
-        line = known | {"error": answer.message}
     else:
         tally.answered += 1
-        line = known | to_line(answer)
+    if not isinstance(key, tuple):
+        line = {"id": key} | line
+    elif key[0] == "custom_id":
+        line = {"id": line["id"], "custom_id": key[1]} | line
+    else:  # "line" tells this line from a line that has this number as its id
+        known = {"custom_id": None} if "response" in line else {"id": key[1]}
+        line = known | {"line": key[1]} | line
     file.write(json.dumps(line).encode("ascii") + b"\n")
     file.flush()
 
@@ -265,7 +342,7 @@ def to_line(answer: Chunk) -> dict[str, Any]:
     line: dict[str, Any] = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
     line["num_input_tokens"] = answer.num_input_tokens
     if answer.prompt_logprobs is not None:
-        line["prompt_logprobs"] = _finite(answer.prompt_logprobs)
+        line["prompt_logprobs"] = finite(answer.prompt_logprobs)
     return line
 
 
@@ -276,18 +353,10 @@ def _output(output: Output) -> dict[str, Any]:
         "num_output_tokens": output.num_tokens,
     }
     if output.logprobs is not None:
-        fields["logprobs"] = _finite(output.logprobs)
+        fields["logprobs"] = finite(output.logprobs)
     if output.cumulative_logprob is not None:
         fields["cumulative_logprob"] = max(output.cumulative_logprob, LEAST_LOGPROB)
     return fields
-
-
-def _finite(entries: list[Any]) -> list[Any]:
-    """Replace minus infinity in the log probabilities of all positions; None stays None."""
-    return [
-        entry and {id: t | {"logprob": max(t["logprob"], LEAST_LOGPROB)} for id, t in entry.items()}
-        for entry in entries
-    ]
 
 
 def _lock(file: IO[bytes], path: Path) -> IO[bytes]:

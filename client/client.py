@@ -8,24 +8,27 @@ nothing of models or text.
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
-from tritonclient.utils import deserialize_bytes_tensor
 
 from gllm_client.http import HttpClient, check_port
 from gllm_client.protocol import (
+    DESCRIBE,
     Asking,
     BlockingAsking,
     Chunk,
     GenerateError,
     Inputs,
     check_timeout,
+    detokenize_inputs,
     merge,
     to_chunk,
+    to_description,
+    tokenize_inputs,
 )
 
 _CHANNEL = (
@@ -125,9 +128,7 @@ class SyncClient(_Connected, BlockingAsking):
 
     def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
         """The models in the repository: name, version, state ("READY", ...) and reason."""
-        answer = self._call("RepositoryIndex", pb.RepositoryIndexRequest(), timeout)
-        keys = ("name", "version", "state", "reason")
-        return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
+        return _entries(self._call("RepositoryIndex", pb.RepositoryIndexRequest(), timeout))
 
     def num_stubs(self, model: str, timeout: float | None = 5.0) -> int:
         """The number of stubs of a loaded model; 0 if it does not use the Python backend."""
@@ -173,6 +174,28 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         options = {"stream": False} | options
         return merge([chunk async for chunk in self.generate(prompt, **options)])
 
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Any,
+    ) -> Chunk:
+        """A prompt's tokens; see `SyncClient.tokenize`."""
+        inputs = tokenize_inputs(prompt, **options)
+        return merge([chunk async for chunk in self._send(inputs, model, timeout, request_id)])
+
+    async def detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
+        """The text of tokens, special tokens included. `call`: model, timeout and request_id."""
+        inputs = detokenize_inputs(token_ids)
+        return merge([chunk async for chunk in self._send(inputs, **call)]).text
+
+    async def describe(self, **call: Any) -> dict[str, Any]:
+        """Facts of a model: see docs/requests.md. `call`: model, timeout and request_id."""
+        return to_description(merge([chunk async for chunk in self._send(DESCRIBE, **call)]))
+
     async def _chunks(
         self, request: pb.ModelInferRequest, timeout: float | None
     ) -> AsyncIterator[Chunk]:
@@ -188,6 +211,15 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         finally:
             call.cancel()
 
+    async def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
+        """The models in the repository: name, version, state ("READY", ...) and reason."""
+        timeout = check_timeout(timeout)
+        try:
+            answer = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _refusal(error, timeout) from None
+        return _entries(answer)
+
     async def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
         """Whether the server, or one of its models, takes requests."""
         method, request = _readiness(model)
@@ -197,6 +229,11 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
         except grpc.RpcError:
             return False
         return bool(answer.ready)
+
+
+def _entries(answer: pb.RepositoryIndexResponse) -> list[dict[str, str]]:
+    keys = ("name", "version", "state", "reason")
+    return [{key: getattr(entry, key) for key in keys} for entry in answer.models]
 
 
 def _readiness(model: str | None) -> tuple[str, Any]:
@@ -257,10 +294,23 @@ def _chunk(response: pb.ModelStreamInferResponse) -> Chunk:
 
 def _decode(datatype: str, raw: bytes) -> tuple[Any, ...]:
     if datatype == "BYTES":
-        return tuple(text.decode("utf-8") for text in deserialize_bytes_tensor(raw))
+        return _texts(raw)
     if datatype not in _FORMATS:
         raise GenerateError(f"the server sent a tensor of type {datatype}, which has no meaning")
     return struct.unpack(f"<{len(raw) // 4}{_FORMATS[datatype]}", raw)
+
+
+def _texts(raw: bytes) -> tuple[str, ...]:
+    """The texts of a BYTES tensor: each comes after its length in four bytes."""
+    texts = []
+    at = 0
+    while at < len(raw):
+        start = at + 4
+        at = start + int.from_bytes(raw[at:start], "little")
+        texts.append(raw[start:at].decode("utf-8"))
+    if at != len(raw):
+        raise GenerateError("the server sent a tensor of texts that is cut off")
+    return tuple(texts)
 
 
 def _refusal(error: grpc.RpcError, timeout: float | None) -> GenerateError:

@@ -90,6 +90,8 @@ def struct_values(options: argparse.Namespace, struct: Any) -> dict[str, Any]:
 
 
 def _convert(text: str, hint: Any) -> Any:
+    if get_origin(hint) is dict:
+        return msgspec.json.decode(text, type=hint)
     value = msgspec.convert(text, hint, strict=False)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a finite number is expected")

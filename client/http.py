@@ -62,7 +62,7 @@ class HttpClient(BlockingAsking):
     def _stream(
         self, model: str, inputs: Inputs, request_id: str, timeout: float | None
     ) -> Iterator[Chunk]:
-        kind = "generate_stream" if inputs["stream"] else "generate"
+        kind = "generate_stream" if inputs.get("stream") else "generate"
         body: dict[str, Any] = inputs | ({"id": request_id} if request_id else {})
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         if timeout is not None:  # for the server too: it may not notice that the client has left

@@ -9,13 +9,20 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from gllm_client.answers import Prompt
-from gllm_client.batch import Failed, Item
+from gllm_client.batch import Failed, Item, Prompt
 from gllm_client.protocol import Chunk, Output, merge
 from gllm_client.signals import caught_signals
-from gllm_engine import LLM, EngineBroken, InvalidField, RequestFailed, parse_sampling
+from gllm_engine import (
+    LLM,
+    EngineBroken,
+    InvalidField,
+    RequestFailed,
+    parse_sampling,
+    truncated,
+)
 
 
 class LocalAnswers:
@@ -25,6 +32,7 @@ class LocalAnswers:
 
     def __init__(self, config: dict[str, Any]) -> None:
         """`config`: fields of EngineConfig. Raises the errors of LLM."""
+        self.model = Path(config["model"]).resolve().name
         self._llm = LLM(**config)
 
     def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
@@ -32,8 +40,11 @@ class LocalAnswers:
         tokenizer = self._llm.tokenizer
         if isinstance(prompt, str):
             ids = tokenizer.encode(prompt)
+        elif isinstance(prompt, tuple):
+            ids = list(prompt)
         else:
             ids = tokenizer.chat(prompt, **template)
+        ids = truncated(ids, params, self._llm.engine.info.max_model_len)
         if params.n == 1:
             deltas = self._llm.stream(ids, params)
             while (delta := _uninterrupted(deltas)) is not None:
@@ -42,7 +53,12 @@ class LocalAnswers:
             (whole,) = self._llm.generate([ids], params)
             if whole.error is not None:
                 raise RequestFailed(whole.error)
-            yield Chunk(tuple(map(_output, whole.outputs)), len(ids), whole.prompt_logprobs)
+            yield Chunk(
+                tuple(map(_output, whole.outputs)),
+                len(ids),
+                whole.prompt_logprobs,
+                num_cached_tokens=whole.num_cached_tokens,
+            )
 
     def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
         """See AnswerSource. Reading one stream advances all streams: they share every step."""
@@ -81,6 +97,7 @@ def _output(part: Any) -> Output:
         logprobs=part.logprobs,
         cumulative_logprob=part.cumulative_logprob,
         num_tokens=len(part.token_ids),
+        stop_reason=None if part.stop_reason is None else str(part.stop_reason),
     )
 
 

@@ -11,9 +11,8 @@ import base64
 import json
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -47,6 +46,8 @@ class Output:
     logprobs: list[dict[str, Any]] | None = None
     cumulative_logprob: float | None = None  # of all tokens so far
     num_tokens: int = 0
+    # The stop string that ended the answer, or the id of the stop token that did, as text.
+    stop_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Chunk:
     num_input_tokens: int | None = None
     prompt_logprobs: list[Any] | None = None
     request_id: str = ""
+    num_cached_tokens: int | None = None  # of the prompt, for the first answer; None: not told yet
 
     @property
     def text(self) -> str:
@@ -65,6 +67,10 @@ class Chunk:
     @property
     def finish_reason(self) -> str | None:
         return self.outputs[0].finish_reason
+
+    @property
+    def stop_reason(self) -> str | None:
+        return self.outputs[0].stop_reason
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -91,6 +97,7 @@ def request_inputs(
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     input_ids: Sequence[int] | None = None,
+    add_special_tokens: bool | None = None,
     images: Sequence[str | bytes] = (),
     stream: bool = True,
     sampling: Any = None,
@@ -101,23 +108,24 @@ def request_inputs(
     return_token_ids: bool = True,
     return_logprobs: bool | None = None,
     return_cumulative_logprob: bool = False,
+    return_stop_reason: bool = False,
+    return_num_cached_tokens: bool = False,
     **sampling_fields: Any,
 ) -> Inputs:
     """The input tensors of one request, by name. These are the options of every `generate`.
 
     Exactly one of `prompt` (text), `messages` (for the model's chat template) and `input_ids`.
     `tools` (functions that the model may call) and `chat_template_kwargs` (variables of the chat
-    template, such as enable_thinking) go with `messages`. `images`: encoded files, as bytes or
-    already base64. `sampling`: a mapping or a SamplingParams; single fields may also be given by
-    keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when `logprobs` is among
-    the sampling parameters.
+    template, such as enable_thinking) go with `messages`. `add_special_tokens`: whether the
+    tokenizer adds special tokens, such as a bos token; default: to `prompt` only. `images`: encoded
+    files, as bytes or already base64. `sampling`: a mapping or a SamplingParams; single fields may
+    also be given by keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when
+    `logprobs` is among the sampling parameters.
     Raises ValueError when the options contradict each other or a request cannot carry them; the
     server checks their values.
     """
     inputs = _prompt(prompt, messages, input_ids)
-    for name, value in {"tools": tools, "chat_template_kwargs": chat_template_kwargs}.items():
-        if value is not None:
-            inputs[name] = _to_json(name, value)
+    inputs |= _prompt_options(tools, chat_template_kwargs, add_special_tokens)
     parameters = _sampling(sampling, sampling_fields)
     if not asks_for_one(parameters) and return_token_ids and not return_num_output_tokens:
         raise ValueError("n > 1 with return_token_ids needs return_num_output_tokens as well")
@@ -128,6 +136,8 @@ def request_inputs(
         "return_token_ids": return_token_ids,
         "return_logprobs": _wants_logprobs(return_logprobs, parameters),
         "return_cumulative_logprob": return_cumulative_logprob,
+        "return_stop_reason": return_stop_reason,
+        "return_num_cached_tokens": return_num_cached_tokens,
     }
     inputs |= {name: True for name, wanted in flags.items() if wanted}
     if stream or exclude_input_in_output:
@@ -136,10 +146,40 @@ def request_inputs(
     if parameters:
         inputs["sampling_parameters"] = _to_json("sampling_parameters", parameters)
     if images:
-        inputs["image"] = [
-            image if isinstance(image, str) else base64.b64encode(image).decode("ascii")
-            for image in images
-        ]
+        inputs["image"] = list(map(_base64, images))
+    return inputs
+
+
+def _base64(image: str | bytes) -> str:
+    return image if isinstance(image, str) else base64.b64encode(image).decode("ascii")
+
+
+def tokenize_inputs(
+    prompt: str | None = None,
+    *,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    input_ids: Sequence[int] | None = None,
+    add_special_tokens: bool | None = None,
+) -> Inputs:
+    """The input tensors of a request to tokenize; the options are those of `request_inputs`."""
+    inputs = {"operation": "tokenize"} | _prompt(prompt, messages, input_ids)
+    return inputs | _prompt_options(tools, chat_template_kwargs, add_special_tokens)
+
+
+def detokenize_inputs(token_ids: Sequence[int]) -> Inputs:
+    """The input tensors of a request for the text of tokens. Raises ValueError."""
+    return {"operation": "detokenize", "input_ids": _token_ids(token_ids)}
+
+
+def _prompt_options(tools: Any, template: Any, add_special_tokens: bool | None) -> Inputs:
+    inputs: Inputs = {}
+    for name, value in {"tools": tools, "chat_template_kwargs": template}.items():
+        if value is not None:
+            inputs[name] = _to_json(name, value)
+    if add_special_tokens is not None:
+        inputs["add_special_tokens"] = bool(add_special_tokens)
     return inputs
 
 
@@ -246,27 +286,35 @@ def to_chunk(tensors: Mapping[str, Sequence[Any]], request_id: str = "") -> Chun
     many belong to each.
     """
 
-    def each(name: str, convert: Callable[[Any], Any]) -> Iterator[Any]:
-        """A tensor's values; None for every answer if the tensor is missing."""
-        return map(convert, tensors[name]) if tensors.get(name) else repeat(None, len(texts))
-
     texts = tensors.get("text_output", ())
-    tokens = iter(tensors.get("token_ids", ()))
-    columns = zip(
-        texts,
-        each("finish_reason", lambda reason: None if reason == "None" else reason),
-        each("logprobs", json.loads),
-        each("cumulative_logprob", float),
-        each("num_output_tokens", int),
-        strict=True,
-    )
+    unknown = (None,) * len(texts)
+    columns = [tensors.get(name) or unknown for name in _COLUMNS]
+    ids = tuple(tensors.get("token_ids", ()))
     outputs = []
-    for text, reason, logprobs, cumulative, count in columns:
-        ids = tuple(islice(tokens, count if len(texts) > 1 else None))
-        outputs.append(Output(text, reason, ids, logprobs, cumulative, count or 0))
-    num_input = next(each("num_input_tokens", int), None)
-    prompt_logprobs = next(each("prompt_logprobs", json.loads), None)
-    return Chunk(tuple(outputs), num_input, prompt_logprobs, request_id)
+    start = 0
+    for text, reason, logprobs, cumulative, count, stop in zip(texts, *columns, strict=True):
+        end = len(ids) if count is None or len(texts) == 1 else start + count
+        outputs.append(
+            Output(
+                text,
+                None if reason == "None" else reason,
+                ids[start:end],
+                None if logprobs is None else json.loads(logprobs),
+                cumulative,
+                count or 0,
+                None if stop == "None" else stop,
+            )
+        )
+        start = end
+    (num_input,) = tensors.get("num_input_tokens") or (None,)
+    (num_cached,) = tensors.get("num_cached_tokens") or (None,)
+    (scored,) = tensors.get("prompt_logprobs") or (None,)
+    prompt_logprobs = None if scored is None else json.loads(scored)
+    return Chunk(tuple(outputs), num_input, prompt_logprobs, request_id, num_cached)
+
+
+# Tensors with a value for each answer.
+_COLUMNS = ("finish_reason", "logprobs", "cumulative_logprob", "num_output_tokens", "stop_reason")
 
 
 def merge(chunks: Iterable[Chunk]) -> Chunk:
@@ -281,8 +329,13 @@ def merge(chunks: Iterable[Chunk]) -> Chunk:
 
 def _join_chunks(a: Chunk, b: Chunk) -> Chunk:
     outputs = tuple(_join(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
-    num_input = _latest(a.num_input_tokens, b.num_input_tokens)
-    return Chunk(outputs, num_input, _latest(a.prompt_logprobs, b.prompt_logprobs), a.request_id)
+    return Chunk(
+        outputs,
+        _latest(a.num_input_tokens, b.num_input_tokens),
+        _latest(a.prompt_logprobs, b.prompt_logprobs),
+        a.request_id,
+        _latest(a.num_cached_tokens, b.num_cached_tokens),
+    )
 
 
 def _join(a: Output, b: Output) -> Output:
@@ -294,11 +347,21 @@ def _join(a: Output, b: Output) -> Output:
         logprobs=a.logprobs if b.logprobs is None else (a.logprobs or []) + b.logprobs,
         cumulative_logprob=_latest(a.cumulative_logprob, b.cumulative_logprob),
         num_tokens=a.num_tokens + b.num_tokens,
+        stop_reason=_latest(a.stop_reason, b.stop_reason),
     )
 
 
 def _latest(old: Any, new: Any) -> Any:
     return old if new is None else new
+
+
+DESCRIBE: Inputs = {"operation": "describe"}
+
+
+def to_description(chunk: Chunk) -> dict[str, Any]:
+    """The model's facts in the answer to DESCRIBE."""
+    facts: dict[str, Any] = json.loads(chunk.text)
+    return facts
 
 
 class Asking(ABC, Generic[Chunks]):
@@ -323,7 +386,15 @@ class Asking(ABC, Generic[Chunks]):
         other or cannot be sent, or when neither the call nor the client names a model; the
         iterator raises GenerateError.
         """
-        inputs = request_inputs(prompt, **options)
+        return self._send(request_inputs(prompt, **options), model, timeout, request_id)
+
+    def _send(
+        self,
+        inputs: Inputs,
+        model: str | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> Chunks:
         timeout = check_timeout(timeout)
         model = model or self._model
         if not model:
@@ -351,3 +422,27 @@ class BlockingAsking(Asking[Iterator[Chunk]]):
     def complete(self, prompt: str | None = None, **options: Any) -> Chunk:
         """The whole answer as one chunk; options as `generate`'s."""
         return merge(self.generate(prompt, **{"stream": False} | options))
+
+    def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Any,
+    ) -> Chunk:
+        """A prompt's tokens, which may be more than the model takes, as a chunk.
+
+        Its token_ids, num_input_tokens and text (of `messages`: what the chat template writes) are
+        set. `options` are those of `tokenize_inputs`.
+        """
+        return merge(self._send(tokenize_inputs(prompt, **options), model, timeout, request_id))
+
+    def detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
+        """The text of tokens, special tokens included. `call`: model, timeout and request_id."""
+        return merge(self._send(detokenize_inputs(token_ids), **call)).text
+
+    def describe(self, **call: Any) -> dict[str, Any]:
+        """Facts of a model: see docs/requests.md. `call`: model, timeout and request_id."""
+        return to_description(merge(self._send(DESCRIBE, **call)))

@@ -115,8 +115,10 @@ def server_flags(serving: Serving, repository: Path) -> list[str]:
 def check_ports(serving: Serving) -> None:
     """Raise ServerError for a port that is in use, given twice or not allowed for this user."""
     seen: dict[int, str] = {}
-    for kind in PORTS:
+    for kind in (*PORTS, "openai"):
         port = getattr(serving, f"{kind}_port")
+        if port is None:
+            continue
         if port in seen:
             raise ServerError(f"port {port} is given for both {seen[port]} and {kind}")
         seen[port] = kind
@@ -131,6 +133,22 @@ def check_ports(serving: Serving) -> None:
                 raise ServerError(
                     f"port {port} on {serving.host} {reason}; choose another with --{kind}-port"
                 ) from None
+
+
+def openai_command(serving: Serving, host: str) -> list[str]:
+    """The command of the OpenAI server; `host`: at which the server's own ports answer."""
+    options = serving.openai | {
+        "url": f"grpc://{host}:{serving.grpc_port}",
+        "host": serving.host,
+        "port": serving.openai_port,
+        "metrics_url": f"http://{host}:{serving.metrics_port}/metrics",
+        "drain_timeout_s": serving.exit_timeout_s,
+    }
+    flags = []
+    for name, value in options.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            flags.append(f"--{name.replace('_', '-')}={one}")
+    return [sys.executable, "-Im", "gllm_client", "openai", *flags]
 
 
 def prepare_repository(serving: Serving, directory: Path) -> tuple[Path, list[str]]:
@@ -176,6 +194,15 @@ def write_model(directory: Path, engine: dict[str, Any], front_ends: int) -> Non
         "max_batch_size: 0\n"
         f"instance_group [{{ count: {front_ends} kind: KIND_MODEL }}]\n"
     )
+
+
+def is_listening(host: str, port: int) -> bool:
+    """Whether connections to a port are accepted."""
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 class ProcessRow(NamedTuple):
@@ -348,6 +375,7 @@ class Supervisor:
         self._host = f"[{host}]" if ":" in host else host
         self._address = f"{self._host}:{serving.grpc_port}"
         self._client = SyncClient(self._address)
+        self._openai: Server | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="gllm-serve")
         # The stubs at the last count without a missing stub; None before the first such count.
         self._settled: dict[str, set[ProcessRow]] | None = None
@@ -378,6 +406,8 @@ class Supervisor:
     def _stop(self) -> bool:
         before = self._signals.count
         timeout_s = self._serving.exit_timeout_s + KILL_AFTER_S
+        if self._openai is not None:  # first, because its answers come from the server
+            self._openai.stop(timeout_s, lambda: self._signals.count > before)
         graceful = self._server.stop(timeout_s, lambda: self._signals.count > before)
         self._client.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -393,12 +423,32 @@ class Supervisor:
         for model in self._models:
             self._load(model)
         at = self._serving
+        openai = ""
+        if at.openai_port is not None:
+            self._start_openai()
+            while not is_listening(self._host.strip("[]"), at.openai_port):
+                if self._openai is not None and self._openai.poll() is not None:
+                    raise GenerateError("the OpenAI server cannot start, for reasons given above")
+                self._tick()
+            scheme = "https" if at.openai.get("tls_key") else "http"
+            openai = f" openai {scheme}://{self._host}:{at.openai_port}/v1"
         print(
             f"ready: {', '.join(self._models)} at http://{self._host}:{at.http_port} "
             f"grpc://{self._host}:{at.grpc_port} "
-            f"metrics http://{self._host}:{at.metrics_port}/metrics",
+            f"metrics http://{self._host}:{at.metrics_port}/metrics{openai}",
             flush=True,
         )
+
+    def _start_openai(self) -> None:
+        self._openai = Server(openai_command(self._serving, self._host), dict(os.environ))
+
+    def _look_at_openai(self) -> None:
+        """Start the OpenAI server anew if it has ended."""
+        status = self._openai and self._openai.poll()
+        if status is not None:
+            _log(f"the OpenAI server ended by itself with status {status}; starting it anew")
+            self._pause(WATCH_S)
+            self._start_openai()
 
     def _load(self, model: str) -> None:
         try:
@@ -412,6 +462,7 @@ class Supervisor:
         look_at_engines = time.monotonic() + ENGINES_S
         while True:
             self._pause(WATCH_S)
+            self._look_at_openai()
             if time.monotonic() > look_at_engines:
                 self._look_at_engines()
                 look_at_engines = time.monotonic() + ENGINES_S

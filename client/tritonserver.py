@@ -56,15 +56,18 @@ class Installation:
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `gllm serve`. All fields except the first three are its flags."""
+    """The options of `gllm serve`. All fields except the first four are its flags."""
 
     path: Path  # a model repository, one model of one, or a bare checkpoint
     engine: dict[str, Any] = {}  # EngineConfig fields, for a checkpoint
     arguments: tuple[str, ...] = ()  # for tritonserver itself
+    openai: dict[str, Any] = {}  # Options of the OpenAI server, without those that gllm serve sets
     host: str = "127.0.0.1"  # address to listen at
     http_port: Port = 8000
     grpc_port: Port = 8001
     metrics_port: Port = 8002
+    # serve OpenAI's API too, at this port; needs the [openai] extra
+    openai_port: Port | None = None
     # at a stop, running answers have so long to end
     exit_timeout_s: ExitTimeout = EXIT_TIMEOUT_S
     name: str | None = None  # a checkpoint's name as a model; default: its directory's

@@ -14,6 +14,10 @@ from typing import Any, Literal
 import msgspec
 
 from gllm_engine.files import read_object, shown
+from gllm_engine.sampling import MAX_TENANT_CHARS
+
+MAX_TENANT_WEIGHTS = 1024
+OTHER_TENANTS = "other"  # in metrics: all tenants that tenant_weights does not name
 
 
 class ConfigError(ValueError):
@@ -41,9 +45,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     # sequences in one step; default: 256, on GPUs 1024; a quarter with recurrent layers
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0  # tokens in one step; default: 2048, on GPUs 8192
-    max_waiting: int = 4096  # limit of queued sequences; further ones are refused ("queue full")
+    # limit of a tenant's queued sequences, less half of the others'; further ones are refused
+    max_waiting: int = 4096
     # limit of prompt tokens in the queue; an empty queue accepts a prompt of any length
     max_waiting_tokens: int = 2**23
+    # tenants' shares of the tokens computed while requests wait; a tenant without one has weight 1
+    tenant_weights: dict[str, float] = {}
     page_size: int = 16  # tokens in one KV cache page; a power of two
     num_pages: int | None = None  # KV cache pages; default: the number that fits kv_cache_gib
     # KV cache size in GiB; default: 1 on CPUs; on GPUs the memory left by gpu_memory_utilization
@@ -83,6 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
                 raise ConfigError(f"{key}: {shown(value)} is outside [{low}, {high}]")
+        _check_weights(self.tenant_weights)
         if 0 < self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is less than "
@@ -128,6 +136,29 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "above 0 with commas between, one for each stage (pipeline_parallel_size)"
             )
         return tuple(map(int, words))
+
+
+def _check_weights(weights: dict[str, float]) -> None:
+    if len(weights) > MAX_TENANT_WEIGHTS:
+        raise ConfigError(
+            f"tenant_weights: {len(weights)} tenants are named, at most {MAX_TENANT_WEIGHTS} are "
+            "allowed"
+        )
+    for name, weight in weights.items():
+        if len(name) > MAX_TENANT_CHARS or not _is_text(name):
+            raise ConfigError(
+                f"tenant_weights: {shown(ascii(name))} is not a text of {MAX_TENANT_CHARS} "
+                "characters at most"
+            )
+        if name == OTHER_TENANTS:
+            raise ConfigError(
+                f"tenant_weights: {name!r} means all tenants without a weight, they have weight 1"
+            )
+        if not 0.001 <= weight <= 1000:
+            raise ConfigError(
+                f"tenant_weights: {shown(str(weight))} of {shown(repr(name))} is outside "
+                "[0.001, 1000]"
+            )
 
 
 def _is_count(text: str) -> bool:

@@ -17,8 +17,10 @@ import msgspec
 MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_STOPS = 64
+MAX_TENANT_CHARS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_ALLOWED_TOKEN_IDS = 16384
 MAX_CHOICES = 1024  # compiling 10,000 choices takes seconds
 UNBOUNDED = 2**62
 
@@ -59,7 +61,10 @@ class SamplingParams(
 
     `max_tokens` None: up to the model's length. `temperature` 0: greedy. `top_k` 0 or -1: off.
     `seed` None: a random seed. `priority`: lower values are served sooner. `cache_salt`: prompts
-    with different salts never share prefix-cache pages.
+    with different salts never share prefix-cache pages. `tenant`: in whose turn the request is
+    served; turns are fair between tenants. `allowed_token_ids` (): all.
+    `truncate_prompt_tokens`: only the prompt's last tokens are read, at most this many; -1: as many
+    as leave room for `max_tokens` tokens of output (1 if that is None).
     """
 
     max_tokens: int | None = 16
@@ -73,6 +78,7 @@ class SamplingParams(
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # false is refused
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -82,8 +88,11 @@ class SamplingParams(
     prompt_logprobs: int | None = None
     n: int = 1
     bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    truncate_prompt_tokens: int | None = None
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -102,9 +111,19 @@ class SamplingParams(
                 raise InvalidField(field, f"{len(values)} entries given, at most {most}")
             if "" in values:
                 raise InvalidField(field, "an empty string is not allowed")
+        if len(self.tenant) > MAX_TENANT_CHARS:
+            problem = f"{len(self.tenant)} characters given, at most {MAX_TENANT_CHARS}"
+            raise InvalidField("tenant", problem)
         for field in ("top_p", "repetition_penalty"):
             if getattr(self, field) == 0:
                 raise InvalidField(field, "0 is not allowed, it must be greater than 0")
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidField("truncate_prompt_tokens", "0 is not allowed, it leaves no prompt")
+        if not self.spaces_between_special_tokens:
+            raise InvalidField(
+                "spaces_between_special_tokens",
+                "false is not supported; text is spelled as the tokenizer spells it",
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidField(
                 "min_tokens", f"{self.min_tokens} is greater than max_tokens={self.max_tokens}"
@@ -142,7 +161,11 @@ _MOST = {
     "bad_words": MAX_STOPS,
     "stop_token_ids": MAX_STOP_TOKEN_IDS,
     "logit_bias": MAX_LOGIT_BIAS,
+    "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
 }
+
+# Fields whose value may be JSON text.
+_IN_JSON = ("stop_token_ids", "allowed_token_ids", "logit_bias", "structured_outputs")
 
 # Inclusive bounds. NaN compares false with both bounds, so it is refused too.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -159,6 +182,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "logprobs": (0, MAX_LOGPROBS),
     "prompt_logprobs": (0, MAX_LOGPROBS),
     "n": (1, MAX_N),
+    "truncate_prompt_tokens": (-1, UNBOUNDED),
     "priority": (-(2**31), 2**31 - 1),
 }
 
@@ -205,10 +229,12 @@ def _loosen(key: str, value: Any) -> Any:
         raise InvalidField(key, f"{value} is not valid (expected a number, got a boolean)")
     if key in ("stop", "bad_words") and isinstance(value, str):
         return [value]
-    if key in ("stop_token_ids", "logit_bias", "structured_outputs") and isinstance(value, str):
+    if key in _IN_JSON and isinstance(value, str):
         value = decode_json(key, value)
-    if key == "stop_token_ids" and isinstance(value, int):
+    if key in ("stop_token_ids", "allowed_token_ids") and isinstance(value, int):
         value = [value]
+    if key == "allowed_token_ids" and value == []:
+        raise InvalidField(key, "the list is empty, at least one token must be allowed")
     if key == "structured_outputs" and isinstance(value, dict):
         return _loosen_structured(value)
     if (

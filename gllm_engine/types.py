@@ -56,7 +56,6 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     stop_token: int | None = None
     status: Status | None = None  # set when reason is "error" or "abort"
     message: str = ""  # set with status: one sentence for the user
-    num_cached_tokens: int = 0  # prompt tokens served from the prefix cache
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True):
@@ -71,6 +70,17 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True):
     logprobs: dict[int, TokenLogprobs] = {}  # by sequence id, when requested
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # positions from 1 on, when requested
     finished: dict[int, Finish] = {}
+    # Prompt tokens served from the prefix cache, with a sequence's first token, unless they are 0.
+    num_cached_tokens: dict[int, int] = {}
+
+
+class TenantStats(msgspec.Struct, frozen=True, array_like=True):
+    """Part of Stats: gauges now, counters since the engine started, of one or more tenants."""
+
+    running: int = 0
+    waiting: int = 0
+    prefill_tokens: int = 0  # computed in chunks, so without prefix hits
+    decode_tokens: int = 0  # computed in decode rows
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True):
@@ -89,6 +99,8 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int = 0
     steps: int = 0
     waiting_tokens: int = 0  # prefill backlog of waiting sequences
+    # By name, for tenants that the configuration names; all others are one, named "other".
+    tenants: dict[str, TenantStats] = {}
 
 
 # ---------------------------------------------------------------- scheduler <-> runner

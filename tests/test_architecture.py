@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 195_500,
-    ("backend", "client"): 45_000,
-    ("benchmarks",): 25_000,
+    ("gllm_engine",): 200_000,
+    ("backend", "client"): 67_000,
+    ("benchmarks",): 29_700,
 }
 MAX_FUNCTION_LINES = 60
 
@@ -25,7 +25,7 @@ OURS = {
     "gllm_engine/sampling.py": set(),
     "gllm_engine/files.py": set(),
     "gllm_engine/routing.py": set(),
-    "gllm_engine/config.py": {"files"},
+    "gllm_engine/config.py": {"files", "sampling"},
     "gllm_engine/types.py": {"sampling"},
     "gllm_engine/arch": {"types", "config", "files", "routing", "arch"},
     "gllm_engine/sched": {"types", "config", "sampling", "arch", "sched"},
@@ -56,6 +56,7 @@ OURS = {
     },
     "gllm_engine/worker.py": {"workers"},
     "backend": {"", "gllm_backend"},
+    "client/openai_server": {"gllm_client"},
     "client": {"", "gllm_client"},
     "benchmarks/peer.py": set(),
     "benchmarks/kernels.py": {"", "ops", "arch", "gllm_benchmarks"},
@@ -90,11 +91,12 @@ OTHERS = {
     "gllm_engine/workers": {"torch", "zmq", "msgspec"},
     "gllm_engine/engine": {"torch", "msgspec", "zmq", "tqdm"},
     "backend": {"msgspec", "numpy", "triton_python_backend_utils"},
+    "client/openai_server": {"msgspec", "fastapi", "starlette", "uvicorn", "opentelemetry"},
     "client": {"msgspec", "numpy", "tritonclient", "grpc", "tqdm", "yaml"},
     "benchmarks/peer.py": {"vllm"},
     "benchmarks/kernels.py": {"torch"},
     "benchmarks/plot.py": {"matplotlib"},
-    "benchmarks": {"numpy", "tritonclient", "tqdm", "torch", "msgspec"},
+    "benchmarks": {"numpy", "tritonclient", "tqdm", "torch", "msgspec", "aiohttp"},
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from gllm_engine import Stats
+from gllm_engine import Stats, TenantStats
 
 FLUSH_S = 0.1
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
@@ -59,6 +59,13 @@ FAMILIES = {
         "COUNTER",
         "Prompts that began from a copied state, by its place: prompt, branch or answer.",
     ),
+    "tenant_requests_running": ("GAUGE", "Sequences of a tenant being computed."),
+    "tenant_requests_waiting": ("GAUGE", "Sequences of a tenant that wait."),
+    "tenant_prefill_tokens_total": (
+        "COUNTER",
+        "Tokens computed in chunks of prompts, by tenant; without prefix hits.",
+    ),
+    "tenant_decode_tokens_total": ("COUNTER", "Tokens of output computed, by tenant."),
     "num_preemptions_total": ("COUNTER", "Sequences that lost their pages to others."),
     "prompt_tokens_total": ("COUNTER", "Prompt tokens of ended requests that got a token."),
     "generation_tokens_total": ("COUNTER", "Tokens generated."),
@@ -76,7 +83,18 @@ FAMILIES = {
     "request_params_n": ("HISTOGRAM", "Answers that a request asked for, once it has them."),
 }
 _SNAPSHOT_HITS = "prefix_cache_snapshot_hits_total"
-_LABELLED = ("request_success_total", "request_errors_total", _SNAPSHOT_HITS)
+_TENANT_GAUGES = {"running": "tenant_requests_running", "waiting": "tenant_requests_waiting"}
+_TENANT_COUNTERS = {
+    "prefill_tokens": "tenant_prefill_tokens_total",
+    "decode_tokens": "tenant_decode_tokens_total",
+}
+_LABELLED = (
+    "request_success_total",
+    "request_errors_total",
+    _SNAPSHOT_HITS,
+    *_TENANT_GAUGES.values(),
+    *_TENANT_COUNTERS.values(),
+)
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -91,7 +109,7 @@ class Metrics:
         self._warn = warn
         self._lock = threading.Lock()  # guards the six below
         self._counts: dict[tuple[str, Labels], float] = defaultdict(float)
-        self._gauges: dict[str, float] = {}
+        self._gauges: dict[tuple[str, Labels], float] = {}
         self._observed: list[tuple[str, float]] = []
         self._after_flush: list[Callable[[], None]] = []
         self._last = Stats()
@@ -137,7 +155,7 @@ class Metrics:
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge that is not one of the engine's statistics."""
         with self._lock:
-            self._gauges[name] = value
+            self._gauges[name, ()] = value
 
     def engine(self, stats: Stats) -> None:
         """Take the engine's statistics. Its counters start at 0 when it picks this front end."""
@@ -154,15 +172,21 @@ class Metrics:
             for field, key in names.items():
                 if amount := getattr(stats, field) - getattr(self._last, field):
                     self._counts[key] += amount
+            for name, tenant in stats.tenants.items():
+                last = self._last.tenants.get(name, TenantStats())
+                for field, metric in _TENANT_COUNTERS.items():
+                    amount = getattr(tenant, field) - getattr(last, field)
+                    self._counts[metric, _of_tenant(name)] += amount
             self._set_gauges(stats)
             self._last = stats
 
     def engine_lost(self) -> None:
         """Set the engine's gauges to 0; the counters of the next engine start at 0."""
         with self._lock:
-            self._last = Stats()
+            tenants = {name: TenantStats() for name in self._last.tenants}
+            self._last = Stats(tenants=tenants)
             if self._has_stats:
-                self._set_gauges(Stats())
+                self._set_gauges(self._last)
 
     def close(self, timeout_s: float) -> None:
         """Set the engine's gauges to 0, write a last time, and end the thread."""
@@ -172,10 +196,13 @@ class Metrics:
         self._thread.join(timeout_s)
 
     def _set_gauges(self, stats: Stats) -> None:
-        self._gauges["num_requests_running"] = stats.running
-        self._gauges["num_requests_waiting"] = stats.waiting
-        self._gauges["num_tokens_waiting"] = stats.waiting_tokens
-        self._gauges["kv_cache_usage"] = stats.kv_usage
+        self._gauges["num_requests_running", ()] = stats.running
+        self._gauges["num_requests_waiting", ()] = stats.waiting
+        self._gauges["num_tokens_waiting", ()] = stats.waiting_tokens
+        self._gauges["kv_cache_usage", ()] = stats.kv_usage
+        for name, tenant in stats.tenants.items():
+            for field, metric in _TENANT_GAUGES.items():
+                self._gauges[metric, _of_tenant(name)] = getattr(tenant, field)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -210,14 +237,14 @@ class Metrics:
     def _write(
         self,
         counts: dict[tuple[str, Labels], float],
-        gauges: dict[str, float],
+        gauges: dict[tuple[str, Labels], float],
         observed: list[tuple[str, float]],
     ) -> None:
         for (name, labels), amount in counts.items():
             if amount > 0:
                 self._metric(name, labels).increment(amount)
-        for name, value in gauges.items():
-            self._metric(name, ()).set(value)
+        for (name, labels), value in gauges.items():
+            self._metric(name, labels).set(value)
         for name, value in observed:
             self._metric(name, ()).observe(value)
 
@@ -232,3 +259,7 @@ class Metrics:
                 else family.Metric(labels=everything)
             )
         return self._metrics[key]
+
+
+def _of_tenant(name: str) -> Labels:
+    return (("tenant", name),)

@@ -26,11 +26,12 @@ import triton_python_backend_utils as pb_utils
 
 from gllm_backend.gllm.metrics import Metrics
 from gllm_backend.gllm.request import INPUTS, OUTPUTS, ParsedRequest, parse_request
-from gllm_backend.gllm.response import Arrival, Choice, Sender, Stream
-from gllm_engine import InvalidField, Outputs, shorten
+from gllm_backend.gllm.response import Arrival, Choice, Result, Sender, Stream
+from gllm_engine import InvalidField, Outputs, __version__, shorten
 
 SWEEP_S = 0.05  # between two checks for cancelled and overdue requests
 SWEEP_SHARE = 4  # the pause after a sweep is at least this many times as long as the sweep
+MAX_TOKEN_IDS = 1 << 20  # of input_ids that are only counted or turned into text
 CLOSE_S = 10.0  # the longest wait for a thread to end
 SWITCH_S = 1e-4  # Python's thread switch interval: a busy thread must not delay the senders
 # config.pbtxt parameters; the names of the last two are the vLLM backend's.
@@ -65,6 +66,7 @@ class TritonPythonModel:
             EngineClient,
             EngineUnavailable,
             Tokenizer,
+            describe_checkpoint,
             end_with_parent,
             read_config,
         )
@@ -80,6 +82,7 @@ class TritonPythonModel:
         sys.setswitchinterval(SWITCH_S)
         self.config = read_config(Path(args["model_repository"]) / version / "model.json")
         self.tokenizer = Tokenizer(Path(self.config.tokenizer or self.config.model))
+        self._description = describe_checkpoint(Path(self.config.model), self.tokenizer)
         if self.tokenizer.chat_template is not None:
             self.tokenizer.chat_template.start()
         self._chats = ThreadPoolExecutor(1, thread_name_prefix="chats")
@@ -178,12 +181,23 @@ class TritonPythonModel:
             stream.fail("internal", "an internal error, see the server's log")
 
     def _start(self, stream: Stream, parsed: ParsedRequest) -> None:
-        from gllm_engine import Completion, make_requests
+        from gllm_engine import Completion, make_requests, truncated
 
+        if parsed.operation != "generate":
+            stream.finish(parsed, self._result(parsed))
+            return
         sampling = parsed.sampling
-        ids, text = self._tokenize(parsed, self.client.info.max_model_len)
-        for field in ("stop_token_ids", "logit_bias"):  # ids beyond 64 bits cannot be encoded
-            _check_ids(field, getattr(sampling, field), self.client.info.vocab_size)
+        info = self.client.info
+        ids, text = self._tokenize(parsed)
+        if not ids:
+            raise InvalidField(parsed.kind, "the prompt has no tokens, at least one is needed")
+        ids = truncated(ids, sampling, info.max_model_len)
+        _check_len(len(ids), info.max_model_len)
+        if parsed.prepend_prompt and parsed.kind != "text_input":
+            text = self.tokenizer.decode(ids)
+        # The engine checks them too, but ids beyond 64 bits cannot be encoded.
+        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            _check_ids(field, getattr(sampling, field), info.vocab_size)
         requests = make_requests(self.tokenizer, ids, sampling, self._ids)
         choices = [Choice(r.id, Completion(self.tokenizer, ids, sampling)) for r in requests]
         stream.open(parsed, text, len(ids), choices)
@@ -194,26 +208,45 @@ class TritonPythonModel:
             self._forget(stream)
             self.client.abort([request.id for request in requests])
 
-    def _tokenize(self, parsed: ParsedRequest, max_len: int) -> tuple[list[int], str]:
-        """The prompt's token ids, and its text if the answer must begin with the prompt.
+    def _result(self, parsed: ParsedRequest) -> Result:
+        """The answer to an operation other than generate."""
+        if parsed.operation == "describe":
+            if self.client.trouble is not None:  # servers in front ask whether the model answers
+                raise self._unavailable(self.client.trouble)
+            info = self.client.info
+            facts = self._description | {
+                "model": self._name,
+                "max_model_len": info.max_model_len,
+                "vocab_size": info.vocab_size,
+                "eos_token_ids": info.eos_token_ids,
+                "software": f"gllm {__version__}",
+            }
+            return Result(json.dumps(facts))
+        ids, text = self._tokenize(parsed)
+        if parsed.kind == "input_ids":
+            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return Result(text, ids if parsed.operation == "tokenize" else None)
 
-        Refuses a prompt that is too long, before the prompt is copied for n sequences.
+    def _tokenize(self, parsed: ParsedRequest) -> tuple[list[int], str]:
+        """The prompt's token ids, and its text unless it is given as token ids.
+
+        The prompt may be longer than the model allows, so that its tokens can be counted. A text of
+        more characters than that many tokens can spell is refused before it is tokenized.
         """
-        if parsed.kind == "text_input":
-            ids = self.tokenizer.encode(parsed.prompt, max_tokens=max_len)
-            text = parsed.prompt
-            if not ids:
-                raise InvalidField("text_input", "the prompt has no tokens, at least one is needed")
-            _check_len(len(ids), max_len)
-            return ids, text
-        if parsed.kind == "input_ids":  # checked before the detokenizer caches their spelling
-            _check_len(len(parsed.prompt), max_len)
-            ids = parsed.prompt.tolist()
-            _check_ids("input_ids", ids, self.client.info.vocab_size)
+        info = self.client.info
+        if parsed.kind == "input_ids":
+            most = max(MAX_TOKEN_IDS, info.max_model_len)
+            if len(parsed.prompt) > most:
+                problem = f"{len(parsed.prompt)} token ids given, at most {most}"
+                raise InvalidField("input_ids", problem)
+            ids: list[int] = parsed.prompt.tolist()
+            _check_ids("input_ids", ids, info.vocab_size)
+            return ids, ""
+        if parsed.kind == "messages":
+            text = self.tokenizer.render(parsed.prompt, info.max_model_len, **parsed.template)
         else:
-            ids = self.tokenizer.chat(parsed.prompt, max_len, **parsed.template)
-            _check_len(len(ids), max_len)
-        return ids, self.tokenizer.decode(ids) if parsed.prepend_prompt else ""
+            text = parsed.prompt
+        return self.tokenizer.encode(text, parsed.add_special_tokens, info.max_model_len), text
 
     # ------------------------------------------------------------ the client's thread
 
@@ -240,6 +273,9 @@ class TritonPythonModel:
             batches[stream.sender].append((stream, arrival))
         if known:  # counted before delivery, so that the page never lags behind a response
             self.metrics.count("generation_tokens_total", known)
+        for sequence_id, num in outputs.num_cached_tokens.items():
+            if sequence_id in owners and owners[sequence_id][1] == 0:
+                owners[sequence_id][0].num_cached_tokens = num
         for sender, batch in batches.items():
             if batch:
                 sender.deliver(batch, now)
@@ -282,8 +318,12 @@ class TritonPythonModel:
     def _on_end(self, stream: Stream) -> None:
         """On the sender's thread: count the request, then release its last response.
 
-        The metrics thread releases it after it has written the counts.
+        The metrics thread releases it after it has written the counts. An operation in which the
+        engine has no part is neither counted nor logged, unless it fails.
         """
+        if stream.error is None and stream.result is not None:
+            stream.sender.release(stream)
+            return
         self._forget(stream)
         self._measure(stream)
         self.metrics.after_flush(lambda: stream.sender.release(stream))
@@ -324,6 +364,8 @@ class TritonPythonModel:
 
     def _report(self, stream: Stream) -> None:
         """Log one line for a request. Only one, because a call to the logger takes 50-80 us."""
+        if stream.result is not None and stream.error is None:
+            return
         name = f"request {stream.request_id!r}"
         if stream.error is not None:
             line = f"{name}: {stream.error.status}: {' '.join(stream.error.message.split())}"

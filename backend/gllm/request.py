@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,17 +29,21 @@ OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "num_output_tokens": ("TYPE_UINT32", [-1]),
     "token_ids": ("TYPE_INT32", [-1]),
     "prompt_logprobs": ("TYPE_STRING", [1]),
+    "stop_reason": ("TYPE_STRING", [-1]),
+    "num_cached_tokens": ("TYPE_UINT32", [1]),
 }
 # text_output is always built, prompt_logprobs if a sampling parameter requests them. All other
 # outputs have a return_NAME flag.
 _FLAGGED = [name for name in OUTPUTS if name not in ("text_output", "prompt_logprobs")]
 # All inputs are optional for Triton, so that our own error names a missing input.
 INPUTS: dict[str, tuple[str, list[int]]] = {
+    "operation": ("TYPE_STRING", [1]),
     "text_input": ("TYPE_STRING", [1]),
     "input_ids": ("TYPE_INT32", [-1]),
     "messages": ("TYPE_STRING", [1]),
     "tools": ("TYPE_STRING", [1]),
     "chat_template_kwargs": ("TYPE_STRING", [1]),
+    "add_special_tokens": ("TYPE_BOOL", [1]),
     "image": ("TYPE_STRING", [-1]),
     "stream": ("TYPE_BOOL", [1]),
     "sampling_parameters": ("TYPE_STRING", [1]),
@@ -52,6 +56,13 @@ MAX_TIMEOUT_US = 2**63 - 1
 PROMPTS = ("text_input", "input_ids", "messages")
 # Inputs for the chat template, beside the messages.
 TEMPLATE_INPUTS = ("tools", "chat_template_kwargs")
+# The inputs of each operation, beside its name.
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "generate": tuple(INPUTS),
+    "tokenize": (*PROMPTS, *TEMPLATE_INPUTS, "add_special_tokens"),
+    "detokenize": ("input_ids",),
+    "describe": (),
+}
 _DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32}
 _TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
 
@@ -60,15 +71,17 @@ _TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32
 class ParsedRequest:
     """A valid request. Filled by `parse_request`."""
 
-    kind: str  # one of PROMPTS
-    prompt: Any  # by kind: text, an array of token ids, or messages as parsed JSON, unchecked
-    template: dict[str, Any]  # given inputs among TEMPLATE_INPUTS: parsed JSON, unchecked
-    stream: bool
-    prepend_prompt: bool  # the answer begins with the prompt's text
-    sampling: SamplingParams
-    show_logprobs: bool  # false: logprobs are computed only for cumulative_logprob
+    operation: str  # one of OPERATIONS; the fields from `stream` on are of generate alone
     outputs: frozenset[str]  # names in OUTPUTS to build
     timeout_us: int | None
+    kind: str = ""  # one of PROMPTS; "" without a prompt
+    prompt: Any = None  # by kind: text, an array of token ids, or messages as unchecked JSON
+    template: dict[str, Any] = field(default_factory=dict)  # TEMPLATE_INPUTS, as unchecked JSON
+    add_special_tokens: bool = True  # such as a bos token
+    stream: bool = False
+    prepend_prompt: bool = False  # the answer begins with the prompt's text
+    sampling: SamplingParams = SamplingParams()
+    show_logprobs: bool = False  # false: logprobs are computed only for cumulative_logprob
 
 
 def parse_request(request: Any) -> ParsedRequest:
@@ -79,10 +92,17 @@ def parse_request(request: Any) -> ParsedRequest:
     tensors = {tensor.name(): _array(tensor) for tensor in request.inputs()}
     if "image" in tensors and tensors["image"].size:
         raise InvalidField("image", "this model takes no images")
-    kind, prompt = _prompt(tensors)
+    operation = _operation(tensors)
+    kind, prompt = _prompt(tensors, operation)
     template = _template(tensors, kind)
+    special = _special_tokens(tensors, kind)
     parameters = _parameters(request)
     timeout_us = _timeout(request, parameters.pop("timeout", None))
+    if operation != "generate":
+        for name in parameters:
+            raise InvalidField(shorten(name), f"{operation} takes no sampling parameters")
+        outputs = frozenset(request.requested_output_names())
+        return ParsedRequest(operation, outputs, timeout_us, kind, prompt, template, special)
     sampling = _sampling(tensors, parameters)
     stream = bool(_flag(tensors, "stream"))
     exclude = _flag(tensors, "exclude_input_in_output")
@@ -96,15 +116,17 @@ def parse_request(request: Any) -> ParsedRequest:
     if "cumulative_logprob" in outputs and not show_logprobs:
         sampling = replace(sampling, logprobs=0)
     return ParsedRequest(
-        kind=kind,
-        prompt=prompt,
-        template=template,
+        operation,
+        outputs,
+        timeout_us,
+        kind,
+        prompt,
+        template,
+        special,
         stream=stream,
         prepend_prompt=not exclude,
         sampling=sampling,
         show_logprobs=show_logprobs,
-        outputs=outputs,
-        timeout_us=timeout_us,
     )
 
 
@@ -148,7 +170,28 @@ def _flag(tensors: Mapping[str, Array], name: str) -> bool | None:
     return bool(tensors[name][0]) if name in tensors else None
 
 
-def _prompt(tensors: Mapping[str, Array]) -> tuple[str, Any]:
+def _operation(tensors: Mapping[str, Array]) -> str:
+    """The operation, "generate" by default. Raises InvalidField for inputs that it does not take,
+    empty images aside."""
+    operation = _text(tensors, "operation") if "operation" in tensors else "generate"
+    if operation not in OPERATIONS:
+        known = ", ".join(OPERATIONS)
+        raise InvalidField("operation", f"{shorten(operation)!r} is unknown; known are {known}")
+    taken = ("operation", "image", *OPERATIONS[operation])
+    for name in tensors:
+        if name not in taken:
+            takes = ", ".join(OPERATIONS[operation]) or "no other input"
+            raise InvalidField(name, f"it does not go with {operation}, which takes {takes}")
+    return operation
+
+
+def _prompt(tensors: Mapping[str, Array], operation: str) -> tuple[str, Any]:
+    if operation == "describe":
+        return "", None
+    if operation == "detokenize":
+        if "input_ids" not in tensors:
+            raise InvalidField("input_ids", "missing, it holds the token ids to detokenize")
+        return "input_ids", tensors["input_ids"]
     given = [name for name in PROMPTS if name in tensors]
     if not given:
         raise InvalidField("text_input", "no prompt; give text_input, input_ids or messages")
@@ -171,6 +214,14 @@ def _template(tensors: Mapping[str, Array], kind: str) -> dict[str, Any]:
         problem = f"it is for the chat template, so it goes with messages and not with {kind}"
         raise InvalidField(given[0], problem)
     return {name: _json(name, _text(tensors, name)) for name in given}
+
+
+def _special_tokens(tensors: Mapping[str, Array], kind: str) -> bool:
+    """Whether special tokens are added to the prompt. Chat templates write their own."""
+    given = _flag(tensors, "add_special_tokens")
+    if given is not None and kind == "input_ids":
+        raise InvalidField("add_special_tokens", "it is for prompts of text, not for input_ids")
+    return kind == "text_input" if given is None else given
 
 
 def _json(name: str, text: str) -> Any:
@@ -233,6 +284,11 @@ def _sampling(tensors: Mapping[str, Array], parameters: dict[str, Any]) -> Sampl
         values |= given
     if values.pop("lora_name", None) is not None:
         raise VllmError("lora_name", "LoRA feature is not enabled.")
+    # Triton's OpenAI front end of 2025 and before sends these two with every request.
+    if values.get("best_of") == 1:
+        del values["best_of"]
+    if values.get("logprobs") is False:
+        del values["logprobs"]
     return parse_sampling(values)
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -51,6 +51,13 @@ class Failure(NamedTuple):
     message: str
 
 
+class Result(NamedTuple):
+    """The answer to an operation in which the engine has no part."""
+
+    text: str
+    token_ids: list[int] | None = None  # of a prompt
+
+
 class Choice:
     """The text side of one of a request's n sequences. Only the sender's thread uses it."""
 
@@ -60,6 +67,7 @@ class Choice:
         self.running = True  # the engine may still send tokens for this sequence
         self.num_tokens = 0
         self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         self.cumulative_logprob = 0.0
         self.clear()
 
@@ -82,6 +90,7 @@ class Choice:
         self.token_ids += delta.token_ids
         self.num_tokens += len(delta.token_ids)
         self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
         if delta.logprobs is not None:
             self.logprobs += delta.logprobs
             self.cumulative_logprob = delta.cumulative_logprob
@@ -120,6 +129,7 @@ class Stream:
         self.failure: Failure | None = None  # not yet sent; guarded by the sender's lock
         self.error: Failure | None = None  # the failure that the last response reports
         self.inbox: list[Arrival] = []  # guarded by the sender's lock
+        self.result: Result | None = None  # the whole answer; guarded by the sender's lock
         self.scheduled = False  # guarded by the sender's lock, as the two below
         self.ended = False
         self.released = False
@@ -127,9 +137,10 @@ class Stream:
         self.problem: str | None = None  # a traceback, for the log
         self.parsed: ParsedRequest | None = None
         self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0  # of sequence 0; set before its first arrival
         self.choices: list[Choice] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
-        self._gave_prompt_logprobs = False
+        self._gave_prompt_facts = False
         self._num_sent = 0
         self._last_response: Any = None  # held while the stream is ended but not closed
         self._tokenizer = tokenizer
@@ -149,6 +160,11 @@ class Stream:
         self.parsed = parsed
         if parsed.timeout_us is not None:
             self.deadline = self.began + parsed.timeout_us / 1e6
+
+    def finish(self, parsed: ParsedRequest, result: Result) -> None:
+        """End a request whose operation is not generate with its answer. Any thread."""
+        self.parsed = parsed
+        self.sender.finish(self, result)
 
     def fail(self, status: str, message: str) -> None:
         """End the request with an error, after the tokens that have arrived. Any thread."""
@@ -214,7 +230,11 @@ class Stream:
             self._on_close(self)
 
     def _answer(self, inbox: list[Arrival], failure: Failure | None, coalesce: bool) -> None:
-        if self.choices and (failure is None or failure.status != "cancelled"):
+        if self.result is not None and failure is None:
+            assert self.parsed is not None
+            tensors = _result_tensors(self.result, self.parsed.outputs)
+            self._end_with(pb_utils.InferenceResponse(output_tensors=tensors))
+        elif self.choices and (failure is None or failure.status != "cancelled"):
             for part in [inbox] if coalesce else one_token_each(inbox):
                 if not self.ended:
                     self._feed(part)
@@ -300,7 +320,9 @@ class Stream:
 
         Most tensors have one element for each of the n sequences. token_ids: the new tokens of
         sequence 0, then those of sequence 1, ...; num_output_tokens: the number of new tokens of
-        each sequence. finish_reason is "None" until a sequence has ended, then does not change.
+        each sequence. finish_reason is "None" until a sequence has ended, then does not change; so
+        is stop_reason, which is sent from the first end on. Facts of the prompt that the engine
+        tells are sent once.
         """
         choices = self.choices
         make: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
@@ -317,13 +339,24 @@ class Stream:
             "token_ids": lambda: np.array([t for c in choices for t in c.token_ids], np.int32),
         }
         tensors = [pb_utils.Tensor(name, m()) for name, m in make.items() if name in parsed.outputs]
-        # Prompt logprobs are computed for sequence 0, and are complete with its first token.
+        # The engine tells them of sequence 0, and they are complete with its first token.
         here = choices[0].num_tokens > 0 or choices[0].finish_reason is not None
-        due = "prompt_logprobs" in parsed.outputs and not self._gave_prompt_logprobs
-        if due and here:
+        if here and not self._gave_prompt_facts:
+            tensors += self._prompt_facts(parsed)
+            self._gave_prompt_facts = True
+        if "stop_reason" in parsed.outputs and any(c.finish_reason is not None for c in choices):
+            reasons = _bytes(str(c.stop_reason) for c in choices)
+            tensors.append(pb_utils.Tensor("stop_reason", reasons))
+        return tensors
+
+    def _prompt_facts(self, parsed: ParsedRequest) -> list[Any]:
+        tensors = []
+        if "prompt_logprobs" in parsed.outputs:
             text = self._prompt_logprobs_json(parsed)
             tensors.append(pb_utils.Tensor("prompt_logprobs", _bytes([text])))
-            self._gave_prompt_logprobs = True
+        if "num_cached_tokens" in parsed.outputs:
+            count = np.array([self.num_cached_tokens], np.uint32)
+            tensors.append(pb_utils.Tensor("num_cached_tokens", count))
         return tensors
 
     def _prompt_logprobs_json(self, parsed: ParsedRequest) -> str:
@@ -374,6 +407,13 @@ class Sender:
         with self._wake:
             if stream.failure is None and not stream.ended:
                 stream.failure = failure
+                self._schedule(stream)
+
+    def finish(self, stream: Stream, result: Result) -> None:
+        """End a stream with its whole answer, unless it has failed."""
+        with self._wake:
+            if stream.failure is None and not stream.ended:
+                stream.result = result
                 self._schedule(stream)
 
     def hold(self, stream: Stream) -> None:
@@ -439,6 +479,14 @@ def one_token_each(inbox: list[Arrival]) -> Iterator[list[Arrival]]:
             part = []
         part.append(arrival)
     yield part
+
+
+def _result_tensors(result: Result, names: Container[str]) -> list[Any]:
+    arrays = {"text_output": _bytes([result.text])}
+    if result.token_ids is not None:
+        arrays["num_input_tokens"] = np.array([len(result.token_ids)], np.uint32)
+        arrays["token_ids"] = np.array(result.token_ids, np.int32)
+    return [pb_utils.Tensor(name, array) for name, array in arrays.items() if name in names]
 
 
 def _logprobs_json(entries: Sequence[dict[int, dict[str, Any]] | None] | None) -> str:

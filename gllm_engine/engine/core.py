@@ -22,10 +22,12 @@ from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.runner import NullRunner, cache_dirs
 from gllm_engine.sampling import InvalidField, shown
 from gllm_engine.sched import (
+    Amount,
     Committed,
     IntegrityError,
     Policy,
     Refused,
+    Room,
     Scheduler,
     Sequence,
     SequenceKey,
@@ -166,8 +168,7 @@ class Engine:
             eos_token_ids=eos_token_ids,
         )
         self._depth = config.plans_in_flight
-        self._max_waiting = config.max_waiting
-        self._max_waiting_tokens = config.max_waiting_tokens
+        self._room = Room(config.max_waiting, config.max_waiting_tokens)
         self._failed_steps = 0  # since the last successful step
         self.broken: str | None = None
         self._launched: deque[StepHandle] = deque()
@@ -201,45 +202,39 @@ class Engine:
         constraint = self._grammars.constrain(request)
         if not isinstance(constraint, Future):
             self._admit(key, request, constraint)
-        elif not self._may_compile(request):
+        elif (full := self._compiling_refusal(request)) is not None:
             constraint.cancel()
-            waiting = len(self._compiling)
-            self._refuse(
-                key,
-                "unavailable",
-                f"the queue is full: {waiting} requests are waiting for their grammars "
-                "(max_waiting, max_waiting_tokens)",
-            )
+            self._refuse(key, "unavailable", f"{full}; these wait for their grammars")
         else:
             self._compiling[key] = request, constraint
 
-    def _may_compile(self, request: Request) -> bool:
-        """Whether another request may wait for its grammar."""
-        waiting = len(self._compiling)
-        tokens = self._num_compiling_tokens + len(request.prompt)
-        return not waiting or waiting < self._max_waiting and tokens <= self._max_waiting_tokens
+    def _compiling_refusal(self, request: Request) -> str | None:
+        """Why the request may not wait for its grammar; None if it may."""
+        tenant = request.sampling.tenant
+        own = self._compiling_of(tenant)
+        more = Amount(1, len(request.prompt))
+        return self._room.refusal(tenant, own, self._compiling_of(None), more)
 
-    @property
-    def _num_compiling_tokens(self) -> int:
-        return sum([len(request.prompt) for request, _ in self._compiling.values()])
+    def _compiling_of(self, tenant: str | None) -> Amount:
+        """The requests of a tenant, or of all, that wait for their grammars."""
+        requests = [request for request, _ in self._compiling.values()]
+        lengths = [len(r.prompt) for r in requests if tenant in (None, r.sampling.tenant)]
+        return Amount(len(lengths), sum(lengths))
 
     def has_room(self, requests: list[Request]) -> bool:
-        """Whether the queue has room for these requests now."""
+        """Whether the queue has room now for these requests, all of one tenant."""
         stats = self.stats()
         tokens = sum([len(request.prompt) for request in requests])
-        alone = len(requests) == 1 and not stats.waiting
-        return stats.waiting + len(requests) <= self._max_waiting and (
-            alone or stats.waiting_tokens + tokens <= self._max_waiting_tokens
-        )
+        for tenant in {request.sampling.tenant for request in requests}:
+            own = self._scheduler.waiting_of(tenant).plus(self._compiling_of(tenant))
+            total = Amount(stats.waiting, stats.waiting_tokens)
+            if self._room.refusal(tenant, own, total, Amount(len(requests), tokens)) is not None:
+                return False
+        return True
 
     def abort(self, id: int, client: Client = IN_PROCESS) -> None:
         """End a sequence now and free its pages. Has no effect on an ended sequence."""
         self._forget((client, id))
-
-    def num_cached_tokens(self, id: int, client: Client = IN_PROCESS) -> int:
-        """Prompt tokens of a live sequence that the prefix cache held; 0 for any other."""
-        sequence = self._live.get((client, id))
-        return 0 if sequence is None else max(0, sequence.num_cached_tokens)
 
     def drop(self, client: Client) -> None:
         """Abort all sequences of a client, and discard its unsent outputs."""
@@ -262,6 +257,7 @@ class Engine:
         sampling = request.sampling
         self._check_ids("input_ids", request.prompt)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        self._check_ids("allowed_token_ids", sampling.allowed_token_ids)
         self._check_ids("logit_bias", list(sampling.logit_bias))
         for words in request.bad_words:
             self._check_ids("bad_words", words)
@@ -360,6 +356,9 @@ class Engine:
         for sequence, entries in committed.prompt_logprobs:
             client, id = sequence.key
             outboxes[client].prompt_logprobs[id] = entries
+        for sequence, count in committed.num_cached_tokens:
+            client, id = sequence.key
+            outboxes[client].num_cached_tokens[id] = count
         for sequence, finish in committed.finished:
             client, id = sequence.key
             outboxes[client].finished[id] = finish
@@ -421,7 +420,7 @@ class Engine:
         return msgspec.structs.replace(
             stats,
             waiting=stats.waiting + len(self._compiling),
-            waiting_tokens=stats.waiting_tokens + self._num_compiling_tokens,
+            waiting_tokens=stats.waiting_tokens + self._compiling_of(None).tokens,
         )
 
     def check_integrity(self) -> None:

@@ -29,9 +29,10 @@ from gllm_engine.text.completion import (
     Logprobs,
     make_requests,
     render_logprobs,
+    truncated,
 )
 from gllm_engine.text.tokenizer import Tokenizer
-from gllm_engine.types import Finish, Outputs, Request, TokenLogprobs
+from gllm_engine.types import Outputs, Request, TokenLogprobs
 
 Prompt = str | list[int]  # text, or token ids
 
@@ -241,6 +242,8 @@ class LLM:
             return []
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
+        max_len = self.engine.info.max_model_len
+        output.prompt_token_ids = truncated(output.prompt_token_ids, params, max_len)
         output.outputs = [CompletionOutput(index=index) for index in range(params.n)]
         return make_requests(self.tokenizer, output.prompt_token_ids, params, self._ids)
 
@@ -279,6 +282,10 @@ class LLM:
             return
         for id, entries in outputs.prompt_logprobs.items():
             self._take_prompt_logprobs(id, entries)
+        for id, count in outputs.num_cached_tokens.items():
+            sequence = self._sequences.get(id)
+            if sequence is not None and sequence.output.index == 0:
+                sequence.parent.num_cached_tokens = count
         for id, token in zip(outputs.ids, outputs.tokens, strict=True):
             self._feed(id, [token], outputs)
         for id in outputs.finished.keys() - outputs.ids:
@@ -301,22 +308,14 @@ class LLM:
         sequence.output.add(delta)
         if sequence.deltas is not None:
             sequence.deltas.append(delta)
-        if finish is not None:
-            self._note(sequence, finish)
+        parent = sequence.parent
+        if finish is not None and finish.reason == "error" and parent.error is None:
+            parent.error = finish.message
+            self._abort(sequence.siblings)  # the prompt has failed, so their tokens are unused
         if sequence.completion.finished:
             self._sequences.pop(id, None)
         if sequence.completion.wants_abort:
-            if sequence.output.index == 0:
-                sequence.parent.num_cached_tokens = self.engine.num_cached_tokens(id)
             self.engine.abort(id)
-
-    def _note(self, sequence: _Sequence, finish: Finish) -> None:
-        parent = sequence.parent
-        if sequence.output.index == 0:
-            parent.num_cached_tokens = finish.num_cached_tokens
-        if finish.reason == "error" and parent.error is None:
-            parent.error = finish.message
-            self._abort(sequence.siblings)  # the prompt has failed, so their tokens are unused
 
     def _abort(self, ids: Iterable[int]) -> None:
         for id in ids:

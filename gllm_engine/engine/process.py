@@ -27,7 +27,7 @@ from gllm_engine.engine.attach import socket_address
 from gllm_engine.engine.core import Engine
 from gllm_engine.model import LoadError
 from gllm_engine.os_process import Process, end_with, end_with_any_thread
-from gllm_engine.types import Stats
+from gllm_engine.types import Stats, TenantStats
 
 STATS_EVERY_S = 0.1
 # An engine ends if no front end attaches in this time: the front end that started it is gone.
@@ -218,7 +218,19 @@ class _StatsFeed:
             answer_snapshot_hits=stats.answer_snapshot_hits - base.answer_snapshot_hits,
             preemptions=stats.preemptions - base.preemptions,
             steps=stats.steps - base.steps,
+            tenants={
+                name: _tenant_since(tenant, base.tenants.get(name, TenantStats()))
+                for name, tenant in stats.tenants.items()
+            },
         )
+
+
+def _tenant_since(stats: TenantStats, base: TenantStats) -> TenantStats:
+    return msgspec.structs.replace(
+        stats,
+        prefill_tokens=stats.prefill_tokens - base.prefill_tokens,
+        decode_tokens=stats.decode_tokens - base.decode_tokens,
+    )
 
 
 def _leave_word(directory: Path, sentence: str) -> None:

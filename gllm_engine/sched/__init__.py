@@ -11,9 +11,11 @@ from gllm_engine.sched.pages import Group, IntegrityError, PagePool, capacity, m
 from gllm_engine.sched.policy import POLICIES, Budget, Policy
 from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
 from gllm_engine.sched.sequence import Constraint, Sequence, SequenceKey
+from gllm_engine.sched.tenants import Amount, Room
 
 __all__ = [
     "POLICIES",
+    "Amount",
     "PagePool",
     "Budget",
     "Committed",
@@ -24,6 +26,7 @@ __all__ = [
     "IntegrityError",
     "Policy",
     "Refused",
+    "Room",
     "Scheduler",
     "Sequence",
     "SequenceKey",

@@ -28,6 +28,7 @@ from gllm_engine.sched.pages import (
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
 from gllm_engine.sched.snapshots import SnapshotKind, SnapshotPool
+from gllm_engine.sched.tenants import Amount, Room, Waiting
 from gllm_engine.types import (
     NO_SNAPSHOT,
     Chunk,
@@ -65,6 +66,8 @@ class Committed:
     logprobs: list[tuple[Sequence, TokenLogprobs]] = field(default_factory=list)
     # Consecutive prompt positions, from 1 on. Each position is reported once.
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
+    # Prompt tokens served from the prefix cache, of sequences that got their first token.
+    num_cached_tokens: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -99,7 +102,8 @@ class Scheduler:
 
     Any number of plans may be in flight. Running sequences are in `_prefilling` or `_decoding`;
     they hold a slot, and pages for all their planned tokens. Between calls every live sequence is
-    in one of three queues. A sequence in no queue has ended, so its results in flight are dropped.
+    in one of these two queues or in its tenant's queue in `_waiting`. A sequence in no queue has
+    ended, so its results in flight are dropped.
     """
 
     def __init__(
@@ -130,22 +134,21 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._max_tokens = config.max_num_batched_tokens
         self._max_slots = config.max_num_seqs
-        self._max_waiting = config.max_waiting
-        self._max_waiting_tokens = config.max_waiting_tokens
+        self._room = Room(config.max_waiting, config.max_waiting_tokens)
         self._eos_token_ids = eos_token_ids
         self._policy = policy or POLICIES[config.policy]
         self._fit = Fit()
         self._stages = config.pipeline_parallel_size
         self._drain_steps = config.prefill_drain_steps
         self._min_prefill = config.min_prefill_tokens
-        self._waiting = Queue()
+        self._waiting = Waiting(config.tenant_weights)
         self._prefilling = Queue()
         self._decoding = Queue()
         self._backlog = 0  # sum over live sequences of Sequence.backlog
         self._context = 0  # sum over decoding sequences of Sequence.planned
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))  # free ones
         self._flights: deque[_Flight] = deque()
-        self._arrivals = self._steps = self._preemptions = 0
+        self._steps = self._preemptions = 0
         self._prefix_queries = self._prefix_stored = self._prefix_hits = 0
         self._snapshot_hits = Counter[SnapshotKind]()
 
@@ -153,9 +156,10 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises Refused if the queue is full or the prompt never fits."""
-        if sequence.rank[1]:
+        if sequence.rank[2]:
             raise ValueError(f"sequence {sequence.key!r} was added before")
         length = sequence.prompt_len
+        sampling = sequence.sampling
         wanted = self._wanted(sequence)
         if not length:
             raise Refused("invalid", "prompt: it is empty, at least one token is needed")
@@ -171,32 +175,23 @@ class Scheduler:
                 f"prompt: its {length} tokens do not fit the KV cache, which holds "
                 f"{self._capacity} tokens",
             )
-        if len(self._waiting) >= self._max_waiting:
-            raise Refused(
-                "unavailable",
-                f"the queue is full: {len(self._waiting)} requests are waiting (max_waiting)",
-            )
-        queued = self._num_waiting_tokens
-        if self._waiting and queued + length > self._max_waiting_tokens:
-            raise Refused(
-                "unavailable",
-                f"the queue is full: {queued} tokens are waiting, and with the {length} of this "
-                f"prompt they would be more than {self._max_waiting_tokens} (max_waiting_tokens)",
-            )
-        self._arrivals += 1
-        sampling = sequence.sampling
-        sequence.rank = (sampling.priority, self._arrivals)
+        tenant = self._waiting.tenant(sampling.tenant)
+        refusal = self._room.refusal(
+            sampling.tenant, tenant.waiting, self._waiting.amount, Amount(1, length)
+        )
+        if refusal is not None:
+            raise Refused("unavailable", refusal)
         sequence.limit = min(wanted, self._capacity + 1)
         eos = () if sampling.ignore_eos else self._eos_token_ids
         sequence.stops = frozenset(eos + sampling.stop_token_ids)
         sequence.pages = Pages(self._groups, sampling.cache_salt, self._snapshots)
-        sequence.commit_check = self._next_commit_check(sequence)
-        self._waiting.put(sequence)
+        sequence.commit_check = length + 1  # its first token
+        self._waiting.join(sequence, tenant)
         self._backlog += length
 
-    @property
-    def _num_waiting_tokens(self) -> int:
-        return self._backlog - sum([sequence.backlog for sequence in self._prefilling])
+    def waiting_of(self, tenant: str) -> Amount:
+        """What a tenant has waiting."""
+        return self._waiting.tenant(tenant).waiting
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now. Does nothing for a sequence that has ended or was never added."""
@@ -226,15 +221,26 @@ class Scheduler:
         Plans in flight may still write to those pages, but they run before any later plan.
         """
         assert sequence.queue is not None
-        if sequence.queue is self._decoding:
-            self._context -= sequence.planned
-        sequence.queue.take(sequence)
+        if sequence.slot == NO_SLOT:
+            self._waiting.take(sequence)
+        else:
+            if sequence.queue is self._decoding:
+                self._context -= sequence.planned
+                self._charge_decodes(sequence)
+            sequence.queue.take(sequence)
+            self._waiting.leave(sequence)
         self._backlog -= sequence.backlog
         self._release_rolling(sequence)
         sequence.pages.release()
         if sequence.slot != NO_SLOT:
             self._slots.append(sequence.slot)
             sequence.slot = NO_SLOT
+
+    @staticmethod
+    def _charge_decodes(sequence: Sequence) -> None:
+        """Add the tokens of decode rows since the last call to the tenant's service."""
+        sequence.tenant.decode += sequence.planned - sequence.charged
+        sequence.charged = sequence.planned
 
     def _release_rolling(self, sequence: Sequence) -> None:
         """Make the snapshot that a sequence has written while it decoded findable by others."""
@@ -289,10 +295,13 @@ class Scheduler:
 
     def _load(self) -> Load:
         unplanned = sum(sequence.backlog for sequence in self._prefilling)  # usually one sequence
+        waiting = self._backlog - unplanned
+        if len(self._waiting) > len(self._slots):
+            waiting = waiting * len(self._slots) // len(self._waiting)
         return Load(
             max_tokens=self._max_tokens,
             num_decoding=len(self._decoding),
-            backlog=self._backlog,
+            backlog=unplanned + waiting,
             num_free_pages=self._pool.num_free + self._num_whole * unplanned // self._page_size,
             num_reserved_pages=self._num_reserved,
             num_pages=self._pool.num_pages,
@@ -397,6 +406,7 @@ class Scheduler:
         if constraint is not None and planned == len(sequence.tokens):
             return False  # the mask depends on a token in flight
         if planned % self._page_size == 0:
+            self._charge_decodes(sequence)
             sequence.pages.drop_unneeded(planned)
             if not self._make_room(sequence):
                 return False
@@ -436,7 +446,7 @@ class Scheduler:
         """
         if not self._waiting or not self._slots:
             return False
-        sequence = self._waiting[0]
+        sequence = self._waiting.first()
         reserve = self._num_reserved
         if len(sequence.tokens) < sequence.prefill_len or self._pool.num_free <= reserve:
             return False
@@ -446,7 +456,7 @@ class Scheduler:
         cached = pages.find_cached(tokens) if looks_up else pages.nothing_cached()
         if not pages.fit(tokens, cached, reserve) or self._is_coming(sequence, cached):
             return False
-        self._waiting.take(sequence)
+        self._waiting.admit(sequence)
         self._prefilling.put(sequence)
         pages.open(tokens, cached)
         sequence.slot = self._slots.pop()
@@ -601,6 +611,8 @@ class Scheduler:
         draft.chunked.append(sequence)
         sequence.planned = end
         sequence.planned_by = self._steps + 1
+        sequence.charged = end
+        sequence.tenant.prefill += end - start
         self._backlog -= end - start
         sequence.pages.publish(tokens, end)
         if samples:
@@ -648,6 +660,8 @@ class Scheduler:
             tokens.append(token)
             append((sequence, token))
             if token in sequence.stops or len(tokens) == sequence.commit_check:
+                if len(tokens) == sequence.prompt_len + 1 and sequence.num_cached_tokens:
+                    committed.num_cached_tokens.append((sequence, sequence.num_cached_tokens))
                 finish = self._look(sequence, token)
                 if finish is not None:
                     self._remove(sequence)
@@ -655,24 +669,23 @@ class Scheduler:
         return committed
 
     def _look(self, sequence: Sequence, token: int) -> Finish | None:
-        """Handle a token that ends the sequence or completes a page; returns its Finish, if any."""
+        """Handle a first token, or one that ends the sequence or completes a page; returns its
+        Finish, if any."""
         length = len(sequence.tokens)
-        cached = sequence.num_cached_tokens
         if sequence.slot != NO_SLOT:
             # The newest token was sampled from the one before it, so that one is planned.
             sequence.pages.publish(sequence.tokens, length - 1)
         if token in sequence.stops:
-            return Finish("stop", stop_token=token, num_cached_tokens=cached)
+            return Finish("stop", stop_token=token)
         if length == sequence.limit:
             if length == self._wanted(sequence):
-                return Finish("length", num_cached_tokens=cached)
+                return Finish("length")
             return Finish(
                 "error",
                 status="invalid",
                 message=f"The KV cache holds {self._capacity} tokens, too few for the prompt of "
                 f"{sequence.prompt_len} tokens and more than {length - sequence.prompt_len} "
                 "tokens of output.",
-                num_cached_tokens=cached,
             )
         sequence.commit_check = self._next_commit_check(sequence)
         return None
@@ -723,7 +736,8 @@ class Scheduler:
             answer_snapshot_hits=self._snapshot_hits["answer"],
             preemptions=self._preemptions,
             steps=self._steps,
-            waiting_tokens=self._num_waiting_tokens,
+            waiting_tokens=self._waiting.num_tokens,
+            tenants=self._waiting.stats(),
         )
 
     def check_integrity(self) -> None:
@@ -735,7 +749,8 @@ class Scheduler:
             pool.check_integrity(part.ids for part in parts if part.group.pool is pool)
         if self._snapshots is not None:
             self._snapshots.check_integrity([s.rolling] for s in live if s.rolling != NO_SNAPSHOT)
-        for queue in (self._waiting, self._prefilling, self._decoding):
+        self._waiting.check_integrity(running)
+        for queue in (*self._waiting.queues(), self._prefilling, self._decoding):
             if any(sequence.queue is not queue for sequence in queue):
                 raise IntegrityError("A sequence is in a queue it does not know of.")
             if queue != sorted(queue) or len({s.rank for s in queue}) < len(queue):

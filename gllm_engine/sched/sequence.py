@@ -16,6 +16,7 @@ from gllm_engine.types import NO_SNAPSHOT
 if TYPE_CHECKING:
     from gllm_engine.sched.pages import Pages
     from gllm_engine.sched.snapshots import SnapshotKind
+    from gllm_engine.sched.tenants import Tenant
 
 # Maps all known tokens (prompt and output) to a mask of allowed next tokens: one bit per token id,
 # least significant bit first. None allows every token. Must not raise and must not change the list.
@@ -25,6 +26,7 @@ Constraint = Callable[[list[int]], "bytes | None"]
 SequenceKey = tuple[bytes, int]
 
 NO_SLOT = -1
+NOT_ADMITTED = 2**62  # comes after the number of every admission
 
 
 class Sequence:
@@ -42,8 +44,10 @@ class Sequence:
         "sampling",
         "seed",
         "constraint",
+        # (priority, number of the first admission, arrival): smaller ranks are served sooner.
+        "rank",
         # Set once by Scheduler.add.
-        "rank",  # (priority, arrival): smaller ranks are served sooner
+        "tenant",
         "limit",  # largest possible number of known tokens
         "stops",  # token ids that end the sequence
         "pages",
@@ -67,6 +71,7 @@ class Sequence:
         # (in schedule) or len(tokens) == commit_check (in commit).
         "plan_check",
         "commit_check",
+        "charged",  # while decoding: its tenant's service includes tokens 0..charged-1
         "num_cached_tokens",  # set at first admission; -1 before
         "num_prompt_logprobs",  # prompt positions already reported
     )
@@ -85,7 +90,8 @@ class Sequence:
         self.sampling = sampling
         self.seed = seed
         self.constraint = constraint
-        self.rank = (sampling.priority, 0)
+        self.rank = (sampling.priority, 0, 0)
+        self.tenant: Tenant
         self.limit = 0
         self.stops: frozenset[int] = frozenset()
         self.pages: Pages
@@ -97,6 +103,7 @@ class Sequence:
         self.planned = self.planned_by = 0
         self.prefill_len = self.prompt_len
         self.plan_check = 0
+        self.charged = 0
         self.commit_check = 0
         self.num_cached_tokens = -1
         self.num_prompt_logprobs = 0

@@ -38,12 +38,14 @@ class ChatTemplate:
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        """`templates`: Jinja sources by name: "default", and "tool_use" for requests with tools.
+        """`templates`: Jinja sources by name: "default", and "tool_use" for requests with tools;
+        kept as `sources`.
 
         `special_tokens`: token texts by their names in templates, such as bos_token.
         """
+        self.sources = dict(templates)
         setup = {
-            "templates": dict(templates),
+            "templates": self.sources,
             "special_tokens": dict(special_tokens),
             "cpu_limit_s": CPU_LIMIT_S,
             "memory_limit": MEMORY_LIMIT,

@@ -148,6 +148,14 @@ def render_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> Logprobs:
     }
 
 
+def truncated(prompt: list[int], sampling: SamplingParams, max_model_len: int) -> list[int]:
+    """The end of a prompt that `truncate_prompt_tokens` leaves of it."""
+    most = sampling.truncate_prompt_tokens
+    if most == -1:
+        most = max(1, max_model_len - (sampling.max_tokens or 1))
+    return prompt if most is None else prompt[-most:]
+
+
 def make_requests(
     tokenizer: Tokenizer, prompt: list[int], sampling: SamplingParams, ids: Iterable[int]
 ) -> list[Request]:

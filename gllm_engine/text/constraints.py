@@ -1,4 +1,4 @@
-"""Token masks for structured outputs (through llguidance) and bad words.
+"""Token masks for structured outputs (through llguidance), bad words and allowed token ids.
 
 Owns the compiled grammars. The scheduler calls a Constraint with the known tokens of its sequence
 whenever it plans the next token. A Constraint never raises; it sets `error`. Knows nothing of the
@@ -44,9 +44,15 @@ class Constraint:
         prompt_len: int,
         matcher: LLMatcher | None,
         bad_words: Sequence[tuple[int, ...]],
+        allowed_ids: Sequence[int] = (),
     ) -> None:
+        """`allowed_ids`: the tokens that the request allows; empty: all."""
         self._mask_len = (vocab_size + 7) // 8
-        self._all = ((1 << vocab_size) - 1).to_bytes(self._mask_len, "little")
+        self._is_restricted = bool(allowed_ids)
+        if allowed_ids:
+            self._permitted = self._mask_of(allowed_ids)
+        else:
+            self._permitted = ((1 << vocab_size) - 1).to_bytes(self._mask_len, "little")
         self._eos = tuple(eos_token_ids)
         self._prompt_len = prompt_len
         self._matcher = matcher
@@ -66,21 +72,30 @@ class Constraint:
 
     def _make(self, tokens: list[int]) -> bytes | None:
         banned = self._banned + self._completing(tokens)
-        if self._matcher is None and not banned:
+        if self._matcher is None and not banned and not self._is_restricted:
             return None
-        allowed = bytearray(self._all) if self._matcher is None else self._grammatical(tokens)
+        allowed = bytearray(self._permitted) if self._matcher is None else self._grammatical(tokens)
         if self.error is not None:
             return None
-        mask = allowed.copy()
+        mask = _intersection(allowed, self._permitted) if self._is_restricted else allowed.copy()
         for id in banned:
             mask[id >> 3] &= ~(1 << (id & 7))
-        if not any(mask):  # bad words cannot forbid an end token that the grammar allows
+        if not any(mask):  # nothing can forbid an end token that the grammar allows
             for id in self._eos:
                 mask[id >> 3] |= allowed[id >> 3] & 1 << (id & 7)
         if not any(mask):
             what = "every token" if self._matcher is None else "all that the grammar allows here"
-            self.error = f"bad_words: they forbid {what}"
+            who = "bad_words: they forbid"
+            if self._is_restricted:
+                who = "allowed_token_ids: they, or they and bad_words together, forbid"
+            self.error = f"{who} {what}"
             return None
+        return bytes(mask)
+
+    def _mask_of(self, ids: Sequence[int]) -> bytes:
+        mask = bytearray(self._mask_len)
+        for id in ids:
+            mask[id >> 3] |= 1 << (id & 7)
         return bytes(mask)
 
     def _completing(self, tokens: list[int]) -> list[int]:
@@ -146,7 +161,8 @@ class Grammars:
         asked = request.sampling.structured_outputs
         if asked is not None:
             return self._thread.submit(self._constrain, request, asked)
-        return self._build(request, None) if request.bad_words else None
+        is_plain = not request.bad_words and not request.sampling.allowed_token_ids
+        return None if is_plain else self._build(request, None)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -174,7 +190,12 @@ class Grammars:
     def _build(self, request: Request, matcher: LLMatcher | None) -> Constraint:
         own = None if matcher is None else matcher.deep_copy()
         return Constraint(
-            self._vocab_size, self.eos_token_ids, len(request.prompt), own, request.bad_words
+            self._vocab_size,
+            self.eos_token_ids,
+            len(request.prompt),
+            own,
+            request.bad_words,
+            request.sampling.allowed_token_ids,
         )
 
     def _compile(self, asked: StructuredOutputs) -> LLMatcher | str:
@@ -202,6 +223,12 @@ class Grammars:
             special.add(id)
             tokens[id] = tokens[id] or b"<[%d]>" % id  # llguidance needs a name
         return Compiler(Vocabulary(tokens, sorted(special), list(self.eos_token_ids)))
+
+
+def _intersection(a: bytes | bytearray, b: bytes) -> bytearray:
+    """The bits that are set in both of two masks of one length."""
+    both = int.from_bytes(a, "little") & int.from_bytes(b, "little")
+    return bytearray(both.to_bytes(len(a), "little"))
 
 
 def _made(future: Future[Compiler | str]) -> Compiler | None:

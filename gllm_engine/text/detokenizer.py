@@ -30,11 +30,11 @@ class Spelling:
         # would take a second.
         rules = _decoder_rules(None if decoder is None else json.loads(decoder.__getstate__()))
         self.leading_spaces = _leading_spaces(rules)
-        self._special = _special_ids(tokenizer, special_tokens)
+        self.special_ids = _special_ids(tokenizer, special_tokens)
         self._spell = _speller(rules, first=False)
         self._spell_first = _speller(rules, first=True)
         self._shown = _Pieces(lambda id: self._piece(self._spell, id))
-        self._plain = _Pieces(lambda id: b"" if id in self._special else self._shown[id])
+        self._plain = _Pieces(lambda id: b"" if id in self.special_ids else self._shown[id])
 
     def pieces(self, skip_special_tokens: bool) -> dict[int, bytes]:
         """UTF-8 bytes by token id, filled on demand. A sequence's pieces joined are its text.

@@ -43,6 +43,7 @@ class Tokenizer:
     tokenizer.json, transformers' converters make one.
 
     `spelling`: the bytes of the tokens, for a Detokenizer. `chat_template`: None if it has none.
+    `special_tokens`: the ids of the special tokens, by their texts.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,6 +57,8 @@ class Tokenizer:
             vocabulary = self._inner.get_vocab(with_added_tokens=True)
             _check_ids(vocabulary)
             self.spelling = Spelling(self._inner, _special_tokens(path / "tokenizer.json"))
+        special = sorted(self.spelling.special_ids)
+        self.special_tokens = {str(self._inner.id_to_token(id)): id for id in special}
         self.vocab_size = len(vocabulary)
         self._longest = max(map(len, vocabulary))  # characters
         self.eos_token_id: int | None = outer.eos_token_id
@@ -95,11 +98,21 @@ class Tokenizer:
 
         The other arguments are those of ChatTemplate.render. Raises InvalidField.
         """
+        text = self.render(messages, max_tokens, tools, chat_template_kwargs)
+        return self.encode(text, False, max_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation; the arguments are those of `chat`."""
         if self.chat_template is None:
             raise InvalidField("messages", "this model has no chat template; send plain text")
         limit = {} if max_tokens is None else {"max_chars": max_tokens * self._longest}
-        text = self.chat_template.render(messages, tools, chat_template_kwargs, **limit)
-        return self.encode(text, False, max_tokens)
+        return self.chat_template.render(messages, tools, chat_template_kwargs, **limit)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`, as from a Detokenizer without a prompt.

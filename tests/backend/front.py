@@ -20,6 +20,7 @@ from gllm_backend.gllm.request import OUTPUTS
 from gllm_engine import EngineUnavailable, Finish, InvalidField, ModelInfo, Outputs, Request, Stats
 
 VOCAB = 300
+BOS = 257
 
 
 class ByteSpelling:
@@ -41,6 +42,8 @@ class ByteTokenizer:
     """A tokenizer of bytes. Its chat template writes roles and tools into the text."""
 
     chat_template = None
+    special_tokens = ("<s>",)
+    adds_bos = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,26 +52,30 @@ class ByteTokenizer:
         self.held = threading.Event()  # ... and goes on when this is
         self.held.set()
 
-    def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
-        return list(text.encode())
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        return [BOS] * (self.adds_bos and add_special_tokens) + list(text.encode())
 
-    def decode(self, ids: list[int]) -> str:
-        return b"".join(map(self.spelling.first_piece, ids)).decode("utf-8", "replace")
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        special = {} if skip_special_tokens else {BOS: b"<s>"}
+        pieces = [special.get(id, self.spelling.first_piece(id)) for id in ids]
+        return b"".join(pieces).decode("utf-8", "replace")
 
-    def chat(
+    def render(
         self,
         messages: Any,
         max_tokens: int | None = None,
         tools: Any = None,
         chat_template_kwargs: Any = None,
-    ) -> list[int]:
+    ) -> str:
         if not isinstance(messages, list) or not messages:
             raise InvalidField("messages", "expected a non-empty list")
         self.holding.set()
         self.held.wait()
         given = [value for value in (tools, chat_template_kwargs) if value]
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
-        return self.encode(text + "".join(map(json.dumps, given)))
+        return text + "".join(map(json.dumps, given))
 
     def token_text(self, token: int) -> str:
         return self.decode([token])
@@ -138,6 +145,9 @@ def front_end(
     """A running model; finalized at the end unless the test did."""
     version = tmp_path / "1"
     version.mkdir(exist_ok=True)
+    (version / "config.json").write_text(json.dumps({"architectures": ["Bytes"]}))
+    generation = {"temperature": 0.5, "top_p": "high", "top_k": -7, "do_sample": True}
+    (version / "generation_config.json").write_text(json.dumps(generation))
     (version / "model.json").write_text(json.dumps({"model": ".", "drain_timeout_s": 0} | config))
     given = {key: {"string_value": value} for key, value in (parameters or {}).items()}
     args = {

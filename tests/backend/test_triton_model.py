@@ -17,7 +17,15 @@ from front import front_end, request, text
 
 from gllm_backend.gllm.model import TritonPythonModel
 from gllm_backend.gllm.request import INPUTS, OUTPUTS
-from gllm_engine import ConfigError, Finish, Outputs, Stats, TokenLogprobs
+from gllm_engine import (
+    ConfigError,
+    Finish,
+    Outputs,
+    Stats,
+    TenantStats,
+    TokenLogprobs,
+    __version__,
+)
 
 STOP, LENGTH = Finish("stop"), Finish("length")
 
@@ -156,6 +164,44 @@ def test_a_named_output_that_was_not_computed_is_null(front) -> None:
     assert decode(tensors["logprobs"]) == decode(tensors["prompt_logprobs"]) == ["null"]
 
 
+def test_cached_tokens_are_told_once_and_the_stop_reason_from_the_first_end_on(front) -> None:
+    """The cached tokens are those of the first sequence."""
+    model, client = front
+    flags = {"return_num_cached_tokens": True, "return_stop_reason": True}
+    given = request("Hi", stream=True, sampling={"n": 2, "stop": ["!"]}, **flags)
+    model.execute([given])
+    first, second = (sequence.id for sequence in client.submitted)
+    steps = [
+        lambda: client.on_outputs(Outputs([second], [97], num_cached_tokens={second: 1})),
+        lambda: client.on_outputs(Outputs([first], [97], num_cached_tokens={first: 2})),
+        lambda: client.say(first, "!"),
+        lambda: client.say(second, "b", Finish("length")),
+    ]
+    for number, step in enumerate(steps, 1):
+        step()
+        wait_for(lambda number=number: len(given.record.sent) == number)
+    tensors = [response.tensors for response in given.record.wait().data]
+    cached = [
+        t["num_cached_tokens"].tolist() if "num_cached_tokens" in t else None for t in tensors
+    ]
+    assert cached == [None, [2], None, None]
+    reasons = [decode(t["stop_reason"]) if "stop_reason" in t else None for t in tensors]
+    assert reasons == [None, None, ["!", "None"], ["!", "None"]]
+
+
+def test_an_answer_in_one_response_has_them_all(front) -> None:
+    model, client = front
+    named = {"stop_reason", "num_cached_tokens"}
+    given = request("Hi", sampling={"stop_token_ids": [98]}, outputs=named)
+    model.execute([given])
+    (sequence,) = client.submitted
+    client.say(sequence.id, "ab", Finish("stop", stop_token=98))
+    (response,) = given.record.wait().data
+    assert response.tensors.keys() == named
+    assert decode(response.tensors["stop_reason"]) == ["98"]
+    assert response.tensors["num_cached_tokens"].tolist() == [0]
+
+
 def test_n_sequences_end_one_by_one(front) -> None:
     model, client = front
     flags = {f"return_{name}": True for name in ("finish_reason", "num_output_tokens", "token_ids")}
@@ -290,6 +336,128 @@ def test_token_ids_in_and_bad_words(front) -> None:
     assert client.submitted[0].bad_words == ((110, 111),)
 
 
+@pytest.mark.parametrize(
+    ("given", "most", "kept"),
+    [
+        ({"prompt": "abc"}, 2, b"bc"),
+        ({"prompt": "abc"}, 9, b"abc"),
+        ({"prompt": "abc"}, 2**62, b"abc"),
+        ({"prompt": "ab" * 1000}, -1, b"ab" * 492),  # max_tokens 16 of 1,000
+        ({"prompt": None, "input_ids": np.array([97, 98], np.int32)}, 1, b"b"),
+    ],
+)
+def test_the_end_of_a_prompt_is_kept(front, given, most: int, kept: bytes) -> None:
+    model, client = front
+    asked = request(
+        **given, sampling={"truncate_prompt_tokens": most}, return_num_input_tokens=True
+    )
+    model.execute([asked])
+    (sequence,) = client.submitted
+    assert bytes(sequence.prompt) == kept
+    client.say(sequence.id, "x", STOP)
+    (response,) = asked.record.wait().data
+    assert response.tensors["num_input_tokens"].tolist() == [len(kept)]
+
+
+# ---------------------------------------------------------------- other operations
+
+
+def operation(front, name: str, prompt: str | None = None, **tensors) -> dict[str, np.ndarray]:
+    """The output tensors of the one response to an operation that the engine is not asked for."""
+    model, client = front
+    given = request(prompt, operation=text(name), **tensors)
+    model.execute([given])
+    record = given.record.wait()
+    record.check()
+    assert record.error is None, record.error.message()
+    (response,) = record.data
+    assert not client.submitted and not model.live
+    return response.tensors
+
+
+MESSAGES = text(json.dumps([{"role": "user", "content": "é"}]))
+
+
+@pytest.mark.parametrize(
+    ("given", "says", "ids"),
+    [
+        ({"prompt": "Hi"}, "Hi", [257, 72, 105]),
+        ({"prompt": "Hi", "add_special_tokens": False}, "Hi", [72, 105]),
+        ({"messages": MESSAGES}, "<user>é", list("<user>é".encode())),
+        ({"messages": MESSAGES, "add_special_tokens": True}, "<user>é", [257, *"<user>é".encode()]),
+        ({"input_ids": np.array([257, 72], np.int32)}, "<s>H", [257, 72]),
+    ],
+)
+def test_a_prompt_is_tokenized_as_it_is_for_an_answer(front, given, says, ids) -> None:
+    model, client = front
+    model.tokenizer.adds_bos = True
+    found = operation(front, "tokenize", **given)
+    assert decode(found["text_output"]) == [says]
+    assert found["token_ids"].tolist() == ids and found["token_ids"].dtype == np.int32
+    assert found["num_input_tokens"].tolist() == [len(ids)]
+    assert len(found) == 3
+    asked = request(**({"prompt": None} | given))
+    model.execute([asked])
+    wait_for(lambda: client.submitted)
+    assert client.submitted[0].prompt == ids
+
+
+def test_a_prompt_that_is_too_long_can_be_counted(front) -> None:
+    assert operation(front, "tokenize", "a" * 5000)["num_input_tokens"].tolist() == [5000]
+    many = np.zeros(5000, np.int32)
+    assert len(operation(front, "tokenize", input_ids=many)["token_ids"]) == 5000
+    assert decode(operation(front, "detokenize", input_ids=many)["text_output"]) == ["\0" * 5000]
+
+
+def test_named_outputs_of_an_operation(front) -> None:
+    found = operation(front, "tokenize", "Hi", outputs={"token_ids", "finish_reason"})
+    assert found.keys() == {"token_ids"}
+
+
+def test_detokenize_shows_special_tokens(front) -> None:
+    ids = np.array([257, *"né".encode()], np.int32)
+    found = operation(front, "detokenize", input_ids=ids)
+    assert found.keys() == {"text_output"} and decode(found["text_output"]) == ["<s>né"]
+    nothing = operation(front, "detokenize", input_ids=np.array([], np.int32))
+    assert decode(nothing["text_output"]) == [""]
+
+
+def test_describe_tells_the_facts(front) -> None:
+    (facts,) = decode(operation(front, "describe")["text_output"])
+    assert json.loads(facts) == {
+        "model": "m",
+        "architectures": ["Bytes"],
+        "max_model_len": 1000,
+        "vocab_size": 300,
+        "eos_token_ids": [256],
+        "chat_template": None,
+        "special_tokens": ["<s>"],
+        "generation_config": {"temperature": 0.5},
+        "software": f"gllm {__version__}",
+    }
+
+
+def test_operations_are_neither_counted_nor_logged(tmp_path, server) -> None:
+    with front_end(tmp_path) as front:
+        operation(front, "tokenize", "Hi")
+    assert not server.observed and not [v for v in server.metrics.values() if v]
+    assert not [line for _, line in server.log if "request" in line]
+
+
+def test_a_conversation_to_tokenize_waits_its_turn(front) -> None:
+    model, client = front
+    model.tokenizer.held.clear()
+    slow, cancelled = (
+        request(None, operation=text("tokenize"), messages=MESSAGES) for _ in range(2)
+    )
+    model.execute([slow, cancelled])
+    assert model.tokenizer.holding.wait(5)
+    cancelled.record.cancelled = True
+    assert cancelled.record.wait().error.code() == TritonError.CANCELLED
+    model.tokenizer.held.set()
+    assert slow.record.wait().error is None
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -311,6 +479,19 @@ LONG = [{"role": "user", "content": "a" * 1000}]
             "... is outside the vocabulary [0, 300)",
         ),
         (request(sampling={"logit_bias": {"300": 1}}), "logit_bias: token 300"),
+        (request(sampling={"allowed_token_ids": [1, 300]}), "allowed_token_ids: token 300"),
+        (
+            request("a" * 2000, sampling={"truncate_prompt_tokens": 1000}),
+            "prompt: its 1000 tokens leave no room",
+        ),
+        (
+            request(None, operation=text("detokenize"), input_ids=np.array([300], np.int32)),
+            "input_ids: token 300",
+        ),
+        (
+            request(None, operation=text("tokenize"), input_ids=np.zeros(2**20 + 1, np.int32)),
+            "input_ids: 1048577 token ids given, at most 1048576",
+        ),
     ],
 )
 def test_invalid_requests_get_one_error_with_final(front, given, words: str) -> None:
@@ -501,7 +682,7 @@ def test_a_request_that_failed_early_leaves_no_orphan(front, monkeypatch, when: 
         client.on_lost("gone")
         given.record.wait()
 
-    def encode(prompt: str, max_tokens: int) -> list[int]:
+    def encode(prompt: str, *options: object) -> list[int]:
         lose()
         return [*prompt.encode()]
 
@@ -772,11 +953,23 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
         client.say(a, "wxyz", LENGTH)
         client.say([b, c], "12", STOP)
         client.on_stats(
-            Stats(prefix_queries=30, prefix_hits=14, preemptions=1, branch_snapshot_hits=2)
+            Stats(
+                prefix_queries=30,
+                prefix_hits=14,
+                preemptions=1,
+                branch_snapshot_hits=2,
+                tenants={"gold": TenantStats(2, 1, 70, 30)},
+            )
         )
         client.on_lost("gone")
         client.on_stats(
-            Stats(prefix_queries=5, prefix_hits=5, prefix_stored=9, answer_snapshot_hits=3)
+            Stats(
+                prefix_queries=5,
+                prefix_hits=5,
+                prefix_stored=9,
+                answer_snapshot_hits=3,
+                tenants={"gold": TenantStats(0, 4, 7, 3), "other": TenantStats(1)},
+            )
         )
         for given in (one, two, bad, long):
             given.record.wait()
@@ -792,6 +985,9 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
     assert server.value("gllm:prefix_cache_snapshot_hits_total", kind="branch") == 2
     assert server.value("gllm:prefix_cache_snapshot_hits_total", kind="answer") == 3
     assert server.value("gllm:num_preemptions_total") == 1
+    assert server.value("gllm:tenant_prefill_tokens_total", tenant="gold") == 77
+    assert server.value("gllm:tenant_decode_tokens_total", tenant="gold") == 33
+    assert server.value("gllm:tenant_requests_waiting") == 0  # set when the front end ended
     observed = {name: len(values) for name, values in server.observed.items()}
     assert observed == {
         "gllm:time_to_first_token_seconds": 2,

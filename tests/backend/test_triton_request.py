@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -49,6 +49,35 @@ BAD_INPUTS = [
         request(None, input_ids=ids(1), chat_template_kwargs=text("{}")),
         "chat_template_kwargs",
         "goes with messages and not with input_ids",
+    ),
+    (
+        request("a", operation=text("embed")),
+        "operation",
+        "'embed' is unknown; known are generate, ",
+    ),
+    (request(None, operation=text("tokenize")), "text_input", "no prompt"),
+    (request(None, operation=text("detokenize")), "input_ids", "missing"),
+    (
+        request("a", operation=text("detokenize")),
+        "text_input",
+        "does not go with detokenize, which takes input_ids",
+    ),
+    (request("a", operation=text("describe")), "text_input", "describe, which takes no other"),
+    (request("a", stream=True, operation=text("tokenize")), "stream", "go with tokenize"),
+    (
+        request("a", operation=text("tokenize"), sampling={"temperature": 1}),
+        "sampling_parameters",
+        "does not go with tokenize",
+    ),
+    (
+        request("a", operation=text("tokenize"), parameters={"temperature": 1}),
+        "temperature",
+        "tokenize takes no sampling parameters",
+    ),
+    (
+        request(None, input_ids=ids(1), add_special_tokens=True),
+        "add_special_tokens",
+        "not for input_ids",
     ),
     (request(stream=True, image=text("aGk=")), "image", "takes no images"),
     (request(exclude_input_in_output=ids(1)), "exclude_input_in_output", "BOOL"),
@@ -112,6 +141,10 @@ OUT_OF_RANGE = [
     ("stop", ['[""]', "[1]", "5"]),
     ("bad_words", ['[""]']),
     ("stop_token_ids", ['["a"]', '"["']),
+    ("allowed_token_ids", ["[]", '"[]"', '["a"]', "true", str([1] * 16385)]),
+    ("truncate_prompt_tokens", [0, -2, "NaN", "1.5"]),
+    ("spaces_between_special_tokens", ["false", '"false"', "2"]),
+    ("logprob_token_ids", ["[1]"]),
     ("ignore_eos", ["2", '"maybe"']),
     ("structured_outputs", ["{}", '{"regex": "a", "grammar": "b"}', '{"xml": "a"}']),
 ]
@@ -120,7 +153,8 @@ OUT_OF_RANGE = [
 NUMBERS = {
     name
     for name, hint in get_type_hints(SamplingParams).items()
-    if {int, float} & {hint, *get_args(hint)} and name != "stop_token_ids"  # that is the vocabulary
+    # The range of token ids in a list is the vocabulary.
+    if {int, float} & {hint, *get_args(hint)} and get_origin(hint) is not tuple
 }
 EXTREMES = [f"{sign}{number}" for sign in ("", "-") for number in ("9" * 400, "1e400", "9" * 5000)]
 
@@ -159,6 +193,12 @@ def test_parameters_are_the_sampling_parameters_without_the_tensor() -> None:
     parsed = parse_request(request(parameters=parameters))
     assert (parsed.sampling.temperature, parsed.sampling.max_tokens) == (0.0, 7)
     assert parsed.timeout_us == 1000
+
+
+def test_lists_of_token_ids_may_be_one_id_or_json_text() -> None:
+    for value in (5, "5", [5], "[5]", ["5"]):
+        sampling = parse_request(request(sampling={"allowed_token_ids": value})).sampling
+        assert sampling.allowed_token_ids == (5,)
 
 
 def test_null_is_no_limit_where_there_is_one_and_else_the_default() -> None:

@@ -134,7 +134,7 @@ def test_sections_are_there_for_what_was_measured() -> None:
     sections = PAGES["docs/benchmarks.md"]
     assert render(sections, {}) == ""
     told = render(sections, served("share", 25.5))
-    assert told.startswith("## Through tritonserver\n\n**m, through tritonserver")
+    assert told.startswith("## Through a server\n\n**m, through tritonserver")
 
 
 def test_markers() -> None:

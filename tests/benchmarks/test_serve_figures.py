@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gllm_benchmarks import host, offline, serve, simulate
+from gllm_benchmarks import evaluate, host, offline, prefix, serve, simulate
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import number
@@ -18,6 +18,7 @@ from gllm_benchmarks.serve import meets, numbers, parse_slo, patterns, summarize
 NUMBER_FLAGS = {
     *("--streams", "--tokens", "--steps", "--front-ends", "--repeat", "--timeout", "--vocab"),
     *("--seconds", "--concurrency", "--clients", "--limit", "--rate", "--seed", "--slo", "--pp"),
+    *("--block", "--length", "--samples", "--max-tokens"),
     *("--gpus-per-stage", "--bandwidth", "--flops", "--activation-bytes", "--link", "--latency"),
 }
 
@@ -118,7 +119,7 @@ def test_good_numbers() -> None:
     assert number(int, 1, 5)("5") == 5
 
 
-@pytest.mark.parametrize("module", [host, offline, serve, simulate])
+@pytest.mark.parametrize("module", [evaluate, host, offline, prefix, serve, simulate])
 def test_every_number_flag_of_the_benchmarks_has_a_range(
     module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

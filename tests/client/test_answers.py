@@ -82,6 +82,20 @@ def test_text_and_messages_are_told_apart(client: FakeClient) -> None:
     assert second["messages"][0]["content"] == "x" and second["stream"] is False
 
 
+def test_token_ids_are_a_prompt_too(client: FakeClient) -> None:
+    list(RemoteAnswers("u", "m").stream((5, 6), {}))
+    assert client.requests[-1]["input_ids"] == (5, 6) and client.requests[-1]["prompt"] is None
+
+
+def test_a_line_names_the_only_model_or_the_command_names_one(client: FakeClient) -> None:
+    asked = [Item(i, "x", {}, model=name) for i, name in enumerate(["m", "gpt", None])]
+    found = {item.id: answer for item, answer in RemoteAnswers("u", None).answers(asked, 1)}
+    problem = "model: 'gpt' is not here; --model m answers all lines, whatever model they name"
+    assert found[1] == Failed(problem) and found[0].text == found[2].text == "x"
+    assert all(answer.text == "x" for _, answer in RemoteAnswers("u", "m").answers(asked, 1))
+    assert [request["model"] for request in client.requests] == ["m"] * 5
+
+
 def test_what_goes_to_the_chat_template_is_passed_on(client: FakeClient) -> None:
     remote, messages = RemoteAnswers("u", "m"), [{"role": "user", "content": "x"}]
     template = {"tools": [{"type": "function"}], "chat_template_kwargs": {"thinking": False}}

@@ -27,6 +27,7 @@ from gllm_client.flags import (
     struct_texts,
     struct_values,
 )
+from gllm_client.openai_server.options import Options
 from gllm_client.tritonserver import Serving
 from gllm_engine import EngineConfig, SamplingParams, write_tiny_model
 from gllm_engine.engine import core
@@ -162,6 +163,7 @@ COMMANDS = {  # a command with every flag of these structs
     Asked: ["generate", "hi", "--url=x:1", "--model=m"],
     Pace: ["batch", "/no", "/no/o", "--url=x:1", "--model=m"],
     Tiny: ["tiny-model", "/no/such/place"],
+    Options: ["openai"],
 }
 NO_NUMBERS = ["nan", "inf", "-Infinity", "1e400", "9" * 400, "-" + "9" * 400, "9" * 5000, "1_0", ""]
 
@@ -207,7 +209,10 @@ def test_serve_is_told_what_was_given(tmp_path: Path, monkeypatch: pytest.Monkey
     (serving,) = seen
     assert (serving.path, serving.grpc_port, serving.http_port) == (tmp_path, 5, 8000)
     assert serving.engine == {"max_num_seqs": 8} and serving.front_ends == 2
-    assert serving.arguments == ("--log-verbose=1", "--x_y")
+    assert serving.arguments == ("--log-verbose=1", "--x_y") and serving.openai == {}
+    assert main(["serve", str(tmp_path), "--openai-port=9", "--max-body-size=5"]) == 7
+    assert (seen[1].openai_port, seen[1].openai) == (9, {"max_body_size": 5})
+    assert main(["serve", str(tmp_path), "--max-body-size=5"]) == 2  # without --openai-port
 
 
 def test_warmup_is_told_what_was_given_and_tells_what_there_is(
@@ -246,6 +251,23 @@ def test_tritonserver_without_a_server(
     assert "has no bin/tritonserver" in capsys.readouterr().err
 
 
+def openai_line(custom_id: str, path: str, **body: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": f"/v1/{path}", "body": body}
+
+
+def check_openai_lines(found: dict[str, Any]) -> None:
+    """The answers to the OpenAI lines of the test below: defaults are the command's flags."""
+    chat = found["openai"]["body"]
+    assert chat["model"] == "tiny" and chat["usage"]["completion_tokens"] == 6
+    assert chat["choices"][0]["message"]["content"]
+    (choice,) = found["logprobs"]["body"]["choices"]
+    assert len(choice["logprobs"]["tokens"]) == 2 and choice["finish_reason"] == "length"
+    assert found["logprobs"]["body"]["usage"]["prompt_tokens"] == 2
+    for name, param in {"token": "prompt", "top_p": "top_p"}.items():
+        assert found[name]["status_code"] == 400, found[name]
+        assert found[name]["body"]["error"]["param"] == param
+
+
 def test_the_commands_work_in_this_process(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,11 +303,17 @@ def test_the_commands_work_in_this_process(
             "messages": [{"role": "user", "content": "a"}],
             "chat_template_kwargs": {"add_generation_prompt": False},
         },
+        openai_line("openai", "chat/completions", messages=[{"role": "user", "content": "a"}]),
+        openai_line("logprobs", "completions", prompt=[[79, 110]], max_tokens=2, logprobs=2),
+        openai_line("token", "completions", prompt=[10**30]),
+        openai_line("top_p", "completions", prompt="Once", top_p=9),
     ]
     (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)))
     batch = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--concurrency", "2"]
     assert main([*batch, *greedy, "6"]) == 1
-    found = {a["id"]: a for a in map(json.loads, (tmp_path / "out").read_text().splitlines())}
+    answers = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    check_openai_lines({a["custom_id"]: a["response"] for a in answers if "custom_id" in a})
+    found = {a["id"]: a for a in answers}
     assert found["same"]["text"] == text[:-1] and found["same"]["num_output_tokens"] == 6
     assert found["bare"]["num_input_tokens"] < found["chat"]["num_input_tokens"]
     assert found["long"]["num_output_tokens"] == 9 and found["long"]["num_input_tokens"] > 0

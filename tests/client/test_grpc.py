@@ -64,6 +64,8 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             response = answer("x", [1], "stop")
             response.infer_response.outputs[0].datatype = "FP64"
             yield response
+        elif kind == "describe":
+            yield answer('{"max_model_len": 5}', [], "None")
         elif kind != "empty":
             yield answer("é ", [3], "None")
             yield answer("two", [4, 5], "stop")
@@ -264,6 +266,25 @@ def test_a_whole_answer(served: tuple[str, Servicer]) -> None:
         assert client.complete("x") == whole
         with pytest.raises(GenerateError, match="ended before it began"):
             client.complete("empty")
+
+
+def test_tokenize_detokenize_and_describe(served: tuple[str, Servicer]) -> None:
+    async def ask_all() -> list[Any]:
+        async with Client(served[0], "m") as client:
+            tokens = await client.tokenize("x", request_id="q")
+            return [tokens, await client.detokenize([5]), await client.describe(model="m")]
+
+    found = asyncio.run(ask_all())
+    tokens = found[0]
+    assert (tokens.text, tokens.token_ids, tokens.num_input_tokens) == ("é two", (3, 4, 5), 7)
+    assert found[1:] == ["é two", {"max_model_len": 5}]
+    with SyncClient(served[0], "m") as client:
+        assert [client.tokenize("x"), client.detokenize([5]), client.describe()] == found
+        with pytest.raises(ValueError, match="^model: none given"):
+            SyncClient(served[0]).describe()
+    names = [[tensor.name for tensor in request.inputs] for request in served[1].requests[-6:]]
+    assert names == [["operation", "text_input"], ["operation", "input_ids"], ["operation"]] * 2
+    assert served[1].requests[-6].id == "q"
 
 
 def test_the_repository(served: tuple[str, Servicer]) -> None:

@@ -132,6 +132,22 @@ def test_a_whole_answer() -> None:
     assert [(o.text, o.finish_reason) for o in chunk.outputs] == [("a", "stop"), ("b", "length")]
 
 
+def test_tokenize_detokenize_and_describe() -> None:
+    def serve(handler: BaseHTTPRequestHandler, body: dict) -> None:
+        assert handler.path == "/v2/models/m/generate"
+        # Triton sends a tensor of one element as a plain value.
+        answer = {"text_output": json.dumps(body), "token_ids": 3, "num_input_tokens": 1}
+        respond(handler, 200, json.dumps(answer), "application/json")
+
+    with serving(serve) as address:
+        client = HttpClient(address, "m")
+        tokens = client.tokenize("x")
+        assert (tokens.token_ids, tokens.num_input_tokens) == ((3,), 1)
+        assert json.loads(tokens.text) == {"operation": "tokenize", "text_input": "x"}
+        assert json.loads(client.detokenize([5]))["input_ids"] == [5]
+        assert client.describe() == {"operation": "describe"}
+
+
 @pytest.mark.parametrize(
     ("status", "body", "message", "name"),
     [

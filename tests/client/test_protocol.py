@@ -14,9 +14,11 @@ from gllm_client.protocol import (
     GenerateError,
     Output,
     check_timeout,
+    detokenize_inputs,
     merge,
     request_inputs,
     to_chunk,
+    tokenize_inputs,
 )
 from gllm_engine import SamplingParams
 
@@ -36,6 +38,26 @@ def test_a_prompt_becomes_tensors() -> None:
     assert json.loads(str(inputs["sampling_parameters"])) == {"max_tokens": 3, "stop": ["a", "b"]}
     assert "return_logprobs" not in inputs
     assert not any(name.startswith("triton_") for name in inputs)
+
+
+def test_a_prompt_to_tokenize_becomes_tensors() -> None:
+    assert tokenize_inputs("Hi", add_special_tokens=False) == {
+        "operation": "tokenize",
+        "text_input": "Hi",
+        "add_special_tokens": False,
+    }
+    chat = tokenize_inputs(messages=[{"role": "user"}], tools=[], chat_template_kwargs={"a": 1})
+    assert chat == {
+        "operation": "tokenize",
+        "messages": '[{"role": "user"}]',
+        "tools": "[]",
+        "chat_template_kwargs": '{"a": 1}',
+    }
+    assert detokenize_inputs((1, 2)) == {"operation": "detokenize", "input_ids": [1, 2]}
+    with pytest.raises(ValueError, match="^exactly one of prompt, messages and input_ids"):
+        tokenize_inputs()
+    with pytest.raises(ValueError, match="^input_ids: whole numbers"):
+        detokenize_inputs(["a"])
 
 
 def test_sampling_may_be_an_object_a_mapping_or_keywords() -> None:
@@ -121,6 +143,8 @@ def test_outputs_of_several_answers_are_told_apart() -> None:
             "cumulative_logprob": [-1.0, -2.0, -3.0],
             "logprobs": ['[{"1": {"logprob": -1.0}}]', "null", "[]"],
             "prompt_logprobs": ["[null]"],
+            "stop_reason": ["None", "##", "7"],
+            "num_cached_tokens": [8],
         },
         "id",
     )
@@ -130,6 +154,8 @@ def test_outputs_of_several_answers_are_told_apart() -> None:
     assert (chunk.text, chunk.finish_reason, chunk.token_ids) == ("a", None, (1,))
     assert (chunk.num_output_tokens, chunk.num_input_tokens) == (4, 9)
     assert (chunk.prompt_logprobs, chunk.request_id) == ([None], "id")
+    assert [o.stop_reason for o in chunk.outputs] == [None, "##", "7"]
+    assert (chunk.stop_reason, chunk.num_cached_tokens) == (None, 8)
 
 
 def test_outputs_that_were_not_asked_for_are_absent() -> None:
@@ -154,19 +180,21 @@ def test_a_merged_stream_is_the_whole_answer(sizes: list[int], n: int) -> None:
                 logprobs=[{str(t): {}} for t in ids],
                 cumulative_logprob=-float(start),
                 num_tokens=size,
+                stop_reason="##" if last else None,
             )
             for k in range(n)
         ]
-        chunks.append(Chunk(tuple(outputs), num_input_tokens=7, request_id="r"))
+        cached = 3 if i == 0 else None  # told once
+        chunks.append(Chunk(tuple(outputs), 7, request_id="r", num_cached_tokens=cached))
     whole = merge(chunks)
     assert len(whole.outputs) == n
     for k, output in enumerate(whole.outputs):
         assert output.text == "".join(f"{k}.{t} " for t in range(start))
         assert output.token_ids == tuple(range(start))
         assert output.logprobs == [{str(t): {}} for t in range(start)]
-        assert output.finish_reason == "length"
+        assert (output.finish_reason, output.stop_reason) == ("length", "##")
         assert (output.cumulative_logprob, output.num_tokens) == (-float(start), start)
-    assert (whole.num_input_tokens, whole.request_id) == (7, "r")
+    assert (whole.num_input_tokens, whole.num_cached_tokens, whole.request_id) == (7, 3, "r")
 
 
 def test_no_answer_at_all_is_an_error() -> None:

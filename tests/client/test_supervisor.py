@@ -17,6 +17,9 @@ import pytest
 from patience import SOON_S
 
 from gllm_client import supervisor as module
+from gllm_client.__main__ import make_parser
+from gllm_client.flags import struct_values
+from gllm_client.openai_server.options import Options
 from gllm_client.protocol import GenerateError
 from gllm_client.supervisor import (
     ProcessRow,
@@ -27,6 +30,7 @@ from gllm_client.supervisor import (
     check_ports,
     descendants,
     find_stubs,
+    openai_command,
     prepare_repository,
     process_table,
     server_flags,
@@ -66,6 +70,29 @@ def test_flags_of_ours_cannot_be_given_behind_our_back() -> None:
 def test_a_port_given_twice_is_named() -> None:
     with pytest.raises(ServerError, match="port 0 is given for both http and metrics"):
         check_ports(Serving(path=Path(), http_port=0, grpc_port=18998, metrics_port=0))
+
+
+def test_the_openai_servers_port_is_checked_and_its_flags_are_flags_of_its_command() -> None:
+    ports = {"http_port": 0, "grpc_port": 18997, "metrics_port": 1}
+    with pytest.raises(ServerError, match="port 18998 is given for both"):
+        check_ports(Serving(path=Path(), **ports | {"metrics_port": 18998}, openai_port=18998))
+    serving = Serving(
+        path=Path(),
+        host="::",
+        openai_port=9,
+        openai={"api_key_file": "keys", "allow_origin": ("https://a", "https://b")},
+    )
+    _, *command = openai_command(serving, "[::1]")
+    options = make_parser().parse_args(command[2:])
+    assert Options(**struct_values(options, Options)) == Options(
+        url="grpc://[::1]:8001",
+        host="::",
+        port=9,
+        metrics_url="http://[::1]:8002/metrics",
+        drain_timeout_s=serving.exit_timeout_s,
+        api_key_file="keys",
+        allow_origin=("https://a", "https://b"),
+    )
 
 
 def test_a_checkpoint_becomes_a_repository(tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_logprobs_come_with_their_tokens(make):
         ([3, VOCAB], {}, (), "input_ids: token id 384 is outside [0, 383]"),
         ([-1], {}, (), "input_ids: token id -1 is outside [0, 383]"),
         ([3], {"stop_token_ids": (5, 999)}, (), "stop_token_ids: token id 999 is outside [0, 383]"),
+        ([3], {"allowed_token_ids": (-1,)}, (), "allowed_token_ids: token id -1 is outside"),
         ([3], {"logit_bias": {-7: 1.0}}, (), "logit_bias: token id -7 is outside [0, 383]"),
         ([3], {}, ((4, 500),), "bad_words: token id 500 is outside [0, 383]"),
         ([3] * 256, {}, (), "limited to 256 tokens"),
@@ -243,7 +244,8 @@ def test_grammars_that_compile_are_bounded_too(make):
     assert engine.stats().waiting_tokens == 6
     _, finished = collect(engine)
     assert finished[IN_PROCESS, 0].reason == "stop"
-    assert "1 requests are waiting for their grammars" in finished[IN_PROCESS, 1].message
+    assert "6 tokens are waiting, and with the 6 of" in finished[IN_PROCESS, 1].message
+    assert finished[IN_PROCESS, 1].message.endswith("these wait for their grammars")
 
 
 def test_a_request_that_finds_a_fault_costs_itself_alone(make, monkeypatch, caplog):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from gllm_engine.engine.core import EngineBroken
 from gllm_engine.engine.llm import LLM, RequestFailed
@@ -157,7 +158,10 @@ def test_a_prefix_hit_gives_the_same_tokens(load, alone, family):
         outputs = [llm.generate(prompt, kind)[0] for prompt in PROMPTS]
         assert tokens_of(outputs) == alone(family, kind)
         assert all(output.num_cached_tokens >= 32 for output in outputs[1:])
-    again = llm.generate(PROMPTS[0], GREEDY)[0]
+    # Told also if a stop string ends the answer, here at its first token.
+    stop = llm.generate(PROMPTS[0], GREEDY)[0].outputs[0].text[:1]
+    again = llm.generate(PROMPTS[0], replace(GREEDY, stop=(stop,)))[0]
+    assert again.outputs[0].stop_reason == stop
     assert again.num_cached_tokens >= len(again.prompt_token_ids) - 17
 
 
@@ -312,6 +316,34 @@ def test_end_of_sequence_and_stop_tokens(load):
     forced = SamplingParams(logit_bias={eos: 100.0}, max_tokens=5)
     output = llm.generate("Hello", forced)[0].outputs[0]
     assert (output.text, output.token_ids, output.stop_reason) == ("", [eos], None)
+
+
+def test_only_allowed_token_ids_are_sampled(load):
+    llm = load(plans_in_flight=2)
+    ids = (65, 300, 301)
+    for kind in KINDS:
+        ((tokens,),) = tokens_of(llm.generate(PROMPTS[0], replace(kind, allowed_token_ids=ids)))
+        assert len(tokens) == 24 and set(tokens) <= {*ids}
+        # They are chosen as if all others were far below them.
+        biased = replace(kind, logit_bias=dict.fromkeys(ids, 100.0))
+        assert kind is PENALIZED or [[tokens]] == tokens_of(llm.generate(PROMPTS[0], biased))
+    (output,) = llm.generate(PROMPTS[0], replace(GREEDY, allowed_token_ids=(65, 384)))
+    assert output.error == "allowed_token_ids: token id 384 is outside [0, 383]"
+
+
+def test_the_end_of_a_prompt_is_read(load):
+    llm = load()
+    ids = llm.tokenizer.encode(PROMPTS[0])
+    (output,) = llm.generate(PROMPTS[0], replace(GREEDY, truncate_prompt_tokens=9))
+    assert output.prompt_token_ids == ids[-9:]
+    assert output.outputs == llm.generate([ids[-9:]], GREEDY)[0].outputs
+    for params in (GREEDY, replace(GREEDY, max_tokens=None), replace(GREEDY, max_tokens=5000)):
+        params = replace(params, truncate_prompt_tokens=-1)
+        (output,) = llm.generate([[5] * 2000], params)
+        assert output.error is None
+        room = min(params.max_tokens or 1, 511)
+        assert len(output.prompt_token_ids) == 512 - room
+        assert len(output.outputs[0].token_ids) == room
 
 
 def test_errors_of_one_prompt_lose_no_other(load):

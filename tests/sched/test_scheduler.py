@@ -114,7 +114,7 @@ def test_a_victim_may_be_in_prefill_or_decode_whichever_is_worse() -> None:
         step(scheduler)  # which leaves no page, and 9 tokens of the third to compute
         made, _ = step(scheduler)
         assert made.decode_slots[0] == first.slot
-        assert scheduler._waiting == [decoding if priority else prefilling]
+        assert list(scheduler._waiting) == [decoding if priority else prefilling]
 
 
 def test_a_victim_that_was_to_decode_later_in_the_step_is_not_in_the_plan(
@@ -312,7 +312,7 @@ def test_prefix_hits_are_counted_and_reported() -> None:
     add(scheduler, prompt, max_tokens=1)
     made, committed = step(scheduler)
     assert made.chunks[0].start == 8 and made.chunks[0].tokens == prompt[8:]
-    assert committed.finished[0][1].num_cached_tokens == 8
+    assert [count for _, count in committed.num_cached_tokens] == [8]
     stats = scheduler.stats()
     assert (stats.prefix_queries, stats.prefix_hits) == (24, 8)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -54,7 +55,9 @@ class World:
         policy: Policy,
         groups: tuple[CacheGroup, ...] = (CacheGroup(),),
         num_snapshots: int | None = None,
+        tenants: bool = True,
     ) -> None:
+        """`tenants`: whether requests have tenants; otherwise the order is that of arrival."""
         config = EngineConfig(
             model=".",
             max_num_seqs=num_slots,
@@ -65,7 +68,9 @@ class World:
             plans_in_flight=depth,
             prefill_drain_steps=3,
             min_prefill_tokens=2,
+            tenant_weights={"a": 2.5},
         )
+        self.tenants = tenants
         own = make_groups(groups, config, num_pages)
         self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy, own, num_snapshots)
         self.runner = PagedMock(config, num_pages, groups, num_snapshots)
@@ -81,8 +86,11 @@ class World:
     def add(self, prompt: list[int], sampling: SamplingParams, constrained: bool) -> None:
         number = len(self.sequences)
         constraint = odd_or_even if constrained else None
+        if not self.tenants:
+            sampling = msgspec.structs.replace(sampling, tenant="")
         sequence = Sequence((b"", number), prompt, sampling, number, constraint)
-        full = self.scheduler.stats().waiting >= MAX_WAITING
+        own = self.scheduler.waiting_of(sampling.tenant).sequences
+        full = own >= MAX_WAITING - (self.scheduler.stats().waiting - own) // 2
         needs = len(prompt) + (sampling.max_tokens != 1)  # as far as anyone can know now
         fits = 0 < len(prompt) < MODEL_LEN and min(needs, MODEL_LEN - 1) <= self.capacity
         try:
@@ -121,6 +129,10 @@ class World:
                 assert scored.pop(sequence).token_ids == [token]
             self.output[sequence].append(token)
         assert not scored
+        for sequence, count in committed.num_cached_tokens:
+            assert 0 < count < sequence.prompt_len and len(self.output[sequence]) == 1
+            assert count == sequence.num_cached_tokens
+            assert sequence.sampling.prompt_logprobs is None
         for sequence, entries in committed.prompt_logprobs:
             assert sequence not in self.aborted
             self.prompt_logprobs[sequence] += [entry.logprobs[0] for entry in entries]
@@ -157,15 +169,16 @@ class World:
         assert finish.reason == reason
         assert finish.stop_token == (tokens[-1] if reason == "stop" else None)
         assert (finish.status is not None) == (reason == "error") == bool(finish.message)
-        assert 0 <= finish.num_cached_tokens < sequence.prompt_len
         if sequence.sampling.prompt_logprobs is not None:
             positions = range(1, sequence.prompt_len)
             assert self.prompt_logprobs[sequence] == [-float(p) for p in positions]
-            assert finish.num_cached_tokens == 0
 
     def check(self) -> None:
         self.scheduler.check_integrity()
         assert self.scheduler.num_in_flight == len(self.results)
+        if not self.tenants:
+            live = [s for s in self.sequences if s.queue is not None]
+            assert sorted(live) == sorted(live, key=lambda s: (s.sampling.priority, s.key))
 
     def drain(self) -> None:
         turns = 0
@@ -181,6 +194,8 @@ class World:
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0.0)
         assert len(self.finished) + len(self.aborted) == len(self.sequences)
+        counted = [t.prefill_tokens + t.decode_tokens for t in stats.tenants.values()]
+        assert sum(counted) == self.runner.num_computed
 
 
 class Schedules(RuleBasedStateMachine):
@@ -198,6 +213,7 @@ class Schedules(RuleBasedStateMachine):
         policy=st.sampled_from(ANY_POLICY),
         groups=st.sampled_from(ANY_GROUPS),
         num_snapshots=st.sampled_from([None, None, 0, 1, 2, 5, 20]),
+        tenants=st.booleans(),
     )
     def begin(self, **setup: object) -> None:
         self.world = World(**setup)
@@ -214,6 +230,7 @@ class Schedules(RuleBasedStateMachine):
             stop_token_ids=st.sampled_from([(), (), (9,), (0, 5)]),
             priority=st.sampled_from([0, 0, 0, -1, 1]),
             cache_salt=st.sampled_from(["", "", "other"]),
+            tenant=st.sampled_from(["", "a", "b", "c"]),
             presence_penalty=st.sampled_from([0.0, 0.5]),
             logprobs=st.sampled_from([None, 0]),
             prompt_logprobs=st.sampled_from([None, None, None, 0]),
@@ -285,6 +302,7 @@ def test_long_schedules(seed: int) -> None:
         policy=rng.choice(ANY_POLICY),
         groups=rng.choice(ANY_GROUPS),
         num_snapshots=rng.choice([None, 1, 3, 10, 30]),
+        tenants=rng.random() < 0.5,
     )
     aborts = rng.choice([0, 0.01, 0.05])
     for _ in range(rng.randint(100, 250)):
@@ -297,6 +315,7 @@ def test_long_schedules(seed: int) -> None:
                 stop_token_ids=rng.choice([(), (), (9,)]),
                 priority=rng.choice([0, 0, 0, -1, 1]),
                 cache_salt=rng.choice(["", "", "", "other"]),
+                tenant=rng.choice(["", "a", "b", "c"]),
                 repetition_penalty=rng.choice([1.0, 1.2]),
                 logprobs=rng.choice([None, 0]),
                 prompt_logprobs=rng.choice([None, None, None, 0]),

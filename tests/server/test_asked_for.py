@@ -17,7 +17,7 @@ from asking import ask, generate_once, generate_stream, joined, sampled
 from live import MODEL, SHIPPED, Server
 from odd_lines import check_odd_lines
 
-from gllm_client import Chunk, Client, connect, merge
+from gllm_client import Chunk, Client, GenerateError, connect, merge
 from gllm_client.__main__ import main
 from gllm_client.local_answers import LocalAnswers
 from gllm_engine import LLM, RequestOutput, SamplingParams
@@ -28,7 +28,7 @@ PROMPT = "ROMEO:"
 SAMPLING = {"max_tokens": 6, "ignore_eos": True, "seed": 3, "temperature": 0.8}
 LOGPROBS = {"logprobs": 2, "prompt_logprobs": 1}
 FLAGS = ["finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens"]
-FLAGS += ["num_output_tokens", "token_ids"]
+FLAGS += ["num_output_tokens", "token_ids", "stop_reason", "num_cached_tokens"]
 Found = dict[str, Any]  # by output; those of one answer in a list with an entry for each of n
 
 
@@ -86,7 +86,12 @@ class Doors:
         return of_line(json.loads((self.directory / "out").read_text()))
 
 
-OPTIONS: dict[str, Any] = {"sampling": SAMPLING | LOGPROBS, "return_cumulative_logprob": True}
+OPTIONS: dict[str, Any] = {
+    "sampling": SAMPLING | LOGPROBS,
+    "return_cumulative_logprob": True,
+    "return_stop_reason": True,
+    "return_num_cached_tokens": True,
+}
 DOORS: dict[str, Callable[[Doors, int], Found]] = {
     "LLM.generate": Doors.llm_generate,
     "LLM.stream": Doors.llm_stream,
@@ -109,8 +114,10 @@ DOORS: dict[str, Callable[[Doors, int], Found]] = {
 ANSWERS = {"text", "finish_reason", "logprobs", "cumulative_logprob", "prompt_logprobs"}
 COUNTS = {"num_input_tokens", "num_output_tokens"}
 # What can be asked for, or comes always, at each door.
-ASKED = {door: ANSWERS | COUNTS | {"token_ids"} for door in DOORS} | {
-    "LLM.generate": ANSWERS | {"token_ids", "stop_reason", "num_cached_tokens"},
+ALL = ANSWERS | COUNTS | {"token_ids", "stop_reason", "num_cached_tokens"}
+ASKED = dict.fromkeys(DOORS, ALL) | {
+    "LLM.generate": ALL - COUNTS,
+    "gllm, in this process": ALL - {"num_cached_tokens"},
     "LLM.stream": ANSWERS | {"token_ids", "stop_reason"},
     **{f"batch, {way}": ANSWERS | COUNTS for way in ("grpc", "http", "in this process")},
 }
@@ -128,12 +135,13 @@ def of_request(output: RequestOutput) -> Found:
 
 
 def of_chunk(chunk: Chunk) -> Found:
-    names = ("text", "finish_reason", "logprobs", "cumulative_logprob")
+    names = ("text", "finish_reason", "stop_reason", "logprobs", "cumulative_logprob")
     found: Found = {name: [getattr(o, name) for o in chunk.outputs] for name in names}
     found["token_ids"] = [list(o.token_ids) for o in chunk.outputs]
     found["num_output_tokens"] = [o.num_tokens for o in chunk.outputs]
     found["num_input_tokens"] = chunk.num_input_tokens
     found["prompt_logprobs"] = chunk.prompt_logprobs
+    found["num_cached_tokens"] = chunk.num_cached_tokens
     return found
 
 
@@ -152,15 +160,18 @@ def of_responses(responses: list[Any], n: int) -> Found:
         tokens[i % n] += [next(ids) for _ in range(count)]
     entries = list(map(json.loads, joined(responses, "logprobs")))
     (prompt_logprobs,) = joined(responses, "prompt_logprobs")
+    (num_cached_tokens,) = joined(responses, "num_cached_tokens")
     return {
         "text": ["".join(joined(responses, "text_output")[i::n]) for i in range(n)],
         "token_ids": tokens,
         "finish_reason": joined(responses, "finish_reason")[-n:],
+        "stop_reason": [None if r == "None" else r for r in joined(responses[-1:], "stop_reason")],
         "logprobs": [sum(entries[i::n], []) for i in range(n)],
         "cumulative_logprob": joined(responses, "cumulative_logprob")[-n:],
         "num_input_tokens": joined(responses, "num_input_tokens")[0],
         "num_output_tokens": [sum(counts[i::n]) for i in range(n)],
         "prompt_logprobs": json.loads(prompt_logprobs),
+        "num_cached_tokens": num_cached_tokens,
     }
 
 
@@ -225,6 +236,31 @@ def test_a_stop_reason_comes_back(offline: LLM, expected: dict[int, Found]) -> N
     (output,) = offline.generate([PROMPT], sampling)
     assert output.outputs[0].stop_reason == third
     assert list(offline.stream(PROMPT, sampling))[-1].stop_reason == third
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_what_a_server_in_front_needs_to_know(server: Server, offline: LLM, scheme: str) -> None:
+    prompt = PROMPT * 20
+    with connect(f"{scheme}://{server.address(scheme)}", MODEL) as client:
+        tokens = client.tokenize(prompt)
+        assert list(tokens.token_ids) == offline.tokenizer.encode(prompt)
+        assert (tokens.text, tokens.num_input_tokens) == (prompt, len(tokens.token_ids))
+        shown = offline.tokenizer.decode(tokens.token_ids, skip_special_tokens=False)
+        assert client.detokenize(tokens.token_ids) == shown
+        facts = client.describe()
+        assert facts["model"] == MODEL and facts["vocab_size"] == offline.engine.info.vocab_size
+        assert facts["special_tokens"] == offline.tokenizer.special_tokens
+        client.complete(prompt, max_tokens=1)
+        again = client.complete(
+            prompt,
+            sampling=SAMPLING | {"stop_token_ids": list(range(1024))},
+            return_stop_reason=True,
+            return_num_cached_tokens=True,
+        )
+        assert again.num_cached_tokens is not None and again.num_cached_tokens > 0
+        assert again.stop_reason == str(again.token_ids[-1])
+        with pytest.raises(GenerateError, match="^text_input: it does not go with detokenize"):
+            merge(client._send({"operation": "detokenize", "text_input": "a"}))
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])

@@ -190,6 +190,10 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("stop", ["a"] * 65, "at most 64"),
     ("bad_words", ["a"] * 65, "at most 64"),
     ("bad_words", [""], "an empty string"),
+    ("allowed_token_ids", [VOCAB], "outside the vocabulary [0, 2048)"),
+    ("allowed_token_ids", [5] * 16_385, "at most 16384"),
+    ("truncate_prompt_tokens", -2, "[-1, 2**62]"),
+    ("tenant", "a" * 129, "at most 128"),
     ("stop_token_ids", [VOCAB], "outside the vocabulary [0, 2048)"),
     ("stop_token_ids", [-1], "outside the vocabulary [0, 2048)"),
     ("stop_token_ids", [2**70], "vocabulary"),
@@ -215,7 +219,8 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
 
 
 def test_every_sampling_field_with_a_range_is_here() -> None:
-    boolean_or_text = {"skip_special_tokens"}  # refused as the other booleans are
+    # Refused as the other booleans are.
+    boolean_or_text = {"skip_special_tokens", "spaces_between_special_tokens"}
     tested = {field for field, *_ in OUT_OF_RANGE} | boolean_or_text
     assert tested == set(SamplingParams.__struct_fields__)
 

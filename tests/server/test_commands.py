@@ -114,20 +114,40 @@ def test_a_killed_batch_goes_on_where_it_was(server: Server, tmp_path: Path) -> 
     assert {line["num_output_tokens"] for line in after} == {40}
 
 
+OPENAI_BODIES: dict[str, dict[str, Any]] = {
+    "good": {"model": MODEL, "max_tokens": 3, "ignore_eos": True},
+    "model": {"model": "gpt"},
+    "seed": {"seed": "x"},
+}
+
+
 def test_a_batch_with_bad_lines_answers_the_others(server: Server, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_batch(source, num=2, max_tokens=4)
     with source.open("a") as file:
         file.write('{"id": "bad", "prompt": "x", "sampling_parameters": {"top_p": 7}}\nnot JSON\n')
         file.write('{"id": "chat", "messages": [{"role": "user", "content": "Hello"}]}\n')
+        for custom_id, fields in OPENAI_BODIES.items():
+            body = fields | {"messages": [{"role": "user", "content": "Hello"}]}
+            told = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions"}
+            file.write(json.dumps(told | {"body": body}) + "\n")
     done = subprocess.run(
         [*GLLM, "batch", str(source), str(target), "--url", server.grpc],
         capture_output=True,
         text=True,
         timeout=2 * WAIT_S,
     )
-    assert done.returncode == 1 and "3 answered, 2 failed" in done.stderr
-    errors = {line["id"]: line["error"] for line in answered(target) if "error" in line}
+    assert done.returncode == 1 and "4 answered, 4 failed" in done.stderr
+    found = {a["custom_id"]: a["response"] for a in answered(target) if "custom_id" in a}
+    statuses = {custom_id: response["status_code"] for custom_id, response in found.items()}
+    assert statuses == {"good": 200, "model": 404, "seed": 400}
+    answer = found["good"]["body"]
+    assert answer["model"] == MODEL and answer["usage"]["completion_tokens"] == 3
+    errors = {
+        line["id"]: line["error"]
+        for line in answered(target)
+        if "error" in line and "custom_id" not in line
+    }
     assert errors.keys() == {"bad", 4} and "top_p" in errors["bad"] and "JSON" in errors[4]
 
 

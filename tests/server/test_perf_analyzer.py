@@ -32,7 +32,8 @@ def _link_libraries(directory: Path) -> None:
         )
         suffix = "so.0d" if name == "libb64" else "so.12"
         link = directory / f"{name}.{suffix}"
-        if not link.is_symlink():
+        if not link.exists():  # or it points to where the environment was before
+            link.unlink(missing_ok=True)
             link.symlink_to(source)
 
 

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 from live import MODEL, Server
 
+from gllm_benchmarks.evaluate.perplexity import actual_scores, by_engine, paragraphs, summarize
 from gllm_benchmarks.load import run_load
+from gllm_benchmarks.prefix import WITH, compare, run_served
+from gllm_benchmarks.reuse import chats, make_chats
+from gllm_benchmarks.serve import Served
 from gllm_benchmarks.workloads import Job, make_jobs
-from gllm_engine import write_tiny_model
+from gllm_engine import LLM, write_tiny_model
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -75,6 +79,31 @@ def test_records_are_in_the_order_of_jobs(server: Server) -> None:
     records = run_load(server.grpc, MODEL, jobs, 3)
     assert sorted(r.sent for r in records)[3] >= min(r.times[-1] for r in records)
     server.wait_idle()
+
+
+def test_hits_of_the_prefix_cache(server: Server) -> None:
+    """One request at a time finds what any cache could hold; the hits are in the metrics."""
+    jobs = make_chats(chats("chats:3:2:1:64:16:4"), vocab=2048)
+    served = Served(server.grpc, MODEL, 2048, server.metrics_address)
+    options = {"clients": 1, "timeout": 200.0}
+    server.settle()
+    figures = compare(lambda *given: run_served(served, 1, options, *given), jobs)
+    without, cached = figures["runs"].values()
+    assert without["hit_rate"] == 0 < figures["ideal_hit_rate"]
+    assert figures["runs"][WITH]["hit_rate"] == pytest.approx(figures["ideal_hit_rate"])
+    assert (without["failed"], cached["failed"], cached["completed"]) == (0, 0, 6)
+    server.wait_idle()
+
+
+def test_a_served_model_predicts_as_an_offline_one_does(server: Server, offline: LLM) -> None:
+    """Perplexity of held-out text; tests/benchmarks compares the offline one with transformers."""
+    texts = paragraphs()
+    with server.client() as client:
+        chunks = [next(client.generate(t, max_tokens=1, prompt_logprobs=0)) for t in texts]
+    served = summarize([actual_scores(chunk.prompt_logprobs) for chunk in chunks], texts)
+    known = summarize(by_engine(offline, texts), texts)
+    assert served["tokens"] == known["tokens"] > 500
+    assert served["nats_per_token"] == pytest.approx(known["nats_per_token"], abs=1e-4)
 
 
 def test_a_server_of_its_own_for_a_mere_shape(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def added(tokenizer_dir, tmp_path_factory):
     made.close()
 
 
-def make(grammars, bad_words=(), prompt=(5, 6), **asked) -> Constraint:
+def make(grammars, bad_words=(), prompt=(5, 6), ids=(), **asked) -> Constraint:
     structured = StructuredOutputs(**asked) if asked else None
-    sampling = SamplingParams(structured_outputs=structured)
+    sampling = SamplingParams(structured_outputs=structured, allowed_token_ids=ids)
     constraint = grammars.constrain(Request(1, list(prompt), sampling, 0, bad_words))
     return constraint.result(timeout=30) if isinstance(constraint, Future) else constraint
 
@@ -294,6 +294,31 @@ def test_bad_words_and_grammar_together(grammars, tokenizer, vocab_size):
     closed = make(grammars, bad_words=tuple((id,) for id in ways), choice=("yes",))
     assert closed([5, 6]) is None
     assert closed.error == "bad_words: they forbid all that the grammar allows here"
+
+
+def test_only_allowed_token_ids_may_come(grammars, vocab_size):
+    ids = (3, 17, vocab_size - 1)
+    constraint = make(grammars, ids=ids)
+    assert allowed(constraint([5, 6])) == allowed(constraint([5, 6, 17])) == list(ids)
+    assert allowed(make(grammars, ids=ids, bad_words=((17,),))([5, 6])) == [3, vocab_size - 1]
+    nothing = make(grammars, ids=(3,), bad_words=((3,),))
+    assert nothing([5, 6]) is None
+    assert nothing.error == (
+        "allowed_token_ids: they, or they and bad_words together, forbid every token"
+    )
+
+
+def test_allowed_token_ids_and_grammar_together(grammars, tokenizer, vocab_size):
+    ends = {tokenizer.eos_token_id, vocab_size - 1}
+    ways = allowed(make(grammars, regex="[bc]")([5, 6]))
+    others = tuple({*range(50)} - {*ways} - ends)
+    constraint = make(grammars, ids=(*others, ways[0]), regex="[bc]")
+    assert allowed(constraint([5, 6])) == ways[:1]
+    assert set(allowed(constraint([5, 6, ways[0]]))) == ends  # the grammar's end needs no leave
+    closed = make(grammars, ids=others, regex="[bc]")
+    assert closed([5, 6]) is None and closed.error.endswith(
+        "forbid all that the grammar allows here"
+    )
 
 
 def test_a_complete_text_ends_even_if_its_end_is_a_bad_word(grammars, tokenizer, vocab_size):

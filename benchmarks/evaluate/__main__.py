@@ -1,0 +1,6 @@
+"""scripts/bench evaluate."""
+
+from gllm_benchmarks.evaluate import main
+
+if __name__ == "__main__":
+    main()

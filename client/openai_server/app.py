@@ -1,0 +1,135 @@
+"""The application and its life: start, serve, drain.
+
+After the first SIGTERM or SIGINT running answers end, new requests get status 503, and so does
+/health; a second signal ends them too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from gllm_client import Client
+from gllm_client.openai_server import chat, completions, messages, pages, responses
+from gllm_client.openai_server.errors import ApiError
+from gllm_client.openai_server.formats.choice import choose
+from gllm_client.openai_server.gate import Door, Gate, Keys
+from gllm_client.openai_server.models import Models
+from gllm_client.openai_server.options import Options
+from gllm_client.openai_server.response_store import ResponseStore
+from gllm_client.openai_server.routing import error_response
+
+TICK_S = 0.05  # between two looks whether all answers have ended
+KEEP_ALIVE_S = 75  # an idle connection of a client stays open for so long
+
+
+def make_app(options: Options) -> FastAPI:
+    """The application. Its state: options, models, door and the store of answers.
+
+    Raises ValueError for a wrong option.
+    """
+    scheme, _, address = options.url.rpartition("://")
+    if scheme not in ("", "grpc"):
+        raise ValueError(f"--url: {options.url} has scheme {scheme}; grpc is needed here")
+    keys = Keys(Path(options.api_key_file)) if options.api_key_file else None
+    choose({}, options.tool_format, options.reasoning_format)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        async with Client(address) as client:
+            models = Models(client, options.tool_format, options.reasoning_format)
+            app.state.models = models
+            watch = asyncio.create_task(models.watch())
+            yield
+            watch.cancel()
+
+    app = FastAPI(openapi_url=None, lifespan=life)
+    app.state.options = options
+    app.state.door = Door(keys, options.max_concurrency)
+    app.state.response_store = ResponseStore(options.stored_responses, options.stored_bytes)
+    for part in (chat, completions, responses, messages, pages):
+        app.include_router(part.router)
+    app.add_middleware(Gate, door=app.state.door)
+    if options.allow_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.allow_origin),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_exception_handler(HTTPException, _explain)
+    return app
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    """The answer to a request for an unknown path or with another method."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    problem = f"{request.method} {path}: {error.detail}"
+    return error_response(path, ApiError(error.status_code, problem))
+
+
+class _Server(uvicorn.Server):
+    """A server whose first signal begins the drain, and whose second one ends it."""
+
+    def __init__(self, config: uvicorn.Config, door: Door, options: Options) -> None:
+        super().__init__(config)
+        self._door = door
+        self._options = options
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = self._door.draining
+        self._door.draining = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        scheme = "https" if self.config.is_ssl else "http"
+        where = f"{scheme}://{host}:{port} for tritonserver at {self._options.url}"
+        print(f"gllm openai: listening at {where}", flush=True)
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Wait for the first signal and then for the running answers, and end the server."""
+        while not self._door.draining:
+            await asyncio.sleep(TICK_S)
+        limit = time.monotonic() + self._options.drain_timeout_s
+        while self._door.running and time.monotonic() < limit:
+            await asyncio.sleep(TICK_S)
+        self.should_exit = True
+
+
+def serve(options: Options) -> int:
+    """Serve until a signal; returns the exit status. Raises ValueError for a wrong option."""
+    logging.basicConfig(level=logging.INFO, format="gllm openai: %(message)s")
+    if (options.tls_certificate is None) != (options.tls_key is None):
+        raise ValueError("--tls-certificate and --tls-key go together")
+    app = make_app(options)
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        ssl_certfile=options.tls_certificate,
+        ssl_keyfile=options.tls_key,
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=1,
+    )
+    _Server(config, app.state.door, options).run()
+    return 0

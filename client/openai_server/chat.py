@@ -1,0 +1,401 @@
+"""POST /v1/chat/completions: from OpenAI's JSON to a Conversation, from events to its answers."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from gllm_client.openai_server import fields
+from gllm_client.openai_server.conversation import Conversation, Tool, ToolChoice
+from gllm_client.openai_server.errors import invalid
+from gllm_client.openai_server.events import (
+    CallArguments,
+    CallBegin,
+    End,
+    Event,
+    Reasoning,
+    Text,
+    Tokens,
+)
+from gllm_client.openai_server.generation import Answer, answer
+from gllm_client.openai_server.logprobs import chat_logprob
+from gllm_client.openai_server.models import ServedModel
+from gllm_client.openai_server.routing import (
+    EventStream,
+    JsonResponse,
+    convert,
+    find_model,
+    read_body,
+    request_id,
+    with_done,
+)
+from gllm_client.protocol import shown
+
+router = APIRouter()
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_TOOLS = 1024
+_NAME = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+# Keys that the SDK's own answers have, which their users send back; they say nothing when empty.
+_EMPTY_KEYS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
+
+
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An entry of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The function of a tool_choice."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tool_choice that is an object."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatRequest(fields.Common, frozen=True, kw_only=True):
+    """The body of a chat request."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    tools: list[FunctionTool] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+    include_reasoning: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    modalities: list[Literal["text"]] = []
+    add_special_tokens: Literal[False] = False
+    echo: Literal[False] = False
+
+
+@router.post("/v1/chat/completions")
+async def complete(request: Request) -> Response:
+    """Answer a chat request, whole or as a stream."""
+    asked = await read_body(request, ChatRequest)
+    model = await find_model(request, asked.model)
+    answered = await answer(model, to_conversation(asked, model), request_id(request))
+    writer = _Writer(asked, model, answered, request_id(request))
+    if asked.stream:
+        return EventStream(with_done(writer.stream()))
+    return JsonResponse(await writer.whole())
+
+
+# ------------------------------------------------------------ from JSON to a conversation
+
+
+def to_conversation(asked: ChatRequest, model: ServedModel) -> Conversation:
+    """Check the request's fields. Raises ApiError."""
+    fields.check(asked)
+    sampling = fields.sampling(asked)
+    if asked.logprobs:
+        sampling["logprobs"] = asked.top_logprobs
+    elif asked.top_logprobs:
+        raise invalid("top_logprobs", "it goes with logprobs: true")
+    if not 0 <= asked.top_logprobs <= fields.MAX_TOP_LOGPROBS:
+        raise invalid(
+            "top_logprobs", f"{asked.top_logprobs} is outside [0, {fields.MAX_TOP_LOGPROBS}]"
+        )
+    tools = to_tools(asked.tools)
+    limit = asked.max_completion_tokens
+    return Conversation(
+        messages=to_messages(asked.messages, model),
+        tools=tools,
+        tool_choice=_tool_choice(asked, tools),
+        parallel_tool_calls=asked.parallel_tool_calls,
+        sampling=sampling,
+        template=_template(asked, model),
+        max_tokens=asked.max_tokens if limit is None else limit,
+        form=fields.form(asked),
+        include_reasoning=asked.include_reasoning,
+        truncate_prompt_tokens=asked.truncate_prompt_tokens,
+    )
+
+
+def to_tools(given: list[FunctionTool]) -> tuple[Tool, ...]:
+    """The tools of a request, checked."""
+    if len(given) > MAX_TOOLS:
+        raise invalid("tools", f"{len(given)} tools given, at most {MAX_TOOLS}")
+    tools: dict[str, Tool] = {}
+    for index, entry in enumerate(given):
+        path = f"tools[{index}].function.name"
+        function = entry.function
+        if not _NAME.fullmatch(function.name):
+            allowed = "1 to 128 letters, digits, '_', '-', '.' and ':'"
+            raise invalid(path, f"{shown(function.name)} is not valid ({allowed})")
+        if function.name in tools:
+            raise invalid(path, f"{shown(function.name)} is the name of an earlier tool")
+        tools[function.name] = Tool(
+            name=function.name,
+            description=function.description or "",
+            parameters=function.parameters or {"type": "object", "properties": {}},
+            strict=bool(function.strict),
+        )
+    return tuple(tools.values())
+
+
+def _tool_choice(asked: ChatRequest, tools: tuple[Tool, ...]) -> ToolChoice:
+    choice = asked.tool_choice
+    if isinstance(choice, NamedTool):
+        name = choice.function.name
+        if name not in {tool.name for tool in tools}:
+            raise invalid("tool_choice.function.name", f"{shown(name)} is not among tools")
+        return ToolChoice("named", name)
+    if choice == "required" and not tools:
+        raise invalid("tool_choice", "required needs tools")
+    return ToolChoice(choice)
+
+
+def _template(asked: ChatRequest, model: ServedModel) -> dict[str, Any]:
+    given = {
+        "documents": asked.documents,
+        "add_generation_prompt": asked.add_generation_prompt,
+        "continue_final_message": asked.continue_final_message,
+    }
+    variables = {name: value for name, value in given.items() if value is not None}
+    if asked.reasoning_effort is not None:
+        variables |= effort_variables(model, asked.reasoning_effort)
+    return variables | asked.chat_template_kwargs
+
+
+def effort_variables(
+    model: ServedModel, effort: str, field: str = "reasoning_effort"
+) -> dict[str, Any]:
+    """The variables by which a model's chat template takes a reasoning effort."""
+    source = model.facts["chat_template"]
+    values = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    known = {name: value for name, value in values.items() if name in source}
+    if not known and effort != "none":
+        problem = "this model's chat template knows neither reasoning_effort nor enable_thinking"
+        raise invalid(field, problem)
+    return known
+
+
+def to_messages(given: list[dict[str, Any]], model: ServedModel) -> list[dict[str, Any]]:
+    """The messages as chat templates read them. Their inner form is checked by the backend."""
+    if not given:
+        raise invalid("messages", "the list is empty")
+    roles = {} if "developer" in (model.facts["chat_template"]) else _AS_SYSTEM
+    return [_message(f"messages[{index}]", message, roles) for index, message in enumerate(given)]
+
+
+_AS_SYSTEM = {"developer": "system"}
+
+
+def _message(path: str, message: dict[str, Any], roles: dict[str, str]) -> dict[str, Any]:
+    role = message.get("role")
+    if role not in ROLES:
+        raise invalid(f"{path}.role", f"{shown(role)} is not one of {', '.join(ROLES)}")
+    empty = [key for key in _EMPTY_KEYS if key in message and not message[key]]
+    checked = {key: value for key, value in message.items() if key not in empty}
+    for key in ("audio", "function_call"):
+        if key in checked:
+            raise invalid(f"{path}.{key}", "it is not supported")
+    refusal = checked.pop("refusal", None)
+    content = message.get("content", refusal)
+    if isinstance(content, list):
+        content = [_part(f"{path}.content[{i}]", part) for i, part in enumerate(content)]
+    if content is None and role == "assistant" and "tool_calls" not in checked:
+        content = refusal or ""
+    if role != "assistant" and not isinstance(content, str | list):
+        raise invalid(f"{path}.content", f"{shown(content)} is neither text nor a list of parts")
+    calls = convert(checked.get("tool_calls", []), list[dict[str, Any]], f"{path}.tool_calls")
+    for index, call in enumerate(calls):
+        if not isinstance(call.get("function"), dict):
+            raise invalid(f"{path}.tool_calls[{index}].function", "it is required")
+    return checked | {"role": roles.get(role, role), "content": content}
+
+
+def _part(path: str, part: Any) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "refusal"):
+        raise invalid(f"{path}.type", f"{shown(kind)} is not supported, only text is")
+    if not isinstance(part.get(kind), str):
+        raise invalid(f"{path}.{kind}", f"{shown(part.get(kind))} is not text")
+    return {"type": "text", "text": part[kind]}
+
+
+# ------------------------------------------------------------ from events to JSON
+
+
+class _Choice:
+    """What one choice has so far, or of a stream: what waits for its next event."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[CallBegin] = []
+        self.arguments: list[list[str]] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.token_ids: list[int] = []
+        self.end: End | None = None
+
+    def message(self) -> dict[str, Any]:
+        content = "".join(self.content)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content if content or not self.calls else None,
+            "refusal": None,
+        }
+        if self.reasoning:
+            message |= _thoughts("".join(self.reasoning))
+        if self.calls:
+            pairs = zip(self.calls, self.arguments, strict=True)
+            message["tool_calls"] = [_call(call, "".join(parts)) for call, parts in pairs]
+        return message
+
+    def take(self, event: Event) -> None:
+        """Keep a part of the message."""
+        match event:
+            case Text(text):
+                self.content.append(text)
+            case Reasoning(text):
+                self.reasoning.append(text)
+            case CallBegin():
+                self.calls.append(event)
+                self.arguments.append([])
+            case CallArguments(index, text):
+                self.arguments[index].append(text)
+
+
+def _thoughts(text: str) -> dict[str, str]:
+    """Thoughts under vLLM's and DeepSeek's names."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def _call(begin: CallBegin, arguments: str = "") -> dict[str, Any]:
+    function = {"name": begin.name, "arguments": arguments}
+    return {"id": begin.id, "type": "function", "function": function}
+
+
+def _delta(event: Event) -> dict[str, Any]:
+    match event:
+        case Text(text):
+            return {"content": text}
+        case Reasoning(text):
+            return _thoughts(text)
+        case CallBegin(index):
+            return {"tool_calls": [{"index": index} | _call(event)]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+    return {}
+
+
+class _Writer:
+    """Writes one answer as JSON: whole, or as the events of a stream."""
+
+    def __init__(self, asked: ChatRequest, model: ServedModel, answered: Answer, id: str) -> None:
+        self._asked = asked
+        self._answer = answered
+        self._usage = fields.Usage(answered.num_prompt_tokens)
+        self._choices = [_Choice() for _ in range(asked.n)]
+        self._about = {"id": f"chatcmpl-{id}", "created": int(time.time()), "model": model.name}
+        self._head = fields.stream_head(self._about, "chat.completion.chunk")
+
+    async def whole(self) -> dict[str, Any]:
+        """The chat.completion object."""
+        async with aclosing(self._answer) as answered:
+            async for batch in answered.batches():
+                for index, event in batch:
+                    choice = self._choices[index]
+                    self._note(choice, event)
+                    choice.take(event)
+        self._usage.num_cached = self._answer.num_cached_tokens
+        body: dict[str, Any] = self._about | {"object": "chat.completion"}
+        body["choices"] = [self._shown(*numbered) for numbered in enumerate(self._choices)]
+        body["usage"] = self._usage.show()
+        if self._asked.prompt_logprobs is not None:
+            body["prompt_logprobs"] = self._answer.prompt_logprobs
+        if self._asked.return_token_ids:
+            body["prompt_token_ids"] = self._answer.prompt_ids
+        return body
+
+    def _shown(self, index: int, choice: _Choice) -> dict[str, Any]:
+        return {"index": index, "message": choice.message()} | self._rest(choice)
+
+    def _note(self, choice: _Choice, event: Event) -> None:
+        """Keep what is beside the message."""
+        if isinstance(event, Tokens):
+            self._usage.add(event)
+            if self._asked.return_token_ids:
+                choice.token_ids += event.ids
+            if event.logprobs is not None:
+                named = self._asked.return_tokens_as_token_ids
+                pairs = zip(event.ids, event.logprobs, strict=True)
+                top = self._asked.top_logprobs
+                choice.logprobs += [chat_logprob(id, entry, top, named) for id, entry in pairs]
+        elif isinstance(event, End):
+            choice.end = event
+
+    def _rest(self, choice: _Choice) -> dict[str, Any]:
+        """A choice's fields beside its message or delta."""
+        end = choice.end
+        reason = end.reason if end else None
+        if reason == "stop" and choice.calls and not isinstance(self._asked.tool_choice, NamedTool):
+            reason = "tool_calls"
+        logprobs = {"content": choice.logprobs, "refusal": None} if self._asked.logprobs else None
+        rest: dict[str, Any] = {"logprobs": logprobs, "finish_reason": reason}
+        if end is not None:
+            rest["stop_reason"] = end.stop_reason
+        if self._asked.return_token_ids:
+            rest["token_ids"] = choice.token_ids
+        return rest
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The events of the stream, without [DONE]."""
+        options = self._asked.stream_options or fields.StreamOptions()
+        async with aclosing(self._answer) as answered:
+            async for batch in answered.batches():
+                self._usage.num_cached = answered.num_cached_tokens
+                pieces = [piece for index, event in batch for piece in self._pieces(index, event)]
+                if pieces:
+                    yield b"".join(pieces)
+        if options.include_usage:
+            yield self._head + b'],"usage":%s}\n\n' % msgspec.json.encode(self._usage.show())
+
+    def _pieces(self, index: int, event: Event) -> list[bytes]:
+        choice = self._choices[index]
+        pieces = []
+        if not choice.started:
+            choice.started = True
+            pieces.append(self._chunk(index, {"role": "assistant", "content": ""}, _Choice()))
+        self._note(choice, event)
+        if not isinstance(event, Tokens):
+            if isinstance(event, CallBegin):
+                choice.calls.append(event)
+            pieces.append(self._chunk(index, _delta(event), choice))
+            choice.logprobs = []
+            choice.token_ids = []
+        return pieces
+
+    def _chunk(self, index: int, delta: dict[str, Any], choice: _Choice) -> bytes:
+        entry = {"index": index, "delta": delta} | self._rest(choice)
+        return fields.stream_event(self._head, entry, self._usage, self._asked)

@@ -1,0 +1,154 @@
+"""The door: keys, limits, request ids and the drain, before any route sees a request.
+
+Owns the number of running requests and the rules about who gets in. Knows no route but /health.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import re
+import secrets
+from hashlib import sha256
+from pathlib import Path
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gllm_client.openai_server.errors import ApiError
+from gllm_client.openai_server.routing import as_api_error, error_response
+
+_ID = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
+_LOG = logging.getLogger("gllm.openai")
+
+
+class Keys:
+    """The API keys in a file, one a line; a blank line or one that begins with # is none.
+
+    A key may be followed by the name of the tenant whose key it is. A change of the file counts
+    from the next request on. While it cannot be read, or holds no key, the keys before the change
+    count. Raises ValueError if the first reading fails.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: tuple[int, int, int] | None = None
+        self._tenants: dict[bytes, str] = {}  # by the key's digest
+        try:
+            self._read()
+        except OSError as error:
+            raise ValueError(f"--api-key-file: {path}: {error.strerror}") from None
+        if not self._tenants:
+            raise ValueError(f"--api-key-file: {path} holds no key")
+
+    def _read(self) -> None:
+        status = os.stat(self._path)
+        seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if seen == self._seen:
+            return
+        lines = [line.split(None, 1) for line in self._path.read_bytes().splitlines()]
+        keys = [words for words in lines if words and not words[0].startswith(b"#")]
+        if not keys:
+            _LOG.warning("%s holds no key, the earlier keys stay", self._path)
+        self._seen = seen
+        self._tenants = {
+            sha256(key).digest(): b"".join(name).strip().decode("utf-8", "replace")
+            for key, *name in keys
+        } or self._tenants
+
+    def tenant(self, key: str) -> str | None:
+        """The tenant of a key, "" if it has none; None for a wrong key, of which every one takes
+        the same time.
+        """
+        try:
+            self._read()
+        except OSError as error:
+            _LOG.warning("the earlier keys stay: %s", error)
+        digest = sha256(key.encode("utf-8", "replace")).digest()
+        found = [known for known in self._tenants if hmac.compare_digest(digest, known)]
+        return self._tenants[found[0]] if found else None
+
+
+class Door:
+    """Who may come in, and how many are in."""
+
+    def __init__(self, keys: Keys | None, max_concurrency: int) -> None:
+        self._keys = keys
+        self._max_concurrency = max_concurrency
+        self.draining = False
+        self.running = 0  # POST requests that have not ended
+
+    def check(self, scope: Scope) -> str:
+        """The tenant of a request that may come in; it counts as running already.
+
+        Raises ApiError for any other. Without keys, the header x-tenant names the tenant.
+        """
+        if self.draining:
+            raise ApiError(503, "this server is about to stop")
+        tenant = Headers(scope=scope).get("x-tenant", "")
+        if self._keys is not None and scope["path"] != "/health":
+            if tenant:
+                raise ApiError(400, "x-tenant: here the API key names the tenant", "x-tenant")
+            found = self._keys.tenant(_key(scope))
+            if found is None:
+                problem = "a valid API key is required, as Authorization: Bearer KEY"
+                raise ApiError(401, problem, code="invalid_api_key")
+            tenant = found
+        if scope["method"] == "POST" and self.running > self._max_concurrency:
+            problem = f"{self._max_concurrency} requests are running (--max-concurrency)"
+            raise ApiError(429, problem, code="rate_limit_exceeded")
+        return tenant
+
+
+class Gate:
+    """An ASGI application around another one, with a door."""
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self._app = app
+        self._door = door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        given = Headers(scope=scope).get("x-request-id", "")
+        state["request_id"] = given if _ID.fullmatch(given) else secrets.token_hex(16)
+        state["answered"] = False
+        started = False
+
+        async def reply(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
+            elif not message.get("more_body", False):
+                state["answered"] = True
+            await send(message)
+
+        counted = scope["method"] == "POST"
+        self._door.running += counted
+        try:
+            state["tenant"] = self._door.check(scope)
+            await self._app(scope, receive, reply)
+        except asyncio.CancelledError:
+            if "left" not in state:
+                raise
+            _LOG.info("request %s: its client has left", state["request_id"])
+        except Exception as error:
+            if started:  # the connection is broken off, so that the client notices
+                raise
+            await error_response(scope["path"], as_api_error(error))(scope, receive, reply)
+        finally:
+            self._door.running -= counted
+            if "watch" in state:
+                state["watch"].cancel()
+
+
+def _key(scope: Scope) -> str:
+    """The key that a request carries, in OpenAI's header or in Anthropic's."""
+    headers = Headers(scope=scope)
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

@@ -1,0 +1,172 @@
+"""The models behind the server: every READY Triton model that answers the operation "describe".
+
+Owns what is known of each, and keeps it in step with tritonserver, where models come and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gllm_client import Chunk, Client, GenerateError
+from gllm_client.openai_server.errors import ApiError, from_triton
+from gllm_client.openai_server.formats.choice import Format, choose
+from gllm_client.protocol import shown
+
+REFRESH_S = 10.0  # between two looks at the repository
+MISS_S = 1.0  # the same after a request for an unknown model
+DESCRIBE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model. `facts`: what its backend says of it, see the operation "describe"; chat_template
+    is the source of all its chat templates together."""
+
+    name: str
+    facts: dict[str, Any]
+    max_model_len: int  # tokens, of prompt and answer together
+    created: int  # Unix time at which this server first saw it
+    client: Client
+    format: Format  # how it writes thoughts and calls
+    tenant: str = ""  # whose requests these are; see the sampling parameter
+
+    async def tokenize(self, request_id: str, **prompt: Any) -> tuple[list[int], str]:
+        """The token ids of a prompt and its text; `prompt`: as to the client's tokenize."""
+        with _api_errors():
+            chunk = await self.client.tokenize(model=self.name, request_id=request_id, **prompt)
+        return list(chunk.token_ids), chunk.text
+
+    async def detokenize(self, ids: list[int], request_id: str) -> str:
+        """The text of tokens, special ones included."""
+        with _api_errors():
+            text: str = await self.client.detokenize(ids, model=self.name, request_id=request_id)
+        return text
+
+    async def generate(
+        self, ids: list[int], sampling: dict[str, Any], request_id: str
+    ) -> AsyncGenerator[Chunk, None]:
+        """The answer to a prompt, in chunks. Closing the generator cancels the request."""
+        if self.tenant:
+            sampling = sampling | {"tenant": self.tenant}
+        with _api_errors():
+            chunks = self.client.generate(
+                model=self.name,
+                input_ids=ids,
+                sampling=sampling,
+                request_id=request_id,
+                return_num_input_tokens=False,
+                return_num_output_tokens=sampling.get("n", 1) > 1,
+                return_stop_reason=True,
+                return_num_cached_tokens=True,
+            )
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+
+
+@contextmanager
+def _api_errors() -> Iterator[None]:
+    """Turn errors of the client into ApiError."""
+    try:
+        yield
+    except GenerateError as error:
+        raise from_triton(error) from None
+    except ValueError as error:  # a value that a request cannot carry
+        raise ApiError(400, str(error)) from None
+
+
+class Models:
+    """The models that tritonserver serves now. `formats`: names of a format's two parts, or None
+    to choose by the model; see formats.choose."""
+
+    def __init__(self, client: Client, *formats: str | None) -> None:
+        self._client = client
+        self._formats = formats
+        self._known: dict[str, ServedModel] = {}
+        self._refreshed = 0.0
+        self._lock = asyncio.Lock()
+
+    def all(self) -> list[ServedModel]:
+        return sorted(self._known.values(), key=lambda model: model.name)
+
+    async def watch(self) -> None:
+        """Look at the repository for ever."""
+        while True:
+            with suppress(GenerateError):  # tritonserver is away; requests and /health say so
+                await self.refresh(REFRESH_S / 2)
+            await asyncio.sleep(REFRESH_S)
+
+    async def refresh(self, max_age: float = 0.0) -> None:
+        """Look at the repository, unless that was `max_age` seconds ago. Raises GenerateError."""
+        async with self._lock:
+            if time.monotonic() - self._refreshed < max_age:
+                return
+            entries = await self._client.index(DESCRIBE_TIMEOUT_S)
+            names = sorted({entry["name"] for entry in entries if entry["state"] == "READY"})
+            models = await asyncio.gather(*map(self._look, names))
+            self._known = {model.name: model for model in models if model is not None}
+            self._refreshed = time.monotonic()
+
+    async def _look(self, name: str) -> ServedModel | None:
+        """A model as it is now; as it was, if it does not answer. None: it is none of ours."""
+        known = self._known.get(name)
+        facts = await self._describe(name)
+        if facts is None or (known and known.facts == facts):
+            return known
+        return ServedModel(
+            name=name,
+            facts=facts,
+            max_model_len=facts["max_model_len"],
+            created=known.created if known else int(time.time()),
+            client=self._client,
+            format=choose(facts, *self._formats),
+        )
+
+    async def _describe(self, name: str) -> dict[str, Any] | None:
+        try:
+            facts: dict[str, Any] = await self._client.describe(
+                model=name, timeout=DESCRIBE_TIMEOUT_S
+            )
+        except (GenerateError, ValueError):  # another backend's model, or it cannot answer now
+            return None
+        templates = facts.get("chat_template") or {}
+        return facts | {"chat_template": "\n".join(templates.values())}
+
+    async def is_healthy(self) -> bool:
+        """Whether any model answers now."""
+        try:
+            await self.refresh(MISS_S)
+        except GenerateError:
+            return False
+        answers = await asyncio.gather(*(self._describe(model.name) for model in self.all()))
+        return any(facts is not None for facts in answers)
+
+    async def find(self, name: str | None) -> ServedModel:
+        """The model of that name; None: the only one.
+
+        Raises ApiError: 404, code model_not_found; 400 for None among several models; 503 when
+        tritonserver is away.
+        """
+        if self._missing(name):
+            try:
+                await self.refresh(MISS_S)
+            except GenerateError as error:
+                raise ApiError(503, str(error)) from None
+        models = self.all()
+        if name is None and len(models) == 1:
+            return models[0]
+        if name in self._known:
+            return self._known[name]
+        have = ", ".join(model.name for model in models) or "none"
+        if name is None:
+            raise ApiError(400, f"model: it is required; the models are: {have}", "model")
+        problem = f"model: {shown(name)} does not exist; the models are: {have}"
+        raise ApiError(404, problem, "model", "model_not_found")
+
+    def _missing(self, name: str | None) -> bool:
+        return not self._known if name is None else name not in self._known

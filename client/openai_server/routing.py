@@ -1,0 +1,223 @@
+"""What all routes share: JSON bodies, errors, server-sent events, the request's id and model.
+
+A route is `async def route(request: Request) -> Response` on an APIRouter that app.py mounts; it
+raises ApiError, which becomes the answer in the form of ERROR_FORMS:
+
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await read_body(request, ChatRequest)
+        model = await find_model(request, body.model)
+        ...
+        return EventStream(events)        # or JsonResponse(value)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from gllm_client.openai_server.errors import ApiError, invalid
+from gllm_client.openai_server.models import ServedModel
+from gllm_client.protocol import shown
+
+T = TypeVar("T")
+RETRY_AFTER = {429: "1", 503: "5"}  # seconds
+
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_PLACE = re.compile(r"(?s)(?P<problem>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>.*)`)?")
+_FIELD = re.compile(r"Object (?P<what>contains unknown|missing required) field `(?P<field>.*)`")
+
+
+def openai_error(error: ApiError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    default = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = _ERROR_TYPES.get(error.status, default)
+    about = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return {"error": about}
+
+
+# Path prefix -> the form of errors under it; the longest prefix counts. Other APIs add theirs:
+# ERROR_FORMS["/v1/messages"] = anthropic_error
+ERROR_FORMS: dict[str, Callable[[ApiError], dict[str, Any]]] = {"": openai_error}
+
+
+def error_response(path: str, error: ApiError) -> Response:
+    """The answer for an error, in the form of the API that `path` belongs to."""
+    prefix = max((p for p in ERROR_FORMS if path.startswith(p)), key=len)
+    wait = RETRY_AFTER.get(error.status)
+    headers = {"retry-after": wait} if wait else None
+    return JsonResponse(ERROR_FORMS[prefix](error), error.status, headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The error itself, or for a fault of this server, which goes to the log, a status of 500."""
+    if isinstance(error, ApiError):
+        return error
+    logging.getLogger("gllm.openai").error("a request failed", exc_info=error)
+    return ApiError(500, "an internal error, see the server's log")
+
+
+async def read_body(request: Request, kind: type[T]) -> T:
+    """The JSON body as a msgspec Struct; null means not given. From here on, a client that leaves
+    cancels the route.
+
+    Raises ApiError 400 (not JSON, a wrong field), 413 (too large), 415 (another content type).
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise ApiError(415, f"content-type: application/json is expected, got {shown(media)}")
+    body = await _read(request, request.app.state.options.max_body_size)
+    request.state.watch = asyncio.create_task(_watch(request, asyncio.current_task()))
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ApiError(400, f"the body is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    return convert({name: v for name, v in value.items() if v is not None}, kind)
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    problem = ApiError(413, f"the body is larger than {limit} bytes (--max-body-size)")
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
+        raise problem
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise problem
+    return bytes(body)
+
+
+async def _watch(request: Request, task: asyncio.Task[Any] | None) -> None:
+    """Cancel the route's task when its client leaves before the whole answer is sent."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+    if task is not None and not request.state.answered:
+        request.state.left = True
+        task.cancel()
+
+
+def convert(value: Any, kind: type[T], path: str = "") -> T:
+    """A JSON value as a msgspec type; its error names the field: `path`, then what is below it."""
+    try:
+        return msgspec.convert(value, kind)
+    except RecursionError:
+        raise ApiError(400, f"{path or 'the body'}: nested too deeply", path or None) from None
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), value, path) from None
+
+
+def _explain(text: str, value: Any, path: str) -> ApiError:
+    """The error of msgspec as ours: with the field's path and value."""
+    match = _PLACE.fullmatch(text)
+    assert match  # every part of the pattern is optional
+    place = match["path"] or ""
+    field = _FIELD.fullmatch(match["problem"])
+    problem = match["problem"].replace("`", "")
+    if field:
+        place = f"{place}.{field['field']}".removeprefix(".")
+        problem = "unknown field" if "unknown" in field["what"] else "it is required"
+    elif not match["key"]:
+        for step in re.findall(r"[^.\[\]]+|\.\.\.", place):
+            value = _below(value, step)
+        problem = f"{shown(value)} is not valid ({problem[:1].lower()}{problem[1:]})"
+    dot = "." if path and place and not place.startswith("[") else ""
+    return invalid(f"{path}{dot}{place}", problem)
+
+
+def _below(value: Any, step: str) -> Any:
+    if isinstance(value, dict):
+        return value.get(step)
+    return value[int(step)] if isinstance(value, list) and step.isdecimal() else value
+
+
+async def find_model(request: Request, name: str | None) -> ServedModel:
+    """The model of that name, for the request's tenant; None: the only one.
+
+    Raises ApiError, see Models.find.
+    """
+    model: ServedModel = await request.app.state.models.find(name)
+    return replace(model, tenant=request.state.tenant)
+
+
+def request_id(request: Request) -> str:
+    """The id of this request: the client's x-request-id, or a new one."""
+    return str(request.state.request_id)
+
+
+def sse(data: bytes, event: str = "") -> bytes:
+    """One server-sent event."""
+    name = b"event: %s\n" % event.encode() if event else b""
+    return b"%sdata: %s\n\n" % (name, data)
+
+
+class JsonResponse(Response):
+    """Any value that msgspec can encode, as JSON."""
+
+    media_type = "application/json"
+
+    def __init__(
+        self, content: Any, status_code: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(content, status_code, headers)
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+class EventStream(Response):
+    """A text/event-stream of the pieces (whole events) that an async generator yields.
+
+    The status is sent with the first piece, so an ApiError before it becomes an ordinary answer
+    with its own status. Later ones the generator must turn into events itself. The generator is
+    closed at the end, and when the client leaves.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, pieces: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache"} | (headers or {}))
+        del self.headers["content-length"]
+        self.pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.pieces) as pieces:
+            first = await anext(pieces, b"")
+            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(start)
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def with_done(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """OpenAI's end of a stream: [DONE], after an error's event if the stream fails half way."""
+    started = False
+    try:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                started = True
+                yield piece
+    except Exception as error:
+        if not started:
+            raise
+        yield sse(msgspec.json.encode(openai_error(as_api_error(error))))
+    yield sse(b"[DONE]")

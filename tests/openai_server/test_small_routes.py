@@ -1,0 +1,98 @@
+"""Models, tokens, health, metrics; models that come and go."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+
+import pytest
+from scripted_triton import FakeModel, FakeTriton
+from serving import Served, serve
+
+
+def test_models_are_listed_and_shown(served: Served) -> None:
+    served.triton.models["other"] = FakeModel(max_model_len=77)
+    served.triton.models["foreign"] = FakeModel(is_ours=False)
+    assert served.sdk.models.retrieve("other").id == "other"
+    listed = served.sdk.models.list().data
+    assert [model.id for model in listed] == ["m", "other"]
+    assert served.http.get("/v1/models/other").json()["max_model_len"] == 77
+    assert served.http.get("/v1/models/foreign").status_code == 404
+
+
+def test_a_model_loaded_later_is_found_and_an_unloaded_one_is_not(served: Served) -> None:
+    assert served.sdk.models.retrieve("m").id == "m"
+    served.triton.models["later"] = served.triton.models.pop("m")
+    served.app.state.models._refreshed = 0.0  # as if the last look were long ago
+    body = {"messages": [{"role": "user", "content": "Hello"}]}
+    assert served.post("/v1/chat/completions", model="later", **body).status_code == 200
+    assert served.post("/v1/chat/completions", model="m", **body).status_code == 404
+    assert served.post("/v1/chat/completions", **body).json()["model"] == "later"
+
+
+def test_without_a_name_there_must_be_one_model(served: Served) -> None:
+    served.triton.models["other"] = FakeModel()
+    status, field, message = served.refused("/v1/completions", prompt="a")
+    assert (status, field) == (400, "model") and "m, other" in message
+
+
+def test_tokens(served: Served) -> None:
+    answer = served.post("/tokenize", prompt="ab", return_token_strs=True).json()
+    assert answer == {
+        "count": 2,
+        "max_model_len": 4096,
+        "tokens": [97, 98],
+        "token_strs": ["a", "b"],
+    }
+    chat = served.post("/tokenize", messages=[{"role": "user", "content": "a"}]).json()
+    assert "".join(map(chr, chat["tokens"])) == "<|user|>\na\n<|assistant|>"
+    assert served.post("/detokenize", tokens=[97, 98]).json() == {"prompt": "ab"}
+    assert served.refused("/detokenize", tokens="a")[:2] == (400, "tokens")
+    assert served.refused("/tokenize", prompt="a", frobnicate=1)[:2] == (400, "frobnicate")
+
+
+def test_health_follows_the_models(served: Served) -> None:
+    assert served.http.get("/health").status_code == 200
+    model = served.triton.models.pop("m")
+    assert served.http.get("/health").status_code == 503
+    served.triton.models["m"] = model
+    served.forget()
+    assert served.http.get("/health").status_code == 200
+    assert served.http.get("/version").json()["version"]
+
+
+def test_health_without_tritonserver() -> None:
+    with FakeTriton(m=FakeModel()) as triton:
+        gone = triton.address
+    triton.address_of_the_dead = gone  # type: ignore[attr-defined]
+    with serve(triton) as served:
+        assert served.http.get("/health").status_code == 503
+        status, _, message = served.refused("/v1/completions", prompt="a")
+        assert status == 503 and "cannot be reached" in message
+
+
+@pytest.fixture
+def page() -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"gllm:running 1\n")
+
+        def log_message(self, *args: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/metrics"
+        server.shutdown()
+        thread.join()
+
+
+def test_metrics_are_passed_on(served: Served, page: str) -> None:
+    assert served.http.get("/metrics").status_code == 404
+    with serve(served.triton, metrics_url=page) as other:
+        assert other.http.get("/metrics").text == "gllm:running 1\n"
+    with serve(served.triton, metrics_url="http://127.0.0.1:1/metrics") as other:
+        assert other.http.get("/metrics").status_code == 503
