@@ -18,7 +18,10 @@ class Load(NamedTuple):
 
     max_tokens: int  # token limit of one step
     num_decoding: int  # sequences whose prefill is planned completely
-    backlog: int  # tokens that prefill has still to compute, including waiting sequences
+    # Tokens that prefill has still to compute, of sequences that have a slot and of as many waiting
+    # ones as slots are free. If all waiting sequences counted, the one step that finds slots free
+    # would prefill for all of them, and the next steps for none.
+    backlog: int
     num_free_pages: int  # includes pages that sequences hold for chunks not yet planned
     num_reserved_pages: int  # free pages that admission leaves to decoding sequences
     num_pages: int

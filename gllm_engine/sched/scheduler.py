@@ -289,10 +289,13 @@ class Scheduler:
 
     def _load(self) -> Load:
         unplanned = sum(sequence.backlog for sequence in self._prefilling)  # usually one sequence
+        waiting = self._backlog - unplanned
+        if len(self._waiting) > len(self._slots):
+            waiting = waiting * len(self._slots) // len(self._waiting)
         return Load(
             max_tokens=self._max_tokens,
             num_decoding=len(self._decoding),
-            backlog=self._backlog,
+            backlog=unplanned + waiting,
             num_free_pages=self._pool.num_free + self._num_whole * unplanned // self._page_size,
             num_reserved_pages=self._num_reserved,
             num_pages=self._pool.num_pages,

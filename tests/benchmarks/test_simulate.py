@@ -198,6 +198,15 @@ def test_under_load_of_mixed_contexts_cost_throttling_is_sooner_in_everything() 
 # ------------------------------------------------------------ where costs come from
 
 
+@pytest.mark.parametrize("policy", ["token_throttling", "cost_throttling"])
+def test_prefill_is_even_when_slots_are_the_limit(policy: str) -> None:
+    """Slots become free a few at a time. Each step prefills for its share of them."""
+    cost = CostModel(step=8e-3, token=50e-6).seconds
+    pairs = [(200, 20 + 7 * i % 160) for i in range(600)]
+    run = play(policy, Pipeline([cost] * 2, free, free), pairs, [0.0] * 600, max_num_seqs=128)
+    assert max(run.idle) < 0.05
+
+
 def test_roofline_by_hand() -> None:
     part = Roofline(100.0, 1000.0, params=50.0, kv_bytes=2.0, pair_flops=4.0, step=1.0)
     # Weights: 100 bytes in 1 s; 1 token computes 100 flops in 0.1 s, 20 tokens 2 s.
