@@ -329,6 +329,10 @@ def _project(
         place = (item * HEADS + head)[:, None] * RANK + d[None, :]
         x = tl.load(parts + place, mask=(item < last)[:, None], other=0.0)
         y = tl.dot(x, w, input_precision="ieee")
+        # 0 times a number that is not finite is NaN: such parts make only their own row NaN.
+        broken = tl.sum(y * 0.0, 1)
+        y = tl.where(broken[:, None] == 0.0, y, 0.0)
+        log += broken
         own = (item[None, :] >= begins[:, None]) & (item[None, :] < ends[:, None])
         log = tl.where(own, log[None, :], -float("inf"))
         higher = tl.maximum(top, tl.max(log, 1))
