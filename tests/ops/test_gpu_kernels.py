@@ -14,11 +14,11 @@ from torch import Tensor
 from gllm_engine.ops import (
     AttentionInputs,
     Batch,
-    Fp8Rows,
     Fp8Weight,
     HeadNorm,
     Int8Weight,
     PlainSampling,
+    RoundedRows,
     prefill_rows,
     reference,
     select_ops,
@@ -230,7 +230,7 @@ def test_activations_rounded_for_the_next_product(
     x = randn(rows, 2 * width)
     x[3, 7] = torch.nan
     found, plain = ops.activate(x, act, True, down), ops.activate(x, act, True)
-    assert isinstance(found, Fp8Rows) and isinstance(plain, torch.Tensor)
+    assert isinstance(found, RoundedRows) and isinstance(plain, torch.Tensor)
     y, expected = ops.linear(found, down), ops.linear(plain, down)
     assert y[3].isnan().all() and y[4:].isfinite().all()
     assert torch.equal(y.nan_to_num(), expected.nan_to_num())
