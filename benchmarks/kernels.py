@@ -209,7 +209,7 @@ class Shape:
 
         def activation() -> Callable[[], Any]:
             both = self.randn(tokens, 2 * hidden)
-            return lambda: ops.silu_mul(both)
+            return lambda: ops.activate(both, "silu", gated=True)
 
         size = f"{tokens} tokens"
         yield Case("rms_norm", size, (2 * tokens + 1) * dim * item, 0, norm)

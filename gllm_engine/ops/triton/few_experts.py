@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.fp8 import scale_lines
+from gllm_engine.ops.triton.fp8 import common_columns, scale_lines
 from gllm_engine.ops.triton.gemv import widen
 from gllm_engine.ops.triton.packed import (
     INT4_BASE,
@@ -365,7 +365,7 @@ def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
     """Columns of a program's output, each of `rows` rows in each of some products; 0: registers do
     not hold even one column for each group of lanes, or a load may have several scales.
     """
-    if isinstance(matrix, Fp8Weight) and _scale_columns(matrix) % _LOADED.value:
+    if isinstance(matrix, Fp8Weight) and common_columns(matrix) % _LOADED.value:
         return 0
     loads, lanes, warps = _shape(matrix)
     numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
@@ -376,12 +376,6 @@ def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
     if columns * rows * lanes < threads:
         return 0
     return 1 << (columns.bit_length() - 1)
-
-
-def _scale_columns(matrix: Fp8Weight) -> int:
-    """Columns of a scale, or a divisor of them, from the first column on; 0: all columns."""
-    ends = matrix.columns_per_scale | matrix.first_column
-    return ends & -ends if matrix.scales.shape[-1] > 1 else 0
 
 
 def _options(matrix: Weight) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -420,6 +414,6 @@ def _options(matrix: Weight) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     index = matrix.scale_row
     options |= {"KIND": "fp8", "scale_columns": matrix.scales.shape[-1]}
     options |= {"first_column": matrix.first_column, "ROWS_PER_SCALE": matrix.rows_per_scale}
-    columns = matrix.columns_per_scale if _scale_columns(matrix) else 0
+    columns = matrix.columns_per_scale if common_columns(matrix) else 0
     options |= {"COLUMNS_PER_SCALE": columns, "INDEXED": index is not None}
     return matrix.numbers, matrix.scales, matrix.scales if index is None else index, options

@@ -99,10 +99,10 @@ def scale_options(weight: Tensor | Fp8Weight | Int8Weight) -> dict[str, Any]:
 
 
 def common_columns(weight: Fp8Weight | Int8Weight) -> int:
-    """The largest power of two c so that each c columns of the weight, from the first on, have one
-    scale; 0: all columns have.
+    """The largest power of two c so that each c columns of a weight or a stack, from the first on,
+    have one scale; 0: all columns have.
     """
-    if weight.scales.shape[1] == 1:
+    if weight.scales.shape[-1] == 1:
         return 0
     ends = weight.columns_per_scale | weight.first_column
     return ends & -ends

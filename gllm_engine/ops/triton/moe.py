@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.few_experts import activate_gated, few_experts, takes_few
-from gllm_engine.ops.triton.fp8 import from_float8
+from gllm_engine.ops.triton.fp8 import common_columns, from_float8
 from gllm_engine.ops.triton.packed import multiply_packed, run_words, runs_of_turn, scale_words
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, Weight
@@ -591,9 +591,8 @@ def grouped_product(
     columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
     stored = _operand(matrix)
     turn = _fit(tiles.depth, depth)
-    if stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
-        ends = stored.columns_per_scale | stored.first_column
-        turn = min(turn, ends & -ends)
+    if isinstance(matrix, Fp8Weight):  # a turn must not go beyond the columns of a scale
+        turn = min(turn, common_columns(matrix) or turn)
     rows = stored.rows_per_scale
     uniform = rows > 0 and not stored.indexed and rows % columns == 0
     uniform = uniform and (not gated or width % columns == 0)
