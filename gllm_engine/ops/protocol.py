@@ -269,10 +269,11 @@ class Ops(Protocol):
         and up, [local, 2 * hidden], and of down, [local, dim]. `clamp`: what to compute of gate(x)
         and up(x) instead.
 
-        x: [tokens, dim]. weights, experts: [tokens, top_k] from `route`. gate_up: [local, 2 *
-        hidden, dim] and down: [local, dim, hidden], the matrices of this rank's experts, `first` to
-        first + local - 1; other experts add nothing. `num_experts`: of all ranks; kernels estimate
-        the tokens per expert from it. `total`: [tokens, dim]; the sum is added to it in place.
+        x: [tokens, dim]. weights, experts: [tokens, top_k] from `route`, a token's experts being
+        distinct. gate_up: [local, 2 * hidden, dim] and down: [local, dim, hidden], the matrices of
+        this rank's experts, `first` to first + local - 1; other experts add nothing. `num_experts`:
+        of all ranks; kernels estimate the tokens per expert from it. `total`: [tokens, dim]; the
+        sum is added to it in place.
         """
         ...
 

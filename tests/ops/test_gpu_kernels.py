@@ -178,7 +178,9 @@ def test_linear_of_fp8_weights(
 def test_linear_of_int8_weights(
     rows: int, depth: int, width: int, dtype: torch.dtype, bias: bool
 ) -> None:
-    """Several rows of x are rounded too: of 4,096 normal numbers by about 1% of the result."""
+    """Several rows of x are rounded too: of 4,096 normal numbers by about 1% of the result; of
+    products of two normal numbers, whose largest one is larger, by about 2%.
+    """
     ops, limit = select_ops(CUDA), 0.02 if rows > 1 else TOLERANCE[torch.bfloat16]
     x, total, gain = (randn(*s, dtype=dtype) for s in ((rows, depth), (rows, width), (depth,)))
     numbers = torch.randint(-128, 128, (width, depth), device=CUDA).to(torch.int8)
@@ -192,7 +194,7 @@ def test_linear_of_int8_weights(
     near(ops.linear(x, weight, b), reference.linear(x64, exact, b64), limit)
     out = torch.full((rows, width), torch.nan, dtype=dtype, device=CUDA)
     assert ops.linear(x, weight, b, norm, out) is out
-    near(out, reference.linear(x64, exact, b64, norm64), limit)
+    near(out, reference.linear(x64, exact, b64, norm64), limit if rows == 1 else 2 * limit)
     gated = reference.gated_linear(x64, exact, b64, norm64)
     near(ops.gated_linear(x, weight, b, norm), gated, 3 * limit)
     expected = reference.add_linear(total64, x64, exact, b64)
