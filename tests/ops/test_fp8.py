@@ -59,6 +59,11 @@ def test_twin(size: tuple[int, int, int, int]) -> None:
     assert len(stack) == 3 and stack.shape == exacts.shape
     assert torch.equal(stack.dequantized(torch.float32), exacts)
     assert torch.equal(stack[1].dequantized(torch.float32), exacts[1])
+    some = slice(5, 17)
+    assert torch.equal(weight.rows(some).dequantized(torch.float32), exact[some])
+    assert torch.equal(stack.rows(some).dequantized(torch.float32), exacts[:, some])
+    moved = replace(weight, scale_row=torch.arange(size[0]).flip(0) // weight.rows_per_scale)
+    assert torch.equal(moved.rows(some).dequantized(BF16), moved.dequantized(BF16)[some])
 
 
 @pytest.mark.parametrize("size", [(16, 32), (0, 0), (1, 0), (7, 9)])
