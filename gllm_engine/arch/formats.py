@@ -60,7 +60,7 @@ class Format(ABC):
 
     @property
     def bits(self) -> int:
-        """Of a stored number."""
+        """The bits of a stored number."""
         return 8
 
     # The same for a weight that a layer holds plain: only what is stored matters then.

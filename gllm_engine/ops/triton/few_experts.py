@@ -38,17 +38,22 @@ from gllm_engine.routing import Clamp
 
 # Numbers or words of one load of a thread.
 _LOADED: tl.constexpr = tl.constexpr(8)
-_RUN, _WORDS = tl.constexpr(RUN), tl.constexpr(RUN_WORDS)
+_RUN = tl.constexpr(RUN)
+_WORDS = tl.constexpr(RUN_WORDS)
 # For e2m1 numbers, x is multiplied by _FACTOR and the scales' exponents grow by _EXPONENT, which
 # cancel the 2^-126 of wide_numbers: so no product is subnormal.
-_FACTOR, _EXPONENT = tl.constexpr(2.0**63), tl.constexpr(63)
+_EXPONENT = tl.constexpr(63)
+_FACTOR = tl.constexpr(2.0**63)
 # Most bytes of weights in a thread's registers: more of 4-bit numbers, whose rows take x through
 # more instructions, which several rows of a thread share.
-_HELD, _PACKED_HELD = 256, 384
+_HELD = 256
+_PACKED_HELD = 384
 _THREADS = 32  # of a warp
 _MOST_COLUMNS = 32  # of a program
-# Warps of a program; of one with rows of more bytes than _LONG_BYTES.
-_WARPS, _LONG_WARPS, _LONG_BYTES = 4, 8, 16384
+# Warps of a program; of one with rows of more bytes than _LONG_BYTES, which 4 would not hold.
+_WARPS = 4
+_LONG_WARPS = 8
+_LONG_BYTES = 16384
 # Most pairs, as a share of all experts: with more pairs, many would read the same matrices.
 _MOST_PAIRS = 0.5
 

@@ -34,11 +34,14 @@ from gllm_engine.routing import Clamp, Routing
 _HELD, _WARPS = 4096, 8
 # Most tokens of such a program.
 _MAX_ROWS = 1024
-# Most tokens that are routed each in a program of its own; most pairs that are sorted without
-# _count, and those that one program places.
-_FEW_TOKENS, _FEW_PAIRS, _PLACED = 512, 1024, 32
+# Most tokens that are routed each in a program of its own.
+_FEW_TOKENS = 512
+# Most pairs that _sort_few sorts, and those that one of its programs places.
+_FEW_PAIRS = 1024
+_PLACED = 32
 # Columns and warps of one program of _sum: for few tokens, and for more.
-_FEW_SUMMED, _SUMMED = (256, 1), (1024, 4)
+_FEW_SUMMED = (256, 1)
+_SUMMED = (1024, 4)
 # Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
 # is dropped, NaN or anything smaller than every other choice, all other choices.
 _DROPPED, _LEAST = tl.constexpr(-3.3e38), tl.constexpr(-3.2e38)
