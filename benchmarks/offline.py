@@ -192,6 +192,7 @@ def main() -> None:
         work.append({"name": name, "warm_up": warm_up(jobs), "jobs": jobs})
     longest = max(len(job.prompt) + job.output_len for each in work for job in each["jobs"])
     figures: dict[str, Any] = {}
+    failure: SystemExit | None = None
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
         paths = {key: str(Path(directory, key)) for key in ("work", "figures")}
         Path(paths["work"]).write_text(json.dumps(work))
@@ -201,16 +202,24 @@ def main() -> None:
             task |= {"repeat": arguments.repeat, "profile": arguments.profile}
             if engine == "ours" and arguments.timeline:
                 config["timeline"] = str(arguments.timeline.resolve())
-            found = drive(engine, task, arguments.peer_site, arguments.timeout)
+            try:
+                found = drive(engine, task, arguments.peer_site, arguments.timeout)
+            except SystemExit as error:
+                failure = error
+                continue
             for each in work:
                 found[each["name"]] = summarize(found[each["name"]])
             figures[engine] = {"config": config, **found}
+    if failure and not figures:
+        raise failure
     header = [*HEADER, "ours / vllm"] if len(figures) == 2 else HEADER
     print_table(model.name, header, make_rows(work, figures))
-    for each in work if arguments.timeline else []:
+    for each in work if arguments.timeline and "ours" in figures else []:
         name = f"{each['name']} timeline"
         print_summary(name, figures["ours"][name])
     record(arguments.name or f"offline-{model.name}", figures, arguments.save)
+    if failure:
+        raise failure
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ and no scheduling.
 from __future__ import annotations
 
 from gllm_engine.parallel.mesh import Mesh, partition_layers
-from gllm_engine.parallel.pipe import Pipe
+from gllm_engine.parallel.pipe import Awaited, Pipe
 from gllm_engine.parallel.rank_groups import RankGroups, join_ranks, talk_through
 from gllm_engine.parallel.tensor_parallel import ALONE, TensorParallel
 
 __all__ = [
     "ALONE",
+    "Awaited",
     "Mesh",
     "Pipe",
     "RankGroups",

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from gllm_engine.parallel.mailbox import can_reach, open_mailbox
 from gllm_engine.parallel.mesh import Mesh
-from gllm_engine.parallel.pipe import Pipe
+from gllm_engine.parallel.pipe import GroupLink, Link, Pipe
 from gllm_engine.parallel.tensor_parallel import TensorParallel
 
 # Timeout of a collective. It is long because loading weights can delay a rank. The engine detects
@@ -32,6 +33,9 @@ _NCCL = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
+# Bytes of a place of a mailbox: for activations, and for the tokens of a step.
+_ACTIVATION_PLACE = 16 << 20
+_TOKEN_PLACE = 64 << 10
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 _IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: one address per line, first in hexadecimal
 
@@ -110,15 +114,32 @@ def join_ranks(
     nodes = {mesh.rank_at(stage, i) // per_node for i in range(mesh.tp)}
     group = stages[stage] if mesh.tp > 1 else None
     tensor = TensorParallel(i, mesh.tp, device, group, same_node=len(nodes) == 1)
-    pipe = Pipe(
-        stage=stage,
-        stages=mesh.pp,
-        before=(mesh.rank_at(stage - 1, i), forward[stage - 1, i]) if stage else None,
-        after=(mesh.rank_at(stage + 1, i), forward[stage, i]) if stage < mesh.pp - 1 else None,
-        first=(mesh.rank_at(0, i), back[i]),
-        last=(mesh.rank_at(mesh.pp - 1, i), back[i]),
-    )
+    uses_mailboxes = device.type == "cuda" and _all_can_reach(device)
+
+    def link(group: dist.ProcessGroup | None, to_stage: int, place_bytes: int) -> Link | None:
+        """Both ranks of the group open their link to each other here."""
+        if group is None or not 0 <= to_stage < mesh.pp:
+            return None
+        peer = mesh.rank_at(to_stage, i)
+        if uses_mailboxes and peer // per_node == rank // per_node:
+            return open_mailbox(group, place_bytes, device)
+        return GroupLink(peer, group)
+
+    # Every rank opens its links in the order of the stages, so that ranks never wait in a circle.
+    before = link(forward.get((stage - 1, i)), stage - 1, _ACTIVATION_PLACE)
+    after = link(forward.get((stage, i)), stage + 1, _ACTIVATION_PLACE)
+    ends = {0: mesh.pp - 1, mesh.pp - 1: 0}
+    returns = link(back[i], ends.get(stage, -1), _TOKEN_PLACE)
+    pipe = Pipe(stage, mesh.pp, before, after, returns)
     return RankGroups(mesh, rank, tensor, pipe, leads_node=rank % per_node == 0)
+
+
+def _all_can_reach(device: torch.device) -> bool:
+    """Whether all ranks can write to the memory of the GPUs of their nodes."""
+    is_allowed = os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
+    can = torch.tensor(int(is_allowed and can_reach(device)), device=device)
+    dist.all_reduce(can, dist.ReduceOp.MIN)
+    return bool(can)
 
 
 def talk_through(host: str) -> None:

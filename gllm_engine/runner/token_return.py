@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gllm_engine.parallel import Pipe
+from gllm_engine.parallel import Awaited, Pipe
 from gllm_engine.runner.host_arrays import int_array, to_device
 from gllm_engine.runner.slot_table import SlotTable
 
@@ -35,8 +34,8 @@ from gllm_engine.runner.slot_table import SlotTable
 class _ReturnedTokens(NamedTuple):
     step: int
     slots: Tensor  # [n]
-    tokens: Tensor  # [n] filled when `work` has ended
-    work: dist.Work
+    tokens: Tensor  # [n] filled when `work` has been waited for
+    work: Awaited
 
 
 class TokenReturn:

@@ -16,6 +16,7 @@ from trace_checks import read_trace
 from gllm_benchmarks.offline import (
     MODELS,
     configure,
+    main,
     model_directory,
     parse_pairs,
     summarize,
@@ -174,6 +175,24 @@ def test_a_peer_that_cheats_or_fails_is_told(
         WRONG=wrong,
     )
     assert done.returncode and sentence in done.stderr and "figures" not in done.stdout
+
+
+def test_what_was_measured_is_told_if_the_peer_fails(
+    model: Path, site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def drive(engine: str, *_: Any) -> dict[str, Any]:
+        if engine == "vllm":
+            raise SystemExit("vllm: no figures")
+        run = {"seconds": 2.0, "first_token": 0.5, "steps": 4, "tokens": 8}
+        return {"start_s": 1.0, "kv_tokens": 100, "fixed:2:5:4": [run]}
+
+    monkeypatch.setattr("gllm_benchmarks.offline.drive", drive)
+    asked = ["--engine", "both", "--model", str(model), "--peer-site", str(site)]
+    monkeypatch.setattr(sys, "argv", ["offline", *asked, "--workloads", "fixed:2:5:4"])
+    with pytest.raises(SystemExit, match="vllm: no figures"):
+        main()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(line["figures"]) == ["ours"]
 
 
 def test_a_peer_must_be_there(model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from gllm_engine.arch import ArchError, Moe, Shard, read_arch
 from gllm_engine.model import Decoder, filling, open_checkpoint
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.ops import reference, select_ops
 from gllm_engine.parallel import TensorParallel
 
 MXFP4 = {"quant_method": "mxfp4"}
@@ -169,9 +170,16 @@ def test_more_ranks_than_groups(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "over", "shares"), [CASES[1], CASES[3], CASES[8], CASES[9]])
 def test_partial_sums_on_a_gpu(
-    tmp_path: Path, family: str, over: dict[str, Any], shares: list[int]
+    tmp_path: Path,
+    family: str,
+    over: dict[str, Any],
+    shares: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the kernels for few rows and for many."""
+    # Ranks share its memory, and here is no group of ranks.
+    ops = select_ops(torch.device("cuda"))
+    monkeypatch.setattr(ops, "make_one_shot_allreduce", reference.make_one_shot_allreduce)
     path = write_tiny_model(tmp_path, family, seed=3, dtype="bfloat16", **over)
     size = len(shares)
     generator = torch.Generator("cuda").manual_seed(0)

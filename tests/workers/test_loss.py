@@ -394,7 +394,7 @@ def test_a_send_that_never_says_it_is_done_is_waited_for_in_the_end(
     waited = []
     work = SimpleNamespace(is_completed=lambda: False, wait=lambda: waited.append(1))
     monkeypatch.setattr(pipe.dist, "isend", lambda *_: work)
-    sender = pipe.Pipe(stage=0, stages=2, after=(1, None))
+    sender = pipe.GroupLink(1, None)
     tensor = SimpleNamespace(contiguous=lambda: None)
     for _ in range(200):
         sender.send(tensor)  # type: ignore[arg-type]
