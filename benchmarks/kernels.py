@@ -144,14 +144,16 @@ class Shape:
         return None if isinstance(kind, Widened) else kind
 
     def weight(self, kind: Format | None, *size: int) -> Weight:
-        """A random weight [..., width, depth]."""
+        """A random weight [..., width, depth]. As in layers, each row has a scale of its own if the
+        format has one for all.
+        """
         match kind:
             case None:
                 return self.randn(*size)
             case Mxfp4() | Integers():
                 return self.packed(kind, *size)
             case Int8():
-                return Int8Weight(*quantize_int8(self.randn(*size), kind.rows))
+                return Int8Weight(*quantize_int8(self.randn(*size), 1))
         assert isinstance(kind, Fp8)
         return self.fp8(kind, *size)
 
@@ -172,7 +174,7 @@ class Shape:
     def fp8(self, kind: Fp8, *size: int) -> Fp8Weight:
         """A random float8 matrix, or several; one at a time is in a wider dtype."""
         *lead, width, depth = size
-        rows = kind.rows or width
+        rows = kind.rows or 1
         columns = kind.columns or depth
         if not lead:
             return Fp8Weight(*quantize_fp8(self.randn(*size), rows, columns), rows, columns)
@@ -207,7 +209,7 @@ class Shape:
 
         def activation() -> Callable[[], Any]:
             both = self.randn(tokens, 2 * hidden)
-            return lambda: ops.silu_mul(both)
+            return lambda: ops.activate(both, "silu", gated=True)
 
         size = f"{tokens} tokens"
         yield Case("rms_norm", size, (2 * tokens + 1) * dim * item, 0, norm)

@@ -1,6 +1,6 @@
 """Number formats of stored weights: the tensors that a weight is stored as, and their shapes.
 
-A weight without a format is plain: one tensor of numbers. Only matrices of layers have formats.
+A weight without a format is plain: one tensor of numbers. Only matrices have formats.
 Shapes follow from the shape of the weight, so that a shard's tensors have shapes too.
 """
 
@@ -60,7 +60,7 @@ class Format(ABC):
 
     @property
     def bits(self) -> int:
-        """Of a stored number."""
+        """The bits of a stored number."""
         return 8
 
     # The same for a weight that a layer holds plain: only what is stored matters then.

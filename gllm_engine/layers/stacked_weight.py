@@ -216,7 +216,9 @@ class _Widened(_Plain):
         def convert() -> None:
             for staged in inner:
                 staged.convert()
-            into.copy_(dequantized(stack.value, into.dtype))
+            assert not isinstance(stack.value, Tensor)
+            for rows in _some_rows(into):
+                into[rows] = dequantized(stack.value.rows(rows), into.dtype)
 
         return Staged(views, convert)
 
@@ -259,9 +261,7 @@ class _Rounded(_Converted[Rounded]):
         matrix = torch.empty(size, dtype=self._matrices.dtype, device=device)
 
         def convert() -> None:
-            some = max(1, _AT_ONCE // matrix.shape[1])
-            for at in range(0, len(matrix), some):
-                rows = slice(at, at + some)
+            for rows in _some_rows(matrix):
                 rounded, factors = quantize_fp8(matrix[rows], 1, 0)
                 numbers[rows] = rounded
                 scales[rows] = factors
@@ -415,6 +415,12 @@ def _rows_of_scales(matrices: _Matrices[Fp8]) -> Tensor | None:
     if torch.equal(rows, torch.arange(len(rows)) // kind.rows):
         return None
     return rows.to(matrices.device)
+
+
+def _some_rows(matrix: Tensor) -> list[slice]:
+    """All rows, in parts of up to _AT_ONCE numbers, or of one row."""
+    some = max(1, _AT_ONCE // matrix.shape[1])
+    return [slice(at, at + some) for at in range(0, len(matrix), some)]
 
 
 def _ranges(sizes: dict[str, int]) -> dict[str, slice]:

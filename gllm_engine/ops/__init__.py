@@ -27,10 +27,10 @@ from gllm_engine.ops.protocol import (
 )
 from gllm_engine.ops.weight import (
     MAX_MXFP4_SCALE,
-    Fp8Rows,
     Fp8Weight,
     Int8Weight,
     PackedWeight,
+    RoundedRows,
     Rows,
     Weight,
     dequantized,
@@ -50,7 +50,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionPlanner",
     "Batch",
-    "Fp8Rows",
+    "RoundedRows",
     "Fp8Weight",
     "HeadNorm",
     "HostInts",

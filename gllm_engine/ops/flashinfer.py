@@ -71,7 +71,6 @@ from gllm_engine.ops.triton import (
     prepare_inputs,
     rms_norm,
     sample_plain,
-    silu_mul,
 )
 from gllm_engine.ops.triton.moe import route, sum_experts
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, PackedWeight, Rows, Weight
@@ -97,7 +96,6 @@ __all__ = [
     "rotate_and_store",
     "route",
     "sample_plain",
-    "silu_mul",
     "store_index_key",
     "store_latent",
     "sum_experts",

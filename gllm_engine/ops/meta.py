@@ -68,7 +68,6 @@ __all__ = [
     "rotate_and_store",
     "route",
     "sample_plain",
-    "silu_mul",
     "store_index_key",
     "store_latent",
     "sum_experts",
@@ -170,12 +169,7 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
 def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Tensor:
     """See Ops.activate. A rounded result would take less."""
     del act, then
-    return silu_mul(x) if gated else torch.empty_like(x)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See Ops.silu_mul."""
-    return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    return x.new_empty(len(x), x.shape[1] // (1 + gated))
 
 
 def linear(
@@ -220,7 +214,7 @@ def gated_linear(
 ) -> Tensor:
     """See Ops.gated_linear."""
     del then
-    return silu_mul(linear(x, weight, bias, norm))
+    return activate(linear(x, weight, bias, norm), "silu", gated=True)
 
 
 def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> Tensor:

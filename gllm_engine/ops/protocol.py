@@ -198,10 +198,6 @@ class Ops(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up, [rows, width]. `gate_up`: [rows, 2 * width], gate first."""
-        ...
-
     def linear(
         self,
         x: Rows,

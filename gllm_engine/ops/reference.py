@@ -70,12 +70,6 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
     return F.layer_norm(x.to(wide), x.shape[-1:], gain.to(wide), bias, eps).to(x.dtype)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See Ops.silu_mul; gate_up of any shape."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
 def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Tensor:
     """See Ops.activate; x of any shape."""
     del then
@@ -110,7 +104,7 @@ def gated_linear(
 ) -> Tensor:
     """See Ops.gated_linear."""
     del then
-    return silu_mul(linear(x, weight, bias, norm))
+    return activate(linear(x, weight, bias, norm), "silu", gated=True)
 
 
 def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -187,7 +181,9 @@ def sum_experts(
         if len(rows):
             first_bias, last_bias = (None if b is None else b[i] for b in biases)
             gate_and_up = linear(rows, gate_up[i], first_bias)
-            hidden = silu_mul(gate_and_up) if clamp is None else _clamped(gate_and_up, clamp)
+            hidden = (
+                _clamped(gate_and_up, clamp) if clamp else activate(gate_and_up, "silu", gated=True)
+            )
             parts[chosen] = linear(hidden, down[i], last_bias).to(dtype)
     weights = torch.ones_like(weights) if on_input else weights
     summed = torch.einsum("tkd,tk->td", parts, weights.to(dtype)).to(x.dtype)

@@ -32,6 +32,10 @@ class Int8Weight:
         """The i-th matrix of a stack [n, width, depth]."""
         return Int8Weight(self.numbers[i], self.scales[i])
 
+    def rows(self, rows: slice) -> Int8Weight:
+        """Some rows of each matrix, in the same memory."""
+        return Int8Weight(self.numbers[..., rows, :], self.scales[..., rows, :])
+
     @property
     def shape(self) -> torch.Size:
         return self.numbers.shape
@@ -70,6 +74,14 @@ class Fp8Weight:
         """The i-th matrix of a stack [n, width, depth]."""
         return replace(self, numbers=self.numbers[i], scales=self.scales[i])
 
+    def rows(self, rows: slice) -> Fp8Weight:
+        """Some rows of each matrix, in the same memory, with all scales."""
+        index = self.scale_row
+        if index is None:
+            every = torch.arange(self.shape[-2], device=self.numbers.device)
+            index = every // self.rows_per_scale
+        return replace(self, numbers=self.numbers[..., rows, :], scale_row=index[rows])
+
     @property
     def shape(self) -> torch.Size:
         return self.numbers.shape
@@ -89,10 +101,10 @@ class Fp8Weight:
 
 
 @dataclass(frozen=True)
-class Fp8Rows:
-    """Rows [rows, dim] for a product, rounded to float8_e4m3fn: numbers [padded, dim] times float32
-    scales [padded, groups], of which each one belongs to equally many columns, the last one to
-    fewer.
+class RoundedRows:
+    """Rows [rows, dim] for a product, rounded to float8_e4m3fn or int8: numbers [padded, dim] times
+    float32 scales [padded, groups], of which each one belongs to equally many columns, the last one
+    to fewer.
 
     Rows from `rows` on are zeros. `dtype`: of the rows before, and so of the product.
     """
@@ -282,7 +294,7 @@ def pack_codes(
 
 Weight = Tensor | Fp8Weight | Int8Weight | PackedWeight
 # The rows that a product takes.
-Rows = Tensor | Fp8Rows
+Rows = Tensor | RoundedRows
 
 
 def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:

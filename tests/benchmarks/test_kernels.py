@@ -15,7 +15,9 @@ from gllm_benchmarks.offline import MODELS
 from gllm_benchmarks.ours import KINDS
 from gllm_engine import write_tiny_model
 from gllm_engine.arch import Moe, make_arch, read_arch
+from gllm_engine.arch.formats import FP8_TENSOR, Int8
 from gllm_engine.arch.tiny import tiny_config
+from gllm_engine.ops import Fp8Weight, Int8Weight
 
 
 @pytest.fixture
@@ -70,6 +72,14 @@ def test_experts_are_cases_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     gemms = ["GEMM qkv", "GEMM out", "GEMM logits"]
     kernels = ["rms_norm", "rotate_and_store", "sample", *gemms, "experts", "experts"]
     assert [case.kernel for case in cases] == kernels
+
+
+def test_one_scale_is_copied_to_all_rows(shape: Shape) -> None:
+    """As layers hold it: which kernel multiplies depends on it."""
+    for kind in (FP8_TENSOR, Int8(rows=0)):
+        weight = shape.weight(kind, 32, 64)
+        assert isinstance(weight, Fp8Weight | Int8Weight)
+        assert weight.rows_per_scale == 1 and weight.scales.shape == (32, 1)
 
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}

@@ -66,30 +66,22 @@ SIZES = {
         "v_head_dim": 128,
     },
 }
-UNSPILLED = {
-    *("_absorb", "_attend_latent", "_convolve_blocks", "_project", "_recur", "_recur_blocks"),
-    "_solve_blocks",
-}
+UNSPILLED = set(
+    """
+    _absorb _attend_latent _convolve_blocks _project _recur _recur_blocks _solve_blocks
+    """.split()
+)
 # And so every kernel that a single GPU runs, whatever the model.
-KERNELS = {
-    *("_activate", "_apply_sinks", "_attend_latent", "_choose", "_choose_tokens", "_convolve"),
-    *("_absorb", "_copy_pages", "_project"),
-    *("_convolve_blocks", "_recur_blocks", "_solve_blocks"),
-    *("_count", "_decode_attention", "_dequantize", "_gated_norm", "_gather_latents", "_gemv"),
-    *("_few_down", "_few_gate_up", "_grouped", "_dequantize_packed", "_grouped_packed", "_packed"),
-    *("_layer_norm", "_list_pages", "_look", "_mean_squares", "_place", "_quantize", "_recur"),
-    *(
-        "_rescale",
-        "_rms_norm",
-        "_rotate_and_store",
-        "_route",
-        "_score_tokens",
-        "_skinny",
-        "_sort_few",
-        "_split",
-    ),
-    *("_store_index_key", "_store_latent", "_sum"),
-}
+KERNELS = set(
+    """
+    _absorb _activate _apply_sinks _attend_latent _choose _choose_tokens _convolve
+    _convolve_blocks _copy_pages _count _decode_attention _dequantize _dequantize_packed
+    _few_down _few_gate_up _gated_norm _gather_latents _gemv _grouped _grouped_packed
+    _layer_norm _list_pages _look _mean_squares _packed _place _project _quantize _recur
+    _recur_blocks _rescale _rms_norm _rotate_and_store _route _score_tokens _skinny
+    _solve_blocks _sort_few _split _store_index_key _store_latent _sum
+    """.split()
+)
 
 
 @pytest.mark.timeout(1200)

@@ -22,10 +22,11 @@ from torch import Tensor
 from gllm_engine.arch import ArchError, Model, Shard, read_arch
 from gllm_engine.arch.formats import Formats, Widened
 from gllm_engine.arch.model import EMBEDDING, HEAD
+from gllm_engine.layers import stacked_weight
 from gllm_engine.model import Decoder, fill_randomly, kernels_of
 from gllm_engine.model.encode import in_formats
 from gllm_engine.model.tiny import random_checkpoint
-from gllm_engine.ops import Fp8Weight
+from gllm_engine.ops import Fp8Weight, Weight, dequantized
 from gllm_engine.parallel import TensorParallel
 
 FP8 = {"quant_method": "fp8"}
@@ -97,6 +98,27 @@ def test_embeddings(
     assert decoder._embedding.dtype == torch.float32
     assert isinstance(decoder._head, Tensor) == tied
     check(model, size)
+
+
+@pytest.mark.parametrize("config", [compressed("channel"), block(16, 32), FP8])
+def test_embeddings_are_converted_in_parts(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their numbers in 32 bits would take several times the memory of the embedding."""
+    model = write_vocabulary(
+        tmp_path, "LlamaForCausalLM", config, EMBEDDING, tie_word_embeddings=True
+    )
+    whole = load(model)._embedding.clone()
+    sizes = []
+
+    def keep(weight: Weight, dtype: torch.dtype) -> Tensor:
+        sizes.append(len(weight))
+        return dequantized(weight, dtype)
+
+    monkeypatch.setattr(stacked_weight, "dequantized", keep)
+    monkeypatch.setattr(stacked_weight, "_AT_ONCE", 50 * 64)
+    assert torch.equal(load(model)._embedding, whole)
+    assert sizes == [50] * 7 + [34]
 
 
 SPLIT = [

@@ -16,7 +16,7 @@ import torch
 from test_ops_protocol import without_flashinfer
 from torch import Tensor
 
-from gllm_engine.ops import Fp8Rows, Fp8Weight, quantize_fp8, reference
+from gllm_engine.ops import Fp8Weight, RoundedRows, quantize_fp8, reference
 
 FP8 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
@@ -59,6 +59,11 @@ def test_twin(size: tuple[int, int, int, int]) -> None:
     assert len(stack) == 3 and stack.shape == exacts.shape
     assert torch.equal(stack.dequantized(torch.float32), exacts)
     assert torch.equal(stack[1].dequantized(torch.float32), exacts[1])
+    some = slice(5, 17)
+    assert torch.equal(weight.rows(some).dequantized(torch.float32), exact[some])
+    assert torch.equal(stack.rows(some).dequantized(torch.float32), exacts[:, some])
+    moved = replace(weight, scale_row=torch.arange(size[0]).flip(0) // weight.rows_per_scale)
+    assert torch.equal(moved.rows(some).dequantized(BF16), moved.dequantized(BF16)[some])
 
 
 @pytest.mark.parametrize("size", [(16, 32), (0, 0), (1, 0), (7, 9)])
@@ -433,7 +438,7 @@ def test_activations_are_rounded_for_the_next_product(
     x = torch.randn(rows, 64).to(BF16)
     plain = gpu_ops.gated_linear(x, gate_up, None, None)
     found = gpu_ops.gated_linear(x, gate_up, None, None, down)
-    assert isinstance(found, Fp8Rows) == (rounds and kernel_of(x, gate_up) == "torch")
+    assert isinstance(found, RoundedRows) == (rounds and kernel_of(x, gate_up) == "torch")
     assert found.shape == plain.shape == (rows, hidden)
     assert torch.equal(gpu_ops.linear(found, down), gpu_ops.linear(plain, down))
     total = torch.randn(rows, width).to(BF16)
@@ -441,7 +446,7 @@ def test_activations_are_rounded_for_the_next_product(
     assert torch.equal(gpu_ops.add_linear(total, found, down, None), expected)
     both = torch.randn(rows, 2 * hidden).to(BF16)
     found = gpu_ops.activate(both, "gelu", True, down)
-    assert isinstance(found, Fp8Rows) == rounds
+    assert isinstance(found, RoundedRows) == rounds
     expected = gpu_ops.linear(gpu_ops.activate(both, "gelu", True), down)
     assert torch.equal(gpu_ops.linear(found, down), expected)
 

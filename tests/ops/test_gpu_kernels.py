@@ -14,11 +14,11 @@ from torch import Tensor
 from gllm_engine.ops import (
     AttentionInputs,
     Batch,
-    Fp8Rows,
     Fp8Weight,
     HeadNorm,
     Int8Weight,
     PlainSampling,
+    RoundedRows,
     prefill_rows,
     reference,
     select_ops,
@@ -54,7 +54,8 @@ def test_norms_and_activation(rows: int, dim: int, dtype: torch.dtype) -> None:
     total = residual.clone()
     assert ops.rms_norm(x, weight, 1e-5, add_to=total) is total
     near(total, residual.cpu() + expected, limit)
-    near(ops.silu_mul(wide), reference.silu_mul(wide.cpu()), limit)
+    expected = reference.activate(wide.cpu(), "silu", gated=True)
+    near(ops.activate(wide, "silu", gated=True), expected, limit)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -232,7 +233,7 @@ def test_activations_rounded_for_the_next_product(
     x = randn(rows, 2 * width)
     x[3, 7] = torch.nan
     found, plain = ops.activate(x, act, True, down), ops.activate(x, act, True)
-    assert isinstance(found, Fp8Rows) and isinstance(plain, torch.Tensor)
+    assert isinstance(found, RoundedRows) and isinstance(plain, torch.Tensor)
     y, expected = ops.linear(found, down), ops.linear(plain, down)
     assert y[3].isnan().all() and y[4:].isfinite().all()
     assert torch.equal(y.nan_to_num(), expected.nan_to_num())

@@ -38,6 +38,7 @@ def test_twin() -> None:
     stack = Int8Weight(weight.numbers.unflatten(0, (3, 8)), weight.scales.unflatten(0, (3, 8)))
     assert len(stack) == 3 and stack.shape == (3, 8, 40)
     assert torch.equal(stack[1].dequantized(torch.float32), exact[8:16])
+    assert torch.equal(stack.rows(slice(2, 5))[1].dequantized(torch.float32), exact[10:13])
 
 
 @pytest.mark.parametrize("rows", [0, 1])

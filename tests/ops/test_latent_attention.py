@@ -146,6 +146,28 @@ def test_latents_are_gathered(
     assert k[..., :nope_dim].isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_that_is_not_finite_leaves_the_others_alone(device: str, broken: float) -> None:
+    """Rows whose parts are multiplied together, one of which attends to a broken latent."""
+    from gllm_engine.ops import triton
+
+    batch = mixed_step([(200, 1), (70, 1), (33, 1)], 16)
+    cache = torch.randn(int(batch.page_table.max()) + 1, 1, 16, 1, 64 + 16)
+    q, kv_up = torch.randn(3, 8, 32 + 16), torch.randn(8, 32 + 24, 64) / 8
+    there = cache.clone()
+    there[batch.page_table[batch.slots[1], 2], 0, 3, 0, 5] = broken
+    moved = to_device(batch, device)
+    splits = triton.split_latents(moved.page_table, moved.slots, moved.context_lens, 8)
+    out = torch.empty(3, 8, 24, device=device)
+    inputs = (tensor.to(device) for tensor in (q, kv_up, there))
+    triton.attend_latent(*inputs, splits, 0.1, out)
+    twin = reference.attend_latent(q, kv_up, cache, plan_reference(batch, cache, 0.1))
+    near(out[[0, 2]].flatten(1), twin[[0, 2]], 1e-5)
+    assert not out[1].isfinite().any()
+
+
 # Of rows and contexts: fewer rows than multiprocessors, with many parts, or as many rows.
 DECODE = {"few": [(5000, 1), (1, 1), (700, 1)], "many": [(130 + 37 * i, 1) for i in range(70)]}
 

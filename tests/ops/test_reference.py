@@ -191,10 +191,11 @@ def test_linear_and_what_rides_along() -> None:
     torch.testing.assert_close(total, expected)
 
 
-def test_silu_mul() -> None:
+def test_gated_silu() -> None:
     x = torch.randn(4, 10)
     gate, up = x[:, :5], x[:, 5:]
-    torch.testing.assert_close(reference.silu_mul(x), gate / (1 + (-gate).exp()) * up)
+    found = reference.activate(x, "silu", gated=True)
+    torch.testing.assert_close(found, gate / (1 + (-gate).exp()) * up)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -27,7 +27,6 @@ from gllm_engine.ops.triton.norm_act import (
     layer_norm,
     mean_squares,
     rms_norm,
-    silu_mul,
 )
 from gllm_engine.ops.triton.one_shot_allreduce import make_one_shot_allreduce
 from gllm_engine.ops.triton.packed import dequantize_packed, is_packed_product, packed_linear
@@ -73,7 +72,6 @@ __all__ = [
     "round_rows",
     "route",
     "sample_plain",
-    "silu_mul",
     "skinny",
     "split_kv",
     "split_latents",

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.fp8 import scale_lines
+from gllm_engine.ops.triton.fp8 import common_columns, scale_lines
 from gllm_engine.ops.triton.gemv import widen
 from gllm_engine.ops.triton.packed import (
     INT4_BASE,
@@ -38,17 +38,22 @@ from gllm_engine.routing import Clamp
 
 # Numbers or words of one load of a thread.
 _LOADED: tl.constexpr = tl.constexpr(8)
-_RUN, _WORDS = tl.constexpr(RUN), tl.constexpr(RUN_WORDS)
+_RUN = tl.constexpr(RUN)
+_WORDS = tl.constexpr(RUN_WORDS)
 # For e2m1 numbers, x is multiplied by _FACTOR and the scales' exponents grow by _EXPONENT, which
 # cancel the 2^-126 of wide_numbers: so no product is subnormal.
-_FACTOR, _EXPONENT = tl.constexpr(2.0**63), tl.constexpr(63)
+_EXPONENT = tl.constexpr(63)
+_FACTOR = tl.constexpr(2.0**63)
 # Most bytes of weights in a thread's registers: more of 4-bit numbers, whose rows take x through
 # more instructions, which several rows of a thread share.
-_HELD, _PACKED_HELD = 256, 384
+_HELD = 256
+_PACKED_HELD = 384
 _THREADS = 32  # of a warp
 _MOST_COLUMNS = 32  # of a program
-# Warps of a program; of one with rows of more bytes than _LONG_BYTES.
-_WARPS, _LONG_WARPS, _LONG_BYTES = 4, 8, 16384
+# Warps of a program; of one with rows of more bytes than _LONG_BYTES, which 4 would not hold.
+_WARPS = 4
+_LONG_WARPS = 8
+_LONG_BYTES = 16384
 # Most pairs, as a share of all experts: with more pairs, many would read the same matrices.
 _MOST_PAIRS = 0.5
 
@@ -365,7 +370,7 @@ def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
     """Columns of a program's output, each of `rows` rows in each of some products; 0: registers do
     not hold even one column for each group of lanes, or a load may have several scales.
     """
-    if isinstance(matrix, Fp8Weight) and _scale_columns(matrix) % _LOADED.value:
+    if isinstance(matrix, Fp8Weight) and common_columns(matrix) % _LOADED.value:
         return 0
     loads, lanes, warps = _shape(matrix)
     numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
@@ -376,12 +381,6 @@ def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
     if columns * rows * lanes < threads:
         return 0
     return 1 << (columns.bit_length() - 1)
-
-
-def _scale_columns(matrix: Fp8Weight) -> int:
-    """Columns of a scale, or a divisor of them, from the first column on; 0: all columns."""
-    ends = matrix.columns_per_scale | matrix.first_column
-    return ends & -ends if matrix.scales.shape[-1] > 1 else 0
 
 
 def _options(matrix: Weight) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -420,6 +419,6 @@ def _options(matrix: Weight) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     index = matrix.scale_row
     options |= {"KIND": "fp8", "scale_columns": matrix.scales.shape[-1]}
     options |= {"first_column": matrix.first_column, "ROWS_PER_SCALE": matrix.rows_per_scale}
-    columns = matrix.columns_per_scale if _scale_columns(matrix) else 0
+    columns = matrix.columns_per_scale if common_columns(matrix) else 0
     options |= {"COLUMNS_PER_SCALE": columns, "INDEXED": index is not None}
     return matrix.numbers, matrix.scales, matrix.scales if index is None else index, options

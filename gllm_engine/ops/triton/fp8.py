@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.norm_act import activated
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
-from gllm_engine.ops.weight import Fp8Rows, Fp8Weight, Int8Weight, Rows
+from gllm_engine.ops.weight import Fp8Weight, Int8Weight, RoundedRows, Rows
 
 # The least scale: of a row of zeros, which stays zero.
 _LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
@@ -99,10 +99,10 @@ def scale_options(weight: Tensor | Fp8Weight | Int8Weight) -> dict[str, Any]:
 
 
 def common_columns(weight: Fp8Weight | Int8Weight) -> int:
-    """The largest power of two c so that each c columns of the weight, from the first on, have one
-    scale; 0: all columns have.
+    """The largest power of two c so that each c columns of a weight or a stack, from the first on,
+    have one scale; 0: all columns have.
     """
-    if weight.scales.shape[1] == 1:
+    if weight.scales.shape[-1] == 1:
         return 0
     ends = weight.columns_per_scale | weight.first_column
     return ends & -ends
@@ -152,14 +152,14 @@ def quantize(
     norm: tuple[Tensor, float] | None = None,
     act: tuple[str, bool] | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
-) -> Fp8Rows:
-    """x [rows, dim], its RMS norm, or its activation, in float8; x itself if it is in float8.
-    `dtype`: int8: so too for int8, of which the result has 32 rows or more.
+) -> RoundedRows:
+    """x [rows, dim], its RMS norm, or its activation, rounded to `dtype`, float8_e4m3fn or int8; x
+    itself if it has been rounded.
 
     Rows of x may lie apart. `columns`: a power of two, so many numbers of a row share a scale;
-    None: all of them. The rows of the result are filled up to a multiple of 16. The scales of a
-    group lie side by side in memory. `act`: (act, gated) of Ops.activate; the result has the bits
-    of its rounded result.
+    None: all of them. The rows of the result are filled up to a multiple of 16, and those of int8
+    to 32 at least. The scales of a group lie side by side in memory. `act`: (act, gated) of
+    Ops.activate; the result has the bits of its rounded result.
     """
     if not isinstance(x, Tensor):
         assert norm is None and act is None
@@ -181,7 +181,7 @@ def quantize(
             GROUPS=triton.next_power_of_2(groups), GROUP=group, LARGEST=_LARGEST[dtype],
             OVERLAPS=OVERLAP, num_warps=min(max(warps, 1), 16), **overlapping(),
         )  # fmt: skip
-    return Fp8Rows(numbers, scales.T, rows, x.dtype)
+    return RoundedRows(numbers, scales.T, rows, x.dtype)
 
 
 @triton.jit

@@ -38,13 +38,16 @@ _HEADS = 32
 # Most heads of a program whose tiles are copied to shared memory asynchronously. More heads leave
 # no memory for three tiles.
 _PIPELINED_HEADS = 16
-# Warps of a program and stages of its loop, for tiles copied asynchronously, and for others.
-_PIPELINED, _HELD = (4, 3), (8, 1)
+# Warps of a program and stages of its loop, for tiles that are copied asynchronously, and for tiles
+# that registers hold.
+_PIPELINED = (4, 3)
+_IN_REGISTERS = (8, 1)
 # Tokens of the cache in one iteration; a part is a multiple of them.
 _BLOCK = 64
 # Up to _FEW rows, a product with W_UK or W_UV is divided among more programs; beyond _MANY rows, a
 # program of `_project` has more rows.
-_FEW, _MANY = 16, 64
+_FEW = 16
+_MANY = 64
 _LOG2_E = 1.4426950408889634
 
 
@@ -329,6 +332,10 @@ def _project(
         place = (item * HEADS + head)[:, None] * RANK + d[None, :]
         x = tl.load(parts + place, mask=(item < last)[:, None], other=0.0)
         y = tl.dot(x, w, input_precision="ieee")
+        # 0 times a number that is not finite is NaN: such parts make only their own row NaN.
+        broken = tl.sum(y * 0.0, 1)
+        y = tl.where(broken[:, None] == 0.0, y, 0.0)
+        log += broken
         own = (item[None, :] >= begins[:, None]) & (item[None, :] < ends[:, None])
         log = tl.where(own, log[None, :], -float("inf"))
         higher = tl.maximum(top, tl.max(log, 1))
@@ -412,7 +419,7 @@ def _attended(
     parts = q.new_empty(capacity, heads, rank)
     logs = q.new_empty(capacity, heads, dtype=torch.float32)
     pipelined = group <= _PIPELINED_HEADS and cache.dtype == q.dtype and q.dtype in HALF
-    warps, stages = _PIPELINED if pipelined else _HELD
+    warps, stages = _PIPELINED if pipelined else _IN_REGISTERS
     _attend_latent[(blocks, capacity)](
         q, q_rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
         splits.items if chosen is None else chosen, parts, logs, capacity,

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.few_experts import activate_gated, few_experts, takes_few
-from gllm_engine.ops.triton.fp8 import from_float8
+from gllm_engine.ops.triton.fp8 import common_columns, from_float8
 from gllm_engine.ops.triton.packed import multiply_packed, run_words, runs_of_turn, scale_words
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, Weight
@@ -34,11 +34,14 @@ from gllm_engine.routing import Clamp, Routing
 _HELD, _WARPS = 4096, 8
 # Most tokens of such a program.
 _MAX_ROWS = 1024
-# Most tokens that are routed each in a program of its own; most pairs that are sorted without
-# _count, and those that one program places.
-_FEW_TOKENS, _FEW_PAIRS, _PLACED = 512, 1024, 32
+# Most tokens that are routed each in a program of its own.
+_FEW_TOKENS = 512
+# Most pairs that _sort_few sorts, and those that one of its programs places.
+_FEW_PAIRS = 1024
+_PLACED = 32
 # Columns and warps of one program of _sum: for few tokens, and for more.
-_FEW_SUMMED, _SUMMED = (256, 1), (1024, 4)
+_FEW_SUMMED = (256, 1)
+_SUMMED = (1024, 4)
 # Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
 # is dropped, NaN or anything smaller than every other choice, all other choices.
 _DROPPED, _LEAST = tl.constexpr(-3.3e38), tl.constexpr(-3.2e38)
@@ -591,9 +594,8 @@ def grouped_product(
     columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
     stored = _operand(matrix)
     turn = _fit(tiles.depth, depth)
-    if stored.grid[1] > 1:  # a turn must not go beyond the columns of a scale
-        ends = stored.columns_per_scale | stored.first_column
-        turn = min(turn, ends & -ends)
+    if isinstance(matrix, Fp8Weight):  # a turn must not go beyond the columns of a scale
+        turn = min(turn, common_columns(matrix) or turn)
     rows = stored.rows_per_scale
     uniform = rows > 0 and not stored.indexed and rows % columns == 0
     uniform = uniform and (not gated or width % columns == 0)

@@ -167,8 +167,3 @@ def activate(x: Tensor, act: str, gated: bool) -> Tensor:
             x, out, width, ACT=act, GATED=gated, BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping()
         )
     return out
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, [rows, width]. `gate_up`: [rows, 2 * width], gate first."""
-    return activate(gate_up, "silu", gated=True)
