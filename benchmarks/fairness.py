@@ -29,10 +29,10 @@ from gllm_client import GenerateError
 CONFIG = "model_repository/shakespeare/1"
 WEIGHTS = {"gold": 3.0}  # others have 1
 # Four run. The tenant with many requests has more of them than may wait.
-ENGINE = {"device": "none", "max_num_seqs": 4, "max_waiting": 90, "tenant_weights": WEIGHTS}
+ENGINE = {"device": "none", "max_num_seqs": 4, "max_waiting": 190, "tenant_weights": WEIGHTS}
 OUTPUT_LEN = 500  # so long that a client asks again before its tenant has nothing left to wait
 CASES = {"1 : 1": ("a", "b"), "1 : 3": ("a", "gold"), "3 : 1": ("gold", "a")}  # (many, few)
-FEW = 10
+FEW = 20
 TIMES = 10
 RETRY_S = 0.5  # after a refusal
 TIMEOUT_S = 100.0  # of a request
