@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gllm_engine.arch.cache import CacheGroup, cache_groups
 from gllm_engine.arch.families.registry import FAMILIES
-from gllm_engine.arch.fields import MAX_EOS_TOKEN_IDS, ArchError
+from gllm_engine.arch.fields import MAX_EOS_TOKEN_IDS, ArchError, LoadError
 from gllm_engine.arch.known_keys import about_unknown_keys
 from gllm_engine.arch.model import (
     Dense,
@@ -40,6 +40,7 @@ __all__ = [
     "Rope",
     "Shard",
     "ArchError",
+    "LoadError",
     "about_unknown_keys",
     "cache_groups",
     "make_arch",

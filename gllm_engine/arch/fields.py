@@ -19,6 +19,10 @@ class ArchError(ValueError):
     """A config that is not supported; the message is one sentence for the user."""
 
 
+class LoadError(ValueError):
+    """A checkpoint that does not match its config; the message names the file and the tensor."""
+
+
 def _is_real(value: Any) -> bool:
     """Whether it is a number above 0 that a float32 can hold."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

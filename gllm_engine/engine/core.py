@@ -1,7 +1,7 @@
 """The engine: takes requests, launches plans on the runner, returns tokens for each front end.
 
 Owns the live sequences and the plans in flight. Runs on one thread. Knows nothing of text, sockets
-or processes.
+or processes. Imports torch only for an engine that loads a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 
 from gllm_engine.arch import Model, about_unknown_keys, cache_groups, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
-from gllm_engine.runner import NullRunner, cache_dirs
+from gllm_engine.engine.null_runner import NullRunner
 from gllm_engine.sampling import InvalidField, shown
 from gllm_engine.sched import (
     Amount,
@@ -54,7 +54,6 @@ from gllm_engine.types import (
     StepPlan,
     StepResult,
 )
-from gllm_engine.workers.build_runner import check_shards, device_of, load_runner
 from gllm_engine.workers.group import GroupLost, StepRefused, WorkerGroup
 
 # If compiling grammars are the only work, step() waits this long for one and returns.
@@ -133,8 +132,7 @@ class Engine:
         path = Path(config.model)
         arch = read_arch(path)
         _warn_of_unknown_keys(arch, path)
-        on_gpu = device_of(config).type == "cuda"
-        config = settle(config, on_gpu, arch.keeps_states)
+        config = settle(config, _on_gpu(config), arch.keeps_states)
         check_len(config, arch)
         self._config = config
         self._recorder = OFF if config.timeline is None else Recorder()
@@ -472,6 +470,15 @@ def _warn_of_unknown_keys(arch: Model, path: Path) -> None:
         log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
 
 
+def _on_gpu(config: EngineConfig) -> bool:
+    """Whether the model runs on a GPU. Raises ConfigError without a GPU."""
+    if config.device in ("cpu", "none"):
+        return False
+    from gllm_engine.workers.build_runner import device_of  # imported late: imports torch
+
+    return device_of(config).type == "cuda"
+
+
 def check_len(config: EngineConfig, arch: Model) -> None:
     """Raise ConfigError if sequences may be longer than the model allows."""
     if (config.max_model_len or 0) > arch.max_len:
@@ -501,6 +508,8 @@ def _make_runner(config: EngineConfig, arch: Model, recorder: NoRecorder) -> Ste
     """`recorder`: of this process, for a model that runs in it."""
     if config.device == "none":
         return NullRunner(arch.vocab, config.num_pages, config.num_snapshots)
+    from gllm_engine.workers.build_runner import check_shards, device_of, load_runner
+
     check_shards(config, arch)
     if config.num_ranks > 1:
         return WorkerGroup(config)
@@ -513,6 +522,9 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
     Builds a runner as a start does, with random weights and one layer of each kind. Reads only the
     model's config.json. Raises ConfigError without a GPU, and the errors of Engine.
     """
+    from gllm_engine.runner import cache_dirs  # imported late, as torch is
+    from gllm_engine.workers.build_runner import device_of, load_runner
+
     if device_of(config).type != "cuda":
         raise ConfigError(
             "device: kernels are compiled on the GPU they are for; there is none here that torch "

@@ -21,11 +21,10 @@ import msgspec
 import zmq
 
 from gllm_engine import wire
-from gllm_engine.arch import ArchError
+from gllm_engine.arch import ArchError, LoadError
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.engine.attach import socket_address
 from gllm_engine.engine.core import Engine
-from gllm_engine.model import LoadError
 from gllm_engine.os_process import Process, end_with, end_with_any_thread
 from gllm_engine.types import Stats, TenantStats
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from gllm_engine.arch import LoadError
 from gllm_engine.model.decoder import Decoder, LayerCache
 from gllm_engine.model.kernels import KernelUse, kernels_of
 from gllm_engine.model.load import fill_randomly, filling, open_checkpoint
-from gllm_engine.model.read import LoadError
 from gllm_engine.model.states import bytes_of_states
 from gllm_engine.ops import best_device
 

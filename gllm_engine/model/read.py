@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gllm_engine.arch import LoadError
+
 # To copy a piece out of the page cache takes one core about 2 ms. The number of readers is the
 # queue depth of reads from a disk.
 _NUM_READERS = 16
@@ -34,10 +36,6 @@ _PIECE_BYTES = 16 << 20
 _TELL_S = 5.0
 
 _log = logging.getLogger(__name__)
-
-
-class LoadError(ValueError):
-    """A checkpoint that does not match its config; the message names the file and the tensor."""
 
 
 @dataclass(frozen=True)

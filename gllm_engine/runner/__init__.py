@@ -2,7 +2,6 @@
 
 from gllm_engine.ops.jit_cache import cache_dirs
 from gllm_engine.runner.kv_sizing import GpuMemory
-from gllm_engine.runner.null_runner import NullRunner
 from gllm_engine.runner.peak_memory import PeakMemory
 from gllm_engine.runner.pp_partition import measure_partition
 from gllm_engine.runner.runner import Runner, RunnerStep, default_threads
@@ -11,7 +10,6 @@ from gllm_engine.runner.step_timer import RecordedRanks, StepTimers
 
 __all__ = [
     "GpuMemory",
-    "NullRunner",
     "PeakMemory",
     "RecordedRanks",
     "RunnerStep",

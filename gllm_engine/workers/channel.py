@@ -13,10 +13,10 @@ import os
 import socket as sockets
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
@@ -34,7 +34,7 @@ MAX_SECRET = 1 << 16
 
 def rank_software() -> str:
     """The software versions that must be the same on all ranks."""
-    return f"{software()}, torch {torch.__version__.partition('+')[0]}"
+    return f"{software()}, torch {version('torch').partition('+')[0]}"
 
 
 def join_host(host: str, port: int) -> str:

@@ -22,10 +22,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch.distributed as dist
 import zmq
 
 from gllm_engine import wire
@@ -33,6 +32,9 @@ from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import RankSpans, StepPlan, StepResult
 from gllm_engine.workers import channel
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # The log names the missing workers at this interval.
 _REMIND_S = 10.0
@@ -248,6 +250,8 @@ class WorkerGroup:
             listener = channel.listen_at(host, port)
         except OSError as error:
             raise ConfigError(f"master_port: cannot listen on {address} ({error})") from None
+        import torch.distributed as dist  # late: an engine without a group needs no torch
+
         # The store takes over our listening socket; its own would listen on every address.
         store = dist.TCPStore(
             host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()

@@ -28,6 +28,7 @@ import msgspec
 import pytest
 import zmq
 
+import gllm_engine  # its write_tiny_model needs torch, which processes that run this file do not
 from gllm_engine import (
     EngineClient,
     EngineConfig,
@@ -41,7 +42,6 @@ from gllm_engine import (
     heartbeat,
     make_config,
     wire,
-    write_tiny_model,
 )
 from gllm_engine.engine import core, process
 from gllm_engine.engine.attach import (
@@ -52,9 +52,9 @@ from gllm_engine.engine.attach import (
     _remove,
     _root,
 )
+from gllm_engine.engine.null_runner import NullRunner, NullStep
 from gllm_engine.engine.process import BROKEN, EngineProcess, close, listen, main
 from gllm_engine.os_process import Process
-from gllm_engine.runner.null_runner import NullRunner, NullStep
 from gllm_engine.sched import IntegrityError
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import StepPlan
@@ -70,7 +70,7 @@ MANY, LONG = 2000, 20_000  # messages that are not sent in no time, and characte
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(path, "Qwen3ForCausalLM")
+    gllm_engine.write_tiny_model(path, "Qwen3ForCausalLM")
     return str(path)
 
 
@@ -154,6 +154,7 @@ def test_generates_and_ends_with_its_only_front_end(model: str, owner: int) -> N
     assert len(front.generate(1, 5)) == 5
     assert len(front.generate(2, 7)) == 7
     engine = front.engine
+    assert "libtorch" not in Path(f"/proc/{engine.pid}/maps").read_text()  # slow to import
     directory = front.client._engine.attached.directory
     assert directory.stat().st_mode & 0o777 == 0o700
     front.client.close()
@@ -502,7 +503,7 @@ def test_a_reload_waits_for_running_work_and_gets_a_new_engine(model: str, owner
 
 
 def test_changed_files_mean_another_engine(tmp_path: Path, owner: int) -> None:
-    write_tiny_model(tmp_path, "Qwen3ForCausalLM")
+    gllm_engine.write_tiny_model(tmp_path, "Qwen3ForCausalLM")
     a = Front(str(tmp_path), owner, "m_0_0")
     first = a.engine
     (tmp_path / "model.safetensors").touch()
@@ -643,7 +644,7 @@ def test_a_full_disk_delays_the_next_engine(
 
 
 def test_a_model_that_cannot_load_says_why(tmp_path: Path, owner: int) -> None:
-    write_tiny_model(tmp_path, "Qwen3ForCausalLM")
+    gllm_engine.write_tiny_model(tmp_path, "Qwen3ForCausalLM")
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
     with pytest.raises(EngineError, match="NoSuchForCausalLM.*Qwen3ForCausalLM"):
         Front(str(tmp_path), owner)
@@ -929,7 +930,9 @@ def test_an_engine_that_cannot_be_got_back_is_counted(
     tmp_path: Path, owner: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gllm_engine.engine.client.RETRY_S", (0.0,))
-    config = (write_tiny_model(tmp_path, "Qwen3ForCausalLM") / "config.json").read_text()
+    config = (
+        gllm_engine.write_tiny_model(tmp_path, "Qwen3ForCausalLM") / "config.json"
+    ).read_text()
     front = Front(str(tmp_path), owner)
     assert front.client.failed_starts == 0
     (tmp_path / "config.json").write_text("{}")

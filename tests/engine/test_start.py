@@ -16,7 +16,6 @@ import torch
 from gllm_engine import LLM, ConfigError, SamplingParams, fill_caches, make_config
 from gllm_engine.arch import read_arch
 from gllm_engine.arch.formats import CompressedInt, Rounded
-from gllm_engine.engine import core
 from gllm_engine.model import LoadError
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.workers import build_runner
@@ -56,8 +55,8 @@ def test_caches_take_the_config_and_one_layer_of_each_kind(
     (tmp_path / "bare").mkdir()
     shutil.copy(tmp_path / "whole/config.json", tmp_path / "bare")
     started: list[Any] = []
-    monkeypatch.setattr(core, "device_of", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(core, "load_runner", lambda *given: started.append(given))
+    monkeypatch.setattr(build_runner, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(build_runner, "load_runner", lambda *given: started.append(given))
     config = make_config({"model": str(tmp_path / "bare"), "page_size": 32})
     assert len(fill_caches(config)) == 2
     ((settled, arch, _),) = started

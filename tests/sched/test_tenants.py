@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.runner import NullRunner
+from gllm_engine.engine.null_runner import NullRunner
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Amount, Refused, Room, Scheduler, Sequence
 from gllm_engine.sched.tenants import OUTPUT_WEIGHT

@@ -1,6 +1,7 @@
 """However many ranks compute a text, and whatever else goes on, it is one rank's text.
 
-Real processes on the CPU. A start takes seconds, so each group of workers is started once and asked
+Real processes on the CPU, forked from one that has imported torch; those of test_loss.py,
+test_nodes.py and test_recorded_ranks.py start as a user's do. Each group of workers is asked
 everything. A pipeline computes the very same numbers as one rank; ranks that share layers sum in
 another order, so there what is drawn at random is not compared.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import forked_workers
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, StructuredOutputs, write_tiny_model
 from gllm_engine.arch import read_arch
@@ -120,6 +122,12 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Llama4ForCausalLM", {"attention_chunk_size": 20}, "tp2 x pp2"),
     ("MiniMaxM2ForCausalLM", {}, "tp4"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts() -> Iterator[None]:
+    with forked_workers():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""Workers without the seconds in which each would import torch: forks of one process that has.
+
+Run as a program, this file is that process. It reads what to fork from its standard input, a JSON
+object a line, and answers with the pid.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import pytest
+
+from gllm_engine.os_process import wait_end
+
+
+class Fork:
+    """As much of a Popen as a group of workers uses."""
+
+    returncode = "unknown"  # to all but its parent
+
+    def __init__(self, pid: int) -> None:
+        self._pidfd = os.pidfd_open(pid)
+
+    def poll(self) -> str | None:
+        """None while it runs."""
+        return self.returncode if wait_end(self._pidfd, 0) else None
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def wait(self) -> None:
+        wait_end(self._pidfd, None)
+        os.close(self._pidfd)
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """Groups of workers that start within are of forks."""
+    with subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        stdin, stdout = parent.stdin, parent.stdout
+        assert stdin is not None and stdout is not None
+
+        def fork(
+            command: list[str], cwd: Path, env: dict[str, str], stdin: int, start_new_session: bool
+        ) -> Fork:
+            assert command[:3] == [sys.executable, "-m", "gllm_engine.worker"]
+            assert stdin == subprocess.DEVNULL and start_new_session
+            return Fork(ask(command[3:], str(cwd), env))
+
+        def ask(arguments: list[str], cwd: str, env: dict[str, str]) -> int:
+            stdin.write(json.dumps([arguments, cwd, env]).encode() + b"\n")
+            stdin.flush()
+            return int(stdout.readline())
+
+        with pytest.MonkeyPatch.context() as patch:
+            names = SimpleNamespace(Popen=fork, DEVNULL=subprocess.DEVNULL)
+            patch.setattr("gllm_engine.workers.group.subprocess", names)
+            yield
+        stdin.close()
+
+
+def serve_forks(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Returns at the end of the requests; in a fork, it does not return."""
+    from gllm_engine.workers.worker import main
+
+    for line in requests:
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # the pids until then stay theirs
+                continue
+        pid = os.fork()
+        if pid == 0:
+            os._exit(run_worker(main, *json.loads(line)))
+        answers.write(b"%d\n" % pid)
+        answers.flush()
+
+
+def run_worker(main: Any, arguments: list[str], cwd: str, env: dict[str, str]) -> int:
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)  # its own output is not an answer
+    return int(main(arguments))
+
+
+if __name__ == "__main__":
+    serve_forks(sys.stdin.buffer, sys.stdout.buffer)
