@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from gllm_client.openai_server import fields
+from gllm_client.openai_server.body import convert
 from gllm_client.openai_server.chat import MAX_TOOLS, effort_variables
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.routing import convert
 from gllm_client.openai_server.turns import (
     call_message,
     merge,
