@@ -151,7 +151,7 @@ def test_a_regular_expression_is_part_of_the_schema() -> None:
     pattern = {"type": "grammar", "syntax": "regex", "definition": "a|b"}
     (tool,) = meaning(tools=[CUSTOM | {"format": pattern}]).tools
     assert tool.parameters["properties"]["input"]["pattern"] == "^(?:a|b)$"
-    assert tool.strict and tool.grammar is None
+    assert tool.strict and tool.is_regex and tool.grammar == "start: /a|b/"
 
 
 @pytest.mark.parametrize(
