@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from gllm_client.openai_server.errors import ApiError, invalid
 from gllm_client.protocol import shorten, shown
 
 T = TypeVar("T")
+MAX_PROBLEM = 200  # characters
 
 _PLACE = re.compile(r"(?s)(?P<problem>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>.*)`)?")
 _FIELD = re.compile(r"Object (?P<what>contains unknown|missing required) field `(?P<field>.*)`")
@@ -22,32 +24,40 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:,]', re.DOTALL)
 def decode(body: bytes) -> dict[str, Any]:
     """A body's fields; null means not given. Raises ApiError for what is not one JSON object."""
     try:
-        value = msgspec.json.decode(body)
-        json.loads(body, object_pairs_hook=_once)
+        value = _load(body)
     except RecursionError:
-        raise _unreadable(body, "it is nested too deeply") from None
+        raise _unreadable(body, "nested too deeply") from None
     except (msgspec.DecodeError, ValueError) as error:
-        raise _unreadable(body, f"it is not valid JSON ({error})") from None
+        raise _unreadable(body, f"not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object")
     return {name: v for name, v in value.items() if v is not None}
 
 
+def _load(text: bytes) -> Any:
+    value = msgspec.json.decode(text)
+    json.loads(text, object_pairs_hook=_once)
+    return value
+
+
 def _once(pairs: list[tuple[str, Any]]) -> None:
-    names = {name for name, _ in pairs}
-    for name, _ in pairs if len(names) < len(pairs) else ():
-        if name not in names:
-            raise invalid(shorten(name), "the key comes twice")
-        names.remove(name)
+    if len(dict(pairs)) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {shown(name)} comes twice")
 
 
 def _unreadable(body: bytes, problem: str) -> ApiError:
-    """The error of a body that is no JSON, with the field that spoils it if only one does."""
+    """The error of a body that cannot be read; it names the field that spoils it, if one does."""
+    names: set[bytes] = set()
     for name, value in _fields(body):
         try:
-            msgspec.json.decode(value)
+            _load(value)
+            is_good = name not in names
         except (RecursionError, ValueError, msgspec.DecodeError):
+            is_good = False
+        if not is_good:
             return invalid(shorten(name.decode(errors="replace")), problem)
+        names.add(name)
     return ApiError(400, f"the body: {problem}")
 
 
@@ -85,7 +95,7 @@ def _explain(text: str, value: Any, path: str) -> ApiError:
     assert match  # every part of the pattern is optional
     place = match["path"] or ""
     field = _FIELD.fullmatch(match["problem"])
-    problem = match["problem"].replace("`", "")
+    problem = match["problem"].replace("`", "")[:MAX_PROBLEM]  # it may hold the whole value
     if field:
         place = f"{place}.{field['field']}".removeprefix(".")
         problem = "unknown field" if "unknown" in field["what"] else "it is required"
