@@ -11,14 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 from gllm_client import openai_lines
 from gllm_client.batch import Answer, AnyItem, Failed, Item, OpenAIItem, Prompt
 from gllm_client.client import connect
-from gllm_client.openai_server.errors import as_api_error
+from gllm_client.openai_server.errors import as_api_error, from_triton
 from gllm_client.openai_server.formats.choice import choose
 from gllm_client.openai_server.models import ServedModel, readable, unknown_model
 from gllm_client.protocol import Chunk, GenerateError, asks_for_one, merge
@@ -39,6 +39,7 @@ class AnswerSource(ABC):
     model: str  # the name of the model that answers
     refusals: tuple[type[Exception], ...]
     takes_any_model = True  # whatever model an item names
+    _known: ServedModel | None = None
 
     @abstractmethod
     def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
@@ -95,14 +96,18 @@ class AnswerSource(ABC):
         asked = openai_lines.read_body(item.url, item.body, sampling)
         if not self.takes_any_model and asked.model not in (None, self.model):
             raise unknown_model(asked.model, [self.model])
-        return await openai_lines.answer(item.url, asked, replace(self._served, tenant=tenant))
+        model = replace(await self._served(), tenant=tenant)
+        return await openai_lines.answer(item.url, asked, model)
 
-    @cached_property
-    def _served(self) -> ServedModel:
-        facts = readable(self._facts())
-        return ServedModel(
-            self.model, facts, facts["max_model_len"], 0, self, choose(facts, None, None)
-        )
+    async def _served(self) -> ServedModel:
+        if self._known is None:
+            try:
+                facts = readable(await self._call(self._facts))
+            except GenerateError as error:
+                raise from_triton(error) from None
+            format = choose(facts, None, None)
+            self._known = ServedModel(self.model, facts, facts["max_model_len"], 0, self, format)
+        return self._known
 
     async def _chunks(
         self, prompt: Prompt, sampling: dict[str, Any], options: dict[str, Any]

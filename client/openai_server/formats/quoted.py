@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
 
 _PARTS = re.compile(
     r'"(?P<text>(?:[^"\\\n]|\\.)*)"(?P<range>\s*\.\.)?'
-    r"|(?P<comment>(?://|#)[^\n]*)"
+    r"|(?://|#)[^\n]*"
     r"|/(?P<regex>(?:[^/\\\n]|\\.)+)/(?P<flags>[a-z]*)"
     r"|%import\s+common\.(?P<name>\w+)[ \t]*(?P<as>->)?"
     r"|%(?P<word>\w+)"
@@ -44,49 +43,47 @@ class Unquotable(ValueError):
 def quote(lark: str) -> str:
     """The grammar of the JSON. Raises Unquotable.
 
-    The lexer never goes back: it takes a backslash for a part of the terminal that it is in, if
-    that may hold one. So if a terminal may hold an escape after its first character, no other one
-    may hold any.
+    The lexer never goes back: it takes a backslash for the next of the terminal that it is in, if
+    that may hold one. So of all texts and regular expressions only one may hold escapes.
     """
-    is_open: dict[str, bool] = {}  # by the terminals that hold escapes
+    escaped: set[str] = set()
 
     def rewrite(part: re.Match[str]) -> str:
-        regex = part["regex"] or _COMMON.get(part["name"] or "")
-        if regex is not None:
-            atoms = [_quote_atom(*found) for found in _atoms(regex, part["flags"] or "")]
-            quoted = f"/{''.join(atoms)}/{part['flags'] or ''}"
-            if quoted != part[0]:
-                is_open[part[0]] = len(atoms) > 1
-            return quoted if part["regex"] else f"{part['name']}: {quoted}"
-        if part["text"] is None:
-            return part[0]
-        text = json.loads(part[0])
-        if _escape(text) != text:
-            is_open[part[0]] = _escape(text[1:]) != text[1:]
-        return json.dumps(_escape(text))
+        new = _quoted(part)
+        if new != part[0]:
+            escaped.add(part[0])
+        return new
 
-    def checked(part: re.Match[str]) -> str:
-        is_other = part["word"] not in (None, "ignore")
-        if is_other or part["range"] or part["as"] or part["name"] in _UNSAFE:
-            raise Unquotable(part[0])
-        try:
-            return rewrite(part)
-        except (ValueError, re.error, FutureWarning):
-            raise Unquotable(part[0]) from None
-
-    quoted = _PARTS.sub(checked, lark)
-    if len(is_open) > 1 and any(is_open.values()):
-        raise Unquotable(" beside ".join(list(is_open)[:2]))
+    quoted = _PARTS.sub(rewrite, lark)
+    if len(escaped) > 1:
+        raise Unquotable(" and ".join(sorted(escaped)[:2]))
     return quoted
+
+
+def _quoted(part: re.Match[str]) -> str:
+    is_other = part["word"] not in (None, "ignore")
+    if is_other or part["range"] or part["as"] or part["name"] in _UNSAFE:
+        raise Unquotable(part[0])
+    try:
+        if part["text"] is not None:
+            text = json.loads(part[0])
+            return part[0] if _escape(text) == text else json.dumps(_escape(text))
+        if part["regex"] is not None:
+            return f"/{_quote_regex(part['regex'], part['flags'])}/{part['flags']}"
+    except (ValueError, re.error, FutureWarning):
+        raise Unquotable(part[0]) from None
+    if part["name"] in _COMMON:
+        return f"{part['name']}: /{_quote_regex(_COMMON[part['name']], '')}/"
+    return part[0]
 
 
 def _escape(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _atoms(regex: str, flags: str) -> Iterator[tuple[re.Match[str], int]]:
+def _quote_regex(regex: str, flags: str) -> str:
     mode = re.DOTALL if "s" in flags or "(?s" in regex else 0
-    return ((atom, mode) for atom in _ATOMS.finditer(regex))
+    return "".join(_quote_atom(atom, mode) for atom in _ATOMS.finditer(regex))
 
 
 def _quote_atom(atom: re.Match[str], flags: int) -> str:
