@@ -51,9 +51,7 @@ class AnswerSource(ABC):
     @abstractmethod
     def close(self) -> None: ...
 
-    def answers(
-        self, items: Iterable[AnyItem], concurrency: int
-    ) -> Iterator[tuple[AnyItem, Answer]]:
+    def answers(self, items: Iterable[AnyItem], concurrency: int) -> Iterator[tuple[Any, Any]]:
         """Yield items with their answers as they finish; runs `concurrency` at a time.
 
         Raises SourceLost: no item has caused that.
