@@ -407,7 +407,7 @@ def _chat(options: argparse.Namespace) -> int:
 def _batch(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from gllm_client.batch import Item, Tally, run_batch
+    from gllm_client.batch import AnyItem, Tally, run_batch
 
     pace = Pace(**struct_values(options, Pace))
     if options.output.exists() and options.output.samefile(options.input):
@@ -415,7 +415,7 @@ def _batch(options: argparse.Namespace) -> int:
     sampling = _sampling(options)
     with closing(_source(options)) as source, tqdm(unit="request", disable=None) as bar:
 
-        def answers(items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        def answers(items: Iterable[AnyItem]) -> Iterator[tuple[AnyItem, Any]]:
             return source.answers((item.with_flags(sampling) for item in items), pace.concurrency)
 
         def show(tally: Tally) -> None:
@@ -426,7 +426,6 @@ def _batch(options: argparse.Namespace) -> int:
             options.input,
             options.output,
             answers,
-            model=source.model,
             retry_errors=options.retry_errors,
             on_progress=show,
         )

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from gllm_client import openai_lines
-from gllm_client.openai_lines import LEAST_LOGPROB, BadLine, finite
-from gllm_client.openai_server.errors import ApiError
+from gllm_client.openai_lines import BadLine
+from gllm_client.openai_server.logprobs import finite
 from gllm_client.protocol import Chunk, Output, shorten, shown
 
 # Arguments of the chat template, for a line with messages, and their JSON types.
@@ -29,6 +29,7 @@ KEYS = ("id", "prompt", "messages", *TEMPLATE_KEYS, "sampling_parameters")
 Key = str | int | tuple[Literal["line"], int] | tuple[Literal["custom_id"], str]
 # Text, chat messages (a list) or token ids (a tuple).
 Prompt = str | list[dict[str, Any]] | tuple[int, ...]
+Line = dict[str, Any]  # of the output, without its key
 
 
 class BatchError(RuntimeError):
@@ -43,17 +44,31 @@ class Item:
     prompt: Prompt
     sampling: dict[str, Any]
     template: dict[str, Any] = field(default_factory=dict)  # the given keys of TEMPLATE_KEYS
-    url: str = ""  # of a line in OpenAI's form
-    model: str | None = None  # the model that the line names
-    defaults: dict[str, Any] = field(default_factory=dict)  # sampling, unless flags say otherwise
 
     @property
     def key(self) -> Key:
-        return ("custom_id", str(self.id)) if self.url else self.id
+        return self.id
 
     def with_flags(self, sampling: dict[str, Any]) -> Item:
         """The item with all its sampling parameters; `sampling`: those of the command line."""
-        return replace(self, sampling=self.defaults | sampling | self.sampling)
+        return replace(self, sampling=sampling | self.sampling)
+
+
+@dataclass(frozen=True)
+class OpenAIItem:
+    """One request, read from an input line in OpenAI's form. `body`: JSON."""
+
+    id: str
+    url: str
+    body: bytes
+    sampling: dict[str, Any] = field(default_factory=dict)  # of the command line
+
+    @property
+    def key(self) -> Key:
+        return ("custom_id", self.id)
+
+    def with_flags(self, sampling: dict[str, Any]) -> OpenAIItem:
+        return replace(self, sampling=sampling)
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,12 @@ class Failed:
     """The reason why an item has no answer."""
 
     message: str
-    # For an input line in OpenAI's form: its output line, without custom_id.
-    openai: dict[str, Any] | None = None
+    openai: Line | None = None  # for an item in OpenAI's form
 
 
-Answers = Callable[[Iterable[Item]], Iterator[tuple[Item, Chunk | Failed]]]
+AnyItem = Item | OpenAIItem
+Answer = Chunk | Line | Failed  # a Line for an item in OpenAI's form
+Answers = Callable[[Iterable[AnyItem]], Iterator[tuple[AnyItem, Answer]]]
 
 
 @dataclass
@@ -83,15 +99,13 @@ def run_batch(
     target: Path,
     answers: Answers,
     *,
-    model: str = "",
     retry_errors: bool = False,
     on_progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
     """Answer every line of `source` that has no answer in `target`, in any order.
 
-    `model`: the name of the model that answers, for OpenAI's lines. `retry_errors`: also answer the
-    lines that have an error in `target`. Raises BatchError if `target` is not an output of gllm
-    batch. A bad line of `source` gets an error in `target`.
+    `retry_errors`: also answer the lines that have an error in `target`. Raises BatchError if
+    `target` is not an output of gllm batch. A bad line of `source` gets an error in `target`.
     """
     lines = read_source(source)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,21 +116,21 @@ def run_batch(
         waiting = {key: line for key, line in lines.items() if key not in finished}
         bad = [(key, line) for key, line in waiting.items() if isinstance(line, Failed)]
         for key, failed in bad:
-            _record(file, tally, key, failed, failed.openai or {"error": failed.message})
+            _record(file, tally, key, failed)
             on_progress(tally)
-        items = [line for line in waiting.values() if isinstance(line, Item)]
+        items = [line for line in waiting.values() if not isinstance(line, Failed)]
         for item, answer in answers(items):
-            _record(file, tally, item.key, answer, _answer_line(item, answer, model))
+            _record(file, tally, item.key, answer)
             on_progress(tally)
     return tally
 
 
-def read_source(path: Path) -> dict[Key, Item | Failed]:
+def read_source(path: Path) -> dict[Key, AnyItem | Failed]:
     """All lines, in order, by key. The default id of a line is its number, from 1.
 
     If two lines have the same id, the later line is an error, and its key is its line number.
     """
-    items: dict[Key, Item | Failed] = {}
+    items: dict[Key, AnyItem | Failed] = {}
     numbers: dict[Key, int] = {}
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -143,7 +157,7 @@ def _no_request(message: str) -> Failed:
     return Failed(message, openai_lines.no_request(message))
 
 
-def parse_line(number: int, raw: bytes) -> tuple[Key, Item | Failed]:
+def parse_line(number: int, raw: bytes) -> tuple[Key, AnyItem | Failed]:
     """The key of one input line, and its request, or Failed for an invalid line."""
     try:
         line = _parse_json(raw)
@@ -165,17 +179,15 @@ def parse_line(number: int, raw: bytes) -> tuple[Key, Item | Failed]:
         return id, Failed(str(error))
 
 
-def _parse_openai(number: int, line: dict[str, Any]) -> tuple[Key, Item | Failed]:
+def _parse_openai(number: int, line: dict[str, Any]) -> tuple[Key, AnyItem | Failed]:
     id = line.get("custom_id")
     if not isinstance(id, str):
         return ("line", number), _no_request("custom_id: a string is needed")
     key: Key = ("custom_id", id)
     try:
-        return key, Item(id, **openai_lines.item_fields(line))
+        return key, OpenAIItem(id, *openai_lines.read(line))
     except BadLine as error:
         return key, _no_request(str(error))
-    except ApiError as error:
-        return key, Failed(error.message, openai_lines.refusal(error))
 
 
 def _parse_json(raw: bytes) -> Any:
@@ -305,23 +317,14 @@ def _has_failed(answer: dict[str, Any]) -> bool:
     return "error" in answer
 
 
-def _answer_line(item: Item, answer: Chunk | Failed, model: str) -> dict[str, Any]:
-    """The output line of an item, without its key."""
-    if isinstance(answer, Failed):
-        return openai_lines.failure(answer.message) if item.url else {"error": answer.message}
-    if item.url:
-        return openai_lines.answered(item.url, model, item.sampling, answer)
-    return to_line(answer)
-
-
-def _record(
-    file: IO[bytes], tally: Tally, key: Key, answer: Chunk | Failed, line: dict[str, Any]
-) -> None:
+def _record(file: IO[bytes], tally: Tally, key: Key, answer: Answer) -> None:
     """Write an output line, and count it."""
     if isinstance(answer, Failed):
         tally.failed += 1
+        line = answer.openai or {"error": answer.message}
     else:
         tally.answered += 1
+        line = to_line(answer) if isinstance(answer, Chunk) else answer
     if not isinstance(key, tuple):
         line = {"id": key} | line
     elif key[0] == "custom_id":
@@ -338,11 +341,12 @@ def to_line(answer: Chunk) -> dict[str, Any]:
 
     Log probabilities of the output and of the prompt are included if they were requested.
     """
+    answer = finite(answer)
     outputs = [_output(output) for output in answer.outputs]
-    line: dict[str, Any] = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
+    line: Line = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
     line["num_input_tokens"] = answer.num_input_tokens
     if answer.prompt_logprobs is not None:
-        line["prompt_logprobs"] = finite(answer.prompt_logprobs)
+        line["prompt_logprobs"] = answer.prompt_logprobs
     return line
 
 
@@ -353,9 +357,9 @@ def _output(output: Output) -> dict[str, Any]:
         "num_output_tokens": output.num_tokens,
     }
     if output.logprobs is not None:
-        fields["logprobs"] = finite(output.logprobs)
+        fields["logprobs"] = output.logprobs
     if output.cumulative_logprob is not None:
-        fields["cumulative_logprob"] = max(output.cumulative_logprob, LEAST_LOGPROB)
+        fields["cumulative_logprob"] = output.cumulative_logprob
     return fields
 
 

@@ -5,27 +5,30 @@ Converts the offline API's deltas and outputs to Chunks, and handles Ctrl-C.
 
 from __future__ import annotations
 
+import asyncio
 import signal
-from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from gllm_client.batch import Failed, Item, Prompt
-from gllm_client.protocol import Chunk, Output, merge
+from gllm_client.answers import AnswerSource, SourceLost
+from gllm_client.batch import Prompt
+from gllm_client.protocol import Chunk, GenerateError, Output
 from gllm_client.signals import caught_signals
 from gllm_engine import (
     LLM,
     EngineBroken,
     InvalidField,
     RequestFailed,
+    describe_checkpoint,
     parse_sampling,
     truncated,
 )
 
+T = TypeVar("T")
 
-class LocalAnswers:
+
+class LocalAnswers(AnswerSource):
     """An engine in this process. Only one thread may use it."""
 
     refusals: tuple[type[Exception], ...] = (InvalidField, RequestFailed)
@@ -60,29 +63,47 @@ class LocalAnswers:
                 num_cached_tokens=whole.num_cached_tokens,
             )
 
-    def answers(self, items: Iterable[Item], concurrency: int) -> Iterator[tuple[Item, Any]]:
+    async def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
         """See AnswerSource. Reading one stream advances all streams: they share every step."""
-        waiting = iter(items)
-        # For each running item: the item, its unread chunks, and its chunks read so far.
-        running: deque[tuple[Item, Iterator[Chunk], list[Chunk]]] = deque()
-        while True:
-            for item in islice(waiting, concurrency - len(running)):
-                running.append((item, self.stream(item.prompt, item.sampling, **item.template), []))
-            if not running:
-                return
-            item, chunks, taken = running.popleft()
-            try:
-                chunk = next(chunks, None)
-            except EngineBroken:
-                raise
-            except Exception as error:  # any error that an input line causes fails that line alone
-                yield item, Failed(str(error) or type(error).__name__)
-                continue
-            if chunk is None:
-                yield item, merge(taken)
-            else:
-                taken.append(chunk)
-                running.append((item, chunks, taken))
+        await asyncio.sleep(0)
+        try:
+            return work(*args, **options)
+        except EngineBroken as error:
+            raise SourceLost(str(error)) from None
+        except RequestFailed as error:
+            raise GenerateError(str(error)) from None
+
+    def _ask(
+        self, prompt: Prompt, sampling: dict[str, Any], options: dict[str, Any]
+    ) -> Iterator[Chunk]:
+        return self.stream(prompt, sampling, **options)
+
+    def _tokenize(
+        self,
+        prompt: str | None,
+        *,
+        messages: Any = None,
+        add_special_tokens: bool = True,
+        model: str = "",
+        request_id: str = "",
+        **template: Any,
+    ) -> Chunk:
+        limit = self._llm.engine.info.max_model_len
+        if prompt is None:
+            add_special_tokens = False
+            prompt = self._llm.tokenizer.render(messages, limit, **template)
+        ids = self._llm.tokenizer.encode(prompt, add_special_tokens, limit)
+        return Chunk((Output(prompt, token_ids=tuple(ids)),))
+
+    def _detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
+        text: str = self._llm.tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = describe_checkpoint(
+            Path(self._llm.config.model), self._llm.tokenizer
+        )
+        return facts | {"max_model_len": self._llm.engine.info.max_model_len}
 
     def close(self) -> None:
         self._llm.close()

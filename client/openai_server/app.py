@@ -21,14 +21,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gllm_client import Client
-from gllm_client.openai_server import chat, completions, messages, pages, responses
+from gllm_client.openai_server import messages, pages, responses
+from gllm_client.openai_server.endpoints import ENDPOINTS
 from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.formats.choice import choose
 from gllm_client.openai_server.gate import Door, Gate, Keys
 from gllm_client.openai_server.models import Models
 from gllm_client.openai_server.options import Options
 from gllm_client.openai_server.response_store import ResponseStore
-from gllm_client.openai_server.routing import error_response
+from gllm_client.openai_server.routing import error_response, serve_endpoint
 
 TICK_S = 0.05  # between two looks whether all answers have ended
 KEEP_ALIVE_S = 75  # an idle connection of a client stays open for so long
@@ -58,7 +59,9 @@ def make_app(options: Options) -> FastAPI:
     app.state.options = options
     app.state.door = Door(keys, options.max_concurrency)
     app.state.response_store = ResponseStore(options.stored_responses, options.stored_bytes)
-    for part in (chat, completions, responses, messages, pages):
+    for path in ENDPOINTS:
+        app.add_api_route(path, serve_endpoint, methods=["POST"])
+    for part in (responses, messages, pages):
         app.include_router(part.router)
     app.add_middleware(Gate, door=app.state.door)
     if options.allow_origin:

@@ -9,9 +9,9 @@ from contextlib import aclosing
 from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
 
 from gllm_client.openai_server import fields
+from gllm_client.openai_server.body import convert
 from gllm_client.openai_server.conversation import Conversation, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.events import (
@@ -26,18 +26,7 @@ from gllm_client.openai_server.events import (
 from gllm_client.openai_server.generation import Answer, answer
 from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.routing import (
-    EventStream,
-    JsonResponse,
-    convert,
-    find_model,
-    read_body,
-    request_id,
-    with_done,
-)
 from gllm_client.protocol import shown
-
-router = APIRouter()
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_TOOLS = 1024
@@ -96,16 +85,10 @@ class ChatRequest(fields.Common, frozen=True, kw_only=True):
     echo: Literal[False] = False
 
 
-@router.post("/v1/chat/completions")
-async def complete(request: Request) -> Response:
-    """Answer a chat request, whole or as a stream."""
-    asked = await read_body(request, ChatRequest)
-    model = await find_model(request, asked.model)
-    answered = await answer(model, to_conversation(asked, model), request_id(request))
-    writer = _Writer(asked, model, answered, request_id(request))
-    if asked.stream:
-        return EventStream(with_done(writer.stream()))
-    return JsonResponse(await writer.whole())
+async def begin(asked: ChatRequest, model: ServedModel, id: str) -> Writer:
+    """Render and check the prompt; the answer begins when it is written. Raises ApiError."""
+    answered = await answer(model, to_conversation(asked, model), id)
+    return Writer(asked, model, answered, id)
 
 
 # ------------------------------------------------------------ from JSON to a conversation
@@ -309,7 +292,7 @@ def _delta(event: Event) -> dict[str, Any]:
     return {}
 
 
-class _Writer:
+class Writer:
     """Writes one answer as JSON: whole, or as the events of a stream."""
 
     def __init__(self, asked: ChatRequest, model: ServedModel, answered: Answer, id: str) -> None:

@@ -11,7 +11,6 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
 
 from gllm_client import Chunk, Output
 from gllm_client.openai_server import fields
@@ -24,16 +23,6 @@ from gllm_client.openai_server.generation import (
     with_defaults,
 )
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.routing import (
-    EventStream,
-    JsonResponse,
-    find_model,
-    read_body,
-    request_id,
-    with_done,
-)
-
-router = APIRouter()
 
 MAX_CHOICES = 1024  # of all prompts of a request together
 CONCURRENCY = 64  # prompts of one request that run at a time
@@ -50,12 +39,8 @@ class CompletionRequest(fields.Common, frozen=True, kw_only=True):
     add_special_tokens: bool = True
 
 
-@router.post("/v1/completions")
-async def complete(request: Request) -> Response:
-    """Answer a completion request, whole or as a stream."""
-    asked = await read_body(request, CompletionRequest)
-    model = await find_model(request, asked.model)
-    id = request_id(request)
+async def begin(asked: CompletionRequest, model: ServedModel, id: str) -> Writer:
+    """Check the request and its prompts; the answer begins when it is written. Raises ApiError."""
     given = split_prompts(asked)
     _check(asked, len(given))
     # One after another: only a stub's own time can be won by asking for several at once.
@@ -64,11 +49,7 @@ async def complete(request: Request) -> Response:
     for number, prompt in enumerate(prompts):
         name = f"{id}-{number}" if len(prompts) > 1 else id
         sources.append(model.generate(prompt.ids, _sampling(asked, model, prompt), name))
-    writer = _Writer(asked, model, prompts, id)
-    chunks = _merge(sources)
-    if asked.stream:
-        return EventStream(with_done(writer.stream(chunks)))
-    return JsonResponse(await writer.whole(chunks))
+    return Writer(asked, model, prompts, _merge(sources), id)
 
 
 # ------------------------------------------------------------ from JSON to Triton's requests
@@ -221,20 +202,27 @@ class _Prompt:
     logprobs: list[Any] | None = None
 
 
-class _Writer:
+class Writer:
     """Writes one answer as JSON: whole, or as the events of a stream."""
 
     def __init__(
-        self, asked: CompletionRequest, model: ServedModel, prompts: list[_Prompt], id: str
+        self,
+        asked: CompletionRequest,
+        model: ServedModel,
+        prompts: list[_Prompt],
+        chunks: AsyncGenerator[tuple[int, Chunk], None],
+        id: str,
     ) -> None:
+        """`chunks`: each with the number of its prompt."""
         self._asked = asked
         self._prompts = prompts
+        self._chunks = chunks
         self._usage = fields.Usage(sum(len(prompt.ids) for prompt in prompts))
         self._about = {"id": f"cmpl-{id}", "created": int(time.time()), "model": model.name}
 
-    async def whole(self, chunks: AsyncGenerator[tuple[int, Chunk], None]) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The text_completion object."""
-        async with aclosing(chunks):
+        async with aclosing(self._chunks) as chunks:
             async for number, chunk in chunks:
                 self._note(self._prompts[number], chunk)
         choices: list[dict[str, Any]] = []
@@ -249,12 +237,10 @@ class _Writer:
         body = self._about | {"object": "text_completion", "choices": choices}
         return body | {"usage": self._usage.show()}
 
-    async def stream(
-        self, chunks: AsyncGenerator[tuple[int, Chunk], None]
-    ) -> AsyncGenerator[bytes, None]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """The events of the stream, without [DONE]."""
         head = fields.stream_head(self._about, "text_completion")
-        async with aclosing(chunks):
+        async with aclosing(self._chunks) as chunks:
             async for number, chunk in chunks:
                 prompt = self._prompts[number]
                 pieces = []

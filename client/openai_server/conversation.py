@@ -20,9 +20,10 @@ class Tool:
     description: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)  # a JSON schema of one object
     strict: bool = False  # arguments must keep to the schema, so decoding is constrained
-    # For tools whose input is text instead of a JSON object: the grammar of the text, or None.
-    grammar: str | None = None
+    # For tools whose input is text, held by the only argument: the text's Lark grammar, or None.
     takes_text: bool = False
+    grammar: str | None = None
+    is_regex: bool = False  # then the schema has it too, as a pattern
 
     def for_template(self) -> dict[str, Any]:
         """The tool in the form that chat templates expect."""

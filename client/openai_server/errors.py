@@ -5,7 +5,9 @@ Each API renders an ApiError in its own form (OpenAI's error object, Anthropic's
 
 from __future__ import annotations
 
+import logging
 import re
+from typing import Any
 
 from gllm_client.protocol import GenerateError
 
@@ -30,6 +32,9 @@ _SENTENCES = {
     r"Request for unknown model": 404,
     r"\w[\w.\[\]]*: ": 400,  # a field and its problem
 }
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+# The names of a prompt's tensors, which clients know by another name.
+_RENAMED = {"text_input": "prompt", "input_ids": "prompt"}
 
 
 class ApiError(Exception):
@@ -57,5 +62,23 @@ def from_triton(error: GenerateError) -> ApiError:
     status = _STATUSES.get(error.status or "", by_sentence)
     if by_sentence == 429 and status == 503:  # Triton's backends have no status for a full queue
         status = 429
-    field = re.match(r"(\w[\w.\[\]]*): ", sentence) if status == 400 else None
-    return ApiError(status, sentence, field and field[1])
+    field = re.match(r"(\w[\w.\[\]]*): (.*)", sentence, re.DOTALL) if status == 400 else None
+    if field is None:
+        return ApiError(status, sentence)
+    return invalid(_RENAMED.get(field[1], field[1]), field[2])
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The error itself, or for a fault of this program, which goes to the log, a status of 500."""
+    if isinstance(error, ApiError):
+        return error
+    logging.getLogger("gllm.openai").error("a request failed", exc_info=error)
+    return ApiError(500, "an internal error, see the server's log")
+
+
+def openai_error(error: ApiError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    default = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = _ERROR_TYPES.get(error.status, default)
+    about = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return {"error": about}

@@ -17,8 +17,8 @@ from pathlib import Path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gllm_client.openai_server.errors import ApiError
-from gllm_client.openai_server.routing import as_api_error, error_response
+from gllm_client.openai_server.errors import ApiError, as_api_error
+from gllm_client.openai_server.routing import error_response
 
 _ID = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 _LOG = logging.getLogger("gllm.openai")

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from gllm_client import Chunk, Client, GenerateError
-from gllm_client.openai_server.errors import ApiError, from_triton
+from gllm_client.openai_server.errors import ApiError, from_triton, invalid
 from gllm_client.openai_server.formats.choice import Format, choose
+from gllm_client.openai_server.logprobs import finite
 from gllm_client.protocol import shown
 
 REFRESH_S = 10.0  # between two looks at the repository
 MISS_S = 1.0  # the same after a request for an unknown model
 DESCRIBE_TIMEOUT_S = 5.0
+
+
+class ModelClient(Protocol):
+    """What asks a model: a Client, or a batch's source of answers. The options are Client's."""
+
+    def generate(self, prompt: str | None = None, **options: Any) -> Any: ...
+
+    async def tokenize(self, prompt: str | None = None, **options: Any) -> Chunk: ...
+
+    async def detokenize(self, token_ids: Sequence[int], **call: Any) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +42,7 @@ class ServedModel:
     facts: dict[str, Any]
     max_model_len: int  # tokens, of prompt and answer together
     created: int  # Unix time at which this server first saw it
-    client: Client
+    client: ModelClient
     format: Format  # how it writes thoughts and calls
     tenant: str = ""  # whose requests these are; see the sampling parameter
 
@@ -53,6 +64,7 @@ class ServedModel:
         """The answer to a prompt, in chunks. Closing the generator cancels the request."""
         if self.tenant:
             sampling = sampling | {"tenant": self.tenant}
+        is_scored = not sampling.keys().isdisjoint(("logprobs", "prompt_logprobs"))
         with _api_errors():
             chunks = self.client.generate(
                 model=self.name,
@@ -66,7 +78,19 @@ class ServedModel:
             )
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    yield chunk
+                    yield finite(chunk) if is_scored else chunk
+
+
+def readable(facts: dict[str, Any]) -> dict[str, Any]:
+    """The answer to the operation "describe" as ServedModel's facts."""
+    templates = facts.get("chat_template") or {}
+    return facts | {"chat_template": "\n".join(templates.values())}
+
+
+def unknown_model(name: str | None, have: Iterable[str]) -> ApiError:
+    """The error of a request for a model that is none of `have`."""
+    problem = f"{shown(name)} does not exist; the models are: {', '.join(have) or 'none'}"
+    return ApiError(404, f"model: {problem}", "model", "model_not_found")
 
 
 @contextmanager
@@ -77,7 +101,7 @@ def _api_errors() -> Iterator[None]:
     except GenerateError as error:
         raise from_triton(error) from None
     except ValueError as error:  # a value that a request cannot carry
-        raise ApiError(400, str(error)) from None
+        raise from_triton(GenerateError(str(error), "INVALID_ARGUMENT")) from None
 
 
 class Models:
@@ -134,8 +158,7 @@ class Models:
             )
         except (GenerateError, ValueError):  # another backend's model, or it cannot answer now
             return None
-        templates = facts.get("chat_template") or {}
-        return facts | {"chat_template": "\n".join(templates.values())}
+        return readable(facts)
 
     async def is_healthy(self) -> bool:
         """Whether any model answers now."""
@@ -162,11 +185,10 @@ class Models:
             return models[0]
         if name in self._known:
             return self._known[name]
-        have = ", ".join(model.name for model in models) or "none"
+        have = [model.name for model in models]
         if name is None:
-            raise ApiError(400, f"model: it is required; the models are: {have}", "model")
-        problem = f"model: {shown(name)} does not exist; the models are: {have}"
-        raise ApiError(404, problem, "model", "model_not_found")
+            raise invalid("model", f"it is required; the models are: {', '.join(have) or 'none'}")
+        raise unknown_model(name, have)
 
     def _missing(self, name: str | None) -> bool:
         return not self._known if name is None else name not in self._known

@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from gllm_client.openai_server.body import convert
 from gllm_client.openai_server.chat import ChatRequest, to_conversation
 from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.generation import render
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.routing import (
     JsonResponse,
-    convert,
     find_model,
     read_body,
     request_id,

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gllm_client.openai_server.errors import ApiError
+from gllm_client.openai_server.errors import ApiError, as_api_error
 from gllm_client.openai_server.events import (
     CallArguments,
     CallBegin,
@@ -22,7 +22,6 @@ from gllm_client.openai_server.events import (
 )
 from gllm_client.openai_server.generation import Answer
 from gllm_client.openai_server.logprobs import chat_logprob
-from gllm_client.openai_server.routing import as_api_error
 
 Kind = Literal["text", "thoughts", "call"]
 Json = dict[str, Any]

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from gllm_client.openai_server import fields
+from gllm_client.openai_server.body import convert
 from gllm_client.openai_server.chat import MAX_TOOLS, effort_variables
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
+from gllm_client.openai_server.formats.grammar import regex_part
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.routing import convert
 from gllm_client.openai_server.turns import (
     call_message,
     merge,
@@ -233,27 +234,35 @@ def _function_tool(name: str, spec: ToolSpec, path: str) -> Tool:
 def _custom_tool(name: str, spec: ToolSpec, path: str) -> Tool:
     """A tool that takes text: a function whose only argument is the text.
 
-    A regular expression is enforced by the schema. JSON schemas cannot hold a Lark grammar, so the
-    model only reads it in the description.
+    Its grammar is enforced, and the model reads it in the description.
     """
     asked = spec.format or CustomFormat()
     text: dict[str, Any] = {"type": "string"}
     description = spec.description or ""
+    grammar = None
     if asked.type == "grammar":
         if asked.syntax is None or asked.definition is None:
             raise invalid(f"{path}.format", "a grammar needs syntax and definition")
         description += f"\n\nThe input keeps to this {asked.syntax} grammar:\n{asked.definition}"
+        grammar = asked.definition
         if asked.syntax == "regex":
-            text["pattern"] = f"^(?:{asked.definition})$"
+            text["pattern"] = f"^(?:{grammar})$"
+            grammar = f"start: {regex_part(grammar)}"
     parameters = {
         "type": "object",
         "properties": {"input": text},
         "required": ["input"],
         "additionalProperties": False,
     }
-    grammar = asked.definition if asked.syntax == "lark" else None
-    strict = "pattern" in text
-    return Tool(name, description.strip(), parameters, strict, grammar, takes_text=True)
+    return Tool(
+        name,
+        description.strip(),
+        parameters,
+        strict=grammar is not None,
+        takes_text=True,
+        grammar=grammar,
+        is_regex=asked.syntax == "regex",
+    )
 
 
 def _read_choice(choice: str | dict[str, Any], toolbox: Toolbox) -> ToolChoice:

@@ -5,9 +5,9 @@ raises ApiError, which becomes the answer in the form of ERROR_FORMS:
 
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        body = await read_body(request, ChatRequest)
+    @router.post("/v1/responses")
+    async def create(request: Request) -> Response:
+        body = await read_body(request, ResponsesRequest)
         model = await find_model(request, body.model)
         ...
         return EventStream(events)        # or JsonResponse(value)
@@ -16,8 +16,6 @@ raises ApiError, which becomes the answer in the form of ERROR_FORMS:
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -27,26 +25,14 @@ import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from gllm_client.openai_server.errors import ApiError, invalid
+from gllm_client.openai_server.body import convert, decode
+from gllm_client.openai_server.endpoints import ENDPOINTS
+from gllm_client.openai_server.errors import ApiError, as_api_error, openai_error
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.protocol import shown
 
 T = TypeVar("T")
 RETRY_AFTER = {429: "1", 503: "5"}  # seconds
-
-_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_PLACE = re.compile(r"(?s)(?P<problem>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>.*)`)?")
-_FIELD = re.compile(r"Object (?P<what>contains unknown|missing required) field `(?P<field>.*)`")
-
-
-def openai_error(error: ApiError) -> dict[str, Any]:
-    """OpenAI's error object."""
-    default = "invalid_request_error" if error.status < 500 else "server_error"
-    kind = _ERROR_TYPES.get(error.status, default)
-    about = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-    return {"error": about}
-
-
 # Path prefix -> the form of errors under it; the longest prefix counts. Other APIs add theirs:
 # ERROR_FORMS["/v1/messages"] = anthropic_error
 ERROR_FORMS: dict[str, Callable[[ApiError], dict[str, Any]]] = {"": openai_error}
@@ -60,14 +46,6 @@ def error_response(path: str, error: ApiError) -> Response:
     return JsonResponse(ERROR_FORMS[prefix](error), error.status, headers)
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """The error itself, or for a fault of this server, which goes to the log, a status of 500."""
-    if isinstance(error, ApiError):
-        return error
-    logging.getLogger("gllm.openai").error("a request failed", exc_info=error)
-    return ApiError(500, "an internal error, see the server's log")
-
-
 async def read_body(request: Request, kind: type[T]) -> T:
     """The JSON body as a msgspec Struct; null means not given. From here on, a client that leaves
     cancels the route.
@@ -79,15 +57,7 @@ async def read_body(request: Request, kind: type[T]) -> T:
         raise ApiError(415, f"content-type: application/json is expected, got {shown(media)}")
     body = await _read(request, request.app.state.options.max_body_size)
     request.state.watch = asyncio.create_task(_watch(request, asyncio.current_task()))
-    try:
-        value = msgspec.json.decode(body)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
-    except (msgspec.DecodeError, ValueError) as error:
-        raise ApiError(400, f"the body is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "the body is not a JSON object")
-    return convert({name: v for name, v in value.items() if v is not None}, kind)
+    return convert(decode(body), kind)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -112,40 +82,6 @@ async def _watch(request: Request, task: asyncio.Task[Any] | None) -> None:
         task.cancel()
 
 
-def convert(value: Any, kind: type[T], path: str = "") -> T:
-    """A JSON value as a msgspec type; its error names the field: `path`, then what is below it."""
-    try:
-        return msgspec.convert(value, kind)
-    except RecursionError:
-        raise ApiError(400, f"{path or 'the body'}: nested too deeply", path or None) from None
-    except msgspec.ValidationError as error:
-        raise _explain(str(error), value, path) from None
-
-
-def _explain(text: str, value: Any, path: str) -> ApiError:
-    """The error of msgspec as ours: with the field's path and value."""
-    match = _PLACE.fullmatch(text)
-    assert match  # every part of the pattern is optional
-    place = match["path"] or ""
-    field = _FIELD.fullmatch(match["problem"])
-    problem = match["problem"].replace("`", "")
-    if field:
-        place = f"{place}.{field['field']}".removeprefix(".")
-        problem = "unknown field" if "unknown" in field["what"] else "it is required"
-    elif not match["key"]:
-        for step in re.findall(r"[^.\[\]]+|\.\.\.", place):
-            value = _below(value, step)
-        problem = f"{shown(value)} is not valid ({problem[:1].lower()}{problem[1:]})"
-    dot = "." if path and place and not place.startswith("[") else ""
-    return invalid(f"{path}{dot}{place}", problem)
-
-
-def _below(value: Any, step: str) -> Any:
-    if isinstance(value, dict):
-        return value.get(step)
-    return value[int(step)] if isinstance(value, list) and step.isdecimal() else value
-
-
 async def find_model(request: Request, name: str | None) -> ServedModel:
     """The model of that name, for the request's tenant; None: the only one.
 
@@ -153,6 +89,16 @@ async def find_model(request: Request, name: str | None) -> ServedModel:
     """
     model: ServedModel = await request.app.state.models.find(name)
     return replace(model, tenant=request.state.tenant)
+
+
+async def serve_endpoint(request: Request) -> Response:
+    """The route of each of ENDPOINTS: its answer, whole or as a stream."""
+    kind, begin = ENDPOINTS[request.url.path]
+    asked = await read_body(request, kind)
+    writer = await begin(asked, await find_model(request, asked.model), request_id(request))
+    if asked.stream:
+        return EventStream(with_done(writer.stream()))
+    return JsonResponse(await writer.whole())
 
 
 def request_id(request: Request) -> str:

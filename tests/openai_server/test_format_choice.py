@@ -80,22 +80,22 @@ def test_unknown_names_are_refused():
 
 
 def test_special_tokens_are_needed_if_a_mark_is_one():
-    assert not choose({"special_tokens": ["<|im_end|>"]}, "hermes", "think").needs_special_tokens
+    assert not choose({"special_tokens": {"<|im_end|>": 0}}, "hermes", "think").needs_special_tokens
     assert choose({"special_tokens": {"</think>": 7}}, "hermes", "think").needs_special_tokens
-    assert choose({"special_tokens": ["<|call|>"]}, "gpt_oss", None).needs_special_tokens
-    assert choose({"special_tokens": ["｜DSML｜"]}, "deepseek_v32", None).needs_special_tokens
-    assert not choose({"special_tokens": ["</s>"]}, "none", "none").needs_special_tokens
+    assert choose({"special_tokens": {"<|call|>": 0}}, "gpt_oss", None).needs_special_tokens
+    assert choose({"special_tokens": {"｜DSML｜": 0}}, "deepseek_v32", None).needs_special_tokens
+    assert not choose({"special_tokens": {"</s>": 0}}, "none", "none").needs_special_tokens
 
 
 def test_a_prompt_ends_inside_thoughts():
-    qwen = choose({"special_tokens": ["<|im_start|>", "<|im_end|>"]}, "hermes", "think")
+    qwen = choose({"special_tokens": {"<|im_start|>": 0, "<|im_end|>": 1}}, "hermes", "think")
     end = "<|im_end|>\n<|im_start|>assistant\n"
     assert qwen.in_thoughts(f"<|im_start|>user\nhi{end}<think>\n")
     assert qwen.in_thoughts(f"<|im_start|>user\nhi{end}<think>\nI was thinking")
     assert not qwen.in_thoughts(f"<|im_start|>user\nhi{end}")
     assert not qwen.in_thoughts(f"<|im_start|>user\nhi{end}<think>\n\n</think>\n\n")
     assert not qwen.in_thoughts(f"<|im_start|>user\nwhat is <think>?{end}")
-    oss = choose({"special_tokens": ["<|end|>", "<|start|>"]}, "gpt_oss", None)
+    oss = choose({"special_tokens": {"<|end|>": 0, "<|start|>": 1}}, "gpt_oss", None)
     assert oss.in_thoughts("<|start|>assistant<|channel|>analysis<|message|>So")
     assert not oss.in_thoughts("<|channel|>analysis<|message|>So<|end|><|start|>assistant")
 

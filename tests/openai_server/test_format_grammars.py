@@ -14,6 +14,7 @@ from written_turns import FORMATS, TOOLS, Turn, dumps, format_of, joined, turns,
 
 from gllm_client.openai_server.conversation import Conversation, Tool, ToolChoice
 from gllm_client.openai_server.errors import ApiError
+from gllm_client.openai_server.responses_request import read_tools
 from gllm_engine.sampling import StructuredOutputs
 from gllm_engine.text.grammar import Vocabulary, compile_grammar, ll_tokenizer, translate
 
@@ -25,7 +26,7 @@ GOOD = ("get_weather", {"text": "Paris", "count": 1})
 
 @lru_cache
 def compiled(name: str, grammar: str):
-    special = format_of(name, ids=True).special_tokens
+    special = format_of(name).special_tokens
     tokens = (
         [bytes([byte]) for byte in range(256)] + [token.encode() for token in special] + [b"<end>"]
     )
@@ -37,7 +38,7 @@ def compiled(name: str, grammar: str):
 
 def encode(name: str, text: str) -> list[int]:
     ids = []
-    special = format_of(name, ids=True).special_tokens
+    special = format_of(name).special_tokens
     while text:
         found = [token for token in special if text.startswith(token)]
         ids += [special[found[0]]] if found else text[0].encode()
@@ -47,7 +48,7 @@ def encode(name: str, text: str) -> list[int]:
 
 def accepts(name: str, text: str, in_thoughts: bool = False, **asked) -> bool:
     asked = {"messages": [], "tools": TOOLS, **asked}
-    constraint = format_of(name, ids=True).constraint(Conversation(**asked), in_thoughts)
+    constraint = format_of(name).constraint(Conversation(**asked), in_thoughts)
     matcher = compiled(name, constraint["grammar"]).deep_copy()
     for ending in ("<|call|>", "<|return|>"):
         text = text.removesuffix(ending)
@@ -117,7 +118,7 @@ def walk(name: str, grammar: str, seed: int) -> str | None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_a_grammar_allows_is_read_as_calls(name):
     tools = (Tool("f", parameters=SMALL, strict=True),)
-    chosen = format_of(name, ids=True)
+    chosen = format_of(name)
     if name != "gpt_oss":  # random thoughts have no end
         chosen = replace(chosen, reasoning_format="none")
     asked = Conversation([], tools, ToolChoice("required"))
@@ -215,7 +216,7 @@ def test_every_form_can_follow_thoughts(form, good, bad):
 
 def test_forms_that_cannot_follow_thoughts():
     def constraint(name, form, in_thoughts):
-        return format_of(name, ids=True).constraint(Conversation([], form=form), in_thoughts)
+        return format_of(name).constraint(Conversation([], form=form), in_thoughts)
 
     gbnf = {"grammar": 'root ::= "a"'}
     tag = {"structural_tag": "{}"}
@@ -249,3 +250,84 @@ def test_tools_without_arguments_or_with_any():
         assert accepts(name, write(name, Turn(calls=[("now", {})])), **asked)
         assert not accepts(name, write(name, Turn(calls=[("now", {"a": 1})])), **asked)
         assert accepts(name, write(name, Turn(calls=[("log", {"a": "x", "b": [1]})])), **asked)
+
+
+PATCH = r"""start: begin hunk+ end
+begin: "*** Begin Patch" LF
+end: "*** End Patch" LF?
+hunk: "*** Add File: " filename LF line+
+filename: /(.+)/
+line: "+" /(.*)/ LF -> line
+%import common.LF
+"""
+NOT_BARE = [name for name in FORMATS if not format_of(name).spelling.bare]
+IN_TEXT = [name for name in FORMATS if format_of(name).spelling.kind == "tagged"]
+
+
+def custom(syntax: str, definition: str) -> Tool:
+    spec = {"type": "custom", "name": "patch"}
+    spec["format"] = {"type": "grammar", "syntax": syntax, "definition": definition}
+    return read_tools([spec])["patch"].tool
+
+
+GRAMMARS = [
+    ("lark", r'start: "a" start? [/[\n"b]/]', ["aaa", "a\n", 'aab"'], ["", "b", "a\\"]),
+    ("lark", 'start: "(" start* ")"\n%ignore /\\s/', ["(())", "( ()\n\t)"], ["(", "(x)"]),
+    ("lark", r"start: /[^a]\D(?s:.)(\w|\x22){2}/", ['\n"\nx"', r"\\\xx"], ["aaaaa", "b5xxx"]),
+    ("lark", "start: (/\\w+/ LF)+\n%import common.LF", ["a\nb\n"], ["a", "a b\n"]),
+    ("regex", r'\d+/"[a-z\n]*"', ['12/"a\nb"'], ["12", 'x/""']),
+]
+PATCHES = (
+    "lark",
+    PATCH,
+    ['*** Begin Patch\n*** Add File: a"\\é.py\n+x = "\t"\n+\n*** End Patch\n'],
+    ["*** Begin Patch\n*** End Patch", "*** Begin Patch\n*** Add: a\n+x\n*** End Patch"],
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "syntax", "definition", "good", "bad"),
+    [(name, *grammar) for name in NOT_BARE for grammar in GRAMMARS]
+    + [(name, *PATCHES) for name in IN_TEXT],
+)
+def test_the_grammar_of_a_custom_tool_holds(name, syntax, definition, good, bad):
+    asked = {"tools": (custom(syntax, definition), TOOLS[0]), "tool_choice": ToolChoice("required")}
+    loose = asked | {"tool_choice": ToolChoice()}
+    for text in good:
+        turn = Turn("hm", calls=[("patch", {"input": text})])
+        assert accepts(name, write(name, turn), **asked), text
+        assert accepts(name, write(name, turn), **loose), text
+    for text in bad:
+        turn = Turn(calls=[("patch", {"input": text})])
+        assert not accepts(name, write(name, turn), **asked), text
+        assert not accepts(name, write(name, turn), **loose), text
+    assert accepts(name, write(name, Turn(calls=[GOOD])), **asked)
+    assert accepts(name, write(name, Turn("hm", "so")), **loose)
+
+
+def refused(name: str, tool: Tool) -> str:
+    with pytest.raises(ApiError) as caught:
+        format_of(name).constraint(Conversation([], (tool,)), False)
+    assert caught.value.param == "tools"
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    "part",
+    ['"a".."z"', "%import common.ESCAPED_STRING", "%import common.LF -> X", "%json {}", "/[[b]a]/"]
+    + [r"/\p{L}/", "%import common (LF, WS)"],
+)
+def test_a_grammar_that_cannot_stand_in_json_is_refused(part):
+    message = refused("hermes", custom("lark", f"start: A\nA: {part}"))
+    assert message.startswith("tools: the grammar of patch: this server cannot enforce")
+    assert "%import common.LF and /(.*)/ within JSON" in refused("hermes", custom("lark", PATCH))
+
+
+def test_a_grammar_that_the_format_cannot_hold_is_refused():
+    for name in ("pythonic", "llama4_pythonic", "llama3_json"):
+        assert "format" in refused(name, custom("lark", 'start: "a"'))
+    assert "format" in refused("pythonic", custom("regex", "a+"))
+    asked = {"tools": (custom("regex", "a+"),), **REQUIRED}
+    for text in ("aa", "b"):
+        call = write("llama3_json", Turn(calls=[("patch", {"input": text})]))
+        assert accepts("llama3_json", call, **asked) is (text == "aa")

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from serving import Served
 
+from gllm_client.openai_server.body import convert
 from gllm_client.openai_server.conversation import Conversation, ToolChoice
 from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.events import (
@@ -37,7 +38,6 @@ from gllm_client.openai_server.events import (
 )
 from gllm_client.openai_server.messages import Run
 from gllm_client.openai_server.messages_request import MessagesRequest, to_conversation
-from gllm_client.openai_server.routing import convert
 
 anthropic = pytest.importorskip("anthropic", reason="the anthropic SDK is not installed")
 

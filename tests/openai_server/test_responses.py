@@ -32,6 +32,7 @@ from patience import SOON_S
 from pydantic import BaseModel
 from serving import Served
 
+from gllm_client.openai_server.body import convert
 from gllm_client.openai_server.conversation import Conversation, ToolChoice
 from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.events import (
@@ -50,7 +51,6 @@ from gllm_client.openai_server.responses_request import (
     read_tools,
     to_conversation,
 )
-from gllm_client.openai_server.routing import convert
 
 FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
 GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'}
@@ -151,7 +151,7 @@ def test_a_regular_expression_is_part_of_the_schema() -> None:
     pattern = {"type": "grammar", "syntax": "regex", "definition": "a|b"}
     (tool,) = meaning(tools=[CUSTOM | {"format": pattern}]).tools
     assert tool.parameters["properties"]["input"]["pattern"] == "^(?:a|b)$"
-    assert tool.strict and tool.grammar is None
+    assert tool.strict and tool.is_regex and tool.grammar == "start: /a|b/"
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ class Turn:
     calls: list[tuple[str, dict]] = field(default_factory=list)
 
 
-def format_of(name: str, ids: bool = False) -> Format:
+def format_of(name: str) -> Format:
     special = SPECIAL.get(name, ["<|im_end|>"])
-    tokens = {token: 256 + n for n, token in enumerate(special)} if ids else special
+    tokens = {token: 256 + n for n, token in enumerate(special)}
     return choose({"special_tokens": tokens}, name, REASONING.get(name, "think"))
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gllm_client.openai_server.conversation import Tool
+from gllm_client.openai_server.errors import ApiError, invalid
 from gllm_client.openai_server.formats.channels import CALL_HEADERS, FINAL_HEADER
 from gllm_client.openai_server.formats.grammar import TEXT, Grammar
+from gllm_client.openai_server.formats.quoted import Unquotable, quote
 from gllm_client.openai_server.formats.table import Spelling
 from gllm_client.openai_server.formats.values import choices, definition, types_of
 
@@ -51,6 +53,10 @@ class CallGrammar:
         self._is_required = is_required
         if spelling.kind == "pythonic":
             grammar.add(_PYTHON)
+        is_bare = spelling.bare and spelling.kind == "json"
+        for tool in tools if spelling.bare else ():
+            if tool.grammar is not None and not (is_bare and tool.is_regex):
+                raise _unenforced(tool, "it in the calls of this model's format")
 
     def calls(self, parallel: bool) -> str:
         """The part for one call, or for one or more if `parallel`."""
@@ -97,6 +103,13 @@ class CallGrammar:
         return tool.parameters if self._is_required or tool.strict else {}
 
     def _object(self, tool: Tool) -> str:
+        if tool.grammar is not None and not tool.is_regex:
+            try:
+                grammar = quote(tool.grammar)
+            except Unquotable as error:
+                raise _unenforced(tool, f"{error} within JSON") from None
+            head = self._grammar.text('{"input": "')
+            return f'{head} {self._grammar.nested(grammar)} "\\"}}"'
         return self._grammar.json({"type": "object"} | self._schema(tool), tool.strict)
 
     def _message(self, tool: Tool) -> str:
@@ -149,6 +162,13 @@ class CallGrammar:
     def _tagged(self, tool: Tool) -> Iterator[str]:
         spelling = self._spelling
         schema = self._schema(tool)
+        if tool.grammar is not None:
+            (key,) = schema["properties"]
+            head, *_ = (mark for mark, kind in spelling.key_ends.items() if kind != "json")
+            begin = self._grammar.text(spelling.key_begin + key + head + spelling.value_begin)
+            end = self._grammar.text(spelling.value_end)
+            yield f"{begin} {self._grammar.nested(tool.grammar)} {end}"
+            return
         for name, is_required in self._arguments(tool):
             values = self._tagged_values(definition(schema, name), schema, tool.strict)
             head = self._grammar.text(spelling.key_begin + name)
@@ -207,6 +227,10 @@ class CallGrammar:
             " | ".join(_PYTHON_TYPES.get(name, "gllm_value") for name in sorted(types))
             or "gllm_value"
         )
+
+
+def _unenforced(tool: Tool, what: str) -> ApiError:
+    return invalid("tools", f"the grammar of {tool.name}: this server cannot enforce {what}")
 
 
 def _rooted(schema: Any, root: Any) -> Any:

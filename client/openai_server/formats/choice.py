@@ -26,12 +26,12 @@ from gllm_client.openai_server.formats.table import (
 class Format:
     """`tool_format`, `reasoning_format`: names of the tables, or "none".
 
-    `special_tokens`: the model's, with their ids as far as they are known.
+    `special_tokens`: the ids of the model's, by their texts.
     """
 
     tool_format: str
     reasoning_format: str
-    special_tokens: Mapping[str, int | None]
+    special_tokens: Mapping[str, int]
 
     @property
     def spelling(self) -> Spelling | None:
@@ -160,12 +160,11 @@ def choose(
     """The format of a model: by name, else by its chat template, else by its architecture.
 
     `describe`: the backend's description of the model; `chat_template`, `architectures` and
-    `special_tokens` (names, or ids by name) are read. Raises ValueError for unknown names.
+    `special_tokens` are read. Raises ValueError for unknown names.
     """
     source = describe.get("chat_template") or ""
     architectures = set(describe.get("architectures") or ())
-    special = describe.get("special_tokens") or {}
-    tokens = dict(special) if isinstance(special, Mapping) else dict.fromkeys(special)
+    tokens = describe.get("special_tokens") or {}
     tool = _named("tool format", tool_format, TOOLS) or _found(source, TOOLS)
     for name, spelling in TOOLS.items():
         if tool is None and architectures.intersection(spelling.architectures):

@@ -34,9 +34,9 @@ _CLASSES = {
 
 
 class Grammar:
-    """`special_tokens`: the model's, with their ids as far as they are known."""
+    """`special_tokens`: the ids of the model's, by their texts."""
 
-    def __init__(self, special_tokens: Mapping[str, int | None]) -> None:
+    def __init__(self, special_tokens: Mapping[str, int]) -> None:
         self._special = special_tokens
         self._rules = list(_TERMINALS)
         self._heads: dict[str, str] = {}
@@ -53,6 +53,10 @@ class Grammar:
         name = f"gllm_{len(self._rules)}"
         self._rules.append(f"{name}{options}: {body}")
         return name
+
+    def nested(self, lark: str) -> str:
+        """A grammar with names and ignored text of its own."""
+        return self.rule(f"%lark {{\n{lark}\n}}")
 
     def either(self, parts: Sequence[str]) -> str:
         return self.rule(" | ".join(parts))
@@ -98,11 +102,7 @@ class Grammar:
         if form.get("choice") is not None:
             return self.either([json.dumps(choice) for choice in form["choice"]])
         if form.get("regex"):
-            return (
-                "/"
-                + _REGEX.sub(lambda found: _CLASSES.get(found[0], found[0]), form["regex"])
-                + "/"
-            )
+            return regex_part(form["regex"])
         lark = form.get("grammar")
         if lark is None or "::=" in lark:
             return None
@@ -110,12 +110,13 @@ class Grammar:
         return "gllm_form"
 
     def _literal(self, part: str) -> str:
-        if part not in self._special:
-            return json.dumps(part)
-        id = self._special[part]
-        if id is None and not (part[0] == "<" and part[-1] == ">"):
-            raise invalid("tools", f"the id of the special token {part} is unknown")
-        return part if id is None else f"<[{id}]>"
+        id = self._special.get(part)
+        return json.dumps(part) if id is None else f"<[{id}]>"
+
+
+def regex_part(regex: str) -> str:
+    """A regular expression as Lark writes it."""
+    return f"/{_REGEX.sub(lambda found: _CLASSES.get(found[0], found[0]), regex)}/"
 
 
 def _loaded(schema: Any) -> Any:
