@@ -23,13 +23,14 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from gllm_engine.arch import LoadError
 from gllm_engine.arch.formats import Formats, Integers, format_name, stored_kind
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import EMBEDDING, Model, within_layer
 from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
-from gllm_engine.model.read import LoadError, TensorSlice, reading
+from gllm_engine.model.read import TensorSlice, reading
 from gllm_engine.model.stored import StoredTensor, StoredTensors, Verified, incomplete
 
 _INDEX = "model.safetensors.index.json"

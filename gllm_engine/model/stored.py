@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from gllm_engine.arch import LoadError
 from gllm_engine.arch.formats import (
     FP8_BLOCK,
     FP8_ROW,
@@ -48,7 +49,7 @@ from gllm_engine.arch.names import (
 )
 from gllm_engine.files import shown
 from gllm_engine.model.expected import Expected, expected_beside
-from gllm_engine.model.read import LoadError, TensorSlice
+from gllm_engine.model.read import TensorSlice
 
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn}
 _INT8 = {"I8": torch.int8}

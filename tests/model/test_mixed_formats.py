@@ -14,9 +14,8 @@ from test_uneven_shares import on_all_ranks
 from tiny_models import CPU, all_logits, load, some_tokens
 from torch import Tensor
 
-from gllm_engine.arch import read_arch
+from gllm_engine.arch import LoadError, read_arch
 from gllm_engine.model import Decoder, fill_randomly
-from gllm_engine.model.read import LoadError
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.ops import PackedWeight
 
