@@ -62,7 +62,7 @@ def make_app(options: Options) -> FastAPI:
     app.state.door = Door(keys, -(-options.max_concurrency // options.processes))
     app.state.response_store = ResponseStore(_num_stored(options), options.stored_bytes)
     for path in ENDPOINTS:
-        app.add_api_route(path, serve_endpoint, methods=["POST"])
+        app.add_route(path, serve_endpoint, methods=["POST"])
     for part in (responses, messages, pages):
         app.include_router(part.router)
     app.add_middleware(Gate, door=app.state.door)
