@@ -28,10 +28,12 @@ from gllm_client.openai_server.formats.choice import choose
 from gllm_client.openai_server.gate import Door, Gate, Keys
 from gllm_client.openai_server.models import Models
 from gllm_client.openai_server.options import Options
+from gllm_client.openai_server.processes import bind, run_processes
 from gllm_client.openai_server.response_store import ResponseStore
 from gllm_client.openai_server.routing import error_response, serve_endpoint
 
 TICK_S = 0.05  # between two looks whether all answers have ended
+STORED = 1000  # answers of /v1/responses, if the options do not say
 KEEP_ALIVE_S = 75  # an idle connection of a client stays open for so long
 
 
@@ -57,10 +59,10 @@ def make_app(options: Options) -> FastAPI:
 
     app = FastAPI(openapi_url=None, lifespan=life)
     app.state.options = options
-    app.state.door = Door(keys, options.max_concurrency)
-    app.state.response_store = ResponseStore(options.stored_responses, options.stored_bytes)
+    app.state.door = Door(keys, -(-options.max_concurrency // options.processes))
+    app.state.response_store = ResponseStore(_num_stored(options), options.stored_bytes)
     for path in ENDPOINTS:
-        app.add_api_route(path, serve_endpoint, methods=["POST"])
+        app.add_route(path, serve_endpoint, methods=["POST"])
     for part in (responses, messages, pages):
         app.include_router(part.router)
     app.add_middleware(Gate, door=app.state.door)
@@ -76,6 +78,16 @@ def make_app(options: Options) -> FastAPI:
     return app
 
 
+def _num_stored(options: Options) -> int:
+    """How many answers are stored. Each process would know its own alone, so several store none."""
+    if options.processes == 1:
+        return STORED if options.stored_responses is None else options.stored_responses
+    if options.stored_responses:
+        problem = "answers are kept in one process's memory, with --processes above 1 none can be"
+        raise ValueError(f"--stored-responses: {problem}")
+    return 0
+
+
 async def _explain(request: Request, error: Exception) -> Response:
     """The answer to a request for an unknown path or with another method."""
     assert isinstance(error, HTTPException)
@@ -87,10 +99,13 @@ async def _explain(request: Request, error: Exception) -> Response:
 class _Server(uvicorn.Server):
     """A server whose first signal begins the drain, and whose second one ends it."""
 
-    def __init__(self, config: uvicorn.Config, door: Door, options: Options) -> None:
+    def __init__(
+        self, config: uvicorn.Config, door: Door, options: Options, tells: bool = True
+    ) -> None:
         super().__init__(config)
         self._door = door
         self._options = options
+        self._tells = tells  # its address, once it listens
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = self._door.draining
@@ -98,12 +113,16 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._tells:
+            self._tell()
+        self._draining = asyncio.create_task(self._drain())
+
+    def _tell(self) -> None:
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         scheme = "https" if self.config.is_ssl else "http"
         where = f"{scheme}://{host}:{port} for tritonserver at {self._options.url}"
         print(f"gllm openai: listening at {where}", flush=True)
-        self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         """Wait for the first signal and then for the running answers, and end the server."""
@@ -134,5 +153,12 @@ def serve(options: Options) -> int:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=1,
     )
-    _Server(config, app.state.door, options).run()
-    return 0
+    if options.processes == 1:
+        _Server(config, app.state.door, options).run()
+        return 0
+    config.load()  # a wrong certificate is refused here
+
+    def run(at: socket.socket, tells: bool) -> None:
+        _Server(config, app.state.door, options, tells).run([at])
+
+    return run_processes(bind(options.host, options.port, options.processes), run)

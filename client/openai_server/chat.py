@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -23,9 +21,10 @@ from gllm_client.openai_server.events import (
     Text,
     Tokens,
 )
-from gllm_client.openai_server.generation import Answer, answer
+from gllm_client.openai_server.generation import Answer, Batch, answer
 from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.models import ServedModel
+from gllm_client.openai_server.writer import Choice, Writer
 from gllm_client.protocol import shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -85,10 +84,10 @@ class ChatRequest(fields.Common, frozen=True, kw_only=True):
     echo: Literal[False] = False
 
 
-async def begin(asked: ChatRequest, model: ServedModel, id: str) -> Writer:
+async def begin(asked: ChatRequest, model: ServedModel, id: str) -> ChatWriter:
     """Render and check the prompt; the answer begins when it is written. Raises ApiError."""
     answered = await answer(model, to_conversation(asked, model), id)
-    return Writer(asked, model, answered, id)
+    return ChatWriter(asked, model, answered, id)
 
 
 # ------------------------------------------------------------ from JSON to a conversation
@@ -228,18 +227,15 @@ def _part(path: str, part: Any) -> dict[str, str]:
 # ------------------------------------------------------------ from events to JSON
 
 
-class _Choice:
-    """What one choice has so far, or of a stream: what waits for its next event."""
+class _Choice(Choice):
+    """A choice of a chat. A stream needs no more of the message than which calls it has."""
 
     def __init__(self) -> None:
-        self.started = False
+        super().__init__()
         self.content: list[str] = []
         self.reasoning: list[str] = []
         self.calls: list[CallBegin] = []
         self.arguments: list[list[str]] = []
-        self.logprobs: list[dict[str, Any]] = []
-        self.token_ids: list[int] = []
-        self.end: End | None = None
 
     def message(self) -> dict[str, Any]:
         content = "".join(self.content)
@@ -292,41 +288,57 @@ def _delta(event: Event) -> dict[str, Any]:
     return {}
 
 
-class Writer:
-    """Writes one answer as JSON: whole, or as the events of a stream."""
+class ChatWriter(Writer[Batch]):
+    """Writes the answer to a chat request. A part: the events of one response of Triton."""
 
     def __init__(self, asked: ChatRequest, model: ServedModel, answered: Answer, id: str) -> None:
+        about = {"id": f"chatcmpl-{id}", "model": model.name}
+        kinds = ("chat.completion", "chat.completion.chunk")
+        super().__init__(asked, about, kinds, answered.num_prompt_tokens, answered.batches())
         self._asked = asked
         self._answer = answered
-        self._usage = fields.Usage(answered.num_prompt_tokens)
         self._choices = [_Choice() for _ in range(asked.n)]
-        self._about = {"id": f"chatcmpl-{id}", "created": int(time.time()), "model": model.name}
-        self._head = fields.stream_head(self._about, "chat.completion.chunk")
 
     async def whole(self) -> dict[str, Any]:
-        """The chat.completion object."""
-        async with aclosing(self._answer) as answered:
-            async for batch in answered.batches():
-                for index, event in batch:
-                    choice = self._choices[index]
-                    self._note(choice, event)
-                    choice.take(event)
-        self._usage.num_cached = self._answer.num_cached_tokens
-        body: dict[str, Any] = self._about | {"object": "chat.completion"}
-        body["choices"] = [self._shown(*numbered) for numbered in enumerate(self._choices)]
-        body["usage"] = self._usage.show()
+        body = await super().whole()
         if self._asked.prompt_logprobs is not None:
             body["prompt_logprobs"] = self._answer.prompt_logprobs
         if self._asked.return_token_ids:
             body["prompt_token_ids"] = self._answer.prompt_ids
         return body
 
-    def _shown(self, index: int, choice: _Choice) -> dict[str, Any]:
-        return {"index": index, "message": choice.message()} | self._rest(choice)
+    def _written(self) -> list[dict[str, Any]]:
+        return [
+            {"index": index, "message": choice.message()} | self._rest(choice)
+            for index, choice in enumerate(self._choices)
+        ]
+
+    def _take(self, batch: Batch) -> None:
+        for index, event in batch:
+            choice = self._choices[index]
+            self._note(choice, event)
+            choice.take(event)
+
+    def _numbered(self, batch: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, event in batch:
+            choice = self._choices[index]
+            if not choice.started:
+                choice.started = True
+                role = {"role": "assistant", "content": ""}
+                yield index, {"delta": role} | self._rest(_Choice())
+            self._note(choice, event)
+            if isinstance(event, Tokens):
+                continue
+            if isinstance(event, CallBegin):
+                choice.calls.append(event)
+            yield index, {"delta": _delta(event)} | self._rest(choice)
+            choice.logprobs = []
+            choice.token_ids = []
 
     def _note(self, choice: _Choice, event: Event) -> None:
         """Keep what is beside the message."""
         if isinstance(event, Tokens):
+            self._usage.num_cached = self._answer.num_cached_tokens
             self._usage.add(event)
             if self._asked.return_token_ids:
                 choice.token_ids += event.ids
@@ -336,49 +348,11 @@ class Writer:
                 top = self._asked.top_logprobs
                 choice.logprobs += [chat_logprob(id, entry, top, named) for id, entry in pairs]
         elif isinstance(event, End):
-            choice.end = event
+            has_calls = choice.calls and not isinstance(self._asked.tool_choice, NamedTool)
+            choice.reason = "tool_calls" if event.reason == "stop" and has_calls else event.reason
+            choice.stop_reason = event.stop_reason
 
     def _rest(self, choice: _Choice) -> dict[str, Any]:
         """A choice's fields beside its message or delta."""
-        end = choice.end
-        reason = end.reason if end else None
-        if reason == "stop" and choice.calls and not isinstance(self._asked.tool_choice, NamedTool):
-            reason = "tool_calls"
-        logprobs = {"content": choice.logprobs, "refusal": None} if self._asked.logprobs else None
-        rest: dict[str, Any] = {"logprobs": logprobs, "finish_reason": reason}
-        if end is not None:
-            rest["stop_reason"] = end.stop_reason
-        if self._asked.return_token_ids:
-            rest["token_ids"] = choice.token_ids
-        return rest
-
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """The events of the stream, without [DONE]."""
-        options = self._asked.stream_options or fields.StreamOptions()
-        async with aclosing(self._answer) as answered:
-            async for batch in answered.batches():
-                self._usage.num_cached = answered.num_cached_tokens
-                pieces = [piece for index, event in batch for piece in self._pieces(index, event)]
-                if pieces:
-                    yield b"".join(pieces)
-        if options.include_usage:
-            yield self._head + b'],"usage":%s}\n\n' % msgspec.json.encode(self._usage.show())
-
-    def _pieces(self, index: int, event: Event) -> list[bytes]:
-        choice = self._choices[index]
-        pieces = []
-        if not choice.started:
-            choice.started = True
-            pieces.append(self._chunk(index, {"role": "assistant", "content": ""}, _Choice()))
-        self._note(choice, event)
-        if not isinstance(event, Tokens):
-            if isinstance(event, CallBegin):
-                choice.calls.append(event)
-            pieces.append(self._chunk(index, _delta(event), choice))
-            choice.logprobs = []
-            choice.token_ids = []
-        return pieces
-
-    def _chunk(self, index: int, delta: dict[str, Any], choice: _Choice) -> bytes:
-        entry = {"index": index, "delta": delta} | self._rest(choice)
-        return fields.stream_event(self._head, entry, self._usage, self._asked)
+        scored = {"content": choice.logprobs, "refusal": None} if self._asked.logprobs else None
+        return self._beside(choice, scored)

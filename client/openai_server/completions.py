@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
-
-import msgspec
 
 from gllm_client import Chunk, Output
 from gllm_client.openai_server import fields
@@ -23,10 +20,12 @@ from gllm_client.openai_server.generation import (
     with_defaults,
 )
 from gllm_client.openai_server.models import ServedModel
+from gllm_client.openai_server.writer import Choice, Writer
 
 MAX_CHOICES = 1024  # of all prompts of a request together
 CONCURRENCY = 64  # prompts of one request that run at a time
 DEFAULT_MAX_TOKENS = 16
+Arrived = tuple[int, Chunk]  # the number of its prompt, and a chunk of its answer
 
 
 class CompletionRequest(fields.Common, frozen=True, kw_only=True):
@@ -39,7 +38,7 @@ class CompletionRequest(fields.Common, frozen=True, kw_only=True):
     add_special_tokens: bool = True
 
 
-async def begin(asked: CompletionRequest, model: ServedModel, id: str) -> Writer:
+async def begin(asked: CompletionRequest, model: ServedModel, id: str) -> CompletionWriter:
     """Check the request and its prompts; the answer begins when it is written. Raises ApiError."""
     given = split_prompts(asked)
     _check(asked, len(given))
@@ -49,7 +48,7 @@ async def begin(asked: CompletionRequest, model: ServedModel, id: str) -> Writer
     for number, prompt in enumerate(prompts):
         name = f"{id}-{number}" if len(prompts) > 1 else id
         sources.append(model.generate(prompt.ids, _sampling(asked, model, prompt), name))
-    return Writer(asked, model, prompts, _merge(sources), id)
+    return CompletionWriter(asked, model, prompts, _merge(sources), id)
 
 
 # ------------------------------------------------------------ from JSON to Triton's requests
@@ -120,7 +119,7 @@ def _sampling(asked: CompletionRequest, model: ServedModel, prompt: _Prompt) -> 
 
 async def _merge(
     sources: list[AsyncGenerator[Chunk, None]],
-) -> AsyncGenerator[tuple[int, Chunk], None]:
+) -> AsyncGenerator[Arrived, None]:
     """The chunks of several requests as they come, with the number of their request."""
     if len(sources) == 1:
         async with aclosing(sources[0]) as source:
@@ -160,35 +159,25 @@ async def _merge(
 # ------------------------------------------------------------ from Triton's answers to JSON
 
 
-@dataclass
-class _Choice:
-    """What a choice of the answer has so far, or of a stream: what waits for its next event."""
+class _Choice(Choice):
+    """A choice of a completion. `logprobs` has the rows of _score."""
 
-    text: list[str] = field(default_factory=list)
-    scored: list[dict[str, Any]] = field(default_factory=list)  # see _score
-    token_ids: list[int] = field(default_factory=list)
-    started: bool = False
-    offset: int = 0  # characters of text before `scored`
-    reason: str | None = None
-    stop_reason: str | int | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.offset = 0  # characters of text before `logprobs`
 
-    def take(self) -> dict[str, Any]:
-        """The fields of the JSON, which are then gone, but for the logprobs' form."""
-        text = "".join(self.text)
-        tokens = [entry["token"] for entry in self.scored]
+    def take_table(self) -> dict[str, Any]:
+        """The logprobs as the API's columns; the next ones begin behind them."""
+        tokens = [entry["token"] for entry in self.logprobs]
         offsets = [*accumulate(map(len, tokens), initial=self.offset)]
-        logprobs = {
+        self.offset = offsets[-1]
+        return {
             "tokens": tokens,
-            "token_logprobs": [entry["logprob"] for entry in self.scored],
-            "top_logprobs": [entry["top"] for entry in self.scored],
+            "token_logprobs": [entry["logprob"] for entry in self.logprobs],
+            "top_logprobs": [entry["top"] for entry in self.logprobs],
             "text_offset": offsets[:-1],
         }
-        taken = {"text": text, "logprobs": logprobs, "token_ids": self.token_ids}
-        self.offset = offsets[-1]
-        self.text = []
-        self.scored = []
-        self.token_ids = []
-        return taken | {"finish_reason": self.reason, "stop_reason": self.stop_reason}
 
 
 @dataclass
@@ -202,58 +191,39 @@ class _Prompt:
     logprobs: list[Any] | None = None
 
 
-class Writer:
-    """Writes one answer as JSON: whole, or as the events of a stream."""
+class CompletionWriter(Writer[Arrived]):
+    """Writes the answer to a completion request. A part: a response of Triton to one prompt."""
 
     def __init__(
         self,
         asked: CompletionRequest,
         model: ServedModel,
         prompts: list[_Prompt],
-        chunks: AsyncGenerator[tuple[int, Chunk], None],
+        chunks: AsyncGenerator[Arrived, None],
         id: str,
     ) -> None:
-        """`chunks`: each with the number of its prompt."""
+        about = {"id": f"cmpl-{id}", "model": model.name}
+        kinds = ("text_completion", "text_completion")
+        super().__init__(asked, about, kinds, sum(len(prompt.ids) for prompt in prompts), chunks)
         self._asked = asked
         self._prompts = prompts
-        self._chunks = chunks
-        self._usage = fields.Usage(sum(len(prompt.ids) for prompt in prompts))
-        self._about = {"id": f"cmpl-{id}", "created": int(time.time()), "model": model.name}
 
-    async def whole(self) -> dict[str, Any]:
-        """The text_completion object."""
-        async with aclosing(self._chunks) as chunks:
-            async for number, chunk in chunks:
-                self._note(self._prompts[number], chunk)
+    def _written(self) -> list[dict[str, Any]]:
         choices: list[dict[str, Any]] = []
         for prompt in self._prompts:
             for choice in prompt.choices:
-                entry = self._shown(len(choices), choice)
+                entry = {"index": len(choices)} | self._shown(choice)
                 if self._asked.prompt_logprobs is not None:
                     entry["prompt_logprobs"] = prompt.logprobs
                 if self._asked.return_token_ids:
                     entry["prompt_token_ids"] = prompt.ids
                 choices.append(entry)
-        body = self._about | {"object": "text_completion", "choices": choices}
-        return body | {"usage": self._usage.show()}
+        return choices
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """The events of the stream, without [DONE]."""
-        head = fields.stream_head(self._about, "text_completion")
-        async with aclosing(self._chunks) as chunks:
-            async for number, chunk in chunks:
-                prompt = self._prompts[number]
-                pieces = []
-                for index in self._note(prompt, chunk):
-                    entry = self._shown(number * self._asked.n + index, prompt.choices[index])
-                    pieces.append(fields.stream_event(head, entry, self._usage, self._asked))
-                if pieces:
-                    yield b"".join(pieces)
-        if self._asked.stream_options and self._asked.stream_options.include_usage:
-            yield head + b'],"usage":%s}\n\n' % msgspec.json.encode(self._usage.show())
-
-    def _note(self, prompt: _Prompt, chunk: Chunk) -> list[int]:
-        """Take a chunk in; returns the choices that have something new."""
+    def _take(self, arrived: Arrived) -> list[int]:
+        """Returns the choices of the prompt that have something new."""
+        number, chunk = arrived
+        prompt = self._prompts[number]
         if not prompt.choices[0].started:
             self._usage.num_cached += chunk.num_cached_tokens or 0
         if chunk.prompt_logprobs is not None:
@@ -266,14 +236,22 @@ class Writer:
                 changed.append(index)
         return changed
 
+    def _numbered(self, arrived: Arrived) -> Iterator[tuple[int, dict[str, Any]]]:
+        number, _ = arrived
+        for index in self._take(arrived):
+            choice = self._prompts[number].choices[index]
+            yield number * self._asked.n + index, self._shown(choice)
+            choice.text = []
+            choice.logprobs = []
+            choice.token_ids = []
+
     def _feed(self, prompt: _Prompt, choice: _Choice, output: Output) -> None:
         asked = self._asked
         if asked.echo and not choice.started:
             choice.text.append(prompt.text)
             if asked.logprobs is not None and prompt.logprobs is not None:
                 pairs = zip(prompt.ids, prompt.logprobs, strict=True)
-                scored = [self._score(id, entry, prompt.first) for id, entry in pairs]
-                choice.scored += scored
+                choice.logprobs += [self._score(id, entry, prompt.first) for id, entry in pairs]
         choice.started = True
         choice.reason = output.finish_reason
         choice.stop_reason = stop_reason(output, asked.stop or ())
@@ -284,7 +262,7 @@ class Writer:
         choice.token_ids += output.token_ids
         self._usage.add(Tokens(output.token_ids))
         pairs = zip(output.token_ids, output.logprobs or (), strict=False)
-        choice.scored += [self._score(id, entry) for id, entry in pairs]
+        choice.logprobs += [self._score(id, entry) for id, entry in pairs]
 
     def _score(self, id: int, entry: dict[str, Any] | None, text: str = "") -> dict[str, Any]:
         """A token's row of the table; `entry` None: the prompt's first token, of text `text`."""
@@ -299,10 +277,6 @@ class Writer:
     def _name(self, id: str, text: str) -> str:
         return f"token_id:{id}" if self._asked.return_tokens_as_token_ids else text
 
-    def _shown(self, index: int, choice: _Choice) -> dict[str, Any]:
-        entry = {"index": index} | choice.take()
-        if self._asked.logprobs is None:
-            entry["logprobs"] = None
-        if not self._asked.return_token_ids:
-            del entry["token_ids"]
-        return entry
+    def _shown(self, choice: _Choice) -> dict[str, Any]:
+        scored = None if self._asked.logprobs is None else choice.take_table()
+        return {"text": "".join(choice.text)} | self._beside(choice, scored)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from gllm_client.openai_server import chat, completions
 from gllm_client.openai_server.fields import Common
 from gllm_client.openai_server.models import ServedModel
-
-
-class Writer(Protocol):
-    """Writes one answer, in one of two forms. Both raise ApiError."""
-
-    async def whole(self) -> dict[str, Any]: ...
-
-    def stream(self) -> AsyncGenerator[bytes, None]: ...
-
+from gllm_client.openai_server.writer import Writer
 
 # The type of the body, and what begins the answer for a model and a request's id.
-Endpoint = tuple[type[Common], Callable[[Any, ServedModel, str], Awaitable[Writer]]]
+Endpoint = tuple[type[Common], Callable[[Any, ServedModel, str], Awaitable[Writer[Any]]]]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -172,18 +172,3 @@ class Usage:
             "prompt_tokens_details": {"cached_tokens": self.num_cached},
             "completion_tokens_details": {"reasoning_tokens": self.num_reasoning},
         }
-
-
-def stream_head(about: dict[str, Any], kind: str) -> bytes:
-    """The beginning of all events of a stream, up to the first of the choices."""
-    return b'data: %s,"choices":[' % msgspec.json.encode(about | {"object": kind})[:-1]
-
-
-def stream_event(head: bytes, choice: dict[str, Any], usage: Usage, asked: Common) -> bytes:
-    """An event with one choice. With usage in the stream every event has the field."""
-    options = asked.stream_options
-    body = msgspec.json.encode(choice)
-    if options is None or not (options.include_usage or options.continuous_usage_stats):
-        return b"%s%s]}\n\n" % (head, body)
-    so_far = usage.show() if options.continuous_usage_stats else None
-    return b'%s%s],"usage":%s}\n\n' % (head, body, msgspec.json.encode(so_far))

@@ -10,6 +10,7 @@ Closing the answer, or cancelling the task that iterates, cancels the Triton req
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from gllm_client import Chunk, Output
@@ -26,6 +27,8 @@ from gllm_client.openai_server.events import (
 )
 from gllm_client.openai_server.formats.parser import OutputParser
 from gllm_client.openai_server.models import ServedModel
+
+Batch = list[tuple[int, Event]]  # of each event its choice
 
 
 class Answer:
@@ -57,16 +60,20 @@ class Answer:
             for numbered in batch:
                 yield numbered
 
-    async def batches(self) -> AsyncIterator[list[tuple[int, Event]]]:
-        """The events by the Triton responses that brought them; never an empty list."""
-        async for chunk in self._chunks:
-            self.num_cached_tokens = chunk.num_cached_tokens or self.num_cached_tokens
-            self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
-            batch: list[tuple[int, Event]] = []
-            for index, output in enumerate(chunk.outputs):
-                batch += [(index, event) for event in self._choices[index].feed(output)]
-            if batch:
-                yield batch
+    async def batches(self) -> AsyncGenerator[Batch, None]:
+        """The events by the Triton responses that brought them; never an empty list.
+
+        Closing the generator cancels what has not ended.
+        """
+        async with aclosing(self._chunks) as chunks:
+            async for chunk in chunks:
+                self.num_cached_tokens = chunk.num_cached_tokens or self.num_cached_tokens
+                self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
+                batch: Batch = []
+                for index, output in enumerate(chunk.outputs):
+                    batch += [(index, event) for event in self._choices[index].feed(output)]
+                if batch:
+                    yield batch
 
     async def aclose(self) -> None:
         """Cancel what has not ended."""
@@ -100,13 +107,19 @@ class _Choice:
 
     def _count_thoughts(self, events: list[Event], num_tokens: int) -> int:
         """How many of the tokens are thoughts. If they bring visible text too: by its share."""
-        thoughts = sum(len(event.text) for event in events if isinstance(event, Reasoning))
-        visible = [event for event in events if isinstance(event, Text | CallBegin | CallArguments)]
         thinks = self._thinks
         self._thinks = self._parser.in_thoughts
-        if visible:
-            others = sum(len(e.name if isinstance(e, CallBegin) else e.text) for e in visible)
-            return round(num_tokens * thoughts / max(1, thoughts + others))
+        thoughts = 0
+        others = 0
+        for event in events:
+            if isinstance(event, Reasoning):
+                thoughts += len(event.text)
+            elif isinstance(event, Text | CallArguments):
+                others += len(event.text)
+            elif isinstance(event, CallBegin):
+                others += max(1, len(event.name))
+        if others:
+            return round(num_tokens * thoughts / (thoughts + others))
         return num_tokens if thinks or thoughts else 0
 
 

@@ -112,7 +112,8 @@ class Models:
         self._client = client
         self._formats = formats
         self._known: dict[str, ServedModel] = {}
-        self._refreshed = 0.0
+        self._answers = False  # any model, at the last look
+        self._refreshed = 0.0  # when that look began
         self._lock = asyncio.Lock()
 
     def all(self) -> list[ServedModel]:
@@ -126,20 +127,27 @@ class Models:
             await asyncio.sleep(REFRESH_S)
 
     async def refresh(self, max_age: float = 0.0) -> None:
-        """Look at the repository, unless that was `max_age` seconds ago. Raises GenerateError."""
+        """Look at the repository, unless a look began at most `max_age` seconds before this call.
+
+        Raises GenerateError.
+        """
+        oldest = time.monotonic() - max_age
         async with self._lock:
-            if time.monotonic() - self._refreshed < max_age:
+            if self._refreshed > oldest:
                 return
+            begun = time.monotonic()
             entries = await self._client.index(DESCRIBE_TIMEOUT_S)
             names = sorted({entry["name"] for entry in entries if entry["state"] == "READY"})
-            models = await asyncio.gather(*map(self._look, names))
+            described = await asyncio.gather(*map(self._describe, names))
+            found = dict(zip(names, described, strict=True))
+            models = [self._updated(name, facts) for name, facts in found.items()]
             self._known = {model.name: model for model in models if model is not None}
-            self._refreshed = time.monotonic()
+            self._answers = any(facts is not None for facts in described)
+            self._refreshed = begun
 
-    async def _look(self, name: str) -> ServedModel | None:
+    def _updated(self, name: str, facts: dict[str, Any] | None) -> ServedModel | None:
         """A model as it is now; as it was, if it does not answer. None: it is none of ours."""
         known = self._known.get(name)
-        facts = await self._describe(name)
         if facts is None or (known and known.facts == facts):
             return known
         return ServedModel(
@@ -163,11 +171,10 @@ class Models:
     async def is_healthy(self) -> bool:
         """Whether any model answers now."""
         try:
-            await self.refresh(MISS_S)
+            await self.refresh()
         except GenerateError:
             return False
-        answers = await asyncio.gather(*(self._describe(model.name) for model in self.all()))
-        return any(facts is not None for facts in answers)
+        return self._answers
 
     async def find(self, name: str | None) -> ServedModel:
         """The model of that name; None: the only one.

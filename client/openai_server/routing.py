@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from gllm_client.openai_server.body import convert, decode
 from gllm_client.openai_server.endpoints import ENDPOINTS
-from gllm_client.openai_server.errors import ApiError, as_api_error, openai_error
+from gllm_client.openai_server.errors import ApiError, openai_error
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.protocol import shown
 
@@ -97,7 +97,7 @@ async def serve_endpoint(request: Request) -> Response:
     asked = await read_body(request, kind)
     writer = await begin(asked, await find_model(request, asked.model), request_id(request))
     if asked.stream:
-        return EventStream(with_done(writer.stream()))
+        return EventStream(writer.stream())
     return JsonResponse(await writer.whole())
 
 
@@ -152,18 +152,3 @@ class EventStream(Response):
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def with_done(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """OpenAI's end of a stream: [DONE], after an error's event if the stream fails half way."""
-    started = False
-    try:
-        async with aclosing(pieces):
-            async for piece in pieces:
-                started = True
-                yield piece
-    except Exception as error:
-        if not started:
-            raise
-        yield sse(msgspec.json.encode(openai_error(as_api_error(error))))
-    yield sse(b"[DONE]")

@@ -62,6 +62,14 @@ def test_health_follows_the_models(served: Served) -> None:
     assert served.http.get("/version").json()["version"]
 
 
+def test_health_describes_a_model_once(served: Served) -> None:
+    for path in ("/v1/models/m", "/health", "/health"):
+        served.forget()
+        served.model.asked.clear()
+        assert served.http.get(path).status_code == 200
+        assert [asked.inputs["operation"] for asked in served.model.asked] == ["describe"]
+
+
 def test_health_without_tritonserver() -> None:
     with FakeTriton(m=FakeModel()) as triton:
         gone = triton.address
