@@ -58,4 +58,7 @@ def from_triton(error: GenerateError) -> ApiError:
     if by_sentence == 429 and status == 503:  # Triton's backends have no status for a full queue
         status = 429
     field = re.match(r"(\w[\w.\[\]]*): ", sentence) if status == 400 else None
+    if field and sentence.startswith("prompt: its "):  # characters or tokens are too many
+        problem = f"prompt is too long: {sentence.removeprefix('prompt: ')}"
+        return ApiError(status, problem, "prompt", "context_length_exceeded")
     return ApiError(status, sentence, field and field[1])

@@ -183,6 +183,14 @@ def test_a_prompt_that_is_too_long(served: Served) -> None:
     assert failed.value.code == "context_length_exceeded"
 
 
+def test_a_prompt_that_the_backend_finds_too_long(served: Served) -> None:
+    served.model.refusal = "prompt: its 15050 characters are more than 14336"
+    answer = served.post(CHAT, messages=USER).json()["error"]
+    served.model.refusal = None
+    assert answer["message"] == "prompt is too long: its 15050 characters are more than 14336"
+    assert (answer["code"], answer["param"]) == ("context_length_exceeded", "prompt")
+
+
 def test_an_unknown_model_and_an_unknown_route(served: Served) -> None:
     with pytest.raises(openai.NotFoundError) as failed:
         served.sdk.chat.completions.create(model="x", messages=USER)  # type: ignore[arg-type]
