@@ -65,6 +65,9 @@ def from_triton(error: GenerateError) -> ApiError:
     field = re.match(r"(\w[\w.\[\]]*): (.*)", sentence, re.DOTALL) if status == 400 else None
     if field is None:
         return ApiError(status, sentence)
+    if sentence.startswith("prompt: its "):  # characters or tokens are too many
+        problem = f"prompt is too long: {field[2]}"
+        return ApiError(status, problem, "prompt", "context_length_exceeded")
     return invalid(_RENAMED.get(field[1], field[1]), field[2])
 
 

@@ -45,6 +45,7 @@ class _Accepted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
     service_tier: Any = None
+    verbosity: Any = None
     use_beam_search: Literal[False] = False
     length_penalty: Literal[1] = 1
     spaces_between_special_tokens: Literal[True] = True

@@ -197,8 +197,9 @@ def limit_tokens(model: ServedModel, num_prompt: int, max_tokens: int | None) ->
     if room < 1:
         raise ApiError(
             400,
-            f"the prompt has {num_prompt} tokens; prompt and answer together are limited to "
-            f"{model.max_model_len} tokens",
+            # Clients that then shorten the conversation look for these words.
+            f"prompt is too long: {num_prompt} tokens > {model.max_model_len - 1}; prompt and "
+            f"answer together are limited to {model.max_model_len} tokens",
             code="context_length_exceeded",
         )
     if max_tokens is None:

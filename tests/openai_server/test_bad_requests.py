@@ -173,12 +173,22 @@ def test_many_messages_and_tools(served: Served) -> None:
 
 
 def test_a_prompt_that_is_too_long(served: Served) -> None:
-    with pytest.raises(openai.BadRequestError) as failed:
+    with pytest.raises(
+        openai.BadRequestError, match=r"prompt is too long: 50\d\d tokens > 4095"
+    ) as failed:
         served.sdk.chat.completions.create(
             model="m",
             messages=[{"role": "user", "content": "x" * 5000}],
         )
     assert failed.value.code == "context_length_exceeded"
+
+
+def test_a_prompt_that_the_backend_finds_too_long(served: Served) -> None:
+    served.model.refusal = "prompt: its 15050 characters are more than 14336"
+    answer = served.post(CHAT, messages=USER).json()["error"]
+    served.model.refusal = None
+    assert answer["message"] == "prompt is too long: its 15050 characters are more than 14336"
+    assert (answer["code"], answer["param"]) == ("context_length_exceeded", "prompt")
 
 
 def test_an_unknown_model_and_an_unknown_route(served: Served) -> None:

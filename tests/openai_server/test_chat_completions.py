@@ -332,3 +332,18 @@ def test_a_stop_string_is_told(served: Served) -> None:
     answer = served.post("/v1/chat/completions", messages=USER, stop="o").json()
     assert answer["choices"][0]["message"]["content"] == "Hell"
     assert answer["choices"][0]["stop_reason"] == "o"
+
+
+def test_fields_that_change_nothing(served: Served) -> None:
+    """Clients send them habitually."""
+    answer = served.sdk.chat.completions.create(
+        model="m",
+        messages=USER,
+        user="u",
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        verbosity="low",
+        safety_identifier="s",
+    )
+    assert answer.choices[0].message.content == "Hello!"
