@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-WAIT_S = 60.0  # for what must happen at all
+# For what must happen at all, such as the start of an engine, which imports torch.
+WAIT_S = 180.0
 # For what takes a second or two where processors are free. Without the mechanism under test it
 # would come after a timeout of 30 s at least, or never.
 SOON_S = 15.0

@@ -60,7 +60,8 @@ from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import StepPlan
 
 # As patience.py's, which a process that runs this file does not find.
-WAIT_S, SOON_S = 60.0, 15.0
+WAIT_S = 180.0
+SOON_S = 15.0
 DRAIN_S = 1.0
 ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True)
 BUSY_S = 4.0

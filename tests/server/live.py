@@ -23,7 +23,6 @@ from gllm_client.supervisor import ProcessRow, descendants, find_stubs, process_
 
 SHIPPED = Path(__file__).parents[2] / "model_repository"
 MODEL = "shakespeare"
-START_S = 180.0  # a cold start on a loaded machine with two cores
 STOP_S = 60.0
 QUIET_S = 0.35  # without news on /metrics, which front ends write every 0.1 s
 LOG_TAIL = 20_000  # characters shown of a failed test's server
@@ -71,7 +70,7 @@ class Server:
             )
         self.pid = self.process.pid  # of `gllm serve`; tritonserver is its child
 
-    def wait_ready(self, timeout_s: float = START_S) -> Server:
+    def wait_ready(self, timeout_s: float = WAIT_S) -> Server:
         """Return once all models are served; raises AssertionError with the log otherwise."""
         end = time.monotonic() + timeout_s
         while "\nready: " not in "\n" + self.log():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from live import MODEL, SHIPPED, WAIT_S, Server, wait_for
+from patience import SCRIPT_S
 
 from gllm_client.__main__ import main
 from gllm_client.chat import HINT
@@ -26,7 +27,7 @@ PROMPT = "ROMEO:"
 def gllm(*arguments: str, stdin: str = "") -> str:
     """What a command prints; it must succeed."""
     done = subprocess.run(
-        [*GLLM, *arguments], input=stdin, capture_output=True, text=True, timeout=2 * WAIT_S
+        [*GLLM, *arguments], input=stdin, capture_output=True, text=True, timeout=SCRIPT_S
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -104,7 +105,7 @@ def test_a_killed_batch_goes_on_where_it_was(server: Server, tmp_path: Path) -> 
     before = answered(target)
     assert 8 <= len(before) < len(lines)
     server.wait_idle()  # what the killed one had asked is cancelled
-    done = subprocess.run([*GLLM, *command], capture_output=True, text=True, timeout=2 * WAIT_S)
+    done = subprocess.run([*GLLM, *command], capture_output=True, text=True, timeout=SCRIPT_S)
     assert done.returncode == 0, done.stderr
     left = len(lines) - len(before)
     assert f"{left} answered, 0 failed, {len(before)} done before" in done.stderr
@@ -135,7 +136,7 @@ def test_a_batch_with_bad_lines_answers_the_others(server: Server, tmp_path: Pat
         [*GLLM, "batch", str(source), str(target), "--url", server.grpc],
         capture_output=True,
         text=True,
-        timeout=2 * WAIT_S,
+        timeout=SCRIPT_S,
     )
     assert done.returncode == 1 and "4 answered, 4 failed" in done.stderr
     found = {a["custom_id"]: a["response"] for a in answered(target) if "custom_id" in a}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live import START_S, Server, free_ports, wait_for
+from live import WAIT_S, Server, free_ports, wait_for
 from patience import SOON_S
 
 from gllm_client.supervisor import STUB
@@ -139,7 +139,7 @@ class Launched(Server):
                 assert status is None, f"ended with status {status}:\n{self.tail()}"
                 return all(client.is_ready(model) for model in models)
 
-            wait_for(ready, "the models are ready", START_S)
+            wait_for(ready, "the models are ready", WAIT_S)
         return self
 
     def wait_ended(self, timeout_s: float) -> int:
