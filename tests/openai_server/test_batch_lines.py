@@ -102,7 +102,7 @@ def test_a_line_is_answered_as_by_the_server(
     for inputs in again:
         inputs["stream"] = True  # a batch asks for whole answers
         inputs.pop("return_cumulative_logprob", None)
-    assert again == asked * 2
+    assert sorted(map(str, again)) == sorted(map(str, asked * 2))  # prompts come in any order
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ HONOURED = {
 ACCEPTED = {
     "chat": words(
         "metadata prompt_cache_options prompt_cache_retention safety_identifier service_tier store"
-        " user"
+        " user verbosity"
     ),
     "completions": {"user"},
     "responses": words(
@@ -93,9 +93,7 @@ ACCEPTED = {
     ),
 }
 REFUSED = {
-    "chat": words(
-        "audio function_call functions moderation prediction verbosity web_search_options"
-    ),
+    "chat": words("audio function_call functions moderation prediction web_search_options"),
     "completions": {"suffix"},
     "responses": words(
         "access_programs background background_options context_management conversation image"
