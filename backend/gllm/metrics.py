@@ -82,7 +82,10 @@ FAMILIES = {
     ),
     "e2e_request_latency_seconds": ("HISTOGRAM", "From a request's arrival to its last response."),
     "request_queue_time_seconds": ("HISTOGRAM", "From a request's arrival to its first step."),
-    "request_prefill_time_seconds": ("HISTOGRAM", "From a request's first step to its first token."),
+    "request_prefill_time_seconds": (
+        "HISTOGRAM",
+        "From a request's first step to its first token.",
+    ),
     "request_decode_time_seconds": ("HISTOGRAM", "From a request's first token to its last one."),
     "request_prompt_tokens": ("HISTOGRAM", "Prompt tokens of a request, once it is answered."),
     "request_generation_tokens": ("HISTOGRAM", "Tokens of a request's answers together."),

@@ -205,17 +205,15 @@ def test_the_times_of_a_request_are_those_of_the_engine(front) -> None:
     then(lambda: client.on_outputs(Outputs([second], [97], admitted_at={second: admitted})))
     later = {first: time.monotonic() + 50}
     then(lambda: client.on_outputs(Outputs([first], [97], admitted_at=later)))
-    for number, ended in enumerate(({first: LENGTH}, {second: STOP}), 1):
-        wait_for(lambda number=number: len(given.record.sent) >= number)
-        client.on_outputs(Outputs([], [], finished=ended))
+    wait_for(lambda: given.record.sent)
+    client.on_outputs(Outputs([], [], finished={first: LENGTH}))
+    client.on_outputs(Outputs([], [], finished={second: STOP}))
     *others, last = given.record.wait().data
     assert not any("request_times" in response.tensors for response in others)
     before, started, began, ended = moments
     # Seconds: at least the time between two moments, at most that between those around them.
     limits = [(admitted - started, admitted - before), (0, began - admitted), (0, ended - started)]
-    for seconds, (least, most) in zip(
-        last.tensors["request_times"].tolist(), limits, strict=True
-    ):
+    for seconds, (least, most) in zip(last.tensors["request_times"].tolist(), limits, strict=True):
         assert least - 1e-6 <= seconds <= most + 1e-6
 
 
