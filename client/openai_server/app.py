@@ -31,6 +31,7 @@ from gllm_client.openai_server.options import Options
 from gllm_client.openai_server.processes import bind, run_processes
 from gllm_client.openai_server.response_store import ResponseStore
 from gllm_client.openai_server.routing import error_response, serve_endpoint
+from gllm_client.openai_server.telemetry import Telemetry, Tracing, grpc_metadata
 
 TICK_S = 0.05  # between two looks whether all answers have ended
 STORED = 1000  # answers of /v1/responses, if the options do not say
@@ -47,15 +48,18 @@ def make_app(options: Options) -> FastAPI:
         raise ValueError(f"--url: {options.url} has scheme {scheme}; grpc is needed here")
     keys = Keys(Path(options.api_key_file)) if options.api_key_file else None
     choose({}, options.tool_format, options.reasoning_format)
+    telemetry = Telemetry(options.otlp_endpoint) if options.otlp_endpoint else None
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        async with Client(address) as client:
+        async with Client(address, metadata=grpc_metadata) as client:
             models = Models(client, options.tool_format, options.reasoning_format)
             app.state.models = models
             watch = asyncio.create_task(models.watch())
             yield
             watch.cancel()
+        if telemetry is not None:
+            await asyncio.to_thread(telemetry.close)
 
     app = FastAPI(openapi_url=None, lifespan=life)
     app.state.options = options
@@ -66,6 +70,8 @@ def make_app(options: Options) -> FastAPI:
     for part in (responses, messages, pages):
         app.include_router(part.router)
     app.add_middleware(Gate, door=app.state.door)
+    if telemetry is not None:
+        app.add_middleware(Tracing, telemetry=telemetry)
     if options.allow_origin:
         app.add_middleware(
             CORSMiddleware,
