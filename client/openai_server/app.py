@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gllm_client import Client
-from gllm_client.openai_server import messages, pages, responses
+from gllm_client.openai_server import messages, pages, responses, web_page
 from gllm_client.openai_server.endpoints import ENDPOINTS
 from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.formats.choice import choose
@@ -63,12 +63,15 @@ def make_app(options: Options) -> FastAPI:
 
     app = FastAPI(openapi_url=None, lifespan=life)
     app.state.options = options
-    app.state.door = Door(keys, -(-options.max_concurrency // options.processes))
+    open_paths = {"/health", *(web_page.FILES if options.ui else ())}
+    app.state.door = Door(keys, -(-options.max_concurrency // options.processes), open_paths)
     app.state.response_store = ResponseStore(_num_stored(options), options.stored_bytes)
     for path in ENDPOINTS:
         app.add_route(path, serve_endpoint, methods=["POST"])
     for part in (responses, messages, pages):
         app.include_router(part.router)
+    if options.ui:
+        app.include_router(web_page.router)
     app.add_middleware(Gate, door=app.state.door)
     if telemetry is not None:
         app.add_middleware(Tracing, telemetry=telemetry)

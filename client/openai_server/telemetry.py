@@ -5,8 +5,8 @@ named.
                                 +- prefill    the engine measured
                                 +- decode
 
-The parent of a request's span is the client's, by the header traceparent. Triton gets the span's own
-as gRPC metadata, so that its traces continue this one.
+The parent of a request's span is the client's, by the header traceparent. Triton gets the header
+of this span as gRPC metadata, so that its traces continue this one.
 """
 
 from __future__ import annotations
