@@ -19,7 +19,7 @@ def families() -> dict[str, tuple[str, str]]:
 
 
 # Series of the OpenAI server's own page -> their labels. All are counters.
-OPENAI_SERVER = {MALFORMED_CALLS: {"model", "format"}}
+OPENAI_SERVER = {MALFORMED_CALLS: {"model", "format", "process"}}
 
 
 def counted_labels() -> dict[str, set[str]]:

@@ -52,6 +52,8 @@ def make_app(options: Options) -> FastAPI:
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
+        if telemetry is not None:
+            telemetry.start()
         async with Client(address, metadata=grpc_metadata) as client:
             models = Models(client, options.tool_format, options.reasoning_format)
             app.state.models = models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import urllib.request
 from importlib.metadata import version
 from typing import Any
@@ -89,7 +90,8 @@ def _own_metrics(models: list[ServedModel]) -> str:
         model.count_malformed(0)  # shown from the start
         name = model.name.replace("\\", "\\\\").replace('"', '\\"')
         for format, number in model.malformed_calls.items():
-            lines.append(f'{MALFORMED_CALLS}{{model="{name}",format="{format}"}} {number}')
+            labels = f'model="{name}",format="{format}",process="{os.getpid()}"'
+            lines.append(f"{MALFORMED_CALLS}{{{labels}}} {number}")
     return "\n".join([*lines, ""])
 
 

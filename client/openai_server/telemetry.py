@@ -55,15 +55,19 @@ class Telemetry:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             problem = f"--otlp-endpoint needs {error.name}: pip install 'gllm-triton[telemetry]'"
             raise ValueError(problem) from None
         base = endpoint.rstrip("/").removesuffix("/v1/traces")
         self._provider = TracerProvider(resource=Resource.create({"service.name": "gllm-openai"}))
         self._exporter = OTLPSpanExporter(f"{base}/v1/traces")
-        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("gllm")
+
+    def start(self) -> None:
+        """Begin to send, on a thread: so in the process that serves."""
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
 
     @contextmanager
     def trace(self, scope: Scope) -> Iterator[Trace]:

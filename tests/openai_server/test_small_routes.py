@@ -123,7 +123,7 @@ def test_malformed_calls_are_text_and_counted(served: Served, stream: bool) -> N
 
         def counted() -> dict[str, float]:
             found = re.findall(
-                r'^gllm:malformed_tool_calls_total{model="(.*)",format="hermes"} (\d+)$',
+                r'^gllm:malformed_tool_calls_total{model="(.*)",format="hermes",process="\d+"} (\d+)$',
                 server.http.get("/metrics").text,
                 re.MULTILINE,
             )
