@@ -8,7 +8,7 @@ nothing of models or text.
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -59,7 +59,7 @@ def connect(url: str, model: str | None = None) -> SyncClient | HttpClient:
 
 
 class _Connected:
-    """A channel and the requests on it; `model` and `with_status`: see `SyncClient`."""
+    """A channel and the requests on it; `model`, `with_status`, `metadata`: see `SyncClient`."""
 
     _open: Callable[..., Any]  # the channel, blocking or not
     _chunks: Callable[[pb.ModelInferRequest, float | None], Any]
@@ -70,11 +70,17 @@ class _Connected:
         model: str | None = None,
         *,
         with_status: bool = False,
+        metadata: Callable[[], Iterable[tuple[str, str]]] = tuple,
     ) -> None:
         self._model = model
         self._channel = self._open(address, options=_CHANNEL)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._metadata = _STATUS_METADATA if with_status else ()
+        self._status = _STATUS_METADATA if with_status else ()
+        self._more_metadata = metadata
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return (*self._status, *self._more_metadata())
 
     def _stream(self, model: str, inputs: Inputs, request_id: str, timeout: float | None) -> Any:
         return self._chunks(_request(model, request_id, inputs), timeout)
@@ -86,6 +92,7 @@ class SyncClient(_Connected, BlockingAsking):
     `model`: the default model of calls that name none.
     `with_status`: GenerateError.status holds the gRPC status of a failed request. Off by default,
     because servers before 26.03 can crash on an error in that mode.
+    `metadata`: gives the gRPC metadata of a further request; it is called for each.
     """
 
     _open = staticmethod(grpc.insecure_channel)
@@ -154,7 +161,7 @@ class SyncClient(_Connected, BlockingAsking):
 class Client(_Connected, Asking[AsyncIterator[Chunk]]):
     """An asyncio gRPC client; make and use it within one running event loop.
 
-    `model` and `with_status`: see `SyncClient`.
+    `model`, `with_status` and `metadata`: see `SyncClient`.
     """
 
     _open = staticmethod(grpc.aio.insecure_channel)

@@ -59,6 +59,9 @@ class Chunk:
     prompt_logprobs: list[Any] | None = None
     request_id: str = ""
     num_cached_tokens: int | None = None  # of the prompt, for the first answer; None: not told yet
+    # Seconds in the queue, in prefill and in decode, as the engine measured them; None before the
+    # end of all answers, or if not requested.
+    request_times: tuple[float, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -110,6 +113,7 @@ def request_inputs(
     return_cumulative_logprob: bool = False,
     return_stop_reason: bool = False,
     return_num_cached_tokens: bool = False,
+    return_request_times: bool = False,
     **sampling_fields: Any,
 ) -> Inputs:
     """The input tensors of one request, by name. These are the options of every `generate`.
@@ -138,6 +142,7 @@ def request_inputs(
         "return_cumulative_logprob": return_cumulative_logprob,
         "return_stop_reason": return_stop_reason,
         "return_num_cached_tokens": return_num_cached_tokens,
+        "return_request_times": return_request_times,
     }
     inputs |= {name: True for name, wanted in flags.items() if wanted}
     if stream or exclude_input_in_output:
@@ -310,7 +315,15 @@ def to_chunk(tensors: Mapping[str, Sequence[Any]], request_id: str = "") -> Chun
     (num_cached,) = tensors.get("num_cached_tokens") or (None,)
     (scored,) = tensors.get("prompt_logprobs") or (None,)
     prompt_logprobs = None if scored is None else json.loads(scored)
-    return Chunk(tuple(outputs), num_input, prompt_logprobs, request_id, num_cached)
+    times = tensors.get("request_times")
+    return Chunk(
+        tuple(outputs),
+        num_input,
+        prompt_logprobs,
+        request_id,
+        num_cached,
+        None if times is None else tuple(times),
+    )
 
 
 # Tensors with a value for each answer.
@@ -335,6 +348,7 @@ def _join_chunks(a: Chunk, b: Chunk) -> Chunk:
         _latest(a.prompt_logprobs, b.prompt_logprobs),
         a.request_id,
         _latest(a.num_cached_tokens, b.num_cached_tokens),
+        _latest(a.request_times, b.request_times),
     )
 
 

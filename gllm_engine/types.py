@@ -72,6 +72,9 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True):
     finished: dict[int, Finish] = {}
     # Prompt tokens served from the prefix cache, with a sequence's first token, unless they are 0.
     num_cached_tokens: dict[int, int] = {}
+    # When a sequence left the queue, with its first token: seconds of the monotonic clock, which
+    # the engine shares with its front ends.
+    admitted_at: dict[int, float] = {}
 
 
 class TenantStats(msgspec.Struct, frozen=True, array_like=True):

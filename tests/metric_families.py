@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from gllm_client.openai_server.pages import MALFORMED_CALLS
+
 BACKEND = Path(__file__).resolve().parents[1] / "backend/gllm"
 
 
@@ -14,6 +16,10 @@ def families() -> dict[str, tuple[str, str]]:
     assigned = {ast.unparse(n.targets[0]): n for n in tree.body if isinstance(n, ast.Assign)}
     found: dict[str, tuple[str, str]] = ast.literal_eval(assigned["FAMILIES"].value)
     return found
+
+
+# Series of the OpenAI server's own page -> their labels. All are counters.
+OPENAI_SERVER = {MALFORMED_CALLS: {"model", "format", "process"}}
 
 
 def counted_labels() -> dict[str, set[str]]:

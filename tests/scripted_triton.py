@@ -30,6 +30,7 @@ TENSORS = {
     "num_input_tokens": "UINT32",
     "num_cached_tokens": "UINT32",
     "cumulative_logprob": "FP32",
+    "request_times": "FP32",
 }
 
 
@@ -43,6 +44,7 @@ class Asked:
 
     id: str
     inputs: dict[str, Any]
+    metadata: dict[str, Any] = field(default_factory=dict)  # of the gRPC call
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -71,6 +73,7 @@ class FakeModel:
     chat_template: str = "<|role|> enable_thinking reasoning_effort"
     generation_prompt: str = "<|assistant|>"
     num_cached_tokens: int = 0
+    request_times: tuple[float, ...] = (0.25, 0.5, 1.0)
     pause: threading.Event | None = (
         None  # if set, the answer stops after its first chunk until it is
     )
@@ -148,6 +151,8 @@ class FakeModel:
             }
             if number == 0:
                 tensors["num_cached_tokens"] = [self.num_cached_tokens]
+            if number == num_chunks - 1 and asked.inputs.get("return_request_times"):
+                tensors["request_times"] = list(self.request_times)
             if sampling.get("logprobs") is not None:
                 top = sampling["logprobs"]
                 tensors["logprobs"] = [
@@ -200,7 +205,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
         (request,) = requests
-        asked = Asked(request.id, {tensor.name: _value(tensor) for tensor in request.inputs})
+        inputs = {tensor.name: _value(tensor) for tensor in request.inputs}
+        asked = Asked(request.id, inputs, dict(context.invocation_metadata()))
         context.add_callback(asked.cancelled.set)
         model = self.models.get(request.model_name)
         if model is None:

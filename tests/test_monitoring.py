@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from metric_families import counted_labels, families
+from metric_families import OPENAI_SERVER, counted_labels, families
 
 from gllm_engine.types import Status
 
@@ -50,6 +50,8 @@ def series() -> dict[str, tuple[str, set[str]]]:
             found[f"gllm:{name}_sum"] = found[f"gllm:{name}_count"] = ("COUNTER", labels)
         else:
             found[f"gllm:{name}"] = (kind, labels)
+    for name, labels in OPENAI_SERVER.items():
+        found[name] = ("COUNTER", labels | SCRAPED)
     return found
 
 
@@ -145,7 +147,7 @@ def test_the_check_can_fail(expr: str) -> None:
 def test_what_an_operator_asks_first_is_on_the_dashboard() -> None:
     shown = {metric for expr in EXPRESSIONS for metric in check_promql(expr)}
     histograms = ("time_to_first_token", "time_per_output_token", "e2e_request_latency")
-    wanted = {f"gllm:{name}_seconds_bucket" for name in histograms}
+    wanted = {f"gllm:{name}_seconds_bucket" for name in histograms} | OPENAI_SERVER.keys()
     for name, (kind, _) in families().items():
         if kind != "HISTOGRAM" and not name.startswith("tenant_"):
             wanted.add(f"gllm:{name}")

@@ -276,6 +276,9 @@ class TritonPythonModel:
         for sequence_id, num in outputs.num_cached_tokens.items():
             if sequence_id in owners and owners[sequence_id][1] == 0:
                 owners[sequence_id][0].num_cached_tokens = num
+        for sequence_id, at in outputs.admitted_at.items():
+            if sequence_id in owners:
+                owners[sequence_id][0].admit(at)
         for sender, batch in batches.items():
             if batch:
                 sender.deliver(batch, now)
@@ -357,6 +360,8 @@ class TritonPythonModel:
             later = max(num_tokens) - 1
             if later > 0 and first is not None and last is not None:
                 metrics.observe("time_per_output_token_seconds", (last - first) / later)
+            for name, seconds in zip(("queue", "prefill", "decode"), stream.times(), strict=True):
+                metrics.observe(f"request_{name}_time_seconds", seconds)
             metrics.observe("e2e_request_latency_seconds", time.monotonic() - stream.began)
             metrics.observe("request_prompt_tokens", stream.num_prompt_tokens)
             metrics.observe("request_generation_tokens", sum(num_tokens))

@@ -31,6 +31,7 @@ OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "prompt_logprobs": ("TYPE_STRING", [1]),
     "stop_reason": ("TYPE_STRING", [-1]),
     "num_cached_tokens": ("TYPE_UINT32", [1]),
+    "request_times": ("TYPE_FP32", [3]),
 }
 # text_output is always built, prompt_logprobs if a sampling parameter requests them. All other
 # outputs have a return_NAME flag.

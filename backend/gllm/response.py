@@ -122,7 +122,8 @@ class Stream:
     ) -> None:
         self.request_id = request_id
         self.sender = sender
-        self.began = time.monotonic()  # seconds, as the three below
+        self.began = time.monotonic()  # seconds, as the four below
+        self.admitted_at: float | None = None  # left the queue; set before the first arrival
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.deadline: float | None = None
@@ -160,6 +161,18 @@ class Stream:
         self.parsed = parsed
         if parsed.timeout_us is not None:
             self.deadline = self.began + parsed.timeout_us / 1e6
+
+    def admit(self, at: float) -> None:
+        """Set when the request left the queue: with that of its sequences which began first."""
+        if self.admitted_at is None:
+            self.admitted_at = at
+
+    def times(self) -> tuple[float, float, float]:
+        """Seconds in the queue, in prefill (to the first token) and in decode (to the last one)."""
+        admitted = self.admitted_at or self.began
+        first = self.first_token_at or admitted
+        last = self.last_token_at or first
+        return admitted - self.began, first - admitted, last - first
 
     def finish(self, parsed: ParsedRequest, result: Result) -> None:
         """End a request whose operation is not generate with its answer. Any thread."""
@@ -322,7 +335,7 @@ class Stream:
         sequence 0, then those of sequence 1, ...; num_output_tokens: the number of new tokens of
         each sequence. finish_reason is "None" until a sequence has ended, then does not change; so
         is stop_reason, which is sent from the first end on. Facts of the prompt that the engine
-        tells are sent once.
+        tells are sent once, request_times with the last response.
         """
         choices = self.choices
         make: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
@@ -347,6 +360,8 @@ class Stream:
         if "stop_reason" in parsed.outputs and any(c.finish_reason is not None for c in choices):
             reasons = _bytes(str(c.stop_reason) for c in choices)
             tensors.append(pb_utils.Tensor("stop_reason", reasons))
+        if "request_times" in parsed.outputs and all(c.finish_reason is not None for c in choices):
+            tensors.append(pb_utils.Tensor("request_times", np.array(self.times(), np.float32)))
         return tensors
 
     def _prompt_facts(self, parsed: ParsedRequest) -> list[Any]:

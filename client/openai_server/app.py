@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from gllm_client import Client
-from gllm_client.openai_server import messages, pages, responses
+from gllm_client.openai_server import messages, pages, responses, web_page
 from gllm_client.openai_server.endpoints import ENDPOINTS
 from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.formats.choice import choose
@@ -31,6 +31,7 @@ from gllm_client.openai_server.options import Options
 from gllm_client.openai_server.processes import bind, run_processes
 from gllm_client.openai_server.response_store import ResponseStore
 from gllm_client.openai_server.routing import error_response, serve_endpoint
+from gllm_client.openai_server.telemetry import Telemetry, Tracing, grpc_metadata
 
 TICK_S = 0.05  # between two looks whether all answers have ended
 STORED = 1000  # answers of /v1/responses, if the options do not say
@@ -47,25 +48,35 @@ def make_app(options: Options) -> FastAPI:
         raise ValueError(f"--url: {options.url} has scheme {scheme}; grpc is needed here")
     keys = Keys(Path(options.api_key_file)) if options.api_key_file else None
     choose({}, options.tool_format, options.reasoning_format)
+    telemetry = Telemetry(options.otlp_endpoint) if options.otlp_endpoint else None
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        async with Client(address) as client:
+        if telemetry is not None:
+            telemetry.start()
+        async with Client(address, metadata=grpc_metadata) as client:
             models = Models(client, options.tool_format, options.reasoning_format)
             app.state.models = models
             watch = asyncio.create_task(models.watch())
             yield
             watch.cancel()
+        if telemetry is not None:
+            await asyncio.to_thread(telemetry.close)
 
     app = FastAPI(openapi_url=None, lifespan=life)
     app.state.options = options
-    app.state.door = Door(keys, -(-options.max_concurrency // options.processes))
+    open_paths = {"/health", *(web_page.FILES if options.ui else ())}
+    app.state.door = Door(keys, -(-options.max_concurrency // options.processes), open_paths)
     app.state.response_store = ResponseStore(_num_stored(options), options.stored_bytes)
     for path in ENDPOINTS:
         app.add_route(path, serve_endpoint, methods=["POST"])
     for part in (responses, messages, pages):
         app.include_router(part.router)
+    if options.ui:
+        app.include_router(web_page.router)
     app.add_middleware(Gate, door=app.state.door)
+    if telemetry is not None:
+        app.add_middleware(Tracing, telemetry=telemetry)
     if options.allow_origin:
         app.add_middleware(
             CORSMiddleware,

@@ -1,6 +1,6 @@
 """The door: keys, limits, request ids and the drain, before any route sees a request.
 
-Owns the number of running requests and the rules about who gets in. Knows no route but /health.
+Owns the number of running requests and the rules about who gets in. Knows no route.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import secrets
+from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
 
@@ -72,10 +73,13 @@ class Keys:
 
 
 class Door:
-    """Who may come in, and how many are in."""
+    """Who may come in, and how many are in. `open_paths` need no key."""
 
-    def __init__(self, keys: Keys | None, max_concurrency: int) -> None:
+    def __init__(
+        self, keys: Keys | None, max_concurrency: int, open_paths: Collection[str]
+    ) -> None:
         self._keys = keys
+        self._open_paths = open_paths
         self._max_concurrency = max_concurrency
         self.draining = False
         self.running = 0  # POST requests that have not ended
@@ -88,7 +92,7 @@ class Door:
         if self.draining:
             raise ApiError(503, "this server is about to stop")
         tenant = Headers(scope=scope).get("x-tenant", "")
-        if self._keys is not None and scope["path"] != "/health":
+        if self._keys is not None and scope["path"] not in self._open_paths:
             if tenant:
                 raise ApiError(400, "x-tenant: here the API key names the tenant", "x-tenant")
             found = self._keys.tenant(_key(scope))

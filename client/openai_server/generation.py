@@ -9,7 +9,7 @@ Closing the answer, or cancelling the task that iterates, cancels the Triton req
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -83,10 +83,17 @@ class Answer:
 class _Choice:
     """One choice's way from Triton's outputs to events."""
 
-    def __init__(self, parser: OutputParser, include_reasoning: bool, stops: Any) -> None:
+    def __init__(
+        self,
+        parser: OutputParser,
+        include_reasoning: bool,
+        stops: Any,
+        count_malformed: Callable[[int], None],
+    ) -> None:
         self._parser = parser
         self._include_reasoning = include_reasoning
         self._stops = stops
+        self._count_malformed = count_malformed
         self._thinks = parser.in_thoughts
         self._ended = False
 
@@ -97,6 +104,7 @@ class _Choice:
         if output.finish_reason is not None:
             self._ended = True
             events += self._parser.finish()
+            self._count_malformed(self._parser.malformed)
             events.append(End(output.finish_reason, stop_reason(output, self._stops)))
         if output.token_ids:
             count = self._count_thoughts(events, len(output.token_ids))
@@ -148,10 +156,13 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
         sampling["skip_special_tokens"] = False
     sampling["max_tokens"] = limit_tokens(model, len(ids), conversation.max_tokens)
     tools = () if conversation.tool_choice.kind == "none" else conversation.tools
+    stops = sampling.get("stop", ())
     choices = []
     for _ in range(sampling.get("n", 1)):
         parser = model.format.parser(tools, thinks, special, conversation.parallel_tool_calls)
-        choices.append(_Choice(parser, conversation.include_reasoning, sampling.get("stop", ())))
+        choices.append(
+            _Choice(parser, conversation.include_reasoning, stops, model.count_malformed)
+        )
     return Answer(ids, text, model.generate(ids, sampling, request_id), choices)
 
 

@@ -151,7 +151,7 @@ async def create(request: Request) -> Response:
     if asked.max_tokens is None:
         raise invalid("max_tokens", "it is required")
     model = await find_model(request, asked.model)
-    answer = await generation.answer(model, to_conversation(asked), request_id(request))
+    answer = await generation.answer(model, to_conversation(asked, model), request_id(request))
     run = Run(asked, model.name, answer)
     if asked.stream:
         return EventStream(run.stream())
@@ -164,5 +164,5 @@ async def count_tokens(request: Request) -> Response:
     asked = await read_body(request, MessagesRequest)
     model = await find_model(request, asked.model)
     return JsonResponse(
-        {"input_tokens": await generation.count_tokens(model, to_conversation(asked))}
+        {"input_tokens": await generation.count_tokens(model, to_conversation(asked, model))}
     )

@@ -10,6 +10,7 @@ import msgspec
 from gllm_client.openai_server.chat import MAX_TOOLS
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
+from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.turns import call_message, merge, thinking_variables
 from gllm_client.protocol import shown
 
@@ -119,7 +120,7 @@ class MessagesRequest(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
         return self.thinking.type != "disabled"
 
 
-def to_conversation(asked: MessagesRequest) -> Conversation:
+def to_conversation(asked: MessagesRequest, model: ServedModel) -> Conversation:
     """Check the fields. Raises ApiError."""
     for field, why in _REFUSED.items():
         if getattr(asked, field):
@@ -133,9 +134,8 @@ def to_conversation(asked: MessagesRequest) -> Conversation:
         "stop": asked.stop_sequences,
     }
     messages = _messages(asked)
-    template = thinking_variables(
-        asked.thinks, asked.output_config.effort if asked.thinks else None
-    )
+    effort = asked.output_config.effort if asked.thinks else None
+    template = thinking_variables(asked.thinks, effort, model.facts["chat_template"])
     if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
         template |= {"add_generation_prompt": False, "continue_final_message": True}
     return Conversation(

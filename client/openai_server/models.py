@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gllm_client import Chunk, Client, GenerateError
 from gllm_client.openai_server.errors import ApiError, from_triton, invalid
 from gllm_client.openai_server.formats.choice import Format, choose
 from gllm_client.openai_server.logprobs import finite
+from gllm_client.openai_server.telemetry import current_trace
 from gllm_client.protocol import shown
 
 REFRESH_S = 10.0  # between two looks at the repository
@@ -45,6 +47,11 @@ class ServedModel:
     client: ModelClient
     format: Format  # how it writes thoughts and calls
     tenant: str = ""  # whose requests these are; see the sampling parameter
+    malformed_calls: Counter[str] = field(default_factory=Counter)  # by tool format
+
+    def count_malformed(self, number: int) -> None:
+        """Count texts of an answer that looked like calls of tools and are none."""
+        self.malformed_calls[self.format.tool_format] += number
 
     async def tokenize(self, request_id: str, **prompt: Any) -> tuple[list[int], str]:
         """The token ids of a prompt and its text; `prompt`: as to the client's tokenize."""
@@ -65,6 +72,7 @@ class ServedModel:
         if self.tenant:
             sampling = sampling | {"tenant": self.tenant}
         is_scored = not sampling.keys().isdisjoint(("logprobs", "prompt_logprobs"))
+        trace = current_trace()
         with _api_errors():
             chunks = self.client.generate(
                 model=self.name,
@@ -75,7 +83,10 @@ class ServedModel:
                 return_num_output_tokens=sampling.get("n", 1) > 1,
                 return_stop_reason=True,
                 return_num_cached_tokens=True,
+                return_request_times=trace is not None,
             )
+            if trace is not None:
+                chunks = trace.watch(chunks, self.name, request_id)
             async with aclosing(chunks):
                 async for chunk in chunks:
                     yield finite(chunk) if is_scored else chunk
@@ -157,6 +168,7 @@ class Models:
             created=known.created if known else int(time.time()),
             client=self._client,
             format=choose(facts, *self._formats),
+            malformed_calls=known.malformed_calls if known else Counter(),
         )
 
     async def _describe(self, name: str) -> dict[str, Any] | None:

@@ -40,5 +40,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     tool_format: str | None = None
     # how models write thoughts; default: chosen by the model's chat template
     reasoning_format: str | None = None
+    # an OpenTelemetry collector's OTLP address over HTTP, such as http://127.0.0.1:4318, to which
+    # traces of requests go; it needs the [telemetry] extra
+    otlp_endpoint: str | None = None
+    ui: bool = False  # a page for chats at /
     # at a stop, running answers have so long to end
     drain_timeout_s: Positive = 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import urllib.request
 from importlib.metadata import version
 from typing import Any
@@ -25,6 +26,8 @@ from gllm_client.openai_server.routing import (
 router = APIRouter()
 
 METRICS_TIMEOUT_S = 5.0
+MALFORMED_CALLS = "gllm:malformed_tool_calls_total"
+_ABOUT_MALFORMED = "Texts of answers that looked like calls of tools and are none."
 
 _REFUSED = {
     "/v1/embeddings": "embeddings are not available: the models here generate text",
@@ -70,15 +73,26 @@ async def show_version(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """tritonserver's metrics page."""
+    """tritonserver's metrics page, with --metrics-url, and this server's own metrics."""
     url = request.app.state.options.metrics_url
-    if url is None:
-        raise ApiError(404, "metrics: this server was started without --metrics-url")
     try:
-        page = await asyncio.to_thread(_fetch, url)
+        page = b"" if url is None else await asyncio.to_thread(_fetch, url)
     except OSError as error:
         raise ApiError(503, f"metrics: {url} cannot be read ({error})") from None
-    return Response(page, media_type="text/plain; version=0.0.4")
+    own = _own_metrics(request.app.state.models.all())
+    return Response(page + own.encode(), media_type="text/plain; version=0.0.4")
+
+
+def _own_metrics(models: list[ServedModel]) -> str:
+    """What this server counts itself, in Prometheus' text format."""
+    lines = [f"# HELP {MALFORMED_CALLS} {_ABOUT_MALFORMED}", f"# TYPE {MALFORMED_CALLS} counter"]
+    for model in models:
+        model.count_malformed(0)  # shown from the start
+        name = model.name.replace("\\", "\\\\").replace('"', '\\"')
+        for format, number in model.malformed_calls.items():
+            labels = f'model="{name}",format="{format}",process="{os.getpid()}"'
+            lines.append(f"{MALFORMED_CALLS}{{{labels}}} {number}")
+    return "\n".join([*lines, ""])
 
 
 def _fetch(url: str) -> bytes:

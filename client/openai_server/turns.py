@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from gllm_client.openai_server.conversation import Message
+
+# A variable that a chat template reads: within braces, and neither an attribute nor a string.
+_READS = r"{{[{{%][^}}]*(?<![\w.'\"]){}\b(?!['\"])"
 
 
 def merge(messages: Iterable[Message]) -> list[Message]:
@@ -55,10 +59,15 @@ def parse_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def thinking_variables(on: bool | None, effort: str | None) -> dict[str, Any]:
-    """Variables of chat templates that turn thoughts on or off and say how long to think.
+def thinking_variables(on: bool | None, effort: str | None, source: str) -> dict[str, Any]:
+    """Variables of a chat template that turn thoughts on or off and say how long to think.
 
-    Models call the switch enable_thinking or thinking; templates ignore what they do not know.
+    Models call the switch enable_thinking or thinking. A variable that the template's `source` does
+    not read is left out, because the backend refuses it.
     """
     given = {"enable_thinking": on, "thinking": on, "reasoning_effort": effort}
-    return {name: value for name, value in given.items() if value is not None}
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and re.search(_READS.format(name), source)
+    }

@@ -354,9 +354,11 @@ class Engine:
         for sequence, entries in committed.prompt_logprobs:
             client, id = sequence.key
             outboxes[client].prompt_logprobs[id] = entries
-        for sequence, count in committed.num_cached_tokens:
+        for sequence in committed.begun:
             client, id = sequence.key
-            outboxes[client].num_cached_tokens[id] = count
+            outboxes[client].admitted_at[id] = sequence.admitted_at
+            if sequence.num_cached_tokens:
+                outboxes[client].num_cached_tokens[id] = sequence.num_cached_tokens
         for sequence, finish in committed.finished:
             client, id = sequence.key
             outboxes[client].finished[id] = finish

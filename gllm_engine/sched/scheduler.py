@@ -6,6 +6,7 @@ tensors or how a step runs. It relies on steps running one after another, in the
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -66,8 +67,8 @@ class Committed:
     logprobs: list[tuple[Sequence, TokenLogprobs]] = field(default_factory=list)
     # Consecutive prompt positions, from 1 on. Each position is reported once.
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
-    # Prompt tokens served from the prefix cache, of sequences that got their first token.
-    num_cached_tokens: list[tuple[Sequence, int]] = field(default_factory=list)
+    # Sequences that got their first token.
+    begun: list[Sequence] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -464,6 +465,7 @@ class Scheduler:
         self._backlog -= sequence.planned
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = sequence.planned
+            sequence.admitted_at = time.monotonic()
             if looks_up and self._pool.caching:
                 self._count_hits(sequence, cached)
         snapshot = self._restore(sequence, cached)
@@ -660,8 +662,8 @@ class Scheduler:
             tokens.append(token)
             append((sequence, token))
             if token in sequence.stops or len(tokens) == sequence.commit_check:
-                if len(tokens) == sequence.prompt_len + 1 and sequence.num_cached_tokens:
-                    committed.num_cached_tokens.append((sequence, sequence.num_cached_tokens))
+                if len(tokens) == sequence.prompt_len + 1:
+                    committed.begun.append(sequence)
                 finish = self._look(sequence, token)
                 if finish is not None:
                     self._remove(sequence)

@@ -73,6 +73,7 @@ class Sequence:
         "commit_check",
         "charged",  # while decoding: its tenant's service includes tokens 0..charged-1
         "num_cached_tokens",  # set at first admission; -1 before
+        "admitted_at",  # the same, seconds of the monotonic clock
         "num_prompt_logprobs",  # prompt positions already reported
     )
 
@@ -106,6 +107,7 @@ class Sequence:
         self.charged = 0
         self.commit_check = 0
         self.num_cached_tokens = -1
+        self.admitted_at = 0.0
         self.num_prompt_logprobs = 0
 
     def __lt__(self, other: Sequence) -> bool:

@@ -189,6 +189,34 @@ def test_cached_tokens_are_told_once_and_the_stop_reason_from_the_first_end_on(f
     assert reasons == [None, None, ["!", "None"], ["!", "None"]]
 
 
+def test_the_times_of_a_request_are_those_of_the_engine(front) -> None:
+    """Told with the last response; the queue ends with the first sequence that leaves it."""
+    model, client = front
+    given = request("Hi", stream=True, sampling={"n": 2}, return_request_times=True)
+    moments = [time.monotonic()]
+
+    def then(step) -> None:
+        step()
+        moments.append(time.monotonic())
+
+    then(lambda: model.execute([given]))
+    first, second = (sequence.id for sequence in client.submitted)
+    admitted = time.monotonic()
+    then(lambda: client.on_outputs(Outputs([second], [97], admitted_at={second: admitted})))
+    later = {first: time.monotonic() + 50}
+    then(lambda: client.on_outputs(Outputs([first], [97], admitted_at=later)))
+    wait_for(lambda: given.record.sent)
+    client.on_outputs(Outputs([], [], finished={first: LENGTH}))
+    client.on_outputs(Outputs([], [], finished={second: STOP}))
+    *others, last = given.record.wait().data
+    assert not any("request_times" in response.tensors for response in others)
+    before, started, began, ended = moments
+    # Seconds: at least the time between two moments, at most that between those around them.
+    limits = [(admitted - started, admitted - before), (0, began - admitted), (0, ended - started)]
+    for seconds, (least, most) in zip(last.tensors["request_times"].tolist(), limits, strict=True):
+        assert least - 1e-6 <= seconds <= most + 1e-6
+
+
 def test_an_answer_in_one_response_has_them_all(front) -> None:
     model, client = front
     named = {"stop_reason", "num_cached_tokens"}
@@ -993,6 +1021,9 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
         "gllm:time_to_first_token_seconds": 2,
         "gllm:time_per_output_token_seconds": 2,
         "gllm:e2e_request_latency_seconds": 2,
+        "gllm:request_queue_time_seconds": 2,
+        "gllm:request_prefill_time_seconds": 2,
+        "gllm:request_decode_time_seconds": 2,
         "gllm:request_prompt_tokens": 2,
         "gllm:request_generation_tokens": 2,
         "gllm:request_params_n": 2,
@@ -1024,7 +1055,7 @@ def test_what_an_answer_tells_is_on_the_page_when_it_arrives(tmp_path, server, s
         model.execute([good])
         client.say(client.submitted[0].id, "wxyz", LENGTH)
         good.record.wait().check()
-        assert seen["good"] == (3, 4, 1, 6)  # and every histogram
+        assert seen["good"] == (3, 4, 1, 9)  # and every histogram
         model.execute([bad])
         bad.record.wait().check()
         assert seen["bad"] == (1,)

@@ -145,6 +145,7 @@ def test_outputs_of_several_answers_are_told_apart() -> None:
             "prompt_logprobs": ["[null]"],
             "stop_reason": ["None", "##", "7"],
             "num_cached_tokens": [8],
+            "request_times": [0.5, 1.5, 2.5],
         },
         "id",
     )
@@ -156,6 +157,7 @@ def test_outputs_of_several_answers_are_told_apart() -> None:
     assert (chunk.prompt_logprobs, chunk.request_id) == ([None], "id")
     assert [o.stop_reason for o in chunk.outputs] == [None, "##", "7"]
     assert (chunk.stop_reason, chunk.num_cached_tokens) == (None, 8)
+    assert chunk.request_times == (0.5, 1.5, 2.5)
 
 
 def test_outputs_that_were_not_asked_for_are_absent() -> None:
@@ -185,7 +187,8 @@ def test_a_merged_stream_is_the_whole_answer(sizes: list[int], n: int) -> None:
             for k in range(n)
         ]
         cached = 3 if i == 0 else None  # told once
-        chunks.append(Chunk(tuple(outputs), 7, request_id="r", num_cached_tokens=cached))
+        times = (1.0, 2.0, 3.0) if last else None
+        chunks.append(Chunk(tuple(outputs), 7, None, "r", cached, times))
     whole = merge(chunks)
     assert len(whole.outputs) == n
     for k, output in enumerate(whole.outputs):
@@ -195,6 +198,7 @@ def test_a_merged_stream_is_the_whole_answer(sizes: list[int], n: int) -> None:
         assert (output.finish_reason, output.stop_reason) == ("length", "##")
         assert (output.cumulative_logprob, output.num_tokens) == (-float(start), start)
     assert (whole.num_input_tokens, whole.num_cached_tokens, whole.request_id) == (7, 3, "r")
+    assert whole.request_times == (1.0, 2.0, 3.0)
 
 
 def test_no_answer_at_all_is_an_error() -> None:

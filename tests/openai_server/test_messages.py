@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from fake_answers import (
+    MODEL,
     NUM_CACHED,
     NUM_PROMPT,
     FakeAnswer,
@@ -38,6 +39,7 @@ from gllm_client.openai_server.events import (
 )
 from gllm_client.openai_server.messages import Run
 from gllm_client.openai_server.messages_request import MessagesRequest, to_conversation
+from gllm_client.openai_server.turns import thinking_variables
 
 anthropic = pytest.importorskip("anthropic", reason="the anthropic SDK is not installed")
 
@@ -54,7 +56,7 @@ def request(**body: Any) -> MessagesRequest:
 
 
 def meaning(**body: Any) -> Conversation:
-    return to_conversation(request(**body))
+    return to_conversation(request(**body), MODEL)
 
 
 def messages(*given: tuple[str, Any], **body: Any) -> list[dict[str, Any]]:
@@ -139,11 +141,29 @@ def test_sampling_and_form() -> None:
 )
 def test_thinking(thinking: Any, is_on: bool, is_shown: bool) -> None:
     asked = meaning(thinking=thinking) if thinking else meaning()
-    assert asked.template["enable_thinking"] is asked.template["thinking"] is is_on
+    assert asked.template["enable_thinking"] is is_on
     assert asked.include_reasoning is is_shown
     if is_on:
         with_effort = meaning(thinking=thinking, output_config={"effort": "low"})
         assert with_effort.template["reasoning_effort"] == "low"
+
+
+@pytest.mark.parametrize(
+    ("source", "read"),
+    [
+        ("{{ messages }}", set()),
+        ("Thinking is fine: thinking {{ message.thinking }} {{ m['thinking'] }}", set()),
+        ("{%- if enable_thinking is defined %}{% endif %}", {"enable_thinking"}),
+        ("{% if not thinking %}</think>{% endif %}", {"thinking"}),
+        (
+            "{% if a and thinking %}{{ reasoning_effort }}{% endif %}",
+            {"thinking", "reasoning_effort"},
+        ),
+    ],
+)
+def test_a_template_gets_no_variable_that_it_does_not_read(source: str, read: set[str]) -> None:
+    """The backend refuses those."""
+    assert thinking_variables(True, "low", source).keys() == read
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import re
 import threading
 from collections.abc import Iterator
 
@@ -99,8 +100,44 @@ def page() -> Iterator[str]:
 
 
 def test_metrics_are_passed_on(served: Served, page: str) -> None:
-    assert served.http.get("/metrics").status_code == 404
+    own = served.http.get("/metrics").text
+    assert own.startswith("# HELP gllm:malformed_tool_calls_total ")
     with serve(served.triton, metrics_url=page) as other:
-        assert other.http.get("/metrics").text == "gllm:running 1\n"
+        assert other.http.get("/metrics").text.startswith("gllm:running 1\n# HELP gllm:malformed")
     with serve(served.triton, metrics_url="http://127.0.0.1:1/metrics") as other:
         assert other.http.get("/metrics").status_code == 503
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+BROKEN = '<tool_call>{"name": 7}</tool_call>'
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_malformed_calls_are_text_and_counted(served: Served, stream: bool) -> None:
+    """Of every answer, under the model's name and format; sound calls count for nothing."""
+    answers = [CALL, BROKEN, f"{BROKEN} and {BROKEN}"]
+    served.triton.models["other"] = FakeModel()
+    served.triton.models["m"] = FakeModel(answer=lambda asked, choice: answers[choice])
+    with serve(served.triton, tool_format="hermes") as server:
+
+        def counted() -> dict[str, float]:
+            found = re.findall(
+                r'^gllm:malformed_tool_calls_total{model="(.*)",format="hermes",process="\d+"} (\d+)$',
+                server.http.get("/metrics").text,
+                re.MULTILINE,
+            )
+            return {name: int(number) for name, number in found}
+
+        messages = [{"role": "user", "content": "Hello"}]
+        body = {"model": "m", "messages": messages, "tools": TOOLS, "n": 3, "stream": stream}
+        assert server.http.get("/health").status_code == 200
+        assert counted() == {"m": 0, "other": 0}
+        answer = server.post("/v1/chat/completions", **body)
+        assert answer.status_code == 200 and '\\"name\\": 7' in answer.text
+        assert counted() == {"m": 3, "other": 0}
+        server.triton.models["m"].max_model_len = 999  # another model now, as after a reload
+        server.app.state.models._refreshed = 0.0  # as if the last look were long ago
+        assert server.http.get("/v1/models/nobody").status_code == 404
+        assert server.http.get("/v1/models/m").json()["max_model_len"] == 999
+        assert counted() == {"m": 3, "other": 0}

@@ -312,7 +312,7 @@ def test_prefix_hits_are_counted_and_reported() -> None:
     add(scheduler, prompt, max_tokens=1)
     made, committed = step(scheduler)
     assert made.chunks[0].start == 8 and made.chunks[0].tokens == prompt[8:]
-    assert [count for _, count in committed.num_cached_tokens] == [8]
+    assert [sequence.num_cached_tokens for sequence in committed.begun] == [8]
     stats = scheduler.stats()
     assert (stats.prefix_queries, stats.prefix_hits) == (24, 8)
 

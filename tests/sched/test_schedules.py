@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 
 import msgspec
@@ -129,10 +130,13 @@ class World:
                 assert scored.pop(sequence).token_ids == [token]
             self.output[sequence].append(token)
         assert not scored
-        for sequence, count in committed.num_cached_tokens:
-            assert 0 < count < sequence.prompt_len and len(self.output[sequence]) == 1
-            assert count == sequence.num_cached_tokens
-            assert sequence.sampling.prompt_logprobs is None
+        first = {sequence for sequence, _ in committed.tokens if len(self.output[sequence]) == 1}
+        assert first == set(committed.begun) and len(first) == len(committed.begun)
+        for sequence in committed.begun:
+            assert 0 < sequence.admitted_at < time.monotonic()
+            assert 0 <= sequence.num_cached_tokens < sequence.prompt_len
+            if sequence.sampling.prompt_logprobs is not None:
+                assert sequence.num_cached_tokens == 0
         for sequence, entries in committed.prompt_logprobs:
             assert sequence not in self.aborted
             self.prompt_logprobs[sequence] += [entry.logprobs[0] for entry in entries]

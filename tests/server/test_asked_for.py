@@ -256,7 +256,10 @@ def test_what_a_server_in_front_needs_to_know(server: Server, offline: LLM, sche
             sampling=SAMPLING | {"stop_token_ids": list(range(1024))},
             return_stop_reason=True,
             return_num_cached_tokens=True,
+            return_request_times=True,
         )
+        assert again.request_times is not None and len(again.request_times) == 3
+        assert min(again.request_times) >= 0 and again.request_times[1] > 0
         assert again.num_cached_tokens is not None and again.num_cached_tokens > 0
         assert again.stop_reason == str(again.token_ids[-1])
         with pytest.raises(GenerateError, match="^text_input: it does not go with detokenize"):

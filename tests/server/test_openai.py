@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from live import MODEL, Server
+from live import MODEL, Server, wait_for
 from serving import Served, serve
 
 from gllm_client import SyncClient
@@ -65,6 +65,28 @@ def test_log_probabilities_of_a_prompt(gateway: Served, server: Server) -> None:
     assert first is None and scores is not None
     for token, score, told in zip(ids[1:], scores[1:], others, strict=False):
         assert told == pytest.approx(score[str(token)]["logprob"], abs=1e-4)
+
+
+def test_a_request_id_reaches_the_log_of_the_engine(gateway: Served, server: Server) -> None:
+    start = server.log_size()
+    body = {"model": MODEL, "max_tokens": 2}
+    messages = [{"role": "user", "content": "Speak."}]
+    asked = {
+        "/v1/completions": {"prompt": ["a", "b"]},
+        "/v1/chat/completions": {"messages": messages},
+        "/v1/messages": {"messages": messages},
+        "/v1/responses": {"input": "Speak.", "max_output_tokens": 16},
+    }
+    wanted = []
+    for number, (path, more) in enumerate(asked.items()):
+        limit = {} if path == "/v1/responses" else body
+        headers = {"x-request-id": f"here-{number}"}
+        answer = gateway.http.post(path, json={"model": MODEL} | limit | more, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-request-id"] == f"here-{number}"
+        ids = [f"here-{number}-0", f"here-{number}-1"] if number == 0 else [f"here-{number}"]
+        wanted += [f"request {id!r}: " for id in ids]
+    wait_for(lambda: all(each in server.log(start) for each in wanted), f"lines of {wanted}")
 
 
 def test_a_refusal_names_the_field(gateway: Served) -> None:
