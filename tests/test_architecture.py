@@ -15,8 +15,8 @@ PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
     ("gllm_engine",): 200_000,
-    ("backend", "client"): 68_000,
-    ("benchmarks",): 31_000,
+    ("backend", "client"): 70_000,
+    ("benchmarks",): 30_800,
 }
 MAX_FUNCTION_LINES = 60
 

@@ -123,7 +123,8 @@ def test_malformed_calls_are_text_and_counted(served: Served, stream: bool) -> N
 
         def counted() -> dict[str, float]:
             found = re.findall(
-                r'^gllm:malformed_tool_calls_total{model="(.*)",format="hermes",process="\d+"} (\d+)$',
+                r'^gllm:malformed_tool_calls_total{model="(.*)",format="hermes",process="\d+"} '
+                r"(\d+)$",
                 server.http.get("/metrics").text,
                 re.MULTILINE,
             )
