@@ -176,7 +176,7 @@ class StoredTensors:
             if isinstance(kind, Integers):
                 self._integers_of[name] = kind
             kind = held(kind)
-            if promised and str(kind) not in map(str, promised):
+            if promised and not self._promises(kind):
                 raise LoadError(
                     f"{self._numbers(name)[0].path}: tensor {name} is {kind}, but the config's "
                     f"quantization_config says {_told(promised)}"
@@ -396,6 +396,8 @@ class StoredTensors:
         # One block is one scale.
         is_grid = scale.shape == grid
         found = None if promised and is_grid else _without_ones(scale.shape)
+        if found == [] and rows == 1 and self._promises(FP8_ROW):
+            return replace(FP8_ROW, suffix=suffix)
         if found == []:
             self.shared[scales] = len(parts)
             return replace(FP8_TENSOR, suffix=suffix)
@@ -414,6 +416,10 @@ class StoredTensors:
             f"one per row, and {grid}, one per block of {block.rows} x {block.columns}"
         )
 
+    def _promises(self, kind: Format) -> bool:
+        """Whether the config does. Of one row, a scale per row and one scale look alike."""
+        return str(kind) in map(str, self._arch.quantization)
+
     def _int8(self, name: str, stored: StoredTensor) -> Format:
         """The format of an int8 matrix, by the shape of its scales."""
         if len(self._shapes[name]) != 2 or checkpoint_layout(self._arch, name).transposed:
@@ -430,10 +436,11 @@ class StoredTensors:
                 f"{scale.path}: tensor {scales} has shape {shown(repr(scale.shape))}; supported "
                 f"for {name} {[rows, columns]} are [], one scale, and {[rows, 1]}, one per row"
             )
-        if not found:
+        by_rows = bool(found) or rows == 1 and self._promises(Int8(rows=1))
+        if not by_rows:
             self.shared[scales] = len(self._weights[name])
         self._int8_names.add(name)
-        kind = Int8(rows=len(found), suffix=scales.removeprefix(name))
+        kind = Int8(rows=int(by_rows), suffix=scales.removeprefix(name))
         return kind if kind in self._arch.quantization else widened(kind)
 
     def _scales(self, name: str, stored: StoredTensor) -> str:

@@ -314,6 +314,19 @@ def test_the_file_decides_for_each_weight(tmp_path: Path) -> None:
     check(model, (16, 16))
 
 
+def test_the_scale_of_a_single_row_is_one_per_row_as_the_config_says(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", "Qwen2MoeForCausalLM", compressed("channel"))
+    name = "model.layers.1.mlp.shared_expert_gate.weight"
+
+    def round_gate(tensors: Tensors) -> None:
+        assert len(tensors[name]) == 1
+        tensors[name], scales = tensors[name].to(FP8), torch.tensor([[0.5]])
+        tensors[name + "_scale"] = scales
+
+    rewrite(model, round_gate)
+    check(model, size_of(model))
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [
