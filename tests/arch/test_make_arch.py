@@ -1347,7 +1347,8 @@ def test_early_names_of_longrope() -> None:
         (
             {"quantization_config": COMPRESSED | {"format": "nvfp4-pack-quantized"}},
             "config.json: quantization_config: format is 'nvfp4-pack-quantized', "
-            'but only "float-quantized" or "pack-quantized" or "mixed-precision" is supported',
+            'but only "float-quantized" or "pack-quantized" or "int-quantized" or '
+            '"mixed-precision" is supported',
         ),
         (
             {"quantization_config": packed(group_size=48)},

@@ -380,7 +380,8 @@ def kernel_of(x: Tensor, weight: Fp8Weight) -> str:
         (4, (48, 64, 1, 64), "skinny"),
         (5, (48, 64, 1, 64), "torch"),
         (5, (20, 64, 1, 64), "skinny"),  # too narrow for the library
-        (5, (48, 2048, 1, 2048), "skinny"),  # too narrow for all multiprocessors
+        (5, (48, 2048, 1, 2048), "torch"),
+        (5, (128, 2048, 128, 128), "skinny"),  # too narrow for all multiprocessors
         (1, (128, 512, 128, 128), "gemv"),
         (4, (128, 512, 128, 128), "skinny"),
         (5, (128, 512, 128, 128), "torch"),
@@ -460,16 +461,18 @@ def test_activations_are_rounded_for_the_next_product(
         (128, 6144, 4096, "skinny"),
         (129, 6144, 4096, "torch"),
         (65, 28672, 4096, "torch"),
-        (65, 4096, 2032, "torch"),
+        (65, 4096, 1536, "torch"),
     ],
 )
 def test_tiles_that_would_leave_multiprocessors_idle(
     rows: int, width: int, depth: int, kernel: str, gpu_ops: ModuleType
 ) -> None:
-    """Are divided along the depth by our kernel."""
+    """Of weights with blocks, are divided along the depth by our kernel; torch divides others."""
+    x = torch.empty(rows, depth, dtype=BF16)
     numbers = torch.empty(width, depth, dtype=FP8)
-    weight = Fp8Weight(numbers, torch.empty(width, 1), 1, depth)
-    assert kernel_of(torch.empty(rows, depth, dtype=BF16), weight) == kernel
+    scales = torch.empty(width // 128, depth // 128)
+    assert kernel_of(x, Fp8Weight(numbers, scales, 128, 128)) == kernel
+    assert kernel_of(x, Fp8Weight(numbers, torch.empty(width, 1), 1, depth)) == "torch"
 
 
 @interpreted
