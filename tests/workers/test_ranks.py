@@ -217,6 +217,7 @@ def test_a_mask_that_allows_nothing_costs_its_step_and_not_the_group(
     group: LLM, alone: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every rank refuses the step, and not only the last stage, which is the one to use masks."""
+    group.generate([PROMPTS[2]], [STRICT])  # its grammar is ready: both requests are in one step
     with monkeypatch.context() as patch:
         patch.setattr(Constraint, "__call__", lambda constraint, tokens: b"\0")
         found = group.generate([PROMPTS[2], PROMPTS[1]], [STRICT, GREEDY])
