@@ -16,7 +16,7 @@ PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 TOKEN_BUDGETS = {
     ("gllm_engine",): 200_000,
     ("backend", "client"): 70_000,
-    ("benchmarks",): 30_800,
+    ("benchmarks",): 29_700,
 }
 MAX_FUNCTION_LINES = 60
 
