@@ -122,7 +122,7 @@ def test_a_refused_field_is_named(api: str, field: str) -> None:
         if api == "responses":
             responses_request.to_conversation(asked, MODEL, [])
         else:
-            messages_request.to_conversation(asked)
+            messages_request.to_conversation(asked, MODEL)
     assert (caught.value.status, caught.value.param) == (400, field)
 
 
@@ -136,6 +136,6 @@ def test_an_accepted_field_changes_nothing(api: str) -> None:
     mean = {
         "chat": lambda asked: chat.to_conversation(asked, MODEL),
         "responses": lambda asked: responses_request.to_conversation(asked, MODEL, []),
-        "messages": messages_request.to_conversation,
+        "messages": lambda asked: messages_request.to_conversation(asked, MODEL),
     }[api]
     assert mean(convert(body | more, kind)) == mean(convert(body, kind))

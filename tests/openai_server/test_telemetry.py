@@ -12,6 +12,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from patience import SOON_S
+from scripted_triton import Asked
 from serving import Served, serve
 
 from gllm_client.openai_server.app import make_app
@@ -74,6 +75,12 @@ def traced(served: Served, collector: Collector) -> Iterator[Served]:
         yield server
 
 
+def generated(served: Served) -> Asked:
+    """The one request for an answer, among those for a description of the model."""
+    (asked,) = (each for each in served.model.asked if "operation" not in each.inputs)
+    return asked
+
+
 def attributes(span: Any) -> dict[str, Any]:
     return {
         each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes
@@ -107,7 +114,8 @@ def test_a_request_and_its_phases(served: Served, collector: Collector, stream: 
             "gllm.request_id": "req-7",
         }
     # Triton continues the trace, below this server's span.
-    assert served.model.asked[-1].metadata["traceparent"] == f"00-{TRACE}-{whole.span_id.hex()}-01"
+    sent = generated(served).metadata["traceparent"]
+    assert sent == f"00-{TRACE}-{whole.span_id.hex()}-01"
 
 
 def test_several_prompts_have_phases_of_their_own(served: Served, collector: Collector) -> None:
@@ -144,14 +152,14 @@ def test_a_client_that_leaves(served: Served, collector: Collector) -> None:
         with httpx.Client(base_url=server.url, trust_env=False) as client:
             with client.stream("POST", CHAT, json=BODY | {"stream": True}) as answer:
                 assert "Hel" in next(answer.iter_text())
-        assert served.model.asked[-1].cancelled.wait(SOON_S)
+        assert generated(served).cancelled.wait(SOON_S)
     (whole,) = collector.spans
     assert attributes(whole)["gllm.client_left"] is True
 
 
 def test_nothing_is_traced_unless_it_is_wanted(served: Served) -> None:
     assert served.http.post(CHAT, json=BODY, headers=HEADERS).status_code == 200
-    asked = served.model.asked[-1]
+    asked = generated(served)
     assert "traceparent" not in asked.metadata and "return_request_times" not in asked.inputs
 
 
