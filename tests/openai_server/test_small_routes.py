@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import re
-import threading
 from collections.abc import Iterator
 
 import pytest
+from metrics_page import metrics_page
 from scripted_triton import FakeModel, FakeTriton
 from serving import Served, serve
 
@@ -83,20 +82,8 @@ def test_health_without_tritonserver() -> None:
 
 @pytest.fixture
 def page() -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"gllm:running 1\n")
-
-        def log_message(self, *args: object) -> None: ...
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/metrics"
-        server.shutdown()
-        thread.join()
+    with metrics_page(lambda: b"gllm:running 1\n") as address:
+        yield address
 
 
 def test_metrics_are_passed_on(served: Served, page: str) -> None:

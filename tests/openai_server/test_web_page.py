@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from browser import BROWSER, NAMES, Browser, PageError
+from metrics_page import metrics_page
 from patience import SOON_S
 from scripted_triton import FakeModel
 from serving import Served, serve
@@ -275,20 +275,8 @@ def metrics() -> Iterator[str]:
     """A metrics page whose model makes 1,000,000 tokens from one read to the next."""
     reads = iter(range(10**9))
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write((PAGE % (next(reads) * 1_000_000)).encode())
-
-        def log_message(self, *args: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/metrics"
-        server.shutdown()
-        thread.join()
+    with metrics_page(lambda: (PAGE % (next(reads) * 1_000_000)).encode()) as address:
+        yield address
 
 
 @in_browser

@@ -6,19 +6,17 @@ mypy checks the types; it lets an implementation name its parameters as it likes
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
+from devices import INTERPRETED
 
 from gllm_engine import ops
 from gllm_engine.ops import Ops, reference
 
 OPERATIONS = [name for name in vars(Ops) if not name.startswith("_")]
-INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def parameters(function: object) -> list[tuple[str, object]]:

@@ -6,21 +6,15 @@ Inputs are new in every run; what is returned begins as the largest integer.
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from devices import DEVICES
 from torch import Tensor
 
 from gllm_engine.ops import reference
 
-INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")),
-]
 # Decode rows, and the lengths of chunks.
 MIXES = {
     "one row": (1, []), "decode": (37, []), "many": (1100, []), "chunk": (0, [19]),
