@@ -254,6 +254,61 @@ def check_product(
     near(total, expected, limit)
 
 
+def check_experts(weight: Fp8Weight, gated: bool, tokens: int) -> None:
+    """The grouped product of a stack with rows that rounding leaves as they are."""
+    from gllm_engine.ops.triton import moe, quantize
+
+    top_k, first, held = 2, 1, len(weight)
+    experts = torch.rand(tokens, held + 2).argsort(1)[:, :top_k].int().contiguous()
+    for rows in (16, 64):
+        order, groups = moe.sort_pairs(experts, first, held, rows)
+        x = some_float8(tokens if gated else tokens * top_k, weight.shape[2], torch.float16)
+        blocks = weight.scales.shape[2] > 1
+        tiles = moe.Tiles(rows, 64, 128, 4, 3)
+        args = (quantize(x, 128 if blocks else None), weight, order, groups, top_k, tiles, gated)
+        found = moe.grouped_product(*args)
+        assert found.dtype == torch.float16
+        for place, pair in enumerate(order[: int(groups[1, held - 1])].tolist()):
+            expert = experts.flatten()[pair] - first
+            exact = weight[int(expert)].dequantized(torch.float64)
+            row = x[pair // top_k if gated else place].double()[None]
+            product = reference.gated_linear if gated else reference.linear
+            right = product(row, exact, None, None) if gated else product(row, exact)
+            near(found[place if gated else pair][None], right, 3e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ["rows", "blocks", "ragged blocks", "blocks, a part"])
+def test_rounded_experts(name: str, gated: bool) -> None:
+    width, depth, rows, columns, cut = WEIGHTS[name]
+    stack, _ = made(width, depth, rows, columns, 3)
+    if cut is not None:
+        index = torch.randint(0, stack.scales.shape[1], (width,))
+        numbers = stack.numbers[..., cut:].contiguous()
+        stack = replace(stack, numbers=numbers, scale_row=index, first_column=cut)
+    check_experts(stack, gated, 6)
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [0, 128])
+def test_experts_of_16_bits_are_rounded(columns: int) -> None:
+    """Near the truth, as far as rounding both inputs allows; and NaN stays in its row."""
+    from gllm_engine.ops import triton
+
+    gate_up, _ = made(128, 256, 128 if columns else 1, columns or 256, 4)
+    down, _ = made(256, 64, 128 if columns else 1, columns or 64, 4, seed=1)
+    x = torch.randn(9, 256).half()
+    routing = torch.rand(9, 2), torch.rand(9, 4).argsort(1)[:, :2].int().contiguous()
+    expected = reference.sum_experts(x.double(), *routing, gate_up, down, 0, 4)
+    found = triton.sum_experts(x, *routing, gate_up, down, 0, 4)
+    near(found, expected, 0.15)  # the interpreter rounds towards zero
+    assert (found.double() - expected).norm() > 0.005 * expected.norm()
+    x[3, 5] = torch.nan
+    found = triton.sum_experts(x, *routing, gate_up, down, 0, 4)
+    assert found[3].isnan().all() and found[[0, 1, 2, 4, 5, 6, 7, 8]].isfinite().all()
+
+
 @interpreted
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_one_row_is_not_rounded(name: str) -> None:

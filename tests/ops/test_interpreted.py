@@ -17,7 +17,7 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import AttentionInputs, Fp8Weight, HeadNorm, PackedWeight, reference
+from gllm_engine.ops import AttentionInputs, HeadNorm, PackedWeight, RoundedRows, reference
 from gllm_engine.routing import Clamp, Routing
 
 pytest.importorskip("triton")
@@ -559,7 +559,7 @@ def test_no_experts_and_no_tokens() -> None:
     assert triton.sum_experts(*empty, *some).shape == (0, 8)
 
 
-@pytest.mark.parametrize("kind", [torch.Tensor, Fp8Weight, PackedWeight])
+@pytest.mark.parametrize("kind", [torch.Tensor, RoundedRows, PackedWeight])
 def test_powers_of_two_of_tokens_meet_every_size_of_a_block(kind: type) -> None:
     for top_k, num_experts in ((8, 128), (2, 8), (4, 60), (8, 64), (1, 16)):
         powers = {moe.choose_tiles(2**i, top_k, num_experts, kind) for i in range(14)}

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.fp8 import common_columns, scale_lines
+from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
 from gllm_engine.ops.triton.gemv import widen
 from gllm_engine.ops.triton.packed import (
     INT4_BASE,
@@ -210,8 +210,8 @@ def _lane_sums(
 
 @triton.jit
 def _few_gate_up(
-    x, numbers, scales, scale_row, bias, weights, experts, out, width, first, held,
-    expert_numbers, expert_scales, scale_columns, first_column,
+    x, bias, weights, experts, out, width, first, held,
+    numbers, expert_numbers, expert_scales, scales, scale_row, scale_columns, first_column,
     TOP_K: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
     GROUPS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
     SCALE: tl.constexpr, ZEROS: tl.constexpr, ROWS_PER_SCALE: tl.constexpr,
@@ -253,8 +253,8 @@ def _few_gate_up(
 
 @triton.jit
 def _few_down(
-    x, numbers, scales, scale_row, bias, weights, experts, out, width, first, held,
-    expert_numbers, expert_scales, scale_columns, first_column,
+    x, bias, weights, experts, out, width, first, held,
+    numbers, expert_numbers, expert_scales, scales, scale_row, scale_columns, first_column,
     TOP_K: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
     GROUPS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
     SCALE: tl.constexpr, ZEROS: tl.constexpr, ROWS_PER_SCALE: tl.constexpr,
@@ -334,19 +334,17 @@ def few_experts(
     (tokens, top_k), (held, dim, hidden) = experts.shape, down.shape
     made = x.new_empty(tokens * top_k, hidden)
     columns = _columns(gate_up, 2)
-    numbers, scales, index, options = _options(gate_up)
     _few_gate_up[(tokens * top_k, triton.cdiv(hidden, columns))](
-        x, numbers, scales, index, biases[0], weights, experts, made, hidden, first, held,
-        **options, TOP_K=top_k, COLUMNS=columns, BIASED=biases[0] is not None, ON_INPUT=on_input,
+        x, biases[0], weights, experts, made, hidden, first, held, **_options(gate_up),
+        TOP_K=top_k, COLUMNS=columns, BIASED=biases[0] is not None, ON_INPUT=on_input,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
         OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
     out = x.new_empty(tokens, dim) if total is None else total
     columns = _columns(down, 1, top_k)
-    numbers, scales, index, options = _options(down)
     _few_down[(tokens, triton.cdiv(dim, columns))](
-        made, numbers, scales, index, biases[1], weights, experts, out, dim, first, held,
-        **options, TOP_K=top_k, COLUMNS=columns, BIASED=biases[1] is not None, WEIGH=not on_input,
+        made, biases[1], weights, experts, out, dim, first, held, **_options(down),
+        TOP_K=top_k, COLUMNS=columns, BIASED=biases[1] is not None, WEIGH=not on_input,
         ADD=total is not None, OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
     return out
@@ -383,42 +381,30 @@ def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
     return 1 << (columns.bit_length() - 1)
 
 
-def _options(matrix: Weight) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """(numbers, scales, rows of scales) of a stack of matrices as the kernels take them, and their
-    arguments that tell of it.
-    """
+def _options(matrix: Weight) -> dict[str, Any]:
+    """A stack of matrices, as named arguments of the kernels."""
     _, lanes, warps = _shape(matrix)
+    numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
     options: dict[str, Any] = {
+        "numbers": numbers,
+        "expert_numbers": numbers[0].numel(),
         "expert_scales": 0,
-        "scale_columns": 0,
-        "first_column": 0,
         "KIND": "plain",
         "GROUP": 0,
         "SPAN": 0,
         "SCALE": tl.float32,
         "ZEROS": False,
-        "ROWS_PER_SCALE": 0,
-        "COLUMNS_PER_SCALE": 0,
-        "INDEXED": False,
         "DEPTH": matrix.shape[-1],
         "LANES": lanes,
         "GROUPS": _THREADS * warps // lanes,
         "num_warps": warps,
     }
-    if isinstance(matrix, Tensor):
-        return matrix, matrix, matrix, options | {"expert_numbers": matrix[0].numel()}
-    options["expert_numbers"] = matrix.numbers[0].numel()
-    options["expert_scales"] = matrix.scales[0].numel()
     if isinstance(matrix, PackedWeight):
         words, kind = scale_words(matrix)
         shared = 1 if matrix.zeros else 32 // kind.primitive_bitwidth  # groups of 4 bytes of scales
         options |= {"KIND": "packed", "GROUP": matrix.group, "SPAN": matrix.group * shared}
         options |= {"SCALE": kind, "ZEROS": matrix.zeros, "expert_scales": words[0].numel()}
-        return matrix.numbers, words, words, options
-    assert isinstance(matrix, Fp8Weight)
-    index = matrix.scale_row
-    options |= {"KIND": "fp8", "scale_columns": matrix.scales.shape[-1]}
-    options |= {"first_column": matrix.first_column, "ROWS_PER_SCALE": matrix.rows_per_scale}
-    columns = matrix.columns_per_scale if common_columns(matrix) else 0
-    options |= {"COLUMNS_PER_SCALE": columns, "INDEXED": index is not None}
-    return matrix.numbers, matrix.scales, matrix.scales if index is None else index, options
+        return options | scale_options(words)
+    if isinstance(matrix, Fp8Weight):
+        options |= {"KIND": "fp8", "expert_scales": matrix.scales[0].numel()}
+    return options | scale_options(matrix)

@@ -62,16 +62,16 @@ def split_float8(pairs, ON_GPU: tl.constexpr):
 def scale_lines(
     scales, scale_row, row, scale_columns, ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr
 ):  # fmt: skip
-    """Where the scales of each row of a weight begin; see scale_options."""
+    """Where the scales of each row of a weight begin, if it has scales; see scale_options."""
     if INDEXED:
-        line = tl.load(scale_row + row)
-    else:
-        line = row // ROWS_PER_SCALE
-    return scales + line * scale_columns
+        scales += tl.load(scale_row + row) * scale_columns
+    elif ROWS_PER_SCALE > 0:
+        scales += row // ROWS_PER_SCALE * scale_columns
+    return scales
 
 
 def scale_options(weight: Tensor | Fp8Weight | Int8Weight) -> dict[str, Any]:
-    """The scales of a weight [width, depth], as named arguments of a kernel.
+    """The scales of a weight or a stack, as named arguments of a kernel.
 
     ROWS_PER_SCALE is 0 without scales, COLUMNS_PER_SCALE is 0 if a row has only one.
     """
@@ -86,7 +86,7 @@ def scale_options(weight: Tensor | Fp8Weight | Int8Weight) -> dict[str, Any]:
             "INDEXED": False,
         }
     index = weight.scale_row
-    columns = weight.scales.shape[1]
+    columns = weight.scales.shape[-1]
     return {
         "scales": weight.scales,
         "scale_row": weight.scales if index is None else index,

@@ -15,18 +15,26 @@ fixed order. All tensors are contiguous. Knows shapes and arithmetic.
 from __future__ import annotations
 
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.kernels import has_fp8_tiles
 from gllm_engine.ops.triton.few_experts import activate_gated, few_experts, takes_few
-from gllm_engine.ops.triton.fp8 import common_columns, from_float8
-from gllm_engine.ops.triton.packed import multiply_packed, run_words, runs_of_turn, scale_words
+from gllm_engine.ops.triton.fp8 import (
+    common_columns,
+    from_float8,
+    quantize,
+    scale_lines,
+    scale_options,
+)
+from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn, scale_words
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
-from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, Weight
+from gllm_engine.ops.triton.skinny import SCALE_GROUP, multiply_tile
+from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, RoundedRows, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
 # Most (token, expert) elements that one program of routing or sorting holds in registers, and its
@@ -42,6 +50,8 @@ _PLACED = 32
 # Columns and warps of one program of _sum: for few tokens, and for more.
 _FEW_SUMMED = (256, 1)
 _SUMMED = (1024, 4)
+_RUN = tl.constexpr(RUN)
+_SCALE_GROUP = tl.constexpr(SCALE_GROUP)
 # Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
 # is dropped, NaN or anything smaller than every other choice, all other choices.
 _DROPPED, _LEAST = tl.constexpr(-3.3e38), tl.constexpr(-3.2e38)
@@ -67,14 +77,12 @@ _TILES = (
     (96, Tiles(64, 128, 128, 4, 3)),
     (inf, Tiles(128, 256, 64, 8, 4)),
 )
-# For float8 weights, whose numbers threads turn into those of x: a warp has many columns, because
-# each warp loads x, and tiles of many pairs are smaller, because a product is held twice, before
-# and after its scale.
-_FP8_TILES = (
-    (8, Tiles(16, 64, 128, 2, 4)),
-    (24, Tiles(32, 128, 128, 4, 3)),
-    (96, Tiles(64, 128, 128, 4, 3)),
-    (inf, Tiles(128, 128, 128, 8, 3)),
+# For float8 weights and x rounded to float8.
+_ROUNDED_TILES = (
+    (8, Tiles(16, 128, 128, 4, 5)),
+    (24, Tiles(32, 128, 128, 4, 4)),
+    (96, Tiles(64, 128, 128, 4, 4)),
+    (inf, Tiles(128, 128, 128, 8, 4)),
 )
 # For weights of 4-bit numbers; `columns` are those of gate, and as many are up's. To decode numbers
 # takes the time, so a matrix is decoded by as few programs as possible, each in tiles of 64 rows of
@@ -93,9 +101,9 @@ _EXACT_PACKED_TILES = Tiles(16, 32, 128, 4, 2)
 def choose_tiles(tokens: int, top_k: int, num_experts: int, kind: type = Tensor) -> Tiles:
     """Tiles for 16-bit dtypes, assuming that all experts are equally likely.
 
-    `kind`: of the weights.
+    `kind`: PackedWeight: for such weights; RoundedRows: for products of such rows.
     """
-    table = {Fp8Weight: _FP8_TILES, PackedWeight: _PACKED_TILES}.get(kind, _TILES)
+    table = {RoundedRows: _ROUNDED_TILES, PackedWeight: _PACKED_TILES}.get(kind, _TILES)
     return next(tiles for limit, tiles in table if tokens * top_k <= limit * num_experts)
 
 
@@ -331,27 +339,21 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _row_scales(
-    scales, scale_row, line, columns, ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr
-):
-    """Where the scales of each row `line` of a matrix begin; ROWS_PER_SCALE is 0 without scales."""
-    if INDEXED:
-        scales += tl.load(scale_row + line) * columns
-    elif ROWS_PER_SCALE > 0:
-        scales += line // ROWS_PER_SCALE * columns
-    return scales
-
-
-@triton.jit
-def _column_scales(scales, up_scales, column, COLUMNS_PER_SCALE: tl.constexpr):
-    """The scales of a column for rows whose scales begin at `scales`, and for those of up; 1 if a
-    column has none of its own.
+def _turn_scales(
+    scales, up_scales, x_scales, padded, k, first_column,
+    COLUMNS_PER_SCALE: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """The scales of the turn that begins with column k: of the matrix [1, COLUMNS], of up, and of
+    x [ROWS, 1]; 1 if a turn has none of its own.
     """
-    scale, up_scale = 1.0, 1.0
+    scale, up_scale, x_scale = 1.0, 1.0, 1.0
     if COLUMNS_PER_SCALE > 0:
-        scale = tl.load(scales + column // COLUMNS_PER_SCALE)
-        up_scale = tl.load(up_scales + column // COLUMNS_PER_SCALE)
-    return scale, up_scale
+        column = (first_column + k) // COLUMNS_PER_SCALE
+        scale = tl.load(scales + column)[None, :]
+        up_scale = tl.load(up_scales + column)[None, :]
+        if ROUNDED:
+            x_scale = tl.load(x_scales + k // _SCALE_GROUP * padded)[:, None]
+    return scale, up_scale, x_scale
 
 
 @triton.jit
@@ -360,13 +362,16 @@ def _add_product(
 ):  # fmt: skip
     """sums + v w, with some columns of some rows of a matrix as w, at `tile`.
 
-    SCALED: all columns of w have one scale, `scale` [1, rows] or [1, 1].
+    SCALED: a product of the turn has `scale`. FP8 tensor cores sum to some 14 bits, so float32 sums
+    take over each product.
     """
     w = _load(tile, inside[:, None], EVEN)
     if FLOAT8:
         w = from_float8(w, v.dtype)
     if SCALED:
         sums += tl.dot(v, w, input_precision="ieee") * scale
+    elif v.dtype == tl.float8e4nv:
+        sums += tl.dot(v, w)
     else:
         sums = tl.dot(v, w, sums, input_precision="ieee")
     return sums
@@ -374,35 +379,45 @@ def _add_product(
 
 @triton.jit
 def _multiply(
-    lines, present, tile, up_tile, scales, up_scales, depth, first_column,
+    lines, present, x_scales, padded, tile, up_tile, scales, up_scales, depth, first_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLOAT8: tl.constexpr,
     COLUMNS_PER_SCALE: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The float32 products [ROWS, COLUMNS] of rows of x with rows of a matrix, and if GATED with
-    those of up. All are given by where they begin: x [ROWS, 1], a matrix [1, COLUMNS], scales [1,
-    COLUMNS] or [1, 1]. `present`: [ROWS, 1], other rows of x are zeros.
+    those of up. All are given by where they begin: x [ROWS, 1] and its scales [ROWS], a matrix
+    [1, COLUMNS], scales [COLUMNS] or [1]. `present`: [ROWS, 1], other rows of x are zeros.
     """
     SCALED: tl.constexpr = COLUMNS_PER_SCALE > 0
+    ROUNDED: tl.constexpr = lines.dtype.element_ty == tl.float8e4nv
     at = tl.arange(0, DEPTH)
     lines += at[None, :]
     tile += at[:, None]
     up_tile += at[:, None]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     ups = sums
-    scale, up_scale = _column_scales(scales, up_scales, first_column, COLUMNS_PER_SCALE)
+    scale, up_scale, x_scale = _turn_scales(
+        scales, up_scales, x_scales, padded, 0, first_column, COLUMNS_PER_SCALE, ROUNDED
+    )
     for k in range(0, depth, DEPTH):
-        next_scale, next_up = _column_scales(  # arrive during this turn
-            scales, up_scales, first_column + tl.minimum(k + DEPTH, depth - 1), COLUMNS_PER_SCALE
-        )
+        next_scale, next_up, next_x = _turn_scales(  # arrive during this turn
+            scales, up_scales, x_scales, padded, tl.minimum(k + DEPTH, depth - 1), first_column,
+            COLUMNS_PER_SCALE, ROUNDED,
+        )  # fmt: skip
         inside = at < depth - k
         v = tl.load(lines + k, mask=present if EVEN else present & inside[None, :], other=0.0)
-        sums = _add_product(sums, v, tile + k, scale, inside, FLOAT8, SCALED, EVEN)
+        sums = _add_product(sums, v, tile + k, scale * x_scale, inside, FLOAT8, SCALED, EVEN)
         if GATED:
-            ups = _add_product(ups, v, up_tile + k, up_scale, inside, FLOAT8, SCALED, EVEN)
-        scale, up_scale = next_scale, next_up
+            ups = _add_product(
+                ups, v, up_tile + k, up_scale * x_scale, inside, FLOAT8, SCALED, EVEN
+            )
+        scale, up_scale, x_scale = next_scale, next_up, next_x
     if FLOAT8 and not SCALED:
-        sums *= tl.load(scales)
-        ups *= tl.load(up_scales)
+        scale = tl.load(scales)[None, :]
+        up_scale = tl.load(up_scales)[None, :]
+        if ROUNDED:
+            x_scale = tl.load(x_scales)[:, None]
+        sums *= scale * x_scale
+        ups *= up_scale * x_scale
     return sums, ups
 
 
@@ -435,26 +450,30 @@ def _finish(
     return activate_gated(sums, ups, LIMIT, SLOPE) if GATED else sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded"])
 def _grouped(
-    x, matrix, scales, scale_row, bias, weights, order, groups, out, width, depth,
-    scale_rows, scale_columns, first_column,
-    ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
-    UNIFORM: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
-    ON_INPUT: tl.constexpr, LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    x, x_scales, padded, bias, weights, order, groups, out, width, depth,
+    numbers, expert_numbers, expert_scales, scales, scale_row, scale_columns, first_column,
+    ROUNDED: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+    ZEROS: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
+    INDEXED: tl.constexpr, UNIFORM: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
+    BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr, SLOPE: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
     in the L2 cache, and so does the expert's matrix until the expert's next block.
 
-    `scales`: [held, scale_rows, scale_columns] of a float8 matrix, whose numbers are exact in the
-    dtype of x; ROWS_PER_SCALE is 0 for a plain one. All DEPTH columns of a turn have one scale;
-    COLUMNS_PER_SCALE is 0 if all columns have. UNIFORM: so do all rows of a tile, as far as they
-    are gate's, or up's: then no thread holds the scales of its columns.
-    Rows past the end are zeros and are not stored. With few tokens most rows are such, and to read
-    them would take much of the L2 cache's bandwidth.
+    ROUNDED: x is float8, as the matrix, with x_scales [groups of columns, padded]; else a float8
+    matrix has exact numbers in the dtype of x. All DEPTH columns of a turn have one scale, and if
+    UNIFORM all lines of a tile, as far as they are gate's, or up's: then no thread holds the scales
+    of its columns. PACKED: a matrix of 4-bit numbers. `expert_numbers`, `expert_scales`: elements
+    of an expert.
+
+    Rows past the end are not stored. With few tokens most rows are such, and to read memory of
+    their own would take much of the L2 cache's bandwidth. The matrix is the first operand, if few
+    rows would fill only part of it.
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
@@ -462,112 +481,63 @@ def _grouped(
     begin_alone(OVERLAPS)
     turns = tl.cdiv(width, COLUMNS)
     block = tl.program_id(0) // turns
-    expert = tl.sum((tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS)) <= block).to(tl.int32))
+    blocks = tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS))
+    expert = tl.sum((blocks <= block).to(tl.int32))
     if expert == EXPERTS:
         return
     row, end, known, pair = _rows(groups, order, expert, block, ROWS, EXPERTS)
     source = pair // TOP_K if GATED else known
-    target = row if GATED else pair
-    column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
-    lines = x + source.to(tl.int64)[:, None] * depth
-    size = width * depth
-    matrix += expert.to(tl.int64) * (size * 2 if GATED else size)
-    line = tl.minimum(column, width - 1)
-    up_line = line + width if GATED else line
-    tile = matrix + line[None, :] * depth
-    scales += expert.to(tl.int64) * scale_rows * scale_columns
-    scaled = tl.program_id(0) % turns * COLUMNS + tl.arange(0, 1 if UNIFORM else COLUMNS)[None, :]
-    scaled = tl.minimum(scaled, width - 1)
-    up_scales = _row_scales(
-        scales, scale_row, scaled + width if GATED else scaled, scale_columns,
-        ROWS_PER_SCALE, INDEXED,
-    )  # fmt: skip
-    scales = _row_scales(scales, scale_row, scaled, scale_columns, ROWS_PER_SCALE, INDEXED)
-    sums, ups = _multiply(
-        lines, (row < end)[:, None], tile, tile + size, scales, up_scales, depth, first_column,
-        ROWS, COLUMNS, DEPTH, ROWS_PER_SCALE > 0, COLUMNS_PER_SCALE, GATED, EVEN,
-    )  # fmt: skip
-    sums = _finish(
-        sums, ups, weights, bias, pair, expert * (width * 2 if GATED else width), line, up_line,
-        GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
-    )  # fmt: skip
-    to = out + target.to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
-
-
-@triton.jit
-def _grouped_packed(
-    x, numbers, scales, bias, weights, order, groups, out, width, depth, scale_words,
-    GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr,
-    LIMIT: tl.constexpr, SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    """_grouped for a PackedWeight. `scale_words`: int32 numbers that the scales of an expert are.
-
-    Each program gets another tile of columns; programs of one block of rows are consecutive.
-    """
-    begin_alone(OVERLAPS)
-    turns = tl.cdiv(width, COLUMNS)
-    block = tl.program_id(0) // turns
-    expert = tl.sum((tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS)) <= block).to(tl.int32))
-    if expert == EXPERTS:
-        return
-    row, end, known, pair = _rows(groups, order, expert, block, ROWS, EXPERTS)
-    source = pair // TOP_K if GATED else known
-    target = row if GATED else pair
+    lines = x + source.to(tl.int64) * depth
     column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
     line = tl.minimum(column, width - 1)
     rows = width * 2 if GATED else width
     up_line = line + width if GATED else line
-    sums, ups = multiply_packed(
-        x + source.to(tl.int64)[None, :] * depth,
-        (row < end)[None, :],
-        numbers + expert.to(tl.int64) * rows * run_words(depth),
-        scales + expert.to(tl.int64) * scale_words,
-        line, up_line, rows, depth, 0, depth, GROUP, SCALE, ZEROS, RUNS, GATED, EVEN,
-        OVERLAPS,
-    )  # fmt: skip
-    sums, ups = tl.trans(sums), tl.trans(ups)
+    numbers += expert.to(tl.int64) * expert_numbers
+    scales += expert.to(tl.int64) * expert_scales
+    if PACKED:
+        sums, ups = multiply_packed(
+            lines[None, :], (row < end)[None, :], numbers, scales, line, up_line, rows, depth, 0,
+            depth, GROUP, SCALE, ZEROS, DEPTH // _RUN, GATED, EVEN, OVERLAPS,
+        )  # fmt: skip
+        sums = tl.trans(sums)
+        ups = tl.trans(ups)
+    else:
+        scaled = tl.program_id(0) % turns * COLUMNS + tl.arange(0, 1 if UNIFORM else COLUMNS)
+        scaled = tl.minimum(scaled, width - 1)
+        up_scales = scale_lines(
+            scales, scale_row, scaled + width if GATED else scaled, scale_columns,
+            ROWS_PER_SCALE, INDEXED,
+        )  # fmt: skip
+        scales = scale_lines(scales, scale_row, scaled, scale_columns, ROWS_PER_SCALE, INDEXED)
+        tile = numbers + line.to(tl.int64) * depth
+        up_tile = numbers + up_line.to(tl.int64) * depth
+        if ROUNDED:
+            x_scales += source
+        if ROUNDED and ROWS < 64:
+            sums, ups = multiply_tile(
+                tile[:, None], up_tile[:, None], lines[None, :], scales, up_scales, x_scales, 0,
+                depth, padded, first_column, COLUMNS, ROWS, DEPTH, GATED, EVEN, True,
+                COLUMNS_PER_SCALE,
+            )  # fmt: skip
+            sums = tl.trans(sums)
+            ups = tl.trans(ups)
+        else:
+            sums, ups = _multiply(
+                lines[:, None], (row < end)[:, None], x_scales, padded, tile[None, :],
+                up_tile[None, :], scales, up_scales, depth, first_column, ROWS, COLUMNS, DEPTH,
+                ROWS_PER_SCALE > 0, COLUMNS_PER_SCALE, GATED, EVEN,
+            )  # fmt: skip
     sums = _finish(
         sums, ups, weights, bias, pair, expert * rows, line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
     )  # fmt: skip
+    target = row if GATED else pair
     to = out + target.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
 
 
-class _Operand(NamedTuple):
-    """A weight as _grouped takes it; a plain one has no scales, of 0 rows and columns."""
-
-    numbers: Tensor
-    scales: Tensor
-    scale_row: Tensor
-    grid: tuple[int, int]  # rows and columns of the scales of one expert
-    rows_per_scale: int
-    columns_per_scale: int
-    indexed: bool = False
-    first_column: int = 0
-
-
-def _operand(matrix: Tensor | Fp8Weight) -> _Operand:
-    if isinstance(matrix, Tensor):
-        return _Operand(matrix, matrix, matrix, (1, 1), 0, 0)
-    index = matrix.scale_row
-    return _Operand(
-        matrix.numbers,
-        matrix.scales,
-        matrix.scales if index is None else index,
-        (matrix.scales.shape[1], matrix.scales.shape[2]),
-        matrix.rows_per_scale,
-        matrix.columns_per_scale if matrix.scales.shape[2] > 1 else 0,
-        index is not None,
-        matrix.first_column,
-    )
-
-
 def grouped_product(
-    x: Tensor,
+    x: Rows,
     matrix: Weight,
     order: Tensor,
     groups: Tensor,
@@ -586,65 +556,54 @@ def grouped_product(
     pairs whose expert is not held are undefined. `bias`: the matrices' biases, [held, rows of a
     matrix]. `on_input`: factors of the pairs' rows of x, [tokens, top_k]. `clamp`: instead of silu.
     """
-    if isinstance(matrix, PackedWeight):
-        return _packed_product(x, matrix, order, groups, top_k, tiles, gated, bias, on_input, clamp)
-    assert isinstance(matrix, Tensor | Fp8Weight)
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
-    columns = _fit(tiles.columns // 2 if gated else tiles.columns, width)
-    stored = _operand(matrix)
-    turn = _fit(tiles.depth, depth)
-    if isinstance(matrix, Fp8Weight):  # a turn must not go beyond the columns of a scale
-        turn = min(turn, common_columns(matrix) or turn)
-    rows = stored.rows_per_scale
-    uniform = rows > 0 and not stored.indexed and rows % columns == 0
+    numbers, x_scales = (x, x) if isinstance(x, Tensor) else (x.numbers, x.scales)
+    halves = gated and not isinstance(matrix, PackedWeight)
+    columns = _fit(tiles.columns // 2 if halves else tiles.columns, width)
+    options = _options(matrix, tiles.depth)
+    rows = options["ROWS_PER_SCALE"]
+    uniform = rows > 0 and not options["INDEXED"] and rows % columns == 0
     uniform = uniform and (not gated or width % columns == 0)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
-    out = x.new_empty(pairs, width)
+    out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
     _grouped[(most_blocks * triton.cdiv(width, columns),)](
-        x, stored.numbers, stored.scales, stored.scale_row, bias, on_input, order, groups, out,
-        width, depth, *stored.grid, stored.first_column, ROWS_PER_SCALE=stored.rows_per_scale,
-        COLUMNS_PER_SCALE=stored.columns_per_scale, INDEXED=stored.indexed, UNIFORM=uniform,
-        TOP_K=top_k, GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
-        LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
-        EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, DEPTH=turn,
-        EVEN=depth % turn == 0, OVERLAPS=OVERLAP, num_warps=tiles.warps,
-        num_stages=tiles.stages, **overlapping(),
+        numbers, x_scales, len(numbers), bias, on_input, order, groups, out, width, depth,
+        **options, ROUNDED=isinstance(x, RoundedRows), UNIFORM=uniform, TOP_K=top_k, GATED=gated,
+        BIASED=bias is not None, ON_INPUT=on_input is not None,
+        LIMIT=clamp.limit if clamp else None,
+        SLOPE=clamp.slope if clamp else None, EXPERTS=groups.shape[1], ROWS=tiles.rows,
+        COLUMNS=columns, EVEN=depth % options["DEPTH"] == 0, OVERLAPS=OVERLAP,
+        num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
 
 
-def _packed_product(
-    x: Tensor,
-    matrix: PackedWeight,
-    order: Tensor,
-    groups: Tensor,
-    top_k: int,
-    tiles: Tiles,
-    gated: bool,
-    bias: Tensor | None,
-    on_input: Tensor | None,
-    clamp: Clamp | None,
-) -> Tensor:
-    """grouped_product for 4-bit numbers."""
-    (pairs,), (held, width, depth) = order.shape, matrix.shape
-    width = width // 2 if gated else width
-    columns = _fit(tiles.columns, width)
-    some = min(held, pairs)
-    most_blocks = some + (pairs - some) // tiles.rows
-    out = x.new_empty(pairs, width)
-    scales, kind = scale_words(matrix)
-    runs = runs_of_turn(matrix, tiles.depth // RUN)
-    _grouped_packed[(most_blocks * triton.cdiv(width, columns),)](
-        x, matrix.numbers, scales, bias, on_input, order, groups, out, width, depth,
-        scales[0].numel(), GROUP=matrix.group, SCALE=kind, ZEROS=matrix.zeros, RUNS=runs,
-        TOP_K=top_k, GATED=gated, BIASED=bias is not None, ON_INPUT=on_input is not None,
-        LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
-        EXPERTS=groups.shape[1], ROWS=tiles.rows, COLUMNS=columns, EVEN=depth % (RUN * runs) == 0,
-        OVERLAPS=OVERLAP, num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
-    )  # fmt: skip
-    return out
+def _options(matrix: Weight, depth: int) -> dict[str, Any]:
+    """A stack of matrices, as named arguments of _grouped. `depth`: of a tile."""
+    numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
+    options: dict[str, Any] = {
+        "numbers": numbers,
+        "expert_numbers": numbers[0].numel(),
+        "expert_scales": 0,
+        "PACKED": False,
+        "GROUP": 0,
+        "SCALE": tl.float32,
+        "ZEROS": False,
+        "DEPTH": _fit(depth, matrix.shape[2]),
+    }
+    if isinstance(matrix, PackedWeight):
+        words, kind = scale_words(matrix)
+        options |= {"PACKED": True, "GROUP": matrix.group, "SCALE": kind, "ZEROS": matrix.zeros}
+        options |= {"DEPTH": RUN * runs_of_turn(matrix, depth // RUN)}
+        return options | scale_options(words) | {"expert_scales": words[0].numel()}
+    assert isinstance(matrix, Tensor | Fp8Weight)
+    if isinstance(matrix, Fp8Weight):
+        options["expert_scales"] = matrix.scales[0].numel()
+        # A turn must not go beyond the columns of a scale.
+        options["DEPTH"] = min(options["DEPTH"], common_columns(matrix) or depth)
+    return options | scale_options(matrix)
 
 
 @triton.jit
@@ -691,21 +650,25 @@ def sum_experts(
         return few_experts(
             x, weights, experts, gate_up, down, first, total, on_input, biases, clamp
         )
+    rounds = isinstance(gate_up, Fp8Weight) and isinstance(down, Fp8Weight)
+    rounds = rounds and all(_has_rounded_product(x, matrix) for matrix in (gate_up, down))
     packed = [weight for weight in (gate_up, down) if isinstance(weight, PackedWeight)]
     if x.dtype == torch.float32:
         tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
     else:
-        kind = PackedWeight if packed else type(gate_up)
+        kind = PackedWeight if packed else RoundedRows if rounds else type(gate_up)
         tiles = choose_tiles(tokens, top_k, num_experts, kind)
         if tiles.rows > 64 and any(runs_of_turn(weight) > 1 for weight in packed):
             tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
     order, groups = sort_pairs(experts, first, held, tiles.rows)
     scale = weights if on_input else None
     gate_up_bias, down_bias = biases
+    rows = _round(x, gate_up) if rounds else x
     hidden = grouped_product(
-        x, gate_up, order, groups, top_k, tiles, True, gate_up_bias, scale, clamp
+        rows, gate_up, order, groups, top_k, tiles, True, gate_up_bias, scale, clamp
     )
-    parts = grouped_product(hidden, down, order, groups, top_k, tiles, bias=down_bias)
+    rows = _round(hidden, down) if rounds else hidden
+    parts = grouped_product(rows, down, order, groups, top_k, tiles, bias=down_bias)
     out = torch.empty_like(x) if total is None else total
     columns, warps = _FEW_SUMMED if tokens <= _FEW_TOKENS else _SUMMED
     _sum[(tokens, triton.cdiv(dim, columns))](
@@ -715,6 +678,16 @@ def sum_experts(
         **overlapping(),
     )  # fmt: skip
     return out
+
+
+def _has_rounded_product(x: Tensor, matrix: Fp8Weight) -> bool:
+    """Whether FP8 tensor cores multiply x, rounded, by a stack of matrices."""
+    is_hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9
+    return is_hopper and has_fp8_tiles(x.dtype, common_columns(matrix))
+
+
+def _round(x: Tensor, matrix: Fp8Weight) -> RoundedRows:
+    return quantize(x, SCALE_GROUP if common_columns(matrix) else None)
 
 
 def _fit(tile: int, size: int) -> int:

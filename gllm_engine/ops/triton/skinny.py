@@ -57,7 +57,8 @@ _FP8_BLOCK_K = 256
 # Most rows of a tile of x, and the pipeline stages of such tiles: more take too many registers.
 _TILE_ROWS, _TILE_STAGES = 128, 4
 # Numbers of x that share a scale, if scales of the weight belong to blocks.
-_GROUP: tl.constexpr = tl.constexpr(128)
+SCALE_GROUP = 128
+_GROUP = tl.constexpr(SCALE_GROUP)
 _MULTIPROCESSORS, _SHARED_ROWS = 132, 32
 # Bytes of each weight row that the prologue prefetches, before x is complete.
 _AHEAD = 512
@@ -149,7 +150,7 @@ def _load_scales(
 
 
 @triton.jit
-def _multiply(
+def multiply_tile(
     w_rows, up_rows, x_rows, w_scales, up_scales, x_scales, first, end, padded, first_column,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr,
     EVEN: tl.constexpr, FP8: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
@@ -216,8 +217,7 @@ def _tile_rows(
     ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """Where rows `row` [n] of a weight begin, [n, 1], and where their scales do, [n]."""
-    if ROWS_PER_SCALE:
-        scales = scale_lines(scales, scale_row, row, scale_columns, ROWS_PER_SCALE, INDEXED)
+    scales = scale_lines(scales, scale_row, row, scale_columns, ROWS_PER_SCALE, INDEXED)
     return weight + row.to(tl.int64)[:, None] * depth, scales
 
 
@@ -252,7 +252,7 @@ def _skinny(
         if GATED:
             _prefetch(up_rows, first, end, AHEAD)
     begin(OVERLAPS)
-    y, z = _multiply(
+    y, z = multiply_tile(
         w_rows, up_rows, x_rows, w_scales, up_scales, x_scales + x_row, first, end, padded,
         first_column, BLOCK_N, BLOCK_M, BLOCK_K, GATED, EVEN, ROWS_PER_SCALE > 0,
         COLUMNS_PER_SCALE,
@@ -314,7 +314,7 @@ def choose_fp8_tiling(rows: int, width: int, depth: int, gated: bool, columns: i
     many = rows > _MAX_ROWS
     # With blocks, sums of 128 x 128 and their scales would not fit in the registers of 8 warps.
     block_n = 128 if many and not gated and not columns else 64
-    block_k = min(columns, _GROUP.value)
+    block_k = min(columns, SCALE_GROUP)
     if not columns:
         block_k = _BLOCK_K if many or gated else _FP8_BLOCK_K
     tiles = triton.cdiv(width, block_n) * triton.cdiv(rows, block_m)
@@ -362,7 +362,7 @@ def skinny(
     else:
         numbers = weight.numbers
         columns = common_columns(weight)
-        rounded = quantize(x, _GROUP.value if columns else None, norm)
+        rounded = quantize(x, SCALE_GROUP if columns else None, norm)
         x_numbers = rounded.numbers
         x_scales = rounded.scales
         tiling = tiling or choose_fp8_tiling(rows, width, depth, gated, columns)
