@@ -165,4 +165,5 @@ def test_on_a_gpu(kind: str, dtype: torch.dtype) -> None:
                 experts.copy_(make_routing(tokens, 4, 16)[1])
                 graph.replay()
                 right = reference.sum_experts(x.double(), weights, experts, *exact, 0, 16)
-                assert (out - right).norm() < 0.02 * right.norm()
+                limit = 0.06 if kind in FP8 and tokens > 2 else 0.02  # x is rounded to float8
+                assert (out - right).norm() < limit * right.norm()
