@@ -201,4 +201,4 @@ def test_any_line_is_a_request_or_says_why_not(url: Any, body: Any, rest: dict[s
         json.dumps(item.openai)
     else:
         assert isinstance(item, OpenAIItem) and item.url == url
-        assert item.key == key == ("custom_id", "a")
+        assert item.key == key == ("custom_id", told["custom_id"])
