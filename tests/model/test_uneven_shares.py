@@ -176,7 +176,9 @@ def test_partial_sums_on_a_gpu(
     shares: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the kernels for few rows and for many."""
+    """With the kernels for few rows and for many. Experts round their inputs to float8, and the
+    columns that share a scale are others on each rank.
+    """
     # Ranks share its memory, and here is no group of ranks.
     ops = select_ops(torch.device("cuda"))
     monkeypatch.setattr(ops, "make_one_shot_allreduce", reference.make_one_shot_allreduce)
@@ -189,7 +191,7 @@ def test_partial_sums_on_a_gpu(
             expected = ffn_output(path, Shard(0, 2), x)
             found = sum(ffn_output(path, Shard(0, 2, rank, size), x) for rank in range(size))
         assert isinstance(found, Tensor)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.08 * float(expected.std()))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.15 * float(expected.std()))
 
 
 def ffn_output(path: Path, shard: Shard, x: Tensor) -> Tensor:
