@@ -1,4 +1,4 @@
-"""Drives a Runner with hand-made plans: no scheduler, one list of pages, whatever depth is asked."""
+"""Drives a Runner with hand-made plans: no scheduler, one list of pages, any depth."""
 
 from __future__ import annotations
 
