@@ -139,14 +139,7 @@ class Runner:
         self._pieces: StepPieces | None = None
         with self._timed("graphs"):
             if on_gpu and not config.enforce_eager:
-                pool = GraphPool(self.device)
-                max_rows = config.max_num_seqs
-                self._graphs = DecodeGraphs(
-                    decoder, self.cache, self.table, self.sampling, max_rows, pool
-                )
-                if max_tokens := most_tokens(config, decoder):
-                    self._pieces = StepPieces(decoder, self.cache, max_tokens)
-                    self._pieces.capture(pool)
+                self._capture(config)
         with self._timed("first steps"):
             if on_gpu:
                 rows = config.max_num_seqs
@@ -155,6 +148,15 @@ class Runner:
                 groups = len(decoder.groups)
                 for plan in tiny_plans(rows, tokens, room, config.page_size, groups):
                     self.launch(plan).wait()
+
+    def _capture(self, config: EngineConfig) -> None:
+        pool = GraphPool(self.device)
+        self._graphs = DecodeGraphs(
+            self.decoder, self.cache, self.table, self.sampling, config.max_num_seqs, pool
+        )
+        if max_tokens := most_tokens(config, self.decoder):
+            self._pieces = StepPieces(self.decoder, self.cache, max_tokens)
+            self._pieces.capture(pool)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -65,7 +65,7 @@ def most_tokens(config: EngineConfig, decoder: Decoder) -> int:
     layers = decoder.arch.layers[shard.first : shard.end]
     numbers = sum(_numbers(layer, decoder.arch.dim) for layer in layers)
     of_layer = 2 * numbers / len(layers) / shard.size
-    return min(_MAX_TOKENS, config.max_num_batched_tokens, max(16, int(_HIDING / of_layer)))
+    return min(_MAX_TOKENS, config.max_num_batched_tokens, int(_HIDING / of_layer))
 
 
 def _numbers(layer: Layer, dim: int) -> int:
