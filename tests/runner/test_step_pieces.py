@@ -20,6 +20,7 @@ from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.ops import RecurrentState
 from gllm_engine.ops.batch import made_up_step
 from gllm_engine.runner import Runner, step_pieces
 from gllm_engine.runner.graph_pool import GraphPool
@@ -111,10 +112,13 @@ def check_same(found: list[list[Job]], expected: list[list[Job]], off: float) ->
 
 
 def check_same_pages(found: Runner, expected: Runner, off: float) -> None:
-    """So padding wrote to no page and to no state."""
+    """So padding wrote to no page and to no state. What graphs of decode steps write for their own
+    padding, a spare page and slot, is left out.
+    """
     for parts, wanted in zip(found.cache, expected.cache, strict=True):
+        rows = CONFIG.max_num_seqs if isinstance(parts, RecurrentState) else found.num_pages
         for part, other in zip(parts, wanted, strict=True):
-            torch.testing.assert_close(part, other, atol=off, rtol=off)
+            torch.testing.assert_close(part[:rows], other[:rows], atol=off, rtol=off)
 
 
 @pytest.mark.parametrize(("family", "more"), MODELS)
@@ -231,14 +235,14 @@ GPU_MODELS: list[tuple[str, dict[str, Any]]] = [
 
 
 @torch.inference_mode()
-def gpu_runner(tmp_path: Path, family: str, more: dict[str, Any], **config: Any) -> Runner:
+def gpu_runner(tmp_path: Path, family: str, more: dict[str, Any]) -> Runner:
+    """With zeros in all pages."""
     over = usual_heads(family) | every_expert(family) | more
     path = write_tiny_model(tmp_path, family, **over)
     device = torch.device("cuda")
     arch = read_arch(path)
     decoder = load_model(path, arch, dtype=torch.bfloat16, device=device, max_model_len=128)
-    runner = Runner(replace(CONFIG, page_size=16, **config), arch, decoder)
-    assert (runner._pieces is None) == (config.get("enforce_eager", False))
+    runner = Runner(replace(CONFIG, page_size=16), arch, decoder)
     for parts in runner.cache:
         for part in parts:
             part.zero_()
@@ -267,7 +271,8 @@ def test_a_gpus_pieces_compute_what_a_step_does(
 
     monkeypatch.setattr(StepPieces, "__call__", counted)
     found = gpu_runner(tmp_path / "a", family, more)
-    expected = gpu_runner(tmp_path / "b", family, more, enforce_eager=True)
+    expected = gpu_runner(tmp_path / "b", family, more)
+    expected._pieces = None
     called.clear()
     ours, theirs = runs(found, 16), runs(expected, 16)
     assert len(called) > 10 and max(called) > 60
@@ -311,4 +316,5 @@ def test_a_gpus_pieces_take_no_more_memory_than_is_counted() -> None:
     torch.cuda.empty_cache()
     took = free - torch.cuda.mem_get_info()[0]
     print(f"{took >> 20} MiB of {counted >> 20} counted, of graphs {pieces.graph_bytes >> 20}")
-    assert 0.3 * counted < took <= 1.1 * counted
+    workspace = 64 << 20  # of cuBLAS in the stream of captures: in the reserve for all graphs
+    assert 0.3 * counted < took <= counted + workspace
