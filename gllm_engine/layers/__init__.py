@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
-from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.forward_context import Attend, ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.gated_delta import GatedDeltaAttention
 from gllm_engine.layers.latent_attention import MlaAttention
 from gllm_engine.layers.mixer import Mixer
@@ -20,6 +20,7 @@ from gllm_engine.layers.stacked_weight import Staging, renamed
 from gllm_engine.layers.vocabulary import VocabularyMatrix
 
 __all__ = [
+    "Attend",
     "DenseFfn",
     "ForwardContext",
     "GatedDeltaAttention",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -85,12 +87,29 @@ class GqaAttention:
         """
         arch = self._arch
         (pages,) = cache
-        plan = context.plans[self.plan_key]
         qkv, gate = self._project(x, norm)
+        attend = partial(self._attend, pages, logit_tokens)
+        attended = context.attend(arch.attended_width, attend, qkv, *self._means(qkv))
+        if gate is not None:
+            gate = gate if logit_tokens is None else gate[logit_tokens.index]
+            attended *= gate.sigmoid()
+        return self._out(attended) if total is None else self._out.add_to(total, attended)
+
+    def _attend(
+        self,
+        pages: Tensor,
+        logit_tokens: LogitTokens | None,
+        context: ForwardContext,
+        qkv: Tensor,
+        means: Tensor | None = None,
+    ) -> Tensor:
+        """Write K and V to the cache, and attend. `means`: of HeadNorm."""
+        arch = self._arch
+        plan = context.plans[self.plan_key]
         inputs = self._ops.rotate_and_store(
             qkv,
             arch.heads,
-            self._head_norm(qkv),
+            self._qk_norm and self._qk_norm._replace(means=means),
             None if arch.rope is None else context.rotary[arch.rope],
             arch.rope is not None and arch.rope.interleaved,
             pages,
@@ -98,16 +117,11 @@ class GqaAttention:
             None if arch.temperature is None else context.query_scales[arch.temperature],
         )
         if logit_tokens is None:
-            attended = self._ops.attend(inputs, pages, plan, sinks=self._sinks)
-        elif logit_tokens.plans:
+            return self._ops.attend(inputs, pages, plan, sinks=self._sinks)
+        if logit_tokens.plans:
             plan = logit_tokens.plans[self.plan_key]
-            attended = self._ops.attend(inputs, pages, plan, logit_tokens.index, self._sinks)
-        else:
-            attended = x.new_empty(0, arch.heads * arch.head_dim)
-        if gate is not None:
-            gate = gate if logit_tokens is None else gate[logit_tokens.index]
-            attended *= gate.sigmoid()
-        return self._out(attended) if total is None else self._out.add_to(total, attended)
+            return self._ops.attend(inputs, pages, plan, logit_tokens.index, self._sinks)
+        return qkv.new_empty(0, arch.attended_width)
 
     def _project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """The heads of queries, keys and values, and the gate of the result if there is one."""
@@ -116,14 +130,14 @@ class GqaAttention:
         qkv = projected[:, :width].unflatten(1, (self._num_qkv_heads, self._arch.head_dim))
         return qkv, projected[:, width:] if self._arch.output_gate else None
 
-    def _head_norm(self, qkv: Tensor) -> HeadNorm | None:
-        if self._qk_norm is None or self._arch.qk_norm != "whole":
-            return self._qk_norm
+    def _means(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """HeadNorm.means, if the norm is of the heads of all ranks."""
+        if self._arch.qk_norm != "whole":
+            return ()
         # All ranks have equally many heads. If several ranks hold the same K/V head, all K/V heads
         # are held equally often. So the mean of the ranks' means is the mean of the whole.
         means = self._ops.mean_squares(qkv, self._arch.heads)
-        means = self._ranks.sum(means) / self._ranks.size
-        return self._qk_norm._replace(means=means)
+        return (self._ranks.sum(means) / self._ranks.size,)
 
     def stagings(self) -> list[Staging]:
         return self._in.stagings() + self._out.stagings()

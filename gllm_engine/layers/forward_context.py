@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -24,14 +25,34 @@ class ChosenTokens:
     tokens: Tensor | None = None
 
 
+# A call of a mixer, (context, *inputs) -> [tokens, width], and its arguments but for the context.
+Attend = Callable[..., Tensor]
+CutPass = Callable[[int, Attend, tuple[Tensor, ...]], Tensor]
+
+
 @dataclass(frozen=True)
 class ForwardContext:
-    """Filled by the decoder at the start of a forward pass, but for `chosen`."""
+    """Filled by the decoder at the start of a forward pass, but for `chosen`.
 
-    plans: dict[PlanKey, AttentionPlan]
-    rotary: dict[Rope, RotaryInputs]
-    query_scales: dict[QueryTemperature, Tensor]  # [tokens] float32
+    `cut`: None, except in a pass that is captured as CUDA graphs for any step of so many tokens. It
+    takes the place of the call in `attend`, and returns the memory of the call's result.
+    """
+
+    plans: dict[PlanKey, AttentionPlan] = field(default_factory=dict)
+    rotary: dict[Rope, RotaryInputs] = field(default_factory=dict)
+    # [tokens] float32
+    query_scales: dict[QueryTemperature, Tensor] = field(default_factory=dict)
     chosen: ChosenTokens = field(default_factory=ChosenTokens)
+    cut: CutPass | None = None
+
+    def attend(self, width: int, call: Attend, *inputs: Tensor) -> Tensor:
+        """call(self, *inputs), [tokens, width], in the dtype of the residual stream.
+
+        `inputs`: [tokens, ...]. A mixer uses the context, the cache and other tokens than a row's
+        own only in such a call. So the rest of a layer depends on nothing but the number of tokens,
+        and further rows do not disturb it.
+        """
+        return call(self, *inputs) if self.cut is None else self.cut(width, call, inputs)
 
 
 @dataclass(frozen=True)

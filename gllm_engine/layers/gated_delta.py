@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -69,22 +71,22 @@ class GatedDeltaAttention:
         arch = self._arch
         widths = (arch.conv_width, arch.v_heads * arch.v_dim, arch.v_heads, arch.v_heads)
         qkv, z, b, a = self._in(x, norm).split(widths, 1)
-        o = self._ops.gated_delta(
-            qkv,
-            b,
-            a,
-            self._conv,
-            self._a_log,
-            self._dt_bias,
-            cache,
-            context.plans[self.plan_key],
-        )
+        o = context.attend(arch.attended_width, partial(self._update, cache), qkv, b, a)
         if logit_tokens is not None:
             o = o[logit_tokens.index]
             z = z[logit_tokens.index]
-        gated = self._ops.gated_norm(o, self._gain, self._eps, z.unflatten(1, o.shape[1:]))
+        o, z = (each.unflatten(1, (arch.v_heads, arch.v_dim)) for each in (o, z))
+        gated = self._ops.gated_norm(o, self._gain, self._eps, z)
         values = gated.flatten(1)
         return self._out(values) if total is None else self._out.add_to(total, values)
+
+    def _update(
+        self, state: RecurrentState, context: ForwardContext, qkv: Tensor, b: Tensor, a: Tensor
+    ) -> Tensor:
+        """Update the states: [tokens, v_heads * v_dim]."""
+        plan = context.plans[self.plan_key]
+        o = self._ops.gated_delta(qkv, b, a, self._conv, self._a_log, self._dt_bias, state, plan)
+        return o.flatten(1)
 
     def stagings(self) -> list[Staging]:
         return self._in.stagings() + self._out.stagings()

@@ -43,28 +43,33 @@ class TokenIndexer:
         self._gain = torch.empty(arch.dim, dtype=dtype, device=device)
         self._bias = torch.empty(arch.dim, dtype=dtype, device=device)
 
-    def __call__(
+    def project(self, x: Tensor, q_latent: Tensor) -> tuple[Tensor, ...]:
+        """The inputs of `store` for x [tokens, dim] and q_latent [tokens, q_rank], both normed."""
+        return self._q(q_latent), self._k(x), self._weights(x)
+
+    def store(
         self,
-        x: Tensor,
-        q_latent: Tensor,
         context: ForwardContext,
         cache: Tensor,
         plan: AttentionPlan,
+        q: Tensor,
+        k: Tensor,
+        weights: Tensor,
     ) -> IndexQueries:
-        """x: [tokens, dim]; q_latent: [tokens, q_rank]; both normed. cache: [num_pages, 1,
-        page_size, 1, indexer's dim]; receives the keys.
+        """q: [tokens, heads * dim]; k: [tokens, dim]; weights: [tokens, heads]. cache: [num_pages,
+        1, page_size, 1, dim]; receives the keys.
         """
         arch = self._arch
         q = self._ops.store_index_key(
-            self._q(q_latent).unflatten(1, (arch.heads, arch.dim)),
-            self._k(x),
+            q.unflatten(1, (arch.heads, arch.dim)),
+            k,
             (self._gain, self._bias, arch.eps),
             context.rotary[arch.rope],
             arch.rope.interleaved,
             cache,
             plan,
         )
-        return IndexQueries(q, self._weights(x))
+        return IndexQueries(q, weights)
 
     def weights(self) -> dict[str, Tensor]:
         norm = "self_attn.indexer.k_norm"

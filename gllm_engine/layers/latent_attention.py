@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -98,52 +100,67 @@ class MlaAttention:
         is added to it in place.
         """
         arch = self._arch
-        ops = self._ops
-        plan: AttentionPlan | None = context.plans[self.plan_key]
         if self._indexer is not None and norm is not None:
-            x = ops.rms_norm(x, *norm)  # once for all products of x
+            x = self._ops.rms_norm(x, *norm)  # once for all products of x
             norm = None
         down = self._down(x, norm)
-        q, index = self._queries(down[:, : -arch.latent_width], x, context, cache)
+        q, latent = down.split((down.shape[1] - arch.latent_width, arch.latent_width), 1)
+        attend = partial(self._attend, cache, logit_tokens)
+        inputs = self._queries(q, x)
+        values = context.attend(arch.heads * arch.v_dim, attend, latent, *inputs)
+        return self._out(values) if total is None else self._out.add_to(total, values)
+
+    def _attend(
+        self,
+        cache: tuple[Tensor, ...],
+        logit_tokens: LogitTokens | None,
+        context: ForwardContext,
+        latent: Tensor,
+        q: Tensor,
+        *of_indexer: Tensor,
+    ) -> Tensor:
+        """Write latents and keys of the indexer to the cache, choose tokens and attend."""
+        arch = self._arch
+        ops = self._ops
+        whole = context.plans[self.plan_key]
+        plan: AttentionPlan | None = whole
+        index: IndexQueries | None = None
+        if self._indexer is not None:
+            index = self._indexer.store(context, cache[1], whole, *of_indexer)
         q = q.unflatten(1, (arch.heads, -1))
         ops.store_latent(
             q,
-            down[:, -arch.latent_width :],
+            latent,
             (self._kv_gain, arch.latent_eps),
             context.rotary[arch.rope],
             arch.rope.interleaved,
             cache[0],
-            context.plans[self.plan_key],
+            whole,
         )
         tokens = None
         if logit_tokens is not None:
             tokens = logit_tokens.index
             plan = logit_tokens.plans.get(self.plan_key)
         if plan is None:
-            values = x.new_empty(0, arch.heads * arch.v_dim)
-        else:
-            if index is not None:
-                context.chosen.tokens = ops.choose_tokens(index, cache[1], plan, tokens)
-            chosen = None if arch.indexer is None else context.chosen.tokens
-            if index is None and chosen is not None and tokens is not None:
-                chosen = chosen[tokens]
-            values = ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen)
-        return self._out(values) if total is None else self._out.add_to(total, values)
+            return q.new_empty(0, arch.heads * arch.v_dim)
+        if index is not None:
+            context.chosen.tokens = ops.choose_tokens(index, cache[1], plan, tokens)
+        chosen = None if arch.indexer is None else context.chosen.tokens
+        if index is None and chosen is not None and tokens is not None:
+            chosen = chosen[tokens]
+        return ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen)
 
-    def _queries(
-        self, q: Tensor, x: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
-    ) -> tuple[Tensor, IndexQueries | None]:
-        """The queries of all heads, [tokens, heads * key_dim], and those of the indexer, whose keys
-        are stored. `q`: queries, or the latent that they are computed from.
+    def _queries(self, q: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The queries of all heads, [tokens, heads * key_dim], and what the indexer stores. `q`:
+        queries, or the latent that they are computed from.
         """
         if self._q_up is None:
-            return q, None
+            return (q,)
         norm: Norm = (self._q_gain, self._arch.latent_eps)
         if self._indexer is None:
-            return self._q_up(q, norm), None
+            return (self._q_up(q, norm),)
         q = self._ops.rms_norm(q, *norm)
-        index = self._indexer(x, q, context, cache[1], context.plans[self.plan_key])
-        return self._q_up(q), index
+        return self._q_up(q), *self._indexer.project(x, q)
 
     def weights(self) -> dict[str, Tensor]:
         views = self._down.weights() | self._out.weights()

@@ -28,6 +28,10 @@ class Residual:
     total: Tensor
     normed: Tensor | None = None
 
+    def up_to(self, count: int) -> Residual:
+        """The stream of the first `count` tokens."""
+        return Residual(self.total[:count], None if self.normed is None else self.normed[:count])
+
     def input_for(self, norm: NormLayer | None) -> tuple[Tensor, Norm | None]:
         """The input of a layer that begins with `norm`, and the norm if the layer must compute it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gllm_engine.arch import LoadError
+from gllm_engine.layers import Attend, ForwardContext, Residual
 from gllm_engine.model.decoder import Decoder, LayerCache
 from gllm_engine.model.kernels import KernelUse, kernels_of
 from gllm_engine.model.load import fill_randomly, filling, open_checkpoint
@@ -10,11 +11,14 @@ from gllm_engine.model.states import bytes_of_states
 from gllm_engine.ops import best_device
 
 __all__ = [
+    "Attend",
     "Decoder",
+    "ForwardContext",
     "KernelUse",
     "LayerCache",
     "bytes_of_states",
     "LoadError",
+    "Residual",
     "best_device",
     "fill_randomly",
     "filling",

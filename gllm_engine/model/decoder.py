@@ -382,25 +382,45 @@ class Decoder:
                 kinds.append(AttentionLayer(cache[i][0], shape.heads, latent=heads))
         self.ops.compile_attention(kinds, self.dtype)
 
-    def forward(self, batch: Batch, cache: list[LayerCache], x: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        cache: list[LayerCache],
+        x: Tensor | None = None,
+        pieces: Callable[[Tensor, ForwardContext], Residual] | None = None,
+    ) -> Tensor:
         """Write the batch's K and V to the cache and return the residual stream after the layers.
 
         The last stage returns [n, dim] for the tokens at `batch.logit_index`; other stages return
         [tokens, dim]. A batch of decode rows only may be recorded in a CUDA graph.
 
         `x`: on stages after the first, the previous stage's output, [tokens, dim]; it is
-        overwritten.
+        overwritten. `pieces`: computes `trunk`, and may do so in memory of its own.
         """
         plans = {key: self._plan(batch, cache, i) for key, i in self._planned.items()}
         context = ForwardContext(plans, self._rotary_inputs(batch), self._query_scales(batch))
-        stream = Residual(self._embed(batch) if x is None else x)
-        for block, layer_cache in zip(self._blocks[:-1], cache, strict=False):
-            stream = block(stream, context, layer_cache)
-        logit_tokens = self._logit_tokens(batch, cache) if self.is_last else None
+        x = self._embed(batch) if x is None else x
+        stream = self.trunk(x, context, cache) if pieces is None else pieces(x, context)
+        if not self.is_last:
+            return stream.total
+        logit_tokens = self._logit_tokens(batch, cache)
         total = self._blocks[-1](stream, context, cache[-1], logit_tokens).total
-        if logit_tokens or batch.logit_index is None or not self.is_last:
+        if logit_tokens or batch.logit_index is None:
             return total
         return total[batch.logit_index]
+
+    @property
+    def num_trunk_layers(self) -> int:
+        """The last stage's last layer is not in `trunk`: few tokens need all of it."""
+        return len(self.layers) - self.is_last
+
+    def trunk(self, x: Tensor, context: ForwardContext, cache: list[LayerCache]) -> Residual:
+        """The residual stream x, [tokens, dim], after the first `num_trunk_layers`, in place."""
+        stream = Residual(x)
+        blocks = self._blocks[: self.num_trunk_layers]
+        for block, layer_cache in zip(blocks, cache, strict=False):
+            stream = block(stream, context, layer_cache)
+        return stream
 
     def _plan(self, batch: Batch, cache: list[LayerCache], layer: int) -> AttentionPlan:
         group = self._group_of[layer]

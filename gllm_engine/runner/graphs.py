@@ -25,8 +25,6 @@ Many rows may write to that place at once: nothing reads it but padding rows.
 
 from __future__ import annotations
 
-import logging
-import time
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -36,11 +34,10 @@ from torch import Tensor
 
 from gllm_engine.model import Decoder, LayerCache
 from gllm_engine.runner.batch import decode_batch
+from gllm_engine.runner.graph_pool import GraphPool
 from gllm_engine.runner.host_arrays import pack
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable, StepRows
-
-_log = logging.getLogger(__name__)
 
 
 def row_counts(max_rows: int) -> list[int]:
@@ -86,6 +83,7 @@ class DecodeGraphs:
         table: SlotTable,
         sampling: SamplingState,
         max_rows: int,
+        pool: GraphPool,
     ) -> None:
         self.max_rows = max_rows
         self._decoder = decoder
@@ -106,14 +104,10 @@ class DecodeGraphs:
         if not decoder.is_first:
             self._inputs = torch.zeros(max_rows, decoder.arch.dim, dtype=dtype, device=device)
         self._counts = row_counts(max_rows)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-        start = time.perf_counter()
-        # The largest graph comes first: the smaller ones reuse its memory in the pool.
-        captured = [self._capture(n) for n in reversed(self._counts)]
+        with pool.told(f"decode steps, of {self._counts} rows"):
+            # The largest graph comes first: the smaller ones reuse its memory in the pool.
+            captured = [self._capture(pool, n) for n in reversed(self._counts)]
         self._graphs = captured[::-1]
-        seconds = time.perf_counter() - start
-        _log.info("captured decode graphs for %s rows in %.1f s", self._counts, seconds)
 
     def forward(self, rows: StepRows, x: Tensor | None) -> Decoded:
         """Run the decode step of `rows`, n of them; sampled tokens become the slots' last tokens.
@@ -134,19 +128,11 @@ class DecodeGraphs:
     def _graph(self, num_rows: int) -> _Graph:
         return self._graphs[bisect_left(self._counts, num_rows)]
 
-    def _capture(self, num_rows: int) -> _Graph:
+    def _capture(self, pool: GraphPool, num_rows: int) -> _Graph:
         device = self._decoder.device
         slots = torch.full((num_rows,), self._spare, dtype=torch.int64, device=device)
-        self._step(slots)  # compiles kernels and creates handles: neither may happen in a capture
-        graph = torch.cuda.CUDAGraph()
-        # As torch.cuda.graph() does, with one difference: that function first waits for the device
-        # and returns all unused memory to the driver, and the next step has to allocate it again.
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                hidden = self._step(slots)
-            finally:
-                graph.capture_end()
+        self._step(slots)
+        (graph,), hidden = pool.capture(lambda cut: self._step(slots))
         return _Graph(slots, graph, hidden)
 
     def _step(self, slots: Tensor) -> Tensor:

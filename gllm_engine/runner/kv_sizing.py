@@ -25,6 +25,7 @@ from gllm_engine.runner.peak_memory import PeakMemory
 from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
+from gllm_engine.runner.step_pieces import StepPieces, most_tokens
 from gllm_engine.sampling import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -215,11 +216,23 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBytes:
     num_pages = -(-longest // page_size)
     states = decoder.new_states(len(lens))
     cache = decoder.new_cache(num_pages, page_size, cache_dtype(config, decoder), states)
+    in_pieces = piece_bytes(config, decoder, cache)
     with _watching(decoder.device) as watch:
         for length, count in _rows_of_each_kind(decoder, max_pages * page_size):
             _one_row(decoder, cache, length, count, page_size)
         _largest_step(config, decoder, cache, lens, max_pages)
-    return StepBytes(watch.peak, watch.kept)
+    return StepBytes(in_pieces + watch.peak, watch.kept)
+
+
+def piece_bytes(config: EngineConfig, decoder: Decoder, cache: list[LayerCache]) -> int:
+    """Bytes of the graphs of steps with chunks, whose memory no other step uses."""
+    max_tokens = most_tokens(config, decoder)
+    if not max_tokens:
+        return 0
+    with _watching(decoder.device) as watch:
+        pieces = StepPieces(decoder, cache, max_tokens)
+        pieces.compute(max_tokens)
+    return watch.peak + pieces.graph_bytes
 
 
 def _rows_of_each_kind(decoder: Decoder, max_len: int) -> Iterator[tuple[int, int]]:

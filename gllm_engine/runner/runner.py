@@ -25,6 +25,7 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder
 from gllm_engine.parallel import Pipe, RankGroups
 from gllm_engine.runner.batch import StepInputs, build_step
+from gllm_engine.runner.graph_pool import GraphPool
 from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.host_arrays import int_array, to_device
 from gllm_engine.runner.kv_sizing import (
@@ -36,6 +37,7 @@ from gllm_engine.runner.kv_sizing import (
 from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
+from gllm_engine.runner.step_pieces import StepPieces, most_tokens
 from gllm_engine.runner.step_timer import StepTimer, StepTimers
 from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
@@ -134,11 +136,10 @@ class Runner:
         if self.pipe.is_first and not self.pipe.is_last:
             self._returned = TokenReturn(self.pipe, self.table, config.plans_in_flight)
         self._graphs: DecodeGraphs | None = None
+        self._pieces: StepPieces | None = None
         with self._timed("graphs"):
             if on_gpu and not config.enforce_eager:
-                self._graphs = DecodeGraphs(
-                    decoder, self.cache, self.table, self.sampling, config.max_num_seqs
-                )
+                self._capture(config)
         with self._timed("first steps"):
             if on_gpu:
                 rows = config.max_num_seqs
@@ -147,6 +148,15 @@ class Runner:
                 groups = len(decoder.groups)
                 for plan in tiny_plans(rows, tokens, room, config.page_size, groups):
                     self.launch(plan).wait()
+
+    def _capture(self, config: EngineConfig) -> None:
+        pool = GraphPool(self.device)
+        self._graphs = DecodeGraphs(
+            self.decoder, self.cache, self.table, self.sampling, config.max_num_seqs, pool
+        )
+        if max_tokens := most_tokens(config, self.decoder):
+            self._pieces = StepPieces(self.decoder, self.cache, max_tokens)
+            self._pieces.capture(pool)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -184,9 +194,12 @@ class Runner:
             timer.end()
             return RunnerStep(plan.step, tokens, logprobs, [], timer)
         step = build_step(plan, self.table, rows, self.decoder.ops)
-        hidden = self.decoder.forward(step.batch, self.cache, x)
+        pieces = self._pieces
+        if pieces is not None and len(step.batch.tokens) > pieces.max_tokens:
+            pieces = None
+        hidden = self.decoder.forward(step.batch, self.cache, x, pieces)
         if not self.pipe.is_last:
-            return self._hand_on(hidden, plan, timer)
+            return self._hand_on(hidden if pieces is None else hidden.clone(), plan, timer)
         num_sampling = len(step.sampling_cpu)
         sampled: Tensor | None = None
         logprobs = None
@@ -253,7 +266,7 @@ class Runner:
         return []
 
     def close(self) -> None:
-        self._graphs = None
+        self._graphs = self._pieces = None
         self.cache.clear()
         self.states.free()
 

@@ -1,4 +1,4 @@
-"""Drives a Runner with hand-made plans: no scheduler, one page list, whatever depth is asked."""
+"""Drives a Runner with hand-made plans: no scheduler, one list of pages, any depth."""
 
 from __future__ import annotations
 
@@ -93,10 +93,12 @@ class Drive:
                 job.computed += 1
                 samples = True
             job.known += samples
-            missing = -(-job.computed // self.page_size) - len(job.pages)
-            if missing:
+            num_groups = len(self.runner.decoder.groups)
+            first = len(job.pages) // num_groups
+            missing = -(-job.computed // self.page_size) - first
+            for group in range(num_groups) if missing else ():
                 pages = [self.free.pop() for _ in range(missing)]
-                new_pages.append(NewPages(job.slot, len(job.pages), pages))
+                new_pages.append(NewPages(job.slot, first, pages, group))
                 job.pages.extend(pages)
         if not decodes and not chunks:
             return None, []
