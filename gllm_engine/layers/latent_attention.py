@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gllm_engine.arch.formats import widened
-from gllm_engine.arch.model import KV_UP, Indexer, Mla
+from gllm_engine.arch.model import KV_UP, Indexer, Mla, Model
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.indexer import TokenIndexer
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.stacked_weight import Staging, stack_weights
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views, stack_weights
 from gllm_engine.ops import (
     AttentionPlan,
     AttentionPlanner,
@@ -18,10 +18,8 @@ from gllm_engine.ops import (
     IndexQueries,
     LatentHeads,
     Norm,
-    Ops,
     dequantized,
 )
-from gllm_engine.parallel import TensorParallel
 
 
 class MlaAttention:
@@ -35,44 +33,32 @@ class MlaAttention:
     the indexer of an earlier layer.
     """
 
-    def __init__(
-        self,
-        arch: Mla,
-        group: int,
-        dim: int,
-        eps: float,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-        ranks: TensorParallel,
-        plus_one: bool,
-    ) -> None:
+    def __init__(self, arch: Mla, group: int, model: Model, platform: Platform) -> None:
         """`group`: the cache group of the layer."""
-        del eps, ranks, plus_one  # the norms of latents have their own
         self._arch = arch
         self._group = group
         self.plan_key: PlanKey = (group, arch.attention)
-        self._ops = ops
-        shapes = arch.shapes(dim)
+        self._ops = platform.ops
+        shapes = arch.shapes(model.dim)
         first = "self_attn.q_proj" if arch.q_rank is None else "self_attn.q_a_proj"
         down = [first, "self_attn.kv_a_proj_with_mqa"]
-        self._down = Linear(down, shapes, ops, dtype, device, arch.formats)
+        self._down = Linear(down, shapes, platform, arch.formats)
         self._q_up: Linear | None = None
         if arch.q_rank is not None:
             q_up = ["self_attn.q_b_proj"]
-            self._q_up = Linear(q_up, shapes, ops, dtype, device, arch.formats)
-            self._q_gain = torch.empty(arch.q_rank, dtype=dtype, device=device)
-        self._kv_gain = torch.empty(arch.kv_rank, dtype=dtype, device=device)
+            self._q_up = Linear(q_up, shapes, platform, arch.formats)
+            self._q_gain = platform.empty(arch.q_rank)
+        self._kv_gain = platform.empty(arch.kv_rank)
         # W_UK, then W_UV of each head. They are held plain, whatever their format.
         held = tuple((name, widened(kind)) for name, kind in arch.formats if name == KV_UP)
-        self._kv_stack = stack_weights([KV_UP], shapes, held, dtype, device)
-        kv_up = dequantized(self._kv_stack.value, dtype)
+        self._kv_stack = stack_weights([KV_UP], shapes, held, platform)
+        kv_up = dequantized(self._kv_stack.value, platform.dtype)
         self._kv_up = kv_up.unflatten(0, (arch.heads, arch.nope_dim + arch.v_dim))
         out = ["self_attn.o_proj"]
-        self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
+        self._out = Linear(out, shapes, platform, arch.formats)
         self._indexer: TokenIndexer | None = None
         if isinstance(arch.indexer, Indexer):
-            self._indexer = TokenIndexer(arch.indexer, shapes, ops, dtype, device, arch.formats)
+            self._indexer = TokenIndexer(arch.indexer, shapes, platform, arch.formats)
 
     def plan(
         self, planner: AttentionPlanner, batch: Batch, cache: tuple[Tensor, ...]
@@ -128,7 +114,7 @@ class MlaAttention:
             if index is None and chosen is not None and tokens is not None:
                 chosen = chosen[tokens]
             values = ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen)
-        return self._out(values) if total is None else self._out.add_to(total, values)
+        return self._out.add_to(total, values)
 
     def _queries(
         self, q: Tensor, x: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
@@ -145,7 +131,7 @@ class MlaAttention:
         index = self._indexer(x, q, context, cache[1], context.plans[self.plan_key])
         return self._q_up(q), index
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Views:
         views = self._down.weights() | self._out.weights()
         if self._q_up is not None:
             views |= self._q_up.weights() | {"self_attn.q_a_layernorm.weight": self._q_gain}
@@ -153,11 +139,3 @@ class MlaAttention:
         if self._indexer is not None:
             views |= self._indexer.weights()
         return views | self._kv_stack.views()
-
-    def stagings(self) -> list[Staging]:
-        stagings = self._down.stagings() + self._kv_stack.stagings() + self._out.stagings()
-        if self._q_up is not None:
-            stagings += self._q_up.stagings()
-        if self._indexer is not None:
-            stagings += self._indexer.stagings()
-        return stagings

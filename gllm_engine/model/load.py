@@ -195,13 +195,14 @@ def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
 
     The views of some weights at a time; they are converted when the next ones are asked for.
     """
-    waiting = deque(decoder.stagings())
+    waiting = deque(decoder.stagings().items())
     while waiting:
         views: dict[str, Tensor] = {}
         conversions = []
         num_bytes = 0
         while waiting and num_bytes < _STAGED_BYTES:
-            staged = waiting.popleft().make(decoder.device)
+            name, staging = waiting.popleft()
+            staged = staging.make(name)
             views |= staged.views
             num_bytes += sum(view.nbytes for view in staged.views.values())
             conversions.append(staged.convert)
