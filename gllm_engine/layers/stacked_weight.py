@@ -290,26 +290,32 @@ def _stage_mxfp4(kind: Mxfp4, into: PackedWeight, platform: Platform, name: str)
     return Staged(views, convert)
 
 
-class _Fp8:
-    """All weights have the same format; where they end inside blocks may differ."""
+class _Scaled:
+    """8-bit numbers and scales. All weights have the same format; where they end inside blocks may
+    differ.
+    """
 
-    def __init__(self, matrices: _Matrices[Fp8]) -> None:
-        sizes = matrices.sizes
+    value: Fp8Weight | Int8Weight
+
+    def __init__(self, matrices: _Matrices[Fp8 | Int8]) -> None:
         kinds = matrices.kinds
         self._suffixes = {name: kind.suffix for name, kind in kinds.items()}
         rows, depth = matrices.shape[-2:]
         kind = next(iter(kinds.values()))
         # One scale for a whole weight is copied to all its rows.
         self._copies = not kind.rows
-        grids = {name: kinds[name].grid(shape) for name, shape in sizes.items()}
-        heights = {name: shape[0] for name, shape in sizes.items()}
-        scale_heights = heights if self._copies else {name: grid[0] for name, grid in grids.items()}
+        grids = {name: kinds[name].grid(shape) for name, shape in matrices.sizes.items()}
+        heights = {name: grid[0] for name, grid in grids.items()}
         self._rows = matrices.rows
-        self._scale_rows = _ranges(scale_heights)
-        scales = (sum(scale_heights.values()), grids[next(iter(sizes))][1])
+        self._scale_rows = matrices.rows if self._copies else _ranges(heights)
+        height = rows if self._copies else sum(heights.values())
+        scales = matrices.empty(height, next(iter(grids.values()))[1], dtype=torch.float32)
+        if isinstance(kind, Int8):
+            self.value = Int8Weight(matrices.empty(rows, depth, dtype=torch.int8), scales)
+            return
         self.value = Fp8Weight(
             matrices.empty(rows, depth, dtype=torch.float8_e4m3fn),
-            matrices.empty(*scales, dtype=torch.float32),
+            scales,
             rows_per_scale=kind.rows or 1,
             columns_per_scale=kind.columns or depth,
             scale_row=_rows_of_scales(matrices) if kind.rows > 1 else None,
@@ -326,31 +332,9 @@ class _Fp8:
         return views
 
 
-class _Int8:
-    def __init__(self, matrices: _Matrices[Int8]) -> None:
-        self._kinds = matrices.kinds
-        self._rows = matrices.rows
-        rows, depth = matrices.shape[-2:]
-        self.value = Int8Weight(
-            matrices.empty(rows, depth, dtype=torch.int8),
-            matrices.empty(rows, 1, dtype=torch.float32),
-        )
-
-    def views(self, expert: int | None = None) -> Views:
-        whole = self.value if expert is None else self.value[expert]
-        views: Views = {}
-        for name, rows in self._rows.items():
-            kind = self._kinds[name]
-            views[name] = whole.numbers[rows]
-            # One scale for a whole weight is copied to all its rows.
-            scales = whole.scales[rows]
-            views[name + kind.suffix] = scales if kind.rows else scales[:, None]
-        return views
-
-
 _STACKS: dict[type[Format], Callable[[_Matrices[Any]], StackedWeight]] = {
-    Fp8: _Fp8,
-    Int8: _Int8,
+    Fp8: _Scaled,
+    Int8: _Scaled,
     Mxfp4: _mxfp4,
     CompressedInt: _integers,
     Gptq: _integers,
@@ -359,7 +343,7 @@ _STACKS: dict[type[Format], Callable[[_Matrices[Any]], StackedWeight]] = {
 }
 
 
-def _rows_of_scales(matrices: _Matrices[Fp8]) -> Tensor | None:
+def _rows_of_scales(matrices: _Matrices[Any]) -> Tensor | None:
     """The row in the stacked scales of each row of the stacked weights, in blocks.
 
     None: each block of rows has the next row of scales.
