@@ -45,17 +45,7 @@ class GqaAttention:
     def plan(self, planner: AttentionPlanner, batch: Batch, cache: tuple[Tensor]) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
         (pages,) = cache
-        shape = self._arch.attention
-        return planner.plan(
-            batch,
-            pages,
-            shape.heads,
-            shape.window,
-            self._group,
-            scale=shape.scale,
-            softcap=shape.softcap,
-            chunked=shape.chunked,
-        )
+        return planner.plan(batch, pages, self._arch.attention, self._group)
 
     def __call__(
         self,
@@ -80,7 +70,6 @@ class GqaAttention:
             arch.heads,
             self._head_norm(qkv),
             None if arch.rope is None else context.rotary[arch.rope],
-            arch.rope is not None and arch.rope.interleaved,
             pages,
             plan,
             None if arch.temperature is None else context.query_scales[arch.temperature],

@@ -58,7 +58,6 @@ class TokenIndexer:
             self._k(x),
             (self._gain, self._bias, arch.eps),
             context.rotary[arch.rope],
-            arch.rope.interleaved,
             cache,
             plan,
         )

@@ -16,7 +16,6 @@ from gllm_engine.ops import (
     AttentionPlanner,
     Batch,
     IndexQueries,
-    LatentHeads,
     Norm,
     dequantized,
 )
@@ -64,9 +63,7 @@ class MlaAttention:
         self, planner: AttentionPlanner, batch: Batch, cache: tuple[Tensor, ...]
     ) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
-        shape = self._arch.attention
-        heads = LatentHeads(shape.heads, shape.key_dim, shape.value_dim, shape.scale)
-        return planner.plan_latent(batch, cache[0], heads, shape.top_k, self._group)
+        return planner.plan_latent(batch, cache[0], self._arch.attention, self._group)
 
     def __call__(
         self,
@@ -97,7 +94,6 @@ class MlaAttention:
             down[:, -arch.latent_width :],
             (self._kv_gain, arch.latent_eps),
             context.rotary[arch.rope],
-            arch.rope.interleaved,
             cache[0],
             context.plans[self.plan_key],
         )

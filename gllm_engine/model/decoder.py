@@ -25,13 +25,13 @@ from gllm_engine.arch.model import (
     Dense,
     GatedDelta,
     Gqa,
-    LatentShape,
     Layer,
     Mla,
     Model,
     Moe,
     Place,
     QueryTemperature,
+    RecurrentShape,
     within_layer,
 )
 from gllm_engine.arch.rope import Rope
@@ -60,7 +60,6 @@ from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
     Batch,
-    LatentHeads,
     PlainSampling,
     RotaryInputs,
     Weight,
@@ -353,14 +352,10 @@ class Decoder:
         cache = self.new_cache(1, page_size, dtype)
         kinds = []
         for (_, shape), i in self._planned.items():
-            # Linear attention has kernels of our own.
-            if isinstance(shape, AttentionShape):
-                (pages,) = cache[i]
-                window = None if shape.chunked else shape.window  # see AttentionPlanner.plan
-                kinds.append(AttentionLayer(pages, shape.heads, window, shape.softcap))
-            elif isinstance(shape, LatentShape):
-                heads = LatentHeads(shape.heads, shape.key_dim, shape.value_dim, shape.scale)
-                kinds.append(AttentionLayer(cache[i][0], shape.heads, latent=heads))
+            if isinstance(shape, AttentionShape) and shape.chunked:
+                shape = replace(shape, window=None, chunked=False)  # the same kernels
+            if not isinstance(shape, RecurrentShape):  # which has kernels of our own
+                kinds.append(AttentionLayer(cache[i][0], shape))
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(self, batch: Batch, cache: list[LayerCache], x: Tensor | None = None) -> Tensor:

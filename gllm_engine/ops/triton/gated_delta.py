@@ -53,6 +53,7 @@ all operands are in float32, and enter three products of TF32, with errors of ab
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import BLOCK, FACTORS, LONG
-from gllm_engine.ops.protocol import RecurrentState
+from gllm_engine.ops.protocol import AttentionPlan, RecurrentState
 
 # Channels of a program of the convolution of short rows, and channels and tokens of one of long
 # rows: few, so that many programs share a multiprocessor.
@@ -82,8 +83,17 @@ class RowBlocks(NamedTuple):
     has_short: bool  # whether the step has other rows, too
 
 
+@dataclass
+class RowPlan(AttentionPlan):
+    """The rows of a batch, for layers that keep a state per sequence."""
+
+    slots: Tensor  # [rows]
+    starts: Tensor  # [rows + 1] int32 offsets of the rows' tokens
+    blocks: RowBlocks | None  # of the long rows; None: no row is long
+
+
 def plan_rows(query_lens: Sequence[int], device: torch.device) -> tuple[Tensor, RowBlocks | None]:
-    """The `starts` and `blocks` of gated_delta, for rows of `query_lens` tokens. The host does not
+    """The `starts` and `blocks` of a RowPlan, for rows of `query_lens` tokens. The host does not
     wait for the device.
     """
     lens = np.array(query_lens, np.int32)
@@ -431,13 +441,11 @@ def gated_delta(
     a_log: Tensor,
     dt_bias: Tensor,
     state: RecurrentState,
-    slots: Tensor,
-    starts: Tensor,
-    blocks: RowBlocks | None,
+    plan: AttentionPlan,
 ) -> Tensor:
-    """As Ops.gated_delta, but `slots` [rows], `starts` [rows + 1], the offsets of the rows' tokens,
-    and `blocks`, None if no row is long, replace the plan. The convolution has 2 to 4 taps.
-    """
+    """See Ops.gated_delta. The convolution has 2 to 4 taps."""
+    assert isinstance(plan, RowPlan)
+    slots, starts, blocks = plan.slots, plan.starts, plan.blocks
     _, v_heads, k_dim, v_dim = state.matrix.shape
     tokens, width = qkv.shape
     mixed = torch.empty(tokens, width, dtype=qkv.dtype, device=qkv.device)

@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.protocol import IndexQueries
+from gllm_engine.ops.protocol import AttentionPlan, IndexQueries, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
+from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
@@ -138,20 +139,20 @@ def store_index_key(
     q: Tensor,
     k: Tensor,
     norm: tuple[Tensor, Tensor, float],
-    tables: tuple[Tensor, Tensor],
-    positions: Tensor,
-    interleaved: bool,
+    rotary: RotaryInputs,
     cache: Tensor,
-    cache_index: Tensor,
+    plan: AttentionPlan,
 ) -> Tensor:
-    """As Ops.store_index_key, but `tables` (cos, sin: [max_model_len, rope_dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan. q is overwritten.
+    """See Ops.store_index_key. cos and sin: [max_model_len, rope_dim / 2] float32. q is
+    overwritten.
     """
+    assert isinstance(plan, PagedPlan)
+    cos, sin, interleaved, positions = rotary
     tokens, heads, dim = q.shape
-    half = tables[0].shape[1]
+    half = cos.shape[1]
     gain, bias, eps = norm
     _store_index_key[(tokens,)](
-        q, k, gain, bias, *tables, positions, cache_index, cache, eps,
+        q, k, gain, bias, cos, sin, positions, plan.cache_index, cache, eps,
         HEADS=heads, DIM=dim, HALF=half, INTERLEAVED=interleaved,
         FLOAT8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=triton.next_power_of_2(heads),
         BLOCK_DIM=triton.next_power_of_2(dim), BLOCK_HALF=triton.next_power_of_2(half),

@@ -29,8 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
+from gllm_engine.ops.protocol import AttentionPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
+from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
 
 # Most heads of a program: more would need more registers than there are.
@@ -109,22 +111,21 @@ def store_latent(
     q: Tensor,
     latent: Tensor,
     norm: tuple[Tensor, float],
-    tables: tuple[Tensor, Tensor],
-    positions: Tensor,
-    interleaved: bool,
+    rotary: RotaryInputs,
     cache: Tensor,
-    cache_index: Tensor,
+    plan: AttentionPlan,
 ) -> None:
-    """As Ops.store_latent, but `tables` (cos, sin: [max_model_len, rope_dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan. The last two dimensions
-    of q and the last one of latent are contiguous.
+    """See Ops.store_latent. cos and sin: [max_model_len, rope_dim / 2] float32. The last two
+    dimensions of q and the last one of latent are contiguous.
     """
+    assert isinstance(plan, PagedPlan)
+    cos, sin, interleaved, positions = rotary
     tokens, heads, key_dim = q.shape
     gain, eps = norm
     rank = len(gain)
     rope_dim = latent.shape[1] - rank
     _store_latent[(tokens,)](
-        q, latent, gain, *tables, positions, cache_index, cache, eps, q.stride(0),
+        q, latent, gain, cos, sin, positions, plan.cache_index, cache, eps, q.stride(0),
         latent.stride(0),
         HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank, INTERLEAVED=interleaved,
         FLOAT8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=triton.next_power_of_2(heads),

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.protocol import HeadNorm
+from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, HeadNorm, RotaryInputs
+from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Heads of one program.
@@ -100,40 +101,34 @@ def _rotate_and_store(
 
 def rotate_and_store(
     qkv: Tensor,
-    heads: int,
+    num_heads: int,
     norm: HeadNorm | None,
-    tables: tuple[Tensor, Tensor] | None,
-    positions: Tensor | None,
-    interleaved: bool,
+    rotary: RotaryInputs | None,
     cache: Tensor,
-    cache_index: Tensor,
-    keeps_kv: bool = False,
+    plan: AttentionPlan,
     query_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As Ops.rotate_and_store, but `tables` (cos, sin: [max_model_len, dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan; tables and positions
-    may be None. Does not change qkv.
-
-    Returns q [tokens, heads, head_dim] and, if `keeps_kv`, the K and V heads not rounded to the
-    cache's dtype, [tokens, 2 * kv_heads, head_dim].
+) -> AttentionInputs:
+    """See Ops.rotate_and_store. cos and sin: [max_model_len, dim / 2] float32. Does not change
+    qkv.
     """
+    assert isinstance(plan, PagedPlan)
     tokens, total, dim = qkv.shape
-    q = qkv.new_empty(tokens, heads, dim)
-    kv = qkv.new_empty(tokens, total - heads, dim) if keeps_kv else None
+    q = qkv.new_empty(tokens, num_heads, dim)
+    kv = qkv.new_empty(tokens, total - num_heads, dim) if plan.keeps_kv else None
     # The kernel does not read arguments whose feature is off; any tensor will do.
-    cos, sin = (qkv, qkv) if tables is None else tables
+    cos, sin, interleaved, positions = rotary or RotaryInputs(qkv, qkv, False)
     means = None if norm is None else norm.means
     _rotate_and_store[(tokens, triton.cdiv(total, _HEADS))](
         qkv, qkv if norm is None else norm.gain, qkv if means is None else means, cos, sin,
         qkv if positions is None else positions, qkv if query_scale is None else query_scale,
-        cache_index, q, q if kv is None else kv, cache, 0.0 if norm is None else norm.eps,
+        plan.cache_index, q, q if kv is None else kv, cache, 0.0 if norm is None else norm.eps,
         qkv.stride(0),
-        HEADS=heads, KV=(total - heads) // 2, DIM=dim,
-        TURN=0 if tables is None else 2 * cos.shape[1], PAGE=cache.shape[2],
+        HEADS=num_heads, KV=(total - num_heads) // 2, DIM=dim,
+        TURN=0 if rotary is None else 2 * cos.shape[1], PAGE=cache.shape[2],
         NORM=norm is not None, AFTER=norm is not None and norm.after, MEANS=means is not None,
         PLUS_ONE=norm is not None and norm.plus_one, SCALED=query_scale is not None,
-        INTERLEAVED=interleaved, KEEP=keeps_kv, FLOAT8=cache.dtype == torch.float8_e4m3fn,
+        INTERLEAVED=interleaved, KEEP=plan.keeps_kv, FLOAT8=cache.dtype == torch.float8_e4m3fn,
         BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
         BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
-    return q, kv
+    return AttentionInputs(q, kv)
