@@ -9,7 +9,7 @@ from gllm_engine.arch.model import SELECTION_BIAS, Dense, Moe, within
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.linear import Linear
 from gllm_engine.layers.platform import Platform
-from gllm_engine.layers.stacked_weight import StackedWeight, Views, stack_weights
+from gllm_engine.layers.stacked_weight import Views, stack_weights
 from gllm_engine.ops import Norm
 
 
@@ -27,11 +27,16 @@ class MoeFfn:
         self._bias: Tensor | None = None
         if arch.routing.biased:
             self._bias = platform.empty(arch.num_experts, dtype=torch.float32)
-        self._stacks = _stack_experts(arch, dim, platform)
+        expert = arch.expert
+        count = len(arch.experts)
+        parts = (["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.down_proj.weight"])
+        self._stacks = [
+            stack_weights(names, expert.shapes(dim), expert.formats, platform, count)
+            for names in parts
+        ]
         self._gate_up, self._down = (stack.value for stack in self._stacks)
-        local_experts = len(arch.experts)
-        gate_up_bias = platform.empty(local_experts, 2 * arch.hidden)
-        down_bias = platform.empty(local_experts, dim)
+        gate_up_bias = platform.empty(count, 2 * arch.hidden)
+        down_bias = platform.empty(count, dim)
         self._biases = (gate_up_bias if arch.bias else None, down_bias if arch.out_bias else None)
         self._shared: DenseFfn | None = None
         self._shared_gate: Linear | None = None
@@ -88,15 +93,3 @@ class MoeFfn:
         if self._shared_gate is not None:
             views |= self._shared_gate.weights()
         return views
-
-
-def _stack_experts(arch: Moe, dim: int, platform: Platform) -> tuple[StackedWeight, StackedWeight]:
-    """The memory of gate and up, and of down, of this rank's experts."""
-    shapes = arch.expert.shapes(dim)
-    formats = arch.expert.formats
-    gate_up = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-    count = len(arch.experts)
-    return (
-        stack_weights(gate_up, shapes, formats, platform, count),
-        stack_weights(["mlp.down_proj.weight"], shapes, formats, platform, count),
-    )

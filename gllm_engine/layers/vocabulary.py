@@ -7,7 +7,6 @@ from torch import Tensor
 from gllm_engine.arch.formats import Formats, Shapes
 from gllm_engine.layers.platform import Platform
 from gllm_engine.layers.stacked_weight import Views, stack_weights
-from gllm_engine.ops import Weight
 
 _UNUSED = "unused."  # the name of the rows past the vocabulary begins so
 
@@ -36,17 +35,12 @@ class VocabularyMatrix:
         self._stack = stack_weights(list(shapes), shapes, formats, platform)
         self.value = self._stack.value
         if width > rows:
-            _zero(self.value)
+            value = self.value
+            tensors = [value] if isinstance(value, Tensor) else [value.numbers, value.scales]
+            for tensor in tensors:
+                tensor.zero_()
 
     def weights(self) -> Views:
         """What the matrix is loaded into."""
         views = self._stack.views()
         return {name: view for name, view in views.items() if not name.startswith(_UNUSED)}
-
-
-def _zero(weight: Weight) -> None:
-    if isinstance(weight, Tensor):
-        weight.zero_()
-    else:
-        weight.numbers.zero_()
-        weight.scales.zero_()

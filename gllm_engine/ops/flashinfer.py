@@ -173,9 +173,11 @@ def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Ro
 
 
 def _own_product(
-    x: Tensor, weight: Tensor, norm: Norm | None = None, gated: bool = False
+    x: Tensor, weight: Tensor | PackedWeight, norm: Norm | None = None, gated: bool = False
 ) -> Callable[..., Tensor] | None:
     """Our kernel for products with x [rows, depth] if it beats the library's, else None."""
+    if isinstance(weight, PackedWeight):
+        return triton.packed_linear if triton.is_packed_product(weight, x) else None
     if is_single(x, weight):
         return gemv
     adjoining = norm is not None or x.is_contiguous()  # a norm runs first, and takes rows apart
@@ -203,11 +205,9 @@ def linear(
     assert isinstance(x, Tensor)
     if isinstance(weight, Int8Weight):
         return int8_product.linear(x, weight, bias, norm, out)
-    if triton.is_packed_product(weight, x):
-        return triton.packed_linear(x, weight, bias, norm, out=out)
-    weight = _unpacked(weight, x)
     if product := _own_product(x, weight, norm):
         return product(x, weight, bias, norm, out=out)
+    weight = _unpacked(weight, x)
     x = x if norm is None else rms_norm(x, *norm)
     if out is None:
         return F.linear(x, weight, bias)
@@ -224,19 +224,15 @@ def gated_linear(
     then: Weight | None = None,
 ) -> Rows:
     """See Ops.gated_linear."""
-    if isinstance(weight, Fp8Weight | Int8Weight):
-        if isinstance(weight, Fp8Weight):
-            hidden = fp8_product.gated_linear(x, weight, bias, norm)
-        else:
-            hidden = int8_product.gated_linear(x, weight, bias, norm)
-        if hidden is not None:
-            return hidden
-        return activate(linear(x, weight, bias, norm), "silu", True, then)
-    if triton.is_packed_product(weight, x):
-        return triton.packed_linear(x, weight, bias, norm, gated=True)
-    weight = _unpacked(weight, x)
-    if product := _own_product(x, weight, norm, gated=True):
-        return product(x, weight, bias, norm, gated=True)
+    if isinstance(weight, Fp8Weight):
+        hidden = fp8_product.gated_linear(x, weight, bias, norm)
+    elif isinstance(weight, Int8Weight):
+        hidden = int8_product.gated_linear(x, weight, bias, norm)
+    else:
+        product = _own_product(x, weight, norm, gated=True)
+        hidden = product and product(x, weight, bias, norm, gated=True)
+    if hidden is not None:
+        return hidden
     return activate(linear(x, weight, bias, norm), "silu", True, then)
 
 
@@ -247,14 +243,11 @@ def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> T
     assert isinstance(x, Tensor)
     if isinstance(weight, Int8Weight):
         return int8_product.add_linear(total, x, weight, bias)
-    if triton.is_packed_product(weight, x):
-        return triton.packed_linear(x, weight, bias, out=total, add=True)
-    weight = _unpacked(weight, x)
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
     if bias is not None:
         total += bias
-    return total.addmm_(x, weight.T)
+    return total.addmm_(x, _unpacked(weight, x).T)
 
 
 def rotary_inputs(
@@ -495,7 +488,9 @@ class FlashInferPlanner:
         if len(batch.query_lens) > n:
             rows = prefill_rows(batch, window if shape.chunked else None)
             of_keys: Tensor | None = None
-            if self._makes_copies(cache, window) and _is_copied(rows, cache, self._dtype):
+            token_bytes = 2 * shape.kv_heads * shape.head_dim * self._dtype.itemsize
+            may_copy = self._makes_copies(cache, window)
+            if may_copy and is_copied(rows.up_to(rows.num_paged), token_bytes):
                 of_keys = places(batch, slice(n, n + rows.num_paged), cache.shape[2])
             options = _options(shape, self._dtype)
             self._plan_prefill(plan, rows, batch.page_table, cache, options, group, of_keys)
@@ -677,12 +672,6 @@ def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
 
 def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
-
-
-def _is_copied(rows: PrefillRows, cache: Tensor, dtype: torch.dtype) -> bool:
-    """Whether chunks should attend to a copy of their pages in `dtype`."""
-    token_bytes = 2 * cache.shape[3] * cache.shape[4] * dtype.itemsize
-    return is_copied(rows.up_to(rows.num_paged), token_bytes)
 
 
 def _options(shape: AttentionShape, dtype: torch.dtype) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from gllm_engine.ops.reference import (
     prepare_inputs,
     sample_plain,
 )
-from gllm_engine.ops.weight import Fp8Weight, Int8Weight, PackedWeight, Rows, Weight
+from gllm_engine.ops.weight import Int8Weight, PackedWeight, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -182,23 +182,12 @@ def linear(
         weight = x.new_empty(weight.shape)
     if isinstance(weight, Tensor):
         y = F.linear(x, weight, bias)
-    elif isinstance(weight, Int8Weight):
-        y = _int8_product(x, weight)
-    else:
-        y = _scaled_product(x, weight)
-    return y if out is None else out
-
-
-def _scaled_product(x: Tensor, weight: Fp8Weight) -> Tensor:
-    rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    return rounded.new_empty(len(x), len(weight), dtype=x.dtype)
-
-
-def _int8_product(x: Tensor, weight: Int8Weight) -> Tensor:
+        return y if out is None else out
     y = x.new_empty(len(x), len(weight))
-    rounded = torch.empty_like(x, dtype=torch.int8)
-    rounded.new_empty(min(len(x), INT8_ROWS_AT_ONCE), len(weight), dtype=torch.int32)
-    return y
+    rounded = torch.empty_like(x, dtype=weight.numbers.dtype)
+    if isinstance(weight, Int8Weight):
+        rounded.new_empty(min(len(x), INT8_ROWS_AT_ONCE), len(weight), dtype=torch.int32)
+    return y if out is None else out
 
 
 def gated_linear(
