@@ -30,6 +30,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import PACKED_ROWS
 from gllm_engine.ops.triton.norm_act import rms_norm
+from gllm_engine.ops.triton.parts import finish_tile, shared_sums
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
 from gllm_engine.ops.weight import (
     E2M1_PLACES,
@@ -51,8 +52,6 @@ _KINDS = {
 # Number of programs that saturates the memory bandwidth; least loop iterations of a part.
 _PROGRAMS, _MIN_TURNS = 256, 4
 _LINES = 32  # rows of a program of _dequantize_packed
-# Arrival counters of tiles that several programs share: fewer than _PROGRAMS tiles.
-_arrived: dict[torch.device, Tensor] = {}
 # A factor is 2^126, of the code, times 2^(s - 127), of the scale, times 2^-_SHIFT. As a bfloat16 it
 # is s + _EXPONENT in bits 7 to 14.
 _SHIFT = MAX_MXFP4_SCALE - 128
@@ -300,27 +299,6 @@ def multiply_packed(
     return sums, ups
 
 
-@triton.jit
-def _store(
-    y, z, bias, out, line, row, width, rows,
-    GATED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Store the float32 products y (and z, of up, if GATED), [lines, n], at out[row, line]."""
-    kind: tl.constexpr = out.dtype.element_ty
-    if BIASED:
-        y += tl.load(bias + line, mask=line < width, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        if BIASED:
-            z += tl.load(bias + width + line, mask=line < width, other=0.0).to(tl.float32)[:, None]
-        y = y.to(kind).to(tl.float32)
-        y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * z.to(kind).to(tl.float32)
-    place = out + row[None, :].to(tl.int64) * width + line[:, None]
-    inside = (row < rows)[None, :] & (line < width)[:, None]
-    if ADD:
-        y += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, y.to(kind), mask=inside)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _packed(
     x, numbers, scales, bias, out, sums, arrived, rows, width, depth,
@@ -329,7 +307,7 @@ def _packed(
     GATED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, part) multiplies one part of the depth; see skinny.py for tiles with parts."""
+    """Program (tile, part) multiplies one part of the depth; see parts.py."""
     begin(OVERLAPS)
     tile, part = tl.program_id(0), tl.program_id(1)
     turns = tl.cdiv(width, COLUMNS)
@@ -344,27 +322,10 @@ def _packed(
         numbers, scales, line, up_line, width * 2 if GATED else width, depth, part * start, end,
         GROUP, SCALE, ZEROS, RUNS, GATED, EVEN, OVERLAPS,
     )  # fmt: skip
-    last = True
-    if PARTS > 1:
-        SIZE: tl.constexpr = ROWS * COLUMNS
-        at = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-        tile_sums = sums + tile * PARTS * (1 + GATED) * SIZE + at
-        tl.store(tile_sums + part * SIZE, y)
-        if GATED:
-            tl.store(tile_sums + (PARTS + part) * SIZE, z)
-        tl.debug_barrier()  # all threads have stored their partial before the arrival
-        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
-        tl.debug_barrier()
-        last = before == PARTS - 1
-    if last:
-        if PARTS > 1:
-            tl.store(arrived + tile, 0)
-            y, z = tl.zeros_like(y), tl.zeros_like(z)
-            for i in tl.static_range(PARTS):
-                y += tl.load(tile_sums + i * SIZE, cache_modifier=".cg")
-                if GATED:
-                    z += tl.load(tile_sums + (PARTS + i) * SIZE, cache_modifier=".cg")
-        _store(y, z, bias, out, column, row, width, rows, GATED, BIASED, ADD)
+    finish_tile(
+        y, z, sums, arrived, tile, part, bias, out, column, row, rows, width, PARTS, GATED, BIASED,
+        ADD,
+    )  # fmt: skip
 
 
 class PackedTiles(NamedTuple):
@@ -421,13 +382,7 @@ def packed_linear(
     runs = runs_of_turn(weight, tiles.runs)
     programs = triton.cdiv(rows, tiles.rows) * triton.cdiv(width, columns)
     parts = num_parts(programs, depth, runs)
-    sums = arrived = x
-    if parts > 1:
-        size = programs * parts * (1 + gated) * tiles.rows * columns
-        sums = x.new_empty(size, dtype=torch.float32)
-        if x.device not in _arrived:
-            _arrived[x.device] = torch.zeros(_PROGRAMS, dtype=torch.int32, device=x.device)
-        arrived = _arrived[x.device]
+    sums, arrived = shared_sums(out, programs, parts, (1 + gated) * tiles.rows * columns)
     scales, kind = scale_words(weight)
     _packed[(programs, parts)](
         x, weight.numbers, scales, x if bias is None else bias, out, sums, arrived, rows, width,
