@@ -25,7 +25,7 @@ from torch import Tensor
 from gllm_engine.ops.protocol import AttentionPlan, IndexQueries, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
@@ -83,19 +83,16 @@ def _normed(source, gain, bias, at, mask, mean, scale):
 
 
 @triton.jit
-def _keep(place, value, mask, ROUND: tl.constexpr, FLOAT8: tl.constexpr):
+def _keep(place, value, mask, ROUND: tl.constexpr):
     """Store a value, rounded to the dtype ROUND first."""
-    value = value.to(ROUND)
-    if FLOAT8:  # float8_e4m3fn has no infinity: 448 is its largest number
-        value = tl.clamp(value.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(place, value.to(place.dtype.element_ty), mask=mask)
+    tl.store(place, stored(value.to(ROUND), place.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _store_index_key(
     q, k, gain, bias, cos, sin, positions, cache_index, cache, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the queries' rotation in place, the key's norm and rotation."""
@@ -127,12 +124,12 @@ def _store_index_key(
     line = cache + tl.load(cache_index + token) * DIM
     rest = inside & (d >= 2 * HALF)
     kind: tl.constexpr = k.dtype.element_ty
-    _keep(line + d, _normed(source, gain, bias, d, rest, mean, scale), rest, kind, FLOAT8)
+    _keep(line + d, _normed(source, gain, bias, d, rest, mean, scale), rest, kind)
     x = _normed(source, gain, bias, first, turned, mean, scale)
     y = _normed(source, gain, bias, second, turned, mean, scale)
     new_x, new_y = _rotate(x, y, c, s)
-    _keep(line + first, new_x, turned, kind, FLOAT8)
-    _keep(line + second, new_y, turned, kind, FLOAT8)
+    _keep(line + first, new_x, turned, kind)
+    _keep(line + second, new_y, turned, kind)
 
 
 def store_index_key(
@@ -154,7 +151,7 @@ def store_index_key(
     _store_index_key[(tokens,)](
         q, k, gain, bias, cos, sin, positions, plan.cache_index, cache, eps,
         HEADS=heads, DIM=dim, HALF=half, INTERLEAVED=interleaved,
-        FLOAT8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=triton.next_power_of_2(heads),
+        BLOCK_HEADS=triton.next_power_of_2(heads),
         BLOCK_DIM=triton.next_power_of_2(dim), BLOCK_HALF=triton.next_power_of_2(half),
         OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip

@@ -32,7 +32,7 @@ from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
 from gllm_engine.ops.protocol import AttentionPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
 from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
 
 # Most heads of a program: more would need more registers than there are.
@@ -54,18 +54,10 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _stored(x, FLOAT8: tl.constexpr):
-    """x as a cache of float8 takes it: float8_e4m3fn has no infinity, and 448 is its largest."""
-    if FLOAT8:
-        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    return x
-
-
-@triton.jit
 def _store_latent(
     q, latent, gain, cos, sin, positions, cache_index, cache, eps, q_stride, latent_stride,
     HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
-    INTERLEAVED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_RANK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the queries' rotation, the latent's norm, the key's rotation.
@@ -94,17 +86,17 @@ def _store_latent(
 
     source = latent + token * latent_stride
     line = cache + tl.load(cache_index + token) * (RANK + ROPE)
-    stored = cache.dtype.element_ty
+    kind = cache.dtype.element_ty
     d = tl.arange(0, BLOCK_RANK)
     wide = tl.load(source + d, mask=d < RANK, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
     normed = (wide * scale).to(number).to(tl.float32)
     normed = normed * tl.load(gain + d, mask=d < RANK, other=0.0).to(tl.float32)
-    tl.store(line + d, _stored(normed.to(number), FLOAT8).to(stored), mask=d < RANK)
+    tl.store(line + d, stored(normed.to(number), kind), mask=d < RANK)
     a = tl.load(source + RANK + a_at).to(tl.float32)
     b = tl.load(source + RANK + b_at).to(tl.float32)
-    tl.store(line + RANK + a_at, _stored((a * c - b * s).to(number), FLOAT8).to(stored))
-    tl.store(line + RANK + b_at, _stored((b * c + a * s).to(number), FLOAT8).to(stored))
+    tl.store(line + RANK + a_at, stored((a * c - b * s).to(number), kind))
+    tl.store(line + RANK + b_at, stored((b * c + a * s).to(number), kind))
 
 
 def store_latent(
@@ -128,7 +120,7 @@ def store_latent(
         q, latent, gain, cos, sin, positions, plan.cache_index, cache, eps, q.stride(0),
         latent.stride(0),
         HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank, INTERLEAVED=interleaved,
-        FLOAT8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=triton.next_power_of_2(heads),
+        BLOCK_HEADS=triton.next_power_of_2(heads),
         BLOCK_RANK=triton.next_power_of_2(rank), OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
 

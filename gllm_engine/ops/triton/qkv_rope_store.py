@@ -5,13 +5,12 @@ Knows the cache layout, [num_pages, 2, page_size, kv_heads, head_dim].
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, HeadNorm, RotaryInputs
-from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
 from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
 
 # Heads of one program.
@@ -48,7 +47,7 @@ def _rotate_and_store(
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
     PAGE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, MEANS: tl.constexpr,
     PLUS_ONE: tl.constexpr, SCALED: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
-    FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -92,10 +91,7 @@ def _rotate_and_store(
     is_kv = inside & (head >= HEADS)
     if KEEP:
         tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
-    if FLOAT8:  # float8_e4m3fn has no infinity: 448 is its largest number
-        x = result.to(tl.float32)
-        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        result = x.to(cache.dtype.element_ty)
+    result = stored(result, cache.dtype.element_ty)
     tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
 
 
@@ -127,7 +123,7 @@ def rotate_and_store(
         TURN=0 if rotary is None else 2 * cos.shape[1], PAGE=cache.shape[2],
         NORM=norm is not None, AFTER=norm is not None and norm.after, MEANS=means is not None,
         PLUS_ONE=norm is not None and norm.plus_one, SCALED=query_scale is not None,
-        INTERLEAVED=interleaved, KEEP=plan.keeps_kv, FLOAT8=cache.dtype == torch.float8_e4m3fn,
+        INTERLEAVED=interleaved, KEEP=plan.keeps_kv,
         BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
         BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP, **overlapping(),
     )  # fmt: skip
