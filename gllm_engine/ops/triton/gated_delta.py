@@ -129,48 +129,25 @@ def _convolve(
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < width
     past = state + tl.load(slots + row) * state_stride + channel * (TAPS - 1)
-    # One tensor per tap: the inputs before the current one, oldest first.
-    first = tl.load(past, mask=inside, other=0.0).to(tl.float32)
-    second = first
-    third = first
-    if TAPS > 2:
-        second = tl.load(past + 1, mask=inside, other=0.0).to(tl.float32)
-    if TAPS > 3:
-        third = tl.load(past + 2, mask=inside, other=0.0).to(tl.float32)
-    w = weight + channel * TAPS
-    w0 = tl.load(w, mask=inside, other=0.0).to(tl.float32)
-    w1 = tl.load(w + 1, mask=inside, other=0.0).to(tl.float32)
-    w2 = w1
-    w3 = w1
-    if TAPS > 2:
-        w2 = tl.load(w + 2, mask=inside, other=0.0).to(tl.float32)
-    if TAPS > 3:
-        w3 = tl.load(w + 3, mask=inside, other=0.0).to(tl.float32)
+    w, old = (), ()  # of each tap; and the inputs before the current one, oldest first
+    for tap in tl.static_range(TAPS):
+        w += (tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32),)
+    for tap in tl.static_range(TAPS - 1):
+        old += (tl.load(past + tap, mask=inside, other=0.0).to(tl.float32),)
     source = x + begin * x_stride + channel
     target = out + begin * width + channel
     for _ in range(begin, end):
-        new = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        if TAPS == 2:
-            y = w0 * first + w1 * new
-            first = new
-        elif TAPS == 3:
-            y = w0 * first + w1 * second + w2 * new
-            first = second
-            second = new
-        else:
-            y = w0 * first + w1 * second + w2 * third + w3 * new
-            first = second
-            second = third
-            third = new
+        old += (tl.load(source, mask=inside, other=0.0).to(tl.float32),)
+        y = w[0] * old[0]  # type: ignore[misc]
+        for tap in tl.static_range(1, TAPS):
+            y += w[tap] * old[tap]
+        old = old[1:]
         y *= _sigmoid(y)
         tl.store(target, y.to(out.dtype.element_ty), mask=inside)
         source += x_stride
         target += width
-    tl.store(past, first.to(state.dtype.element_ty), mask=inside)
-    if TAPS > 2:
-        tl.store(past + 1, second.to(state.dtype.element_ty), mask=inside)
-    if TAPS > 3:
-        tl.store(past + 2, third.to(state.dtype.element_ty), mask=inside)
+    for tap in tl.static_range(TAPS - 1):
+        tl.store(past + tap, old[tap].to(state.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "starts", "rows", "firsts"])
