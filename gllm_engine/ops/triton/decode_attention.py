@@ -36,7 +36,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF
 from gllm_engine.ops.triton.fp8 import split_float8
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 
 # Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.
 _EXTRA_PARTS = 32
@@ -242,10 +242,10 @@ def _decode_attention(
     KV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK: tl.constexpr, JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr, PAIRED: tl.constexpr, OVERLAPS: tl.constexpr,
+    SINKS: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.load(items + item)
     if row >= 0:
         part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)
@@ -264,7 +264,7 @@ def _decode_attention(
             total = tl.where(part == 0, 1.0, total)
         acc, peak, total = _attend_part(
             x, table, cache, first, tl.minimum(first + share, length), kv_head, scale, cap,
-            peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED, PAIRED, OVERLAPS,
+            peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED, PAIRED, ON_GPU,
         )  # fmt: skip
         if used == 1:
             tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=wanted)
@@ -317,7 +317,7 @@ def decode_attention(
         BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0, CHUNKED=plan.chunked,
         BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
         JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        CAPPED=softcap is not None, SINKS=sinks is not None, PAIRED=paired, OVERLAPS=OVERLAP,
+        CAPPED=softcap is not None, SINKS=sinks is not None, PAIRED=paired,
         num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out

@@ -26,7 +26,7 @@ from gllm_engine.ops.protocol import AttentionPlan, IndexQueries, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
 from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
 _BLOCK = 64
@@ -93,7 +93,7 @@ def _store_index_key(
     q, k, gain, bias, cos, sin, positions, cache_index, cache, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the queries' rotation in place, the key's norm and rotation."""
     token = tl.program_id(0).to(tl.int64)
@@ -103,7 +103,7 @@ def _store_index_key(
         first, second = 2 * pair, 2 * pair + 1
     else:
         first, second = pair, pair + HALF
-    begin_alone(OVERLAPS)
+    begin_alone()
     angle = tl.load(positions + token) * HALF + pair
     c = tl.load(cos + angle, mask=turned, other=0.0)
     s = tl.load(sin + angle, mask=turned, other=0.0)
@@ -153,7 +153,7 @@ def store_index_key(
         HEADS=heads, DIM=dim, HALF=half, INTERLEAVED=interleaved,
         BLOCK_HEADS=triton.next_power_of_2(heads),
         BLOCK_DIM=triton.next_power_of_2(dim), BLOCK_HALF=triton.next_power_of_2(half),
-        OVERLAPS=OVERLAP, **overlapping(),
+        **overlapping(),
     )  # fmt: skip
     return q
 
@@ -163,11 +163,11 @@ def _score_tokens(
     q, weights, keys, page_table, slots, lens, items, share_in, scores,
     capacity, num_pages, width,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program computes the scores of one part of one row's context."""
     item = tl.program_id(0)
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.load(items + item)
     if row >= 0:
         share = tl.load(share_in)
@@ -228,12 +228,12 @@ def _next_digit(
 @triton.jit
 def _choose_tokens(
     scores, lens, chosen, width,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, DIGITS: tl.constexpr, OVERLAPS: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """One program per row lists the positions of its TOP_K largest scores. Length 0: all tokens."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    begin_alone(OVERLAPS)
+    begin_alone()
     length = tl.load(lens + row).to(tl.int32)
     out = chosen + row * TOP_K
     if length == 0:
@@ -274,12 +274,12 @@ def choose_tokens(queries: IndexQueries, cache: Tensor, choice: Choice) -> Tenso
             scan.items, scan.share, scores, capacity, scan.page_table.shape[1], scores.shape[1],
             HEADS=heads, DIM=dim, PAGE=cache.shape[2], BLOCK=_BLOCK,
             BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
-            BLOCK_DIM=max(16, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, num_warps=4,
+            BLOCK_DIM=max(16, triton.next_power_of_2(dim)), num_warps=4,
             num_stages=3, **overlapping(),
         )  # fmt: skip
         _choose_tokens[(n,)](
             scores, scan.lens, chosen[part], scores.shape[1],
-            TOP_K=top_k, BLOCK=_SCORES, DIGITS=_DIGITS, OVERLAPS=OVERLAP, num_warps=8,
+            TOP_K=top_k, BLOCK=_SCORES, DIGITS=_DIGITS, num_warps=8,
             **overlapping(),
         )  # fmt: skip
         first += n

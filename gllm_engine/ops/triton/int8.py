@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.fp8 import quantize
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 from gllm_engine.ops.weight import Int8Weight
 
 _COLUMNS = 1024
@@ -29,9 +29,9 @@ def round_rows(x: Tensor, norm: tuple[Tensor, float] | None = None) -> tuple[Ten
 @triton.jit
 def _rescale(
     sums, row_scales, scales, bias, out, width,
-    BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < width
@@ -61,5 +61,5 @@ def rescale(
     assert out.is_contiguous()
     _rescale[(rows, triton.cdiv(width, _COLUMNS))](
         sums, row_scales, weight.scales, weight.scales if bias is None else bias, out, width,
-        BIAS=bias is not None, ADD=add, BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping(),
+        BIAS=bias is not None, ADD=add, BLOCK=_COLUMNS, **overlapping(),
     )  # fmt: skip

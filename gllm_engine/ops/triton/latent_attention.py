@@ -33,7 +33,7 @@ from gllm_engine.ops.protocol import AttentionPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
 from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 
 # Most heads of a program: more would need more registers than there are.
 _HEADS = 32
@@ -58,7 +58,7 @@ def _store_latent(
     q, latent, gain, cos, sin, positions, cache_index, cache, eps, q_stride, latent_stride,
     HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the queries' rotation, the latent's norm, the key's rotation.
 
@@ -72,7 +72,7 @@ def _store_latent(
         a_at, b_at = 2 * pair, 2 * pair + 1
     else:
         a_at, b_at = pair, half + pair
-    begin_alone(OVERLAPS)
+    begin_alone()
     angle = tl.load(positions + token) * half + pair
     c, s = tl.load(cos + angle), tl.load(sin + angle)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
@@ -121,7 +121,7 @@ def store_latent(
         latent.stride(0),
         HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank, INTERLEAVED=interleaved,
         BLOCK_HEADS=triton.next_power_of_2(heads),
-        BLOCK_RANK=triton.next_power_of_2(rank), OVERLAPS=OVERLAP, **overlapping(),
+        BLOCK_RANK=triton.next_power_of_2(rank), **overlapping(),
     )  # fmt: skip
 
 
@@ -129,11 +129,11 @@ def store_latent(
 def _gather_latents(
     cache, places, latents, k,
     HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """One program copies a latent, and its rotated key to all heads."""
     at = tl.program_id(0).to(tl.int64)
-    begin_alone(OVERLAPS)
+    begin_alone()
     line = cache + tl.load(places + at) * (RANK + ROPE)
     number = k.dtype.element_ty
     d, r = tl.arange(0, BLOCK_RANK), tl.arange(0, ROPE)
@@ -159,7 +159,7 @@ def gather_latents(cache: Tensor, places: Tensor, latents: Tensor, k: Tensor) ->
         cache, places, latents, k,
         HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank,
         BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_RANK=triton.next_power_of_2(rank),
-        OVERLAPS=OVERLAP, **overlapping(),
+        **overlapping(),
     )  # fmt: skip
 
 
@@ -168,7 +168,6 @@ def _absorb(
     q, kv_up, out, rows, q_token, q_head,
     HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies a block of rows of one head by BLOCK_RANK columns of W_UK.
 
@@ -178,7 +177,7 @@ def _absorb(
     n, d = tl.arange(0, BLOCK_NOPE), tl.program_id(0) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     weight = kv_up + (head * (NOPE + VALUE) + n)[:, None] * RANK + d[None, :]
     w = tl.load(weight, mask=(n < NOPE)[:, None], other=0.0)
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     line = q + row.to(tl.int64) * q_token + head * q_head
     inside = (row < rows)[:, None]
@@ -209,7 +208,7 @@ def _tile(cache, place, d, WIDTH: tl.constexpr):
 def _attend_part(
     q, x_rope, table, cache, chosen, first, end, scale,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, SPARSE: tl.constexpr, PIPELINED: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr, SPARSE: tl.constexpr, PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """Softmax-weighted mean of latents first .. end - 1, [RANK, HEADS], and the logarithms of the
     sums of weights, to base 2. q: pointers, [1, HEADS], to absorbed queries; x_rope: [ROPE, HEADS].
@@ -228,7 +227,7 @@ def _attend_part(
     if not PIPELINED:
         held = from_float8(_tile(cache, place, d, WIDTH), x_rope.dtype)
     ahead = _places(table, chosen, first + BLOCK + t, end, PAGE, SPARSE)
-    begin_alone(OVERLAPS)
+    begin_alone()
     x = tl.load(q + d[:, None])
     for start in range(first, end, BLOCK):
         this_key = key
@@ -262,7 +261,7 @@ def _attend_latent(
     rope_token, rope_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr,
-    PIPELINED: tl.constexpr, OVERLAPS: tl.constexpr,
+    PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """One program computes one part of one row for GROUP of the HEADS heads.
 
@@ -284,14 +283,14 @@ def _attend_latent(
             q + ((row.to(tl.int64) * HEADS + head) * RANK)[None, :], x_rope,
             page_table + tl.load(slots + row) * width, cache,
             chosen + row.to(tl.int64) * TOP_K, first, tl.minimum(first + share, length), scale,
-            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK, TOP_K > 0, PIPELINED, OVERLAPS,
+            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK, TOP_K > 0, PIPELINED,
         )  # fmt: skip
         at = item * HEADS + head
         mean = mean.to(parts.dtype.element_ty)
         tl.store(parts + at[None, :] * RANK + d[:, None], mean, mask=(number < GROUP)[None, :])
         tl.store(logs + at, log, mask=number < GROUP)
     else:
-        begin_alone(OVERLAPS)
+        begin_alone()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -299,7 +298,6 @@ def _project(
     parts, logs, starts, kv_up, out, rows,
     HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_VALUE channels of one head's results, for a block of rows.
 
@@ -315,7 +313,7 @@ def _project(
     begins = tl.load(starts + tl.minimum(row, rows))
     ends = tl.load(starts + tl.minimum(row + 1, rows))
     at_first, last = tl.load(starts + first), tl.load(starts + tl.minimum(first + BLOCK_ROWS, rows))
-    begin(OVERLAPS)
+    begin()
     top = tl.full((BLOCK_ROWS,), -1e30, tl.float32)  # finite: a block may have no part of a row
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_VALUE), tl.float32)
@@ -383,14 +381,14 @@ def attend_latent(
     _absorb[(rank // block, heads, triton.cdiv(rows, block_rows))](
         q, kv_up, absorbed, rows, q.stride(0), q.stride(1), **sizes,
         BLOCK_ROWS=block_rows, BLOCK_NOPE=max(16, triton.next_power_of_2(nope_dim)),
-        BLOCK_RANK=block, OVERLAPS=OVERLAP, num_warps=4, **overlapping(),
+        BLOCK_RANK=block, num_warps=4, **overlapping(),
     )  # fmt: skip
     parts, logs = _attended(absorbed, q[..., nope_dim:], cache, splits, scale, chosen)
     block = min(32 if few else 64, max(16, triton.next_power_of_2(value_dim)))
     block_rows = 16 if rows <= _MANY else 32
     _project[(triton.cdiv(value_dim, block), heads, triton.cdiv(rows, block_rows))](
         parts, logs, splits.starts, kv_up, out, rows, **sizes, BLOCK_ROWS=block_rows,
-        BLOCK_PARTS=32, BLOCK_VALUE=block, OVERLAPS=OVERLAP, num_warps=4,
+        BLOCK_PARTS=32, BLOCK_VALUE=block, num_warps=4,
         num_stages=2, **overlapping(),
     )  # fmt: skip
 
@@ -419,7 +417,7 @@ def _attended(
         splits.page_table.shape[1], scale * _LOG2_E, q_rope.stride(0), q_rope.stride(1),
         HEADS=heads, GROUP=group, BLOCK_GROUP=max(16, triton.next_power_of_2(group)), RANK=rank,
         ROPE=q_rope.shape[2], PAGE=cache.shape[2], BLOCK=_BLOCK,
-        TOP_K=0 if chosen is None else chosen.shape[1], PIPELINED=pipelined, OVERLAPS=OVERLAP,
+        TOP_K=0 if chosen is None else chosen.shape[1], PIPELINED=pipelined,
         num_warps=warps, num_stages=stages, **overlapping(),
     )  # fmt: skip
     return parts, logs

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.pdl import begin, overlapping
 
 # Columns of one program of activate.
 _COLUMNS = 1024
@@ -20,14 +20,14 @@ _COLUMNS = 1024
 @triton.jit
 def _rms_norm(
     x, gain, out, dim, x_row, eps,
-    ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program * dim
     at = tl.arange(0, BLOCK)
     inside = at < dim
     g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
-    begin(OVERLAPS)
+    begin()
     wide = tl.load(x + program * x_row + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     kind: tl.constexpr = out.dtype.element_ty
@@ -51,7 +51,7 @@ def rms_norm(
         block = triton.next_power_of_2(dim)
         _rms_norm[(rows,)](
             x, gain, out, dim, x.stride(0), eps, ADD=add_to is not None, PLUS_ONE=plus_one,
-            BLOCK=block, OVERLAPS=OVERLAP, num_warps=_warps(block), **overlapping(),
+            BLOCK=block, num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
 
@@ -63,7 +63,7 @@ def _warps(block: int) -> int:
 @triton.jit
 def _layer_norm(
     x, gain, bias, out, dim, eps,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * dim
     at = tl.arange(0, BLOCK)
@@ -71,7 +71,7 @@ def _layer_norm(
     g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         b = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-    begin(OVERLAPS)
+    begin()
     wide = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
     centred = tl.where(inside, wide - tl.sum(wide, 0) / dim, 0.0)
     result = centred * tl.rsqrt(tl.sum(centred * centred, 0) / dim + eps) * g
@@ -88,7 +88,7 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
         block = triton.next_power_of_2(dim)
         _layer_norm[(rows,)](
             x, gain, gain if bias is None else bias, out, dim, eps, BIAS=bias is not None,
-            BLOCK=block, OVERLAPS=OVERLAP, num_warps=_warps(block), **overlapping(),
+            BLOCK=block, num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
 
@@ -96,14 +96,14 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
 @triton.jit
 def _mean_squares(
     qkv, out, row_width, q_width, k_width,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (t, 0) computes the mean of token t's queries; program (t, 1) that of its keys."""
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     first = tl.where(part == 0, 0, q_width)
     width = tl.where(part == 0, q_width, k_width)
-    begin(OVERLAPS)
+    begin()
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -121,7 +121,7 @@ def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
     if tokens:
         _mean_squares[(tokens, 2)](
             qkv, out, qkv.stride(0), num_heads * dim, kv_heads * dim,
-            BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping(),
+            BLOCK=_COLUMNS, **overlapping(),
         )  # fmt: skip
     return out
 
@@ -142,12 +142,11 @@ def activated(gate, ACT: tl.constexpr):
 @triton.jit
 def _activate(
     x, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
-    begin(OVERLAPS)
+    begin()
     line = x + row * (2 * width if GATED else width)
     gate = tl.load(line + at, mask=inside, other=0.0).to(tl.float32)
     kind: tl.constexpr = out.dtype.element_ty
@@ -164,6 +163,6 @@ def activate(x: Tensor, act: str, gated: bool) -> Tensor:
     out = x.new_empty(rows, width)
     if rows:
         _activate[(rows, triton.cdiv(width, _COLUMNS))](
-            x, out, width, ACT=act, GATED=gated, BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping()
+            x, out, width, ACT=act, GATED=gated, BLOCK=_COLUMNS, **overlapping()
         )
     return out

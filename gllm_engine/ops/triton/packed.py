@@ -31,7 +31,7 @@ from torch import Tensor
 from gllm_engine.ops.kernels import PACKED_ROWS
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, shared_sums
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import ON_GPU, begin, begin_alone, overlapping
 from gllm_engine.ops.weight import (
     E2M1_PLACES,
     MAX_MXFP4_SCALE,
@@ -305,10 +305,9 @@ def _packed(
     GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, part) multiplies one part of the depth; see parts.py."""
-    begin(OVERLAPS)
+    begin()
     tile, part = tl.program_id(0), tl.program_id(1)
     turns = tl.cdiv(width, COLUMNS)
     row = tile // turns * ROWS + tl.arange(0, ROWS)
@@ -320,7 +319,7 @@ def _packed(
     y, z = multiply_packed(
         x + row.to(tl.int64)[None, :] * depth, (row < rows)[None, :],
         numbers, scales, line, up_line, width * 2 if GATED else width, depth, part * start, end,
-        GROUP, SCALE, ZEROS, RUNS, GATED, EVEN, OVERLAPS,
+        GROUP, SCALE, ZEROS, RUNS, GATED, EVEN, ON_GPU,
     )  # fmt: skip
     finish_tile(
         y, z, sums, arrived, tile, part, bias, out, column, row, rows, width, PARTS, GATED, BIASED,
@@ -388,7 +387,7 @@ def packed_linear(
         x, weight.numbers, scales, x if bias is None else bias, out, sums, arrived, rows, width,
         depth, GROUP=weight.group, SCALE=kind, ZEROS=weight.zeros, RUNS=runs, ROWS=tiles.rows,
         COLUMNS=columns, PARTS=parts, GATED=gated, BIASED=bias is not None, ADD=add,
-        EVEN=depth % (RUN * runs) == 0, OVERLAPS=OVERLAP,
+        EVEN=depth % (RUN * runs) == 0,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
@@ -406,10 +405,10 @@ def num_parts(programs: int, depth: int, runs: int) -> int:
 def _dequantize_packed(
     numbers, scales, out, width, depth,
     GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
-    LINES: tl.constexpr, OVERLAPS: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j) makes LINES rows of the runs of turn j."""
-    begin_alone(OVERLAPS)
+    begin_alone()
     first = tl.program_id(1) * RUNS
     at = tl.program_id(0) * LINES + tl.arange(0, LINES)
     line = tl.minimum(at, width - 1)
@@ -436,7 +435,7 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty(width, depth, dtype=dtype, device=scales.device)
     _dequantize_packed[(triton.cdiv(width, _LINES), triton.cdiv(depth, RUN * runs))](
         weight.numbers, scales, out, width, depth, GROUP=weight.group, SCALE=kind,
-        ZEROS=weight.zeros, RUNS=runs, LINES=_LINES, OVERLAPS=OVERLAP, **overlapping(),
+        ZEROS=weight.zeros, RUNS=runs, LINES=_LINES, **overlapping(),
     )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, HeadNorm, RotaryInputs
 from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.
 _HEADS = 16
@@ -48,13 +48,12 @@ def _rotate_and_store(
     PAGE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, MEANS: tl.constexpr,
     PLUS_ONE: tl.constexpr, SCALED: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     at = tl.arange(0, BLOCK_DIM)[None, :]
     partner, pair, second, turned = _pairs(at, TURN, INTERLEAVED)
-    begin_alone(OVERLAPS)
+    begin_alone()
     inside = (head < HEADS + 2 * KV) & (at < DIM)
     row = qkv + token * qkv_stride + head * DIM
     raw = tl.load(row + at, mask=inside, other=0.0)
@@ -125,6 +124,6 @@ def rotate_and_store(
         PLUS_ONE=norm is not None and norm.plus_one, SCALED=query_scale is not None,
         INTERLEAVED=interleaved, KEEP=plan.keeps_kv,
         BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
-        BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP, **overlapping(),
+        BLOCK_DIM=triton.next_power_of_2(dim), **overlapping(),
     )  # fmt: skip
     return AttentionInputs(q, kv)

@@ -25,7 +25,7 @@ from gllm_engine.ops.kernels import HALF, has_fp8_tiles
 from gllm_engine.ops.triton.fp8 import common_columns, quantize, scale_lines, scale_options
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, shared_sums
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Rows
 
 _MAX_ROWS = 64
@@ -169,7 +169,7 @@ def _skinny(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     AHEAD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     EVEN: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
-    INDEXED: tl.constexpr, OVERLAPS: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):  # fmt: skip
     """See fp8.scale_options for the scales of a weight; x_scales: [groups, padded]."""
     tile, part = tl.program_id(1), tl.program_id(2)
@@ -188,11 +188,11 @@ def _skinny(
         ROWS_PER_SCALE, INDEXED,
     )  # fmt: skip
     x_rows = x + (x_row.to(tl.int64) * depth)[None, :]
-    if OVERLAPS:
+    if ON_GPU:
         _prefetch(w_rows, first, end, AHEAD)
         if GATED:
             _prefetch(up_rows, first, end, AHEAD)
-    begin(OVERLAPS)
+    begin()
     y, z = _multiply(
         w_rows, up_rows, x_rows, w_scales, up_scales, x_scales + x_row, first, end, padded,
         first_column, BLOCK_N, BLOCK_M, BLOCK_K, GATED, EVEN, ROWS_PER_SCALE > 0,
@@ -308,7 +308,7 @@ def skinny(
         len(x_numbers), width, depth, **scale_options(weight),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts, AHEAD=_AHEAD,
         GATED=gated, BIAS=bias is not None, ADD=add,
-        EVEN=depth % block_k == 0, OVERLAPS=OVERLAP,
+        EVEN=depth % block_k == 0,
         num_warps=warps, num_stages=stages, **overlapping(),
     )  # fmt: skip
     return out
