@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.fp8 import from_float8
+from gllm_engine.ops.triton.memory import program
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Numbers that a program copies, if one token has no more.
@@ -25,7 +26,7 @@ def _copy_pages(
     """Program (i, 0) copies K of the i-th TOKENS tokens; program (i, 1) V."""
     begin_alone()
     part = tl.program_id(1)
-    at = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    at = program(0) * TOKENS + tl.arange(0, TOKENS)
     place = tl.load(places + at, mask=at < tokens, other=0)
     line = (place // PAGE * 2 + part) * PAGE + place % PAGE
     d = tl.arange(0, BLOCK)

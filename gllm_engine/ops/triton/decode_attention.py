@@ -36,6 +36,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF
 from gllm_engine.ops.triton.fp8 import split_float8
+from gllm_engine.ops.triton.memory import load, store_rounded
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 
 # Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.
@@ -232,7 +233,7 @@ def _join(
         acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
         top = higher
     place = out + head[:, None] * DIM + d[None, :]
-    tl.store(place, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=wanted)
+    store_rounded(place, acc / denominator[:, None], wanted)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -255,11 +256,11 @@ def _decode_attention(
         head, d = tl.arange(0, HEADS), tl.arange(0, BLOCK_DIM)
         wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
         place = ((row * KV + kv_head).to(tl.int64) * GROUP + head)[:, None] * DIM + d[None, :]
-        x = tl.load(q + place, mask=wanted, other=0.0)
+        x = load(q + place, wanted)
         peak = tl.full((HEADS,), -float("inf"), tl.float32)
         total = tl.zeros((HEADS,), tl.float32)
         if SINKS:  # one more key, in the first part
-            sink = tl.load(sinks + kv_head * GROUP + head, mask=head < GROUP, other=0.0)
+            sink = load(sinks + kv_head * GROUP + head, head < GROUP)
             peak = tl.where(part == 0, sink.to(tl.float32) * _LOG2_E, peak)
             total = tl.where(part == 0, 1.0, total)
         acc, peak, total = _attend_part(
@@ -267,7 +268,7 @@ def _decode_attention(
             peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED, PAIRED, ON_GPU,
         )  # fmt: skip
         if used == 1:
-            tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=wanted)
+            store_rounded(out + place, acc / total[:, None], wanted)
         else:
             at = (item * KV + kv_head) * GROUP + head
             tl.store(parts + at[:, None] * DIM + d[None, :], acc, mask=wanted)

@@ -64,6 +64,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import BLOCK, FACTORS, LONG
 from gllm_engine.ops.protocol import AttentionPlan, RecurrentState
+from gllm_engine.ops.triton.memory import load, load_wide, program, store_rounded
 
 # Channels of a program of the convolution of short rows, and channels and tokens of one of long
 # rows: few, so that many programs share a multiprocessor.
@@ -131,23 +132,23 @@ def _convolve(
     past = state + tl.load(slots + row) * state_stride + channel * (TAPS - 1)
     w, old = (), ()  # of each tap; and the inputs before the current one, oldest first
     for tap in tl.static_range(TAPS):
-        w += (tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32),)
+        w += (load_wide(weight + channel * TAPS + tap, inside),)
     for tap in tl.static_range(TAPS - 1):
-        old += (tl.load(past + tap, mask=inside, other=0.0).to(tl.float32),)
+        old += (load_wide(past + tap, inside),)
     source = x + begin * x_stride + channel
     target = out + begin * width + channel
     for _ in range(begin, end):
-        old += (tl.load(source, mask=inside, other=0.0).to(tl.float32),)
+        old += (load_wide(source, inside),)
         y = w[0] * old[0]  # type: ignore[misc]
         for tap in tl.static_range(1, TAPS):
             y += w[tap] * old[tap]
         old = old[1:]
         y *= _sigmoid(y)
-        tl.store(target, y.to(out.dtype.element_ty), mask=inside)
+        store_rounded(target, y, inside)
         source += x_stride
         target += width
     for tap in tl.static_range(TAPS - 1):
-        tl.store(past + tap, old[tap].to(state.dtype.element_ty), mask=inside)
+        store_rounded(past + tap, old[tap], inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "starts", "rows", "firsts"])
@@ -171,22 +172,22 @@ def _convolve_blocks(
     for tap in tl.static_range(TAPS):
         at = token + (tap - TAPS + 1)
         is_new = known & (at >= begin - first)
-        taken = tl.load(line + at * x_stride + channel[None, :], mask=is_new, other=0.0)
+        taken = load(line + at * x_stride + channel[None, :], is_new)
         taken = taken.to(tl.float32)
         if first == begin:
-            old = tl.load(past[None, :] + (at + TAPS - 1), mask=known & (at < 0), other=0.0)
+            old = load(past[None, :] + (at + TAPS - 1), known & (at < 0))
             taken += old.to(tl.float32)
-        w = tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+        w = load_wide(weight + channel * TAPS + tap, inside)
         y += taken * w[None, :]
     y *= _sigmoid(y)
     target = out + first.to(tl.int64) * width + token * width + channel[None, :]
-    tl.store(target, y.to(out.dtype.element_ty), mask=known)
+    store_rounded(target, y, known)
     if first == begin:
         tl.debug_barrier()  # all threads have read the last inputs
         line += (end - first - TAPS + 1).to(tl.int64) * x_stride
         for i in tl.static_range(TAPS - 1):
-            last = tl.load(line + i * x_stride + channel, mask=inside, other=0.0)
-            tl.store(past + i, last.to(state.dtype.element_ty), mask=inside)
+            last = load(line + i * x_stride + channel, inside)
+            store_rounded(past + i, last, inside)
 
 
 @triton.jit
@@ -216,7 +217,7 @@ def _recur(
     inside = inside_k[:, None] & inside_v[None, :]
     place = state + tl.load(slots + row) * state_stride + head * (K * V)
     place = place + k[:, None] * V + v[None, :]
-    matrix = tl.load(place, mask=inside, other=0.0)
+    matrix = load(place, inside)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)
     width: tl.constexpr = 2 * KEYS * K + VALUES * V
@@ -226,9 +227,9 @@ def _recur(
     b += begin * b_stride + head
     target = out + (begin * VALUES + head) * V + v
     for _ in range(begin, end):
-        query = tl.load(line + key_head * K + k, mask=inside_k, other=0.0).to(tl.float32)
-        key = tl.load(line + (KEYS + key_head) * K + k, mask=inside_k, other=0.0).to(tl.float32)
-        value = tl.load(line + 2 * KEYS * K + head * V + v, mask=inside_v, other=0.0)
+        query = load_wide(line + key_head * K + k, inside_k)
+        key = load_wide(line + (KEYS + key_head) * K + k, inside_k)
+        value = load(line + 2 * KEYS * K + head * V + v, inside_v)
         query = query * tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
         key = key * tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
         write = _sigmoid(tl.load(b).to(tl.float32))
@@ -236,7 +237,7 @@ def _recur(
         error = (value.to(tl.float32) - tl.sum(matrix * key[:, None], 0)) * write
         matrix = matrix + key[:, None] * error[None, :]
         found = tl.sum(matrix * query[:, None], 0) * (K**-0.5)
-        tl.store(target, found.to(out.dtype.element_ty), mask=inside_v)
+        store_rounded(target, found, inside_v)
         line += width
         a += a_stride
         b += b_stride
@@ -318,16 +319,16 @@ def _solve_blocks(
     place = mixed + first * width + head // (VALUES // KEYS) * K
     place += token[:, None] * width + k[None, :]
     known = inside[:, None] & (k < K)[None, :]
-    key = _operand(tl.load(place + KEYS * K, mask=known, other=0.0))
+    key = _operand(load(place + KEYS * K, known))
     key_scale = tl.rsqrt(tl.sum(key.to(tl.float32) * key, 1) + 1e-6)
-    query = _operand(tl.load(place, mask=known, other=0.0))
+    query = _operand(load(place, known))
     query_scale = tl.rsqrt(tl.sum(query.to(tl.float32) * query, 1) + 1e-6) * (K**-0.5)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
-    step = tl.load(a + first * a_stride + token * a_stride + head, mask=inside, other=0.0)
+    step = load(a + first * a_stride + token * a_stride + head, inside)
     step = rate * _softplus(step.to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
     # Sums of infinite numbers have no differences; and exp(-1e4) is 0, too.
     step = tl.where(inside, tl.where(step < -1e4, -1e4, step), 0.0)
-    write = tl.load(b + first * b_stride + token * b_stride + head, mask=inside, other=0.0)
+    write = load(b + first * b_stride + token * b_stride + head, inside)
     write = tl.where(inside, _sigmoid(write.to(tl.float32)), 0.0)
     # In float64: differences of long sums are as exact as the steps.
     decay = tl.cumsum(step.to(tl.float64), 0)
@@ -364,7 +365,7 @@ def _recur_blocks(
     inside_k, inside_v = k < K, v < V
     place = state + tl.load(slots + row) * state_stride + head * (K * V)
     place = place + k[:, None] * V + v[None, :]
-    matrix = tl.load(place, mask=inside_k[:, None] & inside_v[None, :], other=0.0)
+    matrix = load(place, inside_k[:, None] & inside_v[None, :])
     width: tl.constexpr = 2 * KEYS * K + VALUES * V
     IS_BF16: tl.constexpr = PARTS == 2
     begin, end = tl.load(starts + row), tl.load(starts + row + 1)
@@ -381,24 +382,24 @@ def _recur_blocks(
     for left in range(end - begin, 0, -TOKENS):
         inside = at < left
         known = inside[:, None] & inside_k[None, :]
-        query = _operand(tl.load(mixed + keys, mask=known, other=0.0))
-        key = _operand(tl.load(mixed + KEYS * K + keys, mask=known, other=0.0))
+        query = _operand(load(mixed + keys, known))
+        key = _operand(load(mixed + KEYS * K + keys, known))
         known = inside[:, None] & inside_v[None, :]
-        value = tl.load(mixed + values, mask=known, other=0.0).to(tl.float32)
-        solved = tl.load(squares + square, mask=inside[:, None], other=0.0)
-        scores = tl.load(squares + PARTS * TOKENS + square, mask=inside[:, None], other=0.0)
+        value = load_wide(mixed + values, known)
+        solved = load(squares + square, inside[:, None])
+        scores = load(squares + PARTS * TOKENS + square, inside[:, None])
         factor = factors + at * (VALUES * FACTORS)
-        of_key = tl.load(factor, mask=inside, other=0.0)
-        of_query = tl.load(factor + 1, mask=inside, other=0.0)
-        to_end = tl.load(factor + 2, mask=inside, other=0.0)
+        of_key = load(factor, inside)
+        of_query = load(factor + 1, inside)
+        to_end = load(factor + 2, inside)
         keep = tl.load(factors + 3)
         error = value - of_key[:, None] * _dot(key, matrix, nothing, IS_BF16)
         new = _dot(solved, error, nothing, IS_BF16)
         found = of_query[:, None] * _dot(query, matrix, nothing, IS_BF16)
         if IS_BF16:
-            low = tl.load(squares + TOKENS + square, mask=inside[:, None], other=0.0)
+            low = load(squares + TOKENS + square, inside[:, None])
             new = tl.dot(low, error.to(tl.bfloat16), new)
-            low = tl.load(squares + 3 * TOKENS + square, mask=inside[:, None], other=0.0)
+            low = load(squares + 3 * TOKENS + square, inside[:, None])
             found = tl.dot(low, new.to(tl.bfloat16), found)
         found = _dot(scores, new, found, IS_BF16).to(out.dtype.element_ty)
         tl.store(out + at[:, None] * (VALUES * V) + v[None, :], found, mask=known)
@@ -496,16 +497,16 @@ def _long_rows(
 def _gated_norm(
     x, gain, gate, out, gate_token, dim, eps, HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, head = program(0), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < dim
     line = (token * HEADS + head) * dim + at
-    raw = tl.load(x + line, mask=inside, other=0.0)
+    raw = load(x + line, inside)
     wide = raw.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     normed = (wide * scale).to(raw.dtype).to(tl.float32)
-    normed = (normed * tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)).to(raw.dtype)
-    z = tl.load(gate + token * gate_token + head * dim + at, mask=inside, other=0.0).to(tl.float32)
+    normed = (normed * load_wide(gain + at, inside)).to(raw.dtype)
+    z = load_wide(gate + token * gate_token + head * dim + at, inside)
     result = normed.to(tl.float32) * z / (1.0 + tl.exp(-z))
     tl.store(out + line, result.to(raw.dtype), mask=inside)
 

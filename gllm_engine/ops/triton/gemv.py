@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF, has_fp8_gemv
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
+from gllm_engine.ops.triton.memory import load_wide
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, Rows
 
@@ -136,18 +137,18 @@ def _gemv(
         y *= scale
     kind: tl.constexpr = out.dtype.element_ty
     if BIAS:
-        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        y += load_wide(bias + n, inside)
     if GATED:
         z = _dot_rows(up, up_s, v, LANES, COLUMNS_PER_SCALE, ON_GPU)
         if NORM:
             z *= scale
         if BIAS:
-            z += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
+            z += load_wide(bias + width + n, inside)
         y = y.to(kind).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32)
         y *= z.to(kind).to(tl.float32)
     if ADD:
-        y += tl.load(out + n, mask=inside, other=0.0).to(tl.float32)
+        y += load_wide(out + n, inside)
     tl.store(out + n, y.to(kind), mask=inside)
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from gllm_engine.ops.protocol import AttentionPlan, IndexQueries, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
+from gllm_engine.ops.triton.memory import load, load_wide, program, stored
+from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
@@ -76,9 +77,9 @@ def _rotate(first, second, c, s):
 @triton.jit
 def _normed(source, gain, bias, at, mask, mean, scale):
     """Channels `at` of a layer norm, in float32 but rounded to the dtype of `source`."""
-    raw = tl.load(source + at, mask=mask, other=0.0)
-    g = tl.load(gain + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+    raw = load(source + at, mask)
+    g = load_wide(gain + at, mask)
+    b = load_wide(bias + at, mask)
     return ((raw.to(tl.float32) - mean) * scale * g + b).to(raw.dtype).to(tl.float32)
 
 
@@ -96,7 +97,7 @@ def _store_index_key(
     BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the queries' rotation in place, the key's norm and rotation."""
-    token = tl.program_id(0).to(tl.int64)
+    token = program(0)
     pair, d = tl.arange(0, BLOCK_HALF), tl.arange(0, BLOCK_DIM)
     turned, inside = pair < HALF, d < DIM
     if INTERLEAVED:
@@ -105,19 +106,19 @@ def _store_index_key(
         first, second = pair, pair + HALF
     begin_alone()
     angle = tl.load(positions + token) * HALF + pair
-    c = tl.load(cos + angle, mask=turned, other=0.0)
-    s = tl.load(sin + angle, mask=turned, other=0.0)
+    c = load(cos + angle, turned)
+    s = load(sin + angle, turned)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     row = q + (token * HEADS + head) * DIM
     wanted = (head < HEADS) & turned[None, :]
-    x = tl.load(row + first[None, :], mask=wanted, other=0.0)
-    y = tl.load(row + second[None, :], mask=wanted, other=0.0)
+    x = load(row + first[None, :], wanted)
+    y = load(row + second[None, :], wanted)
     new_x, new_y = _rotate(x.to(tl.float32), y.to(tl.float32), c[None, :], s[None, :])
     tl.store(row + first[None, :], new_x.to(x.dtype), mask=wanted)
     tl.store(row + second[None, :], new_y.to(x.dtype), mask=wanted)
 
     source = k + token * DIM
-    wide = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
+    wide = load_wide(source + d, inside)
     mean = tl.sum(wide, 0) / DIM
     centred = tl.where(inside, wide - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps)
@@ -177,8 +178,8 @@ def _score_tokens(
         head, d = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_DIM)
         line = row.to(tl.int64) * HEADS + head
         wanted = (head < HEADS)[None, :] & (d < DIM)[:, None]
-        x = tl.load(q + line[None, :] * DIM + d[:, None], mask=wanted, other=0.0)
-        weight = tl.load(weights + line, mask=head < HEADS, other=0.0).to(tl.float32)
+        x = load(q + line[None, :] * DIM + d[:, None], wanted)
+        weight = load_wide(weights + line, head < HEADS)
         out = scores + row.to(tl.int64) * width
         for start in range(first, end, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -186,7 +187,7 @@ def _score_tokens(
             page = tl.load(table + at // PAGE, mask=inside, other=0)
             place = (page * PAGE + at % PAGE) * DIM
             mask = inside[:, None] & (d < DIM)[None, :]
-            key = tl.load(keys + place[:, None] + d[None, :], mask=mask, other=0.0)
+            key = load(keys + place[:, None] + d[None, :], mask)
             # Tokens are the rows, so that few threads share the sum of a token over heads.
             product = tl.dot(from_float8(key, x.dtype), x, input_precision="ieee")
             score = tl.sum(tl.maximum(product, 0.0) * weight[None, :], 1)
@@ -214,7 +215,7 @@ def _next_digit(
     counts = tl.zeros((DIGITS,), tl.int32)
     for start in range(0, length, BLOCK):
         inside = start + at < length
-        key = _ordered(tl.load(line + start + at, mask=inside, other=0.0))
+        key = _ordered(load(line + start + at, inside))
         if SHIFT < 24:
             inside &= (key >> (SHIFT + 8)) == (least >> (SHIFT + 8))
         values = ((key >> SHIFT) & (DIGITS - 1)).to(tl.int32)
@@ -231,7 +232,7 @@ def _choose_tokens(
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """One program per row lists the positions of its TOP_K largest scores. Length 0: all tokens."""
-    row = tl.program_id(0).to(tl.int64)
+    row = program(0)
     at = tl.arange(0, BLOCK)
     begin_alone()
     length = tl.load(lens + row).to(tl.int32)
@@ -250,7 +251,7 @@ def _choose_tokens(
         listed, equals = 0, 0
         for start in range(0, length, BLOCK):
             inside = start + at < length
-            key = _ordered(tl.load(line + start + at, mask=inside, other=0.0))
+            key = _ordered(load(line + start + at, inside))
             equal = (inside & (key == least)).to(tl.int32)
             # Of equal scores, the first ones.
             early = (equal == 1) & (equals + tl.cumsum(equal, 0) <= wanted)

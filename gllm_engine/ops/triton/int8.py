@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.fp8 import quantize
+from gllm_engine.ops.triton.memory import load, load_wide, program, store_rounded
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 from gllm_engine.ops.weight import Int8Weight
 
@@ -32,17 +33,17 @@ def _rescale(
     BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin_alone()
-    row = tl.program_id(0).to(tl.int64)
+    row = program(0)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < width
     at = row * width + n
-    y = tl.load(sums + at, mask=inside, other=0).to(tl.float32)
-    y *= tl.load(row_scales + row) * tl.load(scales + n, mask=inside, other=0.0)
+    y = load_wide(sums + at, inside)
+    y *= tl.load(row_scales + row) * load(scales + n, inside)
     if BIAS:
-        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        y += load_wide(bias + n, inside)
     if ADD:
-        y += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+        y += load_wide(out + at, inside)
+    store_rounded(out + at, y, inside)
 
 
 def rescale(

@@ -32,7 +32,8 @@ from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
 from gllm_engine.ops.protocol import AttentionPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
+from gllm_engine.ops.triton.memory import load, load_wide, program, store_rounded, stored
+from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 
 # Most heads of a program: more would need more registers than there are.
@@ -65,7 +66,7 @@ def _store_latent(
     A thread that writes a pair of channels has read that pair, so that the queries are rotated in
     place.
     """
-    token = tl.program_id(0).to(tl.int64)
+    token = program(0)
     half: tl.constexpr = ROPE // 2
     pair = tl.arange(0, half)
     if INTERLEAVED:
@@ -78,8 +79,8 @@ def _store_latent(
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     wanted = head < HEADS
     row = q + token * q_stride + head * (NOPE + ROPE) + NOPE
-    a = tl.load(row + a_at[None, :], mask=wanted, other=0.0).to(tl.float32)
-    b = tl.load(row + b_at[None, :], mask=wanted, other=0.0).to(tl.float32)
+    a = load_wide(row + a_at[None, :], wanted)
+    b = load_wide(row + b_at[None, :], wanted)
     number = q.dtype.element_ty
     tl.store(row + a_at[None, :], (a * c[None, :] - b * s[None, :]).to(number), mask=wanted)
     tl.store(row + b_at[None, :], (b * c[None, :] + a * s[None, :]).to(number), mask=wanted)
@@ -88,10 +89,10 @@ def _store_latent(
     line = cache + tl.load(cache_index + token) * (RANK + ROPE)
     kind = cache.dtype.element_ty
     d = tl.arange(0, BLOCK_RANK)
-    wide = tl.load(source + d, mask=d < RANK, other=0.0).to(tl.float32)
+    wide = load_wide(source + d, d < RANK)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
     normed = (wide * scale).to(number).to(tl.float32)
-    normed = normed * tl.load(gain + d, mask=d < RANK, other=0.0).to(tl.float32)
+    normed = normed * load_wide(gain + d, d < RANK)
     tl.store(line + d, stored(normed.to(number), kind), mask=d < RANK)
     a = tl.load(source + RANK + a_at).to(tl.float32)
     b = tl.load(source + RANK + b_at).to(tl.float32)
@@ -132,12 +133,12 @@ def _gather_latents(
     BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """One program copies a latent, and its rotated key to all heads."""
-    at = tl.program_id(0).to(tl.int64)
+    at = program(0)
     begin_alone()
     line = cache + tl.load(places + at) * (RANK + ROPE)
     number = k.dtype.element_ty
     d, r = tl.arange(0, BLOCK_RANK), tl.arange(0, ROPE)
-    latent = tl.load(line + d, mask=d < RANK, other=0.0)
+    latent = load(line + d, d < RANK)
     tl.store(latents + at * RANK + d, from_float8(latent, number), mask=d < RANK)
     key = from_float8(tl.load(line + RANK + r), number)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
@@ -176,15 +177,15 @@ def _absorb(
     head = tl.program_id(1)
     n, d = tl.arange(0, BLOCK_NOPE), tl.program_id(0) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     weight = kv_up + (head * (NOPE + VALUE) + n)[:, None] * RANK + d[None, :]
-    w = tl.load(weight, mask=(n < NOPE)[:, None], other=0.0)
+    w = load(weight, (n < NOPE)[:, None])
     begin_alone()
     row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     line = q + row.to(tl.int64) * q_token + head * q_head
     inside = (row < rows)[:, None]
-    x = tl.load(line[:, None] + n[None, :], mask=inside & (n < NOPE)[None, :], other=0.0)
+    x = load(line[:, None] + n[None, :], inside & (n < NOPE)[None, :])
     y = tl.dot(x, w, input_precision="ieee")
     place = (row * HEADS + head)[:, None] * RANK + d[None, :]
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+    store_rounded(out + place, y, inside)
 
 
 @triton.jit
@@ -308,7 +309,7 @@ def _project(
     head, first = tl.program_id(1), tl.program_id(2) * BLOCK_ROWS
     v, d = tl.program_id(0) * BLOCK_VALUE + tl.arange(0, BLOCK_VALUE), tl.arange(0, RANK)
     weight = kv_up + (head * (NOPE + VALUE) + NOPE + v)[None, :] * RANK + d[:, None]
-    w = tl.load(weight, mask=(v < VALUE)[None, :], other=0.0)
+    w = load(weight, (v < VALUE)[None, :])
     row = first + tl.arange(0, BLOCK_ROWS)
     begins = tl.load(starts + tl.minimum(row, rows))
     ends = tl.load(starts + tl.minimum(row + 1, rows))
@@ -319,9 +320,9 @@ def _project(
     acc = tl.zeros((BLOCK_ROWS, BLOCK_VALUE), tl.float32)
     for at in range(at_first, last, BLOCK_PARTS):
         item = at + tl.arange(0, BLOCK_PARTS)
-        log = tl.load(logs + item * HEADS + head, mask=item < last, other=0.0)
+        log = load(logs + item * HEADS + head, item < last)
         place = (item * HEADS + head)[:, None] * RANK + d[None, :]
-        x = tl.load(parts + place, mask=(item < last)[:, None], other=0.0)
+        x = load(parts + place, (item < last)[:, None])
         y = tl.dot(x, w, input_precision="ieee")
         # 0 times a number that is not finite is NaN: such parts make only their own row NaN.
         broken = tl.sum(y * 0.0, 1)
@@ -336,7 +337,7 @@ def _project(
         top = higher
     place = (row * HEADS + head)[:, None] * VALUE + v[None, :]
     inside = (row < rows)[:, None] & (v < VALUE)[None, :]
-    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    store_rounded(out + place, acc / total[:, None], inside)
 
 
 def head_blocks(heads: int) -> int:

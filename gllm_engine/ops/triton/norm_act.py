@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.memory import load, load_wide, program, store_rounded
 from gllm_engine.ops.triton.pdl import begin, overlapping
 
 # Columns of one program of activate.
@@ -22,13 +23,13 @@ def _rms_norm(
     x, gain, out, dim, x_row, eps,
     ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row = program * dim
+    number = program(0)
+    row = number * dim
     at = tl.arange(0, BLOCK)
     inside = at < dim
-    g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+    g = load_wide(gain + at, inside)
     begin()
-    wide = tl.load(x + program * x_row + at, mask=inside, other=0.0).to(tl.float32)
+    wide = load_wide(x + number * x_row + at, inside)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     kind: tl.constexpr = out.dtype.element_ty
     if PLUS_ONE:
@@ -36,7 +37,7 @@ def _rms_norm(
     else:
         result = ((wide * scale).to(kind).to(tl.float32) * g).to(kind)
     if ADD:
-        before = tl.load(out + row + at, mask=inside, other=0.0)
+        before = load(out + row + at, inside)
         result = (result.to(tl.float32) + before.to(tl.float32)).to(kind)
     tl.store(out + row + at, result, mask=inside)
 
@@ -65,19 +66,19 @@ def _layer_norm(
     x, gain, bias, out, dim, eps,
     BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * dim
+    row = program(0) * dim
     at = tl.arange(0, BLOCK)
     inside = at < dim
-    g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+    g = load_wide(gain + at, inside)
     if BIAS:
-        b = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        b = load_wide(bias + at, inside)
     begin()
-    wide = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+    wide = load_wide(x + row + at, inside)
     centred = tl.where(inside, wide - tl.sum(wide, 0) / dim, 0.0)
     result = centred * tl.rsqrt(tl.sum(centred * centred, 0) / dim + eps) * g
     if BIAS:
         result += b
-    tl.store(out + row + at, result.to(out.dtype.element_ty), mask=inside)
+    store_rounded(out + row + at, result, inside)
 
 
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -99,7 +100,7 @@ def _mean_squares(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (t, 0) computes the mean of token t's queries; program (t, 1) that of its keys."""
-    token = tl.program_id(0).to(tl.int64)
+    token = program(0)
     part = tl.program_id(1)
     first = tl.where(part == 0, 0, q_width)
     width = tl.where(part == 0, q_width, k_width)
@@ -107,7 +108,7 @@ def _mean_squares(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(qkv + token * row_width + first + at, mask=at < width, other=0.0)
+        x = load(qkv + token * row_width + first + at, at < width)
         x = x.to(tl.float32)
         total += x * x
     tl.store(out + token * 2 + part, tl.sum(total, 0) / width)
@@ -143,16 +144,16 @@ def activated(gate, ACT: tl.constexpr):
 def _activate(
     x, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = program(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     begin()
     line = x + row * (2 * width if GATED else width)
-    gate = tl.load(line + at, mask=inside, other=0.0).to(tl.float32)
+    gate = load_wide(line + at, inside)
     kind: tl.constexpr = out.dtype.element_ty
     result = activated(gate, ACT).to(kind)
     if GATED:
-        up = tl.load(line + width + at, mask=inside, other=0.0).to(tl.float32)
+        up = load_wide(line + width + at, inside)
         result = (result.to(tl.float32) * up).to(kind)
     tl.store(out + row * width + at, result, mask=inside)
 

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import PACKED_ROWS
+from gllm_engine.ops.triton.memory import load
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, begin_alone, overlapping
@@ -279,7 +280,7 @@ def multiply_packed(
             run = first + i
             inside = run < runs
             here = present if EVEN else present & (run * _RUN + at < end)
-            v = tl.load(x + (run * _RUN + at), mask=here, other=0.0)
+            v = load(x + (run * _RUN + at), here)
             words = _load(tile + run * _WORDS, inside, WHOLE)
             w = _decode_run(
                 words, scales, line, first, width, inside, i, GROUP, SCALE, ZEROS, kind, PAIRS,

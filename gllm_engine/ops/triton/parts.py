@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.memory import load_wide
+
 # Most tiles that several programs share.
 _TILES = 1024
 _arrived: dict[torch.device, Tensor] = {}
@@ -37,16 +39,16 @@ def _store(
     """Store the float32 sums y (and z, the up half, if GATED), [n, m], at out[m, n]."""
     kind: tl.constexpr = out.dtype.element_ty
     if BIAS:
-        y += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
+        y += load_wide(bias + n, n < width)[:, None]
     if GATED:
         if BIAS:
-            z += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
+            z += load_wide(bias + width + n, n < width)[:, None]
         y = y.to(kind).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * z.to(kind).to(tl.float32)
     place = out + m[None, :].to(tl.int64) * width + n[:, None]
     inside = (m < rows)[None, :] & (n < width)[:, None]
     if ADD:
-        y += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        y += load_wide(place, inside)
     tl.store(place, y.to(kind), mask=inside)
 
 

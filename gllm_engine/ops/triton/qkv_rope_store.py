@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, HeadNorm, RotaryInputs
-from gllm_engine.ops.triton.paged_plan import PagedPlan, stored
+from gllm_engine.ops.triton.memory import load, load_wide, program, stored
+from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.
@@ -35,7 +36,7 @@ def _pairs(at, TURN: tl.constexpr, INTERLEAVED: tl.constexpr):
 @triton.jit
 def _factor(gain, mask, PLUS_ONE: tl.constexpr):
     """The norm's factors, from pointers to its gain."""
-    factor = tl.load(gain, mask=mask, other=0.0).to(tl.float32)
+    factor = load_wide(gain, mask)
     if PLUS_ONE:
         factor += 1.0
     return factor
@@ -49,18 +50,18 @@ def _rotate_and_store(
     PLUS_ONE: tl.constexpr, SCALED: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
+    token = program(0)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     at = tl.arange(0, BLOCK_DIM)[None, :]
     partner, pair, second, turned = _pairs(at, TURN, INTERLEAVED)
     begin_alone()
     inside = (head < HEADS + 2 * KV) & (at < DIM)
     row = qkv + token * qkv_stride + head * DIM
-    raw = tl.load(row + at, mask=inside, other=0.0)
+    raw = load(row + at, inside)
     x = raw.to(tl.float32)
     y = x
     if TURN:
-        y = tl.load(row + partner, mask=inside, other=0.0).to(tl.float32)
+        y = load_wide(row + partner, inside)
     gains = inside & (head < HEADS + KV)
     if NORM and not AFTER:
         if MEANS:
