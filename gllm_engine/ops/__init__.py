@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from gllm_engine.ops.batch import Batch, HostInts, TensorGroup
+from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -62,7 +62,6 @@ __all__ = [
     "RecurrentState",
     "RotaryInputs",
     "Rows",
-    "TensorGroup",
     "Weight",
     "best_device",
     "dequantized",

@@ -12,7 +12,7 @@ from gllm_engine.ops.triton.fp8 import dequantize, quantize
 from gllm_engine.ops.triton.gated_delta import RowPlan, gated_delta, gated_norm, plan_rows
 from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
-from gllm_engine.ops.triton.int8 import rescale, round_rows
+from gllm_engine.ops.triton.int8 import rescale
 from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
     gather_latents,
@@ -71,7 +71,6 @@ __all__ = [
     "rescale",
     "rms_norm",
     "rotate_and_store",
-    "round_rows",
     "route",
     "sample_plain",
     "skinny",

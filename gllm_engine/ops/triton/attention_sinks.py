@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import load, load_wide, program, store_rounded
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.
@@ -26,7 +26,7 @@ def _apply_sinks(
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     token = program(0)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    head = own_range(1, BLOCK_HEADS)
     at = tl.arange(0, BLOCK_DIM)[None, :]
     known = head < heads
     sink = load_wide(sinks + head, known) * _LOG2_E

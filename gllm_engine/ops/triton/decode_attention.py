@@ -243,7 +243,7 @@ def _decode_attention(
     KV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK: tl.constexpr, JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr, PAIRED: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
     begin_alone()
@@ -259,7 +259,7 @@ def _decode_attention(
         x = load(q + place, wanted)
         peak = tl.full((HEADS,), -float("inf"), tl.float32)
         total = tl.zeros((HEADS,), tl.float32)
-        if SINKS:  # one more key, in the first part
+        if sinks is not None:  # one more key, in the first part
             sink = load(sinks + kv_head * GROUP + head, head < GROUP)
             peak = tl.where(part == 0, sink.to(tl.float32) * _LOG2_E, peak)
             total = tl.where(part == 0, 1.0, total)
@@ -311,14 +311,14 @@ def decode_attention(
     peaks, sums = parts.new_empty(2, capacity, heads)
     _decode_attention[(capacity, kv_heads)](
         q, cache.view(torch.int16) if paired else cache, plan.page_table, plan.slots, plan.lens,
-        plan.items, plan.arrived, plan.share, q if sinks is None else sinks, out, parts, peaks,
+        plan.items, plan.arrived, plan.share, sinks, out, parts, peaks,
         sums, capacity, plan.page_table.shape[1],
         (scale or dim**-0.5) * _LOG2_E.value, (softcap or 0.0) * _LOG2_E.value,
         KV=kv_heads, GROUP=group, HEADS=max(16, block_group), DIM=dim,
         BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0, CHUNKED=plan.chunked,
         BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
         JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        CAPPED=softcap is not None, SINKS=sinks is not None, PAIRED=paired,
+        CAPPED=softcap is not None, PAIRED=paired,
         num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out

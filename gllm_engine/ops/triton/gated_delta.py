@@ -64,7 +64,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import BLOCK, FACTORS, LONG
 from gllm_engine.ops.protocol import AttentionPlan, RecurrentState
-from gllm_engine.ops.triton.memory import load, load_wide, program, store_rounded
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
 
 # Channels of a program of the convolution of short rows, and channels and tokens of one of long
 # rows: few, so that many programs share a multiprocessor.
@@ -127,7 +127,7 @@ def _convolve(
     end = tl.load(starts + row + 1).to(tl.int64)
     if end - begin >= LONG:
         return
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel = own_range(1, BLOCK)
     inside = channel < width
     past = state + tl.load(slots + row) * state_stride + channel * (TAPS - 1)
     w, old = (), ()  # of each tap; and the inputs before the current one, oldest first
@@ -160,7 +160,7 @@ def _convolve_blocks(
     last inputs, because no other program reads them.
     """
     row = tl.load(rows + tl.program_id(0))
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel = own_range(1, BLOCK)
     inside = channel < width
     begin, end = tl.load(starts + row), tl.load(starts + row + 1)
     first = begin + (tl.program_id(0) - tl.load(firsts + row)) * TOKENS + tl.program_id(2) * PART
@@ -172,11 +172,9 @@ def _convolve_blocks(
     for tap in tl.static_range(TAPS):
         at = token + (tap - TAPS + 1)
         is_new = known & (at >= begin - first)
-        taken = load(line + at * x_stride + channel[None, :], is_new)
-        taken = taken.to(tl.float32)
+        taken = load_wide(line + at * x_stride + channel[None, :], is_new)
         if first == begin:
-            old = load(past[None, :] + (at + TAPS - 1), known & (at < 0))
-            taken += old.to(tl.float32)
+            taken += load_wide(past[None, :] + (at + TAPS - 1), known & (at < 0))
         w = load_wide(weight + channel * TAPS + tap, inside)
         y += taken * w[None, :]
     y *= _sigmoid(y)
@@ -212,7 +210,7 @@ def _recur(
     end = tl.load(starts + row + 1).to(tl.int64)
     if end - begin >= LONG:
         return
-    k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    k, v = tl.arange(0, BLOCK_K), own_range(2, COLUMNS)
     inside_k, inside_v = k < K, v < V
     inside = inside_k[:, None] & inside_v[None, :]
     place = state + tl.load(slots + row) * state_stride + head * (K * V)
@@ -324,12 +322,12 @@ def _solve_blocks(
     query = _operand(load(place, known))
     query_scale = tl.rsqrt(tl.sum(query.to(tl.float32) * query, 1) + 1e-6) * (K**-0.5)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
-    step = load(a + first * a_stride + token * a_stride + head, inside)
-    step = rate * _softplus(step.to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
+    step = load_wide(a + first * a_stride + token * a_stride + head, inside)
+    step = rate * _softplus(step + tl.load(dt_bias + head).to(tl.float32))
     # Sums of infinite numbers have no differences; and exp(-1e4) is 0, too.
     step = tl.where(inside, tl.where(step < -1e4, -1e4, step), 0.0)
-    write = load(b + first * b_stride + token * b_stride + head, inside)
-    write = tl.where(inside, _sigmoid(write.to(tl.float32)), 0.0)
+    write = load_wide(b + first * b_stride + token * b_stride + head, inside)
+    write = tl.where(inside, _sigmoid(write), 0.0)
     # In float64: differences of long sums are as exact as the steps.
     decay = tl.cumsum(step.to(tl.float64), 0)
     since = tl.exp(decay.to(tl.float32))
@@ -361,7 +359,7 @@ def _recur_blocks(
 ):  # fmt: skip
     """One program computes COLUMNS columns of the state of one value head of one long row."""
     row, head = tl.load(long + tl.program_id(0)), tl.program_id(1)
-    k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    k, v = tl.arange(0, BLOCK_K), own_range(2, COLUMNS)
     inside_k, inside_v = k < K, v < V
     place = state + tl.load(slots + row) * state_stride + head * (K * V)
     place = place + k[:, None] * V + v[None, :]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF, has_fp8_gemv
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
-from gllm_engine.ops.triton.memory import load_wide
+from gllm_engine.ops.triton.memory import load_wide, own_range, store_rounded
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, Rows
 
@@ -100,11 +100,11 @@ def _dot_rows(
 def _gemv(
     x, gain, weight, bias, out, width, eps, scales, scale_row, scale_columns, first_column,
     DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """See fp8.scale_options for the scales of a weight."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = own_range(0, BLOCK_N)
     inside = n < width
     # Rows past the end repeat the last row; their results are not stored.
     row = n if EVEN else tl.minimum(n, width - 1)
@@ -136,20 +136,20 @@ def _gemv(
     if NORM:
         y *= scale
     kind: tl.constexpr = out.dtype.element_ty
-    if BIAS:
+    if bias is not None:
         y += load_wide(bias + n, inside)
     if GATED:
         z = _dot_rows(up, up_s, v, LANES, COLUMNS_PER_SCALE, ON_GPU)
         if NORM:
             z *= scale
-        if BIAS:
+        if bias is not None:
             z += load_wide(bias + width + n, inside)
         y = y.to(kind).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32)
         y *= z.to(kind).to(tl.float32)
     if ADD:
         y += load_wide(out + n, inside)
-    tl.store(out + n, y.to(kind), mask=inside)
+    store_rounded(out + n, y, inside)
 
 
 def is_single(x: Rows, weight: Tensor | Fp8Weight | Int8Weight) -> bool:
@@ -185,9 +185,9 @@ def gemv(
     block_n = 1 << (held.bit_length() - 1)
     gain, eps = (x, 0.0) if norm is None else norm
     _gemv[(triton.cdiv(width, block_n),)](
-        x, gain, numbers, x if bias is None else bias, out, width, eps, **scale_options(weight),
+        x, gain, numbers, bias, out, width, eps, **scale_options(weight),
         DEPTH=depth, BLOCK_N=block_n, LANES=lanes, EVEN=width % block_n == 0,
-        NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=add,
+        NORM=norm is not None, GATED=gated, ADD=add,
         num_warps=warps, **overlapping(),
     )  # fmt: skip
     return out

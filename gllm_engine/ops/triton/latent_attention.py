@@ -32,7 +32,7 @@ from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
 from gllm_engine.ops.protocol import AttentionPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.memory import load, load_wide, program, store_rounded, stored
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded, stored
 from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 
@@ -175,11 +175,11 @@ def _absorb(
     It calls `begin_alone`: when the next kernel begins, all kernels before this one have ended.
     """
     head = tl.program_id(1)
-    n, d = tl.arange(0, BLOCK_NOPE), tl.program_id(0) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    n, d = tl.arange(0, BLOCK_NOPE), own_range(0, BLOCK_RANK)
     weight = kv_up + (head * (NOPE + VALUE) + n)[:, None] * RANK + d[None, :]
     w = load(weight, (n < NOPE)[:, None])
     begin_alone()
-    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = own_range(2, BLOCK_ROWS)
     line = q + row.to(tl.int64) * q_token + head * q_head
     inside = (row < rows)[:, None]
     x = load(line[:, None] + n[None, :], inside & (n < NOPE)[None, :])
@@ -307,7 +307,7 @@ def _project(
     read `starts`, because `_attend_latent`, which runs before, does not write them.
     """
     head, first = tl.program_id(1), tl.program_id(2) * BLOCK_ROWS
-    v, d = tl.program_id(0) * BLOCK_VALUE + tl.arange(0, BLOCK_VALUE), tl.arange(0, RANK)
+    v, d = own_range(0, BLOCK_VALUE), tl.arange(0, RANK)
     weight = kv_up + (head * (NOPE + VALUE) + NOPE + v)[None, :] * RANK + d[:, None]
     w = load(weight, (v < VALUE)[None, :])
     row = first + tl.arange(0, BLOCK_ROWS)

@@ -13,6 +13,12 @@ def program(axis: tl.constexpr):
 
 
 @triton.jit
+def own_range(axis: tl.constexpr, SIZE: tl.constexpr):
+    """The numbers of a program along an axis, if each program has SIZE of them."""
+    return tl.program_id(axis) * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
 def load(place, inside):
     """Floating-point numbers; zeros unless `inside`."""
     return tl.load(place, mask=inside, other=0.0)

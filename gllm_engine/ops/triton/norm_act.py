@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import load, load_wide, program, store_rounded
+from gllm_engine.ops.triton.memory import load_wide, own_range, program, store_rounded
 from gllm_engine.ops.triton.pdl import begin, overlapping
 
 # Columns of one program of activate.
@@ -37,8 +37,7 @@ def _rms_norm(
     else:
         result = ((wide * scale).to(kind).to(tl.float32) * g).to(kind)
     if ADD:
-        before = load(out + row + at, inside)
-        result = (result.to(tl.float32) + before.to(tl.float32)).to(kind)
+        result = (result.to(tl.float32) + load_wide(out + row + at, inside)).to(kind)
     tl.store(out + row + at, result, mask=inside)
 
 
@@ -64,19 +63,19 @@ def _warps(block: int) -> int:
 @triton.jit
 def _layer_norm(
     x, gain, bias, out, dim, eps,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = program(0) * dim
     at = tl.arange(0, BLOCK)
     inside = at < dim
     g = load_wide(gain + at, inside)
-    if BIAS:
+    if bias is not None:
         b = load_wide(bias + at, inside)
     begin()
     wide = load_wide(x + row + at, inside)
     centred = tl.where(inside, wide - tl.sum(wide, 0) / dim, 0.0)
     result = centred * tl.rsqrt(tl.sum(centred * centred, 0) / dim + eps) * g
-    if BIAS:
+    if bias is not None:
         result += b
     store_rounded(out + row + at, result, inside)
 
@@ -88,7 +87,7 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
     if rows:
         block = triton.next_power_of_2(dim)
         _layer_norm[(rows,)](
-            x, gain, gain if bias is None else bias, out, dim, eps, BIAS=bias is not None,
+            x, gain, bias, out, dim, eps,
             BLOCK=block, num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
@@ -108,8 +107,7 @@ def _mean_squares(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = load(qkv + token * row_width + first + at, at < width)
-        x = x.to(tl.float32)
+        x = load_wide(qkv + token * row_width + first + at, at < width)
         total += x * x
     tl.store(out + token * 2 + part, tl.sum(total, 0) / width)
 
@@ -145,7 +143,7 @@ def _activate(
     x, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = program(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = own_range(1, BLOCK)
     inside = at < width
     begin()
     line = x + row * (2 * width if GATED else width)

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import PACKED_ROWS
-from gllm_engine.ops.triton.memory import load
+from gllm_engine.ops.triton.memory import load, own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, begin_alone, overlapping
@@ -305,7 +305,7 @@ def _packed(
     x, numbers, scales, bias, out, sums, arrived, rows, width, depth,
     GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    GATED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
+    GATED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, part) multiplies one part of the depth; see parts.py."""
     begin()
@@ -323,8 +323,7 @@ def _packed(
         GROUP, SCALE, ZEROS, RUNS, GATED, EVEN, ON_GPU,
     )  # fmt: skip
     finish_tile(
-        y, z, sums, arrived, tile, part, bias, out, column, row, rows, width, PARTS, GATED, BIASED,
-        ADD,
+        y, z, sums, arrived, tile, part, bias, out, column, row, rows, width, PARTS, GATED, ADD,
     )  # fmt: skip
 
 
@@ -385,9 +384,9 @@ def packed_linear(
     sums, arrived = shared_sums(out, programs, parts, (1 + gated) * tiles.rows * columns)
     scales, kind = scale_words(weight)
     _packed[(programs, parts)](
-        x, weight.numbers, scales, x if bias is None else bias, out, sums, arrived, rows, width,
+        x, weight.numbers, scales, bias, out, sums, arrived, rows, width,
         depth, GROUP=weight.group, SCALE=kind, ZEROS=weight.zeros, RUNS=runs, ROWS=tiles.rows,
-        COLUMNS=columns, PARTS=parts, GATED=gated, BIASED=bias is not None, ADD=add,
+        COLUMNS=columns, PARTS=parts, GATED=gated, ADD=add,
         EVEN=depth % (RUN * runs) == 0,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
@@ -411,7 +410,7 @@ def _dequantize_packed(
     """Program (i, j) makes LINES rows of the runs of turn j."""
     begin_alone()
     first = tl.program_id(1) * RUNS
-    at = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    at = own_range(0, LINES)
     line = tl.minimum(at, width - 1)
     tile = numbers + line.to(tl.int64)[:, None] * run_words(depth) + tl.arange(0, _WORDS)[None, :]
     kind: tl.constexpr = out.dtype.element_ty

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import load_wide
+from gllm_engine.ops.triton.memory import load_wide, store_rounded
 
 # Most tiles that several programs share.
 _TILES = 1024
@@ -34,14 +34,14 @@ _arrived: dict[torch.device, Tensor] = {}
 @triton.jit
 def _store(
     y, z, bias, out, n, m, rows, width,
-    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    GATED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Store the float32 sums y (and z, the up half, if GATED), [n, m], at out[m, n]."""
     kind: tl.constexpr = out.dtype.element_ty
-    if BIAS:
+    if bias is not None:
         y += load_wide(bias + n, n < width)[:, None]
     if GATED:
-        if BIAS:
+        if bias is not None:
             z += load_wide(bias + width + n, n < width)[:, None]
         y = y.to(kind).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * z.to(kind).to(tl.float32)
@@ -49,7 +49,7 @@ def _store(
     inside = (m < rows)[None, :] & (n < width)[:, None]
     if ADD:
         y += load_wide(place, inside)
-    tl.store(place, y.to(kind), mask=inside)
+    store_rounded(place, y, inside)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _join(sums, at, PARTS: tl.constexpr):
 @triton.jit
 def finish_tile(
     y, z, sums, arrived, tile, part, bias, out, n, m, rows, width,
-    PARTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    PARTS: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """As _store, of the sum over all parts of a tile, once all parts have called this.
 
@@ -97,7 +97,7 @@ def finish_tile(
             y = _join(sums, at, PARTS)
             if GATED:
                 z = _join(sums + PARTS * N * M, at, PARTS)
-        _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
+        _store(y, z, bias, out, n, m, rows, width, GATED, ADD)
 
 
 def shared_sums(out: Tensor, tiles: int, parts: int, size: int) -> tuple[Tensor, Tensor]:

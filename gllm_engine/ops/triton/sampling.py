@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
 from gllm_engine.ops.protocol import PlainSampling
-from gllm_engine.ops.triton.memory import load
+from gllm_engine.ops.triton.memory import load, own_range
 
 _GROUP = 2048
 # Larger than every token id; marks the offer of the rank with the chosen group.
@@ -116,7 +116,7 @@ def _choose(
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots"])
 def _record(offers, slots, last_tokens, rows, BLOCK: tl.constexpr):
     """Turn offers into tokens, in place, and record them as their slots' last tokens."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = own_range(0, BLOCK)
     inside = row < rows
     token = tl.load(offers + row, mask=inside, other=0) & (_MARK - 1)
     tl.store(offers + row, token, mask=inside)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF, has_fp8_tiles
 from gllm_engine.ops.triton.fp8 import common_columns, quantize, scale_lines, scale_options
+from gllm_engine.ops.triton.memory import own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
@@ -167,7 +168,7 @@ def _skinny(
     x, x_scales, weight, bias, out, sums, arrived, rows, padded, width, depth,
     scales, scale_row, scale_columns, first_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    AHEAD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    AHEAD: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     EVEN: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
     INDEXED: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +178,7 @@ def _skinny(
     end = tl.minimum((part + 1) * first, depth)
     first *= part
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = own_range(0, BLOCK_M)
     # Rows past the end repeat the last row; their results are not stored.
     row, x_row = tl.minimum(n, width - 1), tl.minimum(m, rows - 1)
     w_rows, w_scales = _tile_rows(
@@ -200,7 +201,7 @@ def _skinny(
     )  # fmt: skip
     finish_tile(
         y, z, sums, arrived, tile * tl.num_programs(0) + tl.program_id(0), part, bias, out, n, m,
-        rows, width, PARTS, GATED, BIAS, ADD,
+        rows, width, PARTS, GATED, ADD,
     )  # fmt: skip
 
 
@@ -304,10 +305,10 @@ def skinny(
     size = (1 + gated) * block_n * block_m
     sums, arrived = shared_sums(out, grid[0] * grid[1], parts, size)
     _skinny[grid](
-        x_numbers, x_scales, numbers, out if bias is None else bias, out, sums, arrived, rows,
+        x_numbers, x_scales, numbers, bias, out, sums, arrived, rows,
         len(x_numbers), width, depth, **scale_options(weight),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts, AHEAD=_AHEAD,
-        GATED=gated, BIAS=bias is not None, ADD=add,
+        GATED=gated, ADD=add,
         EVEN=depth % block_k == 0,
         num_warps=warps, num_stages=stages, **overlapping(),
     )  # fmt: skip
