@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -36,7 +37,6 @@ from gllm_engine.ops import (
     Fp8Weight,
     HeadNorm,
     Int8Weight,
-    LatentHeads,
     PackedWeight,
     PlainSampling,
     RecurrentState,
@@ -415,15 +415,7 @@ class Shape:
         num_pages = int(batch.page_table.max()) + 1
         shape = (num_pages, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
         like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
-        plan = self.planner.plan(
-            batch,
-            like,
-            m.heads,
-            m.window,
-            scale=m.scale,
-            softcap=m.softcap,
-            chunked=m.chunked,
-        )
+        plan = self.planner.plan(batch, like, m.attention)
         cos, sin = torch.rand(2, batch.context_lens_cpu.max(), m.head_dim // 2, device=self.device)
         interleaved = m.rope is not None and m.rope.interleaved
         rotary = ops.rotary_inputs(cos, sin, batch.positions, self.dtype, interleaved)
@@ -436,7 +428,7 @@ class Shape:
         def make() -> Callable[[], Any]:
             cache = self.randn(*shape).to(self.cache_dtype)
             qkv = self.randn(len(batch.tokens), num_heads, m.head_dim)
-            options = (m.heads, norm, rotary, interleaved, cache, plan)
+            options = (m.heads, norm, rotary, cache, plan)
             if not attends:
                 return lambda: ops.rotate_and_store(qkv, *options)
             inputs = ops.rotate_and_store(qkv, *options)
@@ -450,26 +442,25 @@ class Shape:
         """
         m: Mla = self.mixer
         ops = self.ops
-        attention = m.attention
-        heads = LatentHeads(m.heads, attention.key_dim, attention.value_dim, m.scale)
+        attention = replace(m.attention, top_k=None)
         ends = range(context - chunk + 1, context + 1)
         # A token of each row in turn, as rows take their pages in turn.
         step = [(end, 1) for end in ends for _ in range(rows)] if absorbed else None
         batch = self.batch(step or [(context, chunk)] * rows, [context] * rows)
         shape = (int(batch.page_table.max()) + 1, 1, PAGE_SIZE, 1, m.latent_width)
         like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
-        plan = self.planner.plan_latent(batch, like, heads)
+        plan = self.planner.plan_latent(batch, like, attention)
         tokens = rows * chunk
 
         def make() -> Callable[[], Any]:
             cache = self.randn(*shape).to(self.cache_dtype)
-            q = self.randn(tokens, m.heads, heads.key_dim)
+            q = self.randn(tokens, m.heads, attention.key_dim)
             kv_up = self.randn(m.heads, m.nope_dim + m.v_dim, m.kv_rank)
             return lambda: ops.attend_latent(q, kv_up, cache, plan)
 
         moved = rows * context * m.latent_width * self.cache_dtype.itemsize
-        moved += tokens * m.heads * (heads.key_dim + m.v_dim) * self.item
-        width = m.latent_width + m.kv_rank if absorbed else heads.key_dim + m.v_dim
+        moved += tokens * m.heads * (attention.key_dim + m.v_dim) * self.item
+        width = m.latent_width + m.kv_rank if absorbed else attention.key_dim + m.v_dim
         multiplied = tokens if absorbed else rows * context  # by W_UK and W_UV
         moved += m.heads * (m.nope_dim + m.v_dim) * m.kv_rank * self.item
         done = rows * sum(ends) * width + multiplied * (m.nope_dim + m.v_dim) * m.kv_rank

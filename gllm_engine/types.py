@@ -18,6 +18,10 @@ Status = Literal["invalid", "unavailable", "internal", "cancelled", "deadline"]
 Reason = Literal["stop", "length", "abort", "error"]
 
 
+class Message(msgspec.Struct, frozen=True, array_like=True):
+    """A message, or a part of one: the values of its fields, in their order."""
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
     """Facts about the model for front ends; the engine fills it when it is ready."""
 
@@ -31,7 +35,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------- front end <-> engine
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True):
+class Request(Message, frozen=True):
     """Front end -> engine: one sequence to generate. A request with n > 1 becomes n of these."""
 
     id: int  # front end: unique among its live sequences
@@ -41,7 +45,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     bad_words: tuple[tuple[int, ...], ...] = ()  # front end: sampling.bad_words as token ids
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(Message, frozen=True):
     """Log probabilities at one position. Entry 0 is the actual token, then the top tokens."""
 
     token_ids: list[int]
@@ -49,7 +53,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     ranks: list[int]  # 1 is the most likely
 
 
-class Finish(msgspec.Struct, frozen=True, array_like=True):
+class Finish(Message, frozen=True):
     """Why a sequence ended. `stop_token`: the id of the token that ended it, if a token did."""
 
     reason: Reason
@@ -58,7 +62,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     message: str = ""  # set with status: one sentence for the user
 
 
-class Outputs(msgspec.Struct, frozen=True, array_like=True):
+class Outputs(Message, frozen=True):
     """Engine -> front end: the outputs of one step for the sequences of that front end.
 
     Sequence `ids[i]` got token `tokens[i]`; a step gives a sequence at most one token. A sequence
@@ -77,7 +81,7 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True):
     admitted_at: dict[int, float] = {}
 
 
-class TenantStats(msgspec.Struct, frozen=True, array_like=True):
+class TenantStats(Message, frozen=True):
     """Part of Stats: gauges now, counters since the engine started, of one or more tenants."""
 
     running: int = 0
@@ -86,7 +90,7 @@ class TenantStats(msgspec.Struct, frozen=True, array_like=True):
     decode_tokens: int = 0  # computed in decode rows
 
 
-class Stats(msgspec.Struct, frozen=True, array_like=True):
+class Stats(Message, frozen=True):
     """Engine -> one front end: gauges now, counters since the engine started."""
 
     running: int = 0
@@ -112,7 +116,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
 NO_SNAPSHOT = -1
 
 
-class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+class NewSequence(Message, frozen=True):
     """Scheduler -> runner: a slot gets a new owner (also after a preemption)."""
 
     slot: int
@@ -123,7 +127,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     snapshot: int = NO_SNAPSHOT  # from which the slot's state starts; without one, from zeros
 
 
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
+class Chunk(Message, frozen=True):
     """Scheduler -> runner: known tokens of one sequence to compute, from position `start` on.
 
     `samples`: the chunk ends at the last known token, so the next token is sampled after it.
@@ -138,7 +142,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     targets: list[int] = []
 
 
-class NewPages(msgspec.Struct, frozen=True, array_like=True):
+class NewPages(Message, frozen=True):
     """Scheduler -> runner: put `pages` into a slot's page table from index `first` on.
 
     `group`: the cache group whose table it is. Entries before the group's window are never read.
@@ -150,7 +154,7 @@ class NewPages(msgspec.Struct, frozen=True, array_like=True):
     group: int = 0
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class StepPlan(Message, frozen=True):
     """Scheduler -> runner: one step, as a change of the state that the runner keeps for each slot.
 
     The runner first copies the states of slots to `snapshots`. Then it applies `new` (which empties
@@ -171,7 +175,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     snapshots: list[tuple[int, int]] = []
 
 
-class StepResult(msgspec.Struct, frozen=True, array_like=True):
+class StepResult(Message, frozen=True):
     """Runner -> scheduler. `tokens`: one token per sampling row, in the plan's order of rows."""
 
     step: int
@@ -185,7 +189,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 # ---------------------------------------------------------------- timeline
 
 
-class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class Span(Message, frozen=True, gc=False):
     """What one process did from `begin` to `end`, nanoseconds of its host's monotonic clock.
 
     `track`: the thread that did it, or "device". Spans of a track nest or follow each other.
@@ -198,7 +202,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     end: int
 
 
-class RankSpans(msgspec.Struct, frozen=True, array_like=True):
+class RankSpans(Message, frozen=True):
     """Worker -> engine: the timeline of one rank.
 
     `wall_ns`: what the rank's host adds to its monotonic clock to tell the time of day.

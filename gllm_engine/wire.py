@@ -14,39 +14,48 @@ from typing import Any, get_args
 import msgspec
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.types import ModelInfo, Outputs, RankSpans, Request, Stats, StepPlan, StepResult
+from gllm_engine.types import (
+    Message,
+    ModelInfo,
+    Outputs,
+    RankSpans,
+    Request,
+    Stats,
+    StepPlan,
+    StepResult,
+)
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True):
+class Hello(Message, frozen=True):
     """Front end -> engine, first message. A repeated Hello drops the front end's sequences."""
 
     protocol: str
     pid: int
 
 
-class Submit(msgspec.Struct, frozen=True, array_like=True):
+class Submit(Message, frozen=True):
     """Front end -> engine: new requests."""
 
     requests: list[Request]
 
 
-class Abort(msgspec.Struct, frozen=True, array_like=True):
+class Abort(Message, frozen=True):
     """Front end -> engine: end these sequences without further output."""
 
     ids: list[int]
 
 
-class Goodbye(msgspec.Struct, frozen=True, array_like=True):
+class Goodbye(Message, frozen=True):
     """Front end -> engine, last message: drop all sequences of the front end."""
 
 
-class Welcome(msgspec.Struct, frozen=True, array_like=True):
+class Welcome(Message, frozen=True):
     """Engine -> front end: the model is loaded."""
 
     info: ModelInfo
 
 
-class Refusal(msgspec.Struct, frozen=True, array_like=True):
+class Refusal(Message, frozen=True):
     """Engine -> front end or worker: it may not attach, or it has sent an invalid message.
 
     An attached front end gets no further output for its sequences.
@@ -55,7 +64,7 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-class Join(msgspec.Struct, frozen=True, array_like=True):
+class Join(Message, frozen=True):
     """Worker -> engine, first message: the worker's software, model and place."""
 
     protocol: str
@@ -67,7 +76,7 @@ class Join(msgspec.Struct, frozen=True, array_like=True):
     local_size: int
 
 
-class Assigned(msgspec.Struct, frozen=True, array_like=True):
+class Assigned(Message, frozen=True):
     """Engine -> worker, once all workers have joined: the worker's rank and configuration."""
 
     rank: int
@@ -75,14 +84,14 @@ class Assigned(msgspec.Struct, frozen=True, array_like=True):
     store: str  # torch.distributed's store: a file, or HOST:PORT
 
 
-class Ready(msgspec.Struct, frozen=True, array_like=True):
+class Ready(Message, frozen=True):
     """Worker -> engine: the worker has loaded its shard of the model."""
 
     num_pages: int
     num_snapshots: int
 
 
-class StepFailed(msgspec.Struct, frozen=True, array_like=True):
+class StepFailed(Message, frozen=True):
     """Worker -> engine: the worker computed nothing of this step, and can continue."""
 
     rank: int
@@ -90,18 +99,18 @@ class StepFailed(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-class Failed(msgspec.Struct, frozen=True, array_like=True):
+class Failed(Message, frozen=True):
     """Worker -> engine, last message: the worker cannot continue."""
 
     rank: int
     message: str
 
 
-class Ping(msgspec.Struct, frozen=True, array_like=True):
+class Ping(Message, frozen=True):
     """Engine -> worker: an empty message, which only tests the connection."""
 
 
-class AskSpans(msgspec.Struct, frozen=True, array_like=True):
+class AskSpans(Message, frozen=True):
     """Engine -> worker: send the timeline, after all earlier plans have been launched."""
 
 

@@ -46,17 +46,21 @@ class Format(ABC):
     def tensors(self, name: str, shape: Size) -> Shapes:
         """Name -> shape of the checkpoint tensors of the weight `name`."""
 
-    @abstractmethod
     def cut(self, name: str, whole: Size, part: Size, start: Start) -> Format:
-        """The format of a `part` of the weight `name`, by their shapes.
+        """The format of a `part` of the weight `name`, by their shapes: the same, if parts have
+        scales of their own.
 
         Raises ArchError if the weight cannot be cut there.
         """
+        del name, whole, part, start
+        return self
 
     @property
-    @abstractmethod
     def grain(self) -> Grain:
-        """Of parts, along a dimension that is not cut between heads."""
+        """Of parts, along a dimension that is not cut between heads. torch's kernels for 8 bits
+        want sizes that are multiples of 16.
+        """
+        return Grain(best=16)
 
     @property
     def bits(self) -> int:
@@ -119,10 +123,10 @@ class Fp8(Format):
     @property
     def grain(self) -> Grain:
         """See Format.grain. If scales belong to columns, a turn of a kernel has 16 columns of one
-        scale or 32; else torch's kernels want sizes that are multiples of 16.
+        scale or 32.
         """
         if not self.columns:
-            return Grain(best=16)
+            return super().grain
         return Grain(gcd(32, self.rows, self.columns), gcd(16, self.rows, self.columns))
 
     def __str__(self) -> str:
@@ -144,17 +148,11 @@ class Int8(Format):
 
     def tensors(self, name: str, shape: Size) -> Shapes:
         """See Format.tensors: numbers and scales."""
-        return {name: shape, name + self.suffix: (shape[0] if self.rows else 1, 1)}
+        return {name: shape, name + self.suffix: self.grid(shape)}
 
-    def cut(self, name: str, whole: Size, part: Size, start: Start) -> Int8:
-        """See Format.cut: any part."""
-        del name, whole, part, start
-        return self
-
-    @property
-    def grain(self) -> Grain:
-        """See Format.grain: torch's kernels want sizes that are multiples of 8."""
-        return Grain(best=16)
+    def grid(self, shape: Size) -> tuple[int, int]:
+        """The shape of the scales of a matrix."""
+        return (shape[0] if self.rows else 1, 1)
 
     def __str__(self) -> str:
         return "unpacked INT8 with " + ("a scale per row" if self.rows else "one scale")
@@ -383,16 +381,6 @@ class Rounded(Format):
     def tensors(self, name: str, shape: Size) -> Shapes:
         """See Format.tensors: the weight itself."""
         return {name: shape}
-
-    def cut(self, name: str, whole: Size, part: Size, start: Start) -> Rounded:
-        """See Format.cut: any part."""
-        del name, whole, part, start
-        return self
-
-    @property
-    def grain(self) -> Grain:
-        """See Format.grain."""
-        return FP8_ROW.grain
 
     def __str__(self) -> str:
         return "FP8, rounded when loaded"

@@ -28,6 +28,8 @@ from gllm_engine.arch.formats import (
     widened,
 )
 from gllm_engine.arch.rope import Rope
+from gllm_engine.attention_shape import AttentionShape as AttentionShape
+from gllm_engine.attention_shape import LatentShape as LatentShape
 from gllm_engine.routing import Clamp, Routing
 
 CacheShapes = tuple[tuple[int, ...], ...]  # of the parts of a layer's page
@@ -75,19 +77,6 @@ _NORMS: dict[Place, tuple[str, ...]] = {
 def _linear(name: str, out: int, width: int, bias: bool) -> Shapes:
     weight: Shapes = {f"{name}.weight": (out, width)}
     return weight | {f"{name}.bias": (out,)} if bias else weight
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """The parameters of an attention plan. Mixers with equal parameters share a plan."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None
-    scale: float | None = None
-    softcap: float | None = None
-    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,18 +150,6 @@ class Gqa(Formatted):
     def attended_width(self) -> int:
         """Numbers that attention computes for a token, before the output projection."""
         return self.heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class LatentShape:
-    """The parameters of a latent attention plan. Mixers with equal parameters share a plan."""
-
-    heads: int
-    width: int  # of what the cache holds of a token
-    key_dim: int  # channels of a query and of a head's key
-    value_dim: int
-    scale: float
-    top_k: int | None  # tokens that an indexer chooses
 
 
 @dataclass(frozen=True)
@@ -283,7 +260,7 @@ class Mla(Formatted):
     def attention(self) -> LatentShape:
         top_k = None if self.indexer is None else self.indexer.top_k
         key_dim = self.nope_dim + self.rope.dim
-        return LatentShape(self.heads, self.latent_width, key_dim, self.v_dim, self.scale, top_k)
+        return LatentShape(self.heads, key_dim, self.v_dim, self.scale, self.latent_width, top_k)
 
     def cache_shapes(self, page_size: int) -> CacheShapes:
         """Each part: one plane, tokens, one head, channels. First the latent and the rotated key,

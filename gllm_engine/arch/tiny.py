@@ -24,6 +24,11 @@ _HF = {
     "hidden_act": "silu",
 }
 _PADDED = _HF | {"pad_token_id": 0, "bos_token_id": 1}  # whose defaults exceed the vocabulary
+_SLIDING = {
+    "sliding_window": 48,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _QWEN_MOE = _HF | {
     "num_experts": 8,
     "num_experts_per_tok": 2,
@@ -59,13 +64,7 @@ _SPARSE = _HF | {
     "pad_token_id": 0,
     "moe_intermediate_size": 32,
 }
-_DEEPSEEK = _SPARSE | {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 12,
+_ROUTED = _SPARSE | {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
@@ -75,6 +74,14 @@ _DEEPSEEK = _SPARSE | {
     "routed_scaling_factor": 1.5,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
+}
+_DEEPSEEK = _ROUTED | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 12,
 }
 _SPARSE_ATTENTION = _DEEPSEEK | {
     "index_n_heads": 16,
@@ -96,15 +103,17 @@ _KIMI = _DEEPSEEK | {
         "mscale_all_dim": 1.0,
     },
 }
-_GEMMA = _PADDED | {
-    "head_dim": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 24,
-    "sliding_window": 48,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "tie_word_embeddings": True,
-}
+_GEMMA = (
+    _PADDED
+    | _SLIDING
+    | {
+        "head_dim": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    }
+)
 _GEMMA3 = _GEMMA | {
     "model_type": "gemma3_text",
     "rope_local_base_freq": 100.0,
@@ -154,27 +163,34 @@ _CHATGLM = {
     "original_rope": True,
     "tie_word_embeddings": False,
 }
-_LLAMA4 = _PADDED | {
-    "model_type": "llama4_text",
-    "head_dim": 16,
-    "intermediate_size": 32,
-    "intermediate_size_mlp": 96,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "interleave_moe_layer_step": 2,
-    "no_rope_layers": [1, 0],
-    "attention_chunk_size": 48,
-    "floor_scale": 16,
-    "attn_scale": 0.5,
+_GRANITE = _HF | {
+    "embedding_multiplier": 1.5,
+    "residual_multiplier": 0.75,
+    "attention_multiplier": 0.125,
+    "logits_scaling": 0.5,
 }
+_LLAMA4 = (
+    _PADDED
+    | _LOCAL_EXPERTS
+    | {
+        "model_type": "llama4_text",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 48,
+        "floor_scale": 16,
+        "attn_scale": 0.5,
+    }
+)
 
 _CONFIGS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": _HF | {"model_type": "llama"},
     "MistralForCausalLM": _HF | {"model_type": "mistral", "sliding_window": 48},
     "Qwen2ForCausalLM": _HF | {"model_type": "qwen2", "tie_word_embeddings": True},
     "Qwen3ForCausalLM": _HF | {"model_type": "qwen3", "head_dim": 32},
-    "MixtralForCausalLM": _HF
-    | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
+    "MixtralForCausalLM": _HF | _LOCAL_EXPERTS | {"model_type": "mixtral"},
     "Qwen2MoeForCausalLM": _QWEN_MOE
     | {
         "model_type": "qwen2_moe",
@@ -198,21 +214,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},
-    "Glm4MoeForCausalLM": _SPARSE
+    "Glm4MoeForCausalLM": _ROUTED
     | {
         "model_type": "glm4_moe",
         "partial_rotary_factor": 0.5,
         "attention_bias": True,
         "use_qk_norm": True,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "n_group": 4,
-        "topk_group": 2,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.5,
-        "first_k_dense_replace": 1,
-        "num_nextn_predict_layers": 1,
     },
     "Ernie4_5_MoeForCausalLM": _SPARSE
     | {
@@ -241,29 +248,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "DeepseekV32ForCausalLM": _SPARSE_ATTENTION | {"model_type": "deepseek_v32"},
     "GlmMoeDsaForCausalLM": _SPARSE_ATTENTION | {"model_type": "glm_moe_dsa", "v_head_dim": 20},
     "Olmo2ForCausalLM": _HF | {"model_type": "olmo2"},
-    "Olmo3ForCausalLM": _HF
-    | {
-        "model_type": "olmo3",
-        "rope_theta": 500_000.0,
-        "sliding_window": 48,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "Olmo3ForCausalLM": _HF | _SLIDING | {"model_type": "olmo3", "rope_theta": 500_000.0},
     "SmolLM3ForCausalLM": _PADDED | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
-    "GraniteForCausalLM": _HF
-    | {
-        "model_type": "granite",
-        "embedding_multiplier": 1.5,
-        "residual_multiplier": 0.75,
-        "attention_multiplier": 0.125,
-        "logits_scaling": 0.5,
-    },
-    "GraniteMoeHybridForCausalLM": _HF
+    "GraniteForCausalLM": _GRANITE | {"model_type": "granite"},
+    "GraniteMoeHybridForCausalLM": _GRANITE
     | {
         "model_type": "granitemoehybrid",
-        "embedding_multiplier": 1.5,
-        "residual_multiplier": 0.75,
-        "attention_multiplier": 0.125,
-        "logits_scaling": 0.5,
         "shared_intermediate_size": 80,
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
@@ -303,13 +293,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Gemma3ForCausalLM": _GEMMA3,
     "Gemma3ForConditionalGeneration": {"model_type": "gemma3", "text_config": _GEMMA3},
     "Cohere2ForCausalLM": _PADDED
+    | _SLIDING
     | {
         "model_type": "cohere2",
         "layer_norm_eps": 1e-5,
         "head_dim": 16,
-        "sliding_window": 48,
         "logit_scale": 0.5,
-        "layer_types": ["sliding_attention", "full_attention"],
     },
     "Starcoder2ForCausalLM": _HF
     | {
@@ -337,14 +326,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "GptOssForCausalLM": _SPARSE
+    | _LOCAL_EXPERTS
+    | _SLIDING
     | {
         "model_type": "gpt_oss",
         "head_dim": 16,
         "intermediate_size": 32,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": 48,
-        "layer_types": ["sliding_attention", "full_attention"],
         "swiglu_limit": 2.0,
         "swiglu_alpha": 1.5,
         "rope_scaling": {
@@ -359,13 +346,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Llama4ForCausalLM": _LLAMA4,
     "Llama4ForConditionalGeneration": {"model_type": "llama4", "text_config": _LLAMA4},
     "MiniMaxM2ForCausalLM": _PADDED
+    | _LOCAL_EXPERTS
     | {
         "model_type": "minimax_m2",
         "head_dim": 16,
         "intermediate_size": 32,
         "rotary_dim": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
         "num_mtp_modules": 1,
     },
     "ChatGLMModel": _CHATGLM,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
@@ -123,15 +124,12 @@ def _gpu_memory(config: EngineConfig, given: int | None) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def _capability() -> tuple[int, int]:
-    """Of this machine's GPU, else of the first Hopper, because which GPU is meant is not known."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-
-
 def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckReport:
     arch = held_formats(arch, config.quantization)
     if gpu_memory is not None:
-        check_formats(arch, _capability())
+        # Of the first Hopper, if there is no GPU here: which one is meant is not known.
+        here = torch.cuda.is_available()
+        check_formats(arch, torch.cuda.get_device_capability() if here else (9, 0))
     found = estimate(config, arch, gpu_memory)
     kinds = cache_groups(arch, config.max_model_len or arch.max_len)
     groups = make_groups(kinds, config, found.num_pages)
@@ -152,10 +150,7 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
         sequences=_sequences(groups, reports),
         num_snapshots=found.num_snapshots,
         groups=reports,
-        kernels=[
-            KernelReport(part=use.part, layers=use.layers, kernels=use.kernels)
-            for use in found.kernels
-        ],
+        kernels=[KernelReport(**asdict(use)) for use in found.kernels],
         unknown_keys=list(arch.unknown_keys),
     )
 
@@ -163,16 +158,8 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
 def _stages(config: EngineConfig, found: Estimate, gpu_memory: int | None) -> list[StageReport]:
     return [
         StageReport(
-            first_layer=stage.first_layer,
-            last_layer=stage.last_layer,
+            **asdict(stage),
             ranks=config.tensor_parallel_size,
-            weights=stage.weights,
-            tables=stage.tables,
-            driver=stage.driver,
-            step=stage.step,
-            states=stage.states,
-            snapshots=stage.snapshots,
-            kv_cache=stage.kv_cache,
             free=None if gpu_memory is None else gpu_memory - stage.total,
         )
         for stage in found.stages

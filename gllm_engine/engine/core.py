@@ -200,18 +200,16 @@ class Engine:
         constraint = self._grammars.constrain(request)
         if not isinstance(constraint, Future):
             self._admit(key, request, constraint)
-        elif (full := self._compiling_refusal(request)) is not None:
-            constraint.cancel()
-            self._refuse(key, "unavailable", f"{full}; these wait for their grammars")
-        else:
-            self._compiling[key] = request, constraint
-
-    def _compiling_refusal(self, request: Request) -> str | None:
-        """Why the request may not wait for its grammar; None if it may."""
+            return
         tenant = request.sampling.tenant
         own = self._compiling_of(tenant)
         more = Amount(1, len(request.prompt))
-        return self._room.refusal(tenant, own, self._compiling_of(None), more)
+        full = self._room.refusal(tenant, own, self._compiling_of(None), more)
+        if full is None:
+            self._compiling[key] = request, constraint
+        else:
+            constraint.cancel()
+            self._refuse(key, "unavailable", f"{full}; these wait for their grammars")
 
     def _compiling_of(self, tenant: str | None) -> Amount:
         """The requests of a tenant, or of all, that wait for their grammars."""

@@ -32,7 +32,7 @@ from gllm_engine.text.completion import (
     truncated,
 )
 from gllm_engine.text.tokenizer import Tokenizer
-from gllm_engine.types import Outputs, Request, TokenLogprobs
+from gllm_engine.types import Outputs, Request
 
 Prompt = str | list[int]  # text, or token ids
 
@@ -281,7 +281,10 @@ class LLM:
         if outputs is None:
             return
         for id, entries in outputs.prompt_logprobs.items():
-            self._take_prompt_logprobs(id, entries)
+            sequence = self._sequences.get(id)
+            if sequence is not None and sequence.parent.prompt_logprobs is not None:
+                rendered = [render_logprobs(self.tokenizer, entry) for entry in entries]
+                sequence.parent.prompt_logprobs += rendered
         for id, count in outputs.num_cached_tokens.items():
             sequence = self._sequences.get(id)
             if sequence is not None and sequence.output.index == 0:
@@ -290,12 +293,6 @@ class LLM:
             self._feed(id, [token], outputs)
         for id in outputs.finished.keys() - outputs.ids:
             self._feed(id, [], outputs)
-
-    def _take_prompt_logprobs(self, id: int, entries: list[TokenLogprobs]) -> None:
-        sequence = self._sequences.get(id)
-        if sequence is not None and sequence.parent.prompt_logprobs is not None:
-            rendered = [render_logprobs(self.tokenizer, entry) for entry in entries]
-            sequence.parent.prompt_logprobs += rendered
 
     def _feed(self, id: int, tokens: list[int], outputs: Outputs) -> None:
         sequence = self._sequences.get(id)

@@ -14,9 +14,10 @@ from gllm_engine.layers.latent_attention import MlaAttention
 from gllm_engine.layers.mixer import Mixer
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.norm import NormLayer
+from gllm_engine.layers.platform import Platform
 from gllm_engine.layers.residual import Residual, ResidualReducer
 from gllm_engine.layers.rope import RopeTable
-from gllm_engine.layers.stacked_weight import Staging, renamed
+from gllm_engine.layers.stacked_weight import Staging, Views
 from gllm_engine.layers.vocabulary import VocabularyMatrix
 
 __all__ = [
@@ -31,10 +32,11 @@ __all__ = [
     "MoeFfn",
     "NormLayer",
     "PlanKey",
+    "Platform",
     "Residual",
     "ResidualReducer",
     "RopeTable",
     "Staging",
+    "Views",
     "VocabularyMatrix",
-    "renamed",
 ]

@@ -4,72 +4,50 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from gllm_engine.arch.model import Gqa
+from gllm_engine.arch.model import Gqa, Model
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.stacked_weight import Staging
-from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, HeadNorm, Norm, Ops
-from gllm_engine.parallel import TensorParallel
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views
+from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, HeadNorm, Norm
 
 
 class GqaAttention:
     """Projects, normalises and rotates heads, writes K and V to the cache, attends and projects."""
 
-    def __init__(
-        self,
-        arch: Gqa,
-        group: int,
-        dim: int,
-        eps: float,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-        ranks: TensorParallel,
-        plus_one: bool = False,
-    ) -> None:
-        """`group`: the cache group of the layer. `plus_one`: gains are 1 + weight."""
+    def __init__(self, arch: Gqa, group: int, model: Model, platform: Platform) -> None:
+        """`group`: the cache group of the layer."""
         self._arch = arch
         self._group = group
         self.plan_key: PlanKey = (group, arch.attention)
-        self._ops = ops
-        self._ranks = ranks
-        shapes = arch.shapes(dim)
+        self._ops = platform.ops
+        self._ranks = platform.ranks
+        shapes = arch.shapes(model.dim)
         names = [f"self_attn.{part}_proj" for part in "qkv"]
         if arch.output_gate:
             names.append("self_attn.gate_proj")
-        self._in = Linear(names, shapes, ops, dtype, device, arch.formats)
+        self._in = Linear(names, shapes, platform, arch.formats)
         out = ["self_attn.o_proj"]
-        self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
+        self._out = Linear(out, shapes, platform, arch.formats)
         self._num_qkv_heads = arch.heads + 2 * arch.kv_heads
         # One row per query and key head, so that one kernel normalises both.
         self._qk_norm: HeadNorm | None = None
         if arch.qk_norm:
             size = (arch.heads + arch.kv_heads, arch.head_dim)
-            gain = torch.ones(size, dtype=dtype, device=device)
+            gain = platform.empty(*size).fill_(1)
             after = arch.qk_norm in ("head_after", "l2_after")
-            plus_one = plus_one and arch.qk_norm != "l2_after"
-            self._qk_norm = HeadNorm(gain, eps, plus_one, after)
+            plus_one = model.norm == "rms_plus_one" and arch.qk_norm != "l2_after"
+            self._qk_norm = HeadNorm(gain, model.eps, plus_one, after)
         self._sinks: Tensor | None = None
         if arch.sinks:
-            self._sinks = torch.empty(arch.heads, dtype=dtype, device=device)
+            self._sinks = platform.empty(arch.heads)
 
     def plan(self, planner: AttentionPlanner, batch: Batch, cache: tuple[Tensor]) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
         (pages,) = cache
-        shape = self._arch.attention
-        return planner.plan(
-            batch,
-            pages,
-            shape.heads,
-            shape.window,
-            self._group,
-            scale=shape.scale,
-            softcap=shape.softcap,
-            chunked=shape.chunked,
-        )
+        return planner.plan(batch, pages, self._arch.attention, self._group)
 
     def __call__(
         self,
@@ -93,7 +71,7 @@ class GqaAttention:
         if gate is not None:
             gate = gate if logit_tokens is None else gate[logit_tokens.index]
             attended *= gate.sigmoid()
-        return self._out(attended) if total is None else self._out.add_to(total, attended)
+        return self._out.add_to(total, attended)
 
     def _attend(
         self,
@@ -111,7 +89,6 @@ class GqaAttention:
             arch.heads,
             self._qk_norm and self._qk_norm._replace(means=means),
             None if arch.rope is None else context.rotary[arch.rope],
-            arch.rope is not None and arch.rope.interleaved,
             pages,
             plan,
             None if arch.temperature is None else context.query_scales[arch.temperature],
@@ -139,10 +116,7 @@ class GqaAttention:
         means = self._ops.mean_squares(qkv, self._arch.heads)
         return (self._ranks.sum(means) / self._ranks.size,)
 
-    def stagings(self) -> list[Staging]:
-        return self._in.stagings() + self._out.stagings()
-
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Views:
         views = self._in.weights() | self._out.weights()
         if self._sinks is not None:
             views["self_attn.sinks"] = self._sinks

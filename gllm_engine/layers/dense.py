@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import Dense
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.stacked_weight import Staging
-from gllm_engine.ops import Norm, Ops, Rows
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views
+from gllm_engine.ops import Norm, Rows
 
 
 class DenseFfn:
     """down(act(gate(x)) * up(x)) or down(act(up(x))); gate and up are one matrix product."""
 
-    def __init__(
-        self, arch: Dense, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, arch: Dense, dim: int, platform: Platform) -> None:
         self._arch = arch
-        self._ops = ops
+        self._ops = platform.ops
         shapes = arch.shapes(dim)
         names = ["mlp.gate_proj", "mlp.up_proj"] if arch.gated else ["mlp.up_proj"]
-        self._gate_up = Linear(names, shapes, ops, dtype, device, arch.formats)
-        self._down = Linear(["mlp.down_proj"], shapes, ops, dtype, device, arch.formats)
+        self._gate_up = Linear(names, shapes, platform, arch.formats)
+        self._down = Linear(["mlp.down_proj"], shapes, platform, arch.formats)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
@@ -37,10 +35,7 @@ class DenseFfn:
 
     def output(self, hidden: Rows, total: Tensor | None = None) -> Tensor:
         """[tokens, hidden] to [tokens, dim]; the result is added to `total`, in place, if given."""
-        return self._down(hidden) if total is None else self._down.add_to(total, hidden)
+        return self._down.add_to(total, hidden)
 
-    def stagings(self) -> list[Staging]:
-        return self._gate_up.stagings() + self._down.stagings()
-
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Views:
         return self._gate_up.weights() | self._down.weights()

@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gllm_engine.arch.model import GatedDelta
+from gllm_engine.arch.model import GatedDelta, Model
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.stacked_weight import Staging
-from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, Ops, RecurrentState
-from gllm_engine.parallel import TensorParallel
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views
+from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm, RecurrentState
 
 _PARTS = ("q", "k", "v")
 
@@ -20,34 +20,22 @@ _PARTS = ("q", "k", "v")
 class GatedDeltaAttention:
     """Projects, convolves, updates each sequence's state, and projects the gated result."""
 
-    def __init__(
-        self,
-        arch: GatedDelta,
-        group: int,
-        dim: int,
-        eps: float,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-        ranks: TensorParallel,
-        plus_one: bool,
-    ) -> None:
+    def __init__(self, arch: GatedDelta, group: int, model: Model, platform: Platform) -> None:
         """`group`: the cache group of the layer, which has a state and no pages."""
-        del ranks, plus_one  # the norm of the result is of each head, and plain
         self._arch = arch
-        self._eps = eps
-        self._ops = ops
+        self._eps = model.eps  # of the norm of the result, which is of each head, and plain
+        self._ops = platform.ops
         self.plan_key: PlanKey = (group, arch.attention)
-        shapes = arch.shapes(dim)
+        shapes = arch.shapes(model.dim)
         names = [f"linear_attn.in_proj_{part}" for part in (*_PARTS, "z", "b", "a")]
-        self._in = Linear(names, shapes, ops, dtype, device, arch.formats)
+        self._in = Linear(names, shapes, platform, arch.formats)
         out = ["linear_attn.out_proj"]
-        self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
-        self._conv = torch.empty(arch.conv_width, arch.conv, dtype=dtype, device=device)
-        self._gain = torch.empty(arch.v_dim, dtype=dtype, device=device)
+        self._out = Linear(out, shapes, platform, arch.formats)
+        self._conv = platform.empty(arch.conv_width, arch.conv)
+        self._gain = platform.empty(arch.v_dim)
         # Of the decay, in float32: exp(-exp(A_log)) is 1 for small numbers in other dtypes.
-        self._a_log = torch.empty(arch.v_heads, dtype=torch.float32, device=device)
-        self._dt_bias = torch.empty(arch.v_heads, dtype=torch.float32, device=device)
+        self._a_log = platform.empty(arch.v_heads, dtype=torch.float32)
+        self._dt_bias = platform.empty(arch.v_heads, dtype=torch.float32)
 
     def plan(self, planner: AttentionPlanner, batch: Batch, cache: RecurrentState) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`."""
@@ -78,7 +66,7 @@ class GatedDeltaAttention:
         o, z = (each.unflatten(1, (arch.v_heads, arch.v_dim)) for each in (o, z))
         gated = self._ops.gated_norm(o, self._gain, self._eps, z)
         values = gated.flatten(1)
-        return self._out(values) if total is None else self._out.add_to(total, values)
+        return self._out.add_to(total, values)
 
     def _update(
         self, state: RecurrentState, context: ForwardContext, qkv: Tensor, b: Tensor, a: Tensor
@@ -88,10 +76,7 @@ class GatedDeltaAttention:
         o = self._ops.gated_delta(qkv, b, a, self._conv, self._a_log, self._dt_bias, state, plan)
         return o.flatten(1)
 
-    def stagings(self) -> list[Staging]:
-        return self._in.stagings() + self._out.stagings()
-
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Views:
         arch = self._arch
         k = arch.k_heads * arch.k_dim
         convs = self._conv[:, None].split((k, k, arch.v_heads * arch.v_dim))

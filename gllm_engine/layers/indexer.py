@@ -5,15 +5,15 @@ Every rank has the indexer whole, so all ranks choose the same tokens.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gllm_engine.arch.formats import Formats, Shapes
 from gllm_engine.arch.model import Indexer
 from gllm_engine.layers.forward_context import ForwardContext
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.stacked_weight import Staging
-from gllm_engine.ops import AttentionPlan, IndexQueries, Ops
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views
+from gllm_engine.ops import AttentionPlan, IndexQueries
 
 
 class TokenIndexer:
@@ -28,20 +28,18 @@ class TokenIndexer:
         self,
         arch: Indexer,
         shapes: Shapes,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
+        platform: Platform,
         formats: Formats,
     ) -> None:
         """`shapes`, `formats`: of the weights of the mixer."""
         self._arch = arch
-        self._ops = ops
-        common = (shapes, ops, dtype, device, formats)
+        self._ops = platform.ops
+        common = (shapes, platform, formats)
         self._q = Linear(["self_attn.indexer.wq_b"], *common)
         self._k = Linear(["self_attn.indexer.wk"], *common)
         self._weights = Linear(["self_attn.indexer.weights_proj"], *common)
-        self._gain = torch.empty(arch.dim, dtype=dtype, device=device)
-        self._bias = torch.empty(arch.dim, dtype=dtype, device=device)
+        self._gain = platform.empty(arch.dim)
+        self._bias = platform.empty(arch.dim)
 
     def project(self, x: Tensor, q_latent: Tensor) -> tuple[Tensor, ...]:
         """The inputs of `store` for x [tokens, dim] and q_latent [tokens, q_rank], both normed."""
@@ -65,17 +63,12 @@ class TokenIndexer:
             k,
             (self._gain, self._bias, arch.eps),
             context.rotary[arch.rope],
-            arch.rope.interleaved,
             cache,
             plan,
         )
         return IndexQueries(q, weights)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Views:
         norm = "self_attn.indexer.k_norm"
         views = self._q.weights() | self._k.weights() | self._weights.weights()
         return views | {f"{norm}.weight": self._gain, f"{norm}.bias": self._bias}
-
-    def stagings(self) -> list[Staging]:
-        """As Mixer.stagings."""
-        return self._q.stagings() + self._k.stagings() + self._weights.stagings()

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from gllm_engine.arch.formats import widened
-from gllm_engine.arch.model import KV_UP, Indexer, Mla
+from gllm_engine.arch.model import KV_UP, Indexer, Mla, Model
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
 from gllm_engine.layers.indexer import TokenIndexer
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.stacked_weight import Staging, stack_weights
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views, stack_weights
 from gllm_engine.ops import (
     AttentionPlan,
     AttentionPlanner,
     Batch,
     IndexQueries,
-    LatentHeads,
     Norm,
-    Ops,
     dequantized,
 )
-from gllm_engine.parallel import TensorParallel
 
 
 class MlaAttention:
@@ -37,52 +34,38 @@ class MlaAttention:
     the indexer of an earlier layer.
     """
 
-    def __init__(
-        self,
-        arch: Mla,
-        group: int,
-        dim: int,
-        eps: float,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-        ranks: TensorParallel,
-        plus_one: bool,
-    ) -> None:
+    def __init__(self, arch: Mla, group: int, model: Model, platform: Platform) -> None:
         """`group`: the cache group of the layer."""
-        del eps, ranks, plus_one  # the norms of latents have their own
         self._arch = arch
         self._group = group
         self.plan_key: PlanKey = (group, arch.attention)
-        self._ops = ops
-        shapes = arch.shapes(dim)
+        self._ops = platform.ops
+        shapes = arch.shapes(model.dim)
         first = "self_attn.q_proj" if arch.q_rank is None else "self_attn.q_a_proj"
         down = [first, "self_attn.kv_a_proj_with_mqa"]
-        self._down = Linear(down, shapes, ops, dtype, device, arch.formats)
+        self._down = Linear(down, shapes, platform, arch.formats)
         self._q_up: Linear | None = None
         if arch.q_rank is not None:
             q_up = ["self_attn.q_b_proj"]
-            self._q_up = Linear(q_up, shapes, ops, dtype, device, arch.formats)
-            self._q_gain = torch.empty(arch.q_rank, dtype=dtype, device=device)
-        self._kv_gain = torch.empty(arch.kv_rank, dtype=dtype, device=device)
+            self._q_up = Linear(q_up, shapes, platform, arch.formats)
+            self._q_gain = platform.empty(arch.q_rank)
+        self._kv_gain = platform.empty(arch.kv_rank)
         # W_UK, then W_UV of each head. They are held plain, whatever their format.
         held = tuple((name, widened(kind)) for name, kind in arch.formats if name == KV_UP)
-        self._kv_stack = stack_weights([KV_UP], shapes, held, dtype, device)
-        kv_up = dequantized(self._kv_stack.value, dtype)
+        self._kv_stack = stack_weights([KV_UP], shapes, held, platform)
+        kv_up = dequantized(self._kv_stack.value, platform.dtype)
         self._kv_up = kv_up.unflatten(0, (arch.heads, arch.nope_dim + arch.v_dim))
         out = ["self_attn.o_proj"]
-        self._out = Linear(out, shapes, ops, dtype, device, arch.formats)
+        self._out = Linear(out, shapes, platform, arch.formats)
         self._indexer: TokenIndexer | None = None
         if isinstance(arch.indexer, Indexer):
-            self._indexer = TokenIndexer(arch.indexer, shapes, ops, dtype, device, arch.formats)
+            self._indexer = TokenIndexer(arch.indexer, shapes, platform, arch.formats)
 
     def plan(
         self, planner: AttentionPlanner, batch: Batch, cache: tuple[Tensor, ...]
     ) -> AttentionPlan:
         """Plan a step for all layers with this `plan_key`. `batch`: from Batch.of_group."""
-        shape = self._arch.attention
-        heads = LatentHeads(shape.heads, shape.key_dim, shape.value_dim, shape.scale)
-        return planner.plan_latent(batch, cache[0], heads, shape.top_k, self._group)
+        return planner.plan_latent(batch, cache[0], self._arch.attention, self._group)
 
     def __call__(
         self,
@@ -108,7 +91,7 @@ class MlaAttention:
         attend = partial(self._attend, cache, logit_tokens)
         inputs = self._queries(q, x)
         values = context.attend(arch.heads * arch.v_dim, attend, latent, *inputs)
-        return self._out(values) if total is None else self._out.add_to(total, values)
+        return self._out.add_to(total, values)
 
     def _attend(
         self,
@@ -133,7 +116,6 @@ class MlaAttention:
             latent,
             (self._kv_gain, arch.latent_eps),
             context.rotary[arch.rope],
-            arch.rope.interleaved,
             cache[0],
             whole,
         )
@@ -162,7 +144,7 @@ class MlaAttention:
         q = self._ops.rms_norm(q, *norm)
         return self._q_up(q), *self._indexer.project(x, q)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Views:
         views = self._down.weights() | self._out.weights()
         if self._q_up is not None:
             views |= self._q_up.weights() | {"self_attn.q_a_layernorm.weight": self._q_gain}
@@ -170,11 +152,3 @@ class MlaAttention:
         if self._indexer is not None:
             views |= self._indexer.weights()
         return views | self._kv_stack.views()
-
-    def stagings(self) -> list[Staging]:
-        stagings = self._down.stagings() + self._kv_stack.stagings() + self._out.stagings()
-        if self._q_up is not None:
-            stagings += self._q_up.stagings()
-        if self._indexer is not None:
-            stagings += self._indexer.stagings()
-        return stagings

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch.formats import Formats, Shapes
-from gllm_engine.layers.stacked_weight import Staging, stack_weights
-from gllm_engine.ops import Norm, Ops, Rows, Weight
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views, stack_weights
+from gllm_engine.ops import Norm, Rows, Weight
 
 
 class Linear:
@@ -25,17 +26,14 @@ class Linear:
         self,
         names: Sequence[str],
         shapes: Shapes,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
+        platform: Platform,
         formats: Formats = (),
     ) -> None:
-        """`dtype`: of plain weights and biases."""
         by_name = dict(formats)
         self._products: list[_Product] = []
         for _, some in groupby(names, lambda name: str(by_name.get(f"{name}.weight"))):
-            self._products.append(_Product(list(some), shapes, ops, dtype, device, formats))
-        self._ops = ops
+            self._products.append(_Product(list(some), shapes, platform, formats))
+        self._ops = platform.ops
 
     @property
     def only_weight(self) -> Weight | None:
@@ -47,8 +45,10 @@ class Linear:
         parts = [product(x, norm) for product in self._products]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def add_to(self, total: Tensor, x: Rows) -> Tensor:
-        """total + y, in the memory of `total`."""
+    def add_to(self, total: Tensor | None, x: Rows) -> Tensor:
+        """total + y, in the memory of `total`; None: y."""
+        if total is None:
+            return self(x)
         if len(self._products) == 1:
             return self._products[0].add_to(total, x)
         return total.add_(self(x))
@@ -59,16 +59,12 @@ class Linear:
             return self._products[0].gated(x, norm, then)
         return self._ops.activate(self(x, norm), "silu", gated=True, then=then)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Name -> view to load each stored tensor into; see StackedWeight.views."""
-        views: dict[str, Tensor] = {}
+    def weights(self) -> Views:
+        """What the weights are loaded into."""
+        views: Views = {}
         for product in self._products:
             views |= product.weights()
         return views
-
-    def stagings(self) -> list[Staging]:
-        """The weights that are not in `weights`, because they are stored in another form."""
-        return [staging for product in self._products for staging in product.stagings()]
 
 
 class _Product:
@@ -78,19 +74,17 @@ class _Product:
         self,
         names: list[str],
         shapes: Shapes,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
+        platform: Platform,
         formats: Formats,
     ) -> None:
-        self._ops = ops
+        self._ops = platform.ops
         self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
         weights = [f"{name}.weight" for name in names]
-        self._stack = stack_weights(weights, shapes, formats, dtype, device)
+        self._stack = stack_weights(weights, shapes, formats, platform)
         self.weight = self._stack.value
         self._bias: Tensor | None = None
         if f"{names[0]}.bias" in shapes:
-            self._bias = torch.empty(sum(self._sizes.values()), dtype=dtype, device=device)
+            self._bias = platform.empty(sum(self._sizes.values()))
 
     def __call__(self, x: Rows, norm: Norm | None) -> Tensor:
         return self._ops.linear(x, self.weight, self._bias, norm)
@@ -101,10 +95,7 @@ class _Product:
     def gated(self, x: Tensor, norm: Norm | None, then: Weight | None) -> Rows:
         return self._ops.gated_linear(x, self.weight, self._bias, norm, then)
 
-    def stagings(self) -> list[Staging]:
-        return self._stack.stagings()
-
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Views:
         views = self._stack.views()
         if self._bias is not None:
             sizes = tuple(self._sizes.values())

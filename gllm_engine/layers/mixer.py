@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, PlanKey
-from gllm_engine.layers.stacked_weight import Staging
+from gllm_engine.layers.stacked_weight import Views
 from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, Norm
 
 
@@ -36,10 +36,6 @@ class Mixer(Protocol):
         """
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """Weight name -> view to load the weight into."""
-        ...
-
-    def stagings(self) -> list[Staging]:
-        """The weights that are not in `weights`, because they are stored in another form."""
+    def weights(self) -> Views:
+        """What the weights are loaded into."""
         ...

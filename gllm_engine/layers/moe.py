@@ -8,8 +8,9 @@ from torch import Tensor
 from gllm_engine.arch.model import SELECTION_BIAS, Dense, Moe, within
 from gllm_engine.layers.dense import DenseFfn
 from gllm_engine.layers.linear import Linear
-from gllm_engine.layers.stacked_weight import StackedWeight, Staging, renamed, stack_weights
-from gllm_engine.ops import Norm, Ops
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views, stack_weights
+from gllm_engine.ops import Norm
 
 
 class MoeFfn:
@@ -18,30 +19,33 @@ class MoeFfn:
     A token gets zeros if other ranks hold all of its experts.
     """
 
-    def __init__(
-        self, arch: Moe, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, arch: Moe, dim: int, platform: Platform) -> None:
         self._arch = arch
-        self._ops = ops
+        self._ops = platform.ops
         shapes = arch.shapes(dim)
-        self._router = Linear(["mlp.gate"], shapes, ops, dtype, device, arch.formats)
+        self._router = Linear(["mlp.gate"], shapes, platform, arch.formats)
         self._bias: Tensor | None = None
         if arch.routing.biased:
-            self._bias = torch.empty(arch.num_experts, dtype=torch.float32, device=device)
-        self._stacks = _stack_experts(arch, dim, dtype, device)
+            self._bias = platform.empty(arch.num_experts, dtype=torch.float32)
+        expert = arch.expert
+        count = len(arch.experts)
+        parts = (["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.down_proj.weight"])
+        self._stacks = [
+            stack_weights(names, expert.shapes(dim), expert.formats, platform, count)
+            for names in parts
+        ]
         self._gate_up, self._down = (stack.value for stack in self._stacks)
-        local_experts = len(arch.experts)
-        gate_up_bias = torch.empty(local_experts, 2 * arch.hidden, dtype=dtype, device=device)
-        down_bias = torch.empty(local_experts, dim, dtype=dtype, device=device)
+        gate_up_bias = platform.empty(count, 2 * arch.hidden)
+        down_bias = platform.empty(count, dim)
         self._biases = (gate_up_bias if arch.bias else None, down_bias if arch.out_bias else None)
         self._shared: DenseFfn | None = None
         self._shared_gate: Linear | None = None
         if arch.shared:
             shared = Dense(arch.shared, formats=arch.formats_within("shared_expert"))
-            self._shared = DenseFfn(shared, dim, ops, dtype, device)
+            self._shared = DenseFfn(shared, dim, platform)
         if arch.shared_gate:
             gate = ["mlp.shared_expert_gate"]
-            self._shared_gate = Linear(gate, shapes, ops, dtype, device, arch.formats)
+            self._shared_gate = Linear(gate, shapes, platform, arch.formats)
 
     def __call__(self, x: Tensor, norm: Norm | None, total: Tensor | None = None) -> Tensor:
         """[tokens, dim] to [tokens, dim]; the result is added to `total`, in place, if given."""
@@ -70,18 +74,7 @@ class MoeFfn:
             return self._shared.output(hidden, out)
         return out.addcmul_(gate, self._shared.output(hidden))
 
-    def stagings(self) -> list[Staging]:
-        stagings = self._router.stagings()
-        for i, expert in enumerate(self._arch.experts):
-            for stack in self._stacks:
-                stagings += _within(f"experts.{expert}", stack.stagings(i))
-        if self._shared is not None:
-            stagings += _within("shared_expert", self._shared.stagings())
-        if self._shared_gate is not None:
-            stagings += self._shared_gate.stagings()
-        return stagings
-
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Views:
         views = self._router.weights()
         if self._bias is not None:
             views[SELECTION_BIAS] = self._bias
@@ -100,21 +93,3 @@ class MoeFfn:
         if self._shared_gate is not None:
             views |= self._shared_gate.weights()
         return views
-
-
-def _within(part: str, stagings: list[Staging]) -> list[Staging]:
-    return [renamed(staging, lambda views: within(part, views)) for staging in stagings]
-
-
-def _stack_experts(
-    arch: Moe, dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[StackedWeight, StackedWeight]:
-    """The memory of gate and up, and of down, of this rank's experts."""
-    shapes = arch.expert.shapes(dim)
-    formats = arch.expert.formats
-    gate_up = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-    count = len(arch.experts)
-    return (
-        stack_weights(gate_up, shapes, formats, dtype, device, count),
-        stack_weights(["mlp.down_proj.weight"], shapes, formats, dtype, device, count),
-    )

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gllm_engine.arch.model import NormKind, norm_weights
-from gllm_engine.ops import Norm, Ops
+from gllm_engine.layers.platform import Platform
+from gllm_engine.ops import Norm
 
 
 class NormLayer:
     """Normalises the last dimension of [tokens, dim] and owns the norm's weights."""
 
-    def __init__(
-        self,
-        kind: NormKind,
-        eps: float,
-        dim: int,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, kind: NormKind, eps: float, dim: int, platform: Platform) -> None:
         self._kind = kind
         self._eps = eps
-        self._ops = ops
+        self._ops = platform.ops
         shapes = norm_weights("norm", dim, kind)
-        tensors = {k: torch.empty(shape, dtype=dtype, device=device) for k, shape in shapes.items()}
+        tensors = {name: platform.empty(*shape) for name, shape in shapes.items()}
         self._gain = tensors["norm.weight"]
         self._bias = tensors.get("norm.bias")
 

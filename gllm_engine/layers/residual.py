@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gllm_engine.layers.norm import NormLayer
-from gllm_engine.ops import Norm, Ops
-from gllm_engine.parallel import TensorParallel
+from gllm_engine.layers.platform import Platform
+from gllm_engine.ops import Norm
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ class Residual:
 class ResidualReducer:
     """Adds the outputs of layers to the residual stream, summed over the ranks of the layers."""
 
-    def __init__(self, ops: Ops, ranks: TensorParallel, dim: int, dtype: torch.dtype) -> None:
-        self._ranks = ranks
-        self._one_shot = ops.make_one_shot_allreduce(ranks, dim, dtype)
+    def __init__(self, dim: int, platform: Platform) -> None:
+        self._ranks = platform.ranks
+        self._one_shot = platform.ops.make_one_shot_allreduce(self._ranks, dim, platform.dtype)
 
     def __call__(
         self, total: Tensor, layer: Callable[[Tensor | None], Tensor], norm: NormLayer | None

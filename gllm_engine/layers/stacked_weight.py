@@ -6,7 +6,6 @@ is loaded into.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from gllm_engine.arch.formats import (
     Shapes,
     Widened,
 )
+from gllm_engine.layers.platform import Platform
 from gllm_engine.layers.stored_integers import StoredIntegers, held_integers
 from gllm_engine.ops import (
     MAX_MXFP4_SCALE,
@@ -49,9 +49,10 @@ _AT_ONCE = 1 << 24  # numbers, of which a copy in 32 bits is made
 
 
 class Staged(NamedTuple):
-    """Memory for weights in the form in which they are stored, if a layer holds another form.
+    """Memory for a weight in the form in which it is stored, if a layer holds another form.
 
-    `views`: as of StackedWeight.views. `convert`: to be called when the views hold their numbers.
+    `views`: name -> view to load each stored tensor into. `convert`: to be called when the views
+    hold their numbers.
     """
 
     views: dict[str, Tensor]
@@ -59,24 +60,19 @@ class Staged(NamedTuple):
 
 
 class Staging(NamedTuple):
-    """A weight that is stored in another form than a layer holds.
+    """What a layer holds of a weight that is stored in another form.
 
-    `held`: the weight's name, and the bytes that the layer holds. `make`: makes the memory for the
-    stored form on a device.
+    `nbytes`: of what it holds. `make`: makes the memory for the stored form of the weight, by the
+    weight's name.
     """
 
-    held: dict[str, int]
-    make: Callable[[torch.device], Staged]
+    nbytes: int
+    make: Callable[[str], Staged]
 
 
-def renamed(staging: Staging, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> Staging:
-    """`staging` with other names."""
-
-    def make(device: torch.device) -> Staged:
-        views, convert = staging.make(device)
-        return Staged(rename(views), convert)
-
-    return Staging(rename(staging.held), make)
+# Name -> view to load a stored tensor into; or weight name -> Staging. A view may have one more
+# leading dimension than the stored tensor, for copies of it.
+Views = dict[str, Tensor | Staging]
 
 
 class StackedWeight(Protocol):
@@ -87,15 +83,8 @@ class StackedWeight(Protocol):
         """What operations take; its tensors stay the same while they are loaded."""
         ...
 
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        """Name -> view to load each stored tensor into; of one expert, if there are several.
-
-        A view may have one more leading dimension than the stored tensor, for copies of it.
-        """
-        ...
-
-    def stagings(self, expert: int | None = None) -> list[Staging]:
-        """The weights that have no views, because they are stored in another form."""
+    def views(self, expert: int | None = None) -> Views:
+        """What the weights are loaded into; of one expert, if there are several."""
         ...
 
 
@@ -103,22 +92,19 @@ def stack_weights(
     names: Sequence[str],
     shapes: Shapes,
     formats: Formats,
-    dtype: torch.dtype,
-    device: torch.device,
+    platform: Platform,
     num_experts: int | None = None,
 ) -> StackedWeight:
     """Uninitialised memory for the weights `names`, whose shapes are in `shapes`.
 
-    `dtype`: of plain weights. Raises ArchError if the weights differ in the format in which they
-    are held.
+    Raises ArchError if the weights differ in the format in which they are held.
     """
     by_name = dict(formats)
     matrices: _Matrices[Any] = _Matrices(
         sizes={name: shapes[name] for name in names},
         lead=() if num_experts is None else (num_experts,),
         kinds={name: by_name[name] for name in names if name in by_name},
-        dtype=dtype,
-        device=device,
+        platform=platform,
     )
     if not matrices.kinds:
         return _Plain(matrices)
@@ -140,14 +126,13 @@ class _Matrices(Generic[K]):
     experts.
 
     `sizes`: name -> (rows, width). `lead`: (number of experts,) or (). `kinds`: name -> format, if
-    they are not plain. `dtype`: of plain numbers.
+    they are not plain.
     """
 
     sizes: Shapes
     lead: tuple[int, ...]
     kinds: dict[str, K]
-    dtype: torch.dtype
-    device: torch.device
+    platform: Platform
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,23 +149,19 @@ class _Matrices(Generic[K]):
         """Name -> its rows of the stack."""
         return _ranges({name: rows for name, (rows, _) in self.sizes.items()})
 
-    def empty(self, dtype: torch.dtype, *size: int) -> Tensor:
-        """Memory for [size], or one for each expert."""
-        return torch.empty((*self.lead, *size), dtype=dtype, device=self.device)
+    def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """As Platform.empty, for each expert."""
+        return self.platform.empty(*self.lead, *size, dtype=dtype)
 
 
 class _Plain:
     def __init__(self, matrices: _Matrices[Any]) -> None:
         self._rows = matrices.rows
-        self.value: Tensor = matrices.empty(matrices.dtype, *matrices.shape[-2:])
+        self.value: Tensor = matrices.platform.empty(*matrices.shape)
 
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+    def views(self, expert: int | None = None) -> Views:
         whole = self.value if expert is None else self.value[expert]
         return {name: whole[rows] for name, rows in self._rows.items()}
-
-    def stagings(self, expert: int | None = None) -> list[Staging]:
-        del expert
-        return []
 
 
 class _Widened(_Plain):
@@ -190,216 +171,179 @@ class _Widened(_Plain):
         super().__init__(matrices)
         self._matrices = matrices
 
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        kinds = self._matrices.kinds
-        return {name: view for name, view in super().views(expert).items() if name not in kinds}
+    def views(self, expert: int | None = None) -> Views:
+        views = super().views(expert)
+        whole = self.value if expert is None else self.value[expert]
+        for name, kind in self._matrices.kinds.items():
+            into = whole[self._rows[name]]
+            stage = partial(_stage_widened, kind.kind, into, self._matrices.platform)
+            views[name] = Staging(into.nbytes, stage)
+        return views
 
-    def stagings(self, expert: int | None = None) -> list[Staging]:
-        whole = super().views(expert)
-        return [
-            Staging({name: whole[name].nbytes}, partial(self._stage, name, whole[name]))
-            for name in self._matrices.kinds
-        ]
 
-    def _stage(self, name: str, into: Tensor, device: torch.device) -> Staged:
-        kind = self._matrices.kinds[name].kind
-        sizes = self._matrices.sizes
-        if isinstance(kind, Integers):
-            stored = StoredIntegers(name, sizes[name], kind, device)
-            return Staged(stored.views, partial(stored.dequantize_into, into))
-        stack = stack_weights([name], sizes, ((name, kind),), into.dtype, device)
-        inner = [staging.make(device) for staging in stack.stagings()]
-        views = stack.views()
-        for staged in inner:
+def _stage_widened(kind: Format, into: Tensor, platform: Platform, name: str) -> Staged:
+    if isinstance(kind, Integers):
+        stored = StoredIntegers(name, into.shape, kind, platform.device)
+        return Staged(stored.views, partial(stored.dequantize_into, into))
+    stack = stack_weights([name], {name: into.shape}, ((name, kind),), platform)
+    views: dict[str, Tensor] = {}
+    conversions = []
+    for part, view in stack.views().items():
+        if isinstance(view, Tensor):
+            views[part] = view
+        else:
+            staged = view.make(part)
             views |= staged.views
+            conversions.append(staged.convert)
 
-        def convert() -> None:
-            for staged in inner:
-                staged.convert()
-            assert not isinstance(stack.value, Tensor)
-            for rows in _some_rows(into):
-                into[rows] = dequantized(stack.value.rows(rows), into.dtype)
+    def convert() -> None:
+        for convert_part in conversions:
+            convert_part()
+        assert not isinstance(stack.value, Tensor)
+        for rows in _some_rows(into):
+            into[rows] = dequantized(stack.value.rows(rows), into.dtype)
 
-        return Staged(views, convert)
+    return Staged(views, convert)
 
 
-class _Converted(Generic[K]):
-    """Weights whose stored form is converted: all of them are staged, and none has a view."""
+class _Converted:
+    """Weights whose stored form is converted to the one that is held.
 
-    def __init__(self, matrices: _Matrices[K]) -> None:
+    `stage`: makes the memory for the stored form of a weight, by its kind, the part of `value` that
+    it is converted to, and its name.
+    """
+
+    def __init__(
+        self,
+        matrices: _Matrices[Any],
+        value: Fp8Weight | PackedWeight,
+        stage: Callable[[Any, Any, Platform, str], Staged],
+    ) -> None:
+        self.value = value
         self._matrices = matrices
-        self._rows = matrices.rows
+        self._stage = stage
 
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        del expert
-        return {}
-
-
-class _Rounded(_Converted[Rounded]):
-    def __init__(self, matrices: _Matrices[Rounded]) -> None:
-        super().__init__(matrices)
-        rows, depth = matrices.shape[-2:]
-        self.value = Fp8Weight(
-            matrices.empty(torch.float8_e4m3fn, rows, depth),
-            matrices.empty(torch.float32, rows, 1),
-            rows_per_scale=1,
-            columns_per_scale=depth,
-        )
-
-    def stagings(self, expert: int | None = None) -> list[Staging]:
+    def views(self, expert: int | None = None) -> Views:
         whole = self.value if expert is None else self.value[expert]
-        stagings = []
-        for name, rows in self._rows.items():
-            numbers = whole.numbers[rows]
-            scales = whole.scales[rows]
-            held = {name: numbers.nbytes + scales.nbytes}
-            stagings.append(Staging(held, partial(self._stage, name, numbers, scales)))
-        return stagings
-
-    def _stage(self, name: str, numbers: Tensor, scales: Tensor, device: torch.device) -> Staged:
-        size = self._matrices.sizes[name]
-        matrix = torch.empty(size, dtype=self._matrices.dtype, device=device)
-
-        def convert() -> None:
-            for rows in _some_rows(matrix):
-                rounded, factors = quantize_fp8(matrix[rows], 1, 0)
-                numbers[rows] = rounded
-                scales[rows] = factors
-
-        return Staged({name: matrix}, convert)
-
-
-class _Packed(_Converted[K], ABC):
-    """4-bit numbers, packed for kernels when they are loaded, with the scales of the checkpoint."""
-
-    value: PackedWeight
-
-    def stagings(self, expert: int | None = None) -> list[Staging]:
-        whole = self.value if expert is None else self.value[expert]
-        stagings = []
-        for name, rows in self._rows.items():
+        views: Views = {}
+        for name, rows in self._matrices.rows.items():
             part = whole.rows(rows)
-            stagings.append(Staging({name: part.nbytes}, partial(self._stage, name, part)))
-        return stagings
-
-    @abstractmethod
-    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
-        """Memory for the stored form of the weight `name`, which is converted to `into`."""
+            kind = self._matrices.kinds[name]
+            stage = partial(self._stage, kind, part, self._matrices.platform)
+            views[name] = Staging(part.nbytes, stage)
+        return views
 
 
-class _Integers(_Packed[Integers]):
-    def __init__(self, matrices: _Matrices[Integers]) -> None:
-        super().__init__(matrices)
-        kinds = list(matrices.kinds.values())
-        self.value = held_integers(kinds, matrices.shape, matrices.device)
-
-    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
-        matrices = self._matrices
-        stored = StoredIntegers(name, matrices.sizes[name], matrices.kinds[name], device)
-        return Staged(stored.views, partial(stored.pack_into, into))
+def _rounded(matrices: _Matrices[Rounded]) -> StackedWeight:
+    rows, depth = matrices.shape[-2:]
+    numbers = matrices.empty(rows, depth, dtype=torch.float8_e4m3fn)
+    scales = matrices.empty(rows, 1, dtype=torch.float32)
+    return _Converted(matrices, Fp8Weight(numbers, scales, 1, depth), _stage_rounded)
 
 
-class _Mxfp4(_Packed[Mxfp4]):
-    def __init__(self, matrices: _Matrices[Mxfp4]) -> None:
-        super().__init__(matrices)
-        self.value = empty_packed(
-            matrices.shape, Mxfp4.group, torch.uint8, is_float=True, device=matrices.device
-        )
+def _stage_rounded(kind: Rounded, into: Fp8Weight, platform: Platform, name: str) -> Staged:
+    del kind
+    matrix = platform.empty(*into.shape)
 
-    def _stage(self, name: str, into: PackedWeight, device: torch.device) -> Staged:
-        height, depth = self._matrices.sizes[name]
-        numbers = torch.empty((height, depth // 2), dtype=torch.uint8, device=device)
-        scales = torch.empty((height, depth // Mxfp4.group), dtype=torch.uint8, device=device)
+    def convert() -> None:
+        for rows in _some_rows(matrix):
+            rounded, factors = quantize_fp8(matrix[rows], 1, 0)
+            into.numbers[rows] = rounded
+            into.scales[rows] = factors
 
-        def convert() -> None:
-            if height and int(scales.max()) > MAX_MXFP4_SCALE:
-                raise ArchError(f"{name}: a scale is larger than 2^{MAX_MXFP4_SCALE - 127}")
-            some = max(1, _AT_ONCE // depth)
-            for at in range(0, height, some):
-                rows = slice(at, at + some)
-                into.rows(rows).copy_(pack(numbers[rows], scales[rows], is_float=True))
-
-        blocks = numbers.unflatten(1, (-1, Mxfp4.group // 2))
-        return Staged({name + "_blocks": blocks, name + "_scales": scales}, convert)
+    return Staged({name: matrix}, convert)
 
 
-class _Fp8:
-    """All weights have the same format; where they end inside blocks may differ."""
+def _integers(matrices: _Matrices[Integers]) -> StackedWeight:
+    kinds = list(matrices.kinds.values())
+    value = held_integers(kinds, matrices.shape, matrices.platform.device)
+    return _Converted(matrices, value, _stage_integers)
 
-    def __init__(self, matrices: _Matrices[Fp8]) -> None:
-        sizes = matrices.sizes
+
+def _stage_integers(kind: Integers, into: PackedWeight, platform: Platform, name: str) -> Staged:
+    stored = StoredIntegers(name, into.shape, kind, platform.device)
+    return Staged(stored.views, partial(stored.pack_into, into))
+
+
+def _mxfp4(matrices: _Matrices[Mxfp4]) -> StackedWeight:
+    """4-bit numbers, packed for kernels when they are loaded, with the scales of the checkpoint."""
+    value = empty_packed(
+        matrices.shape, Mxfp4.group, torch.uint8, is_float=True, device=matrices.platform.device
+    )
+    return _Converted(matrices, value, _stage_mxfp4)
+
+
+def _stage_mxfp4(kind: Mxfp4, into: PackedWeight, platform: Platform, name: str) -> Staged:
+    views = {
+        stored: platform.empty(*size, dtype=torch.uint8)
+        for stored, size in kind.tensors(name, into.shape).items()
+    }
+    blocks, scales = views.values()
+    numbers = blocks.flatten(1)
+
+    def convert() -> None:
+        if len(into) and int(scales.max()) > MAX_MXFP4_SCALE:
+            raise ArchError(f"{name}: a scale is larger than 2^{MAX_MXFP4_SCALE - 127}")
+        for rows in _some_rows(into):
+            into.rows(rows).copy_(pack(numbers[rows], scales[rows], is_float=True))
+
+    return Staged(views, convert)
+
+
+class _Scaled:
+    """8-bit numbers and scales. All weights have the same format; where they end inside blocks may
+    differ.
+    """
+
+    value: Fp8Weight | Int8Weight
+
+    def __init__(self, matrices: _Matrices[Fp8 | Int8]) -> None:
         kinds = matrices.kinds
         self._suffixes = {name: kind.suffix for name, kind in kinds.items()}
         rows, depth = matrices.shape[-2:]
         kind = next(iter(kinds.values()))
         # One scale for a whole weight is copied to all its rows.
         self._copies = not kind.rows
-        grids = {name: kinds[name].grid(shape) for name, shape in sizes.items()}
-        heights = {name: shape[0] for name, shape in sizes.items()}
-        scale_heights = heights if self._copies else {name: grid[0] for name, grid in grids.items()}
+        grids = {name: kinds[name].grid(shape) for name, shape in matrices.sizes.items()}
+        heights = {name: grid[0] for name, grid in grids.items()}
         self._rows = matrices.rows
-        self._scale_rows = _ranges(scale_heights)
-        scales = (sum(scale_heights.values()), grids[next(iter(sizes))][1])
+        self._scale_rows = matrices.rows if self._copies else _ranges(heights)
+        height = rows if self._copies else sum(heights.values())
+        scales = matrices.empty(height, next(iter(grids.values()))[1], dtype=torch.float32)
+        if isinstance(kind, Int8):
+            self.value = Int8Weight(matrices.empty(rows, depth, dtype=torch.int8), scales)
+            return
         self.value = Fp8Weight(
-            matrices.empty(torch.float8_e4m3fn, rows, depth),
-            matrices.empty(torch.float32, *scales),
+            matrices.empty(rows, depth, dtype=torch.float8_e4m3fn),
+            scales,
             rows_per_scale=kind.rows or 1,
             columns_per_scale=kind.columns or depth,
             scale_row=_rows_of_scales(matrices) if kind.rows > 1 else None,
             first_column=kind.column_cut.first if kind.column_cut else 0,
         )
 
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
+    def views(self, expert: int | None = None) -> Views:
         whole = self.value if expert is None else self.value[expert]
-        views = {}
+        views: Views = {}
         for name, rows in self._rows.items():
             scales = whole.scales[self._scale_rows[name]]
             views[name] = whole.numbers[rows]
             views[name + self._suffixes[name]] = scales[:, None] if self._copies else scales
         return views
 
-    def stagings(self, expert: int | None = None) -> list[Staging]:
-        del expert
-        return []
-
-
-class _Int8:
-    def __init__(self, matrices: _Matrices[Int8]) -> None:
-        self._kinds = matrices.kinds
-        self._rows = matrices.rows
-        rows, depth = matrices.shape[-2:]
-        self.value = Int8Weight(
-            matrices.empty(torch.int8, rows, depth), matrices.empty(torch.float32, rows, 1)
-        )
-
-    def views(self, expert: int | None = None) -> dict[str, Tensor]:
-        whole = self.value if expert is None else self.value[expert]
-        views = {}
-        for name, rows in self._rows.items():
-            kind = self._kinds[name]
-            views[name] = whole.numbers[rows]
-            # One scale for a whole weight is copied to all its rows.
-            scales = whole.scales[rows]
-            views[name + kind.suffix] = scales if kind.rows else scales[:, None]
-        return views
-
-    def stagings(self, expert: int | None = None) -> list[Staging]:
-        del expert
-        return []
-
 
 _STACKS: dict[type[Format], Callable[[_Matrices[Any]], StackedWeight]] = {
-    Fp8: _Fp8,
-    Int8: _Int8,
-    Mxfp4: _Mxfp4,
-    CompressedInt: _Integers,
-    Gptq: _Integers,
-    Awq: _Integers,
-    Rounded: _Rounded,
+    Fp8: _Scaled,
+    Int8: _Scaled,
+    Mxfp4: _mxfp4,
+    CompressedInt: _integers,
+    Gptq: _integers,
+    Awq: _integers,
+    Rounded: _rounded,
 }
 
 
-def _rows_of_scales(matrices: _Matrices[Fp8]) -> Tensor | None:
+def _rows_of_scales(matrices: _Matrices[Any]) -> Tensor | None:
     """The row in the stacked scales of each row of the stacked weights, in blocks.
 
     None: each block of rows has the next row of scales.
@@ -414,10 +358,10 @@ def _rows_of_scales(matrices: _Matrices[Fp8]) -> Tensor | None:
     rows = torch.cat(parts)
     if torch.equal(rows, torch.arange(len(rows)) // kind.rows):
         return None
-    return rows.to(matrices.device)
+    return rows.to(matrices.platform.device)
 
 
-def _some_rows(matrix: Tensor) -> list[slice]:
+def _some_rows(matrix: Tensor | PackedWeight) -> list[slice]:
     """All rows, in parts of up to _AT_ONCE numbers, or of one row."""
     some = max(1, _AT_ONCE // matrix.shape[1])
     return [slice(at, at + some) for at in range(0, len(matrix), some)]

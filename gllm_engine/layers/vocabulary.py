@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gllm_engine.arch.formats import Formats, Shapes
-from gllm_engine.layers.stacked_weight import Staging, stack_weights
-from gllm_engine.ops import Weight
+from gllm_engine.layers.platform import Platform
+from gllm_engine.layers.stacked_weight import Views, stack_weights
 
 _UNUSED = "unused."  # the name of the rows past the vocabulary begins so
 
@@ -24,35 +23,24 @@ class VocabularyMatrix:
         shape: tuple[int, int],
         width: int,
         formats: Formats,
-        dtype: torch.dtype,
-        device: torch.device,
+        platform: Platform,
     ) -> None:
-        """`shape`: of the rows of tokens. `formats`, `dtype`: as of stack_weights."""
+        """`shape`: of the rows of tokens. `formats`: as of stack_weights."""
         rows, dim = shape
-        self._name = name
         shapes: Shapes = {name: shape}
         if width > rows:
             unused = _UNUSED + "weight"
             shapes[unused] = (width - rows, dim)
             formats += tuple((unused, kind) for own, kind in formats if own == name)
-        self._stack = stack_weights(list(shapes), shapes, formats, dtype, device)
+        self._stack = stack_weights(list(shapes), shapes, formats, platform)
         self.value = self._stack.value
         if width > rows:
-            _zero(self.value)
+            value = self.value
+            tensors = [value] if isinstance(value, Tensor) else [value.numbers, value.scales]
+            for tensor in tensors:
+                tensor.zero_()
 
-    def weights(self) -> dict[str, Tensor]:
-        """Name -> view to load each stored tensor into; see StackedWeight.views."""
+    def weights(self) -> Views:
+        """What the matrix is loaded into."""
         views = self._stack.views()
         return {name: view for name, view in views.items() if not name.startswith(_UNUSED)}
-
-    def stagings(self) -> list[Staging]:
-        """The matrix, if it has no views, because it is stored in another form."""
-        return [staging for staging in self._stack.stagings() if self._name in staging.held]
-
-
-def _zero(weight: Weight) -> None:
-    if isinstance(weight, Tensor):
-        weight.zero_()
-    else:
-        weight.numbers.zero_()
-        weight.scales.zero_()

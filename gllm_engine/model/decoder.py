@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -26,13 +25,13 @@ from gllm_engine.arch.model import (
     Dense,
     GatedDelta,
     Gqa,
-    LatentShape,
     Layer,
     Mla,
     Model,
     Moe,
     Place,
     QueryTemperature,
+    RecurrentShape,
     within_layer,
 )
 from gllm_engine.arch.rope import Rope
@@ -48,20 +47,19 @@ from gllm_engine.layers import (
     MoeFfn,
     NormLayer,
     PlanKey,
+    Platform,
     Residual,
     ResidualReducer,
     RopeTable,
     Staging,
+    Views,
     VocabularyMatrix,
-    renamed,
 )
 from gllm_engine.model.states import States, bytes_of_states
 from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
     Batch,
-    LatentHeads,
-    Ops,
     PlainSampling,
     RotaryInputs,
     Weight,
@@ -69,20 +67,12 @@ from gllm_engine.ops import (
 )
 from gllm_engine.parallel import ALONE, TensorParallel
 
-
-def _make_ffn(
-    arch: Dense | Moe, dim: int, ops: Ops, dtype: torch.dtype, device: torch.device
-) -> DenseFfn | MoeFfn:
-    if isinstance(arch, Moe):
-        return MoeFfn(arch, dim, ops, dtype, device)
-    return DenseFfn(arch, dim, ops, dtype, device)
-
-
 _MIXERS: dict[type[Any], Callable[..., Mixer]] = {
     Gqa: GqaAttention,
     Mla: MlaAttention,
     GatedDelta: GatedDeltaAttention,
 }
+_FFNS: dict[type[Any], Callable[..., DenseFfn | MoeFfn]] = {Dense: DenseFfn, Moe: MoeFfn}
 # Of one layer: the parts of its pages (K and V in one; latents and index keys in two), or a
 # RecurrentState of all slots.
 LayerCache = tuple[Tensor, ...]
@@ -99,24 +89,17 @@ class PreNormBlock:
         arch: Layer,
         group: int,
         model: Model,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-        ranks: TensorParallel,
+        platform: Platform,
         reduce: ResidualReducer,
     ) -> None:
         """`group`: the cache group of the layer."""
         self._reduce = reduce
-        plus_one = model.norm == "rms_plus_one"
-        make_mixer = _MIXERS[type(arch.mixer)]
-        self.mixer: Mixer = make_mixer(
-            arch.mixer, group, model.dim, model.eps, ops, dtype, device, ranks, plus_one
-        )
-        self._ffn = _make_ffn(arch.ffn, model.dim, ops, dtype, device)
+        self.mixer = _MIXERS[type(arch.mixer)](arch.mixer, group, model, platform)
+        self._ffn = _FFNS[type(arch.ffn)](arch.ffn, model.dim, platform)
         self._norms: dict[str, NormLayer] = {}
         for name in arch.norms:
             eps = model.eps if name in _OUTPUT_NORMS else _stream_eps(model)
-            self._norms[name] = NormLayer(model.norm, eps, model.dim, ops, dtype, device)
+            self._norms[name] = NormLayer(model.norm, eps, model.dim, platform)
         self.next_norm: NormLayer | None = None  # the first norm of the next block, if any
 
     @property
@@ -140,14 +123,11 @@ class PreNormBlock:
         y, ffn_norm = stream.input_for(second)
         return self._reduce(stream.total, lambda into: self._ffn(y, ffn_norm, into), self.next_norm)
 
-    def weights(self) -> dict[str, Tensor]:
-        views: dict[str, Tensor] = {}
+    def weights(self) -> Views:
+        views: Views = {}
         for name, norm in self._norms.items():
             views |= norm.weights(name)
         return views | self.mixer.weights() | self._ffn.weights()
-
-    def stagings(self) -> list[Staging]:
-        return self.mixer.stagings() + self._ffn.stagings()
 
 
 class OutputNormBlock(PreNormBlock):
@@ -253,6 +233,7 @@ class Decoder:
         self.is_first = self.shard.first == 0
         self.is_last = self.shard.end == len(arch.layers)
         self.ops = select_ops(device)
+        self._platform = Platform(self.ops, dtype, device, ranks)
         self._ranks = ranks
         self._planner = self.ops.make_planner(device, dtype)
         self.groups = cache_groups(arch, max_model_len)
@@ -260,9 +241,9 @@ class Decoder:
             next((n for n, group in enumerate(self.groups) if i in group.layers), _NO_GROUP)
             for i in range(self.shard.first, self.shard.end)
         ]
-        reduce = ResidualReducer(self.ops, ranks, arch.dim, dtype)
+        reduce = ResidualReducer(arch.dim, self._platform)
         self._blocks = [
-            _BLOCKS[layer.place](layer, group, arch, self.ops, dtype, device, ranks, reduce)
+            _BLOCKS[layer.place](layer, group, arch, self._platform, reduce)
             for layer, group in zip(self.layers, self._group_of, strict=True)
         ]
         for block, after in pairwise(self._blocks):
@@ -275,9 +256,9 @@ class Decoder:
         }
         self._positions: Tensor | None = None  # a row for each position
         if _POSITIONS in held:
-            self._positions = torch.empty(arch.positions, arch.dim, dtype=dtype, device=device)
+            self._positions = self._platform.empty(arch.positions, arch.dim)
         # Only the last stage computes it.
-        self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self.ops, dtype, device)
+        self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self._platform)
         ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.mixer.ropes)
         self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
         # The first of the layers that share a plan.
@@ -292,8 +273,7 @@ class Decoder:
             (self.shard.vocab_rows(arch.vocab), arch.dim),
             self.shard.vocab_width(arch.vocab),
             self.shard.vocab_formats(arch),
-            self.dtype,
-            self.device,
+            self._platform,
         )
 
     @property
@@ -372,14 +352,10 @@ class Decoder:
         cache = self.new_cache(1, page_size, dtype)
         kinds = []
         for (_, shape), i in self._planned.items():
-            # Linear attention has kernels of our own.
-            if isinstance(shape, AttentionShape):
-                (pages,) = cache[i]
-                window = None if shape.chunked else shape.window  # see AttentionPlanner.plan
-                kinds.append(AttentionLayer(pages, shape.heads, window, shape.softcap))
-            elif isinstance(shape, LatentShape):
-                heads = LatentHeads(shape.heads, shape.key_dim, shape.value_dim, shape.scale)
-                kinds.append(AttentionLayer(cache[i][0], shape.heads, latent=heads))
+            if isinstance(shape, AttentionShape) and shape.chunked:
+                shape = replace(shape, window=None, chunked=False)  # the same kernels
+            if not isinstance(shape, RecurrentShape):  # which has kernels of our own
+                kinds.append(AttentionLayer(cache[i][0], shape))
         self.ops.compile_attention(kinds, self.dtype)
 
     def forward(
@@ -506,7 +482,18 @@ class Decoder:
 
         A view may have one more leading dimension than the weight; copying broadcasts over it.
         """
-        views: dict[str, Tensor] = {}
+        return {name: view for name, view in self._views().items() if isinstance(view, Tensor)}
+
+    def stagings(self) -> dict[str, Staging]:
+        """The weights that are not in `weights`, because they are stored in another form."""
+        return {name: view for name, view in self._views().items() if isinstance(view, Staging)}
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Canonical weight name -> bytes that this rank holds; scales have names of their own."""
+        return {name: view.nbytes for name, view in self._views().items()}
+
+    def _views(self) -> Views:
+        views: Views = {}
         for matrix in self._vocabulary.values():
             views |= matrix.weights()
         if self._positions is not None:
@@ -516,22 +503,6 @@ class Decoder:
         for i, block in enumerate(self._blocks, self.shard.first):
             views |= within_layer(i, block.weights())
         return views
-
-    def weight_bytes(self) -> dict[str, int]:
-        """Canonical weight name -> bytes that this rank holds; scales have names of their own."""
-        held = {name: view.nbytes for name, view in self.weights().items()}
-        for staging in self.stagings():
-            held |= staging.held
-        return held
-
-    def stagings(self) -> list[Staging]:
-        """The weights that are not in `weights`, because they are stored in another form."""
-        of_vocabulary = [s for matrix in self._vocabulary.values() for s in matrix.stagings()]
-        return of_vocabulary + [
-            renamed(staging, partial(within_layer, i))
-            for i, block in enumerate(self._blocks, self.shard.first)
-            for staging in block.stagings()
-        ]
 
     def _rotary_inputs(self, batch: Batch) -> dict[Rope, RotaryInputs]:
         return {

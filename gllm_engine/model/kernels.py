@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -20,7 +21,6 @@ from gllm_engine.ops.kernels import (
     fp8_product_kernels,
     int8_product_kernels,
     latent_kernels,
-    own_kernels,
     packed_product_kernels,
     product_kernels,
 )
@@ -28,7 +28,7 @@ from gllm_engine.ops.kernels import (
 
 @dataclass(frozen=True)
 class KernelUse:
-    """The kernels of one kind of part, which `layers` layers have, by DeviceKind."""
+    """The kernels of one kind of part, which `layers` layers have, by DeviceKind or "cpu"."""
 
     part: str
     layers: int
@@ -58,19 +58,23 @@ def kernels_of(
     for part, count in counts.items():
         name, kernels = _PARTS[type(part)]
         if kernels is not None:
-            by_device = {device: kernels(part, device, dtypes) for device in get_args(DeviceKind)}
-            uses.append(KernelUse(name(part), count, by_device))
-    products = {device: product_kernels(device, dtype) for device in get_args(DeviceKind)}
-    uses.append(KernelUse("products with plain matrices", len(layers), products))
+            uses.append(KernelUse(name(part), count, _by_device(partial(kernels, part, dtypes))))
     formats = [_formats(layer) for layer in layers]
     layers_of = Counter(label for each in formats for label in each)
+    products: list[tuple[str, int, Format | None]] = [
+        ("products with plain matrices", len(layers), None)
+    ]
     for label, kind in sorted(ChainMap(*formats).items()):
-        by_device = {device: _of_format(kind, device, dtype) for device in get_args(DeviceKind)}
-        uses.append(KernelUse(f"products with {label}", layers_of[label], by_device))
+        products.append((f"products with {label}", layers_of[label], kind))
     if head is not None:
-        by_device = {device: _of_format(head, device, dtype) for device in get_args(DeviceKind)}
-        uses.append(KernelUse(f"output projection, {head}", 1, by_device))
+        products.append((f"output projection, {head}", 1, head))
+    for what, count, own in products:
+        uses.append(KernelUse(what, count, _by_device(partial(_of_format, own, dtype))))
     return uses
+
+
+def _by_device(kernels: Callable[[DeviceKind], str]) -> dict[str, str]:
+    return {device: kernels(device) for device in get_args(DeviceKind)} | {"cpu": "plain torch"}
 
 
 def _formats(layer: Layer) -> dict[str, Format]:
@@ -81,17 +85,16 @@ def _formats(layer: Layer) -> dict[str, Format]:
     return {str(kind): kind for name, kind in formats if ".experts." not in name}
 
 
-def _of_format(kind: Format, device: DeviceKind, dtype: torch.dtype) -> str:
-    """The kernels of products with weights of this format."""
+def _of_format(kind: Format | None, dtype: torch.dtype, device: DeviceKind) -> str:
+    """The kernels of products with weights of this format; None: with plain ones."""
     match kind:
-        case Fp8():
-            block = (kind.rows, kind.columns) if kind.columns else None
-            return fp8_product_kernels(device, dtype, block)
-        case Rounded():
+        case Fp8() if kind.columns:
+            return fp8_product_kernels(device, dtype, (kind.rows, kind.columns))
+        case Fp8() | Rounded():
             return fp8_product_kernels(device, dtype, None)
         case Int8():
             return int8_product_kernels(device, dtype)
-        case Widened():
+        case Widened() | None:
             return product_kernels(device, dtype)
     return packed_product_kernels(device)
 
@@ -117,23 +120,24 @@ def _experts(arch: Moe) -> str:
     return f"{len(arch.experts)} experts of {arch.hidden}, {arch.routing.top_k} a token"
 
 
-def _of_heads(arch: Gqa, device: DeviceKind, dtypes: _Dtypes) -> str:
+def _of_heads(arch: Gqa, dtypes: _Dtypes, device: DeviceKind) -> str:
     return attention_kernels(device, arch.head_dim, dtypes.model, dtypes.cache)
 
 
-def _of_latents(arch: Mla, device: DeviceKind, dtypes: _Dtypes) -> str:
+def _of_latents(arch: Mla, dtypes: _Dtypes, device: DeviceKind) -> str:
     shape = arch.attention
     return latent_kernels(device, shape.key_dim, shape.value_dim, dtypes.model)
 
 
-def _own(arch: object, device: DeviceKind, dtypes: _Dtypes) -> str:
-    del arch, dtypes
-    return own_kernels(device)
+def _own(arch: object, dtypes: _Dtypes, device: DeviceKind) -> str:
+    """For all shapes and dtypes."""
+    del arch, dtypes, device
+    return "Triton"
 
 
 # Type of a part -> its name, and its kernels; None: only matrix products.
 _PARTS: dict[
-    type, tuple[Callable[[Any], str], Callable[[Any, DeviceKind, _Dtypes], str] | None]
+    type, tuple[Callable[[Any], str], Callable[[Any, _Dtypes, DeviceKind], str] | None]
 ] = {
     Gqa: (_heads, _of_heads),
     Mla: (_latents, _of_latents),

@@ -195,13 +195,14 @@ def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
 
     The views of some weights at a time; they are converted when the next ones are asked for.
     """
-    waiting = deque(decoder.stagings())
+    waiting = deque(decoder.stagings().items())
     while waiting:
         views: dict[str, Tensor] = {}
         conversions = []
         num_bytes = 0
         while waiting and num_bytes < _STAGED_BYTES:
-            staged = waiting.popleft().make(decoder.device)
+            name, staging = waiting.popleft()
+            staged = staging.make(name)
             views |= staged.views
             num_bytes += sum(view.nbytes for view in staged.views.values())
             conversions.append(staged.convert)
@@ -322,17 +323,15 @@ def _read_header(file: Path, opened: BinaryIO) -> dict[str, StoredTensor]:
         name: _stored(file, descriptor, data_start, name, about) for name, about in header.items()
     }
     end = data_start
-    for name, stored in sorted(tensors.items(), key=lambda item: _extent(item[1])):
+    for name, stored in sorted(
+        tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)
+    ):
         if stored.offset != end or stored.num_bytes < 0:
             raise incomplete(file, f"tensor {shown(name)} does not begin where another ends")
         end += stored.num_bytes
     if end != size:
         raise incomplete(file, f"it has {size} bytes, its tensors end at byte {end}")
     return tensors
-
-
-def _extent(stored: StoredTensor) -> tuple[int, int]:
-    return stored.offset, stored.num_bytes
 
 
 def _stored(file: Path, descriptor: int, data_start: int, name: str, about: Any) -> StoredTensor:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from gllm_engine.ops.batch import Batch, HostInts, TensorGroup
+from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -18,7 +18,6 @@ from gllm_engine.ops.protocol import (
     AttentionPlanner,
     HeadNorm,
     IndexQueries,
-    LatentHeads,
     Norm,
     Ops,
     PlainSampling,
@@ -56,7 +55,6 @@ __all__ = [
     "HostInts",
     "IndexQueries",
     "Int8Weight",
-    "LatentHeads",
     "Norm",
     "Ops",
     "PackedWeight",
@@ -64,7 +62,6 @@ __all__ = [
     "RecurrentState",
     "RotaryInputs",
     "Rows",
-    "TensorGroup",
     "Weight",
     "best_device",
     "dequantized",

@@ -26,7 +26,7 @@ FlashInfer attends to the K and V of all heads. See latent_rows.py for which row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flashinfer
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 from torch import Tensor
 
+from gllm_engine.attention_shape import AttentionShape, LatentShape
 from gllm_engine.ops import fp8_product, int8_product, reference, triton
 from gllm_engine.ops.batch import Batch, HostInts
 from gllm_engine.ops.jit_cache import compile_all, tiny_chunk
@@ -54,14 +55,14 @@ from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
     AttentionPlan,
-    HeadNorm,
     IndexQueries,
-    LatentHeads,
     Norm,
-    RecurrentState,
     RotaryInputs,
 )
 from gllm_engine.ops.triton import (
+    PagedPlan,
+    RowPlan,
+    gated_delta,
     gated_norm,
     gemv,
     is_single,
@@ -70,7 +71,10 @@ from gllm_engine.ops.triton import (
     mean_squares,
     prepare_inputs,
     rms_norm,
+    rotate_and_store,
     sample_plain,
+    store_index_key,
+    store_latent,
 )
 from gllm_engine.ops.triton.moe import route, sum_experts
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, PackedWeight, Rows, Weight
@@ -120,7 +124,7 @@ class CopiedChunks:
 
 
 @dataclass
-class FlashInferPlan(AttentionPlan):
+class FlashInferPlan(PagedPlan):
     """A plan for each kind of row; None if the step has no such row.
 
     Tokens are ordered: `decode` covers tokens 0 .. num_decode - 1; `chunks`, over pages or a copy
@@ -128,7 +132,6 @@ class FlashInferPlan(AttentionPlan):
     them. If `slow` is given, it covers all tokens, and the other plans are None.
     """
 
-    cache_index: Tensor  # [tokens] cache place of each K and V
     num_decode: int
     first_fresh: int = 0
     decode: triton.KvSplits | None = None
@@ -137,15 +140,6 @@ class FlashInferPlan(AttentionPlan):
     slow: reference.ReferencePlan | None = None
     scale: float | None = None
     softcap: float | None = None
-
-
-@dataclass
-class RowPlan(AttentionPlan):
-    """The rows of a batch, for layers that keep a state per sequence."""
-
-    slots: Tensor  # [rows]
-    starts: Tensor  # [rows + 1] int32 offsets of the rows' tokens
-    blocks: triton.RowBlocks | None  # of the long rows; None: no row is long
 
 
 @dataclass
@@ -159,12 +153,11 @@ class ExpandedChunks:
 
 
 @dataclass
-class LatentPlan(AttentionPlan):
+class LatentPlan(PagedPlan):
     """A plan of latent attention. Tokens are ordered: first those of the absorbed form, then those
     of `expanded`.
     """
 
-    cache_index: Tensor  # [tokens] cache place of each latent
     scale: float
     num_absorbed: int
     absorbed: list[tuple[slice, triton.KvSplits]]  # pieces of tokens, and what these attend to
@@ -180,9 +173,11 @@ def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Ro
 
 
 def _own_product(
-    x: Tensor, weight: Tensor, norm: Norm | None = None, gated: bool = False
+    x: Tensor, weight: Tensor | PackedWeight, norm: Norm | None = None, gated: bool = False
 ) -> Callable[..., Tensor] | None:
     """Our kernel for products with x [rows, depth] if it beats the library's, else None."""
+    if isinstance(weight, PackedWeight):
+        return triton.packed_linear if triton.is_packed_product(weight, x) else None
     if is_single(x, weight):
         return gemv
     adjoining = norm is not None or x.is_contiguous()  # a norm runs first, and takes rows apart
@@ -210,11 +205,9 @@ def linear(
     assert isinstance(x, Tensor)
     if isinstance(weight, Int8Weight):
         return int8_product.linear(x, weight, bias, norm, out)
-    if triton.is_packed_product(weight, x):
-        return triton.packed_linear(x, weight, bias, norm, out=out)
-    weight = _unpacked(weight, x)
     if product := _own_product(x, weight, norm):
         return product(x, weight, bias, norm, out=out)
+    weight = _unpacked(weight, x)
     x = x if norm is None else rms_norm(x, *norm)
     if out is None:
         return F.linear(x, weight, bias)
@@ -231,19 +224,15 @@ def gated_linear(
     then: Weight | None = None,
 ) -> Rows:
     """See Ops.gated_linear."""
-    if isinstance(weight, Fp8Weight | Int8Weight):
-        if isinstance(weight, Fp8Weight):
-            hidden = fp8_product.gated_linear(x, weight, bias, norm)
-        else:
-            hidden = int8_product.gated_linear(x, weight, bias, norm)
-        if hidden is not None:
-            return hidden
-        return activate(linear(x, weight, bias, norm), "silu", True, then)
-    if triton.is_packed_product(weight, x):
-        return triton.packed_linear(x, weight, bias, norm, gated=True)
-    weight = _unpacked(weight, x)
-    if product := _own_product(x, weight, norm, gated=True):
-        return product(x, weight, bias, norm, gated=True)
+    if isinstance(weight, Fp8Weight):
+        hidden = fp8_product.gated_linear(x, weight, bias, norm)
+    elif isinstance(weight, Int8Weight):
+        hidden = int8_product.gated_linear(x, weight, bias, norm)
+    else:
+        product = _own_product(x, weight, norm, gated=True)
+        hidden = product and product(x, weight, bias, norm, gated=True)
+    if hidden is not None:
+        return hidden
     return activate(linear(x, weight, bias, norm), "silu", True, then)
 
 
@@ -254,54 +243,19 @@ def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> T
     assert isinstance(x, Tensor)
     if isinstance(weight, Int8Weight):
         return int8_product.add_linear(total, x, weight, bias)
-    if triton.is_packed_product(weight, x):
-        return triton.packed_linear(x, weight, bias, out=total, add=True)
-    weight = _unpacked(weight, x)
     if product := _own_product(x, weight):
         return product(x, weight, bias, out=total, add=True)
     if bias is not None:
         total += bias
-    return total.addmm_(x, weight.T)
+    return total.addmm_(x, _unpacked(weight, x).T)
 
 
 def rotary_inputs(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> RotaryInputs:
-    """See Ops.rotary_inputs; returns (cos, sin, positions) unchanged."""
-    del dtype, interleaved
-    return cos, sin, positions
-
-
-def rotate_and_store(
-    qkv: Tensor,
-    num_heads: int,
-    norm: HeadNorm | None,
-    rotary: RotaryInputs | None,
-    interleaved: bool,
-    cache: Tensor,
-    plan: AttentionPlan,
-    query_scale: Tensor | None = None,
-) -> AttentionInputs:
-    """See Ops.rotate_and_store."""
-    assert isinstance(plan, FlashInferPlan)
-    tables: tuple[Tensor, Tensor] | None = None
-    positions: Tensor | None = None
-    if rotary is not None:
-        cos, sin, positions = rotary
-        tables = cos, sin
-    q, kv = triton.rotate_and_store(
-        qkv,
-        num_heads,
-        norm,
-        tables,
-        positions,
-        interleaved,
-        cache,
-        plan.cache_index,
-        keeps_kv=plan.fresh is not None,
-        query_scale=query_scale,
-    )
-    return AttentionInputs(q, kv)
+    """See Ops.rotary_inputs; cos and sin are unchanged."""
+    del dtype
+    return RotaryInputs(cos, sin, interleaved, positions)
 
 
 def attend(
@@ -347,40 +301,6 @@ def _run(wrapper: Any, *inputs: Tensor, out: Tensor, sinks: Tensor | None) -> No
     else:
         _, lse = wrapper.run(*inputs, out=out, return_lse=True)
         triton.apply_sinks(out, lse, sinks)
-
-
-def gated_delta(
-    qkv: Tensor,
-    b: Tensor,
-    a: Tensor,
-    conv: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    state: RecurrentState,
-    plan: AttentionPlan,
-) -> Tensor:
-    """See Ops.gated_delta."""
-    assert isinstance(plan, RowPlan)
-    return triton.gated_delta(
-        qkv, b, a, conv, a_log, dt_bias, state, plan.slots, plan.starts, plan.blocks
-    )
-
-
-def store_latent(
-    q: Tensor,
-    latent: Tensor,
-    norm: Norm,
-    rotary: RotaryInputs,
-    interleaved: bool,
-    cache: Tensor,
-    plan: AttentionPlan,
-) -> None:
-    """See Ops.store_latent."""
-    assert isinstance(plan, LatentPlan)
-    cos, sin, positions = rotary
-    triton.store_latent(
-        q, latent, norm, (cos, sin), positions, interleaved, cache, plan.cache_index
-    )
 
 
 def attend_latent(
@@ -436,23 +356,6 @@ def _attend_expanded(
             out[:, some] = chunks.wrapper.run(q[:, some], k, v)
 
 
-def store_index_key(
-    q: Tensor,
-    k: Tensor,
-    norm: tuple[Tensor, Tensor, float],
-    rotary: RotaryInputs,
-    interleaved: bool,
-    cache: Tensor,
-    plan: AttentionPlan,
-) -> Tensor:
-    """See Ops.store_index_key."""
-    assert isinstance(plan, LatentPlan)
-    cos, sin, positions = rotary
-    return triton.store_index_key(
-        q, k, norm, (cos, sin), positions, interleaved, cache, plan.cache_index
-    )
-
-
 def choose_tokens(
     queries: IndexQueries, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
 ) -> Tensor | None:
@@ -468,39 +371,40 @@ def choose_tokens(
 def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:
     """See Ops.compile_attention; the compiled kernels are in jit_cache.cache_dirs()[0]."""
     # One kernel serves any number of heads; layers with a window, of any size, share another one.
-    kinds = {
-        (*_head_dims(layer), layer.window is None, layer.softcap is None): layer
-        for layer in layers
-        if has_chunk_kernels(_head_dims(layer)[0], dtype, _head_dims(layer)[1])
-    }
+    kinds = {}
+    for layer in layers:
+        kind = _kernel_kind(layer.shape)
+        if has_chunk_kernels(kind[0], dtype, kind[1]):
+            kinds[kind] = layer
     if not kinds:
         return
 
     def plan(batch: Batch, layer: AttentionLayer) -> None:
-        cache, num_heads, window, softcap, latent = layer
+        cache, shape = layer
         torch.cuda.set_device(cache.device)
         planner = FlashInferPlanner(cache.device, dtype, copies=False)
-        if latent is None:
-            planner.plan(batch, cache, num_heads, window, softcap=softcap)
+        if isinstance(shape, LatentShape):
+            planner.plan_latent(batch, cache, replace(shape, top_k=None))
         else:
-            planner.plan_latent(batch, cache, latent)
+            planner.plan(batch, cache, shape)
 
     jobs = []
     for layer in kinds.values():
         cache = layer.cache
         # One kernel serves chunks with and without a context, but over pages of float8.
-        starts = (0,) if cache.dtype == dtype or layer.latent else (0, 2)
+        is_latent = isinstance(layer.shape, LatentShape)
+        starts = (0,) if cache.dtype == dtype or is_latent else (0, 2)
         jobs += [(tiny_chunk(start, cache.shape[2], cache.device), layer) for start in starts]
     dims = sorted({dim for dim, *_ in kinds})
     what = f"attention of chunks, heads of {dims}, {dtype} over {layers[0].cache.dtype}"
     compile_all(what, plan, jobs)
 
 
-def _head_dims(layer: AttentionLayer) -> tuple[int, int]:
-    """Channels of a key and of a value."""
-    if layer.latent is None:
-        return layer.cache.shape[4], layer.cache.shape[4]
-    return layer.latent.key_dim, layer.latent.value_dim
+def _kernel_kind(shape: AttentionShape | LatentShape) -> tuple[int, int, bool, bool]:
+    """Channels of a key and of a value; whether there is no window, and no softcap."""
+    if isinstance(shape, LatentShape):
+        return shape.key_dim, shape.value_dim, True, True
+    return shape.head_dim, shape.head_dim, shape.window is None, shape.softcap is None
 
 
 class _Stages:
@@ -564,35 +468,32 @@ class FlashInferPlanner:
         self,
         batch: Batch,
         cache: Tensor,
-        num_heads: int,
-        window: int | None,
+        shape: AttentionShape,
         group: int = 0,
-        scale: float | None = None,
-        softcap: float | None = None,
-        chunked: bool = False,
     ) -> FlashInferPlan:
         """See AttentionPlanner.plan."""
-        plan = FlashInferPlan(batch.cache_index, batch.num_decode, scale=scale, softcap=softcap)
         n = batch.num_decode
-        if len(batch.query_lens) > n and not self._is_fast(cache, window, chunked):
+        plan = FlashInferPlan(batch.cache_index, n, scale=shape.scale, softcap=shape.softcap)
+        window = shape.window
+        if len(batch.query_lens) > n and not self._is_fast(cache, shape):
             plan.slow = reference.plan_attention(
-                batch, cache, window, self._dtype, scale, softcap, chunked
+                batch, cache, window, self._dtype, shape.scale, shape.softcap, shape.chunked
             )
             return plan
         if n:
             lens = batch.context_lens[:n]
-            kv_heads = cache.shape[3]
             plan.decode = triton.split_kv(
-                batch.page_table, batch.slots[:n], lens, kv_heads, window, chunked
+                batch.page_table, batch.slots[:n], lens, shape.kv_heads, window, shape.chunked
             )
         if len(batch.query_lens) > n:
-            rows = prefill_rows(batch, window if chunked else None)
+            rows = prefill_rows(batch, window if shape.chunked else None)
             of_keys: Tensor | None = None
-            if self._makes_copies(cache, window) and _is_copied(rows, cache, self._dtype):
+            token_bytes = 2 * shape.kv_heads * shape.head_dim * self._dtype.itemsize
+            may_copy = self._makes_copies(cache, window)
+            if may_copy and is_copied(rows.up_to(rows.num_paged), token_bytes):
                 of_keys = places(batch, slice(n, n + rows.num_paged), cache.shape[2])
-            window = None if chunked else window
-            shape = _shape(cache, num_heads, window, self._dtype, scale, softcap)
-            self._plan_prefill(plan, rows, batch.page_table, cache, shape, group, of_keys)
+            options = _options(shape, self._dtype)
+            self._plan_prefill(plan, rows, batch.page_table, cache, options, group, of_keys)
         return plan
 
     def _makes_copies(self, cache: Tensor, window: int | None) -> bool:
@@ -604,10 +505,10 @@ class FlashInferPlanner:
             self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
         return makes
 
-    def _is_fast(self, cache: Tensor, window: int | None, chunked: bool) -> bool:
+    def _is_fast(self, cache: Tensor, shape: AttentionShape) -> bool:
         """Whether FlashInfer can attend so. Its rows begin with a page."""
-        begins_pages = not chunked or window is None or window % cache.shape[2] == 0
-        return begins_pages and _has_kernels(cache, self._dtype)
+        begins_pages = not shape.chunked or not shape.window or shape.window % cache.shape[2] == 0
+        return begins_pages and has_chunk_kernels(shape.head_dim, self._dtype)
 
     def _plan_prefill(
         self,
@@ -615,7 +516,7 @@ class FlashInferPlanner:
         rows: PrefillRows,
         page_table: Tensor,
         cache: Tensor,
-        shape: dict[str, Any],
+        options: dict[str, Any],
         group: int,
         of_keys: Tensor | None,
     ) -> None:
@@ -623,23 +524,24 @@ class FlashInferPlanner:
         paged = rows.num_paged
         plan.first_fresh = plan.num_decode + int(rows.query_lens[:paged].sum())
         if of_keys is not None:
-            plan.chunks = self._plan_copied(rows.up_to(paged), of_keys, shape, group)
+            plan.chunks = self._plan_copied(rows.up_to(paged), of_keys, options, group)
         elif paged:
-            plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, shape, group)
+            plan.chunks = self._plan_chunks(rows.up_to(paged), page_table, cache, options, group)
         if paged < len(rows.ends):
             kind = BatchPrefillWithRaggedKVCacheWrapper
-            plan.fresh = self._wrapper(kind, shape, chunk_backend(_is_hopper(), True), group)
+            plan.keeps_kv = True
+            plan.fresh = self._wrapper(kind, options, chunk_backend(_is_hopper(), True), group)
             starts = _starts(rows.query_lens[paged:])
-            self._stages.plan(plan.fresh, starts, starts, **shape)
+            self._stages.plan(plan.fresh, starts, starts, **options)
 
     def _plan_copied(
-        self, rows: PrefillRows, of_keys: Tensor, shape: dict[str, Any], group: int
+        self, rows: PrefillRows, of_keys: Tensor, options: dict[str, Any], group: int
     ) -> CopiedChunks:
         assert self._copied is not None
         kind = BatchPrefillWithRaggedKVCacheWrapper
         backend = chunk_backend(_is_hopper(), True)
-        wrapper = self._wrapper(kind, shape, backend, group, "copied")
-        self._stages.plan(wrapper, _starts(rows.query_lens), _starts(rows.ends), **shape)
+        wrapper = self._wrapper(kind, options, backend, group, "copied")
+        self._stages.plan(wrapper, _starts(rows.query_lens), _starts(rows.ends), **options)
         return CopiedChunks(wrapper, of_keys, self._copied)
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
@@ -653,20 +555,20 @@ class FlashInferPlanner:
         self,
         batch: Batch,
         cache: Tensor,
-        heads: LatentHeads,
-        top_k: int | None = None,
+        shape: LatentShape,
         group: int = 0,
     ) -> LatentPlan:
         """See AttentionPlanner.plan_latent."""
         page_size = cache.shape[2]
+        top_k = shape.top_k
         # In a CUDA graph, no length is known on the host.
         longest = batch.page_table.shape[1] * page_size
         if len(batch.context_lens_cpu):
             longest = int(batch.context_lens_cpu.max())
         chooses = top_k is not None and longest > top_k
         expands: Expansion | None = None
-        if not chooses and has_chunk_kernels(heads.key_dim, self._dtype, heads.value_dim):
-            expands = expansion(batch, heads, cache.shape[4], self._dtype.itemsize)
+        if not chooses and has_chunk_kernels(shape.key_dim, self._dtype, shape.value_dim):
+            expands = expansion(batch, shape, cache.shape[4], self._dtype.itemsize)
         first = len(batch.query_lens) if expands is None else expands.first
         slots, lens = self._token_rows(batch, first)
         choice: triton.Choice | None = None
@@ -678,13 +580,11 @@ class FlashInferPlanner:
         absorbed = []
         for start in range(0, len(slots), ABSORBED_TOKENS):
             rows = slice(start, min(start + ABSORBED_TOKENS, len(slots)))
-            splits = triton.split_latents(
-                batch.page_table, slots[rows], lens[rows], heads.num_heads
-            )
+            splits = triton.split_latents(batch.page_table, slots[rows], lens[rows], shape.heads)
             absorbed.append((rows, splits))
-        plan = LatentPlan(batch.cache_index, heads.scale, len(slots), absorbed, choice)
+        plan = LatentPlan(batch.cache_index, shape.scale, len(slots), absorbed, choice)
         if expands is not None:
-            plan.expanded = self._plan_expanded(batch, expands, heads, page_size, group)
+            plan.expanded = self._plan_expanded(batch, expands, shape, page_size, group)
         return plan
 
     def _token_rows(self, batch: Batch, end: int) -> tuple[Tensor, Tensor]:
@@ -700,24 +600,24 @@ class FlashInferPlanner:
         return slots, batch.positions[:num_tokens] + 1
 
     def _plan_expanded(
-        self, batch: Batch, rows: Expansion, heads: LatentHeads, page_size: int, group: int
+        self, batch: Batch, rows: Expansion, shape: LatentShape, page_size: int, group: int
     ) -> ExpandedChunks:
         if self._expanded is None:
             self._expanded = torch.empty(EXPANDED_BYTES, dtype=torch.uint8, device=self._device)
-        shape = {
+        options = {
             "num_qo_heads": rows.at_once,
             "num_kv_heads": rows.at_once,
-            "head_dim_qk": heads.key_dim,
-            "head_dim_vo": heads.value_dim,
+            "head_dim_qk": shape.key_dim,
+            "head_dim_vo": shape.value_dim,
             "causal": True,
             "q_data_type": self._dtype,
-            "sm_scale": heads.scale,
+            "sm_scale": shape.scale,
         }
         kind = BatchPrefillWithRaggedKVCacheWrapper
-        wrapper = self._wrapper(kind, shape, chunk_backend(_is_hopper(), True), group)
+        wrapper = self._wrapper(kind, options, chunk_backend(_is_hopper(), True), group)
         queries = _starts(batch.query_lens[rows.first :])
         keys = _starts(batch.context_lens_cpu[rows.first :])
-        self._stages.plan(wrapper, queries, keys, **shape)
+        self._stages.plan(wrapper, queries, keys, **options)
         of_keys = places(batch, slice(rows.first, None), page_size)
         return ExpandedChunks(wrapper, of_keys, rows.at_once, self._expanded)
 
@@ -726,13 +626,13 @@ class FlashInferPlanner:
         rows: PrefillRows,
         page_table: Tensor,
         cache: Tensor,
-        shape: dict[str, Any],
+        options: dict[str, Any],
         group: int,
     ) -> BatchPrefillWithPagedKVCacheWrapper:
         backend = chunk_backend(_is_hopper(), cache.dtype == self._dtype)
-        wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, shape, backend, group)
+        wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, options, backend, group)
         page_size = cache.shape[2]
-        pages = ListedPages(rows, page_size, window=shape["window_left"] + 1)
+        pages = ListedPages(rows, page_size, window=options["window_left"] + 1)
         listed = torch.empty(int(pages.starts[-1]), dtype=torch.int32, device=self._device)
         starts, firsts = pages.to(self._device)
         triton.list_pages(page_table, rows.slots, starts, firsts, pages.longest, listed)
@@ -744,17 +644,17 @@ class FlashInferPlanner:
             pages.lasts,
             page_size=page_size,
             kv_data_type=cache.dtype,
-            **shape,
+            **options,
         )
         return wrapper
 
     def _wrapper(
-        self, kind: type, shape: dict[str, Any], backend: str, group: int, use: str = ""
+        self, kind: type, options: dict[str, Any], backend: str, group: int, use: str = ""
     ) -> Any:
-        """The wrapper of a kind for a `shape` from _shape, a group and a use, made at the first
-        call. A kind and shape always come with the same `backend`.
+        """The wrapper of a kind for `options` from _options, a group and a use, made at the first
+        call. A kind and options always come with the same `backend`.
         """
-        key = (kind, group, use, *shape.values())
+        key = (kind, group, use, *options.values())
         if key not in self._wrappers:
             wrapper = kind(self._partials, backend=backend)
             check_pinned_buffer(wrapper)
@@ -774,34 +674,19 @@ def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
-def _is_copied(rows: PrefillRows, cache: Tensor, dtype: torch.dtype) -> bool:
-    """Whether chunks should attend to a copy of their pages in `dtype`."""
-    token_bytes = 2 * cache.shape[3] * cache.shape[4] * dtype.itemsize
-    return is_copied(rows.up_to(rows.num_paged), token_bytes)
-
-
-def _has_kernels(cache: Tensor, dtype: torch.dtype) -> bool:
-    """Whether FlashInfer has kernels for this cache with queries of `dtype`."""
-    return has_chunk_kernels(cache.shape[4], dtype)
-
-
-def _shape(
-    cache: Tensor,
-    num_heads: int,
-    window: int | None,
-    dtype: torch.dtype,
-    scale: float | None,
-    softcap: float | None,
-) -> dict[str, Any]:
+def _options(shape: AttentionShape, dtype: torch.dtype) -> dict[str, Any]:
+    """The options of FlashInfer's plans for queries of `dtype`. Rows of chunked attention end with
+    their chunk, so that these have no window.
+    """
     return {
-        "num_qo_heads": num_heads,
-        "num_kv_heads": cache.shape[3],
-        "head_dim_qk": cache.shape[4],
+        "num_qo_heads": shape.heads,
+        "num_kv_heads": shape.kv_heads,
+        "head_dim_qk": shape.head_dim,
         "causal": True,
         "q_data_type": dtype,
-        "window_left": -1 if window is None else window - 1,
-        "sm_scale": scale,
-        "logits_soft_cap": softcap,
+        "window_left": shape.window - 1 if shape.window is not None and not shape.chunked else -1,
+        "sm_scale": shape.scale,
+        "logits_soft_cap": shape.softcap,
     }
 
 

@@ -72,7 +72,9 @@ def _multiply(
     out: Tensor,
     add: bool = False,
 ) -> None:
-    numbers, scales = triton.round_rows(x, norm)
+    rounded = triton.quantize(x, norm=norm, dtype=torch.int8)
+    numbers = rounded.numbers
+    scales = rounded.scales.flatten()
     some = INT8_ROWS_AT_ONCE
     for first in range(0, len(x), some):
         # torch's products take more than 16 rows, so a few last ones are those of the part before.

@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-# Devices with different kernels.
-DeviceKind = Literal["hopper", "gpu", "cpu"]  # "gpu": any other GPU
+# GPUs with different kernels.
+DeviceKind = Literal["hopper", "gpu"]  # "gpu": any other GPU
 
 # Dtypes for which there are kernels other than plain torch.
 HALF = (torch.bfloat16, torch.float16)
@@ -98,8 +98,6 @@ def attention_kernels(
     device: DeviceKind, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> str:
     """The kernels of attention over K and V in pages: of decode rows, then of prefill chunks."""
-    if device == "cpu":
-        return "plain torch"
     if not has_chunk_kernels(head_dim, dtype):
         why = f"heads of {head_dim} in {str(dtype).removeprefix('torch.')}"
         return f"decode: Triton; prefill: plain torch (slow), for {why}"
@@ -111,8 +109,6 @@ def attention_kernels(
 
 def latent_kernels(device: DeviceKind, key_dim: int, value_dim: int, dtype: torch.dtype) -> str:
     """The kernels of latent attention: of decode rows, then of prefill chunks."""
-    if device == "cpu":
-        return "plain torch"
     if not has_chunk_kernels(key_dim, dtype, value_dim):
         why = f"heads of {key_dim} and {value_dim} in {str(dtype).removeprefix('torch.')}"
         return f"Triton, absorbed; so too prefill (slow), for {why}"
@@ -120,15 +116,8 @@ def latent_kernels(device: DeviceKind, key_dim: int, value_dim: int, dtype: torc
     return f"decode: Triton, absorbed; prefill: FlashInfer {fresh}, expanded"
 
 
-def own_kernels(device: DeviceKind) -> str:
-    """The kernels of an operation that has a Triton kernel for all shapes and dtypes."""
-    return "plain torch" if device == "cpu" else "Triton"
-
-
 def product_kernels(device: DeviceKind, dtype: torch.dtype) -> str:
     """The kernels of products with a matrix of plain numbers."""
-    if device == "cpu":
-        return "plain torch"
     if dtype not in HALF:
         return "cuBLAS"
     few = " and for few rows" if device == "hopper" else ""
@@ -139,8 +128,6 @@ def fp8_product_kernels(
     device: DeviceKind, dtype: torch.dtype, block: tuple[int, int] | None
 ) -> str:
     """The kernels of products with FP8 weights whose sizes fit; see has_scaled_product."""
-    if device == "cpu":
-        return "plain torch"
     columns = 0 if block is None else block[1]
     one = "Triton for one row; " if has_fp8_gemv(dtype, columns) else ""
     tiles = device == "hopper" and has_fp8_tiles(dtype, columns)
@@ -154,8 +141,6 @@ def fp8_product_kernels(
 
 def int8_product_kernels(device: DeviceKind, dtype: torch.dtype) -> str:
     """The kernels of products with int8 weights whose sizes fit."""
-    if device == "cpu":
-        return "plain torch"
     if dtype not in HALF:
         return f"cuBLAS, {_MADE_ANEW}"
     return "Triton for one row; torch's int8 products; several rows are rounded to INT8"
@@ -163,6 +148,4 @@ def int8_product_kernels(device: DeviceKind, dtype: torch.dtype) -> str:
 
 def packed_product_kernels(device: DeviceKind) -> str:
     """The kernels of products with weights of 4-bit numbers."""
-    if device == "cpu":
-        return "plain torch"
     return f"Triton; for more than {PACKED_ROWS} rows cuBLAS, {_MADE_ANEW}"

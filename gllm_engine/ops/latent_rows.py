@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gllm_engine.attention_shape import LatentShape
 from gllm_engine.ops.batch import Batch
 from gllm_engine.ops.kernels import EXPANDED_BYTES
 from gllm_engine.ops.prefill_rows import prefill_rows
-from gllm_engine.ops.protocol import LatentHeads
 
 # Least tokens of a chunk, on average over the tokens of contexts, for which contexts are expanded.
 # At DeepSeek's sizes K and V of a token take 2 * 512 * 256 operations per head, and each token that
@@ -39,7 +39,7 @@ class Expansion:
     at_once: int
 
 
-def expansion(batch: Batch, heads: LatentHeads, width: int, itemsize: int) -> Expansion | None:
+def expansion(batch: Batch, shape: LatentShape, width: int, itemsize: int) -> Expansion | None:
     """None: there are no such rows. `width`: of what the cache holds of a token. `itemsize`: bytes
     of a number of K and V.
     """
@@ -50,17 +50,17 @@ def expansion(batch: Batch, heads: LatentHeads, width: int, itemsize: int) -> Ex
     lens = rows.ends[:paged]
     is_worthwhile = np.dot(rows.query_lens[:paged], lens) >= _LEAST_TOKENS * lens.sum()
     for first in (0, paged) if is_worthwhile else (paged,):
-        at_once = _heads_at_once(int(rows.ends[first:].sum()), heads, width, itemsize)
+        at_once = _heads_at_once(int(rows.ends[first:].sum()), shape, width, itemsize)
         if at_once:
             return Expansion(batch.num_decode + first, at_once)
     return None
 
 
-def _heads_at_once(keys: int, heads: LatentHeads, width: int, itemsize: int) -> int:
+def _heads_at_once(keys: int, shape: LatentShape, width: int, itemsize: int) -> int:
     """0: K and V of `keys` tokens exceed the memory even for one head; or there are no keys."""
-    for parts in range(1, heads.num_heads + 1):
-        at_once, rest = divmod(heads.num_heads, parts)
-        numbers = width + at_once * (heads.key_dim + heads.value_dim)
+    for parts in range(1, shape.heads + 1):
+        at_once, rest = divmod(shape.heads, parts)
+        numbers = width + at_once * (shape.key_dim + shape.value_dim)
         if keys and not rest and keys * numbers * itemsize <= EXPANDED_BYTES:
             return at_once
     return 0

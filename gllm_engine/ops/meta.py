@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gllm_engine.attention_shape import AttentionShape, LatentShape
 from gllm_engine.ops.batch import Batch
 from gllm_engine.ops.kernels import (
     ABSORBED_TOKENS,
@@ -33,7 +34,6 @@ from gllm_engine.ops.protocol import (
     AttentionPlan,
     HeadNorm,
     IndexQueries,
-    LatentHeads,
     Norm,
     RecurrentState,
     RotaryInputs,
@@ -44,7 +44,7 @@ from gllm_engine.ops.reference import (
     prepare_inputs,
     sample_plain,
 )
-from gllm_engine.ops.weight import Fp8Weight, Int8Weight, PackedWeight, Rows, Weight
+from gllm_engine.ops.weight import Int8Weight, PackedWeight, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -98,16 +98,12 @@ class MetaPlanner:
         self,
         batch: Batch,
         cache: Tensor,
-        num_heads: int,
-        window: int | None,
+        shape: AttentionShape,
         group: int = 0,
-        scale: float | None = None,
-        softcap: float | None = None,
-        chunked: bool = False,
     ) -> AttentionPlan:
         """See AttentionPlanner.plan."""
-        del batch, num_heads, group, scale, softcap, chunked
-        is_copied = window is None and cache.dtype != self._dtype
+        del batch, group
+        is_copied = shape.window is None and cache.dtype != self._dtype
         if is_copied and has_chunk_kernels(cache.shape[4], self._dtype) and self._copied is None:
             self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
         return self._plan()
@@ -121,20 +117,20 @@ class MetaPlanner:
         self,
         batch: Batch,
         cache: Tensor,
-        heads: LatentHeads,
-        top_k: int | None = None,
+        shape: LatentShape,
         group: int = 0,
     ) -> AttentionPlan:
         """See AttentionPlanner.plan_latent."""
         del group
         self._plan()
+        top_k = shape.top_k
         if top_k is not None and batch.context_lens_cpu.max() > top_k:
             if self._scores is None:
                 self._scores = torch.empty(SCORE_BYTES, dtype=torch.uint8, device=self._device)
             return LatentPlan(top_k, sum(batch.query_lens))
         rows: Expansion | None = None
-        if has_chunk_kernels(heads.key_dim, self._dtype, heads.value_dim):
-            rows = expansion(batch, heads, cache.shape[4], self._dtype.itemsize)
+        if has_chunk_kernels(shape.key_dim, self._dtype, shape.value_dim):
+            rows = expansion(batch, shape, cache.shape[4], self._dtype.itemsize)
         if rows is None:
             return LatentPlan(None, sum(batch.query_lens))
         if self._expanded is None:
@@ -186,23 +182,12 @@ def linear(
         weight = x.new_empty(weight.shape)
     if isinstance(weight, Tensor):
         y = F.linear(x, weight, bias)
-    elif isinstance(weight, Int8Weight):
-        y = _int8_product(x, weight)
-    else:
-        y = _scaled_product(x, weight)
-    return y if out is None else out
-
-
-def _scaled_product(x: Tensor, weight: Fp8Weight) -> Tensor:
-    rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    return rounded.new_empty(len(x), len(weight), dtype=x.dtype)
-
-
-def _int8_product(x: Tensor, weight: Int8Weight) -> Tensor:
+        return y if out is None else out
     y = x.new_empty(len(x), len(weight))
-    rounded = torch.empty_like(x, dtype=torch.int8)
-    rounded.new_empty(min(len(x), INT8_ROWS_AT_ONCE), len(weight), dtype=torch.int32)
-    return y
+    rounded = torch.empty_like(x, dtype=weight.numbers.dtype)
+    if isinstance(weight, Int8Weight):
+        rounded.new_empty(min(len(x), INT8_ROWS_AT_ONCE), len(weight), dtype=torch.int32)
+    return y if out is None else out
 
 
 def gated_linear(
@@ -255,8 +240,8 @@ def rotary_inputs(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> RotaryInputs:
     """See Ops.rotary_inputs."""
-    del dtype, interleaved
-    return cos, sin, positions
+    del dtype
+    return RotaryInputs(cos, sin, interleaved, positions)
 
 
 def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
@@ -270,13 +255,12 @@ def rotate_and_store(
     num_heads: int,
     norm: HeadNorm | None,
     rotary: RotaryInputs | None,
-    interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
     query_scale: Tensor | None = None,
 ) -> AttentionInputs:
     """See Ops.rotate_and_store."""
-    del norm, rotary, interleaved, cache, plan, query_scale
+    del norm, rotary, cache, plan, query_scale
     q = torch.empty_like(qkv[:, :num_heads])
     return AttentionInputs(q, torch.empty_like(qkv[:, num_heads:]))
 
@@ -299,12 +283,11 @@ def store_latent(
     latent: Tensor,
     norm: Norm,
     rotary: RotaryInputs,
-    interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
 ) -> None:
     """See Ops.store_latent."""
-    del q, latent, norm, rotary, interleaved, cache, plan
+    del q, latent, norm, rotary, cache, plan
 
 
 def attend_latent(
@@ -340,12 +323,11 @@ def store_index_key(
     k: Tensor,
     norm: tuple[Tensor, Tensor, float],
     rotary: RotaryInputs,
-    interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
 ) -> Tensor:
     """See Ops.store_index_key."""
-    del k, norm, rotary, interleaved, cache, plan
+    del k, norm, rotary, cache, plan
     return torch.empty_like(q)
 
 

@@ -15,14 +15,22 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gllm_engine.attention_shape import AttentionShape, LatentShape
 from gllm_engine.ops.batch import Batch, TensorGroup
 from gllm_engine.ops.weight import Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
 # Gain [dim] and epsilon of an RMS norm.
 Norm = tuple[Tensor, float]
-# What `rotate_and_store` needs to know of the positions of a step's tokens.
-RotaryInputs = tuple[Tensor, ...]
+
+
+class RotaryInputs(NamedTuple):
+    """The rotary angles of a step's tokens, in the form that an implementation reads."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool  # pairs of channels are (2i, 2i + 1), not (i, i + dim / 2)
+    positions: Tensor | None = None  # [tokens] rows of cos and sin; None: they have a row per token
 
 
 class HeadNorm(NamedTuple):
@@ -76,27 +84,11 @@ class IndexQueries(NamedTuple):
     weights: Tensor  # [tokens, heads]
 
 
-class LatentHeads(NamedTuple):
-    """The heads of latent attention. A head's key is [W_UK latent, rotated key of all heads], and
-    its value is W_UV latent.
-    """
-
-    num_heads: int
-    key_dim: int  # channels of a query and of a key: nope_dim + rope_dim
-    value_dim: int
-    scale: float  # of the scores
-
-
 class AttentionLayer(NamedTuple):
-    """The parameters of AttentionPlanner.plan that choose a compiled kernel, or those of
-    plan_latent if `latent` is given.
-    """
+    """What chooses a compiled kernel: a cache's shape and dtype, and the parameters of plans."""
 
     cache: Tensor
-    num_heads: int
-    window: int | None = None
-    softcap: float | None = None
-    latent: LatentHeads | None = None
+    shape: AttentionShape | LatentShape
 
 
 class AttentionPlanner(Protocol):
@@ -111,22 +103,14 @@ class AttentionPlanner(Protocol):
         self,
         batch: Batch,
         cache: Tensor,
-        num_heads: int,
-        window: int | None,
+        shape: AttentionShape,
         group: int = 0,
-        scale: float | None = None,
-        softcap: float | None = None,
-        chunked: bool = False,
     ) -> AttentionPlan:
-        """Plan the attention of one step for all layers of a group with these query heads, cache,
-        window, scale and softcap. `batch`: from Batch.of_group.
+        """Plan the attention of one step for all layers of a group with this shape and cache.
+        `batch`: from Batch.of_group.
 
         `cache`: of any such layer, [num_pages, 2, page_size, kv_heads, head_dim]; only its shape
-        and dtype are used. `num_heads`: query heads. `window`: a token attends to itself and to the
-        window - 1 tokens before it; None: to all tokens before it. `scale`: factor of the scores;
-        None: head_dim ** -0.5. `softcap`: scores become softcap * tanh(score / softcap). `chunked`:
-        a token at position p attends to itself and to all tokens before it from position p //
-        window * window on.
+        and dtype are used.
         """
         ...
 
@@ -138,13 +122,10 @@ class AttentionPlanner(Protocol):
         self,
         batch: Batch,
         cache: Tensor,
-        heads: LatentHeads,
-        top_k: int | None = None,
+        shape: LatentShape,
         group: int = 0,
     ) -> AttentionPlan:
-        """As plan, for latent attention: `cache` is [num_pages, 1, page_size, 1, width]. `top_k`:
-        tokens that an indexer chooses; None: there is no indexer.
-        """
+        """As plan, for latent attention: `cache` is [num_pages, 1, page_size, 1, width]."""
         ...
 
 
@@ -288,7 +269,7 @@ class Ops(Protocol):
         """The rotary angles of a step's tokens, for all layers with the same rotary embedding.
 
         cos, sin: [max_model_len, dim / 2] float32. positions: [tokens] int64. `dtype`: of the
-        heads. `interleaved`: pairs of channels are (2i, 2i + 1), not (i, i + dim / 2).
+        heads. `interleaved`: see RotaryInputs.
         """
         ...
 
@@ -305,7 +286,6 @@ class Ops(Protocol):
         num_heads: int,
         norm: HeadNorm | None,
         rotary: RotaryInputs | None,
-        interleaved: bool,
         cache: Tensor,
         plan: AttentionPlan,
         query_scale: Tensor | None = None,
@@ -343,7 +323,6 @@ class Ops(Protocol):
         latent: Tensor,
         norm: Norm,
         rotary: RotaryInputs,
-        interleaved: bool,
         cache: Tensor,
         plan: AttentionPlan,
     ) -> None:
@@ -368,7 +347,7 @@ class Ops(Protocol):
         """softmax(scale * q k') v over each row's pages: [tokens, heads * value_dim].
 
         q: from store_latent. kv_up: [heads, nope_dim + value_dim, rank], W_UK and W_UV, which make
-        k and v from the latents in the cache; see LatentHeads. `tokens`: [n] int64, the indices of
+        k and v from the latents in the cache; see LatentShape. `tokens`: [n] int64, the indices of
         the input tokens that the plan covers; None: all tokens. `chosen`: from choose_tokens, of
         the same tokens, whatever the layer. A plan for some tokens may get it where their own rows
         have too few tokens to choose from.
@@ -384,7 +363,6 @@ class Ops(Protocol):
         k: Tensor,
         norm: tuple[Tensor, Tensor, float],
         rotary: RotaryInputs,
-        interleaved: bool,
         cache: Tensor,
         plan: AttentionPlan,
     ) -> Tensor:

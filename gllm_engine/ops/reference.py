@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gllm_engine.attention_shape import AttentionShape, LatentShape
 from gllm_engine.ops.batch import Batch, TensorGroup
 from gllm_engine.ops.protocol import (
     AttentionInputs,
@@ -30,7 +31,6 @@ from gllm_engine.ops.protocol import (
     AttentionPlan,
     HeadNorm,
     IndexQueries,
-    LatentHeads,
     Norm,
     PlainSampling,
     RecurrentState,
@@ -193,7 +193,7 @@ def sum_experts(
 def rotary_inputs(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> RotaryInputs:
-    """See Ops.rotary_inputs; returns (cos, sin) for `rotate`."""
+    """See Ops.rotary_inputs; for `rotate`."""
     return expand_rotation(cos[positions].to(dtype), sin[positions].to(dtype), interleaved)
 
 
@@ -209,7 +209,6 @@ def rotate_and_store(
     num_heads: int,
     norm: HeadNorm | None,
     rotary: RotaryInputs | None,
-    interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
     query_scale: Tensor | None = None,
@@ -222,8 +221,7 @@ def rotate_and_store(
     if norm is not None and not norm.after:
         qk.copy_(_norm_heads(qk, num_heads, norm))
     if rotary is not None:
-        cos, sin = rotary
-        rotate(qk, cos, sin, interleaved)
+        rotate(qk, rotary)
     if norm is not None and norm.after:
         qk.copy_(_norm_heads(qk, num_heads, norm))
     if query_scale is not None:
@@ -241,20 +239,20 @@ def _norm_heads(qk: Tensor, num_heads: int, norm: HeadNorm) -> Tensor:
     return _times_gain(normed, norm.gain, norm.plus_one, qk.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+def rotate(x: Tensor, rotary: RotaryInputs) -> None:
     """Rotate the first channels of every head of x [tokens, heads, head_dim], in place.
 
-    `cos`, `sin`: [tokens, 1, dim] from `expand_rotation`.
+    `rotary`: from `expand_rotation`, whose cos and sin are [tokens, 1, dim].
     """
-    x = x[..., : cos.shape[-1]]
-    if interleaved:
+    x = x[..., : rotary.cos.shape[-1]]
+    if rotary.interleaved:
         partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
         partner = x.roll(x.shape[-1] // 2, -1)
-    x.mul_(cos).addcmul_(partner, sin)
+    x.mul_(rotary.cos).addcmul_(partner, rotary.sin)
 
 
-def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> RotaryInputs:
     """Expand [tokens, dim / 2] to [tokens, 1, dim] for `rotate`; sin gets the channel's sign."""
     if interleaved:
         cos = cos.repeat_interleave(2, -1)
@@ -262,7 +260,7 @@ def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor
     else:
         cos = torch.cat((cos, cos), -1)
         sin = torch.cat((-sin, sin), -1)
-    return cos[:, None], sin[:, None]
+    return RotaryInputs(cos[:, None], sin[:, None], interleaved)
 
 
 @dataclass(frozen=True)
@@ -316,16 +314,14 @@ class ReferencePlanner:
         self,
         batch: Batch,
         cache: Tensor,
-        num_heads: int,
-        window: int | None,
+        shape: AttentionShape,
         group: int = 0,
-        scale: float | None = None,
-        softcap: float | None = None,
-        chunked: bool = False,
     ) -> ReferencePlan:
         """See AttentionPlanner.plan."""
-        del num_heads, group
-        return plan_attention(batch, cache, window, self._dtype, scale, softcap, chunked)
+        del group
+        return plan_attention(
+            batch, cache, shape.window, self._dtype, shape.scale, shape.softcap, shape.chunked
+        )
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
         """See AttentionPlanner.plan_recurrent."""
@@ -335,16 +331,15 @@ class ReferencePlanner:
         self,
         batch: Batch,
         cache: Tensor,
-        heads: LatentHeads,
-        top_k: int | None = None,
+        shape: LatentShape,
         group: int = 0,
     ) -> ReferencePlan:
         """See AttentionPlanner.plan_latent."""
         del group
-        plan = plan_attention(batch, cache, None, self._dtype, heads.scale)
-        if top_k is None or batch.context_lens_cpu.max() <= top_k:
+        plan = plan_attention(batch, cache, None, self._dtype, shape.scale)
+        if shape.top_k is None or batch.context_lens_cpu.max() <= shape.top_k:
             return plan
-        return replace(plan, top_k=top_k)
+        return replace(plan, top_k=shape.top_k)
 
 
 def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
@@ -575,7 +570,6 @@ def store_latent(
     latent: Tensor,
     norm: Norm,
     rotary: RotaryInputs,
-    interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
 ) -> None:
@@ -585,9 +579,8 @@ def store_latent(
     rope_dim = latent.shape[1] - rank
     compressed = rms_norm(latent[:, :rank], *norm)
     key = latent[:, None, rank:].clone()
-    cos, sin = rotary
-    rotate(key, cos, sin, interleaved)
-    rotate(q[..., -rope_dim:], cos, sin, interleaved)
+    rotate(key, rotary)
+    rotate(q[..., -rope_dim:], rotary)
     write_kv(cache, torch.cat((compressed[:, None], key), 2)[:, None], plan)
 
 
@@ -638,7 +631,6 @@ def store_index_key(
     k: Tensor,
     norm: tuple[Tensor, Tensor, float],
     rotary: RotaryInputs,
-    interleaved: bool,
     cache: Tensor,
     plan: AttentionPlan,
 ) -> Tensor:
@@ -646,9 +638,8 @@ def store_index_key(
     assert isinstance(plan, ReferencePlan)
     key = layer_norm(k, *norm)[:, None]
     q = q.clone()
-    cos, sin = rotary
-    rotate(key, cos, sin, interleaved)
-    rotate(q, cos, sin, interleaved)
+    rotate(key, rotary)
+    rotate(q, rotary)
     write_kv(cache, key[:, None], plan)
     return q
 

@@ -75,12 +75,19 @@ class Fp8Weight:
         return replace(self, numbers=self.numbers[i], scales=self.scales[i])
 
     def rows(self, rows: slice) -> Fp8Weight:
-        """Some rows of each matrix, in the same memory, with all scales."""
+        """Some rows of each matrix, in the same memory, with all scales if these are of blocks."""
+        if self.rows_per_scale == 1 and self.scale_row is None:
+            scales = self.scales[..., rows, :]
+            return replace(self, numbers=self.numbers[..., rows, :], scales=scales)
         index = self.scale_row
         if index is None:
             every = torch.arange(self.shape[-2], device=self.numbers.device)
             index = every // self.rows_per_scale
         return replace(self, numbers=self.numbers[..., rows, :], scale_row=index[rows])
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes + self.scales.nbytes
 
     @property
     def shape(self) -> torch.Size:

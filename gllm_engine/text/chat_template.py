@@ -138,12 +138,11 @@ def _check_message(where: str, message: Any) -> Message:
 
 
 def _check_part(where: str, part: Any) -> dict[str, Any]:
-    problem = f"{where} has a content part that is not text"
-    if not isinstance(part, dict) or part.get("type") != "text":
-        raise InvalidField("messages", problem)
-    if not isinstance(part.get("text"), str):
-        raise InvalidField("messages", problem)
-    return part
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    if not is_text or not isinstance(part.get("text"), str):
+        raise InvalidField("messages", f"{where} has a content part that is not text")
+    checked: dict[str, Any] = part
+    return checked
 
 
 def _check_calls(where: str, calls: Any) -> list[dict[str, Any]]:

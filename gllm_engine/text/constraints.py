@@ -94,8 +94,7 @@ class Constraint:
 
     def _mask_of(self, ids: Sequence[int]) -> bytes:
         mask = bytearray(self._mask_len)
-        for id in ids:
-            mask[id >> 3] |= 1 << (id & 7)
+        _allow(mask, ids)
         return bytes(mask)
 
     def _completing(self, tokens: list[int]) -> list[int]:
@@ -125,12 +124,8 @@ class Constraint:
             self.error = f"{FIELD}: the grammar is too complex to be followed further ({took})"
         mask = bytearray(bits.ljust(self._mask_len, b"\0"))
         if self._ended or matcher.is_accepting():
-            self._allow_end(mask)
+            _allow(mask, self._eos)
         return mask
-
-    def _allow_end(self, mask: bytearray) -> None:
-        for id in self._eos:
-            mask[id >> 3] |= 1 << (id & 7)
 
 
 class Grammars:
@@ -223,6 +218,11 @@ class Grammars:
             special.add(id)
             tokens[id] = tokens[id] or b"<[%d]>" % id  # llguidance needs a name
         return Compiler(Vocabulary(tokens, sorted(special), list(self.eos_token_ids)))
+
+
+def _allow(mask: bytearray, ids: Sequence[int]) -> None:
+    for id in ids:
+        mask[id >> 3] |= 1 << (id & 7)
 
 
 def _intersection(a: bytes | bytearray, b: bytes) -> bytearray:

@@ -270,8 +270,7 @@ class _Writer:
         while self._due:
             lark_name = self._due.pop()
             node = self._rules[names[lark_name[1:]]]
-            write = self._lexeme if lark_name[0] == "R" else self._rule
-            self._lines[lark_name] = write(node)
+            self._lines[lark_name] = self._write(node, lexeme=lark_name[0] == "R")
         lines = [f"start: {start}"]
         lines += [f"{name}: {body}" for name, body in self._lines.items()]
         return "\n".join(lines)
@@ -300,12 +299,6 @@ class _Writer:
             return False
         return (node.high is None or node.high > MAX_SHORT) and not self._is_narrow(node)
 
-    def _lexeme(self, node: Node) -> str:
-        return self._write(node, lexeme=True)
-
-    def _rule(self, node: Node) -> str:
-        return self._write(node, lexeme=False)
-
     def _write(self, node: Node, lexeme: bool) -> str:
         if isinstance(node, Chars):
             return node.regex
@@ -322,7 +315,7 @@ class _Writer:
             times = f"{{{node.low},{'' if node.high is None else node.high}}}"
             return f"({self._write(node.node, lexeme)}){times}"
         if lexeme:
-            return " ".join(self._lexeme(part) for part in node.nodes) or '""'
+            return " ".join(self._write(part, lexeme) for part in node.nodes) or '""'
         return self._write_sequence(node)
 
     def _write_sequence(self, sequence: Sequence) -> str:
@@ -334,7 +327,7 @@ class _Writer:
             if self._is_long(node) and nodes and isinstance(nodes[0], (Literal, Chars)):
                 written.append(self._new_lexeme(Sequence((node, nodes.pop(0)))))
             else:
-                written.append(self._rule(node))
+                written.append(self._write(node, lexeme=False))
         return " ".join(written) or '""'
 
     def _long(self, node: Repeat) -> str:
@@ -342,7 +335,7 @@ class _Writer:
         return lexeme if node.low else f"{lexeme}?"
 
     def _new_lexeme(self, node: Node) -> str:
-        body = self._lexeme(node)
+        body = self._write(node, lexeme=True)
         name = f"L{len(self._lines)}"
         self._lines[name] = body
         return name

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gllm_engine.arch import Clamp, Moe, Routing
-from gllm_engine.layers import MoeFfn
+from gllm_engine.layers import MoeFfn, Platform
 from gllm_engine.ops import reference
+from gllm_engine.parallel import ALONE
 
-CPU = torch.device("cpu")
+PLATFORM = Platform(reference, torch.float32, torch.device("cpu"), ALONE)
 DIM = 24
 WHOLE = Moe(num_experts=6, hidden=16, routing=Routing(2, True), shared=8, shared_gate=True)
 DEEPSEEK = Routing(2, True, "sigmoid", biased=True, groups=3, kept_groups=2, scale=2.5)
@@ -26,7 +27,7 @@ NORM = torch.rand(DIM) + 0.5, 1e-5
 
 def make(arch: Moe, source: dict[str, Tensor] | None = None, hidden: slice = slice(None)) -> MoeFfn:
     """`hidden`: of every expert, those channels of the source's weights."""
-    layer = MoeFfn(arch, DIM, reference, torch.float32, CPU)
+    layer = MoeFfn(arch, DIM, PLATFORM)
     for name, view in layer.weights().items():
         weight = torch.randn(view.shape) if source is None else source[name]
         if "expert" in name and "shared_expert_gate" not in name and "down_proj.bias" not in name:

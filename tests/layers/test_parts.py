@@ -10,16 +10,18 @@ import torch
 
 from gllm_engine.arch.model import Dense
 from gllm_engine.arch.rope import DynamicScaling, Rope
-from gllm_engine.layers import DenseFfn, RopeTable
+from gllm_engine.layers import DenseFfn, Platform, RopeTable
 from gllm_engine.layers.linear import Linear
 from gllm_engine.ops import reference
+from gllm_engine.parallel import ALONE
 
 CPU = torch.device("cpu")
+PLATFORM = Platform(reference, torch.float32, CPU, ALONE)
 
 
 def test_linear_is_its_projections_side_by_side() -> None:
     shapes = {"a.weight": (3, 4), "a.bias": (3,), "b.weight": (2, 4), "b.bias": (2,)}
-    linear = Linear(["a", "b"], shapes, reference, torch.float32, CPU)
+    linear = Linear(["a", "b"], shapes, PLATFORM)
     views = linear.weights()
     assert {name: tuple(view.shape) for name, view in views.items()} == shapes
     for view in views.values():
@@ -35,7 +37,7 @@ def test_linear_is_its_projections_side_by_side() -> None:
 
 
 def test_linear_without_bias() -> None:
-    linear = Linear(["a"], {"a.weight": (3, 4)}, reference, torch.float32, CPU)
+    linear = Linear(["a"], {"a.weight": (3, 4)}, PLATFORM)
     (weight,) = linear.weights().values()
     weight.fill_(2.0)
     assert linear(torch.ones(1, 4)).tolist() == [[8.0, 8.0, 8.0]]
@@ -55,7 +57,7 @@ def test_an_activation_is_told_the_weight_that_takes_it(
             return real(*args, **options)
 
         monkeypatch.setattr(reference, name, keep)
-    ffn = DenseFfn(dense, 4, reference, torch.float32, CPU)
+    ffn = DenseFfn(dense, 4, PLATFORM)
     assert ffn(torch.ones(2, 4), None).shape == (2, 4)
     assert taken[0].data_ptr() == ffn.weights()["mlp.down_proj.weight"].data_ptr()
 

@@ -115,9 +115,9 @@ def test_a_plan_is_for_layers_of_one_shape(
     attended: list[tuple[int, tuple[int, ...]]] = []
     real_plan, real_attend = reference.ReferencePlanner.plan, reference.attend
 
-    def plan(self: Any, batch: Any, cache: Tensor, heads: int, *rest: int, **more: Any) -> Any:
-        made = real_plan(self, batch, cache, heads, *rest, **more)
-        planned[id(made)] = (heads, *cache.shape[3:])
+    def plan(self: Any, batch: Any, cache: Tensor, shape: Any, *rest: int, **more: Any) -> Any:
+        made = real_plan(self, batch, cache, shape, *rest, **more)
+        planned[id(made)] = (shape.heads, *cache.shape[3:])
         return made
 
     def attend(inputs: Any, cache: Tensor, plan: Any, *rest: Any, **more: Any) -> Tensor:

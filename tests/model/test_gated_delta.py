@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from gllm_engine.arch.model import GatedDelta
-from gllm_engine.layers import ForwardContext, GatedDeltaAttention
+from gllm_engine.arch.model import GatedDelta, Model
+from gllm_engine.layers import ForwardContext, GatedDeltaAttention, Platform
 from gllm_engine.ops import RecurrentState, reference
 from gllm_engine.parallel import ALONE
 
@@ -22,9 +22,8 @@ SHAPES = [GatedDelta(2, 4, 16, 24, 4), GatedDelta(3, 3, 8, 8, 4), GatedDelta(1, 
 def make_twins(arch: GatedDelta) -> tuple[GatedDeltaAttention, Qwen3NextGatedDeltaNet]:
     """The same random weights; transformers' rows are interleaved by key head."""
     torch.manual_seed(3)
-    layer = GatedDeltaAttention(
-        arch, 0, DIM, EPS, reference, torch.float32, CPU, ALONE, plus_one=False
-    )
+    model = Model(dim=DIM, vocab=1, layers=(), eps=EPS, tie=True, max_len=1)
+    layer = GatedDeltaAttention(arch, 0, model, Platform(reference, torch.float32, CPU, ALONE))
     config = Qwen3NextConfig(
         hidden_size=DIM,
         linear_num_key_heads=arch.k_heads,

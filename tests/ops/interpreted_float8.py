@@ -10,10 +10,11 @@ import os
 
 import torch
 
-from gllm_engine.ops import reference
+from gllm_engine.ops import RotaryInputs, reference
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 from gllm_engine.ops import triton  # noqa: E402
+from gllm_engine.ops.triton import PagedPlan  # noqa: E402
 
 HEADS, KV_HEADS, DIM, PAGE, TOKENS = 3, 2, 16, 4, 5
 FLOAT8 = torch.float8_e4m3fn
@@ -34,11 +35,12 @@ def check(dtype: torch.dtype) -> None:
     plan = reference.ReferencePlan(torch.stack((write, write + PAGE), 1).flatten(), [], [])
     ones, zeros, positions = torch.ones(9, DIM // 2), torch.zeros(9, DIM // 2), torch.arange(TOKENS)
     q, kept = triton.rotate_and_store(
-        *(qkv, HEADS, None, (ones, zeros), positions, False, found, places, True)
+        *(qkv, HEADS, None, RotaryInputs(ones, zeros, False, positions), found),
+        PagedPlan(places, keeps_kv=True),
     )
     rotary = reference.rotary_inputs(ones, zeros, positions, dtype, False)
     before = bits(cache).clone()
-    expected = reference.rotate_and_store(*(qkv.clone(), HEADS, None, rotary, False, cache, plan))
+    expected = reference.rotate_and_store(*(qkv.clone(), HEADS, None, rotary, cache, plan))
     assert torch.equal(q, expected.q) and torch.equal(kept, qkv[:, HEADS:])
     assert torch.equal(bits(found), bits(cache)) and not torch.equal(before, bits(cache))
     assert found.float().abs().max() == 448

@@ -17,7 +17,8 @@ from test_latent_attention import mixed_step, plan_reference
 from torch import Tensor
 
 from gllm_engine import ops
-from gllm_engine.ops import LatentHeads, latent_rows, prefill_rows, reference
+from gllm_engine.attention_shape import AttentionShape, LatentShape
+from gllm_engine.ops import latent_rows, prefill_rows, reference
 from gllm_engine.ops.batch import made_up_step
 
 pytest.importorskip("triton")
@@ -113,9 +114,8 @@ def test_each_shape_of_attention_has_a_wrapper_of_its_own(
         scale: float | None = None,
         softcap: float | None = None,
     ) -> Any:
-        cache = torch.empty(1, 2, 16, kv_heads, dim)
-        shape = backend._shape(cache, heads, window, torch.float16, scale, softcap)
-        return planner._wrapper(kind, shape, "fa2", group)
+        shape = AttentionShape(heads, kv_heads, dim, window, scale, softcap)
+        return planner._wrapper(kind, backend._options(shape, torch.float16), "fa2", group)
 
     ragged = backend.BatchPrefillWithRaggedKVCacheWrapper
     base = (Wrapper, 8, 2, 64, None)
@@ -146,8 +146,8 @@ def test_a_plan_of_sparse_attention(
     cache = torch.empty(8, 1, 16, 1, 48)
 
     def plan(top_k: int | None, **changes: Any) -> Any:
-        heads = LatentHeads(4, 64, 64, 0.1)
-        return planner.plan_latent(replace(batch, **changes), cache, heads, top_k)
+        shape = LatentShape(4, 64, 64, 0.1, 48, top_k)
+        return planner.plan_latent(replace(batch, **changes), cache, shape)
 
     def lens(plan: Any) -> list[int]:
         ((rows, splits),) = plan.absorbed
@@ -216,7 +216,7 @@ def test_both_forms_of_latent_attention_are_equal(
     q = torch.randn(len(batch.tokens), 4, 12)
     kv_up = torch.randn(4, 4 + 10, rank) / rank**0.5
 
-    plan = planner.plan_latent(batch, cache, LatentHeads(4, 12, 10, 0.3))
+    plan = planner.plan_latent(batch, cache, LatentShape(4, 12, 10, 0.3, 40))
     assert plan.num_absorbed == num_absorbed
     pieces = [(rows.start, rows.stop) for rows, _ in plan.absorbed]
     assert pieces == [(at, min(at + 16, num_absorbed)) for at in range(0, num_absorbed, 16)]
@@ -247,9 +247,9 @@ def test_chunks_attend_to_a_copy_of_float8_pages(
     batch = mixed_step(STEP, 16)
     shape = (int(batch.page_table.max()) + 1, 2, 16, 3, 16)
     like = torch.empty(shape, dtype=torch.float8_e4m3fn)
-    planner.plan(mixed_step(STEP[4:], 16), like, 3, None)
+    planner.plan(mixed_step(STEP[4:], 16), like, AttentionShape(3, 3, 16, None))
     assert planner._copied is not None  # a trial step tells of the memory
-    plan = planner.plan(batch, like, 3, None)
+    plan = planner.plan(batch, like, AttentionShape(3, 3, 16, None))
     assert len(plan.chunks.places) == 21 + 40 and plan.first_fresh == 23
     assert plan.chunks.wrapper is not plan.fresh
     assert plan.chunks.wrapper.backend == plan.fresh.backend == "fa3"
@@ -270,19 +270,18 @@ def test_kernels_of_latent_attention_are_compiled_once(
     backend: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over pages of any dtype, whatever the number of heads; none if FlashInfer has none."""
-    jobs: list[tuple[int, LatentHeads]] = []
+    jobs: list[tuple[int, Any]] = []
 
     def keep(what: str, plan: Any, wanted: list[Any]) -> None:
-        jobs.extend((int(chunk.context_lens_cpu[0]), layer.latent) for chunk, layer in wanted)
+        jobs.extend((int(chunk.context_lens_cpu[0]), layer.shape) for chunk, layer in wanted)
 
     monkeypatch.setattr(backend, "compile_all", keep)
     cache = torch.empty(1, 1, 16, 1, 576, dtype=torch.float8_e4m3fn)
-    deepseek, glm = LatentHeads(16, 192, 128, 0.1), LatentHeads(20, 256, 256, 0.1)
-    layers = [
-        ops.AttentionLayer(cache, heads.num_heads, latent=heads)
-        for heads in (deepseek, glm, deepseek._replace(num_heads=8), LatentHeads(4, 192, 64, 0.1))
-    ]
+    deepseek = LatentShape(16, 192, 128, 0.1, 576)
+    glm = LatentShape(20, 256, 256, 0.1, 576)
+    others = replace(deepseek, heads=8), LatentShape(4, 192, 64, 0.1, 576)
+    layers = [ops.AttentionLayer(cache, shape) for shape in (deepseek, glm, *others)]
     backend.compile_attention(layers, torch.float32)
     assert not jobs
     backend.compile_attention(layers, torch.bfloat16)
-    assert jobs == [(2, deepseek._replace(num_heads=8)), (2, glm)]
+    assert jobs == [(2, replace(deepseek, heads=8)), (2, glm)]

@@ -104,7 +104,7 @@ def run(inputs: Inputs, lens: list[int], device: str) -> tuple[Tensor, Recurrent
     there = inputs.to(device)
     state = RecurrentState(there.conv_state, there.matrix)
     plan = kernels.plan_rows(lens, torch.device(device))
-    found = kernels.gated_delta(*there[:6], state, there.slots, *plan)
+    found = kernels.gated_delta(*there[:6], state, kernels.RowPlan(there.slots, *plan))
     return found.cpu(), RecurrentState(*(part.cpu() for part in state))
 
 

@@ -11,6 +11,7 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
+from gllm_engine.attention_shape import AttentionShape
 from gllm_engine.ops import (
     AttentionInputs,
     Batch,
@@ -539,11 +540,13 @@ def run_attention(
     cos, sin = torch.rand(2, 3000, dim // 2)
     moved, there = on_gpu(batch), cache.to(CUDA)
     planner = ops.make_planner(CUDA, dtype)
-    plan = planner.plan(moved, there, num_heads, window, chunked=chunked)
+    plan = planner.plan(
+        moved, there, AttentionShape(num_heads, kv_heads, dim, window, chunked=chunked)
+    )
     sinks = (2 * torch.randn(num_heads)).to(dtype) if sunk else None
     sinks_there = None if sinks is None else sinks.to(CUDA)
     rotary = ops.rotary_inputs(cos.to(CUDA), sin.to(CUDA), moved.positions, dtype, False)
-    found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, rotary, False, there, plan)
+    found = ops.rotate_and_store(qkv.to(CUDA), num_heads, None, rotary, there, plan)
     out, (out_q, kept) = ops.attend(found, there, plan, sinks=sinks_there), found
     # The twin in float32, from what the kernel stored: attention by itself.
     wide = there.float().cpu()
@@ -563,7 +566,7 @@ def run_attention(
     exact = cache.float()
     slow = reference.plan_attention(batch, exact, window)
     slow_rotary = reference.rotary_inputs(cos, sin, batch.positions, torch.float32, False)
-    args = (qkv.float(), num_heads, None, slow_rotary, False, exact, slow)
+    args = (qkv.float(), num_heads, None, slow_rotary, exact, slow)
     near(out_q, reference.rotate_and_store(*args).q, limit)
     # Numbers beside a border may be rounded to either side.
     near(wide[page, :, offset], exact[page, :, offset], 4e-2 if cache_dtype else limit)
@@ -660,10 +663,10 @@ def test_rounding_to_float8(dtype: torch.dtype) -> None:
     there, moved, ops = cache.to(CUDA), on_gpu(batch), select_ops(CUDA)
     rotary = ops.rotary_inputs(ones.to(CUDA), zeros.to(CUDA), moved.positions, dtype, False)
     plan = ops.FlashInferPlan(moved.cache_index, 0)
-    ops.rotate_and_store(qkv.to(CUDA), 2, None, rotary, False, there, plan)
+    ops.rotate_and_store(qkv.to(CUDA), 2, None, rotary, there, plan)
     rotary = reference.rotary_inputs(ones, zeros, batch.positions, dtype, False)
     slow = reference.plan_attention(batch, cache, None, dtype)
-    reference.rotate_and_store(qkv, 2, None, rotary, False, cache, slow)
+    reference.rotate_and_store(qkv, 2, None, rotary, cache, slow)
     assert cache.float().nan_to_num().abs().max() == 448 and cache.float().isnan().any()
     torch.testing.assert_close(there.cpu().float(), cache.float(), rtol=0, atol=0, equal_nan=True)
 
@@ -687,9 +690,9 @@ def test_rotation(norm: bool, interleaved: bool, dim: int, turn_dim: int) -> Non
     )
     out = ops.rotate_and_store(
         *(qkv.to(CUDA), heads, None if gain is None else gain._replace(gain=gain.gain.to(CUDA))),
-        *(rotary_there, interleaved, there, ops.FlashInferPlan(moved.cache_index, 1)),
+        *(rotary_there, there, ops.FlashInferPlan(moved.cache_index, 1)),
     )
-    args = (qkv, heads, gain, rotary, interleaved, cache, plan)
+    args = (qkv, heads, gain, rotary, cache, plan)
     near(out.q, reference.rotate_and_store(*args).q, 1e-5)
     torch.testing.assert_close(there.cpu(), cache, rtol=1e-4, atol=1e-5, equal_nan=True)
 

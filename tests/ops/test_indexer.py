@@ -14,7 +14,8 @@ from test_latent_attention import near, plain_up, to_device
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import Batch, IndexQueries, LatentHeads, reference
+from gllm_engine.attention_shape import LatentShape
+from gllm_engine.ops import Batch, IndexQueries, RotaryInputs, reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
@@ -52,7 +53,7 @@ def make_queries(tokens: int, heads: int, dim: int, equal: bool) -> IndexQueries
 
 def plan_for(batch: Batch, cache: Tensor, top_k: int) -> reference.ReferencePlan:
     planner = reference.make_planner(torch.device("cpu"), torch.float32)
-    return planner.plan_latent(batch, cache, LatentHeads(1, 1, 1, 0.2), top_k)
+    return planner.plan_latent(batch, cache, LatentShape(1, 1, 1, 0.2, 1, top_k))
 
 
 def lengths_of(batch: Batch) -> list[int]:
@@ -174,20 +175,16 @@ def test_the_store_kernel_is_its_twin(
     plan = reference.plan_attention(batch, twin, None, torch.float32)
     rotary = reference.rotary_inputs(cos, sin, batch.positions, torch.float32, interleaved)
     norm = (gain.float(), bias.float(), 1e-6)
-    expected = reference.store_index_key(
-        q.float(), k.float(), norm, rotary, interleaved, twin, plan
-    )
+    expected = reference.store_index_key(q.float(), k.float(), norm, rotary, twin, plan)
     there = cache.to(device)
     moved = to_device(batch, device)
     found = triton.store_index_key(
         q.to(device),
         k.to(device),
         (gain.to(device), bias.to(device), 1e-6),
-        (cos.to(device), sin.to(device)),
-        moved.positions,
-        interleaved,
+        RotaryInputs(cos.to(device), sin.to(device), interleaved, moved.positions),
         there,
-        moved.cache_index,
+        triton.PagedPlan(moved.cache_index),
     )
     limit = 2e-2 if half else 1e-5
     near(found, expected, limit)
@@ -279,7 +276,7 @@ def test_scores_of_all_kinds_have_an_order(device: str) -> None:
         planner = reference.make_planner(torch.device("cpu"), torch.float32)
         one = replace(batch, context_lens_cpu=torch.tensor([24]).numpy(), num_decode=1)
         expected = reference.choose_tokens(
-            queries, cache, planner.plan_latent(one, cache, LatentHeads(1, 1, 1, 1.0), top_k)
+            queries, cache, planner.plan_latent(one, cache, LatentShape(1, 1, 1, 1.0, 1, top_k))
         )
         moved = to_device(batch, device)
         choice = triton.plan_choice(

@@ -17,7 +17,14 @@ import torch
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import AttentionInputs, HeadNorm, PackedWeight, RoundedRows, reference
+from gllm_engine.ops import (
+    AttentionInputs,
+    HeadNorm,
+    PackedWeight,
+    RotaryInputs,
+    RoundedRows,
+    reference,
+)
 from gllm_engine.routing import Clamp, Routing
 
 pytest.importorskip("triton")
@@ -293,19 +300,16 @@ def test_rotation_and_store(norm: str, rotation: str | None) -> None:
         qkv,
         heads,
         head_norm,
-        None if rotation is None else tables,
-        None if rotation is None else batch.positions,
-        interleaved,
+        None if rotation is None else RotaryInputs(*tables, interleaved, batch.positions),
         there,
-        batch.cache_index,
-        keeps_kv=True,
-        query_scale=query_scale,
+        triton.PagedPlan(batch.cache_index, keeps_kv=True),
+        query_scale,
     )
     rotary = None
     if rotation is not None:
         rotary = reference.rotary_inputs(*tables, batch.positions, torch.float32, interleaved)
     plan = reference.plan_attention(batch, cache, None)
-    args = (qkv, heads, head_norm, rotary, interleaved, cache, plan, query_scale)
+    args = (qkv, heads, head_norm, rotary, cache, plan, query_scale)
     near(q, reference.rotate_and_store(*args).q, 1e-5)
     torch.testing.assert_close(there, cache, rtol=1e-4, atol=1e-5, equal_nan=True)
     page, offset = batch.cache_index // 16, batch.cache_index % 16

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gllm_engine.attention_shape import AttentionShape
 from gllm_engine.ops import AttentionInputs, Batch, reference
 from gllm_engine.ops.jit_cache import cache_dirs, compile_all, tiny_chunk
 
@@ -19,7 +20,9 @@ def test_a_tiny_chunk_can_be_planned_and_attended(start: int, page_size: int) ->
     batch = tiny_chunk(start, page_size, CPU)
     assert (batch.query_lens[0] == batch.context_lens_cpu[0]) == (start == 0)
     cache, q = torch.ones(4, 2, page_size, 2, 8), torch.ones(2, 4, 8)
-    plan = reference.make_planner(CPU, torch.float32).plan(batch, cache, 4, None)
+    plan = reference.make_planner(CPU, torch.float32).plan(
+        batch, cache, AttentionShape(4, 2, 8, None)
+    )
     torch.testing.assert_close(reference.attend(AttentionInputs(q), cache, plan), torch.ones(2, 32))
 
 

@@ -10,7 +10,8 @@ from devices import DEVICES, INTERPRETED
 from test_reference import make_case
 from torch import Tensor
 
-from gllm_engine.ops import Batch, LatentHeads, reference
+from gllm_engine.attention_shape import LatentShape
+from gllm_engine.ops import Batch, RotaryInputs, reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
@@ -49,7 +50,7 @@ def mixed_step(rows: list[tuple[int, int]], page_size: int) -> Batch:
 
 def plan_reference(batch: Batch, cache: Tensor, scale: float) -> reference.ReferencePlan:
     planner = reference.make_planner(torch.device("cpu"), torch.float32)
-    return planner.plan_latent(batch, cache, LatentHeads(1, 1, 1, scale))
+    return planner.plan_latent(batch, cache, LatentShape(1, 1, 1, scale, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,9 +87,7 @@ def test_the_kernels_are_their_twins(
     rotary = reference.rotary_inputs(cos, sin, batch.positions, torch.float32, interleaved)
     norm = (gain.float(), 1e-6)
     expected = q.float().clone()
-    reference.store_latent(
-        heads_of(expected), latent.float(), norm, rotary, interleaved, wide, plan
-    )
+    reference.store_latent(heads_of(expected), latent.float(), norm, rotary, wide, plan)
 
     there = cache.to(device)
     found = q.clone().to(device)
@@ -97,11 +96,9 @@ def test_the_kernels_are_their_twins(
         heads_of(found),
         latent.to(device),
         (gain.to(device), 1e-6),
-        (cos.to(device), sin.to(device)),
-        moved.positions,
-        interleaved,
+        RotaryInputs(cos.to(device), sin.to(device), interleaved, moved.positions),
         there,
-        moved.cache_index,
+        triton.PagedPlan(moved.cache_index),
     )
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     near(there, wide, limit)
@@ -227,7 +224,7 @@ def test_a_step_of_all_kinds_of_rows_on_a_gpu(
     def attend() -> tuple[Tensor, flashinfer.LatentPlan]:
         planner = flashinfer.make_planner(device, torch.bfloat16)
         there = cache.to(device)
-        plan = planner.plan_latent(moved, there, LatentHeads(heads, key_dim, value_dim, scale))
+        plan = planner.plan_latent(moved, there, LatentShape(heads, key_dim, value_dim, scale, 576))
         return flashinfer.attend_latent(q.to(device), kv_up.to(device), there, plan), plan
 
     wide = cache.float()

@@ -208,8 +208,7 @@ def test_rotate(interleaved: bool, dim: int) -> None:
         c, s = angles[:, pair, None].cos(), angles[:, pair, None].sin()
         expected[..., a] = x[..., a] * c - x[..., b] * s
         expected[..., b] = x[..., b] * c + x[..., a] * s
-    cos, sin = reference.expand_rotation(angles.cos(), angles.sin(), interleaved)
-    reference.rotate(x, cos, sin, interleaved)
+    reference.rotate(x, reference.expand_rotation(angles.cos(), angles.sin(), interleaved))
     torch.testing.assert_close(x, expected)
 
 

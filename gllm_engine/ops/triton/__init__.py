@@ -9,10 +9,10 @@ from gllm_engine.ops.triton.attention_sinks import apply_sinks
 from gllm_engine.ops.triton.copy_pages import copy_pages
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
 from gllm_engine.ops.triton.fp8 import dequantize, quantize
-from gllm_engine.ops.triton.gated_delta import RowBlocks, gated_delta, gated_norm, plan_rows
+from gllm_engine.ops.triton.gated_delta import RowPlan, gated_delta, gated_norm, plan_rows
 from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
-from gllm_engine.ops.triton.int8 import rescale, round_rows
+from gllm_engine.ops.triton.int8 import rescale
 from gllm_engine.ops.triton.latent_attention import (
     attend_latent,
     gather_latents,
@@ -30,6 +30,7 @@ from gllm_engine.ops.triton.norm_act import (
 )
 from gllm_engine.ops.triton.one_shot_allreduce import make_one_shot_allreduce
 from gllm_engine.ops.triton.packed import dequantize_packed, is_packed_product, packed_linear
+from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.prepare_inputs import prepare_inputs
 from gllm_engine.ops.triton.ptxas import choose_ptxas
 from gllm_engine.ops.triton.qkv_rope_store import rotate_and_store
@@ -41,7 +42,8 @@ __all__ = [
     "gated_norm",
     "Choice",
     "KvSplits",
-    "RowBlocks",
+    "PagedPlan",
+    "RowPlan",
     "attend_latent",
     "activate",
     "apply_sinks",
@@ -69,7 +71,6 @@ __all__ = [
     "rescale",
     "rms_norm",
     "rotate_and_store",
-    "round_rows",
     "route",
     "sample_plain",
     "skinny",

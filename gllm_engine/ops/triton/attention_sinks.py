@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
+from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.
 _HEADS = 16
@@ -22,20 +23,20 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _apply_sinks(
     out, lse, sinks, heads, dim,
-    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    token = program(0)
+    head = own_range(1, BLOCK_HEADS)
     at = tl.arange(0, BLOCK_DIM)[None, :]
     known = head < heads
-    sink = tl.load(sinks + head, mask=known, other=0.0).to(tl.float32) * _LOG2_E
-    begin_alone(OVERLAPS)
-    total = tl.load(lse + token * heads + head, mask=known, other=0.0)
+    sink = load_wide(sinks + head, known) * _LOG2_E
+    begin_alone()
+    total = load(lse + token * heads + head, known)
     factor = 1.0 / (1.0 + tl.exp2(sink - total))
     place = out + (token * heads + head)[:, None] * dim + at
     inside = known[:, None] & (at < dim)
-    x = tl.load(place, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
-    tl.store(place, x.to(out.dtype.element_ty), mask=inside)
+    x = load_wide(place, inside) * factor[:, None]
+    store_rounded(place, x, inside)
 
 
 def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
@@ -48,6 +49,6 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     block = min(_HEADS, triton.next_power_of_2(heads))
     _apply_sinks[(tokens, triton.cdiv(heads, block))](
         out, lse, sinks, heads, dim,
-        BLOCK_HEADS=block, BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP,
+        BLOCK_HEADS=block, BLOCK_DIM=triton.next_power_of_2(dim),
         **overlapping(),
     )  # fmt: skip

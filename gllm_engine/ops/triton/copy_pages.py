@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.memory import program
+from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Numbers that a program copies, if one token has no more.
 _NUMBERS = 8192
@@ -21,12 +22,11 @@ _NUMBERS = 8192
 def _copy_pages(
     cache, places, out, tokens,
     WIDTH: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, 0) copies K of the i-th TOKENS tokens; program (i, 1) V."""
-    begin_alone(OVERLAPS)
+    begin_alone()
     part = tl.program_id(1)
-    at = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    at = program(0) * TOKENS + tl.arange(0, TOKENS)
     place = tl.load(places + at, mask=at < tokens, other=0)
     line = (place // PAGE * 2 + part) * PAGE + place % PAGE
     d = tl.arange(0, BLOCK)
@@ -48,5 +48,5 @@ def copy_pages(cache: Tensor, places: Tensor, out: Tensor) -> None:
     some = max(1, _NUMBERS // block)
     _copy_pages[(triton.cdiv(tokens, some), 2)](
         cache, places, out, tokens, WIDTH=width, PAGE=cache.shape[2], TOKENS=some, BLOCK=block,
-        OVERLAPS=OVERLAP, **overlapping(),
+        **overlapping(),
     )  # fmt: skip

@@ -36,7 +36,8 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF
 from gllm_engine.ops.triton.fp8 import split_float8
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.memory import load, store_rounded
+from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 
 # Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.
 _EXTRA_PARTS = 32
@@ -232,7 +233,7 @@ def _join(
         acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
         top = higher
     place = out + head[:, None] * DIM + d[None, :]
-    tl.store(place, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=wanted)
+    store_rounded(place, acc / denominator[:, None], wanted)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -242,10 +243,10 @@ def _decode_attention(
     KV: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CHUNKED: tl.constexpr,
     BLOCK: tl.constexpr, JOINED: tl.constexpr, BLOCK_GROUP: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr, PAIRED: tl.constexpr, OVERLAPS: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):  # fmt: skip
     item, kv_head = tl.program_id(0), tl.program_id(1)
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.load(items + item)
     if row >= 0:
         part, used = tl.load(items + capacity + item), tl.load(items + 2 * capacity + item)
@@ -255,19 +256,19 @@ def _decode_attention(
         head, d = tl.arange(0, HEADS), tl.arange(0, BLOCK_DIM)
         wanted = (head < GROUP)[:, None] & (d < DIM)[None, :]
         place = ((row * KV + kv_head).to(tl.int64) * GROUP + head)[:, None] * DIM + d[None, :]
-        x = tl.load(q + place, mask=wanted, other=0.0)
+        x = load(q + place, wanted)
         peak = tl.full((HEADS,), -float("inf"), tl.float32)
         total = tl.zeros((HEADS,), tl.float32)
-        if SINKS:  # one more key, in the first part
-            sink = tl.load(sinks + kv_head * GROUP + head, mask=head < GROUP, other=0.0)
+        if sinks is not None:  # one more key, in the first part
+            sink = load(sinks + kv_head * GROUP + head, head < GROUP)
             peak = tl.where(part == 0, sink.to(tl.float32) * _LOG2_E, peak)
             total = tl.where(part == 0, 1.0, total)
         acc, peak, total = _attend_part(
             x, table, cache, first, tl.minimum(first + share, length), kv_head, scale, cap,
-            peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED, PAIRED, OVERLAPS,
+            peak, total, KV, HEADS, DIM, BLOCK_DIM, PAGE, BLOCK, CAPPED, PAIRED, ON_GPU,
         )  # fmt: skip
         if used == 1:
-            tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=wanted)
+            store_rounded(out + place, acc / total[:, None], wanted)
         else:
             at = (item * KV + kv_head) * GROUP + head
             tl.store(parts + at[:, None] * DIM + d[None, :], acc, mask=wanted)
@@ -310,14 +311,14 @@ def decode_attention(
     peaks, sums = parts.new_empty(2, capacity, heads)
     _decode_attention[(capacity, kv_heads)](
         q, cache.view(torch.int16) if paired else cache, plan.page_table, plan.slots, plan.lens,
-        plan.items, plan.arrived, plan.share, q if sinks is None else sinks, out, parts, peaks,
+        plan.items, plan.arrived, plan.share, sinks, out, parts, peaks,
         sums, capacity, plan.page_table.shape[1],
         (scale or dim**-0.5) * _LOG2_E.value, (softcap or 0.0) * _LOG2_E.value,
         KV=kv_heads, GROUP=group, HEADS=max(16, block_group), DIM=dim,
         BLOCK_DIM=block_dim, PAGE=page_size, WINDOW=plan.window or 0, CHUNKED=plan.chunked,
         BLOCK=min(_BLOCK, _TILE_BYTES // (block_dim * q.element_size())),
         JOINED=max(1, _JOINED // (block_group * block_dim)), BLOCK_GROUP=block_group,
-        CAPPED=softcap is not None, SINKS=sinks is not None, PAIRED=paired, OVERLAPS=OVERLAP,
+        CAPPED=softcap is not None, PAIRED=paired,
         num_warps=_WARPS, num_stages=_STAGES, **overlapping(),
     )  # fmt: skip
     return out

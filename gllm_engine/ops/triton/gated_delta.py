@@ -53,6 +53,7 @@ all operands are in float32, and enter three products of TF32, with errors of ab
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import BLOCK, FACTORS, LONG
-from gllm_engine.ops.protocol import RecurrentState
+from gllm_engine.ops.protocol import AttentionPlan, RecurrentState
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
 
 # Channels of a program of the convolution of short rows, and channels and tokens of one of long
 # rows: few, so that many programs share a multiprocessor.
@@ -82,8 +84,17 @@ class RowBlocks(NamedTuple):
     has_short: bool  # whether the step has other rows, too
 
 
+@dataclass
+class RowPlan(AttentionPlan):
+    """The rows of a batch, for layers that keep a state per sequence."""
+
+    slots: Tensor  # [rows]
+    starts: Tensor  # [rows + 1] int32 offsets of the rows' tokens
+    blocks: RowBlocks | None  # of the long rows; None: no row is long
+
+
 def plan_rows(query_lens: Sequence[int], device: torch.device) -> tuple[Tensor, RowBlocks | None]:
-    """The `starts` and `blocks` of gated_delta, for rows of `query_lens` tokens. The host does not
+    """The `starts` and `blocks` of a RowPlan, for rows of `query_lens` tokens. The host does not
     wait for the device.
     """
     lens = np.array(query_lens, np.int32)
@@ -116,51 +127,28 @@ def _convolve(
     end = tl.load(starts + row + 1).to(tl.int64)
     if end - begin >= LONG:
         return
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel = own_range(1, BLOCK)
     inside = channel < width
     past = state + tl.load(slots + row) * state_stride + channel * (TAPS - 1)
-    # One tensor per tap: the inputs before the current one, oldest first.
-    first = tl.load(past, mask=inside, other=0.0).to(tl.float32)
-    second = first
-    third = first
-    if TAPS > 2:
-        second = tl.load(past + 1, mask=inside, other=0.0).to(tl.float32)
-    if TAPS > 3:
-        third = tl.load(past + 2, mask=inside, other=0.0).to(tl.float32)
-    w = weight + channel * TAPS
-    w0 = tl.load(w, mask=inside, other=0.0).to(tl.float32)
-    w1 = tl.load(w + 1, mask=inside, other=0.0).to(tl.float32)
-    w2 = w1
-    w3 = w1
-    if TAPS > 2:
-        w2 = tl.load(w + 2, mask=inside, other=0.0).to(tl.float32)
-    if TAPS > 3:
-        w3 = tl.load(w + 3, mask=inside, other=0.0).to(tl.float32)
+    w, old = (), ()  # of each tap; and the inputs before the current one, oldest first
+    for tap in tl.static_range(TAPS):
+        w += (load_wide(weight + channel * TAPS + tap, inside),)
+    for tap in tl.static_range(TAPS - 1):
+        old += (load_wide(past + tap, inside),)
     source = x + begin * x_stride + channel
     target = out + begin * width + channel
     for _ in range(begin, end):
-        new = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        if TAPS == 2:
-            y = w0 * first + w1 * new
-            first = new
-        elif TAPS == 3:
-            y = w0 * first + w1 * second + w2 * new
-            first = second
-            second = new
-        else:
-            y = w0 * first + w1 * second + w2 * third + w3 * new
-            first = second
-            second = third
-            third = new
+        old += (load_wide(source, inside),)
+        y = w[0] * old[0]  # type: ignore[misc]
+        for tap in tl.static_range(1, TAPS):
+            y += w[tap] * old[tap]
+        old = old[1:]
         y *= _sigmoid(y)
-        tl.store(target, y.to(out.dtype.element_ty), mask=inside)
+        store_rounded(target, y, inside)
         source += x_stride
         target += width
-    tl.store(past, first.to(state.dtype.element_ty), mask=inside)
-    if TAPS > 2:
-        tl.store(past + 1, second.to(state.dtype.element_ty), mask=inside)
-    if TAPS > 3:
-        tl.store(past + 2, third.to(state.dtype.element_ty), mask=inside)
+    for tap in tl.static_range(TAPS - 1):
+        store_rounded(past + tap, old[tap], inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "starts", "rows", "firsts"])
@@ -172,7 +160,7 @@ def _convolve_blocks(
     last inputs, because no other program reads them.
     """
     row = tl.load(rows + tl.program_id(0))
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel = own_range(1, BLOCK)
     inside = channel < width
     begin, end = tl.load(starts + row), tl.load(starts + row + 1)
     first = begin + (tl.program_id(0) - tl.load(firsts + row)) * TOKENS + tl.program_id(2) * PART
@@ -184,22 +172,20 @@ def _convolve_blocks(
     for tap in tl.static_range(TAPS):
         at = token + (tap - TAPS + 1)
         is_new = known & (at >= begin - first)
-        taken = tl.load(line + at * x_stride + channel[None, :], mask=is_new, other=0.0)
-        taken = taken.to(tl.float32)
+        taken = load_wide(line + at * x_stride + channel[None, :], is_new)
         if first == begin:
-            old = tl.load(past[None, :] + (at + TAPS - 1), mask=known & (at < 0), other=0.0)
-            taken += old.to(tl.float32)
-        w = tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+            taken += load_wide(past[None, :] + (at + TAPS - 1), known & (at < 0))
+        w = load_wide(weight + channel * TAPS + tap, inside)
         y += taken * w[None, :]
     y *= _sigmoid(y)
     target = out + first.to(tl.int64) * width + token * width + channel[None, :]
-    tl.store(target, y.to(out.dtype.element_ty), mask=known)
+    store_rounded(target, y, known)
     if first == begin:
         tl.debug_barrier()  # all threads have read the last inputs
         line += (end - first - TAPS + 1).to(tl.int64) * x_stride
         for i in tl.static_range(TAPS - 1):
-            last = tl.load(line + i * x_stride + channel, mask=inside, other=0.0)
-            tl.store(past + i, last.to(state.dtype.element_ty), mask=inside)
+            last = load(line + i * x_stride + channel, inside)
+            store_rounded(past + i, last, inside)
 
 
 @triton.jit
@@ -224,12 +210,12 @@ def _recur(
     end = tl.load(starts + row + 1).to(tl.int64)
     if end - begin >= LONG:
         return
-    k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    k, v = tl.arange(0, BLOCK_K), own_range(2, COLUMNS)
     inside_k, inside_v = k < K, v < V
     inside = inside_k[:, None] & inside_v[None, :]
     place = state + tl.load(slots + row) * state_stride + head * (K * V)
     place = place + k[:, None] * V + v[None, :]
-    matrix = tl.load(place, mask=inside, other=0.0)
+    matrix = load(place, inside)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)
     width: tl.constexpr = 2 * KEYS * K + VALUES * V
@@ -239,9 +225,9 @@ def _recur(
     b += begin * b_stride + head
     target = out + (begin * VALUES + head) * V + v
     for _ in range(begin, end):
-        query = tl.load(line + key_head * K + k, mask=inside_k, other=0.0).to(tl.float32)
-        key = tl.load(line + (KEYS + key_head) * K + k, mask=inside_k, other=0.0).to(tl.float32)
-        value = tl.load(line + 2 * KEYS * K + head * V + v, mask=inside_v, other=0.0)
+        query = load_wide(line + key_head * K + k, inside_k)
+        key = load_wide(line + (KEYS + key_head) * K + k, inside_k)
+        value = load(line + 2 * KEYS * K + head * V + v, inside_v)
         query = query * tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
         key = key * tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
         write = _sigmoid(tl.load(b).to(tl.float32))
@@ -249,7 +235,7 @@ def _recur(
         error = (value.to(tl.float32) - tl.sum(matrix * key[:, None], 0)) * write
         matrix = matrix + key[:, None] * error[None, :]
         found = tl.sum(matrix * query[:, None], 0) * (K**-0.5)
-        tl.store(target, found.to(out.dtype.element_ty), mask=inside_v)
+        store_rounded(target, found, inside_v)
         line += width
         a += a_stride
         b += b_stride
@@ -331,17 +317,17 @@ def _solve_blocks(
     place = mixed + first * width + head // (VALUES // KEYS) * K
     place += token[:, None] * width + k[None, :]
     known = inside[:, None] & (k < K)[None, :]
-    key = _operand(tl.load(place + KEYS * K, mask=known, other=0.0))
+    key = _operand(load(place + KEYS * K, known))
     key_scale = tl.rsqrt(tl.sum(key.to(tl.float32) * key, 1) + 1e-6)
-    query = _operand(tl.load(place, mask=known, other=0.0))
+    query = _operand(load(place, known))
     query_scale = tl.rsqrt(tl.sum(query.to(tl.float32) * query, 1) + 1e-6) * (K**-0.5)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
-    step = tl.load(a + first * a_stride + token * a_stride + head, mask=inside, other=0.0)
-    step = rate * _softplus(step.to(tl.float32) + tl.load(dt_bias + head).to(tl.float32))
+    step = load_wide(a + first * a_stride + token * a_stride + head, inside)
+    step = rate * _softplus(step + tl.load(dt_bias + head).to(tl.float32))
     # Sums of infinite numbers have no differences; and exp(-1e4) is 0, too.
     step = tl.where(inside, tl.where(step < -1e4, -1e4, step), 0.0)
-    write = tl.load(b + first * b_stride + token * b_stride + head, mask=inside, other=0.0)
-    write = tl.where(inside, _sigmoid(write.to(tl.float32)), 0.0)
+    write = load_wide(b + first * b_stride + token * b_stride + head, inside)
+    write = tl.where(inside, _sigmoid(write), 0.0)
     # In float64: differences of long sums are as exact as the steps.
     decay = tl.cumsum(step.to(tl.float64), 0)
     since = tl.exp(decay.to(tl.float32))
@@ -373,11 +359,11 @@ def _recur_blocks(
 ):  # fmt: skip
     """One program computes COLUMNS columns of the state of one value head of one long row."""
     row, head = tl.load(long + tl.program_id(0)), tl.program_id(1)
-    k, v = tl.arange(0, BLOCK_K), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    k, v = tl.arange(0, BLOCK_K), own_range(2, COLUMNS)
     inside_k, inside_v = k < K, v < V
     place = state + tl.load(slots + row) * state_stride + head * (K * V)
     place = place + k[:, None] * V + v[None, :]
-    matrix = tl.load(place, mask=inside_k[:, None] & inside_v[None, :], other=0.0)
+    matrix = load(place, inside_k[:, None] & inside_v[None, :])
     width: tl.constexpr = 2 * KEYS * K + VALUES * V
     IS_BF16: tl.constexpr = PARTS == 2
     begin, end = tl.load(starts + row), tl.load(starts + row + 1)
@@ -394,24 +380,24 @@ def _recur_blocks(
     for left in range(end - begin, 0, -TOKENS):
         inside = at < left
         known = inside[:, None] & inside_k[None, :]
-        query = _operand(tl.load(mixed + keys, mask=known, other=0.0))
-        key = _operand(tl.load(mixed + KEYS * K + keys, mask=known, other=0.0))
+        query = _operand(load(mixed + keys, known))
+        key = _operand(load(mixed + KEYS * K + keys, known))
         known = inside[:, None] & inside_v[None, :]
-        value = tl.load(mixed + values, mask=known, other=0.0).to(tl.float32)
-        solved = tl.load(squares + square, mask=inside[:, None], other=0.0)
-        scores = tl.load(squares + PARTS * TOKENS + square, mask=inside[:, None], other=0.0)
+        value = load_wide(mixed + values, known)
+        solved = load(squares + square, inside[:, None])
+        scores = load(squares + PARTS * TOKENS + square, inside[:, None])
         factor = factors + at * (VALUES * FACTORS)
-        of_key = tl.load(factor, mask=inside, other=0.0)
-        of_query = tl.load(factor + 1, mask=inside, other=0.0)
-        to_end = tl.load(factor + 2, mask=inside, other=0.0)
+        of_key = load(factor, inside)
+        of_query = load(factor + 1, inside)
+        to_end = load(factor + 2, inside)
         keep = tl.load(factors + 3)
         error = value - of_key[:, None] * _dot(key, matrix, nothing, IS_BF16)
         new = _dot(solved, error, nothing, IS_BF16)
         found = of_query[:, None] * _dot(query, matrix, nothing, IS_BF16)
         if IS_BF16:
-            low = tl.load(squares + TOKENS + square, mask=inside[:, None], other=0.0)
+            low = load(squares + TOKENS + square, inside[:, None])
             new = tl.dot(low, error.to(tl.bfloat16), new)
-            low = tl.load(squares + 3 * TOKENS + square, mask=inside[:, None], other=0.0)
+            low = load(squares + 3 * TOKENS + square, inside[:, None])
             found = tl.dot(low, new.to(tl.bfloat16), found)
         found = _dot(scores, new, found, IS_BF16).to(out.dtype.element_ty)
         tl.store(out + at[:, None] * (VALUES * V) + v[None, :], found, mask=known)
@@ -431,13 +417,11 @@ def gated_delta(
     a_log: Tensor,
     dt_bias: Tensor,
     state: RecurrentState,
-    slots: Tensor,
-    starts: Tensor,
-    blocks: RowBlocks | None,
+    plan: AttentionPlan,
 ) -> Tensor:
-    """As Ops.gated_delta, but `slots` [rows], `starts` [rows + 1], the offsets of the rows' tokens,
-    and `blocks`, None if no row is long, replace the plan. The convolution has 2 to 4 taps.
-    """
+    """See Ops.gated_delta. The convolution has 2 to 4 taps."""
+    assert isinstance(plan, RowPlan)
+    slots, starts, blocks = plan.slots, plan.starts, plan.blocks
     _, v_heads, k_dim, v_dim = state.matrix.shape
     tokens, width = qkv.shape
     mixed = torch.empty(tokens, width, dtype=qkv.dtype, device=qkv.device)
@@ -511,16 +495,16 @@ def _long_rows(
 def _gated_norm(
     x, gain, gate, out, gate_token, dim, eps, HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, head = program(0), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < dim
     line = (token * HEADS + head) * dim + at
-    raw = tl.load(x + line, mask=inside, other=0.0)
+    raw = load(x + line, inside)
     wide = raw.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     normed = (wide * scale).to(raw.dtype).to(tl.float32)
-    normed = (normed * tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)).to(raw.dtype)
-    z = tl.load(gate + token * gate_token + head * dim + at, mask=inside, other=0.0).to(tl.float32)
+    normed = (normed * load_wide(gain + at, inside)).to(raw.dtype)
+    z = load_wide(gate + token * gate_token + head * dim + at, inside)
     result = normed.to(tl.float32) * z / (1.0 + tl.exp(-z))
     tl.store(out + line, result.to(raw.dtype), mask=inside)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF, has_fp8_gemv
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.memory import load_wide, own_range, store_rounded
+from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, Rows
 
 # Weight elements of one load of a thread. With as many elements of x, 16 bytes, a thread has the
@@ -99,12 +100,11 @@ def _dot_rows(
 def _gemv(
     x, gain, weight, bias, out, width, eps, scales, scale_row, scale_columns, first_column,
     DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """See fp8.scale_options for the scales of a weight."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = own_range(0, BLOCK_N)
     inside = n < width
     # Rows past the end repeat the last row; their results are not stored.
     row = n if EVEN else tl.minimum(n, width - 1)
@@ -121,35 +121,35 @@ def _gemv(
     if NORM:
         for i in tl.static_range(len(w)):
             g += (_load_chunk(gain + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False),)
-    begin(OVERLAPS)
+    begin()
     for i in tl.static_range(len(w)):
         x_chunk = _load_chunk(x + tl.zeros((1, 1, 1), tl.int32), i, DEPTH, LANES, False)
-        v += (widen(x_chunk, OVERLAPS),)
+        v += (widen(x_chunk, ON_GPU),)
     if NORM:
         squares, weighted = tl.zeros((LANES, 1), tl.float32), ()
         for i in tl.static_range(len(w)):
             squares += tl.sum(v[i] * v[i], 2)
-            weighted += (v[i] * widen(g[i], OVERLAPS),)
+            weighted += (v[i] * widen(g[i], ON_GPU),)
         v = weighted
         scale = tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)
-    y = _dot_rows(w, s, v, LANES, COLUMNS_PER_SCALE, OVERLAPS)
+    y = _dot_rows(w, s, v, LANES, COLUMNS_PER_SCALE, ON_GPU)
     if NORM:
         y *= scale
     kind: tl.constexpr = out.dtype.element_ty
-    if BIAS:
-        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        y += load_wide(bias + n, inside)
     if GATED:
-        z = _dot_rows(up, up_s, v, LANES, COLUMNS_PER_SCALE, OVERLAPS)
+        z = _dot_rows(up, up_s, v, LANES, COLUMNS_PER_SCALE, ON_GPU)
         if NORM:
             z *= scale
-        if BIAS:
-            z += tl.load(bias + width + n, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            z += load_wide(bias + width + n, inside)
         y = y.to(kind).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32)
         y *= z.to(kind).to(tl.float32)
     if ADD:
-        y += tl.load(out + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + n, y.to(kind), mask=inside)
+        y += load_wide(out + n, inside)
+    store_rounded(out + n, y, inside)
 
 
 def is_single(x: Rows, weight: Tensor | Fp8Weight | Int8Weight) -> bool:
@@ -185,9 +185,9 @@ def gemv(
     block_n = 1 << (held.bit_length() - 1)
     gain, eps = (x, 0.0) if norm is None else norm
     _gemv[(triton.cdiv(width, block_n),)](
-        x, gain, numbers, x if bias is None else bias, out, width, eps, **scale_options(weight),
+        x, gain, numbers, bias, out, width, eps, **scale_options(weight),
         DEPTH=depth, BLOCK_N=block_n, LANES=lanes, EVEN=width % block_n == 0,
-        NORM=norm is not None, GATED=gated, BIAS=bias is not None, ADD=add, OVERLAPS=OVERLAP,
+        NORM=norm is not None, GATED=gated, ADD=add,
         num_warps=warps, **overlapping(),
     )  # fmt: skip
     return out

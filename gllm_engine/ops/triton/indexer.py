@@ -22,10 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.protocol import IndexQueries
+from gllm_engine.ops.protocol import AttentionPlan, IndexQueries, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.memory import load, load_wide, program, stored
+from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
 _BLOCK = 64
@@ -75,87 +77,84 @@ def _rotate(first, second, c, s):
 @triton.jit
 def _normed(source, gain, bias, at, mask, mean, scale):
     """Channels `at` of a layer norm, in float32 but rounded to the dtype of `source`."""
-    raw = tl.load(source + at, mask=mask, other=0.0)
-    g = tl.load(gain + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+    raw = load(source + at, mask)
+    g = load_wide(gain + at, mask)
+    b = load_wide(bias + at, mask)
     return ((raw.to(tl.float32) - mean) * scale * g + b).to(raw.dtype).to(tl.float32)
 
 
 @triton.jit
-def _keep(place, value, mask, ROUND: tl.constexpr, FLOAT8: tl.constexpr):
+def _keep(place, value, mask, ROUND: tl.constexpr):
     """Store a value, rounded to the dtype ROUND first."""
-    value = value.to(ROUND)
-    if FLOAT8:  # float8_e4m3fn has no infinity: 448 is its largest number
-        value = tl.clamp(value.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(place, value.to(place.dtype.element_ty), mask=mask)
+    tl.store(place, stored(value.to(ROUND), place.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _store_index_key(
     q, k, gain, bias, cos, sin, positions, cache_index, cache, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the queries' rotation in place, the key's norm and rotation."""
-    token = tl.program_id(0).to(tl.int64)
+    token = program(0)
     pair, d = tl.arange(0, BLOCK_HALF), tl.arange(0, BLOCK_DIM)
     turned, inside = pair < HALF, d < DIM
     if INTERLEAVED:
         first, second = 2 * pair, 2 * pair + 1
     else:
         first, second = pair, pair + HALF
-    begin_alone(OVERLAPS)
+    begin_alone()
     angle = tl.load(positions + token) * HALF + pair
-    c = tl.load(cos + angle, mask=turned, other=0.0)
-    s = tl.load(sin + angle, mask=turned, other=0.0)
+    c = load(cos + angle, turned)
+    s = load(sin + angle, turned)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     row = q + (token * HEADS + head) * DIM
     wanted = (head < HEADS) & turned[None, :]
-    x = tl.load(row + first[None, :], mask=wanted, other=0.0)
-    y = tl.load(row + second[None, :], mask=wanted, other=0.0)
+    x = load(row + first[None, :], wanted)
+    y = load(row + second[None, :], wanted)
     new_x, new_y = _rotate(x.to(tl.float32), y.to(tl.float32), c[None, :], s[None, :])
     tl.store(row + first[None, :], new_x.to(x.dtype), mask=wanted)
     tl.store(row + second[None, :], new_y.to(x.dtype), mask=wanted)
 
     source = k + token * DIM
-    wide = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
+    wide = load_wide(source + d, inside)
     mean = tl.sum(wide, 0) / DIM
     centred = tl.where(inside, wide - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps)
     line = cache + tl.load(cache_index + token) * DIM
     rest = inside & (d >= 2 * HALF)
     kind: tl.constexpr = k.dtype.element_ty
-    _keep(line + d, _normed(source, gain, bias, d, rest, mean, scale), rest, kind, FLOAT8)
+    _keep(line + d, _normed(source, gain, bias, d, rest, mean, scale), rest, kind)
     x = _normed(source, gain, bias, first, turned, mean, scale)
     y = _normed(source, gain, bias, second, turned, mean, scale)
     new_x, new_y = _rotate(x, y, c, s)
-    _keep(line + first, new_x, turned, kind, FLOAT8)
-    _keep(line + second, new_y, turned, kind, FLOAT8)
+    _keep(line + first, new_x, turned, kind)
+    _keep(line + second, new_y, turned, kind)
 
 
 def store_index_key(
     q: Tensor,
     k: Tensor,
     norm: tuple[Tensor, Tensor, float],
-    tables: tuple[Tensor, Tensor],
-    positions: Tensor,
-    interleaved: bool,
+    rotary: RotaryInputs,
     cache: Tensor,
-    cache_index: Tensor,
+    plan: AttentionPlan,
 ) -> Tensor:
-    """As Ops.store_index_key, but `tables` (cos, sin: [max_model_len, rope_dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan. q is overwritten.
+    """See Ops.store_index_key. cos and sin: [max_model_len, rope_dim / 2] float32. q is
+    overwritten.
     """
+    assert isinstance(plan, PagedPlan)
+    cos, sin, interleaved, positions = rotary
     tokens, heads, dim = q.shape
-    half = tables[0].shape[1]
+    half = cos.shape[1]
     gain, bias, eps = norm
     _store_index_key[(tokens,)](
-        q, k, gain, bias, *tables, positions, cache_index, cache, eps,
+        q, k, gain, bias, cos, sin, positions, plan.cache_index, cache, eps,
         HEADS=heads, DIM=dim, HALF=half, INTERLEAVED=interleaved,
-        FLOAT8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=triton.next_power_of_2(heads),
+        BLOCK_HEADS=triton.next_power_of_2(heads),
         BLOCK_DIM=triton.next_power_of_2(dim), BLOCK_HALF=triton.next_power_of_2(half),
-        OVERLAPS=OVERLAP, **overlapping(),
+        **overlapping(),
     )  # fmt: skip
     return q
 
@@ -165,11 +164,11 @@ def _score_tokens(
     q, weights, keys, page_table, slots, lens, items, share_in, scores,
     capacity, num_pages, width,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program computes the scores of one part of one row's context."""
     item = tl.program_id(0)
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.load(items + item)
     if row >= 0:
         share = tl.load(share_in)
@@ -179,8 +178,8 @@ def _score_tokens(
         head, d = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_DIM)
         line = row.to(tl.int64) * HEADS + head
         wanted = (head < HEADS)[None, :] & (d < DIM)[:, None]
-        x = tl.load(q + line[None, :] * DIM + d[:, None], mask=wanted, other=0.0)
-        weight = tl.load(weights + line, mask=head < HEADS, other=0.0).to(tl.float32)
+        x = load(q + line[None, :] * DIM + d[:, None], wanted)
+        weight = load_wide(weights + line, head < HEADS)
         out = scores + row.to(tl.int64) * width
         for start in range(first, end, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -188,7 +187,7 @@ def _score_tokens(
             page = tl.load(table + at // PAGE, mask=inside, other=0)
             place = (page * PAGE + at % PAGE) * DIM
             mask = inside[:, None] & (d < DIM)[None, :]
-            key = tl.load(keys + place[:, None] + d[None, :], mask=mask, other=0.0)
+            key = load(keys + place[:, None] + d[None, :], mask)
             # Tokens are the rows, so that few threads share the sum of a token over heads.
             product = tl.dot(from_float8(key, x.dtype), x, input_precision="ieee")
             score = tl.sum(tl.maximum(product, 0.0) * weight[None, :], 1)
@@ -216,7 +215,7 @@ def _next_digit(
     counts = tl.zeros((DIGITS,), tl.int32)
     for start in range(0, length, BLOCK):
         inside = start + at < length
-        key = _ordered(tl.load(line + start + at, mask=inside, other=0.0))
+        key = _ordered(load(line + start + at, inside))
         if SHIFT < 24:
             inside &= (key >> (SHIFT + 8)) == (least >> (SHIFT + 8))
         values = ((key >> SHIFT) & (DIGITS - 1)).to(tl.int32)
@@ -230,12 +229,12 @@ def _next_digit(
 @triton.jit
 def _choose_tokens(
     scores, lens, chosen, width,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, DIGITS: tl.constexpr, OVERLAPS: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """One program per row lists the positions of its TOP_K largest scores. Length 0: all tokens."""
-    row = tl.program_id(0).to(tl.int64)
+    row = program(0)
     at = tl.arange(0, BLOCK)
-    begin_alone(OVERLAPS)
+    begin_alone()
     length = tl.load(lens + row).to(tl.int32)
     out = chosen + row * TOP_K
     if length == 0:
@@ -252,7 +251,7 @@ def _choose_tokens(
         listed, equals = 0, 0
         for start in range(0, length, BLOCK):
             inside = start + at < length
-            key = _ordered(tl.load(line + start + at, mask=inside, other=0.0))
+            key = _ordered(load(line + start + at, inside))
             equal = (inside & (key == least)).to(tl.int32)
             # Of equal scores, the first ones.
             early = (equal == 1) & (equals + tl.cumsum(equal, 0) <= wanted)
@@ -276,12 +275,12 @@ def choose_tokens(queries: IndexQueries, cache: Tensor, choice: Choice) -> Tenso
             scan.items, scan.share, scores, capacity, scan.page_table.shape[1], scores.shape[1],
             HEADS=heads, DIM=dim, PAGE=cache.shape[2], BLOCK=_BLOCK,
             BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
-            BLOCK_DIM=max(16, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, num_warps=4,
+            BLOCK_DIM=max(16, triton.next_power_of_2(dim)), num_warps=4,
             num_stages=3, **overlapping(),
         )  # fmt: skip
         _choose_tokens[(n,)](
             scores, scan.lens, chosen[part], scores.shape[1],
-            TOP_K=top_k, BLOCK=_SCORES, DIGITS=_DIGITS, OVERLAPS=OVERLAP, num_warps=8,
+            TOP_K=top_k, BLOCK=_SCORES, DIGITS=_DIGITS, num_warps=8,
             **overlapping(),
         )  # fmt: skip
         first += n

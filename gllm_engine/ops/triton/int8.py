@@ -1,48 +1,38 @@
-"""Kernels around a library's product of int8 matrices: rows to int8, and int32 sums to results.
+"""The kernel after a library's product of int8 matrices: int32 sums to results.
 
 Knows shapes and arithmetic.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.fp8 import quantize
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
+from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 from gllm_engine.ops.weight import Int8Weight
 
 _COLUMNS = 1024
 
 
-def round_rows(x: Tensor, norm: tuple[Tensor, float] | None = None) -> tuple[Tensor, Tensor]:
-    """x [rows, dim], or its RMS norm, as int8 [padded, dim] times float32 scales [padded].
-
-    `padded`: at least 32, and a multiple of 16; rows past the end are zeros.
-    """
-    rounded = quantize(x, norm=norm, dtype=torch.int8)
-    return rounded.numbers, rounded.scales.flatten()
-
-
 @triton.jit
 def _rescale(
     sums, row_scales, scales, bias, out, width,
-    BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin_alone(OVERLAPS)
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin_alone()
+    row = program(0)
+    n = own_range(1, BLOCK)
     inside = n < width
     at = row * width + n
-    y = tl.load(sums + at, mask=inside, other=0).to(tl.float32)
-    y *= tl.load(row_scales + row) * tl.load(scales + n, mask=inside, other=0.0)
-    if BIAS:
-        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    y = load_wide(sums + at, inside)
+    y *= tl.load(row_scales + row) * load(scales + n, inside)
+    if bias is not None:
+        y += load_wide(bias + n, inside)
     if ADD:
-        y += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+        y += load_wide(out + at, inside)
+    store_rounded(out + at, y, inside)
 
 
 def rescale(
@@ -60,6 +50,6 @@ def rescale(
     rows, width = out.shape
     assert out.is_contiguous()
     _rescale[(rows, triton.cdiv(width, _COLUMNS))](
-        sums, row_scales, weight.scales, weight.scales if bias is None else bias, out, width,
-        BIAS=bias is not None, ADD=add, BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping(),
+        sums, row_scales, weight.scales, bias, out, width,
+        ADD=add, BLOCK=_COLUMNS, **overlapping(),
     )  # fmt: skip

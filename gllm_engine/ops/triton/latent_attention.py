@@ -29,9 +29,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
+from gllm_engine.ops.protocol import AttentionPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded, stored
+from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 
 # Most heads of a program: more would need more registers than there are.
 _HEADS = 32
@@ -52,83 +55,74 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _stored(x, FLOAT8: tl.constexpr):
-    """x as a cache of float8 takes it: float8_e4m3fn has no infinity, and 448 is its largest."""
-    if FLOAT8:
-        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    return x
-
-
-@triton.jit
 def _store_latent(
     q, latent, gain, cos, sin, positions, cache_index, cache, eps, q_stride, latent_stride,
     HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
-    INTERLEAVED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, OVERLAPS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the queries' rotation, the latent's norm, the key's rotation.
 
     A thread that writes a pair of channels has read that pair, so that the queries are rotated in
     place.
     """
-    token = tl.program_id(0).to(tl.int64)
+    token = program(0)
     half: tl.constexpr = ROPE // 2
     pair = tl.arange(0, half)
     if INTERLEAVED:
         a_at, b_at = 2 * pair, 2 * pair + 1
     else:
         a_at, b_at = pair, half + pair
-    begin_alone(OVERLAPS)
+    begin_alone()
     angle = tl.load(positions + token) * half + pair
     c, s = tl.load(cos + angle), tl.load(sin + angle)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     wanted = head < HEADS
     row = q + token * q_stride + head * (NOPE + ROPE) + NOPE
-    a = tl.load(row + a_at[None, :], mask=wanted, other=0.0).to(tl.float32)
-    b = tl.load(row + b_at[None, :], mask=wanted, other=0.0).to(tl.float32)
+    a = load_wide(row + a_at[None, :], wanted)
+    b = load_wide(row + b_at[None, :], wanted)
     number = q.dtype.element_ty
     tl.store(row + a_at[None, :], (a * c[None, :] - b * s[None, :]).to(number), mask=wanted)
     tl.store(row + b_at[None, :], (b * c[None, :] + a * s[None, :]).to(number), mask=wanted)
 
     source = latent + token * latent_stride
     line = cache + tl.load(cache_index + token) * (RANK + ROPE)
-    stored = cache.dtype.element_ty
+    kind = cache.dtype.element_ty
     d = tl.arange(0, BLOCK_RANK)
-    wide = tl.load(source + d, mask=d < RANK, other=0.0).to(tl.float32)
+    wide = load_wide(source + d, d < RANK)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
     normed = (wide * scale).to(number).to(tl.float32)
-    normed = normed * tl.load(gain + d, mask=d < RANK, other=0.0).to(tl.float32)
-    tl.store(line + d, _stored(normed.to(number), FLOAT8).to(stored), mask=d < RANK)
+    normed = normed * load_wide(gain + d, d < RANK)
+    tl.store(line + d, stored(normed.to(number), kind), mask=d < RANK)
     a = tl.load(source + RANK + a_at).to(tl.float32)
     b = tl.load(source + RANK + b_at).to(tl.float32)
-    tl.store(line + RANK + a_at, _stored((a * c - b * s).to(number), FLOAT8).to(stored))
-    tl.store(line + RANK + b_at, _stored((b * c + a * s).to(number), FLOAT8).to(stored))
+    tl.store(line + RANK + a_at, stored((a * c - b * s).to(number), kind))
+    tl.store(line + RANK + b_at, stored((b * c + a * s).to(number), kind))
 
 
 def store_latent(
     q: Tensor,
     latent: Tensor,
     norm: tuple[Tensor, float],
-    tables: tuple[Tensor, Tensor],
-    positions: Tensor,
-    interleaved: bool,
+    rotary: RotaryInputs,
     cache: Tensor,
-    cache_index: Tensor,
+    plan: AttentionPlan,
 ) -> None:
-    """As Ops.store_latent, but `tables` (cos, sin: [max_model_len, rope_dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan. The last two dimensions
-    of q and the last one of latent are contiguous.
+    """See Ops.store_latent. cos and sin: [max_model_len, rope_dim / 2] float32. The last two
+    dimensions of q and the last one of latent are contiguous.
     """
+    assert isinstance(plan, PagedPlan)
+    cos, sin, interleaved, positions = rotary
     tokens, heads, key_dim = q.shape
     gain, eps = norm
     rank = len(gain)
     rope_dim = latent.shape[1] - rank
     _store_latent[(tokens,)](
-        q, latent, gain, *tables, positions, cache_index, cache, eps, q.stride(0),
+        q, latent, gain, cos, sin, positions, plan.cache_index, cache, eps, q.stride(0),
         latent.stride(0),
         HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank, INTERLEAVED=interleaved,
-        FLOAT8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=triton.next_power_of_2(heads),
-        BLOCK_RANK=triton.next_power_of_2(rank), OVERLAPS=OVERLAP, **overlapping(),
+        BLOCK_HEADS=triton.next_power_of_2(heads),
+        BLOCK_RANK=triton.next_power_of_2(rank), **overlapping(),
     )  # fmt: skip
 
 
@@ -136,15 +130,15 @@ def store_latent(
 def _gather_latents(
     cache, places, latents, k,
     HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """One program copies a latent, and its rotated key to all heads."""
-    at = tl.program_id(0).to(tl.int64)
-    begin_alone(OVERLAPS)
+    at = program(0)
+    begin_alone()
     line = cache + tl.load(places + at) * (RANK + ROPE)
     number = k.dtype.element_ty
     d, r = tl.arange(0, BLOCK_RANK), tl.arange(0, ROPE)
-    latent = tl.load(line + d, mask=d < RANK, other=0.0)
+    latent = load(line + d, d < RANK)
     tl.store(latents + at * RANK + d, from_float8(latent, number), mask=d < RANK)
     key = from_float8(tl.load(line + RANK + r), number)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
@@ -166,7 +160,7 @@ def gather_latents(cache: Tensor, places: Tensor, latents: Tensor, k: Tensor) ->
         cache, places, latents, k,
         HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank,
         BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_RANK=triton.next_power_of_2(rank),
-        OVERLAPS=OVERLAP, **overlapping(),
+        **overlapping(),
     )  # fmt: skip
 
 
@@ -175,24 +169,23 @@ def _absorb(
     q, kv_up, out, rows, q_token, q_head,
     HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_NOPE: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies a block of rows of one head by BLOCK_RANK columns of W_UK.
 
     It calls `begin_alone`: when the next kernel begins, all kernels before this one have ended.
     """
     head = tl.program_id(1)
-    n, d = tl.arange(0, BLOCK_NOPE), tl.program_id(0) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    n, d = tl.arange(0, BLOCK_NOPE), own_range(0, BLOCK_RANK)
     weight = kv_up + (head * (NOPE + VALUE) + n)[:, None] * RANK + d[None, :]
-    w = tl.load(weight, mask=(n < NOPE)[:, None], other=0.0)
-    begin_alone(OVERLAPS)
-    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    w = load(weight, (n < NOPE)[:, None])
+    begin_alone()
+    row = own_range(2, BLOCK_ROWS)
     line = q + row.to(tl.int64) * q_token + head * q_head
     inside = (row < rows)[:, None]
-    x = tl.load(line[:, None] + n[None, :], mask=inside & (n < NOPE)[None, :], other=0.0)
+    x = load(line[:, None] + n[None, :], inside & (n < NOPE)[None, :])
     y = tl.dot(x, w, input_precision="ieee")
     place = (row * HEADS + head)[:, None] * RANK + d[None, :]
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+    store_rounded(out + place, y, inside)
 
 
 @triton.jit
@@ -216,7 +209,7 @@ def _tile(cache, place, d, WIDTH: tl.constexpr):
 def _attend_part(
     q, x_rope, table, cache, chosen, first, end, scale,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, SPARSE: tl.constexpr, PIPELINED: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr, SPARSE: tl.constexpr, PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """Softmax-weighted mean of latents first .. end - 1, [RANK, HEADS], and the logarithms of the
     sums of weights, to base 2. q: pointers, [1, HEADS], to absorbed queries; x_rope: [ROPE, HEADS].
@@ -235,7 +228,7 @@ def _attend_part(
     if not PIPELINED:
         held = from_float8(_tile(cache, place, d, WIDTH), x_rope.dtype)
     ahead = _places(table, chosen, first + BLOCK + t, end, PAGE, SPARSE)
-    begin_alone(OVERLAPS)
+    begin_alone()
     x = tl.load(q + d[:, None])
     for start in range(first, end, BLOCK):
         this_key = key
@@ -269,7 +262,7 @@ def _attend_latent(
     rope_token, rope_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr,
-    PIPELINED: tl.constexpr, OVERLAPS: tl.constexpr,
+    PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """One program computes one part of one row for GROUP of the HEADS heads.
 
@@ -291,14 +284,14 @@ def _attend_latent(
             q + ((row.to(tl.int64) * HEADS + head) * RANK)[None, :], x_rope,
             page_table + tl.load(slots + row) * width, cache,
             chosen + row.to(tl.int64) * TOP_K, first, tl.minimum(first + share, length), scale,
-            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK, TOP_K > 0, PIPELINED, OVERLAPS,
+            BLOCK_GROUP, RANK, ROPE, PAGE, BLOCK, TOP_K > 0, PIPELINED,
         )  # fmt: skip
         at = item * HEADS + head
         mean = mean.to(parts.dtype.element_ty)
         tl.store(parts + at[None, :] * RANK + d[:, None], mean, mask=(number < GROUP)[None, :])
         tl.store(logs + at, log, mask=number < GROUP)
     else:
-        begin_alone(OVERLAPS)
+        begin_alone()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -306,7 +299,6 @@ def _project(
     parts, logs, starts, kv_up, out, rows,
     HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_VALUE channels of one head's results, for a block of rows.
 
@@ -315,22 +307,22 @@ def _project(
     read `starts`, because `_attend_latent`, which runs before, does not write them.
     """
     head, first = tl.program_id(1), tl.program_id(2) * BLOCK_ROWS
-    v, d = tl.program_id(0) * BLOCK_VALUE + tl.arange(0, BLOCK_VALUE), tl.arange(0, RANK)
+    v, d = own_range(0, BLOCK_VALUE), tl.arange(0, RANK)
     weight = kv_up + (head * (NOPE + VALUE) + NOPE + v)[None, :] * RANK + d[:, None]
-    w = tl.load(weight, mask=(v < VALUE)[None, :], other=0.0)
+    w = load(weight, (v < VALUE)[None, :])
     row = first + tl.arange(0, BLOCK_ROWS)
     begins = tl.load(starts + tl.minimum(row, rows))
     ends = tl.load(starts + tl.minimum(row + 1, rows))
     at_first, last = tl.load(starts + first), tl.load(starts + tl.minimum(first + BLOCK_ROWS, rows))
-    begin(OVERLAPS)
+    begin()
     top = tl.full((BLOCK_ROWS,), -1e30, tl.float32)  # finite: a block may have no part of a row
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_VALUE), tl.float32)
     for at in range(at_first, last, BLOCK_PARTS):
         item = at + tl.arange(0, BLOCK_PARTS)
-        log = tl.load(logs + item * HEADS + head, mask=item < last, other=0.0)
+        log = load(logs + item * HEADS + head, item < last)
         place = (item * HEADS + head)[:, None] * RANK + d[None, :]
-        x = tl.load(parts + place, mask=(item < last)[:, None], other=0.0)
+        x = load(parts + place, (item < last)[:, None])
         y = tl.dot(x, w, input_precision="ieee")
         # 0 times a number that is not finite is NaN: such parts make only their own row NaN.
         broken = tl.sum(y * 0.0, 1)
@@ -345,7 +337,7 @@ def _project(
         top = higher
     place = (row * HEADS + head)[:, None] * VALUE + v[None, :]
     inside = (row < rows)[:, None] & (v < VALUE)[None, :]
-    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    store_rounded(out + place, acc / total[:, None], inside)
 
 
 def head_blocks(heads: int) -> int:
@@ -390,14 +382,14 @@ def attend_latent(
     _absorb[(rank // block, heads, triton.cdiv(rows, block_rows))](
         q, kv_up, absorbed, rows, q.stride(0), q.stride(1), **sizes,
         BLOCK_ROWS=block_rows, BLOCK_NOPE=max(16, triton.next_power_of_2(nope_dim)),
-        BLOCK_RANK=block, OVERLAPS=OVERLAP, num_warps=4, **overlapping(),
+        BLOCK_RANK=block, num_warps=4, **overlapping(),
     )  # fmt: skip
     parts, logs = _attended(absorbed, q[..., nope_dim:], cache, splits, scale, chosen)
     block = min(32 if few else 64, max(16, triton.next_power_of_2(value_dim)))
     block_rows = 16 if rows <= _MANY else 32
     _project[(triton.cdiv(value_dim, block), heads, triton.cdiv(rows, block_rows))](
         parts, logs, splits.starts, kv_up, out, rows, **sizes, BLOCK_ROWS=block_rows,
-        BLOCK_PARTS=32, BLOCK_VALUE=block, OVERLAPS=OVERLAP, num_warps=4,
+        BLOCK_PARTS=32, BLOCK_VALUE=block, num_warps=4,
         num_stages=2, **overlapping(),
     )  # fmt: skip
 
@@ -426,7 +418,7 @@ def _attended(
         splits.page_table.shape[1], scale * _LOG2_E, q_rope.stride(0), q_rope.stride(1),
         HEADS=heads, GROUP=group, BLOCK_GROUP=max(16, triton.next_power_of_2(group)), RANK=rank,
         ROPE=q_rope.shape[2], PAGE=cache.shape[2], BLOCK=_BLOCK,
-        TOP_K=0 if chosen is None else chosen.shape[1], PIPELINED=pipelined, OVERLAPS=OVERLAP,
+        TOP_K=0 if chosen is None else chosen.shape[1], PIPELINED=pipelined,
         num_warps=warps, num_stages=stages, **overlapping(),
     )  # fmt: skip
     return parts, logs

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.memory import own_range
+
 _BLOCK = 1024
 
 
@@ -15,7 +17,7 @@ def _list_pages(page_table, slots, starts, firsts, out, width, BLOCK: tl.constex
     row = tl.program_id(0)
     first = tl.load(starts + row)
     count = tl.load(starts + row + 1) - first
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = own_range(1, BLOCK)
     source = page_table + tl.load(slots + row) * width + tl.load(firsts + row)
     pages = tl.load(source + at, mask=at < count, other=0)
     tl.store(out + first + at, pages.to(tl.int32), mask=at < count)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.memory import load_wide, own_range, program, store_rounded
+from gllm_engine.ops.triton.pdl import begin, overlapping
 
 # Columns of one program of activate.
 _COLUMNS = 1024
@@ -20,15 +21,15 @@ _COLUMNS = 1024
 @triton.jit
 def _rms_norm(
     x, gain, out, dim, x_row, eps,
-    ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row = program * dim
+    number = program(0)
+    row = number * dim
     at = tl.arange(0, BLOCK)
     inside = at < dim
-    g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
-    begin(OVERLAPS)
-    wide = tl.load(x + program * x_row + at, mask=inside, other=0.0).to(tl.float32)
+    g = load_wide(gain + at, inside)
+    begin()
+    wide = load_wide(x + number * x_row + at, inside)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     kind: tl.constexpr = out.dtype.element_ty
     if PLUS_ONE:
@@ -36,8 +37,7 @@ def _rms_norm(
     else:
         result = ((wide * scale).to(kind).to(tl.float32) * g).to(kind)
     if ADD:
-        before = tl.load(out + row + at, mask=inside, other=0.0)
-        result = (result.to(tl.float32) + before.to(tl.float32)).to(kind)
+        result = (result.to(tl.float32) + load_wide(out + row + at, inside)).to(kind)
     tl.store(out + row + at, result, mask=inside)
 
 
@@ -51,7 +51,7 @@ def rms_norm(
         block = triton.next_power_of_2(dim)
         _rms_norm[(rows,)](
             x, gain, out, dim, x.stride(0), eps, ADD=add_to is not None, PLUS_ONE=plus_one,
-            BLOCK=block, OVERLAPS=OVERLAP, num_warps=_warps(block), **overlapping(),
+            BLOCK=block, num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
 
@@ -63,21 +63,21 @@ def _warps(block: int) -> int:
 @triton.jit
 def _layer_norm(
     x, gain, bias, out, dim, eps,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * dim
+    row = program(0) * dim
     at = tl.arange(0, BLOCK)
     inside = at < dim
-    g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
-        b = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-    begin(OVERLAPS)
-    wide = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
+    g = load_wide(gain + at, inside)
+    if bias is not None:
+        b = load_wide(bias + at, inside)
+    begin()
+    wide = load_wide(x + row + at, inside)
     centred = tl.where(inside, wide - tl.sum(wide, 0) / dim, 0.0)
     result = centred * tl.rsqrt(tl.sum(centred * centred, 0) / dim + eps) * g
-    if BIAS:
+    if bias is not None:
         result += b
-    tl.store(out + row + at, result.to(out.dtype.element_ty), mask=inside)
+    store_rounded(out + row + at, result, inside)
 
 
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -87,8 +87,8 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
     if rows:
         block = triton.next_power_of_2(dim)
         _layer_norm[(rows,)](
-            x, gain, gain if bias is None else bias, out, dim, eps, BIAS=bias is not None,
-            BLOCK=block, OVERLAPS=OVERLAP, num_warps=_warps(block), **overlapping(),
+            x, gain, bias, out, dim, eps,
+            BLOCK=block, num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
 
@@ -96,19 +96,18 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
 @triton.jit
 def _mean_squares(
     qkv, out, row_width, q_width, k_width,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (t, 0) computes the mean of token t's queries; program (t, 1) that of its keys."""
-    token = tl.program_id(0).to(tl.int64)
+    token = program(0)
     part = tl.program_id(1)
     first = tl.where(part == 0, 0, q_width)
     width = tl.where(part == 0, q_width, k_width)
-    begin(OVERLAPS)
+    begin()
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(qkv + token * row_width + first + at, mask=at < width, other=0.0)
-        x = x.to(tl.float32)
+        x = load_wide(qkv + token * row_width + first + at, at < width)
         total += x * x
     tl.store(out + token * 2 + part, tl.sum(total, 0) / width)
 
@@ -121,7 +120,7 @@ def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
     if tokens:
         _mean_squares[(tokens, 2)](
             qkv, out, qkv.stride(0), num_heads * dim, kv_heads * dim,
-            BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping(),
+            BLOCK=_COLUMNS, **overlapping(),
         )  # fmt: skip
     return out
 
@@ -142,18 +141,17 @@ def activated(gate, ACT: tl.constexpr):
 @triton.jit
 def _activate(
     x, out, width, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = program(0)
+    at = own_range(1, BLOCK)
     inside = at < width
-    begin(OVERLAPS)
+    begin()
     line = x + row * (2 * width if GATED else width)
-    gate = tl.load(line + at, mask=inside, other=0.0).to(tl.float32)
+    gate = load_wide(line + at, inside)
     kind: tl.constexpr = out.dtype.element_ty
     result = activated(gate, ACT).to(kind)
     if GATED:
-        up = tl.load(line + width + at, mask=inside, other=0.0).to(tl.float32)
+        up = load_wide(line + width + at, inside)
         result = (result.to(tl.float32) * up).to(kind)
     tl.store(out + row * width + at, result, mask=inside)
 
@@ -164,6 +162,6 @@ def activate(x: Tensor, act: str, gated: bool) -> Tensor:
     out = x.new_empty(rows, width)
     if rows:
         _activate[(rows, triton.cdiv(width, _COLUMNS))](
-            x, out, width, ACT=act, GATED=gated, BLOCK=_COLUMNS, OVERLAPS=OVERLAP, **overlapping()
+            x, out, width, ACT=act, GATED=gated, BLOCK=_COLUMNS, **overlapping()
         )
     return out

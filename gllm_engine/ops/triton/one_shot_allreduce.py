@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
+from gllm_engine.ops.triton.memory import load, load_wide
 
 # One program per row. More rows would not fit the GPU at once, and NCCL is faster for them.
 MAX_ROWS = 64
@@ -57,7 +58,7 @@ def _join(
     epoch = tl.load(epochs + row) + 1
     place = ((epoch & 1) * ROWS + row).to(tl.int64) * dim
     mine = tl.load(buffers + rank).to(tl.pointer_type(KIND)) + place
-    tl.store(mine + at, tl.load(part + row * dim + at, mask=inside, other=0.0), mask=inside)
+    tl.store(mine + at, load(part + row * dim + at, inside), mask=inside)
     tl.debug_barrier()  # the whole row is written before the flags are set
     for peer in tl.static_range(RANKS):
         theirs = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
@@ -73,13 +74,13 @@ def _join(
     for peer in tl.static_range(RANKS):
         theirs = tl.load(buffers + peer).to(tl.pointer_type(KIND)) + place
         y += tl.load(theirs + at, mask=inside, other=0.0, volatile=True).to(tl.float32)
-    y += tl.load(total + row * dim + at, mask=inside, other=0.0).to(tl.float32)
+    y += load_wide(total + row * dim + at, inside)
     y = y.to(KIND)
     tl.store(total + row * dim + at, y, mask=inside)
     if NORM:
         wide = y.to(tl.float32)
         wide = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)).to(KIND).to(tl.float32)
-        g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+        g = load_wide(gain + at, inside)
         tl.store(normed + row * dim + at, (wide * g).to(KIND), mask=inside)
     tl.store(epochs + row, epoch)
 

@@ -29,8 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import PACKED_ROWS
+from gllm_engine.ops.triton.memory import load, own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
+from gllm_engine.ops.triton.parts import finish_tile, shared_sums
+from gllm_engine.ops.triton.pdl import ON_GPU, begin, begin_alone, overlapping
 from gllm_engine.ops.weight import (
     E2M1_PLACES,
     MAX_MXFP4_SCALE,
@@ -51,8 +53,6 @@ _KINDS = {
 # Number of programs that saturates the memory bandwidth; least loop iterations of a part.
 _PROGRAMS, _MIN_TURNS = 256, 4
 _LINES = 32  # rows of a program of _dequantize_packed
-# Arrival counters of tiles that several programs share: fewer than _PROGRAMS tiles.
-_arrived: dict[torch.device, Tensor] = {}
 # A factor is 2^126, of the code, times 2^(s - 127), of the scale, times 2^-_SHIFT. As a bfloat16 it
 # is s + _EXPONENT in bits 7 to 14.
 _SHIFT = MAX_MXFP4_SCALE - 128
@@ -280,7 +280,7 @@ def multiply_packed(
             run = first + i
             inside = run < runs
             here = present if EVEN else present & (run * _RUN + at < end)
-            v = tl.load(x + (run * _RUN + at), mask=here, other=0.0)
+            v = load(x + (run * _RUN + at), here)
             words = _load(tile + run * _WORDS, inside, WHOLE)
             w = _decode_run(
                 words, scales, line, first, width, inside, i, GROUP, SCALE, ZEROS, kind, PAIRS,
@@ -300,37 +300,15 @@ def multiply_packed(
     return sums, ups
 
 
-@triton.jit
-def _store(
-    y, z, bias, out, line, row, width, rows,
-    GATED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Store the float32 products y (and z, of up, if GATED), [lines, n], at out[row, line]."""
-    kind: tl.constexpr = out.dtype.element_ty
-    if BIASED:
-        y += tl.load(bias + line, mask=line < width, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        if BIASED:
-            z += tl.load(bias + width + line, mask=line < width, other=0.0).to(tl.float32)[:, None]
-        y = y.to(kind).to(tl.float32)
-        y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * z.to(kind).to(tl.float32)
-    place = out + row[None, :].to(tl.int64) * width + line[:, None]
-    inside = (row < rows)[None, :] & (line < width)[:, None]
-    if ADD:
-        y += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, y.to(kind), mask=inside)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _packed(
     x, numbers, scales, bias, out, sums, arrived, rows, width, depth,
     GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    GATED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    GATED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, part) multiplies one part of the depth; see skinny.py for tiles with parts."""
-    begin(OVERLAPS)
+    """Program (tile, part) multiplies one part of the depth; see parts.py."""
+    begin()
     tile, part = tl.program_id(0), tl.program_id(1)
     turns = tl.cdiv(width, COLUMNS)
     row = tile // turns * ROWS + tl.arange(0, ROWS)
@@ -342,29 +320,11 @@ def _packed(
     y, z = multiply_packed(
         x + row.to(tl.int64)[None, :] * depth, (row < rows)[None, :],
         numbers, scales, line, up_line, width * 2 if GATED else width, depth, part * start, end,
-        GROUP, SCALE, ZEROS, RUNS, GATED, EVEN, OVERLAPS,
+        GROUP, SCALE, ZEROS, RUNS, GATED, EVEN, ON_GPU,
     )  # fmt: skip
-    last = True
-    if PARTS > 1:
-        SIZE: tl.constexpr = ROWS * COLUMNS
-        at = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-        tile_sums = sums + tile * PARTS * (1 + GATED) * SIZE + at
-        tl.store(tile_sums + part * SIZE, y)
-        if GATED:
-            tl.store(tile_sums + (PARTS + part) * SIZE, z)
-        tl.debug_barrier()  # all threads have stored their partial before the arrival
-        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
-        tl.debug_barrier()
-        last = before == PARTS - 1
-    if last:
-        if PARTS > 1:
-            tl.store(arrived + tile, 0)
-            y, z = tl.zeros_like(y), tl.zeros_like(z)
-            for i in tl.static_range(PARTS):
-                y += tl.load(tile_sums + i * SIZE, cache_modifier=".cg")
-                if GATED:
-                    z += tl.load(tile_sums + (PARTS + i) * SIZE, cache_modifier=".cg")
-        _store(y, z, bias, out, column, row, width, rows, GATED, BIASED, ADD)
+    finish_tile(
+        y, z, sums, arrived, tile, part, bias, out, column, row, rows, width, PARTS, GATED, ADD,
+    )  # fmt: skip
 
 
 class PackedTiles(NamedTuple):
@@ -421,19 +381,13 @@ def packed_linear(
     runs = runs_of_turn(weight, tiles.runs)
     programs = triton.cdiv(rows, tiles.rows) * triton.cdiv(width, columns)
     parts = num_parts(programs, depth, runs)
-    sums = arrived = x
-    if parts > 1:
-        size = programs * parts * (1 + gated) * tiles.rows * columns
-        sums = x.new_empty(size, dtype=torch.float32)
-        if x.device not in _arrived:
-            _arrived[x.device] = torch.zeros(_PROGRAMS, dtype=torch.int32, device=x.device)
-        arrived = _arrived[x.device]
+    sums, arrived = shared_sums(out, programs, parts, (1 + gated) * tiles.rows * columns)
     scales, kind = scale_words(weight)
     _packed[(programs, parts)](
-        x, weight.numbers, scales, x if bias is None else bias, out, sums, arrived, rows, width,
+        x, weight.numbers, scales, bias, out, sums, arrived, rows, width,
         depth, GROUP=weight.group, SCALE=kind, ZEROS=weight.zeros, RUNS=runs, ROWS=tiles.rows,
-        COLUMNS=columns, PARTS=parts, GATED=gated, BIASED=bias is not None, ADD=add,
-        EVEN=depth % (RUN * runs) == 0, OVERLAPS=OVERLAP,
+        COLUMNS=columns, PARTS=parts, GATED=gated, ADD=add,
+        EVEN=depth % (RUN * runs) == 0,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
@@ -451,12 +405,12 @@ def num_parts(programs: int, depth: int, runs: int) -> int:
 def _dequantize_packed(
     numbers, scales, out, width, depth,
     GROUP: tl.constexpr, SCALE: tl.constexpr, ZEROS: tl.constexpr, RUNS: tl.constexpr,
-    LINES: tl.constexpr, OVERLAPS: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j) makes LINES rows of the runs of turn j."""
-    begin_alone(OVERLAPS)
+    begin_alone()
     first = tl.program_id(1) * RUNS
-    at = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    at = own_range(0, LINES)
     line = tl.minimum(at, width - 1)
     tile = numbers + line.to(tl.int64)[:, None] * run_words(depth) + tl.arange(0, _WORDS)[None, :]
     kind: tl.constexpr = out.dtype.element_ty
@@ -481,7 +435,7 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty(width, depth, dtype=dtype, device=scales.device)
     _dequantize_packed[(triton.cdiv(width, _LINES), triton.cdiv(depth, RUN * runs))](
         weight.numbers, scales, out, width, depth, GROUP=weight.group, SCALE=kind,
-        ZEROS=weight.zeros, RUNS=runs, LINES=_LINES, OVERLAPS=OVERLAP, **overlapping(),
+        ZEROS=weight.zeros, RUNS=runs, LINES=_LINES, **overlapping(),
     )  # fmt: skip
     return out
 

@@ -30,26 +30,27 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Hopper and later GPUs support it. Elsewhere (Triton's interpreter) kernels do not overlap.
 OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+ON_GPU = tl.constexpr(OVERLAP)  # the same, for kernels
 
 
 @triton.jit
-def begin(OVERLAPS: tl.constexpr):
+def begin(OVERLAPS: tl.constexpr = True):
     """Let the next kernel start, then wait until the previous kernel has ended.
 
     For long kernels: the next kernel has time to load its weights in its prologue.
     """
-    if OVERLAPS:
+    if OVERLAPS and ON_GPU:
         gdc_launch_dependents()
         gdc_wait()
 
 
 @triton.jit
-def begin_alone(OVERLAPS: tl.constexpr):
+def begin_alone(OVERLAPS: tl.constexpr = True):
     """Wait until the previous kernel has ended, then let the next kernel start.
 
     For short kernels: waiting programs of the next kernel would take up their multiprocessors.
     """
-    if OVERLAPS:
+    if OVERLAPS and ON_GPU:
         gdc_wait()
         gdc_launch_dependents()
 

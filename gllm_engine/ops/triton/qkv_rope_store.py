@@ -5,13 +5,14 @@ Knows the cache layout, [num_pages, 2, page_size, kv_heads, head_dim].
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.protocol import HeadNorm
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, HeadNorm, RotaryInputs
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, stored
+from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.
 _HEADS = 16
@@ -35,7 +36,7 @@ def _pairs(at, TURN: tl.constexpr, INTERLEAVED: tl.constexpr):
 @triton.jit
 def _factor(gain, mask, PLUS_ONE: tl.constexpr):
     """The norm's factors, from pointers to its gain."""
-    factor = tl.load(gain, mask=mask, other=0.0).to(tl.float32)
+    factor = load_wide(gain, mask)
     if PLUS_ONE:
         factor += 1.0
     return factor
@@ -45,26 +46,24 @@ def _factor(gain, mask, PLUS_ONE: tl.constexpr):
 def _rotate_and_store(
     qkv, norm, means, cos, sin, positions, query_scale, cache_index, q, kv, cache, eps, qkv_stride,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, TURN: tl.constexpr,
-    PAGE: tl.constexpr, NORM: tl.constexpr, AFTER: tl.constexpr, MEANS: tl.constexpr,
-    PLUS_ONE: tl.constexpr, SCALED: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP: tl.constexpr,
-    FLOAT8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    PAGE: tl.constexpr, AFTER: tl.constexpr, PLUS_ONE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    token = program(0)
+    head = own_range(1, BLOCK_HEADS)[:, None]
     at = tl.arange(0, BLOCK_DIM)[None, :]
     partner, pair, second, turned = _pairs(at, TURN, INTERLEAVED)
-    begin_alone(OVERLAPS)
+    begin_alone()
     inside = (head < HEADS + 2 * KV) & (at < DIM)
     row = qkv + token * qkv_stride + head * DIM
-    raw = tl.load(row + at, mask=inside, other=0.0)
+    raw = load(row + at, inside)
     x = raw.to(tl.float32)
     y = x
     if TURN:
-        y = tl.load(row + partner, mask=inside, other=0.0).to(tl.float32)
+        y = load_wide(row + partner, inside)
     gains = inside & (head < HEADS + KV)
-    if NORM and not AFTER:
-        if MEANS:
+    if norm is not None and not AFTER:
+        if means is not None:
             mean = tl.load(means + token * 2 + tl.where(head < HEADS, 0, 1))
         else:
             mean = tl.sum(x * x, 1)[:, None] / DIM
@@ -76,10 +75,10 @@ def _rotate_and_store(
         angle = tl.load(positions + token) * (TURN // 2) + pair
         c, s = tl.load(cos + angle), tl.load(sin + angle)
         x = tl.where(turned, x * c + y * tl.where(second, s, -s), x)
-    if NORM and AFTER:
+    if norm is not None and AFTER:
         scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
         x = x * scale * _factor(norm + head * DIM + at, gains, PLUS_ONE)
-    if SCALED:
+    if query_scale is not None:
         x = tl.where(head < HEADS, x * tl.load(query_scale + token), x)
     result = tl.where(head < HEADS + KV, x.to(raw.dtype), raw)
 
@@ -89,51 +88,37 @@ def _rotate_and_store(
     line = (place // PAGE * 2 + tl.where(is_v, 1, 0)) * PAGE + place % PAGE
     kv_head = head - HEADS - tl.where(is_v, KV, 0)
     is_kv = inside & (head >= HEADS)
-    if KEEP:
+    if kv is not None:
         tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
-    if FLOAT8:  # float8_e4m3fn has no infinity: 448 is its largest number
-        x = result.to(tl.float32)
-        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        result = x.to(cache.dtype.element_ty)
+    result = stored(result, cache.dtype.element_ty)
     tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
 
 
 def rotate_and_store(
     qkv: Tensor,
-    heads: int,
+    num_heads: int,
     norm: HeadNorm | None,
-    tables: tuple[Tensor, Tensor] | None,
-    positions: Tensor | None,
-    interleaved: bool,
+    rotary: RotaryInputs | None,
     cache: Tensor,
-    cache_index: Tensor,
-    keeps_kv: bool = False,
+    plan: AttentionPlan,
     query_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As Ops.rotate_and_store, but `tables` (cos, sin: [max_model_len, dim / 2] float32),
-    `positions` [tokens] and `cache_index` [tokens] replace rotary and plan; tables and positions
-    may be None. Does not change qkv.
-
-    Returns q [tokens, heads, head_dim] and, if `keeps_kv`, the K and V heads not rounded to the
-    cache's dtype, [tokens, 2 * kv_heads, head_dim].
+) -> AttentionInputs:
+    """See Ops.rotate_and_store. cos and sin: [max_model_len, dim / 2] float32. Does not change
+    qkv.
     """
+    assert isinstance(plan, PagedPlan)
     tokens, total, dim = qkv.shape
-    q = qkv.new_empty(tokens, heads, dim)
-    kv = qkv.new_empty(tokens, total - heads, dim) if keeps_kv else None
-    # The kernel does not read arguments whose feature is off; any tensor will do.
-    cos, sin = (qkv, qkv) if tables is None else tables
-    means = None if norm is None else norm.means
+    q = qkv.new_empty(tokens, num_heads, dim)
+    kv = qkv.new_empty(tokens, total - num_heads, dim) if plan.keeps_kv else None
+    cos, sin, interleaved, positions = rotary or (None, None, False, None)
+    gain, eps, plus_one, after, means = norm or (None, 0.0, False, False, None)
     _rotate_and_store[(tokens, triton.cdiv(total, _HEADS))](
-        qkv, qkv if norm is None else norm.gain, qkv if means is None else means, cos, sin,
-        qkv if positions is None else positions, qkv if query_scale is None else query_scale,
-        cache_index, q, q if kv is None else kv, cache, 0.0 if norm is None else norm.eps,
+        qkv, gain, means, cos, sin, positions, query_scale, plan.cache_index, q, kv, cache, eps,
         qkv.stride(0),
-        HEADS=heads, KV=(total - heads) // 2, DIM=dim,
-        TURN=0 if tables is None else 2 * cos.shape[1], PAGE=cache.shape[2],
-        NORM=norm is not None, AFTER=norm is not None and norm.after, MEANS=means is not None,
-        PLUS_ONE=norm is not None and norm.plus_one, SCALED=query_scale is not None,
-        INTERLEAVED=interleaved, KEEP=keeps_kv, FLOAT8=cache.dtype == torch.float8_e4m3fn,
+        HEADS=num_heads, KV=(total - num_heads) // 2, DIM=dim,
+        TURN=0 if cos is None else 2 * cos.shape[1], PAGE=cache.shape[2],
+        AFTER=after, PLUS_ONE=plus_one, INTERLEAVED=interleaved,
         BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
-        BLOCK_DIM=triton.next_power_of_2(dim), OVERLAPS=OVERLAP, **overlapping(),
+        BLOCK_DIM=triton.next_power_of_2(dim), **overlapping(),
     )  # fmt: skip
-    return q, kv
+    return AttentionInputs(q, kv)

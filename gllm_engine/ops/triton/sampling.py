@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
 from gllm_engine.ops.protocol import PlainSampling
+from gllm_engine.ops.triton.memory import load, own_range
 
 _GROUP = 2048
 # Larger than every token id; marks the offer of the rank with the chosen group.
@@ -89,7 +90,7 @@ def _choose(
         position = tl.load(lengths + slot) - tl.load(prompt_lens + slot)
         step = (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
         uniform = (_mix(seed + step) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
-        mass = tl.load(masses + row * groups + group, mask=group < groups, other=0.0)
+        mass = load(masses + row * groups + group, group < groups)
         weights = (mass * tl.exp(peak - top)).to(tl.float64)
         target = uniform * tl.sum(weights, 0)
         chosen = _first_above(weights, target, group)
@@ -115,7 +116,7 @@ def _choose(
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots"])
 def _record(offers, slots, last_tokens, rows, BLOCK: tl.constexpr):
     """Turn offers into tokens, in place, and record them as their slots' last tokens."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = own_range(0, BLOCK)
     inside = row < rows
     token = tl.load(offers + row, mask=inside, other=0) & (_MARK - 1)
     tl.store(offers + row, token, mask=inside)

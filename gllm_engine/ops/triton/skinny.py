@@ -9,21 +9,7 @@ For an FP8 weight, x is rounded to float8 too, after its norm: a row by one scal
 weight has one scale, else each 128 numbers of a row by one. Then the product of each loop iteration
 is multiplied by its scales.
 
-With too few tiles to keep the GPU busy, several programs share a tile, and each program
-takes one part of its depth (split-K). Here a tile has 4 parts, and part 1 is the last to finish:
-
-    depth           |-- part 0 --|-- part 1 --|-- part 2 --|-- part 3 --|    of tile t
-                          |            |            |            |
-    store in sums     partial 0    partial 1    partial 2    partial 3       float32
-                          |            |            |            |
-    arrived[t]         0 -> 1       3 -> 4       1 -> 2       2 -> 3         atomic add,
-                                       |                                     acquire and release
-                          the old value is PARTS - 1: part 1 arrived last
-                          sets arrived[t] back to 0 for the next launch
-                          adds partials 0, 1, 2, 3 and writes the tile of the output
-
-The partials are always added in the order of the depth, so the result does not depend on which part
-arrives last. No program waits for another one. A tile of one part is written directly.
+If several programs share a tile, each takes one part of its depth; see parts.py.
 """
 
 from __future__ import annotations
@@ -37,8 +23,10 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF, has_fp8_tiles
 from gllm_engine.ops.triton.fp8 import common_columns, quantize, scale_lines, scale_options
+from gllm_engine.ops.triton.memory import own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, overlapping
+from gllm_engine.ops.triton.parts import finish_tile, shared_sums
+from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Rows
 
 _MAX_ROWS = 64
@@ -62,8 +50,6 @@ _GROUP = tl.constexpr(SCALE_GROUP)
 _MULTIPROCESSORS, _SHARED_ROWS = 132, 32
 # Bytes of each weight row that the prologue prefetches, before x is complete.
 _AHEAD = 512
-# Arrival counters of tiles that several programs share: fewer tiles than _FP8_PROGRAMS.
-_arrived: dict[torch.device, Tensor] = {}
 
 
 class Tiling(NamedTuple):
@@ -93,27 +79,6 @@ def _prefetch(rows, first, end, BYTES: tl.constexpr):
 @triton.jit
 def _load(rows, at, end, EVEN: tl.constexpr):
     return tl.load(rows + at, mask=None if EVEN else at < end, other=None if EVEN else 0.0)
-
-
-@triton.jit
-def _store(
-    y, z, bias, out, n, m, rows, width,
-    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Store the float32 sums y (and z, the up half, if GATED), [n, m], at out[m, n]."""
-    kind: tl.constexpr = out.dtype.element_ty
-    if BIAS:
-        y += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        if BIAS:
-            z += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
-        y = y.to(kind).to(tl.float32)
-        y = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32) * z.to(kind).to(tl.float32)
-    place = out + m[None, :].to(tl.int64) * width + n[:, None]
-    inside = (m < rows)[None, :] & (n < width)[:, None]
-    if ADD:
-        y += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, y.to(kind), mask=inside)
 
 
 @triton.jit
@@ -189,29 +154,6 @@ def multiply_tile(
 
 
 @triton.jit
-def _arrive(y, z, sums, at, arrived, part, PARTS: tl.constexpr, GATED: tl.constexpr):
-    """Store the partial sums of a part; whether all other parts of the tile have done so."""
-    SIZE: tl.constexpr = y.shape[0] * y.shape[1]
-    tl.store(sums + part * SIZE + at, y)
-    if GATED:
-        tl.store(sums + (PARTS + part) * SIZE + at, z)
-    tl.debug_barrier()  # all threads have stored their partial before the arrival
-    before = tl.atomic_add(arrived, 1, sem="acq_rel")
-    tl.debug_barrier()
-    return before == PARTS - 1
-
-
-@triton.jit
-def _join(sums, at, PARTS: tl.constexpr):
-    """The sum of all parts."""
-    SIZE: tl.constexpr = at.shape[0] * at.shape[1]
-    y = tl.zeros(at.shape, tl.float32)
-    for i in tl.static_range(PARTS):
-        y += tl.load(sums + i * SIZE + at, cache_modifier=".cg")
-    return y
-
-
-@triton.jit
 def _tile_rows(
     weight, row, depth, scales, scale_row, scale_columns,
     ROWS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
@@ -226,9 +168,9 @@ def _skinny(
     x, x_scales, weight, bias, out, sums, arrived, rows, padded, width, depth,
     scales, scale_row, scale_columns, first_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    AHEAD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    AHEAD: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
     EVEN: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
-    INDEXED: tl.constexpr, OVERLAPS: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):  # fmt: skip
     """See fp8.scale_options for the scales of a weight; x_scales: [groups, padded]."""
     tile, part = tl.program_id(1), tl.program_id(2)
@@ -236,7 +178,7 @@ def _skinny(
     end = tl.minimum((part + 1) * first, depth)
     first *= part
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = own_range(0, BLOCK_M)
     # Rows past the end repeat the last row; their results are not stored.
     row, x_row = tl.minimum(n, width - 1), tl.minimum(m, rows - 1)
     w_rows, w_scales = _tile_rows(
@@ -247,29 +189,20 @@ def _skinny(
         ROWS_PER_SCALE, INDEXED,
     )  # fmt: skip
     x_rows = x + (x_row.to(tl.int64) * depth)[None, :]
-    if OVERLAPS:
+    if ON_GPU:
         _prefetch(w_rows, first, end, AHEAD)
         if GATED:
             _prefetch(up_rows, first, end, AHEAD)
-    begin(OVERLAPS)
+    begin()
     y, z = multiply_tile(
         w_rows, up_rows, x_rows, w_scales, up_scales, x_scales + x_row, first, end, padded,
         first_column, BLOCK_N, BLOCK_M, BLOCK_K, GATED, EVEN, ROWS_PER_SCALE > 0,
         COLUMNS_PER_SCALE,
     )  # fmt: skip
-    last = True
-    if PARTS > 1:
-        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tile = tile * tl.num_programs(0) + tl.program_id(0)
-        sums += tile * PARTS * (1 + GATED) * BLOCK_N * BLOCK_M
-        last = _arrive(y, z, sums, at, arrived + tile, part, PARTS, GATED)
-    if last:
-        if PARTS > 1:
-            tl.store(arrived + tile, 0)
-            y = _join(sums, at, PARTS)
-            if GATED:
-                z = _join(sums + PARTS * BLOCK_N * BLOCK_M, at, PARTS)
-        _store(y, z, bias, out, n, m, rows, width, GATED, BIAS, ADD)
+    finish_tile(
+        y, z, sums, arrived, tile * tl.num_programs(0) + tl.program_id(0), part, bias, out, n, m,
+        rows, width, PARTS, GATED, ADD,
+    )  # fmt: skip
 
 
 def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
@@ -369,28 +302,14 @@ def skinny(
     block_n, block_k, parts, stages, warps = tiling
     block_m = _block_m(rows)
     grid = triton.cdiv(rows, block_m), triton.cdiv(width, block_n), parts
-    sums, arrived = _shared(out, grid, (1 + gated) * block_n * block_m)
+    size = (1 + gated) * block_n * block_m
+    sums, arrived = shared_sums(out, grid[0] * grid[1], parts, size)
     _skinny[grid](
-        x_numbers, x_scales, numbers, out if bias is None else bias, out, sums, arrived, rows,
+        x_numbers, x_scales, numbers, bias, out, sums, arrived, rows,
         len(x_numbers), width, depth, **scale_options(weight),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts, AHEAD=_AHEAD,
-        GATED=gated, BIAS=bias is not None, ADD=add,
-        EVEN=depth % block_k == 0, OVERLAPS=OVERLAP,
+        GATED=gated, ADD=add,
+        EVEN=depth % block_k == 0,
         num_warps=warps, num_stages=stages, **overlapping(),
     )  # fmt: skip
     return out
-
-
-def _shared(out: Tensor, grid: tuple[int, int, int], size: int) -> tuple[Tensor, Tensor]:
-    """(the memory for partial sums, the arrival counters) of programs that share tiles.
-
-    `size`: the number of sums of a program.
-    """
-    row_tiles, tiles, parts = grid
-    if parts == 1:
-        return out, out
-    if out.device not in _arrived:
-        _arrived[out.device] = torch.zeros(1024, dtype=torch.int32, device=out.device)
-    assert row_tiles * tiles <= len(_arrived[out.device])
-    sums = out.new_empty(row_tiles * tiles * parts * size, dtype=torch.float32)
-    return sums, _arrived[out.device]
