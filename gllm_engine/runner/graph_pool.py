@@ -14,6 +14,7 @@ graph has. So kernels never overlap across a cut, whatever pdl.py lets them do e
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -40,10 +41,20 @@ class GraphPool:
 
     @contextmanager
     def told(self, what: str) -> Iterator[None]:
-        """Log the seconds and the memory that the captures of `what` in this context take."""
+        """Log the seconds and the memory that the captures of `what` in this context take.
+
+        Garbage is not collected meanwhile: a graph that dies breaks a capture.
+        """
         start = time.perf_counter()
         free = torch.cuda.mem_get_info(self._device)[0]
-        yield
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
         seconds = time.perf_counter() - start
         gib = (free - torch.cuda.mem_get_info(self._device)[0]) / 2**30
         _log.info("captured graphs of %s in %.1f s, %.2f GiB", what, seconds, gib)

@@ -32,7 +32,7 @@ from gllm_engine.ops.triton.packed import (
     scale_words,
     wide_numbers,
 )
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import ON_GPU, begin, begin_alone, overlapping
 from gllm_engine.ops.weight import RUN, RUN_WORDS, Fp8Weight, PackedWeight, Weight
 from gllm_engine.routing import Clamp
 
@@ -217,13 +217,13 @@ def _few_gate_up(
     SCALE: tl.constexpr, ZEROS: tl.constexpr, ROWS_PER_SCALE: tl.constexpr,
     COLUMNS_PER_SCALE: tl.constexpr,
     INDEXED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr,
-    SLOPE: tl.constexpr, OVERLAPS: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Rows of gate and of up alternate. `expert_numbers`, `expert_scales`: elements of an expert.
 
     It begins alone, so that the routing is complete when _few_down starts.
     """
-    begin_alone(OVERLAPS)
+    begin_alone()
     pair = tl.program_id(0)
     expert = tl.load(experts + pair) - first
     if (expert < 0) | (expert >= held):
@@ -239,7 +239,7 @@ def _few_gate_up(
     )  # fmt: skip
     token = (pair // TOP_K).to(tl.int64)
     v = _load_x(x + token * DEPTH, True, DEPTH, LANES, GROUPS, KIND)
-    y = _lane_sums(w, s, v, LANES, KIND, GROUP, SPAN, SCALE, ZEROS, COLUMNS_PER_SCALE, OVERLAPS)
+    y = _lane_sums(w, s, v, LANES, KIND, GROUP, SPAN, SCALE, ZEROS, COLUMNS_PER_SCALE, ON_GPU)
     y = tl.sum(y, 0)
     if ON_INPUT:
         y *= tl.load(weights + pair)
@@ -260,7 +260,6 @@ def _few_down(
     SCALE: tl.constexpr, ZEROS: tl.constexpr, ROWS_PER_SCALE: tl.constexpr,
     COLUMNS_PER_SCALE: tl.constexpr,
     INDEXED: tl.constexpr, BIASED: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """x: [tokens * TOP_K, DEPTH] from _few_gate_up, the kernel before this one.
 
@@ -285,7 +284,7 @@ def _few_down(
         w += (more[0],)
         s += (more[1],)
         taken += ((expert, here),)
-    begin(OVERLAPS)
+    begin()
     sums = tl.zeros((LANES, GROUPS, COLUMNS // GROUPS), tl.float32)
     biases = tl.zeros((GROUPS, COLUMNS // GROUPS), tl.float32)
     inside = column < width
@@ -294,7 +293,7 @@ def _few_down(
         pair = token * TOP_K + k
         v = _load_x(x + pair.to(tl.int64) * DEPTH, here, DEPTH, LANES, GROUPS, KIND)
         y = _lane_sums(
-            w[k], s[k], v, LANES, KIND, GROUP, SPAN, SCALE, ZEROS, COLUMNS_PER_SCALE, OVERLAPS
+            w[k], s[k], v, LANES, KIND, GROUP, SPAN, SCALE, ZEROS, COLUMNS_PER_SCALE, ON_GPU
         )
         weight = 1.0
         if WEIGH:
@@ -338,14 +337,14 @@ def few_experts(
         x, biases[0], weights, experts, made, hidden, first, held, **_options(gate_up),
         TOP_K=top_k, COLUMNS=columns, BIASED=biases[0] is not None, ON_INPUT=on_input,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
-        OVERLAPS=OVERLAP, **overlapping(),
+        **overlapping(),
     )  # fmt: skip
     out = x.new_empty(tokens, dim) if total is None else total
     columns = _columns(down, 1, top_k)
     _few_down[(tokens, triton.cdiv(dim, columns))](
         made, biases[1], weights, experts, out, dim, first, held, **_options(down),
         TOP_K=top_k, COLUMNS=columns, BIASED=biases[1] is not None, WEIGH=not on_input,
-        ADD=total is not None, OVERLAPS=OVERLAP, **overlapping(),
+        ADD=total is not None, **overlapping(),
     )  # fmt: skip
     return out
 

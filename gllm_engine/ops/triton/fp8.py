@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.norm_act import activated
-from gllm_engine.ops.triton.pdl import OVERLAP, begin, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, RoundedRows, Rows
 
 # The least scale: of a row of zeros, which stays zero.
@@ -112,7 +112,7 @@ def common_columns(weight: Fp8Weight | Int8Weight) -> int:
 def _quantize(
     x, gain, numbers, scales, rows, dim, x_row, eps,
     NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP: tl.constexpr, LARGEST: tl.constexpr, OVERLAPS: tl.constexpr,
+    GROUP: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """One row; GROUP numbers share a scale. `scales`: [groups, rows of the grid]. ACT: "": none."""
     row = tl.program_id(0).to(tl.int64)
@@ -120,7 +120,7 @@ def _quantize(
     inside = at < dim
     if NORM:
         g = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
-    begin(OVERLAPS)
+    begin()
     kind: tl.constexpr = x.dtype.element_ty
     line = x + row * x_row
     mask = inside & (row < rows)
@@ -179,7 +179,7 @@ def quantize(
             x, gain, numbers, scales, rows, dim, x.stride(0), eps,
             NORM=norm is not None, ACT=name, GATED=gated,
             GROUPS=triton.next_power_of_2(groups), GROUP=group, LARGEST=_LARGEST[dtype],
-            OVERLAPS=OVERLAP, num_warps=min(max(warps, 1), 16), **overlapping(),
+            num_warps=min(max(warps, 1), 16), **overlapping(),
         )  # fmt: skip
     return RoundedRows(numbers, scales.T, rows, x.dtype)
 
@@ -188,10 +188,10 @@ def quantize(
 def _dequantize(
     numbers, scales, scale_row, out, depth, columns, first_column,
     ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr, INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`columns`: of the scales."""
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < depth
@@ -211,6 +211,6 @@ def dequantize(weight: Fp8Weight | Int8Weight, dtype: torch.dtype) -> Tensor:
         weight.numbers, weight.scales, weight.scales if index is None else index, out, depth,
         weight.scales.shape[1], weight.first_column, ROWS_PER_SCALE=weight.rows_per_scale,
         COLUMNS_PER_SCALE=weight.columns_per_scale, INDEXED=index is not None, BLOCK=_COLUMNS,
-        OVERLAPS=OVERLAP, **overlapping(),
+        **overlapping(),
     )  # fmt: skip
     return out

@@ -32,7 +32,7 @@ from gllm_engine.ops.triton.fp8 import (
     scale_options,
 )
 from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn, scale_words
-from gllm_engine.ops.triton.pdl import OVERLAP, begin_alone, overlapping
+from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 from gllm_engine.ops.triton.skinny import SCALE_GROUP, multiply_tile
 from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, RoundedRows, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
@@ -147,10 +147,10 @@ def _route(
     TOP_K: tl.constexpr, CHOSEN: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, RENORM: tl.constexpr, SUM_EPS: tl.constexpr,
     LEAST_SUM: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A group has SLOTS columns, of which the last ones may have no expert."""
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     size = num_experts // GROUPS
@@ -210,7 +210,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor
             SIGMOID=routing.scoring == "sigmoid", BIASED=bias is not None,
             GROUPS=routing.groups, KEPT=routing.kept_groups, RENORM=routing.renorm,
             SUM_EPS=routing.sum_eps, LEAST_SUM=routing.least_sum, SCALE=routing.scale,
-            ROWS=rows, COLUMNS=columns, SLOTS=slots, OVERLAPS=OVERLAP, num_warps=warps,
+            ROWS=rows, COLUMNS=columns, SLOTS=slots, num_warps=warps,
             **overlapping(),
         )  # fmt: skip
     return weights, experts
@@ -229,9 +229,9 @@ def _find(experts, row, at, tokens, first, held, TOP_K: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens"])
 def _count(
     experts, counts, tokens, first, held,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    begin_alone(OVERLAPS)
+    begin_alone()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     at = tl.arange(0, EXPERTS)
     chosen = (_find(experts, row, at[None, :], tokens, first, held, TOP_K) >= 0).to(tl.int32)
@@ -242,10 +242,9 @@ def _count(
 def _place(
     experts, counts, order, groups, tokens, first, held, blocks, block_rows,
     TOP_K: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, SINGLE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """`counts`: [blocks, EXPERTS] from _count; unused if SINGLE, when there is one program."""
-    begin_alone(OVERLAPS)
+    begin_alone()
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)[:, None]
     at = tl.arange(0, EXPERTS)
@@ -270,10 +269,10 @@ def _place(
 @triton.jit(do_not_specialize=["pairs"])
 def _sort_few(
     experts, order, groups, pairs, first, held, block_rows,
-    PAIRS: tl.constexpr, PLACED: tl.constexpr, EXPERTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    PAIRS: tl.constexpr, PLACED: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Each program places PLACED pairs: a pair's place is the number of pairs with smaller keys."""
-    begin_alone(OVERLAPS)
+    begin_alone()
     at = tl.arange(0, PAIRS)
     expert = tl.load(experts + at, mask=at < pairs, other=-1) - first
     here = (expert >= 0) & (expert < held)
@@ -315,10 +314,10 @@ def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tens
         pairs = max(_PLACED, triton.next_power_of_2(len(order)))
         _sort_few[(triton.cdiv(len(order), _PLACED),)](
             experts, order, groups, len(order), first, held, block, PAIRS=pairs, PLACED=_PLACED,
-            EXPERTS=columns, OVERLAPS=OVERLAP, **overlapping(),
+            EXPERTS=columns, **overlapping(),
         )  # fmt: skip
         return order, groups
-    size = {"TOP_K": top_k, "ROWS": rows, "EXPERTS": columns, "OVERLAPS": OVERLAP}
+    size = {"TOP_K": top_k, "ROWS": rows, "EXPERTS": columns}
     size |= {"num_warps": _WARPS} | overlapping()
     if blocks > 1:
         _count[(blocks,)](experts, counts, tokens, first, held, **size)
@@ -459,7 +458,7 @@ def _grouped(
     INDEXED: tl.constexpr, UNIFORM: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr, SLOPE: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, OVERLAPS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
@@ -478,7 +477,7 @@ def _grouped(
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
     """
-    begin_alone(OVERLAPS)
+    begin_alone()
     turns = tl.cdiv(width, COLUMNS)
     block = tl.program_id(0) // turns
     blocks = tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS))
@@ -497,7 +496,7 @@ def _grouped(
     if PACKED:
         sums, ups = multiply_packed(
             lines[None, :], (row < end)[None, :], numbers, scales, line, up_line, rows, depth, 0,
-            depth, GROUP, SCALE, ZEROS, DEPTH // _RUN, GATED, EVEN, OVERLAPS,
+            depth, GROUP, SCALE, ZEROS, DEPTH // _RUN, GATED, EVEN, ON_GPU,
         )  # fmt: skip
         sums = tl.trans(sums)
         ups = tl.trans(ups)
@@ -574,7 +573,7 @@ def grouped_product(
         BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None,
         SLOPE=clamp.slope if clamp else None, EXPERTS=groups.shape[1], ROWS=tiles.rows,
-        COLUMNS=columns, EVEN=depth % options["DEPTH"] == 0, OVERLAPS=OVERLAP,
+        COLUMNS=columns, EVEN=depth % options["DEPTH"] == 0,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
@@ -610,9 +609,8 @@ def _options(matrix: Weight, depth: int) -> dict[str, Any]:
 def _sum(
     parts, weights, experts, out, dim, first, held,
     TOP_K: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    begin_alone(OVERLAPS)
+    begin_alone()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < dim
@@ -673,7 +671,7 @@ def sum_experts(
     _sum[(tokens, triton.cdiv(dim, columns))](
         parts, weights, experts, out, dim, first, held,
         TOP_K=top_k, WEIGH=not on_input, ADD=total is not None,
-        BLOCK=min(columns, triton.next_power_of_2(dim)), OVERLAPS=OVERLAP, num_warps=warps,
+        BLOCK=min(columns, triton.next_power_of_2(dim)), num_warps=warps,
         **overlapping(),
     )  # fmt: skip
     return out

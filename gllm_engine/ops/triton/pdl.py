@@ -34,23 +34,23 @@ ON_GPU = tl.constexpr(OVERLAP)  # the same, for kernels
 
 
 @triton.jit
-def begin(OVERLAPS: tl.constexpr = True):
+def begin():
     """Let the next kernel start, then wait until the previous kernel has ended.
 
     For long kernels: the next kernel has time to load its weights in its prologue.
     """
-    if OVERLAPS and ON_GPU:
+    if ON_GPU:
         gdc_launch_dependents()
         gdc_wait()
 
 
 @triton.jit
-def begin_alone(OVERLAPS: tl.constexpr = True):
+def begin_alone():
     """Wait until the previous kernel has ended, then let the next kernel start.
 
     For short kernels: waiting programs of the next kernel would take up their multiprocessors.
     """
-    if OVERLAPS and ON_GPU:
+    if ON_GPU:
         gdc_wait()
         gdc_launch_dependents()
 
