@@ -50,6 +50,8 @@ _PLACED = 32
 # Columns and warps of one program of _sum: for few tokens, and for more.
 _FEW_SUMMED = (256, 1)
 _SUMMED = (1024, 4)
+# Least rows of the first operand of Hopper's products.
+_LEAST_FIRST = tl.constexpr(64)
 _RUN = tl.constexpr(RUN)
 _SCALE_GROUP = tl.constexpr(SCALE_GROUP)
 # Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
@@ -421,6 +423,43 @@ def _multiply(
 
 
 @triton.jit
+def _multiply_numbers(
+    lines, present, x_scales, padded, numbers, line, up_line, depth,
+    scales, scale_row, scale_columns, first_column,
+    ROUNDED: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
+    INDEXED: tl.constexpr, UNIFORM: tl.constexpr, GATED: tl.constexpr, DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """The float32 products [rows, columns] of `lines` of x with rows `line` of a matrix, and if
+    GATED with rows `up_line`. The matrix is the first operand, if few rows would fill only a part
+    of it.
+    """
+    ROWS: tl.constexpr = lines.shape[0]
+    COLUMNS: tl.constexpr = line.shape[0]
+    tile = numbers + line.to(tl.int64) * depth
+    up_tile = numbers + up_line.to(tl.int64) * depth
+    if UNIFORM:
+        line = tl.min(line, 0, keep_dims=True)
+        up_line = tl.min(up_line, 0, keep_dims=True)
+    up_scales = scale_lines(scales, scale_row, up_line, scale_columns, ROWS_PER_SCALE, INDEXED)
+    scales = scale_lines(scales, scale_row, line, scale_columns, ROWS_PER_SCALE, INDEXED)
+    if ROUNDED and ROWS < _LEAST_FIRST:
+        sums, ups = multiply_tile(
+            tile[:, None], up_tile[:, None], lines[None, :], scales, up_scales, x_scales, 0, depth,
+            padded, first_column, COLUMNS, ROWS, DEPTH, GATED, EVEN, True, COLUMNS_PER_SCALE,
+        )  # fmt: skip
+        sums = tl.trans(sums)
+        ups = tl.trans(ups)
+    else:
+        sums, ups = _multiply(
+            lines[:, None], present[:, None], x_scales, padded, tile[None, :], up_tile[None, :],
+            scales, up_scales, depth, first_column, ROWS, COLUMNS, DEPTH, ROWS_PER_SCALE > 0,
+            COLUMNS_PER_SCALE, GATED, EVEN,
+        )  # fmt: skip
+    return sums, ups
+
+
+@triton.jit
 def _rows(groups, order, expert, block, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """The rows of a block, the end of the expert's rows, the rows without those past it, pairs."""
     start, end = tl.load(groups + expert), tl.load(groups + EXPERTS + expert)
@@ -471,8 +510,7 @@ def _grouped(
     of an expert.
 
     Rows past the end are not stored. With few tokens most rows are such, and to read memory of
-    their own would take much of the L2 cache's bandwidth. The matrix is the first operand, if few
-    rows would fill only part of it.
+    their own would take much of the L2 cache's bandwidth.
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
@@ -480,8 +518,7 @@ def _grouped(
     begin_alone()
     turns = tl.cdiv(width, COLUMNS)
     block = tl.program_id(0) // turns
-    blocks = tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS))
-    expert = tl.sum((blocks <= block).to(tl.int32))
+    expert = tl.sum((tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS)) <= block).to(tl.int32))
     if expert == EXPERTS:
         return
     row, end, known, pair = _rows(groups, order, expert, block, ROWS, EXPERTS)
@@ -501,37 +538,16 @@ def _grouped(
         sums = tl.trans(sums)
         ups = tl.trans(ups)
     else:
-        scaled = tl.program_id(0) % turns * COLUMNS + tl.arange(0, 1 if UNIFORM else COLUMNS)
-        scaled = tl.minimum(scaled, width - 1)
-        up_scales = scale_lines(
-            scales, scale_row, scaled + width if GATED else scaled, scale_columns,
-            ROWS_PER_SCALE, INDEXED,
+        sums, ups = _multiply_numbers(
+            lines, row < end, x_scales + source if ROUNDED else x_scales, padded,
+            numbers, line, up_line, depth, scales, scale_row, scale_columns, first_column,
+            ROUNDED, ROWS_PER_SCALE, COLUMNS_PER_SCALE, INDEXED, UNIFORM, GATED, DEPTH, EVEN,
         )  # fmt: skip
-        scales = scale_lines(scales, scale_row, scaled, scale_columns, ROWS_PER_SCALE, INDEXED)
-        tile = numbers + line.to(tl.int64) * depth
-        up_tile = numbers + up_line.to(tl.int64) * depth
-        if ROUNDED:
-            x_scales += source
-        if ROUNDED and ROWS < 64:
-            sums, ups = multiply_tile(
-                tile[:, None], up_tile[:, None], lines[None, :], scales, up_scales, x_scales, 0,
-                depth, padded, first_column, COLUMNS, ROWS, DEPTH, GATED, EVEN, True,
-                COLUMNS_PER_SCALE,
-            )  # fmt: skip
-            sums = tl.trans(sums)
-            ups = tl.trans(ups)
-        else:
-            sums, ups = _multiply(
-                lines[:, None], (row < end)[:, None], x_scales, padded, tile[None, :],
-                up_tile[None, :], scales, up_scales, depth, first_column, ROWS, COLUMNS, DEPTH,
-                ROWS_PER_SCALE > 0, COLUMNS_PER_SCALE, GATED, EVEN,
-            )  # fmt: skip
     sums = _finish(
         sums, ups, weights, bias, pair, expert * rows, line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
     )  # fmt: skip
-    target = row if GATED else pair
-    to = out + target.to(tl.int64)[:, None] * width + column[None, :]
+    to = out + (row if GATED else pair).to(tl.int64)[:, None] * width + column[None, :]
     tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
 
 
