@@ -83,9 +83,9 @@ def made_up_step(
 ) -> Batch:
     """A step without real sequences, to measure or to compile kernels; its results mean nothing.
 
-    `rows`: (context length after the step, tokens of the row in the step). The first rows, as long
-    as they have one token, are decode rows, the others are prefill chunks. Row i uses row i % slots
-    of `page_table` [slots, pages], which all groups share.
+    `rows`: (context length after the step, tokens of the row in the step). All rows are prefill
+    chunks unless every row has one token. Row i uses row i % slots of `page_table` [slots, pages],
+    which all groups share.
     """
     device = page_table.device
     lens = np.array([n for n, _ in rows])
@@ -104,6 +104,6 @@ def made_up_step(
         context_lens=torch.tensor(lens, device=device),
         context_lens_cpu=lens,
         query_lens=query_lens,
-        num_decode=next((i for i, num in enumerate(query_lens) if num > 1), len(rows)),
+        num_decode=len(rows) if max(query_lens) == 1 else 0,
         logit_index=logit_index,
     )

@@ -1,10 +1,8 @@
 """Chooses how many layers each pipeline stage gets.
 
-Measures the time of every kind of run of layers (see Model.runs: mostly of one layer), and what the
-end of the model adds, in a step with made-up weights on this device. The step has as many tokens of
-a prompt as decode rows: so it is with prompts as long as their outputs. The end adds logits and
-sampling; but the last layer computes only the tokens that need logits. The cut gives all stages of
-a busy pipeline about the same time per step.
+Measures the time of every kind of run of layers (see Model.runs: mostly of one layer), and of
+logits and sampling, in a decode step with made-up weights on this device. The cut gives all stages
+of a busy pipeline about the same time per step.
 Knows nothing of plans.
 """
 
@@ -14,20 +12,19 @@ import logging
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gllm_engine.arch import Layer, Model, Shard
 from gllm_engine.config import EngineConfig
-from gllm_engine.model import Decoder, LayerCache, fill_randomly
+from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.ops import PlainSampling
-from gllm_engine.ops.batch import Batch, made_up_step
+from gllm_engine.ops.batch import made_up_step
 from gllm_engine.ops.timing import times
 from gllm_engine.parallel import RankGroups, partition_layers
 from gllm_engine.runner.kv_sizing import cache_dtype
 
-# Decode rows and prompt tokens in the measured step, tokens in each context, and measured runs.
+# Sequences in the measured step, tokens in each context, and measured runs.
 _ROWS = 256
 _CONTEXT = 512
 _REPEATS = 5
@@ -48,7 +45,7 @@ def measure_partition(
     if ranks.rank == 0:
         costs = _measure(config, arch, kinds, ranks, dtype)
         told = ", ".join(f"{1e6 * cost:.0f}" for cost in costs)
-        _log.info("us of each kind of layers, and of the end of the model: %s", told)
+        _log.info("us of each kind of layers, and of logits and sampling: %s", told)
     *measured, tail = ranks.broadcast(costs)
     by_kind = dict(zip(kinds, measured, strict=True))
     costs = [by_kind[run] for run in runs]
@@ -63,15 +60,13 @@ def _measure(
     ranks: RankGroups,
     dtype: torch.dtype,
 ) -> list[float]:
-    """Seconds of one run of each kind, then those that the end of the model adds to the last run,
-    which may be below 0; uses no other rank.
-    """
-    max_model_len = config.max_model_len or arch.max_len
-    context = min(_CONTEXT, max_model_len)
-    rows = min(_ROWS, config.max_num_seqs, context)
+    """Seconds of one run of each kind, then of logits and sampling; uses no other rank."""
+    rows = min(_ROWS, config.max_num_seqs)
     device = ranks.tensor.device
     costs = []
     tail = 0.0
+    max_model_len = config.max_model_len or arch.max_len
+    context = min(_CONTEXT, max_model_len)
     for kind in kinds:
         shard = Shard(0, len(kind), 0, ranks.mesh.tp, config.enable_expert_parallel)
         decoder = Decoder(
@@ -89,23 +84,20 @@ def _measure(
         decoder.compile_kernels(page_size, kv_dtype)
         # All rows read and write the same pages: the contents do not matter here.
         table = torch.arange(num_pages, device=device)[None]
-        batch = made_up_step([(context, 1)] * rows + [(rows, rows)], table, page_size)
+        batch = made_up_step([(context, 1)] * rows, table, page_size)
         costs.append(min(times(partial(decoder.forward, batch, cache), device, _REPEATS)))
-        if kind == arch.runs()[-1]:
-            tail = _measure_end(decoder, batch, cache) - costs[-1]
+        hidden = decoder.forward(batch, cache)
+        tail = _measure_tail(decoder, hidden)
     return [*costs, tail]
 
 
-def _measure_end(decoder: Decoder, batch: Batch, cache: list[LayerCache]) -> float:
-    """Seconds of a step that ends the model: one plainly sampled token for each row."""
-    device = decoder.device
-    slots = torch.arange(len(batch.query_lens), device=device)
-    ends = torch.tensor(batch.query_lens, device=device).cumsum(0) - 1
-    batch = replace(batch, logit_index=ends, logit_rows=slots, logit_rows_cpu=np.arange(len(slots)))
+def _measure_tail(decoder: Decoder, hidden: Tensor) -> float:
+    """Seconds of logits and plain sampling of all rows of `hidden` [rows, dim]."""
+    slots = torch.arange(len(hidden), device=hidden.device)
     ones = torch.ones_like(slots)
     state = PlainSampling(ones.double(), ones, ones, ones, last_tokens=ones.clone())
 
-    def step() -> Tensor:
-        return decoder.sample_plain(decoder.scores(decoder.forward(batch, cache)), slots, state)
+    def tail() -> Tensor:
+        return decoder.sample_plain(decoder.scores(hidden), slots, state)
 
-    return min(times(step, device, _REPEATS))
+    return min(times(tail, hidden.device, _REPEATS))
