@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks import evaluate, faults, host, prefix
+from gllm_benchmarks import evaluate, fairness, faults, host, prefix
 from gllm_benchmarks.record import RESULTS, Figures, slashed, table_lines
 from gllm_benchmarks.workloads import lengths
 
@@ -56,6 +56,13 @@ def host_part(_: str, results: Results) -> str:
     result = results["host"]
     closing = "Single runs differ by about a tenth."
     return part("", result, ["", ""], host.rows(result["figures"]), closing)
+
+
+def fairness_part(_: str, results: Results) -> str:
+    """One row per pair of weights."""
+    result = results["fairness"]
+    title = "Two tenants, of which one keeps ten times as many requests alive as the other."
+    return part(title, result, fairness.HEADER, fairness.rows(result["figures"]))
 
 
 def offline_part(model: str, results: Results) -> str:
@@ -206,6 +213,7 @@ PAGES: dict[str, Sections] = {
         "How well models answer": {"evaluate-": evaluate_part},
         "Single kernels": {"kernels-": kernels_part},
         "What the host costs": {"host": host_part},
+        "Shares of tenants": {"fairness": fairness_part},
         "Simulated, on no GPU": {"simulate-": simulate_part},
     },
     "docs/operations.md": {"When a part breaks": {"faults": faults_part}},
