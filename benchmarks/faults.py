@@ -9,7 +9,6 @@ was told to stop. The benchmark needs root for mount namespaces, because each se
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -22,11 +21,11 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks.record import add_arguments, print_table, record
+from gllm_benchmarks.record import Figures, make_parser, print_table, record
 from gllm_benchmarks.served_model import MODEL, free_ports, write_repository
 from gllm_client import GenerateError, SyncClient
 from gllm_client.supervisor import find_stubs
@@ -184,14 +183,12 @@ class Site:
 
     def answers(self) -> bool:
         """Whether two requests per front end are answered, sent one after another."""
-        client = SyncClient(self.address, MODEL)
-        try:
-            for _ in range(2 * FRONT_ENDS):
-                client.complete("Once", max_tokens=4, ignore_eos=True, timeout=5.0)
-        except GenerateError:
-            return False
-        finally:
-            client.close()
+        with SyncClient(self.address, MODEL) as client:
+            try:
+                for _ in range(2 * FRONT_ENDS):
+                    client.complete("Once", max_tokens=4, ignore_eos=True, timeout=5.0)
+            except GenerateError:
+                return False
         return True
 
     def stop(self) -> str:
@@ -216,11 +213,12 @@ class Site:
         command = ["unshare", "--mount", "sh", "-c", _HOLD]
         command += [str(SHM_BYTES), str(DISK_BYTES), str(self._tmp)]
         holder = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        assert holder.stdout is not None and holder.stderr is not None
-        if holder.stdout.readline() != "held\n":
-            raise FaultsError(f"no mount namespace can be made here: {holder.stderr.read()}")
+        assert holder.stdout is not None
+        told = holder.stdout.readline()
+        if told != "held\n":
+            raise FaultsError(f"no mount namespace can be made here: {told}")
         return holder
 
     def _start(self, repository: Path) -> subprocess.Popen[bytes]:
@@ -259,16 +257,17 @@ class Site:
 
 
 Undo = Callable[[], None]
+Fault = Callable[[Site], Undo | None]
 
 
-def _kill(part: str) -> Callable[[Site], Undo | None]:
+def _kill(part: str) -> Fault:
     def fault(site: Site) -> None:
         _signal(site.pids(part)[-1], signal.SIGKILL)
 
     return fault
 
 
-def _stop(part: str) -> Callable[[Site], Undo | None]:
+def _stop(part: str) -> Fault:
     def fault(site: Site) -> Undo:
         pid = site.pids(part)[-1]
         _signal(pid, signal.SIGSTOP)
@@ -277,7 +276,7 @@ def _stop(part: str) -> Callable[[Site], Undo | None]:
     return fault
 
 
-def _fill(place: str) -> Callable[[Site], Undo | None]:
+def _fill(place: str) -> Fault:
     def fault(site: Site) -> Undo:
         directory: Path = getattr(site, place)
         with (directory / "filled").open("wb", buffering=0) as file:
@@ -296,7 +295,7 @@ def _kill_engine_on_a_full_disk(site: Site) -> Undo | None:
     return undo
 
 
-FAULTS: dict[str, Callable[[Site], Undo | None]] = {
+FAULTS: dict[str, Fault] = {
     "engine killed": _kill("engine"),
     "engine stopped": _stop("engine"),
     "worker killed": _kill("worker"),
@@ -356,7 +355,7 @@ class Probe(threading.Thread):
         self.join()
 
 
-def observe(fault: str, ranks: str) -> dict[str, Any]:
+def observe(fault: str, ranks: str) -> Figures:
     """Cause one fault and observe it. Seconds are None if the event did not happen in time."""
     crowded = fault == CROWD
     with Site(RANKS[ranks], FEW_FILES if crowded else None) as site:
@@ -369,16 +368,20 @@ def observe(fault: str, ranks: str) -> dict[str, Any]:
         undo = None if crowded else FAULTS[fault](site)
         probe = Probe(site)
         probe.start()
+
+        def is_settled() -> bool:
+            return site.process.poll() is not None or probe.is_steady
+
         _await(lambda: all(stream.outcome for stream in streams), PATIENCE_S)
         seen = {"clients": _states(streams), "error_s": _last_error(streams, began)}
         hung = [stream for stream in streams if stream.outcome is None]
         if undo is not None:  # the server may heal itself
-            _await(lambda: site.process.poll() is not None or probe.is_steady, UNDO_S)
+            _await(is_settled, UNDO_S)
         lasts = undo is not None and probe.failing
         if undo is not None:
             undo()
             began = time.monotonic() if lasts else began
-        _await(lambda: site.process.poll() is not None or probe.is_steady, AGAIN_S)
+        _await(is_settled, AGAIN_S)
         if hung and undo is not None:
             _await(lambda: all(stream.outcome for stream in hung), PATIENCE_S)
             seen["clients"] += f"; once that is undone {_states(hung)}"
@@ -412,10 +415,8 @@ def _await(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def _sentence(error: str) -> str:
@@ -433,7 +434,7 @@ def _name(path: Path) -> str:
     return re.sub(r"\d+", "N", path.name)
 
 
-def rows(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
+def rows(figures: dict[str, Figures]) -> list[list[str]]:
     """The rows of the table, one per case. `figures`: "fault, ranks" -> figures."""
 
     def seconds(value: float | None) -> str:
@@ -453,25 +454,23 @@ def rows(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
 HEADER = ["fault", "what clients saw", "last error after", "served again after", "gllm serve"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = make_parser("faults", __doc__)
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name has it")
-    add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     figures = {}
     for fault, ranks in cases():
         name = f"{fault}, {ranks}"
         if options.only in name:
             figures[name] = observe(fault, ranks)
             print(json.dumps({name: figures[name]}), file=sys.stderr, flush=True)
-            if options.save:  # case by case, so that an interrupted run loses nothing
-                record("faults", figures, save=True, show=False)
+            # Case by case, so that an interrupted run loses nothing.
+            record(options, "faults", figures, show=False)
     if not figures:
         parser.error(f"--only: no case has {options.only!r} in its name")
     print_table("Faults", HEADER, rows(figures))
-    record("faults", figures, options.save)
-    return 0
+    record(options, "faults", figures)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.load import run_load
-from gllm_benchmarks.record import add_arguments, number, print_table, record
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, slashed
 from gllm_benchmarks.serve import summarize
-from gllm_benchmarks.served_model import MODEL, server
+from gllm_benchmarks.served_model import MODEL, SHIPPED, server
 from gllm_benchmarks.workloads import Job, make_jobs
 from gllm_engine import LLM, EngineConfig, SamplingParams, Scheduler, Sequence, StepResult
 
-SHAKESPEARE = Path("model_repository/shakespeare/1")
 VOCAB = 2048
 PROMPT_LEN = 12
 SAMPLING: dict[str, Any] = {"ignore_eos": True, "temperature": 0.8, "top_p": 0.95}
@@ -66,7 +63,7 @@ def offline_speed(streams: int, tokens: int, config: dict[str, Any]) -> float:
     sampling = SamplingParams(max_tokens=tokens, **SAMPLING)
     prompts = [job.prompt for job in make_prompts(streams, tokens)]
     speeds = []
-    with LLM(model=str(SHAKESPEARE), **config) as llm:
+    with LLM(model=str(SHIPPED), **config) as llm:
         llm.generate(prompts, SamplingParams(max_tokens=4))
         for _ in range(3):
             start = time.perf_counter()
@@ -81,42 +78,33 @@ def served_speed(
 ) -> dict[str, float]:
     """Tokens/s and tokens per response that `streams` gRPC streams receive, best of three runs."""
     parameters = {"coalesce": "true" if coalesce else "false"}
-    with server(SHAKESPEARE, front_ends, parameters, config) as addresses:
+    with server(SHIPPED, front_ends, parameters, config) as addresses:
         run_load(addresses.grpc, MODEL, make_prompts(streams, 4), streams)
         jobs = make_prompts(streams, tokens)
         runs = [run_load(addresses.grpc, MODEL, jobs, streams, sampling=SAMPLING) for _ in range(3)]
     found = [summarize(records, {}) for records in runs]
     assert not any(run["failed"] for run in found), "tokens were lost"
     best = max(found, key=lambda run: run["output_tokens_per_s"])
-    speed = best["output_tokens_per_s"]
-    per_response = best["tokens_per_response"]
-    return {"tokens_per_s": speed, "tokens_per_response": per_response}
+    return {
+        "tokens_per_s": best["output_tokens_per_s"],
+        "tokens_per_response": best["tokens_per_response"],
+    }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    steps = {str(n): step_cost(n, args.steps) for n in (16, 256, 1024)}
-    rows = [[n, f"{us:.1f}", f"{us / int(n):.2f}"] for n, us in steps.items()]
-    print_table("Scheduler, schedule + commit", ["running", "us a step", "us a sequence"], rows)
-
+def measure(args: argparse.Namespace) -> Figures:
     # One thread for tensor work in both runs, so that server and client have a core in the second.
     config = {"cpu_threads": 1}
+    steps = {str(n): step_cost(n, args.steps) for n in (16, 256, 1024)}
     offline = offline_speed(args.streams, args.tokens, config)
     served = served_speed(args.streams, args.tokens, args.front_ends, True, config)
     served["share_of_offline"] = served["tokens_per_s"] / offline
     instant = {
         f"F={f} {'coalesced' if c else 'one token a response'}": served_speed(
-            args.streams, args.tokens if not c else 4 * args.tokens, f, c, {"device": "none"}
+            args.streams, args.tokens * (4 if c else 1), f, c, {"device": "none"}
         )
         for f in (1, 2)
         for c in (False, True)
     }
-    runs = {f"gRPC streams, {served['share_of_offline']:.0%} of offline": served}
-    runs |= {f"an engine that answers at once, {name}": run for name, run in instant.items()}
-    rows = [["offline", f"{offline:.0f}", ""]]
-    for name, run in runs.items():
-        rows.append([name, f"{run['tokens_per_s']:.0f}", f"{run['tokens_per_response']:.1f}"])
-    title = f"The shipped model, {args.streams} requests at a time"
-    print_table(title, ["", "tokens/s", "tokens a response"], rows)
     return {
         "scheduler_us_per_step": steps,
         "offline_tokens_per_s": offline,
@@ -125,17 +113,40 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def rows(figures: Figures) -> list[list[str]]:
+    """What was measured, and its figure."""
+    steps = figures["scheduler_us_per_step"]
+    served = figures["through_triton"]
+    speed = f"{served['tokens_per_s']:,.0f} tokens/s, {served['share_of_offline']:.0%} of offline"
+    table = [
+        [
+            f"scheduler, a step at {slashed(map(int, steps))} running sequences",
+            f"{slashed(steps.values())} us",
+        ],
+        ["the shipped model, offline", f"{figures['offline_tokens_per_s']:,.0f} tokens/s"],
+        ["the same through Triton, gRPC streams", speed],
+    ]
+    for kind in ("one token a response", "coalesced"):
+        runs = {n: r for n, r in figures["instant_engine"].items() if n.endswith(kind)}
+        names = " / ".join(name.split()[0].removeprefix("F=") for name in runs)
+        speeds = slashed(run["tokens_per_s"] for run in runs.values())
+        what = f"an engine that answers at once, {kind}, {names} front ends"
+        table.append([what, f"{speeds} tokens/s"])
+    return table
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("host", __doc__)
+    add = parser.add_argument
     count = number(int, 1, 1e6)
-    parser.add_argument("--streams", type=number(int, 1, 4096), default=64)
-    parser.add_argument("--tokens", type=count, default=200, help="output tokens a stream")
-    parser.add_argument("--steps", type=count, default=400, help="scheduler steps timed")
-    parser.add_argument("--front-ends", type=number(int, 1, 256), default=2)
-    add_arguments(parser)
+    add("--streams", type=number(int, 1, 4096), default=64)
+    add("--tokens", type=count, default=200, help="output tokens a stream")
+    add("--steps", type=count, default=400, help="scheduler steps timed")
+    add("--front-ends", type=number(int, 1, 256), default=2)
     args = parser.parse_args()
-    os.chdir(Path(__file__).resolve().parents[1])
-    record("host", measure(args), args.save)
+    figures = measure(args)
+    print_table("What the host costs", ["", ""], rows(figures))
+    record(args, "host", figures)
 
 
 if __name__ == "__main__":

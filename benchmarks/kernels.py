@@ -13,13 +13,14 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gllm_benchmarks.offline import model_directory
-from gllm_benchmarks.record import add_arguments, print_table, record
+from gllm_benchmarks.record import Figures, make_parser, print_table, record
 from gllm_engine.arch import GatedDelta, Mla, Model, Moe, read_arch
 from gllm_engine.arch.formats import (
     FP8_BLOCK,
@@ -65,7 +66,7 @@ GEMM_TOKENS = (1, 8, 64, 256, 512, 2048, 8192)
 FP8_TOKENS = (1, 16, 64, 256, 4096)
 # Formats of the products that are timed for every model.
 FORMS: dict[str, Format] = {"FP8 row": FP8_ROW, "FP8 block": FP8_BLOCK, "INT8": Int8()}
-FP8_DEPTH = 512  # of a product beside the one that is timed
+DEPTH = 512  # of a product beside the one that is timed
 MOE_TOKENS = (1, 4, 16, 64, 256, 512, 4096, 16384)
 ROWS = (1, 64, 512, 1024)  # rows sampled in one step
 DECODE = ((1, 1024), (64, 1024), (256, 4096), (512, 1536), (1024, 512))  # rows, context
@@ -92,6 +93,9 @@ _WEIGHTS = {
 _ROUNDING = (Fp8, Int8)  # formats for which a product rounds its inputs to 8 bits
 
 
+Call = Callable[[], Any]
+
+
 class Case(NamedTuple):
     """One kernel at one size. `make` returns a call with its own inputs.
 
@@ -102,7 +106,7 @@ class Case(NamedTuple):
     size: str
     bytes: float
     ops: float
-    make: Callable[[], Callable[[], Any]]
+    make: Callable[[], Call]
     ops_per_s: float = OPS_PER_S
 
     @property
@@ -202,12 +206,12 @@ class Shape:
         eps = self.arch.eps
         item = self.item
 
-        def norm() -> Callable[[], Any]:
+        def norm() -> Call:
             x = self.randn(tokens, dim)
             gain = self.randn(dim)
             return lambda: ops.rms_norm(x, gain, eps)
 
-        def activation() -> Callable[[], Any]:
+        def activation() -> Call:
             both = self.randn(tokens, 2 * hidden)
             return lambda: ops.activate(both, "silu", gated=True)
 
@@ -236,68 +240,50 @@ class Shape:
         return matrices
 
     def gemm_cases(self, tokens: int) -> Iterator[Case]:
-        """Matrix products as in the layers: "out" and "down" add to the residual stream.
-
-        For one token the same kernel computes norm and activation, so the call includes them.
-        """
+        """Matrix products of the model; of those of one token, all that the layers compute."""
         products = self.matrices | {"logits": (self.arch.vocab, self.arch.dim)}
-        for name, (n, k) in products.items():
-            if name == "logits" and tokens > max(ROWS):
-                continue
-            adds = name in ("out", "down")
-            gates = name == "gate_up" and tokens == 1
-            moved = tokens * (k + (n // 2 if gates else n) + n * adds) * self.item
-            kind = self.kind_of(name)
-            moved += round(n * k * self.number_bytes(kind, k))
-            make = partial(self.product, name, tokens, n, k)
-            size = f"{tokens} x {k} x {n}"
-            told = "" if kind is None else f", {kind}"
-            speed = FP8_OPS_PER_S if isinstance(kind, _ROUNDING) else OPS_PER_S
-            yield Case(f"GEMM {name}{told}", size, moved, 2 * tokens * n * k, make, speed)
-
-    def product(self, name: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
-        x = self.randn(tokens, k)
-        weight = self.weight(self.kind_of(name), n, k)
-        ops = self.ops
-        if name in ("out", "down"):
-            total = self.randn(tokens, n)
-            return lambda: ops.add_linear(total, x, weight, None)
-        if tokens > 1 or name == "logits":
-            return lambda: ops.linear(x, weight)
-        norm = self.randn(k), self.arch.eps
-        if name == "gate_up":
-            return lambda: ops.gated_linear(x, weight, None, norm)
-        return lambda: ops.linear(x, weight, None, norm)
+        for name, size in products.items():
+            if name != "logits" or tokens <= max(ROWS):
+                kind = self.kind_of(name)
+                title = f"GEMM {name}" if kind is None else f"GEMM {name}, {kind}"
+                whole = tokens == 1 and name != "logits"
+                yield self.product_case(title, name, kind, tokens, *size, whole)
 
     def form_cases(self, tokens: int) -> Iterator[Case]:
-        """Products with FP8 and int8 weights, with all that the layers compute with them: the
-        norm and rounding of x, the activation, the sum.
-        """
-        for name, (n, k) in self.matrices.items():
-            adds = name in ("out", "down")
-            written = n // 2 if name == "gate_up" else n
-            moved = n * k + tokens * (k + written * (1 + adds)) * self.item
-            for form in FORMS:
-                make = partial(self.form_product, name, form, tokens, n, k)
-                size = f"{tokens} x {k} x {n}"
-                done = 2 * tokens * n * k
-                yield Case(f"{form} {name}", size, moved, done, make, FP8_OPS_PER_S)
+        """Products with FP8 and int8 weights, with all that the layers compute with them."""
+        for name, size in self.matrices.items():
+            for form, kind in FORMS.items():
+                yield self.product_case(f"{form} {name}", name, kind, tokens, *size, True)
 
-    def form_product(self, name: str, form: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
+    def product_case(
+        self, title: str, name: str, kind: Format | None, tokens: int, n: int, k: int, whole: bool
+    ) -> Case:
+        """A product with a weight [n, k]. "out" and "down" add to the residual stream. `whole`: in
+        one call with the norm and rounding of its inputs, and the activation.
+        """
+        written = n // 2 if whole and name == "gate_up" else n
+        numbers = tokens * (k + written * (2 if name in ("out", "down") else 1))
+        moved = numbers * self.item + round(n * k * self.number_bytes(kind, k))
+        make = partial(self.product, name, kind, tokens, n, k, whole)
+        speed = FP8_OPS_PER_S if isinstance(kind, _ROUNDING) else OPS_PER_S
+        return Case(title, f"{tokens} x {k} x {n}", moved, 2 * tokens * n * k, make, speed)
+
+    def product(
+        self, name: str, kind: Format | None, tokens: int, n: int, k: int, whole: bool
+    ) -> Call:
         x = self.randn(tokens, k)
-        hidden: Rows = x
-        weight = self.weight(FORMS[form], n, k)
-        norm = self.randn(k), self.arch.eps
+        weight = self.weight(kind, n, k)
         ops = self.ops
-        if name == "down":  # takes its rows as the product before it leaves them
-            gate_up = self.weight(FORMS[form], 2 * k, FP8_DEPTH)
-            made = self.randn(tokens, FP8_DEPTH)
-            hidden = ops.gated_linear(made, gate_up, None, None, weight)
         if name in ("out", "down"):
+            rows: Rows = x
+            if whole and name == "down":  # takes its rows as the product before it leaves them
+                made = self.randn(tokens, DEPTH)
+                rows = ops.gated_linear(made, self.weight(kind, 2 * k, DEPTH), None, None, weight)
             total = self.randn(tokens, n)
-            return lambda: ops.add_linear(total, hidden, weight, None)
-        if name == "gate_up":
-            down = self.weight(FORMS[form], FP8_DEPTH, n // 2)
+            return lambda: ops.add_linear(total, rows, weight, None)
+        norm = (self.randn(k), self.arch.eps) if whole else None
+        if whole and name == "gate_up":
+            down = self.weight(kind, DEPTH, n // 2)
             return lambda: ops.gated_linear(x, weight, None, norm, down)
         return lambda: ops.linear(x, weight, None, norm)
 
@@ -308,7 +294,7 @@ class Shape:
         top_k = moe.routing.top_k
         ops = self.ops
 
-        def mixture() -> Callable[[], Any]:
+        def mixture() -> Call:
             x, total = self.randn(2, tokens, dim)
             router = self.randn(num, dim)
             bias = self.randn(num).float() if moe.routing.biased else None
@@ -340,7 +326,7 @@ class Shape:
         vocab = self.arch.vocab
         device = self.device
 
-        def draw() -> Callable[[], Any]:
+        def draw() -> Call:
             scores = self.randn(rows, vocab)
             ops = self.ops
             heat = torch.ones(rows, dtype=torch.float64, device=device)
@@ -356,8 +342,7 @@ class Shape:
         return self.attention_case("decode", f"{rows} rows x {context}", rows, context, 1)
 
     def prefill_case(self, rows: int, context: int, chunk: int) -> Case:
-        size = f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
-        return self.attention_case("prefill", size, rows, context, chunk)
+        return self.attention_case("prefill", told(rows, context, chunk), rows, context, chunk)
 
     def attention_case(self, kind: str, size: str, rows: int, context: int, chunk: int) -> Case:
         """Causal attention of the last `chunk` tokens of each of `rows` rows."""
@@ -379,7 +364,7 @@ class Shape:
         total = rows * tokens
         ops = self.ops
 
-        def rule() -> Callable[[], Any]:
+        def rule() -> Call:
             qkv = self.randn(total, width)
             a, b = self.randn(2, total, heads)
             conv = self.randn(width, delta.conv)
@@ -408,7 +393,7 @@ class Shape:
         table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
         return made_up_step(rows, table.to(self.device), PAGE_SIZE).of_group(0)
 
-    def attention(self, batch: Batch, attends: bool = True) -> Callable[[], Callable[[], Any]]:
+    def attention(self, batch: Batch, attends: bool = True) -> Callable[[], Call]:
         """Make calls that attend over their own caches, or rotate and store into them."""
         m = self.mixer
         ops = self.ops
@@ -425,7 +410,7 @@ class Shape:
             norm = HeadNorm(self.randn(m.heads + m.kv_heads, m.head_dim), self.arch.eps)
         sinks = self.randn(m.heads) if m.sinks else None
 
-        def make() -> Callable[[], Any]:
+        def make() -> Call:
             cache = self.randn(*shape).to(self.cache_dtype)
             qkv = self.randn(len(batch.tokens), num_heads, m.head_dim)
             options = (m.heads, norm, rotary, cache, plan)
@@ -452,7 +437,7 @@ class Shape:
         plan = self.planner.plan_latent(batch, like, attention)
         tokens = rows * chunk
 
-        def make() -> Callable[[], Any]:
+        def make() -> Call:
             cache = self.randn(*shape).to(self.cache_dtype)
             q = self.randn(tokens, m.heads, attention.key_dim)
             kv_up = self.randn(m.heads, m.nope_dim + m.v_dim, m.kv_rank)
@@ -465,7 +450,7 @@ class Shape:
         moved += m.heads * (m.nope_dim + m.v_dim) * m.kv_rank * self.item
         done = rows * sum(ends) * width + multiplied * (m.nope_dim + m.v_dim) * m.kv_rank
         form = "absorbed" if absorbed else "expanded"
-        size = f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
+        size = told(rows, context, chunk)
         return Case(f"latent attention, {form}", size, moved, 2 * m.heads * done, make)
 
     def latent_cases(self) -> Iterator[Case]:
@@ -483,10 +468,8 @@ class Shape:
         for tokens in TOKENS:
             yield from self.rows_cases(tokens)
         yield from map(self.sample_case, ROWS)
-        for rows, context in DECODE:
-            yield self.decode_case(rows, context)
-        for row in PREFILL:
-            yield self.prefill_case(*row)
+        yield from starmap(self.decode_case, DECODE)
+        yield from starmap(self.prefill_case, PREFILL)
         if self.delta is not None:
             for rows, tokens in DELTA:
                 yield self.delta_case(self.delta, rows, tokens)
@@ -497,6 +480,11 @@ class Shape:
         if isinstance(self.ffn, Moe):
             for tokens in MOE_TOKENS:
                 yield self.moe_case(self.ffn, tokens)
+
+
+def told(rows: int, context: int, chunk: int) -> str:
+    """The size of a step: each row's tokens, and those before them."""
+    return f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
 
 
 def seconds_of(case: Case, device: torch.device) -> float:
@@ -513,30 +501,29 @@ def seconds_of(case: Case, device: torch.device) -> float:
     return statistics.median(times(run, device, REPLAYS + 2)[2:]) / len(calls)
 
 
-def describe(case: Case, seconds: float) -> dict[str, Any]:
+def describe(case: Case, seconds: float) -> Figures:
     about = {"kernel": case.kernel, "size": case.size, "us": seconds * 1e6}
     about |= {"bytes": case.bytes, "ops": case.ops, "floor_us": case.floor_s * 1e6}
     return about | {"share": case.floor_s / seconds}
 
 
-def make_row(about: dict[str, Any]) -> list[str]:
+def make_row(about: Figures) -> list[str]:
     seconds = about["us"] / 1e6
-    speeds = about["bytes"] / seconds / 1e12, about["ops"] / seconds / 1e12
-    row = [about["kernel"], about["size"], f"{about['us']:,.1f}", f"{speeds[0]:.2f}"]
-    row += [f"{speeds[1]:.0f}" if about["ops"] else "", f"{about['floor_us']:,.1f}"]
-    return [*row, f"{about['share']:.0%}"]
+    row = [about["kernel"], about["size"], f"{about['us']:,.1f}"]
+    row += [f"{about['bytes'] / seconds / 1e12:.2f}"]
+    row += [f"{about['ops'] / seconds / 1e12:.0f}" if about["ops"] else ""]
+    return [*row, f"{about['floor_us']:,.1f}", f"{about['share']:.0%}"]
 
 
-@torch.inference_mode()
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench kernels", description=__doc__)
+    parser = make_parser("kernels", __doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help="a directory or a known shape")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--only", default="", help="kernels with one of these words: GEMM,sample")
-    add_arguments(parser)
     return parser.parse_args()
 
 
+@torch.inference_mode()
 def main() -> None:
     arguments = parse_arguments()
     path = model_directory(arguments.model)
@@ -555,7 +542,7 @@ def main() -> None:
     header = ["kernel", "size", "us", "TB/s", "TFLOP/s", "floor us", "of the floor"]
     print_table(path.name, header, [make_row(about) for about in found])
     suffix = "" if cache_dtype == dtype else "-fp8-kv"
-    record(f"kernels-{path.name}{suffix}", {"kernels": found}, arguments.save)
+    record(arguments, f"kernels-{path.name}{suffix}", {"kernels": found})
 
 
 if __name__ == "__main__":

@@ -76,12 +76,22 @@ def run_load(
     with tempfile.TemporaryDirectory(prefix="gllm-load-") as directory:
         tasks = []
         for i in range(clients):
-            mine = arrivals[i::clients] if isinstance(arrivals, list) else None
-            slots = len(range(i, arrivals, clients)) if isinstance(arrivals, int) else None
-            task: dict[str, Any] = {"address": address, "model": model, "slots": slots}
-            task |= {"arrivals": mine, "sampling": sampling or {}, "timeout": timeout}
-            task |= {"api": api, "key_file": key_file and str(key_file)}
-            task |= {"jobs": jobs[i::clients], "salts": salts[i::clients] if salts else None}
+            part: Any = (
+                len(range(i, arrivals, clients))
+                if isinstance(arrivals, int)
+                else arrivals[i::clients]
+            )
+            task = {
+                "address": address,
+                "model": model,
+                "arrivals": part,
+                "sampling": sampling or {},
+                "timeout": timeout,
+                "api": api,
+                "key_file": key_file and str(key_file),
+                "jobs": jobs[i::clients],
+                "salts": salts[i::clients] if salts else None,
+            }
             tasks.append(Path(directory, f"{i}.json"))
             tasks[-1].write_text(json.dumps(task))
         _run_clients(tasks, timeout)
@@ -129,7 +139,7 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
     jobs = [Job(*job) for job in task["jobs"]]
     records: dict[int, RequestRecord] = {}
 
-    async def one(client: Any, number: int, due: float | None) -> None:
+    async def one(number: int, due: float | None) -> None:
         job = jobs[number]
         times: list[float] = []
         tokens: list[int] = []
@@ -155,12 +165,13 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
         due = sent if due is None else due
         records[number] = RequestRecord(due, sent, times, tokens, job.output_len, error, cached)
 
-    async def slot(client: Any, numbers: Iterator[int]) -> None:
+    async def slot(numbers: Iterator[int]) -> None:
         for number in numbers:
-            await one(client, number, None)
+            await one(number, None)
 
     address = task["address"]
     model = task["model"]
+    arrivals = task["arrivals"]
     if task["api"] == "grpc":
         connection: Any = TritonClient(address, model)
     else:
@@ -171,13 +182,13 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
         gc.freeze()
         print("ready", flush=True)
         begin = float(sys.stdin.readline())
-        if task["arrivals"] is None:
+        if isinstance(arrivals, int):
             await asyncio.sleep(begin - time.monotonic())
             numbers = iter(range(len(jobs)))
-            await asyncio.gather(*(slot(client, numbers) for _ in range(task["slots"])))
+            await asyncio.gather(*(slot(numbers) for _ in range(arrivals)))
         else:
-            dues = [begin + at for at in task["arrivals"]]
-            await asyncio.gather(*(one(client, i, due) for i, due in enumerate(dues)))
+            dues = [begin + at for at in arrivals]
+            await asyncio.gather(*(one(i, due) for i, due in enumerate(dues)))
     return [records[i] for i in range(len(jobs))]
 
 

@@ -22,11 +22,12 @@ from typing import Any
 
 from msgspec import convert
 
-from gllm_benchmarks.record import add_arguments, number, print_table, record
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record
 from gllm_benchmarks.workloads import WORKLOADS, Job, lengths, make_jobs, warm_up
 from gllm_engine import Summary
 
 MODELS = Path(__file__).parent / "models"
+KNOWN = ", ".join(sorted(path.name for path in MODELS.iterdir()))
 OURS = {"load_format": "dummy", "enable_prefix_caching": False}
 VLLM = {
     "load_format": "dummy",
@@ -54,8 +55,7 @@ def model_directory(model: str) -> Path:
     for path in (Path(model), MODELS / model):
         if (path / "config.json").is_file():
             return path.resolve()
-    known = ", ".join(sorted(path.name for path in MODELS.iterdir()))
-    raise SystemExit(f"--model: {model} has no config.json, and is none of {known}")
+    raise SystemExit(f"--model: {model} has no config.json, and is none of {KNOWN}")
 
 
 def parse_pairs(pairs: list[str]) -> dict[str, Any]:
@@ -112,14 +112,14 @@ def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: fl
     return json.loads(figures.read_text())
 
 
-def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(runs: list[Figures]) -> Figures:
     """The run with the median time (of two runs, the slower one), and the times of all runs."""
     times = [run["seconds"] for run in runs]
     middle = statistics.median_high(times)
     return runs[times.index(middle)] | {"all_seconds": times}
 
 
-def make_rows(work: list[dict[str, Any]], figures: dict[str, Any]) -> list[list[Any]]:
+def make_rows(work: list[dict[str, Any]], figures: Figures) -> list[list[Any]]:
     """One row of HEADER per workload and engine; with two engines, also our speed by vLLM's."""
     rows = []
     for each in [None, *work]:
@@ -134,7 +134,7 @@ def make_rows(work: list[dict[str, Any]], figures: dict[str, Any]) -> list[list[
     return rows
 
 
-def describe(jobs: list[Job], run: dict[str, Any]) -> list[str]:
+def describe(jobs: list[Job], run: Figures) -> list[str]:
     """Cells of HEADER from the speeds on. Latency is given if all requests run as one batch."""
     seconds = run["seconds"]
     num_steps = jobs[0].output_len
@@ -155,10 +155,9 @@ def print_summary(title: str, summary: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench offline", description=__doc__)
+    parser = make_parser("offline", __doc__)
     add = parser.add_argument
-    known = ", ".join(sorted(path.name for path in MODELS.iterdir()))
-    add("--model", required=True, help=f"a directory with a config.json, or {known}")
+    add("--model", required=True, help=f"a directory with a config.json, or {KNOWN}")
     add("--engine", choices=("ours", "vllm", "both"), default="ours")
     add("--peer-site", type=Path, help="a directory with vLLM's packages")
     add("--workloads", default=",".join(WORKLOADS), help="also fixed:COUNT:IN:OUT")
@@ -169,8 +168,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--profile", action="store_true")
     add("--timeline", type=Path, help="a file for a Chrome trace of the latest steps")
     add("--timeout", type=number(float, 1, 1e6), default=1800, help="seconds for one engine")
-    add("--name", help="of the result; default: offline-MODEL")
-    add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.engine != "ours" and not (arguments.peer_site or Path()).joinpath("vllm").is_dir():
         parser.error("--peer-site: a directory in which there is vllm is needed for this engine")
@@ -191,7 +188,7 @@ def main() -> None:
         jobs = make_jobs(lengths(name), vocab)
         work.append({"name": name, "warm_up": warm_up(jobs), "jobs": jobs})
     longest = max(len(job.prompt) + job.output_len for each in work for job in each["jobs"])
-    figures: dict[str, Any] = {}
+    figures: Figures = {}
     failure: SystemExit | None = None
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
         paths = {key: str(Path(directory, key)) for key in ("work", "figures")}
@@ -217,7 +214,7 @@ def main() -> None:
     for each in work if arguments.timeline and "ours" in figures else []:
         name = f"{each['name']} timeline"
         print_summary(name, figures["ours"][name])
-    record(arguments.name or f"offline-{model.name}", figures, arguments.save)
+    record(arguments, f"offline-{model.name}", figures)
     if failure:
         raise failure
 

@@ -9,19 +9,17 @@ server (in its usage).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import signal
-import sys
 import time
 import uuid
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import model_directory
-from gllm_benchmarks.record import add_arguments, number, print_table, record
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record
 from gllm_benchmarks.reuse import TRACE_BLOCK, chats, ideal_rate, make_chats, read_mooncake
 from gllm_benchmarks.serve import (
     Served,
@@ -32,13 +30,14 @@ from gllm_benchmarks.serve import (
     serving,
     summarize,
 )
+from gllm_benchmarks.served_model import metric_sums
 from gllm_benchmarks.workloads import Job, warm_up
-from gllm_client import read_metrics
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
 DEFAULT = "chats:32:5:1:200:40:60"
 WITH = "with the cache"
-COUNTERS = ("gllm:prefix_cache_queries_total", "gllm:prefix_cache_hits_total")
+# Of all models on the server: prompt tokens looked up and found.
+COUNTERS = [("gllm:prefix_cache_queries_total",), ("gllm:prefix_cache_hits_total",)]
 NUM_LOOKS = 600  # each after 50 ms, until all is in the metrics; it takes a tenth of a second
 
 
@@ -73,12 +72,6 @@ def run_offline(
     return records, hits
 
 
-def read_counters(metrics: str) -> list[float]:
-    """COUNTERS of all models on the server: prompt tokens looked up and found."""
-    samples = read_metrics(metrics).items()
-    return [sum(value for name, value in samples if name.startswith(c)) for c in COUNTERS]
-
-
 def run_served(
     served: Served, concurrency: int, options: dict[str, Any], jobs: list[Job], salts: list[str]
 ) -> tuple[list[RequestRecord], float | None]:
@@ -86,14 +79,14 @@ def run_served(
 
     Raises RuntimeError if the metrics do not tell of all requests.
     """
-    before = read_counters(served.metrics) if served.metrics else []
+    before = metric_sums(served.metrics, *COUNTERS) if served.metrics else []
     records = run_load(served.address, served.model, jobs, concurrency, salts=salts, **options)
     if not served.metrics:
         told = [one.cached for one in records if one.cached is not None]
         return records, sum(told) if told else None
     done = [len(jobs[i].prompt) for i, one in enumerate(records) if one.is_complete]
     for _ in range(NUM_LOOKS):
-        after = read_counters(served.metrics)
+        after = metric_sums(served.metrics, *COUNTERS)
         looked_up, found = (b - a for a, b in zip(before, after, strict=True))
         if looked_up >= sum(done):
             return records, found
@@ -101,7 +94,7 @@ def run_served(
     raise RuntimeError(f"the metrics tell of {looked_up:g} of {sum(done)} prompt tokens")
 
 
-def compare(run: Any, jobs: list[Job]) -> dict[str, Any]:
+def compare(run: Any, jobs: list[Job]) -> Figures:
     """The figures of both runs. `run`: jobs and salts -> records, and the tokens from the cache."""
     unique = uuid.uuid4().hex  # what earlier runs left in a server's cache is of no use
     prompt_tokens = sum(len(job.prompt) for job in jobs)
@@ -117,7 +110,7 @@ def compare(run: Any, jobs: list[Job]) -> dict[str, Any]:
     return {"prompt_tokens": prompt_tokens, "ideal_hit_rate": ideal, "runs": runs}
 
 
-def rows(figures: dict[str, Any]) -> list[list[Any]]:
+def rows(figures: Figures) -> list[list[Any]]:
     """One row for each run, and the ideal hit rate beside the second."""
     found = []
     for name, run in figures["runs"].items():
@@ -132,8 +125,8 @@ def rows(figures: dict[str, Any]) -> list[list[Any]]:
 HEADER = ["", "hit rate", "ideal", "TTFT p50, ms", "p99", "failed"]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench prefix", description=__doc__)
+def parse_arguments() -> Namespace:
+    parser = make_parser("prefix", __doc__)
     where = add_server_arguments(parser)
     where.add_argument("--offline", metavar="MODEL", help="an engine in this process")
     add = parser.add_argument
@@ -148,20 +141,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--limit", type=number(int, 1, 1e7), help="only so many requests")
     add("--concurrency", type=number(int, 1, 65536), default=8, help="requests at a time")
-    add("--name", help="of the result; default: prefix-MODEL")
-    add_arguments(parser)
     arguments = parser.parse_args()
     check_server_arguments(parser, arguments)
     return arguments
 
 
-def make_work(arguments: argparse.Namespace, vocab: int) -> list[Job]:
+def make_work(arguments: Namespace, vocab: int) -> list[Job]:
     if arguments.trace:
         return read_mooncake(arguments.trace, vocab, arguments.limit, arguments.block)
     return make_chats(chats(arguments.workload), vocab)[: arguments.limit]
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: Namespace) -> Figures:
     config = {"enable_prefix_caching": True}
     if not arguments.offline:
         with serving(arguments, config) as served:
@@ -177,12 +168,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends a server too
     title = Path(arguments.offline or arguments.start or arguments.model).name
     workload = arguments.trace.name if arguments.trace else arguments.workload
     figures = {"workload": workload} | measure(arguments)
     print_table(f"{title}, {workload}", HEADER, rows(figures))
-    record(arguments.name or f"prefix-{title}", figures, arguments.save)
+    record(arguments, f"prefix-{title}", figures)
     if any(run["failed"] for run in figures["runs"].values()):
         raise SystemExit("requests have failed")
 

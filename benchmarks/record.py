@@ -11,16 +11,21 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+Figures = dict[str, Any]  # what a benchmark, or one run of it, has measured, as JSON
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def make_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The parser of `scripts/bench NAME`, with the options of all benchmarks."""
+    parser = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=about)
     parser.add_argument("--save", action="store_true", help="in benchmarks/results, as JSON")
+    parser.add_argument("--name", help=f"of the result; default: {name}, with the model's name")
+    return parser
 
 
 def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
@@ -38,6 +43,10 @@ def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[s
     return parse
 
 
+def slashed(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:,.0f}" for value in values)
+
+
 def table_lines(header: list[str], rows: list[list[Any]]) -> list[str]:
     """A Markdown table, which can be pasted into documents."""
     lines = [[str(cell) for cell in row] for row in [header, *rows]]
@@ -51,8 +60,14 @@ def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
     print("\n".join(["", title, "", *table_lines(header, rows)]))
 
 
-def record(name: str, figures: dict[str, Any], save: bool, show: bool = True) -> None:
-    """Print the figures as a JSON line (`show`) and write them to results/<name>.json (`save`)."""
+def record(
+    arguments: argparse.Namespace, default: str, figures: Figures, show: bool = True
+) -> None:
+    """Print the figures as a JSON line (`show`) and, with --save, write them to results/NAME.json.
+
+    `arguments`: of make_parser's parser. `default`: NAME without --name.
+    """
+    name = arguments.name or default
     line = {
         "benchmark": name,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -64,7 +79,7 @@ def record(name: str, figures: dict[str, Any], save: bool, show: bool = True) ->
     }
     if show:
         print(f"\n{json.dumps(line)}")
-    if save:
+    if arguments.save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=2) + "\n")
 

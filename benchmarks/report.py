@@ -7,12 +7,12 @@ recorded in benchmarks/results. Each table states its command, commit and hardwa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks import evaluate, faults, prefix
-from gllm_benchmarks.record import RESULTS, table_lines
+from gllm_benchmarks import evaluate, fairness, faults, host, prefix
+from gllm_benchmarks.record import RESULTS, Figures, slashed, table_lines
 from gllm_benchmarks.workloads import lengths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,36 +48,21 @@ def part(
     """One section: the measurement's conditions, the table, and the `closing` paragraphs."""
     command = result["command"].partition("gllm_benchmarks.")[2]
     source = f"`scripts/bench {command}` at {result['commit']} on {result['hardware']}."
-    words = [title, source, f"{result['note']}." if "note" in result else ""]
-    about = " ".join(filter(None, words))
+    about = f"{title} {source}".strip()
     return "\n\n".join([about, "\n".join(table_lines(header, rows)), *closing])
 
 
-def slashed(values: Iterable[float]) -> str:
-    return " / ".join(f"{value:,.0f}" for value in values)
-
-
 def host_part(_: str, results: Results) -> str:
-    figures = results["host"]["figures"]
-    steps = figures["scheduler_us_per_step"]
-    served = figures["through_triton"]
-    what = f"scheduler, a step at {slashed(map(int, steps))} running sequences"
-    share = f"{served['share_of_offline']:.0%} of offline"
-    rows = [
-        [what, f"{slashed(steps.values())} us"],
-        ["the shipped model, offline", f"{figures['offline_tokens_per_s']:,.0f} tokens/s"],
-        [
-            "the same through Triton, gRPC streams",
-            f"{served['tokens_per_s']:,.0f} tokens/s, {share}",
-        ],
-    ]
-    for kind in ("one token a response", "coalesced"):
-        runs = {n: r for n, r in figures["instant_engine"].items() if n.endswith(kind)}
-        names = " / ".join(name.split()[0].removeprefix("F=") for name in runs)
-        speeds = slashed(run["tokens_per_s"] for run in runs.values())
-        what = f"an engine that answers at once, {kind}, {names} front ends"
-        rows.append([what, f"{speeds} tokens/s"])
-    return part("", results["host"], ["", ""], rows, "Single runs differ by about a tenth.")
+    result = results["host"]
+    closing = "Single runs differ by about a tenth."
+    return part("", result, ["", ""], host.rows(result["figures"]), closing)
+
+
+def fairness_part(_: str, results: Results) -> str:
+    """One row per pair of weights."""
+    result = results["fairness"]
+    title = "Two tenants, of which one keeps ten times as many requests alive as the other."
+    return part(title, result, fairness.HEADER, fairness.rows(result["figures"]))
 
 
 def offline_part(model: str, results: Results) -> str:
@@ -113,7 +98,7 @@ def sizes(name: str) -> str:
     return f"{len(pairs):,} requests, {tokens_in} tokens in, {tokens_out} out"
 
 
-def speed(name: str, run: dict[str, Any]) -> str:
+def speed(name: str, run: Figures) -> str:
     """The workload's main figure: latency, prefill speed or output speed; for a start, its time."""
     seconds = run["seconds"]
     if name == "start":
@@ -127,7 +112,7 @@ def speed(name: str, run: dict[str, Any]) -> str:
     return f"{run['tokens'] / seconds:,.0f} output tokens/s"
 
 
-def latencies(run: dict[str, Any], *keys: str) -> str:
+def latencies(run: Figures, *keys: str) -> str:
     """The p50 and p99 of each of `keys` that the run has."""
     return slashed(run[key][p] for key in keys if run[key] for p in ("p50", "p99"))
 
@@ -228,6 +213,7 @@ PAGES: dict[str, Sections] = {
         "How well models answer": {"evaluate-": evaluate_part},
         "Single kernels": {"kernels-": kernels_part},
         "What the host costs": {"host": host_part},
+        "Shares of tenants": {"fairness": fairness_part},
         "Simulated, on no GPU": {"simulate-": simulate_part},
     },
     "docs/operations.md": {"When a part breaks": {"faults": faults_part}},

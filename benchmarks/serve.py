@@ -9,11 +9,9 @@ sent it later.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import signal
-import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +23,7 @@ from gllm_benchmarks.offline import OURS, model_directory, parse_pairs, print_su
 from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.openai_api import PATHS
 from gllm_benchmarks.plot import draw
-from gllm_benchmarks.record import RESULTS, add_arguments, number, print_table, record
+from gllm_benchmarks.record import RESULTS, Figures, make_parser, number, print_table, record
 from gllm_benchmarks.served_model import MODEL, server
 from gllm_benchmarks.workloads import at_rate, make_jobs, poisson, read_load, warm_up
 
@@ -56,7 +54,7 @@ def meets(slo: dict[str, float], one: RequestRecord) -> bool:
     return one.is_complete and all(max(times_of(one)[name], default=0) <= slo[name] for name in slo)
 
 
-def summarize(records: list[RequestRecord], slo: dict[str, float]) -> dict[str, Any]:
+def summarize(records: list[RequestRecord], slo: dict[str, float]) -> Figures:
     """The figures of a run's records; times are in milliseconds."""
     complete = [one for one in records if one.is_complete]
     failed = [one for one in records if not one.is_complete]
@@ -65,7 +63,7 @@ def summarize(records: list[RequestRecord], slo: dict[str, float]) -> dict[str, 
     seconds = max(end - begin, 1e-9)
     tokens = sum(sum(r.tokens) for r in records)
     num_responses = sum(len(r.times) for r in records)
-    figures: dict[str, Any] = {
+    figures: Figures = {
         "seconds": seconds,
         "requests": len(records),
         "completed": len(complete),
@@ -105,18 +103,14 @@ def parse_slo(text: str) -> dict[str, float]:
         name, _, limit = pair.partition("=")
         try:
             slo[name] = seconds(limit)
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(
-                f"{pair[:60]!r} is not NAME=SECONDS ({error})"
-            ) from None
+        except ArgumentTypeError as error:
+            raise ArgumentTypeError(f"{pair[:60]!r} is not NAME=SECONDS ({error})") from None
         if name not in LIMITED:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(LIMITED)}")
+            raise ArgumentTypeError(f"{name!r} is none of {', '.join(LIMITED)}")
     return slo
 
 
-def patterns(
-    arguments: argparse.Namespace, recorded: list[float], count: int
-) -> dict[str, Arrivals]:
+def patterns(arguments: Namespace, recorded: list[float], count: int) -> dict[str, Arrivals]:
     """Name -> arrivals of each requested run. `recorded`: the trace's arrivals, if any."""
     found: dict[str, list[float]] = {}
     if arguments.all:
@@ -132,7 +126,7 @@ def patterns(
 
 
 def print_runs(
-    title: str, runs: dict[str, dict[str, Any]], more: dict[str, list[Any]] | None = None
+    title: str, runs: dict[str, Figures], more: dict[str, list[Any]] | None = None
 ) -> None:
     """Print a table with one row per run. `more`: header -> values of additional columns."""
     header = ["load", "done", "failed", "out tok/s", "req/s", "tok/response"]
@@ -150,18 +144,17 @@ def print_runs(
     print_table(f"{title}; times in ms", [*header, *(more or {})], rows)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench serve", description=__doc__)
+def parse_arguments() -> Namespace:
+    parser = make_parser("serve", __doc__)
     add_server_arguments(parser)
     add = parser.add_argument
     add("--seconds", type=number(float, 0, 1e6), help="what comes later is left out")
     add("--concurrency", type=numbers(int, 1, 65536), default=[], help="under way at a time")
-    parser.add_argument("--all", action="store_true", help="all requests at once")
+    add("--all", action="store_true", help="all requests at once")
     add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
     add(
         "--timeline", type=Path, help="a file for a Chrome trace of the started server's last steps"
     )
-    parser.add_argument("--name", help="of the result; default: serve-MODEL")
     add_load_arguments(parser)
     arguments = parser.parse_args()
     check_server_arguments(parser, arguments)
@@ -174,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> Any:
+def add_server_arguments(parser: ArgumentParser) -> Any:
     """Add the options that serve.py and prefix.py share; returns the group of the places."""
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--start", metavar="MODEL", help="start a server on a directory or a shape")
@@ -192,7 +185,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> Any:
     return where
 
 
-def check_server_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def check_server_arguments(parser: ArgumentParser, arguments: Namespace) -> None:
     """End with a usage error for options that do not go together."""
     where = "--openai" if arguments.openai else "--address"
     if (arguments.openai or arguments.address) and not arguments.model:
@@ -201,14 +194,14 @@ def check_server_arguments(parser: argparse.ArgumentParser, arguments: argparse.
         parser.error("--api, --api-key-file: they are of an OpenAI server, --openai")
 
 
-def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def load_options(arguments: Namespace) -> dict[str, Any]:
     """The options of run_load that say how the load gets to the server."""
     api = (arguments.api or "completions") if arguments.openai else "grpc"
     options = {"clients": arguments.clients, "timeout": arguments.timeout}
     return options | {"api": api, "key_file": arguments.api_key_file}
 
 
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+def add_load_arguments(parser: ArgumentParser) -> None:
     """Add the load options that serve.py and simulate.py share."""
     add = parser.add_argument
     add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
@@ -218,7 +211,6 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of random arrivals")
     add("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
     add("--plot", type=Path, help="an SVG file; with --save also in results")
-    add_arguments(parser)
 
 
 def numbers(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], list[Any]]:
@@ -236,7 +228,7 @@ class Served(NamedTuple):
     metrics: str | None = None
 
 
-def our_config(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def our_config(path: Path, arguments: Namespace) -> dict[str, Any]:
     """Our engine's configuration: as in offline runs, but with the weights that are there."""
     config = dict(OURS)
     if any(path.glob("*.safetensors")):
@@ -245,7 +237,7 @@ def our_config(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving(arguments: argparse.Namespace, config: dict[str, Any]) -> Iterator[Served]:
+def serving(arguments: Namespace, config: dict[str, Any]) -> Iterator[Served]:
     """The model that the arguments name. `config`: further keys of a model to start."""
     if not arguments.start:
         yield Served(arguments.openai or arguments.address, arguments.model, arguments.vocab)
@@ -259,10 +251,9 @@ def serving(arguments: argparse.Namespace, config: dict[str, Any]) -> Iterator[S
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the server too
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     title = Path(arguments.start or arguments.model).name
-    runs: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Figures] = {}
     timeline = {"timeline": str(arguments.timeline.resolve())} if arguments.timeline else {}
     options = load_options(arguments)
     with serving(arguments, timeline) as served:
@@ -285,7 +276,7 @@ def main() -> None:
         print_summary("timeline", trace["otherData"]["summary"])
     name = arguments.name or f"serve-{title}"
     figures = {"workload": workload, "api": options["api"], "runs": runs}
-    record(name, figures, arguments.save)
+    record(arguments, name, figures)
     saved = RESULTS / f"{name}.svg" if arguments.save and len(runs) > 1 else None
     for path in filter(None, (arguments.plot, saved)):
         path.write_text(draw(title, list(runs.values())))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from pathlib import Path
 from select import select
 from typing import Any, NamedTuple
 
+from gllm_client import read_metrics
 from gllm_client.supervisor import write_model
 
+SHIPPED = Path(__file__).resolve().parents[1] / "model_repository/shakespeare/1"
 MODEL = "m"  # the model's name on the server
 START_S = 300.0
 
@@ -37,9 +40,11 @@ def server(
     """Run `gllm serve` with `model` as MODEL; yields its addresses.
 
     `parameters`: parameters in config.pbtxt. `config`: keys of model.json. A model without a
-    tokenizer gets a generated one. Raises RuntimeError with the server's log if the server is not
+    tokenizer gets a generated one. From now on SIGTERM ends this process like an error, which ends
+    the server too. Raises RuntimeError with the server's log if the server is not
     ready after START_S.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
         repository = Path(directory, "repository")
         write_repository(repository / MODEL, model.resolve(), front_ends, parameters, config)
@@ -87,6 +92,18 @@ def made_up_tokenizer(vocab: int) -> dict[str, Any]:
     model = {"type": "BPE", "vocab": words, "merges": []}
     both = {"pre_tokenizer": byte_level, "decoder": byte_level}
     return {"version": "1.0", "added_tokens": [], "model": model} | both
+
+
+def metric_sums(metrics: str, *wanted: tuple[str, ...]) -> list[float]:
+    """Of each in `wanted`: the sum of the samples with all its texts in their names and labels.
+
+    `metrics`: a server's, as host:port.
+    """
+    samples = read_metrics(metrics, timeout=60).items()
+    return [
+        sum(value for key, value in samples if all(text in key for text in texts))
+        for texts in wanted
+    ]
 
 
 def free_ports(count: int) -> list[int]:

@@ -10,8 +10,8 @@ The same seed gives the same figures.
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
 from itertools import takewhile
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.offline import parse_pairs
 from gllm_benchmarks.plot import draw_policies
-from gllm_benchmarks.record import RESULTS, number, print_table, record
+from gllm_benchmarks.record import RESULTS, Figures, make_parser, number, print_table, record
 from gllm_benchmarks.serve import add_load_arguments, patterns, print_runs, summarize
 from gllm_benchmarks.workloads import Lengths, read_load
 from gllm_engine import (
@@ -179,7 +179,7 @@ def read_cost(about: Any) -> Cost:
     return fit.model.seconds
 
 
-def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
+def make_costs(arguments: Namespace) -> tuple[Cost, Cost]:
     """The costs of a stage and of the head."""
     if arguments.steps:
         about = json.loads(arguments.steps.read_text())
@@ -202,15 +202,15 @@ def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
     return Roofline(**chip, **stage).seconds, Roofline(**chip, **head).seconds
 
 
-def served_rate(runs: dict[str, dict[str, Any]]) -> float | None:
+def served_rate(runs: dict[str, Figures]) -> float | None:
     """The highest rate up to which GOOD_SHARE of requests meet the SLO at every rate."""
     by_rate = sorted(runs.values(), key=lambda run: run["rate"])
     good = takewhile(lambda run: run["goodput"]["share"] >= GOOD_SHARE, by_rate)
     return max((run["rate"] for run in good), default=None)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench simulate", description=__doc__)
+def parse_arguments() -> Namespace:
+    parser = make_parser("simulate", __doc__)
     add = parser.add_argument
     add(
         "--pp",
@@ -234,10 +234,10 @@ def parse_arguments() -> argparse.Namespace:
     known = ",".join(POLICIES)
     add("--policies", default=known, help=f"of {known}; as NAME or as NAME:TOKENS, in a step")
     add("--config", **pairs, help="of the engine")
-    add("--name", default="simulate", help="of the result: simulate-NAME")
     add_load_arguments(parser)
     parser.set_defaults(concurrency=[], seconds=None)  # options that serve.patterns also reads
     arguments = parser.parse_args()
+    arguments.name = f"simulate-{arguments.name or 'simulate'}"
     arguments.all = not (arguments.rate or arguments.trace)
     arguments.policies = arguments.policies.split(",")
     for name in arguments.policies:
@@ -250,11 +250,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sweep(
-    arguments: argparse.Namespace,
+    arguments: Namespace,
     costs: tuple[Cost, Cost],
     loads: dict[str, list[float]],
     pairs: Lengths,
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, dict[str, Figures]]:
     """Policy -> load -> the figures of summarize() and of the simulated run.
 
     `loads`: name -> arrival times in seconds.
@@ -266,7 +266,7 @@ def sweep(
     def travel(work: Work) -> float:
         return arguments.latency + work.tokens * arguments.activation_bytes / arguments.link
 
-    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in arguments.policies}
+    found: dict[str, dict[str, Figures]] = {name: {} for name in arguments.policies}
     for name, runs in found.items():
         bare, _, text = name.partition(":")
         most = int(text or values["max_num_batched_tokens"])
@@ -293,8 +293,7 @@ def main() -> None:
     idle = [" ".join(f"{share:.0%}" for share in run["idle"]) for run in runs.values()]
     preempted = [run["preemptions"] for run in runs.values()]
     print_runs(title, runs, {"stages idle": idle, "preempted": preempted})
-    name = f"simulate-{arguments.name}"
-    figures: dict[str, Any] = {"simulated": True, "workload": workload, "policies": found}
+    figures: Figures = {"simulated": True, "workload": workload, "policies": found}
     if arguments.slo and arguments.rate:
         best = {policy: served_rate(runs) for policy, runs in found.items()}
         figures["served_rate"] = best
@@ -304,9 +303,9 @@ def main() -> None:
             ["policy", "requests/s"],
             [[policy, rate or "none"] for policy, rate in best.items()],
         )
-    record(name, figures, arguments.save)
+    record(arguments, "", figures)
     if "served_rate" in figures:
-        svg = RESULTS / f"{name}.svg" if arguments.save else None
+        svg = RESULTS / f"{arguments.name}.svg" if arguments.save else None
         for path in filter(None, (arguments.plot, svg)):
             path.write_text(draw_policies(title, found))
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from gllm_client import openai_lines
 from gllm_client.batch import Answer, AnyItem, Failed, Item, OpenAIItem, Prompt
 from gllm_client.client import connect
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.errors import as_api_error, from_triton
 from gllm_client.openai_server.formats.choice import choose
 from gllm_client.openai_server.models import ServedModel, readable, unknown_model
@@ -42,7 +43,7 @@ class AnswerSource(ABC):
     _known: ServedModel | None = None
 
     @abstractmethod
-    def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, sampling: Json, **template: Any) -> Iterator[Chunk]:
         """Stream one answer; closing the iterator cancels it.
 
         `template`: tools and chat_template_kwargs, only with chat messages.
@@ -88,7 +89,7 @@ class AnswerSource(ABC):
             line = openai_lines.refusal(as_api_error(error)) if is_openai else None
             return item, Failed(str(error) or type(error).__name__, line)
 
-    async def _answer_body(self, item: OpenAIItem) -> dict[str, Any]:
+    async def _answer_body(self, item: OpenAIItem) -> Json:
         sampling = dict(item.sampling)
         tenant = sampling.pop("tenant", "")
         asked = openai_lines.read_body(item.url, item.body, sampling)
@@ -108,7 +109,7 @@ class AnswerSource(ABC):
         return self._known
 
     async def _chunks(
-        self, prompt: Prompt, sampling: dict[str, Any], options: dict[str, Any]
+        self, prompt: Prompt, sampling: Json, options: Json
     ) -> AsyncGenerator[Chunk, None]:
         chunks = self._ask(prompt, sampling, options)
         while (chunk := await self._call(next, chunks, None)) is not None:
@@ -134,9 +135,7 @@ class AnswerSource(ABC):
         """What `work` returns, while other calls have their turns. Raises SourceLost."""
 
     @abstractmethod
-    def _ask(
-        self, prompt: Prompt, sampling: dict[str, Any], options: dict[str, Any]
-    ) -> Iterator[Chunk]:
+    def _ask(self, prompt: Prompt, sampling: Json, options: Json) -> Iterator[Chunk]:
         """Like `stream`, for a whole answer; `options`: those of Client.generate."""
 
     @abstractmethod
@@ -146,7 +145,7 @@ class AnswerSource(ABC):
     def _detokenize(self, token_ids: Sequence[int], **call: Any) -> str: ...
 
     @abstractmethod
-    def _facts(self) -> dict[str, Any]: ...
+    def _facts(self) -> Json: ...
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -174,12 +173,10 @@ class RemoteAnswers(AnswerSource):
             raise GenerateError(f"--model is needed to choose among the models at {url}: {have}")
         return ready[0]
 
-    def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, sampling: Json, **template: Any) -> Iterator[Chunk]:
         return self._ask(prompt, sampling, template | {"stream": asks_for_one(sampling)})
 
-    def _ask(
-        self, prompt: Prompt, sampling: dict[str, Any], options: dict[str, Any]
-    ) -> Iterator[Chunk]:
+    def _ask(self, prompt: Prompt, sampling: Json, options: Json) -> Iterator[Chunk]:
         options = {"stream": False} | options | {"sampling": sampling}
         options["return_cumulative_logprob"] = sampling.get("logprobs") is not None
         kinds: dict[type, str] = {str: "prompt", list: "messages", tuple: "input_ids"}
@@ -202,7 +199,7 @@ class RemoteAnswers(AnswerSource):
     def _detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
         return self._client.detokenize(token_ids, timeout=self._timeout, **call)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> Json:
         return self._client.describe(model=self.model, timeout=self._timeout)
 
     def close(self) -> None:

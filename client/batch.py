@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import IO, Any, Literal
 
 from gllm_client import openai_lines
 from gllm_client.openai_lines import BadLine
+from gllm_client.openai_server.body import LENIENT, Body, Json, RepeatedKey, parse
 from gllm_client.openai_server.logprobs import finite
 from gllm_client.protocol import Chunk, Output, shorten, shown
 
@@ -28,8 +28,8 @@ KEYS = ("id", "prompt", "messages", *TEMPLATE_KEYS, "sampling_parameters")
 # form; ("line", number) for a line whose id is unreadable or repeated.
 Key = str | int | tuple[Literal["line"], int] | tuple[Literal["custom_id"], str]
 # Text, chat messages (a list) or token ids (a tuple).
-Prompt = str | list[dict[str, Any]] | tuple[int, ...]
-Line = dict[str, Any]  # of the output, without its key
+Prompt = str | list[Json] | tuple[int, ...]
+Line = Json  # of the output, without its key
 
 
 class BatchError(RuntimeError):
@@ -42,32 +42,32 @@ class Item:
 
     id: str | int
     prompt: Prompt
-    sampling: dict[str, Any]
-    template: dict[str, Any] = field(default_factory=dict)  # the given keys of TEMPLATE_KEYS
+    sampling: Json
+    template: Json = field(default_factory=dict)  # the given keys of TEMPLATE_KEYS
 
     @property
     def key(self) -> Key:
         return self.id
 
-    def with_flags(self, sampling: dict[str, Any]) -> Item:
+    def with_flags(self, sampling: Json) -> Item:
         """The item with all its sampling parameters; `sampling`: those of the command line."""
         return replace(self, sampling=sampling | self.sampling)
 
 
 @dataclass(frozen=True)
 class OpenAIItem:
-    """One request, read from an input line in OpenAI's form. `body`: JSON."""
+    """One request, read from an input line in OpenAI's form."""
 
     id: str
     url: str
-    body: bytes
-    sampling: dict[str, Any] = field(default_factory=dict)  # of the command line
+    body: Body
+    sampling: Json = field(default_factory=dict)  # of the command line
 
     @property
     def key(self) -> Key:
         return ("custom_id", self.id)
 
-    def with_flags(self, sampling: dict[str, Any]) -> OpenAIItem:
+    def with_flags(self, sampling: Json) -> OpenAIItem:
         return replace(self, sampling=sampling)
 
 
@@ -179,7 +179,7 @@ def parse_line(number: int, raw: bytes) -> tuple[Key, AnyItem | Failed]:
         return id, Failed(str(error))
 
 
-def _parse_openai(number: int, line: dict[str, Any]) -> tuple[Key, AnyItem | Failed]:
+def _parse_openai(number: int, line: Json) -> tuple[Key, AnyItem | Failed]:
     id = line.get("custom_id")
     if not isinstance(id, str):
         return ("line", number), _no_request("custom_id: a string is needed")
@@ -191,26 +191,29 @@ def _parse_openai(number: int, line: dict[str, Any]) -> tuple[Key, AnyItem | Fai
 
 
 def _parse_json(raw: bytes) -> Any:
-    """The JSON value of a line. Raises BadLine for invalid JSON or a repeated key."""
+    """The JSON value of a line. Raises BadLine for invalid JSON or a repeated key.
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise BadLine(f"key {shown(twice)} comes twice")
-        return values
-
+    A body with numbers or texts that a server would refuse stays JSON.
+    """
     try:
-        return json.loads(raw, object_pairs_hook=once)
-    except BadLine:
-        raise
+        try:
+            return parse(raw)
+        except RepeatedKey:
+            raise
+        except ValueError:
+            line = LENIENT.decode(raw.decode("utf-8-sig"))
+            if isinstance(line, dict) and isinstance(line.get("body"), dict):
+                line["body"] = json.dumps(line["body"]).encode()
+            return line
     except RecursionError:
         raise BadLine("nested too deeply") from None
+    except RepeatedKey as error:
+        raise BadLine(str(error)) from None
     except ValueError as error:
         raise BadLine(f"not valid JSON ({error})") from None
 
 
-def _item(id: str | int, line: dict[str, Any]) -> Item:
+def _item(id: str | int, line: Json) -> Item:
     if unknown := sorted(set(line) - set(KEYS)):
         raise BadLine(f"{shorten(unknown[0])}: unknown key; known are {', '.join(KEYS)}")
     sampling = line.get("sampling_parameters", {})
@@ -287,7 +290,7 @@ def _without_errors(file: IO[bytes], path: Path) -> IO[bytes]:
     return fresh
 
 
-def _parse_answer(raw: bytes) -> dict[str, Any] | None:
+def _parse_answer(raw: bytes) -> Json | None:
     try:
         answer = _parse_json(raw)
     except BadLine:
@@ -303,14 +306,14 @@ def _parse_answer(raw: bytes) -> dict[str, Any] | None:
     return answer if whole else None
 
 
-def _answered_key(answer: dict[str, Any]) -> Key:
+def _answered_key(answer: Json) -> Key:
     """The key of the input line that an output line answers."""
     if "line" in answer:
         return ("line", answer["line"])
     return ("custom_id", answer["custom_id"]) if "custom_id" in answer else answer["id"]
 
 
-def _has_failed(answer: dict[str, Any]) -> bool:
+def _has_failed(answer: Json) -> bool:
     response = answer.get("response")
     if response is not None:
         return bool(response.get("status_code") != 200)
@@ -336,7 +339,7 @@ def _record(file: IO[bytes], tally: Tally, key: Key, answer: Answer) -> None:
     file.flush()
 
 
-def to_line(answer: Chunk) -> dict[str, Any]:
+def to_line(answer: Chunk) -> Json:
     """An output line without its id. With n > 1 the answers are a list under "outputs".
 
     Log probabilities of the output and of the prompt are included if they were requested.
@@ -350,8 +353,8 @@ def to_line(answer: Chunk) -> dict[str, Any]:
     return line
 
 
-def _output(output: Output) -> dict[str, Any]:
-    fields: dict[str, Any] = {
+def _output(output: Output) -> Json:
+    fields: Json = {
         "text": output.text,
         "finish_reason": output.finish_reason,
         "num_output_tokens": output.num_tokens,

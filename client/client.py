@@ -220,22 +220,21 @@ class Client(_Connected, Asking[AsyncIterator[Chunk]]):
 
     async def index(self, timeout: float | None = 5.0) -> list[dict[str, str]]:
         """The models in the repository: name, version, state ("READY", ...) and reason."""
-        timeout = check_timeout(timeout)
-        try:
-            answer = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _refusal(error, timeout) from None
-        return _entries(answer)
+        return _entries(await self._call("RepositoryIndex", pb.RepositoryIndexRequest(), timeout))
 
     async def is_ready(self, model: str | None = None, timeout: float = 5.0) -> bool:
         """Whether the server, or one of its models, takes requests."""
-        method, request = _readiness(model)
-        limit = check_timeout(timeout)
         try:
-            answer = await getattr(self._stub, method)(request, timeout=limit)
-        except grpc.RpcError:
+            return bool((await self._call(*_readiness(model), timeout)).ready)
+        except GenerateError:
             return False
-        return bool(answer.ready)
+
+    async def _call(self, method: str, request: Any, timeout: float | None) -> Any:
+        timeout = check_timeout(timeout)
+        try:
+            return await getattr(self._stub, method)(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise _refusal(error, timeout) from None
 
 
 def _entries(answer: pb.RepositoryIndexResponse) -> list[dict[str, str]]:

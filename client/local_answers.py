@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from gllm_client.answers import AnswerSource, SourceLost
 from gllm_client.batch import Prompt
+from gllm_client.openai_server.body import Json
 from gllm_client.protocol import Chunk, GenerateError, Output
 from gllm_client.signals import caught_signals
 from gllm_engine import (
@@ -33,12 +34,12 @@ class LocalAnswers(AnswerSource):
 
     refusals: tuple[type[Exception], ...] = (InvalidField, RequestFailed)
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Json) -> None:
         """`config`: fields of EngineConfig. Raises the errors of LLM."""
         self.model = Path(config["model"]).resolve().name
         self._llm = LLM(**config)
 
-    def stream(self, prompt: Prompt, sampling: dict[str, Any], **template: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, sampling: Json, **template: Any) -> Iterator[Chunk]:
         params = parse_sampling(sampling)
         tokenizer = self._llm.tokenizer
         if isinstance(prompt, str):
@@ -73,9 +74,7 @@ class LocalAnswers(AnswerSource):
         except RequestFailed as error:
             raise GenerateError(str(error)) from None
 
-    def _ask(
-        self, prompt: Prompt, sampling: dict[str, Any], options: dict[str, Any]
-    ) -> Iterator[Chunk]:
+    def _ask(self, prompt: Prompt, sampling: Json, options: Json) -> Iterator[Chunk]:
         return self.stream(prompt, sampling, **options)
 
     def _tokenize(
@@ -99,10 +98,8 @@ class LocalAnswers(AnswerSource):
         text: str = self._llm.tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
 
-    def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = describe_checkpoint(
-            Path(self._llm.config.model), self._llm.tokenizer
-        )
+    def _facts(self) -> Json:
+        facts: Json = describe_checkpoint(Path(self._llm.config.model), self._llm.tokenizer)
         return facts | {"max_model_len": self._llm.engine.info.max_model_len}
 
     def close(self) -> None:

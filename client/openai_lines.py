@@ -6,13 +6,11 @@ Knows neither files nor the source of answers.
 
 from __future__ import annotations
 
-import json
-from typing import Any
 from uuid import uuid4
 
 import msgspec
 
-from gllm_client.openai_server.body import convert, decode
+from gllm_client.openai_server.body import Body, Json, convert, decode
 from gllm_client.openai_server.endpoints import CHAT, ENDPOINTS
 from gllm_client.openai_server.errors import ApiError, invalid, openai_error
 from gllm_client.openai_server.fields import Common
@@ -26,12 +24,12 @@ class BadLine(ValueError):
     """An input line that is not a valid request; the message says why."""
 
 
-def is_openai(line: dict[str, Any]) -> bool:
+def is_openai(line: Json) -> bool:
     """Whether an input line has OpenAI's form, even if it is not valid."""
     return not line.keys().isdisjoint(KEYS)
 
 
-def read(line: dict[str, Any]) -> tuple[str, bytes]:
+def read(line: Json) -> tuple[str, Body]:
     """The URL and the body of an input line. Raises BadLine for a line that is no request."""
     if unknown := sorted(line.keys() - set(KEYS)):
         raise BadLine(f"{shorten(unknown[0])}: unknown key; known are {', '.join(KEYS)}")
@@ -40,18 +38,19 @@ def read(line: dict[str, Any]) -> tuple[str, bytes]:
     url = line.get("url")
     if not isinstance(url, str) or url not in ENDPOINTS:
         raise BadLine(f"url: {shown(url)} is not supported; {' and '.join(ENDPOINTS)} are")
-    if not isinstance(line.get("body"), dict):
+    body = line.get("body")
+    if not isinstance(body, dict | bytes):
         raise BadLine("body: a JSON object is needed")
-    return url, json.dumps(line["body"]).encode()
+    return url, body
 
 
-def read_body(url: str, body: bytes, flags: dict[str, Any]) -> Common:
+def read_body(url: str, body: Body, flags: Json) -> Common:
     """The request that a body is. `flags`: sampling parameters for what it does not say.
 
     Raises ApiError.
     """
     given = decode(body)
-    defaults: dict[str, Any] = msgspec.to_builtins(flags, str_keys=True)
+    defaults: Json = msgspec.to_builtins(flags, str_keys=True)
     if "response_format" in given:
         defaults.pop("structured_outputs", None)
     top = defaults.get("logprobs")
@@ -65,7 +64,7 @@ def read_body(url: str, body: bytes, flags: dict[str, Any]) -> Common:
     return asked
 
 
-async def answer(url: str, asked: Common, model: ServedModel) -> dict[str, Any]:
+async def answer(url: str, asked: Common, model: ServedModel) -> Json:
     """The output line of a request's answer. Raises ApiError."""
     _, begin = ENDPOINTS[url]
     writer = await begin(asked, model, uuid4().hex)
@@ -75,20 +74,20 @@ async def answer(url: str, asked: Common, model: ServedModel) -> dict[str, Any]:
 # ---------------------------------------------------------------- output lines, without custom_id
 
 
-def no_request(message: str) -> dict[str, Any]:
+def no_request(message: str) -> Json:
     """The output line of an input line that is no request."""
     return _line(None, {"code": "invalid_line", "message": message})
 
 
-def refusal(error: ApiError) -> dict[str, Any]:
+def refusal(error: ApiError) -> Json:
     """The output line of a request that was refused or has failed."""
     return _response(error.status, openai_error(error))
 
 
-def _response(status: int, body: dict[str, Any]) -> dict[str, Any]:
+def _response(status: int, body: Json) -> Json:
     request_id = f"req_{uuid4().hex}"
     return _line({"status_code": status, "request_id": request_id, "body": body}, None)
 
 
-def _line(response: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:
+def _line(response: Json | None, error: Json | None) -> Json:
     return {"id": f"batch_req_{uuid4().hex}", "response": response, "error": error}

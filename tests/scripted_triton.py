@@ -151,7 +151,7 @@ class FakeModel:
             }
             if number == 0:
                 tensors["num_cached_tokens"] = [self.num_cached_tokens]
-            if number == num_chunks - 1 and asked.inputs.get("return_request_times"):
+            if number in (0, num_chunks - 1) and asked.inputs.get("return_request_times"):
                 tensors["request_times"] = list(self.request_times)
             if sampling.get("logprobs") is not None:
                 top = sampling["logprobs"]

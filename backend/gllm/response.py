@@ -335,7 +335,8 @@ class Stream:
         sequence 0, then those of sequence 1, ...; num_output_tokens: the number of new tokens of
         each sequence. finish_reason is "None" until a sequence has ended, then does not change; so
         is stop_reason, which is sent from the first end on. Facts of the prompt that the engine
-        tells are sent once, request_times with the last response.
+        tells are sent once, request_times with the first token, for what fails later, and with the
+        last one.
         """
         choices = self.choices
         make: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
@@ -354,13 +355,15 @@ class Stream:
         tensors = [pb_utils.Tensor(name, m()) for name, m in make.items() if name in parsed.outputs]
         # The engine tells them of sequence 0, and they are complete with its first token.
         here = choices[0].num_tokens > 0 or choices[0].finish_reason is not None
-        if here and not self._gave_prompt_facts:
+        is_first = here and not self._gave_prompt_facts
+        if is_first:
             tensors += self._prompt_facts(parsed)
             self._gave_prompt_facts = True
+        is_last = all(c.finish_reason is not None for c in choices)
         if "stop_reason" in parsed.outputs and any(c.finish_reason is not None for c in choices):
             reasons = _bytes(str(c.stop_reason) for c in choices)
             tensors.append(pb_utils.Tensor("stop_reason", reasons))
-        if "request_times" in parsed.outputs and all(c.finish_reason is not None for c in choices):
+        if "request_times" in parsed.outputs and (is_first or is_last):
             tensors.append(pb_utils.Tensor("request_times", np.array(self.times(), np.float32)))
         return tensors
 

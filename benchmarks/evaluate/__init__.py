@@ -6,8 +6,8 @@ run by their own harnesses, which must be installed. The figures are recorded as
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any
 
 from gllm_benchmarks.evaluate import harness, perplexity, ruler
 from gllm_benchmarks.openai_api import OpenAIClient, Post
-from gllm_benchmarks.record import add_arguments, number, print_table, record, rounded
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, rounded
 from gllm_engine import LLM
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench evaluate", description=__doc__)
+def parse_arguments() -> Namespace:
+    parser = make_parser("evaluate", __doc__)
     add = parser.add_argument
     add("task", choices=(*OWN, *harness.TASKS))
     where = parser.add_mutually_exclusive_group(required=True)
@@ -37,8 +37,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", type=number(int, 1, 10**5), default=20, help="of each of RULER's tasks")
     add("--max-tokens", type=number(int, 1, 10**6), default=128, help="of RULER's answers")
     add("--harness-args", default="", help="further arguments of the harness, as one text")
-    add("--name", help="of the result; default: evaluate-TASK-MODEL")
-    add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.url and not arguments.model:
         parser.error("--url: --model is needed too")
@@ -47,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def ask_server(arguments: argparse.Namespace, work: Callable[[Post], Awaitable[Any]]) -> Any:
+def ask_server(arguments: Namespace, work: Callable[[Post], Awaitable[Any]]) -> Any:
     """What `work` makes of the server. Raises GenerateError, and what `work` raises."""
 
     async def connected() -> Any:
@@ -58,7 +56,7 @@ def ask_server(arguments: argparse.Namespace, work: Callable[[Post], Awaitable[A
     return asyncio.run(connected())
 
 
-def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_perplexity(arguments: Namespace) -> Figures:
     texts = perplexity.paragraphs(arguments.data or perplexity.HELD_OUT)
     if arguments.offline:
         with LLM(model=arguments.offline) as llm:
@@ -68,7 +66,7 @@ def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"text": perplexity.summarize(scores, texts)}
 
 
-def measure_ruler(arguments: argparse.Namespace) -> Any:
+def measure_ruler(arguments: Namespace) -> Any:
     sizes = (arguments.length, arguments.samples, arguments.max_tokens, arguments.concurrency)
     return ask_server(arguments, partial(ruler.run, *sizes))
 
@@ -76,7 +74,7 @@ def measure_ruler(arguments: argparse.Namespace) -> Any:
 OWN = {"perplexity": measure_perplexity, "ruler": measure_ruler}
 
 
-def table(figures: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def table(figures: Figures) -> tuple[list[str], list[list[Any]]]:
     """The header and a row for each part of a task."""
     header = list(dict.fromkeys(key for each in figures.values() for key in each))
     rows = [[name, *(each.get(key, "") for key in header)] for name, each in figures.items()]
@@ -91,4 +89,4 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     print_table(arguments.task, *table(figures))
     model = Path(arguments.offline or arguments.model).name
-    record(arguments.name or f"evaluate-{arguments.task}-{model}", figures, arguments.save)
+    record(arguments, f"evaluate-{arguments.task}-{model}", figures)

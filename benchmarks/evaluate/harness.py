@@ -15,7 +15,9 @@ import subprocess
 import tempfile
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from gllm_benchmarks.record import Figures
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 SERVER = "num_concurrent={concurrency},timeout={timeout:.0f},model={model},base_url={url}"
@@ -52,7 +54,7 @@ TASKS = {
 }
 
 
-def run(arguments: Namespace) -> dict[str, Any]:
+def run(arguments: Namespace) -> Figures:
     """The harness's own figures. Raises SystemExit with a sentence."""
     package, lines, data = TASKS[arguments.task]
     program = lines[0].split()[0]
@@ -84,7 +86,7 @@ def run(arguments: Namespace) -> dict[str, Any]:
         return read_results(Path(out))
 
 
-def read_results(out: Path) -> dict[str, Any]:
+def read_results(out: Path) -> Figures:
     """The results of lm-eval or lmms-eval, or the first row of each of BFCL's tables."""
     for path in out.rglob("*results*.json"):
         return json.loads(path.read_text())["results"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -14,46 +15,73 @@ from gllm_client.openai_server.errors import ApiError, invalid
 from gllm_client.protocol import shorten, shown
 
 T = TypeVar("T")
+Json = dict[str, Any]  # an object
+Body = bytes | Json  # of a request, or its fields
 MAX_PROBLEM = 200  # characters
 
 _PLACE = re.compile(r"(?s)(?P<problem>.*?)(?: - at `(?P<key>key in )?\$\.?(?P<path>.*)`)?")
 _FIELD = re.compile(r"Object (?P<what>contains unknown|missing required) field `(?P<field>.*)`")
+# A pair of surrogates, or one that may have none.
+_SURROGATES = re.compile(
+    rb"\\u(?:(?<!\\\\u)[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>[dD][89a-fA-F]))"
+)
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:,]', re.DOTALL)
 
 
-def decode(body: bytes) -> dict[str, Any]:
+def decode(body: Body) -> Json:
     """A body's fields; null means not given. Raises ApiError for what is not one JSON object."""
     try:
-        value = _load(body)
+        value = parse(body) if isinstance(body, bytes) else body
     except RecursionError:
         raise _unreadable(body, "nested too deeply") from None
-    except (msgspec.DecodeError, ValueError) as error:
+    except ValueError as error:
         raise _unreadable(body, f"not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object")
     return {name: v for name, v in value.items() if v is not None}
 
 
-def _load(text: bytes) -> Any:
-    value = msgspec.json.decode(text)
-    json.loads(text, object_pairs_hook=_once)
+class RepeatedKey(ValueError):
+    """An object in JSON has a key twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Json:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise RepeatedKey(f"key {shown(name)} comes twice")
+    return values
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{shorten(text)} is no finite number")
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> None:
-    if len(dict(pairs)) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {shown(name)} comes twice")
+LENIENT = json.JSONDecoder(object_pairs_hook=_once)
+_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
 
 
-def _unreadable(body: bytes, problem: str) -> ApiError:
+def parse(text: bytes) -> Any:
+    """The value of JSON in UTF-8, without keys that come twice, numbers that no float can be, and
+    halves of surrogate pairs. Raises ValueError, RecursionError.
+    """
+    value = _STRICT.decode(text.decode())
+    if any(found["half"] for found in _SURROGATES.finditer(text)):
+        json.dumps(value, ensure_ascii=False).encode()  # refuses halves
+    return value
+
+
+def _unreadable(body: Any, problem: str) -> ApiError:
     """The error of a body that cannot be read; it names the field that spoils it, if one does."""
     names: set[bytes] = set()
     for name, value in _fields(body):
         try:
-            _load(value)
+            parse(value)
             is_good = name not in names
-        except (RecursionError, ValueError, msgspec.DecodeError):
+        except (RecursionError, ValueError):
             is_good = False
         if not is_good:
             return invalid(shorten(name.decode(errors="replace")), problem)
@@ -79,10 +107,13 @@ def _fields(body: bytes) -> Iterator[tuple[bytes, bytes]]:
         last = mark
 
 
-def convert(value: Any, kind: type[T], path: str = "") -> T:
-    """A JSON value as a msgspec type; its error names the field: `path`, then what is below it."""
+def convert(value: Any, kind: type[T], path: str = "", strict: bool = True) -> T:
+    """A JSON value as a msgspec type; its error names the field: `path`, then what is below it.
+
+    Without `strict`, texts may stand for numbers.
+    """
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, strict=strict)
     except RecursionError:
         raise ApiError(400, f"{path or 'the body'}: nested too deeply", path or None) from None
     except msgspec.ValidationError as error:

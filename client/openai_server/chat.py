@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from gllm_client.openai_server import fields
-from gllm_client.openai_server.body import convert
+from gllm_client.openai_server.body import Json, convert
 from gllm_client.openai_server.conversation import Conversation, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.events import (
@@ -39,7 +39,7 @@ class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Json | None = None
     strict: bool | None = None
 
 
@@ -66,7 +66,7 @@ class NamedTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ChatRequest(fields.Common, frozen=True, kw_only=True):
     """The body of a chat request."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Json]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
@@ -75,8 +75,8 @@ class ChatRequest(fields.Common, frozen=True, kw_only=True):
     parallel_tool_calls: bool = True
     reasoning_effort: str | None = None
     include_reasoning: bool = True
-    chat_template_kwargs: dict[str, Any] = {}
-    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: Json = {}
+    documents: list[Json] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     modalities: list[Literal["text"]] = []
@@ -155,7 +155,7 @@ def _tool_choice(asked: ChatRequest, tools: tuple[Tool, ...]) -> ToolChoice:
     return ToolChoice(choice)
 
 
-def _template(asked: ChatRequest, model: ServedModel) -> dict[str, Any]:
+def _template(asked: ChatRequest, model: ServedModel) -> Json:
     given = {
         "documents": asked.documents,
         "add_generation_prompt": asked.add_generation_prompt,
@@ -167,9 +167,7 @@ def _template(asked: ChatRequest, model: ServedModel) -> dict[str, Any]:
     return variables | asked.chat_template_kwargs
 
 
-def effort_variables(
-    model: ServedModel, effort: str, field: str = "reasoning_effort"
-) -> dict[str, Any]:
+def effort_variables(model: ServedModel, effort: str, field: str = "reasoning_effort") -> Json:
     """The variables by which a model's chat template takes a reasoning effort."""
     source = model.facts["chat_template"]
     values = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
@@ -180,7 +178,7 @@ def effort_variables(
     return known
 
 
-def to_messages(given: list[dict[str, Any]], model: ServedModel) -> list[dict[str, Any]]:
+def to_messages(given: list[Json], model: ServedModel) -> list[Json]:
     """The messages as chat templates read them. Their inner form is checked by the backend."""
     if not given:
         raise invalid("messages", "the list is empty")
@@ -191,7 +189,7 @@ def to_messages(given: list[dict[str, Any]], model: ServedModel) -> list[dict[st
 _AS_SYSTEM = {"developer": "system"}
 
 
-def _message(path: str, message: dict[str, Any], roles: dict[str, str]) -> dict[str, Any]:
+def _message(path: str, message: Json, roles: dict[str, str]) -> Json:
     role = message.get("role")
     if role not in ROLES:
         raise invalid(f"{path}.role", f"{shown(role)} is not one of {', '.join(ROLES)}")
@@ -208,7 +206,7 @@ def _message(path: str, message: dict[str, Any], roles: dict[str, str]) -> dict[
         content = refusal or ""
     if role != "assistant" and not isinstance(content, str | list):
         raise invalid(f"{path}.content", f"{shown(content)} is neither text nor a list of parts")
-    calls = convert(checked.get("tool_calls", []), list[dict[str, Any]], f"{path}.tool_calls")
+    calls = convert(checked.get("tool_calls", []), list[Json], f"{path}.tool_calls")
     for index, call in enumerate(calls):
         if not isinstance(call.get("function"), dict):
             raise invalid(f"{path}.tool_calls[{index}].function", "it is required")
@@ -237,9 +235,9 @@ class _Choice(Choice):
         self.calls: list[CallBegin] = []
         self.arguments: list[list[str]] = []
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> Json:
         content = "".join(self.content)
-        message: dict[str, Any] = {
+        message: Json = {
             "role": "assistant",
             "content": content if content or not self.calls else None,
             "refusal": None,
@@ -270,12 +268,12 @@ def _thoughts(text: str) -> dict[str, str]:
     return {"reasoning": text, "reasoning_content": text}
 
 
-def _call(begin: CallBegin, arguments: str = "") -> dict[str, Any]:
+def _call(begin: CallBegin, arguments: str = "") -> Json:
     function = {"name": begin.name, "arguments": arguments}
     return {"id": begin.id, "type": "function", "function": function}
 
 
-def _delta(event: Event) -> dict[str, Any]:
+def _delta(event: Event) -> Json:
     match event:
         case Text(text):
             return {"content": text}
@@ -299,7 +297,7 @@ class ChatWriter(Writer[Batch]):
         self._answer = answered
         self._choices = [_Choice() for _ in range(asked.n)]
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Json:
         body = await super().whole()
         if self._asked.prompt_logprobs is not None:
             body["prompt_logprobs"] = self._answer.prompt_logprobs
@@ -307,7 +305,7 @@ class ChatWriter(Writer[Batch]):
             body["prompt_token_ids"] = self._answer.prompt_ids
         return body
 
-    def _written(self) -> list[dict[str, Any]]:
+    def _written(self) -> list[Json]:
         return [
             {"index": index, "message": choice.message()} | self._rest(choice)
             for index, choice in enumerate(self._choices)
@@ -319,7 +317,7 @@ class ChatWriter(Writer[Batch]):
             self._note(choice, event)
             choice.take(event)
 
-    def _numbered(self, batch: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _numbered(self, batch: Batch) -> Iterator[tuple[int, Json]]:
         for index, event in batch:
             choice = self._choices[index]
             if not choice.started:
@@ -352,7 +350,7 @@ class ChatWriter(Writer[Batch]):
             choice.reason = "tool_calls" if event.reason == "stop" and has_calls else event.reason
             choice.stop_reason = event.stop_reason
 
-    def _rest(self, choice: _Choice) -> dict[str, Any]:
+    def _rest(self, choice: _Choice) -> Json:
         """A choice's fields beside its message or delta."""
         scored = {"content": choice.logprobs, "refusal": None} if self._asked.logprobs else None
         return self._beside(choice, scored)

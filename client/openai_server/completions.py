@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gllm_client import Chunk, Output
 from gllm_client.openai_server import fields
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.events import Tokens
 from gllm_client.openai_server.generation import (
@@ -104,7 +105,7 @@ def _wanted(asked: CompletionRequest) -> int:
     return DEFAULT_MAX_TOKENS if asked.max_tokens is None else max(1, asked.max_tokens)
 
 
-def _sampling(asked: CompletionRequest, model: ServedModel, prompt: _Prompt) -> dict[str, Any]:
+def _sampling(asked: CompletionRequest, model: ServedModel, prompt: _Prompt) -> Json:
     sampling = with_defaults(model, fields.sampling(asked))
     sampling["max_tokens"] = limit_tokens(model, len(prompt.ids), _wanted(asked))
     form = fields.form(asked)
@@ -167,7 +168,7 @@ class _Choice(Choice):
         self.text: list[str] = []
         self.offset = 0  # characters of text before `logprobs`
 
-    def take_table(self) -> dict[str, Any]:
+    def take_table(self) -> Json:
         """The logprobs as the API's columns; the next ones begin behind them."""
         tokens = [entry["token"] for entry in self.logprobs]
         offsets = [*accumulate(map(len, tokens), initial=self.offset)]
@@ -208,11 +209,11 @@ class CompletionWriter(Writer[Arrived]):
         self._asked = asked
         self._prompts = prompts
 
-    def _written(self) -> list[dict[str, Any]]:
-        choices: list[dict[str, Any]] = []
+    def _written(self) -> list[Json]:
+        choices: list[Json] = []
         for prompt in self._prompts:
             for choice in prompt.choices:
-                entry = {"index": len(choices)} | self._shown(choice)
+                entry: Json = {"index": len(choices)} | self._shown(choice)
                 if self._asked.prompt_logprobs is not None:
                     entry["prompt_logprobs"] = prompt.logprobs
                 if self._asked.return_token_ids:
@@ -236,7 +237,7 @@ class CompletionWriter(Writer[Arrived]):
                 changed.append(index)
         return changed
 
-    def _numbered(self, arrived: Arrived) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _numbered(self, arrived: Arrived) -> Iterator[tuple[int, Json]]:
         number, _ = arrived
         for index in self._take(arrived):
             choice = self._prompts[number].choices[index]
@@ -264,7 +265,7 @@ class CompletionWriter(Writer[Arrived]):
         pairs = zip(output.token_ids, output.logprobs or (), strict=False)
         choice.logprobs += [self._score(id, entry) for id, entry in pairs]
 
-    def _score(self, id: int, entry: dict[str, Any] | None, text: str = "") -> dict[str, Any]:
+    def _score(self, id: int, entry: Json | None, text: str = "") -> Json:
         """A token's row of the table; `entry` None: the prompt's first token, of text `text`."""
         if entry is None:
             return {"token": self._name(str(id), text), "logprob": None, "top": None}
@@ -277,6 +278,6 @@ class CompletionWriter(Writer[Arrived]):
     def _name(self, id: str, text: str) -> str:
         return f"token_id:{id}" if self._asked.return_tokens_as_token_ids else text
 
-    def _shown(self, choice: _Choice) -> dict[str, Any]:
+    def _shown(self, choice: _Choice) -> Json:
         scored = None if self._asked.logprobs is None else choice.take_table()
         return {"text": "".join(choice.text)} | self._beside(choice, scored)

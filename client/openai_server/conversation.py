@@ -7,9 +7,10 @@ with events. Both sides depend on this module alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-Message = dict[str, Any]  # role, content, tool_calls, ... as the model's chat template reads them
+from gllm_client.openai_server.body import Json
+
+Message = Json  # role, content, tool_calls, ... as the model's chat template reads them
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +19,16 @@ class Tool:
 
     name: str
     description: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)  # a JSON schema of one object
+    parameters: Json = field(default_factory=dict)  # a JSON schema of one object
     strict: bool = False  # arguments must keep to the schema, so decoding is constrained
     # For tools whose input is text, held by the only argument: the text's Lark grammar, or None.
     takes_text: bool = False
     grammar: str | None = None
     is_regex: bool = False  # then the schema has it too, as a pattern
 
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self) -> Json:
         """The tool in the form that chat templates expect."""
-        function: dict[str, Any] = {"name": self.name, "parameters": self.parameters}
+        function: Json = {"name": self.name, "parameters": self.parameters}
         if self.description:
             function["description"] = self.description
         return {"type": "function", "function": function}
@@ -55,9 +56,9 @@ class Conversation:
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
-    sampling: dict[str, Any] = field(default_factory=dict)
-    template: dict[str, Any] = field(default_factory=dict)
+    sampling: Json = field(default_factory=dict)
+    template: Json = field(default_factory=dict)
     max_tokens: int | None = None
-    form: dict[str, Any] | None = None
+    form: Json | None = None
     include_reasoning: bool = True
     truncate_prompt_tokens: int | None = None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.events import Tokens
 
@@ -25,7 +26,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
-    schema: dict[str, Any]
+    schema: Json
     description: str | None = None
     strict: bool | None = None  # a schema is always enforced
 
@@ -81,7 +82,7 @@ class Common(_Accepted, frozen=True, kw_only=True):
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: Json | None = None
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -125,7 +126,7 @@ def check(asked: Common) -> None:
         raise invalid("truncate_prompt_tokens", f"{truncated} is neither -1 nor at least 1")
 
 
-def sampling(asked: Common) -> dict[str, Any]:
+def sampling(asked: Common) -> Json:
     """Triton's sampling parameters, without the number of tokens and the form."""
     given = {name: getattr(asked, name) for name in _SAMPLING}
     salts = [salt for salt in (asked.cache_salt, asked.prompt_cache_key) if salt is not None]
@@ -134,7 +135,7 @@ def sampling(asked: Common) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def form(asked: Common) -> dict[str, Any] | None:
+def form(asked: Common) -> Json | None:
     """The structured outputs that the answer must keep to, in the form of Triton's parameter."""
     wanted = asked.response_format
     if wanted is None or wanted.type == "text":
@@ -164,7 +165,7 @@ class Usage:
         self.num_completion += len(tokens.ids)
         self.num_reasoning += tokens.num_reasoning
 
-    def show(self) -> dict[str, Any]:
+    def show(self) -> Json:
         """OpenAI's usage object."""
         return {
             "prompt_tokens": self.num_prompt,

@@ -9,10 +9,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gllm_client.openai_server import generation
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.errors import ApiError, invalid
 from gllm_client.openai_server.events import Event
 from gllm_client.openai_server.messages_request import MessagesRequest, to_conversation
-from gllm_client.openai_server.parts import Json, Part, Parts, collect, relay
+from gllm_client.openai_server.parts import Part, Parts, collect, relay
 from gllm_client.openai_server.routing import (
     ERROR_FORMS,
     EventStream,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gllm_client import Chunk, Client, GenerateError
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.errors import ApiError, from_triton, invalid
 from gllm_client.openai_server.formats.choice import Format, choose
 from gllm_client.openai_server.logprobs import finite
@@ -41,7 +42,7 @@ class ServedModel:
     is the source of all its chat templates together."""
 
     name: str
-    facts: dict[str, Any]
+    facts: Json
     max_model_len: int  # tokens, of prompt and answer together
     created: int  # Unix time at which this server first saw it
     client: ModelClient
@@ -66,7 +67,7 @@ class ServedModel:
         return text
 
     async def generate(
-        self, ids: list[int], sampling: dict[str, Any], request_id: str
+        self, ids: list[int], sampling: Json, request_id: str
     ) -> AsyncGenerator[Chunk, None]:
         """The answer to a prompt, in chunks. Closing the generator cancels the request."""
         if self.tenant:
@@ -92,7 +93,7 @@ class ServedModel:
                     yield finite(chunk) if is_scored else chunk
 
 
-def readable(facts: dict[str, Any]) -> dict[str, Any]:
+def readable(facts: Json) -> Json:
     """The answer to the operation "describe" as ServedModel's facts."""
     templates = facts.get("chat_template") or {}
     return facts | {"chat_template": "\n".join(templates.values())}
@@ -156,7 +157,7 @@ class Models:
             self._answers = any(facts is not None for facts in described)
             self._refreshed = begun
 
-    def _updated(self, name: str, facts: dict[str, Any] | None) -> ServedModel | None:
+    def _updated(self, name: str, facts: Json | None) -> ServedModel | None:
         """A model as it is now; as it was, if it does not answer. None: it is none of ours."""
         known = self._known.get(name)
         if facts is None or (known and known.facts == facts):
@@ -171,11 +172,9 @@ class Models:
             malformed_calls=known.malformed_calls if known else Counter(),
         )
 
-    async def _describe(self, name: str) -> dict[str, Any] | None:
+    async def _describe(self, name: str) -> Json | None:
         try:
-            facts: dict[str, Any] = await self._client.describe(
-                model=name, timeout=DESCRIBE_TIMEOUT_S
-            )
+            facts: Json = await self._client.describe(model=name, timeout=DESCRIBE_TIMEOUT_S)
         except (GenerateError, ValueError):  # another backend's model, or it cannot answer now
             return None
         return readable(facts)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.errors import ApiError, as_api_error
 from gllm_client.openai_server.events import (
     CallArguments,
@@ -24,7 +25,6 @@ from gllm_client.openai_server.generation import Answer
 from gllm_client.openai_server.logprobs import chat_logprob
 
 Kind = Literal["text", "thoughts", "call"]
-Json = dict[str, Any]
 
 
 @dataclass(slots=True)

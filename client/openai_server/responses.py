@@ -9,15 +9,17 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gllm_client.openai_server import generation
+from gllm_client.openai_server.body import Json, convert, decode
 from gllm_client.openai_server.errors import ApiError, invalid
 from gllm_client.openai_server.events import Event
-from gllm_client.openai_server.parts import Json, Part, Parts, Step, collect, relay
+from gllm_client.openai_server.parts import Part, Parts, Step, collect, relay
 from gllm_client.openai_server.response_store import ResponseStore, StoredResponse
 from gllm_client.openai_server.responses_request import (
     Items,
@@ -25,6 +27,7 @@ from gllm_client.openai_server.responses_request import (
     Toolbox,
     input_items,
     is_left_out,
+    listed,
     to_conversation,
 )
 from gllm_client.openai_server.routing import (
@@ -269,6 +272,15 @@ def _settings(request: ResponsesRequest) -> Json:
     return given | fixed
 
 
+class Page(msgspec.Struct, forbid_unknown_fields=True):
+    """The query of a list of items."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+    after: str | None = None
+    include: Any = None  # it changes nothing
+
+
 def _store(request: Request) -> ResponseStore:
     store: ResponseStore = request.app.state.response_store
     return store
@@ -301,7 +313,7 @@ async def create(request: Request) -> Response:
 
     def finish(response: Json) -> None:
         if asked.store:
-            items = earlier + input_items(asked) + run.writer.items
+            items = earlier + listed(input_items(asked)) + run.writer.items
             stored = StoredResponse(msgspec.json.encode(response), msgspec.json.encode(items))
             store.put(response["id"], stored)
 
@@ -318,6 +330,25 @@ async def retrieve(request: Request, id: str) -> Response:
     if request.query_params.get("stream", "false") != "false":
         raise invalid("stream", "a stored response cannot be streamed again")
     return Response(_stored(request, id).response, media_type="application/json")
+
+
+@router.get("/v1/responses/{id}/input_items")
+async def list_input(request: Request, id: str) -> Response:
+    """A page of the items that a stored response answers, earlier answers' among them."""
+    stored = _stored(request, id)
+    asked = convert(dict(request.query_params), Page, strict=False)
+    num_output = len(decode(stored.response)["output"])
+    items = msgspec.json.decode(stored.items)[: -num_output or None]
+    if asked.order == "desc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    if asked.after is not None and asked.after not in ids:
+        raise invalid("after", f"{shown(asked.after)} is the id of no item")
+    start = ids.index(asked.after) + 1 if asked.after else 0
+    end = start + asked.limit
+    ends = ids[start:end] or [None]
+    page = {"object": "list", "data": items[start:end], "has_more": end < len(items)}
+    return JsonResponse(page | {"first_id": ends[0], "last_id": ends[-1]})
 
 
 @router.delete("/v1/responses/{id}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+from uuid import uuid4
 
 import msgspec
 
 from gllm_client.openai_server import fields
-from gllm_client.openai_server.body import convert
+from gllm_client.openai_server.body import Json, convert
 from gllm_client.openai_server.chat import MAX_TOOLS, effort_variables
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
@@ -22,7 +23,7 @@ from gllm_client.openai_server.turns import (
 )
 from gllm_client.protocol import shown
 
-Items = list[dict[str, Any]]
+Items = list[Json]
 LOGPROBS = "message.output_text.logprobs"
 _HOSTED = "this server has no hosted tools, only function, custom and namespace are allowed"
 
@@ -35,7 +36,7 @@ class ReasoningConfig(msgspec.Struct, frozen=True):
 
 class TextFormat(msgspec.Struct, frozen=True):
     type: Literal["text", "json_object", "json_schema"]
-    schema: dict[str, Any] | None = None
+    schema: Json | None = None
 
 
 class TextConfig(msgspec.Struct, frozen=True):
@@ -52,15 +53,15 @@ class ResponsesRequest(fields.Common, kw_only=True, frozen=True):
     previous_response_id: str | None = None
     include: list[str] = []  # but for LOGPROBS it asks for what no answer has
     tools: Items = []
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | Json = "auto"
     parallel_tool_calls: bool = True
     n: Literal[1] = 1
     reasoning: ReasoningConfig = ReasoningConfig()
     include_reasoning: bool = True
-    text: dict[str, Any] = {}  # TextConfig, and the verbosity, which changes nothing
+    text: Json = {}  # TextConfig, and the verbosity, which changes nothing
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] = 0
     truncation: Literal["auto", "disabled"] = "disabled"
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Json = {}
     metadata: dict[str, str] = {}
     # Accepted; they change nothing.
     max_tool_calls: Any = None  # of hosted tools
@@ -134,8 +135,22 @@ def to_conversation(
 def input_items(request: ResponsesRequest) -> Items:
     """The input as items; a text is a message of the user."""
     if isinstance(request.input, str):
-        return [{"type": "message", "role": "user", "content": request.input}]
+        return [{"role": "user", "content": request.input}]
     return request.input
+
+
+def listed(items: Items) -> Items:
+    """The items of an input as a client may list them: with ids, the content as parts."""
+    return [
+        {"id": f"item_{uuid4().hex}", "type": "message"} | item | _parts(item) for item in items
+    ]
+
+
+def _parts(item: Json) -> Json:
+    """The content of a message that is a text, as a part."""
+    text = item.get("content")
+    kind = "output_text" if item.get("role") == "assistant" else "input_text"
+    return {"content": [{"type": kind, "text": text}]} if isinstance(text, str) else {}
 
 
 def _messages(request: ResponsesRequest, earlier: Items) -> list[Message]:
@@ -150,13 +165,13 @@ def _messages(request: ResponsesRequest, earlier: Items) -> list[Message]:
     return merge(messages)
 
 
-def _template(request: ResponsesRequest, model: ServedModel) -> dict[str, Any]:
+def _template(request: ResponsesRequest, model: ServedModel) -> Json:
     effort = request.reasoning.effort
     variables = {} if effort is None else effort_variables(model, effort, "reasoning.effort")
     return variables | request.chat_template_kwargs
 
 
-def _form(request: ResponsesRequest) -> dict[str, Any] | None:
+def _form(request: ResponsesRequest) -> Json | None:
     asked = convert(request.text, TextConfig, "text").format
     if asked is None or asked.type == "text":
         return request.structured_outputs
@@ -182,7 +197,7 @@ class ToolSpec(msgspec.Struct, frozen=True):
     type: str
     name: str = ""
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Json | None = None
     strict: bool | None = None
     format: CustomFormat | None = None
     tools: Items | None = None
@@ -203,7 +218,7 @@ def read_tools(tools: Items, path: str = "tools", namespace: str | None = None) 
     return toolbox
 
 
-def is_left_out(tool: dict[str, Any]) -> bool:
+def is_left_out(tool: Json) -> bool:
     """The web search that the Codex CLI declares unless told not to; it can do without."""
     return tool.get("type") == "web_search" and "external_web_access" in tool
 
@@ -237,7 +252,7 @@ def _custom_tool(name: str, spec: ToolSpec, path: str) -> Tool:
     Its grammar is enforced, and the model reads it in the description.
     """
     asked = spec.format or CustomFormat()
-    text: dict[str, Any] = {"type": "string"}
+    text: Json = {"type": "string"}
     description = spec.description or ""
     grammar = None
     if asked.type == "grammar":
@@ -265,7 +280,7 @@ def _custom_tool(name: str, spec: ToolSpec, path: str) -> Tool:
     )
 
 
-def _read_choice(choice: str | dict[str, Any], toolbox: Toolbox) -> ToolChoice:
+def _read_choice(choice: str | Json, toolbox: Toolbox) -> ToolChoice:
     if isinstance(choice, dict):
         return ToolChoice("named", _chosen(choice, toolbox))
     if choice == "required" and not toolbox:
@@ -279,7 +294,7 @@ class ChosenTool(msgspec.Struct, frozen=True):
     namespace: str | None = None
 
 
-def _chosen(choice: dict[str, Any], toolbox: Toolbox) -> str:
+def _chosen(choice: Json, toolbox: Toolbox) -> str:
     chosen = convert(choice, ChosenTool, "tool_choice")
     if chosen.type not in ("function", "custom"):
         raise invalid("tool_choice.type", f"{shown(chosen.type)} is not function or custom")
@@ -332,7 +347,7 @@ class _ItemReader:
     def __init__(self) -> None:
         self._names: dict[str | None, str] = {}  # call id -> the function's name
 
-    def read(self, value: dict[str, Any], path: str) -> Message:
+    def read(self, value: Json, path: str) -> Message:
         """The message of one item. Raises ApiError."""
         item = convert(value, Item, path)
         if item.type not in _NEEDED:

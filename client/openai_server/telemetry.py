@@ -130,24 +130,36 @@ class Trace:
     async def watch(
         self, chunks: AsyncGenerator[Chunk, None], model: str, request_id: str
     ) -> AsyncGenerator[Chunk, None]:
-        """Pass on the chunks of an answer. Its end adds the spans below this one."""
+        """Pass on the chunks of an answer. Its end adds the spans below this one.
+
+        An answer that fails, or whose client leaves, has those of the phases that it came to: with
+        its first token it tells of the first two, and the third lasts until now.
+        """
         began = time.time_ns()
         num_tokens = 0
+        times: tuple[float, ...] | None = None
+        is_whole = False
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
                     num_tokens += sum(len(output.token_ids) for output in chunk.outputs)
-                    if chunk.request_times is not None:
-                        attributes = {
-                            "gen_ai.request.model": model,
-                            "gen_ai.usage.output_tokens": num_tokens,
-                            "gllm.request_id": request_id,
-                        }
-                        self._add(began, chunk.request_times, attributes)
+                    times = chunk.request_times or times
+                    is_whole = all(output.finish_reason is not None for output in chunk.outputs)
                     yield chunk
         except GenerateError as error:
             self._span.record_exception(error)
             raise
+        finally:
+            if times:
+                if not is_whole:
+                    queue, prefill, _ = times
+                    times = (queue, prefill, (time.time_ns() - began) / 1e9 - queue - prefill)
+                attributes = {
+                    "gen_ai.request.model": model,
+                    "gen_ai.usage.output_tokens": num_tokens,
+                    "gllm.request_id": request_id,
+                }
+                self._add(began, times, attributes)
 
     def _add(self, began: int, seconds: Iterable[float], attributes: dict[str, Any]) -> None:
         """Add a span for each phase. They follow each other from `began` on, ns since 1970."""

@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.errors import as_api_error, openai_error
 from gllm_client.openai_server.fields import Common, StreamOptions, Usage
 
 Part = TypeVar("Part")
-Json = dict[str, Any]
 Numbered = tuple[int, Json]  # a choice's index and the fields of its next event
 DONE = b"data: [DONE]\n\n"
 

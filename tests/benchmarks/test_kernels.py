@@ -119,6 +119,8 @@ def test_products_are_those_of_the_model(
         rows, columns = (shape.matrices | {"logits": (384, 64)})[name]
         moved = 3 * (columns + rows * (1 + (name in ("out", "down")))) * 4
         assert case.bytes == moved + rows * columns * (4 if plain else number)
+    # Of one token: with the norm before them, the activation after them, and the rows left so.
+    assert all(seconds_of(case, shape.device) > 0 for case in shape.gemm_cases(1))
     if isinstance(shape.ffn, Moe):
         case = shape.moe_case(shape.ffn, 10**6)  # all experts
         rest = (shape.ffn.num_experts * 64 + 3 * 10**6 * 64) * 4

@@ -49,8 +49,8 @@ def chat(path: str, body: dict[str, Any]) -> tuple[int, list[bytes]]:
 def sent(url: str, monkeypatch: pytest.MonkeyPatch, **over: Any) -> list[RequestRecord]:
     """Records of JOBS, two at a time, by a client in this process."""
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{time.monotonic()}\n"))
-    task = {"address": url, "model": MODEL, "api": "completions", "key_file": None, "slots": 2}
-    task |= {"arrivals": None, "sampling": {}, "timeout": 60.0, "jobs": JOBS, "salts": None}
+    task = {"address": url, "model": MODEL, "api": "completions", "key_file": None}
+    task |= {"arrivals": 2, "sampling": {}, "timeout": 60.0, "jobs": JOBS, "salts": None}
     return asyncio.run(play(task | over))
 
 
@@ -176,7 +176,7 @@ def test_the_client_is_no_bottleneck(monkeypatch: pytest.MonkeyPatch) -> None:
     body = [one * count, usage(count)]
     with FakeOpenAI(lambda path, given: (200, body)) as server:
         begin = time.thread_time()
-        records = sent(server.url, monkeypatch, slots=16, jobs=[Job([1], count)] * 64)
+        records = sent(server.url, monkeypatch, arrivals=16, jobs=[Job([1], count)] * 64)
         seconds = time.thread_time() - begin
     figures = summarize(records, {})
     assert figures["completed"] == 64 and figures["tokens_per_response"] == 1

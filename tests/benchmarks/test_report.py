@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +151,18 @@ def test_a_record(
 ) -> None:
     monkeypatch.setattr("gllm_benchmarks.record.RESULTS", tmp_path)
     monkeypatch.setenv("GLLM_COMMIT", "0123abc")
-    record("serve-x", {"a": [1.23456789, {"b": 1234567.8}], "n": 1234567}, save=True)
+    figures = {"a": [1.23456789, {"b": 1234567.8}], "n": 1234567}
+    record(Namespace(name=None, save=True), "serve-x", figures)
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line == json.loads((tmp_path / "serve-x.json").read_text())
     assert line["commit"] == "0123abc" and line["benchmark"] == "serve-x"
     assert line["figures"] == {"a": [1.2346, {"b": 1234600.0}], "n": 1234567}
     monkeypatch.delenv("GLLM_COMMIT")
     monkeypatch.setattr("sys.orig_argv", ["python", "-m", "x", "--trace", "/home/me/t.csv", "a/b"])
-    record("serve-x", {}, save=False)
+    record(Namespace(name="y", save=False), "serve-x", {})
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["commit"] != "0123abc" and line["command"].endswith("-m x --trace t.csv a/b")
+    assert line["benchmark"] == "y" and len([*tmp_path.iterdir()]) == 1
 
 
 def test_tables_are_aligned() -> None:

@@ -232,3 +232,10 @@ def test_progress_is_told_after_each_answer(tmp_path: Path) -> None:
     seen: list[int] = []
     run_batch(source, tmp_path / "out", Answers(), on_progress=lambda t: seen.append(t.answered))
     assert seen == [0, 1, 2, 3]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
+    for line in ({"prompt": "a"}, {"custom_id": "a", "method": "POST", "url": "/v1/completions"}):
+        raw = b"\xef\xbb\xbf" + json.dumps(line | {"body": {}} if len(line) > 1 else line).encode()
+        _, item = parse_line(1, raw)
+        assert not isinstance(item, Failed)

@@ -54,7 +54,7 @@ def line(url: str = CHAT, custom_id: object = "a", **body: Any) -> dict[str, Any
 def test_flags_hold_for_what_a_body_does_not_say(
     url: str, body: dict[str, Any], flags: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    asked = read_body(url, json.dumps(line(url, **body)["body"]).encode(), flags)
+    asked = read_body(url, line(url, **body)["body"], flags)
     assert {name: getattr(asked, name) for name in expected} == expected
 
 
@@ -95,7 +95,8 @@ class Answers:
         for item in items:
             self.asked.append(item.key)
             if isinstance(item, OpenAIItem):
-                prompt = json.loads(item.body).get("prompt")
+                assert isinstance(item.body, dict)
+                prompt = item.body.get("prompt")
                 if prompt == "fail":
                     error = invalid("top_p", "9 is outside [0, 1]")
                     yield item, Failed(str(error), refusal(error))

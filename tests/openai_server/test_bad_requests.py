@@ -136,7 +136,17 @@ def test_an_effort_that_the_model_does_not_know_is_refused(served: Served) -> No
         (b'{"messages": ' + b"[" * 100_000, 400, "nested"),
         (b'{"tools": ' + b'{"a":' * 100_000, 400, "nested"),
         (b'{"seed": ' + b"9" * 10_000 + b"}", 400, ""),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, ""),
+        (
+            b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            400,
+            "messages: not valid JSON",
+        ),
+        (b'{"messages": [], "metadata": {"a": "\\uD83D"}}', 400, "metadata: not valid JSON"),
+        (b'{"messages": [], "metadata": {"\\udc00": ""}}', 400, "metadata: not valid JSON"),
+        (b'{"messages": [], "seed": Infinity}', 400, "seed: not valid JSON"),
+        (b'{"messages": [], "top_p": 1e999}', 400, "top_p: not valid JSON"),
+        (b'{"messages": [{"content": "a", "content": "b"}]}', 400, "key 'content' comes twice"),
+        ('{"messages": []}'.encode("utf-16"), 400, "JSON"),
     ],
 )
 def test_a_body_that_is_no_request(served: Served, content: bytes, status: int, words: str) -> None:

@@ -331,3 +331,49 @@ def test_a_grammar_that_the_format_cannot_hold_is_refused():
     for text in ("aa", "b"):
         call = write("llama3_json", Turn(calls=[("patch", {"input": text})]))
         assert accepts("llama3_json", call, **asked) is (text == "aa")
+
+
+PATTERNS = [
+    ("^[a-z]{2,4}$", ["ab", "abcd"], ["a", "abcde", "ab1", ""]),
+    (r"\d-\d", ["x1-2\ny", "1-2"], ["1", "a-b"]),
+    (r"^a", ["abc\n</b>"], ["ba"]),
+    (r"\$$", ["x$"], ["$x", "x"]),
+    (r"</?b>$", ["a</b>", "<b>"], ["b"]),
+    ("^$", [""], ["x"]),
+    ("", ["", "x\n"], []),
+    ("^.*$", ["a<b", "", "</parameter", "</"], ["a\nb"]),
+]
+
+
+def with_strings(schema: object) -> Tool:
+    properties = {"s": schema, "n": {"type": "integer"}}
+    parameters = {"type": "object", "properties": properties, "required": ["s"]}
+    return Tool("f", "", parameters | {"additionalProperties": False}, strict=True)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if format_of(n).spelling.kind != "pythonic"])
+@pytest.mark.parametrize(("pattern", "good", "bad"), PATTERNS)
+def test_patterns_of_strings_hold(name, pattern, good, bad):
+    tools = (with_strings({"type": "string", "pattern": pattern}),)
+    for text in (*good, *bad):
+        for more in ({}, {"n": 5}):
+            written = write(name, Turn(calls=[("f", {"s": text} | more)]))
+            for asked in ({"tools": tools}, {"tools": tools, **REQUIRED}):
+                assert accepts(name, written, **asked) is (text in good), text
+
+
+def test_a_pattern_in_a_part_of_a_schema_is_refused_where_arguments_are_text():
+    tool = with_strings({"anyOf": [{"type": "string", "pattern": "^a"}, {"type": "null"}]})
+    for name in IN_TEXT:
+        assert "cannot enforce one of the patterns" in refused(name, tool)
+        assert "ends within an escape" in refused(
+            name, with_strings({"type": "string", "pattern": "a\\"})
+        )
+    loose = replace(tool, strict=False)
+    assert accepts(
+        "qwen3_coder",
+        write("qwen3_coder", Turn(calls=[("f", {"s": "b"})])),
+        tools=(loose,),
+        **REQUIRED,
+    )
+    assert not accepts("hermes", write("hermes", Turn(calls=[("f", {"s": "b"})])), tools=(tool,))

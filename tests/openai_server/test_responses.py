@@ -485,6 +485,49 @@ def test_tools_by_a_stored_answer(sdk: openai.OpenAI, script: Scripted) -> None:
     assert caught.value.param == "previous_response_id"
 
 
+def test_the_input_of_a_stored_answer(sdk: openai.OpenAI) -> None:
+    """All that came before its output, with ids that stay, newest first; in pages."""
+    first = sdk.responses.create(model="m", input="Hi")
+    given = [{"role": "assistant", "content": "So"}, {"role": "user", "content": "More"}]
+    second = sdk.responses.create(model="m", previous_response_id=first.id, input=given)  # type: ignore[arg-type]
+    listed = sdk.responses.input_items.list(second.id)
+    items: list[Any] = [*listed]
+    assert [(item.role, item.content[0].text) for item in items] == [
+        ("user", "More"),
+        ("assistant", "So"),
+        ("assistant", "Hello"),
+        ("user", "Hi"),
+    ]
+    kinds = [item.content[0].type for item in items]
+    assert kinds == ["input_text", "output_text", "output_text", "input_text"]
+    ids = [item.id for item in items]
+    assert len({*ids}) == 4 and items[2].id == first.output[0].id
+    assert (listed.first_id, listed.last_id, listed.has_more) == (ids[0], ids[-1], False)  # type: ignore[attr-defined]
+    forward = [item.id for item in sdk.responses.input_items.list(second.id, order="asc", limit=1)]
+    assert forward == ids[::-1]  # the SDK asks for page after page
+    page: Any = sdk.responses.input_items.list(second.id, after=ids[1], limit=1)
+    assert [item.id for item in page.data] == [page.first_id] == [page.last_id] == [ids[2]]
+    assert page.has_more
+    end: Any = sdk.responses.input_items.list(second.id, after=ids[3])
+    assert (end.data, end.first_id, end.has_more) == ([], None, False)
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [({"limit": 0}, "limit"), ({"limit": 101}, "limit"), ({"limit": "x"}, "limit")]
+    + [({"order": "up"}, "order"), ({"after": "y"}, "after"), ({"befor": "y"}, "befor")],
+)
+def test_a_wrong_query_of_input_items(
+    sdk: openai.OpenAI, query: dict[str, Any], param: str
+) -> None:
+    stored = sdk.responses.create(model="m", input="Hi")
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.responses.input_items.list(stored.id, extra_query=query)
+    assert caught.value.param == param
+    with pytest.raises(openai.NotFoundError):
+        sdk.responses.input_items.list("resp_x")
+
+
 def test_what_is_not_stored(sdk: openai.OpenAI, script: Scripted) -> None:
     response = sdk.responses.create(model="m", input="Hi", store=False)
     with pytest.raises(openai.NotFoundError):

@@ -148,13 +148,41 @@ def test_what_is_refused_or_fails_has_a_span_too(served: Served, collector: Coll
 
 def test_a_client_that_leaves(served: Served, collector: Collector) -> None:
     served.model.pause = threading.Event()
+    served.model.request_times = (0.0, 0.0, 0.0)  # the real ones are less than the time so far
     with traced(served, collector) as server:
         with httpx.Client(base_url=server.url, trust_env=False) as client:
             with client.stream("POST", CHAT, json=BODY | {"stream": True}) as answer:
                 assert "Hel" in next(answer.iter_text())
         assert generated(served).cancelled.wait(SOON_S)
-    (whole,) = collector.spans
+    (whole,) = collector.named(f"POST {CHAT}")
     assert attributes(whole)["gllm.client_left"] is True
+    check_cut_phases(served, collector)
+
+
+def check_cut_phases(served: Served, collector: Collector) -> None:
+    """Queue and prefill are the engine's; decode lasts until the end of the request."""
+    (whole,) = collector.named(f"POST {CHAT}")
+    (queue,), (prefill,), (decode,) = (
+        collector.named(name) for name in ("queue", "prefill", "decode")
+    )
+    seconds = served.model.request_times[:2]
+    for span, duration in zip((queue, prefill), seconds, strict=True):
+        assert span.end_time_unix_nano - span.start_time_unix_nano == round(duration * 1e9)
+    assert decode.start_time_unix_nano == prefill.end_time_unix_nano
+    assert decode.start_time_unix_nano <= decode.end_time_unix_nano <= whole.end_time_unix_nano
+    assert attributes(decode)["gen_ai.usage.output_tokens"] == served.model.tokens_per_chunk
+    assert len(collector.spans) == 4
+
+
+def test_an_answer_that_fails_half_way_has_the_phases_that_it_came_to(
+    served: Served, collector: Collector
+) -> None:
+    served.model.refusal = "the engine has ended"
+    served.model.refuse_after = 1
+    served.model.request_times = (0.0, 0.0, 0.0)
+    with traced(served, collector) as server:
+        assert "the engine has ended" in server.post(CHAT, **BODY, stream=True).text
+    check_cut_phases(served, collector)
 
 
 def test_nothing_is_traced_unless_it_is_wanted(served: Served) -> None:

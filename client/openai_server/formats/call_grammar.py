@@ -186,19 +186,27 @@ class CallGrammar:
         for mark, kind in spelling.key_ends.items():
             head = mark + spelling.value_begin
             if is_text and kind != "json":
-                found += self._tagged_texts(head, schema)
+                found += self._tagged_texts(head, schema, strict)
             elif kind != "string" and types != {"string"}:
                 value = self._grammar.json(_rooted(schema, root), strict)
                 end = self._grammar.text(spelling.value_end)
                 found.append(f"{self._grammar.text(head)} {value} {end}")
         return " | ".join(found)
 
-    def _tagged_texts(self, head: str, schema: Any) -> list[str]:
+    def _tagged_texts(self, head: str, schema: Any, strict: bool) -> list[str]:
         end = self._spelling.value_end
         if listed := choices(schema):
             texts = [value if isinstance(value, str) else json.dumps(value) for value in listed]
             return [self._grammar.text(head + text + end) for text in texts]
-        return [f"{self._grammar.text(head)} {self._grammar.until(end)}"]
+        pattern = schema.get("pattern") if isinstance(schema, dict) else None
+        if isinstance(pattern, str):
+            value = self._grammar.matching(pattern, end)
+        elif strict and '"pattern"' in json.dumps(schema):
+            told = json.dumps(schema)[:200]
+            raise invalid("tools", f"this server cannot enforce one of the patterns in {told}")
+        else:
+            value = self._grammar.until(end)
+        return [f"{self._grammar.text(head)} {value}"]
 
     def _python(self, tool: Tool) -> str:
         """The part for arguments as Python writes them, with commas between the given ones."""

@@ -19,6 +19,7 @@ _TERMINALS = [f"{TEXT}: /(.|\\n)*/", "GLLM_GAP: /[ \\n]{1,4}/"]
 # Between the tokens of JSON; bounded, because small models then write blanks without end.
 _WHITESPACE = r"\n?[ \t]{0,16}"
 _START = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(\bstart\b)')
+_ANCHORS = re.compile(r"(\^?)((?:\\.|[^\\])*?)(\$?)", re.DOTALL)
 _REGEX = re.compile(r"\\.|/|\n", re.DOTALL)
 # As in the engine, the classes of a regular expression are ASCII.
 _CLASSES = {
@@ -78,6 +79,22 @@ class Grammar:
             # Where a token follows, it tells the last `head` from those before.
             self._heads[end] = terminal if rest else self.rule(terminal, "[lazy]")
         return f"{self._heads[end]} {self.text(rest)}"
+
+    def matching(self, pattern: str, end: str) -> str:
+        """A text in which a JSON schema's `pattern` is found, and the first `end` after it."""
+        anchors = _ANCHORS.fullmatch(pattern)
+        if anchors is None:
+            raise invalid("tools", f"the pattern {pattern[:200]!r} ends within an escape")
+        begins, regex, ends = anchors.groups()
+        head = self._tokens.split(end)[0]
+        rest = end[len(head) :]
+        mark = json.dumps(head)
+        text = f"{'' if begins else TEXT} {regex_part(f'({regex})')} {'' if ends else TEXT} {mark}"
+        if not rest:  # where a token follows, it tells the last `head` from those before
+            text = rf"({text}) & ~({TEXT} {mark} /(.|\n)+/)"
+        name = f"GLLM_{len(self._rules)}"
+        self.add(f"{name}: {text}")
+        return f"{name} {self.text(rest)}"
 
     def json(self, schema: Any, strict: bool = True, **options: Any) -> str:
         """JSON that keeps to `schema`. Without `strict`, unknown keywords are ignored."""
