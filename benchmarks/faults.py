@@ -22,12 +22,12 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.record import add_arguments, print_table, record
-from gllm_benchmarks.served_model import MODEL, free_ports, write_repository
+from gllm_benchmarks.served_model import MODEL, serve_command, write_repository
 from gllm_client import GenerateError, SyncClient
 from gllm_client.supervisor import find_stubs
 from gllm_engine import write_tiny_model
@@ -110,14 +110,10 @@ class Site:
     Use it in a with statement. `max_files`: the limit of open files of each process.
     """
 
-    def __init__(self, engine: dict[str, Any], max_files: int | None = None) -> None:
+    def __init__(self, engine: dict[str, Any], max_files: int | str = "unlimited") -> None:
         self._engine = ENGINE | engine
         self._max_files = max_files
         self._mark = uuid.uuid4().hex
-        http, self._grpc, metrics = free_ports(3)
-        self.address = f"127.0.0.1:{self._grpc}"
-        self._ports = [f"--http-port={http}", f"--grpc-port={self._grpc}"]
-        self._ports += [f"--metrics-port={metrics}", "--exit-timeout-s=10"]
         self._stack = ExitStack()
 
     def __enter__(self) -> Site:
@@ -168,8 +164,8 @@ class Site:
         return found
 
     def pids(self, part: str) -> list[int]:
-        """Pids of one part: the engine, the workers, the front ends ("stub") or tritonserver."""
-        if part == "stub":
+        """Pids of one of PARTS."""
+        if part == "front end":
             (server,) = self.pids("tritonserver")
             return sorted(row.pid for row in find_stubs(server)[MODEL])
         sought = {"engine": " gllm_engine.engine.process ", "worker": " gllm_engine.worker "}
@@ -184,15 +180,11 @@ class Site:
 
     def answers(self) -> bool:
         """Whether two requests per front end are answered, sent one after another."""
-        client = SyncClient(self.address, MODEL)
-        try:
+        with SyncClient(self.address, MODEL) as client, suppress(GenerateError):
             for _ in range(2 * FRONT_ENDS):
                 client.complete("Once", max_tokens=4, ignore_eos=True, timeout=5.0)
-        except GenerateError:
-            return False
-        finally:
-            client.close()
-        return True
+            return True
+        return False
 
     def stop(self) -> str:
         """Stop `gllm serve` if it still runs; returns how it ended and what it left behind."""
@@ -224,11 +216,11 @@ class Site:
         return holder
 
     def _start(self, repository: Path) -> subprocess.Popen[bytes]:
-        limit = "unlimited" if self._max_files is None else str(self._max_files)
         raised = 'test "$0" = unlimited || ulimit -n "$0"; exec "$@"'
-        command = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
-        command += ["sh", "-c", raised, limit, sys.executable, "-m", "gllm_client"]
-        command += ["serve", str(repository), *self._ports]
+        serve, addresses = serve_command(repository)
+        self.address = addresses.grpc
+        command = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "sh", "-c"]
+        command += [raised, str(self._max_files), *serve, "--exit-timeout-s=10"]
         environment = os.environ | {_MARK: self._mark, "TMPDIR": str(self._tmp)}
         with self._log.open("wb") as log:
             return subprocess.Popen(
@@ -262,10 +254,7 @@ Undo = Callable[[], None]
 
 
 def _kill(part: str) -> Callable[[Site], Undo | None]:
-    def fault(site: Site) -> None:
-        _signal(site.pids(part)[-1], signal.SIGKILL)
-
-    return fault
+    return lambda site: _signal(site.pids(part)[-1], signal.SIGKILL)
 
 
 def _stop(part: str) -> Callable[[Site], Undo | None]:
@@ -296,15 +285,12 @@ def _kill_engine_on_a_full_disk(site: Site) -> Undo | None:
     return undo
 
 
+PARTS = ("engine", "worker", "front end", "tritonserver")
 FAULTS: dict[str, Callable[[Site], Undo | None]] = {
-    "engine killed": _kill("engine"),
-    "engine stopped": _stop("engine"),
-    "worker killed": _kill("worker"),
-    "worker stopped": _stop("worker"),
-    "front end killed": _kill("stub"),
-    "front end stopped": _stop("stub"),
-    "tritonserver killed": _kill("tritonserver"),
-    "tritonserver stopped": _stop("tritonserver"),
+    f"{part} {done}": fault(part)
+    for part in PARTS
+    for done, fault in (("killed", _kill), ("stopped", _stop))
+} | {
     "/dev/shm full": _fill("shm"),
     "disk full": _fill("tmp"),
     "disk full, engine killed": _kill_engine_on_a_full_disk,
@@ -359,7 +345,7 @@ class Probe(threading.Thread):
 def observe(fault: str, ranks: str) -> dict[str, Any]:
     """Cause one fault and observe it. Seconds are None if the event did not happen in time."""
     crowded = fault == CROWD
-    with Site(RANKS[ranks], FEW_FILES if crowded else None) as site:
+    with Site(RANKS[ranks], FEW_FILES if crowded else "unlimited") as site:
         if not site.answers():
             raise FaultsError("the server does not answer although it is ready")
         streams = site.streams(*((MANY, MANY_TOKENS) if crowded else (NUM_STREAMS, STREAM_TOKENS)))
@@ -402,20 +388,15 @@ def _states(streams: list[Stream]) -> str:
     return "; ".join(f"{count} x {state}" for state, count in counts.most_common(3))
 
 
-def _await(condition: Callable[[], bool], timeout_s: float) -> bool:
+def _await(condition: Callable[[], bool], timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > end:
-            return False
+    while not condition() and time.monotonic() < end:
         time.sleep(0.02)
-    return True
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def _sentence(error: str) -> str:

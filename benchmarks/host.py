@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gllm_benchmarks.served_model import MODEL, server
 from gllm_benchmarks.workloads import Job, make_jobs
 from gllm_engine import LLM, EngineConfig, SamplingParams, Scheduler, Sequence, StepResult
 
-SHAKESPEARE = Path("model_repository/shakespeare/1")
+SHAKESPEARE = Path(__file__).resolve().parents[1] / "model_repository/shakespeare/1"
 VOCAB = 2048
 PROMPT_LEN = 12
 SAMPLING: dict[str, Any] = {"ignore_eos": True, "temperature": 0.8, "top_p": 0.95}
@@ -95,9 +95,6 @@ def served_speed(
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     steps = {str(n): step_cost(n, args.steps) for n in (16, 256, 1024)}
-    rows = [[n, f"{us:.1f}", f"{us / int(n):.2f}"] for n, us in steps.items()]
-    print_table("Scheduler, schedule + commit", ["running", "us a step", "us a sequence"], rows)
-
     # One thread for tensor work in both runs, so that server and client have a core in the second.
     config = {"cpu_threads": 1}
     offline = offline_speed(args.streams, args.tokens, config)
@@ -110,13 +107,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for f in (1, 2)
         for c in (False, True)
     }
-    runs = {f"gRPC streams, {served['share_of_offline']:.0%} of offline": served}
-    runs |= {f"an engine that answers at once, {name}": run for name, run in instant.items()}
-    rows = [["offline", f"{offline:.0f}", ""]]
-    for name, run in runs.items():
-        rows.append([name, f"{run['tokens_per_s']:.0f}", f"{run['tokens_per_response']:.1f}"])
-    title = f"The shipped model, {args.streams} requests at a time"
-    print_table(title, ["", "tokens/s", "tokens a response"], rows)
     return {
         "scheduler_us_per_step": steps,
         "offline_tokens_per_s": offline,
@@ -125,17 +115,44 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def slashed(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:,.0f}" for value in values)
+
+
+def rows(figures: dict[str, Any]) -> list[list[str]]:
+    """Scheduler, the shipped model, and front ends with an engine that answers at once."""
+    steps = figures["scheduler_us_per_step"]
+    served = figures["through_triton"]
+    told = {
+        f"scheduler, a step at {slashed(map(int, steps))} running sequences": (
+            f"{slashed(steps.values())} us"
+        ),
+        "the shipped model, offline": f"{figures['offline_tokens_per_s']:,.0f} tokens/s",
+        "the same through Triton, gRPC streams": (
+            f"{served['tokens_per_s']:,.0f} tokens/s, {served['share_of_offline']:.0%} of offline"
+        ),
+    }
+    for kind in ("one token a response", "coalesced"):
+        runs = {n: r for n, r in figures["instant_engine"].items() if n.endswith(kind)}
+        names = " / ".join(name.split()[0].removeprefix("F=") for name in runs)
+        speeds = slashed(run["tokens_per_s"] for run in runs.values())
+        told[f"an engine that answers at once, {kind}, {names} front ends"] = f"{speeds} tokens/s"
+    return [list(row) for row in told.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     count = number(int, 1, 1e6)
-    parser.add_argument("--streams", type=number(int, 1, 4096), default=64)
-    parser.add_argument("--tokens", type=count, default=200, help="output tokens a stream")
-    parser.add_argument("--steps", type=count, default=400, help="scheduler steps timed")
-    parser.add_argument("--front-ends", type=number(int, 1, 256), default=2)
+    add = parser.add_argument
+    add("--streams", type=number(int, 1, 4096), default=64)
+    add("--tokens", type=count, default=200, help="output tokens a stream")
+    add("--steps", type=count, default=400, help="scheduler steps timed")
+    add("--front-ends", type=number(int, 1, 256), default=2)
     add_arguments(parser)
     args = parser.parse_args()
-    os.chdir(Path(__file__).resolve().parents[1])
-    record("host", measure(args), args.save)
+    figures = measure(args)
+    print_table("What the host costs", ["", ""], rows(figures))
+    record("host", figures, args.save)
 
 
 if __name__ == "__main__":

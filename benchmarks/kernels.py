@@ -12,6 +12,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -199,17 +200,13 @@ class Shape:
         hidden = self.ffn.hidden
         m = self.mixer
         ops = self.ops
-        eps = self.arch.eps
         item = self.item
 
         def norm() -> Callable[[], Any]:
-            x = self.randn(tokens, dim)
-            gain = self.randn(dim)
-            return lambda: ops.rms_norm(x, gain, eps)
+            return partial(ops.rms_norm, self.randn(tokens, dim), self.randn(dim), self.arch.eps)
 
         def activation() -> Callable[[], Any]:
-            both = self.randn(tokens, 2 * hidden)
-            return lambda: ops.activate(both, "silu", gated=True)
+            return partial(ops.activate, self.randn(tokens, 2 * hidden), "silu", gated=True)
 
         size = f"{tokens} tokens"
         yield Case("rms_norm", size, (2 * tokens + 1) * dim * item, 0, norm)
@@ -241,65 +238,61 @@ class Shape:
         For one token the same kernel computes norm and activation, so the call includes them.
         """
         products = self.matrices | {"logits": (self.arch.vocab, self.arch.dim)}
-        for name, (n, k) in products.items():
-            if name == "logits" and tokens > max(ROWS):
-                continue
-            adds = name in ("out", "down")
-            gates = name == "gate_up" and tokens == 1
-            moved = tokens * (k + (n // 2 if gates else n) + n * adds) * self.item
-            kind = self.kind_of(name)
-            moved += round(n * k * self.number_bytes(kind, k))
-            make = partial(self.product, name, tokens, n, k)
-            size = f"{tokens} x {k} x {n}"
-            told = "" if kind is None else f", {kind}"
-            speed = FP8_OPS_PER_S if isinstance(kind, _ROUNDING) else OPS_PER_S
-            yield Case(f"GEMM {name}{told}", size, moved, 2 * tokens * n * k, make, speed)
-
-    def product(self, name: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
-        x = self.randn(tokens, k)
-        weight = self.weight(self.kind_of(name), n, k)
-        ops = self.ops
-        if name in ("out", "down"):
-            total = self.randn(tokens, n)
-            return lambda: ops.add_linear(total, x, weight, None)
-        if tokens > 1 or name == "logits":
-            return lambda: ops.linear(x, weight)
-        norm = self.randn(k), self.arch.eps
-        if name == "gate_up":
-            return lambda: ops.gated_linear(x, weight, None, norm)
-        return lambda: ops.linear(x, weight, None, norm)
+        for name, size in products.items():
+            if name != "logits" or tokens <= max(ROWS):
+                kind = self.kind_of(name)
+                told = "" if kind is None else f", {kind}"
+                fused = tokens == 1 and name != "logits"
+                yield self.product_case(f"GEMM {name}{told}", name, kind, tokens, *size, fused)
 
     def form_cases(self, tokens: int) -> Iterator[Case]:
         """Products with FP8 and int8 weights, with all that the layers compute with them: the
         norm and rounding of x, the activation, the sum.
         """
-        for name, (n, k) in self.matrices.items():
-            adds = name in ("out", "down")
-            written = n // 2 if name == "gate_up" else n
-            moved = n * k + tokens * (k + written * (1 + adds)) * self.item
-            for form in FORMS:
-                make = partial(self.form_product, name, form, tokens, n, k)
-                size = f"{tokens} x {k} x {n}"
-                done = 2 * tokens * n * k
-                yield Case(f"{form} {name}", size, moved, done, make, FP8_OPS_PER_S)
+        for name, size in self.matrices.items():
+            for form, kind in FORMS.items():
+                yield self.product_case(f"{form} {name}", name, kind, tokens, *size, True, True)
 
-    def form_product(self, name: str, form: str, tokens: int, n: int, k: int) -> Callable[[], Any]:
-        x = self.randn(tokens, k)
-        hidden: Rows = x
-        weight = self.weight(FORMS[form], n, k)
-        norm = self.randn(k), self.arch.eps
-        ops = self.ops
-        if name == "down":  # takes its rows as the product before it leaves them
-            gate_up = self.weight(FORMS[form], 2 * k, FP8_DEPTH)
-            made = self.randn(tokens, FP8_DEPTH)
-            hidden = ops.gated_linear(made, gate_up, None, None, weight)
-        if name in ("out", "down"):
-            total = self.randn(tokens, n)
-            return lambda: ops.add_linear(total, hidden, weight, None)
-        if name == "gate_up":
-            down = self.weight(FORMS[form], FP8_DEPTH, n // 2)
-            return lambda: ops.gated_linear(x, weight, None, norm, down)
-        return lambda: ops.linear(x, weight, None, norm)
+    def product_case(
+        self,
+        kernel: str,
+        name: str,
+        kind: Format | None,
+        tokens: int,
+        n: int,
+        k: int,
+        fused: bool,
+        chained: bool = False,
+    ) -> Case:
+        """A product of [tokens, k] and [n, k]. `fused`: with its norm and activation. `chained`:
+        rows go from product to product as the next weight takes them.
+        """
+
+        def make() -> Callable[[], Any]:
+            x = self.randn(tokens, k)
+            hidden: Rows = x
+            weight = self.weight(kind, n, k)
+            ops = self.ops
+            if chained and name == "down":
+                gate_up = self.weight(kind, 2 * k, FP8_DEPTH)
+                hidden = ops.gated_linear(
+                    self.randn(tokens, FP8_DEPTH), gate_up, None, None, weight
+                )
+            if adds:
+                total = self.randn(tokens, n)
+                return lambda: ops.add_linear(total, hidden, weight, None)
+            norm = (self.randn(k), self.arch.eps) if fused else None
+            if gates:
+                down = self.weight(kind, FP8_DEPTH, n // 2) if chained else None
+                return lambda: ops.gated_linear(x, weight, None, norm, down)
+            return lambda: ops.linear(x, weight, None, norm)
+
+        adds = name in ("out", "down")
+        gates = fused and name == "gate_up"
+        moved = tokens * (k + (n // 2 if gates else n) + n * adds) * self.item
+        moved += round(n * k * self.number_bytes(kind, k))
+        speed = FP8_OPS_PER_S if isinstance(kind, _ROUNDING) else OPS_PER_S
+        return Case(kernel, f"{tokens} x {k} x {n}", moved, 2 * tokens * n * k, make, speed)
 
     def moe_case(self, moe: Moe, tokens: int) -> Case:
         """Router, routing and experts, added to a sum; all experts are equally likely."""
@@ -356,8 +349,7 @@ class Shape:
         return self.attention_case("decode", f"{rows} rows x {context}", rows, context, 1)
 
     def prefill_case(self, rows: int, context: int, chunk: int) -> Case:
-        size = f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
-        return self.attention_case("prefill", size, rows, context, chunk)
+        return self.attention_case("prefill", told_rows(rows, context, chunk), rows, context, chunk)
 
     def attention_case(self, kind: str, size: str, rows: int, context: int, chunk: int) -> Case:
         """Causal attention of the last `chunk` tokens of each of `rows` rows."""
@@ -474,15 +466,15 @@ class Shape:
         moved += m.heads * (m.nope_dim + m.v_dim) * m.kv_rank * self.item
         done = rows * sum(ends) * width + multiplied * (m.nope_dim + m.v_dim) * m.kv_rank
         form = "absorbed" if absorbed else "expanded"
-        size = f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
+        size = told_rows(rows, context, chunk)
         return Case(f"latent attention, {form}", size, moved, 2 * m.heads * done, make)
 
     def latent_cases(self) -> Iterator[Case]:
-        for rows, context in LATENT_DECODE:
-            yield self.latent_case(rows, context, 1, True)
-        for rows, context, chunk in LATENT_PREFILL:
-            yield self.latent_case(rows, context, chunk, True)
-            yield self.latent_case(rows, context, chunk, False)
+        for rows in LATENT_DECODE:
+            yield self.latent_case(*rows, 1, True)
+        for rows in LATENT_PREFILL:
+            yield self.latent_case(*rows, True)
+            yield self.latent_case(*rows, False)
 
     def cases(self) -> Iterator[Case]:
         """All cases. Time each case before making the next one, because plans share memory."""
@@ -492,20 +484,20 @@ class Shape:
         for tokens in TOKENS:
             yield from self.rows_cases(tokens)
         yield from map(self.sample_case, ROWS)
-        for rows, context in DECODE:
-            yield self.decode_case(rows, context)
-        for row in PREFILL:
-            yield self.prefill_case(*row)
+        yield from starmap(self.decode_case, DECODE)
+        yield from starmap(self.prefill_case, PREFILL)
         if self.delta is not None:
-            for rows, tokens in DELTA:
-                yield self.delta_case(self.delta, rows, tokens)
+            yield from starmap(partial(self.delta_case, self.delta), DELTA)
         for tokens in GEMM_TOKENS:
             yield from self.gemm_cases(tokens)
         for tokens in FP8_TOKENS:
             yield from self.form_cases(tokens)
         if isinstance(self.ffn, Moe):
-            for tokens in MOE_TOKENS:
-                yield self.moe_case(self.ffn, tokens)
+            yield from map(partial(self.moe_case, self.ffn), MOE_TOKENS)
+
+
+def told_rows(rows: int, context: int, chunk: int) -> str:
+    return f"{rows} x {chunk}" + (f" after {context - chunk}" if chunk < context else "")
 
 
 def seconds_of(case: Case, device: torch.device) -> float:
@@ -523,17 +515,28 @@ def seconds_of(case: Case, device: torch.device) -> float:
 
 
 def describe(case: Case, seconds: float) -> dict[str, Any]:
-    about = {"kernel": case.kernel, "size": case.size, "us": seconds * 1e6}
-    about |= {"bytes": case.bytes, "ops": case.ops, "floor_us": case.floor_s * 1e6}
-    return about | {"share": case.floor_s / seconds}
+    return {
+        "kernel": case.kernel,
+        "size": case.size,
+        "us": seconds * 1e6,
+        "bytes": case.bytes,
+        "ops": case.ops,
+        "floor_us": case.floor_s * 1e6,
+        "share": case.floor_s / seconds,
+    }
 
 
 def make_row(about: dict[str, Any]) -> list[str]:
-    seconds = about["us"] / 1e6
-    speeds = about["bytes"] / seconds / 1e12, about["ops"] / seconds / 1e12
-    row = [about["kernel"], about["size"], f"{about['us']:,.1f}", f"{speeds[0]:.2f}"]
-    row += [f"{speeds[1]:.0f}" if about["ops"] else "", f"{about['floor_us']:,.1f}"]
-    return [*row, f"{about['share']:.0%}"]
+    us = about["us"]
+    return [
+        about["kernel"],
+        about["size"],
+        f"{us:,.1f}",
+        f"{about['bytes'] / us / 1e6:.2f}",
+        f"{about['ops'] / us / 1e6:.0f}" if about["ops"] else "",
+        f"{about['floor_us']:,.1f}",
+        f"{about['share']:.0%}",
+    ]
 
 
 @torch.inference_mode()

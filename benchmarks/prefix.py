@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
-import sys
 import time
 import uuid
 from functools import partial
@@ -21,12 +19,13 @@ from typing import Any
 
 from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import model_directory
-from gllm_benchmarks.record import add_arguments, number, print_table, record
+from gllm_benchmarks.record import add_arguments, exit_on_sigterm, number, print_table, record
 from gllm_benchmarks.reuse import TRACE_BLOCK, chats, ideal_rate, make_chats, read_mooncake
 from gllm_benchmarks.serve import (
     Served,
     add_server_arguments,
     check_server_arguments,
+    latencies,
     load_options,
     our_config,
     serving,
@@ -124,12 +123,11 @@ def rows(figures: dict[str, Any]) -> list[list[Any]]:
         rate = run["hit_rate"]
         told = "" if rate is None else f"{rate:.1%}"
         ideal = f"{figures['ideal_hit_rate']:.1%}" if name == WITH else ""
-        times = [f"{run['ttft_ms'][p]:,.1f}" if run["ttft_ms"] else "" for p in ("p50", "p99")]
-        found.append([name, told, ideal, *times, run["failed"]])
+        found.append([name, told, ideal, latencies(run, "ttft_ms"), run["failed"]])
     return found
 
 
-HEADER = ["", "hit rate", "ideal", "TTFT p50, ms", "p99", "failed"]
+HEADER = ["", "hit rate", "ideal", "TTFT p50 / p99, ms", "failed"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -177,7 +175,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends a server too
+    exit_on_sigterm()
     title = Path(arguments.offline or arguments.start or arguments.model).name
     workload = arguments.trace.name if arguments.trace else arguments.workload
     figures = {"workload": workload} | measure(arguments)

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", action="store_true", help="in benchmarks/results, as JSON")
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as an error does, which also ends the processes it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:

@@ -7,12 +7,13 @@ recorded in benchmarks/results. Each table states its command, commit and hardwa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks import evaluate, faults, prefix
+from gllm_benchmarks import evaluate, faults, host, offline, prefix
 from gllm_benchmarks.record import RESULTS, table_lines
+from gllm_benchmarks.serve import LOADS, latencies, load_row
 from gllm_benchmarks.workloads import lengths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,36 +49,14 @@ def part(
     """One section: the measurement's conditions, the table, and the `closing` paragraphs."""
     command = result["command"].partition("gllm_benchmarks.")[2]
     source = f"`scripts/bench {command}` at {result['commit']} on {result['hardware']}."
-    words = [title, source, f"{result['note']}." if "note" in result else ""]
-    about = " ".join(filter(None, words))
+    about = f"{title} {source}".strip()
     return "\n\n".join([about, "\n".join(table_lines(header, rows)), *closing])
 
 
-def slashed(values: Iterable[float]) -> str:
-    return " / ".join(f"{value:,.0f}" for value in values)
-
-
 def host_part(_: str, results: Results) -> str:
-    figures = results["host"]["figures"]
-    steps = figures["scheduler_us_per_step"]
-    served = figures["through_triton"]
-    what = f"scheduler, a step at {slashed(map(int, steps))} running sequences"
-    share = f"{served['share_of_offline']:.0%} of offline"
-    rows = [
-        [what, f"{slashed(steps.values())} us"],
-        ["the shipped model, offline", f"{figures['offline_tokens_per_s']:,.0f} tokens/s"],
-        [
-            "the same through Triton, gRPC streams",
-            f"{served['tokens_per_s']:,.0f} tokens/s, {share}",
-        ],
-    ]
-    for kind in ("one token a response", "coalesced"):
-        runs = {n: r for n, r in figures["instant_engine"].items() if n.endswith(kind)}
-        names = " / ".join(name.split()[0].removeprefix("F=") for name in runs)
-        speeds = slashed(run["tokens_per_s"] for run in runs.values())
-        what = f"an engine that answers at once, {kind}, {names} front ends"
-        rows.append([what, f"{speeds} tokens/s"])
-    return part("", results["host"], ["", ""], rows, "Single runs differ by about a tenth.")
+    result = results["host"]
+    closing = "Single runs differ by about a tenth."
+    return part("", result, ["", ""], host.rows(result["figures"]), closing)
 
 
 def offline_part(model: str, results: Results) -> str:
@@ -94,10 +73,9 @@ def offline_part(model: str, results: Results) -> str:
     for name, run in engines[0].items():
         if isinstance(run, dict) and "seconds" in run:
             runs = [figures[name] for figures in engines]
-            row = ["start" if name == "start" else f"`{name}`: {sizes(name)}"]
-            row += [speed(name, run) for run in runs]
-            row += [f"{peer['seconds'] / run['seconds']:.2f}" for peer in runs[1:]]
-            rows.append(row)
+            told = "start" if name == "start" else f"`{name}`: {sizes(name)}"
+            ratios = [f"{peer['seconds'] / run['seconds']:.2f}" for peer in runs[1:]]
+            rows.append([told, *(speed(name, run) for run in runs), *ratios])
     title = f"**{model}, offline**, random weights, every request queued at once."
     return part(title, result, header, rows)
 
@@ -115,34 +93,19 @@ def sizes(name: str) -> str:
 
 def speed(name: str, run: dict[str, Any]) -> str:
     """The workload's main figure: latency, prefill speed or output speed; for a start, its time."""
-    seconds = run["seconds"]
     if name == "start":
-        return f"{seconds:.1f} s"
-    pairs = lengths(name)
-    tokens_in = sum(prompt_len for prompt_len, _ in pairs)
+        return f"{run['seconds']:.1f} s"
+    output_speed, speed, latency, *_ = offline.describe(name, run)
     if name.startswith("lat"):
-        return f"{1000 * seconds / pairs[0][1]:.2f} ms a token"
-    if tokens_in > 10 * run["tokens"]:
-        return f"{(tokens_in + run['tokens']) / seconds:,.0f} tokens/s, prompts included"
-    return f"{run['tokens'] / seconds:,.0f} output tokens/s"
-
-
-def latencies(run: dict[str, Any], *keys: str) -> str:
-    """The p50 and p99 of each of `keys` that the run has."""
-    return slashed(run[key][p] for key in keys if run[key] for p in ("p50", "p99"))
+        return f"{latency} ms a token"
+    if sum(prompt_len for prompt_len, _ in lengths(name)) > 10 * run["tokens"]:
+        return f"{speed} tokens/s, prompts included"
+    return f"{output_speed} output tokens/s"
 
 
 def serve_part(model: str, results: Results) -> str:
     result = results[f"serve-{model}"]
-    rows = []
-    for name, run in result["figures"]["runs"].items():
-        row = [name, slashed([run["output_tokens_per_s"]])]
-        row += [latencies(run, "ttft_ms"), latencies(run, "tpot_ms")]
-        good = run.get("goodput")
-        row.append(f"{good['requests_per_s']:.2f}/s, {good['share']:.0%}" if good else "")
-        rows.append([*row, run["failed"]])
-    header = ["load", "output tokens/s", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms"]
-    header += ["within the SLO", "failed"]
+    rows = [load_row(name, run) for name, run in result["figures"]["runs"].items()]
     closing = []
     share = share_of_offline(model, results)
     if share is not None:
@@ -151,7 +114,7 @@ def serve_part(model: str, results: Results) -> str:
         closing.append(f"![latency by throughput](../benchmarks/results/serve-{model}.svg)")
     api = result["figures"].get("api", "grpc")
     through = "tritonserver by gRPC" if api == "grpc" else f"an OpenAI server, {api}"
-    return part(f"**{model}, through {through}.**", result, header, rows, *closing)
+    return part(f"**{model}, through {through}.**", result, LOADS, rows, *closing)
 
 
 def share_of_offline(model: str, results: Results) -> float | None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,18 @@ from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import OURS, model_directory, parse_pairs, print_summary
 from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.openai_api import PATHS
-from gllm_benchmarks.plot import draw
-from gllm_benchmarks.record import RESULTS, add_arguments, number, print_table, record
+from gllm_benchmarks.plot import draw, draw_policies
+from gllm_benchmarks.rates import Runs, search, served_rate
+from gllm_benchmarks.record import (
+    RESULTS,
+    add_arguments,
+    exit_on_sigterm,
+    number,
+    print_table,
+    record,
+)
 from gllm_benchmarks.served_model import MODEL, server
-from gllm_benchmarks.workloads import at_rate, make_jobs, poisson, read_load, warm_up
+from gllm_benchmarks.workloads import Lengths, at_rate, make_jobs, poisson, read_load, warm_up
 
 PERCENTILES = (50, 90, 99)
 # Seconds per request: first token, mean of later tokens, gap between responses, last token.
@@ -131,43 +138,70 @@ def patterns(
     return {f"{n} at a time": n for n in arguments.concurrency} | early
 
 
+def latencies(run: dict[str, Any], *keys: str) -> str:
+    """The p50 and p99 of each of `keys` that the run has."""
+    values = [run[key][p] for key in keys if run[key] for p in ("p50", "p99")]
+    return " / ".join(f"{value:,.{int(value < 100)}f}" for value in values)
+
+
+LOADS = ["load", "output tokens/s", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms"]
+LOADS += ["within the SLO", "failed"]
+
+
+def load_row(name: str, run: dict[str, Any]) -> list[Any]:
+    """The cells of LOADS."""
+    good = run.get("goodput")
+    told = f"{good['requests_per_s']:.2f}/s, {good['share']:.0%}" if good else ""
+    times = [latencies(run, key) for key in ("ttft_ms", "tpot_ms")]
+    return [name, f"{run['output_tokens_per_s']:,.0f}", *times, told, run["failed"]]
+
+
 def print_runs(
     title: str, runs: dict[str, dict[str, Any]], more: dict[str, list[Any]] | None = None
 ) -> None:
     """Print a table with one row per run. `more`: header -> values of additional columns."""
-    header = ["load", "done", "failed", "out tok/s", "req/s", "tok/response"]
-    header += [f"{name} {p}" for name in TIMES for p in ("p50", "p99")] + ["goodput req/s"]
+    header = [
+        *LOADS,
+        "done",
+        "requests/s",
+        "tokens/response",
+        "ITL p50 / p99, ms",
+        "e2e p50 / p99, ms",
+    ]
     rows: list[list[Any]] = []
     for name, run in runs.items():
-        row = [name, run["completed"], run["failed"], f"{run['output_tokens_per_s']:,.0f}"]
-        row += [f"{run['requests_per_s']:.2f}", f"{run['tokens_per_response']:.1f}"]
-        for key in TIMES:
-            about = run[f"{key}_ms"]
-            row += [f"{about[p]:,.1f}" if about else "" for p in ("p50", "p99")]
-        good = run.get("goodput")
-        row.append(f"{good['requests_per_s']:.2f} ({good['share']:.0%})" if good else "")
-        rows.append(row + [cells[len(rows)] for cells in (more or {}).values()])
-    print_table(f"{title}; times in ms", [*header, *(more or {})], rows)
+        row = [*load_row(name, run), run["completed"], f"{run['requests_per_s']:.2f}"]
+        row += [f"{run['tokens_per_response']:.1f}", latencies(run, "itl_ms")]
+        row += [latencies(run, "e2e_ms"), *(cells[len(rows)] for cells in (more or {}).values())]
+        rows.append(row)
+    print_table(title, [*header, *(more or {})], rows)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench serve", description=__doc__)
+def parse_arguments(command: str = "serve", within: float | None = None) -> argparse.Namespace:
+    """`within`: the default of --within."""
+    parser = argparse.ArgumentParser(prog=f"scripts/bench {command}", description=__doc__)
     add_server_arguments(parser)
     add = parser.add_argument
-    add("--seconds", type=number(float, 0, 1e6), help="what comes later is left out")
     add("--concurrency", type=numbers(int, 1, 65536), default=[], help="under way at a time")
-    parser.add_argument("--all", action="store_true", help="all requests at once")
+    add("--all", action="store_true", help="all requests at once")
     add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
     add(
         "--timeline", type=Path, help="a file for a Chrome trace of the started server's last steps"
     )
-    parser.add_argument("--name", help="of the result; default: serve-MODEL")
+    add("--within", type=number(float, 1e-3, 1), default=within, help="find the rate so exactly")
+    add("--vary", action="append", help="'KEY=VALUE ...', beside --config, of one sweep")
+    add("--name", help="of the result; default: serve-MODEL, with --within serve-MODEL-sweep")
     add_load_arguments(parser)
     arguments = parser.parse_args()
     check_server_arguments(parser, arguments)
-    if arguments.timeline and not arguments.start:
+    others = arguments.all or arguments.concurrency
+    if arguments.within and (others or not (arguments.start and arguments.rate and arguments.slo)):
+        parser.error("--within: it needs --start, --rate and --slo, and no other load")
+    if arguments.vary and not arguments.within:
+        parser.error("--vary: it needs --within")
+    if arguments.timeline and (arguments.within or not arguments.start):
         parser.error(
-            "--timeline: it is of a server to start; another one has the key in model.json"
+            "--timeline: it is of a server to start, once; another one has the key in model.json"
         )
     if not (arguments.all or arguments.rate or arguments.concurrency or arguments.trace):
         parser.error("no load: give --rate, --concurrency, --all or --trace")
@@ -215,8 +249,10 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
     add("--limit", type=number(int, 1, 1e7), help="only so many requests")
     add("--rate", type=numbers(float, 1e-6, 1e6), default=[], help="requests/s, such as 2,4,8")
+    add("--seconds", type=number(float, 0, 1e6), help="what comes later is left out")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of random arrivals")
     add("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
+    add("--share", type=number(float, 0, 1), default=0.9, help="of requests within the SLO")
     add("--plot", type=Path, help="an SVG file; with --save also in results")
     add_arguments(parser)
 
@@ -257,35 +293,75 @@ def serving(arguments: argparse.Namespace, config: dict[str, Any]) -> Iterator[S
         yield Served(addresses.grpc, MODEL, vocab, addresses.metrics)
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the server too
-    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
-    title = Path(arguments.start or arguments.model).name
-    runs: dict[str, dict[str, Any]] = {}
-    timeline = {"timeline": str(arguments.timeline.resolve())} if arguments.timeline else {}
+def measure(
+    served: Served, arguments: argparse.Namespace, recorded: list[float], pairs: Lengths
+) -> Runs:
+    """Warm a model up and send it the loads. `recorded`: the trace's arrivals, if any."""
     options = load_options(arguments)
-    with serving(arguments, timeline) as served:
-        some = warm_up(make_jobs(pairs, served.vocab, seed=0))
-        run_load(served.address, served.model, some, len(some), **options)
-        seed = 0
-        for name, arrivals in patterns(arguments, recorded, len(pairs)).items():
+    seeds = itertools.count(1)  # new prompts each time, which no cache holds
+    some = warm_up(make_jobs(pairs, served.vocab, seed=0))
+    run_load(served.address, served.model, some, len(some), **options)
+
+    def send(rates: list[float]) -> Runs:
+        given = argparse.Namespace(**vars(arguments) | {"rate": rates})
+        runs = {}
+        for name, arrivals in patterns(given, recorded, len(pairs)).items():
             found = []
             for _ in range(arguments.repeat):
-                seed += 1  # new prompts, which no cache holds
                 count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
-                jobs = make_jobs(pairs[:count], served.vocab, seed)
+                jobs = make_jobs(pairs[:count], served.vocab, next(seeds))
                 records = run_load(served.address, served.model, jobs, arrivals, **options)
                 found.append(summarize(records, arguments.slo))
             runs[name] = median_run(found)
             print_runs(name, {name: runs[name]})
-    print_runs(f"{title}, {len(pairs)} requests, {arguments.clients} clients", runs)
+        return runs
+
+    if not arguments.within:
+        return send(arguments.rate)
+    return search(send, arguments.rate, arguments.share, arguments.within)
+
+
+def conclude(arguments: argparse.Namespace, name: str, title: str, figures: dict[str, Any]) -> None:
+    """Tell the highest rates of several policies, and record. `figures`: with "policies"."""
+    found: dict[str, Runs] = figures["policies"]
+    has_rates = arguments.slo and arguments.rate
+    if has_rates:
+        figures |= {"share": arguments.share, "served_rate": {}, "runs": {}}
+        for policy, runs in found.items():
+            rate = served_rate(runs, arguments.share)
+            figures["served_rate"][policy] = rate
+            # Of a policy that serves no rate, its first run.
+            load = next(load for load, run in runs.items() if rate in (None, run["rate"]))
+            figures["runs"][f"{policy}, {load}"] = runs[load]
+        told = f"the highest of these rates with {arguments.share:.0%} within {arguments.slo}"
+        print_runs(told, figures["runs"])
+    record(name, figures, arguments.save)
+    saved = RESULTS / f"{name}.svg" if arguments.save else None
+    for path in filter(None, (arguments.plot, saved)) if has_rates else ():
+        path.write_text(draw_policies(title, found))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    exit_on_sigterm()
+    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
+    title = Path(arguments.start or arguments.model).name
+    timeline = {"timeline": str(arguments.timeline.resolve())} if arguments.timeline else {}
+    found = {}
+    for name in arguments.vary or [title]:
+        keys = parse_pairs(name.split()) if arguments.vary else timeline
+        with serving(arguments, keys) as served:
+            found[name] = runs = measure(served, arguments, recorded, pairs)
+        print_runs(f"{name}, {len(pairs)} requests, {arguments.clients} clients", runs)
     if arguments.timeline:
         trace = json.loads(arguments.timeline.read_text())
         print_summary("timeline", trace["otherData"]["summary"])
+    figures: dict[str, Any] = {"workload": workload, "api": load_options(arguments)["api"]}
+    if arguments.within:
+        name = arguments.name or f"serve-{title}-sweep"
+        conclude(arguments, name, f"{title}, {workload}", figures | {"policies": found})
+        return
     name = arguments.name or f"serve-{title}"
-    figures = {"workload": workload, "api": options["api"], "runs": runs}
-    record(name, figures, arguments.save)
+    record(name, figures | {"runs": runs}, arguments.save)
     saved = RESULTS / f"{name}.svg" if arguments.save and len(runs) > 1 else None
     for path in filter(None, (arguments.plot, saved)):
         path.write_text(draw(title, list(runs.values())))
@@ -294,4 +370,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

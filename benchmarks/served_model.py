@@ -30,6 +30,17 @@ class Addresses(NamedTuple):
     metrics: str
 
 
+def serve_command(repository: Path) -> tuple[list[str], Addresses]:
+    """The command that serves a repository on free ports, and where."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    http, grpc, metrics = (one.getsockname()[1] for one in sockets)
+    for one in sockets:
+        one.close()
+    command = [sys.executable, "-m", "gllm_client", "serve", str(repository)]
+    command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+    return command, Addresses(f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}")
+
+
 @contextlib.contextmanager
 def server(
     model: Path, front_ends: int, parameters: dict[str, str], config: dict[str, Any]
@@ -43,9 +54,7 @@ def server(
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
         repository = Path(directory, "repository")
         write_repository(repository / MODEL, model.resolve(), front_ends, parameters, config)
-        http, grpc, metrics = free_ports(3)
-        command = [sys.executable, "-m", "gllm_client", "serve", str(repository)]
-        command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+        command, addresses = serve_command(repository)
         log = Path(directory, "log")
         with (
             log.open("w") as file,
@@ -55,7 +64,7 @@ def server(
                 ready, _, _ = select([process.stdout], [], [], START_S)
                 if not ready or not process.stdout.readline():  # no line: the server has ended
                     raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
-                yield Addresses(f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}")
+                yield addresses
             finally:
                 process.terminate()
 
@@ -87,11 +96,3 @@ def made_up_tokenizer(vocab: int) -> dict[str, Any]:
     model = {"type": "BPE", "vocab": words, "merges": []}
     both = {"pre_tokenizer": byte_level, "decoder": byte_level}
     return {"version": "1.0", "added_tokens": [], "model": model} | both
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -14,16 +14,15 @@ import argparse
 import json
 from collections import deque
 from collections.abc import Callable
-from itertools import takewhile
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.offline import parse_pairs
-from gllm_benchmarks.plot import draw_policies
-from gllm_benchmarks.record import RESULTS, number, print_table, record
-from gllm_benchmarks.serve import add_load_arguments, patterns, print_runs, summarize
+from gllm_benchmarks.rates import Runs
+from gllm_benchmarks.record import number
+from gllm_benchmarks.serve import add_load_arguments, conclude, patterns, print_runs, summarize
 from gllm_benchmarks.workloads import Lengths, read_load
 from gllm_engine import (
     POLICIES,
@@ -43,7 +42,6 @@ from gllm_engine import (
 Cost = Callable[[Work], float]  # seconds
 
 _PASSES = 20  # passes over the measured steps, so that the fit converges
-GOOD_SHARE = 0.9  # a rate counts as served if this share of requests meets the SLO
 DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 1024,
     "max_num_batched_tokens": 2048,
@@ -63,6 +61,7 @@ class Roofline(NamedTuple):
     kv_bytes: float = 0.0  # K and V of one token
     pair_flops: float = 0.0  # operations for one token to attend to one token
     step: float = 0.0
+    launch: float = 0.0  # least seconds of a step with prompts, which the host launches by kernel
 
     def seconds(self, work: Work) -> float:
         """Seconds of a step. Reading weights overlaps with their use; attention does not."""
@@ -70,7 +69,8 @@ class Roofline(NamedTuple):
         read = min(self.params, used) * self.param_bytes / self.bandwidth
         weights = max(read, 2 * used / self.flops)
         attention = self.kv_bytes * work.kv / self.bandwidth
-        return self.step + weights + attention + self.pair_flops * work.context / self.flops
+        whole = self.step + weights + attention + self.pair_flops * work.context / self.flops
+        return max(whole, self.launch) if work.tokens > work.sequences else whole
 
 
 class Pipeline:
@@ -202,13 +202,6 @@ def make_costs(arguments: argparse.Namespace) -> tuple[Cost, Cost]:
     return Roofline(**chip, **stage).seconds, Roofline(**chip, **head).seconds
 
 
-def served_rate(runs: dict[str, dict[str, Any]]) -> float | None:
-    """The highest rate up to which GOOD_SHARE of requests meet the SLO at every rate."""
-    by_rate = sorted(runs.values(), key=lambda run: run["rate"])
-    good = takewhile(lambda run: run["goodput"]["share"] >= GOOD_SHARE, by_rate)
-    return max((run["rate"] for run in good), default=None)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench simulate", description=__doc__)
     add = parser.add_argument
@@ -236,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", **pairs, help="of the engine")
     add("--name", default="simulate", help="of the result: simulate-NAME")
     add_load_arguments(parser)
-    parser.set_defaults(concurrency=[], seconds=None)  # options that serve.patterns also reads
+    parser.set_defaults(concurrency=[])  # options that serve.patterns also reads
     arguments = parser.parse_args()
     arguments.all = not (arguments.rate or arguments.trace)
     arguments.policies = arguments.policies.split(",")
@@ -249,24 +242,21 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def sweep(
-    arguments: argparse.Namespace,
-    costs: tuple[Cost, Cost],
-    loads: dict[str, list[float]],
-    pairs: Lengths,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Policy -> load -> the figures of summarize() and of the simulated run.
-
-    `loads`: name -> arrival times in seconds.
-    """
-    stage, head = costs
+def main() -> None:
+    arguments = parse_arguments()
+    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
+    try:
+        stage, head = make_costs(arguments)
+    except (OSError, TypeError, ValueError) as error:  # an unreadable file or an invalid name
+        raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
     depth = {"pipeline_parallel_size": arguments.pp, "plans_in_flight": arguments.pp + 1}
     values = DEFAULTS | depth | {"max_waiting": len(pairs)} | parse_pairs(arguments.config)
+    loads = patterns(arguments, recorded, len(pairs))
 
     def travel(work: Work) -> float:
         return arguments.latency + work.tokens * arguments.activation_bytes / arguments.link
 
-    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in arguments.policies}
+    found: dict[str, Runs] = {name: {} for name in arguments.policies}
     for name, runs in found.items():
         bare, _, text = name.partition(":")
         most = int(text or values["max_num_batched_tokens"])
@@ -277,38 +267,13 @@ def sweep(
             run = simulate(config, POLICIES[bare], pipeline, pairs, arrivals)
             runs[load] = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
             del runs[load]["records"]
-    return found
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
-    try:
-        costs = make_costs(arguments)
-    except (OSError, TypeError, ValueError) as error:  # an unreadable file or an invalid name
-        raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
-    found = sweep(arguments, costs, patterns(arguments, recorded, len(pairs)), pairs)
     title = f"{len(pairs)} requests of {workload}, {arguments.pp} stages, simulated"
-    runs = {f"{policy}, {load}": run for policy in found for load, run in found[policy].items()}
-    idle = [" ".join(f"{share:.0%}" for share in run["idle"]) for run in runs.values()]
-    preempted = [run["preemptions"] for run in runs.values()]
-    print_runs(title, runs, {"stages idle": idle, "preempted": preempted})
-    name = f"simulate-{arguments.name}"
-    figures: dict[str, Any] = {"simulated": True, "workload": workload, "policies": found}
-    if arguments.slo and arguments.rate:
-        best = {policy: served_rate(runs) for policy, runs in found.items()}
-        figures["served_rate"] = best
-        limits = f"{GOOD_SHARE:.0%} within {arguments.slo}"
-        print_table(
-            f"the highest of these rates with {limits}",
-            ["policy", "requests/s"],
-            [[policy, rate or "none"] for policy, rate in best.items()],
-        )
-    record(name, figures, arguments.save)
-    if "served_rate" in figures:
-        svg = RESULTS / f"{name}.svg" if arguments.save else None
-        for path in filter(None, (arguments.plot, svg)):
-            path.write_text(draw_policies(title, found))
+    every = {f"{policy}, {load}": run for policy in found for load, run in found[policy].items()}
+    idle = [" ".join(f"{share:.0%}" for share in run["idle"]) for run in every.values()]
+    more = {"stages idle": idle, "preempted": [run["preemptions"] for run in every.values()]}
+    print_runs(title, every, more)
+    figures = {"simulated": True, "workload": workload, "policies": found}
+    conclude(arguments, f"simulate-{arguments.name}", title, figures)
 
 
 if __name__ == "__main__":
