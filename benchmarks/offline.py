@@ -138,12 +138,11 @@ def describe(workload: str, run: dict[str, Any]) -> list[str]:
     """Cells of HEADER from the speeds on. Latency is given if all requests run as one batch."""
     seconds = run["seconds"]
     prompt_lens, output_lens = zip(*lengths(workload), strict=True)
-    num_steps = output_lens[0]
     together = len(output_lens) <= 64 and len(set(output_lens)) == 1
     return [
         f"{run['tokens'] / seconds:,.0f}",
         f"{(run['tokens'] + sum(prompt_lens)) / seconds:,.0f}",
-        f"{1000 * seconds / num_steps:.2f}" if together else "",
+        f"{1000 * seconds / output_lens[0]:.2f}" if together else "",
         "" if run["first_token"] is None else f"{1000 * run['first_token']:.0f}",
         "" if run["steps"] is None else f"{run['steps']:.0f}",
     ]

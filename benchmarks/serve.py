@@ -194,8 +194,8 @@ def parse_arguments(command: str = "serve", within: float | None = None) -> argp
     add_load_arguments(parser)
     arguments = parser.parse_args()
     check_server_arguments(parser, arguments)
-    others = arguments.all or arguments.concurrency
-    if arguments.within and (others or not (arguments.start and arguments.rate and arguments.slo)):
+    is_whole = arguments.start and arguments.rate and arguments.slo
+    if arguments.within and (arguments.all or arguments.concurrency or not is_whole):
         parser.error("--within: it needs --start, --rate and --slo, and no other load")
     if arguments.vary and not arguments.within:
         parser.error("--vary: it needs --within")
@@ -346,21 +346,22 @@ def main(arguments: argparse.Namespace) -> None:
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     title = Path(arguments.start or arguments.model).name
     timeline = {"timeline": str(arguments.timeline.resolve())} if arguments.timeline else {}
+    kind = "-sweep" if arguments.within else ""
+    name = arguments.name or f"serve-{title}{kind}"
+    figures: dict[str, Any] = {"workload": workload, "api": load_options(arguments)["api"]}
     found = {}
-    for name in arguments.vary or [title]:
-        keys = parse_pairs(name.split()) if arguments.vary else timeline
+    for way in arguments.vary or [title]:
+        keys = parse_pairs(way.split()) if arguments.vary else timeline
         with serving(arguments, keys) as served:
-            found[name] = runs = measure(served, arguments, recorded, pairs)
-        print_runs(f"{name}, {len(pairs)} requests, {arguments.clients} clients", runs)
+            found[way] = runs = measure(served, arguments, recorded, pairs)
+        print_runs(f"{way}, {len(pairs)} requests, {arguments.clients} clients", runs)
+        if kind:  # after each, so that an interrupted sweep loses nothing
+            conclude(arguments, name, f"{title}, {workload}", figures | {"policies": found})
+    if kind:
+        return
     if arguments.timeline:
         trace = json.loads(arguments.timeline.read_text())
         print_summary("timeline", trace["otherData"]["summary"])
-    figures: dict[str, Any] = {"workload": workload, "api": load_options(arguments)["api"]}
-    if arguments.within:
-        name = arguments.name or f"serve-{title}-sweep"
-        conclude(arguments, name, f"{title}, {workload}", figures | {"policies": found})
-        return
-    name = arguments.name or f"serve-{title}"
     record(name, figures | {"runs": runs}, arguments.save)
     saved = RESULTS / f"{name}.svg" if arguments.save and len(runs) > 1 else None
     for path in filter(None, (arguments.plot, saved)):
