@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_benchmarks.record import Figures, make_parser, print_table, record
-from gllm_benchmarks.served_model import MODEL, free_ports, write_repository
+from gllm_benchmarks.served_model import MODEL, await_ready, serve_command, write_repository
 from gllm_client import GenerateError, SyncClient
 from gllm_client.supervisor import find_stubs
 from gllm_engine import write_tiny_model
@@ -45,7 +45,6 @@ FEW_FILES = 256
 FRONT_ENDS = 2
 SHM_BYTES = 256 << 20
 DISK_BYTES = 16 << 20
-START_S = 180.0
 STOP_S = 90.0
 PATIENCE_S = 20.0  # limit for streams to end after a fault
 UNDO_S = 20.0  # a fault that can be undone lasts so long at least, if requests are not answered
@@ -62,7 +61,7 @@ echo held && exec sleep infinity
 
 
 class FaultsError(RuntimeError):
-    """This machine cannot run the faults, or a server did not start; the message says why."""
+    """This machine cannot run the faults, or a server does not answer; the message says why."""
 
 
 class Stream(threading.Thread):
@@ -77,10 +76,11 @@ class Stream(threading.Thread):
         self._max_tokens = max_tokens
 
     def run(self) -> None:
-        options: dict[str, Any] = {"max_tokens": self._max_tokens, "ignore_eos": True}
         outcome = "cut off without an error"
         try:
-            for chunk in self._client.generate("Once upon", **options):
+            for chunk in self._client.generate(
+                "Once upon", max_tokens=self._max_tokens, ignore_eos=True
+            ):
                 self.num_tokens += chunk.num_output_tokens
                 self.news_at = time.monotonic()
             if self.num_tokens == self._max_tokens:
@@ -109,15 +109,10 @@ class Site:
     Use it in a with statement. `max_files`: the limit of open files of each process.
     """
 
-    def __init__(self, engine: dict[str, Any], max_files: int | None = None) -> None:
+    def __init__(self, engine: dict[str, Any], max_files: int | str = "unlimited") -> None:
         self._engine = ENGINE | engine
         self._max_files = max_files
         self._mark = uuid.uuid4().hex
-        http, self._grpc, metrics = free_ports(3)
-        self.address = f"127.0.0.1:{self._grpc}"
-        self._ports = [f"--http-port={http}", f"--grpc-port={self._grpc}"]
-        self._ports += [f"--metrics-port={metrics}", "--exit-timeout-s=10"]
-        self._stack = ExitStack()
 
     def __enter__(self) -> Site:
         with ExitStack() as stack:
@@ -139,7 +134,7 @@ class Site:
             stack.callback(self._end, self._holder)
             stack.callback(self._kill_all)
             self.process = self._start(directory / "r")
-            self._await_ready()
+            await_ready(self.process, self._log)
             self._stack = stack.pop_all()
         return self
 
@@ -167,8 +162,8 @@ class Site:
         return found
 
     def pids(self, part: str) -> list[int]:
-        """Pids of one part: the engine, the workers, the front ends ("stub") or tritonserver."""
-        if part == "stub":
+        """Pids of one of PARTS."""
+        if part == "front end":
             (server,) = self.pids("tritonserver")
             return sorted(row.pid for row in find_stubs(server)[MODEL])
         sought = {"engine": " gllm_engine.engine.process ", "worker": " gllm_engine.worker "}
@@ -183,13 +178,11 @@ class Site:
 
     def answers(self) -> bool:
         """Whether two requests per front end are answered, sent one after another."""
-        with SyncClient(self.address, MODEL) as client:
-            try:
-                for _ in range(2 * FRONT_ENDS):
-                    client.complete("Once", max_tokens=4, ignore_eos=True, timeout=5.0)
-            except GenerateError:
-                return False
-        return True
+        with SyncClient(self.address, MODEL) as client, suppress(GenerateError):
+            for _ in range(2 * FRONT_ENDS):
+                client.complete("Once", max_tokens=4, ignore_eos=True, timeout=5.0)
+            return True
+        return False
 
     def stop(self) -> str:
         """Stop `gllm serve` if it still runs; returns how it ended and what it left behind."""
@@ -222,33 +215,26 @@ class Site:
         return holder
 
     def _start(self, repository: Path) -> subprocess.Popen[bytes]:
-        limit = "unlimited" if self._max_files is None else str(self._max_files)
         raised = 'test "$0" = unlimited || ulimit -n "$0"; exec "$@"'
-        command = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
-        command += ["sh", "-c", raised, limit, sys.executable, "-m", "gllm_client"]
-        command += ["serve", str(repository), *self._ports]
+        serve, addresses = serve_command(repository)
+        self.address = addresses.grpc
+        command = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "sh", "-c"]
+        command += [raised, str(self._max_files), *serve, "--exit-timeout-s=10"]
         environment = os.environ | {_MARK: self._mark, "TMPDIR": str(self._tmp)}
         with self._log.open("wb") as log:
             return subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE,
+                stderr=log,
                 start_new_session=True,
             )
-
-    def _await_ready(self) -> None:
-        end = time.monotonic() + START_S
-        while "\nready: " not in "\n" + self._log.read_text(errors="replace"):
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise FaultsError(f"the server did not start:\n{self._log.read_text()[-5000:]}")
-            time.sleep(0.05)
 
     def _kill_all(self) -> None:
         for pid in self.processes():
             _signal(pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.communicate()
 
     @staticmethod
     def _end(holder: subprocess.Popen[str]) -> None:
@@ -261,10 +247,7 @@ Fault = Callable[[Site], Undo | None]
 
 
 def _kill(part: str) -> Fault:
-    def fault(site: Site) -> None:
-        _signal(site.pids(part)[-1], signal.SIGKILL)
-
-    return fault
+    return lambda site: _signal(site.pids(part)[-1], signal.SIGKILL)
 
 
 def _stop(part: str) -> Fault:
@@ -291,19 +274,16 @@ def _fill(place: str) -> Fault:
 
 def _kill_engine_on_a_full_disk(site: Site) -> Undo | None:
     undo = _fill("tmp")(site)
-    _signal(site.pids("engine")[-1], signal.SIGKILL)
+    _kill("engine")(site)
     return undo
 
 
+PARTS = ("engine", "worker", "front end", "tritonserver")
 FAULTS: dict[str, Fault] = {
-    "engine killed": _kill("engine"),
-    "engine stopped": _stop("engine"),
-    "worker killed": _kill("worker"),
-    "worker stopped": _stop("worker"),
-    "front end killed": _kill("stub"),
-    "front end stopped": _stop("stub"),
-    "tritonserver killed": _kill("tritonserver"),
-    "tritonserver stopped": _stop("tritonserver"),
+    f"{part} {done}": fault(part)
+    for part in PARTS
+    for done, fault in (("killed", _kill), ("stopped", _stop))
+} | {
     "/dev/shm full": _fill("shm"),
     "disk full": _fill("tmp"),
     "disk full, engine killed": _kill_engine_on_a_full_disk,
@@ -358,7 +338,7 @@ class Probe(threading.Thread):
 def observe(fault: str, ranks: str) -> Figures:
     """Cause one fault and observe it. Seconds are None if the event did not happen in time."""
     crowded = fault == CROWD
-    with Site(RANKS[ranks], FEW_FILES if crowded else None) as site:
+    with Site(RANKS[ranks], FEW_FILES if crowded else "unlimited") as site:
         if not site.answers():
             raise FaultsError("the server does not answer although it is ready")
         streams = site.streams(*((MANY, MANY_TOKENS) if crowded else (NUM_STREAMS, STREAM_TOKENS)))
@@ -375,12 +355,13 @@ def observe(fault: str, ranks: str) -> Figures:
         _await(lambda: all(stream.outcome for stream in streams), PATIENCE_S)
         seen = {"clients": _states(streams), "error_s": _last_error(streams, began)}
         hung = [stream for stream in streams if stream.outcome is None]
+        lasts = False
         if undo is not None:  # the server may heal itself
             _await(is_settled, UNDO_S)
-        lasts = undo is not None and probe.failing
-        if undo is not None:
+            lasts = probe.failing
             undo()
-            began = time.monotonic() if lasts else began
+            if lasts:
+                began = time.monotonic()
         _await(is_settled, AGAIN_S)
         if hung and undo is not None:
             _await(lambda: all(stream.outcome for stream in hung), PATIENCE_S)
@@ -405,13 +386,10 @@ def _states(streams: list[Stream]) -> str:
     return "; ".join(f"{count} x {state}" for state, count in counts.most_common(3))
 
 
-def _await(condition: Callable[[], bool], timeout_s: float) -> bool:
+def _await(condition: Callable[[], bool], timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > end:
-            return False
+    while not condition() and time.monotonic() < end:
         time.sleep(0.02)
-    return True
 
 
 def _signal(pid: int, number: int) -> None:

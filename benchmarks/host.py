@@ -11,10 +11,11 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from gllm_benchmarks.load import run_load
-from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, slashed
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record
 from gllm_benchmarks.serve import summarize
 from gllm_benchmarks.served_model import MODEL, SHIPPED, server
 from gllm_benchmarks.workloads import Job, make_jobs
@@ -23,6 +24,8 @@ from gllm_engine import LLM, EngineConfig, SamplingParams, Scheduler, Sequence, 
 VOCAB = 2048
 PROMPT_LEN = 12
 SAMPLING: dict[str, Any] = {"ignore_eos": True, "temperature": 0.8, "top_p": 0.95}
+FRONT_ENDS = (1, 2)  # of an engine that answers at once
+HEADER = ["", ""]  # of rows that say themselves what they are
 
 
 def step_cost(num_sequences: int, num_steps: int) -> float:
@@ -75,7 +78,7 @@ def offline_speed(streams: int, tokens: int, config: dict[str, Any]) -> float:
 
 def served_speed(
     streams: int, tokens: int, front_ends: int, coalesce: bool, config: dict[str, Any]
-) -> dict[str, float]:
+) -> Figures:
     """Tokens/s and tokens per response that `streams` gRPC streams receive, best of three runs."""
     parameters = {"coalesce": "true" if coalesce else "false"}
     with server(SHIPPED, front_ends, parameters, config) as addresses:
@@ -102,7 +105,7 @@ def measure(args: argparse.Namespace) -> Figures:
         f"F={f} {'coalesced' if c else 'one token a response'}": served_speed(
             args.streams, args.tokens * (4 if c else 1), f, c, {"device": "none"}
         )
-        for f in (1, 2)
+        for f in FRONT_ENDS
         for c in (False, True)
     }
     return {
@@ -113,26 +116,29 @@ def measure(args: argparse.Namespace) -> Figures:
     }
 
 
+def slashed(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:,.0f}" for value in values)
+
+
 def rows(figures: Figures) -> list[list[str]]:
     """What was measured, and its figure."""
     steps = figures["scheduler_us_per_step"]
     served = figures["through_triton"]
-    speed = f"{served['tokens_per_s']:,.0f} tokens/s, {served['share_of_offline']:.0%} of offline"
-    table = [
-        [
-            f"scheduler, a step at {slashed(map(int, steps))} running sequences",
-            f"{slashed(steps.values())} us",
-        ],
-        ["the shipped model, offline", f"{figures['offline_tokens_per_s']:,.0f} tokens/s"],
-        ["the same through Triton, gRPC streams", speed],
-    ]
+    told = {
+        f"scheduler, a step at {slashed(map(int, steps))} running sequences": (
+            f"{slashed(steps.values())} us"
+        ),
+        "the shipped model, offline": f"{figures['offline_tokens_per_s']:,.0f} tokens/s",
+        "the same through Triton, gRPC streams": (
+            f"{served['tokens_per_s']:,.0f} tokens/s, {served['share_of_offline']:.0%} of offline"
+        ),
+    }
     for kind in ("one token a response", "coalesced"):
-        runs = {n: r for n, r in figures["instant_engine"].items() if n.endswith(kind)}
-        names = " / ".join(name.split()[0].removeprefix("F=") for name in runs)
-        speeds = slashed(run["tokens_per_s"] for run in runs.values())
-        what = f"an engine that answers at once, {kind}, {names} front ends"
-        table.append([what, f"{speeds} tokens/s"])
-    return table
+        runs = [figures["instant_engine"][f"F={f} {kind}"] for f in FRONT_ENDS]
+        told[f"an engine that answers at once, {kind}, {slashed(FRONT_ENDS)} front ends"] = (
+            f"{slashed(run['tokens_per_s'] for run in runs)} tokens/s"
+        )
+    return [*map(list, told.items())]
 
 
 def main() -> None:
@@ -145,7 +151,7 @@ def main() -> None:
     add("--front-ends", type=number(int, 1, 256), default=2)
     args = parser.parse_args()
     figures = measure(args)
-    print_table("What the host costs", ["", ""], rows(figures))
+    print_table("What the host costs", HEADER, rows(figures))
     record(args, "host", figures)
 
 

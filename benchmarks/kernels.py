@@ -8,10 +8,10 @@ could move its bytes or do its arithmetic, whichever is longer.
 
 from __future__ import annotations
 
-import argparse
 import statistics
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import starmap
 from typing import Any, NamedTuple
@@ -114,26 +114,26 @@ class Case(NamedTuple):
         return max(self.bytes / BYTES_PER_S, self.ops / self.ops_per_s)
 
 
+@dataclass
 class Shape:
     """Makes cases for one model on one device; every layer is taken to be like the first of its
     kind.
     """
 
-    def __init__(
-        self, arch: Model, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
-    ) -> None:
-        self.arch = arch
-        self.device = device
-        self.dtype = dtype
-        self.cache_dtype = cache_dtype
-        mixers = [layer.mixer for layer in arch.layers]
+    arch: Model
+    device: torch.device
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        mixers = [layer.mixer for layer in self.arch.layers]
         # Gqa or Mla
         self.mixer: Any = next(mixer for mixer in mixers if not isinstance(mixer, GatedDelta))
         self.delta = next((mixer for mixer in mixers if isinstance(mixer, GatedDelta)), None)
-        self.ffn = arch.layers[0].ffn
-        self.ops = select_ops(device)
-        self.planner = self.ops.make_planner(device, dtype)
-        self.item = dtype.itemsize
+        self.ffn = self.arch.layers[0].ffn
+        self.ops = select_ops(self.device)
+        self.planner = self.ops.make_planner(self.device, self.dtype)
+        self.item = self.dtype.itemsize
 
     def randn(self, *size: int) -> Tensor:
         return torch.randn(size, dtype=self.dtype, device=self.device)
@@ -203,26 +203,28 @@ class Shape:
         hidden = self.ffn.hidden
         m = self.mixer
         ops = self.ops
-        eps = self.arch.eps
         item = self.item
 
-        def norm() -> Call:
-            x = self.randn(tokens, dim)
-            gain = self.randn(dim)
-            return lambda: ops.rms_norm(x, gain, eps)
-
-        def activation() -> Call:
-            both = self.randn(tokens, 2 * hidden)
-            return lambda: ops.activate(both, "silu", gated=True)
-
         size = f"{tokens} tokens"
-        yield Case("rms_norm", size, (2 * tokens + 1) * dim * item, 0, norm)
+        yield Case(
+            "rms_norm",
+            size,
+            (2 * tokens + 1) * dim * item,
+            0,
+            lambda: partial(ops.rms_norm, self.randn(tokens, dim), self.randn(dim), self.arch.eps),
+        )
         if not isinstance(self.ffn, Moe):
-            yield Case("silu_mul", size, 3 * tokens * hidden * item, 0, activation)
+            yield Case(
+                "silu_mul",
+                size,
+                3 * tokens * hidden * item,
+                0,
+                lambda: partial(ops.activate, self.randn(tokens, 2 * hidden), "silu", gated=True),
+            )
         batch = self.batch([(1, 1)] * tokens if tokens <= max(ROWS) else [(tokens, tokens)])
         store = self.attention(batch, attends=False)
         # Reads q, k and v and the position's cosines and sines; writes q, and k and v to the cache.
-        numbers = (2 * m.heads + 2 * m.kv_heads) * item
+        numbers = 2 * (m.heads + m.kv_heads) * item
         numbers += 2 * m.kv_heads * self.cache_dtype.itemsize + 4
         yield Case("rotate_and_store", size, tokens * numbers * m.head_dim, 0, store)
 
@@ -261,31 +263,28 @@ class Shape:
         """A product with a weight [n, k]. "out" and "down" add to the residual stream. `whole`: in
         one call with the norm and rounding of its inputs, and the activation.
         """
-        written = n // 2 if whole and name == "gate_up" else n
-        numbers = tokens * (k + written * (2 if name in ("out", "down") else 1))
-        moved = numbers * self.item + round(n * k * self.number_bytes(kind, k))
-        make = partial(self.product, name, kind, tokens, n, k, whole)
-        speed = FP8_OPS_PER_S if isinstance(kind, _ROUNDING) else OPS_PER_S
-        return Case(title, f"{tokens} x {k} x {n}", moved, 2 * tokens * n * k, make, speed)
 
-    def product(
-        self, name: str, kind: Format | None, tokens: int, n: int, k: int, whole: bool
-    ) -> Call:
-        x = self.randn(tokens, k)
-        weight = self.weight(kind, n, k)
-        ops = self.ops
-        if name in ("out", "down"):
-            rows: Rows = x
+        def make() -> Call:
+            rows: Rows = self.randn(tokens, k)
+            weight = self.weight(kind, n, k)
+            ops = self.ops
             if whole and name == "down":  # takes its rows as the product before it leaves them
                 made = self.randn(tokens, DEPTH)
                 rows = ops.gated_linear(made, self.weight(kind, 2 * k, DEPTH), None, None, weight)
-            total = self.randn(tokens, n)
-            return lambda: ops.add_linear(total, rows, weight, None)
-        norm = (self.randn(k), self.arch.eps) if whole else None
-        if whole and name == "gate_up":
-            down = self.weight(kind, DEPTH, n // 2)
-            return lambda: ops.gated_linear(x, weight, None, norm, down)
-        return lambda: ops.linear(x, weight, None, norm)
+            if adds:
+                return partial(ops.add_linear, self.randn(tokens, n), rows, weight, None)
+            norm = (self.randn(k), self.arch.eps) if whole else None
+            if gates:
+                down = self.weight(kind, DEPTH, n // 2)
+                return partial(ops.gated_linear, rows, weight, None, norm, down)
+            return partial(ops.linear, rows, weight, None, norm)
+
+        adds = name in ("out", "down")
+        gates = whole and name == "gate_up"
+        moved = tokens * (k + (n // 2 if gates else n) * (1 + adds)) * self.item
+        moved += round(n * k * self.number_bytes(kind, k))
+        speed = FP8_OPS_PER_S if isinstance(kind, _ROUNDING) else OPS_PER_S
+        return Case(title, f"{tokens} x {k} x {n}", moved, 2 * tokens * n * k, make, speed)
 
     def moe_case(self, moe: Moe, tokens: int) -> Case:
         """Router, routing and experts, added to a sum; all experts are equally likely."""
@@ -308,8 +307,8 @@ class Shape:
 
         expert = 3 * moe.hidden * dim
         read = num * (1 - (1 - top_k / num) ** tokens)  # expected number of experts in use
-        number = self.number_bytes(self.kind_of("experts"), dim)
-        moved = read * expert * number + (num * dim + 3 * tokens * dim) * self.item
+        moved = read * expert * self.number_bytes(self.kind_of("experts"), dim)
+        moved += (num * dim + 3 * tokens * dim) * self.item
         done = 2 * tokens * (top_k * expert + num * dim)
         return Case("experts", f"{tokens} tokens", moved, done, mixture)
 
@@ -327,24 +326,16 @@ class Shape:
         device = self.device
 
         def draw() -> Call:
-            scores = self.randn(rows, vocab)
-            ops = self.ops
             heat = torch.ones(rows, dtype=torch.float64, device=device)
             seeds = torch.randint(1 << 60, (rows,), device=device)
-            slots = torch.arange(rows, device=device)
             lens, last = torch.zeros(2, rows, dtype=torch.int64, device=device)
             state = PlainSampling(heat, seeds, lens, lens, last)
-            return lambda: ops.sample_plain(scores, slots, state)
+            slots = torch.arange(rows, device=device)
+            return partial(self.ops.sample_plain, self.randn(rows, vocab), slots, state)
 
         return Case("sample", f"{rows} x {vocab}", rows * vocab * self.item, 0, draw)
 
-    def decode_case(self, rows: int, context: int) -> Case:
-        return self.attention_case("decode", f"{rows} rows x {context}", rows, context, 1)
-
-    def prefill_case(self, rows: int, context: int, chunk: int) -> Case:
-        return self.attention_case("prefill", told(rows, context, chunk), rows, context, chunk)
-
-    def attention_case(self, kind: str, size: str, rows: int, context: int, chunk: int) -> Case:
+    def attention_case(self, rows: int, context: int, chunk: int = 1) -> Case:
         """Causal attention of the last `chunk` tokens of each of `rows` rows."""
         m = self.mixer
         window = self.mixer.window or context
@@ -354,7 +345,10 @@ class Shape:
         moved = rows * m.head_dim * (read + 2 * m.heads * chunk * self.item)
         pairs = rows * sum(min(p + 1, window) for p in range(context - chunk, context))
         make = self.attention(self.batch([(context, chunk)] * rows))
-        return Case(f"attention, {kind}", size, moved, 4 * pairs * m.heads * m.head_dim, make)
+        done = 4 * pairs * m.heads * m.head_dim
+        if chunk == 1:
+            return Case("attention, decode", f"{rows} rows x {context}", moved, done, make)
+        return Case("attention, prefill", told(rows, context, chunk), moved, done, make)
 
     def delta_case(self, delta: GatedDelta, rows: int, tokens: int) -> Case:
         """The gated delta rule with its convolution, for rows of `tokens` tokens each."""
@@ -362,17 +356,15 @@ class Shape:
         plan = self.planner.plan_recurrent(self.batch([(tokens, tokens)] * rows))
         width = delta.conv_width
         total = rows * tokens
-        ops = self.ops
 
         def rule() -> Call:
-            qkv = self.randn(total, width)
-            a, b = self.randn(2, total, heads)
+            inputs = (self.randn(total, width), *self.randn(2, total, heads))
             conv = self.randn(width, delta.conv)
             a_log, dt_bias = self.randn(2, heads).float()
             last_inputs = self.randn(rows, width, delta.conv - 1)
             matrix = self.randn(rows, heads, delta.k_dim, delta.v_dim).float()
             state = RecurrentState(last_inputs, matrix)
-            return lambda: ops.gated_delta(qkv, b, a, conv, a_log, dt_bias, state, plan)
+            return partial(self.ops.gated_delta, *inputs, conv, a_log, dt_bias, state, plan)
 
         square = delta.k_dim * delta.v_dim
         state_bytes = heads * square * 4 + width * (delta.conv - 1) * self.item
@@ -380,8 +372,8 @@ class Shape:
         # Three products with the state; and, in blocks, four with a square of tokens.
         done = 6 * square + (4 * DELTA_BLOCK * (delta.k_dim + delta.v_dim) if tokens > 1 else 0)
         kind = "prefill" if tokens > 1 else "decode"
-        size = f"{rows} x {tokens}"
-        return Case(f"gated delta rule, {kind}", size, moved, total * heads * done, rule)
+        done *= total * heads
+        return Case(f"gated delta rule, {kind}", f"{rows} x {tokens}", moved, done, rule)
 
     def batch(self, rows: list[tuple[int, int]], contexts: list[int] | None = None) -> Batch:
         """A step of rows of (context, tokens in this step), on pages in random order. `contexts`:
@@ -397,27 +389,22 @@ class Shape:
         """Make calls that attend over their own caches, or rotate and store into them."""
         m = self.mixer
         ops = self.ops
-        num_pages = int(batch.page_table.max()) + 1
-        shape = (num_pages, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
+        shape = (int(batch.page_table.max()) + 1, 2, PAGE_SIZE, m.kv_heads, m.head_dim)
         like = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
         plan = self.planner.plan(batch, like, m.attention)
         cos, sin = torch.rand(2, batch.context_lens_cpu.max(), m.head_dim // 2, device=self.device)
         interleaved = m.rope is not None and m.rope.interleaved
         rotary = ops.rotary_inputs(cos, sin, batch.positions, self.dtype, interleaved)
         num_heads = m.heads + 2 * m.kv_heads
-        norm: HeadNorm | None = None
-        if m.qk_norm:
-            norm = HeadNorm(self.randn(m.heads + m.kv_heads, m.head_dim), self.arch.eps)
+        gains = self.randn(m.heads + m.kv_heads, m.head_dim)
+        norm = HeadNorm(gains, self.arch.eps) if m.qk_norm else None
         sinks = self.randn(m.heads) if m.sinks else None
 
         def make() -> Call:
             cache = self.randn(*shape).to(self.cache_dtype)
             qkv = self.randn(len(batch.tokens), num_heads, m.head_dim)
-            options = (m.heads, norm, rotary, cache, plan)
-            if not attends:
-                return lambda: ops.rotate_and_store(qkv, *options)
-            inputs = ops.rotate_and_store(qkv, *options)
-            return lambda: ops.attend(inputs, cache, plan, sinks=sinks)
+            store = partial(ops.rotate_and_store, qkv, m.heads, norm, rotary, cache, plan)
+            return partial(ops.attend, store(), cache, plan, sinks=sinks) if attends else store
 
         return make
 
@@ -426,7 +413,6 @@ class Shape:
         token is a decode row.
         """
         m: Mla = self.mixer
-        ops = self.ops
         attention = replace(m.attention, top_k=None)
         ends = range(context - chunk + 1, context + 1)
         # A token of each row in turn, as rows take their pages in turn.
@@ -438,10 +424,10 @@ class Shape:
         tokens = rows * chunk
 
         def make() -> Call:
-            cache = self.randn(*shape).to(self.cache_dtype)
             q = self.randn(tokens, m.heads, attention.key_dim)
             kv_up = self.randn(m.heads, m.nope_dim + m.v_dim, m.kv_rank)
-            return lambda: ops.attend_latent(q, kv_up, cache, plan)
+            cache = self.randn(*shape).to(self.cache_dtype)
+            return partial(self.ops.attend_latent, q, kv_up, cache, plan)
 
         moved = rows * context * m.latent_width * self.cache_dtype.itemsize
         moved += tokens * m.heads * (attention.key_dim + m.v_dim) * self.item
@@ -450,15 +436,15 @@ class Shape:
         moved += m.heads * (m.nope_dim + m.v_dim) * m.kv_rank * self.item
         done = rows * sum(ends) * width + multiplied * (m.nope_dim + m.v_dim) * m.kv_rank
         form = "absorbed" if absorbed else "expanded"
-        size = told(rows, context, chunk)
-        return Case(f"latent attention, {form}", size, moved, 2 * m.heads * done, make)
+        done *= 2 * m.heads
+        return Case(f"latent attention, {form}", told(rows, context, chunk), moved, done, make)
 
     def latent_cases(self) -> Iterator[Case]:
-        for rows, context in LATENT_DECODE:
-            yield self.latent_case(rows, context, 1, True)
-        for rows, context, chunk in LATENT_PREFILL:
-            yield self.latent_case(rows, context, chunk, True)
-            yield self.latent_case(rows, context, chunk, False)
+        for rows in LATENT_DECODE:
+            yield self.latent_case(*rows, 1, True)
+        for rows in LATENT_PREFILL:
+            yield self.latent_case(*rows, True)
+            yield self.latent_case(*rows, False)
 
     def cases(self) -> Iterator[Case]:
         """All cases. Time each case before making the next one, because plans share memory."""
@@ -468,18 +454,15 @@ class Shape:
         for tokens in TOKENS:
             yield from self.rows_cases(tokens)
         yield from map(self.sample_case, ROWS)
-        yield from starmap(self.decode_case, DECODE)
-        yield from starmap(self.prefill_case, PREFILL)
+        yield from starmap(self.attention_case, (*DECODE, *PREFILL))
         if self.delta is not None:
-            for rows, tokens in DELTA:
-                yield self.delta_case(self.delta, rows, tokens)
+            yield from starmap(partial(self.delta_case, self.delta), DELTA)
         for tokens in GEMM_TOKENS:
             yield from self.gemm_cases(tokens)
         for tokens in FP8_TOKENS:
             yield from self.form_cases(tokens)
         if isinstance(self.ffn, Moe):
-            for tokens in MOE_TOKENS:
-                yield self.moe_case(self.ffn, tokens)
+            yield from map(partial(self.moe_case, self.ffn), MOE_TOKENS)
 
 
 def told(rows: int, context: int, chunk: int) -> str:
@@ -502,20 +485,31 @@ def seconds_of(case: Case, device: torch.device) -> float:
 
 
 def describe(case: Case, seconds: float) -> Figures:
-    about = {"kernel": case.kernel, "size": case.size, "us": seconds * 1e6}
-    about |= {"bytes": case.bytes, "ops": case.ops, "floor_us": case.floor_s * 1e6}
-    return about | {"share": case.floor_s / seconds}
+    return {
+        "kernel": case.kernel,
+        "size": case.size,
+        "us": seconds * 1e6,
+        "bytes": case.bytes,
+        "ops": case.ops,
+        "floor_us": case.floor_s * 1e6,
+        "share": case.floor_s / seconds,
+    }
 
 
 def make_row(about: Figures) -> list[str]:
-    seconds = about["us"] / 1e6
-    row = [about["kernel"], about["size"], f"{about['us']:,.1f}"]
-    row += [f"{about['bytes'] / seconds / 1e12:.2f}"]
-    row += [f"{about['ops'] / seconds / 1e12:.0f}" if about["ops"] else ""]
-    return [*row, f"{about['floor_us']:,.1f}", f"{about['share']:.0%}"]
+    us = about["us"]
+    return [
+        about["kernel"],
+        about["size"],
+        f"{us:,.1f}",
+        f"{about['bytes'] / us / 1e6:.2f}",
+        f"{about['ops'] / us / 1e6:.0f}" if about["ops"] else "",
+        f"{about['floor_us']:,.1f}",
+        f"{about['share']:.0%}",
+    ]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> Namespace:
     parser = make_parser("kernels", __doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help="a directory or a known shape")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")

@@ -22,8 +22,15 @@ from typing import Any
 
 from msgspec import convert
 
-from gllm_benchmarks.record import Figures, make_parser, number, print_table, record
-from gllm_benchmarks.workloads import WORKLOADS, Job, lengths, make_jobs, warm_up
+from gllm_benchmarks.record import (
+    Figures,
+    exit_on_sigterm,
+    make_parser,
+    number,
+    print_table,
+    record,
+)
+from gllm_benchmarks.workloads import WORKLOADS, lengths, make_jobs, warm_up
 from gllm_engine import Summary
 
 MODELS = Path(__file__).parent / "models"
@@ -119,30 +126,30 @@ def summarize(runs: list[Figures]) -> Figures:
     return runs[times.index(middle)] | {"all_seconds": times}
 
 
-def make_rows(work: list[dict[str, Any]], figures: Figures) -> list[list[Any]]:
+def make_rows(names: list[str], figures: Figures) -> list[list[Any]]:
     """One row of HEADER per workload and engine; with two engines, also our speed by vLLM's."""
     rows = []
-    for each in [None, *work]:
-        name = each["name"] if each else "start"
-        seconds = {e: f[name]["seconds"] if each else f["start_s"] for e, f in figures.items()}
+    for name in ["start", *names]:
+        works = name != "start"
+        seconds = {e: f[name]["seconds"] if works else f["start_s"] for e, f in figures.items()}
         for engine, about in figures.items():
             row = [name, engine, f"{seconds[engine]:.2f}"]
-            row += describe(each["jobs"], about[name]) if each else [""] * 5
+            row += describe(name, about[name]) if works else [""] * 5
             if len(figures) == 2:
                 row.append(f"{seconds['vllm'] / seconds['ours']:.3f}" if engine == "ours" else "")
             rows.append(row)
     return rows
 
 
-def describe(jobs: list[Job], run: Figures) -> list[str]:
+def describe(workload: str, run: Figures) -> list[str]:
     """Cells of HEADER from the speeds on. Latency is given if all requests run as one batch."""
     seconds = run["seconds"]
-    num_steps = jobs[0].output_len
-    together = len(jobs) <= 64 and len({job.output_len for job in jobs}) == 1
+    prompt_lens, output_lens = zip(*lengths(workload), strict=True)
+    together = len(output_lens) <= 64 and len(set(output_lens)) == 1
     return [
         f"{run['tokens'] / seconds:,.0f}",
-        f"{(run['tokens'] + sum(len(job.prompt) for job in jobs)) / seconds:,.0f}",
-        f"{1000 * seconds / num_steps:.2f}" if together else "",
+        f"{(run['tokens'] + sum(prompt_lens)) / seconds:,.0f}",
+        f"{1000 * seconds / output_lens[0]:.2f}" if together else "",
         "" if run["first_token"] is None else f"{1000 * run['first_token']:.0f}",
         "" if run["steps"] is None else f"{run['steps']:.0f}",
     ]
@@ -178,13 +185,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the engine's process too
+    exit_on_sigterm()
     model = model_directory(arguments.model)
     ours = parse_pairs(arguments.config)
     peer = parse_pairs(arguments.peer_config)
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     work = []
-    for name in arguments.workloads.split(","):
+    names = arguments.workloads.split(",")
+    for name in names:
         jobs = make_jobs(lengths(name), vocab)
         work.append({"name": name, "warm_up": warm_up(jobs), "jobs": jobs})
     longest = max(len(job.prompt) + job.output_len for each in work for job in each["jobs"])
@@ -210,7 +218,7 @@ def main() -> None:
     if failure and not figures:
         raise failure
     header = [*HEADER, "ours / vllm"] if len(figures) == 2 else HEADER
-    print_table(model.name, header, make_rows(work, figures))
+    print_table(model.name, header, make_rows(names, figures))
     for each in work if arguments.timeline and "ours" in figures else []:
         name = f"{each['name']} timeline"
         print_summary(name, figures["ours"][name])

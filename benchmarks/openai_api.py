@@ -36,13 +36,9 @@ class Response(NamedTuple):
     cached: int | None = None
 
 
-class Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
 class Usage(msgspec.Struct):
     completion_tokens: int = 0
-    prompt_tokens_details: Details | None = None
+    prompt_tokens_details: dict[str, Any] | None = None
 
 
 class Choice(msgspec.Struct):
@@ -126,8 +122,8 @@ class OpenAIClient:
                         yield Response(0)
         if usage is None:
             raise GenerateError("the stream has ended without its usage")
-        details = usage.prompt_tokens_details
-        yield Response(usage.completion_tokens, False, details.cached_tokens if details else None)
+        details = usage.prompt_tokens_details or {}
+        yield Response(usage.completion_tokens, False, details.get("cached_tokens"))
 
     def _is_output(self, choice: Choice) -> bool:
         """Whether it may hold tokens: a chat begins with a role alone, before any token."""

@@ -11,10 +11,12 @@ from typing import Any
 
 PANELS = {"ttft_ms": "time to first token, ms", "tpot_ms": "time per output token, ms"}
 
+Run = dict[str, Any]  # the figures of a run
 Points = list[tuple[float, float]]
+Panels = dict[str, dict[str, Points]]  # title -> name of a line -> its points
 
 
-def draw(title: str, runs: list[dict[str, Any]]) -> str:
+def draw(title: str, runs: list[Run]) -> str:
     """Plot the p50 and p99 of each of PANELS over output tokens/s."""
     panels = {
         name: {p: points(runs, "output_tokens_per_s", key, p) for p in ("p50", "p99")}
@@ -23,22 +25,22 @@ def draw(title: str, runs: list[dict[str, Any]]) -> str:
     return drawing(title, "output tokens/s", panels)
 
 
-def draw_policies(title: str, policies: dict[str, dict[str, dict[str, Any]]]) -> str:
+def draw_policies(title: str, policies: dict[str, dict[str, Run]]) -> str:
     """Plot the share within the SLO and the median of each of PANELS over requests/s, by policy."""
     lines = {policy: list(runs.values()) for policy, runs in policies.items()}
     shares = {n: [(r["rate"], 100 * r["goodput"]["share"]) for r in lines[n]] for n in lines}
-    panels: dict[str, dict[str, Points]] = {"requests within the SLO, %": shares}
+    panels: Panels = {"requests within the SLO, %": shares}
     for key, name in PANELS.items():
         panels[f"{name}, p50"] = {n: points(r, "rate", key, "p50") for n, r in lines.items()}
     return drawing(title, "requests/s", panels)
 
 
-def points(runs: list[dict[str, Any]], x: str, key: str, p: str) -> Points:
+def points(runs: list[Run], x: str, key: str, p: str) -> Points:
     """One (x, figure) point per run that has the figure."""
     return [(run[x], run[key][p]) for run in runs if run[key]]
 
 
-def drawing(title: str, x_name: str, panels: dict[str, dict[str, Points]]) -> str:
+def drawing(title: str, x_name: str, panels: Panels) -> str:
     """An SVG plot, identical for identical points; all axes begin at 0. Raises SystemExit."""
     try:
         from matplotlib import rc_context

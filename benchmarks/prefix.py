@@ -25,6 +25,7 @@ from gllm_benchmarks.serve import (
     Served,
     add_server_arguments,
     check_server_arguments,
+    latencies,
     load_options,
     our_config,
     serving,
@@ -84,14 +85,14 @@ def run_served(
     if not served.metrics:
         told = [one.cached for one in records if one.cached is not None]
         return records, sum(told) if told else None
-    done = [len(jobs[i].prompt) for i, one in enumerate(records) if one.is_complete]
+    done = sum(len(jobs[i].prompt) for i, one in enumerate(records) if one.is_complete)
     for _ in range(NUM_LOOKS):
         after = metric_sums(served.metrics, *COUNTERS)
         looked_up, found = (b - a for a, b in zip(before, after, strict=True))
-        if looked_up >= sum(done):
+        if looked_up >= done:
             return records, found
         time.sleep(0.05)
-    raise RuntimeError(f"the metrics tell of {looked_up:g} of {sum(done)} prompt tokens")
+    raise RuntimeError(f"the metrics tell of {looked_up:g} of {done} prompt tokens")
 
 
 def compare(run: Any, jobs: list[Job]) -> Figures:
@@ -104,10 +105,13 @@ def compare(run: Any, jobs: list[Job]) -> Figures:
     apart = [f"{unique}-{i}" for i in range(len(jobs))]
     for name, salts in (("without the cache", apart), (WITH, [unique] * len(jobs))):
         records, cached = run(jobs, salts)
-        runs[name] = summarize(records, {})
-        runs[name]["hit_rate"] = None if cached is None else cached / prompt_tokens
-    ideal = ideal_rate([job.prompt for job in jobs])
-    return {"prompt_tokens": prompt_tokens, "ideal_hit_rate": ideal, "runs": runs}
+        rate = None if cached is None else cached / prompt_tokens
+        runs[name] = summarize(records, {}) | {"hit_rate": rate}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "ideal_hit_rate": ideal_rate([job.prompt for job in jobs]),
+        "runs": runs,
+    }
 
 
 def rows(figures: Figures) -> list[list[Any]]:
@@ -117,12 +121,11 @@ def rows(figures: Figures) -> list[list[Any]]:
         rate = run["hit_rate"]
         told = "" if rate is None else f"{rate:.1%}"
         ideal = f"{figures['ideal_hit_rate']:.1%}" if name == WITH else ""
-        times = [f"{run['ttft_ms'][p]:,.1f}" if run["ttft_ms"] else "" for p in ("p50", "p99")]
-        found.append([name, told, ideal, *times, run["failed"]])
+        found.append([name, told, ideal, latencies(run, "ttft_ms"), run["failed"]])
     return found
 
 
-HEADER = ["", "hit rate", "ideal", "TTFT p50, ms", "p99", "failed"]
+HEADER = ["", "hit rate", "ideal", "TTFT p50 / p99, ms", "failed"]
 
 
 def parse_arguments() -> Namespace:
@@ -133,12 +136,7 @@ def parse_arguments() -> Namespace:
     add("--metrics", help="host:port of a running tritonserver's metrics, which tell the hits")
     add("--workload", default=DEFAULT, help="chats:USERS:ROUNDS:SYSTEMS:SYSTEM:QUESTION:ANSWER")
     add("--trace", type=Path, help="a Mooncake trace (JSON lines), in place of a workload")
-    add(
-        "--block",
-        type=number(int, 16, 512),
-        default=TRACE_BLOCK,
-        help="tokens of a hash id",
-    )
+    add("--block", type=number(int, 16, 512), default=TRACE_BLOCK, help="tokens of a hash id")
     add("--limit", type=number(int, 1, 1e7), help="only so many requests")
     add("--concurrency", type=number(int, 1, 65536), default=8, help="requests at a time")
     arguments = parser.parse_args()

@@ -5,13 +5,14 @@ This module does not know what was measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,17 @@ RESULTS = Path(__file__).parent / "results"
 Figures = dict[str, Any]  # what a benchmark, or one run of it, has measured, as JSON
 
 
-def make_parser(name: str, about: str) -> argparse.ArgumentParser:
+def make_parser(name: str, about: str) -> ArgumentParser:
     """The parser of `scripts/bench NAME`, with the options of all benchmarks."""
-    parser = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=about)
+    parser = ArgumentParser(prog=f"scripts/bench {name}", description=about)
     parser.add_argument("--save", action="store_true", help="in benchmarks/results, as JSON")
-    parser.add_argument("--name", help=f"of the result; default: {name}, with the model's name")
+    parser.add_argument("--name", help="of the result; the default names benchmark and model")
     return parser
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as an error does, which also ends the processes it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
@@ -35,16 +41,12 @@ def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[s
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a number") from None
+            raise ArgumentTypeError(f"{text[:60]!r} is not a number") from None
         if not low <= value <= high:  # NaN compares false
-            raise argparse.ArgumentTypeError(f"{text[:60]} is outside [{low:g}, {high:g}]")
+            raise ArgumentTypeError(f"{text[:60]} is outside [{low:g}, {high:g}]")
         return value
 
     return parse
-
-
-def slashed(values: Iterable[float]) -> str:
-    return " / ".join(f"{value:,.0f}" for value in values)
 
 
 def table_lines(header: list[str], rows: list[list[Any]]) -> list[str]:
@@ -61,11 +63,16 @@ def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
 
 
 def record(
-    arguments: argparse.Namespace, default: str, figures: Figures, show: bool = True
+    arguments: Namespace,
+    default: str,
+    figures: Figures,
+    show: bool = True,
+    draw: Callable[[], str] | None = None,
 ) -> None:
     """Print the figures as a JSON line (`show`) and, with --save, write them to results/NAME.json.
 
-    `arguments`: of make_parser's parser. `default`: NAME without --name.
+    `arguments`: of make_parser's parser. `default`: NAME without --name. `draw`: makes an SVG plot,
+    which is written to --plot and, with --save, to results/NAME.svg.
     """
     name = arguments.name or default
     line = {
@@ -82,6 +89,9 @@ def record(
     if arguments.save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=2) + "\n")
+    saved = RESULTS / f"{name}.svg" if arguments.save else None
+    for path in filter(None, (arguments.plot, saved)) if draw else ():
+        path.write_text(draw())
 
 
 def _command() -> str:

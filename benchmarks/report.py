@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gllm_benchmarks import evaluate, fairness, faults, host, prefix
-from gllm_benchmarks.record import RESULTS, Figures, slashed, table_lines
+from gllm_benchmarks import evaluate, fairness, faults, host, offline, prefix
+from gllm_benchmarks.record import RESULTS, Figures, table_lines
+from gllm_benchmarks.serve import latencies, table
 from gllm_benchmarks.workloads import lengths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,8 @@ BEGIN = "<!-- Measurements: written by scripts/bench report from benchmarks/resu
 END = "<!-- The end of measurements. -->"
 
 Results = dict[str, dict[str, Any]]  # benchmark -> the object that record.py wrote
-Sections = dict[str, dict[str, Callable[[str, Results], str]]]
+Part = Callable[[str, Results], str]
+Sections = dict[str, dict[str, Part]]
 
 
 def read_results(directory: Path = RESULTS) -> Results:
@@ -52,17 +54,14 @@ def part(
     return "\n\n".join([about, "\n".join(table_lines(header, rows)), *closing])
 
 
-def host_part(_: str, results: Results) -> str:
-    result = results["host"]
-    closing = "Single runs differ by about a tenth."
-    return part("", result, ["", ""], host.rows(result["figures"]), closing)
+def part_of(benchmark: Any, name: str, title: str, *closing: str) -> Part:
+    """The part of a benchmark with one result, `name`: the table that it prints itself."""
 
+    def make(_: str, results: Results) -> str:
+        result = results[name]
+        return part(title, result, benchmark.HEADER, benchmark.rows(result["figures"]), *closing)
 
-def fairness_part(_: str, results: Results) -> str:
-    """One row per pair of weights."""
-    result = results["fairness"]
-    title = "Two tenants, of which one keeps ten times as many requests alive as the other."
-    return part(title, result, fairness.HEADER, fairness.rows(result["figures"]))
+    return make
 
 
 def offline_part(model: str, results: Results) -> str:
@@ -79,10 +78,9 @@ def offline_part(model: str, results: Results) -> str:
     for name, run in engines[0].items():
         if isinstance(run, dict) and "seconds" in run:
             runs = [figures[name] for figures in engines]
-            row = ["start" if name == "start" else f"`{name}`: {sizes(name)}"]
-            row += [speed(name, run) for run in runs]
-            row += [f"{peer['seconds'] / run['seconds']:.2f}" for peer in runs[1:]]
-            rows.append(row)
+            told = "start" if name == "start" else f"`{name}`: {sizes(name)}"
+            ratios = [f"{peer['seconds'] / run['seconds']:.2f}" for peer in runs[1:]]
+            rows.append([told, *(speed(name, run) for run in runs), *ratios])
     title = f"**{model}, offline**, random weights, every request queued at once."
     return part(title, result, header, rows)
 
@@ -90,44 +88,27 @@ def offline_part(model: str, results: Results) -> str:
 def sizes(name: str) -> str:
     pairs = lengths(name)
     if len(set(pairs)) == 1:
-        (prompt_len, output_len) = pairs[0]
-        count = len(pairs)
-        return f"{count:,} x {prompt_len:,} tokens in, {output_len:,} out"
-    totals = (sum(column) for column in zip(*pairs, strict=True))
-    tokens_in, tokens_out = (f"{round(total, -3) // 1000:,}k" for total in totals)
+        prompt_len, output_len = pairs[0]
+        return f"{len(pairs):,} x {prompt_len:,} tokens in, {output_len:,} out"
+    totals = map(sum, zip(*pairs, strict=True))
+    tokens_in, tokens_out = (f"{total / 1000:,.0f}k" for total in totals)
     return f"{len(pairs):,} requests, {tokens_in} tokens in, {tokens_out} out"
 
 
 def speed(name: str, run: Figures) -> str:
     """The workload's main figure: latency, prefill speed or output speed; for a start, its time."""
-    seconds = run["seconds"]
     if name == "start":
-        return f"{seconds:.1f} s"
-    pairs = lengths(name)
-    tokens_in = sum(prompt_len for prompt_len, _ in pairs)
+        return f"{run['seconds']:.1f} s"
+    output_speed, speed, latency, *_ = offline.describe(name, run)
     if name.startswith("lat"):
-        return f"{1000 * seconds / pairs[0][1]:.2f} ms a token"
-    if tokens_in > 10 * run["tokens"]:
-        return f"{(tokens_in + run['tokens']) / seconds:,.0f} tokens/s, prompts included"
-    return f"{run['tokens'] / seconds:,.0f} output tokens/s"
-
-
-def latencies(run: Figures, *keys: str) -> str:
-    """The p50 and p99 of each of `keys` that the run has."""
-    return slashed(run[key][p] for key in keys if run[key] for p in ("p50", "p99"))
+        return f"{latency} ms a token"
+    if sum(prompt_len for prompt_len, _ in lengths(name)) > 10 * run["tokens"]:
+        return f"{speed} tokens/s, prompts included"
+    return f"{output_speed} output tokens/s"
 
 
 def serve_part(model: str, results: Results) -> str:
     result = results[f"serve-{model}"]
-    rows = []
-    for name, run in result["figures"]["runs"].items():
-        row = [name, slashed([run["output_tokens_per_s"]])]
-        row += [latencies(run, "ttft_ms"), latencies(run, "tpot_ms")]
-        good = run.get("goodput")
-        row.append(f"{good['requests_per_s']:.2f}/s, {good['share']:.0%}" if good else "")
-        rows.append([*row, run["failed"]])
-    header = ["load", "output tokens/s", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms"]
-    header += ["within the SLO", "failed"]
     closing = []
     share = share_of_offline(model, results)
     if share is not None:
@@ -136,7 +117,9 @@ def serve_part(model: str, results: Results) -> str:
         closing.append(f"![latency by throughput](../benchmarks/results/serve-{model}.svg)")
     api = result["figures"].get("api", "grpc")
     through = "tritonserver by gRPC" if api == "grpc" else f"an OpenAI server, {api}"
-    return part(f"**{model}, through {through}.**", result, header, rows, *closing)
+    return part(
+        f"**{model}, through {through}.**", result, *table(result["figures"]["runs"]), *closing
+    )
 
 
 def share_of_offline(model: str, results: Results) -> float | None:
@@ -167,9 +150,10 @@ def simulate_part(name: str, results: Results) -> str:
     result = results[f"simulate-{name}"]
     policies = result["figures"]["policies"]
     rows: dict[str, list[str]] = {}
-    for load, run in (pair for runs in policies.values() for pair in runs.items()):
-        good = f", {run['goodput']['share']:.0%}" if "goodput" in run else ""
-        rows.setdefault(load, [load]).append(latencies(run, "ttft_ms", "tpot_ms") + good)
+    for runs in policies.values():
+        for load, run in runs.items():
+            good = f", {run['goodput']['share']:.0%}" if "goodput" in run else ""
+            rows.setdefault(load, [load]).append(latencies(run, "ttft_ms", "tpot_ms") + good)
     title = (
         f"**{name}.** The scheduler is the real one, the stages are cost models: nothing of this "
         "was measured."
@@ -194,16 +178,6 @@ def evaluate_part(name: str, results: Results) -> str:
     return part(f"**{name}.**", result, *evaluate.table(result["figures"]))
 
 
-def faults_part(_: str, results: Results) -> str:
-    """One row per fault and number of ranks."""
-    result = results["faults"]
-    title = (
-        "A tiny model on CPU ranks, so that the time to serve again is that of starting processes: "
-        "add the time that your model takes to load."
-    )
-    return part(title, result, faults.HEADER, faults.rows(result["figures"]))
-
-
 # Page -> heading -> prefix of the names of the benchmarks in that section.
 PAGES: dict[str, Sections] = {
     "README.md": {"Speed": {"offline-": offline_part}},
@@ -212,11 +186,28 @@ PAGES: dict[str, Sections] = {
         "What the prefix cache saves": {"prefix-": prefix_part},
         "How well models answer": {"evaluate-": evaluate_part},
         "Single kernels": {"kernels-": kernels_part},
-        "What the host costs": {"host": host_part},
-        "Shares of tenants": {"fairness": fairness_part},
+        "What the host costs": {
+            "host": part_of(host, "host", "", "Single runs differ by about a tenth.")
+        },
+        "Shares of tenants": {
+            "fairness": part_of(
+                fairness,
+                "fairness",
+                "Two tenants, of which one keeps ten times as many requests alive as the other.",
+            )
+        },
         "Simulated, on no GPU": {"simulate-": simulate_part},
     },
-    "docs/operations.md": {"When a part breaks": {"faults": faults_part}},
+    "docs/operations.md": {
+        "When a part breaks": {
+            "faults": part_of(
+                faults,
+                "faults",
+                "A tiny model on CPU ranks, so that the time to serve again is that of starting "
+                "processes: add the time that your model takes to load.",
+            )
+        }
+    },
 }
 
 

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from gllm_benchmarks.workloads import Job, is_count
+from gllm_benchmarks.workloads import Job, is_count, parsed
 
 PAGE = 16  # tokens; a cache holds whole pages
 TRACE_BLOCK = 512  # tokens that a hash id of a Mooncake trace stands for
@@ -63,32 +63,23 @@ def read_mooncake(
     fewer than 512 shorten all lengths alike. Raises ValueError for a file that is no such trace.
     """
     blocks: dict[int, list[int]] = {}
-    jobs: list[Job] = []
+
+    def parse(line: str) -> Job:
+        about = json.loads(line)
+        prompt_len, output_len = (
+            max(about[f"{part}_length"] * block // TRACE_BLOCK, 1) for part in ("input", "output")
+        )
+        ids: list[int] = about["hash_ids"]
+        for id in ids:
+            if id not in blocks:
+                blocks[id] = random.Random(f"block {id}").choices(range(vocab), k=block)
+        prompt = [token for id in ids for token in blocks[id]]
+        if len(prompt) < prompt_len:
+            raise ValueError("the ids are of fewer tokens than the input")
+        return Job(prompt[:prompt_len], output_len)
+
     with path.open() as lines:
-        for number, line in enumerate(lines, 1):
-            if len(jobs) == limit:
-                break
-            try:
-                about = json.loads(line)
-                lengths = [
-                    about[f"{part}_length"] * block // TRACE_BLOCK for part in ("input", "output")
-                ]
-                ids: list[int] = about["hash_ids"]
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: line {number}: {error!r}") from None
-            for id in ids:
-                if id not in blocks:
-                    blocks[id] = random.Random(f"block {id}").choices(range(vocab), k=block)
-            prompt = [token for id in ids for token in blocks[id]]
-            prompt_len, output_len = (max(length, 1) for length in lengths)
-            if len(prompt) < prompt_len:
-                raise ValueError(
-                    f"{path}: line {number}: the ids are of fewer tokens than the input"
-                )
-            jobs.append(Job(prompt[:prompt_len], output_len))
-    if not jobs:
-        raise ValueError(f"{path}: holds no request")
-    return jobs
+        return parsed(path, lines, parse, limit)
 
 
 def ideal_rate(prompts: list[list[int]]) -> float:

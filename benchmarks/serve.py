@@ -10,9 +10,11 @@ sent it later.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +24,11 @@ from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import OURS, model_directory, parse_pairs, print_summary
 from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.openai_api import PATHS
-from gllm_benchmarks.plot import draw
-from gllm_benchmarks.record import RESULTS, Figures, make_parser, number, print_table, record
+from gllm_benchmarks.plot import draw, draw_policies
+from gllm_benchmarks.rates import Runs, search, served_rate
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record
 from gllm_benchmarks.served_model import MODEL, server
-from gllm_benchmarks.workloads import at_rate, make_jobs, poisson, read_load, warm_up
+from gllm_benchmarks.workloads import Lengths, at_rate, make_jobs, poisson, read_load, warm_up
 
 PERCENTILES = (50, 90, 99)
 # Seconds per request: first token, mean of later tokens, gap between responses, last token.
@@ -81,8 +84,8 @@ def summarize(records: list[RequestRecord], slo: dict[str, float]) -> Figures:
         figures[f"{name}_ms"] = distribution([value for each in found for value in each[name]])
     if slo:
         good = sum(meets(slo, one) for one in records)
-        share = good / len(records)
-        figures["goodput"] = {"slo": slo, "share": share, "requests_per_s": good / seconds}
+        speed = good / seconds
+        figures["goodput"] = {"slo": slo, "share": good / len(records), "requests_per_s": speed}
     return figures
 
 
@@ -116,8 +119,9 @@ def patterns(arguments: Namespace, recorded: list[float], count: int) -> dict[st
     if arguments.all:
         found["all at once"] = [0.0] * count
     for rate in arguments.rate:
-        random = poisson(count, rate, arguments.seed)
-        found[f"{rate:g} requests/s"] = at_rate(recorded, rate) if recorded else random
+        found[f"{rate:g} requests/s"] = (
+            at_rate(recorded, rate) if recorded else poisson(count, rate, arguments.seed)
+        )
     if recorded and not (found or arguments.concurrency):
         found["as recorded"] = recorded
     end = arguments.seconds or float("inf")
@@ -125,42 +129,68 @@ def patterns(arguments: Namespace, recorded: list[float], count: int) -> dict[st
     return {f"{n} at a time": n for n in arguments.concurrency} | early
 
 
-def print_runs(
-    title: str, runs: dict[str, Figures], more: dict[str, list[Any]] | None = None
-) -> None:
-    """Print a table with one row per run. `more`: header -> values of additional columns."""
-    header = ["load", "done", "failed", "out tok/s", "req/s", "tok/response"]
-    header += [f"{name} {p}" for name in TIMES for p in ("p50", "p99")] + ["goodput req/s"]
-    rows: list[list[Any]] = []
-    for name, run in runs.items():
-        row = [name, run["completed"], run["failed"], f"{run['output_tokens_per_s']:,.0f}"]
-        row += [f"{run['requests_per_s']:.2f}", f"{run['tokens_per_response']:.1f}"]
-        for key in TIMES:
-            about = run[f"{key}_ms"]
-            row += [f"{about[p]:,.1f}" if about else "" for p in ("p50", "p99")]
-        good = run.get("goodput")
-        row.append(f"{good['requests_per_s']:.2f} ({good['share']:.0%})" if good else "")
-        rows.append(row + [cells[len(rows)] for cells in (more or {}).values()])
-    print_table(f"{title}; times in ms", [*header, *(more or {})], rows)
+def latencies(run: Figures, *keys: str) -> str:
+    """The p50 and p99 of each of `keys` that the run has."""
+    values = [run[key][p] for key in keys if run[key] for p in ("p50", "p99")]
+    return " / ".join(f"{value:,.{int(value < 100)}f}" for value in values)
 
 
-def parse_arguments() -> Namespace:
-    parser = make_parser("serve", __doc__)
+def goodput(run: Figures) -> str:
+    good = run.get("goodput")
+    return f"{good['requests_per_s']:.2f}/s, {good['share']:.0%}" if good else ""
+
+
+Columns = dict[str, Callable[[Figures], Any]]  # header -> cell of a run
+LOADS: Columns = {
+    "output tokens/s": lambda run: f"{run['output_tokens_per_s']:,.0f}",
+    "TTFT p50 / p99, ms": lambda run: latencies(run, "ttft_ms"),
+    "TPOT p50 / p99, ms": lambda run: latencies(run, "tpot_ms"),
+    "within the SLO": goodput,
+    "failed": lambda run: run["failed"],
+}
+MORE = LOADS | {  # columns that are printed, but not in the docs
+    "done": lambda run: run["completed"],
+    "requests/s": lambda run: f"{run['requests_per_s']:.2f}",
+    "tokens/response": lambda run: f"{run['tokens_per_response']:.1f}",
+    "ITL p50 / p99, ms": lambda run: latencies(run, "itl_ms"),
+    "e2e p50 / p99, ms": lambda run: latencies(run, "e2e_ms"),
+}
+
+
+def table(runs: Runs, columns: Columns = LOADS) -> tuple[list[str], list[list[Any]]]:
+    """The header and one row per run."""
+    rows = [[name, *(cell(run) for cell in columns.values())] for name, run in runs.items()]
+    return ["load", *columns], rows
+
+
+def print_runs(title: str, runs: Runs, columns: Columns = MORE) -> None:
+    print_table(title, *table(runs, columns))
+
+
+def parse_arguments(command: str = "serve", within: float | None = None) -> Namespace:
+    """`within`: the default of --within."""
+    parser = make_parser(command, __doc__)
     add_server_arguments(parser)
     add = parser.add_argument
-    add("--seconds", type=number(float, 0, 1e6), help="what comes later is left out")
     add("--concurrency", type=numbers(int, 1, 65536), default=[], help="under way at a time")
     add("--all", action="store_true", help="all requests at once")
     add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
     add(
         "--timeline", type=Path, help="a file for a Chrome trace of the started server's last steps"
     )
+    add("--within", type=number(float, 1e-3, 1), default=within, help="find the rate so exactly")
+    add("--vary", action="append", help="'KEY=VALUE ...', beside --config, of one sweep")
     add_load_arguments(parser)
     arguments = parser.parse_args()
     check_server_arguments(parser, arguments)
-    if arguments.timeline and not arguments.start:
+    is_whole = arguments.start and arguments.rate and arguments.slo
+    if arguments.within and (arguments.all or arguments.concurrency or not is_whole):
+        parser.error("--within: it needs --start, --rate and --slo, and no other load")
+    if arguments.vary and not arguments.within:
+        parser.error("--vary: it needs --within")
+    if arguments.timeline and (arguments.within or not arguments.start):
         parser.error(
-            "--timeline: it is of a server to start; another one has the key in model.json"
+            "--timeline: it is of a server to start, once; another one has the key in model.json"
         )
     if not (arguments.all or arguments.rate or arguments.concurrency or arguments.trace):
         parser.error("no load: give --rate, --concurrency, --all or --trace")
@@ -197,8 +227,12 @@ def check_server_arguments(parser: ArgumentParser, arguments: Namespace) -> None
 def load_options(arguments: Namespace) -> dict[str, Any]:
     """The options of run_load that say how the load gets to the server."""
     api = (arguments.api or "completions") if arguments.openai else "grpc"
-    options = {"clients": arguments.clients, "timeout": arguments.timeout}
-    return options | {"api": api, "key_file": arguments.api_key_file}
+    return {
+        "clients": arguments.clients,
+        "timeout": arguments.timeout,
+        "api": api,
+        "key_file": arguments.api_key_file,
+    }
 
 
 def add_load_arguments(parser: ArgumentParser) -> None:
@@ -208,8 +242,10 @@ def add_load_arguments(parser: ArgumentParser) -> None:
     add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
     add("--limit", type=number(int, 1, 1e7), help="only so many requests")
     add("--rate", type=numbers(float, 1e-6, 1e6), default=[], help="requests/s, such as 2,4,8")
+    add("--seconds", type=number(float, 0, 1e6), help="what comes later is left out")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of random arrivals")
     add("--slo", type=parse_slo, default={}, help="such as ttft=2,tpot=0.1")
+    add("--share", type=number(float, 0, 1), default=0.9, help="of requests within the SLO")
     add("--plot", type=Path, help="an SVG file; with --save also in results")
 
 
@@ -249,40 +285,74 @@ def serving(arguments: Namespace, config: dict[str, Any]) -> Iterator[Served]:
         yield Served(addresses.grpc, MODEL, vocab, addresses.metrics)
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
-    title = Path(arguments.start or arguments.model).name
-    runs: dict[str, Figures] = {}
-    timeline = {"timeline": str(arguments.timeline.resolve())} if arguments.timeline else {}
-    options = load_options(arguments)
-    with serving(arguments, timeline) as served:
-        some = warm_up(make_jobs(pairs, served.vocab, seed=0))
-        run_load(served.address, served.model, some, len(some), **options)
-        seed = 0
-        for name, arrivals in patterns(arguments, recorded, len(pairs)).items():
+def measure(served: Served, arguments: Namespace, recorded: list[float], pairs: Lengths) -> Runs:
+    """Warm a model up and send it the loads. `recorded`: the trace's arrivals, if any."""
+    load = partial(run_load, served.address, served.model, **load_options(arguments))
+    seeds = itertools.count(1)  # new prompts each time, which no cache holds
+    some = warm_up(make_jobs(pairs, served.vocab, seed=0))
+    load(some, len(some))
+
+    def send(rates: list[float]) -> Runs:
+        given = Namespace(**vars(arguments) | {"rate": rates})
+        runs = {}
+        for name, arrivals in patterns(given, recorded, len(pairs)).items():
             found = []
             for _ in range(arguments.repeat):
-                seed += 1  # new prompts, which no cache holds
                 count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
-                jobs = make_jobs(pairs[:count], served.vocab, seed)
-                records = run_load(served.address, served.model, jobs, arrivals, **options)
-                found.append(summarize(records, arguments.slo))
+                jobs = make_jobs(pairs[:count], served.vocab, next(seeds))
+                found.append(summarize(load(jobs, arrivals), arguments.slo))
             runs[name] = median_run(found)
             print_runs(name, {name: runs[name]})
-    print_runs(f"{title}, {len(pairs)} requests, {arguments.clients} clients", runs)
+        return runs
+
+    if not arguments.within:
+        return send(arguments.rate)
+    return search(send, arguments.rate, arguments.share, arguments.within)
+
+
+def conclude(arguments: Namespace, name: str, title: str, figures: Figures) -> None:
+    """Tell the highest rates of several policies, and record. `figures`: with "policies"."""
+    found: dict[str, Runs] = figures["policies"]
+    plot = None
+    if arguments.slo and arguments.rate:
+        figures |= {"share": arguments.share, "served_rate": {}, "runs": {}}
+        for policy, runs in found.items():
+            rate = served_rate(runs, arguments.share)
+            figures["served_rate"][policy] = rate
+            # Of a policy that serves no rate, its first run.
+            load = next(load for load, run in runs.items() if rate in (None, run["rate"]))
+            figures["runs"][f"{policy}, {load}"] = runs[load]
+        told = f"the highest of these rates with {arguments.share:.0%} within {arguments.slo}"
+        print_runs(told, figures["runs"])
+        plot = partial(draw_policies, title, found)
+    record(arguments, name, figures, draw=plot)
+
+
+def main(arguments: Namespace) -> None:
+    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
+    title = Path(arguments.start or arguments.model).name
+    timeline = {"timeline": str(arguments.timeline.resolve())} if arguments.timeline else {}
+    kind = "-sweep" if arguments.within else ""
+    name = f"serve-{title}{kind}"
+    figures: Figures = {"workload": workload, "api": load_options(arguments)["api"]}
+    found = {}
+    for way in arguments.vary or [title]:
+        keys = parse_pairs(way.split()) if arguments.vary else timeline
+        with serving(arguments, keys) as served:
+            found[way] = runs = measure(served, arguments, recorded, pairs)
+        print_runs(f"{way}, {len(pairs)} requests, {arguments.clients} clients", runs)
+        if kind:  # after each, so that an interrupted sweep loses nothing
+            conclude(arguments, name, f"{title}, {workload}", figures | {"policies": found})
+    if kind:
+        return
     if arguments.timeline:
         trace = json.loads(arguments.timeline.read_text())
         print_summary("timeline", trace["otherData"]["summary"])
-    name = arguments.name or f"serve-{title}"
-    figures = {"workload": workload, "api": options["api"], "runs": runs}
-    record(arguments, name, figures)
-    saved = RESULTS / f"{name}.svg" if arguments.save and len(runs) > 1 else None
-    for path in filter(None, (arguments.plot, saved)):
-        path.write_text(draw(title, list(runs.values())))
+    plot = partial(draw, title, [*runs.values()]) if arguments.plot or len(runs) > 1 else None
+    record(arguments, name, figures | {"runs": runs}, draw=plot)
     if any(run["failed"] for run in runs.values()):
         raise SystemExit("requests have failed")
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

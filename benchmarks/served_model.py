@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from select import select
 from typing import Any, NamedTuple
 
+from gllm_benchmarks.record import exit_on_sigterm
 from gllm_client import read_metrics
 from gllm_client.supervisor import write_model
 
@@ -33,6 +33,27 @@ class Addresses(NamedTuple):
     metrics: str
 
 
+def serve_command(repository: Path) -> tuple[list[str], Addresses]:
+    """The command that serves a repository on free ports, and where."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    http, grpc, metrics = (one.getsockname()[1] for one in sockets)
+    for one in sockets:
+        one.close()
+    command = [sys.executable, "-m", "gllm_client", "serve", str(repository)]
+    command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+    return command, Addresses(f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}")
+
+
+def await_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for the line that says so. Raises RuntimeError with the log if there is none in START_S.
+
+    `process`: serve_command's, with a pipe for its output.
+    """
+    ready, _, _ = select([process.stdout], [], [], START_S)
+    if not ready or not process.stdout.readline():  # no line: the server has ended
+        raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
+
+
 @contextlib.contextmanager
 def server(
     model: Path, front_ends: int, parameters: dict[str, str], config: dict[str, Any]
@@ -41,26 +62,21 @@ def server(
 
     `parameters`: parameters in config.pbtxt. `config`: keys of model.json. A model without a
     tokenizer gets a generated one. From now on SIGTERM ends this process like an error, which ends
-    the server too. Raises RuntimeError with the server's log if the server is not
-    ready after START_S.
+    the server too. Raises RuntimeError with the server's log if it is not ready after START_S.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
         repository = Path(directory, "repository")
         write_repository(repository / MODEL, model.resolve(), front_ends, parameters, config)
-        http, grpc, metrics = free_ports(3)
-        command = [sys.executable, "-m", "gllm_client", "serve", str(repository)]
-        command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+        command, addresses = serve_command(repository)
         log = Path(directory, "log")
         with (
             log.open("w") as file,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file) as process,
         ):  # leaving the block waits for its end; it kills a server that does not stop
             try:
-                ready, _, _ = select([process.stdout], [], [], START_S)
-                if not ready or not process.stdout.readline():  # no line: the server has ended
-                    raise RuntimeError(f"tritonserver did not become ready:\n{log.read_text()}")
-                yield Addresses(f"127.0.0.1:{grpc}", f"127.0.0.1:{metrics}")
+                await_ready(process, log)
+                yield addresses
             finally:
                 process.terminate()
 
@@ -86,8 +102,12 @@ def write_repository(
 
 def made_up_tokenizer(vocab: int) -> dict[str, Any]:
     """A tokenizer.json in which every token is a short word, so that text has a realistic cost."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    byte_level["trim_offsets"] = True
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "use_regex": True,
+        "trim_offsets": True,
+    }
     words = {f"\u0120{id:x}": id for id in range(vocab)}  # U+0120 stands for a space
     model = {"type": "BPE", "vocab": words, "merges": []}
     both = {"pre_tokenizer": byte_level, "decoder": byte_level}
@@ -104,11 +124,3 @@ def metric_sums(metrics: str, *wanted: tuple[str, ...]) -> list[float]:
         sum(value for key, value in samples if all(text in key for text in texts))
         for texts in wanted
     ]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -14,16 +14,22 @@ import json
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
-from itertools import takewhile
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.offline import parse_pairs
-from gllm_benchmarks.plot import draw_policies
-from gllm_benchmarks.record import RESULTS, Figures, make_parser, number, print_table, record
-from gllm_benchmarks.serve import add_load_arguments, patterns, print_runs, summarize
+from gllm_benchmarks.rates import Runs
+from gllm_benchmarks.record import make_parser, number
+from gllm_benchmarks.serve import (
+    MORE,
+    add_load_arguments,
+    conclude,
+    patterns,
+    print_runs,
+    summarize,
+)
 from gllm_benchmarks.workloads import Lengths, read_load
 from gllm_engine import (
     POLICIES,
@@ -43,7 +49,10 @@ from gllm_engine import (
 Cost = Callable[[Work], float]  # seconds
 
 _PASSES = 20  # passes over the measured steps, so that the fit converges
-GOOD_SHARE = 0.9  # a rate counts as served if this share of requests meets the SLO
+COLUMNS = MORE | {
+    "stages idle": lambda run: " ".join(f"{share:.0%}" for share in run["idle"]),
+    "preempted": lambda run: run["preemptions"],
+}
 DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 1024,
     "max_num_batched_tokens": 2048,
@@ -63,6 +72,7 @@ class Roofline(NamedTuple):
     kv_bytes: float = 0.0  # K and V of one token
     pair_flops: float = 0.0  # operations for one token to attend to one token
     step: float = 0.0
+    launch: float = 0.0  # least seconds of a step with prompts, which the host launches by kernel
 
     def seconds(self, work: Work) -> float:
         """Seconds of a step. Reading weights overlaps with their use; attention does not."""
@@ -70,7 +80,8 @@ class Roofline(NamedTuple):
         read = min(self.params, used) * self.param_bytes / self.bandwidth
         weights = max(read, 2 * used / self.flops)
         attention = self.kv_bytes * work.kv / self.bandwidth
-        return self.step + weights + attention + self.pair_flops * work.context / self.flops
+        whole = self.step + weights + attention + self.pair_flops * work.context / self.flops
+        return max(whole, self.launch) if work.tokens > work.sequences else whole
 
 
 class Pipeline:
@@ -202,22 +213,10 @@ def make_costs(arguments: Namespace) -> tuple[Cost, Cost]:
     return Roofline(**chip, **stage).seconds, Roofline(**chip, **head).seconds
 
 
-def served_rate(runs: dict[str, Figures]) -> float | None:
-    """The highest rate up to which GOOD_SHARE of requests meet the SLO at every rate."""
-    by_rate = sorted(runs.values(), key=lambda run: run["rate"])
-    good = takewhile(lambda run: run["goodput"]["share"] >= GOOD_SHARE, by_rate)
-    return max((run["rate"] for run in good), default=None)
-
-
 def parse_arguments() -> Namespace:
     parser = make_parser("simulate", __doc__)
     add = parser.add_argument
-    add(
-        "--pp",
-        type=number(int, 1, 64),
-        default=4,
-        help="stages; one step more than that is in flight",
-    )
+    add("--pp", type=number(int, 1, 64), default=4, help="stages; one step more is in flight")
     add("--steps", type=Path, help="JSON: coefficients or measured steps; or as stage and head")
     add("--model", type=Path, help="a directory with a config.json, cut into equal stages")
     pairs: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}
@@ -235,7 +234,7 @@ def parse_arguments() -> Namespace:
     add("--policies", default=known, help=f"of {known}; as NAME or as NAME:TOKENS, in a step")
     add("--config", **pairs, help="of the engine")
     add_load_arguments(parser)
-    parser.set_defaults(concurrency=[], seconds=None)  # options that serve.patterns also reads
+    parser.set_defaults(concurrency=[])  # options that serve.patterns also reads
     arguments = parser.parse_args()
     arguments.name = f"simulate-{arguments.name or 'simulate'}"
     arguments.all = not (arguments.rate or arguments.trace)
@@ -249,24 +248,25 @@ def parse_arguments() -> Namespace:
     return arguments
 
 
-def sweep(
-    arguments: Namespace,
-    costs: tuple[Cost, Cost],
-    loads: dict[str, list[float]],
-    pairs: Lengths,
-) -> dict[str, dict[str, Figures]]:
-    """Policy -> load -> the figures of summarize() and of the simulated run.
-
-    `loads`: name -> arrival times in seconds.
-    """
-    stage, head = costs
-    depth = {"pipeline_parallel_size": arguments.pp, "plans_in_flight": arguments.pp + 1}
-    values = DEFAULTS | depth | {"max_waiting": len(pairs)} | parse_pairs(arguments.config)
+def main() -> None:
+    arguments = parse_arguments()
+    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
+    try:
+        stage, head = make_costs(arguments)
+    except (OSError, TypeError, ValueError) as error:  # an unreadable file or an invalid name
+        raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
+    keys = {
+        "pipeline_parallel_size": arguments.pp,
+        "plans_in_flight": arguments.pp + 1,
+        "max_waiting": len(pairs),
+    }
+    values = DEFAULTS | keys | parse_pairs(arguments.config)
+    loads = patterns(arguments, recorded, len(pairs))
 
     def travel(work: Work) -> float:
         return arguments.latency + work.tokens * arguments.activation_bytes / arguments.link
 
-    found: dict[str, dict[str, Figures]] = {name: {} for name in arguments.policies}
+    found: dict[str, Runs] = {name: {} for name in arguments.policies}
     for name, runs in found.items():
         bare, _, text = name.partition(":")
         most = int(text or values["max_num_batched_tokens"])
@@ -277,37 +277,10 @@ def sweep(
             run = simulate(config, POLICIES[bare], pipeline, pairs, arrivals)
             runs[load] = summarize(run.records, arguments.slo) | run._asdict() | {"rate": rate}
             del runs[load]["records"]
-    return found
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
-    try:
-        costs = make_costs(arguments)
-    except (OSError, TypeError, ValueError) as error:  # an unreadable file or an invalid name
-        raise SystemExit(f"--steps, --model, --stage or --head: {error}") from None
-    found = sweep(arguments, costs, patterns(arguments, recorded, len(pairs)), pairs)
     title = f"{len(pairs)} requests of {workload}, {arguments.pp} stages, simulated"
-    runs = {f"{policy}, {load}": run for policy in found for load, run in found[policy].items()}
-    idle = [" ".join(f"{share:.0%}" for share in run["idle"]) for run in runs.values()]
-    preempted = [run["preemptions"] for run in runs.values()]
-    print_runs(title, runs, {"stages idle": idle, "preempted": preempted})
-    figures: Figures = {"simulated": True, "workload": workload, "policies": found}
-    if arguments.slo and arguments.rate:
-        best = {policy: served_rate(runs) for policy, runs in found.items()}
-        figures["served_rate"] = best
-        limits = f"{GOOD_SHARE:.0%} within {arguments.slo}"
-        print_table(
-            f"the highest of these rates with {limits}",
-            ["policy", "requests/s"],
-            [[policy, rate or "none"] for policy, rate in best.items()],
-        )
-    record(arguments, "", figures)
-    if "served_rate" in figures:
-        svg = RESULTS / f"{arguments.name}.svg" if arguments.save else None
-        for path in filter(None, (arguments.plot, svg)):
-            path.write_text(draw_policies(title, found))
+    every = {f"{policy}, {load}": run for policy in found for load, run in found[policy].items()}
+    print_runs(title, every, COLUMNS)
+    conclude(arguments, "", title, {"simulated": True, "workload": workload, "policies": found})
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import math
 import random
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of all relevant sizes
 WARM_UP_OUTPUT_LEN = 8
@@ -73,23 +74,33 @@ def read_azure(path: Path, limit: int | None = None) -> tuple[list[float], Lengt
     dataset, 2023). `limit`: read only this many requests from its start. Raises ValueError for a
     file that is no such trace.
     """
-    arrivals: list[float] = []
-    pairs: Lengths = []
+
+    def parse(row: dict[str, str]) -> tuple[float, tuple[int, int]]:
+        # Python before 3.11 parses at most six digits of a second's fraction.
+        at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+        return at, (int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if len(pairs) == limit:
-                break
-            try:
-                # Python before 3.11 parses at most six digits of a second's fraction.
-                at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-                pair = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: request {len(pairs) + 1}: {error!r}") from None
-            arrivals.append(at)
-            pairs.append(pair)
-    if not pairs:
+        arrivals, pairs = zip(*parsed(path, csv.DictReader(file), parse, limit), strict=True)
+    return [at - arrivals[0] for at in arrivals], list(pairs)
+
+
+def parsed(
+    path: Path, entries: Iterable[Any], parse: Callable[[Any], Any], limit: int | None
+) -> list[Any]:
+    """What `parse` makes of a trace's entries, one for each request, and at most `limit`.
+
+    Raises ValueError if there is none, or if `parse` fails.
+    """
+    found = []
+    for entry in islice(entries, limit):
+        try:
+            found.append(parse(entry))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: request {len(found) + 1}: {error!r}") from None
+    if not found:
         raise ValueError(f"{path}: holds no request")
-    return [at - arrivals[0] for at in arrivals], pairs
+    return found
 
 
 def read_load(

@@ -73,9 +73,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     master_port: int = 29500  # port for workers; torch.distributed uses the next port
     cluster_key_file: str | None = None  # a secret of at least 32 bytes, the same on every node
     # auto: token_throttling in a pipeline, otherwise chunked_prefill
-    schedule_policy: Literal["auto", "chunked_prefill", "token_throttling", "cost_throttling"] = (
-        "auto"
-    )
+    schedule_policy: Literal[
+        "auto", "chunked_prefill", "token_throttling", "cost_throttling", "prefill_then_decode"
+    ] = "auto"
     # throttling policies: steps over which the prefill backlog is spread
     prefill_drain_steps: int = 8
     min_prefill_tokens: int = 32  # throttling policies: least prefill tokens in one step

@@ -7,7 +7,7 @@ knows nothing of sequences, pages or slots. The scheduler keeps to the budget.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf, sqrt
+from math import inf, log, sqrt
 from typing import NamedTuple
 
 from gllm_engine.sched.cost import PRIOR, CostModel, Work
@@ -33,6 +33,12 @@ class Load(NamedTuple):
     # For predicting a step's time.
     cost: CostModel = PRIOR
     context: int = 0  # tokens computed so far, summed over decoding sequences
+    # For policies with phases.
+    in_prefill: bool = False  # the latest step has chunks
+    held_back: int = 0  # tokens of waiting sequences beyond the free slots, which are no backlog
+    output_len: float = 1.0  # predicted tokens of an output
+    # Predicts by how many tokens the decoding sequences will exceed `context` at the worst moment.
+    growth: Callable[[], float] = lambda: 0.0
 
 
 class Budget(NamedTuple):
@@ -51,6 +57,8 @@ class Budget(NamedTuple):
     # Predicted seconds of the rows, without the constant cost of a step.
     decode_seconds: float | None = None
     seconds: float = inf  # decodes and prefill together
+    # The step takes prefill alone, or decodes alone if no prefill is possible.
+    is_exclusive: bool = False
 
 
 Policy = Callable[[Load], Budget]
@@ -106,14 +114,10 @@ def cost_throttling(load: Load) -> Budget:
     Shares are rounded down in some steps and up in others, by one sequence of mean length.
     """
     cost = load.cost
-    stages = load.stages
     count = load.num_decoding
-    context = load.context + count  # tokens that the next decodes attend to
-    decoding = cost.rows(Work(count, context, context, count))
-    share = decoding / stages
-    dither = (load.step % stages + 0.5) / stages / max(1, count)
+    share, rounded = _equal_share(load)
     most = prefill = cost.token * load.max_tokens
-    weight = load.prefill_drain_steps if count else stages - 1
+    weight = load.prefill_drain_steps if count else load.stages - 1
     if weight > 0:
         waiting = cost.token * load.backlog
         rest = cost.step + share
@@ -121,11 +125,71 @@ def cost_throttling(load: Load) -> Budget:
     if count:
         spare = max(0, load.num_free_pages - load.num_reserved_pages)
         prefill = min(prefill, most * spare / (load.num_pages - load.num_reserved_pages))
-    return Budget(count, load.max_tokens, share + decoding * dither, share + prefill)
+    return Budget(count, load.max_tokens, rounded, share + prefill)
+
+
+def _equal_share(load: Load) -> tuple[float, float]:
+    """Seconds of 1 / stages of all decodes: exactly, and rounded to whole sequences."""
+    stages = load.stages
+    count = load.num_decoding
+    context = load.context + count  # tokens that the next decodes attend to
+    decoding = load.cost.rows(Work(count, context, context, count))
+    share = decoding / stages
+    dither = (load.step % stages + 0.5) / stages / max(1, count)
+    return share, share + decoding * dither
+
+
+def prefill_then_decode(load: Load) -> Budget:
+    """Take turns: prefill until the memory is full, then decode until batches are too small.
+
+    For offline work. It is TD-Pipe's temporal disaggregation (arXiv 2506.10470): steps of one kind
+    take equal time, so that stages do not wait for each other. In the decode phase each step takes
+    an equal share of the decodes, in seconds. Latencies are long, because a phase is.
+
+    A phase of prefill ends when slots, waiting sequences or memory are used up. Memory is used up
+    when the decoding sequences are predicted to need all of it at some time.
+
+    A phase of decodes ends when it has wasted as much as a change of phase costs. A round of decode
+    steps takes `stages` times the constant cost of a step, however many sequences are left. Let N
+    sequences be there at first, m the mean output, so that N exp(-t / m) are left after t rounds;
+    y = N / n when n are left. The loss per token is least if the phase ends at
+
+        y - 1 - ln y = B / (m stages step)
+
+    where B is the cost of a change: a step's constant cost, and the time that the first step of
+    prefill takes to reach the last stage. y is taken from what could be admitted now. If all that
+    waits can be, the phase ends at once, because nothing is gained by waiting.
+    """
+    count = load.num_decoding
+    cost = load.cost
+    most = cost.rows(Work.row(0, load.max_tokens))
+    decode = Budget(count, 0, _equal_share(load)[1])
+    prefill = decode._replace(prefill_tokens=load.max_tokens, seconds=most, is_exclusive=True)
+    if not count:
+        return prefill
+    if not load.backlog:
+        return decode
+    # In multiples of what the decoding sequences hold, so that shared pages count as such.
+    held = load.context + count
+    grown = load.growth() / held
+    used = max(1, load.num_pages - load.num_free_pages)
+    free = load.num_free_pages - load.num_reserved_pages
+    room = (free / used - grown) / (1 + grown)
+    wanted = load.backlog / held
+    more = min(wanted, room)
+    if more <= 0:
+        return decode
+    change = cost.step + (load.stages - 1) * (cost.step + most)
+    wasted = (more - log(1 + more)) * load.output_len * load.stages * cost.step
+    if load.in_prefill or wasted >= change or not load.held_back and wanted <= room:
+        tokens = max(1, int(room * held))
+        return prefill._replace(prefill_tokens=min(load.max_tokens, tokens))
+    return decode
 
 
 POLICIES: dict[str, Policy] = {
     "chunked_prefill": chunked_prefill,
     "token_throttling": token_throttling,
     "cost_throttling": cost_throttling,
+    "prefill_then_decode": prefill_then_decode,
 }

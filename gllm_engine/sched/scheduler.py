@@ -17,6 +17,7 @@ from typing import NamedTuple
 from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sched.cost import Fit, Work
+from gllm_engine.sched.forecast import Outputs, growth
 from gllm_engine.sched.pages import (
     CachedPrefix,
     Group,
@@ -139,6 +140,8 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._policy = policy or POLICIES[config.policy]
         self._fit = Fit()
+        self._outputs = Outputs()
+        self._in_prefill = False  # the latest plan has chunks
         self._stages = config.pipeline_parallel_size
         self._drain_steps = config.prefill_drain_steps
         self._min_prefill = config.min_prefill_tokens
@@ -271,12 +274,15 @@ class Scheduler:
         draft = _Draft()
         preemptions = self._preemptions
         budget = self._policy(self._load())
-        self._plan_decodes(draft, budget)
+        self._plan_decodes(draft, budget._replace(decodes=0) if budget.is_exclusive else budget)
         self._plan_chunks(draft, budget)
+        if budget.is_exclusive and not draft.chunks:
+            self._plan_decodes(draft, budget)
         if not draft.decodes and not draft.chunks:
             # Preempted sequences have freed pages, so another sequence can run now.
             return self.schedule() if self._preemptions > preemptions else None
         self._steps += 1
+        self._in_prefill = bool(draft.chunks)
         if self._snapshots is not None:
             for snapshot in draft.copied:  # only now, so that each is the target of one copy
                 self._snapshots.give_back([snapshot])
@@ -296,7 +302,7 @@ class Scheduler:
 
     def _load(self) -> Load:
         unplanned = sum(sequence.backlog for sequence in self._prefilling)  # usually one sequence
-        waiting = self._backlog - unplanned
+        waiting = every = self._backlog - unplanned
         if len(self._waiting) > len(self._slots):
             waiting = waiting * len(self._slots) // len(self._waiting)
         return Load(
@@ -312,7 +318,17 @@ class Scheduler:
             min_prefill_tokens=self._min_prefill,
             cost=self._fit.model,
             context=self._context,
+            in_prefill=self._in_prefill,
+            held_back=every - waiting,
+            output_len=self._outputs.mean,
+            growth=self._growth,
         )
+
+    def _growth(self) -> float:
+        """As Load.growth. The last page of each sequence is counted as full."""
+        share = self._outputs.share
+        page = self._page_size
+        return growth((s.planned, share * (s.limit - s.planned) + page) for s in self._decoding)
 
     @property
     def _num_reserved(self) -> int:
@@ -666,6 +682,8 @@ class Scheduler:
                     committed.begun.append(sequence)
                 finish = self._look(sequence, token)
                 if finish is not None:
+                    allowed = sequence.limit - sequence.prompt_len
+                    self._outputs.observe(len(tokens) - sequence.prompt_len, allowed)
                     self._remove(sequence)
                     committed.finished.append((sequence, finish))
         return committed

@@ -200,25 +200,25 @@ def test_steps_are_what_the_product_would_run(shape: Shape, rows: list[tuple[int
 
 
 def test_decode_attention_reads_k_and_v_once() -> None:
-    case = llama().decode_case(512, 1536)
+    case = llama().attention_case(512, 1536)
     kv, rest = 512 * 1536 * 2 * 8 * 128, 512 * 2 * 32 * 128 * 2
     assert case.bytes == kv * 2 + rest
     assert case.floor_s == approx(0.749e-3 + 2e-6, rel=5e-3)
     assert describe(case, 0.746e-3)["share"] == approx(1.0, abs=0.01)
-    assert llama(torch.float8_e4m3fn).decode_case(512, 1536).bytes == kv + rest
+    assert llama(torch.float8_e4m3fn).attention_case(512, 1536).bytes == kv + rest
 
 
 def test_prefill_attention_is_causal() -> None:
-    case = llama().prefill_case(2, 8192, 8192)
+    case = llama().attention_case(2, 8192, 8192)
     assert case.ops == 4 * 32 * 128 * 2 * 8192 * 8193 / 2
     assert case.ops / 1.684e-3 == approx(653e12, rel=2e-3)  # what FA3 was measured at
-    late = llama().prefill_case(1, 8192, 2048)
+    late = llama().attention_case(1, 8192, 2048)
     assert late.ops == 4 * 32 * 128 * sum(range(8192 - 2048 + 1, 8193))
     assert late.size == "1 x 2048 after 6144"
     # Over a float8 cache a whole prompt still reads what it has just made.
     small = llama(torch.float8_e4m3fn)
-    assert small.prefill_case(2, 8192, 8192).bytes == case.bytes
-    assert late.bytes - small.prefill_case(1, 8192, 2048).bytes == 8192 * 2 * 8 * 128
+    assert small.attention_case(2, 8192, 8192).bytes == case.bytes
+    assert late.bytes - small.attention_case(1, 8192, 2048).bytes == 8192 * 2 * 8 * 128
 
 
 def test_products_and_norms() -> None:

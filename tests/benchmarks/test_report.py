@@ -127,7 +127,10 @@ def test_what_was_simulated_is_told_as_such() -> None:
     assert told.startswith("## Simulated, on no GPU\n\n**m.**") and "nothing of this" in told
     rows = cells(told)
     assert rows["load"] == ["a", "b"]
-    assert rows["12 requests/s"] == ["71 / 1,303 / 27 / 35", "71 / 1,303 / 27 / 35, 97%"]
+    assert rows["12 requests/s"] == [
+        "71.4 / 1,303 / 27.0 / 35.0",
+        "71.4 / 1,303 / 27.0 / 35.0, 97%",
+    ]
     assert "`scripts/bench simulate --save` at abc1234" in told
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gllm_benchmarks import evaluate, host, offline, prefix, serve, simulate
+from gllm_benchmarks import evaluate, host, offline, prefix, serve, simulate, sweep
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.plot import draw
 from gllm_benchmarks.record import number
@@ -18,7 +18,7 @@ from gllm_benchmarks.serve import meets, numbers, parse_slo, patterns, summarize
 NUMBER_FLAGS = {
     *("--streams", "--tokens", "--steps", "--front-ends", "--repeat", "--timeout", "--vocab"),
     *("--seconds", "--concurrency", "--clients", "--limit", "--rate", "--seed", "--slo", "--pp"),
-    *("--block", "--length", "--samples", "--max-tokens"),
+    *("--share", "--within", "--block", "--length", "--samples", "--max-tokens"),
     *("--gpus-per-stage", "--bandwidth", "--flops", "--activation-bytes", "--link", "--latency"),
 }
 
@@ -119,11 +119,11 @@ def test_good_numbers() -> None:
     assert number(int, 1, 5)("5") == 5
 
 
-@pytest.mark.parametrize("module", [evaluate, host, offline, prefix, serve, simulate])
+@pytest.mark.parametrize("module", [evaluate, host, offline, prefix, serve, simulate, sweep])
 def test_every_number_flag_of_the_benchmarks_has_a_range(
     module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parse = getattr(module, "parse_arguments", module.main)
+    parse = module.parse_arguments if hasattr(module, "parse_arguments") else module.main
     monkeypatch.setattr("sys.argv", ["bench", "--help"])
     with pytest.raises(SystemExit):
         parse()
@@ -138,6 +138,38 @@ def test_every_number_flag_of_the_benchmarks_has_a_range(
                 parse()
             told = capsys.readouterr().err.splitlines()[-1]
             assert ended.value.code == 2 and f"argument {flag}: " in told and len(told) < 200
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("sweep --start m --rate 2", "--within: it needs --start, --rate and --slo"),
+        ("sweep --start m --slo ttft=1", "--within: it needs --start, --rate and --slo"),
+        ("sweep --address a --model m --rate 2 --slo ttft=1", "--within: it needs --start"),
+        ("sweep --start m --rate 2 --slo ttft=1 --all", "and no other load"),
+        ("serve --start m --rate 2 --vary a=1", "--vary: it needs --within"),
+        (
+            "sweep --start m --rate 2 --slo ttft=1 --timeline t",
+            "--timeline: it is of a server to start, once",
+        ),
+    ],
+)
+def test_what_a_sweep_needs(
+    words: str, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *_ = words.split()
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(SystemExit):
+        (sweep if command == "sweep" else serve).parse_arguments()
+    assert problem in capsys.readouterr().err
+
+
+def test_times_below_a_tenth_of_a_second_have_a_decimal() -> None:
+    run = {"ttft_ms": {"p50": 4.26, "p99": 99.96}, "itl_ms": None}
+    assert serve.latencies(run, "ttft_ms", "itl_ms") == "4.3 / 100.0"
+    assert (
+        serve.latencies({"ttft_ms": {"p50": 100.4, "p99": 12_345.6}}, "ttft_ms") == "100 / 12,346"
+    )
 
 
 def test_plot() -> None:

@@ -21,7 +21,6 @@ from gllm_benchmarks.simulate import (
     Run,
     make_costs,
     read_cost,
-    served_rate,
 )
 from gllm_benchmarks.workloads import lengths, poisson
 from gllm_engine import (
@@ -181,6 +180,22 @@ def test_what_needs_tokens_in_flight_leaves_a_pipeline_empty() -> None:
     assert min(runs["chunked_prefill"].idle) > 0.7 > 0.3 > max(runs["token_throttling"].idle)
 
 
+def test_phases_win_where_mixed_steps_are_launched_by_the_host() -> None:
+    """And lose where a mixed step computes prompts while it reads the weights for the decodes."""
+    pairs = lengths("share")[:400]
+    part = Roofline(4.3e12, 6.5e14, 8e9, kv_bytes=65_536)
+    ends = {}
+    for launch in (0.0, 0.02):
+        for name in ("token_throttling", "prefill_then_decode"):
+            cost = part._replace(launch=launch).seconds
+            pipeline = Pipeline([cost] * 4, free, free)
+            run = play(name, pipeline, pairs, [0.0] * 400, num_pages=4096, max_num_seqs=256)
+            ends[launch, name] = max(record.times[-1] for record in run.records)
+            assert run.preemptions == 0
+    assert ends[0.0, "token_throttling"] < ends[0.0, "prefill_then_decode"]
+    assert ends[0.02, "prefill_then_decode"] < 0.8 * ends[0.02, "token_throttling"]
+
+
 def test_under_load_of_mixed_contexts_cost_throttling_is_sooner_in_everything() -> None:
     pairs = [(20_000, 200) if i % 16 == 0 else (300, 200) for i in range(160)]
     cost = Roofline(4.3e12, 6.5e14, 8e9, kv_bytes=65_536, pair_flops=524_288).seconds
@@ -213,6 +228,10 @@ def test_roofline_by_hand() -> None:
     assert part.seconds(Work(1, 0, 0, 1)) == 1 + 1
     assert part.seconds(Work(20, 0, 0, 1)) == 1 + 2
     assert part.seconds(Work(1, 500, 25, 1)) == 1 + 1 + 0.5 + 2
+    launched = part._replace(launch=5.0)
+    assert launched.seconds(Work(20, 0, 0, 20)) == 3  # decodes alone, from a graph
+    assert launched.seconds(Work(20, 0, 0, 1)) == 5
+    assert launched.seconds(Work(60, 0, 0, 1)) == 7
     experts = part._replace(active=5.0)
     assert experts.seconds(Work(4, 0, 0, 1)) == pytest.approx(1 + 4 * 0.1)  # 20 of the 50 read
     assert experts.seconds(Work(40, 0, 0, 1)) == 1 + 1  # all are
@@ -253,18 +272,6 @@ def test_costs_of_a_shape(tmp_path: Path) -> None:
     path.write_text(json.dumps({"stage": {"step": 1.0}, "head": {"step": 2.0}}))
     stage, head = make_costs(arguments(tmp_path, steps=path))
     assert (stage(Work(1, 1, 1, 1)), head(Work(1, 0, 0, 1))) == (1.0, 2.0)
-
-
-def test_the_rate_that_is_served() -> None:
-    def runs(**shares: float) -> dict[str, dict[str, Any]]:
-        return {
-            name: {"rate": float(name[1:]), "goodput": {"share": share}}
-            for name, share in shares.items()
-        }
-
-    assert served_rate(runs(r2=1.0, r4=0.95, r8=0.5)) == 4
-    assert served_rate(runs(r8=0.9, r2=1.0, r4=0.8)) == 2  # not 8, where 4 is not
-    assert served_rate(runs(r2=0.8)) is None
 
 
 def test_the_command(

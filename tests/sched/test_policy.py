@@ -13,7 +13,15 @@ from paged_mock import EOS, VOCAB, PagedMock, reference
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Scheduler, Sequence
-from gllm_engine.sched.policy import POLICIES, Budget, Load, chunked_prefill, token_throttling
+from gllm_engine.sched.cost import CostModel, Work
+from gllm_engine.sched.policy import (
+    POLICIES,
+    Budget,
+    Load,
+    chunked_prefill,
+    prefill_then_decode,
+    token_throttling,
+)
 from gllm_engine.types import StepPlan, StepResult
 
 MODEL_LEN = 400
@@ -132,6 +140,96 @@ def test_the_stages_share_the_decodes_evenly(load: Load) -> None:
     assert max(shares) - min(shares) <= 1
     if load.num_decoding >= stages:
         assert sum(shares) == load.num_decoding
+
+
+# ------------------------------------------------------------ prefill, then decode, as numbers
+
+# 100 sequences hold 20,000 tokens on 1,000 of 2,000 pages; 900 are free beside the reserve.
+PHASES = USUAL._replace(
+    num_decoding=100,
+    context=19_900,
+    num_free_pages=1000,
+    backlog=100_000,
+    held_back=1,
+    output_len=200.0,
+    cost=CostModel(step=5e-3, token=25e-6),
+)
+
+
+def is_prefill(load: Load) -> bool:
+    return prefill_then_decode(load).is_exclusive
+
+
+@pytest.mark.parametrize(
+    ("change", "prefill_tokens"),
+    [
+        ({}, 2048),
+        # 900 / 1000 = 0.9 times as much would fit now; with a growth by 80 %, 0.1 / 1.8 of 20,000.
+        ({"growth": lambda: 16_000.0}, 1111),
+        ({"growth": lambda: 17_999.0}, 1),  # half a token: one is taken
+        ({"growth": lambda: 18_000.0}, 0),
+        ({"num_free_pages": 100}, 0),
+        ({"backlog": 0}, 0),
+        ({"backlog": 1}, 2048),  # an upper bound; there is one token
+        ({"num_decoding": 0, "context": 0, "num_free_pages": 0}, 2048),
+    ],
+)
+def test_a_phase_of_prefill_ends_when_memory_or_work_does(
+    change: dict[str, Any], prefill_tokens: int
+) -> None:
+    budget = prefill_then_decode(PHASES._replace(in_prefill=True, **change))
+    assert budget.prefill_tokens == prefill_tokens
+    assert budget.is_exclusive == (prefill_tokens > 0)
+
+
+def test_a_phase_of_decodes_ends_when_it_has_wasted_a_change() -> None:
+    """B = 5 ms + 3 steps of 5 ms + 2048 x 25 us; y - 1 - ln y = B / (200 x 4 x 5 ms)."""
+    threshold = (5e-3 + 3 * (5e-3 + 2048 * 25e-6)) / (200 * 4 * 5e-3)
+    assert threshold == pytest.approx(0.0434)
+    more = 0.3239  # 0.3239 - ln 1.3239 = 0.0433
+    for backlog, ends in ((int(20_000 * more), False), (int(20_000 * (more + 2e-3)), True)):
+        assert is_prefill(PHASES._replace(backlog=backlog)) == ends
+        assert is_prefill(PHASES._replace(backlog=backlog, in_prefill=True))
+        assert is_prefill(PHASES._replace(backlog=backlog, held_back=0))  # all that waits
+    # Memory limits it as well: 900 pages less 18,000 x 0.69 / 20 leave 0.9 - 0.62 of 1.62.
+    assert is_prefill(PHASES)
+    assert not is_prefill(PHASES._replace(growth=lambda: 0.62 * 20_000))
+    # Longer outputs waste the same in fewer changes; the constant cost alone is wasted.
+    assert is_prefill(PHASES._replace(backlog=int(20_000 * 0.2), output_len=800.0))
+    assert not is_prefill(PHASES._replace(cost=CostModel(step=0.0, token=25e-6)))
+
+
+def test_in_both_phases_steps_are_of_equal_seconds() -> None:
+    cost = CostModel(step=5e-3, token=25e-6, context=1e-9, kv=2e-8, sequence=5e-6)
+    load = PHASES._replace(cost=cost, in_prefill=True)
+    budget = prefill_then_decode(load)
+    assert budget.seconds == cost.rows(Work.row(0, 2048))
+    decoding = cost.rows(Work(100, 20_000, 20_000, 100))
+    for step in range(4):
+        budget = prefill_then_decode(load._replace(backlog=0, step=step))
+        assert budget.decode_seconds == pytest.approx(
+            decoding / 4 + decoding / 100 * (step + 0.5) / 4
+        )
+        assert (budget.decodes, budget.prefill_tokens) == (100, 0)
+
+
+@given(loads(), st.booleans(), st.integers(0, 10_000), st.floats(0, 1e6), st.floats(1, 1e5))
+def test_a_phase_never_leaves_both_budgets_empty(
+    load: Load, in_prefill: bool, held_back: int, grown: float, output_len: float
+) -> None:
+    budget = prefill_then_decode(
+        load._replace(
+            in_prefill=in_prefill,
+            held_back=held_back,
+            growth=lambda: grown,
+            output_len=output_len,
+            context=load.num_decoding * 7,
+        )
+    )
+    assert budget.decodes == load.num_decoding
+    assert budget.is_exclusive == (budget.prefill_tokens > 0)
+    assert budget.decodes or budget.prefill_tokens == load.max_tokens
+    assert 0 <= budget.prefill_tokens <= load.max_tokens
 
 
 # ------------------------------------------------------------ whole runs
@@ -308,3 +406,75 @@ def test_a_waiting_request_gets_in_however_many_others_decode(policy: str) -> No
         run.turn()
     # 40 / 8 = 5, then 5, ... down to the least of 4 a step, and the plans in flight
     assert len(run.plans) - planned <= 40 // 4 + 5
+
+
+# ------------------------------------------------------------ phases
+
+
+def phases(plans: list[StepPlan]) -> list[bool]:
+    """Whether each phase is one of prefill. Every plan must have work of one kind."""
+    kinds = [bool(plan.chunks) for plan in plans]
+    assert not any(plan.chunks and plan.decode_slots for plan in plans)
+    return [kind for i, kind in enumerate(kinds) if not i or kinds[i - 1] != kind]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize(("num_pages", "max_num_seqs"), [(60, 64), (1000, 12)])
+def test_phases_are_long_and_take_turns(stages: int, num_pages: int, max_num_seqs: int) -> None:
+    """Memory is the limit in one case, slots in the other."""
+    run = Run("prefill_then_decode", stages, num_pages, max_num_seqs=max_num_seqs, page_size=8)
+    for i in range(120):
+        run.add(10 + 7 * i % 31, 5 + 11 * i % 40)
+    run.finish()
+    turns = phases(run.plans)
+    assert turns[0] and len(turns) >= 6
+    assert len(turns) < len(run.plans) / 3
+    assert run.scheduler.stats().preemptions == 0
+
+
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=40),
+    stages=st.sampled_from([1, 2, 4]),
+    num_pages=st.integers(16, 60),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_preemption_never_thrashes_however_small_the_cache(
+    requests: list[tuple[int, int]], stages: int, num_pages: int
+) -> None:
+    """A phase may admit one step too many, and nothing is admitted before its decodes go on."""
+    run = Run("prefill_then_decode", stages, num_pages, page_size=8, max_num_batched_tokens=32)
+    for prompt_len, max_tokens in requests:
+        run.add(prompt_len, max_tokens)
+    run.finish()
+    phases(run.plans)
+    needed = sum(prompt_len + max_tokens - 1 for prompt_len, max_tokens in requests)
+    assert run.runner.num_computed <= 2 * needed
+
+
+def test_outputs_longer_than_predicted_cost_each_sequence_one_preemption_at_most() -> None:
+    """Outputs end early at first, so too many are admitted when they do not."""
+    run = Run("prefill_then_decode", 2, 60, page_size=8, max_num_seqs=64)
+    for _ in range(100):
+        run.scheduler._outputs.observe(1, 100)
+    for i in range(60):
+        run.add(12 + i % 9, 60)
+    run.finish()
+    phases(run.plans)
+    assert 0 < run.scheduler.stats().preemptions <= 60
+
+
+@pytest.mark.parametrize("stages", [1, 4])
+def test_a_late_request_waits_for_a_phase_and_no_longer(stages: int) -> None:
+    """Others keep coming, so there is never nothing that waits."""
+    run = Run("prefill_then_decode", stages, 100, max_num_seqs=8, page_size=8)
+    for _ in range(20):
+        run.add(20, 30)
+    late = run.add(20, 1)
+    ahead = set(run.sequences) - {late}
+    while late not in run.finished:
+        run.add(20, 30)
+        for _ in range(3):
+            run.turn()
+    assert late.num_cached_tokens == 0 and len(run.finished & ahead) >= 12
+    after = [s for s in run.finished if s not in ahead and s is not late]
+    assert len(after) <= 8

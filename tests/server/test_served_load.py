@@ -14,6 +14,7 @@ from live import MODEL, Server
 from gllm_benchmarks.evaluate.perplexity import actual_scores, by_engine, paragraphs, summarize
 from gllm_benchmarks.load import run_load
 from gllm_benchmarks.prefix import WITH, compare, run_served
+from gllm_benchmarks.report import PAGES, render
 from gllm_benchmarks.reuse import chats, make_chats
 from gllm_benchmarks.serve import Served
 from gllm_benchmarks.workloads import Job, make_jobs
@@ -27,9 +28,9 @@ TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 """
 
 
-def bench(*arguments: str, status: int = 0) -> dict[str, Any]:
-    command = [sys.executable, "-m", "gllm_benchmarks.serve", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+def bench(*arguments: str, status: int = 0, command: str = "serve") -> dict[str, Any]:
+    words = [sys.executable, "-m", f"gllm_benchmarks.{command}", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
     assert done.returncode == status, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -117,6 +118,35 @@ def test_a_server_of_its_own_for_a_mere_shape(tmp_path: Path) -> None:
         *("--config", "cpu_threads=1", "--config", "num_pages=64"),
     )
     assert line["figures"]["runs"]["all at once"]["output_tokens"] == 24
+
+
+@pytest.mark.parametrize(("ttft", "rates"), [("60", [20, 40]), ("0.000001", [20])])
+def test_a_sweep_of_two_policies(tmp_path: Path, ttft: str, rates: list[float]) -> None:
+    """Each on a server of its own; nothing is computed. No server meets the second SLO."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text(TRACE)
+    plot = tmp_path / "plot.svg"
+    ways = ["schedule_policy=chunked_prefill", "schedule_policy=token_throttling plans_in_flight=2"]
+    line = bench(
+        *("--start", "model_repository/shakespeare/1", "--trace", str(trace), "--rate", "40,20"),
+        *("--slo", f"ttft={ttft}", "--share", "0.95", "--front-ends", "1", "--plot", str(plot)),
+        *("--config", "device=none", "--vary", ways[0], "--vary", ways[1]),
+        command="sweep",
+    )
+    figures = line["figures"]
+    assert line["benchmark"] == "serve-1-sweep" and figures["workload"] == "trace.csv"
+    assert list(figures["policies"]) == ways
+    for runs in figures["policies"].values():
+        assert [run["rate"] for run in runs.values()] == rates
+        assert all(run["completed"] == 3 for run in runs.values())
+    served = 40 if len(rates) == 2 else None
+    assert figures["served_rate"] == dict.fromkeys(ways, served)
+    told = [f"{way}, {served or 20} requests/s" for way in ways]
+    assert list(figures["runs"]) == told
+    about = line | {"commit": "abc", "hardware": "none"}
+    page = render(PAGES["docs/benchmarks.md"], {"serve-1-sweep": about})
+    assert all(name in page for name in told)
+    assert plot.read_text().count(f">{ways[1]}<") == 3
 
 
 def test_nobody_there() -> None:

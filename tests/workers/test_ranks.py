@@ -54,6 +54,11 @@ WAYS: dict[str, dict[str, Any]] = {
         "assigned_layers": "1,3,1",
         "schedule_policy": "chunked_prefill",
     },
+    "pp2, in phases": {
+        "pipeline_parallel_size": 2,
+        "schedule_policy": "prefill_then_decode",
+        "min_prefill_tokens": 4,
+    },
     "tp2 x pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     "tp4": {"tensor_parallel_size": 4},  # of 2 key/value heads
     "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
@@ -143,7 +148,7 @@ def alone(model: Path) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture(scope="module", params=["tp2", "pp2", "pp3, uneven"])
+@pytest.fixture(scope="module", params=["tp2", "pp2", "pp2, in phases", "pp3, uneven"])
 def group(model: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     with LLM(str(model), **TIGHT, **WAYS[request.param]) as llm:
         yield llm
