@@ -244,7 +244,7 @@ def test_kinds_of_kernels_in_a_profile() -> None:
         "_choose_tokens": "indexer",
         "_gather_latents": "attention",
         "_solve_blocks": "gated delta rule",
-        "_grouped_packed": "experts",
+        "_grouped": "experts",
         "_packed": "GEMM",
     }
     for kernel, expected in kinds.items():

@@ -293,7 +293,7 @@ def test_rounded_experts(name: str, gated: bool) -> None:
 @interpreted
 @pytest.mark.parametrize("columns", [0, 128])
 def test_experts_of_16_bits_are_rounded(columns: int) -> None:
-    """Near the truth, as far as rounding both inputs allows; and NaN stays in its row."""
+    """Near the truth, as far as rounding both inputs allows."""
     from gllm_engine.ops import triton
 
     gate_up, _ = made(128, 256, 128 if columns else 1, columns or 256, 4)
@@ -304,9 +304,6 @@ def test_experts_of_16_bits_are_rounded(columns: int) -> None:
     found = triton.sum_experts(x, *routing, gate_up, down, 0, 4)
     near(found, expected, 0.15)  # the interpreter rounds towards zero
     assert (found.double() - expected).norm() > 0.005 * expected.norm()
-    x[3, 5] = torch.nan
-    found = triton.sum_experts(x, *routing, gate_up, down, 0, 4)
-    assert found[3].isnan().all() and found[[0, 1, 2, 4, 5, 6, 7, 8]].isfinite().all()
 
 
 @interpreted

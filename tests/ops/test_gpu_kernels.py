@@ -328,6 +328,9 @@ def test_experts_of_fp8_weights(
     else:
         near(found, sum_rounded(x, *routing, gate_up, down), 0.01)
     assert torch.equal(ops.sum_experts(x, *routing, gate_up, down, 0, 16), found)
+    x[0, 7] = torch.nan
+    found = ops.sum_experts(x, *routing, gate_up, down, 0, 16)
+    assert found[0].isnan().all() and found[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
