@@ -164,7 +164,9 @@ def test_each_client_gets_its_own_tokens(make, depth, policy):
     tokens, finished = collect(engine)
     assert tokens == wanted
     assert {finish.reason for finish in finished.values()} == {"length"}
-    assert engine.stats().kv_usage == 0 and engine.stats().preemptions > 0
+    assert engine.stats().kv_usage == 0
+    # This policy predicts the memory that sequences will need.
+    assert engine.stats().preemptions > 0 or policy == "prefill_then_decode"
     assert engine._runner.most_under_way == depth
 
 
