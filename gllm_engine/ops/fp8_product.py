@@ -83,7 +83,7 @@ def activate(x: Tensor, act: str, gated: bool, then: Fp8Weight) -> Rows:
     rows = x[:, : x.shape[1] // (1 + gated)]  # of the same size and dtype as the result
     product = own_product(rows, then)
     if product is triton.skinny or product is None and has_product(rows, then):
-        return triton.quantize(x, _columns(then), act=(act, gated))
+        return triton.quantize(x, triton.rounding_group(then), act=(act, gated))
     return triton.activate(x, act, gated)
 
 
@@ -101,7 +101,7 @@ def _is_narrow(x: Rows, weight: Fp8Weight) -> bool:
     """Whether torch would leave multiprocessors idle, and tiles are deep enough to be divided."""
     width, depth = weight.shape
     tiles = -(-len(x) // 128) * -(-width // 128)
-    return _columns(weight) is not None and tiles <= _IDLE_TILES and depth >= _DEEP
+    return triton.rounding_group(weight) is not None and tiles <= _IDLE_TILES and depth >= _DEEP
 
 
 def has_product(x: Rows, weight: Fp8Weight) -> bool:
@@ -119,7 +119,7 @@ def has_product(x: Rows, weight: Fp8Weight) -> bool:
 
 
 def _multiply(x: Rows, weight: Fp8Weight, norm: Norm | None) -> Tensor:
-    rounded = triton.quantize(x, _columns(weight), norm)
+    rounded = triton.quantize(x, triton.rounding_group(weight), norm)
     y = torch._scaled_mm(
         rounded.numbers,
         weight.numbers.T,
@@ -129,11 +129,6 @@ def _multiply(x: Rows, weight: Fp8Weight, norm: Norm | None) -> Tensor:
         use_fast_accum=weight.rows_per_scale == 1,
     )
     return y[: len(x)]
-
-
-def _columns(weight: Fp8Weight) -> int | None:
-    """Columns of x that share a scale; None: all."""
-    return _BLOCK if weight.scales.shape[1] > 1 else None
 
 
 def _is_hopper(device: torch.device) -> bool:

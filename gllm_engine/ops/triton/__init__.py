@@ -8,7 +8,7 @@ from __future__ import annotations
 from gllm_engine.ops.triton.attention_sinks import apply_sinks
 from gllm_engine.ops.triton.copy_pages import copy_pages
 from gllm_engine.ops.triton.decode_attention import KvSplits, decode_attention, split_kv
-from gllm_engine.ops.triton.fp8 import dequantize, quantize
+from gllm_engine.ops.triton.fp8 import dequantize, quantize, rounding_group
 from gllm_engine.ops.triton.gated_delta import RowPlan, gated_delta, gated_norm, plan_rows
 from gllm_engine.ops.triton.gemv import gemv, is_single
 from gllm_engine.ops.triton.indexer import Choice, choose_tokens, plan_choice, store_index_key
@@ -71,6 +71,7 @@ __all__ = [
     "rescale",
     "rms_norm",
     "rotate_and_store",
+    "rounding_group",
     "route",
     "sample_plain",
     "skinny",

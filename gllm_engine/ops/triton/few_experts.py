@@ -380,30 +380,40 @@ def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
     return 1 << (columns.bit_length() - 1)
 
 
-def _options(matrix: Weight) -> dict[str, Any]:
-    """A stack of matrices, as named arguments of the kernels."""
-    _, lanes, warps = _shape(matrix)
+def stack_options(matrix: Weight) -> dict[str, Any]:
+    """A stack of matrices, as named arguments of a kernel; GROUP is 0 but for 4-bit numbers."""
     numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
     options: dict[str, Any] = {
         "numbers": numbers,
         "expert_numbers": numbers[0].numel(),
         "expert_scales": 0,
-        "KIND": "plain",
         "GROUP": 0,
-        "SPAN": 0,
         "SCALE": tl.float32,
         "ZEROS": False,
+    }
+    if isinstance(matrix, PackedWeight):
+        words, kind = scale_words(matrix)
+        options |= {"GROUP": matrix.group, "SCALE": kind, "ZEROS": matrix.zeros}
+        return options | {"expert_scales": words[0].numel()} | scale_options(words)
+    assert isinstance(matrix, Tensor | Fp8Weight)
+    if isinstance(matrix, Fp8Weight):
+        options["expert_scales"] = matrix.scales[0].numel()
+    return options | scale_options(matrix)
+
+
+def _options(matrix: Weight) -> dict[str, Any]:
+    """As stack_options, for the kernels of this module."""
+    _, lanes, warps = _shape(matrix)
+    options = stack_options(matrix) | {
+        "KIND": "fp8" if isinstance(matrix, Fp8Weight) else "plain",
+        "SPAN": 0,
         "DEPTH": matrix.shape[-1],
         "LANES": lanes,
         "GROUPS": _THREADS * warps // lanes,
         "num_warps": warps,
     }
     if isinstance(matrix, PackedWeight):
-        words, kind = scale_words(matrix)
-        shared = 1 if matrix.zeros else 32 // kind.primitive_bitwidth  # groups of 4 bytes of scales
-        options |= {"KIND": "packed", "GROUP": matrix.group, "SPAN": matrix.group * shared}
-        options |= {"SCALE": kind, "ZEROS": matrix.zeros, "expert_scales": words[0].numel()}
-        return options | scale_options(words)
-    if isinstance(matrix, Fp8Weight):
-        options |= {"KIND": "fp8", "expert_scales": matrix.scales[0].numel()}
-    return options | scale_options(matrix)
+        bits = options["SCALE"].primitive_bitwidth
+        shared = 1 if matrix.zeros else 32 // bits  # groups of 4 bytes of scales
+        options |= {"KIND": "packed", "SPAN": matrix.group * shared}
+    return options

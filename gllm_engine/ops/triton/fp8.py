@@ -25,6 +25,8 @@ _ROW_MULTIPLE = 16
 _LEAST_ROWS = {torch.float8_e4m3fn: 0, torch.int8: 32}
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 _COLUMNS = 1024
+# Numbers of a row of x that share a scale, if scales of the weight belong to blocks.
+SCALE_GROUP = 128
 
 
 @triton.jit
@@ -106,6 +108,11 @@ def common_columns(weight: Fp8Weight | Int8Weight) -> int:
         return 0
     ends = weight.columns_per_scale | weight.first_column
     return ends & -ends
+
+
+def rounding_group(weight: Fp8Weight) -> int | None:
+    """The numbers of a row that share a scale, if it is rounded for a product; None: all."""
+    return SCALE_GROUP if weight.scales.shape[-1] > 1 else None
 
 
 @triton.jit

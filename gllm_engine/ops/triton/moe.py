@@ -15,7 +15,7 @@ fixed order. All tensors are contiguous. Knows shapes and arithmetic.
 from __future__ import annotations
 
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,17 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import has_fp8_tiles
-from gllm_engine.ops.triton.few_experts import activate_gated, few_experts, takes_few
+from gllm_engine.ops.triton.few_experts import activate_gated, few_experts, stack_options, takes_few
 from gllm_engine.ops.triton.fp8 import (
+    SCALE_GROUP,
     common_columns,
     from_float8,
     quantize,
+    rounding_group,
     scale_lines,
-    scale_options,
 )
-from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn, scale_words
+from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
-from gllm_engine.ops.triton.skinny import SCALE_GROUP, multiply_tile
+from gllm_engine.ops.triton.skinny import multiply_tile
 from gllm_engine.ops.weight import RUN, Fp8Weight, PackedWeight, RoundedRows, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
@@ -492,7 +493,7 @@ def _finish(
 def _grouped(
     x, x_scales, padded, bias, weights, order, groups, out, width, depth,
     numbers, expert_numbers, expert_scales, scales, scale_row, scale_columns, first_column,
-    ROUNDED: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+    ROUNDED: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
     ZEROS: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
     INDEXED: tl.constexpr, UNIFORM: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr, SLOPE: tl.constexpr,
@@ -506,7 +507,7 @@ def _grouped(
     ROUNDED: x is float8, as the matrix, with x_scales [groups of columns, padded]; else a float8
     matrix has exact numbers in the dtype of x. All DEPTH columns of a turn have one scale, and if
     UNIFORM all lines of a tile, as far as they are gate's, or up's: then no thread holds the scales
-    of its columns. PACKED: a matrix of 4-bit numbers. `expert_numbers`, `expert_scales`: elements
+    of its columns. GROUP: above 0 for 4-bit numbers. `expert_numbers`, `expert_scales`: elements
     of an expert.
 
     Rows past the end are not stored. With few tokens most rows are such, and to read memory of
@@ -530,7 +531,7 @@ def _grouped(
     up_line = line + width if GATED else line
     numbers += expert.to(tl.int64) * expert_numbers
     scales += expert.to(tl.int64) * expert_scales
-    if PACKED:
+    if GROUP > 0:
         sums, ups = multiply_packed(
             lines[None, :], (row < end)[None, :], numbers, scales, line, up_line, rows, depth, 0,
             depth, GROUP, SCALE, ZEROS, DEPTH // _RUN, GATED, EVEN, ON_GPU,
@@ -576,7 +577,8 @@ def grouped_product(
     numbers, x_scales = (x, x) if isinstance(x, Tensor) else (x.numbers, x.scales)
     halves = gated and not isinstance(matrix, PackedWeight)
     columns = _fit(tiles.columns // 2 if halves else tiles.columns, width)
-    options = _options(matrix, tiles.depth)
+    options = stack_options(matrix)
+    turn = _turn_columns(matrix, tiles.depth)
     rows = options["ROWS_PER_SCALE"]
     uniform = rows > 0 and not options["INDEXED"] and rows % columns == 0
     uniform = uniform and (not gated or width % columns == 0)
@@ -589,36 +591,20 @@ def grouped_product(
         BIASED=bias is not None, ON_INPUT=on_input is not None,
         LIMIT=clamp.limit if clamp else None,
         SLOPE=clamp.slope if clamp else None, EXPERTS=groups.shape[1], ROWS=tiles.rows,
-        COLUMNS=columns, EVEN=depth % options["DEPTH"] == 0,
+        COLUMNS=columns, DEPTH=turn, EVEN=depth % turn == 0,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
 
 
-def _options(matrix: Weight, depth: int) -> dict[str, Any]:
-    """A stack of matrices, as named arguments of _grouped. `depth`: of a tile."""
-    numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
-    options: dict[str, Any] = {
-        "numbers": numbers,
-        "expert_numbers": numbers[0].numel(),
-        "expert_scales": 0,
-        "PACKED": False,
-        "GROUP": 0,
-        "SCALE": tl.float32,
-        "ZEROS": False,
-        "DEPTH": _fit(depth, matrix.shape[2]),
-    }
+def _turn_columns(matrix: Weight, depth: int) -> int:
+    """The columns of one loop iteration in tiles of `depth`."""
     if isinstance(matrix, PackedWeight):
-        words, kind = scale_words(matrix)
-        options |= {"PACKED": True, "GROUP": matrix.group, "SCALE": kind, "ZEROS": matrix.zeros}
-        options |= {"DEPTH": RUN * runs_of_turn(matrix, depth // RUN)}
-        return options | scale_options(words) | {"expert_scales": words[0].numel()}
-    assert isinstance(matrix, Tensor | Fp8Weight)
-    if isinstance(matrix, Fp8Weight):
-        options["expert_scales"] = matrix.scales[0].numel()
-        # A turn must not go beyond the columns of a scale.
-        options["DEPTH"] = min(options["DEPTH"], common_columns(matrix) or depth)
-    return options | scale_options(matrix)
+        return RUN * runs_of_turn(matrix, depth // RUN)
+    turn = _fit(depth, matrix.shape[2])
+    if isinstance(matrix, Fp8Weight):  # a turn must not go beyond the columns of a scale
+        turn = min(turn, common_columns(matrix) or turn)
+    return turn
 
 
 @triton.jit
@@ -669,7 +655,7 @@ def sum_experts(
     if x.dtype == torch.float32:
         tiles = _EXACT_PACKED_TILES if packed else _EXACT_TILES
     else:
-        kind = PackedWeight if packed else RoundedRows if rounds else type(gate_up)
+        kind = PackedWeight if packed else RoundedRows if rounds else Tensor
         tiles = choose_tiles(tokens, top_k, num_experts, kind)
         if tiles.rows > 64 and any(runs_of_turn(weight) > 1 for weight in packed):
             tiles = _PACKED_TILES[-2][1]  # with more rows, two runs would exceed the registers
@@ -702,7 +688,7 @@ def _is_rounded(x: Tensor, matrix: Weight) -> bool:
 
 def _round(x: Tensor, matrix: Weight) -> RoundedRows:
     assert isinstance(matrix, Fp8Weight)
-    return quantize(x, SCALE_GROUP if common_columns(matrix) else None)
+    return quantize(x, rounding_group(matrix))
 
 
 def _fit(tile: int, size: int) -> int:

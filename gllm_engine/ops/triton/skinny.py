@@ -22,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF, has_fp8_tiles
-from gllm_engine.ops.triton.fp8 import common_columns, quantize, scale_lines, scale_options
+from gllm_engine.ops.triton.fp8 import (
+    SCALE_GROUP,
+    common_columns,
+    quantize,
+    rounding_group,
+    scale_lines,
+    scale_options,
+)
 from gllm_engine.ops.triton.memory import own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, shared_sums
@@ -44,8 +51,6 @@ _BLOCK_K = 128
 _FP8_BLOCK_K = 256
 # Most rows of a tile of x, and the pipeline stages of such tiles: more take too many registers.
 _TILE_ROWS, _TILE_STAGES = 128, 4
-# Numbers of x that share a scale, if scales of the weight belong to blocks.
-SCALE_GROUP = 128
 _GROUP = tl.constexpr(SCALE_GROUP)
 _MULTIPROCESSORS, _SHARED_ROWS = 132, 32
 # Bytes of each weight row that the prologue prefetches, before x is complete.
@@ -295,7 +300,7 @@ def skinny(
     else:
         numbers = weight.numbers
         columns = common_columns(weight)
-        rounded = quantize(x, SCALE_GROUP if columns else None, norm)
+        rounded = quantize(x, rounding_group(weight), norm)
         x_numbers = rounded.numbers
         x_scales = rounded.scales
         tiling = tiling or choose_fp8_tiling(rows, width, depth, gated, columns)
