@@ -289,19 +289,32 @@ def _home(owner: Process, scope: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """Hold the lock of `home`. The last front end removes `home`, so it may be created again."""
-    path = home / "lock"
+    """Hold the lock of `home`. The last front end removes `home`, so it may be created again.
+
+    The lock is on the directory itself: a lock file could be created in a directory that is being
+    removed, and two processes would then hold two locks.
+    """
     while True:
         try:
             home.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            directory = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
         except (FileNotFoundError, FileExistsError):  # another process has just moved `home` away
             continue
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink:  # 0: the lock file was removed during the wait
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            if _is_at(home, directory):
                 yield
                 return
+        finally:
+            os.close(directory)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether the open file or directory is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _remove(home: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import queue
@@ -667,6 +668,27 @@ def test_whoever_waits_for_a_directory_that_is_removed_makes_it_again(tmp_path: 
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(come_and_go) for _ in range(4)]:
             done.result(WAIT_S)
+
+
+def test_a_lock_on_a_directory_that_was_moved_away_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may move the directory between the moment it is opened and the lock."""
+    home, moved, lock = tmp_path / "home", tmp_path / "moved", fcntl.flock
+
+    def move_then_lock(file: int, operation: int) -> None:
+        if not moved.exists():
+            home.rename(moved)
+            home.mkdir()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", move_then_lock)
+    with _locked(home):
+        for path, is_free in [(home, False), (moved, True)]:
+            directory = os.open(path, os.O_RDONLY)
+            with contextlib.nullcontext() if is_free else pytest.raises(BlockingIOError):
+                lock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(directory)
 
 
 def test_the_private_directory_is_refused_when_it_is_not_private(
