@@ -70,6 +70,15 @@ def canary(served: Served) -> Iterator[None]:
         ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0].function", "required"),
         ({"messages": USER, "tools": [{"type": "custom"}]}, "tools[0].type", "custom"),
         (
+            {
+                "messages": USER,
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "structured_outputs": {"json": {"x-guidance": 1}},
+            },
+            "structured_outputs.json",
+            "x-guidance",
+        ),
+        (
             {"messages": USER, "tools": [{"type": "function", "function": {"name": "a b"}}]},
             "tools[0].function.name",
             "letters",

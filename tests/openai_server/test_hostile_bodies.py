@@ -119,6 +119,17 @@ def test_a_hostile_body_is_answered_or_refused_by_name(
     check(served, path, body)
 
 
+def test_a_tools_schema_is_refused_as_tools(served: Served) -> None:
+    served.triton.models["m"] = Checking(chat_template="<tool_call>")
+    tool = {"name": "f", "strict": True, "parameters": {"x-guidance": 1}}
+    body = {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "tools": [{"type": "function", "function": tool}],
+    }
+    status, field, message = served.refused("/v1/chat/completions", **body)
+    assert (status, field) == (400, "tools") and "x-guidance" in message
+
+
 def check(served: Served, path: str, body: dict[str, str]) -> None:
     headers = {"content-type": "application/json"}
     answer = served.http.post(path, content=body_of(body), headers=headers)

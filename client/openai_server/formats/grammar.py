@@ -14,6 +14,7 @@ from typing import Any
 from gllm_client.openai_server.errors import invalid
 
 TEXT = "GLLM_TEXT"
+_FORM = "structured_outputs.json"
 GAP = "GLLM_GAP?"  # between thoughts and what follows them
 _TERMINALS = [f"{TEXT}: /(.|\\n)*/", "GLLM_GAP: /[ \\n]{1,4}/"]
 # Between the tokens of JSON; bounded, because small models then write blanks without end.
@@ -96,13 +97,15 @@ class Grammar:
         self.add(f"{name}: {text}")
         return f"{name} {self.text(rest)}"
 
-    def json(self, schema: Any, strict: bool = True, **options: Any) -> str:
-        """JSON that keeps to `schema`. Without `strict`, unknown keywords are ignored."""
+    def json(self, schema: Any, strict: bool = True, field: str = "tools", **options: Any) -> str:
+        """JSON that keeps to `schema`, of a request's `field`. Without `strict`, unknown keywords
+        are ignored.
+        """
         if not isinstance(schema, dict):
             schema = {"anyOf": [schema]} if isinstance(schema, bool) else {}
         own = schema.get("x-guidance", {})
         if not isinstance(own, dict):
-            raise invalid("x-guidance", "this keyword of a schema is an object")
+            raise invalid(field, "x-guidance in the schema is not an object")
         defaults = {"whitespace_pattern": _WHITESPACE, "lenient": not strict}
         return "%json " + json.dumps(schema | {"x-guidance": defaults | own | options})
 
@@ -115,7 +118,7 @@ class Grammar:
                 options = {"whitespace_flexible": False, "whitespace_pattern": None}
             elif form.get("whitespace_pattern") is not None:
                 options = {"whitespace_pattern": form["whitespace_pattern"]}
-            return self.json(_loaded(schema), **options)
+            return self.json(_loaded(schema), field=_FORM, **options)
         if form.get("choice") is not None:
             return self.either([json.dumps(choice) for choice in form["choice"]])
         if form.get("regex"):
@@ -140,4 +143,4 @@ def _loaded(schema: Any) -> Any:
     try:
         return json.loads(schema) if isinstance(schema, str) else schema
     except (ValueError, RecursionError) as error:
-        raise invalid("structured_outputs.json", f"is not JSON ({error})") from None
+        raise invalid(_FORM, f"is not JSON ({error})") from None
