@@ -68,6 +68,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     # mixture-of-experts models: each rank holds whole experts, not a slice of every expert
     enable_expert_parallel: bool = False
     assigned_layers: str | None = None  # layers of each stage (16,16,17,15); default: even cost
+    # layers that a stage has memory for beside its own; with any, layers move between stages while
+    # requests run, when the stages' times differ by more than a layer's for a minute
+    spare_layers: int = 0
     nnodes: int = 1  # machines, with equal numbers of ranks; others run gllm_engine.worker
     master_addr: str | None = None  # address of this machine; workers on other nodes connect to it
     master_port: int = 29500  # port for workers; torch.distributed uses the next port
@@ -98,6 +101,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size: {self.page_size} is not a power of two")
+        if self.spare_layers and self.pipeline_parallel_size == 1:
+            raise ConfigError(
+                f"spare_layers: {self.spare_layers} is for layers that move between stages, and "
+                "there is one stage (pipeline_parallel_size=1)"
+            )
         if self.num_ranks % self.nnodes:
             raise ConfigError(
                 f"nnodes: {self.num_ranks} ranks (pipeline_parallel_size x tensor_parallel_size) "
@@ -192,6 +200,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "plans_in_flight": (0, 64),
     "pipeline_parallel_size": (1, 64),
     "tensor_parallel_size": (1, 64),
+    "spare_layers": (0, 64),
     "nnodes": (1, 64),
     "master_port": (1, 65534),
     "prefill_drain_steps": (1, 1024),

@@ -183,7 +183,7 @@ class StepResult(Message, frozen=True):
     logprobs: dict[int, TokenLogprobs] = {}  # by slot, when requested
     # By slot: one entry per entry of the chunk's `targets`.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-    seconds: float = 0.0  # duration of the step on the replying stage; 0: not measured
+    seconds: float = 0.0  # duration of the step on its slowest stage; 0: not measured
 
 
 # ---------------------------------------------------------------- timeline

@@ -89,6 +89,36 @@ class Ready(Message, frozen=True):
 
     num_pages: int
     num_snapshots: int
+    num_layers: int
+
+
+class StageTime(Message, frozen=True):
+    """Worker -> engine: what a step took on a stage that sends no result."""
+
+    rank: int
+    step: int
+    seconds: float
+
+
+class LoadLayers(Message, frozen=True):
+    """Engine -> worker: load the layers that come with this cut, and go on with steps.
+
+    What an earlier message of this kind has loaded is freed, unless a MoveLayers has followed it.
+    """
+
+    cut: tuple[int, ...]  # layers of each stage
+
+
+class LayersLoaded(Message, frozen=True):
+    """Worker -> engine: the answer to LoadLayers."""
+
+    rank: int
+    cut: tuple[int, ...]
+    problem: str  # empty: none
+
+
+class MoveLayers(Message, frozen=True):
+    """Engine -> worker: compute the layers that are loaded from the next step on."""
 
 
 class StepFailed(Message, frozen=True):
@@ -135,6 +165,10 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     StepResult,
     AskSpans,
     RankSpans,
+    StageTime,
+    LoadLayers,
+    LayersLoaded,
+    MoveLayers,
 )
 _TAGS: dict[type[msgspec.Struct], bytes] = {kind: bytes([i]) for i, kind in enumerate(_TYPES)}
 _KINDS: dict[bytes, type[msgspec.Struct]] = {tag: kind for kind, tag in _TAGS.items()}

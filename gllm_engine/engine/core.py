@@ -512,7 +512,7 @@ def _make_runner(config: EngineConfig, arch: Model, recorder: NoRecorder) -> Ste
 
     check_shards(config, arch)
     if config.num_ranks > 1:
-        return WorkerGroup(config)
+        return WorkerGroup(config, arch)
     return load_runner(config, arch, device_of(config), None, recorder)
 
 

@@ -7,7 +7,7 @@ from gllm_engine.layers import Attend, ForwardContext, Residual
 from gllm_engine.model.decoder import Decoder, LayerCache
 from gllm_engine.model.kernels import KernelUse, kernels_of
 from gllm_engine.model.load import fill_randomly, filling, open_checkpoint
-from gllm_engine.model.states import bytes_of_states
+from gllm_engine.model.states import States, bytes_of_states
 from gllm_engine.ops import best_device
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "bytes_of_states",
     "LoadError",
     "Residual",
+    "States",
     "best_device",
     "fill_randomly",
     "filling",

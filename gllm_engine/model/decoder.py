@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
-from itertools import pairwise
+from itertools import zip_longest
 from math import prod
 from typing import Any, NamedTuple
 
@@ -228,39 +229,66 @@ class Decoder:
         self.arch = arch
         self.dtype = dtype
         self.device = device
-        self.shard = shard or Shard(0, len(arch.layers))
-        self.layers = self.shard.of(arch)
-        self.is_first = self.shard.first == 0
-        self.is_last = self.shard.end == len(arch.layers)
         self.ops = select_ops(device)
         self._platform = Platform(self.ops, dtype, device, ranks)
         self._ranks = ranks
         self._planner = self.ops.make_planner(device, dtype)
+        self._max_model_len = max_model_len
         self.groups = cache_groups(arch, max_model_len)
+        self._reduce = ResidualReducer(arch.dim, self._platform)
+        self._blocks: list[PreNormBlock] = []
+        self._vocabulary: dict[str, VocabularyMatrix] = {}
+        self._positions: Tensor | None = None  # a row for each position
+        # Only the last stage computes it.
+        self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self._platform)
+        self._hold(shard or Shard(0, len(arch.layers)), {})
+
+    def with_layers(self, first: int, end: int, arrived: Decoder | None = None) -> Decoder:
+        """This rank's decoder of layers `first` .. `end` - 1, without weights of its own but for
+        layers that neither this decoder nor `arrived` has. It takes the place of both.
+
+        The first and the last layer of the model stay on their ranks.
+        """
+        decoder = copy(self)
+        blocks: dict[int, PreNormBlock] = {}
+        for held in (self, arrived):
+            if held is not None:
+                blocks |= enumerate(held._blocks, held.shard.first)
+        decoder._hold(replace(self.shard, first=first, end=end), blocks)
+        return decoder
+
+    def _hold(self, shard: Shard, blocks: dict[int, PreNormBlock]) -> None:
+        """Have the layers of `shard`. `blocks`: those that exist, by the number of the layer."""
+        arch = self.arch
+        self.shard = shard
+        self.layers = shard.of(arch)
+        self.is_first = shard.first == 0
+        self.is_last = shard.end == len(arch.layers)
         self._group_of = [
             next((n for n, group in enumerate(self.groups) if i in group.layers), _NO_GROUP)
-            for i in range(self.shard.first, self.shard.end)
+            for i in range(shard.first, shard.end)
         ]
-        reduce = ResidualReducer(arch.dim, self._platform)
-        self._blocks = [
-            _BLOCKS[layer.place](layer, group, arch, self._platform, reduce)
-            for layer, group in zip(self.layers, self._group_of, strict=True)
-        ]
-        for block, after in pairwise(self._blocks):
-            block.next_norm = after.first_norm
-        held = self.shard.weights(arch).keys()
+        self._blocks = []
+        for i, layer in enumerate(self.layers, shard.first):
+            group = self._group_of[i - shard.first]
+            make = _BLOCKS[layer.place]
+            self._blocks.append(
+                blocks.get(i) or make(layer, group, arch, self._platform, self._reduce)
+            )
+        for block, after in zip_longest(self._blocks, self._blocks[1:]):
+            block.next_norm = None if after is None else after.first_norm
+        held = shard.weights(arch).keys()
         self._vocabulary = {
-            name: self._new_matrix(name)
+            name: self._vocabulary.get(name) or self._new_matrix(name)
             for name in (EMBEDDING, HEAD)
             if any(stored.startswith(name.removesuffix("weight")) for stored in held)
         }
-        self._positions: Tensor | None = None  # a row for each position
-        if _POSITIONS in held:
+        if _POSITIONS not in held:
+            self._positions = None
+        elif self._positions is None:
             self._positions = self._platform.empty(arch.positions, arch.dim)
-        # Only the last stage computes it.
-        self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self._platform)
         ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.mixer.ropes)
-        self._ropes = {rope: RopeTable(rope, max_model_len, device) for rope in ropes}
+        self._ropes = {rope: RopeTable(rope, self._max_model_len, self.device) for rope in ropes}
         # The first of the layers that share a plan.
         self._planned: dict[PlanKey, int] = {}
         for i, block in enumerate(self._blocks):
@@ -491,6 +519,12 @@ class Decoder:
     def weight_bytes(self) -> dict[str, int]:
         """Canonical weight name -> bytes that this rank holds; scales have names of their own."""
         return {name: view.nbytes for name, view in self._views().items()}
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        """Bytes of the weights of this rank's largest layer."""
+        views = [block.weights().values() for block in self._blocks]
+        return max(sum(view.nbytes for view in of_layer) for of_layer in views)
 
     def _views(self) -> Views:
         views: Views = {}

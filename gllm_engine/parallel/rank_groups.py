@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gllm_engine.parallel.mailbox import can_reach, open_mailbox
 from gllm_engine.parallel.mesh import Mesh
@@ -44,7 +45,8 @@ _IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: one address per line, fir
 class RankGroups:
     """This rank's communicators: `tensor` to the ranks of its stage, `pipe` to other stages.
 
-    `leads_node`: whether this is the first rank of its node.
+    `leads_node`: whether this is the first rank of its node. `neighbours`: the groups with the
+    ranks of the same number in the previous and the next stage, by stage.
     """
 
     mesh: Mesh
@@ -52,6 +54,7 @@ class RankGroups:
     tensor: TensorParallel
     pipe: Pipe
     leads_node: bool
+    neighbours: dict[int, dist.ProcessGroup]
 
     @property
     def stage(self) -> int:
@@ -61,6 +64,19 @@ class RankGroups:
     def reports(self) -> bool:
         """Whether this rank reports the sampled tokens to the engine."""
         return self.rank == self.mesh.rank_at(self.mesh.pp - 1, 0)
+
+    def send(self, x: Tensor, stage: int) -> None:
+        """Send x to this rank's neighbour in a stage, after all that the pipe has sent there."""
+        peer = self.mesh.rank_at(stage, self.tensor.rank)
+        dist.send(_bytes(x.contiguous()), peer, self.neighbours[stage])
+
+    def receive(self, x: Tensor, stage: int) -> None:
+        """Fill x with what this rank's neighbour in a stage sends."""
+        peer = self.mesh.rank_at(stage, self.tensor.rank)
+        received = x.contiguous()
+        dist.recv(_bytes(received), peer, self.neighbours[stage])
+        if received is not x:
+            x.copy_(received)
 
     def min_over_ranks(self, number: int) -> int:
         """The minimum of `number` over all ranks."""
@@ -131,7 +147,14 @@ def join_ranks(
     ends = {0: mesh.pp - 1, mesh.pp - 1: 0}
     returns = link(back[i], ends.get(stage, -1), _TOKEN_PLACE)
     pipe = Pipe(stage, mesh.pp, before, after, returns)
-    return RankGroups(mesh, rank, tensor, pipe, leads_node=rank % per_node == 0)
+    near = {stage - 1: forward.get((stage - 1, i)), stage + 1: forward.get((stage, i))}
+    neighbours = {to_stage: group for to_stage, group in near.items() if group is not None}
+    return RankGroups(mesh, rank, tensor, pipe, rank % per_node == 0, neighbours)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The memory of x, which is contiguous: gloo has not all types of numbers."""
+    return x.view(torch.uint8)
 
 
 def _all_can_reach(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from gllm_engine.ops.jit_cache import cache_dirs
 from gllm_engine.runner.kv_sizing import GpuMemory
+from gllm_engine.runner.layer_move import LayerMove
 from gllm_engine.runner.peak_memory import PeakMemory
 from gllm_engine.runner.pp_partition import measure_partition
 from gllm_engine.runner.runner import Runner, RunnerStep, default_threads
@@ -10,6 +11,7 @@ from gllm_engine.runner.step_timer import RecordedRanks, StepTimers
 
 __all__ = [
     "GpuMemory",
+    "LayerMove",
     "PeakMemory",
     "RecordedRanks",
     "RunnerStep",

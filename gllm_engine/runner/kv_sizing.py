@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -96,9 +97,12 @@ def fitting_pages(
 
 def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_bytes: int) -> int:
     """`page_bytes`: of a page in the KV cache and beside it."""
-    states = states_bytes(config, decoder)
+    spare = config.spare_layers
+    copies = 2 if spare else 1  # a move of layers copies all states
+    states = copies * states_bytes(config, decoder)
     usable = int(memory.total * config.gpu_memory_utilization)
     free = usable - memory.used - memory.step - states
+    free -= spare * decoder.largest_layer_bytes
     _log.info(
         "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for states of sequences, "
         "%.1f for the KV cache, of %.1f",
@@ -108,10 +112,12 @@ def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_by
         free / _GIB,
         memory.total / _GIB,
     )
+    page_bytes += spare * _largest_page_bytes(config, decoder)
+    snapshot_bytes = copies * decoder.state_bytes
     if config.num_snapshots is None:
-        page_bytes += int(_snapshots_per_page(config, decoder) * decoder.state_bytes)
+        page_bytes += int(_snapshots_per_page(config, decoder) * snapshot_bytes)
     else:
-        free -= config.num_snapshots * decoder.state_bytes
+        free -= config.num_snapshots * snapshot_bytes
     if free < page_bytes:
         raise ConfigError(
             f"gpu_memory_utilization: {config.gpu_memory_utilization} of "
@@ -120,6 +126,13 @@ def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_by
             f"states of {config.max_num_seqs} sequences (max_num_seqs) {states / _GIB:.1f}"
         )
     return free // page_bytes
+
+
+def _largest_page_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """Bytes of a page in the largest layer of this rank."""
+    shapes = [layer.mixer.cache_shapes(config.page_size) for layer in decoder.layers]
+    numbers = max(sum(map(prod, parts)) for parts in shapes)
+    return numbers * cache_dtype(config, decoder).itemsize
 
 
 def states_bytes(config: EngineConfig, decoder: Decoder) -> int:

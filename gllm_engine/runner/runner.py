@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gllm_engine.arch import Model
 from gllm_engine.config import EngineConfig
-from gllm_engine.model import Decoder
+from gllm_engine.model import Decoder, LayerCache, States
 from gllm_engine.parallel import Pipe, RankGroups
 from gllm_engine.runner.batch import StepInputs, build_step
 from gllm_engine.runner.graph_pool import GraphPool
@@ -108,6 +108,7 @@ class Runner:
             torch.set_num_threads(config.cpu_threads or default_threads())
         self.decoder = decoder
         self.device = decoder.device
+        self._config = config
         self.took: dict[str, float] = {}
         self._timers = timers or StepTimers(self.device, OFF)
         self.recorder = self._timers.recorder
@@ -121,15 +122,19 @@ class Runner:
             fitting = fitting_pages(config, decoder, memory)
             self.num_pages = fitting if ranks is None else ranks.min_over_ranks(fitting)
             # On a GPU one more slot and one more page, for the padding rows of CUDA graphs.
-            num_pages = self.num_pages + on_gpu
+            self._total_pages = self.num_pages + on_gpu
             num_slots = config.max_num_seqs + on_gpu
             self.num_snapshots = fitting_snapshots(config, decoder, self.num_pages)
             # Slots come first, then snapshots.
             self.states = decoder.new_states(num_slots + self.num_snapshots)
-            dtype = cache_dtype(config, decoder)
-            self.cache = decoder.new_cache(num_pages, config.page_size, dtype, self.states)
+            self.cache = self.new_cache(decoder, self.states)
             self.table = SlotTable(
-                num_slots, max_pages, num_pages, config.page_size, self.device, decoder.groups
+                num_slots,
+                max_pages,
+                self._total_pages,
+                config.page_size,
+                self.device,
+                decoder.groups,
             )
             self.sampling = SamplingState(self.table, arch.vocab)
         self._returned: TokenReturn | None = None
@@ -138,8 +143,7 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._pieces: StepPieces | None = None
         with self._timed("graphs"):
-            if on_gpu and not config.enforce_eager:
-                self._capture(config)
+            self._capture()
         with self._timed("first steps"):
             if on_gpu:
                 rows = config.max_num_seqs
@@ -149,7 +153,29 @@ class Runner:
                 for plan in tiny_plans(rows, tokens, room, config.page_size, groups):
                     self.launch(plan).wait()
 
-    def _capture(self, config: EngineConfig) -> None:
+    def new_cache(self, decoder: Decoder, states: States | None = None) -> list[LayerCache]:
+        """A cache with as many pages as the runner's, for the layers of `decoder`."""
+        config = self._config
+        dtype = cache_dtype(config, decoder)
+        return decoder.new_cache(self._total_pages, config.page_size, dtype, states)
+
+    def forget_graphs(self) -> None:
+        """Wait for the device and free the CUDA graphs, which know the layers' memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._graphs = self._pieces = None
+
+    def take(self, decoder: Decoder, cache: list[LayerCache], states: States) -> None:
+        """Compute other layers from the next step on, after `forget_graphs`."""
+        self.decoder = decoder
+        self.cache = cache
+        self.states = states
+        self._capture()
+
+    def _capture(self) -> None:
+        config = self._config
+        if self.device.type != "cuda" or config.enforce_eager:
+            return
         pool = GraphPool(self.device)
         self._graphs = DecodeGraphs(
             self.decoder, self.cache, self.table, self.sampling, config.max_num_seqs, pool

@@ -1,8 +1,7 @@
 """Predicts a step's time as a linear function of its work, and learns the function from steps.
 
 This module owns the counts that a step's time depends on, and the fit. It knows nothing of
-sequences, plans or policies. The time is that of one pipeline stage. Any stage will do, because
-stages take about equal time and policies only compare times.
+sequences, plans or policies. The time is that of the slowest pipeline stage, which sets the pace.
 """
 
 from __future__ import annotations

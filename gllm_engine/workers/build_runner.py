@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gllm_engine.arch import Model, Shard
+from gllm_engine.arch import Model, Shard, read_arch
 from gllm_engine.arch.formats import Fp8, Rounded, stored_kind
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import read_object
@@ -73,6 +73,17 @@ def load_runner(
     told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
     log.info("the model is ready in %.1f s: %s", end - start, told)
     return runner
+
+
+def fill_layers(config: EngineConfig, decoder: Decoder) -> None:
+    """Load the weights of a decoder as `load_runner` does. Raises LoadError."""
+    if config.load_format == "dummy":
+        fill_randomly(decoder)
+        return
+    path = Path(config.model)
+    with open_checkpoint(read_arch(path), path) as checkpoint:
+        with filling(decoder, checkpoint, shows=False):
+            pass
 
 
 def _recorded(ranks: TensorParallel, timers: StepTimers) -> TensorParallel:

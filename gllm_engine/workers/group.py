@@ -28,10 +28,12 @@ import msgspec
 import zmq
 
 from gllm_engine import wire
+from gllm_engine.arch import Model
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import RankSpans, StepPlan, StepResult
 from gllm_engine.workers import channel
+from gllm_engine.workers.layer_moves import LayerMoves
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -94,9 +96,10 @@ class WorkerGroup:
     ConfigError for an invalid configuration, GroupLost for a worker that cannot start.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, arch: Model) -> None:
         self._config = config
         self._per_node = config.num_ranks // config.nnodes
+        self._tp = config.tensor_parallel_size
         self._digest = channel.digest(Path(config.model))
         # rank -> the socket of the worker and its identity on that socket
         self._members: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
@@ -104,6 +107,7 @@ class WorkerGroup:
         self._ready: dict[int, wire.Ready] = {}  # by rank
         self._refused: dict[int, _RefusedStep] = {}  # by step
         self._spans: dict[int, RankSpans] = {}  # by rank
+        self._slowest: dict[int, float] = {}  # by step, seconds of the slowest stage so far
         self._failure: wire.Failed | None = None
         self._error: str | None = None
         self._doubt_until = 0.0  # until this time, pings check whether members are lost
@@ -136,6 +140,9 @@ class WorkerGroup:
             raise
         self.num_pages = min(ready.num_pages for ready in self._ready.values())
         self.num_snapshots = min(ready.num_snapshots for ready in self._ready.values())
+        cut = tuple(self._ready[rank].num_layers for rank in range(0, config.num_ranks, self._tp))
+        runs = [len(run) for run in arch.runs()]
+        self._moves = LayerMoves(cut, runs, config.spare_layers, config.num_ranks)
 
     # ------------------------------------------------------------ as a StepRunner
 
@@ -144,8 +151,9 @@ class WorkerGroup:
         frames = wire.encode(plan)
         with self._in_one_go():
             self.check()
-            for rank in self._members:
-                self._tell(rank, frames)
+            if self._config.spare_layers and (message := self._moves.due()):
+                self._tell_all(wire.encode(message))
+            self._tell_all(frames)
         return _GroupStep(self, plan.step)
 
     def result_of(self, step: int) -> StepResult:
@@ -160,12 +168,24 @@ class WorkerGroup:
                 result = self._results.popleft()
                 if result.step == step:
                     self._forget_refused(step)
-                    return result
+                    return self._with_slowest(result)
             refused = self._refused.get(step)
             if refused is not None and len(refused.ranks) == self._config.num_ranks:
                 self._forget_refused(step)
                 raise StepRefused(refused.message)
             self._poller.poll(_TICK_MS)
+
+    def _note_time(self, rank: int, step: int, seconds: float) -> None:
+        """`rank`: of the stage that has taken so long, 0 for a step without computation."""
+        if seconds:
+            self._slowest[step] = max(seconds, self._slowest.get(step, 0.0))
+            self._moves.observe(rank // self._tp, seconds)
+
+    def _with_slowest(self, result: StepResult) -> StepResult:
+        """The result with the time of the slowest stage, which sets the pace."""
+        seconds = self._slowest.get(result.step, 0.0)
+        self._slowest = {step: s for step, s in self._slowest.items() if step > result.step}
+        return msgspec.structs.replace(result, seconds=seconds)
 
     def is_alive(self) -> bool:
         return self._error is None
@@ -186,8 +206,7 @@ class WorkerGroup:
         until = time.monotonic() + _SPANS_S
         with contextlib.suppress(GroupLost), self._in_one_go():
             self.check()
-            for rank in self._members:
-                self._tell(rank, wire.encode(wire.AskSpans()))
+            self._tell_all(wire.encode(wire.AskSpans()))
             while len(self._spans) < len(self._members) and time.monotonic() < until:
                 self._listen(_TICK_MS)
                 self.check()
@@ -294,7 +313,12 @@ class WorkerGroup:
 
     def _handle(self, socket: zmq.Socket[bytes], identity: bytes, message: msgspec.Struct) -> None:
         if isinstance(message, StepResult):
+            self._note_time(self._config.num_ranks - 1, message.step, message.seconds)
             self._results.append(message)
+        elif isinstance(message, wire.StageTime):
+            self._note_time(message.rank, message.step, message.seconds)
+        elif isinstance(message, wire.LayersLoaded):
+            self._moves.note(message)
         elif isinstance(message, wire.Ready):
             self._ready[self._rank_of(socket, identity)] = message
         elif isinstance(message, wire.StepFailed):
@@ -402,8 +426,11 @@ class WorkerGroup:
 
     def _look_for_lost(self) -> None:
         """Ping every member: a message to a lost member cannot be sent."""
+        self._tell_all(wire.encode(wire.Ping()))
+
+    def _tell_all(self, frames: list[bytes]) -> None:
         for rank in list(self._members):
-            self._tell(rank, wire.encode(wire.Ping()))
+            self._tell(rank, frames)
 
     def _tell(self, rank: int, frames: list[bytes]) -> None:
         socket, identity = self._members[rank]

@@ -17,11 +17,13 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NoReturn
 
 import msgspec
+import torch
 import torch.distributed as dist
 import zmq
 
@@ -30,11 +32,11 @@ from gllm_engine.arch import read_arch
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.os_process import Process, end_with, end_with_any_thread
 from gllm_engine.parallel import Mesh, RankGroups, join_ranks, talk_through
-from gllm_engine.runner import PlanError, Runner, RunnerStep, default_threads
+from gllm_engine.runner import LayerMove, PlanError, Runner, RunnerStep, default_threads
 from gllm_engine.timeline import OFF, NoRecorder, Recorder, activity
 from gllm_engine.types import StepPlan, StepResult
 from gllm_engine.workers import channel
-from gllm_engine.workers.build_runner import device_of, load_runner
+from gllm_engine.workers.build_runner import device_of, fill_layers, load_runner
 
 _REFUSED = 78  # exit status: os.EX_CONFIG
 # A pause before the restart, so that a worker that is always refused causes little load.
@@ -107,6 +109,7 @@ class _Worker:
             if options.cluster_key_file is None:
                 raise ConfigError("--cluster-key-file: it is needed to join another machine")
             self._secret = channel.read_secret(Path(options.cluster_key_file))
+        self._move: LayerMove | None = None  # loaded, and not yet done
         self._context = zmq.Context()
         self._plans, self._monitor = self._connect()
 
@@ -116,7 +119,9 @@ class _Worker:
         try:
             runner, ranks = self._load(assigned)
             self._plans.send_multipart(
-                wire.encode(wire.Ready(runner.num_pages, runner.num_snapshots))
+                wire.encode(
+                    wire.Ready(runner.num_pages, runner.num_snapshots, len(runner.decoder.layers))
+                )
             )
             self._work(runner, ranks)
         except Exception as error:  # any error caused by a peer or a checkpoint
@@ -188,6 +193,7 @@ class _Worker:
         config: EngineConfig = msgspec.structs.replace(
             assigned.config, model=self._options.model, cpu_threads=threads
         )
+        self._config = config
         device = device_of(config, self._local_rank)
         mesh = Mesh(config.pipeline_parallel_size, config.tensor_parallel_size)
         store: dist.Store
@@ -204,11 +210,11 @@ class _Worker:
         return load_runner(config, arch, device, ranks, recorder), ranks
 
     def _work(self, runner: Runner, ranks: RankGroups) -> NoReturn:
-        launched: SimpleQueue[RunnerStep] = SimpleQueue()
+        launched: SimpleQueue[RunnerStep | wire.LayersLoaded] = SimpleQueue()
         recorder = runner.recorder
         threading.Thread(
             target=self._report,
-            args=(launched, ranks.reports, recorder),
+            args=(launched, ranks, recorder),
             name="results",
             daemon=True,
         ).start()
@@ -217,6 +223,17 @@ class _Worker:
             plan = self._receive()
             if isinstance(plan, wire.AskSpans):
                 self._plans.send_multipart(wire.encode(recorder.spans(self._rank)))
+                continue
+            if isinstance(plan, wire.LoadLayers):
+                threading.Thread(
+                    target=self._load_layers,
+                    args=(plan.cut, runner, ranks, launched),
+                    name="layers",
+                    daemon=True,
+                ).start()
+                continue
+            if isinstance(plan, wire.MoveLayers):
+                self._move_layers(runner)
                 continue
             if not isinstance(plan, StepPlan):
                 raise RuntimeError(f"the engine sent a {type(plan).__name__}, not a plan")
@@ -229,18 +246,64 @@ class _Worker:
             except Exception as error:  # any error of a kernel
                 self._fail_in_step(error)
 
-    def _report(self, launched: SimpleQueue[RunnerStep], tells: bool, recorder: NoRecorder) -> None:
-        """Wait for each step and send its result if `tells`. A device fault is raised here."""
+    def _load_layers(
+        self,
+        cut: tuple[int, ...],
+        runner: Runner,
+        ranks: RankGroups,
+        launched: SimpleQueue[RunnerStep | wire.LayersLoaded],
+    ) -> None:
+        """In a thread of its own, while steps go on."""
+        self._move = None
+        problem = ""
+        if runner.device.type == "cuda":
+            torch.cuda.set_device(runner.device)
+        try:
+            self._move = LayerMove(runner, ranks, cut, partial(fill_layers, self._config))
+        except Exception as error:  # no memory, or a checkpoint that has changed
+            log.exception("layers cannot be loaded")
+            problem = _in_a_line(error)
+        launched.put(wire.LayersLoaded(self._rank, cut, problem))
+
+    def _move_layers(self, runner: Runner) -> None:
+        start = time.monotonic()
+        assert self._move is not None
+        self._move.finish()
+        self._move = None
+        shard = runner.decoder.shard
+        seconds = time.monotonic() - start
+        log.info(
+            "rank %d: layers %d to %d, moved in %.2f s",
+            self._rank,
+            shard.first,
+            shard.end - 1,
+            seconds,
+        )
+
+    def _report(
+        self,
+        launched: SimpleQueue[RunnerStep | wire.LayersLoaded],
+        ranks: RankGroups,
+        recorder: NoRecorder,
+    ) -> None:
+        """Wait for each step and tell its result, or its time. A device fault is raised here."""
         socket, _ = self._connect()
+        times = ranks.tensor.rank == 0 and not ranks.reports
         try:
             while True:
                 step = launched.get()
+                if isinstance(step, wire.LayersLoaded):
+                    socket.send_multipart(wire.encode(step))
+                    continue
                 began = time.monotonic_ns()
                 result: StepResult = step.wait()
                 ended = time.monotonic_ns()
                 recorder.add("results", activity.AWAIT_DEVICE, result.step, began, ended)
-                if tells:
+                if ranks.reports:
                     socket.send_multipart(wire.encode(result))
+                elif times:
+                    time_of_stage = wire.StageTime(self._rank, result.step, result.seconds)
+                    socket.send_multipart(wire.encode(time_of_stage))
         except Exception as error:
             self._fail_in_step(error)
 

@@ -779,7 +779,7 @@ def test_an_engine_of_another_protocol_is_not_used(
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (wire.encode(wire.Ready(1, 0)), "the engine answers with a message of type Ready"),
+        (wire.encode(wire.Ready(1, 0, 1)), "the engine answers with a message of type Ready"),
         ([b"\xff", b""], "the engine is of another version, its answer is not a message of proto"),
     ],
     ids=["Ready", "no message"],
@@ -859,7 +859,7 @@ def test_an_odd_answer_costs_the_streams_and_not_the_connection(
     front = Front(model, shared.owner, "m_0_1")
 
     def misunderstand() -> None:
-        odd = [b"\xff", b""] if how == "not a message" else wire.encode(wire.Ready(1, 0))
+        odd = [b"\xff", b""] if how == "not a message" else wire.encode(wire.Ready(1, 0, 1))
         handle = front.client._handle
 
         def handle_odd(message: Any) -> None:

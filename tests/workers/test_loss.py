@@ -37,7 +37,7 @@ from gllm_engine import (
     wire,
     write_tiny_model,
 )
-from gllm_engine.arch import ArchError
+from gllm_engine.arch import ArchError, read_arch
 from gllm_engine.parallel import pipe
 from gllm_engine.runner import PlanError
 from gllm_engine.workers import group as groups
@@ -298,12 +298,12 @@ def test_a_worker_of_another_version_is_refused_and_harms_nobody(
     monkeypatch.setattr(groups.WorkerGroup, "_start_workers", no_workers)
     monkeypatch.setattr(groups.WorkerGroup, "_look_at_processes", lambda group: None)
     with pytest.raises(GroupLost, match="a worker has sent what is not a message of protocol"):
-        groups.WorkerGroup(make_config({"model": model, "tensor_parallel_size": 2}))
+        groups.WorkerGroup(make_config({"model": model, "tensor_parallel_size": 2}), read_arch(model))
     assert isinstance(answers[0], wire.Refusal) and sentence in answers[0].message
 
 
 ODD_ANSWERS = [
-    (wire.encode(wire.Ready(1, 0)), "the engine answers with a message of type Ready"),
+    (wire.encode(wire.Ready(1, 0, 1)), "the engine answers with a message of type Ready"),
     ([b"\xff", b""], "the engine is of another version, its answer is not a message of protocol"),
 ]
 
@@ -354,7 +354,7 @@ def test_sockets_of_workers_have_short_paths(
 
     monkeypatch.setattr(groups.WorkerGroup, "_start_workers", note)
     with pytest.raises(InterruptedError, match="ipc:///tmp/gllm-workers-.{8}/engine.sock"):
-        groups.WorkerGroup(make_config({"model": model, **PAIR}))
+        groups.WorkerGroup(make_config({"model": model, **PAIR}), read_arch(model))
 
 
 def test_ctrl_c_costs_what_runs_and_no_more(

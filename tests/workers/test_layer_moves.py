@@ -1,0 +1,145 @@
+"""Layers move between the stages of a pipeline while it serves, and no answer changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import forked_workers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gllm_engine import LLM, SamplingParams, wire, write_tiny_model
+from gllm_engine.workers import layer_moves
+from gllm_engine.workers.layer_moves import LEAST_STEPS, WINDOW_S, LayerMoves
+
+
+class Pipeline:
+    """Stages whose layers take `costs`, the last stage `tail` more, and their LayerMoves."""
+
+    def __init__(
+        self,
+        cut: tuple[int, ...],
+        costs: list[float],
+        tail: float = 0.0,
+        spare: int = 64,
+        runs: list[int] | None = None,
+    ) -> None:
+        self.now = 0.0
+        self.costs = costs
+        self.tail = tail
+        self.ranks = len(cut)
+        runs = runs or [1 for _ in costs]
+        self.moves = LayerMoves(cut, runs, spare, len(cut), lambda: self.now)
+
+    def times(self) -> list[float]:
+        found = []
+        first = 0
+        for number in self.moves.cut:
+            found.append(sum(self.costs[first : first + number]))
+            first += number
+        found[-1] += self.tail
+        return found
+
+    def serve(self, seconds: float = 1.01 * WINDOW_S, steps: int = LEAST_STEPS) -> list[Any]:
+        """Steps until `seconds` have passed; returns the messages to the ranks."""
+        told = []
+        for _ in range(steps):
+            self.now += seconds / steps
+            for stage, took in enumerate(self.times()):
+                self.moves.observe(stage, took)
+            told += [message for message in [self.moves.due()] if message is not None]
+        return told
+
+    def answer(self, problem: str = "") -> None:
+        for rank in range(self.ranks):
+            cut = self.moves._next
+            assert cut is not None
+            self.moves.note(wire.LayersLoaded(rank, cut, problem if rank == 1 else ""))
+
+
+def test_a_layer_moves_once_all_ranks_have_loaded_it() -> None:
+    pipeline = Pipeline((5, 3), [1.0] * 8)
+    assert pipeline.serve() == [wire.LoadLayers((4, 4))]
+    assert pipeline.serve() == []
+    pipeline.moves.note(wire.LayersLoaded(0, (4, 4), ""))
+    pipeline.moves.note(wire.LayersLoaded(1, (3, 5), ""))  # the answer to an earlier message
+    assert pipeline.serve() == [] and pipeline.moves.cut == (5, 3)
+    pipeline.moves.note(wire.LayersLoaded(1, (4, 4), ""))
+    assert pipeline.serve(steps=1) == [wire.MoveLayers()] and pipeline.moves.cut == (4, 4)
+    assert pipeline.serve() == []
+
+
+@pytest.mark.parametrize(
+    ("cut", "costs", "tail", "spare", "runs", "better"),
+    [
+        ((4, 4), [1.0] * 8, 0.9, 9, None, None),  # less than a layer's time
+        ((4, 4), [1.0] * 8, 2.5, 9, None, (5, 3)),
+        ((3, 5), [1.0] * 8, 0.0, 9, None, (4, 4)),
+        ((5, 3), [1.0] * 8, 0.0, 0, None, None),  # no memory for it
+        ((1, 1), [9.0, 1.0], 0.0, 9, None, None),  # a stage keeps a layer
+        ((3, 3, 2), [1.0] * 8, 4.1, 9, None, (3, 4, 1)),  # where the difference is greatest
+        ((6, 3), [1.0] * 9, 0.0, 9, [3, 3, 3], None),  # three layers move together, or none
+        ((9, 3), [1.0] * 12, 0.0, 9, [3, 3, 3, 3], (6, 6)),
+        ((3, 9), [1.0] * 12, 0.0, 2, [3, 3, 3, 3], None),
+    ],
+)
+def test_the_slower_stage_gives_a_layer_away(
+    cut: tuple[int, ...],
+    costs: list[float],
+    tail: float,
+    spare: int,
+    runs: list[int] | None,
+    better: tuple[int, ...] | None,
+) -> None:
+    told = Pipeline(cut, costs, tail, spare, runs).serve()
+    assert told == ([] if better is None else [wire.LoadLayers(better)])
+
+
+def test_few_steps_or_a_short_time_tell_nothing() -> None:
+    assert Pipeline((5, 3), [1.0] * 8).serve(0.9 * WINDOW_S, 10 * LEAST_STEPS) == []
+    assert Pipeline((5, 3), [1.0] * 8).serve(10 * WINDOW_S, LEAST_STEPS - 1) == []
+
+
+def test_a_rank_that_cannot_load_ends_all_moves() -> None:
+    pipeline = Pipeline((6, 2), [1.0] * 8)
+    assert pipeline.serve() == [wire.LoadLayers((5, 3))]
+    pipeline.answer("OutOfMemoryError: no room")
+    assert pipeline.serve() == [wire.LoadLayers((6, 2))]  # what is loaded is freed
+    assert pipeline.serve() == [] and pipeline.moves.cut == (6, 2)
+
+
+@given(st.data())
+def test_moves_end_where_no_move_helps(data: st.DataObject) -> None:
+    costs = data.draw(st.lists(st.floats(0.5, 2), min_size=4, max_size=16))
+    stages = data.draw(st.integers(2, 4))
+    cut = [1] * stages
+    for _ in range(len(costs) - stages):
+        cut[data.draw(st.integers(0, stages - 1))] += 1
+    is_even = data.draw(st.booleans())
+    pipeline = Pipeline(
+        tuple(cut), [1.0] * len(costs) if is_even else costs, data.draw(st.floats(0, 4))
+    )
+    worst = max(pipeline.times())
+    for _ in range(4 * len(costs)):
+        told = pipeline.serve()
+        if not told:
+            break
+        pipeline.answer()
+        assert pipeline.serve(steps=1) == [wire.MoveLayers()]
+        assert sum(pipeline.moves.cut) == len(costs) and min(pipeline.moves.cut) > 0
+    else:
+        pytest.fail(f"layers move for ever: {pipeline.moves.cut}")
+    assert not is_even or max(pipeline.times()) <= worst + 1e-9
+
+
+def test_a_layer_that_takes_too_long_comes_back_for_good() -> None:
+    pipeline = Pipeline((3, 2), [0.8, 0.8, 1.9, 1.0, 1.3])  # 3.5 and 2.3, then 1.6 and 4.2
+    assert pipeline.serve() == [wire.LoadLayers((2, 3))]
+    pipeline.answer()
+    assert pipeline.serve(steps=1) == [wire.MoveLayers()]
+    assert pipeline.serve() == [wire.LoadLayers((3, 2))]
+    pipeline.answer()
+    assert pipeline.serve(steps=1) == [wire.MoveLayers()]
+    assert pipeline.serve() == [] and pipeline.moves.cut == (3, 2)
