@@ -52,6 +52,7 @@ class LayerMove:
         if coming:
             self._arrived = decoder.with_layers(coming[0], coming[-1] + 1)
             fill(self._arrived)
+            runner.compile_kernels(self._arrived)
         with torch.inference_mode():
             if self._arrived is not None:
                 self._cache = dict(zip(coming, runner.new_cache(self._arrived), strict=True))

@@ -116,7 +116,7 @@ class Runner:
         max_len = config.max_model_len or arch.max_len
         max_pages = -(-max_len // config.page_size)
         with self._timed("kernels"):
-            decoder.compile_kernels(config.page_size, cache_dtype(config, decoder))
+            self.compile_kernels(decoder)
         with self._timed("memory"):
             memory = partial(measured_memory, config, decoder, max_pages) if on_gpu else None
             fitting = fitting_pages(config, decoder, memory)
@@ -152,6 +152,10 @@ class Runner:
                 groups = len(decoder.groups)
                 for plan in tiny_plans(rows, tokens, room, config.page_size, groups):
                     self.launch(plan).wait()
+
+    def compile_kernels(self, decoder: Decoder) -> None:
+        """Compile the kernels that the layers of `decoder` need over the runner's cache."""
+        decoder.compile_kernels(self._config.page_size, cache_dtype(self._config, decoder))
 
     def new_cache(self, decoder: Decoder, states: States | None = None) -> list[LayerCache]:
         """A cache with as many pages as the runner's, for the layers of `decoder`."""

@@ -28,11 +28,13 @@ SHAPE = {
     "vocab_size": 8192,
 }
 PROMPTS = [f"Number {i} says hello. " * (1 + 5 * i) for i in range(12)]
+FLOAT32 = {"dtype": "float32"}
 CONFIG = {"num_pages": 1000, "max_num_seqs": 16, "max_num_batched_tokens": 256}
 WAYS = {
     "tensor": {"tensor_parallel_size": 2},
     "tensor, eager": {"tensor_parallel_size": 2, "enforce_eager": True},
     "pipeline": {"pipeline_parallel_size": 2},
+    "pipeline, layers move": {"pipeline_parallel_size": 2, "spare_layers": 1},
     "experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
 }
 
@@ -46,6 +48,8 @@ def test_one_shot_sum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_rank_and_two_choose_the_same(way: str, tmp_path: Path) -> None:
+    from moving import restless_layers  # a process runs this file too
+
     family = "Qwen3MoeForCausalLM" if way == "experts" else "Qwen3ForCausalLM"
     model = write_tiny_model(tmp_path, family, dtype="float32", **SHAPE)
     asked = [
@@ -55,9 +59,11 @@ def test_one_rank_and_two_choose_the_same(way: str, tmp_path: Path) -> None:
     asked[1] = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0, presence_penalty=0.5)
     texts = []
     for config in ({}, WAYS[way]):
-        with LLM(str(model), dtype="float32", **CONFIG, **config) as llm:
+        # Each move captures graphs.
+        with restless_layers(most=4) as left, LLM(str(model), **CONFIG | config | FLOAT32) as llm:
             texts.append([list(a.outputs[0].token_ids) for a in llm.generate(PROMPTS, asked)])
             llm.engine.check_integrity()
+            assert len(set(left)) == 2 * bool(llm.config.spare_layers)
     assert texts[0] == texts[1]
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,17 @@ import pytest
 from forked import forked_workers
 from hypothesis import given
 from hypothesis import strategies as st
+from moving import restless_layers
+from traced import SOON_S, WAIT_S
 
-from gllm_engine import LLM, SamplingParams, wire, write_tiny_model
+from gllm_engine import LLM, EngineBroken, SamplingParams, wire, write_tiny_model
 from gllm_engine.workers import layer_moves
 from gllm_engine.workers.layer_moves import LEAST_STEPS, WINDOW_S, LayerMoves
+
+SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 512, "num_pages": 400}
+PIPE = SMALL | {"pipeline_parallel_size": 2, "spare_layers": 2}
+LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+PROMPTS = [[3, 4, 5], [6, 7, 8, 9]]
 
 
 class Pipeline:
@@ -143,3 +154,113 @@ def test_a_layer_that_takes_too_long_comes_back_for_good() -> None:
     pipeline.answer()
     assert pipeline.serve(steps=1) == [wire.MoveLayers()]
     assert pipeline.serve() == [] and pipeline.moves.cut == (3, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts() -> Iterator[None]:
+    with forked_workers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    return write_tiny_model(path, "Qwen3ForCausalLM", seed=3, num_hidden_layers=6)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    with LLM(str(model), **SMALL) as llm:
+        return tokens(llm)
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    found = llm.generate(PROMPTS, LONG)
+    assert not any(output.error for output in found)
+    return [output.outputs[0].token_ids for output in found]
+
+
+def moves_of(llm: LLM) -> LayerMoves:
+    found = llm.engine._runner._moves  # type: ignore[attr-defined]
+    assert isinstance(found, LayerMoves)
+    return found
+
+
+def serve_until(llm: LLM, expected: list[list[int]], done: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not done():
+        assert tokens(llm) == expected
+        assert time.monotonic() < until
+
+
+def test_a_bad_cut_gets_better(
+    model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observe = LayerMoves.observe
+    stages = set()
+
+    def observe_layers(moves: LayerMoves, stage: int, seconds: float) -> None:
+        """On a busy machine seconds tell little of layers."""
+        assert seconds > 0
+        stages.add(stage)
+        observe(moves, stage, moves.cut[stage] / 1000)
+
+    monkeypatch.setattr(LayerMoves, "observe", observe_layers)
+    monkeypatch.setattr(layer_moves, "WINDOW_S", 0.0)
+    with LLM(str(model), assigned_layers="5,1", **PIPE) as llm:
+        moves = moves_of(llm)
+        assert moves.cut == (5, 1)
+        serve_until(llm, expected, lambda: moves.cut == (3, 3))
+        assert tokens(llm) == expected
+        assert moves.cut == (3, 3) and stages == {0, 1}
+        llm.engine.check_integrity()
+
+
+def test_without_spare_layers_none_move(
+    model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_moves, "WINDOW_S", 0.0)
+    config = PIPE | {"spare_layers": 0, "assigned_layers": "5,1"}
+    with LLM(str(model), **config) as llm:
+        assert tokens(llm) == expected
+        assert moves_of(llm).cut == (5, 1) and moves_of(llm)._next is None
+
+
+def test_layers_that_cannot_be_loaded_stay(
+    model: Path,
+    expected: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(layer_moves, "WINDOW_S", 0.0)
+    copy = shutil.copytree(model, tmp_path / "model")
+    with caplog.at_level(logging.WARNING), LLM(str(copy), assigned_layers="5,1", **PIPE) as llm:
+        (copy / "model.safetensors").unlink()
+        serve_until(llm, expected, lambda: moves_of(llm)._is_over)
+        assert moves_of(llm).cut == (5, 1) and tokens(llm) == expected
+    assert "layers do not move any more" in caplog.text and "model.safetensors" in caplog.text
+
+
+def test_a_rank_that_dies_in_the_middle_of_a_move_is_missed(
+    model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with restless_layers(), LLM(str(model), **PIPE) as llm:
+        assert tokens(llm) == expected
+        due = LayerMoves.due
+        died: list[float] = []
+
+        def die(moves: LayerMoves) -> Any:
+            message = due(moves)
+            if isinstance(message, wire.MoveLayers) and not died:
+                llm.engine._runner._children[1].kill()  # type: ignore[attr-defined]
+                died.append(time.monotonic())
+            return message
+
+        monkeypatch.setattr(LayerMoves, "due", die)
+        with pytest.raises(EngineBroken, match=r"worker 1 \(node 0\) is lost"):
+            tokens(llm)
+        assert time.monotonic() - died[0] < SOON_S
+        monkeypatch.undo()
+    with restless_layers() as cuts, LLM(str(model), **PIPE) as llm:
+        assert tokens(llm) == expected and len(set(cuts)) == 2

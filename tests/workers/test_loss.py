@@ -298,7 +298,9 @@ def test_a_worker_of_another_version_is_refused_and_harms_nobody(
     monkeypatch.setattr(groups.WorkerGroup, "_start_workers", no_workers)
     monkeypatch.setattr(groups.WorkerGroup, "_look_at_processes", lambda group: None)
     with pytest.raises(GroupLost, match="a worker has sent what is not a message of protocol"):
-        groups.WorkerGroup(make_config({"model": model, "tensor_parallel_size": 2}), read_arch(model))
+        groups.WorkerGroup(
+            make_config({"model": model, "tensor_parallel_size": 2}), read_arch(model)
+        )
     assert isinstance(answers[0], wire.Refusal) and sentence in answers[0].message
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from forked import forked_workers
+from moving import restless_layers
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, StructuredOutputs, write_tiny_model
 from gllm_engine.arch import read_arch
@@ -59,7 +60,22 @@ WAYS: dict[str, dict[str, Any]] = {
         "schedule_policy": "prefill_then_decode",
         "min_prefill_tokens": 4,
     },
+    "pp2, layers move": {
+        "pipeline_parallel_size": 2,
+        "min_prefill_tokens": 4,
+        "spare_layers": 1,
+    },
     "tp2 x pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "tp2 x pp2, layers move": {
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "spare_layers": 1,
+    },
+    "pp3, layers move": {
+        "pipeline_parallel_size": 3,
+        "assigned_layers": "2,2,1",
+        "spare_layers": 1,
+    },
     "tp4": {"tensor_parallel_size": 4},  # of 2 key/value heads
     "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
     "ep2 x pp2": {
@@ -102,13 +118,16 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Cohere2ForCausalLM", {"sliding_window": 20, "attention_bias": True}, "tp2"),
     ("GraniteForCausalLM", {}, "pp2"),
     ("GPTNeoXForCausalLM", {}, "tp2"),
+    ("GPT2LMHeadModel", {"n_layer": 5}, "pp3, layers move"),
     ("GPT2LMHeadModel", {"tie_word_embeddings": True}, "tp2 x pp2"),
     ("Qwen3MoeForCausalLM", {}, "tp2"),
     ("MixtralForCausalLM", {}, "ep2"),
     ("DeepseekV3ForCausalLM", {}, "tp2 x pp2"),
     ("DeepseekV32ForCausalLM", {}, "ep2"),
+    ("DeepseekV32ForCausalLM", LAYERS, "tp2 x pp2, layers move"),
     # Stages of three layers and two, because the third uses the choice of the second.
     ("GlmMoeDsaForCausalLM", SHARED_CHOICE, "tp2 x pp2"),
+    ("GlmMoeDsaForCausalLM", SHARED_CHOICE, "pp2, layers move"),
     ("DeepseekV2ForCausalLM", {"q_lora_rank": None}, "ep2 x pp2"),
     ("KimiK2ForCausalLM", {}, "tp4"),
     ("Qwen2MoeForCausalLM", {}, "ep2 x pp2"),
@@ -119,10 +138,13 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3NextForCausalLM", {}, "tp2 x pp2"),
     ("Qwen3NextForCausalLM", {}, "ep2"),
     ("Qwen3_5ForCausalLM", HYBRID, "pp2"),
+    ("Qwen3NextForCausalLM", HYBRID, "pp2, layers move"),
+    ("Qwen3NextForCausalLM", HYBRID, "tp2 x pp2, layers move"),
     ("Qwen3_5ForConditionalGeneration", {}, "tp4"),
     ("Qwen3_5MoeForConditionalGeneration", {}, "tp2"),
     ("GptOssForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
     ("GptOssForCausalLM", {"sliding_window": 20}, "ep2"),
+    ("Qwen2ForCausalLM", WINDOWS, "pp2, layers move"),
     ("GptOssForCausalLM", {"sliding_window": 20} | GROUPS, "tp4"),
     ("Llama4ForCausalLM", {"attention_chunk_size": 20}, "tp2 x pp2"),
     ("MiniMaxM2ForCausalLM", {}, "tp4"),
@@ -148,11 +170,14 @@ def alone(model: Path) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture(scope="module", params=["tp2", "pp2", "pp2, in phases", "pp3, uneven"])
+@pytest.fixture(
+    scope="module", params=["tp2", "pp2", "pp2, in phases", "pp2, layers move", "pp3, uneven"]
+)
 def group(model: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    with LLM(str(model), **TIGHT, **WAYS[request.param]) as llm:
+    with restless_layers() as cuts, LLM(str(model), **TIGHT, **WAYS[request.param]) as llm:
         yield llm
         settle(llm)
+        assert bool(cuts) == bool(llm.config.spare_layers)
 
 
 def settle(llm: LLM) -> None:
@@ -250,6 +275,7 @@ def test_families(tmp_path: Path, family: str, over: dict[str, Any], way: str) -
     room = {"num_pages": 150} if windows & config.keys() else {}
     if read_arch(tmp_path).keeps_states:
         room = {"num_snapshots": 20}
-    with LLM(str(tmp_path), **(TIGHT | WAYS[way] | room)) as llm:
+    with restless_layers() as cuts, LLM(str(tmp_path), **(TIGHT | WAYS[way] | room)) as llm:
         compare(llm.generate(list(prompts), list(params)), expected)
         settle(llm)
+        assert not llm.config.spare_layers or len(set(cuts)) > 1
