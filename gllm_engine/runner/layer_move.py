@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 
@@ -43,10 +42,10 @@ class LayerMove:
         self._runner = runner
         self._ranks = ranks
         decoder = runner.decoder
-        held = decoder.shard
-        first, end = list(accumulate(cut, initial=0))[ranks.stage : ranks.stage + 2]
-        self._shard = replace(held, first=first, end=end)
-        coming = [i for i in range(first, end) if not held.first <= i < held.end]
+        first = sum(cut[: ranks.stage])
+        self._layers = range(first, first + cut[ranks.stage])
+        held = range(decoder.shard.first, decoder.shard.end)
+        coming = [i for i in self._layers if i not in held]
         self._arrived: Decoder | None = None
         self._cache: dict[int, LayerCache] = {}  # of the layers that come
         if coming:
@@ -56,7 +55,7 @@ class LayerMove:
         with torch.inference_mode():
             if self._arrived is not None:
                 self._cache = dict(zip(coming, runner.new_cache(self._arrived), strict=True))
-            layers = self._shard.of(decoder.arch)
+            layers = replace(decoder.shard, first=first, end=self._layers[-1] + 1).of(decoder.arch)
             rows = len(runner.states.flat)
             self._states = States(layers, rows, decoder.dtype, decoder.device)
         for i, state in self._states.layers.items():
@@ -68,25 +67,20 @@ class LayerMove:
         """Send and receive what layers have cached. The runner's next step computes them."""
         runner = self._runner
         runner.forget_graphs()
-        old = runner.decoder.shard
-        new = self._shard
-        cache = dict(enumerate(runner.cache, old.first))
         stage = self._ranks.stage
-        for first, end in ((old.first, new.first), (new.end, old.end)):
-            neighbour = stage - 1 if first == old.first else stage + 1
-            for i in range(first, end):
-                for part in cache.pop(i):
-                    self._ranks.send(part, neighbour)
-        for first, end in ((new.first, old.first), (old.end, new.end)):
-            neighbour = stage - 1 if first == new.first else stage + 1
-            for i in range(first, end):
-                for part in self._cache[i]:
-                    self._ranks.receive(part, neighbour)
+        first = self._layers[0]
+        old_first = runner.decoder.shard.first
+        cache = dict(enumerate(runner.cache, old_first))
+        for i in [i for i in cache if i not in self._layers]:
+            for part in cache.pop(i):
+                self._ranks.send(part, stage - 1 if i < first else stage + 1)
+        for i, parts in self._cache.items():
+            for part in parts:
+                self._ranks.receive(part, stage - 1 if i < old_first else stage + 1)
         for i, state in self._states.layers.items():
-            if new.first + i in cache:
-                for part, kept in zip(state, cache[new.first + i], strict=True):
-                    part.copy_(kept)
-                cache[new.first + i] = state
+            for part, kept in zip(state, cache.get(first + i, ()), strict=False):
+                part.copy_(kept)
+            self._cache[first + i] = state
         cache |= self._cache
-        decoder = runner.decoder.with_layers(new.first, new.end, self._arrived)
-        runner.take(decoder, [cache[i] for i in range(new.first, new.end)], self._states)
+        decoder = runner.decoder.with_layers(first, self._layers[-1] + 1, self._arrived)
+        runner.take(decoder, [cache[i] for i in self._layers], self._states)

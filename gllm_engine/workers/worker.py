@@ -225,12 +225,8 @@ class _Worker:
                 self._plans.send_multipart(wire.encode(recorder.spans(self._rank)))
                 continue
             if isinstance(plan, wire.LoadLayers):
-                threading.Thread(
-                    target=self._load_layers,
-                    args=(plan.cut, runner, ranks, launched),
-                    name="layers",
-                    daemon=True,
-                ).start()
+                load = partial(self._load_layers, plan.cut, runner, ranks, launched)
+                threading.Thread(target=load, name="layers", daemon=True).start()
                 continue
             if isinstance(plan, wire.MoveLayers):
                 self._move_layers(runner)
@@ -271,14 +267,9 @@ class _Worker:
         self._move.finish()
         self._move = None
         shard = runner.decoder.shard
-        seconds = time.monotonic() - start
-        log.info(
-            "rank %d: layers %d to %d, moved in %.2f s",
-            self._rank,
-            shard.first,
-            shard.end - 1,
-            seconds,
-        )
+        took = time.monotonic() - start
+        told = f"layers {shard.first} to {shard.end - 1}, moved in {took:.2f} s"
+        log.info("rank %d: %s", self._rank, told)
 
     def _report(
         self,
@@ -288,7 +279,6 @@ class _Worker:
     ) -> None:
         """Wait for each step and tell its result, or its time. A device fault is raised here."""
         socket, _ = self._connect()
-        times = ranks.tensor.rank == 0 and not ranks.reports
         try:
             while True:
                 step = launched.get()
@@ -301,9 +291,9 @@ class _Worker:
                 recorder.add("results", activity.AWAIT_DEVICE, result.step, began, ended)
                 if ranks.reports:
                     socket.send_multipart(wire.encode(result))
-                elif times:
-                    time_of_stage = wire.StageTime(self._rank, result.step, result.seconds)
-                    socket.send_multipart(wire.encode(time_of_stage))
+                elif ranks.tensor.rank == 0:
+                    seconds = wire.StageTime(self._rank, result.step, result.seconds)
+                    socket.send_multipart(wire.encode(seconds))
         except Exception as error:
             self._fail_in_step(error)
 
