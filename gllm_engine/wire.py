@@ -106,7 +106,7 @@ class LoadLayers(Message, frozen=True):
     What an earlier message of this kind has loaded is freed, unless a MoveLayers has followed it.
     """
 
-    cut: tuple[int, ...]  # layers of each stage
+    cut: tuple[int, ...]  # layers of each stage; empty: load nothing
 
 
 class LayersLoaded(Message, frozen=True):

@@ -48,6 +48,9 @@ class LayerMove:
         coming = [i for i in self._layers if i not in held]
         self._arrived: Decoder | None = None
         self._cache: dict[int, LayerCache] = {}  # of the layers that come
+        self._states: States | None = None
+        if self._layers == held:
+            return
         if coming:
             self._arrived = decoder.with_layers(coming[0], coming[-1] + 1)
             fill(self._arrived)
@@ -65,6 +68,8 @@ class LayerMove:
     @torch.inference_mode()
     def finish(self) -> None:
         """Send and receive what layers have cached. The runner's next step computes them."""
+        if self._states is None:
+            return
         runner = self._runner
         runner.forget_graphs()
         stage = self._ranks.stage

@@ -13,6 +13,7 @@ NO_WORK = "no work"  # no sequence is live
 
 # Host of a rank.
 AWAIT_PLAN = "wait for a plan"
+MOVE = "move layers"  # between two steps
 PREPARE = "prepare"  # applies the plan's diff
 LAUNCH = "launch"
 SEND = "send"  # activations to the next stage, after the last launch

@@ -82,7 +82,7 @@ class LayerMoves:
             log.warning("layers do not move any more: %s", problems)
             self._is_over = True
             self._next = None
-            return wire.LoadLayers(self.cut)  # ranks free what they have loaded
+            return wire.LoadLayers(())  # ranks free what they have loaded
         if self._next == self._before:
             self._taken_back.add(self.cut)
         self._before = self.cut

@@ -251,6 +251,8 @@ class _Worker:
     ) -> None:
         """In a thread of its own, while steps go on."""
         self._move = None
+        if not cut:
+            return
         problem = ""
         if runner.device.type == "cuda":
             torch.cuda.set_device(runner.device)
@@ -262,6 +264,7 @@ class _Worker:
         launched.put(wire.LayersLoaded(self._rank, cut, problem))
 
     def _move_layers(self, runner: Runner) -> None:
+        runner.recorder.mark(activity.MOVE)
         start = time.monotonic()
         assert self._move is not None
         self._move.finish()
