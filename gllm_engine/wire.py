@@ -95,7 +95,7 @@ class Ready(Message, frozen=True):
 class StageTime(Message, frozen=True):
     """Worker -> engine: what a step took on a stage that sends no result."""
 
-    rank: int
+    stage: int
     step: int
     seconds: float
 
@@ -113,7 +113,6 @@ class LayersLoaded(Message, frozen=True):
     """Worker -> engine: the answer to LoadLayers."""
 
     rank: int
-    cut: tuple[int, ...]
     problem: str  # empty: none
 
 

@@ -56,6 +56,10 @@ from gllm_engine.config import settle
             '{"model": ".", "tensor_parallel_size": 2, "nnodes": 2, "master_addr": "10.0.0.1"}',
             "cluster_key_file: it is needed with nnodes=2",
         ),
+        (
+            '{"model": ".", "spare_layers": 2}',
+            "spare_layers: 2 is for layers that move between stages, and there is one stage",
+        ),
         *(
             (
                 f'{{"model": ".", "master_addr": "{address}"}}',

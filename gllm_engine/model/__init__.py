@@ -6,12 +6,13 @@ from gllm_engine.arch import LoadError
 from gllm_engine.layers import Attend, ForwardContext, Residual
 from gllm_engine.model.decoder import Decoder, LayerCache
 from gllm_engine.model.kernels import KernelUse, kernels_of
-from gllm_engine.model.load import fill_randomly, filling, open_checkpoint
+from gllm_engine.model.load import Checkpoint, fill_randomly, filling, open_checkpoint
 from gllm_engine.model.states import States, bytes_of_states
 from gllm_engine.ops import best_device
 
 __all__ = [
     "Attend",
+    "Checkpoint",
     "Decoder",
     "ForwardContext",
     "KernelUse",

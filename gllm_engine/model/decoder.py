@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import count, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -236,7 +236,7 @@ class Decoder:
         self._max_model_len = max_model_len
         self.groups = cache_groups(arch, max_model_len)
         self._reduce = ResidualReducer(arch.dim, self._platform)
-        self._blocks: list[PreNormBlock] = []
+        self._ropes: dict[Rope, RopeTable] = {}
         self._vocabulary: dict[str, VocabularyMatrix] = {}
         self._positions: Tensor | None = None  # a row for each position
         # Only the last stage computes it.
@@ -258,7 +258,7 @@ class Decoder:
         return decoder
 
     def _hold(self, shard: Shard, blocks: dict[int, PreNormBlock]) -> None:
-        """Have the layers of `shard`. `blocks`: those that exist, by the number of the layer."""
+        """Take the layers of `shard`. `blocks`: those that exist, by the number of the layer."""
         arch = self.arch
         self.shard = shard
         self.layers = shard.of(arch)
@@ -268,15 +268,13 @@ class Decoder:
             next((n for n, group in enumerate(self.groups) if i in group.layers), _NO_GROUP)
             for i in range(shard.first, shard.end)
         ]
-        self._blocks = []
-        for i, layer in enumerate(self.layers, shard.first):
-            group = self._group_of[i - shard.first]
-            make = _BLOCKS[layer.place]
-            self._blocks.append(
-                blocks.get(i) or make(layer, group, arch, self._platform, self._reduce)
-            )
-        for block, after in zip_longest(self._blocks, self._blocks[1:]):
-            block.next_norm = None if after is None else after.first_norm
+        self._blocks = [
+            blocks.get(i) or _BLOCKS[layer.place](layer, group, arch, self._platform, self._reduce)
+            for i, layer, group in zip(count(shard.first), self.layers, self._group_of)
+        ]
+        for block, after in pairwise(self._blocks):
+            block.next_norm = after.first_norm
+        self._blocks[-1].next_norm = None
         held = shard.weights(arch).keys()
         self._vocabulary = {
             name: self._vocabulary.get(name) or self._new_matrix(name)
@@ -288,7 +286,10 @@ class Decoder:
         elif self._positions is None:
             self._positions = self._platform.empty(arch.positions, arch.dim)
         ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.mixer.ropes)
-        self._ropes = {rope: RopeTable(rope, self._max_model_len, self.device) for rope in ropes}
+        self._ropes = {
+            rope: self._ropes.get(rope) or RopeTable(rope, self._max_model_len, self.device)
+            for rope in ropes
+        }
         # The first of the layers that share a plan.
         self._planned: dict[PlanKey, int] = {}
         for i, block in enumerate(self._blocks):
@@ -375,16 +376,25 @@ class Decoder:
     def _distinct_buffers(self) -> set[_Buffer]:
         return {buffer for buffers in self._buffers() for buffer in buffers}
 
+    def layers_of_all_stages(self) -> tuple[Layer, ...]:
+        """The layers of the model, each as this rank would hold it."""
+        return replace(self.shard, first=0, end=len(self.arch.layers)).of(self.arch)
+
     def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
-        """Compile the kernels for attention over such a cache, unless they are compiled already."""
-        cache = self.new_cache(1, page_size, dtype)
-        kinds = []
-        for (_, shape), i in self._planned.items():
+        """Compile the kernels for attention over such a cache, unless they are compiled already.
+
+        Those of the other stages' layers too, because layers may move.
+        """
+        kinds = {}
+        for layer in self.layers_of_all_stages():
+            shape = layer.mixer.attention
             if isinstance(shape, AttentionShape) and shape.chunked:
                 shape = replace(shape, window=None, chunked=False)  # the same kernels
             if not isinstance(shape, RecurrentShape):  # which has kernels of our own
-                kinds.append(AttentionLayer(cache[i][0], shape))
-        self.ops.compile_attention(kinds, self.dtype)
+                size = (1, *layer.mixer.cache_shapes(page_size)[0])
+                pages = torch.empty(size, dtype=dtype, device=self.device)
+                kinds[shape, size] = AttentionLayer(pages, shape)
+        self.ops.compile_attention(list(kinds.values()), self.dtype)
 
     def forward(
         self,

@@ -57,7 +57,7 @@ def fitting_snapshots(config: EngineConfig, decoder: Decoder, num_pages: int) ->
 
 def _snapshots_per_page(config: EngineConfig, decoder: Decoder) -> float:
     """The ratio is that of the whole model, because a rank may have no K and V, or no states."""
-    whole = replace(decoder.shard, first=0, end=len(decoder.arch.layers)).of(decoder.arch)
+    whole = decoder.layers_of_all_stages()
     itemsize = cache_dtype(config, decoder).itemsize
     page_bytes = replace(decoder.arch, layers=whole).kv_bytes_per_token(itemsize) * config.page_size
     state_bytes = bytes_of_states(whole, decoder.dtype)
@@ -100,12 +100,14 @@ def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_by
     spare = config.spare_layers
     copies = 2 if spare else 1  # a move of layers copies all states
     states = copies * states_bytes(config, decoder)
+    if spare:
+        # One more, for what is in memory for a while as a layer is loaded.
+        states += (spare + 1) * decoder.largest_layer_bytes
     usable = int(memory.total * config.gpu_memory_utilization)
     free = usable - memory.used - memory.step - states
-    free -= spare * decoder.largest_layer_bytes
     _log.info(
-        "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for states of sequences, "
-        "%.1f for the KV cache, of %.1f",
+        "GPU memory in GiB: %.1f in use, %.1f for a step, %.1f for states of sequences and spare "
+        "layers, %.1f for the KV cache, of %.1f",
         memory.used / _GIB,
         memory.step / _GIB,
         states / _GIB,
@@ -123,14 +125,16 @@ def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_by
             f"gpu_memory_utilization: {config.gpu_memory_utilization} of "
             f"{memory.total / _GIB:.1f} GiB leaves no room for a KV cache: "
             f"{memory.used / _GIB:.1f} are in use, a step takes {memory.step / _GIB:.1f}, and the "
-            f"states of {config.max_num_seqs} sequences (max_num_seqs) {states / _GIB:.1f}"
+            f"states of {config.max_num_seqs} sequences (max_num_seqs) {states / _GIB:.1f}, "
+            f"{spare} spare_layers among them"
         )
     return free // page_bytes
 
 
 def _largest_page_bytes(config: EngineConfig, decoder: Decoder) -> int:
-    """Bytes of a page in the largest layer of this rank."""
-    shapes = [layer.mixer.cache_shapes(config.page_size) for layer in decoder.layers]
+    """Bytes of a page in the largest layer."""
+    layers = decoder.layers_of_all_stages()
+    shapes = [layer.mixer.cache_shapes(config.page_size) for layer in layers]
     numbers = max(sum(map(prod, parts)) for parts in shapes)
     return numbers * cache_dtype(config, decoder).itemsize
 

@@ -3,18 +3,17 @@
 A move has two parts. Steps go on during the first; the second lies between the same two steps on
 all ranks, so each token is computed by the layers of all stages once:
 
-    stage 0    0 .. 32 | step 7 | step 8 | sends K, V and states of 32 |     0 .. 31 | step 9 |
-    stage 1    33 .. 63 | step 7 | step 8 | receives them | captures graphs | 32 .. 63 | step 9 |
-                         load the weights of 32 ....... |
+    stage 0    0 .. 32 | step 7 | step 8 | sends K, V and states of 32 | graphs | 0 .. 31 | step 9 |
+    stage 1    33 .. 63 | step 7 | step 8 | receives them | graphs |     32 .. 63 | step 9 |
+                     load the weights of 32 |
 
 The pages of a layer keep their numbers, so neither the scheduler nor the slot table knows of a
-move. A layer that has come has pages of its own, although layers of different cache groups may
-share memory: memory that is shared cannot be replaced as a whole.
+move. It is for models with one cache group: the layers of several groups share memory, which could
+not be replaced as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -27,18 +26,14 @@ from gllm_engine.runner.runner import Runner
 class LayerMove:
     """The layers that this rank is to have, in memory beside those that it has."""
 
-    def __init__(
-        self,
-        runner: Runner,
-        ranks: RankGroups,
-        cut: tuple[int, ...],
-        fill: Callable[[Decoder], None],
-    ) -> None:
+    def __init__(self, runner: Runner, ranks: RankGroups, cut: tuple[int, ...]) -> None:
         """Load the layers that come. The runner may run steps meanwhile, in another thread.
 
-        `cut`: layers of each stage; of two neighbouring stages other numbers than now. `fill`:
-        loads a decoder's weights. Raises its errors, and torch.OutOfMemoryError.
+        `cut`: layers of each stage; of two neighbouring stages other numbers than now. Raises
+        LoadError, or torch.OutOfMemoryError.
         """
+        if runner.device.type == "cuda":
+            torch.cuda.set_device(runner.device)
         self._runner = runner
         self._ranks = ranks
         decoder = runner.decoder
@@ -53,8 +48,7 @@ class LayerMove:
             return
         if coming:
             self._arrived = decoder.with_layers(coming[0], coming[-1] + 1)
-            fill(self._arrived)
-            runner.compile_kernels(self._arrived)
+            runner.fill(self._arrived)
         with torch.inference_mode():
             if self._arrived is not None:
                 self._cache = dict(zip(coming, runner.new_cache(self._arrived), strict=True))

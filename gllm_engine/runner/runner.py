@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,8 +87,10 @@ class RunnerStep:
 class Runner:
     """`num_pages`: pages of the KV cache that the scheduler may use, the spare page not included.
 
-    `took`: seconds of each part of the start.
+    `took`: seconds of each part of the start. `fill`: loads layers that come later, if any may.
     """
+
+    fill: Callable[[Decoder], None]
 
     @torch.inference_mode()
     def __init__(
@@ -116,7 +118,7 @@ class Runner:
         max_len = config.max_model_len or arch.max_len
         max_pages = -(-max_len // config.page_size)
         with self._timed("kernels"):
-            self.compile_kernels(decoder)
+            decoder.compile_kernels(config.page_size, cache_dtype(config, decoder))
         with self._timed("memory"):
             memory = partial(measured_memory, config, decoder, max_pages) if on_gpu else None
             fitting = fitting_pages(config, decoder, memory)
@@ -153,10 +155,6 @@ class Runner:
                 for plan in tiny_plans(rows, tokens, room, config.page_size, groups):
                     self.launch(plan).wait()
 
-    def compile_kernels(self, decoder: Decoder) -> None:
-        """Compile the kernels that the layers of `decoder` need over the runner's cache."""
-        decoder.compile_kernels(self._config.page_size, cache_dtype(self._config, decoder))
-
     def new_cache(self, decoder: Decoder, states: States | None = None) -> list[LayerCache]:
         """A cache with as many pages as the runner's, for the layers of `decoder`."""
         config = self._config
@@ -165,9 +163,11 @@ class Runner:
 
     def forget_graphs(self) -> None:
         """Wait for the device and free the CUDA graphs, which know the layers' memory."""
+        self._timers.current = None  # what captures compute is no part of a step
+        self._graphs = self._pieces = None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._graphs = self._pieces = None
+            torch.cuda.empty_cache()
 
     def take(self, decoder: Decoder, cache: list[LayerCache], states: States) -> None:
         """Compute other layers from the next step on, after `forget_graphs`."""
@@ -175,6 +175,7 @@ class Runner:
         self.cache = cache
         self.states = states
         self._capture()
+        self.is_alive()  # waits for the device
 
     def _capture(self) -> None:
         config = self._config

@@ -26,7 +26,7 @@ from gllm_engine.timeline.intervals import Interval, Times, length, minus, overl
 from gllm_engine.types import Span
 
 _ENGINE_WORKS = {activity.PLAN, activity.DISPATCH, activity.COMMIT, activity.BETWEEN_STEPS}
-_RANK_WORKS = {activity.PREPARE, activity.LAUNCH, activity.SAMPLE, activity.SEND}
+_RANK_WORKS = {activity.MOVE, activity.PREPARE, activity.LAUNCH, activity.SAMPLE, activity.SEND}
 _LAUNCHES = {activity.LAUNCH, activity.SAMPLE}
 _COMPUTES = {activity.COMPUTE, activity.SAMPLE}
 

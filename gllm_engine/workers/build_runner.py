@@ -8,21 +8,47 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-from gllm_engine.arch import Model, Shard, read_arch
+from gllm_engine.arch import Model, Shard, cache_groups
 from gllm_engine.arch.formats import Fp8, Rounded, stored_kind
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.files import read_object
-from gllm_engine.model import Decoder, best_device, fill_randomly, filling, open_checkpoint
+from gllm_engine.model import (
+    Checkpoint,
+    Decoder,
+    best_device,
+    fill_randomly,
+    filling,
+    open_checkpoint,
+)
 from gllm_engine.parallel import ALONE, RankGroups, TensorParallel
 from gllm_engine.runner import RecordedRanks, Runner, StepTimers, measure_partition
 from gllm_engine.timeline import OFF, NoRecorder
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Filler:
+    """Loads layers that come later. `files`: the checkpoint's stay open, so that new ones in their
+    place are not mixed with them.
+    """
+
+    checkpoint: Checkpoint | None
+    files: ExitStack
+
+    def __call__(self, decoder: Decoder) -> None:
+        if self.checkpoint is None:
+            fill_randomly(decoder)
+            return
+        with filling(decoder, self.checkpoint, shows=False):
+            return
+
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,22 +94,13 @@ def load_runner(
         with nullcontext() if checkpoint is None else filling(decoder, checkpoint, shows):
             runner = Runner(config, arch, decoder, ranks, timers)
             done = time.perf_counter()
+        if config.spare_layers:
+            runner.fill = _Filler(checkpoint, opened.pop_all())
     end = time.perf_counter()
     parts = {"decoder": made - start, **runner.took, "rest of the weights": end - done}
     told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
     log.info("the model is ready in %.1f s: %s", end - start, told)
     return runner
-
-
-def fill_layers(config: EngineConfig, decoder: Decoder) -> None:
-    """Load the weights of a decoder as `load_runner` does. Raises LoadError."""
-    if config.load_format == "dummy":
-        fill_randomly(decoder)
-        return
-    path = Path(config.model)
-    with open_checkpoint(read_arch(path), path) as checkpoint:
-        with filling(decoder, checkpoint, shows=False):
-            pass
 
 
 def _recorded(ranks: TensorParallel, timers: StepTimers) -> TensorParallel:
@@ -119,6 +136,12 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
                 f"assigned_layers: {config.assigned_layers} lets a stage begin with layer {first}: "
                 f"{_where_to_cut(starts)}"
             )
+    groups = cache_groups(arch, config.max_model_len or arch.max_len)
+    if config.spare_layers and len(groups) > 1:
+        raise ConfigError(
+            f"spare_layers: {config.spare_layers} is more than 0, but layers of this model see "
+            "different windows and share memory, so they cannot move"
+        )
     size = config.tensor_parallel_size
     apart = config.enable_expert_parallel
     Shard(0, num_layers, size=size, experts_apart=apart).of(arch)

@@ -33,7 +33,7 @@ from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.types import RankSpans, StepPlan, StepResult
 from gllm_engine.workers import channel
-from gllm_engine.workers.layer_moves import LayerMoves
+from gllm_engine.workers.stage_balance import StageBalance
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -53,6 +53,8 @@ _OTHERS_COME_S = 60.0
 _FIRST_COMES_S = 300.0
 # After one rank refuses a step, all others must within this time; they may run earlier steps.
 _AGREE_S = 5.0
+# A move of layers takes less time: the transfer of their caches, and the capture of CUDA graphs.
+_MOVE_S = 120.0
 # Ranks that are asked for their timeline answer within this time, after the plans in flight.
 _SPANS_S = 5.0
 
@@ -99,7 +101,6 @@ class WorkerGroup:
     def __init__(self, config: EngineConfig, arch: Model) -> None:
         self._config = config
         self._per_node = config.num_ranks // config.nnodes
-        self._tp = config.tensor_parallel_size
         self._digest = channel.digest(Path(config.model))
         # rank -> the socket of the worker and its identity on that socket
         self._members: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
@@ -110,6 +111,7 @@ class WorkerGroup:
         self._slowest: dict[int, float] = {}  # by step, seconds of the slowest stage so far
         self._failure: wire.Failed | None = None
         self._error: str | None = None
+        self._moving_until = 0.0  # some ranks may still move layers, on the monotonic clock
         self._doubt_until = 0.0  # until this time, pings check whether members are lost
         self._context = zmq.Context()
         parent = socket_parent(below=len("/gllm-workers-12345678/engine.sock"))
@@ -140,9 +142,10 @@ class WorkerGroup:
             raise
         self.num_pages = min(ready.num_pages for ready in self._ready.values())
         self.num_snapshots = min(ready.num_snapshots for ready in self._ready.values())
-        cut = tuple(self._ready[rank].num_layers for rank in range(0, config.num_ranks, self._tp))
+        firsts = range(0, config.num_ranks, config.tensor_parallel_size)
+        cut = tuple(self._ready[rank].num_layers for rank in firsts)
         runs = [len(run) for run in arch.runs()]
-        self._moves = LayerMoves(cut, runs, config.spare_layers, config.num_ranks)
+        self._balance = StageBalance(cut, runs, config.spare_layers, config.num_ranks)
 
     # ------------------------------------------------------------ as a StepRunner
 
@@ -151,7 +154,9 @@ class WorkerGroup:
         frames = wire.encode(plan)
         with self._in_one_go():
             self.check()
-            if self._config.spare_layers and (message := self._moves.due()):
+            message = self._balance.due()
+            if message is not None:
+                self._moving_until = time.monotonic() + _MOVE_S
                 self._tell_all(wire.encode(message))
             self._tell_all(frames)
         return _GroupStep(self, plan.step)
@@ -175,11 +180,11 @@ class WorkerGroup:
                 raise StepRefused(refused.message)
             self._poller.poll(_TICK_MS)
 
-    def _note_time(self, rank: int, step: int, seconds: float) -> None:
-        """`rank`: of the stage that has taken so long, 0 for a step without computation."""
+    def _note_time(self, stage: int, step: int, seconds: float) -> None:
+        """`seconds`: of the step on a stage; 0 if the step computes nothing."""
         if seconds:
             self._slowest[step] = max(seconds, self._slowest.get(step, 0.0))
-            self._moves.observe(rank // self._tp, seconds)
+            self._balance.observe(stage, seconds)
 
     def _with_slowest(self, result: StepResult) -> StepResult:
         """The result with the time of the slowest stage, which sets the pace."""
@@ -313,16 +318,18 @@ class WorkerGroup:
 
     def _handle(self, socket: zmq.Socket[bytes], identity: bytes, message: msgspec.Struct) -> None:
         if isinstance(message, StepResult):
-            self._note_time(self._config.num_ranks - 1, message.step, message.seconds)
+            last = self._config.pipeline_parallel_size - 1
+            self._note_time(last, message.step, message.seconds)
             self._results.append(message)
         elif isinstance(message, wire.StageTime):
-            self._note_time(message.rank, message.step, message.seconds)
+            self._note_time(message.stage, message.step, message.seconds)
         elif isinstance(message, wire.LayersLoaded):
-            self._moves.note(message)
+            self._balance.loaded(message.rank, message.problem)
         elif isinstance(message, wire.Ready):
             self._ready[self._rank_of(socket, identity)] = message
         elif isinstance(message, wire.StepFailed):
-            refused = _RefusedStep(message.message, time.monotonic() + _AGREE_S, set())
+            until = max(time.monotonic(), self._moving_until) + _AGREE_S
+            refused = _RefusedStep(message.message, until, set())
             self._refused.setdefault(message.step, refused).ranks.add(message.rank)
         elif isinstance(message, RankSpans):
             self._spans[self._rank_of(socket, identity)] = message

@@ -23,7 +23,6 @@ from queue import SimpleQueue
 from typing import NoReturn
 
 import msgspec
-import torch
 import torch.distributed as dist
 import zmq
 
@@ -36,11 +35,14 @@ from gllm_engine.runner import LayerMove, PlanError, Runner, RunnerStep, default
 from gllm_engine.timeline import OFF, NoRecorder, Recorder, activity
 from gllm_engine.types import StepPlan, StepResult
 from gllm_engine.workers import channel
-from gllm_engine.workers.build_runner import device_of, fill_layers, load_runner
+from gllm_engine.workers.build_runner import device_of, load_runner
 
 _REFUSED = 78  # exit status: os.EX_CONFIG
 # A pause before the restart, so that a worker that is always refused causes little load.
 _REFUSED_PAUSE_S = 5.0
+# Seconds that a thread computes before another one may: usually, and while layers are loaded.
+_TURN_S = sys.getswitchinterval()
+_SHORT_TURN_S = 1e-4
 
 log = logging.getLogger("gllm.worker")
 
@@ -193,7 +195,6 @@ class _Worker:
         config: EngineConfig = msgspec.structs.replace(
             assigned.config, model=self._options.model, cpu_threads=threads
         )
-        self._config = config
         device = device_of(config, self._local_rank)
         mesh = Mesh(config.pipeline_parallel_size, config.tensor_parallel_size)
         store: dist.Store
@@ -210,14 +211,13 @@ class _Worker:
         return load_runner(config, arch, device, ranks, recorder), ranks
 
     def _work(self, runner: Runner, ranks: RankGroups) -> NoReturn:
-        launched: SimpleQueue[RunnerStep | wire.LayersLoaded] = SimpleQueue()
+        launched: SimpleQueue[RunnerStep] = SimpleQueue()
         recorder = runner.recorder
-        threading.Thread(
-            target=self._report,
-            args=(launched, ranks, recorder),
-            name="results",
-            daemon=True,
-        ).start()
+        cuts: SimpleQueue[tuple[int, ...]] = SimpleQueue()
+        report = partial(self._report, launched, ranks, recorder)
+        load_layers = partial(self._load_layers, cuts, runner, ranks)
+        for name, work in [("results", report), ("layers", load_layers)]:
+            threading.Thread(target=work, name=name, daemon=True).start()
         while True:
             recorder.mark(activity.AWAIT_PLAN)
             plan = self._receive()
@@ -225,8 +225,7 @@ class _Worker:
                 self._plans.send_multipart(wire.encode(recorder.spans(self._rank)))
                 continue
             if isinstance(plan, wire.LoadLayers):
-                load = partial(self._load_layers, plan.cut, runner, ranks, launched)
-                threading.Thread(target=load, name="layers", daemon=True).start()
+                cuts.put(plan.cut)
                 continue
             if isinstance(plan, wire.MoveLayers):
                 self._move_layers(runner)
@@ -243,25 +242,23 @@ class _Worker:
                 self._fail_in_step(error)
 
     def _load_layers(
-        self,
-        cut: tuple[int, ...],
-        runner: Runner,
-        ranks: RankGroups,
-        launched: SimpleQueue[RunnerStep | wire.LayersLoaded],
-    ) -> None:
-        """In a thread of its own, while steps go on."""
-        self._move = None
-        if not cut:
-            return
-        problem = ""
-        if runner.device.type == "cuda":
-            torch.cuda.set_device(runner.device)
-        try:
-            self._move = LayerMove(runner, ranks, cut, partial(fill_layers, self._config))
-        except Exception as error:  # no memory, or a checkpoint that has changed
-            log.exception("layers cannot be loaded")
-            problem = _in_a_line(error)
-        launched.put(wire.LayersLoaded(self._rank, cut, problem))
+        self, cuts: SimpleQueue[tuple[int, ...]], runner: Runner, ranks: RankGroups
+    ) -> NoReturn:
+        """Load the layers that come with each of `cuts`, while the main thread launches steps."""
+        socket, _ = self._connect()
+        while True:
+            cut = cuts.get()
+            self._move = None
+            problem = ""
+            # The main thread must not wait long for its turn between two launches.
+            sys.setswitchinterval(_SHORT_TURN_S)
+            try:
+                self._move = LayerMove(runner, ranks, cut) if cut else None
+            except Exception as error:  # no memory, or a file that cannot be read
+                log.exception("layers cannot be loaded")
+                problem = _in_a_line(error)
+            sys.setswitchinterval(_TURN_S)
+            socket.send_multipart(wire.encode(wire.LayersLoaded(self._rank, problem)))
 
     def _move_layers(self, runner: Runner) -> None:
         runner.recorder.mark(activity.MOVE)
@@ -275,19 +272,13 @@ class _Worker:
         log.info("rank %d: %s", self._rank, told)
 
     def _report(
-        self,
-        launched: SimpleQueue[RunnerStep | wire.LayersLoaded],
-        ranks: RankGroups,
-        recorder: NoRecorder,
+        self, launched: SimpleQueue[RunnerStep], ranks: RankGroups, recorder: NoRecorder
     ) -> None:
         """Wait for each step and tell its result, or its time. A device fault is raised here."""
         socket, _ = self._connect()
         try:
             while True:
                 step = launched.get()
-                if isinstance(step, wire.LayersLoaded):
-                    socket.send_multipart(wire.encode(step))
-                    continue
                 began = time.monotonic_ns()
                 result: StepResult = step.wait()
                 ended = time.monotonic_ns()
@@ -295,7 +286,7 @@ class _Worker:
                 if ranks.reports:
                     socket.send_multipart(wire.encode(result))
                 elif ranks.tensor.rank == 0:
-                    seconds = wire.StageTime(self._rank, result.step, result.seconds)
+                    seconds = wire.StageTime(ranks.stage, result.step, result.seconds)
                     socket.send_multipart(wire.encode(seconds))
         except Exception as error:
             self._fail_in_step(error)

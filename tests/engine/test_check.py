@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], str]] = {
         write_longer_sharing, {"pipeline_parallel_size": 2, "assigned_layers": "1,3"},
         "lets a stage begin with layer 1: layers that attend to the tokens that an earlier layer "
         "has chosen must be in its stage, so a stage can only begin with layer 0, 2",
+    ),
+    "windows": (
+        partial(write_tiny_model, family="Gemma2ForCausalLM"),
+        {"pipeline_parallel_size": 2, "spare_layers": 1},
+        "spare_layers: 1 is more than 0, but layers of this model see different windows",
     ),
     "length": (nothing, {"max_model_len": 10**6}, "max_model_len: 1000000 is more than"),
 }  # fmt: skip

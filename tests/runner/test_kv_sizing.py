@@ -207,6 +207,26 @@ def test_memory_in_use_is_not_left_free_once_more(monkeypatch: pytest.MonkeyPatc
     assert measured_memory(EngineConfig(model="/"), decoder, 4) == GpuMemory(1000, 400, 60)
 
 
+def test_spare_layers_have_memory_for_weights_pages_and_states() -> None:
+    arch, device = make_arch(tiny_config("Qwen3NextForCausalLM")), torch.device("cpu")
+    shard = Shard(0, 1)  # has states only; the layer that may come has pages
+    decoder = Decoder(arch, dtype=torch.float32, device=device, max_model_len=64, shard=shard)
+    layer = sum(size for name, size in decoder.weight_bytes().items() if "layers.0." in name)
+    page = 16 * arch.kv_bytes_per_token(4)
+    ids = 16 * 8  # of the tokens in a page
+    config = EngineConfig(
+        model="/", max_num_seqs=3, num_snapshots=5, pipeline_parallel_size=2, spare_layers=0
+    )
+    memory = GpuMemory(1 << 28, 1000, 2000)
+    free = int(0.9 * (1 << 28)) - 3000
+    states = (5 + 3 + 1) * decoder.state_bytes
+    assert decoder.page_bytes(16, torch.float32) == 0 and states > 0
+    assert fitting_pages(config, decoder, lambda: memory) == (free - states) // ids
+    config = replace(config, spare_layers=2)
+    room = free - 2 * states - 3 * layer
+    assert fitting_pages(config, decoder, lambda: memory) == room // (ids + 2 * page)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", KEPT)
 def test_a_second_trial_finds_the_same_memory(family: str) -> None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from gllm_engine.workers import layer_moves
-from gllm_engine.workers.layer_moves import LayerMoves
+from gllm_engine.workers import stage_balance
+from gllm_engine.workers.stage_balance import StageBalance
 
 
 @contextmanager
@@ -16,19 +16,27 @@ def restless_layers(most: int | None = None) -> Iterator[list[tuple[int, ...]]]:
     """Yields the cuts that pipelines with spare layers leave meanwhile, `most` of them."""
     cuts: list[tuple[int, ...]] = []
 
-    def to_and_fro(moves: LayerMoves) -> tuple[int, ...] | None:
-        if len(cuts) == most:
+    def to_and_fro(balance: StageBalance) -> tuple[int, ...] | None:
+        """Each boundary in turn, one run of layers to the left and back."""
+        if len(cuts) == most or balance._limits == list(balance.cut):
             return None
-        cut = moves.cut
+        cut = balance.cut
         cuts.append(cut)
-        if len(cuts) > 1 and cut != cuts[-2]:
-            return cuts[-2]
-        at = moves._starts.index(cut[0])
-        end = moves._starts[at - 1] or moves._starts[at + 1]
-        return (end, cut[0] + cut[1] - end, *cut[2:])
+        if cut != cuts[0]:
+            return cuts[0]
+        stage = len(cuts) // 2 % (len(cut) - 1)
+        end = sum(cut[: stage + 1])
+        at = balance._starts.index(end)
+        moved = end - balance._starts[at - 1]
+        if moved == cut[stage]:
+            moved = end - balance._starts[at + 1]
+        numbers = list(cut)
+        numbers[stage] -= moved
+        numbers[stage + 1] += moved
+        return tuple(numbers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_moves, "WINDOW_S", 0.0)
-        patch.setattr(layer_moves, "LEAST_STEPS", 1)
-        patch.setattr(LayerMoves, "_better_cut", to_and_fro)
+        patch.setattr(stage_balance, "WINDOW_S", 0.0)
+        patch.setattr(stage_balance, "LEAST_STEPS", 1)
+        patch.setattr(StageBalance, "_better_cut", to_and_fro)
         yield cuts

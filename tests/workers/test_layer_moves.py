@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ from moving import restless_layers
 from traced import SOON_S, WAIT_S
 
 from gllm_engine import LLM, EngineBroken, SamplingParams, wire, write_tiny_model
-from gllm_engine.workers import layer_moves
-from gllm_engine.workers.layer_moves import LEAST_STEPS, WINDOW_S, LayerMoves
+from gllm_engine.workers import stage_balance
+from gllm_engine.workers.stage_balance import LEAST_STEPS, WINDOW_S, StageBalance
 
+NUM_LAYERS = 6
 SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 512, "num_pages": 400}
 PIPE = SMALL | {"pipeline_parallel_size": 2, "spare_layers": 2}
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
@@ -27,7 +29,7 @@ PROMPTS = [[3, 4, 5], [6, 7, 8, 9]]
 
 
 class Pipeline:
-    """Stages whose layers take `costs`, the last stage `tail` more, and their LayerMoves."""
+    """Stages whose layers take `costs`, the last stage `tail` more, and their StageBalance."""
 
     def __init__(
         self,
@@ -37,48 +39,44 @@ class Pipeline:
         spare: int = 64,
         runs: list[int] | None = None,
     ) -> None:
-        self.now = 0.0
         self.costs = costs
         self.tail = tail
         self.ranks = len(cut)
         runs = runs or [1 for _ in costs]
-        self.moves = LayerMoves(cut, runs, spare, len(cut), lambda: self.now)
+        self.balance = StageBalance(cut, runs, spare, len(cut))
 
     def times(self) -> list[float]:
         found = []
         first = 0
-        for number in self.moves.cut:
+        for number in self.balance.cut:
             found.append(sum(self.costs[first : first + number]))
             first += number
         found[-1] += self.tail
         return found
 
     def serve(self, seconds: float = 1.01 * WINDOW_S, steps: int = LEAST_STEPS) -> list[Any]:
-        """Steps until `seconds` have passed; returns the messages to the ranks."""
+        """The slowest stage computes for `seconds`. Returns the messages to the ranks."""
         told = []
         for _ in range(steps):
-            self.now += seconds / steps
-            for stage, took in enumerate(self.times()):
-                self.moves.observe(stage, took)
-            told += [message for message in [self.moves.due()] if message is not None]
+            times = self.times()
+            for stage, took in enumerate(times):
+                self.balance.observe(stage, took / max(times) * seconds / steps)
+            told += [message for message in [self.balance.due()] if message is not None]
         return told
 
     def answer(self, problem: str = "") -> None:
         for rank in range(self.ranks):
-            cut = self.moves._next
-            assert cut is not None
-            self.moves.note(wire.LayersLoaded(rank, cut, problem if rank == 1 else ""))
+            self.balance.loaded(rank, problem if rank == 1 else "")
 
 
 def test_a_layer_moves_once_all_ranks_have_loaded_it() -> None:
     pipeline = Pipeline((5, 3), [1.0] * 8)
     assert pipeline.serve() == [wire.LoadLayers((4, 4))]
     assert pipeline.serve() == []
-    pipeline.moves.note(wire.LayersLoaded(0, (4, 4), ""))
-    pipeline.moves.note(wire.LayersLoaded(1, (3, 5), ""))  # the answer to an earlier message
-    assert pipeline.serve() == [] and pipeline.moves.cut == (5, 3)
-    pipeline.moves.note(wire.LayersLoaded(1, (4, 4), ""))
-    assert pipeline.serve(steps=1) == [wire.MoveLayers()] and pipeline.moves.cut == (4, 4)
+    pipeline.balance.loaded(0, "")
+    assert pipeline.serve() == [] and pipeline.balance.cut == (5, 3)
+    pipeline.balance.loaded(1, "")
+    assert pipeline.serve(steps=1) == [wire.MoveLayers()] and pipeline.balance.cut == (4, 4)
     assert pipeline.serve() == []
 
 
@@ -90,6 +88,7 @@ def test_a_layer_moves_once_all_ranks_have_loaded_it() -> None:
         ((3, 5), [1.0] * 8, 0.0, 9, None, (4, 4)),
         ((5, 3), [1.0] * 8, 0.0, 0, None, None),  # no memory for it
         ((1, 1), [9.0, 1.0], 0.0, 9, None, None),  # a stage keeps a layer
+        ((8, 4), [1.0] * 12, 6.0, 9, None, (9, 3)),  # what the last stage does beside its layers
         ((3, 3, 2), [1.0] * 8, 4.1, 9, None, (3, 4, 1)),  # where the difference is greatest
         ((6, 3), [1.0] * 9, 0.0, 9, [3, 3, 3], None),  # three layers move together, or none
         ((9, 3), [1.0] * 12, 0.0, 9, [3, 3, 3, 3], (6, 6)),
@@ -118,7 +117,7 @@ def test_a_rank_that_cannot_load_ends_all_moves() -> None:
     assert pipeline.serve() == [wire.LoadLayers((5, 3))]
     pipeline.answer("OutOfMemoryError: no room")
     assert pipeline.serve() == [wire.LoadLayers(())]  # what is loaded is freed
-    assert pipeline.serve() == [] and pipeline.moves.cut == (6, 2)
+    assert pipeline.serve() == [] and pipeline.balance.cut == (6, 2)
 
 
 @given(st.data())
@@ -139,10 +138,20 @@ def test_moves_end_where_no_move_helps(data: st.DataObject) -> None:
             break
         pipeline.answer()
         assert pipeline.serve(steps=1) == [wire.MoveLayers()]
-        assert sum(pipeline.moves.cut) == len(costs) and min(pipeline.moves.cut) > 0
+        assert sum(pipeline.balance.cut) == len(costs) and min(pipeline.balance.cut) > 0
     else:
-        pytest.fail(f"layers move for ever: {pipeline.moves.cut}")
+        pytest.fail(f"layers move for ever: {pipeline.balance.cut}")
     assert not is_even or max(pipeline.times()) <= worst + 1e-9
+
+
+def test_a_cut_that_was_left_may_be_right_again() -> None:
+    pipeline = Pipeline((6, 6), [1.0] * 12)
+    for tail, cut in [(3.0, (7, 5)), (0.0, (6, 6)), (3.0, (7, 5)), (0.0, (6, 6))]:
+        assert pipeline.serve() == []
+        pipeline.tail = tail
+        assert pipeline.serve() == [wire.LoadLayers(cut)]
+        pipeline.answer()
+        assert pipeline.serve(steps=1) == [wire.MoveLayers()]
 
 
 def test_a_layer_that_takes_too_long_comes_back_for_good() -> None:
@@ -153,7 +162,7 @@ def test_a_layer_that_takes_too_long_comes_back_for_good() -> None:
     assert pipeline.serve() == [wire.LoadLayers((3, 2))]
     pipeline.answer()
     assert pipeline.serve(steps=1) == [wire.MoveLayers()]
-    assert pipeline.serve() == [] and pipeline.moves.cut == (3, 2)
+    assert pipeline.serve() == [] and pipeline.balance.cut == (3, 2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,7 +174,7 @@ def quick_starts() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("qwen3")
-    return write_tiny_model(path, "Qwen3ForCausalLM", seed=3, num_hidden_layers=6)
+    return write_tiny_model(path, "Qwen3ForCausalLM", seed=3, num_hidden_layers=NUM_LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +189,9 @@ def tokens(llm: LLM) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in found]
 
 
-def moves_of(llm: LLM) -> LayerMoves:
-    found = llm.engine._runner._moves  # type: ignore[attr-defined]
-    assert isinstance(found, LayerMoves)
+def balance_of(llm: LLM) -> StageBalance:
+    found = llm.engine._runner._balance  # type: ignore[attr-defined]
+    assert isinstance(found, StageBalance)
     return found
 
 
@@ -196,34 +205,60 @@ def serve_until(llm: LLM, expected: list[list[int]], done: Callable[[], bool]) -
 def test_a_bad_cut_gets_better(
     model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observe = LayerMoves.observe
+    observe = StageBalance.observe
     stages = set()
 
-    def observe_layers(moves: LayerMoves, stage: int, seconds: float) -> None:
+    def observe_layers(balance: StageBalance, stage: int, seconds: float) -> None:
         """On a busy machine seconds tell little of layers."""
         assert seconds > 0
         stages.add(stage)
-        observe(moves, stage, moves.cut[stage] / 1000)
+        observe(balance, stage, balance.cut[stage] / 1000)
 
-    monkeypatch.setattr(LayerMoves, "observe", observe_layers)
-    monkeypatch.setattr(layer_moves, "WINDOW_S", 0.0)
+    monkeypatch.setattr(StageBalance, "observe", observe_layers)
+    monkeypatch.setattr(stage_balance, "WINDOW_S", 0.0)
     with LLM(str(model), assigned_layers="5,1", **PIPE) as llm:
-        moves = moves_of(llm)
-        assert moves.cut == (5, 1)
-        serve_until(llm, expected, lambda: moves.cut == (3, 3))
+        balance = balance_of(llm)
+        assert balance.cut == (5, 1)
+        serve_until(llm, expected, lambda: balance.cut == (3, 3))
         assert tokens(llm) == expected
-        assert moves.cut == (3, 3) and stages == {0, 1}
+        assert balance.cut == (3, 3) and stages == {0, 1}
         llm.engine.check_integrity()
 
 
 def test_without_spare_layers_none_move(
     model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_moves, "WINDOW_S", 0.0)
+    monkeypatch.setattr(stage_balance, "WINDOW_S", 0.0)
     config = PIPE | {"spare_layers": 0, "assigned_layers": "5,1"}
     with LLM(str(model), **config) as llm:
         assert tokens(llm) == expected
-        assert moves_of(llm).cut == (5, 1) and moves_of(llm)._next is None
+        assert balance_of(llm).cut == (5, 1) and balance_of(llm)._next is None
+
+
+def test_a_new_checkpoint_in_place_of_the_old_one_is_not_mixed_with_it(
+    model: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    other = write_tiny_model(
+        tmp_path / "other", "Qwen3ForCausalLM", seed=4, num_hidden_layers=NUM_LAYERS
+    )
+    with restless_layers() as cuts, LLM(str(copy), **PIPE) as llm:
+        (other / "model.safetensors").rename(copy / "model.safetensors")
+        assert tokens(llm) == expected and len(set(cuts)) == 2
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_the_cache_moves_as_it_is(model: Path, dtype: str) -> None:
+    """Later turns are computed from what earlier ones have left in the cache."""
+    turns = []
+    for config in (SMALL, PIPE):
+        with restless_layers() as cuts, LLM(str(model), **config, kv_cache_dtype=dtype) as llm:
+            first = tokens(llm)
+            again = llm.generate([PROMPTS[0] + first[0]], LONG)
+            turns.append((first, again[0].outputs[0].token_ids))
+            assert again[0].num_cached_tokens >= len(first[0]) - 16
+            assert len(set(cuts)) == 2 * bool(llm.config.spare_layers)
+    assert turns[0] == turns[1]
 
 
 def test_layers_that_cannot_be_loaded_stay(
@@ -233,12 +268,12 @@ def test_layers_that_cannot_be_loaded_stay(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(layer_moves, "WINDOW_S", 0.0)
+    monkeypatch.setattr(stage_balance, "WINDOW_S", 0.0)
     copy = shutil.copytree(model, tmp_path / "model")
     with caplog.at_level(logging.WARNING), LLM(str(copy), assigned_layers="5,1", **PIPE) as llm:
-        (copy / "model.safetensors").unlink()
-        serve_until(llm, expected, lambda: moves_of(llm)._is_over)
-        assert moves_of(llm).cut == (5, 1) and tokens(llm) == expected
+        os.truncate(copy / "model.safetensors", 9000)
+        serve_until(llm, expected, lambda: balance_of(llm)._limits == [5, 1])
+        assert balance_of(llm).cut == (5, 1) and tokens(llm) == expected
     assert "layers do not move any more" in caplog.text and "model.safetensors" in caplog.text
 
 
@@ -247,17 +282,17 @@ def test_a_rank_that_dies_in_the_middle_of_a_move_is_missed(
 ) -> None:
     with restless_layers(), LLM(str(model), **PIPE) as llm:
         assert tokens(llm) == expected
-        due = LayerMoves.due
+        due = StageBalance.due
         died: list[float] = []
 
-        def die(moves: LayerMoves) -> Any:
-            message = due(moves)
+        def die(balance: StageBalance) -> Any:
+            message = due(balance)
             if isinstance(message, wire.MoveLayers) and not died:
                 llm.engine._runner._children[1].kill()  # type: ignore[attr-defined]
                 died.append(time.monotonic())
             return message
 
-        monkeypatch.setattr(LayerMoves, "due", die)
+        monkeypatch.setattr(StageBalance, "due", die)
         with pytest.raises(EngineBroken, match=r"worker 1 \(node 0\) is lost"):
             tokens(llm)
         assert time.monotonic() - died[0] < SOON_S

@@ -144,7 +144,6 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3_5MoeForConditionalGeneration", {}, "tp2"),
     ("GptOssForCausalLM", {"sliding_window": 20}, "tp2 x pp2"),
     ("GptOssForCausalLM", {"sliding_window": 20}, "ep2"),
-    ("Qwen2ForCausalLM", WINDOWS, "pp2, layers move"),
     ("GptOssForCausalLM", {"sliding_window": 20} | GROUPS, "tp4"),
     ("Llama4ForCausalLM", {"attention_chunk_size": 20}, "tp2 x pp2"),
     ("MiniMaxM2ForCausalLM", {}, "tp4"),
@@ -177,7 +176,7 @@ def group(model: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     with restless_layers() as cuts, LLM(str(model), **TIGHT, **WAYS[request.param]) as llm:
         yield llm
         settle(llm)
-        assert bool(cuts) == bool(llm.config.spare_layers)
+        assert len(set(cuts)) == 2 * bool(llm.config.spare_layers)
 
 
 def settle(llm: LLM) -> None:
