@@ -45,8 +45,8 @@ _IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: one address per line, fir
 class RankGroups:
     """This rank's communicators: `tensor` to the ranks of its stage, `pipe` to other stages.
 
-    `leads_node`: whether this is the first rank of its node. `neighbours`: the groups with the
-    ranks of the same number in the previous and the next stage, by stage.
+    `leads_node`: whether this is the first rank of its node. `neighbours`: by stage, the groups
+    with the ranks of the same number in the previous and the next stage, if they exist.
     """
 
     mesh: Mesh
@@ -54,7 +54,7 @@ class RankGroups:
     tensor: TensorParallel
     pipe: Pipe
     leads_node: bool
-    neighbours: dict[int, dist.ProcessGroup]
+    neighbours: dict[int, dist.ProcessGroup | None]
 
     @property
     def stage(self) -> int:
@@ -68,13 +68,14 @@ class RankGroups:
     def send(self, x: Tensor, stage: int) -> None:
         """Send x to this rank's neighbour in a stage, after all that the pipe has sent there."""
         peer = self.mesh.rank_at(stage, self.tensor.rank)
-        dist.send(_bytes(x.contiguous()), peer, self.neighbours[stage])
+        # As bytes, because gloo has not all types of numbers.
+        dist.send(x.contiguous().view(torch.uint8), peer, self.neighbours[stage])
 
     def receive(self, x: Tensor, stage: int) -> None:
         """Fill x with what this rank's neighbour in a stage sends."""
         peer = self.mesh.rank_at(stage, self.tensor.rank)
         received = x.contiguous()
-        dist.recv(_bytes(received), peer, self.neighbours[stage])
+        dist.recv(received.view(torch.uint8), peer, self.neighbours[stage])
         if received is not x:
             x.copy_(received)
 
@@ -142,19 +143,13 @@ def join_ranks(
         return GroupLink(peer, group)
 
     # Every rank opens its links in the order of the stages, so that ranks never wait in a circle.
-    before = link(forward.get((stage - 1, i)), stage - 1, _ACTIVATION_PLACE)
-    after = link(forward.get((stage, i)), stage + 1, _ACTIVATION_PLACE)
+    near = {other: forward.get((min(other, stage), i)) for other in (stage - 1, stage + 1)}
+    before = link(near[stage - 1], stage - 1, _ACTIVATION_PLACE)
+    after = link(near[stage + 1], stage + 1, _ACTIVATION_PLACE)
     ends = {0: mesh.pp - 1, mesh.pp - 1: 0}
     returns = link(back[i], ends.get(stage, -1), _TOKEN_PLACE)
     pipe = Pipe(stage, mesh.pp, before, after, returns)
-    near = {stage - 1: forward.get((stage - 1, i)), stage + 1: forward.get((stage, i))}
-    neighbours = {to_stage: group for to_stage, group in near.items() if group is not None}
-    return RankGroups(mesh, rank, tensor, pipe, rank % per_node == 0, neighbours)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """The memory of x, which is contiguous: gloo has not all types of numbers."""
-    return x.view(torch.uint8)
+    return RankGroups(mesh, rank, tensor, pipe, rank % per_node == 0, near)
 
 
 def _all_can_reach(device: torch.device) -> bool:

@@ -14,7 +14,6 @@ not be replaced as a whole.
 
 from __future__ import annotations
 
-from dataclasses import replace
 
 import torch
 
@@ -52,7 +51,7 @@ class LayerMove:
         with torch.inference_mode():
             if self._arrived is not None:
                 self._cache = dict(zip(coming, runner.new_cache(self._arrived), strict=True))
-            layers = replace(decoder.shard, first=first, end=self._layers[-1] + 1).of(decoder.arch)
+            layers = decoder.layers_of_all_stages()[first : self._layers.stop]
             rows = len(runner.states.flat)
             self._states = States(layers, rows, decoder.dtype, decoder.device)
         for i, state in self._states.layers.items():
@@ -81,5 +80,5 @@ class LayerMove:
                 part.copy_(kept)
             self._cache[first + i] = state
         cache |= self._cache
-        decoder = runner.decoder.with_layers(first, self._layers[-1] + 1, self._arrived)
+        decoder = runner.decoder.with_layers(first, self._layers.stop, self._arrived)
         runner.take(decoder, [cache[i] for i in self._layers], self._states)

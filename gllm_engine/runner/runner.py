@@ -165,9 +165,8 @@ class Runner:
         """Wait for the device and free the CUDA graphs, which know the layers' memory."""
         self._timers.current = None  # what captures compute is no part of a step
         self._graphs = self._pieces = None
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+        self._wait()
+        torch.cuda.empty_cache()
 
     def take(self, decoder: Decoder, cache: list[LayerCache], states: States) -> None:
         """Compute other layers from the next step on, after `forget_graphs`."""
@@ -175,7 +174,12 @@ class Runner:
         self.cache = cache
         self.states = states
         self._capture()
-        self.is_alive()  # waits for the device
+        self._wait()
+
+    def _wait(self) -> None:
+        """Wait until the device has done everything."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _capture(self) -> None:
         config = self._config
@@ -283,8 +287,7 @@ class Runner:
         CUDA call of this process fails with the same error.
         """
         try:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            self._wait()
         except RuntimeError:
             return False
         return True
