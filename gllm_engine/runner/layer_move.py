@@ -14,7 +14,6 @@ not be replaced as a whole.
 
 from __future__ import annotations
 
-
 import torch
 
 from gllm_engine.model import Decoder, LayerCache, States

@@ -164,8 +164,8 @@ class Runner:
     def forget_graphs(self) -> None:
         """Wait for the device and free the CUDA graphs, which know the layers' memory."""
         self._timers.current = None  # what captures compute is no part of a step
-        self._graphs = self._pieces = None
         self._wait()
+        self._graphs = self._pieces = None
         torch.cuda.empty_cache()
 
     def take(self, decoder: Decoder, cache: list[LayerCache], states: States) -> None:

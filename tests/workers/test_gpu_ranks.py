@@ -93,8 +93,10 @@ def test_a_timeline(way: str, tmp_path: Path) -> None:
             assert event["ts"] + event["dur"] >= ends[event["args"]["step"]] - CLOCKS_US
 
 
-@pytest.mark.parametrize("way", ["tensor", "experts"])
+@pytest.mark.parametrize("way", ["tensor", "experts", "pipeline, layers move"])
 def test_in_bfloat16_the_chances_are_close(way: str, tmp_path: Path) -> None:
+    from moving import restless_layers  # a process runs this file too
+
     family = "Qwen3MoeForCausalLM" if way == "experts" else "Qwen3ForCausalLM"
     # All experts: of few a rounding could choose others.
     more = {"num_experts_per_tok": 8, "num_experts": 8} if way == "experts" else {}
@@ -102,7 +104,7 @@ def test_in_bfloat16_the_chances_are_close(way: str, tmp_path: Path) -> None:
     asked = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0, logprobs=0)
     scored = []
     for config in ({}, WAYS[way]):
-        with LLM(str(model), dtype="bfloat16", **CONFIG, **config) as llm:
+        with restless_layers(most=4), LLM(str(model), **CONFIG | config) as llm:
             answers = llm.generate(PROMPTS, asked)
             scored.append([list(a.outputs[0].token_ids) for a in answers])
             scored.append(
