@@ -28,7 +28,6 @@ SHAPE = {
     "vocab_size": 8192,
 }
 PROMPTS = [f"Number {i} says hello. " * (1 + 5 * i) for i in range(12)]
-FLOAT32 = {"dtype": "float32"}
 CONFIG = {"num_pages": 1000, "max_num_seqs": 16, "max_num_batched_tokens": 256}
 WAYS = {
     "tensor": {"tensor_parallel_size": 2},
@@ -60,7 +59,7 @@ def test_one_rank_and_two_choose_the_same(way: str, tmp_path: Path) -> None:
     texts = []
     for config in ({}, WAYS[way]):
         # Each move captures graphs.
-        with restless_layers(most=4) as left, LLM(str(model), **CONFIG | config | FLOAT32) as llm:
+        with restless_layers(4) as left, LLM(str(model), dtype="float32", **CONFIG | config) as llm:
             texts.append([list(a.outputs[0].token_ids) for a in llm.generate(PROMPTS, asked)])
             llm.engine.check_integrity()
             assert len(set(left)) == 2 * bool(llm.config.spare_layers)
@@ -104,7 +103,7 @@ def test_in_bfloat16_the_chances_are_close(way: str, tmp_path: Path) -> None:
     asked = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0, logprobs=0)
     scored = []
     for config in ({}, WAYS[way]):
-        with restless_layers(most=4), LLM(str(model), **CONFIG | config) as llm:
+        with restless_layers(4), LLM(str(model), dtype="bfloat16", **CONFIG | config) as llm:
             answers = llm.generate(PROMPTS, asked)
             scored.append([list(a.outputs[0].token_ids) for a in answers])
             scored.append(
