@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from gllm_engine import LLM
 from gllm_engine.workers import stage_balance
 from gllm_engine.workers.stage_balance import StageBalance
 
@@ -40,3 +41,10 @@ def restless_layers(most: int | None = None) -> Iterator[list[tuple[int, ...]]]:
         patch.setattr(stage_balance, "LEAST_STEPS", 1)
         patch.setattr(StageBalance, "_better_cut", to_and_fro)
         yield cuts
+
+
+def serve_until_moved(llm: LLM, left: list[tuple[int, ...]], serve: Callable[[], object]) -> None:
+    """`left`: of restless_layers. Steps may be over before the first layers are loaded."""
+    serve()
+    while llm.config.spare_layers and len(set(left)) < 2:
+        serve()
