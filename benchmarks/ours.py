@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections import Counter
@@ -17,30 +18,22 @@ from msgspec import to_builtins
 
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
-# A kernel belongs to the first kind that has a word in the kernel's name.
+# A kernel belongs to the first kind whose pattern is found in the kernel's name.
 KINDS = {
-    "indexer": ("_score_tokens", "_choose_tokens", "_store_index_key"),
-    "attention": (
-        "_gather_latents",
-        "PrefillWith",
-        "DecodeWith",
-        "PersistentVariableLength",
-        "MergeState",
-        "_decode_attention",
-        "_absorb",
-        "_attend_latent",
-        "_project",
-        "_apply_sinks",
-    ),
-    "gated delta rule": ("_recur", "_convolve", "_solve_blocks", "_gated_norm"),
-    "norms": ("_rms_norm", "_layer_norm"),
-    "rotation and KV store": ("_rotate_and_store", "_store_latent"),
-    "activation": ("_activate",),
-    "sampling": ("_look", "_choose"),
-    "rounding to float8": ("_quantize", "_dequantize"),
-    "experts": ("_grouped", "_route", "_place", "_count", "_sum"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "skinny", "_packed", "splitK", "cublas"),
-    "copies": ("Memcpy", "Memset", "copy"),
+    "indexer": "_score_tokens|_choose_tokens|_store_index_key",
+    "attention": "PrefillWith|DecodeWith|PersistentVariableLength|MergeState|_decode_attention|"
+    "_split$|_list_pages|_copy_pages|_apply_sinks|_gather_latents|_absorb|_attend_latent|_project",
+    "gated delta rule": "_recur|_convolve|_solve_blocks|_gated_norm",
+    "norms": "_rms_norm|_layer_norm|_mean_squares",
+    "rotation and KV store": "_rotate_and_store|_store_latent",
+    "activation": "_activate",
+    "sampling": "_look|_choose|_record",
+    "rounding to float8": "_quantize|_dequantize$",
+    "experts": "_grouped|_few|_route|_place|_count|_sum",
+    "GEMM": "gemm|nvjet|cutlass|gemv|skinny|_packed|_rescale|splitK|cublas",
+    "sums over ranks": "_join|nccl",
+    "inputs": "_prepare_inputs",
+    "copies": "Memcpy|Memset|copy",
 }
 NUM_LONGEST = 15  # kernels that a profile tells by name
 
@@ -84,6 +77,11 @@ def run(engine: Engine, jobs: Jobs) -> dict[str, float]:
     return {"seconds": seconds, "first_token": first, "steps": steps, "tokens": len(tokens)}
 
 
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel, by its name; "other" if it has none."""
+    return next((kind for kind, names in KINDS.items() if re.search(names, kernel)), "other")
+
+
 def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, Any]:
     """GPU milliseconds per step by kind of kernel, over `count` steps after `skip` steps.
 
@@ -109,8 +107,7 @@ def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, Any]
         kernels[span.name] += span.time_range.elapsed_us() / 1000 / count
     times = dict.fromkeys([*KINDS, "other"], 0.0)
     for name, ms in kernels.items():
-        found = (kind for kind, words in KINDS.items() if any(w in name for w in words))
-        times[next(found, "other")] += ms
+        times[kind_of(name)] += ms
     wall = max(s.time_range.end for s in spans) - min(s.time_range.start for s in spans)
     gaps = wall / 1000 / count - sum(times.values())
     launches = Counter(span.name for span in spans)

@@ -48,6 +48,7 @@ from gllm_engine.ops.kernels import (
     SCORE_BYTES,
     chunk_backend,
     has_chunk_kernels,
+    on_hopper,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion, places, split_memory
 from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, is_copied, prefill_rows
@@ -181,7 +182,7 @@ def _own_product(
     if is_single(x, weight):
         return gemv
     adjoining = norm is not None or x.is_contiguous()  # a norm runs first, and takes rows apart
-    is_best = adjoining and triton.is_skinny(x, weight, gated) and _is_hopper()
+    is_best = adjoining and triton.is_skinny(x, weight, gated) and on_hopper(x.device)
     return triton.skinny if is_best else None
 
 
@@ -500,7 +501,12 @@ class FlashInferPlanner:
         """Whether chunks may attend to a copy of their pages. The memory for it exists from the
         first plan with chunks on, whatever they are, so that a trial step tells of it.
         """
-        makes = self._copies and window is None and cache.dtype != self._dtype and _is_hopper()
+        makes = (
+            self._copies
+            and window is None
+            and cache.dtype != self._dtype
+            and on_hopper(self._device)
+        )
         if makes and self._copied is None:
             self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
         return makes
@@ -530,7 +536,8 @@ class FlashInferPlanner:
         if paged < len(rows.ends):
             kind = BatchPrefillWithRaggedKVCacheWrapper
             plan.keeps_kv = True
-            plan.fresh = self._wrapper(kind, options, chunk_backend(_is_hopper(), True), group)
+            backend = chunk_backend(on_hopper(self._device), True)
+            plan.fresh = self._wrapper(kind, options, backend, group)
             starts = _starts(rows.query_lens[paged:])
             self._stages.plan(plan.fresh, starts, starts, **options)
 
@@ -539,7 +546,7 @@ class FlashInferPlanner:
     ) -> CopiedChunks:
         assert self._copied is not None
         kind = BatchPrefillWithRaggedKVCacheWrapper
-        backend = chunk_backend(_is_hopper(), True)
+        backend = chunk_backend(on_hopper(self._device), True)
         wrapper = self._wrapper(kind, options, backend, group, "copied")
         self._stages.plan(wrapper, _starts(rows.query_lens), _starts(rows.ends), **options)
         return CopiedChunks(wrapper, of_keys, self._copied)
@@ -614,7 +621,8 @@ class FlashInferPlanner:
             "sm_scale": shape.scale,
         }
         kind = BatchPrefillWithRaggedKVCacheWrapper
-        wrapper = self._wrapper(kind, options, chunk_backend(_is_hopper(), True), group)
+        backend = chunk_backend(on_hopper(self._device), True)
+        wrapper = self._wrapper(kind, options, backend, group)
         queries = _starts(batch.query_lens[rows.first :])
         keys = _starts(batch.context_lens_cpu[rows.first :])
         self._stages.plan(wrapper, queries, keys, **options)
@@ -629,7 +637,7 @@ class FlashInferPlanner:
         options: dict[str, Any],
         group: int,
     ) -> BatchPrefillWithPagedKVCacheWrapper:
-        backend = chunk_backend(_is_hopper(), cache.dtype == self._dtype)
+        backend = chunk_backend(on_hopper(self._device), cache.dtype == self._dtype)
         wrapper = self._wrapper(BatchPrefillWithPagedKVCacheWrapper, options, backend, group)
         page_size = cache.shape[2]
         pages = ListedPages(rows, page_size, window=options["window_left"] + 1)
@@ -668,10 +676,6 @@ class FlashInferPlanner:
 def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
     """See Ops.make_planner."""
     return FlashInferPlanner(device, dtype)
-
-
-def _is_hopper() -> bool:
-    return torch.cuda.get_device_capability()[0] == 9
 
 
 def _options(shape: AttentionShape, dtype: torch.dtype) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gllm_engine.ops import triton
-from gllm_engine.ops.kernels import has_scaled_product
+from gllm_engine.ops.kernels import has_scaled_product, on_hopper
 from gllm_engine.ops.protocol import Norm
 from gllm_engine.ops.weight import Fp8Weight, Rows
 
@@ -91,7 +91,7 @@ def own_product(x: Rows, weight: Fp8Weight) -> Callable[..., Tensor] | None:
     """Our kernel for products with x [rows, depth], or None."""
     if triton.is_single(x, weight):
         return triton.gemv
-    if not _is_hopper(x.device) or not triton.has_tiles(x, weight):
+    if not on_hopper(x.device) or not triton.has_tiles(x, weight):
         return None
     is_best = len(x) <= _FEW_ROWS or _is_narrow(x, weight) or not has_product(x, weight)
     return triton.skinny if is_best else None
@@ -115,7 +115,7 @@ def has_product(x: Rows, weight: Fp8Weight) -> bool:
     whole = not width % _BLOCK and not depth % (_BLOCK * _BLOCKS_MULTIPLE)
     if not whole or weight.scale_row is not None or weight.first_column:
         return False
-    return has_scaled_product(x.dtype, block, _is_hopper(x.device))
+    return has_scaled_product(x.dtype, block, on_hopper(x.device))
 
 
 def _multiply(x: Rows, weight: Fp8Weight, norm: Norm | None) -> Tensor:
@@ -129,7 +129,3 @@ def _multiply(x: Rows, weight: Fp8Weight, norm: Norm | None) -> Tensor:
         use_fast_accum=weight.rows_per_scale == 1,
     )
     return y[: len(x)]
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9

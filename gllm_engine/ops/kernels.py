@@ -54,6 +54,11 @@ PACKED_ROWS = 512
 _MADE_ANEW = "with the numbers of a weight made anew for each product (slow)"
 
 
+def on_hopper(device: torch.device) -> bool:
+    """Whether kernels compute on a Hopper GPU, or as if: without a GPU, in Triton's interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def has_chunk_kernels(head_dim: int, dtype: torch.dtype, value_dim: int | None = None) -> bool:
     """Whether FlashInfer has kernels for prefill chunks with such heads and queries of `dtype`.
     `value_dim`: None: as head_dim. If they differ, K and V may not be in pages.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from gllm_benchmarks.offline import (
     parse_pairs,
     summarize,
 )
+from gllm_benchmarks.ours import kind_of
 from gllm_benchmarks.workloads import lengths, make_jobs, warm_up
 from gllm_engine import write_tiny_model
 from gllm_engine.arch import read_arch
@@ -233,6 +235,34 @@ def test_configurations() -> None:
     assert configure("ours", ours, {}, 8208)["enforce_eager"] is True
     with pytest.raises(SystemExit, match="'eager' is not KEY=VALUE"):
         parse_pairs(["eager"])
+
+
+def launched_kernels() -> set[str]:
+    """The names of the kernels of ours that are launched, as kernel[grid](...), not only called."""
+    launched: set[str] = set()
+    jitted: set[str] = set()
+    for path in (Path(__file__).parents[2] / "gllm_engine/ops/triton").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                found = any("triton.jit" in ast.unparse(each) for each in node.decorator_list)
+                jitted |= {node.name} if found else set()
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(ast.unparse(node.func.value))
+    return launched & jitted
+
+
+def test_every_kernel_of_ours_has_a_kind() -> None:
+    kinds = {kernel: kind_of(kernel) for kernel in launched_kernels()}
+    assert len(kinds) > 40 and "other" not in kinds.values(), kinds
+    experts = {"_route", "_count", "_place", "_sort_few", "_grouped", "_sum"}
+    assert {kernel for kernel, kind in kinds.items() if kind == "experts"} == experts | {
+        "_few_gate_up",
+        "_few_down",
+    }
+    assert kinds["_choose"] == "sampling" and kinds["_choose_tokens"] == "indexer"
+    assert kinds["_dequantize"] == "rounding to float8" and kinds["_dequantize_packed"] == "GEMM"
+    assert kind_of("void splitKreduce_kernel<32, 16>") == "GEMM"
+    assert kind_of("void at::native::reduce_kernel<512>") == "other"
 
 
 def test_warm_up_is_bounded() -> None:

@@ -204,7 +204,6 @@ def test_both_forms_of_latent_attention_are_equal(
     for name, limit in limits.items():
         monkeypatch.setattr(latent_rows, name, limit)
     monkeypatch.setattr(backend, "has_chunk_kernels", lambda *_: True)
-    monkeypatch.setattr(backend, "_is_hopper", lambda: True)
     monkeypatch.setattr(backend, "EXPANDED_BYTES", 1 << 20)
     monkeypatch.setattr(backend, "ABSORBED_TOKENS", 16)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
@@ -240,7 +239,6 @@ def test_chunks_attend_to_a_copy_of_float8_pages(
     monkeypatch.setattr(prefill_rows, "_LEAST_COPIED", 8)
     monkeypatch.setattr(prefill_rows, "COPIED_BYTES", 4 * (21 + 40) * 2 * 3 * 16)
     monkeypatch.setattr(backend, "has_chunk_kernels", lambda *_: True)
-    monkeypatch.setattr(backend, "_is_hopper", lambda: True)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     planner._stages = Unstaged()
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def test_no_cut_is_better(stages: int, kind: str) -> None:
     choices = {"alike": [3.0], "two kinds": [2.0, 5.0]}.get(kind)
     for num_layers in range(stages, 10):
         costs = [draw.choice(choices) if choices else draw.random() for _ in range(num_layers)]
-        tail = draw.choice([0.0, 3.0, 40.0])
+        tail = draw.choice([-0.9 * costs[-1], 0.0, 3.0, 40.0])
         cut = partition_layers(costs, tail, stages)
         assert len(cut) == stages and sum(cut) == num_layers and min(cut) >= 1
 
@@ -55,6 +55,8 @@ def test_the_end_of_the_model_weighs() -> None:
     assert partition_layers([1.0] * 8, 0.0, 2) == (4, 4)
     assert partition_layers([1.0] * 8, 2.0, 2) == (5, 3)
     assert partition_layers([1.0] * 8, 100.0, 2) == (7, 1)
+    assert partition_layers([1.0] * 9, -0.5, 2) == (4, 5)  # it may take less than its layers do
+    assert partition_layers([1.0] * 9, 0.5, 2) == (5, 4)
 
 
 def test_among_equals_the_most_even() -> None:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.kernels import has_fp8_tiles
+from gllm_engine.ops.kernels import has_fp8_tiles, on_hopper
 from gllm_engine.ops.triton.few_experts import activate_gated, few_experts, stack_options, takes_few
 from gllm_engine.ops.triton.fp8 import (
     SCALE_GROUP,
@@ -681,9 +681,9 @@ def sum_experts(
 
 def _is_rounded(x: Tensor, matrix: Weight) -> bool:
     """Whether x is rounded for a product with a stack, on FP8 tensor cores."""
-    if not isinstance(matrix, Fp8Weight) or not has_fp8_tiles(x.dtype, common_columns(matrix)):
+    if not isinstance(matrix, Fp8Weight) or not on_hopper(x.device):
         return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9
+    return has_fp8_tiles(x.dtype, common_columns(matrix))
 
 
 def _round(x: Tensor, matrix: Weight) -> RoundedRows:
