@@ -216,8 +216,8 @@ class _Worker:
         cuts: SimpleQueue[tuple[int, ...]] = SimpleQueue()
         report = partial(self._report, launched, ranks, recorder)
         load_layers = partial(self._load_layers, cuts, runner, ranks)
-        for name, work in [("results", report), ("layers", load_layers)]:
-            threading.Thread(target=work, name=name, daemon=True).start()
+        threading.Thread(target=report, name="results", daemon=True).start()
+        threading.Thread(target=load_layers, name="layers", daemon=True).start()
         while True:
             recorder.mark(activity.AWAIT_PLAN)
             plan = self._receive()
