@@ -43,7 +43,7 @@ class Alone(RankGroups):
 
 def ranks_of(pp: int = 1, tp: int = 1, device: torch.device = CPU) -> RankGroups:
     tensor = TensorParallel(0, tp, device, None, same_node=True)
-    return Alone(Mesh(pp, tp), 0, tensor, Pipe(), leads_node=True)
+    return Alone(Mesh(pp, tp), 0, tensor, Pipe(), leads_node=True, neighbours={})
 
 
 def made(directory: Path, family: str, **over: Any) -> tuple[EngineConfig, Model]:
