@@ -80,6 +80,7 @@ class GqaAttention:
         context: ForwardContext,
         qkv: Tensor,
         means: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Write K and V to the cache, and attend. `means`: of HeadNorm."""
         arch = self._arch
@@ -94,7 +95,7 @@ class GqaAttention:
             None if arch.temperature is None else context.query_scales[arch.temperature],
         )
         if logit_tokens is None:
-            return self._ops.attend(inputs, pages, plan, sinks=self._sinks)
+            return self._ops.attend(inputs, pages, plan, sinks=self._sinks, out=out)
         if logit_tokens.plans:
             plan = logit_tokens.plans[self.plan_key]
             return self._ops.attend(inputs, pages, plan, logit_tokens.index, self._sinks)

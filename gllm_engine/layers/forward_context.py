@@ -25,7 +25,7 @@ class ChosenTokens:
     tokens: Tensor | None = None
 
 
-# A call of a mixer, (context, *inputs) -> [tokens, width], and its arguments but for the context.
+# A call of a mixer, (context, *inputs, out=None) -> [tokens, width]; `out` receives the result.
 Attend = Callable[..., Tensor]
 CutPass = Callable[[int, Attend, tuple[Tensor, ...]], Tensor]
 

@@ -101,6 +101,7 @@ class MlaAttention:
         latent: Tensor,
         q: Tensor,
         *of_indexer: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Write latents and keys of the indexer to the cache, choose tokens and attend."""
         arch = self._arch
@@ -130,7 +131,7 @@ class MlaAttention:
         chosen = None if arch.indexer is None else context.chosen.tokens
         if index is None and chosen is not None and tokens is not None:
             chosen = chosen[tokens]
-        return ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen)
+        return ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen, out)
 
     def _queries(self, q: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The queries of all heads, [tokens, heads * key_dim], and what the indexer stores. `q`:

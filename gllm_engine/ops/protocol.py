@@ -307,13 +307,14 @@ class Ops(Protocol):
         plan: AttentionPlan,
         tokens: Tensor | None = None,
         sinks: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """softmax(q k' * scale) v over each row's pages, with the plan's scale and softcap:
         [tokens, heads * head_dim].
 
         `tokens`: [n] int64, the indices of the input tokens that the plan covers; None: all tokens.
         `sinks`: [heads], the score of one more key of each head, whose value is 0; neither the
-        scale nor the softcap applies to it.
+        scale nor the softcap applies to it. `out`: contiguous, receives the result.
         """
         ...
 
@@ -343,6 +344,7 @@ class Ops(Protocol):
         plan: AttentionPlan,
         tokens: Tensor | None = None,
         chosen: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale * q k') v over each row's pages: [tokens, heads * value_dim].
 
@@ -350,7 +352,7 @@ class Ops(Protocol):
         k and v from the latents in the cache; see LatentShape. `tokens`: [n] int64, the indices of
         the input tokens that the plan covers; None: all tokens. `chosen`: from choose_tokens, of
         the same tokens, whatever the layer. A plan for some tokens may get it where their own rows
-        have too few tokens to choose from.
+        have too few tokens to choose from. `out`: contiguous, receives the result.
 
         Two forms have the same result up to rounding: the absorbed one computes (W_UK' q) latent'
         and W_UV (weights latent), and no key or value; the expanded one computes k and v.
@@ -400,13 +402,15 @@ class Ops(Protocol):
         dt_bias: Tensor,
         state: RecurrentState,
         plan: AttentionPlan,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The gated delta rule over each row's tokens, from its slot's state on, which is updated:
         [tokens, v_heads, v_dim].
 
         qkv: [tokens, width]: q and k of all key heads, then v of all value heads. b, a: [tokens,
         v_heads] before their activations. conv: [width, conv]. a_log, dt_bias: [v_heads] float32.
-        q and k are divided by their norms after the convolution and silu.
+        q and k are divided by their norms after the convolution and silu. `out`: [tokens,
+        v_heads * v_dim], contiguous, receives the result.
         """
         ...
 

@@ -483,13 +483,14 @@ def attend(
     plan: AttentionPlan,
     tokens: Tensor | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend."""
     assert isinstance(plan, ReferencePlan)
     q = inputs.q if tokens is None else inputs.q[tokens]
     kv_heads, head_dim = cache.shape[3:]
     flat = cache.flatten(0, 2).flatten(1)  # [num_pages * 2 * page_size, kv_heads * head_dim]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    found = q.new_empty(q.shape) if out is None else out.view(q.shape)
     grouped = (-1, kv_heads, q.shape[1] // kv_heads, head_dim)
     of_group = None if sinks is None else sinks.view(kv_heads, -1, 1)
     of_head = None if sinks is None else sinks[:, None, None]
@@ -499,13 +500,13 @@ def attend(
         # Query heads that share a K/V head take the place of query positions.
         rows = q[part.rows].view(grouped)
         o = _softmax_attention(rows, k, v, part.mask, plan, sinks=of_group)
-        out[part.rows] = o.flatten(1, 2)
+        found[part.rows] = o.flatten(1, 2)
     for chunk in plan.chunks:
         k, v = _read(flat, chunk.gather, q.dtype).view(2, 1, -1, kv_heads, head_dim).transpose(2, 3)
         rows = q[None, chunk.tokens].transpose(1, 2)
         o = _softmax_attention(rows, k, v, chunk.mask, plan, causal=True, sinks=of_head)
-        out[chunk.tokens] = o[0].transpose(0, 1)
-    return out.flatten(1)
+        found[chunk.tokens] = o[0].transpose(0, 1)
+    return found.flatten(1)
 
 
 def gated_delta(
@@ -517,6 +518,7 @@ def gated_delta(
     dt_bias: Tensor,
     state: RecurrentState,
     plan: AttentionPlan,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.gated_delta; token by token, all decode rows at once."""
     assert isinstance(plan, RowPlan)
@@ -524,7 +526,8 @@ def gated_delta(
     k_heads = (qkv.shape[1] - v_heads * v_dim) // (2 * k_dim)
     keep = (-a_log.exp() * F.softplus(a.float() + dt_bias)).exp()
     write = b.float().sigmoid()
-    out = qkv.new_empty(len(qkv), v_heads, v_dim)
+    shape = (len(qkv), v_heads, v_dim)
+    result = qkv.new_empty(shape) if out is None else out.view(shape)
     n = plan.num_decode
     groups = [(plan.slots[:n], slice(0, n), 1)] if n else []
     first = n
@@ -549,8 +552,8 @@ def gated_delta(
             matrix = matrix + torch.einsum("nhk,nhv->nhkv", k[:, i], error * w[:, i, :, None])
             found[:, i] = torch.einsum("nhkv,nhk->nhv", matrix, q[:, i])
         state.matrix[slots] = matrix
-        out[tokens] = (found * k_dim**-0.5).flatten(0, 1).to(out.dtype)
-    return out
+        result[tokens] = (found * k_dim**-0.5).flatten(0, 1).to(result.dtype)
+    return result
 
 
 def _unit_heads(x: Tensor, heads: int, copies_to: int) -> Tensor:
@@ -591,6 +594,7 @@ def attend_latent(
     plan: AttentionPlan,
     tokens: Tensor | None = None,
     chosen: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent; in the absorbed form."""
     assert isinstance(plan, ReferencePlan)
@@ -603,14 +607,14 @@ def attend_latent(
     w_uk, w_uv = kv_up.tensor_split((nope_dim,), 1)
     q = torch.cat((torch.einsum("thn,hnk->thk", q[..., :nope_dim], w_uk), q[..., nope_dim:]), 2)
     flat = cache.flatten(0, 3)
-    out = q.new_empty(*q.shape[:2], rank)
+    means = q.new_empty(*q.shape[:2], rank)
     for part in plan.padded:
         keys = _read(flat, part.gather, q.dtype).view(len(part.rows), 1, -1, width)
         rows = q[part.rows][:, None]  # heads take the place of query positions
         o = F.scaled_dot_product_attention(
             rows, keys, keys[..., :rank], attn_mask=part.mask, scale=plan.scale
         )
-        out[part.rows] = o[:, 0]
+        means[part.rows] = o[:, 0]
     for chunk in plan.chunks:
         keys = _read(flat, chunk.gather, q.dtype).view(1, 1, -1, width)
         o = F.scaled_dot_product_attention(
@@ -622,8 +626,9 @@ def attend_latent(
             enable_gqa=True,
             scale=plan.scale,
         )
-        out[chunk.tokens] = o[0].transpose(0, 1)
-    return torch.einsum("thk,hvk->thv", out, w_uv).flatten(1)
+        means[chunk.tokens] = o[0].transpose(0, 1)
+    found = torch.einsum("thk,hvk->thv", means, w_uv).flatten(1)
+    return found if out is None else out.copy_(found)
 
 
 def store_index_key(

@@ -151,7 +151,6 @@ class StepPieces:
         self._x[n : self._counts[index]].zero_()
         for graph, between in zip(pieces.graphs, pieces.calls, strict=False):
             graph.replay()
-            attended = between.call(context, *(x[:n] for x in between.inputs))
-            between.result[:n].copy_(attended)
+            between.call(context, *(x[:n] for x in between.inputs), out=between.result[:n])
         pieces.graphs[-1].replay()
         return pieces.stream.up_to(n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from bisect import bisect_left
 from pathlib import Path
@@ -18,7 +19,7 @@ from taped_graphs import TapedGraph, tape_graphs
 from gllm_engine.arch import FAMILIES, Model, Shard, make_arch, read_arch
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.config import EngineConfig
-from gllm_engine.model import Decoder, fill_randomly
+from gllm_engine.model import Attend, Decoder, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.ops import RecurrentState
 from gllm_engine.ops.batch import made_up_step
@@ -81,7 +82,22 @@ def empty_runner(path: Path) -> Runner:
 def in_pieces(runner: Runner, max_tokens: int = 96) -> Runner:
     runner._pieces = StepPieces(runner.decoder, runner.cache, max_tokens)
     runner._pieces.capture(GraphPool(runner.device))
+    for pieces in runner._pieces._of_count:
+        pieces.calls[:] = [
+            dataclasses.replace(one, call=in_place(one.call)) for one in pieces.calls
+        ]
     return runner
+
+
+def in_place(call: Attend) -> Attend:
+    """`call`, checked to return the memory that it is given, without a further copy."""
+
+    def checked(*inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        result = call(*inputs, out=out)
+        assert result.shape == out.shape and result.data_ptr() == out.data_ptr()
+        return result
+
+    return checked
 
 
 def jobs(seed: int = 0) -> list[Job]:

@@ -418,6 +418,7 @@ def gated_delta(
     dt_bias: Tensor,
     state: RecurrentState,
     plan: AttentionPlan,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.gated_delta. The convolution has 2 to 4 taps."""
     assert isinstance(plan, RowPlan)
@@ -425,7 +426,8 @@ def gated_delta(
     _, v_heads, k_dim, v_dim = state.matrix.shape
     tokens, width = qkv.shape
     mixed = torch.empty(tokens, width, dtype=qkv.dtype, device=qkv.device)
-    out = qkv.new_empty(tokens, v_heads, v_dim)
+    shape = (tokens, v_heads, v_dim)
+    out = qkv.new_empty(shape) if out is None else out.view(shape)
     sizes = {
         "KEYS": (width - v_heads * v_dim) // (2 * k_dim),
         "VALUES": v_heads,
