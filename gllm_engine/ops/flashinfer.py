@@ -57,10 +57,10 @@ from gllm_engine.ops.protocol import (
     AttentionPlan,
     IndexQueries,
     Norm,
+    PagedPlan,
     RotaryInputs,
 )
 from gllm_engine.ops.triton import (
-    PagedPlan,
     RowPlan,
     gated_delta,
     gated_norm,

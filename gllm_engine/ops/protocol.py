@@ -10,6 +10,7 @@ another operation. Callers pass these values to the same implementation and neve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,6 +48,18 @@ class HeadNorm(NamedTuple):
 
 class AttentionPlan:
     """How one batch attends over the pages; valid for all layers of one shape and window."""
+
+
+@dataclass
+class PagedPlan(AttentionPlan):
+    """A plan of layers with pages. The operations that store need no more of a plan than this, and
+    what they return may be attended to with any plan of the same tokens.
+
+    `keeps_kv`: whether `rotate_and_store` returns K and V, too, because `attend` may read them.
+    """
+
+    cache_index: Tensor  # [tokens] cache place of what a token stores, as in Batch.of_group
+    keeps_kv: bool = field(default=False, kw_only=True)
 
 
 class AttentionInputs(NamedTuple):

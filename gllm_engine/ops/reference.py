@@ -32,6 +32,7 @@ from gllm_engine.ops.protocol import (
     HeadNorm,
     IndexQueries,
     Norm,
+    PagedPlan,
     PlainSampling,
     RecurrentState,
     RotaryInputs,
@@ -214,7 +215,7 @@ def rotate_and_store(
     query_scale: Tensor | None = None,
 ) -> AttentionInputs:
     """See Ops.rotate_and_store; K and V are always read from the cache."""
-    assert isinstance(plan, ReferencePlan)
+    assert isinstance(plan, PagedPlan)
     kv_heads = (qkv.shape[1] - num_heads) // 2
     qk = qkv[:, : num_heads + kv_heads]
     q = qkv[:, :num_heads]
@@ -281,11 +282,10 @@ class _Chunk:
     mask: Tensor | None  # [tokens, len]; None: causal from position 0
 
 
-@dataclass(frozen=True)
-class ReferencePlan(AttentionPlan):
-    """Where the cache stores a batch's K and V, and what attention gathers from it."""
+@dataclass
+class ReferencePlan(PagedPlan):
+    """What attention gathers from the cache for a batch."""
 
-    write: Tensor  # [2 * tokens] rows of the flat cache, K then V of each token
     padded: list[_Padded]
     chunks: list[_Chunk]
     scale: float | None = None
@@ -367,9 +367,6 @@ def plan_attention(
     lens = batch.context_lens_cpu.tolist()
     num_pages = -(-max(lens) // page_size)
     table = batch.page_table[:, :num_pages].index_select(0, batch.slots)
-    page = batch.cache_index // page_size
-    key = page * (num_planes - 1) * page_size + batch.cache_index
-    write = torch.stack([key + plane * page_size for plane in range(num_planes)], 1).flatten()
     ends = batch.context_lens_cpu[: batch.num_decode]
     spans = (ends - _first_seen(ends - 1, window, chunked)).tolist()
     padded = [
@@ -383,7 +380,7 @@ def plan_attention(
         pages = table[row : row + 1]
         chunks.append(_plan_chunk(pages, first, num, lens[row], cache.shape, window, chunked))
         first += num
-    return ReferencePlan(write, padded, chunks, scale, softcap)
+    return ReferencePlan(batch.cache_index, padded, chunks, scale, softcap)
 
 
 def _first_seen(positions: Any, window: int | None, chunked: bool) -> Any:
@@ -461,12 +458,13 @@ def _plan_chunk(
     return _Chunk(slice(first, first + num), gather, mask)
 
 
-def write_kv(cache: Tensor, kv: Tensor, plan: ReferencePlan) -> None:
-    """Store kv [tokens, planes, kv_heads, head_dim] (0: K, 1: V) at the rows plan.write."""
+def write_kv(cache: Tensor, kv: Tensor, plan: PagedPlan) -> None:
+    """Store kv [tokens, planes, kv_heads, head_dim] (0: K, 1: V) at plan.cache_index."""
     if kv.dtype != cache.dtype:  # float8_e4m3fn has no infinity: 448 is its largest number
         limit = torch.finfo(cache.dtype).max
         kv = kv.clamp(-limit, limit).to(cache.dtype)
-    cache.flatten(0, 2)[plan.write] = kv.flatten(0, 1)
+    page_size = cache.shape[2]
+    cache[plan.cache_index // page_size, :, plan.cache_index % page_size] = kv
 
 
 def _read(flat: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -577,7 +575,7 @@ def store_latent(
     plan: AttentionPlan,
 ) -> None:
     """See Ops.store_latent."""
-    assert isinstance(plan, ReferencePlan)
+    assert isinstance(plan, PagedPlan)
     rank = len(norm[0])
     rope_dim = latent.shape[1] - rank
     compressed = rms_norm(latent[:, :rank], *norm)
@@ -640,7 +638,7 @@ def store_index_key(
     plan: AttentionPlan,
 ) -> Tensor:
     """See Ops.store_index_key."""
-    assert isinstance(plan, ReferencePlan)
+    assert isinstance(plan, PagedPlan)
     key = layer_norm(k, *norm)[:, None]
     q = q.clone()
     rotate(key, rotary)

@@ -9,9 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, HeadNorm, RotaryInputs
+from gllm_engine.ops.protocol import (
+    AttentionInputs,
+    AttentionPlan,
+    HeadNorm,
+    PagedPlan,
+    RotaryInputs,
+)
 from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, stored
-from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.
