@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from gllm_engine.layers.attention import GqaAttention
 from gllm_engine.layers.dense import DenseFfn
-from gllm_engine.layers.forward_context import Attend, ForwardContext, LogitTokens, PlanKey
+from gllm_engine.layers.forward_context import (
+    Attend,
+    CutPass,
+    ForwardContext,
+    LogitTokens,
+    PlanKey,
+)
 from gllm_engine.layers.gated_delta import GatedDeltaAttention
 from gllm_engine.layers.latent_attention import MlaAttention
 from gllm_engine.layers.mixer import Mixer
@@ -22,6 +28,7 @@ from gllm_engine.layers.vocabulary import VocabularyMatrix
 
 __all__ = [
     "Attend",
+    "CutPass",
     "DenseFfn",
     "ForwardContext",
     "GatedDeltaAttention",

@@ -11,7 +11,14 @@ from gllm_engine.layers.forward_context import ForwardContext, LogitTokens, Plan
 from gllm_engine.layers.linear import Linear
 from gllm_engine.layers.platform import Platform
 from gllm_engine.layers.stacked_weight import Views
-from gllm_engine.ops import AttentionPlan, AttentionPlanner, Batch, HeadNorm, Norm
+from gllm_engine.ops import (
+    AttentionInputs,
+    AttentionPlan,
+    AttentionPlanner,
+    Batch,
+    HeadNorm,
+    Norm,
+)
 
 
 class GqaAttention:
@@ -65,9 +72,10 @@ class GqaAttention:
         """
         arch = self._arch
         (pages,) = cache
-        qkv, gate = self._project(x, norm)
+        inputs, gate = self._project(x, norm, context, pages)
         attend = partial(self._attend, pages, logit_tokens)
-        attended = context.attend(arch.attended_width, attend, qkv, *self._means(qkv))
+        given = (part for part in inputs if part is not None)
+        attended = context.attend(arch.attended_width, attend, *given)
         if gate is not None:
             gate = gate if logit_tokens is None else gate[logit_tokens.index]
             attended *= gate.sigmoid()
@@ -78,43 +86,48 @@ class GqaAttention:
         pages: Tensor,
         logit_tokens: LogitTokens | None,
         context: ForwardContext,
-        qkv: Tensor,
-        means: Tensor | None = None,
+        q: Tensor,
+        kv: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Write K and V to the cache, and attend. `means`: of HeadNorm."""
+        """`q`, `kv`: of AttentionInputs."""
+        tokens = None
+        plans = context.plans
+        if logit_tokens is not None:
+            tokens = logit_tokens.index
+            plans = logit_tokens.plans
+        if not plans:
+            return q.new_empty(0, self._arch.attended_width)
+        inputs = AttentionInputs(q, kv)
+        return self._ops.attend(inputs, pages, plans[self.plan_key], tokens, self._sinks, out)
+
+    def _project(
+        self, x: Tensor, norm: Norm | None, context: ForwardContext, pages: Tensor
+    ) -> tuple[AttentionInputs, Tensor | None]:
+        """The heads, with K and V in the cache, and the gate of the result if there is one."""
         arch = self._arch
-        plan = context.plans[self.plan_key]
+        projected = self._in(x, norm)
+        width = self._num_qkv_heads * arch.head_dim
+        qkv = projected[:, :width].unflatten(1, (self._num_qkv_heads, arch.head_dim))
         inputs = self._ops.rotate_and_store(
             qkv,
             arch.heads,
-            self._qk_norm and self._qk_norm._replace(means=means),
+            self._norm_of(qkv),
             None if arch.rope is None else context.rotary[arch.rope],
             pages,
-            plan,
+            context.plans[self.plan_key],
             None if arch.temperature is None else context.query_scales[arch.temperature],
         )
-        if logit_tokens is None:
-            return self._ops.attend(inputs, pages, plan, sinks=self._sinks)
-        if logit_tokens.plans:
-            plan = logit_tokens.plans[self.plan_key]
-            return self._ops.attend(inputs, pages, plan, logit_tokens.index, self._sinks)
-        return qkv.new_empty(0, arch.attended_width)
+        return inputs, projected[:, width:] if arch.output_gate else None
 
-    def _project(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
-        """The heads of queries, keys and values, and the gate of the result if there is one."""
-        projected = self._in(x, norm)
-        width = self._num_qkv_heads * self._arch.head_dim
-        qkv = projected[:, :width].unflatten(1, (self._num_qkv_heads, self._arch.head_dim))
-        return qkv, projected[:, width:] if self._arch.output_gate else None
-
-    def _means(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """HeadNorm.means, if the norm is of the heads of all ranks."""
-        if self._arch.qk_norm != "whole":
-            return ()
+    def _norm_of(self, qkv: Tensor) -> HeadNorm | None:
+        """With the means, if the norm is of the heads of all ranks."""
+        if self._qk_norm is None or self._arch.qk_norm != "whole":
+            return self._qk_norm
         # All ranks have equally many heads. If several ranks hold the same K/V head, all K/V heads
         # are held equally often. So the mean of the ranks' means is the mean of the whole.
         means = self._ops.mean_squares(qkv, self._arch.heads)
-        return (self._ranks.sum(means) / self._ranks.size,)
+        return self._qk_norm._replace(means=self._ranks.sum(means) / self._ranks.size)
 
     def weights(self) -> Views:
         views = self._in.weights() | self._out.weights()

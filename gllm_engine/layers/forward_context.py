@@ -25,7 +25,7 @@ class ChosenTokens:
     tokens: Tensor | None = None
 
 
-# A call of a mixer, (context, *inputs) -> [tokens, width], and its arguments but for the context.
+# A call of a mixer, (context, *inputs, out=None) -> [tokens, width]; `out` receives the result.
 Attend = Callable[..., Tensor]
 CutPass = Callable[[int, Attend, tuple[Tensor, ...]], Tensor]
 
@@ -35,7 +35,8 @@ class ForwardContext:
     """Filled by the decoder at the start of a forward pass, but for `chosen`.
 
     `cut`: None, except in a pass that is captured as CUDA graphs for any step of so many tokens. It
-    takes the place of the call in `attend`, and returns the memory of the call's result.
+    takes the place of the call in `attend`, and returns the memory of the call's result. The plans
+    of such a pass only store.
     """
 
     plans: dict[PlanKey, AttentionPlan] = field(default_factory=dict)
@@ -48,9 +49,9 @@ class ForwardContext:
     def attend(self, width: int, call: Attend, *inputs: Tensor) -> Tensor:
         """call(self, *inputs), [tokens, width], in the dtype of the residual stream.
 
-        `inputs`: [tokens, ...]. A mixer uses the context, the cache and other tokens than a row's
-        own only in such a call. So the rest of a layer depends on nothing but the number of tokens,
-        and further rows do not disturb it.
+        `inputs`: [tokens, ...]. Only in such a call does a mixer read the cache, or use other
+        tokens than a row's own. So the rest of a layer depends on the tokens' positions and places
+        in the cache alone, and further rows with a place of their own do not disturb it.
         """
         return call(self, *inputs) if self.cut is None else self.cut(width, call, inputs)
 

@@ -69,12 +69,18 @@ class GatedDeltaAttention:
         return self._out.add_to(total, values)
 
     def _update(
-        self, state: RecurrentState, context: ForwardContext, qkv: Tensor, b: Tensor, a: Tensor
+        self,
+        state: RecurrentState,
+        context: ForwardContext,
+        qkv: Tensor,
+        b: Tensor,
+        a: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Update the states: [tokens, v_heads * v_dim]."""
         plan = context.plans[self.plan_key]
-        o = self._ops.gated_delta(qkv, b, a, self._conv, self._a_log, self._dt_bias, state, plan)
-        return o.flatten(1)
+        weights = (self._conv, self._a_log, self._dt_bias)
+        return self._ops.gated_delta(qkv, b, a, *weights, state, plan, out).flatten(1)
 
     def weights(self) -> Views:
         arch = self._arch

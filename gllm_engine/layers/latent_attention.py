@@ -88,9 +88,16 @@ class MlaAttention:
             norm = None
         down = self._down(x, norm)
         q, latent = down.split((down.shape[1] - arch.latent_width, arch.latent_width), 1)
+        plan = context.plans[self.plan_key]
+        q, *of_indexer = self._queries(q, x)
+        q = q.unflatten(1, (arch.heads, -1))
+        gain: Norm = (self._kv_gain, arch.latent_eps)
+        self._ops.store_latent(q, latent, gain, context.rotary[arch.rope], cache[0], plan)
+        index: tuple[Tensor, ...] = ()
+        if self._indexer is not None:
+            index = self._indexer.store(context, cache[1], plan, *of_indexer)
         attend = partial(self._attend, cache, logit_tokens)
-        inputs = self._queries(q, x)
-        values = context.attend(arch.heads * arch.v_dim, attend, latent, *inputs)
+        values = context.attend(arch.heads * arch.v_dim, attend, q, *index)
         return self._out.add_to(total, values)
 
     def _attend(
@@ -98,39 +105,27 @@ class MlaAttention:
         cache: tuple[Tensor, ...],
         logit_tokens: LogitTokens | None,
         context: ForwardContext,
-        latent: Tensor,
         q: Tensor,
-        *of_indexer: Tensor,
+        *index: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Write latents and keys of the indexer to the cache, choose tokens and attend."""
+        """Choose tokens and attend. `index`: IndexQueries, if there is an indexer."""
         arch = self._arch
         ops = self._ops
-        whole = context.plans[self.plan_key]
-        plan: AttentionPlan | None = whole
-        index: IndexQueries | None = None
-        if self._indexer is not None:
-            index = self._indexer.store(context, cache[1], whole, *of_indexer)
-        q = q.unflatten(1, (arch.heads, -1))
-        ops.store_latent(
-            q,
-            latent,
-            (self._kv_gain, arch.latent_eps),
-            context.rotary[arch.rope],
-            cache[0],
-            whole,
-        )
+        plan: AttentionPlan | None = context.plans[self.plan_key]
         tokens = None
         if logit_tokens is not None:
             tokens = logit_tokens.index
             plan = logit_tokens.plans.get(self.plan_key)
         if plan is None:
             return q.new_empty(0, arch.heads * arch.v_dim)
-        if index is not None:
-            context.chosen.tokens = ops.choose_tokens(index, cache[1], plan, tokens)
+        if index:
+            queries = IndexQueries(*index)
+            context.chosen.tokens = ops.choose_tokens(queries, cache[1], plan, tokens)
         chosen = None if arch.indexer is None else context.chosen.tokens
-        if index is None and chosen is not None and tokens is not None:
+        if not index and chosen is not None and tokens is not None:
             chosen = chosen[tokens]
-        return ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen)
+        return ops.attend_latent(q, self._kv_up, cache[0], plan, tokens, chosen, out)
 
     def _queries(self, q: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The queries of all heads, [tokens, heads * key_dim], and what the indexer stores. `q`:

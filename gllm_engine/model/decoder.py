@@ -38,6 +38,7 @@ from gllm_engine.arch.model import (
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
 from gllm_engine.layers import (
+    CutPass,
     DenseFfn,
     ForwardContext,
     GatedDeltaAttention,
@@ -61,6 +62,7 @@ from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
     Batch,
+    PagedPlan,
     PlainSampling,
     RotaryInputs,
     Weight,
@@ -401,7 +403,7 @@ class Decoder:
         batch: Batch,
         cache: list[LayerCache],
         x: Tensor | None = None,
-        pieces: Callable[[Tensor, ForwardContext], Residual] | None = None,
+        pieces: Callable[[Tensor, Batch, ForwardContext], Residual] | None = None,
     ) -> Tensor:
         """Write the batch's K and V to the cache and return the residual stream after the layers.
 
@@ -412,9 +414,10 @@ class Decoder:
         overwritten. `pieces`: computes `trunk`, and may do so in memory of its own.
         """
         plans = {key: self._plan(batch, cache, i) for key, i in self._planned.items()}
-        context = ForwardContext(plans, self._rotary_inputs(batch), self._query_scales(batch))
+        rotary = self._rotary_inputs(batch.positions)
+        context = ForwardContext(plans, rotary, self._query_scales(batch.positions))
         x = self._embed(batch) if x is None else x
-        stream = self.trunk(x, context, cache) if pieces is None else pieces(x, context)
+        stream = self.trunk(x, context, cache) if pieces is None else pieces(x, batch, context)
         if not self.is_last:
             return stream.total
         logit_tokens = self._logit_tokens(batch, cache)
@@ -422,6 +425,18 @@ class Decoder:
         if logit_tokens or batch.logit_index is None:
             return total
         return total[batch.logit_index]
+
+    def storing(self, positions: Tensor, cache_index: Tensor, cut: CutPass) -> ForwardContext:
+        """The context of a pass with `cut`, for tokens at these positions [tokens] and with this
+        Batch.cache_index. CUDA graphs of the pass, this call included, follow changes of both.
+        """
+        plans: dict[PlanKey, AttentionPlan] = {
+            key: PagedPlan(cache_index[key[0]], keeps_kv=True)
+            for key in self._planned
+            if key[0] != _NO_GROUP
+        }
+        rotary = self._rotary_inputs(positions)
+        return ForwardContext(plans, rotary, self._query_scales(positions), cut=cut)
 
     @property
     def num_trunk_layers(self) -> int:
@@ -548,19 +563,18 @@ class Decoder:
             views |= within_layer(i, block.weights())
         return views
 
-    def _rotary_inputs(self, batch: Batch) -> dict[Rope, RotaryInputs]:
+    def _rotary_inputs(self, positions: Tensor) -> dict[Rope, RotaryInputs]:
         return {
             rope: self.ops.rotary_inputs(
-                table.cos, table.sin, batch.positions, self.dtype, rope.interleaved
+                table.cos, table.sin, positions, self.dtype, rope.interleaved
             )
             for rope, table in self._ropes.items()
         }
 
-    def _query_scales(self, batch: Batch) -> dict[QueryTemperature, Tensor]:
+    def _query_scales(self, positions: Tensor) -> dict[QueryTemperature, Tensor]:
         kinds = dict.fromkeys(layer.mixer.temperature for layer in self.layers)
         return {
-            kind: 1
-            + kind.beta * torch.log1p(((batch.positions + kind.offset) // kind.length).float())
+            kind: 1 + kind.beta * torch.log1p(((positions + kind.offset) // kind.length).float())
             for kind in kinds
             if kind is not None
         }

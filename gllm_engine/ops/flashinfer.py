@@ -58,10 +58,10 @@ from gllm_engine.ops.protocol import (
     AttentionPlan,
     IndexQueries,
     Norm,
+    PagedPlan,
     RotaryInputs,
 )
 from gllm_engine.ops.triton import (
-    PagedPlan,
     RowPlan,
     gated_delta,
     gated_norm,
@@ -265,25 +265,28 @@ def attend(
     plan: AttentionPlan,
     tokens: Tensor | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend."""
     assert isinstance(plan, FlashInferPlan)
     if plan.slow is not None:
-        return reference.attend(inputs, cache, plan.slow, tokens, sinks)
+        return reference.attend(inputs, cache, plan.slow, tokens, sinks, out)
     q = inputs.q if tokens is None else inputs.q[tokens]
     n = plan.num_decode
     f = plan.first_fresh
-    out = torch.empty_like(q)
+    found = torch.empty_like(q) if out is None else out.view(q.shape)
     if plan.decode is not None:
-        triton.decode_attention(q[:n], cache, plan.decode, out[:n], plan.scale, plan.softcap, sinks)
+        triton.decode_attention(
+            q[:n], cache, plan.decode, found[:n], plan.scale, plan.softcap, sinks
+        )
     if isinstance(plan.chunks, CopiedChunks):
-        _attend_copied(plan.chunks, q[n:f], cache, out=out[n:f], sinks=sinks)
+        _attend_copied(plan.chunks, q[n:f], cache, out=found[n:f], sinks=sinks)
     elif plan.chunks is not None:
-        _run(plan.chunks, q[n:f], cache, out=out[n:f], sinks=sinks)
+        _run(plan.chunks, q[n:f], cache, out=found[n:f], sinks=sinks)
     if plan.fresh is not None and inputs.kv is not None:
         k, v = inputs.kv[f:].chunk(2, 1)
-        _run(plan.fresh, q[f:], k, v, out=out[f:], sinks=sinks)
-    return out.flatten(1)
+        _run(plan.fresh, q[f:], k, v, out=found[f:], sinks=sinks)
+    return found.flatten(1)
 
 
 def _attend_copied(
@@ -311,19 +314,21 @@ def attend_latent(
     plan: AttentionPlan,
     tokens: Tensor | None = None,
     chosen: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent."""
     assert isinstance(plan, LatentPlan)
     q = q if tokens is None else q[tokens]
     nope_dim = q.shape[2] - (cache.shape[4] - kv_up.shape[2])
-    out = q.new_empty(*q.shape[:2], kv_up.shape[1] - nope_dim)
+    shape = (*q.shape[:2], kv_up.shape[1] - nope_dim)
+    found = q.new_empty(shape) if out is None else out.view(shape)
     for rows, splits in plan.absorbed:
         some = None if chosen is None else chosen[rows]
-        triton.attend_latent(q[rows], kv_up, cache, splits, plan.scale, out[rows], some)
+        triton.attend_latent(q[rows], kv_up, cache, splits, plan.scale, found[rows], some)
     if plan.expanded is not None:
         n = plan.num_absorbed
-        _attend_expanded(q[n:], kv_up, cache, plan.expanded, out[n:])
-    return out.flatten(1)
+        _attend_expanded(q[n:], kv_up, cache, plan.expanded, found[n:])
+    return found.flatten(1)
 
 
 def _attend_expanded(

@@ -271,11 +271,12 @@ def attend(
     plan: AttentionPlan,
     tokens: Tensor | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend."""
     del cache, plan, sinks
     q = inputs.q if tokens is None else inputs.q[tokens]
-    return torch.empty_like(q).flatten(1)
+    return torch.empty_like(q).flatten(1) if out is None else out
 
 
 def store_latent(
@@ -297,6 +298,7 @@ def attend_latent(
     plan: AttentionPlan,
     tokens: Tensor | None = None,
     chosen: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent. In the absorbed form each part of a context has a result. In the
     expanded one K and V are in the planner's memory.
@@ -307,7 +309,7 @@ def attend_latent(
     rank = kv_up.shape[2]
     value_dim = kv_up.shape[1] - (q.shape[2] - (cache.shape[4] - rank))
     num_tokens, heads = q.shape[:2]
-    out = q.new_empty(num_tokens, heads, value_dim)
+    found = q.new_empty(num_tokens, heads * value_dim) if out is None else out
     if plan.num_absorbed:
         some = min(plan.num_absorbed, ABSORBED_TOKENS)
         absorbed = q.new_empty(some, heads, rank)
@@ -315,7 +317,7 @@ def attend_latent(
         del absorbed, parts
     if 0 < plan.at_once < heads:
         q.new_empty(num_tokens - plan.num_absorbed, plan.at_once, value_dim)
-    return out.flatten(1)
+    return found
 
 
 def store_index_key(
@@ -352,13 +354,15 @@ def gated_delta(
     dt_bias: Tensor,
     state: RecurrentState,
     plan: AttentionPlan,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.gated_delta. As if all rows were long."""
     del b, a, conv, a_log, dt_bias, plan
     mixed = torch.empty_like(qkv)
     _, v_heads, _, v_dim = state.matrix.shape
     solved = mixed.new_empty(len(qkv), v_heads, 2 * BLOCK + FACTORS, dtype=torch.float32)
-    return solved.new_empty(len(qkv), v_heads, v_dim, dtype=qkv.dtype)
+    shape = (len(qkv), v_heads, v_dim)
+    return solved.new_empty(shape, dtype=qkv.dtype) if out is None else out.view(shape)
 
 
 def gated_norm(x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:

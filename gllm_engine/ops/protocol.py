@@ -10,6 +10,7 @@ another operation. Callers pass these values to the same implementation and neve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,6 +48,18 @@ class HeadNorm(NamedTuple):
 
 class AttentionPlan:
     """How one batch attends over the pages; valid for all layers of one shape and window."""
+
+
+@dataclass
+class PagedPlan(AttentionPlan):
+    """A plan of layers with pages. The operations that store need no more of a plan than this, and
+    what they return may be attended to with any plan of the same tokens.
+
+    `keeps_kv`: whether `rotate_and_store` returns K and V, too, because `attend` may read them.
+    """
+
+    cache_index: Tensor  # [tokens] cache place of what a token stores, as in Batch.of_group
+    keeps_kv: bool = field(default=False, kw_only=True)
 
 
 class AttentionInputs(NamedTuple):
@@ -307,13 +320,14 @@ class Ops(Protocol):
         plan: AttentionPlan,
         tokens: Tensor | None = None,
         sinks: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """softmax(q k' * scale) v over each row's pages, with the plan's scale and softcap:
         [tokens, heads * head_dim].
 
         `tokens`: [n] int64, the indices of the input tokens that the plan covers; None: all tokens.
         `sinks`: [heads], the score of one more key of each head, whose value is 0; neither the
-        scale nor the softcap applies to it.
+        scale nor the softcap applies to it. `out`: contiguous, receives the result.
         """
         ...
 
@@ -343,6 +357,7 @@ class Ops(Protocol):
         plan: AttentionPlan,
         tokens: Tensor | None = None,
         chosen: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale * q k') v over each row's pages: [tokens, heads * value_dim].
 
@@ -350,7 +365,7 @@ class Ops(Protocol):
         k and v from the latents in the cache; see LatentShape. `tokens`: [n] int64, the indices of
         the input tokens that the plan covers; None: all tokens. `chosen`: from choose_tokens, of
         the same tokens, whatever the layer. A plan for some tokens may get it where their own rows
-        have too few tokens to choose from.
+        have too few tokens to choose from. `out`: contiguous, receives the result.
 
         Two forms have the same result up to rounding: the absorbed one computes (W_UK' q) latent'
         and W_UV (weights latent), and no key or value; the expanded one computes k and v.
@@ -400,13 +415,15 @@ class Ops(Protocol):
         dt_bias: Tensor,
         state: RecurrentState,
         plan: AttentionPlan,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The gated delta rule over each row's tokens, from its slot's state on, which is updated:
         [tokens, v_heads, v_dim].
 
         qkv: [tokens, width]: q and k of all key heads, then v of all value heads. b, a: [tokens,
         v_heads] before their activations. conv: [width, conv]. a_log, dt_bias: [v_heads] float32.
-        q and k are divided by their norms after the convolution and silu.
+        q and k are divided by their norms after the convolution and silu. `out`: [tokens,
+        v_heads * v_dim], contiguous, receives the result.
         """
         ...
 

@@ -32,6 +32,7 @@ from gllm_engine.ops.protocol import (
     HeadNorm,
     IndexQueries,
     Norm,
+    PagedPlan,
     PlainSampling,
     RecurrentState,
     RotaryInputs,
@@ -214,7 +215,7 @@ def rotate_and_store(
     query_scale: Tensor | None = None,
 ) -> AttentionInputs:
     """See Ops.rotate_and_store; K and V are always read from the cache."""
-    assert isinstance(plan, ReferencePlan)
+    assert isinstance(plan, PagedPlan)
     kv_heads = (qkv.shape[1] - num_heads) // 2
     qk = qkv[:, : num_heads + kv_heads]
     q = qkv[:, :num_heads]
@@ -281,11 +282,10 @@ class _Chunk:
     mask: Tensor | None  # [tokens, len]; None: causal from position 0
 
 
-@dataclass(frozen=True)
-class ReferencePlan(AttentionPlan):
-    """Where the cache stores a batch's K and V, and what attention gathers from it."""
+@dataclass
+class ReferencePlan(PagedPlan):
+    """What attention gathers from the cache for a batch."""
 
-    write: Tensor  # [2 * tokens] rows of the flat cache, K then V of each token
     padded: list[_Padded]
     chunks: list[_Chunk]
     scale: float | None = None
@@ -367,9 +367,6 @@ def plan_attention(
     lens = batch.context_lens_cpu.tolist()
     num_pages = -(-max(lens) // page_size)
     table = batch.page_table[:, :num_pages].index_select(0, batch.slots)
-    page = batch.cache_index // page_size
-    key = page * (num_planes - 1) * page_size + batch.cache_index
-    write = torch.stack([key + plane * page_size for plane in range(num_planes)], 1).flatten()
     ends = batch.context_lens_cpu[: batch.num_decode]
     spans = (ends - _first_seen(ends - 1, window, chunked)).tolist()
     padded = [
@@ -383,7 +380,7 @@ def plan_attention(
         pages = table[row : row + 1]
         chunks.append(_plan_chunk(pages, first, num, lens[row], cache.shape, window, chunked))
         first += num
-    return ReferencePlan(write, padded, chunks, scale, softcap)
+    return ReferencePlan(batch.cache_index, padded, chunks, scale, softcap)
 
 
 def _first_seen(positions: Any, window: int | None, chunked: bool) -> Any:
@@ -461,12 +458,13 @@ def _plan_chunk(
     return _Chunk(slice(first, first + num), gather, mask)
 
 
-def write_kv(cache: Tensor, kv: Tensor, plan: ReferencePlan) -> None:
-    """Store kv [tokens, planes, kv_heads, head_dim] (0: K, 1: V) at the rows plan.write."""
+def write_kv(cache: Tensor, kv: Tensor, plan: PagedPlan) -> None:
+    """Store kv [tokens, planes, kv_heads, head_dim] (0: K, 1: V) at plan.cache_index."""
     if kv.dtype != cache.dtype:  # float8_e4m3fn has no infinity: 448 is its largest number
         limit = torch.finfo(cache.dtype).max
         kv = kv.clamp(-limit, limit).to(cache.dtype)
-    cache.flatten(0, 2)[plan.write] = kv.flatten(0, 1)
+    page_size = cache.shape[2]
+    cache[plan.cache_index // page_size, :, plan.cache_index % page_size] = kv
 
 
 def _read(flat: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -483,13 +481,14 @@ def attend(
     plan: AttentionPlan,
     tokens: Tensor | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend."""
     assert isinstance(plan, ReferencePlan)
     q = inputs.q if tokens is None else inputs.q[tokens]
     kv_heads, head_dim = cache.shape[3:]
     flat = cache.flatten(0, 2).flatten(1)  # [num_pages * 2 * page_size, kv_heads * head_dim]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    found = q.new_empty(q.shape) if out is None else out.view(q.shape)
     grouped = (-1, kv_heads, q.shape[1] // kv_heads, head_dim)
     of_group = None if sinks is None else sinks.view(kv_heads, -1, 1)
     of_head = None if sinks is None else sinks[:, None, None]
@@ -499,13 +498,13 @@ def attend(
         # Query heads that share a K/V head take the place of query positions.
         rows = q[part.rows].view(grouped)
         o = _softmax_attention(rows, k, v, part.mask, plan, sinks=of_group)
-        out[part.rows] = o.flatten(1, 2)
+        found[part.rows] = o.flatten(1, 2)
     for chunk in plan.chunks:
         k, v = _read(flat, chunk.gather, q.dtype).view(2, 1, -1, kv_heads, head_dim).transpose(2, 3)
         rows = q[None, chunk.tokens].transpose(1, 2)
         o = _softmax_attention(rows, k, v, chunk.mask, plan, causal=True, sinks=of_head)
-        out[chunk.tokens] = o[0].transpose(0, 1)
-    return out.flatten(1)
+        found[chunk.tokens] = o[0].transpose(0, 1)
+    return found.flatten(1)
 
 
 def gated_delta(
@@ -517,6 +516,7 @@ def gated_delta(
     dt_bias: Tensor,
     state: RecurrentState,
     plan: AttentionPlan,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.gated_delta; token by token, all decode rows at once."""
     assert isinstance(plan, RowPlan)
@@ -524,7 +524,8 @@ def gated_delta(
     k_heads = (qkv.shape[1] - v_heads * v_dim) // (2 * k_dim)
     keep = (-a_log.exp() * F.softplus(a.float() + dt_bias)).exp()
     write = b.float().sigmoid()
-    out = qkv.new_empty(len(qkv), v_heads, v_dim)
+    shape = (len(qkv), v_heads, v_dim)
+    result = qkv.new_empty(shape) if out is None else out.view(shape)
     n = plan.num_decode
     groups = [(plan.slots[:n], slice(0, n), 1)] if n else []
     first = n
@@ -549,8 +550,8 @@ def gated_delta(
             matrix = matrix + torch.einsum("nhk,nhv->nhkv", k[:, i], error * w[:, i, :, None])
             found[:, i] = torch.einsum("nhkv,nhk->nhv", matrix, q[:, i])
         state.matrix[slots] = matrix
-        out[tokens] = (found * k_dim**-0.5).flatten(0, 1).to(out.dtype)
-    return out
+        result[tokens] = (found * k_dim**-0.5).flatten(0, 1).to(result.dtype)
+    return result
 
 
 def _unit_heads(x: Tensor, heads: int, copies_to: int) -> Tensor:
@@ -574,7 +575,7 @@ def store_latent(
     plan: AttentionPlan,
 ) -> None:
     """See Ops.store_latent."""
-    assert isinstance(plan, ReferencePlan)
+    assert isinstance(plan, PagedPlan)
     rank = len(norm[0])
     rope_dim = latent.shape[1] - rank
     compressed = rms_norm(latent[:, :rank], *norm)
@@ -591,6 +592,7 @@ def attend_latent(
     plan: AttentionPlan,
     tokens: Tensor | None = None,
     chosen: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend_latent; in the absorbed form."""
     assert isinstance(plan, ReferencePlan)
@@ -603,14 +605,14 @@ def attend_latent(
     w_uk, w_uv = kv_up.tensor_split((nope_dim,), 1)
     q = torch.cat((torch.einsum("thn,hnk->thk", q[..., :nope_dim], w_uk), q[..., nope_dim:]), 2)
     flat = cache.flatten(0, 3)
-    out = q.new_empty(*q.shape[:2], rank)
+    means = q.new_empty(*q.shape[:2], rank)
     for part in plan.padded:
         keys = _read(flat, part.gather, q.dtype).view(len(part.rows), 1, -1, width)
         rows = q[part.rows][:, None]  # heads take the place of query positions
         o = F.scaled_dot_product_attention(
             rows, keys, keys[..., :rank], attn_mask=part.mask, scale=plan.scale
         )
-        out[part.rows] = o[:, 0]
+        means[part.rows] = o[:, 0]
     for chunk in plan.chunks:
         keys = _read(flat, chunk.gather, q.dtype).view(1, 1, -1, width)
         o = F.scaled_dot_product_attention(
@@ -622,8 +624,9 @@ def attend_latent(
             enable_gqa=True,
             scale=plan.scale,
         )
-        out[chunk.tokens] = o[0].transpose(0, 1)
-    return torch.einsum("thk,hvk->thv", out, w_uv).flatten(1)
+        means[chunk.tokens] = o[0].transpose(0, 1)
+    found = torch.einsum("thk,hvk->thv", means, w_uv).flatten(1)
+    return found if out is None else out.copy_(found)
 
 
 def store_index_key(
@@ -635,7 +638,7 @@ def store_index_key(
     plan: AttentionPlan,
 ) -> Tensor:
     """See Ops.store_index_key."""
-    assert isinstance(plan, ReferencePlan)
+    assert isinstance(plan, PagedPlan)
     key = layer_norm(k, *norm)[:, None]
     q = q.clone()
     rotate(key, rotary)

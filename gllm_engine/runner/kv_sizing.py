@@ -247,7 +247,7 @@ def piece_bytes(config: EngineConfig, decoder: Decoder, cache: list[LayerCache])
     if not max_tokens:
         return 0
     with _watching(decoder.device) as watch:
-        pieces = StepPieces(decoder, cache, max_tokens)
+        pieces = StepPieces(decoder, cache, max_tokens, spare=0)
         pieces.compute(max_tokens)
     return watch.peak + pieces.graph_bytes
 

@@ -190,7 +190,8 @@ class Runner:
             self.decoder, self.cache, self.table, self.sampling, config.max_num_seqs, pool
         )
         if max_tokens := most_tokens(config, self.decoder):
-            self._pieces = StepPieces(self.decoder, self.cache, max_tokens)
+            spare = self.num_pages * config.page_size
+            self._pieces = StepPieces(self.decoder, self.cache, max_tokens, spare)
             self._pieces.capture(pool)
 
     @contextmanager

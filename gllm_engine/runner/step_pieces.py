@@ -6,18 +6,21 @@ step and is launched kernel by kernel, between two graphs; so is what begins and
 
     embedding | piece 0 | attend | piece 1 | attend | ... | piece n | last layer, logits, sampling
 
-    piece 0        norm, product of q, k and v of the first layer
-    attend         rotation, K and V to the cache, attention (see ForwardContext.attend)
-    piece 1        output product, norm, ffn of the first layer; norm, product of the next one
+    piece 0        norm, product of q, k and v, rotation, K and V to the cache, of the first layer
+    attend         attention (see ForwardContext.attend)
+    piece 1        output product, norm, ffn of the first layer; the next one as far as piece 0
     last layer     of the last stage: only tokens that need logits; on other stages it is in pieces
 
 A step runs on the smallest pieces that have enough tokens. The tokens after its own ones are
-padding: they pass through the pieces, but no attention sees them, so they write to no page.
+padding: they pass through the pieces, but no attention sees them. Their K and V go to one place P
+of the spare page, which no sequence ever owns.
 
-    x         [ t t t t t 0 0 0 ]      the residual stream, of a step with 5 tokens in pieces of 8
-    results   [ a a a a a s s s ]      what attention gives; s: from a longer step before, or 0
+    x           [ t t t t t 0 0 0 ]    the residual stream, of a step with 5 tokens in pieces of 8
+    positions   [ p p p p p s s s ]    s: from a longer step before, or 0
+    places      [ c c c c c P P P ]    of K and V in the cache, for each cache group
+    results     [ a a a a a s s s ]    what attention gives
 
-Both are memory of all pieces. Padding is finite, as steps before it were.
+All are memory of all pieces. Padding is finite, as steps before it were.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch import Tensor
 from gllm_engine.arch.model import Layer, Moe
 from gllm_engine.config import EngineConfig
 from gllm_engine.model import Attend, Decoder, ForwardContext, LayerCache, Residual
+from gllm_engine.ops import Batch
 from gllm_engine.runner.graph_pool import Cut, GraphPool
 
 # Operations of a layer's products that take a GPU as long as Python takes to launch the layer: half
@@ -96,12 +100,19 @@ class _Pieces:
 class StepPieces:
     """Graphs of steps of up to `max_tokens` tokens, once `capture` has been called."""
 
-    def __init__(self, decoder: Decoder, cache: list[LayerCache], max_tokens: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: list[LayerCache], max_tokens: int, spare: int
+    ) -> None:
+        """`spare`: the cache place of padding."""
         self.max_tokens = max_tokens
         self._decoder = decoder
         self._cache = cache
         self._counts = token_counts(max_tokens)
         self._x = self._zeros(decoder.arch.dim)
+        size = (len(decoder.groups), max_tokens)
+        self._places = torch.full(size, spare, dtype=torch.int64, device=decoder.device)
+        self._positions = torch.zeros_like(self._places[0])
+        self._spare = spare
         self._results: dict[int, Tensor] = {}  # by width
         self._of_count: list[_Pieces] = []
 
@@ -136,22 +147,27 @@ class StepPieces:
             calls.append(_Between(call, cut(inputs), result))
             return result
 
-        return self._decoder.trunk(self._x[:num_tokens], ForwardContext(cut=between), self._cache)
+        positions = self._positions[:num_tokens]
+        places = self._places[:, :num_tokens]
+        context = self._decoder.storing(positions, places, between)
+        return self._decoder.trunk(self._x[:num_tokens], context, self._cache)
 
     def _zeros(self, width: int) -> Tensor:
         decoder = self._decoder
         return torch.zeros(self.max_tokens, width, dtype=decoder.dtype, device=decoder.device)
 
-    def __call__(self, x: Tensor, context: ForwardContext) -> Residual:
+    def __call__(self, x: Tensor, batch: Batch, context: ForwardContext) -> Residual:
         """As Decoder.trunk for x, [tokens, dim]. The next call overwrites the result."""
         n = len(x)
         index = bisect_left(self._counts, n)
         pieces = self._of_count[index]
         self._x[:n].copy_(x)
         self._x[n : self._counts[index]].zero_()
+        self._positions[:n].copy_(batch.positions)
+        self._places[:, :n].copy_(batch.cache_index)
+        self._places[:, n:].fill_(self._spare)
         for graph, between in zip(pieces.graphs, pieces.calls, strict=False):
             graph.replay()
-            attended = between.call(context, *(x[:n] for x in between.inputs))
-            between.result[:n].copy_(attended)
+            between.call(context, *(x[:n] for x in between.inputs), out=between.result[:n])
         pieces.graphs[-1].replay()
         return pieces.stream.up_to(n)

@@ -10,11 +10,10 @@ import os
 
 import torch
 
-from gllm_engine.ops import RotaryInputs, reference
+from gllm_engine.ops import PagedPlan, RotaryInputs, reference
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 from gllm_engine.ops import triton  # noqa: E402
-from gllm_engine.ops.triton import PagedPlan  # noqa: E402
 
 HEADS, KV_HEADS, DIM, PAGE, TOKENS = 3, 2, 16, 4, 5
 FLOAT8 = torch.float8_e4m3fn
@@ -31,8 +30,7 @@ def check(dtype: torch.dtype) -> None:
     qkv[1, -KV_HEADS:, 3] = torch.inf  # in V: rotation would make NaN of it in K
     cache = torch.randint(0, 127, (4, 2, PAGE, KV_HEADS, DIM), dtype=torch.uint8).view(FLOAT8)
     places, found = torch.tensor([2, 15, 4, 8, 7]), cache.clone()
-    write = places // PAGE * PAGE + places
-    plan = reference.ReferencePlan(torch.stack((write, write + PAGE), 1).flatten(), [], [])
+    plan = reference.ReferencePlan(places, [], [])
     ones, zeros, positions = torch.ones(9, DIM // 2), torch.zeros(9, DIM // 2), torch.arange(TOKENS)
     q, kept = triton.rotate_and_store(
         *(qkv, HEADS, None, RotaryInputs(ones, zeros, False, positions), found),

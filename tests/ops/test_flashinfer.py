@@ -225,7 +225,9 @@ def test_both_forms_of_latent_attention_are_equal(
         assert len(chunks.places) == (KEYS if num_absorbed == 2 else FRESH_KEYS)
         assert chunks.wrapper.backend == "fa3"
         planner._expanded.view(torch.float32).fill_(float("nan"))
-    found = backend.attend_latent(q, kv_up, cache, plan)
+    out = torch.empty(len(q), 4 * 10)
+    found = backend.attend_latent(q, kv_up, cache, plan, out=out)
+    assert found.data_ptr() == out.data_ptr()
     expected = reference.attend_latent(q, kv_up, cache, plan_reference(batch, cache, 0.3))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -258,7 +260,9 @@ def test_chunks_attend_to_a_copy_of_float8_pages(
         cache = torch.randn(shape).to(torch.float8_e4m3fn)
         wide = cache.float()
         kv = wide[batch.cache_index // 16, :, batch.cache_index % 16].flatten(1, 2)
-        found = backend.attend(ops.AttentionInputs(q, kv), cache, plan)
+        out = torch.empty(len(q), 3 * 16)
+        found = backend.attend(ops.AttentionInputs(q, kv), cache, plan, out=out)
+        assert found.data_ptr() == out.data_ptr()
         expected = reference.attend(ops.AttentionInputs(q), wide, slow)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -15,7 +15,7 @@ from test_reference import make_case
 from torch import Tensor
 
 from gllm_engine.attention_shape import LatentShape
-from gllm_engine.ops import Batch, IndexQueries, RotaryInputs, reference
+from gllm_engine.ops import Batch, IndexQueries, PagedPlan, RotaryInputs, reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
@@ -86,7 +86,7 @@ def test_the_reference_chooses_the_best(
     plan = plan_for(batch, cache, top_k)
     keys = whole_numbers(*cache.shape) if equal else torch.randn(cache.shape)
     cache = torch.where(cache.isnan(), cache, keys)
-    cache.flatten(0, 3)[plan.write] = keys.flatten(0, 3)[plan.write]
+    cache.flatten(0, 3)[plan.cache_index] = keys.flatten(0, 3)[plan.cache_index]
     queries = make_queries(len(batch.tokens), heads, dim, equal)
     chosen = reference.choose_tokens(queries, cache, plan)
     assert chosen is not None and chosen.dtype == torch.int32
@@ -113,7 +113,7 @@ def test_only_chosen_latents_are_attended_to(mix: str, tokens: list[int] | None)
     batch, cache = make_step(mix, rank + rope_dim)
     cache = torch.where(cache.isnan(), cache, torch.randn(cache.shape))
     every = reference.plan_attention(batch, cache, None)
-    cache.flatten(0, 3)[every.write] = torch.randn(len(every.write), rank + rope_dim)
+    cache.flatten(0, 3)[every.cache_index] = torch.randn(len(every.cache_index), rank + rope_dim)
     q = torch.randn(len(batch.tokens), 3, rank + rope_dim)
     index = None
     if tokens is not None:
@@ -184,7 +184,7 @@ def test_the_store_kernel_is_its_twin(
         (gain.to(device), bias.to(device), 1e-6),
         RotaryInputs(cos.to(device), sin.to(device), interleaved, moved.positions),
         there,
-        triton.PagedPlan(moved.cache_index),
+        PagedPlan(moved.cache_index),
     )
     limit = 2e-2 if half else 1e-5
     near(found, expected, limit)

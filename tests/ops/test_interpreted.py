@@ -21,6 +21,7 @@ from gllm_engine.ops import (
     AttentionInputs,
     HeadNorm,
     PackedWeight,
+    PagedPlan,
     RotaryInputs,
     RoundedRows,
     reference,
@@ -302,7 +303,7 @@ def test_rotation_and_store(norm: str, rotation: str | None) -> None:
         head_norm,
         None if rotation is None else RotaryInputs(*tables, interleaved, batch.positions),
         there,
-        triton.PagedPlan(batch.cache_index, keeps_kv=True),
+        PagedPlan(batch.cache_index, keeps_kv=True),
         query_scale,
     )
     rotary = None

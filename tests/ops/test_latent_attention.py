@@ -11,7 +11,7 @@ from test_reference import make_case
 from torch import Tensor
 
 from gllm_engine.attention_shape import LatentShape
-from gllm_engine.ops import Batch, RotaryInputs, reference
+from gllm_engine.ops import Batch, PagedPlan, RotaryInputs, reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
@@ -98,7 +98,7 @@ def test_the_kernels_are_their_twins(
         (gain.to(device), 1e-6),
         RotaryInputs(cos.to(device), sin.to(device), interleaved, moved.positions),
         there,
-        triton.PagedPlan(moved.cache_index),
+        PagedPlan(moved.cache_index),
     )
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     near(there, wide, limit)

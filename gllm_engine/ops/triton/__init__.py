@@ -30,7 +30,6 @@ from gllm_engine.ops.triton.norm_act import (
 )
 from gllm_engine.ops.triton.one_shot_allreduce import make_one_shot_allreduce
 from gllm_engine.ops.triton.packed import dequantize_packed, is_packed_product, packed_linear
-from gllm_engine.ops.triton.paged_plan import PagedPlan
 from gllm_engine.ops.triton.prepare_inputs import prepare_inputs
 from gllm_engine.ops.triton.ptxas import choose_ptxas
 from gllm_engine.ops.triton.qkv_rope_store import rotate_and_store
@@ -42,7 +41,6 @@ __all__ = [
     "gated_norm",
     "Choice",
     "KvSplits",
-    "PagedPlan",
     "RowPlan",
     "attend_latent",
     "activate",

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
+from gllm_engine.ops.triton.memory import (
+    cdiv,
+    load,
+    load_wide,
+    next_power_of_2,
+    own_range,
+    program,
+    store_rounded,
+)
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.
@@ -46,9 +54,9 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     All are contiguous. lse: [tokens, heads] float32, to base 2. sinks: [heads].
     """
     tokens, heads, dim = out.shape
-    block = min(_HEADS, triton.next_power_of_2(heads))
-    _apply_sinks[(tokens, triton.cdiv(heads, block))](
+    block = min(_HEADS, next_power_of_2(heads))
+    _apply_sinks[(tokens, cdiv(heads, block))](
         out, lse, sinks, heads, dim,
-        BLOCK_HEADS=block, BLOCK_DIM=triton.next_power_of_2(dim),
+        BLOCK_HEADS=block, BLOCK_DIM=next_power_of_2(dim),
         **overlapping(),
     )  # fmt: skip

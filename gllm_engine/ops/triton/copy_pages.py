@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.memory import program
+from gllm_engine.ops.triton.memory import cdiv, next_power_of_2, program
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Numbers that a program copies, if one token has no more.
@@ -44,9 +44,9 @@ def copy_pages(cache: Tensor, places: Tensor, out: Tensor) -> None:
     """
     tokens = len(places)
     width = cache.shape[3] * cache.shape[4]
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     some = max(1, _NUMBERS // block)
-    _copy_pages[(triton.cdiv(tokens, some), 2)](
+    _copy_pages[(cdiv(tokens, some), 2)](
         cache, places, out, tokens, WIDTH=width, PAGE=cache.shape[2], TOKENS=some, BLOCK=block,
         **overlapping(),
     )  # fmt: skip

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF
 from gllm_engine.ops.triton.fp8 import split_float8
-from gllm_engine.ops.triton.memory import load, store_rounded
+from gllm_engine.ops.triton.memory import load, next_power_of_2, store_rounded
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 
 # Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.
@@ -136,7 +136,7 @@ def split_kv(
     _split[(1,)](
         lens, items, arrived, share, starts, rows, capacity, kv_heads, EXTRA=extra, MIN=least,
         WINDOW=window or 0, CHUNKED=chunked, BLOCK=min(_BLOCK, least),
-        ROWS=triton.next_power_of_2(rows), num_warps=4,
+        ROWS=next_power_of_2(rows), num_warps=4,
     )  # fmt: skip
     return KvSplits(page_table, slots, lens, window, chunked, items, arrived, share, starts)
 
@@ -304,8 +304,8 @@ def decode_attention(
     kv_heads, page_size = cache.shape[3], cache.shape[2]
     group, capacity = heads // kv_heads, plan.items.shape[1]
     paired = cache.dtype == torch.float8_e4m3fn and q.dtype in HALF and dim % 2 == 0
-    block_dim = max(32 if paired else 16, triton.next_power_of_2(dim))
-    block_group = triton.next_power_of_2(group)
+    block_dim = max(32 if paired else 16, next_power_of_2(dim))
+    block_group = next_power_of_2(group)
     out = torch.empty_like(q) if out is None else out
     parts = q.new_empty(capacity, heads, dim, dtype=torch.float32)
     peaks, sums = parts.new_empty(2, capacity, heads)

@@ -64,7 +64,15 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import BLOCK, FACTORS, LONG
 from gllm_engine.ops.protocol import AttentionPlan, RecurrentState
-from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
+from gllm_engine.ops.triton.memory import (
+    cdiv,
+    load,
+    load_wide,
+    next_power_of_2,
+    own_range,
+    program,
+    store_rounded,
+)
 
 # Channels of a program of the convolution of short rows, and channels and tokens of one of long
 # rows: few, so that many programs share a multiprocessor.
@@ -418,6 +426,7 @@ def gated_delta(
     dt_bias: Tensor,
     state: RecurrentState,
     plan: AttentionPlan,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.gated_delta. The convolution has 2 to 4 taps."""
     assert isinstance(plan, RowPlan)
@@ -425,7 +434,8 @@ def gated_delta(
     _, v_heads, k_dim, v_dim = state.matrix.shape
     tokens, width = qkv.shape
     mixed = torch.empty(tokens, width, dtype=qkv.dtype, device=qkv.device)
-    out = qkv.new_empty(tokens, v_heads, v_dim)
+    shape = (tokens, v_heads, v_dim)
+    out = qkv.new_empty(shape) if out is None else out.view(shape)
     sizes = {
         "KEYS": (width - v_heads * v_dim) // (2 * k_dim),
         "VALUES": v_heads,
@@ -434,18 +444,18 @@ def gated_delta(
     }
     if blocks is None or blocks.has_short:
         rows = len(slots)
-        _convolve[(rows, triton.cdiv(width, _CHANNELS))](
+        _convolve[(rows, cdiv(width, _CHANNELS))](
             qkv, conv, state.conv, slots, starts, mixed, width, qkv.stride(0), state.conv.stride(0),
             TAPS=conv.shape[1], LONG=LONG, BLOCK=_CHANNELS,
         )  # fmt: skip
-        columns = min(_COLUMNS, triton.next_power_of_2(v_dim))
-        _recur[(rows, v_heads, triton.cdiv(v_dim, columns))](
+        columns = min(_COLUMNS, next_power_of_2(v_dim))
+        _recur[(rows, v_heads, cdiv(v_dim, columns))](
             mixed, b, a, a_log, dt_bias, state.matrix, slots, starts, out, b.stride(0), a.stride(0),
-            state.matrix.stride(0), **sizes, BLOCK_K=triton.next_power_of_2(k_dim),
+            state.matrix.stride(0), **sizes, BLOCK_K=next_power_of_2(k_dim),
             COLUMNS=columns, LONG=LONG, num_warps=2,
         )  # fmt: skip
     if blocks is not None:
-        grid = (len(blocks.rows), triton.cdiv(width, _PART_CHANNELS), BLOCK // _PART)
+        grid = (len(blocks.rows), cdiv(width, _PART_CHANNELS), BLOCK // _PART)
         _convolve_blocks[grid](
             qkv, conv, state.conv, slots, starts, blocks.rows, blocks.firsts, mixed, width,
             qkv.stride(0), state.conv.stride(0), TAPS=conv.shape[1], TOKENS=BLOCK,
@@ -476,15 +486,15 @@ def _long_rows(
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     squares = mixed.new_empty(tokens, v_heads, 2, parts, BLOCK, dtype=dtype)
     factors = mixed.new_empty(tokens, v_heads, FACTORS, dtype=torch.float32)
-    block_k = max(16, triton.next_power_of_2(sizes["K"]))  # at least 16, for tl.dot
+    block_k = max(16, next_power_of_2(sizes["K"]))  # at least 16, for tl.dot
     _solve_blocks[(len(blocks.rows), v_heads)](
         mixed, b, a, a_log, dt_bias, starts, blocks.rows, blocks.firsts, squares, factors,
         b.stride(0), a.stride(0), **sizes, BLOCK_K=block_k, TOKENS=BLOCK,
         LEVELS=BLOCK.bit_length() - 1, PARTS=parts, FACTORS=FACTORS,
     )  # fmt: skip
-    columns = min(_COLUMNS, max(16, triton.next_power_of_2(v_dim)))
+    columns = min(_COLUMNS, max(16, next_power_of_2(v_dim)))
     # The operands of the next block are loaded ahead, for which those in float32 are too large.
-    _recur_blocks[(len(blocks.long), v_heads, triton.cdiv(v_dim, columns))](
+    _recur_blocks[(len(blocks.long), v_heads, cdiv(v_dim, columns))](
         mixed, squares, factors, matrix, slots, starts, blocks.long, out, matrix.stride(0),
         **sizes, BLOCK_K=block_k, COLUMNS=columns, TOKENS=BLOCK, PARTS=parts, FACTORS=FACTORS,
         num_stages=2 if is_bf16 else 1,
@@ -515,6 +525,6 @@ def gated_norm(x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:
     out = torch.empty_like(x)
     _gated_norm[(tokens, heads)](
         x, gain, gate, out, gate.stride(0), dim, eps, HEADS=heads,
-        BLOCK=triton.next_power_of_2(dim), num_warps=1,
+        BLOCK=next_power_of_2(dim), num_warps=1,
     )  # fmt: skip
     return out

@@ -22,11 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.protocol import AttentionPlan, IndexQueries, RotaryInputs
+from gllm_engine.ops.protocol import AttentionPlan, IndexQueries, PagedPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.memory import load, load_wide, program, stored
-from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.triton.memory import load, load_wide, next_power_of_2, program, stored
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.
@@ -152,8 +151,8 @@ def store_index_key(
     _store_index_key[(tokens,)](
         q, k, gain, bias, cos, sin, positions, plan.cache_index, cache, eps,
         HEADS=heads, DIM=dim, HALF=half, INTERLEAVED=interleaved,
-        BLOCK_HEADS=triton.next_power_of_2(heads),
-        BLOCK_DIM=triton.next_power_of_2(dim), BLOCK_HALF=triton.next_power_of_2(half),
+        BLOCK_HEADS=next_power_of_2(heads),
+        BLOCK_DIM=next_power_of_2(dim), BLOCK_HALF=next_power_of_2(half),
         **overlapping(),
     )  # fmt: skip
     return q
@@ -274,8 +273,8 @@ def choose_tokens(queries: IndexQueries, cache: Tensor, choice: Choice) -> Tenso
             queries.q[part], queries.weights[part], cache, scan.page_table, scan.slots, scan.lens,
             scan.items, scan.share, scores, capacity, scan.page_table.shape[1], scores.shape[1],
             HEADS=heads, DIM=dim, PAGE=cache.shape[2], BLOCK=_BLOCK,
-            BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
-            BLOCK_DIM=max(16, triton.next_power_of_2(dim)), num_warps=4,
+            BLOCK_HEADS=max(16, next_power_of_2(heads)),
+            BLOCK_DIM=max(16, next_power_of_2(dim)), num_warps=4,
             num_stages=3, **overlapping(),
         )  # fmt: skip
         _choose_tokens[(n,)](

@@ -29,11 +29,19 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
-from gllm_engine.ops.protocol import AttentionPlan, RotaryInputs
+from gllm_engine.ops.protocol import AttentionPlan, PagedPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded, stored
-from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.triton.memory import (
+    cdiv,
+    load,
+    load_wide,
+    next_power_of_2,
+    own_range,
+    program,
+    store_rounded,
+    stored,
+)
 from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 
 # Most heads of a program: more would need more registers than there are.
@@ -121,8 +129,8 @@ def store_latent(
         q, latent, gain, cos, sin, positions, plan.cache_index, cache, eps, q.stride(0),
         latent.stride(0),
         HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank, INTERLEAVED=interleaved,
-        BLOCK_HEADS=triton.next_power_of_2(heads),
-        BLOCK_RANK=triton.next_power_of_2(rank), **overlapping(),
+        BLOCK_HEADS=next_power_of_2(heads),
+        BLOCK_RANK=next_power_of_2(rank), **overlapping(),
     )  # fmt: skip
 
 
@@ -159,7 +167,7 @@ def gather_latents(cache: Tensor, places: Tensor, latents: Tensor, k: Tensor) ->
     _gather_latents[(len(places),)](
         cache, places, latents, k,
         HEADS=heads, NOPE=key_dim - rope_dim, ROPE=rope_dim, RANK=rank,
-        BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_RANK=triton.next_power_of_2(rank),
+        BLOCK_HEADS=next_power_of_2(heads), BLOCK_RANK=next_power_of_2(rank),
         **overlapping(),
     )  # fmt: skip
 
@@ -379,15 +387,15 @@ def attend_latent(
     block_rows = 16 if few else 64
     block = min(64, rank)
     sizes = {"HEADS": heads, "NOPE": nope_dim, "VALUE": value_dim, "RANK": rank}
-    _absorb[(rank // block, heads, triton.cdiv(rows, block_rows))](
+    _absorb[(rank // block, heads, cdiv(rows, block_rows))](
         q, kv_up, absorbed, rows, q.stride(0), q.stride(1), **sizes,
-        BLOCK_ROWS=block_rows, BLOCK_NOPE=max(16, triton.next_power_of_2(nope_dim)),
+        BLOCK_ROWS=block_rows, BLOCK_NOPE=max(16, next_power_of_2(nope_dim)),
         BLOCK_RANK=block, num_warps=4, **overlapping(),
     )  # fmt: skip
     parts, logs = _attended(absorbed, q[..., nope_dim:], cache, splits, scale, chosen)
-    block = min(32 if few else 64, max(16, triton.next_power_of_2(value_dim)))
+    block = min(32 if few else 64, max(16, next_power_of_2(value_dim)))
     block_rows = 16 if rows <= _MANY else 32
-    _project[(triton.cdiv(value_dim, block), heads, triton.cdiv(rows, block_rows))](
+    _project[(cdiv(value_dim, block), heads, cdiv(rows, block_rows))](
         parts, logs, splits.starts, kv_up, out, rows, **sizes, BLOCK_ROWS=block_rows,
         BLOCK_PARTS=32, BLOCK_VALUE=block, num_warps=4,
         num_stages=2, **overlapping(),
@@ -416,7 +424,7 @@ def _attended(
         q, q_rope, cache, splits.page_table, splits.slots, splits.lens, splits.items,
         splits.items if chosen is None else chosen, parts, logs, capacity,
         splits.page_table.shape[1], scale * _LOG2_E, q_rope.stride(0), q_rope.stride(1),
-        HEADS=heads, GROUP=group, BLOCK_GROUP=max(16, triton.next_power_of_2(group)), RANK=rank,
+        HEADS=heads, GROUP=group, BLOCK_GROUP=max(16, next_power_of_2(group)), RANK=rank,
         ROPE=q_rope.shape[2], PAGE=cache.shape[2], BLOCK=_BLOCK,
         TOP_K=0 if chosen is None else chosen.shape[1], PIPELINED=pipelined,
         num_warps=warps, num_stages=stages, **overlapping(),

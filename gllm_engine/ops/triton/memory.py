@@ -1,9 +1,19 @@
-"""How kernels load and store, and tell programs apart."""
+"""How kernels load and store, and tell programs apart; how many programs and numbers they have."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up. triton.cdiv takes over a microsecond, as kernels may call it too."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The least power of 2 that is not less than x, at least 1; like cdiv in place of Triton's."""
+    return 1 << (x - 1).bit_length()
 
 
 @triton.jit

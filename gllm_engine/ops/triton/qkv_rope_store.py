@@ -9,9 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.protocol import AttentionInputs, AttentionPlan, HeadNorm, RotaryInputs
-from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, stored
-from gllm_engine.ops.triton.paged_plan import PagedPlan
+from gllm_engine.ops.protocol import (
+    AttentionInputs,
+    AttentionPlan,
+    HeadNorm,
+    PagedPlan,
+    RotaryInputs,
+)
+from gllm_engine.ops.triton.memory import (
+    cdiv,
+    load,
+    load_wide,
+    next_power_of_2,
+    own_range,
+    program,
+    stored,
+)
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.
@@ -112,13 +125,13 @@ def rotate_and_store(
     kv = qkv.new_empty(tokens, total - num_heads, dim) if plan.keeps_kv else None
     cos, sin, interleaved, positions = rotary or (None, None, False, None)
     gain, eps, plus_one, after, means = norm or (None, 0.0, False, False, None)
-    _rotate_and_store[(tokens, triton.cdiv(total, _HEADS))](
+    _rotate_and_store[(tokens, cdiv(total, _HEADS))](
         qkv, gain, means, cos, sin, positions, query_scale, plan.cache_index, q, kv, cache, eps,
         qkv.stride(0),
         HEADS=num_heads, KV=(total - num_heads) // 2, DIM=dim,
         TURN=0 if cos is None else 2 * cos.shape[1], PAGE=cache.shape[2],
         AFTER=after, PLUS_ONE=plus_one, INTERLEAVED=interleaved,
-        BLOCK_HEADS=min(_HEADS, triton.next_power_of_2(total)),
-        BLOCK_DIM=triton.next_power_of_2(dim), **overlapping(),
+        BLOCK_HEADS=min(_HEADS, next_power_of_2(total)),
+        BLOCK_DIM=next_power_of_2(dim), **overlapping(),
     )  # fmt: skip
     return AttentionInputs(q, kv)
