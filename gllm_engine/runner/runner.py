@@ -124,19 +124,14 @@ class Runner:
             fitting = fitting_pages(config, decoder, memory)
             self.num_pages = fitting if ranks is None else ranks.min_over_ranks(fitting)
             # On a GPU one more slot and one more page, for the padding rows of CUDA graphs.
-            self._total_pages = self.num_pages + on_gpu
+            self._total_pages = num_pages = self.num_pages + on_gpu
             num_slots = config.max_num_seqs + on_gpu
             self.num_snapshots = fitting_snapshots(config, decoder, self.num_pages)
             # Slots come first, then snapshots.
             self.states = decoder.new_states(num_slots + self.num_snapshots)
             self.cache = self.new_cache(decoder, self.states)
             self.table = SlotTable(
-                num_slots,
-                max_pages,
-                self._total_pages,
-                config.page_size,
-                self.device,
-                decoder.groups,
+                num_slots, max_pages, num_pages, config.page_size, self.device, decoder.groups
             )
             self.sampling = SamplingState(self.table, arch.vocab)
         self._returned: TokenReturn | None = None
@@ -148,12 +143,16 @@ class Runner:
             self._capture()
         with self._timed("first steps"):
             if on_gpu:
-                rows = config.max_num_seqs
-                tokens = config.max_num_batched_tokens
-                room = min(max_len, self.num_pages * config.page_size)
-                groups = len(decoder.groups)
-                for plan in tiny_plans(rows, tokens, room, config.page_size, groups):
-                    self.launch(plan).wait()
+                self._run_tiny_plans(max_len)
+
+    def _run_tiny_plans(self, max_len: int) -> None:
+        config = self._config
+        rows = config.max_num_seqs
+        tokens = config.max_num_batched_tokens
+        room = min(max_len, self.num_pages * config.page_size)
+        groups = len(self.decoder.groups)
+        for plan in tiny_plans(rows, tokens, room, config.page_size, groups):
+            self.launch(plan).wait()
 
     def new_cache(self, decoder: Decoder, states: States | None = None) -> list[LayerCache]:
         """A cache with as many pages as the runner's, for the layers of `decoder`."""

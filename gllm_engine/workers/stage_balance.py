@@ -101,9 +101,8 @@ class StageBalance:
         best = None
         most = LEAST_GAIN * max(means)
         for stage, end in enumerate(accumulate(self.cut[:-1])):
-            slow, fast = stage, stage + 1
-            if means[slow] < means[fast]:
-                slow, fast = fast, slow
+            slow = stage if means[stage] > means[stage + 1] else stage + 1
+            fast = 2 * stage + 1 - slow
             # The run that moves ends where `stage` ends, or begins there.
             other_end = self._starts[self._starts.index(end) + (-1 if slow == stage else 1)]
             moved = abs(other_end - end)
