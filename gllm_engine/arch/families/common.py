@@ -5,11 +5,12 @@ Defaults for absent keys are those of transformers' config classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
-from gllm_engine.arch.checkpoint import Names, Renames, Variant
+from gllm_engine.arch.checkpoint import Renames, Variant
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Activation, Dense, Gqa, Layer, Mla, Model
 from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
@@ -45,8 +46,8 @@ LANGUAGE_MODEL: Renames = (
 )
 
 
-def beside_images(names: Names) -> Names:
-    """The names of a text model that is stored beside a model for images."""
+def beside_images(read: Callable[[Fields], Model]) -> Callable[[Fields], Model]:
+    """The reader of a text model, as `read`, that is stored beside a model for images."""
     in_transformers = Variant(
         r"^model\.language_model\.",
         (
@@ -54,12 +55,19 @@ def beside_images(names: Names) -> Names:
             ("language_model.lm_head.", "lm_head."),
         ),
     )
-    return replace(
-        names,
-        renames=(*names.renames, *LANGUAGE_MODEL),
-        variants=(*names.variants, in_transformers),
-        unused=r"(vision_tower|mm_projector|multi_modal_projector)\.",
-    )
+
+    @wraps(read)
+    def read_text(c: Fields) -> Model:
+        model = read(c)
+        names = replace(
+            model.names,
+            renames=(*model.names.renames, *LANGUAGE_MODEL),
+            variants=(*model.names.variants, in_transformers),
+            unused=r"(vision_tower|mm_projector|multi_modal_projector)\.",
+        )
+        return replace(model, names=names)
+
+    return read_text
 
 
 def read_head_dim(c: Fields) -> int:

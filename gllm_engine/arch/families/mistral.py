@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import (
-    beside_images,
     read_head_dim,
     read_num_experts,
     read_routing,
@@ -81,16 +80,3 @@ def ministral3(c: Fields) -> Model:
         return model
     length = rope_object(c).count("original_max_position_embeddings")
     return with_mixers(model, temperature=QueryTemperature(beta, length))
-
-
-_VISION_NAMES = beside_images(Names())
-
-
-def mistral_vision(c: Fields) -> Model:
-    """The text of Mistral Small 3.1 and 3.2."""
-    return replace(mistral(c), names=_VISION_NAMES)
-
-
-def ministral3_vision(c: Fields) -> Model:
-    """The text of Ministral 3 and Devstral Small 2."""
-    return replace(ministral3(c), names=_VISION_NAMES)
