@@ -12,7 +12,7 @@ from gllm_engine.arch.families.common import (
     with_mixers,
     with_window,
 )
-from gllm_engine.arch.families.llama import LLAMA, llama, llama_with_rope
+from gllm_engine.arch.families.llama import LLAMA, llama
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Model, Moe, QueryTemperature
 from gllm_engine.arch.rope import read_rope, rope_object
@@ -74,7 +74,7 @@ MINISTRAL3 = MISTRAL | {
 def ministral3(c: Fields) -> Model:
     keys = ("llama_4_scaling_beta", "max_position_embeddings")  # transformers ignores the second
     rope = read_rope(c, read_head_dim(c), keys)
-    model = with_window(c, llama_with_rope(c, rope))
+    model = with_window(c, llama(c, rope))
     beta = rope_object(c).real_or_zero("llama_4_scaling_beta")
     if beta is None:
         return model
