@@ -103,17 +103,25 @@ def read_gqa(c: Fields, rope: Rope | None = None, bias_key: str | None = None) -
 
 
 def read_decoder(
-    c: Fields, mixer: Gqa | Mla, ffn: Dense | None = None, eps_key: str = "rms_norm_eps"
+    c: Fields,
+    mixer: Gqa | Mla,
+    ffn: Dense | None = None,
+    eps_key: str = "rms_norm_eps",
+    *,
+    dim_key: str = "hidden_size",
+    vocab_key: str = "vocab_size",
+    layers_key: str = "num_hidden_layers",
+    len_key: str = "max_position_embeddings",
 ) -> Model:
     """A model of equal layers. `ffn`: None: without biases. `eps_key`: of the norms' epsilon."""
     ffn = ffn or Dense(c.count("intermediate_size"))
     return Model(
-        dim=c.count("hidden_size"),
-        vocab=c.count("vocab_size"),
-        layers=(Layer(mixer, ffn),) * c.count("num_hidden_layers", most=MAX_LAYERS),
+        dim=c.count(dim_key),
+        vocab=c.count(vocab_key),
+        layers=(Layer(mixer, ffn),) * c.count(layers_key, most=MAX_LAYERS),
         eps=c.real(eps_key),
         tie=c.flag("tie_word_embeddings"),
-        max_len=_max_len(c.count("max_position_embeddings"), mixer.rope),
+        max_len=_max_len(c.count(len_key), mixer.rope),
         eos_token_ids=c.numbers("eos_token_id"),
     )
 
