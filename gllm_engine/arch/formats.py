@@ -478,9 +478,9 @@ class Formatted(ABC):
         names = sorted({format_name(name) for name in self.shapes(dim)})
         return replace(self, formats=tuple((n, formats[n]) for n in names if n in formats))
 
-    def held(self: T, change: Callable[[Format], Format]) -> T:
-        """A copy with other formats for those that it has."""
-        return replace(self, formats=tuple((name, change(kind)) for name, kind in self.formats))
+    def widened(self: T) -> T:
+        """A copy whose weights are held plain."""
+        return replace(self, formats=tuple((name, widened(kind)) for name, kind in self.formats))
 
     def cut(self: T, whole: Formatted, dim: int, start: Start) -> T:
         """This part of `whole` with formats that tell where it ends inside blocks.

@@ -615,8 +615,8 @@ class Model:
         """A copy whose weights are held plain, whatever their formats in the checkpoint."""
         outer = tuple((name, widened(kind)) for name, kind in self.vocab_formats)
         return replace(self, vocab_formats=outer).each(
-            mixer=lambda _, layer: layer.mixer.held(widened),
-            ffn=lambda _, layer: layer.ffn.held(widened),
+            mixer=lambda _, layer: layer.mixer.widened(),
+            ffn=lambda _, layer: layer.ffn.widened(),
         )
 
     def num_params(self) -> int:
