@@ -226,7 +226,6 @@ class Mla(Formatted):
     latent_eps: float = 1e-6  # of the norms of both latents
     # None: a token attends to all tokens before it. An Indexer needs a q_rank.
     indexer: Indexer | EarlierIndexer | None = None
-    window: int | None = None  # always None: every token sees all tokens before it
 
     def shapes(self, dim: int) -> Shapes:
         q = self.heads * (self.nope_dim + self.rope.dim)
@@ -252,6 +251,7 @@ class Mla(Formatted):
     state_shapes = ()
     temperature = None
 
+    window = None  # every token sees all tokens before it
     @property
     def ropes(self) -> tuple[Rope, ...]:
         return (self.rope,) if self.indexer is None else (self.rope, *self.indexer.ropes)
@@ -299,12 +299,12 @@ class GatedDelta(Formatted):
     k_dim: int
     v_dim: int
     conv: int
-    window: int | None = None  # always None: the state depends on all tokens
 
     # As of attention without rotation.
     ropes = ()
     temperature = None
 
+    window = None  # the state depends on all tokens
     def shapes(self, dim: int) -> Shapes:
         k = self.k_heads * self.k_dim
         v = self.v_heads * self.v_dim
