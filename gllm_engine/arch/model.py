@@ -18,6 +18,7 @@ from gllm_engine.arch.formats import (
     Format,
     Formats,
     Formatted,
+    Integers,
     Mxfp4,
     Rounded,
     Shapes,
@@ -250,8 +251,8 @@ class Mla(Formatted):
 
     state_shapes = ()
     temperature = None
-
     window = None  # every token sees all tokens before it
+
     @property
     def ropes(self) -> tuple[Rope, ...]:
         return (self.rope,) if self.indexer is None else (self.rope, *self.indexer.ropes)
@@ -303,8 +304,8 @@ class GatedDelta(Formatted):
     # As of attention without rotation.
     ropes = ()
     temperature = None
-
     window = None  # the state depends on all tokens
+
     def shapes(self, dim: int) -> Shapes:
         k = self.k_heads * self.k_dim
         v = self.v_heads * self.v_dim
@@ -570,6 +571,14 @@ class Model:
         """The formats in which weights are stored that are not plain, by format_name."""
         return {name: stored_kind(kind) for name, kind in self.held_kinds().items()}
 
+    def integers_by_scales(self) -> dict[str, Integers]:
+        """The formats of weights that are stored as whole numbers, by format_name of the scales."""
+        return {
+            weight.removesuffix("weight") + kind.scales: kind
+            for weight, kind in self.stored_kinds().items()
+            if isinstance(kind, Integers)
+        }
+
     def held_kinds(self) -> dict[str, Format]:
         """The formats of the weights that are not stored plain, by format_name."""
         kinds = dict(self.vocab_formats)
@@ -579,9 +588,7 @@ class Model:
 
     def formats(self) -> set[Format]:
         """The formats of weights that are not plain."""
-        parts = (part for layer in self.layers for part in (layer.mixer, layer.ffn))
-        each = (self.vocab_formats, *(part.formats for part in parts))
-        return {kind for formats in each for _, kind in formats}
+        return set(self.held_kinds().values())
 
     def quantized(self) -> Model:
         """A copy in which all matrices that usually are quantised have a promised format.
