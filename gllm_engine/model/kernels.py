@@ -30,7 +30,9 @@ Part = Gqa | Mla | GatedDelta | Moe
 
 @dataclass(frozen=True)
 class KernelUse:
-    """The kernels of one kind of part, which `layers` layers have, by DeviceKind or "cpu"."""
+    """The kernels of a part of the model, which `layers` layers have, by kind of device: hopper,
+    gpu (any other GPU), cpu.
+    """
 
     part: str
     layers: int
