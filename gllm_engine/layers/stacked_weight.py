@@ -31,7 +31,7 @@ from gllm_engine.arch.formats import (
     Widened,
 )
 from gllm_engine.layers.platform import Platform
-from gllm_engine.layers.stored_integers import StoredIntegers, held_integers
+from gllm_engine.layers.stored_integers import StoredIntegers, held_integers, some_rows
 from gllm_engine.ops import (
     MAX_MXFP4_SCALE,
     Fp8Weight,
@@ -45,7 +45,6 @@ from gllm_engine.ops import (
 )
 
 K = TypeVar("K", bound=Format)
-_AT_ONCE = 1 << 24  # numbers, of which a copy in 32 bits is made
 
 
 class Staged(NamedTuple):
@@ -200,7 +199,7 @@ def _stage_widened(kind: Format, into: Tensor, platform: Platform, name: str) ->
         for convert_part in conversions:
             convert_part()
         assert not isinstance(stack.value, Tensor)
-        for rows in _some_rows(into):
+        for rows in some_rows(*into.shape):
             into[rows] = dequantized(stack.value.rows(rows), into.dtype)
 
     return Staged(views, convert)
@@ -246,7 +245,7 @@ def _stage_rounded(kind: Rounded, into: Fp8Weight, platform: Platform, name: str
     matrix = platform.empty(*into.shape)
 
     def convert() -> None:
-        for rows in _some_rows(matrix):
+        for rows in some_rows(*matrix.shape):
             rounded, factors = quantize_fp8(matrix[rows], 1, 0)
             into.numbers[rows] = rounded
             into.scales[rows] = factors
@@ -284,7 +283,7 @@ def _stage_mxfp4(kind: Mxfp4, into: PackedWeight, platform: Platform, name: str)
     def convert() -> None:
         if len(into) and int(scales.max()) > MAX_MXFP4_SCALE:
             raise ArchError(f"{name}: a scale is larger than 2^{MAX_MXFP4_SCALE - 127}")
-        for rows in _some_rows(into):
+        for rows in some_rows(*into.shape):
             into.rows(rows).copy_(pack(numbers[rows], scales[rows], is_float=True))
 
     return Staged(views, convert)
@@ -359,12 +358,6 @@ def _rows_of_scales(matrices: _Matrices[Any]) -> Tensor | None:
     if torch.equal(rows, torch.arange(len(rows)) // kind.rows):
         return None
     return rows.to(matrices.platform.device)
-
-
-def _some_rows(matrix: Tensor | PackedWeight) -> list[slice]:
-    """All rows, in parts of up to _AT_ONCE numbers, or of one row."""
-    some = max(1, _AT_ONCE // matrix.shape[1])
-    return [slice(at, at + some) for at in range(0, len(matrix), some)]
 
 
 def _ranges(sizes: dict[str, int]) -> dict[str, slice]:
