@@ -136,12 +136,8 @@ class _Matrices(Generic[K]):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the stack."""
-        return (*self.lead, sum(rows for rows, _ in self.sizes.values()), self.width)
-
-    @property
-    def width(self) -> int:
         (width,) = {width for _, width in self.sizes.values()}
-        return width
+        return (*self.lead, sum(rows for rows, _ in self.sizes.values()), width)
 
     @property
     def rows(self) -> dict[str, slice]:
@@ -172,9 +168,9 @@ class _Widened(_Plain):
 
     def views(self, expert: int | None = None) -> Views:
         views = super().views(expert)
-        whole = self.value if expert is None else self.value[expert]
         for name, kind in self._matrices.kinds.items():
-            into = whole[self._rows[name]]
+            into = views[name]
+            assert isinstance(into, Tensor)
             stage = partial(_stage_widened, kind.kind, into, self._matrices.platform)
             views[name] = Staging(into.nbytes, stage)
         return views
@@ -298,7 +294,7 @@ class _Scaled:
 
     def __init__(self, matrices: _Matrices[Fp8 | Int8]) -> None:
         kinds = matrices.kinds
-        self._suffixes = {name: kind.suffix for name, kind in kinds.items()}
+        self._kinds = kinds
         rows, depth = matrices.shape[-2:]
         kind = next(iter(kinds.values()))
         # One scale for a whole weight is copied to all its rows.
@@ -327,7 +323,7 @@ class _Scaled:
         for name, rows in self._rows.items():
             scales = whole.scales[self._scale_rows[name]]
             views[name] = whole.numbers[rows]
-            views[name + self._suffixes[name]] = scales[:, None] if self._copies else scales
+            views[name + self._kinds[name].suffix] = scales[:, None] if self._copies else scales
         return views
 
 
