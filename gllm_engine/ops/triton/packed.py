@@ -373,7 +373,7 @@ def packed_linear(
     """
     x = x.contiguous() if norm is None else rms_norm(x, *norm)
     rows, depth = x.shape
-    width = len(weight) // 2 if gated else len(weight)
+    width = len(weight) // (1 + gated)
     out = x.new_empty(rows, width) if out is None else out
     exact = x.dtype == torch.float32
     tiles = _EXACT_TILES if exact else _choose_tiles(rows, runs_of_turn(weight))

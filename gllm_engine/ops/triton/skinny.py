@@ -219,7 +219,7 @@ def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
     rows, depth = x.shape
     if not 0 < rows <= _MAX_ROWS or x.dtype not in HALF:
         return False
-    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    width = len(weight) // (1 + gated)
     tiling = choose_tiling(rows, width, depth, gated)
     programs = triton.cdiv(width, tiling.block_n) * tiling.parts
     return tiling.parts == 1 or rows <= _SHARED_ROWS and programs <= _MULTIPROCESSORS
@@ -280,7 +280,7 @@ def skinny(
     would share the arrival counters.
     """
     rows, depth = x.shape
-    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    width = len(weight) // (1 + gated)
     if out is None:
         out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if isinstance(weight, Tensor):
