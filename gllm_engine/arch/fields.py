@@ -44,8 +44,7 @@ class Fields:
 
     def with_defaults(self, **values: Any) -> Fields:
         """A copy with values for keys that are absent or null."""
-        copy = Fields(self._values, self.name, {})
-        copy._values = values | self._values
+        copy = Fields(self._values, self.name, values)
         copy._read = self._read  # what is read of a copy is read
         return copy
 

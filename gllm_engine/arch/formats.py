@@ -220,14 +220,14 @@ class Integers(Format):
     bits: int = 4
     zeros: bool = False
     reordered: bool = False
-    scale_dtype: str = "BF16"
+    scale_dtype: str = "F16"
     column_cut: Cut | None = None
 
-    # What follows the names of a weight's module.
-    numbers: ClassVar[str]
-    scales: ClassVar[str]
-    zero_points: ClassVar[str]
-    group_index: ClassVar[str]
+    # What follows the names of a weight's module: here, of GPTQ and AWQ.
+    numbers: ClassVar[str] = "qweight"
+    scales: ClassVar[str] = "scales"
+    zero_points: ClassVar[str] = "qzeros"
+    group_index: ClassVar[str] = "g_idx"
     label: ClassVar[str] = ""  # what these numbers are called
     along_rows: ClassVar[bool] = False  # numbers of a column are packed, not of a row
 
@@ -319,6 +319,8 @@ class Integers(Format):
 class CompressedInt(Integers):
     """As compressed-tensors packs whole numbers."""
 
+    scale_dtype: str = "BF16"
+
     numbers = "weight_packed"
     scales = "weight_scale"
     zero_points = "weight_zero_point"
@@ -333,12 +335,7 @@ class Gptq(Integers):
     """
 
     less_one: bool = True
-    scale_dtype: str = "F16"
 
-    numbers = "qweight"
-    scales = "scales"
-    zero_points = "qzeros"
-    group_index = "g_idx"
     label = "GPTQ "
 
 
@@ -350,12 +347,7 @@ class Awq(Integers):
     """
 
     zeros: bool = True
-    scale_dtype: str = "F16"
 
-    numbers = "qweight"
-    scales = "scales"
-    zero_points = "qzeros"
-    group_index = "g_idx"
     label = "AWQ "
     along_rows = True
 
@@ -486,9 +478,9 @@ class Formatted(ABC):
         names = sorted({format_name(name) for name in self.shapes(dim)})
         return replace(self, formats=tuple((n, formats[n]) for n in names if n in formats))
 
-    def held(self: T, change: Callable[[Format], Format]) -> T:
-        """A copy with other formats for those that it has."""
-        return replace(self, formats=tuple((name, change(kind)) for name, kind in self.formats))
+    def widened(self: T) -> T:
+        """A copy whose weights are held plain."""
+        return replace(self, formats=tuple((name, widened(kind)) for name, kind in self.formats))
 
     def cut(self: T, whole: Formatted, dim: int, start: Start) -> T:
         """This part of `whole` with formats that tell where it ends inside blocks.

@@ -18,6 +18,7 @@ from gllm_engine.arch.formats import (
     Format,
     Formats,
     Formatted,
+    Integers,
     Mxfp4,
     Rounded,
     Shapes,
@@ -226,7 +227,6 @@ class Mla(Formatted):
     latent_eps: float = 1e-6  # of the norms of both latents
     # None: a token attends to all tokens before it. An Indexer needs a q_rank.
     indexer: Indexer | EarlierIndexer | None = None
-    window: int | None = None  # always None: every token sees all tokens before it
 
     def shapes(self, dim: int) -> Shapes:
         q = self.heads * (self.nope_dim + self.rope.dim)
@@ -251,6 +251,7 @@ class Mla(Formatted):
 
     state_shapes = ()
     temperature = None
+    window = None  # every token sees all tokens before it
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -299,11 +300,11 @@ class GatedDelta(Formatted):
     k_dim: int
     v_dim: int
     conv: int
-    window: int | None = None  # always None: the state depends on all tokens
 
     # As of attention without rotation.
     ropes = ()
     temperature = None
+    window = None  # the state depends on all tokens
 
     def shapes(self, dim: int) -> Shapes:
         k = self.k_heads * self.k_dim
@@ -570,6 +571,14 @@ class Model:
         """The formats in which weights are stored that are not plain, by format_name."""
         return {name: stored_kind(kind) for name, kind in self.held_kinds().items()}
 
+    def integers_by_scales(self) -> dict[str, Integers]:
+        """The formats of weights that are stored as whole numbers, by format_name of the scales."""
+        return {
+            weight.removesuffix("weight") + kind.scales: kind
+            for weight, kind in self.stored_kinds().items()
+            if isinstance(kind, Integers)
+        }
+
     def held_kinds(self) -> dict[str, Format]:
         """The formats of the weights that are not stored plain, by format_name."""
         kinds = dict(self.vocab_formats)
@@ -579,9 +588,7 @@ class Model:
 
     def formats(self) -> set[Format]:
         """The formats of weights that are not plain."""
-        parts = (part for layer in self.layers for part in (layer.mixer, layer.ffn))
-        each = (self.vocab_formats, *(part.formats for part in parts))
-        return {kind for formats in each for _, kind in formats}
+        return set(self.held_kinds().values())
 
     def quantized(self) -> Model:
         """A copy in which all matrices that usually are quantised have a promised format.
@@ -615,8 +622,8 @@ class Model:
         """A copy whose weights are held plain, whatever their formats in the checkpoint."""
         outer = tuple((name, widened(kind)) for name, kind in self.vocab_formats)
         return replace(self, vocab_formats=outer).each(
-            mixer=lambda _, layer: layer.mixer.held(widened),
-            ffn=lambda _, layer: layer.ffn.held(widened),
+            mixer=lambda _, layer: layer.mixer.widened(),
+            ffn=lambda _, layer: layer.ffn.widened(),
         )
 
     def num_params(self) -> int:

@@ -58,16 +58,6 @@ def _fp8(q: Fields) -> tuple[Format]:
     return (replace(FP8_BLOCK, rows=block[0], columns=block[1]),)
 
 
-def _fbgemm(q: Fields) -> tuple[Format]:
-    del q  # an upper bound of the inputs' scales
-    return (FP8_ROW,)
-
-
-def _mxfp4(q: Fields) -> tuple[Format]:
-    del q  # lists of modules that are plain, which the files tell
-    return (Mxfp4(),)
-
-
 def _compressed_tensors(q: Fields) -> tuple[Format, ...]:
     """A format for each group of modules; a scheme of activations only says when they round."""
     if not q.child("transform_config").empty:
@@ -200,10 +190,10 @@ def _modelopt(q: Fields) -> tuple[Format]:
 
 _METHODS: dict[str, Callable[[Fields], tuple[Format, ...]]] = {
     "fp8": _fp8,
-    "fbgemm_fp8": _fbgemm,
+    "fbgemm_fp8": lambda _: (FP8_ROW,),  # with an upper bound of the inputs' scales
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
-    "mxfp4": _mxfp4,
+    "mxfp4": lambda _: (Mxfp4(),),  # with lists of plain modules, which the files tell
     "gptq": _gptq,
     "awq": _awq,
 }

@@ -110,15 +110,31 @@ def read_rope(
     other_keys: tuple[str, ...] = (),
     theta: float | None = None,
     rotated_share: float | None = None,
+    rope: Fields | None = None,
 ) -> Rope:
     """Read `rope_parameters`, or the older `rope_theta` + `rope_scaling`.
 
     A key inside the object overrides the same key beside it, as in transformers. `other_keys`: keys
     that the caller reads. `theta`, `rotated_share`: for a config that names them in its own way,
-    the values of rope_theta and partial_rotary_factor if the object does not have them. Raises
-    ArchError for an unknown RoPE type.
+    the values of rope_theta and partial_rotary_factor if the object does not have them. `rope`: the
+    object, if it is another one. Raises ArchError for an unknown RoPE type.
     """
-    return _read(config, rope_object(config), head_dim, theta, rotated_share, other_keys)
+    rope = rope or rope_object(config)
+    theta = rope.real("rope_theta", theta or config.real("rope_theta", 10_000.0))
+    rotated_share = rotated_share or config.real("partial_rotary_factor", 1.0)
+    share = rope.real("partial_rotary_factor", rotated_share)
+    dim = head_dim * share
+    if dim % 2 or dim > head_dim:
+        raise ArchError(
+            f"{config.name}: partial_rotary_factor={share} of head_dim={head_dim} is {dim} "
+            f"channels; a whole even number from 2 to {head_dim} is needed"
+        )
+    scaling = _read_scaling(config, rope, int(dim), other_keys)
+    if isinstance(scaling, DynamicScaling) and dim < 4:
+        raise ArchError(f"{rope.name}: dynamic RoPE scaling needs 4 channels, there are {dim:g}")
+    if isinstance(scaling, YarnScaling) and theta <= 1:
+        raise ArchError(f"{config.name}: rope_theta is {theta}, but YaRN needs more than 1")
+    return Rope(int(dim), theta, scaling=scaling)
 
 
 def read_layer_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
@@ -130,12 +146,12 @@ def read_layer_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
     both = config.child("rope_parameters")
     local = config.optional_real("rope_local_base_freq")
     if both.empty:
-        full = _read(config, config.child("rope_scaling"), head_dim)
+        full = read_rope(config, head_dim, rope=config.child("rope_scaling"))
         sliding = replace(full, theta=local or full.theta, scaling=None)
     else:
         both.allow_only({"full_attention", "sliding_attention"})
-        full = _read(config, both.child("full_attention"), head_dim)
-        sliding = _read(config, both.child("sliding_attention"), head_dim, local)
+        full = read_rope(config, head_dim, rope=both.child("full_attention"))
+        sliding = read_rope(config, head_dim, theta=local, rope=both.child("sliding_attention"))
     return full, sliding
 
 
@@ -152,32 +168,6 @@ def read_alpha_rope(config: Fields, head_dim: int) -> Rope:
     rope.require(type="dynamic", rope_type="dynamic")
     theta = rope.real("rope_theta", config.real("rope_theta", 10_000.0))
     return Rope(head_dim, theta * alpha ** (head_dim / (head_dim - 2)))
-
-
-def _read(
-    config: Fields,
-    rope: Fields,
-    head_dim: int,
-    theta: float | None = None,
-    rotated_share: float | None = None,
-    other_keys: tuple[str, ...] = (),
-) -> Rope:
-    """Read the object `rope`. `theta`, `rotated_share`: defaults."""
-    theta = rope.real("rope_theta", theta or config.real("rope_theta", 10_000.0))
-    rotated_share = rotated_share or config.real("partial_rotary_factor", 1.0)
-    share = rope.real("partial_rotary_factor", rotated_share)
-    dim = head_dim * share
-    if dim % 2 or dim > head_dim:
-        raise ArchError(
-            f"{config.name}: partial_rotary_factor={share} of head_dim={head_dim} is {dim} "
-            f"channels; a whole even number from 2 to {head_dim} is needed"
-        )
-    scaling = _read_scaling(config, rope, int(dim), other_keys)
-    if isinstance(scaling, DynamicScaling) and dim < 4:
-        raise ArchError(f"{rope.name}: dynamic RoPE scaling needs 4 channels, there are {dim:g}")
-    if isinstance(scaling, YarnScaling) and theta <= 1:
-        raise ArchError(f"{config.name}: rope_theta is {theta}, but YaRN needs more than 1")
-    return Rope(int(dim), theta, scaling=scaling)
 
 
 def _read_scaling(

@@ -14,14 +14,14 @@ from pathlib import Path
 import msgspec
 import torch
 
-from gllm_engine.arch import CacheGroup, Model, about_unknown_keys, cache_groups, read_arch
+from gllm_engine.arch import Model, about_unknown_keys, cache_groups, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
 from gllm_engine.engine.core import check_len, model_len
-from gllm_engine.model import open_checkpoint
+from gllm_engine.model import KernelUse, open_checkpoint
 from gllm_engine.sched import Group, PagePool, capacity, make_groups
 from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.workers.build_runner import check_formats, check_shards, device_of, held_formats
-from gllm_engine.workers.estimate import Estimate, estimate
+from gllm_engine.workers.estimate import estimate
 
 
 class StageReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,14 +53,6 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
     pages: int
 
 
-class KernelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The kernels of a part of the model by kind of device: hopper, gpu (any other GPU), cpu."""
-
-    part: str
-    layers: int
-    kernels: dict[str, str]
-
-
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a start would take. `gpu_memory`: bytes of each GPU; None: the model runs on a CPU.
 
@@ -84,7 +76,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int
     num_snapshots: int
     groups: list[GroupReport]
-    kernels: list[KernelReport]
+    kernels: list[KernelUse]
     unknown_keys: list[str]
 
     @property
@@ -134,14 +126,28 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
     kinds = cache_groups(arch, config.max_model_len or arch.max_len)
     groups = make_groups(kinds, config, found.num_pages)
     max_model_len = model_len(config, arch, capacity(groups, arch.max_len))
-    reports = _groups(kinds, groups, -(-max_model_len // config.page_size))
+    longest = -(-max_model_len // config.page_size)  # pages of a sequence without windows
+    reports = [
+        GroupReport(
+            layers=len(kind.layers), window=kind.window, pages=min(longest, group.most_pages)
+        )
+        for kind, group in zip(kinds, groups, strict=True)
+    ]
+    stages = [
+        StageReport(
+            **asdict(stage),
+            ranks=config.tensor_parallel_size,
+            free=None if gpu_memory is None else gpu_memory - stage.total,
+        )
+        for stage in found.stages
+    ]
     return CheckReport(
         model=config.model,
         num_params=arch.num_params(),
         gpu_memory=gpu_memory,
         dtype=_name(found.dtype),
         kv_cache_dtype=_name(found.cache_dtype),
-        stages=_stages(config, found, gpu_memory),
+        stages=stages,
         cut_is_estimated=config.pipeline_parallel_size > 1 and config.assigned_layers is None,
         num_pages=found.num_pages,
         page_size=config.page_size,
@@ -150,34 +156,9 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
         sequences=_sequences(groups, reports),
         num_snapshots=found.num_snapshots,
         groups=reports,
-        kernels=[KernelReport(**asdict(use)) for use in found.kernels],
+        kernels=found.kernels,
         unknown_keys=list(arch.unknown_keys),
     )
-
-
-def _stages(config: EngineConfig, found: Estimate, gpu_memory: int | None) -> list[StageReport]:
-    return [
-        StageReport(
-            **asdict(stage),
-            ranks=config.tensor_parallel_size,
-            free=None if gpu_memory is None else gpu_memory - stage.total,
-        )
-        for stage in found.stages
-    ]
-
-
-def _groups(
-    kinds: Sequence[CacheGroup], groups: Sequence[Group], num_pages: int
-) -> list[GroupReport]:
-    """`num_pages`: that hold a sequence of the greatest length."""
-    return [
-        GroupReport(
-            layers=len(kind.layers),
-            window=kind.window,
-            pages=min(num_pages, group.most_pages),
-        )
-        for kind, group in zip(kinds, groups, strict=True)
-    ]
 
 
 def _sequences(groups: Sequence[Group], reports: Sequence[GroupReport]) -> int:

@@ -131,7 +131,8 @@ class Engine:
         """
         path = Path(config.model)
         arch = read_arch(path)
-        _warn_of_unknown_keys(arch, path)
+        if arch.unknown_keys:
+            log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
         config = settle(config, _on_gpu(config), arch.keeps_states)
         check_len(config, arch)
         self._config = config
@@ -463,11 +464,6 @@ class Engine:
 
 def _nothing() -> Outputs:
     return Outputs([], [])
-
-
-def _warn_of_unknown_keys(arch: Model, path: Path) -> None:
-    if arch.unknown_keys:
-        log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
 
 
 def _on_gpu(config: EngineConfig) -> bool:

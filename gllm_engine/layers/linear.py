@@ -42,22 +42,24 @@ class Linear:
 
     def __call__(self, x: Rows, norm: Norm | None = None) -> Tensor:
         """y, of norm(x) if `norm` is given."""
-        parts = [product(x, norm) for product in self._products]
+        parts = [self._ops.linear(x, each.weight, each.bias, norm) for each in self._products]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def add_to(self, total: Tensor | None, x: Rows) -> Tensor:
         """total + y, in the memory of `total`; None: y."""
         if total is None:
             return self(x)
-        if len(self._products) == 1:
-            return self._products[0].add_to(total, x)
-        return total.add_(self(x))
+        if len(self._products) > 1:
+            return total.add_(self(x))
+        (only,) = self._products
+        return self._ops.add_linear(total, x, only.weight, only.bias)
 
     def gated(self, x: Tensor, norm: Norm | None, then: Weight | None) -> Rows:
         """silu(gate) * up, where [gate, up] = y. `then`: as Ops.activate."""
-        if len(self._products) == 1:
-            return self._products[0].gated(x, norm, then)
-        return self._ops.activate(self(x, norm), "silu", gated=True, then=then)
+        if len(self._products) > 1:
+            return self._ops.activate(self(x, norm), "silu", gated=True, then=then)
+        (only,) = self._products
+        return self._ops.gated_linear(x, only.weight, only.bias, norm, then)
 
     def weights(self) -> Views:
         """What the weights are loaded into."""
@@ -77,28 +79,18 @@ class _Product:
         platform: Platform,
         formats: Formats,
     ) -> None:
-        self._ops = platform.ops
         self._sizes = {name: shapes[f"{name}.weight"][0] for name in names}
         weights = [f"{name}.weight" for name in names]
         self._stack = stack_weights(weights, shapes, formats, platform)
         self.weight = self._stack.value
-        self._bias: Tensor | None = None
+        self.bias: Tensor | None = None
         if f"{names[0]}.bias" in shapes:
-            self._bias = platform.empty(sum(self._sizes.values()))
-
-    def __call__(self, x: Rows, norm: Norm | None) -> Tensor:
-        return self._ops.linear(x, self.weight, self._bias, norm)
-
-    def add_to(self, total: Tensor, x: Rows) -> Tensor:
-        return self._ops.add_linear(total, x, self.weight, self._bias)
-
-    def gated(self, x: Tensor, norm: Norm | None, then: Weight | None) -> Rows:
-        return self._ops.gated_linear(x, self.weight, self._bias, norm, then)
+            self.bias = platform.empty(sum(self._sizes.values()))
 
     def weights(self) -> Views:
         views = self._stack.views()
-        if self._bias is not None:
+        if self.bias is not None:
             sizes = tuple(self._sizes.values())
-            parts = zip(self._sizes, self._bias.split(sizes), strict=True)
+            parts = zip(self._sizes, self.bias.split(sizes), strict=True)
             views |= {f"{name}.bias": part for name, part in parts}
         return views

@@ -31,7 +31,7 @@ from gllm_engine.arch.formats import (
     Widened,
 )
 from gllm_engine.layers.platform import Platform
-from gllm_engine.layers.stored_integers import StoredIntegers, held_integers
+from gllm_engine.layers.stored_integers import StoredIntegers, held_integers, some_rows
 from gllm_engine.ops import (
     MAX_MXFP4_SCALE,
     Fp8Weight,
@@ -45,7 +45,6 @@ from gllm_engine.ops import (
 )
 
 K = TypeVar("K", bound=Format)
-_AT_ONCE = 1 << 24  # numbers, of which a copy in 32 bits is made
 
 
 class Staged(NamedTuple):
@@ -137,12 +136,8 @@ class _Matrices(Generic[K]):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the stack."""
-        return (*self.lead, sum(rows for rows, _ in self.sizes.values()), self.width)
-
-    @property
-    def width(self) -> int:
         (width,) = {width for _, width in self.sizes.values()}
-        return width
+        return (*self.lead, sum(rows for rows, _ in self.sizes.values()), width)
 
     @property
     def rows(self) -> dict[str, slice]:
@@ -173,9 +168,9 @@ class _Widened(_Plain):
 
     def views(self, expert: int | None = None) -> Views:
         views = super().views(expert)
-        whole = self.value if expert is None else self.value[expert]
         for name, kind in self._matrices.kinds.items():
-            into = whole[self._rows[name]]
+            into = views[name]
+            assert isinstance(into, Tensor)
             stage = partial(_stage_widened, kind.kind, into, self._matrices.platform)
             views[name] = Staging(into.nbytes, stage)
         return views
@@ -200,7 +195,7 @@ def _stage_widened(kind: Format, into: Tensor, platform: Platform, name: str) ->
         for convert_part in conversions:
             convert_part()
         assert not isinstance(stack.value, Tensor)
-        for rows in _some_rows(into):
+        for rows in some_rows(*into.shape):
             into[rows] = dequantized(stack.value.rows(rows), into.dtype)
 
     return Staged(views, convert)
@@ -246,7 +241,7 @@ def _stage_rounded(kind: Rounded, into: Fp8Weight, platform: Platform, name: str
     matrix = platform.empty(*into.shape)
 
     def convert() -> None:
-        for rows in _some_rows(matrix):
+        for rows in some_rows(*matrix.shape):
             rounded, factors = quantize_fp8(matrix[rows], 1, 0)
             into.numbers[rows] = rounded
             into.scales[rows] = factors
@@ -284,7 +279,7 @@ def _stage_mxfp4(kind: Mxfp4, into: PackedWeight, platform: Platform, name: str)
     def convert() -> None:
         if len(into) and int(scales.max()) > MAX_MXFP4_SCALE:
             raise ArchError(f"{name}: a scale is larger than 2^{MAX_MXFP4_SCALE - 127}")
-        for rows in _some_rows(into):
+        for rows in some_rows(*into.shape):
             into.rows(rows).copy_(pack(numbers[rows], scales[rows], is_float=True))
 
     return Staged(views, convert)
@@ -299,7 +294,7 @@ class _Scaled:
 
     def __init__(self, matrices: _Matrices[Fp8 | Int8]) -> None:
         kinds = matrices.kinds
-        self._suffixes = {name: kind.suffix for name, kind in kinds.items()}
+        self._kinds = kinds
         rows, depth = matrices.shape[-2:]
         kind = next(iter(kinds.values()))
         # One scale for a whole weight is copied to all its rows.
@@ -328,7 +323,7 @@ class _Scaled:
         for name, rows in self._rows.items():
             scales = whole.scales[self._scale_rows[name]]
             views[name] = whole.numbers[rows]
-            views[name + self._suffixes[name]] = scales[:, None] if self._copies else scales
+            views[name + self._kinds[name].suffix] = scales[:, None] if self._copies else scales
         return views
 
 
@@ -359,12 +354,6 @@ def _rows_of_scales(matrices: _Matrices[Any]) -> Tensor | None:
     if torch.equal(rows, torch.arange(len(rows)) // kind.rows):
         return None
     return rows.to(matrices.platform.device)
-
-
-def _some_rows(matrix: Tensor | PackedWeight) -> list[slice]:
-    """All rows, in parts of up to _AT_ONCE numbers, or of one row."""
-    some = max(1, _AT_ONCE // matrix.shape[1])
-    return [slice(at, at + some) for at in range(0, len(matrix), some)]
 
 
 def _ranges(sizes: dict[str, int]) -> dict[str, slice]:

@@ -15,7 +15,7 @@ from gllm_engine.ops import PackedWeight, empty_packed, pack_codes
 SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Bits of an int32 before number i of eight.
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-_UNPACKED_AT_ONCE = 1 << 24  # numbers, of which copies in wide dtypes are made
+_AT_ONCE = 1 << 24  # numbers, of which copies in wide dtypes are made
 
 
 class StoredIntegers:
@@ -107,11 +107,15 @@ class StoredIntegers:
         return tuple(range(0, 32, self._kind.bits))
 
     def _some_rows(self) -> list[slice]:
-        """All rows, in parts of whole int32."""
-        unit = self._kind.row_unit
-        count = len(self._scales())
-        step = max(1, _UNPACKED_AT_ONCE // (unit * self._columns)) * unit
-        return [slice(row, min(row + step, count)) for row in range(0, count, step)]
+        return some_rows(len(self._scales()), self._columns, self._kind.row_unit)
+
+
+def some_rows(count: int, columns: int, unit: int = 1) -> list[slice]:
+    """All `count` rows, in parts of a multiple of `unit` rows and up to _AT_ONCE numbers, or of
+    `unit` rows.
+    """
+    step = max(1, _AT_ONCE // (unit * columns)) * unit
+    return [slice(row, min(row + step, count)) for row in range(0, count, step)]
 
 
 def held_integers(

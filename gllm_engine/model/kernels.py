@@ -9,7 +9,7 @@ from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -25,20 +25,18 @@ from gllm_engine.ops.kernels import (
     product_kernels,
 )
 
+Part = Gqa | Mla | GatedDelta | Moe
+
 
 @dataclass(frozen=True)
 class KernelUse:
-    """The kernels of one kind of part, which `layers` layers have, by DeviceKind or "cpu"."""
+    """The kernels of a part of the model, which `layers` layers have, by kind of device: hopper,
+    gpu (any other GPU), cpu.
+    """
 
     part: str
     layers: int
     kernels: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Dtypes:
-    model: torch.dtype
-    cache: torch.dtype
 
 
 def kernels_of(
@@ -52,13 +50,12 @@ def kernels_of(
     `dtype`: of the weights on a GPU; `cache_dtype`: of K and V there. `head`: the format of the
     output projection; None: it is plain.
     """
-    dtypes = _Dtypes(dtype, cache_dtype)
     counts = Counter(part for layer in layers for part in (layer.mixer, layer.ffn))
     uses = []
     for part, count in counts.items():
-        name, kernels = _PARTS[type(part)]
-        if kernels is not None:
-            uses.append(KernelUse(name(part), count, _by_device(partial(kernels, part, dtypes))))
+        if not isinstance(part, Dense):  # which has only matrix products
+            kernels = partial(_of_part, part, dtype, cache_dtype)
+            uses.append(KernelUse(_name(part), count, _by_device(kernels)))
     formats = [_formats(layer) for layer in layers]
     layers_of = Counter(label for each in formats for label in each)
     products: list[tuple[str, int, Format | None]] = [
@@ -99,49 +96,30 @@ def _of_format(kind: Format | None, dtype: torch.dtype, device: DeviceKind) -> s
     return packed_product_kernels(device)
 
 
-def _heads(arch: Gqa) -> str:
-    window = "" if arch.window is None else f", window {arch.window}"
-    return f"attention, {arch.heads}/{arch.kv_heads} heads of {arch.head_dim}{window}"
+def _name(part: Part) -> str:
+    match part:
+        case Gqa():
+            window = "" if part.window is None else f", window {part.window}"
+            return f"attention, {part.heads}/{part.kv_heads} heads of {part.head_dim}{window}"
+        case Mla():
+            chosen = ""
+            if part.indexer is not None:
+                whose = "an earlier layer's" if isinstance(part.indexer, EarlierIndexer) else "own"
+                chosen = f", {whose} choice of {part.indexer.top_k} tokens"
+            latents = f"{part.heads} heads, latents of {part.latent_width}"
+            return f"latent attention, {latents}{chosen}"
+        case GatedDelta():
+            heads = f"{part.k_heads}/{part.v_heads} heads of {part.k_dim}/{part.v_dim}"
+            return f"gated delta rule, {heads}"
+        case Moe():
+            return f"{len(part.experts)} experts of {part.hidden}, {part.routing.top_k} a token"
 
 
-def _latents(arch: Mla) -> str:
-    chosen = ""
-    if arch.indexer is not None:
-        whose = "an earlier layer's" if isinstance(arch.indexer, EarlierIndexer) else "own"
-        chosen = f", {whose} choice of {arch.indexer.top_k} tokens"
-    return f"latent attention, {arch.heads} heads, latents of {arch.latent_width}{chosen}"
-
-
-def _states(arch: GatedDelta) -> str:
-    return f"gated delta rule, {arch.k_heads}/{arch.v_heads} heads of {arch.k_dim}/{arch.v_dim}"
-
-
-def _experts(arch: Moe) -> str:
-    return f"{len(arch.experts)} experts of {arch.hidden}, {arch.routing.top_k} a token"
-
-
-def _of_heads(arch: Gqa, dtypes: _Dtypes, device: DeviceKind) -> str:
-    return attention_kernels(device, arch.head_dim, dtypes.model, dtypes.cache)
-
-
-def _of_latents(arch: Mla, dtypes: _Dtypes, device: DeviceKind) -> str:
-    shape = arch.attention
-    return latent_kernels(device, shape.key_dim, shape.value_dim, dtypes.model)
-
-
-def _own(arch: object, dtypes: _Dtypes, device: DeviceKind) -> str:
-    """For all shapes and dtypes."""
-    del arch, dtypes, device
-    return "Triton"
-
-
-# Type of a part -> its name, and its kernels; None: only matrix products.
-_PARTS: dict[
-    type, tuple[Callable[[Any], str], Callable[[Any, _Dtypes, DeviceKind], str] | None]
-] = {
-    Gqa: (_heads, _of_heads),
-    Mla: (_latents, _of_latents),
-    GatedDelta: (_states, _own),
-    Moe: (_experts, _own),
-    Dense: (str, None),
-}
+def _of_part(part: Part, dtype: torch.dtype, cache_dtype: torch.dtype, device: DeviceKind) -> str:
+    match part:
+        case Gqa():
+            return attention_kernels(device, part.head_dim, dtype, cache_dtype)
+        case Mla():
+            shape = part.attention
+            return latent_kernels(device, shape.key_dim, shape.value_dim, dtype)
+    return "Triton"  # for all shapes and dtypes

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch import LoadError
-from gllm_engine.arch.formats import Formats, Integers, format_name, stored_kind
+from gllm_engine.arch.formats import Integers, format_name
 from gllm_engine.arch.layout import Place, checkpoint_places
-from gllm_engine.arch.model import EMBEDDING, Model, within_layer
+from gllm_engine.arch.model import EMBEDDING, Model
 from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
 from gllm_engine.files import open_file, parse_object, read_object, shown
 from gllm_engine.model.decoder import Decoder
@@ -143,32 +143,14 @@ def fill_randomly(decoder: Decoder) -> None:
     constant, because kernels run faster on zeros.
     """
     generator = torch.Generator(decoder.device).manual_seed(0)
-    bits = _bits_of_scales(decoder)
+    integers = decoder.arch.integers_by_scales()
     for views in chain(_staging(decoder), [decoder.weights()]):
         for name, view in views.items():
-            _randomize(name, view, generator, bits.get(format_name(name), 0))
+            _randomize(name, view, generator, integers.get(format_name(name)))
 
 
-def _bits_of_scales(decoder: Decoder) -> dict[str, int]:
-    """Name of a tensor of scales of whole numbers, as format_name -> bits of such a number."""
-    bits = _bits(decoder.arch.vocab_formats)
-    for i, layer in enumerate(decoder.layers, decoder.shard.first):
-        of_layer = _bits((*layer.mixer.formats, *layer.ffn.formats))
-        bits |= within_layer(i, of_layer)
-    return bits
-
-
-def _bits(formats: Formats) -> dict[str, int]:
-    kinds = [(name, stored_kind(kind)) for name, kind in formats]
-    return {
-        name.removesuffix("weight") + kind.scales: kind.bits
-        for name, kind in kinds
-        if isinstance(kind, Integers)
-    }
-
-
-def _randomize(name: str, view: Tensor, generator: torch.Generator, bits: int) -> None:
-    """`bits`: of the whole numbers of which the view has scales; 0: it has none."""
+def _randomize(name: str, view: Tensor, generator: torch.Generator, kind: Integers | None) -> None:
+    """`kind`: of the whole numbers of which the view has scales; None: it has none."""
     if name.endswith("norm.weight"):
         view.uniform_(0.5, 1.5, generator=generator)
     elif name.endswith("_scales"):  # of MXFP4, as exponents
@@ -180,8 +162,8 @@ def _randomize(name: str, view: Tensor, generator: torch.Generator, bits: int) -
     elif view.dtype in (torch.uint8, torch.int8, torch.int32):  # any numbers, packed or not
         limits = torch.iinfo(view.dtype)
         view.random_(limits.min, limits.max, generator=generator)
-    elif bits or "weight_scale" in name:
-        largest = 0.128 / 2**bits if bits else 3e-4
+    elif kind or "weight_scale" in name:
+        largest = 0.128 / 2**kind.bits if kind else 3e-4
         view.uniform_(largest / 3, largest, generator=generator)
     elif view.dtype == torch.float8_e4m3fn:
         numbers = torch.empty(view.shape, device=view.device)

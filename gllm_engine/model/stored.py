@@ -525,14 +525,11 @@ def _scale_dtypes(arch: Model) -> dict[str, str]:
 
     It is the same for all experts of a layer.
     """
-    by_name: dict[str, str] = {}
-    for weight, kind in arch.stored_kinds().items():
-        if isinstance(kind, Integers):
-            by_name[weight.removesuffix("weight") + kind.scales] = kind.scale_dtype
+    kinds = arch.integers_by_scales()
     return {
-        name: by_name[format_name(parts[0])]
+        name: kinds[format_name(parts[0])].scale_dtype
         for name, parts in checkpoint_tensors(arch).items()
-        if format_name(parts[0]) in by_name
+        if format_name(parts[0]) in kinds
     }
 
 

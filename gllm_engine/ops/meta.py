@@ -3,7 +3,8 @@
 Tensors there have shapes and dtypes and no memory. So a step's memory can be known without a GPU:
 every operation allocates its results, and the intermediate results that the GPU's kernels store,
 and computes nothing. The operations that are imported from `reference` allocate as a GPU does.
-Plans hold nothing. `Ops` documents the functions.
+Plans hold nothing, and arguments without effect on memory are not read.
+`Ops` documents the functions.
 """
 
 from __future__ import annotations
@@ -38,40 +39,12 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
-from gllm_engine.ops.reference import (
-    compile_attention,
-    make_one_shot_allreduce,
-    prepare_inputs,
-    sample_plain,
-)
+from gllm_engine.ops.reference import compile_attention as compile_attention
+from gllm_engine.ops.reference import make_one_shot_allreduce as make_one_shot_allreduce
+from gllm_engine.ops.reference import prepare_inputs as prepare_inputs
+from gllm_engine.ops.reference import sample_plain as sample_plain
 from gllm_engine.ops.weight import Int8Weight, PackedWeight, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
-
-__all__ = [
-    "activate",
-    "add_linear",
-    "attend",
-    "attend_latent",
-    "choose_tokens",
-    "compile_attention",
-    "gated_delta",
-    "gated_linear",
-    "gated_norm",
-    "layer_norm",
-    "linear",
-    "make_one_shot_allreduce",
-    "make_planner",
-    "mean_squares",
-    "prepare_inputs",
-    "rms_norm",
-    "rotary_inputs",
-    "rotate_and_store",
-    "route",
-    "sample_plain",
-    "store_index_key",
-    "store_latent",
-    "sum_experts",
-]
 
 
 @dataclass
@@ -89,10 +62,7 @@ class MetaPlanner:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         self._dtype = dtype
-        self._partials: Tensor | None = None
-        self._scores: Tensor | None = None
-        self._expanded: Tensor | None = None
-        self._copied: Tensor | None = None
+        self._memory: dict[str, Tensor] = {}  # by what it is for
 
     def plan(
         self,
@@ -102,15 +72,13 @@ class MetaPlanner:
         group: int = 0,
     ) -> AttentionPlan:
         """See AttentionPlanner.plan."""
-        del batch, group
         is_copied = shape.window is None and cache.dtype != self._dtype
-        if is_copied and has_chunk_kernels(cache.shape[4], self._dtype) and self._copied is None:
-            self._copied = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=self._device)
+        if is_copied and has_chunk_kernels(cache.shape[4], self._dtype):
+            self._keep("copied pages", COPIED_BYTES)
         return self._plan()
 
     def plan_recurrent(self, batch: Batch) -> AttentionPlan:
         """See AttentionPlanner.plan_recurrent."""
-        del batch
         return self._plan()
 
     def plan_latent(
@@ -121,50 +89,46 @@ class MetaPlanner:
         group: int = 0,
     ) -> AttentionPlan:
         """See AttentionPlanner.plan_latent."""
-        del group
         self._plan()
         top_k = shape.top_k
         if top_k is not None and batch.context_lens_cpu.max() > top_k:
-            if self._scores is None:
-                self._scores = torch.empty(SCORE_BYTES, dtype=torch.uint8, device=self._device)
+            self._keep("scores", SCORE_BYTES)
             return LatentPlan(top_k, sum(batch.query_lens))
         rows: Expansion | None = None
         if has_chunk_kernels(shape.key_dim, self._dtype, shape.value_dim):
             rows = expansion(batch, shape, cache.shape[4], self._dtype.itemsize)
         if rows is None:
             return LatentPlan(None, sum(batch.query_lens))
-        if self._expanded is None:
-            self._expanded = torch.empty(EXPANDED_BYTES, dtype=torch.uint8, device=self._device)
+        self._keep("expanded keys", EXPANDED_BYTES)
         return LatentPlan(None, sum(batch.query_lens[: rows.first]), rows.at_once)
 
     def _plan(self) -> AttentionPlan:
-        if self._partials is None:
-            self._partials = torch.empty(PARTIALS_BYTES, dtype=torch.uint8, device=self._device)
+        self._keep("partial results", PARTIALS_BYTES)
         return AttentionPlan()
 
+    def _keep(self, what: str, num_bytes: int) -> None:
+        """Have this memory from now on."""
+        if what not in self._memory:
+            self._memory[what] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
-def make_planner(device: torch.device, dtype: torch.dtype) -> MetaPlanner:
-    """See Ops.make_planner."""
-    return MetaPlanner(device, dtype)
+
+make_planner = MetaPlanner
 
 
 def rms_norm(
     x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
 ) -> Tensor:
     """See Ops.rms_norm."""
-    del gain, eps, plus_one
     return torch.empty_like(x) if add_to is None else add_to
 
 
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """See Ops.layer_norm."""
-    del gain, bias, eps
     return torch.empty_like(x)
 
 
 def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Tensor:
     """See Ops.activate. A rounded result would take less."""
-    del act, then
     return x.new_empty(len(x), x.shape[1] // (1 + gated))
 
 
@@ -198,7 +162,6 @@ def gated_linear(
     then: Weight | None = None,
 ) -> Tensor:
     """See Ops.gated_linear."""
-    del then
     return activate(linear(x, weight, bias, norm), "silu", gated=True)
 
 
@@ -211,7 +174,6 @@ def add_linear(total: Tensor, x: Rows, weight: Weight, bias: Tensor | None) -> T
 
 def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """See Ops.route."""
-    del bias
     weights = logits.new_empty(len(logits), routing.top_k, dtype=torch.float32)
     return weights, weights.new_empty(weights.shape, dtype=torch.int32)
 
@@ -230,7 +192,6 @@ def sum_experts(
     clamp: Clamp | None = None,
 ) -> Tensor:
     """See Ops.sum_experts."""
-    del weights, gate_up, first, num_experts, on_input, biases, clamp
     hidden = x.new_empty(experts.numel(), down.shape[2])
     parts = x.new_empty(len(hidden), down.shape[1])
     return parts.new_empty(x.shape) if total is None else total
@@ -240,13 +201,11 @@ def rotary_inputs(
     cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype, interleaved: bool
 ) -> RotaryInputs:
     """See Ops.rotary_inputs."""
-    del dtype
     return RotaryInputs(cos, sin, interleaved, positions)
 
 
 def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:
     """See Ops.mean_squares."""
-    del num_heads
     return qkv.new_empty(len(qkv), 2, dtype=torch.float32)
 
 
@@ -260,7 +219,6 @@ def rotate_and_store(
     query_scale: Tensor | None = None,
 ) -> AttentionInputs:
     """See Ops.rotate_and_store."""
-    del norm, rotary, cache, plan, query_scale
     q = torch.empty_like(qkv[:, :num_heads])
     return AttentionInputs(q, torch.empty_like(qkv[:, num_heads:]))
 
@@ -274,7 +232,6 @@ def attend(
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.attend."""
-    del cache, plan, sinks
     q = inputs.q if tokens is None else inputs.q[tokens]
     return torch.empty_like(q).flatten(1) if out is None else out
 
@@ -288,7 +245,6 @@ def store_latent(
     plan: AttentionPlan,
 ) -> None:
     """See Ops.store_latent."""
-    del q, latent, norm, rotary, cache, plan
 
 
 def attend_latent(
@@ -303,7 +259,6 @@ def attend_latent(
     """See Ops.attend_latent. In the absorbed form each part of a context has a result. In the
     expanded one K and V are in the planner's memory.
     """
-    del chosen
     assert isinstance(plan, LatentPlan)
     q = q if tokens is None else q[tokens]
     rank = kv_up.shape[2]
@@ -329,7 +284,6 @@ def store_index_key(
     plan: AttentionPlan,
 ) -> Tensor:
     """See Ops.store_index_key."""
-    del k, norm, rotary, cache, plan
     return torch.empty_like(q)
 
 
@@ -337,7 +291,6 @@ def choose_tokens(
     queries: IndexQueries, cache: Tensor, plan: AttentionPlan, tokens: Tensor | None = None
 ) -> Tensor | None:
     """See Ops.choose_tokens."""
-    del cache
     assert isinstance(plan, LatentPlan)
     if plan.top_k is None:
         return None
@@ -357,7 +310,6 @@ def gated_delta(
     out: Tensor | None = None,
 ) -> Tensor:
     """See Ops.gated_delta. As if all rows were long."""
-    del b, a, conv, a_log, dt_bias, plan
     mixed = torch.empty_like(qkv)
     _, v_heads, _, v_dim = state.matrix.shape
     solved = mixed.new_empty(len(qkv), v_heads, 2 * BLOCK + FACTORS, dtype=torch.float32)
@@ -367,5 +319,4 @@ def gated_delta(
 
 def gated_norm(x: Tensor, gain: Tensor, eps: float, gate: Tensor) -> Tensor:
     """See Ops.gated_norm."""
-    del gain, eps, gate
     return torch.empty_like(x)

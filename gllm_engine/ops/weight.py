@@ -2,88 +2,39 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn, which has no infinity
+W = TypeVar("W", bound="_Quantized")
 
 
 @dataclass(frozen=True)
-class Int8Weight:
-    """int8 numbers [..., width, depth] times float32 scales [..., width, 1]."""
+class _Quantized(ABC):
+    """A matrix, or a stack of matrices [n, width, depth], whose numbers have scales."""
 
     numbers: Tensor
     scales: Tensor
 
-    # As of an Fp8Weight.
-    rows_per_scale: ClassVar[int] = 1
-    scale_row: ClassVar[Tensor | None] = None
-    first_column: ClassVar[int] = 0
-
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> Int8Weight:
-        """The i-th matrix of a stack [n, width, depth]."""
-        return Int8Weight(self.numbers[i], self.scales[i])
+    def __getitem__(self: W, i: int) -> W:
+        """The i-th matrix of a stack."""
+        return self._each(lambda tensor: tensor[i])
 
-    def rows(self, rows: slice) -> Int8Weight:
+    def rows(self: W, rows: slice) -> W:
         """Some rows of each matrix, in the same memory."""
-        return Int8Weight(self.numbers[..., rows, :], self.scales[..., rows, :])
+        return self._each(lambda tensor: tensor[..., rows, :])
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.numbers.shape
-
-    @property
-    def columns_per_scale(self) -> int:
-        return self.numbers.shape[-1]
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`, rounded once: products with scales are float32 or wider."""
-        wide = torch.promote_types(dtype, torch.float32)
-        return (self.numbers.to(wide) * self.scales.to(wide)).to(dtype)
-
-
-@dataclass(frozen=True)
-class Fp8Weight:
-    """float8_e4m3fn numbers [..., width, depth] times float32 scales [..., rows, columns].
-
-    Number [i, j] is multiplied by scale [row, (first_column + j) // columns_per_scale].
-    `scale_row`: [width] int64, the row of each i; None: i // rows_per_scale. A part of a weight, or
-    of weights stacked along the width, that does not begin with a block, needs `scale_row` or
-    `first_column`, the columns of the first block before the part.
-    """
-
-    numbers: Tensor
-    scales: Tensor
-    rows_per_scale: int
-    columns_per_scale: int
-    scale_row: Tensor | None = None
-    first_column: int = 0
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: int) -> Fp8Weight:
-        """The i-th matrix of a stack [n, width, depth]."""
-        return replace(self, numbers=self.numbers[i], scales=self.scales[i])
-
-    def rows(self, rows: slice) -> Fp8Weight:
-        """Some rows of each matrix, in the same memory, with all scales if these are of blocks."""
-        if self.rows_per_scale == 1 and self.scale_row is None:
-            scales = self.scales[..., rows, :]
-            return replace(self, numbers=self.numbers[..., rows, :], scales=scales)
-        index = self.scale_row
-        if index is None:
-            every = torch.arange(self.shape[-2], device=self.numbers.device)
-            index = every // self.rows_per_scale
-        return replace(self, numbers=self.numbers[..., rows, :], scale_row=index[rows])
+    def _each(self: W, part: Callable[[Tensor], Tensor]) -> W:
+        return replace(self, numbers=part(self.numbers), scales=part(self.scales))
 
     @property
     def nbytes(self) -> int:
@@ -93,8 +44,55 @@ class Fp8Weight:
     def shape(self) -> torch.Size:
         return self.numbers.shape
 
+    @abstractmethod
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix in `dtype`, rounded once: products with scales are float32 or wider."""
+
+
+@dataclass(frozen=True)
+class Int8Weight(_Quantized):
+    """int8 numbers [..., width, depth] times float32 scales [..., width, 1]."""
+
+    # As of an Fp8Weight.
+    rows_per_scale: ClassVar[int] = 1
+    scale_row: ClassVar[Tensor | None] = None
+    first_column: ClassVar[int] = 0
+
+    @property
+    def columns_per_scale(self) -> int:
+        return self.numbers.shape[-1]
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.numbers.to(wide) * self.scales.to(wide)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Fp8Weight(_Quantized):
+    """float8_e4m3fn numbers [..., width, depth] times float32 scales [..., rows, columns].
+
+    Number [i, j] is multiplied by scale [row, (first_column + j) // columns_per_scale].
+    `scale_row`: [width] int64, the row of each i; None: i // rows_per_scale. A part of a weight, or
+    of weights stacked along the width, that does not begin with a block, needs `scale_row` or
+    `first_column`, the columns of the first block before the part.
+    """
+
+    rows_per_scale: int
+    columns_per_scale: int
+    scale_row: Tensor | None = None
+    first_column: int = 0
+
+    def rows(self, rows: slice) -> Fp8Weight:
+        """Some rows of each matrix, in the same memory, with all scales if these are of blocks."""
+        if self.rows_per_scale == 1 and self.scale_row is None:
+            return super().rows(rows)
+        index = self.scale_row
+        if index is None:
+            every = torch.arange(self.shape[-2], device=self.numbers.device)
+            index = every // self.rows_per_scale
+        return replace(self, numbers=self.numbers[..., rows, :], scale_row=index[rows])
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         width, depth = self.shape[-2:]
         wide = torch.promote_types(dtype, torch.float32)
         scales = self.scales.to(wide)
@@ -149,7 +147,7 @@ INT4_PLACES = ((3, 0), (7, 4), (11, 8), (15, 12))
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(_Quantized):
     """4-bit numbers [..., width, depth], of which `group` in a row share a scale.
 
     `numbers`: int16 [..., width, words]. A word has four numbers: word j of 32 words has numbers j,
@@ -165,23 +163,10 @@ class PackedWeight:
     then, its scale and its zero point in a 16-bit dtype: [g, i] are those of group g of row i.
     """
 
-    numbers: Tensor
-    scales: Tensor
     depth: int
     group: int
     is_float: bool
     zeros: bool = False
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: int) -> PackedWeight:
-        """The i-th matrix of a stack [n, width, depth]."""
-        return self._each(lambda tensor: tensor[i])
-
-    def rows(self, rows: slice) -> PackedWeight:
-        """Some rows of each matrix, in the same memory."""
-        return self._each(lambda tensor: tensor[..., rows, :])
 
     def copy_(self, other: PackedWeight) -> None:
         """Take the numbers of a weight with the same shape and kind."""
@@ -189,18 +174,10 @@ class PackedWeight:
         self.scales.copy_(other.scales)
 
     @property
-    def nbytes(self) -> int:
-        return self.numbers.nbytes + self.scales.nbytes
-
-    def _each(self, part: Callable[[Tensor], Tensor]) -> PackedWeight:
-        return replace(self, numbers=part(self.numbers), scales=part(self.scales))
-
-    @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.numbers.shape[:-1], self.depth))
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`, rounded once: products with scales are float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
         codes = self._codes().unflatten(-1, (-1, self.group))
         scales, zeros = self._factors()

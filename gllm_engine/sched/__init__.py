@@ -6,22 +6,17 @@ runner, which it knows nothing else of.
 
 from __future__ import annotations
 
-from gllm_engine.sched.cost import CostModel, Fit, Work
 from gllm_engine.sched.pages import Group, IntegrityError, PagePool, capacity, make_groups
-from gllm_engine.sched.policy import POLICIES, Budget, Policy
+from gllm_engine.sched.policy import Policy
 from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
 from gllm_engine.sched.sequence import Constraint, Sequence, SequenceKey
 from gllm_engine.sched.tenants import Amount, Room
 
 __all__ = [
-    "POLICIES",
     "Amount",
     "PagePool",
-    "Budget",
     "Committed",
     "Constraint",
-    "CostModel",
-    "Fit",
     "Group",
     "IntegrityError",
     "Policy",
@@ -30,7 +25,6 @@ __all__ = [
     "Scheduler",
     "Sequence",
     "SequenceKey",
-    "Work",
     "capacity",
     "make_groups",
 ]

@@ -74,15 +74,11 @@ class Committed:
 
 @dataclass(slots=True)
 class _Draft:
-    """A plan in the making. `decodes` and `chunked` are the owners of decode rows and chunks."""
+    """A plan in the making, and the owners of its decode rows and chunks."""
 
-    new: list[NewSequence] = field(default_factory=list)
-    new_pages: list[NewPages] = field(default_factory=list)
+    plan: StepPlan  # whose decode_slots come last
     decodes: list[Sequence] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
     chunked: list[Sequence] = field(default_factory=list)
-    masks: dict[int, bytes] = field(default_factory=dict)
-    snapshots: list[tuple[int, int]] = field(default_factory=list)
     copied: list[int] = field(default_factory=list)  # snapshots that nobody holds after this plan
     work: Work | None = None  # set if the policy bounds seconds
 
@@ -271,31 +267,23 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step's plan; None if no step is possible before a commit or an add."""
-        draft = _Draft()
+        plan = StepPlan(self._steps + 1, [], [], [], [])
+        draft = _Draft(plan)
         preemptions = self._preemptions
         budget = self._policy(self._load())
         self._plan_decodes(draft, budget._replace(decodes=0) if budget.is_exclusive else budget)
         self._plan_chunks(draft, budget)
-        if budget.is_exclusive and not draft.chunks:
+        if budget.is_exclusive and not plan.chunks:
             self._plan_decodes(draft, budget)
-        if not draft.decodes and not draft.chunks:
+        if not draft.decodes and not plan.chunks:
             # Preempted sequences have freed pages, so another sequence can run now.
             return self.schedule() if self._preemptions > preemptions else None
         self._steps += 1
-        self._in_prefill = bool(draft.chunks)
+        self._in_prefill = bool(plan.chunks)
         if self._snapshots is not None:
             for snapshot in draft.copied:  # only now, so that each is the target of one copy
                 self._snapshots.give_back([snapshot])
-        slots = [sequence.slot for sequence in draft.decodes]
-        plan = StepPlan(
-            self._steps,
-            draft.new,
-            draft.new_pages,
-            slots,
-            draft.chunks,
-            draft.masks,
-            draft.snapshots,
-        )
+        plan.decode_slots.extend([sequence.slot for sequence in draft.decodes])
         sampling = draft.decodes + [s for s in draft.chunked if s.queue is self._decoding]
         self._flights.append(_Flight(plan, sampling, draft.chunked, draft.work))
         return plan
@@ -453,7 +441,7 @@ class Scheduler:
     def _grow(draft: _Draft, sequence: Sequence, length: int) -> None:
         """Take pages for `length` tokens, and put them into the plan."""
         for group, first, pages in sequence.pages.grow(length):
-            draft.new_pages.append(NewPages(sequence.slot, first, pages, group))
+            draft.plan.new_pages.append(NewPages(sequence.slot, first, pages, group))
 
     def _admit(self, draft: _Draft) -> bool:
         """Admit the next waiting sequence if a slot and enough pages are free; whether it was.
@@ -487,12 +475,14 @@ class Scheduler:
         snapshot = self._restore(sequence, cached)
         sampling = sequence.sampling
         eos = self._eos_token_ids if sampling.min_tokens else ()
-        draft.new.append(
+        draft.plan.new.append(
             NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sampling, eos, snapshot)
         )
         for group, part in enumerate(pages.groups):
             if part.ids:
-                draft.new_pages.append(NewPages(sequence.slot, part.first, list(part.ids), group))
+                draft.plan.new_pages.append(
+                    NewPages(sequence.slot, part.first, list(part.ids), group)
+                )
         return True
 
     def _is_coming(self, sequence: Sequence, cached: CachedPrefix) -> bool:
@@ -552,7 +542,7 @@ class Scheduler:
         if sequence.rolling == NO_SNAPSHOT:
             sequence.rolling = self._copy_state(draft, sequence, "answer")
         else:
-            draft.snapshots.append((sequence.slot, sequence.rolling))
+            draft.plan.snapshots.append((sequence.slot, sequence.rolling))
         sequence.rolling_len = sequence.planned
 
     def _copy_state(self, draft: _Draft, sequence: Sequence, kind: SnapshotKind) -> int:
@@ -560,7 +550,7 @@ class Scheduler:
         snapshot = None if self._snapshots is None else self._snapshots.take_one(kind)
         if snapshot is None:
             return NO_SNAPSHOT
-        draft.snapshots.append((sequence.slot, snapshot))
+        draft.plan.snapshots.append((sequence.slot, snapshot))
         return snapshot
 
     def _plan_chunks(self, draft: _Draft, budget: Budget) -> None:
@@ -625,7 +615,7 @@ class Scheduler:
         if sequence.sampling.prompt_logprobs is not None:
             if end > sequence.num_prompt_logprobs:
                 targets = tokens[start + 1 : min(end + 1, sequence.prompt_len)]
-        draft.chunks.append(Chunk(sequence.slot, start, tokens[start:end], samples, targets))
+        draft.plan.chunks.append(Chunk(sequence.slot, start, tokens[start:end], samples, targets))
         draft.chunked.append(sequence)
         sequence.planned = end
         sequence.planned_by = self._steps + 1
@@ -646,7 +636,7 @@ class Scheduler:
         assert sequence.constraint is not None
         mask = sequence.constraint(sequence.tokens)
         if mask is not None:
-            draft.masks[sequence.slot] = mask
+            draft.plan.masks[sequence.slot] = mask
 
     # ------------------------------------------------------------ commit
 

@@ -29,7 +29,8 @@ class Spelling:
         # The pickled state is the decoder's part of tokenizer.json. Writing the whole tokenizer
         # would take a second.
         rules = _decoder_rules(None if decoder is None else json.loads(decoder.__getstate__()))
-        self.leading_spaces = _leading_spaces(rules)
+        # Spaces that the decoder strips from the start of a text.
+        self.leading_spaces = sum(rule["start"] for rule in rules if rule["type"] == "Strip")
         self.special_ids = _special_ids(tokenizer, special_tokens)
         self._spell = _speller(rules, first=False)
         self._spell_first = _speller(rules, first=True)
@@ -144,8 +145,8 @@ def _decoder_rules(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a tokenizer.json's decoder. Every step must work on single tokens."""
     rules = [{"type": None}] if decoder is None else decoder.get("decoders", [decoder])
     for index, rule in enumerate(rules):
-        if rule["type"] not in _RULES:
-            known = ", ".join(_RULES)
+        if rule["type"] not in _STEPS:
+            known = ", ".join(_STEPS)
             raise DecoderError(f"decoder {rule['type']} is not supported; known are {known}")
         if rule["type"] == "Strip":
             fused = any(earlier["type"] == "Fuse" for earlier in rules[:index])
@@ -157,17 +158,12 @@ def _decoder_rules(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return rules
 
 
-def _leading_spaces(rules: list[dict[str, Any]]) -> int:
-    """The number of spaces that the decoder strips from the start of a text."""
-    return sum(rule["start"] for rule in rules if rule["type"] == "Strip")
-
-
 def _speller(rules: list[dict[str, Any]], first: bool) -> Callable[[str], bytes]:
     """A function from a token's spelling in the vocabulary to its UTF-8 bytes.
 
     `first`: whether it is for the first token of a text.
     """
-    steps = [step for rule in rules if (step := _RULES[rule["type"]](rule, first)) is not None]
+    steps = [step for rule in rules if (step := _step(rule, first)) is not None]
 
     def spell(token: str) -> bytes:
         piece: str | bytes = token
@@ -179,48 +175,38 @@ def _speller(rules: list[dict[str, Any]], first: bool) -> Callable[[str], bytes]
     return spell
 
 
-def _byte_level(rule: dict[str, Any], first: bool) -> Callable[[str], bytes]:
-    def step(token: str) -> bytes:
-        try:
-            return bytes([_BYTE_OF[char] for char in token])
-        except KeyError:  # an added token is spelled in plain characters
-            return token.encode()
-
-    return step
-
-
-def _byte_fallback(rule: dict[str, Any], first: bool) -> Callable[[str], str | bytes]:
-    byte_tokens = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
-    return lambda token: byte_tokens.get(token, token)
-
-
-def _replace(rule: dict[str, Any], first: bool) -> Callable[[str], str]:
-    pattern = rule["pattern"]
-    content = rule["content"]
-    if "String" not in pattern:
-        raise DecoderError("a decoder that replaces by regular expression is not supported")
-    return lambda token: token.replace(pattern["String"], content)
-
-
-def _metaspace(rule: dict[str, Any], first: bool) -> Callable[[str], str]:
-    """Word markers become spaces. In a text's first token, all word markers are removed."""
-    dropped = first and rule.get("prepend_scheme", "always") != "never"
-    return lambda token: token.replace(rule["replacement"], "" if dropped else " ")
-
-
-def _nothing(rule: dict[str, Any], first: bool) -> None:
+def _step(rule: dict[str, Any], first: bool) -> Callable[[str], str | bytes] | None:
+    """What a step of the decoder does to single tokens; None: nothing. `first`: see _speller."""
+    match rule["type"]:
+        case "ByteLevel":
+            return _bytes_of
+        case "ByteFallback":
+            return lambda token: _BYTE_TOKENS.get(token, token)
+        case "Replace":
+            pattern = rule["pattern"]
+            content = rule["content"]
+            if "String" not in pattern:
+                raise DecoderError("a decoder that replaces by regular expression is not supported")
+            return lambda token: token.replace(pattern["String"], content)
+        case "Metaspace":
+            # Word markers become spaces. In a text's first token, all word markers are removed.
+            dropped = first and rule.get("prepend_scheme", "always") != "never"
+            return lambda token: token.replace(rule["replacement"], "" if dropped else " ")
     return None
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes of a token in GPT-2's spelling; an added token is spelled in plain characters."""
+    try:
+        return bytes([_BYTE_OF[char] for char in token])
+    except KeyError:
+        return token.encode()
 
 
 # GPT-2's spelling of bytes: character -> byte value.
 _BYTE_OF: dict[str, int] = {char: value for value, char in bytes_to_unicode().items()}
 
-# By "type" in tokenizer.json: makes the step for single tokens; None if tokens do not change.
-_RULES: dict[str, Callable[[dict[str, Any], bool], Callable[[str], Any] | None]] = {
-    "ByteLevel": _byte_level,
-    "ByteFallback": _byte_fallback,
-    "Replace": _replace,
-    "Metaspace": _metaspace,
-    "Fuse": _nothing,
-    "Strip": _nothing,
-}
+# Tokens for single bytes -> the bytes.
+_BYTE_TOKENS = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
+# The steps of decoders, by "type" in tokenizer.json, that work on single tokens.
+_STEPS = ("ByteLevel", "ByteFallback", "Replace", "Metaspace", "Fuse", "Strip")

@@ -57,31 +57,12 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     problem: str
 
 
-class Compiler:
-    """Compiles grammars for a vocabulary: first in the trial process, then in this process."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._trial = Trial(vocabulary)
-        self._tokenizer = ll_tokenizer(vocabulary)
-
-    def compile(self, asked: StructuredOutputs) -> LLMatcher:
-        """A matcher at the start of the grammar. Raises the errors of Trial.run."""
-        return compile_grammar(self._tokenizer, self._trial.run(asked))
-
-    def stop(self) -> None:
-        """Make the running trial and all later ones fail. Any thread."""
-        self._trial.stop()
-
-    def close(self) -> None:
-        self._trial.close()
-
-
 class Trial:
     """The trial process, started by the first run() and again after its death."""
 
-    def __init__(self, vocabulary: Vocabulary, max_compile_s: float = MAX_COMPILE_S) -> None:
+    def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._max_compile_s = max_compile_s
+        self._max_compile_s = MAX_COMPILE_S
         self._child: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
@@ -112,6 +93,7 @@ class Trial:
         )
 
     def stop(self) -> None:
+        """Make the running trial and all later ones fail. Any thread."""
         self._stopped = True
         if (child := self._child) is not None:
             child.kill()
@@ -137,6 +119,18 @@ class Trial:
         except TimeoutError:
             raise RuntimeError("the process that compiles grammars does not start") from None
         return child
+
+
+class Compiler(Trial):
+    """Compiles grammars for a vocabulary: first in the trial process, then in this process."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        self._tokenizer = ll_tokenizer(vocabulary)
+
+    def compile(self, asked: StructuredOutputs) -> LLMatcher:
+        """A matcher at the start of the grammar. Raises the errors of Trial.run."""
+        return compile_grammar(self._tokenizer, self.run(asked))
 
 
 class _Died(RuntimeError):

@@ -137,7 +137,7 @@ class _ContentNames:
         """Whether an expression is the content of a message: a variable, or message.content."""
         return any(
             _is_name(source, self._contents)
-            or (_is_field(source, "content") and self._is_message(source.node))
+            or (_is_content_of(source) and self._is_message(source.node))
             for source in _sources(value)
         )
 
@@ -210,9 +210,9 @@ def _is_element(value: nodes.Node) -> TypeGuard[nodes.Getitem]:
     return isinstance(value, nodes.Getitem) and _key(value) is None
 
 
-def _is_field(value: nodes.Node, key: str) -> TypeGuard[nodes.Getattr | nodes.Getitem]:
-    """Whether an expression is message.content or message["content"], for the key "content"."""
-    return _key(value) == key
+def _is_content_of(value: nodes.Node) -> TypeGuard[nodes.Getattr | nodes.Getitem]:
+    """Whether an expression is message.content or message["content"]."""
+    return _key(value) == "content"
 
 
 def _key(value: nodes.Node) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from gllm_engine.arch import ArchError, Model, Shard, read_arch
 from gllm_engine.arch.formats import Formats, Widened
 from gllm_engine.arch.model import EMBEDDING, HEAD
-from gllm_engine.layers import stacked_weight
+from gllm_engine.layers import stacked_weight, stored_integers
 from gllm_engine.model import Decoder, fill_randomly, kernels_of
 from gllm_engine.model.encode import in_formats
 from gllm_engine.model.tiny import random_checkpoint
@@ -116,7 +116,7 @@ def test_embeddings_are_converted_in_parts(
         return dequantized(weight, dtype)
 
     monkeypatch.setattr(stacked_weight, "dequantized", keep)
-    monkeypatch.setattr(stacked_weight, "_AT_ONCE", 50 * 64)
+    monkeypatch.setattr(stored_integers, "_AT_ONCE", 50 * 64)
     assert torch.equal(load(model)._embedding, whole)
     assert sizes == [50] * 7 + [34]
 

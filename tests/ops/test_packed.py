@@ -255,7 +255,8 @@ def test_a_product_in_parts(monkeypatch: pytest.MonkeyPatch, gated: bool) -> Non
     weight = random_weight(64, 1100 // 32 * 32, torch.uint8, 32)
     x = torch.randn(3, weight.depth) / 16
     monkeypatch.setattr(packed, "_MIN_TURNS", 1)
-    assert packed.num_parts(2, weight.depth, 1) == 8  # of which the last ones are empty
+    parts = packed.num_parts(2, packed._PROGRAMS, weight.depth, packed.RUN)
+    assert parts == 8  # of which the last ones are empty
     expected = (reference.gated_linear if gated else reference.linear)(x, weight, None, None)
     for _ in range(2):  # the counters are zero again
         found = triton.packed_linear(x, weight, gated=gated)

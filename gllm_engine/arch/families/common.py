@@ -5,11 +5,12 @@ Defaults for absent keys are those of transformers' config classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
-from gllm_engine.arch.checkpoint import Names, Renames, Variant
+from gllm_engine.arch.checkpoint import Renames, Variant
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Activation, Dense, Gqa, Layer, Mla, Model
 from gllm_engine.arch.rope import DynamicScaling, Rope, YarnScaling, read_rope
@@ -45,8 +46,8 @@ LANGUAGE_MODEL: Renames = (
 )
 
 
-def beside_images(names: Names) -> Names:
-    """The names of a text model that is stored beside a model for images."""
+def beside_images(read: Callable[[Fields], Model]) -> Callable[[Fields], Model]:
+    """The reader of a text model, as `read`, that is stored beside a model for images."""
     in_transformers = Variant(
         r"^model\.language_model\.",
         (
@@ -54,12 +55,19 @@ def beside_images(names: Names) -> Names:
             ("language_model.lm_head.", "lm_head."),
         ),
     )
-    return replace(
-        names,
-        renames=(*names.renames, *LANGUAGE_MODEL),
-        variants=(*names.variants, in_transformers),
-        unused=r"(vision_tower|mm_projector|multi_modal_projector)\.",
-    )
+
+    @wraps(read)
+    def read_text(c: Fields) -> Model:
+        model = read(c)
+        names = replace(
+            model.names,
+            renames=(*model.names.renames, *LANGUAGE_MODEL),
+            variants=(*model.names.variants, in_transformers),
+            unused=r"(vision_tower|mm_projector|multi_modal_projector)\.",
+        )
+        return replace(model, names=names)
+
+    return read_text
 
 
 def read_head_dim(c: Fields) -> int:
@@ -95,17 +103,25 @@ def read_gqa(c: Fields, rope: Rope | None = None, bias_key: str | None = None) -
 
 
 def read_decoder(
-    c: Fields, mixer: Gqa | Mla, ffn: Dense | None = None, eps_key: str = "rms_norm_eps"
+    c: Fields,
+    mixer: Gqa | Mla,
+    ffn: Dense | None = None,
+    eps_key: str = "rms_norm_eps",
+    *,
+    dim_key: str = "hidden_size",
+    vocab_key: str = "vocab_size",
+    layers_key: str = "num_hidden_layers",
+    len_key: str = "max_position_embeddings",
 ) -> Model:
     """A model of equal layers. `ffn`: None: without biases. `eps_key`: of the norms' epsilon."""
     ffn = ffn or Dense(c.count("intermediate_size"))
     return Model(
-        dim=c.count("hidden_size"),
-        vocab=c.count("vocab_size"),
-        layers=(Layer(mixer, ffn),) * c.count("num_hidden_layers", most=MAX_LAYERS),
+        dim=c.count(dim_key),
+        vocab=c.count(vocab_key),
+        layers=(Layer(mixer, ffn),) * c.count(layers_key, most=MAX_LAYERS),
         eps=c.real(eps_key),
         tie=c.flag("tie_word_embeddings"),
-        max_len=_max_len(c.count("max_position_embeddings"), mixer.rope),
+        max_len=_max_len(c.count(len_key), mixer.rope),
         eos_token_ids=c.numbers("eos_token_id"),
     )
 

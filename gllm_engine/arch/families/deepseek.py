@@ -9,7 +9,6 @@ from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import (
     MAX_EXPERTS,
     MAX_LAYERS,
-    beside_images,
     read_decoder,
     read_routing,
 )
@@ -48,14 +47,6 @@ _NAMES = Names(renames=(("shared_expert.", "shared_experts."),))
 def deepseek_v3(c: Fields) -> Model:
     """Also R1 and V3.1, Moonlight and Kimi K2."""
     return with_experts(c, read_decoder(c, _read_mla(c)))
-
-
-_KIMI_K25_NAMES = beside_images(_NAMES)
-
-
-def kimi_k25(c: Fields) -> Model:
-    """The text of Kimi K2.5 and K2.6."""
-    return replace(deepseek_v3(c), names=_KIMI_K25_NAMES)
 
 
 DEEPSEEK_V2 = DEEPSEEK_V3 | {

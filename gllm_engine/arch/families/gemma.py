@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import (
-    beside_images,
     read_decoder,
     read_gqa,
     read_head_dim,
@@ -66,14 +65,6 @@ def gemma3(c: Fields) -> Model:
     model = with_mixers(_gemma(c, full), qk_norm="head")
     every = c.count("sliding_window_pattern")
     return with_layer_types(c, model, full_every=every, full=full, sliding=sliding)
-
-
-def gemma3_vision(c: Fields) -> Model:
-    """The text of Gemma 3 models for text and images."""
-    return replace(gemma3(c), names=_GEMMA3_VISION_NAMES)
-
-
-_GEMMA3_VISION_NAMES = beside_images(_NAMES)
 
 
 def _gemma(c: Fields, rope: Rope) -> Model:

@@ -8,14 +8,13 @@ from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families import deepseek
 from gllm_engine.arch.families.common import (
     FUSED_MLP,
-    MAX_LAYERS,
     read_decoder,
     read_gqa,
     read_interleaved_rope,
 )
 from gllm_engine.arch.families.llama import LLAMA
 from gllm_engine.arch.fields import ArchError, Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model, QkNorm
+from gllm_engine.arch.model import Dense, Gqa, Model, QkNorm
 from gllm_engine.arch.rope import Rope
 
 # ChatGLM2, ChatGLM3 and the first releases of GLM-4, whose checkpoints include their code.
@@ -68,16 +67,16 @@ def chatglm(c: Fields) -> Model:
         out_bias=bias,
     )
     ffn = Dense(c.count("ffn_hidden_size"), bias, bias)
-    return Model(
-        dim=c.count("hidden_size"),
-        vocab=c.count("padded_vocab_size"),
-        layers=(Layer(mixer, ffn),) * c.count("num_layers", most=MAX_LAYERS),
-        eps=c.real("layernorm_epsilon"),
-        tie=c.flag("tie_word_embeddings"),
-        max_len=c.count("seq_length"),
-        eos_token_ids=c.numbers("eos_token_id"),
-        names=_CHATGLM_NAMES,
+    model = read_decoder(
+        c,
+        mixer,
+        ffn,
+        "layernorm_epsilon",
+        vocab_key="padded_vocab_size",
+        layers_key="num_layers",
+        len_key="seq_length",
     )
+    return replace(model, names=_CHATGLM_NAMES)
 
 
 GLM = LLAMA | {

@@ -10,7 +10,6 @@ from dataclasses import replace
 from gllm_engine.arch.checkpoint import Layout, Names, Renames, Variant
 from gllm_engine.arch.families.common import (
     ACTIVATIONS,
-    MAX_LAYERS,
     divided_head_dim,
     read_decoder,
     read_gqa,
@@ -18,7 +17,7 @@ from gllm_engine.arch.families.common import (
 )
 from gllm_engine.arch.families.llama import LLAMA
 from gllm_engine.arch.fields import Fields
-from gllm_engine.arch.model import Dense, Gqa, Layer, Model
+from gllm_engine.arch.model import Dense, Gqa, Model
 from gllm_engine.arch.rope import read_rope
 
 _GELUS = tuple(name for name, act in ACTIVATIONS.items() if act != "silu")
@@ -75,7 +74,6 @@ def gpt_bigcode(c: Fields) -> Model:
 
 def _gpt2(c: Fields, kv_heads: int) -> Model:
     c.require(scale_attn_weights=True, add_cross_attention=False)
-    dim = c.count("n_embd")
     mixer = Gqa(
         heads=c.count("n_head"),
         kv_heads=kv_heads,
@@ -84,19 +82,17 @@ def _gpt2(c: Fields, kv_heads: int) -> Model:
         qkv_bias=True,
         out_bias=True,
     )
-    ffn = _ungated(c, c.count("n_inner", 4 * dim), act_key="activation_function")
-    positions = c.count("n_positions")
-    return Model(
-        dim=dim,
-        vocab=c.count("vocab_size"),
-        layers=(Layer(mixer, ffn),) * c.count("n_layer", most=MAX_LAYERS),
-        eps=c.real("layer_norm_epsilon"),
-        tie=c.flag("tie_word_embeddings"),
-        max_len=positions,
-        eos_token_ids=c.numbers("eos_token_id"),
-        norm="layer",
-        positions=positions,
+    ffn = _ungated(c, c.count("n_inner", 4 * c.count("n_embd")), act_key="activation_function")
+    model = read_decoder(
+        c,
+        mixer,
+        ffn,
+        "layer_norm_epsilon",
+        dim_key="n_embd",
+        layers_key="n_layer",
+        len_key="n_positions",
     )
+    return replace(model, norm="layer", positions=model.max_len)
 
 
 # GPT-NeoX and Pythia.

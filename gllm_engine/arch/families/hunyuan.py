@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import read_head_dim, with_mixers
-from gllm_engine.arch.families.llama import LLAMA, llama_with_rope
+from gllm_engine.arch.families.llama import LLAMA, llama
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.rope import read_alpha_rope
@@ -25,5 +25,5 @@ def hunyuan(c: Fields) -> Model:
     c.ignore("cla_share_factor", "moe_topk", "num_shared_expert", "norm_topk_prob")
     c.ignore("routed_scaling_factor", "num_media_embeds", "dense_list", "pool_type")
     c.ignore("org_vocab_size")
-    model = llama_with_rope(c, read_alpha_rope(c, head_dim))
+    model = llama(c, read_alpha_rope(c, head_dim))
     return replace(with_mixers(model, qk_norm="head_after"), names=_NAMES)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gllm_engine.arch.families.common import read_decoder, read_gqa, read_head_dim
+from gllm_engine.arch.families.common import read_decoder, read_gqa
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Dense, Model
-from gllm_engine.arch.rope import Rope, read_rope
+from gllm_engine.arch.rope import Rope
 
 LLAMA = {
     "vocab_size": 32000,
@@ -19,11 +19,8 @@ LLAMA = {
 }
 
 
-def llama(c: Fields) -> Model:
-    return llama_with_rope(c, read_rope(c, read_head_dim(c)))
-
-
-def llama_with_rope(c: Fields, rope: Rope) -> Model:
+def llama(c: Fields, rope: Rope | None = None) -> Model:
+    """`rope`: None: as read_rope."""
     bias = c.flag("mlp_bias")
     ffn = Dense(c.count("intermediate_size"), bias, bias)
     return read_decoder(c, read_gqa(c, rope, "attention_bias"), ffn)

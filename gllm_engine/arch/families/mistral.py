@@ -6,14 +6,13 @@ from dataclasses import replace
 
 from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import (
-    beside_images,
     read_head_dim,
     read_num_experts,
     read_routing,
     with_mixers,
     with_window,
 )
-from gllm_engine.arch.families.llama import LLAMA, llama, llama_with_rope
+from gllm_engine.arch.families.llama import LLAMA, llama
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Model, Moe, QueryTemperature
 from gllm_engine.arch.rope import read_rope, rope_object
@@ -75,22 +74,9 @@ MINISTRAL3 = MISTRAL | {
 def ministral3(c: Fields) -> Model:
     keys = ("llama_4_scaling_beta", "max_position_embeddings")  # transformers ignores the second
     rope = read_rope(c, read_head_dim(c), keys)
-    model = with_window(c, llama_with_rope(c, rope))
+    model = with_window(c, llama(c, rope))
     beta = rope_object(c).real_or_zero("llama_4_scaling_beta")
     if beta is None:
         return model
     length = rope_object(c).count("original_max_position_embeddings")
     return with_mixers(model, temperature=QueryTemperature(beta, length))
-
-
-_VISION_NAMES = beside_images(Names())
-
-
-def mistral_vision(c: Fields) -> Model:
-    """The text of Mistral Small 3.1 and 3.2."""
-    return replace(mistral(c), names=_VISION_NAMES)
-
-
-def ministral3_vision(c: Fields) -> Model:
-    """The text of Ministral 3 and Devstral Small 2."""
-    return replace(ministral3(c), names=_VISION_NAMES)

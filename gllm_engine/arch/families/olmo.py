@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.families.common import read_head_dim, with_layer_types, with_mixers
-from gllm_engine.arch.families.llama import LLAMA, llama, llama_with_rope
+from gllm_engine.arch.families.llama import LLAMA, llama
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.rope import read_layer_ropes
@@ -29,7 +29,7 @@ OLMO3 = OLMO2 | {"rope_theta": 500_000.0, "sliding_window": 4096}
 
 def olmo3(c: Fields) -> Model:
     full, sliding = read_layer_ropes(c, read_head_dim(c))
-    model = _olmo(llama_with_rope(c, full))
+    model = _olmo(llama(c, full))
     return with_layer_types(c, model, full_every=4, full=full, sliding=sliding)
 
 

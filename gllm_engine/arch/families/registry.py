@@ -26,6 +26,7 @@ from gllm_engine.arch.families import (
     qwen_hybrid,
     smollm,
 )
+from gllm_engine.arch.families.common import beside_images
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Model
 
@@ -48,6 +49,7 @@ class Family(NamedTuple):
         return self.others.get(kind, self) if isinstance(kind, str) else self
 
 
+_KIMI_K25 = Family(beside_images(deepseek.deepseek_v3), deepseek.DEEPSEEK_V3, "text_config")
 # The order is that of choice, if a config names several, and of messages.
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(llama.llama, llama.LLAMA),
@@ -78,15 +80,22 @@ FAMILIES: dict[str, Family] = {
     "Ernie4_5_ForCausalLM": Family(ernie.ernie, ernie.ERNIE),  # an older name of the same
     "Phi3ForCausalLM": Family(phi.phi3, phi.PHI3),
     "Ministral3ForCausalLM": Family(mistral.ministral3, mistral.MINISTRAL3),
+    # Mistral Small 3.1 and 3.2; Ministral 3 and Devstral Small 2.
     "Mistral3ForConditionalGeneration": Family(
-        mistral.mistral_vision,
+        beside_images(mistral.mistral),
         mistral.MISTRAL,
         "text_config",
-        {"ministral3": Family(mistral.ministral3_vision, mistral.MINISTRAL3, "text_config")},
+        {
+            "ministral3": Family(
+                beside_images(mistral.ministral3), mistral.MINISTRAL3, "text_config"
+            )
+        },
     ),
     "Gemma2ForCausalLM": Family(gemma.gemma2, gemma.GEMMA2),
     "Gemma3ForCausalLM": Family(gemma.gemma3, gemma.GEMMA3),
-    "Gemma3ForConditionalGeneration": Family(gemma.gemma3_vision, gemma.GEMMA3, "text_config"),
+    "Gemma3ForConditionalGeneration": Family(
+        beside_images(gemma.gemma3), gemma.GEMMA3, "text_config"
+    ),
     "Cohere2ForCausalLM": Family(cohere.cohere2, cohere.COHERE2),
     "Starcoder2ForCausalLM": Family(gpt.starcoder2, gpt.STARCODER2),
     "GPT2LMHeadModel": Family(gpt.gpt2, gpt.GPT2),
@@ -102,13 +111,9 @@ FAMILIES: dict[str, Family] = {
     "ChatGLMForConditionalGeneration": Family(glm.chatglm, glm.CHATGLM),
     "DeepseekV3ForCausalLM": Family(deepseek.deepseek_v3, deepseek.DEEPSEEK_V3),
     "KimiK2ForCausalLM": Family(deepseek.deepseek_v3, deepseek.DEEPSEEK_V3),
-    # The first name is that of the published configs.
-    "KimiK25ForConditionalGeneration": Family(
-        deepseek.kimi_k25, deepseek.DEEPSEEK_V3, "text_config"
-    ),
-    "Kimi_K25ForConditionalGeneration": Family(
-        deepseek.kimi_k25, deepseek.DEEPSEEK_V3, "text_config"
-    ),
+    # Kimi K2.5 and K2.6. The first name is that of the published configs.
+    "KimiK25ForConditionalGeneration": _KIMI_K25,
+    "Kimi_K25ForConditionalGeneration": _KIMI_K25,
     "DeepseekV2ForCausalLM": Family(deepseek.deepseek_v2, deepseek.DEEPSEEK_V2),
     "Glm4MoeLiteForCausalLM": Family(deepseek.deepseek_v3, glm.GLM4_MOE_LITE),
     "DeepseekV32ForCausalLM": Family(deepseek.deepseek_v32, deepseek.DEEPSEEK_V32),

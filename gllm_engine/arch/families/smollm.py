@@ -7,7 +7,7 @@ from gllm_engine.arch.families.common import (
     read_rotated_layers,
     with_mixers_by_layer,
 )
-from gllm_engine.arch.families.llama import LLAMA, llama_with_rope
+from gllm_engine.arch.families.llama import LLAMA, llama
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.rope import read_rope
@@ -29,6 +29,6 @@ SMOLLM3 = LLAMA | {
 def smollm3(c: Fields) -> Model:
     c.require(use_sliding_window=False)
     rope = read_rope(c, read_head_dim(c))
-    model = llama_with_rope(c, rope)
+    model = llama(c, rope)
     rotated = read_rotated_layers(c, len(model.layers))
     return with_mixers_by_layer(model, rope=[rope if own else None for own in rotated])

@@ -177,7 +177,7 @@ def gemv(
     """
     numbers = weight if isinstance(weight, Tensor) else weight.numbers
     depth = x.shape[1]
-    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    width = len(weight) // (1 + gated)
     out = x.new_empty(1, width) if out is None else out
     warps = _WARPS if depth <= _SHORT else _LONG_WARPS
     lanes = min(32 * warps, triton.next_power_of_2(triton.cdiv(depth, _LOADED.value)))

@@ -31,7 +31,7 @@ from torch import Tensor
 from gllm_engine.ops.kernels import PACKED_ROWS
 from gllm_engine.ops.triton.memory import load, own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
-from gllm_engine.ops.triton.parts import finish_tile, shared_sums
+from gllm_engine.ops.triton.parts import finish_tile, num_parts, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, begin_alone, overlapping
 from gllm_engine.ops.weight import (
     E2M1_PLACES,
@@ -373,14 +373,14 @@ def packed_linear(
     """
     x = x.contiguous() if norm is None else rms_norm(x, *norm)
     rows, depth = x.shape
-    width = len(weight) // 2 if gated else len(weight)
+    width = len(weight) // (1 + gated)
     out = x.new_empty(rows, width) if out is None else out
     exact = x.dtype == torch.float32
     tiles = _EXACT_TILES if exact else _choose_tiles(rows, runs_of_turn(weight))
     columns = min(tiles.columns, max(16, triton.next_power_of_2(width)))
     runs = runs_of_turn(weight, tiles.runs)
     programs = triton.cdiv(rows, tiles.rows) * triton.cdiv(width, columns)
-    parts = num_parts(programs, depth, runs)
+    parts = num_parts(programs, _PROGRAMS, depth, _MIN_TURNS * runs * RUN)
     sums, arrived = shared_sums(out, programs, parts, (1 + gated) * tiles.rows * columns)
     scales, kind = scale_words(weight)
     _packed[(programs, parts)](
@@ -391,14 +391,6 @@ def packed_linear(
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
-
-
-def num_parts(programs: int, depth: int, runs: int) -> int:
-    """Parts of the depth, so that the GPU has enough programs; each part has some turns."""
-    parts = 1
-    while programs * parts < _PROGRAMS and depth >= 2 * parts * _MIN_TURNS * runs * RUN:
-        parts *= 2
-    return parts
 
 
 @triton.jit

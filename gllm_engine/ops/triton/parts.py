@@ -100,6 +100,16 @@ def finish_tile(
         _store(y, z, bias, out, n, m, rows, width, GATED, ADD)
 
 
+def num_parts(tiles: int, programs: int, depth: int, least: int) -> int:
+    """The least number of parts, a power of two, with which `tiles` take `programs` programs, as
+    long as each part of `depth` has a depth of `least`.
+    """
+    parts = 1
+    while tiles * parts < programs and depth >= 2 * parts * least:
+        parts *= 2
+    return parts
+
+
 def shared_sums(out: Tensor, tiles: int, parts: int, size: int) -> tuple[Tensor, Tensor]:
     """(the memory for partial sums, the arrival counters) of programs that share `tiles`.
 

@@ -32,7 +32,7 @@ from gllm_engine.ops.triton.fp8 import (
 )
 from gllm_engine.ops.triton.memory import own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
-from gllm_engine.ops.triton.parts import finish_tile, shared_sums
+from gllm_engine.ops.triton.parts import finish_tile, num_parts, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Rows
 
@@ -219,7 +219,7 @@ def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
     rows, depth = x.shape
     if not 0 < rows <= _MAX_ROWS or x.dtype not in HALF:
         return False
-    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    width = len(weight) // (1 + gated)
     tiling = choose_tiling(rows, width, depth, gated)
     programs = triton.cdiv(width, tiling.block_n) * tiling.parts
     return tiling.parts == 1 or rows <= _SHARED_ROWS and programs <= _MULTIPROCESSORS
@@ -240,7 +240,7 @@ def choose_tiling(rows: int, width: int, depth: int, gated: bool) -> Tiling:
     # A wide result has enough tiles even if they are larger; larger tiles read x less often.
     wide = rows > 32 and not gated and width >= 128 * _PROGRAMS
     block_n = 128 if wide else 64
-    parts = _choose_parts(triton.cdiv(width, block_n), depth, _PROGRAMS)
+    parts = num_parts(triton.cdiv(width, block_n), _PROGRAMS, depth, _MIN_DEPTH)
     step_bytes = (block_n * (1 + gated) + _block_m(rows)) * _BLOCK_K * 2
     stages = min(_MAX_STAGES, _TILE_BYTES // step_bytes)
     return Tiling(block_n, _BLOCK_K, parts, stages, warps=8 if wide else 4)
@@ -256,19 +256,11 @@ def choose_fp8_tiling(rows: int, width: int, depth: int, gated: bool, columns: i
     if not columns:
         block_k = _BLOCK_K if many or gated else _FP8_BLOCK_K
     tiles = triton.cdiv(width, block_n) * triton.cdiv(rows, block_m)
-    parts = _choose_parts(tiles, depth, _FP8_PROGRAMS)
+    parts = num_parts(tiles, _FP8_PROGRAMS, depth, _MIN_DEPTH)
     step_bytes = (block_n * (1 + gated) + block_m) * block_k
     stages = _TILE_STAGES if many else min(_MAX_STAGES, _FP8_TILE_BYTES // step_bytes)
     large = block_n * (1 + gated) > 64
     return Tiling(block_n, block_k, parts, stages, warps=8 if many and large else 4)
-
-
-def _choose_parts(tiles: int, depth: int, programs: int) -> int:
-    """The least number of parts for so many programs, as long as parts are deep enough."""
-    parts = 1
-    while tiles * parts < programs and depth >= 2 * parts * _MIN_DEPTH:
-        parts *= 2
-    return parts
 
 
 def skinny(
@@ -288,7 +280,7 @@ def skinny(
     would share the arrival counters.
     """
     rows, depth = x.shape
-    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    width = len(weight) // (1 + gated)
     if out is None:
         out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if isinstance(weight, Tensor):
