@@ -121,12 +121,13 @@ def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_by
     else:
         free -= config.num_snapshots * snapshot_bytes
     if free < page_bytes:
+        and_layers = f" and {spare} layers (spare_layers)" if spare else ""
         raise ConfigError(
             f"gpu_memory_utilization: {config.gpu_memory_utilization} of "
             f"{memory.total / _GIB:.1f} GiB leaves no room for a KV cache: "
             f"{memory.used / _GIB:.1f} are in use, a step takes {memory.step / _GIB:.1f}, and the "
-            f"states of {config.max_num_seqs} sequences (max_num_seqs) {states / _GIB:.1f}, "
-            f"{spare} spare_layers among them"
+            f"states of {config.max_num_seqs} sequences (max_num_seqs){and_layers} "
+            f"{states / _GIB:.1f}"
         )
     return free // page_bytes
 

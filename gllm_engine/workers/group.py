@@ -156,8 +156,9 @@ class WorkerGroup:
             self.check()
             message = self._balance.due()
             if message is not None:
-                self._moving_until = time.monotonic() + _MOVE_S
                 self._tell_all(wire.encode(message))
+            if isinstance(message, wire.MoveLayers):
+                self._moving_until = time.monotonic() + _MOVE_S
             self._tell_all(frames)
         return _GroupStep(self, plan.step)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gllm_engine.arch import MAX_EOS_TOKEN_IDS, Shard, make_arch, read_arch
 from gllm_engine.arch.tiny import tiny_config
-from gllm_engine.config import EngineConfig
+from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model import Decoder, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.ops.kernels import EXPANDED_BYTES, PARTIALS_BYTES, SCORE_BYTES
@@ -225,6 +225,9 @@ def test_spare_layers_have_memory_for_weights_pages_and_states() -> None:
     config = replace(config, spare_layers=2)
     room = free - 2 * states - 3 * layer
     assert fitting_pages(config, decoder, lambda: memory) == room // (ids + 2 * page)
+    config = replace(config, spare_layers=50)
+    with pytest.raises(ConfigError, match=r"\(max_num_seqs\) and 50 layers \(spare_layers\) \d"):
+        fitting_pages(config, decoder, lambda: GpuMemory(30 * layer, 0, 0))
 
 
 @pytest.mark.gpu
