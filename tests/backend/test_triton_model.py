@@ -207,7 +207,7 @@ def test_the_times_of_a_request_are_those_of_the_engine(front) -> None:
     then(lambda: client.on_outputs(Outputs([second], [97], admitted_at={second: admitted})))
     later = {first: time.monotonic() + 50}
     then(lambda: client.on_outputs(Outputs([first], [97], admitted_at=later)))
-    wait_for(lambda: given.record.sent)
+    wait_for(lambda: any("request_times" in sent.tensors for sent in given.record.data))
     client.on_outputs(Outputs([], [], finished={first: LENGTH}))
     client.on_outputs(Outputs([], [], finished={second: STOP}))
     *others, last = given.record.wait().data
