@@ -6,12 +6,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import forked_workers
 from hypothesis import given
 from hypothesis import strategies as st
 from moving import restless_layers, serve_until_moved
@@ -20,6 +19,8 @@ from traced import SOON_S, WAIT_S
 from gllm_engine import LLM, EngineBroken, SamplingParams, wire, write_tiny_model
 from gllm_engine.workers import stage_balance
 from gllm_engine.workers.stage_balance import LEAST_STEPS, WINDOW_S, StageBalance
+
+pytestmark = pytest.mark.usefixtures("quick_starts")
 
 NUM_LAYERS = 6
 SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 512, "num_pages": 400}
@@ -163,12 +164,6 @@ def test_a_layer_that_takes_too_long_comes_back_for_good() -> None:
     pipeline.answer()
     assert pipeline.serve(steps=1) == [wire.MoveLayers()]
     assert pipeline.serve() == [] and pipeline.balance.cut == (3, 2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_starts() -> Iterator[None]:
-    with forked_workers():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import forked_workers
 from moving import restless_layers, serve_until_moved
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, StructuredOutputs, write_tiny_model
 from gllm_engine.arch import read_arch
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.text.constraints import Constraint
+
+pytestmark = pytest.mark.usefixtures("quick_starts")
 
 SMALL = {"device": "cpu", "cpu_threads": 1, "max_model_len": 512, "max_num_seqs": 16}
 # Little enough for preemption, and chunks of prompts.
@@ -148,12 +149,6 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Llama4ForCausalLM", {"attention_chunk_size": 20}, "tp2 x pp2"),
     ("MiniMaxM2ForCausalLM", {}, "tp4"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_starts() -> Iterator[None]:
-    with forked_workers():
-        yield
 
 
 @pytest.fixture(scope="module")
