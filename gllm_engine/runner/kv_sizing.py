@@ -103,6 +103,7 @@ def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_by
     if spare:
         # One more, for what is in memory for a while as a layer is loaded.
         states += (spare + 1) * decoder.largest_layer_bytes
+        page_bytes += spare * _largest_page_bytes(config, decoder)
     usable = int(memory.total * config.gpu_memory_utilization)
     free = usable - memory.used - memory.step - states
     _log.info(
@@ -114,7 +115,6 @@ def _pages_in(config: EngineConfig, decoder: Decoder, memory: GpuMemory, page_by
         free / _GIB,
         memory.total / _GIB,
     )
-    page_bytes += spare * _largest_page_bytes(config, decoder)
     snapshot_bytes = copies * decoder.state_bytes
     if config.num_snapshots is None:
         page_bytes += int(_snapshots_per_page(config, decoder) * snapshot_bytes)

@@ -125,7 +125,7 @@ class _Worker:
                     wire.Ready(runner.num_pages, runner.num_snapshots, len(runner.decoder.layers))
                 )
             )
-            self._work(runner, ranks)
+            self._work(runner, ranks, layers_move=assigned.config.spare_layers > 0)
         except Exception as error:  # any error caused by a peer or a checkpoint
             log.exception("rank %d fails", self._rank)
             self._fail(_in_a_line(error))
@@ -210,14 +210,15 @@ class _Worker:
         arch = read_arch(Path(config.model))
         return load_runner(config, arch, device, ranks, recorder), ranks
 
-    def _work(self, runner: Runner, ranks: RankGroups) -> NoReturn:
+    def _work(self, runner: Runner, ranks: RankGroups, layers_move: bool) -> NoReturn:
         launched: SimpleQueue[RunnerStep] = SimpleQueue()
         recorder = runner.recorder
         cuts: SimpleQueue[tuple[int, ...]] = SimpleQueue()
         report = partial(self._report, launched, ranks, recorder)
         load_layers = partial(self._load_layers, cuts, runner, ranks)
         threading.Thread(target=report, name="results", daemon=True).start()
-        threading.Thread(target=load_layers, name="layers", daemon=True).start()
+        if layers_move:
+            threading.Thread(target=load_layers, name="layers", daemon=True).start()
         while True:
             recorder.mark(activity.AWAIT_PLAN)
             plan = self._receive()
