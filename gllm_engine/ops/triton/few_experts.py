@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
 from gllm_engine.ops.triton.gemv import widen
+from gllm_engine.ops.triton.memory import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import (
     INT4_BASE,
     scale_values,
@@ -333,7 +334,7 @@ def few_experts(
     (tokens, top_k), (held, dim, hidden) = experts.shape, down.shape
     made = x.new_empty(tokens * top_k, hidden)
     columns = _columns(gate_up, 2)
-    _few_gate_up[(tokens * top_k, triton.cdiv(hidden, columns))](
+    _few_gate_up[(tokens * top_k, cdiv(hidden, columns))](
         x, biases[0], weights, experts, made, hidden, first, held, **_options(gate_up),
         TOP_K=top_k, COLUMNS=columns, BIASED=biases[0] is not None, ON_INPUT=on_input,
         LIMIT=clamp.limit if clamp else None, SLOPE=clamp.slope if clamp else None,
@@ -341,7 +342,7 @@ def few_experts(
     )  # fmt: skip
     out = x.new_empty(tokens, dim) if total is None else total
     columns = _columns(down, 1, top_k)
-    _few_down[(tokens, triton.cdiv(dim, columns))](
+    _few_down[(tokens, cdiv(dim, columns))](
         made, biases[1], weights, experts, out, dim, first, held, **_options(down),
         TOP_K=top_k, COLUMNS=columns, BIASED=biases[1] is not None, WEIGH=not on_input,
         ADD=total is not None, **overlapping(),
@@ -355,12 +356,12 @@ def _shape(matrix: Weight) -> tuple[int, int, int]:
     """
     depth = matrix.shape[-1]
     if isinstance(matrix, PackedWeight):
-        loads = triton.cdiv(depth, RUN) * RUN_WORDS // _LOADED.value
-        return loads, min(_THREADS, triton.next_power_of_2(loads)), _WARPS
-    loads = triton.cdiv(depth, _LOADED.value)
+        loads = cdiv(depth, RUN) * RUN_WORDS // _LOADED.value
+        return loads, min(_THREADS, next_power_of_2(loads)), _WARPS
+    loads = cdiv(depth, _LOADED.value)
     numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
     warps = _WARPS if depth * numbers.itemsize <= _LONG_BYTES else _LONG_WARPS
-    return loads, min(_THREADS * warps, triton.next_power_of_2(loads)), warps
+    return loads, min(_THREADS * warps, next_power_of_2(loads)), warps
 
 
 def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
@@ -371,7 +372,7 @@ def _columns(matrix: Weight, rows: int, products: int = 1) -> int:
         return 0
     loads, lanes, warps = _shape(matrix)
     numbers = matrix if isinstance(matrix, Tensor) else matrix.numbers
-    row_bytes: int = triton.cdiv(loads, lanes) * lanes * _LOADED.value * numbers.itemsize
+    row_bytes: int = cdiv(loads, lanes) * lanes * _LOADED.value * numbers.itemsize
     held = _PACKED_HELD if isinstance(matrix, PackedWeight) else _HELD
     threads = _THREADS * warps
     columns = min(_MOST_COLUMNS, threads * held // (row_bytes * rows * products))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.memory import cdiv, next_power_of_2
 from gllm_engine.ops.triton.norm_act import activated
 from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, RoundedRows, Rows
@@ -174,10 +175,10 @@ def quantize(
     rows, dim = x.shape
     name, gated = ("", False) if act is None else act
     dim //= 1 + gated
-    padded = max(_LEAST_ROWS[dtype], triton.cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE)
-    group = triton.next_power_of_2(dim) if columns is None else columns
-    groups = triton.cdiv(dim, group)
-    warps = group * triton.next_power_of_2(groups) // 512
+    padded = max(_LEAST_ROWS[dtype], cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    group = next_power_of_2(dim) if columns is None else columns
+    groups = cdiv(dim, group)
+    warps = group * next_power_of_2(groups) // 512
     numbers = torch.empty(padded, dim, dtype=dtype, device=x.device)
     scales = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
     gain, eps = (x, 0.0) if norm is None else norm
@@ -185,7 +186,7 @@ def quantize(
         _quantize[(padded,)](
             x, gain, numbers, scales, rows, dim, x.stride(0), eps,
             NORM=norm is not None, ACT=name, GATED=gated,
-            GROUPS=triton.next_power_of_2(groups), GROUP=group, LARGEST=_LARGEST[dtype],
+            GROUPS=next_power_of_2(groups), GROUP=group, LARGEST=_LARGEST[dtype],
             num_warps=min(max(warps, 1), 16), **overlapping(),
         )  # fmt: skip
     return RoundedRows(numbers, scales.T, rows, x.dtype)
@@ -214,7 +215,7 @@ def dequantize(weight: Fp8Weight | Int8Weight, dtype: torch.dtype) -> Tensor:
     width, depth = weight.shape
     out = torch.empty(width, depth, dtype=dtype, device=weight.numbers.device)
     index = weight.scale_row
-    _dequantize[(width, triton.cdiv(depth, _COLUMNS))](
+    _dequantize[(width, cdiv(depth, _COLUMNS))](
         weight.numbers, weight.scales, weight.scales if index is None else index, out, depth,
         weight.scales.shape[1], weight.first_column, ROWS_PER_SCALE=weight.rows_per_scale,
         COLUMNS_PER_SCALE=weight.columns_per_scale, INDEXED=index is not None, BLOCK=_COLUMNS,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF, has_fp8_gemv
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
-from gllm_engine.ops.triton.memory import load_wide, own_range, store_rounded
+from gllm_engine.ops.triton.memory import cdiv, load_wide, next_power_of_2, own_range, store_rounded
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, Rows
 
@@ -180,11 +180,11 @@ def gemv(
     width = len(weight) // (1 + gated)
     out = x.new_empty(1, width) if out is None else out
     warps = _WARPS if depth <= _SHORT else _LONG_WARPS
-    lanes = min(32 * warps, triton.next_power_of_2(triton.cdiv(depth, _LOADED.value)))
+    lanes = min(32 * warps, next_power_of_2(cdiv(depth, _LOADED.value)))
     held = max(1, 32 * warps * _HELD // (depth * numbers.itemsize * (1 + gated)))
     block_n = 1 << (held.bit_length() - 1)
     gain, eps = (x, 0.0) if norm is None else norm
-    _gemv[(triton.cdiv(width, block_n),)](
+    _gemv[(cdiv(width, block_n),)](
         x, gain, numbers, bias, out, width, eps, **scale_options(weight),
         DEPTH=depth, BLOCK_N=block_n, LANES=lanes, EVEN=width % block_n == 0,
         NORM=norm is not None, GATED=gated, ADD=add,

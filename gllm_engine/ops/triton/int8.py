@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
+from gllm_engine.ops.triton.memory import cdiv, load, load_wide, own_range, program, store_rounded
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 from gllm_engine.ops.weight import Int8Weight
 
@@ -49,7 +49,7 @@ def rescale(
     """
     rows, width = out.shape
     assert out.is_contiguous()
-    _rescale[(rows, triton.cdiv(width, _COLUMNS))](
+    _rescale[(rows, cdiv(width, _COLUMNS))](
         sums, row_scales, weight.scales, bias, out, width,
         ADD=add, BLOCK=_COLUMNS, **overlapping(),
     )  # fmt: skip

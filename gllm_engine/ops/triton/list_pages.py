@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import own_range
+from gllm_engine.ops.triton.memory import cdiv, own_range
 
 _BLOCK = 1024
 
@@ -31,7 +31,7 @@ def list_pages(
     page_table: [slots, width] int64; slots: [rows] int64; starts: [rows + 1] int32; firsts: [rows]
     int32; out: int32. No row has more than `max_pages`.
     """
-    blocks = max(triton.cdiv(min(max_pages, page_table.shape[1]), _BLOCK), 1)
+    blocks = max(cdiv(min(max_pages, page_table.shape[1]), _BLOCK), 1)
     grid = (slots.shape[0], blocks)
     width = page_table.shape[1]
     _list_pages[grid](page_table, slots, starts, firsts, out, width, BLOCK=_BLOCK)

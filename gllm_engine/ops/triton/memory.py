@@ -13,7 +13,7 @@ def cdiv(x: int, y: int) -> int:
 
 def next_power_of_2(x: int) -> int:
     """The least power of 2 that is not less than x, at least 1; like cdiv in place of Triton's."""
-    return 1 << (x - 1).bit_length()
+    return 1 << max(x - 1, 0).bit_length()
 
 
 @triton.jit

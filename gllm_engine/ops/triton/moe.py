@@ -32,6 +32,7 @@ from gllm_engine.ops.triton.fp8 import (
     rounding_group,
     scale_lines,
 )
+from gllm_engine.ops.triton.memory import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 from gllm_engine.ops.triton.skinny import multiply_tile
@@ -201,15 +202,15 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[Tensor
     (tokens, num_experts), top_k = logits.shape, routing.top_k
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty_like(weights, dtype=torch.int32)
-    slots = triton.next_power_of_2(num_experts // routing.groups)
-    rows, columns = _row_tile(triton.next_power_of_2(routing.groups) * slots)
+    slots = next_power_of_2(num_experts // routing.groups)
+    rows, columns = _row_tile(next_power_of_2(routing.groups) * slots)
     warps = _WARPS
     if tokens <= _FEW_TOKENS:  # each in a warp of its own, so that nothing passes between warps
         rows = warps = 1
     if tokens:
-        _route[(triton.cdiv(tokens, rows),)](
+        _route[(cdiv(tokens, rows),)](
             logits, bias, weights, experts, tokens, num_experts,
-            TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k),
+            TOP_K=top_k, CHOSEN=next_power_of_2(top_k),
             SIGMOID=routing.scoring == "sigmoid", BIASED=bias is not None,
             GROUPS=routing.groups, KEPT=routing.kept_groups, RENORM=routing.renorm,
             SUM_EPS=routing.sum_eps, LEAST_SUM=routing.least_sum, SCALE=routing.scale,
@@ -310,12 +311,12 @@ def sort_pairs(experts: Tensor, first: int, held: int, block: int) -> tuple[Tens
     """
     tokens, top_k = experts.shape
     rows, columns = _row_tile(held)
-    blocks = triton.cdiv(tokens, rows)
+    blocks = cdiv(tokens, rows)
     order = torch.empty(tokens * top_k, dtype=torch.int32, device=experts.device)
     groups, counts = order.new_empty(3, columns), order.new_empty(blocks, columns)
     if len(order) <= _FEW_PAIRS:
-        pairs = max(_PLACED, triton.next_power_of_2(len(order)))
-        _sort_few[(triton.cdiv(len(order), _PLACED),)](
+        pairs = max(_PLACED, next_power_of_2(len(order)))
+        _sort_few[(cdiv(len(order), _PLACED),)](
             experts, order, groups, len(order), first, held, block, PAIRS=pairs, PLACED=_PLACED,
             EXPERTS=columns, **overlapping(),
         )  # fmt: skip
@@ -585,7 +586,7 @@ def grouped_product(
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
     out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
-    _grouped[(most_blocks * triton.cdiv(width, columns),)](
+    _grouped[(most_blocks * cdiv(width, columns),)](
         numbers, x_scales, len(numbers), bias, on_input, order, groups, out, width, depth,
         **options, ROUNDED=isinstance(x, RoundedRows), UNIFORM=uniform, TOP_K=top_k, GATED=gated,
         BIASED=bias is not None, ON_INPUT=on_input is not None,
@@ -670,10 +671,10 @@ def sum_experts(
     parts = grouped_product(rows, down, order, groups, top_k, tiles, bias=down_bias)
     out = torch.empty_like(x) if total is None else total
     columns, warps = _FEW_SUMMED if tokens <= _FEW_TOKENS else _SUMMED
-    _sum[(tokens, triton.cdiv(dim, columns))](
+    _sum[(tokens, cdiv(dim, columns))](
         parts, weights, experts, out, dim, first, held,
         TOP_K=top_k, WEIGH=not on_input, ADD=total is not None,
-        BLOCK=min(columns, triton.next_power_of_2(dim)), num_warps=warps,
+        BLOCK=min(columns, next_power_of_2(dim)), num_warps=warps,
         **overlapping(),
     )  # fmt: skip
     return out
@@ -693,11 +694,11 @@ def _round(x: Tensor, matrix: Weight) -> RoundedRows:
 
 def _fit(tile: int, size: int) -> int:
     """`tile`, but no larger than the power of two that covers `size`; at least 16, for tl.dot."""
-    whole: int = triton.next_power_of_2(size)
+    whole: int = next_power_of_2(size)
     return max(16, min(tile, whole))
 
 
 def _row_tile(num_experts: int) -> tuple[int, int]:
     """Tokens and experts of one program of routing or sorting; powers of two."""
-    columns = triton.next_power_of_2(num_experts)
+    columns = next_power_of_2(num_experts)
     return max(1, min(_MAX_ROWS, _HELD // columns)), columns

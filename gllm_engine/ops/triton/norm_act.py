@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import load_wide, own_range, program, store_rounded
+from gllm_engine.ops.triton.memory import (
+    cdiv,
+    load_wide,
+    next_power_of_2,
+    own_range,
+    program,
+    store_rounded,
+)
 from gllm_engine.ops.triton.pdl import begin, overlapping
 
 # Columns of one program of activate.
@@ -48,7 +55,7 @@ def rms_norm(
     rows, dim = x.shape
     out = x.new_empty(rows, dim) if add_to is None else add_to
     if rows:  # no rows: no row of the step needs logits
-        block = triton.next_power_of_2(dim)
+        block = next_power_of_2(dim)
         _rms_norm[(rows,)](
             x, gain, out, dim, x.stride(0), eps, ADD=add_to is not None, PLUS_ONE=plus_one,
             BLOCK=block, num_warps=_warps(block), **overlapping(),
@@ -85,7 +92,7 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
     rows, dim = x.shape
     out = torch.empty_like(x)
     if rows:
-        block = triton.next_power_of_2(dim)
+        block = next_power_of_2(dim)
         _layer_norm[(rows,)](
             x, gain, bias, out, dim, eps,
             BLOCK=block, num_warps=_warps(block), **overlapping(),
@@ -161,7 +168,7 @@ def activate(x: Tensor, act: str, gated: bool) -> Tensor:
     rows, width = x.shape[0], x.shape[1] // (1 + gated)
     out = x.new_empty(rows, width)
     if rows:
-        _activate[(rows, triton.cdiv(width, _COLUMNS))](
+        _activate[(rows, cdiv(width, _COLUMNS))](
             x, out, width, ACT=act, GATED=gated, BLOCK=_COLUMNS, **overlapping()
         )
     return out

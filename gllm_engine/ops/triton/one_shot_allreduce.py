@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
-from gllm_engine.ops.triton.memory import load, load_wide
+from gllm_engine.ops.triton.memory import load, load_wide, next_power_of_2
 
 # One program per row. More rows would not fit the GPU at once, and NCCL is faster for them.
 MAX_ROWS = 64
@@ -117,7 +117,7 @@ class OneShotAllReduce:
         rows, dim = part.shape
         gain, eps = (part, 0.0) if norm is None else norm
         normed = None if norm is None else torch.empty_like(part)
-        block = triton.next_power_of_2(dim)
+        block = next_power_of_2(dim)
         _join[(rows,)](
             part, total, gain, part if normed is None else normed, *self._peers, self._epochs,
             dim, eps, self._rank,

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import PACKED_ROWS
-from gllm_engine.ops.triton.memory import load, own_range
+from gllm_engine.ops.triton.memory import cdiv, load, next_power_of_2, own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, num_parts, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, begin_alone, overlapping
@@ -377,9 +377,9 @@ def packed_linear(
     out = x.new_empty(rows, width) if out is None else out
     exact = x.dtype == torch.float32
     tiles = _EXACT_TILES if exact else _choose_tiles(rows, runs_of_turn(weight))
-    columns = min(tiles.columns, max(16, triton.next_power_of_2(width)))
+    columns = min(tiles.columns, max(16, next_power_of_2(width)))
     runs = runs_of_turn(weight, tiles.runs)
-    programs = triton.cdiv(rows, tiles.rows) * triton.cdiv(width, columns)
+    programs = cdiv(rows, tiles.rows) * cdiv(width, columns)
     parts = num_parts(programs, _PROGRAMS, depth, _MIN_TURNS * runs * RUN)
     sums, arrived = shared_sums(out, programs, parts, (1 + gated) * tiles.rows * columns)
     scales, kind = scale_words(weight)
@@ -425,7 +425,7 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     scales, kind = scale_words(weight)
     runs = runs_of_turn(weight)
     out = torch.empty(width, depth, dtype=dtype, device=scales.device)
-    _dequantize_packed[(triton.cdiv(width, _LINES), triton.cdiv(depth, RUN * runs))](
+    _dequantize_packed[(cdiv(width, _LINES), cdiv(depth, RUN * runs))](
         weight.numbers, scales, out, width, depth, GROUP=weight.group, SCALE=kind,
         ZEROS=weight.zeros, RUNS=runs, LINES=_LINES, **overlapping(),
     )  # fmt: skip

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gllm_engine.ops.triton.memory import cdiv
+
 # Tokens of one program: of decode rows, or of one prefill chunk.
 _BLOCK = 512
 
@@ -92,8 +94,8 @@ def prepare_inputs(
     )
     tokens, positions, context_lens = made[:3]
     cache_index = made[3:]
-    num_decode_blocks = triton.cdiv(num_decode, _BLOCK)
-    _prepare_inputs[(num_decode_blocks + num_chunks, max(triton.cdiv(longest, _BLOCK), 1))](
+    num_decode_blocks = cdiv(num_decode, _BLOCK)
+    _prepare_inputs[(num_decode_blocks + num_chunks, max(cdiv(longest, _BLOCK), 1))](
         page_table, page_table.stride(0), page_table.stride(1), lengths, last_tokens, slots, starts,
         ends, known, tokens, positions, cache_index, cache_index.stride(0), context_lens,
         num_decode, num_decode_blocks, PAGE=page_size, GROUPS=num_groups, BLOCK=_BLOCK,

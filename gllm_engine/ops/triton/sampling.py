@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
 from gllm_engine.ops.protocol import PlainSampling
-from gllm_engine.ops.triton.memory import load, own_range
+from gllm_engine.ops.triton.memory import cdiv, load, next_power_of_2, own_range
 
 _GROUP = 2048
 # Larger than every token id; marks the offer of the rank with the chosen group.
@@ -135,7 +135,7 @@ def sample_plain(
     rows, width = scores.shape
     rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     own = width if vocab is None else min(width, vocab - rank * width)
-    groups = triton.cdiv(width, _GROUP)
+    groups = cdiv(width, _GROUP)
     left = torch.empty(3 * rows, groups, dtype=torch.float32, device=scores.device)
     peaks, masses, bests = left.chunk(3)
     tokens = torch.empty_like(slots) if out is None else out
@@ -148,11 +148,9 @@ def sample_plain(
     _choose[(rows,)](
         scores, slots, *state, peaks, masses, bests.view(torch.int32), tokens, width,
         own, size * groups, rank, size,
-        GROUP=_GROUP, GROUPS=triton.next_power_of_2(size * groups),
+        GROUP=_GROUP, GROUPS=next_power_of_2(size * groups),
     )  # fmt: skip
     if ranks is not None and size > 1:
         ranks.max(tokens)
-        _record[(triton.cdiv(rows, _RECORDED),)](
-            tokens, slots, state.last_tokens, rows, BLOCK=_RECORDED
-        )
+        _record[(cdiv(rows, _RECORDED),)](tokens, slots, state.last_tokens, rows, BLOCK=_RECORDED)
     return tokens

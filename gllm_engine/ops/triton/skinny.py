@@ -30,7 +30,7 @@ from gllm_engine.ops.triton.fp8 import (
     scale_lines,
     scale_options,
 )
-from gllm_engine.ops.triton.memory import own_range
+from gllm_engine.ops.triton.memory import cdiv, next_power_of_2, own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, num_parts, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
@@ -221,7 +221,7 @@ def is_skinny(x: Tensor, weight: Tensor, gated: bool) -> bool:
         return False
     width = len(weight) // (1 + gated)
     tiling = choose_tiling(rows, width, depth, gated)
-    programs = triton.cdiv(width, tiling.block_n) * tiling.parts
+    programs = cdiv(width, tiling.block_n) * tiling.parts
     return tiling.parts == 1 or rows <= _SHARED_ROWS and programs <= _MULTIPROCESSORS
 
 
@@ -231,7 +231,7 @@ def has_tiles(x: Rows, weight: Fp8Weight) -> bool:
 
 
 def _block_m(rows: int) -> int:
-    size: int = triton.next_power_of_2(rows)
+    size: int = next_power_of_2(rows)
     return min(max(16, size), _TILE_ROWS)
 
 
@@ -240,7 +240,7 @@ def choose_tiling(rows: int, width: int, depth: int, gated: bool) -> Tiling:
     # A wide result has enough tiles even if they are larger; larger tiles read x less often.
     wide = rows > 32 and not gated and width >= 128 * _PROGRAMS
     block_n = 128 if wide else 64
-    parts = num_parts(triton.cdiv(width, block_n), _PROGRAMS, depth, _MIN_DEPTH)
+    parts = num_parts(cdiv(width, block_n), _PROGRAMS, depth, _MIN_DEPTH)
     step_bytes = (block_n * (1 + gated) + _block_m(rows)) * _BLOCK_K * 2
     stages = min(_MAX_STAGES, _TILE_BYTES // step_bytes)
     return Tiling(block_n, _BLOCK_K, parts, stages, warps=8 if wide else 4)
@@ -255,7 +255,7 @@ def choose_fp8_tiling(rows: int, width: int, depth: int, gated: bool, columns: i
     block_k = min(columns, SCALE_GROUP)
     if not columns:
         block_k = _BLOCK_K if many or gated else _FP8_BLOCK_K
-    tiles = triton.cdiv(width, block_n) * triton.cdiv(rows, block_m)
+    tiles = cdiv(width, block_n) * cdiv(rows, block_m)
     parts = num_parts(tiles, _FP8_PROGRAMS, depth, _MIN_DEPTH)
     step_bytes = (block_n * (1 + gated) + block_m) * block_k
     stages = _TILE_STAGES if many else min(_MAX_STAGES, _FP8_TILE_BYTES // step_bytes)
@@ -298,7 +298,7 @@ def skinny(
         tiling = tiling or choose_fp8_tiling(rows, width, depth, gated, columns)
     block_n, block_k, parts, stages, warps = tiling
     block_m = _block_m(rows)
-    grid = triton.cdiv(rows, block_m), triton.cdiv(width, block_n), parts
+    grid = cdiv(rows, block_m), cdiv(width, block_n), parts
     size = (1 + gated) * block_n * block_m
     sums, arrived = shared_sums(out, grid[0] * grid[1], parts, size)
     _skinny[grid](
