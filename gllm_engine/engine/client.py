@@ -203,9 +203,9 @@ class EngineClient:
                 self._lose(str(error))
                 return False
             except EngineError as error:
+                self._lose(str(error))  # before the count: whoever sees the count finds its reason
                 self.failed_starts += 1
                 log.error("attempt %d to get an engine back: %s", self.failed_starts, error)
-                self._lose(str(error))
                 self._pause(RETRY_S[min(self.failed_starts, len(RETRY_S)) - 1])
                 continue
             dead.close(0)
