@@ -95,7 +95,7 @@ class Attached:
         """The sentence in the engine's error file, or a general sentence if there is no file."""
         code = self.child.wait() if self.child is not None else None
         dead = "the engine process died" + ("" if code is None else f" (exit status {code})")
-        return self._last_word() or dead
+        return _last_word(self.directory) or dead
 
     def end_silent(self, silence: str) -> str:
         """Kill an engine that no longer answers; returns the sentence for its streams.
@@ -106,17 +106,19 @@ class Attached:
         why = f"{silence}: it is stopped, or hangs; it is killed"
         log.error("process %d: %s", self.engine.pid, why)
         kill(self.pidfd)
-        return self._last_word() or why
-
-    def _last_word(self) -> str | None:
-        with contextlib.suppress(FileNotFoundError):
-            return (self.directory / "error").read_text(encoding="utf-8")
-        return None
+        return _last_word(self.directory) or why
 
 
 def socket_address(directory: Path) -> str:
     """The socket address of the engine whose directory this is."""
     return f"ipc://{directory}/{_SOCKET}"
+
+
+def _last_word(directory: Path) -> str | None:
+    """The sentence in the engine's error file; None if there is no file."""
+    with contextlib.suppress(FileNotFoundError):
+        return (directory / "error").read_text(encoding="utf-8")
+    return None
 
 
 def attach(
@@ -172,16 +174,18 @@ def _attach(
         record.front_ends = {}  # the old load's living front ends only finish their streams
     assert record.engine is not None
     record.front_ends[instance] = me
+    directory = home / str(record.generation)
     try:
         _write(home, record)
         pidfd = record.engine.open()
     except ProcessLookupError:
-        raise EngineError("the engine process died while a front end was joining") from None
+        died = "the engine process died while a front end was joining"
+        raise EngineError(_last_word(directory) or died) from None
     except OSError:
         if child is not None:
             child.kill()  # the engine is not on record, so no front end could find it
         raise
-    return Attached(home / str(record.generation), record.engine, pidfd, child)
+    return Attached(directory, record.engine, pidfd, child)
 
 
 def _refuse_stale(
@@ -221,10 +225,12 @@ def _replace(
     # The previous generation's directory stays: other front ends may still read its error file.
     _discard(home / str(record.generation - 1))
     record.generation += 1
-    child = _start(home / str(record.generation), config, owner)
+    directory = home / str(record.generation)
+    child = _start(directory, config, owner)
     record.engine = Process.of(child.pid)
     if record.engine is None:
-        raise EngineError(f"the engine process ended at once (status {child.wait()})")
+        ended = f"the engine process ended at once (status {child.wait()})"
+        raise EngineError(_last_word(directory) or ended)
     return child
 
 

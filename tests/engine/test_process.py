@@ -44,7 +44,7 @@ from gllm_engine import (
     make_config,
     wire,
 )
-from gllm_engine.engine import core, process
+from gllm_engine.engine import attach, core, process
 from gllm_engine.engine.attach import (
     _LONGEST_HOME,
     _SOCKET,
@@ -966,6 +966,25 @@ def test_an_engine_that_cannot_be_got_back_is_counted(
     until(lambda: front.client.trouble is None)
     assert front.client.failed_starts == 0 and len(front.generate()) == 5
     front.client.close()
+
+
+@pytest.mark.parametrize("ends_before", ["it is on record", "it is joined"])
+def test_an_engine_that_ends_at_once_tells_why(
+    ends_before: str, tmp_path: Path, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    name = "_start" if ends_before == "it is on record" else "_write"
+    original = getattr(attach, name)
+
+    def wait_for_the_end(*arguments: Any) -> Any:
+        result = original(*arguments)
+        process = arguments[1].engine if name == "_write" else result
+        until(lambda: Process.of(process.pid) is None)
+        return result
+
+    monkeypatch.setattr(attach, name, wait_for_the_end)
+    with pytest.raises(EngineError, match=r"the engine cannot start: .*architectures is None"):
+        Front(str(tmp_path), owner)
 
 
 def _run_as_front_end(model: str, owner: int, instance: str) -> None:
