@@ -38,7 +38,7 @@ class Served:
 
     def forget(self) -> None:
         """Let the next request look at the models anew."""
-        self.app.state.models._known = {}
+        self.app.state.models.known = {}
         self.app.state.models._refreshed = -math.inf
 
     def post(self, path: str, **body: Any) -> httpx.Response:

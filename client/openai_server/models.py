@@ -123,13 +123,15 @@ class Models:
     def __init__(self, client: Client, *formats: str | None) -> None:
         self._client = client
         self._formats = formats
-        self._known: dict[str, ServedModel] = {}
+        self.known: dict[str, ServedModel] = {}  # of the last look, in order of their names
         self._answers = False  # any model, at the last look
         self._refreshed = 0.0  # when that look began
         self._lock = asyncio.Lock()
 
-    def all(self) -> list[ServedModel]:
-        return sorted(self._known.values(), key=lambda model: model.name)
+    async def all(self) -> list[ServedModel]:
+        """All models, by name. Raises ApiError: 503 when tritonserver is away."""
+        await self._look_for(None)
+        return list(self.known.values())
 
     async def watch(self) -> None:
         """Look at the repository for ever."""
@@ -153,13 +155,13 @@ class Models:
             described = await asyncio.gather(*map(self._describe, names))
             found = dict(zip(names, described, strict=True))
             models = [self._updated(name, facts) for name, facts in found.items()]
-            self._known = {model.name: model for model in models if model is not None}
+            self.known = {model.name: model for model in models if model is not None}
             self._answers = any(facts is not None for facts in described)
             self._refreshed = begun
 
     def _updated(self, name: str, facts: Json | None) -> ServedModel | None:
         """A model as it is now; as it was, if it does not answer. None: it is none of ours."""
-        known = self._known.get(name)
+        known = self.known.get(name)
         if facts is None or (known and known.facts == facts):
             return known
         return ServedModel(
@@ -193,20 +195,21 @@ class Models:
         Raises ApiError: 404, code model_not_found; 400 for None among several models; 503 when
         tritonserver is away.
         """
-        if self._missing(name):
-            try:
-                await self.refresh(MISS_S)
-            except GenerateError as error:
-                raise ApiError(503, str(error)) from None
-        models = self.all()
-        if name is None and len(models) == 1:
-            return models[0]
-        if name in self._known:
-            return self._known[name]
-        have = [model.name for model in models]
+        await self._look_for(name)
+        have = list(self.known)
+        if name is None and len(have) == 1:
+            return self.known[have[0]]
+        if name in self.known:
+            return self.known[name]
         if name is None:
             raise invalid("model", f"it is required; the models are: {', '.join(have) or 'none'}")
         raise unknown_model(name, have)
 
-    def _missing(self, name: str | None) -> bool:
-        return not self._known if name is None else name not in self._known
+    async def _look_for(self, name: str | None) -> None:
+        """Refresh if the model is unknown; None: if all are."""
+        if self.known if name is None else name in self.known:
+            return
+        try:
+            await self.refresh(MISS_S)
+        except GenerateError as error:
+            raise ApiError(503, str(error)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import urllib.request
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -79,11 +80,11 @@ async def metrics(request: Request) -> Response:
         page = b"" if url is None else await asyncio.to_thread(_fetch, url)
     except OSError as error:
         raise ApiError(503, f"metrics: {url} cannot be read ({error})") from None
-    own = _own_metrics(request.app.state.models.all())
+    own = _own_metrics(request.app.state.models.known.values())
     return Response(page + own.encode(), media_type="text/plain; version=0.0.4")
 
 
-def _own_metrics(models: list[ServedModel]) -> str:
+def _own_metrics(models: Iterable[ServedModel]) -> str:
     """What this server counts itself, in Prometheus' text format."""
     lines = [f"# HELP {MALFORMED_CALLS} {_ABOUT_MALFORMED}", f"# TYPE {MALFORMED_CALLS} counter"]
     for model in models:
@@ -105,7 +106,7 @@ def _fetch(url: str) -> bytes:
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """All models."""
-    models = request.app.state.models.all()
+    models = await request.app.state.models.all()
     return JsonResponse({"object": "list", "data": [_shown(model) for model in models]})
 
 

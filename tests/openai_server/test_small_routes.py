@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import pytest
 from metrics_page import metrics_page
+from patience import WAIT_S
 from scripted_triton import FakeModel, FakeTriton
 from serving import Served, serve
 
@@ -19,6 +23,21 @@ def test_models_are_listed_and_shown(served: Served) -> None:
     assert [model.id for model in listed] == ["m", "other"]
     assert served.http.get("/v1/models/other").json()["max_model_len"] == 77
     assert served.http.get("/v1/models/foreign").status_code == 404
+
+
+def test_models_are_listed_before_the_first_look_has_ended() -> None:
+    asked_for = threading.Event()
+
+    class Slow(FakeModel):
+        def facts(self) -> dict[str, Any]:
+            asked_for.wait(WAIT_S)
+            return super().facts()
+
+    with FakeTriton(m=Slow()) as triton, serve(triton) as served, ThreadPoolExecutor(1) as pool:
+        listed = pool.submit(served.sdk.models.list)
+        wait([listed], timeout=0.2)  # it answers nothing yet
+        asked_for.set()
+        assert [model.id for model in listed.result().data] == ["m"]
 
 
 def test_a_model_loaded_later_is_found_and_an_unloaded_one_is_not(served: Served) -> None:
@@ -76,6 +95,8 @@ def test_health_without_tritonserver() -> None:
     triton.address_of_the_dead = gone  # type: ignore[attr-defined]
     with serve(triton) as served:
         assert served.http.get("/health").status_code == 503
+        listed = served.http.get("/v1/models")
+        assert listed.status_code == 503 and "cannot be reached" in listed.text
         status, _, message = served.refused("/v1/completions", prompt="a")
         assert status == 503 and "cannot be reached" in message
 

@@ -174,8 +174,8 @@ def test_a_tiny_model_of_every_family_generates(
     directory = str(tmp_path / "tiny")
     assert main(["tiny-model", directory, "--family", family]) == 0
     assert capsys.readouterr().out == f"{directory}\n"
-    command = ["generate", "Once upon", "--model", directory, "--max-tokens=8", "--ignore-eos"]
-    assert main([*command, "--cpu-threads=1", "--kv-cache-gib=0.05"]) == 0
+    command = ["generate", "Once upon", "--model", directory, "--max-tokens=32", "--ignore-eos"]
+    assert main([*command, "--seed=1", "--cpu-threads=1", "--kv-cache-gib=0.05"]) == 0
     assert len(capsys.readouterr().out) > 4
 
 
