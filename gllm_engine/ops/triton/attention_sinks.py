@@ -12,15 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import (
-    cdiv,
-    load,
-    load_wide,
-    next_power_of_2,
-    own_range,
-    program,
-    store_rounded,
-)
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.

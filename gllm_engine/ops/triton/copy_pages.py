@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.memory import cdiv, next_power_of_2, program
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import program
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Numbers that a program copies, if one token has no more.

@@ -36,7 +36,8 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF
 from gllm_engine.ops.triton.fp8 import split_float8
-from gllm_engine.ops.triton.memory import load, next_power_of_2, store_rounded
+from gllm_engine.ops.triton.launch_sizes import next_power_of_2
+from gllm_engine.ops.triton.memory import load, store_rounded
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 
 # Parts beyond one per row. With few rows, these parts times the K/V heads keep the GPU busy.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
 from gllm_engine.ops.triton.gemv import widen
-from gllm_engine.ops.triton.memory import cdiv, next_power_of_2
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import (
     INT4_BASE,
     scale_values,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import cdiv, next_power_of_2
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.norm_act import activated
 from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, RoundedRows, Rows

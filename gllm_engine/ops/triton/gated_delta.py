@@ -64,15 +64,8 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import BLOCK, FACTORS, LONG
 from gllm_engine.ops.protocol import AttentionPlan, RecurrentState
-from gllm_engine.ops.triton.memory import (
-    cdiv,
-    load,
-    load_wide,
-    next_power_of_2,
-    own_range,
-    program,
-    store_rounded,
-)
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
 
 # Channels of a program of the convolution of short rows, and channels and tokens of one of long
 # rows: few, so that many programs share a multiprocessor.

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gllm_engine.ops.kernels import HALF, has_fp8_gemv
 from gllm_engine.ops.triton.fp8 import common_columns, scale_lines, scale_options
-from gllm_engine.ops.triton.memory import cdiv, load_wide, next_power_of_2, own_range, store_rounded
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import load_wide, own_range, store_rounded
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
 from gllm_engine.ops.weight import Fp8Weight, Int8Weight, Rows
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from gllm_engine.ops.protocol import AttentionPlan, IndexQueries, PagedPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.memory import load, load_wide, next_power_of_2, program, stored
+from gllm_engine.ops.triton.launch_sizes import next_power_of_2
+from gllm_engine.ops.triton.memory import load, load_wide, program, stored
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Tokens of the cache in one iteration of `_score_tokens`.

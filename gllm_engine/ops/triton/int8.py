@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import cdiv, load, load_wide, own_range, program, store_rounded
+from gllm_engine.ops.triton.launch_sizes import cdiv
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 from gllm_engine.ops.weight import Int8Weight
 

@@ -32,16 +32,8 @@ from gllm_engine.ops.kernels import EXTRA_PARTS, HALF
 from gllm_engine.ops.protocol import AttentionPlan, PagedPlan, RotaryInputs
 from gllm_engine.ops.triton.decode_attention import KvSplits, split_kv
 from gllm_engine.ops.triton.fp8 import from_float8
-from gllm_engine.ops.triton.memory import (
-    cdiv,
-    load,
-    load_wide,
-    next_power_of_2,
-    own_range,
-    program,
-    store_rounded,
-    stored,
-)
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, store_rounded, stored
 from gllm_engine.ops.triton.pdl import begin, begin_alone, overlapping
 
 # Most heads of a program: more would need more registers than there are.

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import cdiv, own_range
+from gllm_engine.ops.triton.launch_sizes import cdiv
+from gllm_engine.ops.triton.memory import own_range
 
 _BLOCK = 1024
 

@@ -32,7 +32,7 @@ from gllm_engine.ops.triton.fp8 import (
     rounding_group,
     scale_lines,
 )
-from gllm_engine.ops.triton.memory import cdiv, next_power_of_2
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn
 from gllm_engine.ops.triton.pdl import ON_GPU, begin_alone, overlapping
 from gllm_engine.ops.triton.skinny import multiply_tile

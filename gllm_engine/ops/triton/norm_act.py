@@ -11,14 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import (
-    cdiv,
-    load_wide,
-    next_power_of_2,
-    own_range,
-    program,
-    store_rounded,
-)
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import load_wide, own_range, program, store_rounded
 from gllm_engine.ops.triton.pdl import begin, overlapping
 
 # Columns of one program of activate.

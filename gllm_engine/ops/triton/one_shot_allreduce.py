@@ -38,7 +38,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
-from gllm_engine.ops.triton.memory import load, load_wide, next_power_of_2
+from gllm_engine.ops.triton.launch_sizes import next_power_of_2
+from gllm_engine.ops.triton.memory import load, load_wide
 
 # One program per row. More rows would not fit the GPU at once, and NCCL is faster for them.
 MAX_ROWS = 64

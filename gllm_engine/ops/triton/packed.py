@@ -29,7 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gllm_engine.ops.kernels import PACKED_ROWS
-from gllm_engine.ops.triton.memory import cdiv, load, next_power_of_2, own_range
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import load, own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, num_parts, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, begin_alone, overlapping

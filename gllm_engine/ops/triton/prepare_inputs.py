@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gllm_engine.ops.triton.memory import cdiv
+from gllm_engine.ops.triton.launch_sizes import cdiv
 
 # Tokens of one program: of decode rows, or of one prefill chunk.
 _BLOCK = 512

@@ -16,15 +16,8 @@ from gllm_engine.ops.protocol import (
     PagedPlan,
     RotaryInputs,
 )
-from gllm_engine.ops.triton.memory import (
-    cdiv,
-    load,
-    load_wide,
-    next_power_of_2,
-    own_range,
-    program,
-    stored,
-)
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, stored
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
 # Heads of one program.

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from gllm_engine.ops.batch import TensorGroup
 from gllm_engine.ops.protocol import PlainSampling
-from gllm_engine.ops.triton.memory import cdiv, load, next_power_of_2, own_range
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import load, own_range
 
 _GROUP = 2048
 # Larger than every token id; marks the offer of the rank with the chosen group.

@@ -30,7 +30,8 @@ from gllm_engine.ops.triton.fp8 import (
     scale_lines,
     scale_options,
 )
-from gllm_engine.ops.triton.memory import cdiv, next_power_of_2, own_range
+from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
+from gllm_engine.ops.triton.memory import own_range
 from gllm_engine.ops.triton.norm_act import rms_norm
 from gllm_engine.ops.triton.parts import finish_tile, num_parts, shared_sums
 from gllm_engine.ops.triton.pdl import ON_GPU, begin, overlapping
