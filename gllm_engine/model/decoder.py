@@ -382,13 +382,15 @@ class Decoder:
         """The layers of the model, each as this rank would hold it."""
         return replace(self.shard, first=0, end=len(self.arch.layers)).of(self.arch)
 
-    def compile_kernels(self, page_size: int, dtype: torch.dtype) -> None:
+    def compile_kernels(
+        self, page_size: int, dtype: torch.dtype, layers_move: bool = False
+    ) -> None:
         """Compile the kernels for attention over such a cache, unless they are compiled already.
 
-        Those of the other stages' layers too, because layers may move.
+        `layers_move`: those of the other stages' layers too.
         """
         kinds = {}
-        for layer in self.layers_of_all_stages():
+        for layer in self.layers_of_all_stages() if layers_move else self.layers:
             shape = layer.mixer.attention
             if isinstance(shape, AttentionShape) and shape.chunked:
                 shape = replace(shape, window=None, chunked=False)  # the same kernels

@@ -118,7 +118,8 @@ class Runner:
         max_len = config.max_model_len or arch.max_len
         max_pages = -(-max_len // config.page_size)
         with self._timed("kernels"):
-            decoder.compile_kernels(config.page_size, cache_dtype(config, decoder))
+            dtype = cache_dtype(config, decoder)
+            decoder.compile_kernels(config.page_size, dtype, config.spare_layers > 0)
         with self._timed("memory"):
             memory = partial(measured_memory, config, decoder, max_pages) if on_gpu else None
             fitting = fitting_pages(config, decoder, memory)

@@ -11,10 +11,11 @@ import torch
 from tiny_models import CPU, PAGE, all_logits, load, make_batch, poisoned_cache, run, some_tokens
 from torch import Tensor
 
-from gllm_engine.arch import FAMILIES, make_arch
+from gllm_engine.arch import FAMILIES, Shard, make_arch
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.model import Decoder
 from gllm_engine.model.tiny import write_tiny_model
+from gllm_engine.ops import reference
 
 ATOL = 2e-5
 OVER: dict[str, dict[str, Any]] = {
@@ -116,3 +117,17 @@ def test_dynamic_rope_in_pieces(tmp_path: Path) -> None:
         row = {"tokens": tokens[start : start + 10], "start": start, "pages": pages}
         parts.append(run(decoder, make_batch([row]), cache))
     torch.testing.assert_close(torch.cat(parts), all_logits(decoder, tokens), rtol=0, atol=ATOL)
+
+
+def test_a_stage_compiles_kernels_of_others_only_if_their_layers_may_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[list[Any]] = []
+    monkeypatch.setattr(reference, "compile_attention", lambda kinds, _: compiled.append(kinds))
+    arch = make_arch(tiny_config("GptOssForCausalLM"))  # a window, then none
+    stage = Shard(0, 1)
+    decoder = Decoder(arch, dtype=torch.float32, device=CPU, max_model_len=64, shard=stage)
+    for layers_move in (False, True):
+        decoder.compile_kernels(PAGE, torch.float32, layers_move)
+    of_stage, of_all = ([kind.shape.window for kind in kinds] for kinds in compiled)
+    assert of_stage == [arch.layers[0].mixer.window] and set(of_all) == {None, *of_stage}
