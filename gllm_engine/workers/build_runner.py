@@ -32,24 +32,6 @@ from gllm_engine.timeline import OFF, NoRecorder
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Filler:
-    """Loads layers that come later. `files`: the checkpoint's stay open, so that new ones in their
-    place are not mixed with them.
-    """
-
-    checkpoint: Checkpoint | None
-    files: ExitStack
-
-    def __call__(self, decoder: Decoder) -> None:
-        if self.checkpoint is None:
-            fill_randomly(decoder)
-            return
-        with filling(decoder, self.checkpoint, shows=False):
-            return
-
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -101,6 +83,23 @@ def load_runner(
     told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
     log.info("the model is ready in %.1f s: %s", end - start, told)
     return runner
+
+
+@dataclass(frozen=True)
+class _Filler:
+    """Loads layers that come later. `files`: the checkpoint's stay open, so that new ones in their
+    place are not mixed with them.
+    """
+
+    checkpoint: Checkpoint | None
+    files: ExitStack
+
+    def __call__(self, decoder: Decoder) -> None:
+        if self.checkpoint is None:
+            fill_randomly(decoder)
+            return
+        with filling(decoder, self.checkpoint, shows=False):
+            return
 
 
 def _recorded(ranks: TensorParallel, timers: StepTimers) -> TensorParallel:

@@ -5,7 +5,7 @@ another: the last stage computes logits only for tokens that are followed by a n
 differ in how they scale. So the stages' times are measured while they serve. If those of two
 neighbours differ by more than a layer takes, over a minute of computing, the slower one gives a
 layer away. (The idea is DynaPipe's.) If that makes things worse, because the layer takes longer
-than others, it comes back and is not given away again under the same load.
+than others, it comes back, and that cut is not tried again.
 
     steps | LoadLayers to all ranks | steps, ranks load | LayersLoaded of all | MoveLayers | steps
 
@@ -101,10 +101,11 @@ class StageBalance:
         best = None
         most = LEAST_GAIN * max(means)
         for stage, end in enumerate(accumulate(self.cut[:-1])):
-            slow = stage if means[stage] > means[stage + 1] else stage + 1
-            fast = 2 * stage + 1 - slow
+            first_is_slow = means[stage] > means[stage + 1]
+            slow = stage if first_is_slow else stage + 1
+            fast = stage + 1 if first_is_slow else stage
             # The run that moves ends where `stage` ends, or begins there.
-            other_end = self._starts[self._starts.index(end) + (-1 if slow == stage else 1)]
+            other_end = self._starts[self._starts.index(end) + (-1 if first_is_slow else 1)]
             moved = abs(other_end - end)
             # The last stage does more than its layers.
             layer = min(means[slow] / self.cut[slow], means[fast] / self.cut[fast])
