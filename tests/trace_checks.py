@@ -76,9 +76,10 @@ def check_order(trace: dict[str, Any]) -> None:
         for event in events:
             step = event["args"]["step"]
             if step:  # those of the start have no numbers of their own
-                assert event["ts"] >= launched[step]["ts"] - CLOCKS_US
+                early = launched[step]["ts"] - event["ts"]
+                assert early <= CLOCKS_US, (process, event, launched[step])
                 late = event["ts"] + event["dur"] - results[step]["ts"]
-                assert stage in stages or late <= CLOCKS_US
+                assert stage in stages or late <= CLOCKS_US, (process, event, results[step])
         stages.add(stage)
 
 

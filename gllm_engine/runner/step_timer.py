@@ -29,6 +29,9 @@ from gllm_engine.timeline import NoRecorder, activity
 Moment = Any
 # The GPU's clock drifts away from the host's by some microseconds a second.
 _ANCHOR_EVERY_NS = 1_000_000_000
+# Readings of both clocks for an anchor. One of them may take long: if the GPU computes for another
+# process at that time, or the stream has its hardware queue in common with a busy one.
+_READINGS = 4
 
 
 class Clock(Protocol):
@@ -71,8 +74,15 @@ class HostClock:
 
 
 class _Anchor(NamedTuple):
+    """An event that the GPU reached in [after, before], in nanoseconds of the host's clock."""
+
     event: torch.cuda.Event
-    at: int
+    after: int
+    before: int
+
+    @property
+    def at(self) -> int:
+        return (self.after + self.before) // 2
 
 
 class EventClock:
@@ -93,15 +103,19 @@ class EventClock:
         return float(begin.elapsed_time(end)) / 1000
 
     def anchor(self) -> _Anchor:
-        """Once a second it waits some microseconds for an event in a stream without other work."""
+        """Once a second it waits some microseconds for events in streams without other work."""
         if self._anchor is None or time.monotonic_ns() - self._anchor.at > _ANCHOR_EVERY_NS:
-            # NCCL, whose streams wait for other ranks, has none of this priority.
-            with torch.cuda.stream(torch.cuda.Stream(self._device, priority=-1)):
-                before = time.monotonic_ns()
-                event = self.now()
-                event.synchronize()
-            self._anchor = _Anchor(event, (before + time.monotonic_ns()) // 2)
+            readings = [self._read_clocks() for _ in range(_READINGS)]
+            self._anchor = min(readings, key=lambda one: one.before - one.after)
         return self._anchor
+
+    def _read_clocks(self) -> _Anchor:
+        # NCCL, whose streams wait for other ranks, has none of this priority.
+        with torch.cuda.stream(torch.cuda.Stream(self._device, priority=-1)):
+            after = time.monotonic_ns()
+            event = self.now()
+            event.synchronize()
+        return _Anchor(event, after, time.monotonic_ns())
 
     def times(self, anchor: Moment, moments: list[Moment]) -> list[int]:
         ms = [anchor.event.elapsed_time(moment) for moment in moments]

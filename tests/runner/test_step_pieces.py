@@ -19,7 +19,7 @@ from taped_graphs import TapedGraph, tape_graphs
 from gllm_engine.arch import FAMILIES, Model, Shard, make_arch, read_arch
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.config import EngineConfig
-from gllm_engine.model import Attend, Decoder, fill_randomly
+from gllm_engine.model import Attend, Decoder, LayerCache, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.ops import RecurrentState
 from gllm_engine.ops.batch import made_up_step
@@ -337,14 +337,26 @@ def test_a_gpus_pieces_take_no_more_memory_than_is_counted() -> None:
     fill_randomly(decoder)
     cache = decoder.new_cache(4, 16)
     counted = piece_bytes(config, decoder, cache)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    pieces = StepPieces(decoder, cache, most_tokens(config, decoder), spare=0)
-    pieces.capture(GraphPool(device))
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    took = free - torch.cuda.mem_get_info()[0]
-    print(f"{took >> 20} MiB of {counted >> 20} counted, of graphs {pieces.graph_bytes >> 20}")
     workspace = 64 << 20  # of cuBLAS in the stream of captures: in the reserve for all graphs
-    assert 0.3 * counted < took <= counted + workspace
+    # Other processes may take memory of this GPU meanwhile; what all attempts tell is ours.
+    attempts = [taken_by_pieces(config, decoder, cache) for _ in range(4)]
+    print([f"{took >> 20} MiB, {held >> 20} of tensors" for took, held in attempts])
+    assert min(took for took, _ in attempts) <= counted + workspace
+    assert all(0.3 * counted < held <= counted + workspace for _, held in attempts)
+
+
+def taken_by_pieces(
+    config: EngineConfig, decoder: Decoder, cache: list[LayerCache]
+) -> tuple[int, int]:
+    """Bytes that the GPU has less, and those of them that hold tensors of this process."""
+    free = free_memory()
+    reserved = torch.cuda.memory_reserved()
+    pieces = StepPieces(decoder, cache, most_tokens(config, decoder), spare=0)
+    pieces.capture(GraphPool(decoder.device))
+    return free - free_memory(), torch.cuda.memory_reserved() - reserved
+
+
+def free_memory() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]

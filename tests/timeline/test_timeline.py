@@ -297,3 +297,24 @@ def test_events_of_a_gpu_are_put_on_the_hosts_clock(monkeypatch: pytest.MonkeyPa
         assert not told or begin >= told[-1]
         told.append(end)
         FakeEvent.gpu_now_ns = (ms + 20) * 1e6
+
+
+def test_a_slow_reading_of_the_clocks_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy GPU reaches an event late, at the end of what the host has waited for it."""
+    host = [10**15]
+
+    class LateEvent(FakeEvent):
+        waits_ms = iter([3.0, 0.02, 5.0, 0.4])
+
+        def record(self) -> None:
+            host[0] += round(next(self.waits_ms, 0.0) * 1e6)
+            FakeEvent.gpu_now_ns = host[0] - 10**15
+            super().record()
+
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: None)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: host[0])
+    clock = EventClock(torch.device("cpu"))
+    (now,) = clock.times(clock.anchor(), [clock.now()])
+    assert abs(now - host[0]) < 0.02e6
