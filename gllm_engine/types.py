@@ -35,6 +35,23 @@ class ModelInfo(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------- front end <-> engine
 
 
+class Image(Message, frozen=True):
+    """A picture in a prompt, as the model's vision tower takes it. Filled by the front end.
+
+    The tower makes `rows` x `columns` embeddings of it. The one of row r and column c replaces that
+    of the prompt's token first + r * stride + c; tokens between two rows are ordinary ones.
+    """
+
+    digest: bytes  # 16 bytes, of the pixels and of all that changes their embeddings
+    first: int  # index in the prompt
+    rows: int
+    columns: int
+    stride: int  # at least `columns`
+    height: int  # pixels
+    width: int
+    pixels: bytes  # uint8 [height, width, 3]
+
+
 class Request(Message, frozen=True):
     """Front end -> engine: one sequence to generate. A request with n > 1 becomes n of these."""
 
@@ -43,6 +60,7 @@ class Request(Message, frozen=True):
     sampling: SamplingParams
     seed: int  # front end: resolved (never None), different for each of the n sequences
     bad_words: tuple[tuple[int, ...], ...] = ()  # front end: sampling.bad_words as token ids
+    images: tuple[Image, ...] = ()  # in the order of the prompt; they do not overlap
 
 
 class TokenLogprobs(Message, frozen=True):

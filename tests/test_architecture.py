@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 200_000,
-    ("backend", "client"): 70_000,
-    ("benchmarks",): 29_700,
+    ("gllm_engine",): 220_000,
+    ("backend", "client"): 73_000,
+    ("benchmarks",): 30_500,
 }
 MAX_FUNCTION_LINES = 60
 
