@@ -246,7 +246,9 @@ class Mla(Formatted):
         shapes[KV_UP] = (kv, self.kv_rank)
         if self.indexer is not None:
             shapes |= self.indexer.shapes(dim, self.q_rank or 0)
-        return shapes | linear_weights("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
+        return shapes | linear_weights(
+            "self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias
+        )
 
     @property
     def latent_width(self) -> int:

@@ -49,16 +49,17 @@ def _as_processed(vision: Vision, path: Path) -> Vision:
 
     Newer checkpoints have it inside of another file.
     """
-    for file, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
+    for file, key in (
+        ("preprocessor_config.json", ""),
+        ("processor_config.json", "image_processor"),
+    ):
         if not os.path.lexists(path / file):
             continue
         fields = Fields(read_object(path / file, ArchError), str(path / file), {})
         fields = fields.child(key) if key else fields
         fields.require(do_rescale=True, do_normalize=True, rescale_factor=1 / 255)
         fields = fields.with_defaults(image_mean=[*vision.mean], image_std=[*vision.std])
-        return replace(
-            vision, mean=fields.reals("image_mean", 3), std=fields.reals("image_std", 3)
-        )
+        return replace(vision, mean=fields.reals("image_mean", 3), std=fields.reals("image_std", 3))
     return vision
 
 
