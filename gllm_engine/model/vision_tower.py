@@ -232,7 +232,7 @@ class VisionTower:
     def _positions(self, rows: int, columns: int) -> Tensor:
         """The table of learned positions, stretched over the patches: [patches, dim]."""
         vision = self.vision
-        table = self._outer["pos_embed.weight"]
+        table = self._outer["pos_embed.weight"].flatten(0, -2)
         own = table[: vision.has_class]
         square = table[vision.has_class :].unflatten(0, (1, vision.table, -1))
         size = (rows * vision.merge, columns * vision.merge)

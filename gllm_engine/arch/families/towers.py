@@ -1,4 +1,4 @@
-"""The vision towers of LLaVA 1.5 and Mistral Small 3, beside the text models of other modules."""
+"""The vision towers of LLaVA 1.5, Mistral Small 3 and Kimi K2.5, beside other modules' text."""
 
 from __future__ import annotations
 
@@ -137,6 +137,67 @@ def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
     )
 
 
+def kimi(c: Fields, outer: Fields, text: Model) -> Vision:
+    """As clip: MoonViT. Published files and transformers' have other keys."""
+
+    def count(key: str, default: int, most: int = 2**24) -> int:
+        return c.count(f"vt_{key}", c.count(key, default, most), most)
+
+    c.require(text_hidden_size=text.dim, mm_projector_type="patchmerger", merge_type="sd2_tpool")
+    c.require(pos_emb_type="divided_fixed", projector_hidden_act="gelu")
+    c.ignore("init_pos_emb_time", "pos_emb_time", "video_attn_type")
+    dim = count("hidden_size", 1152)
+    side = c.count("init_pos_emb_height", c.count("pos_emb_height", 64))
+    c.require(mm_hidden_size=dim, init_pos_emb_width=side, pos_emb_width=side)
+    merge, *_ = c.sizes("merge_kernel_size", 2) or (2,)
+    c.require(merge_kernel_size=[merge, merge])
+    c = c.with_defaults(
+        patch_size=14,
+        hidden_size=dim,
+        intermediate_size=count("intermediate_size", 4304),
+        num_attention_heads=count("num_attention_heads", 16),
+        hidden_act="gelu_pytorch_tanh",
+    )
+    names: Renames = (
+        ("visual.blocks.", "vision_tower.encoder.blocks."),
+        (".norm1.", ".norm0."),
+        (".norm2.", ".norm1."),
+        ("attn.q_proj.", "wqkv."),
+        ("attn.k_proj.", "wqkv."),
+        ("attn.v_proj.", "wqkv."),
+        ("attn.o_proj.", "wo."),
+        (".mlp.up_proj.", ".mlp.fc0."),
+        (".mlp.down_proj.", ".mlp.fc1."),
+        ("visual.merger.norm.", "mm_projector.pre_norm."),
+        ("visual.merger.up_proj.", "mm_projector.proj.0."),
+        ("visual.merger.down_proj.", "mm_projector.proj.2."),
+        ("visual.last_norm.", "vision_tower.encoder.final_layernorm."),
+        ("visual.patch_embed.", "vision_tower.patch_embed.proj."),
+        ("visual.pos_embed.", "vision_tower.patch_embed.pos_emb."),
+    )
+    token = outer.count("image_token_id", 163605)
+    return _read_tower(
+        c,
+        outer,
+        text,
+        depth=count("num_hidden_layers", 27, MAX_LAYERS),
+        image_token=outer.count("media_placeholder_token_id", token),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        norm="layer",
+        eps=1e-5,
+        gated=False,
+        rotary="alternating",
+        table=side,
+        stretch="bicubic",
+        last_norm=True,
+        merge=merge,
+        merger_eps=c.real("projector_ln_eps", outer.real("projection_layer_norm_eps", 1e-5)),
+        merger_hidden=None,
+        names=Names(names, unused=r"vision_tower\.patch_embed\.pos_emb\.time_weight"),
+    )
+
+
 def _read_tower(c: Fields, outer: Fields, text: Model, **own: Any) -> Vision:
     """`own`: fields of the family."""
     c.require(num_channels=3)
@@ -147,6 +208,7 @@ def _read_tower(c: Fields, outer: Fields, text: Model, **own: Any) -> Vision:
         raise ArchError(
             f"{c.name}: heads have {head_dim} channels, but only multiples of 4 are supported"
         )
+    fields = {"merger_hidden": text.dim} | own
     return Vision(
         dim=c.count("hidden_size"),
         heads=c.count("num_attention_heads"),
@@ -154,6 +216,5 @@ def _read_tower(c: Fields, outer: Fields, text: Model, **own: Any) -> Vision:
         out=text.dim,
         patch=c.count("patch_size", most=256),
         act=ACTIVATIONS[c.choice("hidden_act", tuple(ACTIVATIONS))],
-        merger_hidden=text.dim,
-        **own,
+        **fields,
     )
