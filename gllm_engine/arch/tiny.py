@@ -54,6 +54,32 @@ _HYBRID_MOE = _HYBRID | {
     "shared_expert_intermediate_size": 48,
 }
 _QWEN3_5 = {"rope_parameters": {"mrope_section": [2, 1, 1], "mrope_interleaved": True}}
+_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 64,
+}
+_VISION_3 = _VISION | {"num_position_embeddings": 36}
+_VISION_OTHERS = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+}
+# The tokens that model/tiny.py has for these.
+_PLACEHOLDERS = {
+    "vision_start_token_id": 3,
+    "image_token_id": 4,
+    "vision_end_token_id": 5,
+    "video_token_id": 383,
+}
+_QWEN3_VL = {"rope_parameters": {"mrope_section": [8, 4, 4], "mrope_interleaved": True}}
 _GLM = _HF | {
     "pad_token_id": 0,
     "head_dim": 16,
@@ -102,6 +128,13 @@ _KIMI = _DEEPSEEK | {
         "mscale": 1.0,
         "mscale_all_dim": 1.0,
     },
+}
+_KIMI_K25 = {
+    "model_type": "kimi_k25",
+    "image_token_id": 4,
+    "projection_hidden_size": 32,
+    "vision_config": _VISION_OTHERS | {"pos_emb_height": 6, "pos_emb_width": 6},
+    "text_config": _KIMI,
 }
 _GEMMA = (
     _PADDED
@@ -201,16 +234,44 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": _QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 32},
     "Qwen3NextForCausalLM": _HYBRID_MOE | {"model_type": "qwen3_next", "norm_topk_prob": True},
     "Qwen3_5ForCausalLM": _HYBRID | _QWEN3_5 | {"model_type": "qwen3_5_text"},
-    "Qwen3_5ForConditionalGeneration": {
+    "Qwen3_5ForConditionalGeneration": _PLACEHOLDERS
+    | {
         "model_type": "qwen3_5",
+        "vision_config": _VISION_3 | {"model_type": "qwen3_5"},
         "text_config": _HYBRID
         | _QWEN3_5
         | {"model_type": "qwen3_5_text", "tie_word_embeddings": True},
     },
     "Qwen3_5MoeForCausalLM": _HYBRID_MOE | _QWEN3_5 | {"model_type": "qwen3_5_moe_text"},
-    "Qwen3_5MoeForConditionalGeneration": {
+    "Qwen3_5MoeForConditionalGeneration": _PLACEHOLDERS
+    | {
         "model_type": "qwen3_5_moe",
+        "vision_config": _VISION_3 | {"model_type": "qwen3_5_moe"},
         "text_config": _HYBRID_MOE | _QWEN3_5 | {"model_type": "qwen3_5_moe_text"},
+    },
+    "Qwen2_5_VLForConditionalGeneration": _PLACEHOLDERS
+    | {
+        "model_type": "qwen2_5_vl",
+        "vision_config": _VISION
+        | {"model_type": "qwen2_5_vl", "window_size": 24, "fullatt_block_indexes": [1]},
+        "text_config": _HF
+        | {
+            "model_type": "qwen2_5_vl_text",
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+        },
+    },
+    "Qwen3VLForConditionalGeneration": _PLACEHOLDERS
+    | {
+        "model_type": "qwen3_vl",
+        "vision_config": _VISION_3 | {"model_type": "qwen3_vl", "deepstack_visual_indexes": [0, 2]},
+        "text_config": _HF | _QWEN3_VL | {"model_type": "qwen3_vl_text", "head_dim": 32},
+    },
+    "Qwen3VLMoeForConditionalGeneration": _PLACEHOLDERS
+    | {
+        "model_type": "qwen3_vl_moe",
+        "vision_config": _VISION_3
+        | {"model_type": "qwen3_vl_moe", "deepstack_visual_indexes": [1]},
+        "text_config": _QWEN_MOE | _QWEN3_VL | {"model_type": "qwen3_vl_moe_text", "head_dim": 32},
     },
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},
@@ -242,8 +303,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "DeepseekV3ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v3"},
     "KimiK2ForCausalLM": _KIMI,
-    "KimiK25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
-    "Kimi_K25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
+    "KimiK25ForConditionalGeneration": _KIMI_K25,
+    "Kimi_K25ForConditionalGeneration": _KIMI_K25,
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
     "DeepseekV32ForCausalLM": _SPARSE_ATTENTION | {"model_type": "deepseek_v32"},
     "GlmMoeDsaForCausalLM": _SPARSE_ATTENTION | {"model_type": "glm_moe_dsa", "v_head_dim": 20},
@@ -283,7 +344,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "Ministral3ForCausalLM": _MINISTRAL3,
-    "Mistral3ForConditionalGeneration": {"model_type": "mistral3", "text_config": _MINISTRAL3},
+    "Mistral3ForConditionalGeneration": {
+        "model_type": "mistral3",
+        "image_token_index": 4,
+        "vision_config": _VISION_OTHERS | {"model_type": "pixtral", "hidden_act": "silu"},
+        "text_config": _MINISTRAL3,
+    },
+    "LlavaForConditionalGeneration": {
+        "model_type": "llava",
+        "image_token_index": 4,
+        "image_seq_length": 36,
+        "vision_config": _VISION_OTHERS | {"model_type": "clip_vision_model", "image_size": 24},
+        "text_config": _PADDED | {"model_type": "llama"},
+    },
     "Gemma2ForCausalLM": _GEMMA
     | {
         "model_type": "gemma2",
@@ -372,4 +445,8 @@ def tiny_config(family: str, **over: Any) -> dict[str, Any]:
     key = FAMILIES[family].text_key
     if key is None:
         return config | text
-    return config | {key: config[key] | text}
+    text = config[key] | text
+    own = config.get("vision_config", {})
+    if "out_hidden_size" in own:
+        config["vision_config"] = own | {"out_hidden_size": text["hidden_size"]}
+    return config | {key: text}
