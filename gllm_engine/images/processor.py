@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import isqrt
-from pathlib import Path
-from typing import Any
 
-from gllm_engine.config import ConfigError
-from gllm_engine.files import read_object, shown
-from gllm_engine.images.resize import (
-    MAX_ASPECT,
-    CenterCrop,
-    LongestEdge,
-    Padded,
-    PixelRange,
-    Rule,
-)
+from gllm_engine.images.resize import MAX_ASPECT, Rule
 from gllm_engine.sampling import InvalidField
 
 BICUBIC = 3  # Pillow's number
-# [IMG_BREAK] and [IMG_END] of Mistral's vocabularies, for a checkpoint without a tokenizer.json.
-MISTRAL_BREAKS = {"[IMG_BREAK]": 12, "[IMG_END]": 13}
 
 
 @dataclass(frozen=True)
@@ -113,18 +99,3 @@ class ImageProcessor:
         """The most tokens that an image takes in a prompt."""
         height, width = self.largest()
         return len(self.tokens(height // self.rule.factor, width // self.rule.factor))
-
-
-def read_processor(
-    path: Path,
-    max_pixels: int | None = None,
-    *,
-    max_mib: int = 32,
-    max_megapixels: int = 100,
-) -> ImageProcessor | None:
-    """The image processor of the checkpoint in directory `path`, None if it takes no images.
-
-    `max_pixels` lowers the number of pixels to which images are resized. `max_mib` and
-    `max_megapixels` limit files. Raises ConfigError for what a family does not allow.
-    """
-    raise NotImplementedError
