@@ -143,6 +143,8 @@ class NewSequence(Message, frozen=True):
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()  # empty unless min_tokens forbids these ids
     snapshot: int = NO_SNAPSHOT  # from which the slot's state starts; without one, from zeros
+    # What rotary positions after the prompt add to positions, for a model with Rope.sections.
+    rotary_offset: int = 0
 
 
 class Chunk(Message, frozen=True):
@@ -158,6 +160,9 @@ class Chunk(Message, frozen=True):
     tokens: list[int]
     samples: bool
     targets: list[int] = []
+    # int32 [3, tokens], rotary positions of time, row and column, if the model has Rope.sections
+    # and the sequence images; else empty: they are the positions.
+    rotary_positions: bytes = b""
 
 
 class NewPages(Message, frozen=True):

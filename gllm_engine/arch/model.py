@@ -538,6 +538,11 @@ class Model:
         """Whether any layer keeps a state per sequence."""
         return any(layer.mixer.state_shapes for layer in self.layers)
 
+    @property
+    def has_sections(self) -> bool:
+        """Whether the positions of an image's tokens have three parts, see Rope.sections."""
+        return any(rope.sections for layer in self.layers for rope in layer.mixer.ropes)
+
     def matrices(self) -> Shapes:
         """Canonical name -> shape of the weights that may have a format."""
         return {

@@ -416,7 +416,7 @@ class Decoder:
         overwritten. `pieces`: computes `trunk`, and may do so in memory of its own.
         """
         plans = {key: self._plan(batch, cache, i) for key, i in self._planned.items()}
-        rotary = self._rotary_inputs(batch.positions)
+        rotary = self._rotary_inputs(batch.rotation)
         context = ForwardContext(plans, rotary, self._query_scales(batch.positions))
         x = self._embed(batch) if x is None else x
         stream = self.trunk(x, context, cache) if pieces is None else pieces(x, batch, context)
@@ -431,6 +431,9 @@ class Decoder:
     def storing(self, positions: Tensor, cache_index: Tensor, cut: CutPass) -> ForwardContext:
         """The context of a pass with `cut`, for tokens at these positions [tokens] and with this
         Batch.cache_index. CUDA graphs of the pass, this call included, follow changes of both.
+
+        The positions are those of the rotation too, or these: no model has both sections of
+        rotated channels and scales of queries that depend on the position.
         """
         plans: dict[PlanKey, AttentionPlan] = {
             key: PagedPlan(cache_index[key[0]], keeps_kv=True)
@@ -567,9 +570,7 @@ class Decoder:
 
     def _rotary_inputs(self, positions: Tensor) -> dict[Rope, RotaryInputs]:
         return {
-            rope: self.ops.rotary_inputs(
-                table.cos, table.sin, positions, self.dtype, rope.interleaved
-            )
+            rope: self.ops.rotary_inputs(*table.rows(positions), self.dtype, rope.interleaved)
             for rope, table in self._ropes.items()
         }
 

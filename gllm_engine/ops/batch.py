@@ -68,6 +68,14 @@ class Batch:
     # The rows of logit_index, if it has only last tokens of rows; else both are None.
     logit_rows: Tensor | None = None  # [n]
     logit_rows_cpu: HostInts | None = None  # [n] host copy of logit_rows
+    # The positions by which heads are rotated: [tokens], or [3, tokens] of time, row and column;
+    # None: they are `positions`.
+    rotary_positions: Tensor | None = None
+
+    @property
+    def rotation(self) -> Tensor:
+        """The rotary positions, [tokens] or [3, tokens]."""
+        return self.positions if self.rotary_positions is None else self.rotary_positions
 
     def of_group(self, group: int) -> Batch:
         """The step for layers of one group: cache_index [tokens], page_table [slots, pages]."""

@@ -132,7 +132,13 @@ class Runner:
             self.states = decoder.new_states(num_slots + self.num_snapshots)
             self.cache = self.new_cache(decoder, self.states)
             self.table = SlotTable(
-                num_slots, max_pages, num_pages, config.page_size, self.device, decoder.groups
+                num_slots,
+                max_pages,
+                num_pages,
+                config.page_size,
+                self.device,
+                decoder.groups,
+                arch.has_sections,
             )
             self.sampling = SamplingState(self.table, arch.vocab)
         self._returned: TokenReturn | None = None
