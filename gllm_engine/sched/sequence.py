@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import NO_SNAPSHOT
+from gllm_engine.types import NO_SNAPSHOT, Image
 
 if TYPE_CHECKING:
     from gllm_engine.sched.pages import Pages
@@ -27,6 +27,11 @@ SequenceKey = tuple[bytes, int]
 
 NO_SLOT = -1
 NOT_ADMITTED = 2**62  # comes after the number of every admission
+
+
+def image_end(image: Image) -> int:
+    """The index after the last token whose embedding is the image's."""
+    return image.first + (image.rows - 1) * image.stride + image.columns
 
 
 class Sequence:
