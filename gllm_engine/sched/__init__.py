@@ -6,10 +6,11 @@ runner, which it knows nothing else of.
 
 from __future__ import annotations
 
+from gllm_engine.sched.images import ImageCache
 from gllm_engine.sched.pages import Group, IntegrityError, PagePool, capacity, make_groups
 from gllm_engine.sched.policy import Policy
 from gllm_engine.sched.scheduler import Committed, Refused, Scheduler
-from gllm_engine.sched.sequence import Constraint, Sequence, SequenceKey
+from gllm_engine.sched.sequence import Constraint, Sequence, SequenceKey, image_end
 from gllm_engine.sched.tenants import Amount, Room
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Committed",
     "Constraint",
     "Group",
+    "ImageCache",
     "IntegrityError",
     "Policy",
     "Refused",
@@ -26,5 +28,6 @@ __all__ = [
     "Sequence",
     "SequenceKey",
     "capacity",
+    "image_end",
     "make_groups",
 ]
