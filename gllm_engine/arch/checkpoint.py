@@ -49,7 +49,9 @@ class Names:
     variants: tuple[Variant, ...] = ()
     # (pattern in a tensor's name, its layout); the first one counts. All others are plain stacks.
     layouts: tuple[tuple[str, Layout], ...] = ()
-    # Pattern of the names that no text model needs: causal masks of old checkpoints, weights for
-    # images, modules for multi-token prediction that are not layers. It stands for the beginning of
-    # names, and for what follows a prefix that names of the family have, such as "model.".
+    # Pattern of the names that no model needs: causal masks of old checkpoints, modules for
+    # multi-token prediction that are not layers. It stands for the beginning of names, and for what
+    # follows a prefix that names of the family have, such as "model.".
     unused: str | None = None
+    # As `unused`, of the weights of a vision tower, which a model without one does not need.
+    tower: str | None = None

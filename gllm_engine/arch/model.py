@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gllm_engine.arch.checkpoint import Names
 from gllm_engine.arch.formats import (
@@ -32,6 +32,9 @@ from gllm_engine.arch.rope import Rope
 from gllm_engine.attention_shape import AttentionShape as AttentionShape
 from gllm_engine.attention_shape import LatentShape as LatentShape
 from gllm_engine.routing import Clamp, Routing
+
+if TYPE_CHECKING:
+    from gllm_engine.arch.vision import Vision
 
 CacheShapes = tuple[tuple[int, ...], ...]  # of the parts of a layer's page
 T = TypeVar("T")
@@ -75,7 +78,7 @@ _NORMS: dict[Place, tuple[str, ...]] = {
 }
 
 
-def _linear(name: str, out: int, width: int, bias: bool) -> Shapes:
+def linear_weights(name: str, out: int, width: int, bias: bool) -> Shapes:
     weight: Shapes = {f"{name}.weight": (out, width)}
     return weight | {f"{name}.bias": (out,)} if bias else weight
 
@@ -112,12 +115,12 @@ class Gqa(Formatted):
     def shapes(self, dim: int) -> Shapes:
         q = self.heads * self.head_dim
         kv = self.kv_heads * self.head_dim
-        shapes = _linear("self_attn.q_proj", q, dim, self.qkv_bias)
-        shapes |= _linear("self_attn.k_proj", kv, dim, self.qkv_bias)
-        shapes |= _linear("self_attn.v_proj", kv, dim, self.qkv_bias)
+        shapes = linear_weights("self_attn.q_proj", q, dim, self.qkv_bias)
+        shapes |= linear_weights("self_attn.k_proj", kv, dim, self.qkv_bias)
+        shapes |= linear_weights("self_attn.v_proj", kv, dim, self.qkv_bias)
         if self.output_gate:
-            shapes |= _linear("self_attn.gate_proj", q, dim, self.qkv_bias)
-        shapes |= _linear("self_attn.o_proj", dim, q, self.out_bias)
+            shapes |= linear_weights("self_attn.gate_proj", q, dim, self.qkv_bias)
+        shapes |= linear_weights("self_attn.o_proj", dim, q, self.out_bias)
         if self.qk_norm and self.qk_norm != "l2_after":
             whole = self.qk_norm == "whole"
             shapes["self_attn.q_norm.weight"] = (q if whole else self.head_dim,)
@@ -173,10 +176,10 @@ class Indexer:
 
     def shapes(self, dim: int, q_rank: int) -> Shapes:
         """`q_rank`: width of the latent that queries are computed from."""
-        shapes = _linear("self_attn.indexer.wq_b", self.heads * self.dim, q_rank, False)
-        shapes |= _linear("self_attn.indexer.wk", self.dim, dim, False)
+        shapes = linear_weights("self_attn.indexer.wq_b", self.heads * self.dim, q_rank, False)
+        shapes |= linear_weights("self_attn.indexer.wk", self.dim, dim, False)
         shapes |= norm_weights("self_attn.indexer.k_norm", self.dim, "layer")
-        return shapes | _linear("self_attn.indexer.weights_proj", self.heads, dim, False)
+        return shapes | linear_weights("self_attn.indexer.weights_proj", self.heads, dim, False)
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -243,7 +246,7 @@ class Mla(Formatted):
         shapes[KV_UP] = (kv, self.kv_rank)
         if self.indexer is not None:
             shapes |= self.indexer.shapes(dim, self.q_rank or 0)
-        return shapes | _linear("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
+        return shapes | linear_weights("self_attn.o_proj", dim, self.heads * self.v_dim, self.out_bias)
 
     @property
     def latent_width(self) -> int:
@@ -358,9 +361,9 @@ class Dense(Formatted):
     def shapes(self, dim: int) -> Shapes:
         shapes: Shapes = {}
         if self.gated:
-            shapes = _linear("mlp.gate_proj", self.hidden, dim, self.bias)
-        shapes |= _linear("mlp.up_proj", self.hidden, dim, self.bias)
-        return shapes | _linear("mlp.down_proj", dim, self.hidden, self.out_bias)
+            shapes = linear_weights("mlp.gate_proj", self.hidden, dim, self.bias)
+        shapes |= linear_weights("mlp.up_proj", self.hidden, dim, self.bias)
+        return shapes | linear_weights("mlp.down_proj", dim, self.hidden, self.out_bias)
 
 
 @dataclass(frozen=True)
@@ -397,7 +400,7 @@ class Moe(Formatted):
         return Dense(self.hidden, self.bias, self.out_bias, formats=formats)
 
     def shapes(self, dim: int) -> Shapes:
-        shapes = _linear("mlp.gate", self.num_experts, dim, self.router_bias)
+        shapes = linear_weights("mlp.gate", self.num_experts, dim, self.router_bias)
         if self.routing.biased:
             shapes[SELECTION_BIAS] = (self.num_experts,)
         for expert in self.experts:
@@ -495,6 +498,7 @@ class Model:
     residual_scale: float = 1.0  # factor of every output that is added to the residual stream
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    vision: Vision | None = None  # the tower beside it, if it takes images
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of its config.json
 
     def __post_init__(self) -> None:
@@ -518,7 +522,8 @@ class Model:
         return [self.layers[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def weights(self, first: int = 0) -> Shapes:
-        """Canonical name -> shape of every weight, in the order of the forward pass.
+        """Canonical name -> shape of every weight, in the order of the forward pass; those of the
+        vision tower last.
 
         `first`: the index of the first layer.
         """
@@ -528,7 +533,9 @@ class Model:
         for i, layer in enumerate(self.layers, first):
             shapes |= within_layer(i, layer.weights(self.dim, self.norm))
         shapes |= norm_weights("model.norm", self.dim, self.norm)
-        return shapes if self.tie else shapes | self._of_vocabulary(HEAD)
+        if not self.tie:
+            shapes |= self._of_vocabulary(HEAD)
+        return shapes if self.vision is None else shapes | self.vision.weights()
 
     def _of_vocabulary(self, name: str) -> Shapes:
         return stored({name: (self.vocab, self.dim)}, self.vocab_formats)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from gllm_engine.arch.checkpoint import Layout, Names
 from gllm_engine.arch.model import GatedDelta, Gqa, Model
+from gllm_engine.arch.vision import VISUAL
 
 _GPTQ = (".qweight", ".qzeros", ".scales")  # of GPTQ and AWQ; transposed in all checkpoints
 # RoPE tables in old checkpoints. They are ignored, because the config determines them.
@@ -30,7 +31,8 @@ _INDEXER = "self_attn.indexer."
 
 def checkpoint_name(model: Model, canonical: str) -> str:
     """The name of the checkpoint tensor that holds a weight."""
-    return _name(model.names, canonical)
+    of_tower = model.vision is not None and canonical.startswith(VISUAL)
+    return _name(model.vision.names if of_tower else model.names, canonical)
 
 
 def _name(names: Names, canonical: str) -> str:
@@ -80,11 +82,18 @@ def checkpoint_tensors(model: Model) -> dict[str, tuple[str, ...]]:
 def with_stored_names(model: Model, stored: Collection[str]) -> Model:
     """The model with the variants of its names that a checkpoint with the tensors `stored` has."""
     used = [name for name in stored if not is_left_over(model, name)]
+    model = replace(model, names=_as_stored(model.names, used))
+    if model.vision is None:
+        return model
+    return replace(model, vision=replace(model.vision, names=_as_stored(model.vision.names, used)))
+
+
+def _as_stored(names: Names, used: Collection[str]) -> Names:
     variants = tuple(
         replace(variant, applies=any(re.search(variant.mark, name) for name in used))
-        for variant in model.names.variants
+        for variant in names.variants
     )
-    return replace(model, names=replace(model.names, variants=variants))
+    return replace(names, variants=variants)
 
 
 def num_blocks(model: Model, weights: tuple[str, ...]) -> int:
@@ -122,12 +131,15 @@ def checkpoint_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_left_over(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is ignored: the config determines its values, or it is only for
-    multi-token prediction or for images, or of an indexer that an earlier layer's replaces.
+    multi-token prediction or for images that the model does not take, or of an indexer that an
+    earlier layer's replaces.
 
     Names may have any of the prefixes that checkpoints of the family have.
     """
     patterns = _patterns(model.names)
     if _ROPE_TABLES.search(name) or (patterns.unused and patterns.unused.match(name)):
+        return True
+    if model.vision is None and patterns.tower and patterns.tower.match(name):
         return True
     layer = patterns.layer.match(name)
     if layer is None:
@@ -145,12 +157,13 @@ def is_cache_scale(model: Model, name: str) -> bool:
 
 
 class _Patterns(NamedTuple):
-    """`layer`: of all names in a layer, with the groups `number` and `rest`. `unused`: of names
-    that no text model needs.
+    """`layer`: of all names in a layer, with the groups `number` and `rest`. `unused`, `tower`: see
+    Names.
     """
 
     layer: re.Pattern[str]
     unused: re.Pattern[str] | None
+    tower: re.Pattern[str] | None
 
 
 @cache
@@ -162,11 +175,11 @@ def _patterns(names: Names) -> _Patterns:
         variants = tuple(replace(variant, applies=flag) for variant, flag in pairs)
         layers.add(_name(replace(names, variants=variants), _LAYERS))
     layer = re.compile(rf"(?:{_any_of(layers)})(?P<number>\d+)\.(?P<rest>.*)")
-    if names.unused is None:
-        return _Patterns(layer, None)
     # Beside the layers, or outside of the models that they are in.
     outer = {prefix[: at.end()] for prefix in layers for at in re.finditer(r"\.", prefix[:-1])}
-    return _Patterns(layer, re.compile(rf"(?:{_any_of(outer)}|)(?:{names.unused})"))
+    both = (names.unused, names.tower)
+    unused, tower = (x and re.compile(rf"(?:{_any_of(outer)}|)(?:{x})") for x in both)
+    return _Patterns(layer, unused, tower)
 
 
 def _any_of(prefixes: set[str]) -> str:

@@ -16,11 +16,13 @@ from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.known_keys import unknown_keys
 from gllm_engine.arch.model import Dense, Gqa, Mla, Model
 from gllm_engine.arch.quantization import read_quantization
+from gllm_engine.arch.vision import Vision
 from gllm_engine.files import read_object, shown
 
 # Larger than any known model. A config without limits could describe a model too large to build.
 MAX_LEN = 2**24  # tokens
 # Keys beside the description of the text model that are about it.
+_VISION = "vision_config"
 _SHARED_KEYS = ("tie_word_embeddings", "quantization_config")
 
 
@@ -37,7 +39,27 @@ def read_arch(directory: str | Path) -> Model:
             "eos_token_id"
         )
         model = replace(model, eos_token_ids=eos or model.eos_token_ids)
+    if model.vision is not None:
+        model = replace(model, vision=_as_processed(model.vision, path))
     return replace(model, eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab))
+
+
+def _as_processed(vision: Vision, path: Path) -> Vision:
+    """With the mean and the deviation of pixels from the image processor's file, if there is one.
+
+    Newer checkpoints have it inside of another file.
+    """
+    for file, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
+        if not os.path.lexists(path / file):
+            continue
+        fields = Fields(read_object(path / file, ArchError), str(path / file), {})
+        fields = fields.child(key) if key else fields
+        fields.require(do_rescale=True, do_normalize=True, rescale_factor=1 / 255)
+        fields = fields.with_defaults(image_mean=[*vision.mean], image_std=[*vision.std])
+        return replace(
+            vision, mean=fields.reals("image_mean", 3), std=fields.reals("image_std", 3)
+        )
+    return vision
 
 
 def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
@@ -58,13 +80,21 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
     model = replace(family.read(fields), quantization=read_quantization(fields))
     _check_keys(fields, model)
     _check_limits(model, name)
-    return replace(model, unknown_keys=unknown_keys(fields.unread()))
+    model = replace(model, unknown_keys=unknown_keys(fields.unread()))
+    if family.vision is None or not config.get(_VISION):
+        return model
+    outer = Fields(config, name, {})
+    fields = outer.child(_VISION)
+    model = replace(model, vision=family.vision(fields, outer))
+    _check_vision(model, name)
+    unknown = (f"{_VISION}.{key}" for key in unknown_keys(fields.unread()))
+    return replace(model, unknown_keys=(*model.unknown_keys, *unknown))
 
 
 def _text_fields(config: dict[str, Any], name: str, family: Family) -> Fields:
     """The keys of the text model."""
     key = family.text_key
-    if key is None:
+    if key is None or family.may_be_flat and not config.get(key):
         return Fields(config, name, family.defaults)
     if not config.get(key):
         raise ArchError(f"{name}: {key} is missing, the text model's description")
@@ -83,6 +113,33 @@ def _check_keys(fields: Fields, model: Model) -> None:
         sparse = any(isinstance(mixer, Mla) and mixer.indexer is not None for mixer in mixers)
         kind = "indexed_attention" if sparse else "full_attention"
         fields.choices("layer_types", len(model.layers), (kind,))
+
+
+def _check_vision(model: Model, name: str) -> None:
+    """Raise ArchError for a vision tower that does not fit the text model."""
+    vision = model.vision
+    assert vision is not None
+    blocks = range(vision.depth)
+    if vision.out != model.dim:
+        raise ArchError(
+            f"{name}: the vision tower's embeddings have {vision.out} channels, but the text model "
+            f"has hidden_size={model.dim}"
+        )
+    if list(vision.deep) != sorted(set(vision.deep) & set(blocks)):
+        raise ArchError(
+            f"{name}: deepstack_visual_indexes is {[*vision.deep]}, but only ascending numbers of "
+            f"the tower's {vision.depth} blocks are supported"
+        )
+    if vision.num_deep > len(model.layers):
+        raise ArchError(
+            f"{name}: deepstack_visual_indexes has {vision.num_deep} numbers, more than the text "
+            f"model's {len(model.layers)} layers"
+        )
+    if vision.image_token >= model.vocab:
+        raise ArchError(
+            f"{name}: the placeholder of images is token {vision.image_token}, but the text model "
+            f"has vocab_size={model.vocab}"
+        )
 
 
 def _check_limits(model: Model, name: str) -> None:

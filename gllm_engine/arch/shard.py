@@ -10,6 +10,8 @@ more than the others: of 90 groups, 4 ranks hold 23, 23, 22 and 22.
 
 Of the vocabulary all ranks have equal shares, but for the last one, whose share may be smaller: of
 49,155 tokens, 4 ranks have 12,296, 12,296, 12,296 and 12,267.
+
+A vision tower is whole on every rank that has the first layer.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from gllm_engine.arch.model import (
     Model,
     Moe,
 )
+from gllm_engine.arch.vision import VISUAL
 
 # Channels of which uneven shares may be multiples.
 _UNITS = (32, 16, 8, 4, 2, 1)
@@ -67,7 +70,7 @@ class Shard:
         if self.first and not (last and model.tie):
             others.append(EMBEDDING.removesuffix("weight"))
         if self.first:
-            others.append("model.embed_positions.")
+            others += ["model.embed_positions.", VISUAL]
         if not last:
             others += ["model.norm.", HEAD.removesuffix("weight")]
         shapes = part.weights(self.first)

@@ -54,6 +54,26 @@ _HYBRID_MOE = _HYBRID | {
     "shared_expert_intermediate_size": 48,
 }
 _QWEN3_5 = {"rope_parameters": {"mrope_section": [2, 1, 1], "mrope_interleaved": True}}
+# Images of 4 x 4 to 24 x 24 embeddings, say, with ragged windows of 3.
+_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 64,
+}
+_VISION_3 = _VISION | {"num_position_embeddings": 36}
+# The tokens that model/tiny.py has for these.
+_PLACEHOLDERS = {
+    "vision_start_token_id": 3,
+    "image_token_id": 4,
+    "vision_end_token_id": 5,
+    "video_token_id": 383,
+}
+_QWEN3_VL = {"rope_parameters": {"mrope_section": [8, 4, 4], "mrope_interleaved": True}}
 _GLM = _HF | {
     "pad_token_id": 0,
     "head_dim": 16,
@@ -201,16 +221,47 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": _QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 32},
     "Qwen3NextForCausalLM": _HYBRID_MOE | {"model_type": "qwen3_next", "norm_topk_prob": True},
     "Qwen3_5ForCausalLM": _HYBRID | _QWEN3_5 | {"model_type": "qwen3_5_text"},
-    "Qwen3_5ForConditionalGeneration": {
+    "Qwen3_5ForConditionalGeneration": _PLACEHOLDERS
+    | {
         "model_type": "qwen3_5",
+        "vision_config": _VISION_3 | {"model_type": "qwen3_5"},
         "text_config": _HYBRID
         | _QWEN3_5
         | {"model_type": "qwen3_5_text", "tie_word_embeddings": True},
     },
     "Qwen3_5MoeForCausalLM": _HYBRID_MOE | _QWEN3_5 | {"model_type": "qwen3_5_moe_text"},
-    "Qwen3_5MoeForConditionalGeneration": {
+    "Qwen3_5MoeForConditionalGeneration": _PLACEHOLDERS
+    | {
         "model_type": "qwen3_5_moe",
+        "vision_config": _VISION_3 | {"model_type": "qwen3_5_moe"},
         "text_config": _HYBRID_MOE | _QWEN3_5 | {"model_type": "qwen3_5_moe_text"},
+    },
+    "Qwen2_5_VLForConditionalGeneration": _PLACEHOLDERS
+    | {
+        "model_type": "qwen2_5_vl",
+        "vision_config": _VISION
+        | {"model_type": "qwen2_5_vl", "window_size": 24, "fullatt_block_indexes": [1]},
+        "text_config": _HF
+        | {
+            "model_type": "qwen2_5_vl_text",
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+        },
+    },
+    "Qwen3VLForConditionalGeneration": _PLACEHOLDERS
+    | {
+        "model_type": "qwen3_vl",
+        "vision_config": _VISION_3
+        | {"model_type": "qwen3_vl", "deepstack_visual_indexes": [0, 2]},
+        "text_config": _HF | _QWEN3_VL | {"model_type": "qwen3_vl_text", "head_dim": 32},
+    },
+    "Qwen3VLMoeForConditionalGeneration": _PLACEHOLDERS
+    | {
+        "model_type": "qwen3_vl_moe",
+        "vision_config": _VISION_3
+        | {"model_type": "qwen3_vl_moe", "deepstack_visual_indexes": [1]},
+        "text_config": _QWEN_MOE
+        | _QWEN3_VL
+        | {"model_type": "qwen3_vl_moe_text", "head_dim": 32},
     },
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},

@@ -17,6 +17,7 @@ from gllm_engine.layers.forward_context import (
 )
 from gllm_engine.layers.gated_delta import GatedDeltaAttention
 from gllm_engine.layers.latent_attention import MlaAttention
+from gllm_engine.layers.linear import Linear
 from gllm_engine.layers.mixer import Mixer
 from gllm_engine.layers.moe import MoeFfn
 from gllm_engine.layers.norm import NormLayer
@@ -33,6 +34,7 @@ __all__ = [
     "ForwardContext",
     "GatedDeltaAttention",
     "GqaAttention",
+    "Linear",
     "LogitTokens",
     "Mixer",
     "MlaAttention",

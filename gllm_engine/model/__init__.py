@@ -8,6 +8,7 @@ from gllm_engine.model.decoder import Decoder, LayerCache
 from gllm_engine.model.kernels import KernelUse, kernels_of
 from gllm_engine.model.load import Checkpoint, fill_randomly, filling, open_checkpoint
 from gllm_engine.model.states import States, bytes_of_states
+from gllm_engine.model.vision_tower import VisionTower
 from gllm_engine.ops import best_device
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LoadError",
     "Residual",
     "States",
+    "VisionTower",
     "best_device",
     "fill_randomly",
     "filling",

@@ -58,6 +58,7 @@ from gllm_engine.layers import (
     VocabularyMatrix,
 )
 from gllm_engine.model.states import States, bytes_of_states
+from gllm_engine.model.vision_tower import VisionTower
 from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
@@ -211,6 +212,7 @@ class Decoder:
     """A model whose weights are not yet loaded; load.py fills the tensors of `weights()`.
 
     `layers`: the layers that this rank computes. `groups`: the cache groups of the whole model.
+    `tower`: of a model that takes images, on its first stage; else None.
     """
 
     def __init__(
@@ -244,6 +246,9 @@ class Decoder:
         # Only the last stage computes it.
         self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self._platform)
         self._hold(shard or Shard(0, len(arch.layers)), {})
+        self.tower: VisionTower | None = None
+        if self.is_first and arch.vision is not None:
+            self.tower = VisionTower(arch.vision, dtype, device)
 
     def with_layers(self, first: int, end: int, arrived: Decoder | None = None) -> Decoder:
         """This rank's decoder of layers `first` .. `end` - 1, without weights of its own but for
@@ -566,7 +571,7 @@ class Decoder:
             views |= self._norm.weights("model.norm")
         for i, block in enumerate(self._blocks, self.shard.first):
             views |= within_layer(i, block.weights())
-        return views
+        return views if self.tower is None else views | self.tower.weights()
 
     def _rotary_inputs(self, positions: Tensor) -> dict[Rope, RotaryInputs]:
         return {

@@ -25,6 +25,7 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
+from gllm_engine.ops.segments import Segments
 from gllm_engine.ops.weight import (
     MAX_MXFP4_SCALE,
     Fp8Weight,
@@ -64,6 +65,7 @@ __all__ = [
     "RecurrentState",
     "RotaryInputs",
     "Rows",
+    "Segments",
     "Weight",
     "best_device",
     "dequantized",

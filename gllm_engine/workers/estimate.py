@@ -26,6 +26,7 @@ from gllm_engine.workers.build_runner import shard_of, weights_dtype
 _DRIVER_BYTES = 1 << 30
 # Part of a weight's name -> kind of the weight. The first one that fits counts.
 _KINDS = (
+    (r"^visual\.", "vision tower"),
     (r"\.mlp\.experts\.", "experts"),
     (r"\.mlp\.(gate\.|shared_expert_gate)", "routers"),
     (r"\.mlp\.", "feed-forward"),

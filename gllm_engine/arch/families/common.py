@@ -39,6 +39,8 @@ FUSED_EXPERTS: Renames = (
     ("mlp.experts.*.up_proj.weight", "mlp.experts.gate_up_proj"),
     ("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj"),
 )
+# Of a text model beside a vision tower; in both forms the output projection has the same name.
+BESIDE_TOWER = Variant(r"^model\.language_model\.", (("model.", "model.language_model."),))
 # Of a text model beside a model for images.
 LANGUAGE_MODEL: Renames = (
     ("model.", "language_model.model."),
@@ -63,7 +65,7 @@ def beside_images(read: Callable[[Fields], Model]) -> Callable[[Fields], Model]:
             model.names,
             renames=(*model.names.renames, *LANGUAGE_MODEL),
             variants=(*model.names.variants, in_transformers),
-            unused=r"(vision_tower|mm_projector|multi_modal_projector)\.",
+            tower=r"(vision_tower|mm_projector|multi_modal_projector)\.",
         )
         return replace(model, names=names)
 

@@ -17,6 +17,7 @@ from gllm_engine.arch.families.common import (
 from gllm_engine.arch.families.llama import LLAMA, llama
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Model, Moe
+from gllm_engine.arch.rope import Rope
 
 QWEN2 = LLAMA | {
     "vocab_size": 151936,
@@ -29,16 +30,18 @@ QWEN2 = LLAMA | {
 }
 
 
-def qwen2(c: Fields) -> Model:
-    return _with_windows(c, read_decoder(c, replace(read_gqa(c), qkv_bias=True)))
+def qwen2(c: Fields, rope: Rope | None = None) -> Model:
+    """`rope`: None: as read_rope."""
+    return _with_windows(c, read_decoder(c, replace(read_gqa(c, rope), qkv_bias=True)))
 
 
 QWEN3 = QWEN2 | {"head_dim": 128}
 
 
-def qwen3(c: Fields) -> Model:
+def qwen3(c: Fields, rope: Rope | None = None) -> Model:
+    """As qwen2."""
     c.require(use_qk_norm=True)
-    return _with_windows(c, with_mixers(llama(c), qk_norm="head"))
+    return _with_windows(c, with_mixers(llama(c, rope), qk_norm="head"))
 
 
 QWEN2_MOE = QWEN2 | {

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from gllm_engine.arch.checkpoint import Layout, Names, Renames, Variant
 from gllm_engine.arch.families.common import (
+    BESIDE_TOWER,
     FUSED_EXPERTS,
     MAX_LAYERS,
     read_decoder,
@@ -78,7 +79,6 @@ QWEN3_5 = QWEN3_NEXT | {
     "num_hidden_layers": 32,
     "num_key_value_heads": 4,
 }
-_BESIDE_IMAGES = Variant(r"^model\.language_model\.", (("model.", "model.language_model."),))
 _QWEN3_5_NAMES = Names(
     renames=(
         *_FUSED,
@@ -86,9 +86,10 @@ _QWEN3_5_NAMES = Names(
         ("linear_attn.in_proj_k.", "linear_attn.in_proj_qkv."),
         ("linear_attn.in_proj_v.", "linear_attn.in_proj_qkv."),
     ),
-    variants=(_BESIDE_IMAGES,),
+    variants=(BESIDE_TOWER,),
     layouts=((r"self_attn\.q_proj\.", _BY_HEAD),),
-    unused=r"(mtp|visual)\.",
+    unused=r"mtp\.",
+    tower=r"visual\.",
 )
 
 
@@ -111,7 +112,7 @@ def qwen3_5_moe(c: Fields) -> Model:
     model = with_experts(c, qwen3_5(c), c.count("shared_expert_intermediate_size"))
     # Experts in other formats are stored one by one.
     fused = replace(_WITH_FUSED_EXPERTS, applies=c.child("quantization_config").empty)
-    return replace(model, names=replace(_QWEN3_5_NAMES, variants=(fused, _BESIDE_IMAGES)))
+    return replace(model, names=replace(_QWEN3_5_NAMES, variants=(fused, BESIDE_TOWER)))
 
 
 def _hybrid(c: Fields, rope: Rope) -> Model:

@@ -24,23 +24,29 @@ from gllm_engine.arch.families import (
     phi,
     qwen,
     qwen_hybrid,
+    qwen_vl,
     smollm,
 )
 from gllm_engine.arch.families.common import beside_images
 from gllm_engine.arch.fields import Fields
 from gllm_engine.arch.model import Model
+from gllm_engine.arch.vision import Vision
 
 
 class Family(NamedTuple):
     """`defaults`: for keys that a config may omit. `text_key`: the key of the object that describes
     the text model, beside other models; None: the config itself does. `others`: in place of this
-    family, for other values of model_type in that object.
+    family, for other values of model_type in that object. `vision`: reads the tower, if the config
+    has one, from its object and the config. `may_be_flat`: without an object for the text model,
+    the config itself describes it.
     """
 
     read: Callable[[Fields], Model]
     defaults: dict[str, Any]
     text_key: str | None = None
     others: Mapping[str, Family] = MappingProxyType({})
+    vision: Callable[[Fields, Fields], Vision] | None = None
+    may_be_flat: bool = False
 
     def of(self, config: dict[str, Any]) -> Family:
         """The family that describes the text model of a config."""
@@ -62,11 +68,30 @@ FAMILIES: dict[str, Family] = {
     "Qwen3NextForCausalLM": Family(qwen_hybrid.qwen3_next, qwen_hybrid.QWEN3_NEXT),
     "Qwen3_5ForCausalLM": Family(qwen_hybrid.qwen3_5, qwen_hybrid.QWEN3_5),
     "Qwen3_5ForConditionalGeneration": Family(
-        qwen_hybrid.qwen3_5, qwen_hybrid.QWEN3_5, "text_config"
+        qwen_hybrid.qwen3_5,
+        qwen_hybrid.QWEN3_5,
+        "text_config",
+        vision=qwen_vl.qwen3_5_vision,
     ),
     "Qwen3_5MoeForCausalLM": Family(qwen_hybrid.qwen3_5_moe, qwen_hybrid.QWEN3_5_MOE),
     "Qwen3_5MoeForConditionalGeneration": Family(
-        qwen_hybrid.qwen3_5_moe, qwen_hybrid.QWEN3_5_MOE, "text_config"
+        qwen_hybrid.qwen3_5_moe,
+        qwen_hybrid.QWEN3_5_MOE,
+        "text_config",
+        vision=qwen_vl.qwen3_5_vision,
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        qwen_vl.qwen2_5_vl,
+        qwen_vl.QWEN2_5_VL,
+        "text_config",
+        vision=qwen_vl.qwen2_5_vision,
+        may_be_flat=True,
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        qwen_vl.qwen3_vl, qwen_vl.QWEN3_VL, "text_config", vision=qwen_vl.qwen3_vl_vision
+    ),
+    "Qwen3VLMoeForConditionalGeneration": Family(
+        qwen_vl.qwen3_vl_moe, qwen_vl.QWEN3_VL_MOE, "text_config", vision=qwen_vl.qwen3_vl_vision
     ),
     "GlmForCausalLM": Family(glm.glm, glm.GLM),
     "Glm4ForCausalLM": Family(glm.glm4, glm.GLM),

@@ -1,0 +1,44 @@
+"""Attention within segments of a sequence, without a cache: of vision towers.
+
+On a GPU torch's kernel for segments of any lengths is used, if this torch has it. Else segments of
+one length, one after the other, are a batch of scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+
+class Segments:
+    """Runs of consecutive tokens. A token attends to all tokens of its run."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self._lengths = lengths
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        self._starts = starts.to(device, non_blocking=True)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[tokens, heads, dim], as q, k and v."""
+        if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            longest = max(self._lengths)
+            found = varlen_attn(q, k, v, self._starts, self._starts, longest, longest)
+            assert isinstance(found, Tensor)
+            return found
+        parts = []
+        at = 0
+        for length, run in groupby(self._lengths):
+            count = len(list(run))
+            here = slice(at, at + count * length)
+            batch = (x[here].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+            at = here.stop
+        return torch.cat(parts)

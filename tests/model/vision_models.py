@@ -1,0 +1,42 @@
+"""Random models of transformers that take images, and checkpoints of them as they are published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gllm_engine.arch.tiny import tiny_config
+
+
+def save_reference(path: Path, family: str, **vision: Any) -> transformers.PreTrainedModel:
+    """The model whose checkpoint is in `path` afterwards. `vision`: keys of vision_config."""
+    config = tiny_config(family)
+    config["vision_config"] |= vision
+    torch.manual_seed(0)
+    kind = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForImageTextToText.from_config(kind).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(path)
+    if family.startswith("Qwen3VLMoe"):  # transformers reads experts both ways, but writes them so
+        file = path / "model.safetensors"
+        tensors = load_file(file)
+        save_file({name: as_published(name, tensor) for name, tensor in tensors.items()}, file)
+    return model
+
+
+def as_published(name: str, tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous() if ".experts." in name else tensor
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
+    """Random ones, uint8 [height, width, 3]."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8) for size in sizes
+    ]
