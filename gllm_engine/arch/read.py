@@ -49,16 +49,17 @@ def _as_processed(vision: Vision, path: Path) -> Vision:
 
     Newer checkpoints have it inside of another file.
     """
-    for file, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
+    for file, key in (
+        ("preprocessor_config.json", ""),
+        ("processor_config.json", "image_processor"),
+    ):
         if not os.path.lexists(path / file):
             continue
         fields = Fields(read_object(path / file, ArchError), str(path / file), {})
         fields = fields.child(key) if key else fields
         fields.require(do_rescale=True, do_normalize=True, rescale_factor=1 / 255)
         fields = fields.with_defaults(image_mean=[*vision.mean], image_std=[*vision.std])
-        return replace(
-            vision, mean=fields.reals("image_mean", 3), std=fields.reals("image_std", 3)
-        )
+        return replace(vision, mean=fields.reals("image_mean", 3), std=fields.reals("image_std", 3))
     return vision
 
 
@@ -130,11 +131,13 @@ def _check_vision(model: Model, name: str) -> None:
             f"{name}: deepstack_visual_indexes is {[*vision.deep]}, but only ascending numbers of "
             f"the tower's {vision.depth} blocks are supported"
         )
-    if vision.num_deep > len(model.layers):
+    if vision.num_deep >= len(model.layers):
         raise ArchError(
-            f"{name}: deepstack_visual_indexes has {vision.num_deep} numbers, more than the text "
-            f"model's {len(model.layers)} layers"
+            f"{name}: deepstack_visual_indexes has {vision.num_deep} numbers, but the text model "
+            f"has {len(model.layers)} layers, of which the last one gets nothing"
         )
+    if not model.has_sections:
+        raise ArchError(f"{name}: mrope_section is missing, positions in images are not known")
     if vision.image_token >= model.vocab:
         raise ArchError(
             f"{name}: the placeholder of images is token {vision.image_token}, but the text model "

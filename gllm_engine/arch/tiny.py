@@ -250,18 +250,17 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3VLForConditionalGeneration": _PLACEHOLDERS
     | {
         "model_type": "qwen3_vl",
-        "vision_config": _VISION_3
-        | {"model_type": "qwen3_vl", "deepstack_visual_indexes": [0, 2]},
-        "text_config": _HF | _QWEN3_VL | {"model_type": "qwen3_vl_text", "head_dim": 32},
+        "vision_config": _VISION_3 | {"model_type": "qwen3_vl", "deepstack_visual_indexes": [0, 2]},
+        "text_config": _HF
+        | _QWEN3_VL
+        | {"model_type": "qwen3_vl_text", "head_dim": 32, "num_hidden_layers": 3},
     },
     "Qwen3VLMoeForConditionalGeneration": _PLACEHOLDERS
     | {
         "model_type": "qwen3_vl_moe",
         "vision_config": _VISION_3
         | {"model_type": "qwen3_vl_moe", "deepstack_visual_indexes": [1]},
-        "text_config": _QWEN_MOE
-        | _QWEN3_VL
-        | {"model_type": "qwen3_vl_moe_text", "head_dim": 32},
+        "text_config": _QWEN_MOE | _QWEN3_VL | {"model_type": "qwen3_vl_moe_text", "head_dim": 32},
     },
     "GlmForCausalLM": _GLM | {"model_type": "glm"},
     "Glm4ForCausalLM": _GLM | {"model_type": "glm4"},

@@ -6,7 +6,7 @@ Knows rows, pages and tokens; no models, no sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,15 @@ class TensorGroup(Protocol):
         ...
 
 
+class ImageRows(NamedTuple):
+    """The tokens of a step whose embeddings are those of images."""
+
+    index: Tensor  # [n] int64, of the tokens in the step
+    # [1 + deep, n, dim]: what replaces their embeddings, then what is added to the residual stream
+    # after layers 0, 1, ...
+    embeddings: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step. The runner fills every field. All tensors are int64 and on the model's device.
@@ -71,6 +80,7 @@ class Batch:
     # The positions by which heads are rotated: [tokens], or [3, tokens] of time, row and column;
     # None: they are `positions`.
     rotary_positions: Tensor | None = None
+    images: ImageRows | None = None  # on the first stage, if the step has any
 
     @property
     def rotation(self) -> Tensor:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,13 @@ from torch import Tensor
 from gllm_engine.arch import Model
 from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder, LayerCache, States
+from gllm_engine.ops import Batch
 from gllm_engine.parallel import Pipe, RankGroups
 from gllm_engine.runner.batch import StepInputs, build_step
 from gllm_engine.runner.graph_pool import GraphPool
 from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.host_arrays import int_array, to_device
+from gllm_engine.runner.image_store import ImageStore
 from gllm_engine.runner.kv_sizing import (
     cache_dtype,
     fitting_pages,
@@ -42,7 +44,14 @@ from gllm_engine.runner.step_timer import StepTimer, StepTimers
 from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
 from gllm_engine.timeline import OFF, activity
-from gllm_engine.types import NO_SNAPSHOT, RankSpans, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import (
+    NO_SNAPSHOT,
+    ImagePixels,
+    RankSpans,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,9 @@ class Runner:
                 arch.has_sections,
             )
             self.sampling = SamplingState(self.table, arch.vocab)
+        self._images: ImageStore | None = None
+        if decoder.tower is not None:
+            self._images = ImageStore(decoder.tower, self.device)
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
             self._returned = TokenReturn(self.pipe, self.table, config.plans_in_flight)
@@ -222,6 +234,8 @@ class Runner:
         rows = self.table.begin(plan)
         if rows is None:
             return RunnerStep(plan.step)
+        if self._images is not None:
+            self._images.update(plan)  # no part of the time, which is that of the layers
         x = self._receive(plan, timer)
         timer.begin()
         if self._graphs is not None and not plan.chunks:
@@ -236,10 +250,11 @@ class Runner:
             timer.end()
             return RunnerStep(plan.step, tokens, logprobs, [], timer)
         step = build_step(plan, self.table, rows, self.decoder.ops)
-        pieces = self._pieces
-        if pieces is not None and len(step.batch.tokens) > pieces.max_tokens:
-            pieces = None
-        hidden = self.decoder.forward(step.batch, self.cache, x, pieces)
+        batch = step.batch
+        if self._images is not None:
+            batch = replace(batch, images=self._images.rows(plan))
+        pieces = self._pieces_for(batch)
+        hidden = self.decoder.forward(batch, self.cache, x, pieces)
         if not self.pipe.is_last:
             return self._hand_on(hidden if pieces is None else hidden.clone(), plan, timer)
         num_sampling = len(step.sampling_cpu)
@@ -252,6 +267,18 @@ class Runner:
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
         timer.end()
         return RunnerStep(plan.step, sampled, logprobs, prompt_scores, timer)
+
+    def _pieces_for(self, batch: Batch) -> StepPieces | None:
+        """None if the step has too many tokens, or images."""
+        has_images = batch.images is not None or batch.rotation.dim() > 1
+        if self._pieces is None or has_images or len(batch.tokens) > self._pieces.max_tokens:
+            return None
+        return self._pieces
+
+    def put_images(self, images: list[ImagePixels]) -> None:
+        """The images that the next plan encodes; on ranks of the first stage."""
+        assert self._images is not None
+        self._images.put(images)
 
     def _move_states(self, plan: StepPlan) -> None:
         """Copy states to snapshots, then give new owners of slots theirs."""

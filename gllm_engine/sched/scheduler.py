@@ -613,8 +613,9 @@ class Scheduler:
     def _next_to_prefill(self, draft: _Draft) -> Sequence | None:
         """The first prefilling sequence without a chunk in this plan, or a newly admitted one.
 
-        Sequences whose chunk in this plan was cut, because the next plan copies their state or can
-        encode their next image, do not keep others waiting. With windows they do: the sequences could take each other's pages.
+        Sequences whose chunk in this plan was cut, because the next plan copies their state or a
+        later one encodes their image, do not keep others waiting. With windows they do: the
+        sequences could take each other's pages.
         """
         step = self._steps + 1
         while True:

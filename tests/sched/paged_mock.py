@@ -17,7 +17,16 @@ from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Constraint
-from gllm_engine.types import NO_SNAPSHOT, Chunk, Image, ImagePixels, NewSequence, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import (
+    NO_SNAPSHOT,
+    Chunk,
+    Image,
+    ImagePixels,
+    NewSequence,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 VOCAB = 24
 EOS = (0, 1)

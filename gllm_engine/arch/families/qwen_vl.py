@@ -18,7 +18,7 @@ from gllm_engine.arch.families.common import (
 from gllm_engine.arch.families.qwen import QWEN2, QWEN3, QWEN3_MOE, qwen2, qwen3, with_experts
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.rope import Rope, read_rope, rope_object
+from gllm_engine.arch.rope import SECTION_KEYS, Rope, read_rope
 from gllm_engine.arch.vision import Vision
 
 _NAMES = Names(variants=(replace(BESIDE_TOWER, applies=True),), tower=r"visual\.")
@@ -72,12 +72,7 @@ def qwen3_vl_moe(c: Fields) -> Model:
 
 
 def _read_rope(c: Fields) -> Rope:
-    """Positions of text are the same in all three sections of rotary channels."""
-    rope = rope_object(c)
-    if rope.text("rope_type", rope.text("type", "default")) == "mrope":
-        rope = c.child("rope_scaling", "rope_parameters", over={"rope_type": "default"})
-    keys = ("mrope_section", "mrope_interleaved")
-    return read_rope(c, read_head_dim(c), keys, rope=rope)
+    return read_rope(c, read_head_dim(c), SECTION_KEYS)
 
 
 _TOWER: Renames = (
