@@ -54,7 +54,6 @@ _HYBRID_MOE = _HYBRID | {
     "shared_expert_intermediate_size": 48,
 }
 _QWEN3_5 = {"rope_parameters": {"mrope_section": [2, 1, 1], "mrope_interleaved": True}}
-# Images of 4 x 4 to 24 x 24 embeddings, say, with ragged windows of 3.
 _VISION = {
     "depth": 3,
     "hidden_size": 32,
@@ -422,4 +421,8 @@ def tiny_config(family: str, **over: Any) -> dict[str, Any]:
     key = FAMILIES[family].text_key
     if key is None:
         return config | text
-    return config | {key: config[key] | text}
+    text = config[key] | text
+    own = config.get("vision_config", {})
+    if "out_hidden_size" in own:
+        config["vision_config"] = own | {"out_hidden_size": text["hidden_size"]}
+    return config | {key: text}

@@ -151,7 +151,7 @@ def fill_randomly(decoder: Decoder) -> None:
 
 def _randomize(name: str, view: Tensor, generator: torch.Generator, kind: Integers | None) -> None:
     """`kind`: of the whole numbers of which the view has scales; None: it has none."""
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
         view.uniform_(0.5, 1.5, generator=generator)
     elif name.endswith("_scales"):  # of MXFP4, as exponents
         view.random_(118, 122, generator=generator)

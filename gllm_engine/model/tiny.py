@@ -7,6 +7,7 @@ so an implementation that omits one generates different text.
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from gllm_engine.arch.model import SELECTION_BIAS, Model
 from gllm_engine.arch.names import checkpoint_shapes, checkpoint_tensors
 from gllm_engine.arch.read import make_arch
 from gllm_engine.arch.tiny import tiny_config
+from gllm_engine.arch.vision import VISUAL, Vision
 from gllm_engine.model.encode import in_formats, stored_weight
 
 # Token ids 0, 1, 2. The first and the last token end generation.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MIN_VOCAB = len(SPECIAL_TOKENS) + 256  # every byte is a token
+# Token ids 3, 4, 5 of a model that takes images. The second one is the placeholder.
+IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+_BYTES = 256  # every byte is a token
+MIN_VOCAB = len(SPECIAL_TOKENS) + _BYTES  # of a model of text
 MAX_TOKENIZER_VOCAB = 384
 
 _SENTENCES = (
@@ -44,6 +49,12 @@ _CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Of a message's text, or of its list of parts.
+_PARTS = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}" + "".join(IMAGE_TOKENS) + "{% endif %}{% endfor %}{% endif %}"
+)
 
 
 def write_tiny_model(
@@ -53,7 +64,8 @@ def write_tiny_model(
     dtype: str = "float32",
     **over: Any,
 ) -> Path:
-    """Write config, weights, tokenizer and generation config to `directory`; returns its path.
+    """Write config, weights, tokenizer and generation config to `directory`; returns its path. Of a
+    model that takes images, also what resizes them.
 
     `family`: an architecture name in arch.FAMILIES. `dtype`: float32, bfloat16 or float16.
     `over`: keys of config.json to change; with quantization_config, the matrices that usually are
@@ -63,12 +75,16 @@ def write_tiny_model(
     directory = Path(directory)
     config = tiny_config(family, **over) | {"dtype": dtype}
     arch = make_arch(config)
-    if arch.vocab < MIN_VOCAB:
-        raise ValueError(f"vocabulary of {arch.vocab} tokens: at least {MIN_VOCAB} are needed")
+    special = SPECIAL_TOKENS if arch.vision is None else SPECIAL_TOKENS + IMAGE_TOKENS
+    least = len(special) + _BYTES
+    if arch.vocab < least:
+        raise ValueError(f"vocabulary of {arch.vocab} tokens: at least {least} are needed")
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"eos_token_id": [2, 0]})
-    _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len)
+    _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len, special)
+    if arch.vision is not None:
+        _write_json(directory / "preprocessor_config.json", _image_processor(arch.vision))
     tensors = random_checkpoint(arch, seed)
     tensors = in_formats(arch.quantized(), tensors, _dtype(dtype))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -95,6 +111,8 @@ def _random_weight(
     name: str, shape: tuple[int, ...], arch: Model, generator: torch.Generator
 ) -> Tensor:
     noise = torch.randn(shape, generator=generator)
+    if name.startswith(VISUAL) and name.endswith(".weight") and len(shape) == 1:
+        return 1 + 0.3 * noise
     if name == "model.norm.weight":
         # Factors of both signs: otherwise a tied model repeats its input for ever.
         return noise - 1 if arch.norm == "rms_plus_one" else noise
@@ -118,7 +136,7 @@ def _random_weight(
     )
     is_output = name.startswith(("lm_head", "model.embed_tokens"))
     gain = 3.0 if is_output else 1.0
-    return noise if is_input else noise * gain * shape[-1] ** -0.5
+    return noise if is_input else noise * gain * prod(shape[1:] or shape) ** -0.5
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -128,25 +146,42 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def _write_tokenizer(directory: Path, vocab: int, max_len: int) -> None:
+def _image_processor(vision: Vision) -> dict[str, Any]:
+    """Images get 16 to 144 embeddings."""
+    pixels = (vision.patch * vision.merge) ** 2  # of an embedding
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": vision.patch,
+        "merge_size": vision.merge,
+        "temporal_patch_size": vision.frames,
+        "image_mean": vision.mean,
+        "image_std": vision.std,
+        "size": {"shortest_edge": 16 * pixels, "longest_edge": 144 * pixels},
+    }
+
+
+def _write_tokenizer(directory: Path, vocab: int, max_len: int, special: tuple[str, ...]) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
+    template = _CHAT_TEMPLATE
+    if IMAGE_TOKENS[0] in special:
+        template = template.replace("{{ message['content'] }}", _PARTS)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "model_max_length": max_len,
         "clean_up_tokenization_spaces": False,
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": template,
     }
     _write_json(directory / "tokenizer_config.json", settings)
 

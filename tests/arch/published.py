@@ -226,12 +226,17 @@ PUBLISHED["Qwen3.5-27B"] = {"architectures": ["Qwen3_5ForConditionalGeneration"]
     "mrope_section": [11, 11, 10], "rope_type": "default", "rope_theta": 10000000,
     "partial_rotary_factor": 0.25}}, "tie_word_embeddings": False,
     "transformers_version": "4.57.0.dev0", "video_token_id": 248057, "vision_config":
-    {"deepstack_visual_indexes": [], "depth": 27}, "vision_end_token_id": 248054,
-    "vision_start_token_id": 248053}
+    {"deepstack_visual_indexes": [], "depth": 27, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 1152, "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4304,
+    "model_type": "qwen3_5", "num_heads": 16, "num_position_embeddings": 2304,
+    "out_hidden_size": 5120, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    "vision_end_token_id": 248054, "vision_start_token_id": 248053}
 QWEN3_5_TEXT = PUBLISHED["Qwen3.5-27B"]["text_config"]
+QWEN3_5_VISION = PUBLISHED["Qwen3.5-27B"]["vision_config"]
 PUBLISHED["Qwen3.5-35B-A3B"] = PUBLISHED["Qwen3.5-27B"] | {
     "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-    "model_type": "qwen3_5_moe", "text_config": without(QWEN3_5_TEXT, "intermediate_size") |
+    "model_type": "qwen3_5_moe", "vision_config": QWEN3_5_VISION | {"out_hidden_size": 2048},
+    "text_config": without(QWEN3_5_TEXT, "intermediate_size") |
     {"model_type": "qwen3_5_moe_text", "hidden_size": 2048, "layer_types": hybrid(40),
     "num_hidden_layers": 40, "num_attention_heads": 16, "num_key_value_heads": 2,
     "linear_num_value_heads": 32, "moe_intermediate_size": 512,
@@ -240,6 +245,48 @@ PUBLISHED["Qwen3.5-35B-A3B"] = PUBLISHED["Qwen3.5-27B"] | {
 PUBLISHED["Qwen3.5-35B-A3B-FP8"] = PUBLISHED["Qwen3.5-35B-A3B"] | {"quantization_config":
     {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
     "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "model.visual.merger"]}}
+PUBLISHED["Qwen2.5-VL-7B"] = {"architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
+    "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu",
+    "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 128000, "max_window_layers": 28, "model_type": "qwen2_5_vl",
+    "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.41.2",
+    "use_cache": True, "use_sliding_window": False, "vision_config": {"depth": 32,
+    "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+    "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
+    "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 2, "temporal_patch_size": 2},
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064}
+PUBLISHED["Qwen2.5-VL-3B"] = PUBLISHED["Qwen2.5-VL-7B"] | {"hidden_size": 2048,
+    "intermediate_size": 11008, "max_window_layers": 70, "num_attention_heads": 16,
+    "num_hidden_layers": 36, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    "vision_config": PUBLISHED["Qwen2.5-VL-7B"]["vision_config"] | {"out_hidden_size": 2048},
+    "vocab_size": 151936}
+QWEN3_VL_VISION = QWEN3_5_VISION | {"deepstack_visual_indexes": [8, 16, 24],
+    "model_type": "qwen3_vl"}
+PUBLISHED["Qwen3-VL-8B"] = {"architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": 151655, "model_type": "qwen3_vl", "text_config": {"attention_bias": False,
+    "attention_dropout": 0.0, "bos_token_id": 151643, "dtype": "bfloat16",
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 12288, "max_position_embeddings": 262144,
+    "model_type": "qwen3_vl_text", "num_attention_heads": 32, "num_hidden_layers": 36,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": {"mrope_interleaved": True,
+    "mrope_section": [24, 20, 20], "rope_type": "default"}, "rope_theta": 5000000,
+    "use_cache": True, "vocab_size": 151936}, "tie_word_embeddings": False,
+    "transformers_version": "4.57.0.dev0", "video_token_id": 151656,
+    "vision_config": QWEN3_VL_VISION | {"out_hidden_size": 4096}, "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652}
+PUBLISHED["Qwen3-VL-30B-A3B"] = PUBLISHED["Qwen3-VL-8B"] | {
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe",
+    "text_config": PUBLISHED["Qwen3-VL-8B"]["text_config"] | {"decoder_sparse_step": 1,
+    "hidden_size": 2048, "intermediate_size": 6144, "mlp_only_layers": [],
+    "model_type": "qwen3_vl_moe_text", "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 48, "num_key_value_heads": 4}, "vision_config": QWEN3_VL_VISION |
+    {"model_type": "qwen3_vl_moe", "out_hidden_size": 2048}}
 GPT_OSS = {"architectures": ["GptOssForCausalLM"], "attention_bias": True,
     "attention_dropout": 0.0, "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64,
     "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,

@@ -151,7 +151,7 @@ HYBRID_27B = {
     "model_type": "qwen3_5",
     "tie_word_embeddings": False,
     "image_token_id": 248056,
-    "vision_config": {"depth": 27, "hidden_size": 1152},
+    "vision_config": {"depth": 27, "hidden_size": 1152, "out_hidden_size": 5120},
     "text_config": {
         "model_type": "qwen3_5_text",
         "attention_bias": False,

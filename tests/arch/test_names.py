@@ -108,13 +108,59 @@ LLAMA4 = [f"{LAYER}feed_forward.{part}" for part in (
     "router.weight", "experts.gate_up_proj", "experts.down_proj",
     *(f"shared_expert.{part}.weight" for part in PARTS),
 )]  # fmt: skip
+VISUAL = "model.visual."
+PATCHES = [f"{VISUAL}patch_embed.proj.{leaf}" for leaf in LEAVES]
+ATTENDING = [f"attn.{part}.{leaf}" for part in ("qkv", "proj") for leaf in LEAVES]
+
+
+def tower(blocks: list[str], *others: str) -> list[str]:
+    """The names of a tower of three blocks, each with `blocks`."""
+    parts = [f"{VISUAL}blocks.{i}.{name}" for i in range(3) for name in [*blocks, *ATTENDING]]
+    return parts + [f"{VISUAL}{name}" for name in others]
+
+
+def merger(name: str) -> list[str]:
+    return [f"{name}.{part}.{e}" for part in ("norm", "linear_fc1", "linear_fc2") for e in LEAVES]
+
+
+TOWER_3 = [f"{part}.{e}" for part in ("norm1", "norm2") for e in LEAVES]
+TOWER_3 += [f"mlp.linear_fc{i}.{leaf}" for i in (1, 2) for leaf in LEAVES]
+TOWER_3 = PATCHES + tower(TOWER_3, "pos_embed.weight", *merger("merger"))
+TOWER_2_5 = [f"mlp.{part}.{leaf}" for part in PARTS for leaf in LEAVES]
+TOWER_2_5 = PATCHES[:1] + tower(
+    [*TOWER_2_5, "norm1.weight", "norm2.weight"],
+    "merger.ln_q.weight",
+    *(f"merger.mlp.{i}.{leaf}" for i in (0, 2) for leaf in LEAVES),
+)
+
+
+DEEPSTACK = [f"{VISUAL}{name}" for name in merger("deepstack_merger_list.0")]
+
+
+def beside(names: list[str]) -> list[str]:
+    return [name.replace("model.", "model.language_model.") for name in names]
+
+
 EXPECTED = {
+    "Qwen2_5_VLForConditionalGeneration": beside(ENDS + NORMS + ATTENTION + BIASES + MLP)
+    + TOWER_2_5,
+    "Qwen3VLForConditionalGeneration": beside(ENDS + NORMS + ATTENTION + QK_NORMS + MLP)
+    + TOWER_3
+    + DEEPSTACK,
+    "Qwen3VLMoeForConditionalGeneration": beside(
+        [*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *FUSED_EXPERTS, f"{LAYER}mlp.gate.weight"]
+    )
+    + TOWER_3
+    + DEEPSTACK,
     "GPTNeoXForCausalLM": NEOX,
     "Qwen3NextForCausalLM": ENDS + NORMS + ATTENTION + QK_NORMS + EXPERTS + SHARED,
     "Qwen3_5ForCausalLM": QWEN3_5,
     "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
-    "Qwen3_5ForConditionalGeneration": [name for name in QWEN3_5 if name != "lm_head.weight"],
-    "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE,
+    "Qwen3_5ForConditionalGeneration": [
+        *(name for name in QWEN3_5 if name != "lm_head.weight"),
+        *TOWER_3,
+    ],
+    "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE + TOWER_3,
     "Llama4ForCausalLM": ENDS + NORMS + ATTENTION + LLAMA4,
     "MiniMaxM2ForCausalLM": ENDS
     + NORMS
@@ -224,7 +270,10 @@ def test_names(family: str) -> None:
         over["layer_types"] = ["full_attention"]
     if "no_rope_layers" in tiny:
         over["no_rope_layers"] = [1]
-    arch = make_arch(tiny_config(family, **{one_layer: 1}, **over))
+    config = tiny_config(family, **{one_layer: 1}, **over)
+    if config.get("vision_config", {}).get("deepstack_visual_indexes"):
+        config["vision_config"] |= {"deepstack_visual_indexes": [0]}
+    arch = make_arch(config)
     tensors = checkpoint_tensors(arch)
     assert sorted(tensors) == sorted(EXPECTED[family])
     held = [weight for weights in tensors.values() for weight in weights]
@@ -474,7 +523,10 @@ def test_tensors_for_images_and_for_multi_token_prediction_are_left_over() -> No
     for family in ("Qwen3NextForCausalLM", "Qwen3_5ForConditionalGeneration"):
         model = make_arch(tiny_config(family))
         assert is_left_over(model, "mtp.layers.0.self_attn.q_proj.weight")
-    whole = make_arch(tiny_config("Qwen3_5ForConditionalGeneration"))
+    with_tower = make_arch(tiny_config("Qwen3_5ForConditionalGeneration"))
+    assert not is_left_over(with_tower, "model.visual.blocks.0.attn.qkv.weight")
+    assert not is_left_over(with_tower, "model.visual.blocks.9.attn.qkv.weight")
+    whole = replace(with_tower, vision=None)
     assert is_left_over(whole, "model.visual.blocks.0.attn.qkv.weight")
     assert not is_left_over(whole, "model.layers.0.visual.weight")
     assert not is_left_over(whole, "lm_head.visual.weight")
@@ -493,6 +545,7 @@ def test_left_overs() -> None:
     assert not is_left_over(model, "model.layers.2.self_attn.q_proj.weight")
 
 
+QWEN3_5_VL = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 # Tensors that no text model of the family needs.
 UNUSED = {
     "GPT2LMHeadModel": ["h.1.attn.bias", "h.1.attn.masked_bias"],
@@ -501,7 +554,7 @@ UNUSED = {
     "Qwen3NextForCausalLM": ["mtp.fc.weight"],
     "Ernie4_5_MoeForCausalLM": ["mtp_block.0.mlp.up_proj.weight"],
     **dict.fromkeys(
-        [name for name in FAMILIES if name.startswith("Qwen3_5")],
+        ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", *QWEN3_5_VL),
         ["mtp.layers.0.input_layernorm.weight", "visual.blocks.0.attn.qkv.weight"],
     ),
     **dict.fromkeys(
@@ -511,6 +564,10 @@ UNUSED = {
     **dict.fromkeys(
         ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"),
         ["vision_tower.vision_model.head.weight", "multi_modal_projector.norm.weight"],
+    ),
+    **dict.fromkeys(
+        (name for name in FAMILIES if "VLFor" in name or "VLMoe" in name),
+        ["visual.blocks.0.attn.qkv.weight"],
     ),
     "Llama4ForConditionalGeneration": ["vision_model.class_embedding"],
 }
@@ -528,7 +585,7 @@ def every_variant(model: Model) -> list[Model]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_overs_have_any_prefix_of_the_family(family: str) -> None:
-    model = make_arch(tiny_config(family))
+    model = replace(make_arch(tiny_config(family)), vision=None)
     more = replace(model, extra_layers=2)
     none = replace(model, extra_layers=0)
     n = len(model.layers)
@@ -548,7 +605,7 @@ def test_left_overs_have_any_prefix_of_the_family(family: str) -> None:
             for count in range(len(parts) + 1):
                 assert is_left_over(none, ".".join([*parts[:count], name]))
             assert not is_left_over(none, f"{prefix}1.{name}")
-    assert (model.names.unused is not None) == (family in UNUSED)
+    assert bool(model.names.unused or model.names.tower) == (family in UNUSED)
 
 
 def test_indexers_of_layers_that_use_an_earlier_one_are_left_over() -> None:

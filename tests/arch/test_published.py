@@ -7,7 +7,8 @@ from published import PUBLISHED
 
 from gllm_engine.arch import ArchError, make_arch
 
-# Billions of parameters of the text model, and its length in tokens with RoPE scaling.
+# Billions of parameters of the text model, with its vision tower if that is read; its length in
+# tokens with RoPE scaling.
 SIZES = {
     "DeepSeek-V2-Lite": (15.71, 163840, "plain"),
     "DeepSeek-V2": (235.74, 163840, "plain"),
@@ -28,9 +29,13 @@ SIZES = {
     "MiniMax-M2": (228.69, 196608, "FP8 in blocks of 128 x 128"),
     "Qwen3-Next": (79.67, 262144, "plain"),
     "Qwen3-Next-FP8": (79.67, 262144, "FP8 in blocks of 128 x 128"),
-    "Qwen3.5-27B": (26.9, 262144, "plain"),
-    "Qwen3.5-35B-A3B": (34.66, 262144, "plain"),
-    "Qwen3.5-35B-A3B-FP8": (34.66, 262144, "FP8 in blocks of 128 x 128"),
+    "Qwen2.5-VL-7B": (8.29, 128000, "plain"),
+    "Qwen2.5-VL-3B": (3.75, 128000, "plain"),
+    "Qwen3-VL-8B": (8.77, 262144, "plain"),
+    "Qwen3-VL-30B-A3B": (31.07, 262144, "plain"),
+    "Qwen3.5-27B": (27.36, 262144, "plain"),
+    "Qwen3.5-35B-A3B": (35.11, 262144, "plain"),
+    "Qwen3.5-35B-A3B-FP8": (35.11, 262144, "FP8 in blocks of 128 x 128"),
     "gpt-oss-20b": (20.91, 131072, "MXFP4 with a scale per 32 columns"),
     "gpt-oss-120b": (116.83, 131072, "MXFP4 with a scale per 32 columns"),
     "gemma-2-9b": (9.24, 8192, "plain"),

@@ -92,12 +92,14 @@ def test_shapes_add_up(family: str, over: dict[str, Any], apart: bool, size: int
             seen.add(name)
             whole, parts = model.weights()[name], [each[name] for each in held if name in each]
             of_all_heads = family in WHOLE_QK_NORM and ".self_attn." in name
-            copies = size if name.endswith(EVERYWHERE) and not of_all_heads else 1
+            of_tower = name.startswith("visual.")
+            everywhere = name.endswith(EVERYWHERE) or of_tower
+            copies = size if everywhere and not of_all_heads else 1
             mixers = [layer.mixer for layer in model.layers]
             kv_heads = next((mixer.kv_heads for mixer in mixers if isinstance(mixer, Gqa)), 1)
             of_keys = any(part in name for part in (".k_proj.", ".v_proj."))
             of_keys |= of_all_heads and ".k_norm." in name
-            if of_keys:
+            if of_keys and not of_tower:
                 copies = max(1, size // kv_heads)
             has_even = over.get("intermediate_size", 0) % size == 0
             of_vocab = name.endswith(("embed_tokens.weight", "lm_head.weight"))

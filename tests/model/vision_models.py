@@ -16,7 +16,7 @@ from gllm_engine.arch.tiny import tiny_config
 def save_reference(path: Path, family: str, **vision: Any) -> transformers.PreTrainedModel:
     """The model whose checkpoint is in `path` afterwards. `vision`: keys of vision_config."""
     config = tiny_config(family)
-    config["vision_config"] |= vision
+    config |= {"vision_config": config["vision_config"] | vision}
     torch.manual_seed(0)
     kind = transformers.AutoConfig.for_model(**config)
     model = transformers.AutoModelForImageTextToText.from_config(kind).eval()
