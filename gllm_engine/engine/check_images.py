@@ -17,8 +17,8 @@ def check_images(request: Request, arch: Model) -> None:
         problem = _problem(image, arch)
         if problem is None and not end <= image.first <= image_end(image) <= len(request.prompt):
             problem = (
-                f"it takes tokens {image.first} to {image_end(image) - 1}, which must come after "
-                f"token {end - 1} and before token {len(request.prompt)}"
+                f"it takes tokens {image.first} to {image_end(image) - 1}, but only tokens {end} to "
+                f"{len(request.prompt) - 1} are left"
             )
         if problem is not None:
             raise InvalidField("image", f"number {number}: {problem}")

@@ -472,7 +472,7 @@ class Decoder:
             stream = block(stream, context, layer_cache)
             if images is not None and i + 1 < len(images.embeddings):
                 more = images.embeddings[i + 1]
-                stream = Residual(stream.total.index_add_(0, images.index, more))
+                stream = Residual(stream.total.index_add_(0, images.places, more))
         return stream
 
     def _plan(self, batch: Batch, cache: list[LayerCache], layer: int) -> AttentionPlan:
@@ -490,7 +490,7 @@ class Decoder:
         if self._positions is not None:
             x += F.embedding(batch.positions, self._positions)
         if batch.images is not None:
-            x.index_copy_(0, batch.images.index, batch.images.embeddings[0])
+            x.index_copy_(0, batch.images.places, batch.images.embeddings[0])
         return x
 
     def _token_embeddings(self, tokens: Tensor) -> Tensor:

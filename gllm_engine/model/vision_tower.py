@@ -88,7 +88,7 @@ class VisionTower:
 
     def __init__(self, vision: Vision, dtype: torch.dtype, device: torch.device) -> None:
         self.vision = vision
-        self._device = device
+        self.device = device
         platform = Platform(select_ops(device), dtype, device, ALONE)
         outer = ("patch_embed.weight", "patch_embed.bias", "pos_embed.weight")
         shapes = vision.weights()
@@ -144,13 +144,13 @@ class VisionTower:
         angles = torch.cat([self._angles(*grid) for grid in grids])
         sizes = [rows * columns for rows, columns in grids]
         joined = vision.merge**2
-        image_wide = Segments([size * joined for size in sizes], self._device)
+        image_wide = Segments([size * joined for size in sizes], self.device)
         narrow = image_wide
         order = None
         if vision.window:
             order = self._window_order(grids)
             windows = [size * joined for grid in grids for size in self._window_sizes(*grid)]
-            narrow = Segments(windows, self._device)
+            narrow = Segments(windows, self.device)
             x = x.unflatten(0, (-1, joined))[order].flatten(0, 1)
             angles = angles.unflatten(0, (-1, joined))[order].flatten(0, 1)
         rotary = (angles.cos(), angles.sin())
@@ -173,8 +173,8 @@ class VisionTower:
         """
         vision = self.vision
         share = (image.double() * (1 / 255)).float()
-        mean = torch.tensor(vision.mean, device=self._device)
-        pixels = (share - mean) / torch.tensor(vision.std, device=self._device)
+        mean = torch.tensor(vision.mean, device=self.device)
+        pixels = (share - mean) / torch.tensor(vision.std, device=self.device)
         rows = len(pixels) // vision.patch
         size = (rows, vision.patch, -1, vision.patch, 3)
         patches = pixels.view(size).permute(0, 2, 4, 1, 3)  # [rows, columns, 3, patch, patch]
@@ -202,9 +202,9 @@ class VisionTower:
         """By which queries and keys are rotated, in float32: [patches, head_dim / 2]."""
         vision = self.vision
         half = vision.head_dim // 2
-        exponents = torch.arange(0, half, 2, device=self._device, dtype=torch.float32) / half
+        exponents = torch.arange(0, half, 2, device=self.device, dtype=torch.float32) / half
         sides = (rows * vision.merge, columns * vision.merge)
-        places = [torch.arange(side, device=self._device) for side in sides]
+        places = [torch.arange(side, device=self.device) for side in sides]
         grid = torch.stack(torch.meshgrid(*places, indexing="ij"), -1)
         return (self._in_blocks(grid)[:, :, None] / _THETA**exponents).flatten(1)
 
@@ -214,7 +214,7 @@ class VisionTower:
         orders = []
         at = 0
         for rows, columns in grids:
-            index = torch.arange(rows * columns, device=self._device)
+            index = torch.arange(rows * columns, device=self.device)
             row = index // columns // window
             column = index % columns // window
             number = row * -(-columns // window) + column

@@ -44,7 +44,7 @@ class TensorGroup(Protocol):
 class ImageRows(NamedTuple):
     """The tokens of a step whose embeddings are those of images."""
 
-    index: Tensor  # [n] int64, of the tokens in the step
+    places: Tensor  # [n] int64, of the tokens in the step
     # [1 + deep, n, dim]: what replaces their embeddings, then what is added to the residual stream
     # after layers 0, 1, ...
     embeddings: Tensor

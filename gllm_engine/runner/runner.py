@@ -8,6 +8,7 @@ mean.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from gllm_engine.runner.kv_sizing import (
     cache_dtype,
     fitting_pages,
     fitting_snapshots,
+    image_bytes,
     measured_memory,
 )
 from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
@@ -52,6 +54,8 @@ from gllm_engine.types import (
     StepResult,
     TokenLogprobs,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,12 @@ class Runner:
             self.sampling = SamplingState(self.table, arch.vocab)
         self._images: ImageStore | None = None
         if decoder.tower is not None:
-            self._images = ImageStore(decoder.tower, self.device)
+            self._images = ImageStore(decoder.tower)
+            log.info(
+                "images: embeddings of %d tokens take %.2f GiB at most (image_cache_tokens)",
+                config.image_cache_tokens,
+                image_bytes(config, decoder) / (1 << 30),
+            )
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
             self._returned = TokenReturn(self.pipe, self.table, config.plans_in_flight)

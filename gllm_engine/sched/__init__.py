@@ -1,6 +1,6 @@
 """The scheduler: decides which tokens of which sequences each step computes, and on which pages.
 
-The package is pure Python and never imports torch. It exchanges StepPlan and StepResult with a
+The package never imports torch. It exchanges StepPlan and StepResult with a
 runner, which it knows nothing else of.
 """
 

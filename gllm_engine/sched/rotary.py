@@ -42,4 +42,5 @@ class RotaryPositions:
         """int32 [3, end - start]: those of tokens `start` .. `end` - 1."""
         known = self._of_prompt.shape[1]
         after = self._text(max(start, known), max(end, known)).astype(np.int32)
-        return np.concatenate([self._of_prompt[:, start:end], after], 1).tobytes()
+        packed: bytes = np.concatenate([self._of_prompt[:, start:end], after], 1).tobytes()
+        return packed
