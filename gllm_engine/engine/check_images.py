@@ -16,9 +16,9 @@ def check_images(request: Request, arch: Model) -> None:
     for number, image in enumerate(request.images):
         problem = _problem(image, arch)
         if problem is None and not end <= image.first <= image_end(image) <= len(request.prompt):
+            span = f"tokens {image.first} to {image_end(image) - 1}"
             problem = (
-                f"it takes tokens {image.first} to {image_end(image) - 1}, but only tokens {end} to "
-                f"{len(request.prompt) - 1} are left"
+                f"it takes {span}, but only tokens {end} to {len(request.prompt) - 1} are left"
             )
         if problem is not None:
             raise InvalidField("image", f"number {number}: {problem}")

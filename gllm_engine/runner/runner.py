@@ -154,14 +154,7 @@ class Runner:
                 arch.has_sections,
             )
             self.sampling = SamplingState(self.table, arch.vocab)
-        self._images: ImageStore | None = None
-        if decoder.tower is not None:
-            self._images = ImageStore(decoder.tower)
-            log.info(
-                "images: embeddings of %d tokens take %.2f GiB at most (image_cache_tokens)",
-                config.image_cache_tokens,
-                image_bytes(config, decoder) / (1 << 30),
-            )
+        self._images = self._image_store()
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
             self._returned = TokenReturn(self.pipe, self.table, config.plans_in_flight)
@@ -172,6 +165,17 @@ class Runner:
         with self._timed("first steps"):
             if on_gpu:
                 self._run_tiny_plans(max_len)
+
+    def _image_store(self) -> ImageStore | None:
+        """None for a model without a vision tower on this rank."""
+        if self.decoder.tower is None:
+            return None
+        log.info(
+            "images: embeddings of %d tokens (image_cache_tokens) take %.2f GiB at most",
+            self._config.image_cache_tokens,
+            image_bytes(self._config, self.decoder) / (1 << 30),
+        )
+        return ImageStore(self.decoder.tower)
 
     def _run_tiny_plans(self, max_len: int) -> None:
         config = self._config

@@ -125,10 +125,10 @@ class ImageCache:
         """The embeddings of tokens `start` .. `end` - 1, all of which are there."""
         found = []
         for image in images:
-            rows, columns = image.rows, image.columns
-            if image.stride == columns:  # all in one row
-                rows, columns = 1, rows * columns
-            for row in range(rows):
+            columns = image.columns
+            if image.stride == columns:  # as if all were in one row
+                columns *= image.rows
+            for row in range(image.rows * image.columns // columns):
                 place = image.first + row * image.stride
                 first = max(start, place)
                 count = min(end, place + columns) - first
