@@ -65,7 +65,8 @@ Place = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 QkNorm = Literal["head", "head_after", "whole", "l2_after"]
 # "rms_plus_one": the gain is 1 + weight. "layer": the mean is subtracted, and there is a bias.
 NormKind = Literal["rms", "rms_plus_one", "layer", "layer_without_bias"]
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+# "gelu_quick": x sigmoid(1.702 x).
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick"]
 
 _INPUT_NORMS = ("input_layernorm", "post_attention_layernorm")
 _OUTPUT_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")

@@ -31,8 +31,9 @@ _INDEXER = "self_attn.indexer."
 
 def checkpoint_name(model: Model, canonical: str) -> str:
     """The name of the checkpoint tensor that holds a weight."""
-    of_tower = model.vision is not None and canonical.startswith(VISUAL)
-    return _name(model.vision.names if of_tower else model.names, canonical)
+    if model.vision is not None and canonical.startswith(VISUAL):
+        return _name(model.vision.names, canonical)
+    return _name(model.names, canonical)
 
 
 def _name(names: Names, canonical: str) -> str:
@@ -139,7 +140,11 @@ def is_left_over(model: Model, name: str) -> bool:
     patterns = _patterns(model.names)
     if _ROPE_TABLES.search(name) or (patterns.unused and patterns.unused.match(name)):
         return True
-    if model.vision is None and patterns.tower and patterns.tower.match(name):
+    unused = patterns.tower
+    if model.vision is not None:
+        own = model.vision.names.unused
+        unused = None if own is None else re.compile(own)
+    if unused and unused.match(name):
         return True
     layer = patterns.layer.match(name)
     if layer is None:
@@ -178,7 +183,9 @@ def _patterns(names: Names) -> _Patterns:
     # Beside the layers, or outside of the models that they are in.
     outer = {prefix[: at.end()] for prefix in layers for at in re.finditer(r"\.", prefix[:-1])}
     both = (names.unused, names.tower)
-    unused, tower = (x and re.compile(rf"(?:{_any_of(outer)}|)(?:{x})") for x in both)
+    unused, tower = (
+        None if what is None else re.compile(rf"(?:{_any_of(outer)}|)(?:{what})") for what in both
+    )
     return _Patterns(layer, unused, tower)
 
 

@@ -86,7 +86,7 @@ def make_arch(config: dict[str, Any], name: str = "config.json") -> Model:
         return model
     outer = Fields(config, name, {})
     fields = outer.child(_VISION)
-    model = replace(model, vision=family.vision(fields, outer))
+    model = replace(model, vision=family.vision(fields, outer, model))
     _check_vision(model, name)
     unknown = (f"{_VISION}.{key}" for key in unknown_keys(fields.unread()))
     return replace(model, unknown_keys=(*model.unknown_keys, *unknown))
@@ -121,11 +121,6 @@ def _check_vision(model: Model, name: str) -> None:
     vision = model.vision
     assert vision is not None
     blocks = range(vision.depth)
-    if vision.out != model.dim:
-        raise ArchError(
-            f"{name}: the vision tower's embeddings have {vision.out} channels, but the text model "
-            f"has hidden_size={model.dim}"
-        )
     if list(vision.deep) != sorted(set(vision.deep) & set(blocks)):
         raise ArchError(
             f"{name}: deepstack_visual_indexes is {[*vision.deep]}, but only ascending numbers of "
@@ -136,8 +131,6 @@ def _check_vision(model: Model, name: str) -> None:
             f"{name}: deepstack_visual_indexes has {vision.num_deep} numbers, but the text model "
             f"has {len(model.layers)} layers, of which the last one gets nothing"
         )
-    if not model.has_sections:
-        raise ArchError(f"{name}: mrope_section is missing, positions in images are not known")
     if vision.image_token >= model.vocab:
         raise ArchError(
             f"{name}: the placeholder of images is token {vision.image_token}, but the text model "

@@ -65,6 +65,13 @@ _VISION = {
     "out_hidden_size": 64,
 }
 _VISION_3 = _VISION | {"num_position_embeddings": 36}
+_VISION_OTHERS = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+}
 # The tokens that model/tiny.py has for these.
 _PLACEHOLDERS = {
     "vision_start_token_id": 3,
@@ -332,7 +339,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "Ministral3ForCausalLM": _MINISTRAL3,
-    "Mistral3ForConditionalGeneration": {"model_type": "mistral3", "text_config": _MINISTRAL3},
+    "Mistral3ForConditionalGeneration": {
+        "model_type": "mistral3",
+        "image_token_index": 4,
+        "vision_config": _VISION_OTHERS | {"model_type": "pixtral", "hidden_act": "silu"},
+        "text_config": _MINISTRAL3,
+    },
+    "LlavaForConditionalGeneration": {
+        "model_type": "llava",
+        "image_token_index": 4,
+        "image_seq_length": 36,
+        "vision_config": _VISION_OTHERS | {"model_type": "clip_vision_model", "image_size": 24},
+        "text_config": _PADDED | {"model_type": "llama"},
+    },
     "Gemma2ForCausalLM": _GEMMA
     | {
         "model_type": "gemma2",

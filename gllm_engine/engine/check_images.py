@@ -15,14 +15,14 @@ def check_images(request: Request, arch: Model) -> None:
     end = 0
     for number, image in enumerate(request.images):
         problem = _problem(image, arch)
-        if problem is None and not end <= image.first <= image_end(image) <= len(request.prompt):
-            span = f"tokens {image.first} to {image_end(image) - 1}"
-            problem = (
-                f"it takes {span}, but only tokens {end} to {len(request.prompt) - 1} are left"
-            )
+        last = image_end(image) - 1
+        length = len(request.prompt)
+        if problem is None and not end <= image.first <= last < length:
+            span = f"tokens {image.first} to {last}"
+            problem = f"it takes {span}, but only tokens {end} to {length - 1} are left"
         if problem is not None:
             raise InvalidField("image", f"number {number}: {problem}")
-        end = image_end(image)
+        end = last + 1
 
 
 def _problem(image: Image, arch: Model) -> str | None:

@@ -587,7 +587,9 @@ class Decoder:
             views |= self._norm.weights("model.norm")
         for i, block in enumerate(self._blocks, self.shard.first):
             views |= within_layer(i, block.weights())
-        return views if self.tower is None else views | self.tower.weights()
+        if self.tower is not None:
+            views |= self.tower.weights()
+        return views
 
     def _rotary_inputs(self, positions: Tensor) -> dict[Rope, RotaryInputs]:
         return {

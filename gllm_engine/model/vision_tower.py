@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.arch.vision import VISUAL, Vision
+from gllm_engine.arch.vision import VISUAL, Rotary, Vision
 from gllm_engine.layers import DenseFfn, Linear, NormLayer, Platform, Views
 from gllm_engine.ops import Segments, select_ops
 from gllm_engine.parallel import ALONE
@@ -20,6 +20,26 @@ from gllm_engine.parallel import ALONE
 _THETA = 10_000.0
 # Of one pass; an image may have more. It bounds the memory of a call.
 _PASS_PATCHES = 16384
+
+
+class _Angles:
+    """By which queries and keys are rotated."""
+
+    def __init__(self, angles: Tensor, pairs: Rotary) -> None:
+        """angles: [patches, head_dim / 2], in float32."""
+        self._cos = angles.cos()[:, None]
+        self._sin = angles.sin()[:, None]
+        self._pair = -1 if pairs == "alternating" else -2  # the dimension of a pair's two channels
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x: [patches, heads, head_dim]."""
+        size = (-1, 2) if self._pair == -1 else (2, -1)
+        first, second = x.float().unflatten(-1, size).unbind(self._pair)
+        rotated = (
+            first * self._cos - second * self._sin,
+            second * self._cos + first * self._sin,
+        )
+        return torch.stack(rotated, self._pair).flatten(-2).to(x.dtype)
 
 
 class _Block:
@@ -37,10 +57,12 @@ class _Block:
             for name in ("norm1", "norm2")
         }
 
-    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], seen: Segments) -> Tensor:
-        qkv = self._qkv(self._norms["norm1"](x)).unflatten(1, self._heads)
-        q, k = _rotate(qkv[:, :2], *rotary).unbind(1)
-        x = self._out.add_to(x, seen.attend(q, k, qkv[:, 2]).flatten(1))
+    def __call__(self, x: Tensor, angles: _Angles | None, seen: Segments) -> Tensor:
+        q, k, v = self._qkv(self._norms["norm1"](x)).unflatten(1, self._heads).unbind(1)
+        if angles is not None:
+            q = angles.rotate(q)
+            k = angles.rotate(k)
+        x = self._out.add_to(x, seen.attend(q, k, v).flatten(1))
         return self._ffn(self._norms["norm2"](x), None, x)
 
     def weights(self) -> Views:
@@ -50,37 +72,37 @@ class _Block:
         return views
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [patches, ..., heads, dim], rotated by angles whose cos and sin are [patches, dim / 2]."""
-    size = (len(x), *[1] * (x.dim() - 2), -1)
-    cos = cos.view(size)
-    sin = sin.view(size)
-    first, second = x.float().chunk(2, -1)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat(rotated, -1).to(x.dtype)
-
-
 class _Merger:
-    """Norm, two linear layers; neighbouring patches are joined before or after the norm."""
+    """See Vision. `joins_first`: patches are joined before the norm."""
 
     def __init__(self, vision: Vision, platform: Platform, joins_first: bool) -> None:
         self._joins_first = joins_first
         self._ops = platform.ops
         self._joined = vision.merge**2 * vision.dim
         shapes = vision.merger_weights(joins_first)
-        (width,) = shapes["norm.weight"]
-        self._norm = NormLayer(vision.norm, vision.eps, width, platform)
+        self._norm: NormLayer | None = None
+        if vision.merger_norm:
+            eps = vision.merger_eps or vision.eps
+            self._norm = NormLayer(vision.norm, eps, *shapes["norm.weight"], platform)
+        self._shrink = Linear(["shrink"], shapes, platform) if vision.shrinks else None
+        self._dim = vision.dim
         self._up = Linear(["up_proj"], shapes, platform)
         self._down = Linear(["down_proj"], shapes, platform)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[patches, dim] to [embeddings, out]."""
-        x = self._norm(x.view(-1, self._joined) if self._joins_first else x)
-        hidden = self._up(x.view(-1, self._joined))
+        x = x.view(-1, self._joined) if self._joins_first else x
+        x = (x if self._norm is None else self._norm(x)).view(-1, self._joined)
+        if self._shrink is not None:
+            x = self._shrink(x.unflatten(1, (-1, self._dim)).mT.flatten(1))
+        hidden = self._up(x)
         return self._down(self._ops.activate(hidden, "gelu", gated=False))
 
     def weights(self) -> Views:
-        return self._norm.weights("norm") | self._up.weights() | self._down.weights()
+        views = self._up.weights() | self._down.weights()
+        if self._norm is not None:
+            views |= self._norm.weights("norm")
+        return views if self._shrink is None else views | self._shrink.weights()
 
 
 class VisionTower:
@@ -88,14 +110,17 @@ class VisionTower:
 
     def __init__(self, vision: Vision, dtype: torch.dtype, device: torch.device) -> None:
         self.vision = vision
-        self.device = device
+        self._device = device
         platform = Platform(select_ops(device), dtype, device, ALONE)
-        outer = ("patch_embed.weight", "patch_embed.bias", "pos_embed.weight")
+        outer = ("patch_embed.weight", "patch_embed.bias", "pos_embed.weight", "class_embed")
         shapes = vision.weights()
         self._outer = {
             name: platform.empty(*shapes[VISUAL + name])
             for name in outer
             if VISUAL + name in shapes
+        }
+        self._norms = {
+            name: NormLayer(vision.norm, vision.eps, vision.dim, platform) for name in vision.norms
         }
         self._blocks = [_Block(vision, platform) for _ in range(vision.depth)]
         self._merger = _Merger(vision, platform, joins_first=False)
@@ -104,6 +129,8 @@ class VisionTower:
     def weights(self) -> dict[str, Tensor]:
         """Canonical weight name -> the tensor, as of Decoder.weights."""
         views: Views = dict(self._outer)
+        for name, norm in self._norms.items():
+            views |= norm.weights(name)
         parts: dict[str, _Block | _Merger] = {"merger": self._merger}
         parts |= {f"blocks.{i}": block for i, block in enumerate(self._blocks)}
         parts |= {f"deepstack.{i}": merger for i, merger in enumerate(self._deep.values())}
@@ -136,49 +163,62 @@ class VisionTower:
     def _encode(self, images: list[Tensor]) -> list[Tensor]:
         vision = self.vision
         grids = [vision.grid(*image.shape[:2]) for image in images]
-        weight = self._outer["patch_embed.weight"].flatten(1)
-        patches = torch.cat([self._patches(image).to(weight.dtype) for image in images])
-        x = F.linear(patches, weight, self._outer.get("patch_embed.bias"))
-        if vision.table:
-            x += torch.cat([self._positions(*grid) for grid in grids])
-        angles = torch.cat([self._angles(*grid) for grid in grids])
         sizes = [rows * columns for rows, columns in grids]
         joined = vision.merge**2
-        image_wide = Segments([size * joined for size in sizes], self.device)
-        narrow = image_wide
+        x = torch.cat([self._embed(image) for image in images])
+        lengths = [size * joined + vision.has_class for size in sizes]
+        of_images = Segments(lengths, self._device)
+        of_windows = of_images
+        places = torch.cat([self._angles(*grid) for grid in grids])
         order = None
         if vision.window:
             order = self._window_order(grids)
             windows = [size * joined for grid in grids for size in self._window_sizes(*grid)]
-            narrow = Segments(windows, self.device)
+            of_windows = Segments(windows, self._device)
             x = x.unflatten(0, (-1, joined))[order].flatten(0, 1)
-            angles = angles.unflatten(0, (-1, joined))[order].flatten(0, 1)
-        rotary = (angles.cos(), angles.sin())
+            places = places.unflatten(0, (-1, joined))[order].flatten(0, 1)
+        angles = None if vision.rotary is None else _Angles(places, vision.rotary)
+        if vision.first_norm:
+            x = self._norms["first_norm"](x)
         deep = []
         for i, block in enumerate(self._blocks):
-            x = block(x, rotary, image_wide if vision.is_whole(i) else narrow)
+            x = block(x, angles, of_images if vision.is_whole(i) else of_windows)
             if i in self._deep:
                 deep.append(self._deep[i](x))
+        if vision.last_norm:
+            x = self._norms["last_norm"](x)
+        if vision.has_class:
+            x = torch.cat([part[1:] for part in x.split(lengths)])
         found = torch.stack([self._merger(x), *deep])
         if order is not None:
             found = found[:, order.argsort()]
         # Copies, so that to keep one image's embeddings does not keep those of the others.
         return [part.clone() for part in found.split(sizes, 1)]
 
+    def _embed(self, image: Tensor) -> Tensor:
+        """The input of the first block, [patches, dim]."""
+        weight = self._outer["patch_embed.weight"].flatten(1)
+        x = F.linear(
+            self._patches(image).to(weight.dtype), weight, self._outer.get("patch_embed.bias")
+        )
+        if self.vision.has_class:
+            x = torch.cat([self._outer["class_embed"][None], x])
+        return x + self._positions(*self.vision.grid(*image.shape[:2])) if self.vision.table else x
+
     def _patches(self, image: Tensor) -> Tensor:
-        """The numbers of an image's patches in float32, [patches, 3 * frames * patch * patch].
+        """The numbers of an image's patches in float32, [patches, width of the weight].
 
         The arithmetic is that of transformers' image processors: the share of 255 is computed in
         float64 and rounded.
         """
         vision = self.vision
         share = (image.double() * (1 / 255)).float()
-        mean = torch.tensor(vision.mean, device=self.device)
-        pixels = (share - mean) / torch.tensor(vision.std, device=self.device)
+        mean = torch.tensor(vision.mean, device=self._device)
+        pixels = (share - mean) / torch.tensor(vision.std, device=self._device)
         rows = len(pixels) // vision.patch
         size = (rows, vision.patch, -1, vision.patch, 3)
         patches = pixels.view(size).permute(0, 2, 4, 1, 3)  # [rows, columns, 3, patch, patch]
-        frames = patches.unsqueeze(3).expand(-1, -1, -1, vision.frames, -1, -1)
+        frames = patches.unsqueeze(3).expand(-1, -1, -1, vision.frames or 1, -1, -1)
         return self._in_blocks(frames).flatten(1)
 
     def _in_blocks(self, x: Tensor) -> Tensor:
@@ -193,20 +233,30 @@ class VisionTower:
         """The table of learned positions, stretched over the patches: [patches, dim]."""
         vision = self.vision
         table = self._outer["pos_embed.weight"]
-        square = table.view(1, vision.table, vision.table, -1).permute(0, 3, 1, 2).float()
+        own = table[: vision.has_class]
+        square = table[vision.has_class :].unflatten(0, (1, vision.table, -1))
         size = (rows * vision.merge, columns * vision.merge)
-        found = F.interpolate(square, size, mode="bilinear", align_corners=True)
-        return self._in_blocks(found[0].permute(1, 2, 0)).to(table.dtype)
+        found = F.interpolate(
+            square.permute(0, 3, 1, 2).float(),
+            size,
+            mode=vision.stretch,
+            align_corners=vision.stretch == "bilinear",
+        )
+        return torch.cat([own, self._in_blocks(found[0].permute(1, 2, 0)).to(table.dtype)])
 
     def _angles(self, rows: int, columns: int) -> Tensor:
         """By which queries and keys are rotated, in float32: [patches, head_dim / 2]."""
         vision = self.vision
         half = vision.head_dim // 2
-        exponents = torch.arange(0, half, 2, device=self.device, dtype=torch.float32) / half
+        exponents = torch.arange(0, half, 2, device=self._device, dtype=torch.float32) / half
         sides = (rows * vision.merge, columns * vision.merge)
-        places = [torch.arange(side, device=self.device) for side in sides]
+        places = [torch.arange(side, device=self._device) for side in sides]
         grid = torch.stack(torch.meshgrid(*places, indexing="ij"), -1)
-        return (self._in_blocks(grid)[:, :, None] / _THETA**exponents).flatten(1)
+        of_sides = exponents.expand(2, -1)
+        if vision.rotary == "shifted":
+            of_sides = torch.stack([exponents, exponents + 1 / half])
+        angles = self._in_blocks(grid)[:, :, None] / _THETA**of_sides
+        return (angles.flip(1).mT if vision.rotary == "alternating" else angles).flatten(1)
 
     def _window_order(self, grids: list[tuple[int, int]]) -> Tensor:
         """The embeddings of all images, ordered by window."""
@@ -214,7 +264,7 @@ class VisionTower:
         orders = []
         at = 0
         for rows, columns in grids:
-            index = torch.arange(rows * columns, device=self.device)
+            index = torch.arange(rows * columns, device=self._device)
             row = index // columns // window
             column = index % columns // window
             number = row * -(-columns // window) + column

@@ -185,7 +185,7 @@ class Ops(Protocol):
 
     def activate(self, x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Rows:
         """act(gate) * up, [rows, width], if `gated`: x is [rows, 2 * width], gate first. Else
-        act(x). `act`: "silu", "gelu" (with erf) or "gelu_tanh".
+        act(x). `act`: "silu", "gelu" (with erf), "gelu_tanh" or "gelu_quick" (x sigmoid(1.702 x)).
 
         `then`: the weight of the only product that takes the result, which may have been rounded as
         that product rounds it; None: the result is a Tensor.

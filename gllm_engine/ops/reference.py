@@ -79,6 +79,8 @@ def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Te
         return activate(gate, act, gated=False).mul_(up)
     if act == "silu":
         return F.silu(x)
+    if act == "gelu_quick":
+        return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 

@@ -6,16 +6,18 @@ one length, one after the other, are a batch of scaled_dot_product_attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_varlen_attn: Callable[..., object] | None = None
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
 except ImportError:  # before torch 2.10
-    varlen_attn = None
+    pass
 
 
 class Segments:
@@ -28,9 +30,9 @@ class Segments:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[tokens, heads, dim], as q, k and v."""
-        if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if _varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             longest = max(self._lengths)
-            found = varlen_attn(q, k, v, self._starts, self._starts, longest, longest)
+            found = _varlen_attn(q, k, v, self._starts, self._starts, longest, longest)
             assert isinstance(found, Tensor)
             return found
         if q.is_meta:

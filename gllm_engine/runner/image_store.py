@@ -18,9 +18,9 @@ from gllm_engine.types import ImagePixels, StepPlan
 class ImageStore:
     """By number of the image."""
 
-    def __init__(self, tower: VisionTower) -> None:
+    def __init__(self, tower: VisionTower, device: torch.device) -> None:
         self._tower = tower
-        self._device = tower.device
+        self._device = device
         self._pixels: dict[int, Tensor] = {}
         self._embeddings: dict[int, Tensor] = {}  # as VisionTower.encode
 

@@ -248,7 +248,8 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBytes:
         for length, count in _rows_of_each_kind(decoder, max_pages * page_size):
             _one_row(decoder, cache, length, count, page_size)
         if decoder.tower is not None:
-            _encode(decoder.tower, min(config.largest_image, max_pages * page_size))
+            most = min(config.largest_image, max_pages * page_size)
+            _encode(decoder.tower, most, decoder.device)
         _largest_step(config, decoder, cache, lens, max_pages)
     return StepBytes(in_pieces + watch.peak, watch.kept)
 
@@ -285,12 +286,12 @@ def _one_row(
     _forward(decoder, batch, cache)
 
 
-def _encode(tower: VisionTower, num_tokens: int) -> None:
+def _encode(tower: VisionTower, num_tokens: int, device: torch.device) -> None:
     """Encode an image that takes almost so many tokens."""
     side = tower.vision.patch * tower.vision.merge
     rows = max(1, isqrt(num_tokens))
     shape = (rows * side, max(1, num_tokens // rows) * side, 3)
-    tower.encode([torch.zeros(shape, dtype=torch.uint8, device=tower.device)])
+    tower.encode([torch.zeros(shape, dtype=torch.uint8, device=device)])
 
 
 def _forward(decoder: Decoder, batch: Batch, cache: list[LayerCache]) -> Tensor:

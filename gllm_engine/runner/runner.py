@@ -175,7 +175,7 @@ class Runner:
             self._config.image_cache_tokens,
             image_bytes(self._config, self.decoder) / (1 << 30),
         )
-        return ImageStore(self.decoder.tower)
+        return ImageStore(self.decoder.tower, self.device)
 
     def _run_tiny_plans(self, max_len: int) -> None:
         config = self._config

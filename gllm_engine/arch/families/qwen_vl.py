@@ -85,7 +85,7 @@ _TOWER: Renames = (
 _INSIDE = Variant(r"^model\.visual\.", (("visual.", "model.visual."),), applies=True)
 
 
-def qwen2_5_vision(c: Fields, outer: Fields) -> Vision:
+def qwen2_5_vision(c: Fields, outer: Fields, text: Model) -> Vision:
     """`c`: the vision tower's object; `outer`: the config that has it."""
     merger = (
         ("merger.norm.", "merger.ln_q."),
@@ -102,6 +102,7 @@ def qwen2_5_vision(c: Fields, outer: Fields) -> Vision:
     )
     tower = _read_tower(
         c,
+        text,
         outer.count("image_token_id", 151655, least=0),
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
@@ -115,7 +116,7 @@ def qwen2_5_vision(c: Fields, outer: Fields) -> Vision:
     return replace(tower, window=max(1, pixels // tower.merge // tower.patch))
 
 
-def qwen3_vision(c: Fields, outer: Fields, token: int = 151655) -> Vision:
+def qwen3_vision(c: Fields, outer: Fields, text: Model, token: int = 151655) -> Vision:
     """As qwen2_5_vision. `token`: the placeholder's default id."""
     ffn = (("up_proj.", "linear_fc1."), ("down_proj.", "linear_fc2."))
     deep = (("deepstack.", "deepstack_merger_list."),)
@@ -134,6 +135,7 @@ def qwen3_vision(c: Fields, outer: Fields, token: int = 151655) -> Vision:
         )
     return _read_tower(
         c,
+        text,
         outer.count("image_token_id", token, least=0),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
@@ -145,17 +147,20 @@ def qwen3_vision(c: Fields, outer: Fields, token: int = 151655) -> Vision:
     )
 
 
-def qwen3_vl_vision(c: Fields, outer: Fields) -> Vision:
-    return qwen3_vision(c.with_defaults(deepstack_visual_indexes=[8, 16, 24]), outer)
+def qwen3_vl_vision(c: Fields, outer: Fields, text: Model) -> Vision:
+    return qwen3_vision(c.with_defaults(deepstack_visual_indexes=[8, 16, 24]), outer, text)
 
 
-def qwen3_5_vision(c: Fields, outer: Fields) -> Vision:
-    return qwen3_vision(c, outer, 248056)
+def qwen3_5_vision(c: Fields, outer: Fields, text: Model) -> Vision:
+    return qwen3_vision(c, outer, text, 248056)
 
 
-def _read_tower(c: Fields, token: int, **own: Any) -> Vision:
+def _read_tower(c: Fields, text: Model, token: int, **own: Any) -> Vision:
     """`own`: fields of the family."""
-    c.require(in_channels=3, in_chans=3)
+    ropes = {rope for layer in text.layers for rope in layer.mixer.ropes}
+    if not all(rope.sections for rope in ropes):
+        raise ArchError(f"{c.name}: mrope_section of the text model is missing")
+    c.require(in_channels=3, in_chans=3, out_hidden_size=text.dim)
     c.child("rope_parameters").require(rope_type="axial", rope_theta=10_000)
     c.ignore("tokens_per_second", "spatial_patch_size")  # of videos; the same as patch_size
     dim = c.count("hidden_size")
@@ -170,7 +175,7 @@ def _read_tower(c: Fields, token: int, **own: Any) -> Vision:
         depth=c.count("depth", most=MAX_LAYERS),
         heads=heads,
         hidden=c.count("intermediate_size"),
-        out=c.count("out_hidden_size", 3584),
+        out=text.dim,
         patch=c.count("patch_size", most=256),
         merge=c.count("spatial_merge_size", 2, most=16),
         frames=c.count("temporal_patch_size", 2, most=16),

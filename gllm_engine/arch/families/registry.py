@@ -26,6 +26,7 @@ from gllm_engine.arch.families import (
     qwen_hybrid,
     qwen_vl,
     smollm,
+    towers,
 )
 from gllm_engine.arch.families.common import beside_images
 from gllm_engine.arch.fields import Fields
@@ -37,15 +38,15 @@ class Family(NamedTuple):
     """`defaults`: for keys that a config may omit. `text_key`: the key of the object that describes
     the text model, beside other models; None: the config itself does. `others`: in place of this
     family, for other values of model_type in that object. `vision`: reads the tower, if the config
-    has one, from its object and the config. `may_be_flat`: without an object for the text model,
-    the config itself describes it.
+    has one, from its object, the config and the text model. `may_be_flat`: without an object for
+    the text model, the config itself describes it.
     """
 
     read: Callable[[Fields], Model]
     defaults: dict[str, Any]
     text_key: str | None = None
     others: Mapping[str, Family] = MappingProxyType({})
-    vision: Callable[[Fields, Fields], Vision] | None = None
+    vision: Callable[[Fields, Fields, Model], Vision] | None = None
     may_be_flat: bool = False
 
     def of(self, config: dict[str, Any]) -> Family:
@@ -112,9 +113,17 @@ FAMILIES: dict[str, Family] = {
         "text_config",
         {
             "ministral3": Family(
-                beside_images(mistral.ministral3), mistral.MINISTRAL3, "text_config"
+                beside_images(mistral.ministral3),
+                mistral.MINISTRAL3,
+                "text_config",
+                vision=towers.pixtral,
             )
         },
+        towers.pixtral,
+    ),
+    # LLaVA 1.5.
+    "LlavaForConditionalGeneration": Family(
+        beside_images(llama.llama), llama.LLAMA, "text_config", vision=towers.clip
     ),
     "Gemma2ForCausalLM": Family(gemma.gemma2, gemma.GEMMA2),
     "Gemma3ForCausalLM": Family(gemma.gemma3, gemma.GEMMA3),

@@ -1,0 +1,159 @@
+"""The vision towers of LLaVA 1.5 and Mistral Small 3, beside the text models of other modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gllm_engine.arch.checkpoint import Names, Renames, Variant
+from gllm_engine.arch.families.common import ACTIVATIONS, MAX_LAYERS, divided_head_dim
+from gllm_engine.arch.fields import ArchError, Fields
+from gllm_engine.arch.model import Model
+from gllm_engine.arch.vision import Vision
+
+_INSIDE = (
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+_PROJECTOR: Renames = (
+    ("visual.merger.up_proj.", "multi_modal_projector.linear_1."),
+    ("visual.merger.down_proj.", "multi_modal_projector.linear_2."),
+    ("visual.merger.shrink.", "multi_modal_projector.patch_merger.merging_layer."),
+    ("visual.merger.", "multi_modal_projector."),
+)
+_IN_TRANSFORMERS = Variant(r"^model\.vision_tower\.", _INSIDE)
+
+
+def clip(c: Fields, outer: Fields, text: Model) -> Vision:
+    """See qwen_vl.qwen2_5_vision. The last blocks, which LLaVA does not run, are not loaded."""
+    c = c.with_defaults(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=224,
+        patch_size=32,
+        hidden_act="quick_gelu",
+    )
+    c.choice("model_type", ("clip_vision_model",), "clip_vision_model")
+    c.ignore("projection_dim", "vocab_size")
+    outer.require(vision_feature_select_strategy="default")
+    layers = c.count("num_hidden_layers", most=MAX_LAYERS)
+    chosen = outer.integer("vision_feature_layer", -2)
+    depth = chosen if chosen >= 0 else layers + 1 + chosen
+    if not 0 < depth <= layers:
+        raise ArchError(
+            f"{outer.name}: vision_feature_layer is {chosen}, but the tower has {layers} layers"
+        )
+    names: Renames = (
+        ("visual.blocks.", "vision_tower.vision_model.encoder.layers."),
+        (".norm1.", ".layer_norm1."),
+        (".norm2.", ".layer_norm2."),
+        ("attn.o_proj.", "attn.out_proj."),
+        (".attn.", ".self_attn."),
+        (".mlp.up_proj.", ".mlp.fc1."),
+        (".mlp.down_proj.", ".mlp.fc2."),
+        *_PROJECTOR,
+        ("visual.first_norm.", "vision_tower.vision_model.pre_layrnorm."),
+        ("visual.class_embed", "vision_tower.vision_model.embeddings.class_embedding"),
+        ("visual.patch_embed.", "vision_tower.vision_model.embeddings.patch_embedding."),
+        ("visual.pos_embed.", "vision_tower.vision_model.embeddings.position_embedding."),
+    )
+    unused = "|".join(str(number) for number in range(depth, layers)) or "none"
+    short = Variant(
+        r"^(model\.)?vision_tower\.e", (("vision_tower.vision_model.", "vision_tower."),)
+    )
+    return _read_tower(
+        c,
+        outer,
+        text,
+        depth=depth,
+        image_token=outer.count("image_token_index", outer.count("image_token_id", 32000)),
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        norm="layer",
+        eps=c.real("layer_norm_eps", 1e-5),
+        gated=False,
+        patch_bias=False,
+        rotary=None,
+        table=c.count("image_size") // c.count("patch_size"),
+        has_class=True,
+        first_norm=True,
+        merge=1,
+        merger_norm=False,
+        merger_bias=outer.flag("multimodal_projector_bias", True),
+        names=Names(
+            names,
+            (short, _IN_TRANSFORMERS),
+            unused=r"(model\.)?vision_tower\.(vision_model\.)?"
+            rf"(post_layernorm|embeddings\.position_ids|encoder\.layers\.({unused})\.)",
+        ),
+    )
+
+
+def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
+    """As clip."""
+    c = c.with_defaults(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=16,
+        hidden_act="gelu",
+    )
+    c.choice("model_type", ("pixtral",), "pixtral")
+    c.ignore("image_size", "head_dim")
+    c.require(rope_theta=10_000)
+    outer.require(vision_feature_layer=-1)
+    names: Renames = (
+        ("visual.blocks.", "vision_tower.transformer.layers."),
+        (".norm1.", ".attention_norm."),
+        (".norm2.", ".ffn_norm."),
+        (".attn.", ".attention."),
+        (".mlp.", ".feed_forward."),
+        *_PROJECTOR,
+        ("visual.first_norm.", "vision_tower.ln_pre."),
+        ("visual.patch_embed.", "vision_tower.patch_conv."),
+    )
+    return _read_tower(
+        c,
+        outer,
+        text,
+        depth=c.count("num_hidden_layers", most=MAX_LAYERS),
+        image_token=outer.count("image_token_index", outer.count("image_token_id", 10)),
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        norm="rms",
+        eps=1e-5,
+        gated=True,
+        bias=False,
+        patch_bias=False,
+        rotary="shifted",
+        first_norm=True,
+        merge=outer.count("spatial_merge_size", 2, most=16),
+        merger_eps=text.eps,
+        merger_bias=outer.flag("multimodal_projector_bias"),
+        shrinks=True,
+        names=Names(names, (_IN_TRANSFORMERS,)),
+    )
+
+
+def _read_tower(c: Fields, outer: Fields, text: Model, **own: Any) -> Vision:
+    """`own`: fields of the family."""
+    c.require(num_channels=3)
+    c.child("rope_parameters").require(rope_type="axial", rope_theta=10_000)
+    outer.require(projector_hidden_act="gelu")
+    head_dim = divided_head_dim(c, "hidden_size", "num_attention_heads")
+    if head_dim % 4:
+        raise ArchError(
+            f"{c.name}: heads have {head_dim} channels, but only multiples of 4 are supported"
+        )
+    return Vision(
+        dim=c.count("hidden_size"),
+        heads=c.count("num_attention_heads"),
+        hidden=c.count("intermediate_size"),
+        out=text.dim,
+        patch=c.count("patch_size", most=256),
+        act=ACTIVATIONS[c.choice("hidden_act", tuple(ACTIVATIONS))],
+        merger_hidden=text.dim,
+        **own,
+    )
