@@ -52,6 +52,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting_tokens: int = 2**23
     # tenants' shares of the tokens computed while requests wait; a tenant without one has weight 1
     tenant_weights: dict[str, float] = {}
+    # tokens of images that one step encodes, or one larger image; default: max_num_batched_tokens
+    encoder_budget: int = 0
+    # tokens of images whose embeddings are kept for requests with the same image; an image may take
+    # a quarter, or encoder_budget; default: 65536, or four times max_model_len if that is less
+    image_cache_tokens: int = 0
     page_size: int = 16  # tokens in one KV cache page; a power of two
     num_pages: int | None = None  # KV cache pages; default: the number that fits kv_cache_gib
     # KV cache size in GiB; default: 1 on CPUs; on GPUs the memory left by gpu_memory_utilization
@@ -149,6 +154,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             return self.schedule_policy
         return "token_throttling" if self.pipeline_parallel_size > 1 else "chunked_prefill"
 
+    @property
+    def largest_image(self) -> int:
+        """Most tokens of an image."""
+        return min(self.image_cache_tokens, max(self.encoder_budget, self.image_cache_tokens // 4))
+
     def stage_layers(self) -> tuple[int, ...] | None:
         """assigned_layers as numbers; None if it is not set. Raises ConfigError."""
         if self.assigned_layers is None:
@@ -204,12 +214,18 @@ def _is_address(text: str) -> bool:
 
 
 _HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", re.ASCII)
+
+# Tokens of the largest image to which processors of the known families reduce larger ones.
+_IMAGE_TOKENS = 16384
+
 _RANGES: dict[str, tuple[float, float]] = {
     "max_model_len": (1, 2**24),
     "max_num_seqs": (0, 16384),
     "max_num_batched_tokens": (0, 2**20),
     "max_waiting": (1, 2**20),
     "max_waiting_tokens": (1, 2**40),
+    "encoder_budget": (0, 2**20),
+    "image_cache_tokens": (0, 2**24),
     "page_size": (1, 256),
     "num_pages": (1, 2**30),
     "num_snapshots": (0, 2**20),
@@ -243,6 +259,8 @@ def settle(config: EngineConfig, on_gpu: bool, keeps_states: bool) -> EngineConf
         sequences //= 4  # a state may take as much memory as the K and V of thousands of tokens
     tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     tokens = max(tokens, config.max_num_seqs)
+    budget = config.encoder_budget or tokens
+    images = 4 * min(_IMAGE_TOKENS, config.max_model_len or _IMAGE_TOKENS)
     stages = config.pipeline_parallel_size
     depth = stages + 1 if on_gpu or stages > 1 else 1
     return msgspec.structs.replace(
@@ -250,6 +268,8 @@ def settle(config: EngineConfig, on_gpu: bool, keeps_states: bool) -> EngineConf
         max_num_batched_tokens=tokens,
         max_num_seqs=config.max_num_seqs or min(tokens, sequences),
         plans_in_flight=config.plans_in_flight or depth,
+        encoder_budget=budget,
+        image_cache_tokens=config.image_cache_tokens or max(budget, images),
     )
 
 

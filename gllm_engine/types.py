@@ -143,6 +143,26 @@ class NewSequence(Message, frozen=True):
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()  # empty unless min_tokens forbids these ids
     snapshot: int = NO_SNAPSHOT  # from which the slot's state starts; without one, from zeros
+    # What rotary positions after the prompt add to positions, for a model with Rope.sections.
+    rotary_offset: int = 0
+
+
+class ImagePixels(Message, frozen=True):
+    """Engine -> runner of the first stage: an image that the next plan encodes."""
+
+    number: int  # of the image at the runner
+    height: int
+    width: int
+    pixels: bytes  # uint8 [height, width, 3]
+
+
+class ImageRun(Message, frozen=True):
+    """Scheduler -> runner: `count` tokens of a chunk whose embeddings are those of an image."""
+
+    image: int  # its number
+    first: int  # index of the first one's embedding, in rows of the image
+    offset: int  # of the first token in the chunk
+    count: int
 
 
 class Chunk(Message, frozen=True):
@@ -158,6 +178,10 @@ class Chunk(Message, frozen=True):
     tokens: list[int]
     samples: bool
     targets: list[int] = []
+    # int32 [3, tokens], rotary positions of time, row and column, if the model has Rope.sections
+    # and the sequence images; else empty: they are the positions.
+    rotary_positions: bytes = b""
+    images: list[ImageRun] = []
 
 
 class NewPages(Message, frozen=True):
@@ -191,6 +215,10 @@ class StepPlan(Message, frozen=True):
     masks: dict[int, bytes] = {}
     # (slot, snapshot): states of layers that keep one per sequence, at the slot's length.
     snapshots: list[tuple[int, int]] = []
+    # Numbers of images: the first stage drops the embeddings of `forget`, then makes those of
+    # `encode`, whose pixels it has, before its rows run. Both may name what a failed step has lost.
+    forget: list[int] = []
+    encode: list[int] = []
 
 
 class StepResult(Message, frozen=True):

@@ -15,6 +15,7 @@ import msgspec
 
 from gllm_engine.config import EngineConfig
 from gllm_engine.types import (
+    ImagePixels,
     Message,
     ModelInfo,
     Outputs,
@@ -120,6 +121,12 @@ class MoveLayers(Message, frozen=True):
     """Engine -> worker: compute the layers that are loaded from the next step on."""
 
 
+class PutImages(Message, frozen=True):
+    """Engine -> worker of the first stage: the images that the next plan encodes."""
+
+    images: list[ImagePixels]
+
+
 class StepFailed(Message, frozen=True):
     """Worker -> engine: the worker computed nothing of this step, and can continue."""
 
@@ -168,6 +175,7 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     LoadLayers,
     LayersLoaded,
     MoveLayers,
+    PutImages,
 )
 _TAGS: dict[type[msgspec.Struct], bytes] = {kind: bytes([i]) for i, kind in enumerate(_TYPES)}
 _KINDS: dict[bytes, type[msgspec.Struct]] = {tag: kind for kind, tag in _TAGS.items()}

@@ -520,7 +520,11 @@ class Model:
 
     def runs(self) -> list[tuple[Layer, ...]]:
         """The layers in order, in runs of which no pipeline stage may have a part only."""
-        starts = [i for i, layer in enumerate(self.layers) if not layer.needs_earlier]
+        # The first stage has what a tower adds after the first layers.
+        deep = range(1, self.vision.num_deep if self.vision is not None else 0)
+        starts = [
+            i for i, layer in enumerate(self.layers) if not layer.needs_earlier and i not in deep
+        ]
         ends = [*starts[1:], len(self.layers)]
         return [self.layers[start:end] for start, end in zip(starts, ends, strict=True)]
 
@@ -547,6 +551,13 @@ class Model:
     def keeps_states(self) -> bool:
         """Whether any layer keeps a state per sequence."""
         return any(layer.mixer.state_shapes for layer in self.layers)
+
+    @property
+    def has_sections(self) -> bool:
+        """Whether the positions of an image's tokens have three parts, see Rope.sections."""
+        return self.vision is not None and any(
+            rope.sections for layer in self.layers for rope in layer.mixer.ropes
+        )
 
     def matrices(self) -> Shapes:
         """Canonical name -> shape of the weights that may have a format."""

@@ -81,6 +81,9 @@ _KEYS = {
     "finetuned",  # in early YaRN checkpoints; has no effect
 }
 
+# For families whose positions have sections.
+SECTION_KEYS = ("mrope_section", "mrope_interleaved")
+
 # As the authors of YaRN and other engines write it; transformers knows these keys only as unknown.
 _YARN_KEYS = {"attn_factor", "extrapolation_factor", "apply_yarn_scaling"}
 
@@ -92,12 +95,28 @@ class Rope:
     """Rotates the first `dim` channels of a head.
 
     Channel pairs are (i, i + dim/2), or (2i, 2i + 1) if `interleaved`.
+
+    `sections`: how many pairs turn with the time, the row and the column of a token (M-RoPE, arXiv
+    2409.12191), which differ in images; None: all turn with one position.
     """
 
     dim: int
     theta: float
     interleaved: bool = False
     scaling: Scaling | None = None
+    sections: tuple[int, int, int] | None = None
+    sections_interleaved: bool = False
+
+    def axes(self) -> list[int]:
+        """Of each channel pair, in order of frequency: 0 (time), 1 (row) or 2 (column).
+
+        Sections follow each other. If interleaved, pairs take turns as long as their section has
+        pairs left, and time has the rest.
+        """
+        assert self.sections is not None
+        if not self.sections_interleaved:
+            return [axis for axis, count in enumerate(self.sections) for _ in range(count)]
+        return [i % 3 if i < 3 * self.sections[i % 3] else 0 for i in range(self.dim // 2)]
 
 
 def rope_object(config: Fields) -> Fields:
@@ -134,7 +153,22 @@ def read_rope(
         raise ArchError(f"{rope.name}: dynamic RoPE scaling needs 4 channels, there are {dim:g}")
     if isinstance(scaling, YarnScaling) and theta <= 1:
         raise ArchError(f"{config.name}: rope_theta is {theta}, but YaRN needs more than 1")
-    return Rope(int(dim), theta, scaling=scaling)
+    sections = _read_sections(rope, int(dim))
+    is_mixed = rope.flag("mrope_interleaved")
+    return Rope(int(dim), theta, False, scaling, sections, is_mixed and sections is not None)
+
+
+def _read_sections(rope: Fields, dim: int) -> tuple[int, int, int] | None:
+    sizes = rope.sizes("mrope_section", 3)
+    if sizes is None:
+        return None
+    if sum(sizes) != dim // 2:
+        raise ArchError(
+            f"{rope.name}: mrope_section is {list(sizes)}, but its sum must be {dim // 2}, the "
+            "pairs of rotated channels"
+        )
+    time, rows, columns = sizes
+    return time, rows, columns
 
 
 def read_layer_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
@@ -178,6 +212,8 @@ def _read_scaling(
     # Early checkpoints of Phi-3 have the other names.
     if kind in ("longrope", "su") or kind == "yarn" and rope.has("short_factor"):
         return _read_longrope(config, rope, dim, max_len)
+    if kind == "mrope" and rope.has("mrope_section"):
+        kind = "default"
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise ArchError(
             f"{rope.name}: RoPE type {kind!r} is not supported; "

@@ -264,7 +264,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     | {
         "model_type": "qwen3_vl",
         "vision_config": _VISION_3 | {"model_type": "qwen3_vl", "deepstack_visual_indexes": [0, 2]},
-        "text_config": _HF | _QWEN3_VL | {"model_type": "qwen3_vl_text", "head_dim": 32},
+        "text_config": _HF
+        | _QWEN3_VL
+        | {"model_type": "qwen3_vl_text", "head_dim": 32, "num_hidden_layers": 3},
     },
     "Qwen3VLMoeForConditionalGeneration": _PLACEHOLDERS
     | {

@@ -19,11 +19,13 @@ import msgspec
 
 from gllm_engine.arch import Model, about_unknown_keys, cache_groups, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
+from gllm_engine.engine.check_images import check_images
 from gllm_engine.engine.null_runner import NullRunner
 from gllm_engine.sampling import InvalidField, shown
 from gllm_engine.sched import (
     Amount,
     Committed,
+    ImageCache,
     IntegrityError,
     Policy,
     Refused,
@@ -45,6 +47,7 @@ from gllm_engine.timeline import (
 )
 from gllm_engine.types import (
     Finish,
+    ImagePixels,
     ModelInfo,
     Outputs,
     RankSpans,
@@ -87,6 +90,10 @@ class StepRunner(Protocol):
     num_snapshots: int  # of states; 0 if the model keeps none
 
     def launch(self, plan: StepPlan) -> StepHandle: ...
+
+    def put_images(self, images: list[ImagePixels]) -> None:
+        """Take the images that the next plan encodes."""
+        ...
 
     def is_alive(self) -> bool:
         """Whether the runner can run another plan after a failed one."""
@@ -136,6 +143,7 @@ class Engine:
         config = settle(config, _on_gpu(config), arch.keeps_states)
         check_len(config, arch)
         self._config = config
+        self._arch = arch
         self._recorder = OFF if config.timeline is None else Recorder()
         self._timeline = config.timeline  # None: it is not wanted, or it has been written
         if config.timeline is not None:
@@ -158,6 +166,7 @@ class Engine:
             policy,
             groups,
             self._runner.num_snapshots if arch.keeps_states else None,
+            None if arch.vision is None else ImageCache(config, arch.has_sections),
         )
         self.info = ModelInfo(
             vocab_size=arch.vocab,
@@ -250,7 +259,9 @@ class Engine:
             compiling.cancel()
 
     def _check(self, request: Request) -> None:
-        """Raise InvalidField for a token id that the model does not have."""
+        """Raise InvalidField for a token id that the model does not have, and for an image that is
+        not what the model takes.
+        """
         sampling = request.sampling
         self._check_ids("input_ids", request.prompt)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
@@ -258,6 +269,7 @@ class Engine:
         self._check_ids("logit_bias", list(sampling.logit_bias))
         for words in request.bad_words:
             self._check_ids("bad_words", words)
+        check_images(request, self._arch)
 
     def _check_ids(self, field: str, ids: list[int] | tuple[int, ...]) -> None:
         vocab = self.info.vocab_size
@@ -266,7 +278,9 @@ class Engine:
             raise InvalidField(field, f"token id {shown(bad)} is outside [0, {vocab - 1}]")
 
     def _admit(self, key: SequenceKey, request: Request, constraint: Constraint | None) -> None:
-        sequence = Sequence(key, request.prompt, request.sampling, request.seed, constraint)
+        sequence = Sequence(
+            key, request.prompt, request.sampling, request.seed, constraint, request.images
+        )
         try:
             self._scheduler.add(sequence)
         except Refused as refused:
@@ -316,6 +330,8 @@ class Engine:
                 self._fail_constrained()
             if plan is not None:
                 self._recorder.mark(activity.DISPATCH, plan.step)
+                if plan.encode:
+                    self._runner.put_images(self._scheduler.to_encode)
                 self._launched.append(self._runner.launch(plan))
             if self._launched and (plan is None or len(self._launched) >= self._depth):
                 self._recorder.mark(activity.AWAIT_RESULT)

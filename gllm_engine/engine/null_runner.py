@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import RankSpans, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import ImagePixels, RankSpans, StepPlan, StepResult, TokenLogprobs
 
 DEFAULT_PAGES = 65_536
 DEFAULT_SNAPSHOTS = 1024
@@ -48,6 +48,9 @@ class NullRunner:
         }
         prompts = {c.slot: [self._score(t) for t in c.targets] for c in plan.chunks if c.targets}
         return NullStep(StepResult(plan.step, tokens, logprobs, prompts))
+
+    def put_images(self, images: list[ImagePixels]) -> None:
+        """Does nothing: no token depends on them."""
 
     def is_alive(self) -> bool:
         return True

@@ -32,6 +32,19 @@ class RopeTable:
         angles = torch.outer(positions, frequencies.to(place))
         self.cos = (angles.cos() * factor).to(device)
         self.sin = (angles.sin() * factor).to(device)
+        self._axes = None if rope.sections is None else torch.tensor(rope.axes(), device=device)
+
+    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """cos, sin, and which row of them each token has, [tokens] int64.
+
+        `positions`: [tokens] int64, or [3, tokens] for a Rope with sections.
+        """
+        if positions.dim() == 1:
+            return self.cos, self.sin, positions
+        assert self._axes is not None
+        at = positions[self._axes].T
+        rows = torch.arange(len(at), device=at.device)
+        return self.cos.gather(0, at), self.sin.gather(0, at), rows
 
 
 def _frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:

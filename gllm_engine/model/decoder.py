@@ -63,6 +63,7 @@ from gllm_engine.ops import (
     AttentionLayer,
     AttentionPlan,
     Batch,
+    ImageRows,
     PagedPlan,
     PlainSampling,
     RotaryInputs,
@@ -418,13 +419,17 @@ class Decoder:
         [tokens, dim]. A batch of decode rows only may be recorded in a CUDA graph.
 
         `x`: on stages after the first, the previous stage's output, [tokens, dim]; it is
-        overwritten. `pieces`: computes `trunk`, and may do so in memory of its own.
+        overwritten. `pieces`: computes `trunk` of a batch without images, and may do so in memory
+        of its own.
         """
         plans = {key: self._plan(batch, cache, i) for key, i in self._planned.items()}
-        rotary = self._rotary_inputs(batch.positions)
+        rotary = self._rotary_inputs(batch.rotation)
         context = ForwardContext(plans, rotary, self._query_scales(batch.positions))
         x = self._embed(batch) if x is None else x
-        stream = self.trunk(x, context, cache) if pieces is None else pieces(x, batch, context)
+        if pieces is None:
+            stream = self.trunk(x, context, cache, batch.images)
+        else:
+            stream = pieces(x, batch, context)
         if not self.is_last:
             return stream.total
         logit_tokens = self._logit_tokens(batch, cache)
@@ -436,6 +441,9 @@ class Decoder:
     def storing(self, positions: Tensor, cache_index: Tensor, cut: CutPass) -> ForwardContext:
         """The context of a pass with `cut`, for tokens at these positions [tokens] and with this
         Batch.cache_index. CUDA graphs of the pass, this call included, follow changes of both.
+
+        The positions are those of the rotation too, or these: no model has both sections of
+        rotated channels and scales of queries that depend on the position.
         """
         plans: dict[PlanKey, AttentionPlan] = {
             key: PagedPlan(cache_index[key[0]], keeps_kv=True)
@@ -450,12 +458,21 @@ class Decoder:
         """The last stage's last layer is not in `trunk`: few tokens need all of it."""
         return len(self.layers) - self.is_last
 
-    def trunk(self, x: Tensor, context: ForwardContext, cache: list[LayerCache]) -> Residual:
+    def trunk(
+        self,
+        x: Tensor,
+        context: ForwardContext,
+        cache: list[LayerCache],
+        images: ImageRows | None = None,
+    ) -> Residual:
         """The residual stream x, [tokens, dim], after the first `num_trunk_layers`, in place."""
         stream = Residual(x)
         blocks = self._blocks[: self.num_trunk_layers]
-        for block, layer_cache in zip(blocks, cache, strict=False):
+        for i, (block, layer_cache) in enumerate(zip(blocks, cache, strict=False)):
             stream = block(stream, context, layer_cache)
+            if images is not None and i + 1 < len(images.embeddings):
+                more = images.embeddings[i + 1]
+                stream = Residual(stream.total.index_add_(0, images.places, more))
         return stream
 
     def _plan(self, batch: Batch, cache: list[LayerCache], layer: int) -> AttentionPlan:
@@ -472,6 +489,8 @@ class Decoder:
             x *= scale
         if self._positions is not None:
             x += F.embedding(batch.positions, self._positions)
+        if batch.images is not None:
+            x.index_copy_(0, batch.images.places, batch.images.embeddings[0])
         return x
 
     def _token_embeddings(self, tokens: Tensor) -> Tensor:
@@ -574,9 +593,7 @@ class Decoder:
 
     def _rotary_inputs(self, positions: Tensor) -> dict[Rope, RotaryInputs]:
         return {
-            rope: self.ops.rotary_inputs(
-                table.cos, table.sin, positions, self.dtype, rope.interleaved
-            )
+            rope: self.ops.rotary_inputs(*table.rows(positions), self.dtype, rope.interleaved)
             for rope, table in self._ropes.items()
         }
 

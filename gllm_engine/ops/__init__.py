@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from gllm_engine.ops.batch import Batch, HostInts
+from gllm_engine.ops.batch import Batch, HostInts, ImageRows
 from gllm_engine.ops.protocol import (
     AttentionInputs,
     AttentionLayer,
@@ -55,6 +55,7 @@ __all__ = [
     "Fp8Weight",
     "HeadNorm",
     "HostInts",
+    "ImageRows",
     "IndexQueries",
     "Int8Weight",
     "Norm",

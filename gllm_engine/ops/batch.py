@@ -6,7 +6,7 @@ Knows rows, pages and tokens; no models, no sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,15 @@ class TensorGroup(Protocol):
         ...
 
 
+class ImageRows(NamedTuple):
+    """The tokens of a step whose embeddings are those of images."""
+
+    places: Tensor  # [n] int64, of the tokens in the step
+    # [1 + deep, n, dim]: what replaces their embeddings, then what is added to the residual stream
+    # after layers 0, 1, ...
+    embeddings: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step. The runner fills every field. All tensors are int64 and on the model's device.
@@ -68,6 +77,15 @@ class Batch:
     # The rows of logit_index, if it has only last tokens of rows; else both are None.
     logit_rows: Tensor | None = None  # [n]
     logit_rows_cpu: HostInts | None = None  # [n] host copy of logit_rows
+    # The positions by which heads are rotated: [tokens], or [3, tokens] of time, row and column;
+    # None: they are `positions`.
+    rotary_positions: Tensor | None = None
+    images: ImageRows | None = None  # on the first stage, if the step has any
+
+    @property
+    def rotation(self) -> Tensor:
+        """The rotary positions, [tokens] or [3, tokens]."""
+        return self.positions if self.rotary_positions is None else self.rotary_positions
 
     def of_group(self, group: int) -> Batch:
         """The step for layers of one group: cache_index [tokens], page_table [slots, pages]."""

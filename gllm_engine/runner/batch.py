@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gllm_engine.ops import Batch, HostInts, Ops
@@ -42,7 +43,8 @@ def decode_batch(table: SlotTable, slots: Tensor, context_lens_cpu: HostInts, op
     of this function fits every decode step.
     """
     none = slots[:0]
-    return _batch(table, ops, slots, (none, none, none), context_lens_cpu, [])
+    batch = _batch(table, ops, slots, (none, none, none), context_lens_cpu, [])
+    return replace(batch, rotary_positions=_rotary_positions(batch, table, []))
 
 
 def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepInputs:
@@ -80,11 +82,30 @@ def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepIn
     batch = _batch(table, ops, slots, chunked, rows.context_lens_cpu, lens)
     batch = replace(
         batch,
+        rotary_positions=_rotary_positions(batch, table, chunks),
         logit_index=logit_index,
         logit_rows=None if scored else logit_rows,
         logit_rows_cpu=None if scored else sampling_rows,
     )
     return StepInputs(batch, sampling_cpu, sampling, scored)
+
+
+def _rotary_positions(batch: Batch, table: SlotTable, chunks: list[Chunk]) -> Tensor | None:
+    """Batch.rotary_positions of a step: of its decode rows, then of its chunks."""
+    if table.rotary_offsets is None:
+        return None
+    decoded, rest = batch.positions.tensor_split([batch.num_decode])
+    decoded = decoded + table.rotary_offsets[batch.slots[: batch.num_decode]]
+    if not any(chunk.rotary_positions for chunk in chunks):
+        return torch.cat([decoded, rest]) if chunks else decoded
+    parts = [
+        np.frombuffer(chunk.rotary_positions, np.int32).reshape(3, -1)
+        if chunk.rotary_positions
+        else np.tile(np.arange(len(chunk.tokens), dtype=np.int32) + chunk.start, (3, 1))
+        for chunk in chunks
+    ]
+    (there,) = to_device(table.device, np.concatenate(parts, 1).reshape(-1))
+    return torch.cat([decoded.expand(3, -1), there.view(3, -1)], 1)
 
 
 def _batch(

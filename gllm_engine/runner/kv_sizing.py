@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
+from math import isqrt, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch import Tensor
 from gllm_engine.arch import MAX_EOS_TOKEN_IDS
 from gllm_engine.arch.model import LatentShape
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.model import Decoder, LayerCache, bytes_of_states
+from gllm_engine.model import Decoder, LayerCache, VisionTower, bytes_of_states
+from gllm_engine.ops import ImageRows
 from gllm_engine.ops.batch import Batch, made_up_step
 from gllm_engine.runner.peak_memory import PeakMemory
 from gllm_engine.runner.sampler import SamplingBatch, log_probabilities, sample, scored_at_once
@@ -166,7 +167,7 @@ def step_bytes(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBy
 
     `max_pages`: pages of a sequence of the greatest length.
     """
-    reserved = _RESERVE_BYTES + _decode_bytes(config, decoder)
+    reserved = _RESERVE_BYTES + _decode_bytes(config, decoder) + image_bytes(config, decoder)
     trial = _trial(config, decoder, max_pages)
     return trial._replace(peak=reserved + trial.peak)
 
@@ -178,6 +179,14 @@ def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
     widest = max(layer.mixer.attended_width for layer in decoder.layers)
     logits = decoder.shard.vocab_width(decoder.arch.vocab) if decoder.is_last else 0
     return config.max_num_seqs * (logits * decoder.dtype.itemsize + 4 * widest)
+
+
+def image_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """The most bytes of the embeddings of images that are kept."""
+    if decoder.tower is None:
+        return 0
+    numbers = (1 + decoder.tower.vision.num_deep) * decoder.arch.dim
+    return config.image_cache_tokens * numbers * decoder.dtype.itemsize
 
 
 def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
@@ -238,6 +247,9 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBytes:
     with _watching(decoder.device) as watch:
         for length, count in _rows_of_each_kind(decoder, max_pages * page_size):
             _one_row(decoder, cache, length, count, page_size)
+        if decoder.tower is not None:
+            most = min(config.largest_image, max_pages * page_size)
+            _encode(decoder.tower, most, decoder.device)
         _largest_step(config, decoder, cache, lens, max_pages)
     return StepBytes(in_pieces + watch.peak, watch.kept)
 
@@ -274,6 +286,14 @@ def _one_row(
     _forward(decoder, batch, cache)
 
 
+def _encode(tower: VisionTower, num_tokens: int, device: torch.device) -> None:
+    """Encode an image that takes almost so many tokens."""
+    side = tower.vision.patch * tower.vision.merge
+    rows = max(1, isqrt(num_tokens))
+    shape = (rows * side, max(1, num_tokens // rows) * side, 3)
+    tower.encode([torch.zeros(shape, dtype=torch.uint8, device=device)])
+
+
 def _forward(decoder: Decoder, batch: Batch, cache: list[LayerCache]) -> Tensor:
     x: Tensor | None = None
     if not decoder.is_first:
@@ -303,7 +323,17 @@ def _largest_step(
     batch = made_up_step(
         [(n, n) for n in lens], pages, page_size, wanted, num_groups=len(decoder.groups)
     )
+    if decoder.tower is not None:
+        size = (1 + decoder.tower.vision.num_deep, num_tokens, decoder.arch.dim)
+        embeddings = torch.zeros(size, dtype=decoder.dtype, device=device)
+        batch = replace(
+            batch,
+            images=ImageRows(torch.arange(num_tokens, device=device), embeddings),
+            rotary_positions=batch.positions.expand(3, -1) if decoder.arch.has_sections else None,
+        )
+        del embeddings
     hidden = _forward(decoder, batch, cache)
+    del batch
     if decoder.is_last:
         scores = decoder.scores(hidden[:rows])
         raw = decoder.whole(scores).float()  # for log probabilities: outlives sampling

@@ -66,7 +66,7 @@ def _measure(
     """
     runs = arch.runs()
     measured = {
-        run: _seconds(config, replace(arch, layers=run), ranks, dtype)
+        run: _seconds(config, replace(arch, layers=run, vision=None), ranks, dtype)
         for run in dict.fromkeys(runs)
     }
     torch.cuda.empty_cache()

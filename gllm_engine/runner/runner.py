@@ -8,11 +8,12 @@ mean.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,15 +24,18 @@ from torch import Tensor
 from gllm_engine.arch import Model
 from gllm_engine.config import EngineConfig
 from gllm_engine.model import Decoder, LayerCache, States
+from gllm_engine.ops import Batch
 from gllm_engine.parallel import Pipe, RankGroups
 from gllm_engine.runner.batch import StepInputs, build_step
 from gllm_engine.runner.graph_pool import GraphPool
 from gllm_engine.runner.graphs import DecodeGraphs
 from gllm_engine.runner.host_arrays import int_array, to_device
+from gllm_engine.runner.image_store import ImageStore
 from gllm_engine.runner.kv_sizing import (
     cache_dtype,
     fitting_pages,
     fitting_snapshots,
+    image_bytes,
     measured_memory,
 )
 from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
@@ -42,7 +46,16 @@ from gllm_engine.runner.step_timer import StepTimer, StepTimers
 from gllm_engine.runner.token_return import TokenReturn
 from gllm_engine.runner.warmup import tiny_plans
 from gllm_engine.timeline import OFF, activity
-from gllm_engine.types import NO_SNAPSHOT, RankSpans, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import (
+    NO_SNAPSHOT,
+    ImagePixels,
+    RankSpans,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,9 +145,16 @@ class Runner:
             self.states = decoder.new_states(num_slots + self.num_snapshots)
             self.cache = self.new_cache(decoder, self.states)
             self.table = SlotTable(
-                num_slots, max_pages, num_pages, config.page_size, self.device, decoder.groups
+                num_slots,
+                max_pages,
+                num_pages,
+                config.page_size,
+                self.device,
+                decoder.groups,
+                arch.has_sections,
             )
             self.sampling = SamplingState(self.table, arch.vocab)
+        self._images = self._image_store()
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
             self._returned = TokenReturn(self.pipe, self.table, config.plans_in_flight)
@@ -145,6 +165,17 @@ class Runner:
         with self._timed("first steps"):
             if on_gpu:
                 self._run_tiny_plans(max_len)
+
+    def _image_store(self) -> ImageStore | None:
+        """None for a model without a vision tower on this rank."""
+        if self.decoder.tower is None:
+            return None
+        log.info(
+            "images: embeddings of %d tokens (image_cache_tokens) take %.2f GiB at most",
+            self._config.image_cache_tokens,
+            image_bytes(self._config, self.decoder) / (1 << 30),
+        )
+        return ImageStore(self.decoder.tower, self.device)
 
     def _run_tiny_plans(self, max_len: int) -> None:
         config = self._config
@@ -216,6 +247,8 @@ class Runner:
         rows = self.table.begin(plan)
         if rows is None:
             return RunnerStep(plan.step)
+        if self._images is not None:
+            self._images.update(plan)  # no part of the time, which is that of the layers
         x = self._receive(plan, timer)
         timer.begin()
         if self._graphs is not None and not plan.chunks:
@@ -230,10 +263,11 @@ class Runner:
             timer.end()
             return RunnerStep(plan.step, tokens, logprobs, [], timer)
         step = build_step(plan, self.table, rows, self.decoder.ops)
-        pieces = self._pieces
-        if pieces is not None and len(step.batch.tokens) > pieces.max_tokens:
-            pieces = None
-        hidden = self.decoder.forward(step.batch, self.cache, x, pieces)
+        batch = step.batch
+        if self._images is not None:
+            batch = replace(batch, images=self._images.rows(plan))
+        pieces = self._pieces_for(batch)
+        hidden = self.decoder.forward(batch, self.cache, x, pieces)
         if not self.pipe.is_last:
             return self._hand_on(hidden if pieces is None else hidden.clone(), plan, timer)
         num_sampling = len(step.sampling_cpu)
@@ -246,6 +280,18 @@ class Runner:
         prompt_scores = self._score_prompts(step, hidden[num_sampling:]) if step.scored else []
         timer.end()
         return RunnerStep(plan.step, sampled, logprobs, prompt_scores, timer)
+
+    def _pieces_for(self, batch: Batch) -> StepPieces | None:
+        """None if the step has too many tokens, or images."""
+        has_images = batch.images is not None or batch.rotation.dim() > 1
+        if self._pieces is None or has_images or len(batch.tokens) > self._pieces.max_tokens:
+            return None
+        return self._pieces
+
+    def put_images(self, images: list[ImagePixels]) -> None:
+        """The images that the next plan encodes; on ranks of the first stage."""
+        assert self._images is not None
+        self._images.put(images)
 
     def _move_states(self, plan: StepPlan) -> None:
         """Copy states to snapshots, then give new owners of slots theirs."""

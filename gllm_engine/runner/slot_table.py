@@ -16,7 +16,7 @@ import torch
 from gllm_engine.arch import CacheGroup
 from gllm_engine.ops import HostInts
 from gllm_engine.runner.host_arrays import int_array, to_device
-from gllm_engine.types import NewPages, StepPlan
+from gllm_engine.types import NewPages, NewSequence, StepPlan
 
 
 class PlanError(ValueError):
@@ -34,6 +34,7 @@ class StepRows:
 class SlotTable:
     """int64 tensors [slots]; the page tables are [groups, slots, max_pages].
 
+    `rotary_offsets`: of decode rows, see NewSequence; None for a model without Rope.sections.
     `cached_tokens`: [pages * page_size] the token whose K and V each cache place holds, of group
     `whole`, which keeps all tokens. `num_pages`: pages of each group's pool.
     """
@@ -46,6 +47,7 @@ class SlotTable:
         page_size: int,
         device: torch.device,
         groups: Sequence[CacheGroup] = (CacheGroup(),),
+        has_sections: bool = False,
     ) -> None:
         """`max_pages`: pages of one sequence; `num_pages`: pages of the groups with layers."""
         self.page_size = page_size
@@ -57,6 +59,7 @@ class SlotTable:
         self.page_table = torch.zeros(shape, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # in the cache
         self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.rotary_offsets = torch.zeros_like(self.lengths) if has_sections else None
         # Belongs to pages and not to slots: sequences that share or reuse a page share its tokens.
         num_places = self.num_pages[self.whole] * page_size
         self.cached_tokens = torch.zeros(num_places, dtype=torch.int64, device=device)
@@ -70,16 +73,21 @@ class SlotTable:
         slot's pages, and for a slot whose pages have no room for its tokens.
         """
         if plan.new:
-            self._clear([one.slot for one in plan.new])
+            self._clear(plan.new)
         if plan.new_pages:
             self._append(plan.new_pages)
         if not plan.decode_slots and not plan.chunks:
             return None
         return self._count(plan)
 
-    def _clear(self, of_new_owners: list[int]) -> None:
-        slots_cpu = int_array(of_new_owners)
-        (slots,) = to_device(self.device, slots_cpu)
+    def _clear(self, new: list[NewSequence]) -> None:
+        slots_cpu = int_array([one.slot for one in new])
+        if self.rotary_offsets is None:
+            (slots,) = to_device(self.device, slots_cpu)
+        else:
+            offsets_cpu = int_array([one.rotary_offset for one in new])
+            slots, offsets = to_device(self.device, slots_cpu, offsets_cpu)
+            self.rotary_offsets.index_copy_(0, slots, offsets)
         self.page_table.index_fill_(1, slots, 0)
         self.lengths.index_fill_(0, slots, 0)
         self.lengths_cpu[slots_cpu] = 0

@@ -163,7 +163,7 @@ class StepPieces:
         pieces = self._of_count[index]
         self._x[:n].copy_(x)
         self._x[n : self._counts[index]].zero_()
-        self._positions[:n].copy_(batch.positions)
+        self._positions[:n].copy_(batch.rotation)
         self._places[:, :n].copy_(batch.cache_index)
         self._places[:, n:].fill_(self._spare)
         for graph, between in zip(pieces.graphs, pieces.calls, strict=False):

@@ -29,8 +29,11 @@ from typing import NamedTuple
 
 from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
+from gllm_engine.sched.sequence import image_end
+from gllm_engine.types import Image
 
 DIGEST_SIZE = 16  # bytes
+_PACK_PLACE = Struct("4q").pack
 
 
 class IntegrityError(AssertionError):
@@ -86,10 +89,13 @@ class PagePool:
         root.update(salt.encode("utf-8", "surrogatepass"))
         return root.digest()
 
-    def link(self, parent: bytes, tokens: list[int]) -> bytes:
-        """The hash of one full page and all pages before it, whose hash is `parent`."""
+    def link(self, parent: bytes, tokens: list[int], images: bytes = b"") -> bytes:
+        """The hash of one full page and all pages before it, whose hash is `parent`.
+
+        `images`: tells which images the page has embeddings of, and where they begin.
+        """
         page = self._page_hash.copy()
-        page.update(parent + self._pack(*tokens))
+        page.update(parent + self._pack(*tokens) + images)
         return page.digest()
 
     def find(self, digest: bytes) -> int | None:
@@ -278,17 +284,37 @@ class Pages:
 
     `snapshots`: of the states of layers that keep one per sequence and not K and V per token; None
     if the model has no such layers. They are found by the hash of the pages before them.
+
+    `images`: of the sequence. Equal tokens with other images in their place have other hashes.
     """
 
-    __slots__ = ("groups", "snapshots", "_pool", "_page_size", "_chain", "_num_published")
+    __slots__ = (
+        "groups",
+        "snapshots",
+        "_pool",
+        "_page_size",
+        "_images",
+        "_chain",
+        "_num_published",
+    )
 
     def __init__(
-        self, groups: Sequence[Group], salt: str, snapshots: PagePool | None = None
+        self,
+        groups: Sequence[Group],
+        salt: str,
+        snapshots: PagePool | None = None,
+        images: Sequence[Image] = (),
     ) -> None:
         self.groups = [GroupPages(group) for group in groups]
         self.snapshots = snapshots
         self._pool = groups[0].pool  # hashes the pages of all groups
-        self._page_size = self._pool.page_size
+        self._page_size = size = self._pool.page_size
+        self._images: dict[int, bytes] = {}  # by page
+        for image in images:
+            for page in range(image.first // size, (image_end(image) - 1) // size + 1):
+                place = (image.first - page * size, image.rows, image.columns, image.stride)
+                packed = image.digest + _PACK_PLACE(*place)
+                self._images[page] = self._images.get(page, b"") + packed
         self._chain = [self._pool.root(salt)]  # entry k + 1 is the hash of pages 0..k
         self._num_published = 0
 
@@ -463,5 +489,6 @@ class Pages:
         chain = self._chain
         size = self._page_size
         for page in range(len(chain) - 1, num_pages):
-            chain.append(self._pool.link(chain[-1], tokens[page * size : (page + 1) * size]))
+            ids = tokens[page * size : (page + 1) * size]
+            chain.append(self._pool.link(chain[-1], ids, self._images.get(page, b"")))
         return chain[num_pages]

@@ -18,6 +18,7 @@ from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sched.cost import Fit, Work
 from gllm_engine.sched.forecast import Outputs, growth
+from gllm_engine.sched.images import ImageCache
 from gllm_engine.sched.pages import (
     CachedPrefix,
     Group,
@@ -28,6 +29,7 @@ from gllm_engine.sched.pages import (
     make_groups,
 )
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
+from gllm_engine.sched.rotary import RotaryPositions
 from gllm_engine.sched.sequence import NO_SLOT, Queue, Sequence
 from gllm_engine.sched.snapshots import SnapshotKind, SnapshotPool
 from gllm_engine.sched.tenants import Amount, Room, Waiting
@@ -35,6 +37,7 @@ from gllm_engine.types import (
     NO_SNAPSHOT,
     Chunk,
     Finish,
+    ImagePixels,
     NewPages,
     NewSequence,
     Stats,
@@ -79,6 +82,7 @@ class _Draft:
     plan: StepPlan  # whose decode_slots come last
     decodes: list[Sequence] = field(default_factory=list)
     chunked: list[Sequence] = field(default_factory=list)
+    cut: set[Sequence] = field(default_factory=set)  # their chunks end where others may go on
     copied: list[int] = field(default_factory=list)  # snapshots that nobody holds after this plan
     work: Work | None = None  # set if the policy bounds seconds
 
@@ -113,11 +117,13 @@ class Scheduler:
         policy: Policy | None = None,
         groups: tuple[Group, ...] | None = None,
         num_snapshots: int | None = None,
+        images: ImageCache | None = None,
     ) -> None:
         """`policy`: overrides the policy that the configuration names.
 
         `groups`: from make_groups; None: one group of `num_pages` pages. `num_snapshots`: of the
-        states of layers that keep one per sequence; None: the model has no such layers.
+        states of layers that keep one per sequence; None: the model has no such layers. `images`:
+        None: no sequence has images.
         """
         self._groups = groups or make_groups((CacheGroup(),), config, num_pages)
         self._pools: list[PagePool] = list(dict.fromkeys(group.pool for group in self._groups))
@@ -126,6 +132,7 @@ class Scheduler:
         if num_snapshots is not None and config.enable_prefix_caching:
             self._snapshots = SnapshotPool(num_snapshots, config.page_size)
             self._pools.append(self._snapshots)
+        self._images = images
         self._num_whole = sum(g.window is None and g.pool is self._pool for g in self._groups)
         self._page_size = config.page_size
         self._capacity = capacity(self._groups, max_model_len)  # tokens
@@ -175,6 +182,14 @@ class Scheduler:
                 f"prompt: its {length} tokens do not fit the KV cache, which holds "
                 f"{self._capacity} tokens",
             )
+        for image in sequence.images:
+            if self._images is None or image.rows * image.columns > self._images.most:
+                most = 0 if self._images is None else self._images.most
+                raise Refused(
+                    "invalid",
+                    f"image: it takes {image.rows * image.columns} tokens, an image may take "
+                    f"{most} (image_cache_tokens, encoder_budget)",
+                )
         tenant = self._waiting.tenant(sampling.tenant)
         refusal = self._room.refusal(
             sampling.tenant, tenant.waiting, self._waiting.amount, Amount(1, length)
@@ -184,7 +199,10 @@ class Scheduler:
         sequence.limit = min(wanted, self._capacity + 1)
         eos = () if sampling.ignore_eos else self._eos_token_ids
         sequence.stops = frozenset(eos + sampling.stop_token_ids)
-        sequence.pages = Pages(self._groups, sampling.cache_salt, self._snapshots)
+        salt = sampling.cache_salt
+        sequence.pages = Pages(self._groups, salt, self._snapshots, sequence.images)
+        if sequence.images and self._images is not None and self._images.has_sections:
+            sequence.rotary = RotaryPositions(length, sequence.images)
         sequence.commit_check = length + 1  # its first token
         self._waiting.join(sequence, tenant)
         self._backlog += length
@@ -206,6 +224,8 @@ class Scheduler:
         self._flights.clear()
         for pool in self._pools:
             pool.forget()
+        if self._images is not None:
+            self._images.forget()
         return dropped
 
     def _wanted(self, sequence: Sequence) -> int:
@@ -269,6 +289,8 @@ class Scheduler:
         """The next step's plan; None if no step is possible before a commit or an add."""
         plan = StepPlan(self._steps + 1, [], [], [], [])
         draft = _Draft(plan)
+        if self._images is not None:
+            self._images.begin()
         preemptions = self._preemptions
         budget = self._policy(self._load())
         self._plan_decodes(draft, budget._replace(decodes=0) if budget.is_exclusive else budget)
@@ -283,6 +305,8 @@ class Scheduler:
         if self._snapshots is not None:
             for snapshot in draft.copied:  # only now, so that each is the target of one copy
                 self._snapshots.give_back([snapshot])
+        if self._images is not None:
+            self._images.finish(plan)
         plan.decode_slots.extend([sequence.slot for sequence in draft.decodes])
         sampling = draft.decodes + [s for s in draft.chunked if s.queue is self._decoding]
         self._flights.append(_Flight(plan, sampling, draft.chunked, draft.work))
@@ -476,7 +500,15 @@ class Scheduler:
         sampling = sequence.sampling
         eos = self._eos_token_ids if sampling.min_tokens else ()
         draft.plan.new.append(
-            NewSequence(sequence.slot, sequence.seed, sequence.prompt_len, sampling, eos, snapshot)
+            NewSequence(
+                sequence.slot,
+                sequence.seed,
+                sequence.prompt_len,
+                sampling,
+                eos,
+                snapshot,
+                sequence.rotary.offset if sequence.rotary is not None else 0,
+            )
         )
         for group, part in enumerate(pages.groups):
             if part.ids:
@@ -565,13 +597,15 @@ class Scheduler:
             fits = cost.longest(start, seconds, left)
             count = self._plan_chunk(draft, sequence, max(fits, min(left, least)))
             if not count:
+                if sequence in draft.cut:
+                    continue
                 break
             if work is not None:
                 chunk = Work.row(start, count)
                 draft.work = work = work.plus(chunk)
                 seconds -= cost.rows(chunk)
-            is_cut = sequence.planned in sequence.snapshots_due
-            if seconds <= 0 or sequence.queue is self._prefilling and not is_cut:
+            is_whole = sequence.queue is not self._prefilling
+            if seconds <= 0 or not is_whole and sequence not in draft.cut:
                 break
             least = 1
             left = left - count
@@ -579,12 +613,14 @@ class Scheduler:
     def _next_to_prefill(self, draft: _Draft) -> Sequence | None:
         """The first prefilling sequence without a chunk in this plan, or a newly admitted one.
 
-        Sequences whose chunk in this plan was cut, because the next plan copies their state, do not
-        keep others waiting. With windows they do: the sequences could take each other's pages.
+        Sequences whose chunk in this plan was cut, because the next plan copies their state or a
+        later one encodes their image, do not keep others waiting. With windows they do: the
+        sequences could take each other's pages.
         """
         step = self._steps + 1
         while True:
-            ready = next((s for s in self._prefilling if s.planned_by < step), None)
+            late = (s for s in self._prefilling if s.planned_by < step and s not in draft.cut)
+            ready = next(late, None)
             if ready is not None:
                 return ready
             if self._prefilling and self._num_whole < len(self._groups):
@@ -596,7 +632,8 @@ class Scheduler:
         """Plan up to max_tokens known tokens of a prefilling sequence; returns their number.
 
         It is 0 if a group with a window lacks pages. A sequence fits the cache alone, so others
-        are decoding then, and free pages at the latest when they end.
+        are decoding then, and free pages at the latest when they end. It is 0, too, if the next
+        token is an image's, which has to be encoded later.
         """
         tokens = sequence.tokens
         start = sequence.planned
@@ -605,8 +642,15 @@ class Scheduler:
         sequence.pages.drop_unneeded(start)
         while end > start and not sequence.pages.can_grow(end):
             end -= (end - 1) % self._page_size + 1  # one page less
+        if end > start and self._images is not None:
+            most = end
+            end = self._images.reach(sequence, most, self._prefilling)
+            if end < most:
+                draft.cut.add(sequence)
         if end <= start:
             return 0
+        if end in sequence.snapshots_due:
+            draft.cut.add(sequence)
         self._grow(draft, sequence, end)
         if start in sequence.snapshots_due:
             self._snap(draft, sequence, sequence.snapshots_due[start])
@@ -615,7 +659,11 @@ class Scheduler:
         if sequence.sampling.prompt_logprobs is not None:
             if end > sequence.num_prompt_logprobs:
                 targets = tokens[start + 1 : min(end + 1, sequence.prompt_len)]
-        draft.plan.chunks.append(Chunk(sequence.slot, start, tokens[start:end], samples, targets))
+        rotary = sequence.rotary.packed(start, end) if sequence.rotary is not None else b""
+        runs = self._images.runs(sequence.images, start, end) if self._images is not None else []
+        draft.plan.chunks.append(
+            Chunk(sequence.slot, start, tokens[start:end], samples, targets, rotary, runs)
+        )
         draft.chunked.append(sequence)
         sequence.planned = end
         sequence.planned_by = self._steps + 1
@@ -724,6 +772,11 @@ class Scheduler:
     # ------------------------------------------------------------ state
 
     @property
+    def to_encode(self) -> list[ImagePixels]:
+        """The images that the latest plan encodes."""
+        return [] if self._images is None else self._images.fresh
+
+    @property
     def has_work(self) -> bool:
         """Whether a sequence is live or a plan is in flight."""
         return bool(self._waiting or self._prefilling or self._decoding or self._flights)
@@ -759,6 +812,8 @@ class Scheduler:
             pool.check_integrity(part.ids for part in parts if part.group.pool is pool)
         if self._snapshots is not None:
             self._snapshots.check_integrity([s.rolling] for s in live if s.rolling != NO_SNAPSHOT)
+        if self._images is not None:
+            self._images.check_integrity()
         self._waiting.check_integrity(running)
         for queue in (*self._waiting.queues(), self._prefilling, self._decoding):
             if any(sequence.queue is not queue for sequence in queue):

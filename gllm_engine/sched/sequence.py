@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import NO_SNAPSHOT
+from gllm_engine.types import NO_SNAPSHOT, Image
 
 if TYPE_CHECKING:
     from gllm_engine.sched.pages import Pages
+    from gllm_engine.sched.rotary import RotaryPositions
     from gllm_engine.sched.snapshots import SnapshotKind
     from gllm_engine.sched.tenants import Tenant
 
@@ -27,6 +28,11 @@ SequenceKey = tuple[bytes, int]
 
 NO_SLOT = -1
 NOT_ADMITTED = 2**62  # comes after the number of every admission
+
+
+def image_end(image: Image) -> int:
+    """The index after the last token whose embedding is the image's."""
+    return image.first + (image.rows - 1) * image.stride + image.columns
 
 
 class Sequence:
@@ -44,6 +50,7 @@ class Sequence:
         "sampling",
         "seed",
         "constraint",
+        "images",
         # (priority, number of the first admission, arrival): smaller ranks are served sooner.
         "rank",
         # Set once by Scheduler.add.
@@ -51,6 +58,7 @@ class Sequence:
         "limit",  # largest possible number of known tokens
         "stops",  # token ids that end the sequence
         "pages",
+        "rotary",  # RotaryPositions, for a model with sections if there are images; else None
         # If the model keeps a state per sequence: token counts at which a chunk must end, so that
         # the state can be copied there, and the kinds of the copies; and the snapshot that is
         # written again and again while the sequence decodes, and its token count.
@@ -84,6 +92,7 @@ class Sequence:
         sampling: SamplingParams,
         seed: int,
         constraint: Constraint | None = None,
+        images: tuple[Image, ...] = (),
     ) -> None:
         self.key = key
         self.prompt_len = len(prompt)
@@ -91,11 +100,13 @@ class Sequence:
         self.sampling = sampling
         self.seed = seed
         self.constraint = constraint
+        self.images = images
         self.rank = (sampling.priority, 0, 0)
         self.tenant: Tenant
         self.limit = 0
         self.stops: frozenset[int] = frozenset()
         self.pages: Pages
+        self.rotary: RotaryPositions | None = None
         self.snapshots_due: dict[int, SnapshotKind] = {}
         self.rolling = NO_SNAPSHOT
         self.rolling_len = 0

@@ -149,6 +149,7 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
 def _where_to_cut(starts: list[int]) -> str:
     return (
         "layers that attend to the tokens that an earlier layer has chosen must be in its stage, "
+        "and layers that add embeddings of images in the first, "
         f"so a stage can only begin with layer {', '.join(map(str, starts))}"
     )
 

@@ -31,7 +31,7 @@ from gllm_engine import wire
 from gllm_engine.arch import Model
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.socket_directory import socket_parent
-from gllm_engine.types import RankSpans, StepPlan, StepResult
+from gllm_engine.types import ImagePixels, RankSpans, StepPlan, StepResult
 from gllm_engine.workers import channel
 from gllm_engine.workers.stage_balance import StageBalance
 
@@ -161,6 +161,13 @@ class WorkerGroup:
                 self._moving_until = time.monotonic() + _MOVE_S
             self._tell_all(frames)
         return _GroupStep(self, plan.step)
+
+    def put_images(self, images: list[ImagePixels]) -> None:
+        """Send the images that the next plan encodes to the ranks of the first stage."""
+        frames = wire.encode(wire.PutImages(images))
+        with self._in_one_go():
+            for rank in range(self._config.tensor_parallel_size):
+                self._tell(rank, frames)
 
     def result_of(self, step: int) -> StepResult:
         """Wait for the result of a step; results of earlier steps are dropped.

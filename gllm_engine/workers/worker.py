@@ -225,6 +225,9 @@ class _Worker:
             if isinstance(plan, wire.AskSpans):
                 self._plans.send_multipart(wire.encode(recorder.spans(self._rank)))
                 continue
+            if isinstance(plan, wire.PutImages):
+                runner.put_images(plan.images)
+                continue
             if isinstance(plan, wire.LoadLayers):
                 cuts.put(plan.cut)
                 continue

@@ -193,7 +193,8 @@ HYBRID_27B = {
 def test_hybrid_27b() -> None:
     model = make_arch(HYBRID_27B)
     delta = GatedDelta(k_heads=16, v_heads=48, k_dim=128, v_dim=128, conv=4)
-    attention = Gqa(24, 4, 256, Rope(64, 1e7), qk_norm="head", output_gate=True)
+    rope = Rope(64, 1e7, sections=(11, 11, 10), sections_interleaved=True)
+    attention = Gqa(24, 4, 256, rope, qk_norm="head", output_gate=True)
     assert [layer.mixer for layer in model.layers] == [delta] * 3 + [attention]
     assert {layer.ffn for layer in model.layers} == {Dense(17408)}
     assert (model.norm, model.eps, model.max_len) == ("rms_plus_one", 1e-6, 262144)
@@ -1583,6 +1584,22 @@ def test_gpt_neox() -> None:
     new = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}
     assert rope_of(neox(rope_parameters=new)) == Rope(4, 500.0)
     assert rope_of(neox(rotary_pct=1.0, rotary_emb_base=77)) == Rope(16, 77.0)
+
+
+def test_sections_of_rotated_channels() -> None:
+    def sections(family: str, **rope: Any) -> Any:
+        found = tiny(family, rope_parameters=rope).layers[1].mixer.rope
+        return found.sections, found.sections_interleaved
+
+    name = "Qwen3_5ForCausalLM"
+    assert sections(name, mrope_section=[1, 2, 1]) == ((1, 2, 1), False)
+    mixed = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    assert sections(name, type="mrope", **mixed) == ((2, 1, 1), True)
+    assert sections(name, mrope_interleaved=True) == (None, False)
+    wrong = refusal(name, rope_parameters={"mrope_section": [2, 2, 1]})
+    assert "mrope_section is [2, 2, 1], but its sum must be 4, the pairs of rotated" in wrong
+    assert "mrope_section" in refusal(name, rope_parameters={"mrope_section": [4]})
+    assert "'mrope' is not supported" in refusal(name, rope_parameters={"type": "mrope"})
 
 
 def test_unsupported_architecture() -> None:

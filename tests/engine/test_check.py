@@ -86,7 +86,8 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], str]] = {
     "cut of a run": (
         write_longer_sharing, {"pipeline_parallel_size": 2, "assigned_layers": "1,3"},
         "lets a stage begin with layer 1: layers that attend to the tokens that an earlier layer "
-        "has chosen must be in its stage, so a stage can only begin with layer 0, 2",
+        "has chosen must be in its stage, and layers that add embeddings of images in the first, "
+        "so a stage can only begin with layer 0, 2",
     ),
     "windows": (
         partial(write_tiny_model, family="Gemma2ForCausalLM"),

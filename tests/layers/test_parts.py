@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,3 +82,25 @@ def test_dynamic_rope_depends_on_the_configured_length_alone() -> None:
     torch.testing.assert_close(short, RopeTable(plain, 16, CPU).cos)
     stretched = RopeTable(scaled, 64, CPU).cos[:16]
     assert (stretched - short).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "rope"),
+    [
+        ("qwen2_5_vl", "Qwen2_5_VLRotaryEmbedding", Rope(16, 1e4, sections=(2, 3, 3))),
+        ("qwen3_vl", "Qwen3VLTextRotaryEmbedding", Rope(20, 1e4, sections=(5, 3, 2))),
+        ("qwen3_5", "Qwen3_5TextRotaryEmbedding", Rope(16, 1e4, sections=(3, 3, 2))),
+    ],
+)
+def test_sections_turn_with_positions_of_their_own(family: str, name: str, rope: Rope) -> None:
+    rope = replace(rope, sections_interleaved=family != "qwen2_5_vl")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(rope.sections)}
+    config = SimpleNamespace(
+        head_dim=rope.dim, rope_parameters=parameters, max_position_embeddings=64
+    )
+    positions = torch.randint(64, (3, 11), generator=torch.Generator().manual_seed(1))
+    expected = getattr(module, name)(config)(torch.zeros(1), positions[:, None])
+    cos, sin, rows = RopeTable(rope, 64, CPU).rows(positions)
+    for ours, theirs in zip((cos, sin), expected, strict=True):
+        torch.testing.assert_close(ours[rows], theirs[0, :, : rope.dim // 2])

@@ -3,7 +3,7 @@
 It keeps what the real one keeps for each slot (page tables, length, last token) and, for each
 cache cell, the (token, position, group) written there. "Attention" reads the cells of every group's
 window through its page table and demands exactly the row's own history; the next token is a
-function of that history.
+function of that history. A token that is an image's is known by the image's pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import Constraint
-from gllm_engine.types import NO_SNAPSHOT, NewSequence, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import (
+    NO_SNAPSHOT,
+    Chunk,
+    Image,
+    ImagePixels,
+    NewSequence,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 VOCAB = 24
 EOS = (0, 1)
@@ -64,6 +73,21 @@ def reference(
             return tokens[len(prompt) :], "error"
 
 
+def seen(pixels: bytes, row: int) -> int:
+    """In place of a token: the embedding in this row of an image."""
+    return 128 + zlib.crc32(pixels + bytes([row])) % 128
+
+
+def history_of(prompt: list[int], images: tuple[Image, ...]) -> list[int]:
+    """A prompt with the embeddings of its images in their places."""
+    history = list(prompt)
+    for image in images:
+        for row in range(image.rows * image.columns):
+            place = image.first + row // image.columns * image.stride + row % image.columns
+            history[place] = seen(image.pixels, row)
+    return history
+
+
 @dataclass
 class Slot:
     owner: NewSequence
@@ -90,6 +114,9 @@ class PagedMock:
         # (whether the group has layers, page * page_size + offset) -> (token, position, group)
         self.cells: dict[tuple[bool, int], tuple[int, int, int]] = {}
         self.states: dict[int, list[int]] = {}  # by snapshot
+        self.pixels: dict[int, bytes] = {}  # of images to encode, by number
+        self.embeddings: dict[int, bytes] = {}  # the pixels of encoded images
+        self.num_encoded = 0
         self.step = 0
         self.num_computed = 0
 
@@ -120,7 +147,35 @@ class PagedMock:
         assert set(plan.masks) <= {slot for slot, _, _, samples in rows if samples}
         return result
 
+    def put_images(self, images: list[ImagePixels]) -> None:
+        self.pixels |= {image.number: image.pixels for image in images}
+
+    def _encode(self, plan: StepPlan) -> None:
+        for number in plan.forget:
+            del self.embeddings[number]
+        for number in plan.encode:
+            pixels = self.pixels.pop(number)
+            assert pixels not in self.embeddings.values()
+            self.embeddings[number] = pixels
+        assert not self.pixels
+        sizes = [len(pixels) // 3 for pixels in self.embeddings.values()]
+        assert sum(sizes) <= self.config.image_cache_tokens
+        fresh = sizes[len(sizes) - len(plan.encode) :]
+        assert sum(fresh) <= self.config.encoder_budget or len(fresh) == 1
+        self.num_encoded += len(fresh)
+
+    def _known(self, chunk: Chunk) -> list[int]:
+        """The tokens of a chunk, with embeddings in their places."""
+        assert len(chunk.rotary_positions) in (0, 12 * len(chunk.tokens))
+        assert chunk.rotary_positions or not chunk.images
+        tokens = list(chunk.tokens)
+        for run in chunk.images:
+            for i in range(run.count):
+                tokens[run.offset + i] = seen(self.embeddings[run.image], run.first + i)
+        return tokens
+
     def _apply(self, plan: StepPlan) -> None:
+        self._encode(plan)
         assert len({snapshot for _, snapshot in plan.snapshots}) == len(plan.snapshots)
         for slot, snapshot in plan.snapshots:
             assert 0 <= snapshot < self.num_snapshots
@@ -153,7 +208,7 @@ class PagedMock:
             # Only a new owner may start further on: where its cached pages end.
             assert chunk.start == state.length or chunk.slot in fresh
             assert chunk.start % self.config.page_size == 0 or chunk.slot not in fresh
-            rows.append((chunk.slot, chunk.start, chunk.tokens, chunk.samples))
+            rows.append((chunk.slot, chunk.start, self._known(chunk), chunk.samples))
         slots = [row[0] for row in rows]
         assert slots and len(set(slots)) == len(slots) and fresh <= set(slots)
         num_tokens = sum(len(row[2]) for row in rows)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gllm_engine.sched.pages import Group, IntegrityError, PagePool, Pages, capacity
+from gllm_engine.types import Image
 
 PAGE = 4
 
@@ -334,3 +335,39 @@ def test_a_sequence_fits_if_every_group_has_its_most_pages() -> None:
     assert capacity([Group(pool), Group(pool, 99, most_pages=30)], 1000) == 5 * PAGE
     assert capacity([Group(pool, 5, most_pages=10)], 1000) == 1000
     assert capacity([Group(pool, 5, most_pages=3), Group(PagePool(50, PAGE))], 1000) == 200
+
+
+def picture(digest: bytes, first: int, **shape: int) -> Image:
+    sizes = {"rows": 2, "columns": 3, "stride": 3, "height": 1, "width": 1} | shape
+    return Image(digest=digest * 16, first=first, pixels=b"", **sizes)
+
+
+# Token 9 stands for an embedding of an image, which begins with the third token.
+PROMPT = [5, 6, *[9] * 6, 7, 8, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "num_shared"),
+    [
+        ([picture(b"a", 2)], [picture(b"a", 2)], 3),
+        ([picture(b"a", 2)], [picture(b"b", 2)], 0),
+        ([picture(b"a", 2)], [], 0),
+        ([picture(b"a", 2)], [picture(b"a", 3)], 0),
+        ([picture(b"a", 2)], [picture(b"a", 2, rows=3, columns=2, stride=2)], 0),
+        ([picture(b"a", 2)], [picture(b"a", 2), picture(b"b", 8, rows=1, columns=1)], 2),
+        ([], [picture(b"a", 4, rows=1, columns=4, stride=4)], 1),
+    ],
+)
+def test_equal_tokens_share_pages_if_their_images_are_equal(
+    first: list[Image], second: list[Image], num_shared: int
+) -> None:
+    pool = PagePool(8, PAGE)
+    snapshots = PagePool(2, PAGE)
+    (snapshot,) = snapshots.take(1)
+    one = Pages([Group(pool)], "", snapshots, first)
+    one.open(PROMPT, one.nothing_cached())
+    one.publish(PROMPT, len(PROMPT))
+    one.publish_snapshot(snapshot, PROMPT, 3)
+    other = Pages([Group(pool)], "", snapshots, second)
+    assert other.find_cached(PROMPT).num_stored == num_shared
+    assert (other.find_snapshot(PROMPT, 3) is not None) == (num_shared == 3)

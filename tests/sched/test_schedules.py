@@ -11,19 +11,40 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from paged_mock import EOS, VOCAB, PagedMock, odd_or_even, reference
+from paged_mock import EOS, VOCAB, PagedMock, history_of, odd_or_even, reference
 
 from gllm_engine.arch import CacheGroup
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.sched import Refused, Scheduler, Sequence
+from gllm_engine.sched import ImageCache, Refused, Scheduler, Sequence
 from gllm_engine.sched.pages import capacity, make_groups
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
-from gllm_engine.types import Finish, StepResult
+from gllm_engine.types import Finish, Image, StepResult
 
 MODEL_LEN = 48
 MAX_WAITING = 8
 STEMS = ([2, 3, 4, 5] * 12, [7] * 48, [*range(2, 20), *range(2, 20), *range(2, 14)])
+
+
+# Byte that its pixels are, rows, columns, stride. The first two differ in nothing else.
+PICTURES = ((1, 2, 3, 3), (2, 2, 3, 3), (3, 1, 1, 1), (4, 3, 2, 3), (5, 2, 5, 5))
+PLACEHOLDER = VOCAB - 1
+BREAK = VOCAB - 2
+
+
+def with_images(text: list[int], pictures: list[int]) -> tuple[list[int], tuple[Image, ...]]:
+    """The text with an image after every third token, while there are any left."""
+    prompt: list[int] = []
+    images = []
+    for place, picture in enumerate(pictures):
+        prompt += text[3 * place : 3 * place + 3]
+        byte, rows, columns, stride = PICTURES[picture]
+        pixels = bytes([byte]) * (3 * rows * columns)
+        digest = bytes([byte]) * 16
+        images.append(Image(digest, len(prompt), rows, columns, stride, rows, columns, pixels))
+        line = [PLACEHOLDER] * columns + [BREAK] * (stride - columns)
+        prompt += (line * rows)[: (rows - 1) * stride + columns]
+    return prompt + text[3 * len(pictures) :], tuple(images)
 
 
 def shares(load: Load) -> Budget:
@@ -57,6 +78,8 @@ class World:
         groups: tuple[CacheGroup, ...] = (CacheGroup(),),
         num_snapshots: int | None = None,
         tenants: bool = True,
+        encoder_budget: int = 6,
+        image_cache_tokens: int = 12,
     ) -> None:
         """`tenants`: whether requests have tenants; otherwise the order is that of arrival."""
         config = EngineConfig(
@@ -70,10 +93,16 @@ class World:
             prefill_drain_steps=3,
             min_prefill_tokens=2,
             tenant_weights={"a": 2.5},
+            encoder_budget=encoder_budget,
+            image_cache_tokens=image_cache_tokens,
         )
+        self.scheduler_config = config
         self.tenants = tenants
         own = make_groups(groups, config, num_pages)
-        self.scheduler = Scheduler(config, num_pages, MODEL_LEN, EOS, policy, own, num_snapshots)
+        self.images = ImageCache(config, has_sections=True)
+        self.scheduler = Scheduler(
+            config, num_pages, MODEL_LEN, EOS, policy, own, num_snapshots, self.images
+        )
         self.runner = PagedMock(config, num_pages, groups, num_snapshots)
         self.capacity = capacity(own, MODEL_LEN)
         self.depth = depth
@@ -84,16 +113,24 @@ class World:
         self.finished: dict[Sequence, Finish] = {}
         self.aborted: set[Sequence] = set()
 
-    def add(self, prompt: list[int], sampling: SamplingParams, constrained: bool) -> None:
+    def add(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        constrained: bool,
+        images: tuple[Image, ...] = (),
+    ) -> None:
         number = len(self.sequences)
-        constraint = odd_or_even if constrained else None
+        constraint = odd_or_even if constrained and not images else None
         if not self.tenants:
             sampling = msgspec.structs.replace(sampling, tenant="")
-        sequence = Sequence((b"", number), prompt, sampling, number, constraint)
+        sequence = Sequence((b"", number), prompt, sampling, number, constraint, images)
         own = self.scheduler.waiting_of(sampling.tenant).sequences
         full = own >= MAX_WAITING - (self.scheduler.stats().waiting - own) // 2
         needs = len(prompt) + (sampling.max_tokens != 1)  # as far as anyone can know now
         fits = 0 < len(prompt) < MODEL_LEN and min(needs, MODEL_LEN - 1) <= self.capacity
+        most = self.scheduler_config.largest_image
+        fits = fits and all(image.rows * image.columns <= most for image in images)
         try:
             self.scheduler.add(sequence)
         except Refused as refused:
@@ -116,6 +153,7 @@ class World:
         if len(self.results) < self.depth:
             plan = self.scheduler.schedule()
             if plan is not None:
+                self.runner.put_images(self.scheduler.to_encode)
                 self.results.append(self.runner.run(plan))
 
     def commit(self) -> None:
@@ -162,7 +200,7 @@ class World:
 
     def check_finished(self, sequence: Sequence, finish: Finish) -> None:
         tokens, reason = reference(
-            sequence.tokens[: sequence.prompt_len],
+            history_of(sequence.tokens[: sequence.prompt_len], sequence.images),
             sequence.sampling,
             sequence.seed,
             sequence.constraint,
@@ -179,6 +217,8 @@ class World:
 
     def check(self) -> None:
         self.scheduler.check_integrity()
+        held = [held.number for held in self.images._held.values()] + self.images._forgotten
+        assert sorted(held) == sorted(self.runner.embeddings)
         assert self.scheduler.num_in_flight == len(self.results)
         if not self.tenants:
             live = [s for s in self.sequences if s.queue is not None]
@@ -218,6 +258,8 @@ class Schedules(RuleBasedStateMachine):
         groups=st.sampled_from(ANY_GROUPS),
         num_snapshots=st.sampled_from([None, None, 0, 1, 2, 5, 20]),
         tenants=st.booleans(),
+        encoder_budget=st.sampled_from([1, 6, 30]),
+        image_cache_tokens=st.sampled_from([10, 14, 40]),
     )
     def begin(self, **setup: object) -> None:
         self.world = World(**setup)
@@ -227,6 +269,7 @@ class Schedules(RuleBasedStateMachine):
         shared=st.integers(0, 40),
         own=st.lists(st.integers(2, VOCAB - 1), max_size=6),
         constrained=st.sampled_from([False, False, True]),
+        pictures=st.lists(st.integers(0, len(PICTURES) - 1), max_size=3),
         sampling=st.builds(
             SamplingParams,
             max_tokens=st.one_of(st.none(), st.integers(1, 30)),
@@ -246,9 +289,11 @@ class Schedules(RuleBasedStateMachine):
         shared: int,
         own: list[int],
         constrained: bool,
+        pictures: list[int],
         sampling: SamplingParams,
     ) -> None:
-        self.world.add(stem[:shared] + own, sampling, constrained)
+        prompt, images = with_images(stem[:shared] + own, pictures)
+        self.world.add(prompt, sampling, constrained, images)
 
     @rule(choice=st.integers(0, 1000))
     def abort(self, choice: int) -> None:
@@ -307,6 +352,8 @@ def test_long_schedules(seed: int) -> None:
         groups=rng.choice(ANY_GROUPS),
         num_snapshots=rng.choice([None, 1, 3, 10, 30]),
         tenants=rng.random() < 0.5,
+        encoder_budget=rng.choice([1, 6, 30]),
+        image_cache_tokens=rng.choice([10, 14, 40]),
     )
     aborts = rng.choice([0, 0.01, 0.05])
     for _ in range(rng.randint(100, 250)):
@@ -325,7 +372,9 @@ def test_long_schedules(seed: int) -> None:
                 prompt_logprobs=rng.choice([None, None, None, 0]),
             )
             prompt = rng.choice(STEMS)[: rng.randint(0, 30)] + own
-            world.add(prompt, sampling, constrained=rng.random() < 0.2)
+            pictures = [rng.choice([0, 1, 0, 1, 2, 3, 4]) for _ in range(rng.choice([0, 0, 1, 2]))]
+            prompt, images = with_images(prompt, pictures)
+            world.add(prompt, sampling, rng.random() < 0.2, images)
         elif draw < 0.3 + aborts:
             world.abort(rng.randrange(1000))
         elif draw < 0.352:

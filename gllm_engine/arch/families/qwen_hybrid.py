@@ -20,7 +20,7 @@ from gllm_engine.arch.families.common import (
 from gllm_engine.arch.families.qwen import QWEN3_MOE, with_experts
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import GatedDelta, Model
-from gllm_engine.arch.rope import Rope, read_rope
+from gllm_engine.arch.rope import SECTION_KEYS, Rope, read_rope
 
 _FUSED: Renames = (
     ("self_attn.gate_proj", "self_attn.q_proj"),
@@ -94,8 +94,7 @@ _QWEN3_5_NAMES = Names(
 
 
 def qwen3_5(c: Fields) -> Model:
-    # Positions of text are the same in all three sections of rotary channels.
-    rope = read_rope(c, read_head_dim(c), ("mrope_section", "mrope_interleaved"))
+    rope = read_rope(c, read_head_dim(c), SECTION_KEYS)
     return replace(_hybrid(c, rope), names=_QWEN3_5_NAMES)
 
 

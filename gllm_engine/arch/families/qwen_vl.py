@@ -18,7 +18,7 @@ from gllm_engine.arch.families.common import (
 from gllm_engine.arch.families.qwen import QWEN2, QWEN3, QWEN3_MOE, qwen2, qwen3, with_experts
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.rope import Rope, read_rope, rope_object
+from gllm_engine.arch.rope import SECTION_KEYS, Rope, read_rope
 from gllm_engine.arch.vision import Vision
 
 _NAMES = Names(variants=(replace(BESIDE_TOWER, applies=True),), tower=r"visual\.")
@@ -72,12 +72,7 @@ def qwen3_vl_moe(c: Fields) -> Model:
 
 
 def _read_rope(c: Fields) -> Rope:
-    """Positions of text are the same in all three sections of rotary channels."""
-    rope = rope_object(c)
-    if rope.text("rope_type", rope.text("type", "default")) == "mrope":
-        rope = c.child("rope_scaling", "rope_parameters", over={"rope_type": "default"})
-    keys = ("mrope_section", "mrope_interleaved")
-    return read_rope(c, read_head_dim(c), keys, rope=rope)
+    return read_rope(c, read_head_dim(c), SECTION_KEYS)
 
 
 _TOWER: Renames = (
@@ -162,6 +157,9 @@ def qwen3_5_vision(c: Fields, outer: Fields, text: Model) -> Vision:
 
 def _read_tower(c: Fields, text: Model, token: int, **own: Any) -> Vision:
     """`own`: fields of the family."""
+    ropes = {rope for layer in text.layers for rope in layer.mixer.ropes}
+    if not all(rope.sections for rope in ropes):
+        raise ArchError(f"{c.name}: mrope_section of the text model is missing")
     c.require(in_channels=3, in_chans=3, out_hidden_size=text.dim)
     c.child("rope_parameters").require(rope_type="axial", rope_theta=10_000)
     c.ignore("tokens_per_second", "spatial_patch_size")  # of videos; the same as patch_size

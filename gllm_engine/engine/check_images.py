@@ -1,0 +1,44 @@
+"""Checks the images of a request, so that no front end can fail a step that others share."""
+
+from __future__ import annotations
+
+from gllm_engine.arch import Model
+from gllm_engine.sampling import InvalidField
+from gllm_engine.sched import DIGEST_SIZE, image_end
+from gllm_engine.types import Image, Request
+
+
+def check_images(request: Request, arch: Model) -> None:
+    """Raise InvalidField for images that the model cannot take, or that do not fit the prompt."""
+    if request.images and arch.vision is None:
+        raise InvalidField("image", "this model takes no images")
+    end = 0
+    for number, image in enumerate(request.images):
+        problem = _problem(image, arch)
+        last = image_end(image) - 1
+        length = len(request.prompt)
+        if problem is None and not end <= image.first <= last < length:
+            span = f"tokens {image.first} to {last}"
+            problem = f"it takes {span}, but only tokens {end} to {length - 1} are left"
+        if problem is not None:
+            raise InvalidField("image", f"number {number}: {problem}")
+        end = last + 1
+
+
+def _problem(image: Image, arch: Model) -> str | None:
+    """What is wrong with an image by itself, as a sentence."""
+    assert arch.vision is not None
+    side = arch.vision.patch * arch.vision.merge
+    shape = (image.height, image.width)
+    grid = (image.rows, image.columns)
+    if min(shape) < side or any(length % side for length in shape):
+        return f"it has {shape} pixels, whole multiples of {side} are needed"
+    if len(image.pixels) != 3 * image.height * image.width:
+        return f"it has {len(image.pixels)} bytes, three for each of {shape} pixels are needed"
+    if grid != arch.vision.grid(*shape):
+        return f"it has {grid} rows and columns, {arch.vision.grid(*shape)} are needed"
+    if image.stride < image.columns or arch.has_sections and image.stride > image.columns:
+        return f"its rows are {image.stride} tokens apart, {image.columns} are needed"
+    if len(image.digest) != DIGEST_SIZE:
+        return f"its digest has {len(image.digest)} bytes, {DIGEST_SIZE} are needed"
+    return None

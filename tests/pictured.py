@@ -1,0 +1,101 @@
+"""Requests with images for tiny models, and what an engine makes of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from hashlib import blake2b
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+
+from gllm_engine.arch.vision import Vision
+from gllm_engine.engine.core import Engine
+from gllm_engine.sampling import SamplingParams
+from gllm_engine.types import Image, Request, TokenLogprobs
+
+_IDS = count(1)
+# Of a text, or the name, rows and columns of an image.
+Part = int | tuple[str, int, int]
+Tokens = list[tuple[int, float]]  # ids and their log probabilities
+
+
+def request(vision: Vision, *parts: Part, **sampling: Any) -> Request:
+    """A greedy request. Texts of equal length are equal, images of equal name and size are."""
+    prompt: list[int] = []
+    images = []
+    side = vision.patch * vision.merge
+    for part in parts:
+        if isinstance(part, int):
+            prompt += random.Random(part).choices(range(10, 380), k=part)
+            continue
+        name, rows, columns = part
+        shape = (rows * side, columns * side)
+        pixels = random.Random(str(part)).randbytes(3 * shape[0] * shape[1])
+        digest = blake2b(pixels, digest_size=16).digest()
+        images.append(Image(digest, len(prompt), rows, columns, columns, *shape, pixels))
+        prompt += [vision.image_token] * (rows * columns)
+    values = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": 0} | sampling
+    return Request(next(_IDS), prompt, SamplingParams(**values), 0, images=tuple(images))
+
+
+def run(engine: Engine, requests: Iterable[Request]) -> list[Tokens]:
+    """The output of each request, all of which come at once; with prompt_logprobs the prompt's
+    tokens from the second on come first.
+    """
+    ids = []
+    found: dict[int, Tokens] = {}
+    prompts: dict[int, list[TokenLogprobs]] = {}
+    finished = {}
+    for each in requests:
+        engine.add(each)
+        ids.append(each.id)
+    while engine.has_work:
+        for outputs in engine.step().values():
+            for id, token in zip(outputs.ids, outputs.tokens, strict=True):
+                scored = outputs.logprobs[id]
+                found.setdefault(id, []).append((token, scored.logprobs[0]))
+            for id, entries in outputs.prompt_logprobs.items():
+                prompts.setdefault(id, []).extend(entries)
+            finished |= outputs.finished
+        engine.check_integrity()
+    assert all(finished[id].status is None for id in ids), finished
+    for id, entries in prompts.items():
+        found[id] = [(e.token_ids[0], e.logprobs[0]) for e in entries] + found[id]
+    return [found[id] for id in ids]
+
+
+def compare(found: list[Tokens], expected: list[Tokens]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [token for token, _ in ours] == [token for token, _ in theirs]
+        assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=2e-4)
+
+
+def transformers_scores(model: Any, each: Request, vision: Vision, output: Tokens) -> Tokens:
+    """What transformers says of the prompt's tokens from the second on, and of `output`."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=vision.patch,
+        merge_size=vision.merge,
+        temporal_patch_size=vision.frames,
+        image_mean=list(vision.mean),
+        image_std=list(vision.std),
+        do_resize=False,
+    )
+    arrays = [
+        torch.frombuffer(bytearray(image.pixels), dtype=torch.uint8)
+        .view(image.height, image.width, 3)
+        .numpy()
+        for image in each.images
+    ]
+    inputs = processor(images=arrays, return_tensors="pt") if arrays else {}
+    tokens = each.prompt + [token for token, _ in output]
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        kinds = (ids == vision.image_token).int()
+        logits = model(ids, mm_token_type_ids=kinds, **inputs).logits[0]
+    scores = logits.log_softmax(-1)
+    return [(token, scores[i, token].item()) for i, token in enumerate(tokens[1:])]
