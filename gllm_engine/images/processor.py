@@ -1,0 +1,130 @@
+"""A model's image processor: from the bytes of a file to the pixels that its vision tower takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from gllm_engine.config import ConfigError
+from gllm_engine.files import read_object, shown
+from gllm_engine.images.resize import (
+    MAX_ASPECT,
+    CenterCrop,
+    LongestEdge,
+    Padded,
+    PixelRange,
+    Rule,
+)
+from gllm_engine.sampling import InvalidField
+
+BICUBIC = 3  # Pillow's number
+# [IMG_BREAK] and [IMG_END] of Mistral's vocabularies, for a checkpoint without a tokenizer.json.
+MISTRAL_BREAKS = {"[IMG_BREAK]": 12, "[IMG_END]": 13}
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image without its place in a prompt; the fields are those of types.Image."""
+
+    digest: bytes
+    rows: int
+    columns: int
+    stride: int
+    height: int
+    width: int
+    pixels: bytes
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Threads may share it.
+
+    An embedding stands for `rule.factor` x `rule.factor` pixels. `breaks`: the tokens after each
+    row of embeddings and after the last one, for families that have them.
+    """
+
+    rule: Rule
+    placeholder: int  # token id
+    breaks: tuple[int, int] | None
+    max_bytes: int  # of a file
+    max_pixels: int  # of a file's image, before it is resized
+
+    def prepare(self, data: bytes, number: int = 1) -> PreparedImage:
+        """Decode and resize an image file. Errors call it image `number`.
+
+        Raises InvalidField for what is no image, is broken, animated, too large or too narrow.
+        """
+        try:
+            from gllm_engine.images.decode import decode
+        except ModuleNotFoundError:
+            raise InvalidField(
+                "image", "images need Pillow, which the extra 'images' of gllm-triton installs"
+            ) from None
+        image = decode(data, self.max_bytes, self.max_pixels, number)
+        size = f"image {number}: it has {image.width} x {image.height} pixels"
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise InvalidField("image", f"{size}, one side is over {MAX_ASPECT} times the other")
+        fit = self.rule.fit(image.height, image.width)
+        rows = fit.height // self.rule.factor
+        columns = fit.width // self.rule.factor
+        if rows * columns > self.max_embeddings:
+            raise InvalidField(
+                "image",
+                f"{size}, which take {rows} x {columns} tokens, at most {self.max_embeddings} are "
+                "allowed",
+            )
+        image = image.resize(fit.size[::-1], BICUBIC)
+        image = image.crop((fit.left, fit.top, fit.left + fit.width, fit.top + fit.height))
+        pixels = image.tobytes()
+        header = f"{type(self.rule).__name__} {fit.height} {fit.width} "
+        digest = blake2b(header.encode(), digest_size=16)
+        digest.update(pixels)
+        return PreparedImage(
+            digest=digest.digest(),
+            rows=rows,
+            columns=columns,
+            stride=columns + (self.breaks is not None),
+            height=fit.height,
+            width=fit.width,
+            pixels=pixels,
+        )
+
+    def tokens(self, rows: int, columns: int) -> list[int]:
+        """What a prompt has for an image of `rows` x `columns` embeddings."""
+        row = [self.placeholder] * columns
+        if self.breaks is None:
+            return row * rows
+        return [*[*row, self.breaks[0]] * (rows - 1), *row, self.breaks[1]]
+
+    def largest(self) -> tuple[int, int]:
+        """Height and width in pixels of a resized image with the most embeddings."""
+        return self.rule.largest()
+
+    @property
+    def max_embeddings(self) -> int:
+        height, width = self.largest()
+        return height * width // self.rule.factor**2
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that an image takes in a prompt."""
+        height, width = self.largest()
+        return len(self.tokens(height // self.rule.factor, width // self.rule.factor))
+
+
+def read_processor(
+    path: Path,
+    max_pixels: int | None = None,
+    *,
+    max_mib: int = 32,
+    max_megapixels: int = 100,
+) -> ImageProcessor | None:
+    """The image processor of the checkpoint in directory `path`, None if it takes no images.
+
+    `max_pixels` lowers the number of pixels to which images are resized. `max_mib` and
+    `max_megapixels` limit files. Raises ConfigError for what a family does not allow.
+    """
+    raise NotImplementedError

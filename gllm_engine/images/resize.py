@@ -1,0 +1,135 @@
+"""The size that a family gives to an image: arithmetic only, equal to that of transformers.
+
+A rule turns the size of an image into a Fit. `largest` of a rule is the height and the width in
+pixels of an image with the most embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, floor, isqrt, sqrt
+
+MAX_ASPECT = 200  # of the longer side to the shorter one
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Resize to `size`, then cut [top : top + height, left : left + width] out, all in pixels.
+
+    Pixels outside the resized image are black.
+    """
+
+    size: tuple[int, int]  # height, width
+    height: int
+    width: int
+    top: int = 0
+    left: int = 0
+
+
+@dataclass(frozen=True)
+class PixelRange:
+    """Sides are multiples of `factor`, with from `least` to `most` pixels (Qwen2-VL).
+
+    Rounding up enlarges a small image of an odd shape to more pixels than `least`, and even than
+    `most` where that is less than twice as many.
+    """
+
+    factor: int
+    least: int
+    most: int
+
+    def fit(self, height: int, width: int) -> Fit:
+        sides = [round(side / self.factor) for side in (height, width)]
+        pixels = sides[0] * sides[1] * self.factor**2
+        if pixels > self.most:
+            scale = sqrt(height * width / self.most)
+            sides = [max(1, floor(side / scale / self.factor)) for side in (height, width)]
+        elif pixels < self.least:
+            scale = sqrt(self.least / (height * width))
+            sides = [ceil(side * scale / self.factor) for side in (height, width)]
+        return _whole((sides[0] * self.factor, sides[1] * self.factor))
+
+    def largest(self) -> tuple[int, int]:
+        # One side of two embeddings, of a little over one before rounding, doubles the least.
+        most = max(self.most // self.factor**2, 2 * self.least // self.factor**2 + 2)
+        candidates = [rows for rows in range(isqrt(most), 0, -1) if most <= 300 * rows**2]
+        rows = max(candidates, key=lambda rows: most // rows * rows, default=isqrt(most))
+        return rows * self.factor, most // rows * self.factor
+
+
+@dataclass(frozen=True)
+class LongestEdge:
+    """Neither side is longer than `edge` before both are rounded up to `factor` (Pixtral)."""
+
+    factor: int
+    edge: int
+
+    def fit(self, height: int, width: int) -> Fit:
+        ratio = max(1, height / self.edge, width / self.edge)
+        return _whole((self._side(height, ratio), self._side(width, ratio)))
+
+    def largest(self) -> tuple[int, int]:
+        side = self._side(self.edge, 1)
+        return side, side
+
+    def _side(self, pixels: int, ratio: float) -> int:
+        return _up(max(1, floor(pixels / ratio)), self.factor)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The shorter side becomes `edge`; of that, the middle is taken (CLIP, so LLaVA)."""
+
+    factor: int
+    edge: int
+    height: int
+    width: int
+
+    def fit(self, height: int, width: int) -> Fit:
+        short = min(height, width)
+        sides = (int(self.edge * height / short), int(self.edge * width / short))
+        top = (sides[0] - self.height) // 2
+        return Fit(sides, self.height, self.width, top, (sides[1] - self.width) // 2)
+
+    def largest(self) -> tuple[int, int]:
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Never enlarged, at most `patches` and `side` a side, then padded to `factor` (Kimi K2.5)."""
+
+    factor: int
+    patch: int  # pixels of a patch's side
+    patches: int
+    side: int  # patches
+
+    def fit(self, height: int, width: int) -> Fit:
+        patches = max(1, height // self.patch) * max(1, width // self.patch)
+        edge = self.side * self.patch
+        scale = min(1, sqrt(self.patches / patches), edge / height, edge / width)
+        size = (self._side(height, scale), self._side(width, scale))
+        return Fit(size, _up(size[0], self.factor), _up(size[1], self.factor))
+
+    def largest(self) -> tuple[int, int]:
+        # Patches are counted downwards, so images just short of one more patch are the largest.
+        fits = [
+            self.fit((rows + 1) * self.patch - 1, (self.patches // rows + 1) * self.patch - 1)
+            for rows in range(1, min(self.side, self.patches) + 1)
+        ]
+        best = max(fits, key=lambda fit: fit.height * fit.width)
+        return best.height, best.width
+
+    def _side(self, pixels: int, scale: float) -> int:
+        return min(max(1, int(pixels * scale)), self.side * self.patch)
+
+
+Rule = PixelRange | LongestEdge | CenterCrop | Padded
+
+
+def _whole(size: tuple[int, int]) -> Fit:
+    return Fit(size, *size)
+
+
+def _up(pixels: int, factor: int) -> int:
+    return -(-pixels // factor) * factor
