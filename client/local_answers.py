@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from gllm_engine import (
     RequestFailed,
     describe_checkpoint,
     parse_sampling,
+    take_images,
     truncated,
 )
 
@@ -39,7 +41,10 @@ class LocalAnswers(AnswerSource):
         self.model = Path(config["model"]).resolve().name
         self._llm = LLM(**config)
 
-    def stream(self, prompt: Prompt, sampling: Json, **template: Any) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, sampling: Json, images: Sequence[Any] = (), **template: Any
+    ) -> Iterator[Chunk]:
+        """`images`: of a prompt of token ids."""
         params = parse_sampling(sampling)
         tokenizer = self._llm.tokenizer
         if isinstance(prompt, str):
@@ -47,14 +52,18 @@ class LocalAnswers(AnswerSource):
         elif isinstance(prompt, tuple):
             ids = list(prompt)
         else:
-            ids = tokenizer.chat(prompt, **template)
-        ids = truncated(ids, params, self._llm.engine.info.max_model_len)
+            messages, images = take_images(prompt, self._llm.images.text)
+            ids = tokenizer.chat(messages, **template)
+        loaded = self._llm.load(ids, images)
+        limit = self._llm.engine.info.max_model_len
+        ids = truncated(loaded.token_ids, params, limit, bool(images))
+        loaded = replace(loaded, token_ids=ids)
         if params.n == 1:
-            deltas = self._llm.stream(ids, params)
+            deltas = self._llm.stream(loaded, params)
             while (delta := _uninterrupted(deltas)) is not None:
                 yield Chunk((_output(delta),), len(ids), delta.prompt_logprobs)
         else:
-            (whole,) = self._llm.generate([ids], params)
+            (whole,) = self._llm.generate(loaded, params)
             if whole.error is not None:
                 raise RequestFailed(whole.error)
             yield Chunk(
@@ -88,10 +97,14 @@ class LocalAnswers(AnswerSource):
         **template: Any,
     ) -> Chunk:
         limit = self._llm.engine.info.max_model_len
+        images: list[Any] = []
         if prompt is None:
             add_special_tokens = False
+            messages, images = take_images(messages, self._llm.images.text)
             prompt = self._llm.tokenizer.render(messages, limit, **template)
         ids = self._llm.tokenizer.encode(prompt, add_special_tokens, limit)
+        if any(image is not None for image in images):
+            ids = self._llm.load(ids, images).token_ids
         return Chunk((Output(prompt, token_ids=tuple(ids)),))
 
     def _detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
@@ -99,7 +112,9 @@ class LocalAnswers(AnswerSource):
         return text
 
     def _facts(self) -> Json:
-        facts: Json = describe_checkpoint(Path(self._llm.config.model), self._llm.tokenizer)
+        path = Path(self._llm.config.model)
+        takes_images = self._llm.images.text is not None
+        facts: Json = describe_checkpoint(path, self._llm.tokenizer, takes_images)
         return facts | {"max_model_len": self._llm.engine.info.max_model_len}
 
     def close(self) -> None:

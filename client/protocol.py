@@ -124,11 +124,11 @@ def request_inputs(
     Exactly one of `prompt` (text), `messages` (for the model's chat template) and `input_ids`.
     `tools` (functions that the model may call) and `chat_template_kwargs` (variables of the chat
     template, such as enable_thinking) go with `messages`. `add_special_tokens`: whether the
-    tokenizer adds special tokens, such as a bos token; default: to `prompt` only. `images`: of
-    the prompt's images, in order, the bytes of a file, its path here, its content in base64, or a
-    URL that the server fetches; see docs/images.md. `sampling`: a mapping or a SamplingParams;
-    single fields may also be given by keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when
-    `logprobs` is among the sampling parameters.
+    tokenizer adds special tokens, such as a bos token; default: to `prompt` only. `images`: of each
+    image the bytes of a file, its path here, its content in base64, or a URL that the server reads;
+    see docs/images.md. `sampling`: a mapping or a SamplingParams; single fields may also be given
+    by keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when `logprobs` is among
+    the sampling parameters.
     Raises ValueError when the options contradict each other or a request cannot carry them; the
     server checks their values.
     """

@@ -27,6 +27,7 @@ _PUBLIC = {
     "arch": ("Model", "read_arch"),
     "types": (
         "Finish",
+        "Image",
         "ModelInfo",
         "Outputs",
         "Request",
@@ -42,8 +43,10 @@ _PUBLIC = {
     "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs", "truncated"),
     "engine.core": ("IN_PROCESS", "Engine", "EngineBroken", "fill_caches"),
     "engine.check": ("CheckReport", "check_model"),
+    "engine.images": ("ImageLoader",),
     "engine.llm": ("LLM", "CompletionOutput", "RequestFailed", "RequestOutput"),
     "text.description": ("describe_checkpoint",),
+    "text.image_parts": ("no_images", "take_images"),
     "text.tokenizer": ("TextError", "Tokenizer"),
     "model.tiny": ("write_tiny_model",),
     "timeline": ("Summary",),

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import isqrt
 from pathlib import Path
-from typing import Any
 
-from gllm_engine.config import ConfigError
-from gllm_engine.files import read_object, shown
 from gllm_engine.images.resize import (
     MAX_ASPECT,
-    CenterCrop,
-    LongestEdge,
-    Padded,
-    PixelRange,
     Rule,
 )
 from gllm_engine.sampling import InvalidField

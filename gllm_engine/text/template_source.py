@@ -193,8 +193,15 @@ def _sources(value: nodes.Node | None) -> Iterator[nodes.Node]:
     elif isinstance(value, nodes.Or):
         yield from _sources(value.left)
         yield from _sources(value.right)
+    elif _is_get(value):
+        yield nodes.Getitem(value.node.node, value.args[0], "load")
     elif value is not None:
         yield value
+
+
+def _is_get(value: nodes.Node | None) -> TypeGuard[nodes.Call]:
+    """Whether an expression is like message.get("content")."""
+    return isinstance(value, nodes.Call) and _key(value.node) == "get" and bool(value.args)
 
 
 def _is_name(value: nodes.Node, names: set[str]) -> bool:

@@ -1,0 +1,116 @@
+"""The images of a model's prompts, for front ends: from their sources to their places.
+
+Reads and prepares them on threads of its own. Fetching waits for others' servers and preparing
+computes, so each has its threads, and a slow server delays no image of another kind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from gllm_engine.config import EngineConfig
+from gllm_engine.images import Fetcher, PreparedImage, is_remote, is_url, place, read_processor
+from gllm_engine.sampling import InvalidField, shown
+from gllm_engine.text.image_parts import no_images, with_places
+from gllm_engine.text.tokenizer import Tokenizer
+from gllm_engine.types import Image
+
+FETCH_THREADS = 32
+PREPARE_THREADS = min(8, os.cpu_count() or 1)
+Source = bytes | str  # a file, its base64, or a URL
+
+
+def to_source(number: int, image: Any) -> Any:
+    """What a Python caller gives as image `number`: a path becomes the file's content, an image of
+    Pillow a PNG file. Raises InvalidField for a file that cannot be read."""
+    try:
+        if type(image).__module__.startswith("PIL."):
+            file = BytesIO()
+            image.save(file, "PNG", compress_level=1)
+            return file.getvalue()
+        is_path = isinstance(image, os.PathLike) or (isinstance(image, str) and not is_url(image))
+        return Path(image).read_bytes() if is_path else image
+    except (OSError, ValueError) as error:
+        raise InvalidField("image", f"image {number}: it cannot be read ({error})") from None
+
+
+class ImageLoader:
+    """Threads may share it; their images take turns.
+
+    `text`: what stands for an image in a text; None if the model takes no images.
+    """
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
+        """Raises ConfigError."""
+        self._processor = read_processor(Path(config.model))
+        self._max_images = config.max_images
+        self._fetcher = Fetcher(config)
+        self._token = ""
+        self.text: str | None = None
+        if self._processor is not None:
+            self._token = tokenizer.token_text(self._processor.placeholder)
+            self.text = tokenizer.image_text(self._processor.placeholder)
+        self._fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")
+        self._preparing = ThreadPoolExecutor(PREPARE_THREADS, "prepare")
+
+    def with_places(self, text: str, num_images: int) -> str:
+        """A text with a place for each image: before it, unless it has places."""
+        return with_places(text, self._token, self.text or "", num_images)
+
+    def waits(self, sources: Sequence[Source]) -> bool:
+        """Whether loading them waits for another server."""
+        return any(map(is_remote, sources))
+
+    def load(
+        self, sources: Sequence[Source], is_over: Callable[[], bool] = lambda: False
+    ) -> list[PreparedImage]:
+        """The images of one prompt, equal sources only once. Blocks the caller's thread.
+
+        `is_over`: whether nobody waits for them any more; then fetching stops. Raises InvalidField
+        that names the first image with a problem.
+        """
+        numbers: dict[Source, int] = {}
+        for number, source in enumerate(sources, 1):
+            if not isinstance(source, bytes | str):
+                raise InvalidField("image", f"image {number}: {shown(source)} is no URL or base64")
+            numbers.setdefault(source, number)
+
+        def fetch(source: Source) -> bytes:
+            return self._fetcher.read(source, numbers[source], is_over)
+
+        remote = [source for source in numbers if is_remote(source)]
+        fetched = dict(zip(remote, self._fetching.map(fetch, remote), strict=True))
+
+        def prepare(source: Source) -> PreparedImage:
+            content = fetched[source] if source in fetched else fetch(source)
+            assert self._processor is not None
+            return self._processor.prepare(content, numbers[source])
+
+        prepared = dict(zip(numbers, self._preparing.map(prepare, numbers), strict=True))
+        return [prepared[source] for source in sources]
+
+    def place(
+        self, ids: list[int], images: Sequence[PreparedImage]
+    ) -> tuple[list[int], tuple[Image, ...]]:
+        """The prompt with all tokens of its images, and where they are. Raises InvalidField."""
+        if self._processor is None or not (images or self._processor.placeholder in ids):
+            return ids, ()
+        return place(self._processor, ids, images)
+
+    def check(self, num_images: int) -> None:
+        """Raise InvalidField for more images than a prompt may have."""
+        if num_images and self.text is None:
+            raise no_images()
+        if num_images > self._max_images:
+            problem = f"{num_images} images given, at most {self._max_images} (max_images)"
+            raise InvalidField("image", problem)
+
+    def close(self) -> None:
+        """End the threads, those that fetch once their server has answered or its time is over."""
+        for pool in (self._fetching, self._preparing):
+            pool.shutdown(wait=False, cancel_futures=True)
