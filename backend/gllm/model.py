@@ -184,7 +184,8 @@ class TritonPythonModel:
     def _queue_images(self, stream: Stream, parsed: ParsedRequest) -> None:
         self.images.check(len(parsed.images))
         pool = self._with_images[self.images.waits(parsed.images)]
-        size = sum(map(len, parsed.images))
+        # Messages may name anything as an image; loading it says so.
+        size = sum(len(image) for image in parsed.images if isinstance(image, bytes | str))
         with self._lock:
             if self._image_bytes + size > MAX_IMAGE_BYTES:
                 problem = f"its images hold {self._image_bytes} bytes, at most {MAX_IMAGE_BYTES}"

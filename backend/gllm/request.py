@@ -73,6 +73,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "describe": (),
 }
 _DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32}
+_URLS = (b"data:", b"http:", b"https:", b"file:")
 _TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
 
 
@@ -230,7 +231,7 @@ def _images(
 ) -> tuple[Any, tuple[bytes | str, ...]]:
     """The prompt without its images, and the images. Those of the input `image` take the places of
     messages that have none, in order."""
-    given = list(tensors.get("image", ()))
+    given = [_source(value) for value in tensors.get("image", ())]
     if given and image_text is None:
         raise no_images()
     if "messages" not in tensors:
@@ -244,6 +245,11 @@ def _images(
         raise InvalidField("image", f"{problem} (parts without an image of their own)")
     waiting = iter(given)
     return prompt, tuple(next(waiting) if image is None else image for image in images)
+
+
+def _source(value: bytes | str) -> bytes | str:
+    is_url = isinstance(value, bytes) and value.startswith(_URLS)
+    return value.decode("latin-1") if is_url else value  # type: ignore[union-attr]
 
 
 def _template(tensors: Mapping[str, Array], kind: str) -> dict[str, Any]:

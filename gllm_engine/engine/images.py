@@ -7,6 +7,8 @@ computes, so each has its threads, and a slow server delays no image of another 
 from __future__ import annotations
 
 import os
+import re
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -22,6 +24,8 @@ from gllm_engine.types import Image
 
 FETCH_THREADS = 32
 PREPARE_THREADS = min(8, os.cpu_count() or 1)
+# No image file begins so.
+_BASE64 = re.compile(rb"[A-Za-z0-9+/\s]{16}|[A-Za-z0-9+/\s]*=*\s*$")
 Source = bytes | str  # a file, its base64, or a URL
 
 
@@ -39,6 +43,18 @@ def to_source(number: int, image: Any) -> Any:
         raise InvalidField("image", f"image {number}: it cannot be read ({error})") from None
 
 
+def _from_base64(source: Source, number: int) -> bytes:
+    """The file whose base64 a source is; a file, which begins otherwise, as it is."""
+    text = source.encode() if isinstance(source, str) else source
+    if isinstance(source, bytes) and not _BASE64.match(text):
+        return text
+    try:
+        return b64decode(b"".join(text.split()), validate=True)
+    except ValueError:
+        problem = "neither an image file, nor its base64, nor a URL"
+        raise InvalidField("image", f"image {number}: it is {problem}") from None
+
+
 class ImageLoader:
     """Threads may share it; their images take turns.
 
@@ -48,7 +64,7 @@ class ImageLoader:
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         """Raises ConfigError."""
         self._processor = read_processor(Path(config.model))
-        self._max_images = config.max_images
+        self._max_images = getattr(config, "max_images", 16)
         self._fetcher = Fetcher(config)
         self._token = ""
         self.text: str | None = None
@@ -81,7 +97,9 @@ class ImageLoader:
             numbers.setdefault(source, number)
 
         def fetch(source: Source) -> bytes:
-            return self._fetcher.read(source, numbers[source], is_over)
+            if isinstance(source, str) and is_url(source):
+                return self._fetcher.read(source, numbers[source], is_over)
+            return _from_base64(source, numbers[source])
 
         remote = [source for source in numbers if is_remote(source)]
         fetched = dict(zip(remote, self._fetching.map(fetch, remote), strict=True))
