@@ -4,6 +4,7 @@ Runs in front ends, on their threads. Never imports torch; imports Pillow when i
 """
 
 from gllm_engine.images.place import place
-from gllm_engine.images.processor import ImageProcessor, PreparedImage, read_processor
+from gllm_engine.images.processor import ImageProcessor, PreparedImage
+from gllm_engine.images.read import read_processor
 
 __all__ = ["ImageProcessor", "PreparedImage", "place", "read_processor"]

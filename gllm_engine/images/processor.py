@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 
-from gllm_engine.images.resize import (
-    MAX_ASPECT,
-    Rule,
-)
+from gllm_engine.images.resize import MAX_ASPECT, Rule
 from gllm_engine.sampling import InvalidField
 
 BICUBIC = 3  # Pillow's number
-# [IMG_BREAK] and [IMG_END] of Mistral's vocabularies, for a checkpoint without a tokenizer.json.
-MISTRAL_BREAKS = {"[IMG_BREAK]": 12, "[IMG_END]": 13}
 
 
 @dataclass(frozen=True)
@@ -105,18 +99,3 @@ class ImageProcessor:
         """The most tokens that an image takes in a prompt."""
         height, width = self.largest()
         return len(self.tokens(height // self.rule.factor, width // self.rule.factor))
-
-
-def read_processor(
-    path: Path,
-    max_pixels: int | None = None,
-    *,
-    max_mib: int = 32,
-    max_megapixels: int = 100,
-) -> ImageProcessor | None:
-    """The image processor of the checkpoint in directory `path`, None if it takes no images.
-
-    `max_pixels` lowers the number of pixels to which images are resized. `max_mib` and
-    `max_megapixels` limit files. Raises ConfigError for what a family does not allow.
-    """
-    raise NotImplementedError

@@ -82,17 +82,16 @@ class CenterCrop:
 
     factor: int
     edge: int
-    height: int
-    width: int
+    side: int  # of the middle
 
     def fit(self, height: int, width: int) -> Fit:
         short = min(height, width)
-        sides = (int(self.edge * height / short), int(self.edge * width / short))
-        top = (sides[0] - self.height) // 2
-        return Fit(sides, self.height, self.width, top, (sides[1] - self.width) // 2)
+        size = (int(self.edge * height / short), int(self.edge * width / short))
+        top = (size[0] - self.side) // 2
+        return Fit(size, self.side, self.side, top, (size[1] - self.side) // 2)
 
     def largest(self) -> tuple[int, int]:
-        return self.height, self.width
+        return self.side, self.side
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,12 @@ class Padded:
 
     def largest(self) -> tuple[int, int]:
         # Patches are counted downwards, so images just short of one more patch are the largest.
+        edge = self.side * self.patch
         fits = [
-            self.fit((rows + 1) * self.patch - 1, (self.patches // rows + 1) * self.patch - 1)
+            self.fit(
+                min(edge, (rows + 1) * self.patch - 1),
+                min(edge, (self.patches // rows + 1) * self.patch - 1),
+            )
             for rows in range(1, min(self.side, self.patches) + 1)
         ]
         best = max(fits, key=lambda fit: fit.height * fit.width)
