@@ -295,7 +295,8 @@ class TritonPythonModel:
     ) -> tuple[list[int], tuple[Image, ...]]:
         """The prompt with all tokens of its images, and the images."""
         loaded = self.images.load(parsed.images, lambda: stream.failure is not None)
-        return self.images.place(ids, loaded)
+        placed: tuple[list[int], tuple[Image, ...]] = self.images.place(ids, loaded)
+        return placed
 
     # ------------------------------------------------------------ the client's thread
 

@@ -30,15 +30,15 @@ Source = bytes | str  # a file, its base64, or a URL
 
 
 def to_source(number: int, image: Any) -> Any:
-    """What a Python caller gives as image `number`: a path becomes the file's content, an image of
-    Pillow a PNG file. Raises InvalidField for a file that cannot be read."""
+    """What a Python caller gives as image `number`: a Path becomes the file's content, an image of
+    Pillow a PNG file. A text is never a path here, because messages may be a stranger's. Raises
+    InvalidField for a file that cannot be read."""
     try:
         if type(image).__module__.startswith("PIL."):
             file = BytesIO()
             image.save(file, "PNG", compress_level=1)
             return file.getvalue()
-        is_path = isinstance(image, os.PathLike) or (isinstance(image, str) and not is_url(image))
-        return Path(image).read_bytes() if is_path else image
+        return Path(image).read_bytes() if isinstance(image, os.PathLike) else image
     except (OSError, ValueError) as error:
         raise InvalidField("image", f"image {number}: it cannot be read ({error})") from None
 

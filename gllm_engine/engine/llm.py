@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from gllm_engine.config import make_config
 from gllm_engine.engine.core import IN_PROCESS, Engine, EngineBroken
 from gllm_engine.engine.images import ImageLoader, to_source
-from gllm_engine.images import PreparedImage
+from gllm_engine.images import PreparedImage, is_url
 from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
 from gllm_engine.sched import Policy
 from gllm_engine.text.chat_template import Message
@@ -278,7 +279,10 @@ class LLM:
         if unknown := sorted(set(prompt) - set(PROMPT_KEYS)):
             known = ", ".join(PROMPT_KEYS)
             raise InvalidField("prompt", f"unknown key {unknown[0]!r}; known are {known}")
-        images = prompt.get("images", ())
+        images = [
+            Path(image) if isinstance(image, str) and not is_url(image) else image
+            for image in prompt.get("images", ())
+        ]
         text = prompt.get("prompt", prompt.get("prompt_token_ids"))
         if not isinstance(text, str):
             return _token_ids(text), images

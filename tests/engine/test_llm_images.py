@@ -13,6 +13,8 @@ import pytest
 from msgspec.structs import replace
 from PIL import Image
 
+from gllm_client.batch import OpenAIItem
+from gllm_client.local_answers import LocalAnswers
 from gllm_engine.engine import images as module
 from gllm_engine.engine import llm as llm_module
 from gllm_engine.engine.llm import LLM, LoadedPrompt, RequestFailed
@@ -153,6 +155,39 @@ def test_a_text_model_takes_no_images(tiny: Path) -> None:
         outputs = [*llm.generate({"prompt": "a", "images": [png()]}), *llm.chat(chat)]
         assert [output.error for output in outputs] == ["image: this model takes no images"] * 2
         assert llm.generate(f"a{MARK}", SHORT)[0].error is None
+
+
+def test_the_commands_own_engine_answers_about_images(seen: Seen) -> None:
+    """`gllm chat` and lines of `gllm batch`, OpenAI's among them."""
+    source = LocalAnswers.__new__(LocalAnswers)
+    source._llm = seen.llm
+    source.model = "m"
+    parts = [{"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": "Hi"}]
+    chat = [{"role": "user", "content": parts}]
+    chunks = list(source.stream(chat, {"max_tokens": 2}))
+    assert len(seen.requests[-1].images) == 1
+    assert chunks[0].num_input_tokens == len(seen.requests[-1].prompt)
+    list(source.stream(chat, {"max_tokens": 1, "n": 2}))
+    assert seen.requests[-1].images == seen.requests[0].images
+    body = {"messages": chat, "max_tokens": 2}
+    line = OpenAIItem("a", "/v1/chat/completions", body)
+    ((_, answer),) = source.answers([line], 1)
+    assert isinstance(answer, dict) and answer["response"]["status_code"] == 200
+    usage = answer["response"]["body"]["usage"]
+    assert usage["prompt_tokens"] == len(seen.requests[-1].prompt)
+    counted = source._tokenize(None, messages=chat)
+    assert len(counted.token_ids) == usage["prompt_tokens"]
+
+
+def test_a_text_in_a_message_is_never_a_path(seen: Seen, tmp_path: Path) -> None:
+    """Messages may be a stranger's."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    for given, works in ((path, True), (str(path), False)):
+        parts = [{"type": "image", "image": given}]
+        (output,) = seen.llm.chat([{"role": "user", "content": parts}], SHORT)
+        assert (output.error is None) == works
+    assert output.error == "image: image 1: it is neither an image file, nor its base64, nor a URL"
 
 
 def test_few_prompts_are_loaded_ahead(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 from scripted_triton import Asked, FakeModel, FakeTriton
 from serving import Served, serve
+
+from gllm_client.answers import RemoteAnswers
+from gllm_client.batch import OpenAIItem
 
 CHAT = "/v1/chat/completions"
 ONE = "data:image/png;base64,b25l"
@@ -97,6 +101,16 @@ def test_responses(seeing: Served) -> None:
     more = [{"role": "user", "content": [parts[1] | {"image_url": TWO}]}]
     seeing.post("/v1/responses", input=more, previous_response_id=first["id"])
     assert generated(seeing).inputs["image"] == [ONE, TWO]
+
+
+def test_lines_of_a_batch(seeing: Served) -> None:
+    body = {"messages": user(image(ONE), text("What is it?"))}
+    with closing(RemoteAnswers(seeing.triton.address, None)) as source:
+        ((_, answer),) = source.answers([OpenAIItem("a", CHAT, body)], 1)
+    assert generated(seeing).inputs["image"] == [ONE]
+    assert isinstance(answer, dict)
+    told = answer["response"]["body"]
+    assert told["usage"] == seeing.post(CHAT, **body).json()["usage"]
 
 
 @pytest.mark.parametrize(
