@@ -18,6 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from gllm_engine.files import shown
+from gllm_engine.images.resize import MAX_SIDE
 from gllm_engine.sampling import InvalidField
 
 # Image.open tries every format that it knows, and has a limit of pixels for the whole process.
@@ -31,7 +32,6 @@ FORMATS: dict[bytes, type[ImageFile]] = {
     b"II*\0": TiffImageFile,
     b"MM\0*": TiffImageFile,
 }
-MAX_SIDE = 65_535  # pixels; that of a JPEG
 # Each scan of a JPEG changes all pixels and may take a few bytes; encoders write about ten.
 MAX_SCANS = 100
 START_OF_SCAN = b"\xff\xda"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 from gllm_engine.images.resize import MAX_ASPECT, Rule
@@ -89,7 +90,7 @@ class ImageProcessor:
         """Height and width in pixels of a resized image with the most embeddings."""
         return self.rule.largest()
 
-    @property
+    @cached_property
     def max_embeddings(self) -> int:
         height, width = self.largest()
         return height * width // self.rule.factor**2

@@ -14,9 +14,9 @@ from typing import Any
 from gllm_engine.config import ConfigError
 from gllm_engine.files import read_object, shown
 from gllm_engine.images.processor import BICUBIC, ImageProcessor
-from gllm_engine.images.resize import CenterCrop, LongestEdge, Padded, PixelRange, Rule
+from gllm_engine.images.resize import MAX_SIDE, CenterCrop, LongestEdge, Padded, PixelRange, Rule
 
-UNLIMITED = 2**62
+MAX_NUMBER = 2**30  # for loops over such numbers
 PLACEHOLDER_KEYS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
 # Their ids in Mistral's vocabularies, for a checkpoint without a tokenizer.json.
 BREAKS = {"[IMG_BREAK]": 12, "[IMG_END]": 13}
@@ -74,8 +74,8 @@ class _Checkpoint:
         numbers = list(value.values()) if isinstance(value, dict) else value
         if isinstance(numbers, list) and numbers and numbers.count(numbers[0]) == len(numbers):
             numbers = numbers[0]
-        if type(numbers) is not int or not 0 < numbers < UNLIMITED:
-            raise ConfigError(f"{self.path}: {key}: {shown(value)} is not a number above 0")
+        if type(numbers) is not int or not 0 < numbers <= MAX_NUMBER:
+            raise ConfigError(f"{self.path}: {key}: {shown(value)} is outside [1, {MAX_NUMBER}]")
         return numbers
 
     def section(self, name: str, *keys: str) -> Values:
@@ -107,7 +107,7 @@ class _Checkpoint:
                 f"image_max_pixels: {self.max_pixels} is below {least}, the least that images of "
                 "this model may be limited to"
             )
-        return self.max_pixels or UNLIMITED
+        return self.max_pixels or MAX_NUMBER
 
 
 def _settings(path: Path) -> Values:
@@ -188,7 +188,8 @@ def _kimi(checkpoint: _Checkpoint) -> Rule:
     factor = patch * checkpoint.number(checkpoint.vision, ("merge_kernel_size",), 2)
     patches = checkpoint.number(settings, ("in_patch_limit", "max_patches"), 16384)
     side = checkpoint.number(settings, ("patch_limit_on_one_side", "max_height"), 512)
-    return Padded(factor, patch, min(patches, checkpoint.limit(factor**2) // patch**2), side)
+    patches = min(patches, checkpoint.limit(factor**2) // patch**2)
+    return Padded(factor, patch, patches, min(side, MAX_SIDE // patch))
 
 
 # By model_type: the rule's reader, and the default id of the placeholder.

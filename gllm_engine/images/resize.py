@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, floor, isqrt, sqrt
 
+MAX_SIDE = 65_535  # pixels of an image before it is resized; the limit of JPEG
 MAX_ASPECT = 200  # of the longer side to the shorter one
 
 
@@ -111,17 +112,25 @@ class Padded:
         return Fit(size, _up(size[0], self.factor), _up(size[1], self.factor))
 
     def largest(self) -> tuple[int, int]:
-        # Patches are counted downwards, so images just short of one more patch are the largest.
-        edge = self.side * self.patch
-        fits = [
-            self.fit(
-                min(edge, (rows + 1) * self.patch - 1),
-                min(edge, (self.patches // rows + 1) * self.patch - 1),
-            )
-            for rows in range(1, min(self.side, self.patches) + 1)
-        ]
-        best = max(fits, key=lambda fit: fit.height * fit.width)
-        return best.height, best.width
+        most = _up(self.side * self.patch, self.factor) // self.factor
+        columns = most
+        shapes = []
+        for rows in range(1, most + 1):
+            while columns > 1 and not self._may_be(rows, columns):
+                columns -= 1
+            shapes.append((rows, columns))
+        rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
+        return rows * self.factor, columns * self.factor
+
+    def _may_be(self, rows: int, columns: int) -> bool:
+        """Whether an image may have so many embeddings.
+
+        An image of h x w pixels has more than h / patch - 1 and w / patch - 1 whole patches, and is
+        scaled by the square root of `patches` / its whole patches.
+        """
+        pixels = [(count - 1) * self.factor + 1 for count in (rows, columns)]
+        part = [1 + 1 / max(1, side // self.patch) for side in pixels]
+        return pixels[0] * pixels[1] <= self.patches * self.patch**2 * part[0] * part[1]
 
     def _side(self, pixels: int, scale: float) -> int:
         return min(max(1, int(pixels * scale)), self.side * self.patch)

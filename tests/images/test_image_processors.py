@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from gllm_engine.config import ConfigError
 from gllm_engine.images import ImageProcessor, PreparedImage, read_processor
-from gllm_engine.images.resize import CenterCrop, LongestEdge, Padded, PixelRange, Rule
+from gllm_engine.images.resize import CenterCrop, Fit, LongestEdge, Padded, PixelRange, Rule
 from gllm_engine.sampling import InvalidField
 
 RAW = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
@@ -200,7 +200,8 @@ def test_published_settings_have_their_known_maxima(tmp_path: Path) -> None:
     assert lowered.largest() == (420, 420)
     kimi = {"media_proc_cfg": {"in_patch_limit": 16384, "patch_limit_on_one_side": 512}}
     kimi = processor(tmp_path, "kimi_k25", kimi)
-    assert kimi.max_tokens == 256 * 17
+    assert kimi.max_tokens == 248 * 18  # of an image of 503 x 7292 pixels
+    assert kimi.rule.fit(7292, 503) == Fit((6918, 477), 248 * 28, 18 * 28)
     assert kimi == processor(tmp_path, "kimi_k25", {"size": {"max_height": 512, "max_width": 512}})
     lowered = processor(tmp_path, "kimi_k25", {}, max_pixels=200_000)
     assert lowered.rule == Padded(28, 14, 1020, 512)
@@ -230,11 +231,17 @@ def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
         ("qwen3_vl", {"resample": 2}, {}, {}, "resample: 2 is not supported for images, only 3"),
         ("qwen3_vl", {"do_resize": False}, {}, {}, "do_resize: False is not supported"),
         ("qwen3_vl", {"size": {"height": 3}}, {}, {}, "size: .* has keys beside"),
-        ("qwen3_vl", {"min_pixels": -1}, {}, {}, "min_pixels: -1 is not a number above 0"),
-        ("qwen3_vl", {"min_pixels": 9e9}, {}, {}, "min_pixels: 9000000000.0 is not a number"),
+        (
+            "qwen3_vl",
+            {"min_pixels": -1},
+            {},
+            {},
+            r"min_pixels: -1 is outside .1, 1073741824.",
+        ),
+        ("qwen3_vl", {"min_pixels": 9e9}, {}, {}, "min_pixels: 9000000000.0 is outside"),
         ("qwen3_vl", {"min_pixels": 2**30}, {}, {}, "max_pixels: 16777216 is less than"),
         ("qwen3_vl", {"max_pixels": 4, "min_pixels": 1}, {}, {}, "max_pixels: 4 is less than"),
-        ("qwen3_vl", {}, {"image_token_id": "x"}, {}, "image_token_id: x is not a number"),
+        ("qwen3_vl", {}, {"image_token_id": "x"}, {}, "image_token_id: x is outside"),
         ("qwen3_vl", {}, {"vision_config": {"patch_size": [14, 16]}}, {}, "patch_size: .14, 16."),
         ("qwen3_vl", {}, {}, {"max_pixels": 65535}, "image_max_pixels: 65535 is below 65536"),
         ("llava", {}, {}, {"max_pixels": 112_895}, "image_max_pixels: 112895 is below 112896"),
