@@ -294,7 +294,8 @@ class TritonPythonModel:
         self, stream: Stream, parsed: ParsedRequest, ids: list[int]
     ) -> tuple[list[int], tuple[Image, ...]]:
         """The prompt with all tokens of its images, and the images."""
-        loaded = self.images.load(parsed.images, lambda: stream.failure is not None)
+        most = self.client.info.max_model_len
+        loaded = self.images.load(parsed.images, most, lambda: stream.failure is not None)
         placed: tuple[list[int], tuple[Image, ...]] = self.images.place(ids, loaded)
         return placed
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.images import Fetcher, PreparedImage, is_remote, is_url, place, read_processor
+from gllm_engine.images import PreparedImage, place, read_processor
+from gllm_engine.images.fetch import ImageSources
 from gllm_engine.sampling import InvalidField, shown
 from gllm_engine.text.image_parts import no_images, with_places
 from gllm_engine.text.tokenizer import Tokenizer
@@ -27,6 +28,11 @@ PREPARE_THREADS = min(8, os.cpu_count() or 1)
 # No image file begins so.
 _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]{16}|[A-Za-z0-9+/\s]*=*\s*$")
 Source = bytes | str  # a file, its base64, or a URL
+
+
+def is_url(source: Source) -> bool:
+    """Whether a source is a text that is no base64."""
+    return isinstance(source, str) and ":" in source[:8]
 
 
 def to_source(number: int, image: Any) -> Any:
@@ -43,12 +49,16 @@ def to_source(number: int, image: Any) -> Any:
         raise InvalidField("image", f"image {number}: it cannot be read ({error})") from None
 
 
+def _is_remote(source: Source) -> bool:
+    return isinstance(source, str) and source[:4].lower() == "http"
+
+
 def _from_base64(source: Source, number: int) -> bytes:
     """The file whose base64 a source is; a file, which begins otherwise, as it is."""
-    text = source.encode() if isinstance(source, str) else source
-    if isinstance(source, bytes) and not _BASE64.match(text):
-        return text
+    if isinstance(source, bytes) and not _BASE64.match(source):
+        return source
     try:
+        text = source.encode() if isinstance(source, str) else source
         return b64decode(b"".join(text.split()), validate=True)
     except ValueError:
         problem = "neither an image file, nor its base64, nor a URL"
@@ -65,7 +75,7 @@ class ImageLoader:
         """Raises ConfigError."""
         self._processor = read_processor(Path(config.model))
         self._max_images = getattr(config, "max_images", 16)
-        self._fetcher = Fetcher(config)
+        self._sources = ImageSources()
         self._token = ""
         self.text: str | None = None
         if self._processor is not None:
@@ -80,15 +90,18 @@ class ImageLoader:
 
     def waits(self, sources: Sequence[Source]) -> bool:
         """Whether loading them waits for another server."""
-        return any(map(is_remote, sources))
+        return any(map(_is_remote, sources))
 
     def load(
-        self, sources: Sequence[Source], is_over: Callable[[], bool] = lambda: False
+        self,
+        sources: Sequence[Source],
+        max_tokens: int,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> list[PreparedImage]:
         """The images of one prompt, equal sources only once. Blocks the caller's thread.
 
         `is_over`: whether nobody waits for them any more; then fetching stops. Raises InvalidField
-        that names the first image with a problem.
+        that names the first image with a problem, and for images of more than `max_tokens`.
         """
         numbers: dict[Source, int] = {}
         for number, source in enumerate(sources, 1):
@@ -98,18 +111,27 @@ class ImageLoader:
 
         def fetch(source: Source) -> bytes:
             if isinstance(source, str) and is_url(source):
-                return self._fetcher.read(source, numbers[source], is_over)
+                return self._sources.read(source, numbers[source], is_over)
             return _from_base64(source, numbers[source])
 
-        remote = [source for source in numbers if is_remote(source)]
+        remote = [source for source in numbers if _is_remote(source)]
         fetched = dict(zip(remote, self._fetching.map(fetch, remote), strict=True))
 
         def prepare(source: Source) -> PreparedImage:
+            if is_over():
+                raise InvalidField("image", "the request is over")
             content = fetched[source] if source in fetched else fetch(source)
             assert self._processor is not None
             return self._processor.prepare(content, numbers[source])
 
-        prepared = dict(zip(numbers, self._preparing.map(prepare, numbers), strict=True))
+        prepared = {}
+        num_tokens = 0  # also bounds the pixels
+        for source, image in zip(numbers, self._preparing.map(prepare, numbers), strict=True):
+            prepared[source] = image
+            num_tokens += image.rows * image.columns
+            if num_tokens > max_tokens:
+                problem = f"its images take more than the {max_tokens} tokens of prompt and output"
+                raise InvalidField("prompt", f"{problem} (max_model_len)")
         return [prepared[source] for source in sources]
 
     def place(

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from gllm_engine.config import make_config
 from gllm_engine.engine.core import IN_PROCESS, Engine, EngineBroken
-from gllm_engine.engine.images import ImageLoader, to_source
-from gllm_engine.images import PreparedImage, is_url
+from gllm_engine.engine.images import ImageLoader, is_url, to_source
+from gllm_engine.images import PreparedImage
 from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
 from gllm_engine.sched import Policy
 from gllm_engine.text.chat_template import Message
@@ -263,7 +263,8 @@ class LLM:
         return LoadedPrompt(*self.images.place(ids, self._load(images)))
 
     def _load(self, images: Sequence[Any]) -> list[PreparedImage]:
-        return self.images.load([to_source(*numbered) for numbered in enumerate(images, 1)])
+        sources = [to_source(*numbered) for numbered in enumerate(images, 1)]
+        return self.images.load(sources, self.engine.info.max_model_len)
 
     def _open(self, prompt: Prompt) -> _Opened:
         if isinstance(prompt, LoadedPrompt):

@@ -18,7 +18,8 @@ from PIL import Image
 from gllm_backend.gllm import model as backend
 from gllm_backend.gllm.model import TritonPythonModel
 from gllm_engine import Finish, Request
-from gllm_engine.images import Fetcher, ImageProcessor
+from gllm_engine.images import ImageProcessor
+from gllm_engine.images.fetch import ImageSources
 
 LENGTH = Finish("length")
 Front = tuple[TritonPythonModel, HandClient]
@@ -158,6 +159,10 @@ BAD: dict[str, tuple[InferenceRequest, str]] = {
         "image: image 1: 7 is ",
     ),
     "many": (request("a", image=text(*[RED] * 17)), "image: 17 images given, at most 16"),
+    "large": (
+        request("a", image=text(png(1400, 1400))),
+        "prompt: its images take more than the 1000 tokens of prompt and output",
+    ),
     "a file": (request("a", image=text("file:///etc/passwd")), "image: image 1: "),
     "cut": (
         request("aaaa", image=text(RED), sampling={"truncate_prompt_tokens": 5}),
@@ -218,11 +223,11 @@ class Slow:
         self.asked = threading.Semaphore(0)
         self.answer = threading.Event()
         self.given_up = threading.Event()
-        read = Fetcher.read
+        read = ImageSources.read
 
-        def slowly(fetcher: Fetcher, source: Any, number: int, is_over: Any) -> bytes:
+        def slowly(sources: ImageSources, source: Any, number: int, is_over: Any) -> bytes:
             if not str(source).startswith("https:"):
-                return read(fetcher, source, number, is_over)
+                return read(sources, source, number, is_over)
             self.asked.release()
             while not self.answer.wait(0.01):
                 if is_over():
@@ -230,7 +235,7 @@ class Slow:
                     break
             return RED
 
-        monkeypatch.setattr(Fetcher, "read", slowly)
+        monkeypatch.setattr(ImageSources, "read", slowly)
 
 
 @pytest.fixture
