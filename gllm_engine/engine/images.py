@@ -73,9 +73,20 @@ class ImageLoader:
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         """Raises ConfigError."""
-        self._processor = read_processor(Path(config.model))
-        self._max_images = getattr(config, "max_images", 16)
-        self._sources = ImageSources()
+        self._processor = read_processor(
+            Path(config.model),
+            config.image_max_pixels,
+            max_mib=config.max_image_mib,
+            max_megapixels=config.max_image_megapixels,
+            tokenizer=config.tokenizer and Path(config.tokenizer),
+        )
+        self._max_images = config.max_images
+        self._sources = ImageSources(
+            config.allowed_media_hosts,
+            config.allowed_media_directory,
+            max_mib=config.max_image_mib,
+            timeout_s=config.media_timeout_s,
+        )
         self._token = ""
         self.text: str | None = None
         if self._processor is not None:

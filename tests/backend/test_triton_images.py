@@ -158,7 +158,7 @@ BAD: dict[str, tuple[InferenceRequest, str]] = {
         request(None, messages=messages(part(7))),  # type: ignore[arg-type]
         "image: image 1: 7 is ",
     ),
-    "many": (request("a", image=text(*[RED] * 17)), "image: 17 images given, at most 16"),
+    "many": (request("a", image=text(*[RED] * 65)), "image: 65 images given, at most 64"),
     "large": (
         request("a", image=text(png(1400, 1400))),
         "prompt: its images take more than the 1000 tokens of prompt and output",

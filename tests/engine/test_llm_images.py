@@ -128,7 +128,7 @@ def test_bad_images_fail_their_prompts_alone(seen: Seen, tmp_path: Path) -> None
         ({"prompt": "a", "images": [7]}, "image: image 1: 7 is no URL"),
         ({"prompt": f"a{MARK}", "images": [png(), png()]}, "image: the prompt has 1 placeholders"),
         ({"prompt": f"a{MARK}"}, "image: the prompt has 1 placeholders"),
-        ({"prompt": "a", "images": [png()] * 17}, "image: 17 images given, at most 16"),
+        ({"prompt": "a", "images": [png()] * 65}, "image: 65 images given, at most 64"),
         ({"prompt": "a", "image": [png()]}, "prompt: unknown key 'image'; known are prompt, "),
         ({"images": [png()]}, "prompt: text or a list of token ids"),
     ]
