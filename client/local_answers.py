@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from gllm_engine import (
     LLM,
     EngineBroken,
     InvalidField,
+    LoadedPrompt,
     RequestFailed,
     describe_checkpoint,
     parse_sampling,
@@ -42,21 +43,12 @@ class LocalAnswers(AnswerSource):
         self._llm = LLM(**config)
 
     def stream(
-        self, prompt: Prompt, sampling: Json, images: Sequence[Any] = (), **template: Any
+        self, prompt: Prompt | LoadedPrompt, sampling: Json, **template: Any
     ) -> Iterator[Chunk]:
-        """`images`: of a prompt of token ids."""
         params = parse_sampling(sampling)
-        tokenizer = self._llm.tokenizer
-        if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-        elif isinstance(prompt, tuple):
-            ids = list(prompt)
-        else:
-            messages, images = take_images(prompt, self._llm.images.text)
-            ids = tokenizer.chat(messages, **template)
-        loaded = self._llm.load(ids, images)
+        loaded = prompt if isinstance(prompt, LoadedPrompt) else self._load(prompt, **template)
         limit = self._llm.engine.info.max_model_len
-        ids = truncated(loaded.token_ids, params, limit, bool(images))
+        ids = truncated(loaded.token_ids, params, limit, bool(loaded.images))
         loaded = replace(loaded, token_ids=ids)
         if params.n == 1:
             deltas = self._llm.stream(loaded, params)
@@ -72,6 +64,27 @@ class LocalAnswers(AnswerSource):
                 whole.prompt_logprobs,
                 num_cached_tokens=whole.num_cached_tokens,
             )
+
+    def _load(self, prompt: Prompt, images: Sequence[Any] = (), **template: Any) -> LoadedPrompt:
+        """`images`: of a prompt of token ids. Any thread."""
+        tokenizer = self._llm.tokenizer
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        elif isinstance(prompt, tuple):
+            ids = list(prompt)
+        else:
+            messages, images = take_images(prompt, self._llm.images.text)
+            ids = tokenizer.chat(messages, **template)
+        loaded: LoadedPrompt = self._llm.load(ids, images)
+        return loaded
+
+    async def _chunks(
+        self, prompt: Any, sampling: Json, options: Json
+    ) -> AsyncGenerator[Chunk, None]:
+        # On a thread, because steps of the engine must not wait for images.
+        loaded = await asyncio.to_thread(self._load, prompt, **options)
+        async for chunk in super()._chunks(loaded, sampling, {}):
+            yield chunk
 
     async def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
         """See AnswerSource. Reading one stream advances all streams: they share every step."""

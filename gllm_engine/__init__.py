@@ -44,7 +44,7 @@ _PUBLIC = {
     "engine.core": ("IN_PROCESS", "Engine", "EngineBroken", "fill_caches"),
     "engine.check": ("CheckReport", "check_model"),
     "engine.images": ("ImageLoader",),
-    "engine.llm": ("LLM", "CompletionOutput", "RequestFailed", "RequestOutput"),
+    "engine.llm": ("LLM", "CompletionOutput", "LoadedPrompt", "RequestFailed", "RequestOutput"),
     "text.description": ("describe_checkpoint",),
     "text.image_parts": ("no_images", "take_images"),
     "text.tokenizer": ("TextError", "Tokenizer"),

@@ -9,6 +9,7 @@ process of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -238,6 +239,7 @@ class TritonPythonModel:
             _check_ids(field, getattr(sampling, field), info.vocab_size)
         requests = make_requests(self.tokenizer, ids, sampling, self._ids, images)
         choices = [Choice(r.id, Completion(self.tokenizer, ids, sampling)) for r in requests]
+        parsed = dataclasses.replace(parsed, images=())  # it lives as long as the stream
         stream.open(parsed, text, len(ids), choices)
         with self._lock:
             self._sequences |= {r.id: (stream, i) for i, r in enumerate(requests)}
