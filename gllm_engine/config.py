@@ -7,6 +7,7 @@ used.
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +83,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     # throttling policies: steps over which the prefill backlog is spread
     prefill_drain_steps: int = 8
     min_prefill_tokens: int = 32  # throttling policies: least prefill tokens in one step
+    # hosts from which images may be fetched, by exact name; an IP address may be a private one
+    allowed_media_hosts: tuple[str, ...] = ()
+    # directory from which file:// images may be read; default: none
+    allowed_media_directory: str | None = None
+    media_timeout_s: float = 10.0  # seconds to fetch one image
+    max_images: int = 64  # images in one request
+    max_image_mib: int = 32  # size of an image's file in MiB
+    max_image_megapixels: int = 100  # millions of pixels that an image has before it is resized
+    # pixels that an image has when it is resized; default: as the checkpoint says, at most that
+    image_max_pixels: int | None = None
     cpu_threads: int = 0  # threads for tensor work; 0: all cores but one, which the server needs
     drain_timeout_s: float = 30.0  # seconds that a reload waits for running requests to finish
     log_requests: bool = True
@@ -120,6 +131,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "such as 10.0.0.1 or fd00::1"
             )
         self.stage_layers()
+        for host in self.allowed_media_hosts:
+            if not _HOST.fullmatch(host) and not _is_address(host):
+                raise ConfigError(
+                    f"allowed_media_hosts: {shown(repr(host))} is not a host such as "
+                    "images.example.com or an IP address"
+                )
 
     @property
     def num_ranks(self) -> int:
@@ -186,6 +203,7 @@ def _is_address(text: str) -> bool:
         return False
 
 
+_HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", re.ASCII)
 _RANGES: dict[str, tuple[float, float]] = {
     "max_model_len": (1, 2**24),
     "max_num_seqs": (0, 16384),
@@ -205,6 +223,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "master_port": (1, 65534),
     "prefill_drain_steps": (1, 1024),
     "min_prefill_tokens": (1, 2**20),
+    "media_timeout_s": (0.1, 600.0),
+    "max_images": (1, 4096),
+    "max_image_mib": (1, 1024),
+    "max_image_megapixels": (1, 1024),
+    "image_max_pixels": (1, 2**30),
     "cpu_threads": (0, 1024),
     "drain_timeout_s": (0.0, 3600.0),
 }
@@ -243,15 +266,17 @@ def make_config(values: dict[str, Any], directory: Path | None = None) -> Engine
         if isinstance(value, str) and not _is_text(value):
             raise ConfigError(f"{key}: {shown(value)} holds a lone surrogate")
     values = dict(values)
-    for key in ("model", "tokenizer", "cluster_key_file", "timeline"):
+    for key in ("model", "tokenizer", "cluster_key_file", "timeline", "allowed_media_directory"):
         if isinstance(values.get(key), str):
             values[key] = _resolve(key, (directory or Path()) / values[key])
     try:
         config = msgspec.convert(values, EngineConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(shown(str(error).replace("`", ""), most=500)) from None
-    if not os.path.isdir(config.model):
-        raise ConfigError(f"model: {shown(config.model, most=500)} is not a directory")
+    for key in ("model", "allowed_media_directory"):
+        path = getattr(config, key)
+        if path is not None and not os.path.isdir(path):
+            raise ConfigError(f"{key}: {shown(path, most=500)} is not a directory")
     return config
 
 

@@ -96,6 +96,29 @@ from gllm_engine.config import settle
                 (str({str(i): 1 for i in range(1025)}).replace("'", '"'), "1025 tenants are named"),
             )
         ),
+        *(
+            (
+                f'{{"model": ".", "allowed_media_hosts": ["a.example", "{host}"]}}',
+                f"allowed_media_hosts: {re.escape(repr(host))} is not a host such as",
+            )
+            for host in (
+                "",
+                "https://a.example",
+                "a.example:80",
+                "*.example",
+                "a..b",
+                "[::1]",
+            )
+        ),
+        (
+            '{"model": ".", "allowed_media_hosts": "a.example"}',
+            "Expected array, got str - at $.allowed_media_hosts",
+        ),
+        (
+            '{"model": ".", "allowed_media_directory": "missing"}',
+            "allowed_media_directory: .*missing is not a directory",
+        ),
+        ('{"model": ".", "max_images": 0}', r"max_images: 0 is outside \[1, 4096\]"),
         ('{"model": ".", "tenant_weights": 3}', "Expected object, got int - at $.tenant_weights"),
         ('{"model": ".", "seed": 1, "seed": 2}', "key 'seed' comes twice"),
         ('{"model": "nowhere"}', "nowhere is not a directory"),
@@ -148,6 +171,15 @@ def test_paths_are_taken_from_the_files_directory(tmp_path: Path) -> None:
     assert make_config({"model": "."}).model == str(Path.cwd())
     config = make_config({"model": ".", "cluster_key_file": "key"}, tmp_path)
     assert config.cluster_key_file == str(tmp_path / "key")
+    config = make_config({"model": ".", "allowed_media_directory": "weights"}, tmp_path)
+    assert config.allowed_media_directory == str(tmp_path / "weights")
+
+
+def test_hosts_are_names_and_addresses() -> None:
+    hosts = ["images.example.com", "Intra_net", "10.0.0.1", "fd00::1"]
+    assert make_config({"model": ".", "allowed_media_hosts": hosts}).allowed_media_hosts == (
+        *hosts,
+    )
 
 
 def test_layers_of_stages() -> None:

@@ -25,7 +25,8 @@ def test_every_configuration_key_is_in_the_table_with_its_default() -> None:
     for key, told in rows.items():
         default = getattr(config, key)
         if default not in (None, ".", 0):  # these defaults are told in words
-            spelled = f"{default:g}" if key == "drain_timeout_s" else str(default)
+            spelled = f"{default:g}" if isinstance(default, float) else str(default)
+            spelled = spelled.replace("()", "[]")  # as JSON has it
             assert told.strip("` ").lower() == spelled.lower(), key
 
 
