@@ -301,7 +301,7 @@ def _serve(options: argparse.Namespace) -> int:
     given = struct_values(options, Serving)
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory")
-    for key in ("tokenizer", "cluster_key_file", "timeline"):
+    for key in ("tokenizer", "cluster_key_file", "allowed_media_directory", "timeline"):
         if engine.get(key):
             engine[key] = str(Path(engine[key]).resolve())
     if (path / "config.json").is_file():

@@ -6,15 +6,23 @@ the output.
 
 from __future__ import annotations
 
+import base64
+import mimetypes
+import shlex
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from gllm_client.protocol import Chunk, GenerateError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 # Takes a conversation, yields the chunks of the next message. Closing the iterator cancels it.
 Answer = Callable[[list[Message]], Iterator[Chunk]]
 
-HINT = "Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D leaves."
+HINT = (
+    "Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D leaves; "
+    "/image PATH, or the path of an image alone, goes with the next question."
+)
 
 
 class Chat:
@@ -32,6 +40,7 @@ class Chat:
         self._write = write
         self._start: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._start)
+        self._images: list[Message] = []  # content parts for the next question
 
     def run(self, read: Callable[[str], str]) -> None:
         """Read questions and write answers until the input ends."""
@@ -47,13 +56,30 @@ class Chat:
                 return
             if line == "/clear":
                 self.messages = list(self._start)
+                self._images = []
+            elif path := _image_path(line):
+                self.attach(path)
             elif line:
                 self.ask(line)
+
+    def attach(self, path: Path) -> None:
+        """Send an image file with the next question."""
+        try:
+            content = base64.b64encode(path.read_bytes()).decode()
+        except OSError as error:
+            self._write(f"[{path}: {error.strerror}]\n")
+            return
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        url = {"url": f"data:{kind};base64,{content}"}
+        self._images.append({"type": "image_url", "image_url": url})
+        self._write(f"[{path.name} goes with the next question]\n")
 
     def ask(self, question: str) -> None:
         """Ask one question and write its answer as it arrives. The history keeps the text of a
         stopped answer, and drops a refused question."""
-        self.messages.append({"role": "user", "content": question})
+        parts = [*self._images, {"type": "text", "text": question}]
+        self.messages.append({"role": "user", "content": parts if self._images else question})
+        self._images = []
         text = ""
         chunks = self._answer(list(self.messages))
         try:
@@ -70,3 +96,17 @@ class Chat:
             chunks.close()  # type: ignore[attr-defined]  # a generator: this cancels
         self._write("\n")
         self.messages.append({"role": "assistant", "content": text})
+
+
+def _image_path(line: str) -> Path | None:
+    """The path in a line that is an image: /image PATH, or an image file as terminals paste it."""
+    command, _, rest = line.partition(" ")
+    try:
+        words = shlex.split(rest if command == "/image" else line)
+    except ValueError:  # a quote without its end
+        return None
+    if len(words) != 1:
+        return None
+    path = Path(words[0]).expanduser()
+    is_image = (mimetypes.guess_type(path)[0] or "").startswith("image/")
+    return path if command == "/image" or (is_image and path.is_file()) else None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +21,11 @@ from gllm_engine import (
     LLM,
     EngineBroken,
     InvalidField,
+    LoadedPrompt,
     RequestFailed,
     describe_checkpoint,
     parse_sampling,
+    take_images,
     truncated,
 )
 
@@ -39,22 +42,20 @@ class LocalAnswers(AnswerSource):
         self.model = Path(config["model"]).resolve().name
         self._llm = LLM(**config)
 
-    def stream(self, prompt: Prompt, sampling: Json, **template: Any) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt | LoadedPrompt, sampling: Json, **template: Any
+    ) -> Iterator[Chunk]:
         params = parse_sampling(sampling)
-        tokenizer = self._llm.tokenizer
-        if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-        elif isinstance(prompt, tuple):
-            ids = list(prompt)
-        else:
-            ids = tokenizer.chat(prompt, **template)
-        ids = truncated(ids, params, self._llm.engine.info.max_model_len)
+        loaded = prompt if isinstance(prompt, LoadedPrompt) else self._load(prompt, **template)
+        limit = self._llm.engine.info.max_model_len
+        ids = truncated(loaded.token_ids, params, limit, bool(loaded.images))
+        loaded = replace(loaded, token_ids=ids)
         if params.n == 1:
-            deltas = self._llm.stream(ids, params)
+            deltas = self._llm.stream(loaded, params)
             while (delta := _uninterrupted(deltas)) is not None:
                 yield Chunk((_output(delta),), len(ids), delta.prompt_logprobs)
         else:
-            (whole,) = self._llm.generate([ids], params)
+            (whole,) = self._llm.generate(loaded, params)
             if whole.error is not None:
                 raise RequestFailed(whole.error)
             yield Chunk(
@@ -63,6 +64,27 @@ class LocalAnswers(AnswerSource):
                 whole.prompt_logprobs,
                 num_cached_tokens=whole.num_cached_tokens,
             )
+
+    def _load(self, prompt: Prompt, images: Sequence[Any] = (), **template: Any) -> LoadedPrompt:
+        """`images`: of a prompt of token ids. Any thread."""
+        tokenizer = self._llm.tokenizer
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        elif isinstance(prompt, tuple):
+            ids = list(prompt)
+        else:
+            messages, images = take_images(prompt, self._llm.images.text)
+            ids = tokenizer.chat(messages, **template)
+        loaded: LoadedPrompt = self._llm.load(ids, images)
+        return loaded
+
+    async def _chunks(
+        self, prompt: Any, sampling: Json, options: Json
+    ) -> AsyncGenerator[Chunk, None]:
+        # On a thread, because steps of the engine must not wait for images.
+        loaded = await asyncio.to_thread(self._load, prompt, **options)
+        async for chunk in super()._chunks(loaded, sampling, {}):
+            yield chunk
 
     async def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
         """See AnswerSource. Reading one stream advances all streams: they share every step."""
@@ -88,10 +110,14 @@ class LocalAnswers(AnswerSource):
         **template: Any,
     ) -> Chunk:
         limit = self._llm.engine.info.max_model_len
+        images: list[Any] = []
         if prompt is None:
             add_special_tokens = False
+            messages, images = take_images(messages, self._llm.images.text)
             prompt = self._llm.tokenizer.render(messages, limit, **template)
         ids = self._llm.tokenizer.encode(prompt, add_special_tokens, limit)
+        if any(image is not None for image in images):
+            ids = self._llm.load(ids, images).token_ids
         return Chunk((Output(prompt, token_ids=tuple(ids)),))
 
     def _detokenize(self, token_ids: Sequence[int], **call: Any) -> str:
@@ -99,7 +125,9 @@ class LocalAnswers(AnswerSource):
         return text
 
     def _facts(self) -> Json:
-        facts: Json = describe_checkpoint(Path(self._llm.config.model), self._llm.tokenizer)
+        path = Path(self._llm.config.model)
+        takes_images = self._llm.images.text is not None
+        facts: Json = describe_checkpoint(path, self._llm.tokenizer, takes_images)
         return facts | {"max_model_len": self._llm.engine.info.max_model_len}
 
     def close(self) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import json
 import operator
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -20,6 +22,7 @@ import msgspec
 # An input tensor's value, of type BYTES, BOOL, INT32 (a list) or BYTES (a list).
 Value = str | bool | list[int] | list[str]
 Inputs = dict[str, Value]  # by name
+ImageSource = str | bytes | os.PathLike[str]
 Chunks = TypeVar("Chunks")
 Self = TypeVar("Self", bound="BlockingAsking")
 
@@ -101,7 +104,7 @@ def request_inputs(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     input_ids: Sequence[int] | None = None,
     add_special_tokens: bool | None = None,
-    images: Sequence[str | bytes] = (),
+    images: Sequence[ImageSource] = (),
     stream: bool = True,
     sampling: Any = None,
     exclude_input_in_output: bool = True,
@@ -121,10 +124,11 @@ def request_inputs(
     Exactly one of `prompt` (text), `messages` (for the model's chat template) and `input_ids`.
     `tools` (functions that the model may call) and `chat_template_kwargs` (variables of the chat
     template, such as enable_thinking) go with `messages`. `add_special_tokens`: whether the
-    tokenizer adds special tokens, such as a bos token; default: to `prompt` only. `images`: encoded
-    files, as bytes or already base64. `sampling`: a mapping or a SamplingParams; single fields may
-    also be given by keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when
-    `logprobs` is among the sampling parameters.
+    tokenizer adds special tokens, such as a bos token; default: to `prompt` only. `images`: of each
+    image the bytes of a file, its path here, its content in base64, or a URL that the server reads;
+    see docs/images.md. `sampling`: a mapping or a SamplingParams; single fields may also be given
+    by keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when `logprobs` is among
+    the sampling parameters.
     Raises ValueError when the options contradict each other or a request cannot carry them; the
     server checks their values.
     """
@@ -150,13 +154,18 @@ def request_inputs(
     inputs["stream"] = stream
     if parameters:
         inputs["sampling_parameters"] = _to_json("sampling_parameters", parameters)
-    if images:
-        inputs["image"] = list(map(_base64, images))
-    return inputs
+    return inputs | _images(images)
 
 
-def _base64(image: str | bytes) -> str:
-    return image if isinstance(image, str) else base64.b64encode(image).decode("ascii")
+def _images(images: Sequence[ImageSource]) -> Inputs:
+    return {"image": [_base64(image) for image in images]} if images else {}
+
+
+def _base64(image: ImageSource) -> str:
+    if isinstance(image, str):
+        return image
+    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    return base64.b64encode(content).decode("ascii")
 
 
 def tokenize_inputs(
@@ -167,10 +176,13 @@ def tokenize_inputs(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     input_ids: Sequence[int] | None = None,
     add_special_tokens: bool | None = None,
+    images: Sequence[ImageSource] = (),
 ) -> Inputs:
     """The input tensors of a request to tokenize; the options are those of `request_inputs`."""
     inputs = {"operation": "tokenize"} | _prompt(prompt, messages, input_ids)
-    return inputs | _prompt_options(tools, chat_template_kwargs, add_special_tokens)
+    return (
+        inputs | _prompt_options(tools, chat_template_kwargs, add_special_tokens) | _images(images)
+    )
 
 
 def detokenize_inputs(token_ids: Sequence[int]) -> Inputs:

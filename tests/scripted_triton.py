@@ -79,6 +79,7 @@ class FakeModel:
     )
     refusal: str | None = None  # the sentence with which generations fail
     refuse_after: int = 0  # this many chunks
+    takes_images: bool = False
     is_ours: bool = True  # else a model of another backend, which refuses our inputs
     asked: list[Asked] = field(default_factory=list)
 
@@ -90,6 +91,7 @@ class FakeModel:
             "architectures": ["FakeForCausalLM"],
             "special_tokens": {"<|assistant|>": 7},
             "vocab_size": 0x110000,
+            "input_modalities": ["text", "image"] if self.takes_images else ["text"],
         }
 
     def respond(self, asked: Asked) -> Iterator[dict[str, list[Any]]]:
@@ -117,7 +119,7 @@ class FakeModel:
         for message in json.loads(asked.inputs["messages"]):
             content = message["content"]
             if isinstance(content, list):
-                content = "\n".join(part["text"] for part in content)
+                content = "\n".join(map(_part_text, content))
             text += f"<|{message['role']}|>\n{content}\n"
         return text + self.generation_prompt
 
@@ -149,6 +151,9 @@ class FakeModel:
                 "token_ids": [ord(char) for part in parts for char in part],
                 "num_output_tokens": [len(part) for part in parts],
             }
+            if asked.inputs.get("return_num_input_tokens"):
+                num_images = len(asked.inputs.get("image", ()))
+                tensors["num_input_tokens"] = [len(asked.prompt) + 9 * num_images]
             if number == 0:
                 tensors["num_cached_tokens"] = [self.num_cached_tokens]
             if number in (0, num_chunks - 1) and asked.inputs.get("return_request_times"):
@@ -162,6 +167,11 @@ class FakeModel:
                 rest = [scored(char, sampling["prompt_logprobs"]) for char in asked.prompt[1:]]
                 tensors["prompt_logprobs"] = [json.dumps([None, *rest])]
             yield tensors
+
+
+def _part_text(part: dict[str, Any]) -> str:
+    """An image is one token, ten when it is loaded."""
+    return "@" * (10 if "image" in part else 1) if part["type"] == "image" else part["text"]
 
 
 def scored(char: str, top: int) -> dict[str, Any]:
@@ -248,6 +258,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 def _value(tensor: Any) -> Any:
     contents = tensor.contents
+    if tensor.name == "image":
+        return [image.decode() for image in contents.bytes_contents]
     if tensor.datatype == "BYTES":
         return contents.bytes_contents[0].decode()
     if tensor.datatype == "BOOL":

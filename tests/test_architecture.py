@@ -57,7 +57,7 @@ OURS = {
         "os_process", "socket_directory", "timeline", "workers",
     },
     "gllm_engine/engine": {
-        "types", "config", "sampling", "arch", "sched", "model", "runner", "text", "wire",
+        "types", "config", "sampling", "arch", "sched", "model", "runner", "text", "images", "wire",
         "heartbeat", "os_process", "socket_directory", "software", "timeline", "workers", "engine",
     },
     "gllm_engine/worker.py": {"workers"},

@@ -9,6 +9,7 @@ process of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -27,10 +28,13 @@ import triton_python_backend_utils as pb_utils
 from gllm_backend.gllm.metrics import Metrics
 from gllm_backend.gllm.request import INPUTS, OUTPUTS, ParsedRequest, parse_request
 from gllm_backend.gllm.response import Arrival, Choice, Result, Sender, Stream
-from gllm_engine import InvalidField, Outputs, __version__, shorten
+from gllm_engine import Image, InvalidField, Outputs, __version__, shorten
 
 SWEEP_S = 0.05  # between two checks for cancelled and overdue requests
 SWEEP_SHARE = 4  # the pause after a sweep is at least this many times as long as the sweep
+IMAGE_REQUESTS = 8  # whose images are loaded at a time
+WAITING_REQUESTS = 32  # the same of those with images from other servers
+MAX_IMAGE_BYTES = 1 << 30  # as given, of requests whose images are not loaded yet
 MAX_TOKEN_IDS = 1 << 20  # of input_ids that are only counted or turned into text
 CLOSE_S = 10.0  # the longest wait for a thread to end
 SWITCH_S = 1e-4  # Python's thread switch interval: a busy thread must not delay the senders
@@ -65,6 +69,7 @@ class TritonPythonModel:
         from gllm_engine import (
             EngineClient,
             EngineUnavailable,
+            ImageLoader,
             Tokenizer,
             describe_checkpoint,
             end_with_parent,
@@ -82,11 +87,20 @@ class TritonPythonModel:
         sys.setswitchinterval(SWITCH_S)
         self.config = read_config(Path(args["model_repository"]) / version / "model.json")
         self.tokenizer = Tokenizer(Path(self.config.tokenizer or self.config.model))
-        self._description = describe_checkpoint(Path(self.config.model), self.tokenizer)
         if self.tokenizer.chat_template is not None:
             self.tokenizer.chat_template.start()
+        self.images = ImageLoader(self.config, self.tokenizer)
+        self._description = describe_checkpoint(
+            Path(self.config.model), self.tokenizer, self.images.text is not None
+        )
         self._chats = ThreadPoolExecutor(1, thread_name_prefix="chats")
-        self._lock = threading.Lock()  # guards the two below
+        # Requests with images wait in a thread each, those for other servers apart from the rest.
+        self._with_images = {
+            waits: ThreadPoolExecutor(number, thread_name_prefix="images")
+            for waits, number in {False: IMAGE_REQUESTS, True: WAITING_REQUESTS}.items()
+        }
+        self._lock = threading.Lock()  # guards the three below
+        self._image_bytes = 0  # as given, of requests whose images are not loaded yet
         self.live: set[Stream] = set()
         self._sequences: dict[int, tuple[Stream, int]] = {}  # sequence id -> stream, index
         self._ids = count()
@@ -142,12 +156,15 @@ class TritonPythonModel:
         while self.live and time.monotonic() < limit:
             time.sleep(0.01)
         self._chats.shutdown(cancel_futures=True)
+        for pool in self._with_images.values():
+            pool.shutdown(wait=False, cancel_futures=True)
         for stream in self._snapshot():
             stream.fail("unavailable", "the model is being unloaded")
         for sender in self.senders:
             sender.close(CLOSE_S)
         self._stopping.set()
         self._sweeper.join(CLOSE_S)
+        self.images.close()
         self.client.close()
         self.metrics.close(CLOSE_S)
 
@@ -155,14 +172,35 @@ class TritonPythonModel:
 
     def _take(self, stream: Stream, request: Any) -> None:
         with self._failing(stream):
-            parsed = parse_request(request)
-            if parsed.kind == "messages":
+            parsed = parse_request(request, self.images.text)
+            stream.begin(parsed)
+            if parsed.images:
+                self._queue_images(stream, parsed)
+            elif parsed.kind == "messages":
                 # A chat template may take seconds; requests without one must not wait for it.
-                self._chats.submit(self._start_chat, stream, parsed)
+                self._chats.submit(self._start_later, stream, parsed)
             else:
                 self._start(stream, parsed)
 
-    def _start_chat(self, stream: Stream, parsed: ParsedRequest) -> None:
+    def _queue_images(self, stream: Stream, parsed: ParsedRequest) -> None:
+        self.images.check(len(parsed.images))
+        pool = self._with_images[self.images.waits(parsed.images)]
+        # Messages may name anything as an image; loading it says so.
+        size = sum(len(image) for image in parsed.images if isinstance(image, bytes | str))
+        with self._lock:
+            if self._image_bytes + size > MAX_IMAGE_BYTES:
+                problem = f"its images hold {self._image_bytes} bytes, at most {MAX_IMAGE_BYTES}"
+                raise self._unavailable(f"the queue is full: {problem}")
+            self._image_bytes += size
+        pool.submit(self._start_later, stream, parsed).add_done_callback(
+            lambda _: self._forget_images(size)
+        )
+
+    def _forget_images(self, size: int) -> None:
+        with self._lock:
+            self._image_bytes -= size
+
+    def _start_later(self, stream: Stream, parsed: ParsedRequest) -> None:
         with self._failing(stream):
             if stream.failure is None:  # else the request was cancelled or failed meanwhile
                 self._start(stream, parsed)
@@ -184,22 +222,24 @@ class TritonPythonModel:
         from gllm_engine import Completion, make_requests, truncated
 
         if parsed.operation != "generate":
-            stream.finish(parsed, self._result(parsed))
+            stream.finish(parsed, self._result(stream, parsed))
             return
         sampling = parsed.sampling
         info = self.client.info
         ids, text = self._tokenize(parsed)
         if not ids:
             raise InvalidField(parsed.kind, "the prompt has no tokens, at least one is needed")
-        ids = truncated(ids, sampling, info.max_model_len)
+        ids, images = self._place(stream, parsed, ids)
+        ids = truncated(ids, sampling, info.max_model_len, bool(images))
         _check_len(len(ids), info.max_model_len)
         if parsed.prepend_prompt and parsed.kind != "text_input":
             text = self.tokenizer.decode(ids)
         # The engine checks them too, but ids beyond 64 bits cannot be encoded.
         for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             _check_ids(field, getattr(sampling, field), info.vocab_size)
-        requests = make_requests(self.tokenizer, ids, sampling, self._ids)
+        requests = make_requests(self.tokenizer, ids, sampling, self._ids, images)
         choices = [Choice(r.id, Completion(self.tokenizer, ids, sampling)) for r in requests]
+        parsed = dataclasses.replace(parsed, images=())  # it lives as long as the stream
         stream.open(parsed, text, len(ids), choices)
         with self._lock:
             self._sequences |= {r.id: (stream, i) for i, r in enumerate(requests)}
@@ -208,7 +248,7 @@ class TritonPythonModel:
             self._forget(stream)
             self.client.abort([request.id for request in requests])
 
-    def _result(self, parsed: ParsedRequest) -> Result:
+    def _result(self, stream: Stream, parsed: ParsedRequest) -> Result:
         """The answer to an operation other than generate."""
         if parsed.operation == "describe":
             if self.client.trouble is not None:  # servers in front ask whether the model answers
@@ -225,6 +265,8 @@ class TritonPythonModel:
         ids, text = self._tokenize(parsed)
         if parsed.kind == "input_ids":
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if parsed.images:
+            ids, _ = self._place(stream, parsed, ids)
         return Result(text, ids if parsed.operation == "tokenize" else None)
 
     def _tokenize(self, parsed: ParsedRequest) -> tuple[list[int], str]:
@@ -244,9 +286,20 @@ class TritonPythonModel:
             return ids, ""
         if parsed.kind == "messages":
             text = self.tokenizer.render(parsed.prompt, info.max_model_len, **parsed.template)
+            whole = text
         else:
             text = parsed.prompt
-        return self.tokenizer.encode(text, parsed.add_special_tokens, info.max_model_len), text
+            whole = self.images.with_places(text, len(parsed.images))
+        return self.tokenizer.encode(whole, parsed.add_special_tokens, info.max_model_len), text
+
+    def _place(
+        self, stream: Stream, parsed: ParsedRequest, ids: list[int]
+    ) -> tuple[list[int], tuple[Image, ...]]:
+        """The prompt with all tokens of its images, and the images."""
+        most = self.client.info.max_model_len
+        loaded = self.images.load(parsed.images, most, lambda: stream.failure is not None)
+        placed: tuple[list[int], tuple[Image, ...]] = self.images.place(ids, loaded)
+        return placed
 
     # ------------------------------------------------------------ the client's thread
 

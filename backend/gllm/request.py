@@ -15,7 +15,15 @@ import numpy as np
 from msgspec import ValidationError, convert
 from msgspec.structs import replace
 
-from gllm_engine import InvalidField, SamplingParams, decode_json, parse_sampling, shorten
+from gllm_engine import (
+    InvalidField,
+    SamplingParams,
+    decode_json,
+    no_images,
+    parse_sampling,
+    shorten,
+    take_images,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -60,11 +68,12 @@ TEMPLATE_INPUTS = ("tools", "chat_template_kwargs")
 # The inputs of each operation, beside its name.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "generate": tuple(INPUTS),
-    "tokenize": (*PROMPTS, *TEMPLATE_INPUTS, "add_special_tokens"),
+    "tokenize": (*PROMPTS, *TEMPLATE_INPUTS, "add_special_tokens", "image"),
     "detokenize": ("input_ids",),
     "describe": (),
 }
 _DTYPES = {"TYPE_STRING": np.object_, "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32}
+_URLS = (b"data:", b"http:", b"https:", b"file:")
 _TYPE_NAMES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
 
 
@@ -76,25 +85,30 @@ class ParsedRequest:
     outputs: frozenset[str]  # names in OUTPUTS to build
     timeout_us: int | None
     kind: str = ""  # one of PROMPTS; "" without a prompt
-    prompt: Any = None  # by kind: text, an array of token ids, or messages as unchecked JSON
+    # by kind: text, an array of token ids, or messages as unchecked JSON without their images
+    prompt: Any = None
     template: dict[str, Any] = field(default_factory=dict)  # TEMPLATE_INPUTS, as unchecked JSON
     add_special_tokens: bool = True  # such as a bos token
+    # of the prompt, in order: files, their base64, or URLs; () to tokenize places alone
+    images: tuple[bytes | str, ...] = ()
     stream: bool = False
     prepend_prompt: bool = False  # the answer begins with the prompt's text
     sampling: SamplingParams = SamplingParams()
     show_logprobs: bool = False  # false: logprobs are computed only for cumulative_logprob
 
 
-def parse_request(request: Any) -> ParsedRequest:
+def parse_request(request: Any, image_text: str | None = None) -> ParsedRequest:
     """Read and check a whole Triton InferenceRequest.
 
-    Raises InvalidField, which names the first invalid field.
+    `image_text`: what stands for an image in a text; None: the model takes no images. Raises
+    InvalidField, which names the first invalid field.
     """
     tensors = {tensor.name(): _array(tensor) for tensor in request.inputs()}
-    if "image" in tensors and tensors["image"].size:
-        raise InvalidField("image", "this model takes no images")
+    if "image" in tensors and not tensors["image"].size:  # clients of the vLLM backend send it
+        del tensors["image"]
     operation = _operation(tensors)
     kind, prompt = _prompt(tensors, operation)
+    prompt, images = _images(tensors, operation, prompt, image_text)
     template = _template(tensors, kind)
     special = _special_tokens(tensors, kind)
     parameters = _parameters(request)
@@ -103,7 +117,9 @@ def parse_request(request: Any) -> ParsedRequest:
         for name in parameters:
             raise InvalidField(shorten(name), f"{operation} takes no sampling parameters")
         outputs = frozenset(request.requested_output_names())
-        return ParsedRequest(operation, outputs, timeout_us, kind, prompt, template, special)
+        return ParsedRequest(
+            operation, outputs, timeout_us, kind, prompt, template, special, images
+        )
     sampling = _sampling(tensors, parameters)
     stream = bool(_flag(tensors, "stream"))
     exclude = _flag(tensors, "exclude_input_in_output")
@@ -124,6 +140,7 @@ def parse_request(request: Any) -> ParsedRequest:
         prompt,
         template,
         special,
+        images,
         stream=stream,
         prepend_prompt=not exclude,
         sampling=sampling,
@@ -172,13 +189,13 @@ def _flag(tensors: Mapping[str, Array], name: str) -> bool | None:
 
 
 def _operation(tensors: Mapping[str, Array]) -> str:
-    """The operation, "generate" by default. Raises InvalidField for inputs that it does not take,
-    empty images aside."""
+    """The operation, "generate" by default. Raises InvalidField for an input that does not go with
+    it."""
     operation = _text(tensors, "operation") if "operation" in tensors else "generate"
     if operation not in OPERATIONS:
         known = ", ".join(OPERATIONS)
         raise InvalidField("operation", f"{shorten(operation)!r} is unknown; known are {known}")
-    taken = ("operation", "image", *OPERATIONS[operation])
+    taken = ("operation", *OPERATIONS[operation])
     for name in tensors:
         if name not in taken:
             takes = ", ".join(OPERATIONS[operation]) or "no other input"
@@ -207,6 +224,32 @@ def _prompt(tensors: Mapping[str, Array], operation: str) -> tuple[str, Any]:
     if not text:
         raise InvalidField(given[0], "the prompt is empty, at least one character is needed")
     return given[0], text if given == ["text_input"] else _json("messages", text)
+
+
+def _images(
+    tensors: Mapping[str, Array], operation: str, prompt: Any, image_text: str | None
+) -> tuple[Any, tuple[bytes | str, ...]]:
+    """The prompt without its images, and the images. Those of the input `image` take the places of
+    messages that have none, in order."""
+    given = [_source(value) for value in tensors.get("image", ())]
+    if given and image_text is None:
+        raise no_images()
+    if "messages" not in tensors:
+        return prompt, tuple(given)
+    prompt, images = take_images(prompt, image_text)
+    num_places = images.count(None)
+    if operation == "tokenize" and not given and num_places == len(images):
+        return prompt, ()
+    if len(given) != num_places:
+        problem = f"{len(given)} images given, the messages have {num_places} places for them"
+        raise InvalidField("image", f"{problem} (parts without an image of their own)")
+    waiting = iter(given)
+    return prompt, tuple(next(waiting) if image is None else image for image in images)
+
+
+def _source(value: bytes | str) -> bytes | str:
+    is_url = isinstance(value, bytes) and value.startswith(_URLS)
+    return value.decode("latin-1") if is_url else value  # type: ignore[union-attr]
 
 
 def _template(tensors: Mapping[str, Array], kind: str) -> dict[str, Any]:

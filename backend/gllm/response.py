@@ -151,6 +151,12 @@ class Stream:
         self._response_sender = response_sender
         self._end = threading.Lock()
 
+    def begin(self, parsed: ParsedRequest) -> None:
+        """Set the parsed request; its time may be over while its prompt is made."""
+        self.parsed = parsed
+        if parsed.timeout_us is not None:
+            self.deadline = self.began + parsed.timeout_us / 1e6
+
     def open(
         self, parsed: ParsedRequest, prompt_text: str, num_prompt_tokens: int, choices: list[Choice]
     ) -> None:
@@ -158,9 +164,7 @@ class Stream:
         self._prompt_text = prompt_text if parsed.prepend_prompt else ""
         self.num_prompt_tokens = num_prompt_tokens
         self.choices = choices
-        self.parsed = parsed
-        if parsed.timeout_us is not None:
-            self.deadline = self.began + parsed.timeout_us / 1e6
+        self.begin(parsed)
 
     def admit(self, at: float) -> None:
         """Set when the request left the queue: with that of its sequences which began first."""

@@ -24,6 +24,7 @@ from gllm_client.openai_server.events import (
 from gllm_client.openai_server.generation import Answer, Batch, answer
 from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.models import ServedModel
+from gllm_client.openai_server.turns import image_part, text_part
 from gllm_client.openai_server.writer import Choice, Writer
 from gllm_client.protocol import shown
 
@@ -183,13 +184,15 @@ def to_messages(given: list[Json], model: ServedModel) -> list[Json]:
     if not given:
         raise invalid("messages", "the list is empty")
     roles = {} if "developer" in (model.facts["chat_template"]) else _AS_SYSTEM
-    return [_message(f"messages[{index}]", message, roles) for index, message in enumerate(given)]
+    return [
+        _message(f"messages[{index}]", message, roles, model) for index, message in enumerate(given)
+    ]
 
 
 _AS_SYSTEM = {"developer": "system"}
 
 
-def _message(path: str, message: Json, roles: dict[str, str]) -> Json:
+def _message(path: str, message: Json, roles: dict[str, str], model: ServedModel) -> Json:
     role = message.get("role")
     if role not in ROLES:
         raise invalid(f"{path}.role", f"{shown(role)} is not one of {', '.join(ROLES)}")
@@ -201,7 +204,7 @@ def _message(path: str, message: Json, roles: dict[str, str]) -> Json:
     refusal = checked.pop("refusal", None)
     content = message.get("content", refusal)
     if isinstance(content, list):
-        content = [_part(f"{path}.content[{i}]", part) for i, part in enumerate(content)]
+        content = [_part(f"{path}.content[{i}]", part, model) for i, part in enumerate(content)]
     if content is None and role == "assistant" and "tool_calls" not in checked:
         content = refusal or ""
     if role != "assistant" and not isinstance(content, str | list):
@@ -213,13 +216,16 @@ def _message(path: str, message: Json, roles: dict[str, str]) -> Json:
     return checked | {"role": roles.get(role, role), "content": content}
 
 
-def _part(path: str, part: Any) -> dict[str, str]:
+def _part(path: str, part: Any, model: ServedModel) -> Json:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image_url":
+        given = part.get("image_url")
+        return image_part(given.get("url") if isinstance(given, dict) else given, path, model)
     if kind not in ("text", "refusal"):
-        raise invalid(f"{path}.type", f"{shown(kind)} is not supported, only text is")
+        raise invalid(f"{path}.type", f"{shown(kind)} is not supported, only text and image_url")
     if not isinstance(part.get(kind), str):
         raise invalid(f"{path}.{kind}", f"{shown(part.get(kind))} is not text")
-    return {"type": "text", "text": part[kind]}
+    return text_part(part[kind])
 
 
 # ------------------------------------------------------------ from events to JSON
@@ -336,6 +342,7 @@ class ChatWriter(Writer[Batch]):
     def _note(self, choice: _Choice, event: Event) -> None:
         """Keep what is beside the message."""
         if isinstance(event, Tokens):
+            self._usage.num_prompt = self._answer.num_prompt_tokens
             self._usage.num_cached = self._answer.num_cached_tokens
             self._usage.add(event)
             if self._asked.return_token_ids:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gllm_client import Chunk, Output
 from gllm_client.openai_server.conversation import Conversation
-from gllm_client.openai_server.errors import ApiError
+from gllm_client.openai_server.errors import ApiError, invalid
 from gllm_client.openai_server.events import (
     CallArguments,
     CallBegin,
@@ -27,6 +27,7 @@ from gllm_client.openai_server.events import (
 )
 from gllm_client.openai_server.formats.parser import OutputParser
 from gllm_client.openai_server.models import ServedModel
+from gllm_client.openai_server.turns import without_images
 
 Batch = list[tuple[int, Event]]  # of each event its choice
 
@@ -44,16 +45,13 @@ class Answer:
         chunks: AsyncGenerator[Chunk, None],
         choices: list[_Choice],
     ) -> None:
-        self.prompt_ids = prompt_ids
+        self.prompt_ids = prompt_ids  # with one token for each image
+        self.num_prompt_tokens = len(prompt_ids)  # with images: known when the first event comes
         self.prompt_text = prompt_text  # with special tokens
         self.num_cached_tokens = 0  # of the prompt; known when the first event comes
         self.prompt_logprobs: list[Any] | None = None  # likewise, if requested
         self._chunks = chunks
         self._choices = choices
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         async for batch in self.batches():
@@ -68,6 +66,7 @@ class Answer:
         async with aclosing(self._chunks) as chunks:
             async for chunk in chunks:
                 self.num_cached_tokens = chunk.num_cached_tokens or self.num_cached_tokens
+                self.num_prompt_tokens = chunk.num_input_tokens or self.num_prompt_tokens
                 self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
                 batch: Batch = []
                 for index, output in enumerate(chunk.outputs):
@@ -144,7 +143,7 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
     Raises ApiError. The Triton request begins with the first iteration; its refusal (a full queue)
     is raised by that.
     """
-    ids, text = await render(model, conversation, request_id)
+    ids, text, images = await render(model, conversation, request_id)
     thinks = model.format.in_thoughts(text)
     sampling = with_defaults(model, conversation.sampling)
     form = model.format.constraint(conversation, thinks)
@@ -163,28 +162,36 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
         choices.append(
             _Choice(parser, conversation.include_reasoning, stops, model.count_malformed)
         )
-    return Answer(ids, text, model.generate(ids, sampling, request_id), choices)
+    return Answer(ids, text, model.generate(ids, sampling, request_id, images), choices)
 
 
 async def count_tokens(model: ServedModel, conversation: Conversation, request_id: str = "") -> int:
     """The length of the prompt that `answer` would send. Raises ApiError."""
-    return len((await render(model, conversation, request_id))[0])
+    ids, _, _ = await render(model, conversation, request_id, with_images=True)
+    return len(ids)
 
 
 async def render(
-    model: ServedModel, conversation: Conversation, request_id: str
-) -> tuple[list[int], str]:
-    """The prompt's token ids and text. Raises ApiError."""
+    model: ServedModel, conversation: Conversation, request_id: str, with_images: bool = False
+) -> tuple[list[int], str, list[str]]:
+    """The prompt's token ids and text, and the sources of its images. Raises ApiError.
+
+    `with_images`: the images are loaded, and have all their tokens. Otherwise each has one.
+    """
+    messages, images = without_images(conversation.messages)
     template: dict[str, Any] = {}
     if conversation.template:
         template["chat_template_kwargs"] = conversation.template
     if conversation.tools and conversation.tool_choice.kind != "none":
         template["tools"] = [tool.for_template() for tool in conversation.tools]
-    ids, text = await model.tokenize(request_id, messages=conversation.messages, **template)
+    messages = conversation.messages if with_images else messages
+    ids, text = await model.tokenize(request_id, messages=messages, **template)
     limit = conversation.truncate_prompt_tokens
-    if limit is not None:
+    if limit is not None and not images:
         ids = truncate(model, ids, limit, conversation.max_tokens)
-    return ids, text
+    elif limit is not None and limit != -1:
+        raise invalid("truncate_prompt_tokens", "it does not go with images, which are never cut")
+    return ids, text, images
 
 
 def truncate(model: ServedModel, ids: list[int], limit: int, max_tokens: int | None) -> list[int]:

@@ -7,11 +7,18 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.chat import MAX_TOOLS
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.turns import call_message, merge, thinking_variables
+from gllm_client.openai_server.turns import (
+    call_message,
+    image_part,
+    merge,
+    text_part,
+    thinking_variables,
+)
 from gllm_client.protocol import shown
 
 # Claude Code's first line, different in every request: no prefix of its prompts would be cached.
@@ -20,9 +27,10 @@ _REFUSED = {
     "container": "this server runs no code",
     "mcp_servers": "this server calls no tools itself",
 }
+Names = dict[str | None, str]  # of functions, by the ids of their calls
 # What a block needs, by its type.
 _BLOCKS: dict[str, dict[str, list[str]]] = {
-    "user": {"text": ["text"], "tool_result": ["tool_use_id"]},
+    "user": {"text": ["text"], "image": ["source"], "tool_result": ["tool_use_id"]},
     "system": {"text": ["text"]},
     "assistant": {
         "text": ["text"],
@@ -31,6 +39,15 @@ _BLOCKS: dict[str, dict[str, list[str]]] = {
         "tool_use": ["id", "name", "input"],
     },
 }
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where the bytes of an image are."""
+
+    type: Literal["base64", "url"]
+    media_type: str = ""
+    data: str | None = None
+    url: str | None = None
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -45,6 +62,7 @@ class Block(msgspec.Struct, frozen=True):
     tool_use_id: str | None = None
     content: str | list[Block] | None = None
     is_error: bool | None = None
+    source: Source | None = None
 
 
 class InputMessage(msgspec.Struct, frozen=True):
@@ -133,7 +151,7 @@ def to_conversation(asked: MessagesRequest, model: ServedModel) -> Conversation:
         "top_k": asked.top_k,
         "stop": asked.stop_sequences,
     }
-    messages = _messages(asked)
+    messages = _messages(asked, model)
     effort = asked.output_config.effort if asked.thinks else None
     template = thinking_variables(asked.thinks, effort, model.facts["chat_template"])
     if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
@@ -178,18 +196,20 @@ def _tool_choice(choice: Choice, tools: tuple[Tool, ...]) -> ToolChoice:
     return ToolChoice(kinds[choice.type], choice.name)
 
 
-def _messages(asked: MessagesRequest) -> list[Message]:
+def _messages(asked: MessagesRequest, model: ServedModel) -> list[Message]:
     if not asked.messages:
         raise invalid("messages", "the list is empty")
     system = InputMessage("system", asked.system)
-    names: dict[str | None, str] = {}  # of the functions, by the ids of their calls
-    messages = list(_blocks(system, "system", names)) if asked.system else []
+    names: Names = {}
+    messages = list(_blocks(system, "system", names, model)) if asked.system else []
     for index, message in enumerate(asked.messages):
-        messages += _blocks(message, f"messages[{index}].content", names)
+        messages += _blocks(message, f"messages[{index}].content", names, model)
     return merge(messages)
 
 
-def _blocks(message: InputMessage, path: str, names: dict[str | None, str]) -> Iterator[Message]:
+def _blocks(
+    message: InputMessage, path: str, names: Names, model: ServedModel
+) -> Iterator[Message]:
     """A message for each block, tool results first, as they follow their calls."""
     if isinstance(message.content, str):
         yield {"role": message.role, "content": message.content}
@@ -207,10 +227,10 @@ def _blocks(message: InputMessage, path: str, names: dict[str | None, str]) -> I
         for field in needed:
             if getattr(block, field) is None:
                 raise invalid(f"{where}.{field}", "it is required")
-        yield _message(message.role, block, where, names)
+        yield _message(message.role, block, where, names, model)
 
 
-def _message(role: str, block: Block, path: str, names: dict[str | None, str]) -> Message:
+def _message(role: str, block: Block, path: str, names: Names, model: ServedModel) -> Message:
     match block.type:
         case "thinking":
             return {"role": role, "content": "", "reasoning_content": block.thinking}
@@ -221,7 +241,7 @@ def _message(role: str, block: Block, path: str, names: dict[str | None, str]) -
             if block.tool_use_id not in names:
                 problem = f"no tool_use {shown(block.tool_use_id)} comes before it"
                 raise invalid(f"{path}.tool_use_id", problem)
-            content = _result(block, f"{path}.content")
+            content = _result(block, f"{path}.content", model)
             name = names[block.tool_use_id]
             return {
                 "role": "tool",
@@ -229,17 +249,33 @@ def _message(role: str, block: Block, path: str, names: dict[str | None, str]) -
                 "name": name,
                 "content": content,
             }
+        case "image":
+            return {"role": role, "content": [_image(block, path, model)]}
     is_kept = block.type == "text" and not (block.text or "").startswith(_CHANGING_LINE)
     return {"role": role, "content": block.text if is_kept else ""}
 
 
-def _result(block: Block, path: str) -> str:
-    parts = [Block("text", block.content)] if isinstance(block.content, str) else block.content
+def _image(block: Block, path: str, model: ServedModel) -> Json:
+    source = block.source or Source("url")
+    url = source.url
+    if source.type == "base64" and source.data is not None:
+        url = f"data:{source.media_type};base64,{source.data}"
+    return image_part(url, path, model)
+
+
+def _result(block: Block, path: str, model: ServedModel) -> str | list[Json]:
+    """The text of a result, or with images its parts."""
+    given = [Block("text", block.content)] if isinstance(block.content, str) else block.content
     texts = []
-    for index, part in enumerate(parts or []):
-        if part.type != "text" or part.text is None:
-            raise invalid(
-                f"{path}[{index}].type", f"{shown(part.type)} is not supported, only text"
-            )
-        texts.append(part.text)
-    return ("Error: " if block.is_error else "") + "\n".join(texts)
+    images = []
+    for index, part in enumerate(given or []):
+        where = f"{path}[{index}]"
+        if part.type == "image":
+            images.append(_image(part, where, model))
+        elif part.type != "text" or part.text is None:
+            problem = f"{shown(part.type)} is not supported, only text and image"
+            raise invalid(f"{where}.type", problem)
+        else:
+            texts.append(part.text)
+    text = ("Error: " if block.is_error else "") + "\n".join(texts)
+    return [text_part(text), *images] if images else text

@@ -124,6 +124,7 @@ def _shown(model: ServedModel) -> dict[str, Any]:
         "owned_by": "gllm-triton",
         "root": model.name,
         "max_model_len": model.max_model_len,
+        "input_modalities": model.facts.get("input_modalities", ["text"]),
     }
 
 
@@ -150,7 +151,8 @@ async def tokenize(request: Request) -> Response:
     if "messages" in body:
         chat = convert(body, ChatRequest)
         model = await find_model(request, chat.model)
-        ids, _ = await render(model, to_conversation(chat, model), request_id(request))
+        conversation = to_conversation(chat, model)
+        ids, _, _ = await render(model, conversation, request_id(request), with_images=True)
     else:
         asked = convert(body, TextToTokenize)
         model = await find_model(request, asked.model)

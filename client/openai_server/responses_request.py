@@ -18,8 +18,10 @@ from gllm_client.openai_server.formats.grammar import regex_part
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.turns import (
     call_message,
+    image_part,
     merge,
     parse_object,
+    text_part,
 )
 from gllm_client.protocol import shown
 
@@ -116,7 +118,7 @@ def to_conversation(
     if request.top_logprobs or LOGPROBS in request.include:
         sampling["logprobs"] = request.top_logprobs
     conversation = Conversation(
-        messages=_messages(request, earlier),
+        messages=_messages(request, model, earlier),
         tools=tuple(declared.tool for declared in toolbox.values()),
         tool_choice=_read_choice(request.tool_choice, toolbox),
         parallel_tool_calls=request.parallel_tool_calls,
@@ -153,8 +155,8 @@ def _parts(item: Json) -> Json:
     return {"content": [{"type": kind, "text": text}]} if isinstance(text, str) else {}
 
 
-def _messages(request: ResponsesRequest, earlier: Items) -> list[Message]:
-    reader = _ItemReader()
+def _messages(request: ResponsesRequest, model: ServedModel, earlier: Items) -> list[Message]:
+    reader = _ItemReader(model)
     messages = [reader.read(item, "previous_response_id") for item in earlier]
     for index, item in enumerate(input_items(request)):
         messages.append(reader.read(item, f"input[{index}]"))
@@ -311,6 +313,7 @@ class Part(msgspec.Struct, frozen=True):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
 
 
 Content = str | list[Part] | None
@@ -344,7 +347,8 @@ _NEEDED: Mapping[str, Sequence[str]] = {
 class _ItemReader:
     """Makes messages of items; knows the calls before, so that results find theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
         self._names: dict[str | None, str] = {}  # call id -> the function's name
 
     def read(self, value: Json, path: str) -> Message:
@@ -361,7 +365,7 @@ class _ItemReader:
     def _message(self, item: Item, path: str) -> Message:
         if item.type == "message":
             role = "system" if item.role == "developer" else item.role
-            return {"role": role, "content": read_text(item.content, f"{path}.content")}
+            return {"role": role, "content": self._content(item.content, f"{path}.content")}
         if item.type == "reasoning":
             thoughts = read_text(item.content or item.summary, f"{path}.content")
             return {"role": "assistant", "content": "", "reasoning_content": thoughts}
@@ -380,21 +384,34 @@ class _ItemReader:
     def _result(self, item: Item, path: str) -> Message:
         if item.call_id not in self._names:
             raise invalid(f"{path}.call_id", f"no call {shown(item.call_id)} comes before it")
-        content = read_text(item.output, f"{path}.output")
+        content = self._content(item.output, f"{path}.output")
         name = self._names[item.call_id]
         return {"role": "tool", "tool_call_id": item.call_id, "name": name, "content": content}
+
+    def _content(self, content: Content, path: str) -> str | Items:
+        """The text of parts, or with images the parts."""
+        if not isinstance(content, list) or all(part.type != "input_image" for part in content):
+            return read_text(content, path)
+        parts = []
+        for index, part in enumerate(content):
+            where = f"{path}[{index}]"
+            if part.type == "input_image":
+                parts.append(image_part(part.image_url, where, self._model))
+            else:
+                parts.append(text_part(_part_text(part, where)))
+        return parts
 
 
 def read_text(content: Content, path: str) -> str:
     """The text of parts, one under the other. Raises ApiError for a part that is not text."""
     if content is None or isinstance(content, str):
         return content or ""
-    texts = []
-    for index, part in enumerate(content):
-        text = part.refusal if part.type == "refusal" else part.text
-        if text is None:
-            raise invalid(
-                f"{path}[{index}].type", f"{shown(part.type)} is not supported, only text"
-            )
-        texts.append(text)
+    texts = [_part_text(part, f"{path}[{index}]") for index, part in enumerate(content)]
     return "\n".join(texts)
+
+
+def _part_text(part: Part, path: str) -> str:
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None:
+        raise invalid(f"{path}.type", f"{shown(part.type)} is not supported, only text is")
+    return text

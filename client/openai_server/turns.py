@@ -1,14 +1,18 @@
-"""Conversations in the form that chat templates can read, for the APIs that send them otherwise."""
+"""Conversations in the form that the backend can read, for the APIs that send them otherwise."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
+from gllm_client.openai_server.body import Json
 from gllm_client.openai_server.conversation import Message
+from gllm_client.openai_server.errors import invalid
+from gllm_client.openai_server.models import ServedModel
+from gllm_client.protocol import shown
 
 # A variable that a chat template reads: within braces, and neither an attribute nor a string.
 _READS = r"{{[{{%][^}}]*(?<![\w.'\"]){}\b(?!['\"])"
@@ -36,11 +40,58 @@ def merge(messages: Iterable[Message]) -> list[Message]:
 def _join(turn: list[Message]) -> Message:
     joined = dict(turn[0])
     for key in ("content", "reasoning_content"):
-        if texts := [message[key] for message in turn if message.get(key)]:
-            joined[key] = "\n\n".join(texts)
+        if values := [message[key] for message in turn if message.get(key)]:
+            has_parts = any(isinstance(value, list) for value in values)
+            joined[key] = _join_parts(values) if has_parts else "\n\n".join(values)
     if calls := [call for message in turn for call in message.get("tool_calls", ())]:
         joined["tool_calls"] = calls
     return joined
+
+
+def _join_parts(contents: Iterable[str | list[Json]]) -> list[Json]:
+    """The parts of several contents; neighbours that are texts become one, as they do alone."""
+    joined: list[Json] = []
+    for content in contents:
+        for part in [text_part(content)] if isinstance(content, str) else content:
+            if joined and joined[-1]["type"] == part["type"] == "text":
+                joined[-1] = text_part(f"{joined[-1]['text']}\n\n{part['text']}")
+            else:
+                joined.append(part)
+    return joined
+
+
+def text_part(text: str) -> Json:
+    """A content part that is text."""
+    return {"type": "text", "text": text}
+
+
+def image_part(source: Any, path: str, model: ServedModel) -> Json:
+    """A content part that is an image. `source`: its URL, or the file in base64, given in the part
+    at `path`. Raises ApiError."""
+    if not model.takes_images:
+        raise invalid(path, "this model takes no images")
+    if not isinstance(source, str) or not source:
+        raise invalid(path, f"{shown(source)} is no URL of an image")
+    return {"type": "image", "image": source}
+
+
+def without_images(messages: Iterable[Message]) -> tuple[list[Message], list[str]]:
+    """Messages whose images only have their places, and the sources of these images, in order."""
+    images: list[str] = []
+
+    def stripped(content: list[Json]) -> Iterator[Json]:
+        for part in content:
+            if part["type"] == "image":
+                images.append(part["image"])
+                part = {"type": "image"}
+            yield part
+
+    return [
+        message | {"content": list(stripped(message["content"]))}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ], images
 
 
 def call_message(id: str, name: str, arguments: dict[str, Any]) -> Message:

@@ -10,9 +10,11 @@ import itertools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,6 +22,8 @@ from tqdm import tqdm
 
 from gllm_engine.config import make_config
 from gllm_engine.engine.core import IN_PROCESS, Engine, EngineBroken
+from gllm_engine.engine.images import ImageLoader, is_url, to_source
+from gllm_engine.images import PreparedImage
 from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
 from gllm_engine.sched import Policy
 from gllm_engine.text.chat_template import Message
@@ -31,10 +35,26 @@ from gllm_engine.text.completion import (
     render_logprobs,
     truncated,
 )
+from gllm_engine.text.image_parts import take_images
 from gllm_engine.text.tokenizer import Tokenizer
-from gllm_engine.types import Outputs, Request
+from gllm_engine.types import Image, Outputs, Request
 
-Prompt = str | list[int]  # text, or token ids
+PROMPTS_AHEAD = 4  # whose images are loaded while earlier prompts run
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "images")
+
+
+@dataclass(frozen=True)
+class LoadedPrompt:
+    """A prompt with all tokens of its images."""
+
+    token_ids: list[int]
+    images: tuple[Image, ...] = ()
+
+
+# Text, token ids, or a dict with one of them as "prompt" or "prompt_token_ids", and "images": a
+# list of file contents, paths, URLs and PIL images. Each image has a placeholder in the prompt, or
+# all of them come before a text without placeholders.
+Prompt = str | list[int] | dict[str, Any] | LoadedPrompt
 
 
 @dataclass
@@ -75,6 +95,17 @@ class RequestOutput:
 
 
 @dataclass
+class _Opened:
+    """A prompt that has its tokens, but for those of its images."""
+
+    output: RequestOutput
+    images: Sequence[Any] = ()  # as the caller gave them, not loaded yet
+    placed: tuple[Image, ...] = ()
+    loading: Future[list[PreparedImage]] | None = None
+    requests: list[Request] | None = None  # once its images are placed; [] after an error
+
+
+@dataclass
 class _Sequence:
     """A live sequence, the output it fills and, for a stream, its unread deltas."""
 
@@ -98,6 +129,8 @@ class LLM:
         """
         self.config = make_config({"model": str(model)} | config)
         self.tokenizer = Tokenizer(self.config.tokenizer or self.config.model)
+        self.images = ImageLoader(self.config, self.tokenizer)
+        self._loaders = ThreadPoolExecutor(PROMPTS_AHEAD, "load")
         self.engine = Engine(self.config, policy=policy)
         self._ids = itertools.count()
         self._sequences: dict[int, _Sequence] = {}
@@ -113,6 +146,8 @@ class LLM:
         """End all sequences; an open stream then raises EngineBroken. Idempotent."""
         self._closed = True
         self._sequences.clear()
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+        self.images.close()
         self.engine.close()
 
     def generate(
@@ -127,24 +162,22 @@ class LLM:
         `sampling_params`: one for all prompts, or one for each prompt. Raises EngineBroken when the
         engine cannot go on; make a new LLM then, and a new process after a GPU fault.
         """
-        outputs = [self._open(prompt) for prompt in _as_prompts(prompts)]
-        return self._run(outputs, sampling_params, use_tqdm)
+        opened = [self._open(prompt) for prompt in _as_prompts(prompts)]
+        return self._run(opened, sampling_params, use_tqdm)
 
     def _run(
         self,
-        outputs: list[RequestOutput],
+        opened: list[_Opened],
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Fill the outputs of opened prompts."""
+        outputs = [prompt.output for prompt in opened]
         params = params or SamplingParams()
         each = [params] * len(outputs) if isinstance(params, SamplingParams) else params
         if len(each) != len(outputs):
             raise ValueError(f"{len(each)} sampling_params for {len(outputs)} prompts")
-        queue = deque(
-            (output, self._split(output, _checked(params)))
-            for output, params in zip(outputs, each, strict=True)
-        )
+        queue = deque(zip(opened, map(_checked, list(each)), strict=True))
         mine: set[int] = set()
         with tqdm(total=len(outputs), disable=not use_tqdm, unit="prompt") as bar:
             try:
@@ -169,17 +202,21 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or several; outputs and errors as `generate`'s.
 
-        `tools`: functions that the model may call, as OpenAI's clients describe them.
-        `chat_template_kwargs`: variables of the chat template, such as enable_thinking. Raises
-        InvalidField for one of these two that the template does not take.
+        Images are parts of type image_url, image or input_image, as clients of OpenAI's APIs and
+        transformers write them. `tools`: functions that the model may call, as OpenAI's clients
+        describe them. `chat_template_kwargs`: variables of the chat template, such as
+        enable_thinking. Raises InvalidField for one of these two that the template does not take.
         """
         several = bool(messages) and not isinstance(messages[0], dict)
         conversations: Any = messages if several else [messages]
-        chat = partial(self.tokenizer.chat, tools=tools, chat_template_kwargs=chat_template_kwargs)
-        outputs = [
-            self._opened(None, partial(chat, conversation)) for conversation in conversations
-        ]
-        return self._run(outputs, sampling_params, use_tqdm)
+
+        def read(conversation: Any) -> tuple[list[int], Sequence[Any]]:
+            text, images = take_images(conversation, self.images.text)
+            ids = self.tokenizer.chat(text, tools=tools, chat_template_kwargs=chat_template_kwargs)
+            return ids, images
+
+        opened = [self._opened(None, partial(read, each)) for each in conversations]
+        return self._run(opened, sampling_params, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -192,11 +229,11 @@ class LLM:
         params = _checked(sampling_params or SamplingParams())
         if params.n != 1:
             raise InvalidField("n", f"{params.n} outputs cannot be streamed, use generate()")
-        output = self._open(prompt)
-        requests = self._split(output, params)
-        if output.error is not None:
-            raise RequestFailed(output.error)
-        return self._stream(output, requests)
+        opened = self._open(prompt)
+        requests = self._split(opened, params)
+        if opened.output.error is not None:
+            raise RequestFailed(opened.output.error)
+        return self._stream(opened.output, requests)
 
     def _stream(self, output: RequestOutput, requests: list[Request]) -> Iterator[Delta]:
         ids: set[int] = set()
@@ -220,41 +257,89 @@ class LLM:
 
     # ------------------------------------------------------------ between prompts and sequences
 
-    def _open(self, prompt: Prompt) -> RequestOutput:
-        if isinstance(prompt, str):
-            return self._opened(prompt, partial(self.tokenizer.encode, prompt))
-        return self._opened(None, partial(_token_ids, prompt))
+    def load(self, ids: list[int], images: Sequence[Any]) -> LoadedPrompt:
+        """A prompt of token ids, one placeholder for each image, as `generate` and `stream` take
+        it too. Raises InvalidField."""
+        return LoadedPrompt(*self.images.place(ids, self._load(images)))
 
-    def _opened(self, text: str | None, encode: Callable[[], list[int]]) -> RequestOutput:
-        """A new output with the prompt's token ids, or with an error for an invalid prompt."""
-        output = RequestOutput(next(self._ids), text, [])
+    def _load(self, images: Sequence[Any]) -> list[PreparedImage]:
+        sources = [to_source(*numbered) for numbered in enumerate(images, 1)]
+        return self.images.load(sources, self.engine.info.max_model_len)
+
+    def _open(self, prompt: Prompt) -> _Opened:
+        if isinstance(prompt, LoadedPrompt):
+            opened = self._opened(None, lambda: (prompt.token_ids, ()))
+            opened.placed = prompt.images
+            return opened
+        given = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+        text = given.get("prompt")
+        return self._opened(text if isinstance(text, str) else None, partial(self._read, given))
+
+    def _read(self, prompt: dict[str, Any]) -> tuple[list[int], Sequence[Any]]:
+        """Token ids of a prompt, and its images."""
+        if unknown := sorted(set(prompt) - set(PROMPT_KEYS)):
+            known = ", ".join(PROMPT_KEYS)
+            raise InvalidField("prompt", f"unknown key {unknown[0]!r}; known are {known}")
+        images = [
+            Path(image) if isinstance(image, str) and not is_url(image) else image
+            for image in prompt.get("images", ())
+        ]
+        text = prompt.get("prompt", prompt.get("prompt_token_ids"))
+        if not isinstance(text, str):
+            return _token_ids(text), images
+        return self.tokenizer.encode(self.images.with_places(text, len(images))), images
+
+    def _opened(
+        self, text: str | None, read: Callable[[], tuple[list[int], Sequence[Any]]]
+    ) -> _Opened:
+        """A prompt with its token ids and images, or with an error for an invalid prompt."""
+        opened = _Opened(RequestOutput(next(self._ids), text, []))
         try:
-            output.prompt_token_ids = encode()
+            ids, opened.images = read()
+            opened.output.prompt_token_ids = ids
+            self.images.check(len(opened.images))
         except InvalidField as error:
             if error.field in ("tools", "chat_template_kwargs"):  # arguments of the whole call
                 raise
-            output.error = str(error)
-        return output
+            opened.output.error = str(error)
+        return opened
 
-    def _split(self, output: RequestOutput, params: SamplingParams) -> list[Request]:
-        """The requests of a prompt; none if it has an error already."""
+    def _split(self, opened: _Opened, params: SamplingParams) -> list[Request]:
+        """The requests of a prompt, when its images are loaded; none if it has an error."""
+        output = opened.output
+        ids = output.prompt_token_ids
+        images = opened.placed
+        try:
+            if output.error is None and not images:
+                loaded = opened.loading.result() if opened.loading else self._load(opened.images)
+                ids, images = self.images.place(ids, loaded)
+            ids = truncated(ids, params, self.engine.info.max_model_len, bool(images))
+        except InvalidField as error:
+            output.error = str(error)
         if output.error is not None:
             return []
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
-        max_len = self.engine.info.max_model_len
-        output.prompt_token_ids = truncated(output.prompt_token_ids, params, max_len)
+        output.prompt_token_ids = ids
         output.outputs = [CompletionOutput(index=index) for index in range(params.n)]
-        return make_requests(self.tokenizer, output.prompt_token_ids, params, self._ids)
+        return make_requests(self.tokenizer, ids, params, self._ids, images)
 
-    def _submit(self, queue: deque[tuple[RequestOutput, list[Request]]], mine: set[int]) -> None:
-        """Hand over as many prompts as the engine's queue takes."""
+    def _submit(self, queue: deque[tuple[_Opened, SamplingParams]], mine: set[int]) -> None:
+        """Hand over as many prompts as the engine's queue takes and as have their images."""
         while queue:
-            output, requests = queue[0]
-            if self._sequences and not self.engine.has_room(requests):
+            for opened, _ in itertools.islice(queue, PROMPTS_AHEAD):
+                if opened.images and opened.loading is None and opened.output.error is None:
+                    opened.loading = self._loaders.submit(self._load, opened.images)
+            opened, params = queue[0]
+            if self._sequences and opened.loading is not None and not opened.loading.done():
+                return
+            if opened.requests is None:
+                opened.requests = self._split(opened, params)
+            if self._sequences and not self.engine.has_room(opened.requests):
                 return  # if no sequence runs, room never comes: the engine refuses the requests
             queue.popleft()
-            self._hand_over(output, requests, mine)
+            self._hand_over(opened.output, opened.requests, mine)
+            opened.requests = opened.loading = None  # they hold the pixels
 
     def _hand_over(
         self,
@@ -329,8 +414,8 @@ def _checked(params: SamplingParams) -> SamplingParams:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts. Text, or a sequence of whole numbers, is a single prompt."""
-    if isinstance(prompts, str | bytes):
+    """A list of prompts. A sequence of whole numbers is a single prompt."""
+    if isinstance(prompts, str | bytes | dict | LoadedPrompt):
         return [prompts]
     one = len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
     listed: list[Any] = [prompts] if one else list(prompts)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from gllm_engine.sampling import SamplingParams
+from gllm_engine.sampling import InvalidField, SamplingParams
 from gllm_engine.text.detokenizer import Detokenizer
 from gllm_engine.text.tokenizer import Tokenizer
-from gllm_engine.types import Finish, Request, TokenLogprobs
+from gllm_engine.types import Finish, Image, Request, TokenLogprobs
 
 Logprobs = dict[int, dict[str, float | int | str]]
 
@@ -148,18 +148,30 @@ def render_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> Logprobs:
     }
 
 
-def truncated(prompt: list[int], sampling: SamplingParams, max_model_len: int) -> list[int]:
-    """The end of a prompt that `truncate_prompt_tokens` leaves of it."""
+def truncated(
+    prompt: list[int], sampling: SamplingParams, max_model_len: int, has_images: bool = False
+) -> list[int]:
+    """The end of a prompt that `truncate_prompt_tokens` leaves of it. Raises InvalidField for a
+    prompt with images that would be cut."""
     most = sampling.truncate_prompt_tokens
     if most == -1:
         most = max(1, max_model_len - (sampling.max_tokens or 1))
-    return prompt if most is None else prompt[-most:]
+    if most is None or most >= len(prompt):
+        return prompt
+    if has_images:
+        problem = f"the prompt has {len(prompt)} tokens and images, it is not cut to {most}"
+        raise InvalidField("truncate_prompt_tokens", problem)
+    return prompt[-most:]
 
 
 def make_requests(
-    tokenizer: Tokenizer, prompt: list[int], sampling: SamplingParams, ids: Iterable[int]
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    sampling: SamplingParams,
+    ids: Iterable[int],
+    images: tuple[Image, ...] = (),
 ) -> list[Request]:
-    """The `sampling.n` requests of one prompt, with ids taken from `ids`.
+    """The `sampling.n` requests of one prompt with its images, with ids taken from `ids`.
 
     The first request has the requested seed (else a random one), so it equals the request of n=1.
     The others have seeds derived from that one. Only the first request computes prompt logprobs.
@@ -168,7 +180,8 @@ def make_requests(
     bad_words = tokenizer.bad_words(sampling.bad_words)
     requests = []
     for index, id in zip(range(sampling.n), ids, strict=False):
-        requests.append(Request(id, prompt, sampling, _derive_seed(seed, index), bad_words))
+        own_seed = _derive_seed(seed, index)
+        requests.append(Request(id, prompt, sampling, own_seed, bad_words, images))
         if index == 0:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
     return requests

@@ -25,19 +25,22 @@ _DEFAULTS = {
 }
 
 
-def describe_checkpoint(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_checkpoint(
+    path: Path, tokenizer: Tokenizer, takes_images: bool = False
+) -> dict[str, Any]:
     """Facts of the checkpoint in directory `path`, as JSON would have them.
 
-    architectures; chat_template: Jinja sources by name, or None; special_tokens: the ids of all
-    special tokens, by their texts; generation_config: the sampling defaults that it gives, by its
-    own keys. A default that is no valid sampling parameter is left out. Raises ConfigError for a
-    file that is not JSON.
+    architectures; input_modalities: text, and image if `takes_images`; chat_template: Jinja sources
+    by name, or None; special_tokens: the ids of all special tokens, by their texts;
+    generation_config: the sampling defaults that it gives, by its own keys. A default that is no
+    valid sampling parameter is left out. Raises ConfigError for a file that is not JSON.
     """
     template = tokenizer.chat_template
     generation = path / "generation_config.json"
     given = read_object(generation, ConfigError) if os.path.lexists(generation) else {}
     return {
         "architectures": read_object(path / "config.json", ConfigError).get("architectures"),
+        "input_modalities": ["text", "image"] if takes_images else ["text"],
         "chat_template": None if template is None else template.sources,
         "special_tokens": tokenizer.special_tokens,
         "generation_config": {

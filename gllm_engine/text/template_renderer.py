@@ -138,6 +138,8 @@ def _marked(message: Message) -> Message:
         return message | {"content": content + mark}
     if not content:
         raise Unusable(KWARGS, "continue_final_message: the last message has no content")
+    if "text" not in content[-1]:
+        raise Unusable(KWARGS, "continue_final_message: the last message ends with an image")
     last = content[-1] | {"text": content[-1]["text"] + mark}
     return message | {"content": [*content[:-1], last]}
 
@@ -156,6 +158,9 @@ def _in_format(template: Template, message: Message) -> Message:
     content = message.get("content")
     if isinstance(content, list) and not template.takes_parts:
         return message | {"content": "\n".join(part["text"] for part in content)}
+    if isinstance(content, list):  # the text of an image is only for templates of texts
+        parts = [{"type": "image"} if part["type"] == "image" else part for part in content]
+        return message | {"content": parts}
     if isinstance(content, str) and template.takes_parts and not template.tells_strings:
         return message | {"content": [{"type": "text", "text": content}]}
     return message

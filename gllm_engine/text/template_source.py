@@ -184,7 +184,9 @@ def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
 
 
 def _sources(value: nodes.Node | None) -> Iterator[nodes.Node]:
-    """The expressions that a value comes from, without filters, slices and conditionals."""
+    """The expressions that a value comes from, without filters, slices and conditionals.
+
+    message.get("content") is message["content"]."""
     if isinstance(value, nodes.Filter) or _is_slice(value):
         yield from _sources(value.node)
     elif isinstance(value, nodes.CondExpr):
@@ -193,6 +195,13 @@ def _sources(value: nodes.Node | None) -> Iterator[nodes.Node]:
     elif isinstance(value, nodes.Or):
         yield from _sources(value.left)
         yield from _sources(value.right)
+    elif (
+        isinstance(value, nodes.Call)
+        and isinstance(value.node, nodes.Getattr)
+        and value.node.attr == "get"
+        and value.args
+    ):
+        yield nodes.Getitem(value.node.node, value.args[0], "load")
     elif value is not None:
         yield value
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
@@ -126,6 +126,20 @@ class Tokenizer:
     def token_text(self, id: int) -> str:
         """The text of a single token, special or not; "" for an id without a token."""
         return self.spelling.pieces(skip_special_tokens=False)[id].decode("utf-8", "replace")
+
+    def image_text(self, placeholder: int) -> str:
+        """What stands for an image in a text: what the chat template writes for one between two
+        texts, so that it may be more than the token `placeholder`; else that token.
+        """
+        token = self.token_text(placeholder)
+        parts = [("text", "first"), ("image", token), ("text", "last")]
+        content = [{"type": kind, "text": text} for kind, text in parts]
+        with suppress(InvalidField):  # the template may take other roles, or no images
+            text = self.render([{"role": "user", "content": content}])
+            written = text.partition("first")[2].partition("last")[0].strip("\n")
+            if token in written:
+                return written
+        return token
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The token sequences of all words, at the start of a text and after a space."""

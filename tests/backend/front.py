@@ -21,6 +21,14 @@ from gllm_engine import EngineUnavailable, Finish, InvalidField, ModelInfo, Outp
 
 VOCAB = 300
 BOS = 257
+IMAGE = 299  # the placeholder of an image, in texts PLACE
+PLACE = "<image>"
+# Of config.json of a model that takes images: a square of 28 pixels is a token.
+SEES = {
+    "model_type": "qwen2_5_vl",
+    "image_token_id": IMAGE,
+    "vision_config": {"patch_size": 14},
+}
 
 
 class ByteSpelling:
@@ -55,7 +63,9 @@ class ByteTokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[int]:
-        return [BOS] * (self.adds_bos and add_special_tokens) + list(text.encode())
+        first, *rest = [list(piece.encode()) for piece in text.split(PLACE)]
+        ids = first + [id for piece in rest for id in (IMAGE, *piece)]
+        return [BOS] * (self.adds_bos and add_special_tokens) + ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         special = {} if skip_special_tokens else {BOS: b"<s>"}
@@ -74,14 +84,21 @@ class ByteTokenizer:
         self.holding.set()
         self.held.wait()
         given = [value for value in (tools, chat_template_kwargs) if value]
-        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        text = "".join(f"<{m['role']}>{_content(m['content'])}" for m in messages)
         return text + "".join(map(json.dumps, given))
 
     def token_text(self, token: int) -> str:
-        return self.decode([token])
+        return PLACE if token == IMAGE else self.decode([token])
+
+    def image_text(self, placeholder: int) -> str:
+        return f"[{self.token_text(placeholder)}]"
 
     def bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(word.encode()) for word in words)
+
+
+def _content(content: Any) -> Any:
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
 class HandClient:
@@ -140,12 +157,15 @@ class HandClient:
 
 @contextmanager
 def front_end(
-    tmp_path: Path, parameters: dict[str, str] | None = None, **config: Any
+    tmp_path: Path,
+    parameters: dict[str, str] | None = None,
+    model: dict[str, Any] | None = None,
+    **config: Any,
 ) -> Iterator[tuple[TritonPythonModel, HandClient]]:
-    """A running model; finalized at the end unless the test did."""
+    """A running model; finalized at the end unless the test did. `model`: of its config.json."""
     version = tmp_path / "1"
     version.mkdir(exist_ok=True)
-    (version / "config.json").write_text(json.dumps({"architectures": ["Bytes"]}))
+    (version / "config.json").write_text(json.dumps({"architectures": ["Bytes"]} | (model or {})))
     generation = {"temperature": 0.5, "top_p": "high", "top_k": -7, "do_sample": True}
     (version / "generation_config.json").write_text(json.dumps(generation))
     (version / "model.json").write_text(json.dumps({"model": ".", "drain_timeout_s": 0} | config))
@@ -164,13 +184,13 @@ def front_end(
         "end_with_parent": lambda: None,  # the parent is not a tritonserver here
     }
     with mock.patch.multiple(gllm_engine, create=True, **names):
-        model = TritonPythonModel()
-        model.initialize(args)
+        front = TritonPythonModel()
+        front.initialize(args)
     try:
-        yield model, model.client
+        yield front, front.client
     finally:
-        if not model.client.closed:
-            model.finalize()
+        if not front.client.closed:
+            front.finalize()
         sys.setswitchinterval(interval)
 
 

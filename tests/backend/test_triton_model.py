@@ -459,6 +459,7 @@ def test_describe_tells_the_facts(front) -> None:
     assert json.loads(facts) == {
         "model": "m",
         "architectures": ["Bytes"],
+        "input_modalities": ["text"],
         "max_model_len": 1000,
         "vocab_size": 300,
         "eos_token_ids": [256],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
+from pathlib import Path
 
 from gllm_client.chat import HINT, Chat, Message
 from gllm_client.protocol import Chunk, GenerateError, Output
@@ -79,3 +81,27 @@ def test_a_refused_question_is_forgotten() -> None:
 def test_clear_forgets_all_but_the_system_message() -> None:
     _, chat, _ = run("Hi", "/clear", system="Be kind.")
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
+
+
+def test_images_go_with_the_next_question(tmp_path: Path) -> None:
+    """A path alone is an image if it is one; terminals quote the paths that are dropped."""
+    path = tmp_path / "a cat.png"
+    path.write_bytes(b"cat")
+    odd = tmp_path / "scan"
+    odd.write_bytes(b"scan")
+    keys = (f"'{path}'", f"/image {odd}", "What is it?", "And?", str(tmp_path / "no.png"))
+    model, _, written = run(*keys, f"/image {tmp_path}/gone", "it's")
+    urls = [
+        f"data:{kind};base64,{base64.b64encode(content).decode()}"
+        for kind, content in (("image/png", b"cat"), ("application/octet-stream", b"scan"))
+    ]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    first = [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
+    assert model.asked[0] == first
+    assert model.asked[1][0] == first[0]
+    assert model.asked[1][-1] == {"role": "user", "content": "And?"}
+    assert [asked[-1]["content"] for asked in model.asked[2:]] == [keys[-1], "it's"]
+    assert "[a cat.png goes with the next question]\n[scan goes with" in written
+    assert f"[{tmp_path}/gone: No such file or directory]\n" in written
+    cleared, _, _ = run(f"/image {odd}", "/clear", "Hi")
+    assert cleared.asked == [said("Hi")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,16 @@ def test_a_prompt_becomes_tensors() -> None:
     assert json.loads(str(inputs["sampling_parameters"])) == {"max_tokens": 3, "stop": ["a", "b"]}
     assert "return_logprobs" not in inputs
     assert not any(name.startswith("triton_") for name in inputs)
+
+
+def test_images_become_texts(tmp_path: Path) -> None:
+    """Files as base64; base64 and URLs, which the server reads, as they are."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x00\xff")
+    images = [path, b"\x00\xff", "AP8=", "https://a/b.png", "data:image/png;base64,AP8="]
+    inputs = tokenize_inputs("Hi", images=images)
+    assert inputs["image"] == ["AP8=", "AP8=", *images[2:]]
+    assert "image" not in request_inputs("Hi")
 
 
 def test_a_prompt_to_tokenize_becomes_tensors() -> None:

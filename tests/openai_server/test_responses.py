@@ -200,8 +200,9 @@ WRONG = [
     ({"input": [{"role": "user"}]}, "input[0].content"),
     (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-        "input[0].content[0].type",
+        "input[0].content[0]",
     ),
+    ({"input": [{"role": "user", "content": [{"type": "x"}]}]}, "input[0].content[0].type"),
     ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments"),
     (
         {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]},

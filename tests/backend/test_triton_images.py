@@ -1,0 +1,312 @@
+"""Images of Triton requests: what of them reaches the engine, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_triton import InferenceRequest, Record, TritonError
+from front import IMAGE, PLACE, SEES, HandClient, front_end, request, text
+from PIL import Image
+
+from gllm_backend.gllm import model as backend
+from gllm_backend.gllm.model import TritonPythonModel
+from gllm_engine import Finish, Request
+from gllm_engine.images import ImageProcessor
+from gllm_engine.images.fetch import ImageSources
+
+LENGTH = Finish("length")
+Front = tuple[TritonPythonModel, HandClient]
+
+
+def png(width: int, height: int, colour: str = "red") -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+RED, WIDE = png(56, 56), png(84, 56, "blue")  # of 2 x 2 and 2 x 3 tokens
+RED_URL = "data:image/png;base64," + base64.b64encode(RED).decode()
+SLOW = "https://slow.example/a.png"
+
+
+@pytest.fixture
+def front(tmp_path, server) -> Iterator[Front]:
+    with front_end(tmp_path, model=SEES) as pair:
+        yield pair
+
+
+def submitted(front: Front, given: InferenceRequest) -> list[Request]:
+    """What the engine gets of a request, when it has been answered."""
+    model, client = front
+    arrived = threading.Event()
+    client.on_submit = arrived.set
+    model.execute([given])
+    assert arrived.wait(10), given.record.error and given.record.error.message()
+    requests = list(client.submitted)
+    client.say([request.id for request in requests], "!", LENGTH)
+    given.record.wait()
+    return requests
+
+
+def refused(front: Front, given: InferenceRequest) -> str:
+    model, client = front
+    model.execute([given])
+    error = given.record.wait().error
+    assert error is not None and error.code() == TritonError.INVALID_ARG
+    assert not client.submitted
+    return error.message()
+
+
+def messages(*content: Any) -> np.ndarray:
+    return text(json.dumps([{"role": "user", "content": list(content)}]))
+
+
+def part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+A, B, USER = [97], [98], list(b"<user>")
+FOUR, SIX = [IMAGE] * 4, [IMAGE] * 6
+GOOD: dict[str, tuple[InferenceRequest, list[int]]] = {
+    "files": (request(f"a{PLACE}b{PLACE}", image=text(RED, WIDE)), A + FOUR + B + SIX),
+    "base64": (request(f"a{PLACE}", image=text(base64.b64encode(RED))), A + FOUR),
+    "a URL": (request(f"a{PLACE}", image=text(RED_URL)), A + FOUR),
+    "no places": (request("a", image=text(RED, WIDE)), [91, *FOUR, 93, 91, *SIX, 93, *A]),
+    "token ids": (
+        request(None, input_ids=np.array([97, IMAGE, 98], np.int32), image=text(RED)),
+        A + FOUR + B,
+    ),
+    "messages": (
+        request(None, messages=messages({"type": "text", "text": "a"}, part(RED_URL))),
+        USER + A + [91, *FOUR, 93],
+    ),
+    "messages and files": (
+        request(None, messages=messages({"type": "image"}, part(RED_URL)), image=text(WIDE)),
+        USER + [91, *SIX, 93, 91, *FOUR, 93],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_images_reach_the_engine(front: Front, case: str) -> None:
+    given, prompt = GOOD[case]
+    (sequence,) = submitted(front, given)
+    assert sequence.prompt == prompt
+    rest = list(prompt)
+    for image in sequence.images:
+        assert (image.height, image.width) == (28 * image.rows, 28 * image.columns)
+        assert len(image.pixels) == 3 * image.height * image.width
+        places = slice(image.first, image.first + image.rows * image.columns)
+        assert rest[places] == [IMAGE] * image.rows * image.columns
+        rest[places] = [0] * image.rows * image.columns
+    assert IMAGE not in rest
+
+
+def test_an_image_is_decoded_once(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal ones, and for n answers."""
+    decoded = []
+    prepare = ImageProcessor.prepare
+
+    def counting(self: ImageProcessor, data: bytes, number: int = 1) -> Any:
+        decoded.append(number)
+        return prepare(self, data, number)
+
+    monkeypatch.setattr(ImageProcessor, "prepare", counting)
+    images = text(RED, WIDE, RED)
+    one, two = submitted(front, request("a", sampling={"n": 2}, image=images))
+    assert sorted(decoded) == [1, 2]
+    assert one.images == two.images
+    assert one.images[0].pixels is two.images[2].pixels
+    assert [image.digest for image in one.images].count(one.images[0].digest) == 2
+
+
+def test_the_answer_counts_and_repeats_the_prompt(front: Front) -> None:
+    given = request("a", image=text(RED), return_num_input_tokens=True)
+    submitted(front, given)
+    (response,) = given.record.data
+    assert response.text() == "a!"
+    assert response.tensors["num_input_tokens"].tolist() == [7]
+
+
+BAD: dict[str, tuple[InferenceRequest, str]] = {
+    "fewer places": (
+        request(f"{PLACE}", image=text(RED, RED)),
+        "image: the prompt has 1 placeholders (token 299) for 2 images",
+    ),
+    "places without images": (
+        request(f"a{PLACE}"),
+        "image: the prompt has 1 placeholders (token 299) for 0 images",
+    ),
+    "parts without images": (
+        request(None, messages=messages({"type": "image"}, part(RED_URL))),
+        "image: 0 images given, the messages have 1 places for them",
+    ),
+    "images without parts": (
+        request(None, messages=messages(part(RED_URL)), image=text(RED)),
+        "image: 1 images given, the messages have 0 places for them",
+    ),
+    "broken": (request("a", image=text(RED, RED[:40])), "image: image 2: "),
+    "no image": (request("a", image=text(b"\0hello")), "image: image 1: "),
+    "a number": (
+        request(None, messages=messages(part(7))),  # type: ignore[arg-type]
+        "image: image 1: 7 is ",
+    ),
+    "many": (request("a", image=text(*[RED] * 65)), "image: 65 images given, at most 64"),
+    "large": (
+        request("a", image=text(png(1400, 1400))),
+        "prompt: its images take more than the 1000 tokens of prompt and output",
+    ),
+    "a file": (request("a", image=text("file:///etc/passwd")), "image: image 1: "),
+    "cut": (
+        request("aaaa", image=text(RED), sampling={"truncate_prompt_tokens": 5}),
+        "truncate_prompt_tokens: the prompt has 10 tokens and images",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_images_are_refused(front: Front, case: str) -> None:
+    given, sentence = BAD[case]
+    assert refused(front, given).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        request("a", image=text(RED)),
+        request(None, messages=messages(part(RED_URL))),
+        request(None, messages=messages({"type": "image"}), operation=text("tokenize")),
+    ],
+)
+def test_a_text_model_takes_no_images(tmp_path, server, given: InferenceRequest) -> None:
+    with front_end(tmp_path) as front:
+        assert refused(front, given) == "image: this model takes no images"
+
+
+def told(front: Front, given: InferenceRequest) -> Record:
+    front[0].execute([given])
+    record = given.record.wait()
+    assert record.error is None
+    return record
+
+
+def test_places_are_tokenized_with_and_without_their_images(front: Front) -> None:
+    """A server in front renders places alone, and sends the images with the tokens."""
+    tokenize = {"operation": text("tokenize")}
+    ids = [
+        told(front, request(None, **tokenize, **given)).data[0].tensors["token_ids"].tolist()
+        for given in (
+            {"messages": messages({"type": "image"})},
+            {"messages": messages({"type": "image"}), "image": text(RED)},
+            {"messages": messages(part(RED_URL))},
+        )
+    ]
+    assert ids == [USER + [91, *places, 93] for places in ([IMAGE], FOUR, FOUR)]
+
+
+def test_a_model_tells_whether_it_takes_images(front: Front) -> None:
+    record = told(front, request(None, operation=text("describe")))
+    assert json.loads(record.text())["input_modalities"] == ["text", "image"]
+
+
+class Slow:
+    """A server of images that does not answer before it is told to, or the request is over."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = threading.Semaphore(0)
+        self.answer = threading.Event()
+        self.given_up = threading.Event()
+        read = ImageSources.read
+
+        def slowly(sources: ImageSources, source: Any, number: int, is_over: Any) -> bytes:
+            if not str(source).startswith("https:"):
+                return read(sources, source, number, is_over)
+            self.asked.release()
+            while not self.answer.wait(0.01):
+                if is_over():
+                    self.given_up.set()
+                    break
+            return RED
+
+        monkeypatch.setattr(ImageSources, "read", slowly)
+
+
+@pytest.fixture
+def slow(front: Front, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    slow = Slow(monkeypatch)
+    yield slow
+    slow.answer.set()
+
+
+def test_a_slow_server_delays_its_own_requests_alone(front: Front, slow: Slow) -> None:
+    """However many wait for it."""
+    model, client = front
+    waiting = [request("a", image=text(f"{SLOW}?{i}")) for i in range(backend.WAITING_REQUESTS + 9)]
+    model.execute(waiting)
+    assert slow.asked.acquire(timeout=10)
+    for given in (request("quick"), request("a", image=text(RED))):
+        client.submitted.clear()
+        (sequence,) = submitted(front, given)
+        assert len(sequence.images) == ("image" in {tensor.name() for tensor in given.inputs()})
+    client.submitted.clear()
+    everyone = threading.Semaphore(0)
+    client.on_submit = everyone.release
+    slow.answer.set()
+    for _ in waiting:
+        assert everyone.acquire(timeout=10)
+    client.say([sequence.id for sequence in client.submitted], "!", LENGTH)
+    for given in waiting:
+        given.record.wait()
+    assert model._image_bytes == 0
+
+
+def test_equal_urls_are_fetched_once(front: Front, slow: Slow) -> None:
+    slow.answer.set()
+    (sequence,) = submitted(front, request("a", image=text(SLOW, SLOW)))
+    assert len(sequence.images) == 2
+    assert slow.asked.acquire(blocking=False)
+    assert not slow.asked.acquire(blocking=False)
+
+
+def test_a_cancelled_request_stops_fetching(front: Front, slow: Slow) -> None:
+    model, client = front
+    given = request("a", image=text(SLOW))
+    model.execute([given])
+    assert slow.asked.acquire(timeout=10)
+    given.record.cancelled = True
+    error = given.record.wait().error
+    assert error is not None and error.code() == TritonError.CANCELLED
+    assert slow.given_up.wait(10)
+    assert not client.submitted
+
+
+def test_a_request_may_be_overdue_while_it_fetches(front: Front, slow: Slow) -> None:
+    given = request("a", image=text(SLOW), parameters={"timeout": 50_000})
+    front[0].execute([given])
+    error = given.record.wait().error
+    assert error is not None and error.message() == "timeout: 50000 microseconds are over"
+    assert slow.given_up.wait(10)
+
+
+def test_images_that_wait_are_bounded(
+    front: Front, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "MAX_IMAGE_BYTES", len(SLOW) + len(RED))
+    model, _ = front
+    waiting = request("a", image=text(SLOW))
+    model.execute([waiting])
+    assert slow.asked.acquire(timeout=10)
+    given = request("a", image=text(RED + b" "))
+    model.execute([given])
+    error = given.record.wait().error
+    assert error is not None and error.code() == TritonError.UNAVAILABLE
+    assert error.message().startswith("the queue is full: ")
+    waiting.record.cancelled = True
+    waiting.record.wait()
