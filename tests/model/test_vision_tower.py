@@ -123,6 +123,8 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, family: str) -> No
     turned = [image.flip(1) for image in images]
     assert largest_difference(tower.encode(turned), theirs) > 1e-2
     for name, weight in tower.weights().items():
+        if vision.rotary is None and name.endswith("k_proj.bias"):
+            continue  # adds the same number to all scores of a query
         weight.neg_()
         changed = largest_difference(tower.encode(images[:1]), theirs[:1])
         assert changed > 10 * TOLERANCE, name

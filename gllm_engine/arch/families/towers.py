@@ -21,6 +21,47 @@ _PROJECTOR: Renames = (
     ("visual.merger.", "multi_modal_projector."),
 )
 _IN_TRANSFORMERS = Variant(r"^model\.vision_tower\.", _INSIDE)
+_CLIP: Renames = (
+    ("visual.blocks.", "vision_tower.vision_model.encoder.layers."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    ("attn.o_proj.", "attn.out_proj."),
+    (".attn.", ".self_attn."),
+    (".mlp.up_proj.", ".mlp.fc1."),
+    (".mlp.down_proj.", ".mlp.fc2."),
+    *_PROJECTOR,
+    ("visual.first_norm.", "vision_tower.vision_model.pre_layrnorm."),
+    ("visual.class_embed", "vision_tower.vision_model.embeddings.class_embedding"),
+    ("visual.patch_embed.", "vision_tower.vision_model.embeddings.patch_embedding."),
+    ("visual.pos_embed.", "vision_tower.vision_model.embeddings.position_embedding."),
+)
+_PIXTRAL: Renames = (
+    ("visual.blocks.", "vision_tower.transformer.layers."),
+    (".norm1.", ".attention_norm."),
+    (".norm2.", ".ffn_norm."),
+    (".attn.", ".attention."),
+    (".mlp.", ".feed_forward."),
+    *_PROJECTOR,
+    ("visual.first_norm.", "vision_tower.ln_pre."),
+    ("visual.patch_embed.", "vision_tower.patch_conv."),
+)
+_KIMI: Renames = (
+    ("visual.blocks.", "vision_tower.encoder.blocks."),
+    (".norm1.", ".norm0."),
+    (".norm2.", ".norm1."),
+    ("attn.q_proj.", "wqkv."),
+    ("attn.k_proj.", "wqkv."),
+    ("attn.v_proj.", "wqkv."),
+    ("attn.o_proj.", "wo."),
+    (".mlp.up_proj.", ".mlp.fc0."),
+    (".mlp.down_proj.", ".mlp.fc1."),
+    ("visual.merger.norm.", "mm_projector.pre_norm."),
+    ("visual.merger.up_proj.", "mm_projector.proj.0."),
+    ("visual.merger.down_proj.", "mm_projector.proj.2."),
+    ("visual.last_norm.", "vision_tower.encoder.final_layernorm."),
+    ("visual.patch_embed.", "vision_tower.patch_embed.proj."),
+    ("visual.pos_embed.", "vision_tower.patch_embed.pos_emb."),
+)
 
 
 def clip(c: Fields, outer: Fields, text: Model) -> Vision:
@@ -44,20 +85,6 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
         raise ArchError(
             f"{outer.name}: vision_feature_layer is {chosen}, but the tower has {layers} layers"
         )
-    names: Renames = (
-        ("visual.blocks.", "vision_tower.vision_model.encoder.layers."),
-        (".norm1.", ".layer_norm1."),
-        (".norm2.", ".layer_norm2."),
-        ("attn.o_proj.", "attn.out_proj."),
-        (".attn.", ".self_attn."),
-        (".mlp.up_proj.", ".mlp.fc1."),
-        (".mlp.down_proj.", ".mlp.fc2."),
-        *_PROJECTOR,
-        ("visual.first_norm.", "vision_tower.vision_model.pre_layrnorm."),
-        ("visual.class_embed", "vision_tower.vision_model.embeddings.class_embedding"),
-        ("visual.patch_embed.", "vision_tower.vision_model.embeddings.patch_embedding."),
-        ("visual.pos_embed.", "vision_tower.vision_model.embeddings.position_embedding."),
-    )
     unused = "|".join(str(number) for number in range(depth, layers)) or "none"
     short = Variant(
         r"^(model\.)?vision_tower\.e", (("vision_tower.vision_model.", "vision_tower."),)
@@ -82,7 +109,7 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
         merger_norm=False,
         merger_bias=outer.flag("multimodal_projector_bias", True),
         names=Names(
-            names,
+            _CLIP,
             (short, _IN_TRANSFORMERS),
             unused=r"(model\.)?vision_tower\.(vision_model\.)?"
             rf"(post_layernorm|embeddings\.position_ids|encoder\.layers\.({unused})\.)",
@@ -104,16 +131,6 @@ def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
     c.ignore("image_size", "head_dim")
     c.require(rope_theta=10_000)
     outer.require(vision_feature_layer=-1)
-    names: Renames = (
-        ("visual.blocks.", "vision_tower.transformer.layers."),
-        (".norm1.", ".attention_norm."),
-        (".norm2.", ".ffn_norm."),
-        (".attn.", ".attention."),
-        (".mlp.", ".feed_forward."),
-        *_PROJECTOR,
-        ("visual.first_norm.", "vision_tower.ln_pre."),
-        ("visual.patch_embed.", "vision_tower.patch_conv."),
-    )
     return _read_tower(
         c,
         outer,
@@ -133,7 +150,7 @@ def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
         merger_eps=text.eps,
         merger_bias=outer.flag("multimodal_projector_bias"),
         shrinks=True,
-        names=Names(names, (_IN_TRANSFORMERS,)),
+        names=Names(_PIXTRAL, (_IN_TRANSFORMERS,)),
     )
 
 
@@ -158,23 +175,6 @@ def kimi(c: Fields, outer: Fields, text: Model) -> Vision:
         num_attention_heads=count("num_attention_heads", 16),
         hidden_act="gelu_pytorch_tanh",
     )
-    names: Renames = (
-        ("visual.blocks.", "vision_tower.encoder.blocks."),
-        (".norm1.", ".norm0."),
-        (".norm2.", ".norm1."),
-        ("attn.q_proj.", "wqkv."),
-        ("attn.k_proj.", "wqkv."),
-        ("attn.v_proj.", "wqkv."),
-        ("attn.o_proj.", "wo."),
-        (".mlp.up_proj.", ".mlp.fc0."),
-        (".mlp.down_proj.", ".mlp.fc1."),
-        ("visual.merger.norm.", "mm_projector.pre_norm."),
-        ("visual.merger.up_proj.", "mm_projector.proj.0."),
-        ("visual.merger.down_proj.", "mm_projector.proj.2."),
-        ("visual.last_norm.", "vision_tower.encoder.final_layernorm."),
-        ("visual.patch_embed.", "vision_tower.patch_embed.proj."),
-        ("visual.pos_embed.", "vision_tower.patch_embed.pos_emb."),
-    )
     token = outer.count("image_token_id", 163605)
     return _read_tower(
         c,
@@ -194,7 +194,7 @@ def kimi(c: Fields, outer: Fields, text: Model) -> Vision:
         merge=merge,
         merger_eps=c.real("projector_ln_eps", outer.real("projection_layer_norm_eps", 1e-5)),
         merger_hidden=None,
-        names=Names(names, unused=r"vision_tower\.patch_embed\.pos_emb\.time_weight"),
+        names=Names(_KIMI, unused=r"vision_tower\.patch_embed\.pos_emb\.time_weight"),
     )
 
 
