@@ -92,7 +92,7 @@ def expected_of_one(model: Any, image: Tensor, vision: Vision) -> Tensor:
         options["image_grid_thw"] = torch.tensor([[1, rows, columns]])
     else:
         pixels = pixels.permute(2, 0, 1)[None]
-    if vision.shrinks:
+    if vision.rotary == "shifted":
         options["image_sizes"] = torch.tensor([image.shape[:2]])
     with torch.no_grad():
         found = model.get_image_features(pixels, **options).pooler_output
@@ -135,6 +135,7 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, family: str) -> No
     ("family", "vision"),
     [
         (LLAVA, {"hidden_act": "gelu", "image_size": 32, "layer_norm_eps": 0.1}),
+        (LLAVA, {"model_type": "pixtral", "hidden_act": "silu"}),
         (MISTRAL, {"hidden_act": "gelu", "num_attention_heads": 1}),
         (KIMI, {"merge_kernel_size": [1, 1], "pos_emb_height": 16, "pos_emb_width": 16}),
         (WINDOWED, {"window_size": 8}),
@@ -146,8 +147,11 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, family: str) -> No
     ],
 )
 def test_other_towers(tmp_path: Path, family: str, vision: dict[str, Any]) -> None:
-    model = save_reference(tmp_path, family, **vision)
-    images = pictures((32, 32)) if family == LLAVA else pictures((64, 32), (16, 48))
+    pixtral = vision.get("model_type") == "pixtral"
+    outer = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    model = save_reference(tmp_path, family, outer if pixtral else {}, **vision)
+    is_clip = family == LLAVA and not pixtral
+    images = pictures((32, 32)) if is_clip else pictures((64, 32), (16, 48))
     theirs = expected(model, images, vision_of(tmp_path))
     assert largest_difference(tower_of(tmp_path).encode(images), theirs) < TOLERANCE
 
