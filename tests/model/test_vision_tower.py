@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loaded import load_model
 from safetensors.torch import load_file, save_file
 from tiny_models import load
 from torch import Tensor
@@ -188,6 +189,21 @@ def test_images_together_are_images_alone(
     monkeypatch.setattr(vision_tower, "_PASS_PATCHES", 1)
     tower.encode(images)
     assert passes == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_tower_in_bfloat16(tmp_path: Path, family: str) -> None:
+    write_tiny_model(tmp_path, family)
+    arch = read_arch(tmp_path)
+    options: dict[str, Any] = {"device": torch.device("cpu"), "max_model_len": 8}
+    narrow = load_model(tmp_path, arch, dtype=torch.bfloat16, **options).tower
+    wide = load_model(tmp_path, arch, dtype=torch.float32, **options).tower
+    assert narrow is not None and wide is not None
+    images = pictures(*sizes_for(narrow.vision))
+    for one, other in zip(narrow.encode(images), wide.encode(images), strict=True):
+        assert one.dtype == torch.bfloat16
+        likeness = torch.cosine_similarity(one.float(), other, dim=-1)
+        assert 0.99 < likeness.min() and one.float().std() > 0.1
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])

@@ -80,7 +80,7 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
     c.require(num_channels=3)
     outer.require(vision_feature_select_strategy="default", projector_hidden_act="gelu")
     layers = c.count("num_hidden_layers", most=MAX_LAYERS)
-    chosen = outer.integer("vision_feature_layer", -2)
+    chosen = outer.count("vision_feature_layer", -2, MAX_LAYERS, least=-MAX_LAYERS)
     depth = chosen if chosen >= 0 else layers + 1 + chosen
     if not 0 < depth <= layers:
         raise ArchError(
