@@ -82,8 +82,8 @@ class _Merger:
         shapes = vision.merger_weights(joins_first)
         self._norm: NormLayer | None = None
         if vision.merger_norm:
-            eps = vision.merger_eps or vision.eps
-            self._norm = NormLayer(vision.norm, eps, *shapes["norm.weight"], platform)
+            (width,) = shapes["norm.weight"]
+            self._norm = NormLayer(vision.norm, vision.merger_eps or vision.eps, width, platform)
         self._shrink = Linear(["shrink"], shapes, platform) if vision.shrinks else None
         self._dim = vision.dim
         self._up = Linear(["up_proj"], shapes, platform)
