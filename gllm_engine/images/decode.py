@@ -58,7 +58,8 @@ def decode(data: bytes, max_bytes: int, max_pixels: int, number: int) -> Image.I
     try:
         with kind(BytesIO(data)) as file:
             _check(file, data, max_pixels, name)
-            return _rgb(ImageOps.exif_transpose(file))
+            ImageOps.exif_transpose(file, in_place=True)  # otherwise it copies upright images too
+            return _rgb(file)
     except InvalidField:
         raise
     except Exception as error:  # Pillow raises any error about a broken file

@@ -52,10 +52,10 @@ SIXTEEN_BITS_RGB = b"\x89PNG\r\n\x1a\n" + b"".join(
 )
 
 
-def turned(orientation: int) -> bytes:
+def turned(orientation: int, kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(noise(40, 23), "JPEG", exif=exif)
+    return encoded(noise(40, 23), kind, exif=exif)
 
 
 OPAQUE = {
@@ -75,6 +75,7 @@ OPAQUE = {
     "LZW TIFF": encoded(noise(37, 29), "TIFF", compression="tiff_lzw"),
     "16 bits, RGB PNG": SIXTEEN_BITS_RGB,
     **{f"orientation {i} JPEG": turned(i) for i in range(1, 9)},
+    **{f"orientation 6 {kind}": turned(6, kind) for kind in ("PNG", "WEBP", "TIFF")},
 }
 
 
