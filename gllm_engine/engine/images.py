@@ -78,7 +78,7 @@ class ImageLoader:
             config.image_max_pixels,
             max_mib=config.max_image_mib,
             max_megapixels=config.max_image_megapixels,
-            tokenizer=config.tokenizer and Path(config.tokenizer),
+            tokenizer=Path(config.tokenizer or config.model),
         )
         self._max_images = config.max_images
         self._sources = ImageSources(
