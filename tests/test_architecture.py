@@ -91,7 +91,7 @@ OTHERS = {
     "gllm_engine/images/resize.py": set(),
     "gllm_engine/images/fetch.py": set(),
     "gllm_engine/images/decode.py": {"PIL"},
-    "gllm_engine/images": set(),
+    "gllm_engine/images": {"msgspec"},
     "gllm_engine/os_process.py": {"msgspec"},
     "gllm_engine/text/template_source.py": {"jinja2"},
     "gllm_engine/text/template_renderer.py": set(),

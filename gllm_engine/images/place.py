@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from gllm_engine.images.processor import ImageProcessor, PreparedImage
 from gllm_engine.sampling import InvalidField
 from gllm_engine.types import Image
@@ -29,18 +31,7 @@ def place(
     for mark, image in zip(marks, images, strict=True):
         expanded += ids[start:mark]
         start = mark + 1
-        placed.append(
-            Image(
-                digest=image.digest,
-                first=len(expanded),
-                rows=image.rows,
-                columns=image.columns,
-                stride=image.stride,
-                height=image.height,
-                width=image.width,
-                pixels=image.pixels,
-            )
-        )
+        placed.append(replace(image, first=len(expanded)))
         expanded += processor.tokens(image.rows, image.columns)
     expanded += ids[start:]
     return expanded, tuple(placed)

@@ -8,21 +8,12 @@ from hashlib import blake2b
 
 from gllm_engine.images.resize import MAX_ASPECT, Rule
 from gllm_engine.sampling import InvalidField
+from gllm_engine.types import Image
 
 BICUBIC = 3  # Pillow's number
 
 
-@dataclass(frozen=True)
-class PreparedImage:
-    """An image without its place in a prompt; the fields are those of types.Image."""
-
-    digest: bytes
-    rows: int
-    columns: int
-    stride: int
-    height: int
-    width: int
-    pixels: bytes
+PreparedImage = Image  # its place in a prompt, `first`, is 0 until it is placed
 
 
 @dataclass(frozen=True)
@@ -57,10 +48,10 @@ class ImageProcessor:
         fit = self.rule.fit(image.height, image.width)
         rows = fit.height // self.rule.factor
         columns = fit.width // self.rule.factor
-        if rows * columns > self.max_embeddings:
+        if rows * columns > self.max_tokens:
             raise InvalidField(
                 "image",
-                f"{size}, which take {rows} x {columns} tokens, at most {self.max_embeddings} are "
+                f"{size}, which take {rows} x {columns} tokens, at most {self.max_tokens} are "
                 "allowed",
             )
         image = image.resize(fit.size[::-1], BICUBIC)
@@ -71,6 +62,7 @@ class ImageProcessor:
         digest.update(pixels)
         return PreparedImage(
             digest=digest.digest(),
+            first=0,
             rows=rows,
             columns=columns,
             stride=columns + (self.breaks is not None),
@@ -91,12 +83,7 @@ class ImageProcessor:
         return self.rule.largest()
 
     @cached_property
-    def max_embeddings(self) -> int:
+    def max_tokens(self) -> int:
+        """The most placeholder tokens, so embeddings, of an image."""
         height, width = self.largest()
         return height * width // self.rule.factor**2
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens that an image takes in a prompt."""
-        height, width = self.largest()
-        return len(self.tokens(height // self.rule.factor, width // self.rule.factor))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,12 @@ def read_processor(
         return None
     read_rule, placeholder = family
     checkpoint = _Checkpoint(path, config, vision, _settings(path), max_pixels)
-    checkpoint.require(do_resize=True, resample=BICUBIC)
+    checkpoint.require(do_resize=True, resample=BICUBIC, height=None, width=None)
     rule = read_rule(checkpoint)
     breaks = isinstance(rule, LongestEdge)
     return ImageProcessor(
         rule=rule,
-        placeholder=checkpoint.number(config, PLACEHOLDER_KEYS, placeholder),
+        placeholder=checkpoint.number(config, placeholder, *PLACEHOLDER_KEYS),
         breaks=_breaks((tokenizer or path) / "tokenizer.json") if breaks else None,
         max_bytes=max_mib << 20,
         max_pixels=max_megapixels * 10**6,
@@ -62,10 +63,10 @@ class _Checkpoint:
     path: Path
     config: Values
     vision: Values
-    settings: Values  # of the image processor
+    settings: Values  # of the image processor, those in `size` among them
     max_pixels: int | None
 
-    def number(self, values: Values, keys: tuple[str, ...], default: int) -> int:
+    def number(self, values: Values, default: int, *keys: str) -> int:
         """The first of `keys` that has a value: a number, or several equal ones."""
         key = next((key for key in keys if values.get(key) is not None), None)
         if key is None:
@@ -77,20 +78,6 @@ class _Checkpoint:
         if type(numbers) is not int or not 0 < numbers <= MAX_NUMBER:
             raise ConfigError(f"{self.path}: {key}: {shown(value)} is outside [1, {MAX_NUMBER}]")
         return numbers
-
-    def section(self, name: str, *keys: str) -> Values:
-        """An object in the settings, {} without it. A number stands for the first of `keys`.
-
-        With `keys`, no other keys have a value.
-        """
-        section = self.settings.get(name) or {}
-        if keys and isinstance(section, int):
-            return {keys[0]: section}
-        if not isinstance(section, dict):
-            raise ConfigError(f"{self.path}: {name}: {shown(section)} is not an object")
-        if keys and any(section[key] is not None for key in section.keys() - set(keys)):
-            raise ConfigError(f"{self.path}: {name}: {shown(section)} has keys beside {keys}")
-        return section
 
     def require(self, **expected: object) -> None:
         for key, value in expected.items():
@@ -111,13 +98,17 @@ class _Checkpoint:
 
 
 def _settings(path: Path) -> Values:
-    combined = path / "processor_config.json"
-    if combined.exists():
-        settings = read_object(combined, ConfigError).get("image_processor")
-        if isinstance(settings, dict):
-            return settings
-    file = path / "preprocessor_config.json"
-    return read_object(file, ConfigError) if file.exists() else {}
+    settings = None
+    if (path / "processor_config.json").exists():
+        settings = read_object(path / "processor_config.json", ConfigError).get("image_processor")
+    if not isinstance(settings, dict):
+        file = path / "preprocessor_config.json"
+        settings = read_object(file, ConfigError) if file.exists() else {}
+    # The second one is of Moonshot's own files.
+    for name in ("size", "media_proc_cfg"):
+        if isinstance(settings.get(name), dict):
+            settings = settings.pop(name) | settings
+    return settings
 
 
 def _breaks(file: Path) -> tuple[int, int]:
@@ -134,72 +125,54 @@ def _breaks(file: Path) -> tuple[int, int]:
 
 
 def _qwen(checkpoint: _Checkpoint, patch: int, least: int, most: int) -> Rule:
-    vision = checkpoint.vision
-    patch = checkpoint.number(vision, ("patch_size",), patch)
-    factor = patch * checkpoint.number(vision, ("spatial_merge_size",), 2)
-    settings = checkpoint.section("size", "shortest_edge", "longest_edge") | checkpoint.settings
-    least = checkpoint.number(settings, ("min_pixels", "shortest_edge"), least)
-    most = checkpoint.number(settings, ("max_pixels", "longest_edge"), most)
-    if most < max(least, factor**2):
-        raise ConfigError(
-            f"{checkpoint.path}: max_pixels: {most} is less than min_pixels or one embedding's"
-        )
+    patch = checkpoint.number(checkpoint.vision, patch, "patch_size")
+    factor = patch * checkpoint.number(checkpoint.vision, 2, "spatial_merge_size")
+    least = checkpoint.number(checkpoint.settings, least, "min_pixels", "shortest_edge")
+    most = checkpoint.number(checkpoint.settings, most, "max_pixels", "longest_edge")
     return PixelRange(factor, least, min(most, checkpoint.limit(max(least, factor**2))))
-
-
-def _qwen_14(checkpoint: _Checkpoint) -> Rule:
-    return _qwen(checkpoint, patch=14, least=56 * 56, most=28 * 28 * 1280)
-
-
-def _qwen_16(checkpoint: _Checkpoint) -> Rule:
-    return _qwen(checkpoint, patch=16, least=256 * 256, most=4096 * 4096)
 
 
 def _llava(checkpoint: _Checkpoint) -> Rule:
     if checkpoint.vision.get("model_type") == "pixtral":
         return _pixtral(checkpoint, merge=1)
+    side = checkpoint.number(checkpoint.vision, 224, "image_size")
+    edge = checkpoint.number(checkpoint.settings, side, "shortest_edge", "size")
+    crop = checkpoint.number(checkpoint.settings, side, "crop_size")
+    if crop != side:
+        raise ConfigError(f"crop_size: {crop} is not the {side} of the tower's images")
     checkpoint.require(do_center_crop=True, do_pad=False)
-    side = checkpoint.number(checkpoint.vision, ("image_size",), 224)
-    edge = checkpoint.number(checkpoint.section("size", "shortest_edge"), ("shortest_edge",), side)
-    if checkpoint.number(checkpoint.settings, ("crop_size",), side) != side:
-        raise ConfigError(f"{checkpoint.path}: crop_size: images of the tower have {side}")
     checkpoint.limit(side**2)
-    return CenterCrop(checkpoint.number(checkpoint.vision, ("patch_size",), 32), edge, side)
-
-
-def _mistral(checkpoint: _Checkpoint) -> Rule:
-    return _pixtral(checkpoint, checkpoint.number(checkpoint.config, ("spatial_merge_size",), 2))
+    return CenterCrop(checkpoint.number(checkpoint.vision, 32, "patch_size"), edge, side)
 
 
 def _pixtral(checkpoint: _Checkpoint, merge: int) -> Rule:
-    factor = checkpoint.number(checkpoint.vision, ("patch_size",), 16) * merge
-    edge = checkpoint.number(checkpoint.section("size", "longest_edge"), ("longest_edge",), 1024)
+    merge = checkpoint.number(checkpoint.config, merge, "spatial_merge_size")
+    factor = checkpoint.number(checkpoint.vision, 16, "patch_size") * merge
+    edge = checkpoint.number(checkpoint.settings, 1024, "longest_edge", "size")
     # The tower has positions for images of this size.
-    most = checkpoint.number(checkpoint.vision, ("image_size",), 1024)
+    most = checkpoint.number(checkpoint.vision, 1024, "image_size")
     most = min(most, isqrt(checkpoint.limit(factor**2)))
     return LongestEdge(factor, min(edge, max(factor, most // factor * factor)))
 
 
 def _kimi(checkpoint: _Checkpoint) -> Rule:
-    # Moonshot's own files nest the settings, with names of their own.
-    settings = checkpoint.settings | checkpoint.section("media_proc_cfg")
-    settings |= checkpoint.section("size", "max_height", "max_width")
-    patch = checkpoint.number(checkpoint.vision, ("patch_size",), 14)
-    factor = patch * checkpoint.number(checkpoint.vision, ("merge_kernel_size",), 2)
-    patches = checkpoint.number(settings, ("in_patch_limit", "max_patches"), 16384)
-    side = checkpoint.number(settings, ("patch_limit_on_one_side", "max_height"), 512)
+    patch = checkpoint.number(checkpoint.vision, 14, "patch_size")
+    factor = patch * checkpoint.number(checkpoint.vision, 2, "merge_kernel_size")
+    patches = checkpoint.number(checkpoint.settings, 16384, "in_patch_limit", "max_patches")
     patches = min(patches, checkpoint.limit(factor**2) // patch**2)
+    side = checkpoint.number(checkpoint.settings, 512, "patch_limit_on_one_side", "max_height")
     return Padded(factor, patch, patches, min(side, MAX_SIDE // patch))
 
 
+_QWEN3 = partial(_qwen, patch=16, least=256 * 256, most=4096 * 4096)
 # By model_type: the rule's reader, and the default id of the placeholder.
 _FAMILIES: dict[str, tuple[Callable[[_Checkpoint], Rule], int]] = {
-    "qwen2_5_vl": (_qwen_14, 151655),
-    "qwen3_vl": (_qwen_16, 151655),
-    "qwen3_vl_moe": (_qwen_16, 151655),
-    "qwen3_5": (_qwen_16, 248056),
-    "qwen3_5_moe": (_qwen_16, 248056),
+    "qwen2_5_vl": (partial(_qwen, patch=14, least=56 * 56, most=28 * 28 * 1280), 151655),
+    "qwen3_vl": (_QWEN3, 151655),
+    "qwen3_vl_moe": (_QWEN3, 151655),
+    "qwen3_5": (_QWEN3, 248056),
+    "qwen3_5_moe": (_QWEN3, 248056),
     "llava": (_llava, 32000),
-    "mistral3": (_mistral, 10),
+    "mistral3": (partial(_pixtral, merge=2), 10),
     "kimi_k25": (_kimi, 163605),
 }

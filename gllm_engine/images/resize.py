@@ -1,7 +1,7 @@
 """The size that a family gives to an image: arithmetic only, equal to that of transformers.
 
-A rule turns the size of an image into a Fit. `largest` of a rule is the height and the width in
-pixels of an image with the most embeddings.
+A rule turns the size of an image into a Fit. Its `largest` is the height and the width in pixels of
+an image with the most embeddings, or a few more where the most make no rectangle.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ class PixelRange:
     def largest(self) -> tuple[int, int]:
         # One side of two embeddings, of a little over one before rounding, doubles the least.
         most = max(self.most // self.factor**2, 2 * self.least // self.factor**2 + 2)
-        candidates = [rows for rows in range(isqrt(most), 0, -1) if most <= 300 * rows**2]
-        rows = max(candidates, key=lambda rows: most // rows * rows, default=isqrt(most))
-        return rows * self.factor, most // rows * self.factor
+        rows = isqrt(most)
+        return rows * self.factor, ceil(most / rows) * self.factor
 
 
 @dataclass(frozen=True)

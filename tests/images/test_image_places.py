@@ -14,7 +14,7 @@ from gllm_engine.types import Image
 
 
 def prepared(rows: int, columns: int, stride: int, name: bytes = b"x") -> PreparedImage:
-    return PreparedImage(name * 16, rows, columns, stride, rows * 28, columns * 28, name * 3)
+    return PreparedImage(name * 16, 0, rows, columns, stride, rows * 28, columns * 28, name * 3)
 
 
 def reader(path: Path, model_type: str) -> ImageProcessor:

@@ -179,9 +179,8 @@ def test_the_largest_is_of_whole_embeddings_and_close(rule: Rule) -> None:
     height, width = rule.largest()
     assert height % rule.factor == width % rule.factor == 0
     if isinstance(rule, PixelRange) and rule.most > 4 * (rule.least + rule.factor**2):
-        fit = rule.fit(height, width)
-        assert (fit.height, fit.width) == (height, width)
-        assert height * width <= rule.most
+        rows = height // rule.factor
+        assert 0 <= rows * width // rule.factor - rule.most // rule.factor**2 < rows
     if isinstance(rule, LongestEdge | Padded):
         fit = rule.fit(height, width)
         assert fit.height * fit.width <= height * width
@@ -191,11 +190,12 @@ def test_published_settings_have_their_known_maxima(tmp_path: Path) -> None:
     published = {"min_pixels": 3136, "max_pixels": 12845056}
     qwen = processor(tmp_path, "qwen2_5_vl", published)
     assert qwen.largest() == (3584, 3584)
-    assert qwen.max_tokens == qwen.max_embeddings == 16384
+    assert qwen.max_tokens == 16384
     lowered = processor(tmp_path, "qwen2_5_vl", published, max_pixels=802_816)
     assert lowered.largest() == (896, 896)
     mistral = processor(tmp_path, "mistral3", {"size": {"longest_edge": 1540}})
-    assert (mistral.max_embeddings, mistral.max_tokens) == (55 * 55, 55 * 56)
+    assert mistral.max_tokens == 55 * 55
+    assert len(mistral.tokens(55, 55)) == 55 * 56
     lowered = processor(tmp_path, "mistral3", {}, max_pixels=200_000)
     assert lowered.largest() == (420, 420)
     kimi = {"media_proc_cfg": {"in_patch_limit": 16384, "patch_limit_on_one_side": 512}}
@@ -230,7 +230,7 @@ def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
     [
         ("qwen3_vl", {"resample": 2}, {}, {}, "resample: 2 is not supported for images, only 3"),
         ("qwen3_vl", {"do_resize": False}, {}, {}, "do_resize: False is not supported"),
-        ("qwen3_vl", {"size": {"height": 3}}, {}, {}, "size: .* has keys beside"),
+        ("qwen3_vl", {"size": {"height": 3}}, {}, {}, "height: 3 is not supported"),
         (
             "qwen3_vl",
             {"min_pixels": -1},
@@ -239,8 +239,6 @@ def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
             r"min_pixels: -1 is outside .1, 1073741824.",
         ),
         ("qwen3_vl", {"min_pixels": 9e9}, {}, {}, "min_pixels: 9000000000.0 is outside"),
-        ("qwen3_vl", {"min_pixels": 2**30}, {}, {}, "max_pixels: 16777216 is less than"),
-        ("qwen3_vl", {"max_pixels": 4, "min_pixels": 1}, {}, {}, "max_pixels: 4 is less than"),
         ("qwen3_vl", {}, {"image_token_id": "x"}, {}, "image_token_id: x is outside"),
         ("qwen3_vl", {}, {"vision_config": {"patch_size": [14, 16]}}, {}, "patch_size: .14, 16."),
         ("qwen3_vl", {}, {}, {"max_pixels": 65535}, "image_max_pixels: 65535 is below 65536"),
@@ -249,8 +247,7 @@ def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
         ("mistral3", {}, {}, {"max_pixels": 783}, "image_max_pixels: 783 is below 784"),
         ("llava", {"do_pad": True}, {}, {}, "do_pad: True is not supported"),
         ("llava", {"do_center_crop": False}, {}, {}, "do_center_crop: False is not supported"),
-        ("llava", {"crop_size": 224}, {}, {}, "crop_size: images of the tower have 336"),
-        ("kimi_k25", {"media_proc_cfg": 3}, {}, {}, "media_proc_cfg: 3 is not an object"),
+        ("llava", {"crop_size": 224}, {}, {}, "crop_size: 224 is not the 336 of the tower"),
     ],
 )
 def test_settings_that_are_not_supported_are_refused(
@@ -305,6 +302,6 @@ def test_narrow_images_are_refused(qwen: ImageProcessor, size: tuple[int, int]) 
 def test_a_narrow_image_must_not_take_more_than_the_largest(tmp_path: Path) -> None:
     settings = {"min_pixels": 784, "max_pixels": 4 * 784}
     ours = processor(tmp_path, "qwen2_5_vl", settings)
-    assert ours.max_embeddings == 4
+    assert ours.max_tokens == 4
     with pytest.raises(InvalidField, match="which take 1 x 15 tokens, at most 4 are allowed"):
         ours.prepare(encoded(noise(200, 1)))
