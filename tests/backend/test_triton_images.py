@@ -38,7 +38,7 @@ SLOW = "https://slow.example/a.png"
 
 @pytest.fixture
 def front(tmp_path, server) -> Iterator[Front]:
-    with front_end(tmp_path, model=SEES) as pair:
+    with front_end(tmp_path, model=SEES, allowed_media_hosts=["slow.example"]) as pair:
         yield pair
 
 

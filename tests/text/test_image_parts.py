@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from gllm_engine.sampling import InvalidField
-from gllm_engine.text.chat_template import check_messages
+from gllm_engine.text.chat_template import ChatTemplate, check_messages
 from gllm_engine.text.image_parts import take_images, with_places
 from gllm_engine.text.template_renderer import Renderer, Unusable
+from gllm_engine.text.tokenizer import Tokenizer
 
 PAD = "<|pad|>"
 TEXT = {"type": "text", "text": "Which?"}
@@ -91,3 +92,17 @@ def test_places_come_before_a_text_that_has_none() -> None:
     assert with_places("Which?", PAD, f"<s>{PAD}</s>", 2) == f"<s>{PAD}</s>" * 2 + "Which?"
     assert with_places(f"a {PAD}", PAD, f"<s>{PAD}</s>", 1) == f"a {PAD}"
     assert with_places("Which?", "", "", 0) == "Which?"  # a model that takes no images
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [(BY_TYPE, "<s>{}</s>"), (STRINGS, "{}"), (FIRST, "{}"), (None, "{}"), ("{{ 1 / 0 }}", "{}")],
+)
+def test_what_stands_for_an_image(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, template: str | None, text: str
+) -> None:
+    """What the chat template writes between two texts; else, as without one, the token alone."""
+    token, id = next(iter(tokenizer.special_tokens.items()))
+    own = template and ChatTemplate({"default": template.replace(PAD, token)}, {})
+    monkeypatch.setattr(tokenizer, "chat_template", own)
+    assert tokenizer.image_text(id) == text.format(token)
