@@ -129,6 +129,13 @@ _KIMI = _DEEPSEEK | {
         "mscale_all_dim": 1.0,
     },
 }
+_KIMI_K25 = {
+    "model_type": "kimi_k25",
+    "image_token_id": 4,
+    "projection_hidden_size": 32,
+    "vision_config": _VISION_OTHERS | {"pos_emb_height": 6, "pos_emb_width": 6},
+    "text_config": _KIMI,
+}
 _GEMMA = (
     _PADDED
     | _SLIDING
@@ -298,8 +305,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "DeepseekV3ForCausalLM": _DEEPSEEK | {"model_type": "deepseek_v3"},
     "KimiK2ForCausalLM": _KIMI,
-    "KimiK25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
-    "Kimi_K25ForConditionalGeneration": {"model_type": "kimi_k25", "text_config": _KIMI},
+    "KimiK25ForConditionalGeneration": _KIMI_K25,
+    "Kimi_K25ForConditionalGeneration": _KIMI_K25,
     "Glm4MoeLiteForCausalLM": _DEEPSEEK | {"model_type": "glm4_moe_lite", "v_head_dim": 20},
     "DeepseekV32ForCausalLM": _SPARSE_ATTENTION | {"model_type": "deepseek_v32"},
     "GlmMoeDsaForCausalLM": _SPARSE_ATTENTION | {"model_type": "glm_moe_dsa", "v_head_dim": 20},

@@ -123,7 +123,11 @@ class Vision:
         if self.patch_bias:
             shapes["patch_embed.bias"] = (self.dim,)
         if self.table:
-            shapes["pos_embed.weight"] = (self.table**2 + self.has_class, self.dim)
+            rows = (self.table**2 + self.has_class,)
+            # Of the only family that stretches so, checkpoints have it as a square.
+            square = (self.table, self.table)
+            lead = square if self.stretch == "bicubic" else rows
+            shapes["pos_embed.weight"] = (*lead, self.dim)
         if self.has_class:
             shapes["class_embed"] = (self.dim,)
         for name in self.norms:

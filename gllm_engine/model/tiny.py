@@ -28,6 +28,8 @@ from gllm_engine.model.encode import in_formats, stored_weight
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Token ids 3, 4, 5 of a model that takes images. The second one is the placeholder.
 IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+# Of Mistral. Only the placeholder is in prompts; the others end rows and images.
+_ROW_TOKENS = ("[IMG_BREAK]", "[IMG]", "[IMG_END]")
 _BYTES = 256  # every byte is a token
 MIN_VOCAB = len(SPECIAL_TOKENS) + _BYTES  # of a model of text
 MAX_TOKENIZER_VOCAB = 384
@@ -49,11 +51,11 @@ _CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Of a message's text, or of its list of parts.
+# Of a message's text, or of its list of parts. The last word stands for an image.
 _PARTS = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% else %}" + "".join(IMAGE_TOKENS) + "{% endif %}{% endfor %}{% endif %}"
+    "{% else %}IMAGE{% endif %}{% endfor %}{% endif %}"
 )
 
 
@@ -75,7 +77,8 @@ def write_tiny_model(
     directory = Path(directory)
     config = tiny_config(family, **over) | {"dtype": dtype}
     arch = make_arch(config)
-    special = SPECIAL_TOKENS if arch.vision is None else SPECIAL_TOKENS + IMAGE_TOKENS
+    own = _ROW_TOKENS if config["model_type"] == "mistral3" else IMAGE_TOKENS
+    special = SPECIAL_TOKENS if arch.vision is None else SPECIAL_TOKENS + own
     least = len(special) + _BYTES
     if arch.vocab < least:
         raise ValueError(f"vocabulary of {arch.vocab} tokens: at least {least} are needed")
@@ -84,7 +87,7 @@ def write_tiny_model(
     _write_json(directory / "generation_config.json", {"eos_token_id": [2, 0]})
     _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len, special)
     if arch.vision is not None:
-        _write_json(directory / "preprocessor_config.json", _image_processor(arch.vision))
+        _write_json(directory / "preprocessor_config.json", _image_processor(config, arch.vision))
     tensors = random_checkpoint(arch, seed)
     tensors = in_formats(arch.quantized(), tensors, _dtype(dtype))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -146,17 +149,25 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def _image_processor(vision: Vision) -> dict[str, Any]:
-    """Images get 16 to 144 embeddings."""
-    pixels = (vision.patch * vision.merge) ** 2  # of an embedding
-    return {
+def _image_processor(config: dict[str, Any], vision: Vision) -> dict[str, Any]:
+    """Images get at most 144 embeddings."""
+    side = vision.patch * vision.merge  # of an embedding
+    colours = {"image_mean": vision.mean, "image_std": vision.std}
+    match config["model_type"]:
+        case "llava":
+            edge = config["vision_config"]["image_size"]
+            crop = {"height": edge, "width": edge}
+            return colours | {"size": {"shortest_edge": edge}, "crop_size": crop}
+        case "mistral3":
+            return colours | {"patch_size": vision.patch, "size": {"longest_edge": 12 * side}}
+        case "kimi_k25":
+            return {"media_proc_cfg": colours | {"in_patch_limit": 144 * vision.merge**2}}
+    return colours | {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": vision.patch,
         "merge_size": vision.merge,
         "temporal_patch_size": vision.frames,
-        "image_mean": vision.mean,
-        "image_std": vision.std,
-        "size": {"shortest_edge": 16 * pixels, "longest_edge": 144 * pixels},
+        "size": {"shortest_edge": 16 * side**2, "longest_edge": 144 * side**2},
     }
 
 
@@ -173,8 +184,9 @@ def _write_tokenizer(directory: Path, vocab: int, max_len: int, special: tuple[s
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     template = _CHAT_TEMPLATE
-    if IMAGE_TOKENS[0] in special:
-        template = template.replace("{{ message['content'] }}", _PARTS)
+    if own := special[len(SPECIAL_TOKENS) :]:
+        image = own[1] if own == _ROW_TOKENS else "".join(own)
+        template = template.replace("{{ message['content'] }}", _PARTS.replace("IMAGE", image))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",

@@ -82,8 +82,8 @@ class _Merger:
         shapes = vision.merger_weights(joins_first)
         self._norm: NormLayer | None = None
         if vision.merger_norm:
-            eps = vision.merger_eps or vision.eps
-            self._norm = NormLayer(vision.norm, eps, *shapes["norm.weight"], platform)
+            (width,) = shapes["norm.weight"]
+            self._norm = NormLayer(vision.norm, vision.merger_eps or vision.eps, width, platform)
         self._shrink = Linear(["shrink"], shapes, platform) if vision.shrinks else None
         self._dim = vision.dim
         self._up = Linear(["up_proj"], shapes, platform)
@@ -232,7 +232,7 @@ class VisionTower:
     def _positions(self, rows: int, columns: int) -> Tensor:
         """The table of learned positions, stretched over the patches: [patches, dim]."""
         vision = self.vision
-        table = self._outer["pos_embed.weight"]
+        table = self._outer["pos_embed.weight"].flatten(0, -2)
         own = table[: vision.has_class]
         square = table[vision.has_class :].unflatten(0, (1, vision.table, -1))
         size = (rows * vision.merge, columns * vision.merge)

@@ -397,6 +397,20 @@ PUBLISHED["Mistral-Small-24B-2501"] = {"architectures": ["MistralForCausalLM"],
     "rms_norm_eps": 1e-05, "rope_theta": 100000000.0, "sliding_window": None,
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.49.0.dev0",
     "use_cache": True, "vocab_size": 131072}
+PIXTRAL = {"attention_dropout": 0.0, "head_dim": 64, "hidden_act": "silu", "hidden_size": 1024,
+    "image_size": 1540, "initializer_range": 0.02, "intermediate_size": 4096,
+    "model_type": "pixtral", "num_attention_heads": 16, "num_channels": 3,
+    "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0}
+PUBLISHED["llava-1.5-7b"] = {"architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100, "image_token_index": 32000, "model_type": "llava",
+    "pad_token_id": 32001, "projector_hidden_act": "gelu", "text_config": {
+    "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
+    "torch_dtype": "float16", "vocab_size": 32064}, "tie_word_embeddings": False,
+    "torch_dtype": "float16", "vision_config": {"hidden_size": 1024, "image_size": 336,
+    "intermediate_size": 4096, "model_type": "clip_vision_model", "num_attention_heads": 16,
+    "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000},
+    "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 PUBLISHED["Mistral-Small-3.2"] = {"architectures": ["Mistral3ForConditionalGeneration"],
     "image_token_index": 10, "model_type": "mistral3", "multimodal_projector_bias": False,
     "projector_hidden_act": "gelu", "spatial_merge_size": 2, "text_config":
@@ -405,7 +419,7 @@ PUBLISHED["Mistral-Small-3.2"] = {"architectures": ["Mistral3ForConditionalGener
     "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 40,
     "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000000.0,
     "sliding_window": None, "use_cache": True, "vocab_size": 131072}, "torch_dtype": "bfloat16",
-    "transformers_version": "4.52.4", "vision_config": {"hidden_size": 1024},
+    "transformers_version": "4.52.4", "vision_config": PIXTRAL,
     "vision_feature_layer": -1}
 MINISTRAL_ROPE = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
     "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
@@ -421,7 +435,7 @@ PUBLISHED["Ministral-3-8B"] = {"architectures": ["Mistral3ForConditionalGenerati
     "model_type": "ministral3", "num_attention_heads": 32, "num_hidden_layers": 34,
     "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_parameters": MINISTRAL_ROPE,
     "sliding_window": None, "use_cache": True, "vocab_size": 131072},
-    "transformers_version": "5.0.0.dev0", "vision_config": {"head_dim": 64},
+    "transformers_version": "5.0.0.dev0", "vision_config": PIXTRAL,
     "vision_feature_layer": -1}
 PUBLISHED["Ministral-3-3B"] = PUBLISHED["Ministral-3-8B"] | {"tie_word_embeddings": True,
     "text_config": PUBLISHED["Ministral-3-8B"]["text_config"] | {"hidden_size": 3072,

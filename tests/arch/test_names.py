@@ -134,6 +134,34 @@ TOWER_2_5 = PATCHES[:1] + tower(
 )
 
 
+def with_leaves(*names: str) -> list[str]:
+    return [f"{name}.{leaf}" for name in names for leaf in LEAVES]
+
+
+PROJECTOR = "multi_modal_projector."
+CLIP = ["embeddings.class_embedding", "embeddings.patch_embedding.weight"]
+CLIP += ["embeddings.position_embedding.weight", *with_leaves("pre_layrnorm")]
+for i in range(2):  # of three
+    parts = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
+    parts += ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    CLIP += with_leaves(*(f"encoder.layers.{i}.{part}" for part in parts))
+CLIP = [f"vision_tower.vision_model.{name}" for name in CLIP]
+CLIP += with_leaves(f"{PROJECTOR}linear_1", f"{PROJECTOR}linear_2")
+PIXTRAL = ["patch_conv", "ln_pre"]
+for i in range(3):
+    parts = [f"attention.{part}_proj" for part in "qkvo"]
+    parts += [f"feed_forward.{part}" for part in PARTS] + ["attention_norm", "ffn_norm"]
+    PIXTRAL += [f"transformer.layers.{i}.{part}" for part in parts]
+PIXTRAL = [f"vision_tower.{name}.weight" for name in PIXTRAL]
+PIXTRAL += [f"{PROJECTOR}linear_1.weight", f"{PROJECTOR}linear_2.weight"]
+PIXTRAL += [f"{PROJECTOR}norm.weight", f"{PROJECTOR}patch_merger.merging_layer.weight"]
+MOON = [*with_leaves("patch_embed.proj"), "patch_embed.pos_emb.weight"]
+for i in range(3):
+    parts = ["norm0", "norm1", "wqkv", "wo", "mlp.fc0", "mlp.fc1"]
+    MOON += with_leaves(*(f"encoder.blocks.{i}.{part}" for part in parts))
+MOON += with_leaves("encoder.final_layernorm")
+MOON = [f"vision_tower.{name}" for name in MOON]
+MOON += with_leaves(*(f"mm_projector.{part}" for part in ("pre_norm", "proj.0", "proj.2")))
 DEEPSTACK = [f"{VISUAL}{name}" for name in merger("deepstack_merger_list.0")]
 
 
@@ -193,7 +221,12 @@ EXPECTED = {
     + [f"{LAYER}self_attn.{part}_proj.weight" for part in ("qkv", "o")],
     "Ministral3ForCausalLM": ENDS + NORMS + ATTENTION + MLP,
     "Mistral3ForConditionalGeneration": [
-        f"language_model.{name}" for name in ENDS + NORMS + ATTENTION + MLP
+        *(f"language_model.{name}" for name in ENDS + NORMS + ATTENTION + MLP),
+        *PIXTRAL,
+    ],
+    "LlavaForConditionalGeneration": [
+        *(f"language_model.{name}" for name in ENDS + NORMS + ATTENTION + MLP),
+        *CLIP,
     ],
     "Gemma2ForCausalLM": GEMMA,
     "Gemma3ForCausalLM": GEMMA + QK_NORMS,
@@ -246,7 +279,7 @@ EXPECTED = {
     ),
     **dict.fromkeys(
         ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
-        [f"language_model.{name}" for name in DEEPSEEK_V3],
+        [*(f"language_model.{name}" for name in DEEPSEEK_V3), *MOON],
     ),
     "Llama4ForConditionalGeneration": [
         f"language_model.{name}" for name in ENDS + NORMS + ATTENTION + LLAMA4
@@ -357,7 +390,7 @@ def test_gpt2s_names_without_the_common_beginning() -> None:
 
 
 def test_kimi_k25s_names_of_transformers_and_its_weights_for_images() -> None:
-    kimi = make_arch(tiny_config("KimiK25ForConditionalGeneration"))
+    kimi = replace(make_arch(tiny_config("KimiK25ForConditionalGeneration")), vision=None)
     names = set(checkpoint_tensors(kimi))
     assert {"language_model.lm_head.weight", "language_model.model.norm.weight"} < names
     assert not any(is_left_over(kimi, name) for name in names)
@@ -562,7 +595,7 @@ UNUSED = {
         ["vision_tower.patch_embed.proj.weight", "mm_projector.proj.0.weight"],
     ),
     **dict.fromkeys(
-        ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"),
+        tuple(f"{name}ForConditionalGeneration" for name in ("Gemma3", "Mistral3", "Llava")),
         ["vision_tower.vision_model.head.weight", "multi_modal_projector.norm.weight"],
     ),
     **dict.fromkeys(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,11 +22,24 @@ from gllm_engine.model import Decoder, VisionTower, fill_randomly, vision_tower
 from gllm_engine.model.tiny import write_tiny_model
 
 TOLERANCE = 2e-5
-TOWERS = [name for name in FAMILIES if make_arch(tiny_config(name)).vision is not None]
+TOWERS = [
+    name
+    for name in FAMILIES
+    if make_arch(tiny_config(name)).vision is not None and not name.startswith("KimiK25")
+]
 # Pixels: windows of 3 x 3 embeddings that end early below, on the right, on both sides, nowhere.
 SIZES = [(56, 48), (24, 80), (8, 16), (48, 24)]
 WINDOWED = "Qwen2_5_VLForConditionalGeneration"
+LLAVA = "LlavaForConditionalGeneration"
+MISTRAL = "Mistral3ForConditionalGeneration"
+KIMI = "Kimi_K25ForConditionalGeneration"
 DEEP = "Qwen3VLForConditionalGeneration"
+
+
+def sizes_for(vision: Vision) -> list[tuple[int, int]]:
+    """LLaVA takes squares of one size only."""
+    side = vision.table * vision.patch
+    return [(side, side)] * 2 if vision.has_class else SIZES
 
 
 def vision_of(path: Path) -> Vision:
@@ -41,7 +55,7 @@ def tower_of(path: Path) -> VisionTower:
 
 
 def processed(images: list[Tensor], vision: Vision) -> dict[str, Tensor]:
-    """The inputs that transformers' own processor makes of images that have the right size."""
+    """The inputs that transformers' processor of Qwen makes of images that have the right size."""
     processor = Qwen2VLImageProcessorPil(
         patch_size=vision.patch,
         merge_size=vision.merge,
@@ -54,6 +68,8 @@ def processed(images: list[Tensor], vision: Vision) -> dict[str, Tensor]:
 
 
 def expected(model: Any, images: list[Tensor], vision: Vision) -> list[Tensor]:
+    if not vision.frames:
+        return [expected_of_one(model, image, vision) for image in images]
     inputs = processed(images, vision)
     grids = inputs["image_grid_thw"]
     with torch.no_grad():
@@ -61,6 +77,26 @@ def expected(model: Any, images: list[Tensor], vision: Vision) -> list[Tensor]:
     deep = getattr(found, "deepstack_features", None) or []
     sizes = (grids.prod(1) // vision.merge**2).tolist()
     return list(torch.stack([found.pooler_output, *deep]).split(sizes, 1))
+
+
+def expected_of_one(model: Any, image: Tensor, vision: Vision) -> Tensor:
+    """By a model whose patches have no frames."""
+    share = (image.numpy().astype(np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = (np.array(each, np.float32) for each in (vision.mean, vision.std))
+    pixels = torch.from_numpy((share - mean) / std)
+    rows, columns = (side // vision.patch for side in image.shape[:2])
+    options: dict[str, Any] = {}
+    if vision.table and not vision.has_class:  # Kimi's, which takes patches
+        patches = pixels.view(rows, vision.patch, columns, vision.patch, 3).permute(0, 2, 4, 1, 3)
+        pixels = patches.flatten(0, 1)
+        options["image_grid_thw"] = torch.tensor([[1, rows, columns]])
+    else:
+        pixels = pixels.permute(2, 0, 1)[None]
+    if vision.shrinks:
+        options["image_sizes"] = torch.tensor([image.shape[:2]])
+    with torch.no_grad():
+        found = model.get_image_features(pixels, **options).pooler_output
+    return torch.cat(list(found)).view(1, -1, vision.out)
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -75,18 +111,20 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, family: str) -> No
     """The checkpoint is transformers', so no tensor is missing or left over."""
     model = save_reference(tmp_path, family)
     vision = vision_of(tmp_path)
-    images = pictures(*SIZES)
+    images = pictures(*sizes_for(vision))
     theirs = expected(model, images, vision)
     assert min(each.std() for each in theirs) > 0.05
     tower = tower_of(tmp_path)
     ours = tower.encode(images)
     assert largest_difference(ours, theirs) < TOLERANCE
-    for one, size in zip(ours, SIZES, strict=True):
+    for one, size in zip(ours, sizes_for(vision), strict=True):
         rows, columns = vision.grid(*size)
         assert one.shape == (1 + vision.num_deep, rows * columns, vision.out)
     turned = [image.flip(1) for image in images]
     assert largest_difference(tower.encode(turned), theirs) > 1e-2
     for name, weight in tower.weights().items():
+        if vision.rotary is None and name.endswith("k_proj.bias"):
+            continue  # adds the same number to all scores of a query
         weight.neg_()
         changed = largest_difference(tower.encode(images[:1]), theirs[:1])
         assert changed > 10 * TOLERANCE, name
@@ -96,6 +134,9 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, family: str) -> No
 @pytest.mark.parametrize(
     ("family", "vision"),
     [
+        (LLAVA, {"hidden_act": "gelu", "image_size": 32, "layer_norm_eps": 0.1}),
+        (MISTRAL, {"hidden_act": "gelu", "num_attention_heads": 1}),
+        (KIMI, {"merge_kernel_size": [1, 1], "pos_emb_height": 16, "pos_emb_width": 16}),
         (WINDOWED, {"window_size": 8}),
         (WINDOWED, {"fullatt_block_indexes": [0, 2], "window_size": 16, "num_heads": 4}),
         (WINDOWED, {"hidden_act": "gelu", "spatial_merge_size": 1, "window_size": 20}),
@@ -106,7 +147,7 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, family: str) -> No
 )
 def test_other_towers(tmp_path: Path, family: str, vision: dict[str, Any]) -> None:
     model = save_reference(tmp_path, family, **vision)
-    images = pictures((64, 32), (16, 48))
+    images = pictures((32, 32)) if family == LLAVA else pictures((64, 32), (16, 48))
     theirs = expected(model, images, vision_of(tmp_path))
     assert largest_difference(tower_of(tmp_path).encode(images), theirs) < TOLERANCE
 
@@ -158,7 +199,7 @@ def test_the_checkpoints_own_mean_and_deviation(tmp_path: Path, file: str) -> No
     assert largest_difference(found, expected(model, images, vision)) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("family", [name for name in TOWERS if name.startswith("Qwen")])
 def test_older_names_of_the_same_tensors(tmp_path: Path, family: str) -> None:
     write_tiny_model(tmp_path, family)
     images = pictures((16, 24))

@@ -23,15 +23,28 @@ def save_reference(path: Path, family: str, **vision: Any) -> transformers.PreTr
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     model.save_pretrained(path)
+    file = path / "model.safetensors"
+    tensors = load_file(file).items()
     if family.startswith("Qwen3VLMoe"):  # transformers reads experts both ways, but writes them so
-        file = path / "model.safetensors"
-        tensors = load_file(file)
-        save_file({name: as_published(name, tensor) for name, tensor in tensors.items()}, file)
+        save_file({name: transposed(name, tensor) for name, tensor in tensors}, file)
+    if family.startswith("Kimi"):  # it gives names of the tower to the text's layers
+        save_file({published(name): tensor for name, tensor in tensors}, file)
     return model
 
 
-def as_published(name: str, tensor: Tensor) -> Tensor:
+def transposed(name: str, tensor: Tensor) -> Tensor:
     return tensor.mT.contiguous() if ".experts." in name else tensor
+
+
+def published(name: str) -> str:
+    for old, new in (
+        ("language_model.model.blocks.", "language_model.model.layers."),
+        ("model.mm_projector.", "mm_projector."),
+        ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
+        ("pos_emb.position_embeddings", "pos_emb.weight"),
+    ):
+        name = name.replace(old, new)
+    return name
 
 
 def pictures(*sizes: tuple[int, int]) -> list[Tensor]:

@@ -56,7 +56,9 @@ class Family(NamedTuple):
         return self.others.get(kind, self) if isinstance(kind, str) else self
 
 
-_KIMI_K25 = Family(beside_images(deepseek.deepseek_v3), deepseek.DEEPSEEK_V3, "text_config")
+_KIMI_K25 = Family(
+    beside_images(deepseek.deepseek_v3), deepseek.DEEPSEEK_V3, "text_config", vision=towers.kimi
+)
 # The order is that of choice, if a config names several, and of messages.
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(llama.llama, llama.LLAMA),

@@ -1,4 +1,4 @@
-"""The vision towers of LLaVA 1.5 and Mistral Small 3, beside the text models of other modules."""
+"""The vision towers of LLaVA 1.5, Mistral Small 3 and Kimi K2.5, beside other modules' text."""
 
 from __future__ import annotations
 
@@ -21,6 +21,47 @@ _PROJECTOR: Renames = (
     ("visual.merger.", "multi_modal_projector."),
 )
 _IN_TRANSFORMERS = Variant(r"^model\.vision_tower\.", _INSIDE)
+_CLIP: Renames = (
+    ("visual.blocks.", "vision_tower.vision_model.encoder.layers."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    ("attn.o_proj.", "attn.out_proj."),
+    (".attn.", ".self_attn."),
+    (".mlp.up_proj.", ".mlp.fc1."),
+    (".mlp.down_proj.", ".mlp.fc2."),
+    *_PROJECTOR,
+    ("visual.first_norm.", "vision_tower.vision_model.pre_layrnorm."),
+    ("visual.class_embed", "vision_tower.vision_model.embeddings.class_embedding"),
+    ("visual.patch_embed.", "vision_tower.vision_model.embeddings.patch_embedding."),
+    ("visual.pos_embed.", "vision_tower.vision_model.embeddings.position_embedding."),
+)
+_PIXTRAL: Renames = (
+    ("visual.blocks.", "vision_tower.transformer.layers."),
+    (".norm1.", ".attention_norm."),
+    (".norm2.", ".ffn_norm."),
+    (".attn.", ".attention."),
+    (".mlp.", ".feed_forward."),
+    *_PROJECTOR,
+    ("visual.first_norm.", "vision_tower.ln_pre."),
+    ("visual.patch_embed.", "vision_tower.patch_conv."),
+)
+_KIMI: Renames = (
+    ("visual.blocks.", "vision_tower.encoder.blocks."),
+    (".norm1.", ".norm0."),
+    (".norm2.", ".norm1."),
+    ("attn.q_proj.", "wqkv."),
+    ("attn.k_proj.", "wqkv."),
+    ("attn.v_proj.", "wqkv."),
+    ("attn.o_proj.", "wo."),
+    (".mlp.up_proj.", ".mlp.fc0."),
+    (".mlp.down_proj.", ".mlp.fc1."),
+    ("visual.merger.norm.", "mm_projector.pre_norm."),
+    ("visual.merger.up_proj.", "mm_projector.proj.0."),
+    ("visual.merger.down_proj.", "mm_projector.proj.2."),
+    ("visual.last_norm.", "vision_tower.encoder.final_layernorm."),
+    ("visual.patch_embed.", "vision_tower.patch_embed.proj."),
+    ("visual.pos_embed.", "vision_tower.patch_embed.pos_emb."),
+)
 
 
 def clip(c: Fields, outer: Fields, text: Model) -> Vision:
@@ -44,20 +85,6 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
         raise ArchError(
             f"{outer.name}: vision_feature_layer is {chosen}, but the tower has {layers} layers"
         )
-    names: Renames = (
-        ("visual.blocks.", "vision_tower.vision_model.encoder.layers."),
-        (".norm1.", ".layer_norm1."),
-        (".norm2.", ".layer_norm2."),
-        ("attn.o_proj.", "attn.out_proj."),
-        (".attn.", ".self_attn."),
-        (".mlp.up_proj.", ".mlp.fc1."),
-        (".mlp.down_proj.", ".mlp.fc2."),
-        *_PROJECTOR,
-        ("visual.first_norm.", "vision_tower.vision_model.pre_layrnorm."),
-        ("visual.class_embed", "vision_tower.vision_model.embeddings.class_embedding"),
-        ("visual.patch_embed.", "vision_tower.vision_model.embeddings.patch_embedding."),
-        ("visual.pos_embed.", "vision_tower.vision_model.embeddings.position_embedding."),
-    )
     unused = "|".join(str(number) for number in range(depth, layers)) or "none"
     short = Variant(
         r"^(model\.)?vision_tower\.e", (("vision_tower.vision_model.", "vision_tower."),)
@@ -82,7 +109,7 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
         merger_norm=False,
         merger_bias=outer.flag("multimodal_projector_bias", True),
         names=Names(
-            names,
+            _CLIP,
             (short, _IN_TRANSFORMERS),
             unused=r"(model\.)?vision_tower\.(vision_model\.)?"
             rf"(post_layernorm|embeddings\.position_ids|encoder\.layers\.({unused})\.)",
@@ -104,16 +131,6 @@ def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
     c.ignore("image_size", "head_dim")
     c.require(rope_theta=10_000)
     outer.require(vision_feature_layer=-1)
-    names: Renames = (
-        ("visual.blocks.", "vision_tower.transformer.layers."),
-        (".norm1.", ".attention_norm."),
-        (".norm2.", ".ffn_norm."),
-        (".attn.", ".attention."),
-        (".mlp.", ".feed_forward."),
-        *_PROJECTOR,
-        ("visual.first_norm.", "vision_tower.ln_pre."),
-        ("visual.patch_embed.", "vision_tower.patch_conv."),
-    )
     return _read_tower(
         c,
         outer,
@@ -133,7 +150,51 @@ def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
         merger_eps=text.eps,
         merger_bias=outer.flag("multimodal_projector_bias"),
         shrinks=True,
-        names=Names(names, (_IN_TRANSFORMERS,)),
+        names=Names(_PIXTRAL, (_IN_TRANSFORMERS,)),
+    )
+
+
+def kimi(c: Fields, outer: Fields, text: Model) -> Vision:
+    """As clip: MoonViT. Published files and transformers' have other keys."""
+
+    def count(key: str, default: int, most: int = 2**24) -> int:
+        return c.count(f"vt_{key}", c.count(key, default, most), most)
+
+    c.require(text_hidden_size=text.dim, mm_projector_type="patchmerger", merge_type="sd2_tpool")
+    c.require(pos_emb_type="divided_fixed", projector_hidden_act="gelu")
+    c.ignore("init_pos_emb_time", "pos_emb_time", "video_attn_type")
+    dim = count("hidden_size", 1152)
+    side = c.count("init_pos_emb_height", c.count("pos_emb_height", 64))
+    c.require(mm_hidden_size=dim, init_pos_emb_width=side, pos_emb_width=side)
+    merge, *_ = c.sizes("merge_kernel_size", 2) or (2,)
+    c.require(merge_kernel_size=[merge, merge])
+    c = c.with_defaults(
+        patch_size=14,
+        hidden_size=dim,
+        intermediate_size=count("intermediate_size", 4304),
+        num_attention_heads=count("num_attention_heads", 16),
+        hidden_act="gelu_pytorch_tanh",
+    )
+    token = outer.count("image_token_id", 163605)
+    return _read_tower(
+        c,
+        outer,
+        text,
+        depth=count("num_hidden_layers", 27, MAX_LAYERS),
+        image_token=outer.count("media_placeholder_token_id", token),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        norm="layer",
+        eps=1e-5,
+        gated=False,
+        rotary="alternating",
+        table=side,
+        stretch="bicubic",
+        last_norm=True,
+        merge=merge,
+        merger_eps=c.real("projector_ln_eps", outer.real("projection_layer_norm_eps", 1e-5)),
+        merger_hidden=None,
+        names=Names(_KIMI, unused=r"vision_tower\.patch_embed\.pos_emb\.time_weight"),
     )
 
 
@@ -147,6 +208,7 @@ def _read_tower(c: Fields, outer: Fields, text: Model, **own: Any) -> Vision:
         raise ArchError(
             f"{c.name}: heads have {head_dim} channels, but only multiples of 4 are supported"
         )
+    fields = {"merger_hidden": text.dim} | own
     return Vision(
         dim=c.count("hidden_size"),
         heads=c.count("num_attention_heads"),
@@ -154,6 +216,5 @@ def _read_tower(c: Fields, outer: Fields, text: Model, **own: Any) -> Vision:
         out=text.dim,
         patch=c.count("patch_size", most=256),
         act=ACTIVATIONS[c.choice("hidden_act", tuple(ACTIVATIONS))],
-        merger_hidden=text.dim,
-        **own,
+        **fields,
     )
