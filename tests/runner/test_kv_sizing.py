@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from gllm_engine.arch import MAX_EOS_TOKEN_IDS, Shard, make_arch, read_arch
+from gllm_engine.arch import MAX_EOS_TOKEN_IDS, Model, Shard, make_arch, read_arch
 from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.model import Decoder, fill_randomly
+from gllm_engine.model import Decoder, VisionTower, fill_randomly
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.ops.kernels import EXPANDED_BYTES, PARTIALS_BYTES, SCORE_BYTES
-from gllm_engine.runner import Runner, kv_sizing, sampler
+from gllm_engine.runner import PeakMemory, Runner, kv_sizing, sampler
 from gllm_engine.runner.kv_sizing import (
     GpuMemory,
     StepBytes,
@@ -24,6 +25,7 @@ from gllm_engine.runner.kv_sizing import (
     costly_sampling,
     fitting_pages,
     fitting_snapshots,
+    image_bytes,
     measured_memory,
     step_bytes,
 )
@@ -243,3 +245,37 @@ def test_a_second_trial_finds_the_same_memory(family: str) -> None:
         found = [measured_memory(config, decoder, 64) for _ in range(2)]
     first, second = (memory.used + memory.step for memory in found)
     assert abs(first - second) < 128 << 20, found
+
+
+def test_images_have_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is kept of them, and for the largest one in the tower, in a step full of them."""
+    arch = make_arch(tiny_config("Qwen3VLForConditionalGeneration", max_position_embeddings=32768))
+    encode = kv_sizing._encode
+    peaks: list[int] = []
+
+    def watched(tower: VisionTower, num_tokens: int, device: torch.device) -> None:
+        assert num_tokens == 1024 * 16 ** len(peaks)
+        with PeakMemory() as memory:
+            encode(tower, num_tokens, device)
+        peaks.append(memory.peak)
+
+    def sized(model: Model, image_cache_tokens: int) -> tuple[int, int]:
+        config = EngineConfig(
+            model="/",
+            max_num_seqs=4,
+            max_num_batched_tokens=64,
+            encoder_budget=64,
+            image_cache_tokens=image_cache_tokens,
+        )
+        device = torch.device("meta")
+        decoder = Decoder(model, dtype=torch.bfloat16, device=device, max_model_len=32768)
+        return step_bytes(config, decoder, 2048).peak, image_bytes(config, decoder)
+
+    monkeypatch.setattr(kv_sizing, "_encode", watched)
+    text, none = sized(dataclasses.replace(arch, vision=None), 4096)
+    small, kept = sized(arch, 4096)
+    large, more = sized(arch, 65536)
+    assert (none, kept, more) == (0, 4096 * 3 * 64 * 2, 65536 * 3 * 64 * 2)
+    assert text < small - kept <= large - more
+    # An image of 16,384 embeddings, 65,536 patches, has no number for each pair of patches.
+    assert 14 < peaks[1] / peaks[0] < 18
