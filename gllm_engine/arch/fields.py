@@ -111,13 +111,6 @@ class Fields:
             raise self._wrong(key, value, f"a whole number from {least} to {most}")
         return value
 
-    def integer(self, key: str, default: int) -> int:
-        """A whole number."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._wrong(key, value, "a whole number")
-        return value
-
     def real(self, key: str, default: float | None = None) -> float:
         """A number above 0 that a float32 can hold."""
         value = self._get(key, default)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loaded import load_model
 from safetensors.torch import load_file, save_file
 from tiny_models import load
 from torch import Tensor
@@ -92,7 +93,7 @@ def expected_of_one(model: Any, image: Tensor, vision: Vision) -> Tensor:
         options["image_grid_thw"] = torch.tensor([[1, rows, columns]])
     else:
         pixels = pixels.permute(2, 0, 1)[None]
-    if vision.shrinks:
+    if vision.rotary == "shifted":
         options["image_sizes"] = torch.tensor([image.shape[:2]])
     with torch.no_grad():
         found = model.get_image_features(pixels, **options).pooler_output
@@ -135,6 +136,7 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, family: str) -> No
     ("family", "vision"),
     [
         (LLAVA, {"hidden_act": "gelu", "image_size": 32, "layer_norm_eps": 0.1}),
+        (LLAVA, {"model_type": "pixtral", "hidden_act": "silu"}),
         (MISTRAL, {"hidden_act": "gelu", "num_attention_heads": 1}),
         (KIMI, {"merge_kernel_size": [1, 1], "pos_emb_height": 16, "pos_emb_width": 16}),
         (WINDOWED, {"window_size": 8}),
@@ -146,8 +148,11 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, family: str) -> No
     ],
 )
 def test_other_towers(tmp_path: Path, family: str, vision: dict[str, Any]) -> None:
-    model = save_reference(tmp_path, family, **vision)
-    images = pictures((32, 32)) if family == LLAVA else pictures((64, 32), (16, 48))
+    pixtral = vision.get("model_type") == "pixtral"
+    outer = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    model = save_reference(tmp_path, family, outer if pixtral else {}, **vision)
+    is_clip = family == LLAVA and not pixtral
+    images = pictures((32, 32)) if is_clip else pictures((64, 32), (16, 48))
     theirs = expected(model, images, vision_of(tmp_path))
     assert largest_difference(tower_of(tmp_path).encode(images), theirs) < TOLERANCE
 
@@ -184,6 +189,21 @@ def test_images_together_are_images_alone(
     monkeypatch.setattr(vision_tower, "_PASS_PATCHES", 1)
     tower.encode(images)
     assert passes == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_tower_in_bfloat16(tmp_path: Path, family: str) -> None:
+    write_tiny_model(tmp_path, family)
+    arch = read_arch(tmp_path)
+    options: dict[str, Any] = {"device": torch.device("cpu"), "max_model_len": 8}
+    narrow = load_model(tmp_path, arch, dtype=torch.bfloat16, **options).tower
+    wide = load_model(tmp_path, arch, dtype=torch.float32, **options).tower
+    assert narrow is not None and wide is not None
+    images = pictures(*sizes_for(narrow.vision))
+    for one, other in zip(narrow.encode(images), wide.encode(images), strict=True):
+        assert one.dtype == torch.bfloat16
+        likeness = torch.cosine_similarity(one.float(), other, dim=-1)
+        assert 0.99 < likeness.min() and one.float().std() > 0.1
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])

@@ -13,9 +13,13 @@ from torch import Tensor
 from gllm_engine.arch.tiny import tiny_config
 
 
-def save_reference(path: Path, family: str, **vision: Any) -> transformers.PreTrainedModel:
-    """The model whose checkpoint is in `path` afterwards. `vision`: keys of vision_config."""
-    config = tiny_config(family)
+def save_reference(
+    path: Path, family: str, outer: dict[str, Any] | None = None, **vision: Any
+) -> transformers.PreTrainedModel:
+    """The model whose checkpoint is in `path` afterwards. `outer`: keys of its config; `vision`: of
+    vision_config.
+    """
+    config = tiny_config(family) | (outer or {})
     config |= {"vision_config": config["vision_config"] | vision}
     torch.manual_seed(0)
     kind = transformers.AutoConfig.for_model(**config)

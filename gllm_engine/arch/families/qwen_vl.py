@@ -8,14 +8,13 @@ from typing import Any
 
 from gllm_engine.arch.checkpoint import Layout, Names, Renames, Variant
 from gllm_engine.arch.families.common import (
-    ACTIVATIONS,
     BESIDE_TOWER,
     FUSED_EXPERTS,
     MAX_LAYERS,
-    divided_head_dim,
     read_head_dim,
 )
 from gllm_engine.arch.families.qwen import QWEN2, QWEN3, QWEN3_MOE, qwen2, qwen3, with_experts
+from gllm_engine.arch.families.towers import read_tower
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.rope import SECTION_KEYS, Rope, read_rope
@@ -103,7 +102,7 @@ def qwen2_5_vision(c: Fields, outer: Fields, text: Model) -> Vision:
     tower = _read_tower(
         c,
         text,
-        outer.count("image_token_id", 151655, least=0),
+        image_token=outer.count("image_token_id", 151655),
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
         norm="rms",
@@ -136,7 +135,7 @@ def qwen3_vision(c: Fields, outer: Fields, text: Model, token: int = 151655) -> 
     return _read_tower(
         c,
         text,
-        outer.count("image_token_id", token, least=0),
+        image_token=outer.count("image_token_id", token),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         norm="layer",
@@ -155,31 +154,19 @@ def qwen3_5_vision(c: Fields, outer: Fields, text: Model) -> Vision:
     return qwen3_vision(c, outer, text, 248056)
 
 
-def _read_tower(c: Fields, text: Model, token: int, **own: Any) -> Vision:
+def _read_tower(c: Fields, text: Model, **own: Any) -> Vision:
     """`own`: fields of the family."""
     ropes = {rope for layer in text.layers for rope in layer.mixer.ropes}
     if not all(rope.sections for rope in ropes):
         raise ArchError(f"{c.name}: mrope_section of the text model is missing")
     c.require(in_channels=3, in_chans=3, out_hidden_size=text.dim)
-    c.child("rope_parameters").require(rope_type="axial", rope_theta=10_000)
     c.ignore("tokens_per_second", "spatial_patch_size")  # of videos; the same as patch_size
-    dim = c.count("hidden_size")
-    heads = c.count("num_heads", 16)
-    head_dim = divided_head_dim(c.with_defaults(num_heads=16), "hidden_size", "num_heads")
-    if head_dim % 4:
-        raise ArchError(
-            f"{c.name}: heads have {head_dim} channels, but only multiples of 4 are supported"
-        )
-    return Vision(
-        dim=dim,
+    return read_tower(
+        c.with_defaults(num_heads=16),
+        text,
+        "num_heads",
         depth=c.count("depth", most=MAX_LAYERS),
-        heads=heads,
-        hidden=c.count("intermediate_size"),
-        out=text.dim,
-        patch=c.count("patch_size", most=256),
         merge=c.count("spatial_merge_size", 2, most=16),
         frames=c.count("temporal_patch_size", 2, most=16),
-        image_token=token,
-        act=ACTIVATIONS[c.choice("hidden_act", tuple(ACTIVATIONS))],
         **own,
     )

@@ -123,9 +123,17 @@ FAMILIES: dict[str, Family] = {
         },
         towers.pixtral,
     ),
-    # LLaVA 1.5.
+    # LLaVA 1.5; Pixtral 12B.
     "LlavaForConditionalGeneration": Family(
-        beside_images(llama.llama), llama.LLAMA, "text_config", vision=towers.clip
+        beside_images(llama.llama),
+        llama.LLAMA,
+        "text_config",
+        {
+            "mistral": Family(
+                beside_images(mistral.mistral), mistral.MISTRAL, "text_config", vision=towers.llava
+            )
+        },
+        towers.llava,
     ),
     "Gemma2ForCausalLM": Family(gemma.gemma2, gemma.GEMMA2),
     "Gemma3ForCausalLM": Family(gemma.gemma3, gemma.GEMMA3),

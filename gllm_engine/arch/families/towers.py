@@ -77,9 +77,10 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
     )
     c.choice("model_type", ("clip_vision_model",), "clip_vision_model")
     c.ignore("projection_dim", "vocab_size")
-    outer.require(vision_feature_select_strategy="default")
+    c.require(num_channels=3)
+    outer.require(vision_feature_select_strategy="default", projector_hidden_act="gelu")
     layers = c.count("num_hidden_layers", most=MAX_LAYERS)
-    chosen = outer.integer("vision_feature_layer", -2)
+    chosen = outer.count("vision_feature_layer", -2, MAX_LAYERS, least=-MAX_LAYERS)
     depth = chosen if chosen >= 0 else layers + 1 + chosen
     if not 0 < depth <= layers:
         raise ArchError(
@@ -89,9 +90,8 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
     short = Variant(
         r"^(model\.)?vision_tower\.e", (("vision_tower.vision_model.", "vision_tower."),)
     )
-    return _read_tower(
+    return read_tower(
         c,
-        outer,
         text,
         depth=depth,
         image_token=outer.count("image_token_index", outer.count("image_token_id", 32000)),
@@ -107,6 +107,7 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
         first_norm=True,
         merge=1,
         merger_norm=False,
+        merger_hidden=text.dim,
         merger_bias=outer.flag("multimodal_projector_bias", True),
         names=Names(
             _CLIP,
@@ -117,7 +118,14 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
     )
 
 
-def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
+def llava(c: Fields, outer: Fields, text: Model) -> Vision:
+    """As clip; Pixtral 12B has another tower."""
+    if c.text("model_type", "") == "pixtral":
+        return pixtral(c, outer, text, merges=False)
+    return clip(c, outer, text)
+
+
+def pixtral(c: Fields, outer: Fields, text: Model, merges: bool = True) -> Vision:
     """As clip."""
     c = c.with_defaults(
         hidden_size=1024,
@@ -129,11 +137,10 @@ def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
     )
     c.choice("model_type", ("pixtral",), "pixtral")
     c.ignore("image_size", "head_dim")
-    c.require(rope_theta=10_000)
-    outer.require(vision_feature_layer=-1)
-    return _read_tower(
+    c.require(rope_theta=10_000, num_channels=3)
+    outer.require(vision_feature_layer=-1, projector_hidden_act="gelu")
+    return read_tower(
         c,
-        outer,
         text,
         depth=c.count("num_hidden_layers", most=MAX_LAYERS),
         image_token=outer.count("image_token_index", outer.count("image_token_id", 10)),
@@ -146,10 +153,12 @@ def pixtral(c: Fields, outer: Fields, text: Model) -> Vision:
         patch_bias=False,
         rotary="shifted",
         first_norm=True,
-        merge=outer.count("spatial_merge_size", 2, most=16),
+        merge=outer.count("spatial_merge_size", 2, most=16) if merges else 1,
+        merger_norm=merges,
         merger_eps=text.eps,
-        merger_bias=outer.flag("multimodal_projector_bias"),
-        shrinks=True,
+        merger_hidden=text.dim,
+        merger_bias=outer.flag("multimodal_projector_bias", not merges),
+        shrinks=merges,
         names=Names(_PIXTRAL, (_IN_TRANSFORMERS,)),
     )
 
@@ -176,9 +185,8 @@ def kimi(c: Fields, outer: Fields, text: Model) -> Vision:
         hidden_act="gelu_pytorch_tanh",
     )
     token = outer.count("image_token_id", 163605)
-    return _read_tower(
+    return read_tower(
         c,
-        outer,
         text,
         depth=count("num_hidden_layers", 27, MAX_LAYERS),
         image_token=outer.count("media_placeholder_token_id", token),
@@ -193,28 +201,26 @@ def kimi(c: Fields, outer: Fields, text: Model) -> Vision:
         last_norm=True,
         merge=merge,
         merger_eps=c.real("projector_ln_eps", outer.real("projection_layer_norm_eps", 1e-5)),
-        merger_hidden=None,
         names=Names(_KIMI, unused=r"vision_tower\.patch_embed\.pos_emb\.time_weight"),
     )
 
 
-def _read_tower(c: Fields, outer: Fields, text: Model, **own: Any) -> Vision:
-    """`own`: fields of the family."""
-    c.require(num_channels=3)
+def read_tower(
+    c: Fields, text: Model, heads_key: str = "num_attention_heads", **own: Any
+) -> Vision:
+    """`heads_key`: of the number of heads. `own`: fields of the family."""
     c.child("rope_parameters").require(rope_type="axial", rope_theta=10_000)
-    outer.require(projector_hidden_act="gelu")
-    head_dim = divided_head_dim(c, "hidden_size", "num_attention_heads")
+    head_dim = divided_head_dim(c, "hidden_size", heads_key)
     if head_dim % 4:
         raise ArchError(
             f"{c.name}: heads have {head_dim} channels, but only multiples of 4 are supported"
         )
-    fields = {"merger_hidden": text.dim} | own
     return Vision(
         dim=c.count("hidden_size"),
-        heads=c.count("num_attention_heads"),
+        heads=c.count(heads_key),
         hidden=c.count("intermediate_size"),
         out=text.dim,
         patch=c.count("patch_size", most=256),
         act=ACTIVATIONS[c.choice("hidden_act", tuple(ACTIVATIONS))],
-        **fields,
+        **own,
     )
