@@ -263,6 +263,7 @@ class Decoder:
             if held is not None:
                 blocks |= enumerate(held._blocks, held.shard.first)
         decoder._hold(replace(self.shard, first=first, end=end), blocks)
+        decoder.tower = self.tower if decoder.is_first else None
         return decoder
 
     def _hold(self, shard: Shard, blocks: dict[int, PreNormBlock]) -> None:

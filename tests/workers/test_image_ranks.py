@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moving import restless_layers
 from pictured import compare, request, run
 
 from gllm_engine import write_tiny_model
 from gllm_engine.arch import read_arch
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.engine.core import Engine
+from gllm_engine.types import Request
 from gllm_engine.workers.build_runner import check_shards
 
 pytestmark = pytest.mark.usefixtures("quick_starts")
@@ -25,28 +27,38 @@ TIGHT = {"max_num_batched_tokens": 16, "encoder_budget": 12, "image_cache_tokens
 
 
 @pytest.mark.parametrize(
-    ("family", "stages", "size"),
-    [(DEEP, 2, 2), ("Qwen3_5ForConditionalGeneration", 2, 1)],
+    ("family", "stages", "size", "spare"),
+    [(DEEP, 2, 2, 0), (DEEP, 2, 1, 1), ("Qwen3_5ForConditionalGeneration", 2, 1, 0)],
 )
-def test_ranks_agree(tmp_path: Path, family: str, stages: int, size: int) -> None:
-    path = write_tiny_model(tmp_path, family, seed=4)
+def test_ranks_agree(tmp_path: Path, family: str, stages: int, size: int, spare: int) -> None:
+    """Also while layers move between them."""
+    more = {"num_hidden_layers": 5} if spare else {}
+    path = write_tiny_model(tmp_path, family, seed=4, **more)
     vision = read_arch(path).vision
     assert vision is not None
 
-    def outputs(**config: Any) -> Any:
+    def asked() -> list[Request]:
+        return [
+            request(vision, 5, ("a", 3, 4), 4),
+            request(vision, ("c", 1, 2), 1, ("a", 3, 4), 2, ("d", 5, 2), 20),
+            request(vision, 9),
+        ]
+
+    def outputs(cuts: list[tuple[int, ...]], **config: Any) -> Any:
         engine = Engine(EngineConfig(model=str(path), **SMALL, **config))
         try:
-            asked = [
-                request(vision, 5, ("a", 3, 4), 4),
-                request(vision, ("c", 1, 2), 1, ("a", 3, 4), 2, ("d", 5, 2), 20),
-                request(vision, 9),
-            ]
-            return run(engine, asked) + run(engine, [request(vision, 5, ("b", 3, 4), 4)])
+            found = run(engine, asked())
+            # Steps may be over before the first layers are loaded.
+            while engine._config.spare_layers and len(set(cuts)) < 2:
+                compare(run(engine, asked()), found)
+            return found + run(engine, [request(vision, 5, ("b", 3, 4), 4)])
         finally:
             engine.close()
 
     ranks = {"pipeline_parallel_size": stages, "tensor_parallel_size": size}
-    compare(outputs(**TIGHT, **ranks), outputs())
+    with restless_layers() as cuts:
+        compare(outputs(cuts, **TIGHT, **ranks, spare_layers=spare), outputs([]))
+    assert (len(set(cuts)) > 1) == bool(spare)
 
 
 def test_the_first_stage_has_the_layers_that_add_embeddings(tmp_path: Path) -> None:
