@@ -35,9 +35,29 @@ class Hello(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    """Front end -> engine: new requests."""
+    """Front end -> engine: new requests, with each image's pixels once, however many have it."""
 
-    requests: list[Request]
+    requests: list[Request]  # whose images have no pixels
+    pixels: dict[bytes, bytes]  # by the image's digest
+
+    @classmethod
+    def of(cls, requests: list[Request]) -> Submit:
+        pixels = {image.digest: image.pixels for each in requests for image in each.images}
+        return cls([_with_pixels(each, dict.fromkeys(pixels, b"")) for each in requests], pixels)
+
+    def whole(self) -> list[Request]:
+        """The requests; those with equal images share the pixels."""
+        return [_with_pixels(each, self.pixels) for each in self.requests]
+
+
+def _with_pixels(request: Request, pixels: dict[bytes, bytes]) -> Request:
+    if not request.images:
+        return request
+    images = [
+        msgspec.structs.replace(image, pixels=pixels.get(image.digest, b""))
+        for image in request.images
+    ]
+    return msgspec.structs.replace(request, images=tuple(images))
 
 
 class Abort(Message, frozen=True):

@@ -83,7 +83,7 @@ class EngineClient:
 
     def submit(self, requests: list[Request]) -> None:
         """Send sequences to the engine. If it raises EngineUnavailable, no sequence was sent."""
-        self._send(wire.Submit(requests))
+        self._send(wire.Submit.of(requests))
 
     def abort(self, ids: list[int]) -> None:
         """Tell the engine to end these sequences."""

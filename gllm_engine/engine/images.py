@@ -120,30 +120,48 @@ class ImageLoader:
                 raise InvalidField("image", f"image {number}: {shown(source)} is no URL or base64")
             numbers.setdefault(source, number)
 
-        def fetch(source: Source) -> bytes:
-            if isinstance(source, str) and is_url(source):
-                return self._sources.read(source, numbers[source], is_over)
-            return _from_base64(source, numbers[source])
+        sizes: list[int] = []  # tokens of the images that are prepared, which bound their pixels
 
-        remote = [source for source in numbers if _is_remote(source)]
-        fetched = dict(zip(remote, self._fetching.map(fetch, remote), strict=True))
-
-        def prepare(source: Source) -> PreparedImage:
+        def check() -> None:
             if is_over():
                 raise InvalidField("image", "the request is over")
-            content = fetched[source] if source in fetched else fetch(source)
-            assert self._processor is not None
-            return self._processor.prepare(content, numbers[source])
-
-        prepared = {}
-        num_tokens = 0  # also bounds the pixels
-        for source, image in zip(numbers, self._preparing.map(prepare, numbers), strict=True):
-            prepared[source] = image
-            num_tokens += image.rows * image.columns
-            if num_tokens > max_tokens:
+            if sum(sizes) > max_tokens:
                 problem = f"its images take more than the {max_tokens} tokens of prompt and output"
                 raise InvalidField("prompt", f"{problem} (max_model_len)")
+
+        def prepare(source: Source, content: bytes | None = None) -> PreparedImage:
+            check()
+            assert self._processor is not None
+            content = self._read(source, numbers[source]) if content is None else content
+            image = self._processor.prepare(content, numbers[source])
+            sizes.append(image.rows * image.columns)
+            check()
+            return image
+
+        def fetch(source: Source) -> PreparedImage:
+            # The thread waits, so that there are never more files than threads.
+            content = self._read(source, numbers[source], is_over)
+            return self._preparing.submit(prepare, source, content).result()
+
+        futures = {
+            source: self._fetching.submit(fetch, source)
+            if _is_remote(source)
+            else self._preparing.submit(prepare, source)
+            for source in numbers
+        }
+        try:
+            prepared = {source: future.result() for source, future in futures.items()}
+        finally:
+            for future in futures.values():
+                future.cancel()
         return [prepared[source] for source in sources]
+
+    def _read(
+        self, source: Source, number: int, is_over: Callable[[], bool] = lambda: False
+    ) -> bytes:
+        if isinstance(source, str) and is_url(source):
+            return self._sources.read(source, number, is_over)
+        return _from_base64(source, number)
 
     def place(
         self, ids: list[int], images: Sequence[PreparedImage]

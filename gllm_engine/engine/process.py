@@ -103,7 +103,7 @@ class EngineProcess:
         elif client not in self.front_ends:
             self._send(client, wire.Refusal("a message came from a front end that is not attached"))
         elif isinstance(message, wire.Submit):
-            for request in message.requests:
+            for request in message.whole():
                 self.engine.add(request, client)
         elif isinstance(message, wire.Abort):
             for sequence_id in message.ids:

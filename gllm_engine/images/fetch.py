@@ -16,7 +16,7 @@ import string
 from base64 import b64decode
 from collections.abc import Callable, Iterable
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -26,6 +26,8 @@ from gllm_engine.files import read_file, shown
 from gllm_engine.sampling import InvalidField
 
 MAX_REDIRECTS = 3
+# Site-local addresses, and 6to4, which may lead to any address of IPv4 (RFC 3879, RFC 7526).
+DEPRECATED = [ip_network("fec0::/10"), ip_network("2002::/16")]
 HEADERS = {"Accept": "image/*", "User-Agent": "gllm-triton"}
 
 
@@ -181,4 +183,5 @@ def _address(host: str, port: int) -> str:
 def is_public(address: str | int) -> bool:
     """Whether an IP address belongs to one machine of the internet."""
     parsed = ip_address(address)
-    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved)
+    is_odd = parsed.is_multicast or parsed.is_reserved or any(parsed in n for n in DEPRECATED)
+    return parsed.is_global and not is_odd

@@ -60,9 +60,10 @@ class ImageCache:
         plan.encode.extend([image.number for image in self.fresh])
         self._forgotten.clear()
 
-    def forget(self) -> None:
-        """Empty the cache; the next plan tells the runner."""
+    def forget(self, lost: Iterable[StepPlan]) -> None:
+        """Empty the cache; the next plan tells the runner, and what plans told that were `lost`."""
         self._forgotten += [held.number for held in self._held.values()]
+        self._forgotten += [number for plan in lost for number in plan.forget]
         self._held.clear()
         self._size = 0
 

@@ -221,11 +221,11 @@ class Scheduler:
         dropped = [*self._decoding, *self._prefilling, *self._waiting]
         for sequence in dropped:
             self._remove(sequence)
-        self._flights.clear()
         for pool in self._pools:
             pool.forget()
         if self._images is not None:
-            self._images.forget()
+            self._images.forget(flight.plan for flight in self._flights)
+        self._flights.clear()
         return dropped
 
     def _wanted(self, sequence: Sequence) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from gllm_client.local_answers import LocalAnswers
 from gllm_engine.engine import images as module
 from gllm_engine.engine import llm as llm_module
 from gllm_engine.engine.llm import LLM, LoadedPrompt, RequestFailed
-from gllm_engine.images import ImageProcessor
+from gllm_engine.images import ImageProcessor, PreparedImage
+from gllm_engine.images.fetch import ImageSources
 from gllm_engine.images.resize import PixelRange
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.sampling import SamplingParams
+from gllm_engine.sampling import InvalidField, SamplingParams
 from gllm_engine.types import Request
 
 PLACE = 0  # stands for an image here, as text MARK
@@ -214,3 +217,48 @@ def test_few_prompts_are_loaded_ahead(seen: Seen, monkeypatch: pytest.MonkeyPatc
 
 def test_loaded_prompts_say_what_they_are() -> None:
     assert LoadedPrompt([1]).images == ()
+
+
+def test_the_pixels_of_one_prompt_are_bounded(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the first image is slow."""
+    loader = seen.llm.images
+    monkeypatch.setattr(loader, "_preparing", ThreadPoolExecutor(4))
+    prepare = ImageProcessor.prepare
+    begun = threading.Semaphore(0)
+    numbers = []
+
+    def note(processor: ImageProcessor, data: bytes, number: int) -> PreparedImage:
+        numbers.append(number)
+        begun.release()
+        if number == 1:
+            for _ in range(4):
+                assert begun.acquire(timeout=10)
+        return prepare(processor, data, number)
+
+    monkeypatch.setattr(ImageProcessor, "prepare", note)
+    with pytest.raises(InvalidField, match="more than the 10 tokens of prompt and output"):
+        loader.load([png(f"#0000{i:02x}") for i in range(60)], 10)  # of 4 tokens each
+    assert len(numbers) <= 4 + 3
+
+
+def test_fetched_files_are_bounded(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = seen.llm.images
+    monkeypatch.setattr(loader, "_fetching", ThreadPoolExecutor(2))
+    prepare = ImageProcessor.prepare
+    fetched = itertools.count(1)
+    done: list[int] = []
+    most = []
+
+    def fetch(*_: object) -> bytes:
+        most.append(next(fetched) - len(done))
+        return png()
+
+    def note(processor: ImageProcessor, data: bytes, number: int) -> PreparedImage:
+        found = prepare(processor, data, number)
+        done.append(number)
+        return found
+
+    monkeypatch.setattr(ImageSources, "read", fetch)
+    monkeypatch.setattr(ImageProcessor, "prepare", note)
+    assert len(loader.load([f"https://a/{i}" for i in range(60)], 1000)) == 60
+    assert max(most) <= 2

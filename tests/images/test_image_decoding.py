@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -18,7 +19,7 @@ from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
 from gllm_engine.images import read_processor
-from gllm_engine.images.decode import FORMATS, MAX_SCANS, decode
+from gllm_engine.images.decode import FORMATS, MAX_EXIF_BYTES, MAX_SCANS, _Timed, decode
 from gllm_engine.sampling import InvalidField
 
 MEGA = 10**6
@@ -191,6 +192,66 @@ def test_between_pillows_limit_and_ours_nothing_warns() -> None:
     """Pillow warns of images of 90 megapixels, which the default limit allows."""
     data = encoded(Image.new("1", (9500, 9500)))
     assert decode(data, MEGA, 100 * MEGA, 1).size == (9500, 9500)
+
+
+def chunk(kind: bytes, body: bytes = b"") -> bytes:
+    checksum = zlib.crc32(kind + body)
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+
+PNG = encoded(noise(8, 8))
+JPEG = encoded(noise(8, 8), "JPEG")
+FLOODS = {
+    "PNG before the pixels": PNG[:33] + chunk(b"prVt") * 100_000 + PNG[33:],
+    "PNG after the pixels": PNG[:-12] + chunk(b"prVt") * 100_000 + PNG[-12:],
+    "JPEG": JPEG[:2] + b"\xff\xe5\0\2" * 300_000 + JPEG[2:],
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_what_surrounds_the_pixels_has_a_limit_of_time(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(_Timed, "seconds", 0.02)
+    assert "it takes longer to read than 0.0 s" in refused(FLOODS[kind], max_bytes=2 * MEGA)
+
+
+def tiff(tag: int, kind: int, length: int) -> bytes:
+    """A directory of one entry, with its values, each of one byte, behind it."""
+    header = struct.pack("<2sHIHHHII4x", b"II", 42, 8, 1, tag, kind, length, 26)
+    return header + bytes(length)
+
+
+def test_a_tiff_has_a_limit_of_numbers() -> None:
+    assert "more than 262144 TIFF numbers" in refused(tiff(273, 4, 262145))
+    assert "is a broken" in refused(tiff(273, 4, 262144))
+    assert "is a broken" in refused(tiff(700, 1, 262145))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_exif_has_a_limit(kind: str) -> None:
+    """Pillow makes an object of each number of a value, wherever the orientation is looked for."""
+    exif = tiff(0x0112, 1, MAX_EXIF_BYTES)
+    if kind == "JPEG":
+        part = b"Exif\0\0" + bytes(65000)
+        segment = b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part
+        data = JPEG[:2] + segment * 17 + JPEG[2:]
+    elif kind == "PNG":
+        data = PNG[:-12] + chunk(b"eXIf", exif) + PNG[-12:]
+    else:
+        data = encoded(noise(8, 8), kind, exif=exif)
+    assert re.search(
+        r"more than (1048576 bytes|16 parts) of EXIF", refused(data, max_bytes=2 * MEGA)
+    )
+
+
+def test_wrong_directories_are_not_told() -> None:
+    """Pillow warns of each entry; a file may have thousands, each with a text of its own."""
+    png = PNG[:-12] + chunk(b"eXIf", tiff(0x0112, 1, 100)[:-1]) + PNG[-12:]
+    code = "import sys; from gllm_engine.images.decode import decode; "
+    code += "print(decode(sys.stdin.buffer.read(), 10**6, 10**6, 1).size)"
+    ran = subprocess.run([sys.executable, "-c", code], input=png, capture_output=True, check=True)
+    assert (ran.stdout, ran.stderr) == (b"(8, 8)\n", b"")
 
 
 def test_a_jpeg_of_many_scans_is_refused() -> None:

@@ -169,6 +169,19 @@ def test_after_a_failed_step_nothing_is_there() -> None:
     assert not world.step().forget
 
 
+def test_what_a_failed_step_was_told_is_told_again() -> None:
+    """The runner may not have come to it; else it would keep the embeddings for ever."""
+    world = World(budget=8, room=12, enable_prefix_caching=False)
+    world.add((b"a", 8), 1)
+    world.step()
+    world.add((b"b", 8), 1)
+    failed = world.scheduler.schedule()
+    assert failed is not None and failed.forget == [0]
+    world.scheduler.reset()
+    world.add((b"c", 8), 1)
+    assert sorted(world.step().forget) == [0, 1]
+
+
 def test_an_aborted_sequence_keeps_no_image() -> None:
     world = World(budget=8, room=12, max_num_batched_tokens=5)
     sequence = world.add((b"a", 8), 1)
