@@ -171,7 +171,9 @@ def anthropic(sees: Sees, file: bytes) -> Answer:
     body: Any = {"messages": [{"role": "user", "content": content}], "max_tokens": 8}
     answer = sees.openai.post("/v1/messages", model=MODEL, temperature=0, **body).json()
     (block,) = answer["content"]
-    return Answer(block["text"], None, answer["usage"]["input_tokens"])
+    usage = answer["usage"]
+    count = usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+    return Answer(block["text"], None, count)
 
 
 def as_json(messages: list[dict[str, Any]]) -> str:
@@ -303,7 +305,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "image: image 2: it is a broken or truncated PNG file",
     ),
     "no image": ({"text_input": "a", "image": base64(b"hello" * 9)}, "image: image 1: it is none"),
-    "no base64": ({"text_input": "a", "image": "a picture"}, "image: image 1: it is neither an"),
+    "no base64": ({"text_input": "a", "image": "a picture!"}, "image: image 1: it is neither an"),
     "too few": (
         {"text_input": TWO_PLACES, "image": base64(OTHER)},
         "image: the prompt has 2 placeholders (token 4) for 1 images",
@@ -364,7 +366,7 @@ def test_bad_images_over_openai(sees: Sees) -> None:
 def test_one_bad_image_costs_no_other_request(sees: Sees) -> None:
     expected = sees.expected("text", OTHER)
     with GrpcStream(sees.server) as bad, GrpcStream(sees.server) as good:
-        for i in range(20):
+        for _ in range(20):
             bad.send({"text_input": "a", "image": BROKEN}, MODEL)
             good.send({"text_input": QUESTION, "image": OTHER} | FLAGS | sampled(**GREEDY), MODEL)
         for _ in range(20):
