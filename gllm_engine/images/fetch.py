@@ -28,6 +28,7 @@ from gllm_engine.sampling import InvalidField
 MAX_REDIRECTS = 3
 # Site-local addresses, and 6to4, which may lead to any address of IPv4 (RFC 3879, RFC 7526).
 DEPRECATED = [ip_network("fec0::/10"), ip_network("2002::/16")]
+LOOK_S = 0.1  # between two looks whether anybody still waits
 HEADERS = {"Accept": "image/*", "User-Agent": "gllm-triton"}
 
 
@@ -59,7 +60,7 @@ class ImageSources:
     ) -> bytes:
         """The bytes at a data:, http(s): or file: URL. Errors call it image `number`.
 
-        `is_over`: whether nobody waits for them any more, asked when bytes arrive. Raises
+        `is_over`: whether nobody waits for them any more, asked while bytes are awaited. Raises
         InvalidField for a source that is not allowed, missing, too slow or too large.
         """
         scheme = source[:8].partition(":")[0].lower()
@@ -168,8 +169,12 @@ class _Timed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(self._left())
-        return self._sock.recv_into(buffer)
+        while True:
+            self._sock.settimeout(min(self._left(), LOOK_S))
+            try:
+                return self._sock.recv_into(buffer)
+            except TimeoutError:  # `left` knows whether that was all of the time
+                continue
 
 
 def _address(host: str, port: int) -> str:
