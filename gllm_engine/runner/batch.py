@@ -44,6 +44,8 @@ def decode_batch(table: SlotTable, slots: Tensor, context_lens_cpu: HostInts, op
     """
     none = slots[:0]
     batch = _batch(table, ops, slots, (none, none, none), context_lens_cpu, [])
+    if table.rotary_offsets is None:
+        return batch
     return replace(batch, rotary_positions=_rotary_positions(batch, table, []))
 
 
