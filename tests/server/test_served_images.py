@@ -305,7 +305,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "image: image 2: it is a broken or truncated PNG file",
     ),
     "no image": ({"text_input": "a", "image": base64(b"hello" * 9)}, "image: image 1: it is none"),
-    "no base64": ({"text_input": "a", "image": "a picture!"}, "image: image 1: it is neither an"),
+    "no base64": ({"text_input": "a", "image": "A" * 33}, "image: image 1: it is neither an"),
     "too few": (
         {"text_input": TWO_PLACES, "image": base64(OTHER)},
         "image: the prompt has 2 placeholders (token 4) for 1 images",
