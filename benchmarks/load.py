@@ -152,6 +152,8 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
         options |= task["sampling"]
         if task["salts"]:
             options["cache_salt"] = task["salts"][number]
+        if job.images:
+            options["images"] = job.images
         left = max(begin + task["timeout"] - sent, 1e-3)
         try:
             async for response in client.ask(job.prompt, options, left):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,7 +31,8 @@ from gllm_benchmarks.record import (
     print_table,
     record,
 )
-from gllm_benchmarks.workloads import WORKLOADS, lengths, make_jobs, warm_up
+from gllm_benchmarks.served_model import read_vocab, write_tokenizer
+from gllm_benchmarks.workloads import WORKLOADS, lengths, make_jobs, warm_up, with_images
 from gllm_engine import Summary
 
 MODELS = Path(__file__).parent / "models"
@@ -45,6 +47,9 @@ VLLM = {
     "max_num_seqs": 1024,
     "gpu_memory_utilization": 0.9,
 }
+# For a model that takes images, whose places vLLM finds by the tokenizer. Every image is processed
+# anew, as by our engine.
+VLLM_IMAGES = {"skip_tokenizer_init": False, "mm_processor_cache_gb": 0}
 # Keys of --config that go to both engines; other keys go to our engine only.
 SHARED = (
     "gpu_memory_utilization",
@@ -85,6 +90,13 @@ def configure(engine: str, ours: dict[str, Any], peer: dict[str, Any], longest: 
         return OURS | ours
     shared = {key: ours[key] for key in SHARED if key in ours}
     return VLLM | {"max_model_len": -(-longest // 1024) * 1024} | shared | peer
+
+
+def with_tokenizer(model: Path, copy: Path) -> Path:
+    """Copy a model's settings, with a tokenizer that is made up, to a new directory."""
+    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_tokenizer(model, copy)
+    return copy
 
 
 def drive(engine: str, task: dict[str, Any], peer_site: Path | None, timeout: float) -> Any:
@@ -167,7 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", required=True, help=f"a directory with a config.json, or {KNOWN}")
     add("--engine", choices=("ours", "vllm", "both"), default="ours")
     add("--peer-site", type=Path, help="a directory with vLLM's packages")
-    add("--workloads", default=",".join(WORKLOADS), help="also fixed:COUNT:IN:OUT")
+    add("--workloads", default=",".join(WORKLOADS), help="also fixed:COUNT:IN:OUT, image, image1")
     add("--repeat", type=number(int, 1, 1000), default=1, help="runs of each; the median is told")
     pairs: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
     add("--config", **pairs, help=f"of our engine; {', '.join(SHARED)} of vLLM too")
@@ -189,13 +201,14 @@ def main() -> None:
     model = model_directory(arguments.model)
     ours = parse_pairs(arguments.config)
     peer = parse_pairs(arguments.peer_config)
-    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    vocab, special = read_vocab(model)
+    peer = (VLLM_IMAGES if special else {}) | peer
     work = []
     names = arguments.workloads.split(",")
     for name in names:
-        jobs = make_jobs(lengths(name), vocab)
+        jobs = with_images(make_jobs(lengths(name), vocab), name, special)
         work.append({"name": name, "warm_up": warm_up(jobs), "jobs": jobs})
-    longest = max(len(job.prompt) + job.output_len for each in work for job in each["jobs"])
+    longest = max(job.prompt_len + job.output_len for each in work for job in each["jobs"])
     figures: Figures = {}
     failure: SystemExit | None = None
     with tempfile.TemporaryDirectory(prefix="gllm-bench-") as directory:
@@ -205,6 +218,8 @@ def main() -> None:
             config = configure(engine, ours, peer, longest)
             task = {"model": str(model), "vocab": vocab, "config": config, **paths}
             task |= {"repeat": arguments.repeat, "profile": arguments.profile}
+            if engine == "vllm" and special:
+                task["model"] = str(with_tokenizer(model, Path(directory, model.name)))
             if engine == "ours" and arguments.timeline:
                 config["timeline"] = str(arguments.timeline.resolve())
             try:

@@ -106,6 +106,8 @@ class OpenAIClient:
         self, prompt: list[int], options: dict[str, Any], timeout: float
     ) -> AsyncIterator[Response]:
         """Stream one answer. `timeout`: seconds for all of it. Raises GenerateError."""
+        if "images" in options:
+            raise GenerateError("images: only a tritonserver is asked about them")
         body = options | {"stream": True, "stream_options": {"include_usage": True}}
         if self._api == "chat":
             body["messages"] = [{"role": "user", "content": " ".join(map(str, prompt))}]

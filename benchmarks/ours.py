@@ -10,13 +10,17 @@ import logging
 import re
 import sys
 import time
+from base64 import b64decode
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from msgspec import to_builtins
 
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
+from gllm_engine.images import place, read_processor
 
 # A kernel belongs to the first kind whose pattern is found in the kernel's name.
 KINDS = {
@@ -39,26 +43,47 @@ NUM_LONGEST = 15  # kernels that a profile tells by name
 
 # Steps before the profile (default 60), so that it covers the workload's typical steps.
 SKIPPED = {"prefill": 20, "1k1k": 500}
-Jobs = list[tuple[list[int], int]]  # prompts and output tokens
+Jobs = list[tuple[list[int], int, list[str]]]  # prompts, output tokens, images in base64
+THREADS = 8  # that prepare images, as those of a front end
 
 
-def submit(engine: Engine, jobs: Jobs) -> None:
-    for id, (prompt, output_len) in enumerate(jobs):
-        engine.add(Request(id, prompt, SamplingParams(max_tokens=output_len, ignore_eos=True), id))
+def submit(engine: Engine, jobs: Jobs, processor: Any) -> Iterator[Request]:
+    """Add the jobs to the engine. If they have images, return them instead, as they get ready.
+
+    `processor`: the model's ImageProcessor, if it takes images.
+    """
+
+    def make(id: int) -> Request:
+        prompt, output_len, files = jobs[id]
+        images: Any = ()
+        if files:
+            prepared = [processor.prepare(b64decode(file)) for file in files]
+            prompt, images = place(processor, prompt, prepared)
+        sampling = SamplingParams(max_tokens=output_len, ignore_eos=True)
+        return Request(id, prompt, sampling, id, images=images)
+
+    numbers = range(len(jobs))
+    if jobs[0][2]:
+        return ThreadPoolExecutor(THREADS).map(make, numbers)
+    for request in map(make, numbers):
+        engine.add(request)
+    return iter(())
 
 
-def run(engine: Engine, jobs: Jobs) -> dict[str, float]:
+def run(engine: Engine, jobs: Jobs, processor: Any) -> dict[str, float]:
     """Serve the jobs; returns total seconds, seconds to the first token, steps and output tokens.
 
     Raises RuntimeError if a request did not get all its output tokens.
     """
     before = engine.stats().steps
     start = time.perf_counter()
-    submit(engine, jobs)
+    waiting = submit(engine, jobs, processor)
     ids: list[int] = []
     tokens: list[int] = []
     first = 0.0
-    while engine.has_work:
+    while (request := next(waiting, None)) or engine.has_work:
+        if request:
+            engine.add(request)
         outputs = engine.step().get(IN_PROCESS)
         if outputs is None:
             continue
@@ -69,7 +94,7 @@ def run(engine: Engine, jobs: Jobs) -> dict[str, float]:
             if finish.reason != "length":
                 raise RuntimeError(f"a request failed: {finish.message or finish.reason}")
     seconds = time.perf_counter() - start
-    if Counter(ids) != {id: output_len for id, (_, output_len) in enumerate(jobs)}:
+    if Counter(ids) != {id: job[1] for id, job in enumerate(jobs)}:
         raise RuntimeError("a request got more or fewer tokens than it asked for")
     if not 0 <= min(tokens) <= max(tokens) < engine.info.vocab_size:
         raise RuntimeError("a token is outside the vocabulary")
@@ -82,7 +107,7 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, names in KINDS.items() if re.search(names, kernel)), "other")
 
 
-def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, Any]:
+def profile(engine: Engine, jobs: Jobs, processor: Any, skip: int, count: int) -> dict[str, Any]:
     """GPU milliseconds per step by kind of kernel, over `count` steps after `skip` steps.
 
     "longest": the kernels that take longest, each with milliseconds and launches per step.
@@ -91,7 +116,8 @@ def profile(engine: Engine, jobs: Jobs, skip: int, count: int) -> dict[str, Any]
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace
 
-    submit(engine, jobs)
+    for request in submit(engine, jobs, processor):
+        engine.add(request)
     for _ in range(skip):
         engine.step()
     with trace(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -124,19 +150,20 @@ def main() -> None:
         "kv_tokens": engine.info.num_pages * engine.info.page_size,
     }
     print(f"ready: {figures}", flush=True)
+    processor = read_processor(Path(task["model"]))
     for work in json.loads(Path(task["work"]).read_text()):
         name = work["name"]
-        run(engine, work["warm_up"])
+        run(engine, work["warm_up"], processor)
         figures[name] = []
         for _ in range(task["repeat"]):
             began = time.monotonic_ns()
-            figures[name].append(run(engine, work["jobs"]))
+            figures[name].append(run(engine, work["jobs"], processor))
             ended = time.monotonic_ns()
         print(f"{name}: {figures[name]}", flush=True)
         if "timeline" in task["config"]:
             figures[f"{name} timeline"] = to_builtins(engine.timeline().summary((began, ended)))
         if task["profile"]:
-            times = profile(engine, work["jobs"], SKIPPED.get(name, 60), 20)
+            times = profile(engine, work["jobs"], processor, SKIPPED.get(name, 60), 20)
             figures[f"{name} profile"] = times
             for kernel, ms, launches in times["longest"]:
                 print(f"{ms:9.3f} ms {launches:7.1f} launches  {kernel[:100]}")

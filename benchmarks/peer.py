@@ -9,27 +9,35 @@ from __future__ import annotations
 import json
 import sys
 import time
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 
-def run(llm: Any, jobs: list[tuple[list[int], int]], vocab: int) -> dict[str, Any]:
+def run(llm: Any, jobs: list[tuple[list[int], int, list[str]]], vocab: int) -> dict[str, Any]:
     """Serve the jobs, all queued at once; returns ours.py's figures, None if vLLM lacks a figure.
 
     Raises RuntimeError if a request did not get all its output tokens.
     """
+    from PIL import Image
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": prompt} for prompt, _ in jobs]
+    prompts = []
+    for prompt, _, files in jobs:
+        # Images are decoded when their pixels are needed.
+        images = [Image.open(BytesIO(b64decode(file))) for file in files]
+        data = {"multi_modal_data": {"image": images}} if files else {}
+        prompts.append({"prompt_token_ids": prompt, **data})
     sampling = [
         SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False)
-        for _, n in jobs
+        for _, n, _ in jobs
     ]
     start = time.perf_counter()
     answers = llm.generate(prompts, sampling, use_tqdm=False)
     seconds = time.perf_counter() - start
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
-    if [len(each) for each in tokens] != [n for _, n in jobs]:
+    if [len(each) for each in tokens] != [n for _, n, _ in jobs]:
         raise RuntimeError("a request got more or fewer tokens than it asked for")
     if not all(0 <= min(each) <= max(each) < vocab for each in tokens):
         raise RuntimeError("a token is outside the vocabulary")

@@ -53,7 +53,7 @@ def run_offline(
         now = time.monotonic()
         while len(records) < len(jobs) and num_live < concurrency:
             id = len(records)
-            prompt, output_len = jobs[id]
+            prompt, output_len, _ = jobs[id]
             sampling = SamplingParams(max_tokens=output_len, ignore_eos=True, cache_salt=salts[id])
             engine.add(Request(id, prompt, sampling, id))
             records.append(RequestRecord(now, now, [], [], output_len, None))

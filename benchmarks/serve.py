@@ -27,8 +27,16 @@ from gllm_benchmarks.openai_api import PATHS
 from gllm_benchmarks.plot import draw, draw_policies
 from gllm_benchmarks.rates import Runs, search, served_rate
 from gllm_benchmarks.record import Figures, make_parser, number, print_table, record
-from gllm_benchmarks.served_model import MODEL, server
-from gllm_benchmarks.workloads import Lengths, at_rate, make_jobs, poisson, read_load, warm_up
+from gllm_benchmarks.served_model import MODEL, read_vocab, server
+from gllm_benchmarks.workloads import (
+    Lengths,
+    at_rate,
+    make_jobs,
+    poisson,
+    read_load,
+    warm_up,
+    with_images,
+)
 
 PERCENTILES = (50, 90, 99)
 # Seconds per request: first token, mean of later tokens, gap between responses, last token.
@@ -238,7 +246,7 @@ def load_options(arguments: Namespace) -> dict[str, Any]:
 def add_load_arguments(parser: ArgumentParser) -> None:
     """Add the load options that serve.py and simulate.py share."""
     add = parser.add_argument
-    add("--workload", default="share", help="of workloads.py; fixed:COUNT:IN:OUT")
+    add("--workload", default="share", help="of workloads.py; image, fixed:COUNT:IN:OUT")
     add("--trace", type=Path, help="an Azure CSV file, in place of a workload")
     add("--limit", type=number(int, 1, 1e7), help="only so many requests")
     add("--rate", type=numbers(float, 1e-6, 1e6), default=[], help="requests/s, such as 2,4,8")
@@ -256,12 +264,16 @@ def numbers(kind: Callable[[str], float], low: float, high: float) -> Callable[[
 
 
 class Served(NamedTuple):
-    """A model on a server. `metrics`: host:port of tritonserver's metrics, if they are known."""
+    """A model on a server. `metrics`: host:port of tritonserver's metrics, if they are known.
+
+    `special`: its tokens that with_images takes.
+    """
 
     address: str
     model: str
     vocab: int
     metrics: str | None = None
+    special: dict[int, str] = {}
 
 
 def our_config(path: Path, arguments: Namespace) -> dict[str, Any]:
@@ -279,17 +291,18 @@ def serving(arguments: Namespace, config: dict[str, Any]) -> Iterator[Served]:
         yield Served(arguments.openai or arguments.address, arguments.model, arguments.vocab)
         return
     path = model_directory(arguments.start)
-    vocab = json.loads((path / "config.json").read_text())["vocab_size"]
+    vocab, special = read_vocab(path)
     config = our_config(path, arguments) | config
     with server(path, arguments.front_ends, {}, config) as addresses:
-        yield Served(addresses.grpc, MODEL, vocab, addresses.metrics)
+        yield Served(addresses.grpc, MODEL, vocab, addresses.metrics, special)
 
 
 def measure(served: Served, arguments: Namespace, recorded: list[float], pairs: Lengths) -> Runs:
     """Warm a model up and send it the loads. `recorded`: the trace's arrivals, if any."""
     load = partial(run_load, served.address, served.model, **load_options(arguments))
     seeds = itertools.count(1)  # new prompts each time, which no cache holds
-    some = warm_up(make_jobs(pairs, served.vocab, seed=0))
+    images = (arguments.workload, served.special)
+    some = warm_up(with_images(make_jobs(pairs, served.vocab, seed=0), *images))
     load(some, len(some))
 
     def send(rates: list[float]) -> Runs:
@@ -300,6 +313,7 @@ def measure(served: Served, arguments: Namespace, recorded: list[float], pairs: 
             for _ in range(arguments.repeat):
                 count = len(pairs) if isinstance(arrivals, int) else len(arrivals)
                 jobs = make_jobs(pairs[:count], served.vocab, next(seeds))
+                jobs = with_images(jobs, *images)
                 found.append(summarize(load(jobs, arrivals), arguments.slo))
             runs[name] = median_run(found)
             print_runs(name, {name: runs[name]})

@@ -24,6 +24,13 @@ from gllm_client.supervisor import write_model
 SHIPPED = Path(__file__).resolve().parents[1] / "model_repository/shakespeare/1"
 MODEL = "m"  # the model's name on the server
 START_S = 300.0
+# Keys of config.json that name a token, and the token's text. The first three are of an image.
+SPECIAL = {
+    "vision_start_token_id": "<|vision_start|>",
+    "image_token_id": "<|image_pad|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "video_token_id": "<|video_pad|>",
+}
 
 
 class Addresses(NamedTuple):
@@ -93,25 +100,36 @@ def write_repository(
     made_up = {} if has_tokenizer else {"tokenizer": "."}
     write_model(directory, {"model": str(model)} | made_up | config, front_ends)
     if made_up:
-        vocab = json.loads((model / "config.json").read_text())["vocab_size"]
-        (directory / "1/tokenizer.json").write_text(json.dumps(made_up_tokenizer(vocab)))
+        write_tokenizer(model, directory / "1")
     with (directory / "config.pbtxt").open("a") as file:
         for key, value in parameters.items():
             file.write(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n')
 
 
-def made_up_tokenizer(vocab: int) -> dict[str, Any]:
-    """A tokenizer.json in which every token is a short word, so that text has a realistic cost."""
+def read_vocab(model: Path) -> tuple[int, dict[int, str]]:
+    """The size of a model's vocabulary, and its tokens that are in SPECIAL, in that order."""
+    config = json.loads((model / "config.json").read_text())
+    special = {config[key]: text for key, text in SPECIAL.items() if key in config}
+    return config.get("text_config", config)["vocab_size"], special
+
+
+def write_tokenizer(model: Path, directory: Path) -> None:
+    """Write a tokenizer in which every token is a short word, so that text has a realistic cost."""
+    vocab, special = read_vocab(model)
+    whole = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": id, "content": text, "special": True} | whole for id, text in special.items()]
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
         "use_regex": True,
         "trim_offsets": True,
     }
-    words = {f"\u0120{id:x}": id for id in range(vocab)}  # U+0120 stands for a space
-    model = {"type": "BPE", "vocab": words, "merges": []}
+    # U+0120 stands for a space.
+    words = {special.get(id, f"\u0120{id:x}"): id for id in range(vocab)}
+    spelling = {"type": "BPE", "vocab": words, "merges": []}
     both = {"pre_tokenizer": byte_level, "decoder": byte_level}
-    return {"version": "1.0", "added_tokens": [], "model": model} | both
+    about = {"version": "1.0", "added_tokens": added, "model": spelling} | both
+    (directory / "tokenizer.json").write_text(json.dumps(about))
 
 
 def metric_sums(metrics: str, *wanted: tuple[str, ...]) -> list[float]:

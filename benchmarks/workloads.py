@@ -6,9 +6,11 @@ This module knows no engine. Prompts are random token ids, so that they share no
 from __future__ import annotations
 
 import csv
+import io
 import math
 import random
-from collections.abc import Callable, Iterable
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from itertools import accumulate, islice
 from pathlib import Path
@@ -16,32 +18,50 @@ from typing import Any, NamedTuple
 
 WARM_UP_PROMPT_TOKENS = 32_768  # enough for steps of all relevant sizes
 WARM_UP_OUTPUT_LEN = 8
+IMAGE_TOKENS = 2691  # of Qwen2.5-VL, each of 28 x 28 pixels
+IMAGE_LENGTHS = (200, 64)  # tokens of text and of the output, of requests with images
 Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) of each request
 
 
 class Job(NamedTuple):
-    """One request; the output has exactly `output_len` tokens."""
+    """One request; the output has exactly `output_len` tokens.
+
+    `images`: files in base64, for each of which the prompt has one placeholder.
+    """
 
     prompt: list[int]
     output_len: int
+    images: Sequence[str] = ()
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt and about those of the images."""
+        return len(self.prompt) + IMAGE_TOKENS * len(self.images)
 
 
 def lengths(name: str) -> Lengths:
-    """The lengths of a workload in WORKLOADS, or of fixed:COUNT:IN:OUT.
+    """The lengths of a workload in WORKLOADS, of fixed:COUNT:IN:OUT or image:COUNT:FEWEST:MOST.
 
-    Raises ValueError for any other name.
+    Tokens of images are not in them. Raises ValueError for any other name.
     """
     if name == "share":
         return _share()
-    kind, *numbers = name.split(":")
-    if kind == "fixed" and len(numbers) == 3 and all(map(is_count, numbers)):
-        count, prompt_len, output_len = map(int, numbers)
-    elif name in _FIXED:
-        count, prompt_len, output_len = _FIXED[name]
-    else:
+    kind, numbers = _parse(name)
+    if not numbers:
         known = ", ".join(WORKLOADS)
-        raise ValueError(f"workload {name!r} is unknown; known are {known}, fixed:COUNT:IN:OUT")
-    return [(prompt_len, output_len)] * count
+        raise ValueError(
+            f"workload {name!r} is unknown; known are {known}, image, image1, fixed:COUNT:IN:OUT, "
+            "image:COUNT:FEWEST:MOST"
+        )
+    pair = IMAGE_LENGTHS if kind == "image" else (numbers[1], numbers[2])
+    return [pair] * numbers[0]
+
+
+def _parse(name: str) -> tuple[str, list[int]]:
+    """A workload's kind, fixed or image, and its three numbers, of which unknown ones have none."""
+    kind, *numbers = (_FIXED | _IMAGES).get(name, name).split(":")
+    is_known = kind in ("fixed", "image") and len(numbers) == 3 and all(map(is_count, numbers))
+    return kind, [int(number) for number in numbers if is_known]
 
 
 def is_count(text: str) -> bool:
@@ -55,15 +75,44 @@ def make_jobs(pairs: Lengths, vocab: int, seed: int = 1) -> list[Job]:
     return [Job(ids.choices(range(vocab), k=p), n) for p, n in pairs]
 
 
+def with_images(jobs: list[Job], name: str, special: dict[int, str]) -> list[Job]:
+    """The jobs of a workload with its images, if it has any, in front of the text.
+
+    Other prompts get other images. `special`: tokens that the text does not have; the first three
+    stand for an image.
+    """
+    kind, numbers = _parse(name)
+    if kind != "image":
+        return jobs
+    place = [*special][:3]
+    draws = random.Random(str(jobs))
+    found = []
+    for prompt, output_len, _ in jobs:
+        images = [_make_image(draws) for _ in range(draws.randint(*numbers[1:]))]
+        text = [id for id in prompt if id not in special]
+        found.append(Job(place * len(images) + text, output_len, images))
+    return found
+
+
+def _make_image(draws: random.Random) -> str:
+    """A JPEG file of 1920 x 1080 pixels with smooth random colours, as base64."""
+    from PIL import Image
+
+    colours = Image.frombytes("RGB", (48, 27), draws.randbytes(48 * 27 * 3))
+    file = io.BytesIO()
+    colours.resize((1920, 1080)).save(file, "JPEG")
+    return b64encode(file.getvalue()).decode()
+
+
 def warm_up(jobs: list[Job]) -> list[Job]:
     """The first jobs of a workload, with short outputs."""
     chosen: list[Job] = []
     total = 0
     for job in jobs:
-        total += len(job.prompt)
+        total += job.prompt_len
         if chosen and total > WARM_UP_PROMPT_TOKENS:
             break
-        chosen.append(Job(job.prompt, min(job.output_len, WARM_UP_OUTPUT_LEN)))
+        chosen.append(job._replace(output_len=min(job.output_len, WARM_UP_OUTPUT_LEN)))
     return chosen
 
 
@@ -136,9 +185,11 @@ def _share() -> Lengths:
 
 
 _FIXED = {
-    "1k1k": (512, 1024, 1024),
-    "prefill": (96, 8192, 16),
-    "lat1": (1, 128, 256),
-    "lat64": (64, 512, 256),
+    "1k1k": "fixed:512:1024:1024",
+    "prefill": "fixed:96:8192:16",
+    "lat1": "fixed:1:128:256",
+    "lat64": "fixed:64:512:256",
 }
 WORKLOADS = ("share", *_FIXED)
+# Requests, and the fewest and most images of each.
+_IMAGES = {"image": "image:32:4:8", "image1": "image:16:1:1"}

@@ -67,6 +67,8 @@ OURS = {
     "benchmarks/peer.py": set(),
     "benchmarks/kernels.py": {"", "ops", "arch", "gllm_benchmarks"},
     "benchmarks/plot.py": set(),
+    "benchmarks/ours.py": {"", "images"},
+    "benchmarks/workloads.py": set(),
     "benchmarks": {"", "gllm_client", "gllm_benchmarks"},
 }  # fmt: skip
 # What a part may import of others.
@@ -105,9 +107,11 @@ OTHERS = {
     "backend": {"msgspec", "numpy", "triton_python_backend_utils"},
     "client/openai_server": {"msgspec", "fastapi", "starlette", "uvicorn", "opentelemetry"},
     "client": {"msgspec", "numpy", "tritonclient", "grpc", "tqdm", "yaml"},
-    "benchmarks/peer.py": {"vllm"},
+    "benchmarks/peer.py": {"vllm", "PIL"},
     "benchmarks/kernels.py": {"torch"},
     "benchmarks/plot.py": {"matplotlib"},
+    "benchmarks/ours.py": {"torch", "msgspec"},
+    "benchmarks/workloads.py": {"PIL"},
     "benchmarks": {"numpy", "tritonclient", "tqdm", "torch", "msgspec", "aiohttp"},
 }  # fmt: skip
 

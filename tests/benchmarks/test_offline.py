@@ -23,9 +23,11 @@ from gllm_benchmarks.offline import (
     summarize,
 )
 from gllm_benchmarks.ours import kind_of
-from gllm_benchmarks.workloads import lengths, make_jobs, warm_up
-from gllm_engine import write_tiny_model
+from gllm_benchmarks.served_model import read_vocab, write_tokenizer
+from gllm_benchmarks.workloads import IMAGE_TOKENS, Job, lengths, make_jobs, warm_up, with_images
+from gllm_engine import Tokenizer, write_tiny_model
 from gllm_engine.arch import read_arch
+from gllm_engine.images import read_processor
 
 # Answers at once with token 7, and notes what it was asked; `WRONG` tells it to misbehave.
 FAKE = """
@@ -38,7 +40,7 @@ NOTES = Path(__file__).with_name("notes")
 
 def note(**what):
     with NOTES.open("a") as file:
-        file.write(json.dumps(what) + "\\n")
+        file.write(json.dumps(what, default=lambda image: [image.format, *image.size]) + "\\n")
 
 
 class SamplingParams:
@@ -48,7 +50,8 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, **config):
-        note(config=config, path=sys.path, gllm="gllm_engine" in sys.modules)
+        files = sorted(os.listdir(config["model"]))
+        note(config=config, path=sys.path, gllm="gllm_engine" in sys.modules, files=files)
         cache = types.SimpleNamespace(num_gpu_blocks=10, block_size=16)
         config = types.SimpleNamespace(cache_config=cache)
         self.llm_engine = types.SimpleNamespace(vllm_config=config)
@@ -159,6 +162,49 @@ def test_what_the_peer_is_asked(model: Path, site: Path) -> None:
     assert run["sampling"] == [expected] * 40
 
 
+def test_both_engines_get_the_same_images(tmp_path: Path, site: Path) -> None:
+    model = write_tiny_model(tmp_path / "sees", "Qwen2_5_VLForConditionalGeneration")
+    (model / "tokenizer.json").unlink()
+    name = "image:3:1:2"
+    done = offline(
+        *("--engine", "both", "--model", str(model), "--peer-site", str(site)),
+        *("--workloads", name, "--config", "cpu_threads=1", "--config", "num_pages=256"),
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    assert [figures[engine][name]["tokens"] for engine in ("ours", "vllm")] == [3 * 64] * 2
+    start, _, run = map(json.loads, (site / "vllm/notes").read_text().splitlines())
+    assert start["config"]["skip_tokenizer_init"] is False
+    assert start["config"]["mm_processor_cache_gb"] == 0
+    assert start["config"]["max_model_len"] >= 2691 + 200 + 64
+    assert {"config.json", "preprocessor_config.json", "tokenizer.json"} <= {*start["files"]}
+    assert "model.safetensors" not in start["files"]
+    config = json.loads((model / "config.json").read_text())
+    special = {config[f"{key}_token_id"]: "" for key in ("vision_start", "image", "vision_end")}
+    vocab = config["text_config"]["vocab_size"]
+    jobs = with_images(
+        make_jobs(lengths(name), vocab), name, special | {config["video_token_id"]: ""}
+    )
+    for asked, (prompt, _, images) in zip(run["prompts"], jobs, strict=True):
+        assert asked["prompt_token_ids"] == prompt
+        assert asked["multi_modal_data"]["image"] == [["JPEG", 1920, 1080]] * len(images)
+
+
+def test_a_made_up_tokenizer_knows_the_places_of_images(tmp_path: Path) -> None:
+    model = MODELS / "qwen2.5-vl-7b"
+    write_tokenizer(model, tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    vocab, special = read_vocab(model)
+    assert vocab == 152_064 and [*special] == [151652, 151655, 151653, 151656]
+    place = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert tokenizer.encode(place) == [151652, 151655, 151653]
+    assert tokenizer.decode([30, 31]) == " 1e 1f"
+    processor = read_processor(model)
+    assert processor is not None and processor.placeholder == 151655
+    fit = processor.rule.fit(1080, 1920)
+    assert fit.height * fit.width // 28**2 == IMAGE_TOKENS
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -215,6 +261,7 @@ def test_the_models_by_name() -> None:
         "gpt-oss-20b": 201_088,
         "llama-3.1-8b": 128_256,
         "llama-3.1-8b-fp8": 128_256,
+        "qwen2.5-vl-7b": 152_064,
         "qwen3-0.6b": 151_936,
         "qwen3-30b-a3b": 151_936,
         "qwen3-30b-a3b-fp8": 151_936,
@@ -267,8 +314,10 @@ def test_every_kernel_of_ours_has_a_kind() -> None:
 
 def test_warm_up_is_bounded() -> None:
     jobs = make_jobs(lengths("prefill")[:6], 100)
-    assert [(len(p), n) for p, n in warm_up(jobs)] == [(8192, 8)] * 4
-    assert [(len(p), n) for p, n in warm_up(make_jobs([(10**5, 3)], 100))] == [(10**5, 3)]
+    assert [(len(p), n) for p, n, _ in warm_up(jobs)] == [(8192, 8)] * 4
+    assert [(len(p), n) for p, n, _ in warm_up(make_jobs([(10**5, 3)], 100))] == [(10**5, 3)]
+    pictured = [Job([1] * 100, 9, ["a"] * 6)] * 4
+    assert warm_up(pictured) == [Job([1] * 100, 8, ["a"] * 6)] * 2
 
 
 def test_the_median_is_told() -> None:

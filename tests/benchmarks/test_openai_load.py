@@ -112,6 +112,12 @@ def test_errors_are_records(
             raise GenerateError(str(one.error))
 
 
+def test_images_are_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeOpenAI(completion) as server:
+        (record,) = sent(server.url, monkeypatch, jobs=[Job([1], 1, ["abcd"])], arrivals=1)
+    assert record.error == "images: only a tritonserver is asked about them"
+
+
 def test_a_wrong_model_and_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOpenAI(completion) as server:
         url = server.url

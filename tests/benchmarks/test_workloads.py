@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from gllm_benchmarks.workloads import at_rate, lengths, make_jobs, poisson, read_azure
+from gllm_benchmarks.workloads import at_rate, lengths, make_jobs, poisson, read_azure, with_images
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 23:59:58.5000000,374,44
@@ -39,6 +42,9 @@ def test_prompts_are_bit_for_bit_the_same() -> None:
         ("lat1", [(128, 256)]),
         ("lat64", [(512, 256)] * 64),
         ("fixed:3:7:9", [(7, 9)] * 3),
+        ("image", [(200, 64)] * 32),
+        ("image1", [(200, 64)] * 16),
+        ("image:3:1:2", [(200, 64)] * 3),
     ],
 )
 def test_fixed_lengths(name: str, expected: list[tuple[int, int]]) -> None:
@@ -46,11 +52,35 @@ def test_fixed_lengths(name: str, expected: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "shared", "fixed:1:2", "fixed:1:0:2", "fixed:1:2:-3", "fixed:10000000:1:1"]
+    "name",
+    ["", "shared", "fixed:1:2", "image:2:1", "fixed:1:0:2", "fixed:1:2:-3", "fixed:10000000:1:1"],
 )
 def test_unknown_workloads_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"workload '{name}' is unknown; known are share, 1k1k"):
         lengths(name)
+
+
+def test_images_are_in_front_of_the_text() -> None:
+    name = "image:3:1:2"
+    jobs = make_jobs(lengths(name), 40)
+    special = {7: "start", 9: "place", 8: "end", 30: "other"}
+    found = with_images(jobs, name, special)
+    assert found == with_images(jobs, name, special)
+    for job, plain in zip(found, jobs, strict=True):
+        count = len(job.images)
+        assert 1 <= count <= 2 and job.output_len == 64
+        assert job.prompt[: 3 * count] == [7, 9, 8] * count
+        text = [id for id in plain.prompt if id not in special]
+        assert job.prompt[3 * count :] == text and job.prompt_len > 2000 * count
+    files = [b64decode(image) for job in found for image in job.images]
+    others = with_images(make_jobs(lengths(name), 40, seed=2), name, special)
+    assert len({*files, *(b64decode(image) for job in others for image in job.images)}) == sum(
+        len(job.images) for job in (*found, *others)
+    )
+    with Image.open(BytesIO(files[0])) as image:
+        assert image.size == (1920, 1080)
+        assert len({image.getpixel((x, 500)) for x in range(0, 1920, 40)}) > 40
+    assert with_images(jobs, "share", special) is jobs
 
 
 def test_azure_trace(tmp_path: Path) -> None:

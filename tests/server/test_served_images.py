@@ -273,6 +273,13 @@ def test_another_picture_is_another_prefix(sees: Sees) -> None:
     assert sees.expected("text", first).text != sees.expected("text", second).text
 
 
+def test_text_needs_no_image(sees: Sees) -> None:
+    (output,) = sees.offline.chat(messages_with(), SamplingParams(**GREEDY))
+    found = plain(sees, ask, {"messages": as_json(messages_with())})
+    assert found == of_output(output)
+    assert client(sees, "http", messages=messages_with()) == found
+
+
 def test_several_images_and_answers(sees: Sees) -> None:
     images = [FILES["png"], OTHER]
     prompt = {"prompt": QUESTION, "images": images}
@@ -305,7 +312,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "image: image 2: it is a broken or truncated PNG file",
     ),
     "no image": ({"text_input": "a", "image": base64(b"hello" * 9)}, "image: image 1: it is none"),
-    "no base64": ({"text_input": "a", "image": "a picture!"}, "image: image 1: it is neither an"),
+    "no base64": ({"text_input": "a", "image": "A" * 33}, "image: image 1: it is neither an"),
     "too few": (
         {"text_input": TWO_PLACES, "image": base64(OTHER)},
         "image: the prompt has 2 placeholders (token 4) for 1 images",
@@ -317,6 +324,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no place in messages": (
         {"messages": as_json(messages_with(url_of(OTHER))), "image": base64(OTHER)},
+        "image: 1 images given, the messages have 0 places for them",
+    ),
+    "parts of text alone": (
+        {"messages": as_json(messages_with()), "image": base64(OTHER)},
         "image: 1 images given, the messages have 0 places for them",
     ),
     "another host": (

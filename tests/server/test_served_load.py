@@ -108,16 +108,17 @@ def test_a_served_model_predicts_as_an_offline_one_does(server: Server, offline:
 
 
 def test_a_server_of_its_own_for_a_mere_shape(tmp_path: Path) -> None:
-    """Random weights, a tokenizer made up, the server gone at the end."""
-    write_tiny_model(tmp_path / "tiny", "Qwen3ForCausalLM")
+    """Random weights, a tokenizer made up, images, the server gone at the end."""
+    write_tiny_model(tmp_path / "tiny", "Qwen2_5_VLForConditionalGeneration")
     shape = tmp_path / "shape"
     shape.mkdir()
-    (shape / "config.json").write_text((tmp_path / "tiny/config.json").read_text())
+    for name in ("config.json", "preprocessor_config.json"):
+        (shape / name).write_text((tmp_path / "tiny" / name).read_text())
     line = bench(
-        *("--start", str(shape), "--workload", "fixed:4:9:6", "--all", "--front-ends", "1"),
-        *("--config", "cpu_threads=1", "--config", "num_pages=64"),
+        *("--start", str(shape), "--workload", "image:2:1:2", "--all", "--front-ends", "1"),
+        *("--config", "cpu_threads=1", "--config", "num_pages=128"),
     )
-    assert line["figures"]["runs"]["all at once"]["output_tokens"] == 24
+    assert line["figures"]["runs"]["all at once"]["output_tokens"] == 128
 
 
 @pytest.mark.parametrize(("ttft", "rates"), [("60", [20, 40]), ("0.000001", [20])])
