@@ -126,10 +126,10 @@ def _check_vision(model: Model, name: str) -> None:
             f"{name}: deepstack_visual_indexes is {[*vision.deep]}, but only ascending numbers of "
             f"the tower's {vision.depth} blocks are supported"
         )
-    if vision.num_deep > len(model.layers):
+    if vision.num_deep >= len(model.layers):  # after the last one nothing is added
         raise ArchError(
-            f"{name}: deepstack_visual_indexes has {vision.num_deep} numbers, more than the text "
-            f"model's {len(model.layers)} layers"
+            f"{name}: deepstack_visual_indexes has {vision.num_deep} numbers, but only fewer than "
+            f"the text model's {len(model.layers)} layers are supported"
         )
     if vision.image_token >= model.vocab:
         raise ArchError(

@@ -135,11 +135,6 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
                 f"assigned_layers: {config.assigned_layers} lets a stage begin with layer {first}: "
                 f"{_where_to_cut(starts)}"
             )
-    if arch.vision is not None and arch.vision.num_deep >= num_layers:
-        raise ConfigError(
-            f"model: embeddings of images are added after {arch.vision.num_deep} layers, but after "
-            f"the last of {num_layers} this is not supported"
-        )
     groups = cache_groups(arch, config.max_model_len or arch.max_len)
     if config.spare_layers and len(groups) > 1:
         raise ConfigError(

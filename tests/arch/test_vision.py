@@ -84,7 +84,7 @@ def test_unknown_keys_are_told() -> None:
         (QWEN3, {"out_hidden_size": 63}, "out_hidden_size is 63, but only 64"),
         (QWEN3, {"deepstack_visual_indexes": [2, 0]}, r"deepstack_visual_indexes is \[2, 0\]"),
         (QWEN3, {"deepstack_visual_indexes": [3]}, "the tower's 3 blocks"),
-        (QWEN3, {"deepstack_visual_indexes": [0, 1, 2]}, "more than the text model's 2 layers"),
+        (QWEN3, {"deepstack_visual_indexes": [0, 1, 2]}, "fewer than the text model's 3 layers"),
         (QWEN3, {"num_heads": 3}, "num_heads is 3"),
         (QWEN3, {"num_heads": 16}, "heads have 2 channels"),
         (QWEN3, {"in_channels": 4}, "in_channels is 4"),
