@@ -1,8 +1,8 @@
 """The embeddings of images on the first pipeline stage: which are there, and which are made next.
 
-Sequences with the same image share its embeddings. They are needed until the last of the image's
-tokens is computed, and are kept after that as long as there is room. This module knows numbers and
-sizes only; the runner owns the embeddings.
+Sequences with the same image and salt share its embeddings. They are needed until the last of the
+image's tokens is computed, and are kept after that as long as there is room. This module knows
+numbers and sizes only; the runner owns the embeddings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gllm_engine.sched.pages import IntegrityError
 from gllm_engine.sched.sequence import Sequence, image_end
 from gllm_engine.types import Image, ImagePixels, ImageRun, StepPlan
 
-_Key = tuple[bytes, int, int]
+_Key = tuple[str, bytes, int, int]
 
 
 class _Held(NamedTuple):
@@ -76,12 +76,11 @@ class ImageCache:
         start = sequence.planned
         for image in sequence.images:
             if start < image_end(image) and image.first < end:
-                if not self._provide(image, prefilling):
+                if not self._provide(_key(sequence, image), image, prefilling):
                     return max(start, image.first)
         return end
 
-    def _provide(self, image: Image, prefilling: Iterable[Sequence]) -> bool:
-        key = _key(image)
+    def _provide(self, key: _Key, image: Image, prefilling: Iterable[Sequence]) -> bool:
         tokens = image.rows * image.columns
         if key in self._held:
             self._held.move_to_end(key)
@@ -104,7 +103,7 @@ class ImageCache:
     def _make_room(self, tokens: int, prefilling: Iterable[Sequence]) -> bool:
         """Drop embeddings that no sequence needs until there is room for `tokens` more."""
         needed = self._used | {
-            _key(image)
+            _key(sequence, image)
             for sequence in prefilling
             for image in sequence.images
             if image.first < sequence.planned < image_end(image)
@@ -122,10 +121,10 @@ class ImageCache:
             excess -= held.tokens
         return True
 
-    def runs(self, images: Iterable[Image], start: int, end: int) -> list[ImageRun]:
+    def runs(self, sequence: Sequence, start: int, end: int) -> list[ImageRun]:
         """The embeddings of tokens `start` .. `end` - 1, all of which are there."""
         found = []
-        for image in images:
+        for image in sequence.images:
             columns = image.columns
             if image.stride == columns:  # as if all were in one row
                 columns *= image.rows
@@ -134,7 +133,7 @@ class ImageCache:
                 first = max(start, place)
                 count = min(end, place + columns) - first
                 if count > 0:
-                    number = self._held[_key(image)].number
+                    number = self._held[_key(sequence, image)].number
                     at = row * columns + first - place
                     found.append(ImageRun(number, at, first - start, count))
         return found
@@ -149,6 +148,8 @@ class ImageCache:
             raise IntegrityError(f"An image is held twice, or held and forgotten: {numbers}.")
 
 
-def _key(image: Image) -> _Key:
-    """With the size, which says how many embeddings there are, whatever the digest."""
-    return image.digest, image.height, image.width
+def _key(sequence: Sequence, image: Image) -> _Key:
+    """With the size, which says how many embeddings there are, whatever the digest. Sequences with
+    other salts share nothing, or response times would tell whose images are there.
+    """
+    return sequence.sampling.cache_salt, image.digest, image.height, image.width

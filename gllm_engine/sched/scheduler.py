@@ -660,7 +660,7 @@ class Scheduler:
             if end > sequence.num_prompt_logprobs:
                 targets = tokens[start + 1 : min(end + 1, sequence.prompt_len)]
         rotary = sequence.rotary.packed(start, end) if sequence.rotary is not None else b""
-        runs = self._images.runs(sequence.images, start, end) if self._images is not None else []
+        runs = self._images.runs(sequence, start, end) if self._images is not None else []
         draft.plan.chunks.append(
             Chunk(sequence.slot, start, tokens[start:end], samples, targets, rotary, runs)
         )

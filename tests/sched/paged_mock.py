@@ -155,7 +155,8 @@ class PagedMock:
             del self.embeddings[number]
         for number in plan.encode:
             pixels = self.pixels.pop(number)
-            assert pixels not in self.embeddings.values()
+            # Twice at most: schedules have two salts, which share nothing.
+            assert list(self.embeddings.values()).count(pixels) <= 1
             self.embeddings[number] = pixels
         assert not self.pixels
         sizes = [len(pixels) // 3 for pixels in self.embeddings.values()]

@@ -23,7 +23,7 @@ class World:
         self.scheduler = Scheduler(config, 64, 200, (), images=ImageCache(config))
         self.has: set[int] = set()
 
-    def add(self, *parts: int | tuple[bytes, int]) -> Sequence:
+    def add(self, *parts: int | tuple[bytes, int], salt: str = "") -> Sequence:
         """A prompt of so many tokens of text, or of images of (name, tokens)."""
         prompt: list[int] = []
         images = []
@@ -36,7 +36,7 @@ class World:
                     Image(name * 16, len(prompt), 1, size, size, 1, size, name * 3 * size)
                 )
                 prompt += [PLACEHOLDER] * size
-        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        params = SamplingParams(max_tokens=2, ignore_eos=True, cache_salt=salt)
         sequence = Sequence((b"", 0), prompt, params, 0, images=tuple(images))
         self.scheduler.add(sequence)
         return sequence
@@ -190,3 +190,10 @@ def test_an_aborted_sequence_keeps_no_image() -> None:
     world.add((b"b", 8))
     plan = world.step()
     assert (plan.forget, plan.encode) == ([0], [1])
+
+
+def test_tenants_with_other_salts_share_no_embeddings() -> None:
+    world = World(budget=8, room=40)
+    for salt, encoded in (("a", [0]), ("a", []), ("b", [1]), ("", [2]), ("b", [])):
+        world.add((b"x", 4), 1, salt=salt)
+        assert world.step().encode == encoded
