@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from every_expert import usual_heads
 
 from gllm_engine import LLM, SamplingParams, write_tiny_model
 
@@ -41,8 +42,9 @@ def test_no_request_compiles(
         over = {"head_dim": 64, "num_experts_per_tok": 6 + enforce_eager}
         model = write_tiny_model(tmp_path, "Qwen3MoeForCausalLM", **over)
     elif kind == "states":  # no other test has values of this size
-        over = {"head_dim": 64, "linear_value_head_dim": 40 + enforce_eager}
-        model = write_tiny_model(tmp_path, "Qwen3_5ForCausalLM", **over)
+        family = "Qwen3_5ForCausalLM"
+        over = usual_heads(family) | {"linear_value_head_dim": 40 + enforce_eager}
+        model = write_tiny_model(tmp_path, family, **over)
     with LLM(str(model), **config) as llm:
         modules = get_batch_prefill_module.cache_info().misses
         monkeypatch.setattr(
