@@ -85,7 +85,7 @@ def test_mooncake(tmp_path: Path) -> None:
     rate = ideal_rate([first.prompt, second.prompt, third.prompt])
     assert rate == pytest.approx((1024 + 512) / (1024 + 1300 + 600))
     short = read_mooncake(path, vocab=1000, limit=2, block=32)
-    assert [(len(p), n) for p, n in short] == [(64, 4), (81, 1)]
+    assert [(len(job.prompt), job.output_len) for job in short] == [(64, 4), (81, 1)]
 
 
 @pytest.mark.parametrize(
