@@ -43,10 +43,7 @@ def decode_batch(table: SlotTable, slots: Tensor, context_lens_cpu: HostInts, op
     of this function fits every decode step.
     """
     none = slots[:0]
-    batch = _batch(table, ops, slots, (none, none, none), context_lens_cpu, [])
-    if table.rotary_offsets is None:
-        return batch
-    return replace(batch, rotary_positions=_rotary_positions(batch, table, []))
+    return _batch(table, ops, slots, (none, none, none), context_lens_cpu, [])
 
 
 def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepInputs:
@@ -81,10 +78,9 @@ def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepIn
         np.concatenate([lasts[sampling_rows], *scored_at]),
     )
     chunked = (starts_there, ends_there, known_there)
-    batch = _batch(table, ops, slots, chunked, rows.context_lens_cpu, lens)
+    batch = _batch(table, ops, slots, chunked, rows.context_lens_cpu, chunks)
     batch = replace(
         batch,
-        rotary_positions=_rotary_positions(batch, table, chunks),
         logit_index=logit_index,
         logit_rows=None if scored else logit_rows,
         logit_rows_cpu=None if scored else sampling_rows,
@@ -92,12 +88,15 @@ def _mixed(plan: StepPlan, table: SlotTable, rows: StepRows, ops: Ops) -> StepIn
     return StepInputs(batch, sampling_cpu, sampling, scored)
 
 
-def _rotary_positions(batch: Batch, table: SlotTable, chunks: list[Chunk]) -> Tensor | None:
+def _rotary_positions(
+    table: SlotTable, positions: Tensor, slots: Tensor, chunks: list[Chunk]
+) -> Tensor | None:
     """Batch.rotary_positions of a step: of its decode rows, then of its chunks."""
     if table.rotary_offsets is None:
         return None
-    decoded, rest = batch.positions.tensor_split([batch.num_decode])
-    decoded = decoded + table.rotary_offsets[batch.slots[: batch.num_decode]]
+    num_decode = len(slots) - len(chunks)
+    decoded, rest = positions.tensor_split([num_decode])
+    decoded = decoded + table.rotary_offsets[slots[:num_decode]]
     if not any(chunk.rotary_positions for chunk in chunks):
         return torch.cat([decoded, rest]) if chunks else decoded
     parts = [
@@ -116,14 +115,15 @@ def _batch(
     slots: Tensor,
     chunked: tuple[Tensor, Tensor, Tensor],
     context_lens_cpu: HostInts,
-    chunk_lens: list[int],
+    chunks: list[Chunk],
 ) -> Batch:
-    """The batch of `slots`: decode rows, then chunks; all its tokens need logits.
+    """The batch of `slots`: decode rows, then `chunks`; all its tokens need logits.
 
     `chunked`: starts, ends and tokens of the chunks, as in Ops.prepare_inputs. Records the step's
     tokens in table.cached_tokens.
     """
-    num_decode = len(slots) - len(chunk_lens)
+    chunk_lens = [len(chunk.tokens) for chunk in chunks]
+    num_decode = len(slots) - len(chunks)
     tokens, positions, cache_index, context_lens = ops.prepare_inputs(
         table.page_table,
         table.page_size,
@@ -145,4 +145,5 @@ def _batch(
         query_lens=[1] * num_decode + chunk_lens,
         num_decode=num_decode,
         logit_index=None,
+        rotary_positions=_rotary_positions(table, positions, slots, chunks),
     )
