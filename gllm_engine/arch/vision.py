@@ -13,6 +13,9 @@ from gllm_engine.arch.formats import Shapes
 from gllm_engine.arch.model import Activation, Dense, NormKind, linear_weights, norm_weights
 
 VISUAL = "visual."
+# Of the images that CLIP was trained on, which other towers take over.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Rotary = Literal["halves", "shifted", "alternating"]
 
 

@@ -18,7 +18,7 @@ from gllm_engine.arch.families.towers import read_tower
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Model
 from gllm_engine.arch.rope import SECTION_KEYS, Rope, read_rope
-from gllm_engine.arch.vision import Vision
+from gllm_engine.arch.vision import CLIP_MEAN, CLIP_STD, Vision
 
 _NAMES = Names(variants=(replace(BESIDE_TOWER, applies=True),), tower=r"visual\.")
 
@@ -103,8 +103,8 @@ def qwen2_5_vision(c: Fields, outer: Fields, text: Model) -> Vision:
         c,
         text,
         image_token=outer.count("image_token_id", 151655),
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
         norm="rms",
         gated=True,
         patch_bias=False,

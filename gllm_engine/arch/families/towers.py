@@ -8,7 +8,7 @@ from gllm_engine.arch.checkpoint import Names, Renames, Variant
 from gllm_engine.arch.families.common import ACTIVATIONS, MAX_LAYERS, divided_head_dim
 from gllm_engine.arch.fields import ArchError, Fields
 from gllm_engine.arch.model import Model
-from gllm_engine.arch.vision import Vision
+from gllm_engine.arch.vision import CLIP_MEAN, CLIP_STD, Vision
 
 _INSIDE = (
     ("vision_tower.", "model.vision_tower."),
@@ -95,8 +95,8 @@ def clip(c: Fields, outer: Fields, text: Model) -> Vision:
         text,
         depth=depth,
         image_token=outer.count("image_token_index", outer.count("image_token_id", 32000)),
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
         norm="layer",
         eps=c.real("layer_norm_eps", 1e-5),
         gated=False,
@@ -144,8 +144,8 @@ def pixtral(c: Fields, outer: Fields, text: Model, merges: bool = True) -> Visio
         text,
         depth=c.count("num_hidden_layers", most=MAX_LAYERS),
         image_token=outer.count("image_token_index", outer.count("image_token_id", 10)),
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
         norm="rms",
         eps=1e-5,
         gated=True,
