@@ -5,13 +5,14 @@ from __future__ import annotations
 from gllm_engine.arch import Model
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import DIGEST_SIZE, image_end
+from gllm_engine.text.image_parts import no_images
 from gllm_engine.types import Image, Request
 
 
 def check_images(request: Request, arch: Model) -> None:
     """Raise InvalidField for images that the model cannot take, or that do not fit the prompt."""
     if request.images and arch.vision is None:
-        raise InvalidField("image", "this model takes no images")
+        raise no_images()
     end = 0
     for number, image in enumerate(request.images):
         problem = _problem(image, arch)

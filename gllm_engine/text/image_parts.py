@@ -1,6 +1,6 @@
 """The images that come with a prompt: where its messages or its text have them.
 
-A source is what a client gives for an image; images/loader.py reads it. Knows no tokens.
+A source is what a client gives for an image; engine/images.py reads it. Knows no tokens.
 """
 
 from __future__ import annotations
