@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gllm_engine.arch.vision import Vision
 from gllm_engine.engine.core import Engine
@@ -73,8 +74,8 @@ def compare(found: list[Tokens], expected: list[Tokens]) -> None:
         assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=2e-4)
 
 
-def transformers_scores(model: Any, each: Request, vision: Vision, output: Tokens) -> Tokens:
-    """What transformers says of the prompt's tokens from the second on, and of `output`."""
+def processed(images: list[Tensor], vision: Vision) -> dict[str, Tensor]:
+    """The inputs that transformers' processor of Qwen makes of images that have the right size."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(
@@ -85,13 +86,18 @@ def transformers_scores(model: Any, each: Request, vision: Vision, output: Token
         image_std=list(vision.std),
         do_resize=False,
     )
-    arrays = [
-        torch.frombuffer(bytearray(image.pixels), dtype=torch.uint8)
-        .view(image.height, image.width, 3)
-        .numpy()
+    return processor(images=[image.numpy() for image in images], return_tensors="pt")
+
+
+def transformers_scores(model: Any, each: Request, vision: Vision, output: Tokens) -> Tokens:
+    """What transformers says of the prompt's tokens from the second on, and of `output`."""
+    images = [
+        torch.frombuffer(bytearray(image.pixels), dtype=torch.uint8).view(
+            image.height, image.width, 3
+        )
         for image in each.images
     ]
-    inputs = processor(images=arrays, return_tensors="pt") if arrays else {}
+    inputs = processed(images, vision) if images else {}
     tokens = each.prompt + [token for token, _ in output]
     ids = torch.tensor([tokens])
     with torch.no_grad():

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from loaded import load_model
+from pictured import processed
 from safetensors.torch import load_file, save_file
 from tiny_models import load
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from vision_models import pictures, save_reference
 
 from gllm_engine.arch import FAMILIES, LoadError, Shard, make_arch, read_arch
@@ -53,19 +53,6 @@ def tower_of(path: Path) -> VisionTower:
     tower = load(path).tower
     assert tower is not None
     return tower
-
-
-def processed(images: list[Tensor], vision: Vision) -> dict[str, Tensor]:
-    """The inputs that transformers' processor of Qwen makes of images that have the right size."""
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=vision.patch,
-        merge_size=vision.merge,
-        temporal_patch_size=vision.frames,
-        image_mean=list(vision.mean),
-        image_std=list(vision.std),
-        do_resize=False,
-    )
-    return processor(images=[image.numpy() for image in images], return_tensors="pt")
 
 
 def expected(model: Any, images: list[Tensor], vision: Vision) -> list[Tensor]:
