@@ -98,7 +98,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_image_megapixels: int = 100  # millions of pixels that an image has before it is resized
     # pixels that an image has when it is resized; default: as the checkpoint says, at most that
     image_max_pixels: int | None = None
-    cpu_threads: int = 0  # threads for tensor work; 0: all cores but one, which the server needs
+    # threads for tensor work; 0: OMP_NUM_THREADS, else all cores but one, which the server needs
+    cpu_threads: int = 0
     drain_timeout_s: float = 30.0  # seconds that a reload waits for running requests to finish
     log_requests: bool = True
     # file for a timeline of the latest steps, written when the engine ends (Chrome trace, JSON)

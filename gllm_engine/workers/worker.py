@@ -191,7 +191,7 @@ class _Worker:
         os.execv(sys.executable, [sys.executable, "-m", "gllm_engine.worker", *sys.argv[1:]])
 
     def _load(self, assigned: wire.Assigned) -> tuple[Runner, RankGroups]:
-        threads = assigned.config.cpu_threads or max(1, default_threads() // self._local_size)
+        threads = assigned.config.cpu_threads or default_threads(self._local_size)
         config: EngineConfig = msgspec.structs.replace(
             assigned.config, model=self._options.model, cpu_threads=threads
         )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ from loaded import load_model
 from gllm_engine.arch import read_arch
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.model.tiny import write_tiny_model
-from gllm_engine.runner import PlanError, Runner
+from gllm_engine.runner import PlanError, Runner, default_threads
 from gllm_engine.runner.kv_sizing import cache_dtype
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.types import Chunk, NewPages, NewSequence, StepPlan
@@ -364,6 +365,27 @@ def test_cpu_threads_is_honoured(llama):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("told", ["3", " 3 ", "3,2"])
+def test_threads_are_those_that_the_environment_allows(llama, monkeypatch, told: str) -> None:
+    """Also of each rank: many engines side by side must not take all cores each."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert default_threads() == default_threads(4) == 3
+    before = torch.get_num_threads()
+    try:
+        make_runner(llama)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("told", ["", "0", "-2", "many"])
+def test_without_it_all_cores_but_one_are_shared(monkeypatch, told: str) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert [default_threads(n) for n in (1, 4, 99)] == [15, 3, 1]
 
 
 def test_seeds_beyond_64_bits_wrap(llama):
