@@ -50,6 +50,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting: int = 4096
     # limit of prompt tokens in the queue; an empty queue accepts a prompt of any length
     max_waiting_tokens: int = 2**23
+    # GiB of images in the engine's requests, and in those on their way to it from one front end;
+    # further ones are refused
+    image_memory_gib: float = 8.0
     # tenants' shares of the tokens computed while requests wait; a tenant without one has weight 1
     tenant_weights: dict[str, float] = {}
     # tokens of images that one step encodes, or one larger image; default: max_num_batched_tokens
@@ -156,6 +159,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return "token_throttling" if self.pipeline_parallel_size > 1 else "chunked_prefill"
 
     @property
+    def image_bytes(self) -> int:
+        """image_memory_gib in bytes."""
+        return int(self.image_memory_gib * 2**30)
+
+    @property
     def largest_image(self) -> int:
         """Most tokens of an image."""
         return min(self.image_cache_tokens, max(self.encoder_budget, self.image_cache_tokens // 4))
@@ -225,6 +233,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_num_batched_tokens": (0, 2**20),
     "max_waiting": (1, 2**20),
     "max_waiting_tokens": (1, 2**40),
+    "image_memory_gib": (0.001, 4096.0),
     "encoder_budget": (0, 2**20),
     "image_cache_tokens": (0, 2**24),
     "page_size": (1, 256),
