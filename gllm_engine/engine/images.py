@@ -72,7 +72,7 @@ class ImageLoader:
     """
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError or ArchError."""
         self._processor = read_processor(
             Path(config.model),
             config.image_max_pixels,
