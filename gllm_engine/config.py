@@ -18,6 +18,8 @@ from gllm_engine.files import read_object, shown
 from gllm_engine.sampling import MAX_TENANT_CHARS
 
 MAX_TENANT_WEIGHTS = 1024
+# Keys of paths beside `model`; a relative one starts at the same directory.
+PATH_KEYS = ("tokenizer", "cluster_key_file", "timeline", "allowed_media_directory")
 OTHER_TENANTS = "other"  # in metrics: all tenants that tenant_weights does not name
 
 
@@ -296,7 +298,7 @@ def make_config(values: dict[str, Any], directory: Path | None = None) -> Engine
         if isinstance(value, str) and not _is_text(value):
             raise ConfigError(f"{key}: {shown(value)} holds a lone surrogate")
     values = dict(values)
-    for key in ("model", "tokenizer", "cluster_key_file", "timeline", "allowed_media_directory"):
+    for key in ("model", *PATH_KEYS):
         if isinstance(values.get(key), str):
             values[key] = _resolve(key, (directory or Path()) / values[key])
     try:
