@@ -294,14 +294,14 @@ def _add_tiny_model(commands: Any) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     from gllm_client.supervisor import serve
-    from gllm_engine import make_config
+    from gllm_engine import PATH_KEYS, make_config
 
     path = options.path
     engine = struct_values(options, EngineConfig)
     given = struct_values(options, Serving)
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory")
-    for key in ("tokenizer", "cluster_key_file", "allowed_media_directory", "timeline"):
+    for key in PATH_KEYS:
         if engine.get(key):
             engine[key] = str(Path(engine[key]).resolve())
     if (path / "config.json").is_file():

@@ -5,19 +5,22 @@ Knows nothing of how callers use the count.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Signals:
-    """The number of stop signals received."""
+    """The number of stop signals received. `news`: readable from the first signal on."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.news = os.eventfd(0)
 
     def __call__(self, number: int, frame: object) -> None:
         self.count += 1
+        os.eventfd_write(self.news, 1)
 
 
 @contextmanager
@@ -30,3 +33,4 @@ def caught_signals(*numbers: int) -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(signals.news)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -42,8 +43,11 @@ from gllm_client.tritonserver import (
 )
 
 PORTS = ("http", "grpc", "metrics")
-TICK_S = 0.1  # between two checks for a signal or the server's death
-WATCH_S = 0.5  # between two counts of the stubs; the next count confirms that a stub is missing
+TICK_S = 0.1  # between two looks at what is awaited
+WATCH_S = 0.5  # between two looks at the stubs; the next one confirms that a stub is missing
+# A look at all processes of the machine takes milliseconds. This is the longest time between two
+# for which nothing changes.
+CALM_S = 8.0
 LOAD_TRIES = 3
 ENGINES_S = 5.0  # between two reads of the metrics for engines that fail to restart
 MAX_FAILED_STARTS = 5  # consecutive failed restarts of an engine; the cause is then permanent
@@ -216,8 +220,7 @@ class ProcessRow(NamedTuple):
 def process_table() -> dict[int, ProcessRow]:
     """All running processes by pid, without zombies."""
     rows = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        pid = int(path.name)
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         found = _read_row(pid)
         if found is not None and found[0] not in "ZX":
             rows[pid] = found[1]
@@ -227,7 +230,8 @@ def process_table() -> dict[int, ProcessRow]:
 def _read_row(pid: int) -> tuple[str, ProcessRow] | None:
     """The state of a process, one letter, and its row; None if it has ended."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        with open(f"/proc/{pid}/stat", errors="replace") as file:
+            stat = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
     state, parent, *rest = stat.rpartition(")")[2].split()
@@ -267,8 +271,18 @@ def find_stubs(server_pid: int) -> dict[str, set[ProcessRow]]:
 
 def is_stopped(row: ProcessRow) -> bool:
     """Whether a process is stopped by a signal or a debugger."""
+    return _state(row) in tuple("Tt")
+
+
+def is_serving(row: ProcessRow) -> bool:
+    """Whether a process is there and not stopped."""
+    return _state(row) not in (None, *"TtZX")
+
+
+def _state(row: ProcessRow) -> str | None:
+    """A letter, see proc(5); None if the process has ended."""
     found = _read_row(row.pid)
-    return found is not None and found[0] in "Tt" and found[1].start == row.start
+    return found[0] if found is not None and found[1].start == row.start else None
 
 
 class Server:
@@ -287,18 +301,22 @@ class Server:
         self.pid = self._process.pid
         # Processes that must have ended at the end. After the server's death, its orphans can no
         # longer be found by their parent.
-        self._family: set[ProcessRow] = set()
+        self.family: set[ProcessRow] = set()
         self._look_again = 0.0
+        self._pause = WATCH_S  # until the next look
 
     def poll(self) -> int | None:
         """The exit status once the server has ended, else None; 128 + n after signal n.
 
-        Must be called often: it also records the server's descendants.
+        Must be called often: it also records the server's descendants, the more rarely the longer
+        they stay the same.
         """
         now = time.monotonic()
         if now > self._look_again:
-            self._family = descendants(self.pid) or self._family
-            self._look_again = now + WATCH_S
+            family = descendants(self.pid) or self.family
+            self._pause = min(2 * self._pause, CALM_S) if family == self.family else WATCH_S
+            self.family = family
+            self._look_again = now + self._pause
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
 
@@ -307,7 +325,7 @@ class Server:
 
         Sends SIGTERM, then SIGKILL after `timeout_s` seconds or as soon as `impatient()` is true.
         """
-        family = self._family | descendants(self.pid)
+        family = self.family | descendants(self.pid)
         graceful = True
         if self.poll() is None:
             self._process.terminate()
@@ -361,7 +379,7 @@ class Exited(Exception):
 class Supervisor:
     """Loads the models, and reloads a model whose stub died, until the end.
 
-    Every wait is a series of ticks. Every tick checks for a signal and for the server's death.
+    Every wait is a series of ticks. A tick ends at a signal and at the server's death.
     """
 
     def __init__(
@@ -371,6 +389,10 @@ class Supervisor:
         self._serving = serving
         self._models = models
         self._signals = signals
+        self._pidfd = os.pidfd_open(server.pid)
+        self._news = select.poll()
+        for news in (signals.news, self._pidfd):
+            self._news.register(news, select.POLLIN)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serving.host, serving.host)
         self._host = f"[{host}]" if ":" in host else host
         self._address = f"{self._host}:{serving.grpc_port}"
@@ -379,6 +401,7 @@ class Supervisor:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="gllm-serve")
         # The stubs at the last count without a missing stub; None before the first such count.
         self._settled: dict[str, set[ProcessRow]] | None = None
+        self._counted: set[ProcessRow] = set()  # the server's descendants before the last count
         # Stubs of unloaded models. A request lost with its stub never ends for the server, so the
         # other stubs of that load live as long as the server. They get no new requests.
         self._retired: set[ProcessRow] = set()
@@ -411,6 +434,7 @@ class Supervisor:
         graceful = self._server.stop(timeout_s, lambda: self._signals.count > before)
         self._client.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        os.close(self._pidfd)
         if not graceful:
             _log("tritonserver was killed before it had stopped")
         return graceful
@@ -466,6 +490,10 @@ class Supervisor:
             if time.monotonic() > look_at_engines:
                 self._look_at_engines()
                 look_at_engines = time.monotonic() + ENGINES_S
+            if self._is_intact():
+                suspects = set()
+                continue
+            self._counted = self._server.family
             stubs = self._stubs()
             if stubs == self._settled:
                 suspects = set()
@@ -480,12 +508,19 @@ class Supervisor:
             if not missing:
                 self._settled = stubs
 
+    def _is_intact(self) -> bool:
+        """Whether all stubs of the last count serve, and no other processes have come: those of a
+        model that somebody else has loaded.
+        """
+        if self._settled is None or self._server.family != self._counted:
+            return False
+        return all(is_serving(stub) for stubs in self._settled.values() for stub in stubs)
+
     def _stubs(self) -> dict[str, set[ProcessRow]]:
         """The stubs that serve, by model; a stopped one does not."""
         found = find_stubs(self._server.pid)
         serving = {
-            model: {stub for stub in stubs - self._retired if not is_stopped(stub)}
-            for model, stubs in found.items()
+            model: set(filter(is_serving, stubs - self._retired)) for model, stubs in found.items()
         }
         return {model: stubs for model, stubs in serving.items() if stubs}
 
@@ -544,8 +579,8 @@ class Supervisor:
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self._tick()
+        while (left := end - time.monotonic()) > 0:
+            self._tick(left)
 
     def _await(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a blocking call to the server on the extra thread, with ticks meanwhile."""
@@ -555,9 +590,9 @@ class Supervisor:
         self._check()
         return future.result()
 
-    def _tick(self) -> None:
+    def _tick(self, seconds: float = TICK_S) -> None:
         self._check()
-        time.sleep(TICK_S)
+        self._news.poll(1000 * seconds)
 
     def _check(self) -> None:
         if self._signals.count:

@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "config": ("ConfigError", "EngineConfig", "make_config", "read_config"),
+    "config": ("PATH_KEYS", "ConfigError", "EngineConfig", "make_config", "read_config"),
     "sampling": (
         "InvalidField",
         "SamplingParams",

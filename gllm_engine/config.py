@@ -18,6 +18,8 @@ from gllm_engine.files import read_object, shown
 from gllm_engine.sampling import MAX_TENANT_CHARS
 
 MAX_TENANT_WEIGHTS = 1024
+# Keys of paths beside `model`; a relative one starts at the same directory.
+PATH_KEYS = ("tokenizer", "cluster_key_file", "timeline", "allowed_media_directory")
 OTHER_TENANTS = "other"  # in metrics: all tenants that tenant_weights does not name
 
 
@@ -50,6 +52,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_waiting: int = 4096
     # limit of prompt tokens in the queue; an empty queue accepts a prompt of any length
     max_waiting_tokens: int = 2**23
+    # GiB of images in the engine's requests, and in those on their way to it from one front end;
+    # further ones are refused
+    image_memory_gib: float = 8.0
     # tenants' shares of the tokens computed while requests wait; a tenant without one has weight 1
     tenant_weights: dict[str, float] = {}
     # tokens of images that one step encodes, or one larger image; default: max_num_batched_tokens
@@ -156,6 +161,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return "token_throttling" if self.pipeline_parallel_size > 1 else "chunked_prefill"
 
     @property
+    def image_bytes(self) -> int:
+        """image_memory_gib in bytes."""
+        return int(self.image_memory_gib * 2**30)
+
+    @property
     def largest_image(self) -> int:
         """Most tokens of an image."""
         return min(self.image_cache_tokens, max(self.encoder_budget, self.image_cache_tokens // 4))
@@ -225,6 +235,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_num_batched_tokens": (0, 2**20),
     "max_waiting": (1, 2**20),
     "max_waiting_tokens": (1, 2**40),
+    "image_memory_gib": (0.001, 4096.0),
     "encoder_budget": (0, 2**20),
     "image_cache_tokens": (0, 2**24),
     "page_size": (1, 256),
@@ -287,7 +298,7 @@ def make_config(values: dict[str, Any], directory: Path | None = None) -> Engine
         if isinstance(value, str) and not _is_text(value):
             raise ConfigError(f"{key}: {shown(value)} holds a lone surrogate")
     values = dict(values)
-    for key in ("model", "tokenizer", "cluster_key_file", "timeline", "allowed_media_directory"):
+    for key in ("model", *PATH_KEYS):
         if isinstance(values.get(key), str):
             values[key] = _resolve(key, (directory or Path()) / values[key])
     try:

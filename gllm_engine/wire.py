@@ -45,6 +45,11 @@ class Submit(Message, frozen=True):
         pixels = {image.digest: image.pixels for each in requests for image in each.images}
         return cls([_with_pixels(each, dict.fromkeys(pixels, b"")) for each in requests], pixels)
 
+    @property
+    def size(self) -> int:
+        """Bytes of pixels."""
+        return sum(map(len, self.pixels.values()))
+
     def whole(self) -> list[Request]:
         """The requests; those with equal images share the pixels."""
         return [_with_pixels(each, self.pixels) for each in self.requests]
@@ -58,6 +63,12 @@ def _with_pixels(request: Request, pixels: dict[bytes, bytes]) -> Request:
         for image in request.images
     ]
     return msgspec.structs.replace(request, images=tuple(images))
+
+
+class Received(Message, frozen=True):
+    """Engine -> front end: the engine has read a Submit with so many bytes of pixels."""
+
+    pixels: int
 
 
 class Abort(Message, frozen=True):
@@ -196,6 +207,7 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     LayersLoaded,
     MoveLayers,
     PutImages,
+    Received,
 )
 _TAGS: dict[type[msgspec.Struct], bytes] = {kind: bytes([i]) for i, kind in enumerate(_TYPES)}
 _KINDS: dict[bytes, type[msgspec.Struct]] = {tag: kind for kind, tag in _TAGS.items()}

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 220_000,
+    ("gllm_engine",): 220_900,
     ("backend", "client"): 73_000,
     ("benchmarks",): 30_500,
 }
@@ -47,6 +47,7 @@ OURS = {
     "gllm_engine/images/resize.py": set(),
     "gllm_engine/images/fetch.py": {"files", "sampling"},
     "gllm_engine/images/decode.py": {"files", "sampling", "images"},
+    "gllm_engine/images/read.py": {"config", "files", "arch", "images"},
     "gllm_engine/images": {"types", "config", "files", "sampling", "images"},
     "gllm_engine/os_process.py": set(),
     "gllm_engine/text/template_source.py": set(),
@@ -95,6 +96,7 @@ OTHERS = {
     "gllm_engine/images/resize.py": set(),
     "gllm_engine/images/fetch.py": set(),
     "gllm_engine/images/decode.py": {"PIL"},
+    "gllm_engine/images/read.py": set(),
     "gllm_engine/images": {"msgspec"},
     "gllm_engine/os_process.py": {"msgspec"},
     "gllm_engine/text/template_source.py": {"jinja2"},

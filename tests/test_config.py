@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 import msgspec
 import pytest
 
-from gllm_engine import ConfigError, EngineConfig, make_config, read_config
+from gllm_engine import PATH_KEYS, ConfigError, EngineConfig, make_config, read_config
 from gllm_engine.config import settle
 
 
@@ -169,10 +169,18 @@ def test_paths_are_taken_from_the_files_directory(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text('{"model": "weights"}')
     assert read_config(tmp_path / "model.json").model == str(tmp_path / "weights")
     assert make_config({"model": "."}).model == str(Path.cwd())
-    config = make_config({"model": ".", "cluster_key_file": "key"}, tmp_path)
-    assert config.cluster_key_file == str(tmp_path / "key")
-    config = make_config({"model": ".", "allowed_media_directory": "weights"}, tmp_path)
-    assert config.allowed_media_directory == str(tmp_path / "weights")
+    config = make_config({"model": ".", **dict.fromkeys(PATH_KEYS, "weights")}, tmp_path)
+    assert {getattr(config, key) for key in PATH_KEYS} == {str(tmp_path / "weights")}
+
+
+def test_every_path_is_taken_so() -> None:
+    """Of the keys whose value is a text, all others are no paths."""
+    texts = {
+        field.name
+        for field in msgspec.structs.fields(EngineConfig)
+        if field.type in (str, str | None)
+    }
+    assert texts - {"model", *PATH_KEYS} == {"assigned_layers", "master_addr"}
 
 
 def test_hosts_are_names_and_addresses() -> None:

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ SWEEP_S = 0.05  # between two checks for cancelled and overdue requests
 SWEEP_SHARE = 4  # the pause after a sweep is at least this many times as long as the sweep
 IMAGE_REQUESTS = 8  # whose images are loaded at a time
 WAITING_REQUESTS = 32  # the same of those with images from other servers
-MAX_IMAGE_BYTES = 1 << 30  # as given, of requests whose images are not loaded yet
 MAX_TOKEN_IDS = 1 << 20  # of input_ids that are only counted or turned into text
 CLOSE_S = 10.0  # the longest wait for a thread to end
 SWITCH_S = 1e-4  # Python's thread switch interval: a busy thread must not delay the senders
@@ -100,7 +100,8 @@ class TritonPythonModel:
             for waits, number in {False: IMAGE_REQUESTS, True: WAITING_REQUESTS}.items()
         }
         self._lock = threading.Lock()  # guards the three below
-        self._image_bytes = 0  # as given, of requests whose images are not loaded yet
+        # As given and prepared, of requests with images that are not submitted yet.
+        self._image_bytes: dict[Stream, int] = {}
         self.live: set[Stream] = set()
         self._sequences: dict[int, tuple[Stream, int]] = {}  # sequence id -> stream, index
         self._ids = count()
@@ -187,18 +188,29 @@ class TritonPythonModel:
         pool = self._with_images[self.images.waits(parsed.images)]
         # Messages may name anything as an image; loading it says so.
         size = sum(len(image) for image in parsed.images if isinstance(image, bytes | str))
-        with self._lock:
-            if self._image_bytes + size > MAX_IMAGE_BYTES:
-                problem = f"its images hold {self._image_bytes} bytes, at most {MAX_IMAGE_BYTES}"
-                raise self._unavailable(f"the queue is full: {problem}")
-            self._image_bytes += size
+        self._count_bytes(stream, size, is_first=True)
         pool.submit(self._start_later, stream, parsed).add_done_callback(
-            lambda _: self._forget_images(size)
+            lambda _: self._forget_images(stream)
         )
 
-    def _forget_images(self, size: int) -> None:
+    def _count_bytes(self, stream: Stream, size: int, is_first: bool = False) -> None:
+        """Count bytes of a request's images, unless it is over. Raises EngineUnavailable."""
         with self._lock:
-            self._image_bytes -= size
+            if not is_first and stream not in self._image_bytes:
+                return
+            held = sum(self._image_bytes.values())
+            own = self._image_bytes.get(stream, 0)
+            most = self.config.image_bytes
+            if held + size > most and held > own:
+                raise self._unavailable(
+                    f"the queue is full: {held} bytes of images are held, and with {size} more of "
+                    f"this prompt they would be more than {most} (image_memory_gib)"
+                )
+            self._image_bytes[stream] = own + size
+
+    def _forget_images(self, stream: Stream) -> None:
+        with self._lock:
+            del self._image_bytes[stream]
 
     def _start_later(self, stream: Stream, parsed: ParsedRequest) -> None:
         with self._failing(stream):
@@ -297,7 +309,12 @@ class TritonPythonModel:
     ) -> tuple[list[int], tuple[Image, ...]]:
         """The prompt with all tokens of its images, and the images."""
         most = self.client.info.max_model_len
-        loaded = self.images.load(parsed.images, most, lambda: stream.failure is not None)
+        loaded = self.images.load(
+            parsed.images,
+            most,
+            lambda: stream.failure is not None,
+            partial(self._count_bytes, stream),
+        )
         placed: tuple[list[int], tuple[Image, ...]] = self.images.place(ids, loaded)
         return placed
 

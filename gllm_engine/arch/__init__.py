@@ -20,6 +20,7 @@ from gllm_engine.arch.model import (
 from gllm_engine.arch.read import make_arch, read_arch
 from gllm_engine.arch.rope import Rope
 from gllm_engine.arch.shard import Shard
+from gllm_engine.arch.vision import Vision
 from gllm_engine.routing import Clamp, Routing
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "QueryTemperature",
     "Rope",
     "Shard",
+    "Vision",
     "ArchError",
     "LoadError",
     "about_unknown_keys",

@@ -155,6 +155,12 @@ def is_left_over(model: Model, name: str) -> bool:
     return layer["rest"].startswith(_INDEXER) and model.layers[number].needs_earlier
 
 
+def has_tower(model: Model, stored: Collection[str]) -> bool:
+    """Whether a checkpoint with the tensors `stored` has any of a vision tower."""
+    tower = _patterns(model.names).tower
+    return tower is None or any(map(tower.match, stored))
+
+
 def is_cache_scale(model: Model, name: str) -> bool:
     """Whether a checkpoint tensor is a scale for K and V in float8, which layers do not use."""
     layer = _patterns(model.names).layer.match(name)

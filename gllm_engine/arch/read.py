@@ -5,16 +5,19 @@ families/ has the readers; here are the checks that are the same for all of them
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gllm_engine.arch.checkpoint_files import tensor_names
 from gllm_engine.arch.families.common import ACTIVATIONS
 from gllm_engine.arch.families.registry import FAMILIES, Family
-from gllm_engine.arch.fields import ArchError, Fields
+from gllm_engine.arch.fields import ArchError, Fields, LoadError
 from gllm_engine.arch.known_keys import unknown_keys
 from gllm_engine.arch.model import Dense, Gqa, Mla, Model
+from gllm_engine.arch.names import has_tower
 from gllm_engine.arch.quantization import read_quantization
 from gllm_engine.arch.vision import Vision
 from gllm_engine.files import read_object, shown
@@ -25,10 +28,13 @@ MAX_LEN = 2**24  # tokens
 _VISION = "vision_config"
 _SHARED_KEYS = ("tie_word_embeddings", "quantization_config")
 
+log = logging.getLogger(__name__)
+
 
 def read_arch(directory: str | Path) -> Model:
     """Read a checkpoint directory's config.json and the end-of-text ids of generation_config.json.
 
+    A checkpoint that has none of the tensors of its vision tower is of a model of text alone.
     Raises ArchError for an unreadable file, invalid JSON, or an unsupported architecture or value.
     """
     path = Path(directory)
@@ -41,7 +47,18 @@ def read_arch(directory: str | Path) -> Model:
         model = replace(model, eos_token_ids=eos or model.eos_token_ids)
     if model.vision is not None:
         model = replace(model, vision=_as_processed(model.vision, path))
+        if not _may_have_tower(model, path):
+            log.warning("%s: no file has a tensor of the vision tower, so it takes no images", path)
+            model = replace(model, vision=None)
     return replace(model, eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab))
+
+
+def _may_have_tower(model: Model, path: Path) -> bool:
+    """Also if the files are not there, or wrong: loading them says so."""
+    try:
+        return has_tower(model, tensor_names(path))
+    except LoadError:
+        return True
 
 
 def _as_processed(vision: Vision, path: Path) -> Vision:

@@ -34,6 +34,8 @@ WRITES_S = 60.0
 OPEN_S = 300.0
 # An engine that has lost its front ends' connections, or has closed them, ends within this time.
 END_S = 5.0
+# Pixels that are on their way to an engine, which reads messages between two steps.
+MAX_UNREAD_BYTES = 1 << 30
 
 log = logging.getLogger("gllm.client")
 
@@ -73,8 +75,9 @@ class EngineClient:
         self._on_lost = on_lost
         self.failed_starts = 0  # consecutive failed attempts to replace a lost engine
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the four below
         self._outgoing: deque[list[bytes]] = deque()
+        self._unread = 0  # bytes of pixels that the engine has not read
         self._trouble: str | None = None  # why no engine takes requests now
         self._closing = False
         self._engine = self._join(again=False)
@@ -83,7 +86,8 @@ class EngineClient:
 
     def submit(self, requests: list[Request]) -> None:
         """Send sequences to the engine. If it raises EngineUnavailable, no sequence was sent."""
-        self._send(wire.Submit.of(requests))
+        message = wire.Submit.of(requests)
+        self._send(message, message.size)
 
     def abort(self, ids: list[int]) -> None:
         """Tell the engine to end these sequences."""
@@ -108,13 +112,19 @@ class EngineClient:
         # Closed after the thread has ended: no thread may write to a reused file descriptor.
         os.close(self._wake)
 
-    def _send(self, message: msgspec.Struct) -> None:
+    def _send(self, message: msgspec.Struct, pixels: int = 0) -> None:
         frames = wire.encode(message)  # an encoding error is raised to this caller alone
         with self._lock:
             if self._closing:
                 raise EngineUnavailable("the model is being unloaded")
             if self._trouble is not None:
                 raise EngineUnavailable(self._trouble)
+            if pixels and self._unread and self._unread + pixels > MAX_UNREAD_BYTES:
+                raise EngineUnavailable(
+                    f"the queue is full: the engine has not read {self._unread} bytes of images, "
+                    f"and with these {pixels} they would be more than {MAX_UNREAD_BYTES}"
+                )
+            self._unread += pixels
             self._outgoing.append(frames)
             os.eventfd_write(self._wake, 1)  # under the lock, because close() closes the eventfd
 
@@ -172,6 +182,9 @@ class EngineClient:
             self._call(self._on_outputs, message)
         elif isinstance(message, Stats):
             self._call(self._on_stats, message)
+        elif isinstance(message, wire.Received):
+            with self._lock:  # what was given up counts no more, but may still be read
+                self._unread = max(0, self._unread - message.pixels)
         elif isinstance(message, wire.Refusal):
             self._begin_anew(message.message)
         elif not isinstance(message, wire.Welcome):  # Welcome answers a repeated Hello
@@ -188,6 +201,7 @@ class EngineClient:
         log.error("every sequence of this front end is given up: %s", why)
         with self._lock:
             self._outgoing.clear()
+            self._unread = 0
             self._outgoing.append(_hello())
             os.eventfd_write(self._wake, 1)
         self._call(self._on_lost, why)
@@ -228,6 +242,7 @@ class EngineClient:
             news = self._trouble is None
             self._trouble = trouble
             self._outgoing.clear()
+            self._unread = 0
         if news:
             log.warning("%s", trouble)
             self._call(self._on_lost, trouble)

@@ -176,7 +176,7 @@ class Engine:
             eos_token_ids=eos_token_ids,
         )
         self._depth = config.plans_in_flight
-        self._room = Room(config.max_waiting, config.max_waiting_tokens)
+        self._room = Room(config.max_waiting, config.max_waiting_tokens, config.image_bytes)
         self._failed_steps = 0  # since the last successful step
         self.broken: str | None = None
         self._launched: deque[StepHandle] = deque()
@@ -207,6 +207,10 @@ class Engine:
 
     def _take(self, key: SequenceKey, request: Request) -> None:
         self._check(request)
+        full = self._too_many_pixels([request])
+        if full is not None:
+            self._refuse(key, "unavailable", full)
+            return
         constraint = self._grammars.constrain(request)
         if not isinstance(constraint, Future):
             self._admit(key, request, constraint)
@@ -227,8 +231,27 @@ class Engine:
         lengths = [len(r.prompt) for r in requests if tenant in (None, r.sampling.tenant)]
         return Amount(len(lengths), sum(lengths))
 
+    def _too_many_pixels(self, requests: list[Request]) -> str | None:
+        """Why the engine may not hold the images of these requests of a tenant, too; else None.
+
+        A live sequence keeps its pixels, because it computes them again after a preemption.
+        """
+        if not any(request.images for request in requests):
+            return None
+        tenant = requests[0].sampling.tenant
+        compiling = [request for request, _ in self._compiling.values()]
+        live: list[Request | Sequence] = [*self._live.values(), *compiling]
+        own = [each for each in live if each.sampling.tenant == tenant]
+        held = _pixels_of(own)
+        more = _pixels_of([*own, *requests]) - held
+        return self._room.refusal(
+            tenant, Amount(pixels=held), Amount(pixels=_pixels_of(live)), Amount(pixels=more)
+        )
+
     def has_room(self, requests: list[Request]) -> bool:
         """Whether the queue has room now for these requests, all of one tenant."""
+        if self._too_many_pixels(requests) is not None:
+            return False
         stats = self.stats()
         tokens = sum([len(request.prompt) for request in requests])
         for tenant in {request.sampling.tenant for request in requests}:
@@ -476,6 +499,12 @@ class Engine:
         self._outboxes.clear()
         self._grammars.close()
         self._runner.close()
+
+
+def _pixels_of(live: list[Request | Sequence]) -> int:
+    """Bytes of their images. Requests of one message share equal ones."""
+    pixels = [image.pixels for each in live for image in each.images]
+    return sum({id(each): len(each) for each in pixels}.values())
 
 
 def _nothing() -> Outputs:

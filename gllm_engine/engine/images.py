@@ -72,7 +72,7 @@ class ImageLoader:
     """
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError or ArchError."""
         self._processor = read_processor(
             Path(config.model),
             config.image_max_pixels,
@@ -108,11 +108,14 @@ class ImageLoader:
         sources: Sequence[Source],
         max_tokens: int,
         is_over: Callable[[], bool] = lambda: False,
+        count_bytes: Callable[[int], None] = lambda size: None,
     ) -> list[PreparedImage]:
         """The images of one prompt, equal sources only once. Blocks the caller's thread.
 
-        `is_over`: whether nobody waits for them any more; then fetching stops. Raises InvalidField
-        that names the first image with a problem, and for images of more than `max_tokens`.
+        `is_over`: whether nobody waits for them any more; then fetching stops. `count_bytes`: gets
+        the number of bytes of each image's pixels, and may raise to refuse them. Raises
+        InvalidField that names the first image with a problem, and for images of more than
+        `max_tokens`.
         """
         numbers: dict[Source, int] = {}
         for number, source in enumerate(sources, 1):
@@ -135,6 +138,7 @@ class ImageLoader:
             content = self._read(source, numbers[source]) if content is None else content
             image = self._processor.prepare(content, numbers[source])
             sizes.append(image.rows * image.columns)
+            count_bytes(len(image.pixels))
             check()
             return image
 

@@ -105,6 +105,8 @@ class EngineProcess:
         elif isinstance(message, wire.Submit):
             for request in message.whole():
                 self.engine.add(request, client)
+            if message.size:
+                self._send(client, wire.Received(message.size))
         elif isinstance(message, wire.Abort):
             for sequence_id in message.ids:
                 self.engine.abort(sequence_id, client)

@@ -1,4 +1,5 @@
-"""Reads how a checkpoint wants its images, by the `model_type` in its config.json.
+"""Reads how a checkpoint wants its images, by the `model_type` in its config.json. What is known of
+its vision tower is read in arch alone.
 
 Without a file of settings, a family's settings are those of its class in transformers.
 """
@@ -12,13 +13,13 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from gllm_engine.arch import Vision, read_arch
 from gllm_engine.config import ConfigError
 from gllm_engine.files import read_object, shown
 from gllm_engine.images.processor import BICUBIC, ImageProcessor
 from gllm_engine.images.resize import MAX_SIDE, CenterCrop, LongestEdge, Padded, PixelRange, Rule
 
 MAX_NUMBER = 2**30  # for loops over such numbers
-PLACEHOLDER_KEYS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
 # Their ids in Mistral's vocabularies, for a checkpoint without a tokenizer.json.
 BREAKS = {"[IMG_BREAK]": 12, "[IMG_END]": 13}
 
@@ -37,21 +38,22 @@ def read_processor(
 
     `max_pixels` lowers the number of pixels to which images are resized. `max_mib` and
     `max_megapixels` limit files. `tokenizer`: its directory, if that is another one. Raises
-    ConfigError with a sentence for settings that are wrong or not supported.
+    ConfigError or ArchError with a sentence for settings that are wrong or not supported.
     """
     config = read_object(path / "config.json", ConfigError)
-    family = _FAMILIES.get(str(config.get("model_type")))
-    vision = config.get("vision_config")
-    if family is None or not isinstance(vision, dict):
+    read_rule = _RULES.get(str(config.get("model_type")))
+    if read_rule is None or not isinstance(config.get("vision_config"), dict):
         return None
-    read_rule, placeholder = family
-    checkpoint = _Checkpoint(path, config, vision, _settings(path), max_pixels)
+    tower = read_arch(path).vision
+    if tower is None:
+        return None
+    checkpoint = _Checkpoint(path, config["vision_config"], tower, _settings(path), max_pixels)
     checkpoint.require(do_resize=True, resample=BICUBIC, height=None, width=None)
     rule = read_rule(checkpoint)
     breaks = isinstance(rule, LongestEdge)
     return ImageProcessor(
         rule=rule,
-        placeholder=checkpoint.number(config, placeholder, *PLACEHOLDER_KEYS),
+        placeholder=tower.image_token,
         breaks=_breaks((tokenizer or path) / "tokenizer.json") if breaks else None,
         max_bytes=max_mib << 20,
         max_pixels=max_megapixels * 10**6,
@@ -61,8 +63,8 @@ def read_processor(
 @dataclass(frozen=True)
 class _Checkpoint:
     path: Path
-    config: Values
     vision: Values
+    tower: Vision
     settings: Values  # of the image processor, those in `size` among them
     max_pixels: int | None
 
@@ -78,6 +80,11 @@ class _Checkpoint:
         if type(numbers) is not int or not 0 < numbers <= MAX_NUMBER:
             raise ConfigError(f"{self.path}: {key}: {shown(value)} is outside [1, {MAX_NUMBER}]")
         return numbers
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an embedding's side."""
+        return self.tower.patch * self.tower.merge
 
     def require(self, **expected: object) -> None:
         for key, value in expected.items():
@@ -124,30 +131,28 @@ def _breaks(file: Path) -> tuple[int, int]:
     return row, last
 
 
-def _qwen(checkpoint: _Checkpoint, patch: int, least: int, most: int) -> Rule:
-    patch = checkpoint.number(checkpoint.vision, patch, "patch_size")
-    factor = patch * checkpoint.number(checkpoint.vision, 2, "spatial_merge_size")
+def _qwen(checkpoint: _Checkpoint, least: int, most: int) -> Rule:
+    factor = checkpoint.factor
     least = checkpoint.number(checkpoint.settings, least, "min_pixels", "shortest_edge")
     most = checkpoint.number(checkpoint.settings, most, "max_pixels", "longest_edge")
     return PixelRange(factor, least, min(most, checkpoint.limit(max(least, factor**2))))
 
 
 def _llava(checkpoint: _Checkpoint) -> Rule:
-    if checkpoint.vision.get("model_type") == "pixtral":
-        return _pixtral(checkpoint, merge=1)
-    side = checkpoint.number(checkpoint.vision, 224, "image_size")
+    if not checkpoint.tower.table:
+        return _pixtral(checkpoint)
+    side = checkpoint.factor * checkpoint.tower.table
     edge = checkpoint.number(checkpoint.settings, side, "shortest_edge", "size")
     crop = checkpoint.number(checkpoint.settings, side, "crop_size")
     if crop != side:
         raise ConfigError(f"crop_size: {crop} is not the {side} of the tower's images")
     checkpoint.require(do_center_crop=True, do_pad=False)
     checkpoint.limit(side**2)
-    return CenterCrop(checkpoint.number(checkpoint.vision, 32, "patch_size"), edge, side)
+    return CenterCrop(checkpoint.factor, edge, side)
 
 
-def _pixtral(checkpoint: _Checkpoint, merge: int) -> Rule:
-    merge = checkpoint.number(checkpoint.config, merge, "spatial_merge_size")
-    factor = checkpoint.number(checkpoint.vision, 16, "patch_size") * merge
+def _pixtral(checkpoint: _Checkpoint) -> Rule:
+    factor = checkpoint.factor
     edge = checkpoint.number(checkpoint.settings, 1024, "longest_edge", "size")
     # The tower has positions for images of this size.
     most = checkpoint.number(checkpoint.vision, 1024, "image_size")
@@ -156,23 +161,22 @@ def _pixtral(checkpoint: _Checkpoint, merge: int) -> Rule:
 
 
 def _kimi(checkpoint: _Checkpoint) -> Rule:
-    patch = checkpoint.number(checkpoint.vision, 14, "patch_size")
-    factor = patch * checkpoint.number(checkpoint.vision, 2, "merge_kernel_size")
+    patch = checkpoint.tower.patch
+    factor = checkpoint.factor
     patches = checkpoint.number(checkpoint.settings, 16384, "in_patch_limit", "max_patches")
     patches = min(patches, checkpoint.limit(factor**2) // patch**2)
     side = checkpoint.number(checkpoint.settings, 512, "patch_limit_on_one_side", "max_height")
     return Padded(factor, patch, patches, min(side, MAX_SIDE // patch))
 
 
-_QWEN3 = partial(_qwen, patch=16, least=256 * 256, most=4096 * 4096)
-# By model_type: the rule's reader, and the default id of the placeholder.
-_FAMILIES: dict[str, tuple[Callable[[_Checkpoint], Rule], int]] = {
-    "qwen2_5_vl": (partial(_qwen, patch=14, least=56 * 56, most=28 * 28 * 1280), 151655),
-    "qwen3_vl": (_QWEN3, 151655),
-    "qwen3_vl_moe": (_QWEN3, 151655),
-    "qwen3_5": (_QWEN3, 248056),
-    "qwen3_5_moe": (_QWEN3, 248056),
-    "llava": (_llava, 32000),
-    "mistral3": (partial(_pixtral, merge=2), 10),
-    "kimi_k25": (_kimi, 163605),
+_QWEN3 = partial(_qwen, least=256 * 256, most=4096 * 4096)
+_RULES: dict[str, Callable[[_Checkpoint], Rule]] = {
+    "qwen2_5_vl": partial(_qwen, least=56 * 56, most=28 * 28 * 1280),
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": _QWEN3,
+    "qwen3_5": _QWEN3,
+    "qwen3_5_moe": _QWEN3,
+    "llava": _llava,
+    "mistral3": _pixtral,
+    "kimi_k25": _kimi,
 }

@@ -24,19 +24,17 @@ import torch
 from torch import Tensor
 
 from gllm_engine.arch import LoadError
+from gllm_engine.arch.checkpoint_files import checkpoint_files, incomplete, read_header
 from gllm_engine.arch.formats import Integers, format_name
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import EMBEDDING, Model
 from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
-from gllm_engine.files import open_file, parse_object, read_object, shown
+from gllm_engine.files import open_file, shown
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import TensorSlice, reading
-from gllm_engine.model.stored import StoredTensor, StoredTensors, Verified, incomplete
+from gllm_engine.model.stored import StoredTensor, StoredTensors, Verified
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _STAGED_BYTES = 1 << 30  # of weights that are stored in another form; the last one may exceed it
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
     """
     with ExitStack() as opened:
         headers = []
-        for place in _files(path):
+        for place in checkpoint_files(path):
             file = opened.enter_context(open_file(place, LoadError))
             headers.append(_read_header(place, file))
         found = StoredTensors(with_stored_names(arch, {name for each in headers for name in each}))
@@ -284,22 +282,9 @@ def _runs(place: Place, whole: int, row: int, into: Tensor) -> Iterator[tuple[in
 
 
 def _read_header(file: Path, opened: BinaryIO) -> dict[str, StoredTensor]:
-    """The header's tensor entries by name.
-
-    A file holds the header's length in 8 bytes, the header in JSON, then the data without gaps.
-    """
+    """The header's tensor entries by name."""
+    header, data_start = read_header(file, opened)
     size = os.fstat(opened.fileno()).st_size
-    try:
-        length = int.from_bytes(opened.read(8), "little")
-        data_start = 8 + length
-        if data_start > size:
-            raise incomplete(file, f"it has {size} bytes, its header alone should have {length}")
-        if length > _MAX_HEADER_BYTES:
-            raise incomplete(file, f"its header has {length} bytes, more than the format allows")
-        header = parse_object(file, opened.read(length), LoadError)
-    except OSError as error:
-        raise LoadError(f"{file}: cannot be read ({error.strerror})") from None
-    header.pop("__metadata__", None)
     descriptor = opened.fileno()
     tensors = {
         name: _stored(file, descriptor, data_start, name, about) for name, about in header.items()
@@ -326,21 +311,3 @@ def _stored(file: Path, descriptor: int, data_start: int, name: str, about: Any)
             at = data_start + begin
             return StoredTensor(file, descriptor, at, end - begin, dtype, shape)
     raise incomplete(file, f"tensor {shown(name)} is described as {shown(repr(about))}")
-
-
-def _files(path: Path) -> list[Path]:
-    """The checkpoint's files without duplicates, in the order of the index."""
-    index = path / _INDEX
-    if not os.path.lexists(index):
-        if not os.path.lexists(path / _SINGLE):
-            raise LoadError(f"{path}: neither {_SINGLE} nor {_INDEX} is there")
-        return [path / _SINGLE]
-    weight_map = read_object(index, LoadError).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise LoadError(f"{index}: its weight_map names no file for each tensor")
-    for name in dict.fromkeys(names):
-        # The index may only name files in the checkpoint's own directory.
-        if name != os.path.basename(name) or not os.path.isfile(path / name):
-            raise LoadError(f"{index}: names {shown(name)}, which is not a file in {path}")
-    return [path / name for name in dict.fromkeys(names)]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from gllm_engine.arch import LoadError
+from gllm_engine.arch.checkpoint_files import incomplete
 from gllm_engine.arch.formats import (
     FP8_BLOCK,
     FP8_ROW,
@@ -531,10 +532,6 @@ def _scale_dtypes(arch: Model) -> dict[str, str]:
         for name, parts in checkpoint_tensors(arch).items()
         if format_name(parts[0]) in kinds
     }
-
-
-def incomplete(file: Path, problem: str) -> LoadError:
-    return LoadError(f"{file}: not a complete safetensors file ({problem})")
 
 
 def _left_over(stored: StoredTensor, name: str) -> LoadError:

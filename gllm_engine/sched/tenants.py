@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
+from operator import add
 from typing import NamedTuple
 
 from gllm_engine.config import OTHER_TENANTS
@@ -36,13 +37,21 @@ MAX_TENANTS = 1024
 
 
 class Amount(NamedTuple):
-    """Sequences in a queue, and the tokens of their prompts."""
+    """Sequences in a queue and the tokens of their prompts; bytes of images in live requests."""
 
     sequences: int = 0
     tokens: int = 0
+    pixels: int = 0
 
     def plus(self, more: Amount) -> Amount:
-        return Amount(self.sequences + more.sequences, self.tokens + more.tokens)
+        return Amount(*map(add, self, more))
+
+
+_KINDS = (
+    ("requests are waiting", "max_waiting"),
+    ("tokens are waiting", "max_waiting_tokens"),
+    ("bytes of images are held", "image_memory_gib"),
+)
 
 
 class Room(NamedTuple):
@@ -56,26 +65,26 @@ class Room(NamedTuple):
 
     sequences: int  # max_waiting
     tokens: int  # max_waiting_tokens
+    pixels: int = 0  # image_memory_gib, in bytes
 
     def refusal(self, name: str, own: Amount, total: Amount, more: Amount) -> str | None:
         """Why tenant `name` may not add `more` now, as a sentence; None if it may.
 
         `own`: what it has waiting, which is a part of `total`.
         """
-        others = Amount(total.sequences - own.sequences, total.tokens - own.tokens)
         full = f"the queue is full for tenant {shown(name)}" if name else "the queue is full"
-        most = self.sequences - others.sequences // 2
-        if own.sequences + more.sequences > most:
-            beside = f", less half of the {others.sequences} of others" if others.sequences else ""
-            return f"{full}: {own.sequences} requests are waiting (max_waiting{beside})"
-        most = self.tokens - others.tokens // 2
-        is_alone = not total.sequences and more.sequences == 1
-        if own.tokens + more.tokens > most and not is_alone:
-            beside = f", less half of the {others.tokens} of others" if others.tokens else ""
-            return (
-                f"{full}: {own.tokens} tokens are waiting, and with the {more.tokens} of this "
-                f"prompt they would be more than {most} (max_waiting_tokens{beside})"
-            )
+        is_alone = not any(total) and more.sequences <= 1
+        for (what, key), room, mine, every, added in zip(
+            _KINDS, self, own, total, more, strict=True
+        ):
+            others = every - mine
+            most = room - others // 2
+            if added and mine + added > most and not is_alone:
+                beside = f", less half of the {others} of others" if others else ""
+                return (
+                    f"{full}: {mine} {what}, and with the {added} of this prompt they would be "
+                    f"more than {most} ({key}{beside})"
+                )
         return None
 
 

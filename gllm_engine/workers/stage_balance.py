@@ -5,7 +5,8 @@ another: the last stage computes logits only for tokens that are followed by a n
 differ in how they scale. So the stages' times are measured while they serve. If those of two
 neighbours differ by more than a layer takes, over a minute of computing, the slower one gives a
 layer away. (The idea is DynaPipe's.) If that makes things worse, because the layer takes longer
-than others, it comes back, and that cut is not tried again.
+than others, it comes back, and that cut is not tried again for an hour: a load that has changed
+looks the same.
 
     steps | LoadLayers to all ranks | steps, ranks load | LayersLoaded of all | MoveLayers | steps
 
@@ -22,6 +23,8 @@ from gllm_engine import wire
 # Stages are compared over so many seconds of the slowest stage, and at least so many steps.
 WINDOW_S = 60.0
 LEAST_STEPS = 100
+# A cut that was taken back is tried again after so many windows.
+RETRY_WINDOWS = 60
 # The slower stage must gain this share of its time, because a move pauses all stages.
 LEAST_GAIN = 0.01
 
@@ -47,10 +50,12 @@ class StageBalance:
         self._next: Cut | None = None  # the cut whose layers are being loaded
         self._problems: dict[int, str] = {}  # by rank that has loaded: its problem, or nothing
         self._before: Cut | None = None  # the cut before the last move, if that was the last event
-        self._taken_back: set[Cut] = set()  # the results of moves that were
+        self._window = 0  # its number
+        self._retry: dict[Cut, int] = {}  # results of moves that were taken back -> tried again in
         self._begin_window()
 
     def _begin_window(self) -> None:
+        self._window += 1
         self._seconds = [0.0 for _ in self.cut]
         self._steps = [0 for _ in self.cut]
 
@@ -76,7 +81,7 @@ class StageBalance:
             self._next = None
             return wire.LoadLayers(())  # ranks free what they have loaded
         if self._next == self._before:
-            self._taken_back.add(self.cut)
+            self._retry[self.cut] = self._window + RETRY_WINDOWS
         self._before = self.cut
         self.cut = self._next
         self._next = None
@@ -115,7 +120,7 @@ class StageBalance:
             numbers[fast] += moved
             cut = tuple(numbers)
             is_possible = numbers[slow] > 0 and numbers[fast] <= self._limits[fast]
-            if gain > most and is_possible and cut not in self._taken_back:
+            if gain > most and is_possible and self._window >= self._retry.get(cut, 0):
                 most = gain
                 best = cut
         return best

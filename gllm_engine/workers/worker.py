@@ -225,20 +225,20 @@ class _Worker:
             if isinstance(plan, wire.AskSpans):
                 self._plans.send_multipart(wire.encode(recorder.spans(self._rank)))
                 continue
-            if isinstance(plan, wire.PutImages):
-                runner.put_images(plan.images)
-                continue
             if isinstance(plan, wire.LoadLayers):
                 cuts.put(plan.cut)
                 continue
-            if isinstance(plan, wire.MoveLayers):
-                self._move_layers(runner)
-                continue
-            if not isinstance(plan, StepPlan):
-                raise RuntimeError(f"the engine sent a {type(plan).__name__}, not a plan")
             try:
-                launched.put(runner.launch(plan))
+                if isinstance(plan, wire.PutImages):
+                    runner.put_images(plan.images)
+                elif isinstance(plan, wire.MoveLayers):
+                    self._move_layers(runner)
+                elif isinstance(plan, StepPlan):
+                    launched.put(runner.launch(plan))
+                else:
+                    raise RuntimeError(f"the engine sent a {type(plan).__name__}, not a plan")
             except PlanError as error:  # all ranks raise it, before they exchange any data
+                assert isinstance(plan, StepPlan)
                 log.exception("step %d is not done", plan.step)
                 failed = wire.StepFailed(self._rank, plan.step, _in_a_line(error))
                 self._plans.send_multipart(wire.encode(failed))

@@ -18,17 +18,15 @@ import gllm_engine
 from gllm_backend.gllm.model import TritonPythonModel
 from gllm_backend.gllm.request import OUTPUTS
 from gllm_engine import EngineUnavailable, Finish, InvalidField, ModelInfo, Outputs, Request, Stats
+from gllm_engine.arch.tiny import tiny_config
 
 VOCAB = 300
 BOS = 257
 IMAGE = 299  # the placeholder of an image, in texts PLACE
 PLACE = "<image>"
 # Of config.json of a model that takes images: a square of 28 pixels is a token.
-SEES = {
-    "model_type": "qwen2_5_vl",
-    "image_token_id": IMAGE,
-    "vision_config": {"patch_size": 14},
-}
+SEES = tiny_config("Qwen2_5_VLForConditionalGeneration") | {"image_token_id": IMAGE}
+SEES["vision_config"]["patch_size"] = 14
 
 
 class ByteSpelling:

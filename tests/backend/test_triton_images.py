@@ -55,6 +55,13 @@ def submitted(front: Front, given: InferenceRequest) -> list[Request]:
     return requests
 
 
+def left_bytes(model: TritonPythonModel) -> Any:
+    """Bytes of images that are still counted when no thread is busy with any."""
+    for pool in model._with_images.values():
+        pool.shutdown()
+    return model._image_bytes
+
+
 def refused(front: Front, given: InferenceRequest) -> str:
     model, client = front
     model.execute([given])
@@ -264,7 +271,7 @@ def test_a_slow_server_delays_its_own_requests_alone(front: Front, slow: Slow) -
     client.say([sequence.id for sequence in client.submitted], "!", LENGTH)
     for given in waiting:
         given.record.wait()
-    assert model._image_bytes == 0
+    assert not left_bytes(model)
 
 
 def test_equal_urls_are_fetched_once(front: Front, slow: Slow) -> None:
@@ -295,18 +302,49 @@ def test_a_request_may_be_overdue_while_it_fetches(front: Front, slow: Slow) -> 
     assert slow.given_up.wait(10)
 
 
-def test_images_that_wait_are_bounded(
-    front: Front, slow: Slow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "MAX_IMAGE_BYTES", len(SLOW) + len(RED))
-    model, _ = front
-    waiting = request("a", image=text(SLOW))
-    model.execute([waiting])
-    assert slow.asked.acquire(timeout=10)
-    given = request("a", image=text(RED + b" "))
-    model.execute([given])
+SMALL = 2**30 * 0.001  # bytes, the least that image_memory_gib allows
+
+
+@pytest.fixture
+def full(tmp_path, server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
+    """A front end with room for SMALL, of which a request that goes on waiting has 40 %."""
+    slow = Slow(monkeypatch)
+    hosts = ["slow.example"]
+    with front_end(tmp_path, model=SEES, allowed_media_hosts=hosts, image_memory_gib=0.001) as pair:
+        waiting = request("a", image=text(f"{SLOW}?{'x' * int(0.4 * SMALL)}"))
+        pair[0].execute([waiting])
+        assert slow.asked.acquire(timeout=10)
+        yield pair
+        waiting.record.cancelled = True
+        waiting.record.wait()
+        assert not left_bytes(pair[0])
+
+
+def unavailable(front: Front, given: InferenceRequest) -> str:
+    front[0].execute([given])
     error = given.record.wait().error
     assert error is not None and error.code() == TritonError.UNAVAILABLE
-    assert error.message().startswith("the queue is full: ")
-    waiting.record.cancelled = True
-    waiting.record.wait()
+    assert error.message().endswith("(image_memory_gib)")
+    return error.message()
+
+
+def test_images_that_wait_are_bounded(full: Front) -> None:
+    """Their files, and what those become: 3 bytes for each of 28 x 28 pixels of a token."""
+    file = RED + bytes(int(0.7 * SMALL))
+    assert f"and with {len(file)} more" in unavailable(full, request("a", image=text(file)))
+    wide = png(448, 448)
+    assert len(wide) < 0.01 * SMALL and 0.5 * SMALL < 3 * 448 * 448 < 0.58 * SMALL
+    assert len(submitted(full, request("a", image=text(wide)))) == 1
+    full[1].submitted.clear()
+    both = request("a", image=text(wide, png(448, 448, "blue")))
+    # Which of the two is second is open; both are as large.
+    assert f"and with {3 * 448 * 448} more" in unavailable(full, both)
+    assert not full[1].submitted
+    assert len(submitted(full, request("a", image=text(wide)))) == 1  # nothing is left of them
+
+
+def test_large_images_are_taken_alone(tmp_path, server) -> None:
+    with front_end(tmp_path, model=SEES, image_memory_gib=0.001) as front:
+        large = request("a", image=text(png(448, 448), png(448, 448, "blue")))
+        assert 2 * 3 * 448 * 448 > SMALL
+        assert len(submitted(front, large)[0].images) == 2

@@ -29,7 +29,7 @@ from gllm_client.flags import (
 )
 from gllm_client.openai_server.options import Options
 from gllm_client.tritonserver import Serving
-from gllm_engine import EngineConfig, SamplingParams, write_tiny_model
+from gllm_engine import PATH_KEYS, EngineConfig, SamplingParams, write_tiny_model
 from gllm_engine.engine import core
 
 
@@ -213,6 +213,19 @@ def test_serve_is_told_what_was_given(tmp_path: Path, monkeypatch: pytest.Monkey
     assert main(["serve", str(tmp_path), "--openai-port=9", "--max-body-size=5"]) == 7
     assert (seen[1].openai_port, seen[1].openai) == (9, {"max_body_size": 5})
     assert main(["serve", str(tmp_path), "--max-body-size=5"]) == 2  # without --openai-port
+
+
+def test_paths_on_the_command_line_are_the_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server runs in another directory."""
+    (tmp_path / "config.json").write_text("{}")
+    seen: list[Any] = []
+    monkeypatch.setattr(serve_module, "serve", lambda serving: seen.append(serving) or 0)
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--{key.replace('_', '-')}=." for key in PATH_KEYS]
+    assert main(["serve", str(tmp_path), *flags]) == 0
+    assert seen[0].engine == dict.fromkeys(PATH_KEYS, str(tmp_path))
 
 
 def test_warmup_is_told_what_was_given_and_tells_what_there_is(

@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from patience import SOON_S
@@ -230,7 +232,7 @@ def test_a_server_that_dies_by_itself_leaves_nothing() -> None:
     server = Server(["/bin/sh", "-c", "setsid sleep 60 & wait"], dict(os.environ))
     assert wait_for(lambda: len(descendants(server.pid)) == 1)
     (orphan,) = descendants(server.pid)
-    assert wait_for(lambda: server.poll() is None and server._family == {orphan})
+    assert wait_for(lambda: server.poll() is None and server.family == {orphan})
     os.kill(server.pid, signal.SIGKILL)
     assert wait_for(lambda: server.poll() is not None)
     assert orphan.pid in process_table()
@@ -261,6 +263,7 @@ class FakeServer:
     pid = os.getpid()
 
     def __init__(self) -> None:
+        self.family: set[ProcessRow] = set()
         self.status: int | None = None
         self.stopped = False
 
@@ -311,7 +314,7 @@ class Watched:
         self.client, self.server, self.signals = client, FakeServer(), Signals()
         self.supervisor = Supervisor(self.server, Serving(path=Path()), ["m"], self.signals)  # type: ignore[arg-type]
         self.status: int | None = None
-        self.looks = 0  # at the stubs
+        self.looks = self.counts = 0  # at the known stubs, and of all of them
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -344,12 +347,18 @@ def watched(
     monkeypatch.setattr(module, "ENGINES_S", 0.1)
     watched = Watched(client)
     find = find_stubs
+    is_intact = Supervisor._is_intact
 
     def find_and_count(server_pid: int) -> dict[str, set[ProcessRow]]:
-        watched.looks += 1
+        watched.counts += 1
         return find(server_pid)
 
+    def look_and_count(supervisor: Supervisor) -> bool:
+        watched.looks += 1
+        return is_intact(supervisor)
+
     monkeypatch.setattr(module, "find_stubs", find_and_count)
+    monkeypatch.setattr(Supervisor, "_is_intact", look_and_count)
     yield watched
     watched.signals.count += 1
     watched.join()
@@ -366,6 +375,55 @@ def test_a_dead_stub_means_a_reload(watched: Watched, capfd: pytest.CaptureFixtu
         assert wait_for(lambda: client.calls == ["load", *["unload", "load"] * round])  # noqa: B023
         assert wait_for(lambda: capfd.readouterr().err.count("model m is back after") == 1)
         assert victim not in client.pids
+
+
+def test_all_processes_are_looked_at_only_when_some_have_changed(watched: Watched) -> None:
+    assert wait_for(lambda: watched.supervisor._settled)
+    watched.wait_looks(1)
+    counts = watched.counts
+    watched.wait_looks(3)
+    assert watched.counts == counts
+    watched.server.family = {ProcessRow(1, 1, 1)}
+    watched.wait_looks(2)
+    assert watched.counts == counts + 1
+
+
+def test_descendants_are_recorded_the_more_rarely_the_longer_they_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    looks: list[float] = []
+    family = {ProcessRow(1, 1, 1)}
+    monkeypatch.setattr(module, "descendants", lambda pid: looks.append(now) or set(family))
+    server = Server(SLEEP, dict(os.environ))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    for tick in range(400):
+        now = 100 + tick / 10
+        if now == 130:
+            family.add(ProcessRow(2, 1, 1))
+        assert server.poll() is None
+    monkeypatch.undo()
+    server.stop(0, lambda: True)
+    pauses = [after - before for before, after in pairwise(looks)]
+    assert pauses[:7] == pytest.approx([0.6, 1.1, 2.1, 4.1, 8.1, 8.1, 8.1], abs=0.11)
+    changed = next(i for i, at in enumerate(looks) if at >= 130)
+    assert pauses[changed] < 0.8 and len(looks) < 14
+
+
+def test_a_signal_and_the_servers_end_are_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after the pause that they come in."""
+    monkeypatch.setattr(module, "WATCH_S", 60.0)
+    for end in (signal.SIGTERM, signal.SIGKILL):
+        server = Server(SLEEP, dict(os.environ))
+        with caught_signals() as signals:
+            supervisor = Supervisor(server, Serving(path=Path()), [], signals)
+            target = os.getpid() if end == signal.SIGTERM else server.pid
+            threading.Timer(0.2, os.kill, (target, end)).start()
+            began = time.monotonic()
+            with pytest.raises((module.Stopped, module.Exited)):
+                supervisor._pause(60)
+            assert time.monotonic() - began < SOON_S
+            supervisor._stop()
 
 
 def test_a_stopped_stub_is_killed_and_replaced(

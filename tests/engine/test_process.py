@@ -45,6 +45,7 @@ from gllm_engine import (
     wire,
 )
 from gllm_engine.engine import attach, core, process
+from gllm_engine.engine import client as client_module
 from gllm_engine.engine.attach import (
     _LONGEST_HOME,
     _SOCKET,
@@ -58,7 +59,7 @@ from gllm_engine.engine.process import BROKEN, EngineProcess, close, listen, mai
 from gllm_engine.os_process import Process
 from gllm_engine.sched import IntegrityError
 from gllm_engine.socket_directory import socket_parent
-from gllm_engine.types import StepPlan
+from gllm_engine.types import Image, StepPlan
 
 # As patience.py's, which a process that runs this file does not find.
 WAIT_S = 180.0
@@ -294,6 +295,32 @@ def test_a_stopped_engine_is_killed_and_another_comes(
     assert len(a.generate(2)) == len(b.generate(2)) == 5 and a.engine == b.engine != old
     a.client.close()
     b.client.close()
+
+
+def test_images_that_the_engine_has_not_read_are_bounded(
+    model: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is counted until then, whatever becomes of its request: this model takes none."""
+    monkeypatch.setattr(client_module, "MAX_UNREAD_BYTES", 100)
+    front = Front(model, owner)
+
+    def submit(id: int, size: int) -> None:
+        image = Image(b"%16d" % id, 0, 1, 1, 1, 1, 1, bytes(size))
+        front.client.submit([Request(id, [3], ENDLESS, 7, images=(image, image))])
+
+    submit(1, 1000)  # alone it may be larger
+    assert not front.collect(1) and not front.client._unread
+    os.kill(front.engine.pid, signal.SIGSTOP)
+    submit(2, 60)
+    submit(3, 40)
+    with pytest.raises(EngineUnavailable, match="not read 100 bytes .* with these 1 .* than 100"):
+        submit(4, 1)
+    front.client.submit([Request(5, [3], ENDLESS, 7)])
+    os.kill(front.engine.pid, signal.SIGCONT)
+    assert not front.collect(2) and not front.collect(3)
+    submit(6, 99)
+    assert not front.collect(6)
+    front.client.close()
 
 
 def test_an_engine_that_is_stopped_for_a_moment_goes_on(model: str, owner: int) -> None:

@@ -5,29 +5,45 @@ from __future__ import annotations
 import json
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-# The model types, with the least of a config.json that real checkpoints of them have.
-CONFIGS = {
-    "qwen2_5_vl": {"image_token_id": 7, "vision_config": {"patch_size": 14}},
-    "qwen3_vl": {"image_token_id": 7, "vision_config": {"patch_size": 16}},
-    "qwen3_5_moe": {"image_token_id": 7, "vision_config": {"patch_size": 16}},
-    "llava": {"image_token_index": 7, "vision_config": {"image_size": 336, "patch_size": 14}},
-    "mistral3": {
-        "image_token_index": 7,
-        "spatial_merge_size": 2,
-        "vision_config": {"model_type": "pixtral", "image_size": 1540, "patch_size": 14},
-    },
-    "kimi_k25": {"media_placeholder_token_id": 7, "vision_config": {"patch_size": 14}},
+from gllm_engine.arch.tiny import tiny_config
+
+# The model types: a family, and what real checkpoints have in the place of a tiny one's values.
+CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": ("Qwen2_5_VL", {"image_token_id": 7}, {"patch_size": 14}),
+    "qwen3_vl": ("Qwen3VL", {"image_token_id": 7}, {"patch_size": 16}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {"image_token_id": 7}, {"patch_size": 16}),
+    "llava": ("Llava", {"image_token_index": 7}, {"image_size": 336, "patch_size": 14}),
+    "mistral3": (
+        "Mistral3",
+        {"image_token_index": 7, "spatial_merge_size": 2},
+        {"image_size": 1540, "patch_size": 14},
+    ),
+    "kimi_k25": ("KimiK25", {"media_placeholder_token_id": 7}, {"patch_size": 14}),
 }
 
 
-def checkpoint(path: Path, model_type: str, settings: object = None, **config: object) -> Path:
-    """Write config.json and, with `settings`, preprocessor_config.json into directory `path`."""
-    values = {"model_type": model_type} | CONFIGS.get(model_type, {}) | config
-    (path / "config.json").write_text(json.dumps(values))
+def checkpoint(
+    path: Path,
+    model_type: Any,
+    settings: object = None,
+    vision: dict[str, Any] | None = None,
+    **config: object,
+) -> Path:
+    """Write config.json and, with `settings`, preprocessor_config.json into directory `path`.
+
+    `vision`, `config`: values in the place of others.
+    """
+    values: dict[str, Any] = {"model_type": model_type}
+    if model_type in CONFIGS:
+        family, outer, tower = CONFIGS[model_type]
+        values = tiny_config(f"{family}ForConditionalGeneration")
+        values |= outer | {"vision_config": values["vision_config"] | tower | (vision or {})}
+    (path / "config.json").write_text(json.dumps(values | config))
     if settings is not None:
         (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return path

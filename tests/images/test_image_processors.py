@@ -7,6 +7,7 @@ import json
 import math
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from gllm_engine.arch import ArchError, read_arch
 from gllm_engine.config import ConfigError
 from gllm_engine.images import ImageProcessor, PreparedImage, read_processor
 from gllm_engine.images.resize import CenterCrop, Fit, LongestEdge, Padded, PixelRange, Rule
@@ -239,8 +241,8 @@ def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
             r"min_pixels: -1 is outside .1, 1073741824.",
         ),
         ("qwen3_vl", {"min_pixels": 9e9}, {}, {}, "min_pixels: 9000000000.0 is outside"),
-        ("qwen3_vl", {}, {"image_token_id": "x"}, {}, "image_token_id: x is outside"),
-        ("qwen3_vl", {}, {"vision_config": {"patch_size": [14, 16]}}, {}, "patch_size: .14, 16."),
+        ("qwen3_vl", {}, {"image_token_id": "x"}, {}, "image_token_id is 'x', but only"),
+        ("qwen3_vl", {}, {"vision": {"patch_size": [14, 16]}}, {}, "patch_size is .14, 16., but"),
         ("qwen3_vl", {}, {}, {"max_pixels": 65535}, "image_max_pixels: 65535 is below 65536"),
         ("llava", {}, {}, {"max_pixels": 112_895}, "image_max_pixels: 112895 is below 112896"),
         ("kimi_k25", {}, {}, {"max_pixels": 783}, "image_max_pixels: 783 is below 784"),
@@ -254,8 +256,27 @@ def test_settings_that_are_not_supported_are_refused(
     tmp_path, model_type, preprocessor, config, options, problem
 ) -> None:
     path = checkpoint(tmp_path, model_type, preprocessor, **config)
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises((ConfigError, ArchError), match=problem):
         read_processor(path, **options)
+
+
+@pytest.mark.parametrize("keys", [*permutations(["image_token_id", "image_token_index"])])
+@pytest.mark.parametrize("model_type", ["llava", "mistral3", "qwen3_vl", "kimi_k25"])
+def test_the_engine_and_front_ends_read_the_same(
+    tmp_path: Path, model_type: str, keys: tuple[str, str]
+) -> None:
+    """Whichever of several keys counts, in whatever order they stand."""
+    path = checkpoint(tmp_path, model_type)
+    config = json.loads((path / "config.json").read_text())
+    for key in ("image_token_id", "image_token_index", "media_placeholder_token_id"):
+        config.pop(key, None)
+    config |= dict(zip(keys, (20, 21), strict=True))
+    (path / "config.json").write_text(json.dumps(config))
+    found = read_processor(path)
+    tower = read_arch(path).vision
+    assert found is not None and tower is not None
+    assert found.placeholder == tower.image_token in (20, 21)
+    assert found.rule.factor == tower.patch * tower.merge
 
 
 def test_mistrals_breaks_come_from_the_tokenizer(tmp_path: Path) -> None:

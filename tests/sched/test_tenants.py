@@ -221,7 +221,8 @@ def test_the_sequence_admitted_last_is_preempted_first() -> None:
         (
             {"max_waiting": 4},
             5,
-            "the queue is full for tenant 'a': 4 requests are waiting (max_waiting)",
+            "the queue is full for tenant 'a': 4 requests are waiting, and with the 1 of this "
+            "prompt they would be more than 4 (max_waiting)",
         ),
         (
             {"max_waiting_tokens": 20},

@@ -18,7 +18,12 @@ from traced import SOON_S, WAIT_S
 
 from gllm_engine import LLM, EngineBroken, SamplingParams, wire, write_tiny_model
 from gllm_engine.workers import stage_balance
-from gllm_engine.workers.stage_balance import LEAST_STEPS, WINDOW_S, StageBalance
+from gllm_engine.workers.stage_balance import (
+    LEAST_STEPS,
+    RETRY_WINDOWS,
+    WINDOW_S,
+    StageBalance,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_starts")
 
@@ -155,7 +160,7 @@ def test_a_cut_that_was_left_may_be_right_again() -> None:
         assert pipeline.serve(steps=1) == [wire.MoveLayers()]
 
 
-def test_a_layer_that_takes_too_long_comes_back_for_good() -> None:
+def test_a_layer_that_takes_too_long_comes_back_for_an_hour() -> None:
     pipeline = Pipeline((3, 2), [0.8, 0.8, 1.9, 1.0, 1.3])  # 3.5 and 2.3, then 1.6 and 4.2
     assert pipeline.serve() == [wire.LoadLayers((2, 3))]
     pipeline.answer()
@@ -163,7 +168,26 @@ def test_a_layer_that_takes_too_long_comes_back_for_good() -> None:
     assert pipeline.serve() == [wire.LoadLayers((3, 2))]
     pipeline.answer()
     assert pipeline.serve(steps=1) == [wire.MoveLayers()]
-    assert pipeline.serve() == [] and pipeline.balance.cut == (3, 2)
+    for _ in range(RETRY_WINDOWS - 1):
+        assert pipeline.serve() == [] and pipeline.balance.cut == (3, 2)
+    assert pipeline.serve() == [wire.LoadLayers((2, 3))]
+
+
+def test_swings_of_the_load_rule_no_cut_out_for_ever() -> None:
+    """Each swing is seen as a move that was wrong, if no quiet minute comes between."""
+    pipeline = Pipeline((6, 6), [1.0] * 12)
+    for tail, cut in [(3.0, (7, 5)), (0.0, (6, 6))]:
+        pipeline.tail = tail
+        assert pipeline.serve() == [wire.LoadLayers(cut)]
+        pipeline.answer()
+        assert pipeline.serve(steps=1) == [wire.MoveLayers()]
+    pipeline.tail = 3.0
+    quiet = 0
+    while not pipeline.serve():
+        quiet = quiet + 1
+    assert 0 < quiet < RETRY_WINDOWS and pipeline.balance.due() is None
+    pipeline.answer()
+    assert pipeline.serve(steps=1) == [wire.MoveLayers()] and pipeline.balance.cut == (7, 5)
 
 
 @pytest.fixture(scope="module")

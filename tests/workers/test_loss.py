@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import zmq
@@ -40,6 +40,8 @@ from gllm_engine import (
 from gllm_engine.arch import ArchError, read_arch
 from gllm_engine.parallel import pipe
 from gllm_engine.runner import PlanError
+from gllm_engine.timeline import OFF
+from gllm_engine.types import StepPlan
 from gllm_engine.workers import group as groups
 from gllm_engine.workers import worker as member
 from gllm_engine.workers.group import GroupLost
@@ -220,6 +222,39 @@ def test_a_step_that_fails_names_the_rank(
         with pytest.raises(EngineBroken, match=why):
             llm.generate([5, 6, 7], SHORT)
         traces.wait_gone()
+
+
+class _Over(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "message",
+    [StepPlan(1, [], [], [], []), wire.PutImages([]), wire.MoveLayers(), wire.Ping()],
+    ids=lambda message: type(message).__name__,
+)
+def test_an_error_with_any_message_says_what_follows(
+    message: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def fail(self: Any, sentence: str) -> None:
+        told.append(sentence)
+        raise _Over
+
+    def no_memory(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(member._Worker, "_fail", fail)
+    monkeypatch.setattr(member._Worker, "_report", lambda *_: None)
+    monkeypatch.setattr(member._Worker, "_receive", lambda _: message)
+    monkeypatch.setattr(member._Worker, "_move_layers", no_memory)
+    worker = object.__new__(member._Worker)
+    runner: Any = SimpleNamespace(recorder=OFF, put_images=no_memory, launch=no_memory)
+    with pytest.raises(_Over):
+        worker._work(runner, cast(Any, None), layers_move=False)
+    error = "RuntimeError: the engine sent a Ping" if message == wire.Ping() else "MemoryError: no"
+    assert told[0].startswith(error) and told[0].endswith("so all of them begin anew")
 
 
 def test_a_worker_that_ends_while_it_starts(
