@@ -124,6 +124,10 @@ class Stats(Message, frozen=True):
     preemptions: int = 0
     steps: int = 0
     waiting_tokens: int = 0  # prefill backlog of waiting sequences
+    images_encoded: int = 0
+    image_hits: int = 0  # images of sequences whose embeddings were there, or made for another
+    images_waiting: int = 0  # which encoders have yet to encode
+    encoders: int = 0  # that take images now
     # By name, for tenants that the configuration names; all others are one, named "other".
     tenants: dict[str, TenantStats] = {}
 
@@ -163,6 +167,14 @@ class ImageRun(Message, frozen=True):
     first: int  # index of the first one's embedding, in rows of the image
     offset: int  # of the first token in the chunk
     count: int
+
+
+class LandedImage(Message, frozen=True):
+    """Scheduler -> runner: an image that an encoder has written into the landing of the rank."""
+
+    number: int  # of the image
+    place: int  # in the landing, which nobody overwrites before the plan is done
+    tokens: int
 
 
 class Chunk(Message, frozen=True):
@@ -219,6 +231,9 @@ class StepPlan(Message, frozen=True):
     # `encode`, whose pixels it has, before its rows run. Both may name what a failed step has lost.
     forget: list[int] = []
     encode: list[int] = []
+    # Which the first stage copies from its landing before its rows run. Such a plan may be without
+    # rows.
+    arrived: list[LandedImage] = []
 
 
 class StepResult(Message, frozen=True):
