@@ -111,6 +111,11 @@ def _recorded(ranks: TensorParallel, timers: StepTimers) -> TensorParallel:
 
 def check_shards(config: EngineConfig, arch: Model) -> None:
     """Raise ConfigError or ArchError if the model cannot be split as configured."""
+    if config.encoder_workers and arch.vision is None:
+        raise ConfigError(
+            f"encoder_workers: {config.encoder_workers} is for a model that takes images, and this "
+            "one takes text alone"
+        )
     num_layers = len(arch.layers)
     stages = config.pipeline_parallel_size
     cut = config.stage_layers()

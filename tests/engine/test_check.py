@@ -94,6 +94,10 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], str]] = {
         {"pipeline_parallel_size": 2, "spare_layers": 1},
         "spare_layers: 1 is more than 0, but layers of this model see different windows",
     ),
+    "text": (
+        nothing, {"encoder_workers": 2},
+        "encoder_workers: 2 is for a model that takes images, and this one takes text alone",
+    ),
     "length": (nothing, {"max_model_len": 10**6}, "max_model_len: 1000000 is more than"),
 }  # fmt: skip
 
