@@ -179,6 +179,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Most tokens of an image."""
         return min(self.image_cache_tokens, max(self.encoder_budget, self.image_cache_tokens // 4))
 
+    @property
+    def landing_tokens(self) -> int:
+        """Tokens of images that encoders encode ahead: one is written while another is read."""
+        return 2 * self.largest_image
+
     def stage_layers(self) -> tuple[int, ...] | None:
         """assigned_layers as numbers; None if it is not set. Raises ConfigError."""
         if self.assigned_layers is None:
