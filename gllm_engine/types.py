@@ -160,6 +160,32 @@ class ImagePixels(Message, frozen=True):
     pixels: bytes  # uint8 [height, width, 3]
 
 
+class SharedGpuMemory(Message, frozen=True):
+    """What another process opens memory of a GPU with: the arguments of torch's CUDA IPC call."""
+
+    device: int
+    handle: bytes
+    num_bytes: int
+    offset: int
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    waits: bool
+
+
+class LandingHandle(Message, frozen=True):
+    """Rank -> encoder: memory of the rank into which encoders write embeddings; see Landing.
+
+    It holds `tokens` tokens of `numbers` numbers each.
+    """
+
+    tokens: int
+    numbers: int
+    dtype: str
+    itemsize: int  # bytes of a number
+    memory: str | SharedGpuMemory  # str: path of a file in the host's memory
+
+
 class ImageRun(Message, frozen=True):
     """Scheduler -> runner: `count` tokens of a chunk whose embeddings are those of an image."""
 

@@ -57,7 +57,8 @@ from gllm_engine.types import (
     StepPlan,
     StepResult,
 )
-from gllm_engine.workers.group import GroupLost, StepRefused, WorkerGroup
+from gllm_engine.workers.group import StepRefused, WorkerGroup
+from gllm_engine.workers.meeting import GroupLost
 
 # If compiling grammars are the only work, step() waits this long for one and returns.
 COMPILE_WAIT_S = 0.005
@@ -520,12 +521,19 @@ def _make_runner(config: EngineConfig, arch: Model, recorder: NoRecorder) -> Ste
     """`recorder`: of this process, for a model that runs in it."""
     if config.device == "none":
         return NullRunner(arch.vocab, config.num_pages, config.num_snapshots)
-    from gllm_engine.workers.build_runner import check_shards, device_of, load_runner
+    from gllm_engine.workers.build_runner import (
+        check_encoder_gpus,
+        check_shards,
+        device_of,
+        load_runner,
+    )
 
     check_shards(config, arch)
+    device = device_of(config)
+    check_encoder_gpus(config, device)
     if config.num_ranks > 1:
         return WorkerGroup(config, arch)
-    return load_runner(config, arch, device_of(config), None, recorder)
+    return load_runner(config, arch, device, None, recorder)
 
 
 def fill_caches(config: EngineConfig) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gllm_engine.model import VisionTower
 from gllm_engine.ops import ImageRows
-from gllm_engine.runner.host_arrays import to_device
+from gllm_engine.runner.host_arrays import pixels_of, to_device
 from gllm_engine.types import ImagePixels, StepPlan
 
 
@@ -27,8 +27,7 @@ class ImageStore:
     def put(self, images: list[ImagePixels]) -> None:
         """Take the pixels of images that the next plan encodes."""
         for image in images:
-            (pixels,) = to_device(self._device, np.frombuffer(image.pixels, np.uint8))
-            self._pixels[image.number] = pixels.view(image.height, image.width, 3)
+            self._pixels[image.number] = pixels_of(image, self._device)
 
     def update(self, plan: StepPlan) -> None:
         """Forget and encode what the plan says."""

@@ -249,7 +249,7 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBytes:
             _one_row(decoder, cache, length, count, page_size)
         if decoder.tower is not None:
             most = min(config.largest_image, max_pages * page_size)
-            _encode(decoder.tower, most, decoder.device)
+            encode_blank(decoder.tower, most, decoder.device)
         _largest_step(config, decoder, cache, lens, max_pages)
     return StepBytes(in_pieces + watch.peak, watch.kept)
 
@@ -286,7 +286,7 @@ def _one_row(
     _forward(decoder, batch, cache)
 
 
-def _encode(tower: VisionTower, num_tokens: int, device: torch.device) -> None:
+def encode_blank(tower: VisionTower, num_tokens: int, device: torch.device) -> None:
     """Encode an image that takes almost so many tokens."""
     side = tower.vision.patch * tower.vision.merge
     rows = max(1, isqrt(num_tokens))

@@ -21,6 +21,8 @@ from gllm_engine.files import read_object
 from gllm_engine.model import (
     Checkpoint,
     Decoder,
+    LoneTower,
+    VisionTower,
     best_device,
     fill_randomly,
     filling,
@@ -83,6 +85,22 @@ def load_runner(
     told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
     log.info("the model is ready in %.1f s: %s", end - start, told)
     return runner
+
+
+def load_tower(
+    config: EngineConfig, arch: Model, dtype: torch.dtype, device: torch.device
+) -> VisionTower:
+    """The vision tower of the model in `config.model`, without the decoder.
+
+    Raises LoadError for whatever is wrong with the checkpoint, also outside of the tower.
+    """
+    assert arch.vision is not None
+    lone = LoneTower(arch, VisionTower(arch.vision, dtype, device), device)
+    if config.load_format == "dummy":
+        fill_randomly(lone)
+        return lone.tower
+    with open_checkpoint(arch, Path(config.model)) as checkpoint, filling(lone, checkpoint):
+        return lone.tower
 
 
 @dataclass(frozen=True)
@@ -149,6 +167,16 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
     size = config.tensor_parallel_size
     apart = config.enable_expert_parallel
     Shard(0, num_layers, size=size, experts_apart=apart).of(arch)
+
+
+def check_encoder_gpus(config: EngineConfig, device: torch.device) -> None:
+    """Raise ConfigError if this machine has too few GPUs. `device`: of a rank."""
+    ranks = config.num_ranks // config.nnodes
+    if device.type == "cuda" and ranks + config.encoder_workers > torch.cuda.device_count():
+        raise ConfigError(
+            f"encoder_workers: {config.encoder_workers} encoders need a GPU each beside the "
+            f"{ranks} of this machine's ranks, and torch finds {torch.cuda.device_count()}"
+        )
 
 
 def _where_to_cut(starts: list[int]) -> str:
