@@ -113,6 +113,7 @@ class Ready(Message, frozen=True):
     num_pages: int
     num_snapshots: int
     num_layers: int
+    landings: list[LandingHandle]  # of this rank: one if it is of the first stage and has no tower
 
 
 class StageTime(Message, frozen=True):
@@ -147,6 +148,12 @@ class PutImages(Message, frozen=True):
     """Engine -> worker of the first stage: the images that the next plan encodes."""
 
     images: list[ImagePixels]
+
+
+class ImagesFetched(Message, frozen=True):
+    """Worker of the first stage -> engine: it has what a plan without rows fetches."""
+
+    step: int
 
 
 class StepFailed(Message, frozen=True):
@@ -245,6 +252,7 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     MoveLayers,
     PutImages,
     PutEmbeddings,
+    ImagesFetched,
     EncoderAssigned,
     EncoderReady,
     Encode,

@@ -69,6 +69,7 @@ def load_runner(
             max_model_len=config.max_model_len or arch.max_len,
             shard=_shard(config, arch, ranks, dtype),
             ranks=ALONE if ranks is None else _recorded(ranks.tensor, timers),
+            encodes=not config.encoder_workers,
         )
         if is_dummy:
             fill_randomly(decoder)

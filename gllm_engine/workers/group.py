@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import zmq
 from gllm_engine import wire
 from gllm_engine.arch import Model
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.types import ImagePixels, RankSpans, StepPlan, StepResult
+from gllm_engine.types import ImagePixels, LandingHandle, RankSpans, StepPlan, StepResult
 from gllm_engine.workers import channel
 from gllm_engine.workers.meeting import (
     FIRST_COMES_S,
@@ -78,9 +78,13 @@ class _RefusedStep:
 class _GroupStep:
     group: WorkerGroup
     step: int
+    only_fetches: bool  # the first stage alone has something to do: it fetches images
 
     def wait(self) -> StepResult:
-        return self.group.result_of(self.step)
+        result = self.group.result_of(self.step)
+        if self.only_fetches:  # the last stage does not wait for the first
+            self.group.await_fetched(self.step)
+        return result
 
 
 class WorkerGroup:
@@ -101,6 +105,7 @@ class WorkerGroup:
         self._refused: dict[int, _RefusedStep] = {}  # by step
         self._spans: dict[int, RankSpans] = {}  # by rank
         self._slowest: dict[int, float] = {}  # by step, seconds of the slowest stage so far
+        self._fetched = Counter[int]()  # by step: ranks that have fetched its images
         self._failure: wire.Failed | None = None
         self._error: str | None = None
         self._moving_until = 0.0  # some ranks may still move layers, on the monotonic clock
@@ -137,14 +142,41 @@ class WorkerGroup:
             if isinstance(message, wire.MoveLayers):
                 self._moving_until = time.monotonic() + _MOVE_S
             self._tell_all(frames)
-        return _GroupStep(self, plan.step)
+        only_fetches = bool(plan.arrived) and not (plan.decode_slots or plan.chunks)
+        return _GroupStep(self, plan.step, only_fetches)
 
     def put_images(self, images: list[ImagePixels]) -> None:
         """Send the images that the next plan encodes to the ranks of the first stage."""
-        frames = wire.encode(wire.PutImages(images))
+        self._tell_first(wire.PutImages(images))
+
+    @property
+    def landings(self) -> list[LandingHandle]:
+        """Of the ranks of the first stage, for encoders."""
+        firsts = range(self._config.tensor_parallel_size)
+        return [landing for rank in firsts for landing in self._ready[rank].landings]
+
+    def land(self, place: int, embeddings: bytes) -> None:
+        """Put what an encoder of another machine has made into the landings. Raises GroupLost."""
+        self._tell_first(wire.PutEmbeddings(place, embeddings))
+
+    def _tell_first(self, message: msgspec.Struct) -> None:
+        """Tell the ranks of the first stage."""
+        frames = wire.encode(message)
         with self._in_one_go():
             for rank in range(self._config.tensor_parallel_size):
                 self._tell(rank, frames)
+
+    def await_fetched(self, step: int) -> None:
+        """Wait until all ranks of the first stage have fetched the images of a step. Raises
+        GroupLost.
+        """
+        while True:
+            with self._in_one_go():
+                self.check()
+            if self._fetched[step] == self._config.tensor_parallel_size:
+                del self._fetched[step]
+                return
+            self._meeting.wait(_TICK_MS)
 
     def result_of(self, step: int) -> StepResult:
         """Wait for the result of a step; results of earlier steps are dropped.
@@ -282,6 +314,8 @@ class WorkerGroup:
             self._results.append(message)
         elif isinstance(message, wire.StageTime):
             self._note_time(message.stage, message.step, message.seconds)
+        elif isinstance(message, wire.ImagesFetched):
+            self._fetched[message.step] += 1
         elif isinstance(message, wire.LayersLoaded):
             self._balance.loaded(message.rank, message.problem)
         elif isinstance(message, wire.Ready):

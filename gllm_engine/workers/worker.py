@@ -75,7 +75,12 @@ class _Worker(Member):
             runner, ranks = self._load(assigned)
             self._socket.send_multipart(
                 wire.encode(
-                    wire.Ready(runner.num_pages, runner.num_snapshots, len(runner.decoder.layers))
+                    wire.Ready(
+                        runner.num_pages,
+                        runner.num_snapshots,
+                        len(runner.decoder.layers),
+                        runner.landings,
+                    )
                 )
             )
             self._work(runner, ranks, layers_move=assigned.config.spare_layers > 0)
@@ -137,6 +142,9 @@ class _Worker(Member):
             if isinstance(plan, wire.PutImages):
                 runner.put_images(plan.images)
                 continue
+            if isinstance(plan, wire.PutEmbeddings):
+                runner.land(plan.place, plan.embeddings)
+                continue
             if isinstance(plan, wire.LoadLayers):
                 cuts.put(plan.cut)
                 continue
@@ -146,7 +154,10 @@ class _Worker(Member):
             if not isinstance(plan, StepPlan):
                 raise RuntimeError(f"the engine sent a {type(plan).__name__}, not a plan")
             try:
-                launched.put(runner.launch(plan))
+                step = runner.launch(plan)
+                launched.put(step)
+                if plan.arrived and step.timer is None and runner.landing is not None:
+                    self._socket.send_multipart(wire.encode(wire.ImagesFetched(plan.step)))
             except PlanError as error:  # all ranks raise it, before they exchange any data
                 log.exception("step %d is not done", plan.step)
                 failed = wire.StepFailed(self._rank, plan.step, in_a_line(error))

@@ -152,7 +152,7 @@ class PagedMock:
 
     def _encode(self, plan: StepPlan) -> None:
         for number in plan.forget:
-            del self.embeddings[number]
+            self.embeddings.pop(number, None)
         fetched = {image.number: self.landing[image.place] for image in plan.arrived}
         assert [len(pixels) // 3 for pixels in fetched.values()] == [i.tokens for i in plan.arrived]
         for number, pixels in [(n, self.pixels.pop(n)) for n in plan.encode] + [*fetched.items()]:

@@ -8,10 +8,10 @@ from collections import deque
 
 import msgspec
 import pytest
+from fake_encoders import FakeEncoders, Landed
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from fake_encoders import FakeEncoders, Landed
 from paged_mock import EOS, VOCAB, PagedMock, history_of, odd_or_even, reference
 
 from gllm_engine.arch import CacheGroup
@@ -190,7 +190,7 @@ class World:
                 self.images.landed(event.number, event.place)
                 continue
             ended = self.scheduler.not_landed(event.number)
-            assert all(sequence.images and not self.output[sequence] for sequence in ended)
+            assert all(sequence.images for sequence in ended)
             self.aborted.update(ended)
 
     def commit(self) -> None:
@@ -256,9 +256,9 @@ class World:
     def check(self) -> None:
         self.scheduler.check_integrity()
         elsewhere = {*self.images._asked, *self.images._landed}
-        held = [h.number for h in self.images._held.values() if h.number not in elsewhere]
-        held += self.images._forgotten
-        assert sorted(held) == sorted(self.runner.embeddings)
+        there = {h.number for h in self.images._held.values()} - elsewhere
+        # A lost plan may have run: then the next one forgets what is gone already.
+        assert there <= self.runner.embeddings.keys() <= there | {*self.images._forgotten}
         assert self.scheduler.num_in_flight == len(self.results)
         if not self.tenants and self.encoders is None:
             live = [s for s in self.sequences if s.queue is not None]
@@ -289,7 +289,6 @@ class World:
         assert len(self.finished) + len(self.aborted) == len(self.sequences)
         counted = [t.prefill_tokens + t.decode_tokens for t in stats.tenants.values()]
         assert sum(counted) == self.runner.num_computed
-
 
     def check_that_images_alone_wait(self) -> None:
         """Nothing runs: every live sequence has an image that an encoder has to encode.
