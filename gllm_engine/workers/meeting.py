@@ -140,7 +140,7 @@ def difference(join: wire.Join, role: str, model: str, more: dict[str, tuple[Any
     the process does with it.
     """
     if join.protocol == wire.PROTOCOL and join.role != role:
-        return f"the {join.role[:20]} has come to where only a {role} may join"
+        return f"the {join.role[:20]} has come to where only {role}s join"
     checks: dict[str, tuple[Any, Any]] = {
         "speaks protocol": (wire.PROTOCOL, join.protocol),
         "runs": (channel.rank_software(), join.software),

@@ -21,6 +21,10 @@ import pytest
 
 from gllm_engine.os_process import wait_end
 
+# In the environment of a fork. A directory: encoders have odd_tower.py's tower. A file for the log.
+FAULT = "GLLM_TEST_FAULTS"
+LOG = "GLLM_TEST_LOG"
+
 
 class Fork:
     """As much of a Popen as a group of workers uses."""
@@ -28,6 +32,7 @@ class Fork:
     returncode = "unknown"  # to all but its parent
 
     def __init__(self, pid: int) -> None:
+        self.pid = pid
         self._pidfd = os.pidfd_open(pid)
 
     def poll(self) -> str | None:
@@ -95,7 +100,13 @@ def run_worker(main: Any, arguments: list[str], cwd: str, env: dict[str, str]) -
     os.environ.update(env)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
+    if LOG in env:
+        os.dup2(os.open(env[LOG], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     os.dup2(2, 1)  # its own output is not an answer
+    if FAULT in env:
+        import odd_tower
+
+        odd_tower.install(Path(env[FAULT]))
     return int(main(arguments))
 
 
