@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from gllm_engine.types import ImagePixels
-
-
-class Landed(NamedTuple):
-    number: int
-    place: int
-
-
-class NotLanded(NamedTuple):
-    number: int
-    message: str
+from gllm_engine.workers.encoders import EncoderStats, Landed, NotLanded
 
 
 class FakeEncoders:
@@ -23,8 +13,6 @@ class FakeEncoders:
 
     `busy`: what encoders have, in the order of submission. `tokens_of`: how many an image takes.
     """
-
-    num_alive = 1
 
     def __init__(
         self,
@@ -81,6 +69,12 @@ class FakeEncoders:
     def is_idle(self) -> bool:
         """Whether nobody holds a place or waits for one."""
         return not self._sizes and not self._queue
+
+    def sockets(self) -> list[object]:
+        return []
+
+    def stats(self) -> EncoderStats:
+        return EncoderStats(1, len(self._queue), len(self.busy))
 
     def close(self) -> None:
         self.closed = True

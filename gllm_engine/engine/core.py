@@ -109,7 +109,7 @@ class StepRunner(Protocol):
         ...
 
     def land(self, place: int, embeddings: bytes) -> None:
-        """Put what an encoder of another machine has made into the landings, before the next plan."""
+        """Put what an encoder of another machine has made into the landings, before a next plan."""
         ...
 
     def is_alive(self) -> bool:

@@ -4,8 +4,8 @@ Sequences with the same image and salt share its embeddings. They are needed unt
 image's tokens is computed, and are kept after that as long as there is room. This module knows
 numbers and sizes only; the runner owns the embeddings.
 
-A plan encodes the images that its chunks need. With encoders, images are encoded ahead of the plans,
-so an image that is held is in one of three states:
+A plan encodes the images that its chunks need. Encoders encode images ahead of the plans, so with
+them an image that is held is in one of three states:
 
     asked --landed()--> landed --finish()--> there
     (an encoder         (in the ranks'       (the ranks copy it before
@@ -92,7 +92,7 @@ class ImageCache:
 
     @property
     def num_waiting(self) -> int:
-        """Images that waiting and prefilling sequences have and that encoders have yet to encode."""
+        """Images of waiting and prefilling sequences that encoders have yet to encode."""
         return sum(not self._is_there(key) for key in self._users) if self.is_ahead else 0
 
     # ------------------------------------------------------------ plan

@@ -8,7 +8,7 @@ from collections import deque
 
 import msgspec
 import pytest
-from fake_encoders import FakeEncoders, Landed
+from fake_encoders import FakeEncoders
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -21,6 +21,7 @@ from gllm_engine.sched import ImageCache, Refused, Scheduler, Sequence
 from gllm_engine.sched.pages import capacity, make_groups
 from gllm_engine.sched.policy import POLICIES, Budget, Load, Policy
 from gllm_engine.types import Finish, Image, StepResult
+from gllm_engine.workers.encoders import Landed
 
 MODEL_LEN = 48
 MAX_WAITING = 8
