@@ -113,7 +113,7 @@ class Ready(Message, frozen=True):
     num_pages: int
     num_snapshots: int
     num_layers: int
-    landings: list[LandingHandle]  # of this rank: one if it is of the first stage and has no tower
+    landings: list[LandingHandle] = []  # one, of a rank of the first stage without a tower
 
 
 class StageTime(Message, frozen=True):

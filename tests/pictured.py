@@ -83,6 +83,7 @@ class TowerEncoders(FakeEncoders):
     def __init__(self, config: EngineConfig, arch: Model, runner: Any) -> None:
         tower = load_tower(config, arch, torch.float32, torch.device("cpu"))
 
+        @torch.inference_mode()
         def write(place: int, image: ImagePixels) -> None:
             (embeddings,) = tower.encode([pixels_of(image, torch.device("cpu"))])
             runner.landing.write(place, embeddings)
@@ -95,7 +96,6 @@ class TowerEncoders(FakeEncoders):
         self._random = random.Random(5)
         self.stopped = False
 
-    @torch.inference_mode()
     def poll(self) -> list[Landed | NotLanded]:
         if not self.stopped and self._random.random() < 0.6:
             self.land(self._random.randrange(10))
