@@ -152,13 +152,10 @@ class Engine:
         """Load the model. Raises ConfigError, ArchError, LoadError or GroupLost.
 
         `make_runner`: makes the runner, in place of one that loads `config.model`. `policy`:
-        replaces the schedule policy that the configuration names. `make_encoders`: makes the
-        encoders, if the configuration has any, in place of processes.
+        replaces the schedule policy that the configuration names. `make_encoders`: makes encoders
+        in place of processes.
         """
-        path = Path(config.model)
-        arch = read_arch(path)
-        if arch.unknown_keys:
-            log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
+        arch = _read_model(Path(config.model))
         config = settle(config, _on_gpu(config), arch.keeps_states)
         check_len(config, arch)
         self._config = config
@@ -172,10 +169,7 @@ class Engine:
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
         make_runner = make_runner or partial(_make_runner, recorder=self._recorder)
         self._runner = make_runner(config, arch)
-        self._encoders: Encoders | None = None
-        self._poller = zmq.Poller()  # of the encoders' sockets
-        if config.encoder_workers:
-            self._start_encoders(make_encoders or _make_encoders)
+        self._start_encoders(make_encoders or _make_encoders)
         self._images = None if arch.vision is None else ImageCache(config, arch.has_sections)
         kinds = cache_groups(arch, config.max_model_len or arch.max_len)
         groups = make_groups(kinds, config, self._runner.num_pages)
@@ -211,6 +205,10 @@ class Engine:
         self._outboxes: defaultdict[Client, Outputs] = defaultdict(_nothing)
 
     def _start_encoders(self, make: Callable[[EngineConfig, Model, StepRunner], Encoders]) -> None:
+        self._encoders: Encoders | None = None
+        self._poller = zmq.Poller()  # of the encoders' sockets
+        if not self._config.encoder_workers:
+            return
         try:
             self._encoders = make(self._config, self._arch, self._runner)
         except BaseException:
@@ -564,6 +562,13 @@ class Engine:
 
 def _nothing() -> Outputs:
     return Outputs([], [])
+
+
+def _read_model(path: Path) -> Model:
+    arch = read_arch(path)
+    if arch.unknown_keys:
+        log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
+    return arch
 
 
 def _on_gpu(config: EngineConfig) -> bool:
