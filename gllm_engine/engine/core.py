@@ -196,7 +196,6 @@ class Engine:
         self._depth = config.plans_in_flight
         self._room = Room(config.max_waiting, config.max_waiting_tokens)
         self._failed_steps = 0  # since the last successful step
-        self._is_idle = False  # there is no step to run before something comes
         self.broken: str | None = None
         self._launched: deque[StepHandle] = deque()
         self._live: dict[SequenceKey, Sequence] = {}
@@ -207,6 +206,7 @@ class Engine:
     def _start_encoders(self, make: Callable[[EngineConfig, Model, StepRunner], Encoders]) -> None:
         self._encoders: Encoders | None = None
         self._poller = zmq.Poller()  # of the encoders' sockets
+        self._is_idle = False  # there is no step to run before something comes
         if not self._config.encoder_workers:
             return
         try:
