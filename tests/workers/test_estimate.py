@@ -283,11 +283,11 @@ def test_an_encoder_has_the_tower_and_ranks_do_not() -> None:
     tower = inside.stages[0].weights.pop("vision tower")
     assert apart.stages[0].weights == inside.stages[0].weights
     assert apart.encoder.weights == tower
-    # Its step is that of the largest image, for which the landing of a rank has two places.
-    assert tower < apart.encoder.step < 1 * GIB < apart.encoder.driver + 1
+    assert tower < apart.encoder.step < 1 * GIB == apart.encoder.driver
     on_cpu = estimate(small(**sizes, encoder_workers=2), arch, None).encoder
     assert on_cpu is not None and (on_cpu.weights, on_cpu.total) == (tower, tower)
-    with pytest.raises(
-        ConfigError, match=r"encoder_workers: an encoder takes .* \(image_cache_tok"
-    ):
-        estimate(small(num_pages=10, image_cache_tokens=2**22, encoder_workers=1), arch, 8 * GIB)
+    assert arch.vision is not None
+    wide = replace(arch, vision=replace(arch.vision, hidden=4096))
+    too_large = small(num_pages=10, image_cache_tokens=2**20, encoder_workers=1)
+    with pytest.raises(ConfigError, match=r"encoder_workers: an encoder takes .* \(image_cache_"):
+        estimate(too_large, wide, 8 * GIB)
