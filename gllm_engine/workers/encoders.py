@@ -7,11 +7,12 @@ Knows nothing of requests, of tensors, or of how an encoder works.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -162,6 +163,7 @@ class Encoders:
         self._done: list[Landed | NotLanded] = []
         self._taken: dict[int, int] = {}  # tokens by place
         self._encoders: list[_Encoder] = []
+        self._is_torn = False  # an interrupt has left a message or a place half done
         self._failed_starts = 0  # in a row
         self._last_problem = ""  # of a failed start
         self._num_others = 0  # encoders of other machines that have joined so far
@@ -187,13 +189,14 @@ class Encoders:
         """Have an image encoded. Its number is not that of another image that is not done."""
         rows, columns = self._grid(image.height, image.width)
         job = _Job(image, rows * columns)
-        self._jobs[image.number] = job
-        if job.tokens > self._landings[0].tokens:
-            most = self._landings[0].tokens
-            self._give_up(job, f"it has {job.tokens} tokens, encoders take {most} at most")
-            return
-        self._queue.append(job)
-        self._give()
+        with self._in_one_go():
+            self._jobs[image.number] = job
+            if job.tokens > self._landings[0].tokens:
+                most = self._landings[0].tokens
+                self._give_up(job, f"it has {job.tokens} tokens, encoders take {most} at most")
+                return
+            self._queue.append(job)
+            self._give()
 
     def cancel(self, number: int) -> None:
         """Nobody needs this image any more: `poll` will not tell of it. Has no effect on an image
@@ -209,20 +212,32 @@ class Encoders:
 
     def poll(self) -> list[Landed | NotLanded]:
         """What has become of images since the last call. Never blocks; call it at least every
-        100 ms, and when one of `sockets` has something.
+        100 ms, and when one of `sockets` has something. Raises GroupLost after an interrupt.
         """
-        self._listen(0)
-        self._look_after()
-        self._give()
+        if self._is_torn:
+            raise GroupLost("the encoders are lost: a message to or from one was interrupted")
+        with self._in_one_go():
+            self._listen(0)
+            self._look_after()
+            self._give()
         done = self._done
         self._done = []
         return done
 
     def release(self, places: Iterable[int]) -> None:
         """The ranks have taken what was at these places."""
-        for place in places:
-            del self._taken[place]
-        self._give()
+        with self._in_one_go():
+            for place in places:
+                del self._taken[place]
+            self._give()
+
+    @contextlib.contextmanager
+    def _in_one_go(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self._is_torn = True
+            raise
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """They have something when `poll` may have news; always the same ones."""

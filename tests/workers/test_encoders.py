@@ -314,6 +314,21 @@ def test_an_encoder_that_loses_its_engine_waits_for_the_next(
             own.kill()
 
 
+def test_an_interrupt_within_a_message_loses_the_encoders(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with hall(model, encoder_workers=1) as here:
+        with monkeypatch.context() as patch:
+            patch.setattr(here.encoders, "_tell", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                here.submit(0)
+        with pytest.raises(GroupLost, match="a message to or from one was interrupted"):
+            here.poll()
+
+
 def test_encoders_need_gpus_of_their_own(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     config = EngineConfig(model=str(model), tensor_parallel_size=2, encoder_workers=2)
