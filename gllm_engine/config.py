@@ -132,6 +132,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"are not shared out evenly among {self.nnodes} nodes"
             )
         self._check_other_machines()
+        if self.encoder_workers and self.tensor_parallel_size > self.num_ranks // self.nnodes:
+            raise ConfigError(
+                f"encoder_workers: {self.encoder_workers} is for ranks of one machine, into whose "
+                f"memory encoders write, and the {self.tensor_parallel_size} ranks of the first "
+                f"stage (tensor_parallel_size) are on several of the {self.nnodes} (nnodes)"
+            )
         if self.encoder_workers and self.device == "none":
             raise ConfigError(
                 f"encoder_workers: {self.encoder_workers} is for a model that takes images, and "

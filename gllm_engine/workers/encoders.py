@@ -7,11 +7,12 @@ Knows nothing of requests, of tensors, or of how an encoder works.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,7 @@ class _Slot:
     encoder: _Encoder | None = None
     has_served: bool = False  # the child
     problem: str = ""  # what the child has told of its end
+    failed_starts: int = 0  # since an encoder has served here
     begin_at: float = 0.0  # of the next start, on the monotonic clock
     late_at: float = 0.0  # the child is hanging if it is not ready then
     places: list[int] = field(default_factory=list)  # which the child may write until it has ended
@@ -162,7 +164,7 @@ class Encoders:
         self._done: list[Landed | NotLanded] = []
         self._taken: dict[int, int] = {}  # tokens by place
         self._encoders: list[_Encoder] = []
-        self._failed_starts = 0  # in a row
+        self._is_torn = False  # an interrupt has left a message or a place half done
         self._last_problem = ""  # of a failed start
         self._num_others = 0  # encoders of other machines that have joined so far
         self._slots = [_Slot(number) for number in range(config.encoder_workers)]
@@ -175,7 +177,7 @@ class Encoders:
             while not all(slot.has_served for slot in self._slots):
                 self._listen(_TICK_MS)
                 self._look_after()
-                if self._failed_starts:
+                if self._last_problem:
                     raise GroupLost(self._last_problem)
         except BaseException:
             self.close()
@@ -187,13 +189,14 @@ class Encoders:
         """Have an image encoded. Its number is not that of another image that is not done."""
         rows, columns = self._grid(image.height, image.width)
         job = _Job(image, rows * columns)
-        self._jobs[image.number] = job
-        if job.tokens > self._landings[0].tokens:
-            most = self._landings[0].tokens
-            self._give_up(job, f"it has {job.tokens} tokens, encoders take {most} at most")
-            return
-        self._queue.append(job)
-        self._give()
+        with self._in_one_go():
+            self._jobs[image.number] = job
+            if job.tokens > self._landings[0].tokens:
+                most = self._landings[0].tokens
+                self._give_up(job, f"it has {job.tokens} tokens, encoders take {most} at most")
+                return
+            self._queue.append(job)
+            self._give()
 
     def cancel(self, number: int) -> None:
         """Nobody needs this image any more: `poll` will not tell of it. Has no effect on an image
@@ -209,20 +212,32 @@ class Encoders:
 
     def poll(self) -> list[Landed | NotLanded]:
         """What has become of images since the last call. Never blocks; call it at least every
-        100 ms, and when one of `sockets` has something.
+        100 ms, and when one of `sockets` has something. Raises GroupLost after an interrupt.
         """
-        self._listen(0)
-        self._look_after()
-        self._give()
+        if self._is_torn:
+            raise GroupLost("the encoders are lost: a message to or from one was interrupted")
+        with self._in_one_go():
+            self._listen(0)
+            self._look_after()
+            self._give()
         done = self._done
         self._done = []
         return done
 
     def release(self, places: Iterable[int]) -> None:
         """The ranks have taken what was at these places."""
-        for place in places:
-            del self._taken[place]
-        self._give()
+        with self._in_one_go():
+            for place in places:
+                del self._taken[place]
+            self._give()
+
+    @contextlib.contextmanager
+    def _in_one_go(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self._is_torn = True
+            raise
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """They have something when `poll` may have news; always the same ones."""
@@ -243,7 +258,9 @@ class Encoders:
 
     def _give(self) -> None:
         """Give images to encoders, while there are encoders and places."""
-        if self._failed_starts >= _MOST_FAILED_STARTS and not self._num_serving():
+        failed = [slot.failed_starts for slot in self._slots]
+        is_hopeless = all(failed) and sum(failed) >= _MOST_FAILED_STARTS
+        if is_hopeless and not self._num_serving():
             while self._queue:
                 self._give_up(self._queue.popleft(), f"no encoder runs: {self._last_problem}")
         while self._queue:
@@ -327,7 +344,7 @@ class Encoders:
 
     def _listen(self, timeout_ms: int) -> None:
         for socket, identity, message in self._meeting.receive(timeout_ms):
-            encoder = next((e for e in self._encoders if e.identity == identity), None)
+            encoder = self._encoder_of(socket, identity)
             if isinstance(message, wire.Join):
                 self._welcome(socket, identity, message)
             elif isinstance(message, wire.NotAMessage) and message.kind is wire.Join:
@@ -338,14 +355,20 @@ class Encoders:
             for encoder in [*self._encoders]:
                 self._tell(encoder, wire.Ping())
 
+    def _encoder_of(self, socket: zmq.Socket[bytes], identity: bytes) -> _Encoder | None:
+        for encoder in self._encoders:
+            if encoder.socket is socket and encoder.identity == identity:
+                return encoder
+        return None
+
     def _handle(self, encoder: _Encoder, message: msgspec.Struct | wire.NotAMessage) -> None:
         if isinstance(message, (wire.Encoded, wire.NotEncoded)):
             self._handle_answer(encoder, message)
         elif isinstance(message, wire.EncoderReady):
             encoder.is_ready = True
-            self._failed_starts = 0
             if encoder.slot is not None:
                 encoder.slot.has_served = True
+                encoder.slot.failed_starts = 0
             log.info("%s takes images", encoder.name)
         elif isinstance(message, wire.Leave):
             encoder.is_leaving = True
@@ -435,10 +458,13 @@ class Encoders:
     def _start(self, slot: _Slot) -> None:
         gpu = self._config.num_ranks // self._config.nnodes + slot.number
         arguments = ["--model", self._config.model, "--gpu", str(gpu), "--number", str(slot.number)]
-        slot.child = self._meeting.start("gllm_engine.encoder", arguments, {})
         slot.has_served = False
         slot.problem = ""
         slot.late_at = time.monotonic() + FIRST_COMES_S
+        try:
+            slot.child = self._meeting.start("gllm_engine.encoder", arguments, {})
+        except OSError as error:  # the machine has no memory, or too many processes
+            self._pause(slot, str(error))
 
     def _bury(self, slot: _Slot, child: subprocess.Popen[bytes]) -> None:
         """The process has ended, so it writes nothing any more."""
@@ -451,10 +477,13 @@ class Encoders:
         for place in slot.places:
             del self._taken[place]
         slot.places = []
-        pause = _PAUSE_S
+        self._pause(slot, why)
+
+    def _pause(self, slot: _Slot, why: str) -> None:
+        """Before the next start."""
         if not slot.has_served:
-            self._failed_starts += 1
+            slot.failed_starts += 1
             self._last_problem = f"encoder {slot.number} cannot start: {why}"
             log.error("%s", self._last_problem)
-            pause = min(_PAUSE_S * 2**self._failed_starts, _LONGEST_PAUSE_S)
+        pause = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
         slot.begin_at = time.monotonic() + pause

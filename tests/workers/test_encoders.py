@@ -14,6 +14,7 @@ import socket as sockets
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -160,7 +161,7 @@ def test_without_encoders_images_wait_and_are_told(
         here.submit(0)
         assert here.encoders.stats() == (0, 1, 0)
         here.wait(lambda: here.refused, "starts fail")
-        assert here.encoders._failed_starts == engine_side._MOST_FAILED_STARTS
+        assert here.encoders._slots[0].failed_starts == engine_side._MOST_FAILED_STARTS
         here.submit(1)
         here.poll()
         why = "no encoder runs: encoder 0 cannot start: LoadError: "
@@ -172,6 +173,18 @@ def test_without_encoders_images_wait_and_are_told(
         here.submit(2)
         here.wait_done()
         assert here.taken == {2}
+
+
+def test_a_machine_that_starts_no_process_says_so(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    names = SimpleNamespace(Popen=no_memory, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(meeting, "subprocess", names)
+    with pytest.raises(GroupLost, match="encoder 1 cannot start: .* Cannot allocate memory"):
+        hall(model)
 
 
 @pytest.fixture
@@ -312,6 +325,21 @@ def test_an_encoder_that_loses_its_engine_waits_for_the_next(
             assert own.returncode == 0
         finally:
             own.kill()
+
+
+def test_an_interrupt_within_a_message_loses_the_encoders(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with hall(model, encoder_workers=1) as here:
+        with monkeypatch.context() as patch:
+            patch.setattr(here.encoders, "_tell", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                here.submit(0)
+        with pytest.raises(GroupLost, match="a message to or from one was interrupted"):
+            here.poll()
 
 
 def test_encoders_need_gpus_of_their_own(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
