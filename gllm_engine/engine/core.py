@@ -642,7 +642,9 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
             "device: kernels are compiled on the GPU they are for; there is none here that torch "
             "finds, or the [gpu] extra is not installed"
         )
-    config = msgspec.structs.replace(config, load_format="dummy", num_pages=_PAGES_TO_COMPILE)
+    config = msgspec.structs.replace(
+        config, load_format="dummy", num_pages=_PAGES_TO_COMPILE, encoder_workers=0
+    )
     arch = read_arch(Path(config.model))
     check_len(config, arch)
     kinds = replace(arch, layers=tuple(dict.fromkeys(arch.layers)))

@@ -42,6 +42,7 @@ def engine(model: Path) -> Iterator[Engine]:
     config = EngineConfig(model=str(model), **SMALL, encoder_workers=1)
     one = Engine(config, make_encoders=TowerEncoders)
     encoders(one).stopped = True
+    assert one._runner.decoder.tower is None
     yield one
     one.close()
     assert encoders(one).closed

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from moving import restless_layers
-from pictured import compare, request, run
+from pictured import TowerEncoders, compare, request, run
 
 from gllm_engine import write_tiny_model
 from gllm_engine.arch import read_arch
@@ -59,6 +59,43 @@ def test_ranks_agree(tmp_path: Path, family: str, stages: int, size: int, spare:
     with restless_layers() as cuts:
         compare(outputs(cuts, **TIGHT, **ranks, spare_layers=spare), outputs([]))
     assert (len(set(cuts)) > 1) == bool(spare)
+
+
+def test_ranks_fetch_what_lands_though_they_have_nothing_to_compute(tmp_path: Path) -> None:
+    """Else the image that comes first may find no place. All ranks have it before it is free."""
+    path = write_tiny_model(tmp_path, DEEP, seed=4)
+    vision = read_arch(path).vision
+    assert vision is not None
+
+    def asked() -> list[Request]:
+        return [request(vision, ("a", 3, 4), ("b", 2, 4), 3)]
+
+    inside = Engine(EngineConfig(model=str(path), **SMALL))
+    expected = run(inside, asked())
+    inside.close()
+    ranks = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "encoder_workers": 1}
+    engine = Engine(
+        EngineConfig(model=str(path), **SMALL, **TIGHT, **ranks), make_encoders=TowerEncoders
+    )
+    encoders: Any = engine._encoders
+    try:
+        encoders.stopped = True
+        (waiting,) = asked()
+        engine.add(waiting)
+        while not engine.awaits_images:
+            engine.step()
+        assert len(encoders.busy) == 2
+        encoders.land(1)
+        (place,) = encoders._sizes.keys() - {place for place, _ in encoders.busy.values()}
+        while place in encoders._sizes:
+            assert engine.step() == {}
+        assert engine.stats().steps == 1 and engine.stats().running == 0
+        engine.abort(waiting.id)
+        encoders.stopped = False
+        compare(run(engine, asked()), expected)
+        assert encoders.num_submitted == 3  # the second image is there still
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize(("stages", "size"), [(1, 1), (2, 2)])
