@@ -97,8 +97,23 @@ def _memory_lines(report: CheckReport) -> Iterator[str]:
     if report.gpu_memory is not None:
         table.append(["left free", *(_gib(stage.free or 0) for stage in stages)])
     yield from _aligned(table)
+    yield from _encoder_lines(report)
     if report.cut_is_estimated:
         yield "A start measures which layers each stage gets; here they are cut by their bytes."
+
+
+def _encoder_lines(report: CheckReport) -> Iterator[str]:
+    encoder = report.encoder
+    if encoder is None:
+        return
+    table = [["GiB of each encoder", ""], ["encoders", str(encoder.encoders)]]
+    table.append(["weights: vision tower", _gib(encoder.weights)])
+    if encoder.free is not None:
+        table.append(["driver (estimate)", _gib(encoder.driver)])
+        table.append(["the largest image (estimate)", _gib(encoder.step)])
+        table.append(["left free", _gib(encoder.free)])
+    yield ""
+    yield from _aligned(table)
 
 
 def _cache_lines(report: CheckReport) -> Iterator[str]:

@@ -62,6 +62,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     # tokens of images whose embeddings are kept for requests with the same image; an image may take
     # a quarter, or encoder_budget; default: 65536, or four times max_model_len if that is less
     image_cache_tokens: int = 0
+    # processes, each with a GPU of its own, that encode the images; 0: the ranks do. With any,
+    # encoders of other machines may join at master_addr, port master_port + 2
+    encoder_workers: int = 0
     page_size: int = 16  # tokens in one KV cache page; a power of two
     num_pages: int | None = None  # KV cache pages; default: the number that fits kv_cache_gib
     # KV cache size in GiB; default: 1 on CPUs; on GPUs the memory left by gpu_memory_utilization
@@ -84,7 +87,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     spare_layers: int = 0
     nnodes: int = 1  # machines, with equal numbers of ranks; others run gllm_engine.worker
     master_addr: str | None = None  # address of this machine; workers on other nodes connect to it
-    master_port: int = 29500  # port for workers; torch.distributed uses the next port
+    # port for workers; the next one is torch.distributed's, the one after it the encoders'
+    master_port: int = 29500
     cluster_key_file: str | None = None  # a secret of at least 32 bytes, the same on every node
     # auto: token_throttling in a pipeline, otherwise chunked_prefill
     schedule_policy: Literal[
@@ -133,13 +137,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"nnodes: {self.num_ranks} ranks (pipeline_parallel_size x tensor_parallel_size) "
                 f"are not shared out evenly among {self.nnodes} nodes"
             )
-        for key in ("master_addr", "cluster_key_file"):
-            if self.nnodes > 1 and getattr(self, key) is None:
-                raise ConfigError(f"{key}: it is needed with nnodes={self.nnodes}")
-        if self.master_addr is not None and not _is_address(self.master_addr):
+        self._check_other_machines()
+        if self.encoder_workers and self.tensor_parallel_size > self.num_ranks // self.nnodes:
             raise ConfigError(
-                f"master_addr: {shown(repr(self.master_addr))} is not an address of this machine "
-                "such as 10.0.0.1 or fd00::1"
+                f"encoder_workers: {self.encoder_workers} is for ranks of one machine, into whose "
+                f"memory encoders write, and the {self.tensor_parallel_size} ranks of the first "
+                f"stage (tensor_parallel_size) are on several of the {self.nnodes} (nnodes)"
+            )
+        if self.encoder_workers and self.device == "none":
+            raise ConfigError(
+                f"encoder_workers: {self.encoder_workers} is for a model that takes images, and "
+                "with device=none no model runs"
             )
         self.stage_layers()
         for host in self.allowed_media_hosts:
@@ -148,6 +156,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                     f"allowed_media_hosts: {shown(repr(host))} is not a host such as "
                     "images.example.com or an IP address"
                 )
+
+    def _check_other_machines(self) -> None:
+        keys = ("master_addr", "cluster_key_file")
+        given = [key for key in keys if getattr(self, key) is not None]
+        for key in keys:
+            if key in given:
+                continue
+            if self.nnodes > 1:
+                raise ConfigError(f"{key}: it is needed with nnodes={self.nnodes}")
+            if self.encoder_workers and given:
+                raise ConfigError(
+                    f"{key}: it is needed with {given[0]}, for encoders of other machines"
+                )
+        if self.master_addr is not None and not _is_address(self.master_addr):
+            raise ConfigError(
+                f"master_addr: {shown(repr(self.master_addr))} is not an address of this machine "
+                "such as 10.0.0.1 or fd00::1"
+            )
 
     @property
     def num_ranks(self) -> int:
@@ -169,6 +195,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def largest_image(self) -> int:
         """Most tokens of an image."""
         return min(self.image_cache_tokens, max(self.encoder_budget, self.image_cache_tokens // 4))
+
+    @property
+    def landing_tokens(self) -> int:
+        """Tokens of images that encoders encode ahead: one is written while another is read."""
+        return 2 * self.largest_image
 
     def stage_layers(self) -> tuple[int, ...] | None:
         """assigned_layers as numbers; None if it is not set. Raises ConfigError."""
@@ -238,6 +269,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "image_memory_gib": (0.001, 4096.0),
     "encoder_budget": (0, 2**20),
     "image_cache_tokens": (0, 2**24),
+    "encoder_workers": (0, 64),
     "page_size": (1, 256),
     "num_pages": (1, 2**30),
     "num_snapshots": (0, 2**20),
@@ -248,7 +280,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tensor_parallel_size": (1, 64),
     "spare_layers": (0, 64),
     "nnodes": (1, 64),
-    "master_port": (1, 65534),
+    "master_port": (1, 65533),
     "prefill_drain_steps": (1, 1024),
     "min_prefill_tokens": (1, 2**20),
     "media_timeout_s": (0.1, 600.0),

@@ -124,6 +124,10 @@ class Stats(Message, frozen=True):
     preemptions: int = 0
     steps: int = 0
     waiting_tokens: int = 0  # prefill backlog of waiting sequences
+    images_encoded: int = 0
+    image_hits: int = 0  # images of sequences whose embeddings were there, or made for another
+    images_waiting: int = 0  # which encoders have yet to encode
+    encoders: int = 0  # that take images now
     # By name, for tenants that the configuration names; all others are one, named "other".
     tenants: dict[str, TenantStats] = {}
 
@@ -156,6 +160,32 @@ class ImagePixels(Message, frozen=True):
     pixels: bytes  # uint8 [height, width, 3]
 
 
+class SharedGpuMemory(Message, frozen=True):
+    """What another process opens memory of a GPU with: the arguments of torch's CUDA IPC call."""
+
+    device: int
+    handle: bytes
+    num_bytes: int
+    offset: int
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    waits: bool
+
+
+class LandingHandle(Message, frozen=True):
+    """Rank -> encoder: memory of the rank into which encoders write embeddings; see Landing.
+
+    It holds `tokens` tokens of `numbers` numbers each.
+    """
+
+    tokens: int
+    numbers: int
+    dtype: str
+    itemsize: int  # bytes of a number
+    memory: str | SharedGpuMemory  # str: path of a file in the host's memory
+
+
 class ImageRun(Message, frozen=True):
     """Scheduler -> runner: `count` tokens of a chunk whose embeddings are those of an image."""
 
@@ -163,6 +193,14 @@ class ImageRun(Message, frozen=True):
     first: int  # index of the first one's embedding, in rows of the image
     offset: int  # of the first token in the chunk
     count: int
+
+
+class LandedImage(Message, frozen=True):
+    """Scheduler -> runner: an image that an encoder has written into the landing of the rank."""
+
+    number: int  # of the image
+    place: int  # in the landing, which nobody overwrites before the plan is done
+    tokens: int
 
 
 class Chunk(Message, frozen=True):
@@ -219,6 +257,9 @@ class StepPlan(Message, frozen=True):
     # `encode`, whose pixels it has, before its rows run. Both may name what a failed step has lost.
     forget: list[int] = []
     encode: list[int] = []
+    # Which the first stage copies from its landing before its rows run. Such a plan may be without
+    # rows.
+    arrived: list[LandedImage] = []
 
 
 class StepResult(Message, frozen=True):

@@ -16,6 +16,7 @@ import msgspec
 from gllm_engine.config import EngineConfig
 from gllm_engine.types import (
     ImagePixels,
+    LandingHandle,
     Message,
     ModelInfo,
     Outputs,
@@ -97,15 +98,16 @@ class Refusal(Message, frozen=True):
 
 
 class Join(Message, frozen=True):
-    """Worker -> engine, first message: the worker's software, model and place."""
+    """Worker or encoder -> engine, first message: its software, its model and a worker's place."""
 
     protocol: str
     software: str  # versions that must be equal on all ranks
     model: str  # digest of the model's configuration
     node: int
     nnodes: int
-    local_rank: int
+    local_rank: int  # of an encoder: its number among those that the engine has started
     local_size: int
+    role: str = "worker"  # or "encoder"
 
 
 class Assigned(Message, frozen=True):
@@ -122,6 +124,7 @@ class Ready(Message, frozen=True):
     num_pages: int
     num_snapshots: int
     num_layers: int
+    landings: list[LandingHandle] = []  # one, of a rank of the first stage without a tower
 
 
 class StageTime(Message, frozen=True):
@@ -158,6 +161,12 @@ class PutImages(Message, frozen=True):
     images: list[ImagePixels]
 
 
+class ImagesFetched(Message, frozen=True):
+    """Worker of the first stage -> engine: it has what a plan without rows fetches."""
+
+    step: int
+
+
 class StepFailed(Message, frozen=True):
     """Worker -> engine: the worker computed nothing of this step, and can continue."""
 
@@ -167,7 +176,7 @@ class StepFailed(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """Worker -> engine, last message: the worker cannot continue."""
+    """Worker or encoder -> engine, last message: it cannot continue."""
 
     rank: int
     message: str
@@ -175,6 +184,52 @@ class Failed(Message, frozen=True):
 
 class Ping(Message, frozen=True):
     """Engine -> worker: an empty message, which only tests the connection."""
+
+
+class PutEmbeddings(Message, frozen=True):
+    """Engine -> worker of the first stage: embeddings that an encoder of another machine made."""
+
+    place: int  # in the worker's landing
+    embeddings: bytes
+
+
+class EncoderAssigned(Message, frozen=True):
+    """Engine -> encoder, which has joined."""
+
+    config: EngineConfig
+    dtype: str
+    landings: list[LandingHandle]  # which it writes; none: it sends the embeddings to the engine
+
+
+class EncoderReady(Message, frozen=True):
+    """Encoder -> engine: the vision tower is loaded."""
+
+
+class Encode(Message, frozen=True):
+    """Engine -> encoder: images to encode at once, and where in the landings each one belongs."""
+
+    images: list[ImagePixels]
+    places: list[int]
+
+
+class Encoded(Message, frozen=True):
+    """Encoder -> engine: an image is in its place."""
+
+    number: int
+    embeddings: bytes = b""  # if the encoder has no landings
+
+
+class NotEncoded(Message, frozen=True):
+    """Encoder -> engine: the tower fails on this image."""
+
+    number: int
+    message: str
+
+
+class Leave(Message, frozen=True):
+    """Encoder -> engine: it ends soon and takes no more images. Engine -> encoder, the answer once
+    it has the last one's: nothing follows, end.
+    """
 
 
 class AskSpans(Message, frozen=True):
@@ -208,6 +263,14 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     MoveLayers,
     PutImages,
     Received,
+    PutEmbeddings,
+    ImagesFetched,
+    EncoderAssigned,
+    EncoderReady,
+    Encode,
+    Encoded,
+    NotEncoded,
+    Leave,
 )
 _TAGS: dict[type[msgspec.Struct], bytes] = {kind: bytes([i]) for i, kind in enumerate(_TYPES)}
 _KINDS: dict[bytes, type[msgspec.Struct]] = {tag: kind for kind, tag in _TAGS.items()}

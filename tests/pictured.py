@@ -6,16 +6,23 @@ import random
 from collections.abc import Iterable
 from hashlib import blake2b
 from itertools import count
+from math import prod
 from typing import Any
 
 import pytest
 import torch
+from fake_encoders import FakeEncoders
 from torch import Tensor
 
+from gllm_engine.arch import Model
 from gllm_engine.arch.vision import Vision
+from gllm_engine.config import EngineConfig
 from gllm_engine.engine.core import Engine
+from gllm_engine.runner import pixels_of
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import Image, Request, TokenLogprobs
+from gllm_engine.types import Image, ImagePixels, Request, TokenLogprobs
+from gllm_engine.workers.build_runner import load_tower
+from gllm_engine.workers.encoders import Landed, NotLanded
 
 _IDS = count(1)
 # Of a text, or the name, rows and columns of an image.
@@ -66,6 +73,33 @@ def run(engine: Engine, requests: Iterable[Request]) -> list[Tokens]:
     for id, entries in prompts.items():
         found[id] = [(e.token_ids[0], e.logprobs[0]) for e in entries] + found[id]
     return [found[id] for id in ids]
+
+
+class TowerEncoders(FakeEncoders):
+    """Encoders in this process. Whenever the engine asks for news, a random one of the images that
+    they have has landed, or none; `stopped`: none ever.
+    """
+
+    def __init__(self, config: EngineConfig, arch: Model, runner: Any) -> None:
+        tower = load_tower(config, arch, torch.float32, torch.device("cpu"))
+
+        @torch.inference_mode()
+        def write(place: int, image: ImagePixels) -> None:
+            (embeddings,) = tower.encode([pixels_of(image, torch.device("cpu"))])
+            runner.land(place, embeddings.numpy().tobytes())
+
+        assert arch.vision is not None
+        grid = arch.vision.grid
+        super().__init__(
+            config.landing_tokens, lambda image: prod(grid(image.height, image.width)), write
+        )
+        self._random = random.Random(5)
+        self.stopped = False
+
+    def poll(self) -> list[Landed | NotLanded]:
+        if not self.stopped and self._random.random() < 0.6:
+            self.land(self._random.randrange(10))
+        return super().poll()
 
 
 def compare(found: list[Tokens], expected: list[Tokens]) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 220_900,
+    ("gllm_engine",): 232_000,
     ("backend", "client"): 73_000,
     ("benchmarks",): 30_500,
 }
@@ -62,6 +62,7 @@ OURS = {
         "heartbeat", "os_process", "socket_directory", "software", "timeline", "workers", "engine",
     },
     "gllm_engine/worker.py": {"workers"},
+    "gllm_engine/encoder.py": {"workers"},
     "backend": {"", "gllm_backend"},
     "client/openai_server": {"gllm_client"},
     "client": {"", "gllm_client"},
@@ -85,6 +86,7 @@ OTHERS = {
     "gllm_engine/sched": {"msgspec"},
     "gllm_engine/parallel": {"torch"},
     "gllm_engine/worker.py": set(),
+    "gllm_engine/encoder.py": set(),
     "gllm_engine/ops": {"torch", "numpy", "triton", "flashinfer"},
     "gllm_engine/layers": {"torch"},
     "gllm_engine/model": {"torch", "safetensors", "tokenizers", "tqdm"},

@@ -60,6 +60,20 @@ from gllm_engine.config import settle
             '{"model": ".", "spare_layers": 2}',
             "spare_layers: 2 is for layers that move between stages, and there is one stage",
         ),
+        (
+            '{"model": ".", "encoder_workers": 1, "tensor_parallel_size": 2, "nnodes": 2, '
+            '"master_addr": "10.0.0.1", "cluster_key_file": "key"}',
+            "encoder_workers: 1 is for ranks of one machine, .* the 2 ranks of the first stage",
+        ),
+        ('{"model": ".", "encoder_workers": 65}', r"encoder_workers: 65 is outside \[0, 64\]"),
+        (
+            '{"model": ".", "encoder_workers": 1, "device": "none"}',
+            "encoder_workers: 1 is for a model that takes images, and with device=none",
+        ),
+        (
+            '{"model": ".", "encoder_workers": 1, "master_addr": "10.0.0.1"}',
+            "cluster_key_file: it is needed with master_addr, for encoders of other machines",
+        ),
         *(
             (
                 f'{{"model": ".", "master_addr": "{address}"}}',

@@ -51,6 +51,8 @@ FAMILIES = {
     "num_requests_waiting": ("GAUGE", "Sequences waiting for their first step or for pages."),
     "num_tokens_waiting": ("GAUGE", "Tokens to be computed before those that wait can go on."),
     "kv_cache_usage": ("GAUGE", "Share of KV-cache pages that live sequences use, 0 to 1."),
+    "num_images_waiting": ("GAUGE", "Images of prompts that encoders have yet to encode."),
+    "num_encoders": ("GAUGE", "Encoders that take images."),
     "engine_failed_starts": ("GAUGE", "Failed attempts, so far, to get a lost engine back."),
     "prefix_cache_queries_total": ("COUNTER", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits_total": ("COUNTER", "Prompt tokens found in the prefix cache."),
@@ -61,6 +63,11 @@ FAMILIES = {
     "prefix_cache_snapshot_hits_total": (
         "COUNTER",
         "Prompts that began from a copied state, by its place: prompt, branch or answer.",
+    ),
+    "images_encoded_total": ("COUNTER", "Images encoded."),
+    "image_cache_hits_total": (
+        "COUNTER",
+        "Images of prompts that were not encoded for them, because another prompt had the same.",
     ),
     "tenant_requests_running": ("GAUGE", "Sequences of a tenant being computed."),
     "tenant_requests_waiting": ("GAUGE", "Sequences of a tenant that wait."),
@@ -173,6 +180,8 @@ class Metrics:
             "prefix_hits": ("prefix_cache_hits_total", ()),
             "prefix_stored": ("prefix_cache_kv_hits_total", ()),
             "preemptions": ("num_preemptions_total", ()),
+            "images_encoded": ("images_encoded_total", ()),
+            "image_hits": ("image_cache_hits_total", ()),
         }
         for kind in ("prompt", "branch", "answer"):
             names[f"{kind}_snapshot_hits"] = (_SNAPSHOT_HITS, (("kind", kind),))
@@ -209,6 +218,8 @@ class Metrics:
         self._gauges["num_requests_waiting", ()] = stats.waiting
         self._gauges["num_tokens_waiting", ()] = stats.waiting_tokens
         self._gauges["kv_cache_usage", ()] = stats.kv_usage
+        self._gauges["num_images_waiting", ()] = stats.images_waiting
+        self._gauges["num_encoders", ()] = stats.encoders
         for name, tenant in stats.tenants.items():
             for field, metric in _TENANT_GAUGES.items():
                 self._gauges[metric, _of_tenant(name)] = getattr(tenant, field)

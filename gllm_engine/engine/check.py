@@ -45,6 +45,18 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     free: int | None
 
 
+class EncoderReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of memory of each of the `encoders` encoders, as of StageReport. `step`: for the
+    largest image.
+    """
+
+    encoders: int
+    weights: int
+    driver: int
+    step: int
+    free: int | None
+
+
 class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
     """Layers that share a page table. `pages`: of a sequence of `max_model_len` tokens."""
 
@@ -59,7 +71,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     The groups share `num_pages` pages of `page_size` tokens, which hold `cached_tokens` tokens if
     one group has them all, or `sequences` sequences of `max_model_len` tokens. `cut_is_estimated`:
     a start measures which layers each stage gets, so it may choose others. `unknown_keys`: of
-    config.json, which have no effect.
+    config.json, which have no effect. `encoder`: None if the ranks encode images.
     """
 
     model: str
@@ -68,6 +80,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     kv_cache_dtype: str
     stages: list[StageReport]
+    encoder: EncoderReport | None
     cut_is_estimated: bool
     num_pages: int
     page_size: int
@@ -141,6 +154,13 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
         )
         for stage in found.stages
     ]
+    encoder = None
+    if found.encoder is not None:
+        encoder = EncoderReport(
+            **asdict(found.encoder),
+            encoders=config.encoder_workers,
+            free=None if gpu_memory is None else gpu_memory - found.encoder.total,
+        )
     return CheckReport(
         model=config.model,
         num_params=arch.num_params(),
@@ -148,6 +168,7 @@ def _report(config: EngineConfig, arch: Model, gpu_memory: int | None) -> CheckR
         dtype=_name(found.dtype),
         kv_cache_dtype=_name(found.cache_dtype),
         stages=stages,
+        encoder=encoder,
         cut_is_estimated=config.pipeline_parallel_size > 1 and config.assigned_layers is None,
         num_pages=found.num_pages,
         page_size=config.page_size,

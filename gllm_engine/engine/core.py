@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import zmq
 
 from gllm_engine.arch import Model, about_unknown_keys, cache_groups, read_arch
 from gllm_engine.config import ConfigError, EngineConfig, settle
@@ -48,6 +49,7 @@ from gllm_engine.timeline import (
 from gllm_engine.types import (
     Finish,
     ImagePixels,
+    LandingHandle,
     ModelInfo,
     Outputs,
     RankSpans,
@@ -57,8 +59,12 @@ from gllm_engine.types import (
     StepPlan,
     StepResult,
 )
-from gllm_engine.workers.group import GroupLost, StepRefused, WorkerGroup
+from gllm_engine.workers.encoders import Encoders, Landed
+from gllm_engine.workers.group import StepRefused, WorkerGroup
+from gllm_engine.workers.meeting import GroupLost
 
+# If all sequences wait for images, step() waits so long for one and returns.
+IMAGE_WAIT_MS = 5
 # If compiling grammars are the only work, step() waits this long for one and returns.
 COMPILE_WAIT_S = 0.005
 # After this many consecutive failed steps the engine is broken.
@@ -93,6 +99,17 @@ class StepRunner(Protocol):
 
     def put_images(self, images: list[ImagePixels]) -> None:
         """Take the images that the next plan encodes."""
+        ...
+
+    @property
+    def landings(self) -> list[LandingHandle]:
+        """Where encoders write embeddings: a landing of each rank of the first stage, if there are
+        encoders.
+        """
+        ...
+
+    def land(self, place: int, embeddings: bytes) -> None:
+        """Put what an encoder of another machine has made into the landings, before a next plan."""
         ...
 
     def is_alive(self) -> bool:
@@ -130,16 +147,15 @@ class Engine:
         config: EngineConfig,
         make_runner: Callable[[EngineConfig, Model], StepRunner] | None = None,
         policy: Policy | None = None,
+        make_encoders: Callable[[EngineConfig, Model, StepRunner], Encoders] | None = None,
     ) -> None:
-        """Load the model. Raises ConfigError, ArchError or LoadError.
+        """Load the model. Raises ConfigError, ArchError, LoadError or GroupLost.
 
         `make_runner`: makes the runner, in place of one that loads `config.model`. `policy`:
-        replaces the schedule policy that the configuration names.
+        replaces the schedule policy that the configuration names. `make_encoders`: makes encoders
+        in place of processes.
         """
-        path = Path(config.model)
-        arch = read_arch(path)
-        if arch.unknown_keys:
-            log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
+        arch = _read_model(Path(config.model))
         config = settle(config, _on_gpu(config), arch.keeps_states)
         check_len(config, arch)
         self._config = config
@@ -153,6 +169,8 @@ class Engine:
         self._grammars = Grammars(tokenizer, arch.vocab, arch.eos_token_ids)
         make_runner = make_runner or partial(_make_runner, recorder=self._recorder)
         self._runner = make_runner(config, arch)
+        self._start_encoders(make_encoders or _make_encoders)
+        self._images = None if arch.vision is None else ImageCache(config, arch.has_sections)
         kinds = cache_groups(arch, config.max_model_len or arch.max_len)
         groups = make_groups(kinds, config, self._runner.num_pages)
         max_model_len = model_len(config, arch, capacity(groups, arch.max_len))
@@ -166,7 +184,7 @@ class Engine:
             policy,
             groups,
             self._runner.num_snapshots if arch.keeps_states else None,
-            None if arch.vision is None else ImageCache(config, arch.has_sections),
+            self._images,
         )
         self.info = ModelInfo(
             vocab_size=arch.vocab,
@@ -184,6 +202,20 @@ class Engine:
         self._constrained: dict[SequenceKey, Constraint] = {}
         self._compiling: dict[SequenceKey, tuple[Request, Future[Constraint]]] = {}
         self._outboxes: defaultdict[Client, Outputs] = defaultdict(_nothing)
+
+    def _start_encoders(self, make: Callable[[EngineConfig, Model, StepRunner], Encoders]) -> None:
+        self._encoders: Encoders | None = None
+        self._poller = zmq.Poller()  # of the encoders' sockets
+        self._is_idle = False  # there is no step to run before something comes
+        if not self._config.encoder_workers:
+            return
+        try:
+            self._encoders = make(self._config, self._arch, self._runner)
+        except BaseException:
+            self._runner.close()
+            raise
+        for socket in self._encoders.sockets():
+            self._poller.register(socket, zmq.POLLIN)
 
     # ------------------------------------------------------------ requests
 
@@ -276,6 +308,8 @@ class Engine:
         sequence = self._live.pop(key, None)
         if sequence is not None:
             self._scheduler.abort(sequence)
+            self._order_images()
+            self._is_idle = False
         self._constrained.pop(key, None)
         _, compiling = self._compiling.pop(key, (None, None))
         if compiling is not None:
@@ -310,6 +344,7 @@ class Engine:
             self._refuse(key, refused.status, refused.message)
             return
         self._live[key] = sequence
+        self._is_idle = False
         if constraint is not None:
             self._constrained[key] = constraint
 
@@ -347,20 +382,26 @@ class Engine:
         self._recorder.mark(activity.PLAN)
         if self._compiling:
             self._admit_compiled()
+        if self.awaits_images:
+            self._poller.poll(IMAGE_WAIT_MS)
         try:
+            self._hear_encoders()
             plan = self._scheduler.schedule() if len(self._launched) < self._depth else None
             if self._constrained:  # before the plan can sample a token for a failed constraint
                 self._fail_constrained()
+            self._order_images()
             if plan is not None:
                 self._recorder.mark(activity.DISPATCH, plan.step)
                 if plan.encode:
                     self._runner.put_images(self._scheduler.to_encode)
                 self._launched.append(self._runner.launch(plan))
+            self._is_idle = plan is None and not self._launched
             if self._launched and (plan is None or len(self._launched) >= self._depth):
                 self._recorder.mark(activity.AWAIT_RESULT)
                 result = self._launched.popleft().wait()
                 self._recorder.mark(activity.COMMIT, result.step)
                 self._sort(self._scheduler.commit(result))
+                self._order_images()
                 self._failed_steps = 0
         except BaseException as error:  # any error of a kernel or a worker
             self._fail(error)
@@ -372,11 +413,38 @@ class Engine:
         return dict(outboxes)
 
     def watch(self) -> None:
-        """Check between steps whether the runner has died. Then the engine is `broken`."""
+        """Check between steps whether the runner has died. Then the engine is `broken`. Also looks
+        after the encoders, for which it is called at least every 100 ms.
+        """
         try:
             self._runner.check()
+            self._hear_encoders()
         except GroupLost as error:
             self._fail(error)
+
+    def _hear_encoders(self) -> None:
+        """Take what encoders have done."""
+        if self._encoders is None or self._images is None:
+            return
+        for event in self._encoders.poll():
+            self._is_idle = False
+            if isinstance(event, Landed):
+                self._images.landed(event.number, event.place)
+                continue
+            for sequence in self._scheduler.not_landed(event.number):
+                self._forget(sequence.key)
+                self._refuse(sequence.key, "internal", f"image: not encoded: {event.message}")
+
+    def _order_images(self) -> None:
+        """Tell encoders what the scheduler wants of them."""
+        if self._encoders is None or self._images is None:
+            return
+        orders = self._images.take_orders()
+        for number in orders.cancel:
+            self._encoders.cancel(number)
+        self._encoders.release(orders.release)
+        for image in orders.encode:
+            self._encoders.submit(image)
 
     def _sort(self, committed: Committed) -> None:
         """Put the results of one step into the outboxes of their clients."""
@@ -410,6 +478,7 @@ class Engine:
         """
         log.error("a step failed; %d sequences fail with it", len(self._live), exc_info=error)
         self._scheduler.reset()
+        self._order_images()
         # Asked once: a device may die between two answers.
         is_device_lost = not isinstance(error, GroupLost) and not self._runner.is_alive()
         if is_device_lost:
@@ -453,12 +522,23 @@ class Engine:
         """Whether step() has a step to run or outputs to return."""
         return self._scheduler.has_work or bool(self._compiling or self._outboxes)
 
+    @property
+    def awaits_images(self) -> bool:
+        """Whether step() has nothing to do before an image is encoded, or something else comes."""
+        has_news = self._compiling or self._outboxes
+        return self._encoders is not None and self._is_idle and not has_news
+
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """They have something when step() may have more to do."""
+        return [] if self._encoders is None else self._encoders.sockets()
+
     def stats(self) -> Stats:
         stats = self._scheduler.stats()
         return msgspec.structs.replace(
             stats,
             waiting=stats.waiting + len(self._compiling),
             waiting_tokens=stats.waiting_tokens + self._compiling_of(None).tokens,
+            encoders=0 if self._encoders is None else self._encoders.stats().encoders,
         )
 
     def check_integrity(self) -> None:
@@ -498,6 +578,8 @@ class Engine:
         self._launched.clear()
         self._outboxes.clear()
         self._grammars.close()
+        if self._encoders is not None:
+            self._encoders.close()
         self._runner.close()
 
 
@@ -509,6 +591,13 @@ def _pixels_of(live: list[Request | Sequence]) -> int:
 
 def _nothing() -> Outputs:
     return Outputs([], [])
+
+
+def _read_model(path: Path) -> Model:
+    arch = read_arch(path)
+    if arch.unknown_keys:
+        log.warning("%s", about_unknown_keys(path / "config.json", arch.unknown_keys))
+    return arch
 
 
 def _on_gpu(config: EngineConfig) -> bool:
@@ -549,12 +638,23 @@ def _make_runner(config: EngineConfig, arch: Model, recorder: NoRecorder) -> Ste
     """`recorder`: of this process, for a model that runs in it."""
     if config.device == "none":
         return NullRunner(arch.vocab, config.num_pages, config.num_snapshots)
-    from gllm_engine.workers.build_runner import check_shards, device_of, load_runner
+    from gllm_engine.workers.build_runner import (
+        check_encoder_gpus,
+        check_shards,
+        device_of,
+        load_runner,
+    )
 
     check_shards(config, arch)
+    device = device_of(config)
+    check_encoder_gpus(config, device)
     if config.num_ranks > 1:
         return WorkerGroup(config, arch)
-    return load_runner(config, arch, device_of(config), None, recorder)
+    return load_runner(config, arch, device, None, recorder)
+
+
+def _make_encoders(config: EngineConfig, arch: Model, runner: StepRunner) -> Encoders:
+    return Encoders(config, arch, runner.landings, runner.land)
 
 
 def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
@@ -571,7 +671,9 @@ def fill_caches(config: EngineConfig) -> tuple[Path, ...]:
             "device: kernels are compiled on the GPU they are for; there is none here that torch "
             "finds, or the [gpu] extra is not installed"
         )
-    config = msgspec.structs.replace(config, load_format="dummy", num_pages=_PAGES_TO_COMPILE)
+    config = msgspec.structs.replace(
+        config, load_format="dummy", num_pages=_PAGES_TO_COMPILE, encoder_workers=0
+    )
     arch = read_arch(Path(config.model))
     check_len(config, arch)
     kinds = replace(arch, layers=tuple(dict.fromkeys(arch.layers)))

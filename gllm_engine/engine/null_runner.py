@@ -10,7 +10,14 @@ import math
 from dataclasses import dataclass
 
 from gllm_engine.sampling import SamplingParams
-from gllm_engine.types import ImagePixels, RankSpans, StepPlan, StepResult, TokenLogprobs
+from gllm_engine.types import (
+    ImagePixels,
+    LandingHandle,
+    RankSpans,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 DEFAULT_PAGES = 65_536
 DEFAULT_SNAPSHOTS = 1024
@@ -51,6 +58,14 @@ class NullRunner:
 
     def put_images(self, images: list[ImagePixels]) -> None:
         """Does nothing: no token depends on them."""
+
+    @property
+    def landings(self) -> list[LandingHandle]:
+        """None: it has no encoders."""
+        return []
+
+    def land(self, place: int, embeddings: bytes) -> None:
+        """Does nothing: as put_images."""
 
     def is_alive(self) -> bool:
         return True

@@ -52,7 +52,8 @@ class EngineProcess:
         self.deadline = time.monotonic() + LONELY_S
         self.socket = socket
         self.poller = zmq.Poller()
-        self.poller.register(self.socket, zmq.POLLIN)
+        for source in (self.socket, *engine.sockets()):
+            self.poller.register(source, zmq.POLLIN)
         self.stats = _StatsFeed()
         # When the engine last had work; None if its bookkeeping has been checked since then.
         self.busy_until: float | None = None
@@ -63,7 +64,8 @@ class EngineProcess:
         Raises IntegrityError if the engine's bookkeeping is found wrong while it is idle.
         """
         while self.engine.broken is None and not self._done():
-            self._listen(timeout_ms=0 if self.engine.has_work else int(STATS_EVERY_S * 1000))
+            has_step = self.engine.has_work and not self.engine.awaits_images
+            self._listen(timeout_ms=0 if has_step else int(STATS_EVERY_S * 1000))
             self.engine.watch()
             if self.engine.has_work:
                 self.busy_until = time.monotonic()
@@ -219,6 +221,8 @@ class _StatsFeed:
             answer_snapshot_hits=stats.answer_snapshot_hits - base.answer_snapshot_hits,
             preemptions=stats.preemptions - base.preemptions,
             steps=stats.steps - base.steps,
+            images_encoded=stats.images_encoded - base.images_encoded,
+            image_hits=stats.image_hits - base.image_hits,
             tenants={
                 name: _tenant_since(tenant, base.tenants.get(name, TenantStats()))
                 for name, tenant in stats.tenants.items()

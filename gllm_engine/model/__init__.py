@@ -6,7 +6,13 @@ from gllm_engine.arch import LoadError
 from gllm_engine.layers import Attend, ForwardContext, Residual
 from gllm_engine.model.decoder import Decoder, LayerCache
 from gllm_engine.model.kernels import KernelUse, kernels_of
-from gllm_engine.model.load import Checkpoint, fill_randomly, filling, open_checkpoint
+from gllm_engine.model.load import (
+    Checkpoint,
+    LoneTower,
+    fill_randomly,
+    filling,
+    open_checkpoint,
+)
 from gllm_engine.model.states import States, bytes_of_states
 from gllm_engine.model.vision_tower import VisionTower
 from gllm_engine.ops import best_device
@@ -20,6 +26,7 @@ __all__ = [
     "LayerCache",
     "bytes_of_states",
     "LoadError",
+    "LoneTower",
     "Residual",
     "States",
     "VisionTower",

@@ -213,7 +213,7 @@ class Decoder:
     """A model whose weights are not yet loaded; load.py fills the tensors of `weights()`.
 
     `layers`: the layers that this rank computes. `groups`: the cache groups of the whole model.
-    `tower`: of a model that takes images, on its first stage; else None.
+    `tower`: of a model that takes images, on its first stage, unless others encode them; else None.
     """
 
     def __init__(
@@ -225,11 +225,13 @@ class Decoder:
         max_model_len: int,
         shard: Shard | None = None,
         ranks: TensorParallel = ALONE,
+        encodes: bool = True,
     ) -> None:
         """`max_model_len`: all positions are smaller. Dynamic RoPE scaling depends on it, and which
         windows matter.
 
         `shard`: this rank's shard (default: everything). `ranks`: the ranks that share its layers.
+        `encodes`: whether it encodes the images that it takes.
         """
         self.arch = arch
         self.dtype = dtype
@@ -248,7 +250,7 @@ class Decoder:
         self._norm = NormLayer(arch.norm, _stream_eps(arch), arch.dim, self._platform)
         self._hold(shard or Shard(0, len(arch.layers)), {})
         self.tower: VisionTower | None = None
-        if self.is_first and arch.vision is not None:
+        if encodes and self.is_first and arch.vision is not None:
             self.tower = VisionTower(arch.vision, dtype, device)
 
     def with_layers(self, first: int, end: int, arrived: Decoder | None = None) -> Decoder:
@@ -303,6 +305,12 @@ class Decoder:
         self._planned: dict[PlanKey, int] = {}
         for i, block in enumerate(self._blocks):
             self._planned.setdefault(block.mixer.plan_key, i)
+
+    @property
+    def image_numbers(self) -> int:
+        """Numbers in the embeddings of a token of an image; 0 if this rank takes no images."""
+        vision = self.arch.vision
+        return (1 + vision.num_deep) * self.arch.dim if vision and self.is_first else 0
 
     def _new_matrix(self, name: str) -> VocabularyMatrix:
         arch = self.arch

@@ -29,10 +29,13 @@ from gllm_engine.arch.formats import Integers, format_name
 from gllm_engine.arch.layout import Place, checkpoint_places
 from gllm_engine.arch.model import EMBEDDING, Model
 from gllm_engine.arch.names import checkpoint_tensors, with_stored_names
+from gllm_engine.arch.shard import Shard
 from gllm_engine.files import open_file, shown
+from gllm_engine.layers import Staging
 from gllm_engine.model.decoder import Decoder
 from gllm_engine.model.read import TensorSlice, reading
 from gllm_engine.model.stored import StoredTensor, StoredTensors, Verified
+from gllm_engine.model.vision_tower import VisionTower
 
 _STAGED_BYTES = 1 << 30  # of weights that are stored in another form; the last one may exceed it
 
@@ -47,6 +50,25 @@ class Checkpoint:
     shared: dict[str, int]  # see StoredTensors
     verified: dict[str, Verified]  # by checkpoint tensor name
     tied: str | None  # name of a stored output projection, which must equal the embedding
+
+
+@dataclass(frozen=True)
+class LoneTower:
+    """The tower of a model whose decoder is elsewhere, with what the loading asks a Decoder for."""
+
+    arch: Model
+    tower: VisionTower
+    device: torch.device
+    shard: Shard = Shard(0, 0)  # the tower is whole
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.tower.weights()
+
+    def stagings(self) -> dict[str, Staging]:
+        return {}
+
+    def weight_bytes(self) -> dict[str, int]:
+        return {name: view.nbytes for name, view in self.weights().items()}
 
 
 @contextmanager
@@ -71,7 +93,9 @@ def open_checkpoint(arch: Model, path: Path) -> Iterator[Checkpoint]:
 
 
 @contextmanager
-def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Iterator[None]:
+def filling(
+    decoder: Decoder | LoneTower, checkpoint: Checkpoint, shows: bool = True
+) -> Iterator[None]:
     """Load the checkpoint's weights into the decoder while the block runs; at its end, wait.
 
     `shows`: whether to show the progress, as a bar on a terminal or in the log.
@@ -108,7 +132,7 @@ def filling(decoder: Decoder, checkpoint: Checkpoint, shows: bool = True) -> Ite
         )
 
 
-def _verify(decoder: Decoder, checkpoint: Checkpoint) -> None:
+def _verify(decoder: Decoder | LoneTower, checkpoint: Checkpoint) -> None:
     """Check the tensors of this rank's weights that must have certain numbers."""
     held = decoder.weight_bytes()
     waiting = deque(
@@ -134,7 +158,7 @@ def _verify(decoder: Decoder, checkpoint: Checkpoint) -> None:
                 )
 
 
-def fill_randomly(decoder: Decoder) -> None:
+def fill_randomly(decoder: Decoder | LoneTower) -> None:
     """Fill the decoder with random weights, always the same ones for the same decoder.
 
     The weights are as large as a trained model's, so that activations stay in range. They are not
@@ -170,7 +194,7 @@ def _randomize(name: str, view: Tensor, generator: torch.Generator, kind: Intege
         view.normal_(0, 0.02, generator=generator)
 
 
-def _staging(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
+def _staging(decoder: Decoder | LoneTower) -> Iterator[dict[str, Tensor]]:
     """Views, as of Decoder.weights, of weights that are stored in another form than is held.
 
     The views of some weights at a time; they are converted when the next ones are asked for.
@@ -217,7 +241,7 @@ def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
 
 
 def _aim(
-    decoder: Decoder, sources: dict[str, _Source], views: dict[str, Tensor]
+    decoder: Decoder | LoneTower, sources: dict[str, _Source], views: dict[str, Tensor]
 ) -> list[tuple[TensorSlice, Tensor]]:
     """(source, target) for this rank's reads into `views`, as of Decoder.weights."""
     return [
@@ -228,7 +252,9 @@ def _aim(
     ]
 
 
-def _share(decoder: Decoder, source: _Source, into: Tensor) -> list[tuple[TensorSlice, Tensor]]:
+def _share(
+    decoder: Decoder | LoneTower, source: _Source, into: Tensor
+) -> list[tuple[TensorSlice, Tensor]]:
     """The slices and the target views of this rank's shard of a weight.
 
     `into`: has the shard's shape, which is smaller in at most one dimension. It may have one more

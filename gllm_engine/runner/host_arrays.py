@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gllm_engine.ops import HostInts
+from gllm_engine.types import ImagePixels
 
 
 def int_array(*lists: list[int]) -> HostInts:
@@ -32,3 +33,9 @@ def to_device(device: torch.device, *arrays: HostInts) -> tuple[Tensor, ...]:
     """Copy 1-D arrays of one dtype to `device` in a single copy; the host does not wait for it."""
     there = pack(device, *arrays).to(device, non_blocking=True)
     return torch.split(there, [len(array) for array in arrays])
+
+
+def pixels_of(image: ImagePixels, device: torch.device) -> Tensor:
+    """uint8 [height, width, 3] on `device`; the host does not wait for the copy."""
+    (pixels,) = to_device(device, np.frombuffer(image.pixels, np.uint8))
+    return pixels.view(image.height, image.width, 3)

@@ -182,11 +182,11 @@ def _decode_bytes(config: EngineConfig, decoder: Decoder) -> int:
 
 
 def image_bytes(config: EngineConfig, decoder: Decoder) -> int:
-    """The most bytes of the embeddings of images that are kept."""
+    """The most bytes of the embeddings of images: those that are kept, and the landing."""
+    tokens = config.image_cache_tokens
     if decoder.tower is None:
-        return 0
-    numbers = (1 + decoder.tower.vision.num_deep) * decoder.arch.dim
-    return config.image_cache_tokens * numbers * decoder.dtype.itemsize
+        tokens += config.landing_tokens
+    return tokens * decoder.image_numbers * decoder.dtype.itemsize
 
 
 def cache_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
@@ -249,7 +249,7 @@ def _trial(config: EngineConfig, decoder: Decoder, max_pages: int) -> StepBytes:
             _one_row(decoder, cache, length, count, page_size)
         if decoder.tower is not None:
             most = min(config.largest_image, max_pages * page_size)
-            _encode(decoder.tower, most, decoder.device)
+            encode_blank(decoder.tower, most, decoder.device)
         _largest_step(config, decoder, cache, lens, max_pages)
     return StepBytes(in_pieces + watch.peak, watch.kept)
 
@@ -286,7 +286,7 @@ def _one_row(
     _forward(decoder, batch, cache)
 
 
-def _encode(tower: VisionTower, num_tokens: int, device: torch.device) -> None:
+def encode_blank(tower: VisionTower, num_tokens: int, device: torch.device) -> None:
     """Encode an image that takes almost so many tokens."""
     side = tower.vision.patch * tower.vision.merge
     rows = max(1, isqrt(num_tokens))
@@ -323,8 +323,9 @@ def _largest_step(
     batch = made_up_step(
         [(n, n) for n in lens], pages, page_size, wanted, num_groups=len(decoder.groups)
     )
-    if decoder.tower is not None:
-        size = (1 + decoder.tower.vision.num_deep, num_tokens, decoder.arch.dim)
+    if decoder.image_numbers:
+        dim = decoder.arch.dim
+        size = (decoder.image_numbers // dim, num_tokens, dim)
         embeddings = torch.zeros(size, dtype=decoder.dtype, device=device)
         batch = replace(
             batch,

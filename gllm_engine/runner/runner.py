@@ -38,6 +38,7 @@ from gllm_engine.runner.kv_sizing import (
     image_bytes,
     measured_memory,
 )
+from gllm_engine.runner.landing import Landing
 from gllm_engine.runner.sampler import log_probabilities, sample, scored_at_once
 from gllm_engine.runner.sampling_state import SamplingState
 from gllm_engine.runner.slot_table import SlotTable
@@ -49,6 +50,7 @@ from gllm_engine.timeline import OFF, activity
 from gllm_engine.types import (
     NO_SNAPSHOT,
     ImagePixels,
+    LandingHandle,
     RankSpans,
     StepPlan,
     StepResult,
@@ -154,6 +156,7 @@ class Runner:
                 arch.has_sections,
             )
             self.sampling = SamplingState(self.table, arch.vocab)
+        self.landing: Landing | None = None
         self._images = self._image_store()
         self._returned: TokenReturn | None = None
         if self.pipe.is_first and not self.pipe.is_last:
@@ -167,15 +170,23 @@ class Runner:
                 self._run_tiny_plans(max_len)
 
     def _image_store(self) -> ImageStore | None:
-        """None for a model without a vision tower on this rank."""
-        if self.decoder.tower is None:
+        """None for a rank that takes no images."""
+        decoder = self.decoder
+        config = self._config
+        if not decoder.image_numbers:
             return None
         log.info(
             "images: embeddings of %d tokens (image_cache_tokens) take %.2f GiB at most",
-            self._config.image_cache_tokens,
-            image_bytes(self._config, self.decoder) / (1 << 30),
+            config.image_cache_tokens,
+            image_bytes(config, decoder) / (1 << 30),
         )
-        return ImageStore(self.decoder.tower, self.device)
+        if decoder.tower is None:
+            self.landing = Landing.make(
+                config.landing_tokens, decoder.image_numbers, decoder.dtype, self.device
+            )
+        source = decoder.tower or self.landing
+        assert source is not None
+        return ImageStore(source, decoder.arch.dim, self.device)
 
     def _run_tiny_plans(self, max_len: int) -> None:
         config = self._config
@@ -245,10 +256,12 @@ class Runner:
             self._move_states(plan)
         self.sampling.set_owners(plan.new)
         rows = self.table.begin(plan)
-        if rows is None:
-            return RunnerStep(plan.step)
         if self._images is not None:
             self._images.update(plan)  # no part of the time, which is that of the layers
+        if rows is None:
+            if plan.arrived:
+                self._wait()  # nothing else tells that the landing is free
+            return RunnerStep(plan.step)
         x = self._receive(plan, timer)
         timer.begin()
         if self._graphs is not None and not plan.chunks:
@@ -292,6 +305,17 @@ class Runner:
         """The images that the next plan encodes; on ranks of the first stage."""
         assert self._images is not None
         self._images.put(images)
+
+    @property
+    def landings(self) -> list[LandingHandle]:
+        """For encoders: the landing of this rank, if it has one."""
+        return [] if self.landing is None else [self.landing.handle]
+
+    @torch.inference_mode()
+    def land(self, place: int, embeddings: bytes) -> None:
+        """Put embeddings into the landing, which an encoder of another machine has made."""
+        assert self.landing is not None
+        self.landing.write(place, embeddings)
 
     def _move_states(self, plan: StepPlan) -> None:
         """Copy states to snapshots, then give new owners of slots theirs."""

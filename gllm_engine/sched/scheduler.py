@@ -10,7 +10,7 @@ import time
 from bisect import bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -47,6 +47,8 @@ from gllm_engine.types import (
     TokenLogprobs,
 )
 
+# Of so many waiting sequences with images, encoders get the images ahead.
+_IMAGES_AHEAD = 64
 # A step takes all ready decodes if they exceed the decode budget by at most this fraction of it.
 LEEWAY = 1 / 16
 
@@ -206,6 +208,8 @@ class Scheduler:
         sequence.commit_check = length + 1  # its first token
         self._waiting.join(sequence, tenant)
         self._backlog += length
+        if self._images is not None:
+            self._images.join(sequence)
 
     def waiting_of(self, tenant: str) -> Amount:
         """What a tenant has waiting."""
@@ -241,6 +245,8 @@ class Scheduler:
         Plans in flight may still write to those pages, but they run before any later plan.
         """
         assert sequence.queue is not None
+        if self._images is not None and sequence.queue is not self._decoding:
+            self._images.leave(sequence)
         if sequence.slot == NO_SLOT:
             self._waiting.take(sequence)
         else:
@@ -276,6 +282,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Return a sequence to the waiting queue, to be recomputed. Its tokens in flight count."""
+        if self._images is not None:  # first, so that its images stay wanted
+            self._images.join(sequence)
         self._remove(sequence)
         sequence.prefill_len = max(len(sequence.tokens), sequence.planned + 1)
         sequence.planned = sequence.plan_check = 0
@@ -290,14 +298,16 @@ class Scheduler:
         plan = StepPlan(self._steps + 1, [], [], [], [])
         draft = _Draft(plan)
         if self._images is not None:
-            self._images.begin()
+            self._begin_images(self._images)
         preemptions = self._preemptions
         budget = self._policy(self._load())
         self._plan_decodes(draft, budget._replace(decodes=0) if budget.is_exclusive else budget)
         self._plan_chunks(draft, budget)
         if budget.is_exclusive and not plan.chunks:
             self._plan_decodes(draft, budget)
-        if not draft.decodes and not plan.chunks:
+        fetches = self._images is not None and self._images.has_landed
+        if not draft.decodes and not plan.chunks and not fetches:
+            self._make_way()
             # Preempted sequences have freed pages, so another sequence can run now.
             return self.schedule() if self._preemptions > preemptions else None
         self._steps += 1
@@ -311,6 +321,22 @@ class Scheduler:
         sampling = draft.decodes + [s for s in draft.chunked if s.queue is self._decoding]
         self._flights.append(_Flight(plan, sampling, draft.chunked, draft.work))
         return plan
+
+    def _begin_images(self, images: ImageCache) -> None:
+        images.begin()
+        if images.is_ahead:
+            pictured = (s for s in self._waiting.in_order() if s.images)
+            waiting = ((s, self._num_cached(s)) for s in islice(pictured, _IMAGES_AHEAD))
+            now = [(s, s.planned) for s in self._prefilling]
+            images.ask(chain(now, waiting), self._prefilling)
+
+    def _make_way(self) -> None:
+        """If only sequences that wait for images have pages, preempt one for one that need not."""
+        if self._flights or self._images is None or not self._images.is_ahead:
+            return
+        victims = [s for s in self._prefilling if self._images.fits(s)]
+        if victims and self._next_waiting() is not None:
+            self._preempt(victims[-1])
 
     def _load(self) -> Load:
         unplanned = sum(sequence.backlog for sequence in self._prefilling)  # usually one sequence
@@ -473,16 +499,15 @@ class Scheduler:
         The sequence gets pages for all its known tokens in groups without a window, so that its
         prefill does not run out of these. The reserved pages stay free.
         """
-        if not self._waiting or not self._slots:
-            return False
-        sequence = self._waiting.first()
         reserve = self._num_reserved
-        if len(sequence.tokens) < sequence.prefill_len or self._pool.num_free <= reserve:
+        if not self._waiting or not self._slots or self._pool.num_free <= reserve:
+            return False
+        sequence = self._next_waiting()
+        if sequence is None or len(sequence.tokens) < sequence.prefill_len:
             return False
         tokens = sequence.tokens
         pages = sequence.pages
-        looks_up = sequence.sampling.prompt_logprobs is None  # else every position is computed
-        cached = pages.find_cached(tokens) if looks_up else pages.nothing_cached()
+        cached = self._find_cached(sequence)
         if not pages.fit(tokens, cached, reserve) or self._is_coming(sequence, cached):
             return False
         self._waiting.admit(sequence)
@@ -494,7 +519,7 @@ class Scheduler:
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = sequence.planned
             sequence.admitted_at = time.monotonic()
-            if looks_up and self._pool.caching:
+            if sequence.sampling.prompt_logprobs is None and self._pool.caching:
                 self._count_hits(sequence, cached)
         snapshot = self._restore(sequence, cached)
         sampling = sequence.sampling
@@ -516,6 +541,54 @@ class Scheduler:
                     NewPages(sequence.slot, part.first, list(part.ids), group)
                 )
         return True
+
+    def _find_cached(self, sequence: Sequence) -> CachedPrefix:
+        if sequence.sampling.prompt_logprobs is not None:  # every position is computed
+            return sequence.pages.nothing_cached()
+        return sequence.pages.find_cached(sequence.tokens)
+
+    def _num_cached(self, sequence: Sequence) -> int:
+        """Tokens of the prefix that a waiting sequence need not compute."""
+        return self._find_cached(sequence).num_pages * self._page_size
+
+    def _next_waiting(self) -> Sequence | None:
+        """The first waiting sequence that can begin now; others wait for encoders.
+
+        Those pass it that wait for none. While one lacks room in the cache of images, they are
+        those without images: others could take the room for ever.
+        """
+        images = self._images
+        if images is None or not images.is_ahead:
+            return self._waiting.first()
+        num_passed = 0
+        for sequence in self._waiting.in_order():
+            if not sequence.images:
+                return sequence
+            if num_passed < (1 if images.lacks_room else _IMAGES_AHEAD):
+                if self._may_begin(images, sequence, passes=num_passed > 0):
+                    return sequence
+            num_passed += 1
+        return None
+
+    def _may_begin(self, images: ImageCache, sequence: Sequence, passes: bool) -> bool:
+        """Whether a sequence may begin, though it may have to wait for more images.
+
+        A sequence that waits holds a slot and pages. So those that may wait leave half of them to
+        others, and do so once; or they are the only one with images that the cache cannot hold.
+        """
+        start = self._num_cached(sequence)
+        ready = images.ready_len(sequence, start)
+        if ready == sequence.prefill_len:
+            return True
+        if ready == start or passes:
+            return False
+        if not images.fits(sequence):
+            return all(map(images.fits, self._prefilling))
+        is_first_time = sequence.num_cached_tokens < 0
+        leaves_half = len(self._slots) * 2 > self._max_slots and sequence.pages.fit(
+            sequence.tokens, self._find_cached(sequence), self._pool.num_pages // 2
+        )
+        return is_first_time and leaves_half
 
     def _is_coming(self, sequence: Sequence, cached: CachedPrefix) -> bool:
         """Whether the next plan copies a state that the sequence could begin from, but lacks now.
@@ -672,6 +745,8 @@ class Scheduler:
         self._backlog -= end - start
         sequence.pages.publish(tokens, end)
         if samples:
+            if self._images is not None:
+                self._images.leave(sequence)
             self._prefilling.take(sequence)
             self._decoding.put(sequence)
             self._context += end
@@ -703,6 +778,8 @@ class Scheduler:
                 f"{len(flight.sampling)} sampling rows"
             )
         self._flights.popleft()
+        if self._images is not None:
+            self._images.done(flight.plan)
         if flight.work is not None and result.seconds > 0:
             self._fit.observe(flight.work, result.seconds)
         committed = Committed()
@@ -776,6 +853,19 @@ class Scheduler:
         """The images that the latest plan encodes."""
         return [] if self._images is None else self._images.fresh
 
+    def not_landed(self, number: int) -> list[Sequence]:
+        """End the sequences that need an image that cannot be encoded; returns them."""
+        assert self._images is not None
+        keys = self._images.not_landed(number)
+        starts = {s: s.planned for s in self._prefilling}
+        for sequence in self._waiting:
+            if self._images.needs(sequence, 0, keys):
+                starts[sequence] = self._num_cached(sequence)
+        ended = [s for s, start in starts.items() if self._images.needs(s, start, keys)]
+        for sequence in ended:
+            self._remove(sequence)
+        return ended
+
     @property
     def has_work(self) -> bool:
         """Whether a sequence is live or a plan is in flight."""
@@ -801,6 +891,9 @@ class Scheduler:
             steps=self._steps,
             waiting_tokens=self._waiting.num_tokens,
             tenants=self._waiting.stats(),
+            images_encoded=0 if self._images is None else self._images.num_encoded,
+            image_hits=0 if self._images is None else self._images.num_hits,
+            images_waiting=0 if self._images is None else self._images.num_waiting,
         )
 
     def check_integrity(self) -> None:
@@ -813,7 +906,8 @@ class Scheduler:
         if self._snapshots is not None:
             self._snapshots.check_integrity([s.rolling] for s in live if s.rolling != NO_SNAPSHOT)
         if self._images is not None:
-            self._images.check_integrity()
+            flights = [flight.plan for flight in self._flights]
+            self._images.check_integrity([*self._waiting, *self._prefilling], flights)
         self._waiting.check_integrity(running)
         for queue in (*self._waiting.queues(), self._prefilling, self._decoding):
             if any(sequence.queue is not queue for sequence in queue):

@@ -18,7 +18,7 @@ This module knows nothing of slots, pages or plans.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace, merge
 from operator import add
 from typing import NamedTuple
 
@@ -232,8 +232,17 @@ class Waiting:
                 return tenant.queue[0]
             heapreplace(heap, current)
 
+    def in_order(self) -> Iterator[Sequence]:
+        """All sequences in the order of their admission, as far as it is known now."""
+        queues = [tenant.queue for tenant in self._tenants.values() if tenant.queue]
+        return merge(*queues, key=self._order)
+
+    def _order(self, sequence: Sequence) -> tuple[int, float, tuple[int, int, int]]:
+        rank = sequence.rank
+        return rank[0], max(sequence.tenant.service, self._time), rank
+
     def admit(self, sequence: Sequence) -> None:
-        """Take the first sequence, because it runs now. Its rank is that of its first admission."""
+        """Take a sequence, because it runs now. Its rank is that of its first admission."""
         self.take(sequence)
         tenant = sequence.tenant
         tenant.num_running += 1
@@ -267,8 +276,7 @@ class Waiting:
                 raise IntegrityError("A sequence is first that is not the next.")
 
     def _place(self, tenant: Tenant) -> _Place:
-        rank = tenant.queue[0].rank
-        return rank[0], max(tenant.service, self._time), rank, tenant
+        return *self._order(tenant.queue[0]), tenant
 
 
 def _stats(tenant: Tenant) -> TenantStats:

@@ -21,6 +21,8 @@ from gllm_engine.files import read_object
 from gllm_engine.model import (
     Checkpoint,
     Decoder,
+    LoneTower,
+    VisionTower,
     best_device,
     fill_randomly,
     filling,
@@ -67,6 +69,7 @@ def load_runner(
             max_model_len=config.max_model_len or arch.max_len,
             shard=_shard(config, arch, ranks, dtype),
             ranks=ALONE if ranks is None else _recorded(ranks.tensor, timers),
+            encodes=not config.encoder_workers,
         )
         if is_dummy:
             fill_randomly(decoder)
@@ -83,6 +86,22 @@ def load_runner(
     told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
     log.info("the model is ready in %.1f s: %s", end - start, told)
     return runner
+
+
+def load_tower(
+    config: EngineConfig, arch: Model, dtype: torch.dtype, device: torch.device
+) -> VisionTower:
+    """The vision tower of the model in `config.model`, without the decoder.
+
+    Raises LoadError for whatever is wrong with the checkpoint, also outside of the tower.
+    """
+    assert arch.vision is not None
+    lone = LoneTower(arch, VisionTower(arch.vision, dtype, device), device)
+    if config.load_format == "dummy":
+        fill_randomly(lone)
+        return lone.tower
+    with open_checkpoint(arch, Path(config.model)) as checkpoint, filling(lone, checkpoint):
+        return lone.tower
 
 
 @dataclass(frozen=True)
@@ -111,6 +130,11 @@ def _recorded(ranks: TensorParallel, timers: StepTimers) -> TensorParallel:
 
 def check_shards(config: EngineConfig, arch: Model) -> None:
     """Raise ConfigError or ArchError if the model cannot be split as configured."""
+    if config.encoder_workers and arch.vision is None:
+        raise ConfigError(
+            f"encoder_workers: {config.encoder_workers} is for a model that takes images, and this "
+            "one takes text alone"
+        )
     num_layers = len(arch.layers)
     stages = config.pipeline_parallel_size
     cut = config.stage_layers()
@@ -144,6 +168,16 @@ def check_shards(config: EngineConfig, arch: Model) -> None:
     size = config.tensor_parallel_size
     apart = config.enable_expert_parallel
     Shard(0, num_layers, size=size, experts_apart=apart).of(arch)
+
+
+def check_encoder_gpus(config: EngineConfig, device: torch.device) -> None:
+    """Raise ConfigError if this machine has too few GPUs. `device`: of a rank."""
+    ranks = config.num_ranks // config.nnodes
+    if device.type == "cuda" and ranks + config.encoder_workers > torch.cuda.device_count():
+        raise ConfigError(
+            f"encoder_workers: {config.encoder_workers} encoders need a GPU each beside the "
+            f"{ranks} of this machine's ranks, and torch finds {torch.cuda.device_count()}"
+        )
 
 
 def _where_to_cut(starts: list[int]) -> str:

@@ -17,9 +17,9 @@ from torch import Tensor
 from gllm_engine.arch import Model
 from gllm_engine.arch.model import HEAD
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.model import Decoder, KernelUse, kernels_of
+from gllm_engine.model import Decoder, KernelUse, VisionTower, kernels_of
 from gllm_engine.parallel import TensorParallel, partition_layers
-from gllm_engine.runner import GpuMemory, PeakMemory, kv_sizing
+from gllm_engine.runner import GpuMemory, PeakMemory, encode_blank, kv_sizing
 from gllm_engine.workers.build_runner import shard_of, weights_dtype
 
 # The CUDA context, libraries and communicators of a rank. An estimate: it varies with the driver.
@@ -73,8 +73,24 @@ class StageMemory:
 
 
 @dataclass(frozen=True)
+class EncoderMemory:
+    """The memory of an encoder, in bytes. `weights`: of the vision tower. `step`: for the largest
+    image; 0 on a CPU, as `driver`.
+    """
+
+    weights: int
+    driver: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.driver + self.step
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a start with a configuration would take. `num_pages`, `num_snapshots`: as of Runner.
+    `encoder`: None if the ranks encode images.
 
     `kernels`: of every kind of device, whatever the one that the rest is for.
     """
@@ -85,6 +101,7 @@ class Estimate:
     num_snapshots: int
     stages: list[StageMemory]
     kernels: list[KernelUse]
+    encoder: EncoderMemory | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,30 @@ def estimate(config: EngineConfig, arch: Model, gpu_memory: int | None) -> Estim
     on_gpu = weights_dtype(config, on_gpu=True)
     gpu_cache = on_gpu if cache_dtype == dtype else cache_dtype
     kernels = kernels_of(layers, on_gpu, gpu_cache, dict(arch.vocab_formats).get(HEAD))
-    return Estimate(dtype, cache_dtype, num_pages, num_snapshots, sizes, kernels)
+    encoder = _encoder(config, arch, dtype, gpu_memory) if config.encoder_workers else None
+    return Estimate(dtype, cache_dtype, num_pages, num_snapshots, sizes, kernels, encoder)
+
+
+def _encoder(
+    config: EngineConfig, arch: Model, dtype: torch.dtype, gpu_memory: int | None
+) -> EncoderMemory:
+    assert arch.vision is not None
+    device = torch.device("meta")
+    with PeakMemory() as memory:
+        tower = VisionTower(arch.vision, dtype, device)
+        weights = memory.now
+        if gpu_memory is None:
+            return EncoderMemory(weights, 0, 0)
+        encode_blank(tower, config.largest_image, device)
+    found = EncoderMemory(weights, _DRIVER_BYTES, memory.peak - weights)
+    if found.total > gpu_memory:
+        gib = 1 << 30
+        raise ConfigError(
+            f"encoder_workers: an encoder takes {found.total / gib:.1f} GiB, "
+            f"{found.step / gib:.1f} of them for an image of {config.largest_image} tokens "
+            f"(image_cache_tokens, encoder_budget); a GPU has {gpu_memory / gib:.1f}"
+        )
+    return found
 
 
 def _no_room(config: EngineConfig, stage: int, size: StageMemory, gpu_memory: int) -> str:
@@ -141,6 +181,7 @@ def _decoder(
         max_model_len=config.max_model_len or arch.max_len,
         shard=shard_of(config, cut, stage),
         ranks=_Shapes(0, config.tensor_parallel_size, device, None, same_node=True),
+        encodes=not config.encoder_workers,
     )
 
 

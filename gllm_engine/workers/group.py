@@ -11,18 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -30,9 +24,16 @@ import zmq
 from gllm_engine import wire
 from gllm_engine.arch import Model
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.socket_directory import socket_parent
-from gllm_engine.types import ImagePixels, RankSpans, StepPlan, StepResult
+from gllm_engine.types import ImagePixels, LandingHandle, RankSpans, StepPlan, StepResult
 from gllm_engine.workers import channel
+from gllm_engine.workers.meeting import (
+    FIRST_COMES_S,
+    GroupLost,
+    Meeting,
+    difference,
+    other_protocol,
+    refuse,
+)
 from gllm_engine.workers.stage_balance import StageBalance
 
 if TYPE_CHECKING:
@@ -42,15 +43,10 @@ if TYPE_CHECKING:
 _REMIND_S = 10.0
 # While a step is awaited, this machine's worker processes are checked at this interval.
 _TICK_MS = 100
-# After a disconnect, sending to the lost peer may still succeed for this long.
-_DOUBT_S = 0.5
 # A rank may fail because another rank is gone. The loss of the other rank shows within this time.
 _BLAME_S = 0.2
-# Workers of this machine are started together. The first worker must join within _FIRST_COMES_S
-# after the start (importing torch from a slow disk takes minutes), the others within
-# _OTHERS_COME_S after the first.
+# Once the first worker of this machine has come, the others must join within this time.
 _OTHERS_COME_S = 60.0
-_FIRST_COMES_S = 300.0
 # After one rank refuses a step, all others must within this time; they may run earlier steps.
 _AGREE_S = 5.0
 # A move of layers takes less time: the transfer of their caches, and the capture of CUDA graphs.
@@ -59,10 +55,6 @@ _MOVE_S = 120.0
 _SPANS_S = 5.0
 
 log = logging.getLogger("gllm.group")
-
-
-class GroupLost(RuntimeError):
-    """A worker is lost or has failed, so its group is lost. The message names worker and reason."""
 
 
 class StepRefused(RuntimeError):
@@ -86,9 +78,13 @@ class _RefusedStep:
 class _GroupStep:
     group: WorkerGroup
     step: int
+    only_fetches: bool  # the first stage alone has something to do: it fetches images
 
     def wait(self) -> StepResult:
-        return self.group.result_of(self.step)
+        result = self.group.result_of(self.step)
+        if self.only_fetches:  # the last stage does not wait for the first
+            self.group.await_fetched(self.step)
+        return result
 
 
 class WorkerGroup:
@@ -109,29 +105,15 @@ class WorkerGroup:
         self._refused: dict[int, _RefusedStep] = {}  # by step
         self._spans: dict[int, RankSpans] = {}  # by rank
         self._slowest: dict[int, float] = {}  # by step, seconds of the slowest stage so far
+        self._fetched = Counter[int]()  # by step: ranks that have fetched its images
         self._failure: wire.Failed | None = None
         self._error: str | None = None
         self._moving_until = 0.0  # some ranks may still move layers, on the monotonic clock
-        self._doubt_until = 0.0  # until this time, pings check whether members are lost
-        self._context = zmq.Context()
-        parent = socket_parent(below=len("/gllm-workers-12345678/engine.sock"))
-        self._directory = Path(tempfile.mkdtemp(prefix="gllm-workers-", dir=parent))
-        local = f"ipc://{self._directory}/engine.sock"
-        self._closing = contextlib.ExitStack()
-        self._closing.callback(self._context.destroy, 0)
-        self._sockets = [channel.listen(self._context, local, None, self._closing)]
-        self._monitors: list[zmq.Socket[bytes]] = []
-        self._children: list[subprocess.Popen[bytes]] = []
-        self._closing.callback(_end, self._children, self._directory)
-        self._end = weakref.finalize(self, self._closing.close)
-        self._poller = zmq.Poller()
+        self._meeting = Meeting()
         try:
             if config.nnodes > 1:
-                self._open_to_others(config)
-            self._monitors = [channel.watch(socket) for socket in self._sockets]
-            for source in (*self._sockets, *self._monitors):
-                self._poller.register(source, zmq.POLLIN)
-            self._start_workers(local)
+                self._meeting.open_to_others(config, config.master_port, "workers")
+            self._start_workers(self._meeting.address)
             self._gather(lambda: len(self._members) == config.num_ranks, "to come")
             self._store, place = self._open_store()
             for rank in self._members:
@@ -160,14 +142,41 @@ class WorkerGroup:
             if isinstance(message, wire.MoveLayers):
                 self._moving_until = time.monotonic() + _MOVE_S
             self._tell_all(frames)
-        return _GroupStep(self, plan.step)
+        only_fetches = bool(plan.arrived) and not (plan.decode_slots or plan.chunks)
+        return _GroupStep(self, plan.step, only_fetches)
 
     def put_images(self, images: list[ImagePixels]) -> None:
         """Send the images that the next plan encodes to the ranks of the first stage."""
-        frames = wire.encode(wire.PutImages(images))
+        self._tell_first(wire.PutImages(images))
+
+    @property
+    def landings(self) -> list[LandingHandle]:
+        """Of the ranks of the first stage, for encoders."""
+        firsts = range(self._config.tensor_parallel_size)
+        return [landing for rank in firsts for landing in self._ready[rank].landings]
+
+    def land(self, place: int, embeddings: bytes) -> None:
+        """Put what an encoder of another machine has made into the landings. Raises GroupLost."""
+        self._tell_first(wire.PutEmbeddings(place, embeddings))
+
+    def _tell_first(self, message: msgspec.Struct) -> None:
+        """Tell the ranks of the first stage."""
+        frames = wire.encode(message)
         with self._in_one_go():
             for rank in range(self._config.tensor_parallel_size):
                 self._tell(rank, frames)
+
+    def await_fetched(self, step: int) -> None:
+        """Wait until all ranks of the first stage have fetched the images of a step. Raises
+        GroupLost.
+        """
+        while True:
+            with self._in_one_go():
+                self.check()
+            if self._fetched[step] == self._config.tensor_parallel_size:
+                del self._fetched[step]
+                return
+            self._meeting.wait(_TICK_MS)
 
     def result_of(self, step: int) -> StepResult:
         """Wait for the result of a step; results of earlier steps are dropped.
@@ -186,7 +195,7 @@ class WorkerGroup:
             if refused is not None and len(refused.ranks) == self._config.num_ranks:
                 self._forget_refused(step)
                 raise StepRefused(refused.message)
-            self._poller.poll(_TICK_MS)
+            self._meeting.wait(_TICK_MS)
 
     def _note_time(self, stage: int, step: int, seconds: float) -> None:
         """`seconds`: of the step on a stage; 0 if the step computes nothing."""
@@ -210,7 +219,7 @@ class WorkerGroup:
             self._look_at_processes()
             self._look_at_refused_steps()
         if self._error is not None:
-            self._end()  # the remaining workers may be blocked waiting for the lost one
+            self._meeting.end()  # the remaining workers may be blocked waiting for the lost one
             raise GroupLost(self._error)
 
     def spans(self) -> list[RankSpans]:
@@ -236,44 +245,23 @@ class WorkerGroup:
 
     def close(self) -> None:
         """Kill the workers of this machine; remote workers notice the lost engine. Idempotent."""
-        self._end()
+        self._meeting.end()
         self._store = None
 
     # ------------------------------------------------------------ the start
 
-    def _open_to_others(self, config: EngineConfig) -> None:
-        assert config.cluster_key_file is not None
-        secret = channel.read_secret(Path(config.cluster_key_file))
-        assert config.master_addr is not None
-        address = f"tcp://{channel.join_host(config.master_addr, config.master_port)}"
-        try:
-            socket = channel.listen(self._context, address, secret, self._closing)
-        except zmq.ZMQError as error:
-            raise ConfigError(f"master_addr: cannot listen on {address} ({error})") from None
-        self._sockets.append(socket)
-        log.info("workers of other nodes join at %s", address)
-
     def _start_workers(self, address: str) -> None:
-        self._late_at = time.monotonic() + _FIRST_COMES_S
-        command = [sys.executable, "-m", "gllm_engine.worker", "--engine", address]
-        command += ["--model", self._config.model, "--nnodes", str(self._config.nnodes)]
-        command += ["--owner", str(os.getpid())]
+        """`address`: at which they join."""
+        self._late_at = time.monotonic() + FIRST_COMES_S
+        arguments = ["--model", self._config.model, "--nnodes", str(self._config.nnodes)]
         for local_rank in range(self._per_node):
             own = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(self._per_node)}
-            # A new session: the engine alone handles Ctrl-C at the terminal.
-            child = subprocess.Popen(
-                command,
-                cwd=self._directory,
-                env=os.environ | own,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            self._children.append(child)
+            self._meeting.start("gllm_engine.worker", arguments, own)
 
     def _open_store(self) -> tuple[dist.Store | None, str]:
         """The torch store and its address: a file on one machine, else `master_port` + 1."""
         if self._config.nnodes == 1:
-            return None, str(self._directory / "ranks")
+            return None, str(self._meeting.directory / "ranks")
         host = self._config.master_addr
         port = self._config.master_port + 1
         assert host is not None
@@ -308,20 +296,15 @@ class WorkerGroup:
     # ------------------------------------------------------------ messages of workers
 
     def _listen(self, timeout_ms: int) -> None:
-        events = dict(self._poller.poll(timeout_ms))
-        for socket in self._sockets:
-            while socket.poll(0):
-                identity, *frames = socket.recv_multipart()
-                try:
-                    self._handle(socket, identity, wire.decode(frames))
-                except wire.NotAMessage as error:
-                    self._refuse(socket, identity, error)
-                except _Stranger:
-                    log.warning("a message came from a worker that has not joined")
-        for monitor in self._monitors:
-            if monitor in events and channel.lost(monitor):
-                self._doubt_until = time.monotonic() + _DOUBT_S
-        if time.monotonic() < self._doubt_until:
+        for socket, identity, message in self._meeting.receive(timeout_ms):
+            try:
+                if isinstance(message, wire.NotAMessage):
+                    self._refuse(socket, identity, message)
+                else:
+                    self._handle(socket, identity, message)
+            except _Stranger:
+                log.warning("a message came from a worker that has not joined")
+        if self._meeting.in_doubt:
             self._look_for_lost()
 
     def _handle(self, socket: zmq.Socket[bytes], identity: bytes, message: msgspec.Struct) -> None:
@@ -331,6 +314,8 @@ class WorkerGroup:
             self._results.append(message)
         elif isinstance(message, wire.StageTime):
             self._note_time(message.stage, message.step, message.seconds)
+        elif isinstance(message, wire.ImagesFetched):
+            self._fetched[message.step] += 1
         elif isinstance(message, wire.LayersLoaded):
             self._balance.loaded(message.rank, message.problem)
         elif isinstance(message, wire.Ready):
@@ -344,49 +329,36 @@ class WorkerGroup:
         elif isinstance(message, wire.Failed):
             self._failure = self._failure or message
         elif isinstance(message, wire.Join):
-            problem = self._problem(message, is_own=socket is self._sockets[0])
-            if problem is None:
+            problem = self._problem(message, is_own=socket is self._meeting.sockets[0])
+            if not problem:
                 rank = message.node * self._per_node + message.local_rank
                 self._members[rank] = socket, identity
                 if message.node == 0:
                     self._late_at = min(self._late_at, time.monotonic() + _OTHERS_COME_S)
                 log.info("worker %d of node %d has come", message.local_rank, message.node)
                 return
-            log.warning("a worker of node %d is refused: %s", message.node, problem)
-            self._send_refusal(socket, identity, problem)
+            refuse(socket, identity, f"a worker of node {message.node}", problem)
 
     def _refuse(self, socket: zmq.Socket[bytes], identity: bytes, error: wire.NotAMessage) -> None:
         """Handle an unreadable message. A Join may come from another version, so refuse it. Any
         other message comes from a member and may not be lost, so the group is lost.
         """
         if error.kind is wire.Join:
-            problem = (
-                f"the worker speaks another protocol than the engine, which speaks {wire.PROTOCOL}"
-            )
-            log.warning("a worker is refused: %s", problem)
-            self._send_refusal(socket, identity, problem)
+            refuse(socket, identity, "a worker", other_protocol("worker"))
         elif self._error is None:
             self._error = f"a worker has sent what is {error}"
             log.error("%s", self._error)
 
-    def _send_refusal(self, socket: zmq.Socket[bytes], identity: bytes, problem: str) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # the worker may have left
-            socket.send_multipart([identity, *wire.encode(wire.Refusal(problem))])
-
-    def _problem(self, join: wire.Join, is_own: bool) -> str | None:
-        """A sentence saying why a worker may not join; None if it may."""
+    def _problem(self, join: wire.Join, is_own: bool) -> str:
+        """A sentence saying why a worker may not join; "" if it may."""
         config = self._config
-        ours: dict[str, Any] = {
-            "speaks protocol": wire.PROTOCOL,
-            "runs": channel.rank_software(),
-            "has a model whose config.json has digest": self._digest,
-            "was started for a number of nodes of": config.nnodes,
-            "was started with a number of workers a node of": self._per_node,
+        more = {
+            "was started for a number of nodes of": (config.nnodes, join.nnodes),
+            "was started with a number of workers a node of": (self._per_node, join.local_size),
         }
-        theirs = (join.protocol, join.software, join.model, join.nnodes, join.local_size)
-        for (what, expected), got in zip(ours.items(), theirs, strict=True):
-            if got != expected:
-                return f"the worker {what} {got}, the engine expects {expected}"
+        problem = difference(join, "worker", self._digest, more)
+        if problem:
+            return problem
         if is_own != (join.node == 0) or not 0 <= join.node < config.nnodes:
             return (
                 f"the worker's node rank is {join.node}; the engine's own node is 0, others are 1 "
@@ -396,7 +368,7 @@ class WorkerGroup:
             return f"the worker is number {join.local_rank} of {self._per_node}, counted from 0"
         if join.node * self._per_node + join.local_rank in self._members:
             return f"worker {join.local_rank} of node {join.node} is here already"
-        return None
+        return ""
 
     def _rank_of(self, socket: zmq.Socket[bytes], identity: bytes) -> int:
         """The rank of a member. Raises _Stranger for a worker that has not joined."""
@@ -411,7 +383,7 @@ class WorkerGroup:
         if self._failure is not None:
             time.sleep(_BLAME_S)
             self._look_for_lost()
-        for child, rank in zip(self._children, range(self._per_node), strict=True):
+        for child, rank in zip(self._meeting.children, range(self._per_node), strict=True):
             if child.poll() is not None:
                 self._lose(rank, f"its process ended with status {child.returncode}")
         if self._failure is not None:
@@ -463,17 +435,3 @@ class WorkerGroup:
         if self._error is None:
             self._error = f"worker {rank} (node {rank // self._per_node}) is lost: {why}"
             log.error("%s", self._error)
-
-
-def _end(children: list[subprocess.Popen[bytes]], directory: Path) -> None:
-    """Kill all workers of this machine and remove the socket directory.
-
-    SIGKILL also ends workers that are stopped, or blocked waiting for a dead worker.
-    """
-    # Removed first: this process may be killed before it reaches the second removal.
-    shutil.rmtree(directory, ignore_errors=True)
-    for child in children:
-        child.kill()
-    for child in children:
-        child.wait()
-    shutil.rmtree(directory, ignore_errors=True)  # files that a worker created meanwhile

@@ -990,6 +990,9 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
                 prefix_queries=30,
                 prefix_hits=14,
                 preemptions=1,
+                images_encoded=4,
+                images_waiting=3,
+                encoders=2,
                 branch_snapshot_hits=2,
                 tenants={"gold": TenantStats(2, 1, 70, 30)},
             )
@@ -1000,6 +1003,8 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
                 prefix_queries=5,
                 prefix_hits=5,
                 prefix_stored=9,
+                images_encoded=1,
+                image_hits=6,
                 answer_snapshot_hits=3,
                 tenants={"gold": TenantStats(0, 4, 7, 3), "other": TenantStats(1)},
             )
@@ -1018,6 +1023,9 @@ def test_metrics_count_exactly(tmp_path, server) -> None:
     assert server.value("gllm:prefix_cache_snapshot_hits_total", kind="branch") == 2
     assert server.value("gllm:prefix_cache_snapshot_hits_total", kind="answer") == 3
     assert server.value("gllm:num_preemptions_total") == 1
+    assert server.value("gllm:images_encoded_total") == 5
+    assert server.value("gllm:image_cache_hits_total") == 6
+    assert server.value("gllm:num_images_waiting") == server.value("gllm:num_encoders") == 0
     assert server.value("gllm:tenant_prefill_tokens_total", tenant="gold") == 77
     assert server.value("gllm:tenant_decode_tokens_total", tenant="gold") == 33
     assert server.value("gllm:tenant_requests_waiting") == 0  # set when the front end ended

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gllm_client.check import lines
 from gllm_engine import LLM, CheckReport, ConfigError, check_model, make_config
 from gllm_engine.arch import read_arch
 from gllm_engine.arch.names import checkpoint_shapes
@@ -93,6 +94,10 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], str]] = {
         partial(write_tiny_model, family="Gemma2ForCausalLM"),
         {"pipeline_parallel_size": 2, "spare_layers": 1},
         "spare_layers: 1 is more than 0, but layers of this model see different windows",
+    ),
+    "text": (
+        nothing, {"encoder_workers": 2},
+        "encoder_workers: 2 is for a model that takes images, and this one takes text alone",
     ),
     "length": (nothing, {"max_model_len": 10**6}, "max_model_len: 1000000 is more than"),
 }  # fmt: skip
@@ -189,6 +194,18 @@ def test_slots_of_a_model_with_states_are_those_of_a_start(tmp_path: Path) -> No
     found = check(tmp_path, 8, device="cuda")
     assert found == check(tmp_path, 8, device="cuda", max_num_seqs=256)
     assert found.stages[0].states > 0
+
+
+def test_encoders_are_told(tmp_path: Path) -> None:
+    """By `gllm check`, too."""
+    write_tiny_model(tmp_path, "Qwen3VLForConditionalGeneration")
+    for size, device in ((8, "cuda"), (None, "cpu")):
+        found = check(tmp_path, size, device=device, encoder_workers=2)
+        assert found.encoder is not None and found.encoder.encoders == 2
+        assert "vision tower" not in found.stages[0].weights and found.encoder.weights > 0
+        told = "\n".join(lines(found))
+        assert "GiB of each encoder" in told and ("largest image" in told) == (device == "cuda")
+    assert check(tmp_path, device="cpu").encoder is None
 
 
 def test_unknown_keys_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pictured import compare, request, run, transformers_scores
+from pictured import TowerEncoders, compare, request, run, transformers_scores
 
 from gllm_engine.arch import read_arch
 from gllm_engine.arch.vision import Vision
@@ -43,7 +43,8 @@ def engine(model: Path) -> Iterator[MakeEngine]:
 
     def make(**over: Any) -> Engine:
         values: dict[str, Any] = {"num_pages": 64, "page_size": 4} | SMALL | over
-        made.append(Engine(EngineConfig(model=str(model), **values)))
+        config = EngineConfig(model=str(model), **values)
+        made.append(Engine(config, make_encoders=TowerEncoders))
         return made[-1]
 
     yield make
@@ -107,18 +108,21 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "preempted": {"num_pages": 27, "plans_in_flight": 2},
 }
+ELSEWHERE = {
+    f"{way}, encoded elsewhere": over | {"encoder_workers": 1} for way, over in WAYS.items()
+}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *ELSEWHERE])
 def test_steps_do_not_matter(engine: MakeEngine, alone: list[Any], way: str) -> None:
     """The second time prefixes are cached, unless they did not fit."""
-    one = engine(**WAYS[way])
+    one = engine(**(WAYS | ELSEWHERE)[way])
     vision = vision_of(one)
     compare(run(one, requests(vision)), alone)
     compare(run(one, requests(vision)), alone)
     stats = one.stats()
     assert stats.kv_usage == 0
-    assert (stats.preemptions > 0) == (way == "preempted")
+    assert (stats.preemptions > 0) == way.startswith("preempted")
     assert stats.prefix_hits > 20
     held = {held.number for held in one._scheduler._images._held.values()}
     assert one._runner._images._embeddings.keys() <= held | set(one._scheduler._images._forgotten)

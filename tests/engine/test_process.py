@@ -941,6 +941,10 @@ def test_an_idle_engine_checks_its_bookkeeping(
     class Idle:
         broken = None
         has_work = False
+        awaits_images = False
+
+        def sockets(self) -> list[zmq.Socket[bytes]]:
+            return []
 
         def watch(self) -> None:
             nonlocal turns
@@ -964,6 +968,53 @@ def test_an_idle_engine_checks_its_bookkeeping(
         close(server.socket)
     assert sentence == "the engine failed (IntegrityError: Page 7 counts 2 references, 1 exist.)"
     assert checks == [4, 21]
+
+
+def test_an_engine_that_awaits_images_sleeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until an encoder tells something, however long that takes."""
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.PAIR) as here,
+        context.socket(zmq.PAIR) as there,
+    ):
+        here.bind("inproc://encoder")
+        there.connect("inproc://encoder")
+
+        class Waiting:
+            broken: str | None = None
+            has_work = True
+            awaits_images = True
+            num_steps = 0
+
+            def sockets(self) -> list[zmq.Socket[bytes]]:
+                return [here]
+
+            def watch(self) -> None:
+                if here.poll(0):
+                    here.recv()
+                    self.awaits_images = False
+
+            def step(self) -> dict[bytes, Outputs]:
+                self.num_steps += 1
+                if not self.awaits_images:
+                    self.broken = "enough"
+                elif self.num_steps == 3:
+                    monkeypatch.setattr(process, "STATS_EVERY_S", 2 * WAIT_S)
+                    there.send(b"")
+                return {}
+
+        monkeypatch.setattr(process, "STATS_EVERY_S", 0.05)
+        engine = Waiting()
+        server = EngineProcess(engine, listen(f"ipc://{tmp_path}/s"))  # type: ignore[arg-type]
+        start = time.monotonic()
+        try:
+            server.run()
+        finally:
+            close(server.socket)
+        assert 0.15 <= time.monotonic() - start < WAIT_S
+        assert engine.num_steps == 4
 
 
 def test_a_dead_thread_ends_its_process() -> None:
@@ -1048,7 +1099,11 @@ class _LastWords:
 
     info = ModelInfo(10, 10, 10, 16, ())
     has_work = True
+    awaits_images = False
     broken = None
+
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        return []
 
     def watch(self) -> None:
         pass

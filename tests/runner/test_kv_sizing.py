@@ -250,7 +250,7 @@ def test_a_second_trial_finds_the_same_memory(family: str) -> None:
 def test_images_have_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is kept of them, and for the largest one in the tower, in a step full of them."""
     arch = make_arch(tiny_config("Qwen3VLForConditionalGeneration", max_position_embeddings=32768))
-    encode = kv_sizing._encode
+    encode = kv_sizing.encode_blank
     peaks: list[int] = []
 
     def watched(tower: VisionTower, num_tokens: int, device: torch.device) -> None:
@@ -259,19 +259,26 @@ def test_images_have_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             encode(tower, num_tokens, device)
         peaks.append(memory.peak)
 
-    def sized(model: Model, image_cache_tokens: int) -> tuple[int, int]:
+    def sized(model: Model, image_cache_tokens: int, encoders: int = 0) -> tuple[int, int]:
         config = EngineConfig(
             model="/",
             max_num_seqs=4,
             max_num_batched_tokens=64,
             encoder_budget=64,
             image_cache_tokens=image_cache_tokens,
+            encoder_workers=encoders,
         )
         device = torch.device("meta")
-        decoder = Decoder(model, dtype=torch.bfloat16, device=device, max_model_len=32768)
+        decoder = Decoder(
+            model,
+            dtype=torch.bfloat16,
+            device=device,
+            max_model_len=32768,
+            encodes=not encoders,
+        )
         return step_bytes(config, decoder, 2048).peak, image_bytes(config, decoder)
 
-    monkeypatch.setattr(kv_sizing, "_encode", watched)
+    monkeypatch.setattr(kv_sizing, "encode_blank", watched)
     text, none = sized(dataclasses.replace(arch, vision=None), 4096)
     small, kept = sized(arch, 4096)
     large, more = sized(arch, 65536)
@@ -279,3 +286,8 @@ def test_images_have_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text <= small - kept <= large - more
     # An image of 16,384 embeddings, 65,536 patches, has no number for each pair of patches.
     assert 14 < peaks[1] / peaks[0] < 18
+    # Two largest images in the landing, of 16,384 tokens each, and none in a tower.
+    apart, landing = sized(arch, 65536, encoders=1)
+    assert landing == more + 32768 * 3 * 64 * 2
+    assert text <= apart - landing <= small - kept
+    assert len(peaks) == 2

@@ -116,7 +116,7 @@ class PagedMock:
         self.states: dict[int, list[int]] = {}  # by snapshot
         self.pixels: dict[int, bytes] = {}  # of images to encode, by number
         self.embeddings: dict[int, bytes] = {}  # the pixels of encoded images
-        self.num_encoded = 0
+        self.landing: dict[int, bytes] = {}  # pixels of images that encoders have encoded, by place
         self.step = 0
         self.num_computed = 0
 
@@ -152,18 +152,18 @@ class PagedMock:
 
     def _encode(self, plan: StepPlan) -> None:
         for number in plan.forget:
-            del self.embeddings[number]
-        for number in plan.encode:
-            pixels = self.pixels.pop(number)
+            self.embeddings.pop(number, None)
+        fetched = {image.number: self.landing[image.place] for image in plan.arrived}
+        assert [len(pixels) // 3 for pixels in fetched.values()] == [i.tokens for i in plan.arrived]
+        for number, pixels in [(n, self.pixels.pop(n)) for n in plan.encode] + [*fetched.items()]:
             # Twice at most: schedules have two salts, which share nothing.
             assert list(self.embeddings.values()).count(pixels) <= 1
             self.embeddings[number] = pixels
         assert not self.pixels
         sizes = [len(pixels) // 3 for pixels in self.embeddings.values()]
         assert sum(sizes) <= self.config.image_cache_tokens
-        fresh = sizes[len(sizes) - len(plan.encode) :]
+        fresh = [len(self.embeddings[number]) // 3 for number in plan.encode]
         assert sum(fresh) <= self.config.encoder_budget or len(fresh) == 1
-        self.num_encoded += len(fresh)
 
     def _known(self, chunk: Chunk) -> list[int]:
         """The tokens of a chunk, with embeddings in their places."""
@@ -211,7 +211,8 @@ class PagedMock:
             assert chunk.start % self.config.page_size == 0 or chunk.slot not in fresh
             rows.append((chunk.slot, chunk.start, self._known(chunk), chunk.samples))
         slots = [row[0] for row in rows]
-        assert slots and len(set(slots)) == len(slots) and fresh <= set(slots)
+        assert slots or plan.arrived
+        assert len(set(slots)) == len(slots) and fresh <= set(slots)
         num_tokens = sum(len(row[2]) for row in rows)
         assert num_tokens <= self.config.max_num_batched_tokens
         assert len(rows) <= self.config.max_num_seqs

@@ -22,7 +22,7 @@ import pytest
 from live import SHIPPED, Server
 
 from gllm_client.__main__ import make_parser
-from gllm_engine.workers import worker
+from gllm_engine.workers import encoder, worker
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +147,8 @@ def check(command: str) -> None:
             module.parse_arguments()
     elif name == "torchrun":
         worker._parser().parse_args(arguments[arguments.index("gllm_engine.worker") + 1 :])
+    elif arguments[:2] == ["-m", "gllm_engine.encoder"]:
+        encoder._parser().parse_args(arguments[2:])
     elif name == "pip":
         extras = re.search(r"\[([\w,]+)\]", command)
         assert extras is not None

@@ -21,6 +21,10 @@ import pytest
 
 from gllm_engine.os_process import wait_end
 
+# In the environment of a fork. A directory: encoders have odd_tower.py's tower. A file for the log.
+FAULT = "GLLM_TEST_FAULTS"
+LOG = "GLLM_TEST_LOG"
+
 
 class Fork:
     """As much of a Popen as a group of workers uses."""
@@ -28,6 +32,7 @@ class Fork:
     returncode = "unknown"  # to all but its parent
 
     def __init__(self, pid: int) -> None:
+        self.pid = pid
         self._pidfd = os.pidfd_open(pid)
 
     def poll(self) -> str | None:
@@ -45,7 +50,7 @@ class Fork:
 
 @contextmanager
 def forked_workers() -> Iterator[None]:
-    """Groups of workers that start within are of forks."""
+    """Workers and encoders that start within are forks."""
     with subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as parent:
@@ -55,9 +60,9 @@ def forked_workers() -> Iterator[None]:
         def fork(
             command: list[str], cwd: Path, env: dict[str, str], stdin: int, start_new_session: bool
         ) -> Fork:
-            assert command[:3] == [sys.executable, "-m", "gllm_engine.worker"]
+            assert command[:2] == [sys.executable, "-m"]
             assert stdin == subprocess.DEVNULL and start_new_session
-            return Fork(ask(command[3:], str(cwd), env))
+            return Fork(ask(command[2:], str(cwd), env))
 
         def ask(arguments: list[str], cwd: str, env: dict[str, str]) -> int:
             stdin.write(json.dumps([arguments, cwd, env]).encode() + b"\n")
@@ -66,22 +71,24 @@ def forked_workers() -> Iterator[None]:
 
         with pytest.MonkeyPatch.context() as patch:
             names = SimpleNamespace(Popen=fork, DEVNULL=subprocess.DEVNULL)
-            patch.setattr("gllm_engine.workers.group.subprocess", names)
+            patch.setattr("gllm_engine.workers.meeting.subprocess", names)
             yield
         stdin.close()
 
 
 def serve_forks(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Returns at the end of the requests; in a fork, it does not return."""
-    from gllm_engine.workers.worker import main
+    from gllm_engine.workers import encoder, worker
 
+    mains = {"gllm_engine.worker": worker.main, "gllm_engine.encoder": encoder.main}
     for line in requests:
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # the pids until then stay theirs
                 continue
         pid = os.fork()
         if pid == 0:
-            os._exit(run_worker(main, *json.loads(line)))
+            (module, *arguments), *where = json.loads(line)
+            os._exit(run_worker(mains[module], arguments, *where))
         answers.write(b"%d\n" % pid)
         answers.flush()
 
@@ -93,7 +100,13 @@ def run_worker(main: Any, arguments: list[str], cwd: str, env: dict[str, str]) -
     os.environ.update(env)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
+    if LOG in env:
+        os.dup2(os.open(env[LOG], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     os.dup2(2, 1)  # its own output is not an answer
+    if FAULT in env:
+        import odd_tower
+
+        odd_tower.install(Path(env[FAULT]))
     return int(main(arguments))
 
 

@@ -272,3 +272,22 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
         assert (memory.now, memory.peak) == (400, 800)
         torch.zeros(1000)  # not on the device
     assert memory.peak == 800 and b.numel() == 100
+
+
+def test_an_encoder_has_the_tower_and_ranks_do_not() -> None:
+    arch = make_arch(tiny_config("Qwen3VLForConditionalGeneration"))
+    sizes = {"image_cache_tokens": 4096}
+    inside = estimate(small(**sizes), arch, 8 * GIB)
+    apart = estimate(small(**sizes, encoder_workers=2), arch, 8 * GIB)
+    assert inside.encoder is None and apart.encoder is not None
+    tower = inside.stages[0].weights.pop("vision tower")
+    assert apart.stages[0].weights == inside.stages[0].weights
+    assert apart.encoder.weights == tower
+    assert tower < apart.encoder.step < 1 * GIB == apart.encoder.driver
+    on_cpu = estimate(small(**sizes, encoder_workers=2), arch, None).encoder
+    assert on_cpu is not None and (on_cpu.weights, on_cpu.total) == (tower, tower)
+    assert arch.vision is not None
+    wide = replace(arch, vision=replace(arch.vision, hidden=4096))
+    too_large = small(num_pages=10, image_cache_tokens=2**20, encoder_workers=1)
+    with pytest.raises(ConfigError, match=r"encoder_workers: an encoder takes .* \(image_cache_"):
+        estimate(too_large, wide, 8 * GIB)

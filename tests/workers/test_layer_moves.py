@@ -308,7 +308,7 @@ def test_a_rank_that_dies_in_the_middle_of_a_move_is_missed(
         def die(balance: StageBalance) -> Any:
             message = due(balance)
             if isinstance(message, wire.MoveLayers) and not died:
-                llm.engine._runner._children[1].kill()  # type: ignore[attr-defined]
+                llm.engine._runner._meeting.children[1].kill()  # type: ignore[attr-defined]
                 died.append(time.monotonic())
             return message
 

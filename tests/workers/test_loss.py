@@ -43,8 +43,10 @@ from gllm_engine.runner import PlanError
 from gllm_engine.timeline import OFF
 from gllm_engine.types import StepPlan
 from gllm_engine.workers import group as groups
+from gllm_engine.workers import meeting
+from gllm_engine.workers import member as joining
 from gllm_engine.workers import worker as member
-from gllm_engine.workers.group import GroupLost
+from gllm_engine.workers.meeting import GroupLost
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -200,7 +202,7 @@ def test_numbers_of_ranks_that_are_none(monkeypatch: pytest.MonkeyPatch, text: s
 
 
 def faulty(fault: str) -> SimpleNamespace:
-    """In place of group.py's subprocess: workers with a fault."""
+    """In place of meeting.py's subprocess: workers with a fault."""
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         assert command[1:3] == ["-m", "gllm_engine.worker"]
@@ -213,7 +215,7 @@ def test_a_step_that_fails_names_the_rank(
     model: str, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not its neighbours, whose connections to it break."""
-    monkeypatch.setattr(groups, "subprocess", faulty("step"))
+    monkeypatch.setattr(meeting, "subprocess", faulty("step"))
     with LLM(model, **PIPE) as llm:
         assert llm.generate([5, 6, 7], SHORT)[0].error is None
         why = r"worker 1 \(node 0\) is lost: ValueError: broken on purpose; how far other ranks"
@@ -260,7 +262,7 @@ def test_an_error_with_any_message_says_what_follows(
 def test_a_worker_that_ends_while_it_starts(
     model: str, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "subprocess", faulty("start"))
+    monkeypatch.setattr(meeting, "subprocess", faulty("start"))
     with pytest.raises(GroupLost, match=r"worker \d \(node 0\) is lost: .* ended with status 3"):
         LLM(model, **PAIR)
     traces.wait_gone()
@@ -269,7 +271,7 @@ def test_a_worker_that_ends_while_it_starts(
 def test_a_stopped_worker_that_never_comes_is_named(
     model: str, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "subprocess", faulty("stop"))
+    monkeypatch.setattr(meeting, "subprocess", faulty("stop"))
     monkeypatch.setattr(groups, "_OTHERS_COME_S", 0.5)
     with pytest.raises(GroupLost, match=r"worker 1 \(node 0\) is lost: it was started and has not"):
         LLM(model, **PAIR)
@@ -279,7 +281,7 @@ def test_a_stopped_worker_that_never_comes_is_named(
 def test_a_step_that_all_refuse_costs_no_more_and_one_that_some_refuse_the_group(
     model: str, expected: list[int], traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "subprocess", faulty("refuse"))
+    monkeypatch.setattr(meeting, "subprocess", faulty("refuse"))
     monkeypatch.setattr(groups, "_AGREE_S", 1.0)
     with LLM(model, **PIPE) as llm:
         for _ in range(2):
@@ -364,7 +366,7 @@ def test_a_worker_does_not_join_an_engine_that_answers_oddly(
         worker = member._Worker(
             member._parser().parse_args(["--engine", address, "--model", model])
         )
-        with pytest.raises(member._Refused, match=sentence):
+        with pytest.raises(joining.Refused, match=sentence):
             worker._join()
         thread.join()
         worker._context.destroy(0)
