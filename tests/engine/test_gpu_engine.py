@@ -26,10 +26,12 @@ LENGTHS = [90, 64, 33, 120, 17, 5, 77, 50]
 SMALL = {"max_model_len": 512, "num_pages": 2000, "max_num_seqs": 12}
 
 
-# Roundings of bfloat16 may turn the order of two tokens whose log probabilities are so close: two
+# Roundings of bfloat16 may turn the order of two tokens whose log probabilities are so close: three
 # steps of a logit between 8 and 16, where those of likely tokens lie. On a CPU, bfloat16 chooses
-# otherwise than float32 at up to 0.06, over the shipped model and every family.
-NEAR = 0.125
+# otherwise than float32 at up to 0.108 over five draws of prompts of a family, and at up to 11.5 %
+# of the positions, if a cap makes logits alike (Gemma 2).
+NEAR = 0.1875
+MOST_OTHERS = 0.15
 # How far a log probability may be off, at most and on average; on a CPU 0.1 and 0.02.
 OFF, OFF_MEAN = 0.25, 0.05
 
@@ -83,7 +85,7 @@ def check_choices(outputs: list[RequestOutput], entries: list[list[Any]]) -> Non
         f"{others} of {len(gaps)} positions have another best token, by at most {max(gaps):.3f}; "
         f"log probabilities differ by {mean:.4f} on average, {max(offs):.3f} at most"
     )
-    assert len(gaps) > 100 and others <= 0.08 * len(gaps)
+    assert len(gaps) > 100 and others <= MOST_OTHERS * len(gaps)
     assert max(gaps) <= NEAR and max(offs) <= OFF and mean <= OFF_MEAN
 
 
