@@ -14,7 +14,7 @@ from typing import Any
 from gllm_benchmarks import evaluate, fairness, faults, host, offline, prefix
 from gllm_benchmarks.record import RESULTS, Figures, table_lines
 from gllm_benchmarks.serve import latencies, table
-from gllm_benchmarks.workloads import lengths
+from gllm_benchmarks.workloads import images_of, lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- Measurements: written by scripts/bench report from benchmarks/results. -->"
@@ -89,7 +89,7 @@ def sizes(name: str) -> str:
     pairs = lengths(name)
     if len(set(pairs)) == 1:
         prompt_len, output_len = pairs[0]
-        return f"{len(pairs):,} x {prompt_len:,} tokens in, {output_len:,} out"
+        return f"{len(pairs):,} x {images_of(name)}{prompt_len:,} tokens in, {output_len:,} out"
     totals = map(sum, zip(*pairs, strict=True))
     tokens_in, tokens_out = (f"{total / 1000:,.0f}k" for total in totals)
     return f"{len(pairs):,} requests, {tokens_in} tokens in, {tokens_out} out"

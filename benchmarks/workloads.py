@@ -57,6 +57,12 @@ def lengths(name: str) -> Lengths:
     return [pair] * numbers[0]
 
 
+def images_of(name: str) -> str:
+    """How many images a workload's requests have, as a text; empty if they have none."""
+    kind, numbers = _parse(name)
+    return f"{numbers[1]} to {numbers[2]} images and " if kind == "image" else ""
+
+
 def _parse(name: str) -> tuple[str, list[int]]:
     """A workload's kind, fixed or image, and its three numbers, of which unknown ones have none."""
     kind, *numbers = (_FIXED | _IMAGES).get(name, name).split(":")
