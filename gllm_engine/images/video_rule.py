@@ -33,7 +33,10 @@ class Spaced(_Rule, frozen=True, tag=True):
     positions_per_s: int
 
     def indices(self, total: int, fps: float) -> list[int]:
-        """Numbers of the frames to take, of `total`, at least 2, with `fps` a second."""
+        """Numbers of the frames to take, of `total`, at least 2, with `fps` a second.
+
+        transformers' arithmetic in float32 may take one more, behind the video's end.
+        """
         wanted = min(max(total / fps * self.fps, self.min_frames), self.max_frames, total)
         number = int(wanted) // 2 * 2
         return [i * total // number for i in range(number)]
