@@ -21,7 +21,7 @@ Answer = Callable[[list[Message]], Iterator[Chunk]]
 
 HINT = (
     "Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D leaves; "
-    "/image PATH, or the path of an image alone, goes with the next question."
+    "/image PATH, or the path of an image or a video alone, goes with the next question."
 )
 
 
@@ -63,7 +63,7 @@ class Chat:
                 self.ask(line)
 
     def attach(self, path: Path) -> None:
-        """Send an image file with the next question."""
+        """Send an image or a video file with the next question."""
         try:
             content = base64.b64encode(path.read_bytes()).decode()
         except OSError as error:
@@ -71,7 +71,8 @@ class Chat:
             return
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         url = {"url": f"data:{kind};base64,{content}"}
-        self._images.append({"type": "image_url", "image_url": url})
+        part = "video_url" if kind.startswith("video/") else "image_url"
+        self._images.append({"type": part, part: url})
         self._write(f"[{path.name} goes with the next question]\n")
 
     def ask(self, question: str) -> None:
@@ -99,7 +100,7 @@ class Chat:
 
 
 def _image_path(line: str) -> Path | None:
-    """The path in a line that is an image: /image PATH, or an image file as terminals paste it."""
+    """The path in a line that is one: /image PATH, or that of a file as terminals paste it."""
     command, _, rest = line.partition(" ")
     try:
         words = shlex.split(rest if command == "/image" else line)
@@ -108,5 +109,5 @@ def _image_path(line: str) -> Path | None:
     if len(words) != 1:
         return None
     path = Path(words[0]).expanduser()
-    is_image = (mimetypes.guess_type(path)[0] or "").startswith("image/")
+    is_image = (mimetypes.guess_type(path)[0] or "").startswith(("image/", "video/"))
     return path if command == "/image" or (is_image and path.is_file()) else None

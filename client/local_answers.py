@@ -23,9 +23,10 @@ from gllm_engine import (
     InvalidField,
     LoadedPrompt,
     RequestFailed,
+    Video,
     describe_checkpoint,
     parse_sampling,
-    take_images,
+    take_media,
     truncated,
 )
 
@@ -65,17 +66,23 @@ class LocalAnswers(AnswerSource):
                 num_cached_tokens=whole.num_cached_tokens,
             )
 
-    def _load(self, prompt: Prompt, images: Sequence[Any] = (), **template: Any) -> LoadedPrompt:
-        """`images`: of a prompt of token ids. Any thread."""
+    def _load(
+        self,
+        prompt: Prompt,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        **template: Any,
+    ) -> LoadedPrompt:
+        """`images` and `videos`: of a prompt of token ids. Any thread."""
         tokenizer = self._llm.tokenizer
         if isinstance(prompt, str):
             ids = tokenizer.encode(prompt)
         elif isinstance(prompt, tuple):
             ids = list(prompt)
         else:
-            messages, images = take_images(prompt, self._llm.images.text)
+            messages, images = take_media(prompt, self._llm.images.texts)
             ids = tokenizer.chat(messages, **template)
-        loaded: LoadedPrompt = self._llm.load(ids, images)
+        loaded: LoadedPrompt = self._llm.load(ids, [*images, *map(Video, videos)])
         return loaded
 
     async def _chunks(
@@ -113,10 +120,10 @@ class LocalAnswers(AnswerSource):
         images: list[Any] = []
         if prompt is None:
             add_special_tokens = False
-            messages, images = take_images(messages, self._llm.images.text)
+            messages, images = take_media(messages, self._llm.images.texts)
             prompt = self._llm.tokenizer.render(messages, limit, **template)
         ids = self._llm.tokenizer.encode(prompt, add_special_tokens, limit)
-        if any(image is not None for image in images):
+        if any(image not in (None, Video(None)) for image in images):
             ids = self._llm.load(ids, images).token_ids
         return Chunk((Output(prompt, token_ids=tuple(ids)),))
 
@@ -126,8 +133,8 @@ class LocalAnswers(AnswerSource):
 
     def _facts(self) -> Json:
         path = Path(self._llm.config.model)
-        takes_images = self._llm.images.text is not None
-        facts: Json = describe_checkpoint(path, self._llm.tokenizer, takes_images)
+        modalities = self._llm.images.modalities
+        facts: Json = describe_checkpoint(path, self._llm.tokenizer, modalities)
         return facts | {"max_model_len": self._llm.engine.info.max_model_len}
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ import msgspec
 # An input tensor's value, of type BYTES, BOOL, INT32 (a list) or BYTES (a list).
 Value = str | bool | list[int] | list[str]
 Inputs = dict[str, Value]  # by name
-ImageSource = str | bytes | os.PathLike[str]
+MediaSource = str | bytes | os.PathLike[str]
 Chunks = TypeVar("Chunks")
 Self = TypeVar("Self", bound="BlockingAsking")
 
@@ -104,7 +104,8 @@ def request_inputs(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     input_ids: Sequence[int] | None = None,
     add_special_tokens: bool | None = None,
-    images: Sequence[ImageSource] = (),
+    images: Sequence[MediaSource] = (),
+    videos: Sequence[MediaSource] = (),
     stream: bool = True,
     sampling: Any = None,
     exclude_input_in_output: bool = True,
@@ -126,9 +127,9 @@ def request_inputs(
     template, such as enable_thinking) go with `messages`. `add_special_tokens`: whether the
     tokenizer adds special tokens, such as a bos token; default: to `prompt` only. `images`: of each
     image the bytes of a file, its path here, its content in base64, or a URL that the server reads;
-    see docs/images.md. `sampling`: a mapping or a SamplingParams; single fields may also be given
-    by keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when `logprobs` is among
-    the sampling parameters.
+    see docs/images.md. `videos`: the same. `sampling`: a mapping or a SamplingParams; single fields
+    may also be given by keyword (`max_tokens=20, stop=["\\n"]`). `return_logprobs`: default: when
+    `logprobs` is among the sampling parameters.
     Raises ValueError when the options contradict each other or a request cannot carry them; the
     server checks their values.
     """
@@ -154,17 +155,18 @@ def request_inputs(
     inputs["stream"] = stream
     if parameters:
         inputs["sampling_parameters"] = _to_json("sampling_parameters", parameters)
-    return inputs | _images(images)
+    return inputs | _media(images, videos)
 
 
-def _images(images: Sequence[ImageSource]) -> Inputs:
-    return {"image": [_base64(image) for image in images]} if images else {}
+def _media(images: Sequence[MediaSource], videos: Sequence[MediaSource]) -> Inputs:
+    given = {"image": images, "video": videos}
+    return {name: list(map(_base64, sources)) for name, sources in given.items() if sources}
 
 
-def _base64(image: ImageSource) -> str:
-    if isinstance(image, str):
-        return image
-    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+def _base64(source: MediaSource) -> str:
+    if isinstance(source, str):
+        return source
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
     return base64.b64encode(content).decode("ascii")
 
 
@@ -176,12 +178,15 @@ def tokenize_inputs(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     input_ids: Sequence[int] | None = None,
     add_special_tokens: bool | None = None,
-    images: Sequence[ImageSource] = (),
+    images: Sequence[MediaSource] = (),
+    videos: Sequence[MediaSource] = (),
 ) -> Inputs:
     """The input tensors of a request to tokenize; the options are those of `request_inputs`."""
     inputs = {"operation": "tokenize"} | _prompt(prompt, messages, input_ids)
     return (
-        inputs | _prompt_options(tools, chat_template_kwargs, add_special_tokens) | _images(images)
+        inputs
+        | _prompt_options(tools, chat_template_kwargs, add_special_tokens)
+        | _media(images, videos)
     )
 
 

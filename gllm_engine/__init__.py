@@ -46,7 +46,7 @@ _PUBLIC = {
     "engine.images": ("ImageLoader",),
     "engine.llm": ("LLM", "CompletionOutput", "LoadedPrompt", "RequestFailed", "RequestOutput"),
     "text.description": ("describe_checkpoint",),
-    "text.image_parts": ("no_images", "take_images"),
+    "text.image_parts": ("Video", "not_taken", "take_media"),
     "text.tokenizer": ("TextError", "Tokenizer"),
     "model.tiny": ("write_tiny_model",),
     "timeline": ("Summary",),

@@ -101,12 +101,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     allowed_media_hosts: tuple[str, ...] = ()
     # directory from which file:// images may be read; default: none
     allowed_media_directory: str | None = None
-    media_timeout_s: float = 10.0  # seconds to fetch one image
+    media_timeout_s: float = 10.0  # seconds to fetch one image or video
     max_images: int = 64  # images in one request
     max_image_mib: int = 32  # size of an image's file in MiB
     max_image_megapixels: int = 100  # millions of pixels that an image has before it is resized
-    # pixels that an image has when it is resized; default: as the checkpoint says, at most that
+    # pixels that an image or a frame of a video has when it is resized; default: as the checkpoint
+    # says, at most that
     image_max_pixels: int | None = None
+    max_videos: int = 4  # videos in one request
+    max_video_mib: int = 128  # size of a video's file in MiB
+    max_video_megapixels: int = 10  # millions of pixels that a frame has before it is resized
+    max_video_frames: int | None = None  # frames taken of a video; default: as the checkpoint says
+    video_decode_s: float = 60.0  # seconds that decoding a video may take
     # threads for tensor work; 0: OMP_NUM_THREADS, else all cores but one, which the server needs
     cpu_threads: int = 0
     drain_timeout_s: float = 30.0  # seconds that a reload waits for running requests to finish
@@ -288,6 +294,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_image_mib": (1, 1024),
     "max_image_megapixels": (1, 1024),
     "image_max_pixels": (1, 2**30),
+    "max_videos": (1, 1024),
+    "max_video_mib": (1, 4096),
+    "max_video_megapixels": (1, 64),
+    "max_video_frames": (2, 2**16),
+    "video_decode_s": (0.1, 3600.0),
     "cpu_threads": (0, 1024),
     "drain_timeout_s": (0.0, 3600.0),
 }

@@ -38,7 +38,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
 class Image(Message, frozen=True):
     """A picture in a prompt, as the model's vision tower takes it. Filled by the front end.
 
-    The tower makes `rows` x `columns` embeddings of it. The one of row r and column c replaces that
+    A video is one of these for each moment, which has as many frames as the tower's patches. The
+    tower makes `rows` x `columns` embeddings of it. The one of row r and column c replaces that
     of the prompt's token first + r * stride + c; tokens between two rows are ordinary ones.
     """
 
@@ -49,7 +50,11 @@ class Image(Message, frozen=True):
     stride: int  # at least `columns`
     height: int  # pixels
     width: int
-    pixels: bytes  # uint8 [height, width, 3]
+    pixels: bytes  # uint8 [frames, height, width, 3]; a picture has one frame
+    # For a moment that follows the one before it in the prompt, with nothing between, and whose
+    # rotary positions begin where those of the video's first moment do: by how much its position of
+    # time is larger. None: its positions follow those of the token before it.
+    time: int | None = None
 
 
 class Request(Message, frozen=True):
@@ -157,7 +162,7 @@ class ImagePixels(Message, frozen=True):
     number: int  # of the image at the runner
     height: int
     width: int
-    pixels: bytes  # uint8 [height, width, 3]
+    pixels: bytes  # uint8 [frames, height, width, 3]
 
 
 class SharedGpuMemory(Message, frozen=True):

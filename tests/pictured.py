@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from clips import transformers_processor
 from fake_encoders import FakeEncoders
 from torch import Tensor
 
@@ -20,13 +21,18 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.engine.core import Engine
 from gllm_engine.runner import pixels_of
 from gllm_engine.sampling import SamplingParams
+from gllm_engine.sched import image_end
 from gllm_engine.types import Image, ImagePixels, Request, TokenLogprobs
 from gllm_engine.workers.build_runner import load_tower
 from gllm_engine.workers.encoders import Landed, NotLanded
 
 _IDS = count(1)
-# Of a text, or the name, rows and columns of an image.
-Part = int | tuple[str, int, int]
+# Of a text; or the name, rows and columns of an image, with the number of moments of a video.
+Part = int | tuple[str, int, int] | tuple[str, int, int, int]
+VIDEO_TOKEN = 6
+# Positions of time between moments of a video of Qwen2.5-VL. So few that text goes on after the
+# largest column, as it always does in transformers.
+INTERVAL = 1
 Tokens = list[tuple[int, float]]  # ids and their log probabilities
 
 
@@ -39,14 +45,27 @@ def request(vision: Vision, *parts: Part, **sampling: Any) -> Request:
         if isinstance(part, int):
             prompt += random.Random(part).choices(range(10, 380), k=part)
             continue
-        name, rows, columns = part
+        name, rows, columns, *moments = part
         shape = (rows * side, columns * side)
-        pixels = random.Random(str(part)).randbytes(3 * shape[0] * shape[1])
-        digest = blake2b(pixels, digest_size=16).digest()
-        images.append(Image(digest, len(prompt), rows, columns, columns, *shape, pixels))
-        prompt += [vision.image_token] * (rows * columns)
+        for number in range(moments[0] if moments else 1):
+            size = 3 * shape[0] * shape[1] * (2 if moments else 1)
+            pixels = random.Random(f"{name} {number} {part}").randbytes(size)
+            digest = blake2b(pixels, digest_size=16).digest()
+            time = None
+            if number and has_times(vision):
+                time = INTERVAL * number
+            elif moments:
+                prompt += [30, 31 + number]  # in place of a text that tells the time
+            images.append(Image(digest, len(prompt), rows, columns, columns, *shape, pixels, time))
+            token = VIDEO_TOKEN if moments else vision.image_token
+            prompt += [token] * (rows * columns)
     values = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": 0} | sampling
     return Request(next(_IDS), prompt, SamplingParams(**values), 0, images=tuple(images))
+
+
+def has_times(vision: Vision) -> bool:
+    """Whether moments of videos follow each other, which is so for Qwen2.5-VL."""
+    return bool(vision.window)
 
 
 def run(engine: Engine, requests: Iterable[Request]) -> list[Tokens]:
@@ -123,19 +142,45 @@ def processed(images: list[Tensor], vision: Vision) -> dict[str, Tensor]:
     return processor(images=[image.numpy() for image in images], return_tensors="pt")
 
 
+def processed_videos(videos: list[Tensor], vision: Vision) -> dict[str, Tensor]:
+    """The same of videos, uint8 [frames, height, width, 3], and the time between two moments."""
+    processor = transformers_processor("qwen3_vl")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vision.mean, vision.std))
+    found = []
+    grids = []
+    for video in videos:
+        pixels = (video.permute(0, 3, 1, 2)[None] / 255 - mean) / std
+        patches, *grid = processor.patchify(pixels, vision.patch, vision.merge, 2)
+        found.append(patches[0])
+        grids.append(grid)
+    inputs = {"pixel_values_videos": torch.cat(found), "video_grid_thw": torch.tensor(grids)}
+    if has_times(vision):  # with 4 positions a second, as its config has it by default
+        inputs["second_per_grid_ts"] = torch.full((len(videos),), INTERVAL / 4)
+    return inputs
+
+
 def transformers_scores(model: Any, each: Request, vision: Vision, output: Tokens) -> Tokens:
     """What transformers says of the prompt's tokens from the second on, and of `output`."""
-    images = [
-        torch.frombuffer(bytearray(image.pixels), dtype=torch.uint8).view(
-            image.height, image.width, 3
-        )
-        for image in each.images
-    ]
+    images = []
+    videos: list[list[Tensor]] = []
+    end = -1
+    for image in each.images:
+        pixels = torch.frombuffer(bytearray(image.pixels), dtype=torch.uint8)
+        frames = pixels.view(-1, image.height, image.width, 3)
+        if len(frames) == 1:
+            images.append(frames[0])
+        elif image.first in (end, end + 2):  # with the text of a time between
+            videos[-1].append(frames)
+        else:
+            videos.append([frames])
+        end = image_end(image)
     inputs = processed(images, vision) if images else {}
+    if videos:
+        inputs |= processed_videos([torch.cat(moments) for moments in videos], vision)
     tokens = each.prompt + [token for token, _ in output]
     ids = torch.tensor([tokens])
     with torch.no_grad():
-        kinds = (ids == vision.image_token).int()
+        kinds = (ids == vision.image_token).int() + 2 * (ids == VIDEO_TOKEN).int()
         logits = model(ids, mm_token_type_ids=kinds, **inputs).logits[0]
     scores = logits.log_softmax(-1)
     return [(token, scores[i, token].item()) for i, token in enumerate(tokens[1:])]

@@ -79,7 +79,7 @@ class FakeModel:
     )
     refusal: str | None = None  # the sentence with which generations fail
     refuse_after: int = 0  # this many chunks
-    takes_images: bool = False
+    modalities: tuple[str, ...] = ("text",)
     is_ours: bool = True  # else a model of another backend, which refuses our inputs
     asked: list[Asked] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class FakeModel:
             "architectures": ["FakeForCausalLM"],
             "special_tokens": {"<|assistant|>": 7},
             "vocab_size": 0x110000,
-            "input_modalities": ["text", "image"] if self.takes_images else ["text"],
+            "input_modalities": list(self.modalities),
         }
 
     def respond(self, asked: Asked) -> Iterator[dict[str, list[Any]]]:
@@ -152,8 +152,8 @@ class FakeModel:
                 "num_output_tokens": [len(part) for part in parts],
             }
             if asked.inputs.get("return_num_input_tokens"):
-                num_images = len(asked.inputs.get("image", ()))
-                tensors["num_input_tokens"] = [len(asked.prompt) + 9 * num_images]
+                media = [*asked.inputs.get("image", ()), *asked.inputs.get("video", ())]
+                tensors["num_input_tokens"] = [len(asked.prompt) + 9 * len(media)]
             if number == 0:
                 tensors["num_cached_tokens"] = [self.num_cached_tokens]
             if number in (0, num_chunks - 1) and asked.inputs.get("return_request_times"):
@@ -170,8 +170,9 @@ class FakeModel:
 
 
 def _part_text(part: dict[str, Any]) -> str:
-    """An image is one token, ten when it is loaded."""
-    return "@" * (10 if "image" in part else 1) if part["type"] == "image" else part["text"]
+    """An image or a video is one token, ten when it is loaded."""
+    kind = part["type"]
+    return "@" * (10 if kind in part else 1) if kind in ("image", "video") else part["text"]
 
 
 def scored(char: str, top: int) -> dict[str, Any]:
@@ -258,7 +259,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 def _value(tensor: Any) -> Any:
     contents = tensor.contents
-    if tensor.name == "image":
+    if tensor.name in ("image", "video"):
         return [image.decode() for image in contents.bytes_contents]
     if tensor.datatype == "BYTES":
         return contents.bytes_contents[0].decode()

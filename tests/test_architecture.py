@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 232_000,
-    ("backend", "client"): 73_000,
+    ("gllm_engine",): 237_000,
+    ("backend", "client"): 73_200,
     ("benchmarks",): 30_600,
 }
 MAX_FUNCTION_LINES = 60
@@ -45,6 +45,7 @@ OURS = {
     "gllm_engine/workers/channel.py": {"config", "files", "heartbeat", "software"},
     "gllm_engine/wire.py": {"types", "config", "sampling"},
     "gllm_engine/images/resize.py": set(),
+    "gllm_engine/images/video_decoder.py": {"images"},
     "gllm_engine/images/fetch.py": {"files", "sampling"},
     "gllm_engine/images/decode.py": {"files", "sampling", "images"},
     "gllm_engine/images/read.py": {"config", "files", "arch", "images"},
@@ -99,6 +100,7 @@ OTHERS = {
     "gllm_engine/images/fetch.py": set(),
     "gllm_engine/images/decode.py": {"PIL"},
     "gllm_engine/images/read.py": set(),
+    "gllm_engine/images/video_decoder.py": {"av", "PIL", "msgspec"},
     "gllm_engine/images": {"msgspec"},
     "gllm_engine/os_process.py": {"msgspec"},
     "gllm_engine/text/template_source.py": {"jinja2"},

@@ -29,12 +29,12 @@ import triton_python_backend_utils as pb_utils
 from gllm_backend.gllm.metrics import Metrics
 from gllm_backend.gllm.request import INPUTS, OUTPUTS, ParsedRequest, parse_request
 from gllm_backend.gllm.response import Arrival, Choice, Result, Sender, Stream
-from gllm_engine import Image, InvalidField, Outputs, __version__, shorten
+from gllm_engine import Image, InvalidField, Outputs, Video, __version__, shorten
 
 SWEEP_S = 0.05  # between two checks for cancelled and overdue requests
 SWEEP_SHARE = 4  # the pause after a sweep is at least this many times as long as the sweep
 IMAGE_REQUESTS = 8  # whose images are loaded at a time
-WAITING_REQUESTS = 32  # the same of those with images from other servers
+WAITING_REQUESTS = 32  # the same of those with images from other servers, or videos
 MAX_TOKEN_IDS = 1 << 20  # of input_ids that are only counted or turned into text
 CLOSE_S = 10.0  # the longest wait for a thread to end
 SWITCH_S = 1e-4  # Python's thread switch interval: a busy thread must not delay the senders
@@ -91,7 +91,7 @@ class TritonPythonModel:
             self.tokenizer.chat_template.start()
         self.images = ImageLoader(self.config, self.tokenizer)
         self._description = describe_checkpoint(
-            Path(self.config.model), self.tokenizer, self.images.text is not None
+            Path(self.config.model), self.tokenizer, self.images.modalities
         )
         self._chats = ThreadPoolExecutor(1, thread_name_prefix="chats")
         # Requests with images wait in a thread each, those for other servers apart from the rest.
@@ -173,7 +173,7 @@ class TritonPythonModel:
 
     def _take(self, stream: Stream, request: Any) -> None:
         with self._failing(stream):
-            parsed = parse_request(request, self.images.text)
+            parsed = parse_request(request, self.images.texts)
             stream.begin(parsed)
             if parsed.images:
                 self._queue_images(stream, parsed)
@@ -184,10 +184,11 @@ class TritonPythonModel:
                 self._start(stream, parsed)
 
     def _queue_images(self, stream: Stream, parsed: ParsedRequest) -> None:
-        self.images.check(len(parsed.images))
+        self.images.check(parsed.images)
         pool = self._with_images[self.images.waits(parsed.images)]
         # Messages may name anything as an image; loading it says so.
-        size = sum(len(image) for image in parsed.images if isinstance(image, bytes | str))
+        inner = (image.source if isinstance(image, Video) else image for image in parsed.images)
+        size = sum(len(image) for image in inner if isinstance(image, bytes | str))
         self._count_bytes(stream, size, is_first=True)
         pool.submit(self._start_later, stream, parsed).add_done_callback(
             lambda _: self._forget_images(stream)
@@ -301,7 +302,7 @@ class TritonPythonModel:
             whole = text
         else:
             text = parsed.prompt
-            whole = self.images.with_places(text, len(parsed.images))
+            whole = self.images.with_places(text, parsed.images)
         return self.tokenizer.encode(whole, parsed.add_special_tokens, info.max_model_len), text
 
     def _place(

@@ -18,11 +18,12 @@ from msgspec.structs import replace
 from gllm_engine import (
     InvalidField,
     SamplingParams,
+    Video,
     decode_json,
-    no_images,
+    not_taken,
     parse_sampling,
     shorten,
-    take_images,
+    take_media,
 )
 
 Array = np.ndarray[Any, Any]
@@ -54,6 +55,7 @@ INPUTS: dict[str, tuple[str, list[int]]] = {
     "chat_template_kwargs": ("TYPE_STRING", [1]),
     "add_special_tokens": ("TYPE_BOOL", [1]),
     "image": ("TYPE_STRING", [-1]),
+    "video": ("TYPE_STRING", [-1]),
     "stream": ("TYPE_BOOL", [1]),
     "sampling_parameters": ("TYPE_STRING", [1]),
     "exclude_input_in_output": ("TYPE_BOOL", [1]),
@@ -63,12 +65,13 @@ INPUTS: dict[str, tuple[str, list[int]]] = {
 MAX_PARAMETERS_LEN = 1 << 20  # characters of JSON
 MAX_TIMEOUT_US = 2**63 - 1
 PROMPTS = ("text_input", "input_ids", "messages")
+MEDIA = ("image", "video")
 # Inputs for the chat template, beside the messages.
 TEMPLATE_INPUTS = ("tools", "chat_template_kwargs")
 # The inputs of each operation, beside its name.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "generate": tuple(INPUTS),
-    "tokenize": (*PROMPTS, *TEMPLATE_INPUTS, "add_special_tokens", "image"),
+    "tokenize": (*PROMPTS, *TEMPLATE_INPUTS, "add_special_tokens", *MEDIA),
     "detokenize": ("input_ids",),
     "describe": (),
 }
@@ -89,26 +92,28 @@ class ParsedRequest:
     prompt: Any = None
     template: dict[str, Any] = field(default_factory=dict)  # TEMPLATE_INPUTS, as unchecked JSON
     add_special_tokens: bool = True  # such as a bos token
-    # of the prompt, in order: files, their base64, or URLs; () to tokenize places alone
-    images: tuple[bytes | str, ...] = ()
+    # of the prompt, in the order of each kind: files, their base64, or URLs, of videos as Video; ()
+    # to tokenize places alone
+    images: tuple[Any, ...] = ()
     stream: bool = False
     prepend_prompt: bool = False  # the answer begins with the prompt's text
     sampling: SamplingParams = SamplingParams()
     show_logprobs: bool = False  # false: logprobs are computed only for cumulative_logprob
 
 
-def parse_request(request: Any, image_text: str | None = None) -> ParsedRequest:
+def parse_request(request: Any, texts: Mapping[str, str] | None = None) -> ParsedRequest:
     """Read and check a whole Triton InferenceRequest.
 
-    `image_text`: what stands for an image in a text; None: the model takes no images. Raises
-    InvalidField, which names the first invalid field.
+    `texts`: what stands for an image or a video in a text, by the kinds that the model takes; none
+    by default. Raises InvalidField, which names the first invalid field.
     """
     tensors = {tensor.name(): _array(tensor) for tensor in request.inputs()}
-    if "image" in tensors and not tensors["image"].size:  # clients of the vLLM backend send it
-        del tensors["image"]
+    for kind in MEDIA:  # clients of the vLLM backend send it without any
+        if kind in tensors and not tensors[kind].size:
+            del tensors[kind]
     operation = _operation(tensors)
     kind, prompt = _prompt(tensors, operation)
-    prompt, images = _images(tensors, operation, prompt, image_text)
+    prompt, images = _media(tensors, operation, prompt, texts or {})
     template = _template(tensors, kind)
     special = _special_tokens(tensors, kind)
     parameters = _parameters(request)
@@ -226,25 +231,32 @@ def _prompt(tensors: Mapping[str, Array], operation: str) -> tuple[str, Any]:
     return given[0], text if given == ["text_input"] else _json("messages", text)
 
 
-def _images(
-    tensors: Mapping[str, Array], operation: str, prompt: Any, image_text: str | None
-) -> tuple[Any, tuple[bytes | str, ...]]:
-    """The prompt without its images, and the images. Those of the input `image` take the places of
-    messages that have none, in order."""
-    given = [_source(value) for value in tensors.get("image", ())]
-    if given and image_text is None:
-        raise no_images()
+def _media(
+    tensors: Mapping[str, Array], operation: str, prompt: Any, texts: Mapping[str, str]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The prompt without its images and videos, and these. Those of the inputs `image` and `video`
+    take the places of messages that have none, in order."""
+    given = {kind: [_source(value) for value in tensors.get(kind, ())] for kind in MEDIA}
+    for kind, values in given.items():
+        if values and kind not in texts:
+            raise not_taken(kind)
+    given["video"] = list(map(Video, given["video"]))
     if "messages" not in tensors:
-        return prompt, tuple(given)
-    prompt, images = take_images(prompt, image_text)
-    num_places = images.count(None)
-    if operation == "tokenize" and not given and num_places == len(images):
+        return prompt, (*given["image"], *given["video"])
+    prompt, found = take_media(prompt, texts)
+    places = {"image": found.count(None), "video": found.count(Video(None))}
+    if operation == "tokenize" and not any(given.values()) and sum(places.values()) == len(found):
         return prompt, ()
-    if len(given) != num_places:
-        problem = f"{len(given)} images given, the messages have {num_places} places for them"
-        raise InvalidField("image", f"{problem} (parts without an image of their own)")
-    waiting = iter(given)
-    return prompt, tuple(next(waiting) if image is None else image for image in images)
+    for kind, values in given.items():
+        if len(values) != places[kind]:
+            problem = (
+                f"{len(values)} {kind}s given, the messages have {places[kind]} places for them"
+            )
+            raise InvalidField(kind, f"{problem} (parts without one of their own)")
+    waiting = {None: iter(given["image"]), Video(None): iter(given["video"])}
+    return prompt, tuple(
+        next(waiting[each]) if each in (None, Video(None)) else each for each in found
+    )
 
 
 def _source(value: bytes | str) -> bytes | str:

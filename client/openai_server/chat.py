@@ -24,7 +24,7 @@ from gllm_client.openai_server.events import (
 from gllm_client.openai_server.generation import Answer, Batch, answer
 from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.turns import image_part, text_part
+from gllm_client.openai_server.turns import media_part, text_part
 from gllm_client.openai_server.writer import Choice, Writer
 from gllm_client.protocol import shown
 
@@ -218,11 +218,13 @@ def _message(path: str, message: Json, roles: dict[str, str], model: ServedModel
 
 def _part(path: str, part: Any, model: ServedModel) -> Json:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "image_url":
-        given = part.get("image_url")
-        return image_part(given.get("url") if isinstance(given, dict) else given, path, model)
+    if kind in ("image_url", "video_url"):
+        given = part.get(kind)
+        source = given.get("url") if isinstance(given, dict) else given
+        return media_part(kind.removesuffix("_url"), source, path, model)
     if kind not in ("text", "refusal"):
-        raise invalid(f"{path}.type", f"{shown(kind)} is not supported, only text and image_url")
+        problem = f"{shown(kind)} is not supported, only text, image_url and video_url"
+        raise invalid(f"{path}.type", problem)
     if not isinstance(part.get(kind), str):
         raise invalid(f"{path}.{kind}", f"{shown(part.get(kind))} is not text")
     return text_part(part[kind])

@@ -48,7 +48,7 @@ async def begin(asked: CompletionRequest, model: ServedModel, id: str) -> Comple
     sources = []
     for number, prompt in enumerate(prompts):
         name = f"{id}-{number}" if len(prompts) > 1 else id
-        sources.append(model.generate(prompt.ids, _sampling(asked, model, prompt), name))
+        sources.append(model.generate(prompt.ids, _sampling(asked, model, prompt), name, {}))
     return CompletionWriter(asked, model, prompts, _merge(sources), id)
 
 

@@ -27,7 +27,7 @@ from gllm_client.openai_server.events import (
 )
 from gllm_client.openai_server.formats.parser import OutputParser
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.turns import without_images
+from gllm_client.openai_server.turns import Media, without_media
 
 Batch = list[tuple[int, Event]]  # of each event its choice
 
@@ -143,7 +143,7 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
     Raises ApiError. The Triton request begins with the first iteration; its refusal (a full queue)
     is raised by that.
     """
-    ids, text, images = await render(model, conversation, request_id)
+    ids, text, media = await render(model, conversation, request_id)
     thinks = model.format.in_thoughts(text)
     sampling = with_defaults(model, conversation.sampling)
     form = model.format.constraint(conversation, thinks)
@@ -162,36 +162,36 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
         choices.append(
             _Choice(parser, conversation.include_reasoning, stops, model.count_malformed)
         )
-    return Answer(ids, text, model.generate(ids, sampling, request_id, images), choices)
+    return Answer(ids, text, model.generate(ids, sampling, request_id, media), choices)
 
 
 async def count_tokens(model: ServedModel, conversation: Conversation, request_id: str = "") -> int:
     """The length of the prompt that `answer` would send. Raises ApiError."""
-    ids, _, _ = await render(model, conversation, request_id, with_images=True)
+    ids, _, _ = await render(model, conversation, request_id, with_media=True)
     return len(ids)
 
 
 async def render(
-    model: ServedModel, conversation: Conversation, request_id: str, with_images: bool = False
-) -> tuple[list[int], str, list[str]]:
-    """The prompt's token ids and text, and the sources of its images. Raises ApiError.
+    model: ServedModel, conversation: Conversation, request_id: str, with_media: bool = False
+) -> tuple[list[int], str, Media]:
+    """The prompt's token ids and text, and its images and videos. Raises ApiError.
 
-    `with_images`: the images are loaded, and have all their tokens. Otherwise each has one.
+    `with_media`: these are loaded, and have all their tokens. Otherwise each has one.
     """
-    messages, images = without_images(conversation.messages)
+    messages, media = without_media(conversation.messages)
     template: dict[str, Any] = {}
     if conversation.template:
         template["chat_template_kwargs"] = conversation.template
     if conversation.tools and conversation.tool_choice.kind != "none":
         template["tools"] = [tool.for_template() for tool in conversation.tools]
-    messages = conversation.messages if with_images else messages
+    messages = conversation.messages if with_media else messages
     ids, text = await model.tokenize(request_id, messages=messages, **template)
     limit = conversation.truncate_prompt_tokens
-    if limit is not None and not images:
+    if limit is not None and not media:
         ids = truncate(model, ids, limit, conversation.max_tokens)
     elif limit is not None and limit != -1:
         raise invalid("truncate_prompt_tokens", "it does not go with images, which are never cut")
-    return ids, text, images
+    return ids, text, media
 
 
 def truncate(model: ServedModel, ids: list[int], limit: int, max_tokens: int | None) -> list[int]:

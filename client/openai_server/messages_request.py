@@ -14,7 +14,7 @@ from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.turns import (
     call_message,
-    image_part,
+    media_part,
     merge,
     text_part,
     thinking_variables,
@@ -260,7 +260,7 @@ def _image(block: Block, path: str, model: ServedModel) -> Json:
     url = source.url
     if source.type == "base64" and source.data is not None:
         url = f"data:{source.media_type};base64,{source.data}"
-    return image_part(url, path, model)
+    return media_part("image", url, path, model)
 
 
 def _result(block: Block, path: str, model: ServedModel) -> str | list[Json]:

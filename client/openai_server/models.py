@@ -50,10 +50,6 @@ class ServedModel:
     tenant: str = ""  # whose requests these are; see the sampling parameter
     malformed_calls: Counter[str] = field(default_factory=Counter)  # by tool format
 
-    @property
-    def takes_images(self) -> bool:
-        return "image" in self.facts.get("input_modalities", ())
-
     def count_malformed(self, number: int) -> None:
         """Count texts of an answer that looked like calls of tools and are none."""
         self.malformed_calls[self.format.tool_format] += number
@@ -71,11 +67,11 @@ class ServedModel:
         return text
 
     async def generate(
-        self, ids: list[int], sampling: Json, request_id: str, images: Sequence[str] = ()
+        self, ids: list[int], sampling: Json, request_id: str, media: Json
     ) -> AsyncGenerator[Chunk, None]:
         """The answer to a prompt, in chunks. Closing the generator cancels the request.
 
-        With `images` the first chunk tells the number of the prompt's tokens.
+        With `media` the first chunk tells the number of the prompt's tokens.
         """
         if self.tenant:
             sampling = sampling | {"tenant": self.tenant}
@@ -87,8 +83,8 @@ class ServedModel:
                 input_ids=ids,
                 sampling=sampling,
                 request_id=request_id,
-                images=images,
-                return_num_input_tokens=bool(images),
+                **media,
+                return_num_input_tokens=bool(media),
                 return_num_output_tokens=sampling.get("n", 1) > 1,
                 return_stop_reason=True,
                 return_num_cached_tokens=True,

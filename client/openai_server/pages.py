@@ -152,7 +152,7 @@ async def tokenize(request: Request) -> Response:
         chat = convert(body, ChatRequest)
         model = await find_model(request, chat.model)
         conversation = to_conversation(chat, model)
-        ids, _, _ = await render(model, conversation, request_id(request), with_images=True)
+        ids, _, _ = await render(model, conversation, request_id(request), with_media=True)
     else:
         asked = convert(body, TextToTokenize)
         model = await find_model(request, asked.model)

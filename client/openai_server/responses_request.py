@@ -18,7 +18,7 @@ from gllm_client.openai_server.formats.grammar import regex_part
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.turns import (
     call_message,
-    image_part,
+    media_part,
     merge,
     parse_object,
     text_part,
@@ -396,7 +396,7 @@ class _ItemReader:
         for index, part in enumerate(content):
             where = f"{path}[{index}]"
             if part.type == "input_image":
-                parts.append(image_part(part.image_url, where, self._model))
+                parts.append(media_part("image", part.image_url, where, self._model))
             else:
                 parts.append(text_part(_part_text(part, where)))
         return parts

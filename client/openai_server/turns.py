@@ -14,6 +14,8 @@ from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.protocol import shown
 
+# Sources of "images" and "videos", if there are any.
+Media = dict[str, list[str]]
 # A variable that a chat template reads: within braces, and neither an attribute nor a string.
 _READS = r"{{[{{%][^}}]*(?<![\w.'\"]){}\b(?!['\"])"
 
@@ -65,25 +67,25 @@ def text_part(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
-def image_part(source: Any, path: str, model: ServedModel) -> Json:
-    """A content part that is an image. `source`: its URL, or the file in base64, given in the part
-    at `path`. Raises ApiError."""
-    if not model.takes_images:
-        raise invalid(path, "this model takes no images")
+def media_part(kind: str, source: Any, path: str, model: ServedModel) -> Json:
+    """A content part that is an "image" or a "video". `source`: its URL, or the file in base64,
+    given in the part at `path`. Raises ApiError."""
+    if kind not in model.facts.get("input_modalities", ()):
+        raise invalid(path, f"this model takes no {kind}s")
     if not isinstance(source, str) or not source:
         raise invalid(path, f"{shown(source)} is no URL of an image")
-    return {"type": "image", "image": source}
+    return {"type": kind, kind: source}
 
 
-def without_images(messages: Iterable[Message]) -> tuple[list[Message], list[str]]:
-    """Messages whose images only have their places, and the sources of these images, in order."""
-    images: list[str] = []
+def without_media(messages: Iterable[Message]) -> tuple[list[Message], Media]:
+    """Messages whose images and videos only have their places, and these, in order."""
+    media: Media = {}
 
     def stripped(content: list[Json]) -> Iterator[Json]:
         for part in content:
-            if part["type"] == "image":
-                images.append(part["image"])
-                part = {"type": "image"}
+            if (kind := part["type"]) != "text":
+                media.setdefault(f"{kind}s", []).append(part[kind])
+                part = {"type": kind}
             yield part
 
     return [
@@ -91,7 +93,7 @@ def without_images(messages: Iterable[Message]) -> tuple[list[Message], list[str
         if isinstance(message.get("content"), list)
         else message
         for message in messages
-    ], images
+    ], media
 
 
 def call_message(id: str, name: str, arguments: dict[str, Any]) -> Message:

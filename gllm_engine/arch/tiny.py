@@ -77,7 +77,7 @@ _PLACEHOLDERS = {
     "vision_start_token_id": 3,
     "image_token_id": 4,
     "vision_end_token_id": 5,
-    "video_token_id": 383,
+    "video_token_id": 6,
 }
 _QWEN3_VL = {"rope_parameters": {"mrope_section": [8, 4, 4], "mrope_interleaved": True}}
 _GLM = _HF | {

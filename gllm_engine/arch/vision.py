@@ -43,7 +43,8 @@ class Vision:
     gated: bool
     eps: float = 1e-6  # of every norm
     bias: bool = True  # of attention and ffn
-    frames: int = 0  # of a patch; an image is so many equal ones. 0: patches have no such dimension
+    # Of a patch; a picture is so many equal ones. 0: patches have no such dimension.
+    frames: int = 0
     # "halves": pairs of channels are (i, i + head_dim / 2), the first ones rotated by the row.
     # "shifted": as that, but the column's frequencies lie between those of the row. "alternating":
     # pairs are (2i, 2i + 1), rotated by the column and the row in turn.

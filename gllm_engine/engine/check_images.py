@@ -5,17 +5,23 @@ from __future__ import annotations
 from gllm_engine.arch import Model
 from gllm_engine.sampling import InvalidField
 from gllm_engine.sched import DIGEST_SIZE, image_end
-from gllm_engine.text.image_parts import no_images
+from gllm_engine.text.image_parts import not_taken
 from gllm_engine.types import Image, Request
 
 
 def check_images(request: Request, arch: Model) -> None:
     """Raise InvalidField for images that the model cannot take, or that do not fit the prompt."""
     if request.images and arch.vision is None:
-        raise no_images()
+        raise not_taken("image")
     end = 0
+    start = 0  # of a video
     for number, image in enumerate(request.images):
         problem = _problem(image, arch)
+        if image.time is None:
+            start = image.first
+        # Layers have tables of positions; those that are at most the token's index are in them.
+        elif not number or image.first != end or not 0 <= image.time <= end - start:
+            problem = problem or f"its time is {image.time}, and its video begins at token {start}"
         last = image_end(image) - 1
         length = len(request.prompt)
         if problem is None and not end <= image.first <= last < length:
@@ -34,7 +40,8 @@ def _problem(image: Image, arch: Model) -> str | None:
     grid = (image.rows, image.columns)
     if min(shape) < side or any(length % side for length in shape):
         return f"it has {shape} pixels, whole multiples of {side} are needed"
-    if len(image.pixels) != 3 * image.height * image.width:
+    frame = 3 * image.height * image.width
+    if len(image.pixels) not in (frame, frame * max(1, arch.vision.frames)):
         return f"it has {len(image.pixels)} bytes, three for each of {shape} pixels are needed"
     if grid != arch.vision.grid(*shape):
         return f"it has {grid} rows and columns, {arch.vision.grid(*shape)} are needed"

@@ -1,7 +1,8 @@
-"""The images of a model's prompts, for front ends: from their sources to their places.
+"""The images and videos of a model's prompts, for front ends: from sources to places.
 
 Reads and prepares them on threads of its own. Fetching waits for others' servers and preparing
-computes, so each has its threads, and a slow server delays no image of another kind.
+computes, so each has its threads, and so have videos, which take longer: no image waits for a slow
+server or a video.
 """
 
 from __future__ import annotations
@@ -9,25 +10,27 @@ from __future__ import annotations
 import os
 import re
 from base64 import b64decode
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from gllm_engine.config import EngineConfig
-from gllm_engine.images import PreparedImage, place, read_processor
+from gllm_engine.images import Prepared, PreparedVideo, can_decode, place, read_processor
 from gllm_engine.images.fetch import ImageSources
 from gllm_engine.sampling import InvalidField, shown
-from gllm_engine.text.image_parts import no_images, with_places
+from gllm_engine.text.image_parts import MediaKind, Video, not_taken, with_places
 from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.types import Image
 
 FETCH_THREADS = 32
 PREPARE_THREADS = min(8, os.cpu_count() or 1)
-# No image file begins so.
+# No image or video file begins so.
 _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]{16}|[A-Za-z0-9+/\s]*=*\s*$")
-Source = bytes | str  # a file, its base64, or a URL
+Source = bytes | str | Video  # a file, its base64, or a URL; of an image unless it is a Video
 
 
 def is_url(source: Source) -> bool:
@@ -35,25 +38,60 @@ def is_url(source: Source) -> bool:
     return isinstance(source, str) and ":" in source[:8]
 
 
-def to_source(number: int, image: Any) -> Any:
-    """What a Python caller gives as image `number`: a Path becomes the file's content, an image of
-    Pillow a PNG file. A text is never a path here, because messages may be a stranger's. Raises
+def to_sources(media: Sequence[Any]) -> list[Any]:
+    """What a Python caller gives as images and Videos: a Path becomes the file's content, an image
+    of Pillow a PNG file. A text is never a path here, because messages may be a stranger's. Raises
     InvalidField for a file that cannot be read."""
-    try:
-        if type(image).__module__.startswith("PIL."):
-            file = BytesIO()
-            image.save(file, "PNG", compress_level=1)
-            return file.getvalue()
-        return Path(image).read_bytes() if isinstance(image, os.PathLike) else image
-    except (OSError, ValueError) as error:
-        raise InvalidField("image", f"image {number}: it cannot be read ({error})") from None
+    found: list[Any] = []
+    for given, kind, number in _numbered(media):
+        inner = _inner(given)
+        try:
+            if type(inner).__module__.startswith("PIL."):
+                file = BytesIO()
+                inner.save(file, "PNG", compress_level=1)
+                inner = file.getvalue()
+            elif isinstance(inner, os.PathLike):
+                inner = Path(inner).read_bytes()
+        except (OSError, ValueError) as error:
+            raise InvalidField(kind, f"{kind} {number}: it cannot be read ({error})") from None
+        found.append(Video(inner) if kind == "video" else inner)
+    return found
 
 
-def _is_remote(source: Source) -> bool:
-    return isinstance(source, str) and source[:4].lower() == "http"
+def _numbered(media: Sequence[Any]) -> Iterator[tuple[Any, MediaKind, int]]:
+    """Images and Videos, each with its number among those of its kind."""
+    counts = Counter[MediaKind]()
+    for each in media:
+        kind = _kind(each)
+        counts[kind] += 1
+        yield each, kind, counts[kind]
 
 
-def _from_base64(source: Source, number: int) -> bytes:
+def _different(sources: Sequence[Any]) -> dict[Source, int]:
+    """Different sources, with the number of the first one. Raises InvalidField."""
+    numbers: dict[Source, int] = {}
+    for source, kind, number in _numbered(sources):
+        if not isinstance(_inner(source), bytes | str):
+            problem = f"{shown(_inner(source))} is no URL or base64"
+            raise InvalidField(kind, f"{kind} {number}: {problem}")
+        numbers.setdefault(source, number)
+    return numbers
+
+
+def _kind(source: Any) -> MediaKind:
+    return "video" if isinstance(source, Video) else "image"
+
+
+def _inner(source: Any) -> Any:
+    return source.source if isinstance(source, Video) else source
+
+
+def _is_remote(source: Any) -> bool:
+    given = _inner(source)
+    return isinstance(given, str) and given[:4].lower() == "http"
+
+
+def _from_base64(source: bytes | str, kind: MediaKind, number: int) -> bytes:
     """The file whose base64 a source is; a file, which begins otherwise, as it is."""
     if isinstance(source, bytes) and not _BASE64.match(source):
         return source
@@ -61,14 +99,14 @@ def _from_base64(source: Source, number: int) -> bytes:
         text = source.encode() if isinstance(source, str) else source
         return b64decode(b"".join(text.split()), validate=True)
     except ValueError:
-        problem = "neither an image file, nor its base64, nor a URL"
-        raise InvalidField("image", f"image {number}: it is {problem}") from None
+        problem = "it is neither a file, nor its base64, nor a URL"
+        raise InvalidField(kind, f"{kind} {number}: {problem}") from None
 
 
 class ImageLoader:
     """Threads may share it; their images take turns.
 
-    `text`: what stands for an image in a text; None if the model takes no images.
+    `texts`: what stands for an image or a video in a text, by the kinds that the model takes.
     """
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
@@ -79,29 +117,53 @@ class ImageLoader:
             max_mib=config.max_image_mib,
             max_megapixels=config.max_image_megapixels,
             tokenizer=Path(config.tokenizer) if config.tokenizer else None,
+            mib=config.max_video_mib,
+            megapixels=config.max_video_megapixels,
+            frames=config.max_video_frames,
+            seconds=config.video_decode_s,
         )
-        self._max_images = config.max_images
-        self._sources = ImageSources(
-            config.allowed_media_hosts,
-            config.allowed_media_directory,
-            max_mib=config.max_image_mib,
-            timeout_s=config.media_timeout_s,
-        )
-        self._token = ""
-        self.text: str | None = None
+        self._most = {"image": config.max_images, "video": config.max_videos}
+        self._sources = {
+            kind: ImageSources(
+                config.allowed_media_hosts,
+                config.allowed_media_directory,
+                kind=kind,
+                max_mib=mib,
+                timeout_s=config.media_timeout_s,
+            )
+            for kind, mib in {"image": config.max_image_mib, "video": config.max_video_mib}.items()
+        }
+        self._encode = partial(tokenizer.encode, add_special_tokens=False)
+        self._tokens: dict[MediaKind, str] = {}  # the placeholders' texts
+        self.texts: dict[MediaKind, str] = {}
+        self._placeholders: dict[MediaKind, int] = {}
         if self._processor is not None:
-            self._token = tokenizer.token_text(self._processor.placeholder)
-            self.text = tokenizer.image_text(self._processor.placeholder)
+            self._placeholders["image"] = self._processor.placeholder
+            if self._processor.videos is not None:
+                self._placeholders["video"] = self._processor.videos.placeholder
+        for kind, placeholder in self._placeholders.items():
+            self._tokens[kind] = tokenizer.token_text(placeholder)
+            self.texts[kind] = tokenizer.media_text(kind, placeholder)
         self._fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")
-        self._preparing = ThreadPoolExecutor(PREPARE_THREADS, "prepare")
+        self._preparing = {
+            kind: ThreadPoolExecutor(PREPARE_THREADS, f"prepare-{kind}") for kind in self._sources
+        }
 
-    def with_places(self, text: str, num_images: int) -> str:
-        """A text with a place for each image: before it, unless it has places."""
-        return with_places(text, self._token, self.text or "", num_images)
+    @property
+    def modalities(self) -> list[str]:
+        """What a prompt may be made of here: text, image, video."""
+        return ["text", *(kind for kind in self.texts if kind == "image" or can_decode())]
+
+    def with_places(self, text: str, sources: Sequence[Any]) -> str:
+        """A text with a place for each image: before it, unless it has places. So for videos."""
+        kinds = list(map(_kind, sources))
+        for kind in reversed(self.texts):
+            text = with_places(text, self._tokens[kind], self.texts[kind], kinds.count(kind))
+        return text
 
     def waits(self, sources: Sequence[Source]) -> bool:
-        """Whether loading them waits for another server."""
-        return any(map(_is_remote, sources))
+        """Whether loading them waits for another server or a video's decoder."""
+        return any(_is_remote(source) or isinstance(source, Video) for source in sources)
 
     def load(
         self,
@@ -109,20 +171,15 @@ class ImageLoader:
         max_tokens: int,
         is_over: Callable[[], bool] = lambda: False,
         count_bytes: Callable[[int], None] = lambda size: None,
-    ) -> list[PreparedImage]:
-        """The images of one prompt, equal sources only once. Blocks the caller's thread.
+    ) -> list[Prepared]:
+        """The images and videos of one prompt, equal sources only once. Blocks the caller's thread.
 
         `is_over`: whether nobody waits for them any more; then fetching stops. `count_bytes`: gets
         the number of bytes of each image's pixels, and may raise to refuse them. Raises
         InvalidField that names the first image with a problem, and for images of more than
         `max_tokens`.
         """
-        numbers: dict[Source, int] = {}
-        for number, source in enumerate(sources, 1):
-            if not isinstance(source, bytes | str):
-                raise InvalidField("image", f"image {number}: {shown(source)} is no URL or base64")
-            numbers.setdefault(source, number)
-
+        numbers = _different(sources)
         sizes: list[int] = []  # tokens of the images that are prepared, which bound their pixels
 
         def check() -> None:
@@ -132,25 +189,32 @@ class ImageLoader:
                 problem = f"its images take more than the {max_tokens} tokens of prompt and output"
                 raise InvalidField("prompt", f"{problem} (max_model_len)")
 
-        def prepare(source: Source, content: bytes | None = None) -> PreparedImage:
+        def prepare(source: Source, content: bytes | None = None) -> Prepared:
             check()
             assert self._processor is not None
-            content = self._read(source, numbers[source]) if content is None else content
-            image = self._processor.prepare(content, numbers[source])
-            sizes.append(image.rows * image.columns)
-            count_bytes(len(image.pixels))
+            number = numbers[source]
+            content = self._read(source, number) if content is None else content
+            prepared: Prepared
+            if isinstance(source, Video):
+                assert self._processor.videos is not None
+                prepared = self._processor.videos.prepare(content, number, max_tokens, is_over)
+            else:
+                prepared = self._processor.prepare(content, number)
+            images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
+            sizes.append(sum(image.rows * image.columns for image in images))
+            count_bytes(sum(len(image.pixels) for image in images))
             check()
-            return image
+            return prepared
 
-        def fetch(source: Source) -> PreparedImage:
+        def fetch(source: Source) -> Prepared:
             # The thread waits, so that there are never more files than threads.
             content = self._read(source, numbers[source], is_over)
-            return self._preparing.submit(prepare, source, content).result()
+            return self._preparing[_kind(source)].submit(prepare, source, content).result()
 
         futures = {
             source: self._fetching.submit(fetch, source)
             if _is_remote(source)
-            else self._preparing.submit(prepare, source)
+            else self._preparing[_kind(source)].submit(prepare, source)
             for source in numbers
         }
         try:
@@ -163,27 +227,33 @@ class ImageLoader:
     def _read(
         self, source: Source, number: int, is_over: Callable[[], bool] = lambda: False
     ) -> bytes:
-        if isinstance(source, str) and is_url(source):
-            return self._sources.read(source, number, is_over)
-        return _from_base64(source, number)
+        given = _inner(source)
+        kind = _kind(source)
+        if is_url(given):
+            return self._sources[kind].read(given, number, is_over)
+        return _from_base64(given, kind, number)
 
     def place(
-        self, ids: list[int], images: Sequence[PreparedImage]
+        self, ids: list[int], media: Sequence[Prepared]
     ) -> tuple[list[int], tuple[Image, ...]]:
-        """The prompt with all tokens of its images, and where they are. Raises InvalidField."""
-        if self._processor is None or not (images or self._processor.placeholder in ids):
+        """The prompt with all tokens of its images and videos, and where they are. Raises
+        InvalidField.
+        """
+        has_places = any(placeholder in ids for placeholder in self._placeholders.values())
+        if self._processor is None or not (media or has_places):
             return ids, ()
-        return place(self._processor, ids, images)
+        return place(self._processor, ids, media, self._encode)
 
-    def check(self, num_images: int) -> None:
-        """Raise InvalidField for more images than a prompt may have."""
-        if num_images and self.text is None:
-            raise no_images()
-        if num_images > self._max_images:
-            problem = f"{num_images} images given, at most {self._max_images} (max_images)"
-            raise InvalidField("image", problem)
+    def check(self, sources: Sequence[Any]) -> None:
+        """Raise InvalidField for more images or videos than a prompt may have."""
+        for kind, number in Counter(map(_kind, sources)).items():
+            if kind not in self.texts:
+                raise not_taken(kind)
+            if number > self._most[kind]:
+                problem = f"{number} {kind}s given, at most {self._most[kind]} (max_{kind}s)"
+                raise InvalidField(kind, problem)
 
     def close(self) -> None:
         """End the threads, those that fetch once their server has answered or its time is over."""
-        for pool in (self._fetching, self._preparing):
+        for pool in (self._fetching, *self._preparing.values()):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from gllm_engine.config import make_config
 from gllm_engine.engine.core import IN_PROCESS, Engine, EngineBroken
-from gllm_engine.engine.images import ImageLoader, is_url, to_source
-from gllm_engine.images import PreparedImage
+from gllm_engine.engine.images import ImageLoader, is_url, to_sources
+from gllm_engine.images import Prepared
 from gllm_engine.sampling import InvalidField, SamplingParams, parse_sampling
 from gllm_engine.sched import Policy
 from gllm_engine.text.chat_template import Message
@@ -35,12 +35,12 @@ from gllm_engine.text.completion import (
     render_logprobs,
     truncated,
 )
-from gllm_engine.text.image_parts import take_images
+from gllm_engine.text.image_parts import Video, take_media
 from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.types import Image, Outputs, Request
 
 PROMPTS_AHEAD = 4  # whose images are loaded while earlier prompts run
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "images")
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "images", "videos")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class LoadedPrompt:
 
 
 # Text, token ids, or a dict with one of them as "prompt" or "prompt_token_ids", and "images": a
-# list of file contents, paths, URLs and PIL images. Each image has a placeholder in the prompt, or
-# all of them come before a text without placeholders.
+# list of file contents, paths, URLs and PIL images, so also "videos". Each has a placeholder in the
+# prompt, or all of them come before a text without placeholders.
 Prompt = str | list[int] | dict[str, Any] | LoadedPrompt
 
 
@@ -101,7 +101,7 @@ class _Opened:
     output: RequestOutput
     images: Sequence[Any] = ()  # as the caller gave them, not loaded yet
     placed: tuple[Image, ...] = ()
-    loading: Future[list[PreparedImage]] | None = None
+    loading: Future[list[Prepared]] | None = None
     requests: list[Request] | None = None  # once its images are placed; [] after an error
 
 
@@ -202,16 +202,17 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or several; outputs and errors as `generate`'s.
 
-        Images are parts of type image_url, image or input_image, as clients of OpenAI's APIs and
-        transformers write them. `tools`: functions that the model may call, as OpenAI's clients
-        describe them. `chat_template_kwargs`: variables of the chat template, such as
-        enable_thinking. Raises InvalidField for one of these two that the template does not take.
+        Images are parts of type image_url, image or input_image, videos of type video_url or video,
+        as clients of OpenAI's APIs and transformers write them. `tools`: functions that the model
+        may call, as OpenAI's clients describe them. `chat_template_kwargs`: variables of the chat
+        template, such as enable_thinking. Raises InvalidField for one of these two that the
+        template does not take.
         """
         several = bool(messages) and not isinstance(messages[0], dict)
         conversations: Any = messages if several else [messages]
 
         def read(conversation: Any) -> tuple[list[int], Sequence[Any]]:
-            text, images = take_images(conversation, self.images.text)
+            text, images = take_media(conversation, self.images.texts)
             ids = self.tokenizer.chat(text, tools=tools, chat_template_kwargs=chat_template_kwargs)
             return ids, images
 
@@ -258,13 +259,13 @@ class LLM:
     # ------------------------------------------------------------ between prompts and sequences
 
     def load(self, ids: list[int], images: Sequence[Any]) -> LoadedPrompt:
-        """A prompt of token ids, one placeholder for each image, as `generate` and `stream` take
-        it too. Raises InvalidField."""
+        """A prompt of token ids, one placeholder for each image and Video, as `generate` and
+        `stream` take it too. Raises InvalidField."""
+        self.images.check(images)
         return LoadedPrompt(*self.images.place(ids, self._load(images)))
 
-    def _load(self, images: Sequence[Any]) -> list[PreparedImage]:
-        sources = [to_source(*numbered) for numbered in enumerate(images, 1)]
-        return self.images.load(sources, self.engine.info.max_model_len)
+    def _load(self, images: Sequence[Any]) -> list[Prepared]:
+        return self.images.load(to_sources(images), self.engine.info.max_model_len)
 
     def _open(self, prompt: Prompt) -> _Opened:
         if isinstance(prompt, LoadedPrompt):
@@ -280,14 +281,12 @@ class LLM:
         if unknown := sorted(set(prompt) - set(PROMPT_KEYS)):
             known = ", ".join(PROMPT_KEYS)
             raise InvalidField("prompt", f"unknown key {unknown[0]!r}; known are {known}")
-        images = [
-            Path(image) if isinstance(image, str) and not is_url(image) else image
-            for image in prompt.get("images", ())
-        ]
+        images = list(map(_as_path, prompt.get("images", ())))
+        images += [Video(_as_path(video)) for video in prompt.get("videos", ())]
         text = prompt.get("prompt", prompt.get("prompt_token_ids"))
         if not isinstance(text, str):
             return _token_ids(text), images
-        return self.tokenizer.encode(self.images.with_places(text, len(images))), images
+        return self.tokenizer.encode(self.images.with_places(text, images)), images
 
     def _opened(
         self, text: str | None, read: Callable[[], tuple[list[int], Sequence[Any]]]
@@ -297,7 +296,7 @@ class LLM:
         try:
             ids, opened.images = read()
             opened.output.prompt_token_ids = ids
-            self.images.check(len(opened.images))
+            self.images.check(opened.images)
         except InvalidField as error:
             if error.field in ("tools", "chat_template_kwargs"):  # arguments of the whole call
                 raise
@@ -420,6 +419,10 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     one = len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
     listed: list[Any] = [prompts] if one else list(prompts)
     return listed
+
+
+def _as_path(image: Any) -> Any:
+    return Path(image) if isinstance(image, str) and not is_url(image) else image
 
 
 def _token_ids(prompt: Any) -> list[int]:

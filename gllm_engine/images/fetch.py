@@ -1,4 +1,4 @@
-"""Reads images from where clients say they are, within what the configuration allows.
+"""Reads images and videos from where clients say they are, within what the configuration allows.
 
 Nothing but data: URLs is allowed unless the configuration names hosts or a directory. A host's
 addresses are resolved once and checked, and the connection goes to the one that was checked: a name
@@ -29,7 +29,6 @@ MAX_REDIRECTS = 3
 # Site-local addresses, and 6to4, which may lead to any address of IPv4 (RFC 3879, RFC 7526).
 DEPRECATED = [ip_network("fec0::/10"), ip_network("2002::/16")]
 LOOK_S = 0.1  # between two looks whether anybody still waits
-HEADERS = {"Accept": "image/*", "User-Agent": "gllm-triton"}
 
 
 class ImageSources:
@@ -40,10 +39,12 @@ class ImageSources:
         allowed_media_hosts: Iterable[str] = (),
         allowed_media_directory: str | None = None,
         *,
+        kind: str = "image",
         max_mib: int = 32,
         timeout_s: float = 10.0,
     ) -> None:
-        """`timeout_s`: for one image with its redirects; the resolver of names has its own limit.
+        """`kind`: of what is read, "image" or "video". `timeout_s`: for one of these with its
+        redirects; the resolver of names has its own limit.
 
         A host that is an IP address may be a private one.
         """
@@ -51,6 +52,7 @@ class ImageSources:
         self._directory = allowed_media_directory and Path(
             os.path.realpath(allowed_media_directory)
         )
+        self._kind = kind
         self._max_bytes = max_mib << 20
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context()
@@ -58,7 +60,7 @@ class ImageSources:
     def read(
         self, source: str, number: int = 1, is_over: Callable[[], bool] = lambda: False
     ) -> bytes:
-        """The bytes at a data:, http(s): or file: URL. Errors call it image `number`.
+        """The bytes at a data:, http(s): or file: URL. Errors call it by kind and `number`.
 
         `is_over`: whether nobody waits for them any more, asked while bytes are awaited. Raises
         InvalidField for a source that is not allowed, missing, too slow or too large.
@@ -73,12 +75,13 @@ class ImageSources:
                 return self._get(source, is_over)
             raise ValueError(f"{shown(source)} is no data:, http:, https: or file: URL")
         except ValueError as error:
-            raise InvalidField("image", f"image {number}: {shown(str(error), 300)}") from None
+            problem = f"{self._kind} {number}: {shown(str(error), 300)}"
+            raise InvalidField(self._kind, problem) from None
 
     def _data(self, source: str) -> bytes:
         header, _, text = source.partition(",")
-        if not re.fullmatch(r"data:image/[\w.+-]+;base64", header, re.IGNORECASE):
-            raise ValueError(f"{shown(header)} is not data:image/...;base64")
+        if not re.fullmatch(rf"data:{self._kind}/[\w.+-]+;base64", header, re.IGNORECASE):
+            raise ValueError(f"{shown(header)} is not data:{self._kind}/...;base64")
         self._check_size(len(text) // 4 * 3)
         try:
             return b64decode(text, validate=True)
@@ -129,7 +132,11 @@ class ImageSources:
                 connection = HTTPConnection(host)
                 connection.sock = sock
                 target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
-                headers = HEADERS | {"Host": parts.netloc.rpartition("@")[2]}
+                headers = {
+                    "Accept": f"{self._kind}/*",
+                    "User-Agent": "gllm-triton",
+                    "Host": parts.netloc.rpartition("@")[2],
+                }
                 connection.request("GET", quote(target, safe=string.punctuation), headers=headers)
                 response = HTTPResponse(sock, method="GET")
                 response.fp.close()

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 
-from gllm_engine.images.resize import MAX_ASPECT, Rule
+from gllm_engine.images.resize import BICUBIC, MAX_ASPECT, Rule
+from gllm_engine.images.video import VideoProcessor
 from gllm_engine.sampling import InvalidField
 from gllm_engine.types import Image
-
-BICUBIC = 3  # Pillow's number
-
 
 PreparedImage = Image  # its place in a prompt, `first`, is 0 until it is placed
 
@@ -29,6 +27,7 @@ class ImageProcessor:
     breaks: tuple[int, int] | None
     max_bytes: int  # of a file
     max_pixels: int  # of a file's image, before it is resized
+    videos: VideoProcessor | None = None  # None: the family takes none, or not here
 
     def prepare(self, data: bytes, number: int = 1) -> PreparedImage:
         """Decode and resize an image file. Errors call it image `number`.

@@ -1,5 +1,5 @@
-"""Reads how a checkpoint wants its images, by the `model_type` in its config.json. What is known of
-its vision tower is read in arch alone.
+"""Reads how a checkpoint wants its images and videos, by the `model_type` in its config.json. What
+is known of its vision tower is read in arch alone.
 
 Without a file of settings, a family's settings are those of its class in transformers.
 """
@@ -7,7 +7,7 @@ Without a file of settings, a family's settings are those of its class in transf
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -16,8 +16,18 @@ from typing import Any
 from gllm_engine.arch import Vision, read_arch
 from gllm_engine.config import ConfigError
 from gllm_engine.files import read_object, shown
-from gllm_engine.images.processor import BICUBIC, ImageProcessor
-from gllm_engine.images.resize import MAX_SIDE, CenterCrop, LongestEdge, Padded, PixelRange, Rule
+from gllm_engine.images.processor import ImageProcessor
+from gllm_engine.images.resize import (
+    BICUBIC,
+    MAX_SIDE,
+    CenterCrop,
+    LongestEdge,
+    Padded,
+    PixelRange,
+    Rule,
+)
+from gllm_engine.images.video import VideoProcessor
+from gllm_engine.images.video_rule import Spaced, Stamped
 
 MAX_NUMBER = 2**30  # for loops over such numbers
 # Their ids in Mistral's vocabularies, for a checkpoint without a tokenizer.json.
@@ -33,12 +43,14 @@ def read_processor(
     max_mib: int = 32,
     max_megapixels: int = 100,
     tokenizer: Path | None = None,
+    **video_limits: Any,
 ) -> ImageProcessor | None:
     """The image processor of the checkpoint in directory `path`, None if it takes no images.
 
-    `max_pixels` lowers the number of pixels to which images are resized. `max_mib` and
-    `max_megapixels` limit files. `tokenizer`: its directory, if that is another one. Raises
-    ConfigError or ArchError with a sentence for settings that are wrong or not supported.
+    `max_pixels` lowers the number of pixels to which images and frames are resized. `max_mib` and
+    `max_megapixels` limit files of images. `tokenizer`: its directory, if that is another one.
+    `video_limits`: those of VideoLimits. Raises ConfigError or ArchError with a sentence for
+    settings that are wrong or not supported.
     """
     config = read_object(path / "config.json", ConfigError)
     read_rule = _RULES.get(str(config.get("model_type")))
@@ -47,7 +59,9 @@ def read_processor(
     tower = read_arch(path).vision
     if tower is None:
         return None
-    checkpoint = _Checkpoint(path, config["vision_config"], tower, _settings(path), max_pixels)
+    checkpoint = _Checkpoint(
+        path, config["vision_config"], tower, _settings(path, "image"), max_pixels
+    )
     checkpoint.require(do_resize=True, resample=BICUBIC, height=None, width=None)
     rule = read_rule(checkpoint)
     breaks = isinstance(rule, LongestEdge)
@@ -57,7 +71,18 @@ def read_processor(
         breaks=_breaks((tokenizer or path) / "tokenizer.json") if breaks else None,
         max_bytes=max_mib << 20,
         max_pixels=max_megapixels * 10**6,
+        videos=_videos(checkpoint, config, VideoLimits(**video_limits)),
     )
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """The configuration's; see VideoProcessor."""
+
+    mib: int = 128
+    megapixels: int = 10
+    frames: int | None = None  # at most so many are taken of a video
+    seconds: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +116,7 @@ class _Checkpoint:
             found = self.settings.get(key)
             if found is not None and found != value:
                 raise ConfigError(
-                    f"{self.path}: {key}: {shown(found)} is not supported for images, only {value}"
+                    f"{self.path}: {key}: {shown(found)} is not supported, only {value}"
                 )
 
     def limit(self, least: int) -> int:
@@ -104,12 +129,14 @@ class _Checkpoint:
         return self.max_pixels or MAX_NUMBER
 
 
-def _settings(path: Path) -> Values:
+def _settings(path: Path, kind: str) -> Values:
+    """Of the image or the video processor."""
     settings = None
     if (path / "processor_config.json").exists():
-        settings = read_object(path / "processor_config.json", ConfigError).get("image_processor")
+        settings = read_object(path / "processor_config.json", ConfigError).get(f"{kind}_processor")
     if not isinstance(settings, dict):
-        file = path / "preprocessor_config.json"
+        prefix = "" if kind == "image" else "video_"
+        file = path / f"{prefix}preprocessor_config.json"
         settings = read_object(file, ConfigError) if file.exists() else {}
     # The second one is of Moonshot's own files.
     for name in ("size", "media_proc_cfg"):
@@ -136,6 +163,58 @@ def _qwen(checkpoint: _Checkpoint, least: int, most: int) -> Rule:
     least = checkpoint.number(checkpoint.settings, least, "min_pixels", "shortest_edge")
     most = checkpoint.number(checkpoint.settings, most, "max_pixels", "longest_edge")
     return PixelRange(factor, least, min(most, checkpoint.limit(max(least, factor**2))))
+
+
+def _videos(checkpoint: _Checkpoint, config: Values, limits: VideoLimits) -> VideoProcessor | None:
+    """The video processor; None for a family that takes no videos.
+
+    Without ids in config.json, placeholders have those beside that of images.
+    """
+    kind = _VIDEOS.get(config["model_type"])
+    if kind is None:
+        return None
+    tower = checkpoint.tower
+    images = checkpoint.settings
+    own = replace(checkpoint, settings=_settings(checkpoint.path, "video"))
+    own.require(do_resize=True, resample=BICUBIC, num_frames=None, temporal_patch_size=2)
+    # The tower knows one mean and one deviation.
+    same = {key: images[key] for key in ("image_mean", "image_std") if key in images}
+    own.require(patch_size=tower.patch, merge_size=tower.merge, **same)
+    start = own.number(config, tower.image_token - 3, "vision_start_token_id")
+    end = own.number(config, tower.image_token - 2, "vision_end_token_id")
+    return VideoProcessor(
+        rule=_video_rule(own, kind, limits.frames),
+        placeholder=own.number(config, tower.image_token + 1, "video_token_id"),
+        around=(start, end),
+        max_bytes=limits.mib << 20,
+        max_pixels=limits.megapixels * 10**6,
+        seconds=limits.seconds,
+    )
+
+
+def _video_rule(
+    own: _Checkpoint, kind: type[Spaced | Stamped], max_frames: int | None
+) -> Spaced | Stamped:
+    area = own.factor**2
+    fps = own.settings.get("fps") or 2
+    if not isinstance(fps, int | float) or not 0 < fps <= MAX_NUMBER:
+        raise ConfigError(f"{own.path}: fps: {shown(fps)} is outside (0, {MAX_NUMBER}]")
+    most = own.number(own.settings, 768, "max_frames")
+    tokens = own.number(own.settings, 128_000 if kind is Spaced else 768, "max_video_tokens")
+    is_capped = own.settings.get("cap_pixels_per_frame") is not False
+    rule: dict[str, Any] = {
+        "factor": own.factor,
+        "least": own.number(own.settings, 128 * area, "min_pixels", "shortest_edge"),
+        "most": own.number(own.settings, 768 * area, "max_pixels", "longest_edge"),
+        "frame_most": own.limit(area),
+        "fps": float(fps),
+        "min_frames": own.number(own.settings, 4, "min_frames"),
+        "max_frames": min(most, max_frames or most),
+    }
+    if kind is Stamped:
+        return Stamped(**rule, cap=is_capped * tokens * area)
+    rate = own.number(own.vision, 4, "tokens_per_second")
+    return Spaced(**rule, cap=is_capped * int(tokens * area * 0.9), positions_per_s=rate)
 
 
 def _llava(checkpoint: _Checkpoint) -> Rule:
@@ -179,4 +258,11 @@ _RULES: dict[str, Callable[[_Checkpoint], Rule]] = {
     "llava": _llava,
     "mistral3": _pixtral,
     "kimi_k25": _kimi,
+}
+_VIDEOS: dict[str, type[Spaced | Stamped]] = {
+    "qwen2_5_vl": Spaced,
+    "qwen3_vl": Stamped,
+    "qwen3_vl_moe": Stamped,
+    "qwen3_5": Stamped,
+    "qwen3_5_moe": Stamped,
 }

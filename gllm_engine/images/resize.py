@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil, floor, isqrt, sqrt
 
 MAX_SIDE = 65_535  # pixels of an image before it is resized; the limit of JPEG
+BICUBIC = 3  # Pillow's number
 MAX_ASPECT = 200  # of the longer side to the shorter one
 
 
@@ -29,7 +30,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class PixelRange:
-    """Sides are multiples of `factor`, with from `least` to `most` pixels (Qwen2-VL).
+    """Sides are multiples of `factor`, with from `least` to `most` pixels (Qwen2-VL). These may be
+    of all frames of a video together, whose number is rounded to pairs (Qwen3-VL).
 
     Rounding up enlarges a small image of an odd shape to more pixels than `least`, and even than
     `most` where that is less than twice as many.
@@ -39,14 +41,14 @@ class PixelRange:
     least: int
     most: int
 
-    def fit(self, height: int, width: int) -> Fit:
+    def fit(self, height: int, width: int, frames: int = 1) -> Fit:
         sides = [round(side / self.factor) for side in (height, width)]
-        pixels = sides[0] * sides[1] * self.factor**2
+        pixels = sides[0] * sides[1] * self.factor**2 * (round(frames / 2) * 2 or 1)
         if pixels > self.most:
-            scale = sqrt(height * width / self.most)
+            scale = sqrt(frames * height * width / self.most)
             sides = [max(1, floor(side / scale / self.factor)) for side in (height, width)]
         elif pixels < self.least:
-            scale = sqrt(self.least / (height * width))
+            scale = sqrt(self.least / (frames * height * width))
             sides = [ceil(side * scale / self.factor) for side in (height, width)]
         return _whole((sides[0] * self.factor, sides[1] * self.factor))
 

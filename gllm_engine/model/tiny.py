@@ -28,6 +28,8 @@ from gllm_engine.model.encode import in_formats, stored_weight
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Token ids 3, 4, 5 of a model that takes images. The second one is the placeholder.
 IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+# Token id 6 of a model that takes videos.
+VIDEO_TOKEN = "<|video_pad|>"
 # Of Mistral. Only the placeholder is in prompts; the others end rows and images.
 _ROW_TOKENS = ("[IMG_BREAK]", "[IMG]", "[IMG_END]")
 _BYTES = 256  # every byte is a token
@@ -51,11 +53,11 @@ _CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Of a message's text, or of its list of parts. The last word stands for an image.
+# Of a message's text, or of its list of parts. VIDEO and IMAGE stand for a video and an image.
 _PARTS = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% else %}IMAGE{% endif %}{% endfor %}{% endif %}"
+    "{% elif part['type'] == 'video' %}VIDEO{% else %}IMAGE{% endif %}{% endfor %}{% endif %}"
 )
 
 
@@ -67,7 +69,7 @@ def write_tiny_model(
     **over: Any,
 ) -> Path:
     """Write config, weights, tokenizer and generation config to `directory`; returns its path. Of a
-    model that takes images, also what resizes them.
+    model that takes images or videos, also what resizes them.
 
     `family`: an architecture name in arch.FAMILIES. `dtype`: float32, bfloat16 or float16.
     `over`: keys of config.json to change; with quantization_config, the matrices that usually are
@@ -78,7 +80,10 @@ def write_tiny_model(
     config = tiny_config(family, **over) | {"dtype": dtype}
     arch = make_arch(config)
     own = _ROW_TOKENS if config["model_type"] == "mistral3" else IMAGE_TOKENS
-    special = SPECIAL_TOKENS if arch.vision is None else SPECIAL_TOKENS + own
+    takes_videos = "video_token_id" in config
+    special: tuple[str, ...] = SPECIAL_TOKENS if arch.vision is None else SPECIAL_TOKENS + own
+    if takes_videos:
+        special += (VIDEO_TOKEN,)
     least = len(special) + _BYTES
     if arch.vocab < least:
         raise ValueError(f"vocabulary of {arch.vocab} tokens: at least {least} are needed")
@@ -88,6 +93,9 @@ def write_tiny_model(
     _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len, special)
     if arch.vision is not None:
         _write_json(directory / "preprocessor_config.json", _image_processor(config, arch.vision))
+        if takes_videos:
+            videos = _video_processor(config, arch.vision)
+            _write_json(directory / "video_preprocessor_config.json", videos)
     tensors = random_checkpoint(arch, seed)
     tensors = in_formats(arch.quantized(), tensors, _dtype(dtype))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -171,6 +179,22 @@ def _image_processor(config: dict[str, Any], vision: Vision) -> dict[str, Any]:
     }
 
 
+def _video_processor(config: dict[str, Any], vision: Vision) -> dict[str, Any]:
+    """Two frames get at most 36 embeddings; Qwen3-VL bounds all frames together."""
+    area = (vision.patch * vision.merge) ** 2
+    pairs = 1 if config["model_type"] == "qwen2_5_vl" else 12
+    return {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "image_mean": vision.mean,
+        "image_std": vision.std,
+        "patch_size": vision.patch,
+        "merge_size": vision.merge,
+        "temporal_patch_size": vision.frames,
+        "max_frames": 16,
+        "size": {"shortest_edge": 4 * area, "longest_edge": 36 * area * pairs},
+    }
+
+
 def _write_tokenizer(directory: Path, vocab: int, max_len: int, special: tuple[str, ...]) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -185,8 +209,9 @@ def _write_tokenizer(directory: Path, vocab: int, max_len: int, special: tuple[s
     tokenizer.save(str(directory / "tokenizer.json"))
     template = _CHAT_TEMPLATE
     if own := special[len(SPECIAL_TOKENS) :]:
-        image = own[1] if own == _ROW_TOKENS else "".join(own)
-        template = template.replace("{{ message['content'] }}", _PARTS.replace("IMAGE", image))
+        image = own[1] if own == _ROW_TOKENS else "".join(IMAGE_TOKENS)
+        parts = _PARTS.replace("IMAGE", image).replace("VIDEO", image.replace("image", "video"))
+        template = template.replace("{{ message['content'] }}", parts)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",

@@ -142,7 +142,8 @@ class VisionTower:
         """Embeddings of each image, [1 + num_deep, rows * columns, out]: first those that replace
         the placeholders', then what is added after the decoder's layers 0, 1, ...
 
-        `images`: uint8 [height, width, 3] on the tower's device, of sizes that Vision.grid takes.
+        `images`: uint8 [..., height, width, 3] on the tower's device, of sizes that Vision.grid
+        takes: one frame, or as many as a patch has.
         """
         return [found for some in self._passes(images) for found in self._encode(some)]
 
@@ -150,7 +151,7 @@ class VisionTower:
         some: list[Tensor] = []
         patches = 0
         for image in images:
-            more = image.shape[0] * image.shape[1] // self.vision.patch**2
+            more = image.shape[-3] * image.shape[-2] // self.vision.patch**2
             if some and patches + more > _PASS_PATCHES:
                 yield some
                 some = []
@@ -162,7 +163,7 @@ class VisionTower:
 
     def _encode(self, images: list[Tensor]) -> list[Tensor]:
         vision = self.vision
-        grids = [vision.grid(*image.shape[:2]) for image in images]
+        grids = [vision.grid(*image.shape[-3:-1]) for image in images]
         sizes = [rows * columns for rows, columns in grids]
         joined = vision.merge**2
         x = torch.cat([self._embed(image) for image in images])
@@ -203,7 +204,9 @@ class VisionTower:
         )
         if self.vision.has_class:
             x = torch.cat([self._outer["class_embed"][None], x])
-        return x + self._positions(*self.vision.grid(*image.shape[:2])) if self.vision.table else x
+        return (
+            x + self._positions(*self.vision.grid(*image.shape[-3:-1])) if self.vision.table else x
+        )
 
     def _patches(self, image: Tensor) -> Tensor:
         """The numbers of an image's patches in float32, [patches, width of the weight].
@@ -215,10 +218,12 @@ class VisionTower:
         share = (image.double() * (1 / 255)).float()
         mean = torch.tensor(vision.mean, device=self._device)
         pixels = (share - mean) / torch.tensor(vision.std, device=self._device)
-        rows = len(pixels) // vision.patch
-        size = (rows, vision.patch, -1, vision.patch, 3)
-        patches = pixels.view(size).permute(0, 2, 4, 1, 3)  # [rows, columns, 3, patch, patch]
-        frames = patches.unsqueeze(3).expand(-1, -1, -1, vision.frames or 1, -1, -1)
+        rows = pixels.shape[-3] // vision.patch
+        columns = pixels.shape[-2] // vision.patch
+        size = (-1, rows, vision.patch, columns, vision.patch, 3)
+        # [rows, columns, 3, frames, patch, patch]
+        patches = pixels.view(size).permute(1, 3, 5, 0, 2, 4)
+        frames = patches.expand(-1, -1, -1, vision.frames or 1, -1, -1)
         return self._in_blocks(frames).flatten(1)
 
     def _in_blocks(self, x: Tensor) -> Tensor:

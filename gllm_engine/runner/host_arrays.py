@@ -36,6 +36,6 @@ def to_device(device: torch.device, *arrays: HostInts) -> tuple[Tensor, ...]:
 
 
 def pixels_of(image: ImagePixels, device: torch.device) -> Tensor:
-    """uint8 [height, width, 3] on `device`; the host does not wait for the copy."""
+    """uint8 [frames, height, width, 3] on `device`; the host does not wait for the copy."""
     (pixels,) = to_device(device, np.frombuffer(image.pixels, np.uint8))
-    return pixels.view(image.height, image.width, 3)
+    return pixels.view(-1, image.height, image.width, 3)

@@ -33,7 +33,7 @@ from gllm_engine.sched.sequence import image_end
 from gllm_engine.types import Image
 
 DIGEST_SIZE = 16  # bytes
-_PACK_PLACE = Struct("4q").pack
+_PACK_PLACE = Struct("5q").pack
 
 
 class IntegrityError(AssertionError):
@@ -313,7 +313,8 @@ class Pages:
         for image in images:
             for page in range(image.first // size, (image_end(image) - 1) // size + 1):
                 place = (image.first - page * size, image.rows, image.columns, image.stride)
-                packed = image.digest + _PACK_PLACE(*place)
+                time = -1 if image.time is None else image.time
+                packed = image.digest + _PACK_PLACE(*place, time)
                 self._images[page] = self._images.get(page, b"") + packed
         self._chain = [self._pool.root(salt)]  # entry k + 1 is the hash of pages 0..k
         self._num_published = 0

@@ -7,6 +7,9 @@ largest part of an image's positions. Here an image of 2 rows and 3 columns begi
     time      0  1 |  2  2  2  2  2  2 |  5  6
     row       0  1 |  2  2  2  3  3  3 |  5  6
     column    0  1 |  2  3  4  2  3  4 |  5  6
+
+A moment of a video with Image.time has the rows and columns of the video's first one, and that time
+after it. (Some versions of transformers go on after the largest row or column, whatever the time.)
 """
 
 from __future__ import annotations
@@ -25,13 +28,19 @@ class RotaryPositions:
         """`images`: in order; rows follow each other without other tokens between."""
         parts = [np.zeros((3, 0), np.int64)]
         token = 0
+        start = 0  # position
         self.offset = 0
         for image in images:
             parts.append(self._text(token, image.first))
+            after = image.first + self.offset  # the position after all those before it
+            if image.time is None:
+                start = after
+            time = image.time or 0
             grid = np.indices((1, image.rows, image.columns)).reshape(3, -1)
-            parts.append(grid + image.first + self.offset)
+            parts.append(grid + [[start + time], [start], [start]])
             token = image.first + image.rows * image.columns
-            self.offset += max(image.rows, image.columns) - image.rows * image.columns
+            after = max(after, start + max(time + 1, image.rows, image.columns))
+            self.offset = after - token
         parts.append(self._text(token, prompt_len))
         self._of_prompt = np.concatenate(parts, 1).astype(np.int32)
 

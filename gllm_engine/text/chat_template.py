@@ -112,7 +112,7 @@ def check_messages(messages: Any) -> list[Message]:
     """Convert messages of OpenAI's clients to the format of chat templates.
 
     Removes keys whose value is None, as transformers does, and parses the arguments of tool calls
-    to objects. Images must be as `take_images` leaves them. Raises InvalidField.
+    to objects. Images must be as `take_media` leaves them. Raises InvalidField.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise InvalidField("messages", "expected a non-empty list of {role, content} objects")
@@ -138,7 +138,7 @@ def _check_message(where: str, message: Any) -> Message:
 
 
 def _check_part(where: str, part: Any) -> dict[str, Any]:
-    is_known = isinstance(part, dict) and part.get("type") in ("text", "image")
+    is_known = isinstance(part, dict) and part.get("type") in ("text", "image", "video")
     if not is_known or not isinstance(part.get("text"), str):
         raise InvalidField("messages", f"{where} has a content part that is not text")
     checked: dict[str, Any] = part

@@ -6,6 +6,7 @@ Owns the reading of generation_config.json's sampling defaults. Knows nothing of
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,21 @@ _DEFAULTS = {
 
 
 def describe_checkpoint(
-    path: Path, tokenizer: Tokenizer, takes_images: bool = False
+    path: Path, tokenizer: Tokenizer, modalities: Sequence[str] = ("text",)
 ) -> dict[str, Any]:
     """Facts of the checkpoint in directory `path`, as JSON would have them.
 
-    architectures; input_modalities: text, and image if `takes_images`; chat_template: Jinja sources
-    by name, or None; special_tokens: the ids of all special tokens, by their texts;
-    generation_config: the sampling defaults that it gives, by its own keys. A default that is no
-    valid sampling parameter is left out. Raises ConfigError for a file that is not JSON.
+    architectures; input_modalities: `modalities`; chat_template: Jinja sources by name, or None;
+    special_tokens: the ids of all special tokens, by their texts; generation_config: the sampling
+    defaults that it gives, by its own keys. A default that is no valid sampling parameter is left
+    out. Raises ConfigError for a file that is not JSON.
     """
     template = tokenizer.chat_template
     generation = path / "generation_config.json"
     given = read_object(generation, ConfigError) if os.path.lexists(generation) else {}
     return {
         "architectures": read_object(path / "config.json", ConfigError).get("architectures"),
-        "input_modalities": ["text", "image"] if takes_images else ["text"],
+        "input_modalities": list(modalities),
         "chat_template": None if template is None else template.sources,
         "special_tokens": tokenizer.special_tokens,
         "generation_config": {

@@ -1,33 +1,51 @@
-"""The images that come with a prompt: where its messages or its text have them.
+"""The images and videos that come with a prompt: where its messages or its text have them.
 
 A source is what a client gives for an image; engine/images.py reads it. Knows no tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 from gllm_engine.sampling import InvalidField
 
-KINDS = ("image_url", "image", "input_image")  # of content parts: OpenAI's and transformers'
+MediaKind = Literal["image", "video"]
+# Types of content parts: OpenAI's, vLLM's and transformers'.
+TYPES: dict[str, MediaKind] = {
+    "image_url": "image",
+    "image": "image",
+    "input_image": "image",
+    "video_url": "video",
+    "video": "video",
+}
 
 
-def take_images(messages: Any, image_text: str | None) -> tuple[Any, list[Any]]:
-    """Messages whose images only have their places, and the sources of the images, in order.
+class Video(NamedTuple):
+    """Of a video, what an image's source is by itself."""
 
-    A source is None for a part that has none. `image_text`: what stands for an image in a text,
-    for templates that take no parts; None: the model takes no images. What is wrong with messages
-    otherwise is left to the chat template. Raises InvalidField for images that it does not take.
+    source: Any
+
+
+def take_media(messages: Any, texts: Mapping[MediaKind, str]) -> tuple[Any, list[Any]]:
+    """Messages whose images and videos only have their places, and the sources of these, in order.
+
+    A source is None for an image that has none, and Video(None) for such a video. `texts`: what
+    stands for one in a text, for templates that take no parts, by the kinds that the model takes.
+    What is wrong with messages otherwise is left to the chat template. Raises InvalidField for
+    kinds that it does not take.
     """
     sources: list[Any] = []
 
     def place(part: Any) -> Any:
-        if not isinstance(part, dict) or part.get("type") not in KINDS:
+        kind = TYPES.get(str(part.get("type"))) if isinstance(part, dict) else None
+        if kind is None:
             return part
-        if image_text is None:
-            raise no_images()
-        sources.append(_source(part))
-        return {"type": "image", "text": image_text}
+        if kind not in texts:
+            raise not_taken(kind)
+        source = _source(part, kind)
+        sources.append(Video(source) if kind == "video" else source)
+        return {"type": kind, "text": texts[kind]}
 
     if not isinstance(messages, list | tuple):
         return messages, sources
@@ -39,16 +57,16 @@ def take_images(messages: Any, image_text: str | None) -> tuple[Any, list[Any]]:
     ], sources
 
 
-def no_images() -> InvalidField:
-    """The error of an image for a model that reads text alone."""
-    return InvalidField("image", "this model takes no images")
+def not_taken(kind: MediaKind) -> InvalidField:
+    """The error of an image or a video for a model that takes none."""
+    return InvalidField(kind, f"this model takes no {kind}s")
 
 
-def _source(part: dict[str, Any]) -> Any:
-    given = next((part[key] for key in ("image_url", "image", "url") if key in part), None)
+def _source(part: dict[str, Any], kind: str) -> Any:
+    given = next((part[key] for key in (f"{kind}_url", kind, "url") if key in part), None)
     return given.get("url") if isinstance(given, dict) else given
 
 
-def with_places(text: str, token: str, image_text: str, num_images: int) -> str:
+def with_places(text: str, token: str, media_text: str, number: int) -> str:
     """A text with a place for each image: before it, unless it has places, each with `token`."""
-    return text if token in text else image_text * num_images + text
+    return text if token in text else media_text * number + text

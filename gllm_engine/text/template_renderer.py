@@ -159,7 +159,7 @@ def _in_format(template: Template, message: Message) -> Message:
     if isinstance(content, list) and not template.takes_parts:
         return message | {"content": "\n".join(part["text"] for part in content)}
     if isinstance(content, list):  # the text of an image is only for templates of texts
-        parts = [{"type": "image"} if part["type"] == "image" else part for part in content]
+        parts = [part if part["type"] == "text" else {"type": part["type"]} for part in content]
         return message | {"content": parts}
     if isinstance(content, str) and template.takes_parts and not template.tells_strings:
         return message | {"content": [{"type": "text", "text": content}]}

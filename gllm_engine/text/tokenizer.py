@@ -24,6 +24,7 @@ from gllm_engine.sampling import InvalidField
 from gllm_engine.text import deepseek_template, tiktoken_vocabulary
 from gllm_engine.text.chat_template import ChatTemplate, Message
 from gllm_engine.text.detokenizer import Detokenizer, Spelling
+from gllm_engine.text.image_parts import MediaKind
 
 # Limits the length of tables by token id; vocabularies have a few hundred thousand tokens.
 MAX_TOKEN_ID = (1 << 24) - 1
@@ -127,12 +128,12 @@ class Tokenizer:
         """The text of a single token, special or not; "" for an id without a token."""
         return self.spelling.pieces(skip_special_tokens=False)[id].decode("utf-8", "replace")
 
-    def image_text(self, placeholder: int) -> str:
-        """What stands for an image in a text: what the chat template writes for one between two
-        texts, so that it may be more than the token `placeholder`; else that token.
+    def media_text(self, kind: MediaKind, placeholder: int) -> str:
+        """What stands for an image or a video in a text: what the chat template writes for one
+        between two texts, so that it may be more than the token `placeholder`; else that token.
         """
         token = self.token_text(placeholder)
-        parts = [("text", "first"), ("image", token), ("text", "last")]
+        parts = [("text", "first"), (kind, token), ("text", "last")]
         content = [{"type": kind, "text": text} for kind, text in parts]
         with suppress(InvalidField):  # the template may take other roles, or no images
             text = self.render([{"role": "user", "content": content}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -24,8 +25,13 @@ VOCAB = 300
 BOS = 257
 IMAGE = 299  # the placeholder of an image, in texts PLACE
 PLACE = "<image>"
+VIDEO = 298  # the same of a video
+VIDEO_PLACE = "<video>"
 # Of config.json of a model that takes images: a square of 28 pixels is a token.
-SEES = tiny_config("Qwen2_5_VLForConditionalGeneration") | {"image_token_id": IMAGE}
+SEES = tiny_config("Qwen2_5_VLForConditionalGeneration") | {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+}
 SEES["vision_config"]["patch_size"] = 14
 
 
@@ -61,8 +67,9 @@ class ByteTokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[int]:
-        first, *rest = [list(piece.encode()) for piece in text.split(PLACE)]
-        ids = first + [id for piece in rest for id in (IMAGE, *piece)]
+        ids: list[int] = []
+        for piece in re.split(f"({PLACE}|{VIDEO_PLACE})", text):
+            ids += {PLACE: [IMAGE], VIDEO_PLACE: [VIDEO]}.get(piece, list(piece.encode()))
         return [BOS] * (self.adds_bos and add_special_tokens) + ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -86,9 +93,9 @@ class ByteTokenizer:
         return text + "".join(map(json.dumps, given))
 
     def token_text(self, token: int) -> str:
-        return PLACE if token == IMAGE else self.decode([token])
+        return {IMAGE: PLACE, VIDEO: VIDEO_PLACE}.get(token) or self.decode([token])
 
-    def image_text(self, placeholder: int) -> str:
+    def media_text(self, kind: str, placeholder: int) -> str:
         return f"[{self.token_text(placeholder)}]"
 
     def bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

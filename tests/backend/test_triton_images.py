@@ -5,21 +5,25 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
+from clips import clip, url_of
 from fake_triton import InferenceRequest, Record, TritonError
-from front import IMAGE, PLACE, SEES, HandClient, front_end, request, text
+from front import IMAGE, PLACE, SEES, VIDEO, VIDEO_PLACE, HandClient, front_end, request, text
 from PIL import Image
 
 from gllm_backend.gllm import model as backend
 from gllm_backend.gllm.model import TritonPythonModel
-from gllm_engine import Finish, Request
+from gllm_engine import Finish, InvalidField, Request
+from gllm_engine.arch.tiny import tiny_config
 from gllm_engine.images import ImageProcessor
 from gllm_engine.images.fetch import ImageSources
+from gllm_engine.images.video import VideoProcessor
 
 LENGTH = Finish("length")
 Front = tuple[TritonPythonModel, HandClient]
@@ -34,6 +38,9 @@ def png(width: int, height: int, colour: str = "red") -> bytes:
 RED, WIDE = png(56, 56), png(84, 56, "blue")  # of 2 x 2 and 2 x 3 tokens
 RED_URL = "data:image/png;base64," + base64.b64encode(RED).decode()
 SLOW = "https://slow.example/a.png"
+# Two moments of 10 x 14 embeddings: frames are enlarged.
+FILM = clip(codec="mjpeg", container="avi")
+FILM_URL = url_of(FILM)
 
 
 @pytest.fixture
@@ -71,6 +78,29 @@ def refused(front: Front, given: InferenceRequest) -> str:
     return error.message()
 
 
+A, B, USER = [97], [98], list(b"<user>")
+FOUR, SIX = [IMAGE] * 4, [IMAGE] * 6
+
+
+def test_videos_reach_the_engine(front: Front) -> None:
+    """As a tensor, and in messages with an image beside it; its moments follow each other."""
+    film = {"type": "video_url", "video_url": {"url": FILM_URL}}
+    cases = [
+        (request(f"a{VIDEO_PLACE}b", video=text(FILM)), A, B),
+        (request(None, messages=messages({"type": "video"}), video=text(FILM)), [*USER, 91], [93]),
+        (request(None, messages=messages(film, part(RED_URL))), [*USER, 91], [93, 91, *FOUR, 93]),
+    ]
+    for given, before, after in cases:
+        (sequence,) = submitted(front, given)
+        front[1].submitted.clear()
+        one, two = sequence.images[:2]
+        size = one.rows * one.columns
+        assert sequence.prompt == [*before, *[VIDEO] * (2 * size), *after]
+        assert (one.first, one.time) == (len(before), None)
+        assert (two.first, two.time) == (len(before) + size, 4)
+        assert len(two.pixels) == 2 * 3 * two.height * two.width
+
+
 def messages(*content: Any) -> np.ndarray:
     return text(json.dumps([{"role": "user", "content": list(content)}]))
 
@@ -79,8 +109,6 @@ def part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-A, B, USER = [97], [98], list(b"<user>")
-FOUR, SIX = [IMAGE] * 4, [IMAGE] * 6
 GOOD: dict[str, tuple[InferenceRequest, list[int]]] = {
     "files": (request(f"a{PLACE}b{PLACE}", image=text(RED, WIDE)), A + FOUR + B + SIX),
     "base64": (request(f"a{PLACE}", image=text(base64.b64encode(RED))), A + FOUR),
@@ -165,6 +193,19 @@ BAD: dict[str, tuple[InferenceRequest, str]] = {
         request(None, messages=messages(part(7))),  # type: ignore[arg-type]
         "image: image 1: 7 is ",
     ),
+    "a film as an image": (request("a", image=text(clip())), "image: image 1: it is none of JPEG"),
+    "an image as a film": (request("a", video=text(RED)), "video: video 1: it is none of MP4"),
+    "a broken film": (request("a", video=text(FILM, FILM[:900])), "video: video 2: it is "),
+    "many films": (request("a", video=text(*[FILM] * 5)), "video: 5 videos given, at most 4"),
+    "films without parts": (
+        request(None, messages=messages(part(RED_URL)), video=text(FILM)),
+        "video: 1 videos given, the messages have 0 places for them",
+    ),
+    "an image's URL": (request("a", video=text(RED_URL)), "video: video 1: data:image/png;base64"),
+    "a long film": (
+        request("a", video=text(clip(frames=192, codec="mjpeg", container="avi"))),
+        "video: video 1: its 16 frames of 392 x 280 pixels take 1120 tokens",
+    ),
     "many": (request("a", image=text(*[RED] * 65)), "image: 65 images given, at most 64"),
     "large": (
         request("a", image=text(png(1400, 1400))),
@@ -197,6 +238,14 @@ def test_a_text_model_takes_no_images(tmp_path, server, given: InferenceRequest)
         assert refused(front, given) == "image: this model takes no images"
 
 
+def test_other_models_for_images_take_no_videos(tmp_path, server) -> None:
+    sees = tiny_config("KimiK25ForConditionalGeneration") | {"image_token_id": IMAGE}
+    film = {"type": "video_url", "video_url": {"url": FILM_URL}}
+    with front_end(tmp_path, model=sees) as front:
+        for given in (request("a", video=text(FILM)), request(None, messages=messages(film))):
+            assert refused(front, given) == "video: this model takes no videos"
+
+
 def told(front: Front, given: InferenceRequest) -> Record:
     front[0].execute([given])
     record = given.record.wait()
@@ -220,7 +269,7 @@ def test_places_are_tokenized_with_and_without_their_images(front: Front) -> Non
 
 def test_a_model_tells_whether_it_takes_images(front: Front) -> None:
     record = told(front, request(None, operation=text("describe")))
-    assert json.loads(record.text())["input_modalities"] == ["text", "image"]
+    assert json.loads(record.text())["input_modalities"] == ["text", "image", "video"]
 
 
 class Slow:
@@ -272,6 +321,35 @@ def test_a_slow_server_delays_its_own_requests_alone(front: Front, slow: Slow) -
     for given in waiting:
         given.record.wait()
     assert not left_bytes(model)
+
+
+def test_videos_delay_no_image_and_end_with_their_requests(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, client = front
+    begun = threading.Semaphore(0)
+    ended = threading.Semaphore(0)
+
+    def slowly(self: VideoProcessor, *given: Any) -> Any:
+        *_, is_over = given
+        begun.release()
+        while not is_over():
+            time.sleep(0.01)
+        ended.release()
+        raise InvalidField("video", "nobody waits for it")
+
+    monkeypatch.setattr(VideoProcessor, "prepare", slowly)
+    waiting = [request("a", video=text(FILM)) for _ in range(backend.IMAGE_REQUESTS + 2)]
+    model.execute(waiting)
+    assert begun.acquire(timeout=10)
+    (sequence,) = submitted(front, request("a", image=text(RED)))
+    assert len(sequence.images) == 1
+    for given in waiting:
+        given.record.cancelled = True
+    for given in waiting:
+        error = given.record.wait().error
+        assert error is not None and error.code() == TritonError.CANCELLED
+    assert ended.acquire(timeout=10)
 
 
 def test_equal_urls_are_fetched_once(front: Front, slow: Slow) -> None:

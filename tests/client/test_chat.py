@@ -103,5 +103,12 @@ def test_images_go_with_the_next_question(tmp_path: Path) -> None:
     assert [asked[-1]["content"] for asked in model.asked[2:]] == [keys[-1], "it's"]
     assert "[a cat.png goes with the next question]\n[scan goes with" in written
     assert f"[{tmp_path}/gone: No such file or directory]\n" in written
+    film = tmp_path / "a.mp4"
+    film.write_bytes(b"film")
+    model, _, _ = run(str(film), "And this?")
+    assert model.asked[0][0]["content"][0] == {
+        "type": "video_url",
+        "video_url": {"url": "data:video/mp4;base64," + base64.b64encode(b"film").decode()},
+    }
     cleared, _, _ = run(f"/image {odd}", "/clear", "Hi")
     assert cleared.asked == [said("Hi")]

@@ -36,6 +36,29 @@ def test_a_model_of_text_takes_none() -> None:
     assert refusal(*GOOD.images, arch=text) == "image: this model takes no images"
 
 
+SPACED = make_arch(tiny_config("Qwen2_5_VLForConditionalGeneration"))
+MOMENTS = request(SPACED.vision, 3, ("a", 2, 3, 2), 1)  # type: ignore[arg-type]
+
+
+def test_a_moment_follows_another_one() -> None:
+    check_images(MOMENTS, SPACED)
+    first, second = MOMENTS.images
+    for bad in (
+        replace(second, time=7),
+        replace(second, time=-1),
+        replace(second, first=second.first + 1),
+    ):
+        with pytest.raises(
+            InvalidField, match=r"number 1: its time is -?\d, and its video begins at"
+        ):
+            check_images(replace(MOMENTS, images=(first, bad)), SPACED)
+    with pytest.raises(InvalidField, match="number 0: its time is 0"):
+        check_images(replace(MOMENTS, images=(replace(first, time=0), second)), SPACED)
+    three = replace(first, pixels=first.pixels + first.pixels[: len(first.pixels) // 2])
+    with pytest.raises(InvalidField, match="number 0: it has .* bytes"):
+        check_images(replace(MOMENTS, images=(three, second)), SPACED)
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

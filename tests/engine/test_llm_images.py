@@ -190,7 +190,7 @@ def test_a_text_in_a_message_is_never_a_path(seen: Seen, tmp_path: Path) -> None
         parts = [{"type": "image", "image": given}]
         (output,) = seen.llm.chat([{"role": "user", "content": parts}], SHORT)
         assert (output.error is None) == works
-    assert output.error == "image: image 1: it is neither an image file, nor its base64, nor a URL"
+    assert output.error == "image: image 1: it is neither a file, nor its base64, nor a URL"
 
 
 def test_few_prompts_are_loaded_ahead(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:

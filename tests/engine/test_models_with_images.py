@@ -27,7 +27,7 @@ SMALL = {
     "cpu_threads": 1,
     "max_model_len": 128,
     "max_num_seqs": 8,
-    "num_snapshots": 20,
+    "num_snapshots": 30,
 }
 MakeEngine = Callable[..., Engine]
 
@@ -42,7 +42,7 @@ def engine(model: Path) -> Iterator[MakeEngine]:
     made = []
 
     def make(**over: Any) -> Engine:
-        values: dict[str, Any] = {"num_pages": 64, "page_size": 4} | SMALL | over
+        values: dict[str, Any] = {"num_pages": 96, "page_size": 4} | SMALL | over
         config = EngineConfig(model=str(model), **values)
         made.append(Engine(config, make_encoders=TowerEncoders))
         return made[-1]
@@ -59,12 +59,14 @@ def vision_of(engine: Engine) -> Vision:
 
 
 def requests(vision: Vision, **sampling: Any) -> list[Request]:
-    """The first two are the same text with two pictures."""
+    """The first two are the same text with two pictures, the last two with two videos."""
     return [
         request(vision, 5, ("a", 3, 4), 4, **sampling),
         request(vision, 5, ("b", 3, 4), 4, **sampling),
         request(vision, ("c", 1, 2), 1, ("a", 3, 4), 2, ("d", 5, 2), 21, **sampling),
         request(vision, 12, **sampling),
+        request(vision, 5, ("e", 2, 3, 3), 4, ("a", 3, 4), 2, **sampling),
+        request(vision, 5, ("f", 2, 3, 3), 4, ("a", 3, 4), 2, **sampling),
     ]
 
 
@@ -72,7 +74,7 @@ def requests(vision: Vision, **sampling: Any) -> list[Request]:
 def alone(model: Path) -> list[Any]:
     """The output of each request in an engine of its own, as a whole."""
     found = []
-    for number in range(4):
+    for number in range(6):
         engine = Engine(EngineConfig(model=str(model), num_pages=64, page_size=4, **SMALL))
         found += run(engine, [requests(vision_of(engine))[number]])
         engine.close()
@@ -106,7 +108,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "encoder_budget": 12,
         "image_cache_tokens": 13,
     },
-    "preempted": {"num_pages": 27, "plans_in_flight": 2},
+    "preempted": {"num_pages": 33, "plans_in_flight": 2},
 }
 ELSEWHERE = {
     f"{way}, encoded elsewhere": over | {"encoder_workers": 1} for way, over in WAYS.items()

@@ -230,7 +230,7 @@ def test_a_model_without_images_has_no_processor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "preprocessor", "config", "options", "problem"),
     [
-        ("qwen3_vl", {"resample": 2}, {}, {}, "resample: 2 is not supported for images, only 3"),
+        ("qwen3_vl", {"resample": 2}, {}, {}, "resample: 2 is not supported, only 3"),
         ("qwen3_vl", {"do_resize": False}, {}, {}, "do_resize: False is not supported"),
         ("qwen3_vl", {"size": {"height": 3}}, {}, {}, "height: 3 is not supported"),
         (

@@ -85,8 +85,8 @@ def test_front_ends_take_no_images_for_it(tmp_path: Path) -> None:
     tokenizer = Tokenizer(path)
     images = ImageLoader(make_config({"model": str(path)}), tokenizer)
     with pytest.raises(InvalidField, match="image: this model takes no images"):
-        images.check(1)
-    described = describe_checkpoint(path, tokenizer, images.text is not None)
+        images.check([b"a picture"])
+    described = describe_checkpoint(path, tokenizer, images.modalities)
     assert described["input_modalities"] == ["text"]
     images.close()
 

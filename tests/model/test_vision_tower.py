@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from loaded import load_model
-from pictured import processed
+from pictured import processed, processed_videos
 from safetensors.torch import load_file, save_file
 from tiny_models import load
 from torch import Tensor
@@ -92,6 +92,26 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     assert [each.shape for each in ours] == [each.shape for each in theirs]
     pairs = zip(ours, theirs, strict=True)
     return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
+
+
+@pytest.mark.parametrize("family", [WINDOWED, DEEP, "Qwen3_5ForConditionalGeneration"])
+def test_a_video_is_encoded_moment_by_moment(tmp_path: Path, family: str) -> None:
+    """Frames of a moment are different ones, and moments do not see each other."""
+    model = save_reference(tmp_path, family)
+    vision = vision_of(tmp_path)
+    videos = [torch.stack(pictures(*[size] * 4)) for size in SIZES[:2]]
+    inputs = processed_videos(videos, vision)
+    grids = inputs["video_grid_thw"]
+    with torch.no_grad():
+        found = model.model.visual(inputs["pixel_values_videos"], grid_thw=grids, return_dict=True)
+    deep = getattr(found, "deepstack_features", None) or []
+    sizes = [size for size in (grids[:, 1:].prod(1) // vision.merge**2).tolist() for _ in range(2)]
+    theirs = list(torch.stack([found.pooler_output, *deep]).split(sizes, 1))
+    moments = [moment for video in videos for moment in video.split(2)]
+    tower = tower_of(tmp_path)
+    assert largest_difference(tower.encode(moments), theirs) < TOLERANCE
+    turned = [moment.flip(0) for moment in moments]
+    assert largest_difference(tower.encode(turned), theirs) > 1e-3
 
 
 @pytest.mark.parametrize("family", TOWERS)

@@ -15,12 +15,16 @@ from gllm_client.batch import OpenAIItem
 
 CHAT = "/v1/chat/completions"
 ONE = "data:image/png;base64,b25l"
+CLIP = "data:video/mp4;base64,b25l"
 TWO = "https://example.org/two.jpg"
 
 
 @pytest.fixture(scope="module")
 def seeing() -> Iterator[Served]:
-    with FakeTriton(m=FakeModel(takes_images=True)) as triton, serve(triton) as served:
+    with (
+        FakeTriton(m=FakeModel(modalities=("text", "image", "video"))) as triton,
+        serve(triton) as served,
+    ):
         yield served
 
 
@@ -68,6 +72,20 @@ def test_tokens_are_counted_with_their_images(seeing: Served) -> None:
     body = {"model": "m", "messages": messages}
     answer = seeing.post("/v1/messages/count_tokens", **body).json()
     assert answer["input_tokens"] == len("<|user|>\n\n<|assistant|>") + 10
+
+
+def test_videos_go_apart_from_images(seeing: Served, served: Served) -> None:
+    clip = {"type": "video_url", "video_url": {"url": CLIP}}
+    content = [clip, image(ONE), text("Which?")]
+    answer = seeing.post(CHAT, messages=user(*content)).json()
+    asked = generated(seeing)
+    assert (asked.inputs["image"], asked.inputs["video"]) == ([ONE], [CLIP])
+    assert answer["usage"]["prompt_tokens"] == len(asked.prompt) + 18
+    assert seeing.post("/tokenize", messages=user(clip)).json()["count"] == len(
+        "<|user|>\n\n<|assistant|>" + 10 * "@"
+    )
+    *_, message = served.refused(CHAT, messages=user(clip))
+    assert "this model takes no videos" in message
 
 
 def test_anthropics_messages(seeing: Served) -> None:
@@ -119,7 +137,8 @@ def test_lines_of_a_batch(seeing: Served) -> None:
         ({"type": "image_url"}, "messages[0].content[1]", "None is no URL"),
         (image(""), "messages[0].content[1]", "'' is no URL"),
         ({"type": "image_url", "image_url": {"url": 7}}, "messages[0].content[1]", "7 is no URL"),
-        ({"type": "video_url"}, "messages[0].content[1].type", "'video_url' is not supported"),
+        ({"type": "video_url", "video_url": {}}, "messages[0].content[1]", "None is no URL"),
+        ({"type": "audio_url"}, "messages[0].content[1].type", "'audio_url' is not supported"),
     ],
 )
 def test_what_is_no_image(seeing: Served, part: dict[str, Any], param: str, words: str) -> None:
@@ -148,4 +167,4 @@ def test_what_the_backend_says_of_an_image(seeing: Served) -> None:
 
 def test_models_say_whether_they_take_images(seeing: Served, served: Served) -> None:
     shown = [s.http.get("/v1/models/m").json()["input_modalities"] for s in (seeing, served)]
-    assert shown == [["text", "image"], ["text"]]
+    assert shown == [["text", "image", "video"], ["text"]]

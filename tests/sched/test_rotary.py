@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from gllm_engine.sched.rotary import RotaryPositions
 from gllm_engine.types import Image
@@ -69,6 +70,41 @@ def test_positions_equal_transformers(model: str, prompt: list[int], images: lis
     found = RotaryPositions(len(prompt), images)
     assert found.offset == int(delta)
     assert unpacked(found.packed(0, len(prompt))).tolist() == expected[:, 0].tolist()
+
+
+def film(first: int, moments: int, rows: int, columns: int, interval: float) -> list[Image]:
+    """A video of so many moments of `interval` positions of time, one behind the other."""
+    size = rows * columns
+    whole = [picture(first + size * number, rows, columns) for number in range(moments)]
+    times = [None, *(int(number * interval) for number in range(1, moments))]
+    return [replace(moment, time=time) for moment, time in zip(whole, times, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("moments", "rows", "columns", "interval"),
+    [(3, 2, 6, 2.0), (4, 5, 3, 0.5), (2, 1, 2, 1.0), (1, 2, 2, 2.0), (5, 2, 3, 2.6)],
+)
+def test_videos_have_the_positions_of_transformers(
+    moments: int, rows: int, columns: int, interval: float
+) -> None:
+    """But for the text after a video whose time goes further than its rows and columns: that is at
+    the next position after all, as with the authors' code and with transformers before version 5.
+    """
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+    size = moments * rows * columns
+    images = [picture(1, 3, 1), *film(6, moments, rows, columns, interval)]
+    images.append(picture(8 + size, 1, 2))
+    prompt_len = 13 + size
+    found = unpacked(RotaryPositions(prompt_len, images).packed(0, prompt_len + 2))
+    start = found[0, 5] + 1
+    grid = torch.tensor([moments, rows, columns])
+    theirs = Qwen2_5_VLModel.get_vision_position_ids(None, int(start), grid, 1, 1, interval)
+    assert found[:, 6 : 6 + size].tolist() == theirs.tolist()
+    last = theirs.max() + 1
+    assert found[:, 6 + size].tolist() == [last] * 3
+    assert found[:, -1].tolist() == [last + 8] * 3  # the picture after it takes two
+    assert (found <= np.arange(prompt_len + 2)).all()
 
 
 @pytest.mark.parametrize(("prompt", "images"), LAYOUTS)

@@ -8,11 +8,12 @@ import pytest
 
 from gllm_engine.sampling import InvalidField
 from gllm_engine.text.chat_template import ChatTemplate, check_messages
-from gllm_engine.text.image_parts import take_images, with_places
+from gllm_engine.text.image_parts import Video, take_media, with_places
 from gllm_engine.text.template_renderer import Renderer, Unusable
 from gllm_engine.text.tokenizer import Tokenizer
 
 PAD = "<|pad|>"
+TEXTS: Any = {"image": PAD}
 TEXT = {"type": "text", "text": "Which?"}
 
 
@@ -49,7 +50,7 @@ STRINGS = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
 )
 def test_templates_write_images_in_their_order(template: str, written: str) -> None:
     image = {"type": "image_url", "image_url": {"url": "https://a/b.png", "detail": "low"}}
-    messages, sources = take_images(user(TEXT, image, TEXT, {"type": "image"}), PAD)
+    messages, sources = take_media(user(TEXT, image, TEXT, {"type": "image"}), TEXTS)
     renderer = Renderer({"default": template}, {}, 1 << 30)
     assert renderer.render(check_messages(messages), None, {}) == written
     assert sources == ["https://a/b.png", None]
@@ -68,22 +69,40 @@ def test_templates_write_images_in_their_order(template: str, written: str) -> N
 )
 def test_sources(part: dict[str, Any], source: Any) -> None:
     given = user(TEXT, part)
-    messages, sources = take_images(given, PAD)
+    messages, sources = take_media(given, TEXTS)
     assert sources == [source]
     assert messages == user(TEXT, {"type": "image", "text": PAD})
     assert given == user(TEXT, part)  # the caller's messages stay as they are
     with pytest.raises(InvalidField, match="^image: this model takes no images$"):
-        take_images(given, None)
+        take_media(given, {})
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ({"type": "video_url", "video_url": {"url": "a"}}, "a"),
+        ({"type": "video", "video": b"a"}, b"a"),
+        ({"type": "video"}, None),
+    ],
+)
+def test_videos_are_told_from_images(part: dict[str, Any], source: Any) -> None:
+    given = user({"type": "image", "image": "b"}, part)
+    texts: Any = {"image": PAD, "video": "<|video|>"}
+    messages, sources = take_media(given, texts)
+    assert sources == ["b", Video(source)]
+    assert messages[0]["content"][1] == {"type": "video", "text": "<|video|>"}
+    with pytest.raises(InvalidField, match="^video: this model takes no videos$"):
+        take_media(given, TEXTS)
 
 
 @pytest.mark.parametrize("messages", [None, [], [1], [{}], user(TEXT, 1), user({"type": []})])
 def test_other_messages_are_left_to_the_template(messages: Any) -> None:
-    assert take_images(messages, None) == (messages, [])
+    assert take_media(messages, {}) == (messages, [])
 
 
 def test_an_image_is_no_message_to_go_on_with() -> None:
     renderer = Renderer({"default": BY_TYPE}, {}, 1 << 30)
-    messages = check_messages(take_images(user(TEXT, {"type": "image"}), PAD)[0])
+    messages = check_messages(take_media(user(TEXT, {"type": "image"}), TEXTS)[0])
     with pytest.raises(Unusable, match="ends with an image"):
         renderer.render(messages, None, {"continue_final_message": True})
 
@@ -105,4 +124,4 @@ def test_what_stands_for_an_image(
     token, id = next(iter(tokenizer.special_tokens.items()))
     own = template and ChatTemplate({"default": template.replace(PAD, token)}, {})
     monkeypatch.setattr(tokenizer, "chat_template", own)
-    assert tokenizer.image_text(id) == text.format(token)
+    assert tokenizer.media_text("image", id) == text.format(token)
