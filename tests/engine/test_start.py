@@ -36,9 +36,7 @@ def test_the_log_divides_the_time(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 def test_a_process_of_an_engine_imports_no_compiler() -> None:
     """Torch's takes a second of each start."""
-    code = (
-        "import sys, gllm_engine.workers.worker; print({'sympy', 'torch._dynamo'} & {*sys.modules})"
-    )
+    code = "import sys, gllm_engine.workers.worker; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
