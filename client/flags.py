@@ -10,6 +10,7 @@ import argparse
 import inspect
 import math
 import re
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -46,11 +47,18 @@ def add_struct(
 ) -> None:
     """Add a flag for every field of `struct` except those in `skip`, in their own help group."""
     group = parser.add_argument_group(title)
+    for name, options in _flags(struct).items():
+        if name not in skip:
+            group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+@cache
+def _flags(struct: Any) -> dict[str, dict[str, Any]]:
+    """What argparse is told, by field. Made once: many commands take the same structs."""
     comments = field_comments(struct)
     hints = get_type_hints(struct)
+    flags = {}
     for field in msgspec.structs.fields(struct):
-        if field.name in skip:
-            continue
         options: dict[str, Any] = {"metavar": _metavar(hints[field.name])}
         if hints[field.name] is bool:
             options |= {"nargs": "?", "const": "true"}
@@ -59,13 +67,12 @@ def add_struct(
         words = [comments.get(field.name, "")]
         if "default:" not in words[0] and not field.required:
             words.append(f"default: {_default(field)}")
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=_dest(struct, field.name),
-            default=argparse.SUPPRESS,
-            help="; ".join(word for word in words if word).replace("%", "%%"),
-            **options,
-        )
+        flags[field.name] = options | {
+            "dest": _dest(struct, field.name),
+            "default": argparse.SUPPRESS,
+            "help": "; ".join(word for word in words if word).replace("%", "%%"),
+        }
+    return flags
 
 
 def struct_texts(options: argparse.Namespace, struct: Any) -> dict[str, Any]:

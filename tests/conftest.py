@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 # Two cores: one thread of tensor work a process, or processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,3 +18,7 @@ settings.load_profile("busy machine")
 
 if not torch.cuda.is_available():  # then Triton's kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        from quick_interpreter import quicken
+
+        quicken()

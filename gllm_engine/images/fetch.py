@@ -15,6 +15,7 @@ import ssl
 import string
 from base64 import b64decode
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -55,7 +56,11 @@ class ImageSources:
         self._kind = kind
         self._max_bytes = max_mib << 20
         self._timeout_s = timeout_s
-        self._tls = ssl.create_default_context()
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Made when needed: reading all certificates takes longer than loading a small model."""
+        return ssl.create_default_context()
 
     def read(
         self, source: str, number: int = 1, is_over: Callable[[], bool] = lambda: False

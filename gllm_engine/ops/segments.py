@@ -7,17 +7,22 @@ one length, one after the other, are a batch of scaled_dot_product_attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_varlen_attn: Callable[..., object] | None = None
-try:
-    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
-except ImportError:  # before torch 2.10
-    pass
+
+@cache
+def _varlen_attn() -> Callable[..., object] | None:
+    """Imported when it is needed: torch's compiler comes with it, and takes a second."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return None
+    return varlen_attn
 
 
 class Segments:
@@ -30,9 +35,11 @@ class Segments:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[tokens, heads, dim], as q, k and v."""
-        if _varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        is_half = q.dtype in (torch.float16, torch.bfloat16)
+        attend = _varlen_attn() if q.is_cuda and is_half else None
+        if attend is not None:
             longest = max(self._lengths)
-            found = _varlen_attn(q, k, v, self._starts, self._starts, longest, longest)
+            found = attend(q, k, v, self._starts, self._starts, longest, longest)
             assert isinstance(found, Tensor)
             return found
         if q.is_meta:

@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,13 @@ def test_the_log_divides_the_time(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     parts = "decoder kernels memory graphs first_steps rest_of_the_weights".split()
     times = ", ".join(part.replace("_", " ") + r" \d+\.\d" for part in parts)
     assert re.fullmatch(rf"the model is ready in \d+\.\d s: {times}", line), line
+
+
+def test_a_process_of_an_engine_imports_no_compiler() -> None:
+    """Torch's takes a second of each start."""
+    code = "import sys, gllm_engine.workers.worker; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_an_error_of_a_reader_fails_the_start(

@@ -86,6 +86,9 @@ KERNELS = set(
 
 @pytest.mark.timeout(1200)
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    """What is as it was in an earlier run, the compiler included, comes from Triton's cache, which
+    has the same code: it goes by a digest of all that the code depends on.
+    """
     for family in FAMILIES:
         (tmp_path / family).mkdir()
         config = tiny_config(family, **usual_heads(family) | SIZES.get(family, {}))
@@ -95,11 +98,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, here / "compile_offline.py", *(tmp_path / f for f in FAMILIES)],
-        env=os.environ
-        | {
-            "TRITON_CACHE_DIR": str(tmp_path / "cache"),
-            "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
-        },
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])},
         capture_output=True,
         text=True,
         check=False,
