@@ -81,15 +81,15 @@ def write_tiny_model(
     arch = make_arch(config)
     own = _ROW_TOKENS if config["model_type"] == "mistral3" else IMAGE_TOKENS
     takes_videos = "video_token_id" in config
-    special = SPECIAL_TOKENS if arch.vision is None else SPECIAL_TOKENS + own
-    special += (VIDEO_TOKEN,) * takes_videos
+    special = list(SPECIAL_TOKENS if arch.vision is None else SPECIAL_TOKENS + own)
+    special += [VIDEO_TOKEN] * takes_videos
     least = len(special) + _BYTES
     if arch.vocab < least:
         raise ValueError(f"vocabulary of {arch.vocab} tokens: at least {least} are needed")
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"eos_token_id": [2, 0]})
-    _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len, special)
+    _write_tokenizer(directory, min(arch.vocab, MAX_TOKENIZER_VOCAB), arch.max_len, tuple(special))
     if arch.vision is not None:
         _write_json(directory / "preprocessor_config.json", _image_processor(config, arch.vision))
         if takes_videos:
