@@ -96,7 +96,10 @@ def _decode(task: Task, source: BinaryIO, output: BinaryIO) -> None:
 def _opened(task: Task, source: BinaryIO) -> InputContainer:
     # No format that refers to other files or addresses is tried.
     options = {"format_whitelist": task.container, "protocol_whitelist": "none"}
-    return av.open(source, format=task.container.partition(",")[0], options=options)
+    opened: InputContainer = av.open(
+        source, format=task.container.partition(",")[0], options=options
+    )
+    return opened
 
 
 def _stream(container: InputContainer, task: Task) -> VideoStream:

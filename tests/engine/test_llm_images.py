@@ -222,7 +222,7 @@ def test_loaded_prompts_say_what_they_are() -> None:
 def test_the_pixels_of_one_prompt_are_bounded(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the first image is slow."""
     loader = seen.llm.images
-    monkeypatch.setattr(loader, "_preparing", ThreadPoolExecutor(4))
+    monkeypatch.setitem(loader._preparing, "image", ThreadPoolExecutor(4))
     prepare = ImageProcessor.prepare
     begun = threading.Semaphore(0)
     numbers = []
