@@ -195,7 +195,7 @@ def test_those_that_wait_with_pages_leave_half_of_them_to_others() -> None:
 
 def test_those_that_wait_with_pages_give_them_to_one_that_need_not() -> None:
     """Only if nothing else runs. They go on once all their images are there."""
-    world = World(pages=16)
+    world = World(pages=16, enable_prefix_caching=False)
     early = [world.add(4, (name, 4), 4) for name in "ab"]
     world.rest()
     text = world.add(45, max_tokens=2)  # twelve pages
@@ -206,6 +206,17 @@ def test_those_that_wait_with_pages_give_them_to_one_that_need_not() -> None:
     world.land("b", "a")
     world.rest()
     assert world.finished == {text, *early}
+
+
+def test_one_at_a_time_has_more_images_than_the_cache_holds() -> None:
+    world = World(room=10)
+    one, other = [world.add(1, (a, 8), 1, (b, 8), 1) for a, b in ("ab", "cd")]
+    world.rest()
+    assert one.planned == 1 and other.slot == -1
+    for name in "abcd":
+        world.land(name)
+        world.rest()
+    assert world.finished == {one, other}
 
 
 def test_more_images_than_the_cache_holds() -> None:
