@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -426,25 +427,36 @@ class Engine:
         """Take what encoders have done."""
         if self._encoders is None or self._images is None:
             return
-        for event in self._encoders.poll():
-            self._is_idle = False
-            if isinstance(event, Landed):
-                self._images.landed(event.number, event.place)
-                continue
-            for sequence in self._scheduler.not_landed(event.number):
-                self._forget(sequence.key)
-                self._refuse(sequence.key, "internal", f"image: not encoded: {event.message}")
+        with self._in_one_go():
+            for event in self._encoders.poll():
+                self._is_idle = False
+                if isinstance(event, Landed):
+                    self._images.landed(event.number, event.place)
+                    continue
+                for sequence in self._scheduler.not_landed(event.number):
+                    self._forget(sequence.key)
+                    self._refuse(sequence.key, "internal", f"image: not encoded: {event.message}")
 
     def _order_images(self) -> None:
         """Tell encoders what the scheduler wants of them."""
         if self._encoders is None or self._images is None:
             return
-        orders = self._images.take_orders()
-        for number in orders.cancel:
-            self._encoders.cancel(number)
-        self._encoders.release(orders.release)
-        for image in orders.encode:
-            self._encoders.submit(image)
+        with self._in_one_go():
+            orders = self._images.take_orders()
+            for number in orders.cancel:
+                self._encoders.cancel(number)
+            self._encoders.release(orders.release)
+            for image in orders.encode:
+                self._encoders.submit(image)
+
+    @contextmanager
+    def _in_one_go(self) -> Iterator[None]:
+        """The engine is broken after an interrupt: a place in the landing may be lost."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self.broken = "the engine was interrupted in an exchange with its encoders"
+            raise
 
     def _sort(self, committed: Committed) -> None:
         """Put the results of one step into the outboxes of their clients."""

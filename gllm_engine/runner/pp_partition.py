@@ -85,7 +85,14 @@ def _seconds(
     device = ranks.tensor.device
     max_model_len = config.max_model_len or run.max_len
     shard = Shard(0, len(run.layers), 0, ranks.mesh.tp, config.enable_expert_parallel)
-    decoder = Decoder(run, dtype=dtype, device=device, max_model_len=max_model_len, shard=shard)
+    decoder = Decoder(
+        run,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        shard=shard,
+        encodes=False,
+    )
     fill_randomly(decoder)
     rows = min(_ROWS, config.max_num_seqs)
     page_size = config.page_size

@@ -184,3 +184,20 @@ def test_a_sequence_is_computed_up_to_its_first_image(engine: Engine, vision: Vi
         assert engine._live[IN_PROCESS, asked.id].planned == planned
         encoders(engine).land()
     assert asked.id in run_until_idle(engine)
+
+
+def test_an_interrupt_in_an_exchange_with_encoders_breaks_the_engine(
+    engine: Engine, vision: Vision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have lost a place of the landing, without which images wait for ever."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoders(engine), "submit", interrupt)
+    asked = pictured(vision)
+    engine.add(asked)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert engine.broken == "the engine was interrupted in an exchange with its encoders"
+    assert engine.step()[IN_PROCESS].finished[asked.id].status == "internal"

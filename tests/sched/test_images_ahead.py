@@ -145,6 +145,44 @@ def test_a_sequence_waits_without_pages_and_others_pass_it() -> None:
     assert world.scheduler.stats().images_waiting == 1
 
 
+def test_who_passes_others_never_waits() -> None:
+    world = World()
+    world.add(("a", 8), 1)
+    passing = world.add(4, ("b", 4), 2)
+    world.rest()
+    assert passing.slot == -1
+    world.land("b")
+    world.rest()
+    assert world.finished == {passing}
+
+
+def test_nobody_with_images_passes_one_that_lacks_room_in_the_cache() -> None:
+    """They could keep the room in use for ever. Texts pass it."""
+    world = World(room=18, max_num_seqs=4, max_num_batched_tokens=6)
+    world.add(("d", 2), 1)
+    world.rest()
+    world.land("d")
+    world.rest()
+    within = world.add(("b", 8), 1)
+    world.rest()
+    world.land("b")
+    assert world.step() is not None and within.planned == 6
+    world.add(("a", 8), 1)
+    world.add(("c", 8), 1)
+    ready = world.add(("d", 2), 1)
+    text = world.add(3)
+    plan = world.step()
+    assert plan is not None and list(world.asked) == ["a"]
+    assert (ready.slot, text.planned, text.slot) == (-1, 3, -1)
+    world.rest()
+    assert world.finished >= {within, text} and list(world.asked) == ["a", "c"]
+    world.land("a", "c")  # for which d was forgotten
+    world.rest()
+    world.land("d")
+    world.rest()
+    assert ready in world.finished and not world.scheduler.has_work
+
+
 def test_those_that_wait_with_pages_leave_half_of_them_to_others() -> None:
     world = World(pages=16)
     early = [world.add(4, (name, 4), 4) for name in "abc"]  # three pages each
@@ -157,7 +195,7 @@ def test_those_that_wait_with_pages_leave_half_of_them_to_others() -> None:
 
 def test_those_that_wait_with_pages_give_them_to_one_that_need_not() -> None:
     """Only if nothing else runs. They go on once all their images are there."""
-    world = World(pages=16)
+    world = World(pages=16, enable_prefix_caching=False)
     early = [world.add(4, (name, 4), 4) for name in "ab"]
     world.rest()
     text = world.add(45, max_tokens=2)  # twelve pages
@@ -168,6 +206,17 @@ def test_those_that_wait_with_pages_give_them_to_one_that_need_not() -> None:
     world.land("b", "a")
     world.rest()
     assert world.finished == {text, *early}
+
+
+def test_one_at_a_time_has_more_images_than_the_cache_holds() -> None:
+    world = World(room=10)
+    one, other = [world.add(1, (a, 8), 1, (b, 8), 1) for a, b in ("ab", "cd")]
+    world.rest()
+    assert one.planned == 1 and other.slot == -1
+    for name in "abcd":
+        world.land(name)
+        world.rest()
+    assert world.finished == {one, other}
 
 
 def test_more_images_than_the_cache_holds() -> None:
