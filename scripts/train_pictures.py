@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Train the model that ships in model_repository_images/pictures, on pictures made by a script.
+"""Train the model that ships in scripts/image_repository/pictures, on pictures made by a script.
 
-    python scripts/train_pictures.py --out model_repository_images/pictures/1
-    python scripts/train_pictures.py --evaluate model_repository_images/pictures/1
+    python scripts/train_pictures.py --out scripts/image_repository/pictures/1
+    python scripts/train_pictures.py --evaluate scripts/image_repository/pictures/1
 
 A Qwen2.5-VL of 4.7 M parameters (9.4 MB in bf16) that answers short questions about coloured shapes
 and digits, and a byte-level BPE tokenizer of the words in them. Nothing is downloaded:

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from gllm_engine import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / "model_repository_images/pictures/1"
+SHIPPED = ROOT / "scripts/image_repository/pictures/1"
 MAX_BYTES = 15_000_000
 PICTURES = 25  # of each exam, with some 140 questions
 CHANCE = 0.05  # about twice the standard error of a share of so many answers
