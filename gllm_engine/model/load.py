@@ -279,7 +279,7 @@ def _share(
             for first, some in _runs(place, shape[0], row, into)
         ]
     offset = _offset(tensor, place, row)
-    if columns == place.width:  # no row is divided
+    if columns == place.width and into.is_contiguous():  # no row is divided
         return [(replace(tensor, offset=offset), into.view(len(into), -1, 1))]
     first = place.first + column * place.step
     part = replace(

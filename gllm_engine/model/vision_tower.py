@@ -7,6 +7,7 @@ checkpoint and no prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from gllm_engine.parallel import ALONE
 _THETA = 10_000.0
 # Of one pass; an image may have more. It bounds the memory of a call.
 _PASS_PATCHES = 16384
+# GPUs multiply matrices faster whose rows are whole multiples of 16 bytes, and of tiles.
+_WHOLE_ROW = 64
 
 
 class _Angles:
@@ -42,6 +45,32 @@ class _Angles:
         return torch.stack(rotated, self._pair).flatten(-2).to(x.dtype)
 
 
+class _Ffn:
+    """A DenseFfn whose hidden rows end with zeros, up to a whole row: they change no sum."""
+
+    def __init__(self, vision: Vision, platform: Platform) -> None:
+        self._hidden = vision.hidden
+        whole = -(-vision.hidden // _WHOLE_ROW) * _WHOLE_ROW
+        self._ffn = DenseFfn(replace(vision.ffn, hidden=whole), vision.dim, platform)
+        for view in self._ffn.weights().values():
+            assert isinstance(view, Tensor)
+            view.zero_()
+
+    def __call__(self, x: Tensor, total: Tensor) -> Tensor:
+        """[patches, dim]; the result is added to `total`, in place."""
+        return self._ffn(x, None, total)
+
+    def weights(self) -> Views:
+        views = self._ffn.weights()
+        for name, view in views.items():
+            assert isinstance(view, Tensor)
+            if name == "mlp.down_proj.weight":
+                views[name] = view[:, : self._hidden]
+            elif not name.startswith("mlp.down_proj"):
+                views[name] = view[: self._hidden]
+        return views
+
+
 class _Block:
     """x += attention(norm1(x)); x += ffn(norm2(x)), in place."""
 
@@ -51,7 +80,7 @@ class _Block:
         qkv = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
         self._qkv = Linear(qkv, shapes, platform)
         self._out = Linear(["attn.o_proj"], shapes, platform)
-        self._ffn = DenseFfn(vision.ffn, vision.dim, platform)
+        self._ffn = _Ffn(vision, platform)
         self._norms = {
             name: NormLayer(vision.norm, vision.eps, vision.dim, platform)
             for name in ("norm1", "norm2")
@@ -63,7 +92,7 @@ class _Block:
             q = angles.rotate(q)
             k = angles.rotate(k)
         x = self._out.add_to(x, seen.attend(q, k, v).flatten(1))
-        return self._ffn(self._norms["norm2"](x), None, x)
+        return self._ffn(self._norms["norm2"](x), x)
 
     def weights(self) -> Views:
         views = self._qkv.weights() | self._out.weights() | self._ffn.weights()
