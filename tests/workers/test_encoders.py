@@ -162,6 +162,8 @@ def test_without_encoders_images_wait_and_are_told(
         assert here.encoders.stats() == (0, 1, 0)
         here.wait(lambda: here.refused, "starts fail")
         assert here.encoders._slots[0].failed_starts == engine_side._MOST_FAILED_STARTS
+        here.encoders._slots[0].failed_starts = 2000  # after most of a day
+        here.wait(lambda: here.encoders._slots[0].failed_starts > 2000, "starts go on")
         here.submit(1)
         here.poll()
         why = "no encoder runs: encoder 0 cannot start: LoadError: "
