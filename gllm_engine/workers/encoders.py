@@ -387,7 +387,8 @@ class Encoders:
         slot = None
         if not problem and socket is self._meeting.sockets[0]:
             slot = next((s for s in self._slots if s.number == join.local_rank), None)
-            if join.node or slot is None or slot.encoder is not None:
+            # A child that has ended may have sent this.
+            if join.node or slot is None or slot.child is None or slot.encoder is not None:
                 problem = "the encoder is none that this engine has started"
         if problem:
             refuse(socket, identity, "an encoder", problem)
