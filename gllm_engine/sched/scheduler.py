@@ -47,7 +47,8 @@ from gllm_engine.types import (
     TokenLogprobs,
 )
 
-# Of so many waiting sequences with images, encoders get the images ahead.
+# Of so many waiting sequences encoders get the images ahead. To order all of them takes longer than
+# a step.
 _IMAGES_AHEAD = 64
 # A step takes all ready decodes if they exceed the decode budget by at most this fraction of it.
 LEEWAY = 1 / 16
@@ -325,8 +326,8 @@ class Scheduler:
     def _begin_images(self, images: ImageCache) -> None:
         images.begin()
         if images.is_ahead:
-            pictured = (s for s in self._waiting.in_order() if s.images)
-            waiting = ((s, self._num_cached(s)) for s in islice(pictured, _IMAGES_AHEAD))
+            first = islice(self._waiting.in_order(), _IMAGES_AHEAD)
+            waiting = ((s, self._num_cached(s)) for s in first if s.images)
             now = [(s, s.planned) for s in self._prefilling]
             images.ask(chain(now, waiting), self._prefilling)
 
@@ -560,15 +561,13 @@ class Scheduler:
         images = self._images
         if images is None or not images.is_ahead:
             return self._waiting.first()
-        num_passed = 0
-        for sequence in self._waiting.in_order():
+        for num_passed, sequence in enumerate(islice(self._waiting.in_order(), _IMAGES_AHEAD)):
             if not sequence.images:
                 return sequence
-            if num_passed < (1 if images.lacks_room else _IMAGES_AHEAD):
+            if not num_passed or not images.lacks_room:
                 if self._may_begin(images, sequence, passes=num_passed > 0):
                     return sequence
-            num_passed += 1
-        return None
+        return self._waiting.first_text()
 
     def _may_begin(self, images: ImageCache, sequence: Sequence, passes: bool) -> bool:
         """Whether a sequence may begin, though it may have to wait for more images.

@@ -237,6 +237,11 @@ class Waiting:
         queues = [tenant.queue for tenant in self._tenants.values() if tenant.queue]
         return merge(*queues, key=self._order)
 
+    def first_text(self) -> Sequence | None:
+        """The first sequence in that order without images."""
+        texts = [next((s for s in queue if not s.images), None) for queue in self.queues()]
+        return min((s for s in texts if s is not None), key=self._order, default=None)
+
     def _order(self, sequence: Sequence) -> tuple[int, float, tuple[int, int, int]]:
         rank = sequence.rank
         return rank[0], max(sequence.tenant.service, self._time), rank

@@ -387,7 +387,8 @@ class Encoders:
         slot = None
         if not problem and socket is self._meeting.sockets[0]:
             slot = next((s for s in self._slots if s.number == join.local_rank), None)
-            if join.node or slot is None or slot.encoder is not None:
+            # A child that has ended may have sent this.
+            if join.node or slot is None or slot.child is None or slot.encoder is not None:
                 problem = "the encoder is none that this engine has started"
         if problem:
             refuse(socket, identity, "an encoder", problem)
@@ -485,5 +486,5 @@ class Encoders:
             slot.failed_starts += 1
             self._last_problem = f"encoder {slot.number} cannot start: {why}"
             log.error("%s", self._last_problem)
-        pause = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
+        pause = min(_PAUSE_S * 2 ** min(slot.failed_starts, 9), _LONGEST_PAUSE_S)
         slot.begin_at = time.monotonic() + pause

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,19 @@ def test_what_nobody_needs_is_cancelled(engine: Engine, vision: Vision, inside: 
     assert encoders(engine).is_idle and not engine.has_work
     encoders(engine).stopped = False
     compare(run(engine, [pictured(vision)]), inside[:1])
+
+
+def test_what_a_failed_constraint_frees_is_planned_with(engine: Engine, vision: Vision) -> None:
+    """Before the engine rests: no message tells it later."""
+    failing, other = pictured(vision), pictured(vision, "b")
+    for each in (failing, other):
+        engine.add(each)
+    run_until_idle(engine)
+    broken: Any = SimpleNamespace(error="no token is allowed")
+    engine._constrained[IN_PROCESS, failing.id] = broken
+    assert engine.step()[IN_PROCESS].finished[failing.id].message == broken.error
+    assert engine.has_work and not engine.awaits_images
+    assert not run_until_idle(engine)
 
 
 def test_an_image_that_cannot_be_encoded(engine: Engine, vision: Vision, inside: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import ImageCache, IntegrityError, Scheduler, Sequence
+from gllm_engine.sched.tenants import Waiting
 from gllm_engine.types import Image, ImagePixels, LandedImage, StepPlan, StepResult
 
 PLACEHOLDER = 9
@@ -154,6 +155,29 @@ def test_who_passes_others_never_waits() -> None:
     world.land("b")
     world.rest()
     assert world.finished == {passing}
+
+
+@pytest.mark.parametrize("part", [3, ("b", 2)])
+def test_a_long_queue_costs_a_step_little(
+    part: int | tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step orders few of those that wait; a text far behind is found all the same."""
+    world = World(max_num_seqs=2, max_num_batched_tokens=4)
+    for number in range(400):
+        world.add(part, tenant=f"t{number % 3}")
+    text = world.add(4)
+    num_ordered = 0
+    order = Waiting._order
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal num_ordered
+        num_ordered += 1
+        return order(*arguments)
+
+    monkeypatch.setattr(Waiting, "_order", counted)
+    assert world.scheduler.schedule() is not None
+    assert num_ordered < 300
+    assert (text.slot == -1) == isinstance(part, int)
 
 
 def test_nobody_with_images_passes_one_that_lacks_room_in_the_cache() -> None:

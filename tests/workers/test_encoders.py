@@ -162,6 +162,17 @@ def test_without_encoders_images_wait_and_are_told(
         assert here.encoders.stats() == (0, 1, 0)
         here.wait(lambda: here.refused, "starts fail")
         assert here.encoders._slots[0].failed_starts == engine_side._MOST_FAILED_STARTS
+        (slot,) = here.encoders._slots
+        late = wire.Join(
+            wire.PROTOCOL, channel.rank_software(), channel.digest(path), 0, 0, 0, 0, "encoder"
+        )
+        with monkeypatch.context() as between_two_starts:
+            between_two_starts.setattr(slot, "child", None)
+            between_two_starts.setattr(slot, "encoder", None)
+            here.encoders._welcome(here.encoders._meeting.sockets[0], b"ended", late)
+            assert slot.encoder is None
+        slot.failed_starts = 2000  # after most of a day
+        here.wait(lambda: slot.failed_starts > 2000, "starts go on")
         here.submit(1)
         here.poll()
         why = "no encoder runs: encoder 0 cannot start: LoadError: "
