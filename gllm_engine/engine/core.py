@@ -388,6 +388,7 @@ class Engine:
         try:
             self._hear_encoders()
             plan = self._scheduler.schedule() if len(self._launched) < self._depth else None
+            self._is_idle = plan is None and not self._launched
             if self._constrained:  # before the plan can sample a token for a failed constraint
                 self._fail_constrained()
             self._order_images()
@@ -396,7 +397,6 @@ class Engine:
                 if plan.encode:
                     self._runner.put_images(self._scheduler.to_encode)
                 self._launched.append(self._runner.launch(plan))
-            self._is_idle = plan is None and not self._launched
             if self._launched and (plan is None or len(self._launched) >= self._depth):
                 self._recorder.mark(activity.AWAIT_RESULT)
                 result = self._launched.popleft().wait()

@@ -485,5 +485,5 @@ class Encoders:
             slot.failed_starts += 1
             self._last_problem = f"encoder {slot.number} cannot start: {why}"
             log.error("%s", self._last_problem)
-        pause = min(_PAUSE_S * 2**slot.failed_starts, _LONGEST_PAUSE_S)
+        pause = min(_PAUSE_S * 2 ** min(slot.failed_starts, 9), _LONGEST_PAUSE_S)
         slot.begin_at = time.monotonic() + pause
