@@ -26,6 +26,7 @@ from PIL import Image
 
 from gllm_engine.images.resize import BICUBIC, MAX_ASPECT
 from gllm_engine.images.video import CODECS, MAX_FRAMES, Decoded, Task
+from gllm_engine.os_process import Process, end_with
 
 THREADS = 4
 MEMORY_LIMIT = 4 << 30  # bytes, with the libraries
@@ -38,6 +39,7 @@ class _Refused(Exception):
 
 
 def main() -> None:
+    end_with(Process.of(os.getppid()))
     task = json.decode(sys.argv[1], type=Task)
     os.nice(PRIORITY)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -49,10 +51,10 @@ def main() -> None:
             _decode(task, source, output)
         except _Refused as refusal:
             found = str(refusal)
+        except MemoryError:  # FFmpeg's too
+            found = f"it takes more than {MEMORY_LIMIT >> 30} GiB of memory to decode"
         except av.FFmpegError as error:
             found = f"it is a broken or truncated video ({error.strerror})"
-        except MemoryError:
-            found = f"it takes more than {MEMORY_LIMIT >> 30} GiB of memory to decode"
         else:
             return
         output.seek(0)

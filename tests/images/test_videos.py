@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from array import array
+from fcntl import ioctl
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
+from select import select
+from termios import FIONREAD
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +21,14 @@ import numpy as np
 import pytest
 import torch
 from clips import clip, transformers_processor
+from msgspec import json
 from msgspec.structs import replace as changed
 from pictures import checkpoint
 from PIL import Image as Picture
 
 from gllm_engine.config import ConfigError
 from gllm_engine.images import PreparedVideo, place, read_processor, video
-from gllm_engine.images.video import VideoProcessor
+from gllm_engine.images.video import Task, VideoProcessor
 from gllm_engine.images.video_rule import Spaced, Stamped
 from gllm_engine.sampling import InvalidField
 from gllm_engine.types import Image
@@ -143,6 +153,15 @@ def test_spaced_moments_have_times_and_static_ones_one_digest() -> None:
     assert len({moment.digest for moment in found.moments}) > 1
 
 
+def test_moments_that_are_further_apart_than_their_tokens_are_refused() -> None:
+    """A position is at most the index of its token; 96 x 64 pixels become 14 x 10 tokens."""
+    rule = changed(SPACED, max_frames=4, positions_per_s=140)
+    film = clip(frames=96)  # moments are 2 s apart
+    with pytest.raises(InvalidField, match="video: video 2: moment 2 is 280 positions of time"):
+        processor(rule).prepare(film, 2)
+    assert processor(changed(rule, positions_per_s=70)).prepare(film).moments[1].time == 140
+
+
 def test_frames_are_turned_upright() -> None:
     """By the matrix of a telephone's file: a quarter turn."""
     file = bytearray(clip(frames=4))
@@ -179,6 +198,11 @@ BAD: dict[str, tuple[bytes, dict[str, Any], str]] = {
         {},
         "its frames are flv, not one of h264,",
     ),
+    "a codec of nobody": (
+        clip(codec="mjpeg", container="avi").replace(b"MJPG", b"zzzz"),
+        {},
+        "its frames are unknown, not one of h264,",
+    ),
     "slow": (MP4, {"seconds": 0.01}, "it takes longer to decode than 0.01 s"),
 }
 
@@ -207,12 +231,40 @@ def test_a_header_is_not_believed() -> None:
         processor().prepare(bytes(file))
 
 
-def without_its_beginning(group: int) -> bytes:
-    """48 frames but the first one, which the rest of its group needs to be decoded."""
+@pytest.mark.parametrize("cut", [10, 30])
+def test_a_cut_file_shows_what_it_shows(tmp_path: Path, cut: int) -> None:
+    """As telephones cut: the edit list of an MP4 leaves out frames that are still in the file."""
+    file = greys(tmp_path / "video.mp4", 12, cut=cut)
+    found = processor(changed(STAMPED, max_frames=2)).prepare(file)
+    assert found.seconds == [(47 - cut) / 24 / 2]
+    frames = np.frombuffer(found.moments[0].pixels, np.uint8).reshape(2, -1)
+    assert np.abs(frames.astype(int) - [[5 * cut], [5 * 47]]).max() <= 2
+    with pytest.raises(InvalidField, match=r"it is truncated, \d+ of \d+ frames are there"):
+        processor().prepare(file[:-40])
+
+
+def test_a_title_may_have_any_encoding() -> None:
     import av
 
     file = BytesIO()
-    with av.open(file, "w", format="matroska") as output:
+    with av.open(file, "w", format="avi") as output:
+        output.metadata["title"] = "Cafe"
+        stream = output.add_stream("mjpeg", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
+        for _ in range(2):
+            output.mux(stream.encode(av.VideoFrame(96, 64, "yuvj420p")))
+    title = "Café".encode("latin-1")
+    assert processor().prepare(file.getvalue().replace(b"Cafe", title)).moments
+
+
+def greys(path: Path, group: int, skip: int = 0, cut: int = 0) -> bytes:
+    """A file of 48 frames, each brighter by 5, in groups of which only the first is a whole one.
+
+    Without the first `skip` frames, and to be shown from number `cut` on.
+    """
+    import av
+
+    with av.open(path, "w", options={"movflags": "faststart"} if cut else {}) as output:
         options = {"g": str(group), "keyint_min": str(group), "sc_threshold": "0", "bf": "0"}
         stream = output.add_stream("libx264", rate=24, options=options)
         stream.width = 96
@@ -221,14 +273,20 @@ def without_its_beginning(group: int) -> bytes:
         for number in range(48):
             picture = np.full((64, 96, 3), 5 * number, np.uint8)
             packets += stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
-        output.mux([*packets, *stream.encode()][1:])
-    return file.getvalue()
+        packets += stream.encode()
+        for number, packet in enumerate(packets):
+            packet.pts = packet.dts = number - cut
+            packet.time_base = Fraction(1, 24)
+        output.mux(packets[skip:])
+    return path.read_bytes()
 
 
-def test_a_few_frames_may_be_missing_but_not_many() -> None:
-    assert len(processor().prepare(without_its_beginning(4)).moments) == 2
+def test_a_few_frames_may_be_missing_but_not_many(tmp_path: Path) -> None:
+    """The first one, which the rest of its group needs to be decoded."""
+    path = tmp_path / "video.mkv"
+    assert len(processor().prepare(greys(path, 4, skip=1)).moments) == 2
     with pytest.raises(InvalidField, match="it is broken, 24 of 47 frames can be decoded"):
-        processor().prepare(without_its_beginning(24))
+        processor().prepare(greys(path, 24, skip=1))
 
 
 def test_a_request_that_is_over_ends_the_decoder() -> None:
@@ -247,6 +305,44 @@ def test_a_decoder_that_dies_costs_one_video(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(video.sys, "executable", "/bin/false")
     with pytest.raises(InvalidField, match="its decoder ended with exit status 1"):
         processor().prepare(MP4)
+
+
+def test_a_decoder_tells_that_its_memory_is_too_small(tmp_path: Path) -> None:
+    """As FFmpeg says it, whose errors are otherwise those of broken files."""
+    program = (
+        "import errno; from gllm_engine.images import video_decoder as decoder; "
+        "decoder._decode = lambda *_: decoder.av.error.err_check(-errno.ENOMEM); decoder.main()"
+    )
+    task = json.encode(Task("gif", STAMPED, 10**5, 1000, 60)).decode()
+    with open(tmp_path / "answer", "w+b") as answer:
+        command = [sys.executable, "-c", program, task]
+        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=answer, check=True)
+        answer.seek(0)
+        assert b"it takes more than 4 GiB of memory to decode" in answer.read()
+
+
+def test_a_decoder_ends_with_its_parent() -> None:
+    """It waits for a file here, of which there is no end."""
+    task = Task("gif", STAMPED, 10**5, 1000, 60)
+    decoder = [sys.executable, "-m", "gllm_engine.images.video_decoder", json.encode(task).decode()]
+    program = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+    reader, writer = os.pipe()
+    with (
+        os.fdopen(writer, "wb", 0) as file,
+        subprocess.Popen(
+            [sys.executable, "-c", program, *decoder], stdin=reader, stdout=subprocess.PIPE
+        ) as parent,
+    ):
+        os.close(reader)
+        file.write(b"GIF89a")
+        unread = array("i", [1])
+        while unread[0]:  # once it reads, it has made its preparations
+            sleep(0.01)
+            ioctl(writer, FIONREAD, unread)
+        parent.kill()
+        assert parent.stdout is not None
+        ended, _, _ = select([parent.stdout], [], [], 10)  # the decoder has it too
+        assert ended
 
 
 def test_without_the_library_videos_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
