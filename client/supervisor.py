@@ -308,17 +308,20 @@ class Server:
     def poll(self) -> int | None:
         """The exit status once the server has ended, else None; 128 + n after signal n.
 
-        Must be called often: it also records the server's descendants, the more rarely the longer
+        Must be called often: it also looks at the server's descendants, the more rarely the longer
         they stay the same.
         """
-        now = time.monotonic()
-        if now > self._look_again:
-            family = descendants(self.pid) or self.family
-            self._pause = min(2 * self._pause, CALM_S) if family == self.family else WATCH_S
-            self.family = family
-            self._look_again = now + self._pause
+        if time.monotonic() > self._look_again:
+            self.look()
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
+
+    def look(self) -> None:
+        """Record the server's descendants. Call it when new ones are known to be there."""
+        family = descendants(self.pid) or self.family
+        self._pause = min(2 * self._pause, CALM_S) if family == self.family else WATCH_S
+        self.family = family
+        self._look_again = time.monotonic() + self._pause
 
     def stop(self, timeout_s: float, impatient: Callable[[], bool]) -> bool:
         """End the server and its descendants. Returns whether it ended without SIGKILL.
@@ -477,6 +480,7 @@ class Supervisor:
     def _load(self, model: str) -> None:
         try:
             self._await(self._client.load, model)
+            self._server.look()
         except GenerateError as error:
             reason = str(error).partition("\n\nAt:")[0].strip().rstrip(";")  # no Python stack
             raise GenerateError(f"model {model} cannot be loaded: {reason}") from None

@@ -606,7 +606,7 @@ def test_cancel_before_the_first_token(front, server) -> None:
     assert len(record.sent) == 1
     wait_for(lambda: client.aborted == [client.submitted[0].id])
     wait_for(lambda: server.value("gllm:request_cancellations_total") == 1)
-    assert any("'walker'" in line and "cancelled" in line for _, line in server.log)
+    wait_for(lambda: any("'walker'" in line and "cancelled" in line for _, line in server.log))
 
 
 def test_cancel_midway_aborts_every_sequence(front) -> None:
