@@ -115,6 +115,7 @@ class _Encoder(Member):
             events = dict(poller.poll())
             if woken.fileno() in events:
                 woken.recv(1)
+                self._leaves = True
                 log.info("this encoder leaves; it finishes the images that it has")
                 self._send(wire.Leave())
             while self._socket.poll(0):

@@ -1,8 +1,8 @@
 """A process that joins an engine: a worker or an encoder, on the engine's machine or on another.
 
 When the engine is lost, a process on the engine's machine ends. One on another machine executes
-itself again in the same process and waits for the next engine. This module does not know what a
-member does.
+itself again in the same process and waits for the next engine, unless it leaves. This module
+does not know what a member does.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Member:
     """The process's end of the connection; `run` does its work and returns the exit status."""
 
     _module: ClassVar[str]  # python -m executes it
+    _leaves = False  # once told to: then no other engine is waited for
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -146,6 +147,8 @@ class Member:
             # If it lives, it ends this process, and its directory is for those that come next.
             time.sleep(KILLED_S)
             os._exit(1)
+        if self._leaves:
+            os._exit(0)
         log.warning("the engine is lost; this worker waits for another")
         time.sleep(1)  # other workers of this node notice the loss in this time
         for descriptor in map(int, os.listdir("/proc/self/fd")):

@@ -31,7 +31,7 @@ def install(directory: Path) -> None:
     encode = VisionTower.encode
 
     def encode_oddly(tower: VisionTower, images: list[Tensor]) -> list[Tensor]:
-        faults = {int(image[0, 0, 0]) for image in images if image.any()}  # a blank one warms up
+        faults = {int(image.flatten()[0]) for image in images if image.any()}  # blanks warm up
         if POISON in faults:
             os.kill(os.getpid(), signal.SIGKILL)
         if BROKEN in faults:

@@ -30,10 +30,11 @@ from gllm_engine import wire, write_tiny_model
 from gllm_engine.config import ConfigError, EngineConfig
 from gllm_engine.os_process import Process
 from gllm_engine.runner import Landing
-from gllm_engine.workers import channel, meeting
+from gllm_engine.workers import channel, meeting, member
 from gllm_engine.workers import encoders as engine_side
 from gllm_engine.workers.build_runner import check_encoder_gpus
 from gllm_engine.workers.meeting import GroupLost
+from gllm_engine.workers.member import Member
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("quick_starts")]
 
@@ -336,6 +337,31 @@ def test_an_encoder_that_loses_its_engine_waits_for_the_next(
             assert own.returncode == 0
         finally:
             own.kill()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_an_encoder_that_leaves_waits_for_no_other_engine(
+    monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """Its engine may end before it has answered."""
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    def begin_anew(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(channel, "await_loss", lambda *_: None)
+    monkeypatch.setattr(member, "time", SimpleNamespace(sleep=lambda _: None))
+    calls = {"_exit": end, "execv": begin_anew, "listdir": lambda _: []}
+    monkeypatch.setattr(member, "os", SimpleNamespace(**calls))
+    lost = object.__new__(Member)
+    lost._module = "gllm_engine.encoder"
+    lost._monitor = None
+    lost._options = SimpleNamespace(engine="tcp://127.0.0.1:1")
+    lost._leaves = leaves
+    with pytest.raises(SystemExit if leaves else InterruptedError):
+        lost._begin_anew_once_lost()
 
 
 def test_an_interrupt_within_a_message_loses_the_encoders(
