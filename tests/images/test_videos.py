@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +180,11 @@ BAD: dict[str, tuple[bytes, dict[str, Any], str]] = {
         {},
         "its frames are flv, not one of h264,",
     ),
+    "a codec of nobody": (
+        clip(codec="mjpeg", container="avi").replace(b"MJPG", b"zzzz"),
+        {},
+        "its frames are unknown, not one of h264,",
+    ),
     "slow": (MP4, {"seconds": 0.01}, "it takes longer to decode than 0.01 s"),
 }
 
@@ -207,12 +213,40 @@ def test_a_header_is_not_believed() -> None:
         processor().prepare(bytes(file))
 
 
-def without_its_beginning(group: int) -> bytes:
-    """48 frames but the first one, which the rest of its group needs to be decoded."""
+@pytest.mark.parametrize("cut", [10, 30])
+def test_a_cut_file_shows_what_it_shows(tmp_path: Path, cut: int) -> None:
+    """As telephones cut: the edit list of an MP4 leaves out frames that are still in the file."""
+    file = greys(tmp_path / "video.mp4", 12, cut=cut)
+    found = processor(changed(STAMPED, max_frames=2)).prepare(file)
+    assert found.seconds == [(47 - cut) / 24 / 2]
+    frames = np.frombuffer(found.moments[0].pixels, np.uint8).reshape(2, -1)
+    assert np.abs(frames.astype(int) - [[5 * cut], [5 * 47]]).max() <= 2
+    with pytest.raises(InvalidField, match=r"it is truncated, \d+ of \d+ frames are there"):
+        processor().prepare(file[:-40])
+
+
+def test_a_title_may_have_any_encoding() -> None:
     import av
 
     file = BytesIO()
-    with av.open(file, "w", format="matroska") as output:
+    with av.open(file, "w", format="avi") as output:
+        output.metadata["title"] = "Cafe"
+        stream = output.add_stream("mjpeg", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
+        for _ in range(2):
+            output.mux(stream.encode(av.VideoFrame(96, 64, "yuvj420p")))
+    title = "Café".encode("latin-1")
+    assert processor().prepare(file.getvalue().replace(b"Cafe", title)).moments
+
+
+def greys(path: Path, group: int, skip: int = 0, cut: int = 0) -> bytes:
+    """A file of 48 frames, each brighter by 5, in groups of which only the first is a whole one.
+
+    Without the first `skip` frames, and to be shown from number `cut` on.
+    """
+    import av
+
+    with av.open(path, "w", options={"movflags": "faststart"} if cut else {}) as output:
         options = {"g": str(group), "keyint_min": str(group), "sc_threshold": "0", "bf": "0"}
         stream = output.add_stream("libx264", rate=24, options=options)
         stream.width = 96
@@ -221,14 +255,20 @@ def without_its_beginning(group: int) -> bytes:
         for number in range(48):
             picture = np.full((64, 96, 3), 5 * number, np.uint8)
             packets += stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
-        output.mux([*packets, *stream.encode()][1:])
-    return file.getvalue()
+        packets += stream.encode()
+        for number, packet in enumerate(packets):
+            packet.pts = packet.dts = number - cut
+            packet.time_base = Fraction(1, 24)
+        output.mux(packets[skip:])
+    return path.read_bytes()
 
 
-def test_a_few_frames_may_be_missing_but_not_many() -> None:
-    assert len(processor().prepare(without_its_beginning(4)).moments) == 2
+def test_a_few_frames_may_be_missing_but_not_many(tmp_path: Path) -> None:
+    """The first one, which the rest of its group needs to be decoded."""
+    path = tmp_path / "video.mkv"
+    assert len(processor().prepare(greys(path, 4, skip=1)).moments) == 2
     with pytest.raises(InvalidField, match="it is broken, 24 of 47 frames can be decoded"):
-        processor().prepare(without_its_beginning(24))
+        processor().prepare(greys(path, 24, skip=1))
 
 
 def test_a_request_that_is_over_ends_the_decoder() -> None:
