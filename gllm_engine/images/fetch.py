@@ -29,6 +29,7 @@ from gllm_engine.sampling import InvalidField
 MAX_REDIRECTS = 3
 # Site-local addresses, and 6to4, which may lead to any address of IPv4 (RFC 3879, RFC 7526).
 DEPRECATED = [ip_network("fec0::/10"), ip_network("2002::/16")]
+_TYPES = {"image": r"image/[\w.+-]+", "video": r"video/[\w.+-]+|image/gif"}
 LOOK_S = 0.1  # between two looks whether anybody still waits
 
 
@@ -85,7 +86,8 @@ class ImageSources:
 
     def _data(self, source: str) -> bytes:
         header, _, text = source.partition(",")
-        if not re.fullmatch(rf"data:{self._kind}/[\w.+-]+;base64", header, re.IGNORECASE):
+        types = _TYPES[self._kind]
+        if not re.fullmatch(rf"data:({types});base64", header, re.IGNORECASE):
             raise ValueError(f"{shown(header)} is not data:{self._kind}/...;base64")
         self._check_size(len(text) // 4 * 3)
         try:

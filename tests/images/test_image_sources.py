@@ -118,6 +118,11 @@ def test_a_data_url_needs_no_permission() -> None:
     text = b64encode(PICTURE).decode()
     for kind in ("image/png", "IMAGE/svg+xml", "image/x-y.z"):
         assert ImageSources().read(f"data:{kind};base64,{text}") == PICTURE
+    for kind in ("video/mp4", "image/gif"):  # a GIF is a video too
+        found = ImageSources(kind="video").read(f"data:{kind};base64,{text}")
+        assert found == PICTURE
+    with pytest.raises(InvalidField, match="^video: video 1: data:image/png;base64 is not"):
+        ImageSources(kind="video").read(f"data:image/png;base64,{text}")
 
 
 @pytest.mark.parametrize(
