@@ -73,7 +73,7 @@ def media_part(kind: str, source: Any, path: str, model: ServedModel) -> Json:
     if kind not in model.facts.get("input_modalities", ()):
         raise invalid(path, f"this model takes no {kind}s")
     if not isinstance(source, str) or not source:
-        raise invalid(path, f"{shown(source)} is no URL of an image")
+        raise invalid(path, f"{shown(source)} is no URL of the {kind}")
     return {"type": kind, kind: source}
 
 

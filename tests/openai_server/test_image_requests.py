@@ -137,7 +137,11 @@ def test_lines_of_a_batch(seeing: Served) -> None:
         ({"type": "image_url"}, "messages[0].content[1]", "None is no URL"),
         (image(""), "messages[0].content[1]", "'' is no URL"),
         ({"type": "image_url", "image_url": {"url": 7}}, "messages[0].content[1]", "7 is no URL"),
-        ({"type": "video_url", "video_url": {}}, "messages[0].content[1]", "None is no URL"),
+        (
+            {"type": "video_url", "video_url": {}},
+            "messages[0].content[1]",
+            "None is no URL of the video",
+        ),
         ({"type": "audio_url"}, "messages[0].content[1].type", "'audio_url' is not supported"),
     ],
 )
