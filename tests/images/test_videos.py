@@ -144,6 +144,15 @@ def test_spaced_moments_have_times_and_static_ones_one_digest() -> None:
     assert len({moment.digest for moment in found.moments}) > 1
 
 
+def test_moments_that_are_further_apart_than_their_tokens_are_refused() -> None:
+    """A position is at most the index of its token; 96 x 64 pixels become 14 x 10 tokens."""
+    rule = changed(SPACED, max_frames=4, positions_per_s=140)
+    film = clip(frames=96)  # moments are 2 s apart
+    with pytest.raises(InvalidField, match="video: video 2: moment 2 is 280 positions of time"):
+        processor(rule).prepare(film, 2)
+    assert processor(changed(rule, positions_per_s=70)).prepare(film).moments[1].time == 140
+
+
 def test_frames_are_turned_upright() -> None:
     """By the matrix of a telephone's file: a quarter turn."""
     file = bytearray(clip(frames=4))
