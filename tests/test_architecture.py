@@ -45,7 +45,7 @@ OURS = {
     "gllm_engine/workers/channel.py": {"config", "files", "heartbeat", "software"},
     "gllm_engine/wire.py": {"types", "config", "sampling"},
     "gllm_engine/images/resize.py": set(),
-    "gllm_engine/images/video_decoder.py": {"images"},
+    "gllm_engine/images/video_decoder.py": {"images", "os_process"},
     "gllm_engine/images/fetch.py": {"files", "sampling"},
     "gllm_engine/images/decode.py": {"files", "sampling", "images"},
     "gllm_engine/images/read.py": {"config", "files", "arch", "images"},

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from array import array
+from fcntl import ioctl
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
+from select import select
+from termios import FIONREAD
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +21,14 @@ import numpy as np
 import pytest
 import torch
 from clips import clip, transformers_processor
+from msgspec import json
 from msgspec.structs import replace as changed
 from pictures import checkpoint
 from PIL import Image as Picture
 
 from gllm_engine.config import ConfigError
 from gllm_engine.images import PreparedVideo, place, read_processor, video
-from gllm_engine.images.video import VideoProcessor
+from gllm_engine.images.video import Task, VideoProcessor
 from gllm_engine.images.video_rule import Spaced, Stamped
 from gllm_engine.sampling import InvalidField
 from gllm_engine.types import Image
@@ -296,6 +305,30 @@ def test_a_decoder_that_dies_costs_one_video(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(video.sys, "executable", "/bin/false")
     with pytest.raises(InvalidField, match="its decoder ended with exit status 1"):
         processor().prepare(MP4)
+
+
+def test_a_decoder_ends_with_its_parent() -> None:
+    """It waits for a file here, of which there is no end."""
+    task = Task("gif", STAMPED, 10**5, 1000, 60)
+    decoder = [sys.executable, "-m", "gllm_engine.images.video_decoder", json.encode(task).decode()]
+    program = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+    reader, writer = os.pipe()
+    with (
+        os.fdopen(writer, "wb", 0) as file,
+        subprocess.Popen(
+            [sys.executable, "-c", program, *decoder], stdin=reader, stdout=subprocess.PIPE
+        ) as parent,
+    ):
+        os.close(reader)
+        file.write(b"GIF89a")
+        unread = array("i", [1])
+        while unread[0]:  # once it reads, it has made its preparations
+            sleep(0.01)
+            ioctl(writer, FIONREAD, unread)
+        parent.kill()
+        assert parent.stdout is not None
+        ended, _, _ = select([parent.stdout], [], [], 10)  # the decoder has it too
+        assert ended
 
 
 def test_without_the_library_videos_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
