@@ -19,6 +19,10 @@ Message = dict[str, Any]
 # Takes a conversation, yields the chunks of the next message. Closing the iterator cancels it.
 Answer = Callable[[list[Message]], Iterator[Chunk]]
 
+# Python knows these from files that not every machine has.
+mimetypes.add_type("video/x-matroska", ".mkv")
+mimetypes.add_type("image/webp", ".webp")
+
 HINT = (
     "Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D leaves; "
     "/image PATH, or the path of an image or a video alone, goes with the next question."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,3 +114,13 @@ def test_images_go_with_the_next_question(tmp_path: Path) -> None:
     }
     cleared, _, _ = run(f"/image {odd}", "/clear", "Hi")
     assert cleared.asked == [said("Hi")]
+
+
+def test_kinds_of_files_are_known_on_every_machine() -> None:
+    """Also without the files of an operating system, as in a small container."""
+    program = (
+        "import mimetypes; mimetypes.knownfiles.clear(); import gllm_client.chat; "
+        "print(*(mimetypes.guess_type(name)[0] for name in ('a.mkv', 'a.webp')))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert found.stdout == b"video/x-matroska image/webp\n"
