@@ -51,10 +51,10 @@ def main() -> None:
             _decode(task, source, output)
         except _Refused as refusal:
             found = str(refusal)
+        except MemoryError:  # FFmpeg's too
+            found = f"it takes more than {MEMORY_LIMIT >> 30} GiB of memory to decode"
         except av.FFmpegError as error:
             found = f"it is a broken or truncated video ({error.strerror})"
-        except MemoryError:
-            found = f"it takes more than {MEMORY_LIMIT >> 30} GiB of memory to decode"
         else:
             return
         output.seek(0)

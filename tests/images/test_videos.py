@@ -307,6 +307,20 @@ def test_a_decoder_that_dies_costs_one_video(monkeypatch: pytest.MonkeyPatch) ->
         processor().prepare(MP4)
 
 
+def test_a_decoder_tells_that_its_memory_is_too_small(tmp_path: Path) -> None:
+    """As FFmpeg says it, whose errors are otherwise those of broken files."""
+    program = (
+        "import errno; from gllm_engine.images import video_decoder as decoder; "
+        "decoder._decode = lambda *_: decoder.av.error.err_check(-errno.ENOMEM); decoder.main()"
+    )
+    task = json.encode(Task("gif", STAMPED, 10**5, 1000, 60)).decode()
+    with open(tmp_path / "answer", "w+b") as answer:
+        command = [sys.executable, "-c", program, task]
+        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=answer, check=True)
+        answer.seek(0)
+        assert b"it takes more than 4 GiB of memory to decode" in answer.read()
+
+
 def test_a_decoder_ends_with_its_parent() -> None:
     """It waits for a file here, of which there is no end."""
     task = Task("gif", STAMPED, 10**5, 1000, 60)
