@@ -99,7 +99,10 @@ def _opened(task: Task, source: BinaryIO) -> InputContainer:
     # No format that refers to other files or addresses is tried.
     options = {"format_whitelist": task.container, "protocol_whitelist": "none"}
     opened: InputContainer = av.open(
-        source, format=task.container.partition(",")[0], options=options
+        source,
+        format=task.container.partition(",")[0],
+        options=options,
+        metadata_errors="replace",  # titles may be in any encoding
     )
     return opened
 
@@ -109,10 +112,9 @@ def _stream(container: InputContainer, task: Task) -> VideoStream:
     if not container.streams.video:
         raise _Refused("it has no stream of frames")
     stream = container.streams.video[0]
-    if stream.codec_context.name not in CODECS:
-        raise _Refused(
-            f"its frames are {stream.codec_context.name}, not one of {', '.join(CODECS)}"
-        )
+    codec = stream.codec_context and stream.codec_context.name  # None: FFmpeg has no decoder
+    if codec not in CODECS:
+        raise _Refused(f"its frames are {codec or 'unknown'}, not one of {', '.join(CODECS)}")
     _check_size(task, stream.width, stream.height)
     return stream
 
@@ -129,14 +131,21 @@ def _check_size(task: Task, width: int, height: int) -> None:
 
 
 def _count(container: InputContainer, stream: VideoStream) -> int:
-    """The number of frames in the file. What a header says is not believed."""
-    total = 0
+    """The number of frames to show. What a header says is not believed.
+
+    MP4 and MOV may list frames that are not shown: a cut that keeps the file's frames. Only their
+    index, which is of those shown and of those needed to decode them, tells what should be there.
+    """
+    there = total = 0
     for packet in container.demux(stream):
-        total += packet.size > 0
-        if total > MAX_FRAMES:
+        there += packet.size > 0
+        total += packet.size > 0 and not packet.is_discard
+        if there > MAX_FRAMES:
             raise _Refused(f"it has more than {MAX_FRAMES} frames")
-    if total < stream.frames:
-        raise _Refused(f"it is truncated, {total} of {stream.frames} frames are there")
+    is_mov = container.format.name.startswith("mov")
+    listed = len(stream.index_entries) if is_mov else stream.frames
+    if there < listed:
+        raise _Refused(f"it is truncated, {there} of {listed} frames are there")
     if total < 2:
         raise _Refused(f"it has {total} frames, at least 2 are needed")
     return total
