@@ -140,10 +140,10 @@ class _Encoder(Member):
             return self._deliver(images, places, found)
         except Exception as error:  # whatever the tower makes of an image
             log.exception("images are not encoded")
-            problem = in_a_line(error)
+            kind = type(error).__name__  # the text of an error goes to the log alone
         self._synchronize()
         if len(images) == 1:
-            return [wire.NotEncoded(images[0].number, f"the vision tower fails on it ({problem})")]
+            return [wire.NotEncoded(images[0].number, f"the vision tower fails on it ({kind})")]
         return [
             answer
             for image, place in zip(images, places, strict=True)

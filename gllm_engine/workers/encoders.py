@@ -262,7 +262,7 @@ class Encoders:
         is_hopeless = all(failed) and sum(failed) >= _MOST_FAILED_STARTS
         if is_hopeless and not self._num_serving():
             while self._queue:
-                self._give_up(self._queue.popleft(), f"no encoder runs: {self._last_problem}")
+                self._give_up(self._queue.popleft(), "no encoder runs, the log says why")
         while self._queue:
             free = [
                 each

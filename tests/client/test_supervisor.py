@@ -270,6 +270,9 @@ class FakeServer:
     def poll(self) -> int | None:
         return self.status
 
+    def look(self) -> None:
+        """Nothing: the children are found when they are counted."""
+
     def stop(self, timeout_s: float, impatient: Callable[[], bool]) -> bool:
         self.stopped = True
         return True

@@ -144,7 +144,7 @@ def test_bad_images_cost_themselves_alone(model: Path, faults: Path) -> None:
         here.submit(7)
         here.wait_done()
         assert here.refused.pop(0) == "3 encoders have ended while they encoded it"
-        assert here.refused.pop(6).startswith("the vision tower fails on it (ValueError: broken o")
+        assert here.refused.pop(6).startswith("the vision tower fails on it (ValueError)")
         assert here.taken == {1, 2, 3, 4, 5, 7} and not here.refused
 
 
@@ -176,9 +176,9 @@ def test_without_encoders_images_wait_and_are_told(
         here.wait(lambda: slot.failed_starts > 2000, "starts go on")
         here.submit(1)
         here.poll()
-        why = "no encoder runs: encoder 0 cannot start: LoadError: "
-        assert all(here.refused.pop(number).startswith(why) for number in range(2))
-        with pytest.raises(GroupLost, match=why.removeprefix("no encoder runs: ")):
+        why = "no encoder runs, the log says why"
+        assert [here.refused.pop(number) for number in range(2)] == [why, why]
+        with pytest.raises(GroupLost, match="encoder 0 cannot start: LoadError: "):
             here.start()  # as another engine would
         (path / "hidden").rename(weights)
         here.wait(lambda: here.encoders.stats().encoders, "one starts")
