@@ -282,6 +282,8 @@ def test_an_encoder_has_the_tower_and_ranks_do_not() -> None:
     assert inside.encoder is None and apart.encoder is not None
     tower = inside.stages[0].weights.pop("vision tower")
     assert apart.stages[0].weights == inside.stages[0].weights
+    # The zeros at the ends of its rows are no weights, but they take memory.
+    tower += inside.stages[0].tables - apart.stages[0].tables
     assert apart.encoder.weights == tower
     assert tower < apart.encoder.step < 1 * GIB == apart.encoder.driver
     on_cpu = estimate(small(**sizes, encoder_workers=2), arch, None).encoder
