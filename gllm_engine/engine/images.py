@@ -1,8 +1,8 @@
 """The images and videos of a model's prompts, for front ends: from sources to places.
 
 Reads and prepares them on threads of its own. Fetching waits for others' servers and preparing
-computes, so each has its threads, and so have videos, which take longer: no image waits for a slow
-server or a video.
+computes, so each has its threads, and so has the decoding of videos, which takes longer: an image
+that is given whole waits for no server and no video.
 """
 
 from __future__ import annotations
