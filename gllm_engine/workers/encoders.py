@@ -27,6 +27,7 @@ from gllm_engine.types import ImagePixels, LandingHandle
 from gllm_engine.workers import channel
 from gllm_engine.workers.meeting import (
     FIRST_COMES_S,
+    TICK_MS,
     GroupLost,
     Meeting,
     difference,
@@ -47,7 +48,6 @@ _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 # An encoder that does not answer for so long hangs.
 _ANSWER_S = 300.0
-_TICK_MS = 100
 
 log = logging.getLogger("gllm.group")
 
@@ -175,7 +175,7 @@ class Encoders:
             for slot in self._slots:
                 self._start(slot)
             while not all(slot.has_served for slot in self._slots):
-                self._listen(_TICK_MS)
+                self._listen(TICK_MS)
                 self._look_after()
                 if self._last_problem:
                     raise GroupLost(self._last_problem)

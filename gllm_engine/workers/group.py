@@ -28,6 +28,7 @@ from gllm_engine.types import ImagePixels, LandingHandle, RankSpans, StepPlan, S
 from gllm_engine.workers import channel
 from gllm_engine.workers.meeting import (
     FIRST_COMES_S,
+    TICK_MS,
     GroupLost,
     Meeting,
     difference,
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 # The log names the missing workers at this interval.
 _REMIND_S = 10.0
-# While a step is awaited, this machine's worker processes are checked at this interval.
-_TICK_MS = 100
 # A rank may fail because another rank is gone. The loss of the other rank shows within this time.
 _BLAME_S = 0.2
 # Once the first worker of this machine has come, the others must join within this time.
@@ -176,7 +175,7 @@ class WorkerGroup:
             if self._fetched[step] == self._config.tensor_parallel_size:
                 del self._fetched[step]
                 return
-            self._meeting.wait(_TICK_MS)
+            self._meeting.wait(TICK_MS)
 
     def result_of(self, step: int) -> StepResult:
         """Wait for the result of a step; results of earlier steps are dropped.
@@ -195,7 +194,7 @@ class WorkerGroup:
             if refused is not None and len(refused.ranks) == self._config.num_ranks:
                 self._forget_refused(step)
                 raise StepRefused(refused.message)
-            self._meeting.wait(_TICK_MS)
+            self._meeting.wait(TICK_MS)
 
     def _note_time(self, stage: int, step: int, seconds: float) -> None:
         """`seconds`: of the step on a stage; 0 if the step computes nothing."""
@@ -230,7 +229,7 @@ class WorkerGroup:
             self.check()
             self._tell_all(wire.encode(wire.AskSpans()))
             while len(self._spans) < len(self._members) and time.monotonic() < until:
-                self._listen(_TICK_MS)
+                self._listen(TICK_MS)
                 self.check()
         return list(self._spans.values())
 
@@ -282,7 +281,7 @@ class WorkerGroup:
         """Receive messages until `complete()` is true for all workers. Raises GroupLost."""
         remind = time.monotonic() + _REMIND_S
         while not complete():
-            self._listen(_TICK_MS)
+            self._listen(TICK_MS)
             self._look_for_late()
             self.check()
             if time.monotonic() > remind:

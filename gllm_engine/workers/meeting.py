@@ -33,6 +33,8 @@ _DOUBT_S = 0.5
 # Processes of this machine are started together. The first must join within FIRST_COMES_S after
 # the start, because importing torch from a slow disk takes minutes.
 FIRST_COMES_S = 300.0
+# While something is awaited of them, they are checked at this interval.
+TICK_MS = 100
 
 log = logging.getLogger("gllm.group")
 
