@@ -260,13 +260,17 @@ def check_experts(weight: Fp8Weight, gated: bool, tokens: int) -> None:
 
     top_k, first, held = 2, 1, len(weight)
     experts = torch.rand(tokens, held + 2).argsort(1)[:, :top_k].int().contiguous()
-    for rows in (16, 64):
-        order, groups = moe.sort_pairs(experts, first, held, rows)
+    for tiles in (
+        moe.Tiles(16, 64, 128, 4, 3),
+        moe.Tiles(64, 64, 128, 4, 3),
+        moe.Tiles(128, 256, 128, 8, 3, True),
+    ):
+        order, groups = moe.sort_pairs(experts, first, held, tiles.rows)
         x = some_float8(tokens if gated else tokens * top_k, weight.shape[2], torch.float16)
         blocks = weight.scales.shape[2] > 1
-        tiles = moe.Tiles(rows, 64, 128, 4, 3)
         args = (quantize(x, 128 if blocks else None), weight, order, groups, top_k, tiles, gated)
         found = moe.grouped_product(*args)
+        assert isinstance(found, torch.Tensor)
         assert found.dtype == torch.float16
         for place, pair in enumerate(order[: int(groups[1, held - 1])].tolist()):
             expert = experts.flatten()[pair] - first
@@ -288,6 +292,27 @@ def test_rounded_experts(name: str, gated: bool) -> None:
         numbers = stack.numbers[..., cut:].contiguous()
         stack = replace(stack, numbers=numbers, scale_row=index, first_column=cut)
     check_experts(stack, gated, 6)
+
+
+@interpreted
+@pytest.mark.parametrize("width", [160, 256, 320])
+def test_a_gated_product_is_rounded_for_the_next_one(width: int) -> None:
+    """As by a kernel of its own, if a program has all columns of a scale."""
+    from gllm_engine.ops.triton import moe, quantize
+
+    gate_up, _ = made(2 * width, 256, 128, 128, 3)
+    down, _ = made(64, width, 128, 128, 3)
+    experts = torch.rand(13, 3).argsort(1)[:, :2].int().contiguous()
+    order, groups = moe.sort_pairs(experts, 0, 3, 128)
+    args = (quantize(torch.randn(13, 256).half(), 128), gate_up, order, groups, 2)
+    tiles = moe.Tiles(128, 256, 128, 8, 3, True)
+    found = moe.grouped_product(*args, tiles, True, then=down)
+    expected = quantize(moe.grouped_product(*args, tiles, True), 128)
+    assert isinstance(found, RoundedRows)
+    assert torch.equal(found.numbers.float(), expected.numbers.float())  # those after the last too
+    assert torch.equal(found.scales[:26], expected.scales[:26])
+    narrow = moe.grouped_product(*args, moe.Tiles(64, 128, 128, 4, 3), True, then=down)
+    assert isinstance(narrow, torch.Tensor)
 
 
 @interpreted

@@ -24,7 +24,7 @@ _LEAST_SCALE: tl.constexpr = tl.constexpr(1e-10)
 # Rows of an input are filled up to a multiple of this, which the library's products need.
 _ROW_MULTIPLE = 16
 _LEAST_ROWS = {torch.float8_e4m3fn: 0, torch.int8: 32}
-_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_LARGEST_FLOAT8, _LARGEST_INT8 = tl.constexpr(448.0), tl.constexpr(127.0)
 _COLUMNS = 1024
 # Numbers of a row of x that share a scale, if scales of the weight belong to blocks.
 SCALE_GROUP = 128
@@ -59,6 +59,15 @@ def split_float8(pairs, ON_GPU: tl.constexpr):
         first = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         second = (pairs >> 8 & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         return first.to(tl.float16), second.to(tl.float16)
+
+
+@triton.jit
+def scale_to_float8(v):
+    """Rows v [rows, columns] over their scales [rows], so that they fit float8; the scales."""
+    s = tl.maximum(tl.max(tl.abs(v), 1) / _LARGEST_FLOAT8, _LEAST_SCALE)
+    # Division may round a little above the largest number, beyond which float8 has none.
+    v /= s[:, None]
+    return tl.clamp(v, -_LARGEST_FLOAT8, _LARGEST_FLOAT8, propagate_nan=tl.PropagateNan.ALL), s
 
 
 @triton.jit
@@ -120,7 +129,7 @@ def rounding_group(weight: Fp8Weight) -> int | None:
 def _quantize(
     x, gain, numbers, scales, rows, dim, x_row, eps,
     NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP: tl.constexpr, LARGEST: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """One row; GROUP numbers share a scale. `scales`: [groups, rows of the grid]. ACT: "": none."""
     row = tl.program_id(0).to(tl.int64)
@@ -141,17 +150,33 @@ def _quantize(
         if GATED:
             up = tl.load(line + dim + at, mask=mask, other=0.0).to(tl.float32)
             v = (v * up).to(kind).to(tl.float32)
-    s = tl.maximum(tl.max(tl.abs(v), 1) / LARGEST, _LEAST_SCALE)
     if numbers.dtype.element_ty == tl.int8:
+        s = tl.maximum(tl.max(tl.abs(v), 1) / _LARGEST_INT8, _LEAST_SCALE)
         s += tl.sum(v * 0.0, 1)  # int8 has no NaN, so the scale of a row with one is NaN
         v = tl.floor(v / s[:, None] + 0.5)
         v = tl.where(v == v, v, 0.0)
     else:
-        # Division may round a little above 448, which float8 has no number for.
-        v = tl.clamp(v / s[:, None], -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        v, s = scale_to_float8(v)
     tl.store(numbers + row * dim + at, v.to(numbers.dtype.element_ty), mask=inside)
     group = tl.arange(0, GROUPS)
     tl.store(scales + group * tl.num_programs(0) + row, s, mask=group * GROUP < dim)
+
+
+def new_rounded(
+    like: Rows,
+    size: tuple[int, int],
+    columns: int | None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> RoundedRows:
+    """Memory for rows [size], on the device and of the dtype of `like`, to be rounded to `dtype`;
+    see quantize.
+    """
+    rows, dim = size
+    padded = max(_LEAST_ROWS[dtype], cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    numbers = torch.empty(padded, dim, dtype=dtype, device=like.device)
+    groups = 1 if columns is None else cdiv(dim, columns)
+    scales = torch.empty(groups, padded, dtype=torch.float32, device=like.device)
+    return RoundedRows(numbers, scales.T, rows, like.dtype)
 
 
 def quantize(
@@ -175,21 +200,19 @@ def quantize(
     rows, dim = x.shape
     name, gated = ("", False) if act is None else act
     dim //= 1 + gated
-    padded = max(_LEAST_ROWS[dtype], cdiv(rows, _ROW_MULTIPLE) * _ROW_MULTIPLE)
     group = next_power_of_2(dim) if columns is None else columns
     groups = cdiv(dim, group)
     warps = group * next_power_of_2(groups) // 512
-    numbers = torch.empty(padded, dim, dtype=dtype, device=x.device)
-    scales = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
+    found = new_rounded(x, (rows, dim), columns, dtype)
     gain, eps = (x, 0.0) if norm is None else norm
     if rows:
-        _quantize[(padded,)](
-            x, gain, numbers, scales, rows, dim, x.stride(0), eps,
+        _quantize[(len(found.numbers),)](
+            x, gain, found.numbers, found.scales, rows, dim, x.stride(0), eps,
             NORM=norm is not None, ACT=name, GATED=gated,
-            GROUPS=next_power_of_2(groups), GROUP=group, LARGEST=_LARGEST[dtype],
+            GROUPS=next_power_of_2(groups), GROUP=group,
             num_warps=min(max(warps, 1), 16), **overlapping(),
         )  # fmt: skip
-    return RoundedRows(numbers, scales.T, rows, x.dtype)
+    return found
 
 
 @triton.jit

@@ -28,9 +28,11 @@ from gllm_engine.ops.triton.fp8 import (
     SCALE_GROUP,
     common_columns,
     from_float8,
+    new_rounded,
     quantize,
     rounding_group,
     scale_lines,
+    scale_to_float8,
 )
 from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.packed import multiply_packed, runs_of_turn
@@ -54,6 +56,8 @@ _FEW_SUMMED = (256, 1)
 _SUMMED = (1024, 4)
 # Least rows of the first operand of Hopper's products.
 _LEAST_FIRST = tl.constexpr(64)
+# Programs whose counts are added at once.
+_COUNTED = tl.constexpr(32)
 _RUN = tl.constexpr(RUN)
 _SCALE_GROUP = tl.constexpr(SCALE_GROUP)
 # Choices are numbers in this order: -inf (chosen already, or no expert), an expert of a group that
@@ -69,6 +73,7 @@ class Tiles(NamedTuple):
     depth: int  # depth of one loop iteration
     warps: int
     stages: int
+    paired: bool = False  # also if not gated, a tile is multiplied in two halves
 
 
 # (most pairs per expert, tiles). With few pairs, reading the matrices takes all the time: 16 rows,
@@ -81,12 +86,13 @@ _TILES = (
     (96, Tiles(64, 128, 128, 4, 3)),
     (inf, Tiles(128, 256, 64, 8, 4)),
 )
-# For float8 weights and x rounded to float8. More than 64 rows bring no speed: a product is held
-# twice, before and after its scale.
+# For float8 weights and x rounded to float8. A product is held twice, before and after its scale:
+# tiles of 128 x 256 fit the registers in two halves only. Tiles of 128 x 128 bring no speed.
 _ROUNDED_TILES = (
     (8, Tiles(16, 128, 128, 4, 4)),
     (24, Tiles(32, 128, 128, 4, 3)),
-    (inf, Tiles(64, 128, 128, 4, 3)),
+    (96, Tiles(64, 128, 128, 4, 3)),
+    (inf, Tiles(128, 256, 128, 8, 3, True)),
 )
 # For weights of 4-bit numbers; `columns` are those of gate, and as many are up's. To decode numbers
 # takes the time, so a matrix is decoded by as few programs as possible, each in tiles of 64 rows of
@@ -97,6 +103,8 @@ _PACKED_TILES = (
     (96, Tiles(64, 64, 128, 4, 3)),
     (inf, Tiles(128, 128, 128, 8, 3)),
 )
+# Triton's names of the dtypes of rows before they are rounded to float8.
+_WHOLE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # For float32, which tensor cores would round.
 _EXACT_TILES = Tiles(16, 64, 32, 4, 2)
 _EXACT_PACKED_TILES = Tiles(16, 32, 128, 4, 2)
@@ -256,13 +264,16 @@ def _place(
     chosen = (choice >= 0).to(tl.int32)
     count, before = tl.sum(chosen, 0), tl.zeros([EXPERTS], tl.int32)
     if not SINGLE:
-        count = tl.zeros([EXPERTS], tl.int32)
-        for start in range(0, blocks, 32):
-            block = start + tl.arange(0, 32)[:, None]
+        counted = tl.zeros([_COUNTED, EXPERTS], tl.int32)
+        earlier = counted
+        for start in range(0, blocks, _COUNTED):
+            block = start + tl.arange(0, _COUNTED)[:, None]
             there = block < blocks
             some = tl.load(counts + block * EXPERTS + at[None, :], mask=there, other=0)
-            count += tl.sum(some, 0)
-            before += tl.sum(tl.where(block < program, some, 0), 0)
+            counted += some
+            earlier += tl.where(block < program, some, 0)
+        count = tl.sum(counted, 0)
+        before = tl.sum(earlier, 0)
     end = tl.cumsum(count, 0)
     place = (end - count + before)[None, :] + tl.cumsum(chosen, 0) - chosen
     tl.store(order + place, row * TOP_K + choice, mask=choice >= 0)
@@ -477,8 +488,8 @@ def _finish(
     GATED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr,
     SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """The output of the products sums (and ups): with weights, biases and activation. `first`: of
-    the expert's biases.
+    """The outputs of the products sums and ups: with weights and biases, and if GATED with the
+    activation. `first`: of the expert's biases.
     """
     if ON_INPUT:
         scale = tl.load(weights + pair)[:, None]
@@ -487,19 +498,21 @@ def _finish(
     if BIASED:
         sums += tl.load(bias + first + line)[None, :].to(tl.float32)
         ups += tl.load(bias + first + up_line)[None, :].to(tl.float32)
-    return activate_gated(sums, ups, LIMIT, SLOPE) if GATED else sums
+    if GATED:
+        sums = activate_gated(sums, ups, LIMIT, SLOPE)
+    return sums, ups
 
 
-@triton.jit(do_not_specialize=["padded"])
+@triton.jit(do_not_specialize=["padded", "padded_out"])
 def _grouped(
-    x, x_scales, padded, bias, weights, order, groups, out, width, depth,
+    x, x_scales, padded, bias, weights, order, groups, out, out_scales, padded_out, width, depth,
     numbers, expert_numbers, expert_scales, scales, scale_row, scale_columns, first_column,
     ROUNDED: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
     ZEROS: tl.constexpr, ROWS_PER_SCALE: tl.constexpr, COLUMNS_PER_SCALE: tl.constexpr,
     INDEXED: tl.constexpr, UNIFORM: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
-    BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr, SLOPE: tl.constexpr,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    PAIRED: tl.constexpr, BIASED: tl.constexpr, ON_INPUT: tl.constexpr, LIMIT: tl.constexpr,
+    SLOPE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """GATED: silu(gate) * up; reads rows of tokens, writes in sorted order. Otherwise reads in
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
@@ -516,9 +529,16 @@ def _grouped(
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
+
+    PAIRED: of a matrix that is not GATED, a program multiplies two tiles, one after the other, as
+    it does gate's and up's.
+
+    WHOLE: if `out` is float8, with out_scales [tiles of columns, padded_out]: the dtype to which
+    the result is rounded before; else None.
     """
     begin_alone()
-    turns = tl.cdiv(width, COLUMNS)
+    OWN: tl.constexpr = 2 * COLUMNS if PAIRED else COLUMNS
+    turns = tl.cdiv(width, OWN)
     block = tl.program_id(0) // turns
     expert = tl.sum((tl.load(groups + 2 * EXPERTS + tl.arange(0, EXPERTS)) <= block).to(tl.int32))
     if expert == EXPERTS:
@@ -526,10 +546,10 @@ def _grouped(
     row, end, known, pair = _rows(groups, order, expert, block, ROWS, EXPERTS)
     source = pair // TOP_K if GATED else known
     lines = x + source.to(tl.int64) * depth
-    column = tl.program_id(0) % turns * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) % turns * OWN + tl.arange(0, COLUMNS)
     line = tl.minimum(column, width - 1)
     rows = width * 2 if GATED else width
-    up_line = line + width if GATED else line
+    up_line = line + width if GATED else tl.minimum(column + COLUMNS, width - 1)
     numbers += expert.to(tl.int64) * expert_numbers
     scales += expert.to(tl.int64) * expert_scales
     if GROUP > 0:
@@ -543,14 +563,22 @@ def _grouped(
         sums, ups = _multiply_numbers(
             lines, row < end, x_scales + source if ROUNDED else x_scales, padded,
             numbers, line, up_line, depth, scales, scale_row, scale_columns, first_column,
-            ROUNDED, ROWS_PER_SCALE, COLUMNS_PER_SCALE, INDEXED, UNIFORM, GATED, DEPTH, EVEN,
+            ROUNDED, ROWS_PER_SCALE, COLUMNS_PER_SCALE, INDEXED, UNIFORM, GATED or PAIRED, DEPTH,
+            EVEN,
         )  # fmt: skip
-    sums = _finish(
+    sums, ups = _finish(
         sums, ups, weights, bias, pair, expert * rows, line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
     )  # fmt: skip
     to = out + (row if GATED else pair).to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(to, sums.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < width))
+    inside = (row < end)[:, None]
+    if WHOLE is not None:
+        sums, scale = scale_to_float8(sums.to(WHOLE).to(tl.float32))
+        tl.store(out_scales + tl.program_id(0) % turns * padded_out + row, scale, mask=row < end)
+    tl.store(to, sums.to(out.dtype.element_ty), mask=inside & (column < width))
+    if PAIRED:
+        inside &= column + COLUMNS < width
+        tl.store(to + COLUMNS, ups.to(out.dtype.element_ty), mask=inside)
 
 
 def grouped_product(
@@ -564,7 +592,8 @@ def grouped_product(
     bias: Tensor | None = None,
     on_input: Tensor | None = None,
     clamp: Clamp | None = None,
-) -> Tensor:
+    then: Weight | None = None,
+) -> Rows:
     """The product of each pair's row with its expert's matrix; order, groups: from sort_pairs.
 
     If `gated`, x is [tokens, depth] and `matrix` the [gate, up] matrices [held, 2 * width, depth];
@@ -572,11 +601,14 @@ def grouped_product(
     depth], and `matrix` is [held, width, depth]; returns [pairs, width] in pair order. Rows of
     pairs whose expert is not held are undefined. `bias`: the matrices' biases, [held, rows of a
     matrix]. `on_input`: factors of the pairs' rows of x, [tokens, top_k]. `clamp`: instead of silu.
+    `then`: a stack by which the result is multiplied next; the result is rounded for it if a
+    program has all columns of a scale.
     """
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
     numbers, x_scales = (x, x) if isinstance(x, Tensor) else (x.numbers, x.scales)
-    halves = gated and not isinstance(matrix, PackedWeight)
+    paired = not gated and tiles.paired
+    halves = paired or gated and not isinstance(matrix, PackedWeight)
     columns = _fit(tiles.columns // 2 if halves else tiles.columns, width)
     options = stack_options(matrix)
     turn = _turn_columns(matrix, tiles.depth)
@@ -585,14 +617,22 @@ def grouped_product(
     uniform = uniform and (not gated or width % columns == 0)
     some = min(held, pairs)
     most_blocks = some + (pairs - some) // tiles.rows
-    out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
-    _grouped[(most_blocks * cdiv(width, columns),)](
-        numbers, x_scales, len(numbers), bias, on_input, order, groups, out, width, depth,
-        **options, ROUNDED=isinstance(x, RoundedRows), UNIFORM=uniform, TOP_K=top_k, GATED=gated,
-        BIASED=bias is not None, ON_INPUT=on_input is not None,
-        LIMIT=clamp.limit if clamp else None,
+    out: Rows
+    if then is not None and _is_rounded(x, then) and columns == rounding_group(then):
+        out = new_rounded(x, (pairs, width), columns)
+        out.numbers[pairs:] = 0
+        found, scales, padded = out.numbers, out.scales, len(out.numbers)
+    else:
+        out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+        found, scales, padded = out, out, 0
+    _grouped[(most_blocks * cdiv(width, 2 * columns if paired else columns),)](
+        numbers, x_scales, len(numbers), bias, on_input, order, groups, found, scales, padded,
+        width, depth, **options, ROUNDED=isinstance(x, RoundedRows), UNIFORM=uniform,
+        TOP_K=top_k, GATED=gated, PAIRED=paired, BIASED=bias is not None,
+        ON_INPUT=on_input is not None, LIMIT=clamp.limit if clamp else None,
         SLOPE=clamp.slope if clamp else None, EXPERTS=groups.shape[1], ROWS=tiles.rows,
         COLUMNS=columns, DEPTH=turn, EVEN=depth % turn == 0,
+        WHOLE=_WHOLE[x.dtype] if padded else None,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
@@ -665,8 +705,9 @@ def sum_experts(
     gate_up_bias, down_bias = biases
     rows = _round(x, gate_up) if rounds else x
     hidden = grouped_product(
-        rows, gate_up, order, groups, top_k, tiles, True, gate_up_bias, scale, clamp
-    )
+        rows, gate_up, order, groups, top_k, tiles, True, gate_up_bias, scale, clamp,
+        down if rounds else None,
+    )  # fmt: skip
     rows = _round(hidden, down) if rounds else hidden
     parts = grouped_product(rows, down, order, groups, top_k, tiles, bias=down_bias)
     out = torch.empty_like(x) if total is None else total
@@ -680,14 +721,14 @@ def sum_experts(
     return out
 
 
-def _is_rounded(x: Tensor, matrix: Weight) -> bool:
+def _is_rounded(x: Rows, matrix: Weight) -> bool:
     """Whether x is rounded for a product with a stack, on FP8 tensor cores."""
     if not isinstance(matrix, Fp8Weight) or not on_hopper(x.device):
         return False
     return has_fp8_tiles(x.dtype, common_columns(matrix))
 
 
-def _round(x: Tensor, matrix: Weight) -> RoundedRows:
+def _round(x: Rows, matrix: Weight) -> RoundedRows:
     assert isinstance(matrix, Fp8Weight)
     return quantize(x, rounding_group(matrix))
 

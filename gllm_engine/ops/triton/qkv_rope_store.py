@@ -20,8 +20,8 @@ from gllm_engine.ops.triton.launch_sizes import cdiv, next_power_of_2
 from gllm_engine.ops.triton.memory import load, load_wide, own_range, program, stored
 from gllm_engine.ops.triton.pdl import begin_alone, overlapping
 
-# Heads of one program.
-_HEADS = 16
+# Heads and warps of one program.
+_HEADS, _WARPS = 8, 2
 
 
 @triton.jit
@@ -125,6 +125,6 @@ def rotate_and_store(
         TURN=0 if cos is None else 2 * cos.shape[1], PAGE=cache.shape[2],
         AFTER=after, PLUS_ONE=plus_one, INTERLEAVED=interleaved,
         BLOCK_HEADS=min(_HEADS, next_power_of_2(total)),
-        BLOCK_DIM=next_power_of_2(dim), **overlapping(),
+        BLOCK_DIM=next_power_of_2(dim), num_warps=_WARPS, **overlapping(),
     )  # fmt: skip
     return AttentionInputs(q, kv)
