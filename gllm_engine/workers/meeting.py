@@ -25,6 +25,7 @@ import zmq
 
 from gllm_engine import wire
 from gllm_engine.config import ConfigError, EngineConfig
+from gllm_engine.os_process import KILLED_S
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.workers import channel
 
@@ -161,12 +162,16 @@ def difference(join: wire.Join, role: str, model: str, more: dict[str, tuple[Any
 def _end(children: Iterable[subprocess.Popen[bytes]], directory: Path) -> None:
     """Kill all processes of this machine and remove the socket directory.
 
-    SIGKILL also ends processes that are stopped, or blocked waiting for a dead one.
+    SIGKILL also ends processes that are stopped, or blocked waiting for a dead one. One that it
+    does not end, which is in a call to a device or a disk, is not waited for longer than KILLED_S.
     """
     # Removed first: this process may be killed before it reaches the second removal.
     shutil.rmtree(directory, ignore_errors=True)
     for child in children:
         child.kill()
-    for child in children:
-        child.wait()
+    until = time.monotonic() + KILLED_S
+    while any(child.poll() is None for child in children) and time.monotonic() < until:
+        time.sleep(0.01)
+    if left := [child.pid for child in children if child.poll() is None]:
+        log.error("processes %s do not end though they were killed", left)
     shutil.rmtree(directory, ignore_errors=True)  # files that a process created meanwhile
