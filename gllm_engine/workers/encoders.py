@@ -28,6 +28,7 @@ from gllm_engine.types import ImagePixels, LandingHandle
 from gllm_engine.workers import channel
 from gllm_engine.workers.meeting import (
     FIRST_COMES_S,
+    REMIND_S,
     TICK_MS,
     GroupLost,
     Meeting,
@@ -183,11 +184,15 @@ class Encoders:
                 self._meeting.open_to_others(config, config.master_port + 2, "encoders")
             for slot in self._slots:
                 self._start(slot)
-            while not all(slot.has_served for slot in self._slots):
+            remind = time.monotonic() + REMIND_S
+            while missing := [slot.number for slot in self._slots if not slot.has_served]:
                 self._listen(TICK_MS)
                 self._look_after()
                 if self._last_problem:
                     raise GroupLost(self._last_problem)
+                if time.monotonic() > remind:
+                    remind += REMIND_S
+                    log.info("waiting for encoders to load: %s", missing)
         except BaseException:
             self.close()
             raise
@@ -498,7 +503,7 @@ class Encoders:
         lost = sum(self._taken[place] for place in slot.places)
         why = (
             f"process {pid} does not end though it was killed; until it does, {lost} of the "
-            f"{self._landings[0].tokens} tokens of the landing are lost, and none takes its place"
+            f"{self._landings[0].tokens} tokens of the landing are lost, and no other is started"
         )
         log.error("encoder %d: %s", slot.number, why)
         if not slot.has_served:

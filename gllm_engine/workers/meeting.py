@@ -36,6 +36,8 @@ _DOUBT_S = 0.5
 FIRST_COMES_S = 300.0
 # While something is awaited of them, they are checked at this interval.
 TICK_MS = 100
+# The log names those that a start waits for at this interval.
+REMIND_S = 10.0
 
 log = logging.getLogger("gllm.group")
 

@@ -33,6 +33,7 @@ from gllm_engine.runner import Landing
 from gllm_engine.workers import channel, meeting, member
 from gllm_engine.workers import encoders as engine_side
 from gllm_engine.workers.build_runner import check_encoder_gpus, device_of
+from gllm_engine.workers.encoders import Encoders
 from gllm_engine.workers.meeting import GroupLost
 from gllm_engine.workers.member import Member
 
@@ -269,6 +270,26 @@ def test_a_living_encoder_may_load_for_any_time(model: Path, faults: Path) -> No
         slow.unlink()
         here.wait(lambda: slot.has_served, "it serves")
         assert here.pids() == [pid]
+
+
+def test_a_start_tells_what_it_waits_for(
+    model: Path, faults: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gllm.group")
+    monkeypatch.setattr(engine_side, "REMIND_S", 0.0)
+    slow = faults / "slow"
+    slow.touch()
+    told = "waiting for encoders to load: [0]"
+    look = Encoders._look_after
+
+    def look_on(encoders: Encoders) -> None:
+        look(encoders)
+        if told in caplog.text:
+            slow.unlink(missing_ok=True)
+
+    monkeypatch.setattr(Encoders, "_look_after", look_on)
+    with hall(model, encoder_workers=1):
+        assert told in caplog.text
 
 
 def test_an_encoder_joins_before_it_imports_torch() -> None:
