@@ -214,9 +214,8 @@ class Encoders:
 
     def cancel(self, number: int) -> None:
         """Nobody needs this image any more: `poll` will not tell of it. Has no effect on an image
-        that is done; the place of one that has landed must still be released.
+        that is done, of which it tells; the place of one that has landed must still be released.
         """
-        self._done = [each for each in self._done if each.number != number]
         job = self._jobs.pop(number, None)
         if job is None:
             return
@@ -226,7 +225,8 @@ class Encoders:
 
     def poll(self) -> list[Landed | NotLanded]:
         """What has become of images since the last call. Never blocks; call it at least every
-        100 ms, and when one of `sockets` has something. Raises GroupLost after an interrupt.
+        100 ms, and when one of `sockets` has something. Raises GroupLost after an interrupt, and
+        what `land` raises: all images must then be cancelled.
         """
         if self._is_torn:
             raise GroupLost("the encoders are lost: a message to or from one was interrupted")
@@ -361,10 +361,10 @@ class Encoders:
             )
             return
         elif job.is_wanted:
-            if encoder.slot is None:
-                self._land(job.place, answer.embeddings)
             del self._jobs[answer.number]
             self._done.append(Landed(answer.number, job.place))
+            if encoder.slot is None:  # last: if it raises, the image is cancelled, its place told
+                self._land(job.place, answer.embeddings)
             return
         del self._taken[job.place]
 
