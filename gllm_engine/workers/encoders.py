@@ -377,7 +377,7 @@ class Encoders:
     def _listen(self, timeout_ms: int) -> None:
         for socket, identity, message in self._meeting.receive(timeout_ms):
             encoder = self._encoder_of(socket, identity)
-            if isinstance(message, wire.Join):
+            if isinstance(message, wire.Join) and encoder is None:
                 self._welcome(socket, identity, message)
             elif isinstance(message, wire.NotAMessage) and message.kind is wire.Join:
                 refuse(socket, identity, "an encoder", other_protocol("encoder"))

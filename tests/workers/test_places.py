@@ -224,7 +224,9 @@ class Engine:
         self.check()
 
     def check(self) -> None:
-        """No two may write or read one token of the landing."""
+        """No two may write or read one token of the landing, and nobody has joined twice."""
+        identities = [each.identity for each in self.encoders._encoders]
+        assert len(set(identities)) == len(identities)
         used: set[int] = set()
         writers = [child.told for child in self.world.everybody if child.number is not None]
         spans = [(place, image) for told in writers for image, place in told]
