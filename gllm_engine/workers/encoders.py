@@ -27,6 +27,7 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.types import ImagePixels, LandingHandle
 from gllm_engine.workers import channel
 from gllm_engine.workers.meeting import (
+    ENDS_S,
     FIRST_COMES_S,
     REMIND_S,
     TICK_MS,
@@ -50,9 +51,6 @@ _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 # An encoder that does not answer for so long hangs.
 _ANSWER_S = 300.0
-# A killed process that has not ended after so long is in a call to a device or a disk, perhaps for
-# ever.
-_ENDS_S = 30.0
 
 log = logging.getLogger("gllm.group")
 
@@ -494,7 +492,7 @@ class Encoders:
     def _kill(self, slot: _Slot) -> None:
         if slot.child is not None:
             slot.child.kill()
-            slot.stuck_at = time.monotonic() + _ENDS_S
+            slot.stuck_at = time.monotonic() + ENDS_S
 
     def _tell_stuck(self, slot: _Slot, pid: int) -> None:
         """Its places are lost until it ends: a GPU may still write there. It has no successor until

@@ -25,7 +25,6 @@ import zmq
 
 from gllm_engine import wire
 from gllm_engine.config import ConfigError, EngineConfig
-from gllm_engine.os_process import KILLED_S
 from gllm_engine.socket_directory import socket_parent
 from gllm_engine.workers import channel
 
@@ -36,6 +35,9 @@ _DOUBT_S = 0.5
 FIRST_COMES_S = 300.0
 # While something is awaited of them, they are checked at this interval.
 TICK_MS = 100
+# A killed process ends within this time: a GPU's memory may take seconds to free. One that does not
+# is in a call to a driver or a disk, perhaps for ever.
+ENDS_S = 30.0
 # The log names those that a start waits for at this interval.
 REMIND_S = 10.0
 
@@ -165,13 +167,13 @@ def _end(children: Iterable[subprocess.Popen[bytes]], directory: Path) -> None:
     """Kill all processes of this machine and remove the socket directory.
 
     SIGKILL also ends processes that are stopped, or blocked waiting for a dead one. One that it
-    does not end, which is in a call to a device or a disk, is not waited for longer than KILLED_S.
+    does not end is not waited for longer than ENDS_S.
     """
     # Removed first: this process may be killed before it reaches the second removal.
     shutil.rmtree(directory, ignore_errors=True)
     for child in children:
         child.kill()
-    until = time.monotonic() + KILLED_S
+    until = time.monotonic() + ENDS_S
     while any(child.poll() is None for child in children) and time.monotonic() < until:
         time.sleep(0.01)
     if left := [child.pid for child in children if child.poll() is None]:

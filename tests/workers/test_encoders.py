@@ -230,8 +230,8 @@ def test_a_start_does_not_wait_for_what_cannot_be_killed(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(engine_side, "_ENDS_S", 0.0)
-    monkeypatch.setattr(meeting, "KILLED_S", 0.0)
+    monkeypatch.setattr(engine_side, "ENDS_S", 0.0)
+    monkeypatch.setattr(meeting, "ENDS_S", 0.0)
     kill = Fork.kill
     monkeypatch.setattr(Fork, "kill", lambda _: None)
     try:
@@ -302,7 +302,7 @@ def test_encoders_that_cannot_be_killed_cost_their_places_alone(
     model: Path, faults: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Until they end at last."""
-    monkeypatch.setattr(engine_side, "_ENDS_S", 0.0)
+    monkeypatch.setattr(engine_side, "ENDS_S", 0.0)
     kill = Fork.kill
     stuck = []
 
