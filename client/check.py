@@ -89,6 +89,8 @@ def _memory_lines(report: CheckReport) -> Iterator[str]:
     table.append(["tables of angles", *(_gib(stage.tables) for stage in stages)])
     if report.gpu_memory is not None:
         table.append(["driver (estimate)", *(_gib(stage.driver) for stage in stages)])
+        if report.encoder is not None:
+            table.append(["encoders (estimate)", *(_gib(stage.encoders) for stage in stages)])
         table.append(["a step (estimate)", *(_gib(stage.step) for stage in stages)])
     if any(stage.states + stage.snapshots for stage in stages):
         table.append(["states of sequences", *(_gib(stage.states) for stage in stages)])

@@ -133,6 +133,7 @@ class Stats(Message, frozen=True):
     image_hits: int = 0  # images of sequences whose embeddings were there, or made for another
     images_waiting: int = 0  # which encoders have yet to encode
     encoders: int = 0  # that take images now
+    stuck_encoders: int = 0  # that were killed and do not end
     # By name, for tenants that the configuration names; all others are one, named "other".
     tenants: dict[str, TenantStats] = {}
 

@@ -74,7 +74,7 @@ class FakeEncoders:
         return []
 
     def stats(self) -> EncoderStats:
-        return EncoderStats(1, len(self._queue), len(self.busy))
+        return EncoderStats(1, len(self._queue), len(self.busy), 2)
 
     def close(self) -> None:
         self.closed = True

@@ -53,6 +53,7 @@ FAMILIES = {
     "kv_cache_usage": ("GAUGE", "Share of KV-cache pages that live sequences use, 0 to 1."),
     "num_images_waiting": ("GAUGE", "Images of prompts that encoders have yet to encode."),
     "num_encoders": ("GAUGE", "Encoders that take images."),
+    "num_encoders_stuck": ("GAUGE", "Encoders that do not end though they were killed."),
     "engine_failed_starts": ("GAUGE", "Failed attempts, so far, to get a lost engine back."),
     "prefix_cache_queries_total": ("COUNTER", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits_total": ("COUNTER", "Prompt tokens found in the prefix cache."),
@@ -220,6 +221,7 @@ class Metrics:
         self._gauges["kv_cache_usage", ()] = stats.kv_usage
         self._gauges["num_images_waiting", ()] = stats.images_waiting
         self._gauges["num_encoders", ()] = stats.encoders
+        self._gauges["num_encoders_stuck", ()] = stats.stuck_encoders
         for name, tenant in stats.tenants.items():
             for field, metric in _TENANT_GAUGES.items():
                 self._gauges[metric, _of_tenant(name)] = getattr(tenant, field)

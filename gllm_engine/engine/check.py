@@ -27,9 +27,10 @@ from gllm_engine.workers.estimate import estimate
 class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of memory of each of the `ranks` ranks of a pipeline stage.
 
-    `weights`: by kind. `tables`: of rotary angles. `driver`, `step` (activations, sampling,
-    workspaces and CUDA graphs): estimates. `states`: of recurrent layers, for sequences, and
-    `snapshots` of them for prefix hits. `free`: what is left of a GPU; None on a CPU.
+    `weights`: by kind. `tables`: of rotary angles. `driver`, `encoders` (what they have on the
+    rank's GPU), `step` (activations, sampling, workspaces and CUDA graphs): estimates. `states`: of
+    recurrent layers, for sequences, and `snapshots` of them for prefix hits. `free`: what is left
+    of a GPU; None on a CPU.
     """
 
     first_layer: int
@@ -38,6 +39,7 @@ class StageReport(msgspec.Struct, frozen=True, kw_only=True):
     weights: dict[str, int]
     tables: int
     driver: int
+    encoders: int
     step: int
     states: int
     snapshots: int

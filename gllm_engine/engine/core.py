@@ -546,11 +546,13 @@ class Engine:
 
     def stats(self) -> Stats:
         stats = self._scheduler.stats()
+        encoders = None if self._encoders is None else self._encoders.stats()
         return msgspec.structs.replace(
             stats,
             waiting=stats.waiting + len(self._compiling),
             waiting_tokens=stats.waiting_tokens + self._compiling_of(None).tokens,
-            encoders=0 if self._encoders is None else self._encoders.stats().encoders,
+            encoders=encoders.encoders if encoders else 0,
+            stuck_encoders=encoders.stuck if encoders else 0,
         )
 
     def check_integrity(self) -> None:

@@ -39,6 +39,9 @@ from gllm_engine.types import NewSequence
 # Memory that the trial step does not use and that does not grow with the number of sequences: the
 # CUDA graphs themselves, and kernels that are loaded later.
 _RESERVE_BYTES = 2 << 30
+# A process that writes memory of another process's GPU has a CUDA context there. An estimate: it
+# varies with the driver.
+_CONTEXT_BYTES = 1 << 29
 _GIB = 1 << 30
 
 # The KV cache has this many times the memory of the snapshots of states.
@@ -67,8 +70,9 @@ def _snapshots_per_page(config: EngineConfig, decoder: Decoder) -> float:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Memory of a GPU in bytes: all of it, what is in use before there is a KV cache, and what is
-    to be left free for a step. The memory that the first step takes and keeps is in one of the two.
+    """Memory of a GPU in bytes: all of it, what is in use before there is a KV cache or will be by
+    encoders, and what is to be left free for a step. The memory that the first step takes and keeps
+    is in one of the two.
     """
 
     total: int
@@ -151,8 +155,14 @@ def measured_memory(config: EngineConfig, decoder: Decoder, max_pages: int) -> G
     total = torch.cuda.mem_get_info(decoder.device)[1]
     step = step_bytes(config, decoder, max_pages)
     torch.cuda.empty_cache()
-    used = total - torch.cuda.mem_get_info(decoder.device)[0]
+    used = total - torch.cuda.mem_get_info(decoder.device)[0] + encoder_bytes(config, decoder)
     return GpuMemory(total, used, step.peak - step.kept)
+
+
+def encoder_bytes(config: EngineConfig, decoder: Decoder) -> int:
+    """Bytes that encoders take of the decoder's GPU when they open its landing, beside that."""
+    has_landing = decoder.image_numbers and decoder.tower is None
+    return config.encoder_workers * _CONTEXT_BYTES if has_landing else 0
 
 
 class StepBytes(NamedTuple):

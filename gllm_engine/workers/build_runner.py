@@ -218,7 +218,7 @@ def device_of(config: EngineConfig, index: int = 0) -> torch.device:
         raise ConfigError("device: it is cuda, but torch finds no GPU here")
     if index >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: rank {index} of this node needs a GPU of its own, and torch finds "
+            f"device: GPU {index} of this machine is asked for, counted from 0, and torch finds "
             f"{torch.cuda.device_count()}"
         )
     return torch.device("cuda", index)

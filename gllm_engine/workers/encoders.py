@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import subprocess
 import time
 from collections import deque
@@ -26,7 +27,9 @@ from gllm_engine.config import EngineConfig
 from gllm_engine.types import ImagePixels, LandingHandle
 from gllm_engine.workers import channel
 from gllm_engine.workers.meeting import (
+    ENDS_S,
     FIRST_COMES_S,
+    REMIND_S,
     TICK_MS,
     GroupLost,
     Meeting,
@@ -67,11 +70,14 @@ class NotLanded(NamedTuple):
 
 
 class EncoderStats(NamedTuple):
-    """Now: encoders that take images, images that no encoder has, and images that one has."""
+    """Now: encoders that take images, images that no encoder has, images that one has, and
+    encoders that were killed and do not end.
+    """
 
     encoders: int
     waiting: int
     encoding: int
+    stuck: int
 
 
 @dataclass(eq=False)
@@ -128,8 +134,10 @@ class _Slot:
     problem: str = ""  # what the child has told of its end
     failed_starts: int = 0  # since an encoder has served here
     begin_at: float = 0.0  # of the next start, on the monotonic clock
-    late_at: float = 0.0  # the child is hanging if it is not ready then
+    late_at: float = 0.0  # the child is hanging if it has not joined then
     places: list[int] = field(default_factory=list)  # which the child may write until it has ended
+    stuck_at: float = math.inf  # the child was killed, and is stuck if it has not ended then
+    is_stuck: bool = False
 
 
 class Encoders:
@@ -174,11 +182,15 @@ class Encoders:
                 self._meeting.open_to_others(config, config.master_port + 2, "encoders")
             for slot in self._slots:
                 self._start(slot)
-            while not all(slot.has_served for slot in self._slots):
+            remind = time.monotonic() + REMIND_S
+            while missing := [slot.number for slot in self._slots if not slot.has_served]:
                 self._listen(TICK_MS)
                 self._look_after()
                 if self._last_problem:
                     raise GroupLost(self._last_problem)
+                if time.monotonic() > remind:
+                    remind += REMIND_S
+                    log.info("waiting for encoders to load: %s", missing)
         except BaseException:
             self.close()
             raise
@@ -200,9 +212,8 @@ class Encoders:
 
     def cancel(self, number: int) -> None:
         """Nobody needs this image any more: `poll` will not tell of it. Has no effect on an image
-        that is done; the place of one that has landed must still be released.
+        that is done, of which it tells; the place of one that has landed must still be released.
         """
-        self._done = [each for each in self._done if each.number != number]
         job = self._jobs.pop(number, None)
         if job is None:
             return
@@ -212,7 +223,8 @@ class Encoders:
 
     def poll(self) -> list[Landed | NotLanded]:
         """What has become of images since the last call. Never blocks; call it at least every
-        100 ms, and when one of `sockets` has something. Raises GroupLost after an interrupt.
+        100 ms, and when one of `sockets` has something. Raises GroupLost after an interrupt, and
+        what `land` raises: all images must then be cancelled.
         """
         if self._is_torn:
             raise GroupLost("the encoders are lost: a message to or from one was interrupted")
@@ -245,7 +257,8 @@ class Encoders:
 
     def stats(self) -> EncoderStats:
         encoding = sum(len(batch) for encoder in self._encoders for batch in encoder.batches)
-        return EncoderStats(self._num_serving(), len(self._queue), encoding)
+        stuck = sum(slot.is_stuck for slot in self._slots)
+        return EncoderStats(self._num_serving(), len(self._queue), encoding, stuck)
 
     def close(self) -> None:
         """Kill the encoders of this machine; those of others notice it. Idempotent."""
@@ -258,11 +271,7 @@ class Encoders:
 
     def _give(self) -> None:
         """Give images to encoders, while there are encoders and places."""
-        failed = [slot.failed_starts for slot in self._slots]
-        is_hopeless = all(failed) and sum(failed) >= _MOST_FAILED_STARTS
-        if is_hopeless and not self._num_serving():
-            while self._queue:
-                self._give_up(self._queue.popleft(), "no encoder runs, the log says why")
+        self._refuse_hopeless()
         while self._queue:
             free = [
                 each
@@ -279,6 +288,27 @@ class Encoders:
             images = [job.image for job in batch]
             self._tell(encoder, wire.Encode(images, [job.place for job in batch]))
 
+    def _refuse_hopeless(self) -> None:
+        """Give up images that would wait for an encoder or for a place for ever."""
+        failed = [slot.failed_starts for slot in self._slots if not slot.is_stuck]
+        none_starts = all(failed) and (not failed or sum(failed) >= _MOST_FAILED_STARTS)
+        none_runs = none_starts and not self._num_serving()
+        lost = self._lost()
+        for job in [*self._queue] if none_runs or lost else ():
+            if none_runs:
+                why = "no encoder runs, the log says why"
+            elif self._room(job.tokens, lost) is None:
+                why = f"it has {job.tokens} tokens, and encoders that do not end keep their places"
+            else:
+                continue
+            self._queue.remove(job)
+            self._give_up(job, why)
+
+    def _lost(self) -> dict[int, int]:
+        """Tokens by place of what stuck encoders may still write."""
+        stuck = [slot for slot in self._slots if slot.is_stuck]
+        return {place: self._taken[place] for slot in stuck for place in slot.places}
+
     def _next_batch(self) -> list[_Job]:
         """Of the first images that wait, with their places. One whose encoder died is alone, so
         that no other image is blamed if it is the cause.
@@ -289,7 +319,7 @@ class Encoders:
             tokens = job.tokens + sum(each.tokens for each in batch)
             if batch and (tokens > _BATCH_TOKENS or job.deaths or batch[0].deaths):
                 break
-            place = self._room(job.tokens)
+            place = self._room(job.tokens, self._taken)
             if place is None:
                 break
             job.place = place
@@ -297,10 +327,10 @@ class Encoders:
             batch.append(self._queue.popleft())
         return batch
 
-    def _room(self, tokens: int) -> int | None:
-        """The first place where so many tokens are free."""
+    def _room(self, tokens: int, taken: dict[int, int]) -> int | None:
+        """The first place where so many tokens are free, if those of `taken` are not."""
         at = 0
-        for place, size in sorted(self._taken.items()):
+        for place, size in sorted(taken.items()):
             if place - at >= tokens:
                 break
             at = place + size
@@ -329,10 +359,10 @@ class Encoders:
             )
             return
         elif job.is_wanted:
-            if encoder.slot is None:
-                self._land(job.place, answer.embeddings)
             del self._jobs[answer.number]
             self._done.append(Landed(answer.number, job.place))
+            if encoder.slot is None:  # last: if it raises, the image is cancelled, its place told
+                self._land(job.place, answer.embeddings)
             return
         del self._taken[job.place]
 
@@ -345,7 +375,7 @@ class Encoders:
     def _listen(self, timeout_ms: int) -> None:
         for socket, identity, message in self._meeting.receive(timeout_ms):
             encoder = self._encoder_of(socket, identity)
-            if isinstance(message, wire.Join):
+            if isinstance(message, wire.Join) and encoder is None:
                 self._welcome(socket, identity, message)
             elif isinstance(message, wire.NotAMessage) and message.kind is wire.Join:
                 refuse(socket, identity, "an encoder", other_protocol("encoder"))
@@ -432,8 +462,7 @@ class Encoders:
                 del self._taken[place]
         else:
             encoder.slot.places += places
-            if encoder.slot.child is not None:
-                encoder.slot.child.kill()
+            self._kill(encoder.slot)
         for job in reversed(jobs):
             if job.deaths < _MOST_DEATHS:
                 if job.is_wanted:
@@ -452,14 +481,37 @@ class Encoders:
                     self._start(slot)
             elif slot.child.poll() is not None:
                 self._bury(slot, slot.child)
-            elif not slot.has_served and now > slot.late_at:
-                slot.problem = "it was started and is not ready: it is stopped, or hangs"
-                slot.child.kill()
+            elif now > slot.late_at and slot.encoder is None:
+                slot.problem = "it was started and has not joined: it is stopped, or hangs"
+                slot.late_at = math.inf
+                self._kill(slot)
+            elif now > slot.stuck_at and not slot.is_stuck:
+                slot.is_stuck = True
+                self._tell_stuck(slot, slot.child.pid)
+
+    def _kill(self, slot: _Slot) -> None:
+        if slot.child is not None:
+            slot.child.kill()
+            slot.stuck_at = time.monotonic() + ENDS_S
+
+    def _tell_stuck(self, slot: _Slot, pid: int) -> None:
+        """Its places are lost until it ends: a GPU may still write there. It has no successor until
+        then, because what holds it would hold that too, and both would need the GPU's memory.
+        """
+        lost = sum(self._taken[place] for place in slot.places)
+        why = (
+            f"process {pid} does not end though it was killed; until it does, {lost} of the "
+            f"{self._landings[0].tokens} tokens of the landing are lost, and no other is started"
+        )
+        log.error("encoder %d: %s", slot.number, why)
+        if not slot.has_served:
+            self._last_problem = f"encoder {slot.number} cannot start: {why}"
 
     def _start(self, slot: _Slot) -> None:
         gpu = self._config.num_ranks // self._config.nnodes + slot.number
         arguments = ["--model", self._config.model, "--gpu", str(gpu), "--number", str(slot.number)]
         slot.has_served = False
+        slot.stuck_at = math.inf
         slot.problem = ""
         slot.late_at = time.monotonic() + FIRST_COMES_S
         try:
@@ -474,6 +526,7 @@ class Encoders:
             self._lose(slot.encoder, why)
         slot.encoder = None
         slot.child = None
+        slot.is_stuck = False
         self._meeting.children.remove(child)
         for place in slot.places:
             del self._taken[place]

@@ -52,8 +52,9 @@ class _Shapes(TensorParallel):
 class StageMemory:
     """The memory of the first rank of a pipeline stage, in bytes; the other ranks take no more.
 
-    `weights`: by kind. `tables`: of rotary angles. `states`: of all slots. `step`: for a step,
-    workspaces and CUDA graphs; 0 on a CPU, where memory is not limited.
+    `weights`: by kind. `tables`: of rotary angles. `states`: of all slots. `encoders`: what they
+    have on the rank's GPU. `step`: for a step, workspaces and CUDA graphs. On a CPU, where memory
+    is not limited, `driver`, `encoders` and `step` are 0.
     """
 
     first_layer: int
@@ -61,6 +62,7 @@ class StageMemory:
     weights: dict[str, int]
     tables: int
     driver: int
+    encoders: int
     step: int
     states: int
     snapshots: int
@@ -68,8 +70,9 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        parts = (self.tables, self.driver, self.step, self.states, self.snapshots, self.kv_cache)
-        return sum(self.weights.values()) + sum(parts)
+        given = self.driver + self.encoders + self.step
+        kept = self.tables + self.states + self.snapshots + self.kv_cache
+        return sum(self.weights.values()) + given + kept
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,8 @@ def _stage(
 def _pages(config: EngineConfig, stage: _Stage, gpu_memory: int | None) -> int:
     if gpu_memory is None:
         return kv_sizing.fitting_pages(config, stage.decoder, None)
-    memory = partial(GpuMemory, gpu_memory, stage.made + _DRIVER_BYTES, stage.step)
+    used = stage.made + _DRIVER_BYTES + kv_sizing.encoder_bytes(config, stage.decoder)
+    memory = partial(GpuMemory, gpu_memory, used, stage.step)
     return kv_sizing.fitting_pages(config, stage.decoder, memory)
 
 
@@ -247,6 +251,7 @@ def _memory(
         weights=dict(weights),
         tables=stage.made - sum(weights.values()),
         driver=_DRIVER_BYTES if on_gpu else 0,
+        encoders=kv_sizing.encoder_bytes(config, decoder) if on_gpu else 0,
         step=stage.step,
         states=kv_sizing.states_bytes(config, decoder),
         snapshots=num_snapshots * decoder.state_bytes,

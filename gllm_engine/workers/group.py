@@ -28,6 +28,7 @@ from gllm_engine.types import ImagePixels, LandingHandle, RankSpans, StepPlan, S
 from gllm_engine.workers import channel
 from gllm_engine.workers.meeting import (
     FIRST_COMES_S,
+    REMIND_S,
     TICK_MS,
     GroupLost,
     Meeting,
@@ -40,8 +41,6 @@ from gllm_engine.workers.stage_balance import StageBalance
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# The log names the missing workers at this interval.
-_REMIND_S = 10.0
 # A rank may fail because another rank is gone. The loss of the other rank shows within this time.
 _BLAME_S = 0.2
 # Once the first worker of this machine has come, the others must join within this time.
@@ -279,13 +278,13 @@ class WorkerGroup:
 
     def _gather(self, complete: Callable[[], bool], what: str) -> None:
         """Receive messages until `complete()` is true for all workers. Raises GroupLost."""
-        remind = time.monotonic() + _REMIND_S
+        remind = time.monotonic() + REMIND_S
         while not complete():
             self._listen(TICK_MS)
             self._look_for_late()
             self.check()
             if time.monotonic() > remind:
-                remind += _REMIND_S
+                remind += REMIND_S
                 done = (
                     self._ready if len(self._members) == self._config.num_ranks else self._members
                 )

@@ -35,6 +35,11 @@ _DOUBT_S = 0.5
 FIRST_COMES_S = 300.0
 # While something is awaited of them, they are checked at this interval.
 TICK_MS = 100
+# A killed process ends within this time: a GPU's memory may take seconds to free. One that does not
+# is in a call to a driver or a disk, perhaps for ever.
+ENDS_S = 30.0
+# The log names those that a start waits for at this interval.
+REMIND_S = 10.0
 
 log = logging.getLogger("gllm.group")
 
@@ -161,12 +166,16 @@ def difference(join: wire.Join, role: str, model: str, more: dict[str, tuple[Any
 def _end(children: Iterable[subprocess.Popen[bytes]], directory: Path) -> None:
     """Kill all processes of this machine and remove the socket directory.
 
-    SIGKILL also ends processes that are stopped, or blocked waiting for a dead one.
+    SIGKILL also ends processes that are stopped, or blocked waiting for a dead one. One that it
+    does not end is not waited for longer than ENDS_S.
     """
     # Removed first: this process may be killed before it reaches the second removal.
     shutil.rmtree(directory, ignore_errors=True)
     for child in children:
         child.kill()
-    for child in children:
-        child.wait()
+    until = time.monotonic() + ENDS_S
+    while any(child.poll() is None for child in children) and time.monotonic() < until:
+        time.sleep(0.01)
+    if left := [child.pid for child in children if child.poll() is None]:
+        log.error("processes %s do not end though they were killed", left)
     shutil.rmtree(directory, ignore_errors=True)  # files that a process created meanwhile

@@ -32,7 +32,7 @@ _REFUSED = 78  # exit status: os.EX_CONFIG
 # A pause before the restart, so that a member that is always refused causes little load.
 _REFUSED_PAUSE_S = 5.0
 
-log = logging.getLogger("gllm.worker")
+log = logging.getLogger("gllm.member")
 
 _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 
@@ -89,7 +89,7 @@ class Refused(RuntimeError):
 class Member:
     """The process's end of the connection; `run` does its work and returns the exit status."""
 
-    _module: ClassVar[str]  # python -m executes it
+    _role: ClassVar[str]  # for the log; python -m gllm_engine.ROLE executes it
     _leaves = False  # once told to: then no other engine is waited for
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -134,9 +134,10 @@ class Member:
     def _not_heard(self) -> None:
         log.warning(
             "%s breaks off the greeting: it is no engine, or its key is not the one in %s; "
-            "this worker goes on trying",
+            "this %s goes on trying",
             self._options.engine,
             self._options.cluster_key_file,
+            self._role,
         )
 
     def _begin_anew_once_lost(self) -> NoReturn:
@@ -149,10 +150,11 @@ class Member:
             os._exit(1)
         if self._leaves:
             os._exit(0)
-        log.warning("the engine is lost; this worker waits for another")
-        time.sleep(1)  # other workers of this node notice the loss in this time
+        log.warning("the engine is lost; this %s waits for another", self._role)
+        time.sleep(1)  # other members of this node notice the loss in this time
         for descriptor in map(int, os.listdir("/proc/self/fd")):
             if descriptor > 2:  # libraries leave their file descriptors inheritable
                 with contextlib.suppress(OSError):
                     os.set_inheritable(descriptor, False)
-        os.execv(sys.executable, [sys.executable, "-m", self._module, *sys.argv[1:]])
+        module = f"gllm_engine.{self._role}"
+        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Worker(Member):
-    _module = "gllm_engine.worker"
+    _role = "worker"
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._local_rank = number("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0"))

@@ -1160,7 +1160,9 @@ def test_answers_do_not_depend_on_metrics(tmp_path, server, monkeypatch, broken:
 
 def test_two_front_ends_share_families_and_only_one_sets_gauges(tmp_path, server) -> None:
     with front_end(tmp_path) as (one, client), front_end(tmp_path) as (two, other):
-        client.on_stats(Stats(running=3, waiting=2, kv_usage=0.25, steps=1))
+        client.on_stats(
+            Stats(running=3, waiting=2, kv_usage=0.25, steps=1, encoders=4, stuck_encoders=1)
+        )
         for model, engine in ((one, client), (two, other)):
             given = request("abc")
             model.execute([given])
@@ -1171,6 +1173,8 @@ def test_two_front_ends_share_families_and_only_one_sets_gauges(tmp_path, server
         wait_for(lambda: server.value("gllm:prompt_tokens_total") == 6)
         assert server.value("gllm:num_requests_running") == 3
         assert server.value("gllm:kv_cache_usage") == 0.25
+        assert server.value("gllm:num_encoders") == 4
+        assert server.value("gllm:num_encoders_stuck") == 1
     assert server.value("gllm:num_requests_running") == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -204,6 +205,7 @@ def test_encoders_are_told(tmp_path: Path) -> None:
         assert found.encoder is not None and found.encoder.encoders == 2
         assert "vision tower" not in found.stages[0].weights and found.encoder.weights > 0
         told = "\n".join(lines(found))
+        assert bool(re.search(r"^encoders \(estimate\) +1\.0", told, re.MULTILINE)) == bool(size)
         assert "GiB of each encoder" in told and ("largest image" in told) == (device == "cuda")
     assert check(tmp_path, device="cpu").encoder is None
 

@@ -92,6 +92,7 @@ def test_who_waits_for_no_image_goes_on(engine: Engine, vision: Vision, inside: 
     assert [*run_until_idle(engine)] == [text.id]
     stats = engine.stats()
     assert (stats.images_waiting, stats.images_encoded, stats.encoders) == (1, 0, 1)
+    assert stats.stuck_encoders == 2
     for _ in range(3):
         assert engine.step() == {}
     assert engine.stats().steps == stats.steps

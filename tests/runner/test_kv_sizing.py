@@ -209,6 +209,31 @@ def test_memory_in_use_is_not_left_free_once_more(monkeypatch: pytest.MonkeyPatc
     assert measured_memory(EngineConfig(model="/"), decoder, 4) == GpuMemory(1000, 400, 60)
 
 
+def test_encoders_that_come_later_have_memory_for_their_contexts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the GPUs of the ranks whose landing they write."""
+
+    def used(family: str, encodes: bool, shard: Shard | None = None) -> int:
+        decoder = Decoder(
+            make_arch(tiny_config(family)),
+            dtype=torch.bfloat16,
+            device=torch.device("meta"),
+            max_model_len=64,
+            encodes=encodes,
+            shard=shard,
+        )
+        return measured_memory(EngineConfig(model="/", encoder_workers=3), decoder, 4).used
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 1000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(kv_sizing, "step_bytes", lambda *args: StepBytes(peak=100, kept=40))
+    family = "Qwen3VLForConditionalGeneration"
+    assert used(family, encodes=False) == 100 + 3 * (1 << 29)
+    assert used(family, encodes=False, shard=Shard(2, 3)) == 100
+    assert used(family, encodes=True) == used("LlamaForCausalLM", encodes=True) == 100
+
+
 def test_spare_layers_have_memory_for_weights_pages_and_states() -> None:
     arch, device = make_arch(tiny_config("Qwen3NextForCausalLM")), torch.device("cpu")
     shard = Shard(0, 1)  # has states only; the layer that may come has pages

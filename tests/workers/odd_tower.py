@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def install(directory: Path) -> None:
     encode = VisionTower.encode
 
     def encode_oddly(tower: VisionTower, images: list[Tensor]) -> list[Tensor]:
+        while (directory / "slow").exists():  # a load takes so long
+            time.sleep(0.02)
         faults = {int(image.flatten()[0]) for image in images if image.any()}  # blanks warm up
         if POISON in faults:
             os.kill(os.getpid(), signal.SIGKILL)

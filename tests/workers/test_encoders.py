@@ -21,7 +21,7 @@ import msgspec
 import pytest
 import torch
 import zmq
-from forked import FAULT, LOG
+from forked import FAULT, LOG, Fork
 from hall import Hall
 from odd_tower import BROKEN, HELD, POISON, held_by
 from traced import SOON_S, wait_for
@@ -32,7 +32,8 @@ from gllm_engine.os_process import Process
 from gllm_engine.runner import Landing
 from gllm_engine.workers import channel, meeting, member
 from gllm_engine.workers import encoders as engine_side
-from gllm_engine.workers.build_runner import check_encoder_gpus
+from gllm_engine.workers.build_runner import check_encoder_gpus, device_of
+from gllm_engine.workers.encoders import Encoders
 from gllm_engine.workers.meeting import GroupLost
 from gllm_engine.workers.member import Member
 
@@ -79,7 +80,7 @@ def test_what_lands_is_what_the_tower_makes(model: Path) -> None:
         one, other = here.encoders._encoders
         # Each where less waits, up to two batches.
         assert sorted([one.tokens, other.tokens]) == [6 + 1, 16 + 6]
-        assert here.encoders.stats() == (2, 3, 4)
+        assert here.encoders.stats() == (2, 3, 4, 0)
         here.encoders.cancel(2)  # an encoder has it
         here.encoders.cancel(5)  # it waits
         here.encoders.cancel(5)
@@ -102,7 +103,7 @@ def test_places_are_nobody_elses_until_they_are_released(model: Path) -> None:
             here.submit(number, 4, 4)
         here.wait(lambda: len(here.kept) == 2, "two land")
         assert set(here.kept.values()) == {0, 16}
-        assert here.encoders.stats() == (2, 1, 0)
+        assert here.encoders.stats() == (2, 1, 0, 0)
         here.take()
         here.wait(lambda: here.kept == {2: 0}, "there is room for the third")
         here.encoders.cancel(2)  # too late: its place is still to be released
@@ -124,7 +125,7 @@ def test_an_encoder_that_dies_or_stops_costs_no_image(
             here.submit(i)
         here.encoders.cancel(8)
         (holder,) = [e for e in here.encoders._encoders if e.slot.child.pid == pid]
-        here.wait(lambda: here.encoders.stats() == (2, 0, 1 + len(holder.batches[1])), "a jam")
+        here.wait(lambda: here.encoders.stats() == (2, 0, 1 + len(holder.batches[1]), 0), "a jam")
         assert 0 not in here.taken
         os.kill(pid, number)
         here.wait(lambda: here.taken == set(range(8)), "all land", SOON_S)
@@ -160,7 +161,7 @@ def test_without_encoders_images_wait_and_are_told(
         os.kill(pid, signal.SIGKILL)
         here.wait(lambda: not here.encoders.stats().encoders, "it is missed")
         here.submit(0)
-        assert here.encoders.stats() == (0, 1, 0)
+        assert here.encoders.stats() == (0, 1, 0, 0)
         here.wait(lambda: here.refused, "starts fail")
         assert here.encoders._slots[0].failed_starts == engine_side._MOST_FAILED_STARTS
         (slot,) = here.encoders._slots
@@ -197,6 +198,152 @@ def test_a_machine_that_starts_no_process_says_so(
     monkeypatch.setattr(meeting, "subprocess", names)
     with pytest.raises(GroupLost, match="encoder 1 cannot start: .* Cannot allocate memory"):
         hall(model)
+
+
+@pytest.fixture
+def stopped_children(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Those that start now are stopped at once."""
+    fork = meeting.subprocess.Popen
+    children = []
+
+    def start(*given: Any, **named: Any) -> Any:
+        child = fork(*given, **named)
+        os.kill(child.pid, signal.SIGSTOP)
+        children.append(child)
+        return child
+
+    names = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(meeting, "subprocess", names)
+    monkeypatch.setattr(engine_side, "FIRST_COMES_S", 0.0)
+    return children
+
+
+def test_an_encoder_that_does_not_join_is_killed(model: Path, stopped_children: list[Any]) -> None:
+    with pytest.raises(GroupLost, match="encoder 0 cannot start: it was started and has not joi"):
+        hall(model, encoder_workers=1)
+    assert stopped_children[0].poll() is not None
+
+
+def test_a_start_does_not_wait_for_what_cannot_be_killed(
+    model: Path,
+    stopped_children: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(engine_side, "ENDS_S", 0.0)
+    monkeypatch.setattr(meeting, "ENDS_S", 0.0)
+    kill = Fork.kill
+    monkeypatch.setattr(Fork, "kill", lambda _: None)
+    try:
+        with pytest.raises(
+            GroupLost, match="encoder 0 cannot start: .* does not end though it was"
+        ):
+            hall(model, encoder_workers=1)
+        (child,) = stopped_children
+        assert f"processes [{child.pid}] do not end though they were killed" in caplog.text
+    finally:
+        for each in stopped_children:
+            kill(each)
+
+
+def test_a_living_encoder_may_load_for_any_time(model: Path, faults: Path) -> None:
+    """One that is stopped while it loads is killed."""
+    with hall(model, encoder_workers=1) as here:
+        (slot,) = here.encoders._slots
+        slow = faults / "slow"
+        slow.touch()
+
+        def begin_anew(number: signal.Signals) -> int:
+            """The process that loads after this one has got a signal."""
+            assert slot.child is not None
+            pid = slot.child.pid
+            os.kill(pid, number)
+            joined = lambda: slot.child and slot.child.pid != pid and slot.encoder  # noqa: E731
+            here.wait(joined, "the next one loads", SOON_S)
+            assert Process.of(pid) is None and not slot.has_served
+            slot.late_at = 0.0
+            here.poll()
+            return slot.child.pid
+
+        begin_anew(signal.SIGKILL)
+        pid = begin_anew(signal.SIGSTOP)
+        slow.unlink()
+        here.wait(lambda: slot.has_served, "it serves")
+        assert here.pids() == [pid]
+
+
+def test_a_start_tells_what_it_waits_for(
+    model: Path, faults: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gllm.group")
+    monkeypatch.setattr(engine_side, "REMIND_S", 0.0)
+    slow = faults / "slow"
+    slow.touch()
+    told = "waiting for encoders to load: [0]"
+    look = Encoders._look_after
+
+    def look_on(encoders: Encoders) -> None:
+        look(encoders)
+        if told in caplog.text:
+            slow.unlink(missing_ok=True)
+
+    monkeypatch.setattr(Encoders, "_look_after", look_on)
+    with hall(model, encoder_workers=1):
+        assert told in caplog.text
+
+
+def test_an_encoder_joins_before_it_imports_torch() -> None:
+    """Its heartbeats tell that it lives, however slow the disk is."""
+    code = "import sys, gllm_engine.workers.encoder; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_encoders_that_cannot_be_killed_cost_their_places_alone(
+    model: Path, faults: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until they end at last."""
+    monkeypatch.setattr(engine_side, "ENDS_S", 0.0)
+    kill = Fork.kill
+    stuck = []
+
+    def stick(encoder: Any) -> None:
+        child = encoder.slot.child
+        os.kill(child.pid, signal.SIGSTOP)
+        stuck.append(child)
+        here.wait(lambda: here.encoders.stats().stuck == len(stuck), "it is given up", SOON_S)
+
+    with hall(model) as here, monkeypatch.context() as patch:
+        patch.setattr(Fork, "kill", lambda each: None if each in stuck else kill(each))
+        here.submit(0, 4, 4, fault=HELD)
+        here.wait(lambda: held_by(faults), "an encoder has it")
+        one, other = here.encoders._encoders
+        if not one.batches:
+            one, other = other, one
+        other.is_ready = False
+        here.submit(1, 3, 3)
+        other.is_ready = True
+        here.submit(2, 2, 3)
+        stick(one)
+        assert f"encoder {one.slot.number}: process {stuck[0].pid} does not end" in caplog.text
+        assert "25 of the 32 tokens of the landing are lost" in caplog.text
+        here.wait(lambda: 2 in here.taken, "the other one goes on")
+        for number, tokens in ((0, 16), (1, 9)):
+            assert here.refused.pop(number).startswith(f"it has {tokens} tokens, and encoders that")
+        here.submit(3, 1, 7)
+        here.submit(4, 2, 4)
+        here.wait(lambda: 3 in here.taken, "what finds a place is encoded")
+        assert here.refused.keys() == {4}
+        stick(other)
+        here.submit(5, 1, 1)
+        here.poll()
+        assert here.refused[5] == "no encoder runs, the log says why"
+        for each in stuck:
+            kill(each)
+        here.wait(lambda: here.encoders.stats()[::3] == (2, 0), "others are started")
+        here.submit(6, 4, 4)
+        here.submit(7, 4, 4)
+        here.wait_done()
+        assert {6, 7} <= here.taken
 
 
 @pytest.fixture
@@ -267,7 +414,10 @@ def test_strangers_are_refused(
             fork(command(other_model, others), log),
             fork(command(model, others, **{"cluster-key-file": other_key}), log),
         ]
-        told = ["the encoder has a model whose config.json has digest", "its key is not the one in"]
+        told = [
+            "the encoder has a model whose config.json has digest",
+            "this encoder goes on trying",
+        ]
         here.wait(lambda: log.exists() and all(each in log.read_text() for each in told), "told")
         for stranger in strangers:
             stranger.kill()
@@ -330,10 +480,13 @@ def test_an_encoder_that_loses_its_engine_waits_for_the_next(
                         here.submit(number)
                     here.wait_done()
                     assert here.sent
-                    if "waits for another" in log.read_text():
+                    if "this encoder waits for another" in log.read_text():
                         own.send_signal(signal.SIGTERM)
                         here.wait(lambda: own.poll() is not None, "it leaves")
-                wait_for(lambda: "waits for another" in log.read_text(), "it misses the engine")
+                wait_for(
+                    lambda: "this encoder waits for another" in log.read_text(),
+                    "it misses the engine",
+                )
             assert own.returncode == 0
         finally:
             own.kill()
@@ -356,7 +509,7 @@ def test_an_encoder_that_leaves_waits_for_no_other_engine(
     calls = {"_exit": end, "execv": begin_anew, "listdir": lambda _: []}
     monkeypatch.setattr(member, "os", SimpleNamespace(**calls))
     lost = object.__new__(Member)
-    lost._module = "gllm_engine.encoder"
+    lost._role = "encoder"
     lost._monitor = None
     lost._options = SimpleNamespace(engine="tcp://127.0.0.1:1")
     lost._leaves = leaves
@@ -387,6 +540,9 @@ def test_encoders_need_gpus_of_their_own(model: Path, monkeypatch: pytest.Monkey
     check_encoder_gpus(config, CPU)
     with pytest.raises(ConfigError, match="encoder_workers: 3 encoders need a GPU each beside the"):
         check_encoder_gpus(config, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="device: GPU 4 of this machine .* torch finds 4$"):
+        device_of(msgspec.structs.replace(config, device="cuda"), 4)
 
 
 def test_a_landing_of_another_size_is_not_opened() -> None:

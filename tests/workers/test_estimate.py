@@ -282,12 +282,22 @@ def test_an_encoder_has_the_tower_and_ranks_do_not() -> None:
     assert inside.encoder is None and apart.encoder is not None
     tower = inside.stages[0].weights.pop("vision tower")
     assert apart.stages[0].weights == inside.stages[0].weights
+    # What encoders have on the ranks' GPUs is left free there, as at a start.
+    assert apart.stages[0].encoders == 2 * (GIB // 2) and inside.stages[0].encoders == 0
+    usable = 8 * GIB * small().gpu_memory_utilization
+    assert usable - (64 << 20) < apart.stages[0].total <= usable
+    halves = estimate(
+        small(**sizes, encoder_workers=2, pipeline_parallel_size=2), arch, 8 * GIB
+    ).stages
+    assert [stage.encoders for stage in halves] == [GIB, 0]
     # The zeros at the ends of its rows are no weights, but they take memory.
     tower += inside.stages[0].tables - apart.stages[0].tables
     assert apart.encoder.weights == tower
     assert tower < apart.encoder.step < 1 * GIB == apart.encoder.driver
-    on_cpu = estimate(small(**sizes, encoder_workers=2), arch, None).encoder
+    found = estimate(small(**sizes, encoder_workers=2), arch, None)
+    on_cpu = found.encoder
     assert on_cpu is not None and (on_cpu.weights, on_cpu.total) == (tower, tower)
+    assert found.stages[0].encoders == 0
     assert arch.vision is not None
     wide = replace(arch, vision=replace(arch.vision, hidden=4096))
     too_large = small(num_pages=10, image_cache_tokens=2**20, encoder_workers=1)

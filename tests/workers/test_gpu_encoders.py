@@ -18,7 +18,7 @@ import torch
 
 from gllm_engine import write_tiny_model
 from gllm_engine.os_process import Process
-from gllm_engine.runner import Landing
+from gllm_engine.runner import Landing, kv_sizing
 from gllm_engine.types import LandingHandle
 
 pytestmark = [
@@ -61,6 +61,23 @@ def test_memory_is_free_again_although_a_writer_was_killed() -> None:
     before = torch.cuda.memory_allocated(0)
     del landing
     assert before - torch.cuda.memory_allocated(0) >= 2 * TOKENS * NUMBERS * 2
+
+
+def test_what_a_writer_takes_of_the_gpu_is_left_free_for_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its CUDA context, on the GPU of the landing."""
+    landing = Landing.make(2 * TOKENS, NUMBERS, torch.bfloat16, torch.device("cuda", 0))
+    torch.cuda.synchronize(0)
+    command = [sys.executable, __file__, msgspec.msgpack.encode(landing.handle).hex(), "stay"]
+    before = torch.cuda.mem_get_info(0)[0]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline()
+        taken = before - torch.cuda.mem_get_info(0)[0]
+        writer.kill()
+    with capsys.disabled():
+        print(f"\na writer takes {taken / 2**20:.0f} MiB of the GPU that it writes")
+    assert 0 <= taken <= kv_sizing._CONTEXT_BYTES
 
 
 @pytest.mark.parametrize(
