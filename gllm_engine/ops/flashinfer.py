@@ -72,6 +72,7 @@ from gllm_engine.ops.triton import (
     mean_squares,
     prepare_inputs,
     rms_norm,
+    rotate,
     rotate_and_store,
     sample_plain,
     store_index_key,
@@ -98,6 +99,7 @@ __all__ = [
     "prepare_inputs",
     "rms_norm",
     "rotary_inputs",
+    "rotate",
     "rotate_and_store",
     "route",
     "sample_plain",
@@ -168,8 +170,6 @@ class LatentPlan(PagedPlan):
 
 def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Rows:
     """See Ops.activate."""
-    if act == "gelu_quick":  # of no decoder
-        return reference.activate(x, act, gated)
     if isinstance(then, Fp8Weight):
         return fp8_product.activate(x, act, gated, then)
     return triton.activate(x, act, gated)

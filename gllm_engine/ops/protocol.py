@@ -281,8 +281,14 @@ class Ops(Protocol):
     ) -> RotaryInputs:
         """The rotary angles of a step's tokens, for all layers with the same rotary embedding.
 
-        cos, sin: [max_model_len, dim / 2] float32. positions: [tokens] int64. `dtype`: of the
-        heads. `interleaved`: see RotaryInputs.
+        cos, sin: [max_model_len, dim / 2] float32. positions: [tokens] int64. `dtype`: in which
+        `reference` rotates; kernels rotate in float32. `interleaved`: see RotaryInputs.
+        """
+        ...
+
+    def rotate(self, x: Tensor, rotary: RotaryInputs) -> Tensor:
+        """x with its heads rotated, rounded once. x: [tokens, heads, head_dim], of which each token
+        is contiguous; may be overwritten.
         """
         ...
 

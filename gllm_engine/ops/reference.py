@@ -242,17 +242,19 @@ def _norm_heads(qk: Tensor, num_heads: int, norm: HeadNorm) -> Tensor:
     return _times_gain(normed, norm.gain, norm.plus_one, qk.dtype)
 
 
-def rotate(x: Tensor, rotary: RotaryInputs) -> None:
-    """Rotate the first channels of every head of x [tokens, heads, head_dim], in place.
+def rotate(x: Tensor, rotary: RotaryInputs) -> Tensor:
+    """See Ops.rotate. Of every head the first channels are rotated, in place.
 
     `rotary`: from `expand_rotation`, whose cos and sin are [tokens, 1, dim].
     """
-    x = x[..., : rotary.cos.shape[-1]]
+    turned = x[..., : rotary.cos.shape[-1]]
+    wide = turned.to(rotary.cos.dtype)
     if rotary.interleaved:
-        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        partner = x.roll(x.shape[-1] // 2, -1)
-    x.mul_(rotary.cos).addcmul_(partner, rotary.sin)
+        partner = wide.roll(wide.shape[-1] // 2, -1)
+    turned.copy_(wide.mul_(rotary.cos).addcmul_(partner, rotary.sin))
+    return x
 
 
 def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> RotaryInputs:

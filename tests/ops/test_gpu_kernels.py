@@ -497,6 +497,24 @@ def check_replays(run: Callable[[], list[Tensor]], first: list[Tensor]) -> None:
         assert all(map(torch.equal, recorded, first))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim"),
+    [(1, 2, 72), (577, 32, 80), (10600, 32, 72), (300, 26, 64), (9, 3, 128)],
+)
+def test_rotation_alone(
+    tokens: int, heads: int, dim: int, interleaved: bool, dtype: torch.dtype
+) -> None:
+    ops = select_ops(CUDA)
+    x = randn(tokens, heads + heads // 2, dim, dtype=dtype)[:, :heads]
+    angles = torch.rand(500, dim // 2, device=CUDA) * 6
+    positions = torch.randint(0, 500, (tokens,), device=CUDA)
+    args = (angles.cos(), angles.sin(), positions, torch.float32, interleaved)
+    exact = reference.rotate(x.double(), reference.rotary_inputs(*args))
+    near(ops.rotate(x, ops.rotary_inputs(*args)), exact, TOLERANCE[dtype])
+
+
 def near(out: Tensor, expected: Tensor, limit: float) -> None:
     """By norm: one element may be off by a rounding step, many may not."""
     out, expected = out.double().cpu(), expected.double().cpu()

@@ -131,6 +131,8 @@ def activated(gate, ACT: tl.constexpr):
     """act(gate) in float32; see Ops.activate."""
     if ACT == "silu":
         result = gate / (1.0 + tl.exp(-gate))
+    elif ACT == "gelu_quick":
+        result = gate / (1.0 + tl.exp(-1.702 * gate))
     elif ACT == "gelu":
         result = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     else:  # 0.5 * (1 + tanh(u)) is the logistic function of 2u
