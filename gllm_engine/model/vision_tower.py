@@ -26,12 +26,15 @@ _WHOLE_ROW = 64
 
 
 class _Ffn:
-    """A DenseFfn whose hidden rows end with zeros, up to a whole row: they change no sum."""
+    """A DenseFfn whose hidden rows end with zeros, up to a whole row: they change no sum. It has no
+    bias of its output.
+    """
 
     def __init__(self, vision: Vision, platform: Platform) -> None:
         self._hidden = vision.hidden
         whole = -(-vision.hidden // _WHOLE_ROW) * _WHOLE_ROW
-        self._ffn = DenseFfn(replace(vision.ffn, hidden=whole), vision.dim, platform)
+        ffn = replace(vision.ffn, hidden=whole, out_bias=False)
+        self._ffn = DenseFfn(ffn, vision.dim, platform)
         for view in self._ffn.weights().values():
             assert isinstance(view, Tensor)
             view.zero_()
@@ -46,13 +49,16 @@ class _Ffn:
             assert isinstance(view, Tensor)
             if name == "mlp.down_proj.weight":
                 views[name] = view[:, : self._hidden]
-            elif not name.startswith("mlp.down_proj"):
+            else:
                 views[name] = view[: self._hidden]
         return views
 
 
 class _Block:
-    """x += attention(norm1(x)); x += ffn(norm2(x)), in place."""
+    """x += attention(norm1(x)); x += ffn(norm2(x)), in place.
+
+    A norm adds the bias of the output that is added to x next.
+    """
 
     def __init__(self, vision: Vision, platform: Platform) -> None:
         self._ops = platform.ops
@@ -61,6 +67,10 @@ class _Block:
         shapes = vision.block_weights()
         qkv = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
         self._qkv = Linear(qkv, shapes, platform)
+        self._biases: dict[str, Tensor] = {}
+        if vision.bias:
+            names = ("attn.o_proj.bias", "mlp.down_proj.bias")
+            self._biases = {name: platform.empty(*shapes.pop(name)) for name in names}
         self._out = Linear(["attn.o_proj"], shapes, platform)
         self._ffn = _Ffn(vision, platform)
         self._norms = {
@@ -69,16 +79,18 @@ class _Block:
         }
 
     def __call__(self, x: Tensor, rotary: RotaryInputs | None, seen: Segments) -> Tensor:
-        qkv = self._qkv(self._norms["norm1"](x)).unflatten(1, (-1, self._head_dim))
+        normed = self._norms["norm1"](x, add_after=self._biases.get("attn.o_proj.bias"))
+        qkv = self._qkv(normed).unflatten(1, (-1, self._head_dim))
         qk, v = qkv.split((2 * self._heads, self._heads), 1)
         if rotary is not None:
             qk = self._ops.rotate(qk, rotary)
         q, k = qk.chunk(2, 1)
         x = self._out.add_to(x, seen.attend(q, k, v).flatten(1))
-        return self._ffn(self._norms["norm2"](x), x)
+        normed = self._norms["norm2"](x, add_after=self._biases.get("mlp.down_proj.bias"))
+        return self._ffn(normed, x)
 
     def weights(self) -> Views:
-        views = self._qkv.weights() | self._out.weights() | self._ffn.weights()
+        views = self._qkv.weights() | self._out.weights() | self._ffn.weights() | self._biases
         for name, norm in self._norms.items():
             views |= norm.weights(name)
         return views

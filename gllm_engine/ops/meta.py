@@ -116,13 +116,20 @@ make_planner = MetaPlanner
 
 
 def rms_norm(
-    x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    add_to: Tensor | None = None,
+    plus_one: bool = False,
+    add_after: Tensor | None = None,
 ) -> Tensor:
     """See Ops.rms_norm."""
     return torch.empty_like(x) if add_to is None else add_to
 
 
-def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, add_after: Tensor | None = None
+) -> Tensor:
     """See Ops.layer_norm."""
     return torch.empty_like(x)
 

@@ -169,17 +169,26 @@ class Ops(Protocol):
         eps: float,
         add_to: Tensor | None = None,
         plus_one: bool = False,
+        add_after: Tensor | None = None,
     ) -> Tensor:
         """x / rms(x) * gain over the last dimension of x [rows, dim], with the mean in float32.
 
         Rows of x may lie apart. With `add_to`, the result is added to `add_to`, which is returned.
         With `plus_one`, the factor is 1 + gain in float32, and the product is rounded once.
+        `add_after`: [dim], is added to x itself afterwards, which saves a pass over x.
         """
         ...
 
-    def layer_norm(self, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def layer_norm(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        add_after: Tensor | None = None,
+    ) -> Tensor:
         """(x - mean) / sqrt(variance + eps) * gain + bias over the last dimension of x [rows, dim],
-        computed in float32 and rounded once.
+        computed in float32 and rounded once. `add_after`: as rms_norm.
         """
         ...
 

@@ -49,12 +49,19 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def rms_norm(
-    x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    add_to: Tensor | None = None,
+    plus_one: bool = False,
+    add_after: Tensor | None = None,
 ) -> Tensor:
     """See Ops.rms_norm; x of any shape."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     normed = F.rms_norm(wide, x.shape[-1:], None, eps)
     normed = _times_gain(normed, gain, plus_one, x.dtype)
+    if add_after is not None:
+        x += add_after
     return normed if add_to is None else add_to.add_(normed)
 
 
@@ -64,11 +71,16 @@ def _times_gain(normed: Tensor, gain: Tensor, plus_one: bool, dtype: torch.dtype
     return normed.to(dtype).mul_(gain)
 
 
-def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, add_after: Tensor | None = None
+) -> Tensor:
     """See Ops.layer_norm."""
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(wide)
-    return F.layer_norm(x.to(wide), x.shape[-1:], gain.to(wide), bias, eps).to(x.dtype)
+    normed = F.layer_norm(x.to(wide), x.shape[-1:], gain.to(wide), bias, eps).to(x.dtype)
+    if add_after is not None:
+        x += add_after
+    return normed
 
 
 def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Tensor:

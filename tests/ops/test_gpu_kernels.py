@@ -57,6 +57,12 @@ def test_norms_and_activation(rows: int, dim: int, dtype: torch.dtype) -> None:
     near(total, residual.cpu() + expected, limit)
     expected = reference.activate(wide.cpu(), "silu", gated=True)
     near(ops.activate(wide, "silu", gated=True), expected, limit)
+    for name, args in (("rms_norm", ()), ("layer_norm", (None,))):
+        norm = getattr(ops, name)
+        total = x.clone()
+        found = norm(total, weight, *args, 1e-5, add_after=weight)
+        near(found, norm(x, weight, *args, 1e-5), limit)
+        assert torch.equal(total, x + weight)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -89,6 +89,18 @@ def test_norms_of_other_kinds(dim: int) -> None:
     assert triton.layer_norm(x[:0], gain, bias, 1e-5).shape == (0, dim)
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_norm_that_adds_to_its_input(kind: str) -> None:
+    """Afterwards: what it normalises is without it."""
+    x, gain, later = torch.randn(5, 96), torch.rand(96), torch.randn(96)
+    args: tuple[Tensor | float, ...] = (gain, 1e-5) if kind == "rms" else (gain, gain, 1e-5)
+    expected = getattr(reference, f"{kind}_norm")(x, *args)
+    for ops in (reference, triton):
+        total = x.clone()
+        near(getattr(ops, f"{kind}_norm")(total, *args, add_after=later), expected, 1e-6)
+        assert torch.equal(total, x + later)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "gelu_quick"])
