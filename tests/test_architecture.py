@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 237_000,
+    ("gllm_engine",): 237_500,
     ("backend", "client"): 73_200,
     ("benchmarks",): 30_600,
 }

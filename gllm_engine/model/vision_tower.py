@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gllm_engine.arch.model import AttentionShape
 from gllm_engine.arch.vision import VISUAL, Vision
 from gllm_engine.layers import DenseFfn, Linear, NormLayer, Platform, Views
-from gllm_engine.ops import RotaryInputs, Segments, select_ops
+from gllm_engine.ops import Attend, RotaryInputs, Segments, select_ops
 from gllm_engine.parallel import ALONE
 
 _THETA = 10_000.0
@@ -78,14 +79,14 @@ class _Block:
             for name in ("norm1", "norm2")
         }
 
-    def __call__(self, x: Tensor, rotary: RotaryInputs | None, seen: Segments) -> Tensor:
+    def __call__(self, x: Tensor, rotary: RotaryInputs | None, attend: Attend) -> Tensor:
         normed = self._norms["norm1"](x, add_after=self._biases.get("attn.o_proj.bias"))
         qkv = self._qkv(normed).unflatten(1, (-1, self._head_dim))
         qk, v = qkv.split((2 * self._heads, self._heads), 1)
         if rotary is not None:
             qk = self._ops.rotate(qk, rotary)
         q, k = qk.chunk(2, 1)
-        x = self._out.add_to(x, seen.attend(q, k, v).flatten(1))
+        x = self._out.add_to(x, attend(q, k, v).flatten(1))
         normed = self._norms["norm2"](x, add_after=self._biases.get("mlp.down_proj.bias"))
         return self._ffn(normed, x)
 
@@ -139,6 +140,9 @@ class VisionTower:
         # Made here: the host waits for the stream when it copies them to a GPU.
         self._mean = torch.tensor(vision.mean, device=device)
         self._std = torch.tensor(vision.std, device=device)
+        self._plan_images = self._ops.make_segment_planner(
+            vision.heads, vision.head_dim, dtype, device
+        )
         platform = Platform(self._ops, dtype, device, ALONE)
         outer = ("patch_embed.weight", "patch_embed.bias", "pos_embed.weight", "class_embed")
         shapes = vision.weights()
@@ -153,6 +157,11 @@ class VisionTower:
         self._blocks = [_Block(vision, platform) for _ in range(vision.depth)]
         self._merger = _Merger(vision, platform, joins_first=False)
         self._deep = {block: _Merger(vision, platform, joins_first=True) for block in vision.deep}
+
+    @property
+    def compiled_attention(self) -> AttentionShape | None:
+        """Of attention whose kernel must be compiled; None: there is none."""
+        return self._plan_images.shape
 
     def weights(self) -> dict[str, Tensor]:
         """Canonical weight name -> the tensor, as of Decoder.weights."""
@@ -196,13 +205,13 @@ class VisionTower:
         joined = vision.merge**2
         x = torch.cat([self._embed(image) for image in images])
         lengths = [size * joined + vision.has_class for size in sizes]
-        of_images = Segments(lengths, self._device)
+        of_images = self._plan_images(lengths)
         of_windows = of_images
         order = None
         if vision.window:
             order = self._window_order(grids)
             windows = [size * joined for grid in grids for size in self._window_sizes(*grid)]
-            of_windows = Segments(windows, self._device)
+            of_windows = Segments(windows, self._device).attend
             x = x.unflatten(0, (-1, joined))[order].flatten(0, 1)
         rotary = None if vision.rotary is None else self._rotary_inputs(grids, order)
         if vision.first_norm:

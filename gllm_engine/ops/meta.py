@@ -28,6 +28,7 @@ from gllm_engine.ops.kernels import (
     PARTIALS_BYTES,
     SCORE_BYTES,
     has_chunk_kernels,
+    padded_head,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion
 from gllm_engine.ops.protocol import (
@@ -43,6 +44,7 @@ from gllm_engine.ops.reference import compile_attention as compile_attention
 from gllm_engine.ops.reference import make_one_shot_allreduce as make_one_shot_allreduce
 from gllm_engine.ops.reference import prepare_inputs as prepare_inputs
 from gllm_engine.ops.reference import sample_plain as sample_plain
+from gllm_engine.ops.segments import SegmentPlanner
 from gllm_engine.ops.weight import Int8Weight, PackedWeight, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
@@ -113,6 +115,15 @@ class MetaPlanner:
 
 
 make_planner = MetaPlanner
+
+
+def make_segment_planner(
+    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> SegmentPlanner:
+    """See Ops.make_segment_planner. As on Hopper, where it takes more memory."""
+    width = padded_head(head_dim, dtype)
+    shape = None if width is None else AttentionShape(heads, heads, width, None)
+    return SegmentPlanner(device, shape, lambda _: lambda q, k, v: torch.empty_like(q))
 
 
 def rms_norm(

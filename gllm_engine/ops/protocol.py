@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gllm_engine.attention_shape import AttentionShape, LatentShape
 from gllm_engine.ops.batch import Batch, TensorGroup
+from gllm_engine.ops.segments import SegmentPlanner
 from gllm_engine.ops.weight import Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
@@ -448,6 +449,12 @@ class Ops(Protocol):
 
     def make_planner(self, device: torch.device, dtype: torch.dtype) -> AttentionPlanner:
         """A planner for queries of `dtype`."""
+        ...
+
+    def make_segment_planner(
+        self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> SegmentPlanner:
+        """A planner of attention within segments, without a cache."""
         ...
 
     def compile_attention(self, layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:

@@ -37,6 +37,7 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
+from gllm_engine.ops.segments import SegmentPlanner
 from gllm_engine.ops.weight import Rows, Weight, dequantized
 from gllm_engine.routing import Clamp, Routing
 
@@ -361,6 +362,14 @@ class ReferencePlanner:
 def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
     """See Ops.make_planner."""
     return ReferencePlanner(device, dtype)
+
+
+def make_segment_planner(
+    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> SegmentPlanner:
+    """See Ops.make_segment_planner."""
+    del heads, head_dim, dtype
+    return SegmentPlanner(device)
 
 
 def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from gllm_engine.ops import (
     Int8Weight,
     PlainSampling,
     RoundedRows,
+    Segments,
     prefill_rows,
     reference,
     select_ops,
@@ -519,6 +520,23 @@ def test_rotation_alone(
     args = (angles.cos(), angles.sin(), positions, torch.float32, interleaved)
     exact = reference.rotate(x.double(), reference.rotary_inputs(*args))
     near(ops.rotate(x, ops.rotary_inputs(*args)), exact, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[1], [64] * 30, [1300], [5, 700, 64, 513], [9000]])
+@pytest.mark.parametrize("dim", [64, 72, 80, 128])
+def test_attention_within_segments(dim: int, lengths: list[int], dtype: torch.dtype) -> None:
+    """Of a tower's heads: q and k lie together, and v in the product that they came from. A plan
+    after another one, and two layers of each.
+    """
+    plan = select_ops(CUDA).make_segment_planner(4, dim, dtype, CUDA)
+    for some in (lengths, lengths[::-1]):
+        attend = plan(some)
+        for _ in range(2):
+            qk, v = randn(sum(some), 8, dim, dtype=dtype), randn(sum(some), 12, dim, dtype=dtype)
+            parts = (*qk.chunk(2, 1), v[:, 8:])
+            exact = Segments(some, CUDA).attend(*(x.float() for x in parts))
+            near(attend(*parts), exact, TOLERANCE[dtype])
 
 
 def near(out: Tensor, expected: Tensor, limit: float) -> None:
