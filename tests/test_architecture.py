@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
-    ("gllm_engine",): 237_620,
-    ("backend", "client"): 73_260,
+    ("gllm_engine",): 241_000,
+    ("backend", "client"): 74_000,
     ("benchmarks",): 30_600,
 }
 MAX_FUNCTION_LINES = 60

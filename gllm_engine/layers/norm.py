@@ -30,12 +30,16 @@ class NormLayer:
         """The input of a matrix product of norm(x), and the norm that the product must compute."""
         return (self(x), None) if self.fused is None else (x, self.fused)
 
-    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """norm(x), [tokens, dim]; added to `add_to` in place, if given."""
+    def __call__(
+        self, x: Tensor, add_to: Tensor | None = None, add_after: Tensor | None = None
+    ) -> Tensor:
+        """norm(x), [tokens, dim]; added to `add_to` in place, if given. `add_after`: [dim], is
+        added to x itself afterwards.
+        """
         if self._kind in ("rms", "rms_plus_one"):
             plus_one = self._kind == "rms_plus_one"
-            return self._ops.rms_norm(x, self._gain, self._eps, add_to, plus_one)
-        normed = self._ops.layer_norm(x, self._gain, self._bias, self._eps)
+            return self._ops.rms_norm(x, self._gain, self._eps, add_to, plus_one, add_after)
+        normed = self._ops.layer_norm(x, self._gain, self._bias, self._eps, add_after)
         return normed if add_to is None else add_to.add_(normed)
 
     def weights(self, name: str) -> dict[str, Tensor]:

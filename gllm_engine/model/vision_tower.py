@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gllm_engine.arch.vision import VISUAL, Rotary, Vision
+from gllm_engine.arch.model import AttentionShape
+from gllm_engine.arch.vision import VISUAL, Vision
 from gllm_engine.layers import DenseFfn, Linear, NormLayer, Platform, Views
-from gllm_engine.ops import Segments, select_ops
+from gllm_engine.ops import Attend, RotaryInputs, Segments, select_ops
 from gllm_engine.parallel import ALONE
 
 _THETA = 10_000.0
@@ -25,33 +26,16 @@ _PASS_PATCHES = 16384
 _WHOLE_ROW = 64
 
 
-class _Angles:
-    """By which queries and keys are rotated."""
-
-    def __init__(self, angles: Tensor, pairs: Rotary) -> None:
-        """angles: [patches, head_dim / 2], in float32."""
-        self._cos = angles.cos()[:, None]
-        self._sin = angles.sin()[:, None]
-        self._pair = -1 if pairs == "alternating" else -2  # the dimension of a pair's two channels
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """x: [patches, heads, head_dim]."""
-        size = (-1, 2) if self._pair == -1 else (2, -1)
-        first, second = x.float().unflatten(-1, size).unbind(self._pair)
-        rotated = (
-            first * self._cos - second * self._sin,
-            second * self._cos + first * self._sin,
-        )
-        return torch.stack(rotated, self._pair).flatten(-2).to(x.dtype)
-
-
 class _Ffn:
-    """A DenseFfn whose hidden rows end with zeros, up to a whole row: they change no sum."""
+    """A DenseFfn whose hidden rows end with zeros, up to a whole row: they change no sum. It has no
+    bias of its output.
+    """
 
     def __init__(self, vision: Vision, platform: Platform) -> None:
         self._hidden = vision.hidden
         whole = -(-vision.hidden // _WHOLE_ROW) * _WHOLE_ROW
-        self._ffn = DenseFfn(replace(vision.ffn, hidden=whole), vision.dim, platform)
+        ffn = replace(vision.ffn, hidden=whole, out_bias=False)
+        self._ffn = DenseFfn(ffn, vision.dim, platform)
         for view in self._ffn.weights().values():
             assert isinstance(view, Tensor)
             view.zero_()
@@ -66,19 +50,28 @@ class _Ffn:
             assert isinstance(view, Tensor)
             if name == "mlp.down_proj.weight":
                 views[name] = view[:, : self._hidden]
-            elif not name.startswith("mlp.down_proj"):
+            else:
                 views[name] = view[: self._hidden]
         return views
 
 
 class _Block:
-    """x += attention(norm1(x)); x += ffn(norm2(x)), in place."""
+    """x += attention(norm1(x)); x += ffn(norm2(x)), in place.
+
+    A norm adds the bias of the output that is added to x next.
+    """
 
     def __init__(self, vision: Vision, platform: Platform) -> None:
-        self._heads = (3, vision.heads, vision.head_dim)
+        self._ops = platform.ops
+        self._heads = vision.heads
+        self._head_dim = vision.head_dim
         shapes = vision.block_weights()
         qkv = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
         self._qkv = Linear(qkv, shapes, platform)
+        self._biases: dict[str, Tensor] = {}
+        if vision.bias:
+            names = ("attn.o_proj.bias", "mlp.down_proj.bias")
+            self._biases = {name: platform.empty(*shapes.pop(name)) for name in names}
         self._out = Linear(["attn.o_proj"], shapes, platform)
         self._ffn = _Ffn(vision, platform)
         self._norms = {
@@ -86,16 +79,19 @@ class _Block:
             for name in ("norm1", "norm2")
         }
 
-    def __call__(self, x: Tensor, angles: _Angles | None, seen: Segments) -> Tensor:
-        q, k, v = self._qkv(self._norms["norm1"](x)).unflatten(1, self._heads).unbind(1)
-        if angles is not None:
-            q = angles.rotate(q)
-            k = angles.rotate(k)
-        x = self._out.add_to(x, seen.attend(q, k, v).flatten(1))
-        return self._ffn(self._norms["norm2"](x), x)
+    def __call__(self, x: Tensor, rotary: RotaryInputs | None, attend: Attend) -> Tensor:
+        normed = self._norms["norm1"](x, add_after=self._biases.get("attn.o_proj.bias"))
+        qkv = self._qkv(normed).unflatten(1, (-1, self._head_dim))
+        qk, v = qkv.split((2 * self._heads, self._heads), 1)
+        if rotary is not None:
+            qk = self._ops.rotate(qk, rotary)
+        q, k = qk.chunk(2, 1)
+        x = self._out.add_to(x, attend(q, k, v).flatten(1))
+        normed = self._norms["norm2"](x, add_after=self._biases.get("mlp.down_proj.bias"))
+        return self._ffn(normed, x)
 
     def weights(self) -> Views:
-        views = self._qkv.weights() | self._out.weights() | self._ffn.weights()
+        views = self._qkv.weights() | self._out.weights() | self._ffn.weights() | self._biases
         for name, norm in self._norms.items():
             views |= norm.weights(name)
         return views
@@ -140,7 +136,14 @@ class VisionTower:
     def __init__(self, vision: Vision, dtype: torch.dtype, device: torch.device) -> None:
         self.vision = vision
         self._device = device
-        platform = Platform(select_ops(device), dtype, device, ALONE)
+        self._ops = select_ops(device)
+        # Made here: the host waits for the stream when it copies them to a GPU.
+        self._mean = torch.tensor(vision.mean, device=device)
+        self._std = torch.tensor(vision.std, device=device)
+        self._plan_images = self._ops.make_segment_planner(
+            vision.heads, vision.head_dim, dtype, device
+        )
+        platform = Platform(self._ops, dtype, device, ALONE)
         outer = ("patch_embed.weight", "patch_embed.bias", "pos_embed.weight", "class_embed")
         shapes = vision.weights()
         self._outer = {
@@ -154,6 +157,11 @@ class VisionTower:
         self._blocks = [_Block(vision, platform) for _ in range(vision.depth)]
         self._merger = _Merger(vision, platform, joins_first=False)
         self._deep = {block: _Merger(vision, platform, joins_first=True) for block in vision.deep}
+
+    @property
+    def compiled_attention(self) -> AttentionShape | None:
+        """Of attention whose kernel must be compiled; None: there is none."""
+        return self._plan_images.shape
 
     def weights(self) -> dict[str, Tensor]:
         """Canonical weight name -> the tensor, as of Decoder.weights."""
@@ -197,22 +205,20 @@ class VisionTower:
         joined = vision.merge**2
         x = torch.cat([self._embed(image) for image in images])
         lengths = [size * joined + vision.has_class for size in sizes]
-        of_images = Segments(lengths, self._device)
+        of_images = self._plan_images(lengths)
         of_windows = of_images
-        places = torch.cat([self._angles(*grid) for grid in grids])
         order = None
         if vision.window:
             order = self._window_order(grids)
             windows = [size * joined for grid in grids for size in self._window_sizes(*grid)]
-            of_windows = Segments(windows, self._device)
+            of_windows = Segments(windows, self._device).attend
             x = x.unflatten(0, (-1, joined))[order].flatten(0, 1)
-            places = places.unflatten(0, (-1, joined))[order].flatten(0, 1)
-        angles = None if vision.rotary is None else _Angles(places, vision.rotary)
+        rotary = None if vision.rotary is None else self._rotary_inputs(grids, order)
         if vision.first_norm:
             x = self._norms["first_norm"](x)
         deep = []
         for i, block in enumerate(self._blocks):
-            x = block(x, angles, of_images if vision.is_whole(i) else of_windows)
+            x = block(x, rotary, of_images if vision.is_whole(i) else of_windows)
             if i in self._deep:
                 deep.append(self._deep[i](x))
         if vision.last_norm:
@@ -245,8 +251,7 @@ class VisionTower:
         """
         vision = self.vision
         share = (image.double() * (1 / 255)).float()
-        mean = torch.tensor(vision.mean, device=self._device)
-        pixels = (share - mean) / torch.tensor(vision.std, device=self._device)
+        pixels = (share - self._mean) / self._std
         rows = pixels.shape[-3] // vision.patch
         columns = pixels.shape[-2] // vision.patch
         size = (-1, rows, vision.patch, columns, vision.patch, 3)
@@ -277,6 +282,16 @@ class VisionTower:
             align_corners=vision.stretch == "bilinear",
         )
         return torch.cat([own, self._in_blocks(found[0].permute(1, 2, 0)).to(table.dtype)])
+
+    def _rotary_inputs(self, grids: list[tuple[int, int]], order: Tensor | None) -> RotaryInputs:
+        """Of all images' patches, whose embeddings have this order."""
+        vision = self.vision
+        angles = torch.cat([self._angles(*grid) for grid in grids])
+        rows = torch.arange(len(angles), device=self._device)
+        if order is not None:
+            rows = rows.unflatten(0, (-1, vision.merge**2))[order].flatten()
+        pairs = vision.rotary == "alternating"
+        return self._ops.rotary_inputs(angles.cos(), angles.sin(), rows, torch.float32, pairs)
 
     def _angles(self, rows: int, columns: int) -> Tensor:
         """By which queries and keys are rotated, in float32: [patches, head_dim / 2]."""

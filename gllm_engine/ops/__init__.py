@@ -25,7 +25,7 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
-from gllm_engine.ops.segments import Segments
+from gllm_engine.ops.segments import Attend, Segments
 from gllm_engine.ops.weight import (
     MAX_MXFP4_SCALE,
     Fp8Weight,
@@ -46,6 +46,7 @@ from gllm_engine.ops.weight import (
 
 __all__ = [
     "MAX_MXFP4_SCALE",
+    "Attend",
     "AttentionInputs",
     "AttentionLayer",
     "AttentionPlan",

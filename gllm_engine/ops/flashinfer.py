@@ -18,6 +18,9 @@ before the launch, and the plan serves all layers. FlashInfer's FlashAttention-3
 Hopper, its FlashAttention-2 kernels on other GPUs. Chunks over float8 pages use FlashAttention-2,
 because FlashAttention-3 would need float8 queries. It takes twice as long, hence the copy.
 
+Long segments of a vision tower have FlashAttention-3 too, on Hopper. It takes heads of 64, 128 and
+256 channels, so that others are padded with zeros.
+
 Latent attention has two forms. The absorbed one is our kernel over latents; each token is a row of
 it. In the expanded one, latents are read back from the cache and multiplied by W_UK and W_UV, and
 FlashInfer attends to the K and V of all heads. See latent_rows.py for which rows have which form.
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flashinfer
@@ -49,6 +53,7 @@ from gllm_engine.ops.kernels import (
     chunk_backend,
     has_chunk_kernels,
     on_hopper,
+    padded_head,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion, places, split_memory
 from gllm_engine.ops.prefill_rows import ListedPages, PrefillRows, is_copied, prefill_rows
@@ -61,6 +66,7 @@ from gllm_engine.ops.protocol import (
     PagedPlan,
     RotaryInputs,
 )
+from gllm_engine.ops.segments import Attend, SegmentPlanner
 from gllm_engine.ops.triton import (
     RowPlan,
     gated_delta,
@@ -72,6 +78,7 @@ from gllm_engine.ops.triton import (
     mean_squares,
     prepare_inputs,
     rms_norm,
+    rotate,
     rotate_and_store,
     sample_plain,
     store_index_key,
@@ -94,10 +101,12 @@ __all__ = [
     "linear",
     "make_one_shot_allreduce",
     "make_planner",
+    "make_segment_planner",
     "mean_squares",
     "prepare_inputs",
     "rms_norm",
     "rotary_inputs",
+    "rotate",
     "rotate_and_store",
     "route",
     "sample_plain",
@@ -168,8 +177,6 @@ class LatentPlan(PagedPlan):
 
 def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Rows:
     """See Ops.activate."""
-    if act == "gelu_quick":  # of no decoder
-        return reference.activate(x, act, gated)
     if isinstance(then, Fp8Weight):
         return fp8_product.activate(x, act, gated, then)
     return triton.activate(x, act, gated)
@@ -456,15 +463,21 @@ def check_pinned_buffer(wrapper: Any) -> None:
 class FlashInferPlanner:
     """An AttentionPlanner that owns FlashInfer's workspaces and wrappers."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, copies: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        copies: bool = True,
+        partials_bytes: int = PARTIALS_BYTES,
+    ) -> None:
         """`dtype`: of the queries, and of the cache unless the cache is float8. `copies`: whether
-        chunks may attend to a copy of float8 pages.
+        chunks may attend to a copy of float8 pages. FlashAttention-3 has no partial results.
         """
         self._device = device
         self._dtype = dtype
         self._copies = copies
         self._stages = _Stages()
-        self._partials = torch.zeros(PARTIALS_BYTES, dtype=torch.uint8, device=device)
+        self._partials = torch.zeros(partials_bytes, dtype=torch.uint8, device=device)
         self._wrappers: dict[tuple[Any, ...], Any] = {}
         # Of indexers and of latent attention, if a model has them; the layers use them one after
         # the other.
@@ -557,6 +570,16 @@ class FlashInferPlanner:
         wrapper = self._wrapper(kind, options, backend, group, "copied")
         self._stages.plan(wrapper, _starts(rows.query_lens), _starts(rows.ends), **options)
         return CopiedChunks(wrapper, of_keys, self._copied)
+
+    def plan_segments(self, lengths: list[int], shape: AttentionShape) -> Attend:
+        """Of FlashAttention-3 within segments; valid until the next plan for this shape."""
+        options = _options(shape, self._dtype) | {"causal": False}
+        kind = BatchPrefillWithRaggedKVCacheWrapper
+        wrapper = self._wrapper(kind, options, chunk_backend(True, True), group=0)
+        starts = _starts(lengths)
+        self._stages.plan(wrapper, starts, starts, **options)
+        run: Attend = wrapper.run
+        return run
 
     def plan_recurrent(self, batch: Batch) -> RowPlan:
         """See AttentionPlanner.plan_recurrent."""
@@ -683,6 +706,20 @@ class FlashInferPlanner:
 def make_planner(device: torch.device, dtype: torch.dtype) -> FlashInferPlanner:
     """See Ops.make_planner."""
     return FlashInferPlanner(device, dtype)
+
+
+def make_segment_planner(
+    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> SegmentPlanner:
+    """See Ops.make_segment_planner. On Hopper long segments have FlashAttention-3, which is faster
+    than torch's FlashAttention-2 even with padded heads.
+    """
+    width = padded_head(head_dim, dtype)
+    if width is None or not on_hopper(device):
+        return SegmentPlanner(device)
+    planner = FlashInferPlanner(device, dtype, copies=False, partials_bytes=_PLAN_BYTES)
+    shape = AttentionShape(heads, heads, width, None, scale=head_dim**-0.5)
+    return SegmentPlanner(device, shape, partial(planner.plan_segments, shape=shape))
 
 
 def _options(shape: AttentionShape, dtype: torch.dtype) -> dict[str, Any]:

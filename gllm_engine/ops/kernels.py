@@ -66,6 +66,12 @@ def has_chunk_kernels(head_dim: int, dtype: torch.dtype, value_dim: int | None =
     return dtype in HALF and (head_dim, value_dim or head_dim) in _HEAD_DIMS
 
 
+def padded_head(head_dim: int, dtype: torch.dtype) -> int | None:
+    """The least size of heads, from `head_dim` on, for which FlashInfer has kernels, if any."""
+    sizes = (dim for dim, value in _HEAD_DIMS if dim == value >= head_dim)
+    return min(sizes, default=None) if dtype in HALF else None
+
+
 def chunk_backend(is_hopper: bool, is_same_dtype: bool) -> str:
     """FlashInfer's name for its kernels for chunks. Its FlashAttention-3 runs only on Hopper, and
     needs queries of the same dtype as K and V.

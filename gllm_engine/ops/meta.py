@@ -28,6 +28,7 @@ from gllm_engine.ops.kernels import (
     PARTIALS_BYTES,
     SCORE_BYTES,
     has_chunk_kernels,
+    padded_head,
 )
 from gllm_engine.ops.latent_rows import Expansion, expansion
 from gllm_engine.ops.protocol import (
@@ -43,6 +44,7 @@ from gllm_engine.ops.reference import compile_attention as compile_attention
 from gllm_engine.ops.reference import make_one_shot_allreduce as make_one_shot_allreduce
 from gllm_engine.ops.reference import prepare_inputs as prepare_inputs
 from gllm_engine.ops.reference import sample_plain as sample_plain
+from gllm_engine.ops.segments import SegmentPlanner
 from gllm_engine.ops.weight import Int8Weight, PackedWeight, Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
@@ -115,14 +117,30 @@ class MetaPlanner:
 make_planner = MetaPlanner
 
 
+def make_segment_planner(
+    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> SegmentPlanner:
+    """See Ops.make_segment_planner. As on Hopper, where it takes more memory."""
+    width = padded_head(head_dim, dtype)
+    shape = None if width is None else AttentionShape(heads, heads, width, None)
+    return SegmentPlanner(device, shape, lambda _: lambda q, k, v: torch.empty_like(q))
+
+
 def rms_norm(
-    x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    add_to: Tensor | None = None,
+    plus_one: bool = False,
+    add_after: Tensor | None = None,
 ) -> Tensor:
     """See Ops.rms_norm."""
     return torch.empty_like(x) if add_to is None else add_to
 
 
-def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, add_after: Tensor | None = None
+) -> Tensor:
     """See Ops.layer_norm."""
     return torch.empty_like(x)
 
@@ -202,6 +220,11 @@ def rotary_inputs(
 ) -> RotaryInputs:
     """See Ops.rotary_inputs."""
     return RotaryInputs(cos, sin, interleaved, positions)
+
+
+def rotate(x: Tensor, rotary: RotaryInputs) -> Tensor:
+    """See Ops.rotate."""
+    return torch.empty_like(x)
 
 
 def mean_squares(qkv: Tensor, num_heads: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gllm_engine.attention_shape import AttentionShape, LatentShape
 from gllm_engine.ops.batch import Batch, TensorGroup
+from gllm_engine.ops.segments import SegmentPlanner
 from gllm_engine.ops.weight import Rows, Weight
 from gllm_engine.routing import Clamp, Routing
 
@@ -169,17 +170,26 @@ class Ops(Protocol):
         eps: float,
         add_to: Tensor | None = None,
         plus_one: bool = False,
+        add_after: Tensor | None = None,
     ) -> Tensor:
         """x / rms(x) * gain over the last dimension of x [rows, dim], with the mean in float32.
 
         Rows of x may lie apart. With `add_to`, the result is added to `add_to`, which is returned.
         With `plus_one`, the factor is 1 + gain in float32, and the product is rounded once.
+        `add_after`: [dim], is added to x itself afterwards, which saves a pass over x.
         """
         ...
 
-    def layer_norm(self, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def layer_norm(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        add_after: Tensor | None = None,
+    ) -> Tensor:
         """(x - mean) / sqrt(variance + eps) * gain + bias over the last dimension of x [rows, dim],
-        computed in float32 and rounded once.
+        computed in float32 and rounded once. `add_after`: as rms_norm.
         """
         ...
 
@@ -281,8 +291,14 @@ class Ops(Protocol):
     ) -> RotaryInputs:
         """The rotary angles of a step's tokens, for all layers with the same rotary embedding.
 
-        cos, sin: [max_model_len, dim / 2] float32. positions: [tokens] int64. `dtype`: of the
-        heads. `interleaved`: see RotaryInputs.
+        cos, sin: [max_model_len, dim / 2] float32. positions: [tokens] int64. `dtype`: in which
+        `reference` rotates; kernels rotate in float32. `interleaved`: see RotaryInputs.
+        """
+        ...
+
+    def rotate(self, x: Tensor, rotary: RotaryInputs) -> Tensor:
+        """x with its heads rotated, rounded once. x: [tokens, heads, head_dim], of which each token
+        is contiguous; may be overwritten.
         """
         ...
 
@@ -433,6 +449,12 @@ class Ops(Protocol):
 
     def make_planner(self, device: torch.device, dtype: torch.dtype) -> AttentionPlanner:
         """A planner for queries of `dtype`."""
+        ...
+
+    def make_segment_planner(
+        self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> SegmentPlanner:
+        """A planner of attention within segments, without a cache."""
         ...
 
     def compile_attention(self, layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:

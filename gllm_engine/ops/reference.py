@@ -37,6 +37,7 @@ from gllm_engine.ops.protocol import (
     RecurrentState,
     RotaryInputs,
 )
+from gllm_engine.ops.segments import SegmentPlanner
 from gllm_engine.ops.weight import Rows, Weight, dequantized
 from gllm_engine.routing import Clamp, Routing
 
@@ -49,12 +50,19 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def rms_norm(
-    x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    add_to: Tensor | None = None,
+    plus_one: bool = False,
+    add_after: Tensor | None = None,
 ) -> Tensor:
     """See Ops.rms_norm; x of any shape."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     normed = F.rms_norm(wide, x.shape[-1:], None, eps)
     normed = _times_gain(normed, gain, plus_one, x.dtype)
+    if add_after is not None:
+        x += add_after
     return normed if add_to is None else add_to.add_(normed)
 
 
@@ -64,11 +72,16 @@ def _times_gain(normed: Tensor, gain: Tensor, plus_one: bool, dtype: torch.dtype
     return normed.to(dtype).mul_(gain)
 
 
-def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, add_after: Tensor | None = None
+) -> Tensor:
     """See Ops.layer_norm."""
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(wide)
-    return F.layer_norm(x.to(wide), x.shape[-1:], gain.to(wide), bias, eps).to(x.dtype)
+    normed = F.layer_norm(x.to(wide), x.shape[-1:], gain.to(wide), bias, eps).to(x.dtype)
+    if add_after is not None:
+        x += add_after
+    return normed
 
 
 def activate(x: Tensor, act: str, gated: bool, then: Weight | None = None) -> Tensor:
@@ -242,17 +255,19 @@ def _norm_heads(qk: Tensor, num_heads: int, norm: HeadNorm) -> Tensor:
     return _times_gain(normed, norm.gain, norm.plus_one, qk.dtype)
 
 
-def rotate(x: Tensor, rotary: RotaryInputs) -> None:
-    """Rotate the first channels of every head of x [tokens, heads, head_dim], in place.
+def rotate(x: Tensor, rotary: RotaryInputs) -> Tensor:
+    """See Ops.rotate. Of every head the first channels are rotated, in place.
 
     `rotary`: from `expand_rotation`, whose cos and sin are [tokens, 1, dim].
     """
-    x = x[..., : rotary.cos.shape[-1]]
+    turned = x[..., : rotary.cos.shape[-1]]
+    wide = turned.to(rotary.cos.dtype)
     if rotary.interleaved:
-        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        partner = x.roll(x.shape[-1] // 2, -1)
-    x.mul_(rotary.cos).addcmul_(partner, rotary.sin)
+        partner = wide.roll(wide.shape[-1] // 2, -1)
+    turned.copy_(wide.mul_(rotary.cos).addcmul_(partner, rotary.sin))
+    return x
 
 
 def expand_rotation(cos: Tensor, sin: Tensor, interleaved: bool) -> RotaryInputs:
@@ -347,6 +362,14 @@ class ReferencePlanner:
 def make_planner(device: torch.device, dtype: torch.dtype) -> ReferencePlanner:
     """See Ops.make_planner."""
     return ReferencePlanner(device, dtype)
+
+
+def make_segment_planner(
+    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> SegmentPlanner:
+    """See Ops.make_segment_planner."""
+    del heads, head_dim, dtype
+    return SegmentPlanner(device)
 
 
 def compile_attention(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from every_expert import every_expert, usual_heads
 from PIL import Image
+from torch import Tensor
 
 from gllm_engine import LLM, RequestOutput, SamplingParams, write_tiny_model
 from gllm_engine.arch import read_arch
+from gllm_engine.arch.vision import Vision
 from gllm_engine.model import VisionTower
 
 pytestmark = pytest.mark.gpu
@@ -82,6 +84,34 @@ def test_log_probabilities_in_bfloat16(family: str, tmp_path: Path) -> None:
     assert len(offs) >= 10 and max(offs) < 0.25 and sum(offs) / len(offs) < 0.05
 
 
+def pictures_for(vision: Vision) -> list[Tensor]:
+    """The last one is long enough for another kernel of attention."""
+    side = vision.patch * vision.merge
+    sizes = [(side * 2, side * 3), (side * 5, side * 4), (side, side), (side * 24, side * 25)]
+    if vision.has_class:
+        sizes = [(vision.patch * vision.table,) * 2] * 3
+    return [torch.from_numpy(picture(*size)) for size in sizes]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_the_host_does_not_wait_for_the_tower(family: str, tmp_path: Path) -> None:
+    vision = read_arch(tiny(tmp_path, family)).vision
+    assert vision is not None
+    tower = VisionTower(vision, torch.bfloat16, torch.device("cuda"))
+    for weight in tower.weights().values():
+        weight.normal_(0, 0.1)
+    images = [image.cuda() for image in pictures_for(vision)]
+    expected = tower.encode(images)  # which compiles kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = tower.encode(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_embeddings_in_bfloat16(family: str, tmp_path: Path) -> None:
@@ -94,11 +124,7 @@ def test_embeddings_in_bfloat16(family: str, tmp_path: Path) -> None:
     for name, weight in expected.weights().items():
         weight.normal_(0, 0.1, generator=generator)
         found.weights()[name].copy_(weight)
-    side = vision.patch * vision.merge
-    sizes = [(side * 2, side * 3), (side * 5, side * 4), (side, side)]
-    if family.startswith("Llava"):
-        sizes = [(vision.patch * vision.table,) * 2] * 3
-    images = [torch.from_numpy(picture(*size)) for size in sizes]
+    images = pictures_for(vision)
     together = found.encode([image.cuda() for image in images])
     for image, own in zip(images, together, strict=True):
         alone = found.encode([image.cuda()])[0]

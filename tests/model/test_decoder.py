@@ -12,8 +12,9 @@ from tiny_models import CPU, PAGE, all_logits, load, make_batch, poisoned_cache,
 from torch import Tensor
 
 from gllm_engine.arch import FAMILIES, Shard, make_arch
+from gllm_engine.arch.model import AttentionShape
 from gllm_engine.arch.tiny import tiny_config
-from gllm_engine.model import Decoder
+from gllm_engine.model import Decoder, VisionTower
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.ops import reference
 
@@ -131,3 +132,16 @@ def test_a_stage_compiles_kernels_of_others_only_if_their_layers_may_come(
         decoder.compile_kernels(PAGE, torch.float32, layers_move)
     of_stage, of_all = ([kind.shape.window for kind in kinds] for kinds in compiled)
     assert of_stage == [arch.layers[0].mixer.window] and set(of_all) == {None, *of_stage}
+
+
+def test_the_attention_of_a_tower_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(reference, "compile_attention", lambda kinds, _: compiled.extend(kinds))
+    arch = make_arch(tiny_config("Qwen3VLForConditionalGeneration"))
+    decoder = Decoder(arch, dtype=torch.float32, device=CPU, max_model_len=64)
+    decoder.compile_kernels(PAGE, torch.float32)
+    count = len(compiled)
+    wide = AttentionShape(2, 2, 64, None)
+    monkeypatch.setattr(VisionTower, "compiled_attention", wide)
+    decoder.compile_kernels(PAGE, torch.float32)
+    assert [kind.shape for kind in compiled[count:]] == [wide, *(k.shape for k in compiled[:count])]

@@ -37,7 +37,7 @@ class Wrapper:
 
 
 class Ragged(Wrapper):
-    """Computes what FlashInfer's computes: causal attention, the last query at the last key."""
+    """Computes what FlashInfer's does: the last query of causal attention is at the last key."""
 
     def plan(self, q_starts: Tensor, k_starts: Tensor, **shape: Any) -> None:
         self.q_starts, self.k_starts, self.shape = q_starts.tolist(), k_starts.tolist(), shape
@@ -52,7 +52,8 @@ class Ragged(Wrapper):
             queries = q[slice(*rows)].transpose(0, 1)
             keys, values = (x[slice(*seen)].transpose(0, 1) for x in (k, v))
             pairs = queries.shape[1], keys.shape[1]
-            mask = torch.ones(pairs, dtype=torch.bool).tril(pairs[1] - pairs[0])
+            mask = torch.ones(pairs, dtype=torch.bool)
+            mask = mask.tril(pairs[1] - pairs[0]) if self.shape["causal"] else mask
             results.append(
                 torch.nn.functional.scaled_dot_product_attention(
                     queries, keys, values, mask, scale=self.shape["sm_scale"]
@@ -287,3 +288,34 @@ def test_kernels_of_latent_attention_are_compiled_once(
     assert not jobs
     backend.compile_attention(layers, torch.bfloat16)
     assert jobs == [(2, replace(deepseek, heads=8)), (2, glm)]
+
+
+@pytest.mark.parametrize("head_dim", [12, 16])
+def test_long_segments(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    """In pass after pass; of each, layer after layer. Heads of 12 channels are padded."""
+    monkeypatch.setattr(backend, "padded_head", lambda *_: 16)
+    monkeypatch.setattr(backend, "_Stages", Unstaged)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    plan = backend.make_segment_planner(3, head_dim, torch.float32, torch.device("cpu"))
+    assert plan.shape == AttentionShape(3, 3, 16, None, scale=head_dim**-0.5)
+    ran: list[int] = []
+    run = Ragged.run
+    monkeypatch.setattr(Ragged, "run", lambda self, *a: ran.append(len(a[0])) or run(self, *a))
+    torch.manual_seed(0)
+    for lengths in ([700], [20, 513, 30], [30, 20]):
+        attend = plan(lengths)
+        for _ in range(2):
+            q, k, v = torch.randn(3, sum(lengths), 3, head_dim)
+            expected = ops.Segments(lengths, torch.device("cpu")).attend(q, k, v)
+            torch.testing.assert_close(attend(q, k, v), expected, rtol=1e-5, atol=1e-5)
+    assert ran == [700, 700, 563, 563]
+
+
+def test_other_gpus_and_dtypes_have_no_kernel_for_long_segments(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu")
+    assert backend.make_segment_planner(3, 72, torch.float32, device).shape is None
+    assert backend.make_segment_planner(3, 300, torch.bfloat16, device).shape is None
+    monkeypatch.setattr(backend, "on_hopper", lambda _: False)
+    assert backend.make_segment_planner(3, 72, torch.bfloat16, device).shape is None

@@ -20,6 +20,7 @@ from gllm_engine.ops import (
     Int8Weight,
     PlainSampling,
     RoundedRows,
+    Segments,
     prefill_rows,
     reference,
     select_ops,
@@ -57,6 +58,12 @@ def test_norms_and_activation(rows: int, dim: int, dtype: torch.dtype) -> None:
     near(total, residual.cpu() + expected, limit)
     expected = reference.activate(wide.cpu(), "silu", gated=True)
     near(ops.activate(wide, "silu", gated=True), expected, limit)
+    for name, args in (("rms_norm", ()), ("layer_norm", (None,))):
+        norm = getattr(ops, name)
+        total = x.clone()
+        found = norm(total, weight, *args, 1e-5, add_after=weight)
+        near(found, norm(x, weight, *args, 1e-5), limit)
+        assert torch.equal(total, x + weight)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -495,6 +502,41 @@ def check_replays(run: Callable[[], list[Tensor]], first: list[Tensor]) -> None:
             t.fill_(torch.nan)
         graph.replay()
         assert all(map(torch.equal, recorded, first))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim"),
+    [(1, 2, 72), (577, 32, 80), (10600, 32, 72), (300, 26, 64), (9, 3, 128)],
+)
+def test_rotation_alone(
+    tokens: int, heads: int, dim: int, interleaved: bool, dtype: torch.dtype
+) -> None:
+    ops = select_ops(CUDA)
+    x = randn(tokens, heads + heads // 2, dim, dtype=dtype)[:, :heads]
+    angles = torch.rand(500, dim // 2, device=CUDA) * 6
+    positions = torch.randint(0, 500, (tokens,), device=CUDA)
+    args = (angles.cos(), angles.sin(), positions, torch.float32, interleaved)
+    exact = reference.rotate(x.double(), reference.rotary_inputs(*args))
+    near(ops.rotate(x, ops.rotary_inputs(*args)), exact, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[1], [64] * 30, [1300], [5, 700, 64, 513], [9000]])
+@pytest.mark.parametrize("dim", [64, 72, 80, 128])
+def test_attention_within_segments(dim: int, lengths: list[int], dtype: torch.dtype) -> None:
+    """Of a tower's heads: q and k lie together, and v in the product that they came from. A plan
+    after another one, and two layers of each.
+    """
+    plan = select_ops(CUDA).make_segment_planner(4, dim, dtype, CUDA)
+    for some in (lengths, lengths[::-1]):
+        attend = plan(some)
+        for _ in range(2):
+            qk, v = randn(sum(some), 8, dim, dtype=dtype), randn(sum(some), 12, dim, dtype=dtype)
+            parts = (*qk.chunk(2, 1), v[:, 8:])
+            exact = Segments(some, CUDA).attend(*(x.float() for x in parts))
+            near(attend(*parts), exact, TOLERANCE[dtype])
 
 
 def near(out: Tensor, expected: Tensor, limit: float) -> None:

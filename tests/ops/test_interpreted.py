@@ -89,9 +89,21 @@ def test_norms_of_other_kinds(dim: int) -> None:
     assert triton.layer_norm(x[:0], gain, bias, 1e-5).shape == (0, dim)
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_norm_that_adds_to_its_input(kind: str) -> None:
+    """Afterwards: what it normalises is without it."""
+    x, gain, later = torch.randn(5, 96), torch.rand(96), torch.randn(96)
+    args: tuple[Tensor | float, ...] = (gain, 1e-5) if kind == "rms" else (gain, gain, 1e-5)
+    expected = getattr(reference, f"{kind}_norm")(x, *args)
+    for ops in (reference, triton):
+        total = x.clone()
+        near(getattr(ops, f"{kind}_norm")(total, *args, add_after=later), expected, 1e-6)
+        assert torch.equal(total, x + later)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "gelu_quick"])
 def test_activations(act: str, gated: bool) -> None:
     x = 3 * torch.randn(3, 40)
     x[0, :4] = torch.tensor([-60.0, 60.0, -300.0, 300.0])
@@ -315,6 +327,29 @@ def test_rotation_and_store(norm: str, rotation: str | None) -> None:
     torch.testing.assert_close(there, cache, rtol=1e-4, atol=1e-5, equal_nan=True)
     page, offset = batch.cache_index // 16, batch.cache_index % 16
     near(kept.unflatten(1, (2, kv_heads)), cache[page, :, offset], 1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(6, 72), (2, 80), (20, 64), (32, 128), (17, 8)])
+def test_rotation_alone(heads: int, dim: int, interleaved: bool) -> None:
+    """Of the first heads of wider rows, as queries and keys are of a product."""
+    rows = torch.randn(5, heads + 3, dim)
+    x = rows[:, :heads]
+    there = rows.clone()
+    angles = torch.rand(9, dim // 2) * 6
+    tables = angles.cos(), angles.sin()
+    positions = torch.tensor([8, 0, 3, 3, 7])
+    rotary = reference.rotary_inputs(*tables, positions, torch.float32, interleaved)
+    exact = reference.rotate(x.double(), rotary)
+    kernel_inputs = RotaryInputs(*tables, interleaved, positions)
+    near(triton.rotate(x, kernel_inputs), exact, 1e-6)
+    assert torch.equal(rows, there)
+    # Rounded once, from float32.
+    half = x.half()
+    found = triton.rotate(half, kernel_inputs)
+    assert found.dtype == torch.float16
+    near(found, reference.rotate(half.double(), rotary), 5e-4)
+    near(reference.rotate(half.clone(), rotary), reference.rotate(half.double(), rotary), 5e-4)
 
 
 def some_logits(tokens: int, num_experts: int, likely: float) -> Tensor:

@@ -32,7 +32,7 @@ from gllm_engine.ops.triton.one_shot_allreduce import make_one_shot_allreduce
 from gllm_engine.ops.triton.packed import dequantize_packed, is_packed_product, packed_linear
 from gllm_engine.ops.triton.prepare_inputs import prepare_inputs
 from gllm_engine.ops.triton.ptxas import choose_ptxas
-from gllm_engine.ops.triton.qkv_rope_store import rotate_and_store
+from gllm_engine.ops.triton.qkv_rope_store import rotate, rotate_and_store
 from gllm_engine.ops.triton.sampling import sample_plain
 from gllm_engine.ops.triton.skinny import has_tiles, is_skinny, skinny
 
@@ -68,6 +68,7 @@ __all__ = [
     "quantize",
     "rescale",
     "rms_norm",
+    "rotate",
     "rotate_and_store",
     "rounding_group",
     "route",

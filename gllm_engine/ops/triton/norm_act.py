@@ -20,8 +20,15 @@ _COLUMNS = 1024
 
 
 @triton.jit
+def _add_after(x, wide, add_after, at, inside):
+    """Add a row to the row at x, whose numbers are `wide`; None adds nothing."""
+    if add_after is not None:
+        store_rounded(x + at, wide + load_wide(add_after + at, inside), inside)
+
+
+@triton.jit
 def _rms_norm(
-    x, gain, out, dim, x_row, eps,
+    x, gain, out, add_after, dim, x_row, eps,
     ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = program(0)
@@ -30,7 +37,8 @@ def _rms_norm(
     inside = at < dim
     g = load_wide(gain + at, inside)
     begin()
-    wide = load_wide(x + number * x_row + at, inside)
+    x += number * x_row
+    wide = load_wide(x + at, inside)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     kind: tl.constexpr = out.dtype.element_ty
     if PLUS_ONE:
@@ -40,10 +48,16 @@ def _rms_norm(
     if ADD:
         result = (result.to(tl.float32) + load_wide(out + row + at, inside)).to(kind)
     tl.store(out + row + at, result, mask=inside)
+    _add_after(x, wide, add_after, at, inside)
 
 
 def rms_norm(
-    x: Tensor, gain: Tensor, eps: float, add_to: Tensor | None = None, plus_one: bool = False
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    add_to: Tensor | None = None,
+    plus_one: bool = False,
+    add_after: Tensor | None = None,
 ) -> Tensor:
     """As Ops.rms_norm."""
     rows, dim = x.shape
@@ -51,8 +65,9 @@ def rms_norm(
     if rows:  # no rows: no row of the step needs logits
         block = next_power_of_2(dim)
         _rms_norm[(rows,)](
-            x, gain, out, dim, x.stride(0), eps, ADD=add_to is not None, PLUS_ONE=plus_one,
-            BLOCK=block, num_warps=_warps(block), **overlapping(),
+            x, gain, out, add_after, dim, x.stride(0), eps,
+            ADD=add_to is not None, PLUS_ONE=plus_one, BLOCK=block,
+            num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
 
@@ -63,7 +78,7 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _layer_norm(
-    x, gain, bias, out, dim, eps,
+    x, gain, bias, out, add_after, dim, eps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = program(0) * dim
@@ -73,22 +88,26 @@ def _layer_norm(
     if bias is not None:
         b = load_wide(bias + at, inside)
     begin()
-    wide = load_wide(x + row + at, inside)
+    x += row
+    wide = load_wide(x + at, inside)
     centred = tl.where(inside, wide - tl.sum(wide, 0) / dim, 0.0)
     result = centred * tl.rsqrt(tl.sum(centred * centred, 0) / dim + eps) * g
     if bias is not None:
         result += b
     store_rounded(out + row + at, result, inside)
+    _add_after(x, wide, add_after, at, inside)
 
 
-def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, add_after: Tensor | None = None
+) -> Tensor:
     """As Ops.layer_norm."""
     rows, dim = x.shape
     out = torch.empty_like(x)
     if rows:
         block = next_power_of_2(dim)
         _layer_norm[(rows,)](
-            x, gain, bias, out, dim, eps,
+            x, gain, bias, out, add_after, dim, eps,
             BLOCK=block, num_warps=_warps(block), **overlapping(),
         )  # fmt: skip
     return out
@@ -131,6 +150,8 @@ def activated(gate, ACT: tl.constexpr):
     """act(gate) in float32; see Ops.activate."""
     if ACT == "silu":
         result = gate / (1.0 + tl.exp(-gate))
+    elif ACT == "gelu_quick":
+        result = gate / (1.0 + tl.exp(-1.702 * gate))
     elif ACT == "gelu":
         result = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     else:  # 0.5 * (1 + tanh(u)) is the logistic function of 2u

@@ -89,15 +89,16 @@ def _rotate_and_store(
     result = tl.where(head < HEADS + KV, x.to(raw.dtype), raw)
 
     tl.store(q + (token * HEADS + head) * DIM + at, result, mask=inside & (head < HEADS))
-    place = tl.load(cache_index + token)
-    is_v = head >= HEADS + KV
-    line = (place // PAGE * 2 + tl.where(is_v, 1, 0)) * PAGE + place % PAGE
-    kv_head = head - HEADS - tl.where(is_v, KV, 0)
-    is_kv = inside & (head >= HEADS)
-    if kv is not None:
-        tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
-    result = stored(result, cache.dtype.element_ty)
-    tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
+    if KV:
+        place = tl.load(cache_index + token)
+        is_v = head >= HEADS + KV
+        line = (place // PAGE * 2 + tl.where(is_v, 1, 0)) * PAGE + place % PAGE
+        kv_head = head - HEADS - tl.where(is_v, KV, 0)
+        is_kv = inside & (head >= HEADS)
+        if kv is not None:
+            tl.store(kv + (token * 2 * KV + head - HEADS) * DIM + at, result, mask=is_kv)
+        result = stored(result, cache.dtype.element_ty)
+        tl.store(cache + (line * KV + kv_head) * DIM + at, result, mask=is_kv)
 
 
 def rotate_and_store(
@@ -114,17 +115,38 @@ def rotate_and_store(
     """
     assert isinstance(plan, PagedPlan)
     tokens, total, dim = qkv.shape
-    q = qkv.new_empty(tokens, num_heads, dim)
     kv = qkv.new_empty(tokens, total - num_heads, dim) if plan.keeps_kv else None
+    q = _launch(qkv, num_heads, norm, rotary, cache, plan.cache_index, kv, query_scale)
+    return AttentionInputs(q, kv)
+
+
+def rotate(x: Tensor, rotary: RotaryInputs) -> Tensor:
+    """See Ops.rotate. Does not change x."""
+    return _launch(x, x.shape[1], None, rotary)
+
+
+def _launch(
+    qkv: Tensor,
+    num_heads: int,
+    norm: HeadNorm | None,
+    rotary: RotaryInputs | None,
+    cache: Tensor | None = None,
+    cache_index: Tensor | None = None,
+    kv: Tensor | None = None,
+    query_scale: Tensor | None = None,
+) -> Tensor:
+    """q. `cache` and `cache_index`: None if qkv has no k and v."""
+    tokens, total, dim = qkv.shape
+    q = qkv.new_empty(tokens, num_heads, dim)
     cos, sin, interleaved, positions = rotary or (None, None, False, None)
     gain, eps, plus_one, after, means = norm or (None, 0.0, False, False, None)
     _rotate_and_store[(tokens, cdiv(total, _HEADS))](
-        qkv, gain, means, cos, sin, positions, query_scale, plan.cache_index, q, kv, cache, eps,
+        qkv, gain, means, cos, sin, positions, query_scale, cache_index, q, kv, cache, eps,
         qkv.stride(0),
         HEADS=num_heads, KV=(total - num_heads) // 2, DIM=dim,
-        TURN=0 if cos is None else 2 * cos.shape[1], PAGE=cache.shape[2],
+        TURN=0 if cos is None else 2 * cos.shape[1], PAGE=0 if cache is None else cache.shape[2],
         AFTER=after, PLUS_ONE=plus_one, INTERLEAVED=interleaved,
         BLOCK_HEADS=min(_HEADS, next_power_of_2(total)),
         BLOCK_DIM=next_power_of_2(dim), num_warps=_WARPS, **overlapping(),
     )  # fmt: skip
-    return AttentionInputs(q, kv)
+    return q
