@@ -15,7 +15,7 @@ fixed order. All tensors are contiguous. Knows shapes and arithmetic.
 from __future__ import annotations
 
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -446,6 +446,11 @@ def _multiply_numbers(
     """The float32 products [rows, columns] of `lines` of x with rows `line` of a matrix, and if
     GATED with rows `up_line`. The matrix is the first operand, if few rows would fill only a part
     of it.
+
+    ROUNDED: x is float8, as the matrix, with x_scales [groups of columns, padded]; else a float8
+    matrix has exact numbers in the dtype of x. All DEPTH columns of a turn have one scale, and if
+    UNIFORM all lines of a tile, as far as they are gate's, or up's: then no thread holds the scales
+    of its columns.
     """
     ROWS: tl.constexpr = lines.shape[0]
     COLUMNS: tl.constexpr = line.shape[0]
@@ -474,7 +479,11 @@ def _multiply_numbers(
 
 @triton.jit
 def _rows(groups, order, expert, block, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """The rows of a block, the end of the expert's rows, the rows without those past it, pairs."""
+    """The rows of a block, the end of the expert's rows, the rows without those past it, pairs.
+
+    Rows past the end are not stored. With few tokens most rows are such, and to read memory of
+    their own would take much of the L2 cache's bandwidth.
+    """
     start, end = tl.load(groups + expert), tl.load(groups + EXPERTS + expert)
     block -= tl.load(groups + 2 * EXPERTS + expert) - tl.cdiv(end - start, ROWS)
     row = start + block * ROWS + tl.arange(0, ROWS)
@@ -503,6 +512,26 @@ def _finish(
     return sums, ups
 
 
+@triton.jit
+def _store(
+    sums, ups, out, out_scales, place, present, column, width,
+    PAIRED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Store columns of rows to `place` [ROWS], of those that are present. WHOLE: if `out` is
+    float8, the dtype to which a row is rounded before, and the row has a scale; else None.
+    """
+    COLUMNS: tl.constexpr = column.shape[0]
+    if WHOLE is not None:
+        sums, scale = scale_to_float8(sums.to(WHOLE).to(tl.float32))
+        tl.store(out_scales + place, scale, mask=present)
+    to = out + place.to(tl.int64)[:, None] * width + column[None, :]
+    inside = present[:, None] & (column < width)
+    tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
+    if PAIRED:
+        inside = present[:, None] & (column + COLUMNS < width)
+        tl.store(to + COLUMNS, ups.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["padded", "padded_out"])
 def _grouped(
     x, x_scales, padded, bias, weights, order, groups, out, out_scales, padded_out, width, depth,
@@ -518,23 +547,14 @@ def _grouped(
     sorted order and writes in pair order. Programs of one block of rows are consecutive: x stays
     in the L2 cache, and so does the expert's matrix until the expert's next block.
 
-    ROUNDED: x is float8, as the matrix, with x_scales [groups of columns, padded]; else a float8
-    matrix has exact numbers in the dtype of x. All DEPTH columns of a turn have one scale, and if
-    UNIFORM all lines of a tile, as far as they are gate's, or up's: then no thread holds the scales
-    of its columns. GROUP: above 0 for 4-bit numbers. `expert_numbers`, `expert_scales`: elements
-    of an expert.
-
-    Rows past the end are not stored. With few tokens most rows are such, and to read memory of
-    their own would take much of the L2 cache's bandwidth.
+    ROUNDED, UNIFORM: see _multiply_numbers. GROUP: above 0 for 4-bit numbers. `expert_numbers`,
+    `expert_scales`: elements of an expert.
 
     ON_INPUT: x is multiplied by the weight of the pair; the product, being linear, is multiplied
     instead. LIMIT: of a Clamp; None: silu.
 
     PAIRED: of a matrix that is not GATED, a program multiplies two tiles, one after the other, as
-    it does gate's and up's.
-
-    WHOLE: if `out` is float8, with out_scales [tiles of columns, padded_out]: the dtype to which
-    the result is rounded before; else None.
+    it does gate's and up's. WHOLE: see _store; out_scales: [tiles of columns, padded_out].
     """
     begin_alone()
     OWN: tl.constexpr = 2 * COLUMNS if PAIRED else COLUMNS
@@ -570,15 +590,9 @@ def _grouped(
         sums, ups, weights, bias, pair, expert * rows, line, up_line,
         GATED, BIASED, ON_INPUT, LIMIT, SLOPE,
     )  # fmt: skip
-    to = out + (row if GATED else pair).to(tl.int64)[:, None] * width + column[None, :]
-    inside = (row < end)[:, None]
-    if WHOLE is not None:
-        sums, scale = scale_to_float8(sums.to(WHOLE).to(tl.float32))
-        tl.store(out_scales + tl.program_id(0) % turns * padded_out + row, scale, mask=row < end)
-    tl.store(to, sums.to(out.dtype.element_ty), mask=inside & (column < width))
-    if PAIRED:
-        inside &= column + COLUMNS < width
-        tl.store(to + COLUMNS, ups.to(out.dtype.element_ty), mask=inside)
+    out_scales += tl.program_id(0) % turns * padded_out
+    place = row if GATED else pair
+    _store(sums, ups, out, out_scales, place, row < end, column, width, PAIRED, WHOLE)
 
 
 def grouped_product(
@@ -606,36 +620,52 @@ def grouped_product(
     """
     (pairs,), (held, width, depth) = order.shape, matrix.shape
     width = width // 2 if gated else width
-    numbers, x_scales = (x, x) if isinstance(x, Tensor) else (x.numbers, x.scales)
+    numbers, x_scales = _parts(x)
     paired = not gated and tiles.paired
     halves = paired or gated and not isinstance(matrix, PackedWeight)
     columns = _fit(tiles.columns // 2 if halves else tiles.columns, width)
     options = stack_options(matrix)
     turn = _turn_columns(matrix, tiles.depth)
-    rows = options["ROWS_PER_SCALE"]
-    uniform = rows > 0 and not options["INDEXED"] and rows % columns == 0
-    uniform = uniform and (not gated or width % columns == 0)
-    some = min(held, pairs)
-    most_blocks = some + (pairs - some) // tiles.rows
-    out: Rows
-    if then is not None and _is_rounded(x, then) and columns == rounding_group(then):
-        out = new_rounded(x, (pairs, width), columns)
-        out.numbers[pairs:] = 0
-        found, scales, padded = out.numbers, out.scales, len(out.numbers)
-    else:
-        out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
-        found, scales, padded = out, out, 0
+    most_blocks = _most_blocks(pairs, held, tiles.rows)
+    out = _new_result(x, (pairs, width), columns, then)
+    result, result_scales = _parts(out)
     _grouped[(most_blocks * cdiv(width, 2 * columns if paired else columns),)](
-        numbers, x_scales, len(numbers), bias, on_input, order, groups, found, scales, padded,
-        width, depth, **options, ROUNDED=isinstance(x, RoundedRows), UNIFORM=uniform,
-        TOP_K=top_k, GATED=gated, PAIRED=paired, BIASED=bias is not None,
+        numbers, x_scales, len(numbers), bias, on_input, order, groups, result, result_scales,
+        len(result), width, depth, **options, ROUNDED=isinstance(x, RoundedRows),
+        UNIFORM=_is_uniform(options, columns, width if gated else 0), TOP_K=top_k, GATED=gated,
+        PAIRED=paired, BIASED=bias is not None,
         ON_INPUT=on_input is not None, LIMIT=clamp.limit if clamp else None,
         SLOPE=clamp.slope if clamp else None, EXPERTS=groups.shape[1], ROWS=tiles.rows,
         COLUMNS=columns, DEPTH=turn, EVEN=depth % turn == 0,
-        WHOLE=_WHOLE[x.dtype] if padded else None,
+        WHOLE=None if out is result else _WHOLE[x.dtype],
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(),
     )  # fmt: skip
     return out
+
+
+def _most_blocks(pairs: int, held: int, rows: int) -> int:
+    some = min(held, pairs)
+    return some + (pairs - some) // rows
+
+
+def _is_uniform(options: dict[str, Any], columns: int, up: int) -> bool:
+    """Whether the columns of a tile have one scale. `up`: where up begins, 0 if there is none."""
+    rows = options["ROWS_PER_SCALE"]
+    return rows > 0 and not options["INDEXED"] and rows % columns == 0 and up % columns == 0
+
+
+def _parts(x: Rows) -> tuple[Tensor, Tensor]:
+    """The numbers of rows, and their scales, or anything in place of these if there are none."""
+    return (x, x) if isinstance(x, Tensor) else (x.numbers, x.scales)
+
+
+def _new_result(x: Rows, size: tuple[int, int], columns: int, then: Weight | None) -> Rows:
+    """Memory for a product of x in which a program has so many columns; see grouped_product."""
+    if isinstance(then, Fp8Weight) and _is_rounded(x, then) and rounding_group(then) == columns:
+        rounded = new_rounded(x, size, columns)
+        rounded.numbers[len(rounded) :] = 0
+        return rounded
+    return torch.empty(size, dtype=x.dtype, device=x.device)
 
 
 def _turn_columns(matrix: Weight, depth: int) -> int:
