@@ -34,7 +34,7 @@ from gllm_engine import Image, InvalidField, Outputs, Video, __version__, shorte
 SWEEP_S = 0.05  # between two checks for cancelled and overdue requests
 SWEEP_SHARE = 4  # the pause after a sweep is at least this many times as long as the sweep
 IMAGE_REQUESTS = 8  # whose images are loaded at a time
-WAITING_REQUESTS = 32  # the same of those with images from other servers, or videos
+WAITING_REQUESTS = 32  # the same of those with images from other servers, and of those with videos
 MAX_TOKEN_IDS = 1 << 20  # of input_ids that are only counted or turned into text
 CLOSE_S = 10.0  # the longest wait for a thread to end
 SWITCH_S = 1e-4  # Python's thread switch interval: a busy thread must not delay the senders
@@ -94,10 +94,14 @@ class TritonPythonModel:
             Path(self.config.model), self.tokenizer, self.images.modalities
         )
         self._chats = ThreadPoolExecutor(1, thread_name_prefix="chats")
-        # Requests with images wait in a thread each, those for other servers apart from the rest.
+        # Requests with images wait in a thread each, apart by what they wait for: see `awaited`.
         self._with_images = {
-            waits: ThreadPoolExecutor(number, thread_name_prefix="images")
-            for waits, number in {False: IMAGE_REQUESTS, True: WAITING_REQUESTS}.items()
+            awaited: ThreadPoolExecutor(number, thread_name_prefix="images")
+            for awaited, number in (
+                (None, IMAGE_REQUESTS),
+                ("server", WAITING_REQUESTS),
+                ("video", WAITING_REQUESTS),
+            )
         }
         self._lock = threading.Lock()  # guards the three below
         # As given and prepared, of requests with images that are not submitted yet.
@@ -185,7 +189,7 @@ class TritonPythonModel:
 
     def _queue_images(self, stream: Stream, parsed: ParsedRequest) -> None:
         self.images.check(parsed.images)
-        pool = self._with_images[self.images.waits(parsed.images)]
+        pool = self._with_images[self.images.awaited(parsed.images)]
         # Messages may name anything as an image; loading it says so.
         inner = (image.source if isinstance(image, Video) else image for image in parsed.images)
         size = sum(len(image) for image in inner if isinstance(image, bytes | str))

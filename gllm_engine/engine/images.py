@@ -1,8 +1,8 @@
 """The images and videos of a model's prompts, for front ends: from sources to places.
 
 Reads and prepares them on threads of its own. Fetching waits for others' servers and preparing
-computes, so each has its threads, and so has the decoding of videos, which takes longer: an image
-that is given whole waits for no server and no video.
+computes, so each has its threads. Videos take longer than images, so they have others: an image
+waits for no video, and one that is given whole waits for no server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gllm_engine.text.image_parts import MediaKind, Video, not_taken, with_place
 from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.types import Image
 
-FETCH_THREADS = 32
+FETCH_THREADS: dict[MediaKind, int] = {"image": 32, "video": 16}
 PREPARE_THREADS = min(8, os.cpu_count() or 1)
 # No image or video file begins so.
 _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]{16}|[A-Za-z0-9+/\s]*=*\s*$")
@@ -144,7 +144,10 @@ class ImageLoader:
         for kind, placeholder in self._placeholders.items():
             self._tokens[kind] = tokenizer.token_text(placeholder)
             self.texts[kind] = tokenizer.media_text(kind, placeholder)
-        self._fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")
+        self._fetching = {
+            kind: ThreadPoolExecutor(number, f"fetch-{kind}")
+            for kind, number in FETCH_THREADS.items()
+        }
         self._preparing = {
             kind: ThreadPoolExecutor(PREPARE_THREADS, f"prepare-{kind}") for kind in self._sources
         }
@@ -161,9 +164,11 @@ class ImageLoader:
             text = with_places(text, self._tokens[kind], self.texts[kind], kinds.count(kind))
         return text
 
-    def waits(self, sources: Sequence[Source]) -> bool:
-        """Whether loading them waits for another server or a video's decoder."""
-        return any(_is_remote(source) or isinstance(source, Video) for source in sources)
+    def awaited(self, sources: Sequence[Source]) -> str | None:
+        """The slowest of what loading them waits for: "video", another "server", or None."""
+        if any(isinstance(source, Video) for source in sources):
+            return "video"
+        return "server" if any(map(_is_remote, sources)) else None
 
     def load(
         self,
@@ -212,7 +217,7 @@ class ImageLoader:
             return self._preparing[_kind(source)].submit(prepare, source, content).result()
 
         futures = {
-            source: self._fetching.submit(fetch, source)
+            source: self._fetching[_kind(source)].submit(fetch, source)
             if _is_remote(source)
             else self._preparing[_kind(source)].submit(prepare, source)
             for source in numbers
@@ -255,5 +260,5 @@ class ImageLoader:
 
     def close(self) -> None:
         """End the threads, those that fetch once their server has answered or its time is over."""
-        for pool in (self._fetching, *self._preparing.values()):
+        for pool in (*self._fetching.values(), *self._preparing.values()):
             pool.shutdown(wait=False, cancel_futures=True)

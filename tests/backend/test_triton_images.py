@@ -352,6 +352,40 @@ def test_videos_delay_no_image_and_end_with_their_requests(
     assert ended.acquire(timeout=10)
 
 
+@pytest.mark.parametrize("slow_part", ["fetching", "decoding"])
+def test_videos_delay_no_fetched_image(
+    front: Front, monkeypatch: pytest.MonkeyPatch, slow_part: str
+) -> None:
+    """However many there are, and whatever it is that they wait for."""
+    model, client = front
+    begun = threading.Semaphore(0)
+    is_done = threading.Event()
+
+    def wait(*_: Any) -> Any:
+        begun.release()
+        is_done.wait(30)
+        raise InvalidField("video", "it was slow")
+
+    def read(sources: ImageSources, *_: Any) -> bytes:
+        return RED if sources._kind == "image" else FILM if slow_part == "decoding" else wait()
+
+    monkeypatch.setattr(ImageSources, "read", read)
+    monkeypatch.setattr(VideoProcessor, "prepare", wait)
+    films = [
+        request("a", video=text(*[f"{SLOW}?{number}{part}" for part in "abcd"]))
+        for number in range(backend.WAITING_REQUESTS + 2)
+    ]
+    model.execute(films)
+    assert begun.acquire(timeout=10)
+    try:
+        (sequence,) = submitted(front, request("a", image=text(SLOW)))
+        assert len(sequence.images) == 1
+    finally:
+        is_done.set()
+    for given in films:
+        assert given.record.wait().error is not None
+
+
 def test_equal_urls_are_fetched_once(front: Front, slow: Slow) -> None:
     slow.answer.set()
     (sequence,) = submitted(front, request("a", image=text(SLOW, SLOW)))
