@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_engine.config import EngineConfig
+from gllm_engine.engine.image_memory import ImageMemory, ImageShare
 from gllm_engine.images import Prepared, PreparedVideo, can_decode, place, read_processor
 from gllm_engine.images.fetch import ImageSources
 from gllm_engine.sampling import InvalidField, shown
@@ -91,10 +92,13 @@ def _is_remote(source: Any) -> bool:
     return isinstance(given, str) and given[:4].lower() == "http"
 
 
-def _from_base64(source: bytes | str, kind: MediaKind, number: int) -> bytes:
+def _from_base64(
+    source: bytes | str, kind: MediaKind, number: int, reserve: Callable[[int], None]
+) -> bytes:
     """The file whose base64 a source is; a file, which begins otherwise, as it is."""
     if isinstance(source, bytes) and not _BASE64.match(source):
         return source
+    reserve(len(source))
     try:
         text = source.encode() if isinstance(source, str) else source
         return b64decode(b"".join(text.split()), validate=True)
@@ -175,16 +179,16 @@ class ImageLoader:
         sources: Sequence[Source],
         max_tokens: int,
         is_over: Callable[[], bool] = lambda: False,
-        count_bytes: Callable[[int], None] = lambda size: None,
+        share: ImageShare | None = None,
     ) -> list[Prepared]:
         """The images and videos of one prompt, equal sources only once. Blocks the caller's thread.
 
-        `is_over`: whether nobody waits for them any more; then fetching stops. `count_bytes`: gets
-        the number of bytes of each image's pixels, and may raise to refuse them. Raises
-        InvalidField that names the first image with a problem, and for images of more than
-        `max_tokens`.
+        `is_over`: whether nobody waits for them any more; then fetching stops. `share`: counts
+        their memory; it keeps the pixels. Raises InvalidField that names the first image with a
+        problem, and for images of more than `max_tokens`; EngineUnavailable if `share` has no room.
         """
         numbers = _different(sources)
+        share = share or ImageMemory().share()
         sizes: list[int] = []  # tokens of the images that are prepared, which bound their pixels
 
         def check() -> None:
@@ -198,23 +202,28 @@ class ImageLoader:
             check()
             assert self._processor is not None
             number = numbers[source]
-            content = self._read(source, number) if content is None else content
             prepared: Prepared
-            if isinstance(source, Video):
-                assert self._processor.videos is not None
-                prepared = self._processor.videos.prepare(content, number, max_tokens, is_over)
-            else:
-                prepared = self._processor.prepare(content, number)
+            with share.reserving() as reserve:
+                content = (
+                    self._read(source, number, is_over, reserve) if content is None else content
+                )
+                if isinstance(source, Video):
+                    videos = self._processor.videos
+                    assert videos is not None
+                    prepared = videos.prepare(content, number, max_tokens, is_over, reserve)
+                else:
+                    prepared = self._processor.prepare(content, number, reserve)
             images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
             sizes.append(sum(image.rows * image.columns for image in images))
-            count_bytes(sum(len(image.pixels) for image in images))
+            share.keep(sum(len(image.pixels) for image in images))
             check()
             return prepared
 
         def fetch(source: Source) -> Prepared:
             # The thread waits, so that there are never more files than threads.
-            content = self._read(source, numbers[source], is_over)
-            return self._preparing[_kind(source)].submit(prepare, source, content).result()
+            with share.reserving() as reserve:
+                content = self._read(source, numbers[source], is_over, reserve)
+                return self._preparing[_kind(source)].submit(prepare, source, content).result()
 
         futures = {
             source: self._fetching[_kind(source)].submit(fetch, source)
@@ -230,13 +239,17 @@ class ImageLoader:
         return [prepared[source] for source in sources]
 
     def _read(
-        self, source: Source, number: int, is_over: Callable[[], bool] = lambda: False
+        self,
+        source: Source,
+        number: int,
+        is_over: Callable[[], bool],
+        reserve: Callable[[int], None],
     ) -> bytes:
         given = _inner(source)
         kind = _kind(source)
         if is_url(given):
-            return self._sources[kind].read(given, number, is_over)
-        return _from_base64(given, kind, number)
+            return self._sources[kind].read(given, number, is_over, reserve)
+        return _from_base64(given, kind, number, reserve)
 
     def place(
         self, ids: list[int], media: Sequence[Prepared]

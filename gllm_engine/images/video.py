@@ -9,11 +9,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
+from select import select
+from socket import socket, socketpair
 from time import monotonic
 from typing import BinaryIO
 
@@ -47,7 +50,11 @@ class Task(Struct, frozen=True):
 
 
 class Decoded(Struct, frozen=True):
-    """Decoder -> parent: what the pixels after it are, or a sentence that says why none are."""
+    """Decoder -> parent: what the pixels after it are, or a sentence that says why none are.
+
+    The decoder writes no pixels before the parent knows how many there will be: it rings, and waits
+    until the parent closes the socket.
+    """
 
     problem: str = ""
     height: int = 0
@@ -55,6 +62,15 @@ class Decoded(Struct, frozen=True):
     taken: list[int] = []  # numbers of the frames
     total: int = 0  # frames of the file
     fps: float = 0.0
+
+    @property
+    def num_moments(self) -> int:
+        return (len(self.taken) + 1) // 2
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all moments, which have two frames each."""
+        return self.num_moments * 2 * 3 * self.height * self.width
 
 
 @dataclass(frozen=True)
@@ -82,18 +98,27 @@ class VideoProcessor:
         number: int = 1,
         max_tokens: int = 1 << 30,
         is_over: Callable[[], bool] = lambda: False,
+        reserve: Callable[[int], None] = lambda size: None,
     ) -> PreparedVideo:
         """Decode and resize a video file. Errors call it video `number`.
 
-        `is_over`: whether nobody waits for it any more. Raises InvalidField for what is no video,
-        is broken, too large, takes too long to decode or more than `max_tokens`.
+        `is_over`: whether nobody waits for it any more. `reserve`: gets the number of bytes of
+        memory before they are taken, without the decoder's own. Raises what it raises, and
+        InvalidField for what is no video, is broken, too large, takes too long to decode or more
+        than `max_tokens`.
         """
         try:
-            return self._prepare(data, max_tokens, is_over)
+            return self._prepare(data, max_tokens, is_over, reserve)
         except ValueError as error:
             raise InvalidField("video", f"video {number}: {error}") from None
 
-    def _prepare(self, data: bytes, max_tokens: int, is_over: Callable[[], bool]) -> PreparedVideo:
+    def _prepare(
+        self,
+        data: bytes,
+        max_tokens: int,
+        is_over: Callable[[], bool],
+        reserve: Callable[[int], None],
+    ) -> PreparedVideo:
         if not can_decode():
             raise ValueError("videos need PyAV, which the extra 'video' of gllm-triton installs")
         if len(data) > self.max_bytes:
@@ -107,51 +132,80 @@ class VideoProcessor:
         task = Task(container, self.rule, self.max_pixels, max_tokens, ceil(self.seconds))
         # Files in memory, so that neither process waits for the other to read or write.
         with _memory_file() as source, _memory_file() as output:
+            reserve(len(data))
             source.write(data)
             source.seek(0)
-            self._run(task, source, output, is_over)
+            self._run(task, source, output, is_over, reserve)
             output.seek(0)
-            try:
-                decoded = json.decode(output.readline(), type=Decoded)
-            except DecodeError as error:
-                raise ValueError(f"the process that decodes it wrote no answer ({error})") from None
+            decoded = _decoded(output.readline())
             if decoded.problem:
                 raise ValueError(decoded.problem)
             return self._prepared(decoded, output)
 
     def _run(
-        self, task: Task, source: BinaryIO, output: BinaryIO, is_over: Callable[[], bool]
+        self,
+        task: Task,
+        source: BinaryIO,
+        output: BinaryIO,
+        is_over: Callable[[], bool],
+        reserve: Callable[[int], None],
     ) -> None:
+        ours, theirs = socketpair()
         program = [sys.executable, "-m", "gllm_engine.images.video_decoder"]
-        command = [*program, json.encode(task).decode()]
-        # Python imports from the working directory first, which may hold any code.
-        home = Path(__file__).parents[2]
+        command = [*program, json.encode(task).decode(), str(theirs.fileno())]
         deadline = monotonic() + self.seconds
-        with subprocess.Popen(command, stdin=source, stdout=output, cwd=home) as process:
-            try:
-                while process.poll() is None:
-                    left = deadline - monotonic()
-                    if left <= 0 or is_over():
-                        raise ValueError(f"it takes longer to decode than {self.seconds:g} s")
-                    try:
-                        process.wait(min(left, LOOK_S))
-                    except subprocess.TimeoutExpired:
-                        continue
-            finally:
-                process.kill()
+        with ours:
+            with theirs:
+                process = subprocess.Popen(
+                    command,
+                    stdin=source,
+                    stdout=output,
+                    pass_fds=[theirs.fileno()],
+                    # Python imports from the working directory first, which may hold any code.
+                    cwd=Path(__file__).parents[2],
+                )
+            with process:
+                try:
+                    while process.poll() is None:
+                        left = deadline - monotonic()
+                        if left <= 0 or is_over():
+                            raise ValueError(f"it takes longer to decode than {self.seconds:g} s")
+                        self._wait(process, min(left, LOOK_S), ours, output, reserve)
+                finally:
+                    process.kill()
         if process.returncode:
             raise ValueError(f"its decoder ended with exit status {process.returncode}")
 
+    @staticmethod
+    def _wait(
+        process: subprocess.Popen[bytes],
+        seconds: float,
+        bell: socket,
+        output: BinaryIO,
+        reserve: Callable[[int], None],
+    ) -> None:
+        """Until the decoder needs memory for its frames, or ends."""
+        if bell.fileno() < 0:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        elif select([bell], [], [], seconds)[0]:
+            if bell.recv(1):  # else it has ended
+                file = output.fileno()
+                # Without reading on, because the decoder writes on from the same place.
+                head = _decoded(os.pread(file, os.fstat(file).st_size, 0))
+                reserve(2 * head.num_bytes)  # in the decoder's file, and then in moments
+            bell.close()
+
     def _prepared(self, decoded: Decoded, pixels: BinaryIO) -> PreparedVideo:
         rule = self.rule
-        number = (len(decoded.taken) + 1) // 2
+        number = decoded.num_moments
         times: list[int | None] = [None] * number
         seconds: list[float] = []
         if isinstance(rule, Spaced):
             times[1:] = rule.times(decoded.taken, decoded.total, decoded.fps)[1:]
         else:
             seconds = rule.seconds(decoded.taken, decoded.fps)
-        size = 2 * 3 * decoded.height * decoded.width
+        size = decoded.num_bytes // number
         tokens = decoded.height * decoded.width // rule.factor**2
         for index, time in enumerate(times):
             # A position is at most the index of its token.
@@ -185,6 +239,13 @@ class VideoProcessor:
 def can_decode() -> bool:
     """Whether the libraries that decode videos are installed."""
     return all(map(find_spec, ("av", "PIL")))
+
+
+def _decoded(line: bytes) -> Decoded:
+    try:
+        return json.decode(line, type=Decoded)
+    except DecodeError as error:
+        raise ValueError(f"the process that decodes it wrote no answer ({error})") from None
 
 
 def _memory_file() -> BinaryIO:
