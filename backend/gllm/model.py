@@ -98,13 +98,9 @@ class TritonPythonModel:
         )
         self._chats = ThreadPoolExecutor(1, thread_name_prefix="chats")
         # Requests with images wait in a thread each, apart by what they wait for: see `awaited`.
+        numbers = {None: IMAGE_REQUESTS, "server": WAITING_REQUESTS, "video": WAITING_REQUESTS}
         self._with_images = {
-            awaited: ThreadPoolExecutor(number, thread_name_prefix="images")
-            for awaited, number in (
-                (None, IMAGE_REQUESTS),
-                ("server", WAITING_REQUESTS),
-                ("video", WAITING_REQUESTS),
-            )
+            awaited: ThreadPoolExecutor(number, "images") for awaited, number in numbers.items()
         }
         self.image_memory = ImageMemory(self.config.image_bytes)
         self._lock = threading.Lock()  # guards the two below
@@ -190,13 +186,15 @@ class TritonPythonModel:
                 self._start(stream, parsed)
 
     def _queue_images(self, stream: Stream, parsed: ParsedRequest) -> None:
+        from gllm_engine import ImageShare
+
         self.images.check(parsed.images)
         pool = self._with_images[self.images.awaited(parsed.images)]
         # Messages may name anything as an image; loading it says so.
         inner = (image.source if isinstance(image, Video) else image for image in parsed.images)
         size = sum(len(image) for image in inner if isinstance(image, bytes | str))
-        share = self.image_memory.share()
-        share.keep(size)
+        share = ImageShare(self.image_memory)
+        share.reserve(size)
         pool.submit(self._start_later, stream, parsed, share).add_done_callback(
             lambda _: share.close()
         )

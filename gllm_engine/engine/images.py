@@ -13,6 +13,7 @@ from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -27,7 +28,7 @@ from gllm_engine.text.image_parts import MediaKind, Video, not_taken, with_place
 from gllm_engine.text.tokenizer import Tokenizer
 from gllm_engine.types import Image
 
-FETCH_THREADS: dict[MediaKind, int] = {"image": 32, "video": 16}
+FETCH_THREADS = 32
 PREPARE_THREADS = min(8, os.cpu_count() or 1)
 # No image or video file begins so.
 _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]{16}|[A-Za-z0-9+/\s]*=*\s*$")
@@ -92,21 +93,6 @@ def _is_remote(source: Any) -> bool:
     return isinstance(given, str) and given[:4].lower() == "http"
 
 
-def _from_base64(
-    source: bytes | str, kind: MediaKind, number: int, reserve: Callable[[int], None]
-) -> bytes:
-    """The file whose base64 a source is; a file, which begins otherwise, as it is."""
-    if isinstance(source, bytes) and not _BASE64.match(source):
-        return source
-    reserve(len(source))
-    try:
-        text = source.encode() if isinstance(source, str) else source
-        return b64decode(b"".join(text.split()), validate=True)
-    except ValueError:
-        problem = "it is neither a file, nor its base64, nor a URL"
-        raise InvalidField(kind, f"{kind} {number}: {problem}") from None
-
-
 class ImageLoader:
     """Threads may share it; their images take turns.
 
@@ -149,8 +135,7 @@ class ImageLoader:
             self._tokens[kind] = tokenizer.token_text(placeholder)
             self.texts[kind] = tokenizer.media_text(kind, placeholder)
         self._fetching = {
-            kind: ThreadPoolExecutor(number, f"fetch-{kind}")
-            for kind, number in FETCH_THREADS.items()
+            kind: ThreadPoolExecutor(FETCH_THREADS, f"fetch-{kind}") for kind in self._sources
         }
         self._preparing = {
             kind: ThreadPoolExecutor(PREPARE_THREADS, f"prepare-{kind}") for kind in self._sources
@@ -183,12 +168,12 @@ class ImageLoader:
     ) -> list[Prepared]:
         """The images and videos of one prompt, equal sources only once. Blocks the caller's thread.
 
-        `is_over`: whether nobody waits for them any more; then fetching stops. `share`: counts
-        their memory; it keeps the pixels. Raises InvalidField that names the first image with a
-        problem, and for images of more than `max_tokens`; EngineUnavailable if `share` has no room.
+        `is_over`: whether nobody waits for them any more; then fetching stops. `share`: counts the
+        memory that they take, and keeps their pixels. Raises InvalidField that names the first
+        image with a problem, and for images of more than `max_tokens`; EngineUnavailable.
         """
         numbers = _different(sources)
-        share = share or ImageMemory().share()
+        share = share or ImageShare(ImageMemory())
         sizes: list[int] = []  # tokens of the images that are prepared, which bound their pixels
 
         def check() -> None:
@@ -198,39 +183,35 @@ class ImageLoader:
                 problem = f"its images take more than the {max_tokens} tokens of prompt and output"
                 raise InvalidField("prompt", f"{problem} (max_model_len)")
 
-        def prepare(source: Source, content: bytes | None = None) -> Prepared:
+        def prepare(source: Source, content: bytes, part: ImageShare) -> Prepared:
             check()
-            assert self._processor is not None
             number = numbers[source]
-            prepared: Prepared
-            with share.reserving() as reserve:
-                content = (
-                    self._read(source, number, is_over, reserve) if content is None else content
-                )
-                if isinstance(source, Video):
-                    videos = self._processor.videos
-                    assert videos is not None
-                    prepared = videos.prepare(content, number, max_tokens, is_over, reserve)
+            assert self._processor is not None
+            if isinstance(source, Video):
+                videos = self._processor.videos
+                assert videos is not None
+                return videos.prepare(content, number, max_tokens, is_over, part.reserve)
+            return self._processor.prepare(content, number)
+
+        def read(source: Source) -> Prepared:
+            with closing(ImageShare(share.memory, share)) as part:
+                content = self._read(source, numbers[source], is_over, part.reserve)
+                if _is_remote(source):
+                    # The thread waits, so that there are never more files than threads.
+                    pool = self._preparing[_kind(source)]
+                    prepared = pool.submit(prepare, source, content, part).result()
                 else:
-                    prepared = self._processor.prepare(content, number, reserve)
+                    prepared = prepare(source, content, part)
             images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
             sizes.append(sum(image.rows * image.columns for image in images))
-            share.keep(sum(len(image.pixels) for image in images))
+            share.reserve(sum(len(image.pixels) for image in images))
             check()
             return prepared
 
-        def fetch(source: Source) -> Prepared:
-            # The thread waits, so that there are never more files than threads.
-            with share.reserving() as reserve:
-                content = self._read(source, numbers[source], is_over, reserve)
-                return self._preparing[_kind(source)].submit(prepare, source, content).result()
-
-        futures = {
-            source: self._fetching[_kind(source)].submit(fetch, source)
-            if _is_remote(source)
-            else self._preparing[_kind(source)].submit(prepare, source)
-            for source in numbers
-        }
+        futures = {}
+        for source in numbers:
+            pools = self._fetching if _is_remote(source) else self._preparing
+            futures[source] = pools[_kind(source)].submit(read, source)
         try:
             prepared = {source: future.result() for source, future in futures.items()}
         finally:
@@ -245,11 +226,20 @@ class ImageLoader:
         is_over: Callable[[], bool],
         reserve: Callable[[int], None],
     ) -> bytes:
+        """The file at a URL or in base64, or the file that a source is: it begins otherwise."""
         given = _inner(source)
         kind = _kind(source)
         if is_url(given):
             return self._sources[kind].read(given, number, is_over, reserve)
-        return _from_base64(given, kind, number, reserve)
+        if isinstance(given, bytes) and not _BASE64.match(given):
+            return given
+        reserve(len(given))
+        try:
+            text = given.encode() if isinstance(given, str) else given
+            return b64decode(b"".join(text.split()), validate=True)
+        except ValueError:
+            problem = "it is neither a file, nor its base64, nor a URL"
+            raise InvalidField(kind, f"{kind} {number}: {problem}") from None
 
     def place(
         self, ids: list[int], media: Sequence[Prepared]

@@ -7,8 +7,6 @@ Pillow, so it is imported when an image is decoded.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from struct import unpack_from
 from time import thread_time
@@ -50,9 +48,6 @@ MAX_TIFF_NUMBERS = 1 << 18  # two for each strip
 BYTE_KINDS = (1, 2, 6, 7)  # types of TIFF's values that are not turned into numbers one by one
 OPEN_S = 1.0  # a common file takes milliseconds
 DECODE_S_PER_PIXEL = 2e-7
-# Of a pixel until it is resized; measured.
-DECODED_BYTES = 8
-TRANSPARENT_BYTES = 13
 
 
 class _Timed(BytesIO):
@@ -72,18 +67,11 @@ class _Timed(BytesIO):
         return super().read(size)
 
 
-def decode(
-    data: bytes,
-    max_bytes: int,
-    max_pixels: int,
-    number: int,
-    reserve: Callable[[int], None] = lambda size: None,
-) -> Image.Image:
+def decode(data: bytes, max_bytes: int, max_pixels: int, number: int) -> Image.Image:
     """The image in a file as an RGB image, upright by its EXIF orientation, on white.
 
     Colours are converted as transformers does. `number` names the image in errors. Sizes are
-    checked before pixels are decoded, then `reserve` gets the bytes that they will take. Raises
-    InvalidField, and what `reserve` raises.
+    checked before pixels are decoded. Raises InvalidField.
     """
     name = f"image {number}:"
     if len(data) > max_bytes:
@@ -97,33 +85,25 @@ def decode(
             f"{name} it is none of JPEG, PNG, WEBP, GIF, BMP and TIFF, it begins with "
             f"{shown(data[:16])}",
         )
-    broken = f"{name} it is a broken or truncated {kind.format} file"
-    with _explaining(broken):
+    try:
         _check_header(data, kind, name)
         source = _Timed(data, name)
-        file = kind(source)
-        _check(file, data, max_pixels, name)
-        is_transparent = "transparency" in file.info or file.mode.endswith(("A", "a"))
-        size = file.width * file.height
-    reserve(size * (TRANSPARENT_BYTES if is_transparent else DECODED_BYTES))
-    with _explaining(broken), file:
-        source.seconds += size * DECODE_S_PER_PIXEL
-        file.load()  # EXIF may follow the pixels
-        if len(file.info.get("exif", b"")) > MAX_EXIF_BYTES:
-            raise InvalidField("image", f"{name} it has more than {MAX_EXIF_BYTES} bytes of EXIF")
-        ImageOps.exif_transpose(file, in_place=True)  # otherwise it copies upright images too
-        return _rgb(file)
-
-
-@contextmanager
-def _explaining(what: str) -> Iterator[None]:
-    """Any error in the block, but for a refusal, is that of a broken file."""
-    try:
-        yield
+        with kind(source) as file:
+            _check(file, data, max_pixels, name)
+            source.seconds += file.width * file.height * DECODE_S_PER_PIXEL
+            file.load()  # EXIF may follow the pixels
+            if len(file.info.get("exif", b"")) > MAX_EXIF_BYTES:
+                raise InvalidField(
+                    "image", f"{name} it has more than {MAX_EXIF_BYTES} bytes of EXIF"
+                )
+            ImageOps.exif_transpose(file, in_place=True)  # otherwise it copies upright images too
+            return _rgb(file)
     except InvalidField:
         raise
-    except Exception as error:  # Pillow raises any error
-        raise InvalidField("image", f"{what} ({shown(str(error))})") from None
+    except Exception as error:  # Pillow raises any error about a broken file
+        raise InvalidField(
+            "image", f"{name} it is a broken or truncated {kind.format} file ({shown(str(error))})"
+        ) from None
 
 
 def _check_header(data: bytes, kind: type[ImageFile], name: str) -> None:

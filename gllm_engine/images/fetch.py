@@ -30,6 +30,7 @@ MAX_REDIRECTS = 3
 # Site-local addresses, and 6to4, which may lead to any address of IPv4 (RFC 3879, RFC 7526).
 DEPRECATED = [ip_network("fec0::/10"), ip_network("2002::/16")]
 _TYPES = {"image": r"image/[\w.+-]+", "video": r"video/[\w.+-]+|image/gif"}
+_Reserve = Callable[[int], None]
 LOOK_S = 0.1  # between two looks whether anybody still waits
 
 
@@ -68,7 +69,7 @@ class ImageSources:
         source: str,
         number: int = 1,
         is_over: Callable[[], bool] = lambda: False,
-        reserve: Callable[[int], None] = lambda size: None,
+        reserve: _Reserve = lambda size: None,
     ) -> bytes:
         """The bytes at a data:, http(s): or file: URL. Errors call it by kind and `number`.
 
@@ -90,7 +91,7 @@ class ImageSources:
             problem = f"{self._kind} {number}: {shown(str(error), 300)}"
             raise InvalidField(self._kind, problem) from None
 
-    def _data(self, source: str, reserve: Callable[[int], None]) -> bytes:
+    def _data(self, source: str, reserve: _Reserve) -> bytes:
         header, _, text = source.partition(",")
         types = _TYPES[self._kind]
         if not re.fullmatch(rf"data:({types});base64", header, re.IGNORECASE):
@@ -103,7 +104,7 @@ class ImageSources:
         except ValueError as error:
             raise ValueError(f"its data: URL is not valid base64 ({error})") from None
 
-    def _file(self, source: str, reserve: Callable[[int], None]) -> bytes:
+    def _file(self, source: str, reserve: _Reserve) -> bytes:
         if self._directory is None:
             raise ValueError("files are not allowed without allowed_media_directory")
         parts = urlsplit(source)
@@ -114,7 +115,7 @@ class ImageSources:
             reserve(min(os.fstat(file.fileno()).st_size, self._max_bytes))
         return read_file(path, ValueError, self._max_bytes)
 
-    def _get(self, url: str, is_over: Callable[[], bool], reserve: Callable[[int], None]) -> bytes:
+    def _get(self, url: str, is_over: Callable[[], bool], reserve: _Reserve) -> bytes:
         deadline = monotonic() + self._timeout_s
 
         def left() -> float:
@@ -134,9 +135,7 @@ class ImageSources:
             url = urljoin(url, answer)
         raise ValueError(f"{shown(url)} is the target of more than {MAX_REDIRECTS} redirects")
 
-    def _ask(
-        self, url: str, left: Callable[[], float], reserve: Callable[[int], None]
-    ) -> bytes | str:
+    def _ask(self, url: str, left: Callable[[], float], reserve: _Reserve) -> bytes | str:
         """The body that a URL has, or the URL to which it redirects."""
         parts = urlsplit(url)
         host = parts.hostname or ""
@@ -163,9 +162,7 @@ class ImageSources:
                 response.begin()
                 return self._body(response, url, reserve)
 
-    def _body(
-        self, response: HTTPResponse, url: str, reserve: Callable[[int], None]
-    ) -> bytes | str:
+    def _body(self, response: HTTPResponse, url: str, reserve: _Reserve) -> bytes | str:
         target = response.getheader("Location")
         if 300 < response.status < 400 and target:
             return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -30,13 +29,10 @@ class ImageProcessor:
     max_pixels: int  # of a file's image, before it is resized
     videos: VideoProcessor | None = None  # None: the family takes none, or not here
 
-    def prepare(
-        self, data: bytes, number: int = 1, reserve: Callable[[int], None] = lambda size: None
-    ) -> PreparedImage:
+    def prepare(self, data: bytes, number: int = 1) -> PreparedImage:
         """Decode and resize an image file. Errors call it image `number`.
 
-        `reserve`: gets the number of bytes of memory before they are taken. Raises what it raises,
-        and InvalidField for what is no image, is broken, animated, too large or too narrow.
+        Raises InvalidField for what is no image, is broken, animated, too large or too narrow.
         """
         try:
             from gllm_engine.images.decode import decode
@@ -44,7 +40,7 @@ class ImageProcessor:
             raise InvalidField(
                 "image", "images need Pillow, which the extra 'images' of gllm-triton installs"
             ) from None
-        image = decode(data, self.max_bytes, self.max_pixels, number, reserve)
+        image = decode(data, self.max_bytes, self.max_pixels, number)
         size = f"image {number}: it has {image.width} x {image.height} pixels"
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise InvalidField("image", f"{size}, one side is over {MAX_ASPECT} times the other")

@@ -15,8 +15,7 @@ from hashlib import blake2b
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
-from select import select
-from socket import socket, socketpair
+from socket import socketpair
 from time import monotonic
 from typing import BinaryIO
 
@@ -38,6 +37,8 @@ CONTAINERS = (
 )
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gif")
 
+Reserve = Callable[[int], None]
+
 
 class Task(Struct, frozen=True):
     """Parent -> decoder: what to decode."""
@@ -52,8 +53,8 @@ class Task(Struct, frozen=True):
 class Decoded(Struct, frozen=True):
     """Decoder -> parent: what the pixels after it are, or a sentence that says why none are.
 
-    The decoder writes no pixels before the parent knows how many there will be: it rings, and waits
-    until the parent closes the socket.
+    Before, it tells how many bytes of pixels there will be, in digits by a socket, and waits until
+    the parent closes it.
     """
 
     problem: str = ""
@@ -62,15 +63,6 @@ class Decoded(Struct, frozen=True):
     taken: list[int] = []  # numbers of the frames
     total: int = 0  # frames of the file
     fps: float = 0.0
-
-    @property
-    def num_moments(self) -> int:
-        return (len(self.taken) + 1) // 2
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all moments, which have two frames each."""
-        return self.num_moments * 2 * 3 * self.height * self.width
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ class VideoProcessor:
         number: int = 1,
         max_tokens: int = 1 << 30,
         is_over: Callable[[], bool] = lambda: False,
-        reserve: Callable[[int], None] = lambda size: None,
+        reserve: Reserve = lambda size: None,
     ) -> PreparedVideo:
         """Decode and resize a video file. Errors call it video `number`.
 
@@ -113,11 +105,7 @@ class VideoProcessor:
             raise InvalidField("video", f"video {number}: {error}") from None
 
     def _prepare(
-        self,
-        data: bytes,
-        max_tokens: int,
-        is_over: Callable[[], bool],
-        reserve: Callable[[int], None],
+        self, data: bytes, max_tokens: int, is_over: Callable[[], bool], reserve: Reserve
     ) -> PreparedVideo:
         if not can_decode():
             raise ValueError("videos need PyAV, which the extra 'video' of gllm-triton installs")
@@ -137,7 +125,10 @@ class VideoProcessor:
             source.seek(0)
             self._run(task, source, output, is_over, reserve)
             output.seek(0)
-            decoded = _decoded(output.readline())
+            try:
+                decoded = json.decode(output.readline(), type=Decoded)
+            except DecodeError as error:
+                raise ValueError(f"the process that decodes it wrote no answer ({error})") from None
             if decoded.problem:
                 raise ValueError(decoded.problem)
             return self._prepared(decoded, output)
@@ -148,64 +139,48 @@ class VideoProcessor:
         source: BinaryIO,
         output: BinaryIO,
         is_over: Callable[[], bool],
-        reserve: Callable[[int], None],
+        reserve: Reserve,
     ) -> None:
-        ours, theirs = socketpair()
+        socket, its = socketpair()
+        socket.settimeout(LOOK_S)
         program = [sys.executable, "-m", "gllm_engine.images.video_decoder"]
-        command = [*program, json.encode(task).decode(), str(theirs.fileno())]
+        command = [*program, json.encode(task).decode(), str(its.fileno())]
+        # Python imports from the working directory first, which may hold any code.
+        home = Path(__file__).parents[2]
         deadline = monotonic() + self.seconds
-        with ours:
-            with theirs:
-                process = subprocess.Popen(
-                    command,
-                    stdin=source,
-                    stdout=output,
-                    pass_fds=[theirs.fileno()],
-                    # Python imports from the working directory first, which may hold any code.
-                    cwd=Path(__file__).parents[2],
-                )
-            with process:
-                try:
-                    while process.poll() is None:
-                        left = deadline - monotonic()
-                        if left <= 0 or is_over():
-                            raise ValueError(f"it takes longer to decode than {self.seconds:g} s")
-                        self._wait(process, min(left, LOOK_S), ours, output, reserve)
-                finally:
-                    process.kill()
+        with (
+            socket,
+            its,
+            subprocess.Popen(
+                command, stdin=source, stdout=output, pass_fds=[its.fileno()], cwd=home
+            ) as process,
+        ):
+            try:
+                while process.poll() is None:
+                    left = deadline - monotonic()
+                    if left <= 0 or is_over():
+                        raise ValueError(f"it takes longer to decode than {self.seconds:g} s")
+                    with suppress(TimeoutError, subprocess.TimeoutExpired):
+                        if socket.fileno() < 0:
+                            process.wait(min(left, LOOK_S))
+                        else:
+                            reserve(2 * int(socket.recv(20)))  # in `output`, then as moments
+                            socket.close()
+            finally:
+                process.kill()
         if process.returncode:
             raise ValueError(f"its decoder ended with exit status {process.returncode}")
 
-    @staticmethod
-    def _wait(
-        process: subprocess.Popen[bytes],
-        seconds: float,
-        bell: socket,
-        output: BinaryIO,
-        reserve: Callable[[int], None],
-    ) -> None:
-        """Until the decoder needs memory for its frames, or ends."""
-        if bell.fileno() < 0:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-        elif select([bell], [], [], seconds)[0]:
-            if bell.recv(1):  # else it has ended
-                file = output.fileno()
-                # Without reading on, because the decoder writes on from the same place.
-                head = _decoded(os.pread(file, os.fstat(file).st_size, 0))
-                reserve(2 * head.num_bytes)  # in the decoder's file, and then in moments
-            bell.close()
-
     def _prepared(self, decoded: Decoded, pixels: BinaryIO) -> PreparedVideo:
         rule = self.rule
-        number = decoded.num_moments
+        number = (len(decoded.taken) + 1) // 2
         times: list[int | None] = [None] * number
         seconds: list[float] = []
         if isinstance(rule, Spaced):
             times[1:] = rule.times(decoded.taken, decoded.total, decoded.fps)[1:]
         else:
             seconds = rule.seconds(decoded.taken, decoded.fps)
-        size = decoded.num_bytes // number
+        size = 2 * 3 * decoded.height * decoded.width
         tokens = decoded.height * decoded.width // rule.factor**2
         for index, time in enumerate(times):
             # A position is at most the index of its token.
@@ -239,13 +214,6 @@ class VideoProcessor:
 def can_decode() -> bool:
     """Whether the libraries that decode videos are installed."""
     return all(map(find_spec, ("av", "PIL")))
-
-
-def _decoded(line: bytes) -> Decoded:
-    try:
-        return json.decode(line, type=Decoded)
-    except DecodeError as error:
-        raise ValueError(f"the process that decodes it wrote no answer ({error})") from None
 
 
 def _memory_file() -> BinaryIO:

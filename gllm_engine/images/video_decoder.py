@@ -62,7 +62,7 @@ def main() -> None:
         output.write(json.encode(Decoded(found)) + b"\n")
 
 
-def _decode(task: Task, source: BinaryIO, output: BinaryIO, bell: int) -> None:
+def _decode(task: Task, source: BinaryIO, output: BinaryIO, socket: int) -> None:
     with _opened(task, source) as container:
         total = _count(container, _stream(container, task))
     source.seek(0)
@@ -84,9 +84,8 @@ def _decode(task: Task, source: BinaryIO, output: BinaryIO, bell: int) -> None:
                 height, width = _size(task, len(taken), frame)
                 head = Decoded("", height, width, taken, total, fps)
                 output.write(json.encode(head) + b"\n")
-                output.flush()
-                os.write(bell, b"!")
-                os.read(bell, 1)
+                os.write(socket, b"%d" % (3 * height * width * (len(taken) + len(taken) % 2)))
+                os.read(socket, 1)
             if number == left[-1]:
                 left.pop()
                 image = _upright(frame.to_image(), frame.rotation, width, height)

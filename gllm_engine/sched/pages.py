@@ -323,7 +323,7 @@ class Pages:
                 packed = image.digest + _PACK_PLACE(*place, time)
                 self._images[page] = self._images.get(page, b"") + packed
         self._chain = [self._pool.root(salt)]  # entry k + 1 is the hash of pages 0..k
-        self._found: tuple[int, CachedPrefix] | None = None  # and its version
+        self._found = (-1, self.nothing_cached())  # of which version, and what
         self._num_published = 0
 
     def find_cached(self, tokens: list[int]) -> CachedPrefix:
@@ -341,7 +341,7 @@ class Pages:
         version = len(tokens) + sum([part.group.pool.version for part in self.groups])
         if self.snapshots is not None:
             version += self.snapshots.version
-        if self._found is None or self._found[0] != version:
+        if self._found[0] != version:
             self._found = version, self._look_up(tokens)
         return self._found[1]
 
@@ -366,9 +366,11 @@ class Pages:
 
     def _first_cached(self, group: Group, tokens: list[int], most: int) -> list[int]:
         """The group's first pages, up to the first that is not cached, and at most `most`."""
-        find = group.pool._index.get
+        find = group.pool.find
+        chain = self._chain
         pages = []
-        for digest in self._digests(tokens, most):
+        for number in range(1, most + 1):
+            digest = chain[number] if number < len(chain) else self.digest(tokens, number)
             page = find(group.tag + digest)
             if page is None:
                 break
@@ -437,7 +439,7 @@ class Pages:
 
         Groups without a window also get the pages of all other tokens.
         """
-        self._found = None  # its lists are those of the sequence now
+        self._found = (-1, cached)  # its lists are those of the sequence now
         # Before take(), which could evict cached pages otherwise.
         for part, found in zip(self.groups, cached.pages, strict=True):
             part.group.pool.share(found)
@@ -505,12 +507,6 @@ class Pages:
     def _key(self, group: Group, tokens: list[int], index: int) -> bytes:
         """The key in the pool of the group's page `index`."""
         return group.tag + self.digest(tokens, index + 1)
-
-    def _digests(self, tokens: list[int], most: int) -> Iterator[bytes]:
-        """The hashes of the first 1 .. `most` pages. New ones are made when they are asked for."""
-        yield from self._chain[1 : most + 1]
-        for num_pages in range(len(self._chain), most + 1):
-            yield self.digest(tokens, num_pages)
 
     def digest(self, tokens: list[int], num_pages: int) -> bytes:
         """The hash of the first pages of `tokens`."""

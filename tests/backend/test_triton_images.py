@@ -149,9 +149,9 @@ def test_an_image_is_decoded_once(front: Front, monkeypatch: pytest.MonkeyPatch)
     decoded = []
     prepare = ImageProcessor.prepare
 
-    def counting(self: ImageProcessor, data: bytes, number: int, reserve: Any) -> Any:
+    def counting(self: ImageProcessor, data: bytes, number: int) -> Any:
         decoded.append(number)
-        return prepare(self, data, number, reserve)
+        return prepare(self, data, number)
 
     monkeypatch.setattr(ImageProcessor, "prepare", counting)
     images = text(RED, WIDE, RED)
@@ -416,7 +416,7 @@ def test_a_request_may_be_overdue_while_it_fetches(front: Front, slow: Slow) -> 
     assert slow.given_up.wait(10)
 
 
-ROOM = int(2**30 * 0.004)  # bytes
+ROOM = int(2**30 * 0.001)  # bytes, the least that image_memory_gib allows
 
 
 @pytest.fixture
@@ -424,7 +424,7 @@ def full(tmp_path, server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
     """A front end with ROOM, of which a request that goes on waiting has 40 %."""
     slow = Slow(monkeypatch)
     hosts = ["slow.example"]
-    with front_end(tmp_path, model=SEES, allowed_media_hosts=hosts, image_memory_gib=0.004) as pair:
+    with front_end(tmp_path, model=SEES, allowed_media_hosts=hosts, image_memory_gib=0.001) as pair:
         waiting = request("a", image=text(f"{SLOW}?{'x' * int(0.4 * ROOM)}"))
         pair[0].execute([waiting])
         assert slow.asked.acquire(timeout=10)
@@ -449,23 +449,20 @@ def unavailable(front: Front, given: InferenceRequest) -> str:
 
 
 def test_images_that_wait_are_bounded(full: Front) -> None:
-    """Their files, what they take while they are decoded, and 3 bytes for each of their pixels."""
+    """Their files, as given and decoded, and what those become: 3 bytes for each pixel."""
     held = full[0].image_memory.held
     file = RED + bytes(int(0.7 * ROOM))
     assert unavailable(full, request("a", image=text(file))) == (
         f"the queue is full: {held} bytes of images are held, and with the {len(file)} of this "
         f"prompt they would be more than {ROOM} (image_memory_gib)"
     )
-    wide = png(560, 560)
-    pixels = 560 * 560
-    assert 8 * pixels + len(wide) < 0.6 * ROOM < 8 * pixels + 3 * pixels
+    wide = png(448, 448)
+    other = png(448, 448, "blue")
+    assert len(wide) < 0.01 * ROOM and 0.5 * ROOM < 3 * 448 * 448 < 0.58 * ROOM
     assert len(submitted(full, request("a", image=text(wide)))) == 1
     full[1].submitted.clear()
-    unavailable(full, request("a", image=text(wide, png(560, 560, "blue"))))
-    clear = BytesIO()
-    Image.new("RGBA", (560, 560)).save(clear, "PNG")
-    named = f"with the {13 * pixels + len(clear.getvalue())} of this prompt"
-    assert named in unavailable(full, request("a", image=text(clear.getvalue())))
+    named = f"with the {2 * 3 * 448 * 448 + len(wide) + len(other)} of this prompt"
+    assert named in unavailable(full, request("a", image=text(wide, other)))
     spelled = base64.b64encode(bytes(int(0.3 * ROOM)))  # as long again while it is decoded
     named = f"with the {2 * len(spelled)} of this prompt"
     assert named in unavailable(full, request("a", image=text(spelled)))
@@ -494,6 +491,6 @@ def test_files_that_are_fetched_and_videos_that_are_decoded_are_bounded(
 def test_large_images_are_taken_alone(tmp_path, server) -> None:
     with front_end(tmp_path, model=SEES, image_memory_gib=0.001) as front:
         large = request("a", image=text(png(448, 448), png(448, 448, "blue")))
-        assert 2 * 3 * 448 * 448 > 2**30 * 0.001
+        assert 2 * 3 * 448 * 448 > ROOM
         assert len(submitted(front, large)[0].images) == 2
         assert not left_bytes(front[0])
