@@ -366,7 +366,7 @@ class Pages:
 
     def _first_cached(self, group: Group, tokens: list[int], most: int) -> list[int]:
         """The group's first pages, up to the first that is not cached, and at most `most`."""
-        find = group.pool.find
+        find = group.pool._index.get
         chain = self._chain
         pages = []
         for number in range(1, most + 1):
