@@ -43,6 +43,7 @@ _PUBLIC = {
     "text.completion": ("Completion", "Delta", "make_requests", "render_logprobs", "truncated"),
     "engine.core": ("IN_PROCESS", "Engine", "EngineBroken", "fill_caches"),
     "engine.check": ("CheckReport", "check_model"),
+    "engine.image_memory": ("ImageMemory", "ImageShare"),
     "engine.images": ("ImageLoader",),
     "engine.llm": ("LLM", "CompletionOutput", "LoadedPrompt", "RequestFailed", "RequestOutput"),
     "text.description": ("describe_checkpoint",),

@@ -19,10 +19,9 @@ import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton_python_backend_utils as pb_utils
 
@@ -31,10 +30,13 @@ from gllm_backend.gllm.request import INPUTS, OUTPUTS, ParsedRequest, parse_requ
 from gllm_backend.gllm.response import Arrival, Choice, Result, Sender, Stream
 from gllm_engine import Image, InvalidField, Outputs, Video, __version__, shorten
 
+if TYPE_CHECKING:
+    from gllm_engine import ImageShare
+
 SWEEP_S = 0.05  # between two checks for cancelled and overdue requests
 SWEEP_SHARE = 4  # the pause after a sweep is at least this many times as long as the sweep
 IMAGE_REQUESTS = 8  # whose images are loaded at a time
-WAITING_REQUESTS = 32  # the same of those with images from other servers, or videos
+WAITING_REQUESTS = 32  # the same of those with images from other servers, and of those with videos
 MAX_TOKEN_IDS = 1 << 20  # of input_ids that are only counted or turned into text
 CLOSE_S = 10.0  # the longest wait for a thread to end
 SWITCH_S = 1e-4  # Python's thread switch interval: a busy thread must not delay the senders
@@ -70,6 +72,7 @@ class TritonPythonModel:
             EngineClient,
             EngineUnavailable,
             ImageLoader,
+            ImageMemory,
             Tokenizer,
             describe_checkpoint,
             end_with_parent,
@@ -94,14 +97,13 @@ class TritonPythonModel:
             Path(self.config.model), self.tokenizer, self.images.modalities
         )
         self._chats = ThreadPoolExecutor(1, thread_name_prefix="chats")
-        # Requests with images wait in a thread each, those for other servers apart from the rest.
+        # Requests with images wait in a thread each, apart by what they wait for: see `awaited`.
+        numbers = {None: IMAGE_REQUESTS, "server": WAITING_REQUESTS, "video": WAITING_REQUESTS}
         self._with_images = {
-            waits: ThreadPoolExecutor(number, thread_name_prefix="images")
-            for waits, number in {False: IMAGE_REQUESTS, True: WAITING_REQUESTS}.items()
+            awaited: ThreadPoolExecutor(number, "images") for awaited, number in numbers.items()
         }
-        self._lock = threading.Lock()  # guards the three below
-        # As given and prepared, of requests with images that are not submitted yet.
-        self._image_bytes: dict[Stream, int] = {}
+        self.image_memory = ImageMemory(self.config.image_bytes)
+        self._lock = threading.Lock()  # guards the two below
         self.live: set[Stream] = set()
         self._sequences: dict[int, tuple[Stream, int]] = {}  # sequence id -> stream, index
         self._ids = count()
@@ -184,39 +186,25 @@ class TritonPythonModel:
                 self._start(stream, parsed)
 
     def _queue_images(self, stream: Stream, parsed: ParsedRequest) -> None:
+        from gllm_engine import ImageShare
+
         self.images.check(parsed.images)
-        pool = self._with_images[self.images.waits(parsed.images)]
+        pool = self._with_images[self.images.awaited(parsed.images)]
         # Messages may name anything as an image; loading it says so.
         inner = (image.source if isinstance(image, Video) else image for image in parsed.images)
         size = sum(len(image) for image in inner if isinstance(image, bytes | str))
-        self._count_bytes(stream, size, is_first=True)
-        pool.submit(self._start_later, stream, parsed).add_done_callback(
-            lambda _: self._forget_images(stream)
+        share = ImageShare(self.image_memory)
+        share.reserve(size)
+        pool.submit(self._start_later, stream, parsed, share).add_done_callback(
+            lambda _: share.close()
         )
 
-    def _count_bytes(self, stream: Stream, size: int, is_first: bool = False) -> None:
-        """Count bytes of a request's images, unless it is over. Raises EngineUnavailable."""
-        with self._lock:
-            if not is_first and stream not in self._image_bytes:
-                return
-            held = sum(self._image_bytes.values())
-            own = self._image_bytes.get(stream, 0)
-            most = self.config.image_bytes
-            if held + size > most and held > own:
-                raise self._unavailable(
-                    f"the queue is full: {held} bytes of images are held, and with {size} more of "
-                    f"this prompt they would be more than {most} (image_memory_gib)"
-                )
-            self._image_bytes[stream] = own + size
-
-    def _forget_images(self, stream: Stream) -> None:
-        with self._lock:
-            del self._image_bytes[stream]
-
-    def _start_later(self, stream: Stream, parsed: ParsedRequest) -> None:
+    def _start_later(
+        self, stream: Stream, parsed: ParsedRequest, share: ImageShare | None = None
+    ) -> None:
         with self._failing(stream):
             if stream.failure is None:  # else the request was cancelled or failed meanwhile
-                self._start(stream, parsed)
+                self._start(stream, parsed, share)
 
     @contextmanager
     def _failing(self, stream: Stream) -> Iterator[None]:
@@ -231,18 +219,21 @@ class TritonPythonModel:
             stream.problem = traceback.format_exc()
             stream.fail("internal", "an internal error, see the server's log")
 
-    def _start(self, stream: Stream, parsed: ParsedRequest) -> None:
+    def _start(
+        self, stream: Stream, parsed: ParsedRequest, share: ImageShare | None = None
+    ) -> None:
+        """`share`: of the memory for images, if it has any."""
         from gllm_engine import Completion, make_requests, truncated
 
         if parsed.operation != "generate":
-            stream.finish(parsed, self._result(stream, parsed))
+            stream.finish(parsed, self._result(stream, parsed, share))
             return
         sampling = parsed.sampling
         info = self.client.info
         ids, text = self._tokenize(parsed)
         if not ids:
             raise InvalidField(parsed.kind, "the prompt has no tokens, at least one is needed")
-        ids, images = self._place(stream, parsed, ids)
+        ids, images = self._place(stream, parsed, ids, share)
         ids = truncated(ids, sampling, info.max_model_len, bool(images))
         _check_len(len(ids), info.max_model_len)
         if parsed.prepend_prompt and parsed.kind != "text_input":
@@ -261,7 +252,7 @@ class TritonPythonModel:
             self._forget(stream)
             self.client.abort([request.id for request in requests])
 
-    def _result(self, stream: Stream, parsed: ParsedRequest) -> Result:
+    def _result(self, stream: Stream, parsed: ParsedRequest, share: ImageShare | None) -> Result:
         """The answer to an operation other than generate."""
         if parsed.operation == "describe":
             if self.client.trouble is not None:  # servers in front ask whether the model answers
@@ -279,7 +270,7 @@ class TritonPythonModel:
         if parsed.kind == "input_ids":
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
         if parsed.images:
-            ids, _ = self._place(stream, parsed, ids)
+            ids, _ = self._place(stream, parsed, ids, share)
         return Result(text, ids if parsed.operation == "tokenize" else None)
 
     def _tokenize(self, parsed: ParsedRequest) -> tuple[list[int], str]:
@@ -306,16 +297,11 @@ class TritonPythonModel:
         return self.tokenizer.encode(whole, parsed.add_special_tokens, info.max_model_len), text
 
     def _place(
-        self, stream: Stream, parsed: ParsedRequest, ids: list[int]
+        self, stream: Stream, parsed: ParsedRequest, ids: list[int], share: ImageShare | None
     ) -> tuple[list[int], tuple[Image, ...]]:
         """The prompt with all tokens of its images, and the images."""
         most = self.client.info.max_model_len
-        loaded = self.images.load(
-            parsed.images,
-            most,
-            lambda: stream.failure is not None,
-            partial(self._count_bytes, stream),
-        )
+        loaded = self.images.load(parsed.images, most, lambda: stream.failure is not None, share)
         placed: tuple[list[int], tuple[Image, ...]] = self.images.place(ids, loaded)
         return placed
 

@@ -378,7 +378,8 @@ class Engine:
 
         Then, if no plan was launched or that number is reached, wait for the oldest step and commit
         its result. Returns the new outputs of each client. A failed step does not raise: it fails
-        the live sequences, and the engine goes on unless it is now `broken`.
+        the live sequences, and the engine goes on unless it is now `broken`. Also does what watch()
+        does.
         """
         self._recorder.mark(activity.PLAN)
         if self._compiling:
@@ -389,6 +390,8 @@ class Engine:
             self._hear_encoders()
             plan = self._scheduler.schedule() if len(self._launched) < self._depth else None
             self._is_idle = plan is None and not self._launched
+            if self._is_idle:
+                self._runner.check()
             if self._constrained:  # before the plan can sample a token for a failed constraint
                 self._fail_constrained()
             self._order_images()
@@ -414,8 +417,8 @@ class Engine:
         return dict(outboxes)
 
     def watch(self) -> None:
-        """Check between steps whether the runner has died. Then the engine is `broken`. Also looks
-        after the encoders, for which it is called at least every 100 ms.
+        """Check whether the runner has died; then the engine is `broken`. Also looks after the
+        encoders, for which this or step() is called at least every 100 ms.
         """
         try:
             self._runner.check()

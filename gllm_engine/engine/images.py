@@ -1,8 +1,8 @@
 """The images and videos of a model's prompts, for front ends: from sources to places.
 
 Reads and prepares them on threads of its own. Fetching waits for others' servers and preparing
-computes, so each has its threads, and so has the decoding of videos, which takes longer: an image
-that is given whole waits for no server and no video.
+computes, so each has its threads. Videos take longer than images, so they have others: an image
+waits for no video, and one that is given whole waits for no server.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from gllm_engine.config import EngineConfig
+from gllm_engine.engine.image_memory import ImageMemory, ImageShare
 from gllm_engine.images import Prepared, PreparedVideo, can_decode, place, read_processor
 from gllm_engine.images.fetch import ImageSources
 from gllm_engine.sampling import InvalidField, shown
@@ -91,18 +93,6 @@ def _is_remote(source: Any) -> bool:
     return isinstance(given, str) and given[:4].lower() == "http"
 
 
-def _from_base64(source: bytes | str, kind: MediaKind, number: int) -> bytes:
-    """The file whose base64 a source is; a file, which begins otherwise, as it is."""
-    if isinstance(source, bytes) and not _BASE64.match(source):
-        return source
-    try:
-        text = source.encode() if isinstance(source, str) else source
-        return b64decode(b"".join(text.split()), validate=True)
-    except ValueError:
-        problem = "it is neither a file, nor its base64, nor a URL"
-        raise InvalidField(kind, f"{kind} {number}: {problem}") from None
-
-
 class ImageLoader:
     """Threads may share it; their images take turns.
 
@@ -144,7 +134,9 @@ class ImageLoader:
         for kind, placeholder in self._placeholders.items():
             self._tokens[kind] = tokenizer.token_text(placeholder)
             self.texts[kind] = tokenizer.media_text(kind, placeholder)
-        self._fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")
+        self._fetching = {
+            kind: ThreadPoolExecutor(FETCH_THREADS, f"fetch-{kind}") for kind in self._sources
+        }
         self._preparing = {
             kind: ThreadPoolExecutor(PREPARE_THREADS, f"prepare-{kind}") for kind in self._sources
         }
@@ -161,25 +153,27 @@ class ImageLoader:
             text = with_places(text, self._tokens[kind], self.texts[kind], kinds.count(kind))
         return text
 
-    def waits(self, sources: Sequence[Source]) -> bool:
-        """Whether loading them waits for another server or a video's decoder."""
-        return any(_is_remote(source) or isinstance(source, Video) for source in sources)
+    def awaited(self, sources: Sequence[Source]) -> str | None:
+        """The slowest of what loading them waits for: "video", another "server", or None."""
+        if any(isinstance(source, Video) for source in sources):
+            return "video"
+        return "server" if any(map(_is_remote, sources)) else None
 
     def load(
         self,
         sources: Sequence[Source],
         max_tokens: int,
         is_over: Callable[[], bool] = lambda: False,
-        count_bytes: Callable[[int], None] = lambda size: None,
+        share: ImageShare | None = None,
     ) -> list[Prepared]:
         """The images and videos of one prompt, equal sources only once. Blocks the caller's thread.
 
-        `is_over`: whether nobody waits for them any more; then fetching stops. `count_bytes`: gets
-        the number of bytes of each image's pixels, and may raise to refuse them. Raises
-        InvalidField that names the first image with a problem, and for images of more than
-        `max_tokens`.
+        `is_over`: whether nobody waits for them any more; then fetching stops. `share`: counts the
+        memory that they take, and keeps their pixels. Raises InvalidField that names the first
+        image with a problem, and for images of more than `max_tokens`; EngineUnavailable.
         """
         numbers = _different(sources)
+        share = share or ImageShare(ImageMemory())
         sizes: list[int] = []  # tokens of the images that are prepared, which bound their pixels
 
         def check() -> None:
@@ -189,34 +183,35 @@ class ImageLoader:
                 problem = f"its images take more than the {max_tokens} tokens of prompt and output"
                 raise InvalidField("prompt", f"{problem} (max_model_len)")
 
-        def prepare(source: Source, content: bytes | None = None) -> Prepared:
+        def prepare(source: Source, content: bytes, part: ImageShare) -> Prepared:
             check()
-            assert self._processor is not None
             number = numbers[source]
-            content = self._read(source, number) if content is None else content
-            prepared: Prepared
+            assert self._processor is not None
             if isinstance(source, Video):
-                assert self._processor.videos is not None
-                prepared = self._processor.videos.prepare(content, number, max_tokens, is_over)
-            else:
-                prepared = self._processor.prepare(content, number)
+                videos = self._processor.videos
+                assert videos is not None
+                return videos.prepare(content, number, max_tokens, is_over, part.reserve)
+            return self._processor.prepare(content, number)
+
+        def read(source: Source) -> Prepared:
+            with closing(ImageShare(share.memory, share)) as part:
+                content = self._read(source, numbers[source], is_over, part.reserve)
+                if _is_remote(source):
+                    # The thread waits, so that there are never more files than threads.
+                    pool = self._preparing[_kind(source)]
+                    prepared = pool.submit(prepare, source, content, part).result()
+                else:
+                    prepared = prepare(source, content, part)
             images = prepared.moments if isinstance(prepared, PreparedVideo) else [prepared]
             sizes.append(sum(image.rows * image.columns for image in images))
-            count_bytes(sum(len(image.pixels) for image in images))
+            share.reserve(sum(len(image.pixels) for image in images))
             check()
             return prepared
 
-        def fetch(source: Source) -> Prepared:
-            # The thread waits, so that there are never more files than threads.
-            content = self._read(source, numbers[source], is_over)
-            return self._preparing[_kind(source)].submit(prepare, source, content).result()
-
-        futures = {
-            source: self._fetching.submit(fetch, source)
-            if _is_remote(source)
-            else self._preparing[_kind(source)].submit(prepare, source)
-            for source in numbers
-        }
+        futures = {}
+        for source in numbers:
+            pools = self._fetching if _is_remote(source) else self._preparing
+            futures[source] = pools[_kind(source)].submit(read, source)
         try:
             prepared = {source: future.result() for source, future in futures.items()}
         finally:
@@ -225,13 +220,26 @@ class ImageLoader:
         return [prepared[source] for source in sources]
 
     def _read(
-        self, source: Source, number: int, is_over: Callable[[], bool] = lambda: False
+        self,
+        source: Source,
+        number: int,
+        is_over: Callable[[], bool],
+        reserve: Callable[[int], None],
     ) -> bytes:
+        """The file at a URL or in base64, or the file that a source is: it begins otherwise."""
         given = _inner(source)
         kind = _kind(source)
         if is_url(given):
-            return self._sources[kind].read(given, number, is_over)
-        return _from_base64(given, kind, number)
+            return self._sources[kind].read(given, number, is_over, reserve)
+        if isinstance(given, bytes) and not _BASE64.match(given):
+            return given
+        reserve(len(given))
+        try:
+            text = given.encode() if isinstance(given, str) else given
+            return b64decode(b"".join(text.split()), validate=True)
+        except ValueError:
+            problem = "it is neither a file, nor its base64, nor a URL"
+            raise InvalidField(kind, f"{kind} {number}: {problem}") from None
 
     def place(
         self, ids: list[int], media: Sequence[Prepared]
@@ -255,5 +263,5 @@ class ImageLoader:
 
     def close(self) -> None:
         """End the threads, those that fetch once their server has answered or its time is over."""
-        for pool in (self._fetching, *self._preparing.values()):
+        for pool in (*self._fetching.values(), *self._preparing.values()):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -66,14 +66,15 @@ class EngineProcess:
         while self.engine.broken is None and not self._done():
             has_step = self.engine.has_work and not self.engine.awaits_images
             self._listen(timeout_ms=0 if has_step else int(STATS_EVERY_S * 1000))
-            self.engine.watch()
             if self.engine.has_work:
                 self.busy_until = time.monotonic()
                 for client, outputs in self.engine.step().items():
                     self._send(client, outputs)
-            elif self.busy_until is not None and time.monotonic() > self.busy_until + IDLE_S:
-                self.engine.check_integrity()
-                self.busy_until = None
+            else:
+                self.engine.watch()
+                if self.busy_until is not None and time.monotonic() > self.busy_until + IDLE_S:
+                    self.engine.check_integrity()
+                    self.busy_until = None
             self._report()
         if self.engine.broken is None:
             log.info("no front end is left or the work is done; the engine ends")

@@ -23,13 +23,14 @@ from time import monotonic
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
-from gllm_engine.files import read_file, shown
+from gllm_engine.files import open_file, read_file, shown
 from gllm_engine.sampling import InvalidField
 
 MAX_REDIRECTS = 3
 # Site-local addresses, and 6to4, which may lead to any address of IPv4 (RFC 3879, RFC 7526).
 DEPRECATED = [ip_network("fec0::/10"), ip_network("2002::/16")]
 _TYPES = {"image": r"image/[\w.+-]+", "video": r"video/[\w.+-]+|image/gif"}
+_Reserve = Callable[[int], None]
 LOOK_S = 0.1  # between two looks whether anybody still waits
 
 
@@ -64,47 +65,57 @@ class ImageSources:
         return ssl.create_default_context()
 
     def read(
-        self, source: str, number: int = 1, is_over: Callable[[], bool] = lambda: False
+        self,
+        source: str,
+        number: int = 1,
+        is_over: Callable[[], bool] = lambda: False,
+        reserve: _Reserve = lambda size: None,
     ) -> bytes:
         """The bytes at a data:, http(s): or file: URL. Errors call it by kind and `number`.
 
-        `is_over`: whether nobody waits for them any more, asked while bytes are awaited. Raises
-        InvalidField for a source that is not allowed, missing, too slow or too large.
+        `is_over`: whether nobody waits for them any more, asked while bytes are awaited. `reserve`:
+        gets the number of bytes before they take memory, the most allowed if a server does not tell
+        it. Raises what `reserve` raises, and InvalidField for a source that is not allowed,
+        missing, too slow or too large.
         """
         scheme = source[:8].partition(":")[0].lower()
         try:
             if scheme == "data":
-                return self._data(source)
+                return self._data(source, reserve)
             if scheme == "file":
-                return self._file(source)
+                return self._file(source, reserve)
             if scheme in ("http", "https"):
-                return self._get(source, is_over)
+                return self._get(source, is_over, reserve)
             raise ValueError(f"{shown(source)} is no data:, http:, https: or file: URL")
         except ValueError as error:
             problem = f"{self._kind} {number}: {shown(str(error), 300)}"
             raise InvalidField(self._kind, problem) from None
 
-    def _data(self, source: str) -> bytes:
+    def _data(self, source: str, reserve: _Reserve) -> bytes:
         header, _, text = source.partition(",")
         types = _TYPES[self._kind]
         if not re.fullmatch(rf"data:({types});base64", header, re.IGNORECASE):
             raise ValueError(f"{shown(header)} is not data:{self._kind}/...;base64")
-        self._check_size(len(text) // 4 * 3)
+        size = len(text) // 4 * 3
+        self._check_size(size)
+        reserve(size)
         try:
             return b64decode(text, validate=True)
         except ValueError as error:
             raise ValueError(f"its data: URL is not valid base64 ({error})") from None
 
-    def _file(self, source: str) -> bytes:
+    def _file(self, source: str, reserve: _Reserve) -> bytes:
         if self._directory is None:
             raise ValueError("files are not allowed without allowed_media_directory")
         parts = urlsplit(source)
         path = Path(os.path.realpath(unquote(parts.path)))
         if parts.netloc not in ("", "localhost") or not path.is_relative_to(self._directory):
             raise ValueError(f"{shown(source)} is not in allowed_media_directory")
+        with open_file(path, ValueError) as file:
+            reserve(min(os.fstat(file.fileno()).st_size, self._max_bytes))
         return read_file(path, ValueError, self._max_bytes)
 
-    def _get(self, url: str, is_over: Callable[[], bool]) -> bytes:
+    def _get(self, url: str, is_over: Callable[[], bool], reserve: _Reserve) -> bytes:
         deadline = monotonic() + self._timeout_s
 
         def left() -> float:
@@ -115,7 +126,7 @@ class ImageSources:
 
         for _ in range(MAX_REDIRECTS + 1):
             try:
-                answer = self._ask(url, left)
+                answer = self._ask(url, left, reserve)
             except (OSError, HTTPException) as error:
                 limit = f"within {self._timeout_s:g} s"
                 raise ValueError(f"{shown(url)} cannot be fetched {limit} ({error})") from None
@@ -124,7 +135,7 @@ class ImageSources:
             url = urljoin(url, answer)
         raise ValueError(f"{shown(url)} is the target of more than {MAX_REDIRECTS} redirects")
 
-    def _ask(self, url: str, left: Callable[[], float]) -> bytes | str:
+    def _ask(self, url: str, left: Callable[[], float], reserve: _Reserve) -> bytes | str:
         """The body that a URL has, or the URL to which it redirects."""
         parts = urlsplit(url)
         host = parts.hostname or ""
@@ -149,15 +160,16 @@ class ImageSources:
                 response.fp.close()
                 response.fp = io.BufferedReader(_Timed(sock, left))
                 response.begin()
-                return self._body(response, url)
+                return self._body(response, url, reserve)
 
-    def _body(self, response: HTTPResponse, url: str) -> bytes | str:
+    def _body(self, response: HTTPResponse, url: str, reserve: _Reserve) -> bytes | str:
         target = response.getheader("Location")
         if 300 < response.status < 400 and target:
             return target
         if response.status != 200:
             raise ValueError(f"{shown(url)} answers with status {response.status}")
         self._check_size(response.length or 0)
+        reserve(self._max_bytes if response.length is None else response.length)
         body = response.read(self._max_bytes + 1)
         self._check_size(len(body))
         if response.length:

@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
+from socket import socketpair
 from time import monotonic
 from typing import BinaryIO
 
@@ -35,6 +37,8 @@ CONTAINERS = (
 )
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gif")
 
+Reserve = Callable[[int], None]
+
 
 class Task(Struct, frozen=True):
     """Parent -> decoder: what to decode."""
@@ -47,7 +51,11 @@ class Task(Struct, frozen=True):
 
 
 class Decoded(Struct, frozen=True):
-    """Decoder -> parent: what the pixels after it are, or a sentence that says why none are."""
+    """Decoder -> parent: what the pixels after it are, or a sentence that says why none are.
+
+    Before, it tells how many bytes of pixels there will be, in digits by a socket, and waits until
+    the parent closes it.
+    """
 
     problem: str = ""
     height: int = 0
@@ -82,18 +90,23 @@ class VideoProcessor:
         number: int = 1,
         max_tokens: int = 1 << 30,
         is_over: Callable[[], bool] = lambda: False,
+        reserve: Reserve = lambda size: None,
     ) -> PreparedVideo:
         """Decode and resize a video file. Errors call it video `number`.
 
-        `is_over`: whether nobody waits for it any more. Raises InvalidField for what is no video,
-        is broken, too large, takes too long to decode or more than `max_tokens`.
+        `is_over`: whether nobody waits for it any more. `reserve`: gets the number of bytes of
+        memory before they are taken, without the decoder's own. Raises what it raises, and
+        InvalidField for what is no video, is broken, too large, takes too long to decode or more
+        than `max_tokens`.
         """
         try:
-            return self._prepare(data, max_tokens, is_over)
+            return self._prepare(data, max_tokens, is_over, reserve)
         except ValueError as error:
             raise InvalidField("video", f"video {number}: {error}") from None
 
-    def _prepare(self, data: bytes, max_tokens: int, is_over: Callable[[], bool]) -> PreparedVideo:
+    def _prepare(
+        self, data: bytes, max_tokens: int, is_over: Callable[[], bool], reserve: Reserve
+    ) -> PreparedVideo:
         if not can_decode():
             raise ValueError("videos need PyAV, which the extra 'video' of gllm-triton installs")
         if len(data) > self.max_bytes:
@@ -107,9 +120,10 @@ class VideoProcessor:
         task = Task(container, self.rule, self.max_pixels, max_tokens, ceil(self.seconds))
         # Files in memory, so that neither process waits for the other to read or write.
         with _memory_file() as source, _memory_file() as output:
+            reserve(len(data))
             source.write(data)
             source.seek(0)
-            self._run(task, source, output, is_over)
+            self._run(task, source, output, is_over, reserve)
             output.seek(0)
             try:
                 decoded = json.decode(output.readline(), type=Decoded)
@@ -120,23 +134,38 @@ class VideoProcessor:
             return self._prepared(decoded, output)
 
     def _run(
-        self, task: Task, source: BinaryIO, output: BinaryIO, is_over: Callable[[], bool]
+        self,
+        task: Task,
+        source: BinaryIO,
+        output: BinaryIO,
+        is_over: Callable[[], bool],
+        reserve: Reserve,
     ) -> None:
+        socket, its = socketpair()
+        socket.settimeout(LOOK_S)
         program = [sys.executable, "-m", "gllm_engine.images.video_decoder"]
-        command = [*program, json.encode(task).decode()]
+        command = [*program, json.encode(task).decode(), str(its.fileno())]
         # Python imports from the working directory first, which may hold any code.
         home = Path(__file__).parents[2]
         deadline = monotonic() + self.seconds
-        with subprocess.Popen(command, stdin=source, stdout=output, cwd=home) as process:
+        with (
+            socket,
+            its,
+            subprocess.Popen(
+                command, stdin=source, stdout=output, pass_fds=[its.fileno()], cwd=home
+            ) as process,
+        ):
             try:
                 while process.poll() is None:
                     left = deadline - monotonic()
                     if left <= 0 or is_over():
                         raise ValueError(f"it takes longer to decode than {self.seconds:g} s")
-                    try:
-                        process.wait(min(left, LOOK_S))
-                    except subprocess.TimeoutExpired:
-                        continue
+                    with suppress(TimeoutError, subprocess.TimeoutExpired):
+                        if socket.fileno() < 0:
+                            process.wait(min(left, LOOK_S))
+                        else:
+                            reserve(2 * int(socket.recv(20)))  # in `output`, then as moments
+                            socket.close()
             finally:
                 process.kill()
         if process.returncode:

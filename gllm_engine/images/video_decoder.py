@@ -1,6 +1,6 @@
 """The program that decodes a video, which is untrusted, in a process that may be killed.
 
-    argument     a Task, as JSON
+    arguments    a Task, as JSON; the number of a socket, see Decoded
     its input    the file, which may be read at any place
     its output   a Decoded as JSON on a line, then uint8 [frames, height, width, 3]
 
@@ -48,7 +48,7 @@ def main() -> None:
         _upright(Image.new("RGB", (1, 1)), 90, 1, 1)  # Pillow imports the rest of it now
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
         try:
-            _decode(task, source, output)
+            _decode(task, source, output, int(sys.argv[2]))
         except _Refused as refusal:
             found = str(refusal)
         except MemoryError:  # FFmpeg's too
@@ -62,7 +62,7 @@ def main() -> None:
         output.write(json.encode(Decoded(found)) + b"\n")
 
 
-def _decode(task: Task, source: BinaryIO, output: BinaryIO) -> None:
+def _decode(task: Task, source: BinaryIO, output: BinaryIO, socket: int) -> None:
     with _opened(task, source) as container:
         total = _count(container, _stream(container, task))
     source.seek(0)
@@ -84,6 +84,8 @@ def _decode(task: Task, source: BinaryIO, output: BinaryIO) -> None:
                 height, width = _size(task, len(taken), frame)
                 head = Decoded("", height, width, taken, total, fps)
                 output.write(json.encode(head) + b"\n")
+                os.write(socket, b"%d" % (3 * height * width * (len(taken) + len(taken) % 2)))
+                os.read(socket, 1)
             if number == left[-1]:
                 left.pop()
                 image = _upright(frame.to_image(), frame.rotation, width, height)

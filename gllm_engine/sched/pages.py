@@ -46,13 +46,14 @@ class PagePool:
     A page can be found by its hash from its publication until the page is taken for other content.
     If two pages have the same content, only the one published first can be found; the other one
     becomes free on its release. take() prefers free pages, then takes idle pages in the order of
-    their release.
+    their release. `version` grows with each change of what can be found.
     """
 
     __slots__ = (
         "num_pages",
         "page_size",
         "caching",
+        "version",
         "_salt_hash",
         "_page_hash",
         "_pack",
@@ -67,6 +68,7 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.caching = caching
+        self.version = 0
         key = secrets.token_bytes(32)  # secret, so that no client can construct a collision
         # Copied and never updated: a copy is cheaper than a new keyed hash.
         self._salt_hash = blake2b(digest_size=DIGEST_SIZE, key=key, person=b"salt")
@@ -144,9 +146,11 @@ class PagePool:
         """Make a referenced, full page findable, unless another page already has this hash."""
         if self._index.setdefault(digest, page) == page:
             self._hashes[page] = digest
+            self.version += 1
 
     def forget(self) -> None:
         """Empty the cache: afterwards no page can be found."""
+        self.version += 1
         self._index.clear()
         self._hashes = [None] * self.num_pages
         self._free.extend(self._idle)
@@ -158,6 +162,7 @@ class PagePool:
         assert digest is not None
         del self._index[digest]
         self._hashes[page] = None
+        self.version += 1
         return page
 
     def check_integrity(self, holdings: Iterable[list[int]]) -> None:
@@ -295,6 +300,7 @@ class Pages:
         "_page_size",
         "_images",
         "_chain",
+        "_found",
         "_num_published",
     )
 
@@ -317,6 +323,7 @@ class Pages:
                 packed = image.digest + _PACK_PLACE(*place, time)
                 self._images[page] = self._images.get(page, b"") + packed
         self._chain = [self._pool.root(salt)]  # entry k + 1 is the hash of pages 0..k
+        self._found = (-1, self.nothing_cached())  # of which version, and what
         self._num_published = 0
 
     def find_cached(self, tokens: list[int]) -> CachedPrefix:
@@ -324,9 +331,21 @@ class Pages:
 
         The prefix is without the last token, which must be computed, because the next token is
         sampled from its output. A group with a window needs only the prefix's last pages.
+
+        `tokens` may only grow from call to call. Every plan asks for many waiting sequences, so
+        what was found is kept until a pool changes.
         """
         if not self._pool.caching:
             return self.nothing_cached()
+        # Each of these numbers only grows, so equal sums tell that all are equal.
+        version = len(tokens) + sum([part.group.pool.version for part in self.groups])
+        if self.snapshots is not None:
+            version += self.snapshots.version
+        if self._found[0] != version:
+            self._found = version, self._look_up(tokens)
+        return self._found[1]
+
+    def _look_up(self, tokens: list[int]) -> CachedPrefix:
         most = (len(tokens) - 1) // self._page_size
         whole = {
             number: self._first_cached(part.group, tokens, most)
@@ -347,9 +366,12 @@ class Pages:
 
     def _first_cached(self, group: Group, tokens: list[int], most: int) -> list[int]:
         """The group's first pages, up to the first that is not cached, and at most `most`."""
+        find = group.pool._index.get
+        chain = self._chain
         pages = []
-        for index in range(most):
-            page = group.pool.find(self._key(group, tokens, index))
+        for number in range(1, most + 1):
+            digest = chain[number] if number < len(chain) else self.digest(tokens, number)
+            page = find(group.tag + digest)
             if page is None:
                 break
             pages.append(page)
@@ -417,6 +439,7 @@ class Pages:
 
         Groups without a window also get the pages of all other tokens.
         """
+        self._found = (-1, cached)  # its lists are those of the sequence now
         # Before take(), which could evict cached pages otherwise.
         for part, found in zip(self.groups, cached.pages, strict=True):
             part.group.pool.share(found)

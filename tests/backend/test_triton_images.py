@@ -62,11 +62,11 @@ def submitted(front: Front, given: InferenceRequest) -> list[Request]:
     return requests
 
 
-def left_bytes(model: TritonPythonModel) -> Any:
+def left_bytes(model: TritonPythonModel) -> int:
     """Bytes of images that are still counted when no thread is busy with any."""
     for pool in model._with_images.values():
         pool.shutdown()
-    return model._image_bytes
+    return int(model.image_memory.held)
 
 
 def refused(front: Front, given: InferenceRequest) -> str:
@@ -149,7 +149,7 @@ def test_an_image_is_decoded_once(front: Front, monkeypatch: pytest.MonkeyPatch)
     decoded = []
     prepare = ImageProcessor.prepare
 
-    def counting(self: ImageProcessor, data: bytes, number: int = 1) -> Any:
+    def counting(self: ImageProcessor, data: bytes, number: int) -> Any:
         decoded.append(number)
         return prepare(self, data, number)
 
@@ -281,9 +281,11 @@ class Slow:
         self.given_up = threading.Event()
         read = ImageSources.read
 
-        def slowly(sources: ImageSources, source: Any, number: int, is_over: Any) -> bytes:
+        def slowly(
+            sources: ImageSources, source: Any, number: int, is_over: Any, reserve: Any
+        ) -> bytes:
             if not str(source).startswith("https:"):
-                return read(sources, source, number, is_over)
+                return read(sources, source, number, is_over, reserve)
             self.asked.release()
             while not self.answer.wait(0.01):
                 if is_over():
@@ -331,7 +333,7 @@ def test_videos_delay_no_image_and_end_with_their_requests(
     ended = threading.Semaphore(0)
 
     def slowly(self: VideoProcessor, *given: Any) -> Any:
-        *_, is_over = given
+        *_, is_over, _ = given
         begun.release()
         while not is_over():
             time.sleep(0.01)
@@ -350,6 +352,40 @@ def test_videos_delay_no_image_and_end_with_their_requests(
         error = given.record.wait().error
         assert error is not None and error.code() == TritonError.CANCELLED
     assert ended.acquire(timeout=10)
+
+
+@pytest.mark.parametrize("slow_part", ["fetching", "decoding"])
+def test_videos_delay_no_fetched_image(
+    front: Front, monkeypatch: pytest.MonkeyPatch, slow_part: str
+) -> None:
+    """However many there are, and whatever it is that they wait for."""
+    model, client = front
+    begun = threading.Semaphore(0)
+    is_done = threading.Event()
+
+    def wait(*_: Any) -> Any:
+        begun.release()
+        is_done.wait(30)
+        raise InvalidField("video", "it was slow")
+
+    def read(sources: ImageSources, *_: Any) -> bytes:
+        return RED if sources._kind == "image" else FILM if slow_part == "decoding" else wait()
+
+    monkeypatch.setattr(ImageSources, "read", read)
+    monkeypatch.setattr(VideoProcessor, "prepare", wait)
+    films = [
+        request("a", video=text(*[f"{SLOW}?{number}{part}" for part in "abcd"]))
+        for number in range(backend.WAITING_REQUESTS + 2)
+    ]
+    model.execute(films)
+    assert begun.acquire(timeout=10)
+    try:
+        (sequence,) = submitted(front, request("a", image=text(SLOW)))
+        assert len(sequence.images) == 1
+    finally:
+        is_done.set()
+    for given in films:
+        assert given.record.wait().error is not None
 
 
 def test_equal_urls_are_fetched_once(front: Front, slow: Slow) -> None:
@@ -380,16 +416,16 @@ def test_a_request_may_be_overdue_while_it_fetches(front: Front, slow: Slow) -> 
     assert slow.given_up.wait(10)
 
 
-SMALL = 2**30 * 0.001  # bytes, the least that image_memory_gib allows
+ROOM = int(2**30 * 0.001)  # bytes, the least that image_memory_gib allows
 
 
 @pytest.fixture
 def full(tmp_path, server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
-    """A front end with room for SMALL, of which a request that goes on waiting has 40 %."""
+    """A front end with ROOM, of which a request that goes on waiting has 40 %."""
     slow = Slow(monkeypatch)
     hosts = ["slow.example"]
     with front_end(tmp_path, model=SEES, allowed_media_hosts=hosts, image_memory_gib=0.001) as pair:
-        waiting = request("a", image=text(f"{SLOW}?{'x' * int(0.4 * SMALL)}"))
+        waiting = request("a", image=text(f"{SLOW}?{'x' * int(0.4 * ROOM)}"))
         pair[0].execute([waiting])
         assert slow.asked.acquire(timeout=10)
         yield pair
@@ -399,30 +435,62 @@ def full(tmp_path, server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
 
 
 def unavailable(front: Front, given: InferenceRequest) -> str:
+    """The refusal, when all threads of the request have ended."""
+    held = front[0].image_memory.held
     front[0].execute([given])
     error = given.record.wait().error
     assert error is not None and error.code() == TritonError.UNAVAILABLE
     assert error.message().endswith("(image_memory_gib)")
+    deadline = time.monotonic() + 10
+    while front[0].image_memory.held != held and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert front[0].image_memory.held == held
     return error.message()
 
 
 def test_images_that_wait_are_bounded(full: Front) -> None:
-    """Their files, and what those become: 3 bytes for each of 28 x 28 pixels of a token."""
-    file = RED + bytes(int(0.7 * SMALL))
-    assert f"and with {len(file)} more" in unavailable(full, request("a", image=text(file)))
+    """Their files, as given and decoded, and what those become: 3 bytes for each pixel."""
+    held = full[0].image_memory.held
+    file = RED + bytes(int(0.7 * ROOM))
+    assert unavailable(full, request("a", image=text(file))) == (
+        f"the queue is full: {held} bytes of images are held, and with the {len(file)} of this "
+        f"prompt they would be more than {ROOM} (image_memory_gib)"
+    )
     wide = png(448, 448)
-    assert len(wide) < 0.01 * SMALL and 0.5 * SMALL < 3 * 448 * 448 < 0.58 * SMALL
+    other = png(448, 448, "blue")
+    assert len(wide) < 0.01 * ROOM and 0.5 * ROOM < 3 * 448 * 448 < 0.58 * ROOM
     assert len(submitted(full, request("a", image=text(wide)))) == 1
     full[1].submitted.clear()
-    both = request("a", image=text(wide, png(448, 448, "blue")))
-    # Which of the two is second is open; both are as large.
-    assert f"and with {3 * 448 * 448} more" in unavailable(full, both)
+    named = f"with the {2 * 3 * 448 * 448 + len(wide) + len(other)} of this prompt"
+    assert named in unavailable(full, request("a", image=text(wide, other)))
+    spelled = base64.b64encode(bytes(int(0.3 * ROOM)))  # as long again while it is decoded
+    named = f"with the {2 * len(spelled)} of this prompt"
+    assert named in unavailable(full, request("a", image=text(spelled)))
     assert not full[1].submitted
     assert len(submitted(full, request("a", image=text(wide)))) == 1  # nothing is left of them
+
+
+def test_files_that_are_fetched_and_videos_that_are_decoded_are_bounded(
+    full: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(sources: ImageSources, source: Any, number: int, is_over: Any, reserve: Any) -> bytes:
+        reserve(ROOM)
+        raise AssertionError("there is no room")
+
+    monkeypatch.setattr(ImageSources, "read", read)
+    named = f"with the {ROOM + len(SLOW)} of this prompt"
+    assert named in unavailable(full, request("a", image=text(SLOW)))
+    assert named in unavailable(full, request("a", video=text(SLOW)))
+    long = clip(frames=96, codec="mjpeg", container="avi")
+    frames = 8 * 3 * 280 * 392
+    assert 2 * frames > 0.6 * ROOM
+    named = f"with the {2 * frames + 2 * len(long)} of this prompt"
+    assert named in unavailable(full, request("a", video=text(long)))
 
 
 def test_large_images_are_taken_alone(tmp_path, server) -> None:
     with front_end(tmp_path, model=SEES, image_memory_gib=0.001) as front:
         large = request("a", image=text(png(448, 448), png(448, 448, "blue")))
-        assert 2 * 3 * 448 * 448 > SMALL
+        assert 2 * 3 * 448 * 448 > ROOM
         assert len(submitted(front, large)[0].images) == 2
+        assert not left_bytes(front[0])

@@ -439,6 +439,14 @@ def test_a_lost_group_breaks_the_engine_also_between_steps(make):
     assert runner.closed
 
 
+def test_a_step_notices_a_lost_group_though_it_runs_nothing(make):
+    """As while all sequences wait for images, when nobody else asks."""
+    engine = make()
+    engine._runner.lost = "worker 1 (node 0) is lost: it was stopped or cut off"
+    assert engine.step() == {}
+    assert engine.broken == engine._runner.lost
+
+
 def test_a_cache_smaller_than_the_model_limits_its_length(make, caplog):
     engine = make(num_pages=3, max_model_len=None)
     assert engine.info.max_model_len == 48 and "holds 48 tokens" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from gllm_engine.arch import read_arch
 from gllm_engine.arch.vision import Vision
 from gllm_engine.config import EngineConfig
 from gllm_engine.engine.core import IN_PROCESS, Engine
+from gllm_engine.engine.process import EngineProcess, close, listen
 from gllm_engine.model.tiny import write_tiny_model
 from gllm_engine.types import Finish, Request
 
@@ -188,6 +190,33 @@ def test_after_a_failed_step_images_are_encoded_again(
     assert encoders(engine).num_submitted == 2
     assert len(engine._runner._images._embeddings) == 2
     assert encoders(engine).is_idle
+
+
+def test_a_turn_of_the_process_hears_its_encoders_once(
+    engine: Engine, vision: Vision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Counter[str]()
+
+    def count(owner: object, name: str) -> None:
+        method = getattr(owner, name)
+
+        def counted(*given: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return method(*given, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    server = EngineProcess(engine, listen(f"ipc://{tmp_path}/s"))
+    try:
+        server.draining = True
+        count(server, "_listen")
+        count(encoders(engine), "poll")
+        encoders(engine).stopped = False
+        engine.add(pictured(vision))
+        server.run()
+    finally:
+        close(server.socket)
+    assert counts["poll"] == counts["_listen"] > 3
 
 
 def test_a_sequence_is_computed_up_to_its_first_image(engine: Engine, vision: Vision) -> None:

@@ -243,7 +243,7 @@ def test_the_pixels_of_one_prompt_are_bounded(seen: Seen, monkeypatch: pytest.Mo
 
 def test_fetched_files_are_bounded(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = seen.llm.images
-    monkeypatch.setattr(loader, "_fetching", ThreadPoolExecutor(2))
+    monkeypatch.setitem(loader._fetching, "image", ThreadPoolExecutor(2))
     prepare = ImageProcessor.prepare
     fetched = itertools.count(1)
     done: list[int] = []

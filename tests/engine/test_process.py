@@ -954,6 +954,7 @@ def test_an_idle_engine_checks_its_bookkeeping(
             self.has_work = turns in (3, 20)
 
         def step(self) -> dict[bytes, Outputs]:
+            self.has_work = False
             return {}
 
         def check_integrity(self) -> None:
@@ -993,18 +994,13 @@ def test_an_engine_that_awaits_images_sleeps(
             def sockets(self) -> list[zmq.Socket[bytes]]:
                 return [here]
 
-            def watch(self) -> None:
-                if here.poll(0):
-                    here.recv()
-                    self.awaits_images = False
-
             def step(self) -> dict[bytes, Outputs]:
                 self.num_steps += 1
-                if not self.awaits_images:
-                    self.broken = "enough"
+                if here.poll(0):
+                    self.broken = here.recv().decode()
                 elif self.num_steps == 3:
                     monkeypatch.setattr(process, "STATS_EVERY_S", 2 * WAIT_S)
-                    there.send(b"")
+                    there.send(b"enough")
                 return {}
 
         monkeypatch.setattr(process, "STATS_EVERY_S", 0.05)

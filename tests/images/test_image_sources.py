@@ -415,6 +415,31 @@ def test_an_endless_body_ends_at_the_limit(server: Server) -> None:
     assert sum(sent) < 16 * MIB  # the rest waited in the sockets' buffers
 
 
+def test_memory_is_reserved_before_it_is_taken(server: Server, tmp_path: Path) -> None:
+    """As much as a server tells, or the most allowed; of files and data: URLs the file's."""
+    for path, size in (("/told", "Content-Length: 700"), ("/not", "A: b")):
+        # No byte of the body follows.
+        server.answer(path, b"", "200 OK", size)
+    (tmp_path / "file.png").write_bytes(bytes(30))
+    reserved: list[int] = []
+
+    def reserve(size: int) -> None:
+        reserved.append(size)
+        raise RuntimeError("there is no room")
+
+    sources = ImageSources(("127.0.0.1",), str(tmp_path), max_mib=1)
+    data = f"data:image/png;base64,{b64encode(bytes(60)).decode()}"
+    for source in (
+        f"{server.url}/told",
+        f"{server.url}/not",
+        f"file://{tmp_path}/file.png",
+        data,
+    ):
+        with pytest.raises(RuntimeError, match="there is no room"):
+            sources.read(source, 1, lambda: False, reserve)
+    assert reserved == [700, MIB, 30, 60]
+
+
 @pytest.mark.parametrize("sends", [b"x", b""])
 def test_a_fetch_ends_when_nobody_waits(server: Server, sends: bytes) -> None:
     """Whether bytes come or not."""

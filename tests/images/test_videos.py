@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -301,6 +302,45 @@ def test_a_request_that_is_over_ends_the_decoder() -> None:
     assert asked.is_set()
 
 
+def test_memory_is_reserved_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the file's copy, then that of the frames, which nobody decodes if it is refused."""
+    files = []
+    memory_file = video._memory_file
+
+    def counted() -> Any:
+        files.append(memory_file())
+        return files[-1]
+
+    monkeypatch.setattr(video, "_memory_file", counted)
+    reserved = []
+    frames = 3 * 96 * 64 * 4
+
+    def reserve(size: int) -> None:
+        reserved.append(size)
+        assert sum(os.fstat(file.fileno()).st_size for file in files) < len(MP4) + frames / 4
+        if is_full and len(reserved) == 2:
+            raise RuntimeError("there is no room")
+
+    is_full = False
+    found = processor().prepare(MP4, reserve=reserve)
+    assert reserved == [len(MP4), 2 * frames]
+    assert sum(len(moment.pixels) for moment in found.moments) == frames
+    is_full = True
+    reserved.clear()
+    files.clear()
+    processes = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda *given, **named: processes.append(popen(*given, **named)) or processes[-1],
+    )
+    with pytest.raises(RuntimeError, match="there is no room"):
+        processor().prepare(MP4, reserve=reserve)
+    (process,) = processes
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_a_decoder_that_dies_costs_one_video(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video.sys, "executable", "/bin/false")
     with pytest.raises(InvalidField, match="its decoder ended with exit status 1"):
@@ -315,7 +355,7 @@ def test_a_decoder_tells_that_its_memory_is_too_small(tmp_path: Path) -> None:
     )
     task = json.encode(Task("gif", STAMPED, 10**5, 1000, 60)).decode()
     with open(tmp_path / "answer", "w+b") as answer:
-        command = [sys.executable, "-c", program, task]
+        command = [sys.executable, "-c", program, task, "-1"]
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=answer, check=True)
         answer.seek(0)
         assert b"it takes more than 4 GiB of memory to decode" in answer.read()
@@ -324,7 +364,8 @@ def test_a_decoder_tells_that_its_memory_is_too_small(tmp_path: Path) -> None:
 def test_a_decoder_ends_with_its_parent() -> None:
     """It waits for a file here, of which there is no end."""
     task = Task("gif", STAMPED, 10**5, 1000, 60)
-    decoder = [sys.executable, "-m", "gllm_engine.images.video_decoder", json.encode(task).decode()]
+    decoder = [sys.executable, "-m", "gllm_engine.images.video_decoder"]
+    decoder += [json.encode(task).decode(), "-1"]
     program = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
     reader, writer = os.pipe()
     with (

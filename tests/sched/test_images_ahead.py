@@ -9,6 +9,7 @@ import pytest
 from gllm_engine.config import EngineConfig
 from gllm_engine.sampling import SamplingParams
 from gllm_engine.sched import ImageCache, IntegrityError, Scheduler, Sequence
+from gllm_engine.sched.pages import CachedPrefix, Pages
 from gllm_engine.sched.tenants import Waiting
 from gllm_engine.types import Image, ImagePixels, LandedImage, StepPlan, StepResult
 
@@ -178,6 +179,34 @@ def test_a_long_queue_costs_a_step_little(
     assert world.scheduler.schedule() is not None
     assert num_ordered < 300
     assert (text.slot == -1) == isinstance(part, int)
+
+
+def test_a_prefix_is_looked_up_once_until_pages_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether to ask for images, to begin, or to pass others."""
+    world = World(pages=200, room=100)
+    running = world.add(8, 1, max_tokens=40)
+    world.step()
+    waiting = []
+    for number in range(5):
+        world.num_added = 0  # the same text again, which is cached
+        waiting.append(world.add(8, (chr(97 + number), 2), 1))
+    world.step()
+    looked_up: list[Pages] = []
+    look_up = Pages._look_up
+
+    def counted(pages: Pages, tokens: list[int]) -> CachedPrefix:
+        looked_up.append(pages)
+        return look_up(pages, tokens)
+
+    monkeypatch.setattr(Pages, "_look_up", counted)
+    counts = []
+    for _ in range(12):
+        looked_up.clear()
+        assert world.step() is not None
+        counts.append(len(looked_up))
+    # The running sequence fills a page in every fourth step.
+    assert sorted(counts) == [0] * 9 + [len(waiting)] * 3
+    assert running.slot != -1 and all(sequence.slot == -1 for sequence in waiting)
 
 
 def test_nobody_with_images_passes_one_that_lacks_room_in_the_cache() -> None:

@@ -176,6 +176,42 @@ def test_forget() -> None:
     assert len(set(pool.take(4))) == 4
 
 
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_what_is_found_again_is_what_is_there(choices: list[int]) -> None:
+    """A sequence that waits finds what a new one does, whatever others do meanwhile."""
+    pool = PagePool(8, PAGE)
+    snapshots = PagePool(2, PAGE)
+    groups = [Group(pool), Group(PagePool(6, PAGE), window=5)]
+    tokens = list(range(14))
+    waiting = [Pages(groups, "", kept) for kept in (None, snapshots)]
+    running: list[Pages] = []
+    for choice in choices:
+        if choice < 2 and not running:
+            pages = Pages(groups, "", snapshots)
+            given = tokens[: 6 + 8 * choice] + [99]
+            found = pages.find_cached(given)
+            if pages.fit(given, found, 0):
+                pages.open(given, found)
+                list(pages.grow(len(given)))
+                pages.publish(given, len(given))
+                running.append(pages)
+        elif choice == 2 and running:
+            running.pop().release()
+        elif choice == 3:  # other content takes all free pages
+            for group in groups:
+                group.pool.give_back(group.pool.take(group.pool.num_free))
+        elif choice == 4 and running and snapshots.num_free:
+            (snapshot,) = snapshots.take(1)
+            running[0].publish_snapshot(snapshot, tokens, 1)
+            snapshots.give_back([snapshot])
+        elif choice == 5:
+            tokens.append(len(tokens))
+        for pages in waiting:
+            fresh = Pages(groups, "", pages.snapshots)
+            assert pages.find_cached(tokens) == fresh.find_cached(tokens)
+            assert pages.find_cached(tokens) is pages.find_cached(tokens)
+
+
 def test_taking_too_much() -> None:
     with pytest.raises(IntegrityError, match="3 pages were taken while 2 were free"):
         PagePool(2, PAGE).take(3)
