@@ -171,7 +171,8 @@ class Engine:
         make_runner = make_runner or partial(_make_runner, recorder=self._recorder)
         self._runner = make_runner(config, arch)
         self._start_encoders(make_encoders or _make_encoders)
-        self._images = None if arch.vision is None else ImageCache(config, arch.has_sections)
+        num_positions = arch.max_len if arch.has_sections else 0
+        self._images = None if arch.vision is None else ImageCache(config, num_positions)
         kinds = cache_groups(arch, config.max_model_len or arch.max_len)
         groups = make_groups(kinds, config, self._runner.num_pages)
         max_model_len = model_len(config, arch, capacity(groups, arch.max_len))
