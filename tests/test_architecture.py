@@ -15,8 +15,8 @@ PRODUCT = ("gllm_engine", "backend", "client", "benchmarks")
 # Tokens of code, so that neither formatting nor dense statements win anything.
 TOKEN_BUDGETS = {
     ("gllm_engine",): 237_000,
-    ("backend", "client"): 73_200,
-    ("benchmarks",): 30_600,
+    ("backend", "client"): 73_700,
+    ("benchmarks",): 30_650,
 }
 MAX_FUNCTION_LINES = 60
 
