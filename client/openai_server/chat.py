@@ -24,7 +24,7 @@ from gllm_client.openai_server.events import (
 from gllm_client.openai_server.generation import Answer, Batch, answer
 from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.turns import media_part, text_part
+from gllm_client.openai_server.turns import media_part, parse_object, text_part
 from gllm_client.openai_server.writer import Choice, Writer
 from gllm_client.protocol import shown
 
@@ -74,7 +74,7 @@ class ChatRequest(fields.Common, frozen=True, kw_only=True):
     tools: list[FunctionTool] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
-    reasoning_effort: str | None = None
+    reasoning_effort: fields.Effort | None = None
     include_reasoning: bool = True
     chat_template_kwargs: Json = {}
     documents: list[Json] | None = None
@@ -107,7 +107,11 @@ def to_conversation(asked: ChatRequest, model: ServedModel) -> Conversation:
             "top_logprobs", f"{asked.top_logprobs} is outside [0, {fields.MAX_TOP_LOGPROBS}]"
         )
     tools = to_tools(asked.tools)
+    form = fields.form(asked)
+    names = fields.form_name(asked) if form else {}
     limit = asked.max_completion_tokens
+    if limit is not None:
+        names["max_tokens"] = "max_completion_tokens"
     return Conversation(
         messages=to_messages(asked.messages, model),
         tools=tools,
@@ -116,9 +120,10 @@ def to_conversation(asked: ChatRequest, model: ServedModel) -> Conversation:
         sampling=sampling,
         template=_template(asked, model),
         max_tokens=asked.max_tokens if limit is None else limit,
-        form=fields.form(asked),
+        form=form,
         include_reasoning=asked.include_reasoning,
         truncate_prompt_tokens=asked.truncate_prompt_tokens,
+        names=names,
     )
 
 
@@ -130,9 +135,7 @@ def to_tools(given: list[FunctionTool]) -> tuple[Tool, ...]:
     for index, entry in enumerate(given):
         path = f"tools[{index}].function.name"
         function = entry.function
-        if not _NAME.fullmatch(function.name):
-            allowed = "1 to 128 letters, digits, '_', '-', '.' and ':'"
-            raise invalid(path, f"{shown(function.name)} is not valid ({allowed})")
+        check_name(path, function.name)
         if function.name in tools:
             raise invalid(path, f"{shown(function.name)} is the name of an earlier tool")
         tools[function.name] = Tool(
@@ -142,6 +145,13 @@ def to_tools(given: list[FunctionTool]) -> tuple[Tool, ...]:
             strict=bool(function.strict),
         )
     return tuple(tools.values())
+
+
+def check_name(path: str, name: str) -> None:
+    """Raise ApiError for what cannot be the name of a tool."""
+    if not _NAME.fullmatch(name):
+        allowed = "1 to 128 letters, digits, '_', '-', '.' and ':'"
+        raise invalid(path, f"{shown(name)} is not valid ({allowed})")
 
 
 def _tool_choice(asked: ChatRequest, tools: tuple[Tool, ...]) -> ToolChoice:
@@ -163,6 +173,10 @@ def _template(asked: ChatRequest, model: ServedModel) -> Json:
         "continue_final_message": asked.continue_final_message,
     }
     variables = {name: value for name, value in given.items() if value is not None}
+    if asked.add_generation_prompt and asked.continue_final_message:
+        raise invalid("continue_final_message", "it cannot go with add_generation_prompt")
+    if asked.documents is not None and "documents" not in model.facts["chat_template"]:
+        raise invalid("documents", "this model's chat template takes none")
     if asked.reasoning_effort is not None:
         variables |= effort_variables(model, asked.reasoning_effort)
     return variables | asked.chat_template_kwargs
@@ -213,7 +227,17 @@ def _message(path: str, message: Json, roles: dict[str, str], model: ServedModel
     for index, call in enumerate(calls):
         if not isinstance(call.get("function"), dict):
             raise invalid(f"{path}.tool_calls[{index}].function", "it is required")
+    if calls:
+        checked["tool_calls"] = [_readable(call) for call in calls]
     return checked | {"role": roles.get(role, role), "content": content}
+
+
+def _readable(call: Json) -> Json:
+    """A call whose arguments are an object. If the model broke them off, it still sees them."""
+    arguments = call["function"].get("arguments")
+    if not isinstance(arguments, str) or not arguments or parse_object(arguments) is not None:
+        return call
+    return call | {"function": call["function"] | {"arguments": {"arguments": arguments}}}
 
 
 def _part(path: str, part: Any, model: ServedModel) -> Json:

@@ -48,7 +48,8 @@ async def begin(asked: CompletionRequest, model: ServedModel, id: str) -> Comple
     sources = []
     for number, prompt in enumerate(prompts):
         name = f"{id}-{number}" if len(prompts) > 1 else id
-        sources.append(model.generate(prompt.ids, _sampling(asked, model, prompt), name, {}))
+        sampling = _sampling(asked, model, prompt)
+        sources.append(model.generate(prompt.ids, sampling, name, {}, fields.form_name(asked)))
     return CompletionWriter(asked, model, prompts, _merge(sources), id)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from gllm_client.protocol import GenerateError
@@ -53,6 +55,20 @@ class ApiError(Exception):
 def invalid(param: str, problem: str) -> ApiError:
     """A field that is wrong: `param` is its path, such as "messages[0].content"."""
     return ApiError(400, f"{param}: {problem}", param)
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a parameter of Triton name the client's field: `names`, by the parameter's."""
+    try:
+        yield
+    except ApiError as error:
+        field = error.param or ""
+        first = field.partition(".")[0]
+        name = names.get(first, first)
+        if name == first:
+            raise
+        raise invalid(name, error.message.removeprefix(f"{field}: ")) from None
 
 
 def from_triton(error: GenerateError) -> ApiError:

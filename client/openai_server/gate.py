@@ -127,7 +127,9 @@ class Gate:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
+                headers = MutableHeaders(scope=message)
+                for name in ("x-request-id", "request-id"):  # the second one is Anthropic's
+                    headers[name] = state["request_id"]
             elif not message.get("more_body", False):
                 state["answered"] = True
             await send(message)

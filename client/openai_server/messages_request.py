@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from gllm_client.openai_server.body import Json
-from gllm_client.openai_server.chat import MAX_TOOLS
+from gllm_client.openai_server.chat import MAX_TOOLS, check_name
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.models import ServedModel
@@ -166,7 +166,15 @@ def to_conversation(asked: MessagesRequest, model: ServedModel) -> Conversation:
         max_tokens=asked.max_tokens,
         form={"json": form.schema} if form else None,
         include_reasoning=asked.thinks and asked.thinking.display != "omitted",
+        names={"stop": "stop_sequences"} | _form_name(asked),
     )
+
+
+def _form_name(asked: MessagesRequest) -> dict[str, str]:
+    """For errors.renaming: the field that has the form, if one has."""
+    if asked.output_config.format:
+        return {"structured_outputs": "output_config.format"}
+    return {"structured_outputs": "output_format"} if asked.output_format else {}
 
 
 def _tools(specs: list[ToolSpec]) -> tuple[Tool, ...]:
@@ -180,6 +188,7 @@ def _tools(specs: list[ToolSpec]) -> tuple[Tool, ...]:
             raise invalid(f"{path}.type", f"{shown(spec.type)} {problem}")
         if spec.input_schema is None:
             raise invalid(f"{path}.input_schema", "it is required")
+        check_name(f"{path}.name", spec.name)
         if spec.name in tools:
             raise invalid(f"{path}.name", f"{shown(spec.name)} is the name of an earlier tool")
         strict = spec.strict is True

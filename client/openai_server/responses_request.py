@@ -11,7 +11,7 @@ import msgspec
 
 from gllm_client.openai_server import fields
 from gllm_client.openai_server.body import Json, convert
-from gllm_client.openai_server.chat import MAX_TOOLS, effort_variables
+from gllm_client.openai_server.chat import MAX_TOOLS, check_name, effort_variables
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.formats.grammar import regex_part
@@ -31,7 +31,7 @@ _HOSTED = "this server has no hosted tools, only function, custom and namespace 
 
 
 class ReasoningConfig(msgspec.Struct, frozen=True):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: fields.Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None  # its old name
 
@@ -117,6 +117,7 @@ def to_conversation(
     sampling = fields.sampling(request)
     if request.top_logprobs or LOGPROBS in request.include:
         sampling["logprobs"] = request.top_logprobs
+    form = _form(request)
     conversation = Conversation(
         messages=_messages(request, model, earlier),
         tools=tuple(declared.tool for declared in toolbox.values()),
@@ -125,11 +126,12 @@ def to_conversation(
         sampling=sampling,
         template=_template(request, model),
         max_tokens=request.max_output_tokens,
-        form=_form(request),
+        form=form,
         include_reasoning=request.include_reasoning,
         truncate_prompt_tokens=-1
         if request.truncation == "auto"
         else request.truncate_prompt_tokens,
+        names=fields.form_name(request, "text.format") if form else {},
     )
     return conversation, toolbox
 
@@ -180,6 +182,8 @@ def _form(request: ResponsesRequest) -> Json | None:
     if request.structured_outputs is not None:
         raise invalid("structured_outputs", "it and text.format exclude each other")
     if asked.type == "json_object":
+        if asked.schema is not None:
+            raise invalid("text.format.schema", "it goes with json_schema")
         return {"json_object": True}
     if asked.schema is None:
         raise invalid("text.format.schema", "json_schema needs it")
@@ -228,8 +232,7 @@ def is_left_out(tool: Json) -> bool:
 def _read_tool(spec: ToolSpec, path: str, namespace: str | None) -> Toolbox:
     if spec.type not in ("function", "custom", "namespace"):
         raise invalid(f"{path}.type", f"{shown(spec.type)} is not supported: {_HOSTED}")
-    if not spec.name:
-        raise invalid(f"{path}.name", "a tool needs a name")
+    check_name(f"{path}.name", spec.name)
     if spec.type == "namespace":
         if namespace is not None:
             raise invalid(f"{path}.type", "a namespace cannot hold another")
