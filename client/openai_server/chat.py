@@ -24,7 +24,7 @@ from gllm_client.openai_server.events import (
 from gllm_client.openai_server.generation import Answer, Batch, answer
 from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.turns import media_part, parse_object, text_part
+from gllm_client.openai_server.turns import media_part, read_arguments, text_part
 from gllm_client.openai_server.writer import Choice, Writer
 from gllm_client.protocol import shown
 
@@ -107,11 +107,7 @@ def to_conversation(asked: ChatRequest, model: ServedModel) -> Conversation:
             "top_logprobs", f"{asked.top_logprobs} is outside [0, {fields.MAX_TOP_LOGPROBS}]"
         )
     tools = to_tools(asked.tools)
-    form = fields.form(asked)
-    names = fields.form_name(asked) if form else {}
     limit = asked.max_completion_tokens
-    if limit is not None:
-        names["max_tokens"] = "max_completion_tokens"
     return Conversation(
         messages=to_messages(asked.messages, model),
         tools=tools,
@@ -120,10 +116,9 @@ def to_conversation(asked: ChatRequest, model: ServedModel) -> Conversation:
         sampling=sampling,
         template=_template(asked, model),
         max_tokens=asked.max_tokens if limit is None else limit,
-        form=form,
+        form=fields.form(asked),
         include_reasoning=asked.include_reasoning,
         truncate_prompt_tokens=asked.truncate_prompt_tokens,
-        names=names,
     )
 
 
@@ -225,19 +220,15 @@ def _message(path: str, message: Json, roles: dict[str, str], model: ServedModel
         raise invalid(f"{path}.content", f"{shown(content)} is neither text nor a list of parts")
     calls = convert(checked.get("tool_calls", []), list[Json], f"{path}.tool_calls")
     for index, call in enumerate(calls):
-        if not isinstance(call.get("function"), dict):
+        function = call.get("function")
+        if not isinstance(function, dict):
             raise invalid(f"{path}.tool_calls[{index}].function", "it is required")
+        if isinstance(text := function.get("arguments"), str):
+            function = function | {"arguments": read_arguments(text)}
+            calls[index] = call | {"function": function}
     if calls:
-        checked["tool_calls"] = [_readable(call) for call in calls]
+        checked["tool_calls"] = calls
     return checked | {"role": roles.get(role, role), "content": content}
-
-
-def _readable(call: Json) -> Json:
-    """A call whose arguments are an object. If the model broke them off, it still sees them."""
-    arguments = call["function"].get("arguments")
-    if not isinstance(arguments, str) or not arguments or parse_object(arguments) is not None:
-        return call
-    return call | {"function": call["function"] | {"arguments": {"arguments": arguments}}}
 
 
 def _part(path: str, part: Any, model: ServedModel) -> Json:

@@ -48,8 +48,7 @@ async def begin(asked: CompletionRequest, model: ServedModel, id: str) -> Comple
     sources = []
     for number, prompt in enumerate(prompts):
         name = f"{id}-{number}" if len(prompts) > 1 else id
-        sampling = _sampling(asked, model, prompt)
-        sources.append(model.generate(prompt.ids, sampling, name, {}, fields.form_name(asked)))
+        sources.append(model.generate(prompt.ids, _sampling(asked, model, prompt), name, {}))
     return CompletionWriter(asked, model, prompts, _merge(sources), id)
 
 

@@ -6,7 +6,6 @@ with events. Both sides depend on this module alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gllm_client.openai_server.body import Json
@@ -50,7 +49,7 @@ class Conversation:
     `sampling`: Triton's sampling parameters, n among them. `template`: variables of the chat
     template, such as enable_thinking. `max_tokens` None: to the end of the model's length.
     `form`: structured outputs for the visible answer, in the form of the sampling parameter
-    structured_outputs; thoughts stay free. `names`: see errors.renaming.
+    structured_outputs; thoughts stay free.
     """
 
     messages: list[Message]
@@ -63,4 +62,3 @@ class Conversation:
     form: Json | None = None
     include_reasoning: bool = True
     truncate_prompt_tokens: int | None = None
-    names: Mapping[str, str] = field(default_factory=dict)

@@ -154,12 +154,6 @@ def form(asked: Common) -> Json | None:
     return {"json": wanted.json_schema.schema}
 
 
-def form_name(asked: Common, name: str = "response_format") -> dict[str, str]:
-    """For errors.renaming: the field that has the form, `name` or structured_outputs."""
-    is_own = asked.structured_outputs is not None
-    return {"structured_outputs": "structured_outputs" if is_own else name}
-
-
 class Usage:
     """What a request has consumed so far."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gllm_client.openai_server.errors import ApiError, as_api_error
+from gllm_client.openai_server.errors import ApiError, as_api_error, as_given
 from gllm_client.openai_server.routing import error_response
 
 _ID = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
@@ -146,7 +146,8 @@ class Gate:
         except Exception as error:
             if started:  # the connection is broken off, so that the client notices
                 raise
-            await error_response(scope["path"], as_api_error(error))(scope, receive, reply)
+            failure = as_given(as_api_error(error), state.get("given", ()))
+            await error_response(scope["path"], failure)(scope, receive, reply)
         finally:
             self._door.running -= counted
             if "watch" in state:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gllm_client import Chunk, Output
 from gllm_client.openai_server.conversation import Conversation
-from gllm_client.openai_server.errors import ApiError, invalid, renaming
+from gllm_client.openai_server.errors import ApiError, invalid
 from gllm_client.openai_server.events import (
     CallArguments,
     CallBegin,
@@ -146,9 +146,7 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
     ids, text, media = await render(model, conversation, request_id)
     thinks = model.format.in_thoughts(text)
     sampling = with_defaults(model, conversation.sampling)
-    names = {"structured_outputs": "tools"} | conversation.names
-    with renaming(names):
-        form = model.format.constraint(conversation, thinks)
+    form = model.format.constraint(conversation, thinks)
     if form is not None:
         sampling["structured_outputs"] = form
     special: list[str] = []  # those that the text may hold
@@ -164,8 +162,7 @@ async def answer(model: ServedModel, conversation: Conversation, request_id: str
         choices.append(
             _Choice(parser, conversation.include_reasoning, stops, model.count_malformed)
         )
-    chunks = model.generate(ids, sampling, request_id, media, names)
-    return Answer(ids, text, chunks, choices)
+    return Answer(ids, text, model.generate(ids, sampling, request_id, media), choices)
 
 
 async def count_tokens(model: ServedModel, conversation: Conversation, request_id: str = "") -> int:

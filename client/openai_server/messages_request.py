@@ -166,15 +166,7 @@ def to_conversation(asked: MessagesRequest, model: ServedModel) -> Conversation:
         max_tokens=asked.max_tokens,
         form={"json": form.schema} if form else None,
         include_reasoning=asked.thinks and asked.thinking.display != "omitted",
-        names={"stop": "stop_sequences"} | _form_name(asked),
     )
-
-
-def _form_name(asked: MessagesRequest) -> dict[str, str]:
-    """For errors.renaming: the field that has the form, if one has."""
-    if asked.output_config.format:
-        return {"structured_outputs": "output_config.format"}
-    return {"structured_outputs": "output_format"} if asked.output_format else {}
 
 
 def _tools(specs: list[ToolSpec]) -> tuple[Tool, ...]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gllm_client import Chunk, Client, GenerateError
 from gllm_client.openai_server.body import Json
-from gllm_client.openai_server.errors import ApiError, from_triton, invalid, renaming
+from gllm_client.openai_server.errors import ApiError, from_triton, invalid
 from gllm_client.openai_server.formats.choice import Format, choose
 from gllm_client.openai_server.logprobs import finite
 from gllm_client.openai_server.telemetry import current_trace
@@ -67,23 +67,17 @@ class ServedModel:
         return text
 
     async def generate(
-        self,
-        ids: list[int],
-        sampling: Json,
-        request_id: str,
-        media: Json,
-        names: Mapping[str, str],
+        self, ids: list[int], sampling: Json, request_id: str, media: Json
     ) -> AsyncGenerator[Chunk, None]:
         """The answer to a prompt, in chunks. Closing the generator cancels the request.
 
-        With `media` the first chunk tells the number of the prompt's tokens. `names`: see
-        errors.renaming.
+        With `media` the first chunk tells the number of the prompt's tokens.
         """
         if self.tenant:
             sampling = sampling | {"tenant": self.tenant}
         is_scored = not sampling.keys().isdisjoint(("logprobs", "prompt_logprobs"))
         trace = current_trace()
-        with renaming(names), _api_errors():
+        with _api_errors():
             chunks = self.client.generate(
                 model=self.name,
                 input_ids=ids,

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from gllm_client.openai_server.body import convert
 from gllm_client.openai_server.chat import ChatRequest, to_conversation
-from gllm_client.openai_server.errors import ApiError, renaming
+from gllm_client.openai_server.errors import ApiError
 from gllm_client.openai_server.generation import render
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.openai_server.routing import (
@@ -171,6 +171,4 @@ async def detokenize(request: Request) -> Response:
     """The text of tokens, special ones included."""
     asked = await read_body(request, TokensToDetokenize)
     model = await find_model(request, asked.model)
-    with renaming({"prompt": "tokens"}):
-        text = await model.detokenize(asked.tokens, request_id(request))
-    return JsonResponse({"prompt": text})
+    return JsonResponse({"prompt": await model.detokenize(asked.tokens, request_id(request))})

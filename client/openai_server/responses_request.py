@@ -20,7 +20,7 @@ from gllm_client.openai_server.turns import (
     call_message,
     media_part,
     merge,
-    parse_object,
+    read_arguments,
     text_part,
 )
 from gllm_client.protocol import shown
@@ -117,7 +117,6 @@ def to_conversation(
     sampling = fields.sampling(request)
     if request.top_logprobs or LOGPROBS in request.include:
         sampling["logprobs"] = request.top_logprobs
-    form = _form(request)
     conversation = Conversation(
         messages=_messages(request, model, earlier),
         tools=tuple(declared.tool for declared in toolbox.values()),
@@ -126,12 +125,11 @@ def to_conversation(
         sampling=sampling,
         template=_template(request, model),
         max_tokens=request.max_output_tokens,
-        form=form,
+        form=_form(request),
         include_reasoning=request.include_reasoning,
         truncate_prompt_tokens=-1
         if request.truncation == "auto"
         else request.truncate_prompt_tokens,
-        names=fields.form_name(request, "text.format") if form else {},
     )
     return conversation, toolbox
 
@@ -379,10 +377,7 @@ class _ItemReader:
         self._names[item.call_id] = name
         if item.input is not None:
             return call_message(item.call_id, name, {"input": item.input})
-        arguments = parse_object(item.arguments or "{}")
-        if arguments is None:  # the model still sees it, and may be told to correct it
-            arguments = {"arguments": item.arguments}
-        return call_message(item.call_id, name, arguments)
+        return call_message(item.call_id, name, read_arguments(item.arguments or ""))
 
     def _result(self, item: Item, path: str) -> Message:
         if item.call_id not in self._names:

@@ -165,7 +165,7 @@ def test_a_wrong_field_is_named(
             "structured_outputs",
             "response_format",
         ),
-        ("/v1/responses", {"text": TEXT_FORMAT}, "structured_outputs", "text.format"),
+        ("/v1/responses", {"text": TEXT_FORMAT}, "structured_outputs", "text"),
         (MESSAGES, {"stop_sequences": ["a"]}, "stop", "stop_sequences"),
         (
             MESSAGES,
