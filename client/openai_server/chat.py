@@ -112,7 +112,7 @@ def to_conversation(asked: ChatRequest, model: ServedModel) -> Conversation:
         messages=to_messages(asked.messages, model),
         tools=tools,
         tool_choice=_tool_choice(asked, tools),
-        parallel_tool_calls=asked.parallel_tool_calls,
+        parallel_tool_calls=asked.parallel_tool_calls and isinstance(asked.tool_choice, str),
         sampling=sampling,
         template=_template(asked, model),
         max_tokens=asked.max_tokens if limit is None else limit,

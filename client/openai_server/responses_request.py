@@ -121,7 +121,7 @@ def to_conversation(
         messages=_messages(request, model, earlier),
         tools=tuple(declared.tool for declared in toolbox.values()),
         tool_choice=_read_choice(request.tool_choice, toolbox),
-        parallel_tool_calls=request.parallel_tool_calls,
+        parallel_tool_calls=request.parallel_tool_calls and isinstance(request.tool_choice, str),
         sampling=sampling,
         template=_template(request, model),
         max_tokens=request.max_output_tokens,

@@ -160,14 +160,13 @@ def test_thoughts_are_told_apart_and_counted(served: Served) -> None:
     assert silent["usage"] == json.loads(answer.usage.model_dump_json(exclude_unset=True))
 
 
-def test_a_forced_tool_ends_with_stop_and_one_call_is_enough(served: Served) -> None:
+def test_a_named_tool_is_called_once_and_ends_with_stop(served: Served) -> None:
     served.triton.models["m"] = thinker(f"x</think>{CALL}{CALL}")
     answer = served.sdk.chat.completions.create(
         model="m",
         messages=USER,
         tools=[WEATHER],
         tool_choice={"type": "function", "function": {"name": "weather"}},
-        parallel_tool_calls=False,
     )
     (choice,) = whole(answer)
     assert [name for name, _ in choice["calls"]] == ["weather"]
