@@ -111,7 +111,7 @@ def _is_animated(file: bytes) -> bool:
     at = 10
     with suppress(IndexError):  # it is truncated, which the engine tells
         at += 3 + _table_size(file[at])
-        while file.startswith(b"GIF8") and num_frames < 2 and file[at] in b",!":
+        while file.startswith(b"GIF8") and file[at] in b",!":
             if file[at] == ord(","):
                 num_frames += 1
                 at += 9 + _table_size(file[at + 9])  # with the byte before its pixels
