@@ -211,6 +211,7 @@ BAD = [
     ("sweep --start {shape} --rate 1 --slo ttft=1 --workload x", "workload 'x' is unknown; known"),
     ("serve --start {shape} --trace /nowhere", "No such file or directory: '/nowhere'"),
     ("offline --model {shape} --workloads x", "workload 'x' is unknown; known are share"),
+    ("offline --model {shape} --workloads image", "workload 'image' is for a model that takes"),
     ("simulate --model {shape} --workload x", "workload 'x' is unknown; known are share"),
 ]
 
