@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gllm_benchmarks.openai_api import OpenAIClient, Response
+from gllm_benchmarks.record import told
 from gllm_benchmarks.workloads import Job
 from gllm_client import Client, GenerateError
 
@@ -194,6 +195,7 @@ async def play(task: dict[str, Any]) -> list[RequestRecord]:
     return [records[i] for i in range(len(jobs))]
 
 
+@told()
 def main() -> None:
     path = Path(sys.argv[1])
     records = asyncio.run(play(json.loads(path.read_text())))

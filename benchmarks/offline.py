@@ -30,6 +30,7 @@ from gllm_benchmarks.record import (
     number,
     print_table,
     record,
+    told,
 )
 from gllm_benchmarks.served_model import read_vocab, write_tokenizer
 from gllm_benchmarks.workloads import WORKLOADS, lengths, make_jobs, warm_up, with_images
@@ -195,6 +196,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@told()
 def main() -> None:
     arguments = parse_arguments()
     exit_on_sigterm()

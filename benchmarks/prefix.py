@@ -19,7 +19,7 @@ from typing import Any
 
 from gllm_benchmarks.load import RequestRecord, run_load
 from gllm_benchmarks.offline import model_directory
-from gllm_benchmarks.record import Figures, make_parser, number, print_table, record
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, told
 from gllm_benchmarks.reuse import TRACE_BLOCK, chats, ideal_rate, make_chats, read_mooncake
 from gllm_benchmarks.serve import (
     Served,
@@ -31,7 +31,7 @@ from gllm_benchmarks.serve import (
     serving,
     summarize,
 )
-from gllm_benchmarks.served_model import metric_sums
+from gllm_benchmarks.served_model import metric_sums, read_vocab
 from gllm_benchmarks.workloads import Job, warm_up
 from gllm_engine import IN_PROCESS, Engine, Request, SamplingParams, make_config
 
@@ -159,11 +159,12 @@ def measure(arguments: Namespace) -> Figures:
             return compare(run, make_work(arguments, served.vocab))
     path = model_directory(arguments.offline)
     settings = {"model": str(path)} | our_config(path, arguments) | config
+    jobs = make_work(arguments, read_vocab(path)[0])
     with contextlib.closing(Engine(make_config(settings))) as engine:
-        jobs = make_work(arguments, engine.info.vocab_size)
         return compare(partial(run_offline, engine, arguments.concurrency), jobs)
 
 
+@told()
 def main() -> None:
     arguments = parse_arguments()
     title = Path(arguments.offline or arguments.start or arguments.model).name

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,18 @@ def make_parser(name: str, about: str) -> ArgumentParser:
 def exit_on_sigterm() -> None:
     """Let SIGTERM end this process as an error does, which also ends the processes it started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """End with an error's sentence alone, where something given is wrong or a server is not there.
+
+    Also a decorator: `@told()`.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(str(error)) from None
 
 
 def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:

@@ -7,6 +7,7 @@ recorded in benchmarks/results. Each table states its command, commit and hardwa
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,7 @@ def insert(page: str, text: str) -> str:
 
 
 def main() -> None:
+    ArgumentParser("scripts/bench report", description=__doc__).parse_args()
     results = read_results()
     for name, sections in PAGES.items():
         page = ROOT / name

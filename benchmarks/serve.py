@@ -26,7 +26,7 @@ from gllm_benchmarks.offline import summarize as median_run
 from gllm_benchmarks.openai_api import PATHS
 from gllm_benchmarks.plot import draw, draw_policies
 from gllm_benchmarks.rates import Runs, search, served_rate
-from gllm_benchmarks.record import Figures, make_parser, number, print_table, record
+from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, told
 from gllm_benchmarks.served_model import MODEL, read_vocab, server
 from gllm_benchmarks.workloads import (
     Lengths,
@@ -342,6 +342,7 @@ def conclude(arguments: Namespace, name: str, title: str, figures: Figures) -> N
     record(arguments, name, figures, draw=plot)
 
 
+@told()
 def main(arguments: Namespace) -> None:
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)
     title = Path(arguments.start or arguments.model).name

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from gllm_benchmarks.load import RequestRecord
 from gllm_benchmarks.offline import parse_pairs
 from gllm_benchmarks.rates import Runs
-from gllm_benchmarks.record import make_parser, number
+from gllm_benchmarks.record import make_parser, number, told
 from gllm_benchmarks.serve import (
     MORE,
     add_load_arguments,
@@ -248,6 +248,7 @@ def parse_arguments() -> Namespace:
     return arguments
 
 
+@told()
 def main() -> None:
     arguments = parse_arguments()
     workload, recorded, pairs = read_load(arguments.workload, arguments.trace, arguments.limit)

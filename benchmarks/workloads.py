@@ -85,11 +85,13 @@ def with_images(jobs: list[Job], name: str, special: dict[int, str]) -> list[Job
     """The jobs of a workload with its images, if it has any, in front of the text.
 
     Other prompts get other images. `special`: tokens that the text does not have; the first three
-    stand for an image.
+    stand for an image. Raises ValueError for a workload with images and no such tokens.
     """
     kind, numbers = _parse(name)
     if kind != "image":
         return jobs
+    if not special:
+        raise ValueError(f"workload {name!r} is for a model that takes images")
     place = [*special][:3]
     draws = random.Random(str(jobs))
     found = []

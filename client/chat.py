@@ -10,6 +10,7 @@ import base64
 import mimetypes
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,14 @@ class Chat:
     def attach(self, path: Path) -> None:
         """Send an image or a video file with the next question."""
         try:
-            content = base64.b64encode(path.read_bytes()).decode()
+            content = path.read_bytes()
         except OSError as error:
             self._write(f"[{path}: {error.strerror}]\n")
             return
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-        url = {"url": f"data:{kind};base64,{content}"}
-        part = "video_url" if kind.startswith("video/") else "image_url"
+        url = {"url": f"data:{kind};base64,{base64.b64encode(content).decode()}"}
+        is_video = kind.startswith("video/") or _is_animated(content)
+        part = "video_url" if is_video else "image_url"
         self._images.append({"type": part, part: url})
         self._write(f"[{path.name} goes with the next question]\n")
 
@@ -101,6 +103,28 @@ class Chat:
             chunks.close()  # type: ignore[attr-defined]  # a generator: this cancels
         self._write("\n")
         self.messages.append({"role": "assistant", "content": text})
+
+
+def _is_animated(file: bytes) -> bool:
+    """Whether it is a GIF of several frames."""
+    num_frames = 0
+    at = 10
+    with suppress(IndexError):  # it is truncated, which the engine tells
+        at += 3 + _table_size(file[at])
+        while file.startswith(b"GIF8") and file[at] in b",!":
+            if file[at] == ord(","):
+                num_frames += 1
+                at += 9 + _table_size(file[at + 9])  # with the byte before its pixels
+            at += 2  # what is next is a list of blocks, each with its size before it, 0 ends it
+            while file[at]:
+                at += 1 + file[at]
+            at += 1
+    return num_frames > 1
+
+
+def _table_size(flags: int) -> int:
+    """Bytes of the colours of a GIF, or of one of its frames."""
+    return 6 << (flags & 7) if flags & 128 else 0
 
 
 def _image_path(line: str) -> Path | None:

@@ -12,7 +12,7 @@ import msgspec
 
 from gllm_client.openai_server.body import Body, Json, convert, decode
 from gllm_client.openai_server.endpoints import CHAT, ENDPOINTS
-from gllm_client.openai_server.errors import ApiError, invalid, openai_error
+from gllm_client.openai_server.errors import ApiError, as_given, invalid, openai_error
 from gllm_client.openai_server.fields import Common
 from gllm_client.openai_server.models import ServedModel
 from gllm_client.protocol import shorten, shown
@@ -67,8 +67,12 @@ def read_body(url: str, body: Body, flags: Json) -> Common:
 async def answer(url: str, asked: Common, model: ServedModel) -> Json:
     """The output line of a request's answer. Raises ApiError."""
     _, begin = ENDPOINTS[url]
-    writer = await begin(asked, model, uuid4().hex)
-    return _response(200, await writer.whole())
+    try:
+        writer = await begin(asked, model, uuid4().hex)
+        return _response(200, await writer.whole())
+    except ApiError as error:
+        fields = msgspec.structs.asdict(asked).items()
+        raise as_given(error, {name for name, value in fields if value}) from None
 
 
 # ---------------------------------------------------------------- output lines, without custom_id

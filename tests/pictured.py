@@ -30,13 +30,13 @@ _IDS = count(1)
 # Of a text; or the name, rows and columns of an image, with the number of moments of a video.
 Part = int | tuple[str, int, int] | tuple[str, int, int, int]
 VIDEO_TOKEN = 6
-# Positions of time between moments of a video of Qwen2.5-VL. So few that text goes on after the
-# largest column, as it always does in transformers.
+# Positions of time between moments of a video of Qwen2.5-VL, by default. So few that text goes on
+# after the largest column, as it always does in transformers.
 INTERVAL = 1
 Tokens = list[tuple[int, float]]  # ids and their log probabilities
 
 
-def request(vision: Vision, *parts: Part, **sampling: Any) -> Request:
+def request(vision: Vision, *parts: Part, interval: int = INTERVAL, **sampling: Any) -> Request:
     """A greedy request. Texts of equal length are equal, images of equal name and size are."""
     prompt: list[int] = []
     images = []
@@ -53,7 +53,7 @@ def request(vision: Vision, *parts: Part, **sampling: Any) -> Request:
             digest = blake2b(pixels, digest_size=16).digest()
             time = None
             if number and has_times(vision):
-                time = INTERVAL * number
+                time = interval * number
             elif moments:
                 prompt += [30, 31 + number]  # in place of a text that tells the time
             images.append(Image(digest, len(prompt), rows, columns, columns, *shape, pixels, time))
@@ -142,7 +142,7 @@ def processed(images: list[Tensor], vision: Vision) -> dict[str, Tensor]:
     return processor(images=[image.numpy() for image in images], return_tensors="pt")
 
 
-def processed_videos(videos: list[Tensor], vision: Vision) -> dict[str, Tensor]:
+def processed_videos(videos: list[Tensor], vision: Vision, interval: int) -> dict[str, Tensor]:
     """The same of videos, uint8 [frames, height, width, 3], and the time between two moments."""
     processor = transformers_processor("qwen3_vl")
     mean, std = (torch.tensor(values)[:, None, None] for values in (vision.mean, vision.std))
@@ -155,7 +155,7 @@ def processed_videos(videos: list[Tensor], vision: Vision) -> dict[str, Tensor]:
         grids.append(grid)
     inputs = {"pixel_values_videos": torch.cat(found), "video_grid_thw": torch.tensor(grids)}
     if has_times(vision):  # with 4 positions a second, as its config has it by default
-        inputs["second_per_grid_ts"] = torch.full((len(videos),), INTERVAL / 4)
+        inputs["second_per_grid_ts"] = torch.full((len(videos),), interval / 4)
     return inputs
 
 
@@ -176,7 +176,8 @@ def transformers_scores(model: Any, each: Request, vision: Vision, output: Token
         end = image_end(image)
     inputs = processed(images, vision) if images else {}
     if videos:
-        inputs |= processed_videos([torch.cat(moments) for moments in videos], vision)
+        interval = next((image.time for image in each.images if image.time), INTERVAL)
+        inputs |= processed_videos([torch.cat(each) for each in videos], vision, interval)
     tokens = each.prompt + [token for token, _ in output]
     ids = torch.tensor([tokens])
     with torch.no_grad():

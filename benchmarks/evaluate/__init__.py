@@ -15,7 +15,15 @@ from typing import Any
 
 from gllm_benchmarks.evaluate import harness, perplexity, ruler
 from gllm_benchmarks.openai_api import OpenAIClient, Post
-from gllm_benchmarks.record import Figures, make_parser, number, print_table, record, rounded
+from gllm_benchmarks.record import (
+    Figures,
+    make_parser,
+    number,
+    print_table,
+    record,
+    rounded,
+    told,
+)
 from gllm_engine import LLM
 
 
@@ -81,12 +89,10 @@ def table(figures: Figures) -> tuple[list[str], list[list[Any]]]:
     return ["", *header], rows
 
 
+@told()
 def main() -> None:
     arguments = parse_arguments()
-    try:
-        figures = rounded(OWN.get(arguments.task, harness.run)(arguments))
-    except (RuntimeError, ValueError) as error:  # GenerateError is one too
-        raise SystemExit(str(error)) from None
+    figures = rounded(OWN.get(arguments.task, harness.run)(arguments))
     print_table(arguments.task, *table(figures))
     model = Path(arguments.offline or arguments.model).name
     record(arguments, f"evaluate-{arguments.task}-{model}", figures)

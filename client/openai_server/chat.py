@@ -24,7 +24,7 @@ from gllm_client.openai_server.events import (
 from gllm_client.openai_server.generation import Answer, Batch, answer
 from gllm_client.openai_server.logprobs import chat_logprob
 from gllm_client.openai_server.models import ServedModel
-from gllm_client.openai_server.turns import media_part, text_part
+from gllm_client.openai_server.turns import media_part, read_arguments, text_part
 from gllm_client.openai_server.writer import Choice, Writer
 from gllm_client.protocol import shown
 
@@ -74,7 +74,7 @@ class ChatRequest(fields.Common, frozen=True, kw_only=True):
     tools: list[FunctionTool] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
-    reasoning_effort: str | None = None
+    reasoning_effort: fields.Effort | None = None
     include_reasoning: bool = True
     chat_template_kwargs: Json = {}
     documents: list[Json] | None = None
@@ -112,7 +112,7 @@ def to_conversation(asked: ChatRequest, model: ServedModel) -> Conversation:
         messages=to_messages(asked.messages, model),
         tools=tools,
         tool_choice=_tool_choice(asked, tools),
-        parallel_tool_calls=asked.parallel_tool_calls,
+        parallel_tool_calls=asked.parallel_tool_calls and isinstance(asked.tool_choice, str),
         sampling=sampling,
         template=_template(asked, model),
         max_tokens=asked.max_tokens if limit is None else limit,
@@ -130,9 +130,7 @@ def to_tools(given: list[FunctionTool]) -> tuple[Tool, ...]:
     for index, entry in enumerate(given):
         path = f"tools[{index}].function.name"
         function = entry.function
-        if not _NAME.fullmatch(function.name):
-            allowed = "1 to 128 letters, digits, '_', '-', '.' and ':'"
-            raise invalid(path, f"{shown(function.name)} is not valid ({allowed})")
+        check_name(path, function.name)
         if function.name in tools:
             raise invalid(path, f"{shown(function.name)} is the name of an earlier tool")
         tools[function.name] = Tool(
@@ -142,6 +140,13 @@ def to_tools(given: list[FunctionTool]) -> tuple[Tool, ...]:
             strict=bool(function.strict),
         )
     return tuple(tools.values())
+
+
+def check_name(path: str, name: str) -> None:
+    """Raise ApiError for what cannot be the name of a tool."""
+    if not _NAME.fullmatch(name):
+        allowed = "1 to 128 letters, digits, '_', '-', '.' and ':'"
+        raise invalid(path, f"{shown(name)} is not valid ({allowed})")
 
 
 def _tool_choice(asked: ChatRequest, tools: tuple[Tool, ...]) -> ToolChoice:
@@ -163,6 +168,10 @@ def _template(asked: ChatRequest, model: ServedModel) -> Json:
         "continue_final_message": asked.continue_final_message,
     }
     variables = {name: value for name, value in given.items() if value is not None}
+    if asked.add_generation_prompt and asked.continue_final_message:
+        raise invalid("continue_final_message", "it cannot go with add_generation_prompt")
+    if asked.documents is not None and "documents" not in model.facts["chat_template"]:
+        raise invalid("documents", "this model's chat template takes none")
     if asked.reasoning_effort is not None:
         variables |= effort_variables(model, asked.reasoning_effort)
     return variables | asked.chat_template_kwargs
@@ -211,8 +220,14 @@ def _message(path: str, message: Json, roles: dict[str, str], model: ServedModel
         raise invalid(f"{path}.content", f"{shown(content)} is neither text nor a list of parts")
     calls = convert(checked.get("tool_calls", []), list[Json], f"{path}.tool_calls")
     for index, call in enumerate(calls):
-        if not isinstance(call.get("function"), dict):
+        function = call.get("function")
+        if not isinstance(function, dict):
             raise invalid(f"{path}.tool_calls[{index}].function", "it is required")
+        if isinstance(text := function.get("arguments"), str):
+            function = function | {"arguments": read_arguments(text)}
+            calls[index] = call | {"function": function}
+    if calls:
+        checked["tool_calls"] = calls
     return checked | {"role": roles.get(role, role), "content": content}
 
 

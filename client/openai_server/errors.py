@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from typing import Any
 
 from gllm_client.protocol import GenerateError
@@ -35,6 +36,13 @@ _SENTENCES = {
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 # The names of a prompt's tensors, which clients know by another name.
 _RENAMED = {"text_input": "prompt", "input_ids": "prompt"}
+# Fields of which Triton's parameters are made, the likeliest first.
+_FIELDS = {
+    "structured_outputs": "response_format text output_config output_format tools",
+    "max_tokens": "max_completion_tokens max_output_tokens",
+    "stop": "stop_sequences",
+    "prompt": "tokens",
+}
 
 
 class ApiError(Exception):
@@ -53,6 +61,16 @@ class ApiError(Exception):
 def invalid(param: str, problem: str) -> ApiError:
     """A field that is wrong: `param` is its path, such as "messages[0].content"."""
     return ApiError(400, f"{param}: {problem}", param)
+
+
+def as_given(error: ApiError, given: Collection[str]) -> ApiError:
+    """The error with the client's name for what Triton calls otherwise. `given`: its fields."""
+    field = error.param or ""
+    first = field.partition(".")[0]
+    name = next((name for name in _FIELDS.get(first, "").split() if name in given), first)
+    if name == first or first in given:
+        return error
+    return invalid(name, error.message.removeprefix(f"{field}: "))
 
 
 def from_triton(error: GenerateError) -> ApiError:

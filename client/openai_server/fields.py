@@ -6,7 +6,8 @@ Ranges of sampling parameters are checked by the backend, whose sentences name t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -15,6 +16,7 @@ from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.events import Tokens
 
 MAX_TOP_LOGPROBS = 20
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 MAX_N = 64  # the backend's limit; checked here because every answer has a state of its own
 
 
@@ -31,7 +33,7 @@ class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     strict: bool | None = None  # a schema is always enforced
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
+class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
 
@@ -48,7 +50,7 @@ class _Accepted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     service_tier: Any = None
     verbosity: Any = None
     use_beam_search: Literal[False] = False
-    length_penalty: Literal[1] = 1
+    length_penalty: Annotated[float, msgspec.Meta(ge=1, le=1)] = 1.0
     spaces_between_special_tokens: Literal[True] = True
 
 
@@ -129,9 +131,9 @@ def check(asked: Common) -> None:
 def sampling(asked: Common) -> Json:
     """Triton's sampling parameters, without the number of tokens and the form."""
     given = {name: getattr(asked, name) for name in _SAMPLING}
-    salts = [salt for salt in (asked.cache_salt, asked.prompt_cache_key) if salt is not None]
-    if salts:  # prompts share cached pages only if both are equal
-        given["cache_salt"] = "\n".join(salts)
+    given["cache_salt"] = asked.cache_salt
+    if asked.prompt_cache_key is not None:  # prompts share cached pages only if both are equal
+        given["cache_salt"] = json.dumps([asked.cache_salt, asked.prompt_cache_key])
     return {name: value for name, value in given.items() if value is not None}
 
 

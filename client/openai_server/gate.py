@@ -18,7 +18,7 @@ from pathlib import Path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gllm_client.openai_server.errors import ApiError, as_api_error
+from gllm_client.openai_server.errors import ApiError, as_api_error, as_given
 from gllm_client.openai_server.routing import error_response
 
 _ID = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
@@ -127,7 +127,9 @@ class Gate:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
+                headers = MutableHeaders(scope=message)
+                for name in ("x-request-id", "request-id"):  # the second one is Anthropic's
+                    headers[name] = state["request_id"]
             elif not message.get("more_body", False):
                 state["answered"] = True
             await send(message)
@@ -144,7 +146,8 @@ class Gate:
         except Exception as error:
             if started:  # the connection is broken off, so that the client notices
                 raise
-            await error_response(scope["path"], as_api_error(error))(scope, receive, reply)
+            failure = as_given(as_api_error(error), state.get("given", ()))
+            await error_response(scope["path"], failure)(scope, receive, reply)
         finally:
             self._door.running -= counted
             if "watch" in state:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from gllm_client.openai_server.body import Json
-from gllm_client.openai_server.chat import MAX_TOOLS
+from gllm_client.openai_server.chat import MAX_TOOLS, check_name
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.models import ServedModel
@@ -180,6 +180,7 @@ def _tools(specs: list[ToolSpec]) -> tuple[Tool, ...]:
             raise invalid(f"{path}.type", f"{shown(spec.type)} {problem}")
         if spec.input_schema is None:
             raise invalid(f"{path}.input_schema", "it is required")
+        check_name(f"{path}.name", spec.name)
         if spec.name in tools:
             raise invalid(f"{path}.name", f"{shown(spec.name)} is the name of an earlier tool")
         strict = spec.strict is True

@@ -11,7 +11,7 @@ import msgspec
 
 from gllm_client.openai_server import fields
 from gllm_client.openai_server.body import Json, convert
-from gllm_client.openai_server.chat import MAX_TOOLS, effort_variables
+from gllm_client.openai_server.chat import MAX_TOOLS, check_name, effort_variables
 from gllm_client.openai_server.conversation import Conversation, Message, Tool, ToolChoice
 from gllm_client.openai_server.errors import invalid
 from gllm_client.openai_server.formats.grammar import regex_part
@@ -20,7 +20,7 @@ from gllm_client.openai_server.turns import (
     call_message,
     media_part,
     merge,
-    parse_object,
+    read_arguments,
     text_part,
 )
 from gllm_client.protocol import shown
@@ -31,7 +31,7 @@ _HOSTED = "this server has no hosted tools, only function, custom and namespace 
 
 
 class ReasoningConfig(msgspec.Struct, frozen=True):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: fields.Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None  # its old name
 
@@ -121,7 +121,7 @@ def to_conversation(
         messages=_messages(request, model, earlier),
         tools=tuple(declared.tool for declared in toolbox.values()),
         tool_choice=_read_choice(request.tool_choice, toolbox),
-        parallel_tool_calls=request.parallel_tool_calls,
+        parallel_tool_calls=request.parallel_tool_calls and isinstance(request.tool_choice, str),
         sampling=sampling,
         template=_template(request, model),
         max_tokens=request.max_output_tokens,
@@ -180,6 +180,8 @@ def _form(request: ResponsesRequest) -> Json | None:
     if request.structured_outputs is not None:
         raise invalid("structured_outputs", "it and text.format exclude each other")
     if asked.type == "json_object":
+        if asked.schema is not None:
+            raise invalid("text.format.schema", "it goes with json_schema")
         return {"json_object": True}
     if asked.schema is None:
         raise invalid("text.format.schema", "json_schema needs it")
@@ -228,8 +230,7 @@ def is_left_out(tool: Json) -> bool:
 def _read_tool(spec: ToolSpec, path: str, namespace: str | None) -> Toolbox:
     if spec.type not in ("function", "custom", "namespace"):
         raise invalid(f"{path}.type", f"{shown(spec.type)} is not supported: {_HOSTED}")
-    if not spec.name:
-        raise invalid(f"{path}.name", "a tool needs a name")
+    check_name(f"{path}.name", spec.name)
     if spec.type == "namespace":
         if namespace is not None:
             raise invalid(f"{path}.type", "a namespace cannot hold another")
@@ -376,10 +377,7 @@ class _ItemReader:
         self._names[item.call_id] = name
         if item.input is not None:
             return call_message(item.call_id, name, {"input": item.input})
-        arguments = parse_object(item.arguments or "{}")
-        if arguments is None:  # the model still sees it, and may be told to correct it
-            arguments = {"arguments": item.arguments}
-        return call_message(item.call_id, name, arguments)
+        return call_message(item.call_id, name, read_arguments(item.arguments or ""))
 
     def _result(self, item: Item, path: str) -> Message:
         if item.call_id not in self._names:

@@ -57,7 +57,9 @@ async def read_body(request: Request, kind: type[T]) -> T:
         raise ApiError(415, f"content-type: application/json is expected, got {shown(media)}")
     body = await _read(request, request.app.state.options.max_body_size)
     request.state.watch = asyncio.create_task(_watch(request, asyncio.current_task()))
-    return convert(decode(body), kind)
+    value = decode(body)
+    request.state.given = value.keys()
+    return convert(value, kind)
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -103,6 +103,12 @@ def call_message(id: str, name: str, arguments: dict[str, Any]) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
+def read_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call. If the model broke them off, it still sees them."""
+    arguments = parse_object(text or "{}")
+    return {"arguments": text} if arguments is None else arguments
+
+
 def parse_object(text: str) -> dict[str, Any] | None:
     """A JSON object; None if the text is anything else."""
     try:

@@ -8,20 +8,23 @@ from gllm_engine.sched import DIGEST_SIZE, image_end
 from gllm_engine.text.image_parts import not_taken
 from gllm_engine.types import Image, Request
 
+MAX_TIME = 2**31  # positions are int32; the scheduler knows how many there are
+
 
 def check_images(request: Request, arch: Model) -> None:
     """Raise InvalidField for images that the model cannot take, or that do not fit the prompt."""
     if request.images and arch.vision is None:
         raise not_taken("image")
     end = 0
-    start = 0  # of a video
     for number, image in enumerate(request.images):
         problem = _problem(image, arch)
-        if image.time is None:
-            start = image.first
-        # Layers have tables of positions; those that are at most the token's index are in them.
-        elif not number or image.first != end or not 0 <= image.time <= end - start:
-            problem = problem or f"its time is {image.time}, and its video begins at token {start}"
+        if image.time is not None and not (
+            number and image.first == end and 0 <= image.time < MAX_TIME
+        ):
+            problem = problem or (
+                f"its time is {image.time}, but times from 0 to {MAX_TIME - 1} are for moments "
+                "that follow another one"
+            )
         last = image_end(image) - 1
         length = len(request.prompt)
         if problem is None and not end <= image.first <= last < length:

@@ -171,7 +171,7 @@ class Engine:
         make_runner = make_runner or partial(_make_runner, recorder=self._recorder)
         self._runner = make_runner(config, arch)
         self._start_encoders(make_encoders or _make_encoders)
-        self._images = None if arch.vision is None else ImageCache(config, arch.has_sections)
+        self._images = _make_image_cache(config, arch)
         kinds = cache_groups(arch, config.max_model_len or arch.max_len)
         groups = make_groups(kinds, config, self._runner.num_pages)
         max_model_len = model_len(config, arch, capacity(groups, arch.max_len))
@@ -668,6 +668,12 @@ def _make_runner(config: EngineConfig, arch: Model, recorder: NoRecorder) -> Ste
     if config.num_ranks > 1:
         return WorkerGroup(config, arch)
     return load_runner(config, arch, device, None, recorder)
+
+
+def _make_image_cache(config: EngineConfig, arch: Model) -> ImageCache | None:
+    if arch.vision is None:
+        return None
+    return ImageCache(config, arch.max_len if arch.has_sections else 0)
 
 
 def _make_encoders(config: EngineConfig, arch: Model, runner: StepRunner) -> Encoders:

@@ -56,12 +56,12 @@ def read_processor(
     read_rule = _RULES.get(str(config.get("model_type")))
     if read_rule is None or not isinstance(config.get("vision_config"), dict):
         return None
-    tower = read_arch(path).vision
+    arch = read_arch(path)
+    tower = arch.vision
     if tower is None:
         return None
-    checkpoint = _Checkpoint(
-        path, config["vision_config"], tower, _settings(path, "image"), max_pixels
-    )
+    settings = _settings(path, "image")
+    checkpoint = _Checkpoint(path, config["vision_config"], tower, arch.vocab, settings, max_pixels)
     checkpoint.require(do_resize=True, resample=BICUBIC, height=None, width=None)
     rule = read_rule(checkpoint)
     breaks = isinstance(rule, LongestEdge)
@@ -90,6 +90,7 @@ class _Checkpoint:
     path: Path
     vision: Values
     tower: Vision
+    vocab: int
     settings: Values  # of the image processor, those in `size` among them
     max_pixels: int | None
 
@@ -105,6 +106,14 @@ class _Checkpoint:
         if type(numbers) is not int or not 0 < numbers <= MAX_NUMBER:
             raise ConfigError(f"{self.path}: {key}: {shown(value)} is outside [1, {MAX_NUMBER}]")
         return numbers
+
+    def token(self, config: Values, default: int, key: str) -> int:
+        id = self.number(config, default, key)
+        if id >= self.vocab:
+            raise ConfigError(
+                f"{self.path}: {key}: {id} is no token, the text model has vocab_size={self.vocab}"
+            )
+        return id
 
     @property
     def factor(self) -> int:
@@ -180,11 +189,16 @@ def _videos(checkpoint: _Checkpoint, config: Values, limits: VideoLimits) -> Vid
     # The tower knows one mean and one deviation.
     same = {key: images[key] for key in ("image_mean", "image_std") if key in images}
     own.require(patch_size=tower.patch, merge_size=tower.merge, **same)
-    start = own.number(config, tower.image_token - 3, "vision_start_token_id")
-    end = own.number(config, tower.image_token - 2, "vision_end_token_id")
+    start = own.token(config, tower.image_token - 3, "vision_start_token_id")
+    end = own.token(config, tower.image_token - 2, "vision_end_token_id")
+    placeholder = own.token(config, tower.image_token + 1, "video_token_id")
+    if placeholder == tower.image_token:
+        raise ConfigError(
+            f"{own.path}: video_token_id: {placeholder} is the placeholder of images too"
+        )
     return VideoProcessor(
         rule=_video_rule(own, kind, limits.frames),
-        placeholder=own.number(config, tower.image_token + 1, "video_token_id"),
+        placeholder=placeholder,
         around=(start, end),
         max_bytes=limits.mib << 20,
         max_pixels=limits.megapixels * 10**6,

@@ -181,15 +181,6 @@ class VideoProcessor:
         else:
             seconds = rule.seconds(decoded.taken, decoded.fps)
         size = 2 * 3 * decoded.height * decoded.width
-        tokens = decoded.height * decoded.width // rule.factor**2
-        for index, time in enumerate(times):
-            # A position is at most the index of its token.
-            if time is not None and time > index * tokens:
-                raise ValueError(
-                    f"moment {index + 1} is {time} positions of time after the first one, more "
-                    f"than the {index * tokens} tokens between them; more or larger frames have "
-                    "more (max_video_frames, image_max_pixels)"
-                )
         moments = [self._moment(decoded, pixels.read(size), time) for time in times]
         return PreparedVideo(moments, seconds)
 

@@ -22,13 +22,20 @@ from gllm_engine.arch.rope import (
 
 
 class RopeTable:
-    """cos and sin, [max_model_len, dim / 2] in float32, for positions 0 .. max_model_len - 1."""
+    """cos and sin, [positions, dim / 2] in float32, for positions from 0 on.
 
-    def __init__(self, rope: Rope, max_model_len: int, device: torch.device) -> None:
+    There are `max_model_len` positions; or `max_len`, the checkpoint's length, if that is more and
+    the Rope has sections: the times of a video may go further than its tokens.
+    """
+
+    def __init__(
+        self, rope: Rope, max_model_len: int, device: torch.device, max_len: int = 0
+    ) -> None:
+        length = max_model_len if rope.sections is None else max(max_model_len, max_len)
         frequencies, factor = _frequencies(rope, max_model_len)
         # Computed on the host, so that all devices have the same numbers.
         place = device if device.type == "meta" else frequencies.device
-        positions = torch.arange(max_model_len, dtype=torch.float32, device=place)
+        positions = torch.arange(length, dtype=torch.float32, device=place)
         angles = torch.outer(positions, frequencies.to(place))
         self.cos = (angles.cos() * factor).to(device)
         self.sin = (angles.sin() * factor).to(device)

@@ -227,8 +227,8 @@ class Decoder:
         ranks: TensorParallel = ALONE,
         encodes: bool = True,
     ) -> None:
-        """`max_model_len`: all positions are smaller. Dynamic RoPE scaling depends on it, and which
-        windows matter.
+        """`max_model_len`: all positions are smaller, but for those of time. Dynamic RoPE scaling
+        depends on it, and which windows matter.
 
         `shard`: this rank's shard (default: everything). `ranks`: the ranks that share its layers.
         `encodes`: whether it encodes the images that it takes.
@@ -298,7 +298,8 @@ class Decoder:
             self._positions = self._platform.empty(arch.positions, arch.dim)
         ropes = dict.fromkeys(rope for layer in self.layers for rope in layer.mixer.ropes)
         self._ropes = {
-            rope: self._ropes.get(rope) or RopeTable(rope, self._max_model_len, self.device)
+            rope: self._ropes.get(rope)
+            or RopeTable(rope, self._max_model_len, self.device, arch.max_len)
             for rope in ropes
         }
         # The first of the layers that share a plan.

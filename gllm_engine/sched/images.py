@@ -47,12 +47,12 @@ class ImageCache:
 
     A plan makes those of config.encoder_budget tokens at most, or of one larger image; encoders
     have those of config.landing_tokens tokens at most. A number is never used twice: an image that
-    is encoded again gets another one. `has_sections`: see Rope.sections. `is_ahead`: encoders
-    encode.
+    is encoded again gets another one. `num_positions`: that a rotary embedding with sections has,
+    0: it has none. `is_ahead`: encoders encode.
     """
 
-    def __init__(self, config: EngineConfig, has_sections: bool = False) -> None:
-        self.has_sections = has_sections
+    def __init__(self, config: EngineConfig, num_positions: int = 0) -> None:
+        self.num_positions = num_positions
         self.most = config.largest_image
         self.is_ahead = config.encoder_workers > 0
         self.num_encoded = 0

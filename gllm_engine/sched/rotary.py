@@ -22,7 +22,8 @@ from gllm_engine.types import Image
 
 
 class RotaryPositions:
-    """`offset`: what the positions of tokens after the prompt add to their index; at most 0."""
+    """`offset`: what the positions of tokens after the prompt add to their index. It is above 0
+    only if moments are further apart than their tokens."""
 
     def __init__(self, prompt_len: int, images: Iterable[Image]) -> None:
         """`images`: in order; rows follow each other without other tokens between."""

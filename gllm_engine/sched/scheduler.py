@@ -170,7 +170,6 @@ class Scheduler:
             raise ValueError(f"sequence {sequence.key!r} was added before")
         length = sequence.prompt_len
         sampling = sequence.sampling
-        wanted = self._wanted(sequence)
         if not length:
             raise Refused("invalid", "prompt: it is empty, at least one token is needed")
         if length >= self._max_model_len:
@@ -179,6 +178,8 @@ class Scheduler:
                 f"prompt: its {length} tokens leave no room for output; prompt and output together "
                 f"are limited to {self._max_model_len} tokens (max_model_len)",
             )
+        sequence.rotary = self._rotary(sequence)
+        wanted = self._wanted(sequence)
         if min(length + 1, wanted - 1) > self._capacity:  # the last token is never computed
             raise Refused(
                 "invalid",
@@ -204,8 +205,6 @@ class Scheduler:
         sequence.stops = frozenset(eos + sampling.stop_token_ids)
         salt = sampling.cache_salt
         sequence.pages = Pages(self._groups, salt, self._snapshots, sequence.images)
-        if sequence.images and self._images is not None and self._images.has_sections:
-            sequence.rotary = RotaryPositions(length, sequence.images)
         sequence.commit_check = length + 1  # its first token
         self._waiting.join(sequence, tenant)
         self._backlog += length
@@ -233,12 +232,27 @@ class Scheduler:
         self._flights.clear()
         return dropped
 
+    def _rotary(self, sequence: Sequence) -> RotaryPositions | None:
+        """See Sequence.rotary. Raises Refused if they leave no position for output."""
+        if not sequence.images or self._images is None or not self._images.num_positions:
+            return None
+        rotary = RotaryPositions(sequence.prompt_len, sequence.images)
+        after = sequence.prompt_len + rotary.offset
+        if after >= self._images.num_positions:
+            raise Refused(
+                "invalid",
+                f"video: after its times text goes on at position {after}, the checkpoint has "
+                f"{self._images.num_positions} positions",
+            )
+        return rotary
+
     def _wanted(self, sequence: Sequence) -> int:
-        """Prompt plus requested output tokens, limited by the model's length."""
+        """Prompt plus requested output tokens, limited by the model's length and positions."""
+        most = self._max_model_len
+        if sequence.rotary is not None and self._images is not None:
+            most = min(most, self._images.num_positions - sequence.rotary.offset)
         max_tokens = sequence.sampling.max_tokens
-        if max_tokens is None:
-            return self._max_model_len
-        return min(sequence.prompt_len + max_tokens, self._max_model_len)
+        return most if max_tokens is None else min(sequence.prompt_len + max_tokens, most)
 
     def _remove(self, sequence: Sequence) -> None:
         """Remove a sequence from its queue and free its slot and pages for the next plan.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from fake_openai import MODEL, FakeOpenAI, event, usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gllm_benchmarks import prefix
+from gllm_benchmarks import offline, prefix, serve, sweep
 from gllm_benchmarks.prefix import WITH, compare, rows, run_offline, run_served
 from gllm_benchmarks.report import PAGES, render
 from gllm_benchmarks.reuse import PAGE, Chats, chats, ideal_rate, make_chats, read_mooncake
@@ -197,3 +199,51 @@ def test_the_command_and_its_table(
 def test_rows_without_figures() -> None:
     run = {"hit_rate": None, "ttft_ms": None, "failed": 3}
     assert rows({"ideal_hit_rate": 0.5, "runs": {WITH: run}}) == [[WITH, "", "50.0%", "", 3]]
+
+
+BAD = [
+    ("prefix --offline {shape} --config page_size=7", "page_size: 7 is not a power of two"),
+    ("prefix --offline {shape} --config nonsense=7", "unknown key 'nonsense'; known keys are"),
+    ("prefix --offline {shape} --config max_model_len=999999", "max_model_len: 999999 is more"),
+    ("prefix --offline {shape} --workload chats:1:x", "workload 'chats:1:x' is not chats:users"),
+    ("prefix --offline {shape} --trace /nowhere", "No such file or directory: '/nowhere'"),
+    ("serve --start {shape} --all --workload x", "workload 'x' is unknown; known are share"),
+    ("sweep --start {shape} --rate 1 --slo ttft=1 --workload x", "workload 'x' is unknown; known"),
+    ("serve --start {shape} --trace /nowhere", "No such file or directory: '/nowhere'"),
+    ("offline --model {shape} --workloads x", "workload 'x' is unknown; known are share"),
+    ("offline --model {shape} --workloads image", "workload 'image' is for a model that takes"),
+    ("simulate --model {shape} --workload x", "workload 'x' is unknown; known are share"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), BAD)
+def test_a_wrong_value_is_a_sentence(
+    words: str, sentence: str, shape: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every benchmark, without a traceback."""
+    monkeypatch.setattr("sys.argv", words.format(shape=shape).split())
+    module = import_module(f"gllm_benchmarks.{words.split()[0]}")
+    run = serve.main if module is sweep else module.main
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        run(*([module.parse_arguments()] if run is serve.main else []))
+
+
+def test_nobody_there_is_a_sentence_of_each_client(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "serve --openai http://127.0.0.1:1 --model x --all --clients 1"
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(SystemExit, match="a load client failed before it began"):
+        serve.main(serve.parse_arguments())
+    told = capfd.readouterr().err
+    assert told.startswith("the server fails: ClientConnectorError") and told.count("\n") == 1
+
+
+def test_a_wrong_value_of_the_engine_of_another_process_is_a_sentence(
+    shape: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    task = {"model": str(shape), "config": {"nonsense": 7}, "figures": str(tmp_path / "figures")}
+    with pytest.raises(SystemExit, match="ours: its process ended with status 1 and no figures"):
+        offline.drive("ours", task, None, 60)
+    told = capfd.readouterr().err
+    assert told.startswith("unknown key 'nonsense'; known keys are") and told.count("\n") == 1

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from gllm_client.chat import HINT, Chat, Message
 from gllm_client.protocol import Chunk, GenerateError, Output
 
@@ -114,6 +116,34 @@ def test_images_go_with_the_next_question(tmp_path: Path) -> None:
     }
     cleared, _, _ = run(f"/image {odd}", "/clear", "Hi")
     assert cleared.asked == [said("Hi")]
+
+
+def test_an_animated_gif_goes_as_a_video(tmp_path: Path) -> None:
+    """One of a single frame is an image, as for the engine."""
+    frames = [Image.effect_noise((90, 80), spread) for spread in (9, 40, 90)]
+    own_colours = [frame.quantize(10 + 7 * i) for i, frame in enumerate(frames)]
+    for number, options in enumerate(
+        ({}, {"duration": 40, "transparency": 0}, {"comment": b"," * 300, "loop": 0}, {})
+    ):
+        frames = frames if number < 3 else own_colours
+        for count, part in ((1, "image_url"), (2, "video_url"), (3, "video_url")):
+            path = tmp_path / f"{count}.gif"
+            rest = frames[1:count]
+            frames[0].save(path, save_all=True, append_images=rest, **options)
+            assert sent(path) == (part, path.read_bytes())
+    cut = tmp_path / "cut.gif"
+    for length in (6, 10, 11, 300, 3000):
+        cut.write_bytes((tmp_path / "1.gif").read_bytes()[:length])
+        assert sent(cut)[0] == "image_url"
+
+
+def sent(path: Path) -> tuple[str, bytes]:
+    """The kind of the part as which a GIF is sent, and its content."""
+    model, _, _ = run(str(path), "What is it?")
+    part = model.asked[0][0]["content"][0]
+    head, _, content = part[part["type"]]["url"].partition(",")
+    assert head == "data:image/gif;base64"
+    return part["type"], base64.b64decode(content)
 
 
 def test_kinds_of_files_are_known_on_every_machine() -> None:

@@ -44,13 +44,11 @@ def test_a_moment_follows_another_one() -> None:
     check_images(MOMENTS, SPACED)
     first, second = MOMENTS.images
     for bad in (
-        replace(second, time=7),
+        replace(second, time=2**31),
         replace(second, time=-1),
         replace(second, first=second.first + 1),
     ):
-        with pytest.raises(
-            InvalidField, match=r"number 1: its time is -?\d, and its video begins at"
-        ):
+        with pytest.raises(InvalidField, match=r"number 1: its time is -?\d+, but times from 0 to"):
             check_images(replace(MOMENTS, images=(first, bad)), SPACED)
     with pytest.raises(InvalidField, match="number 0: its time is 0"):
         check_images(replace(MOMENTS, images=(replace(first, time=0), second)), SPACED)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from pictured import TowerEncoders, compare, request, run, transformers_scores
 
 from gllm_engine.arch import read_arch
@@ -81,7 +82,9 @@ def alone(model: Path) -> list[Any]:
     return found
 
 
-def test_every_token_is_scored_as_by_transformers(engine: MakeEngine, model: Path) -> None:
+@pytest.fixture(scope="module")
+def theirs(model: Path) -> Any:
+    """The model in transformers."""
     from transformers import AutoModelForImageTextToText
 
     names = {r"^model\.(?!language_model\.|visual\.)": "model.language_model."}
@@ -90,6 +93,10 @@ def test_every_token_is_scored_as_by_transformers(engine: MakeEngine, model: Pat
     )
     if read_arch(model).tie:
         theirs.lm_head.weight = theirs.get_input_embeddings().weight
+    return theirs
+
+
+def test_every_token_is_scored_as_by_transformers(engine: MakeEngine, theirs: Any) -> None:
     one = engine()
     vision = vision_of(one)
     asked = requests(vision, prompt_logprobs=0)
@@ -97,6 +104,41 @@ def test_every_token_is_scored_as_by_transformers(engine: MakeEngine, model: Pat
         output = found[len(each.prompt) - 1 :]
         assert len(output) == 12
         compare([found], [transformers_scores(theirs, each, vision, output)])
+
+
+@pytest.mark.parametrize("model", FAMILIES[:1], indirect=True)
+def test_moments_may_be_further_apart_than_their_tokens(engine: MakeEngine, theirs: Any) -> None:
+    """Up to the checkpoint's length, 2048, whatever max_model_len is."""
+    one = engine()
+    vision = vision_of(one)
+    film = (5, ("e", 2, 3, 3))
+    (found,) = run(one, [request(vision, *film, interval=900, prompt_logprobs=0, max_tokens=1)])
+    ends = request(vision, *film, interval=900)
+    compare([found], [transformers_scores(theirs, ends, vision, found[-1:])])
+    # Text goes on behind the last moment: at 7 + 1801.
+    asked = request(vision, *film, 4, interval=900)
+    (output,) = run(one, [asked])
+    again = replace(asked, id=0, prompt=asked.prompt + [token for token, _ in output])
+    scored = replace(asked.sampling, prompt_logprobs=0, max_tokens=1)
+    (found,) = run(one, [replace(again, sampling=scored)])
+    compare([found[len(asked.prompt) - 1 : -1]], [output])
+
+
+@pytest.mark.parametrize("model", FAMILIES[:1], indirect=True)
+def test_positions_end_at_the_checkpoints_length(engine: MakeEngine) -> None:
+    one = engine()
+    vision = vision_of(one)
+    film = (5, ("e", 2, 3, 3))
+    # The last of its tokens is at 2044, so 3 come after it.
+    (output,) = run(one, [request(vision, *film, interval=1018)])
+    assert len(output) == 4
+    one.add(request(vision, *film, interval=1022))
+    (outputs,) = one.step().values()
+    (finish,) = outputs.finished.values()
+    assert finish.status == "invalid"
+    assert finish.message == (
+        "video: after its times text goes on at position 2052, the checkpoint has 2048 positions"
+    )
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -16,6 +16,16 @@ from serving import Served
 
 USER = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
+MESSAGES = "/v1/messages"
+
+
+def schema(value: dict[str, Any]) -> dict[str, Any]:
+    """A response_format."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
+
+
+TEXT_FORMAT = {"format": {"type": "json_schema", "name": "x", "schema": {}}}
+TOOL = {"type": "function", "function": {"name": "f", "strict": True}}
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +122,24 @@ def canary(served: Served) -> Iterator[None]:
             "response_format",
             "structured_outputs",
         ),
+        (
+            {"messages": USER, "response_format": {"type": "json_object", "schema": {}}},
+            "response_format.schema",
+            "unknown",
+        ),
+        (
+            {"messages": USER, "response_format": schema({"x-guidance": 1})},
+            "response_format",
+            "x-guidance",
+        ),
+        ({"messages": USER, "reasoning_effort": "much"}, "reasoning_effort", "'much'"),
+        ({"messages": USER, "documents": [{}]}, "documents", "template takes none"),
+        (
+            {"messages": USER, "add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "add_generation_prompt",
+        ),
+        ({"messages": USER, "length_penalty": 1.5}, "length_penalty", "1.5"),
         ({"messages": USER, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1"),
     ],
 )
@@ -121,6 +149,49 @@ def test_a_wrong_field_is_named(
     status, field, message = served.refused(CHAT, **body)
     assert (status, field) == (400, param)
     assert message.startswith(f"{param}: ") and words in message
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "parameter", "field"),
+    [
+        (CHAT, {"response_format": schema({})}, "structured_outputs", "response_format"),
+        (CHAT, {"structured_outputs": {"json": {}}}, "structured_outputs", "structured_outputs"),
+        (CHAT, {"tools": [TOOL]}, "structured_outputs", "tools"),
+        (CHAT, {"max_completion_tokens": 7}, "max_tokens", "max_completion_tokens"),
+        (CHAT, {"max_tokens": 7}, "max_tokens", "max_tokens"),
+        (
+            "/v1/completions",
+            {"response_format": schema({})},
+            "structured_outputs",
+            "response_format",
+        ),
+        ("/v1/responses", {"text": TEXT_FORMAT}, "structured_outputs", "text"),
+        (MESSAGES, {"stop_sequences": ["a"]}, "stop", "stop_sequences"),
+        (
+            MESSAGES,
+            {"output_format": {"type": "json_schema", "schema": {}}},
+            "structured_outputs",
+            "output_format",
+        ),
+    ],
+)
+def test_the_client_reads_the_name_that_it_has_given(
+    served: Served, path: str, body: dict[str, Any], parameter: str, field: str
+) -> None:
+    served.triton.models["m"] = FakeModel(chat_template="<tool_call>")
+    served.model.refusal = f"{parameter}: it is wrong"
+    prompt: dict[str, Any] = {"messages": USER}
+    if path == "/v1/completions":
+        prompt = {"prompt": "a"}
+    if path == "/v1/responses":
+        prompt = {"input": "a"}
+    if path == MESSAGES:
+        prompt |= {"max_tokens": 5, "model": "m"}
+    answer = served.post(path, **prompt, **body)
+    served.model.refusal = None
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["message"] == f"{field}: it is wrong"
+    assert path == MESSAGES or error["param"] == field
 
 
 def test_null_means_not_given(served: Served) -> None:

@@ -160,14 +160,13 @@ def test_thoughts_are_told_apart_and_counted(served: Served) -> None:
     assert silent["usage"] == json.loads(answer.usage.model_dump_json(exclude_unset=True))
 
 
-def test_a_forced_tool_ends_with_stop_and_one_call_is_enough(served: Served) -> None:
+def test_a_named_tool_is_called_once_and_ends_with_stop(served: Served) -> None:
     served.triton.models["m"] = thinker(f"x</think>{CALL}{CALL}")
     answer = served.sdk.chat.completions.create(
         model="m",
         messages=USER,
         tools=[WEATHER],
         tool_choice={"type": "function", "function": {"name": "weather"}},
-        parallel_tool_calls=False,
     )
     (choice,) = whole(answer)
     assert [name for name, _ in choice["calls"]] == ["weather"]
@@ -226,8 +225,9 @@ def test_defaults_are_the_checkpoints(served: Served) -> None:
 def test_the_salt_is_of_both_fields(served: Served) -> None:
     for given, salt in [
         ({"cache_salt": "a"}, "a"),
-        ({"prompt_cache_key": "b"}, "b"),
-        ({"cache_salt": "a", "prompt_cache_key": "b"}, "a\nb"),
+        ({"prompt_cache_key": "a"}, '[null, "a"]'),
+        ({"cache_salt": "a", "prompt_cache_key": "b"}, '["a", "b"]'),
+        ({"cache_salt": "a\nb"}, "a\nb"),
     ]:
         assert served.post("/v1/chat/completions", messages=USER, **given).status_code == 200
         assert generated(served).sampling["cache_salt"] == salt
@@ -257,6 +257,8 @@ def test_forms(served: Served, given: dict[str, Any], form: Any) -> None:
 
 
 def test_template_variables(served: Served) -> None:
+    template = "enable_thinking reasoning_effort documents"
+    served.triton.models["m"] = FakeModel(chat_template=template)
     given = {
         "reasoning_effort": "none",
         "documents": [{"text": "x"}],
@@ -289,6 +291,20 @@ def test_an_answer_of_the_sdk_may_be_sent_back(served: Served) -> None:
     assert sent[1]["tool_calls"][0]["function"]["name"] == "weather"
     assert sent[1]["reasoning_content"] == "Weather?"
     assert not sent[1].keys() & {"refusal", "annotations", "audio", "function_call"}
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1, "b', "[1]", "text"])
+def test_a_call_that_was_broken_off_may_be_sent_back(served: Served, arguments: str) -> None:
+    """As the SDK's users and agents do, so that the model may correct it."""
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"id": "c", "type": "function", "function": function}]
+    said = {"role": "assistant", "content": None, "tool_calls": calls}
+    result = {"role": "tool", "tool_call_id": "c", "content": "no JSON"}
+    answer = served.post("/v1/chat/completions", messages=[*USER, said, result])
+    assert answer.status_code == 200, answer.text
+    rendering = [a for a in served.model.asked if a.inputs.get("operation") == "tokenize"][-1]
+    (call,) = json.loads(rendering.inputs["messages"])[1]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": {"arguments": arguments}}
 
 
 def test_parts_of_text(served: Served) -> None:

@@ -120,6 +120,7 @@ def test_a_body_limit(served: Served) -> None:
 def test_the_request_id_goes_in_and_out(served: Served) -> None:
     answer = served.http.post(CHAT, json=BODY, headers={"x-request-id": "req-7"})
     assert answer.headers["x-request-id"] == "req-7" and answer.json()["id"] == "chatcmpl-req-7"
+    assert answer.headers["request-id"] == "req-7"  # Anthropic's
     assert {asked.id for asked in served.model.asked[-2:]} == {"req-7"}
     odd = served.http.post(CHAT, json=BODY, headers={"x-request-id": "a b" * 100})
     assert odd.status_code == 200 and len(odd.headers["x-request-id"]) == 32

@@ -168,7 +168,9 @@ def test_a_regular_expression_is_part_of_the_schema() -> None:
     ],
 )
 def test_tool_choice(choice: Any, expected: ToolChoice) -> None:
-    assert meaning(tools=TOOLS, tool_choice=choice).tool_choice == expected
+    asked = meaning(tools=TOOLS, tool_choice=choice)
+    assert asked.tool_choice == expected
+    assert asked.parallel_tool_calls == (expected.kind != "named")  # it is called once
 
 
 def test_sampling_and_form() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from metrics_page import metrics_page
 from patience import WAIT_S
-from scripted_triton import FakeModel, FakeTriton
+from scripted_triton import Asked, FakeModel, FakeTriton, Refused
 from serving import Served, serve
 
 
@@ -69,6 +69,21 @@ def test_tokens(served: Served) -> None:
     assert served.post("/detokenize", tokens=[97, 98]).json() == {"prompt": "ab"}
     assert served.refused("/detokenize", tokens="a")[:2] == (400, "tokens")
     assert served.refused("/tokenize", prompt="a", frobnicate=1)[:2] == (400, "frobnicate")
+
+
+class Small(FakeModel):
+    """A model of few tokens."""
+
+    def respond(self, asked: Asked) -> Iterator[dict[str, list[Any]]]:
+        if asked.inputs.get("operation") == "detokenize":
+            raise Refused("input_ids: token 9 is outside the vocabulary [0, 9)")
+        yield from super().respond(asked)
+
+
+def test_tokens_that_the_model_does_not_have(served: Served) -> None:
+    served.triton.models["m"] = Small()
+    status, field, message = served.refused("/detokenize", tokens=[9])
+    assert (status, field, message[:18]) == (400, "tokens", "tokens: token 9 is")
 
 
 def test_health_follows_the_models(served: Served) -> None:

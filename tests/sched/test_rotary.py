@@ -82,7 +82,14 @@ def film(first: int, moments: int, rows: int, columns: int, interval: float) -> 
 
 @pytest.mark.parametrize(
     ("moments", "rows", "columns", "interval"),
-    [(3, 2, 6, 2.0), (4, 5, 3, 0.5), (2, 1, 2, 1.0), (1, 2, 2, 2.0), (5, 2, 3, 2.6)],
+    [
+        (3, 2, 6, 2.0),
+        (4, 5, 3, 0.5),
+        (2, 1, 2, 1.0),
+        (1, 2, 2, 2.0),
+        (5, 2, 3, 2.6),
+        (3, 1, 2, 90.0),
+    ],
 )
 def test_videos_have_the_positions_of_transformers(
     moments: int, rows: int, columns: int, interval: float
@@ -104,7 +111,6 @@ def test_videos_have_the_positions_of_transformers(
     last = theirs.max() + 1
     assert found[:, 6 + size].tolist() == [last] * 3
     assert found[:, -1].tolist() == [last + 8] * 3  # the picture after it takes two
-    assert (found <= np.arange(prompt_len + 2)).all()
 
 
 @pytest.mark.parametrize(("prompt", "images"), LAYOUTS)

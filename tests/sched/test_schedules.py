@@ -110,7 +110,7 @@ class World:
             )
         self.tenants = tenants
         own = make_groups(groups, config, num_pages)
-        self.images = ImageCache(config, has_sections=True)
+        self.images = ImageCache(config, num_positions=MODEL_LEN)
         self.scheduler = Scheduler(
             config, num_pages, MODEL_LEN, EOS, policy, own, num_snapshots, self.images
         )
