@@ -93,6 +93,7 @@ def pictures_for(vision: Vision) -> list[Tensor]:
     return [torch.from_numpy(picture(*size)) for size in sizes]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_the_host_does_not_wait_for_the_tower(family: str, tmp_path: Path) -> None:
@@ -103,8 +104,8 @@ def test_the_host_does_not_wait_for_the_tower(family: str, tmp_path: Path) -> No
         weight.normal_(0, 0.1)
     images = [image.cuda() for image in pictures_for(vision)]
     expected = tower.encode(images)  # which compiles kernels
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         found = tower.encode(images)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -159,10 +159,11 @@ def test_two_ranks_sample_what_one_would(rows: int, missing: int) -> None:
     vocab = 32 * GROUP - missing
     whole = 3 * torch.randn(rows, 32 * GROUP, device=CUDA)
     whole[:, vocab:] = 1e4  # would be chosen if it were read
-    scores = whole[:, :vocab].contiguous()
     slots = torch.randperm(rows, device=CUDA)
     states = [sampling_state(slots, 7) for _ in range(3)]
-    expected = triton.sample_plain(scores, slots, states[2])
+    # Of rows as long as those of both ranks: the order of a float32 sum depends on their alignment,
+    # and of some thousand tokens one lies so close to the next that the last bit decides.
+    expected = triton.sample_plain(whole, slots, states[2], vocab=vocab)
     for tokens in sample_by_two(whole, slots, states[:2], vocab):
         assert torch.equal(tokens, expected)
     for state in states:
