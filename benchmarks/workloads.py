@@ -60,7 +60,11 @@ def lengths(name: str) -> Lengths:
 def images_of(name: str) -> str:
     """How many images a workload's requests have, as a text; empty if they have none."""
     kind, numbers = _parse(name)
-    return f"{numbers[1]} to {numbers[2]} images and " if kind == "image" else ""
+    if kind != "image":
+        return ""
+    _, fewest, most = numbers
+    range_of = f"{fewest} to {most}" if fewest < most else f"{most}"
+    return f"{range_of} {'image' if most == 1 else 'images'} and "
 
 
 def _parse(name: str) -> tuple[str, list[int]]:

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gllm_benchmarks.workloads import at_rate, lengths, make_jobs, poisson, read_azure, with_images
+from gllm_benchmarks.workloads import (
+    at_rate,
+    images_of,
+    lengths,
+    make_jobs,
+    poisson,
+    read_azure,
+    with_images,
+)
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 23:59:58.5000000,374,44
@@ -25,6 +33,13 @@ def test_share_is_the_workload_that_peers_were_measured_on() -> None:
     assert (sum(p for p, _ in pairs), sum(n for _, n in pairs)) == (436_979, 393_788)
     assert pairs[:3] == [(111, 149), (268, 134), (548, 42)]
     assert (max(p for p, _ in pairs), max(n for _, n in pairs)) == (2048, 1024)
+
+
+def test_how_many_images_a_request_has_is_told() -> None:
+    assert images_of("image") == "4 to 8 images and "
+    assert images_of("image1") == "1 image and "
+    assert images_of("image:3:2:2") == "2 images and "
+    assert images_of("lat1") == ""
 
 
 def test_prompts_are_bit_for_bit_the_same() -> None:
