@@ -70,6 +70,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DeepseekV3ForCausalLM", MOONLIGHT),
     ("DeepseekV3ForCausalLM", {"rope_interleave": False, "v_head_dim": 20}),
     ("DeepseekV3ForCausalLM", {"rope_scaling": MSCALE_YARN}),
+    ("DeepseekV3ForCausalLM", {"rope_interleave": None}),
     ("Qwen3NextForCausalLM", {"decoder_sparse_step": 2, "norm_topk_prob": False}),
     ("Qwen3NextForCausalLM", {"attention_bias": True, "tie_word_embeddings": True}),
     ("Qwen3NextForCausalLM", {"layer_types": ["full_attention"] * 2, "linear_conv_kernel_dim": 3}),
